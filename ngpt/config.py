@@ -1,0 +1,191 @@
+"""Settings as types: frozen, strict, addressed by dotted names; a typo is an error that names the nearest one.
+
+Each file of this library owns the config of what it implements (`ModelConfig` in model.py, ...); this one owns what
+they share: the base class, errors, dotted overrides and the content hash.
+"""
+
+import difflib
+import hashlib
+import json
+from collections.abc import Collection, Iterable, Mapping
+from functools import cache
+from typing import Any, NamedTuple, TypeVar
+
+import pydantic
+from pydantic_core import PydanticCustomError
+
+Location = tuple[str | int, ...]
+
+
+class Problem(NamedTuple):
+    """One thing that is wrong with a config: where it stands and what to do about it."""
+
+    location: Location
+    message: str
+
+    def __str__(self) -> str:
+        return f"{dotted(self.location)}: {self.message}" if self.location else self.message
+
+
+class ConfigError(ValueError):
+    """Everything that is wrong with a config, all at once. `problems` holds one entry per mistake."""
+
+    def __init__(self, problems: Iterable[Problem] | str) -> None:
+        self.problems = [Problem((), problems)] if isinstance(problems, str) else list(problems)
+        super().__init__("\n".join(map(str, self.problems)))
+
+
+class Config(pydantic.BaseModel):
+    """Base of every config: immutable, no unknown settings, no silent conversion (`"3"` is not a number), no NaN."""
+
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+ConfigT = TypeVar("ConfigT", bound=Config)
+
+
+def runtime(default: Any, **constraints: Any) -> Any:
+    """A field that says where or how visibly to run, not what to compute: it is left out of `content_hash`."""
+    return pydantic.Field(default, json_schema_extra={"identity": False}, **constraints)
+
+
+def one_of(table: Collection[str], what: str) -> pydantic.AfterValidator:
+    """Annotation for a field that names an entry of `table`; the error lists the entries and the nearest."""
+
+    def check(name: str) -> str:
+        if name not in table:
+            raise PydanticCustomError("choice", "{text}", {"text": unknown(what, name, table)})
+        return name
+
+    return pydantic.AfterValidator(check)
+
+
+def invalid(message: str, *fields: str) -> PydanticCustomError:
+    """An error for a `model_validator`: `fields` are the settings to blame, the first one that was given is shown."""
+    return PydanticCustomError("invalid", "{text}", {"text": message, "fields": fields})
+
+
+def unknown(what: str, name: object, options: Collection[str]) -> str:
+    """`unknown corpus 'shakespear', did you mean 'shakespeare'?`, with the full list where nothing is near."""
+    near = difflib.get_close_matches(str(name), list(options), n=1, cutoff=0.6)
+    hint = f", did you mean '{near[0]}'?" if near else f"; choose one of {', '.join(sorted(options))}"
+    return f"unknown {what} {str(name)!r}{hint}" if what != "setting" else f"unknown setting{hint}"
+
+
+def dotted(location: Location) -> str:
+    """`("phases", 0, "vary", "alpha")` as a person writes it: `phases[0].vary.alpha`."""
+    text = ""
+    for part in location:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+    return text
+
+
+@cache
+def settings(cls: type[Config]) -> dict[str, pydantic.fields.FieldInfo]:
+    """Every setting of a config and its sub-configs by dotted name (`optim.lr`), in reading order."""
+    found: dict[str, pydantic.fields.FieldInfo] = {}
+    for name, field in cls.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Config):
+            found |= {f"{name}.{inner}": info for inner, info in settings(field.annotation).items()}
+        else:
+            found[name] = field
+    return found
+
+
+def resolve(cls: type[Config], name: str) -> str:
+    """The dotted name of a setting given as such, or as a bare leaf name that only one setting has.
+
+    Raises:
+        ConfigError: there is no such setting, or several end in this name.
+    """
+    known = settings(cls)
+    if name in known:
+        return name
+    leaves = [full for full in known if full.rpartition(".")[2] == name]
+    if len(leaves) == 1:
+        return leaves[0]
+    if leaves:
+        raise ConfigError(f"ambiguous setting, write one of {', '.join(leaves)}")
+    bare = {full.rpartition(".")[2] for full in known}
+    raise ConfigError(unknown("setting", name, known if "." in name else bare | set(known)))
+
+
+def build(cls: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
+    """A config from dotted settings (full names); what is not given keeps its default.
+
+    Raises:
+        ConfigError: with one problem per bad value, located at its dotted name.
+    """
+    tree: dict[str, Any] = {}
+    for name, value in values.items():
+        *sections, leaf = name.split(".")
+        node = tree
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[leaf] = value
+    try:
+        return cls.model_validate(tree)
+    except pydantic.ValidationError as error:
+        raise ConfigError([_explain(cls, item, values) for item in error.errors()]) from None
+
+
+def override(config: ConfigT, changes: Mapping[str, Any]) -> ConfigT:
+    """`config` with some settings changed; names are dotted or bare leaves.
+
+    Raises:
+        ConfigError: unknown names and values of the wrong type, all of them.
+    """
+    problems, full = [], {}
+    for name, value in changes.items():
+        try:
+            full[resolve(type(config), name)] = value
+        except ConfigError as error:
+            problems += [Problem((name,), problem.message) for problem in error.problems]
+    if problems:
+        raise ConfigError(problems)
+    return build(type(config), flatten(config) | full)
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """Every setting's value by dotted name."""
+    values: dict[str, Any] = {}
+    for name in settings(type(config)):
+        node: Any = config
+        for part in name.split("."):
+            node = getattr(node, part)
+        values[name] = node
+    return values
+
+
+def content_hash(config: Config, *, leave_out: Collection[str] = (), extra: Mapping[str, Any] | None = None) -> str:
+    """Ten hex digits that depend on what a config computes, not on where it runs nor on how it was written."""
+    known = settings(type(config))
+    kept = {
+        name: value
+        for name, value in flatten(config).items()
+        if name not in leave_out and (known[name].json_schema_extra or {}).get("identity", True)  # pyright: ignore
+    }
+    text = json.dumps(kept | dict(extra or {}), sort_keys=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def _explain(cls: type[Config], error: Any, given: Mapping[str, Any]) -> Problem:
+    """One pydantic error as a sentence of ours."""
+    location: Location = tuple(part for part in error["loc"] if not _is_internal(part))
+    context = error.get("ctx", {})
+    if error["type"] == "extra_forbidden":
+        return Problem(location, unknown("setting", location[-1], settings(cls)))
+    if error["type"] in ("choice", "invalid"):
+        section = ".".join(map(str, location))
+        for field in context.get("fields", ()):
+            name = f"{section}.{field}" if section else field
+            if name in given:
+                return Problem((*location, field), context["text"])
+        return Problem(location, context["text"])
+    message = error["msg"][0].lower() + error["msg"][1:]
+    return Problem(location, f"{message}, got {error['input']!r}" if error["type"] != "missing" else message)
+
+
+def _is_internal(part: str | int) -> bool:
+    """Pydantic adds the tag of a union's branch (`constrained-float`) to the location; nobody wrote that."""
+    return isinstance(part, str) and not part.replace("_", "").isalnum()

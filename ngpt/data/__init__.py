@@ -1,0 +1,1 @@
+"""Corpora, tokenizers, shards and the loader; `python -m ngpt.data CORPUS` prepares one."""
