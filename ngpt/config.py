@@ -110,6 +110,45 @@ def resolve(cls: type[Config], name: str) -> str:
     raise ConfigError(unknown("setting", name, known if "." in name else bare | set(known)))
 
 
+def named_settings(
+    cls: type[Config], data: Any, at: Location = ()
+) -> tuple[dict[str, tuple[Any, Location]], list[Problem]]:
+    """The settings in a mapping as people write it: sections (`optim: {lr: 1}`), dotted names or bare leaves.
+
+    Returns the value and location of each by full dotted name, and a problem for each key that names no setting, is
+    given twice, or is a section without a mapping. Values are not checked.
+    """
+    found: dict[str, tuple[Any, Location]] = {}
+    problems: list[Problem] = []
+    if not isinstance(data, Mapping):
+        return found, [Problem(at, f"must be a mapping of settings, got {data!r}")]
+    sections = {name.rpartition(".")[0] for name in settings(cls)} - {""}
+    for key, value in data.items():
+        location = (*at, key)
+        if key in sections:
+            part, wrong = named_settings(section_type(cls, key), value, location)
+            part = {f"{key}.{name}": entry for name, entry in part.items()}
+            problems += wrong
+        else:
+            try:
+                part = {resolve(cls, key): (value, location)}
+            except ConfigError as error:
+                problems += [Problem(location, problem.message) for problem in error.problems]
+                continue
+        problems += [
+            Problem(entry[1], f"{name} is given twice") for name, entry in part.items() if name in found
+        ]
+        found |= part
+    return found, problems
+
+
+def section_type(cls: type[Config], name: str) -> type[Config]:
+    """The config class of a section, such as `optim`."""
+    annotation = cls.model_fields[name].annotation
+    assert isinstance(annotation, type) and issubclass(annotation, Config)
+    return annotation
+
+
 def build(cls: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
     """A config from dotted settings (full names); what is not given keeps its default.
 
@@ -157,13 +196,20 @@ def flatten(config: Config) -> dict[str, Any]:
     return values
 
 
-def content_hash(config: Config, *, leave_out: Collection[str] = (), extra: Mapping[str, Any] | None = None) -> str:
+def is_identity(cls: type[Config], name: str) -> bool:
+    """Whether the dotted setting decides what is computed, and not only where, or how much of it is shown."""
+    extra = settings(cls)[name].json_schema_extra
+    return not isinstance(extra, dict) or bool(extra.get("identity", True))
+
+
+def content_hash(
+    config: Config, *, leave_out: Collection[str] = (), extra: Mapping[str, Any] | None = None
+) -> str:
     """Ten hex digits that depend on what a config computes, not on where it runs nor on how it was written."""
-    known = settings(type(config))
     kept = {
         name: value
         for name, value in flatten(config).items()
-        if name not in leave_out and (known[name].json_schema_extra or {}).get("identity", True)  # pyright: ignore
+        if name not in leave_out and is_identity(type(config), name)
     }
     text = json.dumps(kept | dict(extra or {}), sort_keys=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:10]

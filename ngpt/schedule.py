@@ -1,0 +1,53 @@
+"""Learning-rate schedules: pure functions of the step, so that resuming needs no state.
+
+Each is a function (progress, cfg) -> multiplier, where progress runs from 0 to 1 after the warm-up, and one entry in
+`SCHEDULES`. The linear warm-up is common to all.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Annotated
+
+from pydantic import Field
+
+from ngpt.config import Config, one_of
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+def constant(progress: float, cfg: "ScheduleConfig") -> float:
+    """Always the full learning rate."""
+    return 1.0
+
+
+def cosine(progress: float, cfg: "ScheduleConfig") -> float:
+    """Half a cosine from 1 to `final_ratio` (SGDR, arXiv 1608.03983, without restarts)."""
+    return cfg.final_ratio + (1 - cfg.final_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def trapezoid(progress: float, cfg: "ScheduleConfig") -> float:
+    """Full until the last `decay_fraction` of the run, then linearly to `final_ratio` (warm-up, stable, decay)."""
+    left = (1 - progress) / cfg.decay_fraction if cfg.decay_fraction else 1.0
+    return cfg.final_ratio + (1 - cfg.final_ratio) * min(1.0, left)
+
+
+SCHEDULES: dict[str, Callable[[float, "ScheduleConfig"], float]] = {
+    "constant": constant,
+    "cosine": cosine,
+    "trapezoid": trapezoid,
+}
+
+
+class ScheduleConfig(Config):
+    name: Annotated[str, one_of(SCHEDULES, "schedule")] = "cosine"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0  # linear, from lr / warmup_steps at the first step
+    final_ratio: Share = 0.0  # of the learning rate, at the end
+    decay_fraction: Share = 0.2  # of the steps after the warm-up; `trapezoid` only
+
+
+def multiplier(step: int, total: int, cfg: ScheduleConfig) -> float:
+    """What the learning rates are multiplied with in step `step` (0 is the first) of `total`."""
+    if step < cfg.warmup_steps:
+        return (step + 1) / cfg.warmup_steps
+    progress = (step - cfg.warmup_steps) / max(1, total - cfg.warmup_steps)
+    return SCHEDULES[cfg.name](min(1.0, progress), cfg)

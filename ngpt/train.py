@@ -1,0 +1,420 @@
+"""The train loop, and `python -m ngpt.train` for a single run.
+
+python -m ngpt.train --set alpha=0.2 steps=500 --out runs/first
+python -m ngpt.train --config model.yaml --out runs/first --resume latest
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Generator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from ngpt.checkpoint import CheckpointConfig, load_checkpoint, newest_checkpoint, save_checkpoint
+from ngpt.config import (
+    Config,
+    ConfigError,
+    Problem,
+    build,
+    flatten,
+    invalid,
+    is_identity,
+    named_settings,
+    one_of,
+    override,
+    runtime,
+)
+from ngpt.data import corpora
+from ngpt.data.corpora import DataConfig, Dataset, open_dataset
+from ngpt.data.loader import EvalSet, eval_set, train_batch
+from ngpt.evaluate import evaluate
+from ngpt.memory import peak_memory, reset_peak_memory
+from ngpt.model import GPT, Count, ModelConfig
+from ngpt.optim import OptimConfig, build_optimizers, set_rates
+from ngpt.projection import activation_norm_error, project_weights, weight_norm_error
+from ngpt.schedule import ScheduleConfig, multiplier
+from ngpt.tracker import Tracker, TrackerConfig, finite
+from ngpt.yamlfile import parse_assignment, read_yaml
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+Metrics = dict[str, float | None]
+
+
+class TrainConfig(Config):
+    """Everything that decides a run. Sub-configs belong to the files that implement them."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0  # initial weights and order of the data
+    steps: Count = 200  # optimizer updates
+    batch_size: Count = 16  # sequences per step
+    micro_batch_size: Count | None = None  # sequences at once; null: the whole batch
+    project_every: Count = 1  # steps between projections onto the sphere
+    eval_every: Count = 50  # steps; the start and the end are always evaluated
+    eval_tokens: Count = 16_384  # the same first tokens of the validation split for every trial
+    dtype: Annotated[str, one_of(DTYPES, "dtype")] = (
+        "float32"  # of matrix products; weights and norms stay float32
+    )
+    device: Annotated[str, one_of(DEVICES, "device")] = runtime("auto")
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    optim: OptimConfig = OptimConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    tracker: TrackerConfig = TrackerConfig()
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch_size * self.model.block_size
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
+            text = (
+                f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
+            )
+            raise invalid(text, "micro_batch_size", "batch_size")
+        return self
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What remains of a run: `finished`, or `diverged` when a loss or gradient stopped being finite."""
+
+    status: str
+    steps: int
+    metrics: Metrics = field(default_factory=dict)
+
+
+@dataclass
+class Progress:
+    """What the loop remembers between steps, besides weights and moments; saved with every checkpoint."""
+
+    step: int = 0
+    loss_sum: float = 0.0  # over the steps since the last log row
+    loss_count: int = 0
+    train_loss: float | None = None  # mean over the last complete log interval
+    timed_tokens: int = 0  # in steps after the warm-up of the process
+    timed_seconds: float = 0.0
+    last_eval: Metrics = field(default_factory=dict)
+
+
+def resolved(config: TrainConfig) -> TrainConfig:
+    """`config` with `model.vocab_size` filled in from the tokenizer.
+
+    Raises:
+        ConfigError: the model's vocabulary is smaller than the tokenizer's.
+    """
+    needed = corpora.vocab_size(config.data)
+    given = config.model.vocab_size
+    if given is not None and given < needed:
+        raise ConfigError(
+            f"model.vocab_size {given} is smaller than the {needed} tokens of {config.data.tokenizer}"
+        )
+    return override(config, {"model.vocab_size": needed}) if given is None else config
+
+
+@dataclass
+class Run:
+    """One training run in memory."""
+
+    config: TrainConfig
+    device: torch.device
+    dataset: Dataset
+    validation: EvalSet
+    model: GPT
+    optimizers: list[torch.optim.Optimizer]
+    progress: Progress
+    clock: "Clock"
+
+    @property
+    def autocast(self) -> torch.autocast:
+        enabled = self.config.dtype == "bfloat16"
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
+
+
+def train(
+    config: TrainConfig, out_dir: Path, *, resume: str | None = None, dataset: Dataset | None = None
+) -> Generator[Metrics, None, RunResult]:
+    """Trains one model; yields its metrics at each evaluation and returns the result.
+
+    Two runs of one config on one CPU with one number of threads agree bit for bit, and so do a run and one that was
+    stopped at any step and resumed: weights and order of the data depend on (seed, step) only.
+
+    Args:
+        config: what to do.
+        out_dir: gets `metrics.jsonl` and `checkpoints/`.
+        resume: `"latest"` continues from the newest intact checkpoint in `out_dir`, if there is one.
+        dataset: the opened corpus, where the caller has it; else it is opened, and prepared if need be.
+
+    Raises:
+        ConfigError: the data do not fit the model, or the checkpoint is of another config.
+    """
+    run = set_up(resolved(config), out_dir, resume=resume, dataset=dataset)
+    config, progress = run.config, run.progress
+    resumed_at = progress.step or None
+
+    with Tracker(config.tracker, out_dir, settings=flatten(config), keep_until=resumed_at) as tracker:
+        while True:
+            # ---- now and then ------------------------------------------------------------------
+            last = (
+                progress.step == config.steps
+            )  # one turn more than steps, so that the end is evaluated and saved
+            if progress.step != resumed_at:
+                if due(progress.step, config.eval_every, last=last):
+                    measure(run, last=last)
+                    tracker.log(progress.last_eval)
+                    yield progress.last_eval
+                    if not math.isfinite(progress.last_eval["val_loss"] or math.nan):
+                        return finish("diverged", run)
+                if progress.step and due(progress.step, config.checkpoint.every, last=last):
+                    save(run, out_dir)
+            if last:
+                return finish("finished", run)
+
+            # ---- one step ----------------------------------------------------------------------
+            step_metrics = train_step(run)
+            diverged = not all(math.isfinite(value) for value in step_metrics.values())
+            if diverged or due(progress.step, config.tracker.log_every, last=progress.step == config.steps):
+                progress.train_loss = progress.loss_sum / progress.loss_count
+                progress.loss_sum, progress.loss_count = 0.0, 0
+                tracker.log(position(run) | step_metrics | {"train_loss": progress.train_loss})
+            if diverged:
+                return finish("diverged", run)
+
+
+def set_up(config: TrainConfig, out_dir: Path, *, resume: str | None, dataset: Dataset | None) -> Run:
+    """Model, optimizers and data at the first step, or as the newest intact checkpoint left them."""
+    if resume not in (None, "latest"):
+        raise ConfigError(f"resume must be 'latest', got {resume!r}")
+    device = pick_device(config.device)
+    reset_peak_memory(device)
+    dataset = dataset or open_dataset(config.data)
+    block_size = config.model.block_size
+    validation = eval_set(
+        dataset, tokens=config.eval_tokens, batch_size=config.batch_size, block_size=block_size
+    )
+    model = GPT(config.model, seed=config.seed).to(device)
+    optimizers = build_optimizers(model, config.optim)
+    progress = Progress()
+    if resume and (checkpoint := newest_checkpoint(out_dir / "checkpoints")):
+        state = load_checkpoint(checkpoint, model, identity=identity(config))
+        progress = Progress(**state["progress"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+    clock = Clock(progress, warmup=min(5, config.steps // 2))
+    return Run(config, device, dataset, validation, model, optimizers, progress, clock)
+
+
+def train_step(run: Run) -> dict[str, float]:
+    """One optimizer update; a gradient that is not finite is never applied. Returns loss, gradient norm and rate."""
+    config, progress = run.config, run.progress
+    with run.clock.step(config.tokens_per_step):
+        rate = multiplier(progress.step, config.steps, config.schedule)
+        set_rates(run.optimizers, rate)
+        block_size = config.model.block_size
+        batch = train_batch(
+            run.dataset,
+            seed=config.seed,
+            step=progress.step,
+            batch_size=config.batch_size,
+            block_size=block_size,
+        )
+        loss = backward(run, *batch)
+        norm = float(
+            torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.optim.grad_clip or math.inf)
+        )
+        progress.step += 1
+        if math.isfinite(loss) and math.isfinite(norm):
+            for optimizer in run.optimizers:
+                optimizer.step()
+            if due(progress.step, config.project_every):
+                project_weights(run.model)
+    progress.loss_sum += loss
+    progress.loss_count += 1
+    return {"train_loss": loss, "grad_norm": norm, "lr": config.optim.lr * rate}
+
+
+def backward(run: Run, idx: Tensor, targets: Tensor) -> float:
+    """Fills the gradients of the mean loss over the batch, one micro-batch at a time, and returns that loss."""
+    run.model.zero_grad(set_to_none=True)
+    total = torch.zeros((), device=run.device)
+    size = run.config.micro_batch_size or run.config.batch_size
+    for idx_part, targets_part in zip(idx.split(size), targets.split(size), strict=True):
+        with run.autocast:
+            loss = run.model(idx_part.to(run.device), targets_part.to(run.device))
+        share = len(idx_part) / len(idx)
+        (loss * share).backward()
+        total += loss.detach() * share
+    return float(total)
+
+
+def measure(run: Run, *, last: bool) -> None:
+    """Evaluates into `progress.last_eval`; the drift off the sphere is measured before the last projection."""
+    idx = run.validation.batches[0][0][:1].to(run.device)
+    drift: Metrics = {
+        "weight_norm_error": weight_norm_error(run.model),
+        "activation_norm_error": activation_norm_error(run.model, idx),
+    }
+    if last:  # the finished model lies on the sphere, however lazy the projection was
+        project_weights(run.model)
+    scores = evaluate(run.model, run.validation, autocast=run.autocast)
+    run.progress.last_eval = position(run) | {"train_loss": run.progress.train_loss} | scores | drift
+
+
+def position(run: Run) -> Metrics:
+    """The step, the tokens seen, and the throughput so far (None before it has been measured)."""
+    progress = run.progress
+    speed = progress.timed_tokens / progress.timed_seconds if progress.timed_seconds else None
+    return {
+        "step": progress.step,
+        "tokens": progress.step * run.config.tokens_per_step,
+        "tokens_per_second": speed,
+    }
+
+
+def finish(status: str, run: Run) -> RunResult:
+    """The result of a run that stops here. A diverged one has no validation loss: the last finite one would flatter it."""
+    scores = {name: value for name, value in run.progress.last_eval.items() if name != "step"}
+    metrics = scores | position(run) | {"steps": run.progress.step, "train_loss": run.progress.train_loss}
+    del metrics["step"]
+    if status == "diverged":
+        metrics |= {"val_loss": None, "val_bpb": None}
+    metrics["peak_memory_bytes"] = peak_memory(run.device)
+    metrics["n_params"] = sum(parameter.numel() for parameter in run.model.parameters())
+    return RunResult(status, run.progress.step, {name: finite(value) for name, value in metrics.items()})
+
+
+def save(run: Run, out_dir: Path) -> None:
+    """Commits a checkpoint from which the run continues exactly."""
+    optimizers = [optimizer.state_dict() for optimizer in run.optimizers]
+    save_checkpoint(
+        out_dir / "checkpoints",
+        model=run.model,
+        state={"progress": asdict(run.progress), "optimizers": optimizers},
+        step=run.progress.step,
+        val_loss=run.progress.last_eval.get("val_loss"),
+        identity=identity(run.config),
+        keep_last=run.config.checkpoint.keep_last,
+    )
+
+
+def identity(config: TrainConfig) -> dict[str, Any]:
+    """The settings that decide what a run computes, by dotted name."""
+    return {name: value for name, value in flatten(config).items() if is_identity(TrainConfig, name)}
+
+
+def due(step: int, every: int, *, last: bool = False) -> bool:
+    """Whether something that happens every so many steps happens at `step`; always at the `last`."""
+    return last or step % every == 0
+
+
+def pick_device(name: str) -> torch.device:
+    """The named device; `auto` is CUDA, then Apple's MPS, then the CPU.
+
+    Raises:
+        ConfigError: the device is not there.
+    """
+    here = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if here[kind]))
+    if not here[name]:
+        there = ", ".join(kind for kind, present in here.items() if present)
+        raise ConfigError(f"device {name!r} is not available here; this machine has {there}")
+    return torch.device(name)
+
+
+class Clock:
+    """Adds the time of training steps to `progress`, without the process's first `warmup` ones (allocation, caches)."""
+
+    def __init__(self, progress: Progress, *, warmup: int) -> None:
+        self._progress, self._skip = progress, warmup
+        self._tokens = 0
+        self._start = 0.0
+
+    def step(self, tokens: int) -> Self:
+        self._tokens = tokens
+        return self
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        if self._skip:
+            self._skip -= 1
+            return
+        self._progress.timed_seconds += time.perf_counter() - self._start
+        self._progress.timed_tokens += self._tokens
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m ngpt.train", description="Train one model.")
+    parser.add_argument("--config", type=Path, help="YAML file of settings")
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="change settings"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/default"), help="folder for metrics and checkpoints"
+    )
+    parser.add_argument(
+        "--resume", choices=["latest"], help="continue from the newest intact checkpoint in --out"
+    )
+    options = parser.parse_args(arguments)
+    try:
+        config = read_config(options.config, options.set)
+        run = train(config, options.out, resume=options.resume)
+        result = print_progress(run)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"{error.filename or options.out}: {error.strerror or error}", file=sys.stderr)
+        return 74
+    print(json.dumps({"status": result.status} | result.metrics, indent=1, allow_nan=False))
+    return 0 if result.status == "finished" else 4
+
+
+def read_config(path: Path | None, assignments: list[str]) -> TrainConfig:
+    """Defaults, then the YAML file, then `name=value` assignments.
+
+    Raises:
+        ConfigError: whatever is wrong, with the position in the file.
+    """
+    config = TrainConfig()
+    if path is not None:
+        document = read_yaml(path)
+        given, problems = named_settings(TrainConfig, document.data)
+        if problems:
+            raise ConfigError("\n".join(map(document.describe, problems)))
+        try:
+            config = build(TrainConfig, {name: value for name, (value, _) in given.items()})
+        except ConfigError as error:
+            located = [
+                Problem(given[p.name][1] if p.name in given else (), p.message) for p in error.problems
+            ]
+            raise ConfigError("\n".join(map(document.describe, located))) from None
+    return override(config, dict(map(parse_assignment, assignments)))
+
+
+def print_progress(run: Generator[Metrics, None, RunResult]) -> RunResult:
+    """Runs to the end with a line on stderr per evaluation."""
+    while True:
+        try:
+            metrics = next(run)
+        except StopIteration as stop:
+            return stop.value
+        shown = {name: metrics[name] for name in ("train_loss", "val_loss", "tokens_per_second")}
+        numbers = "  ".join(f"{name} {value:.4g}" for name, value in shown.items() if value is not None)
+        print(f"step {metrics['step']}  {numbers}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,157 @@
+"""YAML 1.2 as plain data that remembers where it stood, so that a mistake is answered with line and column.
+
+YAML 1.2 is what people mean: `1e-3` is a number, `on` is a word. Duplicate keys, tags and endless nesting are errors.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+
+from ngpt.config import ConfigError, Location, Problem, dotted
+
+LARGEST_FILE = 1 << 20  # bytes
+DEEPEST_NESTING = 50
+MOST_NODES = 100_000  # after expanding aliases
+
+Position = tuple[int, int]  # line and column, counted from 1
+
+
+@dataclass(frozen=True)
+class Document:
+    """A YAML file: its data, and the position of every node by its location in the data."""
+
+    path: Path
+    data: Any
+    positions: dict[Location, Position]
+
+    def describe(self, problem: Problem) -> str:
+        """`file.yaml:12:5: phases[0].vary.alhpa: unknown setting, ...`; the nearest enclosing node's position if need be."""
+        location = problem.location
+        while location and location not in self.positions:
+            location = location[:-1]
+        line, column = self.positions.get(location, (1, 1))
+        name = f"{dotted(problem.location)}: " if problem.location else ""
+        return f"{self.path}:{line}:{column}: {name}{problem.message}"
+
+
+class YamlError(ConfigError):
+    """A file that is not YAML, or not such that we read it; the message has path, line and column."""
+
+
+def read_yaml(path: Path) -> Document:
+    """Reads one YAML document.
+
+    Raises:
+        YamlError: it is missing, too large, not UTF-8, not YAML, or has duplicate keys or tags.
+    """
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise YamlError(f"{path}: {error.strerror or error}") from None
+    if len(raw) > LARGEST_FILE:
+        raise YamlError(f"{path}: {len(raw)} bytes is too large, at most {LARGEST_FILE} are read")
+    try:
+        return parse_yaml(raw.decode("utf-8"), path)
+    except UnicodeDecodeError as error:
+        raise YamlError(f"{path}: byte {error.start} is not UTF-8") from None
+
+
+def parse_yaml(text: str, path: Path) -> Document:
+    """The document in `text`; `path` is for messages. Raises YamlError as `read_yaml` does."""
+    reader = _Reader(path)
+    try:
+        node = YAML(typ="safe", pure=True).compose(text)
+        data = None if node is None else reader.plain(node, (), 0)
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
+        raise YamlError(f"{path}{where}: not valid YAML: {error.problem or error.context}") from None
+    except YAMLError as error:
+        raise YamlError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from None
+    except RecursionError:
+        raise YamlError(f"{path}: nested too deeply, at most {DEEPEST_NESTING} levels are read") from None
+    return Document(path, data, reader.positions)
+
+
+def parse_value(text: str) -> Any:
+    """A single value as it would be read in a YAML file, for the command line: `1e-3`, `true`, `[1, 2]`."""
+    return parse_yaml(text, Path("--set")).data
+
+
+def parse_assignment(text: str) -> tuple[str, Any]:
+    """`optim.lr=1e-3` as a name and a value.
+
+    Raises:
+        ConfigError: there is no `=`, no name, or the value is not YAML.
+    """
+    name, equals, value = text.partition("=")
+    if not (name.strip() and equals):
+        raise ConfigError(f"--set {text}: expected NAME=VALUE")
+    return name.strip(), parse_value(value)
+
+
+class _Reader:
+    """Turns composed nodes into plain data and notes the position of each."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.positions: dict[Location, Position] = {}
+
+    def plain(self, node: Node, location: Location, depth: int) -> Any:
+        if depth > DEEPEST_NESTING:
+            raise self._error(node, f"nested too deeply, at most {DEEPEST_NESTING} levels are read")
+        if len(self.positions) > MOST_NODES:
+            raise self._error(node, f"more than {MOST_NODES} values")
+        # A mapping's value keeps the position of its key, which is what one wants to look at.
+        self.positions.setdefault(location, _position(node))
+        if isinstance(node, MappingNode):
+            return self._mapping(node, location, depth)
+        if isinstance(node, SequenceNode):
+            return [self.plain(item, (*location, i), depth + 1) for i, item in enumerate(node.value)]
+        assert isinstance(node, ScalarNode)
+        return self._scalar(node)
+
+    def _mapping(self, node: MappingNode, location: Location, depth: int) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            key = key_node.value
+            if not isinstance(key_node, ScalarNode):
+                raise self._error(key_node, "a key must be a word")
+            if key in result:
+                raise self._error(key_node, f"duplicate key {key!r}")
+            self.positions[(*location, key)] = _position(key_node)
+            result[key] = self.plain(value_node, (*location, key), depth + 1)
+        return result
+
+    def _scalar(self, node: ScalarNode) -> Any:
+        text, kind = node.value, str(node.tag).rpartition(":")[2]
+        if kind == "null":
+            return None
+        if kind == "bool":
+            return text.lower() == "true"
+        if kind == "int":
+            return int(text.replace("_", ""), 0 if text.lstrip("+-").startswith(("0x", "0o")) else 10)
+        if kind == "float":
+            return _number(text)
+        if kind in ("str", "timestamp"):
+            return text
+        raise self._error(node, f"the tag {node.tag} is not read here, only plain data")
+
+    def _error(self, node: Node, message: str) -> YamlError:
+        line, column = _position(node)
+        return YamlError(f"{self.path}:{line}:{column}: {message}")
+
+
+def _position(node: Node) -> Position:
+    return node.start_mark.line + 1, node.start_mark.column + 1
+
+
+def _number(text: str) -> float:
+    special = {".inf": math.inf, "+.inf": math.inf, "-.inf": -math.inf, ".nan": math.nan}
+    lowered = text.lower()
+    return special[lowered] if lowered in special else float(text.replace("_", ""))
