@@ -21,7 +21,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from ngpt.config import Config, ConfigError
+from ngpt.config import Config, ConfigError, runtime
 from ngpt.durable import commit_folder
 
 FORMAT = 1
@@ -29,8 +29,8 @@ log = logging.getLogger(__name__)
 
 
 class CheckpointConfig(Config):
-    every: Annotated[int, Field(ge=1)] = 1000  # steps; the last step is always saved
-    keep_last: Annotated[int, Field(ge=1)] = 3  # besides the best by validation loss
+    every: Annotated[int, Field(ge=1)] = runtime(1000)  # steps; the last step is always saved
+    keep_last: Annotated[int, Field(ge=1)] = runtime(3)  # besides the best by validation loss
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,14 @@ def save_checkpoint(
 ) -> Path:
     """Commits `root/step_N`, then removes what is neither among the last `keep_last` nor the best.
 
-    `state` is plain data and tensors (what `torch.load(weights_only=True)` accepts).
+    `state` is plain data and tensors (what `torch.load(weights_only=True)` accepts); `val_loss` is that of these very
+    weights, None where they were not evaluated.
+
+    Raises:
+        OSError: the disk is full, or the step is already there; the older checkpoints are as they were.
     """
+    for stale in root.glob(".tmp-*"):  # of a process that was killed while it saved
+        shutil.rmtree(stale)
     final = root / f"step_{step:07d}"
     temp = root / f".tmp-{uuid.uuid4().hex}"
     temp.mkdir(parents=True)
@@ -74,9 +80,8 @@ def save_checkpoint(
             "identity": identity,
             "files": files,
         }
-        (temp / "MANIFEST.json").write_text(json.dumps(manifest, indent=1, allow_nan=False))
-        if final.exists():  # a resumed run may come past the same step again
-            shutil.rmtree(final)
+        sealed = manifest | {"sha256": _seal(manifest)}
+        (temp / "MANIFEST.json").write_text(json.dumps(sealed, indent=1, allow_nan=False))
         commit_folder(temp, final)
     finally:
         shutil.rmtree(temp, ignore_errors=True)
@@ -85,35 +90,44 @@ def save_checkpoint(
 
 
 def newest_checkpoint(root: Path) -> Checkpoint | None:
-    """The newest checkpoint under `root` that verifies. A damaged one is renamed to `damaged-...` and passed over."""
-    for path in sorted(root.glob("step_*"), reverse=True):
+    """The newest checkpoint under `root` that verifies. A damaged one is renamed to `damaged-...` and passed over.
+
+    Raises:
+        ConfigError: it is intact, but of a format that this version does not read.
+    """
+    for path in reversed(checkpoint_folders(root)):
         try:
             return verify_checkpoint(path)
+        except ConfigError:
+            raise
         except (OSError, ValueError) as error:
-            aside = path.with_name(f"damaged-{path.name}-{uuid.uuid4().hex[:6]}")
-            path.rename(aside)
-            log.warning("checkpoint %s is damaged (%s); set aside as %s", path, error, aside.name)
+            _set_aside(path, error)
     return None
+
+
+def checkpoint_folders(root: Path) -> list[Path]:
+    """The committed checkpoints under `root`, oldest first; they may be damaged."""
+    steps = {path: path.name.removeprefix("step_") for path in root.glob("step_*")}
+    return sorted((path for path, step in steps.items() if step.isdecimal()), key=lambda path: int(steps[path]))
 
 
 def verify_checkpoint(path: Path) -> Checkpoint:
     """Checks every file against the manifest.
 
     Raises:
-        OSError, ValueError: a file is missing, of another size, has another digest, or is of an unknown format.
+        OSError, ValueError: a file is missing or is not as it was written.
+        ConfigError: all is well, but the format is unknown.
     """
-    manifest = json.loads((path / "MANIFEST.json").read_text())
-    if manifest.get("format") != FORMAT:
-        raise ValueError(f"{path}: checkpoint format {manifest.get('format')!r}, this version reads {FORMAT}")
+    manifest = _read_manifest(path)
+    if manifest["format"] != FORMAT:
+        raise ConfigError(f"{path}: checkpoint format {manifest['format']!r}, this version reads {FORMAT}")
     for name, digest in manifest["files"].items():
         if _digest(path / name) != digest:
             raise ValueError(f"{path / name}: size or SHA-256 differs from the manifest")
     return Checkpoint(path, manifest["step"], manifest["val_loss"], manifest["identity"])
 
 
-def load_checkpoint(
-    checkpoint: Checkpoint, model: nn.Module, *, identity: Mapping[str, Any]
-) -> dict[str, Any]:
+def load_checkpoint(checkpoint: Checkpoint, model: nn.Module, *, identity: Mapping[str, Any]) -> dict[str, Any]:
     """Loads the weights into `model` and returns the state that was saved with them.
 
     Raises:
@@ -133,12 +147,34 @@ def _digest(path: Path) -> dict[str, Any]:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
+def _read_manifest(path: Path) -> dict[str, Any]:
+    manifest = json.loads((path / "MANIFEST.json").read_text())
+    if not isinstance(manifest, dict) or manifest.pop("sha256", None) != _seal(manifest):
+        raise ValueError(f"{path / 'MANIFEST.json'}: not as it was written")
+    return manifest
+
+
+def _seal(manifest: Mapping[str, Any]) -> str:
+    """The digest of the manifest itself: without it a flipped bit could turn step 300 into step 100."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _set_aside(path: Path, error: Exception) -> None:
+    aside = path.with_name(f"damaged-{path.name}-{uuid.uuid4().hex[:6]}")
+    path.rename(aside)
+    log.warning("checkpoint %s is damaged (%s); set aside as %s", path, error, aside.name)
+
+
 def _retain(root: Path, keep_last: int) -> None:
     found = []
-    for path in sorted(root.glob("step_*")):
-        found.append((path, json.loads((path / "MANIFEST.json").read_text())["val_loss"]))
-    scored = [(loss, path) for path, loss in found if loss is not None]
-    kept = {path for path, _ in found[-keep_last:]} | ({min(scored)[1]} if scored else set())
+    for path in checkpoint_folders(root):
+        try:
+            found.append((path, _read_manifest(path)["val_loss"]))
+        except (OSError, ValueError) as error:
+            _set_aside(path, error)
+    kept = {path for path, _ in found[-keep_last:]}
+    if scored := [(loss, path) for path, loss in found if loss is not None]:
+        kept.add(min(scored)[1])
     for path, _ in found:
         if path not in kept:
             shutil.rmtree(path)

@@ -106,8 +106,7 @@ def resolve(cls: type[Config], name: str) -> str:
         return leaves[0]
     if leaves:
         raise ConfigError(f"ambiguous setting, write one of {', '.join(leaves)}")
-    bare = {full.rpartition(".")[2] for full in known}
-    raise ConfigError(unknown("setting", name, known if "." in name else bare | set(known)))
+    raise ConfigError(_unknown_setting(cls, name))
 
 
 def named_settings(
@@ -133,11 +132,10 @@ def named_settings(
             try:
                 part = {resolve(cls, key): (value, location)}
             except ConfigError as error:
-                problems += [Problem(location, problem.message) for problem in error.problems]
+                near = difflib.get_close_matches(key, sections, n=1) if isinstance(value, Mapping) else []
+                problems.append(Problem(location, unknown("section", key, near) if near else str(error)))
                 continue
-        problems += [
-            Problem(entry[1], f"{name} is given twice") for name, entry in part.items() if name in found
-        ]
+        problems += [Problem(entry[1], f"{name} is given twice") for name, entry in part.items() if name in found]
         found |= part
     return found, problems
 
@@ -202,9 +200,7 @@ def is_identity(cls: type[Config], name: str) -> bool:
     return not isinstance(extra, dict) or bool(extra.get("identity", True))
 
 
-def content_hash(
-    config: Config, *, leave_out: Collection[str] = (), extra: Mapping[str, Any] | None = None
-) -> str:
+def content_hash(config: Config, *, leave_out: Collection[str] = (), extra: Mapping[str, Any] | None = None) -> str:
     """Ten hex digits that depend on what a config computes, not on where it runs nor on how it was written."""
     kept = {
         name: value
@@ -220,7 +216,7 @@ def _explain(cls: type[Config], error: Any, given: Mapping[str, Any]) -> Problem
     location: Location = tuple(part for part in error["loc"] if not _is_internal(part))
     context = error.get("ctx", {})
     if error["type"] == "extra_forbidden":
-        return Problem(location, unknown("setting", location[-1], settings(cls)))
+        return Problem(location, _unknown_setting(cls, dotted(location)))
     if error["type"] in ("choice", "invalid"):
         section = ".".join(map(str, location))
         for field in context.get("fields", ()):
@@ -230,6 +226,14 @@ def _explain(cls: type[Config], error: Any, given: Mapping[str, Any]) -> Problem
         return Problem(location, context["text"])
     message = error["msg"][0].lower() + error["msg"][1:]
     return Problem(location, f"{message}, got {error['input']!r}" if error["type"] != "missing" else message)
+
+
+def _unknown_setting(cls: type[Config], name: str) -> str:
+    """Dotted names are compared with dotted ones, bare names with bare ones; a list of all is always dotted."""
+    known = settings(cls)
+    alike = known if "." in name else {full.rpartition(".")[2] for full in known}
+    near = difflib.get_close_matches(name, list(alike), n=1)
+    return unknown("setting", name, near or known)
 
 
 def _is_internal(part: str | int) -> bool:

@@ -4,7 +4,7 @@ from ngpt.model import ModelConfig
 
 
 def matrix_params(cfg: ModelConfig) -> int:
-    """Entries of the matrices that each token is multiplied with: blocks and head, not the embedding, which is a lookup."""
+    """Entries of the matrices that each token is multiplied with: blocks and head; the embedding is a lookup."""
     assert cfg.vocab_size is not None
     up = cfg.hidden * (2 if cfg.mlp == "swiglu" else 1)
     block = cfg.n_embd * (4 * cfg.n_embd + up + cfg.hidden)

@@ -1,7 +1,5 @@
 """The peak memory of a run, also inside a process that has run others before."""
 
-import resource
-import sys
 import sys
 from pathlib import Path
 

@@ -2,7 +2,7 @@
 
 One class covers two families. With `residual: add` it is a pre-norm GPT as nanochat builds it (RMSNorm without gain,
 QK norm, relu^2, softcap, untied head). With any other rule it is nGPT (arXiv 2410.01131; NVIDIA/ngpt): the residual
-stream and the rows of all matrices live on the unit sphere, and learned scales s_qk, s_uv, s_z take over from the norms.
+stream and the rows of all matrices live on the unit sphere; learned scales s_qk, s_uv, s_z take over from the norms.
 
 Shapes: B batch, T time, D width (n_embd), H heads, K head width (D / H), F hidden width of the MLP, V vocabulary.
 """
@@ -60,9 +60,7 @@ class ModelConfig(Config):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.n_embd % self.n_head:
-            raise invalid(
-                f"n_embd {self.n_embd} cannot be divided into n_head {self.n_head} heads", "n_head", "n_embd"
-            )
+            raise invalid(f"n_embd {self.n_embd} cannot be divided into n_head {self.n_head} heads", "n_head", "n_embd")
         if self.head_dim % 2:
             text = f"n_embd {self.n_embd} / n_head {self.n_head} gives heads of odd width {self.head_dim}"
             raise invalid(f"{text}; rotary embedding needs an even one", "n_head", "n_embd")
@@ -83,9 +81,7 @@ class Attention(nn.Module):
         self.key = nn.Linear(cfg.n_embd, cfg.n_embd, bias=False)
         self.value = nn.Linear(cfg.n_embd, cfg.n_embd, bias=False)
         self.out = nn.Linear(cfg.n_embd, cfg.n_embd, bias=False)
-        self.s_qk = (
-            Scale(cfg.n_embd, init=1.0, scale=cfg.n_embd**-0.5) if cfg.on_sphere and cfg.qk_norm else None
-        )
+        self.s_qk = Scale(cfg.n_embd, init=1.0, scale=cfg.n_embd**-0.5) if cfg.on_sphere and cfg.qk_norm else None
         self.softmax_scale = cfg.head_dim**0.5 if self.s_qk is not None else cfg.head_dim**-0.5
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -181,7 +177,7 @@ class GPT(nn.Module):
         self._initialize(torch.Generator().manual_seed(seed))
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Logits (B, T, V) for token ids `idx` (B, T), or their mean cross-entropy in nats when `targets` (B, T) are given."""
+        """Logits (B, T, V) for token ids `idx` (B, T), or with `targets` (B, T) their mean cross-entropy in nats."""
         *_, x = self.stream(idx)
         if self.s_z is None:
             x = rms_norm(x)
@@ -196,10 +192,10 @@ class GPT(nn.Module):
 
     def stream(self, idx: Tensor) -> Iterator[Tensor]:
         """The residual stream (B, T, D) before the first block and after each."""
-        T = idx.shape[1]
-        if T > self.cfg.block_size:
-            raise ValueError(f"{T} tokens do not fit the model's block_size of {self.cfg.block_size}")
-        cos, sin = self.cos[:T], self.sin[:T]
+        time = idx.shape[1]
+        if time > self.cfg.block_size:
+            raise ValueError(f"{time} tokens do not fit the model's block_size of {self.cfg.block_size}")
+        cos, sin = self.cos[:time], self.sin[:time]
         x = self.wte(idx)
         if not self.cfg.on_sphere:
             x = rms_norm(x)
@@ -208,7 +204,7 @@ class GPT(nn.Module):
             x = block(x, cos, sin)
             yield x
 
-    def sphere_weights(self) -> Iterator[tuple[nn.Parameter, int]]:
+    def sphere_weights(self) -> Iterator[tuple[Tensor, int]]:
         """Every matrix that lives on the sphere with the dimension along which its vectors have length 1.
 
         It is always the model's dimension D: rows of the embeddings and of what reads the stream, columns of what
@@ -218,6 +214,7 @@ class GPT(nn.Module):
             return
         yield self.wte.weight, 1
         for block in self.blocks:
+            assert isinstance(block, SphereBlock)
             for linear in (block.attention.query, block.attention.key, block.attention.value, block.mlp.up):
                 yield linear.weight, 1
             for linear in (block.attention.out, block.mlp.down):

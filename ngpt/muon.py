@@ -1,4 +1,7 @@
-"""Muon: momentum whose matrices are replaced by the nearest semi-orthogonal ones (Keller Jordan, kellerjordan.github.io/posts/muon)."""
+"""Muon: momentum whose matrices are replaced by the nearest semi-orthogonal ones.
+
+Source: Keller Jordan, kellerjordan.github.io/posts/muon; equal to torch.optim.Muon with `adjust_lr_fn="original"`.
+"""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -60,7 +63,7 @@ class Muon(torch.optim.Optimizer):
             raise ValueError(f"Muon takes matrices only, got parameters of shape {shapes}")
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update. Matrices of equal shape are orthogonalised as one batch."""
         if closure is not None:
             raise ValueError("Muon does not take a closure")

@@ -3,7 +3,7 @@
 An entry of `OPTIMIZERS` is a builder (model, cfg) -> list of torch optimizers that together hold every parameter once.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Annotated
 
 import torch
@@ -67,9 +67,7 @@ def build_optimizers(model: GPT, cfg: OptimConfig) -> list[torch.optim.Optimizer
     """The named optimizer for `model`; each group remembers its `base_lr`, which `set_rates` multiplies."""
     optimizers = OPTIMIZERS[cfg.name](model, cfg)
     held = [id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
-    assert sorted(held) == sorted(map(id, model.parameters())), (
-        f"{cfg.name} must hold every parameter exactly once"
-    )
+    assert sorted(held) == sorted(map(id, model.parameters())), f"{cfg.name} must hold every parameter exactly once"
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["base_lr"] = group["lr"]
@@ -94,7 +92,7 @@ def _adamw(rates: list[tuple[list[nn.Parameter], float]], cfg: OptimConfig) -> t
 
 
 def _split(
-    parameters, wanted: Callable[[nn.Parameter], bool]
+    parameters: Iterable[nn.Parameter], wanted: Callable[[nn.Parameter], bool]
 ) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     chosen, rest = [], []
     for parameter in parameters:

@@ -26,7 +26,7 @@ def weight_norm_error(model: GPT) -> float:
 
 @torch.no_grad()
 def activation_norm_error(model: GPT, idx: Tensor) -> float:
-    """The largest deviation from length 1 of the residual stream for tokens `idx` (B, T), over all blocks; 0 for a GPT."""
+    """The largest deviation from length 1 of the residual stream for tokens `idx` (B, T); 0 for a GPT."""
     if not model.cfg.on_sphere:
         return 0.0
     return float(torch.stack([_deviation(x, -1) for x in model.stream(idx)]).max())

@@ -42,8 +42,8 @@ ALPHA_KINDS = ("vector", "scalar")
 class Scale(nn.Module):
     """A learned scaling with the init/scale trick of arXiv 2410.01131, section 2.5.
 
-    It is stored as `scale` and acts as `stored * init / scale`, so that an optimizer step of size lr moves the effective
-    value by `lr * init / scale`: with scale = 1/sqrt(n_embd) a scaling moves about as fast as the entries of a unit row.
+    It is stored as `scale` and acts as `stored * init / scale`, so that an optimizer step of size lr moves what acts by
+    `lr * init / scale`: with scale = 1/sqrt(n_embd) a scaling moves about as fast as the entries of a unit row.
     `init / scale` is a tensor, not a constant of the graph: trials that differ in `init` share compiled code.
     """
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Self
 from pydantic import Field
 
 from ngpt.config import Config, one_of, runtime
+from ngpt.durable import write_atomic
 
 WANDB_MODES = ("disabled", "offline", "online")
 
@@ -34,22 +35,18 @@ class Tracker:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
         kept = [] if keep_until is None else [row for row in read_metrics(path) if row["step"] <= keep_until]
+        write_atomic(path, "".join(map(_line, kept)))
         # Line buffered: a reader next door sees whole rows, and a killed run loses none it has logged.
-        self._file = path.open("w", encoding="utf-8", buffering=1)
-        for row in kept:
-            self._write(row)
+        self._file = path.open("a", encoding="utf-8", buffering=1)
         self._wandb = _start_wandb(cfg, folder, settings) if cfg.wandb != "disabled" else None
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Adds one row; it has a `step`, the rest are numbers or None."""
         clean = {name: finite(value) for name, value in row.items()}
-        self._write(clean)
+        self._file.write(_line(clean))
         if self._wandb is not None:
             numbers = {name: value for name, value in clean.items() if value is not None}
             self._wandb.log(numbers, step=int(row["step"]))
-
-    def _write(self, row: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
 
     def __enter__(self) -> Self:
         return self
@@ -71,8 +68,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a `metrics.jsonl`; a last line that a killed process left half-written is not one."""
     if not path.is_file():
         return []
-    *lines, torn = path.read_text(encoding="utf-8").split("\n")
+    *lines, _torn = path.read_text(encoding="utf-8").split("\n")
     return [json.loads(line) for line in lines]
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(row, allow_nan=False) + "\n"
 
 
 def _start_wandb(cfg: TrackerConfig, folder: Path, settings: Mapping[str, Any]) -> Any:

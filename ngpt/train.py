@@ -9,7 +9,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -18,12 +18,14 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from ngpt.checkpoint import CheckpointConfig, load_checkpoint, newest_checkpoint, save_checkpoint
+from ngpt.checkpoint import CheckpointConfig, checkpoint_folders, load_checkpoint, newest_checkpoint, save_checkpoint
 from ngpt.config import (
     Config,
     ConfigError,
+    Location,
     Problem,
     build,
+    dotted,
     flatten,
     invalid,
     is_identity,
@@ -59,9 +61,7 @@ class TrainConfig(Config):
     project_every: Count = 1  # steps between projections onto the sphere
     eval_every: Count = 50  # steps; the start and the end are always evaluated
     eval_tokens: Count = 16_384  # the same first tokens of the validation split for every trial
-    dtype: Annotated[str, one_of(DTYPES, "dtype")] = (
-        "float32"  # of matrix products; weights and norms stay float32
-    )
+    dtype: Annotated[str, one_of(DTYPES, "dtype")] = "float32"  # of matrix products; weights and norms stay float32
     device: Annotated[str, one_of(DEVICES, "device")] = runtime("auto")
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
@@ -77,9 +77,7 @@ class TrainConfig(Config):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
-            text = (
-                f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
-            )
+            text = f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
             raise invalid(text, "micro_batch_size", "batch_size")
         return self
 
@@ -91,6 +89,7 @@ class RunResult:
     status: str
     steps: int
     metrics: Metrics = field(default_factory=dict)
+    data: dict[str, str | int] = field(default_factory=dict)  # hashes of the corpus and of the evaluation tokens
 
 
 @dataclass
@@ -115,9 +114,7 @@ def resolved(config: TrainConfig) -> TrainConfig:
     needed = corpora.vocab_size(config.data)
     given = config.model.vocab_size
     if given is not None and given < needed:
-        raise ConfigError(
-            f"model.vocab_size {given} is smaller than the {needed} tokens of {config.data.tokenizer}"
-        )
+        raise ConfigError(f"model.vocab_size {given} is smaller than the {needed} tokens of {config.data.tokenizer}")
     return override(config, {"model.vocab_size": needed}) if given is None else config
 
 
@@ -164,15 +161,13 @@ def train(
     with Tracker(config.tracker, out_dir, settings=flatten(config), keep_until=resumed_at) as tracker:
         while True:
             # ---- now and then ------------------------------------------------------------------
-            last = (
-                progress.step == config.steps
-            )  # one turn more than steps, so that the end is evaluated and saved
+            last = progress.step == config.steps  # one turn more than steps, so that the end is evaluated and saved
             if progress.step != resumed_at:
                 if due(progress.step, config.eval_every, last=last):
                     measure(run, last=last)
                     tracker.log(progress.last_eval)
                     yield progress.last_eval
-                    if not math.isfinite(progress.last_eval["val_loss"] or math.nan):
+                    if progress.last_eval["val_loss"] is None:
                         return finish("diverged", run)
                 if progress.step and due(progress.step, config.checkpoint.every, last=last):
                     save(run, out_dir)
@@ -194,18 +189,18 @@ def set_up(config: TrainConfig, out_dir: Path, *, resume: str | None, dataset: D
     """Model, optimizers and data at the first step, or as the newest intact checkpoint left them."""
     if resume not in (None, "latest"):
         raise ConfigError(f"resume must be 'latest', got {resume!r}")
+    if resume is None and checkpoint_folders(out_dir / "checkpoints"):
+        raise ConfigError(f"{out_dir} holds checkpoints of an earlier run: resume it, or choose another folder")
     device = pick_device(config.device)
     reset_peak_memory(device)
     dataset = dataset or open_dataset(config.data)
-    block_size = config.model.block_size
-    validation = eval_set(
-        dataset, tokens=config.eval_tokens, batch_size=config.batch_size, block_size=block_size
-    )
+    rows = config.micro_batch_size or config.batch_size  # what fits while training fits here
+    validation = eval_set(dataset, tokens=config.eval_tokens, batch_size=rows, block_size=config.model.block_size)
     model = GPT(config.model, seed=config.seed).to(device)
     optimizers = build_optimizers(model, config.optim)
     progress = Progress()
     if resume and (checkpoint := newest_checkpoint(out_dir / "checkpoints")):
-        state = load_checkpoint(checkpoint, model, identity=identity(config))
+        state = load_checkpoint(checkpoint, model, identity=identity(config, dataset))
         progress = Progress(**state["progress"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
@@ -228,9 +223,7 @@ def train_step(run: Run) -> dict[str, float]:
             block_size=block_size,
         )
         loss = backward(run, *batch)
-        norm = float(
-            torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.optim.grad_clip or math.inf)
-        )
+        norm = float(torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.optim.grad_clip or math.inf))
         progress.step += 1
         if math.isfinite(loss) and math.isfinite(norm):
             for optimizer in run.optimizers:
@@ -257,7 +250,10 @@ def backward(run: Run, idx: Tensor, targets: Tensor) -> float:
 
 
 def measure(run: Run, *, last: bool) -> None:
-    """Evaluates into `progress.last_eval`; the drift off the sphere is measured before the last projection."""
+    """Evaluates into `progress.last_eval`; the drift off the sphere is measured before the last projection.
+
+    A number that is not finite becomes None there.
+    """
     idx = run.validation.batches[0][0][:1].to(run.device)
     drift: Metrics = {
         "weight_norm_error": weight_norm_error(run.model),
@@ -266,7 +262,8 @@ def measure(run: Run, *, last: bool) -> None:
     if last:  # the finished model lies on the sphere, however lazy the projection was
         project_weights(run.model)
     scores = evaluate(run.model, run.validation, autocast=run.autocast)
-    run.progress.last_eval = position(run) | {"train_loss": run.progress.train_loss} | scores | drift
+    metrics = position(run) | {"train_loss": run.progress.train_loss} | scores | drift
+    run.progress.last_eval = {name: finite(value) for name, value in metrics.items()}
 
 
 def position(run: Run) -> Metrics:
@@ -281,7 +278,7 @@ def position(run: Run) -> Metrics:
 
 
 def finish(status: str, run: Run) -> RunResult:
-    """The result of a run that stops here. A diverged one has no validation loss: the last finite one would flatter it."""
+    """The result of a run that stops here. A diverged one has no validation loss: its last finite one would flatter."""
     scores = {name: value for name, value in run.progress.last_eval.items() if name != "step"}
     metrics = scores | position(run) | {"steps": run.progress.step, "train_loss": run.progress.train_loss}
     del metrics["step"]
@@ -289,26 +286,33 @@ def finish(status: str, run: Run) -> RunResult:
         metrics |= {"val_loss": None, "val_bpb": None}
     metrics["peak_memory_bytes"] = peak_memory(run.device)
     metrics["n_params"] = sum(parameter.numel() for parameter in run.model.parameters())
-    return RunResult(status, run.progress.step, {name: finite(value) for name, value in metrics.items()})
+    data = {
+        "data_sha256": run.dataset.manifest["content_sha256"],
+        "eval_sha256": run.validation.sha256,
+        "eval_tokens": run.validation.n_tokens,
+    }
+    return RunResult(status, run.progress.step, {name: finite(value) for name, value in metrics.items()}, data)
 
 
 def save(run: Run, out_dir: Path) -> None:
     """Commits a checkpoint from which the run continues exactly."""
+    latest = run.progress.last_eval
     optimizers = [optimizer.state_dict() for optimizer in run.optimizers]
     save_checkpoint(
         out_dir / "checkpoints",
         model=run.model,
         state={"progress": asdict(run.progress), "optimizers": optimizers},
         step=run.progress.step,
-        val_loss=run.progress.last_eval.get("val_loss"),
-        identity=identity(run.config),
+        val_loss=latest["val_loss"] if latest.get("step") == run.progress.step else None,
+        identity=identity(run.config, run.dataset),
         keep_last=run.config.checkpoint.keep_last,
     )
 
 
-def identity(config: TrainConfig) -> dict[str, Any]:
-    """The settings that decide what a run computes, by dotted name."""
-    return {name: value for name, value in flatten(config).items() if is_identity(TrainConfig, name)}
+def identity(config: TrainConfig, dataset: Dataset) -> dict[str, Any]:
+    """What decides a run's numbers, by dotted name; of the data not where they lie, but what they are."""
+    names = (name for name in flatten(config) if is_identity(TrainConfig, name) and not name.startswith("data."))
+    return {name: flatten(config)[name] for name in names} | {"data.fingerprint": dataset.manifest["fingerprint"]}
 
 
 def due(step: int, every: int, *, last: bool = False) -> bool:
@@ -358,15 +362,9 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m ngpt.train", description="Train one model.")
     parser.add_argument("--config", type=Path, help="YAML file of settings")
-    parser.add_argument(
-        "--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="change settings"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/default"), help="folder for metrics and checkpoints"
-    )
-    parser.add_argument(
-        "--resume", choices=["latest"], help="continue from the newest intact checkpoint in --out"
-    )
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="change settings")
+    parser.add_argument("--out", type=Path, default=Path("runs/default"), help="folder for metrics and checkpoints")
+    parser.add_argument("--resume", choices=["latest"], help="continue from the newest intact checkpoint in --out")
     options = parser.parse_args(arguments)
     try:
         config = read_config(options.config, options.set)
@@ -397,11 +395,19 @@ def read_config(path: Path | None, assignments: list[str]) -> TrainConfig:
         try:
             config = build(TrainConfig, {name: value for name, (value, _) in given.items()})
         except ConfigError as error:
-            located = [
-                Problem(given[p.name][1] if p.name in given else (), p.message) for p in error.problems
-            ]
-            raise ConfigError("\n".join(map(document.describe, located))) from None
+            problems = [located(problem, given) for problem in error.problems]
+            raise ConfigError("\n".join(map(document.describe, problems))) from None
     return override(config, dict(map(parse_assignment, assignments)))
+
+
+def located(problem: Problem, given: Mapping[str, tuple[Any, Location]]) -> Problem:
+    """A problem at `optim.betas[0]`, moved to where the file gives `betas`, which may be a bare name."""
+    location = problem.location
+    for end in range(len(location), 0, -1):
+        name = dotted(location[:end])
+        if name in given:
+            return Problem((*given[name][1], *location[end:]), problem.message)
+    return problem
 
 
 def print_progress(run: Generator[Metrics, None, RunResult]) -> RunResult:

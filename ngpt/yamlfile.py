@@ -4,6 +4,7 @@ YAML 1.2 is what people mean: `1e-3` is a number, `on` is a word. Duplicate keys
 """
 
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,12 @@ from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from ngpt.config import ConfigError, Location, Problem, dotted
 
-LARGEST_FILE = 1 << 20  # bytes
+LARGEST_FILE = 1 << 18  # bytes; about two seconds of reading
 DEEPEST_NESTING = 50
 MOST_NODES = 100_000  # after expanding aliases
+CONSTANTS = {"null": {"": None, "~": None, "null": None}, "bool": {"true": True, "false": False}}
+FLOATS = {".inf": math.inf, "+.inf": math.inf, "-.inf": -math.inf, ".nan": math.nan}
+UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")  # can only come from escapes
 
 Position = tuple[int, int]  # line and column, counted from 1
 
@@ -30,13 +34,16 @@ class Document:
     positions: dict[Location, Position]
 
     def describe(self, problem: Problem) -> str:
-        """`file.yaml:12:5: phases[0].vary.alhpa: unknown setting, ...`; the nearest enclosing node's position if need be."""
-        location = problem.location
-        while location and location not in self.positions:
-            location = location[:-1]
-        line, column = self.positions.get(location, (1, 1))
+        """`file.yaml:12:5: phases[0].vary.alhpa: unknown setting, ...`, at the nearest enclosing node if need be."""
+        line, column = self.position(problem.location)
         name = f"{dotted(problem.location)}: " if problem.location else ""
         return f"{self.path}:{line}:{column}: {name}{problem.message}"
+
+    def position(self, location: Location) -> Position:
+        """Line and column of a node, or of the nearest one that encloses it."""
+        while location and location not in self.positions:
+            location = location[:-1]
+        return self.positions.get(location, (1, 1))
 
 
 class YamlError(ConfigError):
@@ -63,18 +70,9 @@ def read_yaml(path: Path) -> Document:
 
 def parse_yaml(text: str, path: Path) -> Document:
     """The document in `text`; `path` is for messages. Raises YamlError as `read_yaml` does."""
+    node = _compose(text, path)
     reader = _Reader(path)
-    try:
-        node = YAML(typ="safe", pure=True).compose(text)
-        data = None if node is None else reader.plain(node, (), 0)
-    except MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
-        raise YamlError(f"{path}{where}: not valid YAML: {error.problem or error.context}") from None
-    except YAMLError as error:
-        raise YamlError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from None
-    except RecursionError:
-        raise YamlError(f"{path}: nested too deeply, at most {DEEPEST_NESTING} levels are read") from None
+    data = None if node is None else reader.plain(node, (), 0)
     return Document(path, data, reader.positions)
 
 
@@ -95,6 +93,24 @@ def parse_assignment(text: str) -> tuple[str, Any]:
     return name.strip(), parse_value(value)
 
 
+def _compose(text: str, path: Path) -> Node | None:
+    """The document as nodes; every way in which ruamel.yaml refuses a text becomes a YamlError."""
+    yaml = YAML(typ="safe", pure=True)
+    yaml.composer.warn_double_anchors = False  # YAML lets a later anchor of the same name hide an earlier one
+    try:
+        return yaml.compose(text)
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
+        raise YamlError(f"{path}{where}: not valid YAML: {error.problem or error.context}") from None
+    except YAMLError as error:
+        raise YamlError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from None
+    except (ValueError, OverflowError) as error:  # a code point beyond Unicode, a version of 5000 digits
+        raise YamlError(f"{path}: not valid YAML: {error}") from None
+    except RecursionError:
+        raise YamlError(f"{path}: nested too deeply, at most {DEEPEST_NESTING} levels are read") from None
+
+
 class _Reader:
     """Turns composed nodes into plain data and notes the position of each."""
 
@@ -109,37 +125,46 @@ class _Reader:
             raise self._error(node, f"more than {MOST_NODES} values")
         # A mapping's value keeps the position of its key, which is what one wants to look at.
         self.positions.setdefault(location, _position(node))
-        if isinstance(node, MappingNode):
+        if isinstance(node, MappingNode) and _kind(node) == "map":
             return self._mapping(node, location, depth)
-        if isinstance(node, SequenceNode):
+        if isinstance(node, SequenceNode) and _kind(node) == "seq":
             return [self.plain(item, (*location, i), depth + 1) for i, item in enumerate(node.value)]
-        assert isinstance(node, ScalarNode)
         return self._scalar(node)
 
     def _mapping(self, node: MappingNode, location: Location, depth: int) -> dict[str, Any]:
         result: dict[str, Any] = {}
         for key_node, value_node in node.value:
-            key = key_node.value
-            if not isinstance(key_node, ScalarNode):
-                raise self._error(key_node, "a key must be a word")
+            key = self._key(key_node)
             if key in result:
                 raise self._error(key_node, f"duplicate key {key!r}")
             self.positions[(*location, key)] = _position(key_node)
             result[key] = self.plain(value_node, (*location, key), depth + 1)
         return result
 
-    def _scalar(self, node: ScalarNode) -> Any:
-        text, kind = node.value, str(node.tag).rpartition(":")[2]
-        if kind == "null":
-            return None
-        if kind == "bool":
-            return text.lower() == "true"
-        if kind == "int":
-            return int(text.replace("_", ""), 0 if text.lstrip("+-").startswith(("0x", "0o")) else 10)
-        if kind == "float":
-            return _number(text)
-        if kind in ("str", "timestamp"):
+    def _key(self, node: Node) -> str:
+        """The word as it is written, also where it looks like a number."""
+        if not isinstance(node, ScalarNode) or not node.value:
+            raise self._error(node, "a key must be a word")
+        if _kind(node) == "merge":
+            raise self._error(node, "YAML 1.2 has no merge key '<<', write the settings out")
+        self._scalar(node)
+        return node.value
+
+    def _scalar(self, node: Node) -> Any:
+        kind, text = _kind(node), str(node.value)
+        if found := UNPRINTABLE.search(text):
+            raise self._error(node, f"the character U+{ord(found[0]):04X} is not read here")
+        if kind in ("str", "timestamp", "value"):
             return text
+        try:
+            if kind in CONSTANTS:
+                return CONSTANTS[kind][text.lower()]
+            if kind == "int":
+                return _integer(text)
+            if kind == "float":
+                return _float(text)
+        except (KeyError, ValueError):
+            raise self._error(node, f"{text[:40]!r} is not a value of the kind {kind!r}") from None
         raise self._error(node, f"the tag {node.tag} is not read here, only plain data")
 
     def _error(self, node: Node, message: str) -> YamlError:
@@ -151,7 +176,15 @@ def _position(node: Node) -> Position:
     return node.start_mark.line + 1, node.start_mark.column + 1
 
 
-def _number(text: str) -> float:
-    special = {".inf": math.inf, "+.inf": math.inf, "-.inf": -math.inf, ".nan": math.nan}
+def _kind(node: Node) -> str:
+    return str(node.tag).removeprefix("tag:yaml.org,2002:")
+
+
+def _integer(text: str) -> int:
+    digits = text.replace("_", "")
+    return int(digits, 0 if digits.lstrip("+-")[:2] in ("0b", "0o", "0x") else 10)
+
+
+def _float(text: str) -> float:
     lowered = text.lower()
-    return special[lowered] if lowered in special else float(text.replace("_", ""))
+    return FLOATS[lowered] if lowered in FLOATS else float(text.replace("_", ""))

@@ -1,0 +1,97 @@
+"""Batches as a pure function of (seed, step), and the fixed set of tokens that every trial is judged on.
+
+There is no position to save and nothing to seek on resume: step 1000 reads the same tokens in a run that was killed at
+999 as in one that was not, and paired arms see the same data in the same order whatever else differs.
+"""
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ngpt.config import ConfigError
+from ngpt.data.corpora import Dataset
+
+Batch = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class EvalSet:
+    """The validation tokens: `batches` of (idx, targets), int64 (B, T), the last one maybe smaller.
+
+    `n_tokens` and `n_bytes` count what is predicted: the targets, and the UTF-8 bytes that they stand for (None where
+    the tokenizer is not at hand). `sha256` identifies the tokens, however they are cut into batches.
+    """
+
+    batches: list[Batch]
+    n_tokens: int
+    n_bytes: int | None
+    sha256: str
+
+
+def train_batch(dataset: Dataset, *, seed: int, step: int, batch_size: int, block_size: int) -> Batch:
+    """(idx, targets), int64 (B, T), of the given step: windows drawn uniformly from all shards of the train split.
+
+    A window never crosses the end of a shard; targets are idx shifted by one.
+
+    Raises:
+        ConfigError: no shard holds a window of `block_size + 1` tokens.
+    """
+    # (shards,): how many windows start in this shard or an earlier one
+    ends = np.cumsum([max(0, len(shard) - block_size) for shard in dataset.train])
+    _require(dataset.train, "train", block_size)
+    drawn = np.random.default_rng([seed, step]).integers(ends[-1], size=batch_size)
+    which = np.searchsorted(ends, drawn, side="right")
+    windows = np.empty((batch_size, block_size + 1), np.int64)
+    span = np.arange(block_size + 1)
+    for index in np.unique(which):
+        rows = which == index
+        first = drawn[rows] - (ends[index - 1] if index else 0)
+        windows[rows] = dataset.train[index][first[:, None] + span]
+    return _batch(windows)
+
+
+def eval_set(dataset: Dataset, *, tokens: int, batch_size: int, block_size: int) -> EvalSet:
+    """The first `tokens` tokens of the validation split as adjoining windows, or all windows where there are fewer.
+
+    Raises:
+        ConfigError: train or validation split holds less than one window.
+    """
+    _require(dataset.train, "train", block_size)
+    _require(dataset.val, "validation", block_size)
+    windows = _first_windows(dataset.val, max(1, tokens // block_size), block_size)
+    targets = windows[:, 1:]
+    sizes = dataset.token_bytes
+    return EvalSet(
+        batches=[_batch(windows[row : row + batch_size]) for row in range(0, len(windows), batch_size)],
+        n_tokens=targets.size,
+        n_bytes=None if sizes is None else int(sizes[targets].sum()),
+        sha256=hashlib.sha256(windows.astype("<u2").tobytes()).hexdigest(),
+    )
+
+
+def _first_windows(shards: tuple[np.ndarray, ...], count: int, block_size: int) -> np.ndarray:
+    """At most `count` windows of block_size + 1 tokens, int64; each starts at the last token of the one before."""
+    found = []
+    for shard in shards:
+        starts = np.arange(min(count, (len(shard) - 1) // block_size)) * block_size
+        found.append(shard[starts[:, None] + np.arange(block_size + 1)].astype(np.int64))
+        count -= len(starts)
+    return np.concatenate(found)
+
+
+def _batch(windows: np.ndarray) -> Batch:
+    """(B, T + 1) tokens as inputs and, one to the right, what they should predict."""
+    both = torch.from_numpy(windows)
+    return both[:, :-1].contiguous(), both[:, 1:].contiguous()
+
+
+def _require(shards: tuple[np.ndarray, ...], split: str, block_size: int) -> None:
+    longest = max((len(shard) for shard in shards), default=0)
+    if longest <= block_size:
+        raise ConfigError(
+            f"block_size {block_size} needs {block_size + 1} tokens in a row, "
+            f"the {split} split has {longest}; take a larger corpus or a smaller block_size"
+        )

@@ -1,0 +1,249 @@
+"""The one command: read a campaign, run it or go on with it, and say what came out.
+
+    python run_campaign.py experiments/quickstart.yaml              run, or resume where it stopped
+    python run_campaign.py experiments/quickstart.yaml --plan       what would run, and how long it would take
+    python run_campaign.py status results/quickstart                where a campaign stands, also while it runs
+    python run_campaign.py report results/quickstart                rebuild every derived file from the journal
+    python run_campaign.py doctor                                   what would go wrong on this machine
+
+Exit codes: 0 all trials finished; 1 internal error; 2 usage or configuration; 3 another run holds the results;
+4 finished, but some trials failed or diverged; 74 input or output; 130 interrupted; 143 terminated.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import shlex
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+EXIT_USAGE, EXIT_BUSY, EXIT_UNSUCCESSFUL, EXIT_IO = 2, 3, 4, 74
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command and returns its exit code; user errors are one message on stderr."""
+    given = sys.argv[1:] if arguments is None else arguments
+    verb = VERBS.get(given[0] if given else "")
+    options = verb_parser(given[0]).parse_args(given[1:]) if verb else run_parser().parse_args(given)
+
+    from ngpt.config import ConfigError
+    from ngpt.data.shards import CorruptShardError
+
+    try:
+        return (verb or run)(options)
+    except (ConfigError, CorruptShardError) as error:
+        print(error, file=sys.stderr)
+        return EXIT_USAGE
+    except OSError as error:
+        print(f"{error.filename}: {error.strerror}" if error.filename else error, file=sys.stderr)
+        return EXIT_IO
+
+
+def run_parser() -> argparse.ArgumentParser:
+    """Options of `run_campaign.py CAMPAIGN.yaml`."""
+    parser = argparse.ArgumentParser(
+        prog="run_campaign.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("campaign", type=Path, help="campaign file, or a verb: " + ", ".join(VERBS))
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change a setting of the base")
+    parser.add_argument("--plan", action="store_true", help="print trials, tokens, disk and time; start nothing")
+    parser.add_argument("--measure", action="store_true", help="with --plan: time a few real steps first")
+    parser.add_argument("--inline", action="store_true", help="run in this process, without Ray; same numbers")
+    parser.add_argument("--smoke", action="store_true", help="same campaign with a tiny model and few steps")
+    parser.add_argument("--out", type=Path, default=Path("results"), metavar="DIR", help="where results go")
+    parser.add_argument("--address", help="join a running Ray cluster; default is a private one on this machine")
+    parser.add_argument("--json", action="store_true", help="print the summary as JSON on stdout")
+    return parser
+
+
+def verb_parser(verb: str) -> argparse.ArgumentParser:
+    """Options of a verb."""
+    parser = argparse.ArgumentParser(prog=f"run_campaign.py {verb}", description=VERBS[verb].__doc__)
+    if verb == "doctor":
+        parser.add_argument("--out", type=Path, default=Path("results"), metavar="DIR", help="where results would go")
+    else:
+        parser.add_argument("results", type=Path, help="a results directory, such as results/quickstart")
+    parser.add_argument("--json", action="store_true", help="print JSON on stdout")
+    return parser
+
+
+def run(options: argparse.Namespace) -> int:
+    """Runs a campaign, or goes on with it."""
+    from tune.campaign import load_campaign
+    from tune.smoke import shrunk
+
+    campaign = load_campaign(options.campaign, options.set)
+    root = (options.out / campaign.name).absolute()
+    if options.smoke:
+        campaign, root = shrunk(campaign), root.with_name(root.name + "-smoke")
+    if options.plan:
+        return plan(campaign, root, options)
+
+    from tune.session import Busy
+
+    try:
+        summary = execute(campaign, root, options)
+    except Busy as busy:
+        print(busy, file=sys.stderr)
+        return EXIT_BUSY
+    return show_end(summary, root, options)
+
+
+def execute(campaign: Any, root: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Trains everything that is missing; returns the summary with the signal that ended it, if any, under `signal`."""
+    from tune import environment
+    from tune.console import open_console
+    from tune.inline import run_inline
+    from tune.session import Session
+
+    command = shlex.join(["python", "run_campaign.py", *sys.argv[1:]])
+    session = Session(campaign, root, command=command, environment=environment.describe(campaign.base.device))
+    with session, contextlib.ExitStack() as stack:
+        prepared = Background(lambda: data_of(campaign))
+        cluster = None
+        if not options.inline:
+            # Not at the top: importing Ray takes a second, and --inline does without it.
+            from tune.engine import RayCluster
+
+            print("starting Ray ...", file=sys.stderr, flush=True)
+            cluster = stack.enter_context(RayCluster(campaign.resources, address=options.address))
+            session.workers, session.dashboard_url = cluster.workers, cluster.dashboard_url
+            print(f"dashboard {cluster.dashboard_url}  workers {cluster.workers}", file=sys.stderr, flush=True)
+        session.begin(prepared.result())
+        console = stack.enter_context(open_console(session.snapshot))
+        session.message = console.message
+        if cluster is None:
+            run_inline(session)
+        else:
+            from tune.engine import run_on_ray
+
+            run_on_ray(session, cluster)
+        summary = session.end()
+    return summary | {"signal": session.stop_signal}
+
+
+def data_of(campaign: Any) -> dict[str, Any]:
+    """Prepares the campaign's corpora, as far as they are known now, and describes the base's."""
+    from tune.corpus import describe_data, prepare_all
+
+    prepare_all(campaign, lambda text: print(text, file=sys.stderr, flush=True))
+    return describe_data(campaign.base)
+
+
+class Background:
+    """A call in another thread; `result` waits for it and raises what it raised."""
+
+    def __init__(self, call: Any) -> None:
+        self._value: Any = None
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._work, args=(call,), daemon=True)
+        self._thread.start()
+
+    def _work(self, call: Any) -> None:
+        try:
+            self._value = call()
+        except BaseException as error:  # handed to the caller of `result`
+            self._error = error
+
+    def result(self) -> Any:
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return self._value
+
+
+def show_end(summary: dict[str, Any], root: Path, options: argparse.Namespace) -> int:
+    """The last screen, and the exit code."""
+    from rich.console import Console
+
+    from tune.console import final_screen
+
+    number = summary.pop("signal")
+    if options.json:
+        print(json.dumps(summary, indent=1, allow_nan=False))
+    else:
+        report = root / "report.html"
+        shown = report.relative_to(Path.cwd()) if report.is_relative_to(Path.cwd()) else report
+        Console(highlight=False).print(final_screen(summary, report=shown))
+    if number:
+        print(f"interrupted; to go on: {summary['command']}", file=sys.stderr)
+        return 128 + number
+    return EXIT_UNSUCCESSFUL if summary["trials"]["failed"] + summary["trials"]["diverged"] else 0
+
+
+def plan(campaign: Any, root: Path, options: argparse.Namespace) -> int:
+    """Prints what would run; starts nothing."""
+    from rich.console import Console
+
+    from tune.estimate import estimate, plan_view
+
+    estimated = estimate(campaign, root, measure=options.measure)
+    if options.json:
+        print(json.dumps(estimated, indent=1, allow_nan=False))
+    else:
+        Console(highlight=False).print(plan_view(estimated))
+    return 0
+
+
+def status(options: argparse.Namespace) -> int:
+    """Shows where a campaign stands, from any terminal, while it runs or after."""
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    from tune.console import live_view
+    from tune.status import read_snapshot
+
+    snapshot = read_snapshot(options.results)
+    if options.json:
+        print(json.dumps(asdict(snapshot), indent=1, allow_nan=False))
+    else:
+        Console(highlight=False).print(live_view(snapshot))
+    return 0
+
+
+def report(options: argparse.Namespace) -> int:
+    """Rebuilds every derived file of a results directory from its journal."""
+    from rich.console import Console
+
+    from tune.console import final_screen
+    from tune.summary import rebuild
+
+    summary = rebuild(options.results)
+    if options.json:
+        print(json.dumps(summary, indent=1, allow_nan=False))
+    else:
+        Console(highlight=False).print(final_screen(summary, report=options.results / "report.html"))
+    return 0
+
+
+def doctor(options: argparse.Namespace) -> int:
+    """Checks versions, devices, disk and limits, and says what would go wrong."""
+    from dataclasses import asdict
+
+    from tune import environment
+
+    checks = environment.doctor(options.out)
+    if options.json:
+        print(json.dumps([asdict(check) for check in checks], indent=1))
+    else:
+        for check in checks:
+            print(f"{'problem' if check.problem else 'ok':8}{check.name:16}{check.value}")
+            if check.problem:
+                print(f"{'':24}{check.problem}")
+    return 1 if any(check.problem for check in checks) else 0
+
+
+VERBS = {"status": status, "report": report, "doctor": doctor}
+
+if __name__ == "__main__":
+    code = main()
+    # Not sys.exit: threads of Ray and of its clients may hold the interpreter for seconds after all is written.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

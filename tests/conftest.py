@@ -1,0 +1,51 @@
+"""What several tests share: a cache of their own, a small corpus, and a run of seconds on it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import pytest
+import torch
+
+from ngpt.config import build
+from ngpt.data.corpora import DataConfig, Dataset, open_dataset
+from ngpt.train import TrainConfig
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """No test reads or fills the user's cache; tiny tensors are fastest, and repeatable, on one thread."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NGPT_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixty kilobytes of English about Python, as one file."""
+    path = tmp_path_factory.mktemp("corpus") / "topics.txt"
+    text = "\n".join(topics[name] for name in sorted(topics))
+    path.write_text("".join(filter(str.isascii, text))[:60_000])
+    return path
+
+
+@pytest.fixture(scope="session")
+def data(corpus: Path) -> DataConfig:
+    return DataConfig(corpus=str(corpus), tokenizer="sentencepiece:400")
+
+
+@pytest.fixture(scope="session")
+def dataset(data: DataConfig) -> Dataset:
+    return open_dataset(data)
+
+
+@pytest.fixture(scope="session")
+def tiny(data: DataConfig) -> TrainConfig:
+    """A run of well under a second; tests override what they are about."""
+    small = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16, "mlp_ratio": 2.0}
+    settings = {f"model.{name}": value for name, value in small.items()}
+    settings |= {"data.corpus": data.corpus, "data.tokenizer": data.tokenizer, "device": "cpu"}
+    settings |= {"steps": 8, "batch_size": 4, "eval_every": 3, "eval_tokens": 256, "optim.lr": 0.01}
+    return build(TrainConfig, settings)

@@ -1,0 +1,240 @@
+"""Checkpoints: whole or not at all, every flipped bit found, the last few and the best kept."""
+
+import json
+import os
+import pickle
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from ngpt import checkpoint, durable
+from ngpt.checkpoint import (
+    CheckpointConfig,
+    checkpoint_folders,
+    load_checkpoint,
+    newest_checkpoint,
+    save_checkpoint,
+    verify_checkpoint,
+)
+from ngpt.config import ConfigError
+
+IDENTITY = {"seed": 3, "optim.betas": (0.9, 0.95), "optim.lr": 0.1, "model.softcap": None}
+FILES = ["MANIFEST.json", "model.safetensors", "state.pt"]
+
+
+def model(fill: float = 0.0) -> nn.Module:
+    layer = nn.Linear(5, 3)
+    with torch.no_grad():
+        layer.weight.copy_(torch.arange(15.0).view(3, 5) + fill)
+        layer.bias.fill_(fill)
+    return layer
+
+
+def save(root: Path, step: int, *, val_loss: float | None = None, keep_last: int = 3, **changes: Any) -> Path:
+    state = {"step": step, "moments": torch.full((4,), float(step)), "history": [1.5, None, "x"]}
+    return save_checkpoint(
+        root,
+        model=model(float(step)),
+        state=state,
+        step=step,
+        val_loss=val_loss,
+        identity=IDENTITY | changes,
+        keep_last=keep_last,
+    )
+
+
+def steps(root: Path) -> list[int]:
+    return [int(path.name.removeprefix("step_")) for path in checkpoint_folders(root)]
+
+
+def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
+    path = save(tmp_path / "new" / "folder", 7, val_loss=1.25)
+    assert path == tmp_path / "new" / "folder" / "step_0000007" and sorted(os.listdir(path)) == FILES
+    found = newest_checkpoint(path.parent)
+    assert found is not None
+    assert (found.path, found.step, found.val_loss) == (path, 7, 1.25)
+    fresh = model()
+    state = load_checkpoint(found, fresh, identity=IDENTITY)
+    for name, tensor in model(7.0).state_dict().items():
+        assert torch.equal(fresh.state_dict()[name], tensor)
+    assert torch.equal(state.pop("moments"), torch.full((4,), 7.0))
+    assert state == {"step": 7, "history": [1.5, None, "x"]}
+
+
+def test_without_a_checkpoint_there_is_nothing(tmp_path: Path) -> None:
+    assert newest_checkpoint(tmp_path) is None
+    assert newest_checkpoint(tmp_path / "missing") is None
+
+
+def test_the_newest_is_the_one_with_the_most_steps_also_beyond_the_zeros(tmp_path: Path) -> None:
+    for step in (9_999_999, 10_000_000, 5):
+        save(tmp_path, step)
+    newest = newest_checkpoint(tmp_path)
+    assert newest is not None and newest.step == 10_000_000
+
+
+def test_the_last_few_and_the_best_are_kept(tmp_path: Path) -> None:
+    losses = [5.0, 3.0, 4.0, None, 3.0, 6.0]
+    for step, loss in enumerate(losses, start=1):
+        save(tmp_path, step, val_loss=loss, keep_last=2)
+    assert steps(tmp_path) == [2, 5, 6]  # the first of the two best
+    save(tmp_path, 7, val_loss=1.0, keep_last=2)
+    assert steps(tmp_path) == [6, 7]
+
+
+def test_without_any_validation_loss_the_last_few_are_kept(tmp_path: Path) -> None:
+    for step in range(1, 6):
+        save(tmp_path, step, keep_last=1)
+    assert steps(tmp_path) == [5]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_flipped_bit_is_noticed(tmp_path: Path, name: str) -> None:
+    file = save(tmp_path, 1, val_loss=2.5) / name
+    content, draw = file.read_bytes(), random.Random(0)
+    offsets = {0, len(content) - 1, *(draw.randrange(len(content)) for _ in range(60))}
+    for offset in offsets:
+        damaged = bytearray(content)
+        damaged[offset] ^= 1 << draw.randrange(8)
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError):
+            verify_checkpoint(file.parent)
+    file.write_bytes(content)
+    assert verify_checkpoint(file.parent).step == 1
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("kept", [0, 1, 100, -1])
+def test_a_file_that_was_cut_off_is_noticed(tmp_path: Path, name: str, kept: int) -> None:
+    file = save(tmp_path, 1) / name
+    file.write_bytes(file.read_bytes()[:kept])
+    with pytest.raises(ValueError):
+        verify_checkpoint(file.parent)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_missing_file_is_noticed(tmp_path: Path, name: str) -> None:
+    path = save(tmp_path, 1)
+    (path / name).unlink()
+    with pytest.raises(OSError, match=name):
+        verify_checkpoint(path)
+
+
+def test_a_damaged_newest_is_set_aside_and_the_one_before_is_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    (tmp_path / "step_0000003" / "state.pt").write_bytes(b"")
+    (tmp_path / "step_0000002" / "MANIFEST.json").unlink()
+    newest = newest_checkpoint(tmp_path)
+    assert newest is not None and newest.step == 1
+    assert steps(tmp_path) == [1]
+    aside = sorted(path.name[:20] for path in tmp_path.glob("damaged-*"))
+    assert aside == ["damaged-step_0000002", "damaged-step_0000003"]
+    assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
+    assert "step_0000003" in caplog.text and "state.pt" in caplog.text
+    assert newest_checkpoint(tmp_path) == newest
+
+
+def test_a_damaged_older_one_does_not_stop_a_save(tmp_path: Path) -> None:
+    for step in (1, 2):
+        save(tmp_path, step)
+    (tmp_path / "step_0000001" / "MANIFEST.json").write_text("{")
+    save(tmp_path, 3)
+    assert steps(tmp_path) == [2, 3]
+
+
+@pytest.mark.parametrize("call", ["rename", "fsync", "save"])
+def test_a_crash_while_saving_leaves_the_old_ones_and_no_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    save(tmp_path, 1)
+
+    def crash(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        target = {"rename": Path, "fsync": durable.os, "save": checkpoint.torch}[call]
+        patch.setattr(target, call, crash)
+        with pytest.raises(OSError, match="No space left"):
+            save(tmp_path, 2)
+    assert os.listdir(tmp_path) == ["step_0000001"]
+    assert verify_checkpoint(tmp_path / "step_0000001").step == 1
+
+
+def test_what_a_killed_process_left_half_written_goes_with_the_next_save(tmp_path: Path) -> None:
+    shutil.copytree(save(tmp_path, 1), tmp_path / ".tmp-0123")
+    assert newest_checkpoint(tmp_path) is not None
+    save(tmp_path, 2)
+    assert sorted(os.listdir(tmp_path)) == ["step_0000001", "step_0000002"]
+
+
+def test_a_checkpoint_of_other_settings_is_refused_with_the_first_that_differs(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    found = newest_checkpoint(tmp_path)
+    assert found is not None
+    fresh = model()
+    before = {name: tensor.clone() for name, tensor in fresh.state_dict().items()}
+    with pytest.raises(ConfigError, match=r"step_0000001 was made with optim\.lr = 0\.1, this run has 0\.2"):
+        load_checkpoint(found, fresh, identity=IDENTITY | {"optim.lr": 0.2, "model.softcap": 3.0})
+    with pytest.raises(ConfigError, match=r"optim\.betas = \[0\.9, 0\.95\], this run has \[0\.9, 0\.9\]"):
+        load_checkpoint(found, fresh, identity=IDENTITY | {"optim.betas": (0.9, 0.9)})
+    assert all(torch.equal(tensor, before[name]) for name, tensor in fresh.state_dict().items())
+
+
+class Bomb:
+    """Unpickling it creates the file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+def reseal(path: Path, **changes: Any) -> None:
+    """Gives a tampered checkpoint a manifest that matches, as somebody who means harm would."""
+    manifest = json.loads((path / "MANIFEST.json").read_text()) | changes
+    del manifest["sha256"]
+    manifest["files"] = {name: checkpoint._digest(path / name) for name in manifest["files"]}
+    manifest["sha256"] = checkpoint._seal(manifest)
+    (path / "MANIFEST.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("writer", ["torch", "pickle"])
+def test_code_inside_of_a_checkpoint_never_runs(tmp_path: Path, writer: str) -> None:
+    path, sign = save(tmp_path, 1), tmp_path / "it-ran"
+    with (path / "state.pt").open("wb") as file:
+        torch.save({"x": Bomb(sign)}, file) if writer == "torch" else pickle.dump({"x": Bomb(sign)}, file, protocol=2)
+    reseal(path)
+    found = newest_checkpoint(tmp_path)
+    assert found is not None
+    with pytest.raises(pickle.UnpicklingError):
+        load_checkpoint(found, model(), identity=IDENTITY)
+    assert not sign.exists()
+
+
+def test_another_format_is_refused_and_not_taken_for_damage(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    reseal(save(tmp_path, 2), format=99)
+    with pytest.raises(ConfigError, match=r"step_0000002: checkpoint format 99, this version reads 1"):
+        newest_checkpoint(tmp_path)
+    assert steps(tmp_path) == [1, 2]
+
+
+def test_a_step_that_is_there_already_is_not_overwritten(tmp_path: Path) -> None:
+    path = save(tmp_path, 1, val_loss=1.0)
+    with pytest.raises(OSError):
+        save(tmp_path, 1, val_loss=2.0)
+    assert verify_checkpoint(path).val_loss == 1.0
+
+
+def test_how_often_to_save_does_not_decide_what_is_computed() -> None:
+    extras = [field.json_schema_extra for field in CheckpointConfig.model_fields.values()]
+    assert extras == [{"identity": False}] * 2

@@ -1,0 +1,288 @@
+"""Settings as types: what is accepted, how a mistake is answered, and what two equal configs have in common."""
+
+import hashlib
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import Field, model_validator
+
+from ngpt.config import (
+    Config,
+    ConfigError,
+    Problem,
+    build,
+    content_hash,
+    dotted,
+    flatten,
+    invalid,
+    is_identity,
+    named_settings,
+    one_of,
+    override,
+    resolve,
+    runtime,
+    settings,
+    unknown,
+)
+
+FLAVOURS = {"vanilla": 1, "chocolate": 2}
+
+
+class Engine(Config):
+    name: str = "diesel"
+    power: Annotated[float, Field(gt=0)] = 100.0
+    ratios: tuple[float, ...] = (3.5, 2.0)
+
+
+class Ice(Config):
+    name: Annotated[str, one_of(FLAVOURS, "flavour")] = "vanilla"
+    scoops: Annotated[int, Field(ge=1)] = 1
+    cone: bool = True
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Ice":
+        if self.cone and self.scoops > 3:
+            raise invalid(f"{self.scoops} scoops do not fit a cone", "cone", "scoops")
+        return self
+
+
+class Van(Config):
+    seats: int = 2
+    plate: str | None = None
+    colour: str = runtime("white")
+    engine: Engine = Engine()
+    ice: Ice = Ice()
+
+
+NAMES = [
+    "seats",
+    "plate",
+    "colour",
+    "engine.name",
+    "engine.power",
+    "engine.ratios",
+    "ice.name",
+    "ice.scoops",
+    "ice.cone",
+]
+
+finite = st.floats(min_value=1e-3, max_value=1e6)
+van_settings = st.fixed_dictionaries(
+    {},
+    optional={
+        "seats": st.integers(),
+        "plate": st.none() | st.text(max_size=5),
+        "colour": st.sampled_from(["white", "red"]),
+        "engine.name": st.text(max_size=5),
+        "engine.power": finite,
+        "engine.ratios": st.lists(finite, max_size=3).map(tuple),
+        "ice.name": st.sampled_from(sorted(FLAVOURS)),
+        "ice.scoops": st.integers(1, 3),
+        "ice.cone": st.booleans(),
+    },
+)
+
+
+def problems(call: Callable[..., object], *arguments: Any) -> list[tuple[str, str]]:
+    with pytest.raises(ConfigError) as caught:
+        call(*arguments)
+    return [(dotted(problem.location), problem.message) for problem in caught.value.problems]
+
+
+def test_settings_are_listed_by_dotted_name_in_reading_order() -> None:
+    assert list(settings(Van)) == NAMES
+
+
+def test_a_config_cannot_be_changed() -> None:
+    van: Any = Van()
+    with pytest.raises(ValueError, match="frozen"):
+        van.seats = 3
+
+
+def test_an_integer_is_a_number_and_null_is_what_an_optional_setting_may_be() -> None:
+    van = build(Van, {"engine.power": 3, "plate": None})
+    assert van.engine.power == 3.0 and isinstance(van.engine.power, float)
+    assert van.plate is None
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "kind"),
+    [
+        ("seats", True, "valid integer"),
+        ("seats", "3", "valid integer"),
+        ("seats", 3.0, "valid integer"),
+        ("engine.power", True, "valid number"),
+        ("engine.power", "1e3", "valid number"),
+        ("engine.power", float("nan"), "finite number"),
+        ("engine.power", float("inf"), "finite number"),
+        ("ice.cone", "yes", "valid boolean"),
+        ("ice.cone", 1, "valid boolean"),
+        ("plate", 3, "valid string"),
+    ],
+)
+def test_nothing_is_silently_converted(setting: str, value: object, kind: str) -> None:
+    assert problems(build, Van, {setting: value}) == [(setting, f"input should be a {kind}, got {value!r}")]
+
+
+def test_all_problems_are_reported_at_once_each_where_it_is() -> None:
+    found = problems(build, Van, {"ice.name": "vanila", "engine.power": -1.0, "seats": "3", "ice.scopes": 2})
+    assert sorted(found) == [
+        ("engine.power", "input should be greater than 0, got -1.0"),
+        ("ice.name", "unknown flavour 'vanila', did you mean 'vanilla'?"),
+        ("ice.scopes", "unknown setting, did you mean 'ice.scoops'?"),
+        ("seats", "input should be a valid integer, got '3'"),
+    ]
+
+
+def test_a_problem_with_an_item_of_a_list_has_its_index() -> None:
+    found = problems(build, Van, {"engine.ratios": (1.0, "2", 3.0)})
+    assert found == [("engine.ratios[1]", "input should be a valid number, got '2'")]
+
+
+@pytest.mark.parametrize(
+    ("given_settings", "blamed"),
+    [
+        ({"ice.scoops": 4}, "ice.scoops"),
+        ({"ice.scoops": 4, "ice.cone": True}, "ice.cone"),
+    ],
+)
+def test_settings_that_do_not_fit_each_other_blame_the_first_one_that_was_given(
+    given_settings: dict[str, Any], blamed: str
+) -> None:
+    assert problems(build, Van, given_settings) == [(blamed, "4 scoops do not fit a cone")]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("seets", "unknown setting, did you mean 'seats'?"),
+        ("powr", "unknown setting, did you mean 'power'?"),
+        ("engine.powr", "unknown setting, did you mean 'engine.power'?"),
+        ("name", "ambiguous setting, write one of engine.name, ice.name"),
+        ("qqq", "unknown setting; choose one of " + ", ".join(sorted(NAMES))),
+    ],
+)
+def test_an_unknown_name_is_answered_with_the_nearest_or_with_all(name: str, message: str) -> None:
+    assert problems(resolve, Van, name) == [("", message)]
+
+
+def test_a_bare_name_is_enough_where_only_one_setting_has_it() -> None:
+    assert [resolve(Van, name) for name in ("seats", "power", "engine.power", "ice.name")] == [
+        "seats",
+        "engine.power",
+        "engine.power",
+        "ice.name",
+    ]
+
+
+def test_a_choice_that_resembles_none_lists_all() -> None:
+    assert unknown("flavour", "q", FLAVOURS) == "unknown flavour 'q'; choose one of chocolate, vanilla"
+
+
+def test_override_changes_what_it_names_and_nothing_else() -> None:
+    van = build(Van, {"seats": 5, "engine.name": "petrol"})
+    changed = override(van, {"power": 7, "ice.name": "chocolate"})
+    assert flatten(changed) == flatten(van) | {"engine.power": 7.0, "ice.name": "chocolate"}
+    assert flatten(van)["engine.power"] == 100.0
+
+
+def test_override_reports_all_unknown_names_as_they_were_written() -> None:
+    assert problems(override, Van(), {"seets": 1, "seats": 2, "engine.nam": "x"}) == [
+        ("seets", "unknown setting, did you mean 'seats'?"),
+        ("engine.nam", "unknown setting, did you mean 'engine.name'?"),
+    ]
+
+
+@given(van_settings, van_settings)
+def test_what_is_built_or_overridden_is_what_flatten_returns(first: dict[str, Any], second: dict[str, Any]) -> None:
+    config = build(Van, first)
+    assert {name: flatten(config)[name] for name in first} == first
+    assert build(Van, flatten(config)) == config
+    assert flatten(override(config, second)) == flatten(config) | second
+
+
+@given(van_settings, st.randoms())
+def test_the_hash_does_not_depend_on_order_defaults_or_runtime_settings(chosen: dict[str, Any], random: Any) -> None:
+    shuffled = list(chosen.items())
+    random.shuffle(shuffled)
+    expected = content_hash(build(Van, chosen))
+    assert content_hash(build(Van, dict(shuffled))) == expected
+    assert content_hash(override(build(Van, chosen), {"colour": "black"})) == expected
+    assert content_hash(build(Van, flatten(Van()) | chosen)) == expected
+
+
+@given(van_settings, van_settings)
+def test_two_configs_have_one_hash_only_if_they_compute_the_same(first: dict[str, Any], second: dict[str, Any]) -> None:
+    one, other = build(Van, first | {"colour": "red"}), build(Van, second | {"colour": "red"})
+    assert (content_hash(one) == content_hash(other)) == (one == other)
+
+
+def test_the_hash_is_the_same_on_every_machine_and_in_every_session() -> None:
+    text = (
+        '{"engine.name": "diesel", "engine.power": 100.0, "engine.ratios": [3.5, 2.0], "ice.cone": true,'
+        ' "ice.name": "vanilla", "ice.scoops": 1, "plate": null, "seats": 2}'
+    )
+    assert content_hash(Van()) == hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def test_the_hash_can_leave_out_settings_and_take_in_other_facts() -> None:
+    van, other = Van(), Van(seats=9)
+    assert content_hash(van) != content_hash(other)
+    assert content_hash(van, leave_out={"seats"}) == content_hash(other, leave_out={"seats"})
+    assert content_hash(van, extra={"data": "a"}) != content_hash(van, extra={"data": "b"}) != content_hash(van)
+
+
+def test_only_runtime_settings_are_without_identity() -> None:
+    assert [name for name in settings(Van) if not is_identity(Van, name)] == ["colour"]
+
+
+def test_settings_may_be_written_as_sections_dotted_names_or_bare_leaves() -> None:
+    data = {"seats": 3, "engine": {"power": 4}, "ice.cone": False, "scoops": 2}
+    found, wrong = named_settings(Van, data, ("base",))
+    assert wrong == []
+    assert found == {
+        "seats": (3, ("base", "seats")),
+        "engine.power": (4, ("base", "engine", "power")),
+        "ice.cone": (False, ("base", "ice.cone")),
+        "ice.scoops": (2, ("base", "scoops")),
+    }
+
+
+def test_a_setting_given_twice_in_any_spelling_is_a_problem() -> None:
+    _, wrong = named_settings(Van, {"engine": {"power": 4}, "power": 5, "engine.power": 6})
+    assert wrong == [
+        Problem(("power",), "engine.power is given twice"),
+        Problem(("engine.power",), "engine.power is given twice"),
+    ]
+
+
+def test_a_section_knows_only_its_own_settings() -> None:
+    found, wrong = named_settings(Van, {"engine": {"seats": 4, "powr": 1, "ratios": (1.0,)}})
+    assert list(found) == ["engine.ratios"]
+    assert wrong == [
+        Problem(("engine", "seats"), "unknown setting; choose one of name, power, ratios"),
+        Problem(("engine", "powr"), "unknown setting, did you mean 'power'?"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("data", "problem"),
+    [
+        ({"engine": 3}, Problem(("engine",), "must be a mapping of settings, got 3")),
+        ([1], Problem((), "must be a mapping of settings, got [1]")),
+        (None, Problem((), "must be a mapping of settings, got None")),
+        ({"engin": {"power": 3}}, Problem(("engin",), "unknown section 'engin', did you mean 'engine'?")),
+        ({"name": "x"}, Problem(("name",), "ambiguous setting, write one of engine.name, ice.name")),
+    ],
+)
+def test_what_is_not_a_mapping_of_settings_is_a_problem(data: object, problem: Problem) -> None:
+    assert named_settings(Van, data) == ({}, [problem])
+
+
+def test_a_location_is_written_as_a_person_writes_it() -> None:
+    assert dotted(("phases", 0, "vary", "alpha", 12)) == "phases[0].vary.alpha[12]"
+    assert str(Problem(("a", 1), "is wrong")) == "a[1]: is wrong"
+    assert str(ConfigError([Problem((), "one"), Problem(("b",), "two")])) == "one\nb: two"

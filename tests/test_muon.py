@@ -1,0 +1,145 @@
+"""Muon against singular value decompositions and torch.optim.Muon."""
+
+import copy
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ngpt.muon import Muon, orthogonalize
+
+SHAPES = [(8, 8), (24, 6), (6, 24), (40, 13)]
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@settings(deadline=None)
+@given(st.sampled_from(SHAPES), st.integers(0, 500), st.floats(1e-3, 1e3))
+def test_singular_values_end_near_one_and_singular_vectors_stay(
+    shape: tuple[int, int], seed: int, scale: float
+) -> None:
+    # Singular values between 1 and 0.1 of the largest: what is much smaller needs more than five iterations.
+    u, _, vt = torch.linalg.svd(random(*shape, seed=seed).double(), full_matrices=False)
+    s = torch.linspace(1, 0.1, min(shape), dtype=torch.float64)
+    result = orthogonalize((scale * u * s @ vt).float()).double()
+    values = torch.linalg.svdvals(result)
+    assert values.min() > 0.6 and values.max() < 1.3
+    inner = u.T @ result @ vt.T  # diagonal exactly if the singular vectors are the same
+    off_diagonal = inner - torch.diag(inner.diagonal())
+    assert inner.diagonal().min() > 0.6 and off_diagonal.abs().max() < 1e-4
+
+
+def test_small_singular_values_grow_with_every_iteration() -> None:
+    u, _, vt = torch.linalg.svd(random(6, 6))
+    matrix = u * torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, 1e-3]) @ vt
+    smallest = [float(torch.linalg.svdvals(orthogonalize(matrix, steps=steps)).min()) for steps in range(6)]
+    assert all(3 * before < after for before, after in pairwise(smallest))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_batch_gives_what_its_matrices_give_one_by_one(shape: tuple[int, int]) -> None:
+    batch = random(2, 3, *shape)
+    one_by_one = torch.stack([torch.stack([orthogonalize(matrix) for matrix in row]) for row in batch])
+    torch.testing.assert_close(orthogonalize(batch), one_by_one, atol=1e-5, rtol=1e-5)
+
+
+def test_the_transpose_of_a_matrix_gives_the_transpose() -> None:
+    matrix = random(9, 5)
+    torch.testing.assert_close(orthogonalize(matrix.T), orthogonalize(matrix).T, atol=1e-6, rtol=0)
+
+
+def test_a_zero_matrix_stays_zero_and_the_dtype_is_kept() -> None:
+    assert torch.equal(orthogonalize(torch.zeros(3, 4)), torch.zeros(3, 4))
+    assert orthogonalize(random(3, 4).bfloat16()).dtype == torch.bfloat16
+
+
+def parameters(shapes: list[tuple[int, int]]) -> list[torch.nn.Parameter]:
+    return [torch.nn.Parameter(random(*shape, seed=i)) for i, shape in enumerate(shapes)]
+
+
+def set_gradients(group: list[torch.nn.Parameter], step: int) -> None:
+    for i, parameter in enumerate(group):
+        parameter.grad = random(*parameter.shape, seed=100 * step + i)
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.3])
+@pytest.mark.parametrize("momentum", [0.95, 0.5])
+def test_it_takes_the_steps_of_torchs_muon(
+    nesterov: bool, weight_decay: float, momentum: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)  # theirs would round on a CPU, too
+    shapes = [*SHAPES, (8, 8)]
+    ours, theirs = parameters(shapes), parameters(shapes)
+    how = {"lr": 0.1, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
+    optimizers = (Muon(ours, **how), torch.optim.Muon(theirs, adjust_lr_fn="original", **how))
+    start = [parameter.detach().clone() for parameter in ours]
+    for step in range(4):
+        for group, optimizer in zip((ours, theirs), optimizers, strict=True):
+            set_gradients(group, step)
+            optimizer.step()
+    for mine, other, initial in zip(ours, theirs, start, strict=True):
+        moved = (other - initial).norm()
+        assert (mine - other).norm() < 1e-4 * moved
+        assert moved > 0.2
+
+
+@pytest.mark.parametrize(("shape", "length"), [((30, 6), 0.1 * 5**0.5), ((6, 30), 0.1), ((7, 7), 0.1)])
+def test_an_update_is_as_long_as_the_docstring_says(shape: tuple[int, int], length: float) -> None:
+    parameter = torch.nn.Parameter(torch.zeros(shape))
+    parameter.grad = 1e-3 * random(*shape)
+    Muon([parameter], lr=0.1).step()
+    assert 0.7 * length < torch.linalg.matrix_norm(parameter.detach(), 2) < 1.3 * length
+
+
+def test_matrices_updated_together_move_as_if_each_were_alone() -> None:
+    together, alone = parameters([(6, 9)] * 3), parameters([(6, 9)] * 3)
+    optimizers = [Muon(together)] + [Muon([parameter]) for parameter in alone]
+    for step in range(2):
+        set_gradients(together, step)
+        set_gradients(alone, step)
+        for optimizer in optimizers:
+            optimizer.step()
+    for one, other in zip(together, alone, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
+
+
+def test_a_matrix_without_a_gradient_is_left_alone() -> None:
+    first, second = parameters([(4, 4), (4, 4)])
+    first.grad = random(4, 4)
+    before = second.detach().clone()
+    Muon([first, second], weight_decay=0.1).step()
+    assert torch.equal(second, before)
+
+
+@pytest.mark.parametrize("shape", [(5,), (), (2, 3, 4)])
+def test_what_is_not_a_matrix_is_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="matrices only"):
+        Muon([torch.nn.Parameter(torch.zeros(2, 2)), torch.nn.Parameter(torch.zeros(shape))])
+
+
+def test_a_closure_is_refused() -> None:
+    with pytest.raises(ValueError, match="closure"):
+        Muon(parameters([(2, 2)])).step(lambda: 0.0)
+
+
+def test_a_restored_optimizer_continues_bit_by_bit() -> None:
+    straight, resumed = parameters([(6, 4), (4, 4)]), parameters([(6, 4), (4, 4)])
+    first, second = Muon(straight, lr=0.3), Muon(resumed, lr=0.3)
+    for step in range(3):
+        set_gradients(straight, step)
+        first.step()
+        if step == 1:
+            saved = copy.deepcopy((first.state_dict(), [parameter.detach() for parameter in straight]))
+    second = Muon(resumed)
+    second.load_state_dict(saved[0])
+    with torch.no_grad():
+        for parameter, weights in zip(resumed, saved[1], strict=True):
+            parameter.copy_(weights)
+    set_gradients(resumed, 2)
+    second.step()
+    assert all(torch.equal(one, other) for one, other in zip(straight, resumed, strict=True))

@@ -1,0 +1,78 @@
+"""Learning-rate schedules at their corners, against NumPy in between."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ngpt.config import ConfigError, build
+from ngpt.schedule import SCHEDULES, ScheduleConfig, multiplier
+
+
+def curve(total: int, **settings: object) -> list[float]:
+    cfg = build(ScheduleConfig, settings)
+    return [multiplier(step, total, cfg) for step in range(total)]
+
+
+def test_constant_is_always_one() -> None:
+    assert curve(5, name="constant", final_ratio=0.3) == [1.0] * 5
+
+
+def test_cosine_equals_numpys_half_wave() -> None:
+    steps = np.arange(40)
+    expected = 0.1 + 0.9 * (1 + np.cos(np.pi * steps / 40)) / 2
+    np.testing.assert_allclose(curve(40, name="cosine", final_ratio=0.1), expected, rtol=1e-12)
+
+
+def test_trapezoid_is_full_and_then_falls_in_a_straight_line() -> None:
+    ours = curve(10, name="trapezoid", decay_fraction=0.5, final_ratio=0.0)
+    np.testing.assert_allclose(ours, [1, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2], rtol=1e-12)
+    ours = curve(4, name="trapezoid", decay_fraction=1.0, final_ratio=0.5)
+    np.testing.assert_allclose(ours, [1, 0.875, 0.75, 0.625], rtol=1e-12)
+
+
+def test_trapezoid_without_a_decay_stays_full() -> None:
+    assert curve(6, name="trapezoid", decay_fraction=0.0) == [1.0] * 6
+    assert curve(6, name="trapezoid", decay_fraction=0) == [1.0] * 6
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_warm_up_is_a_line_to_one_and_the_schedule_starts_after_it(name: str) -> None:
+    warm = curve(24, name=name, warmup_steps=4, final_ratio=0.2)
+    assert warm[:4] == [0.25, 0.5, 0.75, 1.0]
+    np.testing.assert_allclose(warm[4:], curve(20, name=name, final_ratio=0.2), rtol=1e-12)
+
+
+@pytest.mark.parametrize(("name", "end"), [("constant", 1.0), ("cosine", 0.1), ("trapezoid", 0.1)])
+def test_the_step_after_the_last_would_have_the_final_ratio(name: str, end: float) -> None:
+    cfg = ScheduleConfig(name=name, warmup_steps=3, final_ratio=0.1)
+    assert multiplier(30, 30, cfg) == pytest.approx(end)
+    assert multiplier(31, 30, cfg) == pytest.approx(end)
+    assert multiplier(29, 30, cfg) >= end
+
+
+@given(
+    st.sampled_from(sorted(SCHEDULES)),
+    st.integers(0, 12),
+    st.floats(0, 1),
+    st.floats(0, 1),
+    st.integers(1, 30),
+)
+def test_the_multiplier_rises_then_never_rises_again_and_stays_within_bounds(
+    name: str, warmup: int, final: float, decay: float, total: int
+) -> None:
+    values = curve(total, name=name, warmup_steps=warmup, final_ratio=final, decay_fraction=decay)
+    assert all(0 <= value <= 1 + 1e-12 for value in values)
+    assert values[:warmup] == sorted(values[:warmup])
+    after = np.diff(values[max(0, warmup - 1) :])
+    assert (after <= 1e-12).all()
+    assert all(value >= final - 1e-12 for value in values[warmup:])
+
+
+def test_a_run_that_is_all_warm_up_is_possible() -> None:
+    assert curve(3, warmup_steps=10) == [0.1, 0.2, 0.3]
+
+
+def test_an_unknown_schedule_is_refused() -> None:
+    with pytest.raises(ConfigError, match="unknown schedule 'cosin', did you mean 'cosine'"):
+        curve(3, name="cosin")

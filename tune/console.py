@@ -1,0 +1,399 @@
+"""The terminal: a live view while a campaign runs, plain lines where there is no terminal, and the last screen.
+
+Names and errors come from outside: every one goes through `words`, which strips control characters and never reads
+markup.
+"""
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from rich.box import ROUNDED, Box
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.live import Live
+from rich.padding import Padding
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.segment import Segment
+from rich.table import Column, Table
+from rich.text import Text
+
+from tune import format as fmt
+
+VERDICT_STYLES = {
+    "baseline": "bold",
+    "better": "bold bright_blue",
+    "worse": "yellow",
+    "tie": "dim",
+    "no claim": "dim",
+    "incomplete": "dim",
+    "diverged": "magenta",
+    "failed": "bold red",
+}
+MOST_ARMS = 12  # the last screen shows this many of a phase; the report has all
+REFRESH_PER_SECOND = 3
+
+COMMON_WIDTH = 58  # of the columns that every table has beside the arm, with their gaps
+SPEED_WIDTH, PICTURE_WIDTH = 7, 13  # one more column, and the least that a picture of the intervals needs
+RULED = Box("    \n    \n ── \n    \n    \n    \n    \n    \n")  # one rule under the header, nothing else
+ASCII = dict(zip(f"{fmt.MINUS}{fmt.MISSING}±·…●─│━╸╺←→", "--~|~o-|==-<>", strict=True))
+
+
+@dataclass(frozen=True)
+class Running:
+    """One trial that is training now."""
+
+    trial_id: str
+    phase: str
+    arm: str
+    seed: int
+    step: int
+    steps: int
+    train_loss: float | None
+    val_loss: float | None
+    tokens_per_second: float | None
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What the live view shows: the state of a campaign at one moment."""
+
+    campaign: str
+    status: str
+    phase: str | None
+    phase_number: int
+    n_phases: int
+    done: int
+    total: int
+    total_is_final: bool  # False while later phases may still add trials
+    reused: int
+    unsuccessful: int  # failed or diverged
+    elapsed: float
+    eta: float | None
+    running: tuple[Running, ...]
+    best: tuple[str, float, int] | None  # arm, mean loss, number of seeds
+    metric: str
+    dashboard_url: str | None
+    phases: tuple[dict[str, Any], ...]  # summaries of the finished phases
+
+
+def words(text: object, style: str = "") -> Text:
+    """Untrusted text for the terminal: no control characters, no markup."""
+    return Text(fmt.plain(text), style=style)
+
+
+class Portable:
+    """Renders its content and replaces what the encoding of the terminal cannot write."""
+
+    def __init__(self, build: Callable[[int], RenderableType]) -> None:
+        self.build = build
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        segments = console.render(self.build(options.max_width), options)
+        if options.encoding.lower().startswith("utf"):
+            yield from segments
+            return
+        for text, style, control in segments:
+            yield Segment("".join(_known(char, options.encoding) for char in text), style, control)
+
+
+def _known(char: str, encoding: str) -> str:
+    try:
+        char.encode(encoding)
+    except UnicodeEncodeError:
+        return ASCII.get(char, "?")
+    return char
+
+
+def live_view(snapshot: Snapshot, *, height: int = 24) -> RenderableType:
+    """The running campaign in at most `height` - 1 lines: progress, running trials, best so far, finished phases."""
+    return Portable(lambda width: _live(snapshot, width, height))
+
+
+def _live(snapshot: Snapshot, width: int, height: int) -> RenderableType:
+    past = min(len(snapshot.phases), max(1, (height - 12) // 3))
+    most = max(1, height - past - 9)
+    facts = Table.grid(
+        Column(style="dim", no_wrap=True, max_width=18), Column(ratio=1), padding=(0, 2, 0, 0), expand=True
+    )
+    if snapshot.best:
+        arm, loss, n = snapshot.best
+        line = words(fmt.shorten(fmt.plain(arm), 36), "bold bright_blue")
+        line.append(f"  {fmt.plain(snapshot.metric)} {fmt.number(loss)}  n={n}", style="default not bold")
+        facts.add_row("best so far", _line(line))
+    for phase in snapshot.phases[-past:] if past else ():
+        facts.add_row(_line(words(phase.get("phase"))), _winner(phase))
+    if snapshot.dashboard_url:
+        facts.add_row("dashboard", _line(words(snapshot.dashboard_url)))
+    idle = Text("no trial is training at the moment", style="dim")
+    training = _running_table(snapshot, width, most) if snapshot.running else idle
+    return Group(_header(snapshot), _progress(snapshot), Text(), training, Text(), facts)
+
+
+def _line(text: Text) -> Text:
+    text.no_wrap, text.overflow = True, "ellipsis"
+    return text
+
+
+def _header(snapshot: Snapshot) -> Text:
+    header = Text()
+    header.append_text(words(snapshot.campaign, "bold"))
+    if snapshot.phase:
+        header.append(f"   phase {snapshot.phase_number} of {snapshot.n_phases}   ", style="dim")
+        header.append_text(words(snapshot.phase))
+    if snapshot.status != "running":
+        header.append("   ").append_text(words(snapshot.status, "yellow"))
+    if snapshot.unsuccessful:
+        header.append(f"   {snapshot.unsuccessful} failed or diverged", style="magenta")
+    if snapshot.reused:
+        header.append(f"   {snapshot.reused} reused", style="dim")
+    return _line(header)
+
+
+def _progress(snapshot: Snapshot) -> Table:
+    grid = Table.grid(Column(ratio=1), Column(no_wrap=True), padding=(0, 2, 0, 0), expand=True)
+    more = "" if snapshot.total_is_final else "+"
+    eta = "" if snapshot.eta is None else f"   about {fmt.duration(snapshot.eta)} left"
+    state = Text(f"{snapshot.done}/{snapshot.total}{more}", style="bold")
+    state.append(f"   {fmt.duration(snapshot.elapsed)}{eta}", style="default not bold")
+    grid.add_row(_bar(snapshot.done, snapshot.total), state)
+    return grid
+
+
+def _bar(done: int, total: int, width: int | None = None) -> ProgressBar:
+    bar = ProgressBar(total=max(total, 1), completed=min(done, total), width=width)
+    bar.style, bar.complete_style, bar.finished_style = "bright_black", "blue", "blue"
+    return bar
+
+
+def _running_table(snapshot: Snapshot, width: int, most: int) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), expand=True, header_style="dim", pad_edge=False)
+    table.add_column("training now", ratio=1, no_wrap=True, overflow="ellipsis")
+    for name in ("seed", "step"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("", width=8)
+    for name in ("train", "val", "tok/s"):
+        table.add_column(name, justify="right", no_wrap=True)
+    names = max(width - 41 - max(len(f"{trial.step}/{trial.steps}") for trial in snapshot.running), 10)
+    shown = snapshot.running if len(snapshot.running) <= most else snapshot.running[: most - 1]
+    for trial in shown:
+        name = trial.arm if trial.phase == snapshot.phase else f"{trial.phase}: {trial.arm}"
+        table.add_row(
+            words(fmt.shorten(fmt.plain(name), names)),
+            str(trial.seed),
+            f"{trial.step}/{trial.steps}",
+            _bar(trial.step, trial.steps, 8),
+            fmt.number(trial.train_loss),
+            fmt.number(trial.val_loss),
+            fmt.count(trial.tokens_per_second),
+        )
+    if len(shown) < len(snapshot.running):
+        table.add_row(Text(f"… and {len(snapshot.running) - len(shown)} more", style="dim"))
+    return table
+
+
+def _winner(phase: Mapping[str, Any]) -> Text:
+    """The winner of a finished phase on one line, and by how much it won."""
+    arm = fmt.winning_arm(phase)
+    if arm is None:
+        return Text("no winner")
+    line = words(fmt.shorten(fmt.plain(arm["arm"]), 36))
+    kept = arm.get("verdict") == "baseline"
+    return _line(line.append("  stays the baseline" if kept else f"  {fmt.effect(arm.get('delta'))}", style="dim"))
+
+
+class LiveConsole:
+    """Redraws `live_view` on stderr a few times a second while it is open; nothing of it stays on the screen."""
+
+    def __init__(self, snapshot: Callable[[], Snapshot], console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True, highlight=False)
+        self._live = Live(
+            console=self.console,
+            get_renderable=lambda: live_view(snapshot(), height=self.console.height),
+            refresh_per_second=REFRESH_PER_SECOND,
+            transient=True,
+            redirect_stdout=False,  # data on stdout stays there
+        )
+
+    def __enter__(self) -> Self:
+        self._live.start(refresh=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
+
+    def message(self, text: str) -> None:
+        """Prints one event above the view."""
+        self.console.print(words(text))
+
+
+class PlainConsole:
+    """The same interface for logs and pipes: one line for each event, no escapes, nothing redrawn."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def message(self, text: str) -> None:
+        """Writes one event as one line on stderr."""
+        print(fmt.plain(text), file=sys.stderr, flush=True)
+
+
+def open_console(snapshot: Callable[[], Snapshot]) -> LiveConsole | PlainConsole:
+    """A live view where stderr is a terminal that can move its cursor, plain lines elsewhere."""
+    console = Console(stderr=True, highlight=False)
+    live = sys.stderr.isatty() and not console.is_dumb_terminal
+    return LiveConsole(snapshot, console) if live else PlainConsole()
+
+
+def trial_line(
+    *,
+    done: int,
+    total: int,
+    phase: str,
+    arm: str,
+    seed: int,
+    status: str = "finished",
+    metric: str = "val_loss",
+    loss: float | None = None,
+    tokens_per_second: float | None = None,
+    seconds: float | None = None,
+    error: str | None = None,
+    total_is_final: bool = True,
+) -> str:
+    """One ended trial: `[12/29] alpha  alpha=0.15 seed 2  val_loss 4.3211  12.3k tok/s  4.1 s`."""
+    width = len(str(total))
+    parts = [f"[{done:>{width}}/{total}{'' if total_is_final else '+'}] {phase}", f"{arm} seed {seed}"]
+    if status != "finished":
+        parts.append(status + (f": {error}" if error else ""))
+    parts += [f"{metric} {fmt.number(loss)}"] if loss is not None else []
+    parts += [f"{fmt.count(tokens_per_second)} tok/s"] if tokens_per_second is not None else []
+    parts += [fmt.duration(seconds)] if seconds is not None else []
+    return "  ".join(map(fmt.plain, parts))
+
+
+def phase_table(phase: Mapping[str, Any], *, width: int = 100) -> Table:
+    """The arms of a phase, ranked. A wider terminal also gets the speed, then a picture of the intervals."""
+    arms, left_out = _shown(phase.get("arms") or [])
+    name_width, speed, picture = _layout(arms, width)
+    table = Table(
+        box=RULED, show_edge=False, padding=(0, 1, 0, 0), pad_edge=False, header_style="dim", border_style="dim"
+    )
+    table.add_column("arm", max_width=name_width, overflow="fold")
+    table.add_column("n", justify="right", no_wrap=True)
+    table.add_column(words((phase.get("metric") or {}).get("name") or "val_loss"), no_wrap=True)
+    table.add_column("against the baseline", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
+    if speed:
+        table.add_column("tok/s", justify="right", no_wrap=True)
+    if picture:
+        table.add_column(_axis(phase, arms, picture), no_wrap=True)
+    for arm, marks in zip(arms, fmt.forest(arms, picture), strict=True):
+        winner, style = arm["arm"] == phase.get("winner"), VERDICT_STYLES.get(arm.get("verdict") or "", "")
+        cells = [
+            words(arm["arm"], "bold" if winner else ""),
+            Text(str(arm.get("n", fmt.MISSING))),
+            Text(fmt.mean_interval(arm.get("val_loss"))),
+            Text(fmt.effect(arm.get("delta"))),
+            words(arm.get("verdict") or fmt.MISSING, style),
+        ]
+        cells += [Text(fmt.count(arm.get("tokens_per_second")))] if speed else []
+        table.add_row(*cells, *([_picture(marks, style)] if picture else []))
+    if left_out:
+        table.caption, table.caption_justify = Text(f"… and {left_out} more in the report", style="dim"), "left"
+    return table
+
+
+def _layout(arms: list[dict[str, Any]], width: int) -> tuple[int, bool, int]:
+    """Width of the names, whether there is room for the speed, and the width of the picture (0 for none)."""
+    names = [fmt.plain(arm["arm"]) for arm in arms]
+    longest = max(map(len, names), default=0)
+    least = min(max((len(word) for name in names for word in name.split()), default=0), 24)  # names wrap at spaces
+    room = width - COMMON_WIDTH
+    speed = room - SPEED_WIDTH >= least
+    room -= SPEED_WIDTH * speed
+    if room - PICTURE_WIDTH - 2 < least:
+        return max(room, 10), speed, 0
+    picture = max(PICTURE_WIDTH, min(33, room - 2 - min(longest, 36)))
+    return room - 2 - picture, speed, picture
+
+
+def _shown(arms: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], int]:
+    """The best arms and the baseline, wherever it ranks."""
+    kept = [arm for n, arm in enumerate(arms) if n < MOST_ARMS or arm.get("verdict") == "baseline"]
+    return kept, len(arms) - len(kept)
+
+
+def _picture(marks: str, style: str) -> Text:
+    text = Text(marks, style=style)
+    text.highlight_regex("│", "not bold bright_black")  # the baseline's zero, the same in every row
+    return text
+
+
+def _axis(phase: Mapping[str, Any], arms: list[dict[str, Any]], width: int) -> str:
+    """The header of the picture: a word on the side that is better."""
+    low, high = fmt.span(arms)
+    if (phase.get("metric") or {}).get("goal") == "maximize":
+        return "→ better".rjust(width) if high > 0 else ""
+    return "better ←" if low < 0 else ""
+
+
+def final_screen(summary: Mapping[str, Any], *, report: Path) -> RenderableType:
+    """The last screen of a campaign: each phase with its table and its why, then the answer and what to do next."""
+    return Portable(lambda width: _final(summary, report, width))
+
+
+def _final(summary: Mapping[str, Any], report: Path, width: int) -> RenderableType:
+    width = min(width, 132)  # beyond this a line is hard to follow
+    parts: list[RenderableType] = []
+    for phase in summary.get("phases") or []:
+        parts += [Text(), _phase_heading(phase), Padding(phase_table(phase, width=width - 2), (0, 0, 1, 2))]
+        remarks = [words(fmt.sentence(phase.get("why")), "italic"), words(fmt.noise(phase), "dim")]
+        remarks += [words(f"Warning: {fmt.sentence(warning)}", "yellow") for warning in phase.get("warnings") or []]
+        parts += [Padding(remark, (0, 0, 0, 2)) for remark in remarks if remark.plain]
+    return Group(*parts, Text(), _answer_panel(summary, report, width))
+
+
+def _phase_heading(phase: Mapping[str, Any]) -> Text:
+    seeds = len(phase.get("seeds") or [])
+    heading = Text().append_text(words(phase.get("phase"), "bold"))
+    facts = [fmt.trial_counts(phase.get("trials")), f"{seeds} seed{'' if seeds == 1 else 's'}"]
+    facts += [f"on top of {phase['inherit']}"] if phase.get("inherit") else []
+    return heading.append("   ").append_text(words(" · ".join(facts), "dim not bold"))
+
+
+def _answer_panel(summary: Mapping[str, Any], report: Path, width: int) -> Panel:
+    answer = summary.get("answer") or {}
+    rows = Table.grid(Column(style="dim", no_wrap=True), Column(ratio=1, overflow="fold"), padding=(0, 2, 0, 0))
+    if answer.get("winner"):
+        winner = Text().append_text(words(answer["winner"], "bold bright_blue"))
+        rows.add_row("winner", winner.append(f"  {fmt.effect(answer.get('delta'))}" if answer.get("delta") else ""))
+    if answer.get("overrides"):
+        rows.add_row("set", words(fmt.settings(answer["overrides"])))
+    if ties := fmt.tied(fmt.answer_phase(summary) or {}):
+        rows.add_row("ties with", words(fmt.listing(ties)))
+    if answer.get("delta"):
+        rows.add_row("fresh seeds", Text("confirmed" if answer.get("confirmed") else "not confirmed yet"))
+    rows.add_row("cost", Text(fmt.cost(summary)))
+    for warning in fmt.own_warnings(summary):
+        rows.add_row("warning", words(warning, "yellow"))
+    if problems := summary.get("problems"):
+        rows.add_row(
+            "problems",
+            Text(
+                f"{len(problems)} trial{'s' if len(problems) > 1 else ''} did not finish; the report says why",
+                "magenta",
+            ),
+        )
+    rows.add_row("report", words(report))
+    rows.add_row("next", Text(fmt.next_step(summary)))
+    sentence = words(answer.get("sentence") or "There is no answer yet.", "bold")
+    title = Text().append_text(words(summary.get("campaign"), "bold"))
+    title.append("  ").append_text(words(summary.get("status") or "", "dim"))
+    return Panel(
+        Group(sentence, Text(), rows), title=title, title_align="left", box=ROUNDED, padding=(1, 2), width=width
+    )

@@ -1,0 +1,45 @@
+"""The executor without Ray: one trial after the other, in this process. And what a signal means to both executors."""
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+from tune.session import Session
+from tune.trial import run_trial
+
+
+def run_inline(session: Session) -> None:
+    """Runs every trial in this process. The numbers are those of Ray; it is the debugger's way, and the tests'."""
+    with stop_on_signal(session):
+        while (spec := session.next_trial()) is not None:
+            run = run_trial(spec)
+            while not session.stop_requested:
+                try:
+                    next(run)
+                except StopIteration as stop:
+                    session.trial_ended(spec.trial_id, stop.value)
+                    break
+            run.close()
+
+
+@contextlib.contextmanager
+def stop_on_signal(session: Session) -> Iterator[None]:
+    """SIGINT and SIGTERM ask the session to stop after the evaluations under way; a second one ends the process at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if session.stop_requested:
+            os._exit(128 + number)
+        session.stop_requested, session.stop_signal = True, number
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,84 @@
+"""The append-only truth of a campaign: one event a line, each with its CRC, synced to disk before it counts.
+
+    {"seq": 7, "time": "2026-11-21T10:00:00+00:00", "event": "trial_finished", ..., "crc": "1c291ca3"}
+
+A crash can only tear the last line. Opening for writing cuts a torn tail off (kept beside as `journal.torn`), reading
+passes over it; anything else that does not match its CRC is damage and is refused.
+"""
+
+import json
+import zlib
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from ngpt.durable import append_line, write_atomic
+
+Event = dict[str, Any]
+
+
+class JournalError(OSError):
+    """The journal is damaged in a way that no crash of ours explains."""
+
+
+class Journal:
+    """A journal open for appending. Only the holder of the campaign's lock may have one."""
+
+    def __init__(self, path: Path) -> None:
+        self.events = read_journal(path)
+        if path.exists():
+            _cut_torn_tail(path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def append(self, event: str, **fields: Any) -> Event:
+        """Adds an event and returns it once it is on disk."""
+        body = {"seq": len(self.events) + 1, "time": datetime.now(UTC).isoformat(timespec="milliseconds")}
+        record: Event = body | {"event": event} | fields
+        append_line(self._file, json.dumps(record | {"crc": _crc(record)}, allow_nan=False))
+        # As a reader will see it: tuples are lists now, and nothing is shared with the caller.
+        self.events.append(json.loads(json.dumps(record)))
+        return self.events[-1]
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_journal(path: Path) -> list[Event]:
+    """All committed events, in order; a torn last line is not one.
+
+    Raises:
+        JournalError: a line before the last does not match its CRC or its number.
+    """
+    if not path.is_file():
+        return []
+    *lines, _torn = path.read_bytes().split(b"\n")
+    events: list[Event] = []
+    for number, line in enumerate(lines, 1):
+        event = _parse(line)
+        if event is None or event["seq"] != number:
+            raise JournalError(f"{path}:{number}: this line does not match its CRC or its number; the file was changed")
+        events.append(event)
+    return events
+
+
+def _parse(line: bytes) -> Event | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(record, dict) or record.pop("crc", None) != _crc(record):
+        return None
+    return record
+
+
+def _crc(record: Event) -> str:
+    text = json.dumps(record, sort_keys=True, allow_nan=False)
+    return f"{zlib.crc32(text.encode()):08x}"
+
+
+def _cut_torn_tail(path: Path) -> None:
+    raw = path.read_bytes()
+    whole = raw.rfind(b"\n") + 1
+    if whole < len(raw):
+        write_atomic(path.with_suffix(".torn"), raw[whole:])
+        write_atomic(path, raw[:whole])

@@ -1,0 +1,155 @@
+"""From phases to arms to trials: pure functions that know neither Ray nor the clock."""
+
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ngpt.config import content_hash, flatten, override
+from ngpt.data.corpora import fingerprint
+from ngpt.flops import flops_per_token
+from ngpt.train import TrainConfig, resolved
+from tune.arms import BASELINE, Arm
+from tune.campaign import Campaign, Fresh, Phase
+
+Overrides = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One arm with one seed: a complete config to be trained once."""
+
+    trial_id: str
+    phase: str
+    arm: str
+    seed: int
+    overrides: Overrides  # relative to the campaign's base
+    config: TrainConfig
+
+
+@dataclass(frozen=True)
+class PlannedArm:
+    name: str
+    overrides: Overrides  # relative to the phase's base
+    trials: tuple[Trial, ...]
+
+
+@dataclass(frozen=True)
+class PlannedPhase:
+    """A phase with its base known: every trial of it, the baseline's first."""
+
+    name: str
+    inherit: str | None
+    base: Overrides  # relative to the campaign's base, in force for all arms
+    pinned: Overrides  # the part of `base` that is this phase's own (`set:`) and is not inherited
+    baseline: str
+    arms: tuple[PlannedArm, ...]
+    seeds: tuple[int, ...]
+    swept: Mapping[str, tuple[Any, ...]]
+
+    @property
+    def trials(self) -> Iterator[Trial]:
+        """Seed by seed, so that every arm has a first result early."""
+        for i in range(len(self.seeds)):
+            for arm in self.arms:
+                yield arm.trials[i]
+
+
+def plan_phase(campaign: Campaign, phase: Phase, winners: Mapping[str, Overrides]) -> PlannedPhase:
+    """The trials of `phase`, given the overrides that the winners of the phases it needs stand for.
+
+    An arm that equals the baseline is the baseline: it is trained once, under the arm's name.
+    """
+    inherited = dict(winners[phase.inherit]) if phase.inherit else {}
+    base = inherited | dict(phase.pinned)
+    seeds = phase.seeds if isinstance(phase.seeds, tuple) else fresh_seeds(campaign, phase)
+    baseline_config = arm_config(campaign, base, BASELINE, {})
+    arms = {baseline_config: PlannedArm(BASELINE.name, {}, ())}
+    for arm in phase.arms:
+        start = dict(winners[arm.inherit]) if arm.inherit else {}
+        config = arm_config(campaign, base, arm, start)
+        changed = {k: v for k, v in (start | dict(arm.overrides)).items() if k in arm.overrides or base.get(k) != v}
+        if config not in arms or (arms[config].name == BASELINE.name and not arm.inherit):
+            arms[config] = PlannedArm(arm.name, changed, ())
+    planned = [
+        PlannedArm(arm.name, arm.overrides, tuple(_trials(phase, arm, base, config, seeds)))
+        for config, arm in arms.items()
+    ]
+    return PlannedPhase(
+        name=phase.name,
+        inherit=phase.inherit,
+        base=base,
+        pinned=dict(phase.pinned),
+        baseline=planned[0].name,
+        arms=tuple(planned),
+        seeds=seeds,
+        swept=phase.swept,
+    )
+
+
+def arm_config(campaign: Campaign, base: Overrides, arm: Arm, start: Overrides) -> TrainConfig:
+    """An arm's complete config. With `hold: tokens` its steps are such that it sees the tokens of its phase's baseline."""
+    reference = override(campaign.base, base)
+    config = override(reference, dict(start) | dict(arm.overrides))
+    if campaign.hold == "tokens" and "steps" not in arm.overrides:
+        tokens = reference.steps * reference.tokens_per_step
+        config = override(config, {"steps": max(1, round(tokens / config.tokens_per_step))})
+    return resolved(config)
+
+
+def trial_id(config: TrainConfig) -> str:
+    """Depends on what is computed, the seed and the data's content only: the same on every machine, in any order.
+
+    Where the data lie does not matter, so corpus, path and tokenizer enter through the fingerprint of their content.
+    """
+    data = {name for name in flatten(config) if name.startswith("data.")}
+    extra = {"data": fingerprint(config.data)}
+    return f"{content_hash(config, leave_out=data | {'seed'}, extra=extra)}-s{config.seed}"
+
+
+def fresh_seeds(campaign: Campaign, phase: Phase) -> tuple[int, ...]:
+    """Seeds that no list of the campaign holds; they depend on the phase's name only, not on its place in the file."""
+    assert isinstance(phase.seeds, Fresh)
+    used = {seed for other in campaign.phases if isinstance(other.seeds, tuple) for seed in other.seeds}
+    start = 100 + zlib.crc32(phase.name.encode()) % 900
+    unused = (seed for seed in range(start, start + len(used) + phase.seeds.n) if seed not in used)
+    return tuple(seed for seed, _ in zip(unused, range(phase.seeds.n), strict=False))
+
+
+def preview(campaign: Campaign) -> list[PlannedPhase]:
+    """All phases before anything has run: each inherited winner is taken to be the first arm that is not the baseline."""
+    winners: dict[str, Overrides] = {}
+    phases = []
+    for phase in campaign.phases:
+        planned = plan_phase(campaign, phase, winners)
+        guess = next((arm for arm in planned.arms if arm.name != planned.baseline), planned.arms[0])
+        winners[phase.name] = inheritance(planned, guess.name)
+        phases.append(planned)
+    return phases
+
+
+def inheritance(phase: PlannedPhase, winner: str) -> Overrides:
+    """What a later phase takes over from the arm `winner`: everything but what this phase pinned for itself."""
+    arm = next(arm for arm in phase.arms if arm.name == winner)
+    kept = {name: value for name, value in phase.base.items() if name not in phase.pinned}
+    return kept | dict(arm.overrides)
+
+
+def trial_tokens(config: TrainConfig) -> int:
+    """Training tokens of one trial."""
+    return config.steps * config.tokens_per_step
+
+
+def trial_flops(config: TrainConfig) -> float:
+    """Arithmetic of one trial: training, and evaluations at a third of a training token's cost."""
+    evaluations = 2 + (config.steps - 1) // config.eval_every
+    tokens = trial_tokens(config) + config.eval_tokens * evaluations / 3
+    return tokens * flops_per_token(config.model)
+
+
+def _trials(
+    phase: Phase, arm: PlannedArm, base: Overrides, config: TrainConfig, seeds: tuple[int, ...]
+) -> Iterator[Trial]:
+    for seed in seeds:
+        seeded = config.model_copy(update={"seed": seed})
+        yield Trial(trial_id(seeded), phase.name, arm.name, seed, dict(base) | dict(arm.overrides), seeded)

@@ -1,0 +1,128 @@
+"""What a journal says: a fold over its events. The running campaign, `status` and `report` all read it from here."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from tune.journal import Event
+from tune.plan import Overrides, PlannedPhase
+from tune.verdicts import Outcome
+
+DONE = ("finished", "diverged")  # statuses that are results: such a trial is not run again
+
+
+@dataclass(frozen=True)
+class ArmState:
+    """An arm as the journal remembers it: its settings and the trial of each seed."""
+
+    name: str
+    overrides: Overrides  # relative to the phase's base
+    trial_ids: Mapping[int, str]
+
+
+@dataclass
+class PhaseState:
+    name: str
+    inherit: str | None
+    base: Overrides
+    baseline: str
+    arms: list[ArmState]
+    seeds: list[int]
+    swept: Mapping[str, list[Any]]
+    winner: str | None = None  # known once the phase is finished
+    winner_overrides: Overrides = field(default_factory=dict)
+
+    @property
+    def trial_ids(self) -> list[str]:
+        return [trial_id for arm in self.arms for trial_id in arm.trial_ids.values()]
+
+
+@dataclass
+class State:
+    """A campaign so far."""
+
+    campaign: dict[str, Any] = field(default_factory=dict)  # the newest `campaign_started`
+    phases: dict[str, PhaseState] = field(default_factory=dict)
+    results: dict[str, dict[str, Any]] = field(default_factory=dict)  # newest result by trial id
+    running: dict[str, Event] = field(default_factory=dict)  # started and without a result, by trial id
+    attempts: dict[str, int] = field(default_factory=dict)
+    status: str = "incomplete"
+    seconds: float = 0.0  # of all sessions
+
+    def outcome(self, trial_id: str) -> Outcome:
+        """What a trial contributes to a verdict."""
+        result = self.results.get(trial_id)
+        if result is None:
+            return Outcome("missing", None)
+        return Outcome(result["status"], (result["metrics"] or {}).get(self.campaign["metric"]["name"]))
+
+    def first_phase_of(self, trial_id: str) -> str:
+        """The phase that trained it; in later ones with the same trial it is reused."""
+        return self.results[trial_id]["phase"]
+
+    def apply(self, event: Event) -> None:
+        """Takes one event into account."""
+        match event["event"]:
+            case "campaign_started":
+                self.campaign, self.phases, self.running = event, {}, {}
+                self.status = "incomplete"
+                # A trial that failed is tried again when the command is given again; a diverged one is a result.
+                self.results = {i: result for i, result in self.results.items() if result["status"] in DONE}
+            case "phase_planned":
+                self.phases[event["phase"]] = _phase(event)
+            case "trial_started":
+                self.running[event["trial_id"]] = event
+                self.attempts[event["trial_id"]] = event["attempt"]
+            case "trial_finished":
+                self.running.pop(event["trial_id"], None)
+                self.results[event["trial_id"]] = event
+            case "phase_finished":
+                phase = self.phases[event["phase"]]
+                phase.winner, phase.winner_overrides = event["winner"], event["winner_overrides"]
+            case "campaign_ended":
+                self.status, self.running = event["status"], {}
+                self.seconds += event["seconds"]
+
+
+def replay(events: Iterable[Event]) -> State:
+    """The state after all of `events`."""
+    state = State()
+    for event in events:
+        state.apply(event)
+    return state
+
+
+def planned_event(phase: PlannedPhase) -> dict[str, Any]:
+    """The fields of `phase_planned`."""
+    return {
+        "phase": phase.name,
+        "inherit": phase.inherit,
+        "base": dict(phase.base),
+        "baseline": phase.baseline,
+        "seeds": list(phase.seeds),
+        "swept": {name: list(values) for name, values in phase.swept.items()},
+        "arms": [
+            {
+                "arm": arm.name,
+                "overrides": dict(arm.overrides),
+                "trials": [[trial.seed, trial.trial_id] for trial in arm.trials],
+            }
+            for arm in phase.arms
+        ],
+    }
+
+
+def _phase(event: Event) -> PhaseState:
+    arms = [
+        ArmState(arm["arm"], arm["overrides"], {seed: trial_id for seed, trial_id in arm["trials"]})
+        for arm in event["arms"]
+    ]
+    return PhaseState(
+        name=event["phase"],
+        inherit=event["inherit"],
+        base=event["base"],
+        baseline=event["baseline"],
+        arms=arms,
+        seeds=event["seeds"],
+        swept=event["swept"],
+    )

@@ -1,0 +1,56 @@
+"""A worker as Ray Tune sees it: one process that trains one trial after another, without starting anew."""
+
+from typing import Any
+
+import ray._raylet
+import ray.tune
+from ray.util.metrics import Gauge
+
+from ngpt.train import Metrics
+from tune.trial import TrialSpec, run_trial
+
+RESULT = "trial_result"  # the key of a trial's last report that holds its TrialResult
+
+
+class TrialWorker(ray.tune.Trainable):
+    """Advances the generator of a trial by one evaluation per `step`; `reset_config` begins the next trial.
+
+    What survives between trials: the interpreter with torch loaded, the CUDA context, and the mapped corpus.
+    """
+
+    def setup(self, config: dict[str, Any]) -> None:
+        """Called once per process."""
+        tags = ("phase", "arm", "seed")
+        self._gauges = {
+            "train_loss": Gauge("ngpt_train_loss", "Training loss, nats per token", tag_keys=tags),
+            "val_loss": Gauge("ngpt_val_loss", "Validation loss, nats per token", tag_keys=tags),
+            "tokens_per_second": Gauge("ngpt_tokens_per_second", "Training throughput of a trial", tag_keys=tags),
+        }
+        self._begin(config["spec"])
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Called for every further trial; True says that the process can be used again."""
+        self._run.close()
+        self._begin(new_config["spec"])
+        return True
+
+    def step(self) -> dict[str, Any]:
+        """Trains up to the next evaluation, or to the end."""
+        # Ray titles a process after the method it runs; the trial's name is what one wants to see in the dashboard.
+        ray._raylet.setproctitle(f"ray::{self._spec.name}")
+        try:
+            metrics: Metrics = next(self._run)
+        except StopIteration as stop:
+            return {RESULT: stop.value, "done": True}
+        phase, arm = self._spec.phase, self._spec.arm
+        for name, gauge in self._gauges.items():
+            if (value := metrics.get(name)) is not None:
+                gauge.set(value, tags={"phase": phase, "arm": arm, "seed": str(self._spec.seed)})
+        return {"step": metrics["step"]}
+
+    def cleanup(self) -> None:
+        self._run.close()
+
+    def _begin(self, spec: TrialSpec) -> None:
+        self._spec = spec
+        self._run = run_trial(spec)
