@@ -51,7 +51,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Metrics = dict[str, float | None]
 
 
-class TrainConfig(Config):
+class TrainConfig(Config, frozen=True):
     """Everything that decides a run. Sub-configs belong to the files that implement them."""
 
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0  # initial weights and order of the data

@@ -186,8 +186,7 @@ def test_page_asks_nothing_of_the_network() -> None:
         for name in ("src", "href", "srcset", "data", "action", "poster"):
             assert (attributes.get(name) or "#").startswith("#"), (tag, attributes)
     contract = r"""<(?:script|link|img|iframe)[^>]+(?:src|href)=["']?(https?:)?//[^"'> ]+"""
-    assert not re.findall(contract, html)
-    assert not page.tags("link")
+    assert not re.findall(contract, html) and not page.tags("link")
 
 
 def test_policy_forbids_the_network_and_names_the_scripts_by_hash() -> None:
@@ -208,8 +207,7 @@ def test_plotly_is_inlined_once_and_only_when_there_is_a_plot() -> None:
 
 
 def test_answer_comes_before_cost_before_phases_before_problems_before_provenance() -> None:
-    summary = campaign()
-    for text in (Page(render_html(summary, [])).text, render_markdown(summary)):
+    for text in (Page(render_html(campaign(), [])).text, render_markdown(campaign())):
         order = ["Use alpha=0.15.", "15 trials", "What went wrong", "Where the numbers come from", "How to read"]
         places = [text.index(words) for words in order]
         assert places == sorted(places)

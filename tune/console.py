@@ -371,13 +371,14 @@ def _answer_panel(summary: Mapping[str, Any], report: Path, width: int) -> Panel
     rows = Table.grid(Column(style="dim", no_wrap=True), Column(ratio=1, overflow="fold"), padding=(0, 2, 0, 0))
     if answer.get("winner"):
         winner = Text().append_text(words(answer["winner"], "bold bright_blue"))
-        rows.add_row("winner", winner.append(f"  {fmt.effect(answer.get('delta'))}" if answer.get("delta") else ""))
+        rows.add_row("winner", winner.append("  ").append_text(words(f"in phase {answer.get('phase')}", "dim")))
     if answer.get("overrides"):
-        rows.add_row("set", words(fmt.settings(answer["overrides"])))
+        rows.add_row("settings", words(fmt.settings(answer["overrides"])))
+    if answer.get("delta"):
+        rows.add_row("effect", Text(fmt.effect(answer["delta"])))
+        rows.add_row("fresh seeds", Text("confirmed" if answer.get("confirmed") else "not confirmed yet"))
     if ties := fmt.tied(fmt.answer_phase(summary) or {}):
         rows.add_row("ties with", words(fmt.listing(ties)))
-    if answer.get("delta"):
-        rows.add_row("fresh seeds", Text("confirmed" if answer.get("confirmed") else "not confirmed yet"))
     rows.add_row("cost", Text(fmt.cost(summary)))
     for warning in fmt.own_warnings(summary):
         rows.add_row("warning", words(warning, "yellow"))

@@ -56,7 +56,10 @@ def effect_figure(phase: Mapping[str, Any]) -> Figure | None:
     layout = {
         "height": 92 + 30 * len(arms),
         "margin": {"l": 8, "r": 16, "t": 30, "b": 46},
-        "xaxis": {"title": {"text": f"{label(metric.get('name'), 40)} against the baseline   {side}"}, "zeroline": True},
+        "xaxis": {
+            "title": {"text": f"{label(metric.get('name'), 40)} against the baseline   {side}"},
+            "zeroline": True,
+        },
         "yaxis": {
             "tickvals": [y for y, _ in rows],
             "ticktext": [label(arm["arm"], 40) for _, arm in rows],

@@ -45,7 +45,7 @@ def _tokenizer_spec(spec: str) -> str:
     return spec
 
 
-class DataConfig(Config):
+class DataConfig(Config, frozen=True):
     """What to train on."""
 
     corpus: str = "python-docs"  # a name in CORPORA; a text file; a folder of text files, shards or a prepared corpus
