@@ -11,12 +11,9 @@ Exit codes: 0 all trials finished; 1 internal error; 2 usage or configuration; 3
 """
 
 import argparse
-import contextlib
 import json
-import os
 import shlex
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -84,95 +81,33 @@ def run(options: argparse.Namespace) -> int:
     if options.plan:
         return plan(campaign, root, options)
 
+    from tune.launch import launch
     from tune.session import Busy
 
+    command = shlex.join(["python", "run_campaign.py", *sys.argv[1:]])
     try:
-        summary = execute(campaign, root, options)
+        summary, signal = launch(campaign, root, command=command, inline=options.inline, address=options.address)
     except Busy as busy:
         print(busy, file=sys.stderr)
         return EXIT_BUSY
-    return show_end(summary, root, options)
+    return show_end(summary, signal, root, options)
 
 
-def execute(campaign: Any, root: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Trains everything that is missing; returns the summary with the signal that ended it, if any, under `signal`."""
-    from tune import environment
-    from tune.console import open_console
-    from tune.inline import run_inline
-    from tune.session import Session
-
-    command = shlex.join(["python", "run_campaign.py", *sys.argv[1:]])
-    session = Session(campaign, root, command=command, environment=environment.describe(campaign.base.device))
-    with session, contextlib.ExitStack() as stack:
-        prepared = Background(lambda: data_of(campaign))
-        cluster = None
-        if not options.inline:
-            # Not at the top: importing Ray takes a second, and --inline does without it.
-            from tune.engine import RayCluster
-
-            print("starting Ray ...", file=sys.stderr, flush=True)
-            cluster = stack.enter_context(RayCluster(campaign.resources, address=options.address))
-            session.workers, session.dashboard_url = cluster.workers, cluster.dashboard_url
-            print(f"dashboard {cluster.dashboard_url}  workers {cluster.workers}", file=sys.stderr, flush=True)
-        session.begin(prepared.result())
-        console = stack.enter_context(open_console(session.snapshot))
-        session.message = console.message
-        if cluster is None:
-            run_inline(session)
-        else:
-            from tune.engine import run_on_ray
-
-            run_on_ray(session, cluster)
-        summary = session.end()
-    return summary | {"signal": session.stop_signal}
-
-
-def data_of(campaign: Any) -> dict[str, Any]:
-    """Prepares the campaign's corpora, as far as they are known now, and describes the base's."""
-    from tune.corpus import describe_data, prepare_all
-
-    prepare_all(campaign, lambda text: print(text, file=sys.stderr, flush=True))
-    return describe_data(campaign.base)
-
-
-class Background:
-    """A call in another thread; `result` waits for it and raises what it raised."""
-
-    def __init__(self, call: Any) -> None:
-        self._value: Any = None
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._work, args=(call,), daemon=True)
-        self._thread.start()
-
-    def _work(self, call: Any) -> None:
-        try:
-            self._value = call()
-        except BaseException as error:  # handed to the caller of `result`
-            self._error = error
-
-    def result(self) -> Any:
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-        return self._value
-
-
-def show_end(summary: dict[str, Any], root: Path, options: argparse.Namespace) -> int:
+def show_end(summary: dict[str, Any], signal: int, root: Path, options: argparse.Namespace) -> int:
     """The last screen, and the exit code."""
     from rich.console import Console
 
     from tune.console import final_screen
 
-    number = summary.pop("signal")
     if options.json:
         print(json.dumps(summary, indent=1, allow_nan=False))
     else:
         report = root / "report.html"
         shown = report.relative_to(Path.cwd()) if report.is_relative_to(Path.cwd()) else report
         Console(highlight=False).print(final_screen(summary, report=shown))
-    if number:
+    if signal:
         print(f"interrupted; to go on: {summary['command']}", file=sys.stderr)
-        return 128 + number
+        return 128 + signal
     return EXIT_UNSUCCESSFUL if summary["trials"]["failed"] + summary["trials"]["diverged"] else 0
 
 
@@ -242,8 +177,4 @@ def doctor(options: argparse.Namespace) -> int:
 VERBS = {"status": status, "report": report, "doctor": doctor}
 
 if __name__ == "__main__":
-    code = main()
-    # Not sys.exit: threads of Ray and of its clients may hold the interpreter for seconds after all is written.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    sys.exit(main())

@@ -273,6 +273,32 @@ def test_the_learning_rate_follows_the_schedule(tiny: TrainConfig, dataset: Data
     assert rates == pytest.approx([0.0025, 0.005, 0.0075, 0.01, *wave])
 
 
+def test_the_learning_rate_that_is_logged_is_the_one_that_is_used(
+    tiny: TrainConfig, dataset: Dataset, tmp_path: Path
+) -> None:
+    config = override(resolved(tiny), {"schedule.warmup_steps": 4, "optim.name": "muon", "lr_other": 0.04})
+    each = set_up(config, tmp_path, resume=None, dataset=dataset)
+    for step in range(1, 4):
+        assert train_step(each)["lr"] == 0.01 * step / 4
+        rates = {group["lr"] for optimizer in each.optimizers for group in optimizer.param_groups}
+        assert rates == {0.01 * step / 4, 0.04 * step / 4}
+
+
+def test_a_checkpoint_has_a_validation_loss_where_these_weights_were_evaluated(
+    tiny: TrainConfig, dataset: Dataset, tmp_path: Path
+) -> None:
+    often = {"checkpoint.every": 1, "checkpoint.keep_last": 9}
+    seen, _ = run(override(tiny, often), tmp_path, dataset)
+    saved = {}
+    for path in (tmp_path / "checkpoints").iterdir():
+        manifest = json.loads((path / "MANIFEST.json").read_text())
+        saved[manifest["step"]] = manifest["val_loss"]
+    assert {step: loss for step, loss in saved.items() if loss is not None} == {
+        row["step"]: row["val_loss"] for row in seen if row["step"]
+    }
+    assert sorted(saved) == list(range(1, 9))
+
+
 @pytest.mark.parametrize("micro", [1, 2])
 def test_micro_batches_have_the_loss_and_gradients_of_the_whole(
     micro: int, tiny: TrainConfig, dataset: Dataset, tmp_path: Path

@@ -1,0 +1,94 @@
+"""One run of a campaign from start to end: lock, corpora, workers, view, trials, files."""
+
+import contextlib
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from tune import environment
+from tune.campaign import Campaign
+from tune.console import Snapshot, open_console
+from tune.corpus import describe_data, prepare_all
+from tune.inline import run_inline
+from tune.session import Session
+from tune.summary import Summary
+
+Value = TypeVar("Value")
+
+
+def launch(
+    campaign: Campaign,
+    root: Path,
+    *,
+    command: str,
+    inline: bool = False,
+    address: str | None = None,
+    view: Callable[[Callable[[], Snapshot]], contextlib.AbstractContextManager] = open_console,
+) -> tuple[Summary, int]:
+    """Trains what is missing in `root`; returns the campaign's summary and the signal that ended the run, or 0.
+
+    Args:
+        campaign: what to run.
+        root: its results directory; made if need be.
+        command: how to start it again, for people.
+        inline: run in this process instead of on Ray.
+        address: of a running Ray cluster; None starts a private one.
+        view: makes the context manager that shows progress and has a `message` method.
+
+    Raises:
+        Busy: another process runs on `root`.
+        ConfigError: the corpora cannot be prepared or have changed.
+        OSError: the disk.
+        RuntimeError: Ray stopped before the campaign was over.
+    """
+    session = Session(campaign, root, command=command, environment=environment.describe(campaign.base.device))
+    with session, contextlib.ExitStack() as stack:
+        # Tokenizing and Ray's start both take seconds, and neither needs the other.
+        prepared = Background(lambda: prepare_all(campaign, tell))
+        cluster = None
+        if not inline:
+            from tune.engine import RayCluster  # importing Ray takes a second, which --inline does without
+
+            tell("starting Ray ...")
+            cluster = stack.enter_context(RayCluster(campaign.resources, address=address))
+            session.workers, session.dashboard_url = cluster.workers, cluster.dashboard_url
+            tell(f"dashboard {cluster.dashboard_url}  workers {cluster.workers}")
+        prepared.result()
+        session.begin(describe_data(campaign.base))
+        session.message = stack.enter_context(view(session.snapshot)).message
+        if cluster is None:
+            run_inline(session)
+        else:
+            from tune.engine import run_on_ray
+
+            run_on_ray(session, cluster)
+        return session.end(), session.stop_signal
+
+
+def tell(text: str) -> None:
+    """A line on stderr, before the view is open."""
+    print(text, file=sys.stderr, flush=True)
+
+
+class Background(Generic[Value]):
+    """A call in another thread; `result` waits for it and raises what it raised."""
+
+    def __init__(self, call: Callable[[], Value]) -> None:
+        self._outcome: list[Value] = []
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._work, args=(call,), daemon=True)
+        self._thread.start()
+
+    def result(self) -> Value:
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return self._outcome[0]
+
+    def _work(self, call: Callable[[], Value]) -> None:
+        try:
+            self._outcome.append(call())
+        except BaseException as error:  # handed to the caller of `result`
+            self._error = error
