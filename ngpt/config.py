@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Collection, Iterable, Mapping
 from functools import cache
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, dataclass_transform
 
 import pydantic
 from pydantic_core import PydanticCustomError
@@ -35,6 +35,8 @@ class ConfigError(ValueError):
         super().__init__("\n".join(map(str, self.problems)))
 
 
+# For the type checker: what pydantic freezes is frozen. A config that serves as a key says `frozen=True` once more.
+@dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(pydantic.Field,))
 class Config(pydantic.BaseModel):
     """Base of every config: immutable, no unknown settings, no silent conversion (`"3"` is not a number), no NaN."""
 

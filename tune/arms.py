@@ -5,8 +5,10 @@ A way of sweeping is a function (axes) -> arms and one entry in `SWEEPS`.
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from ngpt.config import Location
@@ -21,6 +23,14 @@ class Axis:
     setting: str
     values: tuple[Any, ...]
     location: Location
+
+    @cached_property
+    def names(self) -> list[str]:
+        """`label=value` for each value; all digits of those that a short form could not tell apart."""
+        short = [fmt.value(value) for value in self.values]
+        seen = Counter(short)
+        texts = (repr(value) if seen[text] > 1 else text for value, text in zip(self.values, short, strict=True))
+        return [f"{self.label}={text}" for text in texts]
 
 
 @dataclass(frozen=True)
@@ -66,7 +76,7 @@ def _indices(axes: Sequence[Axis]) -> list[range]:
 
 def _arm(point: Sequence[tuple[Axis, int]]) -> Arm:
     return Arm(
-        name=", ".join(f"{axis.label}={fmt.value(axis.values[i])}" for axis, i in point),
+        name=", ".join(axis.names[i] for axis, i in point),
         overrides={axis.setting: axis.values[i] for axis, i in point},
         origins={axis.setting: (*axis.location, i) for axis, i in point},
     )

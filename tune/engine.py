@@ -7,17 +7,25 @@ folder, and what it would restore from them is in our journal.
 
 import logging
 import os
+import shutil
+import signal
+import sys
 import tempfile
+import threading
+from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 import ray.tune
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 from ray.tune.stopper import Stopper
 
 from tune.campaign import Resources
 from tune.inline import stop_on_signal
-from tune.session import Session
+from tune.session import ExecutorLost, Session
 from tune.trainable import RESULT, TrialWorker
 
 # Ray Tune writes nothing of value for us: no loggers, no snapshots; and signals are ours (see inline.py).
@@ -25,7 +33,6 @@ QUIET = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "TUNE_GLOBAL_CHECKPOINT_S": "1000000000",
-    "TUNE_MAX_PENDING_TRIALS_PG": "1",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
@@ -33,19 +40,28 @@ QUIET = {
     "RAY_TQDM_PATCH_PRINT": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
+SCRATCH = ".tune-"  # start of the name of Tune's own folder, in the results directory while it runs
+GRACE = 20.0  # seconds for Tune to end by itself when Ray has died
 
 
 def run_on_ray(session: Session, cluster: "RayCluster") -> None:
     """Runs every trial on a started cluster, as many at once as it has room for.
 
     Raises:
-        RuntimeError: Ray stopped before the campaign was over.
+        ExecutorLost: Ray stopped before the campaign was over.
     """
-    with tempfile.TemporaryDirectory(prefix="ngpt-tune-") as scratch, stop_on_signal(session):
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(cluster.workers)  # all start at once, not one after the other
+    for stale in session.root.glob(f"{SCRATCH}*"):  # of a run that was killed: a living one would have the lock
+        shutil.rmtree(stale)
+    folder = tempfile.TemporaryDirectory(prefix=SCRATCH, dir=session.root, ignore_cleanup_errors=True)
+    with folder as scratch, stop_on_signal(session), Watchdog(session, cluster.processes):
         tuner = ray.tune.Tuner(
-            ray.tune.with_resources(TrialWorker, cluster.per_trial),
+            TrialWorker,
             tune_config=ray.tune.TuneConfig(
-                search_alg=Feeder(session, cluster.workers), num_samples=-1, reuse_actors=True
+                search_alg=Feeder(session, cluster),
+                scheduler=KeepWorkers(cluster.workers),
+                num_samples=-1,
+                reuse_actors=True,
             ),
             run_config=ray.tune.RunConfig(
                 name="campaign",
@@ -56,8 +72,42 @@ def run_on_ray(session: Session, cluster: "RayCluster") -> None:
             ),
         )
         tuner.fit()
-    if not session.is_over() and not session.stop_requested:
-        raise RuntimeError("Ray ended before the campaign was over; give the same command again to go on")
+    if not session.is_over() and not session.stop_signal:
+        raise ExecutorLost("Ray died before the campaign was over; give the same command again to go on")
+
+
+class Watchdog:
+    """Ends the run when one of Ray's own processes has died: the driver would wait for it for ever."""
+
+    def __init__(self, session: Session, processes: list[psutil.Process]) -> None:
+        self._session, self._processes = session, processes
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._over.wait(1.0):
+            if not all(map(_alive, self._processes)):
+                self._session.stop_requested = True
+                break
+        else:
+            return
+        if not self._over.wait(GRACE):
+            print("Ray died and does not let go; give the same command again to go on", file=sys.stderr, flush=True)
+            os._exit(1)
+
+
+def _alive(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 class Unpickled:
@@ -73,21 +123,21 @@ class Feeder(Unpickled, Searcher):
     It returns None while a phase waits for another one's winner, and FINISHED after the last phase.
     """
 
-    def __init__(self, session: Session, workers: int) -> None:
+    def __init__(self, session: Session, cluster: "RayCluster") -> None:
         super().__init__(metric="training_iteration", mode="max")
-        self._session, self._workers = session, workers
+        self._session, self._cluster = session, cluster
         self._given: dict[str, str] = {}  # our trial id by Tune's
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+    def suggest(self, trial_id: str) -> Any:
         if self._session.stop_requested:
             return Searcher.FINISHED
-        if len(self._given) >= self._workers:
+        if len(self._given) >= self._cluster.workers:
             return None
         spec = self._session.next_trial()
         if spec is None:
             return Searcher.FINISHED if self._session.is_over() else None
         self._given[trial_id] = spec.trial_id
-        return {"spec": spec}
+        return {"spec": spec, "resources": self._cluster.per_trial}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         ours = self._given.pop(trial_id)
@@ -101,6 +151,22 @@ class Feeder(Unpickled, Searcher):
 
     def restore(self, checkpoint_path: str) -> None:
         """Nothing: the journal is the memory."""
+
+
+class KeepWorkers(FIFOScheduler):
+    """First come, first served; and every worker is kept while a phase waits for the last trials of another.
+
+    On its own Tune keeps a worker only for a trial that is waiting already, so at the end of each phase all but one would
+    die, and importing torch anew costs seconds. Its cache of workers has no public setting for that.
+    """
+
+    def __init__(self, workers: int) -> None:
+        super().__init__()
+        self._to_keep = workers
+
+    def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
+        tune_controller._actor_cache.increase_max(trial.placement_group_factory, by=self._to_keep)
+        self._to_keep = 0
 
 
 class StopRequested(Unpickled, Stopper):
@@ -122,11 +188,15 @@ class RayCluster:
     def __init__(self, resources: Resources, *, address: str | None = None) -> None:
         self.resources, self.address = resources, address
         self.dashboard_url: str | None = None
+        self.processes: list[psutil.Process] = []  # of Ray itself, where it is ours
+        self._folder: Path | None = None  # of Ray's logs and sockets, where it is ours
 
     def __enter__(self) -> "RayCluster":
         os.environ.update(QUIET)
         local = {"num_cpus": self._cpus(), "include_dashboard": True, "dashboard_host": "127.0.0.1"}
         previous = os.umask(0o077)  # Ray writes an authentication token
+        on_main = threading.current_thread() is threading.main_thread()
+        terminate = signal.getsignal(signal.SIGTERM)
         try:
             context = ray.init(
                 address=self.address or "local",
@@ -137,14 +207,24 @@ class RayCluster:
             )
         finally:
             os.umask(previous)
+            if on_main:  # Ray has put its own handler there, which would end us without a word
+                signal.signal(signal.SIGTERM, terminate)
+        # Its reports on dead workers are tracebacks; ours are lines.
+        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+        if not self.address:
+            children = psutil.Process().children()
+            self.processes = [process for process in children if process.name() in ("raylet", "gcs_server")]
+            self._folder = Path(context.address_info["session_dir"])
         url = context.dashboard_url
         self.dashboard_url = f"http://{url}" if url else None
         self.per_trial = self._per_trial(ray.cluster_resources())
         self.workers = self._fit(ray.cluster_resources())
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         ray.shutdown()
+        if self._folder and kind is None:  # after an error its logs may say why
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     def _cpus(self) -> int:
         """As many as there are, or enough for the workers that were asked for."""
@@ -152,14 +232,14 @@ class RayCluster:
         wanted = (self.resources.workers or 1) * self.resources.cpus_per_trial
         return max(here, wanted)
 
-    def _per_trial(self, cluster: dict[str, float]) -> dict[str, float]:
+    def _per_trial(self, cluster: Mapping[str, float]) -> dict[str, float]:
         share = self.resources.gpus_per_trial
         gpus = (1.0 if cluster.get("GPU") else 0.0) if share == "auto" else float(share)
         # Always said, even when it is none: a trial that asks for nothing sees every GPU.
-        return {"cpu": float(self.resources.cpus_per_trial), "gpu": gpus}
+        return {"CPU": float(self.resources.cpus_per_trial), "GPU": gpus}
 
-    def _fit(self, cluster: dict[str, float]) -> int:
-        rooms = [cluster.get("CPU", 1) // self.per_trial["cpu"]]
-        if self.per_trial["gpu"]:
-            rooms.append(cluster.get("GPU", 0) // self.per_trial["gpu"])
+    def _fit(self, cluster: Mapping[str, float]) -> int:
+        rooms = [cluster.get("CPU", 1) // self.per_trial["CPU"]]
+        if self.per_trial["GPU"]:
+            rooms.append(cluster.get("GPU", 0) // self.per_trial["GPU"])
         return max(1, min(int(min(rooms)), self.resources.workers or 1_000_000))

@@ -16,7 +16,8 @@ from ngpt.train import TrainConfig, pick_device
 from tune import format as fmt
 from tune.campaign import Campaign
 from tune.environment import usable_cpus
-from tune.plan import PlannedPhase, preview, trial_flops, trial_tokens
+from tune.journal import read_journal
+from tune.plan import PlannedPhase, preview, trial_flops, trial_tokens, trial_work
 from tune.state import DONE, State, replay
 
 STARTUP = 8.0  # seconds: interpreter, Ray, first import of torch in the workers
@@ -29,51 +30,59 @@ NOT_SPEED = ("model.alpha", "model.logit_scale", "model.rope_base")
 def estimate(campaign: Campaign, root: Path, *, measure: bool = False) -> dict[str, Any]:
     """Trials, tokens, bytes on disk and seconds, per phase and in all.
 
-    The time comes from the newest step measured on this device for each shape of model and batch; where there is none,
-    from the FLOP count and a matrix product timed now. `measure` times a few real steps of each shape first.
+    Tokens, disk and time are those of the trials that are left to run: not of those that the journal in `root` has
+    results of. The time comes from the newest speed measured on this device for each shape of model and batch; where
+    there is none, from the FLOP count and a matrix product timed now. `measure` times a few real steps of each shape
+    first, and remembers them.
     """
-    phases = preview(campaign)
-    device = device_key(campaign)
-    configs = {trial.trial_id: trial.config for phase in phases for trial in phase.trials}
-    speeds = _measure(configs.values(), campaign) if measure else known_speeds(device)
-    missing = [config for config in configs.values() if shape_key(config) not in speeds]
+    state = replay(read_journal(root / "journal.jsonl"))
+    phases = preview(campaign, lambda phase: _winner(state, phase))
+    known = {phase.name for phase in phases if _winner(state, phase)}
+    everything = {trial.trial_id: trial.config for phase in phases for trial in phase.trials}
+    done = {trial_id for trial_id, result in state.results.items() if result["status"] in DONE}
+    left = {name: config for name, config in everything.items() if name not in done}
+    if measure:
+        _remember(device_key(campaign), _measure(left.values(), campaign))
+    speeds = known_speeds(device_key(campaign)) if left else {}
+    missing = [config for config in left.values() if shape_key(config) not in speeds]
     rate = _flop_rate(campaign) if missing else None
     workers = expected_workers(campaign)
-    done = _done_ids(root)
-    rows, seen = [], set()
+    rows = []
     for phase in phases:
-        fresh = [trial for trial in phase.trials if trial.trial_id not in seen]
-        seen |= {trial.trial_id for trial in fresh}
-        to_run = [trial.config for trial in fresh if trial.trial_id not in done]
+        to_run = [left.pop(trial.trial_id) for trial in phase.trials if trial.trial_id in left]
         rows.append(
             {
                 "phase": phase.name,
                 "inherit": phase.inherit,
                 "arms": len(phase.arms),
                 "seeds": len(phase.seeds),
-                "trials": len(list(phase.trials)),
+                "trials": len(phase.arms) * len(phase.seeds),
                 "to_run": len(to_run),
                 "tokens": sum(map(trial_tokens, to_run)),
                 "disk_bytes": sum(map(_disk, to_run)),
                 "seconds": sum(_seconds(config, speeds, rate) for config in to_run) / workers,
-                "guessed": bool(phase_needs(campaign, phase)),
+                "guessed": not phase_needs(campaign, phase) <= known,
             }
         )
-    source = "measured just now" if measure else "from steps measured here before"
-    if missing:
-        share = "" if len(missing) == len(configs) else f" for {len(missing)} of {len(configs)} trials"
-        source = f"estimated from the FLOP count{share} at {rate / 1e9:.0f} GFLOP/s; --measure times real steps"
-    totals = {name: sum(row[name] for row in rows) for name in ("trials", "to_run", "tokens", "disk_bytes")}
-    seconds = sum(row["seconds"] for row in rows)
+    totals = {name: sum(row[name] for row in rows) for name in ("to_run", "tokens", "disk_bytes", "seconds")}
     return {
         "campaign": campaign.name,
         "results": str(root),
         "phases": rows,
+        "trials": len(everything),  # a trial that two phases share is one
         **totals,
         "workers": workers,
-        "seconds": seconds + (STARTUP if totals["to_run"] else 0.0),
-        "seconds_source": source,
+        "seconds": totals["seconds"] + (STARTUP if totals["to_run"] else 0.0),
+        "seconds_source": _source(measure, len(missing), totals["to_run"], rate),
     }
+
+
+def _source(measured: bool, n_missing: int, n: int, rate: float | None) -> str:
+    """Where the time comes from, in words."""
+    if rate is None:
+        return "measured just now" if measured else "from steps measured here before"
+    share = "" if n_missing == n else f" for {n_missing} of {n} trials"
+    return f"estimated from the FLOP count{share} at {rate / 1e9:.0f} GFLOP/s; --measure times real steps"
 
 
 def plan_view(estimated: Mapping[str, Any]) -> RenderableType:
@@ -87,6 +96,8 @@ def plan_view(estimated: Mapping[str, Any]) -> RenderableType:
         sizes = (fmt.count(row["tokens"]), fmt.size(row["disk_bytes"]), fmt.duration(row["seconds"]))
         table.add_row(Text(phase), *map(str, numbers), *sizes)
     lines = [f"{estimated['workers']} trials at once; time {estimated['seconds_source']}"]
+    if shared := sum(row["trials"] for row in estimated["phases"]) - estimated["trials"]:
+        lines.append(f"{shared} trials of later phases are the same as earlier ones and are trained once")
     if any(row["guessed"] for row in estimated["phases"]):
         lines.append("* starts from a winner that is not known yet; the first arm of that phase stands in for it")
     lines.append(f"results in {estimated['results']}")
@@ -127,27 +138,50 @@ def device_key(campaign: Campaign) -> str:
 
 
 def remember_speeds(campaign: Campaign, state: State, configs: Mapping[str, TrainConfig]) -> None:
-    """Keeps the throughput of this campaign's trials for later plans on this machine."""
-    path, device = _speeds_file(), device_key(campaign)
-    rows = {}
+    """Keeps the speed of the trials that this session trained, for later plans on this machine."""
+    speeds = {}
     for trial_id, config in configs.items():
         result = state.results.get(trial_id)
-        if result and result["status"] == "finished" and result["seconds"]:
-            # With evaluation and checkpoints, since that is what a trial costs.
-            rows[shape_key(config)] = result["metrics"]["tokens"] / result["seconds"]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        for shape, speed in rows.items():
-            file.write(json.dumps({"device": device, "shape": shape, "tokens_per_second": speed}) + "\n")
+        if result and _is_typical(result, since=state.campaign["time"]):
+            # Over the whole trial, with evaluations and checkpoints, since that is what one costs.
+            speeds[shape_key(config)] = trial_work(config) / result["seconds"]
+    _remember(device_key(campaign), speeds)
+
+
+def _is_typical(result: Mapping[str, Any], *, since: str) -> bool:
+    """Whether a result says how long such a trial takes: whole, in one go, and of this session."""
+    return (
+        result["status"] == "finished" and result["attempt"] == 1 and result["seconds"] > 0 and result["time"] >= since
+    )
 
 
 def known_speeds(device: str) -> dict[str, float]:
-    """Tokens per second by shape, the newest measured on this device."""
+    """Training tokens per second by shape, the newest measured on this device."""
     path = _speeds_file()
-    if not path.is_file():
-        return {}
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    rows = [row for line in lines if (row := _parse(line))]
     return {row["shape"]: row["tokens_per_second"] for row in rows if row["device"] == device}
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    """A line of the speeds file; None for one that a crash tore, which costs a worse estimate and nothing else."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and row.keys() >= {"device", "shape", "tokens_per_second"} else None
+
+
+def _remember(device: str, speeds: Mapping[str, float]) -> None:
+    """Appends speeds to the file, after the end of whatever line a crash has torn."""
+    if not speeds:
+        return
+    path = _speeds_file()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torn = path.is_file() and not path.read_bytes().endswith(b"\n")
+    rows = [{"device": device, "shape": shape, "tokens_per_second": speed} for shape, speed in speeds.items()]
+    with path.open("a", encoding="utf-8") as file:
+        file.write("\n" * torn + "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _speeds_file() -> Path:
@@ -155,6 +189,7 @@ def _speeds_file() -> Path:
 
 
 def _measure(configs: Iterable[TrainConfig], campaign: Campaign) -> dict[str, float]:
+    """Times a few real steps of each shape, on as many threads as a trial gets."""
     import torch
 
     from ngpt.bench import step
@@ -177,7 +212,7 @@ def _flop_rate(campaign: Campaign) -> float:
 def _seconds(config: TrainConfig, speeds: Mapping[str, float], rate: float | None) -> float:
     speed = speeds.get(shape_key(config))
     if speed is not None:
-        return PER_TRIAL + trial_tokens(config) / speed
+        return PER_TRIAL + trial_work(config) / speed
     assert rate is not None
     return PER_TRIAL + trial_flops(config) / rate
 
@@ -191,8 +226,8 @@ def _disk(config: TrainConfig) -> int:
     return params * 12 * min(saves, config.checkpoint.keep_last + 1) + rows * 200
 
 
-def _done_ids(root: Path) -> set[str]:
-    from tune.journal import read_journal
-
-    state = replay(read_journal(root / "journal.jsonl"))
-    return {trial_id for trial_id, result in state.results.items() if result["status"] in DONE}
+def _winner(state: State, phase: PlannedPhase) -> str | None:
+    """The arm that has won the phase already, if it is still the same phase."""
+    past = state.phases.get(phase.name)
+    same = past and set(past.trial_ids) == {trial.trial_id for trial in phase.trials}
+    return past.winner if past and same and past.winner in [arm.name for arm in phase.arms] else None

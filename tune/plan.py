@@ -1,7 +1,8 @@
 """From phases to arms to trials: pure functions that know neither Ray nor the clock."""
 
+import itertools
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,17 +59,18 @@ class PlannedPhase:
 def plan_phase(campaign: Campaign, phase: Phase, winners: Mapping[str, Overrides]) -> PlannedPhase:
     """The trials of `phase`, given the overrides that the winners of the phases it needs stand for.
 
-    An arm that equals the baseline is the baseline: it is trained once, under the arm's name.
+    An arm that equals the baseline is the baseline: it is trained once, under the arm's name. A winner that an arm
+    inherits comes on top of the phase's base, but for what the phase itself pins with `set:`.
     """
-    inherited = dict(winners[phase.inherit]) if phase.inherit else {}
-    base = inherited | dict(phase.pinned)
+    inherited = winners[phase.inherit] if phase.inherit else {}
+    base = dict(inherited) | dict(phase.pinned)
     seeds = phase.seeds if isinstance(phase.seeds, tuple) else fresh_seeds(campaign, phase)
-    baseline_config = arm_config(campaign, base, BASELINE, {})
-    arms = {baseline_config: PlannedArm(BASELINE.name, {}, ())}
+    arms = {arm_config(campaign, base, BASELINE, {}): PlannedArm(BASELINE.name, {}, ())}
     for arm in phase.arms:
-        start = dict(winners[arm.inherit]) if arm.inherit else {}
+        winner = winners[arm.inherit] if arm.inherit else {}
+        start = {name: value for name, value in winner.items() if name not in phase.pinned}
         config = arm_config(campaign, base, arm, start)
-        changed = {k: v for k, v in (start | dict(arm.overrides)).items() if k in arm.overrides or base.get(k) != v}
+        changed = {k: v for k, v in start.items() if k not in base or base[k] != v} | dict(arm.overrides)
         if config not in arms or (arms[config].name == BASELINE.name and not arm.inherit):
             arms[config] = PlannedArm(arm.name, changed, ())
     planned = [
@@ -88,12 +90,17 @@ def plan_phase(campaign: Campaign, phase: Phase, winners: Mapping[str, Overrides
 
 
 def arm_config(campaign: Campaign, base: Overrides, arm: Arm, start: Overrides) -> TrainConfig:
-    """An arm's complete config. With `hold: tokens` its steps are such that it sees the tokens of its phase's baseline."""
+    """An arm's complete config: the campaign's base, the phase's, the winner it starts from, and its own changes.
+
+    With `hold: tokens` its steps are such that it sees as many tokens as its phase's baseline. An arm that changes
+    `steps` itself, or inherits a winner that did, gets just these: then tokens differ, and the summary warns of it.
+    """
+    changes = dict(start) | dict(arm.overrides)
     reference = override(campaign.base, base)
-    config = override(reference, dict(start) | dict(arm.overrides))
-    if campaign.hold == "tokens" and "steps" not in arm.overrides:
-        tokens = reference.steps * reference.tokens_per_step
-        config = override(config, {"steps": max(1, round(tokens / config.tokens_per_step))})
+    config = override(reference, changes)
+    if campaign.hold == "tokens" and "steps" not in changes and config.tokens_per_step != reference.tokens_per_step:
+        steps = round(trial_tokens(reference) / config.tokens_per_step)
+        config = override(config, {"steps": max(1, steps)})
     return resolved(config)
 
 
@@ -108,22 +115,31 @@ def trial_id(config: TrainConfig) -> str:
 
 
 def fresh_seeds(campaign: Campaign, phase: Phase) -> tuple[int, ...]:
-    """Seeds that no list of the campaign holds; they depend on the phase's name only, not on its place in the file."""
-    assert isinstance(phase.seeds, Fresh)
+    """Seeds that no list and no other phase of the campaign has, whatever the order of the phases.
+
+    Each phase takes the first unused ones from a number that its name gives; phases choose by the alphabet.
+    """
     used = {seed for other in campaign.phases if isinstance(other.seeds, tuple) for seed in other.seeds}
-    start = 100 + zlib.crc32(phase.name.encode()) % 900
-    unused = (seed for seed in range(start, start + len(used) + phase.seeds.n) if seed not in used)
-    return tuple(seed for seed, _ in zip(unused, range(phase.seeds.n), strict=False))
+    chosen: dict[str, tuple[int, ...]] = {}
+    for other in sorted(campaign.phases, key=lambda other: other.name):
+        if isinstance(other.seeds, Fresh):
+            start = 100 + zlib.crc32(other.name.encode()) % 900
+            unused = (seed for seed in itertools.count(start) if seed not in used)
+            chosen[other.name] = tuple(itertools.islice(unused, other.seeds.n))
+            used.update(chosen[other.name])
+    return chosen[phase.name]
 
 
-def preview(campaign: Campaign) -> list[PlannedPhase]:
-    """All phases before anything has run: each inherited winner is taken to be the first arm that is not the baseline."""
+def preview(
+    campaign: Campaign, known_winner: Callable[[PlannedPhase], str | None] = lambda phase: None
+) -> list[PlannedPhase]:
+    """All phases, before they have run; where a winner is not known, the first arm but the baseline stands in for it."""
     winners: dict[str, Overrides] = {}
     phases = []
     for phase in campaign.phases:
         planned = plan_phase(campaign, phase, winners)
-        guess = next((arm for arm in planned.arms if arm.name != planned.baseline), planned.arms[0])
-        winners[phase.name] = inheritance(planned, guess.name)
+        guess = next((arm.name for arm in planned.arms if arm.name != planned.baseline), planned.baseline)
+        winners[phase.name] = inheritance(planned, known_winner(planned) or guess)
         phases.append(planned)
     return phases
 
@@ -140,11 +156,15 @@ def trial_tokens(config: TrainConfig) -> int:
     return config.steps * config.tokens_per_step
 
 
-def trial_flops(config: TrainConfig) -> float:
-    """Arithmetic of one trial: training, and evaluations at a third of a training token's cost."""
+def trial_work(config: TrainConfig) -> float:
+    """What a trial takes in training tokens, its evaluations included: they cost a third as much per token."""
     evaluations = 2 + (config.steps - 1) // config.eval_every
-    tokens = trial_tokens(config) + config.eval_tokens * evaluations / 3
-    return tokens * flops_per_token(config.model)
+    return trial_tokens(config) + config.eval_tokens * evaluations / 3
+
+
+def trial_flops(config: TrainConfig) -> float:
+    """Arithmetic of one trial: training and evaluations."""
+    return trial_work(config) * flops_per_token(config.model)
 
 
 def _trials(

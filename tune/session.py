@@ -7,7 +7,7 @@ their checkpoints when the same command is given again.
 
 import os
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -23,17 +23,22 @@ from tune.estimate import remember_speeds
 from tune.journal import Journal
 from tune.plan import PlannedPhase, Trial, inheritance, plan_phase, preview
 from tune.state import planned_event, replay
-from tune.status import take_snapshot
+from tune.status import LOCK_FILE, take_snapshot
 from tune.summary import Summary, settings_text, write_campaign, write_phase
 from tune.trial import TrialResult, TrialSpec
 
-MOST_ATTEMPTS = 3  # of a trial whose worker died under it
+MOST_RETRIES = 3  # of a trial whose worker died under it, in one session
+PATIENCE = 1.0  # seconds to wait for the lock, which `status` also takes for a moment
 
 Message = Callable[[str], None]
 
 
 class Busy(Exception):
     """Another process runs a campaign on this results directory."""
+
+
+class ExecutorLost(Exception):
+    """What runs the trials is gone before the campaign was over; the same command goes on."""
 
 
 class Session:
@@ -51,7 +56,8 @@ class Session:
         self._queue: deque[Trial] = deque()
         self._trials: dict[str, Trial] = {}  # queued or running, by id
         self._summaries: dict[str, Summary] = {}
-        self._lock = FileLock(root / "campaign.lock")
+        self._deaths: Counter[str] = Counter()  # of workers, by the trial they died under
+        self._lock = FileLock(root / LOCK_FILE)
 
     # ---- begin and end ---------------------------------------------------------------------------------------------
 
@@ -64,7 +70,7 @@ class Session:
         """
         self.root.mkdir(parents=True, exist_ok=True)
         try:
-            self._lock.acquire(timeout=0)
+            self._lock.acquire(timeout=PATIENCE)
         except Timeout:
             raise Busy(f"{self.root} is in use by {self._holder()}") from None
         try:
@@ -72,12 +78,17 @@ class Session:
             self.journal = Journal(self.root / "journal.jsonl")
             self.state = replay(self.journal.events)
         except BaseException:
-            self._lock.release()
+            self._let_go()
             raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.journal.close()
+        try:
+            self.journal.close()
+        finally:
+            self._let_go()
+
+    def _let_go(self) -> None:
         (self.root / "campaign.pid").unlink(missing_ok=True)
         self._lock.release()
 
@@ -252,19 +263,25 @@ class Session:
     def worker_died(self, trial_id: str, reason: str) -> None:
         """The process of a trial is gone without a result: tried again from its checkpoint, at most three times."""
         trial = self._trials[trial_id]
-        attempts = self.state.attempts[trial_id]
-        if attempts < MOST_ATTEMPTS:
+        self._append("worker_died", trial_id=trial_id, attempt=self.state.attempts[trial_id], reason=reason)
+        self._deaths[trial_id] += 1
+        if self._deaths[trial_id] <= MOST_RETRIES:
             self.message(f"{trial.phase}  {trial.arm} seed {trial.seed}  worker died ({reason}), trying again")
             self._queue.appendleft(trial)
-            self.state.running.pop(trial_id, None)
             return
-        error = f"the worker process died {attempts} times: {reason}"
+        error = f"the worker process died {self._deaths[trial_id]} times: {reason}"
         self.trial_ended(trial_id, TrialResult("failed", error=error))
 
     def snapshot(self) -> Snapshot:
         """The live view's data."""
-        phases = list(self._summaries.values())
-        return take_snapshot(self.root, self.state, finished_phases=phases, dashboard_url=self.dashboard_url)
+        state = self.state.copy()  # the view is drawn by another thread
+        return take_snapshot(
+            self.root,
+            state,
+            running=not state.ended,
+            finished_phases=list(self._summaries.values()),
+            dashboard_url=self.dashboard_url,
+        )
 
     def _append(self, event: str, **fields: Any) -> None:
         self.state.apply(self.journal.append(event, **fields))

@@ -1,10 +1,12 @@
 """`--smoke`: the same campaign with a tiny model, few steps and two seeds, to see in a minute that a file runs."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from ngpt.config import override
+from ngpt.config import flatten, override
+from ngpt.data.tokenizer import parse_spec
 from ngpt.train import TrainConfig
 from tune.campaign import Campaign, Fresh, Phase
 
@@ -12,6 +14,7 @@ from tune.campaign import Campaign, Fresh, Phase
 LIMITS = {
     "steps": 8,
     "batch_size": 4,
+    "micro_batch_size": 1,  # which divides every batch
     "eval_every": 4,
     "eval_tokens": 256,
     "model.n_layer": 2,
@@ -19,34 +22,44 @@ LIMITS = {
     "schedule.warmup_steps": 2,
 }
 HEAD_DIM = 8
+VOCAB_SIZE = 512  # of a tokenizer that is trained
 SEEDS = 2
 
 
 def shrunk(campaign: Campaign) -> Campaign:
     """The campaign with every size cut down; arms that differ in a size alone may come out the same."""
-    phases = tuple(_shrunk_phase(phase) for phase in campaign.phases)
-    return replace(campaign, base=_shrunk_base(campaign.base), phases=phases)
+    limits = LIMITS | {"model.n_embd": _width(campaign)}
+    base = override(campaign.base, _limited(_small_vocabulary(campaign.base), limits))
+    return replace(campaign, base=base, phases=tuple(_shrunk_phase(phase, limits) for phase in campaign.phases))
 
 
-def _shrunk_base(base: TrainConfig) -> TrainConfig:
-    small = _limited({name: _value(base, name) for name in LIMITS})
-    small |= {"model.n_embd": min(base.model.n_embd, base.model.n_head * HEAD_DIM), "micro_batch_size": None}
-    if base.data.tokenizer.startswith("sentencepiece:"):
-        small["data.tokenizer"] = "sentencepiece:512"
-    return override(base, small)
+def _width(campaign: Campaign) -> int:
+    """A model width that every number of heads in the campaign divides into heads of even size."""
+    given = [settings for phase in campaign.phases for settings in (phase.pinned, *(a.overrides for a in phase.arms))]
+    heads = {campaign.base.model.n_head} | {
+        settings["model.n_head"] for settings in given if "model.n_head" in settings
+    }
+    common = math.lcm(*heads)
+    return common * max(2, 2 * math.ceil(max(heads) * HEAD_DIM / common / 2))
 
 
-def _shrunk_phase(phase: Phase) -> Phase:
-    arms = tuple(replace(arm, overrides=_limited(arm.overrides)) for arm in phase.arms)
-    seeds = Fresh(min(phase.seeds.n, SEEDS)) if isinstance(phase.seeds, Fresh) else phase.seeds[:SEEDS]
-    return replace(phase, pinned=_limited(phase.pinned), arms=arms, seeds=seeds)
+def _small_vocabulary(base: TrainConfig) -> dict[str, Any]:
+    kind, size = parse_spec(base.data.tokenizer)
+    small = kind == "sentencepiece" and int(size) > VOCAB_SIZE
+    return flatten(base) | ({"data.tokenizer": f"sentencepiece:{VOCAB_SIZE}"} if small else {})
 
 
-def _limited(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: min(value, LIMITS[name]) if name in LIMITS else value for name, value in settings.items()}
+def _shrunk_phase(phase: Phase, limits: Mapping[str, int]) -> Phase:
+    return replace(
+        phase,
+        pinned=_limited(phase.pinned, limits),
+        arms=tuple(replace(arm, overrides=_limited(arm.overrides, limits)) for arm in phase.arms),
+        seeds=Fresh(min(phase.seeds.n, SEEDS)) if isinstance(phase.seeds, Fresh) else phase.seeds[:SEEDS],
+    )
 
 
-def _value(config: Any, name: str) -> Any:
-    for part in name.split("."):
-        config = getattr(config, part)
-    return config
+def _limited(settings: Mapping[str, Any], limits: Mapping[str, int]) -> dict[str, Any]:
+    return {
+        name: min(value, limits[name]) if name in limits and value is not None else value
+        for name, value in settings.items()
+    }

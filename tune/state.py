@@ -1,7 +1,8 @@
 """What a journal says: a fold over its events. The running campaign, `status` and `report` all read it from here."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import datetime
 from typing import Any
 
 from tune.journal import Event
@@ -47,7 +48,9 @@ class State:
     running: dict[str, Event] = field(default_factory=dict)  # started and without a result, by trial id
     attempts: dict[str, int] = field(default_factory=dict)
     status: str = "incomplete"
-    seconds: float = 0.0  # of all sessions
+    seconds: float = 0.0  # of all sessions that are over
+    newest: str = ""  # time of the newest event
+    ended: bool = True  # whether the newest session has said so; one that was killed has not
 
     def outcome(self, trial_id: str) -> Outcome:
         """What a trial contributes to a verdict."""
@@ -56,16 +59,23 @@ class State:
             return Outcome("missing", None)
         return Outcome(result["status"], (result["metrics"] or {}).get(self.campaign["metric"]["name"]))
 
-    def first_phase_of(self, trial_id: str) -> str:
-        """The phase that trained it; in later ones with the same trial it is reused."""
-        return self.results[trial_id]["phase"]
+    def session_seconds(self) -> float:
+        """How long the newest session has journaled for, if it has not said that it is over."""
+        if self.ended:
+            return 0.0
+        return (datetime.fromisoformat(self.newest) - datetime.fromisoformat(self.campaign["time"])).total_seconds()
+
+    def copy(self) -> "State":
+        """A state that later events do not change the extent of: safe to walk through in another thread."""
+        return replace(self, phases=dict(self.phases), results=dict(self.results), running=dict(self.running))
 
     def apply(self, event: Event) -> None:
         """Takes one event into account."""
         match event["event"]:
             case "campaign_started":
+                self.seconds += self.session_seconds()  # of a session that was killed
                 self.campaign, self.phases, self.running = event, {}, {}
-                self.status = "incomplete"
+                self.status, self.ended = "incomplete", False
                 # A trial that failed is tried again when the command is given again; a diverged one is a result.
                 self.results = {i: result for i, result in self.results.items() if result["status"] in DONE}
             case "phase_planned":
@@ -76,12 +86,15 @@ class State:
             case "trial_finished":
                 self.running.pop(event["trial_id"], None)
                 self.results[event["trial_id"]] = event
+            case "worker_died":
+                self.running.pop(event["trial_id"], None)
             case "phase_finished":
                 phase = self.phases[event["phase"]]
                 phase.winner, phase.winner_overrides = event["winner"], event["winner_overrides"]
             case "campaign_ended":
-                self.status, self.running = event["status"], {}
+                self.status, self.ended, self.running = event["status"], True, {}
                 self.seconds += event["seconds"]
+        self.newest = event["time"]
 
 
 def replay(events: Iterable[Event]) -> State:

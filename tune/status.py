@@ -6,25 +6,34 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from ngpt.tracker import read_metrics
 from tune.console import Running, Snapshot
 from tune.state import DONE, PhaseState, State
 from tune.summary import read_state, summarize_phase
 
+LOCK_FILE = "campaign.lock"  # held by the process that runs the campaign
+
 
 def take_snapshot(
-    root: Path, state: State, *, finished_phases: Sequence[Mapping[str, Any]], dashboard_url: str | None = None
+    root: Path,
+    state: State,
+    *,
+    running: bool,
+    finished_phases: Sequence[Mapping[str, Any]],
+    dashboard_url: str | None = None,
 ) -> Snapshot:
     """The view of this moment. `finished_phases` are the summaries of the phases that have a winner."""
-    expected: Mapping[str, int] = state.campaign["expected_trials"]
+    expected: dict[str, int] = state.campaign["expected_trials"]
     totals = expected | {phase.name: len(phase.trial_ids) for phase in state.phases.values()}
     planned = [trial_id for phase in state.phases.values() for trial_id in phase.trial_ids]
     results = [state.results[trial_id] for trial_id in planned if trial_id in state.results]
     current = next((phase for phase in state.phases.values() if phase.winner is None), None)
-    elapsed = _seconds_since(state.campaign["time"]) if state.status == "incomplete" else state.seconds
+    elapsed = state.seconds + (_seconds_since(state.campaign["time"]) if running else state.session_seconds())
     return Snapshot(
         campaign=state.campaign["campaign"],
-        status=state.status,
+        status="running" if running else state.status,
         phase=current.name if current else None,
         phase_number=list(state.phases).index(current.name) + 1 if current else len(state.phases),
         n_phases=len(expected),
@@ -34,8 +43,8 @@ def take_snapshot(
         reused=sum(result["seq"] < state.campaign["seq"] for result in results),
         unsuccessful=sum(result["status"] != "finished" for result in results),
         elapsed=elapsed,
-        eta=_eta(state, len(results), sum(totals.values())),
-        running=tuple(_running(root, event) for event in state.running.values()),
+        eta=_eta(state, len(results), sum(totals.values())) if running else None,
+        running=tuple(_running(root, event) for event in state.running.values()) if running else (),
         best=_best(state, current) if current else None,
         metric=state.campaign["metric"]["name"],
         dashboard_url=dashboard_url,
@@ -46,7 +55,7 @@ def take_snapshot(
 def _eta(state: State, done: int, total: int) -> float | None:
     """Seconds left: what a trial has taken on average, times what is left, over the workers."""
     seconds = [result["seconds"] for result in state.results.values() if result["status"] in DONE]
-    if not seconds or state.status != "incomplete":
+    if not seconds:
         return None
     return fmean(seconds) * (total - done) / max(1, state.campaign["workers"])
 
@@ -96,4 +105,17 @@ def read_snapshot(root: Path) -> Snapshot:
     """
     state = read_state(root)
     finished = [phase for phase in state.phases.values() if phase.winner is not None]
-    return take_snapshot(root, state, finished_phases=[summarize_phase(state, phase) for phase in finished])
+    summaries = [summarize_phase(state, phase) for phase in finished]
+    return take_snapshot(root, state, running=is_locked(root), finished_phases=summaries)
+
+
+def is_locked(root: Path) -> bool:
+    """Whether a process runs the campaign now: the kernel drops a dead one's lock."""
+    if not (root / LOCK_FILE).exists():
+        return False
+    lock = FileLock(root / LOCK_FILE)
+    try:
+        with lock.acquire(timeout=0):
+            return False
+    except Timeout:
+        return True

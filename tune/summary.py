@@ -116,7 +116,7 @@ def summarize_campaign(state: State, phases: Sequence[Summary]) -> Summary:
         "answer": _answer(state, phases),
         "trials": _counts(statuses, reused=sum(phase["trials"]["reused"] for phase in phases)),
         "tokens": sum(result["metrics"].get("tokens") or 0 for result in results.values()),
-        "seconds": state.seconds,
+        "seconds": state.seconds + state.session_seconds(),
         "trial_seconds": sum(result["seconds"] for result in results.values()),
         "started_at": rules["time"],
         "environment": rules["environment"],

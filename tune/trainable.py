@@ -1,9 +1,11 @@
 """A worker as Ray Tune sees it: one process that trains one trial after another, without starting anew."""
 
+import os
 from typing import Any
 
 import ray._raylet
 import ray.tune
+import torch
 from ray.util.metrics import Gauge
 
 from ngpt.train import Metrics
@@ -18,6 +20,15 @@ class TrialWorker(ray.tune.Trainable):
     What survives between trials: the interpreter with torch loaded, the CUDA context, and the mapped corpus.
     """
 
+    @classmethod
+    def default_resource_request(cls, config: dict[str, Any]) -> ray.tune.PlacementGroupFactory:
+        """CPUs and GPUs of a trial, as the executor has put them into its config."""
+        return ray.tune.PlacementGroupFactory([config["resources"]])
+
+    def __repr__(self) -> str:
+        """How the dashboard and the logs call the process; the trial it is at shows as its process title."""
+        return f"TrialWorker(pid={os.getpid()})"
+
     def setup(self, config: dict[str, Any]) -> None:
         """Called once per process."""
         tags = ("phase", "arm", "seed")
@@ -29,18 +40,24 @@ class TrialWorker(ray.tune.Trainable):
         self._begin(config["spec"])
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Called for every further trial; True says that the process can be used again."""
+        """Called for every further trial; True says that the process can be used again.
+
+        Not after a failed one on a GPU: a CUDA error stays in the process, and what ran out of memory may still hold it.
+        """
         self._run.close()
+        if self._failed and torch.cuda.is_initialized():
+            return False
         self._begin(new_config["spec"])
         return True
 
     def step(self) -> dict[str, Any]:
         """Trains up to the next evaluation, or to the end."""
         # Ray titles a process after the method it runs; the trial's name is what one wants to see in the dashboard.
-        ray._raylet.setproctitle(f"ray::{self._spec.name}")
+        setproctitle.setproctitle(f"ray::{self._spec.name}")
         try:
             metrics: Metrics = next(self._run)
         except StopIteration as stop:
+            self._failed = stop.value.status == "failed"
             return {RESULT: stop.value, "done": True}
         phase, arm = self._spec.phase, self._spec.arm
         for name, gauge in self._gauges.items():
@@ -54,3 +71,4 @@ class TrialWorker(ray.tune.Trainable):
     def _begin(self, spec: TrialSpec) -> None:
         self._spec = spec
         self._run = run_trial(spec)
+        self._failed = False

@@ -1,6 +1,8 @@
 """The body of one trial: the same under Ray, inline, and in a test. It never raises: a dead trial is a record, too."""
 
+import contextlib
 import functools
+import os
 import platform
 import socket
 import time
@@ -61,20 +63,22 @@ def run_trial(spec: TrialSpec) -> Generator[Metrics, None, TrialResult]:
     try:
         spec.folder.mkdir(parents=True, exist_ok=True)
         write_json(spec.folder / "config.json", flatten(spec.config))
+        (spec.folder / "metrics.jsonl").touch()  # there is one, however early the trial dies
         result = yield from train(spec.config, spec.folder, resume="latest", dataset=opened(spec.config.data))
         status, metrics, data = result.status, result.metrics, result.data
     except Exception as exception:
         # The one place where a trial's death becomes a record; the rest of the campaign goes on.
         lines = traceback.format_exception(exception)
         error = "".join(lines)[-4000:]
-        (spec.folder / "error.txt").write_text("".join(lines), encoding="utf-8")
+        with contextlib.suppress(OSError):  # the disk may be full; the record has it, too
+            (spec.folder / "error.txt").write_text("".join(lines), encoding="utf-8")
     return TrialResult(
         status=status,
         metrics=metrics,
         error=error,
         started_at=started_at,
         seconds=time.perf_counter() - start,
-        provenance=data | machine(spec.config.device, spec.threads),
+        provenance=data | machine(spec.config.device, spec.threads) | {"pid": os.getpid()},
     )
 
 

@@ -1,0 +1,201 @@
+"""Checks of complete configs: each problem is put where the value to blame was written."""
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ngpt.config import ConfigError, Location, Problem, build, dotted, settings
+from ngpt.data import corpora
+from ngpt.data.sources import CORPORA
+from ngpt.data.tokenizer import parse_spec, tokenizer_vocab_size
+from ngpt.train import TrainConfig, resolved
+from ngpt.yamlfile import Document
+
+Given = Mapping[str, tuple[Any, Location]]  # values by full dotted name, and where each was written
+
+OPTION = "--set"  # how a location begins that is not in the file
+
+
+class Problems:
+    """What is wrong with a file: collected, so that all of it is reported at once."""
+
+    def __init__(self) -> None:
+        self.all: list[Problem] = []
+        self._blamed: set[Location] = set()
+
+    def add(self, location: Location, message: str) -> None:
+        self.all.append(Problem(location, message))
+
+    def add_value(self, location: Location, message: str) -> None:
+        """Adds a problem with a value, unless it has one: a value that spoils a hundred arms is one mistake."""
+        if location not in self._blamed:
+            self._blamed.add(location)
+            self.add(location, message)
+
+    def in_file_order(self, document: Document) -> str:
+        """A line for each problem, with path, line and column; those of the command line come last."""
+        options = [problem for problem in self.all if _is_option(problem.location)]
+        in_file = [problem for problem in self.all if not _is_option(problem.location)]
+        in_file.sort(key=lambda problem: document.position(problem.location))
+        lines = [*map(document.describe, in_file), *map(str, options)]
+        return "\n".join(dict.fromkeys(lines))
+
+
+class ConfigChecker:
+    """Builds configs on top of one base; a corpus is looked up once."""
+
+    def __init__(self, problems: Problems, base: Given) -> None:
+        self.base = base
+        self._problems = problems
+        self._looked_up: set[str] = set()
+
+    def check(self, changes: Given, *, note: str = "") -> TrainConfig | None:
+        """The base with `changes`, None if something is wrong with it; `note` is added to messages."""
+        config = None
+        try:
+            config = build(TrainConfig, _values({**self.base, **changes}))
+        except ConfigError as error:
+            for problem in error.problems:
+                self._explain(problem, changes, note)
+        return config if self._check_data(changes, note) else None
+
+    def _explain(self, problem: Problem, changes: Given, note: str) -> None:
+        """Files one problem. What only the changes bring about is not blamed on the base."""
+        name, rest = _split(problem.location)
+        if name not in changes and (culprit := self._culprit(changes)):
+            name, rest = culprit, ()
+        value, location = {**self.base, **changes}.get(name, (None, ("base",)))
+        for part in rest:
+            value = value[part]
+        self._problems.add_value((*location, *rest), problem.message + _advice(problem.message, value) + note)
+
+    def _culprit(self, changes: Given) -> str | None:
+        """The first of the changes that makes a config impossible which is possible without them."""
+        given = dict(self.base)
+        if not _possible(given):
+            return None
+        for name, entry in changes.items():
+            given[name] = entry
+            if not _possible(given):
+                return name
+        return None
+
+    def _check_data(self, changes: Given, note: str) -> bool:
+        """Whether corpus and tokenizer exist and fit the model; each combination is looked up once."""
+        given = {name: entry for name, entry in {**self.base, **changes}.items() if name in DATA_SETTINGS}
+        key = repr(sorted((name, value) for name, (value, _) in given.items()))
+        if key in self._looked_up or not _possible(given):
+            return True
+        self._looked_up.add(key)
+        config = build(TrainConfig, _values(given))
+        for name, look_up in DATA_CHECKS.items():
+            try:
+                look_up(config)
+            except (ConfigError, OSError) as error:  # OSError: a path that is too long, or that may not be read
+                self._problems.add_value(self._data_location(name, changes), f"{error}{note}")
+                return False
+        return True
+
+    def _data_location(self, name: str, changes: Given) -> Location:
+        """Where the setting was written, or the nearest of those that corpus and tokenizer depend on."""
+        names = (name, *DATA_CHECKS)
+        written = [given[name] for given in (changes, self.base) for name in names if name in given]
+        return written[0][1] if written else ("base",)
+
+
+# What to look up, and the setting to blame if it is not there, in the order in which it makes sense.
+DATA_CHECKS: dict[str, Callable[[TrainConfig], object]] = {
+    "data.tokenizer": lambda config: tokenizer_vocab_size(config.data.tokenizer),
+    "data.corpus": lambda config: corpora.vocab_size(config.data),
+    "data.path": lambda config: corpora.fingerprint(config.data),
+    "model.vocab_size": resolved,
+}
+DATA_SETTINGS = (*DATA_CHECKS, "data.val_fraction")
+
+
+def with_absolute_paths(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with the paths in them made absolute, since Ray changes the working directory of its workers.
+
+    Names of corpora, kinds of tokenizers, and whatever is no path at all, stay as they are.
+    """
+    return {name: PATHS[name](value) if name in PATHS and value else value for name, value in values.items()}
+
+
+def _corpus(value: Any) -> Any:
+    """A name in CORPORA wins over a folder of that name; what is neither is a mistake that is reported as written."""
+    if not isinstance(value, str) or value in CORPORA:
+        return value
+    return _absolute(value) if value.startswith("~") or os.path.exists(value) else value
+
+
+def _tokenizer(value: Any) -> Any:
+    try:
+        kind, argument = parse_spec(value) if isinstance(value, str) else ("", "")
+    except ConfigError:
+        return value
+    if kind == "model":
+        return _absolute(argument)
+    return f"gpt2:{_absolute(argument)}" if kind == "gpt2" and argument else value
+
+
+def _absolute(value: Any) -> Any:
+    # Not Path.expanduser, which raises for a user that does not exist.
+    return str(Path(os.path.expanduser(value)).absolute()) if isinstance(value, str) else value
+
+
+PATHS: dict[str, Callable[[Any], Any]] = {
+    "data.corpus": _corpus,
+    "data.path": _absolute,
+    "data.tokenizer": _tokenizer,
+}
+
+
+def given_in(values: Mapping[str, Any], origins: Mapping[str, Location]) -> Given:
+    """Values with their places of origin."""
+    return {name: (value, origins.get(name, ())) for name, value in values.items()}
+
+
+def written_alike(values: Sequence[Any]) -> Iterable[int]:
+    """The indices of values that came before; 1 and 1.0 are the same number, 1 and true are not."""
+    seen = set()
+    for i, value in enumerate(values):
+        if (key := _key(value)) in seen:
+            yield i
+        seen.add(key)
+
+
+def _key(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return tuple(map(_key, value))
+    return repr(value) if isinstance(value, bool | dict) else value
+
+
+def _values(given: Given) -> dict[str, Any]:
+    return with_absolute_paths({name: value for name, (value, _) in given.items()})
+
+
+def _possible(given: Given) -> bool:
+    try:
+        build(TrainConfig, _values(given))
+    except ConfigError:
+        return False
+    return True
+
+
+def _split(location: Location) -> tuple[str, Location]:
+    """The setting of a location that `build` reports, and the place inside its value."""
+    for end in range(len(location), 0, -1):
+        if (name := dotted(location[:end])) in settings(TrainConfig):
+            return name, location[end:]
+    return dotted(location), ()
+
+
+def _advice(message: str, value: Any) -> str:
+    """What to write instead of `1e3`, where that is not obvious."""
+    whole = message.startswith("input should be a valid integer") and isinstance(value, float) and value.is_integer()
+    return f"; write {int(value)}" if whole else ""
+
+
+def _is_option(location: Location) -> bool:
+    return bool(location) and str(location[0]).startswith(OPTION)

@@ -1,0 +1,92 @@
+"""A campaign as types: what the engine works with once the file has been read and checked (tune/campaign.py)."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import Field, PlainValidator
+
+from ngpt.config import Config, invalid, one_of
+from ngpt.train import TrainConfig
+from tune.arms import SWEEPS, Arm
+
+METRICS = ("val_loss", "val_bpb", "train_loss")
+GOALS = ("minimize", "maximize")
+HOLDS = ("tokens", "steps")  # what is equal between arms
+KINDS = (*SWEEPS, "runs")  # what a phase does, exactly one of them
+MOST_TRIALS = 10_000  # of a campaign
+
+
+def _share(value: Any) -> Any:
+    """GPUs of a trial: `auto`, or a positive number."""
+    if value != "auto" and (isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf):
+        raise invalid(f"expected `auto` or a number above 0, got {value!r}")
+    return value
+
+
+class Metric(Config):
+    """What arms are compared by."""
+
+    name: Annotated[str, one_of(METRICS, "metric")] = "val_loss"
+    goal: Annotated[str, one_of(GOALS, "goal")] = "minimize"
+
+
+class Resources(Config):
+    """What a trial gets of the machine."""
+
+    cpus_per_trial: Annotated[int, Field(ge=1)] = 1  # threads of a trial
+    gpus_per_trial: Annotated[Any, PlainValidator(_share)] = "auto"  # auto: one where there are GPUs
+    workers: Annotated[int, Field(ge=1)] | None = None  # trials at once; null: as many as fit
+
+
+class Header(Config):
+    """The part of the file that is settings; names, seeds, base and phases are read on their own."""
+
+    description: str | None = None
+    metric: Metric = Metric()
+    hold: Annotated[str, one_of(HOLDS, "quantity to hold")] = "tokens"
+    confidence: Annotated[float, Field(ge=0.5, lt=1)] = 0.95
+    min_effect: Annotated[float, Field(ge=0)] = 0.005
+    resources: Resources = Resources()
+
+
+@dataclass(frozen=True)
+class Fresh:
+    """`seeds: fresh N`: that many seeds that no other phase of the campaign uses."""
+
+    n: int
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Trials that belong together: a baseline and what is compared with it."""
+
+    name: str
+    inherit: str | None  # the phase whose winner is the base here
+    pinned: Mapping[str, Any]  # `set:` settings of all arms of this phase, by dotted name
+    arms: tuple[Arm, ...]  # without the baseline, unless it was listed
+    seeds: tuple[int, ...] | Fresh
+    swept: Mapping[str, tuple[Any, ...]]  # the axes, by dotted name
+
+    @property
+    def needs(self) -> set[str]:
+        """The phases whose winners must be known before this one can start."""
+        return {name for name in (self.inherit, *(arm.inherit for arm in self.arms)) if name}
+
+
+@dataclass(frozen=True)
+class Campaign:
+    """A campaign file, checked: every name resolved, every value of the right type, phases in order of need."""
+
+    name: str
+    description: str | None
+    metric: Metric
+    hold: str  # what is equal between arms: tokens | steps
+    confidence: float
+    min_effect: float  # in units of the metric
+    base: TrainConfig
+    resources: Resources
+    phases: tuple[Phase, ...]
+    text: str  # the file as given
+    assignments: tuple[str, ...]  # --set
