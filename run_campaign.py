@@ -13,11 +13,13 @@ Exit codes: 0 all trials finished; 1 internal error; 2 usage or configuration; 3
 import argparse
 import json
 import shlex
+import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
-EXIT_USAGE, EXIT_BUSY, EXIT_UNSUCCESSFUL, EXIT_IO = 2, 3, 4, 74
+EXIT_ERROR, EXIT_USAGE, EXIT_BUSY, EXIT_UNSUCCESSFUL, EXIT_IO, EXIT_INTERRUPTED = 1, 2, 3, 4, 74, 130
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -37,6 +39,9 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         print(f"{error.filename}: {error.strerror}" if error.filename else error, file=sys.stderr)
         return EXIT_IO
+    except KeyboardInterrupt:  # before or after the trials; while they run, a signal is a request (tune/inline.py)
+        print("interrupted; the same command goes on", file=sys.stderr)
+        return EXIT_INTERRUPTED
 
 
 def run_parser() -> argparse.ArgumentParser:
@@ -82,18 +87,28 @@ def run(options: argparse.Namespace) -> int:
         return plan(campaign, root, options)
 
     from tune.launch import launch
-    from tune.session import Busy
+    from tune.session import Busy, ExecutorLost
 
+    terminate_in_order()
     command = shlex.join(["python", "run_campaign.py", *sys.argv[1:]])
     try:
-        summary, signal = launch(campaign, root, command=command, inline=options.inline, address=options.address)
+        summary, number = launch(campaign, root, command=command, inline=options.inline, address=options.address)
     except Busy as busy:
         print(busy, file=sys.stderr)
         return EXIT_BUSY
-    return show_end(summary, signal, root, options)
+    except ExecutorLost as lost:
+        print(lost, file=sys.stderr)
+        return EXIT_ERROR
+    return show_end(summary, number, root, options)
 
 
-def show_end(summary: dict[str, Any], signal: int, root: Path, options: argparse.Namespace) -> int:
+def terminate_in_order() -> None:
+    """SIGTERM unwinds the stack: no Ray and no lock is left behind. Only the main thread may say so."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+
+
+def show_end(summary: dict[str, Any], number: int, root: Path, options: argparse.Namespace) -> int:
     """The last screen, and the exit code."""
     from rich.console import Console
 
@@ -105,9 +120,9 @@ def show_end(summary: dict[str, Any], signal: int, root: Path, options: argparse
         report = root / "report.html"
         shown = report.relative_to(Path.cwd()) if report.is_relative_to(Path.cwd()) else report
         Console(highlight=False).print(final_screen(summary, report=shown))
-    if signal:
+    if number:
         print(f"interrupted; to go on: {summary['command']}", file=sys.stderr)
-        return 128 + signal
+        return 128 + number
     return EXIT_UNSUCCESSFUL if summary["trials"]["failed"] + summary["trials"]["diverged"] else 0
 
 

@@ -18,6 +18,7 @@ import torch
 
 from ngpt.config import ConfigError
 from ngpt.data.corpora import Dataset
+from ngpt.data.shards import CorruptShardError
 from ngpt.flops import flops_per_token
 from ngpt.memory import peak_memory
 from ngpt.train import DTYPES, TrainConfig, pick_device, read_config, resolved, set_up, train_step
@@ -63,7 +64,7 @@ def gemm_flops(device: torch.device, dtype: torch.dtype, *, size: int | None = N
     for _ in range(6):
         _synchronize(device)
         start = time.perf_counter()
-        a @ b
+        torch.mm(a, b)
         _synchronize(device)
         best = min(best, time.perf_counter() - start)
     return 2 * n**3 / best
@@ -95,7 +96,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.threads:
             torch.set_num_threads(options.threads)
         figures = BENCHMARKS[options.name](config)
-    except ConfigError as error:
+    except (ConfigError, CorruptShardError) as error:
         print(error, file=sys.stderr)
         return 2
     if options.json:

@@ -1,5 +1,6 @@
 """Where a run's numbers go: `metrics.jsonl` always, Weights & Biases when asked."""
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -84,7 +85,8 @@ def _start_wandb(cfg: TrackerConfig, folder: Path, settings: Mapping[str, Any]) 
         group=cfg.group or None,
         job_type=cfg.job_type,
         name=folder.name,
-        id=folder.name,
+        # The folder is the run: resuming in it continues it, and another folder of that name is another run.
+        id=hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:16],
         resume="allow",
         dir=folder,
         mode="offline" if cfg.wandb == "offline" else "online",

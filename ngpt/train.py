@@ -37,6 +37,7 @@ from ngpt.config import (
 from ngpt.data import corpora
 from ngpt.data.corpora import DataConfig, Dataset, open_dataset
 from ngpt.data.loader import EvalSet, eval_set, train_batch
+from ngpt.data.shards import CorruptShardError
 from ngpt.evaluate import evaluate
 from ngpt.memory import peak_memory, reset_peak_memory
 from ngpt.model import GPT, Count, ModelConfig
@@ -48,6 +49,7 @@ from ngpt.yamlfile import parse_assignment, read_yaml
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+AVERAGED = 10  # steps whose mean is the reported training loss
 Metrics = dict[str, float | None]
 
 
@@ -97,12 +99,15 @@ class Progress:
     """What the loop remembers between steps, besides weights and moments; saved with every checkpoint."""
 
     step: int = 0
-    loss_sum: float = 0.0  # over the steps since the last log row
-    loss_count: int = 0
-    train_loss: float | None = None  # mean over the last complete log interval
+    recent: list[float] = field(default_factory=list)  # losses of the last `AVERAGED` steps
     timed_tokens: int = 0  # in steps after the warm-up of the process
     timed_seconds: float = 0.0
     last_eval: Metrics = field(default_factory=dict)
+
+    @property
+    def train_loss(self) -> float | None:
+        """Mean over the last steps, however often rows are logged; None before the first."""
+        return sum(self.recent) / len(self.recent) if self.recent else None
 
 
 def resolved(config: TrainConfig) -> TrainConfig:
@@ -178,8 +183,6 @@ def train(
             step_metrics = train_step(run)
             diverged = not all(math.isfinite(value) for value in step_metrics.values())
             if diverged or due(progress.step, config.tracker.log_every, last=progress.step == config.steps):
-                progress.train_loss = progress.loss_sum / progress.loss_count
-                progress.loss_sum, progress.loss_count = 0.0, 0
                 tracker.log(position(run) | step_metrics | {"train_loss": progress.train_loss})
             if diverged:
                 return finish("diverged", run)
@@ -230,8 +233,7 @@ def train_step(run: Run) -> dict[str, float]:
                 optimizer.step()
             if due(progress.step, config.project_every):
                 project_weights(run.model)
-    progress.loss_sum += loss
-    progress.loss_count += 1
+    progress.recent = [*progress.recent, loss][-AVERAGED:]
     return {"train_loss": loss, "grad_norm": norm, "lr": config.optim.lr * rate}
 
 
@@ -370,7 +372,7 @@ def main(arguments: list[str] | None = None) -> int:
         config = read_config(options.config, options.set)
         run = train(config, options.out, resume=options.resume)
         result = print_progress(run)
-    except ConfigError as error:
+    except (ConfigError, CorruptShardError) as error:
         print(error, file=sys.stderr)
         return 2
     except OSError as error:

@@ -252,18 +252,24 @@ def test_how_often_to_look_does_not_change_what_is_learnt(tiny: TrainConfig, dat
         assert_equal_weights(weights(tmp_path / str(number), 8), weights(tmp_path / "0", 8))
 
 
-def test_the_train_loss_is_the_mean_since_the_row_before(tiny: TrainConfig, dataset: Dataset, tmp_path: Path) -> None:
-    run(override(tiny, {"tracker.log_every": 1, "eval_every": 8}), tmp_path / "each", dataset)
-    run(override(tiny, {"tracker.log_every": 3, "eval_every": 8}), tmp_path / "third", dataset)
+def test_the_train_loss_is_the_mean_of_the_last_ten_steps_however_often_it_is_logged(
+    tiny: TrainConfig, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses: list[float] = []
+    real = ngpt.train.backward
 
-    def losses(out: Path) -> dict[Any, Any]:
-        return {row["step"]: row["train_loss"] for row in log(out) if "grad_norm" in row}
+    def listen(each: ngpt.train.Run, idx: torch.Tensor, targets: torch.Tensor) -> float:
+        losses.append(real(each, idx, targets))
+        return losses[-1]
 
-    each, third = losses(tmp_path / "each"), losses(tmp_path / "third")
-    assert list(each) == list(range(1, 9)) and list(third) == [3, 6, 8]
-    assert [third[3], third[6], third[8]] == pytest.approx(
-        [np.mean([each[1], each[2], each[3]]), np.mean([each[4], each[5], each[6]]), np.mean([each[7], each[8]])]
-    )
+    monkeypatch.setattr(ngpt.train, "backward", listen)
+    for log_every in (1, 5):
+        losses.clear()
+        out = tmp_path / str(log_every)
+        _, result = run(override(tiny, {"tracker.log_every": log_every, "steps": 14}), out, dataset)
+        logged = {row["step"]: row["train_loss"] for row in log(out) if "grad_norm" in row}
+        assert logged[5] == pytest.approx(np.mean(losses[:5]))
+        assert logged[14] == result.metrics["train_loss"] == pytest.approx(np.mean(losses[4:14]))
 
 
 def test_the_learning_rate_follows_the_schedule(tiny: TrainConfig, dataset: Dataset, tmp_path: Path) -> None:

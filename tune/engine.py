@@ -12,6 +12,7 @@ import signal
 import sys
 import tempfile
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 from ray.tune.stopper import Stopper
 
+from ngpt.config import ConfigError
 from tune.campaign import Resources
 from tune.inline import stop_on_signal
 from tune.session import ExecutorLost, Session
@@ -217,8 +219,12 @@ class RayCluster:
             self._folder = Path(context.address_info["session_dir"])
         url = context.dashboard_url
         self.dashboard_url = f"http://{url}" if url else None
-        self.per_trial = self._per_trial(ray.cluster_resources())
-        self.workers = self._fit(ray.cluster_resources())
+        try:
+            self.per_trial = self._per_trial(ray.cluster_resources())
+            self.workers = self._fit(ray.cluster_resources())
+        except BaseException:
+            ray.shutdown()
+            raise
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
@@ -242,4 +248,8 @@ class RayCluster:
         rooms = [cluster.get("CPU", 1) // self.per_trial["CPU"]]
         if self.per_trial["GPU"]:
             rooms.append(cluster.get("GPU", 0) // self.per_trial["GPU"])
-        return max(1, min(int(min(rooms)), self.resources.workers or 1_000_000))
+        if min(rooms) < 1:  # Ray would wait for ever
+            here = f"{cluster.get('CPU', 0):g} CPUs and {cluster.get('GPU', 0):g} GPUs"
+            asked = f"{self.per_trial['CPU']:g} CPUs and {self.per_trial['GPU']:g} GPUs"
+            raise ConfigError(f"resources: a trial asks for {asked}, and this cluster has {here}")
+        return min(int(min(rooms)), self.resources.workers or 1_000_000)

@@ -50,20 +50,8 @@ def estimate(campaign: Campaign, root: Path, *, measure: bool = False) -> dict[s
     rows = []
     for phase in phases:
         to_run = [left.pop(trial.trial_id) for trial in phase.trials if trial.trial_id in left]
-        rows.append(
-            {
-                "phase": phase.name,
-                "inherit": phase.inherit,
-                "arms": len(phase.arms),
-                "seeds": len(phase.seeds),
-                "trials": len(phase.arms) * len(phase.seeds),
-                "to_run": len(to_run),
-                "tokens": sum(map(trial_tokens, to_run)),
-                "disk_bytes": sum(map(_disk, to_run)),
-                "seconds": sum(_seconds(config, speeds, rate) for config in to_run) / workers,
-                "guessed": not phase_needs(campaign, phase) <= known,
-            }
-        )
+        seconds = sum(_seconds(config, speeds, rate) for config in to_run) / workers
+        rows.append(_row(phase, to_run, seconds) | {"guessed": not phase_needs(campaign, phase) <= known})
     totals = {name: sum(row[name] for row in rows) for name in ("to_run", "tokens", "disk_bytes", "seconds")}
     return {
         "campaign": campaign.name,
@@ -74,6 +62,21 @@ def estimate(campaign: Campaign, root: Path, *, measure: bool = False) -> dict[s
         "workers": workers,
         "seconds": totals["seconds"] + (STARTUP if totals["to_run"] else 0.0),
         "seconds_source": _source(measure, len(missing), totals["to_run"], rate),
+    }
+
+
+def _row(phase: PlannedPhase, to_run: list[TrainConfig], seconds: float) -> dict[str, Any]:
+    """One phase of the estimate."""
+    return {
+        "phase": phase.name,
+        "inherit": phase.inherit,
+        "arms": len(phase.arms),
+        "seeds": len(phase.seeds),
+        "trials": len(phase.arms) * len(phase.seeds),
+        "to_run": len(to_run),
+        "tokens": sum(map(trial_tokens, to_run)),
+        "disk_bytes": sum(map(_disk, to_run)),
+        "seconds": seconds,
     }
 
 

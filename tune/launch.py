@@ -41,7 +41,7 @@ def launch(
         Busy: another process runs on `root`.
         ConfigError: the corpora cannot be prepared or have changed.
         OSError: the disk.
-        RuntimeError: Ray stopped before the campaign was over.
+        ExecutorLost: Ray stopped before the campaign was over.
     """
     session = Session(campaign, root, command=command, environment=environment.describe(campaign.base.device))
     with session, contextlib.ExitStack() as stack:
@@ -51,6 +51,7 @@ def launch(
         if not inline:
             from tune.engine import RayCluster  # importing Ray takes a second, which --inline does without
 
+            prepared.check()
             tell("starting Ray ...")
             cluster = stack.enter_context(RayCluster(campaign.resources, address=address))
             session.workers, session.dashboard_url = cluster.workers, cluster.dashboard_url
@@ -83,9 +84,13 @@ class Background(Generic[Value]):
 
     def result(self) -> Value:
         self._thread.join()
+        self.check()
+        return self._outcome[0]
+
+    def check(self) -> None:
+        """Raises what the call raised, if it has by now."""
         if self._error is not None:
             raise self._error
-        return self._outcome[0]
 
     def _work(self, call: Callable[[], Value]) -> None:
         try:

@@ -133,7 +133,7 @@ def fresh_seeds(campaign: Campaign, phase: Phase) -> tuple[int, ...]:
 def preview(
     campaign: Campaign, known_winner: Callable[[PlannedPhase], str | None] = lambda phase: None
 ) -> list[PlannedPhase]:
-    """All phases, before they have run; where a winner is not known, the first arm but the baseline stands in for it."""
+    """All phases before they have run; for a winner that is not known the first arm but the baseline stands in."""
     winners: dict[str, Overrides] = {}
     phases = []
     for phase in campaign.phases:

@@ -3,8 +3,8 @@
 import os
 from typing import Any
 
-import ray._raylet
 import ray.tune
+import setproctitle
 import torch
 from ray.util.metrics import Gauge
 
@@ -42,7 +42,7 @@ class TrialWorker(ray.tune.Trainable):
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Called for every further trial; True says that the process can be used again.
 
-        Not after a failed one on a GPU: a CUDA error stays in the process, and what ran out of memory may still hold it.
+        Not after a failed one on a GPU: a CUDA error stays in the process, and an exhausted memory may stay full.
         """
         self._run.close()
         if self._failed and torch.cuda.is_initialized():

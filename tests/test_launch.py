@@ -1,0 +1,70 @@
+"""The order of things in one run: errors of the corpora come out before a trial starts, and nothing stays locked."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from ngpt.config import ConfigError
+from tune.campaign import load_campaign
+from tune.console import Snapshot
+from tune.journal import read_journal
+from tune.launch import Background, launch
+
+TINY = """
+campaign: tiny
+seeds: [1, 2]
+base:
+  model: {{n_layer: 1, n_head: 2, n_embd: 16, block_size: 16}}
+  data: {{corpus: {corpus}, tokenizer: "sentencepiece:400"}}
+  batch_size: 2
+  steps: 2
+  eval_tokens: 64
+vary: {{alpha: [0.05, 0.2]}}
+"""
+
+
+@contextlib.contextmanager
+def recorder(lines: list[str]) -> Iterator[SimpleNamespace]:
+    yield SimpleNamespace(message=lines.append)
+
+
+def test_an_inline_run_trains_everything_and_reports_it_line_by_line(corpus: Path, tmp_path: Path) -> None:
+    path, lines = tmp_path / "tiny.yaml", []
+    path.write_text(TINY.format(corpus=corpus))
+
+    def view(snapshot: Callable[[], Snapshot]) -> contextlib.AbstractContextManager:
+        assert snapshot().status == "running"
+        return recorder(lines)
+
+    summary, signal = launch(load_campaign(path), tmp_path / "out", command="again", inline=True, view=view)
+    assert (summary["status"], signal) == ("finished", 0)
+    assert summary["trials"]["finished"] == 4
+    assert summary["command"] == "again"
+    assert sum("val_loss" in line and line.startswith("[") for line in lines) == 4
+
+
+def test_a_corpus_that_cannot_be_prepared_is_an_error_before_any_trial(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY.format(corpus=corpus))
+
+    def fail(*_: object) -> None:
+        raise ConfigError("no such text")
+
+    monkeypatch.setattr("tune.launch.prepare_all", fail)
+    with pytest.raises(ConfigError, match="no such text"):
+        launch(load_campaign(path), tmp_path / "out", command="", inline=True)
+    assert read_journal(tmp_path / "out" / "journal.jsonl") == []
+    monkeypatch.undo()
+    summary, _ = launch(load_campaign(path), tmp_path / "out", command="", inline=True)  # the lock is free again
+    assert summary["status"] == "finished"
+
+
+def test_a_call_in_the_background_hands_over_its_result_or_its_error() -> None:
+    assert Background(lambda: 42).result() == 42
+    with pytest.raises(ZeroDivisionError):
+        Background(lambda: 1 // 0).result()
