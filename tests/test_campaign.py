@@ -2,7 +2,8 @@
 
 import copy
 import io
-import json
+import os
+import shutil
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,11 @@ from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
 import run_campaign
-from ngpt.config import ConfigError, flatten
+from ngpt.config import ConfigError
+from ngpt.data.corpora import Dataset
 from tune.campaign import Campaign, Fresh, Metric, Resources, load_campaign
+from tune.checks import with_absolute_paths
+from tune.plan import preview
 
 HERE = "«"  # in a wrong file, stands before what its messages point at, one mark per message
 
@@ -106,6 +110,12 @@ WRONG: dict[str, tuple[str, list[str]]] = {
         f"campaign: small\nbase:\n  betas: [0.9, «1.5]\n{PHASE}",
         ["base.betas[1]: input should be less than 1, got 1.5"],
     ),
+    "too few items of a list in base": (
+        "campaign: small\nbase: {«betas: [0.9]}\nvary: {«betas: [[0.9, 0.95], «[0.5]]}\n".replace(
+            "«betas: [[", "betas: [["
+        ),
+        ["base.betas: value 2 is missing", "vary.betas[1]: value 2 is missing"],
+    ),
     "a float for a count": (
         f"campaign: small\nbase: {{«steps: 1e3}}\n{PHASE}",
         ["base.steps: input should be a valid integer, got 1000.0; write 1000"],
@@ -115,7 +125,7 @@ WRONG: dict[str, tuple[str, list[str]]] = {
         ["base.steps: input should be a valid integer, got 2.5"],
     ),
     "not a number": (
-        f"campaign: small\nbase: {{«lr: .nan}}\nvary: {{alpha: [0.1, «.inf]}}\n",
+        "campaign: small\nbase: {«lr: .nan}\nvary: {alpha: [0.1, «.inf]}\n",
         [
             "base.lr: input should be a finite number, got nan",
             "vary.alpha[1]: input should be a finite number, got inf",
@@ -144,13 +154,17 @@ WRONG: dict[str, tuple[str, list[str]]] = {
             "such a file or folder"
         ],
     ),
+    "a corpus without a name": (
+        f"campaign: small\nbase: {{«corpus: ''}}\n{PHASE}",
+        ["base.corpus: a corpus is a name, a file or a folder, got ''"],
+    ),
     "local copy that is not there": (
         f"campaign: small\nbase: {{corpus: shakespeare, «data.path: gone.txt}}\n{PHASE}",
         ["base.data.path: no such file: CWD/gone.txt"],
     ),
     "unknown residual rule": (
-        f"campaign: small\nbase: {{«residual: slurp}}\n{PHASE}",
-        ["base.residual: unknown residual rule 'slurp', did you mean 'slerp'?"],
+        f"campaign: small\nbase: {{«residual: lrep}}\n{PHASE}",
+        ["base.residual: unknown residual rule 'lrep', did you mean 'lerp'?"],
     ),
     "unknown optimizer in a sweep": (
         f"{GOOD}vary: {{optim.name: [adamw, «moun]}}\n",
@@ -246,7 +260,7 @@ WRONG: dict[str, tuple[str, list[str]]] = {
     "too many trials in two phases": (
         f"{GOOD}phases:\n  - name: a\n    vary: {{lr: {list(range(1, 3001))}}}\n"
         f"  - name: b\n    «vary: {{alpha: {list(range(1, 501))}}}\n",
-        ["phases[1].vary: 500 arms x 3 seeds = 1.5e+03 trials after 9000 in other phases; a campaign has at most 10000"],
+        ["phases[1].vary: 500 arms x 3 seeds = 1500 trials after 9000 in other phases; a campaign has at most 10000"],
     ),
     # ---- arms
     "two arms of one name": (
@@ -292,15 +306,26 @@ WRONG: dict[str, tuple[str, list[str]]] = {
     ),
     "impossible model only if an earlier phase ends so": (
         f"{GOOD}phases:\n  - name: a\n    vary: {{n_head: [1, 4]}}\n"
-        "  - name: b\n    inherit: a\n    vary: {n_embd: [32, «18]}\n",
-        ["phases[1].vary.n_embd[1]: n_embd 18 cannot be divided into n_head 4 heads (after model.n_head=4 has won)"],
+        "  - name: b\n    inherit: a\n    vary: {n_embd: [32, «20]}\n",
+        [
+            "phases[1].vary.n_embd[1]: n_embd 20 / n_head 4 gives heads of odd width 5; rotary embedding needs an even "
+            "one (after model.n_head=4 has won)"
+        ],
+    ),
+    "impossible model only if two earlier phases end so": (
+        f"{GOOD}phases:\n  - name: a\n    vary: {{n_head: [1, 4]}}\n  - name: b\n    vary: {{n_embd: [32, «20]}}\n"
+        "  - name: c\n    inherit: a\n    runs: [{arm: x, inherit: b}]\n",
+        [
+            "phases[1].vary.n_embd[1]: n_embd 20 / n_head 4 gives heads of odd width 5; rotary embedding needs an even "
+            "one (after model.n_head=4, model.n_embd=20 has won)"
+        ],
     ),
     "micro-batches that do not fit": (
         f"{GOOD}vary: {{batch_size: [4, «5], alpha: [0.1]}}\n".replace("steps: 4", "steps: 4, micro_batch_size: 2"),
         ["vary.batch_size[1]: batch_size 5 is not a multiple of micro_batch_size 2"],
     ),
     "vocabulary smaller than the tokenizer's": (
-        f"campaign: small\nbase: {{vocab_size: 600, tokenizer: 'sentencepiece:500'}}\n"
+        "campaign: small\nbase: {vocab_size: 600, tokenizer: 'sentencepiece:500'}\n"
         "vary: {tokenizer: [«'sentencepiece:700', 'sentencepiece:400']}\n",
         ["vary.tokenizer[0]: model.vocab_size 600 is smaller than the 700 tokens of sentencepiece:700"],
     ),
@@ -337,7 +362,7 @@ WRONG: dict[str, tuple[str, list[str]]] = {
         ],
     ),
     "names that would be paths": (
-        f"«campaign: ../small\nphases:\n"
+        "«campaign: ../small\nphases:\n"
         + "".join(f"  - {{«name: {name}, vary: {{lr: [1.0]}}}}\n" for name in ("a/b", "..", "/tmp", "''", "a..b", "3")),
         [f"campaign: '../small' cannot be the name of a campaign: use 1 to 64 {NAMES}"]
         + [
@@ -352,7 +377,7 @@ WRONG: dict[str, tuple[str, list[str]]] = {
     "no campaign name": (f"«base: {{}}\n{PHASE}", ["`campaign:` is missing: give the campaign a name"]),
     # ---- inheritance
     "missing inherit": (
-        f"{GOOD}phases:\n  - {{name: alpha, vary: {{alpha: [0.1]}}}}\n  - {{name: b, «inherit: alhpa, vary: {{lr: [1]}}}}\n",
+        f"{GOOD}phases:\n  - {{name: alpha, vary: {{lr: [1]}}}}\n  - {{name: b, «inherit: alhpa, vary: {{lr: [1]}}}}\n",
         ["phases[1].inherit: unknown phase 'alhpa', did you mean 'alpha'?"],
     ),
     "missing inherit of an arm": (
@@ -375,6 +400,11 @@ WRONG: dict[str, tuple[str, list[str]]] = {
         f"{GOOD}phases:\n  - {{name: x, vary: {{lr: [1]}}}}\n  - {{name: a, vary: {{lr: [1]}}, «inherit: b}}\n"
         "  - {name: b, vary: {lr: [1]}, inherit: c}\n  - {name: c, vary: {lr: [1]}, inherit: a}\n",
         ["phases[1].inherit: phases inherit in a circle: a -> b -> c -> a"],
+    ),
+    "a circle that another phase leads into": (
+        f"{GOOD}phases:\n  - {{name: x, vary: {{lr: [1]}}, inherit: b}}\n"
+        "  - {name: a, vary: {lr: [1]}, «inherit: b}\n  - {name: b, vary: {lr: [1]}, inherit: a}\n",
+        ["phases[1].inherit: phases inherit in a circle: a -> b -> a"],
     ),
     "the only phase inherits from itself": (
         f"{GOOD}runs: [{{arm: x, «inherit: main}}]\n",
@@ -426,7 +456,7 @@ WRONG: dict[str, tuple[str, list[str]]] = {
     ),
     "an empty file": ("«", ["a campaign is a mapping with at least `campaign:` and `phases:` (or `vary:`)"]),
     "sections that are no mappings": (
-        f"campaign: small\n«metric: val_loss\n«resources: [1]\n«base: 3\nphases:\n"
+        "campaign: small\n«metric: val_loss\n«resources: [1]\n«base: 3\nphases:\n"
         "  - {name: a, «vary: [alpha], «set: 3}\n",
         [
             "metric: must be a mapping of settings, got 'val_loss'",
@@ -475,14 +505,12 @@ def complaint(text: str, *assignments: str) -> str:
 
 def unmarked(text: str) -> tuple[str, list[str]]:
     """A file without its marks, and the `line:column` of each mark."""
-    plain, positions = "", []
-    for piece in text.split(HERE):
-        if plain or positions or not text.startswith(HERE):
-            plain += piece
-        else:
-            plain = piece
+    plain, *pieces = text.split(HERE)
+    positions = []
+    for piece in pieces:
         positions.append(f"{plain.count(chr(10)) + 1}:{len(plain) - plain.rfind(chr(10))}")
-    return plain, positions[:-1]
+        plain += piece
+    return plain, positions
 
 
 @pytest.mark.parametrize("case", WRONG.values(), ids=WRONG.keys())
@@ -491,10 +519,278 @@ def test_a_mistake_is_answered_with_its_place_and_with_what_to_do(
 ) -> None:
     text, positions = unmarked(case[0])
     expected = [f"c.yaml:{at}: {message}" for at, message in zip(positions, case[1], strict=True)]
-    expected = [line.replace("CWD", str(folder)) for line in expected]
     (folder / "c.yaml").write_text(text, encoding="utf-8")
     assert run_campaign.main(["c.yaml", "--inline"]) == 2
     out, err = capsys.readouterr()
-    assert err.splitlines() == expected
+    assert err.splitlines() == [line.replace("CWD", str(folder)) for line in expected]
     assert out == ""
     assert [path.name for path in folder.iterdir()] == ["c.yaml"]
+
+
+def test_the_place_of_a_mistake_is_as_an_editor_counts_it(folder: Path) -> None:
+    text = "# a comment\ncampaign: small\nphases:\n  - name: a\n    vary:\n      alhpa: [0.1]\n"
+    assert complaint(text) == "c.yaml:6:7: phases[0].vary.alhpa: unknown setting, did you mean 'alpha'?"
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("nowhere/c.yaml", "nowhere/c.yaml: No such file or directory"),
+        (".", ".: Is a directory"),
+        ("binary.yaml", "binary.yaml: byte 0 is not UTF-8"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_a_usage_error_that_names_it(
+    path: str, message: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "binary.yaml").write_bytes(b"\xff\xfe")
+    assert run_campaign.main([path]) == 2
+    assert capsys.readouterr().err == f"{message}\n"
+    assert not (folder / "results").exists()
+
+
+def test_an_endless_grid_is_refused_without_being_expanded(folder: Path) -> None:
+    text, _ = unmarked(WRONG["a grid of 10^12 arms"][0])
+    tracemalloc.start()
+    complaint(text)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 50e6  # bytes; the arms alone would take 10^14
+
+
+# ---- what a right file means ---------------------------------------------------------------------------------------
+
+
+def test_a_file_says_all_that_a_campaign_has(folder: Path) -> None:
+    text = (
+        "campaign: full\ndescription: All of it\nmetric: {name: val_bpb, goal: maximize}\nseeds: [7, 8]\n"
+        "hold: steps\nconfidence: 0.9\nmin_effect: 0.01\n"
+        "base: {steps: 5, model: {alpha: 0.2}, optim.lr: 1e-3, warmup_steps: 1}\n"
+        "resources: {cpus_per_trial: 2, gpus_per_trial: 0.25, workers: 3}\n"
+        "phases:\n"
+        "  - {name: a, vary: {lr: [1e-2, 1]}}\n"
+        "  - {name: b, inherit: a, set: {steps: 9}, seeds: fresh 4, runs: [{arm: x, alpha: 1, inherit: a}]}\n"
+        "  - {name: c, seeds: [0], zip: {alpha: [0.1, 0.2], optim: {name: [muon, adamw]}}}\n"
+    )
+    campaign = load(text)
+    assert (campaign.name, campaign.description, campaign.hold) == ("full", "All of it", "steps")
+    assert (campaign.metric, campaign.confidence) == (Metric(name="val_bpb", goal="maximize"), 0.9)
+    assert campaign.min_effect == 0.01
+    assert campaign.resources == Resources(cpus_per_trial=2, gpus_per_trial=0.25, workers=3)
+    base = campaign.base
+    assert (base.steps, base.model.alpha, base.optim.lr, base.schedule.warmup_steps) == (5, 0.2, 0.001, 1)
+    assert (campaign.text, campaign.assignments) == (text, ())
+    a, b, c = campaign.phases
+    assert (a.name, a.seeds, a.swept) == ("a", (7, 8), {"optim.lr": (0.01, 1)})
+    assert [arm.overrides for arm in a.arms] == [{"optim.lr": 0.01}, {"optim.lr": 1}]
+    assert (b.inherit, b.pinned, b.seeds, b.needs) == ("a", {"steps": 9}, Fresh(4), {"a"})
+    assert [(arm.name, arm.overrides, arm.inherit) for arm in b.arms] == [("x", {"model.alpha": 1}, "a")]
+    assert c.seeds == (0,)
+    assert [arm.name for arm in c.arms] == ["alpha=0.1, optim.name=muon", "alpha=0.2, optim.name=adamw"]
+
+
+def test_what_a_file_leaves_out_has_a_default(folder: Path) -> None:
+    campaign = load("campaign: short\nvary: {alpha: [0.1]}\n")
+    assert (campaign.metric, campaign.resources) == (Metric(name="val_loss", goal="minimize"), Resources())
+    assert (campaign.hold, campaign.confidence, campaign.min_effect) == ("tokens", 0.95, 0.005)
+    assert [(phase.name, phase.seeds) for phase in campaign.phases] == [("main", (1, 2, 3))]
+
+
+def test_phases_are_ordered_by_need_and_otherwise_as_they_were_written(folder: Path) -> None:
+    text = "campaign: c\nphases:\n" + "".join(
+        f"  - {{name: {name}, runs: [{{arm: x, alpha: 1}}]{inherit}}}\n"
+        for name, inherit in [("d", ", inherit: a"), ("c", ""), ("b", ", inherit: d"), ("a", "")]
+    )
+    assert [phase.name for phase in load(text).phases] == ["c", "a", "d", "b"]
+
+
+def test_a_scientific_number_is_a_number(folder: Path) -> None:
+    assert load(GOOD + PHASE, "lr=2e-4").base.optim.lr == 0.0002
+    assert load("campaign: c\nbase: {lr: 1e-3}\nvary: {alpha: [1e-1]}\n").base.optim.lr == 0.001
+
+
+# ---- --set ---------------------------------------------------------------------------------------------------------
+
+
+def test_set_changes_the_base_and_beats_the_file(folder: Path) -> None:
+    campaign = load(GOOD + PHASE, "steps=9", "optim.name=muon", "tracker.log_every=1", "n_head=1")
+    base = campaign.base
+    assert (base.steps, base.optim.name, base.tracker.log_every, base.model.n_head) == (9, "muon", 1, 1)
+    assert base.model.n_embd == 16
+    assert campaign.assignments == ("steps=9", "optim.name=muon", "tracker.log_every=1", "n_head=1")
+    assert campaign.text == GOOD + PHASE
+
+
+def test_set_can_repair_a_value_of_the_file(folder: Path) -> None:
+    text = "campaign: c\nbase: {n_embd: 15, n_head: 2, steps: x}\nvary: {lr: [1]}\n"
+    assert load(text, "n_embd=12", "steps=3").base.model.head_dim == 6
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("alhpa=1", "--set alhpa=1: unknown setting, did you mean 'alpha'?"),
+        ("name=muon", "--set name=muon: ambiguous setting, write one of optim.name, schedule.name"),
+        ("steps=many", "--set steps=many: input should be a valid integer, got 'many'"),
+        ("steps=1e3", "--set steps=1e3: input should be a valid integer, got 1000.0; write 1000"),
+        ("n_head=3", "--set n_head=3: n_embd 16 cannot be divided into n_head 3 heads"),
+        ("n_embd=15", "--set n_embd=15: n_embd 15 cannot be divided into n_head 2 heads"),
+        ("corpus=shakespear", "--set corpus=shakespear: unknown corpus 'shakespear', did you mean 'shakespeare'?; nor "
+         "is there such a file or folder"),
+        ("steps", "--set steps: expected NAME=VALUE"),
+        ("=3", "--set =3: expected NAME=VALUE"),
+        ("betas=[0.9", "--set betas=[0.9: 1:5: not valid YAML: expected ',' or ']', but got '<stream end>'"),
+        ("betas=[0.9, 2]", "--set betas=[0.9, 2][1]: input should be less than 1, got 2"),
+        ("seed=3", "--set seed=3: seeds belong to the campaign file: write `seeds: [1, 2, 3]` at its top"),
+    ],
+)  # fmt: skip
+def test_a_mistake_on_the_command_line_is_located_there(assignment: str, message: str, folder: Path) -> None:
+    assert complaint(GOOD + PHASE, assignment) == message
+
+
+def test_mistakes_in_the_file_and_on_the_command_line_are_reported_together(folder: Path) -> None:
+    text = "campaign: c\nbase: {lrr: 1}\nvary: {alpha: [x]}\n"
+    assert complaint(text, "stesp=1", "lr=x").splitlines() == [
+        "c.yaml:2:8: base.lrr: unknown setting, did you mean 'lr'?",
+        "c.yaml:3:16: vary.alpha[0]: input should be a valid number, got 'x'",
+        "--set stesp=1: unknown setting, did you mean 'steps'?",
+        "--set lr=x: input should be a valid number, got 'x'",
+    ]
+
+
+# ---- paths ---------------------------------------------------------------------------------------------------------
+
+
+def test_paths_are_absolute_once_a_campaign_is_read(folder: Path, corpus: Path, dataset: Dataset) -> None:
+    (folder / "texts").mkdir()
+    shutil.copy(corpus, folder / "texts" / "a.txt")
+    shutil.copy(dataset.folder / "tokenizer.model", folder / "t.model")
+    text = (
+        "campaign: c\nbase: {data: {corpus: texts/a.txt, tokenizer: t.model}}\nphases:\n"
+        "  - {name: a, vary: {corpus: [texts, ./texts/a.txt, python-docs]}}\n"
+        "  - {name: b, set: {tokenizer: ./t.model}, runs: [{arm: x, corpus: texts}]}\n"
+        "  - {name: c, vary: {tokenizer: ['sentencepiece:300', t.model, gpt2]}}\n"
+    )
+    campaign = load(text)
+    assert campaign.base.data.corpus == str(folder / "texts/a.txt")
+    assert campaign.base.data.tokenizer == str(folder / "t.model")
+    a, b, c = campaign.phases
+    corpora = [str(folder / "texts"), str(folder / "texts/a.txt"), "python-docs"]
+    assert [arm.overrides["data.corpus"] for arm in a.arms] == corpora
+    assert [arm.name for arm in a.arms] == ["corpus=texts", "corpus=./texts/a.txt", "corpus=python-docs"]
+    assert b.pinned == {"data.tokenizer": str(folder / "t.model")}
+    assert [arm.overrides for arm in b.arms] == [{"data.corpus": str(folder / "texts")}]
+    tokenizers = [arm.overrides["data.tokenizer"] for arm in c.arms]
+    assert tokenizers == ["sentencepiece:300", str(folder / "t.model"), "gpt2"]
+
+
+def test_paths_on_the_command_line_are_absolute_too(folder: Path, corpus: Path) -> None:
+    shutil.copy(corpus, folder / "a.txt")
+    assert load(GOOD + PHASE, "corpus=a.txt").base.data.corpus == str(folder / "a.txt")
+
+
+def test_a_local_copy_and_the_folder_of_a_tokenizer_are_absolute_too() -> None:
+    written = {"data.path": "copy.txt", "data.tokenizer": "gpt2:vocab", "data.corpus": "shakespeare", "steps": 3}
+    here = os.getcwd()
+    assert with_absolute_paths(written) == {
+        "data.path": f"{here}/copy.txt",
+        "data.tokenizer": f"gpt2:{here}/vocab",
+        "data.corpus": "shakespeare",
+        "steps": 3,
+    }
+
+
+def test_a_home_directory_is_expanded(folder: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(folder))
+    shutil.copy(corpus, folder / "a.txt")
+    assert load(GOOD + PHASE, "corpus=~/a.txt").base.data.corpus == str(folder / "a.txt")
+    assert "unknown corpus" in complaint(GOOD + PHASE, "corpus=~nobody-here/a.txt")
+
+
+def test_the_name_of_a_corpus_wins_over_a_folder_of_that_name(folder: Path) -> None:
+    (folder / "python-docs").mkdir()
+    assert load(GOOD + PHASE).base.data.corpus == "python-docs"
+
+
+# ---- anything ------------------------------------------------------------------------------------------------------
+
+FUZZED = """\
+campaign: c
+metric: {name: val_loss, goal: minimize}
+seeds: [1, 2]
+hold: tokens
+confidence: 0.95
+base:
+  model: {n_layer: 1, n_head: 2, n_embd: 16}
+  data: {corpus: python-docs, tokenizer: "sentencepiece:500"}
+  optim: {name: adamw, betas: [0.9, 0.95]}
+  steps: 4
+resources: {cpus_per_trial: 1, gpus_per_trial: auto}
+phases:
+  - name: a
+    vary: {alpha: [0.1, 0.2]}
+  - name: b
+    inherit: a
+    set: {steps: 8}
+    grid: {n_head: [1, 2], n_embd: [16, 32]}
+  - name: c
+    seeds: fresh 2
+    runs: [{arm: baseline}, {arm: x, inherit: b, lr: 0.01}]
+  - name: d
+    zip: {lr: [0.1, 0.2], tokenizer: ["sentencepiece:500", gpt2]}
+"""
+WORDS = ["a", "b", "x", "baseline", "steps", "alpha", "name", "arm", "inherit", "vary", "runs", "seed", "fresh 1", "lr"]
+scalars = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 70),
+    st.integers(),
+    st.floats(),
+    st.sampled_from(WORDS),
+    st.text(max_size=3),
+)
+values = st.recursive(
+    scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(WORDS), inner, max_size=3)
+)
+
+
+def nodes(data: Any) -> list[tuple[Any, Any]]:
+    """Every place in a document, as a container and a key or index."""
+    keys = list(data) if isinstance(data, dict) else list(range(len(data))) if isinstance(data, list) else []
+    return [place for key in keys for place in ((data, key), *nodes(data[key]))]
+
+
+def mutate(data: Any, draw: st.DataObject) -> None:
+    """Deletes, replaces, renames or duplicates one random node."""
+    container, key = draw.draw(st.sampled_from(nodes(data)), label="node")
+    what = draw.draw(st.sampled_from(["delete", "replace", "rename", "copy", "list"]), label="how")
+    if what == "delete":
+        del container[key]
+    elif what == "rename" and isinstance(container, dict):
+        container[draw.draw(st.sampled_from(WORDS))] = container.pop(key)
+    elif what == "copy":
+        _, source = draw.draw(st.sampled_from(nodes(data)), label="from")
+        container[key] = copy.deepcopy(container.get(source, 1) if isinstance(container, dict) else container)
+    elif what == "list" and isinstance(container, list):
+        container.append(copy.deepcopy(container[key]))
+    else:
+        container[key] = draw.draw(values, label="value")
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_whatever_a_file_says_it_is_a_campaign_or_an_answer_with_a_place(folder: Path, draw: st.DataObject) -> None:
+    data = YAML(typ="safe").load(FUZZED)
+    for _ in range(draw.draw(st.integers(1, 3))):
+        if nodes(data):
+            mutate(data, draw)
+    written = io.StringIO()
+    YAML().dump(data, written)
+    try:
+        campaign = load(written.getvalue())
+    except ConfigError as error:
+        assert all(line.startswith("c.yaml:") for line in str(error).splitlines()), str(error)
+        return
+    assert campaign.phases
+    for phase in preview(campaign):
+        assert all(trial.config.steps >= 1 for trial in phase.trials)

@@ -57,9 +57,8 @@ def _read(data: Any, assignments: Sequence[str], problems: Problems) -> Campaign
     header = _header(data, problems)
     seeds = read_seeds(problems, data["seeds"], ("seeds",)) if "seeds" in data else SEEDS
 
-    checker = ConfigChecker(problems, _base(data.get("base", {}), problems))
-    base = checker.check(options := _options(assignments, problems))
-    checker.base = {**checker.base, **options}
+    checker = ConfigChecker(problems)
+    base = checker.check_base(_base(data.get("base", {}), problems), _options(assignments, problems))
     raw_phases = _raw_phases(data, problems)
     names = [str(raw["name"]) for raw, _ in raw_phases if isinstance(raw, dict) and "name" in raw]
     reader = PhaseReader(problems, names, seeds)
@@ -121,8 +120,9 @@ def _options(assignments: Sequence[str], problems: Problems) -> dict[str, tuple[
             given[resolve(TrainConfig, name)] = (value, at)
         except ConfigError as error:
             problems.add(at, str(error).removeprefix(f"{OPTION} {text}: ").removeprefix(f"{OPTION}:"))
-    if given.pop("seed", None):
-        problems.add((f"{OPTION} seed",), "seeds belong to the campaign file: write `seeds: [1, 2, 3]` at its top")
+    if "seed" in given:
+        _, at = given.pop("seed")
+        problems.add(at, "seeds belong to the campaign file: write `seeds: [1, 2, 3]` at its top")
     return given
 
 
@@ -157,7 +157,8 @@ def _check_arms(checker: ConfigChecker, phases: Sequence[PhaseInFile], *, ready:
     for found in phases:
         for arm, start in islice(_inheriting(found, by_name), MOST_COMBINATIONS // len(phases)):
             values = fmt.settings({name: value for name, (value, _) in start.items()})
-            checker.check({**start, **found.pinned, **arm_changes(arm)}, note=f" (after {values} has won)")
+            changes = {**found.pinned, **arm_changes(arm)}
+            checker.check(changes, start=start, note=f" (after {values} has won)")
 
 
 def _inheriting(found: PhaseInFile, phases: Mapping[str, PhaseInFile]) -> Iterator[tuple[Arm, Given]]:

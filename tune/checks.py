@@ -45,45 +45,55 @@ class Problems:
 class ConfigChecker:
     """Builds configs on top of one base; a corpus is looked up once."""
 
-    def __init__(self, problems: Problems, base: Given) -> None:
-        self.base = base
+    def __init__(self, problems: Problems) -> None:
         self._problems = problems
+        self._base: Given = {}
         self._looked_up: set[str] = set()
 
-    def check(self, changes: Given, *, note: str = "") -> TrainConfig | None:
-        """The base with `changes`, None if something is wrong with it; `note` is added to messages."""
-        config = None
+    def check_base(self, given: Given, options: Given) -> TrainConfig | None:
+        """Sets the base, the file's `given` and the `options` that beat it; None if something is wrong with it."""
+        self._base = {**given, **options}
         try:
-            config = build(TrainConfig, _values({**self.base, **changes}))
+            base = build(TrainConfig, _values(self._base))
+        except ConfigError as error:
+            base = None
+            for problem in error.problems:
+                name, rest = _split(problem.location)
+                if name not in options:
+                    name, rest = _culprit(given, options) or name, rest
+                self._blame(self._base, name, rest, problem.message)
+        return base if self._check_data(self._base, {}, "") else None
+
+    def check(self, changes: Given, *, start: Given | None = None, note: str = "") -> None:
+        """Checks the base with `start`, if any, and then `changes`; `note` is added to messages.
+
+        What is possible without the changes, and impossible with them, is blamed on the changes; what is wrong with
+        the base has been said when it was set.
+        """
+        given = {**self._base, **(start or {}), **changes}
+        try:
+            build(TrainConfig, _values(given))
         except ConfigError as error:
             for problem in error.problems:
-                self._explain(problem, changes, note)
-        return config if self._check_data(changes, note) else None
+                name, rest = _split(problem.location)
+                if name in changes:
+                    self._blame(given, name, rest, problem.message + note)
+                elif culprit := _culprit(self._base, {**(start or {}), **changes}):
+                    self._blame(given, culprit, (), problem.message + note)
+        self._check_data({**self._base, **(start or {})}, changes, note)
 
-    def _explain(self, problem: Problem, changes: Given, note: str) -> None:
-        """Files one problem. What only the changes bring about is not blamed on the base."""
-        name, rest = _split(problem.location)
-        if name not in changes and (culprit := self._culprit(changes)):
-            name, rest = culprit, ()
-        value, location = {**self.base, **changes}.get(name, (None, ("base",)))
-        for part in rest:
-            value = value[part]
-        self._problems.add_value((*location, *rest), problem.message + _advice(problem.message, value) + note)
+    def _blame(self, given: Given, name: str, rest: Location, message: str) -> None:
+        """Files a problem with the value of a setting, or with the item of it that `rest` leads to."""
+        value, location = given.get(name, (None, ("base",)))
+        if len(rest) == 1 and isinstance(value, list) and rest[0] in range(len(value)):
+            value, location = value[int(rest[0])], (*location, *rest)
+        elif rest and message.startswith("field required"):
+            message = message.replace("field required", f"value {int(rest[0]) + 1} is missing", 1)
+        self._problems.add_value(location, message + _advice(message, value))
 
-    def _culprit(self, changes: Given) -> str | None:
-        """The first of the changes that makes a config impossible which is possible without them."""
-        given = dict(self.base)
-        if not _possible(given):
-            return None
-        for name, entry in changes.items():
-            given[name] = entry
-            if not _possible(given):
-                return name
-        return None
-
-    def _check_data(self, changes: Given, note: str) -> bool:
+    def _check_data(self, base: Given, changes: Given, note: str) -> bool:
         """Whether corpus and tokenizer exist and fit the model; each combination is looked up once."""
-        given = {name: entry for name, entry in {**self.base, **changes}.items() if name in DATA_SETTINGS}
+        given = {name: entry for name, entry in {**base, **changes}.items() if name in DATA_SETTINGS}
         key = repr(sorted((name, value) for name, (value, _) in given.items()))
         if key in self._looked_up or not _possible(given):
             return True
@@ -93,21 +103,23 @@ class ConfigChecker:
             try:
                 look_up(config)
             except (ConfigError, OSError) as error:  # OSError: a path that is too long, or that may not be read
-                self._problems.add_value(self._data_location(name, changes), f"{error}{note}")
+                # Where it was written, or else the nearest setting that corpus and tokenizer depend on.
+                written = [layer[key] for layer in (changes, base) for key in (name, *DATA_CHECKS) if key in layer]
+                self._problems.add_value(written[0][1] if written else ("base",), f"{error}{note}")
                 return False
         return True
 
-    def _data_location(self, name: str, changes: Given) -> Location:
-        """Where the setting was written, or the nearest of those that corpus and tokenizer depend on."""
-        names = (name, *DATA_CHECKS)
-        written = [given[name] for given in (changes, self.base) for name in names if name in given]
-        return written[0][1] if written else ("base",)
+
+def _vocab_size(config: TrainConfig) -> int:
+    if not config.data.corpus.strip():  # as a path it would be the working directory, all of it
+        raise ConfigError(f"a corpus is a name, a file or a folder, got {config.data.corpus!r}")
+    return corpora.vocab_size(config.data)
 
 
 # What to look up, and the setting to blame if it is not there, in the order in which it makes sense.
 DATA_CHECKS: dict[str, Callable[[TrainConfig], object]] = {
     "data.tokenizer": lambda config: tokenizer_vocab_size(config.data.tokenizer),
-    "data.corpus": lambda config: corpora.vocab_size(config.data),
+    "data.corpus": _vocab_size,
     "data.path": lambda config: corpora.fingerprint(config.data),
     "model.vocab_size": resolved,
 }
@@ -173,6 +185,18 @@ def _key(value: Any) -> Any:
 
 def _values(given: Given) -> dict[str, Any]:
     return with_absolute_paths({name: value for name, (value, _) in given.items()})
+
+
+def _culprit(base: Given, changes: Given) -> str | None:
+    """The first of the changes that makes a config impossible which is possible without them."""
+    given = dict(base)
+    if not _possible(given):
+        return None
+    for name, entry in changes.items():
+        given[name] = entry
+        if not _possible(given):
+            return name
+    return None
 
 
 def _possible(given: Given) -> bool:

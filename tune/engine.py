@@ -18,6 +18,7 @@ from typing import Any
 
 import psutil
 import ray
+import ray._private.worker
 import ray.tune
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler
@@ -40,6 +41,7 @@ QUIET = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TQDM_PATCH_PRINT": "0",
+    "RAY_prestart_worker_first_driver": "0",  # idle workers that no trial would use
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 SCRATCH = ".tune-"  # start of the name of Tune's own folder, in the results directory while it runs
@@ -158,8 +160,8 @@ class Feeder(Unpickled, Searcher):
 class KeepWorkers(FIFOScheduler):
     """First come, first served; and every worker is kept while a phase waits for the last trials of another.
 
-    On its own Tune keeps a worker only for a trial that is waiting already, so at the end of each phase all but one would
-    die, and importing torch anew costs seconds. Its cache of workers has no public setting for that.
+    On its own Tune keeps a worker only for a trial that is waiting already, so at the end of each phase all but one
+    would die, and importing torch anew costs seconds. Its cache of workers has no public setting for that.
     """
 
     def __init__(self, workers: int) -> None:
@@ -211,12 +213,14 @@ class RayCluster:
             os.umask(previous)
             if on_main:  # Ray has put its own handler there, which would end us without a word
                 signal.signal(signal.SIGTERM, terminate)
-        # Its reports on dead workers are tracebacks; ours are lines.
+        # Its reports on dead workers are tracebacks, and the raylet's go to stdout, where data belong; ours are lines.
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+        ray._private.worker._worker_logs_enabled = False
         if not self.address:
             children = psutil.Process().children()
             self.processes = [process for process in children if process.name() in ("raylet", "gcs_server")]
-            self._folder = Path(context.address_info["session_dir"])
+            assert isinstance(context, ray._private.worker.RayContext), "only ray:// gives another kind"
+            self._folder = Path(context.address_info["session_dir"] or "")
         url = context.dashboard_url
         self.dashboard_url = f"http://{url}" if url else None
         try:

@@ -126,7 +126,9 @@ def _disk(out: Path) -> Check:
     there = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
     free = shutil.disk_usage(there).free
     problem = f"less than {ENOUGH_DISK >> 30} GiB free" if free < ENOUGH_DISK else None
-    if not os.access(there, os.W_OK):
+    if not there.is_dir():
+        problem = f"{there} is not a folder"
+    elif not os.access(there, os.W_OK):
         problem = f"{there} is not writable"
     return Check("results", f"{out} ({free / 2**30:.1f} GiB free)", problem)
 

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tune.campaign import Campaign
 from tune.environment import usable_cpus
 from tune.journal import read_journal
 from tune.plan import PlannedPhase, preview, trial_flops, trial_tokens, trial_work
+from tune.schema import MOST_TRIALS
 from tune.state import DONE, State, replay
 
 STARTUP = 8.0  # seconds: interpreter, Ray, first import of torch in the workers
@@ -124,6 +126,7 @@ def expected_workers(campaign: Campaign) -> int:
     return max(1, resources.workers or min(rooms))
 
 
+@lru_cache(maxsize=MOST_TRIALS)
 def shape_key(config: TrainConfig) -> str:
     """Configs with the same key take equally long per step."""
     kept = {name for name in settings(TrainConfig) if name in SPEED_SETTINGS or name.startswith("model.")}

@@ -27,7 +27,7 @@ def run_inline(session: Session) -> None:
 
 @contextlib.contextmanager
 def stop_on_signal(session: Session) -> Iterator[None]:
-    """SIGINT and SIGTERM ask the session to stop after the evaluations under way; a second one ends the process at once."""
+    """SIGINT and SIGTERM ask the session to stop after the evaluations under way; a second one ends the process."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -118,6 +118,7 @@ class PhaseReader:
         self, name: str, raw: Mapping[str, Any], kind: str, at: Location, n_seeds: int
     ) -> tuple[tuple[Arm, ...], dict[str, tuple[Any, ...]]]:
         data, where = raw[kind], (*at, kind)
+        before = len(self.problems.all)
         if kind == "runs":
             arms, axes = self._runs(name, data, where), []
             self._count(str(len(arms)), len(arms), n_seeds, where)
@@ -125,6 +126,7 @@ class PhaseReader:
             axes = self._axes(kind, data, where)
             fits = axes and self._count(_size(kind, axes), count(kind, axes), n_seeds, where)
             arms = SWEEPS[kind](axes) if fits else []
+        if len(self.problems.all) == before:
             self._check_twins(arms)
         swept = {axis.setting: axis.values for axis in axes}
         return tuple(replace(arm, overrides=with_absolute_paths(arm.overrides)) for arm in arms), swept
@@ -136,16 +138,15 @@ class PhaseReader:
             self.trials += n
             return True
         before = f" after {self.trials} in other phases" if self.trials else ""
-        text = f"{size} arms x {n_seeds} seeds = {n:.3g} trials{before}"
+        text = f"{size} arms x {n_seeds} seeds = {n if n < 10**6 else format(n, '.3g')} trials{before}"
         self.problems.add(at, f"{text}; a campaign has at most {MOST_TRIALS}")
         return False
 
     def _axes(self, kind: str, data: Any, at: Location) -> list[Axis]:
-        """What varies; an empty list if any of it is wrong."""
+        """What varies, as far as it makes sense."""
         if not isinstance(data, dict) or not data:
             self.problems.add(at, "nothing varies: give at least one setting with a list of values")
             return []
-        before = len(self.problems.all)
         axes = []
         for setting, (values, location) in self._settings(data, at).items():
             if not isinstance(values, list):
@@ -159,7 +160,8 @@ class PhaseReader:
         if kind == "zip" and len({len(axis.values) for axis in axes}) > 1:
             sizes = ", ".join(f"{axis.label} has {len(axis.values)}" for axis in axes)
             self.problems.add(at, f"zip needs lists of equal length; {sizes}")
-        return axes if len(self.problems.all) == before else []
+            return []
+        return axes
 
     def _runs(self, phase: str, data: Any, at: Location) -> list[Arm]:
         if not isinstance(data, list) or not data:
@@ -171,7 +173,6 @@ class PhaseReader:
             if arm.name in seen:
                 self.problems.add((*arm.origins["arm"], "arm"), f"two arms are named {arm.name!r}")
             seen.add(arm.name)
-        self._check_twins(arms)
         return arms
 
     def _run(self, phase: str, raw: Any, at: Location) -> Arm | None:

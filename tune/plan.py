@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ngpt.config import content_hash, flatten, override
+from ngpt.config import content_hash, override, settings
 from ngpt.data.corpora import fingerprint
 from ngpt.flops import flops_per_token
 from ngpt.train import TrainConfig, resolved
-from tune.arms import BASELINE, Arm
+from tune.arms import BASELINE
 from tune.campaign import Campaign, Fresh, Phase
 
 Overrides = Mapping[str, Any]
@@ -62,14 +62,15 @@ def plan_phase(campaign: Campaign, phase: Phase, winners: Mapping[str, Overrides
     An arm that equals the baseline is the baseline: it is trained once, under the arm's name. A winner that an arm
     inherits comes on top of the phase's base, but for what the phase itself pins with `set:`.
     """
-    inherited = winners[phase.inherit] if phase.inherit else {}
-    base = dict(inherited) | dict(phase.pinned)
+    inherited = dict(winners[phase.inherit]) if phase.inherit else {}
+    base = inherited | dict(phase.pinned)
     seeds = phase.seeds if isinstance(phase.seeds, tuple) else fresh_seeds(campaign, phase)
-    arms = {arm_config(campaign, base, BASELINE, {}): PlannedArm(BASELINE.name, {}, ())}
+    reference = baseline_config(campaign, inherited, phase.pinned)
+    arms = {resolved(reference): PlannedArm(BASELINE.name, {}, ())}
     for arm in phase.arms:
         winner = winners[arm.inherit] if arm.inherit else {}
         start = {name: value for name, value in winner.items() if name not in phase.pinned}
-        config = arm_config(campaign, base, arm, start)
+        config = arm_config(campaign, reference, start | dict(arm.overrides))
         changed = {k: v for k, v in start.items() if k not in base or base[k] != v} | dict(arm.overrides)
         if config not in arms or (arms[config].name == BASELINE.name and not arm.inherit):
             arms[config] = PlannedArm(arm.name, changed, ())
@@ -89,19 +90,30 @@ def plan_phase(campaign: Campaign, phase: Phase, winners: Mapping[str, Overrides
     )
 
 
-def arm_config(campaign: Campaign, base: Overrides, arm: Arm, start: Overrides) -> TrainConfig:
-    """An arm's complete config: the campaign's base, the phase's, the winner it starts from, and its own changes.
+def baseline_config(campaign: Campaign, inherited: Overrides, pinned: Overrides) -> TrainConfig:
+    """A phase's baseline: the campaign's base, what the winner before has changed, and what the phase pins.
 
-    With `hold: tokens` its steps are such that it sees as many tokens as its phase's baseline. An arm that changes
-    `steps` itself, or inherits a winner that did, gets just these: then tokens differ, and the summary warns of it.
+    With `hold: tokens` an inherited batch size or context does not change how many tokens are trained on.
     """
-    changes = dict(start) | dict(arm.overrides)
-    reference = override(campaign.base, base)
+    own = override(campaign.base, pinned)
+    changes = {name: value for name, value in inherited.items() if name not in pinned}
+    return _holding_tokens(campaign, own, changes)
+
+
+def arm_config(campaign: Campaign, reference: TrainConfig, changes: Overrides) -> TrainConfig:
+    """An arm's complete config: its phase's baseline `reference` with the arm's own changes and those it inherits.
+
+    With `hold: tokens` its steps are such that it sees as many tokens as the baseline. An arm that changes `steps`
+    itself, or inherits from a winner that did, gets just these: then tokens differ, and the summary warns of it.
+    """
+    return resolved(_holding_tokens(campaign, reference, changes))
+
+
+def _holding_tokens(campaign: Campaign, reference: TrainConfig, changes: Overrides) -> TrainConfig:
     config = override(reference, changes)
-    if campaign.hold == "tokens" and "steps" not in changes and config.tokens_per_step != reference.tokens_per_step:
-        steps = round(trial_tokens(reference) / config.tokens_per_step)
-        config = override(config, {"steps": max(1, steps)})
-    return resolved(config)
+    if campaign.hold != "tokens" or "steps" in changes or config.tokens_per_step == reference.tokens_per_step:
+        return config
+    return override(config, {"steps": max(1, round(trial_tokens(reference) / config.tokens_per_step))})
 
 
 def trial_id(config: TrainConfig) -> str:
@@ -109,7 +121,7 @@ def trial_id(config: TrainConfig) -> str:
 
     Where the data lie does not matter, so corpus, path and tokenizer enter through the fingerprint of their content.
     """
-    data = {name for name in flatten(config) if name.startswith("data.")}
+    data = {name for name in settings(TrainConfig) if name.startswith("data.")}
     extra = {"data": fingerprint(config.data)}
     return f"{content_hash(config, leave_out=data | {'seed'}, extra=extra)}-s{config.seed}"
 

@@ -42,7 +42,7 @@ class ExecutorLost(Exception):
 
 
 class Session:
-    """Holds the lock of a results directory from `__enter__` to `__exit__`; everything it learns goes to the journal."""
+    """Holds the lock of a results directory from `__enter__` to `__exit__`; all it learns goes to the journal."""
 
     def __init__(self, campaign: Campaign, root: Path, *, command: str, environment: Mapping[str, Any]) -> None:
         self.campaign, self.root = campaign, root

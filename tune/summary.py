@@ -104,10 +104,10 @@ def summarize_phase(state: State, phase: PhaseState) -> Summary:
 def summarize_campaign(state: State, phases: Sequence[Summary]) -> Summary:
     """The whole campaign: the answer first, then its phases. `phases` are the phase summaries, in order."""
     rules = state.campaign
-    planned = {trial_id for phase in state.phases.values() for trial_id in phase.trial_ids}
+    # Sorted: a set's order differs from process to process, and so would the last digit of a sum.
+    planned = sorted({trial_id for phase in state.phases.values() for trial_id in phase.trial_ids})
     results = {trial_id: state.results[trial_id] for trial_id in planned if trial_id in state.results}
-    statuses = [state.outcome(trial_id).status for trial_id in sorted(planned)]
-    # A trial that an earlier session of this campaign finished is not in this session's count of trained ones.
+    statuses = [state.outcome(trial_id).status for trial_id in planned]
     return {
         "campaign": rules["campaign"],
         "description": rules["description"],
@@ -235,24 +235,29 @@ def _answer(state: State, phases: Sequence[Summary]) -> dict[str, Any]:
     nothing = {"phase": None, "winner": None, "overrides": {}, "delta": None, "confirmed": False}
     if not judged:
         return nothing | {"sentence": "No phase has been completed yet, so there is no answer."}
+    if not any(arm["n"] for phase in judged for arm in phase["arms"]):
+        return nothing | {"sentence": "No trial has finished well, so there is no answer."}
     if not won:
         return nothing | {
             "sentence": "No arm of any phase is better than its baseline beyond the noise: keep the base."
         }
     last = won[-1]
     arm = next(arm for arm in last["arms"] if arm["arm"] == last["winner"])
-    earlier = {seed for phase in phases[: phases.index(last)] for seed in phase["seeds"]}
-    confirmed = len(won) > 1 and not earlier & set(last["seeds"])
-    pinned = dict(state.phases[last["phase"]].base)
-    overrides = pinned | arm["overrides"]
+    overrides = dict(state.phases[last["phase"]].winner_overrides)
+    before = phases[: phases.index(last)]
+    unseen = not {seed for phase in before for seed in phase["seeds"]} & set(last["seeds"])
+    confirmed = unseen and any(_inherits(overrides, state.phases[p["phase"]].winner_overrides) for p in before)
     delta, name = arm["delta"], last["metric"]["name"]
     seeds = f"{arm['n']} {'unseen' if confirmed else 'paired'} seeds"
     direction = "lowers" if delta["mean"] < 0 else "raises"
     interval = f"{abs(delta['mean']):.3f}, {last['confidence']:.0%} interval {_span(delta)}"
     sentence = f"Use {settings_text(overrides)}: it {direction} {name} by {interval}, on {seeds}."
-    refuted = [phase["phase"] for phase in judged if phases.index(phase) > phases.index(last)]
-    if refuted:
-        sentence += f" Phase {', '.join(refuted)} found nothing better."
+    later = [phase for phase in judged if phases.index(phase) > phases.index(last)]
+    if refuting := [phase["phase"] for phase in later if _tries_again(phase, overrides)]:
+        sentence = f"Undecided: {settings_text(overrides)} {direction} {name} by {interval}, on {seeds}, "
+        sentence += f"but phase {', '.join(refuting)} does not confirm it."
+    elif later:
+        sentence += f" Phase {', '.join(phase['phase'] for phase in later)} found nothing better."
     return {
         "sentence": sentence,
         "phase": last["phase"],
@@ -261,6 +266,18 @@ def _answer(state: State, phases: Sequence[Summary]) -> dict[str, Any]:
         "delta": delta,
         "confirmed": confirmed,
     }
+
+
+def _inherits(overrides: Mapping[str, Any], winner: Mapping[str, Any]) -> bool:
+    """Whether all of an earlier winner's settings are in force, and there are any."""
+    return bool(winner) and dict(overrides) | dict(winner) == overrides
+
+
+def _tries_again(phase: Summary, overrides: Mapping[str, Any]) -> bool:
+    """Whether a phase compares `overrides`, as one of its arms, with a baseline that lacks them."""
+    totals = {arm["arm"]: phase["base"] | arm["overrides"] for arm in phase["arms"]}
+    has = {name for name, total in totals.items() if _inherits(total, overrides)}
+    return bool(has) and phase["baseline"] not in has
 
 
 def _span(delta: Mapping[str, float]) -> str:
@@ -281,8 +298,8 @@ def _problems(state: State) -> list[dict[str, Any]]:
 
 
 def _counts(statuses: Sequence[str], *, reused: int) -> dict[str, int]:
-    names = ("finished", "diverged", "failed", "stopped")
-    return {"total": len(statuses)} | {name: statuses.count(name) for name in names} | {"reused": reused}
+    counts = {name: statuses.count(name) for name in ("finished", "diverged", "failed", "stopped")}
+    return {"total": len(statuses)} | counts | {"reused": reused}
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

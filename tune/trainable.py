@@ -3,8 +3,8 @@
 import os
 from typing import Any
 
+import ray._private.worker
 import ray.tune
-import setproctitle
 import torch
 from ray.util.metrics import Gauge
 
@@ -52,10 +52,12 @@ class TrialWorker(ray.tune.Trainable):
 
     def step(self) -> dict[str, Any]:
         """Trains up to the next evaluation, or to the end."""
-        # Ray titles a process after the method it runs; the trial's name is what one wants to see in the dashboard.
-        setproctitle.setproctitle(f"ray::{self._spec.name}")
+        # Ray titles a process after the method it runs; the trial's name is what one wants to see in the dashboard. It
+        # has its own way of writing titles, and other libraries' do not show in its processes.
+        title = ray._private.worker._changeproctitle(f"ray::{self._spec.name}", "ray::TrialWorker")
         try:
-            metrics: Metrics = next(self._run)
+            with title:
+                metrics: Metrics = next(self._run)
         except StopIteration as stop:
             self._failed = stop.value.status == "failed"
             return {RESULT: stop.value, "done": True}

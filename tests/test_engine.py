@@ -1,0 +1,444 @@
+"""Campaigns on Ray, as a user runs them: the numbers of `--inline`, warm workers, and every way of being killed."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+from ray.tune.search import Searcher
+from tiny_campaign import begun, losses, pretend, records, session_on, strict, train_all, write_file
+
+from ngpt.config import ConfigError
+from tune import engine
+from tune.engine import Feeder, RayCluster, Watchdog
+from tune.journal import read_journal
+from tune.schema import Resources
+from tune.trial import TrialResult
+
+SCRIPT = Path(__file__).parents[1] / "run_campaign.py"
+GPUS = {"CPU": 8.0, "GPU": 2.0}
+
+
+@dataclass
+class Run:
+    """A run of the script in its own process group, with what it has written so far."""
+
+    root: Path
+    process: subprocess.Popen[bytes]
+    out: Path
+    err: Path
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        return [event for event in read_journal(self.root / "journal.jsonl") if event["event"] == name]
+
+    def until(self, happened: Callable[[], bool]) -> None:
+        """Waits for something to happen while the run is on its way."""
+        for _ in range(2400):
+            if happened():
+                return
+            assert self.process.poll() is None, f"it ended first: {self.err.read_text()}"
+            time.sleep(0.05)
+        pytest.fail(f"it never happened: {self.err.read_text()}")
+
+    def until_training(self, trials: int) -> None:
+        """Waits until so many trials of this start have ended and another one is in the middle."""
+        self.until(lambda: len(self.since_start("trial_finished")) >= trials and self.busy() is not None)
+
+    def since_start(self, name: str) -> list[dict[str, Any]]:
+        starts = self.events("campaign_started")
+        return [event for event in self.events(name) if starts and event["seq"] > starts[-1]["seq"]]
+
+    def busy(self) -> Path | None:
+        """The metrics of a trial that has begun to train and has not ended."""
+        ended = {event["trial_id"] for event in self.events("trial_finished")}
+        for event in self.since_start("trial_started"):
+            metrics = self.root / "trials" / event["trial_id"] / "metrics.jsonl"
+            if event["trial_id"] not in ended and metrics.exists() and metrics.read_text().count("\n") > 2:
+                return metrics
+        return None
+
+    def family(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def workers(self) -> list[psutil.Process]:
+        return [child for child in self.family() if " seed " in " ".join(child.cmdline())]
+
+    def wait(self) -> int:
+        return self.process.wait(timeout=120)
+
+
+def start(file: Path, out: Path, *options: str) -> Run:
+    stdout, stderr = out.with_suffix(".out"), out.with_suffix(".err")
+    with stdout.open("wb") as o, stderr.open("wb") as e:
+        command = [sys.executable, str(SCRIPT), str(file), "--out", str(out), *options]
+        process = subprocess.Popen(command, stdout=o, stderr=e, start_new_session=True)
+    return Run(out / "tiny", process, stdout, stderr)
+
+
+def _name(process: psutil.Process) -> str:
+    try:
+        return process.name()
+    except psutil.NoSuchProcess:
+        return ""
+
+
+def left_over(family: list[psutil.Process]) -> list[str]:
+    """Those of a family that do not go away. Ray's agents look for a driver that was killed once a minute only."""
+    agents = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
+    _, alive = psutil.wait_procs([process for process in family if _name(process) not in agents], timeout=30)
+    return [_name(process) for process in alive]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("engine")
+
+
+@pytest.fixture(scope="module")
+def file(folder: Path, corpus: Path) -> Path:
+    """Six trials of a second or two."""
+    return write_file(folder, corpus, steps=300, every=20)
+
+
+@pytest.fixture(scope="module")
+def inline(folder: Path, file: Path) -> dict[tuple[str, str], tuple[float, float]]:
+    """The losses without Ray and without disturbance."""
+    train_all(file, folder / "inline")
+    return losses(folder / "inline")
+
+
+# ---- one undisturbed run -------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Seen:
+    """What an undisturbed run looked like from outside while it was on its way, and what is left of it."""
+
+    run: Run
+    code: int
+    family: list[psutil.Process]
+    commands: list[list[str]]
+    titles: list[str]
+    listeners: list[tuple[str, int]]
+    status: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def seen(folder: Path, file: Path) -> Iterator[Seen]:
+    run = start(file, folder / "undisturbed", "--json")
+    try:
+        run.until_training(2)
+        family = run.family()
+        commands = [process.cmdline() for process in family]
+        titles = [" ".join(process.cmdline()).strip() for process in run.workers()]
+        sockets = [socket for process in family for socket in process.net_connections("tcp")]
+        listeners = [(socket.laddr.ip, socket.laddr.port) for socket in sockets if socket.status == psutil.CONN_LISTEN]
+        command = [sys.executable, str(SCRIPT), "status", str(run.root), "--json"]
+        status = strict(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        yield Seen(run, run.wait(), family, commands, titles, listeners, status)
+    finally:
+        run.process.kill()
+
+
+def test_ray_gives_the_numbers_of_inline_bit_for_bit(seen: Seen, inline: dict[Any, Any]) -> None:
+    assert seen.code == 0, seen.run.err.read_text()
+    assert losses(seen.run.root) == inline
+
+
+def test_two_workers_train_the_whole_campaign(seen: Seen) -> None:
+    assert len({record["provenance"]["pid"] for record in records(seen.run.root)}) == 2
+    assert [record["attempt"] for record in records(seen.run.root)] == [1] * 8
+
+
+def test_a_worker_is_titled_after_the_trial_it_trains(seen: Seen) -> None:
+    assert seen.titles
+    for title in seen.titles:
+        assert re.search(r"(alpha/alpha|projection/project_every)=[\d.]+ seed [12]$", title)
+
+
+def test_the_dashboard_listens_on_this_machine_only(seen: Seen) -> None:
+    url = re.search(r"dashboard http://127\.0\.0\.1:(\d+)  workers 2", seen.run.err.read_text())
+    assert url is not None
+    assert {address for address, port in seen.listeners if port == int(url[1])} == {"127.0.0.1"}
+
+
+def test_it_can_be_looked_at_from_another_terminal(seen: Seen) -> None:
+    assert (seen.status["status"], seen.status["campaign"], seen.status["metric"]) == ("running", "tiny", "val_loss")
+    assert 2 <= seen.status["done"] < seen.status["total"] == 8
+    assert 1 <= len(seen.status["running"]) <= 2
+    assert all(0 <= trial["step"] <= trial["steps"] == 300 for trial in seen.status["running"])
+    assert seen.status["dashboard_url"] is None or seen.status["dashboard_url"].startswith("http://127.0.0.1:")
+
+
+def test_stdout_is_the_summary_and_stderr_one_plain_line_per_event(seen: Seen) -> None:
+    assert strict(seen.run.out.read_text()) == strict((seen.run.root / "summary.json").read_text())
+    lines = seen.run.err.read_text().splitlines()
+    assert sum(line.startswith("[") and "val_loss" in line for line in lines) == 6
+    known = ("topics: ", "starting Ray", "dashboard ", "phase ", "[")
+    assert [line for line in lines if not line.startswith(known)] == []
+    assert "\x1b" not in "".join(lines)
+
+
+def test_nothing_of_it_is_left_running_or_lying_about(seen: Seen) -> None:
+    assert left_over(seen.family) == []
+    options = [word for command in seen.commands for word in command if word.startswith("--session-dir=")]
+    assert options and not any(Path(option.partition("=")[2]).exists() for option in options)
+    assert {path.name for path in seen.run.root.iterdir()} == {
+        *(
+            "campaign.yaml",
+            "manifest.json",
+            "journal.jsonl",
+            "campaign.lock",
+            "summary.json",
+            "report.html",
+            "report.md",
+        ),
+        *("trials", "alpha", "projection"),
+    }
+
+
+# ---- one run after the other, each killed in another way -----------------------------------------------------------
+
+
+@dataclass
+class Story:
+    root: Path
+    interrupted: int
+    farewell: str
+    shown: str
+    after_interrupt: list[str]
+    after_kill: list[str]
+    code: int
+    second_finish: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def story(folder: Path, file: Path) -> Iterator[Story]:
+    """A worker is killed, then the run interrupted; it goes on, its driver is killed; it goes on and finishes."""
+    out, runs = folder / "disturbed", []
+    try:
+        runs.append(run := start(file, out))
+        run.until_training(0)
+        run.until(lambda: bool(run.workers()))
+        run.workers()[0].kill()
+        run.until(lambda: bool(run.events("worker_died")))
+        run.until_training(1)
+        family = run.family()
+        os.killpg(run.process.pid, signal.SIGINT)  # as a terminal does: to every process of the group
+        interrupted = run.wait()
+        farewell, shown, after_interrupt = run.err.read_text(), run.out.read_text(), left_over(family)
+
+        runs.append(run := start(file, out))
+        run.until_training(1)
+        family = run.family()
+        run.process.kill()
+        run.wait()
+        after_kill = left_over(family)
+
+        runs.append(run := start(file, out, "--json"))
+        code = run.wait()
+        summary = strict(run.out.read_text())
+        yield Story(out / "tiny", interrupted, farewell, shown, after_interrupt, after_kill, code, summary)
+    finally:
+        for run in runs:
+            run.process.kill()
+
+
+def test_after_every_kind_of_kill_the_losses_are_those_of_an_undisturbed_run(
+    story: Story, inline: dict[Any, Any]
+) -> None:
+    assert story.code == 0
+    assert losses(story.root) == inline
+    assert (story.second_finish["status"], story.second_finish["trials"]["finished"]) == ("finished", 6)
+
+
+def test_no_finished_trial_is_trained_again(story: Story) -> None:
+    finished: set[str] = set()
+    for event in read_journal(story.root / "journal.jsonl"):
+        if event["event"] == "trial_started":
+            assert event["trial_id"] not in finished
+        elif event["event"] == "trial_finished":
+            finished.add(event["trial_id"])
+    assert len(finished) == 6
+
+
+def test_a_killed_worker_is_replaced_and_its_trial_tried_again(story: Story) -> None:
+    events = read_journal(story.root / "journal.jsonl")
+    died = [event for event in events if event["event"] == "worker_died"]
+    assert len(died) == 1
+    again = [e for e in events if e["event"] == "trial_started" and e["trial_id"] == died[0]["trial_id"]]
+    assert again[1]["attempt"] == 2 and again[1]["seq"] > died[0]["seq"]
+    assert "worker died (it was killed or crashed), trying again" in story.farewell
+    assert "Traceback" not in story.farewell and "ERROR" not in story.farewell
+
+
+def test_ctrl_c_exits_with_130_a_summary_and_the_command_that_goes_on(story: Story) -> None:
+    assert story.interrupted == 130
+    assert story.farewell.splitlines()[-1].startswith("interrupted; to go on: python run_campaign.py ")
+    assert "interrupted" in story.shown and "\x1b" not in story.shown
+
+
+def test_no_process_outlives_a_run_that_was_interrupted_or_killed(story: Story) -> None:
+    assert (story.after_interrupt, story.after_kill) == ([], [])
+    assert not list(story.root.glob(".tune-*"))
+    assert not (story.root / "campaign.pid").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["raylet", "gcs_server"])
+def test_when_ray_itself_dies_the_run_ends_with_a_message_and_goes_on_later(
+    folder: Path, file: Path, inline: dict[Any, Any], name: str
+) -> None:
+    run = start(file, folder / name)
+    run.until_training(1)
+    family = run.family()
+    next(process for process in family if process.name() == name).kill()
+    assert run.wait() == 1
+    assert "give the same command again to go on" in run.err.read_text()
+    assert left_over(family) == []
+    assert start(file, folder / name).wait() == 0
+    assert losses(folder / name / "tiny") == inline
+
+
+# ---- the parts, without Ray ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr("tune.report.write_report", lambda *_: None)
+    return write_file(tmp_path, corpus)
+
+
+def test_the_feeder_gives_out_as_many_trials_as_there_are_workers(small: Path, tmp_path: Path) -> None:
+    cluster: Any = SimpleNamespace(workers=2, per_trial={"CPU": 1.0, "GPU": 0.0})
+    with session_on(small, tmp_path / "tiny") as session:
+        feeder = Feeder(begun(session), cluster)
+        first, second = feeder.suggest("a"), feeder.suggest("b")
+        assert isinstance(first, dict) and isinstance(second, dict)
+        assert first["resources"] == cluster.per_trial
+        assert feeder.suggest("c") is None
+        feeder.on_trial_complete("a", {"trial_result": pretend(first["spec"])})
+        assert isinstance(feeder.suggest("c"), dict)
+        assert first["spec"].trial_id in session.state.results
+
+
+def test_the_feeder_waits_for_the_winner_of_a_phase_and_ends_with_the_last_one(small: Path, tmp_path: Path) -> None:
+    cluster: Any = SimpleNamespace(workers=9, per_trial={"CPU": 1.0, "GPU": 0.0})
+    with session_on(small, tmp_path / "tiny") as session:
+        feeder = Feeder(begun(session), cluster)
+        given = {name: feeder.suggest(name) for name in "abcd"}
+        assert feeder.suggest("e") is None  # the next phase needs the winner of this one
+        for name, config in given.items():
+            assert isinstance(config, dict)
+            feeder.on_trial_complete(name, {"trial_result": pretend(config["spec"])})
+        for name in "ef":
+            config = feeder.suggest(name)
+            assert isinstance(config, dict)
+            feeder.on_trial_complete(name, {"trial_result": pretend(config["spec"])})
+        assert feeder.suggest("g") == Searcher.FINISHED
+
+
+def test_a_trial_without_a_result_is_a_dead_worker_unless_the_run_was_stopped(small: Path, tmp_path: Path) -> None:
+    cluster: Any = SimpleNamespace(workers=2, per_trial={"CPU": 1.0, "GPU": 0.0})
+    with session_on(small, tmp_path / "tiny") as session:
+        feeder = Feeder(begun(session), cluster)
+        first, second = feeder.suggest("a"), feeder.suggest("b")
+        assert isinstance(first, dict) and isinstance(second, dict)
+        feeder.on_trial_complete("a", None, error=True)
+        again = feeder.suggest("c")
+        assert isinstance(again, dict)
+        assert (again["spec"].trial_id, again["spec"].attempt) == (first["spec"].trial_id, 2)
+        session.stop_requested = True
+        feeder.on_trial_complete("b", {"step": 3})
+        assert feeder.suggest("d") == Searcher.FINISHED
+        assert sum(event["event"] == "worker_died" for event in session.journal.events) == 1
+
+
+def test_a_failed_trial_is_a_result_and_not_a_dead_worker(small: Path, tmp_path: Path) -> None:
+    cluster: Any = SimpleNamespace(workers=1, per_trial={"CPU": 1.0, "GPU": 0.0})
+    with session_on(small, tmp_path / "tiny") as session:
+        feeder = Feeder(begun(session), cluster)
+        first = feeder.suggest("a")
+        assert isinstance(first, dict)
+        feeder.on_trial_complete("a", {"trial_result": TrialResult("failed", error="no memory")})
+        assert session.state.results[first["spec"].trial_id]["error"] == "no memory"
+
+
+@pytest.mark.parametrize(
+    ("asked", "here", "workers"),
+    [
+        ({}, {"CPU": 4.0}, 4),
+        ({"cpus_per_trial": 3}, {"CPU": 8.0}, 2),
+        ({"workers": 2}, {"CPU": 8.0}, 2),
+        ({}, GPUS, 2),
+        ({"gpus_per_trial": 0.25}, GPUS, 8),
+        ({"gpus_per_trial": 0.25, "cpus_per_trial": 2}, GPUS, 4),
+        ({"gpus_per_trial": 2}, GPUS, 1),
+    ],
+)
+def test_as_many_workers_as_fit(asked: dict[str, Any], here: dict[str, float], workers: int) -> None:
+    cluster = RayCluster(Resources.model_validate(asked))
+    cluster.per_trial = cluster._per_trial(here)
+    assert cluster._fit(here) == workers
+
+
+@pytest.mark.parametrize("asked", [{"gpus_per_trial": 1}, {"cpus_per_trial": 5}])
+def test_a_trial_that_fits_nowhere_is_an_error_and_not_an_endless_wait(asked: dict[str, Any]) -> None:
+    cluster = RayCluster(Resources.model_validate(asked))
+    cluster.per_trial = cluster._per_trial({"CPU": 4.0})
+    with pytest.raises(ConfigError, match=r"a trial asks for . CPUs and . GPUs, and this cluster has 4 CPUs and 0 G"):
+        cluster._fit({"CPU": 4.0})
+
+
+def test_a_gpu_share_is_always_stated(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert RayCluster(Resources())._per_trial({"CPU": 4.0}) == {"CPU": 1.0, "GPU": 0.0}
+    assert RayCluster(Resources())._per_trial(GPUS) == {"CPU": 1.0, "GPU": 1.0}
+
+
+@pytest.fixture
+def sleeper() -> Iterator[psutil.Popen]:
+    with psutil.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) as process:
+        yield process
+        process.kill()
+
+
+def test_the_watchdog_stops_the_session_when_a_process_of_ray_dies(
+    sleeper: psutil.Popen, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    codes: list[int] = []
+    monkeypatch.setattr(engine, "GRACE", 0.1)
+    monkeypatch.setattr("tune.engine.os._exit", codes.append)
+    session: Any = SimpleNamespace(stop_requested=False)
+    with Watchdog(session, [psutil.Process(sleeper.pid)]):
+        sleeper.kill()
+        for _ in range(200):
+            if codes:
+                break
+            time.sleep(0.05)
+    assert (session.stop_requested, codes) == (True, [1])
+    assert "give the same command again" in capsys.readouterr().err
+
+
+def test_the_watchdog_is_silent_while_all_is_well(sleeper: psutil.Popen, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tune.engine.os._exit", pytest.fail)
+    session: Any = SimpleNamespace(stop_requested=False)
+    with Watchdog(session, [psutil.Process(sleeper.pid)]):
+        time.sleep(1.2)
+    assert session.stop_requested is False
+
+
+def test_tune_is_given_nothing_that_it_could_restore(small: Path, tmp_path: Path) -> None:
+    cluster: Any = SimpleNamespace(workers=1, per_trial={})
+    with session_on(small, tmp_path / "tiny") as session:
+        assert Feeder(session, cluster).__getstate__() == {}
+        assert json.dumps(engine.StopRequested(session).__getstate__()) == "{}"

@@ -1,0 +1,51 @@
+"""The shipped campaigns: each can be run, and says beforehand what to expect of it."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tune.campaign import load_campaign
+from tune.plan import preview
+
+EXPERIMENTS = sorted((Path(__file__).parent.parent / "experiments").glob("*.yaml"))
+pytestmark = pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+
+
+def header(path: Path) -> str:
+    """The comment that a file starts with."""
+    comment: list[str] = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        comment.append(line.removeprefix("#").strip())
+    return "\n".join(comment)
+
+
+def test_a_shipped_campaign_loads_and_says_what_it_is_about(path: Path) -> None:
+    campaign = load_campaign(path)
+    assert campaign.description
+    assert re.fullmatch(r"[a-z0-9][a-z0-9_-]*", campaign.name)
+
+
+def test_a_shipped_campaign_starts_with_what_it_expects_its_size_and_its_time(path: Path) -> None:
+    parts = re.findall(r"^(Expect|Size|Time): \S+", header(path), flags=re.MULTILINE)
+    assert parts == ["Expect", "Size", "Time"]
+    assert re.search(r"^Time: .*\d+ (s|min|minutes|h|hours)\b", header(path), flags=re.MULTILINE)
+
+
+def test_the_size_in_the_header_is_the_number_of_trials(path: Path) -> None:
+    size = re.search(r"^Size: ([\d,]+) trials\b", header(path), flags=re.MULTILINE)
+    assert size
+    trials = {trial.trial_id for phase in preview(load_campaign(path)) for trial in phase.trials}
+    assert int(size[1].replace(",", "")) == len(trials)
+
+
+def test_what_a_shipped_campaign_asks_for_needs_no_file_that_is_not_shipped(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert not re.search(r"(?m)^[^#]*(/home/|/work/|/root/|/tmp/)", text)
+
+
+def test_the_arms_of_each_phase_differ_from_its_baseline(path: Path) -> None:
+    for phase in preview(load_campaign(path)):
+        assert len(phase.arms) >= 2, phase.name

@@ -1,0 +1,292 @@
+"""The command line: exit codes, one message per mistake, JSON for programs, plain text for logs."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tiny_campaign import begun, drive, losses, records, session_on, strict, write_file
+
+import run_campaign
+from tune.session import ExecutorLost
+
+SCRIPT = Path(__file__).parents[1] / "run_campaign.py"
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    """`run` handles SIGTERM from then on; pytest wants its own way back."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture
+def file(tmp_path: Path, corpus: Path) -> Path:
+    return write_file(tmp_path, corpus)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
+    """The results of a campaign that ran from the command line."""
+    folder = tmp_path_factory.mktemp("finished")
+    assert run_campaign.main([str(write_file(folder, corpus)), "--inline", "--out", str(folder)]) == 0
+    return folder / "tiny"
+
+
+def script(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+# ---- running -------------------------------------------------------------------------------------------------------
+
+
+def test_a_campaign_that_is_run_twice_trains_nothing_the_second_time(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [str(file), "--inline", "--out", str(tmp_path / "r")]
+    assert run_campaign.main(command) == 0
+    first, before = capsys.readouterr(), losses(tmp_path / "r" / "tiny")
+    assert run_campaign.main(command) == 0
+    second = capsys.readouterr()
+    assert losses(tmp_path / "r" / "tiny") == before
+    assert (first.err.count(" seed "), second.err.count(" seed ")) == (6, 0)
+    assert "4 trials, 4 of them known already" in second.err
+    assert tables(first.out) == tables(second.out) != []
+
+
+def tables(text: str) -> list[str]:
+    """The rows of the last screen that have a loss in them."""
+    return [line for line in text.splitlines() if " ± " in line]
+
+
+def test_with_json_stdout_is_the_summary_and_nothing_else(file: Path, tmp_path: Path) -> None:
+    done = script(file, "--inline", "--json", "--out", tmp_path / "r")
+    assert done.returncode == 0, done.stderr
+    assert strict(done.stdout) == strict((tmp_path / "r" / "tiny" / "summary.json").read_text())
+    assert "\x1b" not in done.stderr and "phase alpha: " in done.stderr
+
+
+def test_without_a_terminal_there_are_no_escapes(file: Path, tmp_path: Path) -> None:
+    done = script(file, "--inline", "--out", tmp_path / "r")
+    assert done.returncode == 0, done.stderr
+    assert "\x1b" not in done.stdout + done.stderr and "\r" not in done.stdout + done.stderr
+    assert "alpha=0.05" in done.stdout and "report.html" in done.stdout
+    assert (
+        len(re.findall(r"^\[\d/8\+?\] \S+  \S+ seed \d  val_loss \d\.\d+  \S+ tok/s  \S+ s$", done.stderr, re.M)) == 6
+    )
+
+
+def test_set_changes_the_base(file: Path, tmp_path: Path) -> None:
+    assert (
+        run_campaign.main([str(file), "--inline", "--out", str(tmp_path), "--set", "steps=4", "--set", "lr=0.02"]) == 0
+    )
+    configs = [record["config"] for record in records(tmp_path / "tiny")]
+    assert {(config["steps"], config["optim.lr"]) for config in configs} == {(4, 0.02)}
+
+
+def test_smoke_is_another_smaller_campaign_beside_the_real_one(tmp_path: Path, corpus: Path) -> None:
+    file = write_file(tmp_path, corpus, steps=1000, seeds="[1, 2, 3]")
+    assert run_campaign.main([str(file), "--smoke", "--inline", "--out", str(tmp_path / "r")]) == 0
+    assert [path.name for path in (tmp_path / "r").iterdir()] == ["tiny-smoke"]
+    assert {record["config"]["steps"] for record in records(tmp_path / "r" / "tiny-smoke")} == {8}
+    assert {record["seed"] for record in records(tmp_path / "r" / "tiny-smoke")} == {1, 2}
+
+
+def test_a_plan_starts_nothing(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_campaign.main([str(file), "--plan", "--json", "--out", str(tmp_path / "r")]) == 0
+    planned = strict(capsys.readouterr().out)
+    assert (planned["trials"], planned["to_run"]) == (6, 6)
+    assert not (tmp_path / "r").exists()
+
+
+# ---- exit codes ----------------------------------------------------------------------------------------------------
+
+
+def test_a_mistake_in_the_file_is_one_message_with_its_place_and_nothing_is_written(file: Path, tmp_path: Path) -> None:
+    file.write_text(file.read_text().replace("vary: {alpha", "vary: {alhpa").replace("steps: 6", "steps: six"))
+    done = script(file, "--out", tmp_path / "r")
+    assert (done.returncode, done.stdout) == (2, "")
+    lines = done.stderr.splitlines()
+    assert len(lines) == 2
+    assert re.fullmatch(rf"{file}:\d+:\d+: base\.steps: .*got 'six'", lines[0])
+    assert re.fullmatch(rf"{file}:\d+:\d+: phases\[0\]\.vary\.alhpa: unknown setting, did you mean 'alpha'\?", lines[1])
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("text", ["", "[1, 2", "campaign: x\ncampaign: y\n"])
+def test_a_file_that_is_no_campaign_is_a_usage_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    (tmp_path / "bad.yaml").write_text(text)
+    assert run_campaign.main([str(tmp_path / "bad.yaml"), "--out", str(tmp_path / "r")]) == 2
+    err = capsys.readouterr().err
+    assert "bad.yaml" in err and "Traceback" not in err
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_missing_file_is_told_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_campaign.main([str(tmp_path / "gone.yaml")]) in (2, 74)
+    assert "gone.yaml" in capsys.readouterr().err
+
+
+def test_an_unknown_option_is_a_usage_error(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run_campaign.main([str(file), "--inlin3"])
+    assert caught.value.code == 2
+    assert "--inlin3" in capsys.readouterr().err
+
+
+def test_a_second_run_on_one_directory_is_refused(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with session_on(file, tmp_path / "tiny"):
+        assert run_campaign.main([str(file), "--inline", "--out", str(tmp_path)]) == 3
+    assert capsys.readouterr().err == f"{tmp_path / 'tiny'} is in use by another run (process {os.getpid()})\n"
+
+
+def test_a_campaign_with_a_trial_that_diverged_finishes_with_code_4(
+    tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    phases = "\n  - name: rate\n    set: {residual: add}\n    vary: {optim.lr: [1e-2, 1e38]}\n"
+    file = write_file(tmp_path, corpus, phases=phases)
+    assert run_campaign.main([str(file), "--inline", "--json", "--out", str(tmp_path)]) == 4
+    summary = strict(capsys.readouterr().out)
+    assert (summary["status"], summary["trials"]["diverged"], summary["trials"]["finished"]) == ("finished", 2, 2)
+    assert summary["phases"][0]["winner"] != "optim.lr=1e+38"
+    assert sorted(r["status"] for r in records(tmp_path / "tiny")) == ["diverged"] * 2 + ["finished"] * 2
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "/proc/nowhere"])
+def test_results_that_cannot_be_written_are_an_io_error_with_the_path(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str
+) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    assert run_campaign.main([str(file), "--inline", "--out", str(tmp_path / place)]) == 74
+    err = capsys.readouterr().err
+    assert place in err and err.count("\n") == 1
+
+
+def test_a_damaged_journal_is_an_io_error_that_names_the_line(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [str(file), "--inline", "--out", str(tmp_path)]
+    assert run_campaign.main(command) == 0
+    journal = tmp_path / "tiny" / "journal.jsonl"
+    journal.write_text(journal.read_text().replace('"attempt": 1', '"attempt": 2', 1))
+    assert run_campaign.main(command) == 74
+    assert re.search(r"journal\.jsonl:3: this line does not match its CRC", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(("raised", "code"), [(KeyboardInterrupt(), 130), (ExecutorLost("Ray died"), 1)])
+def test_what_ends_a_run_from_outside_is_one_line(
+    file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    raised: BaseException,
+    code: int,
+) -> None:
+    def launch(*_: object, **__: object) -> None:
+        raise raised
+
+    monkeypatch.setattr("tune.launch.launch", launch)
+    assert run_campaign.main([str(file), "--out", str(tmp_path)]) == code
+    assert capsys.readouterr().err in ("interrupted; the same command goes on\n", "Ray died\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_the_first_trial_leaves_no_lock(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    main = threading.get_ident()
+    monkeypatch.setattr("tune.launch.prepare_all", lambda *_: signal.pthread_kill(main, number))
+    monkeypatch.setattr("tune.launch.describe_data", lambda *_: signal.pause())
+    try:
+        code = run_campaign.main([str(file), "--inline", "--out", str(tmp_path)])
+    except SystemExit as exit:
+        code = exit.code
+    assert code == 128 + number
+    assert not (tmp_path / "tiny" / "campaign.pid").exists()
+    with session_on(file, tmp_path / "tiny") as session:
+        assert session.journal.events == []
+
+
+# ---- verbs ---------------------------------------------------------------------------------------------------------
+
+
+def test_status_is_strict_json_and_text(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_campaign.main(["status", str(finished), "--json"]) == 0
+    snapshot = strict(capsys.readouterr().out)
+    assert (snapshot["campaign"], snapshot["status"], snapshot["done"]) == ("tiny", "finished", 8)
+    assert run_campaign.main(["status", str(finished)]) == 0
+    assert "8/8" in capsys.readouterr().out
+
+
+def test_status_of_a_running_campaign_does_not_disturb_it(file: Path, tmp_path: Path) -> None:
+    with session_on(file, tmp_path / "tiny") as session:
+        drive(begun(session), most=1)
+        session.next_trial()
+        done = script("status", tmp_path / "tiny", "--json")
+        assert done.returncode == 0, done.stderr
+        snapshot = strict(done.stdout)
+        assert (snapshot["status"], snapshot["done"], len(snapshot["running"])) == ("running", 1, 1)
+        drive(session, most=1)
+
+
+def test_report_rebuilds_what_was_deleted(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = strict((finished / "summary.json").read_text())
+    for name in ("summary.json", "report.html", "report.md", "alpha/trials.jsonl", "alpha/curves.parquet"):
+        (finished / name).unlink()
+    assert run_campaign.main(["report", str(finished), "--json"]) == 0
+    assert strict(capsys.readouterr().out) == strict((finished / "summary.json").read_text()) == before
+    for name in ("report.html", "report.md", "alpha/trials.jsonl", "alpha/curves.parquet"):
+        assert (finished / name).stat().st_size > 0
+
+
+@pytest.mark.parametrize("verb", ["status", "report"])
+def test_a_verb_on_something_else_is_a_usage_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], verb: str
+) -> None:
+    assert run_campaign.main([verb, str(tmp_path)]) == 2
+    assert "is not a results directory" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_doctor_is_strict_json_and_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = run_campaign.main(["doctor", "--out", str(tmp_path), "--json"])
+    checks = strict(capsys.readouterr().out)
+    assert {"python", "packages", "device", "results"} <= {check["name"] for check in checks}
+    assert code == (1 if any(check["problem"] for check in checks) else 0)
+    run_campaign.main(["doctor", "--out", str(tmp_path)])
+    assert "python" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["status", "--help"], ["report", "--help"], ["doctor", "--help"]])
+def test_help_needs_no_heavy_library(arguments: list[str]) -> None:
+    code = f"""
+import sys, runpy
+sys.argv = ["run_campaign.py", *{arguments!r}]
+try:
+    runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
+except SystemExit as exit:
+    heavy = sorted({{"torch", "ray", "pyarrow", "scipy", "numpy", "plotly"}} & set(sys.modules))
+    print(heavy, exit.code, file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stderr.strip() == "[] 0"
+    assert done.stdout.startswith("usage: run_campaign.py")
+
+
+def test_the_exit_codes_are_documented(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run_campaign.main(["--help"])
+    text = capsys.readouterr().out
+    for words in ("0 all trials finished", "2 usage", "3 another run", "4 finished, but", "74 input", "130", "143"):
+        assert words in text
