@@ -232,15 +232,13 @@ def _answer(state: State, phases: Sequence[Summary]) -> dict[str, Any]:
     """One sentence: what to use, how much better it is, and whether unseen seeds agree."""
     judged = [phase for phase in phases if len(phase["arms"]) > 1 and state.phases[phase["phase"]].winner]
     won = [phase for phase in judged if phase["winner"] != phase["baseline"]]
-    nothing = {"phase": None, "winner": None, "overrides": {}, "delta": None, "confirmed": False}
+    none = {"phase": None, "winner": None, "overrides": {}, "delta": None, "confirmed": False}
     if not judged:
-        return nothing | {"sentence": "No phase has been completed yet, so there is no answer."}
+        return none | {"sentence": "No phase has been completed yet, so there is no answer."}
     if not any(arm["n"] for phase in judged for arm in phase["arms"]):
-        return nothing | {"sentence": "No trial has finished well, so there is no answer."}
+        return none | {"sentence": "No trial has finished well, so there is no answer."}
     if not won:
-        return nothing | {
-            "sentence": "No arm of any phase is better than its baseline beyond the noise: keep the base."
-        }
+        return none | {"sentence": "No arm of any phase is better than its baseline beyond the noise: keep the base."}
     last = won[-1]
     arm = next(arm for arm in last["arms"] if arm["arm"] == last["winner"])
     overrides = dict(state.phases[last["phase"]].winner_overrides)
@@ -287,14 +285,12 @@ def _span(delta: Mapping[str, float]) -> str:
 
 def _problems(state: State) -> list[dict[str, Any]]:
     """Trials that did not finish well, each with what it said last."""
-    problems, seen = [], set()
+    kept, problems = ("phase", "arm", "seed", "trial_id", "status", "error"), {}
     for phase in state.phases.values():
         for record in phase_records(state, phase):
-            if record["status"] != "finished" and record["trial_id"] not in seen:
-                seen.add(record["trial_id"])
-                kept = ("phase", "arm", "seed", "trial_id", "status", "error")
-                problems.append({name: record[name] for name in kept})
-    return problems
+            if record["status"] != "finished":
+                problems.setdefault(record["trial_id"], {name: record[name] for name in kept})
+    return list(problems.values())
 
 
 def _counts(statuses: Sequence[str], *, reused: int) -> dict[str, int]:
@@ -303,8 +299,7 @@ def _counts(statuses: Sequence[str], *, reused: int) -> dict[str, int]:
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return fmean(known) if known else None
+    return fmean(known) if (known := [value for value in values if value is not None]) else None
 
 
 def _columns(row: Mapping[str, Any]) -> dict[str, Any]:
