@@ -1,6 +1,7 @@
 """The order of things in one run: errors of the corpora come out before a trial starts, and nothing stays locked."""
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -68,3 +69,19 @@ def test_a_call_in_the_background_hands_over_its_result_or_its_error() -> None:
     assert Background(lambda: 42).result() == 42
     with pytest.raises(ZeroDivisionError):
         Background(lambda: 1 // 0).result()
+
+
+def test_a_campaign_with_nothing_left_to_train_does_not_start_ray(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY.format(corpus=corpus))
+    first, _ = launch(load_campaign(path), tmp_path / "out", command="", inline=True)
+    monkeypatch.setitem(sys.modules, "tune.engine", None)  # importing it would now fail
+    again, _ = launch(load_campaign(path), tmp_path / "out", command="")
+    assert [arm["val_loss"] for arm in again["phases"][0]["arms"]] == [
+        arm["val_loss"] for arm in first["phases"][0]["arms"]
+    ]
+    path.write_text(TINY.format(corpus=corpus).replace("0.2]", "0.2, 0.3]"))
+    with pytest.raises(ModuleNotFoundError):
+        launch(load_campaign(path), tmp_path / "out", command="")

@@ -20,7 +20,7 @@ from tune.environment import usable_cpus
 from tune.journal import read_journal
 from tune.plan import PlannedPhase, preview, trial_flops, trial_tokens, trial_work
 from tune.schema import MOST_TRIALS
-from tune.state import DONE, State, replay
+from tune.state import DONE, State, past_winner, replay
 
 STARTUP = 8.0  # seconds: interpreter, Ray, first import of torch in the workers
 PER_TRIAL = 0.1  # seconds besides training and evaluation
@@ -38,8 +38,8 @@ def estimate(campaign: Campaign, root: Path, *, measure: bool = False) -> dict[s
     first, and remembers them.
     """
     state = replay(read_journal(root / "journal.jsonl"))
-    phases = preview(campaign, lambda phase: _winner(state, phase))
-    known = {phase.name for phase in phases if _winner(state, phase)}
+    phases = preview(campaign, lambda phase: past_winner(state, phase))
+    known = {phase.name for phase in phases if past_winner(state, phase)}
     everything = {trial.trial_id: trial.config for phase in phases for trial in phase.trials}
     done = {trial_id for trial_id, result in state.results.items() if result["status"] in DONE}
     left = {name: config for name, config in everything.items() if name not in done}
@@ -230,10 +230,3 @@ def _disk(config: TrainConfig) -> int:
     saves = -(-config.steps // config.checkpoint.every)
     rows = config.steps // config.tracker.log_every + config.steps // config.eval_every
     return params * 12 * min(saves, config.checkpoint.keep_last + 1) + rows * 200
-
-
-def _winner(state: State, phase: PlannedPhase) -> str | None:
-    """The arm that has won the phase already, if it is still the same phase."""
-    past = state.phases.get(phase.name)
-    same = past and set(past.trial_ids) == {trial.trial_id for trial in phase.trials}
-    return past.winner if past and same and past.winner in [arm.name for arm in phase.arms] else None

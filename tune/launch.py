@@ -48,7 +48,7 @@ def launch(
         # Tokenizing and Ray's start both take seconds, and neither needs the other.
         prepared = Background(lambda: prepare_all(campaign, tell))
         cluster = None
-        if not inline:
+        if not inline and session.has_work():
             from tune.engine import RayCluster  # importing Ray takes a second, which --inline does without
 
             prepared.check()

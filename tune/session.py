@@ -22,7 +22,7 @@ from tune.console import Snapshot, trial_line
 from tune.estimate import remember_speeds
 from tune.journal import Journal
 from tune.plan import PlannedPhase, Trial, inheritance, plan_phase, preview
-from tune.state import planned_event, replay
+from tune.state import DONE, past_winner, planned_event, replay
 from tune.status import LOCK_FILE, take_snapshot
 from tune.summary import Summary, settings_text, write_campaign, write_phase
 from tune.trial import TrialResult, TrialSpec
@@ -118,6 +118,7 @@ class Session:
             min_effect=self.campaign.min_effect,
             command=self.command,
             workers=self.workers,
+            dashboard_url=self.dashboard_url,
             environment=self.environment,
             data=dict(data),
             expected_trials={phase.name: len(list(phase.trials)) for phase in preview(self.campaign)},
@@ -167,6 +168,12 @@ class Session:
             threads=self.campaign.resources.cpus_per_trial,
             attempt=attempt,
         )
+
+    def has_work(self) -> bool:
+        """Whether any trial is left to train, as far as the journal knows the winners."""
+        phases = preview(self.campaign, lambda phase: past_winner(self.state, phase))
+        done = {trial_id for trial_id, result in self.state.results.items() if result["status"] in DONE}
+        return any(trial.trial_id not in done for phase in phases for trial in phase.trials)
 
     def is_over(self) -> bool:
         """Whether every phase has its winner."""
@@ -238,7 +245,7 @@ class Session:
             arm=trial.arm,
             seed=trial.seed,
             attempt=self.state.attempts[trial_id],
-            config=flatten(trial.config),
+            config=flatten(self._with_tracking(trial)),
             **asdict(result),
         )
         snapshot = self.snapshot()

@@ -125,6 +125,13 @@ def planned_event(phase: PlannedPhase) -> dict[str, Any]:
     }
 
 
+def past_winner(state: State, phase: PlannedPhase) -> str | None:
+    """The arm that has won the phase already, if it is still the same phase."""
+    past = state.phases.get(phase.name)
+    same = past and set(past.trial_ids) == {trial.trial_id for trial in phase.trials}
+    return past.winner if past and same and past.winner in [arm.name for arm in phase.arms] else None
+
+
 def _phase(event: Event) -> PhaseState:
     arms = [
         ArmState(arm["arm"], arm["overrides"], {seed: trial_id for seed, trial_id in arm["trials"]})

@@ -106,7 +106,9 @@ def read_snapshot(root: Path) -> Snapshot:
     state = read_state(root)
     finished = [phase for phase in state.phases.values() if phase.winner is not None]
     summaries = [summarize_phase(state, phase) for phase in finished]
-    return take_snapshot(root, state, running=is_locked(root), finished_phases=summaries)
+    running = is_locked(root)
+    url = state.campaign["dashboard_url"] if running else None
+    return take_snapshot(root, state, running=running, finished_phases=summaries, dashboard_url=url)
 
 
 def is_locked(root: Path) -> bool:
