@@ -27,8 +27,8 @@ from ngpt.train import DTYPES, TrainConfig, pick_device, read_config, resolved, 
 def step(config: TrainConfig, *, dataset: Dataset | None = None, warmup: int = 5, steps: int = 20) -> dict[str, Any]:
     """Times whole training steps: data, forward, backward, optimizer, projection.
 
-    Returns tokens_per_second and step_ms (medians), gemm_tflops (see `gemm_flops`), mfu (the model's FLOPs over what the
-    matrix product would have done in that time), peak_memory_bytes, device, dtype and compiled.
+    Returns tokens_per_second and step_ms (medians), gemm_tflops (see `gemm_flops`), mfu (the model's FLOPs over what
+    the matrix product would have done in that time), peak_memory_bytes, device, dtype and compiled.
     """
     config = resolved(config)
     with tempfile.TemporaryDirectory() as folder:

@@ -29,7 +29,7 @@ def test_scaling_compares_one_worker_with_two(monkeypatch: pytest.MonkeyPatch) -
     one = {"seconds": 38.0, "startup_seconds": 4.0, "tokens_per_second": 10.0}
     two = {"seconds": 20.0, "startup_seconds": 4.0, "tokens_per_second": 9.5}
     monkeypatch.setattr(bench, "_timed", runs(one, two))
-    figures = bench.scaling()
+    figures = bench.scaling(rounds=1)
     assert figures["speedup"] == pytest.approx(1.9)
     assert figures["speedup_with_startup"] == pytest.approx(42 / 24)
 

@@ -10,7 +10,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -58,22 +58,28 @@ def campaign(*, trials: int = 60, steps: int = 40, workers: int = 2) -> dict[str
     }
 
 
-def scaling(*, trials: int = 16, steps: int = 150) -> dict[str, Any]:
-    """How much faster two workers finish a campaign than one.
+def scaling(*, trials: int = 12, steps: int = 120, rounds: int = 2) -> dict[str, Any]:
+    """How much faster two workers finish a campaign than one, in rounds of one and two in turn.
 
     speedup: wall time from the first trial's start to the end of the last; speedup_with_startup: of the whole command.
+    Each is the ratio of the sums over the rounds, since the speed of a shared machine drifts.
     """
-    one, two = (_timed(trials, steps=steps, workers=workers) for workers in (1, 2))
-    whole = [run["startup_seconds"] + run["seconds"] for run in (one, two)]
+    runs = [(_timed(trials, steps=steps, workers=1), _timed(trials, steps=steps, workers=2)) for _ in range(rounds)]
+    ones, twos = zip(*runs, strict=True)
+
+    def total(group: Sequence[dict[str, float]], *names: str) -> float:
+        return sum(run[name] for run in group for name in names)
+
     return {
         "trials": trials,
         "steps_per_trial": steps,
-        "one_worker_seconds": one["seconds"],
-        "two_workers_seconds": two["seconds"],
-        "speedup": one["seconds"] / two["seconds"],
-        "speedup_with_startup": whole[0] / whole[1],
-        "tokens_per_second_one_worker": one["tokens_per_second"],
-        "tokens_per_second_of_each_of_two": two["tokens_per_second"],
+        "rounds": rounds,
+        "one_worker_seconds": total(ones, "seconds") / rounds,
+        "two_workers_seconds": total(twos, "seconds") / rounds,
+        "speedup": total(ones, "seconds") / total(twos, "seconds"),
+        "speedup_with_startup": total(ones, "seconds", "startup_seconds") / total(twos, "seconds", "startup_seconds"),
+        "tokens_per_second_one_worker": total(ones, "tokens_per_second") / rounds,
+        "tokens_per_second_of_each_of_two": total(twos, "tokens_per_second") / rounds,
     }
 
 
