@@ -181,9 +181,11 @@ class GPT(nn.Module):
         *_, x = self.stream(idx)
         if self.s_z is None:
             x = rms_norm(x)
-        logits = self.lm_head(x).float()
+        weight = self.lm_head.weight
         if self.s_z is not None:
-            logits = logits * self.s_z()
+            # s_z * (x @ W^T), with the scaling on the (V, D) weight: far smaller than the (B, T, V) logits.
+            weight = weight * self.s_z()[:, None]
+        logits = F.linear(x, weight).float()
         if self.cfg.softcap is not None:
             logits = self.cfg.softcap * torch.tanh(logits / self.cfg.softcap)
         if targets is None:

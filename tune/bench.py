@@ -58,7 +58,7 @@ def campaign(*, trials: int = 60, steps: int = 40, workers: int = 2) -> dict[str
     }
 
 
-def scaling(*, trials: int = 12, steps: int = 120, rounds: int = 2) -> dict[str, Any]:
+def scaling(*, trials: int = 20, steps: int = 120, rounds: int = 1) -> dict[str, Any]:
     """How much faster two workers finish a campaign than one, in rounds of one and two in turn.
 
     speedup: wall time from the first trial's start to the end of the last; speedup_with_startup: of the whole command.
