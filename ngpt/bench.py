@@ -70,6 +70,15 @@ def gemm_flops(device: torch.device, dtype: torch.dtype, *, size: int | None = N
     return 2 * n**3 / best
 
 
+def print_figures(figures: dict[str, Any], *, as_json: bool) -> None:
+    """One JSON object, or a line per figure, on stdout."""
+    if as_json:
+        print(json.dumps(figures, allow_nan=False))
+        return
+    for name, value in figures.items():
+        print(f"{name:34} {value:.4g}" if isinstance(value, float) else f"{name:34} {value}")
+
+
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -99,11 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (ConfigError, CorruptShardError) as error:
         print(error, file=sys.stderr)
         return 2
-    if options.json:
-        print(json.dumps(figures, allow_nan=False))
-    else:
-        for name, value in figures.items():
-            print(f"{name:20} {value:.4g}" if isinstance(value, float) else f"{name:20} {value}")
+    print_figures(figures, as_json=options.json)
     return 0
 
 

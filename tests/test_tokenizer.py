@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
+import tiktoken
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -54,7 +55,6 @@ def gpt2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def gpt2(gpt2_folder: Path) -> Tokenizer:
-    pytest.importorskip("tiktoken")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TIKTOKEN_CACHE_DIR", "")  # no copies in /tmp
         return load_tokenizer(f"gpt2:{gpt2_folder}", None)
@@ -151,7 +151,6 @@ def test_special_tokens_in_a_text_are_plain_text(gpt2: Tokenizer) -> None:
 
 @pytest.mark.parametrize("damage", ["encoder.json", "vocab.bpe"])
 def test_gpt2_files_that_do_not_belong_together_are_refused(gpt2_folder: Path, tmp_path: Path, damage: str) -> None:
-    pytest.importorskip("tiktoken")
     for name in ("encoder.json", "vocab.bpe"):
         (tmp_path / name).write_bytes((gpt2_folder / name).read_bytes())
     text = (tmp_path / damage).read_text()
@@ -174,8 +173,6 @@ def test_a_missing_tiktoken_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_without_network_gpt2_asks_for_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    tiktoken = pytest.importorskip("tiktoken")
-
     def get_encoding(name: str) -> None:
         raise ConnectionError(name)
 

@@ -6,7 +6,6 @@ Both benchmarks run real campaigns of tiny trials on a private Ray, in a tempora
 
 import argparse
 import contextlib
-import json
 import sys
 import tempfile
 import time
@@ -16,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from ngpt.bench import print_figures
 from tune.campaign import load_campaign
 from tune.journal import read_journal
 from tune.launch import launch
@@ -125,12 +125,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("name", choices=BENCHMARKS)
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     options = parser.parse_args(arguments)
-    figures = BENCHMARKS[options.name]()
-    if options.json:
-        print(json.dumps(figures, allow_nan=False))
-    else:
-        for name, value in figures.items():
-            print(f"{name:34} {value:.4g}" if isinstance(value, float) else f"{name:34} {value}")
+    print_figures(BENCHMARKS[options.name](), as_json=options.json)
     return 0
 
 

@@ -27,6 +27,7 @@ from ray.tune.stopper import Stopper
 
 from ngpt.config import ConfigError
 from tune.campaign import Resources
+from tune.environment import usable_cpus
 from tune.inline import stop_on_signal
 from tune.session import ExecutorLost, Session
 from tune.trainable import RESULT, TrialWorker
@@ -221,7 +222,8 @@ class RayCluster:
             children = psutil.Process().children()
             self.processes = [process for process in children if process.name() in ("raylet", "gcs_server")]
             assert isinstance(context, ray._private.worker.RayContext), "only ray:// gives another kind"
-            self._folder = Path(context.address_info["session_dir"] or "")
+            folder = context.address_info["session_dir"]
+            self._folder = Path(folder) if folder else None
         url = context.dashboard_url
         self.dashboard_url = f"http://{url}" if url else None
         try:
@@ -239,9 +241,8 @@ class RayCluster:
 
     def _cpus(self) -> int:
         """As many as there are, or enough for the workers that were asked for."""
-        here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         wanted = (self.resources.workers or 1) * self.resources.cpus_per_trial
-        return max(here, wanted)
+        return max(usable_cpus(), wanted)
 
     def _per_trial(self, cluster: Mapping[str, float]) -> dict[str, float]:
         share = self.resources.gpus_per_trial
