@@ -41,7 +41,7 @@ def printed(view: RenderableType, width: int = 80, encoding: str = "utf-8") -> l
 def arm(name: str, verdict: str, mean: float | None, delta: float | None = None) -> Summary:
     spread = {"mean": mean, "sd": 0.1, "ci_low": mean and mean - 0.01, "ci_high": mean and mean + 0.01}
     effect = {"mean": delta, "ci_low": delta and delta - 0.003, "ci_high": delta and delta + 0.003, "p": 0.01}
-    return {"arm": name, "n": 3, "val_loss": spread, "delta": effect if delta else None, "verdict": verdict} | {
+    return {"arm": name, "n": 3, "score": spread, "delta": effect if delta else None, "verdict": verdict} | {
         "overrides": {},
         "tokens_per_second": mean and 41234.0,
         "tied_with_winner": verdict == "tie",

@@ -34,7 +34,7 @@ def arm(name: str, mean: float | None, verdict: str, delta: float | None = None,
     effect = {"mean": delta, "ci_low": delta and delta - 0.003, "ci_high": delta and delta + 0.003, "p": 0.002}
     numbers = {"val_bpb": mean and mean / 3, "train_loss": mean, "tokens_per_second": 41234.0, "tokens": 4_194_304}
     facts = {"rank": 1, "overrides": {}, "n": 3, "tied_with_winner": False, "seconds": 9.0, "trial_ids": ["t"]}
-    judged = {"val_loss": spread, "delta": effect | {"p_holm": 0.004} if delta else None, "verdict": verdict}
+    judged = {"score": spread, "delta": effect | {"p_holm": 0.004} if delta else None, "verdict": verdict}
     return {"arm": name} | facts | judged | numbers | more
 
 

@@ -311,3 +311,19 @@ def test_trials_from_different_worlds_are_warned_about(judged: Callable[..., Sum
     found = warnings(judged(SWEEP, result_of))
     assert f"alpha: its trials come from different {word}: another, " in found
     assert found.count("come from different") == 1
+
+
+def test_another_metric_ranks_and_judges_while_the_loss_stays_the_loss(
+    tmp_path: Path, corpus: Path, no_report: None
+) -> None:
+    file = write_file(tmp_path, corpus, phases="\n  - name: alpha\n    vary: {alpha: [0.05, 0.4]}\n")
+    file.write_text("metric: {name: val_bpb}\n" + file.read_text())
+    with session_on(file, tmp_path / "out") as session:
+        drive(begun(session))
+        (phase,) = session.end()["phases"]
+    for arm in phase["arms"]:
+        values = [r["metrics"] for r in records(tmp_path / "out") if r["arm"] == arm["arm"]]
+        for field, metric in (("score", "val_bpb"), ("val_loss", "val_loss")):
+            assert arm[field]["mean"] == pytest.approx(sum(value[metric] for value in values) / 2)
+    best, base = phase["arms"]
+    assert best["delta"]["mean"] == pytest.approx(best["score"]["mean"] - base["score"]["mean"])

@@ -297,7 +297,7 @@ def phase_table(phase: Mapping[str, Any], *, width: int = 100) -> Table:
         cells = [
             words(arm["arm"], "bold" if winner else ""),
             Text(str(arm.get("n", fmt.MISSING))),
-            Text(fmt.mean_interval(arm.get("val_loss"))),
+            Text(fmt.mean_interval(arm.get("score"))),
             Text(fmt.effect(arm.get("delta"))),
             words(arm.get("verdict") or fmt.MISSING, style),
         ]

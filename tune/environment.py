@@ -134,7 +134,9 @@ def _disk(out: Path) -> Check:
 
 
 def _cache(out: Path) -> Check:
-    folder = Path(os.environ.get("NGPT_CACHE") or "~/.cache/ngpt").expanduser().absolute()
+    from ngpt.data.corpora import cache_folder
+
+    folder = cache_folder()
     there = next(parent for parent in (folder, *folder.parents) if parent.exists())
     problem = None if os.access(there, os.W_OK) else "not writable: set NGPT_CACHE to a folder that is"
     return Check("corpora", str(folder), problem)

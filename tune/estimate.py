@@ -1,7 +1,6 @@
 """`--plan`: what a campaign would train, how much disk it takes and how long, before anything is started."""
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -12,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ngpt.config import content_hash, settings
+from ngpt.data.corpora import cache_folder
 from ngpt.flops import matrix_params
 from ngpt.train import TrainConfig, pick_device
 from tune import format as fmt
@@ -191,7 +191,7 @@ def _remember(device: str, speeds: Mapping[str, float]) -> None:
 
 
 def _speeds_file() -> Path:
-    return Path(os.environ.get("NGPT_CACHE") or "~/.cache/ngpt").expanduser() / "speeds.jsonl"
+    return cache_folder() / "speeds.jsonl"
 
 
 def _measure(configs: Iterable[TrainConfig], campaign: Campaign) -> dict[str, float]:

@@ -227,7 +227,7 @@ def _markdown_phase(phase: Summary) -> str:
             arm["arm"],
             fmt.settings(arm.get("overrides"), "as it is"),
             arm.get("n"),
-            fmt.mean_interval(arm.get("val_loss")),
+            fmt.mean_interval(arm.get("score")),
             fmt.effect(arm.get("delta")),
             fmt.p_value((arm.get("delta") or {}).get("p_holm")),
             arm.get("verdict"),

@@ -296,8 +296,3 @@ class Session:
 
 def _last_line(error: str | None) -> str | None:
     return error.strip().splitlines()[-1] if error else None
-
-
-def unsuccessful(summary: Summary) -> int:
-    """How many trials of a campaign failed or diverged."""
-    return summary["trials"]["failed"] + summary["trials"]["diverged"]

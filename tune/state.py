@@ -52,12 +52,12 @@ class State:
     newest: str = ""  # time of the newest event
     ended: bool = True  # whether the newest session has said so; one that was killed has not
 
-    def outcome(self, trial_id: str) -> Outcome:
-        """What a trial contributes to a verdict."""
+    def outcome(self, trial_id: str, metric: str | None = None) -> Outcome:
+        """What a trial contributes to a verdict by the campaign's metric, or by another one."""
         result = self.results.get(trial_id)
         if result is None:
             return Outcome("missing", None)
-        return Outcome(result["status"], (result["metrics"] or {}).get(self.campaign["metric"]["name"]))
+        return Outcome(result["status"], result["metrics"].get(metric or self.campaign["metric"]["name"]))
 
     def session_seconds(self) -> float:
         """How long the newest session has journaled for, if it has not said that it is over."""

@@ -17,7 +17,7 @@ from ngpt.tracker import read_metrics
 from tune import format as fmt
 from tune.journal import read_journal
 from tune.state import ArmState, PhaseState, State, replay
-from tune.verdicts import ArmVerdict, judge
+from tune.verdicts import ArmVerdict, Outcome, judge
 
 Record = dict[str, Any]
 Summary = dict[str, Any]
@@ -56,10 +56,8 @@ def phase_records(state: State, phase: PhaseState) -> list[Record]:
 def summarize_phase(state: State, phase: PhaseState) -> Summary:
     """The arms of a phase, ranked and judged, with everything that is needed to say so."""
     rules = state.campaign
-    cells = {
-        arm.name: {seed: state.outcome(trial_id) for seed, trial_id in arm.trial_ids.items()} for arm in phase.arms
-    }
     metric = rules["metric"]
+    cells = _cells(state, phase, metric["name"])
     judgement = judge(
         cells,
         baseline=phase.baseline,
@@ -68,8 +66,13 @@ def summarize_phase(state: State, phase: PhaseState) -> Summary:
         min_effect=rules["min_effect"],
         metric=metric["name"],
     )
+    losses = judge(_cells(state, phase, "val_loss"), baseline=phase.baseline, confidence=rules["confidence"])
+    spreads = {arm.arm: _spread(arm) for arm in losses.arms}
     by_name = {arm.name: arm for arm in phase.arms}
-    arms = [_arm_summary(state, by_name[verdict.arm], verdict, rank) for rank, verdict in enumerate(judgement.arms, 1)]
+    arms = [
+        _arm_summary(state, by_name[verdict.arm], verdict, rank) | {"val_loss": spreads[verdict.arm]}
+        for rank, verdict in enumerate(judgement.arms, 1)
+    ]
     statuses = [cell.status for row in cells.values() for cell in row.values()]
     records = phase_records(state, phase)
     own = [record for record in records if record["reused_from"] is None]
@@ -188,16 +191,27 @@ def _record(state: State, phase: PhaseState, arm: ArmState, seed: int, result: M
     }
 
 
+def _cells(state: State, phase: PhaseState, metric: str) -> dict[str, dict[int, Outcome]]:
+    """Every arm's outcomes by seed, in terms of `metric`."""
+    return {
+        arm.name: {seed: state.outcome(trial_id, metric) for seed, trial_id in arm.trial_ids.items()}
+        for arm in phase.arms
+    }
+
+
+def _spread(verdict: ArmVerdict) -> dict[str, float | None]:
+    return {"mean": verdict.mean, "sd": verdict.sd, "ci_low": verdict.ci_low, "ci_high": verdict.ci_high}
+
+
 def _arm_summary(state: State, arm: ArmState, verdict: ArmVerdict, rank: int) -> dict[str, Any]:
     results = [state.results[i] for i in arm.trial_ids.values() if i in state.results]
     finished = [result for result in results if result["status"] == "finished"]
-    values = {"mean": verdict.mean, "sd": verdict.sd, "ci_low": verdict.ci_low, "ci_high": verdict.ci_high}
     return {
         "arm": arm.name,
         "rank": rank,
         "overrides": dict(arm.overrides),
         "n": verdict.n,
-        "val_loss": values,
+        "score": _spread(verdict),  # of the campaign's metric
         "delta": asdict(verdict.delta) if verdict.delta else None,
         "verdict": verdict.verdict,
         "tied_with_winner": verdict.tied_with_winner,
@@ -308,8 +322,9 @@ def _columns(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def _flat(arm: Mapping[str, Any]) -> dict[str, Any]:
     """An arm as one row: nested numbers get dotted column names, settings are JSON."""
-    row = {name: value for name, value in arm.items() if name not in ("val_loss", "delta", "overrides", "trial_ids")}
-    spread = {f"val_loss.{name}": value for name, value in arm["val_loss"].items()}
+    nested = ("score", "val_loss", "delta", "overrides", "trial_ids")
+    row = {name: value for name, value in arm.items() if name not in nested}
+    spread = {f"{kind}.{name}": value for kind in ("score", "val_loss") for name, value in arm[kind].items()}
     delta = arm["delta"] or dict.fromkeys(("mean", "ci_low", "ci_high", "p", "p_holm"))
     return (
         row

@@ -116,7 +116,7 @@ def prepare(config: DataConfig, *, out: Path | None = None, log: Callable[[str],
             raise ConfigError(f"{path} is prepared already: there is nothing to write to {out}")
         return path
     key = fingerprint(config)
-    final = out.absolute() if out else _cache() / f"{_folder_name(config)}-{key}"
+    final = out.absolute() if out else cache_folder() / f"{_folder_name(config)}-{key}"
     if not _is_done(final, key):
         final.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(final.parent / f".{final.name}.lock"):
@@ -173,7 +173,8 @@ def _corpus(config: DataConfig) -> Corpus:
     return CORPORA[config.corpus](Path(config.path).expanduser() if config.path else None)
 
 
-def _cache() -> Path:
+def cache_folder() -> Path:
+    """Where prepared corpora and measured speeds are kept."""
     return Path(os.environ.get("NGPT_CACHE") or "~/.cache/ngpt").expanduser().absolute()
 
 
