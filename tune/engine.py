@@ -43,7 +43,6 @@ QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TQDM_PATCH_PRINT": "0",
     "RAY_prestart_worker_first_driver": "0",  # idle workers that no trial would use
-    "RAY_worker_niceness": "0",  # at Ray's 15 every other process comes first: two workers ran at 0.92 of their speed
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 SCRATCH = ".tune-"  # start of the name of Tune's own folder, in the results directory while it runs
