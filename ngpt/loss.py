@@ -1,0 +1,222 @@
+"""Cross-entropy of a linear head without the (N, V) matrix of its logits in memory.
+
+The idea is that of Liger Kernel's fused linear cross-entropy (arXiv 2410.10989, section 3.2): walk over chunks of rows
+and, as soon as the logits of a chunk are there, take from them not only the loss but the gradients of the head's input
+and weight too, so that they can be forgotten. The backward pass then only multiplies. Two things are our own: the
+softmax's divisor is not applied to the (rows, V) chunk but to the (rows, D) factors beside it, which saves a pass over
+the logits, and the learned logit scale of nGPT is folded into the (V, D) weight.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+MIB = 2**20
+# A chunk of logits counted in float32: large enough for efficient matrix products, small beside the model.
+CHUNK_BYTES = {"cpu": 64 * MIB, "cuda": 256 * MIB}
+# Uncompiled, the several passes over the logits are made on blocks that stay in a CPU's cache.
+BLOCK_BYTES = {"cpu": 2 * MIB, "cuda": 256 * MIB}
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    scale: Tensor | None = None,
+    softcap: float | None = None,
+    compiled: bool = False,
+) -> Tensor:
+    """Mean cross-entropy in nats of logits = cap(scale * (x @ weight.T)) against targets, a scalar.
+
+    The matrix products are in bfloat16 when x is, or under autocast to it; softmax, loss and the sums over chunks are
+    in float32 (everything in float64 when x is). Differentiable once, for x, weight and scale; under `torch.no_grad()`
+    nothing is computed for gradients. No target is ignored, -100 is out of range too.
+
+    Args:
+        x: (..., D).
+        weight: (V, D).
+        targets: (...) int64 in [0, V); another value raises on a CPU and is a device-side assertion on a GPU.
+        scale: (V,) or (1,), nGPT's s_z (arXiv 2410.01131, section 2.1).
+        softcap: c of cap(z) = c * tanh(z / c) (Gemma 2, arXiv 2408.00118, section 2); None for cap(z) = z.
+        compiled: make the pass over the logits one kernel with torch.compile: seconds once, then faster.
+    """
+    vocabulary, width = weight.shape
+    if x.shape[-1] != width or x.shape[:-1] != targets.shape or targets.numel() == 0:
+        raise ValueError(
+            f"x (..., D), weight (V, D) and targets (...) do not fit together, or are empty: "
+            f"got {tuple(x.shape)}, {tuple(weight.shape)} and {tuple(targets.shape)}"
+        )
+    if scale is not None and scale.shape not in ((vocabulary,), (1,)):
+        raise ValueError(f"scale has shape {tuple(scale.shape)}, allowed are ({vocabulary},) and (1,)")
+    x, targets = x.reshape(-1, width), targets.reshape(-1, 1)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, scale)):
+        return _LinearCrossEntropy.apply(x, weight, scale, targets, softcap, compiled)  # pyright: ignore[reportReturnType]
+    return _walk(x, weight, scale, targets, softcap, compiled=compiled, for_x=False, for_weight=False)[0]
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        scale: Tensor | None,
+        targets: Tensor,
+        softcap: float | None,
+        compiled: bool,
+    ) -> Tensor:
+        for_x, *for_weight = ctx.needs_input_grad[:3]
+        loss, grad_x, grad_scaled = _walk(
+            x, weight, scale, targets, softcap, compiled=compiled, for_x=for_x, for_weight=any(for_weight)
+        )
+        ctx.save_for_backward(grad_x, grad_scaled, weight, scale)
+        ctx.x_dtype = x.dtype
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, share: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        """`share` is the gradient of the loss: 1, or a micro-batch's part of the step."""
+        # Not in place: what is saved must survive for a second backward, and autograd keeps a fresh tensor uncopied.
+        grad_x, grad_scaled, weight, scale = ctx.saved_tensors
+        grad_weight = grad_scale = None
+        if grad_x is not None:
+            grad_x = (grad_x * share).to(ctx.x_dtype)
+        if grad_scaled is not None:  # of scale * weight, (D, V)
+            product = torch.empty(weight.shape, dtype=grad_scaled.dtype, device=weight.device)
+            grad_weight = torch.mul(grad_scaled.t(), share, out=product)
+            if scale is not None:
+                if ctx.needs_input_grad[2]:
+                    grad_scale = (grad_weight * weight).sum(1).sum_to_size(scale.shape).to(scale.dtype)
+                grad_weight.mul_(scale[:, None])
+            grad_weight = grad_weight.to(weight.dtype) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_weight, grad_scale, None, None, None
+
+
+def _walk(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    targets: Tensor,
+    softcap: float | None,
+    *,
+    compiled: bool,
+    for_x: bool,
+    for_weight: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The loss, and its gradients for x (N, D) and for scale * weight, transposed (D, V), where asked for."""
+    dtype, exact = _dtypes(x)
+    (n, width), vocabulary, device = x.shape, weight.shape[0], x.device
+    rows = min(n, _rows(CHUNK_BYTES, device, vocabulary))
+    total = torch.zeros((), dtype=exact, device=device)
+    grad_x = torch.empty(n, width, dtype=exact, device=device) if for_x else None
+    # (D, V), the product that CPUs do a quarter faster than (V, D).
+    grad_scaled = torch.zeros(width, vocabulary, dtype=exact, device=device) if for_weight else None
+    buffer, lines = torch.empty(rows, vocabulary, dtype=dtype, device=device), torch.arange(rows, device=device)
+    with torch.autocast(device.type, enabled=False), torch.no_grad():
+        head = (weight if scale is None else weight * scale[:, None]).to(dtype)
+        for start in range(0, n, rows):
+            chunk, target = x[start : start + rows], targets[start : start + rows]
+            logits = torch.mm(chunk.to(dtype), head.t(), out=buffer[: len(chunk)])
+            hit = _cap(logits.gather(1, target).to(exact), softcap)
+            exponentiate = _compiled() if compiled and len(chunk) == rows else _by_blocks
+            peak, mass, slope = exponentiate(logits, softcap, for_x or for_weight)
+            surprise = peak - hit + mass.log()  # (rows, 1), in nats
+            total += surprise.sum()
+            if slope is None:
+                continue
+            # softmax - 1 at the target, times `mass` as the rest of the row; expm1 keeps the digits that 1 would eat.
+            at_target = torch.expm1(-surprise) * mass * _cap_slope(hit, softcap)
+            # Not scatter_, which on a CPU copies the whole chunk of bfloat16 to float32 and back.
+            slope[lines[: len(chunk)], target[:, 0]] = at_target[:, 0].to(dtype)
+            if grad_x is not None:
+                torch.div(slope @ head, mass * n, out=grad_x[start : start + rows])
+            if grad_scaled is not None:
+                _add_product(grad_scaled, (chunk / (mass * n)).to(dtype).t(), slope)
+    return total / n, grad_x, grad_scaled
+
+
+def _dtypes(x: Tensor) -> tuple[torch.dtype, torch.dtype]:
+    """The type of the matrix products, and that of everything else."""
+    autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+    dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+    if dtype not in (torch.bfloat16, torch.float32, torch.float64):
+        raise TypeError(f"cannot multiply in {dtype}: allowed are bfloat16, float32 and float64")
+    return dtype, torch.promote_types(dtype, torch.float32)
+
+
+def _rows(budget: dict[str, int], device: torch.device, vocabulary: int) -> int:
+    """The largest power of two of rows whose logits in float32 fit the budget: batches are powers of two as well."""
+    rows = budget.get(device.type, budget["cpu"]) // (4 * vocabulary)
+    return 2 ** int(math.log2(max(1, rows)))
+
+
+def _cap(z: Tensor, softcap: float | None) -> Tensor:
+    return z if softcap is None else torch.tanh(z / softcap) * softcap
+
+
+def _cap_slope(capped: Tensor, softcap: float | None) -> Tensor | float:
+    """The derivative of the cap, where it gives `capped`."""
+    return 1.0 if softcap is None else 1 - (capped / softcap).square()
+
+
+def _exponentials(z: Tensor, softcap: float | None, gradient: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Logits z (R, V) before the cap -> their peak (R, 1), mass (R, 1), and slope (R, V), in the type of z.
+
+    With capped logits y: peak = max y, mass = sum of exp(y - peak), slope = exp(y - peak) * dy/dz. May overwrite z.
+    Without `gradient` only peak + log(mass) has a meaning.
+    """
+    y = z.to(torch.promote_types(z.dtype, torch.float32))
+    bend = None
+    if softcap is not None:
+        y = y.div_(softcap).tanh_()
+        bend = 1 - y.square() if gradient else None
+        y.mul_(softcap)
+    if not gradient:  # torch's fused kernel is faster when nothing but the sum is wanted
+        log_mass = y[:, :1] - torch.log_softmax(y, -1)[:, :1]
+        return log_mass, torch.ones_like(log_mass), None
+    peak = y.amax(-1, keepdim=True)
+    y.sub_(peak).exp_()
+    mass = y.sum(-1, keepdim=True)
+    return peak, mass, (y if bend is None else y.mul_(bend)).to(z.dtype)
+
+
+def _by_blocks(z: Tensor, softcap: float | None, gradient: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`_exponentials` on a few rows at a time, the slope in place of z."""
+    peaks, masses = [], []
+    for block in z.split(_rows(BLOCK_BYTES, z.device, z.shape[1])):
+        peak, mass, slope = _exponentials(block, softcap, gradient)
+        peaks.append(peak)
+        masses.append(mass)
+        if slope is not None:
+            block.copy_(slope)
+    return torch.cat(peaks), torch.cat(masses), z if gradient else None
+
+
+@functools.cache
+def _compiled() -> Callable[[Tensor, float | None, bool], tuple[Tensor, Tensor, Tensor | None]]:
+    """`_exponentials` as one kernel. With `fullgraph` a failure is an error and not a slow program.
+
+    `dynamic` stays unset: from the second shape on one kernel serves all, so that a worker that trains many models does
+    not run into the limit on recompilations.
+    """
+    return torch.compile(_exponentials, fullgraph=True)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, where the product of bfloat16 matrices is rounded but the sum is not."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+        return
+    # In blocks, since on a CPU a sum of two types makes a copy of the second in the type of the first.
+    rows = _rows(BLOCK_BYTES, total.device, total.shape[1])
+    for part, product in zip(total.split(rows), (a @ b).split(rows), strict=True):
+        part.add_(product)
