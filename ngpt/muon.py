@@ -4,7 +4,7 @@ Source: Keller Jordan, kellerjordan.github.io/posts/muon; equal to torch.optim.M
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -73,17 +73,30 @@ class Muon(torch.optim.Optimizer):
                 if parameter.grad is not None:
                     by_shape[tuple(parameter.shape)].append(parameter)
             for (rows, columns), parameters in by_shape.items():
-                directions = torch.stack([self._momentum(p, group) for p in parameters])
-                updates = orthogonalize(directions, steps=group["ns_steps"])
+                updates = orthogonalize(self._directions(parameters, group), steps=group["ns_steps"])
                 size = group["lr"] * max(1.0, rows / columns) ** 0.5
-                for parameter, update in zip(parameters, updates, strict=True):
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-size)
+                shrunk = stack(parameters) * (1 - group["lr"] * group["weight_decay"])
+                write_back(parameters, shrunk.sub_(updates, alpha=size))
 
-    def _momentum(self, parameter: Tensor, group: dict[str, Any]) -> Tensor:
-        gradient = parameter.grad
-        assert gradient is not None
-        state = self.state[parameter]
-        if "momentum" not in state:
-            state["momentum"] = torch.zeros_like(parameter)
-        running = state["momentum"].lerp_(gradient, 1 - group["momentum"])
-        return gradient.lerp(running, group["momentum"]) if group["nesterov"] else running
+    def _directions(self, parameters: list[Tensor], group: dict[str, Any]) -> Tensor:
+        """Updates the running means; returns what is to be orthogonalised, one matrix per parameter."""
+        for parameter in parameters:
+            if "momentum" not in self.state[parameter]:
+                self.state[parameter]["momentum"] = torch.zeros_like(parameter)
+        means = [self.state[parameter]["momentum"] for parameter in parameters]
+        gradients = stack([parameter.grad for parameter in parameters])
+        running = stack(means).lerp(gradients, 1 - group["momentum"])
+        write_back(means, running)
+        return gradients.lerp(running, group["momentum"]) if group["nesterov"] else running
+
+
+def stack(tensors: Sequence[Tensor | None]) -> Tensor:
+    """Matrices of one shape as one batch (n, rows, columns); a single one, such as an embedding, is not copied."""
+    present = [tensor for tensor in tensors if tensor is not None]
+    assert len(present) == len(tensors), "an optimizer steps only where there is a gradient"
+    return torch.stack(present) if len(present) > 1 else present[0].unsqueeze(0)
+
+
+def write_back(tensors: Sequence[Tensor], batch: Tensor) -> None:
+    """Copies each matrix of the batch into its tensor, all in one launch (as torch.optim's own optimizers do)."""
+    torch._foreach_copy_(list(tensors), batch.unbind())  # pyright: ignore[reportPrivateImportUsage]

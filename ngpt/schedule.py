@@ -31,10 +31,22 @@ def trapezoid(progress: float, cfg: "ScheduleConfig") -> float:
     return cfg.final_ratio + (1 - cfg.final_ratio) * min(1.0, left)
 
 
+def logarithmic(progress: float, cfg: "ScheduleConfig") -> float:
+    """Fast at first and ever more slowly, 1 - log(1 + k p) / log(1 + k), to `final_ratio`; k is `log_steepness`.
+
+    A small k is nearly a straight line; k = 9 is at 0.49 after a quarter of the way and at 0.26 after half. Logarithmic
+    decay after 10 % of warm-up is part of the recipe of "Training nGPT" (arXiv 2608.01284); that paper's formula was
+    not at hand, so this one is ours.
+    """
+    fall = math.log1p(cfg.log_steepness * progress) / math.log1p(cfg.log_steepness)
+    return cfg.final_ratio + (1 - cfg.final_ratio) * (1 - fall)
+
+
 SCHEDULES: dict[str, Callable[[float, "ScheduleConfig"], float]] = {
     "constant": constant,
     "cosine": cosine,
     "trapezoid": trapezoid,
+    "logarithmic": logarithmic,
 }
 
 
@@ -43,6 +55,7 @@ class ScheduleConfig(Config):
     warmup_steps: Annotated[int, Field(ge=0)] = 0  # linear, from lr / warmup_steps at the first step
     final_ratio: Share = 0.0  # of the learning rate, at the end
     decay_fraction: Share = 0.2  # of the steps after the warm-up; `trapezoid` only
+    log_steepness: Annotated[float, Field(gt=0)] = 9.0  # how much faster it falls at first; `logarithmic` only
 
 
 def multiplier(step: int, total: int, cfg: ScheduleConfig) -> float:

@@ -1,20 +1,34 @@
 """Who updates which parameter, how fast, and with what decay."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from ngpt.config import ConfigError, build
+from ngpt.geodesic import GeodesicMuon, RiemannianAdamW
 from ngpt.model import GPT, ModelConfig
 from ngpt.muon import Muon
-from ngpt.optim import OPTIMIZERS, OptimConfig, build_optimizers, set_rates
+from ngpt.optim import (
+    KINDS,
+    ON_SPHERE,
+    OPTIMIZERS,
+    WIDTH_RULES,
+    OptimConfig,
+    build_optimizers,
+    set_rates,
+)
 from ngpt.residual import RESIDUAL_RULES
 
+FITTING = [
+    (name, residual) for name in OPTIMIZERS for residual in RESIDUAL_RULES if name not in ON_SPHERE or residual != "add"
+]
 
-def model(**changes: object) -> GPT:
+
+def model(*, seed: int = 0, **changes: object) -> GPT:
     plain = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 12, "vocab_size": 31}
-    return GPT(build(ModelConfig, plain | changes))
+    return GPT(build(ModelConfig, plain | changes), seed=seed)
 
 
 def with_gradients(gpt: GPT, seed: int = 0) -> GPT:
@@ -36,17 +50,114 @@ def moved(gpt: GPT, **settings: Any) -> set[str]:
     return {name for name, parameter in snapshot(gpt).items() if not torch.equal(parameter, before[name])}
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize("residual", RESIDUAL_RULES)
+def kind_by_name(name: str) -> str:
+    """What a parameter is, from its name alone: the code under test looks at shapes and modules instead."""
+    known = {"wte.weight": "embedding", "lm_head.weight": "head"}
+    linear = ("query.weight", "key.weight", "value.weight", "out.weight", "up.weight", "down.weight")
+    return known.get(name) or ("matrices" if name.endswith(linear) else "scales")
+
+
+@pytest.mark.parametrize(("name", "residual"), FITTING)
+@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("kind", ["vector", "scalar"])
-def test_every_parameter_belongs_to_exactly_one_group_and_moves(name: str, residual: str, kind: str) -> None:
-    gpt = model(residual=residual, alpha_kind=kind, logit_scale_kind=kind)
-    optimizers = build_optimizers(gpt, OptimConfig(name=name))
-    held = [id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
-    assert len(held) == len(set(held)) == len(list(gpt.parameters()))
-    assert moved(model(residual=residual), name=name) == {
-        name for name, _ in model(residual=residual).named_parameters()
-    }
+def test_every_parameter_belongs_to_exactly_one_group_of_its_kind_and_moves(
+    name: str, residual: str, tied: bool, kind: str
+) -> None:
+    gpt = model(residual=residual, tied=tied, norm_gain=True, alpha_kind=kind, logit_scale_kind=kind)
+    names = {id(parameter): name for name, parameter in gpt.named_parameters()}
+    held: dict[str, str] = {}
+    for optimizer in build_optimizers(gpt, OptimConfig(name=name)):
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                assert names[id(parameter)] not in held
+                held[names[id(parameter)]] = group["kind"]
+    assert held == {name: kind_by_name(name) for name in names.values()}
+    assert set(held.values()) == set(KINDS) - ({"head"} if tied else set())
+    assert moved(gpt, name=name) == set(held)
+
+
+def test_a_baseline_without_any_scales_can_be_trained() -> None:
+    for name in ("adamw", "muon"):
+        assert "scales" not in rates(model(residual="add"), name=name)
+
+
+@pytest.mark.parametrize("name", ON_SPHERE)
+def test_an_optimizer_on_the_sphere_refuses_a_model_without_one_and_says_what_would_do(name: str) -> None:
+    expected = (
+        f"optimizer {name} turns weights on the sphere, which a model of residual rule add does not have: "
+        r"choose another residual rule \(lerp, seed, slerp\) or another optimizer \(adamw, muon\)"
+    )
+    with pytest.raises(ConfigError, match=expected):
+        build_optimizers(model(residual="add"), OptimConfig(name=name))
+
+
+def rates(gpt: GPT, **settings: Any) -> dict[str, float]:
+    """The base rate of each kind."""
+    groups = [
+        group for optimizer in build_optimizers(gpt, build(OptimConfig, settings)) for group in optimizer.param_groups
+    ]
+    found = {group["kind"]: group["base_lr"] for group in groups}
+    assert all(group["lr"] == group["base_lr"] == found[group["kind"]] for group in groups)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("adamw", {"matrices": 1.0, "embedding": 1.0, "head": 1.0, "scales": 2.0}),
+        ("riemannian_adamw", {"matrices": 1.0, "embedding": 1.0, "head": 1.0, "scales": 2.0}),
+        ("muon", {"matrices": 1.0, "embedding": 2.0, "head": 2.0, "scales": 2.0}),
+        ("geodesic_muon", {"matrices": 1.0, "embedding": 2.0, "head": 2.0, "scales": 2.0}),
+    ],
+)
+def test_each_kind_has_lr_or_lr_other_unless_it_has_a_rate_of_its_own(name: str, expected: dict[str, float]) -> None:
+    assert rates(model(), name=name, lr=1.0, lr_other=2.0) == expected
+    assert rates(model(), name=name, lr=1.0) == dict.fromkeys(KINDS, 1.0)
+    for kind in ("embedding", "head", "scales"):
+        for rate in (0.0, 3.0):
+            given = rates(model(), name=name, lr=1.0, lr_other=2.0, **{f"lr_{kind}": rate})
+            assert given == expected | {kind: rate}
+
+
+def test_a_tied_head_has_the_embeddings_rate() -> None:
+    tied = rates(model(tied=True), lr=1.0, lr_embedding=2.0, lr_head=3.0)
+    assert tied == {"matrices": 1.0, "embedding": 2.0, "scales": 1.0}
+
+
+# At four times the base width, worked out by hand: 4^(-1/2) = 0.5, 4^(-3/4) = 0.35355339, 4^(-1) = 0.25.
+AT_FOUR_TIMES_THE_WIDTH = {
+    "none": {"matrices": 1.0, "embedding": 1.0, "head": 1.0, "scales": 1.0},
+    "nanochat": {"matrices": 0.5, "embedding": 0.5, "head": 0.5, "scales": 1.0},
+    "mup": {"matrices": 0.25, "embedding": 1.0, "head": 0.25, "scales": 1.0},
+    "nugpt": {"matrices": 0.35355339, "embedding": 0.5, "head": 0.35355339, "scales": 1.0},
+}
+
+
+@pytest.mark.parametrize("rule", WIDTH_RULES)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_width_rule_multiplies_adams_rates_and_leaves_muons_matrices(rule: str, name: str) -> None:
+    given = {"name": name, "lr": 0.3, "lr_other": 0.3, "lr_head": 0.7, "width_rule": rule}
+    factors = dict(AT_FOUR_TIMES_THE_WIDTH[rule])
+    if "muon" in name:
+        factors["matrices"] = 1.0
+    plain = {"matrices": 0.3, "embedding": 0.3, "head": 0.7, "scales": 0.3}
+    expected = {kind: plain[kind] * factor for kind, factor in factors.items()}
+    assert rates(model(), base_width=4, **given) == pytest.approx(expected, rel=1e-7)
+    assert rates(model(), base_width=16, **given) == pytest.approx(plain, rel=1e-12)
+
+
+def test_nanochats_rule_is_that_of_its_own_code_at_its_own_width() -> None:
+    wide = model(n_embd=1536, n_layer=1, residual="add")
+    ours = rates(wide, name="muon", lr=0.02, lr_embedding=0.2, lr_head=0.004, width_rule="nanochat", base_width=768)
+    scale = (1536 / 768) ** -0.5
+    assert ours == pytest.approx({"matrices": 0.02, "embedding": 0.2 * scale, "head": 0.004 * scale})
+
+
+def test_a_width_rule_without_a_base_width_is_refused() -> None:
+    with pytest.raises(ConfigError, match="width_rule: width_rule mup needs base_width"):
+        build(OptimConfig, {"width_rule": "mup"})
+    with pytest.raises(ConfigError, match="unknown width rule 'mupp', did you mean 'mup'"):
+        build(OptimConfig, {"width_rule": "mupp", "base_width": 64})
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
@@ -103,7 +214,86 @@ def test_muons_settings_reach_it() -> None:
     assert {name: group[name] for name in expected} == expected
 
 
+def test_the_settings_of_the_optimizers_on_the_sphere_reach_them() -> None:
+    cfg = OptimConfig(
+        name="geodesic_muon", lr=0.3, momentum=0.7, nesterov=False, ns_steps=3, betas=(0.5, 0.6), eps=1e-4, lr_other=0.2
+    )
+    gpt = model()
+    dims = {id(weight): dim for weight, dim in gpt.sphere_weights()}
+    matrices, embeddings, scales = build_optimizers(gpt, cfg)
+    assert isinstance(matrices, GeodesicMuon) and isinstance(embeddings, RiemannianAdamW)
+    assert isinstance(scales, torch.optim.AdamW)
+    expected = {
+        matrices: {"lr": 0.3, "momentum": 0.7, "nesterov": False, "ns_steps": 3},
+        embeddings: {"lr": 0.2, "betas": (0.5, 0.6), "eps": 1e-4},
+        scales: {"lr": 0.2, "betas": (0.5, 0.6), "eps": 1e-4},
+    }
+    for optimizer, settings in expected.items():
+        for group in optimizer.param_groups:
+            assert {name: group[name] for name in settings} == settings
+            assert optimizer is scales or all(dims[id(p)] == group["dim"] for p in group["params"])
+    assert {group["dim"] for group in matrices.param_groups} == {0, 1}
+
+
+@pytest.mark.parametrize("name", ON_SPHERE)
+def test_scales_take_the_steps_of_torchs_adamw_beside_weights_on_the_sphere(name: str) -> None:
+    ours, theirs = model(), model()
+    optimizers = build_optimizers(ours, OptimConfig(name=name, lr=0.1, lr_scales=0.03, weight_decay=0.2))
+    reference = torch.optim.AdamW(
+        [p for p in theirs.parameters() if p.ndim == 1], lr=0.03, betas=(0.9, 0.95), weight_decay=0.0
+    )
+    for step in range(5):
+        with_gradients(ours, step)
+        with_gradients(theirs, step)
+        for optimizer in [*optimizers, reference]:
+            optimizer.step()
+    for scale in scales(ours):
+        mine, other = ours.get_parameter(scale), theirs.get_parameter(scale)
+        torch.testing.assert_close(mine, other, atol=1e-6, rtol=1e-5, msg=scale)
+
+
+@pytest.mark.parametrize("name", ON_SPHERE)
+def test_weights_stay_on_the_sphere_without_a_projection(name: str) -> None:
+    gpt = model()
+    optimizers = build_optimizers(gpt, OptimConfig(name=name, lr=0.7, weight_decay=0.5))
+    for step in range(50):
+        with_gradients(gpt, step)
+        for optimizer in optimizers:
+            optimizer.step()
+    for weight, dim in gpt.sphere_weights():
+        assert float((torch.linalg.vector_norm(weight.detach(), dim=dim) - 1).abs().max()) < 1e-6
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizers_restored_in_the_middle_end_where_undisturbed_ones_do(name: str, tmp_path: Path) -> None:
+    """Through a file and torch's safe loader, with the rates of a schedule."""
+
+    def steps(gpt: GPT, optimizers: list[torch.optim.Optimizer], which: range) -> None:
+        for step in which:
+            with_gradients(gpt, step)
+            set_rates(optimizers, 1 - step / 8)
+            for optimizer in optimizers:
+                optimizer.step()
+
+    cfg = OptimConfig(name=name, lr=0.05, lr_other=0.01, weight_decay=0.1)
+    straight = model()
+    optimizers = build_optimizers(straight, cfg)
+    steps(straight, optimizers, range(4))
+    torch.save([optimizer.state_dict() for optimizer in optimizers], tmp_path / "state.pt")
+    weights = snapshot(straight)
+    steps(straight, optimizers, range(4, 8))
+
+    resumed = model(seed=1)
+    resumed.load_state_dict(weights)
+    restored = build_optimizers(resumed, cfg)
+    for optimizer, state in zip(restored, torch.load(tmp_path / "state.pt", weights_only=True), strict=True):
+        optimizer.load_state_dict(state)
+    steps(resumed, restored, range(4, 8))
+    for parameter_name, parameter in snapshot(straight).items():
+        assert torch.equal(parameter, resumed.get_parameter(parameter_name)), parameter_name
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_weight_decay_shrinks_matrices_only(name: str) -> None:
     gpt = model()
     before = snapshot(gpt)
@@ -125,8 +315,18 @@ def test_rates_are_multiples_of_those_at_the_start(name: str) -> None:
         assert rates == {0.2 * multiplier, 0.4 * multiplier}
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize("residual", ["lerp", "add"])
+@pytest.mark.parametrize("name", ON_SPHERE)
+def test_weight_decay_changes_nothing_on_the_sphere(name: str) -> None:
+    after = []
+    for weight_decay in (0.0, 0.5):
+        gpt = with_gradients(model())
+        for optimizer in build_optimizers(gpt, OptimConfig(name=name, lr=0.1, weight_decay=weight_decay)):
+            optimizer.step()
+        after.append(snapshot(gpt))
+    assert all(torch.equal(after[0][name], after[1][name]) for name in after[0])
+
+
+@pytest.mark.parametrize(("name", "residual"), [(name, rule) for name, rule in FITTING if rule in ("lerp", "add")])
 def test_every_optimizer_learns_a_batch_by_heart(name: str, residual: str) -> None:
     gpt = model(residual=residual, logit_scale=5.0)
     idx = torch.randint(31, (4, 12), generator=torch.Generator().manual_seed(1))

@@ -36,6 +36,25 @@ def test_trapezoid_without_a_decay_stays_full() -> None:
     assert curve(6, name="trapezoid", decay_fraction=0) == [1.0] * 6
 
 
+def test_logarithmic_equals_numpys_logarithms_to_base_ten() -> None:
+    ours = curve(40, name="logarithmic", log_steepness=9.0, final_ratio=0.1)
+    np.testing.assert_allclose(ours, 0.1 + 0.9 * (1 - np.log10(1 + 9 * np.arange(40) / 40)), rtol=1e-12)
+
+
+def test_logarithmic_is_a_line_when_it_is_not_steep_and_below_it_when_it_is() -> None:
+    line = 1 - np.arange(20) / 20
+    np.testing.assert_allclose(curve(20, name="logarithmic", log_steepness=1e-9), line, rtol=1e-6)
+    for steepness in (1.0, 9.0, 1e4):
+        ours = curve(20, name="logarithmic", log_steepness=steepness)
+        assert (np.array(ours[1:]) < line[1:]).all()
+        assert (np.diff(ours, n=2) > 0).all()  # it falls ever more slowly
+
+
+def test_a_steepness_of_zero_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"log_steepness.*greater than 0"):
+        curve(3, name="logarithmic", log_steepness=0.0)
+
+
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_the_warm_up_is_a_line_to_one_and_the_schedule_starts_after_it(name: str) -> None:
     warm = curve(24, name=name, warmup_steps=4, final_ratio=0.2)
@@ -43,7 +62,9 @@ def test_the_warm_up_is_a_line_to_one_and_the_schedule_starts_after_it(name: str
     np.testing.assert_allclose(warm[4:], curve(20, name=name, final_ratio=0.2), rtol=1e-12)
 
 
-@pytest.mark.parametrize(("name", "end"), [("constant", 1.0), ("cosine", 0.1), ("trapezoid", 0.1)])
+@pytest.mark.parametrize(
+    ("name", "end"), [("constant", 1.0), ("cosine", 0.1), ("trapezoid", 0.1), ("logarithmic", 0.1)]
+)
 def test_the_step_after_the_last_would_have_the_final_ratio(name: str, end: float) -> None:
     cfg = ScheduleConfig(name=name, warmup_steps=3, final_ratio=0.1)
     assert multiplier(30, 30, cfg) == pytest.approx(end)
@@ -57,11 +78,13 @@ def test_the_step_after_the_last_would_have_the_final_ratio(name: str, end: floa
     st.floats(0, 1),
     st.floats(0, 1),
     st.integers(1, 30),
+    st.floats(1e-12, 1e12),
 )
 def test_the_multiplier_rises_then_never_rises_again_and_stays_within_bounds(
-    name: str, warmup: int, final: float, decay: float, total: int
+    name: str, warmup: int, final: float, decay: float, total: int, steepness: float
 ) -> None:
-    values = curve(total, name=name, warmup_steps=warmup, final_ratio=final, decay_fraction=decay)
+    shape = {"final_ratio": final, "decay_fraction": decay, "log_steepness": steepness}
+    values = curve(total, name=name, warmup_steps=warmup, **shape)
     assert all(0 <= value <= 1 + 1e-12 for value in values)
     assert values[:warmup] == sorted(values[:warmup])
     after = np.diff(values[max(0, warmup - 1) :])
