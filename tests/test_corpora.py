@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 
 from ngpt.config import ConfigError, build, override
+from ngpt.data import docstrings, documents, sources
 from ngpt.data import prepare as preparation
-from ngpt.data import sources
 from ngpt.data.__main__ import main
-from ngpt.data.corpora import DataConfig, Dataset, fingerprint, open_dataset, prepare, vocab_size
+from ngpt.data.corpora import DataConfig, Dataset, fingerprint, open_dataset, order_settings, prepare, vocab_size
 from ngpt.data.shards import CorruptShardError, write_shard
 from ngpt.data.tokenizer import load_tokenizer
+from ngpt.train import TrainConfig, resolved
 
 
 @pytest.fixture
@@ -82,47 +83,8 @@ def test_python_docs_holds_the_docstrings_and_topics_of_this_python(own_cache: P
     assert json.__doc__ is not None and json.__doc__.strip().splitlines()[0] in whole
     assert len(whole) > 1_000_000
     assert 0.05 < len(split["val"]) / len(whole) < 0.15
-    ends = [document for document in sources._python_documents() if document in split["val"]]
+    ends = [document for document in docstrings.python_documents() if document in split["val"]]
     assert "".join(ends) == split["val"]  # whole documents, in order
-
-
-def test_python_docs_leaves_out_tests_builds_and_installed_packages(tmp_path: Path) -> None:
-    wanted = ["a.py", "pkg/__init__.py", "pkg/b.py"]
-    unwanted = [
-        "test/t.py",
-        "pkg/tests/t.py",
-        "idlelib/t.py",
-        "lib2to3/t.py",
-        "site-packages/t.py",
-        "_sysconfigdata__linux.py",
-        "config-3.11-x86_64-linux-gnu/t.py",
-        "notes.txt",
-    ]
-    for name in [*reversed(wanted), *unwanted]:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("")
-    found = sources._library_files(tmp_path)
-    assert [path.relative_to(tmp_path).as_posix() for path in found] == wanted
-
-
-@pytest.mark.parametrize(
-    ("source", "found"),
-    [
-        (
-            '"""M."""\nclass A:\n  "C."\n  def f(self):\n    "F."\nif 1:\n  async def g():\n    "G."\n',
-            ["M.", "C.", "F.", "G."],
-        ),
-        ("x = 1\n", []),
-        ("def broken(:\n", []),
-        (b'"""\xff"""', []),
-        (r'"""odd \d escape"""', [r"odd \d escape"]),
-    ],
-)
-def test_docstrings_come_in_reading_order_and_what_is_no_python_has_none(
-    tmp_path: Path, source: str | bytes, found: list[str]
-) -> None:
-    (tmp_path / "m.py").write_bytes(source.encode() if isinstance(source, str) else source)
-    assert list(sources._module_docstrings(tmp_path / "m.py")) == found
 
 
 def test_a_folder_of_texts_is_read_by_name_with_its_line_ends(tmp_path: Path, own_cache: Path, corpus: Path) -> None:
@@ -142,7 +104,7 @@ def test_long_texts_are_cut_into_shards_and_lose_nothing(
     data: DataConfig, dataset: Dataset, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(preparation, "SHARD_TOKENS", 1000)
-    monkeypatch.setattr(sources, "BLOCK", 4096)
+    monkeypatch.setattr(documents, "BLOCK", 4096)
     cut = open_dataset(data)
     assert [len(shard) for shard in cut.train[:-1]] == [1000] * (len(cut.train) - 1) and len(cut.train) > 5
     assert texts(cut, data) == texts(dataset, data)
@@ -307,6 +269,128 @@ def test_a_corrupt_shard_is_left_out_logged_and_listed(
     assert len(dataset.train) == 1 and str(path) in caplog.text
 
 
+def flip(data: bytes, at: int) -> bytes:
+    damaged = bytearray(data)
+    damaged[at] ^= 1
+    return bytes(damaged)
+
+
+DAMAGE = {
+    "CRC": lambda data: flip(data, -1),
+    "its header says": lambda data: data[:-10],
+    "magic": lambda data: flip(data, 0),
+    "check word": lambda data: flip(data, 9),
+    "shorter than its header": lambda data: data[:100],
+    "is empty": lambda data: b"",
+    "odd number": lambda data: b"abc",
+    "out of vocabulary": lambda data: np.array([1, 300], "<u2").tobytes(),
+}
+
+
+@pytest.mark.parametrize("reason", DAMAGE)
+def test_every_kind_of_corrupt_shard_is_left_out_or_refused_as_the_policy_says(
+    shards: Path, own_cache: Path, caplog: pytest.LogCaptureFixture, reason: str
+) -> None:
+    path = shards / "a_train_1.bin"
+    path.write_bytes(DAMAGE[reason](path.read_bytes()))
+    strict = DataConfig(corpus=str(shards), on_corrupt="fail")
+    with pytest.raises(ConfigError, match=rf"1 corrupt shards, and data.on_corrupt is fail: a_train_1\.bin .*{reason}"):
+        open_dataset(strict)
+    assert not list(own_cache.glob("*/manifest.json")) and not list(own_cache.glob(".tmp*"))
+    dataset = open_dataset(DataConfig(corpus=str(shards)))
+    assert [array[0] for array in dataset.train] == [0]
+    assert [entry["name"] for entry in dataset.manifest["skipped"]] == ["a_train_1.bin"]
+    assert f"corrupt shard left out: {path}" in caplog.text and reason in caplog.text
+    with pytest.raises(ConfigError, match="leaves them out: remove it once they are repaired"):  # now from the manifest
+        open_dataset(strict)
+
+
+def test_all_corrupt_shards_are_named_at_once_in_one_line(
+    shards: Path, own_cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, name in enumerate(("a_train_0.bin", "a_val_0.bin")):
+        write_shard(shards / f"b{name}", np.arange(9), vocab_size=300)
+        (shards / name).write_bytes(b"x" * (2 * number + 1))
+    assert main([str(shards), "--on-corrupt", "fail"]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "2 corrupt shards" in said and "a_train_0.bin has an odd" in said and "a_val_0.bin has an odd" in said
+
+
+def test_where_every_shard_is_corrupt_there_is_nothing_to_skip_to(shards: Path, own_cache: Path) -> None:
+    for path in shards.iterdir():
+        path.write_bytes(b"")
+    for policy in ("skip", "fail"):
+        with pytest.raises(ConfigError, match=r"has no sound shard: a_train_0\.bin is empty"):
+            prepare(DataConfig(corpus=str(shards), on_corrupt=policy))
+
+
+def test_a_sound_folder_is_the_same_corpus_under_either_policy(shards: Path, own_cache: Path) -> None:
+    policies = [DataConfig(corpus=str(shards), on_corrupt=policy) for policy in ("skip", "fail")]
+    assert len({open_dataset(config).folder for config in policies}) == 1
+
+
+def test_a_link_to_nowhere_is_a_corrupt_shard(shards: Path, own_cache: Path) -> None:
+    (shards / "link_train.bin").symlink_to(shards / "nowhere")
+    dataset = open_dataset(DataConfig(corpus=str(shards)))
+    assert dataset.manifest["skipped"] == [{"name": "link_train.bin", "reason": "is not a file"}]
+
+
+def test_a_model_that_is_too_small_for_the_shards_is_an_error_before_training(shards: Path, own_cache: Path) -> None:
+    def config(size: int | None) -> TrainConfig:
+        return build(TrainConfig, {"data.corpus": str(shards), "model.vocab_size": size})
+
+    assert resolved(config(None)).model.vocab_size == 300
+    assert resolved(config(301)).model.vocab_size == 301
+    with pytest.raises(ConfigError, match=r"model\.vocab_size 299 is smaller than the 300 tokens"):
+        resolved(config(299))
+    fineweb = build(TrainConfig, {"data.corpus": "fineweb", "model.vocab_size": 50_256})
+    with pytest.raises(ConfigError, match="smaller than the 50257 tokens"):
+        resolved(fineweb)
+
+
+def test_the_order_of_reading_is_no_part_of_the_corpus_but_of_the_run(data: DataConfig, dataset: Dataset) -> None:
+    orders = [
+        override(data, changes)
+        for changes in (
+            {"reservoir": 7},  # of no use to this order
+            {"order": "shards", "reservoir": 7},
+            {"order": "reservoir", "reservoir": 7},
+            {"order": "reservoir", "reservoir": 8},
+        )
+    ]
+    assert {fingerprint(config) for config in orders} == {fingerprint(data)}
+    assert [order_settings(config) for config in orders] == [
+        {},
+        {"data.order": "shards"},
+        {"data.order": "reservoir", "data.reservoir": 7},
+        {"data.order": "reservoir", "data.reservoir": 8},
+    ]
+
+
+def test_fingerprints_stay_the_same_from_version_to_version() -> None:
+    expected = {"shakespeare": "5ac8c1ca70f5", "fineweb": "bc20c1cb8925"}
+    assert {name: fingerprint(DataConfig(corpus=name)) for name in expected} == expected
+
+
+def test_shakespeare_has_the_tokens_that_the_world_knows(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """nanoGPT, data/shakespeare/readme.md. Needs the network, or NGPT_TEST_SHAKESPEARE and NGPT_TEST_GPT2."""
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(own_cache))
+    text, folder = os.environ.get("NGPT_TEST_SHAKESPEARE"), os.environ.get("NGPT_TEST_GPT2")
+    needed = [] if text else [sources.SHAKESPEARE_URL]
+    needed += [] if folder else ["https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"]
+    for url in needed:
+        try:
+            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=3).close()
+        except OSError as error:
+            pytest.skip(f"neither network nor local files: {error}")
+    config = DataConfig(corpus="shakespeare", path=text, tokenizer=f"gpt2:{folder}" if folder else "gpt2")
+    dataset = open_dataset(config)
+    assert {split: counts["tokens"] for split, counts in dataset.manifest["splits"].items()} == {
+        "train": 301_966,
+        "val": 36_059,
+    }
+
+
 @pytest.mark.parametrize(("broken", "split"), [("a_val_0.bin", "val"), ("a_train_*.bin", "train")])
 def test_a_split_without_a_sound_shard_is_an_error(shards: Path, own_cache: Path, broken: str, split: str) -> None:
     for path in shards.glob(broken):
@@ -377,7 +461,17 @@ def test_what_is_not_there_is_an_error_of_the_user(settings: dict[str, str], mes
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("tokenizer", "gpt3"), ("val_fraction", 0.0), ("val_fraction", 1.0), ("val_fraction", "0.1"), ("corpsu", "x")],
+    [
+        ("tokenizer", "gpt3"),
+        ("val_fraction", 0.0),
+        ("val_fraction", 1.0),
+        ("val_fraction", "0.1"),
+        ("corpsu", "x"),
+        ("shards", 0),
+        ("order", "windws"),
+        ("reservoir", 0),
+        ("on_corrupt", "ignore"),
+    ],
 )
 def test_a_bad_setting_is_named(name: str, value: object) -> None:
     with pytest.raises(ConfigError) as caught:

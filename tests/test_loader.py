@@ -49,6 +49,22 @@ def test_every_window_is_a_slice_of_one_shard_and_targets_are_one_further(
     assert torch.equal(idx[:, 1:], targets[:, :-1])
 
 
+@pytest.mark.parametrize("order", ["shards", "reservoir"])
+@given(parts=lengths, seed=st.integers(0, 2**31))
+def test_an_epoch_in_batches_is_the_text_once_with_every_target_where_the_next_window_starts(
+    order: str, parts: list[int], seed: int
+) -> None:
+    dataset = dataset_of([*parts, 13], [13])
+    first_tokens = [int(shard[at]) for shard in dataset.train for at in range(0, len(shard) - 4, 4)]
+    rows = [
+        train_batch(dataset, seed=seed, step=step, batch_size=1, block_size=4, order=order, reservoir=5)
+        for step in range(len(first_tokens))
+    ]
+    assert sorted(int(idx[0, 0]) for idx, _ in rows) == first_tokens
+    for idx, targets in rows:
+        shard_of(dataset, np.append(idx[0].numpy(), targets[0, -1]))
+
+
 def test_a_batch_depends_on_seed_and_step_and_nothing_else() -> None:
     dataset = dataset_of([500, 400], [50])
 

@@ -2,9 +2,9 @@
 
 import hashlib
 import io
-import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +12,7 @@ import sentencepiece
 import tiktoken
 from hypothesis import given
 from hypothesis import strategies as st
+from vocabularies import ENGLISH, write_gpt2, write_llama
 
 from ngpt.config import ConfigError
 from ngpt.data.gpt2 import gpt2_identity
@@ -23,8 +24,6 @@ from ngpt.data.tokenizer import (
     tokenizer_vocab_size,
     train_sentencepiece,
 )
-
-ENGLISH = "the quick brown fox jumps over the lazy dog\n    and then it sleeps\nwhile the dog thinks of the fox\n" * 20
 
 # What sentencepiece treats specially, next to any text at all.
 tricky = st.sampled_from(["\n", "\n\n", "\t", "\r\n", "  ", "\u2581", "<unk>", "<0x0A>", "<s>", "\0", "the ", "é"])
@@ -40,17 +39,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def gpt2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A vocabulary in the format of the GPT-2 release: 256 bytes, three merges and the special token."""
-    folder = tmp_path_factory.mktemp("gpt2")
-    printable = [byte for byte in range(256) if chr(byte).isprintable() and byte != 32]
-    others = [byte for byte in range(256) if byte not in printable]
-    letters = [chr(byte) for byte in printable] + [chr(256 + index) for index in range(len(others))]
-    space = chr(256 + others.index(32))
-    merges = [("t", "h"), ("th", "e"), (space, "the")]
-    vocabulary = [*letters, *("".join(pair) for pair in merges), "<|endoftext|>"]
-    (folder / "encoder.json").write_text(json.dumps({piece: index for index, piece in enumerate(vocabulary)}))
-    (folder / "vocab.bpe").write_text("\n".join(["#version: 0.2", *map(" ".join, merges), ""]))
-    return folder
+    return write_gpt2(tmp_path_factory.mktemp("gpt2"))
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +125,44 @@ def test_a_foreign_model_that_changes_text_counts_no_bytes(tmp_path: Path) -> No
     assert tokenizer.token_bytes() is None
     assert tokenizer.decode(tokenizer.encode("the  quick fox")) == "the quick fox"
     assert tokenizer_vocab_size(str(path)) == 36 == tokenizer.vocab_size
+
+
+@pytest.fixture(scope="module", params=["bpe", "unigram"])
+def llama(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Tokenizer:
+    path = tmp_path_factory.mktemp("llama") / "tokenizer.model"
+    return load_tokenizer(str(write_llama(path, model_type=request.param, vocab_size=290)), None)
+
+
+@given(text=texts)
+def test_any_text_survives_a_model_like_llamas_and_its_bytes_add_up_with_the_mark(llama: Tokenizer, text: str) -> None:
+    ids, sizes, mark = llama.encode(text), llama.token_bytes(), llama.document_mark
+    assert sizes is not None and mark is not None and mark not in ids
+    if text and "\u2581" not in text:  # sentencepiece's own sign for a space cannot be told from one
+        assert llama.decode(ids) == text
+        assert sizes[mark] + sizes[ids].sum() == len(text.encode())
+
+
+@pytest.mark.parametrize(
+    ("options", "mark"),
+    [({}, 1), ({"bos_id": -1}, 2), ({"bos_id": -1, "eos_id": -1}, None), ({"bos_id": 7}, 7)],
+)
+def test_the_mark_of_a_document_is_the_models_start_or_else_its_end(
+    tmp_path: Path, options: dict[str, Any], mark: int | None
+) -> None:
+    assert load_tokenizer(str(write_llama(tmp_path / "a.model", **options)), None).document_mark == mark
+
+
+def test_a_model_like_llamas_encodes_as_sentencepiece_does(tmp_path: Path) -> None:
+    path = write_llama(tmp_path / "a.model")
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    tokenizer = load_tokenizer(str(path), None)
+    assert tokenizer.vocab_size == 330 == tokenizer_vocab_size(str(path))
+    for text in ("the fox", " the  fox\n", "caf\u00e9 42", "</s><s>"):
+        assert tokenizer.encode(text).tolist() == reference.encode(text)
+
+
+def test_gpt2_and_our_own_models_have_the_marks_they_have(gpt2: Tokenizer, trained: Tokenizer) -> None:
+    assert gpt2.document_mark == 259 and trained.document_mark is None
 
 
 def test_a_folder_of_gpt2_files_is_read(gpt2: Tokenizer, gpt2_folder: Path) -> None:

@@ -9,6 +9,35 @@ from typing import Any
 EXIT_USAGE = 2
 EXIT_IO = 74  # EX_IOERR of sysexits.h
 
+EXPLANATION = """\
+CORPUS
+  python-docs   the documentation inside this Python, 2 MB of technical English; needs no network
+  shakespeare   tiny Shakespeare, 1.1 MB, from karpathy/char-rnn, or --from FILE
+  fineweb       FineWeb10B, tokenized with GPT-2's BPE: --shards N files of 100 million tokens (200 MB each, 103 in
+                all) and one for validation, from kjj0/fineweb10B-gpt2 on the hub, or --from DIR
+  openwebtext   --shards N Parquet files of the hub's Skylion007/openwebtext, or --from a file or folder of .parquet,
+                .jsonl, .jsonl.gz, .jsonl.zst (with a column "text") or .txt (a document each)
+  PATH          a text file; a folder of text files; Parquet or JSON lines as above; a folder of GPT-2 .bin shards,
+                in which names with "val" are the validation split; a folder that this command has filled
+
+TOKENIZER
+  sentencepiece:SIZE   trained on the train split, once; byte-level fallback, loses nothing
+  PATH.model           a sentencepiece model, such as LLaMA's
+  gpt2, gpt2:DIR       GPT-2's BPE through tiktoken (extra gpt2), downloaded, or DIR with encoder.json and vocab.bpe
+
+Documents start with the tokenizer's mark: <|endoftext|> of GPT-2, or a model's start of text. A tokenizer without one
+ends them with an empty line. Whole documents go to either split by their hash; of a plain text, the end is validation.
+
+Downloads are kept under $NGPT_CACHE/downloads (default ~/.cache/ngpt), continued where they broke off, and checked
+against the SHA-256 that the hub publishes. HF_ENDPOINT names another hub. A preparation that was interrupted continues
+with the first shard it had not finished: give the same command again.
+
+A corrupt shard (damaged, cut off, of another format, with tokens outside of the vocabulary) is found before training.
+--on-corrupt skip leaves it out of every trial and says so; fail names all of them and stops.
+
+exit codes: 0 prepared; 2 usage, missing files, no network; 74 disk full or not writable
+"""
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Prepares what the command line names; returns the exit code."""
@@ -23,10 +52,12 @@ def main(arguments: list[str] | None = None) -> int:
         "tokenizer": options.tokenizer,
         "path": options.source,
         "val_fraction": options.val_fraction,
+        "shards": options.shards,
+        "on_corrupt": options.on_corrupt,
     }
     try:
         config = build(DataConfig, {name: value for name, value in given.items() if value is not None})
-        folder = prepare(config, out=options.out, log=_progress)
+        folder = prepare(config, out=options.out, log=_progress, workers=options.workers)
         dataset = open_dataset(DataConfig(corpus=str(folder)))
     except (ConfigError, CorruptShardError) as error:
         print(f"ngpt.data: {'; '.join(str(error).splitlines())}", file=sys.stderr)
@@ -41,17 +72,27 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m ngpt.data", description="Prepare a corpus: tokenize it once, write shards and a manifest."
+        prog="python -m ngpt.data",
+        description="Prepare a corpus: get it, tokenize it once, write shards and a manifest, count its tokens.",
+        epilog=EXPLANATION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    corpora = "python-docs, shakespeare, a text file, or a folder of text files or of .bin shards"
-    tokenizers = "sentencepiece:SIZE (default sentencepiece:2048), PATH.model, gpt2, gpt2:DIR"
-    parser.add_argument("corpus", metavar="CORPUS", help=corpora)
-    parser.add_argument("--tokenizer", metavar="T", help=tokenizers)
+    parser.add_argument("corpus", metavar="CORPUS", help="a name or a path, see below")
+    parser.add_argument("--tokenizer", metavar="T", help="see below (default sentencepiece:2048; fineweb has its own)")
     parser.add_argument("--from", dest="source", metavar="PATH", help="local copy of a corpus that is downloaded")
+    parser.add_argument("--shards", type=_count, metavar="N", help="files to take of a corpus in parts (default 1)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to write; default: $NGPT_CACHE or ~/.cache/ngpt")
     parser.add_argument("--val-fraction", type=float, metavar="F", help="share of the validation split (default 0.1)")
+    parser.add_argument("--workers", type=_count, metavar="N", help="processes (default: one per core if it pays)")
+    parser.add_argument("--on-corrupt", metavar="P", help="skip (default) or fail")
     parser.add_argument("--json", action="store_true", help="print the manifest as one JSON object")
     return parser
+
+
+def _count(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1, got {text!r}")
+    return int(text)
 
 
 def _table(manifest: dict[str, Any]) -> str:

@@ -7,32 +7,35 @@ complete or absent: it is filled under another name by the one process that hold
 import hashlib
 import json
 import logging
-import os
 import platform
 import re
 import shutil
-import uuid
-import zlib
-from collections.abc import Callable
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 import pydantic
 from filelock import FileLock
 
-from ngpt.config import Config, ConfigError, invalid, runtime, unknown
-from ngpt.data.prepare import TOKEN_BYTES_FILE, index_shards, shard_paths, shard_vocab_size, tokenize
-from ngpt.data.shards import HEADER_BYTES, CorruptShardError, read_shard, token_crc
-from ngpt.data.sources import CORPORA, Corpus, text_corpus
+from ngpt.config import Config, ConfigError, invalid, one_of, runtime, unknown
+from ngpt.data.download import cache_folder
+from ngpt.data.index import index_shards, known_vocab_size, shard_paths, shard_vocab_size
+from ngpt.data.meter import Log, silent
+from ngpt.data.order import ORDERS
+from ngpt.data.prepare import PROGRESS_FILE, TOKEN_BYTES_FILE, tokenize
+from ngpt.data.shards import CorruptShardError, read_shard, token_crc
+from ngpt.data.sources import CORPORA, Corpus, ShardCorpus, shards_identity, text_corpus
 from ngpt.data.tokenizer import parse_spec, tokenizer_identity, tokenizer_vocab_size
 from ngpt.durable import commit_folder, write_json
 
 FORMAT = 1  # of the prepared folder; raise it when other tokens come out of the same corpus
 MANIFEST = "manifest.json"
-EDGE = 1 << 20  # bytes at either end of a shard without CRC that identify it
+POLICIES = ("skip", "fail")  # what to do about corrupt shards
+READERS = 4  # threads that check shards
 
 log = logging.getLogger(__name__)
 
@@ -46,12 +49,17 @@ def _tokenizer_spec(spec: str) -> str:
 
 
 class DataConfig(Config, frozen=True):
-    """What to train on."""
+    """What to train on, and in which order."""
 
-    corpus: str = "python-docs"  # a name in CORPORA; a text file; a folder of text files, shards or a prepared corpus
+    # a name in CORPORA; a file of text or documents; a folder of these, of shards, or with a prepared corpus
+    corpus: str = "python-docs"
     tokenizer: Annotated[str, pydantic.AfterValidator(_tokenizer_spec)] = "sentencepiece:2048"
     path: str | None = runtime(None)  # a local copy of a named corpus that is otherwise downloaded
     val_fraction: float = pydantic.Field(default=0.1, gt=0, lt=1)
+    shards: Annotated[int, pydantic.Field(ge=1)] = 1  # how many files of a corpus that is published in parts
+    on_corrupt: Annotated[str, one_of(POLICIES, "policy")] = runtime("skip")  # skip: log a bad shard and leave it out
+    order: Annotated[str, one_of(ORDERS, "order")] = "windows"
+    reservoir: Annotated[int, pydantic.Field(ge=1)] = 4096  # windows in the buffer of order reservoir
 
 
 @dataclass(frozen=True)
@@ -73,60 +81,88 @@ def vocab_size(config: DataConfig) -> int:
     """The number of tokens, before anything is prepared.
 
     Raises:
-        ConfigError: unknown corpus, missing files.
+        ConfigError: unknown corpus, missing files, a tokenizer that is not the one of ready-made shards.
     """
-    kind, path = _locate(config)
-    if kind == "prepared":
-        return _read_manifest(path)["vocab_size"]
-    return shard_vocab_size(path, config.tokenizer) if kind == "shards" else tokenizer_vocab_size(config.tokenizer)
+    # Of a named corpus neither the copy nor the number of files matters: what is wrong with them is the fingerprint's.
+    source = CORPORA[config.corpus](None, 1) if config.corpus in CORPORA else _locate(config)
+    if isinstance(source, ShardCorpus):
+        return known_vocab_size(source.name, source.vocab_size, config.tokenizer)
+    if isinstance(source, Corpus):
+        return tokenizer_vocab_size(config.tokenizer)
+    return _read_manifest(source)["vocab_size"] if _is_prepared(source) else shard_vocab_size(source, config.tokenizer)
 
 
 def fingerprint(config: DataConfig) -> str:
     """Twelve hex digits for the tokens that come out: the corpus' content, the tokenizer and the split.
 
-    Neither the machine nor the place of the files enters. Reads files at most once per process, prepares nothing.
+    Neither the machine nor the place of the files enters, nor the order in which training reads them
+    (`order_settings`). Reads files at most once per process, prepares and downloads nothing.
 
     Raises:
         ConfigError: unknown corpus, missing files.
     """
-    kind, path = _locate(config)
-    if kind == "prepared":
-        return _read_manifest(path)["fingerprint"]
-    identity = [
-        FORMAT,
-        _shards_identity(path) if kind == "shards" else _corpus(config).identity,
-        tokenizer_identity(config.tokenizer),
-        config.val_fraction,
-    ]
+    check_shards(config)
+    source = _locate(config)
+    if isinstance(source, Path) and _is_prepared(source):
+        return _read_manifest(source)["fingerprint"]
+    content = shards_identity(shard_paths(source)) if isinstance(source, Path) else source.identity
+    identity = [FORMAT, content, tokenizer_identity(_tokenizer(config, source)), config.val_fraction]
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
 
 
-def prepare(config: DataConfig, *, out: Path | None = None, log: Callable[[str], None] | None = None) -> Path:
-    """The folder with the prepared corpus; made if it is not there. `log` is told what takes time.
-
-    Of two processes that need the same corpus one prepares it and the other waits.
+def check_shards(config: DataConfig) -> None:
+    """Whether the corpus can be had in this number of files.
 
     Raises:
-        ConfigError: unknown corpus, missing files, no network, or `out` holds something else.
+        ConfigError: it has fewer, or does not come in parts.
+    """
+    if config.corpus in CORPORA:
+        CORPORA[config.corpus](None, config.shards)
+    elif config.shards != 1:
+        raise ConfigError(f"data.shards {config.shards} is for corpora that are published in parts, not for a path")
+
+
+def order_settings(config: DataConfig) -> dict[str, Any]:
+    """What decides the order in which the tokens of a fingerprint are read, by dotted name; empty for the default."""
+    if config.order == "windows":
+        return {}
+    settings = {"data.order": config.order}
+    return settings | {"data.reservoir": config.reservoir} if config.order == "reservoir" else settings
+
+
+def prepare(config: DataConfig, *, out: Path | None = None, log: Log = silent, workers: int | None = None) -> Path:
+    """The folder with the prepared corpus; made if it is not there. `log` is told what takes time.
+
+    Of two processes that need the same corpus one prepares it and the other waits. `workers` processes tokenize.
+
+    Raises:
+        ConfigError: unknown corpus, missing files, no network, `out` holds something else, or a shard is corrupt and
+            `on_corrupt` is fail.
         OSError: the disk is full or not writable.
     """
-    kind, path = _locate(config)
-    if kind == "prepared":
+    check_shards(config)
+    source = _locate(config)
+    if isinstance(source, Path) and _is_prepared(source):
         if out is not None:
-            raise ConfigError(f"{path} is prepared already: there is nothing to write to {out}")
-        return path
-    key = fingerprint(config)
-    final = out.absolute() if out else cache_folder() / f"{_folder_name(config)}-{key}"
-    if not _is_done(final, key):
-        final.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(final.parent / f".{final.name}.lock"):
-            if not _is_done(final, key):  # somebody else may have had the lock before us
-                _fill(config, final, key, log or (lambda _: None))
+            raise ConfigError(f"{source} is prepared already: there is nothing to write to {out}")
+        final = source
+    else:
+        key = fingerprint(config)
+        final = out.absolute() if out else cache_folder() / f"{_folder_name(config)}-{key}"
+        if not _is_done(final, key):
+            final.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(final.parent / f".{final.name}.lock"):
+                if not _is_done(final, key):  # somebody else may have had the lock before us
+                    _fill(config, final, key, log, workers)
+    if config.on_corrupt == "fail" and (skipped := _read_manifest(final)["skipped"]):
+        raise _refusal(skipped, f"; {final} leaves them out: remove it once they are repaired")
     return final
 
 
 def open_dataset(config: DataConfig) -> Dataset:
     """The corpus as arrays, prepared first where necessary; checks each shard once per process.
+
+    Shards that preparation found corrupt are left out, and logged with path and reason.
 
     Raises:
         ConfigError: as `prepare`.
@@ -134,14 +170,14 @@ def open_dataset(config: DataConfig) -> Dataset:
     """
     folder = prepare(config, log=log.info)
     manifest = _read_manifest(folder)
-    kind, path = _locate(config)
-    shards = path if kind == "shards" else Path(manifest["shard_folder"] or folder)
+    shards = _shard_folder(config, manifest, folder)
     for skipped in manifest["skipped"]:
         log.warning("corrupt shard left out: %s %s", shards / skipped["name"], skipped["reason"])
-    splits = {
-        split: tuple(_open_shard(shards / entry["name"], entry) for entry in counts["shards"])
-        for split, counts in manifest["splits"].items()
-    }
+    with ThreadPoolExecutor(READERS) as pool:  # checksums let other threads run
+        splits = {
+            split: tuple(pool.map(lambda entry: _open_shard(shards / entry["name"], entry, folder), counts["shards"]))
+            for split, counts in manifest["splits"].items()
+        }
     return Dataset(
         train=splits["train"],
         val=splits["val"],
@@ -152,30 +188,46 @@ def open_dataset(config: DataConfig) -> Dataset:
     )
 
 
-def _locate(config: DataConfig) -> tuple[Literal["text", "shards", "prepared"], Path]:
-    """What kind of corpus the config names, and its path (of no use for a named one)."""
-    path = Path(config.corpus).expanduser()
+Source = Corpus | ShardCorpus | Path  # a path is a folder of shards, or with a prepared corpus
+
+
+def _locate(config: DataConfig) -> Source:
+    """Where the content comes from of the corpus that the config names."""
     if config.corpus in CORPORA:
-        return "text", path
+        return CORPORA[config.corpus](Path(config.path).expanduser() if config.path else None, config.shards)
+    path = Path(config.corpus).expanduser()
     if not path.exists():
         known = unknown("corpus", config.corpus, CORPORA)
         raise ConfigError(f"{known}; nor is there such a file or folder")
     if config.path is not None:
         raise ConfigError("data.path (--from) is a local copy of a named corpus, and this corpus is a path itself")
-    if (path / MANIFEST).is_file():
-        return "prepared", path
-    return ("shards" if path.is_dir() and shard_paths(path) else "text"), path
+    return path if _is_prepared(path) or (path.is_dir() and shard_paths(path)) else text_corpus(path)
 
 
-def _corpus(config: DataConfig) -> Corpus:
-    if config.corpus not in CORPORA:
-        return text_corpus(_locate(config)[1])
-    return CORPORA[config.corpus](Path(config.path).expanduser() if config.path else None)
+def _is_prepared(path: Path) -> bool:
+    return (path / MANIFEST).is_file()
 
 
-def cache_folder() -> Path:
-    """Where prepared corpora and measured speeds are kept."""
-    return Path(os.environ.get("NGPT_CACHE") or "~/.cache/ngpt").expanduser().absolute()
+def _tokenizer(config: DataConfig, source: Source) -> str:
+    """The tokenizer: that of published shards is known, so a size to train does not matter to them."""
+    is_size = parse_spec(config.tokenizer)[0] == "sentencepiece"
+    return source.tokenizer if isinstance(source, ShardCorpus) and is_size else config.tokenizer
+
+
+def _shard_folder(config: DataConfig, manifest: dict[str, Any], folder: Path) -> Path:
+    """Where the shards of a prepared corpus lie now: shards may have moved, and downloads may have been cleared."""
+    if manifest["shard_folder"] is None:
+        return folder
+    source = _locate(config)
+    if isinstance(source, Path):
+        return Path(manifest["shard_folder"]) if _is_prepared(source) else source
+    if config.path is not None:
+        return Path(config.path).expanduser()
+    used = Path(manifest["shard_folder"])
+    entries = [entry for counts in manifest["splits"].values() for entry in counts["shards"]]
+    if isinstance(source, ShardCorpus) and not all((used / entry["name"]).is_file() for entry in entries):
+        return source.fetch(log.info)[0].parent
+    return used
 
 
 def _folder_name(config: DataConfig) -> str:
@@ -187,34 +239,66 @@ def _is_done(folder: Path, key: str) -> bool:
     """Whether the corpus is there; something else in its place is an error."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
-    if not (folder / MANIFEST).is_file() or _read_manifest(folder)["fingerprint"] != key:
+    if not _is_prepared(folder) or _read_manifest(folder)["fingerprint"] != key:
         raise ConfigError(f"{folder} holds something else; choose another folder, or remove it")
     return True
 
 
-def _fill(config: DataConfig, final: Path, key: str, log: Callable[[str], None]) -> None:
-    """Prepares under a temporary name, then commits. The caller holds the lock."""
-    kind, source = _locate(config)
-    prefix = f".tmp-{final.name}-"
-    for stale in final.parent.glob(f"{prefix}*"):  # of a process that was killed: a living one would have the lock
-        shutil.rmtree(stale)
-    temp = final.with_name(prefix + uuid.uuid4().hex)
-    temp.mkdir()
-    how = {"tokenizer": config.tokenizer, "val_fraction": config.val_fraction, "folder": temp, "log": log}
+def _fill(config: DataConfig, final: Path, key: str, log: Log, workers: int | None) -> None:
+    """Prepares under a temporary name, then commits. The caller holds the lock.
+
+    What a process has left that was killed is used, by its name that of the same tokens.
+    """
+    temp = final.with_name(f".tmp-{final.name}-{key}")
+    for stale in final.parent.glob(f".tmp-{final.name}-*"):
+        if stale != temp:
+            shutil.rmtree(stale)
+    temp.mkdir(exist_ok=True)
     try:
-        made = index_shards(source, **how) if kind == "shards" else tokenize(_corpus(config), **how)
-        about = {
-            "format": FORMAT,
-            "corpus": config.corpus if config.corpus in CORPORA else source.resolve().name,
-            "fingerprint": key,
-            "val_fraction": config.val_fraction,
-            "python": platform.python_version(),
-            "shard_folder": str(source.resolve()) if kind == "shards" else None,
-        }
-        write_json(temp / MANIFEST, about | made)
+        write_json(temp / MANIFEST, _about(config, key) | _make(config, temp, log, workers))
         commit_folder(temp, final)
+        (final / PROGRESS_FILE).unlink(missing_ok=True)  # not before: a process may be killed in between
     finally:
-        shutil.rmtree(temp, ignore_errors=True)
+        if not (temp / PROGRESS_FILE).is_file():  # no shard was finished
+            shutil.rmtree(temp, ignore_errors=True)
+
+
+def _make(config: DataConfig, temp: Path, log: Log, workers: int | None) -> dict[str, Any]:
+    """Fills the folder and says what is in it."""
+    source = _locate(config)
+    tokenizer = _tokenizer(config, source)
+    if isinstance(source, Corpus):
+        source.fetch(log)
+        how = {"val_fraction": config.val_fraction, "folder": temp, "log": log, "workers": workers}
+        return {"shard_folder": None} | tokenize(source, tokenizer=tokenizer, **how)
+    paths = source.fetch(log) if isinstance(source, ShardCorpus) else shard_paths(source)
+    made = index_shards(
+        paths,
+        vocab_size=vocab_size(config),
+        tokenizer=tokenizer,
+        val_fraction=config.val_fraction,
+        folder=temp,
+        log=log,
+    )
+    if made["skipped"] and config.on_corrupt == "fail":
+        raise _refusal(made["skipped"], "")
+    return {"shard_folder": str(paths[0].parent.resolve())} | made
+
+
+def _about(config: DataConfig, key: str) -> dict[str, Any]:
+    named = config.corpus in CORPORA
+    return {
+        "format": FORMAT,
+        "corpus": config.corpus if named else Path(config.corpus).expanduser().resolve().name,
+        "fingerprint": key,
+        "val_fraction": config.val_fraction,
+        "python": platform.python_version(),
+    }
+
+
+def _refusal(skipped: Sequence[dict[str, str]], hint: str) -> ConfigError:
+    found = ", ".join(f"{entry['name']} {entry['reason']}" for entry in skipped)
+    return ConfigError(f"{len(skipped)} corrupt shards, and data.on_corrupt is fail: {found}{hint}")
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
@@ -228,12 +312,12 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _open_shard(path: Path, entry: dict[str, Any]) -> np.ndarray:
+def _open_shard(path: Path, entry: dict[str, Any], folder: Path) -> np.ndarray:
     """The part of a shard that belongs to the split, after a check against the manifest."""
     shard = read_shard(path)
     state = path.stat()
     if state.st_size != entry["size"] or _crc(path.resolve(), state.st_size, state.st_mtime_ns) != entry["crc32"]:
-        raise CorruptShardError(path, f"is not as the manifest has it; remove {path.parent} to prepare it again")
+        raise CorruptShardError(path, f"is not as the manifest has it; remove {folder} to prepare it again")
     return np.asarray(shard.tokens)[entry["first"] : entry["first"] + entry["tokens"]]
 
 
@@ -251,18 +335,3 @@ def _open_token_bytes(folder: Path, manifest: dict[str, Any]) -> np.ndarray | No
     if token_crc(sizes) != manifest["token_bytes_crc32"]:
         raise CorruptShardError(path, f"is not as the manifest has it; remove {folder} to prepare it again")
     return sizes.astype(np.int64)
-
-
-def _shards_identity(folder: Path) -> list[list[Any]]:
-    """Names, sizes and headers; of a shard without CRC also its two ends."""
-    identity = []
-    for path in shard_paths(folder):
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            start = file.read(EDGE)
-            file.seek(max(0, size - EDGE))
-            end = file.read(EDGE)
-        has_crc = len(start) >= HEADER_BYTES and any(start[20:24])
-        edges = [] if has_crc else [zlib.crc32(start), zlib.crc32(end)]
-        identity.append([path.name, size, start[:24].hex(), *edges])
-    return identity

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ngpt.config import ConfigError
-from ngpt.data.sources import read_file
+from ngpt.data.documents import read_file
 
 VOCAB_SIZE = 50257
 SPECIAL = "<|endoftext|>"
@@ -34,6 +34,7 @@ class GPT2Tokenizer:
     def __init__(self, encoding: Any, *, sha256: str) -> None:
         self.sha256 = sha256
         self.vocab_size: int = encoding.n_vocab
+        self.document_mark: int | None = encoding.eot_token
         self._encoding = encoding
 
     def encode(self, text: str) -> np.ndarray:

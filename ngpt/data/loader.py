@@ -1,7 +1,8 @@
 """Batches as a pure function of (seed, step), and the fixed set of tokens that every trial is judged on.
 
 There is no position to save and nothing to seek on resume: step 1000 reads the same tokens in a run that was killed at
-999 as in one that was not, and paired arms see the same data in the same order whatever else differs.
+999 as in one that was not, and paired arms see the same data in the same order whatever else differs. Which windows
+come when is in order.py.
 """
 
 import hashlib
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from ngpt.config import ConfigError
 from ngpt.data.corpora import Dataset
+from ngpt.data.order import ORDERS
 
 Batch = tuple[Tensor, Tensor]
 
@@ -31,26 +33,39 @@ class EvalSet:
     sha256: str
 
 
-def train_batch(dataset: Dataset, *, seed: int, step: int, batch_size: int, block_size: int) -> Batch:
-    """(idx, targets), int64 (B, T), of the given step: windows drawn uniformly from all shards of the train split.
+def train_batch(
+    dataset: Dataset,
+    *,
+    seed: int,
+    step: int,
+    batch_size: int,
+    block_size: int,
+    order: str = "windows",
+    reservoir: int = 4096,
+) -> Batch:
+    """(idx, targets), int64 (B, T), of the given step: windows of the train split in one of `ORDERS`.
 
-    A window never crosses the end of a shard; targets are idx shifted by one.
+    A window never crosses the end of a shard; targets are idx shifted by one. `reservoir` is the size of the buffer
+    of that order, in windows.
 
     Raises:
         ConfigError: no shard holds a window of `block_size + 1` tokens.
     """
-    # (shards,): how many windows start in this shard or an earlier one
-    ends = np.cumsum([max(0, len(shard) - block_size) for shard in dataset.train])
     _require(dataset.train, "train", block_size)
-    drawn = np.random.default_rng([seed, step]).integers(ends[-1], size=batch_size)
-    which = np.searchsorted(ends, drawn, side="right")
-    windows = np.empty((batch_size, block_size + 1), np.int64)
+    which, first = ORDERS[order](
+        tuple(map(len, dataset.train)),
+        seed=seed,
+        step=step,
+        batch_size=batch_size,
+        block_size=block_size,
+        reservoir=reservoir,
+    )
+    tokens = np.empty((batch_size, block_size + 1), np.int64)
     span = np.arange(block_size + 1)
     for index in np.unique(which):
         rows = which == index
-        first = drawn[rows] - (ends[index - 1] if index else 0)
-        windows[rows] = dataset.train[index][first[:, None] + span]
-    return _batch(windows)
+        tokens[rows] = dataset.train[index][first[rows][:, None] + span]
+    return _batch(tokens)
 
 
 def eval_set(dataset: Dataset, *, tokens: int, batch_size: int, block_size: int) -> EvalSet:

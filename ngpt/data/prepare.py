@@ -1,149 +1,137 @@
-"""Turns a corpus into a folder that training can map: shards, the tokenizer, and a manifest that accounts for them.
+"""Turns text into a folder that training can map: shards, the tokenizer, and a manifest that accounts for them.
 
-Both functions fill a folder that does not have its final name yet; `corpora.prepare` gives it one.
+`tokenize` fills a folder that does not have its final name yet; `corpora.prepare` gives it one. Shards appear in it
+whole, one after the other, and `progress.json` says where in the text each of them ends: a preparation that was killed
+continues with the first shard that it had not finished.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ngpt.config import ConfigError
-from ngpt.data.shards import CorruptShardError, Shard, read_shard, token_crc, verify_shard, write_shard
-from ngpt.data.sources import Corpus, read_file
-from ngpt.data.tokenizer import (
-    MODEL_FILE,
-    Tokenizer,
-    load_tokenizer,
-    parse_spec,
-    tokenizer_vocab_size,
-    train_sentencepiece,
-)
-from ngpt.durable import write_atomic
+from ngpt.data.documents import read_file
+from ngpt.data.meter import Log, Meter
+from ngpt.data.pool import Encoding, Text, default_workers, encode_in_order
+from ngpt.data.shards import CorruptShardError, Shard, token_crc, verify_shard, write_shard
+from ngpt.data.sources import Corpus
+from ngpt.data.tokenizer import MODEL_FILE, Tokenizer, load_tokenizer, parse_spec, train_sentencepiece
+from ngpt.durable import write_atomic, write_json
 
-Log = Callable[[str], None]
 Entry = dict[str, Any]  # one shard in the manifest
 
 SHARD_TOKENS = 100_000_000
 TOKEN_BYTES_FILE = "token_bytes.npy"
+PROGRESS_FILE = "progress.json"
 SPLITS = ("train", "val")
+EMPTY_LINE = "\n\n"  # between documents, where a tokenizer has no mark for it
 
 
-def tokenize(corpus: Corpus, *, tokenizer: str, val_fraction: float, folder: Path, log: Log) -> dict[str, Any]:
+def tokenize(
+    corpus: Corpus, *, tokenizer: str, val_fraction: float, folder: Path, log: Log, workers: int | None = None
+) -> dict[str, Any]:
     """Writes the shards and tokenizer files of `corpus` into `folder` and returns what the manifest says of them.
 
-    A sentencepiece vocabulary is learnt from the train split alone.
+    A sentencepiece vocabulary is learnt from the train split alone. Documents that the corpus wants told apart start
+    with the tokenizer's mark (GPT-2's end of text, sentencepiece's start of text). `workers` processes encode; None
+    takes one per core where there is enough text. The files are the same whatever their number, and whether or not
+    `folder` has the shards of an interrupted call, which are verified and kept.
 
     Raises:
         ConfigError: a split is empty, or the tokenizer cannot be had.
     """
-    kind, argument = parse_spec(tokenizer)
-    if kind == "sentencepiece":
-        log(f"{corpus.name}: training {tokenizer}")
-        train_texts = (text for split, text in _split(corpus, val_fraction) if split == "train")
-        train_sentencepiece(train_texts, int(argument), folder / MODEL_FILE)
-    elif kind == "model":
-        write_atomic(folder / MODEL_FILE, read_file(Path(argument).expanduser()))
+    _provide_model(corpus, tokenizer, val_fraction, folder, log)
     loaded = load_tokenizer(tokenizer, folder)
-    sizes = loaded.token_bytes()
-    writers = {split: _SplitWriter(folder, split, loaded.vocab_size) for split in SPLITS}
+    progress = _Progress(folder, loaded)
+    writers = {split: _SplitWriter(folder, split, loaded.vocab_size, progress) for split in SPLITS}
     content = hashlib.sha256()
-    log(f"{corpus.name}: tokenizing")
-    for split, text in _split(corpus, val_fraction):
-        data = text.encode()
-        content.update(data)
-        ids = loaded.encode(text)
-        writers[split].add(ids, len(data))
-        if sizes is not None and sizes[ids].sum() != len(data):
-            log(f"{tokenizer} does not keep this text as it is: no bits per byte")
-            sizes = None
+    size, n_read, n_skipped, n_tokens = corpus.size(), 0, 0, 0
+    between = EMPTY_LINE if corpus.separated and loaded.document_mark is None else ""
+
+    def texts() -> Iterator[Text]:
+        nonlocal n_read, n_skipped
+        for split, text in _split(corpus, val_fraction):
+            content.update(text.encode())
+            text += between
+            n_bytes = len(text.encode())
+            n_read += n_bytes
+            if writers[split].wants(n_bytes):
+                yield split, text
+            else:
+                n_skipped += n_bytes
+
+    workers = workers or default_workers(size)
+    kept = f", {progress.n_shards} shards are there already" if progress.n_shards else ""
+    log(f"{corpus.name}: tokenizing{f' in {workers} processes' if workers > 1 else ''}{kept}")
+    meter = Meter(log, corpus.name)
+    encoding = Encoding(tokenizer, folder, marked=corpus.separated)
+    with closing(encode_in_order(texts(), encoding, loaded, workers)) as encoded:
+        for split, ids, lossless in encoded:
+            if progress.lossless and not lossless:
+                log(f"{tokenizer} does not keep this text as it is: no bits per byte")
+                progress.lossless = False
+            writers[split].add(ids)
+            n_tokens += len(ids)
+            meter.update(n_tokens, "tokens", fraction=n_read / max(size, 1), before=n_skipped / max(size, 1))
+    splits = {split: writer.close() for split, writer in writers.items()}
     return {
-        "splits": {split: writer.close() for split, writer in writers.items()},
-        "tokenizer": _describe(tokenizer, loaded),
+        "splits": splits,
+        "tokenizer": describe_tokenizer(tokenizer, loaded),
         "vocab_size": loaded.vocab_size,
-        "token_bytes_crc32": _write_token_bytes(folder, sizes),
+        "token_bytes_crc32": write_token_bytes(folder, loaded.token_bytes() if progress.lossless else None),
         "content_sha256": content.hexdigest(),
         "skipped": [],
     }
 
 
-def index_shards(source: Path, *, tokenizer: str, val_fraction: float, folder: Path, log: Log) -> dict[str, Any]:
-    """Verifies every shard in `source` and returns what the manifest says of them; the shards stay where they are.
-
-    A corrupt shard is left out: logged, and listed under `skipped` with the reason, so that all trials that use this
-    manifest leave out the same ones.
-
-    Raises:
-        ConfigError: no sound shard is left for a split, or the tokenizer is not the one that the shards were made with.
-    """
-    vocab_size = shard_vocab_size(source, tokenizer)
-    loaded = _tokenizer_at_hand(tokenizer, source, log)
-    if loaded is not None and loaded.vocab_size != vocab_size:
-        raise ConfigError(f"{source} has {vocab_size} tokens, its tokenizer {tokenizer} {loaded.vocab_size}")
-    sizes = loaded.token_bytes() if loaded else None
-    sound: list[Shard] = []
-    skipped = []
-    for path in shard_paths(source):
-        try:
-            sound.append(verify_shard(path, vocab_size=vocab_size))
-            log(f"{path.name}: {sound[-1].tokens.size:,} tokens")
-        except CorruptShardError as error:
-            log(f"skipped, {error}")
-            skipped.append({"name": path.name, "reason": error.reason})
-    if not sound:
-        first = skipped[0]
-        hint = f"; is data.tokenizer {tokenizer} theirs?" if "vocabulary" in first["reason"] else ""
-        raise ConfigError(f"{source} has no sound shard: {first['name']} {first['reason']}{hint}")
-    splits = {}
-    for split, parts in _assign(source, sound, val_fraction).items():
-        entries = [_entry(shard, first, stop) for shard, first, stop in parts]
-        n_bytes = None if sizes is None else sum(_count_bytes(part, sizes) for part in parts)
-        splits[split] = _totals(entries, n_bytes)
+def shard_entry(shard: Shard, first: int, stop: int) -> Entry:
+    """A shard in the manifest: the CRC is that of all its tokens, also where the split takes a part of them."""
     return {
-        "splits": splits,
-        "tokenizer": _describe(tokenizer, loaded),
-        "vocab_size": vocab_size,
-        "token_bytes_crc32": _write_token_bytes(folder, sizes),
-        "content_sha256": hashlib.sha256(json.dumps(splits, sort_keys=True).encode()).hexdigest(),
-        "skipped": skipped,
+        "name": shard.path.name,
+        "size": shard.path.stat().st_size,
+        "crc32": shard.crc32 if shard.crc32 is not None else token_crc(shard.tokens),
+        "first": first,
+        "tokens": stop - first,
     }
 
 
-def shard_paths(folder: Path) -> list[Path]:
-    """The shards of a folder by name."""
-    return sorted(folder.glob("*.bin"))
+def split_totals(entries: list[Entry], n_bytes: int | None) -> dict[str, Any]:
+    """A split in the manifest."""
+    return {"tokens": sum(entry["tokens"] for entry in entries), "bytes": n_bytes, "shards": entries}
 
 
-def shard_vocab_size(folder: Path, tokenizer: str) -> int:
-    """The vocabulary that the shards' headers declare; where none does, that of the tokenizer.
-
-    Raises:
-        ConfigError: two shards declare different ones, or a given tokenizer has another one.
-    """
-    declared: dict[int, str] = {}
-    for path in shard_paths(folder):
-        try:
-            size = read_shard(path).vocab_size
-        except CorruptShardError:  # reported when the folder is indexed
-            continue
-        if size is not None:
-            declared[size] = path.name
-    if len(declared) > 1:
-        found = ", ".join(f"{name} {size}" for size, name in declared.items())
-        raise ConfigError(f"the shards of {folder} come from different tokenizers, by vocabulary: {found}")
-    # A size to train says nothing about shards that exist already; the other kinds name one vocabulary.
-    if declared and parse_spec(tokenizer)[0] == "sentencepiece":
-        return next(iter(declared))
-    given = tokenizer_vocab_size(tokenizer)
-    if declared and given not in declared:
-        raise ConfigError(f"{folder} has {next(iter(declared))} tokens, data.tokenizer {tokenizer} {given}")
-    return given
+def describe_tokenizer(spec: str, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """A tokenizer in the manifest; of ready-made shards it may not be at hand."""
+    return {"spec": spec, "sha256": tokenizer.sha256 if tokenizer else None}
 
 
-def _split(corpus: Corpus, val_fraction: float) -> Iterator[tuple[str, str]]:
+def write_token_bytes(folder: Path, sizes: np.ndarray | None) -> int | None:
+    """Writes the bytes per token, so that training needs no tokenizer library; returns their CRC32."""
+    if sizes is None:
+        return None
+    narrow = sizes.astype("<u2" if sizes.min() >= 0 else "<i2")
+    np.save(folder / TOKEN_BYTES_FILE, narrow)
+    return token_crc(narrow)
+
+
+def _provide_model(corpus: Corpus, tokenizer: str, val_fraction: float, folder: Path, log: Log) -> None:
+    """Puts a sentencepiece model into the folder: trained, or copied."""
+    kind, argument = parse_spec(tokenizer)
+    path = folder / MODEL_FILE
+    if kind == "model":
+        write_atomic(path, read_file(Path(argument).expanduser()))
+    elif kind == "sentencepiece" and not path.is_file():  # it is there where a preparation was interrupted
+        log(f"{corpus.name}: training {tokenizer}")
+        train_texts = (text for split, text in _split(corpus, val_fraction) if split == "train")
+        train_sentencepiece(train_texts, int(argument), path)
+
+
+def _split(corpus: Corpus, val_fraction: float) -> Iterator[Text]:
     """(split, text) in the order of the corpus."""
     if corpus.split_by == "document":
         for text in corpus.documents():
@@ -157,103 +145,87 @@ def _split(corpus: Corpus, val_fraction: float) -> Iterator[tuple[str, str]]:
         yield from (pair for pair in (("train", text[:here]), ("val", text[here:])) if pair[1])
 
 
+class _Progress:
+    """The finished shards of each split, on disk after each one, and what of them an earlier process has left.
+
+    A record is the shard's entry, how many texts of the split end at or before the end of the shard, and how many
+    tokens of the next text lie before it.
+    """
+
+    def __init__(self, folder: Path, tokenizer: Tokenizer) -> None:
+        self._folder = folder
+        self._key = [SHARD_TOKENS, tokenizer.sha256]
+        self.lossless = tokenizer.token_bytes() is not None
+        self.shards: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
+        if (folder / PROGRESS_FILE).is_file():
+            before = json.loads((folder / PROGRESS_FILE).read_text(encoding="utf-8"))
+            if before["key"] == self._key:
+                self.lossless = before["lossless"]
+                self.shards = {split: self._sound(before["shards"][split], tokenizer.vocab_size) for split in SPLITS}
+        self.n_shards = sum(map(len, self.shards.values()))
+        kept = {record["entry"]["name"] for records in self.shards.values() for record in records}
+        for path in folder.iterdir():  # what a killed process was writing, too
+            if path.name not in kept | {MODEL_FILE}:
+                path.unlink()
+
+    def add(self, split: str, entry: Entry, n_texts: int, n_tokens: int) -> None:
+        self.shards[split].append({"entry": entry, "texts": n_texts, "tokens": n_tokens})
+        write_json(self._folder / PROGRESS_FILE, {"key": self._key, "lossless": self.lossless, "shards": self.shards})
+
+    def _sound(self, records: list[dict[str, Any]], vocab_size: int) -> list[dict[str, Any]]:
+        """The records up to the first shard that is not as it was written."""
+        for index, record in enumerate(records):
+            try:
+                shard = verify_shard(self._folder / record["entry"]["name"], vocab_size=vocab_size)
+            except CorruptShardError:
+                return records[:index]
+            if shard_entry(shard, 0, shard.tokens.size) != record["entry"]:
+                return records[:index]
+        return records
+
+
 class _SplitWriter:
     """Collects the tokens of a split and writes a shard whenever there are enough."""
 
-    def __init__(self, folder: Path, split: str, vocab_size: int) -> None:
-        self._folder, self._split, self._vocab_size = folder, split, vocab_size
+    def __init__(self, folder: Path, split: str, vocab_size: int, progress: _Progress) -> None:
+        self._folder, self._split, self._vocab_size, self._progress = folder, split, vocab_size, progress
+        last = progress.shards[split][-1] if progress.shards[split] else {"texts": 0, "tokens": 0}
+        self._entries: list[Entry] = [record["entry"] for record in progress.shards[split]]
+        self._n_seen = 0  # texts
+        self._n_added = self._n_finished = last["texts"]
+        self._n_dropped = last["tokens"]  # of the next text: finished shards hold them
+        self._n_bytes = 0
         self._waiting: list[np.ndarray] = []
         self._n_waiting = 0
-        self._n_bytes = 0
-        self._entries: list[Entry] = []
 
-    def add(self, ids: np.ndarray, n_bytes: int) -> None:
-        self._waiting.append(ids)
-        self._n_waiting += len(ids)
+    def wants(self, n_bytes: int) -> bool:
+        """Counts the next text of the split; False if finished shards hold all of it, and it need not be encoded."""
         self._n_bytes += n_bytes
+        self._n_seen += 1
+        return self._n_seen > self._n_finished
+
+    def add(self, ids: np.ndarray) -> None:
+        """Takes the tokens of the next text that was wanted."""
+        self._waiting.append(ids[self._n_dropped :])
+        self._n_waiting += len(ids) - self._n_dropped
+        self._n_dropped = 0
+        self._n_added += 1
         while self._n_waiting >= SHARD_TOKENS:
             self._write(SHARD_TOKENS)
+            whole = self._n_waiting == 0  # else the end of this text waits for the next shard
+            n_tokens = 0 if whole else len(ids) - self._n_waiting
+            self._progress.add(self._split, self._entries[-1], self._n_added if whole else self._n_added - 1, n_tokens)
 
     def close(self) -> dict[str, Any]:
         if self._n_waiting:
             self._write(self._n_waiting)
         if not self._entries:
             raise ConfigError(f"the {self._split} split is empty: too little text for this data.val_fraction")
-        return _totals(self._entries, self._n_bytes)
+        return split_totals(self._entries, self._n_bytes)
 
     def _write(self, count: int) -> None:
         tokens = np.concatenate(self._waiting)
         path = self._folder / f"{self._split}_{len(self._entries):03d}.bin"
         shard = write_shard(path, tokens[:count], vocab_size=self._vocab_size)
-        self._entries.append(_entry(shard, 0, count))
+        self._entries.append(shard_entry(shard, 0, count))
         self._waiting, self._n_waiting = [tokens[count:]], len(tokens) - count
-
-
-Part = tuple[Shard, int, int]  # the tokens [first, stop) of a shard
-
-
-def _assign(source: Path, shards: list[Shard], val_fraction: float) -> dict[str, list[Part]]:
-    """Which shard belongs to which split: by name, else the last one, else the end of the only one is validation."""
-    whole = [(shard, 0, shard.tokens.size) for shard in shards]
-    val = [part for part in whole if "val" in part[0].path.name]
-    train = [part for part in whole if "val" not in part[0].path.name]
-    if any("val" in path.name for path in shard_paths(source)):  # a corrupt one counts: train never becomes validation
-        for split, parts in (("train", train), ("val", val)):
-            if not parts:
-                raise ConfigError(f"{source} has no sound shard for the {split} split")
-    elif len(whole) > 1:
-        train, val = whole[:-1], whole[-1:]
-    else:
-        shard, _, size = whole[0]
-        cut = int(size * (1 - val_fraction))
-        if cut in (0, size):
-            raise ConfigError(f"{shard.path} has {size} tokens: too few to split")
-        train, val = [(shard, 0, cut)], [(shard, cut, size)]
-    return {"train": train, "val": val}
-
-
-def _entry(shard: Shard, first: int, stop: int) -> Entry:
-    """A shard in the manifest: the CRC is that of all its tokens, also where the split takes a part of them."""
-    return {
-        "name": shard.path.name,
-        "size": shard.path.stat().st_size,
-        "crc32": shard.crc32 if shard.crc32 is not None else token_crc(shard.tokens),
-        "first": first,
-        "tokens": stop - first,
-    }
-
-
-def _totals(entries: list[Entry], n_bytes: int | None) -> dict[str, Any]:
-    return {"tokens": sum(entry["tokens"] for entry in entries), "bytes": n_bytes, "shards": entries}
-
-
-def _count_bytes(part: Part, sizes: np.ndarray) -> int:
-    shard, first, stop = part
-    chunk = 1 << 22  # tokens: looking up all 100M of a shard at once would take 800 MB
-    return sum(int(sizes[shard.tokens[at : min(at + chunk, stop)]].sum()) for at in range(first, stop, chunk))
-
-
-def _tokenizer_at_hand(spec: str, folder: Path, log: Log) -> Tokenizer | None:
-    """The tokenizer of ready-made shards, which can be trained on without it."""
-    if parse_spec(spec)[0] == "sentencepiece" and not (folder / MODEL_FILE).is_file():
-        return None
-    try:
-        return load_tokenizer(spec, folder)
-    except ConfigError as error:
-        if spec != "gpt2":
-            raise
-        log(f"no bits per byte: {error}")
-        return None
-
-
-def _describe(spec: str, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    return {"spec": spec, "sha256": tokenizer.sha256 if tokenizer else None}
-
-
-def _write_token_bytes(folder: Path, sizes: np.ndarray | None) -> int | None:
-    """Writes the bytes per token, so that training needs no tokenizer library; returns their CRC32."""
-    if sizes is None:
-        return None
-    narrow = sizes.astype("<u2")
-    np.save(folder / TOKEN_BYTES_FILE, narrow)
-    return token_crc(narrow)

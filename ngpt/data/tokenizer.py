@@ -21,9 +21,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from ngpt.config import ConfigError, unknown
+from ngpt.data.documents import read_file
 from ngpt.data.gpt2 import gpt2_identity, gpt2_vocab_size, load_gpt2
 from ngpt.data.shards import MAX_VOCAB
-from ngpt.data.sources import read_file
 from ngpt.durable import write_atomic
 
 MODEL_FILE = "tokenizer.model"
@@ -48,8 +48,13 @@ class Tokenizer(Protocol):
         """Identifies the vocabulary: the hash of the file or files it comes from."""
         ...
 
+    @property
+    def document_mark(self) -> int | None:
+        """The id that tells where a document starts; None if there is none."""
+        ...
+
     def encode(self, text: str) -> np.ndarray:
-        """The ids of `text`, (N,) uint16."""
+        """The ids of `text`, (N,) uint16; never the document mark."""
         ...
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -57,7 +62,10 @@ class Tokenizer(Protocol):
         ...
 
     def token_bytes(self) -> np.ndarray | None:
-        """UTF-8 bytes that each id stands for, (V,) int64; None if the tokenizer does not keep text as it is."""
+        """UTF-8 bytes that each id stands for, (V,) int64; None if the tokenizer does not keep text as it is.
+
+        A document mark stands for 0 bytes, or for -1 where it takes back the space that a model puts before a text.
+        """
         ...
 
 
@@ -76,11 +84,19 @@ class SentencePieceTokenizer:
         if self._model is None:
             raise ConfigError(f"{name} is not a sentencepiece model")
         self.vocab_size: int = self._model.vocab_size()
+        marks = [index for index in (self._model.bos_id(), self._model.eos_id()) if index >= 0]
+        self.document_mark: int | None = marks[0] if marks else None
         self._pieces = [_piece_bytes(self._model, index) for index in range(self.vocab_size)]
+        self._token_bytes = np.array([len(piece) for piece in self._pieces], dtype=np.int64)
         # A literal META would come back as a space: it goes in as its three bytes instead.
         self._meta = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in META.encode()]
         self._by_line = False
-        self._lossless = self._join(self.encode(PROBE)) == PROBE.encode()
+        encoded = self._join(self.encode(PROBE))
+        self._lossless = encoded == PROBE.encode()
+        # LLaMA's way: the first word of a text is spelt as in the middle of one, with a space.
+        self._adds_space = encoded == b" " + PROBE.encode() and self.document_mark is not None
+        if self._adds_space:
+            self._token_bytes[self.document_mark] = -1
         # Where no piece reaches past a line end, lines can be encoded one by one, which is four times faster.
         self._by_line = self._lossless and not any(b"\n" in piece for piece in self._pieces if piece != b"\n")
 
@@ -101,7 +117,7 @@ class SentencePieceTokenizer:
         return model.decode([int(index) for index in ids])
 
     def token_bytes(self) -> np.ndarray | None:
-        return np.array([len(piece) for piece in self._pieces], dtype=np.int64) if self._lossless else None
+        return self._token_bytes if self._lossless or self._adds_space else None
 
     def _join(self, ids: Iterable[int]) -> bytes:
         return b"".join(self._pieces[index] for index in ids)

@@ -1,0 +1,54 @@
+"""Progress lines, by a clock that the test winds."""
+
+import pytest
+
+from ngpt.data.meter import Meter
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_what_is_over_soon_says_nothing() -> None:
+    said: list[str] = []
+    clock = Clock()
+    meter = Meter(said.append, "x", clock=clock)
+    for _ in range(100):
+        clock.now += 0.049
+        meter.update(1000, "tokens", fraction=0.5)
+    assert said == []
+
+
+def test_a_line_every_few_seconds_with_rate_and_rest() -> None:
+    said: list[str] = []
+    clock = Clock()
+    meter = Meter(said.append, "docs", clock=clock)
+    for second in range(1, 13):
+        clock.now += 1
+        meter.update(1000 * second, "tokens", fraction=second / 100)
+    assert said == [
+        "docs: 5,000 tokens, 1,000/s, 5 %, 1:35 to go",
+        "docs: 10,000 tokens, 1,000/s, 10 %, 1:30 to go",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("fraction", "before", "end"),
+    [
+        (None, 0.0, "1,000/s"),
+        (0.75, 0.5, "1,000/s, 75 %, 0:10 to go"),  # a quarter took ten seconds
+        (0.5, 0.5, "1,000/s"),
+        (1.1, 0.0, "1,000/s"),  # an estimate that was too small
+        (1 / 1001, 0.0, "1,000/s, 0 %, 2:46:40 to go"),
+    ],
+)
+def test_the_rest_is_said_where_it_can_be_known(fraction: float | None, before: float, end: str) -> None:
+    said: list[str] = []
+    clock = Clock()
+    meter = Meter(said.append, "docs", clock=clock)
+    clock.now += 10
+    meter.update(10_000, "tokens", fraction=fraction, before=before)
+    assert said == [f"docs: 10,000 tokens, {end}"]

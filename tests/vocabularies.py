@@ -1,0 +1,43 @@
+"""Small tokenizers of the kinds that people bring along."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+
+ENGLISH = "the quick brown fox jumps over the lazy dog\n    and then it sleeps\nwhile the dog thinks of the fox\n" * 20
+
+
+def write_gpt2(folder: Path) -> Path:
+    """A vocabulary in the format of the GPT-2 release: 256 bytes, three merges and the special token, 259."""
+    folder.mkdir(parents=True, exist_ok=True)
+    printable = [byte for byte in range(256) if chr(byte).isprintable() and byte != 32]
+    others = [byte for byte in range(256) if byte not in printable]
+    letters = [chr(byte) for byte in printable] + [chr(256 + index) for index in range(len(others))]
+    space = chr(256 + others.index(32))
+    merges = [("t", "h"), ("th", "e"), (space, "the")]
+    vocabulary = [*letters, *("".join(pair) for pair in merges), "<|endoftext|>"]
+    (folder / "encoder.json").write_text(json.dumps({piece: index for index, piece in enumerate(vocabulary)}))
+    (folder / "vocab.bpe").write_text("\n".join(["#version: 0.2", *map(" ".join, merges), ""]))
+    return folder
+
+
+def write_llama(path: Path, *, model_type: str = "bpe", vocab_size: int = 330, **options: Any) -> Path:
+    """A sentencepiece model with LLaMA's settings: <unk> 0, <s> 1, </s> 2, then 256 bytes; a space goes first."""
+    model = io.BytesIO()
+    settings = {
+        "model_type": model_type,
+        "vocab_size": vocab_size,
+        "byte_fallback": True,
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+        "split_digits": True,
+        "allow_whitespace_only_pieces": True,
+        "minloglevel": 2,
+    }
+    train: Any = sentencepiece.SentencePieceTrainer.train
+    train(sentence_iterator=iter(ENGLISH.splitlines()), model_writer=model, **(settings | options))
+    path.write_bytes(model.getvalue())
+    return path
