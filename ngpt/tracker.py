@@ -1,53 +1,158 @@
-"""Where a run's numbers go: `metrics.jsonl` always, Weights & Biases when asked."""
+"""Where a run's numbers go: `metrics.jsonl` always, Weights & Biases and TensorBoard when asked.
 
-import hashlib
+What a run computes never depends on who watches: neither package is imported before it is asked for, and no setting
+here is part of a trial's identity.
+"""
+
+import contextlib
+import importlib.util
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Self
 
 from pydantic import Field
 
-from ngpt.config import Config, one_of, runtime
+from ngpt.config import Config, ConfigError, one_of, runtime
 from ngpt.durable import write_atomic
+from ngpt.wandb_run import WANDB_MODES, WandbRun, choose_mode, tell
 
-WANDB_MODES = ("disabled", "offline", "online")
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+    from torch import Tensor
+
+BINS = 32
+FLOAT32_MAX = 3.4028234663852886e38
 
 
 class TrackerConfig(Config):
-    wandb: Annotated[str, one_of(WANDB_MODES, "wandb mode")] = runtime("disabled")
+    wandb: Annotated[str, one_of(WANDB_MODES, "wandb mode")] = runtime("disabled")  # auto: online where that works
+    tensorboard: bool = runtime(False)
     project: str = runtime("ngpt")
     group: str = runtime("")  # a campaign's name, set by the engine
     job_type: str = runtime("train")  # a phase's name, set by the engine
+    run_name: str = runtime("")  # a trial's arm and seed, set by the engine; empty: the folder's name
     log_every: Annotated[int, Field(ge=1)] = runtime(10)  # steps
+
+
+def settled(cfg: TrackerConfig, folder: Path, say: Callable[[str], None] = tell) -> TrackerConfig:
+    """`cfg` with `auto` decided, and `say` told what was chosen and why. Call it once, before the first run.
+
+    Args:
+        cfg: as given.
+        folder: of the runs, for people; it may be a pattern.
+        say: takes a line of text.
+
+    Raises:
+        ConfigError: W&B was asked to be online and cannot be, or TensorBoard is not installed.
+    """
+    if cfg.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise ConfigError("tracker.tensorboard needs a package: pip install 'ngpt-campaign[tensorboard]'")
+    return cfg.model_copy(update={"wandb": choose_mode(cfg.wandb, folder, say)})
+
+
+class Histogram(NamedTuple):
+    """Counts of finite values between `edges`, one more than counts; empty when there are none."""
+
+    edges: list[float]
+    counts: list[int]
+    not_finite: int
+    total: float  # sum of the finite values
+    squares: float  # sum of their squares
+
+
+def histogram(values: "ArrayLike | Tensor") -> Histogram:
+    """`BINS` equal bins from the smallest to the largest value, at least a thousandth of their size wide together.
+
+    Args:
+        values: numbers, or a tensor on any device; those that float32 cannot hold (NaN, infinities) are left out
+            and counted.
+    """
+    import numpy as np
+
+    detach = getattr(values, "detach", None)
+    plain = detach().float().cpu() if detach else values  # NumPy takes no tensor of a GPU, and knows no bfloat16
+    array = np.asarray(plain, dtype=np.float64)
+    finite_ones = array[np.abs(array) <= FLOAT32_MAX]
+    lost = array.size - finite_ones.size
+    if not finite_ones.size:
+        return Histogram([], [], lost, 0.0, 0.0)
+    low, high = float(finite_ones.min()), float(finite_ones.max())
+    # Equal values are one bar, not noise of the last bits.
+    middle, half = (low + high) / 2, max(abs(low), abs(high), 1e-6) * 5e-4
+    low, high = min(low, middle - half), max(high, middle + half)
+    counts, edges = np.histogram(finite_ones, bins=BINS, range=(low, high))
+    return Histogram(edges.tolist(), counts.tolist(), lost, float(finite_ones.sum()), float(finite_ones @ finite_ones))
 
 
 class Tracker:
     """Appends rows of numbers to `metrics.jsonl` as strict JSON; a number that is not finite is written as null.
 
-    `keep_until` is the step a resumed run continues from: later rows of the interrupted attempt are dropped.
+    `keep_until` is the step a resumed run continues from: later rows of the interrupted attempt are dropped. Offline
+    runs lie in `folder/wandb`, TensorBoard's events in `folder/tensorboard`.
+
+    Raises:
+        ModuleNotFoundError: TensorBoard was asked for and is not installed, which `settled` says in time.
+        OSError: `folder` cannot be written.
     """
 
     def __init__(
         self, cfg: TrackerConfig, folder: Path, *, settings: Mapping[str, Any], keep_until: int | None = None
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "metrics.jsonl"
-        kept = [] if keep_until is None else [row for row in read_metrics(path) if row["step"] <= keep_until]
-        write_atomic(path, "".join(map(_line, kept)))
-        # Line buffered: a reader next door sees whole rows, and a killed run loses none it has logged.
-        self._file = path.open("a", encoding="utf-8", buffering=1)
-        self._wandb = _start_wandb(cfg, folder, settings) if cfg.wandb != "disabled" else None
+        metrics, self._histograms = folder / "metrics.jsonl", folder / "histograms.jsonl"
+        _drop_after(keep_until, metrics)
+        if self._histograms.exists():
+            _drop_after(keep_until, self._histograms)
+        with contextlib.ExitStack() as stack:
+            # Line buffered: a reader next door sees whole rows, and a killed run loses none it has logged.
+            self._file = stack.enter_context(metrics.open("a", encoding="utf-8", buffering=1))
+            self._watchers: list[TensorBoard | WandbRun] = []
+            if cfg.tensorboard:
+                self._watchers.append(stack.enter_context(TensorBoard(folder / "tensorboard", keep_until)))
+            mode = choose_mode(cfg.wandb, folder) if cfg.wandb == "auto" else cfg.wandb
+            if mode != "disabled":
+                run = WandbRun(
+                    folder,
+                    mode=mode,
+                    project=cfg.project,
+                    group=cfg.group,
+                    job_type=cfg.job_type,
+                    name=cfg.run_name or folder.name,
+                    settings=settings,
+                )
+                self._watchers.append(stack.enter_context(run))
+            self._open = stack.pop_all()
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Adds one row; it has a `step`, the rest are numbers or None."""
         clean = {name: finite(value) for name, value in row.items()}
         self._file.write(_line(clean))
-        if self._wandb is not None:
-            numbers = {name: value for name, value in clean.items() if value is not None}
-            self._wandb.log(numbers, step=int(row["step"]))
+        numbers = {name: value for name, value in clean.items() if value is not None}
+        for watcher in self._watchers:
+            watcher.log(numbers)
+
+    def log_histograms(self, step: int, values: Mapping[str, "ArrayLike | Tensor"]) -> None:
+        """Adds the distribution of each of some arrays or tensors; a row per name in `histograms.jsonl`."""
+        found = {name: histogram(array) for name, array in values.items()}
+        rows = [
+            {"step": step, "name": name, "edges": each.edges, "counts": each.counts, "not_finite": each.not_finite}
+            for name, each in found.items()
+        ]
+        if rows:  # else there is no file
+            with self._histograms.open("a", encoding="utf-8") as file:
+                file.writelines(map(_line, rows))
+        if shown := {name: each for name, each in found.items() if each.counts}:
+            for watcher in self._watchers:
+                watcher.log_histograms(step, shown)
+
+    def note(self, facts: Mapping[str, Any]) -> None:
+        """Says things that are true of the whole run, such as skipped shards; values are what JSON can say."""
+        clean = {name: finite(value) for name, value in facts.items()}
+        for watcher in self._watchers:
+            watcher.note(clean)
 
     def __enter__(self) -> Self:
         return self
@@ -55,9 +160,7 @@ class Tracker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
-        if self._wandb is not None:
-            self._wandb.finish(exit_code=0 if kind is None else 1)
+        self._open.__exit__(kind, error, trace)
 
 
 def finite(value: Any) -> Any:
@@ -66,30 +169,60 @@ def finite(value: Any) -> Any:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a `metrics.jsonl`; a last line that a killed process left half-written is not one."""
+    """The rows of a `metrics.jsonl` or `histograms.jsonl`; a last line that a killed process left half-written is none.
+
+    A file that is not there has none.
+    """
     if not path.is_file():
         return []
     *lines, _torn = path.read_text(encoding="utf-8").split("\n")
     return [json.loads(line) for line in lines]
 
 
+def _drop_after(step: int | None, path: Path) -> None:
+    """Leaves the rows up to `step` in the file, which is there afterwards; None leaves none."""
+    kept = [] if step is None else [row for row in read_metrics(path) if row["step"] <= step]
+    write_atomic(path, "".join(map(_line, kept)))
+
+
 def _line(row: Mapping[str, Any]) -> str:
     return json.dumps(row, allow_nan=False) + "\n"
 
 
-def _start_wandb(cfg: TrackerConfig, folder: Path, settings: Mapping[str, Any]) -> Any:
-    import wandb
+class TensorBoard:
+    """Event files for `tensorboard --logdir`; what an interrupted attempt logged after `keep_until` is purged."""
 
-    return wandb.init(
-        project=cfg.project,
-        group=cfg.group or None,
-        job_type=cfg.job_type,
-        name=folder.name,
-        # The folder is the run: resuming in it continues it, and another folder of that name is another run.
-        id=hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:16],
-        resume="allow",
-        dir=folder,
-        mode="offline" if cfg.wandb == "offline" else "online",
-        config=dict(settings),
-        settings=wandb.Settings(silent=True),
-    )
+    def __init__(self, folder: Path, keep_until: int | None) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        purge = 0 if keep_until is None else keep_until + 1
+        self._writer = SummaryWriter(str(folder), purge_step=purge, flush_secs=10)
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        for name, value in row.items():
+            if name != "step":
+                self._writer.add_scalar(name, value, int(row["step"]))
+
+    def log_histograms(self, step: int, histograms: Mapping[str, Histogram]) -> None:
+        for name, each in histograms.items():
+            self._writer.add_histogram_raw(
+                name,
+                min=each.edges[0],
+                max=each.edges[-1],
+                num=sum(each.counts),
+                sum=each.total,
+                sum_squares=each.squares,
+                bucket_limits=each.edges[1:],
+                bucket_counts=each.counts,
+                global_step=step,
+            )
+
+    def note(self, facts: Mapping[str, Any]) -> None:
+        for name, value in facts.items():
+            self._writer.add_text(name, json.dumps(value, allow_nan=False))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._writer.close()

@@ -1,12 +1,15 @@
 """The order of things in one run: errors of the corpora come out before a trial starts, and nothing stays locked."""
 
 import contextlib
+import json
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from wandb_file import python
 
 from ngpt.config import ConfigError
 from tune.campaign import load_campaign
@@ -85,3 +88,39 @@ def test_a_campaign_with_nothing_left_to_train_does_not_start_ray(
     path.write_text(TINY.format(corpus=corpus).replace("0.2]", "0.2, 0.3]"))
     with pytest.raises(ModuleNotFoundError):
         launch(load_campaign(path), tmp_path / "out", command="")
+
+
+TRACKED = """
+import contextlib, json, os, types
+from pathlib import Path
+from ngpt.config import ConfigError
+from tune.campaign import load_campaign
+from tune.journal import read_journal
+from tune.launch import launch
+quiet = lambda snapshot: contextlib.nullcontext(types.SimpleNamespace(message=lambda text: None))
+for mode in ("online", "auto", "auto"):
+    campaign = load_campaign(Path("tiny.yaml"), (f"tracker.wandb={mode}", "tracker.log_every=1"))
+    try:
+        launch(campaign, Path("out"), command="", inline=True, view=quiet)
+    except ConfigError as error:
+        print(error)
+    journal = read_journal(Path("out", "journal.jsonl"))
+    ends = [event for event in journal if event["event"] == "trial_finished"]
+    print(json.dumps([[event["status"], event["config"]["tracker.wandb"]] for event in ends]))
+"""
+
+
+def test_whether_weights_and_biases_can_be_reached_is_asked_once_per_campaign(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "tiny.yaml").write_text(TINY.format(corpus=corpus).replace("seeds: [1, 2]", "seeds: [1]"))
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+    key = {"WANDB_API_KEY": "0123456789abcdef" * 3, "WANDB_BASE_URL": url}
+    done = python(TRACKED, tmp_path, NGPT_CACHE=str(tmp_path / "cache"), **key)
+    refusal, before, first, second = done.stdout.splitlines()
+    assert refusal.startswith("tracker.wandb is online, but 127.0.0.1 cannot be reached")
+    assert json.loads(before) == []
+    assert json.loads(first) == json.loads(second) == [["finished", "offline"]] * 2
+    (said,) = [line for line in done.stderr.splitlines() if line.startswith("W&B")]  # and not again for nothing to do
+    assert said.startswith("W&B: offline, since 127.0.0.1 cannot be reached")
+    assert said.endswith("upload later with: wandb sync out/trials/*/wandb/offline-run-*")
+    assert len(list(tmp_path.glob("out/trials/*/wandb/offline-run-*/run-*.wandb"))) == 2

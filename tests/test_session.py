@@ -73,6 +73,15 @@ def events(root: Path, name: str) -> list[dict]:
     return [event for event in read_journal(root / "journal.jsonl") if event["event"] == name]
 
 
+def test_a_trial_is_tracked_by_its_place_in_the_campaign_and_in_one_mode_for_all(root: Path, file: Path) -> None:
+    with session_on(file, root, ("tracker.wandb=auto", "tracker.project=spheres")) as session:
+        session.wandb_mode = "offline"
+        tracker = drive(begun(session), most=1)[0].config.tracker
+    assert (tracker.wandb, tracker.project) == ("offline", "spheres")
+    place = (tracker.group, tracker.job_type, tracker.run_name)
+    assert place == ("tiny", "alpha", "alpha=0.05 seed 1")
+
+
 # ---- order and inheritance -----------------------------------------------------------------------------------------
 
 

@@ -1,16 +1,21 @@
-"""metrics.jsonl: strict JSON, whole rows, and one continuous story however often a run was interrupted."""
+"""A run's numbers: strict JSON, whole rows, and one continuous story however often a run was interrupted."""
 
+import importlib.util
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from wandb_file import named, python, records
 
 from ngpt.config import ConfigError, build, content_hash, is_identity, settings
-from ngpt.tracker import Tracker, TrackerConfig, finite, read_metrics
+from ngpt.tracker import BINS, Tracker, TrackerConfig, finite, histogram, read_metrics, settled
 
 PLAIN = TrackerConfig()
 
@@ -101,45 +106,174 @@ def test_an_unknown_mode_is_refused() -> None:
         build(TrackerConfig, {"wandb": "ofline"})
 
 
-def python(code: str, folder: Path, **environment: str) -> str:
-    """Runs `code` in a fresh interpreter that knows no home and no network."""
-    kept = {name: os.environ[name] for name in ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH") if name in os.environ}
-    root = str(Path(__file__).parents[1])
-    kept["PYTHONPATH"] = os.pathsep.join(filter(None, [root, kept.get("PYTHONPATH")]))
-    nowhere = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code],
-        cwd=folder,
-        env=kept | nowhere | {"HOME": str(folder), "FOLDER": str(folder / "run")} | environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+# ---- histograms ----------------------------------------------------------------------------------------------------
 
+
+@given(arrays(np.float64, st.integers(0, 60), elements=st.floats(width=64)))
+@example(np.array([0.05, 0.05]))
+@example(np.array([0.0]))
+@example(np.array([5e-324, -5e-324, 1e308]))
+@example(np.array([3.4028234663852886e38, -3.4028234663852886e38, 3.5e38]))
+def test_a_histogram_counts_every_finite_value_once(values: np.ndarray) -> None:
+    found = histogram(values)
+    kept = [value for value in values.tolist() if abs(value) <= float(np.finfo(np.float32).max)]  # no NaN is
+    assert found.not_finite == len(values) - len(kept)
+    assert sum(found.counts) == len(kept)
+    if kept:
+        assert len(found.edges) == len(found.counts) + 1 == BINS + 1
+        assert found.edges[0] <= min(kept) and max(kept) <= found.edges[-1]
+        assert all(low < high for low, high in zip(found.edges, found.edges[1:], strict=False))
+        # Counted one by one: a value on an edge belongs to the bin above, the last bin has both of its edges.
+        for low, high, count in zip(found.edges[:-1], found.edges[1:-1], found.counts[:-1], strict=False):
+            assert count == sum(low <= value < high for value in kept)
+    else:
+        assert (found.edges, found.counts) == ([], [])
+
+
+def test_values_that_are_spread_fill_the_bins_from_end_to_end() -> None:
+    found = histogram(np.linspace(-1.0, 3.0, 32 * 5, dtype=np.float32))
+    assert (found.edges[0], found.edges[-1]) == (-1.0, 3.0)
+    assert min(found.counts) >= 4
+
+
+def test_equal_values_are_one_bar_in_the_middle() -> None:
+    found = histogram([0.05, 0.05, float("nan")])
+    assert [count for count in found.counts if count] == [2]
+    assert found.edges[0] == pytest.approx(0.05, rel=1e-3)
+    assert found.edges[-1] == pytest.approx(0.05, rel=1e-3)
+    assert found.not_finite == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_tensor_is_as_good_as_an_array(dtype: torch.dtype) -> None:
+    values = torch.tensor([[0.25, 0.5, float("nan")], [1.0, 2.0, 3.0]], dtype=dtype, requires_grad=True)
+    assert histogram(values) == histogram([0.25, 0.5, float("nan"), 1.0, 2.0, 3.0])
+
+
+def test_histograms_are_rows_of_their_own_file_and_follow_a_resumed_run(tmp_path: Path) -> None:
+    path = tmp_path / "histograms.jsonl"
+    with Tracker(PLAIN, tmp_path, settings={}) as tracker:
+        tracker.log_histograms(0, {})
+        assert not path.exists()  # a run that looks at none has none
+        for step in (2, 4, 6):
+            tracker.log_histograms(step, {"alpha/attention.0": [0.0, 1.0], "r/mlp.0": [float("inf"), 1.0 + step]})
+    first = rows(path)
+    assert [(row["step"], row["name"]) for row in first] == [
+        (step, name) for step in (2, 4, 6) for name in ("alpha/attention.0", "r/mlp.0")
+    ]
+    assert first[0] == {
+        "step": 2,
+        "name": "alpha/attention.0",
+        "edges": np.linspace(0, 1, BINS + 1).tolist(),
+        "counts": [1] + [0] * (BINS - 2) + [1],
+        "not_finite": 0,
+    }
+    assert [row["not_finite"] for row in first] == [0, 1] * 3
+    path.write_bytes(path.read_bytes() + b'{"step": 8, "na')
+    with Tracker(PLAIN, tmp_path, settings={}, keep_until=4) as tracker:
+        tracker.log_histograms(6, {"r/mlp.0": []})
+    last = {"step": 6, "name": "r/mlp.0", "edges": [], "counts": [], "not_finite": 0}
+    assert rows(path) == read_metrics(path) == [*first[:4], last]
+    track(tmp_path, 1)  # a fresh run has nothing to do with them
+    assert rows(path) == []
+
+
+# ---- Weights & Biases ----------------------------------------------------------------------------------------------
 
 USE = """
-import os, sys
+import json, os, sys
 from pathlib import Path
 from ngpt.tracker import Tracker, TrackerConfig
-cfg = TrackerConfig(wandb=os.environ["MODE"], project="spheres", group="campaign", job_type="alpha")
-with Tracker(cfg, Path(os.environ["FOLDER"]), settings={"optim.lr": 0.125}) as tracker:
-    tracker.log({"step": 1, "val_loss": 4.5})
-    tracker.log({"step": 2, "val_loss": float("nan")})
-print("wandb" in sys.modules)
+cfg = TrackerConfig(**json.loads(os.environ["TRACKER"]), project="spheres", group="campaign", job_type="alpha")
+for folder, keep_until in (Path("a", "0123456789"), None), (Path("b", "0123456789"), 1):
+    if keep_until:
+        folder.parent.mkdir()
+        Path("a", "0123456789").rename(folder)
+    with Tracker(cfg, folder.absolute(), settings={"optim.lr": 0.125}, keep_until=keep_until) as tracker:
+        tracker.log({"step": (keep_until or 0) + 1, "val_loss": 4.5, "lr/matrices": 0.25})
+        tracker.log({"step": 9, "val_loss": float("nan"), "grad_norm": 1.5})
+        tracker.log_histograms(9, {"alpha/attention.0": [0.0, 1.0, float("nan")], "r/mlp.0": []})
+        tracker.note({"skipped_shards": ["train_000003.bin"], "data_sha256": "abc", "spread": float("inf")})
+print(*[name for name in ("numpy", "wandb", "tensorboard", "torch") if name in sys.modules])
 """
+RUN = Path("b", "0123456789")
 
 
-def test_without_weights_and_biases_it_is_not_even_imported(tmp_path: Path) -> None:
-    assert python(USE, tmp_path, MODE="disabled").split() == ["False"]
-    assert rows(tmp_path / "run" / "metrics.jsonl") == [{"step": 1, "val_loss": 4.5}, {"step": 2, "val_loss": None}]
+def test_a_run_that_nobody_watches_imports_no_watcher(tmp_path: Path) -> None:
+    done = python(USE, tmp_path, TRACKER="{}")
+    assert (done.stdout.split(), done.stderr) == (["numpy"], "")  # for the histograms
+    assert sorted(path.name for path in (tmp_path / RUN).iterdir()) == ["histograms.jsonl", "metrics.jsonl"]
 
 
-def test_an_offline_run_of_weights_and_biases_holds_settings_and_numbers(tmp_path: Path) -> None:
-    assert python(USE, tmp_path, MODE="offline").split()[-1] == "True"
-    assert len(rows(tmp_path / "run" / "metrics.jsonl")) == 2
-    (log,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
-    content = log.read_bytes()
-    for word in (b"optim.lr", b"0.125", b"val_loss", b"4.5", b"spheres", b"campaign", b"alpha"):
-        assert word in content, word
+def test_an_offline_run_of_weights_and_biases_holds_what_was_logged_and_goes_on_in_another_place(
+    tmp_path: Path,
+) -> None:
+    key = "0123456789abcdef" * 3
+    tracker = {"wandb": "offline", "run_name": "alpha=0.28 seed 1"}
+    done = python(USE, tmp_path, TRACKER=json.dumps(tracker), WANDB_API_KEY=key)
+    assert done.stderr == ""
+    assert [row["step"] for row in rows(tmp_path / RUN / "metrics.jsonl")] == [1, 2, 9]
+    attempts = [
+        list(records(log))
+        for log in sorted((tmp_path / RUN).glob("wandb/offline-run-*/run-*.wandb"), key=os.path.getmtime)
+    ]
+    runs = [record.run for attempt in attempts for record in attempt if record.HasField("run")]
+    assert len(attempts) == len(runs) == 2
+    for run in runs:
+        shown = (run.project, run.run_group, run.job_type, run.display_name)
+        assert shown == ("spheres", "campaign", "alpha", "alpha=0.28 seed 1")
+        assert named(run.config.update)["optim.lr"] == 0.125
+    assert runs[0].run_id == runs[1].run_id
+    for attempt, step in zip(attempts, (1, 2), strict=True):
+        history = [named(record.history.item) for record in attempt if record.HasField("history")]
+        ours = [{name: row[name] for name in row if not name.startswith("_")} for row in history]
+        bins = {"_type": "histogram", "values": [1] + [0] * 30 + [1], "bins": np.linspace(0, 1, 33).tolist()}
+        assert ours == [
+            {"step": step, "val_loss": 4.5, "lr/matrices": 0.25},
+            {"step": 9, "grad_norm": 1.5},
+            {"step": 9} | {f"alpha/attention.0.{name}": value for name, value in bins.items()},
+        ]
+        summary: dict[str, Any] = {}
+        for record in attempt:
+            summary |= named(record.summary.update) if record.HasField("summary") else {}
+        assert summary["skipped_shards"] == ["train_000003.bin"]
+        assert (summary["data_sha256"], summary["spread"]) == ("abc", None)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and key.encode() in path.read_bytes()]
+
+
+# ---- TensorBoard ---------------------------------------------------------------------------------------------------
+
+
+def test_tensorboard_shows_one_story_of_a_run_that_was_interrupted(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    cfg = TrackerConfig(tensorboard=True)
+    for keep_until, steps in ((None, (1, 2, 3, 4)), (2, (3,))):
+        with Tracker(cfg, tmp_path, settings={}, keep_until=keep_until) as tracker:
+            for step in steps:
+                tracker.log({"step": step, "loss": step + (keep_until or 0) / 8, "lr": None, "lr/matrices": 0.25})
+                tracker.log_histograms(step, {"r/mlp.0": [1.0, 2.0, 2.0, float("nan")], "empty": []})
+            tracker.note({"skipped_shards": ["train_000003.bin"]})
+    events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"scalars": 0, "histograms": 0})
+    events.Reload()
+    tags = events.Tags()
+    assert (tags["scalars"], tags["histograms"]) == (["loss", "lr/matrices"], ["r/mlp.0"])
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 1), (2, 2), (3, 3.25)]
+    shown = events.Histograms("r/mlp.0")
+    assert [event.step for event in shown] == [1, 2, 3]
+    value = shown[0].histogram_value
+    assert (value.min, value.max, value.num, value.sum, value.sum_squares) == (1, 2, 3, 5, 9)
+    assert dict(zip(value.bucket_limit, value.bucket, strict=True))[2.0] == 2
+    note = events.Tensors("skipped_shards/text_summary")[-1]
+    assert json.loads(note.tensor_proto.string_val[0]) == ["train_000003.bin"]
+
+
+def test_tensorboard_that_is_not_installed_is_an_error_that_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = TrackerConfig(tensorboard=True)
+    assert settled(asked, tmp_path) == asked
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install 'ngpt-campaign\[tensorboard\]'"):
+        settled(asked, tmp_path)
+    assert settled(PLAIN, tmp_path) == PLAIN

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Generic, TypeVar
 
+from ngpt.tracker import settled
 from tune import environment
 from tune.campaign import Campaign
 from tune.console import Snapshot, open_console
@@ -39,16 +40,19 @@ def launch(
 
     Raises:
         Busy: another process runs on `root`.
-        ConfigError: the corpora cannot be prepared or have changed.
+        ConfigError: the corpora cannot be prepared or have changed, or the tracker cannot do what is asked of it.
         OSError: the disk.
         ExecutorLost: Ray stopped before the campaign was over.
     """
     session = Session(campaign, root, command=command, environment=environment.describe(campaign.base.device))
     with session, contextlib.ExitStack() as stack:
+        work = session.has_work()
+        if work:  # asked once for all trials: each would wait for a server that is not there
+            session.wandb_mode = settled(campaign.base.tracker, root / "trials" / "*", tell).wandb
         # Tokenizing and Ray's start both take seconds, and neither needs the other.
         prepared = Background(lambda: prepare_all(campaign, tell))
         cluster = None
-        if not inline and session.has_work():
+        if not inline and work:
             from tune.engine import RayCluster  # importing Ray takes a second, which --inline does without
 
             prepared.check()

@@ -47,6 +47,7 @@ class Session:
     def __init__(self, campaign: Campaign, root: Path, *, command: str, environment: Mapping[str, Any]) -> None:
         self.campaign, self.root = campaign, root
         self.command, self.environment = command, dict(environment)
+        self.wandb_mode = campaign.base.tracker.wandb  # of every trial; `auto` leaves it to each of them
         self.workers = 1  # trials at once, set by the executor
         self.message: Message = lambda text: None
         self.dashboard_url: str | None = None
@@ -182,8 +183,9 @@ class Session:
         )
 
     def _with_tracking(self, trial: Trial) -> Any:
-        """The trial's config with campaign and phase as W&B's group and job type; neither changes what is computed."""
-        tracker = trial.config.tracker.model_copy(update={"group": self.campaign.name, "job_type": trial.phase})
+        """The trial's config with its place in the campaign, as W&B shows it; nothing here changes what is computed."""
+        place = {"group": self.campaign.name, "job_type": trial.phase, "run_name": f"{trial.arm} seed {trial.seed}"}
+        tracker = trial.config.tracker.model_copy(update=place | {"wandb": self.wandb_mode})
         return trial.config.model_copy(update={"tracker": tracker})
 
     def _advance(self) -> None:
