@@ -1,6 +1,6 @@
 """Checkpoints: folders that appear whole or not at all, with a digest per file; the last few and the best are kept.
 
-    checkpoints/step_0001000/   model.safetensors  state.pt  MANIFEST.json
+    checkpoints/step_0001000/   model.safetensors  state.pt  MANIFEST.json  tokenizer.model (if it has one)
 
 `torch.load` does not notice a flipped bit inside a tensor, and a crash can leave any prefix of a file. So a folder is
 written under another name, synced and renamed, and nothing is loaded whose digests do not match its manifest.
@@ -41,6 +41,7 @@ class Checkpoint:
     step: int
     val_loss: float | None
     identity: dict[str, Any]  # the settings that decide what was computed, by dotted name
+    data: dict[str, Any]  # where the text came from and how it was tokenized; it does not matter to a resumed run
 
 
 def save_checkpoint(
@@ -52,11 +53,14 @@ def save_checkpoint(
     val_loss: float | None,
     identity: Mapping[str, Any],
     keep_last: int,
+    data: Mapping[str, Any] | None = None,
+    files: Mapping[str, bytes] | None = None,
 ) -> Path:
     """Commits `root/step_N`, then removes what is neither among the last `keep_last` nor the best.
 
     `state` is plain data and tensors (what `torch.load(weights_only=True)` accepts); `val_loss` is that of these very
-    weights, None where they were not evaluated.
+    weights, None where they were not evaluated. `data` and the content of `files` lie beside the weights for those who
+    use the model elsewhere.
 
     Raises:
         OSError: the disk is full, or the step is already there; the older checkpoints are as they were.
@@ -72,13 +76,15 @@ def save_checkpoint(
         # An open file, not a path: only then does a full disk show as OSError.
         with (temp / "state.pt").open("wb") as file:
             torch.save(dict(state), file)
-        files = {path.name: _digest(path) for path in sorted(temp.iterdir())}
+        for name, content in (files or {}).items():
+            (temp / name).write_bytes(content)
         manifest = {
             "format": FORMAT,
             "step": step,
             "val_loss": val_loss,
             "identity": identity,
-            "files": files,
+            "data": dict(data or {}),
+            "files": {path.name: _digest(path) for path in sorted(temp.iterdir())},
         }
         sealed = manifest | {"sha256": _seal(manifest)}
         (temp / "MANIFEST.json").write_text(json.dumps(sealed, indent=1, allow_nan=False))
@@ -124,7 +130,8 @@ def verify_checkpoint(path: Path) -> Checkpoint:
     for name, digest in manifest["files"].items():
         if _digest(path / name) != digest:
             raise ValueError(f"{path / name}: size or SHA-256 differs from the manifest")
-    return Checkpoint(path, manifest["step"], manifest["val_loss"], manifest["identity"])
+    step, val_loss, identity = manifest["step"], manifest["val_loss"], manifest["identity"]
+    return Checkpoint(path, step, val_loss, identity, manifest.get("data", {}))
 
 
 def load_checkpoint(checkpoint: Checkpoint, model: nn.Module, *, identity: Mapping[str, Any]) -> dict[str, Any]:

@@ -56,7 +56,9 @@ def one_of(table: Collection[str], what: str) -> pydantic.AfterValidator:
 
     def check(name: str) -> str:
         if name not in table:
-            raise PydanticCustomError("choice", "{text}", {"text": unknown(what, name, table)})
+            text = unknown(what, name, table)
+            allowed = "" if "choose one of" in text else f" Allowed: {', '.join(sorted(table))}"
+            raise PydanticCustomError("choice", "{text}", {"text": text + allowed})
         return name
 
     return pydantic.AfterValidator(check)
@@ -109,37 +111,6 @@ def resolve(cls: type[Config], name: str) -> str:
     if leaves:
         raise ConfigError(f"ambiguous setting, write one of {', '.join(leaves)}")
     raise ConfigError(_unknown_setting(cls, name))
-
-
-def named_settings(
-    cls: type[Config], data: Any, at: Location = ()
-) -> tuple[dict[str, tuple[Any, Location]], list[Problem]]:
-    """The settings in a mapping as people write it: sections (`optim: {lr: 1}`), dotted names or bare leaves.
-
-    Returns the value and location of each by full dotted name, and a problem for each key that names no setting, is
-    given twice, or is a section without a mapping. Values are not checked.
-    """
-    found: dict[str, tuple[Any, Location]] = {}
-    problems: list[Problem] = []
-    if not isinstance(data, Mapping):
-        return found, [Problem(at, f"must be a mapping of settings, got {data!r}")]
-    sections = {name.rpartition(".")[0] for name in settings(cls)} - {""}
-    for key, value in data.items():
-        location = (*at, key)
-        if key in sections:
-            part, wrong = named_settings(section_type(cls, key), value, location)
-            part = {f"{key}.{name}": entry for name, entry in part.items()}
-            problems += wrong
-        else:
-            try:
-                part = {resolve(cls, key): (value, location)}
-            except ConfigError as error:
-                near = difflib.get_close_matches(key, sections, n=1) if isinstance(value, Mapping) else []
-                problems.append(Problem(location, unknown("section", key, near) if near else str(error)))
-                continue
-        problems += [Problem(entry[1], f"{name} is given twice") for name, entry in part.items() if name in found]
-        found |= part
-    return found, problems
 
 
 def section_type(cls: type[Config], name: str) -> type[Config]:

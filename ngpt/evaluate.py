@@ -1,21 +1,139 @@
-"""Validation: mean loss in nats per token, and bits per byte of the real text, on the same tokens for every trial."""
+"""Validation: mean loss in nats per token, and bits per byte of the real text, on the same tokens for every trial.
 
+python -m ngpt.evaluate runs/first
+python -m ngpt.evaluate runs/first --set block_size=512 rope_scaling=yarn rope_factor=4 --corpus shakespeare
+"""
+
+import argparse
+import json
 import math
+import sys
+from typing import Any
 
 import torch
 
-from ngpt.data.loader import EvalSet
+from ngpt.checkpoint import Checkpoint
+from ngpt.config import ConfigError, build
+from ngpt.data.corpora import DataConfig, Dataset, open_dataset
+from ngpt.data.loader import EvalSet, eval_set
+from ngpt.data.shards import CorruptShardError
+from ngpt.data.tokenizer import MODEL_FILE
+from ngpt.device import mixed_precision
+from ngpt.load import add_model_arguments, build_model, find_checkpoint, made_with, model_changes
 from ngpt.model import GPT
+from ngpt.tracker import finite
+
+EVAL_TOKENS = 16_384  # where neither the command line nor the checkpoint says how many
+EXIT_USAGE = 2
+EXIT_IO = 74  # EX_IOERR of sysexits.h
 
 
 @torch.no_grad()
 def evaluate(model: GPT, eval_set: EvalSet, *, autocast: torch.autocast) -> dict[str, float | None]:
     """`val_loss` (nats per token) and `val_bpb` (bits per byte; None where the corpus cannot count its bytes)."""
     device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
     with autocast:
         losses = [model(idx.to(device), targets.to(device)) for idx, targets in eval_set.batches]
+    model.train(was_training)
     counts = [targets.numel() for _, targets in eval_set.batches]
     # Summed in float64 on the CPU, since MPS has none; one transfer, not one per batch.
     nats = sum(loss * n for loss, n in zip(torch.stack(losses).tolist(), counts, strict=True))
     bpb = nats / math.log(2) / eval_set.n_bytes if eval_set.n_bytes else None
     return {"val_loss": nats / eval_set.n_tokens, "val_bpb": bpb}
+
+
+def measure(
+    model: GPT, checkpoint: Checkpoint, dataset: Dataset, *, eval_tokens: int | None, dtype: str | None
+) -> dict[str, Any]:
+    """What is printed: `val_loss`, `val_bpb`, `perplexity` (per token), and what they belong to.
+
+    `eval_tokens` and `dtype` are those of the training run unless they are given.
+
+    Raises:
+        ConfigError: the corpus was made with another tokenizer, or does not hold a window.
+    """
+    here = dataset.manifest["tokenizer"]
+    hashes = {made_with(checkpoint).sha256, here["sha256"]} - {None}
+    if dataset.vocab_size > model.wte.num_embeddings or len(hashes) > 1:
+        raise ConfigError(
+            f"{dataset.folder} was tokenized with another {here['spec']} than {checkpoint.path} was trained with; "
+            f"leave out --tokenizer, or prepare the corpus with the checkpoint's {MODEL_FILE}"
+        )
+    identity, block_size = checkpoint.identity, model.cfg.block_size
+    # As many tokens at once as fitted in training; a converted model has no run behind it.
+    rows = identity.get("micro_batch_size") or identity.get("batch_size") or 1
+    rows = max(1, rows * identity["model.block_size"] // block_size)
+    tokens = eval_tokens or identity.get("eval_tokens") or EVAL_TOKENS
+    data = eval_set(dataset, tokens=tokens, batch_size=rows, block_size=block_size)
+    autocast = mixed_precision(next(model.parameters()).device, dtype or identity.get("dtype", "float32"))
+    scores = {name: finite(value) for name, value in evaluate(model, data, autocast=autocast).items()}
+    loss = scores["val_loss"]
+    return scores | {
+        "perplexity": math.exp(loss) if loss is not None and loss < 700 else None,
+        "checkpoint": str(checkpoint.path),
+        "step": checkpoint.step,
+        "block_size": block_size,
+        "rope_scaling": model.cfg.rope_scaling,
+        "rope_factor": model.cfg.rope_factor,
+        "trained_on_corpus": identity.get("data.fingerprint") == dataset.manifest["fingerprint"],
+        "eval_tokens": data.n_tokens,
+        "eval_sha256": data.sha256,
+    }
+
+
+def data_config(checkpoint: Checkpoint, *, corpus: str | None, source: str | None, tokenizer: str | None) -> DataConfig:
+    """The corpus that is named, tokenized as the model needs it; by default the one that the model was trained on.
+
+    Raises:
+        ConfigError: the checkpoint does not say what it was trained on.
+    """
+    settings = dict(checkpoint.data.get("settings") or {})
+    if corpus is None and not settings:
+        raise ConfigError(f"{checkpoint.path} does not say what it was trained on: name it with --corpus")
+    if corpus is not None and corpus != settings.get("corpus"):
+        own = checkpoint.path / MODEL_FILE
+        spec = str(own) if own.is_file() else made_with(checkpoint).spec
+        settings = {"corpus": corpus} | ({"tokenizer": spec} if spec else {})
+    given = {"path": source, "tokenizer": tokenizer}
+    return build(DataConfig, settings | {name: value for name, value in given.items() if value is not None})
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m ngpt.evaluate",
+        description="The validation loss of a trained model, also on a longer context.",
+    )
+    add_model_arguments(parser)
+    parser.add_argument("--corpus", metavar="C", help="as in python -m ngpt.data; default: what it was trained on")
+    parser.add_argument("--tokenizer", metavar="T", help="of the corpus, if it is not the checkpoint's own")
+    parser.add_argument("--from", dest="source", metavar="PATH", help="local copy of a corpus that is downloaded")
+    parser.add_argument("--eval-tokens", type=int, metavar="N", help="of the validation split; default: as in training")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    options = parser.parse_args(arguments)
+    try:
+        if options.eval_tokens is not None and options.eval_tokens < 1:
+            raise ConfigError(f"--eval-tokens must be at least 1, got {options.eval_tokens}")
+        checkpoint = find_checkpoint(options.checkpoint, best=options.best)
+        model = build_model(checkpoint, device=options.device, **model_changes(options.set))
+        config = data_config(checkpoint, corpus=options.corpus, source=options.source, tokenizer=options.tokenizer)
+        dataset = open_dataset(config)
+        figures = measure(model, checkpoint, dataset, eval_tokens=options.eval_tokens, dtype=options.dtype)
+    except (ConfigError, CorruptShardError) as error:
+        print(error, file=sys.stderr)
+        return EXIT_USAGE
+    except OSError as error:
+        print(f"{error.filename or options.checkpoint}: {error.strerror or error}", file=sys.stderr)
+        return EXIT_IO
+    if options.json:
+        print(json.dumps(figures, allow_nan=False))
+        return 0
+    for name, value in figures.items():
+        print(f"{name:18} {value:.6g}" if isinstance(value, float) else f"{name:18} {value}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

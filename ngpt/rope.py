@@ -1,16 +1,73 @@
 """Rotary position embedding (RoFormer, arXiv 2104.09864): position p turns each pair of channels by p * frequency.
 
-Pairs are interleaved, (x[2i], x[2i+1]), as in the paper. This is a true rotation: it keeps lengths, and dot products
-depend on the distance of two positions only. (The table in the official nGPT repository is not, see its issue 10.)
+Pairs are interleaved, (x[2i], x[2i+1]), as in the paper. `rotary` is a true rotation: it keeps lengths, and dot
+products depend on the distance of two positions only. `nvidia` is what the official nGPT repository computes instead
+(its issue 10): it exists for that repository's checkpoints.
+
+The scalings let a model read a context `factor` times as long as the one it was trained with.
 """
+
+import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+YARN_SLOW, YARN_FAST = 1.0, 32.0  # turns over the trained context: alpha and beta of arXiv 2309.00071, section 3.2
 
-def rope_tables(length: int, head_dim: int, *, base: float = 10_000.0) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every position's angles, float32, each (length, head_dim / 2)."""
+
+def unscaled(frequencies: Tensor, factor: float, trained: float) -> Tensor:
+    """The frequencies as trained."""
+    return frequencies
+
+
+def linear(frequencies: Tensor, factor: float, trained: float) -> Tensor:
+    """Position interpolation (arXiv 2306.15595): all positions are squeezed into the trained range."""
+    return frequencies / factor
+
+
+def ntk(frequencies: Tensor, factor: float, trained: float) -> Tensor:
+    """NTK-aware: a larger base, so that the slowest pair is interpolated and the fastest is left alone.
+
+    Source: bloc97, reddit.com/r/LocalLLaMA/comments/14lz7j5; arXiv 2309.00071, section 3.1.
+    """
+    pairs = len(frequencies)
+    exponents = torch.arange(pairs, dtype=frequencies.dtype) / max(1, pairs - 1)
+    return frequencies * factor**-exponents
+
+
+def yarn(frequencies: Tensor, factor: float, trained: float) -> Tensor:
+    """NTK by parts (YaRN, arXiv 2309.00071, section 3.2): interpolates the pairs that never finish a turn.
+
+    A pair that turns often within the `trained` context is left alone, in between the two are mixed.
+    """
+    turns = trained * frequencies / (2 * math.pi)
+    kept = ((turns - YARN_SLOW) / (YARN_FAST - YARN_SLOW)).clamp(0, 1)
+    return frequencies * (kept + (1 - kept) / factor)
+
+
+ROPE_SCALINGS: dict[str, Callable[[Tensor, float, float], Tensor]] = {
+    "none": unscaled,
+    "linear": linear,
+    "ntk": ntk,
+    "yarn": yarn,
+}
+
+
+def attention_temperature(scaling: str, factor: float) -> float:
+    """What attention scores are multiplied with besides: YaRN sharpens them over a longer context (section 3.4)."""
+    return (0.1 * math.log(factor) + 1) ** 2 if scaling == "yarn" else 1.0
+
+
+def rope_tables(
+    length: int, head_dim: int, *, base: float = 10_000.0, scaling: str = "none", factor: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of every position's angles, float32, each (length, head_dim / 2).
+
+    With a scaling, `length` is the extended context: the model was trained with length / factor.
+    """
     frequencies = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    frequencies = ROPE_SCALINGS[scaling](frequencies, factor, length / factor)
     angles = torch.outer(torch.arange(length, dtype=torch.float64), frequencies)
     return angles.cos().float(), angles.sin().float()
 
@@ -19,3 +76,17 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turns the channel pairs of `x` (..., T, K) by the angles of `cos` and `sin` (T, K/2); float32 of x's shape."""
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
+
+
+def nvidia_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """What NVIDIA/ngpt's `apply_rotary_position_embeddings` does to `x` (..., T, K): not a rotation.
+
+    It interleaves sine and cosine in one table and takes that table's halves for them, and leaves out the terms that
+    would make it a rotation. Float32 of x's shape.
+    """
+    first, second = torch.stack((sin, cos), dim=-1).flatten(-2).chunk(2, dim=-1)
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((-odd * second, even * first), dim=-1).flatten(-2)
+
+
+ROPE_KINDS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"rotary": rotate, "nvidia": nvidia_rotate}

@@ -5,7 +5,9 @@ python -m ngpt.train --config model.yaml --out runs/first --resume latest
 """
 
 import argparse
+import hashlib
 import json
+import logging
 import math
 import sys
 import time
@@ -29,7 +31,6 @@ from ngpt.config import (
     flatten,
     invalid,
     is_identity,
-    named_settings,
     one_of,
     override,
     runtime,
@@ -38,19 +39,29 @@ from ngpt.data import corpora
 from ngpt.data.corpora import DataConfig, Dataset, open_dataset
 from ngpt.data.loader import EvalSet, eval_set, train_batch
 from ngpt.data.shards import CorruptShardError
+from ngpt.data.tokenizer import MODEL_FILE, parse_spec
+from ngpt.device import DEVICES, DTYPES, mixed_precision, pick_device
+from ngpt.diagnostics import (
+    activation_norm_error,
+    divisor_statistics,
+    divisors,
+    step_lengths,
+    weight_norm_error,
+)
 from ngpt.evaluate import evaluate
 from ngpt.memory import peak_memory, reset_peak_memory
 from ngpt.model import GPT, Count, ModelConfig
-from ngpt.optim import OptimConfig, build_optimizers, set_rates
-from ngpt.projection import activation_norm_error, project_weights, weight_norm_error
+from ngpt.norm import NORM_MODES
+from ngpt.optim import OptimConfig, build_optimizers, set_rates, unfit
+from ngpt.projection import project_weights
 from ngpt.schedule import ScheduleConfig, multiplier
-from ngpt.tracker import Tracker, TrackerConfig, finite
+from ngpt.tracker import Tracker, TrackerConfig, finite, settled
+from ngpt.written import named_settings
 from ngpt.yamlfile import parse_assignment, read_yaml
 
-DEVICES = ("auto", "cpu", "cuda", "mps")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 AVERAGED = 10  # steps whose mean is the reported training loss
 Metrics = dict[str, float | None]
+log = logging.getLogger(__name__)
 
 
 class TrainConfig(Config, frozen=True):
@@ -64,6 +75,7 @@ class TrainConfig(Config, frozen=True):
     eval_every: Count = 50  # steps; the start and the end are always evaluated
     eval_tokens: Count = 16_384  # the same first tokens of the validation split for every trial
     dtype: Annotated[str, one_of(DTYPES, "dtype")] = "float32"  # of matrix products; weights and norms stay float32
+    compile: bool = False  # the blocks, with torch.compile: worth its half minute in long runs
     device: Annotated[str, one_of(DEVICES, "device")] = runtime("auto")
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
@@ -81,6 +93,8 @@ class TrainConfig(Config, frozen=True):
         if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
             text = f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
             raise invalid(text, "micro_batch_size", "batch_size")
+        if reason := unfit(self.optim, self.model):
+            raise invalid(reason, "optim.name", "model.residual")
         return self
 
 
@@ -119,7 +133,7 @@ def resolved(config: TrainConfig) -> TrainConfig:
     needed = corpora.vocab_size(config.data)
     given = config.model.vocab_size
     if given is not None and given < needed:
-        raise ConfigError(f"model.vocab_size {given} is smaller than the {needed} tokens of {config.data.tokenizer}")
+        raise ConfigError(f"model.vocab_size {given} is smaller than the {needed} tokens of the data")
     return override(config, {"model.vocab_size": needed}) if given is None else config
 
 
@@ -130,6 +144,7 @@ class Run:
     config: TrainConfig
     device: torch.device
     dataset: Dataset
+    tokenizer_model: bytes | None  # what a checkpoint carries besides, see `tokenizer_model`
     validation: EvalSet
     model: GPT
     optimizers: list[torch.optim.Optimizer]
@@ -138,8 +153,7 @@ class Run:
 
     @property
     def autocast(self) -> torch.autocast:
-        enabled = self.config.dtype == "bfloat16"
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
+        return mixed_precision(self.device, self.config.dtype)
 
 
 def train(
@@ -164,13 +178,16 @@ def train(
     resumed_at = progress.step or None
 
     with Tracker(config.tracker, out_dir, settings=flatten(config), keep_until=resumed_at) as tracker:
+        if skipped := run.dataset.manifest["skipped"]:
+            tracker.note({"skipped_shards": [f"{shard['name']}: {shard['reason']}" for shard in skipped]})
         while True:
             # ---- now and then ------------------------------------------------------------------
             last = progress.step == config.steps  # one turn more than steps, so that the end is evaluated and saved
             if progress.step != resumed_at:
                 if due(progress.step, config.eval_every, last=last):
-                    measure(run, last=last)
+                    histograms = measure(run, last=last)
                     tracker.log(progress.last_eval)
+                    tracker.log_histograms(progress.step, histograms)
                     yield progress.last_eval
                     if progress.last_eval["val_loss"] is None:
                         return finish("diverged", run)
@@ -200,6 +217,8 @@ def set_up(config: TrainConfig, out_dir: Path, *, resume: str | None, dataset: D
     rows = config.micro_batch_size or config.batch_size  # what fits while training fits here
     validation = eval_set(dataset, tokens=config.eval_tokens, batch_size=rows, block_size=config.model.block_size)
     model = GPT(config.model, seed=config.seed).to(device)
+    if config.compile:
+        model.features = torch.compile(model.features, dynamic=False)
     optimizers = build_optimizers(model, config.optim)
     progress = Progress()
     if resume and (checkpoint := newest_checkpoint(out_dir / "checkpoints")):
@@ -208,13 +227,15 @@ def set_up(config: TrainConfig, out_dir: Path, *, resume: str | None, dataset: D
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
     clock = Clock(progress, warmup=min(5, config.steps // 2))
-    return Run(config, device, dataset, validation, model, optimizers, progress, clock)
+    carried = tokenizer_model(config.data, dataset)
+    return Run(config, device, dataset, carried, validation, model, optimizers, progress, clock)
 
 
 def train_step(run: Run) -> dict[str, float]:
-    """One optimizer update; a gradient that is not finite is never applied. Returns loss, gradient norm and rate."""
+    """One optimizer update; a gradient that is not finite is never applied. Returns loss, gradient norm and rates."""
     config, progress = run.config, run.progress
     with run.clock.step(config.tokens_per_step):
+        run.model.prepare_step(progress.step, config.steps, seed=config.seed)
         rate = multiplier(progress.step, config.steps, config.schedule)
         set_rates(run.optimizers, rate)
         block_size = config.model.block_size
@@ -224,6 +245,8 @@ def train_step(run: Run) -> dict[str, float]:
             step=progress.step,
             batch_size=config.batch_size,
             block_size=block_size,
+            order=config.data.order,
+            reservoir=config.data.reservoir,
         )
         loss = backward(run, *batch)
         norm = float(torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.optim.grad_clip or math.inf))
@@ -234,7 +257,9 @@ def train_step(run: Run) -> dict[str, float]:
             if due(progress.step, config.project_every):
                 project_weights(run.model)
     progress.recent = [*progress.recent, loss][-AVERAGED:]
-    return {"train_loss": loss, "grad_norm": norm, "lr": config.optim.lr * rate}
+    groups = (group for optimizer in run.optimizers for group in optimizer.param_groups)
+    rates = {"lr" if group["kind"] == "matrices" else f"lr_{group['kind']}": group["lr"] for group in groups}
+    return {"train_loss": loss, "grad_norm": norm} | rates
 
 
 def backward(run: Run, idx: Tensor, targets: Tensor) -> float:
@@ -251,21 +276,34 @@ def backward(run: Run, idx: Tensor, targets: Tensor) -> float:
     return float(total)
 
 
-def measure(run: Run, *, last: bool) -> None:
-    """Evaluates into `progress.last_eval`; the drift off the sphere is measured before the last projection.
+def measure(run: Run, *, last: bool) -> dict[str, Tensor]:
+    """Evaluates into `progress.last_eval` and returns what is worth a histogram: alphas and divisors, by name.
 
-    A number that is not finite becomes None there.
+    The drift off the sphere is measured before the last projection. A number that is not finite becomes None.
     """
     idx = run.validation.batches[0][0][:1].to(run.device)
+    r = divisors(run.model, idx)
     drift: Metrics = {
         "weight_norm_error": weight_norm_error(run.model),
         "activation_norm_error": activation_norm_error(run.model, idx),
+        **divisor_statistics(r),
     }
     if last:  # the finished model lies on the sphere, however lazy the projection was
         project_weights(run.model)
     scores = evaluate(run.model, run.validation, autocast=run.autocast)
-    metrics = position(run) | {"train_loss": run.progress.train_loss} | scores | drift
+    metrics = position(run) | {"train_loss": run.progress.train_loss} | scores | drift | replaced_divisors(run)
     run.progress.last_eval = {name: finite(value) for name, value in metrics.items()}
+    return step_lengths(run.model) | r
+
+
+def replaced_divisors(run: Run) -> Metrics:
+    """`r_replaced`: how many divisors were not finite so far, in training and evaluation; each rise is a warning."""
+    if run.model.normalizer is None:
+        return {}
+    replaced = int(run.model.normalizer.replaced)
+    if replaced > (run.progress.last_eval.get("r_replaced") or 0):
+        log.warning("step %d: %d divisors r were not finite and became 1", run.progress.step, replaced)
+    return {"r_replaced": replaced}
 
 
 def position(run: Run) -> Metrics:
@@ -307,34 +345,38 @@ def save(run: Run, out_dir: Path) -> None:
         step=run.progress.step,
         val_loss=latest["val_loss"] if latest.get("step") == run.progress.step else None,
         identity=identity(run.config, run.dataset),
+        data={"settings": flatten(run.config.data), "tokenizer": run.dataset.manifest["tokenizer"]},
+        files={} if run.tokenizer_model is None else {MODEL_FILE: run.tokenizer_model},
         keep_last=run.config.checkpoint.keep_last,
     )
+
+
+def tokenizer_model(config: DataConfig, dataset: Dataset) -> bytes | None:
+    """The sentencepiece model that the tokens were made with; None where it is another kind, or not at hand.
+
+    It is read before the first step: what may happen to the cache meanwhile does not end a long run.
+    """
+    made, shards = dataset.manifest["tokenizer"], dataset.manifest["shard_folder"]
+    kind, argument = parse_spec(made["spec"])
+    folders = [dataset.folder, Path(config.corpus).expanduser(), *([Path(shards)] if shards else [])]
+    given = [Path(argument).expanduser()] if kind == "model" else []
+    for path in [*(folder / MODEL_FILE for folder in folders), *given]:
+        if path.is_file() and hashlib.sha256(model := path.read_bytes()).hexdigest() == made["sha256"]:
+            return model
+    return None
 
 
 def identity(config: TrainConfig, dataset: Dataset) -> dict[str, Any]:
     """What decides a run's numbers, by dotted name; of the data not where they lie, but what they are."""
     names = (name for name in flatten(config) if is_identity(TrainConfig, name) and not name.startswith("data."))
-    return {name: flatten(config)[name] for name in names} | {"data.fingerprint": dataset.manifest["fingerprint"]}
+    data = {"data.fingerprint": dataset.manifest["fingerprint"], "data.order": config.data.order}
+    data |= corpora.order_settings(config.data)
+    return {name: flatten(config)[name] for name in names} | data
 
 
 def due(step: int, every: int, *, last: bool = False) -> bool:
     """Whether something that happens every so many steps happens at `step`; always at the `last`."""
     return last or step % every == 0
-
-
-def pick_device(name: str) -> torch.device:
-    """The named device; `auto` is CUDA, then Apple's MPS, then the CPU.
-
-    Raises:
-        ConfigError: the device is not there.
-    """
-    here = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if name == "auto":
-        return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if here[kind]))
-    if not here[name]:
-        there = ", ".join(kind for kind, present in here.items() if present)
-        raise ConfigError(f"device {name!r} is not available here; this machine has {there}")
-    return torch.device(name)
 
 
 class Clock:
@@ -365,11 +407,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m ngpt.train", description="Train one model.")
     parser.add_argument("--config", type=Path, help="YAML file of settings")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="change settings")
+    modes = f"what divides the residual's step: {', '.join(NORM_MODES)}; short for --set norm_mode=..."
+    parser.add_argument("--norm-mode", "--norm_mode", metavar="MODE", help=modes)
     parser.add_argument("--out", type=Path, default=Path("runs/default"), help="folder for metrics and checkpoints")
     parser.add_argument("--resume", choices=["latest"], help="continue from the newest intact checkpoint in --out")
     options = parser.parse_args(arguments)
     try:
         config = read_config(options.config, options.set)
+        if options.norm_mode is not None:
+            config = override(config, {"model.norm_mode": options.norm_mode})
+        config = config.model_copy(update={"tracker": settled(config.tracker, options.out)})
         run = train(config, options.out, resume=options.resume)
         result = print_progress(run)
     except (ConfigError, CorruptShardError) as error:
@@ -391,7 +438,7 @@ def read_config(path: Path | None, assignments: list[str]) -> TrainConfig:
     config = TrainConfig()
     if path is not None:
         document = read_yaml(path)
-        given, problems = named_settings(TrainConfig, document.data)
+        given, problems = named_settings(TrainConfig, document.data, folder=path.parent)
         if problems:
             raise ConfigError("\n".join(map(document.describe, problems)))
         try:
@@ -399,7 +446,10 @@ def read_config(path: Path | None, assignments: list[str]) -> TrainConfig:
         except ConfigError as error:
             problems = [located(problem, given) for problem in error.problems]
             raise ConfigError("\n".join(map(document.describe, problems))) from None
-    return override(config, dict(map(parse_assignment, assignments)))
+    given, problems = named_settings(TrainConfig, dict(map(parse_assignment, assignments)))
+    if problems:
+        raise ConfigError(problems)
+    return override(config, {name: value for name, (value, _) in given.items()})
 
 
 def located(problem: Problem, given: Mapping[str, tuple[Any, Location]]) -> Problem:

@@ -16,6 +16,8 @@ from ruamel.yaml import YAML
 import run_campaign
 from ngpt.config import ConfigError
 from ngpt.data.corpora import Dataset
+from ngpt.optim import OPTIMIZERS
+from ngpt.schedule import SCHEDULES
 from tune.campaign import Campaign, Fresh, Metric, Resources, load_campaign
 from tune.checks import with_absolute_paths
 from tune.plan import preview
@@ -150,8 +152,8 @@ WRONG: dict[str, tuple[str, list[str]]] = {
     "unknown corpus in a sweep": (
         f"{GOOD}vary: {{corpus: [python-docs, «nowhere/text.txt]}}\n",
         [
-            "vary.corpus[1]: unknown corpus 'nowhere/text.txt'; choose one of python-docs, shakespeare; nor is there "
-            "such a file or folder"
+            "vary.corpus[1]: unknown corpus 'nowhere/text.txt'; choose one of fineweb, openwebtext, python-docs, "
+            "shakespeare; nor is there such a file or folder"
         ],
     ),
     "a corpus without a name": (
@@ -164,11 +166,14 @@ WRONG: dict[str, tuple[str, list[str]]] = {
     ),
     "unknown residual rule": (
         f"campaign: small\nbase: {{«residual: lrep}}\n{PHASE}",
-        ["base.residual: unknown residual rule 'lrep', did you mean 'lerp'?"],
+        ["base.residual: unknown residual rule 'lrep', did you mean 'lerp'? Allowed: add, lerp, seed, slerp"],
     ),
     "unknown optimizer in a sweep": (
         f"{GOOD}vary: {{optim.name: [adamw, «moun]}}\n",
-        ["vary.optim.name[1]: unknown optimizer 'moun', did you mean 'muon'?"],
+        [
+            "vary.optim.name[1]: unknown optimizer 'moun', did you mean 'muon'? Allowed: "
+            + ", ".join(sorted(OPTIMIZERS))
+        ],
     ),
     "unknown tokenizer": (
         f"campaign: small\nbase: {{«tokenizer: gpt3}}\n{PHASE}",
@@ -180,14 +185,17 @@ WRONG: dict[str, tuple[str, list[str]]] = {
     ),
     "unknown schedule": (
         f"{GOOD}{PHASE}    set: {{schedule: {{«name: cosin}}}}\n",
-        ["phases[0].set.schedule.name: unknown schedule 'cosin', did you mean 'cosine'?"],
+        [
+            "phases[0].set.schedule.name: unknown schedule 'cosin', did you mean 'cosine'? Allowed: "
+            + ", ".join(sorted(SCHEDULES))
+        ],
     ),
     "unknown metric, goal and hold": (
         f"{GOOD}metric: {{«name: loss, «goal: minimise}}\n«hold: token\n{PHASE}",
         [
-            "metric.name: unknown metric 'loss', did you mean 'val_loss'?",
-            "metric.goal: unknown goal 'minimise', did you mean 'minimize'?",
-            "hold: unknown quantity to hold 'token', did you mean 'tokens'?",
+            "metric.name: unknown metric 'loss', did you mean 'val_loss'? Allowed: train_loss, val_bpb, val_loss",
+            "metric.goal: unknown goal 'minimise', did you mean 'minimize'? Allowed: maximize, minimize",
+            "hold: unknown quantity to hold 'token', did you mean 'tokens'? Allowed: steps, tokens",
         ],
     ),
     "unknown share of a GPU": (
@@ -199,7 +207,7 @@ WRONG: dict[str, tuple[str, list[str]]] = {
     ),
     "unknown device in base": (
         f"campaign: small\nbase: {{«device: cudda}}\n{PHASE}",
-        ["base.device: unknown device 'cudda', did you mean 'cuda'?"],
+        ["base.device: unknown device 'cudda', did you mean 'cuda'? Allowed: auto, cpu, cuda, mps"],
     ),
     # ---- sweeps
     "nothing varies at the top": (
@@ -327,7 +335,7 @@ WRONG: dict[str, tuple[str, list[str]]] = {
     "vocabulary smaller than the tokenizer's": (
         "campaign: small\nbase: {vocab_size: 600, tokenizer: 'sentencepiece:500'}\n"
         "vary: {tokenizer: [«'sentencepiece:700', 'sentencepiece:400']}\n",
-        ["vary.tokenizer[0]: model.vocab_size 600 is smaller than the 700 tokens of sentencepiece:700"],
+        ["vary.tokenizer[0]: model.vocab_size 600 is smaller than the 700 tokens of the data"],
     ),
     # ---- phases
     "two phases of one name": (

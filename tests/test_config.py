@@ -19,7 +19,6 @@ from ngpt.config import (
     flatten,
     invalid,
     is_identity,
-    named_settings,
     one_of,
     override,
     resolve,
@@ -131,7 +130,7 @@ def test_all_problems_are_reported_at_once_each_where_it_is() -> None:
     found = problems(build, Van, {"ice.name": "vanila", "engine.power": -1.0, "seats": "3", "ice.scopes": 2})
     assert sorted(found) == [
         ("engine.power", "input should be greater than 0, got -1.0"),
-        ("ice.name", "unknown flavour 'vanila', did you mean 'vanilla'?"),
+        ("ice.name", "unknown flavour 'vanila', did you mean 'vanilla'? Allowed: chocolate, vanilla"),
         ("ice.scopes", "unknown setting, did you mean 'ice.scoops'?"),
         ("seats", "input should be a valid integer, got '3'"),
     ]
@@ -237,49 +236,6 @@ def test_the_hash_can_leave_out_settings_and_take_in_other_facts() -> None:
 
 def test_only_runtime_settings_are_without_identity() -> None:
     assert [name for name in settings(Van) if not is_identity(Van, name)] == ["colour"]
-
-
-def test_settings_may_be_written_as_sections_dotted_names_or_bare_leaves() -> None:
-    data = {"seats": 3, "engine": {"power": 4}, "ice.cone": False, "scoops": 2}
-    found, wrong = named_settings(Van, data, ("base",))
-    assert wrong == []
-    assert found == {
-        "seats": (3, ("base", "seats")),
-        "engine.power": (4, ("base", "engine", "power")),
-        "ice.cone": (False, ("base", "ice.cone")),
-        "ice.scoops": (2, ("base", "scoops")),
-    }
-
-
-def test_a_setting_given_twice_in_any_spelling_is_a_problem() -> None:
-    _, wrong = named_settings(Van, {"engine": {"power": 4}, "power": 5, "engine.power": 6})
-    assert wrong == [
-        Problem(("power",), "engine.power is given twice"),
-        Problem(("engine.power",), "engine.power is given twice"),
-    ]
-
-
-def test_a_section_knows_only_its_own_settings() -> None:
-    found, wrong = named_settings(Van, {"engine": {"seats": 4, "powr": 1, "ratios": (1.0,)}})
-    assert list(found) == ["engine.ratios"]
-    assert wrong == [
-        Problem(("engine", "seats"), "unknown setting; choose one of name, power, ratios"),
-        Problem(("engine", "powr"), "unknown setting, did you mean 'power'?"),
-    ]
-
-
-@pytest.mark.parametrize(
-    ("data", "problem"),
-    [
-        ({"engine": 3}, Problem(("engine",), "must be a mapping of settings, got 3")),
-        ([1], Problem((), "must be a mapping of settings, got [1]")),
-        (None, Problem((), "must be a mapping of settings, got None")),
-        ({"engin": {"power": 3}}, Problem(("engin",), "unknown section 'engin', did you mean 'engine'?")),
-        ({"name": "x"}, Problem(("name",), "ambiguous setting, write one of engine.name, ice.name")),
-    ],
-)
-def test_what_is_not_a_mapping_of_settings_is_a_problem(data: object, problem: Problem) -> None:
-    assert named_settings(Van, data) == ({}, [problem])
 
 
 def test_a_location_is_written_as_a_person_writes_it() -> None:

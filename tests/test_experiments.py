@@ -1,10 +1,12 @@
 """The shipped campaigns: each can be run, and says beforehand what to expect of it."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 
+import run_campaign
 from tune.campaign import load_campaign
 from tune.plan import preview
 
@@ -49,3 +51,15 @@ def test_what_a_shipped_campaign_asks_for_needs_no_file_that_is_not_shipped(path
 def test_the_arms_of_each_phase_differ_from_its_baseline(path: Path) -> None:
     for phase in preview(load_campaign(path)):
         assert len(phase.arms) >= 2, phase.name
+
+
+def test_a_shipped_campaign_runs_at_smoke_size(path: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    local = ["data.corpus=python-docs", "data.tokenizer=sentencepiece:512", "model.vocab_size=null"]
+    arguments = [str(path), "--smoke", "--inline", "--json", "--out", str(tmp_path)]
+    assert run_campaign.main([*arguments, *(f"--set={setting}" for setting in local)]) == 0, capfd.readouterr().err
+    summary = json.loads(capfd.readouterr().out)
+    shown = {phase["phase"]: {arm["arm"] for arm in phase["arms"]} for phase in summary["phases"]}
+    arms = {phase.name: {arm.name for arm in phase.arms} for phase in preview(load_campaign(path))}
+    assert shown.keys() == arms.keys()
+    # Arms that differ in a size alone come out the same and are trained once; so is a winner that took nothing over.
+    assert all(shown[name] and shown[name] <= arms[name] for name in arms)

@@ -1,60 +1,18 @@
-"""The model against numbers of the official nGPT, and the properties that make it a language model on the sphere."""
-
-from pathlib import Path
+"""The model against its formulas in NumPy, and the properties that make it a language model on the sphere."""
 
 import numpy as np
+import numpy_gpt
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ngpt.config import ConfigError, build
-from ngpt.model import GPT, ModelConfig
-from ngpt.optim import OptimConfig, build_optimizers
-from ngpt.projection import project_weights
-from ngpt.residual import RESIDUAL_RULES
-
-GOLDEN = Path(__file__).parent / "golden" / "nvidia_ngpt_true_rotary.npz"
-OURS = {
-    "transformer.wte.weight": "wte.weight",
-    "lm_head.weight": "lm_head.weight",
-    "sz": "s_z.stored",
-    "query.weight": "attention.query.weight",
-    "key.weight": "attention.key.weight",
-    "value.weight": "attention.value.weight",
-    "att_c_proj.weight": "attention.out.weight",
-    "c_fc.weight": "mlp.up.weight",
-    "mlp_c_proj.weight": "mlp.down.weight",
-    "attn_alpha": "attention_residual.alpha.stored",
-    "mlp_alpha": "mlp_residual.alpha.stored",
-    "sqk": "attention.s_qk.stored",
-    "suv": "mlp.s_uv.stored",
-}
-
-
-def our_name(official: str) -> str:
-    if official in OURS:
-        return OURS[official]
-    _, _, layer, rest = official.split(".", 3)
-    return f"blocks.{layer}.{OURS[rest]}"
-
-
-def tensors(golden: dict[str, np.ndarray], prefix: str) -> dict[str, torch.Tensor]:
-    return {our_name(k.removeprefix(prefix)): torch.tensor(v) for k, v in golden.items() if k.startswith(prefix)}
-
-
-@pytest.fixture
-def golden() -> dict[str, np.ndarray]:
-    with np.load(GOLDEN) as file:
-        return dict(file)
-
-
-@pytest.fixture
-def official(golden: dict[str, np.ndarray]) -> GPT:
-    n_layer, n_head, n_embd, vocab_size, _, block_size = map(int, golden["meta_config"])
-    cfg = ModelConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd, vocab_size=vocab_size, block_size=block_size)
-    model = GPT(cfg)
-    model.load_state_dict(tensors(golden, "w/"))
-    return model
+from ngpt.model import GPT, KVCache, ModelConfig, SphereBlock
+from ngpt.norm import NORM_MODES
+from ngpt.residual import ALPHA_KINDS, RESIDUAL_RULES, Residual
+from ngpt.rope import ROPE_SCALINGS
 
 
 def tiny(**changes: object) -> ModelConfig:
@@ -66,35 +24,282 @@ def tokens(batch: int = 3, time: int = 12, vocab: int = 31) -> torch.Tensor:
     return torch.randint(vocab, (batch, time), generator=torch.Generator().manual_seed(5))
 
 
-def test_logits_and_loss_equal_those_of_the_official_ngpt(official: GPT, golden: dict[str, np.ndarray]) -> None:
-    idx, targets = torch.tensor(golden["idx"]), torch.tensor(golden["targets"])
-    torch.testing.assert_close(official(idx), torch.tensor(golden["logits"]), atol=1e-5, rtol=0)
-    assert official(idx, targets).item() == pytest.approx(float(golden["loss"]), abs=1e-5)
+def shaken(**changes: object) -> GPT:
+    """A model that is nowhere special: matrices off the sphere, scales of many sizes, the alphas of both signs."""
+    model, generator = GPT(tiny(**changes)), torch.Generator().manual_seed(11)
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point():
+            noise = torch.randn(tensor.shape, generator=generator)
+            if tensor.ndim == 1:
+                tensor.mul_(1 + 0.3 * noise)
+            else:
+                tensor.add_(0.1 * noise)
+            if "alpha" in name:
+                tensor[::3] *= -1
+    return model.eval()
 
 
-def test_gradients_equal_those_of_the_official_ngpt(official: GPT, golden: dict[str, np.ndarray]) -> None:
-    official(torch.tensor(golden["idx"]), torch.tensor(golden["targets"])).backward()
-    expected = tensors(golden, "grad/")
-    assert set(expected) == {name for name, _ in official.named_parameters()}
-    for name, parameter in official.named_parameters():
-        assert parameter.grad is not None
-        error = (parameter.grad - expected[name]).norm() / expected[name].norm()
-        assert error < 1e-4, name
+def difference(model: GPT) -> float:
+    """The largest difference of its logits to those that NumPy computes in float64."""
+    idx = tokens(batch=2)
+    weights = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    expected = numpy_gpt.logits(model.cfg, weights, idx.numpy())
+    return float(np.abs(model(idx).detach().numpy() - expected).max())
 
 
-def test_an_adamw_step_and_projection_equal_those_of_the_official_ngpt(
-    official: GPT, golden: dict[str, np.ndarray]
+@pytest.mark.parametrize("residual", ["lerp", "slerp", "seed"])
+@pytest.mark.parametrize("norm_mode", NORM_MODES)
+@pytest.mark.parametrize("alpha_kind", ALPHA_KINDS)
+@pytest.mark.parametrize("alpha_sign", ["abs", "free"])
+def test_ngpt_equals_its_formulas_in_float64(residual: str, norm_mode: str, alpha_kind: str, alpha_sign: str) -> None:
+    """With small steps: where r is near 0.1, alpha / r passes the answer and the formula itself loses digits."""
+    model = shaken(residual=residual, norm_mode=norm_mode, alpha_kind=alpha_kind, alpha_sign=alpha_sign, alpha=0.1)
+    assert difference(model) < 1e-5
+
+
+anything = {
+    "n_kv_head": st.sampled_from([None, 1, 2]),
+    "mlp": st.sampled_from(["swiglu", "relu2"]),
+    "qk_norm": st.booleans(),
+    "softmax_scale": st.sampled_from([None, 1.5]),
+    "softcap": st.sampled_from([None, 3.0]),
+    "tied": st.booleans(),
+    "rope_base": st.sampled_from([100.0, 10_000.0]),
+}
+scaling = st.sampled_from(
+    [{}] + [{"rope_scaling": name, "rope_factor": 4.0, "block_size": 256} for name in ("linear", "ntk", "yarn")]
+)
+sphere = {
+    "residual": st.sampled_from(["lerp", "seed"]),
+    "alpha": st.sampled_from([0.05, 0.1, [0.15, 0.05]]),
+    "alpha_kind": st.sampled_from(ALPHA_KINDS),
+    "alpha_learned": st.booleans(),
+    "norm_mode": st.sampled_from(list(NORM_MODES)),
+    "norm_decay": st.sampled_from([0.0, 0.5]),
+    "norm_every": st.sampled_from([1, 2, 3]),
+    "norm_probability": st.sampled_from([1.0, 0.5]),
+    "logit_scale": st.sampled_from([1.0, 3.0]),
+    "logit_scale_kind": st.sampled_from(["vector", "scalar"]),
+    "s_uv": st.booleans(),
+    "scale_trick": st.booleans(),
+}
+plain = {"residual": st.just("add"), "embedding_norm": st.booleans(), "norm_gain": st.booleans()}
+
+
+@given(st.fixed_dictionaries(anything | sphere), scaling)
+def test_every_setting_of_ngpt_does_what_its_formula_says(settings: dict[str, object], rope: dict[str, object]) -> None:
+    assert difference(shaken(n_head=4, **settings, **rope)) < 2e-5
+
+
+@given(st.fixed_dictionaries(anything | plain), scaling)
+def test_every_setting_of_the_gpt_does_what_its_formula_says(
+    settings: dict[str, object], rope: dict[str, object]
 ) -> None:
-    (optimizer,) = build_optimizers(official, OptimConfig(lr=1e-3, grad_clip=1.0))
-    official(torch.tensor(golden["idx"]), torch.tensor(golden["targets"])).backward()
-    torch.nn.utils.clip_grad_norm_(official.parameters(), 1.0)
-    optimizer.step()
-    project_weights(official)
-    after = tensors(golden, "after/")
-    for name, parameter in official.named_parameters():
-        torch.testing.assert_close(
-            parameter.detach(), after[name], atol=1e-5, rtol=0, msg=lambda m, n=name: f"{n}: {m}"
+    assert difference(shaken(n_head=4, **settings, **rope)) < 2e-5
+
+
+@pytest.mark.parametrize("n_kv_head", [1, 2])
+@pytest.mark.parametrize("residual", RESIDUAL_RULES)
+def test_heads_that_share_keys_and_values_equal_heads_with_copies_of_them(n_kv_head: int, residual: str) -> None:
+    shared, full = shaken(n_head=4, n_kv_head=n_kv_head, residual=residual), GPT(tiny(n_head=4, residual=residual))
+    state = shared.state_dict()
+    for name, tensor in state.items():
+        if name.endswith(("key.weight", "value.weight")):
+            copies = tensor.view(n_kv_head, 4, 16).repeat_interleave(4 // n_kv_head, dim=0)
+            state[name] = copies.reshape(16, 16)
+    full.load_state_dict(state)
+    torch.testing.assert_close(shared(tokens()), full(tokens()), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("qk_norm", [True, False])
+@pytest.mark.parametrize("n_head", [2, 4, 8])
+def test_attention_scores_of_a_fresh_ngpt_have_a_spread_of_one_with_and_without_qk_norm(
+    qk_norm: bool, n_head: int
+) -> None:
+    """Without QK norm 1/sqrt(K) would give a spread of 1/D, that is uniform attention, whatever the input."""
+    model = GPT(tiny(n_layer=1, n_embd=256, n_head=n_head, qk_norm=qk_norm, vocab_size=500))
+    block, x = model.blocks[0], model.wte.weight.detach().double().numpy()
+    assert isinstance(block, SphereBlock)
+    attention = block.attention
+    q, k = (
+        (x @ matrix.weight.detach().double().numpy().T).reshape(500, n_head, -1)
+        for matrix in (attention.query, attention.key)
+    )
+    if qk_norm:
+        q, k = numpy_gpt.unit(q), numpy_gpt.unit(k)
+    scores = np.einsum("shk,thk->hst", q, k)[:, *np.triu_indices(500, 1)]
+    assert float((scores * attention.softmax_scale).std()) == pytest.approx(1, abs=0.05)
+    if not qk_norm:
+        assert float((scores / (256 / n_head) ** 0.5).std()) == pytest.approx(1 / 256, rel=0.05)
+
+
+@pytest.mark.parametrize("residual", ["lerp", "slerp", "seed"])
+@pytest.mark.parametrize("alpha_kind", ALPHA_KINDS)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_norm_mode_ema_that_forgets_nothing_is_the_baseline_bit_for_bit(
+    residual: str, alpha_kind: str, autocast: bool
+) -> None:
+    baseline = shaken(residual=residual, alpha_kind=alpha_kind)
+    averaged = shaken(residual=residual, alpha_kind=alpha_kind, norm_mode="ema", norm_decay=1.0)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        assert torch.equal(baseline(tokens()), averaged(tokens()))
+
+
+@pytest.mark.parametrize("rope_scaling", [name for name in ROPE_SCALINGS if name != "none"])
+def test_a_rope_factor_of_one_is_no_scaling_bit_for_bit(rope_scaling: str) -> None:
+    assert torch.equal(shaken()(tokens()), shaken(rope_scaling=rope_scaling, rope_factor=1.0)(tokens()))
+
+
+def test_a_norm_probability_of_one_and_a_norm_at_every_sublayer_are_the_plain_model_bit_for_bit() -> None:
+    plain, drawn = shaken(norm_every=1, norm_probability=1.0).train(), shaken(norm_probability=1 - 1e-12).train()
+    for model in (plain, drawn):
+        model.prepare_step(3, 10, seed=4)
+    assert torch.equal(plain(tokens()), drawn(tokens()))
+
+
+def residuals(model: GPT) -> list[Residual]:
+    return [module for module in model.modules() if isinstance(module, Residual)]
+
+
+@pytest.mark.parametrize(
+    ("norm_every", "due"), [(1, "111111"), (2, "010101"), (4, "000101"), (5, "000011"), (9, "000001")]
+)
+def test_ghost_norms_leave_out_all_but_every_kth_sublayer_and_never_the_last(norm_every: int, due: str) -> None:
+    model = shaken(n_layer=3, norm_every=norm_every)
+    lengths: list[bool] = []
+    for residual in residuals(model):
+        residual.register_forward_hook(
+            lambda module, given, x: lengths.append(bool((x.norm(dim=-1) - 1).abs().max() < 1e-5))
         )
+    model(tokens())
+    assert lengths == [digit == "1" for digit in due]
+
+
+def test_the_draws_of_a_step_depend_on_the_seed_and_the_step_only() -> None:
+    model, other = GPT(tiny(n_layer=8, norm_probability=0.6)), GPT(tiny(n_layer=8, norm_probability=0.6), seed=9)
+
+    def draws(model: GPT, step: int, *, seed: int) -> tuple[bool, ...]:
+        model.prepare_step(step, 1000, seed=seed)
+        return tuple(bool(residual.renormalized) for residual in residuals(model))
+
+    first = [draws(model, step, seed=1) for step in range(200)]
+    assert [draws(other, step, seed=1) for step in reversed(range(200))] == first[::-1]
+    assert len(set(first)) > 190
+    assert [draws(model, step, seed=2) for step in range(200)] != first
+    assert np.mean(first) == pytest.approx(0.6, abs=0.03)  # 3200 draws: a standard error of 0.009
+    assert np.allclose(np.mean(first, axis=0), 0.6, atol=0.15)
+
+
+def test_all_micro_batches_of_a_step_have_the_same_norms_and_evaluation_has_all_of_them() -> None:
+    model, idx = shaken(norm_probability=0.5).train(), tokens(batch=4)
+    whole = []
+    for step in range(6):
+        model.prepare_step(step, 6, seed=1)
+        parts = torch.cat([model(part) for part in idx.split(1)])
+        whole.append(model(idx))
+        torch.testing.assert_close(parts, whole[-1], atol=1e-5, rtol=0)
+    assert max((a - whole[0]).abs().max() for a in whole) > 1e-3
+    assert torch.equal(model.eval()(idx), shaken()(idx))
+
+
+@pytest.mark.parametrize("alpha_kind", ALPHA_KINDS)
+@pytest.mark.parametrize("alpha_learned", [True, False])
+def test_the_alpha_schedule_goes_straight_from_alpha_to_alpha_final(alpha_kind: str, alpha_learned: bool) -> None:
+    model = GPT(tiny(alpha=0.15, alpha_final=0.20, alpha_kind=alpha_kind, alpha_learned=alpha_learned))
+    for step in (5, 0, 10, 2):  # in any order: it does not add up
+        model.prepare_step(step, 11, seed=0)
+        for residual in residuals(model):
+            assert residual.alpha().mean().item() == pytest.approx(0.15 + 0.05 * step / 10)
+    model.prepare_step(0, 1, seed=0)
+    assert residuals(model)[0].alpha().mean().item() == pytest.approx(0.15)
+
+
+def test_preparing_a_step_changes_nothing_where_nothing_is_scheduled() -> None:
+    model = shaken(norm_mode="dotprod", norm_every=2).train()
+    before = model(tokens())
+    model.prepare_step(7, 10, seed=3)
+    assert torch.equal(model(tokens()), before)
+
+
+def test_alphas_are_spread_over_the_depth() -> None:
+    model = GPT(tiny(n_layer=3, alpha=[0.3, 0.1], alpha_kind="scalar"))
+    assert [residual.alpha().item() for residual in residuals(model)] == pytest.approx([0.3, 0.3, 0.2, 0.2, 0.1, 0.1])
+
+
+def test_without_the_scale_trick_scales_are_stored_as_they_act_and_adam_moves_them_by_its_rate() -> None:
+    model = GPT(tiny(alpha=0.3, logit_scale=10.0, scale_trick=False))
+    scales = {"s_z": 10.0, "blocks.0.attention.s_qk": 1.0, "blocks.0.mlp.s_uv": 1.0, "blocks.1.mlp_residual.alpha": 0.3}
+    for name, value in scales.items():
+        stored = model.get_parameter(f"{name}.stored").detach()
+        torch.testing.assert_close(stored, torch.full_like(stored, value))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    model(tokens(), tokens().roll(-1, dims=1)).backward()
+    optimizer.step()
+    for name, value in scales.items():
+        moved = (model.get_submodule(name)() - value).abs().detach()
+        assert float(moved.median()) == pytest.approx(0.01, rel=0.01), name
+
+
+def test_an_alpha_that_is_not_learned_is_in_the_state_but_not_trained() -> None:
+    model = GPT(tiny(alpha_learned=False))
+    name = "blocks.0.attention_residual.alpha.stored"
+    assert name in model.state_dict() and name not in dict(model.named_parameters())
+
+
+def test_a_tied_head_is_the_embedding() -> None:
+    model = GPT(tiny(tied=True))
+    assert model.head_weight is model.wte.weight
+    assert not any("lm_head" in name for name in model.state_dict())
+
+
+@pytest.mark.parametrize("changes", [{}, {"n_head": 4, "n_kv_head": 2, "alpha_kind": "head"}, {"residual": "add"}])
+def test_a_model_with_divisors_and_a_cache_continues_where_it_stopped(changes: dict[str, object]) -> None:
+    mode = {} if "residual" in changes else {"norm_mode": "dotprod"}
+    model, idx = shaken(**changes, **mode), tokens(batch=2)
+    cache = KVCache(model.cfg, 2, device=torch.device("cpu"))
+    with torch.no_grad():
+        parts = [model(part, cache=cache) for part in idx.split([5, 1, 4, 2], dim=1)]
+        torch.testing.assert_close(torch.cat(parts, dim=1), model(idx), atol=1e-5, rtol=0)
+
+
+EVERYTHING = {
+    "residual": "slerp",
+    "norm_mode": "dotprod",
+    "norm_every": 3,
+    "norm_probability": 0.5,
+    "alpha_kind": "head",
+    "alpha_final": 0.1,
+    "n_kv_head": 1,
+}
+
+
+def check_compiled(backend: str, changes: dict[str, object]) -> None:
+    model, idx = shaken(**changes).train(), tokens()
+    features = torch.compile(model.features, backend=backend, fullgraph=True, dynamic=False)
+    for step in range(3):  # what a step sets reaches the compiled code without compiling again
+        model.prepare_step(step, 3, seed=1)
+        with torch.compiler.set_stance("default" if step == 0 else "fail_on_recompile"):
+            compiled = features(idx)
+        torch.testing.assert_close(compiled, model.features(idx), atol=1e-5, rtol=0)
+        compiled.sum().backward()
+    if model.normalizer is not None:
+        with torch.no_grad():
+            model.wte.weight[idx[0, 3]] = torch.nan
+        features(idx)
+        counted = int(model.normalizer.replaced)
+        model.features(idx)
+        assert int(model.normalizer.replaced) == 2 * counted > 0
+
+
+def test_a_traced_model_gives_the_same_numbers_in_every_step() -> None:
+    check_compiled("aot_eager", EVERYTHING)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # torch, when it loads inductor
+@pytest.mark.parametrize("changes", [{}, {"norm_mode": "dotprod"}, {"residual": "add"}, EVERYTHING])
+def test_a_compiled_model_gives_the_same_numbers_in_every_step(changes: dict[str, object]) -> None:
+    check_compiled("inductor", changes)
 
 
 @pytest.mark.parametrize("residual", RESIDUAL_RULES)
@@ -112,7 +317,7 @@ def test_later_tokens_do_not_change_earlier_logits(residual: str, mlp: str) -> N
 
 
 @pytest.mark.parametrize("residual", [rule for rule in RESIDUAL_RULES if rule != "add"])
-@pytest.mark.parametrize("alpha_kind", ["vector", "scalar"])
+@pytest.mark.parametrize("alpha_kind", ALPHA_KINDS)
 def test_the_residual_stream_stays_on_the_unit_sphere(residual: str, alpha_kind: str) -> None:
     model = GPT(tiny(residual=residual, alpha_kind=alpha_kind, alpha=0.3))
     streams = list(model.stream(tokens()))
@@ -183,6 +388,24 @@ def test_more_tokens_than_the_context_are_refused() -> None:
         ({"residual": "lepr"}, "unknown residual rule 'lepr', did you mean 'lerp'?"),
         ({"mlp": "gelu"}, "unknown MLP kind 'gelu'"),
         ({"alpha": -0.1}, "greater than 0"),
+        ({"alpha": [0.1, -0.1]}, "greater than 0"),
+        ({"alpha": []}, "at least 1 item"),
+        ({"alpha": [0.1, 0.2], "alpha_final": 0.3}, "alpha_final needs one alpha to start from"),
+        ({"alpha_kind": "heads"}, "unknown alpha kind 'heads', did you mean 'head'?"),
+        ({"alpha_sign": "signed"}, "unknown alpha sign 'signed'.* abs, free"),
+        ({"logit_scale_kind": "head"}, "unknown logit scale kind 'head'"),
+        ({"norm_mode": "dotpord"}, "unknown norm mode 'dotpord', did you mean 'dotprod'?"),
+        ({"norm_decay": 1.5}, "less than or equal to 1"),
+        ({"norm_every": 0}, "greater than or equal to 1"),
+        ({"norm_probability": 0.0}, "greater than 0"),
+        ({"n_head": 4, "n_kv_head": 3}, "n_head 4 is not a multiple of n_kv_head 3"),
+        ({"rope_factor": 2.0}, "rope_factor 2.0 needs a rope_scaling: none, linear, ntk, yarn"),
+        ({"rope_factor": 0.5, "rope_scaling": "yarn"}, "greater than or equal to 1"),
+        ({"rope_scaling": "yarm"}, "unknown rope scaling 'yarm', did you mean 'yarn'?"),
+        ({"residual": "add", "norm_mode": "ema"}, "norm_mode needs a residual rule on the sphere, `add` is not"),
+        ({"residual": "add", "norm_every": 2}, "norm_every needs a residual rule on the sphere"),
+        ({"residual": "add", "norm_probability": 0.5}, "norm_probability needs a residual rule on the sphere"),
+        ({"residual": "add", "alpha_final": 0.5}, "alpha_final needs a residual rule on the sphere"),
     ],
 )
 def test_an_impossible_model_is_refused_with_the_reason(changes: dict[str, object], message: str) -> None:

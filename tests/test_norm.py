@@ -1,4 +1,4 @@
-"""Normalisations against NumPy in float64."""
+"""Normalisations and the running divisor r against NumPy in float64."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from ngpt.norm import l2_normalize, rms_norm
+from ngpt.norm import NORM_MODES, DotProdNormalizer, l2_normalize, rms_norm
 
 # Subnormal squares are lost in float32, so a component is zero or not tiny.
 component = st.floats(2**-10, 2**20, width=32) | st.just(0.0) | st.floats(-(2**20), -(2**-10), width=32)
@@ -26,7 +26,7 @@ def test_l2_normalize_divides_by_the_euclidean_length(x: np.ndarray, dim: int) -
 @given(vectors)
 def test_rms_norm_divides_by_the_root_mean_square_of_the_last_dimension(x: np.ndarray) -> None:
     mean_square = (x.astype(np.float64) ** 2).mean(-1, keepdims=True)
-    expected = x / np.sqrt(mean_square + 1e-6)
+    expected = x / np.sqrt(mean_square + 2**-23)  # the machine epsilon of float32
     np.testing.assert_allclose(rms_norm(torch.from_numpy(x)).numpy(), expected, rtol=1e-5, atol=1e-6)
 
 
@@ -48,3 +48,85 @@ def test_norms_are_taken_in_float32_whatever_goes_in(normalize: Callable[[torch.
     torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=0)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(normalize(x), y)
+
+
+def answers(number: int, *, sublayers: int = 5) -> torch.Tensor:
+    """Streams and answers of some sublayers, (sublayers, 2, B, T, D)."""
+    return torch.randn(sublayers, 2, 2, 3, 8, generator=torch.Generator().manual_seed(number))
+
+
+@pytest.mark.parametrize("mode", NORM_MODES)
+@given(number=st.integers(0, 1000), decay=st.floats(0, 1))
+def test_r_grows_as_counted_by_hand(mode: str, number: int, decay: float) -> None:
+    normalizer, given = DotProdNormalizer(mode, decay=decay), answers(number)
+    r = normalizer.start(given[0, 0])
+    for x, answer in given:
+        r = normalizer(r, x, answer)
+    for b in range(2):
+        for t in range(3):
+            expected = 1.0
+            for x, answer in given.double().numpy():
+                dot = sum(float(x[b, t, d]) * float(answer[b, t, d]) for d in range(8))
+                if mode == "dotprod":
+                    expected = expected + dot
+                elif mode == "ema":
+                    expected = decay * expected + (1 - decay) * (1 + dot)
+            assert float(r[b, t]) == pytest.approx(expected, abs=1e-4)
+    assert int(normalizer.replaced) == 0
+
+
+def test_r_starts_at_one_in_every_pass_and_keeps_nothing() -> None:
+    normalizer, given = DotProdNormalizer(), answers(1)
+    x, answer = given[0]
+    first = normalizer(normalizer.start(x), x, answer)
+    normalizer(first, *given[1])
+    assert torch.equal(normalizer.start(x), torch.ones(2, 3))
+    assert torch.equal(normalizer(normalizer.start(x), x, answer), first)
+
+
+@given(st.integers(0, 1000))
+def test_an_average_that_forgets_nothing_leaves_r_at_exactly_one(number: int) -> None:
+    normalizer, (x, answer) = DotProdNormalizer("ema", decay=1.0), answers(number)[0]
+    assert torch.equal(normalizer(normalizer.start(x), x, 1e6 * answer), torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("mode", ["dotprod", "ema"])
+def test_an_answer_at_right_angles_to_the_stream_leaves_r_at_one(mode: str) -> None:
+    x, answer = torch.zeros(1, 2, 4), torch.zeros(1, 2, 4)
+    x[..., 0], answer[..., 3] = 1, 5
+    normalizer = DotProdNormalizer(mode)
+    torch.testing.assert_close(normalizer(normalizer.start(x), x, answer), torch.ones(1, 2))
+
+
+def test_r_counts_on_beyond_256_also_for_a_stream_in_bfloat16() -> None:
+    normalizer, x = DotProdNormalizer(), torch.full((1, 1, 4), 0.5).bfloat16()
+    r = normalizer.start(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for _ in range(300):
+            r = normalizer(r, x, x)
+    assert r.dtype == torch.float32
+    assert r.item() == 301
+
+
+def test_an_r_that_is_not_finite_is_replaced_and_counted() -> None:
+    normalizer, x = DotProdNormalizer(), torch.ones(1, 4, 1)
+    answer = torch.tensor([torch.nan, torch.inf, -torch.inf, 2.0]).view(1, 4, 1)
+    r = normalizer(normalizer.start(x), x, answer)
+    largest = torch.finfo(torch.float32).max
+    assert r.tolist() == [[1.0, largest, -largest, 3.0]]
+    assert int(normalizer.replaced) == 3
+    normalizer(normalizer.start(x), x, answer)
+    assert int(normalizer.replaced) == 6
+
+
+def test_the_count_of_replaced_values_is_saved_with_the_model() -> None:
+    normalizer, x = DotProdNormalizer(), torch.full((1, 1, 1), torch.nan)
+    normalizer(normalizer.start(x), x, x)
+    restored = DotProdNormalizer()
+    restored.load_state_dict(normalizer.state_dict())
+    assert int(restored.replaced) == 1
+
+
+def test_an_unknown_norm_mode_is_refused_with_the_nearest() -> None:
+    with pytest.raises(ValueError, match="unknown norm mode 'dotpord', did you mean 'dotprod'"):
+        DotProdNormalizer("dotpord")

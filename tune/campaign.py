@@ -10,8 +10,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ngpt.config import ConfigError, Location, build, named_settings, resolve, settings, unknown
+from ngpt.config import ConfigError, Location, build, settings, unknown
 from ngpt.train import TrainConfig
+from ngpt.written import named_settings
 from ngpt.yamlfile import parse_assignment, read_yaml
 from tune import format as fmt
 from tune.arms import BASELINE, Arm
@@ -36,14 +37,14 @@ def load_campaign(path: Path, assignments: Sequence[str] = ()) -> Campaign:
     """
     document = read_yaml(path)
     problems = Problems()
-    campaign = _read(document.data, assignments, problems)
+    campaign = _read(document.data, assignments, problems, path.parent)
     if problems.all or campaign is None:
         raise ConfigError(problems.in_file_order(document))
     return replace(campaign, text=path.read_text(encoding="utf-8"), assignments=tuple(assignments))
 
 
-def _read(data: Any, assignments: Sequence[str], problems: Problems) -> Campaign | None:
-    """The campaign in the plain data of a file; None, and problems, if there is anything wrong with it."""
+def _read(data: Any, assignments: Sequence[str], problems: Problems, folder: Path) -> Campaign | None:
+    """The campaign in the plain data of a file in `folder`; None, and problems, if there is anything wrong with it."""
     if not isinstance(data, dict):
         problems.add((), "a campaign is a mapping with at least `campaign:` and `phases:` (or `vary:`)")
         return None
@@ -58,10 +59,10 @@ def _read(data: Any, assignments: Sequence[str], problems: Problems) -> Campaign
     seeds = read_seeds(problems, data["seeds"], ("seeds",)) if "seeds" in data else SEEDS
 
     checker = ConfigChecker(problems)
-    base = checker.check_base(_base(data.get("base", {}), problems), _options(assignments, problems))
+    base = checker.check_base(_base(data.get("base", {}), problems, folder), _options(assignments, problems))
     raw_phases = _raw_phases(data, problems)
     names = [str(raw["name"]) for raw, _ in raw_phases if isinstance(raw, dict) and "name" in raw]
-    reader = PhaseReader(problems, names, seeds)
+    reader = PhaseReader(problems, names, seeds, folder)
     phases = [phase for raw, at in raw_phases if (phase := reader.read(raw, at))]
     _check_circles(phases, reader.inherits, problems)
     _check_arms(checker, phases, ready=not problems.all)
@@ -100,8 +101,8 @@ def _header(data: Mapping[str, Any], problems: Problems) -> Header | None:
         return None
 
 
-def _base(data: Any, problems: Problems) -> dict[str, tuple[Any, Location]]:
-    given, wrong = named_settings(TrainConfig, data, ("base",))
+def _base(data: Any, problems: Problems, folder: Path) -> dict[str, tuple[Any, Location]]:
+    given, wrong = named_settings(TrainConfig, data, ("base",), folder=folder)
     for problem in wrong:
         problems.add(*problem)
     if "seed" in given:
@@ -111,15 +112,19 @@ def _base(data: Any, problems: Problems) -> dict[str, tuple[Any, Location]]:
 
 
 def _options(assignments: Sequence[str], problems: Problems) -> dict[str, tuple[Any, Location]]:
-    """The settings of `--set`, each located at its own text."""
+    """The settings of `--set`, each located at its own text; a later one beats an earlier one."""
     given: dict[str, tuple[Any, Location]] = {}
     for text in assignments:
         at = (f"{OPTION} {text}",)
         try:
             name, value = parse_assignment(text)
-            given[resolve(TrainConfig, name)] = (value, at)
         except ConfigError as error:
             problems.add(at, str(error).removeprefix(f"{OPTION} {text}: ").removeprefix(f"{OPTION}:"))
+            continue
+        found, wrong = named_settings(TrainConfig, {name: value})
+        given |= {setting: (value, at) for setting, (value, _) in found.items()}
+        for problem in wrong:
+            problems.add(at, problem.message)
     if "seed" in given:
         _, at = given.pop("seed")
         problems.add(at, "seeds belong to the campaign file: write `seeds: [1, 2, 3]` at its top")

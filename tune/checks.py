@@ -120,6 +120,7 @@ def _vocab_size(config: TrainConfig) -> int:
 DATA_CHECKS: dict[str, Callable[[TrainConfig], object]] = {
     "data.tokenizer": lambda config: tokenizer_vocab_size(config.data.tokenizer),
     "data.corpus": _vocab_size,
+    "data.shards": lambda config: corpora.check_shards(config.data),
     "data.path": lambda config: corpora.fingerprint(config.data),
     "model.vocab_size": resolved,
 }

@@ -26,7 +26,7 @@ def describe_data(config: TrainConfig) -> dict[str, Any]:
     manifest = dataset.manifest
     return {
         "corpus": manifest["corpus"],
-        "tokenizer": config.data.tokenizer,
+        "tokenizer": manifest["tokenizer"]["spec"],
         "tokenizer_sha256": manifest["tokenizer"].get("sha256"),
         "vocab_size": dataset.vocab_size,
         "train_tokens": sum(len(tokens) for tokens in dataset.train),

@@ -3,10 +3,12 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
-from ngpt.config import Location, is_identity, named_settings, settings, unknown
+from ngpt.config import Location, is_identity, settings, unknown
 from ngpt.train import TrainConfig
+from ngpt.written import named_settings
 from tune import format as fmt
 from tune.arms import BASELINE, SWEEPS, Arm, Axis, count
 from tune.checks import Given, Problems, given_in, with_absolute_paths, written_alike
@@ -36,6 +38,7 @@ class PhaseReader:
     problems: Problems
     names: Sequence[str]  # of all phases of the file
     seeds: tuple[int, ...]  # the campaign's, for phases without their own
+    folder: Path  # of the campaign file
     inherits: dict[tuple[str, str], Location] = field(default_factory=dict)  # where one phase names another
     trials: int = 0  # so far
     _seen: set[str] = field(default_factory=set)
@@ -102,7 +105,7 @@ class PhaseReader:
 
     def _settings(self, data: Any, at: Location) -> dict[str, tuple[Any, Location]]:
         """Settings that arms or phases may differ in, by full name."""
-        found, wrong = named_settings(TrainConfig, data, at)
+        found, wrong = named_settings(TrainConfig, data, at, folder=self.folder)
         for problem in wrong:
             self.problems.add(*problem)
         for name, (_, location) in found.items():

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ngpt.config import content_hash, override, settings
-from ngpt.data.corpora import fingerprint
+from ngpt.data.corpora import fingerprint, order_settings
 from ngpt.flops import flops_per_token
 from ngpt.train import TrainConfig, resolved
 from tune.arms import BASELINE
@@ -122,7 +122,7 @@ def trial_id(config: TrainConfig) -> str:
     Where the data lie does not matter, so corpus, path and tokenizer enter through the fingerprint of their content.
     """
     data = {name for name in settings(TrainConfig) if name.startswith("data.")}
-    extra = {"data": fingerprint(config.data)}
+    extra = {"data": fingerprint(config.data)} | order_settings(config.data)
     return f"{content_hash(config, leave_out=data | {'seed'}, extra=extra)}-s{config.seed}"
 
 

@@ -59,7 +59,8 @@ def _shrunk_phase(phase: Phase, limits: Mapping[str, int]) -> Phase:
 
 
 def _limited(settings: Mapping[str, Any], limits: Mapping[str, int]) -> dict[str, Any]:
+    """The settings, none above its limit; a vocabulary is the tokenizer's, without the rest that a preset adds."""
     return {
         name: min(value, limits[name]) if name in limits and value is not None else value
         for name, value in settings.items()
-    }
+    } | ({"model.vocab_size": None} if "model.vocab_size" in settings else {})

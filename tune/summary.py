@@ -37,6 +37,11 @@ CURVE_COLUMNS = {
     "tokens_per_second": "float64",
     "grad_norm": "float64",
     "lr": "float64",
+    "lr_embedding": "float64",
+    "lr_head": "float64",
+    "lr_scales": "float64",
+    "r_mean": "float64",
+    "r_replaced": "float64",
     "weight_norm_error": "float64",
     "activation_norm_error": "float64",
 }

@@ -1,0 +1,380 @@
+"""Models trained with the official code, as ours: nGPT and its GPT baseline from NVIDIA/ngpt, nanochat's GPT.
+
+python -m ngpt.convert nvidia ckpt.pt --out converted
+python -m ngpt.convert nanochat model_021400.pt --tokenizer nanochat.model --out converted
+
+The command reads what it can from the checkpoint (nanochat: from the meta_021400.json beside it); a bare state dict
+needs --n-head and --block-size. It writes `converted/checkpoints/step_0000000`.
+"""
+
+import argparse
+import json
+import math
+import pickle
+import re
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ngpt.checkpoint import checkpoint_folders, save_checkpoint
+from ngpt.config import ConfigError, Problem, build, flatten, unknown
+from ngpt.data.tokenizer import parse_spec, tokenizer_vocab_size
+from ngpt.model import GPT, ModelConfig
+from ngpt.rope import ROPE_KINDS
+
+Table = dict[str, tuple[str, str]]  # official name -> our name, shape
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What an official state dict holds, and the settings under which our model computes the same.
+
+    Shapes are written in sizes: V vocabulary, D width, F hidden width of the MLP, C width of all keys (n_kv_head * K).
+    """
+
+    title: str
+    top: Table
+    layer: Table  # names after "transformer.h.N."
+    settings: Mapping[str, Any]
+    half_split: tuple[str, ...] = ()  # weights whose rows are in the order of a rotation of half heads
+
+    def expected(self, layers: list[int]) -> dict[str, tuple[str, list[str]]]:
+        """Our name and the shape of every weight, by official name, of a model that has these layers."""
+        names = {name: (ours, shape.split()) for name, (ours, shape) in self.top.items()}
+        for n in layers:
+            for name, (ours, shape) in self.layer.items():
+                names[f"transformer.h.{n}.{name}"] = f"blocks.{n}.{ours}", shape.split()
+        return names
+
+
+EMBEDDING_AND_HEAD: Table = {
+    "transformer.wte.weight": ("wte.weight", "V D"),
+    "lm_head.weight": ("lm_head.weight", "V D"),
+}
+NVIDIA_MATRICES: Table = {
+    "query.weight": ("attention.query.weight", "D D"),
+    "key.weight": ("attention.key.weight", "D D"),
+    "value.weight": ("attention.value.weight", "D D"),
+    "att_c_proj.weight": ("attention.out.weight", "D D"),
+    "c_fc.weight": ("mlp.up.weight", "2F D"),
+    "mlp_c_proj.weight": ("mlp.down.weight", "D F"),
+}
+NVIDIA_NGPT = Layout(
+    "NVIDIA's nGPT",
+    EMBEDDING_AND_HEAD | {"sz": ("s_z.stored", "V")},
+    NVIDIA_MATRICES
+    | {
+        "attn_alpha": ("attention_residual.alpha.stored", "D"),
+        "mlp_alpha": ("mlp_residual.alpha.stored", "D"),
+        "sqk": ("attention.s_qk.stored", "D"),
+        "suv": ("mlp.s_uv.stored", "2F"),
+    },
+    {"residual": "lerp", "alpha": 0.05, "mlp": "swiglu"},
+)
+NVIDIA_GPT = Layout(
+    "NVIDIA's GPT baseline",
+    EMBEDDING_AND_HEAD | {"rmsnorm_f.weight": ("final_norm.weight", "D")},
+    NVIDIA_MATRICES
+    | {
+        "rmsnorm_att.weight": ("attention_norm.weight", "D"),
+        "rmsnorm_mlp.weight": ("mlp_norm.weight", "D"),
+    },
+    {"residual": "add", "mlp": "swiglu", "qk_norm": False, "embedding_norm": False, "norm_gain": True},
+)
+NANOCHAT = Layout(
+    "nanochat's GPT",
+    EMBEDDING_AND_HEAD,
+    {
+        "attn.c_q.weight": ("attention.query.weight", "D D"),
+        "attn.c_k.weight": ("attention.key.weight", "C D"),
+        "attn.c_v.weight": ("attention.value.weight", "C D"),
+        "attn.c_proj.weight": ("attention.out.weight", "D D"),
+        "mlp.c_fc.weight": ("mlp.up.weight", "F D"),
+        "mlp.c_proj.weight": ("mlp.down.weight", "D F"),
+    },
+    {"residual": "add", "mlp": "relu2", "softcap": 15.0, "rope": "rotary"},
+    half_split=("attn.c_q.weight", "attn.c_k.weight"),
+)
+
+
+def from_nvidia_ngpt(state: Mapping[str, Tensor], *, n_head: int, block_size: int, rope: str = "nvidia") -> GPT:
+    """The model whose weights are `state`, from NVIDIA/ngpt at ed19eb2: its nGPT, or the GPT baseline, by its keys.
+
+    Its scales are stored as ours are: what acts is the stored value * init * sqrt(n_embd), with init 0.05 for alpha
+    and 1 for s_qk and s_z; s_uv acts as it is stored. The weights become float32 and are not projected.
+
+    Args:
+        state: official name -> tensor, also with the prefixes that torch.compile and DDP leave. Everything but the
+            keywords is read off the shapes.
+        n_head: has to be right: other divisors of n_embd load as well, and give nonsense.
+        rope: `nvidia` for what the repository trains with (its issue 10), `rotary` for a copy with a true rotation.
+
+    Raises:
+        ConfigError: names every weight that is unknown, missing or of the wrong shape, and every impossible setting.
+    """
+    layout = NVIDIA_GPT if any("rmsnorm_" in name for name in state) else NVIDIA_NGPT
+    return _convert(state, layout, {"n_head": n_head, "block_size": block_size, "rope": rope})
+
+
+def from_nanochat(state: Mapping[str, Tensor], *, n_head: int, n_kv_head: int, block_size: int) -> GPT:
+    """The model whose weights are `state`, from karpathy/nanochat as of November 2025 (gpt.py at a83646e).
+
+    It turns the two halves of a head by -theta, we turn neighbouring channels by +theta: the same with the rows of its
+    query and key matrices in another order. It rounds the tables of angles to bfloat16, we keep float32. Later versions
+    have more weights (resid_lambdas, ...) and are refused by these names.
+
+    Args:
+        state: as for `from_nvidia_ngpt`.
+        n_head, n_kv_head: heads of queries, and of keys and values.
+
+    Raises:
+        ConfigError: as `from_nvidia_ngpt`.
+    """
+    return _convert(state, NANOCHAT, {"n_head": n_head, "n_kv_head": n_kv_head, "block_size": block_size})
+
+
+def _convert(state: Mapping[str, Tensor], layout: Layout, settings: Mapping[str, Any]) -> GPT:
+    weights, problems = _strip_prefixes(state)
+    layers = sorted({int(match[1]) for name in weights if (match := re.match(r"transformer\.h\.(\d+)\.", name))})
+    expected = layout.expected(layers)
+    problems += _wrong_layers(layers, layout) + _wrong_names(weights, expected, layout)
+    sizes = _sizes(weights, expected)
+    read = {"n_layer": len(layers) or 1, "vocab_size": sizes.get("V"), "n_embd": sizes.get("D")}
+    if "D" in sizes and "F" in sizes:
+        read["mlp_ratio"] = sizes["F"] / sizes["D"]
+    cfg, wrong = _config({**layout.settings, **settings, **read})
+    if cfg is not None:
+        sizes["C"] = cfg.kv_heads * cfg.head_dim
+    problems += wrong + _wrong_shapes(weights, expected, sizes)
+    if problems or cfg is None:
+        raise ConfigError(problems)
+    model = GPT(cfg)
+    converted = {}
+    for name, (ours, _) in expected.items():
+        half_split = name.endswith(layout.half_split)
+        converted[ours] = _interleave(weights[name], cfg.head_dim) if half_split else weights[name]
+    model.load_state_dict(converted)
+    return model
+
+
+def _interleave(weight: Tensor, head_dim: int) -> Tensor:
+    """Rows (x1, x2) of each head, in halves, become pairs (x2, x1): x1 cos + x2 sin is then our turn by +theta."""
+    return weight.unflatten(0, (-1, 2, head_dim // 2)).flip(1).transpose(1, 2).flatten(0, 2)
+
+
+def _strip_prefixes(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[Problem]]:
+    """Weights by their names without what torch.compile (`_orig_mod.`) and DDP (`module.`) put before them."""
+    weights, problems = {}, []
+    for given, weight in state.items():
+        name = re.sub(r"^((_orig_mod|module)\.)+", "", given)
+        if name in weights:
+            problems.append(Problem((name,), "is given twice, with and without a prefix"))
+        weights[name] = weight
+    return weights, problems
+
+
+def _wrong_layers(layers: list[int], layout: Layout) -> list[Problem]:
+    if not layers:
+        return [Problem((), f"no layer of {layout.title}: their names begin with transformer.h.0.")]
+    gap = next((n for n, layer in enumerate(layers) if n != layer), None)
+    there = ", ".join(map(str, layers))
+    return [] if gap is None else [Problem((f"transformer.h.{gap}",), f"missing layer, there are {there}")]
+
+
+def _wrong_names(weights: Mapping[str, Tensor], expected: Mapping[str, Any], layout: Layout) -> list[Problem]:
+    problems = []
+    for name in weights:
+        if name not in expected:
+            own_layer = layout.expected([int(match[1])]) if (match := re.search(r"\.h\.(\d+)\.", name)) else layout.top
+            near = get_close_matches(name, list(own_layer), n=1, cutoff=0.8)
+            hint = f", did you mean '{near[0]}'?" if near else ""
+            problems.append(Problem((name,), f"unknown weight, {layout.title} has none of this name{hint}"))
+    missing = [name for name in expected if name not in weights]
+    return problems + [Problem((name,), f"missing weight of {layout.title}") for name in missing]
+
+
+def _sizes(weights: Mapping[str, Tensor], expected: Mapping[str, tuple[str, list[str]]]) -> dict[str, int]:
+    """V, D and F as most of the weights have them, so that one of a wrong shape is the one to be blamed."""
+    votes: dict[str, Counter[int]] = defaultdict(Counter)
+    for name, (_, symbols) in expected.items():
+        if name in weights and weights[name].ndim == len(symbols):
+            for symbol, size in zip(symbols, weights[name].shape, strict=True):
+                votes[symbol[-1]][size // 2 if symbol == "2F" else size] += 1
+    return {symbol: counter.most_common(1)[0][0] for symbol, counter in votes.items() if symbol != "C"}
+
+
+def _config(settings: dict[str, Any]) -> tuple[ModelConfig | None, list[Problem]]:
+    """The config, None without a width, and what is wrong; a wrong rope does not hide heads that do not fit."""
+    problems = []
+    if settings["rope"] not in ROPE_KINDS:
+        problems.append(Problem(("rope",), unknown("rope", settings["rope"], ROPE_KINDS)))
+        settings["rope"] = "rotary"
+    if settings["n_embd"] is None:
+        return None, problems
+    try:
+        return build(ModelConfig, settings), problems
+    except ConfigError as error:
+        return None, problems + error.problems
+
+
+def _wrong_shapes(
+    weights: Mapping[str, Tensor], expected: Mapping[str, tuple[str, list[str]]], sizes: dict[str, int]
+) -> list[Problem]:
+    if "F" in sizes:
+        sizes = sizes | {"2F": 2 * sizes["F"]}
+    problems = []
+    for name, (_, symbols) in expected.items():
+        if name in weights and all(symbol in sizes for symbol in symbols):
+            given, right = tuple(weights[name].shape), tuple(sizes[symbol] for symbol in symbols)
+            if given != right:
+                problems.append(Problem((name,), f"shape {given}, expected {right}"))
+    return problems
+
+
+def read_nvidia(path: Path) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
+    """The state dict in `ckpt.pt` of NVIDIA/ngpt's train.py and what the file says of the model; or a bare state dict.
+
+    Raises:
+        ConfigError: it cannot be read, or its scales are stored with another base_scale than 1/sqrt(n_embd).
+        OSError: it cannot be opened.
+    """
+    loaded = _load(path)
+    if not isinstance(loaded.get("model"), Mapping):
+        return loaded, {}
+    args = loaded.get("model_args", {})
+    scale, right = args.get("base_scale"), args.get("n_embd", 1) ** -0.5
+    if args.get("use_nGPT") and scale is not None and not math.isclose(scale, right, rel_tol=1e-6):
+        raise ConfigError(f"{path}: base_scale is {scale}, only 1/sqrt(n_embd) = {right} can be converted")
+    known = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
+    return loaded["model"], {name: args[name] for name in known if name in args}
+
+
+def read_nanochat(path: Path) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
+    """The state dict `model_STEP.pt` of nanochat, and what `meta_STEP.json` beside it says, if that is there.
+
+    Raises:
+        ConfigError: a file cannot be read, or has settings that the version of November 2025 does not know.
+        OSError: it cannot be opened.
+    """
+    state = _load(path)
+    meta = path.with_name(path.name.replace("model_", "meta_", 1)).with_suffix(".json")
+    if meta == path or not meta.exists():
+        return state, {}
+    try:
+        given = json.loads(meta.read_text())["model_config"].items()
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{meta}: no model_config can be read: {error!r}") from None
+    ours = {name: name for name in ("vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")}
+    ours["sequence_len"] = "block_size"
+    if later := [name for name, _ in given if name not in ours]:
+        raise ConfigError(f"{meta}: nanochat as of November 2025 has no setting {', '.join(later)}")
+    return state, {ours[name]: value for name, value in given}
+
+
+def _load(path: Path) -> Mapping[str, Any]:
+    # NVIDIA's checkpoints hold NumPy's random state: an array of numbers, which NumPy 1 wrote under another name.
+    reconstruct = np.empty(0).__reduce__()[0]
+    numbers = [np.ndarray, np.dtype, type(np.dtype(np.uint32)), reconstruct]
+    numbers.append((reconstruct, "numpy.core.multiarray._reconstruct"))
+    try:
+        with path.open("rb") as file, torch.serialization.safe_globals(numbers):
+            loaded = torch.load(file, weights_only=True, map_location="cpu")
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"{path} is not a checkpoint that can be read safely: {reason}") from None
+    if not isinstance(loaded, Mapping):
+        raise ConfigError(f"{path} holds a {type(loaded).__name__}, not weights by name")
+    return loaded
+
+
+SOURCES: dict[str, tuple[Callable[[Path], tuple[Mapping[str, Tensor], dict[str, Any]]], Callable[..., GPT]]] = {
+    "nvidia": (read_nvidia, from_nvidia_ngpt),
+    "nanochat": (read_nanochat, from_nanochat),
+}
+
+
+def convert(source: str, path: Path, *, out: Path, tokenizer: str, given: Mapping[str, Any]) -> Path:
+    """Converts an official checkpoint file into `out/checkpoints/step_0000000` and returns that folder.
+
+    Args:
+        source: an entry of `SOURCES`.
+        tokenizer: what the model reads, `gpt2`, `gpt2:DIR` or `PATH.model`; kept in the checkpoint's identity.
+        given: the keywords of the source's function; None where the file says it.
+
+    Raises:
+        ConfigError: the file is not what it should be, or does not agree with itself, the tokenizer or what is given.
+        OSError: the file cannot be read, or the checkpoint not written.
+    """
+    root = out / "checkpoints"
+    if checkpoint_folders(root):
+        raise ConfigError(f"{out} holds checkpoints already, choose another folder")
+    read, build_model = SOURCES[source]
+    state, says = read(path)
+    settings = {name: says.get(name) if value is None else value for name, value in given.items()}
+    if missing := [f"--{name.replace('_', '-')}" for name, value in settings.items() if value is None]:
+        raise ConfigError(f"{path} does not say all about the model, give {' and '.join(missing)}")
+    model = build_model(state, **settings)
+    values = flatten(model.cfg)
+    if wrong := [f"{name} is {value}, not {values[name]}" for name, value in says.items() if value != values[name]]:
+        raise ConfigError(f"{path} disagrees with its weights or with what was given: it says {', '.join(wrong)}")
+    identity = {f"model.{name}": value for name, value in values.items()}
+    identity["data.tokenizer"] = _fitting(tokenizer, values["vocab_size"])
+    return save_checkpoint(root, model=model, state={}, step=0, val_loss=None, identity=identity, keep_last=1)
+
+
+def _fitting(tokenizer: str, vocab_size: int) -> str:
+    """The tokenizer's spec with an absolute path, so that the checkpoint can be used from anywhere."""
+    kind, argument = parse_spec(tokenizer)
+    if kind == "sentencepiece":
+        raise ConfigError(f"{tokenizer} is trained on a corpus of ours, an official model needs gpt2 or a PATH.model")
+    if (needed := tokenizer_vocab_size(tokenizer)) > vocab_size:
+        raise ConfigError(f"{tokenizer} has {needed} tokens, the model knows {vocab_size}")
+    if not argument:
+        return tokenizer
+    path = str(Path(argument).expanduser().resolve())
+    return path if kind == "model" else f"{kind}:{path}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    options = vars(_parser().parse_args(arguments))
+    source, path, out, tokenizer = (options.pop(name) for name in ("source", "checkpoint", "out", "tokenizer"))
+    try:
+        print(convert(source, path, out=out, tokenizer=tokenizer, given=options))
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"{error.filename or out}: {error.strerror or error}", file=sys.stderr)
+        return 74
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m ngpt.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    sources = parser.add_subparsers(dest="source", required=True, metavar="|".join(SOURCES))
+    nvidia, nanochat = (sources.add_parser(name) for name in SOURCES)
+    for each in (nvidia, nanochat):
+        each.add_argument("checkpoint", type=Path, metavar="CKPT.pt")
+        each.add_argument("--n-head", type=int, metavar="N", help="heads; default: what the checkpoint says")
+        each.add_argument("--block-size", type=int, metavar="T", help="context; default: what the checkpoint says")
+        each.add_argument("--out", type=Path, required=True, metavar="DIR", help="gets checkpoints/step_0000000")
+    nvidia.add_argument("--rope", default="nvidia", choices=ROPE_KINDS, help="default: nvidia")
+    nvidia.add_argument("--tokenizer", default="gpt2", metavar="T", help="gpt2 (default), gpt2:DIR or PATH.model")
+    nanochat.add_argument("--n-kv-head", type=int, metavar="G", help="heads of keys and values; as --n-head")
+    nanochat.add_argument("--tokenizer", required=True, metavar="T", help="gpt2, gpt2:DIR or PATH.model")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,45 @@
+"""The documents: what they name is there."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from ngpt.config import resolve
+from ngpt.train import TrainConfig
+
+ROOT = Path(__file__).parents[1]
+FEATURES = (ROOT / "docs" / "features.md").read_text(encoding="utf-8")
+
+
+def test_every_test_that_the_features_rest_on_exists() -> None:
+    named = set(re.findall(r"`(tests/\w+\.py)(?:::(\w+))?`", FEATURES))
+    assert len(named) > 50
+    missing = [
+        f"{file}::{test}"
+        for file, test in sorted(named)
+        if not (ROOT / file).is_file() or f"def {test}" not in (ROOT / file).read_text(encoding="utf-8")
+    ]
+    assert missing == []
+
+
+@pytest.mark.parametrize(
+    "setting", sorted(set(re.findall(r"`([a-z_]+(?:\.[a-z_]+)*): ", FEATURES)) - {"data", "model"})
+)
+def test_every_setting_that_the_features_name_is_one(setting: str) -> None:
+    assert resolve(TrainConfig, setting)
+
+
+def test_every_feature_says_which_seed_asked_for_it() -> None:
+    rows = [line.split(" | ") for line in FEATURES.splitlines() if line.startswith("| ") and "---" not in line]
+    seeds = {row[0]: row[1] for row in rows if row[1] != "seed"}
+    assert len(seeds) > 45
+    assert {part for seed in seeds.values() for part in seed.split(", ")} <= {
+        "000",
+        "001",
+        "002",
+        "003",
+        "004",
+        "paper",
+        "-",
+    }
