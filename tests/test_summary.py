@@ -299,6 +299,17 @@ def test_arms_that_saw_different_numbers_of_tokens_are_warned_about(judged: Call
     assert "tokens" not in warnings(judged("\n  - name: batch\n    vary: {batch_size: [4, 8]}\n", pretend))
 
 
+def test_divisors_that_were_not_finite_are_warned_about(judged: Callable[..., Summary]) -> None:
+    def result_of(spec: TrialSpec) -> TrialResult:
+        result = pretend(spec)
+        bad = spec.config.model.norm_mode == "dotprod" and spec.seed > 1
+        return replace(result, metrics=result.metrics | {"r_replaced": 40 if bad else 0})
+
+    shown = warnings(judged("\n  - name: mode\n    vary: {norm_mode: [baseline, dotprod, ema]}\n", result_of))
+    assert "mode: norm_mode=dotprod: 80 divisors r of its norm mode were not finite and became 1" in shown
+    assert shown.count("divisors") == 1
+
+
 @pytest.mark.parametrize(
     ("fact", "word"), [("device", "devices"), ("code_sha256", "versions of the code"), ("data_sha256", "data")]
 )

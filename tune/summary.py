@@ -244,6 +244,10 @@ def _warnings(phase: PhaseState, arms: list[dict[str, Any]], winner: str, record
     for name, what in {"device": "devices", "code_sha256": "versions of the code", "data_sha256": "data"}.items():
         if len(different := {str(record["provenance"].get(name)) for record in records if record["error"] is None}) > 1:
             found.append(f"its trials come from different {what}: {', '.join(sorted(different))}")
+    for arm in arms:
+        replaced = sum(record["metrics"].get("r_replaced") or 0 for record in records if record["arm"] == arm["arm"])
+        if replaced:
+            found.append(f"{arm['arm']}: {replaced:.0f} divisors r of its norm mode were not finite and became 1")
     return found
 
 
