@@ -4,7 +4,7 @@ python -m ngpt.convert nvidia ckpt.pt --out converted
 python -m ngpt.convert nanochat model_021400.pt --tokenizer nanochat.model --out converted
 
 The command reads what it can from the checkpoint (nanochat: from the meta_021400.json beside it); a bare state dict
-needs --n-head and --block-size. It writes `converted/checkpoints/step_0000000`.
+needs --n-head and --block-size (nanochat: --n-kv-head too). It writes `converted/checkpoints/step_0000000`.
 """
 
 import argparse

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from ngpt.checkpoint import load_checkpoint, verify_checkpoint
-from ngpt.config import ConfigError, build
+from ngpt.checkpoint import verify_checkpoint
+from ngpt.config import ConfigError
 from ngpt.convert import from_nanochat, from_nvidia_ngpt, main
-from ngpt.model import GPT, ModelConfig
+from ngpt.load import build_model
+from ngpt.model import GPT
 from ngpt.optim import OptimConfig, build_optimizers
 from ngpt.projection import project_weights
 
@@ -273,15 +274,6 @@ def nanochat_checkpoint(folder: Path, **changes: Any) -> Path:
     return path
 
 
-def reloaded(folder: Path) -> GPT:
-    """The model in a checkpoint, from nothing but the checkpoint."""
-    checkpoint = verify_checkpoint(folder)
-    values = {name.partition(".")[2]: v for name, v in checkpoint.identity.items() if name.startswith("model.")}
-    model = GPT(build(ModelConfig, values))
-    assert load_checkpoint(checkpoint, model, identity={}) == {}
-    return model
-
-
 @pytest.mark.parametrize("file", FILES)
 def test_the_command_writes_a_checkpoint_of_the_same_model(
     file: str, tmp_path: Path, tokenizer: str, capsys: pytest.CaptureFixture[str]
@@ -293,7 +285,7 @@ def test_the_command_writes_a_checkpoint_of_the_same_model(
     folder = Path(capsys.readouterr().out.strip())
     assert folder == tmp_path / "out" / "checkpoints" / "step_0000000"
     assert verify_checkpoint(folder).identity["data.tokenizer"] == tokenizer
-    assert error_of_logits(reloaded(folder), read(file)) < 1e-5
+    assert error_of_logits(build_model(verify_checkpoint(folder)), read(file)) < 1e-5
 
 
 def test_a_bare_state_dict_needs_the_heads_and_the_context(
@@ -305,7 +297,10 @@ def test_a_bare_state_dict_needs_the_heads_and_the_context(
     assert main([*common, "--n-head", "4"]) == 2
     assert "give --block-size and --n-kv-head" in capsys.readouterr().err
     assert main([*common, "--n-head", "4", "--n-kv-head", "2", "--block-size", "16"]) == 0
-    assert error_of_logits(reloaded(Path(capsys.readouterr().out.strip())), read("nanochat_gpt")) < 1e-5
+    assert (
+        error_of_logits(build_model(verify_checkpoint(Path(capsys.readouterr().out.strip()))), read("nanochat_gpt"))
+        < 1e-5
+    )
 
 
 def test_the_tokenizer_is_kept_with_an_absolute_path(
