@@ -3,7 +3,7 @@
 A rule is a function (x, f, alpha, norm) -> x with x and f of shape (B, T, D) and alpha broadcastable to it, and one
 entry in `RESIDUAL_RULES`. `norm` brings the result back to the sphere. The rules do not share the meaning of alpha:
 `lerp` and `slerp` go that fraction of the way towards the *normalised* answer (0.05 turns the stream by about 3
-degrees), `seed` adds that multiple of the raw answer (0.15 at width 256: attention turns the stream by about 2 degrees,
+degrees), `seed` adds that multiple of the raw answer (0.15 at width 256: attention turns the stream by 2 to 3 degrees,
 an MLP by 1, or with s_uv by 70 to 80). A campaign names the rule it is about.
 """
 
