@@ -4,10 +4,12 @@
     python run_campaign.py experiments/quickstart.yaml --plan       what would run, and how long it would take
     python run_campaign.py status results/quickstart                where a campaign stands, also while it runs
     python run_campaign.py report results/quickstart                rebuild every derived file from the journal
+    python run_campaign.py compare results/one results/other        two campaigns side by side, arm by arm
     python run_campaign.py doctor                                   what would go wrong on this machine
 
 Exit codes: 0 all trials finished; 1 internal error; 2 usage or configuration; 3 another run holds the results;
-4 finished, but some trials failed or diverged; 74 input or output; 130 interrupted; 143 terminated.
+4 finished, but some trials failed or diverged, or stopped by the budget; 74 input or output; 130 interrupted;
+143 terminated.
 """
 
 import argparse
@@ -68,6 +70,10 @@ def verb_parser(verb: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"run_campaign.py {verb}", description=VERBS[verb].__doc__)
     if verb == "doctor":
         parser.add_argument("--out", type=Path, default=Path("results"), metavar="DIR", help="where results would go")
+    elif verb == "compare":
+        parser.add_argument("results", type=Path, help="a results directory, such as results/quickstart")
+        parser.add_argument("other", type=Path, help="the results directory to hold against it")
+        parser.add_argument("--metric", help="compare by this one; default is the metric of the campaigns")
     else:
         parser.add_argument("results", type=Path, help="a results directory, such as results/quickstart")
     parser.add_argument("--json", action="store_true", help="print JSON on stdout")
@@ -109,7 +115,7 @@ def terminate_in_order() -> None:
 
 
 def show_end(summary: dict[str, Any], number: int, root: Path, options: argparse.Namespace) -> int:
-    """The last screen, and the exit code."""
+    """The last screen, and the exit code: a budget that left trials out is 4, since not every trial has finished."""
     from rich.console import Console
 
     from tune.console import final_screen
@@ -123,7 +129,9 @@ def show_end(summary: dict[str, Any], number: int, root: Path, options: argparse
     if number:
         print(f"interrupted; to go on: {summary['command']}", file=sys.stderr)
         return 128 + number
-    return EXIT_UNSUCCESSFUL if summary["trials"]["failed"] + summary["trials"]["diverged"] else 0
+    # 0 says that all the file asks for was trained: what comes next in a script may count on it.
+    unsuccessful = summary["trials"]["failed"] + summary["trials"]["diverged"] + len(summary["left_out"])
+    return EXIT_UNSUCCESSFUL if unsuccessful else 0
 
 
 def plan(campaign: Any, root: Path, options: argparse.Namespace) -> int:
@@ -172,6 +180,21 @@ def report(options: argparse.Namespace) -> int:
     return 0
 
 
+def compare(options: argparse.Namespace) -> int:
+    """Holds two results directories against each other: environment, data, settings, and each arm that both have."""
+    from rich.console import Console
+
+    from tune.compare import compare as compare_results
+    from tune.comparison_view import comparison_view
+
+    comparison = compare_results(options.results, options.other, metric=options.metric)
+    if options.json:
+        print(json.dumps(comparison, indent=1, allow_nan=False))
+    else:
+        Console(highlight=False).print(comparison_view(comparison))
+    return 0
+
+
 def doctor(options: argparse.Namespace) -> int:
     """Checks versions, devices, disk and limits, and says what would go wrong."""
     from dataclasses import asdict
@@ -189,7 +212,7 @@ def doctor(options: argparse.Namespace) -> int:
     return 1 if any(check.problem for check in checks) else 0
 
 
-VERBS = {"status": status, "report": report, "doctor": doctor}
+VERBS = {"status": status, "report": report, "compare": compare, "doctor": doctor}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -35,7 +35,7 @@ phases:
 """
 NAMES = "letters, digits, '.', '_' and '-', the first a letter or digit, and no '..'"
 ARM_NAMES = f"1 to 80 letters, digits, ' ', '=', ',', ':', '+',{NAMES.removeprefix('letters, digits,')}"
-KINDS = "vary, grid, zip, runs"
+KINDS = "vary, grid, zip, runs, combine, search"
 
 # What is wrong -> the file, and what is said of it in the order of the marks.
 WRONG: dict[str, tuple[str, list[str]]] = {
@@ -195,7 +195,7 @@ WRONG: dict[str, tuple[str, list[str]]] = {
         [
             "metric.name: unknown metric 'loss', did you mean 'val_loss'? Allowed: train_loss, val_bpb, val_loss",
             "metric.goal: unknown goal 'minimise', did you mean 'minimize'? Allowed: maximize, minimize",
-            "hold: unknown quantity to hold 'token', did you mean 'tokens'? Allowed: steps, tokens",
+            "hold: unknown quantity to hold 'token', did you mean 'tokens'? Allowed: seconds, steps, tokens",
         ],
     ),
     "unknown share of a GPU": (
@@ -728,6 +728,7 @@ metric: {name: val_loss, goal: minimize}
 seeds: [1, 2]
 hold: tokens
 confidence: 0.95
+budget: {trials: 9, hours: 1}
 base:
   model: {n_layer: 1, n_head: 2, n_embd: 16}
   data: {corpus: python-docs, tokenizer: "sentencepiece:500"}
@@ -746,6 +747,13 @@ phases:
     runs: [{arm: baseline}, {arm: x, inherit: b, lr: 0.01}]
   - name: d
     zip: {lr: [0.1, 0.2], tokenizer: ["sentencepiece:500", gpt2]}
+  - name: e
+    combine: {from: [a, b]}
+  - name: f
+    search: {method: random, trials: 3, seed: 0, space: {lr: {log: [0.1, 0.2]}, n_head: {choice: [1, 2]}}}
+  - name: g
+    inherit: e
+    search: {method: optuna, trials: 3, parallel: 2, space: {alpha: {uniform: [0.1, 0.2]}, n_layer: {uniform: [1, 3]}}}
 """
 WORDS = ["a", "b", "x", "baseline", "steps", "alpha", "name", "arm", "inherit", "vary", "runs", "seed", "fresh 1", "lr"]
 scalars = st.one_of(

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import scipy.stats
 from rich.console import Console
 
 import ngpt.bench
@@ -388,3 +390,47 @@ def test_a_plan_is_a_table_without_json(
     assert out.startswith("plan of c")
     assert "results in " in out
     assert not (tmp_path / "results").exists()
+
+
+# ---- what a campaign can find --------------------------------------------------------------------------------------
+
+
+def power(effect: float, *, sd: float, seeds: int, arms: int) -> float:
+    """How often a paired phase finds an effect, by 40 000 simulated phases and Holm's first step."""
+    rng = np.random.default_rng(0)
+    df = (seeds - 1) * (arms - 1)
+    noise = sd * np.sqrt(scipy.stats.chi2.rvs(df, size=40_000, random_state=rng) / df)
+    delta = effect + sd * np.sqrt(2 / seeds) * rng.standard_normal(40_000)
+    t = np.abs(delta) / (noise * np.sqrt(2 / seeds))
+    return float(np.mean(2 * scipy.stats.t.sf(t, df) < 0.05 / (arms - 1)))
+
+
+def test_a_plan_says_the_smallest_effect_that_each_phase_would_find(load: Load, tmp_path: Path) -> None:
+    estimated = estimate(load(f"noise: 0.02\n{PHASES}"), tmp_path)
+    assert estimated["noise"] == {"sd": 0.02, "method": "paired", "source": "as the campaign says"}
+    least = one_row(estimated, "a")["smallest_detectable"]
+    assert power(least, sd=0.02, seeds=2, arms=3) == pytest.approx(0.8, abs=0.01)
+    text = shown(estimated)
+    assert "finds" in text and f"{least:.2g}" in text
+    assert "from a spread between seeds of 0.02, as the campaign says" in text
+
+
+def test_the_noise_is_that_of_the_newest_phase_that_has_finished_here(load: Load, write: Write) -> None:
+    phase = preview(load(PHASES))[0]
+    events = finished_phase(phase, "alpha=0.2")
+    losses = iter([3.0, 2.9, 2.7, 3.2, 3.15, 2.9])
+    for event in events:
+        if event["event"] == "trial_finished":
+            event["metrics"] = event["metrics"] | {"val_loss": next(losses)}
+    estimated = estimate(load(PHASES), write(events))
+    y = np.array([[3.0, 3.2], [2.9, 3.15], [2.7, 2.9]])
+    rest = y - y.mean(0) - y.mean(1, keepdims=True) + y.mean()
+    assert estimated["noise"]["sd"] == pytest.approx(np.sqrt((rest**2).sum() / 2))
+    assert estimated["noise"]["source"] == "measured in phase a"
+    assert one_row(estimated, "b")["smallest_detectable"] > 0
+
+
+def test_without_a_noise_a_plan_promises_nothing(load: Load, tmp_path: Path) -> None:
+    estimated = estimate(load(PHASES), tmp_path)
+    assert estimated["noise"] is None and one_row(estimated, "a")["smallest_detectable"] is None
+    assert "finds" not in shown(estimated)

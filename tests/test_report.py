@@ -216,7 +216,7 @@ def test_answer_comes_before_cost_before_phases_before_problems_before_provenanc
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_text_is_inert_in_the_page(name: str) -> None:
-    harmless, hostile = campaign(phase("x")), hostile_campaign(name)
+    harmless, hostile = campaign(phase("x", inherit="x")), hostile_campaign(name)
     html = render_html(hostile, curves(hostile))
     page, expected = Page(html), Page(render_html(harmless, curves(harmless)))
     assert {tag for tag, _ in page.elements} <= {tag for tag, _ in expected.elements} | {"a"}
@@ -230,7 +230,7 @@ def test_hostile_text_is_inert_in_the_page(name: str) -> None:
 def test_hostile_text_is_inert_in_the_plots(name: str) -> None:
     summary = hostile_campaign(name)
     figures = json.loads(Page(render_html(summary, curves(summary))).scripts[0])
-    assert len(figures) == 2
+    assert len(figures) == 3
 
     def labels(item: Any) -> list[str]:
         if isinstance(item, dict):
@@ -383,9 +383,61 @@ def test_big_campaign_stays_small_and_draws_few_curves_in_colour() -> None:
     summary = campaign(phase(arms=arms))
     html = render_html(summary, curves(summary, steps=60))
     assert len(html) < 15_000_000
-    effect, lines = json.loads(Page(html).scripts[0])
+    effect, lines, _ = json.loads(Page(html).scripts[0])
     assert len(effect["layout"]["yaxis"]["ticktext"]) == 40
     assert sum(trace["showlegend"] for trace in lines["data"]) == 8
+
+
+def second_phase() -> Summary:
+    """A grid of two settings on top of the winner of `alpha`."""
+    arms = [
+        arm(f"a={a}, b={b}", 4.2 + 0.1 * a + 0.01 * b, "worse", 0.1, overrides={"x.a": a, "x.b": b}, rank=3 * a + b)
+        for a in (0, 1)
+        for b in (0, 1, 2)
+    ]
+    base = {"model.alpha": 0.15}
+    return phase("grid", arms=arms, inherit="alpha", base=base, winner="a=0, b=0", baseline="a=0, b=0", warnings=[])
+
+
+def test_a_grid_has_its_settings_their_importance_and_the_inheritance_in_both_reports() -> None:
+    summary = campaign(phase(), second_phase())
+    html = render_html(summary, curves(summary))
+    page, markdown = Page(html), render_markdown(summary).replace("\\", "")
+    assert "functional ANOVA of the complete grid" in page.text and "functional ANOVA of the complete grid" in markdown
+    assert re.search(r"x\.a 97% x\.b 3%", page.text) and "x.a 97%, x.b 3%" in markdown
+    assert "grid starts from alpha: alpha=0.15" in markdown and "alpha: alpha=0.15" in page.text
+    kinds = [figure["layout"]["meta"]["kind"] for figure in json.loads(page.scripts[0])]
+    assert kinds == ["effect", "curves", "speed", "effect", "curves", "speed", "parallel"]
+    places = [attributes["data-figure"] for attributes in page.tags("div") if attributes.get("class") == "plot"]
+    assert sorted(map(int, filter(None, places))) == list(range(7))
+
+
+def test_cost_and_troubles_are_in_both_reports() -> None:
+    summary = campaign()
+    retried = {"phase": "alpha", "arm": "a<b", "seed": 2, "trial_id": "t", "attempts": 3, "status": "finished"}
+    cost = {"slots": 4, "device_hours": 0.0461, "step_seconds": 166.0, "efficiency": 0.5, "retried": [retried]}
+    summary |= {"cost": cost}
+    summary["data"] |= {"skipped_shards": 2}
+    for text in (Page(render_html(summary, [])).text, render_markdown(summary).replace("&lt;", "<")):
+        for words in ("50% (2 m 46 s inside", "0.0461", "at most 4", "alpha/a<b seed 2 was started 3 times"):
+            assert words in text
+        assert "2 corrupt shards were skipped" in text and "1 in alpha" in text
+
+
+def test_the_hover_of_a_mean_tells_the_range_of_its_seeds() -> None:
+    summary = campaign()
+    figure = curve_figure(summary["phases"][0], curves_by_arm(curves(summary)))
+    assert figure is not None
+    val = [trace for trace in figure["data"] if trace["name"] == "alpha=0.15"][2]
+    assert val["customdata"][0] == [9.11, 9.13] and "mean of 3 seeds" in val["hovertemplate"]
+
+
+def test_only_the_baseline_and_the_best_arms_have_a_band() -> None:
+    arms = [arm(f"a={n}", 4.4 + n / 10, "worse", 0.1) for n in range(6)] + [arm("baseline", 5.4, "baseline")]
+    summary = campaign(phase(arms=arms, winner="baseline"))
+    figure = curve_figure(summary["phases"][0], curves_by_arm(curves(summary)))
+    assert figure is not None
+    assert sorted(t["name"] for t in figure["data"] if t.get("fill")) == ["a=0", "a=1", "a=2", "baseline"]
 
 
 def test_report_is_written_next_to_the_campaign(tmp_path: Path) -> None:

@@ -250,6 +250,27 @@ def test_report_rebuilds_what_was_deleted(finished: Path, capsys: pytest.Capture
         assert (finished / name).stat().st_size > 0
 
 
+def test_compare_is_strict_json_and_text(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_campaign.main(["compare", str(finished), str(finished), "--json"]) == 0
+    rows = strict(capsys.readouterr().out)["arms"]
+    assert len(rows) == 3 and all(row["identical"] for row in rows)  # 4 arms, of which one is in both phases
+    assert run_campaign.main(["compare", str(finished), str(finished)]) == 0
+    shown = capsys.readouterr().out
+    assert "identical in every trial" in " ".join(shown.split()).lower() and max(map(len, shown.splitlines())) <= 80
+
+
+def test_what_cannot_be_compared_is_a_usage_error(
+    finished: Path, tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with session_on(write_file(tmp_path, corpus), tmp_path / "tiny", ("eval_tokens=64",)) as session:
+        drive(begun(session), most=1)
+    assert run_campaign.main(["compare", str(finished), str(tmp_path / "tiny")]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and "the evaluation tokens differ: 128" in captured.err
+    assert run_campaign.main(["compare", str(finished), str(tmp_path)]) == 2
+    assert "is not a results directory" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("verb", ["status", "report"])
 def test_a_verb_on_something_else_is_a_usage_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], verb: str
@@ -268,7 +289,7 @@ def test_doctor_is_strict_json_and_text(tmp_path: Path, capsys: pytest.CaptureFi
     assert "python" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["status", "--help"], ["report", "--help"], ["doctor", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], *([verb, "--help"] for verb in run_campaign.VERBS)])
 def test_help_needs_no_heavy_library(arguments: list[str]) -> None:
     code = f"""
 import sys, runpy

@@ -6,7 +6,7 @@ The types are in tune/schema.py, the reading of one phase in tune/phases.py, the
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from graphlib import CycleError, TopologicalSorter
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,13 @@ from ngpt.yamlfile import parse_assignment, read_yaml
 from tune import format as fmt
 from tune.arms import BASELINE, Arm
 from tune.checks import OPTION, ConfigChecker, Given, Problems
-from tune.phases import PhaseInFile, PhaseReader, arm_changes, check_name, read_seeds
-from tune.schema import KINDS, Campaign, Fresh, Header, Metric, Phase, Resources
+from tune.claimfile import check_claims, read_claims
+from tune.phases import PhaseInFile, PhaseReader, arm_changes, chained_phase, check_name, read_seeds
+from tune.schema import KINDS, Budget, Campaign, Fresh, Header, Metric, Phase, Resources
 
-__all__ = ["Campaign", "Fresh", "Metric", "Phase", "Resources", "load_campaign"]
+__all__ = ["Budget", "Campaign", "Fresh", "Metric", "Phase", "Resources", "load_campaign"]
 
-TOP_KEYS = ("campaign", *Header.model_fields, "seeds", "base", "phases", *KINDS)
+TOP_KEYS = ("campaign", *Header.model_fields, "seeds", "base", "phases", *KINDS, "claims")
 SEEDS = (1, 2, 3)  # of a campaign that gives none
 MOST_COMBINATIONS = 10_000  # of arms that inherit and ways in which earlier phases may end; a second at most
 
@@ -65,13 +66,20 @@ def _read(data: Any, assignments: Sequence[str], problems: Problems, folder: Pat
     reader = PhaseReader(problems, names, seeds, folder)
     phases = [phase for raw, at in raw_phases if (phase := reader.read(raw, at))]
     _check_circles(phases, reader.inherits, problems)
-    _check_arms(checker, phases, ready=not problems.all)
-    if problems.all or header is None or base is None:
+    others = [chained_phase(path, found, reader.chained_at[path]) for path, found in reader.chained.items()]
+    _check_arms(checker, phases, others, ready=not problems.all)
+    ready = not problems.all
+    claims = read_claims(problems, data["claims"], folder) if "claims" in data else {}
+    if not ready or header is None or base is None:
         return None
+    ordered = _in_order_of_need([found.phase for found in phases])
+    check_claims(problems, claims, ordered, base)
     return Campaign(
         name=data["campaign"],
         base=base,
-        phases=_in_order_of_need([found.phase for found in phases]),
+        phases=ordered,
+        claims=tuple(claims.values()),
+        chained=reader.chained,
         text="",
         assignments=(),
         **{name: getattr(header, name) for name in Header.model_fields},
@@ -147,18 +155,20 @@ def _raw_phases(data: Mapping[str, Any], problems: Problems) -> list[tuple[Any, 
     return []
 
 
-def _check_arms(checker: ConfigChecker, phases: Sequence[PhaseInFile], *, ready: bool) -> None:
+def _check_arms(
+    checker: ConfigChecker, phases: Sequence[PhaseInFile], others: Sequence[PhaseInFile], *, ready: bool
+) -> None:
     """Builds every config that the campaign may train: a mistake must show now, not when its phase begins.
 
     What a phase inherits is not known yet, so every way in which earlier phases may end is tried, unless there are
     problems already (not `ready`) that could be the cause.
     """
     for found in phases:
-        for arm in (BASELINE, *found.phase.arms):
+        for arm in (BASELINE, *found.phase.arms, *_probes(found)):
             checker.check({**found.pinned, **arm_changes(arm)})
     if not ready:
         return
-    by_name = {found.phase.name: found for found in phases}
+    by_name = {found.phase.name: found for found in (*phases, *others)}
     for found in phases:
         for arm, start in islice(_inheriting(found, by_name), MOST_COMBINATIONS // len(phases)):
             values = fmt.settings({name: value for name, (value, _) in start.items()})
@@ -168,7 +178,7 @@ def _check_arms(checker: ConfigChecker, phases: Sequence[PhaseInFile], *, ready:
 
 def _inheriting(found: PhaseInFile, phases: Mapping[str, PhaseInFile]) -> Iterator[tuple[Arm, Given]]:
     """The arms of a phase, each with everything it may start from."""
-    for arm in (BASELINE, *found.phase.arms):
+    for arm in (BASELINE, *found.phase.arms, *_probes(found)):
         yield from ((arm, start) for start in _starts(found, arm.inherit, phases) if start)
 
 
@@ -185,10 +195,24 @@ def _winners(name: str | None, phases: Mapping[str, PhaseInFile]) -> Iterator[Gi
         yield {}
         return
     found = phases[name]
-    for arm in (BASELINE, *found.phase.arms):
+    for arm in (BASELINE, *found.phase.arms, *_probes(found), *_joined(found, phases)):
         for start in _starts(found, arm.inherit, phases):
             kept = {setting: entry for setting, entry in start.items() if setting not in found.pinned}
             yield {**kept, **arm_changes(arm)}
+
+
+def _probes(found: PhaseInFile) -> Iterator[Arm]:
+    """What stands for the arms that a search will propose."""
+    yield from found.phase.search.probes() if found.phase.search else ()
+
+
+def _joined(found: PhaseInFile, phases: Mapping[str, PhaseInFile]) -> Iterator[Arm]:
+    """Arms that a combining phase may come to have: at most one of each phase that it joins."""
+    sources = [(BASELINE, *phases[name].phase.arms, *_joined(phases[name], phases)) for name in found.phase.combine]
+    for chosen in product(*sources) if sources else ():
+        overrides = {name: value for arm in chosen for name, value in arm.overrides.items()}
+        origins = {name: at for arm in chosen for name, at in arm.origins.items()}
+        yield Arm(" + ".join(arm.name for arm in chosen), overrides, None, origins)
 
 
 def _check_circles(

@@ -5,7 +5,7 @@ markup.
 """
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -32,6 +32,7 @@ VERDICT_STYLES = {
     "diverged": "magenta",
     "failed": "bold red",
 }
+CLAIM_STYLES = {"reproduced": "bold bright_blue", "refuted": "yellow"}
 MOST_ARMS = 12  # the last screen shows this many of a phase; the report has all
 REFRESH_PER_SECOND = 3
 
@@ -355,7 +356,35 @@ def _final(summary: Mapping[str, Any], report: Path, width: int) -> RenderableTy
         remarks = [words(fmt.sentence(phase.get("why")), "italic"), words(fmt.noise(phase), "dim")]
         remarks += [words(f"Warning: {fmt.sentence(warning)}", "yellow") for warning in phase.get("warnings") or []]
         parts += [Padding(remark, (0, 0, 0, 2)) for remark in remarks if remark.plain]
+    if claims := summary.get("claims"):
+        parts += [Text(), _claims_heading(claims), Padding(claims_table(claims, width=width - 2), (0, 0, 0, 2))]
     return Group(*parts, Text(), _answer_panel(summary, report, width))
+
+
+def _claims_heading(claims: Sequence[Mapping[str, Any]]) -> Text:
+    return words("claims", "bold").append(f"   {fmt.claim_counts(claims)}", style="dim not bold")
+
+
+def claims_table(claims: Sequence[Mapping[str, Any]], *, width: int = 100) -> Table:
+    """The ledger, a line for each claim; what a narrow terminal leaves out is in the report."""
+    table = Table(
+        box=RULED, show_edge=False, padding=(0, 1, 0, 0), pad_edge=False, header_style="dim", border_style="dim"
+    )
+    names = [fmt.shorten(fmt.plain(claim.get("id") or fmt.MISSING), 20) for claim in claims]
+    values = [fmt.claim_value(claim) for claim in claims]
+    room = width - max(len("claim"), *map(len, names)) - max(len("observed"), *map(len, values)) - len("reproduced") - 6
+    table.add_column("claim", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
+    if room >= 0:
+        table.add_column("observed", no_wrap=True)
+    if room >= 12:
+        table.add_column("what was said", no_wrap=True, overflow="ellipsis", max_width=room)
+    for claim, name, value in zip(claims, names, values, strict=True):
+        verdict = claim.get("verdict") or fmt.MISSING
+        cells = [words(name), words(verdict, CLAIM_STYLES.get(verdict, "dim"))]
+        cells += [Text(value)] if room >= 0 else []
+        table.add_row(*cells, *([words(claim.get("says") or "")] if room >= 12 else []))
+    return table
 
 
 def _phase_heading(phase: Mapping[str, Any]) -> Text:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -10,17 +11,19 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ngpt.config import content_hash, settings
+from ngpt.config import ConfigError, content_hash, settings
 from ngpt.data.corpora import cache_folder
 from ngpt.flops import matrix_params
 from ngpt.train import TrainConfig, pick_device
 from tune import format as fmt
+from tune.budget import describe
 from tune.campaign import Campaign
 from tune.environment import usable_cpus
 from tune.journal import read_journal
-from tune.plan import PlannedPhase, preview, trial_flops, trial_tokens, trial_work
+from tune.plan import PlannedPhase, trial_flops, trial_tokens, trial_work
 from tune.schema import MOST_TRIALS
-from tune.state import DONE, State, past_winner, replay
+from tune.state import DONE, State, expected_phases, past_winner, replay
+from tune.verdicts import Method, detectable, judge
 
 STARTUP = 8.0  # seconds: interpreter, Ray, first import of torch in the workers
 PER_TRIAL = 0.1  # seconds besides training and evaluation
@@ -38,7 +41,8 @@ def estimate(campaign: Campaign, root: Path, *, measure: bool = False) -> dict[s
     first, and remembers them.
     """
     state = replay(read_journal(root / "journal.jsonl"))
-    phases = preview(campaign, lambda phase: past_winner(state, phase))
+    campaign = replace(campaign, speeds=state.speeds)
+    phases = expected_phases(campaign, state)
     known = {phase.name for phase in phases if past_winner(state, phase)}
     everything = {trial.trial_id: trial.config for phase in phases for trial in phase.trials}
     done = {trial_id for trial_id, result in state.results.items() if result["status"] in DONE}
@@ -49,11 +53,16 @@ def estimate(campaign: Campaign, root: Path, *, measure: bool = False) -> dict[s
     missing = [config for config in left.values() if shape_key(config) not in speeds]
     rate = _flop_rate(campaign) if missing else None
     workers = expected_workers(campaign)
+    noise = _noise(campaign, state)
     rows = []
     for phase in phases:
         to_run = [left.pop(trial.trial_id) for trial in phase.trials if trial.trial_id in left]
         seconds = sum(_seconds(config, speeds, rate) for config in to_run) / workers
-        rows.append(_row(phase, to_run, seconds) | {"guessed": not phase_needs(campaign, phase) <= known})
+        finds = _smallest_effect(campaign, phase, noise)
+        rows.append(
+            _row(phase, to_run, seconds)
+            | {"smallest_detectable": finds, "guessed": not phase_needs(campaign, phase) <= known}
+        )
     totals = {name: sum(row[name] for row in rows) for name in ("to_run", "tokens", "disk_bytes", "seconds")}
     return {
         "campaign": campaign.name,
@@ -62,9 +71,66 @@ def estimate(campaign: Campaign, root: Path, *, measure: bool = False) -> dict[s
         "trials": len(everything),  # a trial that two phases share is one
         **totals,
         "workers": workers,
+        "noise": asdict(noise) if noise else None,
+        "budget": describe(campaign.budget),
         "seconds": totals["seconds"] + (STARTUP if totals["to_run"] else 0.0),
         "seconds_source": _source(measure, len(missing), totals["to_run"], rate),
     }
+
+
+@dataclass(frozen=True)
+class Noise:
+    """The spread of the metric between seeds, and where it is from."""
+
+    sd: float
+    method: Method
+    source: str
+
+
+def _noise(campaign: Campaign, state: State) -> Noise | None:
+    """What the campaign says, or what its newest finished phase has measured."""
+    if campaign.noise is not None:
+        return Noise(campaign.noise, "paired", "as the campaign says")
+    for phase in reversed(state.phases.values()):
+        if phase.winner is None:
+            continue
+        metric = campaign.metric.name
+        cells = {arm.name: {s: state.outcome(i, metric) for s, i in arm.trial_ids.items()} for arm in phase.arms}
+        found = judge(cells, baseline=phase.baseline, confidence=campaign.confidence)
+        if found.noise_sd and found.method:
+            return Noise(found.noise_sd, found.method, f"measured in phase {phase.name}")
+    return None
+
+
+def _smallest_effect(campaign: Campaign, phase: PlannedPhase, noise: Noise | None) -> float | None:
+    if noise is None:
+        return None
+    n_seeds, n_arms = len(phase.seeds), len(phase.arms)
+    return detectable(n_seeds, n_arms, noise.sd, method=noise.method, confidence=campaign.confidence)
+
+
+def check_budget(campaign: Campaign, root: Path) -> None:
+    """Refuses a budget of hours in which not even the campaign's shortest trial would come to its end.
+
+    Raises:
+        ConfigError: with the time that a trial takes, and where that number is from.
+    """
+    hours = campaign.budget.hours
+    if hours is None:
+        return
+    state = replay(read_journal(root / "journal.jsonl"))
+    campaign = replace(campaign, speeds=state.speeds)
+    phases = expected_phases(campaign, state)
+    configs = {trial.config for phase in phases for trial in phase.trials if trial.seed == phase.seeds[0]}
+    speeds = known_speeds(device_key(campaign))
+    n_missing = sum(shape_key(config) not in speeds for config in configs)
+    rate = _flop_rate(campaign) if n_missing else None
+    seconds = min(_seconds(config, speeds, rate) for config in configs)
+    if hours * 3600 < seconds:
+        source = _source(False, n_missing, len(configs), rate)
+        needed = f"one trial takes about {fmt.duration(seconds)} ({source})"
+        text = f"{hours:g} hours are {fmt.duration(hours * 3600)}, and {needed}"
+        raise ConfigError(f"budget.hours: {text}; give at least {seconds / 3600:.2g}, or shorten the trials")
 
 
 def _row(phase: PlannedPhase, to_run: list[TrainConfig], seconds: float) -> dict[str, Any]:
@@ -93,16 +159,24 @@ def _source(measured: bool, n_missing: int, n: int, rate: float | None) -> str:
 def plan_view(estimated: Mapping[str, Any]) -> RenderableType:
     """The estimate as a table for people."""
     table = Table(title=f"plan of {fmt.plain(estimated['campaign'])}", title_justify="left", box=None, pad_edge=False)
-    for name in ("phase", "arms", "seeds", "trials", "to run", "tokens", "disk", "time"):
+    noise = estimated["noise"]
+    for name in ("phase", "arms", "seeds", "trials", "to run", "tokens", "disk", "time", *(["finds"] if noise else [])):
         table.add_column(name, justify="left" if name == "phase" else "right")
     for row in (*estimated["phases"], {"phase": "in all", "arms": "", "seeds": "", "guessed": False} | dict(estimated)):
         phase = fmt.plain(row["phase"]) + (" *" if row["guessed"] else "")
         numbers = (row["arms"], row["seeds"], row["trials"], row["to_run"])
         sizes = (fmt.count(row["tokens"]), fmt.size(row["disk_bytes"]), fmt.duration(row["seconds"]))
-        table.add_row(Text(phase), *map(str, numbers), *sizes)
+        least = row.get("smallest_detectable")
+        finds = [fmt.MISSING if least is None else f"{least:.2g}"] if noise and "smallest_detectable" in row else []
+        table.add_row(Text(phase), *map(str, numbers), *sizes, *finds)
     lines = [f"{estimated['workers']} trials at once; time {estimated['seconds_source']}"]
     if shared := sum(row["trials"] for row in estimated["phases"]) - estimated["trials"]:
         lines.append(f"{shared} trials of later phases are the same as earlier ones and are trained once")
+    if noise:
+        spread = f"a spread between seeds of {noise['sd']:.2g}, {noise['source']}"
+        lines.append(f"finds: the smallest effect that 4 of 5 such phases would find, from {spread}")
+    if estimated["budget"]:
+        lines.append(f"budget: no trial begins after {estimated['budget']}; above is what there is without one")
     if any(row["guessed"] for row in estimated["phases"]):
         lines.append("* starts from a winner that is not known yet; the first arm of that phase stands in for it")
     lines.append(f"results in {estimated['results']}")

@@ -17,6 +17,7 @@ Series = list[tuple[int, float | None, float, float, float, int]]  # step, token
 
 MOST_EFFECTS = 40  # arms in one effect plot; the table has all
 MOST_POINTS = 200  # of one curve
+MOST_BANDS = 3  # best arms with a band over their seeds; more of them hide each other
 SERIES_COLORS = 7  # var(--s1) and on; further arms are drawn in grey
 MARKERS = {
     "baseline": "diamond",
@@ -149,6 +150,7 @@ def curve_figure(
     """Loss curves, averaged over the seeds of each arm: validation with markers and a band, training thin."""
     arms = phase.get("arms") or []
     chosen = _colors(phase)
+    banded = [*list(chosen)[:MOST_BANDS], phase.get("baseline")]
     data: list[Figure] = []
     focus: list[tuple[float, float]] = []
     for arm in sorted(arms, key=lambda arm: arm["arm"] in chosen):  # grey ones first, behind the others
@@ -161,7 +163,8 @@ def curve_figure(
         if color is None:
             data.append(_line(arm["arm"], val or train, "var(--faint)", 1) | {"showlegend": False})
             continue
-        data += [_band_over_seeds(arm["arm"], val or train, color)] if (val or train)[0][5] > 1 else []
+        if (val or train)[0][5] > 1 and arm["arm"] in banded:
+            data.append(_band_over_seeds(arm["arm"], val or train, color))
         if train:
             data.append(_line(arm["arm"], train, color, 1, group=bool(val), what="train") | {"opacity": 0.55})
         if val:
@@ -214,7 +217,8 @@ def _line(
 ) -> Figure:
     """One curve; with `group` its legend entry is that of the arm's validation curve."""
     trials = max(row[5] for row in series)
-    seeds = f"mean of {trials} seeds" if trials > 1 else "one seed"
+    seeds = f"mean of {trials} seeds, %{{customdata[0]:.4f}} to %{{customdata[1]:.4f}}" if trials > 1 else "one seed"
+    spread = {"customdata": [[round(row[3], 5), round(row[4], 5)] for row in series]} if trials > 1 else {}
     return {
         "type": "scatter",
         "mode": "lines+markers" if markers else "lines",
@@ -223,15 +227,16 @@ def _line(
         "line": {"color": color, "width": width},
         "marker": {"color": color, "size": 5},
         "showlegend": not group,
-        "hovertemplate": f"%{{fullData.name}}<br>{what} %{{y:.4f}} at %{{x:.3s}}, {seeds}<extra></extra>",
+        "hovertemplate": f"%{{fullData.name}}<br>{what} %{{y:.4f}} at %{{x:.3s}}<br>{seeds}<extra></extra>",
         "meta": series,
-    }
+    } | spread
 
 
 def _band_over_seeds(arm: str, series: Series, color: str) -> Figure:
     """From the lowest to the highest seed of an arm, as one outline."""
     trace = _line(arm, series, color, 0) | {"mode": "lines", "showlegend": False, "hoverinfo": "skip"}
     del trace["hovertemplate"]
+    trace.pop("customdata", None)
     outline = [round(row[4], 5) for row in series] + [round(row[3], 5) for row in reversed(series)]
     return trace | {"y": outline, "fill": "toself", "fillcolor": color}
 

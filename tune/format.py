@@ -25,6 +25,14 @@ VERDICTS = {
     "failed": "At least one trial ended in an error, listed under what went wrong.",
 }
 
+# What can become of a claim.
+CLAIM_VERDICTS = {
+    "reproduced": "The records say the same, beyond the noise.",
+    "refuted": "The records say the opposite, beyond the noise.",
+    "undecided": "Neither: too few seeds, too much noise, too small an effect, or trials that did not finish.",
+    "no data": "No trial so far can say anything about it.",
+}
+
 _ESCAPES = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b[@-Z\\-_]?")
 _BREAKS = re.compile(r"[^\S ]+")  # tabs and line ends of every kind, not the space itself
 # C0 and C1 controls, and the marks that reorder or hide text (bidirectional overrides, zero width), lone surrogates.
@@ -147,6 +155,24 @@ def effect(delta: Mapping[str, Any] | None) -> str:
     return signed(delta["mean"]) + ("" if low is None or high is None else f" [{signed(low)}, {signed(high)}]")
 
 
+def claim_value(claim: Mapping[str, Any]) -> str:
+    """What the records show for a claim, with its interval: `-0.0326 [-0.0379, -0.0282]`, `1.32e+08`."""
+
+    def short(x: float) -> str:
+        return (number(x) if x == 0 or 1e-3 <= abs(x) < 1e4 else f"{x:.3g}").replace("-", MINUS)
+
+    value, low, high = claim.get("observed"), claim.get("ci_low"), claim.get("ci_high")
+    if value is None:
+        return MISSING
+    return short(value) + ("" if low is None or high is None else f" [{short(low)}, {short(high)}]")
+
+
+def claim_counts(claims: Sequence[Mapping[str, Any]]) -> str:
+    """`2 reproduced, 1 refuted and 1 undecided`."""
+    verdicts = [claim.get("verdict") for claim in claims]
+    return listing(f"{verdicts.count(verdict)} {verdict}" for verdict in CLAIM_VERDICTS if verdict in verdicts)
+
+
 def span(arms: Iterable[Mapping[str, Any]]) -> tuple[float, float]:
     """The range that all intervals against the baseline cover, zero included."""
     deltas = [arm["delta"] for arm in arms if arm.get("delta")]
@@ -256,6 +282,8 @@ def answer_phase(summary: Mapping[str, Any]) -> Mapping[str, Any] | None:
 def next_step(summary: Mapping[str, Any]) -> str:
     """The most useful thing to do after reading this summary, in one sentence."""
     answer, phases = summary.get("answer") or {}, summary.get("phases") or []
+    if summary.get("left_out"):
+        return "Raise `budget:` and run the same command again: it continues where it stopped and repeats nothing."
     if summary.get("status") != "finished":
         return "Run the same command again: it continues where it stopped and repeats nothing."
     if answer.get("winner") and answer.get("delta"):

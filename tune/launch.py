@@ -12,6 +12,7 @@ from tune import environment
 from tune.campaign import Campaign
 from tune.console import Snapshot, open_console
 from tune.corpus import describe_data, prepare_all
+from tune.estimate import check_budget
 from tune.inline import run_inline
 from tune.session import Session
 from tune.summary import Summary
@@ -40,10 +41,12 @@ def launch(
 
     Raises:
         Busy: another process runs on `root`.
-        ConfigError: the corpora cannot be prepared or have changed, or the tracker cannot do what is asked of it.
+        ConfigError: the budget is too small, the corpora cannot be prepared or have changed, or the tracker cannot do
+            what is asked of it.
         OSError: the disk.
         ExecutorLost: Ray stopped before the campaign was over.
     """
+    check_budget(campaign, root)
     session = Session(campaign, root, command=command, environment=environment.describe(campaign.base.device))
     with session, contextlib.ExitStack() as stack:
         work = session.has_work()

@@ -6,13 +6,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ngpt.config import Location, is_identity, settings, unknown
+from ngpt.config import ConfigError, Location, is_identity, settings, unknown
 from ngpt.train import TrainConfig
 from ngpt.written import named_settings
 from tune import format as fmt
 from tune.arms import BASELINE, SWEEPS, Arm, Axis, count
+from tune.chain import Chained, is_path, read_chained
 from tune.checks import Given, Problems, given_in, with_absolute_paths, written_alike
+from tune.optuna_search import check_optuna
 from tune.schema import KINDS, MOST_TRIALS, Fresh, Phase
+from tune.space import Search, random_arms, read_search
 
 PHASE_KEYS = ("name", "inherit", "set", "seeds", *KINDS)
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -40,6 +43,8 @@ class PhaseReader:
     seeds: tuple[int, ...]  # the campaign's, for phases without their own
     folder: Path  # of the campaign file
     inherits: dict[tuple[str, str], Location] = field(default_factory=dict)  # where one phase names another
+    chained: dict[str, Chained] = field(default_factory=dict)  # winners of other results directories, by path
+    chained_at: dict[str, Location] = field(default_factory=dict)
     trials: int = 0  # so far
     _seen: set[str] = field(default_factory=set)
 
@@ -62,8 +67,13 @@ class PhaseReader:
             self.problems.add(where, f"a phase has exactly one of {', '.join(KINDS)}; {found}")
             return None
         arms, swept = self._arms(name, raw, kinds[0], at, seeds.n if isinstance(seeds, Fresh) else len(seeds))
+        combine = self._combine(name, raw["combine"], (*at, "combine")) if kinds == ["combine"] else ()
+        where, n_seeds = (*at, "search"), seeds.n if isinstance(seeds, Fresh) else len(seeds)
+        search = self._search(raw["search"], where, n_seeds) if kinds == ["search"] else None
+        if search and search.method == "random":
+            arms, search = self._drawn(search, where), None
         settled = with_absolute_paths({name: value for name, (value, _) in pinned.items()})
-        return PhaseInFile(Phase(name, inherit, settled, arms, seeds, swept), at, pinned)
+        return PhaseInFile(Phase(name, inherit, settled, arms, seeds, swept, combine, search), at, pinned)
 
     # ---- what all arms share ---------------------------------------------------------------------------------------
 
@@ -97,6 +107,14 @@ class PhaseReader:
         inherit = raw.get("inherit")
         if inherit is None:
             return None
+        if is_path(inherit):
+            try:
+                self.chained[inherit] = read_chained(inherit)
+            except ConfigError as error:
+                self.problems.add((*at, "inherit"), str(error))
+                return None
+            self.chained_at.setdefault(inherit, (*at, "inherit"))
+            return inherit
         if not isinstance(inherit, str) or inherit not in self.names:
             self.problems.add((*at, "inherit"), unknown("phase", inherit, self.names))
             return None
@@ -122,6 +140,8 @@ class PhaseReader:
     ) -> tuple[tuple[Arm, ...], dict[str, tuple[Any, ...]]]:
         data, where = raw[kind], (*at, kind)
         before = len(self.problems.all)
+        if kind in ("combine", "search"):
+            return (), {}
         if kind == "runs":
             arms, axes = self._runs(name, data, where), []
             self._count(str(len(arms)), len(arms), n_seeds, where)
@@ -178,6 +198,42 @@ class PhaseReader:
             seen.add(arm.name)
         return arms
 
+    def _search(self, data: Any, at: Location, n_seeds: int) -> Search | None:
+        search = read_search(self.problems, data, at, self._settings)
+        if search is None or not self._count(str(search.trials), search.trials, n_seeds, at):
+            return None
+        if search.method == "optuna":
+            try:
+                check_optuna()
+            except ConfigError as error:
+                self.problems.add((*at, "method"), str(error))
+                return None
+        return search
+
+    def _drawn(self, search: Search, at: Location) -> tuple[Arm, ...]:
+        arms = random_arms(search)
+        if len(arms) < search.trials:
+            self.problems.add((*at, "trials"), f"{search.trials} different arms were asked for, found {len(arms)}")
+        return tuple(replace(arm, overrides=with_absolute_paths(arm.overrides)) for arm in arms)
+
+    def _combine(self, name: str, data: Any, at: Location) -> tuple[str, ...]:
+        """The phases whose better arms are joined, as far as there are such."""
+        sources = data.get("from") if isinstance(data, dict) and set(data) == {"from"} else None
+        if not isinstance(sources, list) or not sources:
+            self.problems.add(at, f"expected `{{from: [PHASE, ...]}}`, the phases to join, got {data!r}")
+            return ()
+        found: list[str] = []
+        for i, source in enumerate(sources):
+            where = (*at, "from", i)
+            if not isinstance(source, str) or source not in self.names:
+                self.problems.add(where, unknown("phase", source, self.names))
+            elif source in found:
+                self.problems.add(where, f"phase {source!r} is listed twice")
+            else:
+                found.append(source)
+                self.inherits.setdefault((name, source), where)
+        return tuple(found)
+
     def _run(self, phase: str, raw: Any, at: Location) -> Arm | None:
         """One item of `runs:`."""
         if not isinstance(raw, dict) or "arm" not in raw:
@@ -201,6 +257,12 @@ class PhaseReader:
             twin = next(arms[j].name for j in range(i) if list(written_alike([what[j], what[i]])))
             where = arms[i].origins.get("arm") or next(iter(arms[i].origins.values()))
             self.problems.add(where, f"the arm {arms[i].name!r} changes the same settings in the same way as {twin!r}")
+
+
+def chained_phase(path: str, chained: Chained, at: Location) -> PhaseInFile:
+    """A phase of another results directory as one that has a single arm, its winner."""
+    winner = Arm(chained.winner, chained.overrides, origins=dict.fromkeys(chained.overrides, at))
+    return PhaseInFile(Phase(path, None, {}, (winner,), (), {}), at, {})
 
 
 def arm_changes(arm: Arm) -> Given:

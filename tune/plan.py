@@ -2,18 +2,29 @@
 
 import itertools
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ngpt.config import content_hash, override, settings
+from ngpt.config import ConfigError, content_hash, override, settings
 from ngpt.data.corpora import fingerprint, order_settings
 from ngpt.flops import flops_per_token
 from ngpt.train import TrainConfig, resolved
-from tune.arms import BASELINE
+from tune.arms import BASELINE, Arm
 from tune.campaign import Campaign, Fresh, Phase
+from tune.combine import Better, joins
+from tune.optuna_search import proposed, score
+from tune.pace import pace_key, steps_of_equal_time
+from tune.space import random_arms
+from tune.verdicts import Outcome
 
 Overrides = Mapping[str, Any]
+NOTHING: Mapping[str, Any] = {}
+
+
+def unknown_outcome(trial_id: str) -> Outcome:
+    """Of a trial before the first one has run."""
+    return Outcome("missing")
 
 
 @dataclass(frozen=True)
@@ -56,18 +67,78 @@ class PlannedPhase:
                 yield arm.trials[i]
 
 
-def plan_phase(campaign: Campaign, phase: Phase, winners: Mapping[str, Overrides]) -> PlannedPhase:
+def plan_phase(
+    campaign: Campaign,
+    phase: Phase,
+    winners: Mapping[str, Overrides],
+    better: Mapping[str, Sequence[Better]] = NOTHING,
+    outcome: Callable[[str], Outcome] = unknown_outcome,
+) -> PlannedPhase:
     """The trials of `phase`, given the overrides that the winners of the phases it needs stand for.
+
+    A phase that combines others joins the arms that were `better` in them (tune/combine.py). One that optuna searches
+    has the arms proposed so far: the next batch when every trial of those before it has an `outcome`, by trial id.
 
     An arm that equals the baseline is the baseline: it is trained once, under the arm's name. A winner that an arm
     inherits comes on top of the phase's base, but for what the phase itself pins with `set:`.
     """
-    inherited = dict(winners[phase.inherit]) if phase.inherit else {}
+    winners = _with_chained(campaign, winners)
+    return _planned(campaign, phase, winners, _arms(campaign, phase, winners, better, outcome))
+
+
+def _arms(
+    campaign: Campaign,
+    phase: Phase,
+    winners: Mapping[str, Overrides],
+    better: Mapping[str, Sequence[Better]],
+    outcome: Callable[[str], Outcome],
+) -> Sequence[Arm]:
+    """The arms of a phase, as far as they are known, without the baseline."""
+    if phase.search is None:
+        found = [arm.without(phase.pinned) for name in phase.combine for arm in better[name]]
+        reference = baseline_config(campaign, _inherited(phase, winners), phase.pinned)
+        return [*phase.arms, *joins(found, lambda changes: _is_possible(campaign, reference, changes))]
+    scores: list[float] = []
+    while True:
+        arms = proposed(phase.search, tuple(scores))
+        new = [_score(campaign, phase, winners, arm, outcome) for arm in arms[len(scores) :]]
+        if None in new or len(arms) == phase.search.trials:
+            return arms
+        scores += [score for score in new if score is not None]
+
+
+def _score(
+    campaign: Campaign,
+    phase: Phase,
+    winners: Mapping[str, Overrides],
+    arm: Arm,
+    outcome: Callable[[str], Outcome],
+) -> float | None:
+    """What optuna is told of an arm; None while one of its trials is not over."""
+    alone = _planned(campaign, phase, winners, [arm]).arms[-1]
+    outcomes = [outcome(trial.trial_id) for trial in alone.trials]
+    if any(seen.status == "missing" for seen in outcomes):
+        return None
+    return score([seen.value for seen in outcomes], campaign.metric.goal)
+
+
+def _inherited(phase: Phase, winners: Mapping[str, Overrides]) -> dict[str, Any]:
+    return dict(winners[phase.inherit]) if phase.inherit else {}
+
+
+def _with_chained(campaign: Campaign, winners: Mapping[str, Overrides]) -> dict[str, Overrides]:
+    """The winners, with those that the file takes from other results directories."""
+    return dict(winners) | {path: chained.overrides for path, chained in campaign.chained.items()}
+
+
+def _planned(campaign: Campaign, phase: Phase, winners: Mapping[str, Overrides], found: Sequence[Arm]) -> PlannedPhase:
+    """The trials of a phase whose arms are known."""
+    inherited = _inherited(phase, winners)
     base = inherited | dict(phase.pinned)
     seeds = phase.seeds if isinstance(phase.seeds, tuple) else fresh_seeds(campaign, phase)
     reference = baseline_config(campaign, inherited, phase.pinned)
     arms = {resolved(reference): PlannedArm(BASELINE.name, {}, ())}
-    for arm in phase.arms:
+    for arm in found:
         winner = winners[arm.inherit] if arm.inherit else {}
         start = {name: value for name, value in winner.items() if name not in phase.pinned}
         config = arm_config(campaign, reference, start | dict(arm.overrides))
@@ -93,27 +164,50 @@ def plan_phase(campaign: Campaign, phase: Phase, winners: Mapping[str, Overrides
 def baseline_config(campaign: Campaign, inherited: Overrides, pinned: Overrides) -> TrainConfig:
     """A phase's baseline: the campaign's base, what the winner before has changed, and what the phase pins.
 
-    With `hold: tokens` an inherited batch size or context does not change how many tokens are trained on.
+    With `hold: tokens` an inherited batch size or context does not change how many tokens are trained on, with `hold:
+    seconds` an inherited setting that costs speed does not change for how long.
     """
     own = override(campaign.base, pinned)
     changes = {name: value for name, value in inherited.items() if name not in pinned}
-    return _holding_tokens(campaign, own, changes)
+    return _holding(campaign, own, changes)
 
 
 def arm_config(campaign: Campaign, reference: TrainConfig, changes: Overrides) -> TrainConfig:
     """An arm's complete config: its phase's baseline `reference` with the arm's own changes and those it inherits.
 
-    With `hold: tokens` its steps are such that it sees as many tokens as the baseline. An arm that changes `steps`
+    With `hold: tokens` its steps are such that it sees as many tokens as the baseline, with `hold: seconds` such that
+    it trains for as long, by the speeds that the campaign knows (tune/pace.py). An arm that changes `steps`
     itself, or inherits from a winner that did, gets just these: then tokens differ, and the summary warns of it.
     """
-    return resolved(_holding_tokens(campaign, reference, changes))
+    return resolved(_holding(campaign, reference, changes))
 
 
-def _holding_tokens(campaign: Campaign, reference: TrainConfig, changes: Overrides) -> TrainConfig:
+def _holding(campaign: Campaign, reference: TrainConfig, changes: Overrides) -> TrainConfig:
     config = override(reference, changes)
-    if campaign.hold != "tokens" or "steps" in changes or config.tokens_per_step == reference.tokens_per_step:
+    if campaign.hold == "steps" or "steps" in changes:
+        return config
+    if campaign.hold == "seconds":
+        return override(config, {"steps": steps_of_equal_time(reference, config, campaign.speeds)})
+    if config.tokens_per_step == reference.tokens_per_step:
         return config
     return override(config, {"steps": max(1, round(trial_tokens(reference) / config.tokens_per_step))})
+
+
+def _is_possible(campaign: Campaign, reference: TrainConfig, changes: Overrides) -> bool:
+    try:
+        arm_config(campaign, reference, changes)
+    except ConfigError:
+        return False
+    return True
+
+
+def unmeasured(campaign: Campaign, planned: PlannedPhase) -> dict[str, TrainConfig]:
+    """The configs, by `pace_key`, whose speeds `hold: seconds` needs for this phase and the campaign does not know."""
+    if campaign.hold != "seconds":
+        return {}
+    own = resolved(override(campaign.base, planned.pinned))
+    configs = [own, *(arm.trials[0].config for arm in planned.arms)]
+    return {key: config for config in configs if (key := pace_key(config)) not in campaign.speeds}
 
 
 def trial_id(config: TrainConfig) -> str:
@@ -143,15 +237,29 @@ def fresh_seeds(campaign: Campaign, phase: Phase) -> tuple[int, ...]:
 
 
 def preview(
-    campaign: Campaign, known_winner: Callable[[PlannedPhase], str | None] = lambda phase: None
+    campaign: Campaign,
+    known_winner: Callable[[PlannedPhase], str | None] = lambda phase: None,
+    known_better: Callable[[PlannedPhase], Sequence[Better]] = lambda phase: (),
+    outcome: Callable[[str], Outcome] = unknown_outcome,
 ) -> list[PlannedPhase]:
-    """All phases before they have run; for a winner that is not known the first arm but the baseline stands in."""
-    winners: dict[str, Overrides] = {}
+    """All phases before they have run; for a winner that is not known the first arm but the baseline stands in.
+
+    It is also the one that was better; `known_better` is asked where the winner is known. For arms that optuna has not
+    proposed yet, arms drawn at random from the same space stand in.
+    """
+    winners = _with_chained(campaign, {})
+    better: dict[str, Sequence[Better]] = {}
     phases = []
     for phase in campaign.phases:
-        planned = plan_phase(campaign, phase, winners)
-        guess = next((arm.name for arm in planned.arms if arm.name != planned.baseline), planned.baseline)
-        winners[phase.name] = inheritance(planned, known_winner(planned) or guess)
+        arms = _arms(campaign, phase, winners, better, outcome)
+        rest = random_arms(phase.search)[len(arms) :] if phase.search else []
+        planned = _planned(campaign, phase, winners, [*arms, *rest])
+        others = [arm for arm in planned.arms if arm.name != planned.baseline]
+        guess = others[0].name if others else planned.baseline
+        winner = known_winner(planned)
+        winners[phase.name] = inheritance(planned, winner or guess)
+        guessed = [Better(arm.name, arm.overrides, 0.0) for arm in others[:1]]
+        better[phase.name] = known_better(planned) if winner else guessed
         phases.append(planned)
     return phases
 

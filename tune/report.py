@@ -20,6 +20,10 @@ from plotly.offline import get_plotlyjs
 from ngpt.durable import write_atomic
 from tune import figures
 from tune import format as fmt
+from tune.costs import cost_facts, troubles
+from tune.graph import handovers, inheritance_graph
+from tune.importance import importance
+from tune.sweep_figures import parallel_figure, speed_figure
 
 Summary = Mapping[str, Any]
 Curves = Iterable[Mapping[str, Any]]
@@ -27,6 +31,12 @@ Curves = Iterable[Mapping[str, Any]]
 # Markdown that can start something inside a line; an underscore between letters cannot.
 _MARKDOWN = re.compile(r"[\\`*\[\]~|$]|(?<![^\W_])_|_(?![^\W_])")
 _ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
+
+
+CLAIMS_NOTE = (
+    "A claim is judged at the confidence of the campaign, by paired differences over the seeds. Claims are not "
+    "corrected against each other: at 95 %, up to one in forty of those that are wrong is reproduced by luck."
+)
 
 
 def write_report(folder: Path, summary: Summary, curves: Curves) -> None:
@@ -50,7 +60,13 @@ def render_html(summary: Summary, curves: Curves) -> str:
         metric=(summary.get("metric") or {}).get("name") or "val_loss",
         ties=fmt.listing(fmt.tied(fmt.answer_phase(summary) or {})),
         plots=plots,
+        graph=inheritance_graph(summary.get("phases") or []),
+        costs=cost_facts(summary),
+        troubles=troubles(summary),
         verdicts=fmt.VERDICTS,
+        claims=summary.get("claims") or [],
+        claim_verdicts=fmt.CLAIM_VERDICTS,
+        claims_note=CLAIMS_NOTE,
         figures_json=Markup(_script_json(specs)),
         script_hashes=Markup(" ".join(hashes)),
         plotly_js=Markup(plotly_js),
@@ -60,9 +76,10 @@ def render_html(summary: Summary, curves: Curves) -> str:
 
 def render_markdown(summary: Summary) -> str:
     """The same content without the plots, as GitHub-flavoured Markdown."""
-    parts = [_markdown_answer(summary)]
+    parts = [_markdown_answer(summary), *_markdown_handovers(summary)]
     parts += [_markdown_phase(phase) for phase in summary.get("phases") or []]
-    parts += [_markdown_problems(summary), _markdown_sources(summary), _markdown_glossary()]
+    parts += [claims_markdown(summary)] if summary.get("claims") else []
+    parts += [_markdown_problems(summary), _markdown_cost(summary), _markdown_sources(summary), _markdown_glossary()]
     return "\n\n".join(parts) + "\n"
 
 
@@ -93,6 +110,8 @@ def _environment() -> jinja2.Environment:
         "trial_counts": fmt.trial_counts,
         "next_step": fmt.next_step,
         "own_warnings": fmt.own_warnings,
+        "claim_value": fmt.claim_value,
+        "claim_counts": fmt.claim_counts,
         "winning_arm": fmt.winning_arm,
     }
     environment.filters |= {name: _absent_as_none(function) for name, function in filters.items()}
@@ -140,13 +159,32 @@ def _plots(phases: Sequence[Summary], curves: Curves) -> tuple[list[dict[str, An
     specs: list[figures.Figure] = []
     for phase in phases:
         place: dict[str, Any] = {"effect_note": _effect_note(phase), "curve_note": _curve_note(phase)}
-        drawn = {"effect": figures.effect_figure(phase), "curves": figures.curve_figure(phase, rows)}
+        drawn = {
+            "effect": figures.effect_figure(phase),
+            "curves": figures.curve_figure(phase, rows),
+            "speed": speed_figure(phase),
+            "parallel": parallel_figure(phase),
+        }
+        place["importance"] = _importance_rows(phase)
         for name, figure in drawn.items():
             place[name] = len(specs) if figure else None
             specs += [figure] if figure else []
         place["over"] = drawn["curves"]["layout"]["meta"]["over"] if drawn["curves"] else None
         plots.append(place)
     return plots, specs
+
+
+def _importance_rows(phase: Summary) -> dict[str, Any] | None:
+    """The table of axis importance, the same for the page and for Markdown."""
+    found = importance(phase)
+    if found is None:
+        return None
+    rows = [(name, f"{share:.0%}", round(100 * share)) for name, share in found.shares.items()]
+    if found.rest is not None:
+        rows.append(("interactions and chance", f"{found.rest:.0%}", round(100 * found.rest)))
+    metric = (phase.get("metric") or {}).get("name") or "val_loss"
+    note = f"Share of the variance of {metric} over {found.arms} arms that each setting explains: {found.method}."
+    return {"rows": rows, "note": note}
 
 
 def _effect_note(phase: Summary) -> str:
@@ -159,7 +197,8 @@ def _effect_note(phase: Summary) -> str:
 
 
 def _curve_note(phase: Summary) -> str:
-    note = "Mean over the seeds of an arm: validation with markers, training thin; the shade spans the seeds."
+    note = "Mean over the seeds of an arm: validation with markers, training thin; "
+    note += f"the shade spans the seeds of the baseline and the best {figures.MOST_BANDS}."
     if len(phase.get("arms") or []) > figures.SERIES_COLORS + 1:
         note += f" Grey: arms beyond the best {figures.SERIES_COLORS} and the baseline."
     return f"{note} A click on a name hides its curve."
@@ -243,15 +282,59 @@ def _markdown_phase(phase: Summary) -> str:
     lines = [f"## {cell(phase.get('phase'))}", cell(fmt.sentence(phase.get("why"))), f"{counts}. {base}{inherit}"]
     lines.append(_table(header, rows, right=("#", "n", "Holm p", "tok/s", "bits/byte")))
     lines.append(f"Mean over n seeds ± half of its {fmt.interval_name(phase)}. {cell(fmt.noise(phase))}")
+    if shares := _importance_rows(phase):
+        listed = fmt.listing(f"{cell(name)} {share}" for name, share, _ in shares["rows"])
+        lines.append(f"{cell(shares['note'])} {listed}.")
     return "\n\n".join(lines + [f"> Warning: {cell(fmt.sentence(text))}" for text in phase.get("warnings") or []])
+
+
+def _markdown_handovers(summary: Summary) -> list[str]:
+    given = handovers(summary.get("phases") or [])
+    lines = "\n".join(f"- {cell(edge.target)} starts from {cell(edge.text())}" for edge in given)
+    return [f"## What the phases handed on\n\n{lines}"] if given else []
+
+
+def claims_markdown(summary: Summary) -> str:
+    """The claims ledger of a campaign's summary: a table, the trials that each claim rests on, and how to read it."""
+    claims = summary.get("claims") or []
+    if not claims:
+        return "## Claims\n\nThe campaign names no claims."
+    header = ("claim", "source", "what was said", "verdict", "observed", "n", "why")
+    rows = [
+        (
+            claim.get("id"),
+            claim.get("source"),
+            claim.get("says"),
+            claim.get("verdict"),
+            fmt.claim_value(claim),
+            claim.get("n"),
+            claim.get("why"),
+        )
+        for claim in claims
+    ]
+    trials = [
+        f"- {cell(claim.get('id'))}: {cell(', '.join(claim['trials']))}" for claim in claims if claim.get("trials")
+    ]
+    parts = ["## Claims", f"{fmt.claim_counts(claims)}.", _table(header, rows, right=("n",))]
+    parts += ["Trials that they rest on:\n\n" + "\n".join(trials)] if trials else []
+    meanings = (f"- **{verdict}**: {meaning}" for verdict, meaning in fmt.CLAIM_VERDICTS.items())
+    return "\n\n".join([*parts, "\n".join(meanings), CLAIMS_NOTE])
 
 
 def _markdown_problems(summary: Summary) -> str:
     problems = summary.get("problems") or []
-    if not problems:
-        return "## What went wrong\n\nNothing: every trial that has run ended with a finite loss."
-    names = ("phase", "arm", "seed", "status", "error", "trial_id")
-    return f"## What went wrong\n\n{_table(names, [[problem.get(name) for name in names] for problem in problems])}"
+    parts = ["## What went wrong"]
+    if problems:
+        names = ("phase", "arm", "seed", "status", "error", "trial_id")
+        parts.append(_table(names, [[problem.get(name) for name in names] for problem in problems]))
+    else:
+        parts.append("Every trial that has run ended with a finite loss.")
+    found = troubles(summary)
+    return "\n\n".join(parts + (["\n".join(f"- {cell(text)}" for text in found)] if found else []))
+
+
+def _markdown_cost(summary: Summary) -> str:
+    return "## What it cost\n\n" + "\n".join(f"- {name}: {cell(text)}" for name, text in cost_facts(summary).items())
 
 
 def _markdown_sources(summary: Summary) -> str:

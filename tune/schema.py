@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from pydantic import Field, PlainValidator
@@ -10,11 +10,13 @@ from pydantic import Field, PlainValidator
 from ngpt.config import Config, invalid, one_of
 from ngpt.train import TrainConfig
 from tune.arms import SWEEPS, Arm
+from tune.chain import Chained, is_path
+from tune.space import Search
 
 METRICS = ("val_loss", "val_bpb", "train_loss")
 GOALS = ("minimize", "maximize")
-HOLDS = ("tokens", "steps")  # what is equal between arms
-KINDS = (*SWEEPS, "runs")  # what a phase does, exactly one of them
+HOLDS = ("tokens", "steps", "seconds")  # what is equal between arms
+KINDS = (*SWEEPS, "runs", "combine", "search")  # what a phase does, exactly one of them
 MOST_TRIALS = 10_000  # of a campaign
 
 
@@ -40,6 +42,13 @@ class Resources(Config):
     workers: Annotated[int, Field(ge=1)] | None = None  # trials at once; null: as many as fit
 
 
+class Budget(Config):
+    """When a campaign stops before it is over (tune/budget.py); both count over all its sessions."""
+
+    trials: Annotated[int, Field(ge=1)] | None = None  # that may begin
+    hours: Annotated[float, Field(gt=0)] | None = None  # after which none begins
+
+
 class Header(Config):
     """The part of the file that is settings; names, seeds, base and phases are read on their own."""
 
@@ -49,6 +58,8 @@ class Header(Config):
     confidence: Annotated[float, Field(ge=0.5, lt=1)] = 0.95
     min_effect: Annotated[float, Field(ge=0)] = 0.005
     resources: Resources = Resources()
+    noise: Annotated[float, Field(gt=0)] | None = None  # sd of the metric between seeds, for --plan
+    budget: Budget = Budget()
 
 
 @dataclass(frozen=True)
@@ -63,16 +74,41 @@ class Phase:
     """Trials that belong together: a baseline and what is compared with it."""
 
     name: str
-    inherit: str | None  # the phase whose winner is the base here
+    inherit: str | None  # the phase whose winner is the base here, or the path of one in another results directory
     pinned: Mapping[str, Any]  # `set:` settings of all arms of this phase, by dotted name
     arms: tuple[Arm, ...]  # without the baseline, unless it was listed
     seeds: tuple[int, ...] | Fresh
     swept: Mapping[str, tuple[Any, ...]]  # the axes, by dotted name
+    combine: tuple[str, ...] = ()  # the phases whose better arms are joined here
+    search: Search | None = None  # what optuna proposes arms from, batch by batch
 
     @property
     def needs(self) -> set[str]:
         """The phases whose winners must be known before this one can start."""
-        return {name for name in (self.inherit, *(arm.inherit for arm in self.arms)) if name}
+        named = (self.inherit, *self.combine, *(arm.inherit for arm in self.arms))
+        return {name for name in named if name and not is_path(name)}
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A sentence of an earlier report that the records can decide; tune/claims.py says how, by its relation.
+
+    `left` and `right` select arms: settings by dotted name with their values, and `arm` and `phase` by name.
+    """
+
+    id: str
+    relation: str
+    source: str | None = None  # where it was said
+    says: str | None = None
+    metric: str = "val_loss"
+    phase: str | None = None  # the only one to look at
+    left: Mapping[str, Any] | None = None
+    right: Mapping[str, Any] | None = None
+    setting: str | None = None  # that varies, by dotted name
+    direction: str | None = None  # of the metric along `setting`
+    value: float | None = None
+    tolerance: float | None = None
+    expression: str | None = None
 
 
 @dataclass(frozen=True)
@@ -82,11 +118,16 @@ class Campaign:
     name: str
     description: str | None
     metric: Metric
-    hold: str  # what is equal between arms: tokens | steps
+    hold: str  # what is equal between arms: tokens | steps | seconds
     confidence: float
     min_effect: float  # in units of the metric
     base: TrainConfig
     resources: Resources
+    noise: float | None
+    budget: Budget
     phases: tuple[Phase, ...]
     text: str  # the file as given
     assignments: tuple[str, ...]  # --set
+    chained: Mapping[str, Chained] = field(default_factory=dict)  # winners of other directories, by their path
+    speeds: Mapping[str, float] = field(default_factory=dict)  # measured, for `hold: seconds` (tune/pace.py)
+    claims: tuple[Claim, ...] = ()

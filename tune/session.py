@@ -8,8 +8,8 @@ their checkpoints when the same command is given again.
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,16 @@ from filelock import FileLock, Timeout
 
 from ngpt.config import ConfigError, flatten
 from ngpt.durable import write_atomic, write_json
-from tune.campaign import Campaign
+from tune import format as fmt
+from tune.budget import STOPPED, allows
+from tune.campaign import Campaign, Phase
+from tune.combine import Better
 from tune.console import Snapshot, trial_line
 from tune.estimate import remember_speeds
 from tune.journal import Journal
-from tune.plan import PlannedPhase, Trial, inheritance, plan_phase, preview
-from tune.state import DONE, past_winner, planned_event, replay
+from tune.pace import measure, pace_key, timer
+from tune.plan import PlannedPhase, Trial, inheritance, plan_phase, preview, unmeasured
+from tune.state import DONE, expected_phases, planned_event, replay
 from tune.status import LOCK_FILE, take_snapshot
 from tune.summary import Summary, settings_text, write_campaign, write_phase
 from tune.trial import TrialResult, TrialSpec
@@ -51,6 +55,7 @@ class Session:
         self.workers = 1  # trials at once, set by the executor
         self.message: Message = lambda text: None
         self.dashboard_url: str | None = None
+        self.timer = timer(campaign.resources.cpus_per_trial)  # of training steps, for `hold: seconds`
         self.stop_requested = False
         self.stop_signal = 0  # that asked for it
         self._phases: dict[str, PlannedPhase] = {}
@@ -78,6 +83,7 @@ class Session:
             write_atomic(self.root / "campaign.pid", f"{os.getpid()}\n")
             self.journal = Journal(self.root / "journal.jsonl")
             self.state = replay(self.journal.events)
+            self.campaign = replace(self.campaign, speeds=self.state.speeds)
         except BaseException:
             self._let_go()
             raise
@@ -122,9 +128,12 @@ class Session:
             dashboard_url=self.dashboard_url,
             environment=self.environment,
             data=dict(data),
+            base=flatten(self.campaign.base),
+            claims=[asdict(claim) for claim in self.campaign.claims],
             expected_trials={phase.name: len(list(phase.trials)) for phase in preview(self.campaign)},
         )
         manifest = {name: self.state.campaign[name] for name in ("campaign", "command", "environment", "data")}
+        manifest["inherited"] = {path: asdict(chained) for path, chained in self.campaign.chained.items()}
         config = flatten(self.campaign.base)
         write_json(
             self.root / "manifest.json", manifest | {"base": config, "settings": list(self.campaign.assignments)}
@@ -132,8 +141,11 @@ class Session:
 
     def end(self) -> Summary:
         """Journals the end, writes all derived files and returns the campaign's summary."""
-        status = "finished" if self.is_over() else "interrupted" if self.stop_requested else "incomplete"
-        self._append("campaign_ended", status=status, seconds=time.monotonic() - self._started)
+        status = "interrupted" if self.stop_requested else STOPPED if self._out_of_budget() else "incomplete"
+        status = "finished" if self._has_all_winners() else status
+        left_out = Counter(phase for phase, trial_id in self._missing() if trial_id not in self.state.results)
+        left_out = dict(left_out) if status == STOPPED else {}
+        self._append("campaign_ended", status=status, seconds=time.monotonic() - self._started, left_out=left_out)
         trials = {trial.trial_id: trial.config for phase in self._phases.values() for trial in phase.trials}
         remember_speeds(self.campaign, self.state, trials)
         return write_campaign(self.root, self.state)
@@ -146,9 +158,10 @@ class Session:
             return None
         if not self._queue:
             self._advance()
-        if not self._queue:
+        trial = next(filter(self._may_start, self._queue), None)
+        if trial is None:
             return None
-        trial = self._queue.popleft()
+        self._queue.remove(trial)
         attempt = self.state.attempts.get(trial.trial_id, 0) + 1
         self._append(
             "trial_started",
@@ -171,16 +184,36 @@ class Session:
         )
 
     def has_work(self) -> bool:
-        """Whether any trial is left to train, as far as the journal knows the winners."""
-        phases = preview(self.campaign, lambda phase: past_winner(self.state, phase))
-        done = {trial_id for trial_id, result in self.state.results.items() if result["status"] in DONE}
-        return any(trial.trial_id not in done for phase in phases for trial in phase.trials)
+        """Whether any trial is left to train, within the budget and as far as the journal knows the winners."""
+        seconds = self.state.seconds + self.state.session_seconds()
+        return any(allows(self.campaign.budget, self.state, trial_id, seconds) for _, trial_id in self._missing())
 
     def is_over(self) -> bool:
-        """Whether every phase has its winner."""
+        """Whether every phase has its winner, or the budget is used up and no trial is running."""
+        return self._has_all_winners() or self._out_of_budget()
+
+    def _has_all_winners(self) -> bool:
         return len(self.state.phases) == len(self.campaign.phases) and all(
             phase.winner for phase in self.state.phases.values()
         )
+
+    def _out_of_budget(self) -> bool:
+        """Whether trials are waiting and none of them may start. One whose worker dies under it may start again."""
+        return bool(self._queue) and not self.state.running and not any(map(self._may_start, self._queue))
+
+    def _may_start(self, trial: Trial) -> bool:
+        seconds = self.state.seconds + time.monotonic() - self._started
+        again = trial.trial_id in self._deaths  # it was under way when the budget was reached, and is to be finished
+        return again or allows(self.campaign.budget, self.state, trial.trial_id, seconds)
+
+    def _missing(self) -> Iterator[tuple[str, str]]:
+        """Trials to be trained, after the first phase that needs each, as far as the journal knows the winners."""
+        done = {trial_id for trial_id, result in self.state.results.items() if result["status"] in DONE}
+        for phase in expected_phases(self.campaign, self.state):
+            for trial in phase.trials:
+                if trial.trial_id not in done:
+                    done.add(trial.trial_id)
+                    yield phase.name, trial.trial_id
 
     def _with_tracking(self, trial: Trial) -> Any:
         """The trial's config with its place in the campaign, as W&B shows it; nothing here changes what is computed."""
@@ -199,12 +232,19 @@ class Session:
                     moved = True
                 planned = self._phases.get(phase.name)
                 if planned and phase.name not in self._summaries and self._complete(planned):
-                    self._close(planned)
+                    if phase.search and len(self._expanded(phase).arms) > len(planned.arms):
+                        self._plan(phase.name)  # the next batch
+                    else:
+                        self._close(planned)
                     moved = True
 
     def _plan(self, name: str) -> None:
         phase = next(phase for phase in self.campaign.phases if phase.name == name)
-        planned = plan_phase(self.campaign, phase, self._winners())
+        planned = self._expanded(phase)
+        if self.campaign.hold == "seconds":
+            self._measure_speeds(planned)
+            planned = self._expanded(phase)
+            self._say_steps(planned)
         self._phases[name] = planned
         self._append("phase_planned", **planned_event(planned))
         missing = [t for t in planned.trials if t.trial_id not in self.state.results and t.trial_id not in self._trials]
@@ -214,6 +254,24 @@ class Session:
         reused = f", {n - len(missing)} of them known already" if len(missing) < n else ""
         base = f" on {settings_text(planned.base)}" if planned.base else ""
         self.message(f"phase {name}: {len(planned.arms)} arms x {len(planned.seeds)} seeds = {n} trials{reused}{base}")
+
+    def _expanded(self, phase: Phase) -> PlannedPhase:
+        better = {name: done.better for name, done in self.state.phases.items() if done.winner}
+        return plan_phase(self.campaign, phase, self._winners(), better, self.state.outcome)
+
+    def _measure_speeds(self, phase: PlannedPhase) -> None:
+        """Times what was never timed, and keeps it for good."""
+        if missing := unmeasured(self.campaign, phase):
+            self.message(f"phase {phase.name}: timing {len(missing)} shapes of model, batch and optimizer")
+            speeds = measure(self.campaign.base, missing, self.campaign.speeds, self.timer)
+            self._append("speeds_measured", phase=phase.name, speeds=speeds)
+            self.campaign = replace(self.campaign, speeds=self.state.speeds)
+
+    def _say_steps(self, phase: PlannedPhase) -> None:
+        for arm in phase.arms:
+            config = arm.trials[0].config
+            speed = fmt.count(self.campaign.speeds[pace_key(config)])
+            self.message(f"phase {phase.name}: {arm.name} trains {speed} tokens/s, so it gets {config.steps} steps")
 
     def _complete(self, phase: PlannedPhase) -> bool:
         return all(trial.trial_id in self.state.results for trial in phase.trials)
@@ -227,9 +285,16 @@ class Session:
             phase=phase.name,
             winner=summary["winner"],
             winner_overrides=dict(overrides),
+            better=self._better(summary),
             why=summary["why"],
         )
         self.message(f"phase {phase.name}: {summary['why']}")
+
+    def _better(self, summary: Summary) -> list[dict[str, Any]]:
+        """The arms of a phase that are better than its baseline, for phases that combine them."""
+        sign = 1 if self.campaign.metric.goal == "maximize" else -1
+        arms = [arm for arm in summary["arms"] if arm["verdict"] == "better"]
+        return [asdict(Better(arm["arm"], arm["overrides"], sign * arm["delta"]["mean"])) for arm in arms]
 
     def _winners(self) -> dict[str, Mapping[str, Any]]:
         finished = (phase for phase in self.state.phases.values() if phase.winner)

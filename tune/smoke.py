@@ -9,6 +9,7 @@ from ngpt.config import flatten, override
 from ngpt.data.tokenizer import parse_spec
 from ngpt.train import TrainConfig
 from tune.campaign import Campaign, Fresh, Phase
+from tune.space import random_arms
 
 # Upper limits; what a campaign asks for below them it gets.
 LIMITS = {
@@ -35,7 +36,8 @@ def shrunk(campaign: Campaign) -> Campaign:
 
 def _width(campaign: Campaign) -> int:
     """A model width that every number of heads in the campaign divides into heads of even size."""
-    given = [settings for phase in campaign.phases for settings in (phase.pinned, *(a.overrides for a in phase.arms))]
+    arms = [arm for phase in campaign.phases for arm in (*phase.arms, *(phase.search.probes() if phase.search else ()))]
+    given = [phase.pinned for phase in campaign.phases] + [arm.overrides for arm in arms]
     heads = {campaign.base.model.n_head} | {
         settings["model.n_head"] for settings in given if "model.n_head" in settings
     }
@@ -50,10 +52,13 @@ def _small_vocabulary(base: TrainConfig) -> dict[str, Any]:
 
 
 def _shrunk_phase(phase: Phase, limits: Mapping[str, int]) -> Phase:
+    """The phase with every size cut down; what optuna would propose is drawn at random, a batch of it."""
+    arms = (*phase.arms, *(random_arms(phase.search)[: phase.search.parallel] if phase.search else ()))
     return replace(
         phase,
+        search=None,
         pinned=_limited(phase.pinned, limits),
-        arms=tuple(replace(arm, overrides=_limited(arm.overrides, limits)) for arm in phase.arms),
+        arms=tuple(replace(arm, overrides=_limited(arm.overrides, limits)) for arm in arms),
         seeds=Fresh(min(phase.seeds.n, SEEDS)) if isinstance(phase.seeds, Fresh) else phase.seeds[:SEEDS],
     )
 

@@ -5,8 +5,10 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
+from tune.campaign import Campaign
+from tune.combine import Better
 from tune.journal import Event
-from tune.plan import Overrides, PlannedPhase
+from tune.plan import Overrides, PlannedPhase, preview
 from tune.verdicts import Outcome
 
 DONE = ("finished", "diverged")  # statuses that are results: such a trial is not run again
@@ -32,6 +34,7 @@ class PhaseState:
     swept: Mapping[str, list[Any]]
     winner: str | None = None  # known once the phase is finished
     winner_overrides: Overrides = field(default_factory=dict)
+    better: list[Better] = field(default_factory=list)  # the arms that were, known with the winner
 
     @property
     def trial_ids(self) -> list[str]:
@@ -47,9 +50,11 @@ class State:
     results: dict[str, dict[str, Any]] = field(default_factory=dict)  # newest result by trial id
     running: dict[str, Event] = field(default_factory=dict)  # started and without a result, by trial id
     attempts: dict[str, int] = field(default_factory=dict)
+    speeds: dict[str, float] = field(default_factory=dict)  # measured once, for `hold: seconds`
     status: str = "incomplete"
     seconds: float = 0.0  # of all sessions that are over
     newest: str = ""  # time of the newest event
+    left_out: dict[str, int] = field(default_factory=dict)  # trials by phase, where a budget stopped the campaign
     ended: bool = True  # whether the newest session has said so; one that was killed has not
 
     def outcome(self, trial_id: str, metric: str | None = None) -> Outcome:
@@ -75,9 +80,11 @@ class State:
             case "campaign_started":
                 self.seconds += self.session_seconds()  # of a session that was killed
                 self.campaign, self.phases, self.running = event, {}, {}
-                self.status, self.ended = "incomplete", False
+                self.status, self.ended, self.left_out = "incomplete", False, {}
                 # A trial that failed is tried again when the command is given again; a diverged one is a result.
                 self.results = {i: result for i, result in self.results.items() if result["status"] in DONE}
+            case "speeds_measured":
+                self.speeds = self.speeds | event["speeds"]
             case "phase_planned":
                 self.phases[event["phase"]] = _phase(event)
             case "trial_started":
@@ -91,9 +98,11 @@ class State:
             case "phase_finished":
                 phase = self.phases[event["phase"]]
                 phase.winner, phase.winner_overrides = event["winner"], event["winner_overrides"]
+                phase.better = [Better(**arm) for arm in event.get("better", [])]
             case "campaign_ended":
                 self.status, self.ended, self.running = event["status"], True, {}
                 self.seconds += event["seconds"]
+                self.left_out = event.get("left_out", {})
         self.newest = event["time"]
 
 
@@ -130,6 +139,16 @@ def past_winner(state: State, phase: PlannedPhase) -> str | None:
     past = state.phases.get(phase.name)
     same = past and set(past.trial_ids) == {trial.trial_id for trial in phase.trials}
     return past.winner if past and same and past.winner in [arm.name for arm in phase.arms] else None
+
+
+def expected_phases(campaign: Campaign, state: State) -> list[PlannedPhase]:
+    """All phases as they are planned from what the journal knows; see `preview` for what it does not know."""
+    return preview(
+        campaign,
+        known_winner=lambda phase: past_winner(state, phase),
+        known_better=lambda phase: state.phases[phase.name].better,
+        outcome=state.outcome,
+    )
 
 
 def _phase(event: Event) -> PhaseState:

@@ -5,6 +5,7 @@ Everything here is a pure function of the journal and of the trials' `metrics.js
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +16,12 @@ from ngpt.config import ConfigError
 from ngpt.durable import write_atomic, write_json
 from ngpt.tracker import read_metrics
 from tune import format as fmt
+from tune.budget import left_out_sentence
+from tune.claims import judge_claims
+from tune.costs import account
+from tune.evidence import ClaimArm, Evidence
 from tune.journal import read_journal
+from tune.schema import Claim
 from tune.state import ArmState, PhaseState, State, replay
 from tune.verdicts import ArmVerdict, Outcome, judge
 
@@ -71,7 +77,9 @@ def summarize_phase(state: State, phase: PhaseState) -> Summary:
         min_effect=rules["min_effect"],
         metric=metric["name"],
     )
-    losses = judge(_cells(state, phase, "val_loss"), baseline=phase.baseline, confidence=rules["confidence"])
+    losses = judgement  # the spread of an arm does not depend on goal and min_effect
+    if metric["name"] != "val_loss":
+        losses = judge(_cells(state, phase, "val_loss"), baseline=phase.baseline, confidence=rules["confidence"])
     spreads = {arm.arm: _spread(arm) for arm in losses.arms}
     by_name = {arm.name: arm for arm in phase.arms}
     arms = [
@@ -126,14 +134,39 @@ def summarize_campaign(state: State, phases: Sequence[Summary]) -> Summary:
         "tokens": sum(result["metrics"].get("tokens") or 0 for result in results.values()),
         "seconds": state.seconds + state.session_seconds(),
         "trial_seconds": sum(result["seconds"] for result in results.values()),
+        "cost": account(state),
         "started_at": rules["time"],
         "environment": rules["environment"],
         "data": rules["data"],
         "command": rules["command"],
         "phases": list(phases),
+        "claims": summarize_claims(state, [Claim(**claim) for claim in rules.get("claims", [])]),
         "problems": _problems(state),
-        "warnings": [f"{phase['phase']}: {warning}" for phase in phases for warning in phase["warnings"]],
+        "left_out": dict(state.left_out),  # trials by phase, where a budget stopped the campaign
+        "warnings": [f"{phase['phase']}: {warning}" for phase in phases for warning in phase["warnings"]]
+        + ([left_out_sentence(state.left_out)] if state.left_out else []),
     }
+
+
+def summarize_claims(state: State, claims: Sequence[Claim]) -> list[dict[str, Any]]:
+    """The ledger of `claims`, those of the campaign or others, as far as the trials go."""
+    rules, base = state.campaign, state.campaign.get("base", {})
+    arms = []
+    for phase in state.phases.values():
+        for arm in phase.arms:
+            configs = (state.results[i]["config"] for i in arm.trial_ids.values() if i in state.results)
+            known = base | dict(phase.base) | dict(arm.overrides) | next(configs, {})
+            is_baseline = arm.name == phase.baseline
+            arms.append(ClaimArm(phase.name, arm.name, is_baseline, arm.overrides, known, arm.trial_ids))
+    evidence = Evidence(
+        arms=arms,
+        outcome=state.outcome,
+        metric=rules["metric"]["name"],
+        goal=rules["metric"]["goal"],
+        confidence=rules["confidence"],
+        min_effect=rules["min_effect"],
+    )
+    return judge_claims(claims, evidence)
 
 
 def curve_rows(root: Path, records: Iterable[Record]) -> list[dict[str, Any]]:
@@ -244,10 +277,12 @@ def _warnings(phase: PhaseState, arms: list[dict[str, Any]], winner: str, record
     for name, what in {"device": "devices", "code_sha256": "versions of the code", "data_sha256": "data"}.items():
         if len(different := {str(record["provenance"].get(name)) for record in records if record["error"] is None}) > 1:
             found.append(f"its trials come from different {what}: {', '.join(sorted(different))}")
+    replaced: Counter[str] = Counter()
+    for record in records:
+        replaced[record["arm"]] += record["metrics"].get("r_replaced") or 0
     for arm in arms:
-        replaced = sum(record["metrics"].get("r_replaced") or 0 for record in records if record["arm"] == arm["arm"])
-        if replaced:
-            found.append(f"{arm['arm']}: {replaced:.0f} divisors r of its norm mode were not finite and became 1")
+        if count := replaced[arm["arm"]]:
+            found.append(f"{arm['arm']}: {count:.0f} divisors r of its norm mode were not finite and became 1")
     return found
 
 

@@ -237,7 +237,9 @@ def _layouts(fitted: Values) -> tuple[Layout | None, Layout | None]:
     one_way = Layout(row, means, np.diag(1 / per_arm), has * (y - means[:, None]), df, tiny)
     df -= len(seeds) - 1
     information = np.diag(per_arm) - share @ has.T  # about the arms, seeds eliminated (Yates)
-    if df < 1 or np.linalg.matrix_rank(information) < len(samples) - 1:
+    # Complete samples are linked; the rank takes seconds for a thousand arms.
+    linked = bool(has.all()) or np.linalg.matrix_rank(information) == len(samples) - 1
+    if df < 1 or not linked:
         return one_way, None
     c = np.linalg.inv(information + 1 / len(samples))  # its contrasts are those of the pseudo-inverse
     effects = c @ (y.sum(1) - share @ y.sum(0))

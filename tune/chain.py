@@ -1,0 +1,59 @@
+"""`inherit: results/phase3/optimisation`: a phase that starts from the winner of another results directory.
+
+So a study can have one file per phase. What is taken over are the winner's overrides, as that directory's journal has
+them; they come on top of this file's own base. They are read when the file is, and kept in the manifest.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ngpt.config import ConfigError, settings, unknown
+from ngpt.train import TrainConfig
+from tune.journal import read_journal
+
+
+@dataclass(frozen=True)
+class Chained:
+    """The winner of a phase in another results directory."""
+
+    campaign: str
+    phase: str
+    winner: str
+    overrides: dict[str, Any]  # by full dotted name
+    finished_at: str  # UTC
+
+
+def is_path(name: object) -> bool:
+    """Whether `inherit:` names a results directory and a phase in it; the name of a phase has no slash."""
+    return isinstance(name, str) and "/" in name
+
+
+def read_chained(text: str) -> Chained:
+    """The winner that `text`, a results directory with the name of a phase at its end, stands for.
+
+    Raises:
+        ConfigError: there is no such directory, campaign or phase, it has no winner yet, or one of settings that do not
+            exist here.
+    """
+    root, name = Path(text).expanduser().parent, Path(text).name
+    if not root.is_dir():
+        raise ConfigError(f"there is no results directory {str(root)!r}; expected RESULTS/CAMPAIGN/PHASE")
+    try:
+        events = read_journal(root / "journal.jsonl")
+    except OSError as error:
+        raise ConfigError(str(error)) from None
+    starts = [i for i, event in enumerate(events) if event["event"] == "campaign_started"]
+    if not starts:
+        raise ConfigError(f"{str(root)!r} is not a results directory: it has no journal.jsonl with a campaign in it")
+    newest = events[starts[-1] :]
+    phases = list(newest[0]["expected_trials"])
+    if name not in phases:
+        raise ConfigError(f"{unknown('phase', name, phases)} in {str(root)!r}")
+    ends = [event for event in newest if event["event"] == "phase_finished" and event["phase"] == name]
+    if not ends:
+        raise ConfigError(f"phase {name!r} of {str(root)!r} has no winner yet: run that campaign to its end first")
+    overrides = ends[-1]["winner_overrides"]
+    if strange := sorted(overrides.keys() - settings(TrainConfig).keys()):
+        raise ConfigError(f"the winner of {text!r} has settings that there are not here: {', '.join(strange)}")
+    return Chained(newest[0]["campaign"], name, ends[-1]["winner"], overrides, ends[-1]["time"])

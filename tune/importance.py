@@ -1,0 +1,99 @@
+"""How much of the differences within a sweep each of its axes explains: an analysis of variance of the arms' means.
+
+On a complete grid this is the functional ANOVA decomposition of Hutter, Hoos and Leyton-Brown (ICML 2014): the variance
+of an axis' marginal means over the variance of all; what is left are interactions and chance. Elsewhere (a search, a
+grid with holes) the axes are taken one at a time, and each share is corrected for what chance would explain (Kelley's
+epsilon squared, 1935).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+
+MOST_LEVELS = 6  # of a numeric axis; one with more values is cut into quarters
+
+
+@dataclass(frozen=True)
+class Importance:
+    """`shares` by setting, largest first; `rest` is what they leave, None where they overlap."""
+
+    shares: dict[str, float]
+    rest: float | None
+    method: str
+    arms: int
+
+
+def sweep_axes(phase: Mapping[str, Any]) -> list[str]:
+    """The settings in which all arms of a sweep differ together; fewer than two for `vary` and lists of runs."""
+    swept = [arm["overrides"] for arm in phase.get("arms") or [] if arm.get("overrides")]
+    common = [name for name in (swept[0] if swept else {}) if all(name in overrides for overrides in swept)]
+    return [name for name in common if len({_key(overrides[name]) for overrides in swept}) > 1]
+
+
+def importance(phase: Mapping[str, Any]) -> Importance | None:
+    """The share of each axis in the variance of the arms' mean scores; None where there is nothing to divide."""
+    import numpy as np
+
+    axes = sweep_axes(phase)
+    arms = [arm for arm in phase.get("arms") or [] if arm.get("overrides") and _score(arm) is not None]
+    if len(axes) < 2 or len(arms) < 4:
+        return None
+    scores = np.array([_score(arm) for arm in arms], dtype=float)
+    total = float(((scores - scores.mean()) ** 2).sum())
+    columns = [[arm["overrides"][name] for arm in arms] for name in axes]
+    exact = [_codes(column) for column in columns]
+    grid = len(arms) == prod(len(set(codes)) for codes in exact) == len(set(zip(*exact, strict=True)))
+    levels = exact if grid else [_levels(column) for column in columns]
+    if total <= (1e-12 * float(np.abs(scores).max())) ** 2 or any(len(set(codes)) >= len(arms) for codes in levels):
+        return None
+    shares = [_share(scores, total, codes, corrected=not grid) for codes in levels]
+    ranked = sorted(zip(axes, shares, strict=True), key=lambda pair: -pair[1])
+    method = "functional ANOVA of the complete grid" if grid else "one-way decomposition, corrected for chance"
+    return Importance(dict(ranked), max(0.0, 1 - sum(shares)) if grid else None, method, len(arms))
+
+
+def _share(scores: "np.ndarray", total: float, codes: Sequence[int], *, corrected: bool) -> float:
+    """Variance between the levels of an axis over the variance of all."""
+    import numpy as np
+
+    codes_array = np.array(codes)
+    groups = [scores[codes_array == code] for code in sorted(set(codes))]
+    between = float(sum(len(group) * (group.mean() - scores.mean()) ** 2 for group in groups))
+    if corrected:
+        spare = len(groups) - 1
+        between -= spare * (total - between) / (len(scores) - len(groups))
+    return min(1.0, max(0.0, between / total))
+
+
+def _levels(column: Sequence[Any]) -> list[int]:
+    """The level of each arm; many numbers are cut at their quartiles."""
+    import numpy as np
+
+    codes = _codes(column)
+    if len(set(codes)) <= MOST_LEVELS or not all(is_number(value) for value in column):
+        return codes
+    edges = np.quantile(column, [0.25, 0.5, 0.75])
+    return np.searchsorted(edges, column, side="left").tolist()
+
+
+def _codes(column: Sequence[Any]) -> list[int]:
+    keys = [_key(value) for value in column]
+    distinct = list(dict.fromkeys(keys))
+    return [distinct.index(key) for key in keys]
+
+
+def _key(value: Any) -> str:
+    return repr(value)
+
+
+def _score(arm: Mapping[str, Any]) -> float | None:
+    return (arm.get("score") or {}).get("mean")
+
+
+def is_number(value: Any) -> bool:
+    """A number that has a place on a scale; a truth value has none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
