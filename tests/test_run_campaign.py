@@ -203,9 +203,12 @@ def test_what_ends_a_run_from_outside_is_one_line(
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_before_the_first_trial_leaves_no_lock(
-    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, number: int
 ) -> None:
     main = threading.get_ident()
+    if number == signal.SIGINT:  # a shell starts what runs in its background with this signal ignored
+        before = signal.signal(number, signal.default_int_handler)
+        request.addfinalizer(lambda: signal.signal(number, before))
     monkeypatch.setattr("tune.launch.prepare_all", lambda *_: signal.pthread_kill(main, number))
     monkeypatch.setattr("tune.launch.describe_data", lambda *_: signal.pause())
     try:
