@@ -302,6 +302,7 @@ class GPT(nn.Module):
         if cfg.vocab_size is None:
             raise ValueError("model.vocab_size is not set: it is the tokenizer's, see ngpt.train.resolved")
         self.cfg = cfg
+        self.compiled = False
         self.wte = nn.Embedding(cfg.vocab_size, cfg.n_embd)
         block = SphereBlock if cfg.on_sphere else PreNormBlock
         self.blocks = nn.ModuleList(block(cfg, layer) for layer in range(cfg.n_layer))
@@ -329,7 +330,14 @@ class GPT(nn.Module):
         if targets is None:
             return self.logits(x)
         s_z = None if self.s_z is None else self.s_z()
-        return linear_cross_entropy(x, self.head_weight, targets, scale=s_z, softcap=self.cfg.softcap)
+        return linear_cross_entropy(
+            x, self.head_weight, targets, scale=s_z, softcap=self.cfg.softcap, compiled=self.compiled
+        )
+
+    def compile_parts(self) -> None:
+        """From now on the blocks and the pass over the logits run compiled; it takes seconds at the first call."""
+        self.features = torch.compile(self.features, dynamic=False)
+        self.compiled = True
 
     def logits(self, x: Tensor) -> Tensor:
         """What the head makes of `features` x (B, T, D): float32 (B, T, V)."""

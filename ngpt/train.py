@@ -75,7 +75,7 @@ class TrainConfig(Config, frozen=True):
     eval_every: Count = 50  # steps; the start and the end are always evaluated
     eval_tokens: Count = 16_384  # the same first tokens of the validation split for every trial
     dtype: Annotated[str, one_of(DTYPES, "dtype")] = "float32"  # of matrix products; weights and norms stay float32
-    compile: bool = False  # the blocks, with torch.compile: worth its half minute in long runs
+    compile: bool = False  # the blocks and the loss, with torch.compile: worth its half minute in long runs
     device: Annotated[str, one_of(DEVICES, "device")] = runtime("auto")
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
@@ -218,7 +218,7 @@ def set_up(config: TrainConfig, out_dir: Path, *, resume: str | None, dataset: D
     validation = eval_set(dataset, tokens=config.eval_tokens, batch_size=rows, block_size=config.model.block_size)
     model = GPT(config.model, seed=config.seed).to(device)
     if config.compile:
-        model.features = torch.compile(model.features, dynamic=False)
+        model.compile_parts()
     optimizers = build_optimizers(model, config.optim)
     progress = Progress()
     if resume and (checkpoint := newest_checkpoint(out_dir / "checkpoints")):
