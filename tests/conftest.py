@@ -1,6 +1,6 @@
 """What several tests share: a cache of their own, a small corpus, and a run of seconds on it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -10,6 +10,7 @@ import torch
 from ngpt.config import build
 from ngpt.data.corpora import DataConfig, Dataset, open_dataset
 from ngpt.train import TrainConfig
+from tune.campaign import Campaign, load_campaign
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -49,3 +50,15 @@ def tiny(data: DataConfig) -> TrainConfig:
     settings |= {"data.corpus": data.corpus, "data.tokenizer": data.tokenizer, "device": "cpu"}
     settings |= {"steps": 8, "batch_size": 4, "eval_every": 3, "eval_tokens": 256, "optim.lr": 0.01}
     return build(TrainConfig, settings)
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Callable[[str], Campaign]:
+    """Reads a campaign from its text."""
+
+    def read(text: str) -> Campaign:
+        path = tmp_path / "c.yaml"
+        path.write_text(text, encoding="utf-8")
+        return load_campaign(path)
+
+    return read

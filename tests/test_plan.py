@@ -18,7 +18,7 @@ from ruamel.yaml import YAML
 from ngpt.config import build, flatten, is_identity, override, settings
 from ngpt.tracker import TrackerConfig
 from ngpt.train import TrainConfig
-from tune.campaign import Campaign, load_campaign
+from tune.campaign import Campaign
 from tune.plan import (
     PlannedPhase,
     arm_config,
@@ -39,18 +39,6 @@ base: {n_layer: 1, n_head: 2, n_embd: 16, block_size: 8, steps: 10, batch_size: 
 TEXT = "Not everything that can be counted counts.\n" * 40
 
 Load = Callable[[str], Campaign]
-
-
-@pytest.fixture
-def load(tmp_path: Path) -> Load:
-    """Reads a campaign from its text."""
-
-    def read(text: str) -> Campaign:
-        path = tmp_path / "c.yaml"
-        path.write_text(text, encoding="utf-8")
-        return load_campaign(path)
-
-    return read
 
 
 def plan(campaign: Campaign, name: str = "main", **winners: Mapping[str, Any]) -> PlannedPhase:

@@ -25,16 +25,6 @@ base:
 Load = Callable[[str], Campaign]
 
 
-@pytest.fixture
-def load(tmp_path: Path) -> Load:
-    def read(text: str) -> Campaign:
-        path = tmp_path / "c.yaml"
-        path.write_text(text, encoding="utf-8")
-        return load_campaign(path)
-
-    return read
-
-
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
 def test_every_shipped_campaign_can_be_planned_when_it_is_shrunk(path: Path) -> None:
     campaign = load_campaign(path)
