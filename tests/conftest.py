@@ -62,3 +62,9 @@ def load(tmp_path: Path) -> Callable[[str], Campaign]:
         return load_campaign(path)
 
     return read
+
+
+@pytest.fixture
+def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Campaigns end without the report, which takes a second."""
+    monkeypatch.setattr("tune.report.write_report", lambda *_: None)

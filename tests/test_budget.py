@@ -19,10 +19,7 @@ from tune.session import Session
 from tune.state import State, replay
 from tune.summary import read_state
 
-
-@pytest.fixture(autouse=True)
-def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tune.report.write_report", lambda *_: None)
+pytestmark = pytest.mark.usefixtures("no_report")
 
 
 @pytest.fixture

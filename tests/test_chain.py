@@ -21,9 +21,7 @@ SECOND = """
 """
 
 
-@pytest.fixture(autouse=True)
-def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tune.report.write_report", lambda *_: None)
+pytestmark = pytest.mark.usefixtures("no_report")
 
 
 @pytest.fixture

@@ -30,9 +30,7 @@ PHASES = """
 GAINS = {"project_every": {3: -0.3}, "logit_scale": {15.0: 0.2}, "batch_size": {5: -0.1}}
 
 
-@pytest.fixture(autouse=True)
-def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tune.report.write_report", lambda *_: None)
+pytestmark = pytest.mark.usefixtures("no_report")
 
 
 @pytest.fixture

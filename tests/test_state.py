@@ -14,11 +14,6 @@ pytestmark = pytest.mark.usefixtures("no_report")
 
 
 @pytest.fixture
-def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tune.report.write_report", lambda *_: None)
-
-
-@pytest.fixture
 def file(tmp_path: Path, corpus: Path) -> Path:
     return write_file(tmp_path, corpus)
 

@@ -15,11 +15,6 @@ pytestmark = pytest.mark.usefixtures("no_report")
 
 
 @pytest.fixture
-def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tune.report.write_report", lambda *_: None)
-
-
-@pytest.fixture
 def root(tmp_path: Path) -> Path:
     return tmp_path / "tiny"
 

@@ -46,11 +46,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
 
 
 @pytest.fixture
-def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tune.report.write_report", lambda *_: None)
-
-
-@pytest.fixture
 def judged(
     tmp_path: Path, corpus: Path, no_report: None
 ) -> Callable[[str, Callable[[TrialSpec], TrialResult]], Summary]:
