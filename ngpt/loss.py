@@ -7,14 +7,14 @@ softmax's divisor is not applied to the (rows, V) chunk but to the (rows, D) fac
 the logits, and the learned logit scale of nGPT is folded into the (V, D) weight.
 """
 
-import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from ngpt.compiling import compile_for
 
 MIB = 2**20
 # A chunk of logits counted in float32: large enough for efficient matrix products, small beside the model.
@@ -120,6 +120,9 @@ def _walk(
     grad_x = torch.empty(n, width, dtype=exact, device=device) if for_x else None
     # (D, V), the product that CPUs do a quarter faster than (V, D).
     grad_scaled = torch.zeros(width, vocabulary, dtype=exact, device=device) if for_weight else None
+    gradient = for_x or for_weight
+    kernel = (softcap, gradient, dtype, rows, vocabulary)
+    exponentiate = compile_for(kernel, _exponentials) if compiled else _by_blocks
     buffer, lines = torch.empty(rows, vocabulary, dtype=dtype, device=device), torch.arange(rows, device=device)
     with torch.autocast(device.type, enabled=False), torch.no_grad():
         head = (weight if scale is None else weight * scale[:, None]).to(dtype)
@@ -127,8 +130,8 @@ def _walk(
             chunk, target = x[start : start + rows], targets[start : start + rows]
             logits = torch.mm(chunk.to(dtype), head.t(), out=buffer[: len(chunk)])
             hit = _cap(logits.gather(1, target).to(exact), softcap)
-            exponentiate = _compiled() if compiled and len(chunk) == rows else _by_blocks
-            peak, mass, slope = exponentiate(logits, softcap, for_x or for_weight)
+            whole = len(chunk) == rows  # a last, shorter chunk is not worth a compilation of its own
+            peak, mass, slope = (exponentiate if whole else _by_blocks)(logits, softcap, gradient)
             surprise = peak - hit + mass.log()  # (rows, 1), in nats
             total += surprise.sum()
             if slope is None:
@@ -199,16 +202,6 @@ def _by_blocks(z: Tensor, softcap: float | None, gradient: bool) -> tuple[Tensor
         if slope is not None:
             block.copy_(slope)
     return torch.cat(peaks), torch.cat(masses), z if gradient else None
-
-
-@functools.cache
-def _compiled() -> Callable[[Tensor, float | None, bool], tuple[Tensor, Tensor, Tensor | None]]:
-    """`_exponentials` as one kernel. With `fullgraph` a failure is an error and not a slow program.
-
-    `dynamic` stays unset: from the second shape on one kernel serves all, so that a worker that trains many models does
-    not run into the limit on recompilations.
-    """
-    return torch.compile(_exponentials, fullgraph=True)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

@@ -8,6 +8,7 @@ Shapes: B batch, T time, D width (n_embd), H heads, G heads of keys and values (
 F hidden width of the MLP, V vocabulary.
 """
 
+import functools
 from collections.abc import Iterator
 from typing import Annotated, Self
 
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from pydantic import Discriminator, Field, Strict, Tag, model_validator
 from torch import Tensor, nn
 
+from ngpt.compiling import compile_for
 from ngpt.config import Config, invalid, one_of
 from ngpt.loss import linear_cross_entropy
 from ngpt.norm import NORM_MODES, DotProdNormalizer, l2_normalize, rms_norm
@@ -336,7 +338,7 @@ class GPT(nn.Module):
 
     def compile_parts(self) -> None:
         """From now on the blocks and the pass over the logits run compiled; it takes seconds at the first call."""
-        self.features = torch.compile(self.features, dynamic=False)
+        self.features = functools.partial(compile_for(repr(self.cfg), GPT.features), self)
         self.compiled = True
 
     def logits(self, x: Tensor) -> Tensor:
