@@ -190,6 +190,12 @@ WRONG: dict[str, tuple[str, list[str]]] = {
             + ", ".join(sorted(SCHEDULES))
         ],
     ),
+    "a phase that holds something unknown": (
+        f"{GOOD}phases:\n  - {{name: a, «hold: token, vary: {{alpha: [1, 2]}}}}\n",
+        [
+            "phases[0].hold: unknown quantity to hold 'token', did you mean 'tokens'?",
+        ],
+    ),
     "unknown metric, goal and hold": (
         f"{GOOD}metric: {{«name: loss, «goal: minimise}}\n«hold: token\n{PHASE}",
         [
@@ -578,7 +584,7 @@ def test_a_file_says_all_that_a_campaign_has(folder: Path) -> None:
         "phases:\n"
         "  - {name: a, vary: {lr: [1e-2, 1]}}\n"
         "  - {name: b, inherit: a, set: {steps: 9}, seeds: fresh 4, runs: [{arm: x, alpha: 1, inherit: a}]}\n"
-        "  - {name: c, seeds: [0], zip: {alpha: [0.1, 0.2], optim: {name: [muon, adamw]}}}\n"
+        "  - {name: c, hold: seconds, seeds: [0], zip: {alpha: [0.1, 0.2], optim: {name: [muon, adamw]}}}\n"
     )
     campaign = load(text)
     assert (campaign.name, campaign.description, campaign.hold) == ("full", "All of it", "steps")
@@ -587,6 +593,7 @@ def test_a_file_says_all_that_a_campaign_has(folder: Path) -> None:
     assert campaign.resources == Resources(cpus_per_trial=2, gpus_per_trial=0.25, workers=3)
     base = campaign.base
     assert (base.steps, base.model.alpha, base.optim.lr, base.schedule.warmup_steps) == (5, 0.2, 0.001, 1)
+    assert [phase.hold for phase in campaign.phases] == [None, None, "seconds"]
     assert (campaign.text, campaign.assignments) == (text, ())
     a, b, c = campaign.phases
     assert (a.name, a.seeds, a.swept) == ("a", (7, 8), {"optim.lr": (0.01, 1)})

@@ -73,6 +73,24 @@ def test_an_arm_that_is_slower_gets_fewer_steps_in_proportion(file: Path, tmp_pa
     assert summary["base"] == {"model.n_layer": 1}
 
 
+def test_a_phase_may_hold_something_else_than_its_campaign(tmp_path: Path, corpus: Path) -> None:
+    phases = """
+  - {name: tokens, vary: {batch_size: [2], n_layer: [4]}}
+  - {name: steps, hold: steps, vary: {batch_size: [2], n_layer: [4]}}
+  - {name: seconds, hold: seconds, vary: {batch_size: [2], n_layer: [4]}}
+"""
+    file = write_file(tmp_path, corpus, phases=phases, steps=30)
+    given_out, _ = run(file, tmp_path / "r", layers_cost_time)
+    steps = {(spec.phase, spec.arm): spec.config.steps for spec in given_out}
+    assert steps == {
+        ("tokens", "baseline"): 30,
+        ("tokens", "batch_size=2"): 60,
+        ("tokens", "n_layer=4"): 30,
+        ("steps", "batch_size=2"): 30,
+        ("seconds", "n_layer=4"): 15,
+    }  # an arm that a phase before had is not trained again
+
+
 def test_speeds_are_measured_once_so_a_resumed_campaign_trains_what_an_undisturbed_one_does(
     file: Path, tmp_path: Path
 ) -> None:

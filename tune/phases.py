@@ -14,10 +14,10 @@ from tune.arms import BASELINE, SWEEPS, Arm, Axis, count
 from tune.chain import Chained, is_path, read_chained
 from tune.checks import Given, Problems, given_in, with_absolute_paths, written_alike
 from tune.optuna_search import check_optuna
-from tune.schema import KINDS, MOST_TRIALS, Fresh, Phase
+from tune.schema import HOLDS, KINDS, MOST_TRIALS, Fresh, Phase
 from tune.space import Search, random_arms, read_search
 
-PHASE_KEYS = ("name", "inherit", "set", "seeds", *KINDS)
+PHASE_KEYS = ("name", "inherit", "set", "seeds", "hold", *KINDS)
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 ARM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._=,:+-]{0,79}")
 # What a results directory holds besides a folder for each phase.
@@ -60,6 +60,9 @@ class PhaseReader:
         seeds = self._seeds(raw, at)
         pinned = self._settings(raw.get("set", {}), (*at, "set"))
         inherit = self._inherit(name, raw, at)
+        hold = raw.get("hold")
+        if hold is not None and (not isinstance(hold, str) or hold not in HOLDS):
+            self.problems.add((*at, "hold"), unknown("quantity to hold", hold, HOLDS))
         kinds = [kind for kind in KINDS if kind in raw]
         if len(kinds) != 1:
             found = f"got {' and '.join(kinds)}" if kinds else "got none"
@@ -73,7 +76,7 @@ class PhaseReader:
         if search and search.method == "random":
             arms, search = self._drawn(search, where), None
         settled = with_absolute_paths({name: value for name, (value, _) in pinned.items()})
-        return PhaseInFile(Phase(name, inherit, settled, arms, seeds, swept, combine, search), at, pinned)
+        return PhaseInFile(Phase(name, inherit, settled, arms, seeds, swept, combine, search, hold), at, pinned)
 
     # ---- what all arms share ---------------------------------------------------------------------------------------
 

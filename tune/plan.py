@@ -3,7 +3,7 @@
 import itertools
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ngpt.config import ConfigError, content_hash, override, settings
@@ -82,7 +82,7 @@ def plan_phase(
     An arm that equals the baseline is the baseline: it is trained once, under the arm's name. A winner that an arm
     inherits comes on top of the phase's base, but for what the phase itself pins with `set:`.
     """
-    winners = _with_chained(campaign, winners)
+    campaign, winners = replace(campaign, hold=phase.hold or campaign.hold), _with_chained(campaign, winners)
     return _planned(campaign, phase, winners, _arms(campaign, phase, winners, better, outcome))
 
 
@@ -203,8 +203,6 @@ def _is_possible(campaign: Campaign, reference: TrainConfig, changes: Overrides)
 
 def unmeasured(campaign: Campaign, planned: PlannedPhase) -> dict[str, TrainConfig]:
     """The configs, by `pace_key`, whose speeds `hold: seconds` needs for this phase and the campaign does not know."""
-    if campaign.hold != "seconds":
-        return {}
     own = resolved(override(campaign.base, planned.pinned))
     configs = [own, *(arm.trials[0].config for arm in planned.arms)]
     return {key: config for config in configs if (key := pace_key(config)) not in campaign.speeds}

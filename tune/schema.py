@@ -81,6 +81,7 @@ class Phase:
     swept: Mapping[str, tuple[Any, ...]]  # the axes, by dotted name
     combine: tuple[str, ...] = ()  # the phases whose better arms are joined here
     search: Search | None = None  # what optuna proposes arms from, batch by batch
+    hold: str | None = None  # what is equal between the arms of this phase; None: what the campaign holds
 
     @property
     def needs(self) -> set[str]:

@@ -26,7 +26,8 @@ from tune.estimate import remember_speeds
 from tune.journal import Journal
 from tune.pace import measure, pace_key, timer
 from tune.plan import PlannedPhase, Trial, inheritance, plan_phase, preview, unmeasured
-from tune.state import DONE, expected_phases, planned_event, replay
+from tune.progress import expected_phases, planned_event
+from tune.state import DONE, replay
 from tune.status import LOCK_FILE, take_snapshot
 from tune.summary import Summary, settings_text, write_campaign, write_phase
 from tune.trial import TrialResult, TrialSpec
@@ -241,7 +242,7 @@ class Session:
     def _plan(self, name: str) -> None:
         phase = next(phase for phase in self.campaign.phases if phase.name == name)
         planned = self._expanded(phase)
-        if self.campaign.hold == "seconds":
+        if (phase.hold or self.campaign.hold) == "seconds":
             self._measure_speeds(planned)
             planned = self._expanded(phase)
             self._say_steps(planned)
