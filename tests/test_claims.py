@@ -16,10 +16,11 @@ from scipy import stats
 from tiny_campaign import begun, drive, pretend, session_on, strict, write_file
 
 from tune.claims import METRICS, RELATIONS, judge_claims
-from tune.console import final_screen
 from tune.evidence import ClaimArm, Evidence
+from tune.final_screen import final_screen
 from tune.journal import read_journal
-from tune.report import claims_markdown, render_html, render_markdown
+from tune.report import render_html, render_markdown
+from tune.report_markdown import claims_markdown
 from tune.schema import Claim
 from tune.summary import rebuild
 from tune.trial import TrialResult, TrialSpec
@@ -147,11 +148,24 @@ def test_an_interval_on_one_side_decides(relation: str, left: list[Cell], right:
     assert decide(relation, two(left, right))["verdict"] == verdict
 
 
-def test_an_effect_below_the_least_one_that_matters_decides_nothing() -> None:
+def test_an_effect_that_may_be_too_small_to_matter_decides_nothing() -> None:
+    proof = two([4.000, 4.098, 4.199], [4.002, 4.103, 4.201])
+    small = decide("less", replace(proof, min_effect=0.005))
+    low, high = interval(small)
+    assert low < -0.005 < 0 < high and small["verdict"] == "undecided"
+    proof = two([4.000, 4.1005, 4.1985], [4.002, 4.104, 4.201])
+    small = decide("less", replace(proof, min_effect=0.004))
+    low, high = interval(small)
+    assert low < -0.004 < high < 0
+    assert small["verdict"] == "undecided" and "less than min_effect 0.004" in small["why"]
+
+
+def test_an_effect_that_is_too_small_to_matter_for_sure_refutes() -> None:
     proof = two([4.000, 4.101, 4.199], [4.002, 4.103, 4.201])
     assert decide("less", proof)["verdict"] == "reproduced"
     small = decide("less", replace(proof, min_effect=0.005))
-    assert small["verdict"] == "undecided" and "less than min_effect 0.005" in small["why"]
+    assert small["verdict"] == "refuted" and "it is less than min_effect 0.005" in small["why"]
+    assert decide("greater", replace(proof, min_effect=0.005))["verdict"] == "refuted"
     assert decide("best", replace(proof, min_effect=0.005))["verdict"] == "undecided"
     other = replace(proof, min_effect=0.005, metric="val_bpb")  # in other units
     assert decide("less", other)["verdict"] == "reproduced"
@@ -468,7 +482,7 @@ def test_what_diverged_lost_in_a_campaign_too(tmp_path: Path, corpus: Path) -> N
         return pretend(spec, status="diverged" if spec.config.model.alpha == 0.4 else "finished")
 
     verdicts = {entry["id"]: entry["verdict"] for entry in run(tmp_path, corpus, result_of)["claims"]}
-    changed = {"longer": "refuted", "shorter": "reproduced", "best": "reproduced", "kept": "undecided"}
+    changed = {"longer": "refuted", "shorter": "reproduced", "best": "reproduced", "kept": "refuted"}
     assert verdicts == EXPECTED | changed | {"falls": "undecided", "speed": "undecided"}
 
 

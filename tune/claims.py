@@ -7,7 +7,8 @@ seed, the noise pooled over the phase). Of several pairs each seed's differences
 seeds (Student 1908) stays right if trials are shared between phases or a seed acts alike in all of them.
 
 `confidence` is that of the campaign; `min_effect` applies to the campaign's metric and is 0 for others. A wrong `less`
-or `greater` is reproduced in at most (1 - confidence) / 2 of cases, 2.5 % by default. Claims are not corrected against
+or `greater` is reproduced in at most (1 - confidence) / 2 of cases, 2.5 % by default, and one that is right by
+`min_effect` is refuted in as many. Claims are not corrected against
 each other: of forty sentences that are all wrong one may well come out reproduced. Nothing is judged by the seeds that
 survived: one seed, or a trial that has not finished, leaves a claim undecided. Where a loss is compared and all seeds
 of one side diverged and none of the other, that side lost, if there are so many that luck would do this in less than
@@ -68,7 +69,10 @@ def judge_claims(claims: Sequence[Claim], evidence: Evidence) -> list[dict[str, 
 
 
 def less(claim: Claim, evidence: Evidence) -> Finding:
-    """The interval of left minus right lies below 0 (reproduced) or above it (refuted), by `min_effect` at least."""
+    """The interval of left minus right lies below 0, by `min_effect` at least (reproduced), or above -`min_effect`.
+
+    The latter is refuted: left is worse, or the two are the same for all that matters.
+    """
     return _ordered(claim, evidence, 1.0)
 
 
@@ -192,12 +196,16 @@ def _ordered(claim: Claim, evidence: Evidence, sign: float) -> Finding:
         return found
     told, least = _told(claim, found, "minus"), evidence.least(claim)
     low, high = sorted((sign * found.low, sign * found.high))
-    if low <= 0 <= high:
-        verdict, told = "undecided", f"{told}, which contains 0"
-    elif abs(found.mean) < least * ROUNDING:
+    if high < 0 and abs(found.mean) >= least * ROUNDING:
+        verdict = "reproduced"
+    elif low > 0 and abs(found.mean) >= least * ROUNDING:
+        verdict = "refuted"
+    elif low > -least * ROUNDING:
+        verdict, told = "refuted", f"{told}: if there is such an effect, it is less than min_effect {least:g}"
+    elif high < 0:
         verdict, told = "undecided", f"{told}, less than min_effect {least:g}"
     else:
-        verdict = "reproduced" if high < 0 else "refuted"
+        verdict, told = "undecided", f"{told}, which contains 0"
     return Finding(verdict, told, found.mean, found.low, found.high, found.n, found.trials)
 
 
