@@ -5,6 +5,8 @@
     python run_campaign.py status results/quickstart                where a campaign stands, also while it runs
     python run_campaign.py report results/quickstart                rebuild every derived file from the journal
     python run_campaign.py compare results/one results/other        two campaigns side by side, arm by arm
+    python run_campaign.py claims results/one results/other         every claim that they tested, on one page
+    python run_campaign.py verify results/quickstart                whether its files are as they were written
     python run_campaign.py doctor                                   what would go wrong on this machine
 
 Exit codes: 0 all trials finished; 1 internal error; 2 usage or configuration; 3 another run holds the results;
@@ -61,6 +63,8 @@ def run_parser() -> argparse.ArgumentParser:
     parser.add_argument("--smoke", action="store_true", help="same campaign with a tiny model and few steps")
     parser.add_argument("--out", type=Path, default=Path("results"), metavar="DIR", help="where results go")
     parser.add_argument("--address", help="join a running Ray cluster; default is a private one on this machine")
+    allow = "go on although the file now says otherwise what the results mean: metric, confidence, data, ..."
+    parser.add_argument("--allow-change", action="store_true", help=allow)
     parser.add_argument("--json", action="store_true", help="print the summary as JSON on stdout")
     return parser
 
@@ -74,8 +78,14 @@ def verb_parser(verb: str) -> argparse.ArgumentParser:
         parser.add_argument("results", type=Path, help="a results directory, such as results/quickstart")
         parser.add_argument("other", type=Path, help="the results directory to hold against it")
         parser.add_argument("--metric", help="compare by this one; default is the metric of the campaigns")
+    elif verb == "claims":
+        parser.add_argument("results", type=Path, nargs="+", help="results directories, such as results/quickstart")
+        parser.add_argument("--out", type=Path, metavar="FILE", help="write the page there, as docs/claims.md was")
     else:
         parser.add_argument("results", type=Path, help="a results directory, such as results/quickstart")
+    if verb in ("claims", "report"):
+        text = "judge the `claims:` of this file, instead of those that the campaign was run with"
+        parser.add_argument("--claims", type=Path, metavar="FILE", help=text)
     parser.add_argument("--json", action="store_true", help="print JSON on stdout")
     return parser
 
@@ -93,12 +103,20 @@ def run(options: argparse.Namespace) -> int:
         return plan(campaign, root, options)
 
     from tune.launch import launch
-    from tune.session import Busy, ExecutorLost
+    from tune.lock import Busy
+    from tune.session import ExecutorLost
 
     terminate_in_order()
     command = shlex.join(["python", "run_campaign.py", *sys.argv[1:]])
     try:
-        summary, number = launch(campaign, root, command=command, inline=options.inline, address=options.address)
+        summary, number = launch(
+            campaign,
+            root,
+            command=command,
+            inline=options.inline,
+            address=options.address,
+            allow_change=options.allow_change,
+        )
     except Busy as busy:
         print(busy, file=sys.stderr)
         return EXIT_BUSY
@@ -118,7 +136,7 @@ def show_end(summary: dict[str, Any], number: int, root: Path, options: argparse
     """The last screen, and the exit code: a budget that left trials out is 4, since not every trial has finished."""
     from rich.console import Console
 
-    from tune.console import final_screen
+    from tune.final_screen import final_screen
 
     if options.json:
         print(json.dumps(summary, indent=1, allow_nan=False))
@@ -166,17 +184,51 @@ def status(options: argparse.Namespace) -> int:
 
 
 def report(options: argparse.Namespace) -> int:
-    """Rebuilds every derived file of a results directory from its journal."""
+    """Rebuilds every derived file of a results directory from its journal; with --claims, prints their ledger."""
     from rich.console import Console
 
-    from tune.console import final_screen
+    from tune.final_screen import final_screen
     from tune.summary import rebuild
 
-    summary = rebuild(options.results)
+    given = given_claims(options)
+    summary = rebuild(options.results, given)
+    if given is not None:
+        return show_ledger([options.results], given, options)
     if options.json:
         print(json.dumps(summary, indent=1, allow_nan=False))
     else:
         Console(highlight=False).print(final_screen(summary, report=options.results / "report.html"))
+    return 0
+
+
+def claims(options: argparse.Namespace) -> int:
+    """Collects what campaigns found about the claims of their files into one Markdown page; changes no results."""
+    return show_ledger(options.results, given_claims(options), options, out=options.out)
+
+
+def given_claims(options: argparse.Namespace) -> Any:
+    """The claims of --claims FILE, or None."""
+    from tune.claimfile import load_claims
+
+    return None if options.claims is None else load_claims(options.claims)
+
+
+def show_ledger(results: list[Path], claims: Any, options: argparse.Namespace, *, out: Path | None = None) -> int:
+    """Prints the ledger of some results directories as Markdown or JSON, or writes the Markdown to `out`."""
+    from ngpt.durable import write_atomic
+    from tune.ledger import collect, ledger_markdown, total
+
+    ledger = collect(results, claims)
+    command = shlex.join(["python", "run_campaign.py", *sys.argv[1:]])
+    page = ledger_markdown(ledger, command=command)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(out, page)
+        print(f"{out}: {total(ledger)}", file=sys.stderr)
+    if options.json:
+        print(json.dumps(ledger, indent=1, allow_nan=False))
+    elif out is None:
+        print(page, end="")
     return 0
 
 
@@ -193,6 +245,15 @@ def compare(options: argparse.Namespace) -> int:
     else:
         Console(highlight=False).print(comparison_view(comparison))
     return 0
+
+
+def verify(options: argparse.Namespace) -> int:
+    """Checks every file of a results directory; exits with 1 if any is wrong, and says which can be rebuilt."""
+    from tune import verify as checks
+
+    found = checks.verify(options.results)
+    print(json.dumps(found, indent=1, allow_nan=False) if options.json else checks.verify_text(found))
+    return 0 if found["intact"] else EXIT_ERROR
 
 
 def doctor(options: argparse.Namespace) -> int:
@@ -212,7 +273,7 @@ def doctor(options: argparse.Namespace) -> int:
     return 1 if any(check.problem for check in checks) else 0
 
 
-VERBS = {"status": status, "report": report, "compare": compare, "doctor": doctor}
+VERBS = {"status": status, "report": report, "compare": compare, "claims": claims, "verify": verify, "doctor": doctor}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -22,7 +22,7 @@ from pydantic import Field
 from torch import nn
 
 from ngpt.config import Config, ConfigError, runtime
-from ngpt.durable import commit_folder
+from ngpt.durable import commit_folder, make_folder
 
 FORMAT = 1
 log = logging.getLogger(__name__)
@@ -69,7 +69,8 @@ def save_checkpoint(
         shutil.rmtree(stale)
     final = root / f"step_{step:07d}"
     temp = root / f".tmp-{uuid.uuid4().hex}"
-    temp.mkdir(parents=True)
+    make_folder(root)
+    temp.mkdir()
     try:
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
         (temp / "model.safetensors").write_bytes(safetensors.torch.save(weights))
@@ -87,7 +88,7 @@ def save_checkpoint(
             "files": {path.name: _digest(path) for path in sorted(temp.iterdir())},
         }
         sealed = manifest | {"sha256": _seal(manifest)}
-        (temp / "MANIFEST.json").write_text(json.dumps(sealed, indent=1, allow_nan=False))
+        (temp / "MANIFEST.json").write_text(_manifest_text(sealed))
         commit_folder(temp, final)
     finally:
         shutil.rmtree(temp, ignore_errors=True)
@@ -140,9 +141,10 @@ def load_checkpoint(checkpoint: Checkpoint, model: nn.Module, *, identity: Mappi
     Raises:
         ConfigError: the checkpoint was made with other settings; names the first that differs.
     """
-    for name, value in json.loads(json.dumps(identity)).items():
-        if checkpoint.identity.get(name) != value:
-            saved = checkpoint.identity.get(name)
+    wanted = json.loads(json.dumps(identity))
+    for name in [*wanted, *(checkpoint.identity.keys() - wanted.keys())]:
+        saved, value = checkpoint.identity.get(name), wanted.get(name)
+        if saved != value:
             raise ConfigError(f"{checkpoint.path} was made with {name} = {saved!r}, this run has {value!r}")
     model.load_state_dict(safetensors.torch.load_file(checkpoint.path / "model.safetensors"))
     device = next(model.parameters()).device
@@ -155,10 +157,16 @@ def _digest(path: Path) -> dict[str, Any]:
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
-    manifest = json.loads((path / "MANIFEST.json").read_text())
-    if not isinstance(manifest, dict) or manifest.pop("sha256", None) != _seal(manifest):
+    text = (path / "MANIFEST.json").read_text()
+    manifest = json.loads(text)
+    as_written = isinstance(manifest, dict) and text == _manifest_text(manifest)  # 1E-5 is 1e-5, but not what it was
+    if not as_written or manifest.pop("sha256", None) != _seal(manifest):
         raise ValueError(f"{path / 'MANIFEST.json'}: not as it was written")
     return manifest
+
+
+def _manifest_text(manifest: Mapping[str, Any]) -> str:
+    return json.dumps(manifest, indent=1, allow_nan=False)
 
 
 def _seal(manifest: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ they share: the base class, errors, dotted overrides and the content hash.
 import difflib
 import hashlib
 import json
+import unicodedata
 from collections.abc import Collection, Iterable, Mapping
 from functools import cache
 from typing import Any, NamedTuple, TypeVar, dataclass_transform
@@ -15,6 +16,9 @@ import pydantic
 from pydantic_core import PydanticCustomError
 
 Location = tuple[str | int, ...]
+
+LONGEST_NAME = 200  # characters of a name or value that a message shows
+LONGEST_MESSAGE = 2000  # characters; the list of all settings is one of 1500
 
 
 class Problem(NamedTuple):
@@ -25,6 +29,10 @@ class Problem(NamedTuple):
 
     def __str__(self) -> str:
         return f"{dotted(self.location)}: {self.message}" if self.location else self.message
+
+    def line(self) -> str:
+        """The same as a single line of bounded length, whatever somebody has written into a file."""
+        return str(self._replace(message=visible(self.message, LONGEST_MESSAGE)))
 
 
 class ConfigError(ValueError):
@@ -51,6 +59,11 @@ def runtime(default: Any, **constraints: Any) -> Any:
     return pydantic.Field(default, json_schema_extra={"identity": False}, **constraints)
 
 
+def added(default: Any, *, alike: Collection[Any] = (), **constraints: Any) -> Any:
+    """A field that came when trials had ids already: at its default, or at a value `alike`, it is left out of them."""
+    return pydantic.Field(default, json_schema_extra={"left_out_at": [default, *alike]}, **constraints)
+
+
 def one_of(table: Collection[str], what: str) -> pydantic.AfterValidator:
     """Annotation for a field that names an entry of `table`; the error lists the entries and the nearest."""
 
@@ -71,17 +84,24 @@ def invalid(message: str, *fields: str) -> PydanticCustomError:
 
 def unknown(what: str, name: object, options: Collection[str]) -> str:
     """`unknown corpus 'shakespear', did you mean 'shakespeare'?`, with the full list where nothing is near."""
-    near = difflib.get_close_matches(str(name), list(options), n=1, cutoff=0.6)
+    near = difflib.get_close_matches(str(name)[:LONGEST_NAME], list(options), n=1, cutoff=0.6)
     hint = f", did you mean '{near[0]}'?" if near else f"; choose one of {', '.join(sorted(options))}"
-    return f"unknown {what} {str(name)!r}{hint}" if what != "setting" else f"unknown setting{hint}"
+    return f"unknown {what} {visible(repr(str(name)))}{hint}" if what != "setting" else f"unknown setting{hint}"
 
 
 def dotted(location: Location) -> str:
     """`("phases", 0, "vary", "alpha")` as a person writes it: `phases[0].vary.alpha`."""
     text = ""
     for part in location:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+        text += f"[{part}]" if isinstance(part, int) else f".{visible(part)}" if text else visible(part)
     return text
+
+
+def visible(text: str, longest: int = LONGEST_NAME) -> str:
+    """Text from outside for a message: on one line, what does not print is escaped, the middle of a long one is cut."""
+    if len(text) > longest:
+        text = f"{text[: longest // 2]}…{text[-(longest // 2) :]}"
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
 
 
 @cache
@@ -173,13 +193,20 @@ def is_identity(cls: type[Config], name: str) -> bool:
     return not isinstance(extra, dict) or bool(extra.get("identity", True))
 
 
+def identity_settings(config: Config) -> dict[str, Any]:
+    """What decides what a config computes, by dotted name; settings that were `added` only where they change it."""
+    kept = {}
+    for name, value in flatten(config).items():
+        extra = settings(type(config))[name].json_schema_extra
+        unchanged = isinstance(extra, dict) and value in extra.get("left_out_at", ())
+        if is_identity(type(config), name) and not unchanged:
+            kept[name] = value
+    return kept
+
+
 def content_hash(config: Config, *, leave_out: Collection[str] = (), extra: Mapping[str, Any] | None = None) -> str:
     """Ten hex digits that depend on what a config computes, not on where it runs nor on how it was written."""
-    kept = {
-        name: value
-        for name, value in flatten(config).items()
-        if name not in leave_out and is_identity(type(config), name)
-    }
+    kept = {name: value for name, value in identity_settings(config).items() if name not in leave_out}
     text = json.dumps(kept | dict(extra or {}), sort_keys=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:10]
 
@@ -205,8 +232,11 @@ def _unknown_setting(cls: type[Config], name: str) -> str:
     """Dotted names are compared with dotted ones, bare names with bare ones; a list of all is always dotted."""
     known = settings(cls)
     alike = known if "." in name else {full.rpartition(".")[2] for full in known}
-    near = difflib.get_close_matches(name, list(alike), n=1)
-    return unknown("setting", name, near or known)
+    near = difflib.get_close_matches(name[:LONGEST_NAME], list(alike), n=1)
+    strange = [sign for sign in name[:LONGEST_NAME] if not sign.isascii()]
+    # A Cyrillic a looks like a Latin one.
+    note = f" (it has {unicodedata.name(strange[0], 'a sign')}, U+{ord(strange[0]):04X}, in it)" if strange else ""
+    return unknown("setting", name, near or known) + note
 
 
 def _is_internal(part: str | int) -> bool:

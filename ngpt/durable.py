@@ -27,7 +27,7 @@ def write_atomic(path: Path, data: bytes | str) -> None:
         temp.replace(path)
     finally:
         temp.unlink(missing_ok=True)
-    _fsync(path.parent)
+    sync(path.parent)
 
 
 def write_json(path: Path, obj: Any) -> None:
@@ -61,13 +61,27 @@ def commit_folder(temp: Path, final: Path) -> None:
     """
     for folder, _, names in os.walk(temp):
         for name in names:
-            _fsync(Path(folder, name))
-        _fsync(Path(folder))
+            sync(Path(folder, name))
+        sync(Path(folder))
     temp.rename(final)
-    _fsync(final.parent)
+    sync(final.parent)
 
 
-def _fsync(path: Path) -> None:
+def make_folder(path: Path) -> None:
+    """Makes `path` and its parents where they are missing, each with its name on disk.
+
+    Raises:
+        OSError: one of them is a file, or the place cannot be written.
+    """
+    missing = [folder for folder in path.parents if not folder.exists()]
+    for folder in [*reversed(missing), path]:
+        is_new = not folder.exists()
+        folder.mkdir(exist_ok=True)
+        if is_new:
+            sync(folder.parent)
+
+
+def sync(path: Path) -> None:
     """Waits until a file's content, or a folder's entries, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -7,7 +7,7 @@ to do. Weight decay would only pull along the radius, which a rotation does not 
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,10 +16,12 @@ from torch import Tensor
 from ngpt.muon import orthogonalize, stack, write_back
 from ngpt.norm import l2_normalize
 
+BLOCK_BYTES = 2**18  # of each tensor at once, on a CPU
+
 
 def tangent(points: Tensor, x: Tensor, *, dim: int) -> Tensor:
     """The part of `x` at right angles to the unit vectors `points` (along `dim`): x - <x, p> p, same shape."""
-    return x - points * (points * x).sum(dim, keepdim=True)
+    return torch.addcmul(x, points, (points * x).sum(dim, keepdim=True), value=-1)
 
 
 def walk(points: Tensor, velocity: Tensor, *, dim: int) -> Tensor:
@@ -29,7 +31,7 @@ def walk(points: Tensor, velocity: Tensor, *, dim: int) -> Tensor:
     Mahony, Sepulchre, Optimization Algorithms on Matrix Manifolds, section 5.4).
     """
     direction, angle = _polar(velocity, dim)
-    return points * angle.cos() + direction * angle.sin()
+    return (points * angle.cos()).addcmul_(direction, angle.sin())
 
 
 def transport(points: Tensor, velocity: Tensor, carried: Tensor, *, dim: int) -> Tensor:
@@ -98,14 +100,15 @@ class GeodesicMuon(torch.optim.Optimizer):
             raise ValueError("GeodesicMuon does not take a closure")
         for group, weights, states in _batches(self, "momentum"):
             axis, momentum = group["dim"] - 2, group["momentum"]  # counted from the end: the batch comes first
-            points = l2_normalize(stack(weights), axis)  # without this, rounding adds up: 7e-5 in 10 000 steps
+            batch, running = stack(weights), stack([state["momentum"] for state in states])
+            points = l2_normalize(batch, axis)  # without this, rounding adds up: 7e-5 in 10 000 steps
             gradient = stack([weight.grad for weight in weights])
-            running = stack([state["momentum"] for state in states]).lerp(gradient, 1 - momentum)
+            running.lerp_(gradient, 1 - momentum)
             ahead = gradient.lerp(running, momentum) if group["nesterov"] else running
             update = tangent(points, orthogonalize(ahead, steps=group["ns_steps"]), dim=axis)
             length, count = points.shape[axis], points.shape[-3 - axis]
             size = group["lr"] * max(1.0, count / length) ** 0.5
-            write_back(weights, walk(points, -size * update, dim=axis))
+            write_back(weights, batch.copy_(walk(points, -size * update, dim=axis)))
             write_back([state["momentum"] for state in states], running)
 
 
@@ -151,18 +154,37 @@ class RiemannianAdamW(torch.optim.Optimizer):
         if closure is not None:
             raise ValueError("RiemannianAdamW does not take a closure")
         for group, weights, states in _batches(self, "mean", "square"):
-            axis, (beta1, beta2) = group["dim"] - 2, group["betas"]
-            steps = states[0]["step"]
-            points = l2_normalize(stack(weights), axis)
-            gradient = tangent(points, stack([weight.grad for weight in weights]), dim=axis)
-            mean = stack([state["mean"] for state in states]).lerp(gradient, 1 - beta1)
-            square = stack([state["square"] for state in states]).lerp(gradient.square(), 1 - beta2)
-            root = (square / (1 - beta2**steps)).sqrt_().add_(group["eps"])
-            update = tangent(points, mean / root, dim=axis)
-            velocity = update * (-group["lr"] / (1 - beta1**steps))
-            write_back(weights, walk(points, velocity, dim=axis))
-            write_back([state["mean"] for state in states], transport(points, velocity, mean, dim=axis))
-            write_back([state["square"] for state in states], square)
+            means, squares = ([state[name] for state in states] for name in ("mean", "square"))
+            whole = [stack(tensors) for tensors in (weights, [w.grad for w in weights], means, squares)]
+            for w, gradient, mean, square in _in_cache(whole, group["dim"]):
+                _turn(w, gradient, mean, square, group, steps=states[0]["step"])
+            for tensors, batch in zip((weights, means, squares), (whole[0], *whole[2:]), strict=True):
+                write_back(tensors, batch)
+
+
+def _turn(w: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, group: dict[str, Any], *, steps: int) -> None:
+    """One update of RiemannianAdamW; weights and moments change in place, the gradient does not."""
+    axis, (beta1, beta2) = group["dim"] - 2, group["betas"]
+    points = l2_normalize(w, axis)
+    gradient = tangent(points, gradient, dim=axis)
+    mean.lerp_(gradient, 1 - beta1)
+    square.lerp_(gradient.square_(), 1 - beta2)
+    root = (square / (1 - beta2**steps)).sqrt_().add_(group["eps"])
+    velocity = tangent(points, mean / root, dim=axis).mul_(-group["lr"] / (1 - beta1**steps))
+    w.copy_(walk(points, velocity, dim=axis))
+    mean.copy_(transport(points, velocity, mean, dim=axis))
+
+
+def _in_cache(tensors: Sequence[Tensor], dim: int) -> Iterator[tuple[Tensor, ...]]:
+    """The same vectors (along `dim`) of all tensors (n, rows, columns), on a CPU as many at a time as fit its cache.
+
+    An embedding as a whole would be written to memory and read again by each of some thirty operations.
+    """
+    first, other = tensors[0], -1 - dim  # vectors are counted along the other dimension
+    count = first.shape[other]
+    if first.device.type == "cpu":
+        count = max(1, BLOCK_BYTES * count // max(1, first.nbytes))
+    yield from zip(*(tensor.split(count, other) for tensor in tensors), strict=True)
 
 
 def _batches(

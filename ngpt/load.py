@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import safetensors
 import safetensors.torch
 from torch import Tensor
 
@@ -93,9 +94,14 @@ def build_model(checkpoint: Checkpoint, *, device: str = "cpu", **changes: Any) 
     """The model of a checkpoint in evaluation mode; arguments and errors as in `load_model`."""
     identity = checkpoint.identity
     settings = {name.removeprefix("model."): value for name, value in identity.items() if name.startswith("model.")}
+    if "vocab_size" not in settings:
+        raise ConfigError(f"{checkpoint.path} does not say of what model it is")
     cfg = override(build(ModelConfig, settings), {name.removeprefix("model."): to for name, to in changes.items()})
     model = GPT(cfg)
-    weights = safetensors.torch.load_file(checkpoint.path / "model.safetensors")
+    try:
+        weights = safetensors.torch.load_file(checkpoint.path / "model.safetensors")
+    except safetensors.SafetensorError as error:
+        raise ConfigError(f"{checkpoint.path}: model.safetensors is not what it should be: {error}") from None
     _check_shapes(model, weights, checkpoint.path, changes)
     model.load_state_dict(weights)
     # As in its last step; a converted model has none behind it.

@@ -1,11 +1,26 @@
-"""The peak memory of a run, also inside a process that has run others before."""
+"""The peak memory of a run, also in a process that has run others, and what to do when there is none left."""
 
+import gc
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 _CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+
+# How libraries say it that raise a plain RuntimeError; torch's allocator on CUDA has a class of its own.
+_MESSAGES = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "DefaultCPUAllocator: not enough memory",  # on Windows
+    "CUDA error: out of memory",  # outside of the allocator
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "MPS backend out of memory",
+    "std::bad_alloc",
+)
+Value = TypeVar("Value")
 
 
 def reset_peak_memory(device: torch.device) -> None:
@@ -27,3 +42,34 @@ def peak_memory(device: torch.device) -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation has failed, on the device or on the host."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(message in str(error) for message in _MESSAGES)
+
+
+def free_memory(device: torch.device) -> None:
+    """Gives back what is held but not in use. Call it outside of `except`: a traceback keeps its frames' tensors."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
+
+
+def retry_smaller(attempt: Callable[[], Value], shrink: Callable[[], bool], device: torch.device) -> Value:
+    """What `attempt` returns, once there is memory for it: each time that there is not, `shrink` is asked for less.
+
+    Raises:
+        RuntimeError, MemoryError: there is not enough memory, and `shrink` says that it gets no smaller.
+    """
+    while True:
+        try:
+            return attempt()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error) or not shrink():
+                raise
+        free_memory(device)

@@ -8,7 +8,6 @@ Shapes: B batch, T time, D width (n_embd), H heads, G heads of keys and values (
 F hidden width of the MLP, V vocabulary.
 """
 
-import functools
 from collections.abc import Iterator
 from typing import Annotated, Self
 
@@ -37,7 +36,7 @@ Alpha = Annotated[
 ]
 
 
-class ModelConfig(Config):
+class ModelConfig(Config, frozen=True):
     n_layer: Count = 4
     n_head: Count = 4
     n_kv_head: Count | None = None  # heads of keys and values; null: n_head, 1: multi-query, between: grouped-query
@@ -338,7 +337,13 @@ class GPT(nn.Module):
 
     def compile_parts(self) -> None:
         """From now on the blocks and the pass over the logits run compiled; it takes seconds at the first call."""
-        self.features = functools.partial(compile_for(repr(self.cfg), GPT.features), self)
+        kind = repr(self.cfg)
+
+        def features(idx: Tensor, cache: KVCache | None = None) -> Tensor:
+            # By shape, too: a run that memory runs out in comes along with ever smaller batches, beyond torch's limit.
+            return compile_for((kind, idx.shape), GPT.features)(self, idx, cache)
+
+        self.features = features
         self.compiled = True
 
     def logits(self, x: Tensor) -> Tensor:

@@ -15,17 +15,21 @@ def orthogonalize(matrices: Tensor, *, steps: int = 5) -> Tensor:
     """U V^T of each matrix's singular value decomposition U S V^T, approximately; (..., M, N) -> (..., M, N).
 
     Newton-Schulz iteration with a quintic whose slope at zero is as large as possible: the singular values do not reach
-    1 but end between about 0.7 and 1.2, which does no harm and saves iterations. In bfloat16 on a GPU, else float32.
+    1 but end between about 0.7 and 1.2, which does no harm and saves iterations. In bfloat16, as its author has it, on
+    a GPU and wherever autocast is on; else in float32.
     """
     a, b, c = 3.4445, -4.7750, 2.0315  # source: KellerJordan/Muon, zeropower_via_newtonschulz5
-    x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
+    device = matrices.device.type
+    dtype = torch.bfloat16 if device == "cuda" or torch.is_autocast_enabled(device) else torch.float32
+    x = matrices.float().flatten(0, -3) if matrices.ndim > 2 else matrices.float().unsqueeze(0)
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
-    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
+    x = (x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)).to(dtype)
     for _ in range(steps):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.mT if tall else x).to(matrices.dtype)
+        # a x + (b gram + c gram^2) x, each sum inside the product that it follows
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).to(matrices.dtype).reshape(matrices.shape)
 
 
 class Muon(torch.optim.Optimizer):
@@ -73,21 +77,23 @@ class Muon(torch.optim.Optimizer):
                 if parameter.grad is not None:
                     by_shape[tuple(parameter.shape)].append(parameter)
             for (rows, columns), parameters in by_shape.items():
-                updates = orthogonalize(self._directions(parameters, group), steps=group["ns_steps"])
+                updates = orthogonalize(stack(self._directions(parameters, group)), steps=group["ns_steps"])
                 size = group["lr"] * max(1.0, rows / columns) ** 0.5
-                shrunk = stack(parameters) * (1 - group["lr"] * group["weight_decay"])
-                write_back(parameters, shrunk.sub_(updates, alpha=size))
+                if shrinkage := group["lr"] * group["weight_decay"]:
+                    torch._foreach_mul_(parameters, 1 - shrinkage)  # pyright: ignore[reportPrivateImportUsage]
+                torch._foreach_add_(parameters, updates.unbind(), alpha=-size)  # pyright: ignore[reportPrivateImportUsage]
 
-    def _directions(self, parameters: list[Tensor], group: dict[str, Any]) -> Tensor:
+    def _directions(self, parameters: list[Tensor], group: dict[str, Any]) -> Sequence[Tensor]:
         """Updates the running means; returns what is to be orthogonalised, one matrix per parameter."""
         for parameter in parameters:
             if "momentum" not in self.state[parameter]:
                 self.state[parameter]["momentum"] = torch.zeros_like(parameter)
         means = [self.state[parameter]["momentum"] for parameter in parameters]
-        gradients = stack([parameter.grad for parameter in parameters])
-        running = stack(means).lerp(gradients, 1 - group["momentum"])
-        write_back(means, running)
-        return gradients.lerp(running, group["momentum"]) if group["nesterov"] else running
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        torch._foreach_lerp_(means, gradients, 1 - group["momentum"])  # pyright: ignore[reportPrivateImportUsage]
+        if not group["nesterov"]:
+            return means
+        return torch._foreach_lerp(gradients, means, group["momentum"])  # pyright: ignore[reportPrivateImportUsage]
 
 
 def stack(tensors: Sequence[Tensor | None]) -> Tensor:
@@ -98,5 +104,9 @@ def stack(tensors: Sequence[Tensor | None]) -> Tensor:
 
 
 def write_back(tensors: Sequence[Tensor], batch: Tensor) -> None:
-    """Copies each matrix of the batch into its tensor, all in one launch (as torch.optim's own optimizers do)."""
-    torch._foreach_copy_(list(tensors), batch.unbind())  # pyright: ignore[reportPrivateImportUsage]
+    """Copies each matrix of a `stack` that was changed in place into its tensor, all in one launch.
+
+    A single one was not copied and is changed already.
+    """
+    if len(tensors) > 1:
+        torch._foreach_copy_(list(tensors), batch.unbind())  # pyright: ignore[reportPrivateImportUsage]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Self
 from pydantic import Field
 
 from ngpt.config import Config, ConfigError, one_of, runtime
-from ngpt.durable import write_atomic
+from ngpt.durable import make_folder, sync, write_atomic
 from ngpt.wandb_run import WANDB_MODES, WandbRun, choose_mode, tell
 
 if TYPE_CHECKING:
@@ -101,11 +101,12 @@ class Tracker:
     def __init__(
         self, cfg: TrackerConfig, folder: Path, *, settings: Mapping[str, Any], keep_until: int | None = None
     ) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         metrics, self._histograms = folder / "metrics.jsonl", folder / "histograms.jsonl"
         _drop_after(keep_until, metrics)
         if self._histograms.exists():
             _drop_after(keep_until, self._histograms)
+        self._metrics = metrics
         with contextlib.ExitStack() as stack:
             # Line buffered: a reader next door sees whole rows, and a killed run loses none it has logged.
             self._file = stack.enter_context(metrics.open("a", encoding="utf-8", buffering=1))
@@ -148,6 +149,12 @@ class Tracker:
             for watcher in self._watchers:
                 watcher.log_histograms(step, shown)
 
+    def sync(self) -> None:
+        """Waits until all rows are on disk: a checkpoint must not outlive the rows before it."""
+        for path in (self._metrics, self._histograms):
+            if path.exists():
+                sync(path)
+
     def note(self, facts: Mapping[str, Any]) -> None:
         """Says things that are true of the whole run, such as skipped shards; values are what JSON can say."""
         clean = {name: finite(value) for name, value in facts.items()}
@@ -160,6 +167,8 @@ class Tracker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if kind is None:
+            self.sync()
         self._open.__exit__(kind, error, trace)
 
 

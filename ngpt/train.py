@@ -5,13 +5,14 @@ python -m ngpt.train --config model.yaml --out runs/first --resume latest
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import logging
 import math
 import sys
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -20,17 +21,25 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from ngpt.checkpoint import CheckpointConfig, checkpoint_folders, load_checkpoint, newest_checkpoint, save_checkpoint
+from ngpt.checkpoint import (
+    Checkpoint,
+    CheckpointConfig,
+    checkpoint_folders,
+    load_checkpoint,
+    newest_checkpoint,
+    save_checkpoint,
+)
 from ngpt.config import (
     Config,
     ConfigError,
     Location,
     Problem,
+    added,
     build,
     dotted,
     flatten,
+    identity_settings,
     invalid,
-    is_identity,
     one_of,
     override,
     runtime,
@@ -49,18 +58,17 @@ from ngpt.diagnostics import (
     weight_norm_error,
 )
 from ngpt.evaluate import evaluate
-from ngpt.memory import peak_memory, reset_peak_memory
+from ngpt.memory import free_memory, is_out_of_memory, peak_memory, reset_peak_memory, retry_smaller
 from ngpt.model import GPT, Count, ModelConfig
 from ngpt.norm import NORM_MODES
 from ngpt.optim import OptimConfig, build_optimizers, set_rates, unfit
 from ngpt.projection import project_weights
 from ngpt.schedule import ScheduleConfig, multiplier
+from ngpt.setbacks import AVERAGED, NONFINITE, ON_OOM, Metrics, NonfiniteConfig, Progress, halved
 from ngpt.tracker import Tracker, TrackerConfig, finite, settled
 from ngpt.written import named_settings
 from ngpt.yamlfile import parse_assignment, read_yaml
 
-AVERAGED = 10  # steps whose mean is the reported training loss
-Metrics = dict[str, float | None]
 log = logging.getLogger(__name__)
 
 
@@ -74,6 +82,8 @@ class TrainConfig(Config, frozen=True):
     project_every: Count = 1  # steps between projections onto the sphere
     eval_every: Count = 50  # steps; the start and the end are always evaluated
     eval_tokens: Count = 16_384  # the same first tokens of the validation split for every trial
+    # no memory: split the micro-batch in two, or the batch too, as seed 000 has it (the result is another); or give up
+    on_oom: Annotated[str, one_of(ON_OOM, "policy")] = added("split", alike=("fail",))
     dtype: Annotated[str, one_of(DTYPES, "dtype")] = "float32"  # of matrix products; weights and norms stay float32
     compile: bool = False  # the blocks and the loss, with torch.compile: worth its half minute in long runs
     device: Annotated[str, one_of(DEVICES, "device")] = runtime("auto")
@@ -81,6 +91,7 @@ class TrainConfig(Config, frozen=True):
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
     schedule: ScheduleConfig = ScheduleConfig()
+    nonfinite: NonfiniteConfig = NonfiniteConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracker: TrackerConfig = TrackerConfig()
 
@@ -108,22 +119,6 @@ class RunResult:
     data: dict[str, str | int] = field(default_factory=dict)  # hashes of the corpus and of the evaluation tokens
 
 
-@dataclass
-class Progress:
-    """What the loop remembers between steps, besides weights and moments; saved with every checkpoint."""
-
-    step: int = 0
-    recent: list[float] = field(default_factory=list)  # losses of the last `AVERAGED` steps
-    timed_tokens: int = 0  # in steps after the warm-up of the process
-    timed_seconds: float = 0.0
-    last_eval: Metrics = field(default_factory=dict)
-
-    @property
-    def train_loss(self) -> float | None:
-        """Mean over the last steps, however often rows are logged; None before the first."""
-        return sum(self.recent) / len(self.recent) if self.recent else None
-
-
 def resolved(config: TrainConfig) -> TrainConfig:
     """`config` with `model.vocab_size` filled in from the tokenizer.
 
@@ -142,6 +137,7 @@ class Run:
     """One training run in memory."""
 
     config: TrainConfig
+    out_dir: Path
     device: torch.device
     dataset: Dataset
     tokenizer_model: bytes | None  # what a checkpoint carries besides, see `tokenizer_model`
@@ -150,6 +146,22 @@ class Run:
     optimizers: list[torch.optim.Optimizer]
     progress: Progress
     clock: "Clock"
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences in a step: as the config says, unless memory ran out and the policy is to halve it."""
+        return max(1, self.config.batch_size >> self.progress.halvings)
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Sequences at once in training: as the config says, halved for each time that memory ran out."""
+        given = self.config.micro_batch_size or self.config.batch_size
+        return min(self.batch_size, halved(given, self.progress.splits))
+
+    @property
+    def eval_rows(self) -> int:
+        """Sequences at once in evaluation: what fits while training fits there, or else less."""
+        return halved(self.micro_batch_size, self.progress.eval_splits)
 
     @property
     def autocast(self) -> torch.autocast:
@@ -172,12 +184,23 @@ def train(
 
     Raises:
         ConfigError: the data do not fit the model, or the checkpoint is of another config.
+        RuntimeError, MemoryError: there is not enough memory for a single sequence, or `on_oom` is fail.
     """
     run = set_up(resolved(config), out_dir, resume=resume, dataset=dataset)
+    while (result := (yield from stretch(run))) is None:  # it has gone back to an earlier step
+        pass
+    return result
+
+
+def stretch(run: Run) -> Generator[Metrics, None, RunResult | None]:
+    """Trains from where the run is to its end; or until it has gone back to an earlier step, and then returns None.
+
+    The rows of steps that are gone go with them, as after a kill.
+    """
     config, progress = run.config, run.progress
     resumed_at = progress.step or None
 
-    with Tracker(config.tracker, out_dir, settings=flatten(config), keep_until=resumed_at) as tracker:
+    with Tracker(config.tracker, run.out_dir, settings=flatten(config), keep_until=resumed_at) as tracker:
         if skipped := run.dataset.manifest["skipped"]:
             tracker.note({"skipped_shards": [f"{shard['name']}: {shard['reason']}" for shard in skipped]})
         while True:
@@ -189,18 +212,25 @@ def train(
                     tracker.log(progress.last_eval)
                     tracker.log_histograms(progress.step, histograms)
                     yield progress.last_eval
-                    if progress.last_eval["val_loss"] is None:
-                        return finish("diverged", run)
+                    if progress.last_eval["val_loss"] is None:  # only an earlier state can help
+                        goes_back = config.nonfinite.policy == "rollback" and may_go_on(run)
+                        return None if goes_back else finish("diverged", run)
                 if progress.step and due(progress.step, config.checkpoint.every, last=last):
-                    save(run, out_dir)
+                    tracker.sync()
+                    save_or_go_without(run, last=last)
             if last:
                 return finish("finished", run)
 
             # ---- one step ----------------------------------------------------------------------
+            before = progress.step
             step_metrics = train_step(run)
-            diverged = not all(math.isfinite(value) for value in step_metrics.values())
-            if diverged or due(progress.step, config.tracker.log_every, last=progress.step == config.steps):
-                tracker.log(position(run) | step_metrics | {"train_loss": progress.train_loss})
+            is_finite = all(math.isfinite(value) for value in step_metrics.values())
+            diverged = not is_finite and not may_go_on(run)
+            if progress.step <= before:
+                return None
+            if not is_finite or due(progress.step, config.tracker.log_every, last=progress.step == config.steps):
+                mean = {"train_loss": progress.train_loss} if is_finite else {}
+                tracker.log(position(run) | step_metrics | mean)
             if diverged:
                 return finish("diverged", run)
 
@@ -214,59 +244,108 @@ def set_up(config: TrainConfig, out_dir: Path, *, resume: str | None, dataset: D
     device = pick_device(config.device)
     reset_peak_memory(device)
     dataset = dataset or open_dataset(config.data)
-    rows = config.micro_batch_size or config.batch_size  # what fits while training fits here
-    validation = eval_set(dataset, tokens=config.eval_tokens, batch_size=rows, block_size=config.model.block_size)
+    validation = eval_set(
+        dataset, tokens=config.eval_tokens, batch_size=config.batch_size, block_size=config.model.block_size
+    )
     model = GPT(config.model, seed=config.seed).to(device)
     if config.compile:
         model.compile_parts()
     optimizers = build_optimizers(model, config.optim)
     progress = Progress()
-    if resume and (checkpoint := newest_checkpoint(out_dir / "checkpoints")):
-        state = load_checkpoint(checkpoint, model, identity=identity(config, dataset))
-        progress = Progress(**state["progress"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
     clock = Clock(progress, warmup=min(5, config.steps // 2))
     carried = tokenizer_model(config.data, dataset)
-    return Run(config, device, dataset, carried, validation, model, optimizers, progress, clock)
+    run = Run(config, out_dir, device, dataset, carried, validation, model, optimizers, progress, clock)
+    if resume and (checkpoint := newest_checkpoint(out_dir / "checkpoints")):
+        restore(run, checkpoint)
+    return run
+
+
+def restore(run: Run, checkpoint: Checkpoint) -> None:
+    """Puts weights, moments and progress where the checkpoint left them."""
+    state = load_checkpoint(checkpoint, run.model, identity=identity(run.config, run.dataset))
+    for optimizer, saved in zip(run.optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
+    run.progress.become(Progress(**state["progress"]))
+
+
+def go_back(run: Run) -> None:
+    """Returns to the newest intact checkpoint, or to the start where there is none."""
+    run.model.zero_grad(set_to_none=True)
+    run.optimizers = build_optimizers(run.model, run.config.optim)  # without moments
+    free_memory(run.device)
+    if checkpoint := newest_checkpoint(run.out_dir / "checkpoints"):
+        restore(run, checkpoint)
+    else:
+        run.model.load_state_dict(GPT(run.config.model, seed=run.config.seed).state_dict())
+        run.progress.become(Progress())
+
+
+def may_go_on(run: Run) -> bool:
+    """What the policy says to a loss or gradient that is not finite; it may send the run back to an earlier step."""
+    policy = run.config.nonfinite
+    return NONFINITE[policy.policy](run.progress, policy.max, lambda: go_back(run))
 
 
 def train_step(run: Run) -> dict[str, float]:
-    """One optimizer update; a gradient that is not finite is never applied. Returns loss, gradient norm and rates."""
+    """One optimizer update; a gradient that is not finite is never applied. Returns loss, gradient norm and rates.
+
+    Where memory runs out it is tried again with half as many sequences at once.
+    """
     config, progress = run.config, run.progress
-    with run.clock.step(config.tokens_per_step):
+    with run.clock.step(run.batch_size * config.model.block_size):
         run.model.prepare_step(progress.step, config.steps, seed=config.seed)
-        rate = multiplier(progress.step, config.steps, config.schedule)
-        set_rates(run.optimizers, rate)
-        block_size = config.model.block_size
-        batch = train_batch(
+        set_rates(run.optimizers, multiplier(progress.step, config.steps, config.schedule))
+        idx, targets = train_batch(
             run.dataset,
             seed=config.seed,
-            step=progress.step,
+            step=progress.step + progress.passed_over,
             batch_size=config.batch_size,
-            block_size=block_size,
+            block_size=config.model.block_size,
             order=config.data.order,
             reservoir=config.data.reservoir,
         )
-        loss = backward(run, *batch)
-        norm = float(torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.optim.grad_clip or math.inf))
+        # A halved batch is the first half, so that the order of the data stays what it is.
+        loss, norm = retry_smaller(
+            lambda: gradients(run, idx[: run.batch_size], targets[: run.batch_size]),
+            lambda: shrink(run),
+            run.device,
+        )
         progress.step += 1
+        progress.left_out += config.batch_size - run.batch_size
+        progress.recent = [*progress.recent, loss][-AVERAGED:]
         if math.isfinite(loss) and math.isfinite(norm):
-            for optimizer in run.optimizers:
-                optimizer.step()
-            if due(progress.step, config.project_every):
-                project_weights(run.model)
-    progress.recent = [*progress.recent, loss][-AVERAGED:]
+            update(run)
     groups = (group for optimizer in run.optimizers for group in optimizer.param_groups)
     rates = {"lr" if group["kind"] == "matrices" else f"lr_{group['kind']}": group["lr"] for group in groups}
     return {"train_loss": loss, "grad_norm": norm} | rates
+
+
+def gradients(run: Run, idx: Tensor, targets: Tensor) -> tuple[float, float]:
+    """Fills the gradients, clips them, and returns the loss and their norm before that."""
+    with counted_once(run.model):
+        loss = backward(run, idx, targets)
+        norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), run.config.optim.grad_clip or math.inf)
+        return loss, float(norm)
+
+
+@contextlib.contextmanager
+def counted_once(model: GPT) -> Iterator[None]:
+    """Divisors r that were not finite do not count in a pass that breaks off: it is tried again."""
+    counts = [] if model.normalizer is None else [model.normalizer.replaced]
+    before = [count.clone() for count in counts]
+    try:
+        yield
+    except BaseException:
+        for count, old in zip(counts, before, strict=True):
+            count.copy_(old)
+        raise
 
 
 def backward(run: Run, idx: Tensor, targets: Tensor) -> float:
     """Fills the gradients of the mean loss over the batch, one micro-batch at a time, and returns that loss."""
     run.model.zero_grad(set_to_none=True)
     total = torch.zeros((), device=run.device)
-    size = run.config.micro_batch_size or run.config.batch_size
+    size = run.micro_batch_size
     for idx_part, targets_part in zip(idx.split(size), targets.split(size), strict=True):
         with run.autocast:
             loss = run.model(idx_part.to(run.device), targets_part.to(run.device))
@@ -276,24 +355,81 @@ def backward(run: Run, idx: Tensor, targets: Tensor) -> float:
     return float(total)
 
 
+def update(run: Run) -> None:
+    """Lets the optimizers take their steps, and projects where it is due.
+
+    An optimizer that memory runs out in has changed some weights and moments and not others. Nothing is left to try
+    the step again with, so the run goes back to its newest checkpoint, with smaller micro-batches.
+    """
+    progress = run.progress
+    try:
+        with run.autocast:  # Muon's matrix products are in the precision of the others
+            for optimizer in run.optimizers:
+                optimizer.step()
+        if due(progress.step, run.config.project_every):
+            project_weights(run.model)
+        return
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error) or not shrink(run):
+            raise
+    splits, halvings = progress.splits, progress.halvings
+    log.warning("no memory for the optimizer's step %d: going back to the newest checkpoint", progress.step)
+    go_back(run)
+    progress.splits, progress.halvings = splits, halvings
+
+
+def shrink(run: Run) -> bool:
+    """Does what the policy says when memory has run out in training; False if that is nothing."""
+    give_way, rows = ON_OOM[run.config.on_oom], run.micro_batch_size
+    if give_way is None or rows == 1:
+        return False
+    give_way(run.progress)
+    run.model.zero_grad(set_to_none=True)
+    run.clock.leave_out()
+    now = f"{run.micro_batch_size} sequences at once, in batches of {run.batch_size}"
+    log.warning("step %d: out of memory with %d sequences at once; from here on %s", run.progress.step, rows, now)
+    return True
+
+
+def shrink_evaluation(run: Run) -> bool:
+    """Halves the sequences at once in evaluation, which changes no result; False if it cannot, or should not."""
+    if ON_OOM[run.config.on_oom] is None or run.eval_rows == 1:
+        return False
+    run.progress.eval_splits += 1
+    log.warning("step %d: out of memory in evaluation; now %d sequences at once", run.progress.step, run.eval_rows)
+    return True
+
+
 def measure(run: Run, *, last: bool) -> dict[str, Tensor]:
     """Evaluates into `progress.last_eval` and returns what is worth a histogram: alphas and divisors, by name.
 
-    The drift off the sphere is measured before the last projection. A number that is not finite becomes None.
+    The drift off the sphere is measured before the last projection. A number that is not finite becomes None. Where
+    memory runs out it is tried again with half as many sequences at once.
     """
+    drift, r = retry_smaller(lambda: look(run), lambda: shrink_evaluation(run), run.device)
+    if last:  # the finished model lies on the sphere, however lazy the projection was
+        project_weights(run.model)
+    scores = retry_smaller(lambda: scored(run), lambda: shrink_evaluation(run), run.device)
+    metrics = position(run) | {"train_loss": run.progress.train_loss} | scores | drift | replaced_divisors(run)
+    run.progress.last_eval = {name: finite(value) for name, value in metrics.items()}
+    return step_lengths(run.model) | r
+
+
+def scored(run: Run) -> Metrics:
+    """The validation loss, on as many sequences at once as fit."""
+    with counted_once(run.model):
+        return evaluate(run.model, run.validation.cut(run.eval_rows), autocast=run.autocast)
+
+
+def look(run: Run) -> tuple[Metrics, dict[str, Tensor]]:
+    """How far the model is off the sphere, and its divisors, by name; on one validation sequence."""
     idx = run.validation.batches[0][0][:1].to(run.device)
     r = divisors(run.model, idx)
     drift: Metrics = {
         "weight_norm_error": weight_norm_error(run.model),
         "activation_norm_error": activation_norm_error(run.model, idx),
-        **divisor_statistics(r),
     }
-    if last:  # the finished model lies on the sphere, however lazy the projection was
-        project_weights(run.model)
-    scores = evaluate(run.model, run.validation, autocast=run.autocast)
-    metrics = position(run) | {"train_loss": run.progress.train_loss} | scores | drift | replaced_divisors(run)
-    run.progress.last_eval = {name: finite(value) for name, value in metrics.items()}
-    return step_lengths(run.model) | r
+    return drift | divisor_statistics(r), r
 
 
 def replaced_divisors(run: Run) -> Metrics:
@@ -312,7 +448,7 @@ def position(run: Run) -> Metrics:
     speed = progress.timed_tokens / progress.timed_seconds if progress.timed_seconds else None
     return {
         "step": progress.step,
-        "tokens": progress.step * run.config.tokens_per_step,
+        "tokens": progress.step * run.config.tokens_per_step - progress.left_out * run.config.model.block_size,
         "tokens_per_second": speed,
     }
 
@@ -326,6 +462,9 @@ def finish(status: str, run: Run) -> RunResult:
         metrics |= {"val_loss": None, "val_bpb": None}
     metrics["peak_memory_bytes"] = peak_memory(run.device)
     metrics["n_params"] = sum(parameter.numel() for parameter in run.model.parameters())
+    # What became of it: fewer sequences than the config says if memory ran out, steps that were not finite.
+    metrics |= {"batch_size": run.batch_size, "micro_batch_size": run.micro_batch_size}
+    metrics |= {"skipped_steps": run.progress.skipped, "rollbacks": run.progress.rollbacks}
     data = {
         "data_sha256": run.dataset.manifest["content_sha256"],
         "eval_sha256": run.validation.sha256,
@@ -334,12 +473,28 @@ def finish(status: str, run: Run) -> RunResult:
     return RunResult(status, run.progress.step, {name: finite(value) for name, value in metrics.items()}, data)
 
 
-def save(run: Run, out_dir: Path) -> None:
+def save_or_go_without(run: Run, *, last: bool) -> None:
+    """Saves; where there is no memory for it, once more. A run can do without any one of its checkpoints but the last.
+
+    Raises:
+        RuntimeError, MemoryError: no memory for the last checkpoint, or for any if `on_oom` is fail.
+    """
+    gives_up = ON_OOM[run.config.on_oom] is None
+    once_more = iter([not gives_up])
+    try:
+        retry_smaller(lambda: save(run), lambda: next(once_more, False), run.device)
+    except (RuntimeError, MemoryError) as error:
+        if last or gives_up or not is_out_of_memory(error):
+            raise
+        log.warning("step %d: no memory to save a checkpoint; the next one is tried again", run.progress.step)
+
+
+def save(run: Run) -> None:
     """Commits a checkpoint from which the run continues exactly."""
     latest = run.progress.last_eval
     optimizers = [optimizer.state_dict() for optimizer in run.optimizers]
     save_checkpoint(
-        out_dir / "checkpoints",
+        run.out_dir / "checkpoints",
         model=run.model,
         state={"progress": asdict(run.progress), "optimizers": optimizers},
         step=run.progress.step,
@@ -368,10 +523,14 @@ def tokenizer_model(config: DataConfig, dataset: Dataset) -> bytes | None:
 
 def identity(config: TrainConfig, dataset: Dataset) -> dict[str, Any]:
     """What decides a run's numbers, by dotted name; of the data not where they lie, but what they are."""
-    names = (name for name in flatten(config) if is_identity(TrainConfig, name) and not name.startswith("data."))
+    kept = {name: value for name, value in identity_settings(config).items() if not name.startswith("data.")}
     data = {"data.fingerprint": dataset.manifest["fingerprint"], "data.order": config.data.order}
-    data |= corpora.order_settings(config.data)
-    return {name: flatten(config)[name] for name in names} | data
+    return kept | rollback_settings(config) | data | corpora.order_settings(config.data)
+
+
+def rollback_settings(config: TrainConfig) -> dict[str, Any]:
+    """What decides where a run returns to that meets a number that is not finite; empty for the other policies."""
+    return {"checkpoint.every": config.checkpoint.every} if config.nonfinite.policy == "rollback" else {}
 
 
 def due(step: int, every: int, *, last: bool = False) -> bool:
@@ -390,6 +549,10 @@ class Clock:
     def step(self, tokens: int) -> Self:
         self._tokens = tokens
         return self
+
+    def leave_out(self) -> None:
+        """Does not count the step under way: something was tried twice in it."""
+        self._skip = max(self._skip, 1)
 
     def __enter__(self) -> None:
         self._start = time.perf_counter()

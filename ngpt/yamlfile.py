@@ -4,23 +4,30 @@ YAML 1.2 is what people mean: `1e-3` is a number, `on` is a word. Duplicate keys
 """
 
 import math
+import os
 import re
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
+from ruamel.yaml.composer import Composer, ComposerError
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
-from ngpt.config import ConfigError, Location, Problem, dotted
+from ngpt.config import ConfigError, Location, Problem, visible
 
-LARGEST_FILE = 1 << 18  # bytes; about two seconds of reading
+LARGEST_FILE = 1 << 17  # bytes
 DEEPEST_NESTING = 50
-MOST_NODES = 100_000  # after expanding aliases
+MOST_NODES = 20_000  # also after expanding aliases; to read as many takes half a second
+LARGEST_INTEGER = 2**63 - 1  # Python would take any, and then fail to write it or to divide by it
 CONSTANTS = {"null": {"": None, "~": None, "null": None}, "bool": {"true": True, "false": False}}
+TOO_DEEP = f"nested too deeply, at most {DEEPEST_NESTING} levels are read"
+TOO_MANY = f"more than {MOST_NODES} values"
 FLOATS = {".inf": math.inf, "+.inf": math.inf, "-.inf": -math.inf, ".nan": math.nan}
-UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")  # can only come from escapes
+# What can only come from escapes, and the marks that make a text look like another one by reordering it.
+UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 Position = tuple[int, int]  # line and column, counted from 1
 
@@ -36,8 +43,7 @@ class Document:
     def describe(self, problem: Problem) -> str:
         """`file.yaml:12:5: phases[0].vary.alhpa: unknown setting, ...`, at the nearest enclosing node if need be."""
         line, column = self.position(problem.location)
-        name = f"{dotted(problem.location)}: " if problem.location else ""
-        return f"{self.path}:{line}:{column}: {name}{problem.message}"
+        return f"{self.path}:{line}:{column}: {problem.line()}"
 
     def position(self, location: Location) -> Position:
         """Line and column of a node, or of the nearest one that encloses it."""
@@ -54,14 +60,14 @@ def read_yaml(path: Path) -> Document:
     """Reads one YAML document.
 
     Raises:
-        YamlError: it is missing, too large, not UTF-8, not YAML, or has duplicate keys or tags.
+        YamlError: it is missing, no regular file, too large, not UTF-8, not YAML, or has duplicate keys or tags.
     """
     try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise YamlError(f"{path}: {error.strerror or error}") from None
-    if len(raw) > LARGEST_FILE:
-        raise YamlError(f"{path}: {len(raw)} bytes is too large, at most {LARGEST_FILE} are read")
+        raw = _content(path)
+    except YamlError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
+        raise YamlError(f"{visible(str(path))}: {getattr(error, 'strerror', None) or error}") from None
     try:
         return parse_yaml(raw.decode("utf-8"), path)
     except UnicodeDecodeError as error:
@@ -89,26 +95,53 @@ def parse_assignment(text: str) -> tuple[str, Any]:
     """
     name, equals, value = text.partition("=")
     if not (name.strip() and equals):
-        raise ConfigError(f"--set {text}: expected NAME=VALUE")
+        raise ConfigError(f"--set {visible(text)}: expected NAME=VALUE")
     return name.strip(), parse_value(value)
+
+
+def _content(path: Path) -> bytes:
+    """What a file holds; a pipe or a device, which may never end, is not waited for."""
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise YamlError(f"{path}: not a regular file")
+        raw = file.read(LARGEST_FILE + 1)
+    if len(raw) > LARGEST_FILE:
+        raise YamlError(f"{path}: too large, at most {LARGEST_FILE} bytes are read")
+    return raw
+
+
+class _BoundedComposer(Composer):
+    """Refuses what is too deep or too much where it begins, before the rest has been looked at."""
+
+    nodes = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        self.nodes += 1
+        mark = self.parser.peek_event().start_mark
+        if self.depth > DEEPEST_NESTING:
+            raise ComposerError(None, None, TOO_DEEP, mark)
+        if self.nodes > MOST_NODES:
+            raise ComposerError(None, None, TOO_MANY, mark)
+        return super().compose_node(parent, index)
 
 
 def _compose(text: str, path: Path) -> Node | None:
     """The document as nodes; every way in which ruamel.yaml refuses a text becomes a YamlError."""
     yaml = YAML(typ="safe", pure=True)
+    yaml.Composer = _BoundedComposer
     yaml.composer.warn_double_anchors = False  # YAML lets a later anchor of the same name hide an earlier one
     try:
         return yaml.compose(text)
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
-        raise YamlError(f"{path}{where}: not valid YAML: {error.problem or error.context}") from None
+        problem = str(error.problem or error.context)
+        text = problem if problem in (TOO_DEEP, TOO_MANY) else f"not valid YAML: {visible(problem)}"
+        raise YamlError(f"{path}{where}: {text}") from None
     except YAMLError as error:
-        raise YamlError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from None
+        raise YamlError(f"{path}: not valid YAML: {visible(str(error).splitlines()[0])}") from None
     except (ValueError, OverflowError) as error:  # a code point beyond Unicode, a version of 5000 digits
         raise YamlError(f"{path}: not valid YAML: {error}") from None
-    except RecursionError:
-        raise YamlError(f"{path}: nested too deeply, at most {DEEPEST_NESTING} levels are read") from None
 
 
 class _Reader:
@@ -119,10 +152,10 @@ class _Reader:
         self.positions: dict[Location, Position] = {}
 
     def plain(self, node: Node, location: Location, depth: int) -> Any:
-        if depth > DEEPEST_NESTING:
-            raise self._error(node, f"nested too deeply, at most {DEEPEST_NESTING} levels are read")
+        if depth > DEEPEST_NESTING:  # again, since an alias may be inside of its own node
+            raise self._error(node, TOO_DEEP)
         if len(self.positions) > MOST_NODES:
-            raise self._error(node, f"more than {MOST_NODES} values")
+            raise self._error(node, TOO_MANY)
         # A mapping's value keeps the position of its key, which is what one wants to look at.
         self.positions.setdefault(location, _position(node))
         if isinstance(node, MappingNode) and _kind(node) == "map":
@@ -136,7 +169,7 @@ class _Reader:
         for key_node, value_node in node.value:
             key = self._key(key_node)
             if key in result:
-                raise self._error(key_node, f"duplicate key {key!r}")
+                raise self._error(key_node, f"duplicate key {visible(repr(key))}")
             self.positions[(*location, key)] = _position(key_node)
             result[key] = self.plain(value_node, (*location, key), depth + 1)
         return result
@@ -163,9 +196,12 @@ class _Reader:
                 return _integer(text)
             if kind == "float":
                 return _float(text)
+        except OverflowError:
+            message = f"{visible(text, 40)} is too large, a whole number is at most {LARGEST_INTEGER}"
+            raise self._error(node, message) from None
         except (KeyError, ValueError):
             raise self._error(node, f"{text[:40]!r} is not a value of the kind {kind!r}") from None
-        raise self._error(node, f"the tag {node.tag} is not read here, only plain data")
+        raise self._error(node, f"the tag {visible(str(node.tag))} is not read here, only plain data")
 
     def _error(self, node: Node, message: str) -> YamlError:
         line, column = _position(node)
@@ -182,7 +218,12 @@ def _kind(node: Node) -> str:
 
 def _integer(text: str) -> int:
     digits = text.replace("_", "")
-    return int(digits, 0 if digits.lstrip("+-")[:2] in ("0b", "0o", "0x") else 10)
+    prefixed = digits.lstrip("+-")[:2] in ("0b", "0o", "0x")
+    # Python refuses to read decimals of more than 4300 digits, and calls that a wrong value.
+    value = int(digits, 0) if prefixed else int(digits) if len(digits) < 100 else int(float(digits))
+    if abs(value) > LARGEST_INTEGER:
+        raise OverflowError
+    return value
 
 
 def _float(text: str) -> float:

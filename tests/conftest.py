@@ -6,11 +6,15 @@ from pydoc_data.topics import topics
 
 import pytest
 import torch
+from hypothesis import settings
 
 from ngpt.config import build
 from ngpt.data.corpora import DataConfig, Dataset, open_dataset
 from ngpt.train import TrainConfig
 from tune.campaign import Campaign, load_campaign
+
+settings.register_profile("patient", deadline=None)  # how long an example takes depends on who else uses the machine
+settings.load_profile("patient")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,14 +1,11 @@
-"""The step benchmark: its figures belong together, and the command prints them as documented."""
+"""The command: what it prints, what it documents, how it refuses."""
 
 import json
 from pathlib import Path
 
 import pytest
-import torch
 
-from ngpt.bench import gemm_flops, main, step
-from ngpt.flops import flops_per_token
-from ngpt.train import TrainConfig, resolved
+from ngpt.bench.__main__ import BENCHMARKS, main
 
 CONTRACT = {"tokens_per_second", "step_ms", "gemm_tflops", "mfu", "peak_memory_bytes", "device", "dtype", "compiled"}
 TINY = ["model.n_layer=1", "model.n_embd=16", "model.n_head=2", "model.block_size=16", "batch_size=2", "eval_tokens=64"]
@@ -16,29 +13,43 @@ TINY = ["model.n_layer=1", "model.n_embd=16", "model.n_head=2", "model.block_siz
 
 @pytest.fixture
 def options(corpus: Path) -> list[str]:
-    return [*TINY, f"data.corpus={corpus}", "data.tokenizer=sentencepiece:400"]
+    return [*TINY, f"data.corpus={corpus}", "data.tokenizer=sentencepiece:400", "device=cpu"]
 
 
-def test_the_figures_of_a_step_agree_with_each_other(tiny: TrainConfig) -> None:
-    config = resolved(tiny)
-    figures = step(config, warmup=1, steps=3)
-    assert figures.keys() >= CONTRACT
-    assert figures["tokens_per_second"] * figures["step_ms"] / 1000 == pytest.approx(config.tokens_per_step)
-    flops = figures["tokens_per_second"] * flops_per_token(config.model)
-    assert figures["mfu"] == pytest.approx(flops / (figures["gemm_tflops"] * 1e12))
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_each_benchmark_prints_one_json_object_whose_fields_its_help_names(
+    name: str, options: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    budget = [] if name == "step" else ["--seconds", "0"]
+    assert main([name, "--json", "--threads", "1", *budget, "--set", *options]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert name != "step" or figures.keys() >= CONTRACT
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    documented = capsys.readouterr().out
+    sizes = {"rows", "vocab_size", "n_embd", "tokens"}  # of what was measured
+    assert [field for field in figures if field not in documented and field not in sizes] == []
 
 
-def test_the_matrix_product_rate_is_that_of_a_real_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter(range(100))
-    monkeypatch.setattr("ngpt.bench.time.perf_counter", lambda: float(next(clock)))  # every product takes a second
-    assert gemm_flops(torch.device("cpu"), torch.float32, size=64) == 2 * 64**3
+def test_without_json_there_is_a_line_for_each_figure(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "--seconds", "0", "--dtype", "bfloat16", "--set", *options]) == 0
+    lines = dict(line.split() for line in capsys.readouterr().out.splitlines())
+    assert lines["dtype"] == "bfloat16"
+    assert float(lines["ratio"]) > 0
 
 
-def test_the_command_prints_one_json_object(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["step", "--json", "--set", *options]) == 0
-    assert json.loads(capsys.readouterr().out).keys() >= CONTRACT
-
-
-def test_an_unknown_setting_is_answered_with_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["step", "--set", "model.alhpa=1"]) == 2
-    assert "did you mean 'model.alpha'?" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["step", "--set", "model.alhpa=1"], "did you mean 'model.alpha'?"),
+        (["loss", "--peer", "model.py"], "--peer belongs to the benchmark step, not to loss"),
+        (["step", "--seconds", "1"], "step counts its steps"),
+        (["step", "--peer", "nowhere/model.py"], "no such file"),
+        (["projection", "--set", "model.residual=add"], "a model of residual rule add has nothing to project"),
+    ],
+)
+def test_wrong_use_is_answered_in_one_line(
+    arguments: list[str], message: str, options: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*arguments, "--set", *options]) == 2
+    assert message in capsys.readouterr().err

@@ -108,6 +108,26 @@ def test_every_flipped_bit_is_noticed(tmp_path: Path, name: str) -> None:
     assert verify_checkpoint(file.parent).step == 1
 
 
+def test_two_hundred_of_two_hundred_flipped_bits_anywhere_in_a_checkpoint_are_noticed(tmp_path: Path) -> None:
+    path, draw = save(tmp_path, 1, val_loss=2.5, tiny=1e-05), random.Random(6)
+    files = [(file, file.read_bytes()) for file in sorted(path.iterdir())]
+    for file, content in draw.choices(files, weights=[len(content) for _, content in files], k=200):
+        damaged = bytearray(content)
+        damaged[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError):
+            verify_checkpoint(path)
+        file.write_bytes(content)
+    assert verify_checkpoint(path).step == 1
+
+
+def test_a_number_that_reads_alike_but_was_written_otherwise_is_noticed(tmp_path: Path) -> None:
+    file = save(tmp_path, 1, tiny=1e-05) / "MANIFEST.json"
+    file.write_text(file.read_text().replace("1e-05", "1E-05"))
+    with pytest.raises(ValueError, match="not as it was written"):
+        verify_checkpoint(file.parent)
+
+
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("kept", [0, 1, 100, -1])
 def test_a_file_that_was_cut_off_is_noticed(tmp_path: Path, name: str, kept: int) -> None:
@@ -185,6 +205,8 @@ def test_a_checkpoint_of_other_settings_is_refused_with_the_first_that_differs(t
         load_checkpoint(found, fresh, identity=IDENTITY | {"optim.lr": 0.2, "model.softcap": 3.0})
     with pytest.raises(ConfigError, match=r"optim\.betas = \[0\.9, 0\.95\], this run has \[0\.9, 0\.9\]"):
         load_checkpoint(found, fresh, identity=IDENTITY | {"optim.betas": (0.9, 0.9)})
+    with pytest.raises(ConfigError, match=r"optim\.lr = 0\.1, this run has None"):  # a setting that it had besides
+        load_checkpoint(found, fresh, identity={name: IDENTITY[name] for name in IDENTITY if name != "optim.lr"})
     assert all(torch.equal(tensor, before[name]) for name, tensor in fresh.state_dict().items())
 
 
@@ -204,7 +226,7 @@ def reseal(path: Path, **changes: Any) -> None:
     del manifest["sha256"]
     manifest["files"] = {name: checkpoint._digest(path / name) for name in manifest["files"]}
     manifest["sha256"] = checkpoint._seal(manifest)
-    (path / "MANIFEST.json").write_text(json.dumps(manifest))
+    (path / "MANIFEST.json").write_text(json.dumps(manifest, indent=1))
 
 
 @pytest.mark.parametrize("writer", ["torch", "pickle"])

@@ -16,12 +16,13 @@ from scipy import stats
 from tiny_campaign import begun, drive, pretend, session_on, strict, write_file
 
 from tune.claims import METRICS, RELATIONS, judge_claims
-from tune.evidence import ClaimArm, Evidence
+from tune.evidence import Evidence
 from tune.final_screen import final_screen
 from tune.journal import read_journal
 from tune.report import render_html, render_markdown
 from tune.report_markdown import claims_markdown
 from tune.schema import Claim
+from tune.selectors import ClaimArm
 from tune.summary import rebuild
 from tune.trial import TrialResult, TrialSpec
 from tune.verdicts import Outcome

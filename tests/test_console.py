@@ -15,13 +15,12 @@ from tune.console import (
     PlainConsole,
     Running,
     Snapshot,
-    final_screen,
     live_view,
     open_console,
-    phase_table,
     trial_line,
     words,
 )
+from tune.final_screen import final_screen, phase_table
 
 Summary = dict[str, Any]
 DELTA = "-0.0349 [-0.0379, -0.0319]".replace("-", fmt.MINUS)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ngpt.durable import append_line, commit_folder, write_atomic, write_json
+from ngpt.durable import append_line, commit_folder, make_folder, write_atomic, write_json
 
 
 @pytest.fixture
@@ -95,3 +95,23 @@ def test_a_folder_is_never_committed_over_another(tmp_path: Path) -> None:
     with pytest.raises(OSError):
         commit_folder(tmp_path / "temp", tmp_path / "final")
     assert os.listdir(tmp_path / "final") == ["final"]
+
+
+def test_a_folder_is_made_with_its_parents_and_each_name_is_synced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.readlink(f"/proc/self/fd/{descriptor}")))
+    make_folder(tmp_path / "a" / "b" / "c")
+    assert (tmp_path / "a" / "b" / "c").is_dir()
+    assert synced == [str(tmp_path), str(tmp_path / "a"), str(tmp_path / "a" / "b")]
+    make_folder(tmp_path / "a" / "b")
+    assert len(synced) == 3
+
+
+def test_a_file_where_a_folder_should_be_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("")
+    with pytest.raises(FileExistsError):
+        make_folder(tmp_path / "a")
+    with pytest.raises(NotADirectoryError):
+        make_folder(tmp_path / "a" / "b")

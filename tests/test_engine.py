@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +23,7 @@ from tune import engine
 from tune.engine import Feeder, RayCluster, Watchdog
 from tune.journal import read_journal
 from tune.schema import Resources
+from tune.trainable import RESULT, SO_FAR
 from tune.trial import TrialResult
 
 SCRIPT = Path(__file__).parents[1] / "run_campaign.py"
@@ -200,6 +201,7 @@ def test_nothing_of_it_is_left_running_or_lying_about(seen: Seen) -> None:
             "journal.jsonl",
             "campaign.lock",
             "summary.json",
+            "derived.json",
             "report.html",
             "report.md",
         ),
@@ -364,6 +366,45 @@ def test_a_trial_without_a_result_is_a_dead_worker_unless_the_run_was_stopped(sm
         assert sum(event["event"] == "worker_died" for event in session.journal.events) == 1
 
 
+def test_a_trial_that_early_stopping_ends_is_recorded_once_and_is_no_dead_worker(tmp_path: Path, corpus: Path) -> None:
+    search = "{method: random, trials: 2, seed: 0, space: {alpha: {uniform: [0.1, 0.5]}}}"
+    phases = f"\n  - name: find\n    search: {search}\nearly_stop: {{reduction: 2, first: 3}}\n"
+    cluster: Any = SimpleNamespace(workers=3, per_trial={})
+    with session_on(write_file(tmp_path, corpus, phases=phases, seeds="[1]"), tmp_path / "tiny") as session:
+        feeder = Feeder(begun(session), cluster)
+        stops = engine.Stops(session, feeder)
+        specs = {name: feeder.suggest(name)["spec"] for name in "abc"}
+        ended = []
+        for i, (name, spec) in enumerate(specs.items()):
+            so_far = replace(pretend(spec, status="stopped"), metrics={"steps": 3, "tokens": 192, "val_loss": 5.0 + i})
+            ended += [name] if stops(name, {SO_FAR: so_far}) else []
+        assert ended == ["b", "c"], "the later, the worse"
+        for name in ended:
+            feeder.on_trial_complete(name, {SO_FAR: None})
+        assert [session.state.results[specs[name].trial_id]["status"] for name in ended] == ["stopped"] * 2
+        assert len([event for event in session.journal.events if event["event"] == "trial_finished"]) == 2
+        assert not any(event["event"] == "worker_died" for event in session.journal.events)
+        feeder.on_trial_complete("a", {RESULT: pretend(specs["a"])})
+        assert feeder.suggest("d") is Searcher.FINISHED
+
+
+@pytest.mark.slow
+def test_early_stopping_on_ray_ends_trials_and_keeps_the_workers(tmp_path: Path, corpus: Path) -> None:
+    """Learning rates from useless to good, in a real campaign; what is stopped makes room for the next trial."""
+    search = "{method: random, trials: 8, seed: 3, space: {optim.lr: {log: [1e-5, 1e-1]}}}"
+    phases = f"\n  - name: find\n    search: {search}\nearly_stop: {{reduction: 2, first: 3}}\n"
+    run = start(write_file(tmp_path, corpus, phases=phases, seeds="[1]", steps=24, every=3), tmp_path / "out")
+    assert run.wait() == 0, run.err.read_text()
+    ended = {record["trial_id"]: record for record in records(run.root)}
+    stopped = [record for record in ended.values() if record["status"] == "stopped"]
+    assert 0 < len(stopped) < len(ended) == 9 and run.events("worker_died") == []
+    assert all(record["metrics"]["steps"] in (3, 6, 12) for record in stopped)
+    assert len({record["provenance"]["pid"] for record in ended.values()}) <= 2
+    again = start(run.root.parents[1] / "tiny.yaml", tmp_path / "out")
+    assert again.wait() == 0
+    assert {record["trial_id"]: record for record in records(run.root)} == ended, "decided once"
+
+
 def test_a_failed_trial_is_a_result_and_not_a_dead_worker(small: Path, tmp_path: Path) -> None:
     cluster: Any = SimpleNamespace(workers=1, per_trial={"CPU": 1.0, "GPU": 0.0})
     with session_on(small, tmp_path / "tiny") as session:
@@ -440,5 +481,6 @@ def test_the_watchdog_is_silent_while_all_is_well(sleeper: psutil.Popen, monkeyp
 def test_tune_is_given_nothing_that_it_could_restore(small: Path, tmp_path: Path) -> None:
     cluster: Any = SimpleNamespace(workers=1, per_trial={})
     with session_on(small, tmp_path / "tiny") as session:
-        assert Feeder(session, cluster).__getstate__() == {}
-        assert json.dumps(engine.StopRequested(session).__getstate__()) == "{}"
+        feeder = Feeder(session, cluster)
+        assert feeder.__getstate__() == {}
+        assert json.dumps(engine.Stops(session, feeder).__getstate__()) == "{}"

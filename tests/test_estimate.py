@@ -27,7 +27,8 @@ from tune.estimate import (
 )
 from tune.journal import Journal
 from tune.plan import PlannedPhase, Trial, inheritance, plan_phase, preview
-from tune.state import State, planned_event, replay
+from tune.progress import planned_event
+from tune.state import State, replay
 
 SHAPE = "n_layer: 1, n_head: 2, n_embd: 16, block_size: 8, vocab_size: 400"
 PHASES = """\
@@ -138,7 +139,7 @@ def test_the_disk_estimate_is_what_a_trial_really_writes_if_its_best_checkpoint_
 def test_what_the_journal_holds_is_not_counted(load: Load, write: Write) -> None:
     campaign = load(PHASES)
     trials = list(preview(campaign)[0].trials)
-    statuses = ["finished", "diverged", "failed", "stopped"]
+    statuses = ["finished", "diverged", "failed"]
     root = write([ended(trial, status) for trial, status in zip(trials, statuses, strict=False)])
     estimated = estimate(campaign, root)
     # Two of the six have a result; one of them is the first phase's stand-in for a winner, which the second one shares.

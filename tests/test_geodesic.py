@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ngpt import geodesic
 from ngpt.geodesic import GeodesicMuon, RiemannianAdamW, tangent, transport, walk
 from ngpt.muon import Muon
 
@@ -404,3 +405,32 @@ def test_the_rayleigh_quotient_leads_every_vector_to_the_first_eigenvector(dim: 
     vectors = weight.detach().double().numpy()
     alignment = np.abs((vectors if dim == 1 else vectors.T) @ leading)
     np.testing.assert_allclose(alignment, 1.0, atol=1e-3)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("count", [1, 3])
+def test_in_blocks_that_fit_a_cache_it_takes_the_same_steps(
+    dim: int, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends = []
+    for block_bytes in (1, 130, 2**18):  # one vector at a time, some of them, all
+        monkeypatch.setattr(geodesic, "BLOCK_BYTES", block_bytes)
+        weights = [on_sphere(13, 7, dim=dim, seed=seed) for seed in range(count)]
+        optimizer = build(RiemannianAdamW, weights, dim=dim, lr=0.2)
+        for step in range(3):
+            for i, weight in enumerate(weights):
+                weight.grad = random(13, 7, seed=10 * step + i, dtype=torch.float32)
+            optimizer.step()
+        moments = [optimizer.state[weight][name] for weight in weights for name in ("mean", "square")]
+        ends.append([tensor.detach() for tensor in (*weights, *moments)])
+    for other in ends[1:]:
+        for one, two in zip(ends[0], other, strict=True):
+            torch.testing.assert_close(one, two, atol=1e-6, rtol=0)
+
+
+def test_a_step_leaves_the_gradients_as_they_are() -> None:
+    for kind in OPTIMIZERS:
+        weight = on_sphere(6, 4)
+        weight.grad = random(6, 4, dtype=torch.float32)
+        build(kind, [weight]).step()
+        assert torch.equal(weight.grad, random(6, 4, dtype=torch.float32)), kind

@@ -61,6 +61,19 @@ def test_a_source_may_be_a_phase_of_other_results() -> None:
     assert only.text() == "results/other/best: lr=0.1"
     graph = inheritance_graph([phase("next", inherit="results/other/best", base={"optim.lr": 0.1})])
     assert graph is not None and len(graph["arrows"]) == 1
+    assert graph["labels"][0]["text"] == "from results/other/best: lr=0.1"
+
+
+def test_a_box_says_what_came_out_and_an_arrow_from_the_box_above_needs_no_name() -> None:
+    graph = inheritance_graph(THREE)
+    assert graph is not None
+    assert [box["says"] for box in graph["boxes"]] == ["best is better"] * 3
+    assert [label["text"] for label in graph["labels"]] == ["alpha=0.2", "alpha=0.2, kind=scalar"]
+    kept = inheritance_graph([phase("a"), phase("b", inherit="a")])
+    assert kept is not None and [box["says"] for box in kept["boxes"]] == ["keeps its baseline"] * 2
+    long = phase("a") | {"winner": "w" * 80, "arms": [{"arm": "w" * 80, "delta": {"mean": -0.0525}}]}
+    (box, _) = (inheritance_graph([long, phase("b", inherit="a")]) or {})["boxes"]
+    assert len(box["says"]) <= 46 and box["says"].endswith("is better, \u22120.0525")
 
 
 def test_boxes_do_not_overlap_and_each_arrow_ends_at_a_box() -> None:

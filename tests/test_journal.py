@@ -1,6 +1,7 @@
 """The journal: what was appended is there after any crash, and damage is never read as truth."""
 
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,25 @@ def test_a_flipped_bit_is_found_and_its_line_named(path: Path) -> None:
             path.write_bytes(damaged)
             with pytest.raises(JournalError, match=r"journal\.jsonl:2: "):
                 read_journal(path)
+
+
+def test_the_crc_is_that_of_the_bytes_before_it(path: Path) -> None:
+    for line in write(path, "one", "two").splitlines():
+        start, ending = line.split(b', "crc": ')
+        assert json.loads(ending[:-1]) == f"{zlib.crc32(start):08x}"
+
+
+def test_a_journal_of_the_first_version_is_read_and_continued(path: Path) -> None:
+    """Its CRC was that of the event with sorted keys."""
+    event = {"seq": 1, "time": "2026-11-21T10:00:00.000+00:00", "event": "one", "b": {"z": 1, "a": [0.5, None]}}
+    crc = f"{zlib.crc32(json.dumps(event, sort_keys=True).encode()):08x}"
+    line = json.dumps(event | {"crc": crc}) + "\n"
+    path.write_text(line)
+    write(path, "two")
+    assert read_journal(path)[0] == event and names_in(path) == ["one", "two"]
+    path.write_text(line.replace("0.5", "0.6"))
+    with pytest.raises(JournalError, match=":1: "):
+        read_journal(path)
 
 
 def test_a_damaged_journal_cannot_be_appended_to(path: Path) -> None:

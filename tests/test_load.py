@@ -71,7 +71,7 @@ def test_a_loaded_model_computes_what_the_run_computed(
     run: Run = set_up(override(resolved(tiny), changes), tmp_path, resume=None, dataset=dataset)
     for _ in range(5):
         train_step(run)
-    save(run, tmp_path)
+    save(run)
     model, tokenizer, checkpoint = load_model(tmp_path)
     assert not model.training and checkpoint.step == 5 and tokenizer is not None
     assert torch.equal(logits(model), logits(run.model.eval()))

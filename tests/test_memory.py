@@ -1,11 +1,13 @@
-"""The peak memory of one run among several in a process."""
+"""The peak memory of one run among several in a process, and trying again with less of it."""
 
 import sys
+import weakref
 
+import numpy as np
 import pytest
 import torch
 
-from ngpt.memory import peak_memory, reset_peak_memory
+from ngpt.memory import is_out_of_memory, peak_memory, reset_peak_memory, retry_smaller
 
 CPU = torch.device("cpu")
 MEGABYTE = 1_000_000
@@ -32,3 +34,78 @@ def test_a_small_run_after_a_large_one_reports_its_own_peak() -> None:
         pytest.xfail("the peak of a process can be reset on Linux only")
     large, small = peak_of(200), peak_of(1)
     assert large - small > 150 * MEGABYTE
+
+
+# ---- when there is none left -----------------------------------------------------------------------------------------
+
+
+def shortage(words: str) -> Exception:
+    return RuntimeError(f"[enforce fail at alloc_cpu.cpp:127] err == 0. {words} allocate 8 bytes. Error code 12")
+
+
+@pytest.mark.parametrize(
+    ("error", "is_one"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), True),
+        (MemoryError(), True),
+        (shortage("DefaultCPUAllocator: can't allocate memory: you tried to"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (OSError(28, "No space left on device"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_a_lack_of_memory_is_told_from_other_errors(error: Exception, is_one: bool) -> None:
+    assert is_out_of_memory(error) == is_one
+
+
+def test_what_torch_and_numpy_really_raise_is_known() -> None:
+    for allocate in (lambda: torch.empty(1 << 60, dtype=torch.uint8), lambda: np.empty(1 << 60, np.uint8)):
+        with pytest.raises((RuntimeError, MemoryError)) as caught:
+            allocate()
+        assert is_out_of_memory(caught.value)
+
+
+def test_an_attempt_is_made_smaller_until_it_fits() -> None:
+    sizes, tried = iter([4, 2, 1]), []
+    state = {"size": 8}
+
+    def attempt() -> int:
+        tried.append(state["size"])
+        if state["size"] > 2:
+            raise torch.OutOfMemoryError
+        return state["size"]
+
+    def shrink() -> bool:
+        state["size"] = next(sizes)
+        return True
+
+    assert retry_smaller(attempt, shrink, CPU) == 2
+    assert tried == [8, 4, 2]
+
+
+def test_what_the_failed_attempt_held_is_gone_before_the_next() -> None:
+    """Its tensors hang on the traceback, and that on the exception."""
+    alive: list[weakref.ref[torch.Tensor]] = []
+    found: list[int] = []
+
+    def attempt() -> None:
+        found.append(sum(one() is not None for one in alive))
+        held = torch.ones(10)
+        alive.append(weakref.ref(held))
+        if len(alive) < 4:
+            raise torch.OutOfMemoryError
+
+    retry_smaller(attempt, lambda: True, CPU)
+    assert found == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), ValueError("else"), RuntimeError("else")])
+def test_an_error_that_less_does_not_help_against_is_raised_as_it_was(error: Exception) -> None:
+    def attempt() -> None:
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        retry_smaller(attempt, lambda: False, CPU)
+    assert caught.value is error

@@ -141,3 +141,29 @@ def test_a_restored_optimizer_continues_bit_by_bit() -> None:
         set_gradients(group, 2)
         optimizer.step()
     assert all(torch.equal(one, other) for one, other in zip(straight, resumed, strict=True))
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_under_autocast_it_takes_torchs_steps_in_bfloat16(nesterov: bool) -> None:
+    shapes = [*SHAPES, (8, 8)]
+    ours, theirs = parameters(shapes), parameters(shapes)
+    how = {"lr": 0.1, "nesterov": nesterov, "weight_decay": 0.1}
+    optimizers = (Muon(ours, **how), torch.optim.Muon(theirs, adjust_lr_fn="original", **how))
+    start = [parameter.detach().clone() for parameter in ours]
+    for step in range(4):
+        for group, optimizer in zip((ours, theirs), optimizers, strict=True):
+            set_gradients(group, step)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                optimizer.step()
+    for mine, other, initial in zip(ours, theirs, start, strict=True):
+        assert (mine - other).norm() < 0.03 * (other - initial).norm()
+
+
+def test_it_computes_in_bfloat16_under_autocast_only() -> None:
+    matrix = random(16, 24)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = orthogonalize(matrix)
+    exact = orthogonalize(matrix)
+    assert rounded.dtype == exact.dtype == torch.float32
+    assert torch.equal(rounded.bfloat16().float(), rounded)
+    assert not torch.equal(exact.bfloat16().float(), exact)

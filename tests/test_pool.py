@@ -83,14 +83,18 @@ def test_a_dead_process_is_an_error_and_not_a_gap(model: Path, monkeypatch: pyte
 
 
 def test_an_abandoned_encoding_stops_its_processes(model: Path) -> None:
+    def children() -> set[str]:
+        pids = subprocess.run(["pgrep", "-P", str(os.getpid())], capture_output=True, text=True).stdout.split()
+        return {pid for pid in pids if Path(f"/proc/{pid}").exists()}
+
+    before = children()  # what other tests have left, such as the tracker of multiprocessing
     encoding = Encoding(str(model), model.parent, marked=True)
     found = encode_in_order(TEXTS, encoding, load_tokenizer(str(model), None), 2)
     next(found)
-    children = subprocess.run(["pgrep", "-P", str(os.getpid())], capture_output=True, text=True).stdout.split()
-    assert children
+    own = children() - before
+    assert own
     found.close()
-    left = subprocess.run(["pgrep", "-P", str(os.getpid())], capture_output=True, text=True).stdout.split()
-    assert not set(children) & {child for child in left if Path(f"/proc/{child}").exists()}
+    assert not own & children()
 
 
 def test_the_processes_of_a_killed_parent_end(model: Path, tmp_path: Path) -> None:

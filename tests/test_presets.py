@@ -14,6 +14,7 @@ from ngpt.yamlfile import read_yaml
 FOLDER = Path(__file__).parent.parent / "experiments" / "models"
 # Layers, width, vocabulary, and the matrices of a block in width^2: 4 of attention, 8 of relu^2 or 12 of SwiGLU.
 SIZES = {
+    "1.3M": (4, 128, 2048, 12),  # with as many tokens as the campaigns that ask for it have; it says nothing itself
     "13.7M": (4, 128, 50257, 12),
     "30.5M": (6, 256, 50257, 12),
     "52.8M": (8, 384, 50257, 12),
@@ -29,7 +30,8 @@ SAID = {"13.7M": 13.7, "30.5M": 30.5, "52.8M": 52.8, "0.5B": 468.5, "1B": 1026.2
 def preset(name: str) -> ModelConfig:
     found, wrong = named_settings(ModelConfig, read_yaml(FOLDER / f"{name}.yaml").data)
     assert wrong == []
-    return build(ModelConfig, {setting: value for setting, (value, _) in found.items()})
+    settings = {setting: value for setting, (value, _) in found.items()}
+    return build(ModelConfig, settings | {"vocab_size": settings["vocab_size"] or SIZES[name][2]})
 
 
 def n_params(cfg: ModelConfig) -> int:

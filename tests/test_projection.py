@@ -1,8 +1,11 @@
 """Projection keeps each matrix on the sphere along the model's dimension."""
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
+from ngpt import projection
 from ngpt.config import build
 from ngpt.model import GPT, ModelConfig
 from ngpt.projection import project_weights
@@ -86,3 +89,49 @@ def test_shared_keys_and_values_are_projected_too_and_a_tied_head_once(n_kv_head
         assert weight.shape == (16 if name == "query" else 4 * n_kv_head, 16)
         torch.testing.assert_close(weight.norm(dim=1), torch.ones(len(weight)), atol=1e-6, rtol=0)
     assert sum(weight is gpt.wte.weight for weight, _ in gpt.sphere_weights()) == 1
+
+
+@pytest.fixture(params=[64, 300, 1000, 2**22])
+def batch_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """From one vector at once, over blocks that do not divide a weight evenly, to all weights of a shape."""
+    monkeypatch.setitem(projection.BATCH_BYTES, "cpu", request.param)
+    return request.param
+
+
+@pytest.mark.usefixtures("batch_bytes")
+def test_every_way_to_cut_the_weights_gives_bit_by_bit_what_one_weight_at_a_time_gives() -> None:
+    gpt, other = disturbed(n_kv_head=1), disturbed(n_kv_head=1)
+    project_weights(gpt)
+    for weight, dim in other.sphere_weights():
+        weight.detach().copy_(F.normalize(weight.detach(), dim=dim))
+    expected = state(other)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in state(gpt).items())
+
+
+@pytest.mark.usefixtures("batch_bytes")
+def test_it_is_within_rounding_of_the_division_in_float64() -> None:
+    gpt = disturbed()
+    before = [(weight.detach().double().numpy().copy(), dim) for weight, dim in gpt.sphere_weights()]
+    project_weights(gpt)
+    for (weight, _), (old, dim) in zip(gpt.sphere_weights(), before, strict=True):
+        exact = old / np.sqrt((old**2).sum(dim, keepdims=True))
+        new = weight.detach().numpy()
+        assert (np.abs(new - exact) <= 3 * np.spacing(np.abs(exact).astype(np.float32))).all()
+
+
+def test_a_vector_of_zeros_stays_one_and_weights_in_bfloat16_are_rounded_once() -> None:
+    gpt = disturbed().bfloat16()
+    with torch.no_grad():
+        gpt.wte.weight[3] = 0
+    expected = [F.normalize(weight.detach().float(), dim=dim).bfloat16() for weight, dim in gpt.sphere_weights()]
+    project_weights(gpt)
+    for (weight, _), exact in zip(gpt.sphere_weights(), expected, strict=True):
+        assert torch.equal(weight, exact)
+    assert not gpt.wte.weight[3].any()
+
+
+def test_weights_stay_where_they_are_in_memory() -> None:
+    gpt = disturbed()
+    before = [weight.data_ptr() for weight, _ in gpt.sphere_weights()]
+    project_weights(gpt)
+    assert [weight.data_ptr() for weight, _ in gpt.sphere_weights()] == before

@@ -12,7 +12,9 @@ import pytest
 
 from tune import format as fmt
 from tune.figures import MOST_POINTS, curve_figure, curves_by_arm, effect_figure
-from tune.report import cell, moment, render_html, render_markdown, write_report
+from tune.phrases import moment
+from tune.report import render_html, render_markdown, write_report
+from tune.report_markdown import cell
 
 Summary = dict[str, Any]
 DELTA = "-0.0349 [-0.0379, -0.0319]".replace("-", fmt.MINUS)
@@ -405,7 +407,8 @@ def test_a_grid_has_its_settings_their_importance_and_the_inheritance_in_both_re
     page, markdown = Page(html), render_markdown(summary).replace("\\", "")
     assert "functional ANOVA of the complete grid" in page.text and "functional ANOVA of the complete grid" in markdown
     assert re.search(r"x\.a 97% x\.b 3%", page.text) and "x.a 97%, x.b 3%" in markdown
-    assert "grid starts from alpha: alpha=0.15" in markdown and "alpha: alpha=0.15" in page.text
+    assert "grid starts from alpha: alpha=0.15" in markdown
+    assert f"alpha=0.15 is better, {fmt.MINUS}0.0349" in page.text  # what the box of the phase says
     kinds = [figure["layout"]["meta"]["kind"] for figure in json.loads(page.scripts[0])]
     assert kinds == ["effect", "curves", "speed", "effect", "curves", "speed", "parallel"]
     places = [attributes["data-figure"] for attributes in page.tags("div") if attributes.get("class") == "plot"]

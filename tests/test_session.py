@@ -15,7 +15,8 @@ from tiny_campaign import begun, drive, losses, pretend, records, session_on, wr
 from ngpt.config import ConfigError
 from tune.corpus import describe_data
 from tune.journal import JournalError, read_journal
-from tune.session import MOST_RETRIES, Busy
+from tune.lock import Busy
+from tune.session import MOST_RETRIES
 from tune.summary import read_state
 from tune.trial import TrialResult, TrialSpec
 

@@ -1,6 +1,8 @@
 """Where a campaign stands: the same from its own process and from any other, at any moment, dead or alive."""
 
 import json
+import subprocess
+import sys
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -132,6 +134,13 @@ def test_a_directory_is_locked_while_a_session_has_it(root: Path, file: Path) ->
     with session_on(file, root):
         assert is_locked(root)
     assert not is_locked(root)
+
+
+def test_who_only_looks_does_not_wait_for_torch() -> None:
+    code = "import sys, run_campaign, tune.status, tune.console, ngpt.data.shards; print('torch' in sys.modules)"
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout.strip()) == (0, "False"), done.stderr
 
 
 def test_a_folder_without_a_campaign_is_a_config_error(tmp_path: Path) -> None:

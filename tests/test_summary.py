@@ -16,6 +16,7 @@ from tiny_campaign import begun, drive, losses, pretend, records, session_on, st
 
 from ngpt.config import ConfigError
 from tune.journal import read_journal
+from tune.phase_summary import _setbacks
 from tune.summary import Summary, rebuild
 from tune.trial import TrialResult, TrialSpec
 
@@ -82,7 +83,7 @@ def spread(row: dict[str, Any], name: str) -> dict[str, Any]:
 def test_the_files_of_the_contract_are_there(trained: Path) -> None:
     names = {str(path.relative_to(trained)) for path in derived(trained)}
     per_phase = ("trials.jsonl", "summary.json", "summary.parquet", "curves.parquet")
-    assert names == {"summary.json", "report.html", "report.md"} | {
+    assert names == {"summary.json", "report.html", "report.md", "derived.json"} | {
         f"{phase}/{name}" for phase in ("alpha", "projection") for name in per_phase
     }
     for record in records(trained):
@@ -187,7 +188,7 @@ def test_all_derived_files_are_rebuilt_from_the_journal_byte_for_byte(trained: P
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONHASHSEED": "7"})
     after = {path.relative_to(copy): path.read_bytes() for path in derived(copy)}
     assert after.keys() == before.keys()
-    for path in before.keys() - {Path("report.html")}:  # plotly names its plots at random
+    for path in before.keys() - {Path("report.html"), Path("derived.json")}:  # plotly names its plots at random
         assert after[path] == before[path], path
 
 
@@ -333,3 +334,20 @@ def test_another_metric_ranks_and_judges_while_the_loss_stays_the_loss(
             assert arm[field]["mean"] == pytest.approx(sum(value[metric] for value in values) / 2)
     best, base = phase["arms"]
     assert best["delta"]["mean"] == pytest.approx(best["score"]["mean"] - base["score"]["mean"])
+
+
+def test_an_arm_whose_trials_met_setbacks_is_marked() -> None:
+    """A halved batch is another experiment; a skipped step or a way back is worth a look."""
+    config = {"batch_size": 48}
+    plain = {"config": config, "metrics": {"batch_size": 48, "skipped_steps": 0, "rollbacks": 0}}
+    older = {"config": config, "metrics": {"val_loss": 3.0}}
+    halved = {"config": config, "metrics": {"batch_size": 24, "skipped_steps": 0, "rollbacks": 0}}
+    shaky = {"config": config, "metrics": {"batch_size": 48, "skipped_steps": 3, "rollbacks": 1}}
+    assert _setbacks("a", [plain, older]) == []
+    assert _setbacks("a", [plain, halved]) == [
+        "a: 1 of its trials had no memory for their batch and halved it (24 for 48)"
+    ]
+    assert _setbacks("a", [shaky, shaky]) == [
+        "a: 6 steps were skipped, for a loss or gradient that was not finite",
+        "a: 2 times a trial went back, for a loss or gradient that was not finite",
+    ]

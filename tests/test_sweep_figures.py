@@ -1,6 +1,7 @@
 """Loss against speed and parallel coordinates: every arm has its place, in words that plotly cannot read as markup."""
 
 import copy
+import itertools
 from typing import Any
 
 import plotly.graph_objects as go
@@ -11,7 +12,9 @@ from tune.sweep_figures import MOST_LINES, Scale, parallel_figure, speed_figure
 
 def arm(name: str, score: float | None, speed: float | None = 1e4, **overrides: Any) -> dict[str, Any]:
     spread = {"mean": score, "ci_low": score and score - 0.1, "ci_high": score and score + 0.1}
-    return {"arm": name, "overrides": overrides, "score": spread, "tokens_per_second": speed, "verdict": "tie"}
+    delta = {"mean": 0.0, "ci_low": -0.05, "ci_high": 0.05}
+    facts = {"arm": name, "overrides": overrides, "tokens_per_second": speed, "verdict": "tie"}
+    return facts | {"score": spread, "delta": delta}
 
 
 def phase(*arms: dict[str, Any]) -> dict[str, Any]:
@@ -23,8 +26,46 @@ def test_each_arm_with_a_score_and_a_speed_is_a_point() -> None:
     assert figure is not None
     (trace,) = figure["data"]
     assert (trace["x"], trace["y"]) == ([100.0, 200.0], [4.0, 4.1])
-    assert trace["error_y"]["array"] == pytest.approx([0.1, 0.1])
-    assert trace["text"] == ["", "  b  "] and trace["textposition"] == ["middle right", "middle left"]
+    assert trace["error_y"]["array"] == pytest.approx([0.05, 0.05])  # of the difference, not of the score
+    assert [text.strip() for text in trace["text"]] == ["1 a", "2 b"] and trace["customdata"] == ["1", "2"]
+
+
+def boxes(figure: dict[str, Any]) -> list[tuple[float, float, float, float]]:
+    """The rectangles of all labels and points, by the rules that a browser places text with: a second opinion."""
+    (low, high), found = figure["layout"]["xaxis"]["range"], []
+    heights = [y for trace in figure["data"] for y in trace["y"]]
+    scale = 250 / ((max(heights) - min(heights)) * 1.4)
+    for trace in figure["data"]:
+        for x, y, text, side in zip(trace["x"], trace["y"], trace["text"], trace["textposition"], strict=True):
+            px, py, wide = (x - low) / (high - low) * 940, (y - min(heights)) * scale, 7.2 * len(text.strip())
+            found.append((px - 4, py - 4, px + 4, py + 4))
+            start = {"left": px - 8 - wide, "right": px + 8, "center": px - wide / 2}[side.split()[1]]
+            base = {"top": py + 8, "middle": py - 7, "bottom": py - 22}[side.split()[0]]
+            found.append((start, base, start + wide, base + 14))
+    return found
+
+
+def test_every_arm_is_labelled_and_no_label_covers_another_or_a_point() -> None:
+    arms = [arm(f"alpha=0.{i}, project_every={i}", 4.0 + (i * 7 % 12) / 20, 1e4 + 31 * i) for i in range(12)]
+    figure = speed_figure(phase(*arms))
+    assert figure is not None
+    assert all(text.strip() for trace in figure["data"] for text in trace["text"])
+    for one, other in itertools.combinations(boxes(figure), 2):
+        apart = one[2] <= other[0] or other[2] <= one[0] or one[3] <= other[1] or other[3] <= one[1]
+        assert apart, (one, other)
+
+
+def test_the_scatter_of_a_clock_does_not_fill_the_axis() -> None:
+    figure = speed_figure(phase(arm("a", 4.0, 40000.0), arm("b", 4.1, 40100.0)))
+    assert figure is not None
+    low, high = figure["layout"]["xaxis"]["range"]
+    assert low < 38100 and high > 42000
+
+
+def test_a_crowd_has_no_labels() -> None:
+    figure = speed_figure(phase(*(arm(str(i), 4 + i / 100, 1e4 + i) for i in range(50))))
+    assert figure is not None
+    assert {text for trace in figure["data"] for text in trace["text"]} == {""}
 
 
 def test_one_point_is_no_plot() -> None:

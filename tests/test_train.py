@@ -3,6 +3,10 @@
 import json
 import math
 import re
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +17,8 @@ import safetensors.numpy
 import torch
 
 import ngpt.train
-from ngpt.config import ConfigError, content_hash, override
+from ngpt.checkpoint import checkpoint_folders
+from ngpt.config import ConfigError, content_hash, flatten, override
 from ngpt.data.corpora import Dataset
 from ngpt.data.loader import train_batch
 from ngpt.train import (
@@ -42,8 +47,8 @@ AWKWARD = {  # nothing divides anything: 8 steps
 }
 MODELS = {
     "ngpt-adamw": {"optim.name": "adamw"},
-    "ngpt-muon": {"optim.name": "muon", "optim.lr_other": 0.02},
-    "gpt": {"model.residual": "add", "model.mlp": "relu2", "model.softcap": 15.0},
+    "ngpt-muon": {"optim.name": "muon", "optim.lr_other": 0.02, "model.norm_mode": "ema"},
+    "gpt": {"model.residual": "add", "model.mlp": "relu2", "model.softcap": 15.0, "data.order": "reservoir"},
     # Everything that changes from step to step without being learned, and all that a checkpoint must carry besides.
     "scheduled": {
         "optim.name": "geodesic_muon",
@@ -189,12 +194,41 @@ def test_a_run_that_was_killed_anywhere_ends_as_if_it_had_not_been(
             kill(step, patch)
             with pytest.raises(Killed):
                 run(config, out, dataset)
+        torch.manual_seed(step)  # another process
         _, resumed = run(config, out, dataset, resume="latest")
         assert resumed.status == "finished", step
         assert untimed(resumed.metrics) == untimed(straight.metrics), step
         assert log(out) == log(tmp_path / "straight"), step
         assert_equal_weights(weights(out, 8), expected)
         assert_equal_states(optimizer_states(out, 8), optimizer_states(tmp_path / "straight", 8))
+        kept = [sorted(path.name for path in (one / "checkpoints").iterdir()) for one in (out, tmp_path / "straight")]
+        assert kept[0] == kept[1]  # the last few and the best so far
+
+
+def test_a_process_that_is_killed_for_real_loses_nothing(tiny: TrainConfig, tmp_path: Path) -> None:
+    """SIGKILL while it trains, as soon as some checkpoint is there, and once more further on."""
+    steps = {"steps": 240, "eval_every": 80, "checkpoint.every": 9, "project_every": 7, "optim.name": "muon"}
+    config = override(tiny, steps)
+    code = (
+        "import json, sys; from pathlib import Path; import torch; torch.set_num_threads(1);"
+        "from ngpt.config import build; from ngpt.train import TrainConfig, train;"
+        "list(train(build(TrainConfig, json.loads(sys.argv[1])), Path(sys.argv[2]), resume='latest'))"
+    )
+    out = tmp_path / "killed"
+    for at_least in (9, 90):
+        process = subprocess.Popen([sys.executable, "-c", code, json.dumps(flatten(config)), str(out)])
+        while process.poll() is None:
+            if any(int(path.name[5:]) >= at_least for path in checkpoint_folders(out / "checkpoints")):
+                process.kill()
+                process.wait()
+            time.sleep(0.002)
+        assert process.returncode == -signal.SIGKILL
+        assert max(int(path.name[5:]) for path in checkpoint_folders(out / "checkpoints")) < 240
+    list(train(config, out, resume="latest"))
+    list(train(config, tmp_path / "straight"))
+    assert log(out) == log(tmp_path / "straight")
+    assert_equal_weights(weights(out, 240), weights(tmp_path / "straight", 240))
+    assert_equal_states(optimizer_states(out, 240), optimizer_states(tmp_path / "straight", 240))
 
 
 def test_a_run_that_is_dropped_at_each_evaluation_ends_as_if_it_had_not_been(

@@ -54,8 +54,21 @@ def test_a_finished_trial_has_metrics_and_says_where_they_come_from(spec: TrialS
     assert json.loads((spec.folder / "config.json").read_text()) == json.loads(json.dumps(flatten(spec.config)))
 
 
+def test_at_each_evaluation_it_says_what_its_record_is_if_it_is_stopped_there(spec: TrialSpec) -> None:
+    run = run_trial(spec)
+    _, second = next(run), next(run)
+    run.close()
+    rows = [json.loads(line) for line in (spec.folder / "metrics.jsonl").read_text().splitlines()]
+    assert (second.status, second.error, second.metrics["steps"]) == ("stopped", None, 3)
+    kept = ("val_loss", "val_bpb", "train_loss", "tokens")
+    assert {name: second.metrics[name] for name in kept} == {name: rows[-1][name] for name in kept}
+    assert second.metrics.keys() >= {*UNTIMED, "tokens_per_second", "peak_memory_bytes"}
+    assert second.metrics["n_params"] is None and second.seconds > 0
+    assert len(second.provenance["data_sha256"]) == 64 and second.provenance["code_sha256"] == code_hash()
+
+
 def test_it_yields_its_metrics_at_every_evaluation(spec: TrialSpec) -> None:
-    assert [metrics["step"] for metrics in run_trial(spec)] == [0, 3, 6, 8]
+    assert [so_far.metrics["steps"] for so_far in run_trial(spec)] == [0, 3, 6, 8]
 
 
 def test_a_trial_that_dies_becomes_a_result_with_the_error(spec: TrialSpec) -> None:
@@ -107,7 +120,7 @@ def test_an_interrupted_trial_continues_from_its_checkpoint_to_the_same_end(
         next(run)
     run.close()
     kept = [path.name for path in sorted(spec.folder.glob("checkpoints/step_*"))]
-    steps = [metrics["step"] for metrics in run_trial(replace(saving, attempt=2))]
+    steps = [so_far.metrics["steps"] for so_far in run_trial(replace(saving, attempt=2))]
     assert kept == [f"step_{step:07d}" for step in ([], [2], [2, 4])[evaluations - 1]]
     assert steps == ([0, 3, 6, 8], [3, 6, 8], [6, 8])[evaluations - 1]
     assert weights(spec.folder) == weights(tmp_path / "undisturbed")

@@ -1,6 +1,7 @@
 """Verdicts against scipy's classical tests, against hand-computed examples, and against simulated phases."""
 
 import dataclasses
+import itertools
 import json
 import math
 import random
@@ -455,11 +456,29 @@ def test_maximising_the_negated_values_mirrors_every_verdict(cells: Cells) -> No
 
 
 @many
-@given(phases, st.lists(numbers, max_size=4), st.sampled_from(["diverged", "failed", "stopped"]))
+@given(phases, st.lists(numbers, max_size=4), st.sampled_from(["diverged", "failed"]))
 def test_a_lost_arm_never_wins_and_never_changes_the_others(
-    cells: Cells, values: list[float], status: Literal["diverged", "failed", "stopped"]
+    cells: Cells, values: list[float], status: Literal["diverged", "failed"]
 ) -> None:
     lost = {seed: Outcome("finished", value) for seed, value in enumerate(values, 2)} | {1: Outcome(status)}
     alone, together = judge(cells, baseline="base"), judge(cells | {"lost": lost}, baseline="base")
     assert together.winner == alone.winner
     assert [row for row in together.arms if row.arm != "lost"] == alone.arms
+
+
+@many
+@given(st.lists(st.lists(numbers, min_size=3, max_size=3), min_size=2, max_size=5), st.integers(1, 3))
+def test_arms_that_were_stopped_early_are_comparisons_that_count(rows: list[list[float]], n: int) -> None:
+    """Against closed testing (Marcus et al. 1976) with Bonferroni, where a stopped arm has shown nothing: p = 1."""
+    cells = phase(base=rows[0], **{f"arm{i}": row for i, row in enumerate(rows[1:])})
+    stopped = {f"stopped{i}": {1: Outcome("stopped"), 2: Outcome("finished", 1.0)} for i in range(n)}
+    alone, together = judge(cells, baseline="base"), judge(cells | stopped, baseline="base")
+    raw = {arm: delta_of(alone, arm).p or 0.0 for arm in cells if arm != "base"}
+    p = [*raw.values(), *[1.0] * n]
+    subsets = [s for size in range(1, len(p) + 1) for s in itertools.combinations(range(len(p)), size)]
+    for i, arm in enumerate(raw):
+        closed = max(min(1.0, len(s) * min(p[j] for j in s)) for s in subsets if i in s)
+        assert delta_of(together, arm).p_holm == pytest.approx(closed, abs=1e-12)
+        assert delta_of(together, arm).mean == delta_of(alone, arm).mean
+    assert [row.verdict for row in together.arms[-n:]] == ["incomplete"] * n
+    assert together.winner in {alone.winner, "base"}

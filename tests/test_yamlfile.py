@@ -165,7 +165,22 @@ def test_tags_are_never_followed(tagged: str) -> None:
 
 
 def test_an_integer_of_five_thousand_digits_is_refused() -> None:
-    assert refusal("a: " + "9" * 5000) == f"file.yaml:1:4: '{'9' * 40}' is not a value of the kind 'int'"
+    shown = f"{'9' * 20}\N{HORIZONTAL ELLIPSIS}{'9' * 20}"
+    assert refusal("a: " + "9" * 5000) == f"file.yaml:1:4: {shown} is too large, a whole number is at most {2**63 - 1}"
+
+
+def test_whole_numbers_have_64_bits_in_every_notation() -> None:
+    largest = 2**63 - 1
+    for text in (f"{largest}", f"-{largest}", f"{largest:#x}", f"{largest:#b}", f"{largest:#o}", f"000{largest:_}"):
+        assert abs(parse_value(text)) == largest
+    for text in (
+        f"{largest + 1}",
+        f"-{largest + 1}",
+        f"{largest + 1:#x}",
+        f"{largest + 1:#b}",
+        "1" + "_" * 200 + "0" * 30,
+    ):
+        assert "is too large, a whole number" in refusal(f"a: {text}")
 
 
 @pytest.mark.parametrize("opening", ["[", "{", "- ", "? ", "[x: "])
@@ -223,7 +238,7 @@ def test_a_file_that_cannot_be_read_is_an_error_that_says_why(tmp_path: Path) ->
     with pytest.raises(YamlError, match=rf"^{path}: byte 3 is not UTF-8$"):
         read_yaml(path)
     path.write_bytes(b"#" * (LARGEST_FILE + 1))
-    with pytest.raises(YamlError, match=rf"^{path}: {LARGEST_FILE + 1} bytes is too large"):
+    with pytest.raises(YamlError, match=rf"^{path}: too large, at most {LARGEST_FILE} bytes are read$"):
         read_yaml(path)
     path.write_bytes(b"#" * LARGEST_FILE)
     assert read_yaml(path).data is None

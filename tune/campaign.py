@@ -6,25 +6,29 @@ The types are in tune/schema.py, the reading of one phase in tune/phases.py, the
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from graphlib import CycleError, TopologicalSorter
-from itertools import islice, product
+from itertools import chain, islice, product
 from pathlib import Path
 from typing import Any
 
-from ngpt.config import ConfigError, Location, build, settings, unknown
+from ngpt.config import ConfigError, Location, build, settings, unknown, visible
+from ngpt.secrets import is_secret_name, refuse_secrets
 from ngpt.train import TrainConfig
 from ngpt.written import named_settings
 from ngpt.yamlfile import parse_assignment, read_yaml
 from tune import format as fmt
 from tune.arms import BASELINE, Arm
-from tune.checks import OPTION, ConfigChecker, Given, Problems
+from tune.checks import OPTION, ConfigChecker, Given, Problems, TooManyProblems
 from tune.claimfile import check_claims, read_claims
+from tune.early_stop import check_early_stop
 from tune.phases import PhaseInFile, PhaseReader, arm_changes, chained_phase, check_name, read_seeds
-from tune.schema import KINDS, Budget, Campaign, Fresh, Header, Metric, Phase, Resources
+from tune.schema import KINDS, Budget, Campaign, EarlyStop, Fresh, Header, Metric, Phase, Resources
 
 __all__ = ["Budget", "Campaign", "Fresh", "Metric", "Phase", "Resources", "load_campaign"]
 
 TOP_KEYS = ("campaign", *Header.model_fields, "seeds", "base", "phases", *KINDS, "claims")
 SEEDS = (1, 2, 3)  # of a campaign that gives none
+MOST_JOINED = 100  # arms of a combining phase that another one joins
+MOST_PHASES = 100  # each inherits from those before it, so that what one may start from is found by recursion
 MOST_COMBINATIONS = 10_000  # of arms that inherit and ways in which earlier phases may end; a second at most
 
 
@@ -37,11 +41,18 @@ def load_campaign(path: Path, assignments: Sequence[str] = ()) -> Campaign:
         ConfigError: everything that is wrong, one line each, with path, line and column.
     """
     document = read_yaml(path)
+    text = path.read_text(encoding="utf-8")
+    refuse_secrets(text, str(path))
+    for assignment in assignments:
+        refuse_secrets(assignment, OPTION)
     problems = Problems()
-    campaign = _read(document.data, assignments, problems, path.parent)
+    try:
+        campaign = _read(document.data, assignments, problems, path.parent)
+    except TooManyProblems:
+        campaign = None
     if problems.all or campaign is None:
         raise ConfigError(problems.in_file_order(document))
-    return replace(campaign, text=path.read_text(encoding="utf-8"), assignments=tuple(assignments))
+    return replace(campaign, text=text, assignments=tuple(assignments))
 
 
 def _read(data: Any, assignments: Sequence[str], problems: Problems, folder: Path) -> Campaign | None:
@@ -64,10 +75,13 @@ def _read(data: Any, assignments: Sequence[str], problems: Problems, folder: Pat
     raw_phases = _raw_phases(data, problems)
     names = [str(raw["name"]) for raw, _ in raw_phases if isinstance(raw, dict) and "name" in raw]
     reader = PhaseReader(problems, names, seeds, folder)
-    phases = [phase for raw, at in raw_phases if (phase := reader.read(raw, at))]
+    phases = [_searching(phase, raw) for raw, at in raw_phases if (phase := reader.read(raw, at))]
     _check_circles(phases, reader.inherits, problems)
     others = [chained_phase(path, found, reader.chained_at[path]) for path, found in reader.chained.items()]
     _check_arms(checker, phases, others, ready=not problems.all)
+    if header and header.early_stop and base:
+        searching = [found.phase for found in phases if found.phase.stops_early]
+        check_early_stop(problems, header.early_stop, searching, base=base, hold=header.hold)
     ready = not problems.all
     claims = read_claims(problems, data["claims"], folder) if "claims" in data else {}
     if not ready or header is None or base is None:
@@ -86,16 +100,23 @@ def _read(data: Any, assignments: Sequence[str], problems: Problems, folder: Pat
     )
 
 
+def _searching(found: PhaseInFile, raw: Mapping[str, Any]) -> PhaseInFile:
+    """A phase that knows whether early stopping is for it; arms that were drawn at random do not tell."""
+    return replace(found, phase=replace(found.phase, stops_early="search" in raw))
+
+
 def _header(data: Mapping[str, Any], problems: Problems) -> Header | None:
     """The settings of the campaign itself: what it measures, how it judges, what it may use."""
     values: dict[str, Any] = {}
+    known = (*settings(Header), *(f"early_stop.{name}" for name in settings(EarlyStop)))
     for key in Header.model_fields:
-        names = [name.partition(".")[2] for name in settings(Header) if name.startswith(f"{key}.")]
+        names = [name.partition(".")[2] for name in known if name.startswith(f"{key}.")]
         if key in data and not names:
             values[key] = data[key]
         elif key in data and not isinstance(data[key], dict):
             problems.add((key,), f"must be a mapping of settings, got {data[key]!r}")
         elif key in data:
+            values |= {} if data[key] else {key: {}}
             for name, value in data[key].items():
                 if name in names:
                     values[f"{key}.{name}"] = value
@@ -123,11 +144,12 @@ def _options(assignments: Sequence[str], problems: Problems) -> dict[str, tuple[
     """The settings of `--set`, each located at its own text; a later one beats an earlier one."""
     given: dict[str, tuple[Any, Location]] = {}
     for text in assignments:
-        at = (f"{OPTION} {text}",)
+        shown = f"{text.partition('=')[0]}=..." if is_secret_name(text.partition("=")[0]) else text
+        at = (f"{OPTION} {shown}",)
         try:
             name, value = parse_assignment(text)
         except ConfigError as error:
-            problems.add(at, str(error).removeprefix(f"{OPTION} {text}: ").removeprefix(f"{OPTION}:"))
+            problems.add(at, str(error).removeprefix(f"{OPTION} {visible(text)}: ").removeprefix(f"{OPTION}:"))
             continue
         found, wrong = named_settings(TrainConfig, {name: value})
         given |= {setting: (value, at) for setting, (value, _) in found.items()}
@@ -149,6 +171,9 @@ def _raw_phases(data: Mapping[str, Any], problems: Problems) -> list[tuple[Any, 
     for key in short:
         problems.add((key,), f"`{key}:` at the top is for files without `phases:`; move it into a phase")
     phases = data["phases"]
+    if isinstance(phases, list) and len(phases) > MOST_PHASES:
+        problems.add(("phases",), f"{len(phases)} phases; a campaign has at most {MOST_PHASES}")
+        return []
     if isinstance(phases, list) and phases:
         return [(raw, ("phases", i)) for i, raw in enumerate(phases)]
     problems.add(("phases",), f"expected a list of phases, got {phases!r}")
@@ -195,7 +220,8 @@ def _winners(name: str | None, phases: Mapping[str, PhaseInFile]) -> Iterator[Gi
         yield {}
         return
     found = phases[name]
-    for arm in (BASELINE, *found.phase.arms, *_probes(found), *_joined(found, phases)):
+    # One by one: there may be more arms to join than anybody can count.
+    for arm in chain((BASELINE, *found.phase.arms, *_probes(found)), _joined(found, phases)):
         for start in _starts(found, arm.inherit, phases):
             kept = {setting: entry for setting, entry in start.items() if setting not in found.pinned}
             yield {**kept, **arm_changes(arm)}
@@ -206,9 +232,18 @@ def _probes(found: PhaseInFile) -> Iterator[Arm]:
     yield from found.phase.search.probes() if found.phase.search else ()
 
 
-def _joined(found: PhaseInFile, phases: Mapping[str, PhaseInFile]) -> Iterator[Arm]:
-    """Arms that a combining phase may come to have: at most one of each phase that it joins."""
-    sources = [(BASELINE, *phases[name].phase.arms, *_joined(phases[name], phases)) for name in found.phase.combine]
+def _joined(
+    found: PhaseInFile, phases: Mapping[str, PhaseInFile], known: dict[str, tuple[Arm, ...]] | None = None
+) -> Iterator[Arm]:
+    """Arms that a combining phase may come to have: at most one of each phase that it joins.
+
+    Phases that join phases that join have too many to look at; of each of those some do, which are `known` once found.
+    """
+    known = {} if known is None else known
+    for name in found.phase.combine:
+        if name not in known:
+            known[name] = tuple(islice(_joined(phases[name], phases, known), MOST_JOINED))
+    sources = [(BASELINE, *phases[name].phase.arms, *known[name]) for name in found.phase.combine]
     for chosen in product(*sources) if sources else ():
         overrides = {name: value for arm in chosen for name, value in arm.overrides.items()}
         origins = {name: at for arm in chosen for name, at in arm.origins.items()}

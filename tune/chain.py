@@ -4,13 +4,15 @@ So a study can have one file per phase. What is taken over are the winner's over
 them; they come on top of this file's own base. They are read when the file is, and kept in the manifest.
 """
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ngpt.config import ConfigError, settings, unknown
 from ngpt.train import TrainConfig
-from tune.journal import read_journal
+from tune.journal import Event, read_journal
 
 
 @dataclass(frozen=True)
@@ -36,13 +38,19 @@ def read_chained(text: str) -> Chained:
         ConfigError: there is no such directory, campaign or phase, it has no winner yet, or one of settings that do not
             exist here.
     """
-    root, name = Path(text).expanduser().parent, Path(text).name
-    if not root.is_dir():
+    # Not Path.expanduser, which raises for a user that does not exist; nor Path.is_dir, for a path that is too long.
+    root, name = Path(os.path.expanduser(text)).parent, Path(text).name
+    if not os.path.isdir(root):
         raise ConfigError(f"there is no results directory {str(root)!r}; expected RESULTS/CAMPAIGN/PHASE")
     try:
-        events = read_journal(root / "journal.jsonl")
+        return _winner(read_journal(root / "journal.jsonl"), text, root, name)
     except OSError as error:
         raise ConfigError(str(error)) from None
+    except (AttributeError, KeyError, TypeError):
+        raise ConfigError(f"the journal of {str(root)!r} is not one of this version") from None
+
+
+def _winner(events: Sequence[Event], text: str, root: Path, name: str) -> Chained:
     starts = [i for i, event in enumerate(events) if event["event"] == "campaign_started"]
     if not starts:
         raise ConfigError(f"{str(root)!r} is not a results directory: it has no journal.jsonl with a campaign in it")

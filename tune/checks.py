@@ -10,11 +10,16 @@ from ngpt.data import corpora
 from ngpt.data.sources import CORPORA
 from ngpt.data.tokenizer import parse_spec, tokenizer_vocab_size
 from ngpt.train import TrainConfig, resolved
+from ngpt.written import MOST_PROBLEMS
 from ngpt.yamlfile import Document
 
 Given = Mapping[str, tuple[Any, Location]]  # values by full dotted name, and where each was written
 
 OPTION = "--set"  # how a location begins that is not in the file
+
+
+class TooManyProblems(Exception):
+    """There is no point in looking for more of them."""
 
 
 class Problems:
@@ -25,7 +30,14 @@ class Problems:
         self._blamed: set[Location] = set()
 
     def add(self, location: Location, message: str) -> None:
+        """Collects a problem.
+
+        Raises:
+            TooManyProblems: that makes MOST_PROBLEMS.
+        """
         self.all.append(Problem(location, message))
+        if len(self.all) >= MOST_PROBLEMS:
+            raise TooManyProblems
 
     def add_value(self, location: Location, message: str) -> None:
         """Adds a problem with a value, unless it has one: a value that spoils a hundred arms is one mistake."""
@@ -38,7 +50,9 @@ class Problems:
         options = [problem for problem in self.all if _is_option(problem.location)]
         in_file = [problem for problem in self.all if not _is_option(problem.location)]
         in_file.sort(key=lambda problem: document.position(problem.location))
-        lines = [*map(document.describe, in_file), *map(str, options)]
+        lines = [*map(document.describe, in_file), *map(Problem.line, options)]
+        if len(self.all) >= MOST_PROBLEMS:
+            lines.append(f"{document.path}: these are the first {MOST_PROBLEMS} problems, the rest was not looked at")
         return "\n".join(dict.fromkeys(lines))
 
 
@@ -56,11 +70,11 @@ class ConfigChecker:
         try:
             base = build(TrainConfig, _values(self._base))
         except ConfigError as error:
-            base = None
+            base, culprit = None, _culprit(given, options)
             for problem in error.problems:
                 name, rest = _split(problem.location)
                 if name not in options:
-                    name, rest = _culprit(given, options) or name, rest
+                    name = culprit or name
                 self._blame(self._base, name, rest, problem.message)
         return base if self._check_data(self._base, {}, "") else None
 
@@ -74,11 +88,12 @@ class ConfigChecker:
         try:
             build(TrainConfig, _values(given))
         except ConfigError as error:
+            culprit = _culprit(self._base, {**(start or {}), **changes})
             for problem in error.problems:
                 name, rest = _split(problem.location)
                 if name in changes:
                     self._blame(given, name, rest, problem.message + note)
-                elif culprit := _culprit(self._base, {**(start or {}), **changes}):
+                elif culprit:
                     self._blame(given, culprit, (), problem.message + note)
         self._check_data({**self._base, **(start or {})}, changes, note)
 

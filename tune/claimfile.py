@@ -17,11 +17,11 @@ from ngpt.yamlfile import read_yaml
 from tune import format as fmt
 from tune.arithmetic import evaluate
 from tune.arms import BASELINE
-from tune.checks import Problems, with_absolute_paths
+from tune.checks import Problems, TooManyProblems, with_absolute_paths
 from tune.claims import DIRECTIONS, METRICS, RELATIONS
-from tune.evidence import PLACES, describe, is_number, same, short
 from tune.phases import check_name
 from tune.schema import Claim, Phase
+from tune.selectors import PLACES, describe, is_number, same, short
 
 COMMON = ("id", "relation", "source", "says")
 ABOUT_TRIALS = ("metric", "phase")
@@ -37,7 +37,10 @@ def load_claims(path: Path) -> tuple[Claim, ...]:
     """
     document, problems = read_yaml(path), Problems()
     data = document.data if isinstance(document.data, dict) else {}
-    claims = read_claims(problems, data.get("claims"), path.parent)
+    try:
+        claims = read_claims(problems, data.get("claims"), path.parent)
+    except TooManyProblems:
+        claims = {}
     if problems.all:
         raise ConfigError(problems.in_file_order(document))
     return tuple(claims.values())
@@ -201,6 +204,8 @@ class Possible:
 
 def check_claims(problems: Problems, claims: Mapping[int, Claim], phases: Sequence[Phase], base: TrainConfig) -> None:
     """Files a problem for each claim about arms that no phase will have, or that no phase has together."""
+    if not claims:
+        return
     known, arms = flatten(base), possible_arms(phases)
     names = [phase.name for phase in phases]
     for i, claim in claims.items():

@@ -23,9 +23,10 @@ from math import exp, inf, isfinite, log
 from typing import Any, Literal
 
 from tune.arithmetic import evaluate
-from tune.evidence import ONE_SEED, ClaimArm, Evidence, Finding, Gap, chain, describe, gap, incomplete, matches, short
+from tune.evidence import ONE_SEED, Evidence, Finding, Gap, chain, gap, incomplete
 from tune.schema import METRICS as LOSSES
 from tune.schema import Claim
+from tune.selectors import ClaimArm, describe, matches, short
 from tune.verdicts import Delta, Judgement, holm
 
 Goal = Literal["minimize", "maximize"]

@@ -13,8 +13,8 @@ from typing import Any
 
 from ngpt.config import ConfigError, is_identity, settings, unknown
 from ngpt.train import TrainConfig
-from tune.state import State
-from tune.summary import phase_records, read_state
+from tune.phase_summary import phase_records
+from tune.state import State, read_state
 from tune.verdicts import Outcome, holm, judge
 
 Comparison = dict[str, Any]

@@ -9,7 +9,8 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from tune import format as fmt
-from tune.console import RULED, Portable, words
+from tune.console import Portable, words
+from tune.final_screen import RULED
 
 WIDEST = 120  # beyond this a line is hard to follow
 STYLES = {"B better": "bold bright_blue", "A better": "yellow", "identical in every trial": "bold"}

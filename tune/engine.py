@@ -30,7 +30,7 @@ from tune.campaign import Resources
 from tune.environment import usable_cpus
 from tune.inline import stop_on_signal
 from tune.session import ExecutorLost, Session
-from tune.trainable import RESULT, TrialWorker
+from tune.trainable import RESULT, SO_FAR, TrialWorker
 
 # Ray Tune writes nothing of value for us: no loggers, no snapshots; and signals are ours (see inline.py).
 QUIET = {
@@ -59,11 +59,12 @@ def run_on_ray(session: Session, cluster: "RayCluster") -> None:
     for stale in session.root.glob(f"{SCRATCH}*"):  # of a run that was killed: a living one would have the lock
         shutil.rmtree(stale)
     folder = tempfile.TemporaryDirectory(prefix=SCRATCH, dir=session.root, ignore_cleanup_errors=True)
+    feeder = Feeder(session, cluster)
     with folder as scratch, stop_on_signal(session), Watchdog(session, cluster.processes):
         tuner = ray.tune.Tuner(
             TrialWorker,
             tune_config=ray.tune.TuneConfig(
-                search_alg=Feeder(session, cluster),
+                search_alg=feeder,
                 scheduler=KeepWorkers(cluster.workers),
                 num_samples=-1,
                 reuse_actors=True,
@@ -72,7 +73,7 @@ def run_on_ray(session: Session, cluster: "RayCluster") -> None:
                 name="campaign",
                 storage_path=scratch,
                 verbose=0,
-                stop=StopRequested(session),
+                stop=Stops(session, feeder),
                 checkpoint_config=ray.tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
             ),
         )
@@ -132,6 +133,7 @@ class Feeder(Unpickled, Searcher):
         super().__init__(metric="training_iteration", mode="max")
         self._session, self._cluster = session, cluster
         self._given: dict[str, str] = {}  # our trial id by Tune's
+        self._ended: set[str] = set()  # trials by Tune's id that the session has a result of
 
     def suggest(self, trial_id: str) -> Any:
         if self._session.stop_requested:
@@ -144,11 +146,17 @@ class Feeder(Unpickled, Searcher):
         self._given[trial_id] = spec.trial_id
         return {"spec": spec, "resources": self._cluster.per_trial}
 
+    def stops_early(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """Whether the session ends the trial at this evaluation; then it has recorded it."""
+        if SO_FAR in result and self._session.stops_early(self._given[trial_id], result[SO_FAR]):
+            self._ended.add(trial_id)
+        return trial_id in self._ended
+
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         ours = self._given.pop(trial_id)
         if result and RESULT in result:
             self._session.trial_ended(ours, result[RESULT])
-        elif not self._session.stop_requested:
+        elif trial_id not in self._ended and not self._session.stop_requested:
             self._session.worker_died(ours, "it was killed or crashed" if error else "it stopped without a result")
 
     def save(self, checkpoint_path: str) -> None:
@@ -174,17 +182,24 @@ class KeepWorkers(FIFOScheduler):
         self._to_keep = 0
 
 
-class StopRequested(Unpickled, Stopper):
-    """Ends the experiment when the session was asked to stop."""
+class Stops(Unpickled, Stopper):
+    """Ends a trial that early stopping drops, and the experiment when the session was asked to stop."""
 
-    def __init__(self, session: Session) -> None:
-        self._session = session
+    def __init__(self, session: Session, feeder: Feeder) -> None:
+        self._session, self._feeder = session, feeder
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        return self._session.stop_requested
+        return self._session.stop_requested or self._feeder.stops_early(trial_id, result)
 
     def stop_all(self) -> bool:
         return self._session.stop_requested
+
+
+def protect_token() -> None:
+    """Takes Ray's token from all but its owner: one that another program made may be open to everybody."""
+    path = Path.home() / ".ray" / "auth_token"
+    if path.is_file() and path.stat().st_mode & 0o077:
+        path.chmod(0o600)
 
 
 class RayCluster:
@@ -198,6 +213,10 @@ class RayCluster:
 
     def __enter__(self) -> "RayCluster":
         os.environ.update(QUIET)
+        if not self.address:
+            os.environ.pop(
+                "RAY_AUTH_MODE", None
+            )  # a new Ray then asks everybody for its token, whatever the shell says
         local = {"num_cpus": self._cpus(), "include_dashboard": True, "dashboard_host": "127.0.0.1"}
         previous = os.umask(0o077)  # Ray writes an authentication token
         on_main = threading.current_thread() is threading.main_thread()
@@ -210,6 +229,7 @@ class RayCluster:
                 configure_logging=True,
                 **({} if self.address else local),
             )
+            protect_token()
         finally:
             os.umask(previous)
             if on_main:  # Ray has put its own handler there, which would end us without a word

@@ -11,9 +11,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ngpt.config import ConfigError, content_hash, settings
+from ngpt.config import ConfigError, content_hash
 from ngpt.data.corpora import cache_folder
 from ngpt.flops import matrix_params
+from ngpt.model import ModelConfig
 from ngpt.train import TrainConfig, pick_device
 from tune import format as fmt
 from tune.budget import describe
@@ -21,8 +22,9 @@ from tune.campaign import Campaign
 from tune.environment import usable_cpus
 from tune.journal import read_journal
 from tune.plan import PlannedPhase, trial_flops, trial_tokens, trial_work
+from tune.progress import expected_phases, past_winner
 from tune.schema import MOST_TRIALS
-from tune.state import DONE, State, expected_phases, past_winner, replay
+from tune.state import DONE, State, replay
 from tune.verdicts import Method, detectable, judge
 
 STARTUP = 8.0  # seconds: interpreter, Ray, first import of torch in the workers
@@ -200,12 +202,17 @@ def expected_workers(campaign: Campaign) -> int:
     return max(1, resources.workers or min(rooms))
 
 
-@lru_cache(maxsize=MOST_TRIALS)
 def shape_key(config: TrainConfig) -> str:
     """Configs with the same key take equally long per step."""
-    kept = {name for name in settings(TrainConfig) if name in SPEED_SETTINGS or name.startswith("model.")}
-    left_out = set(settings(TrainConfig)) - kept | set(NOT_SPEED)
-    return content_hash(config, leave_out=left_out)
+    free = {name.removeprefix("model."): None for name in NOT_SPEED}
+    return _shape(config.model.model_copy(update=free), *(getattr(config, name) for name in SPEED_SETTINGS))
+
+
+@lru_cache(maxsize=MOST_TRIALS)
+def _shape(model: ModelConfig, *rest: Any) -> str:
+    """The hash of a shape: thousands of trials have a few of them."""
+    others: dict[str, Any] = dict(zip(SPEED_SETTINGS, rest, strict=True))
+    return content_hash(model, leave_out={name.removeprefix("model.") for name in NOT_SPEED}, extra=others)
 
 
 def device_key(campaign: Campaign) -> str:

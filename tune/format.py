@@ -20,7 +20,7 @@ VERDICTS = {
     "worse": "Loses to the baseline, by the same two tests.",
     "tie": "Neither: the data cannot tell it from the baseline, or the difference is too small to matter.",
     "no claim": "One seed only: a number, but no spread to judge it by.",
-    "incomplete": "Some of its seeds have not finished yet, so it is not judged.",
+    "incomplete": "Some of its seeds have not finished, or were stopped early, so it is not judged.",
     "diverged": "At least one seed ended in a loss that is not finite. That is a result, and it ranks last.",
     "failed": "At least one trial ended in an error, listed under what went wrong.",
 }
@@ -28,7 +28,7 @@ VERDICTS = {
 # What can become of a claim.
 CLAIM_VERDICTS = {
     "reproduced": "The records say the same, beyond the noise.",
-    "refuted": "The records say the opposite, beyond the noise.",
+    "refuted": "The records say the opposite, or that no such effect is large enough to matter, beyond the noise.",
     "undecided": "Neither: too few seeds, too much noise, too small an effect, or trials that did not finish.",
     "no data": "No trial so far can say anything about it.",
 }

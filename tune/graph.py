@@ -7,8 +7,8 @@ from typing import Any
 from tune import format as fmt
 
 # Sizes in SVG units, about a pixel each; the picture is as wide as a phone.
-BOX_WIDTH, BOX_HEIGHT, LANE, GAP, LINE = 310, 46, 12, 22, 16
-MOST_CHARS = 46  # of one line of text in it
+BOX_WIDTH, BOX_HEIGHT, LANE, GAP, LINE = 350, 46, 12, 22, 16
+MOST_CHARS = 46  # of one line of text in it, in any of the fonts that a system may have
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,15 @@ class Handover:
     def text(self) -> str:
         """For people: `alpha: alpha=0.2`, or `projection to arm winner: ...`."""
         who = fmt.plain(self.source) + (f" to arm {fmt.plain(self.arm)}" if self.arm else "")
+        return f"{who}: {self._short()}"
+
+    def label(self, *, near: bool) -> str:
+        """Beside its arrow, which shows where it comes from when that is `near`: the box above."""
+        return self._short() if near else f"from {fmt.plain(self.source)}: {self._short()}"
+
+    def _short(self) -> str:
         short = {name.rpartition(".")[2]: value for name, value in self.settings.items()}
-        return f"{who}: {fmt.settings(short, 'the base as it is')}"
+        return fmt.settings(short, "the base as it is")
 
 
 def handovers(phases: Sequence[Mapping[str, Any]]) -> list[Handover]:
@@ -91,19 +98,28 @@ def inheritance_graph(phases: Sequence[Mapping[str, Any]]) -> dict[str, Any] | N
         if near:
             arrows.append(f"M {left + 14} {top} V {y - 2}")
         for n, edge in enumerate(incoming):
-            labels.append({"x": left + 26, "y": top + GAP / 2 + LINE * (n + 0.75), "text": _cut(edge.text())})
+            text = edge.label(near=bool(i) and edge.source == names[i - 1])
+            labels.append({"x": left + 26, "y": top + GAP / 2 + LINE * (n + 0.75), "text": _cut(text)})
         for edge in incoming:
             if edge in far:
                 lane = left - LANE * (far.index(edge) + 1)
                 start = boxes[names.index(edge.source)]["y"] + BOX_HEIGHT / 2
                 arrows.append(f"M {left} {start} H {lane} V {y + BOX_HEIGHT / 2} H {left - 2}")
-        won = fmt.plain(phase.get("winner") or fmt.MISSING)
-        kept = "keeps its baseline" if phase.get("winner") == phase.get("baseline") else f"winner {won}"
-        boxes.append({"x": left, "y": y, "name": _cut(names[i]), "says": _cut(kept), "href": f"#phase-{i + 1}"})
+        boxes.append({"x": left, "y": y, "name": _cut(names[i]), "says": _says(phase), "href": f"#phase-{i + 1}"})
         y += BOX_HEIGHT
     size = {"width": left + BOX_WIDTH + 4, "height": y + 4, "box_width": BOX_WIDTH, "box_height": BOX_HEIGHT}
     return size | {"boxes": boxes, "labels": labels, "arrows": arrows}
 
 
-def _cut(text: str) -> str:
-    return fmt.shorten(fmt.plain(text), MOST_CHARS)
+def _says(phase: Mapping[str, Any]) -> str:
+    """What came out of a phase: `alpha=0.2 is better, -0.0525`."""
+    won = fmt.winning_arm(phase)
+    if won is None or won["arm"] == phase.get("baseline"):
+        return "keeps its baseline" if won else "no winner yet"
+    delta = (won.get("delta") or {}).get("mean")
+    rest = " is better" + ("" if delta is None else f", {fmt.signed(delta)}")
+    return _cut(won["arm"], MOST_CHARS - len(rest)) + rest
+
+
+def _cut(text: str, width: int = MOST_CHARS) -> str:
+    return fmt.shorten(fmt.plain(text), width)

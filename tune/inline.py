@@ -18,9 +18,11 @@ def run_inline(session: Session) -> None:
             run = run_trial(spec)
             while not session.stop_requested:
                 try:
-                    next(run)
+                    so_far = next(run)
                 except StopIteration as stop:
                     session.trial_ended(spec.trial_id, stop.value)
+                    break
+                if session.stops_early(spec.trial_id, so_far):
                     break
             run.close()
 

@@ -2,6 +2,9 @@
 
     {"seq": 7, "time": "2026-11-21T10:00:00+00:00", "event": "trial_finished", ..., "crc": "1c291ca3"}
 
+The CRC is that of the bytes before it, so that ten thousand records are checked in milliseconds. Lines of the first
+version have the CRC of the event with its keys in order; they are read as well.
+
 A crash can only tear the last line. Opening for writing cuts a torn tail off (kept beside as `journal.torn`), reading
 passes over it; anything else that does not match its CRC is damage and is refused.
 """
@@ -15,6 +18,8 @@ from typing import Any
 from ngpt.durable import append_line, write_atomic
 
 Event = dict[str, Any]
+
+ENDING = len(', "crc": "1c291ca3"}')
 
 
 class JournalError(OSError):
@@ -33,10 +38,10 @@ class Journal:
     def append(self, event: str, **fields: Any) -> Event:
         """Adds an event and returns it once it is on disk."""
         body = {"seq": len(self.events) + 1, "time": datetime.now(UTC).isoformat(timespec="milliseconds")}
-        record: Event = body | {"event": event} | fields
-        append_line(self._file, json.dumps(record | {"crc": _crc(record)}, allow_nan=False))
+        text = json.dumps(body | {"event": event} | fields, allow_nan=False)
+        append_line(self._file, text[:-1] + _ending(text.encode()[:-1]).decode())
         # As a reader will see it: tuples are lists now, and nothing is shared with the caller.
-        self.events.append(json.loads(json.dumps(record)))
+        self.events.append(json.loads(text))
         return self.events[-1]
 
     def close(self) -> None:
@@ -54,26 +59,34 @@ def read_journal(path: Path) -> list[Event]:
     *lines, _torn = path.read_bytes().split(b"\n")
     events: list[Event] = []
     for number, line in enumerate(lines, 1):
-        event = _parse(line)
+        event = parse_line(line)
         if event is None or event["seq"] != number:
             raise JournalError(f"{path}:{number}: this line does not match its CRC or its number; the file was changed")
         events.append(event)
     return events
 
 
-def _parse(line: bytes) -> Event | None:
+def parse_line(line: bytes) -> Event | None:
+    """The event of a line without its newline, or None if it does not match its CRC."""
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    if not isinstance(record, dict) or record.pop("crc", None) != _crc(record):
+    if not isinstance(record, dict):
         return None
-    return record
+    crc = record.pop("crc", None)
+    sound = line[-ENDING:] == _ending(line[:-ENDING]) or crc == _crc(record)
+    return record if sound else None
+
+
+def _ending(start: bytes) -> bytes:
+    """How a line ends that starts so."""
+    return f', "crc": "{zlib.crc32(start):08x}"}}'.encode()
 
 
 def _crc(record: Event) -> str:
-    text = json.dumps(record, sort_keys=True, allow_nan=False)
-    return f"{zlib.crc32(text.encode()):08x}"
+    """The CRC of an event with its keys in order."""
+    return f"{zlib.crc32(json.dumps(record, sort_keys=True).encode()):08x}"
 
 
 def _cut_torn_tail(path: Path) -> None:

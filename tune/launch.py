@@ -10,8 +10,9 @@ from typing import Generic, TypeVar
 from ngpt.tracker import settled
 from tune import environment
 from tune.campaign import Campaign
+from tune.changes import check_changes, find_changes
 from tune.console import Snapshot, open_console
-from tune.corpus import describe_data, prepare_all
+from tune.corpus import check_all, describe_data, prepare_all
 from tune.estimate import check_budget
 from tune.inline import run_inline
 from tune.session import Session
@@ -27,6 +28,7 @@ def launch(
     command: str,
     inline: bool = False,
     address: str | None = None,
+    allow_change: bool = False,
     view: Callable[[Callable[[], Snapshot]], contextlib.AbstractContextManager] = open_console,
 ) -> tuple[Summary, int]:
     """Trains what is missing in `root`; returns the campaign's summary and the signal that ended the run, or 0.
@@ -37,18 +39,24 @@ def launch(
         command: how to start it again, for people.
         inline: run in this process instead of on Ray.
         address: of a running Ray cluster; None starts a private one.
+        allow_change: go on also where the campaign changes what the results in `root` mean (tune/changes.py).
         view: makes the context manager that shows progress and has a `message` method.
 
     Raises:
         Busy: another process runs on `root`.
-        ConfigError: the budget is too small, the corpora cannot be prepared or have changed, or the tracker cannot do
-            what is asked of it.
+        CorruptShardError: a shard is not as it was when it was first used.
+        ConfigError: the budget is too small, the corpora cannot be prepared or have changed, what the results mean has
+            changed, or the tracker cannot do what is asked of it.
         OSError: the disk.
         ExecutorLost: Ray stopped before the campaign was over.
     """
     check_budget(campaign, root)
     session = Session(campaign, root, command=command, environment=environment.describe(campaign.base.device))
     with session, contextlib.ExitStack() as stack:
+        changes = find_changes(session.campaign, session.state)
+        check_changes(changes, allowed=allow_change)
+        for line in changes.lines():
+            tell(line)
         work = session.has_work()
         if work:  # asked once for all trials: each would wait for a server that is not there
             session.wandb_mode = settled(campaign.base.tracker, root / "trials" / "*", tell).wandb
@@ -64,7 +72,7 @@ def launch(
             session.workers, session.dashboard_url = cluster.workers, cluster.dashboard_url
             tell(f"dashboard {cluster.dashboard_url}  workers {cluster.workers}")
         prepared.result()
-        session.begin(describe_data(campaign.base))
+        session.begin(describe_data(campaign.base) | {"shards": check_all(campaign)})
         session.message = stack.enter_context(view(session.snapshot)).message
         if cluster is None:
             run_inline(session)

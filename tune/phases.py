@@ -88,9 +88,9 @@ class PhaseReader:
         if check_name(self.problems, name, where, "phase"):
             if RESERVED.fullmatch(name):
                 self.problems.add(where, f"{name!r} is a name that the results directory needs for itself")
-            if name in self._seen:
+            if name.lower() in self._seen:  # not every file system can tell P from p
                 self.problems.add(where, f"two phases are named {name!r}")
-            self._seen.add(name)
+            self._seen.add(name.lower())
         return str(name)
 
     def _seeds(self, raw: Mapping[str, Any], at: Location) -> tuple[int, ...] | Fresh:

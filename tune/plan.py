@@ -9,7 +9,7 @@ from typing import Any
 from ngpt.config import ConfigError, content_hash, override, settings
 from ngpt.data.corpora import fingerprint, order_settings
 from ngpt.flops import flops_per_token
-from ngpt.train import TrainConfig, resolved
+from ngpt.train import TrainConfig, resolved, rollback_settings
 from tune.arms import BASELINE, Arm
 from tune.campaign import Campaign, Fresh, Phase
 from tune.combine import Better, joins
@@ -137,11 +137,14 @@ def _planned(campaign: Campaign, phase: Phase, winners: Mapping[str, Overrides],
     base = inherited | dict(phase.pinned)
     seeds = phase.seeds if isinstance(phase.seeds, tuple) else fresh_seeds(campaign, phase)
     reference = baseline_config(campaign, inherited, phase.pinned)
-    arms = {resolved(reference): PlannedArm(BASELINE.name, {}, ())}
+    whole = resolved(reference)
+    arms = {whole: PlannedArm(BASELINE.name, {}, ())}
     for arm in found:
         winner = winners[arm.inherit] if arm.inherit else {}
         start = {name: value for name, value in winner.items() if name not in phase.pinned}
-        config = arm_config(campaign, reference, start | dict(arm.overrides))
+        changes = start | dict(arm.overrides)
+        same_data = not any(name.startswith("data.") for name in changes)  # then the vocabulary is known
+        config = arm_config(campaign, whole if same_data else reference, changes)
         changed = {k: v for k, v in start.items() if k not in base or base[k] != v} | dict(arm.overrides)
         if config not in arms or (arms[config].name == BASELINE.name and not arm.inherit):
             arms[config] = PlannedArm(arm.name, changed, ())
@@ -213,9 +216,14 @@ def trial_id(config: TrainConfig) -> str:
 
     Where the data lie does not matter, so corpus, path and tokenizer enter through the fingerprint of their content.
     """
+    return f"{_identity(config)}-s{config.seed}"
+
+
+def _identity(config: TrainConfig) -> str:
+    """What the ids of an arm's trials have in common."""
     data = {name for name in settings(TrainConfig) if name.startswith("data.")}
-    extra = {"data": fingerprint(config.data)} | order_settings(config.data)
-    return f"{content_hash(config, leave_out=data | {'seed'}, extra=extra)}-s{config.seed}"
+    extra = {"data": fingerprint(config.data)} | order_settings(config.data) | rollback_settings(config)
+    return content_hash(config, leave_out=data | {"seed"}, extra=extra)
 
 
 def fresh_seeds(campaign: Campaign, phase: Phase) -> tuple[int, ...]:
@@ -288,6 +296,7 @@ def trial_flops(config: TrainConfig) -> float:
 def _trials(
     phase: Phase, arm: PlannedArm, base: Overrides, config: TrainConfig, seeds: tuple[int, ...]
 ) -> Iterator[Trial]:
+    identity, overrides = _identity(config), dict(base) | dict(arm.overrides)
     for seed in seeds:
         seeded = config.model_copy(update={"seed": seed})
-        yield Trial(trial_id(seeded), phase.name, arm.name, seed, dict(base) | dict(arm.overrides), seeded)
+        yield Trial(f"{identity}-s{seed}", phase.name, arm.name, seed, overrides, seeded)

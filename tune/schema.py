@@ -15,6 +15,7 @@ from tune.space import Search
 
 METRICS = ("val_loss", "val_bpb", "train_loss")
 GOALS = ("minimize", "maximize")
+STOPPERS = ("asha",)  # how trials may be stopped early
 HOLDS = ("tokens", "steps", "seconds")  # what is equal between arms
 KINDS = (*SWEEPS, "runs", "combine", "search")  # what a phase does, exactly one of them
 MOST_TRIALS = 10_000  # of a campaign
@@ -49,6 +50,22 @@ class Budget(Config):
     hours: Annotated[float, Field(gt=0)] | None = None  # after which none begins
 
 
+class EarlyStop(Config):
+    """When a search ends a trial before all its steps (tune/early_stop.py)."""
+
+    method: Annotated[str, one_of(STOPPERS, "method")] = "asha"
+    reduction: Annotated[int, Field(ge=2)] = 3  # one in so many goes on at a rung, and the next is so many times as far
+    first: Annotated[int, Field(ge=1)]  # rung, in steps of the phase's baseline
+
+    def rungs(self, steps: int) -> list[int]:
+        """Where trials are held against each other, before the end of `steps`."""
+        found, rung = list[int](), self.first
+        while rung < steps:
+            found.append(rung)
+            rung *= self.reduction
+        return found
+
+
 class Header(Config):
     """The part of the file that is settings; names, seeds, base and phases are read on their own."""
 
@@ -60,6 +77,7 @@ class Header(Config):
     resources: Resources = Resources()
     noise: Annotated[float, Field(gt=0)] | None = None  # sd of the metric between seeds, for --plan
     budget: Budget = Budget()
+    early_stop: EarlyStop | None = None
 
 
 @dataclass(frozen=True)
@@ -82,6 +100,7 @@ class Phase:
     combine: tuple[str, ...] = ()  # the phases whose better arms are joined here
     search: Search | None = None  # what optuna proposes arms from, batch by batch
     hold: str | None = None  # what is equal between the arms of this phase; None: what the campaign holds
+    stops_early: bool = False  # whether `early_stop:` of the campaign applies: to phases that search
 
     @property
     def needs(self) -> set[str]:
@@ -126,6 +145,7 @@ class Campaign:
     resources: Resources
     noise: float | None
     budget: Budget
+    early_stop: EarlyStop | None
     phases: tuple[Phase, ...]
     text: str  # the file as given
     assignments: tuple[str, ...]  # --set

@@ -1,17 +1,22 @@
-"""What a journal says: a fold over its events. The running campaign, `status` and `report` all read it from here."""
+"""What a journal says: a fold over its events. The running campaign, `status` and `report` all read it from here.
+
+It knows nothing of plans and configs: who only looks at a campaign does not wait for torch to be imported.
+"""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
-from tune.campaign import Campaign
+from ngpt.config import ConfigError
 from tune.combine import Better
-from tune.journal import Event
-from tune.plan import Overrides, PlannedPhase, preview
+from tune.journal import Event, read_journal
 from tune.verdicts import Outcome
 
-DONE = ("finished", "diverged")  # statuses that are results: such a trial is not run again
+Overrides = Mapping[str, Any]  # settings by dotted name
+
+DONE = ("finished", "diverged", "stopped")  # statuses that are results: such a trial is not run again
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,8 @@ class State:
         result = self.results.get(trial_id)
         if result is None:
             return Outcome("missing", None)
+        if result["status"] == "stopped":  # early: its values are of fewer steps than those of the others
+            return Outcome("stopped", None)
         return Outcome(result["status"], result["metrics"].get(metric or self.campaign["metric"]["name"]))
 
     def session_seconds(self) -> float:
@@ -114,41 +121,16 @@ def replay(events: Iterable[Event]) -> State:
     return state
 
 
-def planned_event(phase: PlannedPhase) -> dict[str, Any]:
-    """The fields of `phase_planned`."""
-    return {
-        "phase": phase.name,
-        "inherit": phase.inherit,
-        "base": dict(phase.base),
-        "baseline": phase.baseline,
-        "seeds": list(phase.seeds),
-        "swept": {name: list(values) for name, values in phase.swept.items()},
-        "arms": [
-            {
-                "arm": arm.name,
-                "overrides": dict(arm.overrides),
-                "trials": [[trial.seed, trial.trial_id] for trial in arm.trials],
-            }
-            for arm in phase.arms
-        ],
-    }
+def read_state(root: Path) -> State:
+    """The state of the campaign in a results directory.
 
-
-def past_winner(state: State, phase: PlannedPhase) -> str | None:
-    """The arm that has won the phase already, if it is still the same phase."""
-    past = state.phases.get(phase.name)
-    same = past and set(past.trial_ids) == {trial.trial_id for trial in phase.trials}
-    return past.winner if past and same and past.winner in [arm.name for arm in phase.arms] else None
-
-
-def expected_phases(campaign: Campaign, state: State) -> list[PlannedPhase]:
-    """All phases as they are planned from what the journal knows; see `preview` for what it does not know."""
-    return preview(
-        campaign,
-        known_winner=lambda phase: past_winner(state, phase),
-        known_better=lambda phase: state.phases[phase.name].better,
-        outcome=state.outcome,
-    )
+    Raises:
+        ConfigError: there is no campaign in `root`.
+    """
+    state = replay(read_journal(root / "journal.jsonl"))
+    if not state.campaign:
+        raise ConfigError(f"{root} is not a results directory: it has no journal.jsonl with a campaign in it")
+    return state
 
 
 def _phase(event: Event) -> PhaseState:

@@ -10,8 +10,8 @@ from filelock import FileLock, Timeout
 
 from ngpt.tracker import read_metrics
 from tune.console import Running, Snapshot
-from tune.state import DONE, PhaseState, State
-from tune.summary import read_state, summarize_phase
+from tune.phase_summary import summarize_phase
+from tune.state import DONE, PhaseState, State, read_state
 
 LOCK_FILE = "campaign.lock"  # held by the process that runs the campaign
 

@@ -4,32 +4,28 @@ Everything here is a pure function of the journal and of the trials' `metrics.js
 `report` gives the same rows.
 """
 
+import hashlib
 import json
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
-from ngpt.config import ConfigError
 from ngpt.durable import write_atomic, write_json
 from ngpt.tracker import read_metrics
 from tune import format as fmt
 from tune.budget import left_out_sentence
 from tune.claims import judge_claims
 from tune.costs import account
-from tune.evidence import ClaimArm, Evidence
-from tune.journal import read_journal
+from tune.evidence import Evidence
+from tune.phase_summary import Record, Summary, count_statuses, phase_records, summarize_phase
 from tune.schema import Claim
-from tune.state import ArmState, PhaseState, State, replay
-from tune.verdicts import ArmVerdict, Outcome, judge
+from tune.selectors import ClaimArm
+from tune.state import PhaseState, State, read_state
 
-Record = dict[str, Any]
-Summary = dict[str, Any]
-
-# One column of an arm's averages: how it is computed from the metrics of its finished trials.
-AVERAGES = ("val_bpb", "train_loss", "tokens_per_second", "peak_memory_bytes")
+# What is derived from the journal, of a phase and of the campaign; and where their digests are.
+DERIVED = ("trials.jsonl", "summary.json", "summary.parquet", "curves.parquet", "report.html", "report.md")
+ROWS = ("metrics.jsonl", "histograms.jsonl")
+DIGESTS = "derived.json"
 CURVE_COLUMNS = {
     "phase": "string",
     "arm": "string",
@@ -53,72 +49,11 @@ CURVE_COLUMNS = {
 }
 
 
-def phase_records(state: State, phase: PhaseState) -> list[Record]:
-    """One record per trial of the phase that has a result, seed by seed and arm by arm."""
-    records = []
-    for seed in phase.seeds:
-        for arm in phase.arms:
-            result = state.results.get(arm.trial_ids[seed])
-            if result is not None:
-                records.append(_record(state, phase, arm, seed, result))
-    return records
+def summarize_campaign(state: State, phases: Sequence[Summary], claims: Sequence[Claim] | None = None) -> Summary:
+    """The whole campaign: the answer first, then its phases. `phases` are the phase summaries, in order.
 
-
-def summarize_phase(state: State, phase: PhaseState) -> Summary:
-    """The arms of a phase, ranked and judged, with everything that is needed to say so."""
-    rules = state.campaign
-    metric = rules["metric"]
-    cells = _cells(state, phase, metric["name"])
-    judgement = judge(
-        cells,
-        baseline=phase.baseline,
-        goal=metric["goal"],
-        confidence=rules["confidence"],
-        min_effect=rules["min_effect"],
-        metric=metric["name"],
-    )
-    losses = judgement  # the spread of an arm does not depend on goal and min_effect
-    if metric["name"] != "val_loss":
-        losses = judge(_cells(state, phase, "val_loss"), baseline=phase.baseline, confidence=rules["confidence"])
-    spreads = {arm.arm: _spread(arm) for arm in losses.arms}
-    by_name = {arm.name: arm for arm in phase.arms}
-    arms = [
-        _arm_summary(state, by_name[verdict.arm], verdict, rank) | {"val_loss": spreads[verdict.arm]}
-        for rank, verdict in enumerate(judgement.arms, 1)
-    ]
-    statuses = [cell.status for row in cells.values() for cell in row.values()]
-    records = phase_records(state, phase)
-    own = [record for record in records if record["reused_from"] is None]
-    return {
-        "campaign": rules["campaign"],
-        "phase": phase.name,
-        "metric": metric,
-        "confidence": rules["confidence"],
-        "min_effect": rules["min_effect"],
-        "seeds": list(phase.seeds),
-        "inherit": phase.inherit,
-        "base": dict(phase.base),
-        "swept": dict(phase.swept),
-        "arms": arms,
-        "baseline": phase.baseline,
-        "winner": judgement.winner,
-        "why": judgement.why if len(arms) > 1 else "there is nothing to compare: its only arm is the baseline itself",
-        "noise": {
-            "sd": judgement.noise_sd,
-            "method": judgement.method,
-            "correlation": judgement.correlation,
-            "df": judgement.df,
-            "smallest_detectable": judgement.smallest_detectable,
-        },
-        "warnings": judgement.warnings + _warnings(phase, arms, judgement.winner, records),
-        "trials": _counts(statuses, reused=len(records) - len(own)),
-        "tokens": sum(record["metrics"].get("tokens") or 0 for record in own),
-        "seconds": sum(record["seconds"] for record in own),
-    }
-
-
-def summarize_campaign(state: State, phases: Sequence[Summary]) -> Summary:
-    """The whole campaign: the answer first, then its phases. `phases` are the phase summaries, in order."""
+    `claims` are judged instead of those that the campaign's own file has.
+    """
     rules = state.campaign
     # Sorted: a set's order differs from process to process, and so would the last digit of a sum.
     planned = sorted({trial_id for phase in state.phases.values() for trial_id in phase.trial_ids})
@@ -130,7 +65,7 @@ def summarize_campaign(state: State, phases: Sequence[Summary]) -> Summary:
         "status": state.status,
         "metric": rules["metric"],
         "answer": _answer(state, phases),
-        "trials": _counts(statuses, reused=sum(phase["trials"]["reused"] for phase in phases)),
+        "trials": count_statuses(statuses, reused=sum(phase["trials"]["reused"] for phase in phases)),
         "tokens": sum(result["metrics"].get("tokens") or 0 for result in results.values()),
         "seconds": state.seconds + state.session_seconds(),
         "trial_seconds": sum(result["seconds"] for result in results.values()),
@@ -138,14 +73,20 @@ def summarize_campaign(state: State, phases: Sequence[Summary]) -> Summary:
         "started_at": rules["time"],
         "environment": rules["environment"],
         "data": rules["data"],
+        "base": rules.get("base", {}),
         "command": rules["command"],
         "phases": list(phases),
-        "claims": summarize_claims(state, [Claim(**claim) for claim in rules.get("claims", [])]),
+        "claims": summarize_claims(state, own_claims(state) if claims is None else claims),
         "problems": _problems(state),
         "left_out": dict(state.left_out),  # trials by phase, where a budget stopped the campaign
         "warnings": [f"{phase['phase']}: {warning}" for phase in phases for warning in phase["warnings"]]
         + ([left_out_sentence(state.left_out)] if state.left_out else []),
     }
+
+
+def own_claims(state: State) -> list[Claim]:
+    """The claims of the file that the campaign was run from."""
+    return [Claim(**claim) for claim in state.campaign.get("claims", [])]
 
 
 def summarize_claims(state: State, claims: Sequence[Claim]) -> list[dict[str, Any]]:
@@ -192,98 +133,40 @@ def write_phase(root: Path, state: State, phase: PhaseState) -> Summary:
     return summary
 
 
-def write_campaign(root: Path, state: State) -> Summary:
-    """Writes all derived files of a results directory from its state, and returns the campaign's summary."""
+def write_campaign(root: Path, state: State, claims: Sequence[Claim] | None = None) -> Summary:
+    """Writes all derived files of a results directory from its state, and returns the campaign's summary.
+
+    `claims` are judged instead of those that the campaign's own file has.
+    """
     from tune.report import write_report
 
-    summary = summarize_campaign(state, [write_phase(root, state, phase) for phase in state.phases.values()])
+    phases = [write_phase(root, state, phase) for phase in state.phases.values()]
+    summary = summarize_campaign(state, phases, claims)
     write_json(root / "summary.json", summary)
     curves = [row for phase in state.phases.values() for row in curve_rows(root, phase_records(state, phase))]
     write_report(root, summary, curves)
+    _write_digests(root, state)
     return summary
+
+
+def _write_digests(root: Path, state: State) -> None:
+    """The SHA-256 of each derived file and of the rows it comes from, so that `verify` knows what was changed since."""
+    trials = [root / "trials" / trial_id for phase in state.phases.values() for trial_id in phase.trial_ids]
+    folders = [root, *(root / phase for phase in state.phases), *trials]
+    paths = [path for folder in folders for name in (*DERIVED, *ROWS) if (path := folder / name).is_file()]
+    digests = {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+    write_json(root / DIGESTS, sealed(digests))
+
+
+def sealed(digests: Mapping[str, str]) -> dict[str, str]:
+    """The digests with one of their own."""
+    text = json.dumps(dict(digests), sort_keys=True)
+    return dict(digests) | {"sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def settings_text(overrides: Mapping[str, Any]) -> str:
     """Overrides for people: `alpha=0.2, project_every=10`, or `the base as it is`."""
     return fmt.settings({name.rpartition(".")[2]: value for name, value in overrides.items()}, "the base as it is")
-
-
-def _record(state: State, phase: PhaseState, arm: ArmState, seed: int, result: Mapping[str, Any]) -> Record:
-    trained_in = result["phase"]
-    return {
-        "campaign": state.campaign["campaign"],
-        "phase": phase.name,
-        "arm": arm.name,
-        "trial_id": result["trial_id"],
-        "seed": seed,
-        "overrides": dict(phase.base) | dict(arm.overrides),
-        "config": result["config"],
-        "status": result["status"],
-        "metrics": result["metrics"],
-        "error": result["error"],
-        "attempt": result["attempt"],
-        "started_at": result["started_at"],
-        "seconds": result["seconds"],
-        "provenance": result["provenance"],
-        "reused_from": None if trained_in == phase.name else trained_in,
-    }
-
-
-def _cells(state: State, phase: PhaseState, metric: str) -> dict[str, dict[int, Outcome]]:
-    """Every arm's outcomes by seed, in terms of `metric`."""
-    return {
-        arm.name: {seed: state.outcome(trial_id, metric) for seed, trial_id in arm.trial_ids.items()}
-        for arm in phase.arms
-    }
-
-
-def _spread(verdict: ArmVerdict) -> dict[str, float | None]:
-    return {"mean": verdict.mean, "sd": verdict.sd, "ci_low": verdict.ci_low, "ci_high": verdict.ci_high}
-
-
-def _arm_summary(state: State, arm: ArmState, verdict: ArmVerdict, rank: int) -> dict[str, Any]:
-    results = [state.results[i] for i in arm.trial_ids.values() if i in state.results]
-    finished = [result for result in results if result["status"] == "finished"]
-    return {
-        "arm": arm.name,
-        "rank": rank,
-        "overrides": dict(arm.overrides),
-        "n": verdict.n,
-        "score": _spread(verdict),  # of the campaign's metric
-        "delta": asdict(verdict.delta) if verdict.delta else None,
-        "verdict": verdict.verdict,
-        "tied_with_winner": verdict.tied_with_winner,
-        **{name: _mean(result["metrics"].get(name) for result in finished) for name in AVERAGES},
-        "tokens": max((result["metrics"]["tokens"] for result in finished), default=None),
-        "seconds": _mean(result["seconds"] for result in finished),
-        "trial_ids": list(arm.trial_ids.values()),
-    }
-
-
-def _warnings(phase: PhaseState, arms: list[dict[str, Any]], winner: str, records: list[Record]) -> list[str]:
-    """What a careful reader would ask about, apart from the noise."""
-    found = []
-    chosen = next(arm for arm in arms if arm["arm"] == winner)
-    for setting, values in phase.swept.items():
-        numbers = sorted(value for value in values if isinstance(value, int | float) and not isinstance(value, bool))
-        value = chosen["overrides"].get(setting)
-        if winner != phase.baseline and len(numbers) > 2 and value in (numbers[0], numbers[-1]):
-            end = "lower" if value == numbers[0] else "upper"
-            found.append(f"the winner is at the {end} end of the range of {setting}; the best value may lie beyond it")
-    tokens = {arm["arm"]: arm["tokens"] for arm in arms if arm["tokens"] is not None}
-    if len(set(tokens.values())) > 1:
-        listed = ", ".join(f"{name} {count}" for name, count in tokens.items())
-        found.append(f"the arms saw different numbers of training tokens: {listed}")
-    for name, what in {"device": "devices", "code_sha256": "versions of the code", "data_sha256": "data"}.items():
-        if len(different := {str(record["provenance"].get(name)) for record in records if record["error"] is None}) > 1:
-            found.append(f"its trials come from different {what}: {', '.join(sorted(different))}")
-    replaced: Counter[str] = Counter()
-    for record in records:
-        replaced[record["arm"]] += record["metrics"].get("r_replaced") or 0
-    for arm in arms:
-        if count := replaced[arm["arm"]]:
-            found.append(f"{arm['arm']}: {count:.0f} divisors r of its norm mode were not finite and became 1")
-    return found
 
 
 def _answer(state: State, phases: Sequence[Summary]) -> dict[str, Any]:
@@ -346,18 +229,9 @@ def _problems(state: State) -> list[dict[str, Any]]:
     kept, problems = ("phase", "arm", "seed", "trial_id", "status", "error"), {}
     for phase in state.phases.values():
         for record in phase_records(state, phase):
-            if record["status"] != "finished":
+            if record["status"] not in ("finished", "stopped"):
                 problems.setdefault(record["trial_id"], {name: record[name] for name in kept})
     return list(problems.values())
-
-
-def _counts(statuses: Sequence[str], *, reused: int) -> dict[str, int]:
-    counts = {name: statuses.count(name) for name in ("finished", "diverged", "failed", "stopped")}
-    return {"total": len(statuses)} | counts | {"reused": reused}
-
-
-def _mean(values: Iterable[float | None]) -> float | None:
-    return fmean(known) if (known := [value for value in values if value is not None]) else None
 
 
 def _columns(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -391,18 +265,9 @@ def _write_parquet(path: Path, rows: list[dict[str, Any]], columns: Mapping[str,
     write_atomic(path, sink.getvalue().to_pybytes())
 
 
-def read_state(root: Path) -> State:
-    """The state of the campaign in a results directory.
+def rebuild(root: Path, claims: Sequence[Claim] | None = None) -> Summary:
+    """Writes all derived files of a results directory anew and returns the campaign's summary.
 
-    Raises:
-        ConfigError: there is no campaign in `root`.
+    `claims` are judged instead of those that the campaign's own file has, until the files are written again.
     """
-    state = replay(read_journal(root / "journal.jsonl"))
-    if not state.campaign:
-        raise ConfigError(f"{root} is not a results directory: it has no journal.jsonl with a campaign in it")
-    return state
-
-
-def rebuild(root: Path) -> Summary:
-    """Writes all derived files of a results directory anew and returns the campaign's summary."""
-    return write_campaign(root, read_state(root))
+    return write_campaign(root, read_state(root), claims)

@@ -13,7 +13,12 @@ from tune.figures import MARKERS, Figure, label, verdict_slug
 from tune.importance import is_number, sweep_axes
 
 MOST_LINES = 400  # arms in parallel coordinates, best first
-MOST_BARS = 40  # arms up to which each has its interval against speed
+MOST_BARS = 40  # arms up to which each has its interval and its label against speed
+LONGEST_LABEL = 26  # of a name beside its point
+LEAST_SPAN = 0.1  # of the speed, what its axis shows at least
+# Where labels go, in pixels of a wide screen; a narrow one shows the ranks only.
+PLOT, CHAR = (940, 250), 7.2
+SIDES = ("middle right", "middle left", "top center", "bottom center")
 MOST_TICKS = 8  # values written at one axis
 WIDE_RANGE = 30  # largest over smallest from which an axis is logarithmic
 # Groups of arms by rank, with their colours; a few arms make two groups only.
@@ -37,17 +42,27 @@ def speed_figure(phase: Mapping[str, Any]) -> Figure | None:
     ]
     if len(arms) < 2:
         return None
-    speeds = [arm["tokens_per_second"] for arm in arms]
-    middle = (min(speeds) + max(speeds)) / 2
+    points = [(arm["tokens_per_second"], arm["score"]["mean"]) for arm in arms]
+    span = _speed_span([x for x, _ in points])
+    ranks = [str(arm.get("rank") or n) for n, arm in enumerate(arms, 1)]
+    # The middle of a long name is what it differs by: its rank says more.
+    shorts = [fmt.plain(arm["arm"]) if len(fmt.plain(arm["arm"])) <= LONGEST_LABEL else "" for arm in arms]
+    names = [f"{rank} {label(short)}" if short else rank for rank, short in zip(ranks, shorts, strict=True)]
+    marks = [("", "middle right")] * len(arms)
+    if len(arms) <= MOST_BARS:
+        marks = label_places(points, span, list(zip(names, ranks, strict=True)))
     data = []
     for verdict in fmt.VERDICTS:
-        own = [arm for arm in arms if arm["verdict"] == verdict]
-        data += [_speed_trace(verdict, own, phase, middle)] if own else []
+        own = [i for i, arm in enumerate(arms) if arm["verdict"] == verdict]
+        if own:
+            trace = _speed_trace(verdict, [arms[i] for i in own], bars=len(phase["arms"]) <= MOST_BARS)
+            words = {"text": [marks[i][0] for i in own], "textposition": [marks[i][1] for i in own]}
+            data.append(trace | words | {"customdata": [ranks[i] if marks[i][0] else "" for i in own]})
     name = label((phase.get("metric") or {}).get("name"), 40)
     layout = {
         "height": 340,
         "margin": {"l": 8, "r": 16, "t": 30, "b": 46},
-        "xaxis": {"title": {"text": "training tokens per second"}, "tickformat": "~s"},
+        "xaxis": {"title": {"text": "training tokens per second"}, "tickformat": "~s", "range": list(span)},
         "yaxis": {"title": {"text": name}, "automargin": True},
         "hovermode": "closest",
         "legend": {"orientation": "h", "x": 0, "y": 1, "xanchor": "left", "yanchor": "bottom"},
@@ -56,12 +71,53 @@ def speed_figure(phase: Mapping[str, Any]) -> Figure | None:
     return {"data": data, "layout": layout}
 
 
-def _speed_trace(verdict: str, arms: Sequence[Mapping[str, Any]], phase: Mapping[str, Any], middle: float) -> Figure:
-    """The arms of one verdict; the winner and the baseline are named on the side towards the `middle` speed."""
+def _speed_span(speeds: Sequence[float]) -> tuple[float, float]:
+    """The range of the axis: so wide that the scatter of a clock does not look like a gain."""
+    low, high = min(speeds), max(speeds)
+    half = max((high - low) * 0.6, LEAST_SPAN / 2 * (low + high) / 2)
+    return round((low + high) / 2 - half, 1), round((low + high) / 2 + half, 1)
+
+
+def label_places(
+    points: Sequence[tuple[float, float]], span: tuple[float, float], texts: Sequence[tuple[str, str]]
+) -> list[tuple[str, str]]:
+    """A label and its side for each point, such that nothing overlaps; earlier points choose first.
+
+    `texts` are a long and a short form; where neither fits, as in a crowd, the short one stands on the right.
+    """
+    width, height = PLOT
+    heights = [y for _, y in points]
+    tall = (max(heights) - min(heights)) * 1.4 or 1.0
+    spots = [((x - span[0]) / (span[1] - span[0]) * width, (y - min(heights)) / tall * height) for x, y in points]
+    taken = [(x - 7, x + 7, y - 7, y + 7) for x, y in spots]
+    chosen = []
+    for (x, y), forms in zip(spots, texts, strict=True):
+        options = [(text, side, _label_box(x, y, text, side)) for text in forms for side in SIDES]
+        free = (option for option in options if option[2][0] >= 0 and option[2][1] <= width)
+        fits = (option for option in free if all(_apart(option[2], other) for other in taken))
+        text, side, box = next(fits, (forms[-1], SIDES[0], _label_box(x, y, forms[-1], SIDES[0])))
+        taken.append(box)
+        padding = "  " if side in SIDES[:2] else ""
+        chosen.append((f"{padding}{text}{padding}", side))
+    return chosen
+
+
+def _label_box(x: float, y: float, text: str, side: str) -> tuple[float, float, float, float]:
+    """Left, right, lower and upper edge in pixels."""
+    wide, (vertical, horizontal) = CHAR * len(text), side.split()
+    left = {"right": x + 8, "left": x - 8 - wide, "center": x - wide / 2}[horizontal]
+    low = y + {"middle": -7, "top": 8, "bottom": -22}[vertical]
+    return left, left + wide, low, low + 14
+
+
+def _apart(one: tuple[float, float, float, float], other: tuple[float, float, float, float]) -> bool:
+    return one[1] <= other[0] or other[1] <= one[0] or one[3] <= other[2] or other[3] <= one[2]
+
+
+def _speed_trace(verdict: str, arms: Sequence[Mapping[str, Any]], *, bars: bool) -> Figure:
+    """The arms of one verdict, each with the interval of its difference from the baseline."""
     color = f"var(--{verdict_slug(verdict)})"
-    named = (phase.get("winner"), phase.get("baseline"))
-    bars = len(phase["arms"]) <= MOST_BARS
-    halves = [fmt.half_width(arm["score"]) or 0 for arm in arms]
+    halves = [fmt.half_width(arm.get("delta")) or 0 for arm in arms]
     return {
         "type": "scatter",
         "mode": "markers+text",
@@ -75,8 +131,6 @@ def _speed_trace(verdict: str, arms: Sequence[Mapping[str, Any]], phase: Mapping
             "symbol": MARKERS.get(verdict, "x"),
             "line": {"color": color, "width": 2},
         },
-        "text": [f"  {label(arm['arm'], 18)}  " if arm["arm"] in named else "" for arm in arms],
-        "textposition": ["middle left" if arm["tokens_per_second"] > middle else "middle right" for arm in arms],
         "cliponaxis": False,
         "hovertext": [
             f"{label(arm['arm'])}<br>{fmt.mean_interval(arm['score'])} at {fmt.count(arm['tokens_per_second'])} tok/s"

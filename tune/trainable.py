@@ -8,10 +8,10 @@ import ray.tune
 import torch
 from ray.util.metrics import Gauge
 
-from ngpt.train import Metrics
 from tune.trial import TrialSpec, run_trial
 
-RESULT = "trial_result"  # the key of a trial's last report that holds its TrialResult
+# The keys of a trial's reports: what came of it in the last one, and what it has reached so far in the others.
+RESULT, SO_FAR = "trial_result", "trial_so_far"
 
 
 class TrialWorker(ray.tune.Trainable):
@@ -57,15 +57,15 @@ class TrialWorker(ray.tune.Trainable):
         title = ray._private.worker._changeproctitle(f"ray::{self._spec.name}", "ray::TrialWorker")
         try:
             with title:
-                metrics: Metrics = next(self._run)
+                so_far = next(self._run)
         except StopIteration as stop:
             self._failed = stop.value.status == "failed"
             return {RESULT: stop.value, "done": True}
         phase, arm = self._spec.phase, self._spec.arm
         for name, gauge in self._gauges.items():
-            if (value := metrics.get(name)) is not None:
+            if (value := so_far.metrics.get(name)) is not None:
                 gauge.set(value, tags={"phase": phase, "arm": arm, "seed": str(self._spec.seed)})
-        return {"step": metrics["step"]}
+        return {SO_FAR: so_far}
 
     def cleanup(self) -> None:
         self._run.close()

@@ -18,6 +18,8 @@ import torch
 from ngpt.config import flatten
 from ngpt.data.corpora import DataConfig, Dataset, open_dataset
 from ngpt.durable import write_json
+from ngpt.memory import peak_memory
+from ngpt.secrets import redacted
 from ngpt.train import Metrics, TrainConfig, pick_device, train
 
 
@@ -42,7 +44,7 @@ class TrialSpec:
 
 @dataclass(frozen=True)
 class TrialResult:
-    """What came of one attempt. `status` is finished, diverged or failed; a failed one has an `error`."""
+    """What came of one attempt. `status` is finished, diverged, failed or stopped; the last two say why in `error`."""
 
     status: str
     metrics: Metrics = field(default_factory=dict)
@@ -52,34 +54,52 @@ class TrialResult:
     provenance: dict[str, Any] = field(default_factory=dict)
 
 
-def run_trial(spec: TrialSpec) -> Generator[Metrics, None, TrialResult]:
-    """Trains; yields metrics at each evaluation and returns what came of it.
+def run_trial(spec: TrialSpec) -> Generator[TrialResult, None, TrialResult]:
+    """Trains; yields at each evaluation what there is to say if it were stopped there, and returns what came of it.
 
     It continues from the newest intact checkpoint that an interrupted attempt left in `spec.folder`.
     """
     torch.set_num_threads(spec.threads)
     started_at, start = datetime.now(UTC).isoformat(timespec="milliseconds"), time.perf_counter()
     status, metrics, error, data = "failed", {}, None, {}
+
+    def so_far() -> TrialResult:
+        provenance = data | machine(spec.config.device, spec.threads) | {"pid": os.getpid()}
+        return TrialResult(status, metrics, error, started_at, time.perf_counter() - start, provenance)
+
     try:
-        spec.folder.mkdir(parents=True, exist_ok=True)
-        write_json(spec.folder / "config.json", flatten(spec.config))
-        (spec.folder / "metrics.jsonl").touch()  # there is one, however early the trial dies
-        result = yield from train(spec.config, spec.folder, resume="latest", dataset=opened(spec.config.data))
-        status, metrics, data = result.status, result.metrics, result.data
+        make_folder(spec.folder, spec.config)
+        dataset = opened(spec.config.data)
+        with contextlib.closing(train(spec.config, spec.folder, resume="latest", dataset=dataset)) as run:
+            status, data = "stopped", {"data_sha256": dataset.manifest["content_sha256"]}
+            try:
+                while True:
+                    metrics = unfinished(next(run), spec.config)
+                    yield so_far()
+            except StopIteration as stop:
+                status, metrics, data = stop.value.status, stop.value.metrics, stop.value.data
     except Exception as exception:
         # The one place where a trial's death becomes a record; the rest of the campaign goes on.
-        lines = traceback.format_exception(exception)
-        error = "".join(lines)[-4000:]
+        status, metrics, data = "failed", {}, {}
+        text = redacted("".join(traceback.format_exception(exception)))
+        error = text[-4000:]
         with contextlib.suppress(OSError):  # the disk may be full; the record has it, too
-            (spec.folder / "error.txt").write_text("".join(lines), encoding="utf-8")
-    return TrialResult(
-        status=status,
-        metrics=metrics,
-        error=error,
-        started_at=started_at,
-        seconds=time.perf_counter() - start,
-        provenance=data | machine(spec.config.device, spec.threads) | {"pid": os.getpid()},
-    )
+            (spec.folder / "error.txt").write_text(text, encoding="utf-8")
+    return so_far()
+
+
+def make_folder(folder: Path, config: TrainConfig) -> None:
+    """Makes a trial's folder with the files that every trial has, however early it ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", flatten(config))
+    (folder / "metrics.jsonl").touch()
+
+
+def unfinished(evaluation: Metrics, config: TrainConfig) -> Metrics:
+    """The metrics of a record, from those of an evaluation before the end; the parameters were not counted."""
+    scores = {name: value for name, value in evaluation.items() if name != "step"}
+    peak = peak_memory(pick_device(config.device))
+    return scores | {"steps": evaluation["step"], "peak_memory_bytes": peak, "n_params": None}
 
 
 @functools.lru_cache(maxsize=8)

@@ -13,7 +13,6 @@ import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +21,7 @@ import pydantic
 from filelock import FileLock
 
 from ngpt.config import Config, ConfigError, invalid, one_of, runtime, unknown
+from ngpt.data.checksums import shard_crc
 from ngpt.data.download import cache_folder
 from ngpt.data.index import index_shards, known_vocab_size, shard_paths, shard_vocab_size
 from ngpt.data.meter import Log, silent
@@ -159,10 +159,11 @@ def prepare(config: DataConfig, *, out: Path | None = None, log: Log = silent, w
     return final
 
 
-def open_dataset(config: DataConfig) -> Dataset:
-    """The corpus as arrays, prepared first where necessary; checks each shard once per process.
+def open_dataset(config: DataConfig, *, again: bool = False) -> Dataset:
+    """The corpus as arrays, prepared first where necessary; each shard is checked once, unless it has changed since.
 
-    Shards that preparation found corrupt are left out, and logged with path and reason.
+    Shards that preparation found corrupt are left out, and logged with path and reason. `again` reads all of the
+    others once more, as a campaign does at its start: a disk may lose a bit without changing a file's time.
 
     Raises:
         ConfigError: as `prepare`.
@@ -173,11 +174,12 @@ def open_dataset(config: DataConfig) -> Dataset:
     shards = _shard_folder(config, manifest, folder)
     for skipped in manifest["skipped"]:
         log.warning("corrupt shard left out: %s %s", shards / skipped["name"], skipped["reason"])
+
+    def opened(entry: dict[str, Any]) -> np.ndarray:
+        return _open_shard(shards / entry["name"], entry, folder, again=again)
+
     with ThreadPoolExecutor(READERS) as pool:  # checksums let other threads run
-        splits = {
-            split: tuple(pool.map(lambda entry: _open_shard(shards / entry["name"], entry, folder), counts["shards"]))
-            for split, counts in manifest["splits"].items()
-        }
+        splits = {split: tuple(pool.map(opened, counts["shards"])) for split, counts in manifest["splits"].items()}
     return Dataset(
         train=splits["train"],
         val=splits["val"],
@@ -312,19 +314,12 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _open_shard(path: Path, entry: dict[str, Any], folder: Path) -> np.ndarray:
+def _open_shard(path: Path, entry: dict[str, Any], folder: Path, *, again: bool) -> np.ndarray:
     """The part of a shard that belongs to the split, after a check against the manifest."""
     shard = read_shard(path)
-    state = path.stat()
-    if state.st_size != entry["size"] or _crc(path.resolve(), state.st_size, state.st_mtime_ns) != entry["crc32"]:
+    if path.stat().st_size != entry["size"] or shard_crc(path, again=again) != entry["crc32"]:
         raise CorruptShardError(path, f"is not as the manifest has it; remove {folder} to prepare it again")
     return np.asarray(shard.tokens)[entry["first"] : entry["first"] + entry["tokens"]]
-
-
-@cache
-def _crc(path: Path, size: int, changed: int) -> int:
-    """CRC32 of a shard's tokens; computed once per process unless the file changes."""
-    return token_crc(read_shard(path).tokens)
 
 
 def _open_token_bytes(folder: Path, manifest: dict[str, Any]) -> np.ndarray | None:

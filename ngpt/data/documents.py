@@ -79,14 +79,16 @@ def read_text(path: Path) -> Iterator[str]:
             raise ConfigError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
 
 
-def read_file(path: Path) -> bytes:
+def read_file(path: Path, *, most: int | None = None) -> bytes:
     """The content of a file that the user named.
 
     Raises:
-        ConfigError: there is no such file.
+        ConfigError: there is no such file, or it has more than `most` bytes.
     """
     if not path.is_file():
         raise ConfigError(f"no such file: {path}")
+    if most is not None and path.stat().st_size > most:
+        raise ConfigError(f"{path} is too large for what it should be: {path.stat().st_size} bytes, at most {most}")
     return path.read_bytes()
 
 

@@ -16,6 +16,7 @@ from ngpt.config import ConfigError
 from ngpt.data.documents import read_file
 
 VOCAB_SIZE = 50257
+LARGEST_VOCABULARY = 1 << 26  # bytes of any tokenizer's file; those with 250,000 tokens have 5 to 20 million
 SPECIAL = "<|endoftext|>"
 # The files by SHA-256, as published in tiktoken_ext/openai_public.py.
 FILES = {
@@ -101,8 +102,8 @@ def gpt2_vocab_size(folder: Path | None) -> int:
         return VOCAB_SIZE
     path = folder / "encoder.json"
     try:
-        return len({SPECIAL, *json.loads(read_file(path))})
-    except (TypeError, ValueError) as error:
+        return len({SPECIAL, *json.loads(read_file(path, most=LARGEST_VOCABULARY))})
+    except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not a vocabulary: {error}") from None
 
 
@@ -117,4 +118,4 @@ def gpt2_identity(folder: Path | None) -> str:
 
 
 def _hashes(folder: Path) -> dict[str, str]:
-    return {name: hashlib.sha256(read_file(folder / name)).hexdigest() for name in FILES}
+    return {name: hashlib.sha256(read_file(folder / name, most=LARGEST_VOCABULARY)).hexdigest() for name in FILES}

@@ -6,7 +6,7 @@ come when is in order.py.
 """
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -31,6 +31,11 @@ class EvalSet:
     n_tokens: int
     n_bytes: int | None
     sha256: str
+
+    def cut(self, rows: int) -> "EvalSet":
+        """The same tokens in batches of at most `rows` windows."""
+        parts = [zip(idx.split(rows), targets.split(rows), strict=True) for idx, targets in self.batches]
+        return replace(self, batches=[part for batch in parts for part in batch])
 
 
 def train_batch(

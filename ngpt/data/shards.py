@@ -137,6 +137,8 @@ def _is_header(path: Path, start: bytes, header: np.ndarray | None) -> bool:
         raise CorruptShardError(path, f"has version {header[1]}, this reads version {VERSION}")
     if header[5] != 0 and header[5] != _header_check(header):
         raise CorruptShardError(path, "damaged header: its check word is wrong")
+    if header[5] != 0 and header[6:].any():  # as we write it, the rest is zero
+        raise CorruptShardError(path, "damaged header: the words after the check word are not zero")
     return True
 
 

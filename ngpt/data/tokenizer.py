@@ -11,6 +11,7 @@ Only this file imports sentencepiece.
 
 import hashlib
 import io
+import os
 import random
 import re
 from collections.abc import Iterable, Iterator
@@ -22,7 +23,7 @@ import numpy as np
 
 from ngpt.config import ConfigError, unknown
 from ngpt.data.documents import read_file
-from ngpt.data.gpt2 import gpt2_identity, gpt2_vocab_size, load_gpt2
+from ngpt.data.gpt2 import LARGEST_VOCABULARY, gpt2_identity, gpt2_vocab_size, load_gpt2
 from ngpt.data.shards import MAX_VOCAB
 from ngpt.durable import write_atomic
 
@@ -138,8 +139,8 @@ def load_tokenizer(spec: str, folder: Path | None) -> Tokenizer:
     if path is None or not path.is_file():
         if kind == "sentencepiece":
             raise ConfigError(f"{spec} is trained on a corpus: {folder or 'no folder'} has no {MODEL_FILE}")
-        path = Path(argument).expanduser()
-    return _fits(SentencePieceTokenizer(read_file(path), spec))
+        path = Path(os.path.expanduser(argument))
+    return _fits(SentencePieceTokenizer(read_file(path, most=LARGEST_VOCABULARY), spec))
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int, path: Path) -> None:
@@ -223,12 +224,13 @@ def tokenizer_identity(spec: str) -> str:
     if kind == "sentencepiece":
         return spec
     if kind == "model":
-        return f"model:{hashlib.sha256(read_file(Path(argument).expanduser())).hexdigest()}"
+        model = read_file(Path(os.path.expanduser(argument)), most=LARGEST_VOCABULARY)
+        return f"model:{hashlib.sha256(model).hexdigest()}"
     return f"gpt2:{gpt2_identity(_path(argument))}"
 
 
 def _path(argument: str) -> Path | None:
-    return Path(argument).expanduser() if argument else None
+    return Path(os.path.expanduser(argument)) if argument else None
 
 
 def _fits(tokenizer: Tokenizer) -> Tokenizer:

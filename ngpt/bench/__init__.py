@@ -1,0 +1,10 @@
+"""How fast it is on this machine: `python -m ngpt.bench NAME --json`.
+
+Every figure stands beside a plain torch formulation that took turns with it, and beside what a large matrix product or
+a copy reaches in the same run, so that it means something on another machine and on a busy one.
+"""
+
+from ngpt.bench.timing import gemm_flops, print_figures
+from ngpt.bench.training import step
+
+__all__ = ["gemm_flops", "print_figures", "step"]

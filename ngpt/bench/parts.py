@@ -1,0 +1,239 @@
+"""The parts of a step, each beside the plain torch formulation that it replaces."""
+
+import copy
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ngpt.bench.timing import compared, copy_rate, gemm_flops, take_turns, where
+from ngpt.bench.training import prepared
+from ngpt.config import ConfigError
+from ngpt.data.corpora import open_dataset
+from ngpt.data.loader import train_batch
+from ngpt.device import DTYPES, mixed_precision, pick_device
+from ngpt.flops import matrix_params
+from ngpt.generate import generate as continue_text
+from ngpt.loss import linear_cross_entropy
+from ngpt.model import GPT
+from ngpt.optim import ON_SPHERE, OptimConfig, build_optimizers, kinds
+from ngpt.projection import project_weights
+from ngpt.train import TrainConfig, resolved, train_step
+
+Figures = dict[str, Any]
+FLOAT = 4  # bytes; weights, gradients and moments are float32
+FAR_AHEAD = 10**6  # steps away from those that a training run makes at the same time
+
+
+def loss(config: TrainConfig, *, seconds: float = 10.0) -> Figures:
+    """`ngpt.loss` forward and backward, against F.linear, the logit scale and F.cross_entropy over all logits.
+
+    Returns ms, best_ms, reference_ms, ratio; difference (of the two losses, in nats); gemm_tflops; gemm_share (of that
+    rate, by the three matrix products of forward and backward).
+    """
+    config = resolved(config)
+    device, model = pick_device(config.device), config.model
+    assert model.vocab_size is not None
+    rows, vocabulary = (config.micro_batch_size or config.batch_size) * model.block_size, model.vocab_size
+    generator = torch.Generator().manual_seed(config.seed)
+    x, weight = (
+        F.normalize(torch.randn(count, model.n_embd, generator=generator)).to(device).requires_grad_()
+        for count in (rows, vocabulary)
+    )
+    targets = torch.randint(vocabulary, (rows,), generator=generator).to(device)
+    scale = torch.full((vocabulary,), 10.0, device=device, requires_grad=True) if model.on_sphere else None
+    leaves = [leaf for leaf in (x, weight, scale) if leaf is not None]
+
+    def ours() -> Tensor:
+        return linear_cross_entropy(x, weight, targets, scale=scale, softcap=model.softcap, compiled=config.compile)
+
+    def plain() -> Tensor:
+        logits = F.linear(x, weight)
+        logits = logits if scale is None else scale * logits
+        logits = logits if model.softcap is None else model.softcap * torch.tanh(logits / model.softcap)
+        return F.cross_entropy(logits.float(), targets)
+
+    def both_ways(formulation: Callable[[], Tensor]) -> Tensor:
+        with mixed_precision(device, config.dtype):
+            value = formulation()
+        torch.autograd.grad(value, leaves)
+        return value.detach()
+
+    difference = float((both_ways(ours) - both_ways(plain)).abs())
+    contestants = {"ours": lambda: both_ways(ours), "plain": lambda: both_ways(plain)}
+    times = take_turns(contestants, device, seconds=seconds)
+    figures, ceiling = compared(times["ours"], times["plain"]), gemm_flops(device, DTYPES[config.dtype])
+    share = 6 * rows * model.n_embd * vocabulary / (figures["ms"] / 1000) / ceiling
+    sizes = {"rows": rows, "vocab_size": vocabulary, "n_embd": model.n_embd, "compiled": config.compile}
+    rates = {"difference": difference, "gemm_tflops": ceiling / 1e12, "gemm_share": share}
+    return figures | rates | sizes | where(device, config.dtype)
+
+
+def optimizer(config: TrainConfig, *, seconds: float = 10.0) -> Figures:
+    """`optim.name` on the model's parameters, against torch.optim's one tensor at a time.
+
+    The reference is torch.optim.AdamW, with torch.optim.Muon for the matrices where the name has muon in it; for those
+    that turn weights on the sphere, a projection weight by weight belongs to the reference. Returns ms, best_ms,
+    reference_ms, ratio; moved_bytes (parameters, gradients and moments, each once); copy_gb_per_second and
+    gemm_tflops (of this machine); floor_ms (the bytes at the one rate, Newton-Schulz products at the other);
+    floor_share (floor_ms over ms: 1 is the limit).
+    """
+    config = resolved(config)
+    device = pick_device(config.device)
+    model = GPT(config.model, seed=config.seed).to(device)
+    generator = torch.Generator().manual_seed(config.seed)
+    for parameter in model.parameters():
+        parameter.grad = 1e-3 * torch.randn(parameter.shape, generator=generator).to(device)
+    other = copy.deepcopy(model)
+    for own, copied in zip(model.parameters(), other.parameters(), strict=True):
+        copied.grad = None if own.grad is None else own.grad.clone()
+    optimizers, plain = build_optimizers(model, config.optim), _one_by_one(other, config.optim)
+
+    def step(members: list[torch.optim.Optimizer], *, projected: bool) -> None:
+        with mixed_precision(device, config.dtype):
+            for member in members:
+                member.step()
+        if projected:
+            _project_one_by_one(other)
+
+    on_sphere = config.optim.name in ON_SPHERE
+    contestants = {
+        "ours": lambda: step(optimizers, projected=False),
+        "plain": lambda: step(plain, projected=on_sphere),
+    }
+    times = take_turns(contestants, device, seconds=seconds)
+    moved, products = _optimizer_work(model, config.optim)
+    return compared(times["ours"], times["plain"]) | _floor(config, device, moved, products, times["ours"])
+
+
+def projection(config: TrainConfig, *, seconds: float = 10.0) -> Figures:
+    """Projection onto the sphere between real training steps, against one weight after another out of place.
+
+    Returns ms, best_ms, reference_ms, ratio; step_ms (without projection) and share (of a step by one projection: the
+    cost of `project_every: 1`); moved_bytes (each weight read and written once), copy_gb_per_second, floor_ms (the
+    bytes at that rate) and floor_share (floor_ms over ms: 1 is the limit).
+    """
+    config = resolved(config)
+    if not config.model.on_sphere:
+        raise ConfigError(f"a model of residual rule {config.model.residual} has nothing to project")
+    run = prepared(config, project_every=10**9)
+    contestants = {  # a step before each, so that both find the weights as an optimizer leaves them
+        "step": lambda: train_step(run),
+        "ours": lambda: project_weights(run.model),
+        "another": lambda: train_step(run),
+        "plain": lambda: _project_one_by_one(run.model),
+    }
+    times = take_turns(contestants, run.device, seconds=seconds)
+    figures = compared(times["ours"], times["plain"])
+    step_ms = float(np.median(times["step"] + times["another"])) * 1000
+    figures |= {"step_ms": step_ms, "share": figures["ms"] / step_ms}
+    moved = 2 * sum(weight.nbytes for weight, _ in run.model.sphere_weights())
+    return figures | _floor(config, run.device, moved, 0, times["ours"])
+
+
+def loader(config: TrainConfig, *, seconds: float = 10.0) -> Figures:
+    """Batches of the training data, against nanoGPT's get_batch, and against how fast a training step uses them.
+
+    Returns ms, best_ms, reference_ms, ratio; tokens_per_second; step_ms and steps_ratio (step_ms over ms: how many
+    times as fast as needed); moved_bytes (tokens read, inputs and targets written), copy_gb_per_second, floor_ms and
+    floor_share as `projection` has them.
+    """
+    config = resolved(config)
+    dataset = open_dataset(config.data)
+    run = prepared(config, dataset=dataset)
+    rows, width = config.batch_size, config.model.block_size
+    counter = itertools.count(FAR_AHEAD)
+    shard, random = max(dataset.train, key=len), np.random.default_rng(config.seed)
+
+    def ours() -> object:
+        how = {"order": config.data.order, "reservoir": config.data.reservoir}
+        step = next(counter)
+        return train_batch(dataset, seed=config.seed, step=step, batch_size=rows, block_size=width, **how)
+
+    def plain() -> object:  # karpathy/nanoGPT, train.py, get_batch
+        starts = random.integers(len(shard) - width, size=rows)
+        x = torch.stack([torch.from_numpy(shard[i : i + width].astype(np.int64)) for i in starts])
+        y = torch.stack([torch.from_numpy(shard[i + 1 : i + 1 + width].astype(np.int64)) for i in starts])
+        return x, y
+
+    contestants = {"ours": ours, "plain": plain, "step": lambda: train_step(run)}
+    times = take_turns(contestants, run.device, seconds=seconds)
+    figures = compared(times["ours"], times["plain"])
+    step_ms = float(np.median(times["step"])) * 1000
+    used = {"step_ms": step_ms, "steps_ratio": step_ms / figures["ms"]}
+    tokens = rows * width
+    figures |= {"tokens_per_second": tokens / figures["ms"] * 1000} | used
+    moved = tokens * (shard.dtype.itemsize + 2 * np.dtype(np.int64).itemsize)
+    return figures | _floor(config, torch.device("cpu"), moved, 0, times["ours"])
+
+
+def generate(config: TrainConfig, *, seconds: float = 10.0) -> Figures:
+    """Continuing one prompt, token by token, with keys and values kept, against computing the window again each time.
+
+    Returns ms, best_ms, reference_ms (each of `tokens` tokens), ratio; tokens_per_second and
+    reference_tokens_per_second; moved_bytes (every matrix read once per token), copy_gb_per_second, floor_ms and
+    floor_share as `projection` has them.
+    """
+    config = resolved(config)
+    device, tokens = pick_device(config.device), min(64, config.model.block_size // 2)
+    model = GPT(config.model, seed=config.seed).to(device).eval()
+    prompt = torch.zeros(1, max(1, config.model.block_size - tokens - 1), dtype=torch.int64, device=device)
+
+    def work(*, cache: bool) -> None:
+        with mixed_precision(device, config.dtype):
+            for _ in continue_text(model, prompt, tokens, generator=torch.Generator().manual_seed(0), cache=cache):
+                pass
+
+    contestants = {"ours": lambda: work(cache=True), "plain": lambda: work(cache=False)}
+    times = take_turns(contestants, device, seconds=seconds, warmup=1)
+    figures = compared(times["ours"], times["plain"])
+    figures |= {"tokens": tokens, "tokens_per_second": tokens / figures["ms"] * 1000}
+    figures |= {"reference_tokens_per_second": tokens / figures["reference_ms"] * 1000}
+    return figures | _floor(config, device, FLOAT * tokens * matrix_params(config.model), 0, times["ours"])
+
+
+def _floor(config: TrainConfig, device: torch.device, moved: int, products: int, times: list[float]) -> Figures:
+    """What the machine's rates say about the shortest possible time, and how near the median is to it."""
+    copying, multiplying = copy_rate(device), gemm_flops(device, DTYPES[config.dtype])
+    floor = moved / copying + products / multiplying
+    figures = {"moved_bytes": moved, "copy_gb_per_second": copying / 1e9, "gemm_tflops": multiplying / 1e12}
+    shares = {"floor_ms": floor * 1000, "floor_share": floor / float(np.median(times))}
+    return figures | shares | where(device, config.dtype)
+
+
+@torch.no_grad()
+def _project_one_by_one(model: GPT) -> None:
+    for weight, dim in model.sphere_weights():
+        weight.copy_(F.normalize(weight.float(), dim=dim))
+
+
+def _one_by_one(model: GPT, cfg: OptimConfig) -> list[torch.optim.Optimizer]:
+    """torch.optim's own optimizers without fusion."""
+    members = kinds(model)
+    adam = {"lr": cfg.lr, "betas": cfg.betas, "eps": cfg.eps, "weight_decay": cfg.weight_decay}
+    if "muon" not in cfg.name:
+        return [torch.optim.AdamW(model.parameters(), foreach=False, **adam)]
+    rest = [parameter for kind, group in members.items() if kind != "matrices" for parameter in group]
+    how = {"momentum": cfg.momentum, "nesterov": cfg.nesterov, "ns_steps": cfg.ns_steps, "adjust_lr_fn": "original"}
+    muon = torch.optim.Muon(members["matrices"], lr=cfg.lr, weight_decay=cfg.weight_decay, **how)
+    return [muon, torch.optim.AdamW(rest, foreach=False, **adam)]
+
+
+def _optimizer_work(model: GPT, cfg: OptimConfig) -> tuple[int, int]:
+    """Bytes that a step must move, and FLOPs of its matrix products.
+
+    Adam reads parameter, gradient and two moments and writes all but the gradient; Muon has one moment.
+    """
+    moved = products = 0
+    for kind, parameters in kinds(model).items():
+        by_muon = kind == "matrices" and "muon" in cfg.name
+        moved += sum(parameter.numel() for parameter in parameters) * FLOAT * (5 if by_muon else 7)
+        if by_muon:
+            for parameter in parameters:
+                short, long = sorted(parameter.shape)
+                products += cfg.ns_steps * (4 * short**2 * long + 2 * short**3)
+    return moved, products

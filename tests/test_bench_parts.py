@@ -1,0 +1,89 @@
+"""Each part stands beside a formulation that computes the same, and its figures belong together."""
+
+import copy
+
+import pytest
+import torch
+
+from ngpt.bench import parts
+from ngpt.config import ConfigError, build, override
+from ngpt.model import GPT, ModelConfig
+from ngpt.optim import OPTIMIZERS, OptimConfig, build_optimizers
+from ngpt.train import TrainConfig
+
+MODEL = build(ModelConfig, {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 8, "vocab_size": 31, "mlp": "relu2"})
+
+
+def check_floor(figures: parts.Figures) -> None:
+    assert figures["floor_share"] == pytest.approx(figures["floor_ms"] / figures["ms"])
+    assert figures["floor_ms"] >= figures["moved_bytes"] / figures["copy_gb_per_second"] / 1e6 * 0.999
+
+
+@pytest.mark.parametrize("changes", [{}, {"model.residual": "add", "model.softcap": 15.0}, {"dtype": "bfloat16"}])
+def test_both_losses_are_the_same_number(changes: dict[str, object], tiny: TrainConfig) -> None:
+    figures = parts.loss(override(tiny, changes), seconds=0)
+    assert figures["difference"] < (2e-2 if "dtype" in changes else 1e-5)
+    assert (figures["rows"], figures["n_embd"], figures["vocab_size"]) == (64, 16, 400)
+    flops = 6 * 64 * 16 * 400
+    assert figures["gemm_share"] == pytest.approx(flops / figures["ms"] / figures["gemm_tflops"] / 1e9)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_has_a_reference(name: str, tiny: TrainConfig) -> None:
+    figures = parts.optimizer(override(tiny, {"optim.name": name}), seconds=0)
+    assert figures["ratio"] > 0
+    check_floor(figures)
+
+
+@pytest.mark.parametrize(("name", "tolerance"), [("adamw", 1e-5), ("muon", 0.03)])  # torch's Muon is in bfloat16
+def test_the_reference_optimizer_takes_the_same_steps(name: str, tolerance: float) -> None:
+    model = GPT(MODEL)
+    other, start = copy.deepcopy(model), copy.deepcopy(model)
+    cfg = OptimConfig(name=name, lr=0.01)
+    optimizers = [build_optimizers(model, cfg), parts._one_by_one(other, cfg)]
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        for one, two in zip(model.parameters(), other.parameters(), strict=True):
+            one.grad = torch.randn(one.shape, generator=generator)
+            two.grad = one.grad.clone()
+        for members in optimizers:
+            for member in members:
+                member.step()
+    for one, two, three in zip(model.parameters(), other.parameters(), start.parameters(), strict=True):
+        assert (one - two).norm() < tolerance * (one - three).norm()
+
+
+def test_the_work_of_an_optimizer_is_counted_by_hand() -> None:
+    model = GPT(MODEL)
+    blocks, other = 4 * 16 * 16 + 2 * 16 * 64, 2 * 31 * 16
+    scales = sum(parameter.numel() for parameter in model.parameters() if parameter.ndim == 1)
+    assert parts._optimizer_work(model, OptimConfig()) == (28 * (blocks + other + scales), 0)
+    # Per iteration: x x^T, its square, and that times x; 2 FLOPs per entry and length of the sum.
+    square, wide = 3 * 2 * 16**3, 2 * 16 * 16 * 64 + 2 * 16**3 + 2 * 16 * 16 * 64
+    expected = (20 * blocks + 28 * (other + scales), 5 * (4 * square + 2 * wide))
+    assert parts._optimizer_work(model, OptimConfig(name="muon")) == expected
+
+
+def test_a_projection_is_compared_with_a_step(tiny: TrainConfig) -> None:
+    figures = parts.projection(tiny, seconds=0)
+    assert figures["share"] == pytest.approx(figures["ms"] / figures["step_ms"])
+    model = GPT(override(tiny, {"model.vocab_size": 400}).model)
+    assert figures["moved_bytes"] == 8 * sum(p.numel() for p in model.parameters() if p.ndim == 2)
+    check_floor(figures)
+    with pytest.raises(ConfigError, match="nothing to project"):
+        parts.projection(override(tiny, {"model.residual": "add"}), seconds=0)
+
+
+def test_the_loader_is_compared_with_a_step(tiny: TrainConfig) -> None:
+    figures = parts.loader(tiny, seconds=0)
+    assert figures["steps_ratio"] == pytest.approx(figures["step_ms"] / figures["ms"])
+    assert figures["tokens_per_second"] == pytest.approx(4 * 16 / figures["ms"] * 1000)
+    check_floor(figures)
+
+
+def test_generation_is_measured_in_tokens(tiny: TrainConfig) -> None:
+    figures = parts.generate(tiny, seconds=0)
+    assert figures["tokens"] == 8
+    assert figures["tokens_per_second"] == pytest.approx(8000 / figures["ms"])
+    assert figures["reference_tokens_per_second"] == pytest.approx(8000 / figures["reference_ms"])
+    check_floor(figures)

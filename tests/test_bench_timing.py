@@ -1,0 +1,66 @@
+"""Contestants take turns, and the arithmetic of rates and ratios is right for times that are known."""
+
+import pytest
+import torch
+
+from ngpt.bench import timing
+
+CPU = torch.device("cpu")
+
+
+class Clock:
+    """A clock that only work moves."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr(timing.time, "perf_counter", lambda: self.now)
+
+    def pass_time(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(monkeypatch)
+
+
+def test_contestants_take_turns_after_a_warmup_until_the_time_is_over(clock: Clock) -> None:
+    calls: list[str] = []
+
+    def work(name: str, seconds: float) -> None:
+        calls.append(name)
+        clock.pass_time(seconds)
+
+    contestants = {"a": lambda: work("a", 1.0), "b": lambda: work("b", 3.0)}
+    times = timing.take_turns(contestants, CPU, seconds=30.0, warmup=2)
+    assert calls == ["a", "b"] * (len(calls) // 2)
+    assert times == {"a": [1.0] * 6, "b": [3.0] * 6}  # the eighth round, of which two were warm-up, ends at 32 s
+
+
+@pytest.mark.parametrize(("seconds", "rounds"), [(0.0, timing.FEWEST), (1e9, timing.MOST)])
+def test_there_is_a_smallest_and_a_largest_number_of_rounds(seconds: float, rounds: int, clock: Clock) -> None:
+    times = timing.take_turns({"a": lambda: clock.pass_time(1.0)}, CPU, seconds=seconds)
+    assert len(times["a"]) == rounds
+
+
+def test_the_ratio_is_that_of_each_round_and_not_moved_by_a_slow_phase_of_the_machine() -> None:
+    ours, reference = [1.0, 10.0, 1.0, 10.0, 1.0], [2.0, 20.0, 2.0, 20.0, 7.0]
+    assert timing.ratio(ours, reference) == 2.0
+    assert timing.compared(ours, reference) == {"ms": 1000, "best_ms": 1000, "reference_ms": 7000, "ratio": 2.0}
+
+
+def test_the_matrix_product_rate_is_that_of_a_real_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter(range(100))
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: float(next(ticks)))  # every product takes a second
+    assert timing.gemm_flops(CPU, torch.float32, size=64) == 2 * 64**3
+
+
+def test_the_copy_rate_counts_what_is_read_and_what_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter(range(100))
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: float(next(ticks)))
+    assert timing.copy_rate(CPU, size=4096) == 2 * 4096
+
+
+def test_nested_figures_are_printed_with_dotted_names(capsys: pytest.CaptureFixture[str]) -> None:
+    timing.print_figures({"a": 1.0, "b": {"c": {"d": 2}}}, as_json=False)
+    assert [line.split() for line in capsys.readouterr().out.splitlines()] == [["a", "1"], ["b.c.d", "2"]]

@@ -1,0 +1,416 @@
+"""Files that somebody wrote to do harm, or by a slip: each is answered within seconds, and leaves nothing behind.
+
+Each file in tests/hostile/ says in its first line how the answer begins. What would be large is made here.
+"""
+
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+import run_campaign
+from ngpt.config import LONGEST_MESSAGE, ConfigError
+from ngpt.written import MOST_PROBLEMS
+from ngpt.yamlfile import LARGEST_FILE, MOST_NODES
+from tune.campaign import load_campaign
+from tune.journal import Journal
+
+ROOT = Path(__file__).parents[1]
+FOLDER = Path(__file__).parent / "hostile"
+FILES = sorted(path.name for path in FOLDER.glob("*.yaml"))
+MOST_SECONDS = 3.0  # of this process on a processor: how busy the machine is does not count
+MOST_MEGABYTES = 70  # more than an empty file takes, which is 230 with torch for CPUs
+
+HEAD, TAIL = "campaign: x\nseeds: [1]\n", "vary: {alpha: [0.1, 0.2]}\n"
+
+
+def listed(n: int, item: str) -> str:
+    return ", ".join(item.replace("N", str(i)) for i in range(n))
+
+
+def chain(n: int, phase: str) -> str:
+    """Phases that each inherit from the one before."""
+    lines = [phase.replace("N", str(i)).replace("M", f"inherit: p{i - 1}, " if i else "") for i in range(n)]
+    return "phases:\n" + "".join(f"  - {line}\n" for line in lines)
+
+
+SWEPT = "{name: pN, Mvary: {alpha: [0.1, 0.2, 0.3], lr: [1e-3, 2e-3, 3e-3]}}"
+BAD_END = "  - {name: bad, inherit: p98, set: {n_head: 7}, vary: {alpha: [0.1]}}\n"
+JOINED = "phases:\n" + "".join(f"  - {{name: p{i}, vary: {{alpha: [0.1, 0.2, 0.3]}}}}\n" for i in range(10))
+JOINED += "".join(
+    f"  - {{name: c{i}, combine: {{from: [{listed(10, 'pN')}{''.join(f', c{j}' for j in range(i))}]}}}}\n"
+    for i in range(20)
+)
+TOO_LARGE = f"too large, at most {LARGEST_FILE} bytes are read"
+TOO_MANY = f"more than {MOST_NODES} values"
+TOO_DEEP = "nested too deeply, at most 50 levels are read"
+
+# Content, and what the answer says.
+LARGE: dict[str, tuple[str | bytes, str]] = {
+    "nothing": ("", "a campaign is a mapping"),
+    "ten_megabytes": ("a: b\n" * 2_000_000, TOO_LARGE),
+    "scalar_of_a_megabyte": (f"campaign: {'a' * (1 << 20)}\n", TOO_LARGE),
+    "scalar_of_100_kB": (f"campaign: {'a' * 100_000}\n{TAIL}", "cannot be the name of a campaign"),
+    "escapes_of_100_kB": ('description: "' + r"\u0041" * 20_000 + '"\n', "`campaign:` is missing"),
+    "integer_of_100000_digits": (f"{HEAD}base: {{steps: {'9' * 100_000}}}\n{TAIL}", "is too large, a whole number"),
+    "hexadecimal_of_100000_digits": (f"{HEAD}base: {{steps: 0x{'f' * 100_000}}}\n{TAIL}", "is too large, a whole"),
+    "seed_of_100000_digits": (f"campaign: x\nseeds: [0o{'7' * 100_000}]\n{TAIL}", "is too large, a whole number"),
+    "float_of_100000_digits": (f"{HEAD}base: {{lr: {'9' * 100_000}.5}}\n{TAIL}", "should be a finite number, got inf"),
+    "version_of_100000_digits": (f"%YAML {'1' * 100_000}.1\n---\nx\n", "not valid YAML: Exceeds the limit"),
+    "sum_of_100_kB": (
+        f"{HEAD}{TAIL}claims: [{{id: a, relation: arithmetic, expression: '{'1+' * 50_000}1', value: 1}}]\n",
+        "a sum has at most 200 characters",
+    ),
+    "brackets": ("[" * 100_000, TOO_DEEP),
+    "closed_brackets": ("[" * 60_000 + "]" * 60_000, TOO_DEEP),
+    "braces": ("{" * 100_000, TOO_DEEP),
+    "dashes": ("- " * 50_000, TOO_DEEP),
+    "question_marks": ("? " * 50_000, TOO_DEEP),
+    "colons": (": " * 50_000, TOO_DEEP),
+    "quotes": ("'" * 100_001, "found unexpected end of stream"),
+    "tag_of_100_kB": (f"!<{'a' * 100_000}> x\n", "is not read here, only plain data"),
+    "tags": ("!" * 100_000, "is not read here, only plain data"),
+    "anchor_of_100_kB": (f"&{'a' * 100_000} x\n", "a campaign is a mapping"),
+    "alias_of_100_kB": (f"*{'a' * 100_000}\n", "found undefined alias"),
+    "tabs": ("\t" * 100_000, "cannot start any token"),
+    "values": (f"[{listed(40_000, '1')}]\n", TOO_MANY),
+    "just_as_many_values": (f"[{listed(MOST_NODES - 1, '1')}]\n", "a campaign is a mapping"),
+    "aliases": (f"a: &a [1]\nb: [{listed(30_000, '*a')}]\n", TOO_MANY),
+    "anchors": (f"campaign: [{listed(9_000, '&aN 1')}]\n", "cannot be the name of a campaign"),
+    "unknown_keys": ("".join(f"k{i}: 1\n" for i in range(9_000)), "k0: unknown setting"),
+    "unknown_settings": (f"{HEAD}base: {{{listed(8_000, 'kN: 1')}}}\n{TAIL}", "base.k0: unknown setting"),
+    "nearly_settings": (f"{HEAD}base: {{{listed(5_000, 'n_layeN: 1')}}}\n{TAIL}", "unknown setting, did you mean"),
+    "list_of_strings": (f"{HEAD}base: {{alpha: [{listed(19_000, 'a')}]}}\n{TAIL}", "should be a valid number"),
+    "axis_of_strings": (f"{HEAD}vary: {{alpha: [{listed(9_000, 'aN')}]}}\n", "vary.alpha[0]: input should be"),
+    "axis_of_equal_values": (f"{HEAD}vary: {{alpha: [{listed(9_000, '0.1')}]}}\n", "0.1 is listed twice"),
+    "axis_of_bad_models": (f"{HEAD}vary: {{n_embd: [{listed(9_000, '1N1')}]}}\n", "cannot be divided into"),
+    "axis_of_corpora": (f"{HEAD}vary: {{corpus: [{listed(9_000, '/proc/xN')}]}}\n", "unknown corpus"),
+    "axes_with_a_bad_pin": (
+        f"{HEAD}phases: [{{name: p, set: {{n_head: 7}}, vary: {{alpha: [{listed(9_000, '0.1N1')}]}}}}]\n",
+        "phases[0].set.n_head: n_embd 128 cannot be divided",
+    ),
+    "arms_that_are_the_same": (f"{HEAD}runs: [{listed(6_000, '{arm: aN}')}]\n", "in the same way as 'a0'"),
+    "five_thousand_phases": (f"{HEAD}phases: [{listed(5_000, '{}')}]\n", "5000 phases; a campaign has at most 100"),
+    "a_chain_of_sweeps": (HEAD + chain(99, SWEPT) + BAD_END, "cannot be divided into n_head 7 heads"),
+    "joined_phases": (
+        f"{HEAD}{JOINED}  - {{name: d, inherit: c19, set: {{n_head: 7}}, vary: {{lr: [1e-3]}}}}\n",
+        "cannot be divided into n_head 7 heads",
+    ),
+    "five_hundred_claims": (
+        f"{HEAD}{TAIL}claims: [{listed(500, '{id: cN, relation: less, left: {alpha: 0.1}, right: {alpha: 0.3}}')}]\n",
+        "claims[0].right: no arm of any phase has alpha=0.3",
+    ),
+    "utf_16": (f"campaign: x\n{TAIL}".encode("utf-16"), "byte 0 is not UTF-8"),
+    "utf_16_of_the_other_end": (b"\xfe\xff" + "campaign: x\n".encode("utf-16-be"), "byte 0 is not UTF-8"),
+    "utf_32": ("campaign: x\n".encode("utf-32"), "byte 0 is not UTF-8"),
+    "two_byte_order_marks": ("\ufeff\ufeffcampaign: x\n", r"1:1: \ufeffcampaign: unknown setting"),
+    "a_program": (b"\x7fELF\x02\x01\x01" + bytes(57), "unacceptable character #x007f"),
+    "an_archive": (b"\x1f\x8b\x08\x00\x00\x00\x00\x00", "byte 1 is not UTF-8"),
+    "a_pickle": (b"\x80\x04\x95\x1f\x00\x00\x00cposix\nsystem\n(S'touch pwned'\ntR.", "byte 0 is not UTF-8"),
+}
+
+
+def answer(path: Path, out: Path, capsys: pytest.CaptureFixture[str], *options: str) -> str:
+    """What the command says of a hostile file, having checked how it says it."""
+    there = sorted(path.parent.iterdir()) if path.parent.is_dir() else []
+    start = time.process_time()
+    assert run_campaign.main([str(path), "--inline", "--out", str(out), *options]) == 2
+    assert time.process_time() - start < MOST_SECONDS
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert (sorted(path.parent.iterdir()) if path.parent.is_dir() else []) == there and not out.exists()
+    lines = printed.err.removesuffix("\n").split("\n")
+    assert len(lines) <= MOST_PROBLEMS + 1
+    for line in lines:
+        assert line.isprintable() and len(line) < LONGEST_MESSAGE + 1000, line
+    assert "Traceback" not in printed.err
+    return printed.err
+
+
+def test_the_corpus_is_large_and_no_file_of_it_is() -> None:
+    assert len(FILES) + len(LARGE) >= 80
+    assert all((FOLDER / name).stat().st_size < 10_000 for name in FILES)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_hostile_file_is_answered_with_its_place(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(FOLDER)
+    said = answer(Path(name), tmp_path / "results", capsys).splitlines()[0]
+    expected = (FOLDER / name).read_bytes().split(b"\n")[0].decode().removeprefix("# says: ")
+    assert said.removeprefix(f"{name}:").lstrip().startswith(expected)
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_a_large_or_binary_file_is_answered_as_fast(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content, says = LARGE[name]
+    path = tmp_path / "files" / "x.yaml"
+    path.parent.mkdir()
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    said = answer(path, tmp_path / "results", capsys)
+    assert says in said and said.startswith(f"{path}:")
+
+
+def test_the_list_of_problems_ends_where_nobody_would_read_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "files" / "x.yaml"
+    path.parent.mkdir()
+    path.write_text(f"{HEAD}base: {{{listed(150, 'kN: 1')}}}\n{TAIL}")
+    lines = answer(path, tmp_path / "results", capsys).splitlines()
+    assert len(lines) == MOST_PROBLEMS + 1 and lines[99].startswith(f"{path}:3:")
+    assert lines[-1] == f"{path}: these are the first {MOST_PROBLEMS} problems, the rest was not looked at"
+
+
+# ---- what is no file -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def places(tmp_path: Path) -> Iterator[Path]:
+    """A folder with everything that is not a file, under names that end in .yaml."""
+    folder = tmp_path / "places"
+    folder.mkdir()
+    os.mkfifo(folder / "fifo.yaml")
+    (folder / "folder.yaml").mkdir()
+    for name, target in {
+        "zero": "/dev/zero",
+        "terminal": "/dev/ptmx",
+        "null": "/dev/null",
+        "loop": "loop.yaml",
+    }.items():
+        (folder / f"{name}.yaml").symlink_to(target)
+    with (folder / "sparse.yaml").open("wb") as file:
+        file.truncate(1 << 40)
+    yield folder
+
+
+WHAT_THEY_ARE = {
+    "fifo": "not a regular file",
+    "folder": "Is a directory",
+    "zero": "not a regular file",
+    "terminal": "not a regular file",
+    "null": "not a regular file",
+    "loop": "Too many levels of symbolic links",
+    "sparse": TOO_LARGE,
+    "missing": "No such file or directory",
+    "n" * 300: "File name too long",
+}
+
+
+@pytest.mark.parametrize("name", WHAT_THEY_ARE)
+def test_a_pipe_or_a_device_is_not_waited_for(
+    name: str, places: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = places / f"{name}.yaml"
+    said = answer(path, tmp_path / "results", capsys)
+    assert said.startswith(f"{places}/{name[:20]}") and said.endswith(f".yaml: {WHAT_THEY_ARE[name]}\n")
+    naming = places / "naming.yaml"
+    naming.write_text(f"{HEAD}base: {{model: {name}.yaml}}\n{TAIL}")
+    said = answer(naming, tmp_path / "results", capsys)
+    assert said.startswith(f"{naming}:3:8: base.model: ") and said.endswith(f": {WHAT_THEY_ARE[name]}\n")
+
+
+def test_a_tokenizer_that_never_ends_is_not_read(
+    places: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, says in {
+        "fifo": "no such file",
+        "zero": "no such file",
+        "sparse": "is too large for what it should be",
+    }.items():
+        (places / f"{name}.yaml").rename(places / f"{name}.model")
+        file = places / "naming.yaml"
+        file.write_text(f"{HEAD}base: {{data: {{tokenizer: {places}/{name}.model}}}}\n{TAIL}")
+        assert says in answer(file, tmp_path / "results", capsys)
+
+
+def test_a_journal_made_by_somebody_else_cannot_end_the_reading_of_a_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other, file = tmp_path / "other", tmp_path / "files" / "x.yaml"
+    other.mkdir()
+    file.parent.mkdir()
+    file.write_text(f"{HEAD}phases: [{{name: p, inherit: {other}/p, vary: {{alpha: [0.1]}}}}]\n")
+    journal = Journal(other / "journal.jsonl")
+    journal.append("campaign_started", expected_trials={"p": 1})
+    journal.append("phase_finished", phase="p", winner_overrides=["model.alpha"])
+    journal.close()
+    assert "is not one of this version" in answer(file, tmp_path / "results", capsys)
+    (other / "journal.jsonl").write_bytes(b"[" * 100_000 + b"\n")
+    assert "does not match its CRC" in answer(file, tmp_path / "results", capsys)
+
+
+# ---- --set ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        ("", "--set : expected NAME=VALUE"),
+        ("steps", "--set steps: expected NAME=VALUE"),
+        ("\x1b[2J", r"--set \x1b[2J: expected NAME=VALUE"),
+        ("\x1b[2J=3", r"--set \x1b[2J=3: unknown setting"),
+        ("a\nb=3", r"--set a\nb=3: unknown setting"),
+        ("../steps=3", "--set ../steps=3: unknown setting"),
+        ("__class__=3", "--set __class__=3: unknown setting"),
+        ("\u0430lpha=3", "did you mean 'alpha'? (it has CYRILLIC SMALL LETTER A, U+0430, in it)"),
+        ("steps=!!python/object/apply:os.system [id]", "is not read here, only plain data"),
+        ("steps=" + "9" * 5000, "is too large, a whole number"),
+        ("steps=" + "[" * 5000, TOO_DEEP),
+        ("steps=\udcff", "not valid YAML"),
+        ("steps=\x00", "not valid YAML"),
+        ("alpha=.nan", "should be a finite number, got nan"),
+        ("model=/dev/zero", "must be a mapping of settings or the path of a .yaml file"),
+        ("model={n_layer: 2, n_layer: 3}", "duplicate key 'n_layer'"),
+        ("seed=3", "seeds belong to the campaign file"),
+        ("data.corpus=" + "a" * 5000, "File name too long"),
+        ("k" * 100_000 + "=3", "unknown setting"),
+    ],
+)
+def test_a_hostile_option_is_answered_like_a_hostile_file(
+    option: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "files" / "x.yaml"
+    path.parent.mkdir()
+    path.write_text(HEAD + TAIL)
+    assert says in answer(path, tmp_path / "results", capsys, f"--set={option}")
+
+
+# ---- as a process --------------------------------------------------------------------------------------------------
+
+
+def peak(path: Path, out: Path) -> tuple[int, str, float, float]:
+    """Exit code, stderr, megabytes at most in memory and seconds on a processor of a run of its own."""
+    errors = path.with_suffix(".err")
+    with errors.open("wb") as file:
+        arguments = [sys.executable, str(ROOT / "run_campaign.py"), str(path), "--out", str(out)]
+        redirect = [(os.POSIX_SPAWN_DUP2, file.fileno(), 2)]
+        child = os.posix_spawn(sys.executable, arguments, os.environ, file_actions=redirect)
+        _, status, used = os.wait4(child, 0)
+    unit = 1 << 20 if sys.platform == "darwin" else 1 << 10
+    return os.waitstatus_to_exitcode(status), errors.read_text(), used.ru_maxrss / unit, used.ru_utime + used.ru_stime
+
+
+@pytest.mark.slow
+def test_the_worst_files_cost_a_process_hardly_more_than_an_empty_one(tmp_path: Path) -> None:
+    figures = {}
+    for name in ("nothing", "just_as_many_values", "list_of_strings", "a_chain_of_sweeps"):
+        content, says = LARGE[name]
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(str(content))
+        code, said, *figures[name] = peak(path, tmp_path / "results")
+        assert code == 2 and says in said and "Traceback" not in said
+    least_memory, least_time = figures["nothing"]
+    for memory, seconds in figures.values():
+        assert memory - least_memory < MOST_MEGABYTES and seconds - least_time < MOST_SECONDS
+    assert not (tmp_path / "results").exists()
+
+
+# ---- whatever else -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shipped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shipped experiments, to be spoilt."""
+    folder = tmp_path_factory.mktemp("shipped") / "experiments"
+    shutil.copytree(ROOT / "experiments", folder)
+    return folder
+
+
+EXPERIMENTS = sorted((path.name, path.read_text()) for path in (ROOT / "experiments").glob("*.yaml"))
+WORDS = re.compile(r"[\w./-]+|[^\w\s]")
+VALUES = [
+    "",
+    "~",
+    "[]",
+    "{}",
+    "-1",
+    "0",
+    "1e999",
+    ".nan",
+    "true",
+    "'",
+    '"',
+    "&a",
+    "*a",
+    "- ",
+    ": ",
+    "\t",
+    "\n",
+    "[",
+    "}",
+]
+VALUES += ["9" * 400, "0x" + "f" * 20, "[[1]]", "{a: {b: c}}", "!!set {}", "fresh 3", "auto", "../x", "x/y", "alpha"]
+VALUES += [
+    "baseline",
+    "winner",
+    "combine",
+    "search",
+    "\u0000",
+    "\u202e",
+    "\U0001f600",
+    "<<",
+    "? ",
+    "...",
+    "---\n",
+    "|\n",
+]
+edits = st.lists(st.tuples(st.floats(0, 1), st.sampled_from(VALUES) | st.text(max_size=4)), min_size=1, max_size=4)
+
+
+def only_problems(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8", errors="surrogatepass")
+    try:
+        load_campaign(path)
+    except ConfigError as error:
+        assert str(error).startswith(f"{path}:")
+
+
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from(EXPERIMENTS), edits, st.booleans())
+def test_a_shipped_file_with_any_slip_in_it_is_a_campaign_or_a_list_of_problems(
+    shipped: Path, source: tuple[str, str], edits: list[tuple[float, str]], whole: bool
+) -> None:
+    """Words of it, or single characters, become something else."""
+    name, text = source
+    for place, value in edits:
+        words = list(WORDS.finditer(text))
+        word = words[int(place * (len(words) - 1))].span() if words and whole else (int(place * len(text)),) * 2
+        text = text[: word[0]] + value + text[word[1] :]
+    only_problems(shipped / f"spoilt-{name}", text)
+
+
+KEYS = "campaign seeds base phases vary grid zip runs search combine claims metric name inherit set arm alpha optim lr"
+KEYS += " model n_head data corpus steps from method trials space log uniform choice id relation left right budget hold"
+keys = st.sampled_from(KEYS.split())
+leaves = st.sampled_from(
+    ["x", "a", "0.1", "3", "-1", "true", "~", ".inf", "'3'", "less", "arithmetic", "baseline", "9**9"]
+)
+trees = st.recursive(
+    leaves,
+    lambda inner: (
+        st.lists(inner, max_size=3).map(lambda items: f"[{', '.join(items)}]")
+        | st.dictionaries(keys, inner, max_size=5).map(
+            lambda items: "{" + ", ".join(f"{key}: {value}" for key, value in items.items()) + "}"
+        )
+    ),
+    max_leaves=25,
+)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.dictionaries(keys, trees, max_size=6))
+@example({"campaign": "x", "phases": "[{name: a, runs: [{arm: b, inherit: a}]}]"})
+@example({"campaign": "x", "search": "{trials: 3, space: {alpha: {log: [true, 3]}}}"})
+def test_any_arrangement_of_the_words_is_a_campaign_or_a_list_of_problems(shipped: Path, tree: dict[str, str]) -> None:
+    only_problems(shipped / "any.yaml", "".join(f"{key}: {value}\n" for key, value in tree.items()))
