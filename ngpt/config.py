@@ -8,7 +8,7 @@ import difflib
 import hashlib
 import json
 import unicodedata
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple, TypeVar, dataclass_transform
 
@@ -179,11 +179,11 @@ def override(config: ConfigT, changes: Mapping[str, Any]) -> ConfigT:
 def flatten(config: Config) -> dict[str, Any]:
     """Every setting's value by dotted name."""
     values: dict[str, Any] = {}
-    for name in settings(type(config)):
-        node: Any = config
-        for part in name.split("."):
-            node = getattr(node, part)
-        values[name] = node
+    for name, value in config:  # in the order of `settings`
+        if isinstance(value, Config):
+            values |= {f"{name}.{inner}": deeper for inner, deeper in flatten(value).items()}
+        else:
+            values[name] = value
     return values
 
 
@@ -195,13 +195,15 @@ def is_identity(cls: type[Config], name: str) -> bool:
 
 def identity_settings(config: Config) -> dict[str, Any]:
     """What decides what a config computes, by dotted name; settings that were `added` only where they change it."""
-    kept = {}
-    for name, value in flatten(config).items():
-        extra = settings(type(config))[name].json_schema_extra
-        unchanged = isinstance(extra, dict) and value in extra.get("left_out_at", ())
-        if is_identity(type(config), name) and not unchanged:
-            kept[name] = value
-    return kept
+    left_out_at = _identity(type(config))
+    return {name: v for name, v in flatten(config).items() if name in left_out_at and v not in left_out_at[name]}
+
+
+@cache
+def _identity(cls: type[Config]) -> dict[str, Sequence[Any]]:
+    """The settings that decide what is computed, each with the values at which it counts as not there."""
+    marks: dict[str, Any] = {name: info.json_schema_extra or {} for name, info in settings(cls).items()}
+    return {name: mark.get("left_out_at", ()) for name, mark in marks.items() if is_identity(cls, name)}
 
 
 def content_hash(config: Config, *, leave_out: Collection[str] = (), extra: Mapping[str, Any] | None = None) -> str:
