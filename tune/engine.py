@@ -20,6 +20,7 @@ import psutil
 import ray
 import ray._private.worker
 import ray.tune
+from ray.tune.execution import class_cache
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
@@ -55,6 +56,8 @@ def run_on_ray(session: Session, cluster: "RayCluster") -> None:
     Raises:
         ExecutorLost: Ray stopped before the campaign was over.
     """
+    # Tune hands AWS credentials on to its workers by a way that Ray logs. They inherit the environment anyway.
+    class_cache.ENV_VARS_TO_PROPAGATE -= {name for name in class_cache.ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")}
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(cluster.workers)  # all start at once, not one after the other
     for stale in session.root.glob(f"{SCRATCH}*"):  # of a run that was killed: a living one would have the lock
         shutil.rmtree(stale)
