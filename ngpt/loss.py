@@ -7,7 +7,10 @@ softmax's divisor is not applied to the (rows, V) chunk but to the (rows, D) fac
 the logits, and the learned logit scale of nGPT is folded into the (V, D) weight.
 """
 
+import ctypes
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,12 +18,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ngpt.compiling import compile_for
+from ngpt.native import load_native
 
 MIB = 2**20
 # A chunk of logits counted in float32: large enough for efficient matrix products, small beside the model.
-CHUNK_BYTES = {"cpu": 64 * MIB, "cuda": 256 * MIB}
-# Uncompiled, the several passes over the logits are made on blocks that stay in a CPU's cache.
+CHUNK_BYTES = {"cpu": 128 * MIB, "cuda": 256 * MIB}
+# What is read again at once is made in blocks that stay in a CPU's cache: several passes over logits, and a product
+# that is added to a sum.
 BLOCK_BYTES = {"cpu": 2 * MIB, "cuda": 256 * MIB}
+
+# Logits (R, V), a softcap or None, and whether gradients are wanted -> what `_exponentials` returns.
+Exponentials = Callable[[Tensor, float | None, bool], tuple[Tensor, Tensor, Tensor | None]]
 
 
 def linear_cross_entropy(
@@ -44,7 +52,7 @@ def linear_cross_entropy(
         targets: (...) int64 in [0, V); another value raises on a CPU and is a device-side assertion on a GPU.
         scale: (V,) or (1,), nGPT's s_z (arXiv 2410.01131, section 2.1).
         softcap: c of cap(z) = c * tanh(z / c) (Gemma 2, arXiv 2408.00118, section 2); None for cap(z) = z.
-        compiled: make the pass over the logits one kernel with torch.compile: seconds once, then faster.
+        compiled: make the pass over the logits one kernel, in C++ or with torch.compile: seconds once, then faster.
     """
     vocabulary, width = weight.shape
     if x.shape[-1] != width or x.shape[:-1] != targets.shape or targets.numel() == 0:
@@ -76,7 +84,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             x, weight, scale, targets, softcap, compiled=compiled, for_x=for_x, for_weight=any(for_weight)
         )
         ctx.save_for_backward(grad_x, grad_scaled, weight, scale)
-        ctx.x_dtype = x.dtype
+        ctx.x_dtype, ctx.compiled = x.dtype, compiled
         return loss
 
     @staticmethod
@@ -91,14 +99,25 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if grad_x is not None:
             grad_x = (grad_x * share).to(ctx.x_dtype)
         if grad_scaled is not None:  # of scale * weight, (D, V)
-            product = torch.empty(weight.shape, dtype=grad_scaled.dtype, device=weight.device)
-            grad_weight = torch.mul(grad_scaled.t(), share, out=product)
-            if scale is not None:
-                if ctx.needs_input_grad[2]:
-                    grad_scale = (grad_weight * weight).sum(1).sum_to_size(scale.shape).to(scale.dtype)
-                grad_weight.mul_(scale[:, None])
-            grad_weight = grad_weight.to(weight.dtype) if ctx.needs_input_grad[1] else None
+            for_weight, for_scale = ctx.needs_input_grad[1:3]
+            kind = ("head", for_weight, for_scale, weight.shape, weight.dtype, getattr(scale, "shape", None))
+            head = compile_for(kind, _head_gradients) if ctx.compiled else _head_gradients
+            grad_weight, grad_scale = head(grad_scaled, share, weight, scale, for_weight, for_scale)
         return grad_x, grad_weight, grad_scale, None, None, None
+
+
+def _head_gradients(
+    grad_scaled: Tensor, share: Tensor, weight: Tensor, scale: Tensor | None, for_weight: bool, for_scale: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of weight (V, D) and of its scale, from that of scale * weight, which is (D, V)."""
+    product = torch.empty(weight.shape, dtype=grad_scaled.dtype, device=weight.device)
+    grad_weight, grad_scale = torch.mul(grad_scaled.t(), share, out=product), None
+    if scale is not None:
+        if for_scale:
+            grad_scale = (grad_weight * weight).sum(1).sum_to_size(scale.shape).to(scale.dtype)
+        grad_weight.mul_(scale[:, None])
+    # Compiled, the product may still lie as (D, V), and autograd would copy it.
+    return grad_weight.to(weight.dtype).contiguous() if for_weight else None, grad_scale
 
 
 def _walk(
@@ -121,11 +140,11 @@ def _walk(
     # (D, V), the product that CPUs do a quarter faster than (V, D).
     grad_scaled = torch.zeros(width, vocabulary, dtype=exact, device=device) if for_weight else None
     gradient = for_x or for_weight
-    kernel = (softcap, gradient, dtype, rows, vocabulary)
-    exponentiate = compile_for(kernel, _exponentials) if compiled else _by_blocks
     buffer, lines = torch.empty(rows, vocabulary, dtype=dtype, device=device), torch.arange(rows, device=device)
+    exponentiate = _fastest(buffer, softcap, gradient) if compiled else _by_blocks
     with torch.autocast(device.type, enabled=False), torch.no_grad():
-        head = (weight if scale is None else weight * scale[:, None]).to(dtype)
+        kind = ("scaled", dtype, weight.shape, weight.dtype, getattr(scale, "shape", None))
+        head = (compile_for(kind, _scaled) if compiled else _scaled)(weight, scale, dtype)
         for start in range(0, n, rows):
             chunk, target = x[start : start + rows], targets[start : start + rows]
             logits = torch.mm(chunk.to(dtype), head.t(), out=buffer[: len(chunk)])
@@ -145,6 +164,11 @@ def _walk(
             if grad_scaled is not None:
                 _add_product(grad_scaled, (chunk / (mass * n)).to(dtype).t(), slope)
     return total / n, grad_x, grad_scaled
+
+
+def _scaled(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """scale * weight (V, D), as the matrix products take it."""
+    return (weight if scale is None else weight * scale[:, None]).to(dtype)
 
 
 def _dtypes(x: Tensor) -> tuple[torch.dtype, torch.dtype]:
@@ -192,6 +216,25 @@ def _exponentials(z: Tensor, softcap: float | None, gradient: bool) -> tuple[Ten
     return peak, mass, (y if bend is None else y.mul_(bend)).to(z.dtype)
 
 
+def _fastest(z: Tensor, softcap: float | None, gradient: bool) -> Exponentials:
+    """`_exponentials` as one kernel for logits such as z: in C++ for bfloat16 on a CPU, else by torch.compile."""
+    fits = z.device.type == "cpu" and z.dtype == torch.bfloat16 and softcap is None
+    if fits and (library := load_native("exponentials")):
+        return functools.partial(_natively, library)
+    return compile_for(("exponentials", softcap, gradient, z.dtype, z.shape), _exponentials)
+
+
+def _natively(
+    library: ctypes.CDLL, z: Tensor, softcap: float | None, gradient: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`_exponentials` by exponentials.cpp, the slope in place of z."""
+    rows, vocabulary = z.shape
+    peak, mass = torch.empty(2, rows, 1).unbind()
+    pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (z, peak, mass))
+    library.exponentials(*pointers, ctypes.c_int64(rows), ctypes.c_int64(vocabulary))
+    return peak, mass, z if gradient else None
+
+
 def _by_blocks(z: Tensor, softcap: float | None, gradient: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     """`_exponentials` on a few rows at a time, the slope in place of z."""
     peaks, masses = [], []
@@ -209,7 +252,6 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     if a.dtype == total.dtype:
         total.addmm_(a, b)
         return
-    # In blocks, since on a CPU a sum of two types makes a copy of the second in the type of the first.
-    rows = _rows(BLOCK_BYTES, total.device, total.shape[1])
-    for part, product in zip(total.split(rows), (a @ b).split(rows), strict=True):
-        part.add_(product)
+    columns = _rows(BLOCK_BYTES, total.device, len(total))
+    for part, factor in zip(total.split(columns, 1), b.split(columns, 1), strict=True):
+        part.add_(a @ factor)

@@ -1,6 +1,7 @@
 """The peak memory of a run, also in a process that has run others, and what to do when there is none left."""
 
 import gc
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,15 @@ _MESSAGES = (
     "std::bad_alloc",
 )
 Value = TypeVar("Value")
+
+
+def ask_for_huge_pages() -> None:
+    """Lets torch ask Linux for pages of 2 MiB for large tensors on a CPU, unless the user has said something about it.
+
+    Each step takes them from the kernel anew, and 4 KiB at a time that is up to a fifth of the step. torch looks when
+    it allocates its first large tensor.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def reset_peak_memory(device: torch.device) -> None:

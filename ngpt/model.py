@@ -26,6 +26,7 @@ from ngpt.rope import ROPE_KINDS, ROPE_SCALINGS, attention_temperature, rope_tab
 
 MLP_KINDS = ("swiglu", "relu2")
 SCALE_KINDS = ("vector", "scalar")
+SHORT = 256  # tokens up to which torch's attention on a CPU takes longer in bfloat16 than in float32, up to 3 times
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
 OnePerLayer = Annotated[tuple[Positive, ...], Field(min_length=1), Strict(False)]
@@ -170,20 +171,22 @@ class Attention(nn.Module):
             q, k = (s_qk * q, s_qk * k) if self.n_kv_head == self.n_head else (s_qk.square() * q, k)
         elif self.qk_norm:
             q, k = rms_norm(q), rms_norm(k)
-        q, k = q.to(v.dtype), k.to(v.dtype)
         past = 0
         if cache is not None:
             past = cache.length
             k, v = (entries.to(v.dtype) for entries in cache.extend(self.layer, k, v))
-        mixed = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=_causal_mask(past, q.shape[2], q.device) if past else None,
-            is_causal=not past,
-            scale=self.softmax_scale,
-            enable_gqa=self.n_kv_head != self.n_head,
-        )
+        slow = q.device.type == "cpu" and v.dtype == torch.bfloat16 and k.shape[2] <= SHORT
+        dtype = torch.float32 if slow else v.dtype
+        with torch.autocast(q.device.type, enabled=False):
+            mixed = F.scaled_dot_product_attention(
+                q.to(dtype),
+                k.to(dtype),
+                v.to(dtype),
+                attn_mask=_causal_mask(past, q.shape[2], q.device) if past else None,
+                is_causal=not past,
+                scale=self.softmax_scale,
+                enable_gqa=self.n_kv_head != self.n_head,
+            )
         if head_weights is not None:
             mixed = mixed * head_weights.view(-1, 1, 1).to(mixed.dtype)
         return self.out(mixed.transpose(1, 2).flatten(2))
@@ -337,7 +340,8 @@ class GPT(nn.Module):
 
     def compile_parts(self) -> None:
         """From now on the blocks and the pass over the logits run compiled; it takes seconds at the first call."""
-        kind = repr(self.cfg)
+        # Without the settings that reach the graph as tensors only: trials of a sweep share what is compiled.
+        kind = repr(self.cfg.model_copy(update=dict.fromkeys(("alpha", "alpha_final", "logit_scale", "rope_base"))))
 
         def features(idx: Tensor, cache: KVCache | None = None) -> Tensor:
             # By shape, too: a run that memory runs out in comes along with ever smaller batches, beyond torch's limit.

@@ -58,7 +58,14 @@ from ngpt.diagnostics import (
     weight_norm_error,
 )
 from ngpt.evaluate import evaluate
-from ngpt.memory import free_memory, is_out_of_memory, peak_memory, reset_peak_memory, retry_smaller
+from ngpt.memory import (
+    ask_for_huge_pages,
+    free_memory,
+    is_out_of_memory,
+    peak_memory,
+    reset_peak_memory,
+    retry_smaller,
+)
 from ngpt.model import GPT, Count, ModelConfig
 from ngpt.norm import NORM_MODES
 from ngpt.optim import OptimConfig, build_optimizers, set_rates, unfit
@@ -242,6 +249,7 @@ def set_up(config: TrainConfig, out_dir: Path, *, resume: str | None, dataset: D
     if resume is None and checkpoint_folders(out_dir / "checkpoints"):
         raise ConfigError(f"{out_dir} holds checkpoints of an earlier run: resume it, or choose another folder")
     device = pick_device(config.device)
+    ask_for_huge_pages()
     reset_peak_memory(device)
     dataset = dataset or open_dataset(config.data)
     validation = eval_set(

@@ -32,14 +32,14 @@ def test_contestants_take_turns_after_a_warmup_until_the_time_is_over(clock: Clo
         clock.pass_time(seconds)
 
     contestants = {"a": lambda: work("a", 1.0), "b": lambda: work("b", 3.0)}
-    times = timing.take_turns(contestants, CPU, seconds=30.0, warmup=2)
+    times = timing.take_turns(timing.stopwatches(contestants, CPU), seconds=30.0, warmup=2)
     assert calls == ["a", "b"] * (len(calls) // 2)
     assert times == {"a": [1.0] * 6, "b": [3.0] * 6}  # the eighth round, of which two were warm-up, ends at 32 s
 
 
 @pytest.mark.parametrize(("seconds", "rounds"), [(0.0, timing.FEWEST), (1e9, timing.MOST)])
 def test_there_is_a_smallest_and_a_largest_number_of_rounds(seconds: float, rounds: int, clock: Clock) -> None:
-    times = timing.take_turns({"a": lambda: clock.pass_time(1.0)}, CPU, seconds=seconds)
+    times = timing.take_turns(timing.stopwatches({"a": lambda: clock.pass_time(1.0)}, CPU), seconds=seconds)
     assert len(times["a"]) == rounds
 
 

@@ -1,7 +1,9 @@
 """The peak memory of one run among several in a process, and trying again with less of it."""
 
+import subprocess
 import sys
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -34,6 +36,35 @@ def test_a_small_run_after_a_large_one_reports_its_own_peak() -> None:
         pytest.xfail("the peak of a process can be reset on Linux only")
     large, small = peak_of(200), peak_of(1)
     assert large - small > 150 * MEGABYTE
+
+
+# In a process of its own: torch looks once.
+PAGES = """
+import resource, sys, torch
+from ngpt.memory import ask_for_huge_pages
+
+if sys.argv[1] == "huge":
+    ask_for_huge_pages()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+torch.ones(100_000_000, dtype=torch.uint8)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(
+    not HUGE_PAGES.exists() or "[never]" in HUGE_PAGES.read_text(), reason="this kernel has no huge pages to give"
+)
+def test_huge_pages_are_asked_for_where_nobody_has_said_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    def faults(kind: str) -> int:
+        run = subprocess.run([sys.executable, "-c", PAGES, kind], capture_output=True, text=True, check=True)
+        return int(run.stdout)
+
+    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE", raising=False)
+    huge = faults("huge")
+    assert huge < 2_000  # of 2 MiB it takes 48, of 4 KiB 24,000
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")
+    assert faults("huge") == pytest.approx(faults("small"), abs=500)
 
 
 # ---- when there is none left -----------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ngpt.config import ConfigError, build
-from ngpt.model import GPT, KVCache, ModelConfig, SphereBlock
+from ngpt.model import GPT, SHORT, KVCache, ModelConfig, SphereBlock
 from ngpt.norm import NORM_MODES
 from ngpt.residual import ALPHA_KINDS, RESIDUAL_RULES, Residual
 from ngpt.rope import ROPE_SCALINGS
@@ -368,8 +368,10 @@ def test_the_seed_decides_the_initial_weights() -> None:
     assert not torch.equal(one.wte.weight, other.wte.weight)
 
 
-def test_a_forward_pass_in_bfloat16_stays_close_to_float32() -> None:
-    model, idx, targets = GPT(tiny(logit_scale=5.0)), tokens(), tokens().roll(-1, dims=1)
+@pytest.mark.parametrize("time", [12, SHORT, SHORT + 1])  # short sequences have their attention in float32
+def test_a_forward_pass_in_bfloat16_stays_close_to_float32(time: int) -> None:
+    model, idx = GPT(tiny(logit_scale=5.0, block_size=time)), tokens(time=time)
+    targets = idx.roll(-1, dims=1)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         low = model(idx, targets).item()
     assert low == pytest.approx(model(idx, targets).item(), abs=0.02)

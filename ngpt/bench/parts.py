@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ngpt.bench.timing import compared, copy_rate, gemm_flops, take_turns, where
+from ngpt.bench.timing import compared, copy_rate, gemm_flops, stopwatches, take_turns, where
 from ngpt.bench.training import prepared
 from ngpt.config import ConfigError
 from ngpt.data.corpora import open_dataset
@@ -65,7 +65,7 @@ def loss(config: TrainConfig, *, seconds: float = 10.0) -> Figures:
 
     difference = float((both_ways(ours) - both_ways(plain)).abs())
     contestants = {"ours": lambda: both_ways(ours), "plain": lambda: both_ways(plain)}
-    times = take_turns(contestants, device, seconds=seconds)
+    times = take_turns(stopwatches(contestants, device), seconds=seconds)
     figures, ceiling = compared(times["ours"], times["plain"]), gemm_flops(device, DTYPES[config.dtype])
     share = 6 * rows * model.n_embd * vocabulary / (figures["ms"] / 1000) / ceiling
     sizes = {"rows": rows, "vocab_size": vocabulary, "n_embd": model.n_embd, "compiled": config.compile}
@@ -105,7 +105,7 @@ def optimizer(config: TrainConfig, *, seconds: float = 10.0) -> Figures:
         "ours": lambda: step(optimizers, projected=False),
         "plain": lambda: step(plain, projected=on_sphere),
     }
-    times = take_turns(contestants, device, seconds=seconds)
+    times = take_turns(stopwatches(contestants, device), seconds=seconds)
     moved, products = _optimizer_work(model, config.optim)
     return compared(times["ours"], times["plain"]) | _floor(config, device, moved, products, times["ours"])
 
@@ -127,7 +127,7 @@ def projection(config: TrainConfig, *, seconds: float = 10.0) -> Figures:
         "another": lambda: train_step(run),
         "plain": lambda: _project_one_by_one(run.model),
     }
-    times = take_turns(contestants, run.device, seconds=seconds)
+    times = take_turns(stopwatches(contestants, run.device), seconds=seconds)
     figures = compared(times["ours"], times["plain"])
     step_ms = float(np.median(times["step"] + times["another"])) * 1000
     figures |= {"step_ms": step_ms, "share": figures["ms"] / step_ms}
@@ -161,7 +161,7 @@ def loader(config: TrainConfig, *, seconds: float = 10.0) -> Figures:
         return x, y
 
     contestants = {"ours": ours, "plain": plain, "step": lambda: train_step(run)}
-    times = take_turns(contestants, run.device, seconds=seconds)
+    times = take_turns(stopwatches(contestants, run.device), seconds=seconds)
     figures = compared(times["ours"], times["plain"])
     step_ms = float(np.median(times["step"])) * 1000
     used = {"step_ms": step_ms, "steps_ratio": step_ms / figures["ms"]}
@@ -189,7 +189,7 @@ def generate(config: TrainConfig, *, seconds: float = 10.0) -> Figures:
                 pass
 
     contestants = {"ours": lambda: work(cache=True), "plain": lambda: work(cache=False)}
-    times = take_turns(contestants, device, seconds=seconds, warmup=1)
+    times = take_turns(stopwatches(contestants, device), seconds=seconds, warmup=1)
     figures = compared(times["ours"], times["plain"])
     figures |= {"tokens": tokens, "tokens_per_second": tokens / figures["ms"] * 1000}
     figures |= {"reference_tokens_per_second": tokens / figures["reference_ms"] * 1000}

@@ -75,6 +75,7 @@ def peer_step(path: Path, config: TrainConfig, dataset: Dataset, *, compiled: bo
     step = 0
 
     def train() -> Tensor:
+        """A step as nanoGPT's and nGPT's train.py take it, one micro-batch large."""
         nonlocal step
         batch = train_batch(
             dataset,

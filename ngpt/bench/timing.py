@@ -1,5 +1,6 @@
 """Timing on a machine that does other things too: contestants take turns, and stand beside what the machine can do."""
 
+import functools
 import json
 import statistics
 import time
@@ -13,9 +14,9 @@ FEWEST, MOST = 3, 200  # rounds
 
 
 def take_turns(
-    contestants: Mapping[str, Callable[[], object]], device: torch.device, *, seconds: float, warmup: int = 2
+    contestants: Mapping[str, Callable[[], float]], *, seconds: float, warmup: int = 2
 ) -> dict[str, list[float]]:
-    """Seconds of each call by contestant, one call of each per round, so that a disturbance falls on all alike.
+    """The seconds that each contestant says it took, one call of each per round: a disturbance falls on all alike.
 
     It goes on for about `seconds`, with at least `FEWEST` rounds and at most `MOST`, after `warmup` rounds untimed.
     """
@@ -25,10 +26,15 @@ def take_turns(
         if turn >= FEWEST and time.perf_counter() - start > seconds:
             break
         for name, contestant in contestants.items():
-            taken = timed(contestant, device)
+            taken = contestant()
             if turn >= 0:
                 times[name].append(taken)
     return times
+
+
+def stopwatches(works: Mapping[str, Callable[[], object]], device: torch.device) -> dict[str, Callable[[], float]]:
+    """Contestants for `take_turns` that are calls in this process."""
+    return {name: functools.partial(timed, work, device) for name, work in works.items()}
 
 
 def timed(work: Callable[[], object], device: torch.device) -> float:

@@ -1,0 +1,85 @@
+"""C++ beside the Python: built once per machine, and missed by nobody where there is no compiler."""
+
+import ctypes
+import logging
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ngpt import native
+from ngpt.native import load_native
+
+numbers = st.floats(-300, 300, allow_nan=False)
+
+
+@pytest.fixture
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("NGPT_CACHE", str(tmp_path))
+    load_native.cache_clear()
+    yield tmp_path
+    load_native.cache_clear()
+
+
+def exponentials(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Slope, peak and mass of bfloat16 logits (R, V)."""
+    library, slope = load_native("exponentials"), logits.clone()
+    assert library is not None, "the tests need a C++ compiler, as torch.compile does"
+    peak, mass = torch.empty(len(logits)), torch.empty(len(logits))
+    pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (slope, peak, mass)]
+    library.exponentials(*pointers, *map(ctypes.c_int64, logits.shape))
+    return slope, peak, mass
+
+
+@given(st.lists(numbers, min_size=1, max_size=70))
+def test_the_exponentials_are_those_of_numpy(row: list[float]) -> None:
+    logits = torch.tensor([row, row[::-1]]).bfloat16()
+    slope, peak, mass = exponentials(logits)
+    exact = logits.double().numpy()
+    top = exact.max(1, keepdims=True)
+    expected = np.exp(exact - top)
+    np.testing.assert_array_equal(peak, top[:, 0])
+    np.testing.assert_allclose(mass, expected.sum(1), rtol=1e-6)
+    np.testing.assert_allclose(slope.double(), expected, rtol=2**-8, atol=1e-36)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_not_a_number_does_not_get_lost(bad: float) -> None:
+    logits = torch.zeros(3, 40).bfloat16()
+    logits[1, 17] = bad
+    _, _, mass = exponentials(logits)
+    assert mass.isfinite().tolist() == [True, False, True]
+
+
+def test_what_is_built_once_is_not_built_again(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load_native("exponentials") is not None
+    assert [path.suffix for path in (empty_cache / "native").iterdir()] == [".so"]
+    load_native.cache_clear()
+    monkeypatch.setattr(native, "_build", lambda *arguments: pytest.fail("it was built again"))
+    assert load_native("exponentials") is not None
+
+
+@pytest.mark.usefixtures("empty_cache")
+def test_without_a_compiler_there_is_a_warning_and_no_library(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with caplog.at_level(logging.WARNING):
+        assert load_native("exponentials") is None
+    assert "exponentials.cpp was not built" in caplog.text and "no-such-compiler" in caplog.text
+
+
+def test_a_source_that_does_not_compile_leaves_nothing_behind(
+    empty_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "wrong.cpp").write_text("int broken(")
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
+    assert load_native("wrong") is None
+    assert "wrong.cpp" in caplog.text and "error" in caplog.text
+    assert not list((empty_cache / "native").iterdir())
