@@ -102,6 +102,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for_weight, for_scale = ctx.needs_input_grad[1:3]
             kind = ("head", for_weight, for_scale, weight.shape, weight.dtype, getattr(scale, "shape", None))
             head = compile_for(kind, _head_gradients) if ctx.compiled else _head_gradients
+            weight, scale = weight.detach(), None if scale is None else scale.detach()
             grad_weight, grad_scale = head(grad_scaled, share, weight, scale, for_weight, for_scale)
         return grad_x, grad_weight, grad_scale, None, None, None
 
@@ -133,6 +134,7 @@ def _walk(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The loss, and its gradients for x (N, D) and for scale * weight, transposed (D, V), where asked for."""
     dtype, exact = _dtypes(x)
+    weight, scale = weight.detach(), None if scale is None else scale.detach()
     (n, width), vocabulary, device = x.shape, weight.shape[0], x.device
     rows = min(n, _rows(CHUNK_BYTES, device, vocabulary))
     total = torch.zeros((), dtype=exact, device=device)
@@ -143,8 +145,11 @@ def _walk(
     buffer, lines = torch.empty(rows, vocabulary, dtype=dtype, device=device), torch.arange(rows, device=device)
     exponentiate = _fastest(buffer, softcap, gradient) if compiled else _by_blocks
     with torch.autocast(device.type, enabled=False), torch.no_grad():
-        kind = ("scaled", dtype, weight.shape, weight.dtype, getattr(scale, "shape", None))
-        head = (compile_for(kind, _scaled) if compiled else _scaled)(weight, scale, dtype)
+        if scale is None:
+            head = weight.to(dtype)
+        else:
+            kind = ("scaled", dtype, weight.shape, weight.dtype, scale.shape)
+            head = (compile_for(kind, _scaled) if compiled else _scaled)(weight, scale, dtype)
         for start in range(0, n, rows):
             chunk, target = x[start : start + rows], targets[start : start + rows]
             logits = torch.mm(chunk.to(dtype), head.t(), out=buffer[: len(chunk)])
@@ -166,9 +171,9 @@ def _walk(
     return total / n, grad_x, grad_scaled
 
 
-def _scaled(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _scaled(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """scale * weight (V, D), as the matrix products take it."""
-    return (weight if scale is None else weight * scale[:, None]).to(dtype)
+    return (weight * scale[:, None]).to(dtype)
 
 
 def _dtypes(x: Tensor) -> tuple[torch.dtype, torch.dtype]:

@@ -166,9 +166,8 @@ class Attention(nn.Module):
         q, k, v = self._heads(self.query(x)), self._heads(self.key(x)), self._heads(self.value(x))  # (B, H or G, T, K)
         q, k = self.rotate(q, cos, sin), self.rotate(k, cos, sin)
         if self.s_qk is not None:
-            s_qk, q, k = self.s_qk().view(self.n_head, 1, -1), l2_normalize(q), l2_normalize(k)
-            # A key that heads share cannot be scaled for each: their queries are scaled twice, for the same product.
-            q, k = (s_qk * q, s_qk * k) if self.n_kv_head == self.n_head else (s_qk.square() * q, k)
+            # The paper scales q and k by s_qk each; only their product matters, and a key may belong to several heads.
+            q, k = self.s_qk().square().view(self.n_head, 1, -1) * l2_normalize(q), l2_normalize(k)
         elif self.qk_norm:
             q, k = rms_norm(q), rms_norm(k)
         past = 0
@@ -217,9 +216,10 @@ class MLP(nn.Module):
         self.gain = cfg.n_embd**0.5
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.up(x)  # (B, T, F), or (B, T, 2F) with the gate in the second half
-        if self.s_uv is not None:
-            hidden = hidden * (self.s_uv() * self.gain)
+        weight = self.up.weight
+        if self.s_uv is not None:  # on the weight, which is smaller than the hidden units of a batch
+            weight = weight * (self.s_uv() * self.gain)[:, None]
+        hidden = F.linear(x, weight)  # (B, T, F), or (B, T, 2F) with the gate in the second half
         if self.gated:
             u, gate = hidden.chunk(2, dim=-1)
             return self.down(u * F.silu(gate))
