@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ngpt.fused import fused_lerp, kernels_serve
 from ngpt.norm import l2_normalize
 
 Norm = Callable[[Tensor], Tensor]
@@ -23,8 +24,11 @@ R_MIN = 0.25  # smallest divisor of a step: no token moves more than four times 
 def lerp(x: Tensor, f: Tensor, alpha: Tensor, norm: Norm = l2_normalize) -> Tensor:
     """Official nGPT: a fraction alpha of the chord towards the normalised answer, then back to the sphere.
 
-    Source: arXiv 2410.01131, eq. 10 and 11; NVIDIA/ngpt, model.py.
+    Uncompiled on a GPU, with the plain norm, it is one kernel: see ngpt/fused.py. Source: arXiv 2410.01131, eq. 10 and
+    11; NVIDIA/ngpt, model.py.
     """
+    if norm is l2_normalize and kernels_serve(x, f, alpha):
+        return fused_lerp(x, f, alpha)
     x, f = norm(x), l2_normalize(f)
     return norm(x + alpha * (f - x))
 
@@ -186,9 +190,10 @@ class Residual(nn.Module):
         alpha = self.sign(self.alpha())
         return alpha / alpha.abs().mean().clamp(min=1e-12)  # all zero: no step, and not NaN
 
-    def _norm(self, x: Tensor) -> Tensor:
+    @property
+    def _norm(self) -> Norm:
         if self.renormalize == 0:
-            return x
+            return lambda x: x
         if self.renormalize == 1 or not self.training:
-            return l2_normalize(x)
-        return torch.where(self.renormalized, l2_normalize(x), x)
+            return l2_normalize
+        return lambda x: torch.where(self.renormalized, l2_normalize(x), x)

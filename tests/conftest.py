@@ -1,5 +1,6 @@
 """What several tests share: a cache of their own, a small corpus, and a run of seconds on it."""
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -12,6 +13,11 @@ from ngpt.config import build
 from ngpt.data.corpora import DataConfig, Dataset, open_dataset
 from ngpt.train import TrainConfig
 from tune.campaign import Campaign, load_campaign
+
+if not torch.cuda.is_available():
+    # Where Triton is installed without a GPU its kernels run in its interpreter. It reads this when it is first
+    # imported, which torch's compiler may do in any test; nothing else asks for it.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 settings.register_profile("patient", deadline=None)  # how long an example takes depends on who else uses the machine
 settings.load_profile("patient")

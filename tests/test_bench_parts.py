@@ -7,6 +7,7 @@ import torch
 
 from ngpt.bench import parts
 from ngpt.config import ConfigError, build, override
+from ngpt.device import DTYPES
 from ngpt.model import GPT, ModelConfig
 from ngpt.optim import OPTIMIZERS, OptimConfig, build_optimizers
 from ngpt.train import TrainConfig
@@ -26,6 +27,24 @@ def test_both_losses_are_the_same_number(changes: dict[str, object], tiny: Train
     assert (figures["rows"], figures["n_embd"], figures["vocab_size"]) == (64, 16, 400)
     flops = 6 * 64 * 16 * 400
     assert figures["gemm_share"] == pytest.approx(flops / figures["ms"] / figures["gemm_tflops"] / 1e9)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_residual_step_is_compared_with_its_formula(dtype: str, tiny: TrainConfig) -> None:
+    figures = parts.residual(override(tiny, {"dtype": dtype}), seconds=0)
+    assert figures["kernel"] == "torch"
+    assert figures["difference"] < 1e-6
+    answer = {"float32": 4, "bfloat16": 2}[dtype]
+    assert figures["moved_bytes"] == 4 * 16 * 16 * (4 + answer + 4 + 4 + answer + 4 + 4 + answer)
+    check_floor(figures)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler, when it is first loaded
+def test_a_compiled_residual_step_is_the_same_step(tiny: TrainConfig) -> None:
+    figures = parts.residual(override(tiny, {"compile": True}), seconds=0)
+    assert figures["kernel"] == "inductor"
+    assert figures["difference"] < 1e-6
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -21,6 +21,7 @@ from ngpt.train import TrainConfig, read_config
 BENCHMARKS: dict[str, Callable[..., dict[str, Any]]] = {
     "step": step,
     "loss": parts.loss,
+    "residual": parts.residual,
     "optimizer": parts.optimizer,
     "projection": parts.projection,
     "loader": parts.loader,

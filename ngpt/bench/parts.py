@@ -12,16 +12,19 @@ from torch import Tensor
 
 from ngpt.bench.timing import compared, copy_rate, gemm_flops, stopwatches, take_turns, where
 from ngpt.bench.training import prepared
+from ngpt.compiling import compile_for
 from ngpt.config import ConfigError
 from ngpt.data.corpora import open_dataset
 from ngpt.data.loader import train_batch
 from ngpt.device import DTYPES, mixed_precision, pick_device
 from ngpt.flops import matrix_params
+from ngpt.fused import kernels_serve
 from ngpt.generate import generate as continue_text
 from ngpt.loss import linear_cross_entropy
 from ngpt.model import GPT
 from ngpt.optim import ON_SPHERE, OptimConfig, build_optimizers, kinds
 from ngpt.projection import project_weights
+from ngpt.residual import lerp
 from ngpt.train import TrainConfig, resolved, train_step
 
 Figures = dict[str, Any]
@@ -71,6 +74,43 @@ def loss(config: TrainConfig, *, seconds: float = 10.0) -> Figures:
     sizes = {"rows": rows, "vocab_size": vocabulary, "n_embd": model.n_embd, "compiled": config.compile}
     rates = {"difference": difference, "gemm_tflops": ceiling / 1e12, "gemm_share": share}
     return figures | rates | sizes | where(device, config.dtype)
+
+
+def residual(config: TrainConfig, *, seconds: float = 10.0) -> Figures:
+    """One step of the residual rule lerp forward and backward, against F.normalize and the sums between, uncompiled.
+
+    Returns ms, best_ms, reference_ms, ratio; kernel (what ours ran: inductor with --compile, else triton on a GPU where
+    it works, else torch, which is the reference again); difference (of the two results); moved_bytes (stream and answer
+    read and the new stream written, then these and its gradient read and two gradients written), copy_gb_per_second,
+    floor_ms and floor_share as `projection` has them.
+    """
+    config = resolved(config)
+    device, width = pick_device(config.device), config.model.n_embd
+    rows, length = config.micro_batch_size or config.batch_size, config.model.block_size
+    generator = torch.Generator().manual_seed(config.seed)
+    shapes = [(rows, length, width)] * 3 + [(width,)]
+    x, f, towards, alpha = (F.normalize(torch.randn(shape, generator=generator), dim=-1).to(device) for shape in shapes)
+    f = f.to(DTYPES[config.dtype])  # as a matrix product leaves it
+    leaves = [leaf.requires_grad_() for leaf in (x, f, alpha)]
+    kernel = "inductor" if config.compile else "triton" if kernels_serve(x, f, alpha) else "torch"
+    step = compile_for("lerp", lerp) if config.compile else lerp
+
+    def plain(x: Tensor, f: Tensor, alpha: Tensor) -> Tensor:
+        x, f = F.normalize(x, dim=-1), F.normalize(f.float(), dim=-1)
+        return F.normalize(x + alpha * (f - x), dim=-1)
+
+    def both_ways(formulation: Callable[..., Tensor]) -> Tensor:
+        y = formulation(x, f, alpha)
+        torch.autograd.grad(y, leaves, towards)
+        return y.detach()
+
+    difference = float((both_ways(step) - both_ways(plain)).abs().max())
+    contestants = {"ours": lambda: both_ways(step), "plain": lambda: both_ways(plain)}
+    times = take_turns(stopwatches(contestants, device), seconds=seconds)
+    figures = compared(times["ours"], times["plain"])
+    figures |= {"kernel": kernel, "difference": difference, "rows": rows * length, "n_embd": width}
+    moved = x.numel() * (5 * FLOAT + 3 * f.element_size())
+    return figures | _floor(config, device, moved, 0, times["ours"])
 
 
 def optimizer(config: TrainConfig, *, seconds: float = 10.0) -> Figures:
