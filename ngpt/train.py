@@ -153,6 +153,7 @@ class Run:
     optimizers: list[torch.optim.Optimizer]
     progress: Progress
     clock: "Clock"
+    upcoming: tuple[int, tuple[Tensor, Tensor]] | None = None  # the next batch by its number, where it is made already
 
     @property
     def batch_size(self) -> int:
@@ -303,21 +304,8 @@ def train_step(run: Run) -> dict[str, float]:
     with run.clock.step(run.batch_size * config.model.block_size):
         run.model.prepare_step(progress.step, config.steps, seed=config.seed)
         set_rates(run.optimizers, multiplier(progress.step, config.steps, config.schedule))
-        idx, targets = train_batch(
-            run.dataset,
-            seed=config.seed,
-            step=progress.step + progress.passed_over,
-            batch_size=config.batch_size,
-            block_size=config.model.block_size,
-            order=config.data.order,
-            reservoir=config.data.reservoir,
-        )
-        # A halved batch is the first half, so that the order of the data stays what it is.
-        loss, norm = retry_smaller(
-            lambda: gradients(run, idx[: run.batch_size], targets[: run.batch_size]),
-            lambda: shrink(run),
-            run.device,
-        )
+        number = progress.step + progress.passed_over
+        loss, norm = retry_smaller(lambda: gradients(run, number), lambda: shrink(run), run.device)
         progress.step += 1
         progress.left_out += config.batch_size - run.batch_size
         progress.recent = [*progress.recent, loss][-AVERAGED:]
@@ -328,12 +316,37 @@ def train_step(run: Run) -> dict[str, float]:
     return {"train_loss": loss, "grad_norm": norm} | rates
 
 
-def gradients(run: Run, idx: Tensor, targets: Tensor) -> tuple[float, float]:
-    """Fills the gradients, clips them, and returns the loss and their norm before that."""
+def gradients(run: Run, number: int) -> tuple[float, float]:
+    """Fills the gradients for a batch of the data, clips them, and returns the loss and their norm before that.
+
+    The one place of a step that waits for a GPU: no gradient is applied before it is known to be finite.
+    """
+    idx, targets = run.upcoming[1] if run.upcoming and run.upcoming[0] == number else batch(run, number)
     with counted_once(run.model):
-        loss = backward(run, idx, targets)
+        # A halved batch is the first half, so that the order of the data stays what it is.
+        loss = backward(run, idx[: run.batch_size], targets[: run.batch_size])
         norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), run.config.optim.grad_clip or math.inf)
-        return loss, float(norm)
+        run.upcoming = number + 1, batch(run, number + 1)  # made while a GPU computes
+        loss, norm = torch.stack((loss, norm)).tolist()
+        return loss, norm
+
+
+def batch(run: Run, number: int) -> tuple[Tensor, Tensor]:
+    """Tokens and targets (B, T) of a step, on the device."""
+    config = run.config
+    parts = train_batch(
+        run.dataset,
+        seed=config.seed,
+        step=number,
+        batch_size=config.batch_size,
+        block_size=config.model.block_size,
+        order=config.data.order,
+        reservoir=config.data.reservoir,
+    )
+    if run.device.type == "cuda":  # only from pinned memory does a copy go on beside the computation
+        parts = (part.pin_memory() for part in parts)
+    idx, targets = (part.to(run.device, non_blocking=True) for part in parts)
+    return idx, targets
 
 
 @contextlib.contextmanager
@@ -349,18 +362,18 @@ def counted_once(model: GPT) -> Iterator[None]:
         raise
 
 
-def backward(run: Run, idx: Tensor, targets: Tensor) -> float:
+def backward(run: Run, idx: Tensor, targets: Tensor) -> Tensor:
     """Fills the gradients of the mean loss over the batch, one micro-batch at a time, and returns that loss."""
     run.model.zero_grad(set_to_none=True)
     total = torch.zeros((), device=run.device)
     size = run.micro_batch_size
     for idx_part, targets_part in zip(idx.split(size), targets.split(size), strict=True):
         with run.autocast:
-            loss = run.model(idx_part.to(run.device), targets_part.to(run.device))
+            loss = run.model(idx_part, targets_part)
         share = len(idx_part) / len(idx)
         (loss * share).backward()
         total += loss.detach() * share
-    return float(total)
+    return total
 
 
 def update(run: Run) -> None:

@@ -264,7 +264,7 @@ def test_the_literal_rule_halves_the_batch_and_says_so(watched: TrainConfig, dat
     """From step 5 on the first two sequences of each batch are what is trained on."""
     seen: list[tuple[int, int]] = []
 
-    def listen(each: Run, idx: torch.Tensor, targets: torch.Tensor) -> float:
+    def listen(each: Run, idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         if each.progress.step >= 4 and len(idx) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         seen.append((each.progress.step, len(idx)))
@@ -338,24 +338,24 @@ def test_a_host_that_really_has_no_memory_left_gives_the_result_of_small_micro_b
 def break_batches(patch: pytest.MonkeyPatch, *bad: int, what: str = "gradient") -> list[int]:
     """The loss or a gradient of some batches, by number, is not finite; returns the batches that are trained on."""
     seen: list[int] = []
-    real_batch, real = ngpt.train.train_batch, ngpt.train.backward
+    real_gradients, real = ngpt.train.gradients, ngpt.train.backward
 
-    def batch(*arguments: Any, step: int, **named: Any) -> Any:
-        seen.append(step)
-        return real_batch(*arguments, step=step, **named)
+    def gradients(each: Run, number: int) -> tuple[float, float]:
+        seen.append(number)
+        return real_gradients(each, number)
 
-    def broken(each: Run, idx: torch.Tensor, targets: torch.Tensor) -> float:
+    def broken(each: Run, idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         loss = real(each, idx, targets)
         if seen[-1] not in bad:
             return loss
         if what == "loss":
-            return math.nan
+            return torch.tensor(math.nan)
         gradient = each.model.get_parameter("blocks.1.mlp.down.weight").grad
         assert gradient is not None
         gradient[0, 0] = -math.inf
         return loss
 
-    patch.setattr(ngpt.train, "train_batch", batch)
+    patch.setattr(ngpt.train, "gradients", gradients)
     patch.setattr(ngpt.train, "backward", broken)
     return seen
 
