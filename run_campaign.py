@@ -20,6 +20,7 @@ import shlex
 import signal
 import sys
 import threading
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,12 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:  # before or after the trials; while they run, a signal is a request (tune/inline.py)
         print("interrupted; the same command goes on", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except Exception as error:  # a mistake of ours; the journal of a campaign has it as `crash`
+        from ngpt.secrets import redacted
+
+        print(redacted("".join(traceback.format_exception(error))), file=sys.stderr, end="")
+        print("internal error; what is finished is safe, and the same command goes on", file=sys.stderr)
+        return EXIT_ERROR
 
 
 def run_parser() -> argparse.ArgumentParser:

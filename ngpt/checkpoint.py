@@ -22,7 +22,7 @@ from pydantic import Field
 from torch import nn
 
 from ngpt.config import Config, ConfigError, runtime
-from ngpt.durable import commit_folder, make_folder
+from ngpt.durable import commit_folder, make_folder, remove_folder
 
 FORMAT = 1
 log = logging.getLogger(__name__)
@@ -65,8 +65,7 @@ def save_checkpoint(
     Raises:
         OSError: the disk is full, or the step is already there; the older checkpoints are as they were.
     """
-    for stale in root.glob(".tmp-*"):  # of a process that was killed while it saved
-        shutil.rmtree(stale)
+    _sweep(root)
     final = root / f"step_{step:07d}"
     temp = root / f".tmp-{uuid.uuid4().hex}"
     make_folder(root)
@@ -74,8 +73,8 @@ def save_checkpoint(
     try:
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
         (temp / "model.safetensors").write_bytes(safetensors.torch.save(weights))
-        # An open file, not a path: only then does a full disk show as OSError.
-        with (temp / "state.pt").open("wb") as file:
+        # An open file, not a path: only then does a full disk show as OSError. torch writes in pieces of kilobytes.
+        with (temp / "state.pt").open("wb", buffering=1 << 20) as file:
             torch.save(dict(state), file)
         for name, content in (files or {}).items():
             (temp / name).write_bytes(content)
@@ -97,11 +96,14 @@ def save_checkpoint(
 
 
 def newest_checkpoint(root: Path) -> Checkpoint | None:
-    """The newest checkpoint under `root` that verifies. A damaged one is renamed to `damaged-...` and passed over.
+    """The newest checkpoint under `root` that verifies, for the process that trains there.
+
+    A damaged one is renamed to `damaged-...` and passed over; what a killed process has left half done is removed.
 
     Raises:
         ConfigError: it is intact, but of a format that this version does not read.
     """
+    _sweep(root)
     for path in reversed(checkpoint_folders(root)):
         try:
             return verify_checkpoint(path)
@@ -180,6 +182,15 @@ def _set_aside(path: Path, error: Exception) -> None:
     log.warning("checkpoint %s is damaged (%s); set aside as %s", path, error, aside.name)
 
 
+def _sweep(root: Path) -> None:
+    """Removes what a process that was killed has left of a save or a removal."""
+    for stale in root.glob(".tmp-*"):
+        try:
+            shutil.rmtree(stale)
+        except OSError as error:  # it is in nobody's way; the next save tries again
+            log.warning("%s cannot be removed: %s", stale, error)
+
+
 def _retain(root: Path, keep_last: int) -> None:
     found = []
     for path in checkpoint_folders(root):
@@ -192,4 +203,9 @@ def _retain(root: Path, keep_last: int) -> None:
         kept.add(min(scored)[1])
     for path, _ in found:
         if path not in kept:
-            shutil.rmtree(path)
+            try:
+                # Under its own name, with some of its files gone, it would look like a damaged disk.
+                remove_folder(path, doomed=f".tmp-{uuid.uuid4().hex}")
+            except OSError as error:  # what was to be saved is saved; the next save tries again
+                log.warning("the old checkpoint %s cannot be removed: %s", path, error)
+                _sweep(root)

@@ -7,8 +7,9 @@ here is part of a trial's identity.
 import contextlib
 import importlib.util
 import json
+import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Self
@@ -16,13 +17,14 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Self
 from pydantic import Field
 
 from ngpt.config import Config, ConfigError, one_of, runtime
-from ngpt.durable import make_folder, sync, write_atomic
+from ngpt.durable import LineFile, make_folder, write_atomic
 from ngpt.wandb_run import WANDB_MODES, WandbRun, choose_mode, tell
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
     from torch import Tensor
 
+log = logging.getLogger(__name__)
 BINS = 32
 FLOAT32_MAX = 3.4028234663852886e38
 
@@ -87,11 +89,58 @@ def histogram(values: "ArrayLike | Tensor") -> Histogram:
     return Histogram(edges.tolist(), counts.tolist(), lost, float(finite_ones.sum()), float(finite_ones @ finite_ones))
 
 
+class Rows:
+    """A file of rows that loses none: what a full disk does not take waits in memory for the next row, or for `sync`.
+
+    The file is made with the first row.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._file = path, None
+        self._waiting: list[str] = []
+        self._synced = True
+
+    def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        waited = bool(self._waiting)
+        self._waiting += map(_line, rows)
+        try:
+            self._write()
+        except OSError as error:
+            if not waited:
+                log.warning("%s: %s; its rows wait in memory", self._path, error.strerror or error)
+
+    def sync(self) -> None:
+        """Waits until all rows are on disk.
+
+        Raises:
+            OSError: the disk; what it did not take still waits.
+        """
+        self._write()
+        if self._file and not self._synced:
+            self._file.sync()
+            self._synced = True
+
+    def close(self) -> None:
+        if self._file:
+            self._file.close()
+
+    def _write(self) -> None:
+        if self._waiting and self._file is None:
+            self._file = LineFile(self._path)
+        if self._waiting and self._file:
+            self._synced = False
+            self._file.append(*self._waiting)
+            self._waiting.clear()
+
+
 class Tracker:
     """Appends rows of numbers to `metrics.jsonl` as strict JSON; a number that is not finite is written as null.
 
     `keep_until` is the step a resumed run continues from: later rows of the interrupted attempt are dropped. Offline
     runs lie in `folder/wandb`, TensorBoard's events in `folder/tensorboard`.
+
+    A reader next door sees whole rows, and a killed run loses none it has logged. A disk that is full does not end a
+    run: its rows wait, and there is no checkpoint without the rows before it, see `sync`.
 
     Raises:
         ModuleNotFoundError: TensorBoard was asked for and is not installed, which `settled` says in time.
@@ -102,14 +151,14 @@ class Tracker:
         self, cfg: TrackerConfig, folder: Path, *, settings: Mapping[str, Any], keep_until: int | None = None
     ) -> None:
         make_folder(folder)
-        metrics, self._histograms = folder / "metrics.jsonl", folder / "histograms.jsonl"
+        metrics, histograms = folder / "metrics.jsonl", folder / "histograms.jsonl"
         _drop_after(keep_until, metrics)
-        if self._histograms.exists():
-            _drop_after(keep_until, self._histograms)
-        self._metrics = metrics
+        if histograms.exists():
+            _drop_after(keep_until, histograms)
         with contextlib.ExitStack() as stack:
-            # Line buffered: a reader next door sees whole rows, and a killed run loses none it has logged.
-            self._file = stack.enter_context(metrics.open("a", encoding="utf-8", buffering=1))
+            self._metrics, self._histograms = Rows(metrics), Rows(histograms)
+            for rows in (self._metrics, self._histograms):
+                stack.callback(rows.close)
             self._watchers: list[TensorBoard | WandbRun] = []
             if cfg.tensorboard:
                 self._watchers.append(stack.enter_context(TensorBoard(folder / "tensorboard", keep_until)))
@@ -130,7 +179,7 @@ class Tracker:
     def log(self, row: Mapping[str, Any]) -> None:
         """Adds one row; it has a `step`, the rest are numbers or None."""
         clean = {name: finite(value) for name, value in row.items()}
-        self._file.write(_line(clean))
+        self._metrics.add([clean])
         numbers = {name: value for name, value in clean.items() if value is not None}
         for watcher in self._watchers:
             watcher.log(numbers)
@@ -138,22 +187,22 @@ class Tracker:
     def log_histograms(self, step: int, values: Mapping[str, "ArrayLike | Tensor"]) -> None:
         """Adds the distribution of each of some arrays or tensors; a row per name in `histograms.jsonl`."""
         found = {name: histogram(array) for name, array in values.items()}
-        rows = [
+        self._histograms.add(
             {"step": step, "name": name, "edges": each.edges, "counts": each.counts, "not_finite": each.not_finite}
             for name, each in found.items()
-        ]
-        if rows:  # else there is no file
-            with self._histograms.open("a", encoding="utf-8") as file:
-                file.writelines(map(_line, rows))
+        )
         if shown := {name: each for name, each in found.items() if each.counts}:
             for watcher in self._watchers:
                 watcher.log_histograms(step, shown)
 
     def sync(self) -> None:
-        """Waits until all rows are on disk: a checkpoint must not outlive the rows before it."""
-        for path in (self._metrics, self._histograms):
-            if path.exists():
-                sync(path)
+        """Waits until all rows are on disk: a checkpoint must not outlive the rows before it.
+
+        Raises:
+            OSError: the disk; what it did not take is tried again with the next row.
+        """
+        self._metrics.sync()
+        self._histograms.sync()
 
     def note(self, facts: Mapping[str, Any]) -> None:
         """Says things that are true of the whole run, such as skipped shards; values are what JSON can say."""
@@ -167,9 +216,19 @@ class Tracker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
+        try:
+            if kind is None:
+                self._sync_at_last()
+        finally:
+            self._open.__exit__(kind, error, trace)
+
+    def _sync_at_last(self) -> None:
+        """Syncs, with a second try: no row comes after it that could take the others along."""
+        try:
             self.sync()
-        self._open.__exit__(kind, error, trace)
+        except OSError as error:
+            log.warning("the last rows were not written (%s); trying once more", error.strerror or error)
+            self.sync()
 
 
 def finite(value: Any) -> Any:
@@ -180,22 +239,38 @@ def finite(value: Any) -> Any:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a `metrics.jsonl` or `histograms.jsonl`; a last line that a killed process left half-written is none.
 
-    A file that is not there has none.
+    Nor is one with a zero byte, which a power loss leaves of rows that were not synced. A file that is not there has no
+    rows.
     """
     if not path.is_file():
         return []
     *lines, _torn = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines]
+    return [json.loads(line) for line in lines if "\0" not in line]
 
 
 def _drop_after(step: int | None, path: Path) -> None:
-    """Leaves the rows up to `step` in the file, which is there afterwards; None leaves none."""
-    kept = [] if step is None else [row for row in read_metrics(path) if row["step"] <= step]
-    write_atomic(path, "".join(map(_line, kept)))
+    """Leaves the rows up to `step` in the file, which is there afterwards; None leaves none.
+
+    Rows after the newest checkpoint were never synced, so a power loss can leave anything of them.
+    """
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if path.is_file() else []
+    rows = [] if step is None else list(map(_row, lines))
+    if None in rows:
+        log.warning("%s: %d lines are no rows, and are dropped", path, rows.count(None))
+    kept = [row for row in rows if row is not None and step is not None and row["step"] <= step]
+    write_atomic(path, "".join(f"{_line(row)}\n" for row in kept))
+
+
+def _row(line: str) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
 def _line(row: Mapping[str, Any]) -> str:
-    return json.dumps(row, allow_nan=False) + "\n"
+    return json.dumps(row, allow_nan=False)
 
 
 class TensorBoard:

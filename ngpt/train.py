@@ -70,6 +70,7 @@ from ngpt.model import GPT, Count, ModelConfig
 from ngpt.norm import NORM_MODES
 from ngpt.optim import OptimConfig, build_optimizers, set_rates, unfit
 from ngpt.projection import project_weights
+from ngpt.pulse import Pulse
 from ngpt.schedule import ScheduleConfig, multiplier
 from ngpt.setbacks import AVERAGED, NONFINITE, ON_OOM, Metrics, NonfiniteConfig, Progress, halved
 from ngpt.tracker import Tracker, TrackerConfig, finite, settled
@@ -200,15 +201,18 @@ def train(
     return result
 
 
-def stretch(run: Run) -> Generator[Metrics, None, RunResult | None]:
+def stretch(run: Run, *, together: bool = False) -> Generator[Any, Any, RunResult | None]:
     """Trains from where the run is to its end; or until it has gone back to an earlier step, and then returns None.
 
-    The rows of steps that are gone go with them, as after a kill.
+    The rows of steps that are gone go with them, as after a kill. It yields the metrics of evaluations. If its steps
+    are made `together` with those of other runs (ngpt/vectorised.py), it yields None for each and is sent its metrics.
     """
     config, progress = run.config, run.progress
     resumed_at = progress.step or None
 
-    with Tracker(config.tracker, run.out_dir, settings=flatten(config), keep_until=resumed_at) as tracker:
+    tracker = Tracker(config.tracker, run.out_dir, settings=flatten(config), keep_until=resumed_at)
+    pulse = Pulse(run.out_dir, began=progress.step)
+    with tracker, pulse, saved_when_stopped(run, tracker, pulse):
         if skipped := run.dataset.manifest["skipped"]:
             tracker.note({"skipped_shards": [f"{shard['name']}: {shard['reason']}" for shard in skipped]})
         while True:
@@ -224,14 +228,16 @@ def stretch(run: Run) -> Generator[Metrics, None, RunResult | None]:
                         goes_back = config.nonfinite.policy == "rollback" and may_go_on(run)
                         return None if goes_back else finish("diverged", run)
                 if progress.step and due(progress.step, config.checkpoint.every, last=last):
-                    tracker.sync()
-                    save_or_go_without(run, last=last)
+                    save_or_go_without(run, tracker, last=last)
             if last:
                 return finish("finished", run)
+            pulse.beat(progress.step)
+            if pulse.is_asked_to_stop():  # whoever asked drives this run, and closes it here
+                yield progress.last_eval
 
             # ---- one step ----------------------------------------------------------------------
             before = progress.step
-            step_metrics = train_step(run)
+            step_metrics = (yield None) if together else train_step(run)
             is_finite = all(math.isfinite(value) for value in step_metrics.values())
             diverged = not is_finite and not may_go_on(run)
             if progress.step <= before:
@@ -241,6 +247,26 @@ def stretch(run: Run) -> Generator[Metrics, None, RunResult | None]:
                 tracker.log(position(run) | step_metrics | mean)
             if diverged:
                 return finish("diverged", run)
+
+
+@contextlib.contextmanager
+def saved_when_stopped(run: Run, tracker: Tracker, pulse: Pulse) -> Iterator[None]:
+    """Saves a run where it is when it is closed because somebody asked it to stop; it then goes on from there.
+
+    Not where a checkpoint would change what follows: a diverged state, or one that a rollback would return to.
+    """
+    try:
+        yield
+    except GeneratorExit:
+        step, scores = run.progress.step, run.progress.last_eval
+        is_there = step == 0 or any(
+            path.name == f"step_{step:07d}" for path in checkpoint_folders(run.out_dir / "checkpoints")
+        )
+        is_sound = scores.get("step") != step or scores["val_loss"] is not None
+        is_regular = run.config.nonfinite.policy != "rollback" or due(step, run.config.checkpoint.every)
+        if pulse.is_asked_to_stop(now=True) and is_sound and is_regular and not is_there:
+            save_or_go_without(run, tracker, last=False)
+        raise
 
 
 def set_up(config: TrainConfig, out_dir: Path, *, resume: str | None, dataset: Dataset | None) -> Run:
@@ -494,24 +520,37 @@ def finish(status: str, run: Run) -> RunResult:
     return RunResult(status, run.progress.step, {name: finite(value) for name, value in metrics.items()}, data)
 
 
-def save_or_go_without(run: Run, *, last: bool) -> None:
-    """Saves; where there is no memory for it, once more. A run can do without any one of its checkpoints but the last.
+def save_or_go_without(run: Run, tracker: Tracker, *, last: bool) -> None:
+    """Saves rows and state. A run can do without any one of its checkpoints but the last, which is tried twice.
+
+    Where there is no memory for it, any one is tried twice. A run that may go back to a checkpoint needs them all: its
+    numbers depend on where it can go back to.
 
     Raises:
         RuntimeError, MemoryError: no memory for the last checkpoint, or for any if `on_oom` is fail.
+        OSError: the disk does not take the last checkpoint, or any if `nonfinite.policy` is rollback.
     """
-    gives_up = ON_OOM[run.config.on_oom] is None
+    gives_up, step = ON_OOM[run.config.on_oom] is None, run.progress.step
+    needed = last or run.config.nonfinite.policy == "rollback"
     once_more = iter([not gives_up])
     try:
-        retry_smaller(lambda: save(run), lambda: next(once_more, False), run.device)
+        retry_smaller(lambda: save(run, tracker), lambda: next(once_more, False), run.device)
+    except OSError as error:
+        reason = error.strerror or error
+        if not needed:
+            log.warning("step %d: the checkpoint was not saved (%s); the next one is tried again", step, reason)
+            return
+        log.warning("step %d: the checkpoint was not saved (%s); trying once more", step, reason)
+        save(run, tracker)
     except (RuntimeError, MemoryError) as error:
         if last or gives_up or not is_out_of_memory(error):
             raise
-        log.warning("step %d: no memory to save a checkpoint; the next one is tried again", run.progress.step)
+        log.warning("step %d: no memory to save a checkpoint; the next one is tried again", step)
 
 
-def save(run: Run) -> None:
-    """Commits a checkpoint from which the run continues exactly."""
+def save(run: Run, tracker: Tracker) -> None:
+    """Commits a checkpoint from which the run continues exactly, once all rows before it are on disk."""
+    tracker.sync()
     latest = run.progress.last_eval
     optimizers = [optimizer.state_dict() for optimizer in run.optimizers]
     save_checkpoint(

@@ -36,10 +36,13 @@ UNTESTED: dict[str, str] = {
     "tune/evidence.py": "what claims rest on: test_claims.py",
     "tune/selectors.py": "how claims name arms: test_claims.py",
     "tune/course.py": "the phases of a session: test_session.py",
+    "tune/driver.py": "the process that Ray runs in, in real runs: test_engine.py, test_keeper.py",
     "tune/lock.py": "the lock of a session: test_session.py",
     "tune/final_screen.py": "the other half of the terminal: test_console.py",
     "tune/figures.py": "the report's plots: test_report.py",
     "tune/report_markdown.py": "the same content without plots: test_report.py",
+    "tune/bench/campaigns.py": "python -m tune.bench: test_tune_bench.py",
+    "tune/bench/gpu.py": "python -m tune.bench: test_tune_bench.py",
     "tune/phase_summary.py": "what summary.py writes of a phase: test_summary.py",
 }
 MOST_LINES = 60  # of a function

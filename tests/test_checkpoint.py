@@ -1,10 +1,12 @@
 """Checkpoints: whole or not at all, every flipped bit found, the last few and the best kept."""
 
+import contextlib
 import json
 import os
 import pickle
 import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +195,54 @@ def test_what_a_killed_process_left_half_written_goes_with_the_next_save(tmp_pat
     assert newest_checkpoint(tmp_path) is not None
     save(tmp_path, 2)
     assert sorted(os.listdir(tmp_path)) == ["step_0000001", "step_0000002"]
+
+
+def test_what_a_killed_process_left_goes_also_when_nothing_more_is_saved(tmp_path: Path) -> None:
+    shutil.copytree(save(tmp_path, 1), tmp_path / ".tmp-0123")
+    assert newest_checkpoint(tmp_path) is not None
+    assert os.listdir(tmp_path) == ["step_0000001"]
+
+
+@pytest.mark.parametrize("killed_at", range(8))
+def test_a_process_that_is_killed_while_it_removes_an_old_one_leaves_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: int
+) -> None:
+    save(tmp_path, 1)
+    calls = iter(range(9))
+
+    def killing(real: Callable[..., None]) -> Callable[..., None]:
+        def call(*arguments: object, **named: object) -> None:
+            if ".tmp-" not in str(arguments[0]) and next(calls) == killed_at:
+                raise KeyboardInterrupt
+            real(*arguments, **named)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for name in ("unlink", "rmdir"):
+            patch.setattr(os, name, killing(getattr(os, name)))
+        with contextlib.suppress(KeyboardInterrupt):
+            save(tmp_path, 2, keep_last=1)
+    newest = newest_checkpoint(tmp_path)
+    assert newest is not None and newest.step == 2
+    save(tmp_path, 3, keep_last=1)
+    assert os.listdir(tmp_path) == ["step_0000003"], "nothing is set aside as damaged"
+
+
+def test_an_old_one_that_cannot_be_removed_does_not_stop_a_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(tmp_path, 1)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "remove_folder", refuse)
+        save(tmp_path, 2, keep_last=1)
+    assert steps(tmp_path) == [1, 2] and "cannot be removed" in caplog.text
+    save(tmp_path, 3, keep_last=1)
+    assert steps(tmp_path) == [3]
 
 
 def test_a_checkpoint_of_other_settings_is_refused_with_the_first_that_differs(tmp_path: Path) -> None:

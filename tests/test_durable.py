@@ -2,11 +2,12 @@
 
 import json
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from ngpt.durable import append_line, commit_folder, make_folder, write_atomic, write_json
+from ngpt.durable import LineFile, commit_folder, make_folder, remove_folder, sweep, write_atomic, write_json
 
 
 @pytest.fixture
@@ -58,18 +59,131 @@ def test_json_is_sorted_and_strict(tmp_path: Path) -> None:
     assert json.loads(path.read_text())["a"] == 0.1
 
 
-def test_appended_lines_are_on_disk_before_the_file_is_closed(tmp_path: Path) -> None:
-    with (tmp_path / "log").open("a") as file:
-        append_line(file, "one")
-        append_line(file, "two")
-        assert (tmp_path / "log").read_text() == "one\ntwo\n"
+@pytest.fixture
+def lines(tmp_path: Path) -> Iterator[LineFile]:
+    file = LineFile(tmp_path / "log")
+    yield file
+    file.close()
+
+
+def test_an_appended_line_is_in_the_file_at_once(tmp_path: Path, lines: LineFile) -> None:
+    lines.append("one")
+    lines.append("zwöi")
+    assert (tmp_path / "log").read_text(encoding="utf-8") == "one\nzwöi\n"
+
+
+def test_a_new_file_of_lines_has_its_name_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.readlink(f"/proc/self/fd/{descriptor}")))
+    file = LineFile(tmp_path / "log")
+    file.append("one")
+    file.sync()
+    file.close()
+    assert synced == [str(tmp_path), str(tmp_path / "log")]
 
 
 @pytest.mark.parametrize("line", ["a\nb", "a\r"])
-def test_a_line_with_a_line_break_is_refused(tmp_path: Path, line: str) -> None:
-    with (tmp_path / "log").open("a") as file, pytest.raises(ValueError, match="line break"):
-        append_line(file, line)
+def test_a_line_with_a_line_break_is_refused(tmp_path: Path, lines: LineFile, line: str) -> None:
+    with pytest.raises(ValueError, match="line break"):
+        lines.append(line)
     assert (tmp_path / "log").read_text() == ""
+
+
+@pytest.mark.parametrize("is_mended", [True, False])
+def test_a_disk_that_fills_up_in_the_middle_of_a_line_costs_that_line_only(
+    tmp_path: Path, lines: LineFile, monkeypatch: pytest.MonkeyPatch, is_mended: bool
+) -> None:
+    lines.append("one")
+    real = lines._file
+
+    class Full:
+        def write(self, data: memoryview) -> int:
+            if len(data) < 3:
+                raise OSError(28, "No space left on device")
+            return real.write(data[:2]) or 0
+
+        def truncate(self, size: int) -> None:
+            if not is_mended:
+                raise OSError(5, "Input/output error")
+            real.truncate(size)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lines, "_file", Full())
+        with pytest.raises(OSError, match="No space"):
+            lines.append("two")
+    assert (tmp_path / "log").read_text() == ("one\n" if is_mended else "one\ntw")
+    lines.append("three")
+    assert (tmp_path / "log").read_text() == "one\nthree\n"
+
+
+def test_the_newest_line_can_be_taken_back(tmp_path: Path, lines: LineFile) -> None:
+    for line in ("one", "zwöi", "three"):
+        lines.append(line)
+    lines.take_back("three")
+    assert (tmp_path / "log").read_text(encoding="utf-8") == "one\nzwöi\n"
+
+
+@pytest.mark.parametrize("crash_at", range(5))
+def test_a_crash_while_a_folder_is_removed_leaves_it_whole_or_under_another_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, crash_at: int
+) -> None:
+    (tmp_path / "step").mkdir()
+    for name in "ab":
+        (tmp_path / "step" / name).write_text("x")
+    calls = iter(range(9))
+
+    def crashing(real: Callable[..., None]) -> Callable[..., None]:
+        def call(*arguments: object, **named: object) -> None:
+            if next(calls) == crash_at:
+                raise OSError(5, "Input/output error")
+            real(*arguments, **named)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for name in ("rename", "fsync", "unlink", "rmdir"):
+            patch.setattr(os, name, crashing(getattr(os, name)))
+        with pytest.raises(OSError, match="Input/output"):
+            remove_folder(tmp_path / "step", doomed=".gone")
+    assert not (tmp_path / "step").exists() or sorted(os.listdir(tmp_path / "step")) == ["a", "b"]
+
+
+def test_a_folder_is_removed_with_all_that_is_in_it(tmp_path: Path) -> None:
+    (tmp_path / "step" / "inner").mkdir(parents=True)
+    (tmp_path / "step" / "inner" / "a").write_text("x")
+    remove_folder(tmp_path / "step", doomed=".gone")
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_a_killed_write_has_left_is_swept_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_atomic(tmp_path / "a.json", "old")
+    with monkeypatch.context() as patch:  # as when the process is gone before it can clean up
+        patch.setattr(Path, "replace", lambda *_: exit())
+        patch.setattr(Path, "unlink", lambda *_, **__: None)
+        with pytest.raises(SystemExit):
+            write_atomic(tmp_path / "a.json", "new")
+    assert len(os.listdir(tmp_path)) == 2
+    sweep(tmp_path)
+    assert os.listdir(tmp_path) == ["a.json"] and (tmp_path / "a.json").read_text() == "old"
+
+
+def test_a_folder_whose_new_name_cannot_be_synced_does_not_have_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "temp").mkdir()
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if os.readlink(f"/proc/self/fd/{descriptor}") == str(tmp_path):
+            raise OSError(5, "Input/output error")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match="Input/output"):
+        commit_folder(tmp_path / "temp", tmp_path / "final")
+    assert os.listdir(tmp_path) == ["temp"]
 
 
 def test_a_committed_folder_has_all_its_files_and_no_other_name(tmp_path: Path) -> None:

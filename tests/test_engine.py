@@ -6,8 +6,7 @@ import re
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,88 +15,18 @@ from typing import Any
 import psutil
 import pytest
 from ray.tune.search import Searcher
+from real_run import SCRIPT, Run, left_over, start
 from tiny_campaign import begun, losses, pretend, records, session_on, strict, train_all, write_file
 
 from ngpt.config import ConfigError
 from tune import engine
-from tune.engine import Feeder, RayCluster, Watchdog
+from tune.engine import Feeder, RayCluster
 from tune.journal import read_journal
 from tune.schema import Resources
-from tune.trainable import RESULT, SO_FAR
+from tune.trainable import PAUSED, RESULT, SO_FAR
 from tune.trial import TrialResult
 
-SCRIPT = Path(__file__).parents[1] / "run_campaign.py"
 GPUS = {"CPU": 8.0, "GPU": 2.0}
-
-
-@dataclass
-class Run:
-    """A run of the script in its own process group, with what it has written so far."""
-
-    root: Path
-    process: subprocess.Popen[bytes]
-    out: Path
-    err: Path
-
-    def events(self, name: str) -> list[dict[str, Any]]:
-        return [event for event in read_journal(self.root / "journal.jsonl") if event["event"] == name]
-
-    def until(self, happened: Callable[[], bool]) -> None:
-        """Waits for something to happen while the run is on its way."""
-        for _ in range(2400):
-            if happened():
-                return
-            assert self.process.poll() is None, f"it ended first: {self.err.read_text()}"
-            time.sleep(0.05)
-        pytest.fail(f"it never happened: {self.err.read_text()}")
-
-    def until_training(self, trials: int) -> None:
-        """Waits until so many trials of this start have ended and another one is in the middle."""
-        self.until(lambda: len(self.since_start("trial_finished")) >= trials and self.busy() is not None)
-
-    def since_start(self, name: str) -> list[dict[str, Any]]:
-        starts = self.events("campaign_started")
-        return [event for event in self.events(name) if starts and event["seq"] > starts[-1]["seq"]]
-
-    def busy(self) -> Path | None:
-        """The metrics of a trial that has begun to train and has not ended."""
-        ended = {event["trial_id"] for event in self.events("trial_finished")}
-        for event in self.since_start("trial_started"):
-            metrics = self.root / "trials" / event["trial_id"] / "metrics.jsonl"
-            if event["trial_id"] not in ended and metrics.exists() and metrics.read_text().count("\n") > 2:
-                return metrics
-        return None
-
-    def family(self) -> list[psutil.Process]:
-        return psutil.Process(self.process.pid).children(recursive=True)
-
-    def workers(self) -> list[psutil.Process]:
-        return [child for child in self.family() if " seed " in " ".join(child.cmdline())]
-
-    def wait(self) -> int:
-        return self.process.wait(timeout=120)
-
-
-def start(file: Path, out: Path, *options: str) -> Run:
-    stdout, stderr = out.with_suffix(".out"), out.with_suffix(".err")
-    with stdout.open("wb") as o, stderr.open("wb") as e:
-        command = [sys.executable, str(SCRIPT), str(file), "--out", str(out), *options]
-        process = subprocess.Popen(command, stdout=o, stderr=e, start_new_session=True)
-    return Run(out / "tiny", process, stdout, stderr)
-
-
-def _name(process: psutil.Process) -> str:
-    try:
-        return process.name()
-    except psutil.NoSuchProcess:
-        return ""
-
-
-def left_over(family: list[psutil.Process]) -> list[str]:
-    """Those of a family that do not go away. Ray's agents look for a driver that was killed once a minute only."""
-    agents = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
-    _, alive = psutil.wait_procs([process for process in family if _name(process) not in agents], timeout=30)
-    return [_name(process) for process in alive]
 
 
 @pytest.fixture(scope="module")
@@ -167,10 +96,11 @@ def test_a_worker_is_titled_after_the_trial_it_trains(seen: Seen) -> None:
         assert re.search(r"(alpha/alpha|projection/project_every)=[\d.]+ seed [12]$", title)
 
 
-def test_the_dashboard_listens_on_this_machine_only(seen: Seen) -> None:
+def test_every_process_of_it_listens_on_this_machine_only(seen: Seen) -> None:
     url = re.search(r"dashboard http://127\.0\.0\.1:(\d+)  workers 2", seen.run.err.read_text())
-    assert url is not None
-    assert {address for address, port in seen.listeners if port == int(url[1])} == {"127.0.0.1"}
+    assert url is not None and int(url[1]) in {port for _, port in seen.listeners}
+    assert len(seen.listeners) > 8, "GCS, raylet, dashboard, agents, driver and workers"
+    assert {address for address, _ in seen.listeners} <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 
 
 def test_it_can_be_looked_at_from_another_terminal(seen: Seen) -> None:
@@ -280,7 +210,8 @@ def test_a_killed_worker_is_replaced_and_its_trial_tried_again(story: Story) -> 
     assert len(died) == 1
     again = [e for e in events if e["event"] == "trial_started" and e["trial_id"] == died[0]["trial_id"]]
     assert again[1]["attempt"] == 2 and again[1]["seq"] > died[0]["seq"]
-    assert "worker died (it was killed or crashed), trying again" in story.farewell
+    assert (died[0]["cause"], died[0]["attempt"]) == ("killed", 1)
+    assert "worker died (its process was killed or crashed), trying again from its newest" in story.farewell
     assert "Traceback" not in story.farewell and "ERROR" not in story.farewell
 
 
@@ -294,22 +225,6 @@ def test_no_process_outlives_a_run_that_was_interrupted_or_killed(story: Story) 
     assert (story.after_interrupt, story.after_kill) == ([], [])
     assert not list(story.root.glob(".tune-*"))
     assert not (story.root / "campaign.pid").exists()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["raylet", "gcs_server"])
-def test_when_ray_itself_dies_the_run_ends_with_a_message_and_goes_on_later(
-    folder: Path, file: Path, inline: dict[Any, Any], name: str
-) -> None:
-    run = start(file, folder / name)
-    run.until_training(1)
-    family = run.family()
-    next(process for process in family if process.name() == name).kill()
-    assert run.wait() == 1
-    assert "give the same command again to go on" in run.err.read_text()
-    assert left_over(family) == []
-    assert start(file, folder / name).wait() == 0
-    assert losses(folder / name / "tiny") == inline
 
 
 # ---- the parts, without Ray ----------------------------------------------------------------------------------------
@@ -366,13 +281,43 @@ def test_a_trial_without_a_result_is_a_dead_worker_unless_the_run_was_stopped(sm
         assert sum(event["event"] == "worker_died" for event in session.journal.events) == 1
 
 
+def test_a_trial_that_saved_and_stopped_is_no_dead_worker(small: Path, tmp_path: Path) -> None:
+    cluster: Any = SimpleNamespace(workers=2, per_trial={"CPU": 1.0, "GPU": 0.0})
+    with session_on(small, tmp_path / "tiny") as session:
+        feeder = Feeder(begun(session), cluster)
+        feeder.suggest("a")
+        feeder.on_trial_complete("a", {PAUSED: True})
+        assert not any(event["event"] == "worker_died" for event in session.journal.events)
+
+
+@pytest.mark.parametrize(
+    ("said", "cause"),
+    [
+        ("Failure # 1\n1 worker(s) were killed due to the node running low on memory. Memory on ...", "host_oom"),
+        ("Failure # 1\nThe actor died unexpectedly before finishing this task.", "killed"),
+        ("", "killed"),
+    ],
+)
+def test_ray_says_whether_it_killed_a_worker_for_lack_of_memory(
+    small: Path, tmp_path: Path, said: str, cause: str
+) -> None:
+    cluster: Any = SimpleNamespace(workers=2, per_trial={"CPU": 1.0, "GPU": 0.0})
+    with session_on(small, tmp_path / "tiny") as session:
+        feeder = Feeder(begun(session), cluster)
+        feeder.suggest("a")
+        feeder.worker_died("a", said)
+        feeder.on_trial_complete("a", None, error=True)
+        (died,) = [event for event in session.journal.events if event["event"] == "worker_died"]
+        assert died["cause"] == cause
+
+
 def test_a_trial_that_early_stopping_ends_is_recorded_once_and_is_no_dead_worker(tmp_path: Path, corpus: Path) -> None:
     search = "{method: random, trials: 2, seed: 0, space: {alpha: {uniform: [0.1, 0.5]}}}"
     phases = f"\n  - name: find\n    search: {search}\nearly_stop: {{reduction: 2, first: 3}}\n"
     cluster: Any = SimpleNamespace(workers=3, per_trial={})
     with session_on(write_file(tmp_path, corpus, phases=phases, seeds="[1]"), tmp_path / "tiny") as session:
         feeder = Feeder(begun(session), cluster)
-        stops = engine.Stops(session, feeder)
+        stops = engine.Stops(feeder)
         specs = {name: feeder.suggest(name)["spec"] for name in "abc"}
         ended = []
         for i, (name, spec) in enumerate(specs.items()):
@@ -446,41 +391,9 @@ def test_a_gpu_share_is_always_stated(monkeypatch: pytest.MonkeyPatch) -> None:
     assert RayCluster(Resources())._per_trial(GPUS) == {"CPU": 1.0, "GPU": 1.0}
 
 
-@pytest.fixture
-def sleeper() -> Iterator[psutil.Popen]:
-    with psutil.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) as process:
-        yield process
-        process.kill()
-
-
-def test_the_watchdog_stops_the_session_when_a_process_of_ray_dies(
-    sleeper: psutil.Popen, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    codes: list[int] = []
-    monkeypatch.setattr(engine, "GRACE", 0.1)
-    monkeypatch.setattr("tune.engine.os._exit", codes.append)
-    session: Any = SimpleNamespace(stop_requested=False)
-    with Watchdog(session, [psutil.Process(sleeper.pid)]):
-        sleeper.kill()
-        for _ in range(200):
-            if codes:
-                break
-            time.sleep(0.05)
-    assert (session.stop_requested, codes) == (True, [1])
-    assert "give the same command again" in capsys.readouterr().err
-
-
-def test_the_watchdog_is_silent_while_all_is_well(sleeper: psutil.Popen, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tune.engine.os._exit", pytest.fail)
-    session: Any = SimpleNamespace(stop_requested=False)
-    with Watchdog(session, [psutil.Process(sleeper.pid)]):
-        time.sleep(1.2)
-    assert session.stop_requested is False
-
-
 def test_tune_is_given_nothing_that_it_could_restore(small: Path, tmp_path: Path) -> None:
     cluster: Any = SimpleNamespace(workers=1, per_trial={})
     with session_on(small, tmp_path / "tiny") as session:
         feeder = Feeder(session, cluster)
         assert feeder.__getstate__() == {}
-        assert json.dumps(engine.Stops(session, feeder).__getstate__()) == "{}"
+        assert json.dumps(engine.Stops(feeder).__getstate__()) == "{}"

@@ -87,3 +87,30 @@ def test_a_missing_package_is_a_problem_that_says_what_to_do(tmp_path: Path, mon
     monkeypatch.setattr(environment, "version", lambda name: None if name == "ray" else "1.0")
     problem: Any = check("packages", tmp_path).problem
     assert problem.startswith("not installed: ray; run pip install")
+
+
+def fake_driver(folder: Path, output: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program in the place of NVIDIA's that prints this."""
+    program = folder / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\ncat <<'END'\n{output}\nEND\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+def test_a_gpu_that_others_hold_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_driver(tmp_path, "0, 1024, 143771\n1, 87040, 143771\n2, [N/A], [N/A]\n3, 71680, 143771", monkeypatch)
+    lines = environment.busy_gpus()
+    assert [line.partition(";")[0] for line in lines] == [
+        "GPU 1: 85.0 of 140.4 GiB are held by other processes",
+        "GPU 3: 70.0 of 140.4 GiB are held by other processes",
+    ]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,3")
+    assert [line[:5] for line in environment.busy_gpus()] == ["GPU 3"]
+
+
+def test_without_a_driver_or_an_answer_no_gpu_is_busy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_driver(tmp_path, "No devices were found", monkeypatch)
+    assert environment.busy_gpus() == []
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert environment.busy_gpus() == []

@@ -1,6 +1,7 @@
 """The journal: what was appended is there after any crash, and damage is never read as truth."""
 
 import json
+import os
 import zlib
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,54 @@ def test_a_last_line_torn_at_any_byte_costs_that_event_only(path: Path) -> None:
         torn = path.with_suffix(".torn")
         assert (torn.read_bytes() if torn.exists() else b"") == whole[len(before) : end]
         torn.unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("kept", [0, 10, 40])
+def test_a_last_line_with_a_block_that_never_reached_the_disk_is_torn(path: Path, kept: int) -> None:
+    """After a power loss it reads as zeros, and what lay behind it may be there, the end of the line too."""
+    before, after = write(path, "one", "two"), write(path, "three")
+    line = after[len(before) :]
+    path.write_bytes(before + line[:kept] + bytes(len(line) - kept - 15) + line[-15:])
+    assert names_in(path) == ["one", "two"]
+    write(path, "four")
+    assert names_in(path) == ["one", "two", "four"]
+    assert path.with_suffix(".torn").read_bytes().endswith(line[-15:])
+
+
+def test_zeros_in_an_older_line_are_damage(path: Path) -> None:
+    whole = write(path, "one", "two")
+    path.write_bytes(bytes(10) + whole[10:])
+    with pytest.raises(JournalError, match=":1: "):
+        read_journal(path)
+
+
+@pytest.mark.parametrize("is_written", [True, False])
+def test_after_a_failed_append_nothing_more_is_appended_and_the_next_run_goes_on(
+    path: Path, monkeypatch: pytest.MonkeyPatch, is_written: bool
+) -> None:
+    write(path, "one")
+    journal = Journal(path)
+
+    def refuse(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(journal._file, "sync" if is_written else "append", refuse)
+        with pytest.raises(OSError, match="No space left on device; the campaign goes on with the same command"):
+            journal.append("two")
+    with pytest.raises(OSError, match="No space left"):  # a second event with its number would be damage
+        journal.append("three")
+    journal.close()
+    assert [event["event"] for event in journal.events] == names_in(path) == ["one"]
+    write(path, "four")
+    assert [event["seq"] for event in read_journal(path)] == [1, 2]
+
+
+def test_a_new_journal_has_its_name_on_disk(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.readlink(f"/proc/self/fd/{descriptor}")))
+    Journal(path).close()
+    assert synced == [str(path.parent)]
 
 
 def test_reading_does_not_change_a_journal_that_somebody_is_writing(path: Path) -> None:

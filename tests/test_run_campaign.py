@@ -13,6 +13,7 @@ import pytest
 from tiny_campaign import begun, drive, losses, records, session_on, strict, write_file
 
 import run_campaign
+from tune.journal import read_journal
 from tune.session import ExecutorLost
 
 SCRIPT = Path(__file__).parents[1] / "run_campaign.py"
@@ -199,6 +200,28 @@ def test_what_ends_a_run_from_outside_is_one_line(
     monkeypatch.setattr("tune.launch.launch", launch)
     assert run_campaign.main([str(file), "--out", str(tmp_path)]) == code
     assert capsys.readouterr().err in ("interrupted; the same command goes on\n", "Ray died\n")
+
+
+@pytest.mark.parametrize("where", ["next_trial", "trial_ended", "snapshot", "end", "begin"])
+def test_an_internal_error_anywhere_is_code_1_and_the_same_command_goes_on(
+    where: str, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "canary-hf-1f0e2d3c4b5a")
+    command = [str(file), "--inline", "--out", str(tmp_path)]
+
+    def broken(*_: object, **__: object) -> None:
+        raise KeyError("canary-hf-1f0e2d3c4b5a")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"tune.session.Session.{where}", broken)
+        assert run_campaign.main(command) == 1
+    said = capsys.readouterr().err
+    assert said.splitlines()[-1] == "internal error; what is finished is safe, and the same command goes on"
+    assert "KeyError" in said and "canary" not in said
+    journal = read_journal(tmp_path / "tiny" / "journal.jsonl")
+    assert [event["event"] for event in journal].count("crash") == (0 if where == "begin" else 1)
+    assert "canary" not in (tmp_path / "tiny" / "journal.jsonl").read_text()
+    assert run_campaign.main(command) == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,14 +14,17 @@ from hypothesis import strategies as st
 from tiny_campaign import begun, drive, losses, pretend, records, session_on, write_file
 
 from ngpt.config import ConfigError
+from ngpt.pulse import Heartbeat, Pulse, is_asked_to_stop
 from tune.corpus import describe_data
 from tune.journal import JournalError, read_journal
 from tune.lock import Busy
-from tune.session import MOST_RETRIES
+from tune.retries import CAUSES
 from tune.summary import read_state
 from tune.trial import TrialResult, TrialSpec
 
 pytestmark = pytest.mark.usefixtures("no_report")
+
+MOST_RETRIES = CAUSES["killed"].retries
 
 DIAMOND = """
   - name: wide
@@ -215,16 +219,114 @@ def test_a_trial_whose_worker_dies_is_next_again_a_few_times_and_then_failed(roo
         assert spec
         for attempt in range(1, MOST_RETRIES + 1):
             assert spec.attempt == attempt
-            session.worker_died(spec.trial_id, "killed by the kernel")
+            session.worker_died(spec.trial_id, "killed")
             again = session.next_trial()
             assert again and again.trial_id == spec.trial_id
             spec = again
-        session.worker_died(spec.trial_id, "killed by the kernel")
+        session.worker_died(spec.trial_id, "killed")
         result = session.state.results[spec.trial_id]
         assert (result["status"], result["attempt"]) == ("failed", MOST_RETRIES + 1)
-        assert result["error"] == f"the worker process died {MOST_RETRIES + 1} times: killed by the kernel"
+        assert result["error"] == f"killed: its process was killed or crashed, {MOST_RETRIES + 1} times"
+        assert result["cause"] == "killed"
         assert {s.trial_id for s in drive(session)}.isdisjoint({spec.trial_id})
         assert session.is_over()
+
+
+def dying(root: Path, trial_id: str, *, step: int, began: int = 0) -> None:
+    """What a worker leaves behind that is killed at a step."""
+    folder = root / "trials" / trial_id
+    folder.mkdir(parents=True, exist_ok=True)
+    pulse = Pulse(folder, began=began)
+    pulse.beat(step)
+    pulse.close()
+
+
+def test_a_trial_that_kills_its_worker_at_the_same_step_twice_does_not_get_a_third_one(root: Path, file: Path) -> None:
+    with session_on(file, root) as session:
+        begun(session)
+        for step in (4, 5, 5):
+            spec = session.next_trial()
+            assert spec and spec.trial_id not in session.state.results
+            dying(root, spec.trial_id, step=step, began=3)
+            session.worker_died(spec.trial_id, "killed")
+        result = session.state.results[spec.trial_id]
+        assert (result["status"], result["cause"], result["attempt"]) == ("failed", "killed", 3)
+        assert result["error"].startswith("killed: it died at step 5 twice")
+        assert len(drive(session)) == 5, "and the others are not held up"
+
+
+def test_where_the_machine_had_no_memory_a_trial_has_one_more_try_with_nothing_beside_it(
+    root: Path, file: Path
+) -> None:
+    with session_on(file, root) as session:
+        begun(session)
+        first, second = session.next_trial(), session.next_trial()
+        assert first and second
+        session.worker_died(first.trial_id, "host_oom")
+        assert session.next_trial() is None, "the second one is still at work"
+        session.trial_ended(second.trial_id, pretend(second))
+        alone = session.next_trial()
+        assert alone and alone.trial_id == first.trial_id
+        assert session.next_trial() is None, "it has the machine for itself"
+        session.worker_died(first.trial_id, "host_oom")
+        result = session.state.results[first.trial_id]
+        assert (result["status"], result["cause"]) == ("failed", "host_oom")
+        assert (
+            result["error"] == "host_oom: the machine had no memory left, 2 times, the last time with nothing beside it"
+        )
+        assert session.next_trial() and session.next_trial(), "and then they are two at a time again"
+
+
+def test_when_ray_dies_all_running_trials_are_next_again_in_their_order(root: Path, file: Path) -> None:
+    with session_on(file, root) as session:
+        begun(session)
+        given_out = [session.next_trial() for _ in range(3)]
+        session.executor_lost("its process raylet is gone")
+        again = [session.next_trial() for _ in range(3)]
+        assert [spec and spec.trial_id for spec in again] == [spec and spec.trial_id for spec in given_out]
+        assert [spec and spec.attempt for spec in again] == [2, 2, 2]
+    assert [event["cause"] for event in events(root, "worker_died")] == ["ray_lost"] * 3
+
+
+def test_results_say_their_cause_and_code_errors_are_not_tried_again(root: Path, file: Path) -> None:
+    errors = iter(["ValueError: it broke", "torch.OutOfMemoryError: CUDA out of memory."])
+
+    def result_of(spec: TrialSpec) -> TrialResult:
+        error = next(errors, None)
+        return TrialResult("failed", error=f"Traceback\n{error}") if error else pretend(spec, status="diverged")
+
+    with session_on(file, root) as session:
+        assert len(drive(begun(session), result_of)) == 6
+    causes = [event["cause"] for event in events(root, "trial_finished")]
+    assert causes[:3] == ["code_error", "oom", "diverged"]
+
+
+def test_an_exception_in_the_middle_is_journaled_without_its_secrets_and_the_next_session_goes_on(
+    root: Path, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "canary-hf-1f0e2d3c4b5a")
+    with pytest.raises(RuntimeError), session_on(file, root) as session:
+        drive(begun(session), most=2)
+        raise RuntimeError("no answer to canary-hf-1f0e2d3c4b5a")
+    (crash,) = events(root, "crash")
+    assert "RuntimeError: no answer to ***" in crash["error"] and "canary" not in (root / "journal.jsonl").read_text()
+    assert len(finish(file, root)) == 4
+
+
+def test_the_heartbeat_and_the_wish_of_an_attempt_that_is_over_are_forgotten(root: Path, file: Path) -> None:
+    with session_on(file, root) as session:
+        begun(session)
+        spec = session.next_trial()
+        assert spec
+        session.ask_trials_to_stop()  # it has no folder yet, and nothing happens
+        dying(root, spec.trial_id, step=2)
+        session.ask_trials_to_stop()
+        assert is_asked_to_stop(spec.folder)
+        assert session.heartbeats() == {spec.trial_id: (1, Heartbeat(os.getpid(), 0, 2))}
+        session.worker_died(spec.trial_id, "killed")
+        assert session.next_trial() == replace(spec, attempt=2)
+        assert not is_asked_to_stop(spec.folder)
+        assert session.heartbeats() == {spec.trial_id: (2, None)}
 
 
 def test_interruptions_do_not_count_as_deaths(root: Path, file: Path) -> None:

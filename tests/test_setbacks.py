@@ -494,3 +494,53 @@ def test_progress_takes_over_all_of_another() -> None:
     one, other = Progress(step=3, splits=1), Progress(step=7, recent=[1.0], passed_over=2)
     one.become(other)
     assert one == other
+
+
+# ---- no disk -------------------------------------------------------------------------------------------------------
+
+
+def refuse_saves(patch: pytest.MonkeyPatch, refuses: Callable[[int, int], bool]) -> list[int]:
+    """Saving fails where `refuses(step, attempt)` says so; returns the steps of all attempts."""
+    real, attempts = ngpt.train.save_checkpoint, []
+
+    def save(*arguments: Any, **named: Any) -> Path:
+        attempts.append(named["step"])
+        if refuses(named["step"], attempts.count(named["step"])):
+            raise OSError(28, "No space left on device")
+        return real(*arguments, **named)
+
+    patch.setattr(ngpt.train, "save_checkpoint", save)
+    return attempts
+
+
+def test_a_checkpoint_that_the_disk_does_not_take_is_left_out_and_the_next_one_is_tried(
+    watched: TrainConfig,
+    dataset: Dataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    expected = run(watched, tmp_path / "expected", dataset)
+    attempts = refuse_saves(monkeypatch, lambda step, attempt: step in (2, 4))
+    result = run(watched, tmp_path / "run", dataset)
+    assert untimed(result) == untimed(expected) and rows(tmp_path / "run") == rows(tmp_path / "expected")
+    assert attempts == [2, 4, 6, 8]
+    assert [path.name for path in sorted((tmp_path / "run/checkpoints").iterdir())] == ["step_0000006", "step_0000008"]
+    said = [record.getMessage() for record in caplog.records]
+    text = "the checkpoint was not saved (No space left on device); the next one is tried again"
+    assert said == [f"step 2: {text}", f"step 4: {text}"]
+
+
+@pytest.mark.parametrize("is_rollback", [False, True])
+def test_a_checkpoint_that_a_run_cannot_do_without_is_tried_twice(
+    watched: TrainConfig, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_rollback: bool
+) -> None:
+    """The last one is the model; one that a run may go back to decides its numbers."""
+    config = override(watched, {"nonfinite.policy": "rollback"}) if is_rollback else watched
+    with monkeypatch.context() as patch:
+        attempts = refuse_saves(patch, lambda step, attempt: attempt == 1)
+        assert run(config, tmp_path / "once", dataset).status == "finished"
+        assert attempts == ([2, 2, 4, 4, 6, 6, 8, 8] if is_rollback else [2, 4, 6, 8, 8])
+    refuse_saves(monkeypatch, lambda step, attempt: step == (2 if is_rollback else 8))
+    with pytest.raises(OSError, match="No space left"):
+        run(config, tmp_path / "twice", dataset)

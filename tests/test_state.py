@@ -89,6 +89,18 @@ def test_a_session_that_was_killed_counts_up_to_its_last_event() -> None:
     assert (state.seconds, state.session_seconds()) == (12.0, 0.0)
 
 
+def test_a_clock_that_jumps_changes_no_duration() -> None:
+    """The day before and a year later, in the middle of a session; the budget and the summary go by `elapsed`."""
+    jumps = [("2026-11-20T09:00:00.000+00:00", 5.0), ("2027-11-21T10:00:00.000+00:00", 7.5)]
+    for jump, seconds in jumps:
+        last_words = {"event": "worker_died", "time": jump, "trial_id": "t", "elapsed": seconds}
+        state = replay([started(0) | {"elapsed": 0.0}, last_words])
+        assert state.session_seconds() == seconds
+        assert replay([started(0), last_words, started(20), ended(25, 4.5)]).seconds == seconds + 4.5
+    old = {"event": "worker_died", "time": "2026-11-20T09:00:00.000+00:00", "trial_id": "t"}
+    assert replay([started(0), old]).session_seconds() == 0.0, "an older journal has only the time of day"
+
+
 def test_an_empty_journal_is_a_campaign_that_has_not_begun() -> None:
     assert (replay([]), replay([]).session_seconds()) == (State(), 0.0)
 

@@ -15,6 +15,7 @@ from hypothesis.extra.numpy import arrays
 from wandb_file import named, python, records
 
 from ngpt.config import ConfigError, build, content_hash, is_identity, settings
+from ngpt.durable import LineFile
 from ngpt.tracker import BINS, Tracker, TrackerConfig, finite, histogram, read_metrics, settled
 
 PLAIN = TrackerConfig()
@@ -68,7 +69,7 @@ def test_a_line_that_a_killed_process_left_half_written_is_ignored(tmp_path: Pat
     track(tmp_path, 1, 2)
     path = tmp_path / "metrics.jsonl"
     whole = path.read_bytes()
-    for torn in (b'{"step": 3, "loss"', b"{", b'{"step": 3}', b"\x00\x00"):
+    for torn in (b'{"step": 3, "loss"', b"{", b'{"step": 3}', b"\x00\x00", b"\x00\x00\n", b'\x00\x00": 3}\n'):
         path.write_bytes(whole + torn)
         assert read_metrics(path) == [{"step": 1}, {"step": 2}]
     assert track(tmp_path, 3, keep_until=2) == [{"step": 1}, {"step": 2}, {"step": 3}]
@@ -85,6 +86,66 @@ def test_a_crash_while_a_run_resumes_loses_no_row(tmp_path: Path, monkeypatch: p
         with pytest.raises(OSError, match="No space left"):
             track(tmp_path, keep_until=2)
     assert [row["step"] for row in rows(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+
+
+def test_rows_that_a_full_disk_does_not_take_wait_for_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with Tracker(PLAIN, tmp_path, settings={}) as tracker:
+        tracker.log({"step": 0})
+        with monkeypatch.context() as patch:
+            patch.setattr(LineFile, "append", refuse)
+            for step in (1, 2, 3):
+                tracker.log({"step": step})
+                tracker.log_histograms(step, {"alpha": np.ones(2)})
+            with pytest.raises(OSError, match="No space"):  # no checkpoint without the rows before it
+                tracker.sync()
+        assert [row["step"] for row in rows(tmp_path / "metrics.jsonl")] == [0]
+        tracker.log({"step": 4})
+        assert [row["step"] for row in rows(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3, 4]
+    assert [row["step"] for row in rows(tmp_path / "histograms.jsonl")] == [1, 2, 3]
+    assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"], "one for each file"
+    assert "metrics.jsonl: No space left on device; its rows wait in memory" in caplog.text
+
+
+def test_the_last_rows_are_tried_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real, calls = LineFile.sync, []
+
+    def sync(file: LineFile) -> None:
+        calls.append(file)
+        if len(calls) == 1:
+            raise OSError(5, "Input/output error")
+        real(file)
+
+    monkeypatch.setattr(LineFile, "sync", sync)
+    assert track(tmp_path, 1) == [{"step": 1}]
+    assert len(calls) == 2 and "Input/output error" in caplog.text
+
+
+def test_a_run_whose_rows_never_reach_the_disk_does_not_end_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(LineFile, "append", refuse)
+    with pytest.raises(OSError, match="No space left"):
+        track(tmp_path, 1)
+
+
+@pytest.mark.parametrize(
+    "rest", [b"\0" * 40 + b"\n", b'{"step": \0\0\n', b'\0"step": 4}\n{"step": 5}\n', b"[3]\n", b"\xff\n"]
+)
+def test_whatever_a_power_loss_leaves_after_the_checkpoint_a_run_goes_on(tmp_path: Path, rest: bytes) -> None:
+    track(tmp_path, 1, 2, 3)
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(path.read_bytes() + rest)
+    assert track(tmp_path, 3, keep_until=2) == [{"step": 1}, {"step": 2}, {"step": 3}]
 
 
 def test_no_file_means_no_rows(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +13,9 @@ import ray.tune
 import torch
 
 from ngpt.config import override
+from ngpt.pulse import Heartbeat, ask_to_stop, clear, read_heartbeat
 from ngpt.train import TrainConfig
-from tune.trainable import RESULT, SO_FAR, TrialWorker
+from tune.trainable import PAUSED, RESULT, SO_FAR, TrialWorker
 from tune.trial import TrialSpec
 
 
@@ -75,6 +77,28 @@ def test_after_a_failure_on_a_gpu_the_process_is_not_used_again(
     assert worker.reset_config({"spec": replace(spec, config=broken)})
     assert steps(worker)[-1][RESULT].status == "failed"
     assert worker.reset_config({"spec": spec}) is usable
+
+
+def test_it_says_which_process_has_a_trial_before_the_first_step(worker: TrialWorker, spec: TrialSpec) -> None:
+    assert read_heartbeat(spec.folder) == Heartbeat(os.getpid(), 0, 0)
+
+
+def test_when_asked_to_stop_it_saves_where_it_is_and_says_so(
+    worker: TrialWorker, spec: TrialSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ngpt.pulse.LISTEN", 0.0)  # at every step
+    undisturbed = replace(spec, folder=tmp_path / "undisturbed")
+    worker.step()
+    worker.step()
+    ask_to_stop(spec.folder)
+    assert worker.step() == {PAUSED: True, "done": True}
+    (saved,) = (spec.folder / "checkpoints").iterdir()
+    assert saved.name == "step_0000003"
+    clear(spec.folder)
+    assert worker.reset_config({"spec": spec})
+    again = steps(worker)[-1][RESULT]
+    assert worker.reset_config({"spec": undisturbed})
+    assert steps(worker)[-1][RESULT].metrics["val_loss"] == again.metrics["val_loss"]
 
 
 def test_it_asks_for_the_resources_of_its_trial() -> None:

@@ -61,10 +61,20 @@ def cost_facts(summary: Mapping[str, Any]) -> dict[str, str]:
         facts["device hours"] = f"{spent['device_hours']:.3g}"
     if spent.get("slots"):
         facts["trials at a time"] = f"at most {spent['slots']}"
+    if packing := summary.get("packing"):
+        facts["packing"] = packing_fact(packing)
     if spent.get("efficiency") is not None:
         inside = fmt.duration(spent.get("step_seconds"))
         facts["efficiency"] = f"{spent['efficiency']:.0%} ({inside} inside training steps over wall time times slots)"
     return facts
+
+
+def packing_fact(packing: Mapping[str, Any]) -> str:
+    """How many trials shared a device, for people: the choice, why, and the curve it was chosen from."""
+    n = packing["trials_per_device"]
+    text = f"{n} trial{'' if n == 1 else 's'} at once on each device ({fmt.plain(packing['why'])})"
+    curve = [f"{point['trials']}: {fmt.count(point['tokens_per_second'])}" for point in packing["curve"]]
+    return f"{text}; tokens/s in all by trials at once: {', '.join(curve)}" if curve else text
 
 
 def troubles(summary: Mapping[str, Any]) -> list[str]:

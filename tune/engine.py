@@ -1,4 +1,4 @@
-"""The executor on Ray: trials in parallel on warm workers.
+"""The executor on Ray: trials in parallel on warm workers. All of it runs in a process of its own (tune/driver.py).
 
 The whole campaign is a single `Tuner.fit`, fed by a searcher that asks the session for the next trial. So the
 workers stay warm from the first trial to the last, across phases. Ray remembers nothing: its files go to a temporary
@@ -9,15 +9,16 @@ import logging
 import os
 import shutil
 import signal
-import sys
 import tempfile
 import threading
 from collections.abc import Mapping
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import psutil
 import ray
+import ray._private.ray_constants
 import ray._private.worker
 import ray.tune
 from ray.tune.execution import class_cache
@@ -29,9 +30,8 @@ from ray.tune.stopper import Stopper
 from ngpt.config import ConfigError
 from tune.campaign import Resources
 from tune.environment import usable_cpus
-from tune.inline import stop_on_signal
-from tune.session import ExecutorLost, Session
-from tune.trainable import RESULT, SO_FAR, TrialWorker
+from tune.trainable import PAUSED, RESULT, SO_FAR, TrialWorker
+from tune.trial import TrialResult, TrialSpec
 
 # Ray Tune writes nothing of value for us: no loggers, no snapshots; and signals are ours (see inline.py).
 QUIET = {
@@ -46,29 +46,52 @@ QUIET = {
     "RAY_prestart_worker_first_driver": "0",  # idle workers that no trial would use
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
+SHORT_OF_MEMORY = "due to the node running low on memory"  # what Ray's memory monitor says of a worker it has killed
 SCRATCH = ".tune-"  # start of the name of Tune's own folder, in the results directory while it runs
-GRACE = 20.0  # seconds for Tune to end by itself when Ray has died
 
 
-def run_on_ray(session: Session, cluster: "RayCluster") -> None:
-    """Runs every trial on a started cluster, as many at once as it has room for.
+class RemoteSession:
+    """The session, as it is seen from this process: it lives in the one that started this one."""
 
-    Raises:
-        ExecutorLost: Ray stopped before the campaign was over.
-    """
+    def __init__(self, line: Connection) -> None:
+        self._line = line
+        self.stop_requested = False  # as of the newest answer
+
+    def next_trial(self) -> TrialSpec | None:
+        return self._ask("next_trial")
+
+    def is_over(self) -> bool:
+        return self._ask("is_over")
+
+    def stops_early(self, trial_id: str, so_far: TrialResult) -> bool:
+        return self._ask("stops_early", trial_id, so_far)
+
+    def trial_ended(self, trial_id: str, result: TrialResult) -> None:
+        self._ask("trial_ended", trial_id, result)
+
+    def worker_died(self, trial_id: str, cause: str) -> None:
+        self._ask("worker_died", trial_id, cause)
+
+    def _ask(self, *question: Any) -> Any:
+        self._line.send(question)
+        answer, self.stop_requested = self._line.recv()
+        return answer
+
+
+def fit(session: RemoteSession, cluster: "RayCluster", root: Path) -> None:
+    """Runs every trial that the session has, as many at once as a started cluster has room for."""
     # Tune hands AWS credentials on to its workers by a way that Ray logs. They inherit the environment anyway.
     class_cache.ENV_VARS_TO_PROPAGATE -= {name for name in class_cache.ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")}
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(cluster.workers)  # all start at once, not one after the other
-    for stale in session.root.glob(f"{SCRATCH}*"):  # of a run that was killed: a living one would have the lock
+    for stale in root.glob(f"{SCRATCH}*"):  # of a run that was killed: a living one would have the lock
         shutil.rmtree(stale)
-    folder = tempfile.TemporaryDirectory(prefix=SCRATCH, dir=session.root, ignore_cleanup_errors=True)
     feeder = Feeder(session, cluster)
-    with folder as scratch, stop_on_signal(session), Watchdog(session, cluster.processes):
+    with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=root, ignore_cleanup_errors=True) as scratch:
         tuner = ray.tune.Tuner(
             TrialWorker,
             tune_config=ray.tune.TuneConfig(
                 search_alg=feeder,
-                scheduler=KeepWorkers(cluster.workers),
+                scheduler=Scheduler(cluster.workers, feeder),
                 num_samples=-1,
                 reuse_actors=True,
             ),
@@ -76,47 +99,11 @@ def run_on_ray(session: Session, cluster: "RayCluster") -> None:
                 name="campaign",
                 storage_path=scratch,
                 verbose=0,
-                stop=Stops(session, feeder),
+                stop=Stops(feeder),
                 checkpoint_config=ray.tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
             ),
         )
         tuner.fit()
-    if not session.is_over() and not session.stop_signal:
-        raise ExecutorLost("Ray died before the campaign was over; give the same command again to go on")
-
-
-class Watchdog:
-    """Ends the run when one of Ray's own processes has died: the driver would wait for it for ever."""
-
-    def __init__(self, session: Session, processes: list[psutil.Process]) -> None:
-        self._session, self._processes = session, processes
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> None:
-        self._thread.start()
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._over.wait(1.0):
-            if not all(map(_alive, self._processes)):
-                self._session.stop_requested = True
-                break
-        else:
-            return
-        if not self._over.wait(GRACE):
-            print("Ray died and does not let go; give the same command again to go on", file=sys.stderr, flush=True)
-            os._exit(1)
-
-
-def _alive(process: psutil.Process) -> bool:
-    try:
-        return process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 class Unpickled:
@@ -132,11 +119,12 @@ class Feeder(Unpickled, Searcher):
     It returns None while a phase waits for another one's winner, and FINISHED after the last phase.
     """
 
-    def __init__(self, session: Session, cluster: "RayCluster") -> None:
+    def __init__(self, session: RemoteSession, cluster: "RayCluster") -> None:
         super().__init__(metric="training_iteration", mode="max")
         self._session, self._cluster = session, cluster
         self._given: dict[str, str] = {}  # our trial id by Tune's
         self._ended: set[str] = set()  # trials by Tune's id that the session has a result of
+        self._causes: dict[str, str] = {}  # of the deaths of workers, by Tune's id
 
     def suggest(self, trial_id: str) -> Any:
         if self._session.stop_requested:
@@ -145,7 +133,7 @@ class Feeder(Unpickled, Searcher):
             return None
         spec = self._session.next_trial()
         if spec is None:
-            return Searcher.FINISHED if self._session.is_over() else None
+            return Searcher.FINISHED if self._session.is_over() or self._session.stop_requested else None
         self._given[trial_id] = spec.trial_id
         return {"spec": spec, "resources": self._cluster.per_trial}
 
@@ -155,12 +143,16 @@ class Feeder(Unpickled, Searcher):
             self._ended.add(trial_id)
         return trial_id in self._ended
 
+    def worker_died(self, trial_id: str, said: str) -> None:
+        """What Ray says of the death of a worker, before it says that the trial is over."""
+        self._causes[trial_id] = "host_oom" if SHORT_OF_MEMORY in said else "killed"
+
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        ours = self._given.pop(trial_id)
+        ours, cause = self._given.pop(trial_id), self._causes.pop(trial_id, "killed")
         if result and RESULT in result:
             self._session.trial_ended(ours, result[RESULT])
-        elif trial_id not in self._ended and not self._session.stop_requested:
-            self._session.worker_died(ours, "it was killed or crashed" if error else "it stopped without a result")
+        elif trial_id not in self._ended and not self._session.stop_requested and not (result and PAUSED in result):
+            self._session.worker_died(ours, cause)
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the journal is the memory."""
@@ -169,33 +161,37 @@ class Feeder(Unpickled, Searcher):
         """Nothing: the journal is the memory."""
 
 
-class KeepWorkers(FIFOScheduler):
+class Scheduler(FIFOScheduler):
     """First come, first served; and every worker is kept while a phase waits for the last trials of another.
 
     On its own Tune keeps a worker only for a trial that is waiting already, so at the end of each phase all but one
     would die, and importing torch anew costs seconds. Its cache of workers has no public setting for that.
     """
 
-    def __init__(self, workers: int) -> None:
+    def __init__(self, workers: int, feeder: Feeder) -> None:
         super().__init__()
-        self._to_keep = workers
+        self._to_keep, self._feeder = workers, feeder
 
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
         tune_controller._actor_cache.increase_max(trial.placement_group_factory, by=self._to_keep)
         self._to_keep = 0
 
+    def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
+        # Tune keeps the exception of some deaths only, and of a lack of memory just the text.
+        self._feeder.worker_died(trial.trial_id, Path(trial.error_file).read_text() if trial.error_file else "")
+
 
 class Stops(Unpickled, Stopper):
-    """Ends a trial that early stopping drops, and the experiment when the session was asked to stop."""
+    """Ends a trial that early stopping drops. One that is to save and stop does so by itself."""
 
-    def __init__(self, session: Session, feeder: Feeder) -> None:
-        self._session, self._feeder = session, feeder
+    def __init__(self, feeder: Feeder) -> None:
+        self._feeder = feeder
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        return self._session.stop_requested or self._feeder.stops_early(trial_id, result)
+        return self._feeder.stops_early(trial_id, result)
 
     def stop_all(self) -> bool:
-        return self._session.stop_requested
+        return False
 
 
 def protect_token() -> None:
@@ -211,15 +207,16 @@ class RayCluster:
     def __init__(self, resources: Resources, *, address: str | None = None) -> None:
         self.resources, self.address = resources, address
         self.dashboard_url: str | None = None
-        self.processes: list[psutil.Process] = []  # of Ray itself, where it is ours
+        self.process_ids: tuple[int, ...] = ()  # of Ray itself, where it is ours
         self._folder: Path | None = None  # of Ray's logs and sockets, where it is ours
 
     def __enter__(self) -> "RayCluster":
         os.environ.update(QUIET)
         if not self.address:
-            os.environ.pop(
-                "RAY_AUTH_MODE", None
-            )  # a new Ray then asks everybody for its token, whatever the shell says
+            # A new Ray then asks everybody for its token, whatever the shell says.
+            os.environ.pop("RAY_AUTH_MODE", None)
+        # Ray has no setting for it where it may span machines: its own processes then listen on the loopback alone.
+        ray._private.ray_constants.ENABLE_RAY_CLUSTER = bool(self.address)
         local = {"num_cpus": self._cpus(), "include_dashboard": True, "dashboard_host": "127.0.0.1"}
         previous = os.umask(0o077)  # Ray writes an authentication token
         on_main = threading.current_thread() is threading.main_thread()
@@ -242,7 +239,7 @@ class RayCluster:
         ray._private.worker._worker_logs_enabled = False
         if not self.address:
             children = psutil.Process().children()
-            self.processes = [process for process in children if process.name() in ("raylet", "gcs_server")]
+            self.process_ids = tuple(child.pid for child in children if child.name() in ("raylet", "gcs_server"))
             assert isinstance(context, ray._private.worker.RayContext), "only ray:// gives another kind"
             folder = context.address_info["session_dir"]
             self._folder = Path(folder) if folder else None
@@ -261,6 +258,19 @@ class RayCluster:
         if self._folder and kind is None:  # after an error its logs may say why
             shutil.rmtree(self._folder, ignore_errors=True)
 
+    def share(self, trials_per_device: int) -> None:
+        """Lets so many trials share each GPU. Rounded down: Ray counts in ten-thousandths, and all must fit."""
+        share = int(10_000 / trials_per_device) / 10_000
+        self.resources = self.resources.model_copy(update={"gpus_per_trial": share})
+        self.per_trial = self._per_trial(ray.cluster_resources())
+        self.workers = self._fit(ray.cluster_resources())
+
+    @property
+    def packed(self) -> int:
+        """How many trials share a device: a GPU, or on a CPU the machine as one."""
+        share = self.per_trial["GPU"]
+        return max(1, min(self.workers, int(1 / share + 1e-6))) if share else self.workers
+
     def _cpus(self) -> int:
         """As many as there are, or enough for the workers that were asked for."""
         wanted = (self.resources.workers or 1) * self.resources.cpus_per_trial
@@ -275,7 +285,9 @@ class RayCluster:
     def _fit(self, cluster: Mapping[str, float]) -> int:
         rooms = [cluster.get("CPU", 1) // self.per_trial["CPU"]]
         if self.per_trial["GPU"]:
-            rooms.append(cluster.get("GPU", 0) // self.per_trial["GPU"])
+            share, gpus = self.per_trial["GPU"], cluster.get("GPU", 0)
+            # A share of a GPU is of a single one: of two, 0.4 is there four times and not five.
+            rooms.append(int(gpus) * int(1 / share + 1e-6) if share < 1 else gpus // share)
         if min(rooms) < 1:  # Ray would wait for ever
             here = f"{cluster.get('CPU', 0):g} CPUs and {cluster.get('GPU', 0):g} GPUs"
             asked = f"{self.per_trial['CPU']:g} CPUs and {self.per_trial['GPU']:g} GPUs"

@@ -14,6 +14,7 @@ from typing import Any
 
 PACKAGES = ("torch", "ray", "numpy", "sentencepiece", "pyarrow", "pydantic", "wandb")
 ENOUGH_DISK = 2 << 30  # bytes
+BUSY = 0.1  # share of a GPU's memory; an idle one with a display or a driver's own takes less
 ENOUGH_SHM = 256 << 20  # bytes
 
 
@@ -81,6 +82,29 @@ def git_state() -> dict[str, Any]:
     commit = git("rev-parse", "HEAD")
     changed = git("status", "--porcelain", "--untracked-files=no") if commit else None
     return {"git_commit": commit, "git_dirty": None if changed is None else bool(changed)}
+
+
+def busy_gpus() -> list[str]:
+    """One line for each visible GPU of which others hold a tenth of the memory or more; none without an NVIDIA driver.
+
+    It asks the driver's own program: a CUDA context, to ask torch, would take memory itself.
+    """
+    fields = "index,memory.used,memory.total"
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    visible, found = os.environ.get("CUDA_VISIBLE_DEVICES"), []
+    for row in done.stdout.splitlines():
+        index, *sizes = (cell.strip() for cell in row.split(","))
+        if len(sizes) != 2 or not all(map(str.isdecimal, sizes)) or (visible and index not in visible.split(",")):
+            continue
+        used, total = map(int, sizes)
+        if used >= BUSY * total:
+            text = f"GPU {index}: {used / 1024:.1f} of {total / 1024:.1f} GiB are held by other processes"
+            found.append(f"{text}; trials may run out of memory (nvidia-smi shows whose they are)")
+    return found
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from tune.budget import describe
 from tune.campaign import Campaign
 from tune.environment import usable_cpus
 from tune.journal import read_journal
+from tune.packing import known_packing
 from tune.plan import PlannedPhase, trial_flops, trial_tokens, trial_work
 from tune.progress import expected_phases, past_winner
 from tune.schema import MOST_TRIALS
@@ -197,8 +198,9 @@ def expected_workers(campaign: Campaign) -> int:
     if pick_device(campaign.base.device).type == "cuda":
         import torch
 
-        share = 1.0 if resources.gpus_per_trial == "auto" else float(resources.gpus_per_trial)
-        rooms.append(int(torch.cuda.device_count() / share))
+        share, gpus = resources.gpus_per_trial, torch.cuda.device_count()
+        packed = known_packing(campaign) if share == "auto" else int(1 / float(share) + 1e-9)
+        rooms.append(gpus * packed if packed else int(gpus / float(share)))
     return max(1, resources.workers or min(rooms))
 
 

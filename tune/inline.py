@@ -4,7 +4,7 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 from tune.session import Session
@@ -28,16 +28,21 @@ def run_inline(session: Session) -> None:
 
 
 @contextlib.contextmanager
-def stop_on_signal(session: Session) -> Iterator[None]:
-    """SIGINT and SIGTERM ask the session to stop after the evaluations under way; a second one ends the process."""
+def stop_on_signal(session: Session, *, at_once: Callable[[], object] = lambda: None) -> Iterator[None]:
+    """SIGINT and SIGTERM let running trials save and stop at their next steps; a second one ends the process.
+
+    `at_once` ends what else there is to end in the second case.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def handle(number: int, frame: FrameType | None) -> None:
         if session.stop_requested:
+            at_once()
             os._exit(128 + number)
         session.stop_requested, session.stop_signal = True, number
+        session.ask_trials_to_stop()
 
     previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

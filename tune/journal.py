@@ -5,17 +5,19 @@
 The CRC is that of the bytes before it, so that ten thousand records are checked in milliseconds. Lines of the first
 version have the CRC of the event with its keys in order; they are read as well.
 
-A crash can only tear the last line. Opening for writing cuts a torn tail off (kept beside as `journal.torn`), reading
-passes over it; anything else that does not match its CRC is damage and is refused.
+A crash can only tear the last line: it ends early, or has zeros where a block never reached the disk. Opening for
+writing cuts a torn tail off (kept beside as `journal.torn`), reading passes over it; anything else that does not match
+its CRC is damage and is refused.
 """
 
 import json
 import zlib
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ngpt.durable import append_line, write_atomic
+from ngpt.durable import LineFile, write_atomic
 
 Event = dict[str, Any]
 
@@ -30,19 +32,43 @@ class Journal:
     """A journal open for appending. Only the holder of the campaign's lock may have one."""
 
     def __init__(self, path: Path) -> None:
-        self.events = read_journal(path)
+        self._path, self.events = path, read_journal(path)
         if path.exists():
             _cut_torn_tail(path)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = LineFile(path)
+        self._failure: OSError | None = None
 
     def append(self, event: str, **fields: Any) -> Event:
-        """Adds an event and returns it once it is on disk."""
+        """Adds an event and returns it once it is on disk.
+
+        Raises:
+            OSError: the disk. Nothing can be appended from then on: whoever goes on has lost track of what the journal
+                says, and two events with one number would make it unreadable for good.
+        """
+        if self._failure is not None:
+            raise self._failure
         body = {"seq": len(self.events) + 1, "time": datetime.now(UTC).isoformat(timespec="milliseconds")}
         text = json.dumps(body | {"event": event} | fields, allow_nan=False)
-        append_line(self._file, text[:-1] + _ending(text.encode()[:-1]).decode())
+        self._write(text[:-1] + _ending(text.encode()[:-1]).decode())
         # As a reader will see it: tuples are lists now, and nothing is shared with the caller.
         self.events.append(json.loads(text))
         return self.events[-1]
+
+    def _write(self, line: str) -> None:
+        try:
+            self._file.append(line)
+            try:
+                self._file.sync()
+            except OSError:
+                with suppress(OSError):  # then the next start finds an event that is true, but was not acted upon
+                    self._file.take_back(line)
+                raise
+        except OSError as error:
+            reason = error.strerror or str(error)
+            self._failure = OSError(
+                error.errno, f"{reason}; the campaign goes on with the same command", str(self._path)
+            )
+            raise self._failure from error
 
     def close(self) -> None:
         self._file.close()
@@ -56,9 +82,9 @@ def read_journal(path: Path) -> list[Event]:
     """
     if not path.is_file():
         return []
-    *lines, _torn = path.read_bytes().split(b"\n")
+    raw = path.read_bytes()
     events: list[Event] = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(raw[: _whole(raw)].split(b"\n")[:-1], 1):
         event = parse_line(line)
         if event is None or event["seq"] != number:
             raise JournalError(f"{path}:{number}: this line does not match its CRC or its number; the file was changed")
@@ -89,9 +115,16 @@ def _crc(record: Event) -> str:
     return f"{zlib.crc32(json.dumps(record, sort_keys=True).encode()):08x}"
 
 
+def _whole(raw: bytes) -> int:
+    """How many bytes are not a torn tail. No line of ours has a zero byte in it."""
+    end = raw.rfind(b"\n") + 1
+    last = raw[:end].rfind(b"\n", 0, end - 1) + 1
+    return last if b"\0" in raw[last:end] else end
+
+
 def _cut_torn_tail(path: Path) -> None:
     raw = path.read_bytes()
-    whole = raw.rfind(b"\n") + 1
+    whole = _whole(raw)
     if whole < len(raw):
         write_atomic(path.with_suffix(".torn"), raw[whole:])
         write_atomic(path, raw[:whole])

@@ -4,6 +4,7 @@ import contextlib
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -13,8 +14,13 @@ from tune.campaign import Campaign
 from tune.changes import check_changes, find_changes
 from tune.console import Snapshot, open_console
 from tune.corpus import check_all, describe_data, prepare_all
+from tune.costs import packing_fact
+from tune.driver import Ready
 from tune.estimate import check_budget
 from tune.inline import run_inline
+from tune.keeper import Keeper
+from tune.leftovers import end_marked
+from tune.packing import pack
 from tune.session import Session
 from tune.summary import Summary
 
@@ -48,11 +54,13 @@ def launch(
         ConfigError: the budget is too small, the corpora cannot be prepared or have changed, what the results mean has
             changed, or the tracker cannot do what is asked of it.
         OSError: the disk.
-        ExecutorLost: Ray stopped before the campaign was over.
+        ExecutorLost: Ray stopped too often before the campaign was over, or it was not ours.
     """
     check_budget(campaign, root)
     session = Session(campaign, root, command=command, environment=environment.describe(campaign.base.device))
     with session, contextlib.ExitStack() as stack:
+        if ended := end_marked(root):
+            tell(f"ended {ended} processes that a killed run had left")
         changes = find_changes(session.campaign, session.state)
         check_changes(changes, allowed=allow_change)
         for line in changes.lines():
@@ -62,25 +70,35 @@ def launch(
             session.wandb_mode = settled(campaign.base.tracker, root / "trials" / "*", tell).wandb
         # Tokenizing and Ray's start both take seconds, and neither needs the other.
         prepared = Background(lambda: prepare_all(campaign, tell))
-        cluster = None
+        keeper = None
         if not inline and work:
-            from tune.engine import RayCluster  # importing Ray takes a second, which --inline does without
-
             prepared.check()
-            tell("starting Ray ...")
-            cluster = stack.enter_context(RayCluster(campaign.resources, address=address))
-            session.workers, session.dashboard_url = cluster.workers, cluster.dashboard_url
-            tell(f"dashboard {cluster.dashboard_url}  workers {cluster.workers}")
+            keeper = stack.enter_context(Keeper(session, campaign.resources, address=address))
+            wait_for_ray(keeper, session)
         prepared.result()
+        # The GPUs of a running cluster may be others than ours: they are not for us to measure.
+        if keeper and address is None and (packing := pack(session.campaign, session.state, tell)):
+            session.packing = packing
+            take_over(keeper.share(packing.trials_per_device), session)
+            tell(f"{packing_fact(asdict(packing))}; workers {session.workers}")
         session.begin(describe_data(campaign.base) | {"shards": check_all(campaign)})
         session.message = stack.enter_context(view(session.snapshot)).message
-        if cluster is None:
-            run_inline(session)
-        else:
-            from tune.engine import run_on_ray
-
-            run_on_ray(session, cluster)
+        keeper.run() if keeper else run_inline(session)
         return session.end(), session.stop_signal
+
+
+def wait_for_ray(keeper: Keeper, session: Session) -> None:
+    """Waits until Ray has started, and says what there is to know of it and of the GPUs."""
+    tell("starting Ray ...")
+    for line in environment.busy_gpus():
+        tell(line)
+    take_over(keeper.wait(), session)
+    tell(f"dashboard {session.dashboard_url}  workers {session.workers}")
+
+
+def take_over(ray: Ready, session: Session) -> None:
+    """Lets the session know how many trials there is room for."""
+    session.workers, session.packed, session.dashboard_url = ray.workers, ray.packed, ray.dashboard_url
 
 
 def tell(text: str) -> None:

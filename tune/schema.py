@@ -39,8 +39,10 @@ class Resources(Config):
     """What a trial gets of the machine."""
 
     cpus_per_trial: Annotated[int, Field(ge=1)] = 1  # threads of a trial
-    gpus_per_trial: Annotated[Any, PlainValidator(_share)] = "auto"  # auto: one where there are GPUs
+    gpus_per_trial: Annotated[Any, PlainValidator(_share)] = "auto"  # auto: measured where there are GPUs
     workers: Annotated[int, Field(ge=1)] | None = None  # trials at once; null: as many as fit
+    # seconds without a step after which a trial hangs; null: 20 median steps, at least ten minutes (tune/watchdog.py)
+    stall_timeout: Annotated[float, Field(gt=0)] | None = None
 
 
 class Budget(Config):

@@ -5,16 +5,20 @@ It knows the phases (tune/course.py), the journal and the budget, and no executo
 continue from their checkpoints when the same command is given again.
 """
 
+import contextlib
 import hashlib
 import time
-from collections import Counter
+import traceback
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from ngpt import pulse
 from ngpt.config import ConfigError, flatten
 from ngpt.durable import write_atomic, write_json
+from ngpt.secrets import redacted
 from tune.budget import STOPPED, allows
 from tune.campaign import Campaign
 from tune.changes import judged_by
@@ -25,20 +29,20 @@ from tune.estimate import remember_speeds
 from tune.journal import Journal
 from tune.lock import ResultsLock
 from tune.pace import timer
+from tune.packing import Packing
 from tune.plan import Trial, preview
 from tune.progress import expected_phases
+from tune.retries import CAUSES, Death, cause_of, must_be_alone, why_given_up
 from tune.state import DONE, replay
 from tune.status import take_snapshot
 from tune.summary import Summary, write_campaign
 from tune.trial import TrialResult, TrialSpec, make_folder
 
-MOST_RETRIES = 3  # of a trial whose worker died under it, in one session
-
 Message = Callable[[str], None]
 
 
 class ExecutorLost(Exception):
-    """What runs the trials is gone before the campaign was over; the same command goes on."""
+    """What runs the trials is gone and is not replaced any more; the same command goes on with the campaign."""
 
 
 class Session:
@@ -49,12 +53,15 @@ class Session:
         self.command, self.environment = command, dict(environment)
         self.wandb_mode = campaign.base.tracker.wandb  # of every trial; `auto` leaves it to each of them
         self.workers = 1  # trials at once, set by the executor
+        self.packed = 1  # of these on one device, set by the executor
+        self.packing: Packing | None = None  # how that was chosen, if it was
         self.message: Message = lambda text: None
         self.dashboard_url: str | None = None
         self.timer = timer(campaign.resources.cpus_per_trial)  # of training steps, for `hold: seconds`
         self.stop_requested = False
         self.stop_signal = 0  # that asked for it
-        self._deaths: Counter[str] = Counter()  # of workers, by the trial they died under
+        self._started: float | None = None  # of `begin`, by a clock that does not jump
+        self._deaths: defaultdict[str, list[Death]] = defaultdict(list)  # of workers, by the trial they died under
         self._lock = ResultsLock(root)
         self._course = Course(
             campaign,
@@ -88,8 +95,13 @@ class Session:
             raise
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         try:
+            is_crash = isinstance(error, Exception) and not isinstance(error, ExecutorLost)
+            if is_crash and self._started is not None:
+                text = redacted("".join(traceback.format_exception(error)))
+                with contextlib.suppress(OSError):  # which may be the very error; it goes on its way
+                    self._append("crash", error=text[-4000:])
             self.journal.close()
         finally:
             self._lock.release()
@@ -124,7 +136,10 @@ class Session:
             claims=[asdict(claim) for claim in self.campaign.claims],
             expected_trials={phase.name: len(list(phase.trials)) for phase in preview(self.campaign)},
         )
+        if self.packing is not None:
+            self._append("packing_chosen", **asdict(self.packing))
         manifest = {name: self.state.campaign[name] for name in ("campaign", "command", "environment", "data")}
+        manifest["packing"] = self.state.packing or None
         manifest["inherited"] = {path: asdict(chained) for path, chained in self.campaign.chained.items()}
         config = flatten(self.campaign.base)
         write_json(
@@ -137,7 +152,9 @@ class Session:
         status = "finished" if self._course.has_all_winners() else status
         left_out = Counter(phase for phase, trial_id in self._missing() if trial_id not in self.state.results)
         left_out = dict(left_out) if status == STOPPED else {}
-        self._append("campaign_ended", status=status, seconds=time.monotonic() - self._started, left_out=left_out)
+        for trial_id in self.state.running:
+            pulse.clear(self._trial_folder(trial_id))
+        self._append("campaign_ended", status=status, seconds=self._seconds(), left_out=left_out)
         trials = {trial.trial_id: trial.config for phase in self._course.planned.values() for trial in phase.trials}
         remember_speeds(self.campaign, self.state, trials)
         return write_campaign(self.root, self.state)
@@ -155,6 +172,7 @@ class Session:
         if trial is None:
             return None
         self._course.queue.remove(trial)
+        pulse.clear(self._trial_folder(trial.trial_id))  # of an attempt that was killed
         attempt = self.state.attempts.get(trial.trial_id, 0) + 1
         self._append(
             "trial_started",
@@ -171,13 +189,14 @@ class Session:
             arm=trial.arm,
             seed=trial.seed,
             config=self._with_tracking(trial),
-            folder=self._folder(trial),
+            folder=self._trial_folder(trial.trial_id),
             threads=self.campaign.resources.cpus_per_trial,
             attempt=attempt,
+            packed=self.packed,
         )
 
-    def _folder(self, trial: Trial) -> Path:
-        return (self.root / "trials" / trial.trial_id).absolute()
+    def _trial_folder(self, trial_id: str) -> Path:
+        return (self.root / "trials" / trial_id).absolute()
 
     def has_work(self) -> bool:
         """Whether any trial is left to train, within the budget and as far as the journal knows the winners."""
@@ -193,9 +212,27 @@ class Session:
         return bool(self._course.queue) and not self.state.running and not any(map(self._may_start, self._course.queue))
 
     def _may_start(self, trial: Trial) -> bool:
-        seconds = self.state.seconds + time.monotonic() - self._started
+        if not self._has_room(trial):
+            return False
         again = trial.trial_id in self._deaths  # it was under way when the budget was reached, and is to be finished
+        seconds = self.state.seconds + self._seconds()
         return again or allows(self.campaign.budget, self.state, trial.trial_id, seconds)
+
+    def _has_room(self, trial: Trial) -> bool:
+        """Whether a trial may run beside those that do: one that the machine had no memory for runs with none."""
+        waiting = (other.trial_id for other in self._course.queue)
+        if any(map(self._is_alone, self.state.running)):
+            return False
+        if self._is_alone(trial.trial_id):
+            return not self.state.running
+        return not any(map(self._is_alone, waiting))
+
+    def _is_alone(self, trial_id: str) -> bool:
+        return trial_id in self._deaths and must_be_alone(self._deaths[trial_id])
+
+    def _seconds(self) -> float:
+        """Since `begin`, by a clock that does not jump."""
+        return 0.0 if self._started is None else time.monotonic() - self._started
 
     def _missing(self) -> Iterator[tuple[str, str]]:
         """Trials to be trained, after the first phase that needs each, as far as the journal knows the winners."""
@@ -216,8 +253,8 @@ class Session:
 
     # ---- what came of it -------------------------------------------------------------------------------------------
 
-    def trial_ended(self, trial_id: str, result: TrialResult) -> None:
-        """Records what came of a trial that `next_trial` gave out."""
+    def trial_ended(self, trial_id: str, result: TrialResult, *, cause: str | None = None) -> None:
+        """Records what came of a trial that `next_trial` gave out; `cause` says why its process died, if it did."""
         trial = self._course.trials.pop(trial_id)
         self._append(
             "trial_finished",
@@ -227,8 +264,10 @@ class Session:
             seed=trial.seed,
             attempt=self.state.attempts.get(trial_id, 0),
             config=flatten(self._with_tracking(trial)),
+            cause=cause_of(result) if cause is None else cause,
             **asdict(result),
         )
+        pulse.clear(self._trial_folder(trial_id))
         snapshot = self.snapshot()
         self.message(
             trial_line(
@@ -261,21 +300,48 @@ class Session:
         """Ends what waits of arms that early stopping has dropped: nothing that it finds could be judged."""
         while trial := next((trial for trial in self._course.queue if self._course.why_dropped(trial)), None):
             self._course.queue.remove(trial)
-            make_folder(self._folder(trial), trial.config)
+            make_folder(self._trial_folder(trial.trial_id), trial.config)
             never = TrialResult("stopped", {"steps": 0, "tokens": 0}, error=self._course.why_dropped(trial))
             self.trial_ended(trial.trial_id, never)
 
-    def worker_died(self, trial_id: str, reason: str) -> None:
-        """The process of a trial is gone without a result: tried again from its checkpoint, at most three times."""
-        trial = self._course.trials[trial_id]
-        self._append("worker_died", trial_id=trial_id, attempt=self.state.attempts[trial_id], reason=reason)
-        self._deaths[trial_id] += 1
-        if self._deaths[trial_id] <= MOST_RETRIES:
-            self.message(f"{trial.phase}  {trial.arm} seed {trial.seed}  worker died ({reason}), trying again")
-            self._course.queue.appendleft(trial)
+    def worker_died(self, trial_id: str, cause: str, reason: str | None = None) -> None:
+        """The process of a trial is gone without a result: tried again from its checkpoint, as tune/retries.py says.
+
+        `cause` is an entry of its table, `reason` what is known besides.
+        """
+        trial, beat = self._course.trials[trial_id], pulse.read_heartbeat(self._trial_folder(trial_id))
+        deaths = self._deaths[trial_id]
+        deaths.append(Death(cause, beat and beat.step, beat and beat.began))
+        says = reason or CAUSES[cause].says
+        attempt, step = self.state.attempts[trial_id], deaths[-1].step
+        self._append("worker_died", trial_id=trial_id, attempt=attempt, cause=cause, step=step, reason=says)
+        if error := why_given_up(deaths):
+            self.trial_ended(trial_id, TrialResult("failed", error=error), cause=cause)
             return
-        error = f"the worker process died {self._deaths[trial_id]} times: {reason}"
-        self.trial_ended(trial_id, TrialResult("failed", error=error))
+        alone = ", with nothing beside it" if must_be_alone(deaths) else ""
+        text = f"worker died ({says}), trying again from its newest checkpoint{alone}"
+        self.message(f"{trial.phase}  {trial.arm} seed {trial.seed}  {text}")
+        self._course.queue.appendleft(trial)
+
+    def executor_lost(self, reason: str) -> None:
+        """All workers are gone at once: the trials that were running are next again."""
+        self._append("executor_lost", reason=reason)
+        for trial_id in reversed(list(self.state.running)):
+            self.worker_died(trial_id, "ray_lost")
+
+    def ask_trials_to_stop(self) -> None:
+        """Lets every running trial save and stop at its next step."""
+        for trial_id in list(self.state.running):
+            with contextlib.suppress(OSError):  # it has not begun, or there is no room for a wish: it is not saved
+                pulse.ask_to_stop(self._trial_folder(trial_id))
+
+    def heartbeats(self) -> dict[str, tuple[int, pulse.Heartbeat | None]]:
+        """The attempt and the newest heartbeat of every running trial."""
+        running = self.state.running.values()
+        return {
+            event["trial_id"]: (event["attempt"], pulse.read_heartbeat(self._trial_folder(event["trial_id"])))
+            for event in running
+        }
 
     def snapshot(self) -> Snapshot:
         """The live view's data."""
@@ -289,7 +355,8 @@ class Session:
         )
 
     def _append(self, event: str, **fields: Any) -> None:
-        written = self.journal.append(event, **fields)
+        # Clocks jump: order is that of the lines, and durations are of this clock.
+        written = self.journal.append(event, elapsed=round(self._seconds(), 3), **fields)
         self.state.apply(written)
         self._course.apply(written)
 

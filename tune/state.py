@@ -16,6 +16,7 @@ from tune.verdicts import Outcome
 
 Overrides = Mapping[str, Any]  # settings by dotted name
 
+PACKING = ("trials_per_device", "why", "device", "curve", "measured_at")  # fields of tune/packing.py's `Packing`
 DONE = ("finished", "diverged", "stopped")  # statuses that are results: such a trial is not run again
 
 
@@ -56,9 +57,11 @@ class State:
     running: dict[str, Event] = field(default_factory=dict)  # started and without a result, by trial id
     attempts: dict[str, int] = field(default_factory=dict)
     speeds: dict[str, float] = field(default_factory=dict)  # measured once, for `hold: seconds`
+    packing: dict[str, Any] = field(default_factory=dict)  # how many trials share a GPU, if that was ours to choose
     status: str = "incomplete"
     seconds: float = 0.0  # of all sessions that are over
-    newest: str = ""  # time of the newest event
+    newest: str = ""  # time of the newest event; for people, since clocks jump
+    elapsed: float | None = None  # seconds of the newest session up to that event; older journals have only the time
     left_out: dict[str, int] = field(default_factory=dict)  # trials by phase, where a budget stopped the campaign
     ended: bool = True  # whether the newest session has said so; one that was killed has not
 
@@ -75,7 +78,10 @@ class State:
         """How long the newest session has journaled for, if it has not said that it is over."""
         if self.ended:
             return 0.0
-        return (datetime.fromisoformat(self.newest) - datetime.fromisoformat(self.campaign["time"])).total_seconds()
+        if self.elapsed is not None:
+            return self.elapsed
+        wall = datetime.fromisoformat(self.newest) - datetime.fromisoformat(self.campaign["time"])
+        return max(0.0, wall.total_seconds())
 
     def copy(self) -> "State":
         """A state that later events do not change the extent of: safe to walk through in another thread."""
@@ -92,6 +98,8 @@ class State:
                 self.results = {i: result for i, result in self.results.items() if result["status"] in DONE}
             case "speeds_measured":
                 self.speeds = self.speeds | event["speeds"]
+            case "packing_chosen":
+                self.packing = {name: item for name, item in event.items() if name in PACKING}
             case "phase_planned":
                 self.phases[event["phase"]] = _phase(event)
             case "trial_started":
@@ -110,7 +118,7 @@ class State:
                 self.status, self.ended, self.running = event["status"], True, {}
                 self.seconds += event["seconds"]
                 self.left_out = event.get("left_out", {})
-        self.newest = event["time"]
+        self.newest, self.elapsed = event["time"], event.get("elapsed")
 
 
 def replay(events: Iterable[Event]) -> State:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ngpt.durable import write_atomic, write_json
+from ngpt.durable import make_folder, write_atomic, write_json
 from ngpt.tracker import read_metrics
 from tune import format as fmt
 from tune.budget import left_out_sentence
@@ -70,6 +70,7 @@ def summarize_campaign(state: State, phases: Sequence[Summary], claims: Sequence
         "seconds": state.seconds + state.session_seconds(),
         "trial_seconds": sum(result["seconds"] for result in results.values()),
         "cost": account(state),
+        "packing": state.packing or None,  # how many trials shared a GPU, where that was measured
         "started_at": rules["time"],
         "environment": rules["environment"],
         "data": rules["data"],
@@ -123,7 +124,7 @@ def curve_rows(root: Path, records: Iterable[Record]) -> list[dict[str, Any]]:
 def write_phase(root: Path, state: State, phase: PhaseState) -> Summary:
     """Writes a phase's four files and returns its summary."""
     folder = root / phase.name
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     records, summary = phase_records(state, phase), summarize_phase(state, phase)
     lines = (json.dumps(record, allow_nan=False) + "\n" for record in records)
     write_atomic(folder / "trials.jsonl", "".join(lines))

@@ -1,6 +1,7 @@
 """A worker as Ray Tune sees it: one process that trains one trial after another, without starting anew."""
 
 import os
+from pathlib import Path
 from typing import Any
 
 import ray._private.worker
@@ -8,10 +9,12 @@ import ray.tune
 import torch
 from ray.util.metrics import Gauge
 
+from ngpt.pulse import Pulse, is_asked_to_stop
 from tune.trial import TrialSpec, run_trial
 
-# The keys of a trial's reports: what came of it in the last one, and what it has reached so far in the others.
-RESULT, SO_FAR = "trial_result", "trial_so_far"
+# The keys of a trial's reports: what came of it in the last one, and what it has reached so far in the others; or that
+# it has saved and stopped because it was asked to.
+RESULT, SO_FAR, PAUSED = "trial_result", "trial_so_far", "trial_paused"
 
 
 class TrialWorker(ray.tune.Trainable):
@@ -61,6 +64,9 @@ class TrialWorker(ray.tune.Trainable):
         except StopIteration as stop:
             self._failed = stop.value.status == "failed"
             return {RESULT: stop.value, "done": True}
+        if is_asked_to_stop(self._spec.folder):
+            self._run.close()
+            return {PAUSED: True, "done": True}
         phase, arm = self._spec.phase, self._spec.arm
         for name, gauge in self._gauges.items():
             if (value := so_far.metrics.get(name)) is not None:
@@ -74,3 +80,10 @@ class TrialWorker(ray.tune.Trainable):
         self._spec = spec
         self._run = run_trial(spec)
         self._failed = False
+        show_life(spec.folder)
+
+
+def show_life(folder: Path) -> None:
+    """Says which process has a trial now: one that hangs before the first step can be found, too."""
+    folder.mkdir(parents=True, exist_ok=True)
+    Pulse(folder).close()

@@ -1,0 +1,138 @@
+"""A run says that it lives, hears that it should stop, and loses nothing by it."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from ngpt import pulse
+from ngpt.config import override
+from ngpt.data.corpora import Dataset
+from ngpt.pulse import Heartbeat, Pulse, ask_to_stop, clear, is_asked_to_stop, read_heartbeat
+from ngpt.train import TrainConfig, train
+
+
+@pytest.fixture(autouse=True)
+def attentive(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It listens at every step, and not once a second."""
+    monkeypatch.setattr(pulse, "LISTEN", 0.0)
+
+
+def finish(config: TrainConfig, out: Path, dataset: Dataset) -> None:
+    for _ in train(config, out, resume="latest", dataset=dataset):
+        pass
+
+
+def rows(out: Path) -> list[dict[str, float]]:
+    found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name != "tokens_per_second"} for row in found]
+
+
+def weights(out: Path) -> dict[str, np.ndarray]:
+    return safetensors.numpy.load_file(out / "checkpoints" / "step_0000008" / "model.safetensors")
+
+
+def stop_at(step: int, config: TrainConfig, out: Path, dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is asked to stop when it has come to this step, as another process would ask, and then closed."""
+    real = Pulse.beat
+
+    def beat(self: Pulse, at: int) -> None:
+        real(self, at)
+        if at == step:
+            ask_to_stop(out)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Pulse, "beat", beat)
+        loop = train(config, out, resume="latest", dataset=dataset)
+        while not is_asked_to_stop(out):
+            if next(loop)["step"] == config.steps == step:  # there is no step after it to say so
+                ask_to_stop(out)
+        loop.close()
+    clear(out)
+
+
+@pytest.mark.parametrize("step", [1, 3, 5, 8])
+def test_a_run_that_is_asked_to_stop_saves_where_it_is_and_then_ends_as_if_nothing_had_happened(
+    step: int, tiny: TrainConfig, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Evaluations are at 3, 6 and 8; no checkpoint is due before the end."""
+    config = override(tiny, {"tracker.log_every": 1})
+    finish(config, tmp_path / "undisturbed", dataset)
+    stop_at(step, config, tmp_path / "stopped", dataset, monkeypatch)
+    assert [path.name for path in (tmp_path / "stopped" / "checkpoints").iterdir()] == [f"step_{step:07d}"]
+    assert read_heartbeat(tmp_path / "stopped") is None, "it has ended"
+    finish(config, tmp_path / "stopped", dataset)
+    assert rows(tmp_path / "stopped") == rows(tmp_path / "undisturbed")
+    left, right = weights(tmp_path / "stopped"), weights(tmp_path / "undisturbed")
+    assert all(np.array_equal(left[name], right[name]) for name in right) and left.keys() == right.keys()
+
+
+def test_a_run_that_is_asked_at_an_evaluation_and_closed_there_saves_it(
+    tiny: TrainConfig, dataset: Dataset, tmp_path: Path
+) -> None:
+    loop = train(tiny, tmp_path, dataset=dataset)
+    while next(loop)["step"] != 6:
+        pass
+    ask_to_stop(tmp_path)
+    loop.close()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_0000006"]
+
+
+def test_a_run_that_is_closed_and_was_not_asked_saves_nothing(
+    tiny: TrainConfig, dataset: Dataset, tmp_path: Path
+) -> None:
+    """Early stopping closes trials that nobody goes on with."""
+    loop = train(tiny, tmp_path, dataset=dataset)
+    next(loop)
+    next(loop)
+    loop.close()
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_what_a_rollback_would_return_to_is_saved_at_its_regular_steps_only(
+    tiny: TrainConfig, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = override(tiny, {"nonfinite.policy": "rollback", "checkpoint.every": 2})
+    stop_at(5, config, tmp_path, dataset, monkeypatch)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step_0000002", "step_0000004"]
+
+
+def test_a_heartbeat_is_where_a_run_is_and_stays_where_it_was_killed(tmp_path: Path) -> None:
+    assert read_heartbeat(tmp_path) is None
+    killed = Pulse(tmp_path, began=7)
+    assert read_heartbeat(tmp_path) == Heartbeat(os.getpid(), 7, 7)
+    for step in (8, 123_456_789, 9):
+        killed.beat(step)
+        assert read_heartbeat(tmp_path) == Heartbeat(os.getpid(), 7, step)
+    killed.close()
+    assert read_heartbeat(tmp_path) == Heartbeat(os.getpid(), 7, 9)
+    with Pulse(tmp_path) as ended:
+        ended.beat(3)
+    assert read_heartbeat(tmp_path) is None
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b'{"pid": 3}', b"[]", b"\xff\xfe", b'{"pid": 1, "x": 2}'])
+def test_a_heartbeat_that_cannot_be_read_is_none(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "heartbeat").write_bytes(content)
+    assert read_heartbeat(tmp_path) is None
+
+
+def test_where_nothing_can_be_written_a_run_goes_on(tmp_path: Path) -> None:
+    with Pulse(tmp_path / "nowhere") as silent:
+        silent.beat(1)
+        assert not silent.is_asked_to_stop()
+
+
+def test_the_wish_to_stop_is_looked_for_once_a_second_or_when_it_matters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pulse, "LISTEN", 1e9)
+    with Pulse(tmp_path) as rare:
+        assert not rare.is_asked_to_stop()
+        ask_to_stop(tmp_path)
+        assert not rare.is_asked_to_stop() and rare.is_asked_to_stop(now=True) and rare.is_asked_to_stop()
+    clear(tmp_path)
+    assert not is_asked_to_stop(tmp_path) and list(tmp_path.iterdir()) == []

@@ -1,0 +1,73 @@
+"""`python -m tune.bench NAME`: see tune/bench/__init__.py."""
+
+import argparse
+import inspect
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import tune.bench
+from ngpt.bench import print_figures
+from ngpt.config import ConfigError
+from tune.bench.campaigns import campaign, scaling
+from tune.bench.gpu import PARTS, gpu
+from tune.bench.packing import packing
+
+BENCHMARKS: dict[str, Callable[..., dict[str, Any]]] = {
+    "campaign": campaign,
+    "scaling": scaling,
+    "packing": packing,
+    "gpu": gpu,
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    options = vars(_parser().parse_args(arguments))
+    name, as_json = options.pop("name"), options.pop("json")
+    try:
+        figures = measured(name, {option: value for option, value in options.items() if value not in (None, False, [])})
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print_figures(figures, as_json=as_json)
+    return 0
+
+
+def measured(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The figures of a benchmark with the options that were given.
+
+    Raises:
+        ConfigError: an option that this benchmark does not have, or a wrong setting.
+    """
+    known = inspect.signature(BENCHMARKS[name]).parameters
+    for option in options.keys() - known.keys():
+        have = ", ".join(f"--{other}" for other in known)
+        raise ConfigError(f"--{option} is not an option of {name}, which has {have}")
+    return BENCHMARKS[name](**options)
+
+
+def _parser() -> argparse.ArgumentParser:
+    described = [f"  {name}: {inspect.getdoc(function)}" for name, function in BENCHMARKS.items()]
+    parser = argparse.ArgumentParser(
+        prog="python -m tune.bench",
+        description="\n\n".join([inspect.getdoc(tune.bench) or "", *described]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("name", choices=BENCHMARKS)
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    parser.add_argument("--trials", type=int, help="campaign, scaling: how many")
+    parser.add_argument("--seconds", type=float, help="of training: of a trial in campaign and scaling, of a point")
+    parser.add_argument("--steps", type=int, help="campaign, scaling: of a trial, instead of --seconds")
+    parser.add_argument("--workers", type=int, help="campaign, scaling: trials at once")
+    parser.add_argument("--rounds", type=int, help="scaling: of one and several workers in turn")
+    parser.add_argument("--config", type=Path, help="packing: YAML file of settings, as ngpt.train has it")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="packing: settings")
+    parser.add_argument("--part", metavar="PART", help=f"gpu: only one of {', '.join(PARTS)}")
+    parser.add_argument("--tiny", action="store_true", help="gpu: shapes that take a CPU seconds, to see that it runs")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+"""How many trials at once on one device are fastest: the calibration of `gpus_per_trial: auto`, on its own."""
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from ngpt.data.corpora import prepare
+from ngpt.device import pick_device
+from ngpt.train import TrainConfig, read_config, resolved
+from tune.bench.campaigns import tiny
+from tune.environment import usable_cpus
+from tune.pace import pace_key
+from tune.packing import COUNTS, best_point, remember_curve
+from tune.together import SECONDS, Point, describe_device, measure_together
+
+Figures = dict[str, Any]
+
+
+def packing(*, config: Path | None = None, set: Sequence[str] = (), seconds: float = SECONDS) -> Figures:
+    """How many trials at once train the most tokens per second on this device, each in its own process.
+
+    config, set: the trial, as ngpt.train has it; default is the tiny one of `campaign`. seconds: of training per point.
+    On a CPU the cores are divided among the trials, and there are at most as many as cores. Returns best (trials at
+    once), tokens_per_second (all of them), gain (over one trial) and the curve: trials, threads, tokens_per_second,
+    memory_bytes (each), room (how many such trials the memory holds), fits. A GPU's curve is kept for campaigns.
+    """
+    if config is None and not set:
+        with tempfile.TemporaryDirectory(prefix="ngpt-bench-") as folder:
+            trial = tiny(Path(folder), 2, steps=1, workers=1).base
+    else:
+        trial = read_config(config, list(set))
+    prepare(trial.data, log=lambda line: None)
+    return packing_of(resolved(trial), seconds=seconds)
+
+
+def packing_of(config: TrainConfig, *, seconds: float = SECONDS) -> Figures:
+    """The figures of `packing` for a resolved config."""
+    cpus, on_gpu = usable_cpus(), pick_device(config.device).type == "cuda"
+    counts = [count for count in COUNTS if count <= cpus]
+
+    def threads(count: int) -> int:
+        return 1 if on_gpu else max(1, cpus // count)
+
+    curve = measure_together(config, counts=counts, threads=threads, seconds=seconds)
+    device = describe_device(config, 1)
+    if on_gpu:
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        remember_curve(device, pace_key(config), curve, threads=1, most=counts[-1], measured_at=now)
+    best = best_point(curve, most=counts[-1])
+    return {
+        "best": best.trials,
+        "tokens_per_second": best.tokens_per_second,
+        "gain": best.tokens_per_second / curve[0].tokens_per_second,
+        "curve": [_row(point) for point in curve],
+        "device": device,
+        "dtype": config.dtype,
+        "compiled": config.compile,
+    }
+
+
+def _row(point: Point) -> Figures:
+    return asdict(point) | {"fits": point.fits}

@@ -1,0 +1,63 @@
+"""The processes that a campaign started, found again by a mark that each of them carries, and ended.
+
+Ray starts a dozen processes and a worker for each slot; some of them outlive a killed parent for a minute, and a worker
+that outlives its campaign would go on to write into the results. A list of process ids has holes (what was started
+last) and goes stale (numbers are given again). So what a campaign starts inherits a variable with the path of its
+results, and is known by that, whatever it is called and whoever its parent has become. Only the holder of the results'
+lock may end what carries their mark.
+"""
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+MARK = "NGPT_CAMPAIGN_RESULTS"  # the variable; its value is the resolved path of the results directory
+PATIENCE = 10.0  # seconds for killed processes to be gone
+
+
+@contextlib.contextmanager
+def marking(root: Path) -> Iterator[None]:
+    """What is started in this block carries the mark of the results in `root`, and so does all that it starts."""
+    os.environ[MARK] = str(root.resolve())
+    try:
+        yield
+    finally:
+        del os.environ[MARK]
+
+
+def marked(root: Path) -> list[psutil.Process]:
+    """The living processes of this user that carry the mark of `root`, but for this one itself."""
+    mark, found = str(root.resolve()), []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.pid != os.getpid() and process.environ().get(MARK) == mark and is_alive(process):
+                found.append(process)
+    return found
+
+
+def end_marked(root: Path) -> int:
+    """Kills every process that carries the mark of `root`, and waits until they are gone; says how many there were."""
+    ended = 0
+    while processes := marked(root):  # again, for those that were being started
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):  # psutil tells a process from a later one of that number
+                process.kill()
+        ended += len(processes)
+        until = time.monotonic() + PATIENCE
+        while any(map(is_alive, processes)):  # a zombie is gone: whether its parent ever takes note is not ours
+            if time.monotonic() > until:  # in the kernel, behind a dead disk or driver; nobody can end those
+                return ended
+            time.sleep(0.02)
+    return ended
+
+
+def is_alive(process: psutil.Process) -> bool:
+    """Whether a process runs: it is neither gone nor a zombie, and its number has not become another's."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
