@@ -31,7 +31,9 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # relative to the large
 
 def kernels_serve(x: Tensor, f: Tensor, alpha: Tensor) -> bool:
     """Whether `fused_lerp` is the way to take: an uncompiled step on a GPU where the kernels are known to work."""
-    if torch.compiler.is_compiling() or not x.is_cuda:
+    # Under vmap, which does not know the kernels; torch has no public word for it.
+    batched = torch._C._functorch.is_batchedtensor(x)  # pyright: ignore[reportAttributeAccessIssue]
+    if torch.compiler.is_compiling() or batched or not x.is_cuda:
         return False
     return fits(x, f, alpha) and has_triton() and works(x.device, x.shape[-1], x.dtype, f.dtype)
 

@@ -3,6 +3,7 @@
 Source: Keller Jordan, kellerjordan.github.io/posts/muon; equal to torch.optim.Muon with `adjust_lr_fn="original"`.
 """
 
+import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -66,24 +67,13 @@ class Muon(torch.optim.Optimizer):
         if shapes:
             raise ValueError(f"Muon takes matrices only, got parameters of shape {shapes}")
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update. Matrices of equal shape are orthogonalised as one batch."""
         if closure is not None:
             raise ValueError("Muon does not take a closure")
-        for group in self.param_groups:
-            by_shape: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    by_shape[tuple(parameter.shape)].append(parameter)
-            for (rows, columns), parameters in by_shape.items():
-                updates = orthogonalize(stack(self._directions(parameters, group)), steps=group["ns_steps"])
-                size = group["lr"] * max(1.0, rows / columns) ** 0.5
-                if shrinkage := group["lr"] * group["weight_decay"]:
-                    torch._foreach_mul_(parameters, 1 - shrinkage)  # pyright: ignore[reportPrivateImportUsage]
-                torch._foreach_add_(parameters, updates.unbind(), alpha=-size)  # pyright: ignore[reportPrivateImportUsage]
+        step_together([self])
 
-    def _directions(self, parameters: list[Tensor], group: dict[str, Any]) -> Sequence[Tensor]:
+    def directions(self, parameters: list[Tensor], group: dict[str, Any]) -> Sequence[Tensor]:
         """Updates the running means; returns what is to be orthogonalised, one matrix per parameter."""
         for parameter in parameters:
             if "momentum" not in self.state[parameter]:
@@ -94,6 +84,29 @@ class Muon(torch.optim.Optimizer):
         if not group["nesterov"]:
             return means
         return torch._foreach_lerp(gradients, means, group["momentum"])  # pyright: ignore[reportPrivateImportUsage]
+
+
+@torch.no_grad()
+def step_together(optimizers: Iterable[Muon]) -> None:
+    """One update of each. Matrices of equal shape are orthogonalised as one batch, whosever they are."""
+    batches: dict[tuple[int, ...], list[tuple[Muon, dict[str, Any], list[Tensor]]]] = defaultdict(list)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            by_shape: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    by_shape[tuple(parameter.shape)].append(parameter)
+            for (rows, columns), parameters in by_shape.items():
+                batches[rows, columns, group["ns_steps"]].append((optimizer, group, parameters))
+    for (rows, columns, ns_steps), members in batches.items():
+        ahead = [d for optimizer, group, parameters in members for d in optimizer.directions(parameters, group)]
+        updates = iter(orthogonalize(stack(ahead), steps=ns_steps).unbind())
+        for _, group, parameters in members:
+            size = group["lr"] * max(1.0, rows / columns) ** 0.5
+            if shrinkage := group["lr"] * group["weight_decay"]:
+                torch._foreach_mul_(parameters, 1 - shrinkage)  # pyright: ignore[reportPrivateImportUsage]
+            own = list(itertools.islice(updates, len(parameters)))
+            torch._foreach_add_(parameters, own, alpha=-size)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def stack(tensors: Sequence[Tensor | None]) -> Tensor:

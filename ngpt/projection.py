@@ -14,14 +14,22 @@ MIB = 2**20
 BATCH_BYTES = {"cpu": 4 * MIB, "cuda": 32 * MIB}
 
 
-@torch.no_grad()
 def project_weights(model: GPT) -> None:
     """Scales every sphere weight's vectors back to length 1, in float32 (NVIDIA/ngpt calls this normalize_matrices).
 
-    It runs after an optimizer step, every `project_every` steps. A GPT has nothing to project. Each weight is read and
-    written once, where it lies, and small weights of one shape are one batch: launches are what they cost on a GPU.
+    It runs after an optimizer step, every `project_every` steps. A GPT has nothing to project.
     """
-    for weights, dim in _batches(model.sphere_weights()):
+    project(model.sphere_weights())
+
+
+@torch.no_grad()
+def project(sphere_weights: Iterable[tuple[Tensor, int]]) -> None:
+    """Scales matrices' vectors, along the dimension beside each, to length 1.
+
+    Each weight is read and written once, where it lies, and small weights of one shape are one batch: launches are what
+    they cost on a GPU.
+    """
+    for weights, dim in _batches(sphere_weights):
         batch = stack(weights)
         for vectors in batch.split(_at_once(batch, dim), dim=-1 - dim):
             exact = torch.promote_types(vectors.dtype, torch.float32)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ngpt.muon import Muon, orthogonalize
+from ngpt.muon import Muon, orthogonalize, step_together
 
 SHAPES = [(8, 8), (24, 6), (6, 24), (40, 13)]
 
@@ -167,3 +167,29 @@ def test_it_computes_in_bfloat16_under_autocast_only() -> None:
     assert rounded.dtype == exact.dtype == torch.float32
     assert torch.equal(rounded.bfloat16().float(), rounded)
     assert not torch.equal(exact.bfloat16().float(), exact)
+
+
+def test_several_optimizers_at_once_each_take_their_own_step() -> None:
+    settings = [
+        {"lr": 0.02, "weight_decay": 0.1},
+        {"lr": 0.05, "nesterov": False},
+        {"lr": 0.01, "momentum": 0.5, "ns_steps": 3},
+    ]
+    owners = [[random(*shape, seed=10 * k + i) for i, shape in enumerate(SHAPES)] for k in range(len(settings))]
+    copies = [[parameter.clone() for parameter in parameters] for parameters in owners]
+    members = [Muon(own, **how) for own, how in zip(owners, settings, strict=True)]
+    references = [
+        torch.optim.Muon(own, **({"weight_decay": 0.0} | how), adjust_lr_fn="original")
+        for own, how in zip(copies, settings, strict=True)
+    ]
+    for turn in range(3):
+        for own, copied in zip(owners, copies, strict=True):
+            for i, (parameter, other) in enumerate(zip(own, copied, strict=True)):
+                parameter.grad = random(*parameter.shape, seed=100 * turn + i)
+                other.grad = parameter.grad.clone()
+        step_together(members)
+        for reference in references:
+            reference.step()
+    for own, copied, how in zip(owners, copies, settings, strict=True):
+        for parameter, other in zip(own, copied, strict=True):  # torch's iterates in bfloat16
+            torch.testing.assert_close(parameter, other, atol=0.1 * how["lr"], rtol=0.02)

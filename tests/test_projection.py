@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from ngpt import projection
 from ngpt.config import build
 from ngpt.model import GPT, ModelConfig
-from ngpt.projection import project_weights
+from ngpt.projection import project, project_weights
 
 ROWS = ("wte", "lm_head", "attention.query", "attention.key", "attention.value", "mlp.up")
 COLUMNS = ("attention.out", "mlp.down")
@@ -135,3 +135,16 @@ def test_weights_stay_where_they_are_in_memory() -> None:
     before = [weight.data_ptr() for weight, _ in gpt.sphere_weights()]
     project_weights(gpt)
     assert [weight.data_ptr() for weight, _ in gpt.sphere_weights()] == before
+
+
+def test_the_weights_of_several_models_are_projected_as_those_of_each() -> None:
+    several = [disturbed(), disturbed(mlp="relu2"), disturbed(n_layer=1)]
+    project(entry for gpt in several for entry in gpt.sphere_weights())
+    for gpt in several:
+        for weight, dim in gpt.sphere_weights():
+            lengths = np.linalg.norm(weight.detach().double().numpy(), axis=dim)
+            np.testing.assert_allclose(lengths, 1, atol=1e-6)
+    alone = disturbed()
+    project_weights(alone)
+    for name, tensor in state(alone).items():
+        torch.testing.assert_close(state(several[0])[name], tensor)

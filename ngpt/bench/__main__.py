@@ -13,6 +13,7 @@ import ngpt.bench
 from ngpt.bench import parts
 from ngpt.bench.timing import print_figures
 from ngpt.bench.training import MODES, against_peer, step
+from ngpt.bench.vectorised import vectorised
 from ngpt.config import ConfigError
 from ngpt.data.shards import CorruptShardError
 from ngpt.device import DTYPES, pick_device
@@ -26,6 +27,7 @@ BENCHMARKS: dict[str, Callable[..., dict[str, Any]]] = {
     "projection": parts.projection,
     "loader": parts.loader,
     "generate": parts.generate,
+    "vectorised": vectorised,
 }
 
 

@@ -1,0 +1,26 @@
+"""Runs at once stand beside as many steps one after another."""
+
+import pytest
+
+from ngpt.bench.vectorised import AT_ONCE, vectorised
+from ngpt.config import ConfigError, override
+from ngpt.train import TrainConfig
+
+
+def test_every_number_of_runs_is_compared_with_as_many_single_steps(tiny: TrainConfig) -> None:
+    figures = vectorised(tiny, seconds=0)
+    found = figures["at_once"]
+    assert list(found) == [str(count) for count in AT_ONCE]
+    assert figures["ratio"] == max(found[str(count)]["ratio"] for count in AT_ONCE[1:])
+    assert figures["ratio"] == found[str(figures["best"])]["ratio"] and figures["best"] > 1
+    assert figures["worth_it"] is (figures["ratio"] > 1.1)
+    for count, each in found.items():
+        tokens = int(count) * tiny.batch_size * tiny.model.block_size
+        assert each["tokens_per_second"] * each["ms"] == pytest.approx(tokens * 1000)
+        assert each["reference_tokens_per_second"] * each["reference_ms"] == pytest.approx(tokens * 1000)
+        assert 0.8 < each["kept_bytes"] / each["reference_kept_bytes"] / int(count) < 1.5
+
+
+def test_what_cannot_be_trained_at_once_is_not_measured(tiny: TrainConfig) -> None:
+    with pytest.raises(ConfigError, match="compile is on"):
+        vectorised(override(tiny, {"compile": True}), seconds=0)

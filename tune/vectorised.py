@@ -1,0 +1,130 @@
+"""The body of several trials at once: what `tune/trial.py` is for one, for trials that share a graph.
+
+Each stays a trial of its own: its folder, its checkpoints, its record. What says that it had company is `vectorised` in
+the provenance, the number of trials in its batch; its tokens per second are those of one among so many.
+"""
+
+import contextlib
+import logging
+import os
+import time
+import traceback
+from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+import torch
+
+from ngpt.durable import write_atomic
+from ngpt.memory import free_memory
+from ngpt.secrets import redacted
+from ngpt.train import RunResult, pick_device
+from ngpt.vectorised import Event, train_together, unstackable
+from tune.trial import TrialResult, TrialSpec, machine, make_folder, opened, run_trial, unfinished
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class News:
+    """What has happened since the last time, by trial id: `so_far` as `run_trial` yields, `ended` as it returns."""
+
+    so_far: dict[str, TrialResult] = field(default_factory=dict)
+    ended: dict[str, TrialResult] = field(default_factory=dict)
+
+
+Trials = Generator[News, Collection[str] | None, None]
+
+
+def alike(first: TrialSpec, waiting: Iterable[TrialSpec], *, most: int) -> list[TrialSpec]:
+    """`first` and those of the waiting that can be trained with it, in their order, `most` in all."""
+    found = [first]
+    for spec in waiting:
+        if len(found) < most and spec.threads == first.threads and not unstackable([first.config, spec.config]):
+            found.append(spec)
+    return found
+
+
+def run_trials(specs: Sequence[TrialSpec]) -> Trials:
+    """Trains all at once; yields what there is to say of them, and ends when each has ended or was stopped.
+
+    Trials whose ids are sent in answer to a yield are stopped there. Each continues from the newest intact checkpoint
+    in its folder, wherever the others are. It never raises: where all of them fail together, for want of memory say,
+    those that are left go on alone, one after another.
+    """
+    if len(specs) == 1:
+        yield from _alone(specs[0])
+        return
+    torch.set_num_threads(specs[0].threads)
+    batch = _Batch(specs)
+    under_way = dict(enumerate(specs))
+    try:
+        dataset = opened(specs[0].config.data)
+        for spec in specs:
+            make_folder(spec.folder, spec.config)
+        runs = train_together([s.config for s in specs], [s.folder for s in specs], resume="latest", dataset=dataset)
+        about = {"data_sha256": dataset.manifest["content_sha256"]}
+        with contextlib.closing(runs):
+            stopped: list[int] | None = None
+            while under_way:
+                events = runs.send(stopped)
+                news = batch.news(events, about)
+                for index in [i for i, event in events.items() if not isinstance(event, dict)]:
+                    del under_way[index]
+                unwanted = (yield news) or ()
+                stopped = [index for index, spec in under_way.items() if spec.trial_id in unwanted]
+                for index in stopped:
+                    del under_way[index]
+    except Exception:
+        # What fails here has failed for all. Each says for itself what becomes of it when it is alone.
+        names = ", ".join(spec.name for spec in under_way.values())
+        log.warning("%d trials at once have failed, now one by one: %s", len(under_way), names, exc_info=True)
+    free_memory(pick_device(specs[0].config.device))
+    for spec in under_way.values():
+        yield from _alone(spec)
+
+
+def _alone(spec: TrialSpec) -> Trials:
+    with contextlib.closing(run_trial(spec)) as run:
+        while True:
+            try:
+                so_far = next(run)
+            except StopIteration as stop:
+                yield News(ended={spec.trial_id: stop.value})
+                return
+            if spec.trial_id in ((yield News(so_far={spec.trial_id: so_far})) or ()):
+                return
+
+
+class _Batch:
+    """Trials that began together, and what is said of each."""
+
+    def __init__(self, specs: Sequence[TrialSpec]) -> None:
+        self._specs = specs
+        self._started_at, self._start = datetime.now(UTC).isoformat(timespec="milliseconds"), time.perf_counter()
+
+    def news(self, events: Mapping[int, Event], about: Mapping[str, str]) -> News:
+        """The events of runs as results of trials; `about` is the provenance of a run that has not ended."""
+        news = News()
+        for index, event in events.items():
+            spec = self._specs[index]
+            if isinstance(event, RunResult):
+                news.ended[spec.trial_id] = self._result(spec, event)
+            elif isinstance(event, Exception):
+                news.ended[spec.trial_id] = self._failed(spec, event)
+            else:
+                so_far = RunResult("stopped", 0, unfinished(event, spec.config), dict(about))
+                news.so_far[spec.trial_id] = self._result(spec, so_far)
+        return news
+
+    def _result(self, spec: TrialSpec, run: RunResult, error: str | None = None) -> TrialResult:
+        place = {"pid": os.getpid(), "packed": spec.packed, "vectorised": len(self._specs)}
+        provenance = run.data | machine(spec.config.device, spec.threads) | place
+        seconds = time.perf_counter() - self._start
+        return TrialResult(run.status, run.metrics, error, self._started_at, seconds, provenance)
+
+    def _failed(self, spec: TrialSpec, exception: Exception) -> TrialResult:
+        text = redacted("".join(traceback.format_exception(exception)))
+        with contextlib.suppress(OSError):  # the disk may be full; the record has it, too
+            write_atomic(spec.folder / "error.txt", text)
+        return self._result(spec, RunResult("failed", 0), error=text[-4000:])
