@@ -1,0 +1,202 @@
+"""The campaign that the harness disturbs, and the processes that run it.
+
+A run is a fork of a process that has imported everything: it is the real command with real files and can be killed
+like any other, and costs a third of a second instead of three.
+"""
+
+import os
+import shutil
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from pydoc_data.topics import topics
+from tempfile import mkdtemp
+
+SHORT_PHASES = """
+  - name: alpha
+    vary: {alpha: [0.05, 0.4]}
+  - name: projection
+    inherit: alpha
+    grid: {project_every: [1, 3]}
+"""
+LONG_PHASES = """
+  - name: rate
+    vary: {lr: [1e-4, 1e-2]}
+  - name: projection
+    inherit: rate
+    grid: {project_every: [1, 3]}
+"""
+FILE = """\
+campaign: tiny
+seeds: SEEDS
+base:
+  model: {n_layer: 2, n_head: 2, n_embd: 16, block_size: 16, mlp_ratio: 2.0}
+  data: {corpus: CORPUS, tokenizer: "sentencepiece:400"}
+  optim: {lr: 1e-4}
+  device: cpu
+  batch_size: 4
+  steps: STEPS
+  eval_every: EVERY
+  eval_tokens: 64
+  checkpoint: {every: EVERY, keep_last: 1}
+  tracker: {log_every: EVERY}
+resources: {cpus_per_trial: 1, workers: 2}
+phases:PHASES
+"""
+CANARIES = {"WANDB_API_KEY": "canary0123456789abcdef0123456789abcdef01", "HF_TOKEN": "hf_canaryCanaryCanaryCanary"}
+CLEAN = ("WANDB_MODE", "WANDB_PROJECT", "RAY_ADDRESS")
+
+
+@dataclass(frozen=True)
+class Ran:
+    """How a run ended; `code` is minus the signal that killed it."""
+
+    code: int
+    err: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class World:
+    """A folder with a corpus, its cache, a campaign file, and the results of an undisturbed run of it."""
+
+    folder: Path
+    file: Path
+    every: int  # steps between checkpoints
+    reference: Path  # results directory
+
+    def command(self, out: Path, *options: str) -> list[str]:
+        """Arguments of a run into `out`."""
+        return [str(self.file), "--out", str(out), *options]
+
+    def start(self, out: Path, inside: Callable[[], None] | None = None, *, beside: Path | None = None) -> int:
+        """Forks a run; returns its process id. `inside` is called in it first; its output lies `beside` its results."""
+        out.mkdir(parents=True, exist_ok=True)
+        sys.stdout.flush()
+        if pid := os.fork():
+            return pid
+        code = 1
+        try:
+            _redirect(beside or out)
+            if inside is not None:
+                inside()
+            import run_campaign
+
+            code = run_campaign.main(self.command(out, "--inline", "--json"))
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 1
+        except BaseException:  # as the interpreter does it
+            traceback.print_exc()
+        finally:
+            with suppress(OSError):
+                sys.stdout.flush()
+                sys.stderr.flush()
+            os._exit(code)
+
+    def wait(self, pid: int, out: Path, since: float) -> Ran:
+        _, status = os.waitpid(pid, 0)
+        err = _said(out)
+        return Ran(os.waitstatus_to_exitcode(status), err, time.perf_counter() - since)
+
+    def run(self, out: Path, inside: Callable[[], None] | None = None, *, most: float = 600.0) -> Ran:
+        """Runs the campaign to its end; one that hangs is killed, and says so with code 1."""
+        ran = self.run_for(most, out, inside)
+        return ran if ran.seconds < most else Ran(1, f"{ran.err}\nit hung for {most:.0f} s", ran.seconds)
+
+    def run_for(self, seconds: float, out: Path, inside: Callable[[], None] | None = None) -> Ran:
+        """Runs the campaign and kills it after so many seconds, if it has not come to its end by then."""
+        since = time.perf_counter()
+        pid = self.start(out, inside)
+        while time.perf_counter() - since < seconds:
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                err = _said(out)
+                return Ran(os.waitstatus_to_exitcode(status), err, time.perf_counter() - since)
+            time.sleep(0.005)
+        os.kill(pid, signal.SIGKILL)  # it was not waited for, so the number is still its own
+        return self.wait(pid, out, since)
+
+
+def _said(out: Path) -> str:
+    """What a run has written to stderr; one that was killed at once may not even have the file."""
+    err = out.with_suffix(".err")
+    return err.read_text(errors="replace") if err.exists() else ""
+
+
+def clear(out: Path) -> None:
+    """Removes a run's results with its output and its log."""
+    shutil.rmtree(out, ignore_errors=True)
+    for suffix in (".out", ".err", ".log"):
+        out.with_suffix(suffix).unlink(missing_ok=True)
+
+
+def _redirect(out: Path) -> None:
+    """Output goes beside the results directory, and the environment holds secrets that must not be found anywhere."""
+    for descriptor, suffix in ((1, ".out"), (2, ".err")):
+        target = os.open(out.with_suffix(suffix), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        os.dup2(target, descriptor)
+    os.environ.update(CANARIES)
+    for name in CLEAN:
+        os.environ.pop(name, None)
+
+
+@contextmanager
+def world(
+    *, steps: int = 4, every: int = 2, seeds: str = "[1]", phases: str = SHORT_PHASES, keep: bool = False
+) -> Iterator[World]:
+    """A world in memory where that is possible, with the campaign run once; gone afterwards unless it is kept."""
+    memory = Path("/dev/shm")
+    folder = Path(mkdtemp(prefix="chaos-", dir=memory if os.access(memory, os.W_OK) else None))
+    try:
+        corpus = folder / "topics.txt"
+        text = "\n".join(topics[name] for name in sorted(topics))
+        corpus.write_text("".join(filter(str.isascii, text))[:60_000])
+        words = {"CORPUS": str(corpus), "SEEDS": seeds, "STEPS": str(steps), "EVERY": str(every), "PHASES": phases}
+        content = FILE
+        for word, value in words.items():
+            content = content.replace(word, value)
+        file = folder / "tiny.yaml"
+        file.write_text(content)
+        os.environ["NGPT_CACHE"] = str(folder / "cache")
+        made = World(folder, file, every, folder / "reference" / "tiny")
+        _warm_up(made)
+        ran = made.run(folder / "reference")
+        if ran.code:
+            raise RuntimeError(f"the undisturbed run ended with {ran.code}:\n{ran.err}")
+        yield made
+    finally:
+        if keep:
+            print(f"  the files are in {folder}", file=sys.stderr)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _warm_up(made: World) -> None:
+    """Runs the campaign once in this process: all is imported and the corpus prepared, and forks share it."""
+    import torch
+
+    import run_campaign
+    import tune.verify
+
+    torch.set_num_threads(1)
+    assert tune.verify
+    previous = signal.getsignal(signal.SIGTERM)
+    with open(os.devnull, "w") as nowhere:
+        out, err = os.dup(1), os.dup(2)
+        try:
+            sys.stdout.flush()
+            os.dup2(nowhere.fileno(), 1)
+            os.dup2(nowhere.fileno(), 2)
+            code = run_campaign.main(made.command(made.folder / "warm", "--inline", "--json"))
+            sys.stdout.flush()
+        finally:
+            os.dup2(out, 1)
+            os.dup2(err, 2)
+    signal.signal(signal.SIGTERM, previous)
+    if code:
+        raise RuntimeError(f"the campaign ended with {code}; to see why: {' '.join(made.command(Path('results')))}")
