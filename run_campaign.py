@@ -24,6 +24,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+SMOKE = "-smoke"  # end of the name of the results directory of --smoke
 EXIT_ERROR, EXIT_USAGE, EXIT_BUSY, EXIT_UNSUCCESSFUL, EXIT_IO, EXIT_INTERRUPTED = 1, 2, 3, 4, 74, 130
 
 
@@ -99,18 +100,25 @@ def verb_parser(verb: str) -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> int:
     """Runs a campaign, or goes on with it."""
+    from tune.lock import Busy
+
+    try:
+        refuse_second_run(options)
+    except Busy as busy:
+        print(busy, file=sys.stderr)
+        return EXIT_BUSY
+
     from tune.campaign import load_campaign
     from tune.smoke import shrunk
 
     campaign = load_campaign(options.campaign, options.set)
     root = (options.out / campaign.name).absolute()
     if options.smoke:
-        campaign, root = shrunk(campaign), root.with_name(root.name + "-smoke")
+        campaign, root = shrunk(campaign), root.with_name(root.name + SMOKE)
     if options.plan:
         return plan(campaign, root, options)
 
     from tune.launch import launch
-    from tune.lock import Busy
     from tune.session import ExecutorLost
 
     terminate_in_order()
@@ -131,6 +139,22 @@ def run(options: argparse.Namespace) -> int:
         print(lost, file=sys.stderr)
         return EXIT_ERROR
     return show_end(summary, number, root, options)
+
+
+def refuse_second_run(options: argparse.Namespace) -> None:
+    """Looks at the lock of the file's campaign before anything is loaded that takes seconds.
+
+    Raises:
+        Busy: another process runs it.
+        ConfigError: the file cannot be read.
+    """
+    from ngpt.yamlfile import read_yaml
+    from tune.lock import refuse_if_running
+
+    data = read_yaml(options.campaign).data
+    name = data.get("campaign") if isinstance(data, dict) else None
+    if isinstance(name, str) and Path(name).name == name and not options.plan:  # else it is told what is wrong with it
+        refuse_if_running((options.out / (name + SMOKE * options.smoke)).absolute())
 
 
 def terminate_in_order() -> None:

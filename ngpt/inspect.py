@@ -258,7 +258,10 @@ class _Functions(TorchFunctionMode):
             entering = args[0].detach()
             facts = {"sd": float(entering.std()), "peak": float(entering.abs().max())}
             self._recorder.see(f"mlp.into {func.__name__}", args[0], facts)
-        return func(*args, **kwargs)
+        output = func(*args, **kwargs)
+        if func is F.linear and not isinstance(args[1], nn.Parameter) and self._recorder.where:  # scaled by s_uv
+            self._recorder.see("mlp.up", output)
+        return output
 
 
 def _show(recorder: Recorder, name: str, module: nn.Module, args: Any, output: Tensor) -> None:

@@ -216,10 +216,11 @@ class MLP(nn.Module):
         self.gain = cfg.n_embd**0.5
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.up.weight
-        if self.s_uv is not None:  # on the weight, which is smaller than the hidden units of a batch
-            weight = weight * (self.s_uv() * self.gain)[:, None]
-        hidden = F.linear(x, weight)  # (B, T, F), or (B, T, 2F) with the gate in the second half
+        # s_uv acts on the weight, which is smaller than the hidden units of a batch.
+        scaled = None if self.s_uv is None else self.up.weight * (self.s_uv() * self.gain)[:, None]
+        hidden = (
+            self.up(x) if scaled is None else F.linear(x, scaled)
+        )  # (B, T, F), or 2F with the gate in the second half
         if self.gated:
             u, gate = hidden.chunk(2, dim=-1)
             return self.down(u * F.silu(gate))

@@ -12,7 +12,15 @@ from tune.campaign import load_campaign
 from tune.plan import preview
 
 EXPERIMENTS = sorted((Path(__file__).parent.parent / "experiments").glob("*.yaml"))
-MANY = ("baseline", "campaign", "features", "open_questions", "optimizers", "phase4", "seeds39")  # trials, also at smoke size
+MANY = (
+    "baseline",
+    "campaign",
+    "features",
+    "open_questions",
+    "optimizers",
+    "phase4",
+    "seeds39",
+)  # trials, also at smoke size
 SMOKED = [pytest.param(path, marks=pytest.mark.slow if path.stem in MANY else ()) for path in EXPERIMENTS]
 every = pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
 
@@ -74,7 +82,10 @@ def test_a_shipped_campaign_runs_at_smoke_size(path: Path, tmp_path: Path, capfd
     # Arms that differ in a size alone come out the same and are trained once. Which arm wins, or is better, is chance
     # here: so an arm may be what its phase has inherited, and is the baseline, and any better arms may be joined.
     better = {
-        (phase["phase"], arm["arm"]) for phase in summary["phases"] for arm in phase["arms"] if arm["verdict"] == "better"
+        (phase["phase"], arm["arm"])
+        for phase in summary["phases"]
+        for arm in phase["arms"]
+        if arm["verdict"] == "better"
     }
     for phase in campaign.phases:
         expected = arms[phase.name] | ({BASELINE.name} if phase.inherit else set())

@@ -17,6 +17,7 @@ from ngpt.data.shards import write_shard
 from ngpt.data.tokenizer import load_tokenizer
 from ngpt.load import find_checkpoint, load_model, made_with, model_changes
 from ngpt.model import GPT, ModelConfig
+from ngpt.tracker import Tracker
 from ngpt.train import Run, TrainConfig, resolved, save, set_up, train, train_step
 
 
@@ -71,7 +72,8 @@ def test_a_loaded_model_computes_what_the_run_computed(
     run: Run = set_up(override(resolved(tiny), changes), tmp_path, resume=None, dataset=dataset)
     for _ in range(5):
         train_step(run)
-    save(run)
+    with Tracker(run.config.tracker, tmp_path, settings={}) as tracker:
+        save(run, tracker)
     model, tokenizer, checkpoint = load_model(tmp_path)
     assert not model.training and checkpoint.step == 5 and tokenizer is not None
     assert torch.equal(logits(model), logits(run.model.eval()))

@@ -1,16 +1,20 @@
-"""The lock of a results directory: one run at a time, and whoever comes second is told which process has it."""
+"""The lock of a results directory: one run at a time, and whoever comes second is told which process has it.
+
+It imports next to nothing: a second run is answered before torch is loaded.
+"""
 
 import os
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
 from filelock import FileLock, Timeout
 
 from ngpt.durable import make_folder, sweep, write_atomic
-from tune.status import LOCK_FILE
 
-PATIENCE = 1.0  # seconds to wait for the lock, which `status` also takes for a moment
-HOLDER = "campaign.pid"
+LOCK_FILE = "campaign.lock"  # held by the process that runs the campaign
+HOLDER = "campaign.pid"  # says which it is
+PATIENCE = 1.0  # seconds to wait for a lock without a holder: `status` takes it for a moment
 
 
 class Busy(Exception):
@@ -33,10 +37,9 @@ class ResultsLock:
         make_folder(self._root)
         holder = self._root / HOLDER
         try:
-            self._lock.acquire(timeout=PATIENCE)
+            self._lock.acquire(timeout=PATIENCE, poll_interval=0.05, cancel_check=lambda: _pid(self._root) is not None)
         except Timeout:
-            pid = holder.read_text().strip() if holder.exists() else "unknown"
-            raise Busy(f"{self._root} is in use by another run (process {pid})") from None
+            raise _busy(self._root) from None
         try:
             write_atomic(holder, f"{os.getpid()}\n")
             for folder in (self._root, *(path for path in self._root.iterdir() if path.is_dir())):
@@ -50,3 +53,37 @@ class ResultsLock:
         with suppress(OSError):  # the lock counts; the file only says for people who has it
             (self._root / HOLDER).unlink(missing_ok=True)
         self._lock.release()
+
+
+def is_locked(root: Path) -> bool:
+    """Whether a process runs the campaign now: the kernel drops a dead one's lock."""
+    if not (root / LOCK_FILE).exists():
+        return False
+    lock = FileLock(root / LOCK_FILE)
+    try:
+        with lock.acquire(timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
+def refuse_if_running(root: Path) -> None:
+    """Says early what `take` would find: that somebody runs the campaign already.
+
+    Raises:
+        Busy: somebody does.
+    """
+    if _pid(root) is not None and is_locked(root):
+        raise _busy(root)
+
+
+def _pid(root: Path) -> int | None:
+    """The living process that says it holds the lock; None for one that was killed."""
+    with suppress(OSError, ValueError):  # not there, or being replaced
+        pid = int((root / HOLDER).read_text())
+        return pid if psutil.pid_exists(pid) else None
+    return None
+
+
+def _busy(root: Path) -> Busy:
+    return Busy(f"{root} is in use by another run (process {_pid(root) or 'unknown'})")

@@ -6,14 +6,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from ngpt.tracker import read_metrics
 from tune.console import Running, Snapshot
+from tune.lock import is_locked
 from tune.phase_summary import summarize_phase
 from tune.state import DONE, PhaseState, State, read_state
-
-LOCK_FILE = "campaign.lock"  # held by the process that runs the campaign
 
 
 def take_snapshot(
@@ -109,15 +106,3 @@ def read_snapshot(root: Path) -> Snapshot:
     running = is_locked(root)
     url = state.campaign["dashboard_url"] if running else None
     return take_snapshot(root, state, running=running, finished_phases=summaries, dashboard_url=url)
-
-
-def is_locked(root: Path) -> bool:
-    """Whether a process runs the campaign now: the kernel drops a dead one's lock."""
-    if not (root / LOCK_FILE).exists():
-        return False
-    lock = FileLock(root / LOCK_FILE)
-    try:
-        with lock.acquire(timeout=0):
-            return False
-    except Timeout:
-        return True

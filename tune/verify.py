@@ -18,8 +18,8 @@ from typing import Any
 from ngpt.checkpoint import checkpoint_folders, verify_checkpoint
 from ngpt.config import ConfigError
 from tune.journal import Event, parse_line
+from tune.lock import is_locked
 from tune.state import DONE, State, replay
-from tune.status import is_locked
 
 READERS = 4  # threads that check digests
 REBUILD = "python run_campaign.py report rebuilds it"
