@@ -84,7 +84,7 @@ def read_journal(path: Path) -> list[Event]:
         return []
     raw = path.read_bytes()
     events: list[Event] = []
-    for number, line in enumerate(raw[: _whole(raw)].split(b"\n")[:-1], 1):
+    for number, line in enumerate(raw[: whole_length(raw)].split(b"\n")[:-1], 1):
         event = parse_line(line)
         if event is None or event["seq"] != number:
             raise JournalError(f"{path}:{number}: this line does not match its CRC or its number; the file was changed")
@@ -115,7 +115,7 @@ def _crc(record: Event) -> str:
     return f"{zlib.crc32(json.dumps(record, sort_keys=True).encode()):08x}"
 
 
-def _whole(raw: bytes) -> int:
+def whole_length(raw: bytes) -> int:
     """How many bytes are not a torn tail. No line of ours has a zero byte in it."""
     end = raw.rfind(b"\n") + 1
     last = raw[:end].rfind(b"\n", 0, end - 1) + 1
@@ -124,7 +124,7 @@ def _whole(raw: bytes) -> int:
 
 def _cut_torn_tail(path: Path) -> None:
     raw = path.read_bytes()
-    whole = _whole(raw)
+    whole = whole_length(raw)
     if whole < len(raw):
         write_atomic(path.with_suffix(".torn"), raw[whole:])
         write_atomic(path, raw[:whole])

@@ -17,7 +17,7 @@ from typing import Any
 
 from ngpt.checkpoint import checkpoint_folders, verify_checkpoint
 from ngpt.config import ConfigError
-from tune.journal import Event, parse_line
+from tune.journal import Event, parse_line, whole_length
 from tune.lock import is_locked
 from tune.state import DONE, State, replay
 
@@ -92,18 +92,19 @@ def _plain(finding: Finding) -> dict[str, Any]:
 
 def read_events(root: Path) -> tuple[list[Event], list[Finding]]:
     """All events up to the first line that is damaged, and a finding for each line that is."""
-    *lines, torn = (root / "journal.jsonl").read_bytes().split(b"\n")
+    raw = (root / "journal.jsonl").read_bytes()
+    whole = whole_length(raw)
     events: list[Event] = []
     found = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(raw[:whole].split(b"\n")[:-1], 1):
         event = parse_line(line)
         if event is None or event.get("seq") != number:
             what = "does not match its CRC" if event is None else f"has number {event.get('seq')}, not {number}"
             found.append(Finding(f"journal.jsonl:{number}", f"this line {what}", "only a backup has it"))
         elif not found:
             events.append(event)
-    if torn:
-        text = f"its last {len(torn)} bytes are a line that a crash has cut off; the next run sets them aside"
+    if torn := len(raw) - whole:
+        text = f"its last {torn} bytes are a line that a crash has cut off; the next run sets them aside"
         found.append(Finding("journal.jsonl", text, is_note=True))
     return events, found
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import ngpt.bench
-from ngpt.bench import parts
+from ngpt.bench import parts, saving
 from ngpt.bench.timing import print_figures
 from ngpt.bench.training import MODES, against_peer, step
 from ngpt.bench.vectorised import vectorised
@@ -27,6 +27,7 @@ BENCHMARKS: dict[str, Callable[..., dict[str, Any]]] = {
     "projection": parts.projection,
     "loader": parts.loader,
     "generate": parts.generate,
+    "checkpoint": saving.checkpoint,
     "vectorised": vectorised,
 }
 

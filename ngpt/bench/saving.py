@@ -1,0 +1,42 @@
+"""What it costs that nothing is lost."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ngpt.bench.timing import compared, stopwatches, take_turns, where
+from ngpt.bench.training import prepared
+from ngpt.checkpoint import checkpoint_folders
+from ngpt.config import override
+from ngpt.tracker import Tracker
+from ngpt.train import TrainConfig, resolved, save, train_step
+
+
+def checkpoint(config: TrainConfig, *, seconds: float = 10.0) -> dict[str, Any]:
+    """A checkpoint with digests, syncs and the removal of old ones, against torch.save of the same state.
+
+    Returns ms, best_ms, reference_ms, ratio; saved_bytes; step_ms and share (of training by checkpoints, one in
+    `checkpoint.every` steps).
+    """
+    config = override(resolved(config), {"tracker.wandb": "disabled"})
+    run = prepared(config)
+    with tempfile.TemporaryDirectory() as folder:
+        run.out_dir = Path(folder)
+        plain = run.out_dir / "plain.pt"
+
+        def reference() -> None:
+            optimizers = [optimizer.state_dict() for optimizer in run.optimizers]
+            torch.save({"model": run.model.state_dict(), "optimizers": optimizers}, plain)
+
+        with Tracker(config.tracker, run.out_dir, settings={}) as tracker:
+            works = {"step": lambda: train_step(run), "ours": lambda: save(run, tracker), "plain": reference}
+            times = take_turns(stopwatches(works, run.device), seconds=seconds)
+        newest = checkpoint_folders(run.out_dir / "checkpoints")[-1]
+        size = sum(path.stat().st_size for path in newest.iterdir())
+    figures = compared(times["ours"], times["plain"])
+    step_ms = float(np.median(times["step"])) * 1000
+    share = figures["ms"] / (config.checkpoint.every * step_ms)
+    return figures | {"saved_bytes": size, "step_ms": step_ms, "share": share} | where(run.device, config.dtype)
