@@ -23,6 +23,20 @@ def test_every_test_that_the_features_rest_on_exists() -> None:
     assert missing == []
 
 
+def test_every_fault_has_a_line_and_every_test_that_shows_one_exists() -> None:
+    text = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    lines = [line.split("|")[1] for line in text.splitlines() if line.startswith("| F")]
+    assert sorted(int(number) for line in lines for number in re.findall(r"F(\d+)", line)) == list(range(1, 51))
+    named = set(re.findall(r"`(test_\w+)(?:::(test_\w+))?`", text))
+    assert len(named) > 60
+    missing = [
+        f"{file}::{test}"
+        for file, test in sorted(named)
+        if f"def {test}" not in (ROOT / "tests" / f"{file}.py").read_text(encoding="utf-8")
+    ]
+    assert missing == []
+
+
 @pytest.mark.parametrize(
     "setting", sorted(set(re.findall(r"`([a-z_]+(?:\.[a-z_]+)*): ", FEATURES)) - {"data", "model"})
 )
