@@ -1,6 +1,7 @@
 """The cost of a campaign, computed from events by hand, and what had to be done twice."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_campaign import begun, drive, pretend, session_on, write_file
@@ -15,7 +16,12 @@ ONE = """
 """
 
 
-def state(device: str = "cpu (x)", gpus: int = 0, speed: float | None = 100.0) -> State:
+def state(
+    device: str = "cpu (x)",
+    gpus: int = 0,
+    speed: float | None = 100.0,
+    provenance: dict[str, Any] | None = None,
+) -> State:
     """Two trials of 1,000 tokens on 2 slots in a session of 20 s; the second was started twice."""
     common = {"time": "2026-11-21T10:00:00+00:00"}
     environment = {"device": device, "gpus": gpus}
@@ -27,10 +33,9 @@ def state(device: str = "cpu (x)", gpus: int = 0, speed: float | None = 100.0) -
         {"event": "trial_started", "trial_id": "x-s1", "attempt": 1},
         {"event": "trial_started", "trial_id": "x-s2", "attempt": 2},
     ]
-    metrics = {"tokens": 1000, "tokens_per_second": speed}
-    events += [
-        {"event": "trial_finished", "trial_id": f"x-s{n}", "status": "finished", "metrics": metrics} for n in (1, 2)
-    ]
+    ended = {"event": "trial_finished", "status": "finished", "provenance": provenance or {}}
+    ended["metrics"] = {"tokens": 1000, "tokens_per_second": speed}
+    events += [ended | {"trial_id": f"x-s{n}"} for n in (1, 2)]
     events += [{"event": "campaign_ended", "status": "finished", "seconds": 20.0}]
     return replay(event | common for event in events)
 
@@ -45,6 +50,10 @@ def test_efficiency_is_time_inside_steps_over_wall_time_times_slots() -> None:
 @pytest.mark.parametrize(("device", "gpus", "hours"), [("cpu (x)", 4, 20 / 3600), ("NVIDIA GH200", 2, 40 / 3600)])
 def test_device_hours_count_the_gpus_that_were_held(device: str, gpus: int, hours: float) -> None:
     assert account(state(device, gpus))["device_hours"] == pytest.approx(hours)
+
+
+def test_trials_that_were_trained_together_share_the_time_inside_steps() -> None:
+    assert account(state(provenance={"vectorised": 2}))["step_seconds"] == pytest.approx(10.0)
 
 
 def test_without_a_measured_speed_there_is_no_efficiency() -> None:

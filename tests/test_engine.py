@@ -6,7 +6,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,12 +19,14 @@ from real_run import SCRIPT, Run, left_over, start
 from tiny_campaign import begun, losses, pretend, records, session_on, strict, train_all, write_file
 
 from ngpt.config import ConfigError
+from ngpt.pulse import is_asked_to_stop
 from tune import engine
 from tune.engine import Feeder, RayCluster
 from tune.journal import read_journal
 from tune.schema import Resources
-from tune.trainable import PAUSED, RESULT, SO_FAR
-from tune.trial import TrialResult
+from tune.trainable import NEWS, PAUSED
+from tune.trial import TrialResult, TrialSpec
+from tune.vectorised import News
 
 GPUS = {"CPU": 8.0, "GPU": 2.0}
 
@@ -236,6 +238,11 @@ def small(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     return write_file(tmp_path, corpus)
 
 
+def of(given: dict[str, Any], result_of: Callable[[TrialSpec], TrialResult]) -> dict[str, Any]:
+    """The last report of a worker on what it was given."""
+    return {NEWS: News(ended={spec.trial_id: result_of(spec) for spec in given["specs"]}), "done": True}
+
+
 def test_the_feeder_gives_out_as_many_trials_as_there_are_workers(small: Path, tmp_path: Path) -> None:
     cluster: Any = SimpleNamespace(workers=2, per_trial={"CPU": 1.0, "GPU": 0.0})
     with session_on(small, tmp_path / "tiny") as session:
@@ -244,9 +251,9 @@ def test_the_feeder_gives_out_as_many_trials_as_there_are_workers(small: Path, t
         assert isinstance(first, dict) and isinstance(second, dict)
         assert first["resources"] == cluster.per_trial
         assert feeder.suggest("c") is None
-        feeder.on_trial_complete("a", {"trial_result": pretend(first["spec"])})
+        feeder.on_trial_complete("a", of(first, pretend))
         assert isinstance(feeder.suggest("c"), dict)
-        assert first["spec"].trial_id in session.state.results
+        assert first["specs"][0].trial_id in session.state.results
 
 
 def test_the_feeder_waits_for_the_winner_of_a_phase_and_ends_with_the_last_one(small: Path, tmp_path: Path) -> None:
@@ -257,11 +264,11 @@ def test_the_feeder_waits_for_the_winner_of_a_phase_and_ends_with_the_last_one(s
         assert feeder.suggest("e") is None  # the next phase needs the winner of this one
         for name, config in given.items():
             assert isinstance(config, dict)
-            feeder.on_trial_complete(name, {"trial_result": pretend(config["spec"])})
+            feeder.on_trial_complete(name, of(config, pretend))
         for name in "ef":
             config = feeder.suggest(name)
             assert isinstance(config, dict)
-            feeder.on_trial_complete(name, {"trial_result": pretend(config["spec"])})
+            feeder.on_trial_complete(name, of(config, pretend))
         assert feeder.suggest("g") == Searcher.FINISHED
 
 
@@ -274,7 +281,7 @@ def test_a_trial_without_a_result_is_a_dead_worker_unless_the_run_was_stopped(sm
         feeder.on_trial_complete("a", None, error=True)
         again = feeder.suggest("c")
         assert isinstance(again, dict)
-        assert (again["spec"].trial_id, again["spec"].attempt) == (first["spec"].trial_id, 2)
+        assert (again["specs"][0].trial_id, again["specs"][0].attempt) == (first["specs"][0].trial_id, 2)
         session.stop_requested = True
         feeder.on_trial_complete("b", {"step": 3})
         assert feeder.suggest("d") == Searcher.FINISHED
@@ -286,7 +293,7 @@ def test_a_trial_that_saved_and_stopped_is_no_dead_worker(small: Path, tmp_path:
     with session_on(small, tmp_path / "tiny") as session:
         feeder = Feeder(begun(session), cluster)
         feeder.suggest("a")
-        feeder.on_trial_complete("a", {PAUSED: True})
+        feeder.on_trial_complete("a", {NEWS: News(), PAUSED: True})
         assert not any(event["event"] == "worker_died" for event in session.journal.events)
 
 
@@ -318,18 +325,18 @@ def test_a_trial_that_early_stopping_ends_is_recorded_once_and_is_no_dead_worker
     with session_on(write_file(tmp_path, corpus, phases=phases, seeds="[1]"), tmp_path / "tiny") as session:
         feeder = Feeder(begun(session), cluster)
         stops = engine.Stops(feeder)
-        specs = {name: feeder.suggest(name)["spec"] for name in "abc"}
+        specs = {name: feeder.suggest(name)["specs"][0] for name in "abc"}
         ended = []
         for i, (name, spec) in enumerate(specs.items()):
             so_far = replace(pretend(spec, status="stopped"), metrics={"steps": 3, "tokens": 192, "val_loss": 5.0 + i})
-            ended += [name] if stops(name, {SO_FAR: so_far}) else []
+            ended += [name] if stops(name, {NEWS: News(so_far={spec.trial_id: so_far})}) else []
         assert ended == ["b", "c"], "the later, the worse"
         for name in ended:
-            feeder.on_trial_complete(name, {SO_FAR: None})
+            feeder.on_trial_complete(name, {NEWS: News()})
         assert [session.state.results[specs[name].trial_id]["status"] for name in ended] == ["stopped"] * 2
         assert len([event for event in session.journal.events if event["event"] == "trial_finished"]) == 2
         assert not any(event["event"] == "worker_died" for event in session.journal.events)
-        feeder.on_trial_complete("a", {RESULT: pretend(specs["a"])})
+        feeder.on_trial_complete("a", of({"specs": [specs["a"]]}, pretend))
         assert feeder.suggest("d") is Searcher.FINISHED
 
 
@@ -356,8 +363,8 @@ def test_a_failed_trial_is_a_result_and_not_a_dead_worker(small: Path, tmp_path:
         feeder = Feeder(begun(session), cluster)
         first = feeder.suggest("a")
         assert isinstance(first, dict)
-        feeder.on_trial_complete("a", {"trial_result": TrialResult("failed", error="no memory")})
-        assert session.state.results[first["spec"].trial_id]["error"] == "no memory"
+        feeder.on_trial_complete("a", of(first, lambda spec: TrialResult("failed", error="no memory")))
+        assert session.state.results[first["specs"][0].trial_id]["error"] == "no memory"
 
 
 @pytest.mark.parametrize(
@@ -397,3 +404,77 @@ def test_tune_is_given_nothing_that_it_could_restore(small: Path, tmp_path: Path
         feeder = Feeder(session, cluster)
         assert feeder.__getstate__() == {}
         assert json.dumps(engine.Stops(feeder).__getstate__()) == "{}"
+
+
+# ---- trials that are trained together ------------------------------------------------------------------------------
+
+
+def test_a_worker_that_dies_counts_for_each_trial_of_its_group(tmp_path: Path, corpus: Path) -> None:
+    cluster: Any = SimpleNamespace(workers=2, per_trial={})
+    with session_on(write_file(tmp_path, corpus, vectorise=3), tmp_path / "tiny") as session:
+        feeder = Feeder(begun(session), cluster)
+        group = feeder.suggest("a")["specs"]
+        stops = engine.Stops(feeder)
+        assert stops("a", {NEWS: News(ended={group[1].trial_id: pretend(group[1])})}) is False
+        feeder.on_trial_complete("a", None, error=True)
+        died = [event["trial_id"] for event in session.journal.events if event["event"] == "worker_died"]
+        assert sorted(died) == sorted([group[0].trial_id, group[2].trial_id])
+        assert group[1].trial_id in session.state.results
+        assert [feeder.suggest(name)["specs"][0].trial_id for name in "bc"] == [group[0].trial_id, group[2].trial_id]
+
+
+def test_one_of_a_group_that_falls_behind_is_recorded_at_once_and_its_worker_told(tmp_path: Path, corpus: Path) -> None:
+    search = "{method: random, trials: 2, seed: 0, space: {alpha: {uniform: [0.1, 0.5]}}}"
+    phases = f"\n  - name: find\n    search: {search}\nearly_stop: {{reduction: 2, first: 3}}\n"
+    cluster: Any = SimpleNamespace(workers=1, per_trial={})
+    file = write_file(tmp_path, corpus, phases=phases, seeds="[1]", vectorise=3)
+    with session_on(file, tmp_path / "tiny") as session:
+        feeder = Feeder(begun(session), cluster)
+        stops, group = engine.Stops(feeder), feeder.suggest("a")["specs"]
+        for spec in group:
+            spec.folder.mkdir(parents=True)
+        reached = {
+            spec.trial_id: replace(pretend(spec), metrics={"steps": 3, "tokens": 192, "val_loss": 5.0 + i})
+            for i, spec in enumerate(group)
+        }
+        assert stops("a", {NEWS: News(so_far=reached)}) is False
+        assert [is_asked_to_stop(spec.folder) for spec in group] == [False, True, True]
+        assert [session.state.results[spec.trial_id]["status"] for spec in group[1:]] == ["stopped"] * 2
+        feeder.on_trial_complete("a", of({"specs": group}, pretend))
+        assert session.state.results[group[0].trial_id]["status"] == "finished"
+        assert len([event for event in session.journal.events if event["event"] == "trial_finished"]) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_groups_on_ray_have_the_results_of_one_after_the_other(tmp_path: Path, corpus: Path) -> None:
+    """A worker is killed under its group, the run is asked to stop, and the same command goes on."""
+    phases = "\n  - name: alpha\n    vary: {alpha: [0.05, 0.1, 0.4]}\n"
+    file = write_file(tmp_path, corpus, phases=phases, steps=400, every=40)
+    train_all(file, tmp_path / "single")
+    file.write_text(file.read_text().replace("workers: 2}", "workers: 1, vectorise: 3}"))
+    run = start(file, tmp_path / "out")
+    try:
+        run.until(lambda: sum(beat["step"] > 40 for beat in run.beats().values()) == 3)
+        assert len({beat["pid"] for beat in run.beats().values()}) == 1
+        killed = next(iter(run.beats().values()))["pid"]
+        os.kill(killed, signal.SIGKILL)
+        run.until(lambda: len(run.events("worker_died")) == 3)
+        run.until(
+            lambda: len([beat for beat in run.beats().values() if beat["pid"] != killed and beat["step"] > 41]) == 3
+        )
+        at = {trial_id: beat["step"] for trial_id, beat in run.beats().items()}
+        os.kill(run.process.pid, signal.SIGINT)
+        assert run.wait() == 130, run.err.read_text()
+        saved = {(path.parents[1].name, int(path.name[5:])) for path in run.root.glob("trials/*/checkpoints/step_*")}
+        assert all(any(name == trial_id and step >= at[name] for name, step in saved) for trial_id in at)
+        run = start(file, tmp_path / "out")
+        assert run.wait() == 0, run.err.read_text()
+    finally:
+        run.process.kill()
+    assert "Traceback" not in run.err.read_text()
+    single, together = losses(tmp_path / "single"), losses(run.root)
+    assert single.keys() == together.keys()
+    for trial_id, values in single.items():
+        assert together[trial_id] == pytest.approx(values, abs=1e-4)
+    assert {record["provenance"].get("vectorised", 1) for record in records(run.root)} > {1}

@@ -99,6 +99,7 @@ def ended(trial: Trial, status: str = "finished", *, seconds: float = 2.0, attem
         "attempt": attempt,
         "seconds": seconds,
         "metrics": {"tokens": 320},
+        "provenance": {},
     }
 
 
@@ -285,7 +286,10 @@ def test_the_speed_of_a_finished_trial_is_remembered_for_its_shape(load: Load, w
 
 @pytest.mark.parametrize(
     "change",
-    [{"status": "failed"}, {"status": "diverged"}, {"attempt": 2}, {"seconds": 0.0}, {"older": True}],
+    [
+        *({"status": "failed"}, {"status": "diverged"}, {"attempt": 2}, {"seconds": 0.0}, {"older": True}),
+        {"provenance": {"packed": 1, "vectorised": 4}},
+    ],
     ids=str,
 )
 def test_only_a_trial_that_this_session_ran_in_one_go_says_how_fast_it_is(

@@ -72,6 +72,9 @@ class Played(Keeper):
         answer, self.stop_requested = self.theirs.recv()
         return answer
 
+    def next_trial(self) -> Any:
+        return next(iter(self.ask("next_trials")), None)
+
     def greet(self) -> None:
         assert self.hear(Ready(2, 2, "http://127.0.0.1:8265", (self.ray.pid,))) is None
 
@@ -85,7 +88,7 @@ def played(session: Session, ray: subprocess.Popen[bytes]) -> Played:
 
 
 def test_it_hands_trials_out_and_results_in(played: Played, session: Session) -> None:
-    while (spec := played.ask("next_trial")) is not None:
+    while (spec := played.next_trial()) is not None:
         assert played.ask("stops_early", spec.trial_id, pretend(spec)) is False
         played.ask("trial_ended", spec.trial_id, pretend(spec))
     assert played.ask("is_over") and played.stop_requested is False
@@ -101,7 +104,7 @@ def test_a_driver_may_ask_for_nothing_else(played: Played) -> None:
 def test_a_dead_process_of_ray_is_noticed_and_what_its_workers_suffer_is_not_their_fault(
     played: Played, session: Session
 ) -> None:
-    spec = played.ask("next_trial")
+    spec = played.next_trial()
     played.ray.kill()
     played.ray.wait()
     assert "is gone" in str(played.hear(("worker_died", spec.trial_id, "killed")))
@@ -122,12 +125,12 @@ def test_an_error_of_the_driver_is_raised_here_as_what_it_is(played: Played) -> 
 
 
 def test_ray_is_replaced_three_times_and_then_the_run_ends_with_what_to_do(played: Played, session: Session) -> None:
-    trial = played.ask("next_trial").trial_id
+    trial = played.next_trial().trial_id
     for time_ in (1, 2, 3):
         played._replace("its process raylet is gone")
         played.greet()
         assert played.starts == time_ + 1
-        assert (again := played.ask("next_trial")).trial_id == trial and again.attempt == time_ + 1
+        assert (again := played.next_trial()).trial_id == trial and again.attempt == time_ + 1
     with pytest.raises(ExecutorLost, match=r"Ray died 4 times .*raylet is gone.*give the same command again"):
         played._replace("its process raylet is gone")
     assert played.starts == 4
@@ -170,7 +173,7 @@ def test_a_worker_that_hangs_is_ended_and_its_trial_tried_again_as_hung(
     keeper = Played(session, ray, stall_timeout=5.0)
     keeper._start()
     keeper.greet()
-    spec = keeper.ask("next_trial")
+    spec = keeper.next_trial()
     asleep: Any = worker(session.root, spec.trial_id)
     now = time.monotonic()
     assert keeper._look(now) is None and keeper._look(now + 4.9) is None and asleep.poll() is None
@@ -179,14 +182,39 @@ def test_a_worker_that_hangs_is_ended_and_its_trial_tried_again_as_hung(
     keeper.ask("worker_died", spec.trial_id, "killed")
     (died,) = [event for event in session.journal.events if event["event"] == "worker_died"]
     assert (died["cause"], died["step"], died["attempt"]) == ("hung", 3, 1)
-    assert keeper.ask("next_trial").attempt == 2
+    assert keeper.next_trial().attempt == 2
+
+
+def test_trials_of_one_process_hang_together_and_it_is_ended_once(
+    session: Session, ray: subprocess.Popen[bytes]
+) -> None:
+    keeper = Played(session, ray, stall_timeout=5.0)
+    keeper._start()
+    keeper.greet()
+    first, second = keeper.next_trial(), keeper.next_trial()
+    asleep: Any = worker(session.root, first.trial_id)
+    beat = (first.folder / "heartbeat").read_text()
+    second.folder.mkdir(parents=True)
+    (second.folder / "heartbeat").write_text(beat)
+    now = time.monotonic()
+    assert keeper._look(now) is None
+    (second.folder / "heartbeat").write_text(beat.replace('"step": 3', '"step": 4'))
+    assert keeper._look(now + 4.0) is None and keeper._look(now + 8.0) is None
+    assert asleep.poll() is None, "the first one stands still, but its process works on the second"
+    assert keeper._look(now + 9.1) is None
+    assert asleep.wait(30) == -9
+    assert sum("ending its worker" in line for line in session.lines) == 1  # type: ignore[attr-defined]
+    for spec in (first, second):
+        keeper.ask("worker_died", spec.trial_id, "killed")
+    died = [event["cause"] for event in session.journal.events if event["event"] == "worker_died"]
+    assert died == ["hung", "hung"]
 
 
 def test_a_ray_that_does_not_notice_a_dead_worker_is_lost(session: Session, ray: subprocess.Popen[bytes]) -> None:
     keeper = Played(session, ray, stall_timeout=5.0)
     keeper._start()
     keeper.greet()
-    asleep: Any = worker(session.root, keeper.ask("next_trial").trial_id)
+    asleep: Any = worker(session.root, keeper.next_trial().trial_id)
     now = time.monotonic()
     assert [keeper._look(now + after) for after in (0.0, 6.0, 6.0 + keeping.SILENCE)] == [None] * 3
     assert "has not noticed" in str(keeper._look(now + 7.0 + keeping.SILENCE))
@@ -202,7 +230,7 @@ def test_a_ray_that_has_no_trials_and_does_not_ask_for_any_is_lost(played: Playe
 def test_a_kill_by_the_kernel_for_lack_of_memory_is_told_from_another(
     played: Played, session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, second = played.ask("next_trial"), played.ask("next_trial")
+    first, second = played.next_trial(), played.next_trial()
     played.ask("worker_died", first.trial_id, "killed")
     kills = keeping.kernel_kills() + 1
     monkeypatch.setattr(keeping, "kernel_kills", lambda: kills)
@@ -212,14 +240,14 @@ def test_a_kill_by_the_kernel_for_lack_of_memory_is_told_from_another(
 
 
 def test_asked_to_stop_it_lets_the_trials_save_and_ends_them_after_a_minute(played: Played, session: Session) -> None:
-    spec = played.ask("next_trial")
+    spec = played.next_trial()
     spec.folder.mkdir(parents=True)
     session.stop_requested = True
     now = time.monotonic()
     assert played._look(now) is None and is_asked_to_stop(spec.folder)
     assert played._look(now + keeping.GRACE - 1) is None
     assert played._look(now + keeping.GRACE + 1) == "not all trials have saved in time"
-    assert played.ask("next_trial") is None and played.stop_requested
+    assert played.next_trial() is None and played.stop_requested
     assert drive(session) == []
 
 

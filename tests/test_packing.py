@@ -175,14 +175,15 @@ def test_every_record_says_how_many_trials_shared_its_device(corpus: Path, tmp_p
     assert [record["provenance"]["packed"] for record in records] == [1] * 4  # inline, one after the other
 
 
+@pytest.mark.parametrize(("what", "where"), [("packed", "on a device"), ("vectorised", "in a process")])
 def test_a_phase_whose_trials_were_packed_differently_warns_that_speeds_do_not_compare(
-    corpus: Path, tmp_path: Path
+    corpus: Path, tmp_path: Path, what: str, where: str
 ) -> None:
     file, root = write_file(tmp_path, corpus, phases=ONE), tmp_path / "r"
 
     def result(spec: TrialSpec, packed: int) -> TrialResult:
         plain = pretend(spec)
-        return replace(plain, provenance=plain.provenance | {"packed": packed})
+        return replace(plain, provenance=plain.provenance | {what: packed})
 
     with session_on(file, root) as session:
         begun(session)
@@ -191,4 +192,4 @@ def test_a_phase_whose_trials_were_packed_differently_warns_that_speeds_do_not_c
             assert spec is not None
             session.trial_ended(spec.trial_id, result(spec, packed))
         (warning,) = session.end()["phases"][0]["warnings"]
-    assert warning == "its trials ran 1 and 4 at a time on a device: their tokens per second do not compare"
+    assert warning == f"its trials ran 1 and 4 at a time {where}: their tokens per second do not compare"

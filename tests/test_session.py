@@ -497,3 +497,43 @@ def test_what_happens_is_said_in_one_line_each(root: Path, file: Path) -> None:
     assert lines[1].startswith("[1/8+] alpha  alpha=0.05 seed 1  val_loss 5.05")
     assert lines[2].startswith("[2/8+] alpha  alpha=0.4 seed 1  failed: ValueError: it broke")
     assert not any("\n" in line for line in lines)
+
+
+# ---- trials that are trained together ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def together(tmp_path: Path, corpus: Path) -> Path:
+    return write_file(tmp_path, corpus, vectorise=3)
+
+
+def test_without_it_every_group_is_a_single_trial(root: Path, file: Path) -> None:
+    with session_on(file, root) as session:
+        assert [len(begun(session).next_trials()) for _ in range(4)] == [1] * 4
+        assert session.next_trials() == []
+
+
+def test_a_group_is_the_next_trial_and_those_behind_it_of_its_graph(tmp_path: Path, corpus: Path, root: Path) -> None:
+    phases = "\n  - name: a\n    vary: {alpha: [0.1, 0.2, 0.3], batch_size: [8]}\n"
+    with session_on(write_file(tmp_path, corpus, phases=phases, seeds="[1]", vectorise=3), root) as session:
+        groups = [begun(session).next_trials(), session.next_trials(), session.next_trials()]
+        assert [sorted(spec.config.batch_size for spec in group) for group in groups] == [[4, 4, 4], [4], [8]]
+        started = [event["trial_id"] for event in events(root, "trial_started")]
+        assert started == [spec.trial_id for group in groups for spec in group] == list(session.state.running)
+
+
+def test_a_budget_counts_every_trial_of_a_group(root: Path, together: Path) -> None:
+    together.write_text(together.read_text() + "budget: {trials: 2}\n")
+    with session_on(together, root) as session:
+        assert len(begun(session).next_trials()) == 2
+        assert session.next_trials() == []
+
+
+def test_trials_that_their_process_died_under_are_then_trained_by_themselves(root: Path, together: Path) -> None:
+    with session_on(together, root) as session:
+        group = begun(session).next_trials()
+        for spec in reversed(group):
+            session.worker_died(spec.trial_id, "killed")
+        again = [session.next_trials() for _ in group]
+        assert [[spec.trial_id for spec in specs] for specs in again] == [[spec.trial_id] for spec in group]
+        assert {spec.attempt for (spec,) in again} == {2}

@@ -13,10 +13,11 @@ import ray.tune
 import torch
 
 from ngpt.config import override
-from ngpt.pulse import Heartbeat, ask_to_stop, clear, read_heartbeat
+from ngpt.pulse import Heartbeat, ask_to_stop, clear, is_asked_to_stop, read_heartbeat
 from ngpt.train import TrainConfig
-from tune.trainable import PAUSED, RESULT, SO_FAR, TrialWorker
-from tune.trial import TrialSpec
+from tune.trainable import NEWS, PAUSED, TrialWorker
+from tune.trial import TrialResult, TrialSpec
+from tune.vectorised import News
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def spec(tiny: TrainConfig, tmp_path: Path) -> TrialSpec:
 def worker(spec: TrialSpec, monkeypatch: pytest.MonkeyPatch) -> Iterator[TrialWorker]:
     # This is pytest's own process.
     monkeypatch.setattr("ray._private.worker._changeproctitle", lambda *_: contextlib.nullcontext())
-    worker = TrialWorker({"spec": spec, "resources": {"CPU": 1.0, "GPU": 0.0}})
+    worker = TrialWorker({"specs": [spec], "resources": {"CPU": 1.0, "GPU": 0.0}})
     yield worker
     worker.stop()
 
@@ -42,30 +43,36 @@ def steps(worker: TrialWorker) -> list[dict[str, Any]]:
     return reports
 
 
+def result(report: dict[str, Any]) -> TrialResult:
+    """What came of a lone trial."""
+    (ended,) = report[NEWS].ended.values()
+    return ended
+
+
 def test_a_step_goes_to_the_next_evaluation_and_the_last_one_reports_the_result(worker: TrialWorker) -> None:
     *evaluations, last = steps(worker)
-    assert [report[SO_FAR].metrics["steps"] for report in evaluations] == [0, 3, 6, 8]
-    assert all(RESULT not in report and not report.get("done") for report in evaluations)
-    assert last["done"] and (last[RESULT].status, last[RESULT].metrics["steps"]) == ("finished", 8)
+    assert [report[NEWS].so_far["t"].metrics["steps"] for report in evaluations] == [0, 3, 6, 8]
+    assert all(not report[NEWS].ended and not report.get("done") for report in evaluations)
+    assert last["done"] and (result(last).status, result(last).metrics["steps"]) == ("finished", 8)
 
 
 def test_it_is_used_for_one_trial_after_another(worker: TrialWorker, spec: TrialSpec, tmp_path: Path) -> None:
-    first = steps(worker)[-1][RESULT]
-    assert worker.reset_config({"spec": replace(spec, folder=tmp_path / "again")})
-    second = steps(worker)[-1][RESULT]
+    first = result(steps(worker)[-1])
+    assert worker.reset_config({"specs": [replace(spec, folder=tmp_path / "again")]})
+    second = result(steps(worker)[-1])
     assert second.metrics["val_loss"] == first.metrics["val_loss"]
     assert second.provenance["pid"] == first.provenance["pid"]
     other = replace(spec, folder=tmp_path / "third", config=override(spec.config, {"seed": 2}))
-    assert worker.reset_config({"spec": other})
-    assert steps(worker)[-1][RESULT].metrics["val_loss"] != first.metrics["val_loss"]
+    assert worker.reset_config({"specs": [other]})
+    assert result(steps(worker)[-1]).metrics["val_loss"] != first.metrics["val_loss"]
 
 
 def test_a_trial_that_is_replaced_in_the_middle_is_closed(worker: TrialWorker, spec: TrialSpec, tmp_path: Path) -> None:
     worker.step()
     abandoned = worker._run
-    assert worker.reset_config({"spec": replace(spec, folder=tmp_path / "other")})
+    assert worker.reset_config({"specs": [replace(spec, folder=tmp_path / "other")]})
     assert inspect.getgeneratorstate(abandoned) == inspect.GEN_CLOSED
-    assert steps(worker)[-1][RESULT].status == "finished"
+    assert result(steps(worker)[-1]).status == "finished"
 
 
 @pytest.mark.parametrize(("gpu", "usable"), [(False, True), (True, False)])
@@ -74,9 +81,9 @@ def test_after_a_failure_on_a_gpu_the_process_is_not_used_again(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: gpu)
     broken = override(spec.config, {"data.corpus": str(tmp_path / "nowhere.txt")})
-    assert worker.reset_config({"spec": replace(spec, config=broken)})
-    assert steps(worker)[-1][RESULT].status == "failed"
-    assert worker.reset_config({"spec": spec}) is usable
+    assert worker.reset_config({"specs": [replace(spec, config=broken)]})
+    assert result(steps(worker)[-1]).status == "failed"
+    assert worker.reset_config({"specs": [spec]}) is usable
 
 
 def test_it_says_which_process_has_a_trial_before_the_first_step(worker: TrialWorker, spec: TrialSpec) -> None:
@@ -91,17 +98,79 @@ def test_when_asked_to_stop_it_saves_where_it_is_and_says_so(
     worker.step()
     worker.step()
     ask_to_stop(spec.folder)
-    assert worker.step() == {PAUSED: True, "done": True}
+    assert worker.step() == {NEWS: News(), PAUSED: True, "done": True}
     (saved,) = (spec.folder / "checkpoints").iterdir()
     assert saved.name == "step_0000003"
     clear(spec.folder)
-    assert worker.reset_config({"spec": spec})
-    again = steps(worker)[-1][RESULT]
-    assert worker.reset_config({"spec": undisturbed})
-    assert steps(worker)[-1][RESULT].metrics["val_loss"] == again.metrics["val_loss"]
+    assert worker.reset_config({"specs": [spec]})
+    again = result(steps(worker)[-1])
+    assert worker.reset_config({"specs": [undisturbed]})
+    assert result(steps(worker)[-1]).metrics["val_loss"] == again.metrics["val_loss"]
 
 
 def test_it_asks_for_the_resources_of_its_trial() -> None:
     request = TrialWorker.default_resource_request({"resources": {"CPU": 2.0, "GPU": 0.5}})
     assert isinstance(request, ray.tune.PlacementGroupFactory)
     assert request.required_resources == {"CPU": 2.0, "GPU": 0.5}
+
+
+# ---- trials that are trained together ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def group(spec: TrialSpec, tmp_path: Path) -> list[TrialSpec]:
+    return [
+        replace(
+            spec,
+            trial_id=f"t{seed + 1}",
+            folder=tmp_path / f"t{seed + 1}",
+            config=override(spec.config, {"seed": seed}),
+        )
+        for seed in (0, 1, 2)
+    ]
+
+
+def test_a_group_is_trained_to_its_end_and_the_worker_takes_the_next_trial(
+    worker: TrialWorker, spec: TrialSpec, group: list[TrialSpec]
+) -> None:
+    alone = result(steps(worker)[-1])
+    assert worker.reset_config({"specs": group})
+    assert [read_heartbeat(spec.folder) for spec in group] == [Heartbeat(os.getpid(), 0, 0)] * 3
+    reports = steps(worker)
+    ended = {name: value for report in reports for name, value in report[NEWS].ended.items()}
+    assert {name: value.status for name, value in ended.items()} == dict.fromkeys(["t1", "t2", "t3"], "finished")
+    assert ended["t1"].metrics["val_loss"] == pytest.approx(alone.metrics["val_loss"], abs=1e-4)
+    assert worker.reset_config({"specs": [replace(spec, folder=spec.folder.with_name("last"))]})
+    assert result(steps(worker)[-1]).metrics["val_loss"] == alone.metrics["val_loss"]
+
+
+def test_one_of_a_group_that_is_asked_to_stop_is_left_out_and_the_others_go_on(
+    worker: TrialWorker, group: list[TrialSpec]
+) -> None:
+    worker.reset_config({"specs": group})
+    worker.step()
+    ask_to_stop(group[1].folder)
+    reports = steps(worker)
+    assert not any("t2" in report[NEWS].so_far or PAUSED in report for report in reports)
+    assert {name for report in reports for name in report[NEWS].ended} == {"t1", "t3"}
+    assert not is_asked_to_stop(group[1].folder)
+
+
+def test_a_group_of_which_all_are_asked_to_stop_saves_where_it_is(
+    worker: TrialWorker, group: list[TrialSpec], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ngpt.pulse.LISTEN", 0.0)  # at every step
+    worker.reset_config({"specs": group})
+    worker.step()
+    worker.step()
+    for spec in group:
+        ask_to_stop(spec.folder)
+    assert worker.step() == {NEWS: News(), PAUSED: True, "done": True}
+    assert [[path.name for path in (spec.folder / "checkpoints").iterdir()] for spec in group] == [["step_0000003"]] * 3
+    for spec in group:
+        clear(spec.folder)
+    worker.reset_config({"specs": group})
+    assert [report[NEWS].so_far["t1"].metrics["steps"] for report in steps(worker) if "t1" in report[NEWS].so_far] == [
+        6,
+        8,
+    ]

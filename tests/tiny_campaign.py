@@ -41,13 +41,22 @@ phases:PHASES
 
 
 def write_file(
-    folder: Path, corpus: Path, *, phases: str = PHASES, seeds: str = "[1, 2]", steps: int = 6, every: int = 3
+    folder: Path,
+    corpus: Path,
+    *,
+    phases: str = PHASES,
+    seeds: str = "[1, 2]",
+    steps: int = 6,
+    every: int = 3,
+    vectorise: int = 1,
 ) -> Path:
     """Writes `tiny.yaml` into `folder`."""
     words = {"CORPUS": str(corpus), "SEEDS": seeds, "STEPS": str(steps), "EVERY": str(every), "PHASES": phases}
     text = FILE
     for word, value in words.items():
         text = text.replace(word, value)
+    if vectorise > 1:
+        text = text.replace("workers: 2}", f"workers: 2, vectorise: {vectorise}}}")
     path = folder / "tiny.yaml"
     path.write_text(text)
     return path

@@ -246,11 +246,14 @@ def _speeds(a: Arm, b: Arm) -> dict[str, float | None]:
 
 
 def _throughput_note(a: Side, b: Side) -> str | None:
-    """Why throughputs have no ratio: trials that share a device are slower than those that have it alone."""
-    counts = [side.state.campaign["workers"] for side in (a, b)]
-    if counts[0] == counts[1]:
+    """Why throughputs have no ratio: trials that share a device, or a process, are slower than those that do not."""
+    results = [side.state.results.values() for side in (a, b)]
+    workers = [side.state.campaign["workers"] for side in (a, b)]
+    groups = [max((r["provenance"].get("vectorised", 1) for r in ended), default=1) for ended in results]
+    if workers[0] == workers[1] and groups[0] == groups[1]:
         return None
-    return f"no throughput ratio: {counts[0]} trials ran at a time in A, {counts[1]} in B"
+    at_once = [f"{n} x {size}" if size > 1 else f"{n}" for n, size in zip(workers, groups, strict=True)]
+    return f"no throughput ratio: {at_once[0]} trials ran at a time in A, {at_once[1]} in B"
 
 
 def _about(side: Side) -> dict[str, Any]:

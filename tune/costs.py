@@ -18,8 +18,8 @@ def account(state: State) -> dict[str, Any]:
     results = {trial_id: state.results[trial_id] for trial_id in planned if trial_id in state.results}
     seconds = state.seconds + state.session_seconds()
     slots = max(1, state.campaign["workers"])
-    timed = [result["metrics"] for result in results.values() if result["metrics"].get("tokens_per_second")]
-    inside = sum(metrics["tokens"] / metrics["tokens_per_second"] for metrics in timed)
+    timed = [result for result in results.values() if result["metrics"].get("tokens_per_second")]
+    inside = sum(map(_inside, timed))
     return {
         "slots": slots,
         "device_hours": seconds * _devices(state.campaign["environment"]) / 3600,
@@ -27,6 +27,12 @@ def account(state: State) -> dict[str, Any]:
         "efficiency": inside / (seconds * slots) if timed and seconds else None,
         "retried": [_retried(state, results, trial_id) for trial_id in planned if state.attempts.get(trial_id, 0) > 1],
     }
+
+
+def _inside(result: Mapping[str, Any]) -> float:
+    """Seconds of a trial inside steps; of one that was trained together with others, its share."""
+    metrics, company = result["metrics"], result["provenance"].get("vectorised", 1)
+    return metrics["tokens"] / metrics["tokens_per_second"] / company
 
 
 def _devices(environment: Mapping[str, Any]) -> int:

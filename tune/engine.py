@@ -5,6 +5,7 @@ workers stay warm from the first trial to the last, across phases. Ray remembers
 folder, and what it would restore from them is in our journal.
 """
 
+import contextlib
 import logging
 import os
 import shutil
@@ -28,9 +29,10 @@ from ray.tune.search import Searcher
 from ray.tune.stopper import Stopper
 
 from ngpt.config import ConfigError
+from ngpt.pulse import ask_to_stop
 from tune.campaign import Resources
 from tune.environment import usable_cpus
-from tune.trainable import PAUSED, RESULT, SO_FAR, TrialWorker
+from tune.trainable import NEWS, PAUSED, TrialWorker
 from tune.trial import TrialResult, TrialSpec
 
 # Ray Tune writes nothing of value for us: no loggers, no snapshots; and signals are ours (see inline.py).
@@ -57,8 +59,8 @@ class RemoteSession:
         self._line = line
         self.stop_requested = False  # as of the newest answer
 
-    def next_trial(self) -> TrialSpec | None:
-        return self._ask("next_trial")
+    def next_trials(self) -> list[TrialSpec]:
+        return self._ask("next_trials")
 
     def is_over(self) -> bool:
         return self._ask("is_over")
@@ -116,14 +118,14 @@ class Unpickled:
 class Feeder(Unpickled, Searcher):
     """Tune's source of trials: hands out what the session says is next, and tells it what came of it.
 
-    It returns None while a phase waits for another one's winner, and FINISHED after the last phase.
+    A trial of Tune's is one of ours, or several that are trained together (tune/vectorised.py). It returns None while a
+    phase waits for another one's winner, and FINISHED after the last phase.
     """
 
     def __init__(self, session: RemoteSession, cluster: "RayCluster") -> None:
         super().__init__(metric="training_iteration", mode="max")
         self._session, self._cluster = session, cluster
-        self._given: dict[str, str] = {}  # our trial id by Tune's
-        self._ended: set[str] = set()  # trials by Tune's id that the session has a result of
+        self._given: dict[str, dict[str, TrialSpec]] = {}  # those without a result, by Tune's id and ours
         self._causes: dict[str, str] = {}  # of the deaths of workers, by Tune's id
 
     def suggest(self, trial_id: str) -> Any:
@@ -131,28 +133,39 @@ class Feeder(Unpickled, Searcher):
             return Searcher.FINISHED
         if len(self._given) >= self._cluster.workers:
             return None
-        spec = self._session.next_trial()
-        if spec is None:
+        specs = self._session.next_trials()
+        if not specs:
             return Searcher.FINISHED if self._session.is_over() or self._session.stop_requested else None
-        self._given[trial_id] = spec.trial_id
-        return {"spec": spec, "resources": self._cluster.per_trial}
+        self._given[trial_id] = {spec.trial_id: spec for spec in specs}
+        return {"specs": specs, "resources": self._cluster.per_trial}
 
     def stops_early(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """Whether the session ends the trial at this evaluation; then it has recorded it."""
-        if SO_FAR in result and self._session.stops_early(self._given[trial_id], result[SO_FAR]):
-            self._ended.add(trial_id)
-        return trial_id in self._ended
+        """Whether the session has a result of all that was given out as one; those it ends here are recorded, too."""
+        left = self._given[trial_id]
+        self._record(left, result)
+        news = result[NEWS].so_far.items()
+        ended = [left.pop(ours) for ours, so_far in news if ours in left and self._session.stops_early(ours, so_far)]
+        for spec in ended if left else ():  # the others go on, and the worker listens before it does
+            with contextlib.suppress(OSError):  # no room for a wish: it trains to its end, and nobody listens
+                ask_to_stop(spec.folder)
+        return not left
+
+    def _record(self, left: dict[str, TrialSpec], result: dict[str, Any]) -> None:
+        for ours, ended in result[NEWS].ended.items():
+            if left.pop(ours, None):
+                self._session.trial_ended(ours, ended)
 
     def worker_died(self, trial_id: str, said: str) -> None:
         """What Ray says of the death of a worker, before it says that the trial is over."""
         self._causes[trial_id] = "host_oom" if SHORT_OF_MEMORY in said else "killed"
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        ours, cause = self._given.pop(trial_id), self._causes.pop(trial_id, "killed")
-        if result and RESULT in result:
-            self._session.trial_ended(ours, result[RESULT])
-        elif trial_id not in self._ended and not self._session.stop_requested and not (result and PAUSED in result):
-            self._session.worker_died(ours, cause)
+        left, cause = self._given.pop(trial_id), self._causes.pop(trial_id, "killed")
+        if result and NEWS in result:
+            self._record(left, result)
+        if not self._session.stop_requested and not (result and PAUSED in result):
+            for ours in reversed(left):  # the last one comes first in the queue
+                self._session.worker_died(ours, cause)
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the journal is the memory."""

@@ -238,10 +238,9 @@ def remember_speeds(campaign: Campaign, state: State, configs: Mapping[str, Trai
 
 
 def _is_typical(result: Mapping[str, Any], *, since: str) -> bool:
-    """Whether a result says how long such a trial takes: whole, in one go, and of this session."""
-    return (
-        result["status"] == "finished" and result["attempt"] == 1 and result["seconds"] > 0 and result["time"] >= since
-    )
+    """Whether a result says how long such a trial takes: whole, in one go, by itself, and of this session."""
+    is_whole = result["status"] == "finished" and result["attempt"] == 1 and result["seconds"] > 0
+    return is_whole and result["time"] >= since and result["provenance"].get("vectorised", 1) == 1
 
 
 def known_speeds(device: str) -> dict[str, float]:

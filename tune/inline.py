@@ -1,4 +1,7 @@
-"""The executor without Ray: one trial after the other, in this process. And what a signal means to both executors."""
+"""The executor without Ray: one trial or group after the other, in this process.
+
+And what a signal means to both executors.
+"""
 
 import contextlib
 import os
@@ -8,23 +11,23 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 
 from tune.session import Session
-from tune.trial import run_trial
+from tune.vectorised import run_trials
 
 
 def run_inline(session: Session) -> None:
     """Runs every trial in this process. The numbers are those of Ray; it is the debugger's way, and the tests'."""
     with stop_on_signal(session):
-        while (spec := session.next_trial()) is not None:
-            run = run_trial(spec)
-            while not session.stop_requested:
-                try:
-                    so_far = next(run)
-                except StopIteration as stop:
-                    session.trial_ended(spec.trial_id, stop.value)
-                    break
-                if session.stops_early(spec.trial_id, so_far):
-                    break
-            run.close()
+        while specs := session.next_trials():
+            with contextlib.closing(run_trials(specs)) as run:
+                unwanted: list[str] | None = None
+                while not session.stop_requested:
+                    try:
+                        news = run.send(unwanted)
+                    except StopIteration:
+                        break
+                    for trial_id, result in news.ended.items():
+                        session.trial_ended(trial_id, result)
+                    unwanted = [name for name, so_far in news.so_far.items() if session.stops_early(name, so_far)]
 
 
 @contextlib.contextmanager

@@ -35,7 +35,7 @@ REPLACEMENTS = 3  # of Ray in one run
 OVER = "over"  # said instead of a reason when all is done
 
 # What the driver may ask for, all of it methods of the session.
-SERVED = ("next_trial", "is_over", "trial_ended", "stops_early", "worker_died")
+SERVED = ("next_trials", "is_over", "trial_ended", "stops_early", "worker_died")
 
 
 @dataclass
@@ -245,18 +245,25 @@ class Keeper:
     def _end_hung(self, now: float) -> str | None:
         beats = self._session.heartbeats()
         self._killed = {trial_id: since for trial_id, since in self._killed.items() if trial_id in beats}
-        for trial_id, seconds in self._watchdog.look(beats, now).items():
+        silent, ended = self._watchdog.look(beats, now), set[int]()
+        # Trials that are trained together hang together; one that stands still beside others only waits for its turn.
+        lively = {beat.pid for trial_id, (_, beat) in beats.items() if beat and trial_id not in silent}
+        for trial_id, seconds in silent.items():
+            if (beat := beats[trial_id][1]) and beat.pid in lively:
+                continue
             if trial_id in self._killed:
                 if now - self._killed[trial_id] > SILENCE:
                     return f"it has not noticed that the worker of {trial_id} is gone"
                 continue
             self._killed[trial_id] = now
-            beat = beats[trial_id][1]
+            if beat and beat.pid in ended:
+                continue
             workers = [process for process in marked(self._session.root) if beat and process.pid == beat.pid]
             if not workers:
                 return f"{trial_id} has made no progress for {seconds:.0f} s, and its worker is not to be found"
             self._session.message(f"{trial_id} has made no progress for {seconds:.0f} s: ending its worker")
             workers[0].kill()
+            ended.add(workers[0].pid)
         return None
 
     def _count_kernel_kills(self) -> None:

@@ -168,9 +168,10 @@ def _warnings(phase: PhaseState, arms: list[dict[str, Any]], winner: str, record
     for name, what in {"device": "devices", "code_sha256": "versions of the code", "data_sha256": "data"}.items():
         if len(different := {str(record["provenance"].get(name)) for record in records if record["error"] is None}) > 1:
             found.append(f"its trials come from different {what}: {', '.join(sorted(different))}")
-    if len(packed := {record["provenance"].get("packed", 1) for record in records if record["error"] is None}) > 1:
-        counts = " and ".join(map(str, sorted(packed)))
-        found.append(f"its trials ran {counts} at a time on a device: their tokens per second do not compare")
+    for name, where in {"packed": "on a device", "vectorised": "in a process"}.items():
+        if len(ran := {record["provenance"].get(name, 1) for record in records if record["error"] is None}) > 1:
+            counts = " and ".join(map(str, sorted(ran)))
+            found.append(f"its trials ran {counts} at a time {where}: their tokens per second do not compare")
     replaced: Counter[str] = Counter()
     by_arm: dict[str, list[Record]] = {}
     for record in records:

@@ -1,7 +1,7 @@
 """One run of a campaign on one results directory: what to train next, and what a result means.
 
 It knows the phases (tune/course.py), the journal and the budget, and no executor: Ray and the inline loop both ask
-`next_trial` and report to `trial_ended`. Stopping it at any moment loses nothing but the trials in flight, and those
+`next_trials` and report to `trial_ended`. Stopping it at any moment loses nothing but the trials in flight, and those
 continue from their checkpoints when the same command is given again.
 """
 
@@ -37,6 +37,7 @@ from tune.state import DONE, replay
 from tune.status import take_snapshot
 from tune.summary import Summary, write_campaign
 from tune.trial import TrialResult, TrialSpec, make_folder
+from tune.vectorised import alike
 
 Message = Callable[[str], None]
 
@@ -161,6 +162,22 @@ class Session:
 
     # ---- what to do next -------------------------------------------------------------------------------------------
 
+    def next_trials(self) -> list[TrialSpec]:
+        """The next trial with those that wait and can be trained together with it; empty where there is none now.
+
+        One that its process has died under is trained by itself: what it died of is then not another one's doing.
+        """
+        first = self.next_trial()
+        together = [first] if first else []
+        if first is None or self.campaign.resources.vectorise == 1 or first.trial_id in self._deaths:
+            return together
+        for trial in [trial for trial in self._course.queue if trial.trial_id not in self._deaths]:
+            if len(together) == self.campaign.resources.vectorise:
+                break
+            if self._may_start(trial) and len(alike(first, [self._spec(trial)], most=2)) == 2:
+                together.append(self._begin(trial))
+        return together
+
     def next_trial(self) -> TrialSpec | None:
         """The next trial to start, or None when there is none now; then ask `is_over` whether to wait for one."""
         if self.stop_requested:
@@ -169,11 +186,13 @@ class Session:
             self._course.advance()
         self._drop_waiting()
         trial = next(filter(self._may_start, self._course.queue), None)
-        if trial is None:
-            return None
+        return self._begin(trial) if trial else None
+
+    def _begin(self, trial: Trial) -> TrialSpec:
+        """Takes a trial out of the queue and journals that it has started."""
         self._course.queue.remove(trial)
-        pulse.clear(self._trial_folder(trial.trial_id))  # of an attempt that was killed
-        attempt = self.state.attempts.get(trial.trial_id, 0) + 1
+        spec = self._spec(trial)
+        pulse.clear(spec.folder)  # of an attempt that was killed
         self._append(
             "trial_started",
             trial_id=trial.trial_id,
@@ -181,8 +200,12 @@ class Session:
             arm=trial.arm,
             seed=trial.seed,
             steps=trial.config.steps,
-            attempt=attempt,
+            attempt=spec.attempt,
         )
+        return spec
+
+    def _spec(self, trial: Trial) -> TrialSpec:
+        """What a worker needs for the next attempt at a trial."""
         return TrialSpec(
             trial_id=trial.trial_id,
             phase=trial.phase,
@@ -191,7 +214,7 @@ class Session:
             config=self._with_tracking(trial),
             folder=self._trial_folder(trial.trial_id),
             threads=self.campaign.resources.cpus_per_trial,
-            attempt=attempt,
+            attempt=self.state.attempts.get(trial.trial_id, 0) + 1,
             packed=self.packed,
         )
 
@@ -254,7 +277,7 @@ class Session:
     # ---- what came of it -------------------------------------------------------------------------------------------
 
     def trial_ended(self, trial_id: str, result: TrialResult, *, cause: str | None = None) -> None:
-        """Records what came of a trial that `next_trial` gave out; `cause` says why its process died, if it did."""
+        """Records what came of a trial that `next_trials` gave out; `cause` says why its process died, if it did."""
         trial = self._course.trials.pop(trial_id)
         self._append(
             "trial_finished",

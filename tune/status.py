@@ -50,8 +50,12 @@ def take_snapshot(
 
 
 def _eta(state: State, done: int, total: int) -> float | None:
-    """Seconds left: what a trial has taken on average, times what is left, over the workers."""
-    seconds = [result["seconds"] for result in state.results.values() if result["status"] in DONE]
+    """Seconds left: what a trial has taken on average, times what is left, over the workers.
+
+    Of trials that were trained together each has taken its share.
+    """
+    ended = (result for result in state.results.values() if result["status"] in DONE)
+    seconds = [result["seconds"] / result["provenance"].get("vectorised", 1) for result in ended]
     if not seconds:
         return None
     return fmean(seconds) * (total - done) / max(1, state.campaign["workers"])

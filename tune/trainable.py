@@ -1,6 +1,9 @@
-"""A worker as Ray Tune sees it: one process that trains one trial after another, without starting anew."""
+"""A worker as Ray Tune sees it: one process that trains one trial or group after another, without starting
+anew.
+"""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +12,17 @@ import ray.tune
 import torch
 from ray.util.metrics import Gauge
 
-from ngpt.pulse import Pulse, is_asked_to_stop
-from tune.trial import TrialSpec, run_trial
+from ngpt.pulse import Pulse, clear, is_asked_to_stop
+from tune.trial import TrialSpec
+from tune.vectorised import News, run_trials
 
-# The keys of a trial's reports: what came of it in the last one, and what it has reached so far in the others; or that
-# it has saved and stopped because it was asked to.
-RESULT, SO_FAR, PAUSED = "trial_result", "trial_so_far", "trial_paused"
+# The keys of reports: what has happened since the last one, by trial; and that those which are left have saved and
+# stopped because they were asked to.
+NEWS, PAUSED = "trial_news", "trial_paused"
 
 
 class TrialWorker(ray.tune.Trainable):
-    """Advances the generator of a trial by one evaluation per `step`; `reset_config` begins the next trial.
+    """Advances the generator of its trials by one evaluation per `step`; `reset_config` begins the next ones.
 
     What survives between trials: the interpreter with torch loaded, the CUDA context, and the mapped corpus.
     """
@@ -40,7 +44,7 @@ class TrialWorker(ray.tune.Trainable):
             "val_loss": Gauge("ngpt_val_loss", "Validation loss, nats per token", tag_keys=tags),
             "tokens_per_second": Gauge("ngpt_tokens_per_second", "Training throughput of a trial", tag_keys=tags),
         }
-        self._begin(config["spec"])
+        self._begin(config["specs"])
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Called for every further trial; True says that the process can be used again.
@@ -50,37 +54,54 @@ class TrialWorker(ray.tune.Trainable):
         self._run.close()
         if self._failed and torch.cuda.is_initialized():
             return False
-        self._begin(new_config["spec"])
+        self._begin(new_config["specs"])
         return True
 
     def step(self) -> dict[str, Any]:
-        """Trains up to the next evaluation, or to the end."""
+        """Trains up to the next evaluation of any of its trials, or to an end."""
         # Ray titles a process after the method it runs; the trial's name is what one wants to see in the dashboard. It
         # has its own way of writing titles, and other libraries' do not show in its processes.
-        title = ray._private.worker._changeproctitle(f"ray::{self._spec.name}", "ray::TrialWorker")
-        try:
-            with title:
-                so_far = next(self._run)
-        except StopIteration as stop:
-            self._failed = stop.value.status == "failed"
-            return {RESULT: stop.value, "done": True}
-        if is_asked_to_stop(self._spec.folder):
+        with ray._private.worker._changeproctitle(f"ray::{self._title}", "ray::TrialWorker"):
+            news = self._advance()
+        for trial_id, result in news.ended.items():
+            self._left.pop(trial_id, None)
+            self._failed |= result.status == "failed"
+        if self._left and len(self._asked_to_stop()) == len(self._left):
             self._run.close()
-            return {PAUSED: True, "done": True}
-        phase, arm = self._spec.phase, self._spec.arm
-        for name, gauge in self._gauges.items():
-            if (value := so_far.metrics.get(name)) is not None:
-                gauge.set(value, tags={"phase": phase, "arm": arm, "seed": str(self._spec.seed)})
-        return {SO_FAR: so_far}
+            return {NEWS: News(ended=news.ended), PAUSED: True, "done": True}
+        for spec in self._left.values():
+            so_far = news.so_far.get(spec.trial_id)
+            for name, gauge in self._gauges.items():
+                if so_far and (value := so_far.metrics.get(name)) is not None:
+                    gauge.set(value, tags={"phase": spec.phase, "arm": spec.arm, "seed": str(spec.seed)})
+        return {NEWS: news} | ({} if self._left else {"done": True})
 
     def cleanup(self) -> None:
         self._run.close()
 
-    def _begin(self, spec: TrialSpec) -> None:
-        self._spec = spec
-        self._run = run_trial(spec)
-        self._failed = False
-        show_life(spec.folder)
+    def _begin(self, specs: Sequence[TrialSpec]) -> None:
+        self._left = {spec.trial_id: spec for spec in specs}
+        others = f" and {len(specs) - 1} more" if len(specs) > 1 else ""
+        self._title = f"{specs[0].name}{others}"
+        self._run = run_trials(specs)
+        self._began, self._failed = False, False
+        for spec in specs:
+            show_life(spec.folder)
+
+    def _asked_to_stop(self) -> list[str]:
+        return [trial_id for trial_id, spec in self._left.items() if is_asked_to_stop(spec.folder)]
+
+    def _advance(self) -> News:
+        """Goes on without those of its trials that were asked to stop, if there are others."""
+        if not self._began:
+            self._began = True
+            return next(self._run)
+        asked = self._asked_to_stop()
+        unwanted = {} if len(asked) == len(self._left) else {trial_id: self._left.pop(trial_id) for trial_id in asked}
+        news = self._run.send(unwanted.keys())
+        for spec in unwanted.values():
+            clear(spec.folder)
+        return news
 
 
 def show_life(folder: Path) -> None:

@@ -10,17 +10,18 @@ import os
 import time
 import traceback
 from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
 import torch
 
 from ngpt.durable import write_atomic
 from ngpt.memory import free_memory
+from ngpt.pulse import Pulse
 from ngpt.secrets import redacted
 from ngpt.train import RunResult, pick_device
 from ngpt.vectorised import Event, train_together, unstackable
-from tune.trial import TrialResult, TrialSpec, machine, make_folder, opened, run_trial, unfinished
+from tune.trial import TrialResult, TrialSpec, cap_memory, machine, make_folder, opened, run_trial, unfinished
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +60,7 @@ def run_trials(specs: Sequence[TrialSpec]) -> Trials:
     batch = _Batch(specs)
     under_way = dict(enumerate(specs))
     try:
+        cap_memory(pick_device(specs[0].config.device), specs[0].packed)
         dataset = opened(specs[0].config.data)
         for spec in specs:
             make_folder(spec.folder, spec.config)
@@ -79,20 +81,29 @@ def run_trials(specs: Sequence[TrialSpec]) -> Trials:
         # What fails here has failed for all. Each says for itself what becomes of it when it is alone.
         names = ", ".join(spec.name for spec in under_way.values())
         log.warning("%d trials at once have failed, now one by one: %s", len(under_way), names, exc_info=True)
-    free_memory(pick_device(specs[0].config.device))
+    finally:
+        free_memory(pick_device(specs[0].config.device))
     for spec in under_way.values():
-        yield from _alone(spec)
+        with contextlib.suppress(OSError):  # its folder may be what has failed
+            Pulse(spec.folder).close()  # whoever watches sees which process it waits in
+    for spec in under_way.values():
+        yield from _alone(spec, began_with=len(specs))
 
 
-def _alone(spec: TrialSpec) -> Trials:
+def _alone(spec: TrialSpec, *, began_with: int = 1) -> Trials:
+    company = {"vectorised": began_with} if began_with > 1 else {}  # its time is not that of a trial by itself
+
+    def marked(result: TrialResult) -> TrialResult:
+        return replace(result, provenance=result.provenance | company)
+
     with contextlib.closing(run_trial(spec)) as run:
         while True:
             try:
                 so_far = next(run)
             except StopIteration as stop:
-                yield News(ended={spec.trial_id: stop.value})
+                yield News(ended={spec.trial_id: marked(stop.value)})
                 return
-            if spec.trial_id in ((yield News(so_far={spec.trial_id: so_far})) or ()):
+            if spec.trial_id in ((yield News(so_far={spec.trial_id: marked(so_far)})) or ()):
                 return
 
 
