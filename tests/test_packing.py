@@ -86,6 +86,7 @@ def test_a_line_that_a_crash_tore_is_passed_over(tmp_path: Path) -> None:
     assert known_curve("gpu", "other", threads=1, most=1) is not None
 
 
+@pytest.mark.slow
 def test_trials_are_measured_once_and_the_next_campaign_reads_the_curve(
     tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,6 +16,7 @@ def alone(count: int) -> int:
     return 1
 
 
+@pytest.mark.slow
 def test_a_second_trial_runs_beside_the_first_and_both_are_counted(tiny: TrainConfig) -> None:
     prepare(tiny.data)
     lines: list[str] = []

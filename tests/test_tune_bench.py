@@ -90,6 +90,7 @@ def test_an_option_that_a_benchmark_does_not_have_is_refused(capsys: pytest.Capt
     assert said == "--rounds is not an option of campaign, which has --trials, --seconds, --steps, --workers\n"
 
 
+@pytest.mark.slow
 def test_packing_on_a_cpu_divides_the_cores(monkeypatch: pytest.MonkeyPatch, corpus: Path) -> None:
     """Real processes, on a machine that says it has two cores."""
     monkeypatch.setattr("tune.bench.packing.usable_cpus", lambda: 2)
