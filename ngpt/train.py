@@ -337,9 +337,13 @@ def train_step(run: Run) -> dict[str, float]:
         progress.recent = [*progress.recent, loss][-AVERAGED:]
         if math.isfinite(loss) and math.isfinite(norm):
             update(run)
+    return {"train_loss": loss, "grad_norm": norm} | rates(run)
+
+
+def rates(run: Run) -> dict[str, float]:
+    """The learning rate of each kind of parameter in this step, by the name of its setting."""
     groups = (group for optimizer in run.optimizers for group in optimizer.param_groups)
-    rates = {"lr" if group["kind"] == "matrices" else f"lr_{group['kind']}": group["lr"] for group in groups}
-    return {"train_loss": loss, "grad_norm": norm} | rates
+    return {"lr" if group["kind"] == "matrices" else f"lr_{group['kind']}": group["lr"] for group in groups}
 
 
 def gradients(run: Run, number: int) -> tuple[float, float]:

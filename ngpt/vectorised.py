@@ -27,6 +27,7 @@ from ngpt.train import (
     RunResult,
     TrainConfig,
     counted_once,
+    rates,
     resolved,
     set_up,
     shrink,
@@ -190,14 +191,7 @@ def train_step_together(stack: Stack, runs: Sequence[Run]) -> list[dict[str, flo
             run.progress.recent = [*run.progress.recent, loss][-AVERAGED:]
         sound = [run for run, values in zip(runs, found, strict=True) if all(map(math.isfinite, values))]
         update_together(sound)
-    return [
-        {"train_loss": loss, "grad_norm": norm} | _rates(run) for run, (loss, norm) in zip(runs, found, strict=True)
-    ]
-
-
-def _rates(run: Run) -> dict[str, float]:
-    groups = (group for optimizer in run.optimizers for group in optimizer.param_groups)
-    return {"lr" if group["kind"] == "matrices" else f"lr_{group['kind']}": group["lr"] for group in groups}
+    return [{"train_loss": loss, "grad_norm": norm} | rates(run) for run, (loss, norm) in zip(runs, found, strict=True)]
 
 
 def _batches(runs: Sequence[Run]) -> tuple[Tensor, Tensor]:
