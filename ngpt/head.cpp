@@ -1,0 +1,356 @@
+// Cross-entropy of a linear head with its gradients, on a CPU that multiplies pairs of bfloat16 (AVX512_BF16): see head.py.
+//
+// The three products and the softmax between them are done while a tile is in registers or in the cache; of the logits
+// only the exponentials of some hundred rows are ever in memory, in bfloat16, for the one product that needs a row's
+// whole sum first. Where oneDNN goes over these logits five times, and packs them twice, this writes and reads them once.
+//
+// Exponentials are relative to the logit of a row's target: e^(z - z_target). The largest logit would be safer, but is
+// known only at the end; this is a row's own scale as well, needs no second pass, and gives log1p(sum of the others) as
+// the loss, with all its digits where the model is sure. A row whose others exceed LIMIT is left to the slower way.
+
+#if defined(__AVX512BF16__) && defined(__AVX512BW__) && !defined(__AMX_BF16__)  // oneDNN's products use AMX: faster still
+
+#include <immintrin.h>
+#include <omp.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+using bf16 = uint16_t;
+
+constexpr int LANES = 16;    // float32 of a register
+constexpr int PANEL = 48;    // entries of the vocabulary that are multiplied at once: three registers
+constexpr int ROWS = 8;      // rows of x at once
+constexpr int ENTRIES = 12;  // entries at once in the gradient of the weight
+constexpr int WIDTH = 32;    // columns at once in both gradients
+constexpr int PANELS = 4;    // panels between two additions to the gradient of x
+constexpr int64_t CACHED = 32768;  // entries of that gradient which a core keeps in its cache beside the rest
+constexpr int64_t LINE = 64;       // bytes
+constexpr float LIMIT = 1e30f;
+constexpr float LOG2_E = 1.44269504088896341f;
+constexpr float NOTHING = -1e30f;  // a logit whose exponential is 0; minus infinity would give NaN
+
+inline float widen(bf16 half) {
+    const uint32_t bits = uint32_t(half) << 16;
+    float out;
+    std::memcpy(&out, &bits, sizeof out);
+    return out;
+}
+
+inline bf16 narrow(float value) {  // to nearest, ties to even
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return bf16((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+inline int64_t share_of(int64_t whole, int64_t parts) { return (whole + parts - 1) / parts; }
+
+inline __m512bh load_pairs(const bf16* from) { return (__m512bh)_mm512_loadu_si512(from); }
+
+inline __m512bh repeat_pair(const bf16* from) {
+    int both;
+    std::memcpy(&both, from, sizeof both);
+    return (__m512bh)_mm512_set1_epi32(both);
+}
+
+// Asks for memory that will be needed soon. Without it the products wait: their factors come from main memory, and
+// the processor sees no stride in tiles.
+inline void fetch(const char* from, int64_t lines) {
+    for (int64_t line = 0; line < lines; ++line) _mm_prefetch(from + line * LINE, _MM_HINT_T1);
+}
+
+// 2^x within 3e-7 of itself; NaN stays NaN. The polynomial is fitted by least squares.
+inline __m512 power_of_two(__m512 x) {
+    const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m512 rest = _mm512_sub_ps(x, whole);
+    __m512 value = _mm512_set1_ps(1.32187e-3f);
+    value = _mm512_fmadd_ps(value, rest, _mm512_set1_ps(9.67170e-3f));
+    value = _mm512_fmadd_ps(value, rest, _mm512_set1_ps(5.550893e-2f));
+    value = _mm512_fmadd_ps(value, rest, _mm512_set1_ps(2.4022238e-1f));
+    value = _mm512_fmadd_ps(value, rest, _mm512_set1_ps(6.9314686e-1f));
+    value = _mm512_fmadd_ps(value, rest, _mm512_set1_ps(1.0f));
+    return _mm512_scalef_ps(value, whole);
+}
+
+// The weight in the two orders that the products read, in bfloat16: by panels of entries with pairs of columns together
+// (panels, D / 2, PANEL, 2), and with pairs of entries together (V / 2, D, 2). Entries that fill the last panel are 0.
+struct Packed {
+    const bf16 *by_columns, *by_entries;
+    int64_t vocabulary, width;
+
+    int64_t panels() const { return (vocabulary + PANEL - 1) / PANEL; }
+    const bf16* panel(int64_t number) const { return by_columns + number * PANEL * width; }
+    float column_wise(int64_t entry, int64_t d) const {
+        return widen(panel(entry / PANEL)[(d / 2 * PANEL + entry % PANEL) * 2 + d % 2]);
+    }
+};
+
+// What stage one needs to know of its rows, each array from the first of ROWS.
+struct Rows {
+    const bf16* x;          // (ROWS, D)
+    const float* target_z;  // logits of the targets, in powers of two
+    const int64_t* target;
+    float* sums;  // (ROWS, LANES): of the exponentials of all entries but the target
+};
+
+// Exponentials (ROWS, PANEL) for entries from `start`; 0 at the target. With gradients they go to `by_rows`, whose rows are
+// `stride` apart, and to `zipped` (ROWS / 2, PANEL, 2), the order in which pairs of rows are multiplied later.
+template <bool gradients>
+inline void exponentials(
+    const Rows& rows, const Packed& weight, const bf16* panel, int64_t start, bf16* by_rows, int64_t stride, bf16* zipped
+) {
+    constexpr int parts = PANEL / LANES;
+    __m512 z[ROWS][parts];
+    for (auto& row : z)
+        for (auto& part : row) part = _mm512_setzero_ps();
+    for (int64_t k = 0; k < weight.width / 2; ++k) {
+        __m512bh factor[parts];
+        for (int part = 0; part < parts; ++part) factor[part] = load_pairs(panel + (k * PANEL + part * LANES) * 2);
+#pragma GCC unroll 8
+        for (int row = 0; row < ROWS; ++row) {
+            const __m512bh x = repeat_pair(rows.x + row * weight.width + 2 * k);
+#pragma GCC unroll 3
+            for (int part = 0; part < parts; ++part) z[row][part] = _mm512_dpbf16_ps(z[row][part], x, factor[part]);
+        }
+    }
+    const __m512 nothing = _mm512_set1_ps(NOTHING), log2_e = _mm512_set1_ps(LOG2_E);
+    const __m512i zip = _mm512_set_epi16(
+        31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0
+    );
+#pragma GCC unroll 4
+    for (int row = 0; row < ROWS; row += 2) {
+        float* sums = rows.sums + row * LANES;
+        __m512 sum[2] = {_mm512_loadu_ps(sums), _mm512_loadu_ps(sums + LANES)};
+#pragma GCC unroll 3
+        for (int part = 0; part < parts; ++part) {
+            const int64_t first = start + part * LANES, left = weight.vocabulary - first;
+            __m512 value[2];
+#pragma GCC unroll 2
+            for (int one = 0; one < 2; ++one) {
+                __m512 logit = z[row + one][part];
+                const int64_t at = rows.target[row + one] - first;
+                if (__builtin_expect(at >= 0 && at < LANES, 0)) logit = _mm512_mask_mov_ps(logit, __mmask16(1u << at), nothing);
+                if (__builtin_expect(left < LANES, 0))
+                    logit = _mm512_mask_mov_ps(logit, __mmask16(left > 0 ? 0xffffu << left : 0xffffu), nothing);
+                value[one] = power_of_two(_mm512_fmsub_ps(logit, log2_e, _mm512_set1_ps(rows.target_z[row + one])));
+                sum[one] = _mm512_add_ps(sum[one], value[one]);
+            }
+            if (!gradients) continue;
+            const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(value[1], value[0]);
+            bf16* upper = by_rows + row * stride + part * LANES;
+            _mm256_storeu_si256((__m256i*)upper, _mm512_castsi512_si256(both));
+            _mm256_storeu_si256((__m256i*)(upper + stride), _mm512_extracti64x4_epi64(both, 1));
+            _mm512_storeu_si512(zipped + (row / 2 * PANEL + part * LANES) * 2, _mm512_permutexvar_epi16(zip, both));
+        }
+        _mm512_storeu_ps(sums, sum[0]);
+        _mm512_storeu_ps(sums + LANES, sum[1]);
+    }
+}
+
+// out (count, WIDTH), whose rows are `width` apart, = a (count, 2 * pairs) times b (2 * pairs, WIDTH), added to what is
+// there where `add`. Rows of a are `next_row` apart and its pairs `next_pair`; b is (pairs, width, 2). Meanwhile it fetches
+// what lies `ahead`, `per_pair` bytes for each pair.
+template <int count>
+inline void multiply(
+    const bf16* a, int64_t next_row, int64_t next_pair, const bf16* b, int64_t width, int64_t pairs, float* out, bool add,
+    const char* ahead, int64_t per_pair
+) {
+    constexpr int parts = WIDTH / LANES;
+    __m512 sum[count][parts];
+    for (int row = 0; row < count; ++row)
+        for (int part = 0; part < parts; ++part) {
+            sum[row][part] = _mm512_setzero_ps();
+            _mm_prefetch((const char*)(out + row * width + part * LANES), _MM_HINT_T0);
+        }
+    for (int64_t k = 0; k < pairs; ++k) {
+        const __m512bh first = load_pairs(b + k * width * 2), second = load_pairs(b + k * width * 2 + 2 * LANES);
+        _mm_prefetch(ahead + k * per_pair, _MM_HINT_T1);
+#pragma GCC unroll 12
+        for (int row = 0; row < count; ++row) {
+            const __m512bh factor = repeat_pair(a + row * next_row + k * next_pair);
+            sum[row][0] = _mm512_dpbf16_ps(sum[row][0], factor, first);
+            sum[row][1] = _mm512_dpbf16_ps(sum[row][1], factor, second);
+        }
+    }
+    for (int row = 0; row < count; ++row)
+        for (int part = 0; part < parts; ++part) {
+            float* at = out + row * width + part * LANES;
+            _mm512_storeu_ps(at, add ? _mm512_add_ps(_mm512_loadu_ps(at), sum[row][part]) : sum[row][part]);
+        }
+}
+
+// A chunk of rows, filled up with zeros to a multiple of ROWS.
+struct Chunk {
+    std::vector<bf16> x, scaled;  // (rows, D), and x / (mass N) as (rows / 2, D, 2)
+    std::vector<int64_t> target;
+    std::vector<float> target_z;
+    int64_t start, rows, padded;
+
+    Chunk(const bf16* all, const int64_t* targets, int64_t start, int64_t rows, const Packed& weight)
+        : start(start), rows(rows), padded((rows + ROWS - 1) / ROWS * ROWS) {
+        const int64_t width = weight.width;
+        x.assign(padded * width, 0);
+        scaled.assign(padded * width, 0);
+        target.assign(padded, -PANEL);  // in no panel
+        target_z.assign(padded, 0.0f);
+        std::copy(all + start * width, all + (start + rows) * width, x.begin());
+        std::copy(targets + start, targets + start + rows, target.begin());
+        for (int64_t row = 0; row < rows; ++row) {
+            float z = 0.0f;
+            for (int64_t d = 0; d < width; ++d) z += widen(x[row * width + d]) * weight.column_wise(target[row], d);
+            target_z[row] = z * LOG2_E;
+        }
+    }
+};
+
+// Where the results go; the last three are null where only the loss is wanted.
+struct Results {
+    float* others;  // (N): the sum of e^(z - z_target) over the other entries
+    float* grad_x;  // (N, D), of the mean loss
+    float* grad_weight;  // (V, D), of the mean loss, for the weight as it is in the products
+    bf16* slope;  // (panels, chunk rows / 2, PANEL, 2): the exponentials of a chunk, and minus `others` at the target
+};
+
+// Rows `first` to `last` of a chunk: their sums, the gradient of x, and the slope. False if a sum is beyond LIMIT, or NaN.
+bool stage_one(Chunk& chunk, int64_t first, int64_t last, int64_t n, const Packed& weight, const Results& results) {
+    const int64_t width = weight.width, count = last - first, stride = PANELS * PANEL;
+    const bool gradients = results.slope != nullptr;
+    std::vector<float> sums(count * LANES, 0.0f), grad(gradients ? count * width : 0);
+    std::vector<bf16> by_rows(gradients ? count * stride : 0);
+    const int64_t panel_bytes = PANEL * width * sizeof(bf16), tiles = count / ROWS;
+    const int64_t lines = share_of(panel_bytes / LINE, tiles);  // of the next panel, for each tile of this one
+    for (int64_t begin = 0; begin < weight.panels(); begin += PANELS) {
+        const int64_t end = std::min<int64_t>(begin + PANELS, weight.panels());
+        for (int64_t number = begin; number < end; ++number)
+            for (int64_t row = 0; row < count; row += ROWS) {
+                const int64_t at = first + row;
+                const Rows rows{&chunk.x[at * width], &chunk.target_z[at], &chunk.target[at], &sums[row * LANES]};
+                fetch((const char*)weight.panel(number + 1) + row / ROWS * lines * LINE, lines);
+                if (gradients)
+                    exponentials<true>(
+                        rows, weight, weight.panel(number), number * PANEL, &by_rows[row * stride + (number - begin) * PANEL],
+                        stride, results.slope + (number * chunk.padded + at) * PANEL
+                    );
+                else
+                    exponentials<false>(rows, weight, weight.panel(number), number * PANEL, nullptr, 0, nullptr);
+            }
+        if (!gradients) continue;
+        const int64_t pairs = (end - begin) * PANEL / 2;
+        const char* ahead = (const char*)(weight.by_entries + end * PANEL * width);
+        const int64_t per_pair = share_of(panel_bytes * PANELS, tiles * width / WIDTH * pairs);
+        for (int64_t column = 0; column < width; column += WIDTH)
+            for (int64_t row = 0; row < count; row += ROWS, ahead += pairs * per_pair)
+                multiply<ROWS>(
+                    &by_rows[row * stride], stride, 2, weight.by_entries + (begin * PANEL / 2 * width + column) * 2, width,
+                    pairs, &grad[row * width + column], begin > 0, ahead, per_pair
+                );
+    }
+    bool fine = true;
+    for (int64_t row = 0; row < std::min(count, chunk.rows - first); ++row) {
+        const int64_t at = first + row, target = chunk.target[at];
+        const float others = _mm512_reduce_add_ps(_mm512_loadu_ps(&sums[row * LANES]));
+        fine = fine && others < LIMIT;
+        results.others[chunk.start + at] = others;
+        if (!gradients) continue;
+        const int64_t slot = (target / PANEL * chunk.padded + at / 2 * 2) * PANEL + target % PANEL * 2 + at % 2;
+        results.slope[slot] = narrow(-others);
+        const float share = 1.0f / ((1.0f + others) * float(n));
+        for (int64_t d = 0; d < width; ++d) {
+            results.grad_x[(chunk.start + at) * width + d] =
+                (grad[row * width + d] - others * weight.column_wise(target, d)) * share;
+            chunk.scaled[(at / 2 * width + d) * 2 + at % 2] = narrow(widen(chunk.x[at * width + d]) * share);
+        }
+    }
+    return fine;
+}
+
+// Adds the gradient of the weight from a chunk's slope, one panel.
+void stage_two(const Chunk& chunk, int64_t number, const Packed& weight, const Results& results) {
+    const int64_t width = weight.width, pairs = chunk.padded / 2, left = weight.vocabulary - number * PANEL;
+    const bf16* slope = results.slope + number * chunk.padded * PANEL;
+    float* const result = results.grad_weight + number * PANEL * width;
+    std::vector<float> edge;  // for the last panel: beyond the vocabulary the result has no room
+    if (left < PANEL) {
+        edge.assign(PANEL * width, 0.0f);
+        if (chunk.start) std::copy(result, result + left * width, edge.begin());
+    }
+    float* const out = left < PANEL ? edge.data() : result;
+    const int64_t per_pair = share_of(PANEL * 2 * sizeof(bf16), PANEL / ENTRIES * width / WIDTH);
+    const char* ahead = (const char*)(slope + chunk.padded * PANEL);
+    for (int64_t column = 0; column < width; column += WIDTH)
+        for (int64_t entry = 0; entry < PANEL; entry += ENTRIES, ahead += pairs * per_pair)
+            multiply<ENTRIES>(
+                slope + entry * 2, 2, PANEL * 2, &chunk.scaled[column * 2], width, pairs, out + entry * width + column,
+                chunk.start > 0, ahead, per_pair
+            );
+    if (left < PANEL) std::copy(edge.begin(), edge.begin() + left * width, result);
+}
+
+void pack(const float* weight, const float* scale, bool one_scale, const Packed& packed, bf16* by_columns, bf16* by_entries) {
+    const int64_t width = packed.width, vocabulary = packed.vocabulary;
+#pragma omp parallel
+    {
+        std::vector<bf16> rows(PANEL * width);
+#pragma omp for schedule(static)
+        for (int64_t number = 0; number < packed.panels(); ++number) {
+            const int64_t begin = number * PANEL, filled = std::min<int64_t>(PANEL, vocabulary - begin);
+            std::fill(rows.begin(), rows.end(), 0);
+            for (int64_t entry = 0; entry < filled; ++entry) {
+                const float factor = scale ? scale[one_scale ? 0 : begin + entry] : 1.0f;
+                const float* from = weight + (begin + entry) * width;
+                for (int64_t d = 0; d < width; ++d) rows[entry * width + d] = narrow(from[d] * factor);
+            }
+            bf16* out = by_columns + begin * width;
+            for (int64_t d = 0; d < width; d += 2)
+                for (int64_t entry = 0; entry < PANEL; ++entry)
+                    std::memcpy(out + d * PANEL + 2 * entry, &rows[entry * width + d], 2 * sizeof(bf16));
+            if (!by_entries) continue;
+            out = by_entries + begin * width;
+            for (int64_t entry = 0; entry < PANEL; entry += 2)
+                for (int64_t d = 0; d < width; ++d) {
+                    out[entry * width + 2 * d] = rows[entry * width + d];
+                    out[entry * width + 2 * d + 1] = rows[(entry + 1) * width + d];
+                }
+        }
+    }
+}
+
+}  // namespace
+
+// For x (N, D) in bfloat16, D a multiple of 32, and logits x * (scale * weight)^T with weight (V, D) and scale (V), (1) or
+// null. Everything is written, nothing read, of `packed` (2, panels * PANEL, D), of which only the first half is used
+// where only the loss is wanted, `slope` (panels * PANEL, rows at once) and the results, for which see Results.
+// Returns 0; or 1, with useless results, if a target is outside the vocabulary or a row's sum beyond LIMIT, or NaN.
+extern "C" int linear_cross_entropy(
+    const bf16* x, const int64_t* target, const float* weight, const float* scale, int64_t scales, int64_t n, int64_t width,
+    int64_t vocabulary, int64_t rows_at_once, bf16* packed, bf16* slope, float* others, float* grad_x, float* grad_weight
+) {
+    if (std::any_of(target, target + n, [=](int64_t one) { return one < 0 || one >= vocabulary; })) return 1;
+    bf16* by_entries = packed + (vocabulary + PANEL - 1) / PANEL * PANEL * width;
+    const Packed factor{packed, by_entries, vocabulary, width};
+    pack(weight, scale, scales == 1, factor, packed, slope ? by_entries : nullptr);
+    const Results results{others, grad_x, grad_weight, slope};
+    for (int64_t start = 0; start < n; start += rows_at_once) {
+        Chunk chunk(x, target, start, std::min(rows_at_once, n - start), factor);
+        const int64_t tiles = chunk.padded / ROWS, cached = std::max<int64_t>(1, CACHED / width / ROWS);
+        const int64_t threads = std::min<int64_t>(omp_get_max_threads(), tiles);
+        const int64_t blocks = (share_of(tiles, cached) + threads - 1) / threads * threads;
+        bool fine = true;
+#pragma omp parallel for schedule(dynamic) reduction(&& : fine)
+        for (int64_t block = 0; block < blocks; ++block) {
+            const int64_t first = tiles * block / blocks * ROWS, last = tiles * (block + 1) / blocks * ROWS;
+            if (first < last) fine = stage_one(chunk, first, last, n, factor, results) && fine;
+        }
+        if (!fine) return 1;
+        if (!slope) continue;
+#pragma omp parallel for schedule(static)
+        for (int64_t number = 0; number < factor.panels(); ++number) stage_two(chunk, number, factor, results);
+    }
+    return 0;
+}
+
+#endif

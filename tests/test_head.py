@@ -1,0 +1,191 @@
+"""The loss of the head in C++ against float64, on processors that it is for."""
+
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ngpt import loss
+from ngpt.head import native_cross_entropy
+from ngpt.loss import linear_cross_entropy
+from ngpt.native import load_native
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(load_native("head"), "linear_cross_entropy"), reason="this processor has no vector products of bfloat16"
+)
+WIDTH, VOCABULARY = 32, 113  # two panels of 48 and a third that is not full
+Walked = tuple[Tensor, Tensor | None, Tensor | None]
+
+
+def inputs(
+    n: int, *, vocabulary: int = VOCABULARY, width: int = WIDTH, scales: int = 0, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """x in bfloat16, weight and scale in float32, and targets (N, 1), with logits of a few units."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, width, generator=generator).bfloat16()
+    weight = torch.randn(vocabulary, width, generator=generator) / 4
+    scale = 0.5 + torch.rand(scales, generator=generator) if scales else None
+    return x, weight, scale, torch.randint(vocabulary, (n, 1), generator=generator)
+
+
+def walked(*given: Tensor | None, rows: int = 16) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss and gradients; it must have fitted."""
+    x, weight, scale, targets = given
+    assert x is not None and weight is not None and targets is not None
+    found = native_cross_entropy(x, weight, scale, targets, rows=rows, gradients=True)
+    assert found is not None and found[1] is not None and found[2] is not None
+    return found[0], found[1], found[2]
+
+
+def exact(x: Tensor, weight: Tensor, scale: Tensor | None, targets: Tensor) -> list[Tensor]:
+    """Loss and gradients in float64, of the factors as they are multiplied: in bfloat16."""
+    factor = (weight if scale is None else weight * scale[:, None]).bfloat16().double().requires_grad_()
+    x = x.double().requires_grad_()
+    value = F.cross_entropy(F.linear(x, factor), targets[:, 0])
+    return [value.detach(), *torch.autograd.grad(value, (x, factor))]
+
+
+def far(found: Tensor, expected: Tensor) -> float:
+    """The length of the error as a part of the length of what is expected."""
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+@given(
+    n=st.integers(1, 70),
+    vocabulary=st.integers(1, 200),
+    width=st.sampled_from([32, 64, 96, 160]),
+    rows=st.sampled_from([1, 8, 13, 16, 64, 512]),
+    scaled=st.sampled_from(["no scale", "one scale", "a scale per entry"]),
+    seed=st.integers(0, 10),
+)
+def test_loss_and_gradients_are_those_of_the_full_logits(
+    n: int, vocabulary: int, width: int, rows: int, scaled: str, seed: int
+) -> None:
+    scales = {"no scale": 0, "one scale": 1, "a scale per entry": vocabulary}[scaled]
+    given = inputs(n, vocabulary=vocabulary, width=width, scales=scales, seed=seed)
+    value, grad_x, grad_scaled = walked(*given, rows=rows)
+    expected, *gradients = exact(*given)
+    torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-6)
+    if vocabulary > 1:  # else they are 0
+        # The softmax is rounded to bfloat16, 2^-9, and so are the rows of x that it is multiplied with.
+        assert far(grad_x, gradients[0]) < 2**-8
+        assert far(grad_scaled, gradients[1]) < 2**-8
+
+
+def test_the_loss_alone_is_the_same_number() -> None:
+    x, weight, scale, targets = inputs(50, scales=VOCABULARY)
+    alone = native_cross_entropy(x, weight, scale, targets, rows=16, gradients=False)
+    assert alone is not None and alone[1] is None and alone[2] is None
+    assert alone[0] == walked(x, weight, scale, targets)[0]
+
+
+def test_a_sure_model_keeps_the_digits_of_its_loss() -> None:
+    targets = torch.arange(32)[:, None]
+    x, weight = torch.eye(32).bfloat16() * 4, torch.eye(32) * 4  # 16 at the target, 0 elsewhere
+    value, grad_x, _ = walked(x, weight, None, targets)
+    expected, gradient, _ = exact(x, weight, None, targets)
+    assert float(expected) < 4e-6
+    torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=0)
+    assert far(grad_x, gradient) < 2**-8
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads")
+def test_no_bit_depends_on_the_number_of_threads() -> None:
+    given = inputs(100, scales=1)
+    results = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        results.append(walked(*given, rows=64))
+    for other in results[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("above", [60.0, 70.0, 200.0])
+def test_logits_far_above_the_target_are_right_or_left_to_the_other_way(above: float) -> None:
+    x, weight, _, targets = inputs(20)
+    x[7], x[:, 0], weight[3] = 0, 0, 0
+    x[7, 0], weight[3, 0], weight[5, 0], targets[7] = 1, above, 0, 5
+    found = native_cross_entropy(x, weight, None, targets, rows=8, gradients=True)
+    if above < 69:
+        assert found is not None
+        torch.testing.assert_close(found[0].double(), exact(x, weight, None, targets)[0], rtol=1e-5, atol=0)
+    else:
+        assert found is None
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value = linear_cross_entropy(x, weight, targets[:, 0], compiled=True)
+    torch.testing.assert_close(value.double(), exact(x, weight, None, targets)[0], rtol=2**-8, atol=0)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", ["x", "weight", "scale"])
+def test_what_is_not_finite_is_left_to_the_other_way(bad: float, where: str) -> None:
+    x, weight, scale, targets = inputs(20, scales=VOCABULARY)
+    assert scale is not None
+    {"x": x, "weight": weight, "scale": scale}[where].view(-1)[11] = bad
+    assert native_cross_entropy(x, weight, scale, targets, rows=8, gradients=True) is None
+    if where != "scale":  # whose product with the weight takes torch's compiler
+        value = linear_cross_entropy(x, weight, targets[:, 0], compiled=True)
+        assert not math.isfinite(value)
+
+
+@pytest.mark.parametrize("bad", [-1, -100, VOCABULARY])
+def test_a_target_outside_the_vocabulary_is_an_error(bad: int) -> None:
+    x, weight, _, targets = inputs(20)
+    targets[13] = bad
+    assert native_cross_entropy(x, weight, None, targets, rows=8, gradients=False) is None
+    with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+        linear_cross_entropy(x, weight, targets[:, 0], compiled=True)
+
+
+def test_other_widths_and_types_are_left_to_the_other_way() -> None:
+    x, weight, _, targets = inputs(20, width=48)
+    assert native_cross_entropy(x, weight, None, targets, rows=8, gradients=True) is None
+    x, weight, _, targets = inputs(20)
+    assert native_cross_entropy(x, weight.bfloat16(), None, targets, rows=8, gradients=True) is None
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # torch, when it loads inductor
+@pytest.mark.parametrize("share", [1.0, 0.25])
+def test_the_compiled_loss_takes_it_and_gives_the_gradients_of_weight_and_scale(
+    share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, weight, scale, targets = inputs(40, scales=VOCABULARY)
+    assert scale is not None
+    leaves = [x.float().requires_grad_(), weight.requires_grad_(), scale.requires_grad_()]
+    seen: list[Walked | None] = []
+
+    def watched(*args: Tensor, rows: int, gradients: bool) -> Walked | None:
+        seen.append(native_cross_entropy(*args, rows=rows, gradients=gradients))
+        return seen[-1]
+
+    monkeypatch.setattr(loss, "native_cross_entropy", watched)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value = linear_cross_entropy(leaves[0], weight, targets[:, 0], scale=scale, compiled=True)
+    (value * share).backward()
+    assert [found is not None for found in seen] == [True]
+
+    exact_leaves = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    logits = F.linear(exact_leaves[0], exact_leaves[1]) * exact_leaves[2]
+    (F.cross_entropy(logits, targets[:, 0]) * share).backward()
+    for leaf, reference in zip(leaves, exact_leaves, strict=True):
+        assert leaf.grad is not None and reference.grad is not None and leaf.grad.dtype == torch.float32
+        assert far(leaf.grad, reference.grad) < 2**-6
+
+
+def test_without_the_library_the_other_way_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, _, targets = inputs(40)
+    monkeypatch.setattr("ngpt.head.load_native", lambda name: None)
+    assert native_cross_entropy(x, weight, None, targets, rows=8, gradients=True) is None
