@@ -76,13 +76,15 @@ inline __m512 power_of_two(__m512 x) {
     return _mm512_scalef_ps(value, whole);
 }
 
-// The weight in the two orders that the products read, in bfloat16: by panels of entries with pairs of columns together
-// (panels, D / 2, PANEL, 2), and with pairs of entries together (V / 2, D, 2). Entries that fill the last panel are 0.
-struct Packed {
-    const bf16 *by_columns, *by_entries;
-    int64_t vocabulary, width;
+// The weight, also in the two orders that the products read, in bfloat16: by panels of entries with pairs of columns
+// together (panels, D / 2, PANEL, 2), and with pairs of entries together (V / 2, D, 2). Entries that fill the last panel are 0.
+struct Weight {
+    const float *given, *scale;  // (V, D), and (V) or (1) or null
+    int64_t scales, vocabulary, width;
+    bf16 *by_columns, *by_entries;  // packed, with the scale
 
-    int64_t panels() const { return (vocabulary + PANEL - 1) / PANEL; }
+    int64_t panels() const { return share_of(vocabulary, PANEL); }
+    float scale_of(int64_t entry) const { return scale ? scale[scales == 1 ? 0 : entry] : 1.0f; }
     const bf16* panel(int64_t number) const { return by_columns + number * PANEL * width; }
     float column_wise(int64_t entry, int64_t d) const {
         return widen(panel(entry / PANEL)[(d / 2 * PANEL + entry % PANEL) * 2 + d % 2]);
@@ -101,7 +103,7 @@ struct Rows {
 // `stride` apart, and to `zipped` (ROWS / 2, PANEL, 2), the order in which pairs of rows are multiplied later.
 template <bool gradients>
 inline void exponentials(
-    const Rows& rows, const Packed& weight, const bf16* panel, int64_t start, bf16* by_rows, int64_t stride, bf16* zipped
+    const Rows& rows, const Weight& weight, const bf16* panel, int64_t start, bf16* by_rows, int64_t stride, bf16* zipped
 ) {
     constexpr int parts = PANEL / LANES;
     __m512 z[ROWS][parts];
@@ -190,7 +192,7 @@ struct Chunk {
     std::vector<float> target_z;
     int64_t start, rows, padded;
 
-    Chunk(const bf16* all, const int64_t* targets, int64_t start, int64_t rows, const Packed& weight)
+    Chunk(const bf16* all, const int64_t* targets, int64_t start, int64_t rows, const Weight& weight)
         : start(start), rows(rows), padded((rows + ROWS - 1) / ROWS * ROWS) {
         const int64_t width = weight.width;
         x.assign(padded * width, 0);
@@ -207,16 +209,17 @@ struct Chunk {
     }
 };
 
-// Where the results go; the last three are null where only the loss is wanted.
+// Where the results go; the last four are null where only the loss is wanted.
 struct Results {
-    float* others;  // (N): the sum of e^(z - z_target) over the other entries
-    float* grad_x;  // (N, D), of the mean loss
-    float* grad_weight;  // (V, D), of the mean loss, for the weight as it is in the products
+    float* others;       // (N): the sum of e^(z - z_target) over the other entries
+    float* grad_x;       // (N, D), of the mean loss
+    float* grad_weight;  // (V, D), of the mean loss
+    float* grad_scale;   // (V), of the mean loss
     bf16* slope;  // (panels, chunk rows / 2, PANEL, 2): the exponentials of a chunk, and minus `others` at the target
 };
 
 // Rows `first` to `last` of a chunk: their sums, the gradient of x, and the slope. False if a sum is beyond LIMIT, or NaN.
-bool stage_one(Chunk& chunk, int64_t first, int64_t last, int64_t n, const Packed& weight, const Results& results) {
+bool stage_one(Chunk& chunk, int64_t first, int64_t last, int64_t n, const Weight& weight, const Results& results) {
     const int64_t width = weight.width, count = last - first, stride = PANELS * PANEL;
     const bool gradients = results.slope != nullptr;
     std::vector<float> sums(count * LANES, 0.0f), grad(gradients ? count * width : 0);
@@ -268,8 +271,8 @@ bool stage_one(Chunk& chunk, int64_t first, int64_t last, int64_t n, const Packe
     return fine;
 }
 
-// Adds the gradient of the weight from a chunk's slope, one panel.
-void stage_two(const Chunk& chunk, int64_t number, const Packed& weight, const Results& results) {
+// A panel of the gradient of the weight: adds what a chunk's slope gives; after the `last` it puts the scale in.
+void stage_two(const Chunk& chunk, int64_t number, bool last, const Weight& weight, const Results& results) {
     const int64_t width = weight.width, pairs = chunk.padded / 2, left = weight.vocabulary - number * PANEL;
     const bf16* slope = results.slope + number * chunk.padded * PANEL;
     float* const result = results.grad_weight + number * PANEL * width;
@@ -287,29 +290,40 @@ void stage_two(const Chunk& chunk, int64_t number, const Packed& weight, const R
                 slope + entry * 2, 2, PANEL * 2, &chunk.scaled[column * 2], width, pairs, out + entry * width + column,
                 chunk.start > 0, ahead, per_pair
             );
+    if (last && weight.scale)
+        for (int64_t entry = number * PANEL; entry < number * PANEL + std::min<int64_t>(PANEL, left); ++entry) {
+            float* of_entry = out + (entry - number * PANEL) * width;
+            const float *given = weight.given + entry * width, factor = weight.scale_of(entry);
+            float product = 0.0f;
+#pragma omp simd reduction(+ : product)
+            for (int64_t d = 0; d < width; ++d) {
+                product += of_entry[d] * given[d];
+                of_entry[d] *= factor;
+            }
+            results.grad_scale[entry] = product;
+        }
     if (left < PANEL) std::copy(edge.begin(), edge.begin() + left * width, result);
 }
 
-void pack(const float* weight, const float* scale, bool one_scale, const Packed& packed, bf16* by_columns, bf16* by_entries) {
-    const int64_t width = packed.width, vocabulary = packed.vocabulary;
+void pack(const Weight& weight, bool gradients) {
+    const int64_t width = weight.width;
 #pragma omp parallel
     {
         std::vector<bf16> rows(PANEL * width);
 #pragma omp for schedule(static)
-        for (int64_t number = 0; number < packed.panels(); ++number) {
-            const int64_t begin = number * PANEL, filled = std::min<int64_t>(PANEL, vocabulary - begin);
+        for (int64_t number = 0; number < weight.panels(); ++number) {
+            const int64_t begin = number * PANEL, filled = std::min<int64_t>(PANEL, weight.vocabulary - begin);
             std::fill(rows.begin(), rows.end(), 0);
             for (int64_t entry = 0; entry < filled; ++entry) {
-                const float factor = scale ? scale[one_scale ? 0 : begin + entry] : 1.0f;
-                const float* from = weight + (begin + entry) * width;
+                const float *from = weight.given + (begin + entry) * width, factor = weight.scale_of(begin + entry);
                 for (int64_t d = 0; d < width; ++d) rows[entry * width + d] = narrow(from[d] * factor);
             }
-            bf16* out = by_columns + begin * width;
+            bf16* out = weight.by_columns + begin * width;
             for (int64_t d = 0; d < width; d += 2)
                 for (int64_t entry = 0; entry < PANEL; ++entry)
                     std::memcpy(out + d * PANEL + 2 * entry, &rows[entry * width + d], 2 * sizeof(bf16));
-            if (!by_entries) continue;
-            out = by_entries + begin * width;
+            if (!gradients) continue;
+            out = weight.by_entries + begin * width;
             for (int64_t entry = 0; entry < PANEL; entry += 2)
                 for (int64_t d = 0; d < width; ++d) {
                     out[entry * width + 2 * d] = rows[entry * width + d];
@@ -326,29 +340,31 @@ void pack(const float* weight, const float* scale, bool one_scale, const Packed&
 // where only the loss is wanted, `slope` (panels * PANEL, rows at once) and the results, for which see Results.
 // Returns 0; or 1, with useless results, if a target is outside the vocabulary or a row's sum beyond LIMIT, or NaN.
 extern "C" int linear_cross_entropy(
-    const bf16* x, const int64_t* target, const float* weight, const float* scale, int64_t scales, int64_t n, int64_t width,
-    int64_t vocabulary, int64_t rows_at_once, bf16* packed, bf16* slope, float* others, float* grad_x, float* grad_weight
+    const bf16* x, const int64_t* target, const float* given, const float* scale, int64_t scales, int64_t n, int64_t width,
+    int64_t vocabulary, int64_t rows_at_once, bf16* packed, bf16* slope, float* others, float* grad_x, float* grad_weight,
+    float* grad_scale
 ) {
     if (std::any_of(target, target + n, [=](int64_t one) { return one < 0 || one >= vocabulary; })) return 1;
-    bf16* by_entries = packed + (vocabulary + PANEL - 1) / PANEL * PANEL * width;
-    const Packed factor{packed, by_entries, vocabulary, width};
-    pack(weight, scale, scales == 1, factor, packed, slope ? by_entries : nullptr);
-    const Results results{others, grad_x, grad_weight, slope};
+    bf16* by_entries = packed + share_of(vocabulary, PANEL) * PANEL * width;
+    const Weight weight{given, scale, scales, vocabulary, width, packed, by_entries};
+    pack(weight, slope != nullptr);
+    const Results results{others, grad_x, grad_weight, grad_scale, slope};
     for (int64_t start = 0; start < n; start += rows_at_once) {
-        Chunk chunk(x, target, start, std::min(rows_at_once, n - start), factor);
+        Chunk chunk(x, target, start, std::min(rows_at_once, n - start), weight);
         const int64_t tiles = chunk.padded / ROWS, cached = std::max<int64_t>(1, CACHED / width / ROWS);
         const int64_t threads = std::min<int64_t>(omp_get_max_threads(), tiles);
-        const int64_t blocks = (share_of(tiles, cached) + threads - 1) / threads * threads;
+        const int64_t blocks = share_of(share_of(tiles, cached), threads) * threads;
         bool fine = true;
 #pragma omp parallel for schedule(dynamic) reduction(&& : fine)
         for (int64_t block = 0; block < blocks; ++block) {
             const int64_t first = tiles * block / blocks * ROWS, last = tiles * (block + 1) / blocks * ROWS;
-            if (first < last) fine = stage_one(chunk, first, last, n, factor, results) && fine;
+            if (first < last) fine = stage_one(chunk, first, last, n, weight, results) && fine;
         }
         if (!fine) return 1;
         if (!slope) continue;
 #pragma omp parallel for schedule(static)
-        for (int64_t number = 0; number < factor.panels(); ++number) stage_two(chunk, number, factor, results);
+        for (int64_t number = 0; number < weight.panels(); ++number)
+            stage_two(chunk, number, start + chunk.rows == n, weight, results);
     }
     return 0;
 }

@@ -17,8 +17,8 @@ WIDTHS = 32  # D must be a multiple of it
 
 def native_cross_entropy(
     x: Tensor, weight: Tensor, scale: Tensor | None, targets: Tensor, *, rows: int, gradients: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
-    """The mean cross-entropy of logits x @ (scale * weight).T, and its gradients for x and for scale * weight.
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None] | None:
+    """The mean cross-entropy of logits x @ (scale * weight).T, and its gradients for x, weight and scale.
 
     The products are in bfloat16 with sums in float32, everything else is in float32.
 
@@ -31,8 +31,9 @@ def native_cross_entropy(
         gradients: whether they are wanted; else they are None.
 
     Returns:
-        Loss (), gradients (N, D) and (V, D); None where this way does not fit: another processor, D not a multiple of
-        32, a target outside the vocabulary, or logits that are not finite or more than 69 above that of the target.
+        Loss (), gradients (N, D), (V, D) and as the scale, in float32; None where this way does not fit: another
+        processor, D not a multiple of 32, a target outside the vocabulary, or logits that are not finite or more than
+        69 above that of the target.
     """
     (n, width), vocabulary = x.shape, len(weight)
     factors = [weight] if scale is None else [weight, scale]
@@ -48,14 +49,19 @@ def native_cross_entropy(
     others = torch.empty(n)
     slope = torch.empty(filled, -(-rows // 8) * 8, dtype=torch.bfloat16) if gradients else None
     grad_x = torch.empty(n, width) if gradients else None
-    grad_scaled = torch.empty(vocabulary, width) if gradients else None
+    grad_weight = torch.empty(vocabulary, width) if gradients else None
+    grad_scale = torch.empty(vocabulary) if gradients and scale is not None else None
     sizes = (0 if scale is None else len(scale), n, width, vocabulary, rows)
     failed = library.linear_cross_entropy(
         *map(_pointer, (x, targets, weight, scale)),
         *map(ctypes.c_int64, sizes),
-        *map(_pointer, (packed, slope, others, grad_x, grad_scaled)),
+        *map(_pointer, (packed, slope, others, grad_x, grad_weight, grad_scale)),
     )
-    return None if failed else (others.log1p().mean(), grad_x, grad_scaled)
+    if failed:
+        return None
+    if grad_scale is not None and scale is not None:
+        grad_scale = grad_scale.sum_to_size(scale.shape)
+    return others.log1p().mean(), grad_x, grad_weight, grad_scale
 
 
 def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:

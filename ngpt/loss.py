@@ -68,7 +68,7 @@ def linear_cross_entropy(
     x, targets = x.reshape(-1, width), targets.reshape(-1, 1)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, scale)):
         return _LinearCrossEntropy.apply(x, weight, scale, targets, softcap, compiled)  # pyright: ignore[reportReturnType]
-    return _walk(x, weight, scale, targets, softcap, compiled=compiled, for_x=False, for_weight=False)[0]
+    return _walk(x, weight, scale, targets, softcap, compiled=compiled)[0]
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -82,12 +82,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         softcap: float | None,
         compiled: bool,
     ) -> Tensor:
-        for_x, *for_weight = ctx.needs_input_grad[:3]
-        loss, grad_x, grad_scaled = _walk(
-            x, weight, scale, targets, softcap, compiled=compiled, for_x=for_x, for_weight=any(for_weight)
-        )
-        ctx.save_for_backward(grad_x, grad_scaled, weight, scale)
-        ctx.x_dtype, ctx.compiled = x.dtype, compiled
+        loss, *gradients = _walk(x, weight, scale, targets, softcap, compiled=compiled, wanted=ctx.needs_input_grad[:3])
+        ctx.save_for_backward(*gradients)
+        ctx.x_dtype = x.dtype
         return loss
 
     @staticmethod
@@ -96,32 +93,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx: Any, share: Tensor
     ) -> tuple[Tensor | None, ...]:
         """`share` is the gradient of the loss: 1, or a micro-batch's part of the step."""
-        # Not in place: what is saved must survive for a second backward, and autograd keeps a fresh tensor uncopied.
-        grad_x, grad_scaled, weight, scale = ctx.saved_tensors
-        grad_weight = grad_scale = None
-        if grad_x is not None:
-            grad_x = (grad_x * share).to(ctx.x_dtype)
-        if grad_scaled is not None:
-            for_weight, for_scale = ctx.needs_input_grad[1:3]
-            layout = (weight.shape, weight.dtype, grad_scaled.stride(), getattr(scale, "shape", None))
-            kind = ("head", for_weight, for_scale, *layout)
-            head = compile_for(kind, _head_gradients) if ctx.compiled else _head_gradients
-            weight, scale = weight.detach(), None if scale is None else scale.detach()
-            grad_weight, grad_scale = head(grad_scaled, share, weight, scale, for_weight, for_scale)
-        return grad_x, grad_weight, grad_scale, None, None, None
+        gradients = ctx.saved_tensors
+        # Where looking costs nothing. Autograd then keeps the tensors as they are, which saves a pass and a copy.
+        if share.device.type != "cpu" or share != 1:
+            gradients = [None if gradient is None else gradient * share for gradient in gradients]
+        grad_x, grad_weight, grad_scale = gradients
+        return None if grad_x is None else grad_x.to(ctx.x_dtype), grad_weight, grad_scale, None, None, None
 
 
 def _head_gradients(
-    grad_scaled: Tensor, share: Tensor, weight: Tensor, scale: Tensor | None, for_weight: bool, for_scale: bool
+    grad_scaled: Tensor, weight: Tensor, scale: Tensor | None, for_weight: bool, for_scale: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of weight (V, D) and of its scale, from that of scale * weight (V, D)."""
-    product = torch.empty(weight.shape, dtype=grad_scaled.dtype, device=weight.device)
-    grad_weight, grad_scale = torch.mul(grad_scaled, share, out=product), None
+    """The gradients of weight (V, D) and of its scale, from that of scale * weight, transposed (D, V)."""
+    grad_weight, grad_scale = grad_scaled.t().contiguous(), None
     if scale is not None:
         if for_scale:
             grad_scale = (grad_weight * weight).sum(1).sum_to_size(scale.shape).to(scale.dtype)
         grad_weight.mul_(scale[:, None])
-    # Compiled, the product may lie as the gradient does, transposed, and autograd would copy it.
+    # Compiled, the gradient may still lie as (D, V), and autograd would copy it.
     return grad_weight.to(weight.dtype).contiguous() if for_weight else None, grad_scale
 
 
@@ -133,14 +122,14 @@ def _walk(
     softcap: float | None,
     *,
     compiled: bool,
-    for_x: bool,
-    for_weight: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The loss, and its gradients for x (N, D) and for scale * weight (V, D), where asked for."""
+    wanted: tuple[bool, bool, bool] = (False, False, False),
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """The loss, and its gradients for x, weight and scale, where wanted."""
     dtype, exact = _dtypes(x)
     weight, scale = weight.detach(), None if scale is None else scale.detach()
     (n, width), vocabulary, device = x.shape, weight.shape[0], x.device
-    gradient = for_x or for_weight
+    for_x, for_weight, for_scale = wanted
+    gradient = any(wanted)
     if compiled and softcap is None and device.type == "cpu" and dtype == torch.bfloat16:
         at_once = _rows(NATIVE_CHUNK_BYTES, device, vocabulary)
         found = native_cross_entropy(x.to(dtype), weight, scale, targets, rows=at_once, gradients=gradient)
@@ -150,18 +139,18 @@ def _walk(
     total = torch.zeros((), dtype=exact, device=device)
     grad_x = torch.empty(n, width, dtype=exact, device=device) if for_x else None
     # As (D, V): the product that CPUs do a quarter faster than (V, D).
-    grad_scaled = torch.zeros(width, vocabulary, dtype=exact, device=device) if for_weight else None
+    grad_scaled = torch.zeros(width, vocabulary, dtype=exact, device=device) if for_weight or for_scale else None
     buffer, lines = torch.empty(rows, vocabulary, dtype=dtype, device=device), torch.arange(rows, device=device)
     exponentiate = _fastest(buffer, softcap, gradient) if compiled else _by_blocks
     with torch.autocast(device.type, enabled=False), torch.no_grad():
         if scale is None:
-            head = weight.to(dtype)
+            factor = weight.to(dtype)
         else:
             kind = ("scaled", dtype, weight.shape, weight.dtype, scale.shape)
-            head = (compile_for(kind, _scaled) if compiled else _scaled)(weight, scale, dtype)
+            factor = (compile_for(kind, _scaled) if compiled else _scaled)(weight, scale, dtype)
         for start in range(0, n, rows):
             chunk, target = x[start : start + rows], targets[start : start + rows]
-            logits = torch.mm(chunk.to(dtype), head.t(), out=buffer[: len(chunk)])
+            logits = torch.mm(chunk.to(dtype), factor.t(), out=buffer[: len(chunk)])
             hit = _cap(logits.gather(1, target).to(exact), softcap)
             whole = len(chunk) == rows  # a last, shorter chunk is not worth a compilation of its own
             peak, mass, slope = (exponentiate if whole else _by_blocks)(logits, softcap, gradient)
@@ -174,10 +163,17 @@ def _walk(
             # Not scatter_, which on a CPU copies the whole chunk of bfloat16 to float32 and back.
             slope[lines[: len(chunk)], target[:, 0]] = at_target[:, 0].to(dtype)
             if grad_x is not None:
-                torch.div(slope @ head, mass * n, out=grad_x[start : start + rows])
+                torch.div(slope @ factor, mass * n, out=grad_x[start : start + rows])
             if grad_scaled is not None:
                 _add_product(grad_scaled, (chunk / (mass * n)).to(dtype).t(), slope)
-    return total / n, grad_x, None if grad_scaled is None else grad_scaled.t()
+        grad_weight = grad_scale = None
+        if grad_scaled is not None:
+            layout = (weight.shape, weight.dtype, grad_scaled.dtype, getattr(scale, "shape", None))
+            head = (
+                compile_for(("head", for_weight, for_scale, *layout), _head_gradients) if compiled else _head_gradients
+            )
+            grad_weight, grad_scale = head(grad_scaled, weight, scale, for_weight, for_scale)
+    return total / n, grad_x, grad_weight, grad_scale
 
 
 def _scaled(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
