@@ -14,9 +14,9 @@
 #include <omp.h>
 
 #include <algorithm>
-#include <cstdint>
-#include <cstring>
 #include <vector>
+
+#include "numbers.h"
 
 namespace {
 
@@ -27,25 +27,12 @@ constexpr int PANEL = 48;    // entries of the vocabulary that are multiplied at
 constexpr int ROWS = 8;      // rows of x at once
 constexpr int ENTRIES = 12;  // entries at once in the gradient of the weight
 constexpr int WIDTH = 32;    // columns at once in both gradients
-constexpr int PANELS = 4;    // panels between two additions to the gradient of x
+constexpr int BLOCK = 4 * PANEL;  // entries between two additions to the gradient of x
 constexpr int64_t CACHED = 32768;  // entries of that gradient which a core keeps in its cache beside the rest
 constexpr int64_t LINE = 64;       // bytes
 constexpr float LIMIT = 1e30f;
 constexpr float LOG2_E = 1.44269504088896341f;
 constexpr float NOTHING = -1e30f;  // a logit whose exponential is 0; minus infinity would give NaN
-
-inline float widen(bf16 half) {
-    const uint32_t bits = uint32_t(half) << 16;
-    float out;
-    std::memcpy(&out, &bits, sizeof out);
-    return out;
-}
-
-inline bf16 narrow(float value) {  // to nearest, ties to even
-    uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    return bf16((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-}
 
 inline int64_t share_of(int64_t whole, int64_t parts) { return (whole + parts - 1) / parts; }
 
@@ -86,35 +73,50 @@ struct Weight {
     int64_t panels() const { return share_of(vocabulary, PANEL); }
     float scale_of(int64_t entry) const { return scale ? scale[scales == 1 ? 0 : entry] : 1.0f; }
     const bf16* panel(int64_t number) const { return by_columns + number * PANEL * width; }
-    float column_wise(int64_t entry, int64_t d) const {
-        return widen(panel(entry / PANEL)[(d / 2 * PANEL + entry % PANEL) * 2 + d % 2]);
+    float factor(int64_t entry, int64_t d, float scale) const { return widen(narrow(given[entry * width + d] * scale)); }
+};
+
+// What the exponentials need to know of ROWS rows.
+struct Rows {
+    std::vector<bf16> x;                      // (D / 2, ROWS, 2): pairs of columns together
+    int64_t target[ROWS];                     // -PANEL, in no panel, where there is no row
+    float target_z[ROWS];                     // logits of the targets, in powers of two
+    alignas(LINE) float sums[ROWS][LANES] = {};  // of the exponentials of all entries but the target
+
+    Rows(const bf16* from, const int64_t* targets, int64_t filled, const Weight& weight) : x(weight.width * ROWS) {
+        const int64_t width = weight.width;
+        for (int64_t row = 0; row < ROWS; ++row) {
+            target[row] = row < filled ? targets[row] : -PANEL;
+            float z = 0.0f;
+            if (row < filled) {
+                const float scale = weight.scale_of(target[row]);
+                for (int64_t d = 0; d < width; ++d) {
+                    x[(d / 2 * ROWS + row) * 2 + d % 2] = from[row * width + d];
+                    z += widen(from[row * width + d]) * weight.factor(target[row], d, scale);
+                }
+            }
+            target_z[row] = z * LOG2_E;
+        }
     }
 };
 
-// What stage one needs to know of its rows, each array from the first of ROWS.
-struct Rows {
-    const bf16* x;          // (ROWS, D)
-    const float* target_z;  // logits of the targets, in powers of two
-    const int64_t* target;
-    float* sums;  // (ROWS, LANES): of the exponentials of all entries but the target
-};
-
 // Exponentials (ROWS, PANEL) for entries from `start`; 0 at the target. With gradients they go to `by_rows`, whose rows are
-// `stride` apart, and to `zipped` (ROWS / 2, PANEL, 2), the order in which pairs of rows are multiplied later.
+// BLOCK apart, and to `zipped` (ROWS / 2, PANEL, 2), the order in which pairs of rows are multiplied later.
 template <bool gradients>
 inline void exponentials(
-    const Rows& rows, const Weight& weight, const bf16* panel, int64_t start, bf16* by_rows, int64_t stride, bf16* zipped
+    Rows& rows, const Weight& weight, const bf16* panel, int64_t start, bf16* by_rows, bf16* zipped
 ) {
     constexpr int parts = PANEL / LANES;
     __m512 z[ROWS][parts];
     for (auto& row : z)
         for (auto& part : row) part = _mm512_setzero_ps();
+    const bf16* x_pairs = rows.x.data();
     for (int64_t k = 0; k < weight.width / 2; ++k) {
         __m512bh factor[parts];
         for (int part = 0; part < parts; ++part) factor[part] = load_pairs(panel + (k * PANEL + part * LANES) * 2);
 #pragma GCC unroll 8
         for (int row = 0; row < ROWS; ++row) {
-            const __m512bh x = repeat_pair(rows.x + row * weight.width + 2 * k);
+            const __m512bh x = repeat_pair(x_pairs + (k * ROWS + row) * 2);
 #pragma GCC unroll 3
             for (int part = 0; part < parts; ++part) z[row][part] = _mm512_dpbf16_ps(z[row][part], x, factor[part]);
         }
@@ -125,8 +127,7 @@ inline void exponentials(
     );
 #pragma GCC unroll 4
     for (int row = 0; row < ROWS; row += 2) {
-        float* sums = rows.sums + row * LANES;
-        __m512 sum[2] = {_mm512_loadu_ps(sums), _mm512_loadu_ps(sums + LANES)};
+        __m512 sum[2] = {_mm512_load_ps(rows.sums[row]), _mm512_load_ps(rows.sums[row + 1])};
 #pragma GCC unroll 3
         for (int part = 0; part < parts; ++part) {
             const int64_t first = start + part * LANES, left = weight.vocabulary - first;
@@ -143,23 +144,22 @@ inline void exponentials(
             }
             if (!gradients) continue;
             const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(value[1], value[0]);
-            bf16* upper = by_rows + row * stride + part * LANES;
+            bf16* upper = by_rows + row * BLOCK + part * LANES;
             _mm256_storeu_si256((__m256i*)upper, _mm512_castsi512_si256(both));
-            _mm256_storeu_si256((__m256i*)(upper + stride), _mm512_extracti64x4_epi64(both, 1));
+            _mm256_storeu_si256((__m256i*)(upper + BLOCK), _mm512_extracti64x4_epi64(both, 1));
             _mm512_storeu_si512(zipped + (row / 2 * PANEL + part * LANES) * 2, _mm512_permutexvar_epi16(zip, both));
         }
-        _mm512_storeu_ps(sums, sum[0]);
-        _mm512_storeu_ps(sums + LANES, sum[1]);
+        _mm512_store_ps(rows.sums[row], sum[0]);
+        _mm512_store_ps(rows.sums[row + 1], sum[1]);
     }
 }
 
 // out (count, WIDTH), whose rows are `width` apart, = a (count, 2 * pairs) times b (2 * pairs, WIDTH), added to what is
 // there where `add`. Rows of a are `next_row` apart and its pairs `next_pair`; b is (pairs, width, 2). Meanwhile it fetches
 // what lies `ahead`, `per_pair` bytes for each pair.
-template <int count>
+template <int count, int next_row, int next_pair>
 inline void multiply(
-    const bf16* a, int64_t next_row, int64_t next_pair, const bf16* b, int64_t width, int64_t pairs, float* out, bool add,
-    const char* ahead, int64_t per_pair
+    const bf16* a, const bf16* b, int64_t width, int64_t pairs, float* out, bool add, const char* ahead, int64_t per_pair
 ) {
     constexpr int parts = WIDTH / LANES;
     __m512 sum[count][parts];
@@ -185,28 +185,16 @@ inline void multiply(
         }
 }
 
-// A chunk of rows, filled up with zeros to a multiple of ROWS.
+// The rows of x that are walked at once, filled up to a multiple of ROWS.
 struct Chunk {
-    std::vector<bf16> x, scaled;  // (rows, D), and x / (mass N) as (rows / 2, D, 2)
-    std::vector<int64_t> target;
-    std::vector<float> target_z;
+    const bf16* x;  // (rows, D)
+    const int64_t* target;
     int64_t start, rows, padded;
+    std::vector<bf16> scaled;  // x / (mass N) as (padded / 2, D, 2), zero beyond the rows
 
-    Chunk(const bf16* all, const int64_t* targets, int64_t start, int64_t rows, const Weight& weight)
-        : start(start), rows(rows), padded((rows + ROWS - 1) / ROWS * ROWS) {
-        const int64_t width = weight.width;
-        x.assign(padded * width, 0);
-        scaled.assign(padded * width, 0);
-        target.assign(padded, -PANEL);  // in no panel
-        target_z.assign(padded, 0.0f);
-        std::copy(all + start * width, all + (start + rows) * width, x.begin());
-        std::copy(targets + start, targets + start + rows, target.begin());
-        for (int64_t row = 0; row < rows; ++row) {
-            float z = 0.0f;
-            for (int64_t d = 0; d < width; ++d) z += widen(x[row * width + d]) * weight.column_wise(target[row], d);
-            target_z[row] = z * LOG2_E;
-        }
-    }
+    Chunk(const bf16* all, const int64_t* targets, int64_t start, int64_t rows, int64_t width)
+        : x(all + start * width), target(targets + start), start(start), rows(rows), padded(share_of(rows, ROWS) * ROWS),
+          scaled(padded * width) {}
 };
 
 // Where the results go; the last four are null where only the loss is wanted.
@@ -218,54 +206,57 @@ struct Results {
     bf16* slope;  // (panels, chunk rows / 2, PANEL, 2): the exponentials of a chunk, and minus `others` at the target
 };
 
-// Rows `first` to `last` of a chunk: their sums, the gradient of x, and the slope. False if a sum is beyond LIMIT, or NaN.
+// Tiles `first` to `last` of a chunk, ROWS each: their sums, the gradient of x, and the slope. False if a sum is beyond
+// LIMIT, or NaN.
 bool stage_one(Chunk& chunk, int64_t first, int64_t last, int64_t n, const Weight& weight, const Results& results) {
-    const int64_t width = weight.width, count = last - first, stride = PANELS * PANEL;
+    const int64_t width = weight.width, count = last - first;
     const bool gradients = results.slope != nullptr;
-    std::vector<float> sums(count * LANES, 0.0f), grad(gradients ? count * width : 0);
-    std::vector<bf16> by_rows(gradients ? count * stride : 0);
-    const int64_t panel_bytes = PANEL * width * sizeof(bf16), tiles = count / ROWS;
-    const int64_t lines = share_of(panel_bytes / LINE, tiles);  // of the next panel, for each tile of this one
-    for (int64_t begin = 0; begin < weight.panels(); begin += PANELS) {
-        const int64_t end = std::min<int64_t>(begin + PANELS, weight.panels());
+    std::vector<Rows> tiles;
+    for (int64_t row = first * ROWS; row < last * ROWS; row += ROWS)
+        tiles.emplace_back(chunk.x + row * width, chunk.target + row, chunk.rows - row, weight);
+    std::vector<float> grad(gradients ? count * ROWS * width : 0);
+    std::vector<bf16> by_rows(gradients ? count * ROWS * BLOCK : 0);
+    const int64_t panel_bytes = PANEL * width * sizeof(bf16);
+    const int64_t lines = share_of(panel_bytes / LINE, count);  // of the next panel, for each tile of this one
+    for (int64_t begin = 0; begin < weight.panels(); begin += BLOCK / PANEL) {
+        const int64_t end = std::min<int64_t>(begin + BLOCK / PANEL, weight.panels());
         for (int64_t number = begin; number < end; ++number)
-            for (int64_t row = 0; row < count; row += ROWS) {
-                const int64_t at = first + row;
-                const Rows rows{&chunk.x[at * width], &chunk.target_z[at], &chunk.target[at], &sums[row * LANES]};
-                fetch((const char*)weight.panel(number + 1) + row / ROWS * lines * LINE, lines);
+            for (int64_t tile = 0; tile < count; ++tile) {
+                fetch((const char*)weight.panel(number + 1) + tile * lines * LINE, lines);
                 if (gradients)
                     exponentials<true>(
-                        rows, weight, weight.panel(number), number * PANEL, &by_rows[row * stride + (number - begin) * PANEL],
-                        stride, results.slope + (number * chunk.padded + at) * PANEL
+                        tiles[tile], weight, weight.panel(number), number * PANEL,
+                        &by_rows[tile * ROWS * BLOCK + (number - begin) * PANEL],
+                        results.slope + (number * chunk.padded + (first + tile) * ROWS) * PANEL
                     );
                 else
-                    exponentials<false>(rows, weight, weight.panel(number), number * PANEL, nullptr, 0, nullptr);
+                    exponentials<false>(tiles[tile], weight, weight.panel(number), number * PANEL, nullptr, nullptr);
             }
         if (!gradients) continue;
         const int64_t pairs = (end - begin) * PANEL / 2;
         const char* ahead = (const char*)(weight.by_entries + end * PANEL * width);
-        const int64_t per_pair = share_of(panel_bytes * PANELS, tiles * width / WIDTH * pairs);
+        const int64_t per_pair = share_of(BLOCK * width * sizeof(bf16), count * width / WIDTH * pairs);
         for (int64_t column = 0; column < width; column += WIDTH)
-            for (int64_t row = 0; row < count; row += ROWS, ahead += pairs * per_pair)
-                multiply<ROWS>(
-                    &by_rows[row * stride], stride, 2, weight.by_entries + (begin * PANEL / 2 * width + column) * 2, width,
-                    pairs, &grad[row * width + column], begin > 0, ahead, per_pair
+            for (int64_t tile = 0; tile < count; ++tile, ahead += pairs * per_pair)
+                multiply<ROWS, BLOCK, 2>(
+                    &by_rows[tile * ROWS * BLOCK], weight.by_entries + (begin * PANEL / 2 * width + column) * 2, width, pairs,
+                    &grad[tile * ROWS * width + column], begin > 0, ahead, per_pair
                 );
     }
     bool fine = true;
-    for (int64_t row = 0; row < std::min(count, chunk.rows - first); ++row) {
-        const int64_t at = first + row, target = chunk.target[at];
-        const float others = _mm512_reduce_add_ps(_mm512_loadu_ps(&sums[row * LANES]));
+    for (int64_t row = first * ROWS; row < std::min(last * ROWS, chunk.rows); ++row) {
+        const int64_t target = chunk.target[row];
+        const float others = _mm512_reduce_add_ps(_mm512_load_ps(tiles[row / ROWS - first].sums[row % ROWS]));
         fine = fine && others < LIMIT;
-        results.others[chunk.start + at] = others;
+        results.others[chunk.start + row] = others;
         if (!gradients) continue;
-        const int64_t slot = (target / PANEL * chunk.padded + at / 2 * 2) * PANEL + target % PANEL * 2 + at % 2;
+        const int64_t slot = (target / PANEL * chunk.padded + row / 2 * 2) * PANEL + target % PANEL * 2 + row % 2;
         results.slope[slot] = narrow(-others);
-        const float share = 1.0f / ((1.0f + others) * float(n));
+        const float share = 1.0f / ((1.0f + others) * float(n)), scale = weight.scale_of(target);
+        const float* from = &grad[(row - first * ROWS) * width];
         for (int64_t d = 0; d < width; ++d) {
-            results.grad_x[(chunk.start + at) * width + d] =
-                (grad[row * width + d] - others * weight.column_wise(target, d)) * share;
-            chunk.scaled[(at / 2 * width + d) * 2 + at % 2] = narrow(widen(chunk.x[at * width + d]) * share);
+            results.grad_x[(chunk.start + row) * width + d] = (from[d] - others * weight.factor(target, d, scale)) * share;
+            chunk.scaled[(row / 2 * width + d) * 2 + row % 2] = narrow(widen(chunk.x[row * width + d]) * share);
         }
     }
     return fine;
@@ -286,9 +277,9 @@ void stage_two(const Chunk& chunk, int64_t number, bool last, const Weight& weig
     const char* ahead = (const char*)(slope + chunk.padded * PANEL);
     for (int64_t column = 0; column < width; column += WIDTH)
         for (int64_t entry = 0; entry < PANEL; entry += ENTRIES, ahead += pairs * per_pair)
-            multiply<ENTRIES>(
-                slope + entry * 2, 2, PANEL * 2, &chunk.scaled[column * 2], width, pairs, out + entry * width + column,
-                chunk.start > 0, ahead, per_pair
+            multiply<ENTRIES, 2, PANEL * 2>(
+                slope + entry * 2, &chunk.scaled[column * 2], width, pairs, out + entry * width + column, chunk.start > 0,
+                ahead, per_pair
             );
     if (last && weight.scale)
         for (int64_t entry = number * PANEL; entry < number * PANEL + std::min<int64_t>(PANEL, left); ++entry) {
@@ -350,14 +341,14 @@ extern "C" int linear_cross_entropy(
     pack(weight, slope != nullptr);
     const Results results{others, grad_x, grad_weight, grad_scale, slope};
     for (int64_t start = 0; start < n; start += rows_at_once) {
-        Chunk chunk(x, target, start, std::min(rows_at_once, n - start), weight);
+        Chunk chunk(x, target, start, std::min(rows_at_once, n - start), width);
         const int64_t tiles = chunk.padded / ROWS, cached = std::max<int64_t>(1, CACHED / width / ROWS);
         const int64_t threads = std::min<int64_t>(omp_get_max_threads(), tiles);
         const int64_t blocks = share_of(share_of(tiles, cached), threads) * threads;
         bool fine = true;
 #pragma omp parallel for schedule(dynamic) reduction(&& : fine)
         for (int64_t block = 0; block < blocks; ++block) {
-            const int64_t first = tiles * block / blocks * ROWS, last = tiles * (block + 1) / blocks * ROWS;
+            const int64_t first = tiles * block / blocks, last = tiles * (block + 1) / blocks;
             if (first < last) fine = stage_one(chunk, first, last, n, weight, results) && fine;
         }
         if (!fine) return 1;

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from pydantic import Discriminator, Field, Strict, Tag, model_validator
 from torch import Tensor, nn
 
+from ngpt.attention import LONGEST, causal_attention, has_native_attention
 from ngpt.compiling import compile_for
 from ngpt.config import Config, invalid, one_of
 from ngpt.loss import linear_cross_entropy
@@ -159,6 +160,7 @@ class Attention(nn.Module):
         fitting = cfg.head_dim**0.5 if scaled else cfg.head_dim**-0.5 * (cfg.n_embd if cfg.on_sphere else 1)
         temperature = attention_temperature(cfg.rope_scaling, cfg.rope_factor)
         self.softmax_scale = (cfg.softmax_scale or fitting) * temperature
+        self.native = False  # whether attention is ours in C++, see `GPT.compile_parts`
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, head_weights: Tensor | None = None, cache: KVCache | None = None
@@ -174,21 +176,28 @@ class Attention(nn.Module):
         if cache is not None:
             past = cache.length
             k, v = (entries.to(v.dtype) for entries in cache.extend(self.layer, k, v))
-        slow = q.device.type == "cpu" and v.dtype == torch.bfloat16 and k.shape[2] <= SHORT
-        dtype = torch.float32 if slow else v.dtype
         with torch.autocast(q.device.type, enabled=False):
-            mixed = F.scaled_dot_product_attention(
-                q.to(dtype),
-                k.to(dtype),
-                v.to(dtype),
-                attn_mask=_causal_mask(past, q.shape[2], q.device) if past else None,
-                is_causal=not past,
-                scale=self.softmax_scale,
-                enable_gqa=self.n_kv_head != self.n_head,
-            )
+            mixed = self._mix(q, k, v, past)
         if head_weights is not None:
             mixed = mixed * head_weights.view(-1, 1, 1).to(mixed.dtype)
         return self.out(mixed.transpose(1, 2).flatten(2))
+
+    def _mix(self, q: Tensor, k: Tensor, v: Tensor, past: int) -> Tensor:
+        """softmax(scale * q k^T) v of tokens that follow `past` others, (B, H, T, K)."""
+        if self.native and not past and q.shape[2] <= LONGEST:
+            by_token = (part.transpose(1, 2).float() for part in (q, k, v))  # as the products have made them
+            return causal_attention(*by_token, self.softmax_scale)[0].transpose(1, 2)
+        slow = q.device.type == "cpu" and v.dtype == torch.bfloat16 and k.shape[2] <= SHORT
+        dtype = torch.float32 if slow else v.dtype
+        return F.scaled_dot_product_attention(
+            q.to(dtype),
+            k.to(dtype),
+            v.to(dtype),
+            attn_mask=_causal_mask(past, q.shape[2], q.device) if past else None,
+            is_causal=not past,
+            scale=self.softmax_scale,
+            enable_gqa=self.n_kv_head != self.n_head,
+        )
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.query.in_features // self.n_head)).transpose(1, 2)
@@ -348,6 +357,10 @@ class GPT(nn.Module):
             # By shape, too: a run that memory runs out in comes along with ever smaller batches, beyond torch's limit.
             return compile_for((kind, idx.shape), GPT.features)(self, idx, cache)
 
+        if self.wte.weight.device.type == "cpu" and has_native_attention():
+            for module in self.modules():
+                if isinstance(module, Attention):
+                    module.native = True
         self.features = features
         self.compiled = True
 

@@ -28,7 +28,9 @@ def load_native(name: str) -> ctypes.CDLL | None:
     source, compiler = Path(__file__).with_name(f"{name}.cpp"), os.environ.get("CXX", "g++")
     try:
         plan = subprocess.run([compiler, *FLAGS, "-E", "-###", source], capture_output=True, check=True).stderr
-        target = cache_folder() / "native" / f"{name}-{_digest(source.read_bytes(), plan)}.so"
+        parts = [source, *sorted(source.parent.glob("*.h"))]
+        digest = _digest(*(part.read_bytes() for part in parts), plan)
+        target = cache_folder() / "native" / f"{name}-{digest}.so"
         if not target.exists():
             _build(compiler, source, target)
         return ctypes.CDLL(str(target))
