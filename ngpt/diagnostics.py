@@ -1,5 +1,8 @@
 """Looking into a model while it trains: how far it has left the sphere, its step lengths alpha, the divisors r."""
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -53,6 +56,19 @@ def step_lengths(model: GPT) -> dict[str, Tensor]:
             for name, residual in (("attention", block.attention_residual), ("mlp", block.mlp_residual)):
                 found[f"alpha/{name}.{layer}"] = residual.sign(residual.alpha())
     return found
+
+
+@contextlib.contextmanager
+def counted_once(model: GPT) -> Iterator[None]:
+    """Divisors r that were not finite do not count in a pass that breaks off: it is tried again."""
+    counts = [] if model.normalizer is None else [model.normalizer.replaced]
+    before = [count.clone() for count in counts]
+    try:
+        yield
+    except BaseException:
+        for count, old in zip(counts, before, strict=True):
+            count.copy_(old)
+        raise
 
 
 def _outputs(model: GPT, idx: Tensor, kind: type[nn.Module]) -> list[Tensor]:

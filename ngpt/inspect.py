@@ -37,7 +37,7 @@ from ngpt.model import GPT, MLP, Attention, PreNormBlock, SphereBlock
 from ngpt.optim import kinds
 from ngpt.residual import Residual
 from ngpt.tracker import finite
-from ngpt.train import TrainConfig, read_config, resolved
+from ngpt.train_config import TrainConfig, read_config, resolved
 from ngpt.written import named_settings
 from ngpt.yamlfile import parse_assignment
 

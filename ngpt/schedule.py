@@ -1,7 +1,7 @@
-"""Learning-rate schedules: pure functions of the step, so that resuming needs no state.
+"""Learning-rate schedules, and what is due at a step: pure functions of the step, so that resuming needs no state.
 
-Each is a function (progress, cfg) -> multiplier, where progress runs from 0 to 1 after the warm-up, and one entry in
-`SCHEDULES`. The linear warm-up is common to all.
+A schedule is a function (progress, cfg) -> multiplier, where progress runs from 0 to 1 after the warm-up, and one entry
+in `SCHEDULES`. The linear warm-up is common to all.
 """
 
 import math
@@ -64,3 +64,8 @@ def multiplier(step: int, total: int, cfg: ScheduleConfig) -> float:
         return (step + 1) / cfg.warmup_steps
     progress = (step - cfg.warmup_steps) / max(1, total - cfg.warmup_steps)
     return SCHEDULES[cfg.name](min(1.0, progress), cfg)
+
+
+def due(step: int, every: int, *, last: bool = False) -> bool:
+    """Whether something that happens every so many steps happens at `step`; always at the `last`."""
+    return last or step % every == 0

@@ -5,176 +5,44 @@ python -m ngpt.train --config model.yaml --out runs/first --resume latest
 """
 
 import argparse
-import contextlib
-import hashlib
 import json
 import logging
 import math
 import sys
-import time
-from collections.abc import Generator, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Generator
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Any
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor
 
-from ngpt.checkpoint import (
-    Checkpoint,
-    CheckpointConfig,
-    checkpoint_folders,
-    load_checkpoint,
-    newest_checkpoint,
-    save_checkpoint,
-)
-from ngpt.config import (
-    Config,
-    ConfigError,
-    Location,
-    Problem,
-    added,
-    build,
-    dotted,
-    flatten,
-    identity_settings,
-    invalid,
-    one_of,
-    override,
-    runtime,
-)
-from ngpt.data import corpora
-from ngpt.data.corpora import DataConfig, Dataset, open_dataset
-from ngpt.data.loader import EvalSet, eval_set, train_batch
+from ngpt.config import ConfigError, flatten, override
+from ngpt.data.corpora import Dataset
+from ngpt.data.loader import train_batch
 from ngpt.data.shards import CorruptShardError
-from ngpt.data.tokenizer import MODEL_FILE, parse_spec
-from ngpt.device import DEVICES, DTYPES, mixed_precision, pick_device
-from ngpt.diagnostics import (
-    activation_norm_error,
-    divisor_statistics,
-    divisors,
-    step_lengths,
-    weight_norm_error,
-)
-from ngpt.evaluate import evaluate
-from ngpt.memory import (
-    ask_for_huge_pages,
-    free_memory,
-    is_out_of_memory,
-    peak_memory,
-    reset_peak_memory,
-    retry_smaller,
-)
-from ngpt.model import GPT, Count, ModelConfig
+from ngpt.diagnostics import counted_once
+from ngpt.measure import measure
+from ngpt.memory import is_out_of_memory, retry_smaller
 from ngpt.norm import NORM_MODES
-from ngpt.optim import OptimConfig, build_optimizers, set_rates, unfit
+from ngpt.optim import set_rates
 from ngpt.projection import project_weights
 from ngpt.pulse import Pulse
-from ngpt.schedule import ScheduleConfig, multiplier
-from ngpt.setbacks import AVERAGED, NONFINITE, ON_OOM, Metrics, NonfiniteConfig, Progress, halved
-from ngpt.tracker import Tracker, TrackerConfig, finite, settled
-from ngpt.written import named_settings
-from ngpt.yamlfile import parse_assignment, read_yaml
+from ngpt.run import (
+    Run,
+    RunResult,
+    finish,
+    go_back,
+    position,
+    save_or_go_without,
+    saved_when_stopped,
+    set_up,
+)
+from ngpt.schedule import due, multiplier
+from ngpt.setbacks import AVERAGED, NONFINITE, ON_OOM, Metrics
+from ngpt.tracker import Tracker, settled
+from ngpt.train_config import TrainConfig, read_config, resolved
 
 log = logging.getLogger(__name__)
-
-
-class TrainConfig(Config, frozen=True):
-    """Everything that decides a run. Sub-configs belong to the files that implement them."""
-
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0  # initial weights and order of the data
-    steps: Count = 200  # optimizer updates
-    batch_size: Count = 16  # sequences per step
-    micro_batch_size: Count | None = None  # sequences at once; null: the whole batch
-    project_every: Count = 1  # steps between projections onto the sphere
-    eval_every: Count = 50  # steps; the start and the end are always evaluated
-    eval_tokens: Count = 16_384  # the same first tokens of the validation split for every trial
-    # no memory: split the micro-batch in two, or the batch too, as seed 000 has it (the result is another); or give up
-    on_oom: Annotated[str, one_of(ON_OOM, "policy")] = added("split", alike=("fail",))
-    dtype: Annotated[str, one_of(DTYPES, "dtype")] = "float32"  # of matrix products; weights and norms stay float32
-    compile: bool = False  # the blocks and the loss, with torch.compile: worth its half minute in long runs
-    device: Annotated[str, one_of(DEVICES, "device")] = runtime("auto")
-    model: ModelConfig = ModelConfig()
-    data: DataConfig = DataConfig()
-    optim: OptimConfig = OptimConfig()
-    schedule: ScheduleConfig = ScheduleConfig()
-    nonfinite: NonfiniteConfig = NonfiniteConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    tracker: TrackerConfig = TrackerConfig()
-
-    @property
-    def tokens_per_step(self) -> int:
-        return self.batch_size * self.model.block_size
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
-            text = f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
-            raise invalid(text, "micro_batch_size", "batch_size")
-        if reason := unfit(self.optim, self.model):
-            raise invalid(reason, "optim.name", "model.residual")
-        return self
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """What remains of a run: `finished`, or `diverged` when a loss or gradient stopped being finite."""
-
-    status: str
-    steps: int
-    metrics: Metrics = field(default_factory=dict)
-    data: dict[str, str | int] = field(default_factory=dict)  # hashes of the corpus and of the evaluation tokens
-
-
-def resolved(config: TrainConfig) -> TrainConfig:
-    """`config` with `model.vocab_size` filled in from the tokenizer.
-
-    Raises:
-        ConfigError: the model's vocabulary is smaller than the tokenizer's.
-    """
-    needed = corpora.vocab_size(config.data)
-    given = config.model.vocab_size
-    if given is not None and given < needed:
-        raise ConfigError(f"model.vocab_size {given} is smaller than the {needed} tokens of the data")
-    return override(config, {"model.vocab_size": needed}) if given is None else config
-
-
-@dataclass
-class Run:
-    """One training run in memory."""
-
-    config: TrainConfig
-    out_dir: Path
-    device: torch.device
-    dataset: Dataset
-    tokenizer_model: bytes | None  # what a checkpoint carries besides, see `tokenizer_model`
-    validation: EvalSet
-    model: GPT
-    optimizers: list[torch.optim.Optimizer]
-    progress: Progress
-    clock: "Clock"
-    upcoming: tuple[int, tuple[Tensor, Tensor]] | None = None  # the next batch by its number, where it is made already
-
-    @property
-    def batch_size(self) -> int:
-        """Sequences in a step: as the config says, unless memory ran out and the policy is to halve it."""
-        return max(1, self.config.batch_size >> self.progress.halvings)
-
-    @property
-    def micro_batch_size(self) -> int:
-        """Sequences at once in training: as the config says, halved for each time that memory ran out."""
-        given = self.config.micro_batch_size or self.config.batch_size
-        return min(self.batch_size, halved(given, self.progress.splits))
-
-    @property
-    def eval_rows(self) -> int:
-        """Sequences at once in evaluation: what fits while training fits there, or else less."""
-        return halved(self.micro_batch_size, self.progress.eval_splits)
-
-    @property
-    def autocast(self) -> torch.autocast:
-        return mixed_precision(self.device, self.config.dtype)
 
 
 def train(
@@ -249,72 +117,6 @@ def stretch(run: Run, *, together: bool = False) -> Generator[Any, Any, RunResul
                 return finish("diverged", run)
 
 
-@contextlib.contextmanager
-def saved_when_stopped(run: Run, tracker: Tracker, pulse: Pulse) -> Iterator[None]:
-    """Saves a run where it is when it is closed because somebody asked it to stop; it then goes on from there.
-
-    Not where a checkpoint would change what follows: a diverged state, or one that a rollback would return to.
-    """
-    try:
-        yield
-    except GeneratorExit:
-        step, scores = run.progress.step, run.progress.last_eval
-        is_there = step == 0 or any(
-            path.name == f"step_{step:07d}" for path in checkpoint_folders(run.out_dir / "checkpoints")
-        )
-        is_sound = scores.get("step") != step or scores["val_loss"] is not None
-        is_regular = run.config.nonfinite.policy != "rollback" or due(step, run.config.checkpoint.every)
-        if pulse.is_asked_to_stop(now=True) and is_sound and is_regular and not is_there:
-            save_or_go_without(run, tracker, last=False)
-        raise
-
-
-def set_up(config: TrainConfig, out_dir: Path, *, resume: str | None, dataset: Dataset | None) -> Run:
-    """Model, optimizers and data at the first step, or as the newest intact checkpoint left them."""
-    if resume not in (None, "latest"):
-        raise ConfigError(f"resume must be 'latest', got {resume!r}")
-    if resume is None and checkpoint_folders(out_dir / "checkpoints"):
-        raise ConfigError(f"{out_dir} holds checkpoints of an earlier run: resume it, or choose another folder")
-    device = pick_device(config.device)
-    ask_for_huge_pages()
-    reset_peak_memory(device)
-    dataset = dataset or open_dataset(config.data)
-    validation = eval_set(
-        dataset, tokens=config.eval_tokens, batch_size=config.batch_size, block_size=config.model.block_size
-    )
-    model = GPT(config.model, seed=config.seed).to(device)
-    if config.compile:
-        model.compile_parts()
-    optimizers = build_optimizers(model, config.optim)
-    progress = Progress()
-    clock = Clock(progress, warmup=min(5, config.steps // 2))
-    carried = tokenizer_model(config.data, dataset)
-    run = Run(config, out_dir, device, dataset, carried, validation, model, optimizers, progress, clock)
-    if resume and (checkpoint := newest_checkpoint(out_dir / "checkpoints")):
-        restore(run, checkpoint)
-    return run
-
-
-def restore(run: Run, checkpoint: Checkpoint) -> None:
-    """Puts weights, moments and progress where the checkpoint left them."""
-    state = load_checkpoint(checkpoint, run.model, identity=identity(run.config, run.dataset))
-    for optimizer, saved in zip(run.optimizers, state["optimizers"], strict=True):
-        optimizer.load_state_dict(saved)
-    run.progress.become(Progress(**state["progress"]))
-
-
-def go_back(run: Run) -> None:
-    """Returns to the newest intact checkpoint, or to the start where there is none."""
-    run.model.zero_grad(set_to_none=True)
-    run.optimizers = build_optimizers(run.model, run.config.optim)  # without moments
-    free_memory(run.device)
-    if checkpoint := newest_checkpoint(run.out_dir / "checkpoints"):
-        restore(run, checkpoint)
-    else:
-        run.model.load_state_dict(GPT(run.config.model, seed=run.config.seed).state_dict())
-        run.progress.become(Progress())
-
-
 def may_go_on(run: Run) -> bool:
     """What the policy says to a loss or gradient that is not finite; it may send the run back to an earlier step."""
     policy = run.config.nonfinite
@@ -379,19 +181,6 @@ def batch(run: Run, number: int) -> tuple[Tensor, Tensor]:
     return idx, targets
 
 
-@contextlib.contextmanager
-def counted_once(model: GPT) -> Iterator[None]:
-    """Divisors r that were not finite do not count in a pass that breaks off: it is tried again."""
-    counts = [] if model.normalizer is None else [model.normalizer.replaced]
-    before = [count.clone() for count in counts]
-    try:
-        yield
-    except BaseException:
-        for count, old in zip(counts, before, strict=True):
-            count.copy_(old)
-        raise
-
-
 def backward(run: Run, idx: Tensor, targets: Tensor) -> Tensor:
     """Fills the gradients of the mean loss over the batch, one micro-batch at a time, and returns that loss."""
     run.model.zero_grad(set_to_none=True)
@@ -442,193 +231,6 @@ def shrink(run: Run) -> bool:
     return True
 
 
-def shrink_evaluation(run: Run) -> bool:
-    """Halves the sequences at once in evaluation, which changes no result; False if it cannot, or should not."""
-    if ON_OOM[run.config.on_oom] is None or run.eval_rows == 1:
-        return False
-    run.progress.eval_splits += 1
-    log.warning("step %d: out of memory in evaluation; now %d sequences at once", run.progress.step, run.eval_rows)
-    return True
-
-
-def measure(run: Run, *, last: bool) -> dict[str, Tensor]:
-    """Evaluates into `progress.last_eval` and returns what is worth a histogram: alphas and divisors, by name.
-
-    The drift off the sphere is measured before the last projection. A number that is not finite becomes None. Where
-    memory runs out it is tried again with half as many sequences at once.
-    """
-    drift, r = retry_smaller(lambda: look(run), lambda: shrink_evaluation(run), run.device)
-    if last:  # the finished model lies on the sphere, however lazy the projection was
-        project_weights(run.model)
-    scores = retry_smaller(lambda: scored(run), lambda: shrink_evaluation(run), run.device)
-    metrics = position(run) | {"train_loss": run.progress.train_loss} | scores | drift | replaced_divisors(run)
-    run.progress.last_eval = {name: finite(value) for name, value in metrics.items()}
-    return step_lengths(run.model) | r
-
-
-def scored(run: Run) -> Metrics:
-    """The validation loss, on as many sequences at once as fit."""
-    with counted_once(run.model):
-        return evaluate(run.model, run.validation.cut(run.eval_rows), autocast=run.autocast)
-
-
-def look(run: Run) -> tuple[Metrics, dict[str, Tensor]]:
-    """How far the model is off the sphere, and its divisors, by name; on one validation sequence."""
-    idx = run.validation.batches[0][0][:1].to(run.device)
-    r = divisors(run.model, idx)
-    drift: Metrics = {
-        "weight_norm_error": weight_norm_error(run.model),
-        "activation_norm_error": activation_norm_error(run.model, idx),
-    }
-    return drift | divisor_statistics(r), r
-
-
-def replaced_divisors(run: Run) -> Metrics:
-    """`r_replaced`: how many divisors were not finite so far, in training and evaluation; each rise is a warning."""
-    if run.model.normalizer is None:
-        return {}
-    replaced = int(run.model.normalizer.replaced)
-    if replaced > (run.progress.last_eval.get("r_replaced") or 0):
-        log.warning("step %d: %d divisors r were not finite and became 1", run.progress.step, replaced)
-    return {"r_replaced": replaced}
-
-
-def position(run: Run) -> Metrics:
-    """The step, the tokens seen, and the throughput so far (None before it has been measured)."""
-    progress = run.progress
-    speed = progress.timed_tokens / progress.timed_seconds if progress.timed_seconds else None
-    return {
-        "step": progress.step,
-        "tokens": progress.step * run.config.tokens_per_step - progress.left_out * run.config.model.block_size,
-        "tokens_per_second": speed,
-    }
-
-
-def finish(status: str, run: Run) -> RunResult:
-    """The result of a run that stops here. A diverged one has no validation loss: its last finite one would flatter."""
-    scores = {name: value for name, value in run.progress.last_eval.items() if name != "step"}
-    metrics = scores | position(run) | {"steps": run.progress.step, "train_loss": run.progress.train_loss}
-    del metrics["step"]
-    if status == "diverged":
-        metrics |= {"val_loss": None, "val_bpb": None}
-    metrics["peak_memory_bytes"] = peak_memory(run.device)
-    metrics["n_params"] = sum(parameter.numel() for parameter in run.model.parameters())
-    # What became of it: fewer sequences than the config says if memory ran out, steps that were not finite.
-    metrics |= {"batch_size": run.batch_size, "micro_batch_size": run.micro_batch_size}
-    metrics |= {"skipped_steps": run.progress.skipped, "rollbacks": run.progress.rollbacks}
-    data = {
-        "data_sha256": run.dataset.manifest["content_sha256"],
-        "eval_sha256": run.validation.sha256,
-        "eval_tokens": run.validation.n_tokens,
-    }
-    return RunResult(status, run.progress.step, {name: finite(value) for name, value in metrics.items()}, data)
-
-
-def save_or_go_without(run: Run, tracker: Tracker, *, last: bool) -> None:
-    """Saves rows and state. A run can do without any one of its checkpoints but the last, which is tried twice.
-
-    Where there is no memory for it, any one is tried twice. A run that may go back to a checkpoint needs them all: its
-    numbers depend on where it can go back to.
-
-    Raises:
-        RuntimeError, MemoryError: no memory for the last checkpoint, or for any if `on_oom` is fail.
-        OSError: the disk does not take the last checkpoint, or any if `nonfinite.policy` is rollback.
-    """
-    gives_up, step = ON_OOM[run.config.on_oom] is None, run.progress.step
-    needed = last or run.config.nonfinite.policy == "rollback"
-    once_more = iter([not gives_up])
-    try:
-        retry_smaller(lambda: save(run, tracker), lambda: next(once_more, False), run.device)
-    except OSError as error:
-        reason = error.strerror or error
-        if not needed:
-            log.warning("step %d: the checkpoint was not saved (%s); the next one is tried again", step, reason)
-            return
-        log.warning("step %d: the checkpoint was not saved (%s); trying once more", step, reason)
-        save(run, tracker)
-    except (RuntimeError, MemoryError) as error:
-        if last or gives_up or not is_out_of_memory(error):
-            raise
-        log.warning("step %d: no memory to save a checkpoint; the next one is tried again", step)
-
-
-def save(run: Run, tracker: Tracker) -> None:
-    """Commits a checkpoint from which the run continues exactly, once all rows before it are on disk."""
-    tracker.sync()
-    latest = run.progress.last_eval
-    optimizers = [optimizer.state_dict() for optimizer in run.optimizers]
-    save_checkpoint(
-        run.out_dir / "checkpoints",
-        model=run.model,
-        state={"progress": asdict(run.progress), "optimizers": optimizers},
-        step=run.progress.step,
-        val_loss=latest["val_loss"] if latest.get("step") == run.progress.step else None,
-        identity=identity(run.config, run.dataset),
-        data={"settings": flatten(run.config.data), "tokenizer": run.dataset.manifest["tokenizer"]},
-        files={} if run.tokenizer_model is None else {MODEL_FILE: run.tokenizer_model},
-        keep_last=run.config.checkpoint.keep_last,
-    )
-
-
-def tokenizer_model(config: DataConfig, dataset: Dataset) -> bytes | None:
-    """The sentencepiece model that the tokens were made with; None where it is another kind, or not at hand.
-
-    It is read before the first step: what may happen to the cache meanwhile does not end a long run.
-    """
-    made, shards = dataset.manifest["tokenizer"], dataset.manifest["shard_folder"]
-    kind, argument = parse_spec(made["spec"])
-    folders = [dataset.folder, Path(config.corpus).expanduser(), *([Path(shards)] if shards else [])]
-    given = [Path(argument).expanduser()] if kind == "model" else []
-    for path in [*(folder / MODEL_FILE for folder in folders), *given]:
-        if path.is_file() and hashlib.sha256(model := path.read_bytes()).hexdigest() == made["sha256"]:
-            return model
-    return None
-
-
-def identity(config: TrainConfig, dataset: Dataset) -> dict[str, Any]:
-    """What decides a run's numbers, by dotted name; of the data not where they lie, but what they are."""
-    kept = {name: value for name, value in identity_settings(config).items() if not name.startswith("data.")}
-    data = {"data.fingerprint": dataset.manifest["fingerprint"], "data.order": config.data.order}
-    return kept | rollback_settings(config) | data | corpora.order_settings(config.data)
-
-
-def rollback_settings(config: TrainConfig) -> dict[str, Any]:
-    """What decides where a run returns to that meets a number that is not finite; empty for the other policies."""
-    return {"checkpoint.every": config.checkpoint.every} if config.nonfinite.policy == "rollback" else {}
-
-
-def due(step: int, every: int, *, last: bool = False) -> bool:
-    """Whether something that happens every so many steps happens at `step`; always at the `last`."""
-    return last or step % every == 0
-
-
-class Clock:
-    """Adds the time of training steps to `progress`, without the process's first `warmup` ones (allocation, caches)."""
-
-    def __init__(self, progress: Progress, *, warmup: int) -> None:
-        self._progress, self._skip = progress, warmup
-        self._tokens = 0
-        self._start = 0.0
-
-    def step(self, tokens: int) -> Self:
-        self._tokens = tokens
-        return self
-
-    def leave_out(self) -> None:
-        """Does not count the step under way: something was tried twice in it."""
-        self._skip = max(self._skip, 1)
-
-    def __enter__(self) -> None:
-        self._start = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        if self._skip:
-            self._skip -= 1
-            return
-        self._progress.timed_seconds += time.perf_counter() - self._start
-        self._progress.timed_tokens += self._tokens
-
-
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m ngpt.train", description="Train one model.")
@@ -654,39 +256,6 @@ def main(arguments: list[str] | None = None) -> int:
         return 74
     print(json.dumps({"status": result.status} | result.metrics, indent=1, allow_nan=False))
     return 0 if result.status == "finished" else 4
-
-
-def read_config(path: Path | None, assignments: list[str]) -> TrainConfig:
-    """Defaults, then the YAML file, then `name=value` assignments.
-
-    Raises:
-        ConfigError: whatever is wrong, with the position in the file.
-    """
-    config = TrainConfig()
-    if path is not None:
-        document = read_yaml(path)
-        given, problems = named_settings(TrainConfig, document.data, folder=path.parent)
-        if problems:
-            raise ConfigError("\n".join(map(document.describe, problems)))
-        try:
-            config = build(TrainConfig, {name: value for name, (value, _) in given.items()})
-        except ConfigError as error:
-            problems = [located(problem, given) for problem in error.problems]
-            raise ConfigError("\n".join(map(document.describe, problems))) from None
-    given, problems = named_settings(TrainConfig, dict(map(parse_assignment, assignments)))
-    if problems:
-        raise ConfigError(problems)
-    return override(config, {name: value for name, (value, _) in given.items()})
-
-
-def located(problem: Problem, given: Mapping[str, tuple[Any, Location]]) -> Problem:
-    """A problem at `optim.betas[0]`, moved to where the file gives `betas`, which may be a bare name."""
-    location = problem.location
-    for end in range(len(location), 0, -1):
-        name = dotted(location[:end])
-        if name in given:
-            return Problem((*given[name][1], *location[end:]), problem.message)
-    return problem
 
 
 def print_progress(run: Generator[Metrics, None, RunResult]) -> RunResult:

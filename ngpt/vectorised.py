@@ -18,22 +18,14 @@ from torch import Tensor
 from ngpt.config import ConfigError, flatten
 from ngpt.data.corpora import Dataset
 from ngpt.data.loader import Batch, train_batch
+from ngpt.diagnostics import counted_once
 from ngpt.memory import retry_smaller
 from ngpt.optim import set_rates
+from ngpt.run import Run, RunResult, set_up
 from ngpt.schedule import multiplier
 from ngpt.setbacks import AVERAGED, Metrics
-from ngpt.train import (
-    Run,
-    RunResult,
-    TrainConfig,
-    counted_once,
-    rates,
-    resolved,
-    set_up,
-    shrink,
-    stretch,
-    train_step,
-)
+from ngpt.train import rates, shrink, stretch, train_step
+from ngpt.train_config import TrainConfig, resolved
 from ngpt.vectorised_model import Stack
 from ngpt.vectorised_update import update_together
 

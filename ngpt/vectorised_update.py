@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from ngpt.memory import is_out_of_memory
 from ngpt.muon import Muon, step_together
 from ngpt.projection import project
-from ngpt.train import Run, due, go_back, shrink
+from ngpt.run import Run, go_back
+from ngpt.schedule import due
+from ngpt.train import shrink
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from hypothesis import settings
 
 from ngpt.config import build
 from ngpt.data.corpora import DataConfig, Dataset, open_dataset
-from ngpt.train import TrainConfig
+from ngpt.train_config import TrainConfig
 from tune.campaign import Campaign, load_campaign
 
 if not torch.cuda.is_available():
@@ -60,6 +60,25 @@ def tiny(data: DataConfig) -> TrainConfig:
     settings |= {"data.corpus": data.corpus, "data.tokenizer": data.tokenizer, "device": "cpu"}
     settings |= {"steps": 8, "batch_size": 4, "eval_every": 3, "eval_tokens": 256, "optim.lr": 0.01}
     return build(TrainConfig, settings)
+
+
+@pytest.fixture
+def settings_file(tiny: TrainConfig, tmp_path: Path) -> Path:
+    """The settings of a run of a second, as a file."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(
+        f"data: {{corpus: {tiny.data.corpus}, tokenizer: 'sentencepiece:400'}}\n"
+        "model: {n_layer: 1, n_head: 2, n_embd: 16, block_size: 16}\n"
+        "device: cpu\n"
+        "steps: 4\n"
+        "batch_size: 2\n"
+        "eval_every: 2\n"
+        "eval_tokens: 64\n"
+        "optim:\n"
+        "  lr: 1e-2\n"
+        "  betas: [0.9, 0.99]\n"
+    )
+    return path
 
 
 @pytest.fixture

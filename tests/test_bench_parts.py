@@ -10,7 +10,7 @@ from ngpt.config import ConfigError, build, override
 from ngpt.device import DTYPES
 from ngpt.model import GPT, ModelConfig
 from ngpt.optim import OPTIMIZERS, OptimConfig, build_optimizers
-from ngpt.train import TrainConfig
+from ngpt.train_config import TrainConfig
 
 MODEL = build(ModelConfig, {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 8, "vocab_size": 31, "mlp": "relu2"})
 

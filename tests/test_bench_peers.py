@@ -15,7 +15,7 @@ import torch
 from ngpt.bench.peers import flash_attn_func, flash_attn_qkvpacked_func, load_peer, normalize_matrices, peer_step
 from ngpt.config import ConfigError, override
 from ngpt.data.corpora import Dataset
-from ngpt.train import TrainConfig, resolved
+from ngpt.train_config import TrainConfig, resolved
 
 NANOGPT = """
 import torch

@@ -4,7 +4,7 @@ import pytest
 
 from ngpt.bench.saving import checkpoint
 from ngpt.config import override
-from ngpt.train import TrainConfig
+from ngpt.train_config import TrainConfig
 
 
 def test_a_checkpoint_is_compared_with_a_plain_save_and_with_the_steps_between(tiny: TrainConfig) -> None:

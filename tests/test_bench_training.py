@@ -8,7 +8,8 @@ from test_bench_peers import NANOGPT
 from ngpt.bench.training import against_peer, prepared, step
 from ngpt.config import override
 from ngpt.flops import flops_per_token
-from ngpt.train import TrainConfig, resolved, train_step
+from ngpt.train import train_step
+from ngpt.train_config import TrainConfig, resolved
 
 CONTRACT = {"tokens_per_second", "step_ms", "gemm_tflops", "mfu", "peak_memory_bytes", "device", "dtype", "compiled"}
 

@@ -4,7 +4,7 @@ import pytest
 
 from ngpt.bench.vectorised import AT_ONCE, vectorised
 from ngpt.config import ConfigError, override
-from ngpt.train import TrainConfig
+from ngpt.train_config import TrainConfig
 
 
 def test_every_number_of_runs_is_compared_with_as_many_single_steps(tiny: TrainConfig) -> None:

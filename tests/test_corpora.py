@@ -21,7 +21,7 @@ from ngpt.data.__main__ import main
 from ngpt.data.corpora import DataConfig, Dataset, fingerprint, open_dataset, order_settings, prepare, vocab_size
 from ngpt.data.shards import CorruptShardError, write_shard
 from ngpt.data.tokenizer import load_tokenizer
-from ngpt.train import TrainConfig, resolved
+from ngpt.train_config import TrainConfig, resolved
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from ngpt.config import override
 from ngpt.data import checksums
 from ngpt.data.corpora import Dataset
 from ngpt.data.shards import CorruptShardError, write_shard
-from ngpt.train import TrainConfig
+from ngpt.train_config import TrainConfig
 from tune.campaign import load_campaign
 from tune.corpus import changed_shards, check_all, describe_data, prepare_all
 

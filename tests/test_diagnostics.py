@@ -7,6 +7,7 @@ import torch
 from ngpt.config import build
 from ngpt.diagnostics import (
     activation_norm_error,
+    counted_once,
     divisor_statistics,
     divisors,
     step_lengths,
@@ -143,3 +144,18 @@ def test_step_lengths_are_the_alphas_that_act(kind: str, sizes: tuple[int, int])
     scheduled = model(alpha=0.15, alpha_final=0.2, alpha_kind=kind)
     scheduled.prepare_step(9, 10, seed=0)
     assert all(float(alpha.mean()) == pytest.approx(0.2) for alpha in step_lengths(scheduled).values())
+
+
+def test_divisors_of_a_pass_that_breaks_off_do_not_count() -> None:
+    gpt = model(norm_mode="dotprod")
+    with torch.no_grad():
+        gpt.get_parameter("blocks.0.mlp.down.weight").fill_(torch.inf)
+    assert gpt.normalizer is not None
+    with pytest.raises(MemoryError), counted_once(gpt):
+        gpt(IDX)
+        assert int(gpt.normalizer.replaced) > 0
+        raise MemoryError
+    assert int(gpt.normalizer.replaced) == 0
+    with counted_once(gpt):
+        gpt(IDX)
+    assert int(gpt.normalizer.replaced) > 0

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from ngpt.config import resolve
-from ngpt.train import TrainConfig
+from ngpt.train_config import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 FEATURES = (ROOT / "docs" / "features.md").read_text(encoding="utf-8")

@@ -14,7 +14,8 @@ from rich.console import Console
 import ngpt.bench
 import run_campaign
 from ngpt.config import override
-from ngpt.train import TrainConfig, train
+from ngpt.train import train
+from ngpt.train_config import TrainConfig
 from tune.campaign import Campaign, load_campaign
 from tune.estimate import (
     device_key,

@@ -19,7 +19,8 @@ from ngpt.evaluate import evaluate, main
 from ngpt.load import load_model
 from ngpt.model import GPT, ModelConfig
 from ngpt.projection import project_weights
-from ngpt.train import TrainConfig, train
+from ngpt.train import train
+from ngpt.train_config import TrainConfig
 
 
 def no_autocast() -> torch.autocast:

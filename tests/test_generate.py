@@ -23,7 +23,8 @@ from ngpt.generate import Row, Sampling, TextStream, generate, main, probabiliti
 from ngpt.load import load_model
 from ngpt.model import GPT, KVCache, ModelConfig
 from ngpt.residual import RESIDUAL_RULES
-from ngpt.train import TrainConfig, train
+from ngpt.train import train
+from ngpt.train_config import TrainConfig
 
 VOCAB = 50
 VARIANTS: dict[str, dict[str, Any]] = {

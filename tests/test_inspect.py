@@ -21,7 +21,8 @@ from ngpt.diagnostics import divisors
 from ngpt.inspect import Inspection, Stage, angles, look_into, main, score_facts, table
 from ngpt.model import GPT, ModelConfig
 from ngpt.optim import kinds
-from ngpt.train import TrainConfig, train
+from ngpt.train import train
+from ngpt.train_config import TrainConfig
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "how-it-works.md"
 DRAWS = torch.Generator().manual_seed(7)

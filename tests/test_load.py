@@ -17,8 +17,10 @@ from ngpt.data.shards import write_shard
 from ngpt.data.tokenizer import load_tokenizer
 from ngpt.load import find_checkpoint, load_model, made_with, model_changes
 from ngpt.model import GPT, ModelConfig
+from ngpt.run import Run, save, set_up
 from ngpt.tracker import Tracker
-from ngpt.train import Run, TrainConfig, resolved, save, set_up, train, train_step
+from ngpt.train import train, train_step
+from ngpt.train_config import TrainConfig, resolved
 
 
 def finish(config: TrainConfig, out: Path, dataset: Dataset | None = None) -> Path:

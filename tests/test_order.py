@@ -13,7 +13,8 @@ from ngpt.config import ConfigError, override
 from ngpt.data import order
 from ngpt.data.corpora import Dataset
 from ngpt.data.order import ORDERS
-from ngpt.train import TrainConfig, train
+from ngpt.train import train
+from ngpt.train_config import TrainConfig
 
 lengths = st.lists(st.integers(0, 60), min_size=1, max_size=5).map(lambda parts: (*parts, 20))
 block_sizes = st.integers(1, 12)

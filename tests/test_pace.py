@@ -10,7 +10,7 @@ from tiny_campaign import begun, drive, pretend, session_on, strict, write_file
 
 from ngpt.config import override
 from ngpt.flops import flops_per_token
-from ngpt.train import TrainConfig, resolved
+from ngpt.train_config import TrainConfig, resolved
 from tune.campaign import load_campaign
 from tune.journal import read_journal
 from tune.pace import ROUNDS, measure, pace_key, steps_of_equal_time, timer

@@ -12,7 +12,7 @@ from tiny_campaign import begun, pretend, session_on, train_all, write_file
 
 from ngpt.config import override
 from ngpt.data.corpora import prepare
-from ngpt.train import TrainConfig, resolved
+from ngpt.train_config import TrainConfig, resolved
 from tune import packing
 from tune.campaign import Campaign
 from tune.costs import cost_facts

@@ -17,7 +17,7 @@ from ruamel.yaml import YAML
 
 from ngpt.config import build, flatten, is_identity, override, settings
 from ngpt.tracker import TrackerConfig
-from ngpt.train import TrainConfig
+from ngpt.train_config import TrainConfig
 from tune.campaign import Campaign
 from tune.plan import (
     PlannedPhase,

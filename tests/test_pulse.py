@@ -12,7 +12,8 @@ from ngpt import pulse
 from ngpt.config import override
 from ngpt.data.corpora import Dataset
 from ngpt.pulse import Heartbeat, Pulse, ask_to_stop, clear, is_asked_to_stop, read_heartbeat
-from ngpt.train import TrainConfig, train
+from ngpt.train import train
+from ngpt.train_config import TrainConfig
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ngpt.config import ConfigError, build
-from ngpt.schedule import SCHEDULES, ScheduleConfig, multiplier
+from ngpt.schedule import SCHEDULES, ScheduleConfig, due, multiplier
 
 
 def curve(total: int, **settings: object) -> list[float]:
@@ -99,3 +99,7 @@ def test_a_run_that_is_all_warm_up_is_possible() -> None:
 def test_an_unknown_schedule_is_refused() -> None:
     with pytest.raises(ConfigError, match="unknown schedule 'cosin', did you mean 'cosine'"):
         curve(3, name="cosin")
+
+
+def test_due_is_every_so_often_and_at_the_last() -> None:
+    assert [step for step in range(10) if due(step, 4, last=step == 9)] == [0, 4, 8, 9]

@@ -14,11 +14,15 @@ import pytest
 import safetensors.numpy
 import torch
 
+import ngpt.run
 import ngpt.train
 from ngpt.config import ConfigError, content_hash, flatten, override
 from ngpt.data.corpora import Dataset
-from ngpt.setbacks import NONFINITE, ON_OOM, Progress, halved
-from ngpt.train import Metrics, Run, RunResult, TrainConfig, backward, train
+from ngpt.model import GPT
+from ngpt.run import Run, RunResult
+from ngpt.setbacks import NONFINITE, ON_OOM, Metrics, Progress, halved
+from ngpt.train import backward, train
+from ngpt.train_config import TrainConfig
 
 TIMING = ("tokens_per_second", "peak_memory_bytes")
 OPTIMIZERS = {"adamw": {}, "muon": {"optim.name": "muon", "optim.lr_other": 0.02}}
@@ -74,15 +78,15 @@ class FullMemory:
 
 def break_forward(patch: pytest.MonkeyPatch) -> FullMemory:
     """No pass over more than one sequence in training."""
-    real = ngpt.train.GPT.forward
+    real = GPT.forward
     full = FullMemory(real, fails=lambda model, idx, targets=None: len(idx) > 1 and torch.is_grad_enabled())
-    patch.setattr(ngpt.train.GPT, "forward", lambda *arguments: full(*arguments))
+    patch.setattr(GPT, "forward", lambda *arguments: full(*arguments))
     return full
 
 
 def break_backward(patch: pytest.MonkeyPatch) -> FullMemory:
     """The gradients of more than one sequence are too large, once those of some layers are there already."""
-    real, deep = ngpt.train.GPT.forward, {"rows": 0}
+    real, deep = GPT.forward, {"rows": 0}
     full = FullMemory(lambda gradient: gradient, fails=lambda gradient: deep["rows"] > 1)
 
     def forward(model: Any, idx: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
@@ -91,7 +95,7 @@ def break_backward(patch: pytest.MonkeyPatch) -> FullMemory:
             model.wte.weight.register_hook(full)  # the last gradient of all
         return real(model, idx, targets)
 
-    patch.setattr(ngpt.train.GPT, "forward", forward)
+    patch.setattr(GPT, "forward", forward)
     return full
 
 
@@ -158,10 +162,10 @@ def test_evaluation_takes_fewer_sequences_at_once_and_gives_the_same_loss(
     watched: TrainConfig, dataset: Dataset, tmp_path: Path
 ) -> None:
     plain = run(watched, tmp_path / "plain", dataset)
-    real = ngpt.train.GPT.forward
+    real = GPT.forward
     full = FullMemory(real, fails=lambda model, idx, targets=None: len(idx) > 2 and not torch.is_grad_enabled())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ngpt.train.GPT, "forward", lambda *arguments: full(*arguments))
+        patch.setattr(GPT, "forward", lambda *arguments: full(*arguments))
         result = run(watched, tmp_path / "full", dataset)
     assert full.failures == 1
     assert result.metrics["micro_batch_size"] == 4  # training had enough
@@ -181,8 +185,8 @@ def test_a_checkpoint_without_memory_is_tried_again_and_then_done_without(
         return tries.count(4) <= times and step == 4
 
     with pytest.MonkeyPatch.context() as patch:
-        full = FullMemory(ngpt.train.save_checkpoint, fails=fails)
-        patch.setattr(ngpt.train, "save_checkpoint", full)
+        full = FullMemory(ngpt.run.save_checkpoint, fails=fails)
+        patch.setattr(ngpt.run, "save_checkpoint", full)
         result = run(watched, tmp_path / "full", dataset)
     assert result.status == "finished" and full.failures == times
     assert tries == [2, 4, 4, 6, 8]
@@ -193,8 +197,8 @@ def test_a_checkpoint_without_memory_is_tried_again_and_then_done_without(
 
 def test_a_last_checkpoint_without_memory_is_an_error(watched: TrainConfig, dataset: Dataset, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        full = FullMemory(ngpt.train.save_checkpoint, fails=lambda *_, step, **__: step == 8)
-        patch.setattr(ngpt.train, "save_checkpoint", full)
+        full = FullMemory(ngpt.run.save_checkpoint, fails=lambda *_, step, **__: step == 8)
+        patch.setattr(ngpt.run, "save_checkpoint", full)
         with pytest.raises(torch.OutOfMemoryError):
             run(watched, tmp_path, dataset)
     assert full.failures == 2
@@ -227,7 +231,7 @@ def test_a_compiled_run_goes_through_more_sizes_than_torch_compiles_of_a_functio
 ) -> None:
     """Nine sizes in training and as many in evaluation; torch's limit is eight, and to exceed it would be an error."""
     settings = {"batch_size": 256, "compile": True, "steps": 9, "eval_every": 1, "eval_tokens": 4096, "n_layer": 1}
-    config, real, steps = override(tiny, settings), ngpt.train.GPT.forward, iter(range(99))
+    config, real, steps = override(tiny, settings), GPT.forward, iter(range(99))
 
     def step(each: Run) -> dict[str, float]:
         full["most"] = 256 >> next(steps)  # half of what the step before had
@@ -241,7 +245,7 @@ def test_a_compiled_run_goes_through_more_sizes_than_torch_compiles_of_a_functio
 
     full, train_step = {"most": 256}, ngpt.train.train_step
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ngpt.train.GPT, "forward", forward)
+        patch.setattr(GPT, "forward", forward)
         patch.setattr(ngpt.train, "train_step", step)
         result = run(config, tmp_path / "compiled", dataset)
     assert result.status == "finished" and result.metrics["micro_batch_size"] == 1
@@ -299,7 +303,8 @@ import json, resource, sys
 from pathlib import Path
 import torch
 from ngpt.config import build
-from ngpt.train import TrainConfig, train
+from ngpt.train import train
+from ngpt.train_config import TrainConfig
 
 torch.set_num_threads(1)
 loop = train(build(TrainConfig, json.loads(sys.argv[1])), Path(sys.argv[3]))
@@ -501,7 +506,7 @@ def test_progress_takes_over_all_of_another() -> None:
 
 def refuse_saves(patch: pytest.MonkeyPatch, refuses: Callable[[int, int], bool]) -> list[int]:
     """Saving fails where `refuses(step, attempt)` says so; returns the steps of all attempts."""
-    real, attempts = ngpt.train.save_checkpoint, []
+    real, attempts = ngpt.run.save_checkpoint, []
 
     def save(*arguments: Any, **named: Any) -> Path:
         attempts.append(named["step"])
@@ -509,7 +514,7 @@ def refuse_saves(patch: pytest.MonkeyPatch, refuses: Callable[[int, int], bool])
             raise OSError(28, "No space left on device")
         return real(*arguments, **named)
 
-    patch.setattr(ngpt.train, "save_checkpoint", save)
+    patch.setattr(ngpt.run, "save_checkpoint", save)
     return attempts
 
 

@@ -7,7 +7,7 @@ import pytest
 from ngpt.config import override
 from ngpt.data.corpora import prepare
 from ngpt.memory import peak_memory
-from ngpt.train import TrainConfig
+from ngpt.train_config import TrainConfig
 from tune.environment import total_memory
 from tune.together import FREE, CalibrationFailed, Point, describe_device, measure_together
 

@@ -14,7 +14,7 @@ import torch
 
 from ngpt.config import override
 from ngpt.pulse import Heartbeat, ask_to_stop, clear, is_asked_to_stop, read_heartbeat
-from ngpt.train import TrainConfig
+from ngpt.train_config import TrainConfig
 from tune.trainable import NEWS, PAUSED, TrialWorker
 from tune.trial import TrialResult, TrialSpec
 from tune.vectorised import News

@@ -14,7 +14,7 @@ import torch
 
 from ngpt.config import flatten, override
 from ngpt.data.corpora import DataConfig
-from ngpt.train import TrainConfig
+from ngpt.train_config import TrainConfig
 from tune.trial import TrialResult, TrialSpec, code_hash, machine, run_trial
 
 UNTIMED = ("val_loss", "val_bpb", "train_loss", "steps", "tokens", "n_params")
@@ -151,7 +151,7 @@ def test_a_trial_after_others_equals_one_in_a_fresh_process_bit_for_bit(spec: Tr
 import json
 from pathlib import Path
 from ngpt.config import build
-from ngpt.train import TrainConfig
+from ngpt.train_config import TrainConfig
 from tune.trial import TrialSpec, run_trial
 from test_trial import finish, numbers
 config = build(TrainConfig, json.loads({json.dumps(flatten(spec.config))!r}))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ngpt.config import override
-from ngpt.train import TrainConfig
+from ngpt.train_config import TrainConfig
 from ngpt.vectorised_model import Stack
 from tune.trial import TrialResult, TrialSpec, run_trial
 from tune.vectorised import alike, run_trials

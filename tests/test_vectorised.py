@@ -12,7 +12,10 @@ import torch
 
 from ngpt.config import ConfigError, override
 from ngpt.data.corpora import Dataset
-from ngpt.train import Metrics, RunResult, TrainConfig, train
+from ngpt.run import RunResult
+from ngpt.setbacks import Metrics
+from ngpt.train import train
+from ngpt.train_config import TrainConfig
 from ngpt.vectorised import Event, train_together, unstackable
 from ngpt.vectorised_model import Stack
 

@@ -9,7 +9,9 @@ import torch
 from ngpt.config import override
 from ngpt.data.corpora import Dataset
 from ngpt.diagnostics import weight_norm_error
-from ngpt.train import Run, RunResult, TrainConfig, resolved, set_up, train
+from ngpt.run import Run, RunResult, set_up
+from ngpt.train import train
+from ngpt.train_config import TrainConfig, resolved
 from ngpt.vectorised import train_together
 from ngpt.vectorised_update import update_together
 

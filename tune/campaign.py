@@ -12,7 +12,7 @@ from typing import Any
 
 from ngpt.config import ConfigError, Location, build, settings, unknown, visible
 from ngpt.secrets import is_secret_name, refuse_secrets
-from ngpt.train import TrainConfig
+from ngpt.train_config import TrainConfig
 from ngpt.written import named_settings
 from ngpt.yamlfile import parse_assignment, read_yaml
 from tune import format as fmt

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ngpt.config import ConfigError, settings, unknown
-from ngpt.train import TrainConfig
+from ngpt.train_config import TrainConfig
 from tune.journal import Event, read_journal
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from ngpt.config import ConfigError, flatten, is_identity
 from ngpt.data.corpora import fingerprint
-from ngpt.train import TrainConfig
+from ngpt.train_config import TrainConfig
 from tune import format as fmt
 from tune.campaign import Campaign
 from tune.progress import expected_phases

@@ -9,7 +9,7 @@ from ngpt.config import ConfigError, Location, Problem, build, dotted, settings
 from ngpt.data import corpora
 from ngpt.data.sources import CORPORA
 from ngpt.data.tokenizer import parse_spec, tokenizer_vocab_size
-from ngpt.train import TrainConfig, resolved
+from ngpt.train_config import TrainConfig, resolved
 from ngpt.written import MOST_PROBLEMS
 from ngpt.yamlfile import Document
 

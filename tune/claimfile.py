@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ngpt.config import ConfigError, Location, flatten, resolve, unknown
-from ngpt.train import TrainConfig
+from ngpt.train_config import TrainConfig
 from ngpt.written import named_settings
 from ngpt.yamlfile import read_yaml
 from tune import format as fmt

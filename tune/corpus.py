@@ -5,7 +5,7 @@ from typing import Any
 
 from ngpt.data.corpora import DataConfig, open_dataset, prepare
 from ngpt.data.loader import eval_set
-from ngpt.train import TrainConfig
+from ngpt.train_config import TrainConfig
 from tune.campaign import Campaign
 from tune.plan import preview
 

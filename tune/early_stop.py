@@ -21,7 +21,7 @@ that it counts with, so that the family-wise error rate is kept.
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from ngpt.train import TrainConfig
+from ngpt.train_config import TrainConfig
 from tune.checks import Problems
 from tune.journal import Event
 from tune.schema import EarlyStop, Phase

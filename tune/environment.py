@@ -22,7 +22,7 @@ def describe(device: str = "auto") -> dict[str, Any]:
     """Versions, device, host and the commit of the code, as flat scalars."""
     import torch
 
-    from ngpt.train import pick_device
+    from ngpt.device import pick_device
 
     kind = pick_device(device)
     return {

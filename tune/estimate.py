@@ -13,9 +13,10 @@ from rich.text import Text
 
 from ngpt.config import ConfigError, content_hash
 from ngpt.data.corpora import cache_folder
+from ngpt.device import DTYPES, pick_device
 from ngpt.flops import matrix_params
 from ngpt.model import ModelConfig
-from ngpt.train import TrainConfig, pick_device
+from ngpt.train_config import TrainConfig
 from tune import format as fmt
 from tune.budget import describe
 from tune.campaign import Campaign
@@ -291,7 +292,6 @@ def _flop_rate(campaign: Campaign) -> float:
     import torch
 
     from ngpt.bench import gemm_flops
-    from ngpt.train import DTYPES
 
     torch.set_num_threads(campaign.resources.cpus_per_trial)
     return gemm_flops(pick_device(campaign.base.device), DTYPES[campaign.base.dtype]) * EFFICIENCY

@@ -17,7 +17,7 @@ from functools import lru_cache
 
 from ngpt.config import content_hash, settings
 from ngpt.flops import flops_per_token
-from ngpt.train import TrainConfig, resolved
+from ngpt.train_config import TrainConfig, resolved
 
 ROUNDS = 3
 # What the time of a step depends on, besides all of `model.` but values that cost no time.

@@ -22,7 +22,7 @@ import torch
 from ngpt.data.corpora import cache_folder
 from ngpt.device import pick_device
 from ngpt.flops import flops_per_token
-from ngpt.train import TrainConfig
+from ngpt.train_config import TrainConfig
 from tune import format as fmt
 from tune.campaign import Campaign, Resources
 from tune.environment import usable_cpus

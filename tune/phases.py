@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ngpt.config import ConfigError, Location, is_identity, settings, unknown
-from ngpt.train import TrainConfig
+from ngpt.train_config import TrainConfig
 from ngpt.written import named_settings
 from tune import format as fmt
 from tune.arms import BASELINE, SWEEPS, Arm, Axis, count

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import Field, PlainValidator
 
 from ngpt.config import Config, invalid, one_of
-from ngpt.train import TrainConfig
+from ngpt.train_config import TrainConfig
 from tune.arms import SWEEPS, Arm
 from tune.chain import Chained, is_path
 from tune.space import Search

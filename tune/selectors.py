@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 from ngpt.config import settings
-from ngpt.train import TrainConfig
+from ngpt.train_config import TrainConfig
 from tune import format as fmt
 from tune.arms import BASELINE
 from tune.checks import written_alike

@@ -7,7 +7,7 @@ from typing import Any
 
 from ngpt.config import flatten, override
 from ngpt.data.tokenizer import parse_spec
-from ngpt.train import TrainConfig
+from ngpt.train_config import TrainConfig
 from tune.campaign import Campaign, Fresh, Phase
 from tune.space import random_arms
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ngpt.config import Location, settings, unknown
-from ngpt.train import TrainConfig
+from ngpt.train_config import TrainConfig
 from tune.arms import Arm, Axis
 from tune.checks import Problems, written_alike
 

@@ -18,7 +18,8 @@ from ngpt.bench.timing import synchronize
 from ngpt.bench.training import prepared
 from ngpt.config import override
 from ngpt.memory import is_out_of_memory, peak_memory, reset_peak_memory
-from ngpt.train import TrainConfig, resolved, train_step
+from ngpt.train import train_step
+from ngpt.train_config import TrainConfig, resolved
 from tune import format as fmt
 from tune.environment import total_memory
 from tune.trial import machine

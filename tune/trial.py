@@ -19,9 +19,12 @@ import torch
 from ngpt import durable
 from ngpt.config import flatten
 from ngpt.data.corpora import DataConfig, Dataset, open_dataset
+from ngpt.device import pick_device
 from ngpt.memory import peak_memory
 from ngpt.secrets import redacted
-from ngpt.train import Metrics, TrainConfig, pick_device, train
+from ngpt.setbacks import Metrics
+from ngpt.train import train
+from ngpt.train_config import TrainConfig
 
 CONTEXT = 768 << 20  # bytes that a process takes of a GPU besides those of its tensors
 

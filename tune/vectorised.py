@@ -15,11 +15,12 @@ from datetime import UTC, datetime
 
 import torch
 
+from ngpt.device import pick_device
 from ngpt.durable import write_atomic
 from ngpt.memory import free_memory
 from ngpt.pulse import Pulse
+from ngpt.run import RunResult
 from ngpt.secrets import redacted
-from ngpt.train import RunResult, pick_device
 from ngpt.vectorised import Event, train_together, unstackable
 from tune.trial import TrialResult, TrialSpec, cap_memory, machine, make_folder, opened, run_trial, unfinished
 

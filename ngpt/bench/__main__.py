@@ -17,7 +17,7 @@ from ngpt.bench.vectorised import vectorised
 from ngpt.config import ConfigError
 from ngpt.data.shards import CorruptShardError
 from ngpt.device import DTYPES, pick_device
-from ngpt.train import TrainConfig, read_config
+from ngpt.train_config import TrainConfig, read_config
 
 BENCHMARKS: dict[str, Callable[..., dict[str, Any]]] = {
     "step": step,

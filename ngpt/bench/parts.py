@@ -25,7 +25,8 @@ from ngpt.model import GPT
 from ngpt.optim import ON_SPHERE, OptimConfig, build_optimizers, kinds
 from ngpt.projection import project_weights
 from ngpt.residual import lerp
-from ngpt.train import TrainConfig, resolved, train_step
+from ngpt.train import train_step
+from ngpt.train_config import TrainConfig, resolved
 
 Figures = dict[str, Any]
 FLOAT = 4  # bytes; weights, gradients and moments are float32

@@ -24,7 +24,7 @@ from ngpt.config import ConfigError
 from ngpt.data.corpora import Dataset
 from ngpt.data.loader import train_batch
 from ngpt.device import mixed_precision, pick_device
-from ngpt.train import TrainConfig
+from ngpt.train_config import TrainConfig
 
 
 def load_peer(path: Path) -> ModuleType:

@@ -11,8 +11,10 @@ from ngpt.bench.timing import compared, stopwatches, take_turns, where
 from ngpt.bench.training import prepared
 from ngpt.checkpoint import checkpoint_folders
 from ngpt.config import override
+from ngpt.run import save
 from ngpt.tracker import Tracker
-from ngpt.train import TrainConfig, resolved, save, train_step
+from ngpt.train import train_step
+from ngpt.train_config import TrainConfig, resolved
 
 
 def checkpoint(config: TrainConfig, *, seconds: float = 10.0) -> dict[str, Any]:

@@ -19,7 +19,9 @@ from ngpt.data.corpora import Dataset, open_dataset
 from ngpt.device import DTYPES, pick_device
 from ngpt.flops import flops_per_token
 from ngpt.memory import peak_memory, reset_peak_memory
-from ngpt.train import Run, TrainConfig, resolved, set_up, train_step
+from ngpt.run import Run, set_up
+from ngpt.train import train_step
+from ngpt.train_config import TrainConfig, resolved
 
 ENOUGH = 100_000  # steps that no benchmark makes, so that no schedule comes to its end
 MODES = ("eager", "compiled")

@@ -11,7 +11,8 @@ from ngpt.bench.training import prepared
 from ngpt.config import ConfigError, override
 from ngpt.data.corpora import open_dataset
 from ngpt.device import pick_device
-from ngpt.train import TrainConfig, resolved, train_step
+from ngpt.train import train_step
+from ngpt.train_config import TrainConfig, resolved
 from ngpt.vectorised import train_step_together, unstackable
 from ngpt.vectorised_model import Stack
 

@@ -23,7 +23,7 @@ from ngpt.bench import step
 from ngpt.bench.parts import projection as time_projection
 from ngpt.config import ConfigError, unknown
 from ngpt.data.corpora import prepare
-from ngpt.train import TrainConfig, read_config, resolved
+from ngpt.train_config import TrainConfig, read_config, resolved
 from tune.bench.campaigns import run
 from tune.bench.packing import packing_of
 from tune.campaign import Campaign, load_campaign

@@ -9,7 +9,7 @@ from typing import Any
 
 from ngpt.data.corpora import prepare
 from ngpt.device import pick_device
-from ngpt.train import TrainConfig, read_config, resolved
+from ngpt.train_config import TrainConfig, read_config, resolved
 from tune.bench.campaigns import tiny
 from tune.environment import usable_cpus
 from tune.pace import pace_key

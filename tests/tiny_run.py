@@ -1,0 +1,87 @@
+"""Runs of a second, trained to their end, and what they leave in their folders."""
+
+import json
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from ngpt.data.corpora import Dataset
+from ngpt.run import RunResult
+from ngpt.setbacks import Metrics
+from ngpt.train import train
+from ngpt.train_config import TrainConfig
+
+Result = TypeVar("Result")
+
+TIMING = ("tokens_per_second", "peak_memory_bytes")  # what may differ between two equal runs
+AWKWARD = {  # nothing divides anything: 8 steps
+    "project_every": 3,
+    "eval_every": 3,
+    "tracker.log_every": 2,
+    "checkpoint.every": 1,
+    "schedule.warmup_steps": 2,
+    "optim.weight_decay": 0.1,
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "ngpt-adamw": {"optim.name": "adamw"},
+    "ngpt-muon": {"optim.name": "muon", "optim.lr_other": 0.02, "model.norm_mode": "ema"},
+    "gpt": {"model.residual": "add", "model.mlp": "relu2", "model.softcap": 15.0, "data.order": "reservoir"},
+    # Everything that changes from step to step without being learned, and all that a checkpoint must carry besides.
+    "scheduled": {
+        "optim.name": "geodesic_muon",
+        "model.alpha": 0.15,
+        "model.alpha_final": 0.3,
+        "model.norm_probability": 0.5,
+        "model.norm_mode": "dotprod",
+        "data.order": "shards",
+    },
+}
+
+
+def finish(loop: Generator[Any, Any, Result]) -> Result:
+    """Goes on to the end of `train`, or of `run_trial`, and returns what it returns."""
+    while True:
+        try:
+            next(loop)
+        except StopIteration as stop:
+            return stop.value
+
+
+def run(config: TrainConfig, out: Path, dataset: Dataset | None = None, *, resume: str | None = None) -> RunResult:
+    """Trains to the end."""
+    return finish(train(config, out, resume=resume, dataset=dataset))
+
+
+def watch(
+    config: TrainConfig, out: Path, dataset: Dataset, *, resume: str | None = None
+) -> tuple[list[Metrics], RunResult]:
+    """Trains to the end; also returns its evaluations."""
+    loop, seen = train(config, out, resume=resume, dataset=dataset), []
+    while True:
+        try:
+            seen.append(dict(next(loop)))
+        except StopIteration as stop:
+            return seen, stop.value
+
+
+def untimed(row: Metrics) -> Metrics:
+    return {name: value for name, value in row.items() if name not in TIMING}
+
+
+def rows(out: Path) -> list[Metrics]:
+    """What a run has logged, without timing; NaN is no JSON."""
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    return [untimed(json.loads(line, parse_constant=pytest.fail)) for line in lines]
+
+
+def weights(out: Path, step: int = 8) -> dict[str, np.ndarray]:
+    return safetensors.numpy.load_file(out / "checkpoints" / f"step_{step:07d}" / "model.safetensors")
+
+
+def assert_equal_weights(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
+    assert one.keys() == other.keys()
+    assert [name for name in one if not np.array_equal(one[name], other[name])] == []
