@@ -28,7 +28,6 @@ from torch.overrides import TorchFunctionMode
 
 from ngpt.config import ConfigError, build, override
 from ngpt.data.corpora import open_dataset
-from ngpt.data.loader import Batch, train_batch
 from ngpt.data.shards import CorruptShardError
 from ngpt.device import mixed_precision, pick_device
 from ngpt.flops import flops_per_token, matrix_params
@@ -37,6 +36,7 @@ from ngpt.model import GPT, MLP, Attention, PreNormBlock, SphereBlock
 from ngpt.optim import kinds
 from ngpt.residual import Residual
 from ngpt.tracker import finite
+from ngpt.train import read_batch
 from ngpt.train_config import TrainConfig, read_config, resolved
 from ngpt.written import named_settings
 from ngpt.yamlfile import parse_assignment
@@ -358,16 +358,8 @@ def inspect(config: TrainConfig, *, checkpoint: Path | None = None, backward: bo
         changes = {name: to for name, to in wanted.items() if found.identity.get(f"model.{name}") != to}
         model = build_model(found, device=config.device, **changes)
     rows = config.micro_batch_size or config.batch_size
-    batch: Batch = train_batch(
-        dataset,
-        seed=config.seed,
-        step=0,
-        batch_size=rows,
-        block_size=config.model.block_size,
-        order=config.data.order,
-        reservoir=config.data.reservoir,
-    )
-    idx, targets = (part.to(device) for part in batch)
+    micro_batch = read_batch(config.model_copy(update={"batch_size": rows}), dataset, 0)
+    idx, targets = (part.to(device) for part in micro_batch)
     return look_into(model, idx, targets, dtype=config.dtype, backward=backward)
 
 

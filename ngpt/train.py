@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ngpt.config import ConfigError, flatten, override
 from ngpt.data.corpora import Dataset
-from ngpt.data.loader import train_batch
+from ngpt.data.loader import Batch, train_batch
 from ngpt.data.shards import CorruptShardError
 from ngpt.diagnostics import counted_once
 from ngpt.measure import measure
@@ -165,9 +165,17 @@ def gradients(run: Run, number: int) -> tuple[float, float]:
 
 def batch(run: Run, number: int) -> tuple[Tensor, Tensor]:
     """Tokens and targets (B, T) of a step, on the device."""
-    config = run.config
-    parts = train_batch(
-        run.dataset,
+    parts = read_batch(run.config, run.dataset, number)
+    if run.device.type == "cuda":  # only from pinned memory does a copy go on beside the computation
+        parts = (part.pin_memory() for part in parts)
+    idx, targets = (part.to(run.device, non_blocking=True) for part in parts)
+    return idx, targets
+
+
+def read_batch(config: TrainConfig, dataset: Dataset, number: int) -> Batch:
+    """Tokens and targets (B, T) of a step, int64, in the order that the settings say."""
+    return train_batch(
+        dataset,
         seed=config.seed,
         step=number,
         batch_size=config.batch_size,
@@ -175,10 +183,6 @@ def batch(run: Run, number: int) -> tuple[Tensor, Tensor]:
         order=config.data.order,
         reservoir=config.data.reservoir,
     )
-    if run.device.type == "cuda":  # only from pinned memory does a copy go on beside the computation
-        parts = (part.pin_memory() for part in parts)
-    idx, targets = (part.to(run.device, non_blocking=True) for part in parts)
-    return idx, targets
 
 
 def backward(run: Run, idx: Tensor, targets: Tensor) -> Tensor:

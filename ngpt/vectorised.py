@@ -17,14 +17,14 @@ from torch import Tensor
 
 from ngpt.config import ConfigError, flatten
 from ngpt.data.corpora import Dataset
-from ngpt.data.loader import Batch, train_batch
+from ngpt.data.loader import Batch
 from ngpt.diagnostics import counted_once
 from ngpt.memory import retry_smaller
 from ngpt.optim import set_rates
 from ngpt.run import Run, RunResult, set_up
 from ngpt.schedule import multiplier
 from ngpt.setbacks import AVERAGED, Metrics
-from ngpt.train import rates, shrink, stretch, train_step
+from ngpt.train import batch, rates, shrink, stretch, train_step
 from ngpt.train_config import TrainConfig, resolved
 from ngpt.vectorised_model import Stack
 from ngpt.vectorised_update import update_together
@@ -172,9 +172,8 @@ def train_step_together(stack: Stack, runs: Sequence[Run]) -> list[dict[str, flo
             progress, config = run.progress, run.config
             run.model.prepare_step(progress.step, config.steps, seed=config.seed)
             set_rates(run.optimizers, multiplier(progress.step, config.steps, config.schedule))
-        idx, targets = _batches(runs)
         found = retry_smaller(
-            lambda: _gradients(stack, runs, idx, targets),
+            lambda: _gradients(stack, runs),
             lambda: any([shrink(run) for run in runs]),  # a list: all of them give way
             runs[0].device,
         )
@@ -191,34 +190,26 @@ def _batches(runs: Sequence[Run]) -> tuple[Tensor, Tensor]:
     read: dict[object, Batch] = {}
     keys = []
     for run in runs:
-        config, data = run.config, run.config.data
-        step = run.progress.step + run.progress.passed_over
-        keys.append((config.seed, step, data.order, data.reservoir))
+        data, number = run.config.data, run.progress.step + run.progress.passed_over
+        keys.append((run.config.seed, number, data.order, data.reservoir))
         if keys[-1] not in read:
-            read[keys[-1]] = train_batch(
-                run.dataset,
-                seed=config.seed,
-                step=step,
-                batch_size=config.batch_size,
-                block_size=config.model.block_size,
-                order=data.order,
-                reservoir=data.reservoir,
-            )
+            read[keys[-1]] = batch(run, number)
     idx, targets = zip(*(read[key] for key in keys), strict=True)
     return torch.stack(idx), torch.stack(targets)
 
 
-def _gradients(stack: Stack, runs: Sequence[Run], idx: Tensor, targets: Tensor) -> list[tuple[float, float]]:
+def _gradients(stack: Stack, runs: Sequence[Run]) -> list[tuple[float, float]]:
     """Fills all gradients, one micro-batch at a time, and clips them; each run's loss, and its norm before that."""
+    idx, targets = _batches(runs)
     with contextlib.ExitStack() as counts:
         for run in runs:
             counts.enter_context(counted_once(run.model))
         stack.begin()
-        device, size = runs[0].device, min(run.micro_batch_size for run in runs)
-        total = torch.zeros(len(runs), device=device)
+        size = min(run.micro_batch_size for run in runs)
+        total = torch.zeros(len(runs), device=runs[0].device)
         for idx_part, targets_part in zip(idx.split(size, 1), targets.split(size, 1), strict=True):
             with runs[0].autocast:
-                losses = stack.losses(idx_part.to(device), targets_part.to(device))
+                losses = stack.losses(idx_part, targets_part)
             share = idx_part.shape[1] / idx.shape[1]
             (losses.sum() * share).backward()
             total += losses.detach() * share

@@ -3,11 +3,11 @@
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from pydoc_data.topics import topics
 
 import pytest
 import torch
 from hypothesis import settings
+from tiny_campaign import write_corpus
 
 from ngpt.config import build
 from ngpt.data.corpora import DataConfig, Dataset, open_dataset
@@ -36,10 +36,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Sixty kilobytes of English about Python, as one file."""
-    path = tmp_path_factory.mktemp("corpus") / "topics.txt"
-    text = "\n".join(topics[name] for name in sorted(topics))
-    path.write_text("".join(filter(str.isascii, text))[:60_000])
-    return path
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,8 @@ import pytest
 from tests.chaos.disk import Disk, played, write_tree
 from tests.chaos.invariants import Acknowledged, Facts, check_finished, check_stopped, facts
 from tests.chaos.operations import Operation
-from tests.chaos.world import World
+from tests.chaos.world import CHECKPOINT, World
+from tests.tiny_campaign import train_all, write_file
 from tune.journal import read_journal
 from tune.state import read_state
 from tune.summary import write_campaign
@@ -51,11 +52,8 @@ def test_a_larger_share_of_all_faults_leaves_the_results_as_they_are() -> None:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> World:
     """An undisturbed campaign."""
-    from tiny_campaign import train_all, write_file
-
     folder = tmp_path_factory.mktemp("chaos")
-    file = write_file(folder, corpus, seeds="[1]", steps=4, every=2)
-    file.write_text(file.read_text().replace("{every: 2}", "{every: 2, keep_last: 1}"))
+    file = write_file(folder, corpus, seeds="[1]", steps=4, every=2, checkpoint=CHECKPOINT)
     train_all(file, folder / "reference" / "tiny")
     return World(folder, file, 2, folder / "reference" / "tiny")
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny_run
 import torch
 from torch import Tensor, nn
 
@@ -19,7 +20,6 @@ from ngpt.evaluate import evaluate, main
 from ngpt.load import load_model
 from ngpt.model import GPT, ModelConfig
 from ngpt.projection import project_weights
-from ngpt.train import train
 from ngpt.train_config import TrainConfig
 
 
@@ -172,12 +172,7 @@ def test_scaled_positions_read_four_times_the_context_and_plain_ones_do_not(trai
 def run(tiny: TrainConfig, dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """A finished run and the metrics of its end."""
     out = tmp_path_factory.mktemp("evaluate") / "run"
-    loop = train(override(tiny, {"steps": 20, "eval_every": 20}), out, dataset=dataset)
-    while True:
-        try:
-            next(loop)
-        except StopIteration as stop:
-            return out, stop.value.metrics
+    return out, tiny_run.run(override(tiny, {"steps": 20, "eval_every": 20}), out, dataset).metrics
 
 
 def figures(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from numpy_gpt import logits as numpy_logits
+from tiny_run import run
 
 import run_campaign
 from ngpt.config import build
@@ -21,7 +22,6 @@ from ngpt.diagnostics import divisors
 from ngpt.inspect import Inspection, Stage, angles, look_into, main, score_facts, table
 from ngpt.model import GPT, ModelConfig
 from ngpt.optim import kinds
-from ngpt.train import train
 from ngpt.train_config import TrainConfig
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "how-it-works.md"
@@ -256,15 +256,10 @@ def test_a_long_stage_name_does_not_make_the_table_ragged() -> None:
     assert header.index(" ms") + 3 == len(line) and len(line) < 90
 
 
-def finish(config: TrainConfig, out: Path, dataset: Dataset) -> None:
-    for _ in train(config, out, dataset=dataset):
-        pass
-
-
 def test_a_checkpoint_is_shown_as_it_was_trained(
     tiny: TrainConfig, dataset: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    finish(tiny, tmp_path, dataset)
+    run(tiny, tmp_path, dataset)
     assert main(["--checkpoint", str(tmp_path), "--json"]) == 0
     trained = json.loads(capsys.readouterr().out)["summary"]["loss"]
     assert trained < math.log(400) - 0.05

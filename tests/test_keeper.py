@@ -79,12 +79,22 @@ class Played(Keeper):
         assert self.hear(Ready(2, 2, "http://127.0.0.1:8265", (self.ray.pid,))) is None
 
 
-@pytest.fixture
-def played(session: Session, ray: subprocess.Popen[bytes]) -> Played:
-    keeper = Played(session, ray)
+def greeted(keeper: Played) -> Played:
+    """Its driver has started, and Ray is there."""
     keeper._start()
     keeper.greet()
     return keeper
+
+
+@pytest.fixture
+def played(session: Session, ray: subprocess.Popen[bytes]) -> Played:
+    return greeted(Played(session, ray))
+
+
+@pytest.fixture
+def impatient(session: Session, ray: subprocess.Popen[bytes]) -> Played:
+    """A worker that has made no step for 5 seconds hangs."""
+    return greeted(Played(session, ray, stall_timeout=5.0))
 
 
 def test_it_hands_trials_out_and_results_in(played: Played, session: Session) -> None:
@@ -167,57 +177,44 @@ def worker(root: Path, trial_id: str) -> psutil.Process:
     return process  # type: ignore[return-value]
 
 
-def test_a_worker_that_hangs_is_ended_and_its_trial_tried_again_as_hung(
-    session: Session, ray: subprocess.Popen[bytes]
-) -> None:
-    keeper = Played(session, ray, stall_timeout=5.0)
-    keeper._start()
-    keeper.greet()
-    spec = keeper.next_trial()
+def test_a_worker_that_hangs_is_ended_and_its_trial_tried_again_as_hung(impatient: Played, session: Session) -> None:
+    spec = impatient.next_trial()
     asleep: Any = worker(session.root, spec.trial_id)
     now = time.monotonic()
-    assert keeper._look(now) is None and keeper._look(now + 4.9) is None and asleep.poll() is None
-    assert keeper._look(now + 5.1) is None
+    assert impatient._look(now) is None and impatient._look(now + 4.9) is None and asleep.poll() is None
+    assert impatient._look(now + 5.1) is None
     assert asleep.wait(30) == -9
-    keeper.ask("worker_died", spec.trial_id, "killed")
+    impatient.ask("worker_died", spec.trial_id, "killed")
     (died,) = [event for event in session.journal.events if event["event"] == "worker_died"]
     assert (died["cause"], died["step"], died["attempt"]) == ("hung", 3, 1)
-    assert keeper.next_trial().attempt == 2
+    assert impatient.next_trial().attempt == 2
 
 
-def test_trials_of_one_process_hang_together_and_it_is_ended_once(
-    session: Session, ray: subprocess.Popen[bytes]
-) -> None:
-    keeper = Played(session, ray, stall_timeout=5.0)
-    keeper._start()
-    keeper.greet()
-    first, second = keeper.next_trial(), keeper.next_trial()
+def test_trials_of_one_process_hang_together_and_it_is_ended_once(impatient: Played, session: Session) -> None:
+    first, second = impatient.next_trial(), impatient.next_trial()
     asleep: Any = worker(session.root, first.trial_id)
     beat = (first.folder / "heartbeat").read_text()
     second.folder.mkdir(parents=True)
     (second.folder / "heartbeat").write_text(beat)
     now = time.monotonic()
-    assert keeper._look(now) is None
+    assert impatient._look(now) is None
     (second.folder / "heartbeat").write_text(beat.replace('"step": 3', '"step": 4'))
-    assert keeper._look(now + 4.0) is None and keeper._look(now + 8.0) is None
+    assert impatient._look(now + 4.0) is None and impatient._look(now + 8.0) is None
     assert asleep.poll() is None, "the first one stands still, but its process works on the second"
-    assert keeper._look(now + 9.1) is None
+    assert impatient._look(now + 9.1) is None
     assert asleep.wait(30) == -9
     assert sum("ending its worker" in line for line in session.lines) == 1  # type: ignore[attr-defined]
     for spec in (first, second):
-        keeper.ask("worker_died", spec.trial_id, "killed")
+        impatient.ask("worker_died", spec.trial_id, "killed")
     died = [event["cause"] for event in session.journal.events if event["event"] == "worker_died"]
     assert died == ["hung", "hung"]
 
 
-def test_a_ray_that_does_not_notice_a_dead_worker_is_lost(session: Session, ray: subprocess.Popen[bytes]) -> None:
-    keeper = Played(session, ray, stall_timeout=5.0)
-    keeper._start()
-    keeper.greet()
-    asleep: Any = worker(session.root, keeper.next_trial().trial_id)
+def test_a_ray_that_does_not_notice_a_dead_worker_is_lost(impatient: Played, session: Session) -> None:
+    asleep: Any = worker(session.root, impatient.next_trial().trial_id)
     now = time.monotonic()
-    assert [keeper._look(now + after) for after in (0.0, 6.0, 6.0 + keeping.SILENCE)] == [None] * 3
-    assert "has not noticed" in str(keeper._look(now + 7.0 + keeping.SILENCE))
+    assert [impatient._look(now + after) for after in (0.0, 6.0, 6.0 + keeping.SILENCE)] == [None] * 3
+    assert "has not noticed" in str(impatient._look(now + 7.0 + keeping.SILENCE))
     asleep.wait(30)
 
 
@@ -268,9 +265,9 @@ ONE_PHASE = """
 @pytest.fixture(scope="module")
 def file(folder: Path, corpus: Path) -> Path:
     """Two trials of some seconds at a time; no checkpoint is due before the end."""
-    path = write_file(folder, corpus, phases=ONE_PHASE, seeds="[1]", steps=400, every=50)
-    text = path.read_text().replace("checkpoint: {every: 50}", "checkpoint: {every: 100000}")
-    path.write_text(text.replace("workers: 2}", "workers: 2, stall_timeout: 20}"))
+    rarely = "{every: 100000}"
+    path = write_file(folder, corpus, phases=ONE_PHASE, seeds="[1]", steps=400, every=50, checkpoint=rarely)
+    path.write_text(path.read_text().replace("workers: 2}", "workers: 2, stall_timeout: 20}"))
     return path
 
 

@@ -1,12 +1,10 @@
 """A run says that it lives, hears that it should stop, and loses nothing by it."""
 
-import json
 import os
 from pathlib import Path
 
-import numpy as np
 import pytest
-import safetensors.numpy
+from tiny_run import assert_equal_weights, rows, run, weights
 
 from ngpt import pulse
 from ngpt.config import override
@@ -20,20 +18,6 @@ from ngpt.train_config import TrainConfig
 def attentive(monkeypatch: pytest.MonkeyPatch) -> None:
     """It listens at every step, and not once a second."""
     monkeypatch.setattr(pulse, "LISTEN", 0.0)
-
-
-def finish(config: TrainConfig, out: Path, dataset: Dataset) -> None:
-    for _ in train(config, out, resume="latest", dataset=dataset):
-        pass
-
-
-def rows(out: Path) -> list[dict[str, float]]:
-    found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if name != "tokens_per_second"} for row in found]
-
-
-def weights(out: Path) -> dict[str, np.ndarray]:
-    return safetensors.numpy.load_file(out / "checkpoints" / "step_0000008" / "model.safetensors")
 
 
 def stop_at(step: int, config: TrainConfig, out: Path, dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,14 +45,13 @@ def test_a_run_that_is_asked_to_stop_saves_where_it_is_and_then_ends_as_if_nothi
 ) -> None:
     """Evaluations are at 3, 6 and 8; no checkpoint is due before the end."""
     config = override(tiny, {"tracker.log_every": 1})
-    finish(config, tmp_path / "undisturbed", dataset)
+    run(config, tmp_path / "undisturbed", dataset)
     stop_at(step, config, tmp_path / "stopped", dataset, monkeypatch)
     assert [path.name for path in (tmp_path / "stopped" / "checkpoints").iterdir()] == [f"step_{step:07d}"]
     assert read_heartbeat(tmp_path / "stopped") is None, "it has ended"
-    finish(config, tmp_path / "stopped", dataset)
+    run(config, tmp_path / "stopped", dataset, resume="latest")
     assert rows(tmp_path / "stopped") == rows(tmp_path / "undisturbed")
-    left, right = weights(tmp_path / "stopped"), weights(tmp_path / "undisturbed")
-    assert all(np.array_equal(left[name], right[name]) for name in right) and left.keys() == right.keys()
+    assert_equal_weights(weights(tmp_path / "stopped"), weights(tmp_path / "undisturbed"))
 
 
 def test_a_run_that_is_asked_at_an_evaluation_and_closed_there_saves_it(

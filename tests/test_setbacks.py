@@ -11,45 +11,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-import safetensors.numpy
 import torch
+from tiny_run import rows, run, untimed, weights
 
 import ngpt.run
 import ngpt.train
 from ngpt.config import ConfigError, content_hash, flatten, override
 from ngpt.data.corpora import Dataset
 from ngpt.model import GPT
-from ngpt.run import Run, RunResult
-from ngpt.setbacks import NONFINITE, ON_OOM, Metrics, Progress, halved
+from ngpt.run import Run
+from ngpt.setbacks import NONFINITE, ON_OOM, Progress, halved
 from ngpt.train import backward, train
 from ngpt.train_config import TrainConfig
 
-TIMING = ("tokens_per_second", "peak_memory_bytes")
 OPTIMIZERS = {"adamw": {}, "muon": {"optim.name": "muon", "optim.lr_other": 0.02}}
-
-
-def run(config: TrainConfig, out: Path, dataset: Dataset, resume: str | None = None) -> RunResult:
-    loop = train(config, out, resume=resume, dataset=dataset)
-    while True:
-        try:
-            next(loop)
-        except StopIteration as stop:
-            return stop.value
-
-
-def rows(out: Path) -> list[Metrics]:
-    return [
-        {name: value for name, value in json.loads(line, parse_constant=pytest.fail).items() if name not in TIMING}
-        for line in (out / "metrics.jsonl").read_text().splitlines()
-    ]
-
-
-def untimed(result: RunResult) -> Metrics:
-    return {name: value for name, value in result.metrics.items() if name not in TIMING}
-
-
-def weights(out: Path, step: int = 8) -> dict[str, np.ndarray]:
-    return safetensors.numpy.load_file(out / "checkpoints" / f"step_{step:07d}" / "model.safetensors")
 
 
 def difference(one: Path, other: Path) -> float:
@@ -294,7 +269,7 @@ def test_a_run_that_is_killed_after_memory_ran_out_goes_on_with_what_fits(
         next(loop)
         loop.close()
     resumed = run(watched, tmp_path / "killed", dataset, resume="latest")  # now there would be memory
-    assert untimed(resumed) == untimed(straight)
+    assert untimed(resumed.metrics) == untimed(straight.metrics)
     assert difference(tmp_path / "killed", tmp_path / "straight") == 0
 
 
@@ -444,7 +419,7 @@ def test_a_run_that_is_killed_after_a_setback_ends_as_if_it_had_not_been(
             for _ in range(count):
                 next(loop)
             loop.close()
-            assert untimed(run(config, out, dataset, resume="latest")) == untimed(straight), count
+            assert untimed(run(config, out, dataset, resume="latest").metrics) == untimed(straight.metrics), count
             assert rows(out) == rows(tmp_path / "straight"), count
             assert difference(out, tmp_path / "straight") == 0
 
@@ -528,7 +503,9 @@ def test_a_checkpoint_that_the_disk_does_not_take_is_left_out_and_the_next_one_i
     expected = run(watched, tmp_path / "expected", dataset)
     attempts = refuse_saves(monkeypatch, lambda step, attempt: step in (2, 4))
     result = run(watched, tmp_path / "run", dataset)
-    assert untimed(result) == untimed(expected) and rows(tmp_path / "run") == rows(tmp_path / "expected")
+    assert untimed(result.metrics) == untimed(expected.metrics) and rows(tmp_path / "run") == rows(
+        tmp_path / "expected"
+    )
     assert attempts == [2, 4, 6, 8]
     assert [path.name for path in sorted((tmp_path / "run/checkpoints").iterdir())] == ["step_0000006", "step_0000008"]
     said = [record.getMessage() for record in caplog.records]

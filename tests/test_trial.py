@@ -4,13 +4,12 @@ import hashlib
 import json
 import subprocess
 import sys
-from collections.abc import Generator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from tiny_run import finish
 
 from ngpt.config import flatten, override
 from ngpt.data.corpora import DataConfig
@@ -25,14 +24,6 @@ def spec(tiny: TrainConfig, tmp_path: Path) -> TrialSpec:
     return TrialSpec(
         trial_id="t", phase="alpha", arm="alpha=0.2", seed=1, config=tiny, folder=tmp_path / "t", threads=1, attempt=1
     )
-
-
-def finish(run: Generator[Any, None, TrialResult]) -> TrialResult:
-    while True:
-        try:
-            next(run)
-        except StopIteration as stop:
-            return stop.value
 
 
 def numbers(result: TrialResult) -> dict[str, float | None]:

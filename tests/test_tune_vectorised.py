@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_run import finish
 
 from ngpt.config import override
 from ngpt.train_config import TrainConfig
@@ -46,12 +47,7 @@ def ended(
 
 
 def alone(spec: TrialSpec, folder: Path) -> TrialResult:
-    loop = run_trial(replace(spec, folder=folder / spec.trial_id))
-    while True:
-        try:
-            next(loop)
-        except StopIteration as stop:
-            return stop.value
+    return finish(run_trial(replace(spec, folder=folder / spec.trial_id)))
 
 
 def test_every_trial_has_the_result_that_it_has_alone(specs: list[TrialSpec], tmp_path: Path) -> None:

@@ -1,19 +1,17 @@
 """Runs trained at once give what each gives alone, and what befalls one of them does not reach the others."""
 
-import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import safetensors.numpy
 import torch
+from tiny_run import rows, run, weights
 
 from ngpt.config import ConfigError, override
 from ngpt.data.corpora import Dataset
 from ngpt.run import RunResult
-from ngpt.setbacks import Metrics
 from ngpt.train import train
 from ngpt.train_config import TrainConfig
 from ngpt.vectorised import Event, train_together, unstackable
@@ -44,15 +42,6 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-def alone(config: TrainConfig, out: Path, dataset: Dataset, resume: str | None = None) -> RunResult:
-    loop = train(config, out, resume=resume, dataset=dataset)
-    while True:
-        try:
-            next(loop)
-        except StopIteration as stop:
-            return stop.value
-
-
 def together(
     configs: Sequence[TrainConfig],
     folders: Sequence[Path],
@@ -80,14 +69,6 @@ def result_of(events: list[Event]) -> RunResult:
     return events[-1]
 
 
-def rows(out: Path) -> list[Metrics]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-def weights(out: Path, step: int) -> dict[str, np.ndarray]:
-    return safetensors.numpy.load_file(out / "checkpoints" / f"step_{step:07d}" / "model.safetensors")
-
-
 def assert_like_alone(config: TrainConfig, one: Path, other: Path) -> None:
     """Both folders hold the same run: its rows and the weights at its end."""
     for left, right in zip(rows(one), rows(other), strict=True):
@@ -101,12 +82,12 @@ def assert_like_alone(config: TrainConfig, one: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_runs_at_once_are_what_each_is_alone(kind: str, tiny: TrainConfig, dataset: Dataset, tmp_path: Path) -> None:
+def test_runs_at_once_are_what_each_is_run(kind: str, tiny: TrainConfig, dataset: Dataset, tmp_path: Path) -> None:
     common = {"steps": 50, "eval_every": 25, "eval_tokens": 64, "tracker.log_every": 5} | MODELS[kind]
     configs = [override(tiny, common | changes) for changes in SWEEP]
     seen = together(configs, [tmp_path / f"together{i}" for i in range(3)], dataset)
     for i, config in enumerate(configs):
-        single, many = alone(config, tmp_path / f"alone{i}", dataset), result_of(seen[i])
+        single, many = run(config, tmp_path / f"alone{i}", dataset), result_of(seen[i])
         assert many.status == single.status == "finished" and many.data == single.data
         assert many.metrics["val_loss"] == pytest.approx(single.metrics["val_loss"], abs=CLOSE)
         assert many.metrics["tokens"] == single.metrics["tokens"] == config.steps * 4 * 16
@@ -121,7 +102,7 @@ def test_runs_of_unlike_lengths_and_optimizers_share_a_batch(
     seen = together(configs, [tmp_path / f"together{i}" for i in range(3)], dataset)
     for i, config in enumerate(configs):
         assert result_of(seen[i]).steps == config.steps
-        alone(config, tmp_path / f"alone{i}", dataset)
+        run(config, tmp_path / f"alone{i}", dataset)
         assert_like_alone(config, tmp_path / f"together{i}", tmp_path / f"alone{i}")
 
 
@@ -139,12 +120,12 @@ def test_an_interrupted_batch_goes_on_alone_and_the_other_way_round(
     for _ in range(6):  # up to 10, saved up to 8: the runs of a batch need not be at the same step
         next(third)
     third.close()
-    assert alone(configs[0], folders[0], dataset, resume="latest").status == "finished"
+    assert run(configs[0], folders[0], dataset, resume="latest").status == "finished"
     seen = together(configs[1:], folders[1:], dataset, resume="latest")
     assert [event["step"] for event in seen[0] if isinstance(event, dict)] == [6, 8, 10, 12]
     assert [event["step"] for event in seen[1] if isinstance(event, dict)] == [10, 12]
     for i, config in enumerate(configs):
-        alone(config, tmp_path / f"straight{i}", dataset)
+        run(config, tmp_path / f"straight{i}", dataset)
         assert_like_alone(config, folders[i], tmp_path / f"straight{i}")
 
 
@@ -157,17 +138,17 @@ def test_a_run_that_diverges_does_not_touch_the_others(
     configs = [override(base, {"optim.lr": lr}) for lr in (0.01, 1e38, 0.02)]
     seen = together(configs, [tmp_path / f"together{i}" for i in range(3)], dataset)
     assert [result_of(events).status for events in seen.values()] == ["finished", status, "finished"]
-    lost = alone(configs[1], tmp_path / "alone1", dataset)
+    lost = run(configs[1], tmp_path / "alone1", dataset)
     assert (lost.status, lost.steps) == (status, result_of(seen[1]).steps)
     for name in ("val_loss", "skipped_steps", "rollbacks"):
         assert result_of(seen[1]).metrics[name] == lost.metrics[name]
     for i in (0, 2):
-        alone(configs[i], tmp_path / f"alone{i}", dataset)
+        run(configs[i], tmp_path / f"alone{i}", dataset)
         assert_like_alone(configs[i], tmp_path / f"together{i}", tmp_path / f"alone{i}")
 
 
 def test_a_run_that_cannot_begin_leaves_the_others_to_it(tiny: TrainConfig, dataset: Dataset, tmp_path: Path) -> None:
-    alone(override(tiny, {"seed": 9}), tmp_path / "0", dataset)  # its checkpoints are of another seed
+    run(override(tiny, {"seed": 9}), tmp_path / "0", dataset)  # its checkpoints are of another seed
     configs = [override(tiny, {"seed": seed}) for seed in (0, 1, 2)]
     seen = together(configs, [tmp_path / str(i) for i in range(3)], dataset, resume="latest")
     assert len(seen[0]) == 1 and isinstance(seen[0][0], ConfigError) and "seed = 9" in str(seen[0][0])
@@ -181,7 +162,7 @@ def test_a_run_can_be_stopped_at_an_evaluation(tiny: TrainConfig, dataset: Datas
     assert [event["step"] for event in seen[1] if isinstance(event, dict)] == [0, 3] and len(seen[1]) == 2
     assert rows(folders[1])[-1]["step"] == 3
     assert [result_of(seen[i]).steps for i in (0, 2)] == [8, 8]
-    alone(configs[2], tmp_path / "alone", dataset)
+    run(configs[2], tmp_path / "alone", dataset)
     assert_like_alone(configs[2], folders[2], tmp_path / "alone")
 
 
@@ -198,7 +179,7 @@ def test_where_memory_runs_out_all_take_smaller_micro_batches(
 
     configs = [override(tiny, {"seed": seed}) for seed in (0, 1)]
     for i, config in enumerate(configs):
-        alone(config, tmp_path / f"alone{i}", dataset)
+        run(config, tmp_path / f"alone{i}", dataset)
     monkeypatch.setattr(Stack, "losses", scarce)
     seen = together(configs, [tmp_path / f"together{i}" for i in range(2)], dataset)
     assert sizes[:6] == [4, 2, 1, 1, 1, 1]

@@ -4,6 +4,7 @@ import json
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 from tune import environment
@@ -27,17 +28,25 @@ seeds: SEEDS
 base:
   model: {n_layer: 2, n_head: 2, n_embd: 16, block_size: 16, mlp_ratio: 2.0}
   data: {corpus: CORPUS, tokenizer: "sentencepiece:400"}
-  optim: {lr: 1e-2}
+  optim: {lr: RATE}
   device: cpu
   batch_size: 4
   steps: STEPS
   eval_every: EVERY
   eval_tokens: 128
-  checkpoint: {every: EVERY}
-  tracker: {log_every: 1}
+  checkpoint: CHECKPOINT
+  tracker: {log_every: LOG}
 resources: {cpus_per_trial: 1, workers: 2}
 phases:PHASES
 """
+
+
+def write_corpus(folder: Path) -> Path:
+    """Writes sixty kilobytes of English about Python into `folder`, as one file."""
+    path = folder / "topics.txt"
+    text = "\n".join(topics[name] for name in sorted(topics))
+    path.write_text("".join(filter(str.isascii, text))[:60_000])
+    return path
 
 
 def write_file(
@@ -48,10 +57,14 @@ def write_file(
     seeds: str = "[1, 2]",
     steps: int = 6,
     every: int = 3,
+    lr: str = "1e-2",
+    checkpoint: str = "{every: EVERY}",
+    log_every: int = 1,
     vectorise: int = 1,
 ) -> Path:
-    """Writes `tiny.yaml` into `folder`."""
-    words = {"CORPUS": str(corpus), "SEEDS": seeds, "STEPS": str(steps), "EVERY": str(every), "PHASES": phases}
+    """Writes `tiny.yaml` into `folder`; `every` is the steps between evaluations, and between checkpoints."""
+    words = {"RATE": lr, "CHECKPOINT": checkpoint, "LOG": str(log_every), "EVERY": str(every)}
+    words |= {"CORPUS": str(corpus), "SEEDS": seeds, "STEPS": str(steps), "PHASES": phases}
     text = FILE
     for word, value in words.items():
         text = text.replace(word, value)

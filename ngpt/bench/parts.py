@@ -15,7 +15,6 @@ from ngpt.bench.training import prepared
 from ngpt.compiling import compile_for
 from ngpt.config import ConfigError
 from ngpt.data.corpora import open_dataset
-from ngpt.data.loader import train_batch
 from ngpt.device import DTYPES, mixed_precision, pick_device
 from ngpt.flops import matrix_params
 from ngpt.fused import kernels_serve
@@ -25,7 +24,7 @@ from ngpt.model import GPT
 from ngpt.optim import ON_SPHERE, OptimConfig, build_optimizers, kinds
 from ngpt.projection import project_weights
 from ngpt.residual import lerp
-from ngpt.train import train_step
+from ngpt.train import read_batch, train_step
 from ngpt.train_config import TrainConfig, resolved
 
 Figures = dict[str, Any]
@@ -191,9 +190,7 @@ def loader(config: TrainConfig, *, seconds: float = 10.0) -> Figures:
     shard, random = max(dataset.train, key=len), np.random.default_rng(config.seed)
 
     def ours() -> object:
-        how = {"order": config.data.order, "reservoir": config.data.reservoir}
-        step = next(counter)
-        return train_batch(dataset, seed=config.seed, step=step, batch_size=rows, block_size=width, **how)
+        return read_batch(config, dataset, next(counter))
 
     def plain() -> object:  # karpathy/nanoGPT, train.py, get_batch
         starts = random.integers(len(shard) - width, size=rows)

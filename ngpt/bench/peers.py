@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from ngpt.config import ConfigError
 from ngpt.data.corpora import Dataset
-from ngpt.data.loader import train_batch
 from ngpt.device import mixed_precision, pick_device
+from ngpt.train import read_batch
 from ngpt.train_config import TrainConfig
 
 
@@ -77,16 +77,7 @@ def peer_step(path: Path, config: TrainConfig, dataset: Dataset, *, compiled: bo
     def train() -> Tensor:
         """A step as nanoGPT's and nGPT's train.py take it, one micro-batch large."""
         nonlocal step
-        batch = train_batch(
-            dataset,
-            seed=config.seed,
-            step=step,
-            batch_size=config.batch_size,
-            block_size=config.model.block_size,
-            order=config.data.order,
-            reservoir=config.data.reservoir,
-        )
-        idx, targets = (part.to(device) for part in batch)
+        idx, targets = (part.to(device) for part in read_batch(config, dataset, step))
         with mixed_precision(device, config.dtype):
             _, loss = forward(idx, targets)
         loss.backward()

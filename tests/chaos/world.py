@@ -14,16 +14,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from pydoc_data.topics import topics
 from tempfile import mkdtemp
 
-SHORT_PHASES = """
-  - name: alpha
-    vary: {alpha: [0.05, 0.4]}
-  - name: projection
-    inherit: alpha
-    grid: {project_every: [1, 3]}
-"""
+from tests.tiny_campaign import PHASES, write_corpus, write_file
+
 LONG_PHASES = """
   - name: rate
     vary: {lr: [1e-4, 1e-2]}
@@ -31,23 +25,7 @@ LONG_PHASES = """
     inherit: rate
     grid: {project_every: [1, 3]}
 """
-FILE = """\
-campaign: tiny
-seeds: SEEDS
-base:
-  model: {n_layer: 2, n_head: 2, n_embd: 16, block_size: 16, mlp_ratio: 2.0}
-  data: {corpus: CORPUS, tokenizer: "sentencepiece:400"}
-  optim: {lr: 1e-4}
-  device: cpu
-  batch_size: 4
-  steps: STEPS
-  eval_every: EVERY
-  eval_tokens: 64
-  checkpoint: {every: EVERY, keep_last: 1}
-  tracker: {log_every: EVERY}
-resources: {cpus_per_trial: 1, workers: 2}
-phases:PHASES
-"""
+CHECKPOINT = "{every: EVERY, keep_last: 1}"  # no older one to fall back on
 CANARIES = {"WANDB_API_KEY": "canary0123456789abcdef0123456789abcdef01", "HF_TOKEN": "hf_canaryCanaryCanaryCanary"}
 CLEAN = ("WANDB_MODE", "WANDB_PROJECT", "RAY_ADDRESS")
 
@@ -147,21 +125,23 @@ def _redirect(out: Path) -> None:
 
 @contextmanager
 def world(
-    *, steps: int = 4, every: int = 2, seeds: str = "[1]", phases: str = SHORT_PHASES, keep: bool = False
+    *, steps: int = 4, every: int = 2, seeds: str = "[1]", phases: str = PHASES, keep: bool = False
 ) -> Iterator[World]:
     """A world in memory where that is possible, with the campaign run once; gone afterwards unless it is kept."""
     memory = Path("/dev/shm")
     folder = Path(mkdtemp(prefix="chaos-", dir=memory if os.access(memory, os.W_OK) else None))
     try:
-        corpus = folder / "topics.txt"
-        text = "\n".join(topics[name] for name in sorted(topics))
-        corpus.write_text("".join(filter(str.isascii, text))[:60_000])
-        words = {"CORPUS": str(corpus), "SEEDS": seeds, "STEPS": str(steps), "EVERY": str(every), "PHASES": phases}
-        content = FILE
-        for word, value in words.items():
-            content = content.replace(word, value)
-        file = folder / "tiny.yaml"
-        file.write_text(content)
+        file = write_file(
+            folder,
+            write_corpus(folder),
+            phases=phases,
+            seeds=seeds,
+            steps=steps,
+            every=every,
+            lr="1e-4",
+            checkpoint=CHECKPOINT,
+            log_every=every,
+        )
         os.environ["NGPT_CACHE"] = str(folder / "cache")
         made = World(folder, file, every, folder / "reference" / "tiny")
         _warm_up(made)
