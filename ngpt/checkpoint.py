@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 
 
 class CheckpointConfig(Config):
+    """How often a run is saved, and how much of that stays on disk."""
+
     every: Annotated[int, Field(ge=1)] = runtime(1000)  # steps; the last step is always saved
     keep_last: Annotated[int, Field(ge=1)] = runtime(3)  # besides the best by validation loss
 

@@ -114,6 +114,7 @@ class LineFile:
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
+        """Closes the file; lines since the last `sync` outlive the process, and not a loss of power."""
         self._file.close()
 
 

@@ -109,6 +109,8 @@ WIDTH_RULES: dict[str, Callable[[str, float], float]] = {
 
 
 class OptimConfig(Config):
+    """What updates the weights, with the rates of each kind of parameter at the height of the schedule."""
+
     name: Annotated[str, one_of(OPTIMIZERS, "optimizer")] = "adamw"
     lr: Rate = 1e-3  # of what the optimizer is named for: see its function
     lr_other: Rate | None = None  # of the rest; null: the same as lr
@@ -127,6 +129,7 @@ class OptimConfig(Config):
 
     @property
     def other(self) -> float:
+        """The learning rate of all that the optimizer is not named for."""
         return self.lr if self.lr_other is None else self.lr_other
 
     @model_validator(mode="after")

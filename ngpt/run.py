@@ -81,6 +81,7 @@ class Run:
 
     @property
     def autocast(self) -> torch.autocast:
+        """A block in which matrix products have the precision that the config names."""
         return mixed_precision(self.device, self.config.dtype)
 
 
@@ -93,6 +94,7 @@ class Clock:
         self._start = 0.0
 
     def step(self, tokens: int) -> Self:
+        """Use as `with clock.step(n):` around a training step of `n` tokens."""
         self._tokens = tokens
         return self
 

@@ -51,6 +51,8 @@ SCHEDULES: dict[str, Callable[[float, "ScheduleConfig"], float]] = {
 
 
 class ScheduleConfig(Config):
+    """The course of all learning rates, as a multiple of those in `optim`."""
+
     name: Annotated[str, one_of(SCHEDULES, "schedule")] = "cosine"
     warmup_steps: Annotated[int, Field(ge=0)] = 0  # linear, from lr / warmup_steps at the first step
     final_ratio: Share = 0.0  # of the learning rate, at the end

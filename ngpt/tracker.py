@@ -30,6 +30,8 @@ FLOAT32_MAX = 3.4028234663852886e38
 
 
 class TrackerConfig(Config):
+    """Where the numbers of a run go besides `metrics.jsonl`, and under which names."""
+
     wandb: Annotated[str, one_of(WANDB_MODES, "wandb mode")] = runtime("disabled")  # auto: online where that works
     tensorboard: bool = runtime(False)
     project: str = runtime("ngpt")
@@ -101,6 +103,7 @@ class Rows:
         self._synced = True
 
     def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Appends rows without NaN or infinities; a disk that does not take them is a warning and no error."""
         waited = bool(self._waiting)
         self._waiting += map(_line, rows)
         try:
@@ -121,6 +124,7 @@ class Rows:
             self._synced = True
 
     def close(self) -> None:
+        """Closes the file; rows that still wait in memory are lost."""
         if self._file:
             self._file.close()
 
@@ -283,11 +287,13 @@ class TensorBoard:
         self._writer = SummaryWriter(str(folder), purge_step=purge, flush_secs=10)
 
     def log(self, row: Mapping[str, Any]) -> None:
+        """Adds the numbers of one `step`, each as a scalar."""
         for name, value in row.items():
             if name != "step":
                 self._writer.add_scalar(name, value, int(row["step"]))
 
     def log_histograms(self, step: int, histograms: Mapping[str, Histogram]) -> None:
+        """Adds histograms by name, in their own bins; each has at least one finite value."""
         for name, each in histograms.items():
             self._writer.add_histogram_raw(
                 name,
@@ -302,6 +308,7 @@ class TensorBoard:
             )
 
     def note(self, facts: Mapping[str, Any]) -> None:
+        """Adds facts about the whole run, each as a text in JSON."""
         for name, value in facts.items():
             self._writer.add_text(name, json.dumps(value, allow_nan=False))
 

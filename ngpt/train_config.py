@@ -57,6 +57,7 @@ class TrainConfig(Config, frozen=True):
 
     @property
     def tokens_per_step(self) -> int:
+        """Tokens that are predicted in a step; fewer where memory ran out and `on_oom` is halve_batch."""
         return self.batch_size * self.model.block_size
 
     @model_validator(mode="after")

@@ -77,6 +77,7 @@ def no_answer(url: str, *, seconds: float) -> str | None:
     found: list[str | None] = []
 
     def ask() -> None:
+        """Any status below 500 is an answer, also 403 or 404: somebody is there."""
         try:
             urllib.request.urlopen(url, timeout=seconds).close()
             found.append(None)
@@ -137,6 +138,7 @@ class WandbRun:
         import wandb
 
         def start(mode: str) -> Any:
+            """A new run, or the one of an earlier attempt, which goes on under its id."""
             wandb.setup(settings=wandb.Settings(silent=True))  # else it tells stderr which key it has found
             return wandb.init(
                 project=project,

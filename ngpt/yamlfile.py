@@ -116,6 +116,11 @@ class _BoundedComposer(Composer):
     nodes = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
+        """The next node and all in it; ruamel.yaml calls it for each, so this is where they can be counted.
+
+        Raises:
+            ComposerError: nested deeper than DEEPEST_NESTING, or more than MOST_NODES in the document.
+        """
         self.nodes += 1
         mark = self.parser.peek_event().start_mark
         if self.depth > DEEPEST_NESTING:

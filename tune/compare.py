@@ -43,10 +43,12 @@ class Side:
 
     @property
     def data(self) -> Mapping[str, Any]:
+        """What its corpus is: hashes, tokenizer and counts, as `describe_data` has them."""
         return self.state.campaign["data"]
 
     @property
     def metric(self) -> Mapping[str, str]:
+        """The `name` that its arms are ranked by, and the `goal`."""
         return self.state.campaign["metric"]
 
 

@@ -53,7 +53,10 @@ SCRATCH = ".tune-"  # start of the name of Tune's own folder, in the results dir
 
 
 class RemoteSession:
-    """The session, as it is seen from this process: it lives in the one that started this one."""
+    """The session, as it is seen from this process: it lives in the one that started this one.
+
+    Each method asks the one of the same name in tune/session.py, and waits for the answer.
+    """
 
     def __init__(self, line: Connection) -> None:
         self._line = line
@@ -129,6 +132,7 @@ class Feeder(Unpickled, Searcher):
         self._causes: dict[str, str] = {}  # of the deaths of workers, by Tune's id
 
     def suggest(self, trial_id: str) -> Any:
+        """The trials of one worker, and what it takes; Tune calls them `trial_id`. None: nothing yet."""
         if self._session.stop_requested:
             return Searcher.FINISHED
         if len(self._given) >= self._cluster.workers:
@@ -160,6 +164,7 @@ class Feeder(Unpickled, Searcher):
         self._causes[trial_id] = "host_oom" if SHORT_OF_MEMORY in said else "killed"
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Those of the worker's trials that have no result died with it, unless they were to save and stop."""
         left, cause = self._given.pop(trial_id), self._causes.pop(trial_id, "killed")
         if result and NEWS in result:
             self._record(left, result)
@@ -186,10 +191,12 @@ class Scheduler(FIFOScheduler):
         self._to_keep, self._feeder = workers, feeder
 
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
+        """Tune's cache counts workers by what they take, and that is known with the first trial."""
         tune_controller._actor_cache.increase_max(trial.placement_group_factory, by=self._to_keep)
         self._to_keep = 0
 
     def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
+        """Tells the feeder why a worker died; its `on_trial_complete` comes after this."""
         # Tune keeps the exception of some deaths only, and of a lack of memory just the text.
         self._feeder.worker_died(trial.trial_id, Path(trial.error_file).read_text() if trial.error_file else "")
 
@@ -204,6 +211,7 @@ class Stops(Unpickled, Stopper):
         return self._feeder.stops_early(trial_id, result)
 
     def stop_all(self) -> bool:
+        """Never: the feeder says when there is nothing left."""
         return False
 
 

@@ -81,6 +81,7 @@ class Evidence:
         return {arm.name: {seed: self.cell(i, metric, of) for seed, i in arm.trial_ids.items()} for arm in arms}
 
     def cell(self, trial_id: str, metric: str, of: Callable[[float], float] = float) -> Outcome:
+        """What came of a trial, as `of` it; no value where there is none, from LARGEST on, or without a logarithm."""
         seen = self.outcome(trial_id, metric)
         if seen.value is None or abs(seen.value) >= LARGEST or (of is log and seen.value <= 0):
             return replace(seen, value=None)

@@ -71,6 +71,7 @@ class Journal:
             raise self._failure from error
 
     def close(self) -> None:
+        """Closes the file, and loses nothing: what `append` has returned is on disk."""
         self._file.close()
 
 

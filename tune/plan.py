@@ -41,6 +41,8 @@ class Trial:
 
 @dataclass(frozen=True)
 class PlannedArm:
+    """One setting of what a phase varies, with a trial of each seed."""
+
     name: str
     overrides: Overrides  # relative to the phase's base
     trials: tuple[Trial, ...]

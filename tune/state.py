@@ -31,6 +31,8 @@ class ArmState:
 
 @dataclass
 class PhaseState:
+    """A phase as the journal remembers it: what was planned, and what came of it once all its trials are over."""
+
     name: str
     inherit: str | None
     base: Overrides
@@ -44,6 +46,7 @@ class PhaseState:
 
     @property
     def trial_ids(self) -> list[str]:
+        """Of all arms and seeds, in the order of the plan."""
         return [trial_id for arm in self.arms for trial_id in arm.trial_ids.values()]
 
 

@@ -196,12 +196,14 @@ class Scale:
 
     @classmethod
     def of(cls, column: Sequence[Any]) -> "Scale":
+        """The scale for a column of settings, which may be numbers or anything else."""
         distinct = list({repr(value): value for value in column}.values())
         numeric = all(is_number(value) for value in distinct)
         distinct.sort(key=(lambda value: value) if numeric else repr)
         return cls(distinct, steps=not numeric or len(distinct) <= MOST_TICKS)
 
     def place(self, value: Any) -> float:
+        """Where a value of the column lies, from 0 to 1; the middle if it is the only one."""
         if len(self.values) == 1:
             return 0.5
         if self.steps:

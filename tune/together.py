@@ -51,6 +51,7 @@ class Point:
 
     @property
     def fits(self) -> bool:
+        """Whether the memory has room for this many."""
         return self.trials <= self.room
 
 

@@ -77,6 +77,7 @@ class TrialWorker(ray.tune.Trainable):
         return {NEWS: news} | ({} if self._left else {"done": True})
 
     def cleanup(self) -> None:
+        """Closes the run under way when Tune ends the worker; if it was asked to stop it saves first."""
         self._run.close()
 
     def _begin(self, specs: Sequence[TrialSpec]) -> None:

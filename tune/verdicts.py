@@ -112,6 +112,7 @@ class Layout:
 
     @property
     def variance(self) -> float:
+        """Of one trial around the fit, on `df` degrees of freedom; 0 where it is no more than rounding."""
         variance = float((self.residuals**2).sum() / self.df)
         return variance if sqrt(variance) > self.tiny else 0.0
 

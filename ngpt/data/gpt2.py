@@ -39,12 +39,15 @@ class GPT2Tokenizer:
         self._encoding = encoding
 
     def encode(self, text: str) -> np.ndarray:
+        """The ids of `text`, (N,) uint16."""
         return np.array(self._encoding.encode_ordinary(text), dtype=np.uint16)
 
     def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`; bytes that are not UTF-8 become U+FFFD."""
         return self._encoding.decode([int(index) for index in ids])
 
     def token_bytes(self) -> np.ndarray:
+        """Bytes that each id stands for, (50257,) int64; 0 for the document mark."""
         return self._token_bytes
 
     @cached_property

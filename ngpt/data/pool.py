@@ -120,6 +120,11 @@ class _Child:
         self._ask(encoding)
 
     def encode(self, batch: list[Text]) -> list[Encoded]:
+        """Has a batch encoded and waits for it.
+
+        Raises:
+            RuntimeError: the process has died.
+        """
         self._ask(batch)
         assert self._process.stdout is not None
         try:
@@ -128,6 +133,7 @@ class _Child:
             raise self._died() from None
 
     def close(self) -> None:
+        """Ends the process, whatever it is doing."""
         self._process.kill()  # it holds nothing that could be lost
         for pipe in (self._process.stdin, self._process.stdout):
             assert pipe is not None

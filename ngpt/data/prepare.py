@@ -54,6 +54,7 @@ def tokenize(
     between = EMPTY_LINE if corpus.separated and loaded.document_mark is None else ""
 
     def texts() -> Iterator[Text]:
+        """All texts are read and hashed; those come out that are not in a verified shard already."""
         nonlocal n_read, n_skipped
         for split, text in _split(corpus, val_fraction):
             content.update(text.encode())

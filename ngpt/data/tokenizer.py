@@ -39,10 +39,14 @@ class Tokenizer(Protocol):
     """What a corpus needs of a tokenizer."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """What messages call it."""
+        ...
 
     @property
-    def vocab_size(self) -> int: ...
+    def vocab_size(self) -> int:
+        """V: ids are 0 to V - 1."""
+        ...
 
     @property
     def sha256(self) -> str:
@@ -102,6 +106,7 @@ class SentencePieceTokenizer:
         self._by_line = self._lossless and not any(b"\n" in piece for piece in self._pieces if piece != b"\n")
 
     def encode(self, text: str) -> np.ndarray:
+        """The ids of `text`, (N,) uint16; the character that sentencepiece writes for a space is not taken for one."""
         model: Any = self._model
         ids: list[int] = []
         for index, part in enumerate(text.split(META)):
@@ -112,12 +117,14 @@ class SentencePieceTokenizer:
         return np.array(ids, dtype=np.uint16)
 
     def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`; of a foreign model it is what that makes of them, spaces and line ends included."""
         if self._lossless:
             return self._join(ids).decode(errors="replace")
         model: Any = self._model
         return model.decode([int(index) for index in ids])
 
     def token_bytes(self) -> np.ndarray | None:
+        """UTF-8 bytes of each id, (V,) int64; None for a foreign model that does not give a text back as it was."""
         return self._token_bytes if self._lossless or self._adds_space else None
 
     def _join(self, ids: Iterable[int]) -> bytes:

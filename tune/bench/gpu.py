@@ -49,6 +49,7 @@ class Part:
     at_most: bool = False  # whether the target is an upper bound
 
     def meets(self, figures: Mapping[str, Any]) -> bool:
+        """Whether `figure`, among all that was measured, is on the right side of `target`."""
         value = figures[self.figure]
         return value <= self.target if self.at_most else value >= self.target
 
