@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console, RenderableType
+from rich.text import Text
 
 from tune import format as fmt
 from tune.console import (
@@ -169,6 +170,15 @@ def test_final_screen_ends_with_the_answer_the_report_and_what_to_do_next() -> N
     assert text.count("edge of the range") == 1
 
 
+def test_the_winner_is_named_by_its_settings_and_a_baseline_that_stays_by_its_name() -> None:
+    summary = campaign()
+    summary["answer"]["winner"] = "winner"  # as `runs: [{arm: winner, ...}]` calls it
+    text = "\n".join(printed(final_screen(summary, report=REPORT), 120))
+    assert re.search(r"winner +model\.alpha=0\.15 ", text) and re.search(r"arm +winner +in phase alpha", text)
+    summary["answer"] |= {"winner": "baseline", "overrides": {}}
+    assert re.search(r"winner +baseline +in phase alpha", "\n".join(printed(final_screen(summary, report=REPORT), 120)))
+
+
 def test_picture_of_the_intervals_needs_room() -> None:
     assert "better ←" not in " ".join(printed(phase_table(phase(), width=80), 80))
     rows = printed(phase_table(phase(), width=120), 120)
@@ -280,6 +290,13 @@ def test_live_console_draws_the_snapshot_and_prints_messages_above_it() -> None:
     text = stream.getvalue()
     assert seen and "phase 2 of 3" in text
     assert text.index("trial [red]t1[/] done") > 0
+
+
+def test_what_a_terminal_echoes_at_the_cursor_does_not_break_the_view() -> None:
+    stream = io.StringIO()
+    with LiveConsole(snapshot, Console(file=stream, force_terminal=True, width=80, height=24)):
+        drawn = stream.getvalue()
+    assert Text.from_ansi(drawn).plain.endswith("\n")  # the cursor is on a line of its own, with room for ^C
 
 
 def test_live_console_leaves_stdout_alone(capsys: pytest.CaptureFixture[str]) -> None:

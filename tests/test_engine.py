@@ -99,7 +99,7 @@ def test_a_worker_is_titled_after_the_trial_it_trains(seen: Seen) -> None:
 
 
 def test_every_process_of_it_listens_on_this_machine_only(seen: Seen) -> None:
-    url = re.search(r"dashboard http://127\.0\.0\.1:(\d+)  workers 2", seen.run.err.read_text())
+    url = re.search(r"dashboard http://127\.0\.0\.1:(\d+)  workers 2 .*ray get-auth-token", seen.run.err.read_text())
     assert url is not None and int(url[1]) in {port for _, port in seen.listeners}
     assert len(seen.listeners) > 8, "GCS, raylet, dashboard, agents, driver and workers"
     assert {address for address, _ in seen.listeners} <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}

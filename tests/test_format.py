@@ -56,6 +56,11 @@ def test_durations_have_two_units(seconds: float | None, text: str) -> None:
     assert fmt.duration(seconds) == text
 
 
+@pytest.mark.parametrize(("seconds", "text"), [(4.12, "4 s"), (59.4, "59 s"), (59.6, "1 m 00 s"), (-1, "0 s")])
+def test_durations_that_go_by_have_whole_seconds(seconds: float, text: str) -> None:
+    assert fmt.duration(seconds, tenths=False) == text
+
+
 def test_small_p_values_are_only_small() -> None:
     assert [fmt.p_value(p) for p in (0.0, 0.0234, 0.5, None)] == ["<0.001", "0.023", "0.50", fmt.MISSING]
 
@@ -63,7 +68,7 @@ def test_small_p_values_are_only_small() -> None:
 def test_settings_are_written_as_in_the_yaml() -> None:
     overrides = {"a": True, "b": None, "c": 0.0003, "d": [0.9, 0.95], "e": "vector", "f": 7, "g": {"h": 1e-05}}
     assert fmt.settings(overrides) == "a=true, b=null, c=0.0003, d=[0.9, 0.95], e=vector, f=7, g={h=1e-05}"
-    assert fmt.settings({}) == fmt.MISSING
+    assert fmt.settings({}) == fmt.MISSING and fmt.value({}) == "{}"
 
 
 def test_plain_text_has_no_escapes_controls_or_second_line() -> None:
@@ -127,6 +132,7 @@ def test_next_step_fits_the_state_of_the_campaign() -> None:
     assert "fresh 5" in fmt.next_step(summary())
     assert "change `vary:`" in fmt.next_step(summary(confirmed=True))
     assert "Run the same command again" in fmt.next_step(summary() | {"status": "interrupted"})
+    assert "tries those trials again" in fmt.next_step(summary() | {"trials": {"failed": 1}})
 
 
 def test_next_step_without_a_winner_says_how_many_seeds_would_show_one() -> None:

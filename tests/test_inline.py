@@ -2,13 +2,14 @@
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from tiny_campaign import begun, losses, records, session_on, train_all, write_file
 
-from tune import estimate
+from tune import speeds as measured
 from tune.inline import run_inline, stop_on_signal
 from tune.session import Session
 from tune.summary import Summary
@@ -60,14 +61,25 @@ def test_a_run_that_is_over_was_not_interrupted(tmp_path: Path, file: Path) -> N
     assert (summary["status"], summary["trials"]["finished"]) == ("finished", 6)
 
 
-def test_a_second_signal_ends_the_process_at_once(tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_second_signal_ends_the_process_at_once(
+    tmp_path: Path,
+    file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    is_terminal: bool,
+) -> None:
     codes: list[int] = []
     monkeypatch.setattr("tune.inline.os._exit", codes.append)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
     with session_on(file, tmp_path / "tiny") as session, stop_on_signal(session):
         signal.raise_signal(signal.SIGINT)
         assert (session.stop_requested, codes) == (True, [])
         signal.raise_signal(signal.SIGTERM)
         assert codes == [128 + signal.SIGTERM]
+    said = capfd.readouterr().err
+    assert "ended at once; the same command goes on" in said
+    assert ("\x1b[?25h" in said) is is_terminal, "a live view has hidden the cursor"
 
 
 def test_afterwards_signals_mean_what_they_meant_before(tmp_path: Path, file: Path) -> None:
@@ -124,7 +136,7 @@ def test_groups_give_the_verdicts_of_one_after_the_other(
     tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     remembered: list[dict[str, float]] = []
-    monkeypatch.setattr(estimate, "_remember", lambda device, speeds: remembered.append(speeds))
+    monkeypatch.setattr(measured, "_remember", lambda device, speeds: remembered.append(speeds))
     single = train_all(file, tmp_path / "single")
     together = train_all(vectorised(file), tmp_path / "together")
     assert close(tmp_path / "single", tmp_path / "together")

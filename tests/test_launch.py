@@ -49,6 +49,23 @@ def test_an_inline_run_trains_everything_and_reports_it_line_by_line(corpus: Pat
     assert sum("val_loss" in line and line.startswith("[") for line in lines) == 4
 
 
+@pytest.mark.parametrize("reason", ["compile is on", None])
+def test_a_run_says_why_its_trials_cannot_be_trained_together(
+    reason: str | None,
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY.format(corpus=corpus) + "resources: {vectorise: 2}\n")
+    campaign = load_campaign(path, ["compile=true"] if reason else [])
+    monkeypatch.setattr("tune.launch.run_inline", lambda session: None)  # what comes before it is asked
+    launch(campaign, tmp_path / "out", command="again", inline=True, view=lambda snapshot: recorder([]))
+    said = capsys.readouterr().err
+    assert ("vectorise 2 has no effect: compile is on" in said) == bool(reason)
+
+
 def test_a_corpus_that_cannot_be_prepared_is_an_error_before_any_trial(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

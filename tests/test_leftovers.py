@@ -40,6 +40,27 @@ def test_what_was_started_under_the_mark_is_ended_with_its_orphans_and_nothing_e
     assert is_alive(bystander)
 
 
+# A child whose environment does not say any more whose it is, as after Ray's dashboard has titled its processes.
+UNMARKED = f"import subprocess; subprocess.Popen({SLEEP!r}, env={{}}); print(flush=True); import time; time.sleep(600)"
+
+
+@pytest.mark.parametrize("parent_lives", [True, False])
+def test_what_has_lost_its_mark_is_known_by_its_parent(tmp_path: Path, parent_lives: bool) -> None:
+    with marking(tmp_path):
+        parent = subprocess.Popen([sys.executable, "-c", UNMARKED], stdout=subprocess.PIPE)
+    assert parent.stdout and parent.stdout.readline()
+    found = marked(tmp_path)
+    assert len(found) == 2
+    if not parent_lives:
+        parent.kill()
+        parent.wait()
+        assert marked(tmp_path) == []
+    assert end_marked(tmp_path, found) == (2 if parent_lives else 1)
+    parent.wait()
+    parent.stdout.close()
+    assert not any(map(is_alive, found))
+
+
 def test_a_zombie_is_not_alive() -> None:
     child = subprocess.Popen([sys.executable, "-c", ""])
     process = psutil.Process(child.pid)

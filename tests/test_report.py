@@ -288,6 +288,11 @@ def test_winner_and_ties_are_named_with_the_effect() -> None:
     assert "not confirmed yet" in text
 
 
+def test_what_there_is_none_of_is_not_listed() -> None:
+    text = Page(render_html(campaign() | {"data": {"corpus": "python-docs", "shards": {}}}, [])).text
+    assert "python-docs" in text and "shards" not in text
+
+
 def test_warning_of_a_phase_is_shown_once() -> None:
     text = Page(render_html(campaign(), [])).text
     assert text.count("close to the edge") == 1

@@ -12,6 +12,7 @@ from tiny_campaign import begun, drive, pretend, session_on, strict, write_file
 
 from ngpt.config import ConfigError
 from tune.status import is_locked, read_snapshot
+from tune.trial import TrialSpec
 
 pytestmark = pytest.mark.usefixtures("no_report")
 
@@ -84,6 +85,42 @@ def test_progress_is_read_from_what_the_trial_has_logged_so_far(root: Path, file
     assert running.tokens_per_second is None
 
 
+def advance(spec: TrialSpec, step: int, **more: float) -> None:
+    spec.folder.mkdir(parents=True, exist_ok=True)
+    (spec.folder / "metrics.jsonl").write_text(json.dumps({"step": step} | more) + "\n")
+
+
+def test_what_running_trials_have_behind_them_is_not_left(root: Path, file: Path) -> None:
+    with session_on(file, root) as session:
+        session.workers = 2
+        drive(begun(session), most=2)  # they took 2 s each; six are left of eight
+        first, second = session.next_trial(), session.next_trial()
+        assert first and second
+        assert session.snapshot().eta == pytest.approx(6.0)
+        advance(first, 3)  # of 6 steps
+        assert session.snapshot().eta == pytest.approx(5.5)
+        advance(second, 6)
+        assert session.snapshot().eta == pytest.approx(4.5)
+
+
+def test_the_last_trial_is_not_shared_by_idle_workers(root: Path, file: Path) -> None:
+    with session_on(file, root) as session:
+        session.workers = 4
+        drive(begun(session), most=5)
+        spec = session.next_trial()
+        assert spec and session.snapshot().eta == pytest.approx(2.0)
+        advance(spec, 3)
+        assert session.snapshot().eta == pytest.approx(1.0)
+
+
+def test_before_a_trial_has_ended_the_running_ones_say_how_long_it_takes(root: Path, file: Path) -> None:
+    with session_on(file, root) as session:
+        spec = begun(session).next_trial()
+        assert spec and session.snapshot().eta is None
+        advance(spec, 2, tokens=128, tokens_per_second=16.0)  # 8 s for a third of one of eight
+        assert session.snapshot().eta == pytest.approx(24 * (8 - 1 / 3))
+
+
 def test_after_the_end_nothing_runs_and_nothing_is_left(root: Path, file: Path) -> None:
     with session_on(file, root) as session:
         drive(begun(session))
@@ -122,6 +159,7 @@ def test_the_time_of_earlier_sessions_counts(root: Path, file: Path) -> None:
     with session_on(file, root) as session:
         drive(begun(session), most=2)
         session.stop_requested = True
+        assert session._started is not None
         session._started -= 100.0  # it has taken that long
         session.end()
     with session_on(file, root) as session:

@@ -36,6 +36,7 @@ class Running:
     train_loss: float | None
     val_loss: float | None
     tokens_per_second: float | None
+    seconds: float | None = None  # that all its steps would take at this speed
 
 
 @dataclass(frozen=True)
@@ -137,9 +138,9 @@ def _header(snapshot: Snapshot) -> Text:
 def _progress(snapshot: Snapshot) -> Table:
     grid = Table.grid(Column(ratio=1), Column(no_wrap=True), padding=(0, 2, 0, 0), expand=True)
     more = "" if snapshot.total_is_final else "+"
-    eta = "" if snapshot.eta is None else f"   about {fmt.duration(snapshot.eta)} left"
+    eta = "" if snapshot.eta is None else f"   about {fmt.duration(snapshot.eta, tenths=False)} left"
     state = Text(f"{snapshot.done}/{snapshot.total}{more}", style="bold")
-    state.append(f"   {fmt.duration(snapshot.elapsed)}{eta}", style="default not bold")
+    state.append(f"   {fmt.duration(snapshot.elapsed, tenths=False)}{eta}", style="default not bold")
     grid.add_row(_bar(snapshot.done, snapshot.total), state)
     return grid
 
@@ -193,7 +194,9 @@ class LiveConsole:
         self.console = console or Console(stderr=True, highlight=False)
         self._live = Live(
             console=self.console,
-            get_renderable=lambda: live_view(snapshot(), height=self.console.height),
+            # On a line of its own the cursor leaves room for the ^C that a terminal writes there: at the end of a full
+            # line it would wrap, and the view would be drawn again one line lower.
+            get_renderable=lambda: Group(live_view(snapshot(), height=self.console.height - 1), Text()),
             refresh_per_second=REFRESH_PER_SECOND,
             transient=True,
             redirect_stdout=False,  # data on stdout stays there

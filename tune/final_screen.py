@@ -153,11 +153,12 @@ def _phase_heading(phase: Mapping[str, Any]) -> Text:
 def _answer_panel(summary: Mapping[str, Any], report: Path, width: int) -> Panel:
     answer = summary.get("answer") or {}
     rows = Table.grid(Column(style="dim", no_wrap=True), Column(ratio=1, overflow="fold"), padding=(0, 2, 0, 0))
-    if answer.get("winner"):
-        winner = Text().append_text(words(answer["winner"], "bold bright_blue"))
-        rows.add_row("winner", winner.append("  ").append_text(words(f"in phase {answer.get('phase')}", "dim")))
     if answer.get("overrides"):
-        rows.add_row("settings", words(fmt.settings(answer["overrides"])))
+        rows.add_row("winner", words(fmt.settings(answer["overrides"]), "bold bright_blue"))
+    if answer.get("winner"):
+        arm = Text().append_text(words(answer["winner"]))
+        arm.append("  ").append_text(words(f"in phase {answer.get('phase')}", "dim"))
+        rows.add_row("arm" if answer.get("overrides") else "winner", arm)
     if answer.get("delta"):
         rows.add_row("effect", Text(fmt.effect(answer["delta"])))
         rows.add_row("fresh seeds", Text("confirmed" if answer.get("confirmed") else "not confirmed yet"))

@@ -103,13 +103,15 @@ def size(amount: int) -> str:
     return f"{amount} B"
 
 
-def duration(seconds: float | None) -> str:
-    """A time with its two leading units: 4.1 s, 1 m 23 s, 2 h 05 m, 3 d 4 h."""
+def duration(seconds: float | None, *, tenths: bool = True) -> str:
+    """A time with its two leading units: 4.1 s, 1 m 23 s, 2 h 05 m, 3 d 4 h; without `tenths` 4 s."""
     if seconds is None:
         return MISSING
-    if seconds < 59.95:
+    if tenths and seconds < 59.95:
         return f"{max(seconds, 0):.1f} s"
-    whole = round(seconds)
+    whole = max(round(seconds), 0)
+    if whole < 60:
+        return f"{whole} s"
     if whole < 3600:
         return f"{whole // 60} m {whole % 60:02d} s"
     if whole < 86400:
@@ -126,7 +128,7 @@ def value(item: Any) -> str:
     if isinstance(item, list | tuple):
         return f"[{', '.join(map(value, item))}]"
     if isinstance(item, Mapping):
-        return f"{{{settings(item)}}}"
+        return f"{{{settings(item, empty='')}}}"
     return plain(item)
 
 
@@ -286,6 +288,8 @@ def next_step(summary: Mapping[str, Any]) -> str:
         return "Raise `budget:` and run the same command again: it continues where it stopped and repeats nothing."
     if summary.get("status") != "finished":
         return "Run the same command again: it continues where it stopped and repeats nothing."
+    if (summary.get("trials") or {}).get("failed"):
+        return "See in the report what failed. The same command tries those trials again and repeats nothing else."
     if answer.get("winner") and answer.get("delta"):
         if not answer.get("confirmed"):
             return "Confirm it on seeds nobody has looked at: add a phase with `arm: winner` and `seeds: fresh 5`."

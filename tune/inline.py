@@ -6,6 +6,7 @@ And what a signal means to both executors.
 import contextlib
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -43,6 +44,7 @@ def stop_on_signal(session: Session, *, at_once: Callable[[], object] = lambda: 
     def handle(number: int, frame: FrameType | None) -> None:
         if session.stop_requested:
             at_once()
+            last_words()
             os._exit(128 + number)
         session.stop_requested, session.stop_signal = True, number
         session.ask_trials_to_stop()
@@ -53,3 +55,13 @@ def stop_on_signal(session: Session, *, at_once: Callable[[], object] = lambda: 
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def last_words() -> None:
+    """Says that the process ends at once, below the live view, and shows the terminal's cursor, which that has hidden.
+
+    It writes without any lock, since the code that was interrupted may hold it.
+    """
+    cursor = "\x1b[?25h" if sys.stderr.isatty() else ""
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        os.write(2, f"{cursor}\nended at once; the same command goes on\n".encode())

@@ -8,7 +8,7 @@ happens over there, everything of it is ended here and started anew; the trials 
 import multiprocessing
 import multiprocessing.resource_tracker
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any
@@ -69,10 +69,11 @@ class Keeper:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
+        started = marked(self._session.root)  # before any of it has lost its parent
         self._driver.line.close()  # which tells the driver to end Ray
         if kind is None:
             self._driver.process.join(GOODBYE)
-        self._end()
+        self._end(started)
 
     def wait(self) -> Ready:
         """What Ray has started with, once it has.
@@ -121,18 +122,18 @@ class Keeper:
         self._driver = Driver(process, ours, time.monotonic())
         self._heard = time.monotonic()
 
-    def _end(self) -> None:
-        """Ends the driver, Ray and the workers, as far as they are there."""
+    def _end(self, started: Sequence[psutil.Process]) -> None:
+        """Ends the driver, Ray and the workers, as far as they are there: what was `started`, and what is marked."""
         self._driver.line.close()
         self._driver.process.kill()
         self._driver.process.join(GOODBYE)  # before others could take its end for a stranger's
-        end_marked(self._session.root)
+        end_marked(self._session.root, started)
 
     def _replace(self, why: str) -> None:
         if self._address:
             text = f"the Ray cluster at {self._address} is lost ({why}); it is not ours to start again: see to it, and"
             raise ExecutorLost(f"{text} give the same command again to go on")
-        self._end()
+        self._end(marked(self._session.root))
         self._session.executor_lost(why)
         self._killed.clear()
         if self._replaced == REPLACEMENTS:

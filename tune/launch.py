@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from ngpt.tracker import settled
+from ngpt.vectorised import unstackable
 from tune import environment
 from tune.campaign import Campaign
 from tune.changes import check_changes, find_changes
@@ -66,6 +67,8 @@ def launch(
         for line in changes.lines():
             tell(line)
         work = session.has_work()
+        if work and campaign.resources.vectorise > 1 and (reason := unstackable([campaign.base])):
+            tell(f"trials are trained one by one, vectorise {campaign.resources.vectorise} has no effect: {reason}")
         if work:  # asked once for all trials: each would wait for a server that is not there
             session.wandb_mode = settled(campaign.base.tracker, root / "trials" / "*", tell).wandb
         # Tokenizing and Ray's start both take seconds, and neither needs the other.
@@ -74,7 +77,7 @@ def launch(
         if not inline and work:
             prepared.check()
             keeper = stack.enter_context(Keeper(session, campaign.resources, address=address))
-            wait_for_ray(keeper, session)
+            wait_for_ray(keeper, session, is_ours=address is None)
         prepared.result()
         # The GPUs of a running cluster may be others than ours: they are not for us to measure.
         if keeper and address is None and (packing := pack(session.campaign, session.state, tell)):
@@ -87,13 +90,18 @@ def launch(
         return session.end(), session.stop_signal
 
 
-def wait_for_ray(keeper: Keeper, session: Session) -> None:
-    """Waits until Ray has started, and says what there is to know of it and of the GPUs."""
+def wait_for_ray(keeper: Keeper, session: Session, *, is_ours: bool) -> None:
+    """Waits until Ray has started, and says what there is to know of it and of the GPUs.
+
+    Ours asks whoever opens its dashboard for its token; what another one asks for is its owner's business.
+    """
     tell("starting Ray ...")
     for line in environment.busy_gpus():
         tell(line)
     take_over(keeper.wait(), session)
-    tell(f"dashboard {session.dashboard_url}  workers {session.workers}")
+    url = session.dashboard_url or "none"
+    token = "  (it asks for what `ray get-auth-token` prints)" if is_ours and session.dashboard_url else ""
+    tell(f"dashboard {url}  workers {session.workers}{token}")
 
 
 def take_over(ray: Ready, session: Session) -> None:

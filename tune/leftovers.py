@@ -10,7 +10,7 @@ lock may end what carries their mark.
 import contextlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import psutil
@@ -30,19 +30,29 @@ def marking(root: Path) -> Iterator[None]:
 
 
 def marked(root: Path) -> list[psutil.Process]:
-    """The living processes of this user that carry the mark of `root`, but for this one itself."""
-    mark, found = str(root.resolve()), []
+    """The living processes of this user that carry the mark of `root`, but for this one itself, and all below them.
+
+    A process may have written its title over its environment, as those of Ray's dashboard do. Only what has started it
+    says then whose it is, and only as long as that lives.
+    """
+    mark, found = str(root.resolve()), dict[int, psutil.Process]()
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
-            if process.pid != os.getpid() and process.environ().get(MARK) == mark and is_alive(process):
-                found.append(process)
-    return found
+            if process.pid != os.getpid() and process.environ().get(MARK) == mark:
+                found |= {one.pid: one for one in (process, *process.children(recursive=True))}
+    found.pop(os.getpid(), None)
+    return [process for process in found.values() if is_alive(process)]
 
 
-def end_marked(root: Path) -> int:
-    """Kills every process that carries the mark of `root`, and waits until they are gone; says how many there were."""
+def end_marked(root: Path, also: Iterable[psutil.Process] = ()) -> int:
+    """Kills every process that carries the mark of `root`, and waits until they are gone; says how many there were.
+
+    Those in `also` are ended as well: found by `marked` while what has started them was alive.
+    """
     ended = 0
-    while processes := marked(root):  # again, for those that were being started
+    known = list(also)
+    while processes := {*marked(root), *filter(is_alive, known)}:  # again, for those that were being started
+        known.clear()
         for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):  # psutil tells a process from a later one of that number
                 process.kill()

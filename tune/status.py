@@ -28,6 +28,7 @@ def take_snapshot(
     results = [state.results[trial_id] for trial_id in planned if trial_id in state.results]
     current = next((phase for phase in state.phases.values() if phase.winner is None), None)
     elapsed = state.seconds + (_seconds_since(state.campaign["time"]) if running else state.session_seconds())
+    at_work = tuple(_running(root, event) for event in state.running.values()) if running else ()
     return Snapshot(
         campaign=state.campaign["campaign"],
         status="running" if running else state.status,
@@ -40,8 +41,8 @@ def take_snapshot(
         reused=sum(result["seq"] < state.campaign["seq"] for result in results),
         unsuccessful=sum(result["status"] != "finished" for result in results),
         elapsed=elapsed,
-        eta=_eta(state, len(results), sum(totals.values())) if running else None,
-        running=tuple(_running(root, event) for event in state.running.values()) if running else (),
+        eta=_eta(state, at_work, sum(totals.values()) - len(results)) if running else None,
+        running=at_work,
         best=_best(state, current) if current else None,
         metric=state.campaign["metric"]["name"],
         dashboard_url=dashboard_url,
@@ -49,16 +50,24 @@ def take_snapshot(
     )
 
 
-def _eta(state: State, done: int, total: int) -> float | None:
-    """Seconds left: what a trial has taken on average, times what is left, over the workers.
+def _eta(state: State, running: Sequence[Running], left: int) -> float | None:
+    """Seconds left: what a trial takes on average, times what is left of all, over the workers, and no less than the
+    running ones need for the rest of theirs.
 
-    Of trials that were trained together each has taken its share.
+    Of trials that are trained together each takes its share. Before any trial has ended, the speed of the running ones
+    says how long they will take.
     """
+    workers = max(1, state.campaign["workers"])
+    at_once = max(1.0, len(running) / workers)  # in one worker
     ended = (result for result in state.results.values() if result["status"] in DONE)
     seconds = [result["seconds"] / result["provenance"].get("vectorised", 1) for result in ended]
     if not seconds:
+        seconds = [trial.seconds / at_once for trial in running if trial.seconds]
+    if not seconds:
         return None
-    return fmean(seconds) * (total - done) / max(1, state.campaign["workers"])
+    rests = [max(0.0, 1 - trial.step / trial.steps) for trial in running]
+    of_all = fmean(seconds) * (left - len(running) + sum(rests)) / workers
+    return max(of_all, fmean(seconds) * at_once * max(rests, default=0.0))
 
 
 def _running(root: Path, event: Mapping[str, Any]) -> Running:
@@ -67,16 +76,18 @@ def _running(root: Path, event: Mapping[str, Any]) -> Running:
     def newest(name: str) -> Any:
         return next((row[name] for row in reversed(rows) if row.get(name) is not None), None)
 
+    step, speed = newest("step") or 0, newest("tokens_per_second")
     return Running(
         trial_id=event["trial_id"],
         phase=event["phase"],
         arm=event["arm"],
         seed=event["seed"],
-        step=newest("step") or 0,
+        step=step,
         steps=event["steps"],
         train_loss=newest("train_loss"),
         val_loss=newest("val_loss"),
-        tokens_per_second=newest("tokens_per_second"),
+        tokens_per_second=speed,
+        seconds=event["steps"] * newest("tokens") / step / speed if step and speed else None,
     )
 
 
