@@ -2,7 +2,7 @@
 
 import pytest
 
-from ngpt.bench.vectorised import AT_ONCE, vectorised
+from ngpt.bench.vectorised import AT_ONCE, step_together, vectorised
 from ngpt.config import ConfigError, override
 from ngpt.train_config import TrainConfig
 
@@ -24,3 +24,12 @@ def test_every_number_of_runs_is_compared_with_as_many_single_steps(tiny: TrainC
 def test_what_cannot_be_trained_at_once_is_not_measured(tiny: TrainConfig) -> None:
     with pytest.raises(ConfigError, match="compile is on"):
         vectorised(override(tiny, {"compile": True}), seconds=0)
+
+
+def test_a_step_of_several_makes_tokens_for_each_of_them(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = iter([9.0, 2.0, 4.0, 3.0])
+    monkeypatch.setattr("ngpt.bench.vectorised.timed", lambda work, device: (work(), next(seconds))[1])
+    tokens = 3 * tiny.batch_size * tiny.model.block_size
+    assert step_together(tiny, 3, warmup=1, steps=3) == tokens / 3.0
+    with pytest.raises(ConfigError, match="compile is on"):
+        step_together(override(tiny, {"compile": True}), 3)

@@ -65,6 +65,21 @@ def test_the_doctor_writes_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_how_much_compiled_code_is_kept_is_said_with_the_command_that_empties_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "a cache"
+    monkeypatch.setenv("NGPT_CACHE", str(cache))
+    assert check("compiled code", tmp_path).value == "0 B"
+    for name, size in {"compiled/ab/graph": 1_500_000, "native/loop.so": 500_000, "corpus/tokens": 9}.items():
+        (cache / name).parent.mkdir(parents=True)
+        (cache / name).write_bytes(bytes(size))
+    size, _, command = check("compiled code", tmp_path).value.partition("; to empty it: ")
+    assert size == "2 MB"
+    subprocess.run(command, shell=True, check=True)
+    assert [path.name for path in cache.iterdir()] == ["corpus"]
+
+
 def test_a_full_disk_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1 << 40, 1 << 40, 1 << 30))
     assert check("results", tmp_path).problem == "less than 2 GiB free"

@@ -17,19 +17,11 @@ from ngpt.config import override
 from ngpt.train import train
 from ngpt.train_config import TrainConfig
 from tune.campaign import Campaign, load_campaign
-from tune.estimate import (
-    device_key,
-    estimate,
-    expected_workers,
-    known_speeds,
-    plan_view,
-    remember_speeds,
-    shape_key,
-)
+from tune.estimate import estimate, expected_workers, plan_view
 from tune.journal import Journal
 from tune.plan import PlannedPhase, Trial, inheritance, plan_phase, preview
 from tune.progress import planned_event
-from tune.state import State, replay
+from tune.speeds import device_key, known_speeds, shape_key
 
 SHAPE = "n_layer: 1, n_head: 2, n_embd: 16, block_size: 8, vocab_size: 400"
 PHASES = """\
@@ -81,8 +73,8 @@ def write(tmp_path: Path) -> Write:
     return events
 
 
-def row(speed: float, config: TrainConfig, device: str) -> str:
-    return json.dumps({"device": device, "shape": shape_key(config), "tokens_per_second": speed}) + "\n"
+def row(speed: float, config: TrainConfig, device: str, together: int = 1) -> str:
+    return json.dumps({"device": device, "shape": shape_key(config, together), "tokens_per_second": speed}) + "\n"
 
 
 def store(path: Path, text: str) -> None:
@@ -207,23 +199,6 @@ def test_a_speed_holds_for_one_shape_only(load: Load, tmp_path: Path, speeds_fil
     assert source.startswith("estimated from the FLOP count for 1 of 3 trials at 1 GFLOP/s")
 
 
-@pytest.mark.parametrize(
-    ("change", "same"),
-    [
-        ({"alpha": 0.9, "logit_scale": 3.0, "optim.lr": 1.0, "steps": 99, "seed": 5, "eval_every": 1}, True),
-        ({"n_layer": 2}, False),
-        ({"block_size": 16}, False),
-        ({"batch_size": 8}, False),
-        ({"micro_batch_size": 2}, False),
-        ({"dtype": "bfloat16"}, False),
-        ({"mlp": "relu2"}, False),
-    ],
-)
-def test_configs_that_take_equally_long_share_a_shape(load: Load, change: dict[str, Any], same: bool) -> None:
-    base = load("vary: {alpha: [0.1]}\n").base
-    assert (shape_key(override(base, change)) == shape_key(base)) == same
-
-
 def test_measuring_times_each_shape_once_and_is_remembered(
     load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -253,79 +228,41 @@ def test_measuring_runs_real_steps(load: Load, tmp_path: Path, speeds_file: Path
     assert not (tmp_path / "results").exists()
 
 
+def test_trials_at_once_in_a_worker_take_their_share_of_its_time(load: Load, tmp_path: Path, speeds_file: Path) -> None:
+    rest = "seeds: [1, 2]\nresources: {workers: 1, vectorise: 3}\nphases: [{name: a, vary: {alpha: [0.1, 0.2, 0.3]}}]\n"
+    campaign = load(rest)
+    device = device_key(campaign)
+    store(speeds_file, row(WORK / 10, campaign.base, device))
+    estimated = estimate(campaign, tmp_path / "results")
+    assert (estimated["workers"], estimated["together"]) == (1, 3)
+    assert one_row(estimated, "a")["seconds"] == pytest.approx(8 * 10.1)  # two groups of three, one of two
+    alone = "from steps measured here before, for trials at once as if one came after the other"
+    assert estimated["seconds_source"] == f"{alone}; --measure times real steps"
+    store(speeds_file, row(WORK / 4, campaign.base, device, 3) + row(WORK / 6, campaign.base, device, 2))
+    estimated = estimate(campaign, tmp_path / "results")
+    assert one_row(estimated, "a")["seconds"] == pytest.approx(6 * 4.1 + 2 * 6.1)
+    assert estimated["seconds_source"] == "from steps measured here before"
+    assert "3 trials at once in each of 1 worker; time from" in shown(estimated)
+
+
+def test_measuring_times_real_steps_of_trials_at_once(load: Load, tmp_path: Path) -> None:
+    campaign = load("seeds: [1]\nresources: {workers: 1, vectorise: 2}\nvary: {alpha: [0.1, 0.2], batch_size: [8]}\n")
+    estimated = estimate(campaign, tmp_path / "results", measure=True)
+    assert estimated["seconds_source"] == "measured just now"
+    base, wide = campaign.base, override(campaign.base, {"batch_size": 8})
+    assert known_speeds(device_key(campaign)).keys() == {shape_key(base), shape_key(base, 2), shape_key(wide)}
+
+
+def test_what_cannot_be_trained_at_once_is_not_expected_to_be(load: Load, tmp_path: Path) -> None:
+    rest = "seeds: [1, 2]\nresources: {vectorise: 4}\nphases: [{name: a, set: {compile: true}, vary: {lr: [1]}}]\n"
+    assert estimate(load(rest), tmp_path / "results")["together"] == 1
+
+
 def test_as_many_trials_run_at_once_as_there_are_cpus_for_them(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tune.estimate.usable_cpus", lambda: 8)
     for resources, workers in [("cpus_per_trial: 1", 8), ("cpus_per_trial: 3", 2), ("cpus_per_trial: 9", 1)]:
         assert expected_workers(load(f"resources: {{{resources}}}\nvary: {{lr: [1]}}\n")) == workers
     assert expected_workers(load("resources: {workers: 5}\nvary: {lr: [1]}\n")) == 5
-
-
-# ---- speeds --------------------------------------------------------------------------------------------------------
-
-
-def session(write: Write, campaign: Campaign, *events: dict[str, Any]) -> State:
-    """The state after a journal: an older session's events, a start, and these."""
-    older = [event.pop("older") and event for event in events if "older" in event]
-    start = {"event": "campaign_started", "campaign": campaign.name}
-    root = write([*older, start, *(event for event in events if event not in older)])
-    lines = [json.loads(line) for line in (root / "journal.jsonl").read_text().splitlines()]
-    for i, line in enumerate(lines):
-        line["time"] = f"2026-01-01T00:00:{i:02d}.000+00:00"
-    return replay(lines)
-
-
-def test_the_speed_of_a_finished_trial_is_remembered_for_its_shape(load: Load, write: Write) -> None:
-    campaign = load("seeds: [1]\nvary: {batch_size: [8]}\n")
-    base, wide = preview(campaign)[0].trials
-    state = session(write, campaign, ended(base, seconds=2.0), ended(wide, seconds=4.0))
-    remember_speeds(campaign, state, {trial.trial_id: trial.config for trial in (base, wide)})
-    assert known_speeds(device_key(campaign)) == {
-        shape_key(base.config): WORK / 2,
-        shape_key(wide.config): (320 + 3 * 16) / 4,
-    }
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        *({"status": "failed"}, {"status": "diverged"}, {"attempt": 2}, {"seconds": 0.0}, {"older": True}),
-        {"provenance": {"packed": 1, "vectorised": 4}},
-    ],
-    ids=str,
-)
-def test_only_a_trial_that_this_session_ran_in_one_go_says_how_fast_it_is(
-    load: Load, write: Write, change: dict[str, Any], speeds_file: Path
-) -> None:
-    campaign = load("seeds: [1]\nvary: {batch_size: [8]}\n")
-    trial = next(preview(campaign)[0].trials)
-    state = session(write, campaign, ended(trial) | change)
-    remember_speeds(campaign, state, {trial.trial_id: trial.config})
-    assert not speeds_file.exists()
-
-
-def test_the_newest_speed_wins_and_other_devices_do_not_count(load: Load, speeds_file: Path) -> None:
-    config = load("vary: {lr: [1]}\n").base
-    store(speeds_file, row(1.0, config, "here") + row(2.0, config, "here") + row(3.0, config, "elsewhere"))
-    assert known_speeds("here") == {shape_key(config): 2.0}
-    assert known_speeds("elsewhere") == {shape_key(config): 3.0}
-    assert known_speeds("nowhere") == {}
-
-
-def test_no_speeds_are_known_before_the_first_measurement(speeds_file: Path) -> None:
-    assert not speeds_file.exists()
-    assert known_speeds("here") == {}
-
-
-@pytest.mark.parametrize("torn", ['{"device": "here", "sha', "\x00\x00", "[1]", '{"device": "here"}', "3"])
-def test_a_torn_line_costs_itself_and_nothing_else(load: Load, write: Write, speeds_file: Path, torn: str) -> None:
-    campaign = load("seeds: [1]\nvary: {batch_size: [8]}\n")
-    base, wide = preview(campaign)[0].trials
-    device = device_key(campaign)
-    store(speeds_file, row(5.0, base.config, device) + torn)
-    assert known_speeds(device) == {shape_key(base.config): 5.0}
-    state = session(write, campaign, ended(wide, seconds=4.0))
-    remember_speeds(campaign, state, {wide.trial_id: wide.config})
-    assert known_speeds(device) == {shape_key(base.config): 5.0, shape_key(wide.config): 92.0}
 
 
 # ---- on the screen -------------------------------------------------------------------------------------------------

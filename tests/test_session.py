@@ -522,6 +522,29 @@ def test_a_group_is_the_next_trial_and_those_behind_it_of_its_graph(tmp_path: Pa
         assert started == [spec.trial_id for group in groups for spec in group] == list(session.state.running)
 
 
+def test_what_is_left_is_divided_among_the_workers(tmp_path: Path, corpus: Path, root: Path) -> None:
+    phases = "\n  - name: a\n    vary: {alpha: [0.1, 0.2, 0.3]}\n"
+    with session_on(write_file(tmp_path, corpus, phases=phases, seeds="[1, 2]", vectorise=8), root) as session:
+        begun(session).workers = 3
+        assert [len(session.next_trials()) for _ in range(4)] == [3, 3, 2, 0]
+
+
+@pytest.mark.parametrize(("step", "sizes"), [(2, [3, 3, 2]), (3, [3, 3, 1])])
+def test_a_worker_that_will_soon_be_free_is_left_its_share(
+    tmp_path: Path, corpus: Path, root: Path, step: int, sizes: list[int]
+) -> None:
+    phases = "\n  - name: a\n    vary: {alpha: [0.1, 0.2, 0.3]}\n"
+    with session_on(write_file(tmp_path, corpus, phases=phases, seeds="[1, 2]", vectorise=3), root) as session:
+        begun(session).workers = 2
+        found = [session.next_trials(), session.next_trials()]
+        for spec in found[0]:
+            session.trial_ended(spec.trial_id, pretend(spec))
+        for spec in found[1]:
+            spec.folder.mkdir(parents=True)
+            Pulse(spec.folder, began=step).close()  # of 6
+        assert [len(group) for group in (*found, session.next_trials())] == sizes
+
+
 def test_a_budget_counts_every_trial_of_a_group(root: Path, together: Path) -> None:
     together.write_text(together.read_text() + "budget: {trials: 2}\n")
     with session_on(together, root) as session:

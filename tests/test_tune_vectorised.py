@@ -14,7 +14,7 @@ from ngpt.config import override
 from ngpt.train_config import TrainConfig
 from ngpt.vectorised_model import Stack
 from tune.trial import TrialResult, TrialSpec, run_trial
-from tune.vectorised import alike, run_trials
+from tune.vectorised import alike, group_size, groups, run_trials
 
 
 def trial(name: str, folder: Path, config: TrainConfig, **changes: Any) -> TrialSpec:
@@ -111,3 +111,21 @@ def test_trials_of_one_graph_are_taken_together(specs: list[TrialSpec], tiny: Tr
     assert alike(specs[0], [other, threads, *specs[1:]], most=8) == specs
     assert alike(specs[0], [other, *specs[1:]], most=2) == specs[:2]
     assert alike(other, specs, most=8) == [other]
+
+
+@pytest.mark.parametrize(
+    ("waiting", "workers", "most", "size"),
+    [(8, 2, 8, 4), (9, 2, 8, 5), (24, 2, 8, 8), (8, 1, 8, 8), (3, 1, 8, 3), (1, 4, 8, 1), (3, 0, 8, 3)],
+)
+def test_what_waits_is_divided_among_the_workers(waiting: int, workers: int, most: int, size: int) -> None:
+    assert group_size(waiting, workers, most=most) == size
+
+
+def test_groups_are_foreseen_as_workers_that_keep_pace_would_take_them(tiny: TrainConfig) -> None:
+    wide, compiled = override(tiny, {"model.n_embd": 32}), override(tiny, {"compile": True})
+    seeds = [override(tiny, {"seed": seed}) for seed in range(9)]
+    assert list(map(len, groups(seeds, workers=2, most=8))) == [5, 4]
+    assert list(map(len, groups(seeds, workers=1, most=4))) == [4, 4, 1]
+    assert groups([tiny, wide, seeds[3], wide], workers=1, most=4) == [[0, 2], [1, 3]]
+    assert groups([compiled, compiled], workers=1, most=4) == [[0], [1]]
+    assert groups([], workers=2, most=4) == []

@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import platform
+import shlex
 import shutil
 import socket
 import subprocess
@@ -12,10 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tune import format as fmt
+
 PACKAGES = ("torch", "ray", "numpy", "sentencepiece", "pyarrow", "pydantic", "wandb")
 ENOUGH_DISK = 2 << 30  # bytes
 BUSY = 0.1  # share of a GPU's memory; an idle one with a display or a driver's own takes less
 ENOUGH_SHM = 256 << 20  # bytes
+COMPILED = ("compiled", "native")  # folders of ngpt/compiling.py and ngpt/native.py in the cache, which only grow
 
 
 def describe(device: str = "auto") -> dict[str, Any]:
@@ -166,6 +170,15 @@ def _cache(out: Path) -> Check:
     return Check("corpora", str(folder), problem)
 
 
+def _compiled(out: Path) -> Check:
+    from ngpt.data.corpora import cache_folder
+
+    folders = [folder for name in COMPILED if (folder := cache_folder() / name).is_dir()]
+    size = sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())
+    emptied = f"; to empty it: {shlex.join(['rm', '-r', *map(str, folders)])}" if folders else ""
+    return Check("compiled code", f"{fmt.size(size)}{emptied}")
+
+
 def _shared_memory(out: Path) -> Check:
     shm = Path("/dev/shm")
     if not shm.exists():
@@ -196,5 +209,5 @@ def _wandb(out: Path) -> Check:
 
 
 CHECKS: list[Callable[[Path], Check]] = [
-    _python, _packages, _device, _disk, _cache, _shared_memory, _home, _files, _wandb
+    _python, _packages, _device, _disk, _cache, _compiled, _shared_memory, _home, _files, _wandb
 ]  # fmt: skip

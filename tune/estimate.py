@@ -1,9 +1,7 @@
 """`--plan`: what a campaign would train, how much disk it takes and how long, before anything is started."""
 
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +9,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ngpt.config import ConfigError, content_hash
-from ngpt.data.corpora import cache_folder
+from ngpt.config import ConfigError
 from ngpt.device import DTYPES, pick_device
 from ngpt.flops import matrix_params
-from ngpt.model import ModelConfig
 from ngpt.train_config import TrainConfig
 from tune import format as fmt
 from tune.budget import describe
@@ -25,15 +21,13 @@ from tune.journal import read_journal
 from tune.packing import known_packing
 from tune.plan import PlannedPhase, trial_flops, trial_tokens, trial_work
 from tune.progress import expected_phases, past_winner
-from tune.schema import MOST_TRIALS
+from tune.speeds import device_key, known_speeds, measure_speeds, shape_key
 from tune.state import DONE, State, replay
 from tune.verdicts import Method, detectable, judge
 
 STARTUP = 8.0  # seconds: interpreter, Ray, first import of torch in the workers
 PER_TRIAL = 0.1  # seconds besides training and evaluation
 EFFICIENCY = 0.25  # share of the matrix-product rate that a small eager step reaches, where none was measured
-SPEED_SETTINGS = ("batch_size", "micro_batch_size", "dtype")  # besides all of `model.`
-NOT_SPEED = ("model.alpha", "model.logit_scale", "model.rope_base")
 
 
 def estimate(campaign: Campaign, root: Path, *, measure: bool = False) -> dict[str, Any]:
@@ -42,7 +36,8 @@ def estimate(campaign: Campaign, root: Path, *, measure: bool = False) -> dict[s
     Tokens, disk and time are those of the trials that are left to run: not of those that the journal in `root` has
     results of. The time comes from the newest speed measured on this device for each shape of model and batch; where
     there is none, from the FLOP count and a matrix product timed now. `measure` times a few real steps of each shape
-    first, and remembers them.
+    first, and remembers them. Trials that are trained at once in one worker (`vectorise`) have speeds of their own;
+    where none was measured, they are taken to be as slow as one after another.
     """
     state = replay(read_journal(root / "journal.jsonl"))
     campaign = replace(campaign, speeds=state.speeds)
@@ -51,20 +46,26 @@ def estimate(campaign: Campaign, root: Path, *, measure: bool = False) -> dict[s
     everything = {trial.trial_id: trial.config for phase in phases for trial in phase.trials}
     done = {trial_id for trial_id, result in state.results.items() if result["status"] in DONE}
     left = {name: config for name, config in everything.items() if name not in done}
-    if measure:
-        _remember(device_key(campaign), _measure(left.values(), campaign))
-    speeds = known_speeds(device_key(campaign)) if left else {}
-    missing = [config for config in left.values() if shape_key(config) not in speeds]
-    rate = _flop_rate(campaign) if missing else None
     workers = expected_workers(campaign)
+    to_run = {
+        phase.name: _in_company(
+            [left.pop(trial.trial_id) for trial in phase.trials if trial.trial_id in left], campaign
+        )
+        for phase in phases
+    }
+    trials = [trial for found in to_run.values() for trial in found]
+    if measure:
+        measure_speeds(trials, campaign)
+    speeds = known_speeds(device_key(campaign)) if trials else {}
+    n_missing = sum(_known_speed(speeds, *trial) is None for trial in trials)
+    rate = _flop_rate(campaign) if n_missing else None
     noise = _noise(campaign, state)
     rows = []
     for phase in phases:
-        to_run = [left.pop(trial.trial_id) for trial in phase.trials if trial.trial_id in left]
-        seconds = sum(_seconds(config, speeds, rate) for config in to_run) / workers
+        seconds = sum(_seconds(*trial, speeds, rate) for trial in to_run[phase.name]) / workers
         finds = _smallest_effect(campaign, phase, noise)
         rows.append(
-            _row(phase, to_run, seconds)
+            _row(phase, [config for config, _ in to_run[phase.name]], seconds)
             | {"smallest_detectable": finds, "guessed": not phase_needs(campaign, phase) <= known}
         )
     totals = {name: sum(row[name] for row in rows) for name in ("to_run", "tokens", "disk_bytes", "seconds")}
@@ -75,11 +76,24 @@ def estimate(campaign: Campaign, root: Path, *, measure: bool = False) -> dict[s
         "trials": len(everything),  # a trial that two phases share is one
         **totals,
         "workers": workers,
+        "together": max((together for _, together in trials), default=1),  # in one worker
         "noise": asdict(noise) if noise else None,
         "budget": describe(campaign.budget),
         "seconds": totals["seconds"] + (STARTUP if totals["to_run"] else 0.0),
-        "seconds_source": _source(measure, len(missing), totals["to_run"], rate),
+        "seconds_source": _source(
+            measure, n_missing, totals["to_run"], rate, all(shape_key(*trial) in speeds for trial in trials)
+        ),
     }
+
+
+def _in_company(configs: list[TrainConfig], campaign: Campaign) -> list[tuple[TrainConfig, int]]:
+    """Each trial with how many are trained at once with it in its worker, itself included."""
+    if campaign.resources.vectorise == 1:
+        return [(config, 1) for config in configs]
+    from tune.vectorised import groups
+
+    found = groups(configs, workers=expected_workers(campaign), most=campaign.resources.vectorise)
+    return [(configs[index], len(group)) for group in found for index in group]
 
 
 @dataclass(frozen=True)
@@ -129,7 +143,7 @@ def check_budget(campaign: Campaign, root: Path) -> None:
     speeds = known_speeds(device_key(campaign))
     n_missing = sum(shape_key(config) not in speeds for config in configs)
     rate = _flop_rate(campaign) if n_missing else None
-    seconds = min(_seconds(config, speeds, rate) for config in configs)
+    seconds = min(_seconds(config, 1, speeds, rate) for config in configs)
     if hours * 3600 < seconds:
         source = _source(False, n_missing, len(configs), rate)
         needed = f"one trial takes about {fmt.duration(seconds)} ({source})"
@@ -152,12 +166,15 @@ def _row(phase: PlannedPhase, to_run: list[TrainConfig], seconds: float) -> dict
     }
 
 
-def _source(measured: bool, n_missing: int, n: int, rate: float | None) -> str:
-    """Where the time comes from, in words."""
-    if rate is None:
-        return "measured just now" if measured else "from steps measured here before"
-    share = "" if n_missing == n else f" for {n_missing} of {n} trials"
-    return f"estimated from the FLOP count{share} at {rate / 1e9:.0f} GFLOP/s; --measure times real steps"
+def _source(measured: bool, n_missing: int, n: int, rate: float | None, is_own: bool = True) -> str:
+    """Where the time comes from, in words; `is_own` says that trials at once have speeds that were measured at once."""
+    text = "measured just now" if measured else "from steps measured here before"
+    if rate is not None:
+        share = "" if n_missing == n else f" for {n_missing} of {n} trials"
+        text = f"estimated from the FLOP count{share} at {rate / 1e9:.0f} GFLOP/s"
+    elif not is_own:
+        text += ", for trials at once as if one came after the other"
+    return text if rate is None and is_own else f"{text}; --measure times real steps"
 
 
 def plan_view(estimated: Mapping[str, Any]) -> RenderableType:
@@ -173,7 +190,13 @@ def plan_view(estimated: Mapping[str, Any]) -> RenderableType:
         least = row.get("smallest_detectable")
         finds = [fmt.MISSING if least is None else f"{least:.2g}"] if noise and "smallest_detectable" in row else []
         table.add_row(Text(phase), *map(str, numbers), *sizes, *finds)
-    lines = [f"{estimated['workers']} trials at once; time {estimated['seconds_source']}"]
+    workers, together = estimated["workers"], estimated["together"]
+    at_once = (
+        f"{workers} trials at once"
+        if together == 1
+        else f"{together} trials at once in each of {workers} worker{'s' * (workers > 1)}"
+    )
+    lines = [f"{at_once}; time {estimated['seconds_source']}"]
     if shared := sum(row["trials"] for row in estimated["phases"]) - estimated["trials"]:
         lines.append(f"{shared} trials of later phases are the same as earlier ones and are trained once")
     if noise:
@@ -205,89 +228,6 @@ def expected_workers(campaign: Campaign) -> int:
     return max(1, resources.workers or min(rooms))
 
 
-def shape_key(config: TrainConfig) -> str:
-    """Configs with the same key take equally long per step."""
-    free = {name.removeprefix("model."): None for name in NOT_SPEED}
-    return _shape(config.model.model_copy(update=free), *(getattr(config, name) for name in SPEED_SETTINGS))
-
-
-@lru_cache(maxsize=MOST_TRIALS)
-def _shape(model: ModelConfig, *rest: Any) -> str:
-    """The hash of a shape: thousands of trials have a few of them."""
-    others: dict[str, Any] = dict(zip(SPEED_SETTINGS, rest, strict=True))
-    return content_hash(model, leave_out={name.removeprefix("model.") for name in NOT_SPEED}, extra=others)
-
-
-def device_key(campaign: Campaign) -> str:
-    """The device and the threads that a measured speed holds for."""
-    from tune.trial import machine
-
-    threads = campaign.resources.cpus_per_trial
-    about = machine(campaign.base.device, threads)
-    return f"{about['host']} {about['device']} {threads} threads"
-
-
-def remember_speeds(campaign: Campaign, state: State, configs: Mapping[str, TrainConfig]) -> None:
-    """Keeps the speed of the trials that this session trained, for later plans on this machine."""
-    speeds = {}
-    for trial_id, config in configs.items():
-        result = state.results.get(trial_id)
-        if result and _is_typical(result, since=state.campaign["time"]):
-            # Over the whole trial, with evaluations and checkpoints, since that is what one costs.
-            speeds[shape_key(config)] = trial_work(config) / result["seconds"]
-    _remember(device_key(campaign), speeds)
-
-
-def _is_typical(result: Mapping[str, Any], *, since: str) -> bool:
-    """Whether a result says how long such a trial takes: whole, in one go, by itself, and of this session."""
-    is_whole = result["status"] == "finished" and result["attempt"] == 1 and result["seconds"] > 0
-    return is_whole and result["time"] >= since and result["provenance"].get("vectorised", 1) == 1
-
-
-def known_speeds(device: str) -> dict[str, float]:
-    """Training tokens per second by shape, the newest measured on this device."""
-    path = _speeds_file()
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
-    rows = [row for line in lines if (row := _parse(line))]
-    return {row["shape"]: row["tokens_per_second"] for row in rows if row["device"] == device}
-
-
-def _parse(line: str) -> dict[str, Any] | None:
-    """A line of the speeds file; None for one that a crash tore, which costs a worse estimate and nothing else."""
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    return row if isinstance(row, dict) and row.keys() >= {"device", "shape", "tokens_per_second"} else None
-
-
-def _remember(device: str, speeds: Mapping[str, float]) -> None:
-    """Appends speeds to the file, after the end of whatever line a crash has torn."""
-    if not speeds:
-        return
-    path = _speeds_file()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torn = path.is_file() and not path.read_bytes().endswith(b"\n")
-    rows = [{"device": device, "shape": shape, "tokens_per_second": speed} for shape, speed in speeds.items()]
-    with path.open("a", encoding="utf-8") as file:
-        file.write("\n" * torn + "".join(json.dumps(row) + "\n" for row in rows))
-
-
-def _speeds_file() -> Path:
-    return cache_folder() / "speeds.jsonl"
-
-
-def _measure(configs: Iterable[TrainConfig], campaign: Campaign) -> dict[str, float]:
-    """Times a few real steps of each shape, on as many threads as a trial gets."""
-    import torch
-
-    from ngpt.bench import step
-
-    torch.set_num_threads(campaign.resources.cpus_per_trial)
-    shapes = {shape_key(config): config for config in configs}
-    return {shape: step(config, warmup=3, steps=10)["tokens_per_second"] for shape, config in shapes.items()}
-
-
 def _flop_rate(campaign: Campaign) -> float:
     import torch
 
@@ -297,8 +237,14 @@ def _flop_rate(campaign: Campaign) -> float:
     return gemm_flops(pick_device(campaign.base.device), DTYPES[campaign.base.dtype]) * EFFICIENCY
 
 
-def _seconds(config: TrainConfig, speeds: Mapping[str, float], rate: float | None) -> float:
-    speed = speeds.get(shape_key(config))
+def _known_speed(speeds: Mapping[str, float], config: TrainConfig, together: int) -> float | None:
+    """Tokens per second of so many such trials at once, or of one, where that is all that is known."""
+    return speeds.get(shape_key(config, together), speeds.get(shape_key(config)))
+
+
+def _seconds(config: TrainConfig, together: int, speeds: Mapping[str, float], rate: float | None) -> float:
+    """What a trial takes of its worker's time: of that of all that train at once, its share."""
+    speed = _known_speed(speeds, config, together)
     if speed is not None:
         return PER_TRIAL + trial_work(config) / speed
     assert rate is not None

@@ -25,7 +25,6 @@ from tune.changes import judged_by
 from tune.console import Snapshot, trial_line
 from tune.corpus import changed_shards
 from tune.course import Course
-from tune.estimate import remember_speeds
 from tune.journal import Journal
 from tune.lock import ResultsLock
 from tune.pace import timer
@@ -33,11 +32,12 @@ from tune.packing import Packing
 from tune.plan import Trial, preview
 from tune.progress import expected_phases
 from tune.retries import CAUSES, Death, cause_of, must_be_alone, why_given_up
+from tune.speeds import remember_speeds
 from tune.state import DONE, replay
 from tune.status import take_snapshot
 from tune.summary import Summary, write_campaign
 from tune.trial import TrialResult, TrialSpec, make_folder
-from tune.vectorised import alike
+from tune.vectorised import alike, group_size
 
 Message = Callable[[str], None]
 
@@ -63,6 +63,7 @@ class Session:
         self.stop_signal = 0  # that asked for it
         self._started: float | None = None  # of `begin`, by a clock that does not jump
         self._deaths: defaultdict[str, list[Death]] = defaultdict(list)  # of workers, by the trial they died under
+        self._leaders: dict[str, str] = {}  # the first trial of its group, by trial, where trials are trained together
         self._lock = ResultsLock(root)
         self._course = Course(
             campaign,
@@ -165,18 +166,29 @@ class Session:
     def next_trials(self) -> list[TrialSpec]:
         """The next trial with those that wait and can be trained together with it; empty where there is none now.
 
-        One that its process has died under is trained by itself: what it died of is then not another one's doing.
+        It takes no more of them than leaves as many for each other worker that is free, or soon will be. One that its
+        process has died under is trained by itself: what it died of is then not another one's doing.
         """
-        first = self.next_trial()
+        first, most = self.next_trial(), self.campaign.resources.vectorise
         together = [first] if first else []
-        if first is None or self.campaign.resources.vectorise == 1 or first.trial_id in self._deaths:
+        if first is None or most == 1:
             return together
-        for trial in [trial for trial in self._course.queue if trial.trial_id not in self._deaths]:
-            if len(together) == self.campaign.resources.vectorise:
+        waiting = [trial for trial in self._course.queue if trial.trial_id not in self._deaths]
+        size = group_size(len(waiting) + 1, self._free_workers(first), most=most)
+        for trial in waiting if first.trial_id not in self._deaths else ():
+            if len(together) == size:
                 break
             if self._may_start(trial) and len(alike(first, [self._spec(trial)], most=2)) == 2:
                 together.append(self._begin(trial))
+        self._leaders |= dict.fromkeys((spec.trial_id for spec in together), first.trial_id)
         return together
+
+    def _free_workers(self, first: TrialSpec) -> int:
+        """How many workers there are for `first` and what waits: all that have at least half of theirs behind them."""
+        steps = {trial_id: event["steps"] for trial_id, event in self.state.running.items()}
+        beats = {trial_id: beat for trial_id, (_, beat) in self.heartbeats().items() if trial_id != first.trial_id}
+        early = [trial_id for trial_id, beat in beats.items() if beat is None or 2 * beat.step < steps[trial_id]]
+        return max(1, self.workers - len({self._leaders.get(trial_id, trial_id) for trial_id in early}))
 
     def next_trial(self) -> TrialSpec | None:
         """The next trial to start, or None when there is none now; then ask `is_over` whether to wait for one."""

@@ -5,6 +5,7 @@ the provenance, the number of trials in its batch; its tokens per second are tho
 """
 
 import contextlib
+import itertools
 import logging
 import os
 import time
@@ -21,7 +22,8 @@ from ngpt.memory import free_memory
 from ngpt.pulse import Pulse
 from ngpt.run import RunResult
 from ngpt.secrets import redacted
-from ngpt.vectorised import Event, train_together, unstackable
+from ngpt.train_config import TrainConfig
+from ngpt.vectorised import Event, graph_settings, train_together, unstackable
 from tune.trial import TrialResult, TrialSpec, cap_memory, machine, make_folder, opened, run_trial, unfinished
 
 log = logging.getLogger(__name__)
@@ -44,6 +46,27 @@ def alike(first: TrialSpec, waiting: Iterable[TrialSpec], *, most: int) -> list[
     for spec in waiting:
         if len(found) < most and spec.threads == first.threads and not unstackable([first.config, spec.config]):
             found.append(spec)
+    return found
+
+
+def group_size(waiting: int, workers: int, *, most: int) -> int:
+    """How many of the waiting trials the first of so many workers takes: as many are left for each of the others."""
+    return min(most, -(-waiting // max(1, workers)))
+
+
+def groups(configs: Sequence[TrainConfig], *, workers: int, most: int) -> list[list[int]]:
+    """The indices of what would be trained at once, if all workers always became free at the same time."""
+    graphs = [None if unstackable([config]) else repr(graph_settings(config)) for config in configs]
+    waiting, found = list(range(len(configs))), list[list[int]]()
+    while waiting:
+        for free in range(min(workers, len(waiting)), 0, -1):
+            first, size = waiting[0], group_size(len(waiting), free, most=most)
+            fitting = (index for index in waiting[1:] if graphs[first] is not None and graphs[index] == graphs[first])
+            found.append([first, *itertools.islice(fitting, size - 1)])
+            taken = set(found[-1])
+            waiting = [index for index in waiting if index not in taken]
+            if not waiting:
+                break
     return found
 
 

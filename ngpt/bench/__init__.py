@@ -6,5 +6,6 @@ a copy reaches in the same run, so that it means something on another machine an
 
 from ngpt.bench.timing import gemm_flops, print_figures
 from ngpt.bench.training import step
+from ngpt.bench.vectorised import step_together
 
-__all__ = ["gemm_flops", "print_figures", "step"]
+__all__ = ["gemm_flops", "print_figures", "step", "step_together"]

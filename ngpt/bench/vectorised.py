@@ -1,16 +1,18 @@
 """Steps of several runs at once, against as many steps one after another."""
 
+import statistics
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ngpt.bench.timing import compared, stopwatches, take_turns, where
+from ngpt.bench.timing import compared, stopwatches, take_turns, timed, where
 from ngpt.bench.training import prepared
 from ngpt.config import ConfigError, override
-from ngpt.data.corpora import open_dataset
+from ngpt.data.corpora import Dataset, open_dataset
 from ngpt.device import pick_device
+from ngpt.run import Run
 from ngpt.train import train_step
 from ngpt.train_config import TrainConfig, resolved
 from ngpt.vectorised import train_step_together, unstackable
@@ -43,10 +45,29 @@ def vectorised(config: TrainConfig, *, seconds: float = 40.0) -> dict[str, Any]:
     return best_figures | {"at_once": found} | where(device, config.dtype)
 
 
+def step_together(config: TrainConfig, count: int, *, warmup: int = 5, steps: int = 20) -> float:
+    """Tokens per second that so many runs of one graph make together: of the median of whole steps.
+
+    Raises:
+        ConfigError: such runs cannot be trained at once.
+    """
+    config = resolved(config)
+    if reason := unstackable([config]):
+        raise ConfigError(reason)
+    runs = _runs(config, open_dataset(config.data), count)
+    stack = Stack([run.model for run in runs])
+    times = [timed(lambda: train_step_together(stack, runs), runs[0].device) for _ in range(warmup + steps)][warmup:]
+    return count * config.tokens_per_step / statistics.median(times)
+
+
+def _runs(config: TrainConfig, dataset: Dataset, count: int) -> list[Run]:
+    return [prepared(override(config, {"seed": config.seed + k}), dataset=dataset) for k in range(count)]
+
+
 def _figures(config: TrainConfig, device: torch.device, count: int, seconds: float) -> dict[str, Any]:
     dataset = open_dataset(config.data)
     alone = prepared(config, dataset=dataset)
-    runs = [prepared(override(config, {"seed": config.seed + k}), dataset=dataset) for k in range(count)]
+    runs = _runs(config, dataset, count)
     stack = Stack([run.model for run in runs])
 
     def one_by_one() -> None:  # of one run, whose weights stay in the cache as those of a run alone do
