@@ -49,6 +49,6 @@ def keep_on_disk() -> Path:
     """
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # loads the compiler, for a second and a half
 
-    if os.environ.get(VARIABLE) in (None, default_cache_dir()):
+    if os.environ.get(VARIABLE) in (None, "", default_cache_dir()):
         os.environ[VARIABLE] = str(cache_folder() / "compiled")
     return Path(os.environ[VARIABLE])

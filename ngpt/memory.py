@@ -1,5 +1,6 @@
 """The peak memory of a run, also in a process that has run others, and what to do when there is none left."""
 
+import ctypes
 import gc
 import os
 import sys
@@ -21,7 +22,25 @@ _MESSAGES = (
     "MPS backend out of memory",
     "std::bad_alloc",
 )
+_LARGE, _M_MMAP_THRESHOLD = 16 * 2**20, -3  # bytes; mallopt(3)
 Value = TypeVar("Value")
+
+
+def settle_allocator() -> None:
+    """Memory for large tensors on a CPU: in large pages, and given back as soon as it is free."""
+    ask_for_huge_pages()
+    give_back_large_tensors()
+
+
+def give_back_large_tensors() -> None:
+    """Lets glibc take tensors from 16 MiB on from the kernel one by one, unless the user has said something about it.
+
+    Of its own accord it does so only until the first is freed, and from then on cuts them from its heap, up to 32 MiB.
+    The holes in it hardly ever fit the next tensor: the 13.7M recipe held 130 MB more than it used.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None  # musl has none
+    if mallopt is not None and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
+        mallopt(_M_MMAP_THRESHOLD, _LARGE)
 
 
 def ask_for_huge_pages() -> None:

@@ -29,12 +29,12 @@ from ngpt.data.loader import EvalSet, eval_set
 from ngpt.data.tokenizer import MODEL_FILE, parse_spec
 from ngpt.device import mixed_precision, pick_device
 from ngpt.memory import (
-    ask_for_huge_pages,
     free_memory,
     is_out_of_memory,
     peak_memory,
     reset_peak_memory,
     retry_smaller,
+    settle_allocator,
 )
 from ngpt.model import GPT
 from ngpt.optim import build_optimizers
@@ -120,7 +120,7 @@ def set_up(config: TrainConfig, out_dir: Path, *, resume: str | None, dataset: D
     if resume is None and checkpoint_folders(out_dir / "checkpoints"):
         raise ConfigError(f"{out_dir} holds checkpoints of an earlier run: resume it, or choose another folder")
     device = pick_device(config.device)
-    ask_for_huge_pages()
+    settle_allocator()
     reset_peak_memory(device)
     dataset = dataset or open_dataset(config.data)
     validation = eval_set(

@@ -1,6 +1,7 @@
 """The peak memory of one run among several in a process, and trying again with less of it."""
 
 import os
+import platform
 import subprocess
 import sys
 import weakref
@@ -10,7 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from ngpt.memory import ask_for_huge_pages, is_out_of_memory, peak_memory, reset_peak_memory, retry_smaller
+from ngpt.memory import (
+    is_out_of_memory,
+    peak_memory,
+    reset_peak_memory,
+    retry_smaller,
+    settle_allocator,
+)
 
 CPU = torch.device("cpu")
 MEGABYTE = 1_000_000
@@ -55,11 +62,42 @@ HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 def test_what_the_user_says_about_huge_pages_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")
-    ask_for_huge_pages()
+    settle_allocator()
     assert os.environ["THP_MEM_ALLOC_ENABLE"] == "0"
     monkeypatch.delenv("THP_MEM_ALLOC_ENABLE")
-    ask_for_huge_pages()
+    settle_allocator()
     assert os.environ["THP_MEM_ALLOC_ENABLE"] == "1"
+
+
+# A tensor is freed below one that stays, after glibc has seen that tensors of its size come and go.
+HOLES = """
+import sys, torch
+from ngpt.memory import settle_allocator
+
+def resident():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmRSS")).split()[1])
+
+if sys.argv[1] == "settled":
+    settle_allocator()
+torch.ones(20_000_000, dtype=torch.uint8)
+large, stays = torch.ones(20_000_000, dtype=torch.uint8), torch.ones(100_000, dtype=torch.uint8)
+before = resident()
+del large
+print(before - resident())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="this is about glibc")
+def test_a_large_tensor_is_given_back_whatever_lies_above_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def given_back(kind: str) -> int:
+        run = subprocess.run([sys.executable, "-c", HOLES, kind], capture_output=True, text=True, check=True)
+        return int(run.stdout)
+
+    monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
+    assert given_back("settled") > 15_000 > 5_000 > given_back("as it was")
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "30000000")
+    assert given_back("settled") < 5_000, "what the user says stays"
 
 
 @pytest.mark.slow
