@@ -314,7 +314,7 @@ class GPT(nn.Module):
     def __init__(self, cfg: ModelConfig, *, seed: int = 0) -> None:
         super().__init__()
         if cfg.vocab_size is None:
-            raise ValueError("model.vocab_size is not set: it is the tokenizer's, see ngpt.train.resolved")
+            raise ValueError("model.vocab_size is not set: it is the tokenizer's, see ngpt.train_config.resolved")
         self.cfg = cfg
         self.compiled = False
         self.wte = nn.Embedding(cfg.vocab_size, cfg.n_embd)
