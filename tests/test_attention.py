@@ -14,10 +14,13 @@ from ngpt import model
 from ngpt.attention import LONGEST, causal_attention, has_native_attention
 from ngpt.model import GPT, ModelConfig
 
-pytestmark = pytest.mark.skipif(not has_native_attention(), reason="there is no C++ compiler")
-
-
 Four = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def built() -> None:
+    if not has_native_attention():
+        pytest.skip("there is no C++ compiler")
 
 
 def inputs(batch: int, tokens: int, heads: int, groups: int, width: int, *, seed: int = 0) -> Four:

@@ -15,11 +15,14 @@ from ngpt.head import native_cross_entropy
 from ngpt.loss import linear_cross_entropy
 from ngpt.native import load_native
 
-pytestmark = pytest.mark.skipif(
-    not hasattr(load_native("head"), "linear_cross_entropy"), reason="this processor has no vector products of bfloat16"
-)
 WIDTH, VOCABULARY = 32, 113  # two panels of 48 and a third that is not full
 Walked = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def built() -> None:
+    if not hasattr(load_native("head"), "linear_cross_entropy"):
+        pytest.skip("this processor has no vector products of bfloat16")
 
 
 def inputs(

@@ -29,6 +29,7 @@ class Ready:
     packed: int  # trials that share a device
     dashboard_url: str | None
     process_ids: tuple[int, ...]  # of Ray itself, where it is ours
+    folder: Path | None = None  # of its logs and sockets, where it is ours
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ def drive(line: Connection, resources: Resources, address: str | None, root: Pat
         with RayCluster(resources, address=address) as cluster:
             order: tuple[Any, ...] = ()
             while order != ("run",):
-                line.send(Ready(cluster.workers, cluster.packed, cluster.dashboard_url, cluster.process_ids))
+                url, ids = cluster.dashboard_url, cluster.process_ids
+                line.send(Ready(cluster.workers, cluster.packed, url, ids, cluster.folder))
                 order = line.recv()
                 if order[0] == "share":
                     cluster.share(*order[1:])

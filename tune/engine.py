@@ -229,7 +229,7 @@ class RayCluster:
         self.resources, self.address = resources, address
         self.dashboard_url: str | None = None
         self.process_ids: tuple[int, ...] = ()  # of Ray itself, where it is ours
-        self._folder: Path | None = None  # of Ray's logs and sockets, where it is ours
+        self.folder: Path | None = None  # of Ray's logs and sockets, where it is ours
 
     def __enter__(self) -> "RayCluster":
         os.environ.update(QUIET)
@@ -263,7 +263,7 @@ class RayCluster:
             self.process_ids = tuple(child.pid for child in children if child.name() in ("raylet", "gcs_server"))
             assert isinstance(context, ray._private.worker.RayContext), "only ray:// gives another kind"
             folder = context.address_info["session_dir"]
-            self._folder = Path(folder) if folder else None
+            self.folder = Path(folder) if folder else None
         url = context.dashboard_url
         self.dashboard_url = f"http://{url}" if url else None
         try:
@@ -274,10 +274,8 @@ class RayCluster:
             raise
         return self
 
-    def __exit__(self, kind: object, *_: object) -> None:
+    def __exit__(self, *_: object) -> None:
         ray.shutdown()
-        if self._folder and kind is None:  # after an error its logs may say why
-            shutil.rmtree(self._folder, ignore_errors=True)
 
     def share(self, trials_per_device: int) -> None:
         """Lets so many trials share each GPU. Rounded down: Ray counts in ten-thousandths, and all must fit."""

@@ -7,6 +7,7 @@ happens over there, everything of it is ended here and started anew; the trials 
 
 import multiprocessing
 import multiprocessing.resource_tracker
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -74,6 +75,10 @@ class Keeper:
         if kind is None:
             self._driver.process.join(GOODBYE)
         self._end(started)
+        ready = self._driver.ready
+        # Once nobody can write there any more; after an error its logs may say why.
+        if kind is None and ready and ready.folder:
+            shutil.rmtree(ready.folder, ignore_errors=True)
 
     def wait(self) -> Ready:
         """What Ray has started with, once it has.
