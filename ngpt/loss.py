@@ -5,6 +5,8 @@ and, as soon as the logits of a chunk are there, take from them not only the los
 and weight too, so that they can be forgotten. The backward pass then only multiplies. Two things are our own: the
 softmax's divisor is not applied to the (rows, V) chunk but to the (rows, D) factors beside it, which saves a pass over
 the logits, and the learned logit scale of nGPT is folded into the (V, D) weight.
+
+On some CPUs all of a compiled loss is one program in C++ instead: ngpt/head.py.
 """
 
 import ctypes
@@ -168,11 +170,9 @@ def _walk(
                 _add_product(grad_scaled, (chunk / (mass * n)).to(dtype).t(), slope)
         grad_weight = grad_scale = None
         if grad_scaled is not None:
-            layout = (weight.shape, weight.dtype, grad_scaled.dtype, getattr(scale, "shape", None))
-            head = (
-                compile_for(("head", for_weight, for_scale, *layout), _head_gradients) if compiled else _head_gradients
-            )
-            grad_weight, grad_scale = head(grad_scaled, weight, scale, for_weight, for_scale)
+            kind = ("head", for_weight, for_scale, exact, weight.shape, weight.dtype, getattr(scale, "shape", None))
+            finish = compile_for(kind, _head_gradients) if compiled else _head_gradients
+            grad_weight, grad_scale = finish(grad_scaled, weight, scale, for_weight, for_scale)
     return total / n, grad_x, grad_weight, grad_scale
 
 
