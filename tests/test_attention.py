@@ -1,7 +1,7 @@
 """Causal attention in C++ against torch's in float64."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -103,19 +103,11 @@ def test_what_is_not_a_number_does_not_get_lost(where: int) -> None:
     assert all(gradient[0, :, 0].isfinite().all() for gradient in gradients)
 
 
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.usefixtures("threads")
-def test_no_bit_depends_on_the_number_of_threads() -> None:
+def test_no_bit_depends_on_the_number_of_threads(set_threads: Callable[[int], None]) -> None:
     given = inputs(3, 50, 4, 2, 16)
-    torch.set_num_threads(1)
+    set_threads(1)
     alone = ours(*given, 1.0)
-    torch.set_num_threads(3)
+    set_threads(3)
     assert all(torch.equal(one, two) for one, two in zip(ours(*given, 1.0), alone, strict=True))
 
 

@@ -1,7 +1,7 @@
 """The loss of the head in C++ against float64, on processors that it is for."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -104,19 +104,11 @@ def test_a_sure_model_keeps_the_digits_of_its_loss() -> None:
     assert far(grad_x, gradient) < 2**-8
 
 
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.usefixtures("threads")
-def test_no_bit_depends_on_the_number_of_threads() -> None:
+def test_no_bit_depends_on_the_number_of_threads(set_threads: Callable[[int], None]) -> None:
     given = inputs(100, scales=1)
     results = []
     for count in (1, 2, 3):
-        torch.set_num_threads(count)
+        set_threads(count)
         results.append(walked(*given, rows=64))
     for other in results[1:]:
         assert all(torch.equal(one, two) for one, two in zip(results[0], other, strict=True))
