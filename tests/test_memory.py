@@ -69,7 +69,7 @@ def test_what_the_user_says_about_huge_pages_stays(monkeypatch: pytest.MonkeyPat
     assert os.environ["THP_MEM_ALLOC_ENABLE"] == "1"
 
 
-# A tensor is freed below one that stays, after glibc has seen that tensors of its size come and go.
+# A tensor is freed below some that stay, after glibc has seen that tensors of its size come and go.
 HOLES = """
 import sys, torch
 from ngpt.memory import settle_allocator
@@ -80,7 +80,8 @@ def resident():
 if sys.argv[1] == "settled":
     settle_allocator()
 torch.ones(20_000_000, dtype=torch.uint8)
-large, stays = torch.ones(20_000_000, dtype=torch.uint8), torch.ones(100_000, dtype=torch.uint8)
+large = torch.ones(20_000_000, dtype=torch.uint8)
+stay = [torch.ones(100_000, dtype=torch.uint8) for _ in range(100)]  # more than fit into holes below it
 before = resident()
 del large
 print(before - resident())
