@@ -88,7 +88,8 @@ plain = {"residual": st.just("add"), "embedding_norm": st.booleans(), "norm_gain
 
 @given(st.fixed_dictionaries(anything | sphere), scaling)
 def test_every_setting_of_ngpt_does_what_its_formula_says(settings: dict[str, object], rope: dict[str, object]) -> None:
-    assert difference(shaken(n_head=4, **settings, **rope)) < 2e-5
+    # Rounding: of dotprod's small divisors r, times a logit scale of 3, up to 2.1e-5 has been seen.
+    assert difference(shaken(n_head=4, **settings, **rope)) < 1e-4
 
 
 @given(st.fixed_dictionaries(anything | plain), scaling)
