@@ -348,10 +348,14 @@ def test_a_signal_lets_every_trial_save_where_it_is_and_a_killed_run_leaves_noth
         assert saved.keys() == at.keys() and all(saved[trial_id] >= step for trial_id, step in at.items())
 
         runs.append(run := start(file, folder / f"signal{number}"))
-        run.until(lambda: any(beat["step"] > beat["began"] + 20 for beat in run.beats().values()))
-        # One that is being set up has no step to go on from yet.
-        under_way = {name: beat["began"] for name, beat in run.beats().items() if beat["step"] > beat["began"]}
-        assert under_way and under_way.items() <= saved.items()
+        began: dict[str, int] = {}
+
+        def all_have_gone_on() -> bool:  # one that is being set up has no step to go on from yet
+            began.update({name: beat["began"] for name, beat in run.beats().items() if beat["step"] > beat["began"]})
+            return began.keys() == saved.keys()
+
+        run.until(all_have_gone_on)
+        assert began == saved
         family, driver = run.family(), run.driver()
         driver.suspend()  # it cannot clean up after its parent
         run.process.kill()

@@ -93,7 +93,7 @@ def test_every_setting_of_ngpt_does_what_its_formula_says(settings: dict[str, ob
     model = shaken(n_head=4, **settings, **rope)
     if settings["norm_mode"] == "baseline":
         assert difference(model) < 2e-5
-    # Where a divisor r is small, alpha / r makes much of float32's rounding: whether the formula holds shows in float64.
+    # Where a divisor r is small, alpha / r magnifies float32's rounding: whether the formula holds shows in float64.
     with mock.patch.object(torch.Tensor, "float", torch.Tensor.double):
         assert difference(model.double()) < 2e-5
 
