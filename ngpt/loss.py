@@ -84,6 +84,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         softcap: float | None,
         compiled: bool,
     ) -> Tensor:
+        """x (N, D), targets (N, 1), the rest as in `linear_cross_entropy`; makes the gradients as well."""
         loss, *gradients = _walk(x, weight, scale, targets, softcap, compiled=compiled, wanted=ctx.needs_input_grad[:3])
         ctx.save_for_backward(*gradients)
         ctx.x_dtype = x.dtype

@@ -165,6 +165,10 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, head_weights: Tensor | None = None, cache: KVCache | None = None
     ) -> Tensor:
+        """`cos` and `sin` (T, K / 2) are those of the positions of x; `head_weights` (H,) scale the answers of the heads.
+
+        A cache gives the keys and values of earlier tokens, and gets those of x.
+        """
         q, k, v = self._heads(self.query(x)), self._heads(self.key(x)), self._heads(self.value(x))  # (B, H or G, T, K)
         q, k = self.rotate(q, cos, sin), self.rotate(k, cos, sin)
         if self.s_qk is not None:

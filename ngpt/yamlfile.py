@@ -157,6 +157,11 @@ class _Reader:
         self.positions: dict[Location, Position] = {}
 
     def plain(self, node: Node, location: Location, depth: int) -> Any:
+        """The data of a node at `location`, so many levels deep.
+
+        Raises:
+            YamlError: it is too deep or too large, or says something that data cannot.
+        """
         if depth > DEEPEST_NESTING:  # again, since an alias may be inside of its own node
             raise self._error(node, TOO_DEEP)
         if len(self.positions) > MOST_NODES:
