@@ -165,7 +165,7 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, head_weights: Tensor | None = None, cache: KVCache | None = None
     ) -> Tensor:
-        """`cos` and `sin` (T, K / 2) are those of the positions of x; `head_weights` (H,) scale the answers of the heads.
+        """`cos` and `sin` (T, K / 2) are those of the positions of x; `head_weights` (H,) scale what the heads answer.
 
         A cache gives the keys and values of earlier tokens, and gets those of x.
         """
