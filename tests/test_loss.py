@@ -98,7 +98,7 @@ def test_gradients_are_finite_differences_in_float64(scale: tuple[int, ...] | No
 @pytest.mark.parametrize("how", ["autocast", "x is bfloat16"])
 def test_bfloat16_costs_no_more_than_its_rounding(how: str, softcap: float | None) -> None:
     x, weight, factor, targets = inputs(500, scale=(VOCABULARY,))
-    # Rounding is by at most 2^-9 of a value: of the operands, and of logits of some ten units, so that softmax is off
+    # Rounding is by at most 2^-8 of a value: of the operands, and of logits of some ten units, so that softmax is off
     # by some 2^-6 where it matters most. One rounding more or less in the mean over 500 rows does not show.
     if how == "autocast":
         with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -45,6 +45,19 @@ def test_a_finished_trial_has_metrics_and_says_where_they_come_from(spec: TrialS
     assert json.loads((spec.folder / "config.json").read_text()) == json.loads(json.dumps(flatten(spec.config)))
 
 
+def test_the_digest_of_the_code_tells_a_change_in_any_source_and_in_nothing_else(tmp_path: Path) -> None:
+    def digest(name: str, text: str) -> str:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+        code_hash.cache_clear()
+        return code_hash(tmp_path)
+
+    sources = ["loss.py", "head.cpp", "numbers.h", "data/loader.py"]
+    digests = [digest(name, text) for text in ("one", "two") for name in sources]
+    assert len(set(digests)) == len(digests)
+    assert digest("__pycache__/loss.pyc", "three") == digests[-1]
+
+
 def test_at_each_evaluation_it_says_what_its_record_is_if_it_is_stopped_there(spec: TrialSpec) -> None:
     run = run_trial(spec)
     _, second = next(run), next(run)

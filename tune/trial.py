@@ -27,6 +27,7 @@ from ngpt.train import train
 from ngpt.train_config import TrainConfig
 
 CONTEXT = 768 << 20  # bytes that a process takes of a GPU besides those of its tensors
+SOURCES = {".py", ".cpp", ".h"}
 
 
 @dataclass(frozen=True)
@@ -149,14 +150,14 @@ def machine(device: str, threads: int) -> dict[str, Any]:
 
 
 @functools.cache
-def code_hash() -> str:
-    """Digest of the library's sources: trials of one phase should agree on it."""
+def code_hash(folder: Path | None = None) -> str:
+    """Digest of the library's sources, Python and C++: trials of one phase should agree on it."""
     import hashlib
 
     import ngpt
 
+    folder = folder or Path(ngpt.__path__[0])
     digest = hashlib.sha256()
-    folder = Path(ngpt.__path__[0])
-    for path in sorted(folder.rglob("*.py")):
+    for path in sorted(path for path in folder.rglob("*") if path.suffix in SOURCES):
         digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
