@@ -257,12 +257,14 @@ def _drop_after(step: int | None, path: Path) -> None:
 
     Rows after the newest checkpoint were never synced, so a power loss can leave anything of them.
     """
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if path.is_file() else []
+    content = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
+    lines = (content or "").split("\n")[:-1]
     rows = [] if step is None else list(map(_row, lines))
     if None in rows:
         log.warning("%s: %d lines are no rows, and are dropped", path, rows.count(None))
     kept = [row for row in rows if row is not None and step is not None and row["step"] <= step]
-    write_atomic(path, "".join(f"{_line(row)}\n" for row in kept))
+    if (wanted := "".join(f"{_line(row)}\n" for row in kept)) != content:  # else it costs each trial two syncs
+        write_atomic(path, wanted)
 
 
 def _row(line: str) -> dict[str, Any] | None:
