@@ -67,6 +67,15 @@ def test_any_text_survives_a_gpt2_tokenizer_and_its_bytes_add_up(gpt2: Tokenizer
     check_lossless(gpt2, text)
 
 
+@pytest.mark.parametrize("spaces", [0, 1])
+def test_a_space_survives_a_tokenizer_whose_text_had_hardly_any(tmp_path: Path, spaces: int) -> None:
+    """Genes, or Chinese: what is so rare gets no piece of its own."""
+    train_sentencepiece(["ACGTTGCAAGCTA\n" * 1000 + " " * spaces], 290, tmp_path / "tokenizer.model")
+    tokenizer = load_tokenizer("sentencepiece:290", tmp_path)
+    assert len(tokenizer.encode("AC GT")) == len(tokenizer.encode("AC")) + 1 + len(tokenizer.encode("GT"))
+    check_lossless(tokenizer, " ACGT  TG \u2581 x\n A\n")
+
+
 def test_training_learns_words_and_gives_line_ends_and_indentation_a_token(trained: Tokenizer) -> None:
     assert len(trained.encode(" the")) == 1
     assert len(trained.encode("\n")) == 1

@@ -93,8 +93,14 @@ class SentencePieceTokenizer:
         self.document_mark: int | None = marks[0] if marks else None
         self._pieces = [_piece_bytes(self._model, index) for index in range(self.vocab_size)]
         self._token_bytes = np.array([len(piece) for piece in self._pieces], dtype=np.int64)
-        # A literal META would come back as a space: it goes in as its three bytes instead.
-        self._meta = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in META.encode()]
+        # A literal META would come back as a space, and so would a space as a META where no piece stands for it, since
+        # the text that was learnt from had none: these go in as their bytes instead.
+        lacks_space = self._model.is_unknown(self._model.piece_to_id(META))
+        self._spelt = {
+            sign: [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in sign.encode()]
+            for sign in ((META, " ") if lacks_space else (META,))
+        }
+        self._apart = re.compile(f"([{''.join(self._spelt)}])")
         self._by_line = False
         encoded = self._join(self.encode(PROBE))
         self._lossless = encoded == PROBE.encode()
@@ -109,9 +115,10 @@ class SentencePieceTokenizer:
         """The ids of `text`, (N,) uint16; the character that sentencepiece writes for a space is not taken for one."""
         model: Any = self._model
         ids: list[int] = []
-        for index, part in enumerate(text.split(META)):
-            if index:
-                ids += self._meta
+        for part in self._apart.split(text):
+            if part in self._spelt:
+                ids += self._spelt[part]
+                continue
             lines = re.split(r"(?<=\n)", part) if self._by_line else [part]
             ids += chain.from_iterable(model.encode(lines))
         return np.array(ids, dtype=np.uint16)
