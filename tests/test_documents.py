@@ -91,9 +91,10 @@ def test_a_file_that_cannot_be_read_is_named_with_the_reason_in_one_line(tmp_pat
         (write_parquet(tmp_path / "e.parquet", [1]), "holds int64, not text"),
         (broken(tmp_path / "a.jsonl", b'{"text": "a"}\n\n{"text": '), "line 3: "),
         (broken(tmp_path / "b.jsonl", b'{"body": "a"}\n'), "line 1 has no text under 'text'; it has body"),
-        (broken(tmp_path / "c.jsonl", b'{"text": 7}\n'), "line 1 has no text under 'text'"),
+        (broken(tmp_path / "c.jsonl", b'{"text": 7}\n'), "line 1 has no text under 'text'; it is 7"),
         (broken(tmp_path / "d.jsonl", b'["text"]\n'), "line 1 has no text under 'text'; it is \\['text'\\]"),
         (broken(tmp_path / "e.jsonl", b'{"text": "\xff"}\n'), "line 1: "),
+        (broken(tmp_path / "f.jsonl", b'{"text": "a"}\n{"text": "\\ud800"}\n'), "line 2: .*surrogates not allowed"),
         (broken(tmp_path / "a.jsonl.gz", b"plain"), "line 1: "),
         (broken(tmp_path / "a.txt", b"\xff"), "is not UTF-8 text"),
     ]

@@ -208,8 +208,12 @@ def _read_json_lines(path: Path) -> Iterator[str]:
 def _text_of(row: Any, path: Path, number: int) -> str:
     text = row.get(COLUMN) if isinstance(row, dict) else None
     if not isinstance(text, str):
-        found = f"it has {', '.join(map(str, row)) or 'none'}" if isinstance(row, dict) else f"it is {row!r:.40}"
+        if isinstance(row, dict) and COLUMN not in row:
+            found = f"it has {', '.join(row) or 'none'}"
+        else:
+            found = f"it is {row[COLUMN] if isinstance(row, dict) else row!r:.40}"
         raise ConfigError(f"{path}, line {number} has no text under {COLUMN!r}; {found}")
+    text.encode()  # JSON can escape half of a surrogate pair, which no UTF-8 stands for: a ValueError
     return text
 
 
