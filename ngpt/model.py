@@ -109,6 +109,9 @@ class ModelConfig(Config, frozen=True):
         if self.n_head % self.kv_heads:
             text = f"n_head {self.n_head} is not a multiple of n_kv_head {self.kv_heads}"
             raise invalid(text, "n_kv_head", "n_head")
+        if not self.hidden:
+            text = f"mlp_ratio {self.mlp_ratio} of n_embd {self.n_embd} gives an MLP without hidden units"
+            raise invalid(text, "mlp_ratio", "n_embd")
         if self.rope_factor != 1 and self.rope_scaling == "none":
             text = f"rope_factor {self.rope_factor} needs a rope_scaling: {', '.join(ROPE_SCALINGS)}"
             raise invalid(text, "rope_factor")

@@ -415,6 +415,7 @@ def test_more_tokens_than_the_context_are_refused() -> None:
         ({"residual": "add", "norm_every": 2}, "norm_every needs a residual rule on the sphere"),
         ({"residual": "add", "norm_probability": 0.5}, "norm_probability needs a residual rule on the sphere"),
         ({"residual": "add", "alpha_final": 0.5}, "alpha_final needs a residual rule on the sphere"),
+        ({"mlp_ratio": 0.001}, "mlp_ratio: mlp_ratio 0.001 of n_embd \\d+ gives an MLP without hidden units"),
     ],
 )
 def test_an_impossible_model_is_refused_with_the_reason(changes: dict[str, object], message: str) -> None:
