@@ -113,8 +113,8 @@ class ModelConfig(Config, frozen=True):
             text = f"mlp_ratio {self.mlp_ratio} of n_embd {self.n_embd} gives an MLP without hidden units"
             raise invalid(text, "mlp_ratio", "n_embd")
         if self.rope_factor != 1 and self.rope_scaling == "none":
-            text = f"rope_factor {self.rope_factor} needs a rope_scaling: {', '.join(ROPE_SCALINGS)}"
-            raise invalid(text, "rope_factor")
+            scalings = ", ".join(name for name in ROPE_SCALINGS if name != "none")
+            raise invalid(f"rope_factor {self.rope_factor} needs a rope_scaling: {scalings}", "rope_factor")
         if self.alpha_final is not None and not isinstance(self.alpha, float):
             raise invalid("alpha_final needs one alpha to start from, not one per layer", "alpha_final")
         plain_values = {"norm_mode": "baseline", "norm_every": 1, "norm_probability": 1.0, "alpha_final": None}

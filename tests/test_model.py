@@ -408,7 +408,7 @@ def test_more_tokens_than_the_context_are_refused() -> None:
         ({"norm_every": 0}, "greater than or equal to 1"),
         ({"norm_probability": 0.0}, "greater than 0"),
         ({"n_head": 4, "n_kv_head": 3}, "n_head 4 is not a multiple of n_kv_head 3"),
-        ({"rope_factor": 2.0}, "rope_factor 2.0 needs a rope_scaling: none, linear, ntk, yarn"),
+        ({"rope_factor": 2.0}, "rope_factor 2.0 needs a rope_scaling: linear, ntk, yarn"),
         ({"rope_factor": 0.5, "rope_scaling": "yarn"}, "greater than or equal to 1"),
         ({"rope_scaling": "yarm"}, "unknown rope scaling 'yarm', did you mean 'yarn'?"),
         ({"residual": "add", "norm_mode": "ema"}, "norm_mode needs a residual rule on the sphere, `add` is not"),
