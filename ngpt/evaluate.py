@@ -7,6 +7,7 @@ python -m ngpt.evaluate runs/first --set block_size=512 rope_scaling=yarn rope_f
 import argparse
 import json
 import math
+import os
 import sys
 from typing import Any
 
@@ -17,6 +18,7 @@ from ngpt.config import ConfigError, build
 from ngpt.data.corpora import DataConfig, Dataset, open_dataset
 from ngpt.data.loader import EvalSet, eval_set
 from ngpt.data.shards import CorruptShardError
+from ngpt.data.sources import CORPORA
 from ngpt.data.tokenizer import MODEL_FILE
 from ngpt.device import mixed_precision
 from ngpt.load import add_model_arguments, build_model, find_checkpoint, made_with, model_changes
@@ -92,12 +94,19 @@ def data_config(checkpoint: Checkpoint, *, corpus: str | None, source: str | Non
     settings = dict(checkpoint.data.get("settings") or {})
     if corpus is None and not settings:
         raise ConfigError(f"{checkpoint.path} does not say what it was trained on: name it with --corpus")
-    if corpus is not None and corpus != settings.get("corpus"):
+    if corpus is not None and not (settings and is_same_corpus(corpus, settings["corpus"])):
         own = checkpoint.path / MODEL_FILE
         spec = str(own) if own.is_file() else made_with(checkpoint).spec
         settings = {"corpus": corpus} | ({"tokenizer": spec} if spec else {})
     given = {"path": source, "tokenizer": tokenizer}
     return build(DataConfig, settings | {name: value for name, value in given.items() if value is not None})
+
+
+def is_same_corpus(name: str, other: str) -> bool:
+    """Whether both name one corpus; a path can be written in many ways, a name in `CORPORA` cannot."""
+    if CORPORA.keys() & {name, other}:
+        return name == other
+    return os.path.realpath(os.path.expanduser(name)) == os.path.realpath(os.path.expanduser(other))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ngpt.checkpoint import save_checkpoint
 from ngpt.config import build, flatten, override
-from ngpt.data.corpora import Dataset
+from ngpt.data.corpora import Dataset, open_dataset
 from ngpt.data.loader import EvalSet, eval_set
 from ngpt.evaluate import evaluate, main
 from ngpt.load import load_model
@@ -223,6 +223,20 @@ def test_another_corpus_is_read_with_the_tokenizer_of_the_model(
     assert found["trained_on_corpus"] is False and 0 < found["val_bpb"] < 8
     assert main([str(alone), "--corpus", str(text), "--tokenizer", "sentencepiece:300"]) == 2
     assert "was tokenized with another sentencepiece:300 than" in capsys.readouterr().err
+
+
+def test_the_corpus_of_the_run_is_known_however_its_path_is_written(
+    tiny: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else its text would be split anew, and most of the validation split be what the model was trained on."""
+    text = tmp_path / "own.txt"
+    text.write_text("A text of one's own, which is split as the run has it. " * 200)
+    data = {"data.corpus": str(text), "data.tokenizer": "sentencepiece:300", "data.val_fraction": 0.3}
+    config = override(tiny, data | {"steps": 1})
+    tiny_run.run(config, tmp_path / "run", open_dataset(config.data))
+    monkeypatch.chdir(tmp_path)
+    found = [figures(capsys, tmp_path / "run", "--corpus", name) for name in (text, "own.txt", "run/../own.txt")]
+    assert found[0]["trained_on_corpus"] and found[1] == found[0] == found[2]
 
 
 @pytest.mark.parametrize(
