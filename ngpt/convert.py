@@ -10,7 +10,6 @@ needs --n-head and --block-size (nanochat: --n-kv-head too). It writes `converte
 import argparse
 import json
 import math
-import pickle
 import re
 import sys
 from collections import Counter, defaultdict
@@ -287,8 +286,10 @@ def _load(path: Path) -> Mapping[str, Any]:
     try:
         with path.open("rb") as file, torch.serialization.safe_globals(numbers):
             loaded = torch.load(file, weights_only=True, map_location="cpu")
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).partition("\n")[0]
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # what is no pickle is read as one: its first bytes decide which error comes
+        reason = str(error).partition("\n")[0] or type(error).__name__
         raise ConfigError(f"{path} is not a checkpoint that can be read safely: {reason}") from None
     if not isinstance(loaded, Mapping):
         raise ConfigError(f"{path} holds a {type(loaded).__name__}, not weights by name")

@@ -373,6 +373,8 @@ def test_what_is_no_checkpoint_is_refused_and_never_executed(
     contents: list[tuple[Callable[[], object], str]] = [
         (lambda: path.write_bytes(b"not a checkpoint"), "not a checkpoint that can be read safely"),
         (lambda: path.write_bytes(b""), "not a checkpoint that can be read safely"),
+        (lambda: path.write_bytes(b"junk"), "not a checkpoint that can be read safely"),
+        (lambda: path.write_bytes(b"hello world"), "not a checkpoint that can be read safely"),
         (lambda: torch.save({"model": Intruder(touched)}, path), "not a checkpoint that can be read safely"),
         (lambda: torch.save([torch.zeros(3)], path), "holds a list, not weights by name"),
     ]
