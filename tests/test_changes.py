@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from tiny_campaign import begun, drive, losses, records, session_on, strict, write_file
+from tiny_campaign import PHASES, begun, drive, losses, records, session_on, strict, write_file
 
 import run_campaign
 from ngpt.config import ConfigError
@@ -80,6 +80,27 @@ def test_more_arms_and_seeds_are_new_trials_beside_the_kept_ones(file: Path, roo
     assert (found.kept, found.new, found.meaning, found.changed, found.gone) == (4, 5, (), (), ())
     with session_on(file, root) as session:
         assert len(drive(begun(session))) == 5
+
+
+def test_a_seed_more_does_not_say_that_the_phases_after_it_are_trained_anew(tmp_path: Path, corpus: Path) -> None:
+    phases = PHASES.replace("[0.05, 0.4]", "[0.05, 0.2, 0.4]")
+    file, root = write_file(tmp_path, corpus, phases=phases), tmp_path / "results" / "tiny"
+    finish(file, root)
+    edit(file, "seeds: [1, 2]", "seeds: [1, 2, 3]")
+    found = changes(file, root)
+    assert (found.lines(), found.kept, found.new) == ([], 8, 4)
+    with session_on(file, root) as session:
+        assert len(drive(begun(session))) == 4
+
+
+def test_rules_that_make_another_winner_leave_something_to_train(tmp_path: Path, corpus: Path) -> None:
+    file, root = write_file(tmp_path, corpus), tmp_path / "results" / "tiny"
+    finish(file, root)
+    edit(file, "seeds:", "min_effect: 3\nseeds:")
+    with session_on(file, root) as session:
+        assert find_changes(session.campaign, session.state).new == 2
+        assert session.has_work()
+        assert len(drive(begun(session))) == 2
 
 
 def test_an_arm_that_is_taken_out_is_listed_and_stays_in_the_journal(file: Path, root: Path) -> None:

@@ -15,6 +15,7 @@ from ngpt.config import ConfigError
 from ngpt.tracker import read_metrics
 from tune.campaign import load_campaign
 from tune.early_stop import EVENT, Ladder, cutoff
+from tune.estimate import estimate
 from tune.journal import read_journal
 from tune.schema import EarlyStop
 from tune.session import Session
@@ -259,6 +260,15 @@ def test_without_the_setting_what_was_stopped_is_trained_to_the_end(file: Path, 
         summary = session.end()
     assert summary["trials"]["stopped"] == 0 and summary["trials"]["finished"] == summary["trials"]["total"]
     assert not any("ASHA" in warning for warning in summary["warnings"])
+
+
+def test_without_the_setting_what_was_stopped_is_not_counted_as_done(file: Path, tmp_path: Path) -> None:
+    stopped = finish(file, tmp_path / "r")["trials"]["stopped"]
+    file.write_text(file.read_text().replace("early_stop:", "description: none\n# early_stop:"))
+    assert estimate(load_campaign(file), tmp_path / "r")["to_run"] == stopped > 0
+    with session_on(file, tmp_path / "r") as session:
+        assert begun(session).next_trial()
+        assert session.snapshot().done == len(session.state.phases["find"].trial_ids) - stopped
 
 
 def test_a_trial_that_another_phase_must_have_is_not_stopped(tmp_path: Path, corpus: Path) -> None:

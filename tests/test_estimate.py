@@ -83,7 +83,9 @@ def store(path: Path, text: str) -> None:
         file.write(text)
 
 
-def ended(trial: Trial, status: str = "finished", *, seconds: float = 2.0, attempt: int = 1) -> dict[str, Any]:
+def ended(
+    trial: Trial, status: str = "finished", *, seconds: float = 2.0, attempt: int = 1, loss: float | None = None
+) -> dict[str, Any]:
     """The event of a trial's end."""
     return {
         "event": "trial_finished",
@@ -91,7 +93,7 @@ def ended(trial: Trial, status: str = "finished", *, seconds: float = 2.0, attem
         "status": status,
         "attempt": attempt,
         "seconds": seconds,
-        "metrics": {"tokens": 320},
+        "metrics": {"tokens": 320, "val_loss": loss},
         "provenance": {},
     }
 
@@ -147,7 +149,7 @@ def finished_phase(phase: PlannedPhase, winner: str) -> list[dict[str, Any]]:
     end = {"phase": phase.name, "winner": winner, "winner_overrides": dict(inheritance(phase, winner))}
     return [
         {"event": "phase_planned", **planned_event(phase)},
-        *map(ended, phase.trials),
+        *(ended(trial, loss=5 - (trial.arm == winner) + 0.1 * trial.seed) for trial in phase.trials),
         {"event": "phase_finished", **end},
     ]
 

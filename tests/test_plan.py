@@ -209,7 +209,7 @@ def test_a_preview_takes_the_first_arm_for_the_winner_until_one_is_known(load: L
     campaign = load(BASE + CHAIN)
     guessed = {phase.name: phase for phase in preview(campaign)}
     assert guessed["c"].base == {"model.alpha": 0.5, "optim.lr": 1}
-    known = {"a": "baseline", "b": "lr=2"}
+    known = {"a": ("baseline", ()), "b": ("lr=2", ())}
     certain = {phase.name: phase for phase in preview(campaign, lambda phase: known.get(phase.name))}
     assert certain["c"].base == {"optim.lr": 2}
 

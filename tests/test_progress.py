@@ -1,6 +1,7 @@
 """A plan in the light of the journal: what it knows replaces what a plan had to guess."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ from tiny_campaign import begun, drive, session_on, write_file
 from tune.campaign import load_campaign
 from tune.journal import read_journal
 from tune.plan import preview
-from tune.progress import expected_phases, past_winner, planned_event
+from tune.progress import expected_phases, has_result, known_end, planned_event
+from tune.schema import EarlyStop
 from tune.state import State, replay
 
 pytestmark = pytest.mark.usefixtures("no_report")
@@ -40,18 +42,48 @@ def test_a_planned_phase_is_read_back_as_it_was_written(file: Path) -> None:
 def test_before_anything_has_run_the_plan_is_the_preview(file: Path) -> None:
     campaign = load_campaign(file)
     assert expected_phases(campaign, State()) == preview(campaign)
-    assert [past_winner(State(), phase) for phase in preview(campaign)] == [None, None]
+    assert [known_end(campaign, State(), phase) for phase in preview(campaign)] == [None, None]
 
 
 def test_a_winner_that_is_known_takes_the_place_of_the_one_that_stood_in(tmp_path: Path, file: Path) -> None:
-    state = after(file, tmp_path / "r", most=4)
-    first, second = expected_phases(load_campaign(file), state)
-    assert past_winner(state, first) == "alpha=0.4"
-    assert second.base == {"model.alpha": 0.4} and past_winner(state, second) is None
+    state, campaign = after(file, tmp_path / "r", most=4), load_campaign(file)
+    first, second = expected_phases(campaign, state)
+    end = known_end(campaign, state, first)
+    assert end and (end[0], list(end[1])) == ("alpha=0.4", state.phases["alpha"].better)
+    assert second.base == {"model.alpha": 0.4} and known_end(campaign, state, second) is None
 
 
 def test_a_phase_that_has_changed_since_has_no_winner(tmp_path: Path, file: Path) -> None:
     state = after(file, tmp_path / "r", most=4)
     file.write_text(file.read_text().replace("[0.05, 0.4]", "[0.05, 0.3]"))
-    first, _ = expected_phases(load_campaign(file), state)
-    assert past_winner(state, first) is None
+    campaign = load_campaign(file)
+    first, second = expected_phases(campaign, state)
+    assert known_end(campaign, state, first) is None and second.base == {"model.alpha": 0.3}
+
+
+def test_who_wins_is_judged_by_the_rules_of_now(tmp_path: Path, file: Path) -> None:
+    state = after(file, tmp_path / "r", most=4)
+    file.write_text(file.read_text().replace("seeds:", "min_effect: 3\nseeds:"))
+    campaign = load_campaign(file)
+    first, second = expected_phases(campaign, state)
+    assert known_end(campaign, state, first) == ("alpha=0.05", []) and second.base == {"model.alpha": 0.05}
+
+
+def test_the_winner_of_last_time_stands_in_while_a_seed_that_was_added_is_trained(tmp_path: Path, file: Path) -> None:
+    file.write_text(file.read_text().replace("[0.05, 0.4]", "[0.05, 0.2, 0.4]"))
+    state = after(file, tmp_path / "r", most=6)
+    file.write_text(file.read_text().replace("seeds: [1, 2]", "seeds: [1, 2, 3]"))
+    campaign = load_campaign(file)
+    first, second = expected_phases(campaign, state)
+    assert known_end(campaign, state, first) is None and second.base == {"model.alpha": 0.4}
+
+
+def test_what_was_stopped_early_is_to_be_trained_where_that_is_not_done(tmp_path: Path, file: Path) -> None:
+    state, campaign = after(file, tmp_path / "r", most=4), load_campaign(file)
+    trial_id = next(iter(state.results))
+    assert has_result(campaign, state, "alpha", trial_id)
+    state.results[trial_id] = state.results[trial_id] | {"status": "stopped"}
+    assert not has_result(campaign, state, "alpha", trial_id)
+    searching = replace(campaign.phases[0], stops_early=True)
+    campaign = replace(campaign, phases=(searching, campaign.phases[1]), early_stop=EarlyStop(first=3))
+    assert has_result(campaign, state, "alpha", trial_id) and not has_result(campaign, state, "projection", trial_id)

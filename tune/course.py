@@ -16,7 +16,7 @@ from tune.early_stop import EVENT, Ladder
 from tune.journal import Event
 from tune.pace import measure, pace_key
 from tune.plan import PlannedPhase, Trial, inheritance, plan_phase, unmeasured
-from tune.progress import planned_event
+from tune.progress import planned_event, stops_early
 from tune.state import State
 from tune.summary import Summary, settings_text, write_phase
 
@@ -90,16 +90,11 @@ class Course:
     def is_settled(self, phase: str, trial_id: str) -> bool:
         """Whether a trial has a result that counts in a phase: one that was stopped early does where that is done."""
         result = self.state.results.get(trial_id)
-        return result is not None and (result["status"] != "stopped" or self.stops_early(phase))
-
-    def stops_early(self, phase: str) -> bool:
-        """Whether early stopping is for this phase."""
-        searches = next(found.stops_early for found in self.campaign.phases if found.name == phase)
-        return self.campaign.early_stop is not None and searches
+        return result is not None and (result["status"] != "stopped" or stops_early(self.campaign, phase))
 
     def reach(self, trial: Trial, metrics: Metrics) -> None:
         """Journals the rung that a trial has come to by an evaluation, if it has come to one."""
-        if self._ladder is None or not self.stops_early(trial.phase):
+        if self._ladder is None or not stops_early(self.campaign, trial.phase):
             return
         phase = self.planned[trial.phase]
         steps = next(arm.trials[0].config.steps for arm in phase.arms if arm.name == phase.baseline)
@@ -123,9 +118,9 @@ class Course:
 
     def _may_stop(self, trial: Trial) -> bool:
         """Whether early stopping may end a trial: not the yardstick, and nothing that another phase must have."""
-        if not self.stops_early(trial.phase) or trial.arm == self.planned[trial.phase].baseline:
+        if not stops_early(self.campaign, trial.phase) or trial.arm == self.planned[trial.phase].baseline:
             return False
-        others = (phase for phase in self.planned.values() if not self.stops_early(phase.name))
+        others = (phase for phase in self.planned.values() if not stops_early(self.campaign, phase.name))
         return not any(other.trial_id == trial.trial_id for phase in others for other in phase.trials)
 
     def _plan(self, phase: Phase) -> None:

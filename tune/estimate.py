@@ -20,9 +20,9 @@ from tune.environment import usable_cpus
 from tune.journal import read_journal
 from tune.packing import known_packing
 from tune.plan import PlannedPhase, trial_flops, trial_tokens, trial_work
-from tune.progress import expected_phases, past_winner
+from tune.progress import expected_phases, has_result, known_end
 from tune.speeds import device_key, known_speeds, measure_speeds, shape_key
-from tune.state import DONE, State, replay
+from tune.state import State, replay
 from tune.verdicts import Method, detectable, judge
 
 STARTUP = 8.0  # seconds: interpreter, Ray, first import of torch in the workers
@@ -42,10 +42,17 @@ def estimate(campaign: Campaign, root: Path, *, measure: bool = False) -> dict[s
     state = replay(read_journal(root / "journal.jsonl"))
     campaign = replace(campaign, speeds=state.speeds)
     phases = expected_phases(campaign, state)
-    known = {phase.name for phase in phases if past_winner(state, phase)}
-    everything = {trial.trial_id: trial.config for phase in phases for trial in phase.trials}
-    done = {trial_id for trial_id, result in state.results.items() if result["status"] in DONE}
-    left = {name: config for name, config in everything.items() if name not in done}
+    known = set[str]()
+    for phase in phases:  # in order of need: what was planned from a guess is one
+        if phase_needs(campaign, phase) <= known and known_end(campaign, state, phase):
+            known.add(phase.name)
+    everything = {trial.trial_id for phase in phases for trial in phase.trials}
+    left = {
+        trial.trial_id: trial.config
+        for phase in phases
+        for trial in phase.trials
+        if not has_result(campaign, state, phase.name, trial.trial_id)
+    }
     workers = expected_workers(campaign)
     to_run = {
         phase.name: _in_company(
@@ -205,7 +212,8 @@ def plan_view(estimated: Mapping[str, Any]) -> RenderableType:
     if estimated["budget"]:
         lines.append(f"budget: no trial begins after {estimated['budget']}; above is what there is without one")
     if any(row["guessed"] for row in estimated["phases"]):
-        lines.append("* starts from a winner that is not known yet; the first arm of that phase stands in for it")
+        stands_in = "the first arm of that phase, or its winner of last time, stands in for it"
+        lines.append(f"* starts from a winner that is not known yet; {stands_in}")
     lines.append(f"results in {estimated['results']}")
     return Group(table, Text(), *(Text(fmt.plain(line)) for line in lines))
 

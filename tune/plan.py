@@ -19,6 +19,7 @@ from tune.space import random_arms
 from tune.verdicts import Outcome
 
 Overrides = Mapping[str, Any]
+End = tuple[str, Sequence[Better]]  # of a phase: its winner, and the arms that were better
 NOTHING: Mapping[str, Any] = {}
 
 
@@ -246,14 +247,13 @@ def fresh_seeds(campaign: Campaign, phase: Phase) -> tuple[int, ...]:
 
 def preview(
     campaign: Campaign,
-    known_winner: Callable[[PlannedPhase], str | None] = lambda phase: None,
-    known_better: Callable[[PlannedPhase], Sequence[Better]] = lambda phase: (),
+    end: Callable[[PlannedPhase], End | None] = lambda phase: None,
     outcome: Callable[[str], Outcome] = unknown_outcome,
 ) -> list[PlannedPhase]:
-    """All phases before they have run; for a winner that is not known the first arm but the baseline stands in.
+    """All phases before they have run; where nobody knows the `end` of one, the first arm but the baseline has won.
 
-    It is also the one that was better; `known_better` is asked where the winner is known. For arms that optuna has not
-    proposed yet, arms drawn at random from the same space stand in.
+    It is also the only one that was better. For arms that optuna has not proposed yet, arms drawn at random from the
+    same space stand in.
     """
     winners = _with_chained(campaign, {})
     better: dict[str, Sequence[Better]] = {}
@@ -263,11 +263,9 @@ def preview(
         rest = random_arms(phase.search)[len(arms) :] if phase.search else []
         planned = _planned(campaign, phase, winners, [*arms, *rest])
         others = [arm for arm in planned.arms if arm.name != planned.baseline]
-        guess = others[0].name if others else planned.baseline
-        winner = known_winner(planned)
-        winners[phase.name] = inheritance(planned, winner or guess)
         guessed = [Better(arm.name, arm.overrides, 0.0) for arm in others[:1]]
-        better[phase.name] = known_better(planned) if winner else guessed
+        winner, better[phase.name] = end(planned) or (others[0].name if others else planned.baseline, guessed)
+        winners[phase.name] = inheritance(planned, winner)
         phases.append(planned)
     return phases
 

@@ -1,10 +1,13 @@
 """A plan in the light of the journal: what of it is known by now, and how a planned phase is written into it."""
 
+from dataclasses import replace
 from typing import Any
 
 from tune.campaign import Campaign
-from tune.plan import PlannedPhase, preview
-from tune.state import State
+from tune.combine import Better
+from tune.plan import End, PlannedPhase, preview
+from tune.state import DONE, State
+from tune.verdicts import judge
 
 
 def planned_event(phase: PlannedPhase) -> dict[str, Any]:
@@ -27,18 +30,51 @@ def planned_event(phase: PlannedPhase) -> dict[str, Any]:
     }
 
 
-def past_winner(state: State, phase: PlannedPhase) -> str | None:
-    """The arm that has won the phase already, if it is still the same phase."""
-    past = state.phases.get(phase.name)
-    same = past and set(past.trial_ids) == {trial.trial_id for trial in phase.trials}
-    return past.winner if past and same and past.winner in [arm.name for arm in phase.arms] else None
+def has_result(campaign: Campaign, state: State, phase: str, trial_id: str) -> bool:
+    """Whether a trial need not be trained for a phase: one that was stopped early counts only where that is done."""
+    status = state.results[trial_id]["status"] if trial_id in state.results else None
+    return status in DONE and (status != "stopped" or stops_early(campaign, phase))
+
+
+def stops_early(campaign: Campaign, phase: str) -> bool:
+    """Whether early stopping is for this phase."""
+    searches = next(found.stops_early for found in campaign.phases if found.name == phase)
+    return campaign.early_stop is not None and searches
+
+
+def known_end(campaign: Campaign, state: State, phase: PlannedPhase) -> End | None:
+    """The winner of a phase and the arms that are better, by the rules of now; None while a trial is to be trained."""
+    if not all(has_result(campaign, state, phase.name, trial.trial_id) for trial in phase.trials):
+        return None
+    name, overrides = campaign.metric.name, {arm.name: arm.overrides for arm in phase.arms}
+    judgement = judge(
+        {arm.name: {trial.seed: state.outcome(trial.trial_id, name) for trial in arm.trials} for arm in phase.arms},
+        baseline=phase.baseline,
+        goal="maximize" if campaign.metric.goal == "maximize" else "minimize",
+        confidence=campaign.confidence,
+        min_effect=campaign.min_effect,
+    )
+    deltas = {arm.arm: arm.delta for arm in judgement.arms if arm.verdict == "better"}
+    better = [Better(arm, overrides[arm], abs(delta.mean)) for arm, delta in deltas.items() if delta]
+    return judgement.winner, better
 
 
 def expected_phases(campaign: Campaign, state: State) -> list[PlannedPhase]:
-    """All phases as they are planned from what the journal knows; see `preview` for what it does not know."""
+    """All phases as they are planned from what the journal knows.
+
+    Where a winner is not known, the one of last time stands in for it, if the phase has that arm still: who adds a seed
+    expects the same answer. See `preview` for what nobody knows.
+    """
     return preview(
         campaign,
-        known_winner=lambda phase: past_winner(state, phase),
-        known_better=lambda phase: state.phases[phase.name].better,
+        end=lambda phase: known_end(campaign, state, phase) or _last_end(state, phase),
         outcome=state.outcome,
     )
+
+
+def _last_end(state: State, phase: PlannedPhase) -> End | None:
+    """What the journal says of the phase as it was, as far as it has the same arms."""
+    past, arms = state.phases.get(phase.name), {arm.name: arm.overrides for arm in phase.arms}
+    if past is None or past.winner not in arms:
+        return None
+    return past.winner, [replace(better, overrides=arms[better.arm]) for better in past.better if better.arm in arms]

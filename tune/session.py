@@ -30,10 +30,10 @@ from tune.lock import ResultsLock
 from tune.pace import timer
 from tune.packing import Packing
 from tune.plan import Trial, preview
-from tune.progress import expected_phases
+from tune.progress import expected_phases, has_result
 from tune.retries import CAUSES, Death, cause_of, must_be_alone, why_given_up
 from tune.speeds import remember_speeds
-from tune.state import DONE, replay
+from tune.state import replay
 from tune.status import take_snapshot
 from tune.summary import Summary, write_campaign
 from tune.trial import TrialResult, TrialSpec, make_folder
@@ -135,6 +135,7 @@ class Session:
             environment=self.environment,
             data=dict(data),
             base=flatten(self.campaign.base),
+            stops_early=self.campaign.early_stop is not None,
             claims=[asdict(claim) for claim in self.campaign.claims],
             expected_trials={phase.name: len(list(phase.trials)) for phase in preview(self.campaign)},
         )
@@ -271,12 +272,10 @@ class Session:
 
     def _missing(self) -> Iterator[tuple[str, str]]:
         """Trials to be trained, after the first phase that needs each, as far as the journal knows the winners."""
-        done = {trial_id for trial_id, result in self.state.results.items() if result["status"] in DONE}
         found = set[str]()
         for phase in expected_phases(self.campaign, self.state):
             for trial_id in (trial.trial_id for trial in phase.trials):
-                settled = trial_id in done and self._course.is_settled(phase.name, trial_id)
-                if not settled and trial_id not in found:
+                if trial_id not in found and not has_result(self.campaign, self.state, phase.name, trial_id):
                     found.add(trial_id)
                     yield phase.name, trial_id
 

@@ -97,8 +97,10 @@ class State:
                 self.seconds += self.session_seconds()  # of a session that was killed
                 self.campaign, self.phases, self.running = event, {}, {}
                 self.status, self.ended, self.left_out = "incomplete", False, {}
-                # A trial that failed is tried again when the command is given again; a diverged one is a result.
-                self.results = {i: result for i, result in self.results.items() if result["status"] in DONE}
+                # A trial that failed is tried again when the command is given again; a diverged one is a result, and so
+                # is one that was stopped early, as long as the campaign does that.
+                kept = DONE if event.get("stops_early", True) else [status for status in DONE if status != "stopped"]
+                self.results = {i: result for i, result in self.results.items() if result["status"] in kept}
             case "speeds_measured":
                 self.speeds = self.speeds | event["speeds"]
             case "packing_chosen":
