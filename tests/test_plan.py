@@ -214,6 +214,15 @@ def test_a_preview_takes_the_first_arm_for_the_winner_until_one_is_known(load: L
     assert certain["c"].base == {"optim.lr": 2}
 
 
+def test_a_preview_holds_equal_what_each_phase_does(load: Load) -> None:
+    phases = "phases:\n  - {name: a, vary: {batch_size: [8, 32]}}\n"
+    phases += "  - {name: b, hold: steps, vary: {batch_size: [8, 32]}}\n"
+    campaign = load(BASE + phases)
+    assert preview(campaign) == [plan_phase(campaign, phase, {}) for phase in campaign.phases]
+    assert preview(campaign)[0].arms[-1].trials[0].config.steps < campaign.base.steps
+    assert preview(campaign)[1].arms[-1].trials[0].config.steps == campaign.base.steps
+
+
 # ---- seeds ---------------------------------------------------------------------------------------------------------
 
 

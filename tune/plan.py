@@ -85,8 +85,13 @@ def plan_phase(
     An arm that equals the baseline is the baseline: it is trained once, under the arm's name. A winner that an arm
     inherits comes on top of the phase's base, but for what the phase itself pins with `set:`.
     """
-    campaign, winners = replace(campaign, hold=phase.hold or campaign.hold), _with_chained(campaign, winners)
+    campaign, winners = _as_held(campaign, phase), _with_chained(campaign, winners)
     return _planned(campaign, phase, winners, _arms(campaign, phase, winners, better, outcome))
+
+
+def _as_held(campaign: Campaign, phase: Phase) -> Campaign:
+    """The campaign with what this phase holds equal between its arms."""
+    return replace(campaign, hold=phase.hold or campaign.hold)
 
 
 def _arms(
@@ -259,9 +264,10 @@ def preview(
     better: dict[str, Sequence[Better]] = {}
     phases = []
     for phase in campaign.phases:
-        arms = _arms(campaign, phase, winners, better, outcome)
+        held = _as_held(campaign, phase)
+        arms = _arms(held, phase, winners, better, outcome)
         rest = random_arms(phase.search)[len(arms) :] if phase.search else []
-        planned = _planned(campaign, phase, winners, [*arms, *rest])
+        planned = _planned(held, phase, winners, [*arms, *rest])
         others = [arm for arm in planned.arms if arm.name != planned.baseline]
         guessed = [Better(arm.name, arm.overrides, 0.0) for arm in others[:1]]
         winner, better[phase.name] = end(planned) or (others[0].name if others else planned.baseline, guessed)
