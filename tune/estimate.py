@@ -1,6 +1,6 @@
 """`--plan`: what a campaign would train, how much disk it takes and how long, before anything is started."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -42,10 +42,7 @@ def estimate(campaign: Campaign, root: Path, *, measure: bool = False) -> dict[s
     state = replay(read_journal(root / "journal.jsonl"))
     campaign = replace(campaign, speeds=state.speeds)
     phases = expected_phases(campaign, state)
-    known = set[str]()
-    for phase in phases:  # in order of need: what was planned from a guess is one
-        if phase_needs(campaign, phase) <= known and known_end(campaign, state, phase):
-            known.add(phase.name)
+    known = _known(campaign, state, phases)
     everything = {trial.trial_id for phase in phases for trial in phase.trials}
     left = {
         trial.trial_id: trial.config
@@ -91,6 +88,15 @@ def estimate(campaign: Campaign, root: Path, *, measure: bool = False) -> dict[s
             measure, n_missing, totals["to_run"], rate, all(shape_key(*trial) in speeds for trial in trials)
         ),
     }
+
+
+def _known(campaign: Campaign, state: State, phases: Sequence[PlannedPhase]) -> set[str]:
+    """The phases, in order of need, whose winners are known; what was planned from a guess is a guess itself."""
+    found = set[str]()
+    for phase in phases:
+        if phase_needs(campaign, phase) <= found and known_end(campaign, state, phase):
+            found.add(phase.name)
+    return found
 
 
 def _in_company(configs: list[TrainConfig], campaign: Campaign) -> list[tuple[TrainConfig, int]]:
