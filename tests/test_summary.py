@@ -17,7 +17,7 @@ from tiny_campaign import begun, drive, losses, pretend, records, session_on, st
 from ngpt.config import ConfigError
 from tune.journal import read_journal
 from tune.phase_summary import _setbacks
-from tune.summary import Summary, rebuild
+from tune.summary import Summary, rebuild, settings_text
 from tune.trial import TrialResult, TrialSpec
 
 RECORD_FIELDS = {"campaign", "phase", "arm", "trial_id", "seed", "overrides", "config", "status", "metrics", "error"}
@@ -230,6 +230,19 @@ def test_without_a_phase_on_unseen_seeds_the_winner_is_not_confirmed(judged: Cal
     answer = judged(CONFIRM.partition("  - name: confirm")[0], pretend)["answer"]
     assert "on 3 paired seeds. Phase projection found nothing better." in answer["sentence"]
     assert (answer["phase"], answer["confirmed"], answer["overrides"]) == ("alpha", False, {"model.alpha": 0.6})
+
+
+def test_an_effect_on_top_of_an_earlier_winner_says_so(judged: Callable[..., Summary]) -> None:
+    chained = "\n  - name: a\n    vary: {project_every: [1, 3]}\n"
+    chained += "  - name: b\n    vary: {alpha: [0.05, 0.2]}\n  - name: c\n    inherit: b\n    vary: {alpha: [0.4]}\n"
+    answer = judged(chained, pretend)["answer"]
+    assert answer["delta"]["mean"] == pytest.approx(-0.2, abs=1e-3)  # not the 0.35 by which it is better than the base
+    assert answer["sentence"].endswith("on 3 paired seeds, on top of b.")
+    assert "on top" not in judged(chained.replace("inherit: b", "seeds: [1, 2]"), pretend)["answer"]["sentence"]
+
+
+def test_settings_in_a_sentence_say_whose_they_are_where_a_word_does_not() -> None:
+    assert settings_text({"optim.name": "muon", "model.alpha": 0.2}) == "optim.name=muon, alpha=0.2"
 
 
 def test_unseen_seeds_confirm_only_what_had_been_chosen_before(judged: Callable[..., Summary]) -> None:

@@ -19,7 +19,7 @@ from tune.costs import account
 from tune.evidence import Evidence
 from tune.phase_summary import Record, Summary, count_statuses, phase_records, summarize_phase
 from tune.schema import Claim
-from tune.selectors import ClaimArm
+from tune.selectors import ClaimArm, short
 from tune.state import PhaseState, State, read_state
 
 # What is derived from the journal, of a phase and of the campaign; and where their digests are.
@@ -167,7 +167,7 @@ def sealed(digests: Mapping[str, str]) -> dict[str, str]:
 
 def settings_text(overrides: Mapping[str, Any]) -> str:
     """Overrides for people: `alpha=0.2, project_every=10`, or `the base as it is`."""
-    return fmt.settings({name.rpartition(".")[2]: value for name, value in overrides.items()}, "the base as it is")
+    return fmt.settings({short(name): value for name, value in overrides.items()}, "the base as it is")
 
 
 def _answer(state: State, phases: Sequence[Summary]) -> dict[str, Any]:
@@ -189,6 +189,8 @@ def _answer(state: State, phases: Sequence[Summary]) -> dict[str, Any]:
     confirmed = unseen and any(_inherits(overrides, state.phases[p["phase"]].winner_overrides) for p in before)
     delta, name = arm["delta"], last["metric"]["name"]
     seeds = f"{arm['n']} {'unseen' if confirmed else 'paired'} seeds"
+    if last["inherit"] and last["base"]:  # the effect is that of the arm, not of all settings that are named
+        seeds += f", on top of {last['inherit']}"
     direction = "lowers" if delta["mean"] < 0 else "raises"
     interval = f"{abs(delta['mean']):.3f}, {last['confidence']:.0%} interval {_span(delta)}"
     sentence = f"Use {settings_text(overrides)}: it {direction} {name} by {interval}, on {seeds}."
