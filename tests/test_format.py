@@ -1,8 +1,10 @@
 """Numbers and names as people read them."""
 
+from math import sqrt
 from typing import Any
 
 import pytest
+from scipy.stats import nct, t
 
 from tune import format as fmt
 
@@ -122,8 +124,8 @@ def test_trials_are_listed_only_when_something_is_unusual() -> None:
 
 
 def summary(**answer: Any) -> dict[str, Any]:
-    noise = {"sd": 0.01, "smallest_detectable": 0.02}
-    phase = {"phase": "a", "seeds": [1, 2, 3], "min_effect": 0.005, "noise": noise, "arms": []}
+    noise = {"sd": 0.004, "smallest_detectable": 0.065, "method": "paired"}
+    phase = {"phase": "a", "seeds": [1, 2], "min_effect": 0.005, "confidence": 0.95, "noise": noise, "arms": ["x", "y"]}
     chosen = {"phase": "a", "winner": "x", "delta": {"mean": -0.1}, "confirmed": False}
     return {"status": "finished", "answer": chosen | answer, "phases": [phase]}
 
@@ -137,13 +139,21 @@ def test_next_step_fits_the_state_of_the_campaign() -> None:
 
 def test_next_step_without_a_winner_says_how_many_seeds_would_show_one() -> None:
     undecided = summary(winner=None, delta=None)
-    assert "about 48 seeds" in fmt.next_step(undecided)  # a quarter of the effect takes sixteen times the seeds
+
+    def power(n: int) -> float:
+        """Of a paired t test of so many seeds, for an effect of 0.005."""
+        return float(nct.sf(t.ppf(0.975, n - 1), n - 1, 0.005 / (0.004 * sqrt(2 / n))))
+
+    assert power(12) < 0.8 < power(13)  # more seeds also tell the noise better: two have one degree of freedom
+    assert "about 13 seeds" in fmt.next_step(undecided)
+    undecided["phases"][0]["seeds"] = list(range(13))
+    assert "seeds are needed" not in fmt.next_step(undecided)
     undecided["phases"][0]["seeds"] = [1]
     assert "One seed carries no claim" in fmt.next_step(undecided)
 
 
 def test_next_step_reads_the_last_phase_when_no_phase_won() -> None:
-    assert "about 48 seeds" in fmt.next_step(summary(winner=None, delta=None, phase=None))
+    assert "about 13 seeds" in fmt.next_step(summary(winner=None, delta=None, phase=None))
 
 
 def test_campaign_warnings_that_a_phase_shows_are_not_repeated() -> None:

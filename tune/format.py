@@ -6,8 +6,9 @@ encoding lacks.
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from math import ceil
 from typing import Any
+
+from tune.verdicts import detectable
 
 MISSING = "\u2013"  # en dash
 MINUS = "\u2212"  # as wide as a plus, so signs line up
@@ -302,11 +303,15 @@ def next_step(summary: Mapping[str, Any]) -> str:
 
 def _more_seeds(phase: Mapping[str, Any]) -> str | None:
     """What would have let an undecided phase see more; None if it has seen every effect that matters."""
-    seeds, matters = phase.get("seeds") or [], phase.get("min_effect")
-    least = (phase.get("noise") or {}).get("smallest_detectable")
+    seeds, arms, matters = phase.get("seeds") or [], phase.get("arms") or [], phase.get("min_effect")
+    noise = phase.get("noise") or {}
     if len(seeds) == 1:
         return "One seed carries no claim. Set `seeds: [1, 2, 3]` and run again: what has finished is reused."
-    if not least or not matters or least <= matters:
+    if not matters or not noise.get("smallest_detectable"):
         return None
-    needed = ceil(len(seeds) * (least / matters) ** 2)  # the error of a mean falls with the root of its seeds
+    needed, rules = len(seeds), {"method": noise["method"], "confidence": phase["confidence"]}
+    while (detectable(needed, len(arms), noise["sd"], **rules) or 0.0) > matters:
+        needed += 1 + needed // 20
+    if needed == len(seeds):
+        return None
     return f"To see an effect of {matters:g} as well, about {needed} seeds are needed; finished ones are reused."
