@@ -256,6 +256,13 @@ WRONG: dict[str, tuple[str, list[str]]] = {
         f"{GOOD}vary: {{«seed: [1, 2]}}\n",
         ["vary.seed: seeds are not swept: every arm runs all of `seeds:`"],
     ),
+    "settings of the campaign in base": (
+        f"campaign: small\nbase: {{«seeds: [3], steps: 5, «hold: steps}}\n{PHASE}",
+        [
+            "base.seeds: `seeds:` belongs to the top of the file, not into `base:`",
+            "base.hold: `hold:` belongs to the top of the file, not into `base:`",
+        ],
+    ),
     "seed in base": (
         f"campaign: small\nbase: {{«seed: 3}}\n{PHASE}",
         ["base.seed: seeds belong to the campaign: write `seeds: [1, 2, 3]` at the top"],
@@ -657,6 +664,11 @@ def test_set_can_repair_a_value_of_the_file(folder: Path) -> None:
         ("betas=[0.9", "--set betas=[0.9: 1:5: not valid YAML: expected ',' or ']', but got '<stream end>'"),
         ("betas=[0.9, 2]", "--set betas=[0.9, 2][1]: input should be less than 1, got 2"),
         ("seed=3", "--set seed=3: seeds belong to the campaign file: write `seeds: [1, 2, 3]` at its top"),
+        ("seeds=[3]", "--set seeds=[3]: `seeds:` belongs to the campaign file, at its top; --set changes the base"),
+        (
+            "resources.workers=2",
+            "--set resources.workers=2: `resources:` belongs to the campaign file, at its top; --set changes the base",
+        ),
     ],
 )  # fmt: skip
 def test_a_mistake_on_the_command_line_is_located_there(assignment: str, message: str, folder: Path) -> None:

@@ -131,6 +131,10 @@ def _header(data: Mapping[str, Any], problems: Problems) -> Header | None:
 
 
 def _base(data: Any, problems: Problems, folder: Path) -> dict[str, tuple[Any, Location]]:
+    if isinstance(data, dict):
+        for key in (misplaced := [key for key in data if key in TOP_KEYS]):
+            problems.add(("base", key), f"`{key}:` belongs to the top of the file, not into `base:`")
+        data = {key: value for key, value in data.items() if key not in misplaced}
     given, wrong = named_settings(TrainConfig, data, ("base",), folder=folder)
     for problem in wrong:
         problems.add(*problem)
@@ -150,6 +154,10 @@ def _options(assignments: Sequence[str], problems: Problems) -> dict[str, tuple[
             name, value = parse_assignment(text)
         except ConfigError as error:
             problems.add(at, str(error).removeprefix(f"{OPTION} {visible(text)}: ").removeprefix(f"{OPTION}:"))
+            continue
+        top = name.partition(".")[0]
+        if top in TOP_KEYS and top != "base":
+            problems.add(at, f"`{top}:` belongs to the campaign file, at its top; {OPTION} changes the base")
             continue
         found, wrong = named_settings(TrainConfig, {name: value})
         given |= {setting: (value, at) for setting, (value, _) in found.items()}
