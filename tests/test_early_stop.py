@@ -1,5 +1,6 @@
 """Early stopping: the rule of Ray Tune's ASHA, decisions that stay, and no verdict by values that do not compare."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from tune.estimate import estimate
 from tune.journal import read_journal
 from tune.schema import EarlyStop
 from tune.session import Session
+from tune.status import read_snapshot
 from tune.summary import rebuild
 from tune.trial import TrialResult, TrialSpec
 
@@ -196,6 +198,19 @@ def test_a_stopped_arm_ranks_behind_the_others_and_is_not_judged(file: Path, tmp
     judged = [arm["delta"] for arm in find["arms"] if arm["delta"]]
     smallest = min(judged, key=lambda delta: delta["p"])
     assert smallest["p_holm"] == pytest.approx(min(1.0, 8 * smallest["p"])) and len(judged) < 8
+
+
+def test_a_trial_that_was_never_begun_has_the_settings_of_its_record(file: Path, tmp_path: Path) -> None:
+    finish(file, tmp_path / "r")
+    ended = records(tmp_path / "r")
+    never = {record["trial_id"]: record["config"] for record in ended if not record["metrics"]["steps"]}
+    folders = tmp_path / "r" / "trials"
+    assert {name: json.loads((folders / name / "config.json").read_text()) for name in never} == never != {}
+
+
+def test_a_trial_that_was_stopped_early_has_neither_failed_nor_diverged(file: Path, tmp_path: Path) -> None:
+    assert finish(file, tmp_path / "r")["trials"]["stopped"] > 0
+    assert read_snapshot(tmp_path / "r").unsuccessful == 0
 
 
 def test_a_record_says_where_it_stopped_and_why(file: Path, tmp_path: Path) -> None:

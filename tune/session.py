@@ -334,7 +334,7 @@ class Session:
         """Ends what waits of arms that early stopping has dropped: nothing that it finds could be judged."""
         while trial := next((trial for trial in self._course.queue if self._course.why_dropped(trial)), None):
             self._course.queue.remove(trial)
-            make_folder(self._trial_folder(trial.trial_id), trial.config)
+            make_folder(self._trial_folder(trial.trial_id), self._with_tracking(trial))
             never = TrialResult("stopped", {"steps": 0, "tokens": 0}, error=self._course.why_dropped(trial))
             self.trial_ended(trial.trial_id, never)
 

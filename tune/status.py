@@ -39,7 +39,7 @@ def take_snapshot(
         total=sum(totals.values()),
         total_is_final=len(state.phases) == len(expected),
         reused=sum(result["seq"] < state.campaign["seq"] for result in results),
-        unsuccessful=sum(result["status"] != "finished" for result in results),
+        unsuccessful=sum(result["status"] in ("failed", "diverged") for result in results),
         elapsed=elapsed,
         eta=_eta(state, at_work, sum(totals.values()) - len(results)) if running else None,
         running=at_work,
