@@ -162,6 +162,26 @@ def test_final_screen_fits_its_width_and_says_every_number(width: int) -> None:
     assert "Use alpha=0.15." in text
 
 
+@pytest.mark.parametrize("width", [60, 66])
+def test_a_narrow_final_screen_still_says_which_arm_has_which_number(width: int) -> None:
+    names = ["alpha=0.1696, optim.lr=0.009307", "alpha=0.3152, optim.lr=0.006957", "baseline"]
+    verdicts = [("better", -0.0349), ("tie", -0.0326), ("baseline", None)]
+    arms = [arm(name, verdict, 9.4312, delta) for name, (verdict, delta) in zip(names, verdicts, strict=True)]
+    lines = printed(phase_table(phase(arms=arms), width=width), width)
+    assert max(map(len, lines)) <= width
+    for name, (verdict, _) in zip(names, verdicts, strict=True):
+        first, *rest = name.split()
+        row = next(n for n, line in enumerate(lines) if line.startswith(first))
+        assert "9.4312" in lines[row] and verdict in lines[row]
+        assert all(word in lines[row + n] for n, word in enumerate(rest, 1))
+
+
+def test_a_long_name_is_worth_more_than_the_speed() -> None:
+    arms = [arm("an arm of eight short words in all", "better", 4.3771, -0.0349), arm("baseline", "baseline", 4.412)]
+    lines = printed(phase_table(phase(arms=arms), width=76), 76)
+    assert "tok/s" not in lines[0] and any("an arm of eight" in line for line in lines)
+
+
 def test_final_screen_ends_with_the_answer_the_report_and_what_to_do_next() -> None:
     text = " ".join(printed(final_screen(campaign(), report=REPORT), 120))
     order = ["is better by", "Use alpha=0.15.", "ties with", "12 trials", "two torch versions", str(REPORT), "fresh 5"]

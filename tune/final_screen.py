@@ -27,7 +27,8 @@ VERDICT_STYLES = {
 CLAIM_STYLES = {"reproduced": "bold bright_blue", "refuted": "yellow"}
 MOST_ARMS = 12  # the last screen shows this many of a phase; the report has all
 
-COMMON_WIDTH = 58  # of the columns that every table has beside the arm, with their gaps
+GAP = 2  # between two columns
+NARROW = 16  # where names would get less than this, intervals stand on a line of their own
 SPEED_WIDTH, PICTURE_WIDTH = 7, 13  # one more column, and the least that a picture of the intervals needs
 RULED = Box("    \n    \n ── \n    \n    \n    \n    \n    \n")  # one rule under the header, nothing else
 
@@ -35,28 +36,25 @@ RULED = Box("    \n    \n ── \n    \n    \n    \n    \n    \n")  # one rule 
 def phase_table(phase: Mapping[str, Any], *, width: int = 100) -> Table:
     """The arms of a phase, ranked. A wider terminal also gets the speed, then a picture of the intervals."""
     arms, left_out = _shown(phase.get("arms") or [])
-    name_width, speed, picture = _layout(arms, width)
+    header = ["n", fmt.plain((phase.get("metric") or {}).get("name") or "val_loss"), "against the baseline", "verdict"]
+    rows = [_figures(arm) for arm in arms]
+    if width - _width(header, *rows) < NARROW:
+        header[2] = header[2].replace(" ", "\n", 1)
+        rows = [[text.replace(" \u00b1", "\n\u00b1").replace(" [", "\n[") for text in row] for row in rows]
+    name_width, speed, picture = _layout(arms, width - _width(header, *rows))
     table = Table(
         box=RULED, show_edge=False, padding=(0, 1, 0, 0), pad_edge=False, header_style="dim", border_style="dim"
     )
     table.add_column("arm", max_width=name_width, overflow="fold")
-    table.add_column("n", justify="right", no_wrap=True)
-    table.add_column(words((phase.get("metric") or {}).get("name") or "val_loss"), no_wrap=True)
-    table.add_column("against the baseline", no_wrap=True)
-    table.add_column("verdict", no_wrap=True)
+    for name in header:
+        table.add_column(Text(name), justify="right" if name == "n" else "left", no_wrap=True)
     if speed:
         table.add_column("tok/s", justify="right", no_wrap=True)
     if picture:
         table.add_column(_axis(phase, arms, picture), no_wrap=True)
-    for arm, marks in zip(arms, fmt.forest(arms, picture), strict=True):
+    for arm, row, marks in zip(arms, rows, fmt.forest(arms, picture), strict=True):
         winner, style = arm["arm"] == phase.get("winner"), VERDICT_STYLES.get(arm.get("verdict") or "", "")
-        cells = [
-            words(arm["arm"], "bold" if winner else ""),
-            Text(str(arm.get("n", fmt.MISSING))),
-            Text(fmt.mean_interval(arm.get("score"))),
-            Text(fmt.effect(arm.get("delta"))),
-            words(arm.get("verdict") or fmt.MISSING, style),
-        ]
+        cells = [words(arm["arm"], "bold" if winner else ""), *map(Text, row[:-1]), Text(row[-1], style)]
         cells += [Text(fmt.count(arm.get("tokens_per_second")))] if speed else []
         table.add_row(*cells, *([_picture(marks, style)] if picture else []))
     if left_out:
@@ -64,12 +62,24 @@ def phase_table(phase: Mapping[str, Any], *, width: int = 100) -> Table:
     return table
 
 
-def _layout(arms: list[dict[str, Any]], width: int) -> tuple[int, bool, int]:
+def _figures(arm: Mapping[str, Any]) -> list[str]:
+    """What every table says of an arm beside its name."""
+    verdict = fmt.plain(arm.get("verdict") or fmt.MISSING)
+    return [str(arm.get("n", fmt.MISSING)), fmt.mean_interval(arm.get("score")), fmt.effect(arm.get("delta")), verdict]
+
+
+def _width(*rows: list[str]) -> int:
+    """Of the columns of these rows, each with the gap before it."""
+    columns = zip(*rows, strict=True)
+    return sum(GAP + max(len(line) for text in column for line in text.split("\n")) for column in columns)
+
+
+def _layout(arms: list[dict[str, Any]], room: int) -> tuple[int, bool, int]:
     """Width of the names, whether there is room for the speed, and the width of the picture (0 for none)."""
     names = [fmt.plain(arm["arm"]) for arm in arms]
     longest = max(map(len, names), default=0)
-    least = min(max((len(word) for name in names for word in name.split()), default=0), 24)  # names wrap at spaces
-    room = width - COMMON_WIDTH
+    words_of = [word for name in names for word in name.split()]  # names wrap at spaces
+    least = max(min(max(map(len, words_of), default=0), 24), min(longest, NARROW))
     speed = room - SPEED_WIDTH >= least
     room -= SPEED_WIDTH * speed
     if room - PICTURE_WIDTH - 2 < least:
