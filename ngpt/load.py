@@ -66,7 +66,8 @@ def find_checkpoint(path: Path, *, best: bool = False) -> Checkpoint:
     folders = [path] if is_one else checkpoint_folders(root)
     if not folders:
         trials = sorted((path / "trials").glob("*"))
-        hint = f"; give one of its {len(trials)} trials, such as {trials[0]}" if trials else ""
+        which = "its trial" if len(trials) == 1 else f"one of its {len(trials)} trials, such as"
+        hint = f"; give {which} {trials[0]}" if trials else ""
         raise ConfigError(f"{path} has no checkpoints{hint}")
     found: list[Checkpoint] = []
     damage: list[Exception] = []

@@ -201,7 +201,7 @@ def test_the_command_refuses_before_anything_is_written_and_goes_on_when_told_to
     assert run_campaign.main([*command, FLAG]) == 0
     printed = capsys.readouterr()
     assert strict(printed.out)["metric"]["name"] == "val_bpb"
-    assert "1 results are kept, 1 trials are new" in printed.err
+    assert "1 result is kept, 1 trial is new" in printed.err
     assert "no longer part of the campaign: alpha/alpha=0.4 (1 result)" in printed.err
     (kept,) = {key for key in losses(root) if key in trained}
     assert losses(root)[kept] == trained[kept] and len(records(root)) == 2

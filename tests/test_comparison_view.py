@@ -63,6 +63,12 @@ def test_exact_equality_is_said_once_for_all_or_for_each_arm() -> None:
     )
 
 
+def test_one_arm_is_not_called_several() -> None:
+    same = row(identical=True, verdict="identical in every trial", delta={"mean": 0.0, "p_holm": 1.0}, seeds=[1])
+    assert "Identical in every trial: 1 arm, 1 trial, equal in every digit." in text(comparison(same))
+    assert "1 arm compared by val_loss (minimize): 1 B better." in text(comparison(row()))
+
+
 def test_nothing_to_compare_is_said() -> None:
     assert "No arm of A has the settings of an arm of B" in text(comparison())
 

@@ -123,6 +123,13 @@ def test_trials_are_listed_only_when_something_is_unusual() -> None:
     assert fmt.trial_counts({"total": 1, "finished": 1}) == "1 trial"
 
 
+def test_the_total_of_a_campaign_does_not_contain_what_its_phases_share() -> None:
+    counts = {"total": 20, "finished": 17, "diverged": 3, "reused": 12}
+    assert fmt.campaign_counts(counts) == "20 trials (17 finished, 3 diverged) + 12 reused"
+    assert fmt.campaign_counts({"total": 29, "finished": 29, "reused": 3}) == "29 trials + 3 reused"
+    assert fmt.cost({"trials": counts, "tokens": 44_300, "seconds": 69.0}).startswith("20 trials (17 finished, 3 div")
+
+
 def summary(**answer: Any) -> dict[str, Any]:
     noise = {"sd": 0.004, "smallest_detectable": 0.065, "method": "paired"}
     phase = {"phase": "a", "seeds": [1, 2], "min_effect": 0.005, "confidence": 0.95, "noise": noise, "arms": ["x", "y"]}

@@ -487,6 +487,21 @@ def test_the_directory_holds_the_file_as_given_and_a_manifest(root: Path, file: 
     assert len(manifest["data"]["sha256"]) == 64
 
 
+def test_a_phase_of_one_seed_is_announced_in_the_singular_and_with_what_it_starts_from(
+    tmp_path: Path, corpus: Path
+) -> None:
+    phases = """
+  - {name: a, vary: {alpha: [0.05, 0.1]}, seeds: [1]}
+  - {name: b, inherit: a, vary: {lr: [0.001, 0.002]}, seeds: [1]}
+"""
+    lines: list[str] = []
+    with session_on(write_file(tmp_path, corpus, phases=phases), tmp_path / "r") as session:
+        session.message = lines.append
+        drive(begun(session))
+    assert "phase a: 2 arms x 1 seed = 2 trials" in lines
+    assert "phase b: 3 arms x 1 seed = 3 trials on alpha=0.05, 1 of them known already" in lines
+
+
 def test_what_happens_is_said_in_one_line_each(root: Path, file: Path) -> None:
     lines: list[str] = []
     with session_on(file, root) as session:

@@ -265,7 +265,7 @@ def test_the_text_has_each_problem_with_its_remedy_and_a_last_line(root: Path) -
     flip(root / "alpha" / "summary.json")
     first, second, last = verify_text(verify(root)).splitlines()
     assert first.startswith("problem  alpha/summary.json: ") and "report rebuilds it" in second
-    assert last.startswith(f"{root}: 1 problems; checked ") and "8 checkpoints" in last
+    assert last.startswith(f"{root}: 1 problem; checked ") and "8 checkpoints" in last
 
 
 def test_the_command_says_it_by_its_exit_code_and_as_json(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -39,7 +39,9 @@ class Changes:
         """For people; none if nothing has changed."""
         found = [f"changed since the last start: {line}" for line in (*self.meaning, *self.settings)]
         if self.changed or self.gone or found:
-            found.append(f"{self.kept} results are kept, {self.new} trials are new")
+            numbers = {"result": (self.kept, "kept"), "trial": (self.new, "new")}
+            told = (f"{fmt.counted(n, noun)} {'is' if n == 1 else 'are'} {what}" for noun, (n, what) in numbers.items())
+            found.append(", ".join(told))
         found += _listed("trained anew, as its settings have changed", self.changed)
         return found + _listed("no longer part of the campaign", self.gone)
 

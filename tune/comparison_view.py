@@ -98,12 +98,13 @@ def _remarks(comparison: Mapping[str, Any]) -> Iterable[str]:
         yield "No arm of A has the settings of an arm of B: nothing to compare."
     elif all(row["identical"] for row in rows):
         trials = sum(len(row["seeds"]) for row in rows)
-        yield f"Identical in every trial: {len(rows)} arms, {trials} trials, equal in every digit."
+        size = f"{fmt.counted(len(rows), 'arm')}, {fmt.counted(trials, 'trial')}"
+        yield f"Identical in every trial: {size}, equal in every digit."
     else:
         name, goal = comparison["metric"]["name"], comparison["metric"]["goal"]
         counts = [row["verdict"] for row in rows]
         told = fmt.listing(f"{counts.count(verdict)} {verdict}" for verdict in dict.fromkeys(counts))
-        yield f"{len(rows)} arms compared by {name} ({goal}): {told}."
+        yield f"{fmt.counted(len(rows), 'arm')} compared by {name} ({goal}): {told}."
         pairs = f"B \u2212 A with {fmt.interval_name(comparison)}, paired over shared seeds"
         yield f"{pairs} (n+n: no seed is shared); an effect below {comparison['min_effect']:g} is a tie."
     for side, key in (("A", "only_a"), ("B", "only_b")):

@@ -58,7 +58,7 @@ def cost_facts(summary: Mapping[str, Any]) -> dict[str, str]:
     """The cost of a campaign in words, by name; what is not known is left out."""
     spent = summary.get("cost") or {}
     facts = {
-        "trials": fmt.trial_counts(summary.get("trials")),
+        "trials": fmt.campaign_counts(summary.get("trials")),
         "training tokens": fmt.count(summary.get("tokens")),
         "wall time": fmt.duration(summary.get("seconds")),
         "time inside trials": fmt.duration(summary.get("trial_seconds")),

@@ -135,10 +135,11 @@ class Course:
         missing = [t for t in planned.trials if t.trial_id not in ids and not self.is_settled(phase.name, t.trial_id)]
         self.trials |= {trial.trial_id: trial for trial in missing}
         self.queue.extend(missing)
-        n, seeds = len(list(planned.trials)), len(planned.seeds)
-        reused = f", {n - len(missing)} of them known already" if len(missing) < n else ""
+        n = len(list(planned.trials))
+        size = f"{fmt.counted(len(planned.arms), 'arm')} x {fmt.counted(len(planned.seeds), 'seed')}"
         base = f" on {settings_text(planned.base)}" if planned.base else ""
-        self._message(f"phase {phase.name}: {len(planned.arms)} arms x {seeds} seeds = {n} trials{reused}{base}")
+        reused = f", {n - len(missing)} of them known already" if len(missing) < n else ""
+        self._message(f"phase {phase.name}: {size} = {fmt.counted(n, 'trial')}{base}{reused}")
 
     def _expanded(self, phase: Phase) -> PlannedPhase:
         better = {name: done.better for name, done in self.state.phases.items() if done.winner}
@@ -147,7 +148,9 @@ class Course:
     def _measure_speeds(self, phase: PlannedPhase) -> None:
         """Times what was never timed, and keeps it for good."""
         if missing := unmeasured(self.campaign, phase):
-            self._message(f"phase {phase.name}: timing {len(missing)} shapes of model, batch and optimizer")
+            self._message(
+                f"phase {phase.name}: timing {fmt.counted(len(missing), 'shape')} of model, batch and optimizer"
+            )
             speeds = measure(self.campaign.base, missing, self.campaign.speeds, self._timer)
             self._append("speeds_measured", phase=phase.name, speeds=speeds)
             self.campaign = replace(self.campaign, speeds=self.state.speeds)

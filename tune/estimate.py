@@ -205,13 +205,15 @@ def plan_view(estimated: Mapping[str, Any]) -> RenderableType:
         table.add_row(Text(phase), *map(str, numbers), *sizes, *finds)
     workers, together = estimated["workers"], estimated["together"]
     at_once = (
-        f"{workers} trials at once"
+        f"{fmt.counted(workers, 'trial')} at once"
         if together == 1
-        else f"{together} trials at once in each of {workers} worker{'s' * (workers > 1)}"
+        else f"{together} trials at once in each of {fmt.counted(workers, 'worker')}"
     )
     lines = [f"{at_once}; time {estimated['seconds_source']}"]
     if shared := sum(row["trials"] for row in estimated["phases"]) - estimated["trials"]:
-        lines.append(f"{shared} trials of later phases are the same as earlier ones and are trained once")
+        one = "1 trial of a later phase is the same as an earlier one and is trained once"
+        many = f"{shared} trials of later phases are the same as earlier ones and are trained once"
+        lines.append(one if shared == 1 else many)
     if noise:
         spread = f"a spread between seeds of {noise['sd']:.2g}, {noise['source']}"
         lines.append(f"finds: the smallest effect that 4 of 5 such phases would find, from {spread}")

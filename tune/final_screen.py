@@ -180,10 +180,7 @@ def _answer_panel(summary: Mapping[str, Any], report: Path, width: int) -> Panel
     if problems := summary.get("problems"):
         rows.add_row(
             "problems",
-            Text(
-                f"{len(problems)} trial{'s' if len(problems) > 1 else ''} did not finish; the report says why",
-                "magenta",
-            ),
+            Text(f"{fmt.counted(len(problems), 'trial')} failed or diverged; the report says why", "magenta"),
         )
     rows.add_row("report", words(report))
     rows.add_row("next", Text(fmt.next_step(summary)))

@@ -205,6 +205,11 @@ def forest(arms: Sequence[Mapping[str, Any]], width: int) -> list[str]:
     return rows
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 trial`, `12 trials`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def listing(names: Iterable[str], most: int = 6) -> str:
     """`a, b and c`, cut to `most` names."""
     items = list(names)
@@ -221,14 +226,21 @@ def trial_counts(trials: Mapping[str, Any] | None) -> str:
     if counts.get("reused"):
         parts = (parts if unusual else []) + [f"{counts['reused']} reused"]
         unusual = True
-    return f"{total} trial{'' if total == 1 else 's'}" + (f" ({', '.join(parts)})" if parts and unusual else "")
+    return counted(total, "trial") + (f" ({', '.join(parts)})" if parts and unusual else "")
+
+
+def campaign_counts(trials: Mapping[str, Any] | None) -> str:
+    """The same of a whole campaign, whose total has each trial once: `29 trials + 3 reused` for 32 in its phases."""
+    counts = dict(trials or {})
+    reused = counts.pop("reused", 0)
+    return trial_counts(counts) + (f" + {reused} reused" if reused else "")
 
 
 def cost(summary: Mapping[str, Any]) -> str:
     """What the answer cost: trials, tokens, wall time, and how many trials ran side by side."""
     wall, work = summary.get("seconds"), summary.get("trial_seconds")
     parts = [
-        trial_counts(summary.get("trials")),
+        campaign_counts(summary.get("trials")),
         f"{count(summary.get('tokens'))} tokens",
         f"{duration(wall)} wall time",
     ]

@@ -17,6 +17,7 @@ from typing import Any
 
 from ngpt.checkpoint import checkpoint_folders, verify_checkpoint
 from ngpt.config import ConfigError
+from tune import format as fmt
 from tune.journal import Event, parse_line, whole_length
 from tune.lock import is_locked
 from tune.state import DONE, State, replay
@@ -313,6 +314,6 @@ def verify_text(found: Mapping[str, Any]) -> str:
             lines.append(f"{label:8} {finding['path']}: {finding['text']}")
             if finding["remedy"]:
                 lines.append(f"{'':8} {finding['remedy']}")
-    counted = ", ".join(f"{n} {what}" for what, n in found["checked"].items())
-    verdict = "intact" if found["intact"] else f"{len(found['problems'])} problems"
-    return "\n".join([*lines, f"{found['results']}: {verdict}; checked {counted}"])
+    checked = ", ".join(f"{n} {what.removesuffix('s') if n == 1 else what}" for what, n in found["checked"].items())
+    verdict = "intact" if found["intact"] else fmt.counted(len(found["problems"]), "problem")
+    return "\n".join([*lines, f"{found['results']}: {verdict}; checked {checked}"])

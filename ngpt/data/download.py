@@ -103,7 +103,7 @@ def download(files: Sequence[HubFile], folder: Path, *, name: str, log: Log) -> 
         if missing:
             _check_space(folder, missing)
             total = sum(file.size for file, _ in missing)
-            log(f"{name}: downloading {len(missing)} files, {total / 1e6:,.1f} MB")
+            log(f"{name}: downloading {len(missing)} file{'s' * (len(missing) > 1)}, {total / 1e6:,.1f} MB")
             _all_at_once(missing, Meter(log, name))
     return paths
 
