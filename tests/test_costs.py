@@ -47,6 +47,18 @@ def test_efficiency_is_time_inside_steps_over_wall_time_times_slots() -> None:
     assert found["slots"] == 2
 
 
+def test_each_session_counts_with_the_slots_that_it_had() -> None:
+    later = {"event": "campaign_started", "workers": 1, "environment": {"device": "cpu (x)", "gpus": 0}}
+    again = state()
+    for event in (later, {"event": "campaign_ended", "status": "finished", "seconds": 4.0}):
+        again.apply(event | {"time": "2026-11-22T10:00:00+00:00"})
+    assert (again.seconds, again.slot_seconds, again.most_slots) == (24.0, 20 * 2 + 4 * 1, 2)
+    # The phases of a campaign are planned again in each session; what was trained before is known.
+    again.phases = state().phases
+    found = account(again)
+    assert found["efficiency"] == pytest.approx(20 / 44) and found["slots"] == 2
+
+
 @pytest.mark.parametrize(("device", "gpus", "hours"), [("cpu (x)", 4, 20 / 3600), ("NVIDIA GH200", 2, 40 / 3600)])
 def test_device_hours_count_the_gpus_that_were_held(device: str, gpus: int, hours: float) -> None:
     assert account(state(device, gpus))["device_hours"] == pytest.approx(hours)

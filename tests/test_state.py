@@ -38,6 +38,17 @@ def test_a_replayed_journal_is_the_live_state_at_every_moment(tmp_path: Path, fi
         check_replay(session)
 
 
+def test_a_campaign_was_started_when_its_first_session_began(tmp_path: Path, file: Path) -> None:
+    times = []
+    for _ in range(2):
+        with session_on(file, tmp_path / "r") as session:
+            drive(begun(session), most=1)
+            session.stop_requested = True
+            times.append(session.state.campaign["time"])
+            summary = session.end()
+    assert summary["started_at"] == times[0] < times[1]
+
+
 def test_a_trial_is_running_until_it_ends_or_its_worker_dies(tmp_path: Path, file: Path) -> None:
     with session_on(file, tmp_path / "r") as session:
         begun(session)

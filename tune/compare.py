@@ -261,7 +261,7 @@ def _throughput_note(a: Side, b: Side) -> str | None:
 def _about(side: Side) -> dict[str, Any]:
     campaign = side.state.campaign
     kept = ("campaign", "description", "metric", "environment", "data", "workers", "command")
-    about = {"results": str(side.root), "status": side.state.status, "started_at": campaign["time"]}
+    about = {"results": str(side.root), "status": side.state.status, "started_at": side.state.started}
     return about | {name: campaign[name] for name in kept}
 
 

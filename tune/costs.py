@@ -11,20 +11,20 @@ def account(state: State) -> dict[str, Any]:
     """Slots, device hours, efficiency and repeated trials of a campaign, for its summary.
 
     `device_hours`: wall time of all sessions times the devices that were held (GPUs, or the machine as one).
-    `efficiency`: time inside training steps (tokens over steady-state tokens per second) over wall time times slots;
-    the slots are those of the newest session. None where no trial has measured its speed.
+    `efficiency`: time inside training steps (tokens over steady-state tokens per second) over wall time times slots,
+    session by session. None where no trial has measured its speed.
     """
     planned = sorted({trial_id for phase in state.phases.values() for trial_id in phase.trial_ids})
     results = {trial_id: state.results[trial_id] for trial_id in planned if trial_id in state.results}
     seconds = state.seconds + state.session_seconds()
-    slots = max(1, state.campaign["workers"])
+    slot_seconds = state.slot_seconds + state.session_seconds() * max(1, state.campaign["workers"])
     timed = [result for result in results.values() if result["metrics"].get("tokens_per_second")]
     inside = sum(map(_inside, timed))
     return {
-        "slots": slots,
+        "slots": state.most_slots,
         "device_hours": seconds * _devices(state.campaign["environment"]) / 3600,
         "step_seconds": inside if timed else None,
-        "efficiency": inside / (seconds * slots) if timed and seconds else None,
+        "efficiency": inside / slot_seconds if timed and slot_seconds else None,
         "retried": [_retried(state, results, trial_id) for trial_id in planned if state.attempts.get(trial_id, 0) > 1],
     }
 

@@ -62,7 +62,10 @@ class State:
     speeds: dict[str, float] = field(default_factory=dict)  # measured once, for `hold: seconds`
     packing: dict[str, Any] = field(default_factory=dict)  # how many trials share a GPU, if that was ours to choose
     status: str = "incomplete"
+    started: str = ""  # time of the first start
     seconds: float = 0.0  # of all sessions that are over
+    slot_seconds: float = 0.0  # the same, each session times the trials that it had room for
+    most_slots: int = 1  # of any session
     newest: str = ""  # time of the newest event; for people, since clocks jump
     elapsed: float | None = None  # seconds of the newest session up to that event; older journals have only the time
     left_out: dict[str, int] = field(default_factory=dict)  # trials by phase, where a budget stopped the campaign
@@ -86,6 +89,11 @@ class State:
         wall = datetime.fromisoformat(self.newest) - datetime.fromisoformat(self.campaign["time"])
         return max(0.0, wall.total_seconds())
 
+    def _close(self, seconds: float) -> None:
+        """Counts the time of a session that is over."""
+        self.seconds += seconds
+        self.slot_seconds += seconds * max(1, self.campaign.get("workers", 1))
+
     def copy(self) -> "State":
         """A state that later events do not change the extent of: safe to walk through in another thread."""
         return replace(self, phases=dict(self.phases), results=dict(self.results), running=dict(self.running))
@@ -94,7 +102,9 @@ class State:
         """Takes one event into account."""
         match event["event"]:
             case "campaign_started":
-                self.seconds += self.session_seconds()  # of a session that was killed
+                self._close(self.session_seconds())  # a session that was killed
+                self.started = self.started or event["time"]
+                self.most_slots = max(self.most_slots, event.get("workers", 1))
                 self.campaign, self.phases, self.running = event, {}, {}
                 self.status, self.ended, self.left_out = "incomplete", False, {}
                 # A trial that failed is tried again when the command is given again; a diverged one is a result, and so
@@ -121,7 +131,7 @@ class State:
                 phase.better = [Better(**arm) for arm in event.get("better", [])]
             case "campaign_ended":
                 self.status, self.ended, self.running = event["status"], True, {}
-                self.seconds += event["seconds"]
+                self._close(event["seconds"])
                 self.left_out = event.get("left_out", {})
         self.newest, self.elapsed = event["time"], event.get("elapsed")
 

@@ -71,7 +71,7 @@ def summarize_campaign(state: State, phases: Sequence[Summary], claims: Sequence
         "trial_seconds": sum(result["seconds"] for result in results.values()),
         "cost": account(state),
         "packing": state.packing or None,  # how many trials shared a GPU, where that was measured
-        "started_at": rules["time"],
+        "started_at": state.started,
         "environment": rules["environment"],
         "data": rules["data"],
         "base": rules.get("base", {}),
