@@ -49,6 +49,16 @@ def test_a_campaign_was_started_when_its_first_session_began(tmp_path: Path, fil
     assert summary["started_at"] == times[0] < times[1]
 
 
+def test_a_start_that_trains_nothing_is_not_where_the_numbers_come_from(tmp_path: Path, file: Path) -> None:
+    for commit in ("trained", "looked at"):
+        with session_on(file, tmp_path / "r") as session:
+            session.environment = session.environment | {"git_commit": commit}
+            drive(begun(session))
+            summary = session.end()
+    assert summary["environment"]["git_commit"] == "trained"
+    assert session.state.campaign["environment"]["git_commit"] == "looked at"
+
+
 def test_a_trial_is_running_until_it_ends_or_its_worker_dies(tmp_path: Path, file: Path) -> None:
     with session_on(file, tmp_path / "r") as session:
         begun(session)

@@ -81,7 +81,7 @@ def compare(first: Path, second: Path, *, metric: str | None = None) -> Comparis
         "metric": {"name": name, "goal": goal},
         "confidence": confidence,
         "min_effect": min_effect,
-        "environment": _differences(rules[0]["environment"], rules[1]["environment"]),
+        "environment": _differences(a.state.environment, b.state.environment),
         "data": _differences(a.data, b.data),
         "base": _differences(a.base, b.base),
         "code": _differences(_code(left), _code(right)),
@@ -260,8 +260,9 @@ def _throughput_note(a: Side, b: Side) -> str | None:
 
 def _about(side: Side) -> dict[str, Any]:
     campaign = side.state.campaign
-    kept = ("campaign", "description", "metric", "environment", "data", "workers", "command")
+    kept = ("campaign", "description", "metric", "data", "workers", "command")
     about = {"results": str(side.root), "status": side.state.status, "started_at": side.state.started}
+    about["environment"] = side.state.environment
     return about | {name: campaign[name] for name in kept}
 
 

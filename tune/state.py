@@ -63,6 +63,7 @@ class State:
     packing: dict[str, Any] = field(default_factory=dict)  # how many trials share a GPU, if that was ours to choose
     status: str = "incomplete"
     started: str = ""  # time of the first start
+    trained_on: dict[str, Any] = field(default_factory=dict)  # environment of the newest session that began a trial
     seconds: float = 0.0  # of all sessions that are over
     slot_seconds: float = 0.0  # the same, each session times the trials that it had room for
     most_slots: int = 1  # of any session
@@ -70,6 +71,11 @@ class State:
     elapsed: float | None = None  # seconds of the newest session up to that event; older journals have only the time
     left_out: dict[str, int] = field(default_factory=dict)  # trials by phase, where a budget stopped the campaign
     ended: bool = True  # whether the newest session has said so; one that was killed has not
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        """Where the results are from: a start that finds nothing left to train has no part in them."""
+        return self.trained_on or self.campaign["environment"]
 
     def outcome(self, trial_id: str, metric: str | None = None) -> Outcome:
         """What a trial contributes to a verdict by the campaign's metric, or by another one."""
@@ -120,6 +126,7 @@ class State:
             case "trial_started":
                 self.running[event["trial_id"]] = event
                 self.attempts[event["trial_id"]] = event["attempt"]
+                self.trained_on = self.campaign.get("environment", {})
             case "trial_finished":
                 self.running.pop(event["trial_id"], None)
                 self.results[event["trial_id"]] = event

@@ -72,7 +72,7 @@ def summarize_campaign(state: State, phases: Sequence[Summary], claims: Sequence
         "cost": account(state),
         "packing": state.packing or None,  # how many trials shared a GPU, where that was measured
         "started_at": state.started,
-        "environment": rules["environment"],
+        "environment": state.environment,
         "data": rules["data"],
         "base": rules.get("base", {}),
         "command": rules["command"],
