@@ -113,6 +113,7 @@ def test_names_are_joined_like_a_sentence() -> None:
     assert fmt.listing(["a"]) == "a"
     assert fmt.listing("abc") == "a, b and c"
     assert fmt.listing("abcdefgh") == "a, b, c, d, e, f and 2 more"
+    assert fmt.listing(["a=1, b=2", "a=3, b=4", "c"]) == "a=1, b=2; a=3, b=4 and c"
 
 
 def test_trials_are_listed_only_when_something_is_unusual() -> None:
@@ -121,6 +122,11 @@ def test_trials_are_listed_only_when_something_is_unusual() -> None:
     assert fmt.trial_counts(counts | {"finished": 14, "diverged": 1}) == "15 trials (14 finished, 1 diverged)"
     assert fmt.trial_counts(counts | {"reused": 4}) == "15 trials (4 reused)"
     assert fmt.trial_counts({"total": 1, "finished": 1}) == "1 trial"
+
+
+def test_what_a_sum_of_whole_numbers_comes_to_has_no_decimals() -> None:
+    assert [fmt.claim_value({"observed": x}) for x in (39.0, 0.15**2 / 0.05**2, 2.2449)] == ["39", "9", "2.2449"]
+    assert fmt.claim_value({"observed": -1.0, "ci_low": -1.5, "ci_high": -0.5}).startswith("\u22121.0000 [")
 
 
 def test_the_total_of_a_campaign_does_not_contain_what_its_phases_share() -> None:

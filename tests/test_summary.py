@@ -265,6 +265,52 @@ def test_where_nothing_is_better_the_base_stays(judged: Callable[..., Summary]) 
     assert (answer["winner"], answer["overrides"], answer["delta"], answer["confirmed"]) == (None, {}, None, False)
 
 
+def test_a_small_effect_is_told_with_two_digits_and_a_high_confidence_as_it_is(
+    tmp_path: Path, corpus: Path, no_report: None
+) -> None:
+    file = write_file(tmp_path, corpus, phases="\n  - name: a\n    vary: {alpha: [0.05, 0.4]}\n", seeds="[1, 2, 3]")
+    file.write_text("confidence: 0.998\nmin_effect: 0\n" + file.read_text())
+    small = {
+        (seed, alpha): 5 + seed - (0.0003 + 1e-6 * seed) * (alpha == 0.4) for seed in (1, 2, 3) for alpha in (0.05, 0.4)
+    }
+
+    def result(spec: TrialSpec) -> TrialResult:
+        loss = small[spec.seed, spec.config.model.alpha]
+        return replace(pretend(spec), metrics=pretend(spec).metrics | {"val_loss": loss})
+
+    with session_on(file, tmp_path / "tiny") as session:
+        drive(begun(session), result)
+        sentence = session.end()["answer"]["sentence"]
+    assert (
+        sentence
+        == "Use alpha=0.4: it lowers val_loss by 0.00030, 99.8% interval 0.00029 to 0.00031, on 3 paired seeds."
+    )
+
+
+def test_one_seed_gives_no_answer_about_noise(tmp_path: Path, corpus: Path, no_report: None) -> None:
+    phases = "\n  - name: a\n    vary: {alpha: [0.05, 0.4]}\n"
+    with session_on(write_file(tmp_path, corpus, phases=phases, seeds="[1]"), tmp_path / "tiny") as session:
+        drive(begun(session))
+        answer = session.end()["answer"]
+    assert answer["sentence"] == "One seed carries no claim: no arm can be called better than its baseline."
+    assert answer["winner"] is None
+
+
+@pytest.mark.parametrize("gain", [0.0, 1.0])
+def test_of_a_campaign_that_is_not_over_nothing_is_said_for_good(
+    tmp_path: Path, corpus: Path, no_report: None, gain: float
+) -> None:
+    with session_on(write_file(tmp_path, corpus, seeds="[1, 2, 3]"), tmp_path / "tiny") as session:
+        drive(begun(session), lambda spec: pretend(spec, gain=gain), most=7)  # the first phase and one more trial
+        session.stop_requested = True
+        summary = session.end()
+    begins = "So far, use alpha=0.4: it lowers" if gain else "So far, no arm of any phase that is over is better"
+    assert summary["answer"]["sentence"].startswith(begins)
+    over, begun_only = summary["phases"]
+    assert over["winner"] == ("alpha=0.4" if gain else "alpha=0.05") and not over["why"].startswith("so far")
+    assert begun_only["winner"] is None and begun_only["why"].startswith("so far, after 4 of 6 trials: ")
+
+
 def test_where_nothing_finished_there_is_no_answer(judged: Callable[..., Summary]) -> None:
     answer = judged(CONFIRM, lambda spec: pretend(spec, status="failed"))["answer"]
     assert answer["sentence"] == "No trial has finished well, so there is no answer."

@@ -162,7 +162,9 @@ def claim_value(claim: Mapping[str, Any]) -> str:
     """What the records show for a claim, with its interval: `-0.0326 [-0.0379, -0.0282]`, `1.32e+08`."""
 
     def short(x: float) -> str:
-        return (number(x) if x == 0 or 1e-3 <= abs(x) < 1e4 else f"{x:.3g}").replace("-", MINUS)
+        whole = low is None and x and round(x, 4) == round(x)  # 39 experiments, and not 39.0000
+        plain = number(x, 0 if whole else 4)
+        return (plain if x == 0 or 1e-3 <= abs(x) < 1e4 else f"{x:.3g}").replace("-", MINUS)
 
     value, low, high = claim.get("observed"), claim.get("ci_low"), claim.get("ci_high")
     if value is None:
@@ -211,10 +213,11 @@ def counted(number: int, noun: str) -> str:
 
 
 def listing(names: Iterable[str], most: int = 6) -> str:
-    """`a, b and c`, cut to `most` names."""
+    """`a, b and c`, cut to `most` names; `a=1, b=2; a=3, b=4 and c` where a name is a list itself."""
     items = list(names)
+    gap = "; " if any("," in item for item in items) else ", "
     items = items[:most] + ([f"{len(items) - most} more"] if len(items) > most else [])
-    return f"{', '.join(items[:-1])} and {items[-1]}" if len(items) > 1 else "".join(items)
+    return f"{gap.join(items[:-1])} and {items[-1]}" if len(items) > 1 else "".join(items)
 
 
 def trial_counts(trials: Mapping[str, Any] | None) -> str:

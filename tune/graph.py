@@ -66,7 +66,7 @@ def _givers(own: Mapping[str, Any], before: Sequence[Mapping[str, Any]]) -> list
     covered: dict[str, Any] = {}
     for phase in reversed(before):
         settings = _winner_settings(phase)
-        won = phase.get("winner") != phase.get("baseline")
+        won = phase.get("winner") not in (None, phase.get("baseline"))
         if won and {**own, **settings} == dict(own) and {**covered, **settings} != covered:
             found.insert(0, phase)
             covered |= settings

@@ -13,6 +13,7 @@ from tune.verdicts import ArmVerdict, Outcome, judge
 Record = dict[str, Any]
 Summary = dict[str, Any]
 
+ONLY_BASELINE = "there is nothing to compare: its only arm is the baseline itself"
 # One column of an arm's averages: how it is computed from the metrics of its finished trials.
 AVERAGES = ("val_bpb", "train_loss", "tokens_per_second", "peak_memory_bytes")
 
@@ -52,6 +53,8 @@ def summarize_phase(state: State, phase: PhaseState) -> Summary:
     ]
     statuses = [cell.status for row in cells.values() for cell in row.values()]
     records = phase_records(state, phase)
+    missing = statuses.count("missing")  # then the phase is not over, and nobody has won it
+    so_far = f"so far, after {len(statuses) - missing} of {len(statuses)} trials: " if missing else ""
     own = [record for record in records if record["reused_from"] is None]
     return {
         "campaign": rules["campaign"],
@@ -65,8 +68,8 @@ def summarize_phase(state: State, phase: PhaseState) -> Summary:
         "swept": dict(phase.swept),
         "arms": arms,
         "baseline": phase.baseline,
-        "winner": judgement.winner,
-        "why": judgement.why if len(arms) > 1 else "there is nothing to compare: its only arm is the baseline itself",
+        "winner": None if missing else judgement.winner,
+        "why": so_far + judgement.why if len(arms) > 1 else ONLY_BASELINE,
         "noise": {
             "sd": judgement.noise_sd,
             "method": judgement.method,

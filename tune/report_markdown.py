@@ -49,7 +49,7 @@ def _markdown_answer(summary: Summary) -> str:
         facts.append(("Winner", f"{fmt.settings(answer.get('overrides'), 'as it is')} ({arm})"))
     if answer.get("delta"):
         facts += [
-            ("Effect", f"{fmt.effect(answer['delta'])}, p {fmt.p_value(answer['delta'].get('p'))}"),
+            ("Effect", f"{fmt.effect(answer['delta'])}, Holm p {fmt.p_value(answer['delta'].get('p_holm'))}"),
             ("Ties with it", fmt.listing(fmt.tied(fmt.answer_phase(summary) or {})) or "no other arm"),
             ("Fresh seeds", "confirmed" if answer.get("confirmed") else "not confirmed yet"),
         ]
@@ -154,7 +154,8 @@ def _markdown_cost(summary: Summary) -> str:
 
 def _markdown_sources(summary: Summary) -> str:
     facts = [("command", summary.get("command")), ("started", moment(summary.get("started_at") or ""))]
-    facts += [*(summary.get("environment") or {}).items(), *(summary.get("data") or {}).items()]
+    known = {**(summary.get("environment") or {}), **(summary.get("data") or {})}
+    facts += [(name, item) for name, item in known.items() if item != {}]
     table = _table(("what", "value"), [(name.replace("_", " "), fact(item)) for name, item in facts])
     return f"## Where the numbers come from\n\n{table}"
 

@@ -7,6 +7,7 @@ Everything here is a pure function of the journal and of the trials' `metrics.js
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from math import floor, log10
 from pathlib import Path
 from typing import Any
 
@@ -175,12 +176,18 @@ def _answer(state: State, phases: Sequence[Summary]) -> dict[str, Any]:
     judged = [phase for phase in phases if len(phase["arms"]) > 1 and state.phases[phase["phase"]].winner]
     won = [phase for phase in judged if phase["winner"] != phase["baseline"]]
     none = {"phase": None, "winner": None, "overrides": {}, "delta": None, "confirmed": False}
+    so_far = "" if state.status == "finished" else "So far, "
     if not judged:
         return none | {"sentence": "No phase has been completed yet, so there is no answer."}
     if not any(arm["n"] for phase in judged for arm in phase["arms"]):
-        return none | {"sentence": "No trial has finished well, so there is no answer."}
+        return none | {"sentence": _begin(so_far, "No trial has finished well, so there is no answer.")}
+    if not won and all(any(arm["verdict"] == "no claim" for arm in phase["arms"]) for phase in judged):
+        text = "One seed carries no claim: no arm can be called better than its baseline."
+        return none | {"sentence": _begin(so_far, text)}
     if not won:
-        return none | {"sentence": "No arm of any phase is better than its baseline beyond the noise: keep the base."}
+        which = "any phase that is over" if so_far else "any phase"
+        text = f"No arm of {which} is better than its baseline beyond the noise: keep the base."
+        return none | {"sentence": _begin(so_far, text)}
     last = won[-1]
     arm = next(arm for arm in last["arms"] if arm["arm"] == last["winner"])
     overrides = dict(state.phases[last["phase"]].winner_overrides)
@@ -188,11 +195,13 @@ def _answer(state: State, phases: Sequence[Summary]) -> dict[str, Any]:
     unseen = not {seed for phase in before for seed in phase["seeds"]} & set(last["seeds"])
     confirmed = unseen and any(_inherits(overrides, state.phases[p["phase"]].winner_overrides) for p in before)
     delta, name = arm["delta"], last["metric"]["name"]
-    seeds = f"{arm['n']} {'unseen' if confirmed else 'paired'} seeds"
+    how = "unseen " if confirmed else "paired " if last["noise"]["method"] == "paired" else ""
+    seeds = f"{arm['n']} {how}seeds"
     if last["inherit"] and last["base"]:  # the effect is that of the arm, not of all settings that are named
         seeds += f", on top of {last['inherit']}"
     direction = "lowers" if delta["mean"] < 0 else "raises"
-    interval = f"{abs(delta['mean']):.3f}, {last['confidence']:.0%} interval {_span(delta)}"
+    digits = max(3, 1 - floor(log10(abs(delta["mean"]))))  # two of a small effect
+    interval = f"{abs(delta['mean']):.{digits}f}, {100 * last['confidence']:g}% interval {_span(delta, digits)}"
     sentence = f"Use {settings_text(overrides)}: it {direction} {name} by {interval}, on {seeds}."
     later = [phase for phase in judged if phases.index(phase) > phases.index(last)]
     if refuting := [phase["phase"] for phase in later if _tries_again(phase, overrides)]:
@@ -201,7 +210,7 @@ def _answer(state: State, phases: Sequence[Summary]) -> dict[str, Any]:
     elif later:
         sentence += f" Phase {', '.join(phase['phase'] for phase in later)} found nothing better."
     return {
-        "sentence": sentence,
+        "sentence": _begin(so_far, sentence),
         "phase": last["phase"],
         "winner": last["winner"],
         "overrides": overrides,
@@ -222,9 +231,14 @@ def _tries_again(phase: Summary, overrides: Mapping[str, Any]) -> bool:
     return bool(has) and phase["baseline"] not in has
 
 
-def _span(delta: Mapping[str, float]) -> str:
+def _span(delta: Mapping[str, float], digits: int) -> str:
     low, high = sorted((abs(delta["ci_low"]), abs(delta["ci_high"])))
-    return f"{low:.3f} to {high:.3f}"
+    return f"{low:.{digits}f} to {high:.{digits}f}"
+
+
+def _begin(words: str, sentence: str) -> str:
+    """The sentence after these words, if there are any: of a campaign that is not over, nothing is said for good."""
+    return f"{words}{sentence[0].lower()}{sentence[1:]}" if words else sentence
 
 
 def _problems(state: State) -> list[dict[str, Any]]:

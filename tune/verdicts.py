@@ -340,5 +340,6 @@ def _why(arms: list[ArmVerdict], winner: str, metric: str, method: str | None, a
         seen = f"an effect of {detected:.2g} would be found in 4 of 5 such phases"
         return f"no arm is better than the baseline {bar}, so the baseline stays; {text}; {seen}"
     tied = [arm.arm for arm, _ in judged if arm.tied_with_winner]
-    names = ", ".join(tied[:3]) + (f" and {len(tied) - 3} more" if len(tied) > 3 else "")
+    gap = "; " if any("," in name for name in tied) else ", "  # a name may be a list itself
+    names = gap.join(tied[:3]) + (f" and {len(tied) - 3} more" if len(tied) > 3 else "")
     return text + (f"; {names} {'is' if len(tied) == 1 else 'are'} not distinguishable from it" if tied else "")
