@@ -15,6 +15,7 @@ Exit codes: 0 all trials finished; 1 internal error; 2 usage or configuration; 3
 """
 
 import argparse
+import io
 import json
 import shlex
 import signal
@@ -36,7 +37,10 @@ def main(arguments: list[str] | None = None) -> int:
 
     from ngpt.config import ConfigError
     from ngpt.data.shards import CorruptShardError
+    from tune.format import PORTABLE
 
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors=PORTABLE)  # a terminal without a minus sign is no internal error
     try:
         return (verb or run)(options)
     except (ConfigError, CorruptShardError) as error:

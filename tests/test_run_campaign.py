@@ -1,5 +1,6 @@
 """The command line: exit codes, one message per mistake, JSON for programs, plain text for logs."""
 
+import io
 import os
 import re
 import signal
@@ -43,6 +44,26 @@ def finished(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
 def script(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(SCRIPT), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("verb", ["plan", "claims", "verify"])
+def test_a_terminal_that_lacks_our_signs_gets_others_and_keeps_the_minus(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, verb: str, no_report: None
+) -> None:
+    phases = "\n  - name: alpha\n    vary: {alpha: [0.05, 0.4]}\n"
+    file, out = write_file(tmp_path, corpus, phases=phases, seeds="[1]"), tmp_path / "r\u00e9sultats"
+    claim = "{id: x, says: longer is better, relation: less, left: {alpha: 0.4}, right: {alpha: 0.05}}"
+    file.write_text(f"noise: 0.02\nclaims: [{claim}]\n{file.read_text()}")
+    with session_on(file, out / "tiny") as session:
+        drive(begun(session))
+        session.end()
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    words = {"plan": [str(file), "--plan", "--out", str(out)]}
+    assert run_campaign.main(words.get(verb, [verb, str(out / "tiny")])) in (0, run_campaign.EXIT_ERROR)
+    stdout.seek(0)
+    text = stdout.read()
+    assert {"plan": "r?sultats", "verify": "r?sultats", "claims": "-0.35"}[verb] in text
 
 
 # ---- running -------------------------------------------------------------------------------------------------------

@@ -20,8 +20,6 @@ from tune import format as fmt
 
 REFRESH_PER_SECOND = 3
 
-ASCII = dict(zip(f"{fmt.MINUS}{fmt.MISSING}±·…●─│━╸╺←→", "--~|~o-|==-<>", strict=True))
-
 
 @dataclass(frozen=True)
 class Running:
@@ -79,15 +77,8 @@ class Portable:
             yield from segments
             return
         for text, style, control in segments:
-            yield Segment("".join(_known(char, options.encoding) for char in text), style, control)
-
-
-def _known(char: str, encoding: str) -> str:
-    try:
-        char.encode(encoding)
-    except UnicodeEncodeError:
-        return ASCII.get(char, "?")
-    return char
+            known = text.encode(options.encoding, fmt.PORTABLE).decode(options.encoding)
+            yield Segment(known, style, control)
 
 
 def live_view(snapshot: Snapshot, *, height: int = 24) -> RenderableType:

@@ -4,6 +4,7 @@ A value that is not there is written as a dash. Minus signs are real minus signs
 encoding lacks.
 """
 
+import codecs
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -12,6 +13,19 @@ from tune.verdicts import detectable
 
 MISSING = "\u2013"  # en dash
 MINUS = "\u2212"  # as wide as a plus, so signs line up
+
+# Error handler of codecs for what an encoding lacks: `text.encode("ascii", PORTABLE)`. A lost sign would turn a number.
+PORTABLE = "ngpt-portable"
+ASCII = dict(zip(f"{MINUS}{MISSING}±·…●─│━╸╺←→", "--~|~o-|==-<>", strict=True))
+
+
+def _portable(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return "".join(ASCII.get(char, "?") for char in error.object[error.start : error.end]), error.end
+
+
+codecs.register_error(PORTABLE, _portable)
 
 # Every verdict that an arm can have, in the words of the "how to read" section.
 VERDICTS = {
