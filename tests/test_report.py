@@ -420,6 +420,19 @@ def test_a_grid_has_its_settings_their_importance_and_the_inheritance_in_both_re
     assert sorted(map(int, filter(None, places))) == list(range(7))
 
 
+def test_the_words_below_a_plot_say_what_is_in_it() -> None:
+    many = [arm(f"alpha={i}", 4.3 + i / 100, "tie", 0.01 + i / 100, rank=i) for i in range(1, 50)]
+    lone = [arm("alpha=0", 4.4, "baseline"), arm("alpha=1", 4.3, "no claim", -0.1, n=1)]
+    lone[1]["delta"] |= {"ci_low": None, "ci_high": None, "p": None, "p_holm": None}
+    phases = (phase(), phase(arms=many), phase(arms=lone))
+    usual, crowded, single = (render_html(campaign(own), curves(campaign(own))) for own in phases)
+    bars, ranks = "Bars are 95 % intervals of the difference", "Numbers are ranks in the table"
+    assert bars in usual and ranks in usual
+    assert bars not in crowded and ranks not in crowded
+    assert bars not in single and ranks in single
+    assert "each line is the 95 % interval" in usual and "each line is" not in single
+
+
 def test_cost_and_troubles_are_in_both_reports() -> None:
     summary = campaign()
     retried = {"phase": "alpha", "arm": "a<b", "seed": 2, "trial_id": "t", "attempts": 3, "status": "finished"}

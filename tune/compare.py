@@ -262,8 +262,7 @@ def _about(side: Side) -> dict[str, Any]:
     campaign = side.state.campaign
     kept = ("campaign", "description", "metric", "data", "workers", "command")
     about = {"results": str(side.root), "status": side.state.status, "started_at": side.state.started}
-    about["environment"] = side.state.environment
-    return about | {name: campaign[name] for name in kept}
+    return about | {"environment": side.state.environment} | {name: campaign[name] for name in kept}
 
 
 def _code(arms: Mapping[str, Arm]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from tune.costs import cost_facts, troubles
 from tune.graph import inheritance_graph
 from tune.phrases import CLAIMS_NOTE, fact, importance_rows, is_named, moment, varied, went_wrong
 from tune.report_markdown import render_markdown
-from tune.sweep_figures import parallel_figure, speed_figure
+from tune.sweep_figures import MOST_BARS, parallel_figure, speed_figure
 
 Summary = Mapping[str, Any]
 Curves = Iterable[Mapping[str, Any]]
@@ -126,6 +126,7 @@ def _plots(phases: Sequence[Summary], curves: Curves) -> tuple[list[dict[str, An
     specs: list[figures.Figure] = []
     for phase in phases:
         place: dict[str, Any] = {"effect_note": _effect_note(phase), "curve_note": _curve_note(phase)}
+        place["speed_note"] = _speed_note(phase)
         drawn = {
             "effect": figures.effect_figure(phase),
             "curves": figures.curve_figure(phase, rows),
@@ -144,10 +145,28 @@ def _plots(phases: Sequence[Summary], curves: Curves) -> tuple[list[dict[str, An
 def _effect_note(phase: Summary) -> str:
     least = phase.get("min_effect")
     note = f"Dots are means over the seeds, each line is the {fmt.interval_name(phase)}, zero is the baseline."
+    if not _has_intervals(phase):
+        note = (
+            "Dots are differences without an interval: nothing says how much of them is chance. Zero is the baseline."
+        )
     if least:
         note += f" Inside the shaded band (less than {least:g}) a difference is too small to matter."
     more = len(phase.get("arms") or []) - figures.MOST_EFFECTS
     return note + (f" The {more} last-ranked arms are in the table only." if more > 1 else "")
+
+
+def _has_intervals(phase: Summary) -> bool:
+    return any((arm.get("delta") or {}).get("ci_low") is not None for arm in phase.get("arms") or [])
+
+
+def _speed_note(phase: Summary) -> str:
+    """What stands beside the points: nothing where there are too many of them."""
+    told = ["Right is faster."]
+    if len(phase.get("arms") or []) <= MOST_BARS:
+        told.append("Numbers are ranks in the table.")
+        if _has_intervals(phase):
+            told.append(f"Bars are {fmt.interval_name(phase)}s of the difference from the baseline.")
+    return " ".join([*told, "Speed leaves out compilation and warm-up."])
 
 
 def _curve_note(phase: Summary) -> str:
