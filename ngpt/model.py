@@ -323,7 +323,7 @@ class GPT(nn.Module):
         if cfg.vocab_size is None:
             raise ValueError("model.vocab_size is not set: it is the tokenizer's, see ngpt.train_config.resolved")
         self.cfg = cfg
-        self.compiled = False
+        self.compiled, self._kind = False, ""  # what decides the graph besides the shape of a batch
         self.wte = nn.Embedding(cfg.vocab_size, cfg.n_embd)
         block = SphereBlock if cfg.on_sphere else PreNormBlock
         self.blocks = nn.ModuleList(block(cfg, layer) for layer in range(cfg.n_layer))
@@ -358,17 +358,12 @@ class GPT(nn.Module):
     def compile_parts(self) -> None:
         """From now on the blocks and the pass over the logits run compiled; it takes seconds at the first call."""
         # Without the settings that reach the graph as tensors only: trials of a sweep share what is compiled.
-        kind = repr(self.cfg.model_copy(update=dict.fromkeys(("alpha", "alpha_final", "logit_scale", "rope_base"))))
-
-        def features(idx: Tensor, cache: KVCache | None = None) -> Tensor:
-            # By shape, too: a run that memory runs out in comes along with ever smaller batches, beyond torch's limit.
-            return compile_for((kind, idx.shape), GPT.features)(self, idx, cache)
-
+        free = ("alpha", "alpha_final", "logit_scale", "rope_base")
+        self._kind = repr(self.cfg.model_copy(update=dict.fromkeys(free)))
         if self.wte.weight.device.type == "cpu" and has_native_attention():
             for module in self.modules():
                 if isinstance(module, Attention):
                     module.native = True
-        self.features = features
         self.compiled = True
 
     def logits(self, x: Tensor) -> Tensor:
@@ -386,6 +381,13 @@ class GPT(nn.Module):
 
     def features(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
         """What the head reads, (B, T, D): the stream after the last block, in a GPT normalised."""
+        if not self.compiled:
+            return self.features_uncompiled(idx, cache)
+        # By shape, too: a run that memory runs out in comes along with ever smaller batches, beyond torch's limit.
+        return compile_for((self._kind, idx.shape), GPT.features_uncompiled)(self, idx, cache)
+
+    def features_uncompiled(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
+        """`features`, whether the model is compiled or not."""
         *_, x = self.stream(idx, cache)
         return x if self.final_norm is None else self.final_norm(x)
 

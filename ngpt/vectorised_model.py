@@ -109,7 +109,7 @@ class _Features(nn.Module):
         self.model = model
 
     def forward(self, idx: Tensor) -> Tensor:
-        return GPT.features(self.model, idx)
+        return self.model.features_uncompiled(idx)
 
     def of(self, weights: dict[str, Tensor], buffers: dict[str, Tensor], idx: Tensor) -> Tensor:
         """(B, T, D) of the model with these `weights` and `buffers` in place of its own."""

@@ -1,5 +1,7 @@
 """The model against its formulas in NumPy, and the properties that make it a language model on the sphere."""
 
+import gc
+import weakref
 from unittest import mock
 
 import numpy as np
@@ -307,6 +309,20 @@ def test_a_traced_model_gives_the_same_numbers_in_every_step() -> None:
 @pytest.mark.parametrize("changes", [{}, {"norm_mode": "dotprod"}, {"residual": "add"}, EVERYTHING])
 def test_a_compiled_model_gives_the_same_numbers_in_every_step(changes: dict[str, object]) -> None:
     check_compiled("inductor", changes)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_memory_of_a_model_does_not_wait_for_a_garbage_collection(compiled: bool) -> None:
+    model = GPT(tiny())
+    if compiled:
+        model.compile_parts()
+    seen = weakref.ref(model.wte.weight)
+    gc.disable()
+    try:
+        del model
+        assert seen() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("residual", RESIDUAL_RULES)
