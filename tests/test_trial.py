@@ -14,7 +14,7 @@ from tiny_run import finish
 from ngpt.config import flatten, override
 from ngpt.data.corpora import DataConfig
 from ngpt.train_config import TrainConfig
-from tune.trial import TrialResult, TrialSpec, code_hash, machine, run_trial
+from tune.trial import CONTEXT, TrialResult, TrialSpec, cap_memory, code_hash, machine, run_trial
 
 UNTIMED = ("val_loss", "val_bpb", "train_loss", "steps", "tokens", "n_params")
 
@@ -189,3 +189,18 @@ def test_a_corpus_is_opened_once_per_process(spec: TrialSpec, tmp_path: Path, mo
 
 def test_a_name_for_people(spec: TrialSpec) -> None:
     assert spec.name == "alpha/alpha=0.2 seed 1"
+
+
+@pytest.mark.parametrize(("packed", "allowed"), [(1, None), (4, 1 / 4 - 0.01), (200, 0.01)])
+def test_trials_that_share_a_gpu_get_their_share_of_its_memory(
+    monkeypatch: pytest.MonkeyPatch, packed: int, allowed: float | None
+) -> None:
+    """torch's own checks of the arguments run; only what needs a driver is replaced."""
+    given: list[tuple[float, int]] = []
+    monkeypatch.setattr(torch.cuda.memory, "_lazy_init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 100 * CONTEXT))
+    fraction = "_cuda_setMemoryFraction"  # not there in a torch without CUDA
+    monkeypatch.setattr(torch._C, fraction, lambda share, device: given.append((share, device)), raising=False)
+    cap_memory(torch.device("cuda"), packed)
+    assert given == ([] if allowed is None else [(pytest.approx(allowed), 0)])

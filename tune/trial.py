@@ -115,7 +115,8 @@ def cap_memory(device: torch.device, packed: int) -> None:
     """Holds this process to its share of a GPU that so many trials are on: it runs out of memory before they do."""
     if device.type == "cuda" and packed > 1:
         total = torch.cuda.mem_get_info(device)[1]
-        torch.cuda.set_per_process_memory_fraction(max(0.01, 1 / packed - CONTEXT / total), device)
+        # Of the current GPU: unlike its neighbours in torch, this function does not know `cuda` without a number.
+        torch.cuda.set_per_process_memory_fraction(max(0.01, 1 / packed - CONTEXT / total))
 
 
 def make_folder(folder: Path, config: TrainConfig) -> None:
