@@ -17,6 +17,8 @@ _MESSAGES = (
     "DefaultCPUAllocator: can't allocate memory",
     "DefaultCPUAllocator: not enough memory",  # on Windows
     "CUDA error: out of memory",  # outside of the allocator
+    "CUDA driver error: out of memory",
+    "Triton Error [CUDA]: out of memory",  # no room for the code of a kernel
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
     "MPS backend out of memory",
