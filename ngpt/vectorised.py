@@ -20,7 +20,6 @@ from torch import Tensor
 
 from ngpt.config import ConfigError, flatten
 from ngpt.data.corpora import Dataset
-from ngpt.data.loader import Batch
 from ngpt.diagnostics import counted_once
 from ngpt.memory import retry_smaller
 from ngpt.optim import set_rates
@@ -188,21 +187,30 @@ def train_step_together(stack: Stack, runs: Sequence[Run]) -> list[dict[str, flo
     return [{"train_loss": loss, "grad_norm": norm} | rates(run) for run, (loss, norm) in zip(runs, found, strict=True)]
 
 
-def _batches(runs: Sequence[Run]) -> tuple[Tensor, Tensor]:
-    """(idx, targets) of the runs' next steps, (K, B, T); paired arms, which read the same, read it once."""
-    read: dict[object, Batch] = {}
-    keys = []
+def _make_batches(runs: Sequence[Run], *, ahead: int) -> None:
+    """Makes the batch of so many steps ahead each run's upcoming one; paired arms, which read the same, share it."""
+    made: dict[object, tuple[Tensor, Tensor]] = {}
     for run in runs:
-        data, number = run.config.data, run.progress.step + run.progress.passed_over
-        keys.append((run.config.seed, number, data.order, data.reservoir))
-        if keys[-1] not in read:
-            read[keys[-1]] = batch(run, number)
-    idx, targets = zip(*(read[key] for key in keys), strict=True)
+        data, number = run.config.data, run.progress.step + run.progress.passed_over + ahead
+        if run.upcoming is None or run.upcoming[0] != number:
+            key = run.config.seed, number, data.order, data.reservoir
+            if key not in made:
+                made[key] = batch(run, number)
+            run.upcoming = number, made[key]
+
+
+def _batches(runs: Sequence[Run]) -> tuple[Tensor, Tensor]:
+    """(idx, targets) of the runs' next steps, (K, B, T)."""
+    _make_batches(runs, ahead=0)
+    idx, targets = zip(*(run.upcoming[1] for run in runs if run.upcoming), strict=True)
     return torch.stack(idx), torch.stack(targets)
 
 
 def _gradients(stack: Stack, runs: Sequence[Run]) -> list[tuple[float, float]]:
-    """Fills all gradients, one micro-batch at a time, and clips them; each run's loss, and its norm before that."""
+    """Fills all gradients, one micro-batch at a time, and clips them; each run's loss, and its norm before that.
+
+    As in `ngpt.train.gradients`, the one place of a step that waits for a GPU.
+    """
     idx, targets = _batches(runs)
     with contextlib.ExitStack() as counts:
         for run in runs:
@@ -216,5 +224,8 @@ def _gradients(stack: Stack, runs: Sequence[Run]) -> list[tuple[float, float]]:
             share = idx_part.shape[1] / idx.shape[1]
             (losses.sum() * share).backward()
             total += losses.detach() * share
-        norms = stack.clip([run.config.optim.grad_clip or math.inf for run in runs])
-    return list(zip(total.tolist(), norms, strict=True))
+        norms = stack.norms()
+        _make_batches(runs, ahead=1)  # while a GPU computes
+        found: list[list[float]] = torch.stack((total, norms)).tolist()
+        stack.clip(found[1], [run.config.optim.grad_clip or math.inf for run in runs])
+    return list(zip(*found, strict=True))

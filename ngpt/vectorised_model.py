@@ -89,16 +89,20 @@ class Stack:
             return torch.vmap(self._template.of)(self.weights, self.buffers, idx)
 
     @torch.no_grad()
-    def clip(self, largest: Sequence[float]) -> list[float]:
-        """Scales each model's gradients down to its largest global norm, as `torch.nn.utils.clip_grad_norm_` does for
-        one; returns the norms before that."""
-        gradients = list(self._gradients.values())
+    def norms(self) -> Tensor:
+        """The global norm of each model's gradients, (K,)."""
+        gradients = self._gradients.values()
         norms = torch.stack([torch.linalg.vector_norm(each.flatten(1), dim=1) for each in gradients])
-        norm = torch.linalg.vector_norm(norms, dim=0)  # (K,)
-        factor = (torch.tensor(largest, device=norm.device) / (norm + 1e-6)).clamp(max=1.0)
-        for gradient in gradients:
-            gradient.mul_(factor.view(-1, *(1,) * (gradient.ndim - 1)))
-        return norm.tolist()
+        return torch.linalg.vector_norm(norms, dim=0)
+
+    @torch.no_grad()
+    def clip(self, norms: Sequence[float], largest: Sequence[float]) -> None:
+        """Scales each model's gradients, of global norm `norms`, down to its largest one, as
+        `torch.nn.utils.clip_grad_norm_` does for one."""
+        for row, (norm, most) in enumerate(zip(norms, largest, strict=True)):
+            if norm > most:  # seldom: else a pass over all gradients would multiply them by 1
+                own = [gradient[row] for gradient in self._gradients.values()]
+                torch._foreach_mul_(own, most / (norm + 1e-6))  # pyright: ignore[reportPrivateImportUsage]
 
 
 class _Features(nn.Module):

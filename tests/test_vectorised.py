@@ -11,10 +11,10 @@ from tiny_run import rows, run, weights
 
 from ngpt.config import ConfigError, override
 from ngpt.data.corpora import Dataset
-from ngpt.run import RunResult
+from ngpt.run import RunResult, set_up
 from ngpt.train import train
-from ngpt.train_config import TrainConfig
-from ngpt.vectorised import Event, train_together, unstackable
+from ngpt.train_config import TrainConfig, resolved
+from ngpt.vectorised import Event, train_step_together, train_together, unstackable
 from ngpt.vectorised_model import Stack
 
 CLOSE = 1e-4  # nats of validation loss after 50 steps in float32: what separate runs and runs at once may differ by
@@ -188,6 +188,27 @@ def test_where_memory_runs_out_all_take_smaller_micro_batches(
         assert_like_alone(config, tmp_path / f"together{i}", tmp_path / f"alone{i}")
     with pytest.raises(MemoryError):
         together([override(c, {"on_oom": "fail"}) for c in configs], [tmp_path / "a", tmp_path / "b"], dataset)
+
+
+def test_a_step_waits_for_its_numbers_once_and_the_next_batch_is_there_by_then(
+    tiny: TrainConfig, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configs = [resolved(override(tiny, {"seed": seed})) for seed in (0, 1)]
+    runs = [set_up(config, tmp_path / f"{config.seed}", resume=None, dataset=dataset) for config in configs]
+    stack, tolist, tensor, waits = Stack([run.model for run in runs]), torch.Tensor.tolist, torch.tensor, []
+
+    def counted(self: torch.Tensor) -> Any:
+        waits.append([run.upcoming and run.upcoming[0] for run in runs])
+        return tolist(self)
+
+    def from_host(*given: Any, **options: Any) -> torch.Tensor:  # to a GPU it waits, too
+        waits.append("torch.tensor")
+        return tensor(*given, **options)
+
+    monkeypatch.setattr(torch.Tensor, "tolist", counted)
+    monkeypatch.setattr(torch, "tensor", from_host)
+    train_step_together(stack, runs)
+    assert waits == [[1, 1]]
 
 
 @pytest.mark.parametrize(
