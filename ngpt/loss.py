@@ -70,7 +70,8 @@ def linear_cross_entropy(
     x, targets = x.reshape(-1, width), targets.reshape(-1, 1)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, scale)):
         return _LinearCrossEntropy.apply(x, weight, scale, targets, softcap, compiled)  # pyright: ignore[reportReturnType]
-    return _walk(x, weight, scale, targets, softcap, compiled=compiled)[0]
+    found = _as_one_program(x, weight, scale, targets, softcap, gradients=False) if compiled else None
+    return (found or _walk(x, weight, scale, targets, softcap, compiled=compiled))[0]
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -84,37 +85,78 @@ class _LinearCrossEntropy(torch.autograd.Function):
         softcap: float | None,
         compiled: bool,
     ) -> Tensor:
-        """x (N, D), targets (N, 1), the rest as in `linear_cross_entropy`; makes the gradients as well."""
-        loss, *gradients = _walk(x, weight, scale, targets, softcap, compiled=compiled, wanted=ctx.needs_input_grad[:3])
-        ctx.save_for_backward(*gradients)
-        ctx.x_dtype = x.dtype
+        """x (N, D), targets (N, 1), the rest as in `linear_cross_entropy`; makes the gradients as well.
+
+        But for the last pass over that of the head: there `backward` multiplies by its share at no cost.
+        """
+        found = _as_one_program(x, weight, scale, targets, softcap, gradients=True) if compiled else None
+        ctx.x_dtype, ctx.compiled, ctx.has_all = x.dtype, compiled, found is not None
+        if found is None:
+            loss, *gradients = _walk(
+                x, weight, scale, targets, softcap, compiled=compiled, wanted=ctx.needs_input_grad[:3]
+            )
+            ctx.save_for_backward(*gradients, weight, scale)
+        else:
+            loss, *gradients = found
+            ctx.save_for_backward(*gradients)
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, share: Tensor
+        ctx: Any, share: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         """`share` is the gradient of the loss: 1, or a micro-batch's part of the step."""
-        gradients = ctx.saved_tensors
         # Where looking costs nothing. Autograd then keeps the tensors as they are, which saves a pass and a copy.
-        if share.device.type != "cpu" or share != 1:
-            gradients = [None if gradient is None else gradient * share for gradient in gradients]
-        grad_x, grad_weight, grad_scale = gradients
+        if share is not None and share.device.type == "cpu" and share == 1:
+            share = None
+        if ctx.has_all:
+            grad_x, grad_weight, grad_scale = (_times(gradient, share) for gradient in ctx.saved_tensors)
+        else:
+            grad_x, grad_scaled, weight, scale = ctx.saved_tensors
+            grad_x, grad_weight, grad_scale = _times(grad_x, share), None, None
+            _, for_weight, for_scale, *_ = ctx.needs_input_grad
+            if grad_scaled is not None:
+                kind = ("head", for_weight, for_scale, share is None, grad_scaled.dtype, weight.shape, weight.dtype)
+                kind = (*kind, getattr(scale, "shape", None))
+                finish = compile_for(kind, _head_gradients) if ctx.compiled else _head_gradients
+                grad_weight, grad_scale = finish(grad_scaled, weight, scale, share, for_weight, for_scale)
         return None if grad_x is None else grad_x.to(ctx.x_dtype), grad_weight, grad_scale, None, None, None
 
 
+def _times(gradient: Tensor | None, share: Tensor | None) -> Tensor | None:
+    return gradient if gradient is None or share is None else gradient * share
+
+
 def _head_gradients(
-    grad_scaled: Tensor, weight: Tensor, scale: Tensor | None, for_weight: bool, for_scale: bool
+    grad_scaled: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    share: Tensor | None,
+    for_weight: bool,
+    for_scale: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of weight (V, D) and of its scale, from that of scale * weight, transposed (D, V)."""
+    """The gradients of weight (V, D) and scale, times `share`, from that of scale * weight, transposed (D, V)."""
     grad_weight, grad_scale = grad_scaled.t().contiguous(), None
-    if scale is not None:
-        if for_scale:
-            grad_scale = (grad_weight * weight).sum(1).sum_to_size(scale.shape).to(scale.dtype)
-        grad_weight.mul_(scale[:, None])
+    if for_scale and scale is not None:
+        grad_scale = _times((grad_weight * weight).sum(1).sum_to_size(scale.shape).to(scale.dtype), share)
+    factor = share if scale is None else _times(scale, share)
+    if factor is not None:
+        grad_weight.mul_(factor.view(-1, 1))
     # Compiled, the gradient may still lie as (D, V), and autograd would copy it.
     return grad_weight.to(weight.dtype).contiguous() if for_weight else None, grad_scale
+
+
+def _as_one_program(
+    x: Tensor, weight: Tensor, scale: Tensor | None, targets: Tensor, softcap: float | None, *, gradients: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None] | None:
+    """The loss, and its gradients for x, weight and scale, by ngpt/head.py; None where it does not fit."""
+    dtype, _ = _dtypes(x)
+    if softcap is not None or x.device.type != "cpu" or dtype != torch.bfloat16:
+        return None
+    weight, scale = weight.detach(), None if scale is None else scale.detach()
+    rows = _rows(NATIVE_CHUNK_BYTES, x.device, len(weight))
+    return native_cross_entropy(x.detach().to(dtype), weight, scale, targets, rows=rows, gradients=gradients)
 
 
 def _walk(
@@ -126,18 +168,13 @@ def _walk(
     *,
     compiled: bool,
     wanted: tuple[bool, bool, bool] = (False, False, False),
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """The loss, and its gradients for x, weight and scale, where wanted."""
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The loss, and where wanted its gradients for x and for scale * weight, transposed (D, V)."""
     dtype, exact = _dtypes(x)
     weight, scale = weight.detach(), None if scale is None else scale.detach()
     (n, width), vocabulary, device = x.shape, weight.shape[0], x.device
     for_x, for_weight, for_scale = wanted
     gradient = any(wanted)
-    if compiled and softcap is None and device.type == "cpu" and dtype == torch.bfloat16:
-        at_once = _rows(NATIVE_CHUNK_BYTES, device, vocabulary)
-        found = native_cross_entropy(x.to(dtype), weight, scale, targets, rows=at_once, gradients=gradient)
-        if found is not None:
-            return found
     rows = min(n, _rows(CHUNK_BYTES, device, vocabulary))
     total = torch.zeros((), dtype=exact, device=device)
     grad_x = torch.empty(n, width, dtype=exact, device=device) if for_x else None
@@ -169,12 +206,7 @@ def _walk(
                 torch.div(slope @ factor, mass * n, out=grad_x[start : start + rows])
             if grad_scaled is not None:
                 _add_product(grad_scaled, (chunk / (mass * n)).to(dtype).t(), slope)
-        grad_weight = grad_scale = None
-        if grad_scaled is not None:
-            kind = ("head", for_weight, for_scale, exact, weight.shape, weight.dtype, getattr(scale, "shape", None))
-            finish = compile_for(kind, _head_gradients) if compiled else _head_gradients
-            grad_weight, grad_scale = finish(grad_scaled, weight, scale, for_weight, for_scale)
-    return total / n, grad_x, grad_weight, grad_scale
+    return total / n, grad_x, grad_scaled
 
 
 def _scaled(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -160,6 +160,29 @@ def test_micro_batches_add_up_to_the_batch() -> None:
     assert_gradients((x, weight, factor), exact(x, weight, factor, targets, None)[1], 2e-6)
 
 
+class _Passes(TorchDispatchMode):
+    """Counts the operations that return as many numbers as the head has."""
+
+    def __init__(self, head: Tensor) -> None:
+        super().__init__()
+        self._numel, self.count = head.numel(), 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.count += isinstance(result, Tensor) and result.numel() == self._numel
+        return result
+
+
+def test_a_part_of_the_step_takes_no_further_pass_over_the_head() -> None:
+    x, weight, factor, targets = inputs(24, scale=(VOCABULARY,))
+    counts = []
+    for share in (1.0, 0.25):
+        with _Passes(weight) as passes:
+            (linear_cross_entropy(x, weight, targets, scale=factor) * share).backward()
+        counts.append(passes.count)
+    assert counts[0] == counts[1]
+
+
 def test_backward_may_be_repeated_on_a_retained_graph() -> None:
     x, weight, factor, targets = inputs(9, scale=(VOCABULARY,))
     value = linear_cross_entropy(x, weight, targets, scale=factor)
