@@ -29,11 +29,14 @@ CHUNK_BYTES = {"cpu": 128 * MIB, "cuda": 256 * MIB}
 # What is read again at once is made in blocks that stay in a CPU's cache: several passes over logits, and a product
 # that is added to a sum.
 BLOCK_BYTES = {"cpu": 2 * MIB, "cuda": 256 * MIB}
+# Rows of V numbers are held as a multiple of so many: tensor cores read and write 16 bytes at once, from addresses that
+# are multiples of it, and rows of GPT-2's 50257 tokens would start anywhere. Nobody reads what fills them up.
+PITCH = {"cpu": 1, "cuda": 64}
 # A chunk of ngpt/head.py, counted in float32 as well.
 NATIVE_CHUNK_BYTES = {"cpu": 64 * MIB}
 
 # Logits (R, V), a softcap or None, and whether gradients are wanted -> what `_exponentials` returns.
-Exponentials = Callable[[Tensor, float | None, bool], tuple[Tensor, Tensor, Tensor | None]]
+Exponentials = Callable[[Tensor, float | None, bool], tuple[Tensor, Tensor]]
 
 
 def linear_cross_entropy(
@@ -175,13 +178,14 @@ def _walk(
     (n, width), vocabulary, device = x.shape, weight.shape[0], x.device
     for_x, for_weight, for_scale = wanted
     gradient = any(wanted)
-    rows = min(n, _rows(CHUNK_BYTES, device, vocabulary))
+    rows, pitch = min(n, _rows(CHUNK_BYTES, device, vocabulary)), PITCH.get(device.type, PITCH["cpu"])
+    filled = -(-vocabulary // pitch) * pitch
     total = torch.zeros((), dtype=exact, device=device)
     grad_x = torch.empty(n, width, dtype=exact, device=device) if for_x else None
     # As (D, V): the product that CPUs do a quarter faster than (V, D).
-    grad_scaled = torch.zeros(width, vocabulary, dtype=exact, device=device) if for_weight or for_scale else None
-    buffer, lines = torch.empty(rows, vocabulary, dtype=dtype, device=device), torch.arange(rows, device=device)
-    exponentiate = _fastest(buffer, softcap, gradient) if compiled else _by_blocks
+    grad_scaled = torch.zeros(width, filled, dtype=exact, device=device) if for_weight or for_scale else None
+    buffer, lines = torch.empty(rows, filled, dtype=dtype, device=device), torch.arange(rows, device=device)
+    exponentiate = _fastest(buffer[:, :vocabulary], softcap, gradient) if compiled else _by_blocks
     with torch.autocast(device.type, enabled=False), torch.no_grad():
         if scale is None:
             factor = weight.to(dtype)
@@ -190,14 +194,15 @@ def _walk(
             factor = (compile_for(kind, _scaled) if compiled else _scaled)(weight, scale, dtype)
         for start in range(0, n, rows):
             chunk, target = x[start : start + rows], targets[start : start + rows]
-            logits = torch.mm(chunk.to(dtype), factor.t(), out=buffer[: len(chunk)])
+            logits = torch.mm(chunk.to(dtype), factor.t(), out=buffer[: len(chunk), :vocabulary])
             hit = _cap(logits.gather(1, target).to(exact), softcap)
             whole = len(chunk) == rows  # a last, shorter chunk is not worth a compilation of its own
-            peak, mass, slope = (exponentiate if whole else _by_blocks)(logits, softcap, gradient)
+            peak, mass = (exponentiate if whole else _by_blocks)(logits, softcap, gradient)
             surprise = peak - hit + mass.log()  # (rows, 1), in nats
             total += surprise.sum()
-            if slope is None:
+            if not gradient:
                 continue
+            slope = logits  # in their place
             # softmax - 1 at the target, times `mass` as the rest of the row; expm1 keeps the digits that 1 would eat.
             at_target = torch.expm1(-surprise) * mass * _cap_slope(hit, softcap)
             # Not scatter_, which on a CPU copies the whole chunk of bfloat16 to float32 and back.
@@ -205,8 +210,8 @@ def _walk(
             if grad_x is not None:
                 torch.div(slope @ factor, mass * n, out=grad_x[start : start + rows])
             if grad_scaled is not None:
-                _add_product(grad_scaled, (chunk / (mass * n)).to(dtype).t(), slope)
-    return total / n, grad_x, grad_scaled
+                _add_product(grad_scaled, (chunk / (mass * n)).to(dtype).t(), buffer[: len(chunk)])
+    return total / n, grad_x, None if grad_scaled is None else grad_scaled[:, :vocabulary]
 
 
 def _scaled(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -238,11 +243,11 @@ def _cap_slope(capped: Tensor, softcap: float | None) -> Tensor | float:
     return 1.0 if softcap is None else 1 - (capped / softcap).square()
 
 
-def _exponentials(z: Tensor, softcap: float | None, gradient: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Logits z (R, V) before the cap -> their peak (R, 1), mass (R, 1), and slope (R, V), in the type of z.
+def _exponentials(z: Tensor, softcap: float | None, gradient: bool) -> tuple[Tensor, Tensor]:
+    """Logits z (R, V) before the cap -> their peak (R, 1) and mass (R, 1), and in place of z the slope.
 
-    With capped logits y: peak = max y, mass = sum of exp(y - peak), slope = exp(y - peak) * dy/dz. May overwrite z.
-    Without `gradient` only peak + log(mass) has a meaning.
+    With capped logits y: peak = max y, mass = sum of exp(y - peak), slope = exp(y - peak) * dy/dz. Without `gradient`
+    there is no slope, and only peak + log(mass) has a meaning.
     """
     y = z.to(torch.promote_types(z.dtype, torch.float32))
     bend = None
@@ -252,11 +257,12 @@ def _exponentials(z: Tensor, softcap: float | None, gradient: bool) -> tuple[Ten
         y.mul_(softcap)
     if not gradient:  # torch's fused kernel is faster when nothing but the sum is wanted
         log_mass = y[:, :1] - torch.log_softmax(y, -1)[:, :1]
-        return log_mass, torch.ones_like(log_mass), None
+        return log_mass, torch.ones_like(log_mass)
     peak = y.amax(-1, keepdim=True)
     y.sub_(peak).exp_()
     mass = y.sum(-1, keepdim=True)
-    return peak, mass, (y if bend is None else y.mul_(bend)).to(z.dtype)
+    z.copy_(y if bend is None else y.mul_(bend))
+    return peak, mass
 
 
 def _fastest(z: Tensor, softcap: float | None, gradient: bool) -> Exponentials:
@@ -267,27 +273,20 @@ def _fastest(z: Tensor, softcap: float | None, gradient: bool) -> Exponentials:
     return compile_for(("exponentials", softcap, gradient, z.dtype, z.shape), _exponentials)
 
 
-def _natively(
-    library: ctypes.CDLL, z: Tensor, softcap: float | None, gradient: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`_exponentials` by exponentials.cpp, the slope in place of z."""
+def _natively(library: ctypes.CDLL, z: Tensor, softcap: float | None, gradient: bool) -> tuple[Tensor, Tensor]:
+    """`_exponentials` by exponentials.cpp."""
     rows, vocabulary = z.shape
     peak, mass = torch.empty(2, rows, 1).unbind()
     pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (z, peak, mass))
     library.exponentials(*pointers, ctypes.c_int64(rows), ctypes.c_int64(vocabulary))
-    return peak, mass, z if gradient else None
+    return peak, mass
 
 
-def _by_blocks(z: Tensor, softcap: float | None, gradient: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`_exponentials` on a few rows at a time, the slope in place of z."""
-    peaks, masses = [], []
-    for block in z.split(_rows(BLOCK_BYTES, z.device, z.shape[1])):
-        peak, mass, slope = _exponentials(block, softcap, gradient)
-        peaks.append(peak)
-        masses.append(mass)
-        if slope is not None:
-            block.copy_(slope)
-    return torch.cat(peaks), torch.cat(masses), z if gradient else None
+def _by_blocks(z: Tensor, softcap: float | None, gradient: bool) -> tuple[Tensor, Tensor]:
+    """`_exponentials` on a few rows at a time."""
+    blocks = z.split(_rows(BLOCK_BYTES, z.device, z.shape[1]))
+    peaks, masses = zip(*(_exponentials(block, softcap, gradient) for block in blocks), strict=True)
+    return torch.cat(peaks), torch.cat(masses)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

@@ -153,6 +153,38 @@ def test_nothing_larger_than_a_chunk_or_a_gradient_is_ever_held(softcap: float |
     assert largest.numel == max(8 * VOCABULARY, x.numel(), weight.numel())
 
 
+class _Products(TorchDispatchMode):
+    """Remembers where the rows of all factors and results of matrix products start."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pitches: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
+            self.pitches += [max(t.stride()) for t in tree_leaves((args, kwargs, result)) if isinstance(t, Tensor)]
+        return result
+
+
+@pytest.mark.parametrize("softcap", [None, 15.0])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_products_find_rows_that_start_at_multiples_of_the_pitch(
+    autocast: bool, softcap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where the products of a vocabulary of 50257 would be several times as slow."""
+    monkeypatch.setitem(loss.PITCH, "cpu", 16)
+    monkeypatch.setitem(loss.BLOCK_BYTES, "cpu", 1 << 20)
+    x, weight, factor, targets = inputs(21, scale=(VOCABULARY,))
+    with _Products() as products, torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        value = linear_cross_entropy(x, weight, targets, scale=factor, softcap=softcap)
+    value.backward()
+    assert len(products.pitches) > 20 and all(pitch % 16 == 0 for pitch in products.pitches)
+    expected, gradients = exact(x, weight, factor, targets, softcap)
+    torch.testing.assert_close(value.double(), expected, rtol=2**-8 if autocast else 2e-6, atol=0)
+    assert_gradients((x, weight, factor), gradients, 2**-6 if autocast else 2e-6)
+
+
 def test_micro_batches_add_up_to_the_batch() -> None:
     x, weight, factor, targets = inputs(24, scale=(VOCABULARY,))
     for rows in torch.arange(24).split(6):
