@@ -62,7 +62,7 @@ def test_a_terminal_that_lacks_our_signs_gets_others_and_keeps_the_minus(
     words = {"plan": [str(file), "--plan", "--out", str(out)]}
     assert run_campaign.main(words.get(verb, [verb, str(out / "tiny")])) in (0, run_campaign.EXIT_ERROR)
     stdout.seek(0)
-    text = stdout.read()
+    text = stdout.read().replace("\n", "")  # where a long path is broken
     assert {"plan": "r?sultats", "verify": "r?sultats", "claims": "-0.35"}[verb] in text
 
 
