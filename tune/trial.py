@@ -123,7 +123,8 @@ def make_folder(folder: Path, config: TrainConfig) -> None:
     """Makes a trial's folder with the files that every trial has, however early it ends."""
     durable.make_folder(folder)
     durable.sweep(folder)
-    (folder / "metrics.jsonl").touch()  # its name gets to disk with that of the next file
+    with contextlib.suppress(OSError):  # the tracker makes it as well, if this was a fault that passes
+        (folder / "metrics.jsonl").touch()  # its name gets to disk with that of the next file
     durable.write_json(folder / "config.json", flatten(config))
 
 
