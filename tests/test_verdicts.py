@@ -140,7 +140,12 @@ def test_holm_agrees_with_an_example_computed_by_hand() -> None:
 def test_an_arms_mean_has_its_own_sd_and_the_interval_of_the_pooled_one_way_sd() -> None:
     rows = {"base": [6.0, 6.2, 6.4], "x": [5.0, 5.1, 5.6], "y": [7.0, 7.0, 7.3]}
     sd = math.sqrt(np.mean([np.var(row, ddof=1) for row in rows.values()]))
-    half = stats.t.ppf(0.975, 6) * sd / math.sqrt(3)
+    # Satterthwaite: 2 of the 6 degrees of freedom are those of the seeds, which have most of the variance here
+    ms_seed = 3 * np.var(np.mean(list(rows.values()), axis=0), ddof=1)
+    rest = 3 * sd**2 - ms_seed  # twice the mean square of the noise
+    df = (3 * sd**2) ** 2 / (ms_seed**2 / 2 + rest**2 / 4)
+    assert 2 < df < 3
+    half = stats.t.ppf(0.975, df) * sd / math.sqrt(3)
     judgement = judge(phase(**rows), baseline="base")
     for arm, row in rows.items():
         found = find(judgement, arm)
@@ -149,6 +154,19 @@ def test_an_arms_mean_has_its_own_sd_and_the_interval_of_the_pooled_one_way_sd()
 
 
 # --- simulation -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("n_arms", "n_seeds", "correlation"), [(12, 3, 0.99), (5, 4, 0.95), (2, 3, 0.8), (12, 3, 0.0)])
+def test_the_interval_of_a_mean_covers_it_also_where_a_seed_moves_all_arms_alike(
+    n_arms: int, n_seeds: int, correlation: float
+) -> None:
+    rng = np.random.default_rng(7)
+    covered = []
+    for _ in range(1000):
+        base = find(judge(simulated(rng, n_arms, n_seeds, correlation), baseline="base"), "base")
+        assert base.ci_low is not None and base.ci_high is not None
+        covered.append(base.ci_low <= 6 <= base.ci_high)
+    assert 0.93 <= np.mean(covered) <= 0.97
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,7 @@ class ArmVerdict:
     """One arm: `n` finished seeds, their mean and sample sd, and what can be said against the baseline.
 
     The mean's interval has the spread of the one-way layout (all arms around their own means): one seed has one too.
+    Its degrees of freedom are Satterthwaite's (1946): seeds that move all arms alike stay few, however many the arms.
     `tied_with_winner`: the unadjusted interval of arm minus winner holds 0; False for the winner itself.
     """
 
@@ -175,13 +176,15 @@ def judge(
             se * _noncentrality(layout.df, alpha / (len(table) + len(dropped))), min_effect + 0.84 * se
         )  # z of 80 %
 
+    spread_df = _spread_df(one_way, paired) if one_way else 0.0
     arms, gaps, origin = [], {}, fmean(values[baseline].values() or [0.0])
     for a, sample in values.items():
         gaps[a] = deltas[a].mean if a in deltas else fmean(sample.values() or [origin]) - origin
         if a not in {baseline, *deltas, *spoilt} and values[baseline]:
             deltas[a] = Delta(gaps[a])
         verdict = spoilt.get(a) or _verdict(deltas.get(a), sign, alpha, min_effect * (1 - 1e-9))
-        arms.append(_arm(a, sample, one_way, confidence, deltas.get(a), "baseline" if a == baseline else verdict))
+        verdict = "baseline" if a == baseline else verdict
+        arms.append(_arm(a, sample, one_way, spread_df, confidence, deltas.get(a), verdict))
     arms.sort(key=lambda arm: (LAST.get(arm.verdict, not arm.n), sign * gaps[arm.arm], arm.arm != baseline, arm.arm))
     winner = next((arm.arm for arm in arms if arm.verdict == "better"), baseline)
     if layout and used:
@@ -259,6 +262,14 @@ def _layouts(fitted: Values) -> tuple[Layout | None, Layout | None]:
     return one_way, Layout(row, effects, c, rest - share * rest.sum(0), df, tiny)
 
 
+def _spread_df(one_way: Layout, paired: Layout | None) -> float:
+    """Degrees of freedom of the one-way variance as the sum of its parts, between seeds and what pairing leaves."""
+    if paired is None or not one_way.variance:
+        return one_way.df
+    total, noise = (float((layout.residuals**2).sum()) for layout in (one_way, paired))
+    return total**2 / ((total - noise) ** 2 / (one_way.df - paired.df) + noise**2 / paired.df)
+
+
 def _choose(method: str, paired: Layout | None, correlation: float | None) -> Method:
     """Paired, unless it is impossible, not wanted, or brings nothing where there are arms enough to say so."""
     if paired is None or method != "auto" or len(paired.effects) < POOLABLE or correlation is None:
@@ -304,14 +315,20 @@ def _verdict(delta: Delta | None, sign: float, alpha: float, least: float) -> Ve
 
 
 def _arm(
-    arm: str, sample: dict[int, float], noise: Layout | None, confidence: float, delta: Delta | None, verdict: Verdict
+    arm: str,
+    sample: dict[int, float],
+    noise: Layout | None,
+    df: float,
+    confidence: float,
+    delta: Delta | None,
+    verdict: Verdict,
 ) -> ArmVerdict:
     from scipy.special import stdtrit
 
     n, mean, low, high = len(sample), fmean(sample.values() or [0.0]), None, None
     sd = sqrt(fsum((x - mean) ** 2 for x in sample.values()) / (n - 1)) if n > 1 else None
     if n and noise:
-        half = sqrt(noise.variance / n) * float(stdtrit(noise.df, 0.5 + confidence / 2))
+        half = sqrt(noise.variance / n) * float(stdtrit(df, 0.5 + confidence / 2))
         low, high = mean - half, mean + half
     return ArmVerdict(arm, n, mean if n else None, sd, low, high, delta, verdict, False)
 
