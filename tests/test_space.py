@@ -1,5 +1,6 @@
 """Arms that are drawn: from inside of the space, the same for the same seed, and every impossible space is answered."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,19 @@ def test_a_setting_of_whole_numbers_gets_them_with_both_ends() -> None:
     drawn = {arm.overrides["model.n_layer"] for arm in random_arms(Search("random", 4, 3, 1, (dimension,)))}
     assert drawn == {2, 3, 4, 5}
     assert all(type(value) is int for value in drawn)
+
+
+@pytest.mark.parametrize("ends", [(1, 2), (2, 4), (4, 64)])
+def test_the_ends_of_a_logarithmic_interval_of_whole_numbers_are_drawn_as_often_as_their_part_of_it(
+    ends: tuple[int, int],
+) -> None:
+    dimension, n = Dimension("batch_size", "batch_size", "log", ends, ()), 100_000
+    drawn = [dimension.at((i + 0.5) / n) for i in range(n)]
+    whole = math.log((ends[1] + 0.5) / (ends[0] - 0.5))
+    for value in range(ends[0], ends[1] + 1):
+        part = math.log((value + 0.5) / (value - 0.5)) / whole
+        assert drawn.count(value) / n == pytest.approx(part, abs=2 / n)
+    assert sorted(drawn) == drawn and type(drawn[0]) is int
 
 
 @pytest.mark.parametrize(

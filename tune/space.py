@@ -47,6 +47,8 @@ class Dimension:
         low, high = self.values
         if self.is_whole and self.kind == "uniform":
             return low + int(share * (high - low + 1))
+        if self.is_whole:  # both ends get all that is rounded to them, as the numbers between them do, and in optuna
+            low, high = low - 0.5, high + 0.5
         exact = low * (high / low) ** share if self.kind == "log" else low + share * (high - low)
         return self.rounded(exact)
 
