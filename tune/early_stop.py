@@ -14,8 +14,10 @@ without early stopping needs.
 
 What it means for the verdicts: an arm with a stopped trial has none, since values at different steps do not compare.
 The arms that are left were chosen by the results, so Holm's correction still counts all of them (tune/verdicts.py):
-a stopped arm is a comparison that was made, and not significant. Its p-value could only have been smaller than the 1
-that it counts with, so that the family-wise error rate is kept.
+a stopped arm is a comparison that was made, and not significant. What it cannot correct is that arms which passed by
+luck are also more alike than all were, so that the noise looks smaller. Simulated without any effects, one rung whose
+values correlate 0.9 with the last ones: 2 % of phases err with 20 or 60 arms x 3 seeds and `reduction: 3`; with 2, it
+is 6 % of 60 x 3 and 11 % of 100 x 2. What fresh seeds measure is not chosen by such luck.
 """
 
 from collections.abc import Iterable, Sequence
