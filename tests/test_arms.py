@@ -43,12 +43,12 @@ def test_zip_goes_side_by_side() -> None:
 
 
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.sampled_from(["vary", "grid"]))
-def test_arms_are_counted_without_making_them(sizes: list[int], kind: str) -> None:
+def test_arms_are_counted_as_they_are_made(sizes: list[int], kind: str) -> None:
     axes = [axis(f"s{i}", *range(size)) for i, size in enumerate(sizes)]
     assert count(kind, axes) == len(SWEEPS[kind](axes))
 
 
-def test_a_count_needs_no_arms() -> None:
+def test_a_grid_is_counted_without_its_arms() -> None:
     million = axis("steps", *range(1000))
     assert count("grid", [million] * 4) == 10**12
     assert count("vary", [million] * 4) == 4000

@@ -5,6 +5,7 @@ import io
 import os
 import shutil
 import tracemalloc
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,11 @@ from ruamel.yaml import YAML
 import run_campaign
 from ngpt.config import ConfigError
 from ngpt.data.corpora import Dataset
+from ngpt.data.sources import CORPORA
 from ngpt.optim import OPTIMIZERS
+from ngpt.residual import RESIDUAL_RULES
 from ngpt.schedule import SCHEDULES
+from tune.arms import SWEEPS, Arm, Axis
 from tune.campaign import Campaign, Fresh, Metric, Resources, load_campaign
 from tune.checks import with_absolute_paths
 from tune.plan import preview
@@ -152,8 +156,9 @@ WRONG: dict[str, tuple[str, list[str]]] = {
     "unknown corpus in a sweep": (
         f"{GOOD}vary: {{corpus: [python-docs, «nowhere/text.txt]}}\n",
         [
-            "vary.corpus[1]: unknown corpus 'nowhere/text.txt'; choose one of fineweb, openwebtext, python-docs, "
-            "shakespeare; nor is there such a file or folder"
+            "vary.corpus[1]: unknown corpus 'nowhere/text.txt'; choose one of "
+            + ", ".join(sorted(CORPORA))
+            + "; nor is there such a file or folder"
         ],
     ),
     "a corpus without a name": (
@@ -166,7 +171,10 @@ WRONG: dict[str, tuple[str, list[str]]] = {
     ),
     "unknown residual rule": (
         f"campaign: small\nbase: {{«residual: lrep}}\n{PHASE}",
-        ["base.residual: unknown residual rule 'lrep', did you mean 'lerp'? Allowed: add, lerp, seed, slerp"],
+        [
+            "base.residual: unknown residual rule 'lrep', did you mean 'lerp'? Allowed: "
+            + ", ".join(sorted(RESIDUAL_RULES))
+        ],
     ),
     "unknown optimizer in a sweep": (
         f"{GOOD}vary: {{optim.name: [adamw, «moun]}}\n",
@@ -577,6 +585,25 @@ def test_an_endless_grid_is_refused_without_being_expanded(folder: Path) -> None
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 50e6  # bytes; the arms alone would take 10^14
+
+
+def test_a_new_way_of_sweeping_is_a_function_and_an_entry(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ends(axes: Sequence[Axis]) -> list[Arm]:
+        return [Arm(f"{axis.label}-{i}", {axis.setting: axis.values[i]}) for axis in axes for i in (0, -1)]
+
+    monkeypatch.setitem(SWEEPS, "ends", ends)
+    monkeypatch.setattr("tune.phases.KINDS", ("ends",))  # both made of SWEEPS where they are imported
+    monkeypatch.setattr("tune.phases.PHASE_KEYS", ("name", "seeds", "ends"))
+    file = f"{GOOD}phases:\n  - name: a\n    ends: {{alpha: [0.1, 0.2, 0.3], lr: [1e-3, 1e-2]}}\n"
+    (phase,) = load(file).phases
+    assert [arm.overrides for arm in phase.arms] == [
+        {"model.alpha": 0.1},
+        {"model.alpha": 0.3},
+        {"optim.lr": 1e-3},
+        {"optim.lr": 1e-2},
+    ]
+    seeds = ", ".join(map(str, range(3000)))
+    assert "phases[0].ends: 4 arms x 3000 seeds = 12000 trials" in complaint(f"{file}    seeds: [{seeds}]\n")
 
 
 # ---- what a right file means ---------------------------------------------------------------------------------------

@@ -85,7 +85,8 @@ def test_a_baseline_without_any_scales_can_be_trained() -> None:
 def test_an_optimizer_on_the_sphere_refuses_a_model_without_one_and_says_what_would_do(name: str) -> None:
     expected = (
         f"optimizer {name} turns weights on the sphere, which a model of residual rule add does not have: "
-        r"choose another residual rule \(lerp, seed, slerp\) or another optimizer \(adamw, muon\)"
+        rf"choose another residual rule \({', '.join(sorted({*RESIDUAL_RULES} - {'add'}))}\) "
+        rf"or another optimizer \({', '.join(sorted({*OPTIMIZERS} - {'geodesic_muon', 'riemannian_adamw'}))}\)"
     )
     with pytest.raises(ConfigError, match=expected):
         build_optimizers(model(residual="add"), OptimConfig(name=name))

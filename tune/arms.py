@@ -65,9 +65,8 @@ SWEEPS: dict[str, Callable[[Sequence[Axis]], list[Arm]]] = {"vary": vary, "grid"
 
 
 def count(kind: str, axes: Sequence[Axis]) -> int:
-    """How many arms a sweep gives, without making them."""
-    sizes = [len(axis.values) for axis in axes]
-    return {"vary": sum, "grid": math.prod, "zip": min}[kind](sizes)
+    """How many arms a sweep gives; those of a grid, which may be any number, are not made for it."""
+    return math.prod(len(axis.values) for axis in axes) if kind == "grid" else len(SWEEPS[kind](axes))
 
 
 def _indices(axes: Sequence[Axis]) -> list[range]:

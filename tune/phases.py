@@ -312,5 +312,5 @@ def _label(setting: str, location: Location) -> str:
 
 def _size(kind: str, axes: Sequence[Axis]) -> str:
     """`30 x 50`, how the number of arms comes about."""
-    sizes = [str(len(axis.values)) for axis in axes]
-    return sizes[0] if kind == "zip" or len(sizes) == 1 else f"({(' x ' if kind == 'grid' else ' + ').join(sizes)})"
+    sign = {"grid": " x ", "vary": " + "}.get(kind)
+    return f"({sign.join(str(len(axis.values)) for axis in axes)})" if sign and axes[1:] else str(count(kind, axes))
