@@ -150,6 +150,13 @@ def test_the_readme_names_every_file_and_no_other() -> None:
     assert files - names == set()
 
 
+def test_the_readme_names_every_document_and_the_cpp() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    files = [*ROOT.glob("docs/*.md"), *ROOT.glob("ngpt/*.cpp"), *ROOT.glob("ngpt/*.h")]
+    tree = text.partition("## The tree")[2].partition("## I want to")[0]
+    assert len(files) >= 10 and [path.name for path in files if path.name not in tree] == []
+
+
 def test_the_package_metadata_list_every_package() -> None:
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
     assert sorted(listed) == sorted(

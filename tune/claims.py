@@ -14,7 +14,7 @@ survived: one seed, or a trial that has not finished, leaves a claim undecided. 
 of one side diverged and none of the other, that side lost, if there are so many that luck would do this in less than
 (1 - confidence) / 2 of cases: 4 ** -seeds, since p (1 - p) <= 1 / 4; three seeds at 95 %.
 
-A relation is a function (claim, evidence) -> finding and one entry in `RELATIONS`.
+A relation is a function (claim, evidence) -> finding and one entry in `RELATIONS`, with the fields that it needs.
 """
 
 from collections.abc import Callable, Mapping, Sequence
