@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ngpt.config import resolve
+from ngpt.config import resolve, settings
 from ngpt.train_config import TrainConfig
 
 ROOT = Path(__file__).parents[1]
@@ -42,6 +42,14 @@ def test_every_fault_has_a_line_and_every_test_that_shows_one_exists() -> None:
 )
 def test_every_setting_that_the_features_name_is_one(setting: str) -> None:
     assert resolve(TrainConfig, setting)
+
+
+def test_every_setting_is_named_in_a_document() -> None:
+    """The names of a run are set by the campaign; nobody else writes them."""
+    files = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("experiments/**/*.yaml")]
+    words = set(re.findall(r"\w+", "\n".join(path.read_text(encoding="utf-8") for path in files)))
+    unnamed = {name for name in settings(TrainConfig) if name.rpartition(".")[2] not in words}
+    assert unnamed <= {"tracker.job_type", "tracker.run_name"}
 
 
 def test_every_feature_says_which_seed_asked_for_it() -> None:
