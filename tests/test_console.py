@@ -1,6 +1,7 @@
 """The terminal: what fits, what is said, and that text from outside cannot do anything to it."""
 
 import io
+import os
 import re
 import sys
 from pathlib import Path
@@ -278,6 +279,24 @@ def test_plain_console_writes_a_line_for_each_event(capsys: pytest.CaptureFixtur
         console.message("two\nlines")
     out, err = capsys.readouterr()
     assert (out, err) == ("", "one red [bold]thing[/]\ntwo lines\n")
+
+
+def test_lines_that_nobody_reads_any_more_end_no_campaign(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    with os.fdopen(writer, "wb", buffering=0) as raw:
+        monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(raw, write_through=True))
+        os.close(reader)
+        with PlainConsole() as console:
+            console.message("one")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # the thread that draws may end
+def test_a_terminal_that_is_gone_ends_no_campaign() -> None:
+    master, slave = os.openpty()
+    terminal = os.fdopen(slave, "w")
+    with terminal, LiveConsole(snapshot, Console(file=terminal, force_terminal=True, width=80, height=24)) as console:
+        os.close(master)
+        console.message("one")
 
 
 def test_console_is_plain_where_stderr_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ Names and errors come from outside: every one goes through `words`, which strips
 markup.
 """
 
+import contextlib
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -198,11 +199,13 @@ class LiveConsole:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._live.stop()
+        with contextlib.suppress(OSError):
+            self._live.stop()
 
     def message(self, text: str) -> None:
-        """Prints one event above the view."""
-        self.console.print(words(text))
+        """Prints one event above the view, as long as the terminal is there."""
+        with contextlib.suppress(OSError):
+            self.console.print(words(text))
 
 
 class PlainConsole:
@@ -215,8 +218,9 @@ class PlainConsole:
         pass
 
     def message(self, text: str) -> None:
-        """Writes one event as one line on stderr."""
-        print(fmt.plain(text), file=sys.stderr, flush=True)
+        """Writes one event as one line on stderr, as long as somebody reads there: the journal has it, too."""
+        with contextlib.suppress(OSError):
+            print(fmt.plain(text), file=sys.stderr, flush=True)
 
 
 def open_console(snapshot: Callable[[], Snapshot]) -> LiveConsole | PlainConsole:
