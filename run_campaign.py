@@ -11,7 +11,7 @@
 
 Exit codes: 0 all trials finished; 1 internal error; 2 usage or configuration; 3 another run holds the results;
 4 finished, but some trials failed or diverged, or stopped by the budget; 74 input or output; 130 interrupted;
-143 terminated.
+143 terminated; 129 its terminal was closed.
 """
 
 import argparse
@@ -162,9 +162,12 @@ def refuse_second_run(options: argparse.Namespace) -> None:
 
 
 def terminate_in_order() -> None:
-    """SIGTERM unwinds the stack: no Ray and no lock is left behind. Only the main thread may say so."""
+    """SIGTERM and SIGHUP unwind the stack: no Ray and no lock is left behind. Only the main thread may say so."""
+    from tune.inline import stop_signals
+
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+        for number in {*stop_signals()} - {signal.SIGINT}:
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
 
 
 def show_end(summary: dict[str, Any], number: int, root: Path, options: argparse.Namespace) -> int:

@@ -44,7 +44,7 @@ def run_with_signal(file: Path, root: Path, number: int, *, after: int) -> tuple
         return session.end(), session
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("after", [0, 3, 5])
 def test_a_signal_stops_the_run_and_the_next_one_goes_on(tmp_path: Path, file: Path, number: int, after: int) -> None:
     train_all(file, tmp_path / "undisturbed")
@@ -80,6 +80,24 @@ def test_a_second_signal_ends_the_process_at_once(
     said = capfd.readouterr().err
     assert "ended at once; the same command goes on" in said
     assert ("\x1b[?25h" in said) is is_terminal, "a live view has hidden the cursor"
+
+
+def test_a_terminal_that_goes_may_say_so_twice(tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tune.inline.os._exit", lambda code: pytest.fail(f"ended with {code}"))
+    with session_on(file, tmp_path / "tiny") as session, stop_on_signal(session):
+        signal.raise_signal(signal.SIGHUP)
+        signal.raise_signal(signal.SIGHUP)
+        assert session.stop_signal == signal.SIGHUP
+
+
+def test_with_nohup_the_run_outlives_its_terminal(tmp_path: Path, file: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with session_on(file, tmp_path / "tiny") as session, stop_on_signal(session):
+            signal.raise_signal(signal.SIGHUP)
+            assert not session.stop_requested
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_afterwards_signals_mean_what_they_meant_before(tmp_path: Path, file: Path) -> None:

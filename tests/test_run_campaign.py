@@ -22,10 +22,11 @@ SCRIPT = Path(__file__).parents[1] / "run_campaign.py"
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
-    """`run` handles SIGTERM from then on; pytest wants its own way back."""
-    before = signal.getsignal(signal.SIGTERM)
+    """`run` handles SIGTERM and SIGHUP from then on; pytest wants its own way back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     yield
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -245,7 +246,7 @@ def test_an_internal_error_anywhere_is_code_1_and_the_same_command_goes_on(
     assert run_campaign.main(command) == 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_before_the_first_trial_leaves_no_lock(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, number: int
 ) -> None:

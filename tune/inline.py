@@ -33,7 +33,7 @@ def run_inline(session: Session) -> None:
 
 @contextlib.contextmanager
 def stop_on_signal(session: Session, *, at_once: Callable[[], object] = lambda: None) -> Iterator[None]:
-    """SIGINT and SIGTERM let running trials save and stop at their next steps; a second one ends the process.
+    """A signal of `stop_signals` lets running trials save and stop at their next steps; a second one ends the process.
 
     `at_once` ends what else there is to end in the second case.
     """
@@ -42,6 +42,8 @@ def stop_on_signal(session: Session, *, at_once: Callable[[], object] = lambda: 
         return
 
     def handle(number: int, frame: FrameType | None) -> None:
+        if session.stop_requested and number == signal.SIGHUP:  # a shell that ends passes on the one that all have had
+            return
         if session.stop_requested:
             at_once()
             last_words()
@@ -49,12 +51,18 @@ def stop_on_signal(session: Session, *, at_once: Callable[[], object] = lambda: 
         session.stop_requested, session.stop_signal = True, number
         session.ask_trials_to_stop()
 
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, handle) for number in stop_signals()}
     try:
         yield
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def stop_signals() -> list[int]:
+    """SIGINT, SIGTERM, and SIGHUP where the terminal is to take its processes along when it goes (not with `nohup`)."""
+    stays = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [signal.SIGINT, signal.SIGTERM] if stays else [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
 
 def last_words() -> None:
