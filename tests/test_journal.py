@@ -143,6 +143,17 @@ def test_after_a_failed_append_nothing_more_is_appended_and_the_next_run_goes_on
     assert [event["seq"] for event in read_journal(path)] == [1, 2]
 
 
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_journal_that_is_taken_away_is_an_error_and_not_written_into_the_void(path: Path, moved: bool) -> None:
+    journal = Journal(path)
+    journal.append("one")
+    path.rename(path.with_name("elsewhere")) if moved else path.unlink()
+    with pytest.raises(FileNotFoundError, match="it was removed or moved while the campaign ran") as raised:
+        journal.append("two")
+    assert raised.value.filename == str(path)
+    journal.close()
+
+
 def test_a_new_journal_has_its_name_on_disk(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced = []
     monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.readlink(f"/proc/self/fd/{descriptor}")))

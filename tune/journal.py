@@ -10,6 +10,7 @@ writing cuts a torn tail off (kept beside as `journal.torn`), reading passes ove
 its CRC is damage and is refused.
 """
 
+import errno
 import json
 import zlib
 from contextlib import suppress
@@ -63,6 +64,8 @@ class Journal:
                 with suppress(OSError):  # then the next start finds an event that is true, but was not acted upon
                     self._file.take_back(line)
                 raise
+            if not self._path.exists():  # what goes to it now is lost with it, and nobody would be told
+                raise FileNotFoundError(errno.ENOENT, "it was removed or moved while the campaign ran")
         except OSError as error:
             reason = error.strerror or str(error)
             self._failure = OSError(
