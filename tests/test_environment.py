@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from ray._private.utils import validate_socket_filepath
 
 from tune import environment
 from tune.environment import Check, describe, doctor, git_state, version
@@ -85,6 +86,26 @@ def test_a_full_disk_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert check("results", tmp_path).problem == "less than 2 GiB free"
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1 << 40, 0, 1 << 40))
     assert check("results", tmp_path).problem is None
+
+
+def test_a_long_temporary_path_leaves_room_for_the_names_of_rays_sockets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", "/scratch")
+    assert environment.short_temporary() == "/scratch"
+    monkeypatch.setenv("TMPDIR", f"/scratch/{'x' * 27}")
+    assert environment.short_temporary() == "/tmp"
+    monkeypatch.delenv("TMPDIR")
+    assert environment.short_temporary() == "/tmp"
+    longest = Path("/") / ("x" * (environment.LONGEST_TEMPORARY - 1))
+    validate_socket_filepath(f"{longest}/ray/session_2026-11-21_19-00-59_197422_4194304/sockets/plasma_store")
+
+
+def test_no_room_for_rays_files_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert check("Ray's files", tmp_path).problem is None
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1 << 40, 1 << 40, 1 << 20))
+    found = check("Ray's files", tmp_path)
+    assert "(1 MiB free)" in found.value and "set TMPDIR" in str(found.problem)
 
 
 def test_a_place_that_cannot_be_written_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -134,6 +134,18 @@ def test_an_error_of_the_driver_is_raised_here_as_what_it_is(played: Played) -> 
         played.hear(Over("Traceback\nKeyError: 'x'"))
 
 
+def test_a_ray_that_does_not_start_is_no_error_of_ours_and_later_on_replaced(
+    played: Played, session: Session, ray: subprocess.Popen[bytes]
+) -> None:
+    failed = Over("the current node timed out during startup", is_rays=True)
+    assert played.hear(failed) == "the current node timed out during startup"
+    first = Played(session, ray)
+    first._start()
+    first.theirs.send(failed)
+    with pytest.raises(ExecutorLost, match=r"(?s)Ray did not start: the current node timed out.*doctor.*--inline"):
+        first.wait()
+
+
 def test_ray_is_replaced_three_times_and_then_the_run_ends_with_what_to_do(played: Played, session: Session) -> None:
     trial = played.next_trial().trial_id
     for time_ in (1, 2, 3):

@@ -38,6 +38,7 @@ class Over:
 
     error: str | None = None
     is_users: bool = False  # whether the error is one of configuration
+    is_rays: bool = False  # whether it is what Ray said when it did not start
 
 
 def drive(line: Connection, resources: Resources, address: str | None, root: Path) -> None:
@@ -48,7 +49,7 @@ def drive(line: Connection, resources: Resources, address: str | None, root: Pat
     os.setsid()  # a Ctrl-C of the terminal is for the campaign, which lets the workers save
     os.dup2(2, 1)  # stdout is for data
     threading.Thread(target=_follow_parent, args=(root,), daemon=True).start()
-    from tune.engine import RayCluster, RemoteSession, fit
+    from tune.engine import NotStarted, RayCluster, RemoteSession, fit
 
     try:
         with RayCluster(resources, address=address) as cluster:
@@ -63,6 +64,8 @@ def drive(line: Connection, resources: Resources, address: str | None, root: Pat
             line.send(Over())
     except (EOFError, BrokenPipeError, ConnectionResetError):  # the other end has let go of this Ray
         return
+    except NotStarted as error:
+        line.send(Over(str(error), is_rays=True))
     except Exception as error:
         is_users = isinstance(error, ConfigError)
         line.send(Over(str(error) if is_users else traceback.format_exc(), is_users=is_users))

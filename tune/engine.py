@@ -31,7 +31,7 @@ from ray.tune.stopper import Stopper
 from ngpt.config import ConfigError
 from ngpt.pulse import ask_to_stop
 from tune.campaign import Resources
-from tune.environment import usable_cpus
+from tune.environment import short_temporary, usable_cpus
 from tune.trainable import NEWS, PAUSED, TrialWorker
 from tune.trial import TrialResult, TrialSpec
 
@@ -50,6 +50,10 @@ QUIET = {
 }
 SHORT_OF_MEMORY = "due to the node running low on memory"  # what Ray's memory monitor says of a worker it has killed
 SCRATCH = ".tune-"  # start of the name of Tune's own folder, in the results directory while it runs
+
+
+class NotStarted(Exception):
+    """Ray did not start; the message is its own."""
 
 
 class RemoteSession:
@@ -232,7 +236,7 @@ class RayCluster:
         self.folder: Path | None = None  # of Ray's logs and sockets, where it is ours
 
     def __enter__(self) -> "RayCluster":
-        os.environ.update(QUIET)
+        os.environ.update(QUIET | {"TMPDIR": short_temporary()})
         if not self.address:
             # A new Ray then asks everybody for its token, whatever the shell says.
             os.environ.pop("RAY_AUTH_MODE", None)
@@ -251,6 +255,8 @@ class RayCluster:
                 **({} if self.address else local),
             )
             protect_token()
+        except Exception as error:  # of many kinds: no room, no home, a busy machine
+            raise NotStarted(str(error).strip()) from error
         finally:
             os.umask(previous)
             if on_main:  # Ray has put its own handler there, which would end us without a word

@@ -19,6 +19,8 @@ PACKAGES = ("torch", "ray", "numpy", "sentencepiece", "pyarrow", "pydantic", "wa
 ENOUGH_DISK = 2 << 30  # bytes
 BUSY = 0.1  # share of a GPU's memory; an idle one with a display or a driver's own takes less
 ENOUGH_SHM = 256 << 20  # bytes
+ENOUGH_RAY = 64 << 20  # bytes
+LONGEST_TEMPORARY = 35  # bytes: with /ray/session_DATE_PID/sockets/plasma_store a socket's name may have 103
 COMPILED = ("compiled", "native")  # folders of ngpt/compiling.py and ngpt/native.py in the cache, which only grow
 
 
@@ -53,6 +55,12 @@ def version(package: str) -> str | None:
 def usable_cpus() -> int:
     """Cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def short_temporary() -> str:
+    """What TMPDIR says, or /tmp where the names of Ray's sockets would be longer than the system takes."""
+    given = os.environ.get("TMPDIR") or "/tmp"
+    return given if len(os.fsencode(given)) <= LONGEST_TEMPORARY else "/tmp"
 
 
 def total_memory() -> int:
@@ -179,6 +187,16 @@ def _compiled(out: Path) -> Check:
     return Check("compiled code", f"{fmt.size(size)}{emptied}")
 
 
+def _ray(out: Path) -> Check:
+    folder = Path(os.environ.get("RAY_TMPDIR") or short_temporary(), "ray")
+    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    free = shutil.disk_usage(there).free
+    problem = "Ray's logs and sockets need more: set TMPDIR to a folder with room" if free < ENOUGH_RAY else None
+    if not os.access(there, os.W_OK):
+        problem = "not writable: set TMPDIR to a folder that is"
+    return Check("Ray's files", f"{folder} ({free / 2**20:.0f} MiB free)", problem)
+
+
 def _shared_memory(out: Path) -> Check:
     shm = Path("/dev/shm")
     if not shm.exists():
@@ -209,5 +227,5 @@ def _wandb(out: Path) -> Check:
 
 
 CHECKS: list[Callable[[Path], Check]] = [
-    _python, _packages, _device, _disk, _cache, _compiled, _shared_memory, _home, _files, _wandb
+    _python, _packages, _device, _disk, _cache, _compiled, _ray, _shared_memory, _home, _files, _wandb
 ]  # fmt: skip

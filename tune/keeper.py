@@ -89,7 +89,8 @@ class Keeper:
         """
         while self._driver.ready is None:
             if why := self._serve_one():
-                raise ExecutorLost(f"Ray did not start: {why}")
+                text = "see what `python run_campaign.py doctor` says; --inline runs without Ray"
+                raise ExecutorLost(f"Ray did not start: {why}\n{text}")
         return self._driver.ready
 
     def share(self, trials_per_device: int) -> Ready:
@@ -216,6 +217,8 @@ class Keeper:
             return OVER if is_over else self._dead_process() or "it ended before the campaign was over"
         if message.is_users:
             raise ConfigError(message.error)
+        if message.is_rays:
+            return message.error
         if why := self._dead_process():
             return why
         raise RuntimeError(f"the driver of Ray failed:\n{message.error}")
