@@ -56,6 +56,13 @@ def test_a_step_goes_to_the_next_evaluation_and_the_last_one_reports_the_result(
     assert last["done"] and (result(last).status, result(last).metrics["steps"]) == ("finished", 8)
 
 
+def paused(report: dict[str, Any]) -> dict[str, float | None]:
+    """The steps of the newest evaluations in the last report of trials that have saved and stopped."""
+    assert report.keys() == {NEWS, PAUSED, "done"} and report[PAUSED] is report["done"] is True
+    assert not report[NEWS].ended
+    return {trial_id: so_far.metrics["steps"] for trial_id, so_far in report[NEWS].so_far.items()}
+
+
 def test_it_is_used_for_one_trial_after_another(worker: TrialWorker, spec: TrialSpec, tmp_path: Path) -> None:
     first = result(steps(worker)[-1])
     assert worker.reset_config({"specs": [replace(spec, folder=tmp_path / "again")]})
@@ -98,7 +105,7 @@ def test_when_asked_to_stop_it_saves_where_it_is_and_says_so(
     worker.step()
     worker.step()
     ask_to_stop(spec.folder)
-    assert worker.step() == {NEWS: News(), PAUSED: True, "done": True}
+    assert paused(worker.step()) == {"t": 3}
     (saved,) = (spec.folder / "checkpoints").iterdir()
     assert saved.name == "step_0000003"
     clear(spec.folder)
@@ -106,6 +113,31 @@ def test_when_asked_to_stop_it_saves_where_it_is_and_says_so(
     again = result(steps(worker)[-1])
     assert worker.reset_config({"specs": [undisturbed]})
     assert result(steps(worker)[-1]).metrics["val_loss"] == again.metrics["val_loss"]
+
+
+def test_an_evaluation_at_which_it_is_asked_to_stop_is_reported(
+    worker: TrialWorker, spec: TrialSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker.step()
+    advance = worker._advance
+
+    def advance_and_ask() -> News:
+        news = advance()
+        ask_to_stop(spec.folder)
+        return news
+
+    monkeypatch.setattr(worker, "_advance", advance_and_ask)
+    assert paused(worker.step()) == {"t": 3}
+    monkeypatch.undo()
+    monkeypatch.setattr("ray._private.worker._changeproctitle", lambda *_: contextlib.nullcontext())
+    clear(spec.folder)
+    assert worker.reset_config({"specs": [spec]})
+    # The next attempt goes on from there and does not evaluate step 3 again: early stopping would never hear of it.
+    assert [step for report in steps(worker) for step in evaluated(report)] == [6, 8]
+
+
+def evaluated(report: dict[str, Any]) -> list[float | None]:
+    return [so_far.metrics["steps"] for so_far in report[NEWS].so_far.values()]
 
 
 def test_it_asks_for_the_resources_of_its_trial() -> None:
@@ -165,7 +197,7 @@ def test_a_group_of_which_all_are_asked_to_stop_saves_where_it_is(
     worker.step()
     for spec in group:
         ask_to_stop(spec.folder)
-    assert worker.step() == {NEWS: News(), PAUSED: True, "done": True}
+    assert paused(worker.step()) == {"t1": 3, "t2": 3, "t3": 3}
     assert [[path.name for path in (spec.folder / "checkpoints").iterdir()] for spec in group] == [["step_0000003"]] * 3
     for spec in group:
         clear(spec.folder)

@@ -68,7 +68,8 @@ class TrialWorker(ray.tune.Trainable):
             self._failed |= result.status == "failed"
         if self._left and len(self._asked_to_stop()) == len(self._left):
             self._run.close()
-            return {NEWS: News(ended=news.ended), PAUSED: True, "done": True}
+            # With the evaluation it was at, if it was at one: that step is saved, and does not come again.
+            return {NEWS: news, PAUSED: True, "done": True}
         for spec in self._left.values():
             so_far = news.so_far.get(spec.trial_id)
             for name, gauge in self._gauges.items():
