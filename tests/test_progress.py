@@ -9,8 +9,8 @@ from tiny_campaign import begun, drive, session_on, write_file
 
 from tune.campaign import load_campaign
 from tune.journal import read_journal
-from tune.plan import preview
-from tune.progress import expected_phases, has_result, known_end, planned_event
+from tune.plan import preview, trial_flops
+from tune.progress import expected_phases, has_result, known_end, planned_event, to_come
 from tune.schema import EarlyStop
 from tune.state import State, replay
 
@@ -87,3 +87,46 @@ def test_what_was_stopped_early_is_to_be_trained_where_that_is_not_done(tmp_path
     searching = replace(campaign.phases[0], stops_early=True)
     campaign = replace(campaign, phases=(searching, campaign.phases[1]), early_stop=EarlyStop(first=3))
     assert has_result(campaign, state, "alpha", trial_id) and not has_result(campaign, state, "projection", trial_id)
+
+
+CHAIN = """
+  - name: alpha
+    vary: {alpha: [0.05, 0.4]}
+  - name: projection
+    inherit: alpha
+    grid: {project_every: [1, 3]}
+  - name: long
+    inherit: alpha
+    set: {steps: 12}
+    vary: {weight_decay: [0.1]}
+  - name: confirm
+    inherit: long
+    seeds: fresh 3
+    runs: [{arm: baseline}]
+"""
+
+
+def test_what_nobody_can_plan_yet_is_expected_in_stages(tmp_path: Path, corpus: Path) -> None:
+    file = write_file(tmp_path, corpus, phases=CHAIN)
+    (short, *_), _, (long, *_), _ = [phase.arms for phase in preview(load_campaign(file))]
+    of_short, of_long = trial_flops(short.trials[0].config), trial_flops(long.trials[0].config)
+    assert of_long > 1.5 * of_short
+    # The baseline of `projection` is the winner that stands in: its trials are those of the first phase.
+    stages = to_come(load_campaign(file), after(file, tmp_path / "one", most=1))
+    assert [[(some["phase"], some["trials"], some["work"]["flops"]) for some in stage] for stage in stages] == [
+        [("projection", 2, of_short), ("long", 4, of_long)],
+        [("confirm", 3, of_short)],
+    ]
+    state = after(file, tmp_path / "four", most=4)  # alpha is over, and the two phases after it are planned
+    assert list(state.phases) == ["alpha", "projection", "long"]
+    assert state.to_come == to_come(load_campaign(file), state) == stages[1:]
+
+
+def test_what_optuna_has_not_proposed_yet_is_expected(tmp_path: Path, corpus: Path) -> None:
+    pytest.importorskip("optuna")
+    space = "space: {optim.lr: {log: [1e-3, 1e-1]}}"
+    search = f"\n  - name: s\n    search: {{method: optuna, trials: 30, {space}}}\n"
+    state = after(write_file(tmp_path, corpus, phases=search), tmp_path / "r", most=1)
+    n = len(state.phases["s"].arms)
+    assert 1 < n < 31
+    assert [[some["trials"] for some in stage] for stage in state.to_come] == [[2 * (31 - n)]]

@@ -11,6 +11,7 @@ import pytest
 from tiny_campaign import begun, drive, pretend, session_on, strict, write_file
 
 from ngpt.config import ConfigError
+from ngpt.pulse import Pulse
 from tune.status import is_locked, read_snapshot
 from tune.trial import TrialSpec
 
@@ -85,6 +86,20 @@ def test_progress_is_read_from_what_the_trial_has_logged_so_far(root: Path, file
     assert running.tokens_per_second is None
 
 
+def test_between_two_rows_the_heartbeat_says_how_far_a_trial_is(root: Path, file: Path) -> None:
+    with session_on(file, root) as session:
+        drive(begun(session), most=5)
+        spec = session.next_trial()
+        assert spec
+        advance(spec, 1)
+        with Pulse(spec.folder) as pulse:
+            pulse.beat(3)
+            snapshot = session.snapshot()
+        assert session.snapshot().running[0].step == 1
+    assert snapshot.running[0].step == 3
+    assert snapshot.eta == pytest.approx(1.0)  # half of 2 s
+
+
 def advance(spec: TrialSpec, step: int, **more: float) -> None:
     spec.folder.mkdir(parents=True, exist_ok=True)
     (spec.folder / "metrics.jsonl").write_text(json.dumps({"step": step} | more) + "\n")
@@ -93,14 +108,14 @@ def advance(spec: TrialSpec, step: int, **more: float) -> None:
 def test_what_running_trials_have_behind_them_is_not_left(root: Path, file: Path) -> None:
     with session_on(file, root) as session:
         session.workers = 2
-        drive(begun(session), most=2)  # they took 2 s each; six are left of eight
+        drive(begun(session), most=2)  # they took 2 s each; two are left, and two of the phase after them
         first, second = session.next_trial(), session.next_trial()
         assert first and second
-        assert session.snapshot().eta == pytest.approx(6.0)
+        assert session.snapshot().eta == pytest.approx(4.0)
         advance(first, 3)  # of 6 steps
-        assert session.snapshot().eta == pytest.approx(5.5)
+        assert session.snapshot().eta == pytest.approx(4.0)  # the next phase waits for both
         advance(second, 6)
-        assert session.snapshot().eta == pytest.approx(4.5)
+        assert session.snapshot().eta == pytest.approx(3.0)
 
 
 def test_the_last_trial_is_not_shared_by_idle_workers(root: Path, file: Path) -> None:
@@ -117,8 +132,9 @@ def test_before_a_trial_has_ended_the_running_ones_say_how_long_it_takes(root: P
     with session_on(file, root) as session:
         spec = begun(session).next_trial()
         assert spec and session.snapshot().eta is None
-        advance(spec, 2, tokens=128, tokens_per_second=16.0)  # 8 s for a third of one of eight
-        assert session.snapshot().eta == pytest.approx(24 * (8 - 1 / 3))
+        advance(spec, 2, tokens=128, tokens_per_second=16.0)
+        seconds = 24 + 3 * 128 / 3 / 16  # 6 steps of 64 tokens, and three evaluations, a third as long per token
+        assert session.snapshot().eta == pytest.approx(seconds * (6 - 1 / 3))  # of eight, two are in both phases
 
 
 def test_after_the_end_nothing_runs_and_nothing_is_left(root: Path, file: Path) -> None:

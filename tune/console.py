@@ -35,7 +35,6 @@ class Running:
     train_loss: float | None
     val_loss: float | None
     tokens_per_second: float | None
-    seconds: float | None = None  # that all its steps would take at this speed
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from tune.early_stop import EVENT, Ladder
 from tune.journal import Event
 from tune.pace import measure, pace_key
 from tune.plan import PlannedPhase, Trial, inheritance, plan_phase, unmeasured
-from tune.progress import planned_event, stops_early
+from tune.progress import planned_event, stops_early, to_come
 from tune.state import State
 from tune.summary import Summary, settings_text, write_phase
 
@@ -66,20 +66,32 @@ class Course:
 
     def advance(self) -> None:
         """Closes phases whose trials are all done and plans those that have become possible, until neither happens."""
-        moved = True
-        while moved:
-            moved = False
-            for phase in self.campaign.phases:
-                if phase.name not in self.planned and phase.needs <= self._winners().keys():
-                    self._plan(phase)
-                    moved = True
-                planned = self.planned.get(phase.name)
-                if planned and phase.name not in self.summaries and self._is_complete(planned):
-                    if phase.search and len(self._expanded(phase).arms) > len(planned.arms):
-                        self._plan(phase)  # the next batch
-                    else:
-                        self._close(planned)
-                    moved = True
+        moved = False
+        while self._moves():
+            moved = True
+        if moved and (stages := self._to_come()) != self.state.to_come:
+            self._append("trials_expected", stages=stages)
+
+    def _moves(self) -> bool:
+        moved = False
+        for phase in self.campaign.phases:
+            if phase.name not in self.planned and phase.needs <= self._winners().keys():
+                self._plan(phase)
+                moved = True
+            planned = self.planned.get(phase.name)
+            if planned and phase.name not in self.summaries and self._is_complete(planned):
+                if phase.search and len(self._expanded(phase).arms) > len(planned.arms):
+                    self._plan(phase)  # the next batch
+                else:
+                    self._close(planned)
+                moved = True
+        return moved
+
+    def _to_come(self) -> list[list[dict[str, Any]]]:
+        """What is expected besides what is planned; nothing is computed where that is nothing."""
+        known = {phase.name for phase in self.campaign.phases if phase.name in self.planned and not phase.search}
+        is_whole = len(known | self.summaries.keys()) == len(self.campaign.phases)
+        return [] if is_whole else to_come(self.campaign, self.state)
 
     def has_all_winners(self) -> bool:
         """Whether every phase is over."""

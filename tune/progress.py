@@ -1,12 +1,15 @@
 """A plan in the light of the journal: what of it is known by now, and how a planned phase is written into it."""
 
-from dataclasses import replace
+from collections import Counter, defaultdict
+from dataclasses import asdict, replace
 from typing import Any
 
+from ngpt.train_config import TrainConfig
 from tune.campaign import Campaign
 from tune.combine import Better
-from tune.plan import End, PlannedPhase, preview
-from tune.state import DONE, State
+from tune.plan import End, PlannedPhase, preview, trial_flops, trial_work
+from tune.speeds import shape_key
+from tune.state import DONE, State, Work
 from tune.verdicts import judge
 
 
@@ -24,10 +27,15 @@ def planned_event(phase: PlannedPhase) -> dict[str, Any]:
                 "arm": arm.name,
                 "overrides": dict(arm.overrides),
                 "trials": [[trial.seed, trial.trial_id] for trial in arm.trials],
+                "work": asdict(_work(arm.trials[0].config)),
             }
             for arm in phase.arms
         ],
     }
+
+
+def _work(config: TrainConfig) -> Work:
+    return Work(shape_key(config), trial_work(config), trial_flops(config))
 
 
 def has_result(campaign: Campaign, state: State, phase: str, trial_id: str) -> bool:
@@ -78,3 +86,27 @@ def _last_end(state: State, phase: PlannedPhase) -> End | None:
     if past is None or past.winner not in arms:
         return None
     return past.winner, [replace(better, overrides=arms[better.arm]) for better in past.better if better.arm in arms]
+
+
+def to_come(campaign: Campaign, state: State) -> list[list[dict[str, Any]]]:
+    """How many trials of which work are expected besides the planned ones; one of several phases counts in the first.
+
+    They come in stages: the first is what optuna has not proposed yet in the phases that are planned, each other one
+    needs winners of the one before it.
+    """
+    seen = {trial_id for phase in state.phases.values() for trial_id in phase.trial_ids}
+    needs = {phase.name: phase.needs for phase in campaign.phases}
+    over = {phase.name for phase in state.phases.values() if phase.winner is not None}
+    stage_of: dict[str, int] = {}
+    stages: defaultdict[int, Counter[tuple[str, Work]]] = defaultdict(Counter)
+    for phase in expected_phases(campaign, state):
+        stage_of[phase.name] = max((stage_of[name] + 1 for name in needs[phase.name] - over), default=0)
+        for arm in phase.arms:
+            ids = {trial.trial_id for trial in arm.trials} - seen
+            if new := {trial_id for trial_id in ids if not has_result(campaign, state, phase.name, trial_id)}:
+                seen |= new
+                stages[stage_of[phase.name]][phase.name, _work(arm.trials[0].config)] += len(new)
+    return [
+        [{"phase": name, "trials": n, "work": asdict(work)} for (name, work), n in found.items()]
+        for _, found in sorted(stages.items())
+    ]

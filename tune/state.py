@@ -21,12 +21,22 @@ DONE = ("finished", "diverged", "stopped")  # statuses that are results: such a 
 
 
 @dataclass(frozen=True)
+class Work:
+    """What a trial takes, evaluations included, and the shape that says how fast that goes (tune/speeds.py)."""
+
+    shape: str
+    tokens: float  # of training; those of evaluations as so many of these as take as long
+    flops: float
+
+
+@dataclass(frozen=True)
 class ArmState:
     """An arm as the journal remembers it: its settings and the trial of each seed."""
 
     name: str
     overrides: Overrides  # relative to the phase's base
     trial_ids: Mapping[int, str]
+    work: Work | None = None  # of each trial; older journals do not say
 
 
 @dataclass
@@ -58,6 +68,7 @@ class State:
     phases: dict[str, PhaseState] = field(default_factory=dict)
     results: dict[str, dict[str, Any]] = field(default_factory=dict)  # newest result by trial id
     running: dict[str, Event] = field(default_factory=dict)  # started and without a result, by trial id
+    to_come: list[list[dict[str, Any]]] = field(default_factory=list)  # expected and not planned yet, in stages
     attempts: dict[str, int] = field(default_factory=dict)
     speeds: dict[str, float] = field(default_factory=dict)  # measured once, for `hold: seconds`
     packing: dict[str, Any] = field(default_factory=dict)  # how many trials share a GPU, if that was ours to choose
@@ -111,7 +122,7 @@ class State:
                 self._close(self.session_seconds())  # a session that was killed
                 self.started = self.started or event["time"]
                 self.most_slots = max(self.most_slots, event.get("workers", 1))
-                self.campaign, self.phases, self.running = event, {}, {}
+                self.campaign, self.phases, self.running, self.to_come = event, {}, {}, []
                 self.status, self.ended, self.left_out = "incomplete", False, {}
                 # A trial that failed is tried again when the command is given again; a diverged one is a result, and so
                 # is one that was stopped early, as long as the campaign does that.
@@ -122,7 +133,12 @@ class State:
             case "packing_chosen":
                 self.packing = {name: item for name, item in event.items() if name in PACKING}
             case "phase_planned":
+                if event["phase"] not in self.phases:
+                    rest = ([some for some in stage if some["phase"] != event["phase"]] for stage in self.to_come)
+                    self.to_come = [stage for stage in rest if stage]
                 self.phases[event["phase"]] = _phase(event)
+            case "trials_expected":
+                self.to_come = event["stages"]
             case "trial_started":
                 self.running[event["trial_id"]] = event
                 self.attempts[event["trial_id"]] = event["attempt"]
@@ -165,7 +181,12 @@ def read_state(root: Path) -> State:
 
 def _phase(event: Event) -> PhaseState:
     arms = [
-        ArmState(arm["arm"], arm["overrides"], {seed: trial_id for seed, trial_id in arm["trials"]})
+        ArmState(
+            arm["arm"],
+            arm["overrides"],
+            {seed: trial_id for seed, trial_id in arm["trials"]},
+            Work(**arm["work"]) if "work" in arm else None,
+        )
         for arm in event["arms"]
     ]
     return PhaseState(

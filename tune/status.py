@@ -6,11 +6,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from ngpt.pulse import read_heartbeat
 from ngpt.tracker import read_metrics
 from tune.console import Running, Snapshot
+from tune.eta import seconds_left
 from tune.lock import is_locked
 from tune.phase_summary import summarize_phase
-from tune.state import DONE, PhaseState, State, read_state
+from tune.state import PhaseState, State, read_state
 
 
 def take_snapshot(
@@ -41,7 +43,7 @@ def take_snapshot(
         reused=sum(result["seq"] < state.campaign["seq"] for result in results),
         unsuccessful=sum(result["status"] in ("failed", "diverged") for result in results),
         elapsed=elapsed,
-        eta=_eta(state, at_work, sum(totals.values()) - len(results)) if running else None,
+        eta=seconds_left(state, at_work) if running else None,
         running=at_work,
         best=_best(state, current) if current else None,
         metric=state.campaign["metric"]["name"],
@@ -50,44 +52,23 @@ def take_snapshot(
     )
 
 
-def _eta(state: State, running: Sequence[Running], left: int) -> float | None:
-    """Seconds left: what a trial takes on average, times what is left of all, over the workers, and no less than the
-    running ones need for the rest of theirs.
-
-    Of trials that are trained together each takes its share. Before any trial has ended, the speed of the running ones
-    says how long they will take.
-    """
-    workers = max(1, state.campaign["workers"])
-    at_once = max(1.0, len(running) / workers)  # in one worker
-    ended = (result for result in state.results.values() if result["status"] in DONE)
-    seconds = [result["seconds"] / result["provenance"].get("vectorised", 1) for result in ended]
-    if not seconds:
-        seconds = [trial.seconds / at_once for trial in running if trial.seconds]
-    if not seconds:
-        return None
-    rests = [max(0.0, 1 - trial.step / trial.steps) for trial in running]
-    of_all = fmean(seconds) * (left - len(running) + sum(rests)) / workers
-    return max(of_all, fmean(seconds) * at_once * max(rests, default=0.0))
-
-
 def _running(root: Path, event: Mapping[str, Any]) -> Running:
-    rows = read_metrics(root / "trials" / event["trial_id"] / "metrics.jsonl")
+    folder = root / "trials" / event["trial_id"]
+    rows, beat = read_metrics(folder / "metrics.jsonl"), read_heartbeat(folder)
 
     def newest(name: str) -> Any:
         return next((row[name] for row in reversed(rows) if row.get(name) is not None), None)
 
-    step, speed = newest("step") or 0, newest("tokens_per_second")
     return Running(
         trial_id=event["trial_id"],
         phase=event["phase"],
         arm=event["arm"],
         seed=event["seed"],
-        step=step,
+        step=max(newest("step") or 0, beat.step if beat else 0),
         steps=event["steps"],
         train_loss=newest("train_loss"),
         val_loss=newest("val_loss"),
-        tokens_per_second=speed,
-        seconds=event["steps"] * newest("tokens") / step / speed if step and speed else None,
+        tokens_per_second=newest("tokens_per_second"),
     )
 
 
