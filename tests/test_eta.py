@@ -180,11 +180,17 @@ def test_a_shape_without_a_result_goes_by_the_speed_of_its_running_trials() -> N
     assert seconds_left(state, (under_way("c-s0", 50, speed=3.0),)) == pytest.approx(25.0 + 50.0)
 
 
+def test_the_first_trials_in_which_workers_start_are_soon_forgotten() -> None:
+    arms = {name: ("x", 100.0) for name in "abcdefgh"}
+    results = [ended(f"{name}-s0", 60.0 if name in "ab" else 10.0) for name in "abcdef"]
+    assert seconds_left(journal(started(), planned("p", arms), *results), ()) == pytest.approx(20.0)
+
+
 def test_a_running_trial_that_is_slower_than_those_before_it_counts_for_what_it_has_done() -> None:
     arms = TWO | {"c": ("x", 500.0), "d": ("x", 500.0)}
     state = journal(started(), planned("p", arms), ended("a-s0", 10.0), ended("b-s0", 10.0))
     slower = under_way("c-s0", 40, speed=1.25)  # 80 s for the 200 that it has done, after 20 s for as many
-    assert seconds_left(state, (slower,)) == pytest.approx((300 + 500) * (20 + 80) / (200 + 200))
+    assert seconds_left(state, (slower,)) == pytest.approx(300 * 0.4 + 500 * (10 + 80) / (100 + 200))
 
 
 def test_a_trial_that_was_stopped_or_diverged_counts_for_the_steps_that_it_made() -> None:

@@ -22,7 +22,7 @@ class Pace:
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     flops: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
 
-    def add(self, work: Work, seconds: float, share: float = 1.0) -> None:
+    def add(self, work: Work, seconds: float, share: float) -> None:
         """Counts a trial that has done this share of its work in so many seconds of its worker."""
         if seconds > 0 and share > 0:
             self.seconds[work.shape] += seconds
@@ -40,8 +40,9 @@ class Pace:
 def seconds_left(state: State, running: Sequence[Running]) -> float | None:
     """Seconds until the last trial ends, or None as long as nothing says how fast they are.
 
-    Workers take the running trials' rests, then what is planned, in its order; then come the phases that nobody can
-    plan yet, in stages, since each waits for winners of the one before it. So a worker that finds nothing to do waits.
+    Workers take the running trials' rests, each at its own speed, then what is planned, in its order; then come the
+    phases that nobody can plan yet, in stages, since each waits for winners of the one before it. So a worker that
+    finds nothing to do waits.
 
     A phase that stops trials early is expected to go on doing so: what waits in it counts for the share of their work
     that its trials have done on average, the running ones taken as whole. Before it has stopped one, and in phases that
@@ -55,7 +56,14 @@ def seconds_left(state: State, running: Sequence[Running]) -> float | None:
         for trial_id in arm.trial_ids.values()
     }
     under_way = {trial.trial_id: trial for trial in running if trial.trial_id in works}
-    now, earlier = _paces(state, under_way, works)
+    workers = max(1, state.campaign["workers"])
+    at_once = max(1.0, len(under_way) / workers)  # in one worker
+    own = {  # what the running trials take as a whole, by their own speed
+        trial_id: works[trial_id].tokens / trial.tokens_per_second / at_once
+        for trial_id, trial in under_way.items()
+        if trial.tokens_per_second
+    }
+    now, earlier = _paces(state, under_way, works, own)
     if not (now.seconds or earlier.seconds):
         return None
     rates = earlier.rates() | now.rates()
@@ -64,9 +72,8 @@ def seconds_left(state: State, running: Sequence[Running]) -> float | None:
     def seconds(work: Work) -> float:
         return work.flops * rates.get(work.shape, overall)
 
-    workers = max(1, state.campaign["workers"])
     shares = {name: _share_of_phase(phase, state, under_way) for name, phase in state.phases.items()}
-    rests = [seconds(works[i]) * max(0.0, 1 - trial.step / trial.steps) for i, trial in under_way.items()]
+    rests = [(own.get(i) or seconds(works[i])) * max(0.0, 1 - t.step / t.steps) for i, t in under_way.items()]
     waiting = [seconds(works[i]) * shares[phase] for phase, i in _waiting(state, works) if i not in under_way]
     left = _makespan([*rests, *waiting], workers)
     for stage in state.to_come:
@@ -75,23 +82,32 @@ def seconds_left(state: State, running: Sequence[Running]) -> float | None:
     return left
 
 
-def _paces(state: State, under_way: Mapping[str, Running], works: Mapping[str, Work]) -> tuple[Pace, Pace]:
+def _paces(
+    state: State, under_way: Mapping[str, Running], works: Mapping[str, Work], own: Mapping[str, float]
+) -> tuple[Pace, Pace]:
     """How fast trials were in this session, the running ones included, and in those before it.
 
-    A trial that went on from a checkpoint does not say what a whole one takes. One that ended early took its time for
-    the steps that it made. Of trials that are trained together each takes its share.
+    Of the trials of a shape that ended in this session the later half counts: workers start and compile in the first
+    ones, and who else uses the machine changes. A trial that went on from a checkpoint does not say what a whole one
+    takes. One that ended early took its time for the steps that it made. Of trials that are trained together each takes
+    its share.
     """
     now, earlier = Pace(), Pace()
+    ended: defaultdict[str, list[tuple[Work, float, float]]] = defaultdict(list)
     for trial_id, result in state.results.items():
         if trial_id in works and result["status"] in DONE and result["attempt"] == 1:
-            pace = now if result["seq"] > state.campaign["seq"] else earlier
             seconds = result["seconds"] / result["provenance"].get("vectorised", 1)
-            pace.add(works[trial_id], seconds, _share_done(result))
-    at_once = max(1.0, len(under_way) / max(1, state.campaign["workers"]))  # in one worker
-    for trial_id, trial in under_way.items():
-        if speed := trial.tokens_per_second:
-            share = min(1.0, trial.step / trial.steps)
-            now.add(works[trial_id], share * works[trial_id].tokens / speed / at_once, share)
+            done = works[trial_id], seconds, _share_done(result)
+            if result["seq"] < state.campaign["seq"]:
+                earlier.add(*done)
+            else:
+                ended[works[trial_id].shape].append(done)
+    for trials in ended.values():
+        for done in trials[len(trials) // 2 :]:
+            now.add(*done)
+    for trial_id, seconds in own.items():
+        share = min(1.0, under_way[trial_id].step / under_way[trial_id].steps)
+        now.add(works[trial_id], share * seconds, share)
     return now, earlier
 
 
