@@ -116,7 +116,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if ctx.has_all:
             grad_x, grad_weight, grad_scale = (_times(gradient, share) for gradient in ctx.saved_tensors)
         else:
-            grad_x, grad_scaled, weight, scale = (t if t is None else t.detach() for t in ctx.saved_tensors)
+            grad_x, grad_scaled, weight, scale = ctx.saved_tensors
+            weight, scale = weight.detach(), None if scale is None else scale.detach()
             grad_x, grad_weight, grad_scale = _times(grad_x, share), None, None
             _, for_weight, for_scale, *_ = ctx.needs_input_grad
             if grad_scaled is not None:
