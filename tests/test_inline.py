@@ -15,6 +15,8 @@ from tune.session import Session
 from tune.summary import Summary
 from tune.trial import TrialResult
 
+pytestmark = pytest.mark.usefixtures("signals")
+
 
 @pytest.fixture(autouse=True)
 def no_report(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:

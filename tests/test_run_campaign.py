@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,15 +17,7 @@ from tune.journal import read_journal
 from tune.session import ExecutorLost
 
 SCRIPT = Path(__file__).parents[1] / "run_campaign.py"
-
-
-@pytest.fixture(autouse=True)
-def handlers() -> Iterator[None]:
-    """`run` handles SIGTERM and SIGHUP from then on; pytest wants its own way back."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+pytestmark = pytest.mark.usefixtures("signals")  # `run` handles them from then on
 
 
 @pytest.fixture
@@ -202,9 +193,11 @@ def test_a_damaged_journal_is_an_io_error_that_names_the_line(
     command = [str(file), "--inline", "--out", str(tmp_path)]
     assert run_campaign.main(command) == 0
     journal = tmp_path / "tiny" / "journal.jsonl"
-    journal.write_text(journal.read_text().replace('"attempt": 1', '"attempt": 2', 1))
+    before, _, after = (text := journal.read_text()).partition('"attempt": 1')
+    journal.write_text(f'{before}"attempt": 2{after}')
     assert run_campaign.main(command) == 74
-    assert re.search(r"journal\.jsonl:3: this line does not match its CRC", capsys.readouterr().err)
+    line = text.count("\n", 0, len(before)) + 1
+    assert line > 2 and f"journal.jsonl:{line}: this line does not match its CRC" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("raised", "code"), [(KeyboardInterrupt(), 130), (ExecutorLost("Ray died"), 1)])

@@ -14,6 +14,8 @@ from types import FrameType
 from tune.session import Session
 from tune.vectorised import run_trials
 
+HANGUP: int | None = getattr(signal, "SIGHUP", None)  # Windows has none
+
 
 def run_inline(session: Session) -> None:
     """Runs every trial in this process. The numbers are those of Ray; it is the debugger's way, and the tests'."""
@@ -42,7 +44,7 @@ def stop_on_signal(session: Session, *, at_once: Callable[[], object] = lambda: 
         return
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if session.stop_requested and number == signal.SIGHUP:  # a shell that ends passes on the one that all have had
+        if session.stop_requested and number == HANGUP:  # a shell that ends passes on the one that all have had
             return
         if session.stop_requested:
             at_once()
@@ -61,8 +63,9 @@ def stop_on_signal(session: Session, *, at_once: Callable[[], object] = lambda: 
 
 def stop_signals() -> list[int]:
     """SIGINT, SIGTERM, and SIGHUP where the terminal is to take its processes along when it goes (not with `nohup`)."""
-    stays = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    return [signal.SIGINT, signal.SIGTERM] if stays else [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+    if HANGUP is None or signal.getsignal(HANGUP) == signal.SIG_IGN:
+        return [signal.SIGINT, signal.SIGTERM]
+    return [signal.SIGINT, signal.SIGTERM, HANGUP]
 
 
 def last_words() -> None:
