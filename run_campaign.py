@@ -17,6 +17,7 @@ Exit codes: 0 all trials finished; 1 internal error; 2 usage or configuration; 3
 import argparse
 import io
 import json
+import os
 import shlex
 import signal
 import sys
@@ -175,15 +176,24 @@ def show_end(summary: dict[str, Any], number: int, root: Path, options: argparse
     from rich.console import Console
 
     from tune.final_screen import final_screen
+    from tune.inline import HANGUP
 
-    if options.json:
-        print(json.dumps(summary, indent=1, allow_nan=False))
-    else:
-        report = root / "report.html"
-        shown = report.relative_to(Path.cwd()) if report.is_relative_to(Path.cwd()) else report
-        Console(highlight=False).print(final_screen(summary, report=shown))
+    try:
+        if options.json:
+            print(json.dumps(summary, indent=1, allow_nan=False))
+        else:
+            report = root / "report.html"
+            shown = report.relative_to(Path.cwd()) if report.is_relative_to(Path.cwd()) else report
+            Console(highlight=False).print(final_screen(summary, report=shown))
+        if number:
+            print(f"interrupted; to go on: {summary['command']}", file=sys.stderr)
+    except OSError:
+        if number != HANGUP:
+            raise
+        nowhere = os.open(os.devnull, os.O_WRONLY)  # the terminal is gone; Python would write the rest to it at its end
+        for stream in (1, 2):
+            os.dup2(nowhere, stream)
     if number:
-        print(f"interrupted; to go on: {summary['command']}", file=sys.stderr)
         return 128 + number
     # 0 says that all the file asks for was trained: what comes next in a script may count on it.
     unsuccessful = summary["trials"]["failed"] + summary["trials"]["diverged"] + len(summary["left_out"])

@@ -13,6 +13,7 @@ import pytest
 from tiny_campaign import begun, drive, losses, records, session_on, strict, write_file
 
 import run_campaign
+from ngpt.pulse import read_heartbeat
 from tune.journal import read_journal
 from tune.session import ExecutorLost
 
@@ -237,6 +238,23 @@ def test_an_internal_error_anywhere_is_code_1_and_the_same_command_goes_on(
     assert [event["event"] for event in journal].count("crash") == (0 if where == "begin" else 1)
     assert "canary" not in (tmp_path / "tiny" / "journal.jsonl").read_text()
     assert run_campaign.main(command) == 0
+
+
+def test_a_run_whose_terminal_is_closed_saves_and_ends_with_129(file: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(SCRIPT), str(file), "--inline", "--out", str(tmp_path), "--set", "steps=100000"]
+    master, slave = os.openpty()
+    own = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+    with subprocess.Popen(
+        [sys.executable, "-c", own, *command], stdin=slave, stdout=slave, stderr=slave, start_new_session=True
+    ) as process:
+        os.close(slave)
+        while not any((beat := read_heartbeat(trial)) and beat.step > 2 for trial in tmp_path.glob("tiny/trials/*")):
+            assert process.poll() is None
+            os.read(master, 4096)  # it draws three times a second
+        os.close(master)
+        assert process.wait(timeout=60) == 128 + signal.SIGHUP
+    assert read_journal(tmp_path / "tiny" / "journal.jsonl")[-1]["status"] == "interrupted"
+    assert list(tmp_path.glob("tiny/trials/*/checkpoints/step_*"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
