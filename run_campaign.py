@@ -36,8 +36,8 @@ def main(arguments: list[str] | None = None) -> int:
     verb = VERBS.get(given[0] if given else "")
     options = verb_parser(given[0]).parse_args(given[1:]) if verb else run_parser().parse_args(given)
 
-    from ngpt.config import ConfigError
-    from ngpt.data.shards import CorruptShardError
+    from ngpt.config.base import ConfigError
+    from ngpt.data.tokens.shards import CorruptShardError
     from tune.format import PORTABLE
 
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("interrupted; the same command goes on", file=sys.stderr)
         return EXIT_INTERRUPTED
     except Exception as error:  # a mistake of ours; the journal of a campaign has it as `crash`
-        from ngpt.secrets import redacted
+        from ngpt.config.secrets import redacted
 
         print(redacted("".join(traceback.format_exception(error))), file=sys.stderr, end="")
         print("internal error; what is finished is safe, and the same command goes on", file=sys.stderr)
@@ -153,7 +153,7 @@ def refuse_second_run(options: argparse.Namespace) -> None:
         Busy: another process runs it.
         ConfigError: the file cannot be read.
     """
-    from ngpt.yamlfile import read_yaml
+    from ngpt.config.yaml_reader import read_yaml
     from tune.lock import refuse_if_running
 
     data = read_yaml(options.campaign).data
@@ -263,7 +263,7 @@ def given_claims(options: argparse.Namespace) -> Any:
 
 def show_ledger(results: list[Path], claims: Any, options: argparse.Namespace, *, out: Path | None = None) -> int:
     """Prints the ledger of some results directories as Markdown or JSON, or writes the Markdown to `out`."""
-    from ngpt.durable import write_atomic
+    from ngpt.system.atomic_files import write_atomic
     from tune.ledger import collect, ledger_markdown, total
 
     ledger = collect(results, claims)

@@ -23,11 +23,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ngpt.checkpoint import checkpoint_folders, save_checkpoint
-from ngpt.config import ConfigError, Problem, build, flatten, unknown
-from ngpt.data.tokenizer import parse_spec, tokenizer_vocab_size
-from ngpt.model import GPT, ModelConfig
-from ngpt.rope import ROPE_KINDS
+from ngpt.config.base import ConfigError, Problem, build, flatten, unknown
+from ngpt.data.tokens.tokenizer import parse_spec, tokenizer_vocab_size
+from ngpt.model.gpt import GPT, ModelConfig
+from ngpt.model.rope import ROPE_KINDS
+from ngpt.training.checkpoint import checkpoint_folders, save_checkpoint
 
 Table = dict[str, tuple[str, str]]  # official name -> our name, shape
 

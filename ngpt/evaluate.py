@@ -11,42 +11,25 @@ import os
 import sys
 from typing import Any
 
-import torch
-
-from ngpt.checkpoint import Checkpoint
-from ngpt.config import ConfigError, build
-from ngpt.data.corpora import DataConfig, Dataset, open_dataset
-from ngpt.data.loader import EvalSet, eval_set
-from ngpt.data.shards import CorruptShardError
+from ngpt.config.base import ConfigError, build
+from ngpt.data.dataset import DataConfig, Dataset, open_dataset
+from ngpt.data.loader import eval_set
 from ngpt.data.sources import CORPORA
-from ngpt.data.tokenizer import MODEL_FILE
-from ngpt.device import mixed_precision
-from ngpt.load import add_model_arguments, build_model, find_checkpoint, made_with, model_changes
-from ngpt.model import GPT
-from ngpt.tracker import finite
+from ngpt.data.tokens.shards import CorruptShardError
+from ngpt.data.tokens.tokenizer import MODEL_FILE
+from ngpt.model.gpt import GPT
+from ngpt.system.device import mixed_precision
+from ngpt.training.checkpoint import Checkpoint
+from ngpt.training.evaluation import evaluate
+from ngpt.training.load_model import add_model_arguments, build_model, find_checkpoint, made_with, model_changes
+from ngpt.training.tracker import finite
 
 EVAL_TOKENS = 16_384  # where neither the command line nor the checkpoint says how many
 EXIT_USAGE = 2
 EXIT_IO = 74  # EX_IOERR of sysexits.h
 
 
-@torch.no_grad()
-def evaluate(model: GPT, eval_set: EvalSet, *, autocast: torch.autocast) -> dict[str, float | None]:
-    """`val_loss` (nats per token) and `val_bpb` (bits per byte; None where the corpus cannot count its bytes)."""
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    with autocast:
-        losses = [model(idx.to(device), targets.to(device)) for idx, targets in eval_set.batches]
-    model.train(was_training)
-    counts = [targets.numel() for _, targets in eval_set.batches]
-    # Summed in float64 on the CPU, since MPS has none; one transfer, not one per batch.
-    nats = sum(loss * n for loss, n in zip(torch.stack(losses).tolist(), counts, strict=True))
-    bpb = nats / math.log(2) / eval_set.n_bytes if eval_set.n_bytes else None
-    return {"val_loss": nats / eval_set.n_tokens, "val_bpb": bpb}
-
-
-def measure(
+def evaluate_checkpoint(
     model: GPT, checkpoint: Checkpoint, dataset: Dataset, *, eval_tokens: int | None, dtype: str | None
 ) -> dict[str, Any]:
     """What is printed: `val_loss`, `val_bpb`, `perplexity` (per token), and what they belong to.
@@ -129,7 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
         model = build_model(checkpoint, device=options.device, **model_changes(options.set))
         config = data_config(checkpoint, corpus=options.corpus, source=options.source, tokenizer=options.tokenizer)
         dataset = open_dataset(config)
-        figures = measure(model, checkpoint, dataset, eval_tokens=options.eval_tokens, dtype=options.dtype)
+        figures = evaluate_checkpoint(model, checkpoint, dataset, eval_tokens=options.eval_tokens, dtype=options.dtype)
     except (ConfigError, CorruptShardError) as error:
         print(error, file=sys.stderr)
         return EXIT_USAGE

@@ -21,11 +21,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ngpt.config import Config, ConfigError, build
-from ngpt.data.tokenizer import Tokenizer
-from ngpt.device import mixed_precision
-from ngpt.load import Loaded, add_model_arguments, load_model, model_changes
-from ngpt.model import GPT, Count, KVCache
+from ngpt.config.base import Config, ConfigError, build
+from ngpt.data.tokens.tokenizer import Tokenizer
+from ngpt.model.gpt import GPT, Count, KVCache
+from ngpt.system.device import mixed_precision
+from ngpt.training.load_model import Loaded, add_model_arguments, load_model, model_changes
 
 REPLACEMENT = "\ufffd"  # what decoding makes of bytes that are not UTF-8, or not yet
 EXIT_USAGE = 2

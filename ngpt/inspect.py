@@ -17,20 +17,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ngpt.config import ConfigError, build, override
-from ngpt.data.corpora import open_dataset
-from ngpt.data.shards import CorruptShardError
-from ngpt.device import mixed_precision, pick_device
-from ngpt.flops import flops_per_token, matrix_params
-from ngpt.load import build_model, find_checkpoint, made_with
-from ngpt.model import GPT
-from ngpt.optim import kinds
-from ngpt.stages import Recorder, Stage, watched
-from ngpt.tracker import finite
-from ngpt.train import read_batch
-from ngpt.train_config import TrainConfig, read_config, resolved
-from ngpt.written import named_settings
-from ngpt.yamlfile import parse_assignment
+from ngpt.config.base import ConfigError, build, override
+from ngpt.config.overrides import named_settings
+from ngpt.config.yaml_reader import parse_assignment
+from ngpt.data.dataset import open_dataset
+from ngpt.data.tokens.shards import CorruptShardError
+from ngpt.model.flops import flops_per_token, matrix_params
+from ngpt.model.gpt import GPT
+from ngpt.model.trace import Recorder, Stage, watched
+from ngpt.optim.optimizers import kinds
+from ngpt.system.device import mixed_precision, pick_device
+from ngpt.training.config import TrainConfig, read_config, resolved
+from ngpt.training.load_model import build_model, find_checkpoint, made_with
+from ngpt.training.loop import read_batch
+from ngpt.training.tracker import finite
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ import torch
 from hypothesis import settings
 from tiny_campaign import write_corpus
 
-from ngpt.config import build
-from ngpt.data.corpora import DataConfig, Dataset, open_dataset
-from ngpt.train_config import TrainConfig
+from ngpt.config.base import build
+from ngpt.data.dataset import DataConfig, Dataset, open_dataset
+from ngpt.training.config import TrainConfig
 from tune.campaign import Campaign, load_campaign
 
 if not torch.cuda.is_available():

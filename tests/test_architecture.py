@@ -20,16 +20,16 @@ NAMES = {path: path.relative_to(ROOT).as_posix() for path in SOURCES}
 # Packages that only these files may import, here always all the importers there are.
 RESERVED = {
     "ray": {"tune/engine.py", "tune/trainable.py"},
-    "wandb": {"ngpt/wandb_run.py"},
-    "torch.utils.tensorboard": {"ngpt/tracker.py"},
-    "sentencepiece": {"ngpt/data/tokenizer.py"},
-    "tiktoken": {"ngpt/data/gpt2.py"},
+    "wandb": {"ngpt/training/wandb_tracker.py"},
+    "torch.utils.tensorboard": {"ngpt/training/tracker.py"},
+    "sentencepiece": {"ngpt/data/tokens/tokenizer.py"},
+    "tiktoken": {"ngpt/data/tokens/gpt2_bpe.py"},
     "optuna": {"tune/optuna_search.py"},
 }
 # A file without a test file of its own, and why.
 UNTESTED: dict[str, str] = {
-    "ngpt/data/gpt2.py": "one tokenizer among others: test_tokenizer.py",
-    "ngpt/data/index.py": "what corpora.py does with shards that exist already: test_corpora.py",
+    "ngpt/data/tokens/gpt2_bpe.py": "one tokenizer among others: test_tokenizer.py",
+    "ngpt/data/shard_index.py": "what corpora.py does with shards that exist already: test_corpora.py",
     "tune/schema.py": "types without behaviour, filled by load_campaign: test_campaign.py",
     "tune/phases.py": "part of load_campaign: test_campaign.py",
     "tune/checks.py": "part of load_campaign: test_campaign.py",

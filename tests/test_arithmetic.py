@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ngpt.config import ConfigError
+from ngpt.config.base import ConfigError
 from tune.arithmetic import evaluate
 
 numbers = st.integers(0, 999).map(str)

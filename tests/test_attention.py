@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ngpt import model
-from ngpt.attention import LONGEST, causal_attention, has_native_attention
-from ngpt.model import GPT, ModelConfig
+from ngpt.kernels.cpu_attention import LONGEST, causal_attention, has_native_attention
+from ngpt.model import gpt as model
+from ngpt.model.gpt import GPT, ModelConfig
 
 Four = tuple[Tensor, Tensor, Tensor, Tensor]
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from ngpt.bench import parts
-from ngpt.config import ConfigError, build, override
-from ngpt.device import DTYPES
-from ngpt.model import GPT, ModelConfig
-from ngpt.optim import OPTIMIZERS, OptimConfig, build_optimizers
-from ngpt.train_config import TrainConfig
+from ngpt.config.base import ConfigError, build, override
+from ngpt.model.gpt import GPT, ModelConfig
+from ngpt.optim.optimizers import OPTIMIZERS, OptimConfig, build_optimizers
+from ngpt.system.device import DTYPES
+from ngpt.training.config import TrainConfig
 
 MODEL = build(ModelConfig, {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 8, "vocab_size": 31, "mlp": "relu2"})
 

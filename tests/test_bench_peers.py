@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from ngpt.bench.peers import flash_attn_func, flash_attn_qkvpacked_func, load_peer, normalize_matrices, peer_step
-from ngpt.config import ConfigError, override
-from ngpt.data.corpora import Dataset
-from ngpt.train_config import TrainConfig, resolved
+from ngpt.config.base import ConfigError, override
+from ngpt.data.dataset import Dataset
+from ngpt.training.config import TrainConfig, resolved
 
 NANOGPT = """
 import torch

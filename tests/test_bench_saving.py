@@ -3,8 +3,8 @@
 import pytest
 
 from ngpt.bench.saving import checkpoint
-from ngpt.config import override
-from ngpt.train_config import TrainConfig
+from ngpt.config.base import override
+from ngpt.training.config import TrainConfig
 
 
 def test_a_checkpoint_is_compared_with_a_plain_save_and_with_the_steps_between(tiny: TrainConfig) -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ngpt.bench import timing
+from ngpt.system import timing
 
 CPU = torch.device("cpu")
 

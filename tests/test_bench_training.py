@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 from test_bench_peers import NANOGPT
 
-from ngpt.bench.training import against_peer, prepared, step
-from ngpt.config import override
-from ngpt.flops import flops_per_token
-from ngpt.train import train_step
-from ngpt.train_config import TrainConfig, resolved
+from ngpt.config.base import override
+from ngpt.model.flops import flops_per_token
+from ngpt.training.config import TrainConfig, resolved
+from ngpt.training.loop import train_step
+from ngpt.training.throughput import against_peer, prepared, step
 
 CONTRACT = {"tokens_per_second", "step_ms", "gemm_tflops", "mfu", "peak_memory_bytes", "device", "dtype", "compiled"}
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from ngpt.bench.vectorised import AT_ONCE, step_together, vectorised
-from ngpt.config import ConfigError, override
-from ngpt.train_config import TrainConfig
+from ngpt.config.base import ConfigError, override
+from ngpt.ensemble.throughput import AT_ONCE, step_together, vectorised
+from ngpt.training.config import TrainConfig
 
 
 def test_every_number_of_runs_is_compared_with_as_many_single_steps(tiny: TrainConfig) -> None:
@@ -28,7 +28,7 @@ def test_what_cannot_be_trained_at_once_is_not_measured(tiny: TrainConfig) -> No
 
 def test_a_step_of_several_makes_tokens_for_each_of_them(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = iter([9.0, 2.0, 4.0, 3.0])
-    monkeypatch.setattr("ngpt.bench.vectorised.timed", lambda work, device: (work(), next(seconds))[1])
+    monkeypatch.setattr("ngpt.ensemble.throughput.timed", lambda work, device: (work(), next(seconds))[1])
     tokens = 3 * tiny.batch_size * tiny.model.block_size
     assert step_together(tiny, 3, warmup=1, steps=3) == tokens / 3.0
     with pytest.raises(ConfigError, match="compile is on"):

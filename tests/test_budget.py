@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tiny_campaign import begun, drive, pretend, records, session_on, strict, write_file
 
 import run_campaign
-from ngpt.config import ConfigError
+from ngpt.config.base import ConfigError
 from tune.budget import STOPPED, allows, describe, left_out_sentence
 from tune.campaign import load_campaign
 from tune.estimate import check_budget

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
 import run_campaign
-from ngpt.config import ConfigError
-from ngpt.data.corpora import Dataset
+from ngpt.config.base import ConfigError
+from ngpt.data.dataset import Dataset
 from ngpt.data.sources import CORPORA
-from ngpt.optim import OPTIMIZERS
-from ngpt.residual import RESIDUAL_RULES
-from ngpt.schedule import SCHEDULES
+from ngpt.model.residual import RESIDUAL_RULES
+from ngpt.optim.optimizers import OPTIMIZERS
+from ngpt.optim.schedule import SCHEDULES
 from tune.arms import SWEEPS, Arm, Axis
 from tune.campaign import Campaign, Fresh, Metric, Resources, load_campaign
 from tune.checks import with_absolute_paths

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from tiny_campaign import begun, drive, pretend, session_on, strict, write_file
 
-from ngpt.config import ConfigError
+from ngpt.config.base import ConfigError
 from tune.campaign import load_campaign
 from tune.chain import read_chained
 from tune.journal import Journal

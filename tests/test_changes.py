@@ -6,7 +6,7 @@ import pytest
 from tiny_campaign import PHASES, begun, drive, losses, records, session_on, strict, write_file
 
 import run_campaign
-from ngpt.config import ConfigError
+from ngpt.config.base import ConfigError
 from tune.changes import FLAG, Changes, check_changes, find_changes
 from tune.journal import read_journal
 from tune.session import Session

@@ -14,8 +14,10 @@ import pytest
 import torch
 from torch import nn
 
-from ngpt import checkpoint, durable
-from ngpt.checkpoint import (
+from ngpt.config.base import ConfigError
+from ngpt.system import atomic_files as durable
+from ngpt.training import checkpoint
+from ngpt.training.checkpoint import (
     CheckpointConfig,
     checkpoint_folders,
     load_checkpoint,
@@ -23,7 +25,6 @@ from ngpt.checkpoint import (
     save_checkpoint,
     verify_checkpoint,
 )
-from ngpt.config import ConfigError
 
 IDENTITY = {"seed": 3, "optim.betas": (0.9, 0.95), "optim.lr": 0.1, "model.softcap": None}
 FILES = ["MANIFEST.json", "model.safetensors", "state.pt"]

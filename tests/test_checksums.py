@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ngpt.data import checksums
-from ngpt.data.checksums import shard_crc
-from ngpt.data.shards import CorruptShardError, token_crc, write_shard
+from ngpt.data.tokens import checksums
+from ngpt.data.tokens.checksums import shard_crc
+from ngpt.data.tokens.shards import CorruptShardError, token_crc, write_shard
 
 LONG_AGO = time.time() - 1000
 

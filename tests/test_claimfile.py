@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from ngpt.config import ConfigError, flatten
-from ngpt.train_config import TrainConfig
+from ngpt.config.base import ConfigError, flatten
+from ngpt.training.config import TrainConfig
 from tune.arms import Arm
 from tune.campaign import load_campaign
 from tune.claimfile import load_claims, possible_arms

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_campaign import begun, drive, pretend, records, session_on, strict, write_file
 
-from ngpt.config import ConfigError
+from ngpt.config.base import ConfigError
 from tune.campaign import load_campaign
 from tune.combine import Better, joins
 from tune.plan import plan_phase, preview

@@ -12,7 +12,7 @@ import pytest
 from scipy import stats
 from tiny_campaign import begun, drive, pretend, session_on, write_file
 
-from ngpt.config import ConfigError
+from ngpt.config.base import ConfigError
 from tune.compare import compare
 from tune.trial import TrialResult, TrialSpec
 

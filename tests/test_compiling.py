@@ -1,4 +1,4 @@
-"""One code object per key, and compiled code that outlives its process: see ngpt/compiling.py."""
+"""One code object per key, and compiled code that outlives its process: see ngpt/kernels/compile.py."""
 
 import json
 import os
@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ngpt.compiling import VARIABLE, compile_for, keep_on_disk
-from ngpt.model import GPT, ModelConfig
+from ngpt.kernels.compile import VARIABLE, compile_for, keep_on_disk
+from ngpt.model.gpt import GPT, ModelConfig
 
 
 def power(x: Tensor, exponent: int, *, negative: bool = False) -> Tensor:
@@ -79,8 +79,8 @@ RUN = """
 import json, sys, warnings
 from pathlib import Path
 from torch._dynamo.utils import counters
-from ngpt.config import build
-from ngpt.train import TrainConfig, train
+from ngpt.config.base import build
+from ngpt.training.loop import TrainConfig, train
 warnings.simplefilter("ignore")
 corpus, out, alpha, seed = sys.argv[1:]
 small = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "mlp_ratio": 2.0, "alpha": float(alpha)}

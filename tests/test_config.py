@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field, model_validator
 
-from ngpt.config import (
+from ngpt.config.base import (
     Config,
     ConfigError,
     Problem,

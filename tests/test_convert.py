@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from ngpt.checkpoint import verify_checkpoint
-from ngpt.config import ConfigError
+from ngpt.config.base import ConfigError
 from ngpt.convert import from_nanochat, from_nvidia_ngpt, main
-from ngpt.load import build_model
-from ngpt.model import GPT
-from ngpt.optim import OptimConfig, build_optimizers
-from ngpt.projection import project_weights
+from ngpt.model.gpt import GPT
+from ngpt.optim.optimizers import OptimConfig, build_optimizers
+from ngpt.optim.projection import project_weights
+from ngpt.training.checkpoint import verify_checkpoint
+from ngpt.training.load_model import build_model
 
 Golden = dict[str, np.ndarray]
 State = dict[str, torch.Tensor]

@@ -14,14 +14,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ngpt.config import ConfigError, build, override
-from ngpt.data import docstrings, documents, sources
+from ngpt.config.base import ConfigError, build, override
 from ngpt.data import prepare as preparation
+from ngpt.data import sources
 from ngpt.data.__main__ import main
-from ngpt.data.corpora import DataConfig, Dataset, fingerprint, open_dataset, order_settings, prepare, vocab_size
-from ngpt.data.shards import CorruptShardError, write_shard
-from ngpt.data.tokenizer import load_tokenizer
-from ngpt.train_config import TrainConfig, resolved
+from ngpt.data.dataset import DataConfig, Dataset, fingerprint, open_dataset, order_settings, prepare, vocab_size
+from ngpt.data.text import documents
+from ngpt.data.text import python_docs as docstrings
+from ngpt.data.tokens.shards import CorruptShardError, write_shard
+from ngpt.data.tokens.tokenizer import load_tokenizer
+from ngpt.training.config import TrainConfig, resolved
 
 
 @pytest.fixture

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ngpt.config import override
-from ngpt.data import checksums
-from ngpt.data.corpora import Dataset
-from ngpt.data.shards import CorruptShardError, write_shard
-from ngpt.train_config import TrainConfig
+from ngpt.config.base import override
+from ngpt.data.dataset import Dataset
+from ngpt.data.tokens import checksums
+from ngpt.data.tokens.shards import CorruptShardError, write_shard
+from ngpt.training.config import TrainConfig
 from tune.campaign import load_campaign
 from tune.corpus import changed_shards, check_all, describe_data, prepare_all
 

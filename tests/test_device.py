@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from ngpt.config import ConfigError
-from ngpt.device import DEVICES, DTYPES, mixed_precision, pick_device
+from ngpt.config.base import ConfigError
+from ngpt.system.device import DEVICES, DTYPES, mixed_precision, pick_device
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from ngpt.config import build
-from ngpt.diagnostics import (
+from ngpt.config.base import build
+from ngpt.model.diagnostics import (
     activation_norm_error,
     counted_once,
     divisor_statistics,
@@ -13,8 +13,8 @@ from ngpt.diagnostics import (
     step_lengths,
     weight_norm_error,
 )
-from ngpt.model import GPT, ModelConfig, SphereBlock
-from ngpt.residual import Residual
+from ngpt.model.gpt import GPT, ModelConfig, SphereBlock
+from ngpt.model.residual import Residual
 
 IDX = torch.randint(31, (2, 12), generator=torch.Generator().manual_seed(7))
 

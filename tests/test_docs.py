@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from ngpt.config import resolve, settings
-from ngpt.train_config import TrainConfig
+from ngpt.config.base import resolve, settings
+from ngpt.training.config import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 FEATURES = (ROOT / "docs" / "features.md").read_text(encoding="utf-8")

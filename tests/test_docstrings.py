@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from ngpt.data import docstrings
+from ngpt.data.text import python_docs as docstrings
 
 
 def test_python_docs_leaves_out_tests_builds_and_installed_packages(tmp_path: Path) -> None:

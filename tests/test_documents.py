@@ -12,9 +12,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ngpt.config import ConfigError
-from ngpt.data import documents
-from ngpt.data.documents import files_identity, find_files, holds_documents, read_documents, text_size
+from ngpt.config.base import ConfigError
+from ngpt.data.text import documents
+from ngpt.data.text.documents import files_identity, find_files, holds_documents, read_documents, text_size
 
 TEXTS = ["one\n", "\r\n two \u2028 three", "caf\u00e9 \U0001f600" * 50, '"quoted"\\n']
 

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from hub import Handler, Hub, cut_after, status
 
-import ngpt.data.download as downloading
-from ngpt.config import ConfigError
-from ngpt.data.download import HubFile, download, list_hub
-from ngpt.data.meter import silent
+import ngpt.data.text.hub as downloading
+from ngpt.config.base import ConfigError
+from ngpt.data.text.hub import HubFile, download, list_hub
+from ngpt.data.text.progress import silent
 
 DATA = np.random.default_rng(0).bytes(300_000)
 
@@ -188,7 +188,7 @@ def test_a_killed_download_leaves_a_part_and_the_next_one_continues_it(hub: Hub,
 
     hub.faults["a.bin"] = [stall]
     code = (
-        "import sys; from pathlib import Path; from ngpt.data.download import download, list_hub; "
+        "import sys; from pathlib import Path; from ngpt.data.text.hub import download, list_hub; "
         "download(list_hub('someone/data'), Path(sys.argv[1]), name='data', log=print)"
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.DEVNULL)
@@ -215,7 +215,7 @@ def test_a_disk_that_is_too_small_is_said_before_the_first_byte(
 
 def test_two_processes_share_one_download(hub: Hub, tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from ngpt.data.download import download, list_hub; "
+        "import sys; from pathlib import Path; from ngpt.data.text.hub import download, list_hub; "
         "download(list_hub('someone/data'), Path(sys.argv[1]), name='data', log=print)"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]

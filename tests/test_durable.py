@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from ngpt.durable import LineFile, commit_folder, make_folder, remove_folder, sweep, write_atomic, write_json
+from ngpt.system.atomic_files import (
+    LineFile,
+    commit_folder,
+    make_folder,
+    remove_folder,
+    sweep,
+    write_atomic,
+    write_json,
+)
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from ray.tune.schedulers import AsyncHyperBandScheduler
 from tiny_campaign import begun, losses, pretend, records, session_on, train_all, write_file
 
-from ngpt.config import ConfigError
-from ngpt.tracker import read_metrics
+from ngpt.config.base import ConfigError
+from ngpt.training.tracker import read_metrics
 from tune.campaign import load_campaign
 from tune.early_stop import EVENT, Ladder, cutoff
 from tune.estimate import estimate

@@ -18,8 +18,8 @@ from ray.tune.search import Searcher
 from real_run import SCRIPT, Run, left_over, start
 from tiny_campaign import begun, losses, pretend, records, session_on, strict, train_all, write_file
 
-from ngpt.config import ConfigError
-from ngpt.pulse import is_asked_to_stop
+from ngpt.config.base import ConfigError
+from ngpt.system.heartbeat import is_asked_to_stop
 from tune import engine
 from tune.engine import Feeder, RayCluster
 from tune.journal import read_journal

@@ -13,9 +13,9 @@ from rich.console import Console
 
 import ngpt.bench
 import run_campaign
-from ngpt.config import override
-from ngpt.train import train
-from ngpt.train_config import TrainConfig
+from ngpt.config.base import override
+from ngpt.training.config import TrainConfig
+from ngpt.training.loop import train
 from tune.campaign import Campaign, load_campaign
 from tune.estimate import estimate, expected_workers, plan_view
 from tune.journal import Journal

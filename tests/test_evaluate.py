@@ -12,15 +12,16 @@ import tiny_run
 import torch
 from torch import Tensor, nn
 
-from ngpt.checkpoint import save_checkpoint
-from ngpt.config import build, flatten, override
-from ngpt.data.corpora import Dataset, open_dataset
+from ngpt.config.base import build, flatten, override
+from ngpt.data.dataset import Dataset, open_dataset
 from ngpt.data.loader import EvalSet, eval_set
-from ngpt.evaluate import evaluate, main
-from ngpt.load import load_model
-from ngpt.model import GPT, ModelConfig
-from ngpt.projection import project_weights
-from ngpt.train_config import TrainConfig
+from ngpt.evaluate import main
+from ngpt.model.gpt import GPT, ModelConfig
+from ngpt.optim.projection import project_weights
+from ngpt.training.checkpoint import save_checkpoint
+from ngpt.training.config import TrainConfig
+from ngpt.training.evaluation import evaluate
+from ngpt.training.load_model import load_model
 
 
 def no_autocast() -> torch.autocast:

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ngpt.config import build
-from ngpt.flops import flops_per_token, matrix_params
-from ngpt.model import GPT, ModelConfig
-from ngpt.residual import RESIDUAL_RULES
+from ngpt.config.base import build
+from ngpt.model.flops import flops_per_token, matrix_params
+from ngpt.model.gpt import GPT, ModelConfig
+from ngpt.model.residual import RESIDUAL_RULES
 
 SMALL = {"n_layer": 3, "n_head": 4, "n_embd": 16, "block_size": 20, "vocab_size": 50}
 MLPS = [("swiglu", 4.0), ("relu2", 4.0), ("swiglu", 2.66)]

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ngpt import fused, residual
-from ngpt.fused import DTYPES, WIDEST, kernels_serve, works
-from ngpt.norm import l2_normalize
-from ngpt.residual import Residual, lerp
+from ngpt.kernels import fused_lerp as fused
+from ngpt.kernels.fused_lerp import DTYPES, WIDEST, kernels_serve, works
+from ngpt.model import residual
+from ngpt.model.norm import l2_normalize
+from ngpt.model.residual import Residual, lerp
 
 SHAPE = (2, 3, 8)
 

@@ -14,14 +14,15 @@ from hypothesis import strategies as st
 from numpy_gpt import RULES
 from torch import Tensor
 
-from ngpt import fused, residual
-from ngpt.fused import fused_lerp
-from ngpt.model import GPT, ModelConfig
+from ngpt.kernels import fused_lerp as fused
+from ngpt.kernels.fused_lerp import fused_lerp
+from ngpt.model import residual
+from ngpt.model.gpt import GPT, ModelConfig
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 triton = pytest.importorskip("triton", minversion=None if DEVICE.type == "cuda" else "3.7")  # 3.6's: NumPy < 2.4
 
-from ngpt import fused_kernels  # noqa: E402
+from ngpt.kernels import fused_lerp_triton as fused_kernels  # noqa: E402
 
 FLOATS, HALVES = torch.float32, torch.bfloat16
 FORWARD, BACKWARD = 1e-6, 1e-5  # of the largest entry of a row
@@ -231,7 +232,7 @@ def test_the_kernels_compile_for_gpus_that_are_not_here(tmp_path: Path) -> None:
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from ngpt import fused_kernels
+from ngpt.kernels import fused_lerp_triton as fused_kernels
 
 for kernel in (fused_kernels._forward, fused_kernels._backward):
     types = {name: "i32" for name in kernel.arg_names} | {"BLOCK": "constexpr"}

@@ -16,15 +16,15 @@ from hypothesis import strategies as st
 from sentencepiece import SentencePieceTrainer
 
 import ngpt.generate
-from ngpt.config import ConfigError, build, override
-from ngpt.data.corpora import Dataset
-from ngpt.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
+from ngpt.config.base import ConfigError, build, override
+from ngpt.data.dataset import Dataset
+from ngpt.data.tokens.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from ngpt.generate import Row, Sampling, TextStream, generate, main, probabilities, start_of
-from ngpt.load import load_model
-from ngpt.model import GPT, KVCache, ModelConfig
-from ngpt.residual import RESIDUAL_RULES
-from ngpt.train import train
-from ngpt.train_config import TrainConfig
+from ngpt.model.gpt import GPT, KVCache, ModelConfig
+from ngpt.model.residual import RESIDUAL_RULES
+from ngpt.training.config import TrainConfig
+from ngpt.training.load_model import load_model
+from ngpt.training.loop import train
 
 VOCAB = 50
 VARIANTS: dict[str, dict[str, Any]] = {

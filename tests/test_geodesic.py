@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ngpt import geodesic
-from ngpt.geodesic import GeodesicMuon, RiemannianAdamW, tangent, transport, walk
-from ngpt.muon import Muon
+from ngpt.optim import riemannian as geodesic
+from ngpt.optim.muon import Muon
+from ngpt.optim.riemannian import GeodesicMuon, RiemannianAdamW, tangent, transport, walk
 
 OPTIMIZERS = [GeodesicMuon, RiemannianAdamW]
 SHAPES = [(8, 8), (24, 6), (6, 24), (40, 13)]

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ngpt import loss
-from ngpt.head import native_cross_entropy
-from ngpt.loss import linear_cross_entropy
-from ngpt.native import load_native
+from ngpt.kernels import linear_cross_entropy as loss
+from ngpt.kernels.build import load_native
+from ngpt.kernels.cpu_cross_entropy import native_cross_entropy
+from ngpt.kernels.linear_cross_entropy import linear_cross_entropy
 
 WIDTH, VOCABULARY = 32, 113  # two panels of 48 and a third that is not full
 Walked = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
@@ -21,7 +21,7 @@ Walked = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 @pytest.fixture(scope="module", autouse=True)
 def built() -> None:
-    if not hasattr(load_native("head"), "linear_cross_entropy"):
+    if not hasattr(load_native("cpu_cross_entropy"), "linear_cross_entropy"):
         pytest.skip("this processor has no vector products of bfloat16")
 
 
@@ -237,5 +237,5 @@ def test_the_compiled_loss_takes_it_and_gives_the_gradients_of_weight_and_scale(
 
 def test_without_the_library_the_other_way_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight, _, targets = inputs(40)
-    monkeypatch.setattr("ngpt.head.load_native", lambda name: None)
+    monkeypatch.setattr("ngpt.kernels.cpu_cross_entropy.load_native", lambda name: None)
     assert native_cross_entropy(x, weight, None, targets, rows=8, gradients=True) is None

@@ -16,9 +16,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import run_campaign
-from ngpt.config import LONGEST_MESSAGE, ConfigError
-from ngpt.written import MOST_PROBLEMS
-from ngpt.yamlfile import LARGEST_FILE, MOST_NODES
+from ngpt.config.base import LONGEST_MESSAGE, ConfigError
+from ngpt.config.overrides import MOST_PROBLEMS
+from ngpt.config.yaml_reader import LARGEST_FILE, MOST_NODES
 from tune.campaign import load_campaign
 from tune.journal import Journal
 

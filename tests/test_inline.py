@@ -175,7 +175,7 @@ def test_groups_give_the_verdicts_of_one_after_the_other(
 def test_a_group_that_is_stopped_goes_on_where_each_of_it_was(
     tmp_path: Path, corpus: Path, after: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ngpt.pulse.LISTEN", 0.0)  # at every step
+    monkeypatch.setattr("ngpt.system.heartbeat.LISTEN", 0.0)  # at every step
     file = vectorised(write_file(tmp_path, corpus, phases=ONE_PHASE, steps=9, every=3), size=3)
     train_all(file, tmp_path / "undisturbed")
     root, heard = tmp_path / "out", 0

@@ -12,10 +12,10 @@ import pytest
 from tiny_run import run
 
 import run_campaign
-from ngpt.data.corpora import Dataset
+from ngpt.data.dataset import Dataset
 from ngpt.inspect import main, table
-from ngpt.stages import Stage
-from ngpt.train_config import TrainConfig
+from ngpt.model.trace import Stage
+from ngpt.training.config import TrainConfig
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "how-it-works.md"
 TINY = ["model.n_layer=1", "model.n_embd=16", "model.n_head=2", "model.block_size=16", "batch_size=2", "eval_tokens=64"]

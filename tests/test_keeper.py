@@ -16,8 +16,8 @@ import pytest
 from real_run import Run, left_over, start
 from tiny_campaign import begun, drive, losses, pretend, records, session_on, train_all, write_file
 
-from ngpt.config import ConfigError
-from ngpt.pulse import Pulse, is_asked_to_stop
+from ngpt.config.base import ConfigError
+from ngpt.system.heartbeat import Pulse, is_asked_to_stop
 from tune import keeper as keeping
 from tune.driver import Over, Ready
 from tune.journal import read_journal

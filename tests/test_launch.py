@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 from wandb_file import python
 
-from ngpt.config import ConfigError
+from ngpt.config.base import ConfigError
 from tune.campaign import load_campaign
 from tune.console import Snapshot
 from tune.journal import read_journal
@@ -109,7 +109,7 @@ def test_a_campaign_with_nothing_left_to_train_does_not_start_ray(
 TRACKED = """
 import contextlib, json, os, types
 from pathlib import Path
-from ngpt.config import ConfigError
+from ngpt.config.base import ConfigError
 from tune.campaign import load_campaign
 from tune.journal import read_journal
 from tune.launch import launch

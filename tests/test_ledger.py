@@ -9,7 +9,7 @@ import pytest
 from tiny_campaign import begun, drive, pretend, session_on, strict, write_file
 
 import run_campaign
-from ngpt.config import ConfigError
+from ngpt.config.base import ConfigError
 from tune.claimfile import load_claims
 from tune.claims import RELATIONS
 from tune.journal import read_journal

@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 import torch
 
-from ngpt.checkpoint import save_checkpoint, verify_checkpoint
-from ngpt.config import ConfigError, flatten, override
-from ngpt.data.corpora import DataConfig, Dataset
-from ngpt.data.shards import write_shard
-from ngpt.data.tokenizer import load_tokenizer
-from ngpt.load import find_checkpoint, load_model, made_with, model_changes
-from ngpt.model import GPT, ModelConfig
-from ngpt.run import Run, save, set_up
-from ngpt.tracker import Tracker
-from ngpt.train import train, train_step
-from ngpt.train_config import TrainConfig, resolved
+from ngpt.config.base import ConfigError, flatten, override
+from ngpt.data.dataset import DataConfig, Dataset
+from ngpt.data.tokens.shards import write_shard
+from ngpt.data.tokens.tokenizer import load_tokenizer
+from ngpt.model.gpt import GPT, ModelConfig
+from ngpt.training.checkpoint import save_checkpoint, verify_checkpoint
+from ngpt.training.config import TrainConfig, resolved
+from ngpt.training.load_model import find_checkpoint, load_model, made_with, model_changes
+from ngpt.training.loop import train, train_step
+from ngpt.training.run import Run, save, set_up
+from ngpt.training.tracker import Tracker
 
 
 def finish(config: TrainConfig, out: Path, dataset: Dataset | None = None) -> Path:

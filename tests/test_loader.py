@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ngpt.config import ConfigError
-from ngpt.data.corpora import Dataset
+from ngpt.config.base import ConfigError
+from ngpt.data.dataset import Dataset
 from ngpt.data.loader import eval_set, train_batch
 
 lengths = st.lists(st.integers(1, 40), min_size=1, max_size=4)

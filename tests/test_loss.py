@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ngpt import loss
-from ngpt.loss import linear_cross_entropy
+from ngpt.kernels import linear_cross_entropy as loss
+from ngpt.kernels.linear_cross_entropy import linear_cross_entropy
 
 WIDTH, VOCABULARY = 16, 41
 SCALES = {"no scale": None, "one scale": (1,), "a scale per entry": (VOCABULARY,)}

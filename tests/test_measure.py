@@ -8,11 +8,11 @@ import pytest
 import torch
 from tiny_run import run
 
-from ngpt.config import override
-from ngpt.data.corpora import Dataset
-from ngpt.measure import measure
-from ngpt.run import set_up
-from ngpt.train_config import TrainConfig, resolved
+from ngpt.config.base import override
+from ngpt.data.dataset import Dataset
+from ngpt.training.config import TrainConfig, resolved
+from ngpt.training.evaluation import measure
+from ngpt.training.run import set_up
 
 
 def test_alphas_and_divisors_are_logged_as_histograms(tiny: TrainConfig, dataset: Dataset, tmp_path: Path) -> None:

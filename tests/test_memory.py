@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from ngpt.memory import (
+from ngpt.system.memory import (
     is_out_of_memory,
     peak_memory,
     reset_peak_memory,
@@ -49,7 +49,7 @@ def test_a_small_run_after_a_large_one_reports_its_own_peak() -> None:
 # In a process of its own: torch looks once. `hg` says that the kernel was asked for huge pages, see proc_pid_smaps(5).
 PAGES = """
 import sys, torch
-from ngpt.memory import ask_for_huge_pages
+from ngpt.system.memory import ask_for_huge_pages
 
 if sys.argv[1] == "huge":
     ask_for_huge_pages()
@@ -79,7 +79,7 @@ def test_what_the_user_says_about_huge_pages_stays(monkeypatch: pytest.MonkeyPat
 # where huge pages are asked for, so its own threshold is anywhere from their size to 2 MiB more.
 HOLES = """
 import sys, torch
-from ngpt.memory import settle_allocator
+from ngpt.system.memory import settle_allocator
 
 def resident():
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmRSS")).split()[1])

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ngpt.data.meter import Meter
+from ngpt.data.text.progress import Meter
 
 
 class Clock:

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ngpt.config import ConfigError, build
-from ngpt.model import GPT, SHORT, KVCache, ModelConfig, SphereBlock
-from ngpt.norm import NORM_MODES
-from ngpt.residual import ALPHA_KINDS, RESIDUAL_RULES, Residual
-from ngpt.rope import ROPE_SCALINGS
+from ngpt.config.base import ConfigError, build
+from ngpt.model.gpt import GPT, SHORT, KVCache, ModelConfig, SphereBlock
+from ngpt.model.norm import NORM_MODES
+from ngpt.model.residual import ALPHA_KINDS, RESIDUAL_RULES, Residual
+from ngpt.model.rope import ROPE_SCALINGS
 
 
 def tiny(**changes: object) -> ModelConfig:

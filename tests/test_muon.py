@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ngpt.muon import Muon, orthogonalize, step_together
+from ngpt.optim.muon import Muon, orthogonalize, step_together
 
 SHAPES = [(8, 8), (24, 6), (6, 24), (40, 13)]
 

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ngpt import native
-from ngpt.native import load_native
+from ngpt.kernels import build as native
+from ngpt.kernels.build import load_native
 
 numbers = st.floats(-300, 300, allow_nan=False)
 
@@ -29,7 +29,7 @@ def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
 
 def exponentials(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Slope, peak and mass of bfloat16 logits (R, V)."""
-    library, slope = load_native("exponentials"), logits.clone()
+    library, slope = load_native("softmax"), logits.clone()
     assert library is not None, "the tests need a C++ compiler, as torch.compile does"
     peak, mass = torch.empty(len(logits)), torch.empty(len(logits))
     pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (slope, peak, mass)]
@@ -58,11 +58,11 @@ def test_what_is_not_a_number_does_not_get_lost(bad: float) -> None:
 
 
 def test_what_is_built_once_is_not_built_again(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert load_native("exponentials") is not None
+    assert load_native("softmax") is not None
     assert [path.suffix for path in (empty_cache / "native").iterdir()] == [".so"]
     load_native.cache_clear()
     monkeypatch.setattr(native, "_build", lambda *arguments: pytest.fail("it was built again"))
-    assert load_native("exponentials") is not None
+    assert load_native("softmax") is not None
 
 
 @pytest.mark.usefixtures("empty_cache")
@@ -71,8 +71,8 @@ def test_without_a_compiler_there_is_a_warning_and_no_library(
 ) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     with caplog.at_level(logging.WARNING):
-        assert load_native("exponentials") is None
-    assert "exponentials.cpp was not built" in caplog.text and "no-such-compiler" in caplog.text
+        assert load_native("softmax") is None
+    assert "softmax.cpp was not built" in caplog.text and "no-such-compiler" in caplog.text
 
 
 def test_a_source_that_does_not_compile_leaves_nothing_behind(

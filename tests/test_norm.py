@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from ngpt.norm import NORM_MODES, DotProdNormalizer, l2_normalize, rms_norm
+from ngpt.model.norm import NORM_MODES, DotProdNormalizer, l2_normalize, rms_norm
 
 # Subnormal squares are lost in float32, so a component is zero or not tiny.
 component = st.floats(2**-10, 2**20, width=32) | st.just(0.0) | st.floats(-(2**20), -(2**-10), width=32)

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 
-from ngpt.config import ConfigError, build
-from ngpt.geodesic import GeodesicMuon, RiemannianAdamW
-from ngpt.model import GPT, ModelConfig
-from ngpt.muon import Muon
-from ngpt.optim import (
+from ngpt.config.base import ConfigError, build
+from ngpt.model.gpt import GPT, ModelConfig
+from ngpt.model.residual import RESIDUAL_RULES
+from ngpt.optim.muon import Muon
+from ngpt.optim.optimizers import (
     KINDS,
     ON_SPHERE,
     OPTIMIZERS,
@@ -19,7 +19,7 @@ from ngpt.optim import (
     build_optimizers,
     set_rates,
 )
-from ngpt.residual import RESIDUAL_RULES
+from ngpt.optim.riemannian import GeodesicMuon, RiemannianAdamW
 
 FITTING = [
     (name, residual) for name in OPTIMIZERS for residual in RESIDUAL_RULES if name not in ON_SPHERE or residual != "add"

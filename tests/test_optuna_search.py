@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tiny_campaign import begun, drive, records, session_on, strict, write_file
 
-from ngpt.config import ConfigError
+from ngpt.config.base import ConfigError
 from tune.campaign import load_campaign
 from tune.estimate import estimate
 from tune.optuna_search import proposed, score

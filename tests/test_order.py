@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ngpt.config import ConfigError, override
-from ngpt.data import order
-from ngpt.data.corpora import Dataset
-from ngpt.data.order import ORDERS
-from ngpt.train import train
-from ngpt.train_config import TrainConfig
+from ngpt.config.base import ConfigError, override
+from ngpt.data import sampling as order
+from ngpt.data.dataset import Dataset
+from ngpt.data.sampling import ORDERS
+from ngpt.training.config import TrainConfig
+from ngpt.training.loop import train
 
 lengths = st.lists(st.integers(0, 60), min_size=1, max_size=5).map(lambda parts: (*parts, 20))
 block_sizes = st.integers(1, 12)

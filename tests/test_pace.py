@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_campaign import begun, drive, pretend, session_on, strict, write_file
 
-from ngpt.config import override
-from ngpt.flops import flops_per_token
-from ngpt.train_config import TrainConfig, resolved
+from ngpt.config.base import override
+from ngpt.model.flops import flops_per_token
+from ngpt.training.config import TrainConfig, resolved
 from tune.campaign import load_campaign
 from tune.journal import read_journal
 from tune.pace import ROUNDS, measure, pace_key, steps_of_equal_time, timer

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_campaign import begun, pretend, session_on, train_all, write_file
 
-from ngpt.config import override
-from ngpt.data.corpora import prepare
-from ngpt.train_config import TrainConfig, resolved
+from ngpt.config.base import override
+from ngpt.data.dataset import prepare
+from ngpt.training.config import TrainConfig, resolved
 from tune import packing
 from tune.campaign import Campaign
 from tune.costs import cost_facts

@@ -15,9 +15,9 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
-from ngpt.config import build, flatten, is_identity, override, settings
-from ngpt.tracker import TrackerConfig
-from ngpt.train_config import TrainConfig
+from ngpt.config.base import build, flatten, is_identity, override, settings
+from ngpt.training.config import TrainConfig
+from ngpt.training.tracker import TrackerConfig
 from tune.campaign import Campaign
 from tune.plan import (
     PlannedPhase,

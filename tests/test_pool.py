@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from vocabularies import write_llama
 
-from ngpt.data import pool
-from ngpt.data.pool import Encoding, default_workers, encode_in_order
-from ngpt.data.tokenizer import load_tokenizer
+from ngpt.data.tokens import pool
+from ngpt.data.tokens.pool import Encoding, default_workers, encode_in_order
+from ngpt.data.tokens.tokenizer import load_tokenizer
 
 TEXTS = [("val" if index % 7 == 0 else "train", f"the fox {index} thinks\n" * (1 + index % 5)) for index in range(400)]
 
@@ -99,8 +99,8 @@ def test_an_abandoned_encoding_stops_its_processes(model: Path) -> None:
 
 def test_the_processes_of_a_killed_parent_end(model: Path, tmp_path: Path) -> None:
     code = (
-        "import sys, time; from pathlib import Path; from ngpt.data.pool import *; "
-        "from ngpt.data.pool import _Child; "
+        "import sys, time; from pathlib import Path; from ngpt.data.tokens.pool import *; "
+        "from ngpt.data.tokens.pool import _Child; "
         "children = [_Child(Encoding(sys.argv[1], Path('.'), True)) for _ in range(2)]; "
         "print(*[child._process.pid for child in children], flush=True); time.sleep(60)"
     )
@@ -148,8 +148,8 @@ def test_a_ray_worker_keeps_to_its_one_core(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_daemonic_process_may_still_be_told_to_use_others(model: Path) -> None:
     """And a script without `if __name__ == "__main__"`, from stdin: both are what multiprocessing stumbles over."""
     script = (
-        f"from pathlib import Path\nfrom ngpt.data.pool import Encoding, encode_in_order\n"
-        f"from ngpt.data.tokenizer import load_tokenizer\n"
+        f"from pathlib import Path\nfrom ngpt.data.tokens.pool import Encoding, encode_in_order\n"
+        f"from ngpt.data.tokens.tokenizer import load_tokenizer\n"
         f"found = encode_in_order([('train', 'the fox')], Encoding({str(model)!r}, Path('.'), True), "
         f"load_tokenizer({str(model)!r}, None), 2)\nprint(len(list(found)))\n"
     )

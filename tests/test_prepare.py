@@ -13,12 +13,12 @@ import pytest
 from vocabularies import write_gpt2, write_llama
 
 from ngpt.data import prepare as preparation
-from ngpt.data.corpora import DataConfig, Dataset, open_dataset, prepare
-from ngpt.data.documents import read_documents
-from ngpt.data.meter import silent
+from ngpt.data.dataset import DataConfig, Dataset, open_dataset, prepare
 from ngpt.data.prepare import tokenize
 from ngpt.data.sources import text_corpus
-from ngpt.data.tokenizer import load_tokenizer
+from ngpt.data.text.documents import read_documents
+from ngpt.data.text.progress import silent
+from ngpt.data.tokens.tokenizer import load_tokenizer
 
 # Prepares what the arguments say with shards of 2000 tokens, and is killed at the n-th time that it syncs a file.
 KILLED = """
@@ -113,8 +113,10 @@ def test_the_size_of_the_validation_split_is_the_fraction(pages: Path, own_cache
 def test_any_number_of_processes_writes_the_same_bytes(
     pages: Path, corpus: Path, own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    monkeypatch.setattr("ngpt.data.pool.BATCH", 5000)  # characters, so that there are more batches than processes
-    monkeypatch.setattr("ngpt.data.documents.BLOCK", 3000)
+    monkeypatch.setattr(
+        "ngpt.data.tokens.pool.BATCH", 5000
+    )  # characters, so that there are more batches than processes
+    monkeypatch.setattr("ngpt.data.text.documents.BLOCK", 3000)
     monkeypatch.setattr(preparation, "SHARD_TOKENS", 2000)
     config = DataConfig(corpus=str(pages if kind == "documents" else corpus), tokenizer="sentencepiece:400")
     said: list[str] = []

@@ -5,10 +5,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ngpt import projection
-from ngpt.config import build
-from ngpt.model import GPT, ModelConfig
-from ngpt.projection import project, project_weights
+from ngpt.config.base import build
+from ngpt.model.gpt import GPT, ModelConfig
+from ngpt.optim import projection
+from ngpt.optim.projection import project, project_weights
 
 ROWS = ("wte", "lm_head", "attention.query", "attention.key", "attention.value", "mlp.up")
 COLUMNS = ("attention.out", "mlp.down")

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 from tiny_run import assert_equal_weights, rows, run, weights
 
-from ngpt import pulse
-from ngpt.config import override
-from ngpt.data.corpora import Dataset
-from ngpt.pulse import Heartbeat, Pulse, ask_to_stop, clear, is_asked_to_stop, read_heartbeat
-from ngpt.train import train
-from ngpt.train_config import TrainConfig
+from ngpt.config.base import override
+from ngpt.data.dataset import Dataset
+from ngpt.system import heartbeat as pulse
+from ngpt.system.heartbeat import Heartbeat, Pulse, ask_to_stop, clear, is_asked_to_stop, read_heartbeat
+from ngpt.training.config import TrainConfig
+from ngpt.training.loop import train
 
 
 @pytest.fixture(autouse=True)

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from numpy_gpt import RULES, unit
 from numpy_gpt import slerp as exact_slerp
 
-from ngpt.norm import l2_normalize
-from ngpt.residual import (
+from ngpt.model.norm import l2_normalize
+from ngpt.model.residual import (
     R_MIN,
     RESIDUAL_RULES,
     Residual,

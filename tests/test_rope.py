@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy_gpt import rope_frequencies
 
-from ngpt.rope import ROPE_SCALINGS, attention_temperature, nvidia_rotate, rope_tables, rotate
+from ngpt.model.rope import ROPE_SCALINGS, attention_temperature, nvidia_rotate, rope_tables, rotate
 
 
 def random(*shape: int) -> torch.Tensor:

@@ -13,16 +13,16 @@ import pytest
 import torch
 from tiny_run import AWKWARD, MODELS, assert_equal_weights, rows, run, untimed, watch, weights
 
-import ngpt.run
-import ngpt.train
-from ngpt.checkpoint import checkpoint_folders
-from ngpt.config import ConfigError, flatten, override
-from ngpt.data.corpora import Dataset
+import ngpt.training.loop
+import ngpt.training.run
+from ngpt.config.base import ConfigError, flatten, override
+from ngpt.data.dataset import Dataset
 from ngpt.data.loader import train_batch
-from ngpt.run import Clock
-from ngpt.setbacks import Progress
-from ngpt.train import train
-from ngpt.train_config import TrainConfig
+from ngpt.training.checkpoint import checkpoint_folders
+from ngpt.training.config import TrainConfig
+from ngpt.training.loop import train
+from ngpt.training.recovery import Progress
+from ngpt.training.run import Clock
 
 
 class Killed(Exception):
@@ -65,7 +65,7 @@ def test_a_result_holds_what_a_record_needs(tiny: TrainConfig, dataset: Dataset,
 
 def killed_after_save(step: int, patch: pytest.MonkeyPatch) -> None:
     """The process ends as soon as the checkpoint of `step` is on disk."""
-    real = ngpt.run.save_checkpoint
+    real = ngpt.training.run.save_checkpoint
 
     def save(*arguments: Any, **named: Any) -> Path:
         path = real(*arguments, **named)
@@ -73,7 +73,7 @@ def killed_after_save(step: int, patch: pytest.MonkeyPatch) -> None:
             raise Killed
         return path
 
-    patch.setattr(ngpt.run, "save_checkpoint", save)
+    patch.setattr(ngpt.training.run, "save_checkpoint", save)
 
 
 def killed_in_step(step: int, patch: pytest.MonkeyPatch) -> None:
@@ -84,7 +84,7 @@ def killed_in_step(step: int, patch: pytest.MonkeyPatch) -> None:
             raise Killed
         return train_batch(*arguments, **named)
 
-    patch.setattr(ngpt.train, "train_batch", batch)
+    patch.setattr(ngpt.training.loop, "train_batch", batch)
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -123,7 +123,7 @@ def test_a_process_that_is_killed_for_real_loses_nothing(tiny: TrainConfig, tmp_
     config = override(tiny, steps)
     code = (
         "import json, sys; from pathlib import Path; import torch; torch.set_num_threads(1);"
-        "from ngpt.config import build; from ngpt.train import TrainConfig, train;"
+        "from ngpt.config.base import build; from ngpt.training.loop import TrainConfig, train;"
         "list(train(build(TrainConfig, json.loads(sys.argv[1])), Path(sys.argv[2]), resume='latest'))"
     )
     out = tmp_path / "killed"

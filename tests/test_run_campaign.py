@@ -13,7 +13,7 @@ import pytest
 from tiny_campaign import begun, drive, losses, records, session_on, strict, write_file
 
 import run_campaign
-from ngpt.pulse import read_heartbeat
+from ngpt.system.heartbeat import read_heartbeat
 from tune.journal import read_journal
 from tune.session import ExecutorLost
 

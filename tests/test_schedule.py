@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ngpt.config import ConfigError, build
-from ngpt.schedule import SCHEDULES, ScheduleConfig, due, multiplier
+from ngpt.config.base import ConfigError, build
+from ngpt.optim.schedule import SCHEDULES, ScheduleConfig, due, multiplier
 
 
 def curve(total: int, **settings: object) -> list[float]:

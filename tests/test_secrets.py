@@ -2,8 +2,8 @@
 
 import pytest
 
-from ngpt.config import ConfigError
-from ngpt.secrets import HIDDEN, is_secret_name, redacted, refuse_secrets, secrets_in
+from ngpt.config.base import ConfigError
+from ngpt.config.secrets import HIDDEN, is_secret_name, redacted, refuse_secrets, secrets_in
 
 ENVIRONMENT = {
     "WANDB_API_KEY": "0123456789abcdef" * 2,

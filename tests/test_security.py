@@ -19,13 +19,13 @@ import torch
 from tiny_campaign import begun, drive, pretend, session_on, strict, write_file
 
 import run_campaign
-from ngpt import checkpoint
-from ngpt.checkpoint import save_checkpoint
-from ngpt.config import ConfigError, flatten
+from ngpt.config.base import ConfigError, flatten
 from ngpt.convert import convert
-from ngpt.data.tokenizer import load_tokenizer
-from ngpt.load import load_model
-from ngpt.model import GPT, ModelConfig
+from ngpt.data.tokens.tokenizer import load_tokenizer
+from ngpt.model.gpt import GPT, ModelConfig
+from ngpt.training import checkpoint
+from ngpt.training.checkpoint import save_checkpoint
+from ngpt.training.load_model import load_model
 from tune.trial import TrialSpec
 
 SCRIPT = Path(__file__).parents[1] / "run_campaign.py"
@@ -320,7 +320,7 @@ def test_a_bomb_offered_as_a_tokenizer_never_runs(
 
 def test_pickle_is_read_only_where_our_own_processes_talk(tmp_path: Path) -> None:
     """`torch.load` says `weights_only=True` everywhere, and nothing else here unpickles what a file holds."""
-    allowed = {"ngpt/data/pool.py"}  # the pipes to its own children
+    allowed = {"ngpt/data/tokens/pool.py"}  # the pipes to its own children
     found = []
     for path in sorted([*SCRIPT.parent.glob("ngpt/**/*.py"), *SCRIPT.parent.glob("tune/**/*.py"), SCRIPT]):
         name, text = path.relative_to(SCRIPT.parent).as_posix(), path.read_text(encoding="utf-8")

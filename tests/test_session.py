@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_campaign import begun, drive, losses, pretend, records, session_on, write_file
 
-from ngpt.config import ConfigError
-from ngpt.pulse import Heartbeat, Pulse, is_asked_to_stop
+from ngpt.config.base import ConfigError
+from ngpt.system.heartbeat import Heartbeat, Pulse, is_asked_to_stop
 from tune.corpus import describe_data
 from tune.journal import JournalError, read_journal
 from tune.lock import Busy

@@ -14,15 +14,15 @@ import pytest
 import torch
 from tiny_run import rows, run, untimed, weights
 
-import ngpt.run
-import ngpt.train
-from ngpt.config import ConfigError, content_hash, flatten, override
-from ngpt.data.corpora import Dataset
-from ngpt.model import GPT
-from ngpt.run import Run
-from ngpt.setbacks import NONFINITE, ON_OOM, Progress, halved
-from ngpt.train import backward, train
-from ngpt.train_config import TrainConfig
+import ngpt.training.loop
+import ngpt.training.run
+from ngpt.config.base import ConfigError, content_hash, flatten, override
+from ngpt.data.dataset import Dataset
+from ngpt.model.gpt import GPT
+from ngpt.training.config import TrainConfig
+from ngpt.training.loop import backward, train
+from ngpt.training.recovery import NONFINITE, ON_OOM, Progress, halved
+from ngpt.training.run import Run
 
 OPTIMIZERS = {"adamw": {}, "muon": {"optim.name": "muon", "optim.lr_other": 0.02}}
 
@@ -124,7 +124,7 @@ def test_an_optimizer_that_breaks_off_half_way_leaves_no_trace(
         return real(each)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ngpt.train, "train_step", listen)
+        patch.setattr(ngpt.training.loop, "train_step", listen)
         result = run(config, tmp_path / "broken", dataset)
     assert broken == [failing_step] and result.metrics["micro_batch_size"] == 1
     assert result.metrics["val_loss"] == pytest.approx(half.metrics["val_loss"], abs=1e-6)
@@ -160,8 +160,8 @@ def test_a_checkpoint_without_memory_is_tried_again_and_then_done_without(
         return tries.count(4) <= times and step == 4
 
     with pytest.MonkeyPatch.context() as patch:
-        full = FullMemory(ngpt.run.save_checkpoint, fails=fails)
-        patch.setattr(ngpt.run, "save_checkpoint", full)
+        full = FullMemory(ngpt.training.run.save_checkpoint, fails=fails)
+        patch.setattr(ngpt.training.run, "save_checkpoint", full)
         result = run(watched, tmp_path / "full", dataset)
     assert result.status == "finished" and full.failures == times
     assert tries == [2, 4, 4, 6, 8]
@@ -172,8 +172,8 @@ def test_a_checkpoint_without_memory_is_tried_again_and_then_done_without(
 
 def test_a_last_checkpoint_without_memory_is_an_error(watched: TrainConfig, dataset: Dataset, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        full = FullMemory(ngpt.run.save_checkpoint, fails=lambda *_, step, **__: step == 8)
-        patch.setattr(ngpt.run, "save_checkpoint", full)
+        full = FullMemory(ngpt.training.run.save_checkpoint, fails=lambda *_, step, **__: step == 8)
+        patch.setattr(ngpt.training.run, "save_checkpoint", full)
         with pytest.raises(torch.OutOfMemoryError):
             run(watched, tmp_path, dataset)
     assert full.failures == 2
@@ -193,7 +193,7 @@ def test_a_single_sequence_that_does_not_fit_is_an_error(
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         full = FullMemory(None, fails=lambda *_: True)  # type: ignore[arg-type]
-        patch.setattr(ngpt.train, "backward", full)
+        patch.setattr(ngpt.training.loop, "backward", full)
         with pytest.raises(torch.OutOfMemoryError):
             run(watched, tmp_path, dataset)
     assert full.failures == 3  # 4, 2, 1
@@ -221,7 +221,7 @@ def test_a_compiled_run_goes_through_more_sizes_than_torch_compiles_of_a_functio
     full, train_step = {"most": 256}, ngpt.train.train_step
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(GPT, "forward", forward)
-        patch.setattr(ngpt.train, "train_step", step)
+        patch.setattr(ngpt.training.loop, "train_step", step)
         result = run(config, tmp_path / "compiled", dataset)
     assert result.status == "finished" and result.metrics["micro_batch_size"] == 1
     small = run(override(config, {"compile": False}), tmp_path / "eager", dataset)
@@ -234,7 +234,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(
     def broken(*_: Any) -> float:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    monkeypatch.setattr(ngpt.train, "backward", broken)
+    monkeypatch.setattr(ngpt.training.loop, "backward", broken)
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         run(watched, tmp_path, dataset)
 
@@ -250,7 +250,7 @@ def test_the_literal_rule_halves_the_batch_and_says_so(watched: TrainConfig, dat
         return backward(each, idx, targets)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ngpt.train, "backward", listen)
+        patch.setattr(ngpt.training.loop, "backward", listen)
         result = run(override(watched, {"on_oom": "halve_batch"}), tmp_path, dataset)
     assert seen == [(step, 4 if step < 4 else 2) for step in range(8)]
     assert (result.metrics["batch_size"], result.metrics["micro_batch_size"]) == (2, 2)
@@ -277,9 +277,9 @@ LIMITED = """
 import json, resource, sys
 from pathlib import Path
 import torch
-from ngpt.config import build
-from ngpt.train import train
-from ngpt.train_config import TrainConfig
+from ngpt.config.base import build
+from ngpt.training.loop import train
+from ngpt.training.config import TrainConfig
 
 torch.set_num_threads(1)
 loop = train(build(TrainConfig, json.loads(sys.argv[1])), Path(sys.argv[3]))
@@ -335,8 +335,8 @@ def break_batches(patch: pytest.MonkeyPatch, *bad: int, what: str = "gradient") 
         gradient[0, 0] = -math.inf
         return loss
 
-    patch.setattr(ngpt.train, "gradients", gradients)
-    patch.setattr(ngpt.train, "backward", broken)
+    patch.setattr(ngpt.training.loop, "gradients", gradients)
+    patch.setattr(ngpt.training.loop, "backward", broken)
     return seen
 
 
@@ -437,7 +437,7 @@ def test_weights_that_are_no_numbers_send_a_run_back_from_its_evaluation(
             with torch.no_grad():
                 each.model.get_parameter("blocks.0.mlp.down.weight").fill_(math.inf)
 
-    monkeypatch.setattr(ngpt.train, "update", update)
+    monkeypatch.setattr(ngpt.training.loop, "update", update)
     result = run(override(watched, {"nonfinite.policy": "rollback"}), tmp_path / "back", dataset)
     assert (result.status, result.metrics["rollbacks"]) == ("finished", 1)
     broken.clear()
@@ -481,7 +481,7 @@ def test_progress_takes_over_all_of_another() -> None:
 
 def refuse_saves(patch: pytest.MonkeyPatch, refuses: Callable[[int, int], bool]) -> list[int]:
     """Saving fails where `refuses(step, attempt)` says so; returns the steps of all attempts."""
-    real, attempts = ngpt.run.save_checkpoint, []
+    real, attempts = ngpt.training.run.save_checkpoint, []
 
     def save(*arguments: Any, **named: Any) -> Path:
         attempts.append(named["step"])
@@ -489,7 +489,7 @@ def refuse_saves(patch: pytest.MonkeyPatch, refuses: Callable[[int, int], bool])
             raise OSError(28, "No space left on device")
         return real(*arguments, **named)
 
-    patch.setattr(ngpt.run, "save_checkpoint", save)
+    patch.setattr(ngpt.training.run, "save_checkpoint", save)
     return attempts
 
 

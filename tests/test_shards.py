@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from ngpt.data.shards import CorruptShardError, read_shard, verify_shard, write_shard
+from ngpt.data.tokens.shards import CorruptShardError, read_shard, verify_shard, write_shard
 
 some_tokens = arrays(np.uint16, st.integers(1, 300))
 # One file per test is enough for all examples: each example overwrites it.

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ngpt.config import flatten, override
+from ngpt.config.base import flatten, override
 from tune.campaign import Campaign, Fresh, load_campaign
 from tune.plan import preview, trial_tokens
 from tune.smoke import shrunk

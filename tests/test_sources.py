@@ -12,11 +12,11 @@ from hub import Hub, cut_after
 from test_documents import write_json_lines, write_parquet
 from vocabularies import write_gpt2, write_llama
 
-import ngpt.data.download as downloading
-from ngpt.config import ConfigError
+import ngpt.data.text.hub as downloading
+from ngpt.config.base import ConfigError
 from ngpt.data.__main__ import main
-from ngpt.data.corpora import DataConfig, fingerprint, open_dataset, prepare, vocab_size
-from ngpt.data.shards import CorruptShardError
+from ngpt.data.dataset import DataConfig, fingerprint, open_dataset, prepare, vocab_size
+from ngpt.data.tokens.shards import CorruptShardError
 
 NAMES = ["fineweb_val_000000.bin", *(f"fineweb_train_{number:06d}.bin" for number in range(1, 104))]
 PUBLISHED = 1024 + 200_000_000  # bytes of a shard of 100 million tokens

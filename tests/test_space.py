@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ngpt.config import ConfigError
+from ngpt.config.base import ConfigError
 from tune.campaign import Campaign, load_campaign
 from tune.plan import preview
 from tune.space import Dimension, Search, random_arms

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from ngpt.config import override
-from ngpt.train_config import TrainConfig
+from ngpt.config.base import override
+from ngpt.training.config import TrainConfig
 from tune.campaign import Campaign, load_campaign
 from tune.plan import Trial, preview
 from tune.speeds import device_key, known_speeds, measure_speeds, remember_speeds, shape_key

@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from numpy_gpt import logits as numpy_logits
 
-from ngpt.config import build
-from ngpt.diagnostics import divisors
+from ngpt.config.base import build
 from ngpt.inspect import Inspection, look_into
-from ngpt.model import GPT, ModelConfig
-from ngpt.optim import kinds
-from ngpt.stages import Stage, angles, score_facts
+from ngpt.model.diagnostics import divisors
+from ngpt.model.gpt import GPT, ModelConfig
+from ngpt.model.trace import Stage, angles, score_facts
+from ngpt.optim.optimizers import kinds
 
 DRAWS = torch.Generator().manual_seed(7)
 IDX, TARGETS = (torch.randint(31, (2, 12), generator=DRAWS) for _ in range(2))

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from tiny_campaign import begun, drive, pretend, session_on, strict, write_file
 
-from ngpt.config import ConfigError
-from ngpt.pulse import Pulse
+from ngpt.config.base import ConfigError
+from ngpt.system.heartbeat import Pulse
 from tune.status import is_locked, read_snapshot
 from tune.trial import TrialSpec
 
@@ -191,7 +191,7 @@ def test_a_directory_is_locked_while_a_session_has_it(root: Path, file: Path) ->
 
 
 def test_who_only_looks_does_not_wait_for_torch() -> None:
-    code = "import sys, run_campaign, tune.status, tune.console, ngpt.data.shards; print('torch' in sys.modules)"
+    code = "import sys, run_campaign, tune.status, tune.console, ngpt.data.tokens.shards; print('torch' in sys.modules)"
     root = Path(__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout.strip()) == (0, "False"), done.stderr

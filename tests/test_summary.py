@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from tiny_campaign import begun, drive, losses, pretend, records, session_on, strict, train_all, write_file
 
-from ngpt.config import ConfigError
+from ngpt.config.base import ConfigError
 from tune.journal import read_journal
 from tune.phase_summary import _setbacks
 from tune.summary import Summary, rebuild, settings_text

@@ -4,10 +4,10 @@ import os
 
 import pytest
 
-from ngpt.config import override
-from ngpt.data.corpora import prepare
-from ngpt.memory import peak_memory
-from ngpt.train_config import TrainConfig
+from ngpt.config.base import override
+from ngpt.data.dataset import prepare
+from ngpt.system.memory import peak_memory
+from ngpt.training.config import TrainConfig
 from tune.environment import total_memory
 from tune.together import FREE, CalibrationFailed, Point, describe_device, measure_together
 

@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from vocabularies import ENGLISH, write_gpt2, write_llama
 
-from ngpt.config import ConfigError
-from ngpt.data.gpt2 import gpt2_identity
-from ngpt.data.tokenizer import (
+from ngpt.config.base import ConfigError
+from ngpt.data.tokens.gpt2_bpe import gpt2_identity
+from ngpt.data.tokens.tokenizer import (
     Tokenizer,
     load_tokenizer,
     parse_spec,

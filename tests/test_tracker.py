@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from wandb_file import named, python, records
 
-from ngpt.config import ConfigError, build, content_hash, is_identity, settings
-from ngpt.durable import LineFile
-from ngpt.tracker import BINS, Tracker, TrackerConfig, finite, histogram, read_metrics, settled
+from ngpt.config.base import ConfigError, build, content_hash, is_identity, settings
+from ngpt.system.atomic_files import LineFile
+from ngpt.training.tracker import BINS, Tracker, TrackerConfig, finite, histogram, read_metrics, settled
 
 PLAIN = TrackerConfig()
 
@@ -244,7 +244,7 @@ def test_histograms_are_rows_of_their_own_file_and_follow_a_resumed_run(tmp_path
 USE = """
 import json, os, sys
 from pathlib import Path
-from ngpt.tracker import Tracker, TrackerConfig
+from ngpt.training.tracker import Tracker, TrackerConfig
 cfg = TrackerConfig(**json.loads(os.environ["TRACKER"]), project="spheres", group="campaign", job_type="alpha")
 for folder, keep_until in (Path("a", "0123456789"), None), (Path("b", "0123456789"), 1):
     if keep_until:

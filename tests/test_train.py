@@ -11,13 +11,13 @@ import pytest
 import torch
 from tiny_run import AWKWARD, MODELS, assert_equal_weights, rows, run, untimed, watch, weights
 
-import ngpt.train
-from ngpt.config import override
-from ngpt.data.corpora import Dataset
+import ngpt.training.loop
+from ngpt.config.base import override
+from ngpt.data.dataset import Dataset
 from ngpt.data.loader import train_batch
-from ngpt.run import Run, set_up
-from ngpt.train import backward, main, train_step
-from ngpt.train_config import TrainConfig, resolved
+from ngpt.training.config import TrainConfig, resolved
+from ngpt.training.loop import backward, main, train_step
+from ngpt.training.run import Run, set_up
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -66,7 +66,7 @@ def test_the_train_loss_is_the_mean_of_the_last_ten_steps_however_often_it_is_lo
         losses.append(loss.item())
         return loss
 
-    monkeypatch.setattr(ngpt.train, "backward", listen)
+    monkeypatch.setattr(ngpt.training.loop, "backward", listen)
     for log_every in (1, 5):
         losses.clear()
         out = tmp_path / str(log_every)
@@ -206,8 +206,8 @@ def test_a_step_that_is_not_finite_ends_the_run_and_is_not_taken(
         first.grad[0, 0] = math.inf
         return loss
 
-    monkeypatch.setattr(ngpt.train, "set_up", remember)
-    monkeypatch.setattr(ngpt.train, "backward", break_down)
+    monkeypatch.setattr(ngpt.training.loop, "set_up", remember)
+    monkeypatch.setattr(ngpt.training.loop, "backward", break_down)
     result = run(override(tiny, {"checkpoint.every": 1, "eval_every": 2}), tmp_path, dataset)
     assert (result.status, result.steps) == ("diverged", 5)
     assert result.metrics["val_loss"] is None and result.metrics["val_bpb"] is None

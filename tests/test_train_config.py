@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from ngpt.config import ConfigError, content_hash, override
-from ngpt.train_config import TrainConfig, read_config, resolved
+from ngpt.config.base import ConfigError, content_hash, override
+from ngpt.training.config import TrainConfig, read_config, resolved
 
 
 def test_the_vocabulary_is_the_tokenizers_or_larger(tiny: TrainConfig) -> None:

@@ -12,9 +12,9 @@ import pytest
 import ray.tune
 import torch
 
-from ngpt.config import override
-from ngpt.pulse import Heartbeat, ask_to_stop, clear, is_asked_to_stop, read_heartbeat
-from ngpt.train_config import TrainConfig
+from ngpt.config.base import override
+from ngpt.system.heartbeat import Heartbeat, ask_to_stop, clear, is_asked_to_stop, read_heartbeat
+from ngpt.training.config import TrainConfig
 from tune.trainable import NEWS, PAUSED, TrialWorker
 from tune.trial import TrialResult, TrialSpec
 from tune.vectorised import News
@@ -100,7 +100,7 @@ def test_it_says_which_process_has_a_trial_before_the_first_step(worker: TrialWo
 def test_when_asked_to_stop_it_saves_where_it_is_and_says_so(
     worker: TrialWorker, spec: TrialSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ngpt.pulse.LISTEN", 0.0)  # at every step
+    monkeypatch.setattr("ngpt.system.heartbeat.LISTEN", 0.0)  # at every step
     undisturbed = replace(spec, folder=tmp_path / "undisturbed")
     worker.step()
     worker.step()
@@ -191,7 +191,7 @@ def test_one_of_a_group_that_is_asked_to_stop_is_left_out_and_the_others_go_on(
 def test_a_group_of_which_all_are_asked_to_stop_saves_where_it_is(
     worker: TrialWorker, group: list[TrialSpec], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ngpt.pulse.LISTEN", 0.0)  # at every step
+    monkeypatch.setattr("ngpt.system.heartbeat.LISTEN", 0.0)  # at every step
     worker.reset_config({"specs": group})
     worker.step()
     worker.step()

@@ -11,9 +11,9 @@ import pytest
 import torch
 from tiny_run import finish
 
-from ngpt.config import flatten, override
-from ngpt.data.corpora import DataConfig
-from ngpt.train_config import TrainConfig
+from ngpt.config.base import flatten, override
+from ngpt.data.dataset import DataConfig
+from ngpt.training.config import TrainConfig
 from tune.trial import CONTEXT, TrialResult, TrialSpec, cap_memory, code_hash, machine, run_trial
 
 UNTIMED = ("val_loss", "val_bpb", "train_loss", "steps", "tokens", "n_params")
@@ -154,8 +154,8 @@ def test_a_trial_after_others_equals_one_in_a_fresh_process_bit_for_bit(spec: Tr
     code = f"""
 import json
 from pathlib import Path
-from ngpt.config import build
-from ngpt.train_config import TrainConfig
+from ngpt.config.base import build
+from ngpt.training.config import TrainConfig
 from tune.trial import TrialSpec, run_trial
 from test_trial import finish, numbers
 config = build(TrainConfig, json.loads({json.dumps(flatten(spec.config))!r}))

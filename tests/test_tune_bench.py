@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ngpt.config import ConfigError
+from ngpt.config.base import ConfigError
 from tune.bench import __main__ as command
 from tune.bench import campaigns, gpu
 from tune.bench.campaigns import ServiceTime, campaign, scaling, times_of

@@ -10,9 +10,9 @@ import pytest
 import torch
 from tiny_run import finish
 
-from ngpt.config import override
-from ngpt.train_config import TrainConfig
-from ngpt.vectorised_model import Stack
+from ngpt.config.base import override
+from ngpt.ensemble.stack import Stack
+from ngpt.training.config import TrainConfig
 from tune.trial import TrialResult, TrialSpec, run_trial
 from tune.vectorised import alike, group_size, groups, run_trials
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 from tiny_run import rows, run, weights
 
-from ngpt.config import ConfigError, override
-from ngpt.data.corpora import Dataset
-from ngpt.run import RunResult, set_up
-from ngpt.train import train
-from ngpt.train_config import TrainConfig, resolved
-from ngpt.vectorised import Event, train_step_together, train_together, unstackable
-from ngpt.vectorised_model import Stack
+from ngpt.config.base import ConfigError, override
+from ngpt.data.dataset import Dataset
+from ngpt.ensemble.stack import Stack
+from ngpt.ensemble.train import Event, train_step_together, train_together, unstackable
+from ngpt.training.config import TrainConfig, resolved
+from ngpt.training.loop import train
+from ngpt.training.run import RunResult, set_up
 
 CLOSE = 1e-4  # nats of validation loss after 50 steps in float32: what separate runs and runs at once may differ by
 SHORT = {"model.n_layer": 1, "steps": 12, "eval_every": 6, "eval_tokens": 64}

@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 import torch
 
-import ngpt.vectorised_model
-from ngpt.config import build
-from ngpt.model import GPT, ModelConfig
-from ngpt.vectorised_model import Stack
+import ngpt.ensemble.stack
+from ngpt.config.base import build
+from ngpt.ensemble.stack import Stack
+from ngpt.model.gpt import GPT, ModelConfig
 
 SMALL = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 8, "vocab_size": 31, "mlp_ratio": 2.0}
 KINDS: dict[str, dict[str, Any]] = {
@@ -43,7 +43,7 @@ def batches(count: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("at_once", [0, 1 << 40])
 @pytest.mark.parametrize("kind", KINDS)
 def test_losses_and_gradients_are_those_of_each_model(kind: str, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(ngpt.vectorised_model.AT_ONCE, "cpu", at_once)
+    monkeypatch.setitem(ngpt.ensemble.stack.AT_ONCE, "cpu", at_once)
     lone, stacked, (idx, targets) = models(kind), models(kind), batches()
     stack = Stack(stacked)
     stack.begin()

@@ -7,13 +7,13 @@ import pytest
 import torch
 from tiny_run import run
 
-from ngpt.config import override
-from ngpt.data.corpora import Dataset
-from ngpt.diagnostics import weight_norm_error
-from ngpt.run import Run, RunResult, set_up
-from ngpt.train_config import TrainConfig, resolved
-from ngpt.vectorised import train_together
-from ngpt.vectorised_update import update_together
+from ngpt.config.base import override
+from ngpt.data.dataset import Dataset
+from ngpt.ensemble.train import train_together
+from ngpt.ensemble.update import update_together
+from ngpt.model.diagnostics import weight_norm_error
+from ngpt.training.config import TrainConfig, resolved
+from ngpt.training.run import Run, RunResult, set_up
 
 
 def run_with_gradients(config: TrainConfig, folder: Path, dataset: Dataset) -> Run:

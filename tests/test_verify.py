@@ -11,7 +11,7 @@ import pytest
 from tiny_campaign import train_all, write_file
 
 import run_campaign
-from ngpt.config import ConfigError
+from ngpt.config.base import ConfigError
 from tune.summary import rebuild, sealed
 from tune.verify import verify, verify_text
 

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import pytest
 from wandb_file import named, python, records
 
-from ngpt.wandb_run import choose_mode, no_answer, no_key, run_id
+from ngpt.training.wandb_tracker import choose_mode, no_answer, no_key, run_id
 
 REFUSED = f"127.0.0.1 cannot be reached ([Errno {errno.ECONNREFUSED}] Connection refused)"
 KEY = "0123456789abcdef" * 3
@@ -146,8 +146,8 @@ def test_a_netrc_file_may_be_elsewhere_and_a_damaged_one_is_not_quoted(
 CHOOSE = """
 import json, os, sys
 from pathlib import Path
-from ngpt.wandb_run import choose_mode
-from ngpt.config import ConfigError
+from ngpt.training.wandb_tracker import choose_mode
+from ngpt.config.base import ConfigError
 for wanted, environment in json.loads(os.environ["CASES"]):
     os.environ.update(environment)
     said = []
@@ -243,8 +243,8 @@ class FakeServer(http.server.BaseHTTPRequestHandler):
 ONLINE = """
 import os
 from pathlib import Path
-from ngpt.tracker import histogram
-from ngpt.wandb_run import WandbRun, choose_mode
+from ngpt.training.tracker import histogram
+from ngpt.training.wandb_tracker import WandbRun, choose_mode
 folder = Path(os.environ["FOLDER"], "0123456789")
 folder.mkdir(parents=True)
 mode = choose_mode("online", folder)
@@ -284,9 +284,9 @@ def test_an_online_run_reaches_the_server_under_its_own_id_with_its_own_steps(tm
 LOSE = """
 import json, os
 from pathlib import Path
-import ngpt.wandb_run
-from ngpt.wandb_run import WandbRun
-ngpt.wandb_run.INIT_PATIENCE = 1.0
+import ngpt.training.wandb_tracker
+from ngpt.training.wandb_tracker import WandbRun
+ngpt.training.wandb_tracker.INIT_PATIENCE = 1.0
 for name in ("first", "second"):
     folder = Path(os.environ["FOLDER"], name)
     folder.mkdir(parents=True)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ngpt.pulse import Heartbeat
+from ngpt.system.heartbeat import Heartbeat
 from tune.watchdog import AT_LEAST, STEPS, Watchdog
 
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from ngpt.config import Config, Problem
-from ngpt.written import named_settings
+from ngpt.config.base import Config, Problem
+from ngpt.config.overrides import named_settings
 
 
 class Engine(Config):

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from ngpt.config import ConfigError, Problem
-from ngpt.yamlfile import (
+from ngpt.config.base import ConfigError, Problem
+from ngpt.config.yaml_reader import (
     LARGEST_FILE,
     MOST_NODES,
     Document,

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from ngpt.data.corpora import Dataset
-from ngpt.run import RunResult
-from ngpt.setbacks import Metrics
-from ngpt.train import train
-from ngpt.train_config import TrainConfig
+from ngpt.data.dataset import Dataset
+from ngpt.training.config import TrainConfig
+from ngpt.training.loop import train
+from ngpt.training.recovery import Metrics
+from ngpt.training.run import RunResult
 
 Result = TypeVar("Result")
 

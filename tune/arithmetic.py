@@ -5,7 +5,7 @@ import math
 import operator
 from collections.abc import Callable
 
-from ngpt.config import ConfigError
+from ngpt.config.base import ConfigError
 
 LONGEST = 200  # characters
 OPERATORS: dict[type[ast.operator], Callable[[float, float], float]] = {

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from ngpt.config import Location
+from ngpt.config.base import Location
 from tune import format as fmt
 
 

@@ -10,11 +10,11 @@ from itertools import chain, islice, product
 from pathlib import Path
 from typing import Any
 
-from ngpt.config import ConfigError, Location, build, settings, unknown, visible
-from ngpt.secrets import is_secret_name, refuse_secrets
-from ngpt.train_config import TrainConfig
-from ngpt.written import named_settings
-from ngpt.yamlfile import parse_assignment, read_yaml
+from ngpt.config.base import ConfigError, Location, build, settings, unknown, visible
+from ngpt.config.overrides import named_settings
+from ngpt.config.secrets import is_secret_name, refuse_secrets
+from ngpt.config.yaml_reader import parse_assignment, read_yaml
+from ngpt.training.config import TrainConfig
 from tune import format as fmt
 from tune.arms import BASELINE, Arm
 from tune.checks import OPTION, ConfigChecker, Given, Problems, TooManyProblems

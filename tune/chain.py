@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ngpt.config import ConfigError, settings, unknown
-from ngpt.train_config import TrainConfig
+from ngpt.config.base import ConfigError, settings, unknown
+from ngpt.training.config import TrainConfig
 from tune.journal import Event, read_journal
 
 

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ngpt.config import ConfigError, flatten, is_identity
-from ngpt.data.corpora import fingerprint
-from ngpt.train_config import TrainConfig
+from ngpt.config.base import ConfigError, flatten, is_identity
+from ngpt.data.dataset import fingerprint
+from ngpt.training.config import TrainConfig
 from tune import format as fmt
 from tune.campaign import Campaign
 from tune.progress import expected_phases

@@ -5,13 +5,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ngpt.config import ConfigError, Location, Problem, build, dotted, settings
-from ngpt.data import corpora
+from ngpt.config.base import ConfigError, Location, Problem, build, dotted, settings
+from ngpt.config.overrides import MOST_PROBLEMS
+from ngpt.config.yaml_reader import Document
+from ngpt.data import dataset as corpora
 from ngpt.data.sources import CORPORA
-from ngpt.data.tokenizer import parse_spec, tokenizer_vocab_size
-from ngpt.train_config import TrainConfig, resolved
-from ngpt.written import MOST_PROBLEMS
-from ngpt.yamlfile import Document
+from ngpt.data.tokens.tokenizer import parse_spec, tokenizer_vocab_size
+from ngpt.training.config import TrainConfig, resolved
 
 Given = Mapping[str, tuple[Any, Location]]  # values by full dotted name, and where each was written
 

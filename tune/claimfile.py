@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ngpt.config import ConfigError, Location, flatten, resolve, unknown
-from ngpt.train_config import TrainConfig
-from ngpt.written import named_settings
-from ngpt.yamlfile import read_yaml
+from ngpt.config.base import ConfigError, Location, flatten, resolve, unknown
+from ngpt.config.overrides import named_settings
+from ngpt.config.yaml_reader import read_yaml
+from ngpt.training.config import TrainConfig
 from tune import format as fmt
 from tune.arithmetic import evaluate
 from tune.arms import BASELINE

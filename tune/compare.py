@@ -11,8 +11,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from ngpt.config import ConfigError, is_identity, settings, unknown
-from ngpt.train_config import TrainConfig
+from ngpt.config.base import ConfigError, is_identity, settings, unknown
+from ngpt.training.config import TrainConfig
 from tune.phase_summary import phase_records
 from tune.state import State, read_state
 from tune.verdicts import Outcome, holm, judge

@@ -3,9 +3,9 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ngpt.data.corpora import DataConfig, open_dataset, prepare
+from ngpt.data.dataset import DataConfig, open_dataset, prepare
 from ngpt.data.loader import eval_set
-from ngpt.train_config import TrainConfig
+from ngpt.training.config import TrainConfig
 from tune.campaign import Campaign
 from tune.plan import preview
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from ngpt.setbacks import Metrics
+from ngpt.training.recovery import Metrics
 from tune import format as fmt
 from tune.campaign import Campaign, Phase
 from tune.combine import Better

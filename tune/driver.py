@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from ngpt.config import ConfigError
+from ngpt.config.base import ConfigError
 from tune.campaign import Resources
 from tune.leftovers import end_marked
 

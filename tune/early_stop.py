@@ -23,7 +23,7 @@ is 6 % of 60 x 3 and 11 % of 100 x 2. What fresh seeds measure is not chosen by 
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from ngpt.train_config import TrainConfig
+from ngpt.training.config import TrainConfig
 from tune.checks import Problems
 from tune.journal import Event
 from tune.schema import EarlyStop, Phase

@@ -28,8 +28,8 @@ from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 from ray.tune.stopper import Stopper
 
-from ngpt.config import ConfigError
-from ngpt.pulse import ask_to_stop
+from ngpt.config.base import ConfigError
+from ngpt.system.heartbeat import ask_to_stop
 from tune.campaign import Resources
 from tune.environment import short_temporary, usable_cpus
 from tune.trainable import NEWS, PAUSED, TrialWorker

@@ -21,14 +21,17 @@ BUSY = 0.1  # share of a GPU's memory; an idle one with a display or a driver's 
 ENOUGH_SHM = 256 << 20  # bytes
 ENOUGH_RAY = 64 << 20  # bytes
 LONGEST_TEMPORARY = 35  # bytes: with /ray/session_DATE_PID/sockets/plasma_store a socket's name may have 103
-COMPILED = ("compiled", "native")  # folders of ngpt/compiling.py and ngpt/native.py in the cache, which only grow
+COMPILED = (
+    "compiled",
+    "native",
+)  # folders of ngpt/kernels/compile.py and ngpt/kernels/build.py in the cache, which only grow
 
 
 def describe(device: str = "auto") -> dict[str, Any]:
     """Versions, device, host and the commit of the code, as flat scalars."""
     import torch
 
-    from ngpt.device import pick_device
+    from ngpt.system.device import pick_device
 
     kind = pick_device(device)
     return {
@@ -170,7 +173,7 @@ def _disk(out: Path) -> Check:
 
 
 def _cache(out: Path) -> Check:
-    from ngpt.data.corpora import cache_folder
+    from ngpt.data.dataset import cache_folder
 
     folder = cache_folder()
     there = next(parent for parent in (folder, *folder.parents) if parent.exists())
@@ -179,7 +182,7 @@ def _cache(out: Path) -> Check:
 
 
 def _compiled(out: Path) -> Check:
-    from ngpt.data.corpora import cache_folder
+    from ngpt.data.dataset import cache_folder
 
     folders = [folder for name in COMPILED if (folder := cache_folder() / name).is_dir()]
     size = sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())

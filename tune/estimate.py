@@ -9,10 +9,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ngpt.config import ConfigError
-from ngpt.device import DTYPES, pick_device
-from ngpt.flops import matrix_params
-from ngpt.train_config import TrainConfig
+from ngpt.config.base import ConfigError
+from ngpt.model.flops import matrix_params
+from ngpt.system.device import DTYPES, pick_device
+from ngpt.training.config import TrainConfig
 from tune import format as fmt
 from tune.budget import describe
 from tune.campaign import Campaign

@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ngpt.durable import LineFile, write_atomic
+from ngpt.system.atomic_files import LineFile, write_atomic
 
 Event = dict[str, Any]
 

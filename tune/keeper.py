@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 
-from ngpt.config import ConfigError
+from ngpt.config.base import ConfigError
 from tune.campaign import Resources
 from tune.driver import Over, Ready, drive
 from tune.inline import stop_on_signal

@@ -8,8 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from ngpt.tracker import settled
-from ngpt.vectorised import unstackable
+from ngpt.ensemble.train import unstackable
+from ngpt.training.tracker import settled
 from tune import environment
 from tune.campaign import Campaign
 from tune.changes import check_changes, find_changes

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ngpt.config import ConfigError
+from ngpt.config.base import ConfigError
 from tune import format as fmt
 from tune.claims import RELATIONS
 from tune.phrases import CLAIMS_NOTE

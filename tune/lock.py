@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 from filelock import FileLock, Timeout
 
-from ngpt.durable import make_folder, sweep, write_atomic
+from ngpt.system.atomic_files import make_folder, sweep, write_atomic
 
 LOCK_FILE = "campaign.lock"  # held by the process that runs the campaign
 HOLDER = "campaign.pid"  # says which it is

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-from ngpt.config import ConfigError
+from ngpt.config.base import ConfigError
 from tune.arms import Arm
 from tune.space import Dimension, Search
 

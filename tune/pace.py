@@ -15,9 +15,9 @@ what happens in one step of ten, such as a projection every 10 steps, is not in 
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 
-from ngpt.config import content_hash, settings
-from ngpt.flops import flops_per_token
-from ngpt.train_config import TrainConfig, resolved
+from ngpt.config.base import content_hash, settings
+from ngpt.model.flops import flops_per_token
+from ngpt.training.config import TrainConfig, resolved
 
 ROUNDS = 3
 # What the time of a step depends on, besides all of `model.` but values that cost no time.

@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 
-from ngpt.data.corpora import cache_folder
-from ngpt.device import pick_device
-from ngpt.flops import flops_per_token
-from ngpt.train_config import TrainConfig
+from ngpt.data.dataset import cache_folder
+from ngpt.model.flops import flops_per_token
+from ngpt.system.device import pick_device
+from ngpt.training.config import TrainConfig
 from tune import format as fmt
 from tune.campaign import Campaign, Resources
 from tune.environment import usable_cpus

@@ -188,7 +188,7 @@ def _warnings(phase: PhaseState, arms: list[dict[str, Any]], winner: str, record
 
 
 def _setbacks(arm: str, records: list[Record]) -> list[str]:
-    """What the trials of an arm met on the way that makes them other than their settings say (ngpt/setbacks.py)."""
+    """What the trials of an arm met on the way that makes them other than their settings say (ngpt/training/recovery.py)."""
     found = []
     halved = [r for r in records if (r["metrics"].get("batch_size") or math.inf) < r["config"]["batch_size"]]
     if halved:

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ngpt.config import ConfigError, Location, is_identity, settings, unknown
-from ngpt.train_config import TrainConfig
-from ngpt.written import named_settings
+from ngpt.config.base import ConfigError, Location, is_identity, settings, unknown
+from ngpt.config.overrides import named_settings
+from ngpt.training.config import TrainConfig
 from tune import format as fmt
 from tune.arms import BASELINE, SWEEPS, Arm, Axis, count
 from tune.chain import Chained, is_path, read_chained

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ngpt.config import ConfigError, content_hash, override, settings
-from ngpt.data.corpora import fingerprint, order_settings
-from ngpt.flops import flops_per_token
-from ngpt.train_config import TrainConfig, resolved, rollback_settings
+from ngpt.config.base import ConfigError, content_hash, override, settings
+from ngpt.data.dataset import fingerprint, order_settings
+from ngpt.model.flops import flops_per_token
+from ngpt.training.config import TrainConfig, resolved, rollback_settings
 from tune.arms import BASELINE, Arm
 from tune.campaign import Campaign, Fresh, Phase
 from tune.combine import Better, joins

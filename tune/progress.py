@@ -4,7 +4,7 @@ from collections import Counter, defaultdict
 from dataclasses import asdict, replace
 from typing import Any
 
-from ngpt.train_config import TrainConfig
+from ngpt.training.config import TrainConfig
 from tune.campaign import Campaign
 from tune.combine import Better
 from tune.plan import End, PlannedPhase, preview, trial_flops, trial_work

@@ -17,7 +17,7 @@ import jinja2
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from ngpt.durable import write_atomic
+from ngpt.system.atomic_files import write_atomic
 from tune import figures
 from tune import format as fmt
 from tune.costs import cost_facts, troubles

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ngpt.memory import is_out_of_memory
+from ngpt.system.memory import is_out_of_memory
 from tune.trial import TrialResult
 
 VMSTAT = Path("/proc/vmstat")

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 from pydantic import Field, PlainValidator
 
-from ngpt.config import Config, invalid, one_of
-from ngpt.train_config import TrainConfig
+from ngpt.config.base import Config, invalid, one_of
+from ngpt.training.config import TrainConfig
 from tune.arms import SWEEPS, Arm
 from tune.chain import Chained, is_path
 from tune.space import Search
@@ -41,7 +41,7 @@ class Resources(Config):
     cpus_per_trial: Annotated[int, Field(ge=1)] = 1  # threads of a trial
     gpus_per_trial: Annotated[Any, PlainValidator(_share)] = "auto"  # auto: measured where there are GPUs
     workers: Annotated[int, Field(ge=1)] | None = None  # processes that train at once; null: as many as fit
-    # trials of one graph that a process trains at once (ngpt/vectorised.py); 1: each by itself
+    # trials of one graph that a process trains at once (ngpt/ensemble/train.py); 1: each by itself
     vectorise: Annotated[int, Field(ge=1)] = 1
     # seconds without a step after which a trial hangs; null: 20 median steps, at least ten minutes (tune/watchdog.py)
     stall_timeout: Annotated[float, Field(gt=0)] | None = None

@@ -4,8 +4,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
-from ngpt.config import settings
-from ngpt.train_config import TrainConfig
+from ngpt.config.base import settings
+from ngpt.training.config import TrainConfig
 from tune import format as fmt
 from tune.arms import BASELINE
 from tune.checks import written_alike

@@ -15,10 +15,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from ngpt import pulse
-from ngpt.config import ConfigError, flatten
-from ngpt.durable import write_atomic, write_json
-from ngpt.secrets import redacted
+from ngpt.config.base import ConfigError, flatten
+from ngpt.config.secrets import redacted
+from ngpt.system import heartbeat as pulse
+from ngpt.system.atomic_files import write_atomic, write_json
 from tune.budget import STOPPED, allows
 from tune.campaign import Campaign
 from tune.changes import judged_by

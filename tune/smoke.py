@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from ngpt.config import flatten, override
-from ngpt.data.tokenizer import parse_spec
-from ngpt.train_config import TrainConfig
+from ngpt.config.base import flatten, override
+from ngpt.data.tokens.tokenizer import parse_spec
+from ngpt.training.config import TrainConfig
 from tune.campaign import Campaign, Fresh, Phase
 from tune.space import random_arms
 

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ngpt.config import Location, settings, unknown
-from ngpt.train_config import TrainConfig
+from ngpt.config.base import Location, settings, unknown
+from ngpt.training.config import TrainConfig
 from tune.arms import Arm, Axis
 from tune.checks import Problems, written_alike
 

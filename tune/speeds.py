@@ -6,10 +6,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ngpt.config import content_hash
-from ngpt.data.corpora import cache_folder
-from ngpt.model import ModelConfig
-from ngpt.train_config import TrainConfig
+from ngpt.config.base import content_hash
+from ngpt.data.dataset import cache_folder
+from ngpt.model.gpt import ModelConfig
+from ngpt.training.config import TrainConfig
 from tune.campaign import Campaign
 from tune.plan import trial_work
 from tune.schema import MOST_TRIALS

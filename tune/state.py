@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from ngpt.config import ConfigError
+from ngpt.config.base import ConfigError
 from tune.combine import Better
 from tune.journal import Event, read_journal
 from tune.verdicts import Outcome

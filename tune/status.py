@@ -6,8 +6,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from ngpt.pulse import read_heartbeat
-from ngpt.tracker import read_metrics
+from ngpt.system.heartbeat import read_heartbeat
+from ngpt.training.tracker import read_metrics
 from tune.console import Running, Snapshot
 from tune.eta import seconds_left
 from tune.lock import is_locked

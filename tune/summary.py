@@ -11,8 +11,8 @@ from math import floor, log10
 from pathlib import Path
 from typing import Any
 
-from ngpt.durable import make_folder, write_atomic, write_json
-from ngpt.tracker import read_metrics
+from ngpt.system.atomic_files import make_folder, write_atomic, write_json
+from ngpt.training.tracker import read_metrics
 from tune import format as fmt
 from tune.budget import left_out_sentence
 from tune.claims import judge_claims

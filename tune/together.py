@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-from ngpt.bench.timing import synchronize
-from ngpt.bench.training import prepared
-from ngpt.config import override
-from ngpt.memory import is_out_of_memory, peak_memory, reset_peak_memory
-from ngpt.train import train_step
-from ngpt.train_config import TrainConfig, resolved
+from ngpt.config.base import override
+from ngpt.system.memory import is_out_of_memory, peak_memory, reset_peak_memory
+from ngpt.system.timing import synchronize
+from ngpt.training.config import TrainConfig, resolved
+from ngpt.training.loop import train_step
+from ngpt.training.throughput import prepared
 from tune import format as fmt
 from tune.environment import total_memory
 from tune.trial import machine

@@ -12,7 +12,7 @@ import ray.tune
 import torch
 from ray.util.metrics import Gauge
 
-from ngpt.pulse import Pulse, clear, is_asked_to_stop
+from ngpt.system.heartbeat import Pulse, clear, is_asked_to_stop
 from tune.trial import TrialSpec
 from tune.vectorised import News, run_trials
 

@@ -16,15 +16,15 @@ from typing import Any
 
 import torch
 
-from ngpt import durable
-from ngpt.config import flatten
-from ngpt.data.corpora import DataConfig, Dataset, open_dataset
-from ngpt.device import pick_device
-from ngpt.memory import peak_memory
-from ngpt.secrets import redacted
-from ngpt.setbacks import Metrics
-from ngpt.train import train
-from ngpt.train_config import TrainConfig
+from ngpt.config.base import flatten
+from ngpt.config.secrets import redacted
+from ngpt.data.dataset import DataConfig, Dataset, open_dataset
+from ngpt.system import atomic_files as durable
+from ngpt.system.device import pick_device
+from ngpt.system.memory import peak_memory
+from ngpt.training.config import TrainConfig
+from ngpt.training.loop import train
+from ngpt.training.recovery import Metrics
 
 CONTEXT = 768 << 20  # bytes that a process takes of a GPU besides those of its tensors
 SOURCES = {".py", ".cpp", ".h"}

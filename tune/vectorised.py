@@ -16,14 +16,14 @@ from datetime import UTC, datetime
 
 import torch
 
-from ngpt.device import pick_device
-from ngpt.durable import write_atomic
-from ngpt.memory import free_memory
-from ngpt.pulse import Pulse
-from ngpt.run import RunResult
-from ngpt.secrets import redacted
-from ngpt.train_config import TrainConfig
-from ngpt.vectorised import Event, graph_settings, train_together, unstackable
+from ngpt.config.secrets import redacted
+from ngpt.ensemble.train import Event, graph_settings, train_together, unstackable
+from ngpt.system.atomic_files import write_atomic
+from ngpt.system.device import pick_device
+from ngpt.system.heartbeat import Pulse
+from ngpt.system.memory import free_memory
+from ngpt.training.config import TrainConfig
+from ngpt.training.run import RunResult
 from tune.trial import TrialResult, TrialSpec, cap_memory, machine, make_folder, opened, run_trial, unfinished
 
 log = logging.getLogger(__name__)

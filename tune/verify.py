@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ngpt.checkpoint import checkpoint_folders, verify_checkpoint
-from ngpt.config import ConfigError
+from ngpt.config.base import ConfigError
+from ngpt.training.checkpoint import checkpoint_folders, verify_checkpoint
 from tune import format as fmt
 from tune.journal import Event, parse_line, whole_length
 from tune.lock import is_locked

@@ -1,7 +1,7 @@
 """Which running trials hang: their processes live, and they do no more steps.
 
 A deadlock, a file system that does not answer, a GPU that fell off the bus: nothing dies, and nothing goes on. So each
-trial leaves a heartbeat (ngpt/pulse.py), and one whose heartbeat stands still for too long is ended and tried again.
+trial leaves a heartbeat (ngpt/system/heartbeat.py), and one whose heartbeat stands still for too long is ended and tried again.
 """
 
 from collections import deque
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from statistics import median
 
-from ngpt.pulse import Heartbeat
+from ngpt.system.heartbeat import Heartbeat
 
 AT_LEAST = 600.0  # seconds: compilation, a long evaluation, a slow disk
 STEPS = 20  # or the time of so many steps, where that is longer

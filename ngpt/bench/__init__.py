@@ -4,8 +4,8 @@ Every figure stands beside a plain torch formulation that took turns with it, an
 a copy reaches in the same run, so that it means something on another machine and on a busy one.
 """
 
-from ngpt.bench.timing import gemm_flops, print_figures
-from ngpt.bench.training import step
-from ngpt.bench.vectorised import step_together
+from ngpt.ensemble.throughput import step_together
+from ngpt.system.timing import gemm_flops, print_figures
+from ngpt.training.throughput import step
 
 __all__ = ["gemm_flops", "print_figures", "step", "step_together"]

@@ -11,13 +11,13 @@ import torch
 
 import ngpt.bench
 from ngpt.bench import parts, saving
-from ngpt.bench.timing import print_figures
-from ngpt.bench.training import MODES, against_peer, step
-from ngpt.bench.vectorised import vectorised
-from ngpt.config import ConfigError
-from ngpt.data.shards import CorruptShardError
-from ngpt.device import DTYPES, pick_device
-from ngpt.train_config import TrainConfig, read_config
+from ngpt.config.base import ConfigError
+from ngpt.data.tokens.shards import CorruptShardError
+from ngpt.ensemble.throughput import vectorised
+from ngpt.system.device import DTYPES, pick_device
+from ngpt.system.timing import print_figures
+from ngpt.training.config import TrainConfig, read_config
+from ngpt.training.throughput import MODES, against_peer, step
 
 BENCHMARKS: dict[str, Callable[..., dict[str, Any]]] = {
     "step": step,

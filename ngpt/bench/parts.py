@@ -10,22 +10,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ngpt.bench.timing import compared, copy_rate, gemm_flops, stopwatches, take_turns, where
-from ngpt.bench.training import prepared
-from ngpt.compiling import compile_for
-from ngpt.config import ConfigError
-from ngpt.data.corpora import open_dataset
-from ngpt.device import DTYPES, mixed_precision, pick_device
-from ngpt.flops import matrix_params
-from ngpt.fused import kernels_serve
+from ngpt.config.base import ConfigError
+from ngpt.data.dataset import open_dataset
 from ngpt.generate import generate as continue_text
-from ngpt.loss import linear_cross_entropy
-from ngpt.model import GPT
-from ngpt.optim import ON_SPHERE, OptimConfig, build_optimizers, kinds
-from ngpt.projection import project_weights
-from ngpt.residual import lerp
-from ngpt.train import read_batch, train_step
-from ngpt.train_config import TrainConfig, resolved
+from ngpt.kernels.compile import compile_for
+from ngpt.kernels.fused_lerp import kernels_serve
+from ngpt.kernels.linear_cross_entropy import linear_cross_entropy
+from ngpt.model.flops import matrix_params
+from ngpt.model.gpt import GPT
+from ngpt.model.residual import lerp
+from ngpt.optim.optimizers import ON_SPHERE, OptimConfig, build_optimizers, kinds
+from ngpt.optim.projection import project_weights
+from ngpt.system.device import DTYPES, mixed_precision, pick_device
+from ngpt.system.timing import compared, copy_rate, gemm_flops, stopwatches, take_turns, where
+from ngpt.training.config import TrainConfig, resolved
+from ngpt.training.loop import read_batch, train_step
+from ngpt.training.throughput import prepared
 
 Figures = dict[str, Any]
 FLOAT = 4  # bytes; weights, gradients and moments are float32
@@ -33,7 +33,7 @@ FAR_AHEAD = 10**6  # steps away from those that a training run makes at the same
 
 
 def loss(config: TrainConfig, *, seconds: float = 10.0) -> Figures:
-    """`ngpt.loss` forward and backward, against F.linear, the logit scale and F.cross_entropy over all logits.
+    """`ngpt.kernels.linear_cross_entropy` forward and backward, against F.linear, the logit scale and F.cross_entropy over all logits.
 
     Returns ms, best_ms, reference_ms, ratio; difference (of the two losses, in nats); gemm_tflops; gemm_share (of that
     rate, by the three matrix products of forward and backward).

@@ -20,11 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ngpt.config import ConfigError
-from ngpt.data.corpora import Dataset
-from ngpt.device import mixed_precision, pick_device
-from ngpt.train import read_batch
-from ngpt.train_config import TrainConfig
+from ngpt.config.base import ConfigError
+from ngpt.data.dataset import Dataset
+from ngpt.system.device import mixed_precision, pick_device
+from ngpt.training.config import TrainConfig
+from ngpt.training.loop import read_batch
 
 
 def load_peer(path: Path) -> ModuleType:

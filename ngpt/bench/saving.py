@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from ngpt.bench.timing import compared, stopwatches, take_turns, where
-from ngpt.bench.training import prepared
-from ngpt.checkpoint import checkpoint_folders
-from ngpt.config import override
-from ngpt.run import save
-from ngpt.tracker import Tracker
-from ngpt.train import train_step
-from ngpt.train_config import TrainConfig, resolved
+from ngpt.config.base import override
+from ngpt.system.timing import compared, stopwatches, take_turns, where
+from ngpt.training.checkpoint import checkpoint_folders
+from ngpt.training.config import TrainConfig, resolved
+from ngpt.training.loop import train_step
+from ngpt.training.run import save
+from ngpt.training.throughput import prepared
+from ngpt.training.tracker import Tracker
 
 
 def checkpoint(config: TrainConfig, *, seconds: float = 10.0) -> dict[str, Any]:

@@ -43,9 +43,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Prepares what the command line names; returns the exit code."""
     options = _parser().parse_args(arguments)
     # After parsing, so that --help does not wait for numpy and pydantic.
-    from ngpt.config import ConfigError, build
-    from ngpt.data.corpora import DataConfig, open_dataset, prepare
-    from ngpt.data.shards import CorruptShardError
+    from ngpt.config.base import ConfigError, build
+    from ngpt.data.dataset import DataConfig, open_dataset, prepare
+    from ngpt.data.tokens.shards import CorruptShardError
 
     given = {
         "corpus": options.corpus,

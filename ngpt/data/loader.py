@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ngpt.config import ConfigError
-from ngpt.data.corpora import Dataset
-from ngpt.data.order import ORDERS
+from ngpt.config.base import ConfigError
+from ngpt.data.dataset import Dataset
+from ngpt.data.sampling import ORDERS
 
 Batch = tuple[Tensor, Tensor]
 

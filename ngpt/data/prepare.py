@@ -14,14 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from ngpt.config import ConfigError
-from ngpt.data.documents import read_file
-from ngpt.data.meter import Log, Meter
-from ngpt.data.pool import Encoding, Text, default_workers, encode_in_order
-from ngpt.data.shards import CorruptShardError, Shard, token_crc, verify_shard, write_shard
+from ngpt.config.base import ConfigError
 from ngpt.data.sources import Corpus
-from ngpt.data.tokenizer import MODEL_FILE, Tokenizer, load_tokenizer, parse_spec, train_sentencepiece
-from ngpt.durable import write_atomic, write_json
+from ngpt.data.text.documents import read_file
+from ngpt.data.text.progress import Log, Meter
+from ngpt.data.tokens.pool import Encoding, Text, default_workers, encode_in_order
+from ngpt.data.tokens.shards import CorruptShardError, Shard, token_crc, verify_shard, write_shard
+from ngpt.data.tokens.tokenizer import MODEL_FILE, Tokenizer, load_tokenizer, parse_spec, train_sentencepiece
+from ngpt.system.atomic_files import write_atomic, write_json
 
 Entry = dict[str, Any]  # one shard in the manifest
 

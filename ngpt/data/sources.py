@@ -15,9 +15,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from ngpt.config import ConfigError
-from ngpt.data.docstrings import DOCSTRINGS_FORMAT, python_documents
-from ngpt.data.documents import (
+from ngpt.config.base import ConfigError
+from ngpt.data.text.documents import (
     edges_crc,
     files_identity,
     find_files,
@@ -27,11 +26,12 @@ from ngpt.data.documents import (
     read_text,
     text_size,
 )
-from ngpt.data.download import HINT, download, downloads_folder, list_hub
-from ngpt.data.gpt2 import VOCAB_SIZE
-from ngpt.data.meter import Log, silent
-from ngpt.data.shards import HEADER_BYTES, MAGIC
-from ngpt.durable import write_json
+from ngpt.data.text.hub import HINT, download, downloads_folder, list_hub
+from ngpt.data.text.progress import Log, silent
+from ngpt.data.text.python_docs import DOCSTRINGS_FORMAT, python_documents
+from ngpt.data.tokens.gpt2_bpe import VOCAB_SIZE
+from ngpt.data.tokens.shards import HEADER_BYTES, MAGIC
+from ngpt.system.atomic_files import write_json
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"

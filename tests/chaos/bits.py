@@ -4,9 +4,9 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
-from ngpt.checkpoint import checkpoint_folders, verify_checkpoint
-from ngpt.data.corpora import open_dataset
-from ngpt.data.shards import CorruptShardError
+from ngpt.data.dataset import open_dataset
+from ngpt.data.tokens.shards import CorruptShardError
+from ngpt.training.checkpoint import checkpoint_folders, verify_checkpoint
 from tests.chaos.outcome import Options, Outcome
 from tests.chaos.world import world
 from tune.campaign import load_campaign

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ngpt.checkpoint import checkpoint_folders, verify_checkpoint
-from ngpt.tracker import read_metrics
+from ngpt.training.checkpoint import checkpoint_folders, verify_checkpoint
+from ngpt.training.tracker import read_metrics
 from tests.chaos.world import CANARIES, Ran, World
 from tune.journal import Event, JournalError, read_journal
 from tune.state import DONE

@@ -9,7 +9,7 @@ from typing import Any
 
 import tune.bench
 from ngpt.bench import print_figures
-from ngpt.config import ConfigError
+from ngpt.config.base import ConfigError
 from tune.bench.campaigns import campaign, scaling
 from tune.bench.gpu import PARTS, gpu
 from tune.bench.packing import packing

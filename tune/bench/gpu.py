@@ -21,9 +21,9 @@ import psutil
 
 from ngpt.bench import step
 from ngpt.bench.parts import projection as time_projection
-from ngpt.config import ConfigError, unknown
-from ngpt.data.corpora import prepare
-from ngpt.train_config import TrainConfig, read_config, resolved
+from ngpt.config.base import ConfigError, unknown
+from ngpt.data.dataset import prepare
+from ngpt.training.config import TrainConfig, read_config, resolved
 from tune.bench.campaigns import run
 from tune.bench.packing import packing_of
 from tune.campaign import Campaign, load_campaign

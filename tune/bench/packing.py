@@ -7,9 +7,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ngpt.data.corpora import prepare
-from ngpt.device import pick_device
-from ngpt.train_config import TrainConfig, read_config, resolved
+from ngpt.data.dataset import prepare
+from ngpt.system.device import pick_device
+from ngpt.training.config import TrainConfig, read_config, resolved
 from tune.bench.campaigns import tiny
 from tune.environment import usable_cpus
 from tune.pace import pace_key

@@ -1,0 +1,95 @@
+"""Settings as people write them: sections, dotted names, bare last words, and sections kept in files of their own.
+
+base:
+  model: models/30.5M.yaml     # a section as a file of its settings
+  alpha: 0.2                   # beats what the file says
+  optim: {name: muon}
+"""
+
+import difflib
+import os
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from ngpt.config.base import Config, ConfigError, Location, Problem, resolve, section_type, settings, unknown
+from ngpt.config.yaml_reader import Document, YamlError, read_yaml
+
+MOST_PROBLEMS = 100  # that are collected; who has as many wants to mend those first
+SUFFIXES = (".yaml", ".yml")  # of a section's file: no other file is ever opened, and so never shown in a message
+
+Found = dict[str, tuple[Any, Location]]  # value and place of each setting by full dotted name
+
+
+def named_settings(
+    cls: type[Config], data: Any, at: Location = (), *, folder: Path = Path()
+) -> tuple[Found, list[Problem]]:
+    """The settings in a mapping as people write it: sections (`optim: {lr: 1}`), dotted names or bare leaves.
+
+    A section may also be the path of a YAML file with its settings, relative to `folder`, that of the file that names
+    it; what is written beside it beats the file. Returns the value and location of each setting, and a problem for each
+    key that names no setting, is given twice, or is a section without a mapping; after `MOST_PROBLEMS` the rest is not
+    looked at. Values are not checked.
+    """
+    from_files: Found = {}
+    found: Found = {}
+    problems: list[Problem] = []
+    if not isinstance(data, Mapping):
+        return found, [Problem(at, f"must be a mapping of settings, got {data!r}")]
+    sections = {name.rpartition(".")[0] for name in settings(cls)} - {""}
+    for key, value in data.items():
+        if len(problems) >= MOST_PROBLEMS:
+            break
+        location = (*at, key)
+        if key in sections and isinstance(value, str) and not value.endswith(SUFFIXES):
+            problems.append(
+                Problem(location, f"must be a mapping of settings or the path of a .yaml file, got {value!r}")
+            )
+            continue
+        if key in sections and isinstance(value, str):
+            # Not Path.expanduser, which raises for a user that does not exist.
+            part, wrong = _section_file(section_type(cls, key), folder / os.path.expanduser(value), location)
+            from_files |= {f"{key}.{name}": entry for name, entry in part.items()}
+            problems += wrong
+            continue
+        if key in sections:
+            part, wrong = named_settings(section_type(cls, key), value, location, folder=folder)
+            part = {f"{key}.{name}": entry for name, entry in part.items()}
+            problems += wrong
+        else:
+            try:
+                part = {resolve(cls, key): (value, location)}
+            except ConfigError as error:
+                near = difflib.get_close_matches(key, sections, n=1) if isinstance(value, Mapping) else []
+                problems.append(Problem(location, unknown("section", key, near) if near else str(error)))
+                continue
+        problems += [Problem(entry[1], f"{name} is given twice") for name, entry in part.items() if name in found]
+        found |= part
+    return from_files | found, problems
+
+
+def _section_file(cls: type[Config], path: Path, at: Location) -> tuple[Found, list[Problem]]:
+    """The settings in a file, all located where the file is named; its own mistakes with their place in it."""
+    try:
+        document = _document(path, _state(path))
+    except YamlError as error:
+        return {}, [Problem(at, str(error))]
+    found, wrong = named_settings(cls, document.data, folder=path.parent)
+    return {name: (value, at) for name, (value, _) in found.items()}, [
+        Problem(at, document.describe(problem)) for problem in wrong
+    ]
+
+
+def _state(path: Path) -> tuple[int, ...]:
+    try:
+        state = path.stat()
+    except (OSError, ValueError):
+        return ()
+    return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns
+
+
+@lru_cache(maxsize=64)
+def _document(path: Path, state: tuple[int, ...]) -> Document:
+    """A thousand arms may name the same file: as long as its `state` stays, it is read once."""
+    return read_yaml(path)

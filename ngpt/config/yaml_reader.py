@@ -1,0 +1,241 @@
+"""YAML 1.2 as plain data that remembers where it stood, so that a mistake is answered with line and column.
+
+YAML 1.2 is what people mean: `1e-3` is a number, `on` is a word. Duplicate keys, tags and endless nesting are errors.
+"""
+
+import math
+import os
+import re
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.composer import Composer, ComposerError
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+
+from ngpt.config.base import ConfigError, Location, Problem, visible
+
+LARGEST_FILE = 1 << 17  # bytes
+DEEPEST_NESTING = 50
+MOST_NODES = 20_000  # also after expanding aliases; to read as many takes half a second
+LARGEST_INTEGER = 2**63 - 1  # Python would take any, and then fail to write it or to divide by it
+CONSTANTS = {"null": {"": None, "~": None, "null": None}, "bool": {"true": True, "false": False}}
+TOO_DEEP = f"nested too deeply, at most {DEEPEST_NESTING} levels are read"
+TOO_MANY = f"more than {MOST_NODES} values"
+FLOATS = {".inf": math.inf, "+.inf": math.inf, "-.inf": -math.inf, ".nan": math.nan}
+# What can only come from escapes, and the marks that make a text look like another one by reordering it.
+UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+Position = tuple[int, int]  # line and column, counted from 1
+
+
+@dataclass(frozen=True)
+class Document:
+    """A YAML file: its data, and the position of every node by its location in the data."""
+
+    path: Path
+    data: Any
+    positions: dict[Location, Position]
+
+    def describe(self, problem: Problem) -> str:
+        """`file.yaml:12:5: phases[0].vary.alhpa: unknown setting, ...`, at the nearest enclosing node if need be."""
+        line, column = self.position(problem.location)
+        return f"{self.path}:{line}:{column}: {problem.line()}"
+
+    def position(self, location: Location) -> Position:
+        """Line and column of a node, or of the nearest one that encloses it."""
+        while location and location not in self.positions:
+            location = location[:-1]
+        return self.positions.get(location, (1, 1))
+
+
+class YamlError(ConfigError):
+    """A file that is not YAML, or not such that we read it; the message has path, line and column."""
+
+
+def read_yaml(path: Path) -> Document:
+    """Reads one YAML document.
+
+    Raises:
+        YamlError: it is missing, no regular file, too large, not UTF-8, not YAML, or has duplicate keys or tags.
+    """
+    try:
+        raw = _content(path)
+    except YamlError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
+        raise YamlError(f"{visible(str(path))}: {getattr(error, 'strerror', None) or error}") from None
+    try:
+        return parse_yaml(raw.decode("utf-8"), path)
+    except UnicodeDecodeError as error:
+        raise YamlError(f"{path}: byte {error.start} is not UTF-8") from None
+
+
+def parse_yaml(text: str, path: Path) -> Document:
+    """The document in `text`; `path` is for messages. Raises YamlError as `read_yaml` does."""
+    node = _compose(text, path)
+    reader = _Reader(path)
+    data = None if node is None else reader.plain(node, (), 0)
+    return Document(path, data, reader.positions)
+
+
+def parse_value(text: str) -> Any:
+    """A single value as it would be read in a YAML file, for the command line: `1e-3`, `true`, `[1, 2]`."""
+    return parse_yaml(text, Path("--set")).data
+
+
+def parse_assignment(text: str) -> tuple[str, Any]:
+    """`optim.lr=1e-3` as a name and a value.
+
+    Raises:
+        ConfigError: there is no `=`, no name, or the value is not YAML.
+    """
+    name, equals, value = text.partition("=")
+    if not (name.strip() and equals):
+        raise ConfigError(f"--set {visible(text)}: expected NAME=VALUE")
+    return name.strip(), parse_value(value)
+
+
+def _content(path: Path) -> bytes:
+    """What a file holds; a pipe or a device, which may never end, is not waited for."""
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise YamlError(f"{path}: not a regular file")
+        raw = file.read(LARGEST_FILE + 1)
+    if len(raw) > LARGEST_FILE:
+        raise YamlError(f"{path}: too large, at most {LARGEST_FILE} bytes are read")
+    return raw
+
+
+class _BoundedComposer(Composer):
+    """Refuses what is too deep or too much where it begins, before the rest has been looked at."""
+
+    nodes = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """The next node and all in it; ruamel.yaml calls it for each, so this is where they can be counted.
+
+        Raises:
+            ComposerError: nested deeper than DEEPEST_NESTING, or more than MOST_NODES in the document.
+        """
+        self.nodes += 1
+        mark = self.parser.peek_event().start_mark
+        if self.depth > DEEPEST_NESTING:
+            raise ComposerError(None, None, TOO_DEEP, mark)
+        if self.nodes > MOST_NODES:
+            raise ComposerError(None, None, TOO_MANY, mark)
+        return super().compose_node(parent, index)
+
+
+def _compose(text: str, path: Path) -> Node | None:
+    """The document as nodes; every way in which ruamel.yaml refuses a text becomes a YamlError."""
+    yaml = YAML(typ="safe", pure=True)
+    yaml.Composer = _BoundedComposer
+    yaml.composer.warn_double_anchors = False  # YAML lets a later anchor of the same name hide an earlier one
+    try:
+        return yaml.compose(text)
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
+        problem = str(error.problem or error.context)
+        text = problem if problem in (TOO_DEEP, TOO_MANY) else f"not valid YAML: {visible(problem)}"
+        raise YamlError(f"{path}{where}: {text}") from None
+    except YAMLError as error:
+        raise YamlError(f"{path}: not valid YAML: {visible(str(error).splitlines()[0])}") from None
+    except (ValueError, OverflowError) as error:  # a code point beyond Unicode, a version of 5000 digits
+        raise YamlError(f"{path}: not valid YAML: {error}") from None
+
+
+class _Reader:
+    """Turns composed nodes into plain data and notes the position of each."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.positions: dict[Location, Position] = {}
+
+    def plain(self, node: Node, location: Location, depth: int) -> Any:
+        """The data of a node at `location`, so many levels deep.
+
+        Raises:
+            YamlError: it is too deep or too large, or says something that data cannot.
+        """
+        if depth > DEEPEST_NESTING:  # again, since an alias may be inside of its own node
+            raise self._error(node, TOO_DEEP)
+        if len(self.positions) > MOST_NODES:
+            raise self._error(node, TOO_MANY)
+        # A mapping's value keeps the position of its key, which is what one wants to look at.
+        self.positions.setdefault(location, _position(node))
+        if isinstance(node, MappingNode) and _kind(node) == "map":
+            return self._mapping(node, location, depth)
+        if isinstance(node, SequenceNode) and _kind(node) == "seq":
+            return [self.plain(item, (*location, i), depth + 1) for i, item in enumerate(node.value)]
+        return self._scalar(node)
+
+    def _mapping(self, node: MappingNode, location: Location, depth: int) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            key = self._key(key_node)
+            if key in result:
+                raise self._error(key_node, f"duplicate key {visible(repr(key))}")
+            self.positions[(*location, key)] = _position(key_node)
+            result[key] = self.plain(value_node, (*location, key), depth + 1)
+        return result
+
+    def _key(self, node: Node) -> str:
+        """The word as it is written, also where it looks like a number."""
+        if not isinstance(node, ScalarNode) or not node.value:
+            raise self._error(node, "a key must be a word")
+        if _kind(node) == "merge":
+            raise self._error(node, "YAML 1.2 has no merge key '<<', write the settings out")
+        self._scalar(node)
+        return node.value
+
+    def _scalar(self, node: Node) -> Any:
+        kind, text = _kind(node), str(node.value)
+        if found := UNPRINTABLE.search(text):
+            raise self._error(node, f"the character U+{ord(found[0]):04X} is not read here")
+        if kind in ("str", "timestamp", "value"):
+            return text
+        try:
+            if kind in CONSTANTS:
+                return CONSTANTS[kind][text.lower()]
+            if kind == "int":
+                return _integer(text)
+            if kind == "float":
+                return _float(text)
+        except OverflowError:
+            message = f"{visible(text, 40)} is too large, a whole number is at most {LARGEST_INTEGER}"
+            raise self._error(node, message) from None
+        except (KeyError, ValueError):
+            raise self._error(node, f"{text[:40]!r} is not a value of the kind {kind!r}") from None
+        raise self._error(node, f"the tag {visible(str(node.tag))} is not read here, only plain data")
+
+    def _error(self, node: Node, message: str) -> YamlError:
+        line, column = _position(node)
+        return YamlError(f"{self.path}:{line}:{column}: {message}")
+
+
+def _position(node: Node) -> Position:
+    return node.start_mark.line + 1, node.start_mark.column + 1
+
+
+def _kind(node: Node) -> str:
+    return str(node.tag).removeprefix("tag:yaml.org,2002:")
+
+
+def _integer(text: str) -> int:
+    digits = text.replace("_", "")
+    prefixed = digits.lstrip("+-")[:2] in ("0b", "0o", "0x")
+    # Python refuses to read decimals of more than 4300 digits, and calls that a wrong value.
+    value = int(digits, 0) if prefixed else int(digits) if len(digits) < 100 else int(float(digits))
+    if abs(value) > LARGEST_INTEGER:
+        raise OverflowError
+    return value
+
+
+def _float(text: str) -> float:
+    lowered = text.lower()
+    return FLOATS[lowered] if lowered in FLOATS else float(text.replace("_", ""))

@@ -1,0 +1,332 @@
+"""From a corpus by name or path to mapped tokens: fingerprint, one-time preparation, opening.
+
+Prepared corpora live under `$NGPT_CACHE` (default `~/.cache/ngpt`), one folder per fingerprint. A folder there is
+complete or absent: it is filled under another name by the one process that holds its lock, and then renamed.
+"""
+
+import hashlib
+import json
+import logging
+import platform
+import re
+import shutil
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import pydantic
+from filelock import FileLock
+
+from ngpt.config.base import Config, ConfigError, invalid, one_of, runtime, unknown
+from ngpt.data.prepare import PROGRESS_FILE, TOKEN_BYTES_FILE, tokenize
+from ngpt.data.sampling import ORDERS
+from ngpt.data.shard_index import index_shards, known_vocab_size, shard_paths, shard_vocab_size
+from ngpt.data.sources import CORPORA, Corpus, ShardCorpus, shards_identity, text_corpus
+from ngpt.data.text.hub import cache_folder
+from ngpt.data.text.progress import Log, silent
+from ngpt.data.tokens.checksums import shard_crc
+from ngpt.data.tokens.shards import CorruptShardError, read_shard, token_crc
+from ngpt.data.tokens.tokenizer import parse_spec, tokenizer_identity, tokenizer_vocab_size
+from ngpt.system.atomic_files import commit_folder, write_json
+
+FORMAT = 1  # of the prepared folder; raise it when other tokens come out of the same corpus
+MANIFEST = "manifest.json"
+POLICIES = ("skip", "fail")  # what to do about corrupt shards
+READERS = 4  # threads that check shards
+
+log = logging.getLogger(__name__)
+
+
+def _tokenizer_spec(spec: str) -> str:
+    try:
+        parse_spec(spec)
+    except ConfigError as error:
+        raise invalid(str(error)) from None
+    return spec
+
+
+class DataConfig(Config, frozen=True):
+    """What to train on, and in which order."""
+
+    # a name in CORPORA; a file of text or documents; a folder of these, of shards, or with a prepared corpus
+    corpus: str = "python-docs"
+    tokenizer: Annotated[str, pydantic.AfterValidator(_tokenizer_spec)] = "sentencepiece:2048"
+    path: str | None = runtime(None)  # a local copy of a named corpus that is otherwise downloaded
+    val_fraction: float = pydantic.Field(default=0.1, gt=0, lt=1)
+    shards: Annotated[int, pydantic.Field(ge=1)] = 1  # how many files of a corpus that is published in parts
+    on_corrupt: Annotated[str, one_of(POLICIES, "policy")] = runtime("skip")  # skip: log a bad shard and leave it out
+    order: Annotated[str, one_of(ORDERS, "order")] = "windows"
+    reservoir: Annotated[int, pydantic.Field(ge=1)] = 4096  # windows in the buffer of order reservoir
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A corpus ready to train on: the tokens of each split, one uint16 array per shard, mapped read-only.
+
+    `token_bytes` (V,) int64 is the number of UTF-8 bytes of each token, None where the tokenizer is not at hand.
+    """
+
+    train: tuple[np.ndarray, ...]
+    val: tuple[np.ndarray, ...]
+    vocab_size: int
+    token_bytes: np.ndarray | None
+    manifest: dict[str, Any]
+    folder: Path
+
+
+def vocab_size(config: DataConfig) -> int:
+    """The number of tokens, before anything is prepared.
+
+    Raises:
+        ConfigError: unknown corpus, missing files, a tokenizer that is not the one of ready-made shards.
+    """
+    # Of a named corpus neither the copy nor the number of files matters: what is wrong with them is the fingerprint's.
+    source = CORPORA[config.corpus](None, 1) if config.corpus in CORPORA else _locate(config)
+    if isinstance(source, ShardCorpus):
+        return known_vocab_size(source.name, source.vocab_size, config.tokenizer)
+    if isinstance(source, Corpus):
+        return tokenizer_vocab_size(config.tokenizer)
+    return _read_manifest(source)["vocab_size"] if _is_prepared(source) else shard_vocab_size(source, config.tokenizer)
+
+
+def fingerprint(config: DataConfig) -> str:
+    """Twelve hex digits for the tokens that come out: the corpus' content, the tokenizer and the split.
+
+    Neither the machine nor the place of the files enters, nor the order in which training reads them
+    (`order_settings`). Reads files at most once per process, prepares and downloads nothing.
+
+    Raises:
+        ConfigError: unknown corpus, missing files.
+    """
+    check_shards(config)
+    source = _locate(config)
+    if isinstance(source, Path) and _is_prepared(source):
+        return _read_manifest(source)["fingerprint"]
+    content = shards_identity(shard_paths(source)) if isinstance(source, Path) else source.identity
+    identity = [FORMAT, content, tokenizer_identity(_tokenizer(config, source)), config.val_fraction]
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
+
+
+def check_shards(config: DataConfig) -> None:
+    """Whether the corpus can be had in this number of files.
+
+    Raises:
+        ConfigError: it has fewer, or does not come in parts.
+    """
+    if config.corpus in CORPORA:
+        CORPORA[config.corpus](None, config.shards)
+    elif config.shards != 1:
+        raise ConfigError(f"data.shards {config.shards} is for corpora that are published in parts, not for a path")
+
+
+def order_settings(config: DataConfig) -> dict[str, Any]:
+    """What decides the order in which the tokens of a fingerprint are read, by dotted name; empty for the default."""
+    if config.order == "windows":
+        return {}
+    settings = {"data.order": config.order}
+    return settings | {"data.reservoir": config.reservoir} if config.order == "reservoir" else settings
+
+
+def prepare(config: DataConfig, *, out: Path | None = None, log: Log = silent, workers: int | None = None) -> Path:
+    """The folder with the prepared corpus; made if it is not there. `log` is told what takes time.
+
+    Of two processes that need the same corpus one prepares it and the other waits. `workers` processes tokenize.
+
+    Raises:
+        ConfigError: unknown corpus, missing files, no network, `out` holds something else, or a shard is corrupt and
+            `on_corrupt` is fail.
+        OSError: the disk is full or not writable.
+    """
+    check_shards(config)
+    source = _locate(config)
+    if isinstance(source, Path) and _is_prepared(source):
+        if out is not None:
+            raise ConfigError(f"{source} is prepared already: there is nothing to write to {out}")
+        final = source
+    else:
+        key = fingerprint(config)
+        final = out.absolute() if out else cache_folder() / f"{_folder_name(config)}-{key}"
+        if not _is_done(final, key):
+            final.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(final.parent / f".{final.name}.lock"):
+                if not _is_done(final, key):  # somebody else may have had the lock before us
+                    _fill(config, final, key, log, workers)
+    if config.on_corrupt == "fail" and (skipped := _read_manifest(final)["skipped"]):
+        raise _refusal(skipped, f"; {final} leaves them out: remove it once they are repaired")
+    return final
+
+
+def open_dataset(config: DataConfig, *, again: bool = False) -> Dataset:
+    """The corpus as arrays, prepared first where necessary; each shard is checked once, unless it has changed since.
+
+    Shards that preparation found corrupt are left out, and logged with path and reason. `again` reads all of the
+    others once more, as a campaign does at its start: a disk may lose a bit without changing a file's time.
+
+    Raises:
+        ConfigError: as `prepare`.
+        CorruptShardError: a file is not as the manifest has it.
+    """
+    folder = prepare(config, log=log.info)
+    manifest = _read_manifest(folder)
+    shards = _shard_folder(config, manifest, folder)
+    for skipped in manifest["skipped"]:
+        log.warning("corrupt shard left out: %s %s", shards / skipped["name"], skipped["reason"])
+
+    def opened(entry: dict[str, Any]) -> np.ndarray:
+        return _open_shard(shards / entry["name"], entry, folder, again=again)
+
+    with ThreadPoolExecutor(READERS) as pool:  # checksums let other threads run
+        splits = {split: tuple(pool.map(opened, counts["shards"])) for split, counts in manifest["splits"].items()}
+    return Dataset(
+        train=splits["train"],
+        val=splits["val"],
+        vocab_size=manifest["vocab_size"],
+        token_bytes=_open_token_bytes(folder, manifest),
+        manifest=manifest,
+        folder=folder,
+    )
+
+
+Source = Corpus | ShardCorpus | Path  # a path is a folder of shards, or with a prepared corpus
+
+
+def _locate(config: DataConfig) -> Source:
+    """Where the content comes from of the corpus that the config names."""
+    if config.corpus in CORPORA:
+        return CORPORA[config.corpus](Path(config.path).expanduser() if config.path else None, config.shards)
+    path = Path(config.corpus).expanduser()
+    if not path.exists():
+        known = unknown("corpus", config.corpus, CORPORA)
+        raise ConfigError(f"{known}; nor is there such a file or folder")
+    if config.path is not None:
+        raise ConfigError("data.path (--from) is a local copy of a named corpus, and this corpus is a path itself")
+    return path if _is_prepared(path) or (path.is_dir() and shard_paths(path)) else text_corpus(path)
+
+
+def _is_prepared(path: Path) -> bool:
+    return (path / MANIFEST).is_file()
+
+
+def _tokenizer(config: DataConfig, source: Source) -> str:
+    """The tokenizer: that of published shards is known, so a size to train does not matter to them."""
+    is_size = parse_spec(config.tokenizer)[0] == "sentencepiece"
+    return source.tokenizer if isinstance(source, ShardCorpus) and is_size else config.tokenizer
+
+
+def _shard_folder(config: DataConfig, manifest: dict[str, Any], folder: Path) -> Path:
+    """Where the shards of a prepared corpus lie now: shards may have moved, and downloads may have been cleared."""
+    if manifest["shard_folder"] is None:
+        return folder
+    source = _locate(config)
+    if isinstance(source, Path):
+        return Path(manifest["shard_folder"]) if _is_prepared(source) else source
+    if config.path is not None:
+        return Path(config.path).expanduser()
+    used = Path(manifest["shard_folder"])
+    entries = [entry for counts in manifest["splits"].values() for entry in counts["shards"]]
+    if isinstance(source, ShardCorpus) and not all((used / entry["name"]).is_file() for entry in entries):
+        return source.fetch(log.info)[0].parent
+    return used
+
+
+def _folder_name(config: DataConfig) -> str:
+    """Letters, digits, `-` and `_` only, whatever the file is called."""
+    return re.sub(r"\W+", "-", Path(config.corpus).stem) or "corpus"
+
+
+def _is_done(folder: Path, key: str) -> bool:
+    """Whether the corpus is there; something else in its place is an error."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return False
+    if not _is_prepared(folder) or _read_manifest(folder)["fingerprint"] != key:
+        raise ConfigError(f"{folder} holds something else; choose another folder, or remove it")
+    return True
+
+
+def _fill(config: DataConfig, final: Path, key: str, log: Log, workers: int | None) -> None:
+    """Prepares under a temporary name, then commits. The caller holds the lock.
+
+    What a process has left that was killed is used, by its name that of the same tokens.
+    """
+    temp = final.with_name(f".tmp-{final.name}-{key}")
+    for stale in final.parent.glob(f".tmp-{final.name}-*"):
+        if stale != temp:
+            shutil.rmtree(stale)
+    temp.mkdir(exist_ok=True)
+    try:
+        write_json(temp / MANIFEST, _about(config, key) | _make(config, temp, log, workers))
+        commit_folder(temp, final)
+        (final / PROGRESS_FILE).unlink(missing_ok=True)  # not before: a process may be killed in between
+    finally:
+        if not (temp / PROGRESS_FILE).is_file():  # no shard was finished
+            shutil.rmtree(temp, ignore_errors=True)
+
+
+def _make(config: DataConfig, temp: Path, log: Log, workers: int | None) -> dict[str, Any]:
+    """Fills the folder and says what is in it."""
+    source = _locate(config)
+    tokenizer = _tokenizer(config, source)
+    if isinstance(source, Corpus):
+        source.fetch(log)
+        how = {"val_fraction": config.val_fraction, "folder": temp, "log": log, "workers": workers}
+        return {"shard_folder": None} | tokenize(source, tokenizer=tokenizer, **how)
+    paths = source.fetch(log) if isinstance(source, ShardCorpus) else shard_paths(source)
+    made = index_shards(
+        paths,
+        vocab_size=vocab_size(config),
+        tokenizer=tokenizer,
+        val_fraction=config.val_fraction,
+        folder=temp,
+        log=log,
+    )
+    if made["skipped"] and config.on_corrupt == "fail":
+        raise _refusal(made["skipped"], "")
+    return {"shard_folder": str(paths[0].parent.resolve())} | made
+
+
+def _about(config: DataConfig, key: str) -> dict[str, Any]:
+    named = config.corpus in CORPORA
+    return {
+        "format": FORMAT,
+        "corpus": config.corpus if named else Path(config.corpus).expanduser().resolve().name,
+        "fingerprint": key,
+        "val_fraction": config.val_fraction,
+        "python": platform.python_version(),
+    }
+
+
+def _refusal(skipped: Sequence[dict[str, str]], hint: str) -> ConfigError:
+    found = ", ".join(f"{entry['name']} {entry['reason']}" for entry in skipped)
+    return ConfigError(f"{len(skipped)} corrupt shards, and data.on_corrupt is fail: {found}{hint}")
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON: {error}") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or "splits" not in manifest:
+        raise ConfigError(f"{path} is not the manifest of a corpus that this version prepared")
+    return manifest
+
+
+def _open_shard(path: Path, entry: dict[str, Any], folder: Path, *, again: bool) -> np.ndarray:
+    """The part of a shard that belongs to the split, after a check against the manifest."""
+    shard = read_shard(path)
+    if path.stat().st_size != entry["size"] or shard_crc(path, again=again) != entry["crc32"]:
+        raise CorruptShardError(path, f"is not as the manifest has it; remove {folder} to prepare it again")
+    return np.asarray(shard.tokens)[entry["first"] : entry["first"] + entry["tokens"]]
+
+
+def _open_token_bytes(folder: Path, manifest: dict[str, Any]) -> np.ndarray | None:
+    if manifest["token_bytes_crc32"] is None:
+        return None
+    path = folder / TOKEN_BYTES_FILE
+    sizes = np.load(path)
+    if token_crc(sizes) != manifest["token_bytes_crc32"]:
+        raise CorruptShardError(path, f"is not as the manifest has it; remove {folder} to prepare it again")
+    return sizes.astype(np.int64)

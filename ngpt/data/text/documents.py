@@ -1,0 +1,221 @@
+"""Files of one's own: plain text, and documents in Parquet or JSON lines; what identifies them.
+
+A document is a string in the column `text`, which is what the public corpora call it. Compressed JSON lines
+(.jsonl.gz, .jsonl.zst) are read as they are.
+"""
+
+import hashlib
+import io
+import json
+import zlib
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from ngpt.config.base import ConfigError
+
+COLUMN = "text"
+PARQUET = ".parquet"
+JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+BLOCK = 1 << 22  # characters of a text file in memory at once
+ROWS = 1000  # of a Parquet file in memory at once
+SHRINKS = 3  # times that compressed English is smaller, about
+HASHED_WHOLE = 1 << 30  # bytes; more than that is known by its edges and by samples in between
+SAMPLE, SAMPLE_EVERY = 1 << 16, 1 << 26  # bytes
+
+
+def find_files(path: Path) -> list[Path]:
+    """The file, or all files in a folder and its folders (not the hidden ones), by name.
+
+    Raises:
+        ConfigError: there is nothing.
+    """
+    if not path.exists():
+        raise ConfigError(f"no such file: {path}")
+    files = [path] if path.is_file() else sorted(_visible_files(path))
+    if not files:
+        raise ConfigError(f"{path} has no files in it")
+    return files
+
+
+def holds_documents(path: Path) -> bool:
+    """Whether a file is Parquet or JSON lines, going by its name."""
+    return path.name.lower().endswith((PARQUET, *JSON_LINES))
+
+
+def read_documents(files: Sequence[Path]) -> Iterator[str]:
+    """The documents of all files, one after the other, without the empty ones; a text file is one document.
+
+    Raises:
+        ConfigError: a file that cannot be read, or that has no text column.
+    """
+    for path in files:
+        if not holds_documents(path):
+            texts = iter(["".join(read_text(path))])
+        elif path.name.lower().endswith(PARQUET):
+            texts = _read_parquet(path)
+        else:
+            texts = _read_json_lines(path)
+        yield from (text for text in texts if text)
+
+
+def text_size(files: Sequence[Path]) -> int:
+    """About how many bytes of text the files hold; reads no more than the footer of a Parquet file."""
+    return sum(map(_text_size, files))
+
+
+def read_text(path: Path) -> Iterator[str]:
+    """A file in large pieces that end with a line, its line ends as they are.
+
+    Raises:
+        ConfigError: it is not UTF-8.
+    """
+    with path.open(encoding="utf-8", newline="") as file:
+        try:
+            while piece := file.read(BLOCK):
+                yield piece + file.readline()
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+
+
+def read_file(path: Path, *, most: int | None = None) -> bytes:
+    """The content of a file that the user named.
+
+    Raises:
+        ConfigError: there is no such file, or it has more than `most` bytes.
+    """
+    if not path.is_file():
+        raise ConfigError(f"no such file: {path}")
+    if most is not None and path.stat().st_size > most:
+        raise ConfigError(f"{path} is too large for what it should be: {path.stat().st_size} bytes, at most {most}")
+    return path.read_bytes()
+
+
+def files_identity(path: Path, files: Sequence[Path]) -> str:
+    """The bytes of a file, or of a folder the names under it too; where it lies does not matter.
+
+    Documents of more than `HASHED_WHOLE` bytes in all are known by size, edges and samples instead: reading a hundred
+    gigabytes would take longer than the question is worth.
+    """
+    documents = any(map(holds_documents, files))
+    known_by = _sampled if documents and sum(file.stat().st_size for file in files) > HASHED_WHOLE else file_sha256
+    if path.is_file():
+        return f"sha256:{known_by(path)}"
+    names = [f"{file.relative_to(path).as_posix()}:{known_by(file)}" for file in files]
+    return f"sha256:{hashlib.sha256(chr(10).join(names).encode()).hexdigest()}"
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's content; a file that has not changed is read once per process."""
+    state = path.stat()
+    return _file_sha256(path.resolve(), state.st_size, state.st_mtime_ns)
+
+
+def edges_crc(path: Path, edge: int) -> tuple[int, int]:
+    """CRC32 of the first and of the last `edge` bytes; a file that has not changed is read once per process."""
+    state = path.stat()
+    return _edges_crc(path.resolve(), state.st_size, state.st_mtime_ns, edge)
+
+
+@cache
+def _file_sha256(path: Path, size: int, changed: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@cache
+def _edges_crc(path: Path, size: int, changed: int, edge: int) -> tuple[int, int]:
+    with path.open("rb") as file:
+        start = file.read(edge)
+        file.seek(max(0, size - edge))
+        return zlib.crc32(start), zlib.crc32(file.read(edge))
+
+
+def _sampled(path: Path) -> str:
+    size = path.stat().st_size
+    digest = hashlib.sha256(f"{size}:{edges_crc(path, 1 << 20)}".encode())
+    with path.open("rb") as file:
+        for at in range(0, size, SAMPLE_EVERY):
+            file.seek(at)
+            digest.update(file.read(SAMPLE))
+    return digest.hexdigest()
+
+
+def _visible_files(folder: Path) -> Iterator[Path]:
+    for path in folder.rglob("*"):
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts):
+            yield path
+
+
+def _text_size(path: Path) -> int:
+    if not path.name.lower().endswith(PARQUET):
+        size = path.stat().st_size
+        return size if path.suffix.lower() not in (".gz", ".zst") else SHRINKS * size
+    with _parquet(path) as file:
+        groups = [file.metadata.row_group(index) for index in range(file.metadata.num_row_groups)]
+        columns = [group.column(index) for group in groups for index in range(group.num_columns)]
+        return sum(column.total_uncompressed_size for column in columns if column.path_in_schema == COLUMN)
+
+
+def _read_parquet(path: Path) -> Iterator[str]:
+    import pyarrow
+
+    with _parquet(path) as file:
+        try:
+            for batch in file.iter_batches(batch_size=ROWS, columns=[COLUMN]):
+                yield from (text for text in batch.column(0).to_pylist() if text is not None)
+        except (pyarrow.ArrowException, OSError) as error:
+            raise ConfigError(f"{path} cannot be read: {_one_line(error)}") from None
+
+
+def _parquet(path: Path) -> Any:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ConfigError(f"{path} is not a Parquet file: {_one_line(error)}") from None
+    schema = file.schema_arrow
+    if COLUMN not in schema.names:
+        file.close()
+        raise ConfigError(f"{path} has no column {COLUMN!r}; it has {', '.join(schema.names) or 'none'}")
+    kind = schema.field(COLUMN).type
+    of_text = (pyarrow.types.is_string, pyarrow.types.is_large_string, pyarrow.types.is_null)  # null: all are missing
+    if not any(is_one(kind) for is_one in of_text):
+        file.close()
+        raise ConfigError(f"the column {COLUMN!r} of {path} holds {kind}, not text")
+    return file
+
+
+def _read_json_lines(path: Path) -> Iterator[str]:
+    import pyarrow
+
+    compression = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix.lower())
+    number = 0
+    try:
+        with pyarrow.input_stream(str(path), compression=compression) as stream:
+            for number, line in enumerate(io.BufferedReader(stream), start=1):
+                if line.strip():
+                    yield _text_of(json.loads(line), path, number)
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{path}, line {number or 1}: {_one_line(error)}") from None
+
+
+def _text_of(row: Any, path: Path, number: int) -> str:
+    text = row.get(COLUMN) if isinstance(row, dict) else None
+    if not isinstance(text, str):
+        if isinstance(row, dict) and COLUMN not in row:
+            found = f"it has {', '.join(row) or 'none'}"
+        else:
+            found = f"it is {row[COLUMN] if isinstance(row, dict) else row!r:.40}"
+        raise ConfigError(f"{path}, line {number} has no text under {COLUMN!r}; {found}")
+    text.encode()  # JSON can escape half of a surrogate pair, which no UTF-8 stands for: a ValueError
+    return text
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

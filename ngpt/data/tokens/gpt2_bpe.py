@@ -1,0 +1,124 @@
+"""GPT-2's own tokenizer, through tiktoken (extra `gpt2`): downloaded by it, or read from a folder.
+
+The folder holds the two files of the GPT-2 release, encoder.json and vocab.bpe. Only this file imports tiktoken.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ngpt.config.base import ConfigError
+from ngpt.data.text.documents import read_file
+
+VOCAB_SIZE = 50257
+LARGEST_VOCABULARY = 1 << 26  # bytes of any tokenizer's file; those with 250,000 tokens have 5 to 20 million
+SPECIAL = "<|endoftext|>"
+# The files by SHA-256, as published in tiktoken_ext/openai_public.py.
+FILES = {
+    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+}
+# GPT-2's splitting rule in the form that tiktoken uses (openai_public.py: r50k_pat_str).
+PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+
+
+class GPT2Tokenizer:
+    """GPT-2's byte-level BPE through tiktoken; special tokens in a text are read as plain text."""
+
+    name = "gpt2"
+
+    def __init__(self, encoding: Any, *, sha256: str) -> None:
+        self.sha256 = sha256
+        self.vocab_size: int = encoding.n_vocab
+        self.document_mark: int | None = encoding.eot_token
+        self._encoding = encoding
+
+    def encode(self, text: str) -> np.ndarray:
+        """The ids of `text`, (N,) uint16."""
+        return np.array(self._encoding.encode_ordinary(text), dtype=np.uint16)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`; bytes that are not UTF-8 become U+FFFD."""
+        return self._encoding.decode([int(index) for index in ids])
+
+    def token_bytes(self) -> np.ndarray:
+        """Bytes that each id stands for, (50257,) int64; 0 for the document mark."""
+        return self._token_bytes
+
+    @cached_property
+    def _token_bytes(self) -> np.ndarray:
+        encoding = self._encoding
+        sizes = [len(encoding.decode_single_token_bytes(index)) for index in range(self.vocab_size)]
+        sizes[encoding.eot_token] = 0  # a mark between documents stands for no text
+        return np.array(sizes, dtype=np.int64)
+
+
+def load_gpt2(folder: Path | None) -> GPT2Tokenizer:
+    """The tokenizer from a folder; without one from tiktoken, which downloads it once.
+
+    Raises:
+        ConfigError: tiktoken is not installed, no network, files that are missing or do not belong together.
+    """
+    try:
+        import tiktoken
+        from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+    except ModuleNotFoundError:
+        raise ConfigError(
+            "tokenizer gpt2 needs tiktoken: pip install 'ngpt-campaign[gpt2]', or take sentencepiece:SIZE"
+        ) from None
+    if folder is None:
+        try:
+            return GPT2Tokenizer(tiktoken.get_encoding("gpt2"), sha256=gpt2_identity(None))
+        except OSError as error:  # what requests raises is one too
+            raise ConfigError(
+                f"cannot download the GPT-2 tokenizer ({type(error).__name__}); "
+                "pass a folder with encoder.json and vocab.bpe as gpt2:DIR"
+            ) from error
+    hashes = _hashes(folder)
+    try:
+        # With the hashes tiktoken trusts its own cache only as long as it agrees with the files.
+        ranks = data_gym_to_mergeable_bpe_ranks(
+            vocab_bpe_file=str(folder / "vocab.bpe"),
+            encoder_json_file=str(folder / "encoder.json"),
+            vocab_bpe_hash=hashes["vocab.bpe"],
+            encoder_json_hash=hashes["encoder.json"],
+        )
+    except (AssertionError, KeyError, ValueError):  # how tiktoken says that the two files disagree
+        raise ConfigError(f"encoder.json and vocab.bpe in {folder} are not a GPT-2 vocabulary") from None
+    special = {SPECIAL: len(ranks)}
+    encoding = tiktoken.Encoding("gpt2", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
+    return GPT2Tokenizer(encoding, sha256=gpt2_identity(folder))
+
+
+def gpt2_vocab_size(folder: Path | None) -> int:
+    """The number of ids, without tiktoken.
+
+    Raises:
+        ConfigError: the folder has no readable encoder.json.
+    """
+    if folder is None:
+        return VOCAB_SIZE
+    path = folder / "encoder.json"
+    try:
+        return len({SPECIAL, *json.loads(read_file(path, most=LARGEST_VOCABULARY))})
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not a vocabulary: {error}") from None
+
+
+def gpt2_identity(folder: Path | None) -> str:
+    """A hash of the two files: the same for a copy as for the download, and needs neither tiktoken nor network.
+
+    Raises:
+        ConfigError: a file is missing.
+    """
+    hashes = FILES if folder is None else _hashes(folder)
+    return hashlib.sha256("".join(hashes[name] for name in sorted(hashes)).encode()).hexdigest()
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    return {name: hashlib.sha256(read_file(folder / name, most=LARGEST_VOCABULARY)).hexdigest() for name in FILES}

@@ -1,0 +1,148 @@
+"""Token shards: the public GPT-2 `.bin` format, with a CRC and the vocabulary size in header words it leaves free.
+
+A shard is 256 little-endian int32 words, then uint16 tokens. Words 0 to 2 are magic, version and token count, as
+llm.c and modded-nanogpt write and read them. Those leave the rest zero and never look at it; ours carry
+
+    3  CRC32 of the token bytes          4  vocabulary size
+    5  CRC32 of words 0 to 4, made odd: never zero, so it also tells "the CRC is 0" from "there is no CRC"
+
+A file without the magic is a bare array of uint16 tokens, as nanoGPT writes it.
+"""
+
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ngpt.system.atomic_files import write_atomic
+
+MAGIC = 20240520
+VERSION = 1
+HEADER_WORDS = 256
+HEADER_BYTES = 4 * HEADER_WORDS
+MAX_VOCAB = 1 << 16  # what uint16 can tell apart
+
+
+class CorruptShardError(ValueError):
+    """A shard that must not be trained on: which file, and what is wrong with it."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(path, reason)  # both arguments, so that the error survives pickling between processes
+        self.path = path
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One shard on disk. `tokens` (N,) uint16 is mapped read-only, not loaded."""
+
+    path: Path
+    tokens: np.memmap
+    vocab_size: int | None
+    crc32: int | None
+    has_header: bool
+
+
+def write_shard(path: Path, tokens: np.ndarray, *, vocab_size: int) -> Shard:
+    """Writes `tokens` (N,), integers in [0, vocab_size), atomically, and returns the shard.
+
+    Raises:
+        ValueError: no tokens, not integers, not one-dimensional, or outside of the vocabulary; nothing is written.
+    """
+    if not 0 < vocab_size <= MAX_VOCAB:
+        raise ValueError(f"a vocabulary of {vocab_size} does not fit uint16 tokens (1 to {MAX_VOCAB})")
+    if tokens.ndim != 1 or tokens.size == 0 or not np.issubdtype(tokens.dtype, np.integer):
+        raise ValueError(f"tokens must be some integers in a row, got {tokens.dtype} {tokens.shape}")
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= vocab_size:
+        raise ValueError(f"token id {low if low < 0 else high} is outside of a vocabulary of {vocab_size}")
+    data = tokens.astype("<u2").tobytes()
+    header = np.zeros(HEADER_WORDS, "<u4")
+    header[:5] = MAGIC, VERSION, tokens.size, zlib.crc32(data), vocab_size
+    header[5] = _header_check(header)
+    write_atomic(path, header.tobytes() + data)
+    return read_shard(path)
+
+
+def read_shard(path: Path) -> Shard:
+    """Maps a shard, with or without a header. Looks at the header and the size, not at the tokens.
+
+    Raises:
+        CorruptShardError: not a file, empty, an odd number of bytes, another version, not as long as the header says,
+            or a damaged header.
+    """
+    if not path.is_file():
+        raise CorruptShardError(path, "is not a file")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(HEADER_BYTES)
+    header = np.frombuffer(start, "<u4") if len(start) == HEADER_BYTES else None
+    has_header = _is_header(path, start, header)
+    if has_header and header is not None:
+        count = int(header[2])
+        if size != HEADER_BYTES + 2 * count:
+            raise CorruptShardError(path, f"has {size} bytes, its header says {HEADER_BYTES + 2 * count}")
+    else:
+        header, count = None, size // 2
+        if size % 2:
+            raise CorruptShardError(path, f"has an odd number of bytes, {size}: not uint16 tokens")
+    if count == 0:
+        raise CorruptShardError(path, "is empty")
+    offset = HEADER_BYTES if has_header else 0
+    tokens = np.memmap(path, dtype="<u2", mode="r", offset=offset, shape=(count,))
+    checked = header is not None and header[5] != 0
+    return Shard(
+        path=path,
+        tokens=tokens,
+        vocab_size=int(header[4]) if header is not None and checked else None,
+        crc32=int(header[3]) if header is not None and checked else None,
+        has_header=has_header,
+    )
+
+
+def verify_shard(path: Path, *, vocab_size: int) -> Shard:
+    """Reads all of a shard and checks it: the CRC where it has one, and every token against the vocabulary.
+
+    Raises:
+        CorruptShardError: as `read_shard`, a CRC mismatch, or a token id that is not in the vocabulary.
+    """
+    shard = read_shard(path)
+    if shard.crc32 is not None and token_crc(shard.tokens) != shard.crc32:
+        raise CorruptShardError(path, "CRC mismatch: its tokens are not those that were written")
+    largest = int(shard.tokens.max())
+    if largest >= vocab_size:
+        raise CorruptShardError(path, f"token id {largest} is out of vocabulary ({vocab_size} tokens)")
+    return shard
+
+
+def token_crc(tokens: np.ndarray) -> int:
+    """CRC32 of the bytes of `tokens` (N,) uint16."""
+    return zlib.crc32(np.ascontiguousarray(tokens, "<u2").data)
+
+
+def _is_header(path: Path, start: bytes, header: np.ndarray | None) -> bool:
+    """Whether the file starts with a header that can be believed."""
+    if start[:4] != MAGIC.to_bytes(4, "little"):
+        # Without this a flipped bit in the magic would turn the header into 512 tokens of noise.
+        if header is not None and header[5] != 0 and header[5] == _header_check(header):
+            raise CorruptShardError(path, "damaged header: the magic number is wrong")
+        return False
+    if header is None:
+        raise CorruptShardError(path, "is shorter than its header")
+    if header[1] != VERSION:
+        raise CorruptShardError(path, f"has version {header[1]}, this reads version {VERSION}")
+    if header[5] != 0 and header[5] != _header_check(header):
+        raise CorruptShardError(path, "damaged header: its check word is wrong")
+    if header[5] != 0 and header[6:].any():  # as we write it, the rest is zero
+        raise CorruptShardError(path, "damaged header: the words after the check word are not zero")
+    return True
+
+
+def _header_check(header: np.ndarray) -> int:
+    """What word 5 must hold: an odd number that depends on all words before it, as if the magic were right."""
+    words = np.array([MAGIC, *header[1:5]], "<u4")
+    return zlib.crc32(words.tobytes()) | 1

@@ -1,0 +1,363 @@
+// Cross-entropy of a linear head with its gradients, on a CPU that multiplies pairs of bfloat16 (AVX512_BF16): see head.py.
+//
+// The three products and the softmax between them are done while a tile is in registers or in the cache; of the logits
+// only the exponentials of some hundred rows are ever in memory, in bfloat16, for the one product that needs a row's
+// whole sum first. Where oneDNN goes over these logits five times, and packs them twice, this writes and reads them once.
+//
+// Exponentials are relative to the logit of a row's target: e^(z - z_target). The largest logit would be safer, but is
+// known only at the end; this is a row's own scale as well, needs no second pass, and gives log1p(sum of the others) as
+// the loss, with all its digits where the model is sure. A row whose others exceed LIMIT is left to the slower way.
+
+#if defined(__AVX512BF16__) && defined(__AVX512BW__) && !defined(__AMX_BF16__)  // oneDNN's products use AMX: faster still
+
+#include <immintrin.h>
+#include <omp.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "fast_exp.h"
+
+namespace {
+
+using bf16 = uint16_t;
+
+constexpr int LANES = 16;    // float32 of a register
+constexpr int PANEL = 48;    // entries of the vocabulary that are multiplied at once: three registers
+constexpr int ROWS = 8;      // rows of x at once
+constexpr int ENTRIES = 12;  // entries at once in the gradient of the weight
+constexpr int WIDTH = 32;    // columns at once in both gradients
+constexpr int BLOCK = 4 * PANEL;  // entries between two additions to the gradient of x
+constexpr int64_t CACHED = 32768;  // entries of that gradient which a core keeps in its cache beside the rest
+constexpr int64_t LINE = 64;       // bytes
+constexpr float LIMIT = 1e30f;
+constexpr float LOG2_E = 1.44269504088896341f;
+constexpr float NOTHING = -1e30f;  // a logit whose exponential is 0; minus infinity would give NaN
+
+inline int64_t share_of(int64_t whole, int64_t parts) { return (whole + parts - 1) / parts; }
+
+inline __m512bh load_pairs(const bf16* from) { return (__m512bh)_mm512_loadu_si512(from); }
+
+inline __m512bh repeat_pair(const bf16* from) {
+    int both;
+    std::memcpy(&both, from, sizeof both);
+    return (__m512bh)_mm512_set1_epi32(both);
+}
+
+// Asks for memory that will be needed soon. Without it the products wait: their factors come from main memory, and
+// the processor sees no stride in tiles.
+inline void fetch(const char* from, int64_t lines) {
+    for (int64_t line = 0; line < lines; ++line) _mm_prefetch(from + line * LINE, _MM_HINT_T1);
+}
+
+// 2^x within 3e-7 of itself; NaN stays NaN. The polynomial is fitted by least squares.
+inline __m512 power_of_two(__m512 x) {
+    const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m512 rest = _mm512_sub_ps(x, whole);
+    __m512 value = _mm512_set1_ps(1.32187e-3f);
+    value = _mm512_fmadd_ps(value, rest, _mm512_set1_ps(9.67170e-3f));
+    value = _mm512_fmadd_ps(value, rest, _mm512_set1_ps(5.550893e-2f));
+    value = _mm512_fmadd_ps(value, rest, _mm512_set1_ps(2.4022238e-1f));
+    value = _mm512_fmadd_ps(value, rest, _mm512_set1_ps(6.9314686e-1f));
+    value = _mm512_fmadd_ps(value, rest, _mm512_set1_ps(1.0f));
+    return _mm512_scalef_ps(value, whole);
+}
+
+// The weight, also in the two orders that the products read, in bfloat16: by panels of entries with pairs of columns
+// together (panels, D / 2, PANEL, 2), and with pairs of entries together (V / 2, D, 2). Entries that fill the last panel are 0.
+struct Weight {
+    const float *given, *scale;  // (V, D), and (V) or (1) or null
+    int64_t scales, vocabulary, width;
+    bf16 *by_columns, *by_entries;  // packed, with the scale
+
+    int64_t panels() const { return share_of(vocabulary, PANEL); }
+    float scale_of(int64_t entry) const { return scale ? scale[scales == 1 ? 0 : entry] : 1.0f; }
+    const bf16* panel(int64_t number) const { return by_columns + number * PANEL * width; }
+    float factor(int64_t entry, int64_t d, float scale) const { return widen(narrow(given[entry * width + d] * scale)); }
+};
+
+// What the exponentials need to know of ROWS rows.
+struct Rows {
+    std::vector<bf16> x;                      // (D / 2, ROWS, 2): pairs of columns together
+    int64_t target[ROWS];                     // -PANEL, in no panel, where there is no row
+    float target_z[ROWS];                     // logits of the targets, in powers of two
+    alignas(LINE) float sums[ROWS][LANES] = {};  // of the exponentials of all entries but the target
+
+    Rows(const bf16* from, const int64_t* targets, int64_t filled, const Weight& weight) : x(weight.width * ROWS) {
+        const int64_t width = weight.width;
+        for (int64_t row = 0; row < ROWS; ++row) {
+            target[row] = row < filled ? targets[row] : -PANEL;
+            float z = 0.0f;
+            if (row < filled) {
+                const float scale = weight.scale_of(target[row]);
+                for (int64_t d = 0; d < width; ++d) {
+                    x[(d / 2 * ROWS + row) * 2 + d % 2] = from[row * width + d];
+                    z += widen(from[row * width + d]) * weight.factor(target[row], d, scale);
+                }
+            }
+            target_z[row] = z * LOG2_E;
+        }
+    }
+};
+
+// Exponentials (ROWS, PANEL) for entries from `start`; 0 at the target. With gradients they go to `by_rows`, whose rows are
+// BLOCK apart, and to `zipped` (ROWS / 2, PANEL, 2), the order in which pairs of rows are multiplied later.
+template <bool gradients>
+inline void exponentials(
+    Rows& rows, const Weight& weight, const bf16* panel, int64_t start, bf16* by_rows, bf16* zipped
+) {
+    constexpr int parts = PANEL / LANES;
+    __m512 z[ROWS][parts];
+    for (auto& row : z)
+        for (auto& part : row) part = _mm512_setzero_ps();
+    const bf16* x_pairs = rows.x.data();
+    for (int64_t k = 0; k < weight.width / 2; ++k) {
+        __m512bh factor[parts];
+        for (int part = 0; part < parts; ++part) factor[part] = load_pairs(panel + (k * PANEL + part * LANES) * 2);
+#pragma GCC unroll 8
+        for (int row = 0; row < ROWS; ++row) {
+            const __m512bh x = repeat_pair(x_pairs + (k * ROWS + row) * 2);
+#pragma GCC unroll 3
+            for (int part = 0; part < parts; ++part) z[row][part] = _mm512_dpbf16_ps(z[row][part], x, factor[part]);
+        }
+    }
+    const __m512 nothing = _mm512_set1_ps(NOTHING), log2_e = _mm512_set1_ps(LOG2_E);
+    const __m512i zip = _mm512_set_epi16(
+        31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0
+    );
+#pragma GCC unroll 4
+    for (int row = 0; row < ROWS; row += 2) {
+        __m512 sum[2] = {_mm512_load_ps(rows.sums[row]), _mm512_load_ps(rows.sums[row + 1])};
+#pragma GCC unroll 3
+        for (int part = 0; part < parts; ++part) {
+            const int64_t first = start + part * LANES, left = weight.vocabulary - first;
+            __m512 value[2];
+#pragma GCC unroll 2
+            for (int one = 0; one < 2; ++one) {
+                __m512 logit = z[row + one][part];
+                const int64_t at = rows.target[row + one] - first;
+                if (__builtin_expect(at >= 0 && at < LANES, 0)) logit = _mm512_mask_mov_ps(logit, __mmask16(1u << at), nothing);
+                if (__builtin_expect(left < LANES, 0))
+                    logit = _mm512_mask_mov_ps(logit, __mmask16(left > 0 ? 0xffffu << left : 0xffffu), nothing);
+                value[one] = power_of_two(_mm512_fmsub_ps(logit, log2_e, _mm512_set1_ps(rows.target_z[row + one])));
+                sum[one] = _mm512_add_ps(sum[one], value[one]);
+            }
+            if (!gradients) continue;
+            const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(value[1], value[0]);
+            bf16* upper = by_rows + row * BLOCK + part * LANES;
+            _mm256_storeu_si256((__m256i*)upper, _mm512_castsi512_si256(both));
+            _mm256_storeu_si256((__m256i*)(upper + BLOCK), _mm512_extracti64x4_epi64(both, 1));
+            _mm512_storeu_si512(zipped + (row / 2 * PANEL + part * LANES) * 2, _mm512_permutexvar_epi16(zip, both));
+        }
+        _mm512_store_ps(rows.sums[row], sum[0]);
+        _mm512_store_ps(rows.sums[row + 1], sum[1]);
+    }
+}
+
+// out (count, WIDTH), whose rows are `width` apart, = a (count, 2 * pairs) times b (2 * pairs, WIDTH), added to what is
+// there where `add`. Rows of a are `next_row` apart and its pairs `next_pair`; b is (pairs, width, 2). Meanwhile it fetches
+// what lies `ahead`, `per_pair` bytes for each pair.
+template <int count, int next_row, int next_pair>
+inline void multiply(
+    const bf16* a, const bf16* b, int64_t width, int64_t pairs, float* out, bool add, const char* ahead, int64_t per_pair
+) {
+    constexpr int parts = WIDTH / LANES;
+    __m512 sum[count][parts];
+    for (int row = 0; row < count; ++row)
+        for (int part = 0; part < parts; ++part) {
+            sum[row][part] = _mm512_setzero_ps();
+            _mm_prefetch((const char*)(out + row * width + part * LANES), _MM_HINT_T0);
+        }
+    for (int64_t k = 0; k < pairs; ++k) {
+        const __m512bh first = load_pairs(b + k * width * 2), second = load_pairs(b + k * width * 2 + 2 * LANES);
+        _mm_prefetch(ahead + k * per_pair, _MM_HINT_T1);
+#pragma GCC unroll 12
+        for (int row = 0; row < count; ++row) {
+            const __m512bh factor = repeat_pair(a + row * next_row + k * next_pair);
+            sum[row][0] = _mm512_dpbf16_ps(sum[row][0], factor, first);
+            sum[row][1] = _mm512_dpbf16_ps(sum[row][1], factor, second);
+        }
+    }
+    for (int row = 0; row < count; ++row)
+        for (int part = 0; part < parts; ++part) {
+            float* at = out + row * width + part * LANES;
+            _mm512_storeu_ps(at, add ? _mm512_add_ps(_mm512_loadu_ps(at), sum[row][part]) : sum[row][part]);
+        }
+}
+
+// The rows of x that are walked at once, filled up to a multiple of ROWS.
+struct Chunk {
+    const bf16* x;  // (rows, D)
+    const int64_t* target;
+    int64_t start, rows, padded;
+    std::vector<bf16> scaled;  // x / (mass N) as (padded / 2, D, 2), zero beyond the rows
+
+    Chunk(const bf16* all, const int64_t* targets, int64_t start, int64_t rows, int64_t width)
+        : x(all + start * width), target(targets + start), start(start), rows(rows), padded(share_of(rows, ROWS) * ROWS),
+          scaled(padded * width) {}
+};
+
+// Where the results go; the last four are null where only the loss is wanted.
+struct Results {
+    float* others;       // (N): the sum of e^(z - z_target) over the other entries
+    float* grad_x;       // (N, D), of the mean loss
+    float* grad_weight;  // (V, D), of the mean loss
+    float* grad_scale;   // (V), of the mean loss
+    bf16* slope;  // (panels, chunk rows / 2, PANEL, 2): the exponentials of a chunk, and minus `others` at the target
+};
+
+// Tiles `first` to `last` of a chunk, ROWS each: their sums, the gradient of x, and the slope. False if a sum is beyond
+// LIMIT, or NaN.
+bool stage_one(Chunk& chunk, int64_t first, int64_t last, int64_t n, const Weight& weight, const Results& results) {
+    const int64_t width = weight.width, count = last - first;
+    const bool gradients = results.slope != nullptr;
+    std::vector<Rows> tiles;
+    for (int64_t row = first * ROWS; row < last * ROWS; row += ROWS)
+        tiles.emplace_back(chunk.x + row * width, chunk.target + row, chunk.rows - row, weight);
+    std::vector<float> grad(gradients ? count * ROWS * width : 0);
+    std::vector<bf16> by_rows(gradients ? count * ROWS * BLOCK : 0);
+    const int64_t panel_bytes = PANEL * width * sizeof(bf16);
+    const int64_t lines = share_of(panel_bytes / LINE, count);  // of the next panel, for each tile of this one
+    for (int64_t begin = 0; begin < weight.panels(); begin += BLOCK / PANEL) {
+        const int64_t end = std::min<int64_t>(begin + BLOCK / PANEL, weight.panels());
+        for (int64_t number = begin; number < end; ++number)
+            for (int64_t tile = 0; tile < count; ++tile) {
+                fetch((const char*)weight.panel(number + 1) + tile * lines * LINE, lines);
+                if (gradients)
+                    exponentials<true>(
+                        tiles[tile], weight, weight.panel(number), number * PANEL,
+                        &by_rows[tile * ROWS * BLOCK + (number - begin) * PANEL],
+                        results.slope + (number * chunk.padded + (first + tile) * ROWS) * PANEL
+                    );
+                else
+                    exponentials<false>(tiles[tile], weight, weight.panel(number), number * PANEL, nullptr, nullptr);
+            }
+        if (!gradients) continue;
+        const int64_t pairs = (end - begin) * PANEL / 2;
+        const char* ahead = (const char*)(weight.by_entries + end * PANEL * width);
+        const int64_t per_pair = share_of(BLOCK * width * sizeof(bf16), count * width / WIDTH * pairs);
+        for (int64_t column = 0; column < width; column += WIDTH)
+            for (int64_t tile = 0; tile < count; ++tile, ahead += pairs * per_pair)
+                multiply<ROWS, BLOCK, 2>(
+                    &by_rows[tile * ROWS * BLOCK], weight.by_entries + (begin * PANEL / 2 * width + column) * 2, width, pairs,
+                    &grad[tile * ROWS * width + column], begin > 0, ahead, per_pair
+                );
+    }
+    bool fine = true;
+    for (int64_t row = first * ROWS; row < std::min(last * ROWS, chunk.rows); ++row) {
+        const int64_t target = chunk.target[row];
+        const float others = _mm512_reduce_add_ps(_mm512_load_ps(tiles[row / ROWS - first].sums[row % ROWS]));
+        fine = fine && others < LIMIT;
+        results.others[chunk.start + row] = others;
+        if (!gradients) continue;
+        const int64_t slot = (target / PANEL * chunk.padded + row / 2 * 2) * PANEL + target % PANEL * 2 + row % 2;
+        results.slope[slot] = narrow(-others);
+        const float share = 1.0f / ((1.0f + others) * float(n)), scale = weight.scale_of(target);
+        const float* from = &grad[(row - first * ROWS) * width];
+        for (int64_t d = 0; d < width; ++d) {
+            results.grad_x[(chunk.start + row) * width + d] = (from[d] - others * weight.factor(target, d, scale)) * share;
+            chunk.scaled[(row / 2 * width + d) * 2 + row % 2] = narrow(widen(chunk.x[row * width + d]) * share);
+        }
+    }
+    return fine;
+}
+
+// A panel of the gradient of the weight: adds what a chunk's slope gives; after the `last` it puts the scale in.
+void stage_two(const Chunk& chunk, int64_t number, bool last, const Weight& weight, const Results& results) {
+    const int64_t width = weight.width, pairs = chunk.padded / 2, left = weight.vocabulary - number * PANEL;
+    const bf16* slope = results.slope + number * chunk.padded * PANEL;
+    float* const result = results.grad_weight + number * PANEL * width;
+    std::vector<float> edge;  // for the last panel: beyond the vocabulary the result has no room
+    if (left < PANEL) {
+        edge.assign(PANEL * width, 0.0f);
+        if (chunk.start) std::copy(result, result + left * width, edge.begin());
+    }
+    float* const out = left < PANEL ? edge.data() : result;
+    const int64_t per_pair = share_of(PANEL * 2 * sizeof(bf16), PANEL / ENTRIES * width / WIDTH);
+    const char* ahead = (const char*)(slope + chunk.padded * PANEL);
+    for (int64_t column = 0; column < width; column += WIDTH)
+        for (int64_t entry = 0; entry < PANEL; entry += ENTRIES, ahead += pairs * per_pair)
+            multiply<ENTRIES, 2, PANEL * 2>(
+                slope + entry * 2, &chunk.scaled[column * 2], width, pairs, out + entry * width + column, chunk.start > 0,
+                ahead, per_pair
+            );
+    if (last && weight.scale)
+        for (int64_t entry = number * PANEL; entry < number * PANEL + std::min<int64_t>(PANEL, left); ++entry) {
+            float* of_entry = out + (entry - number * PANEL) * width;
+            const float *given = weight.given + entry * width, factor = weight.scale_of(entry);
+            float product = 0.0f;
+#pragma omp simd reduction(+ : product)
+            for (int64_t d = 0; d < width; ++d) {
+                product += of_entry[d] * given[d];
+                of_entry[d] *= factor;
+            }
+            results.grad_scale[entry] = product;
+        }
+    if (left < PANEL) std::copy(edge.begin(), edge.begin() + left * width, result);
+}
+
+void pack(const Weight& weight, bool gradients) {
+    const int64_t width = weight.width;
+#pragma omp parallel
+    {
+        std::vector<bf16> rows(PANEL * width);
+#pragma omp for schedule(static)
+        for (int64_t number = 0; number < weight.panels(); ++number) {
+            const int64_t begin = number * PANEL, filled = std::min<int64_t>(PANEL, weight.vocabulary - begin);
+            std::fill(rows.begin(), rows.end(), 0);
+            for (int64_t entry = 0; entry < filled; ++entry) {
+                const float *from = weight.given + (begin + entry) * width, factor = weight.scale_of(begin + entry);
+                for (int64_t d = 0; d < width; ++d) rows[entry * width + d] = narrow(from[d] * factor);
+            }
+            bf16* out = weight.by_columns + begin * width;
+            for (int64_t d = 0; d < width; d += 2)
+                for (int64_t entry = 0; entry < PANEL; ++entry)
+                    std::memcpy(out + d * PANEL + 2 * entry, &rows[entry * width + d], 2 * sizeof(bf16));
+            if (!gradients) continue;
+            out = weight.by_entries + begin * width;
+            for (int64_t entry = 0; entry < PANEL; entry += 2)
+                for (int64_t d = 0; d < width; ++d) {
+                    out[entry * width + 2 * d] = rows[entry * width + d];
+                    out[entry * width + 2 * d + 1] = rows[(entry + 1) * width + d];
+                }
+        }
+    }
+}
+
+}  // namespace
+
+// For x (N, D) in bfloat16, D a multiple of 32, and logits x * (scale * weight)^T with weight (V, D) and scale (V), (1) or
+// null. Everything is written, nothing read, of `packed` (2, panels * PANEL, D), of which only the first half is used
+// where only the loss is wanted, `slope` (panels * PANEL, rows at once) and the results, for which see Results.
+// Returns 0; or 1, with useless results, if a target is outside the vocabulary or a row's sum beyond LIMIT, or NaN.
+extern "C" int linear_cross_entropy(
+    const bf16* x, const int64_t* target, const float* given, const float* scale, int64_t scales, int64_t n, int64_t width,
+    int64_t vocabulary, int64_t rows_at_once, bf16* packed, bf16* slope, float* others, float* grad_x, float* grad_weight,
+    float* grad_scale
+) {
+    if (std::any_of(target, target + n, [=](int64_t one) { return one < 0 || one >= vocabulary; })) return 1;
+    bf16* by_entries = packed + share_of(vocabulary, PANEL) * PANEL * width;
+    const Weight weight{given, scale, scales, vocabulary, width, packed, by_entries};
+    pack(weight, slope != nullptr);
+    const Results results{others, grad_x, grad_weight, grad_scale, slope};
+    for (int64_t start = 0; start < n; start += rows_at_once) {
+        Chunk chunk(x, target, start, std::min(rows_at_once, n - start), width);
+        const int64_t tiles = chunk.padded / ROWS, cached = std::max<int64_t>(1, CACHED / width / ROWS);
+        const int64_t threads = std::min<int64_t>(omp_get_max_threads(), tiles);
+        const int64_t blocks = share_of(share_of(tiles, cached), threads) * threads;
+        bool fine = true;
+#pragma omp parallel for schedule(dynamic) reduction(&& : fine)
+        for (int64_t block = 0; block < blocks; ++block) {
+            const int64_t first = tiles * block / blocks, last = tiles * (block + 1) / blocks;
+            if (first < last) fine = stage_one(chunk, first, last, n, weight, results) && fine;
+        }
+        if (!fine) return 1;
+        if (!slope) continue;
+#pragma omp parallel for schedule(static)
+        for (int64_t number = 0; number < weight.panels(); ++number)
+            stage_two(chunk, number, start + chunk.rows == n, weight, results);
+    }
+    return 0;
+}
+
+#endif

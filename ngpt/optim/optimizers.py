@@ -1,0 +1,237 @@
+"""Optimizers: who updates which parameter with which learning rate.
+
+An entry of `OPTIMIZERS` is a builder (model, cfg) -> list of torch optimizers that together hold every parameter once.
+An entry of `WIDTH_RULES` is a function (kind, ratio) -> factor that carries learning rates over from another width.
+
+Every parameter is of one kind: `matrices` (2-D, of the blocks), `embedding` (wte), `head` (lm_head; a tied one is the
+embedding and has no parameter of its own) or `scales` (all that is 1-D: alpha, s_qk, s_uv, s_z, gains of norms).
+"""
+
+from collections.abc import Callable, Collection
+from typing import Annotated, Any, Self
+
+import torch
+from pydantic import Field, Strict, model_validator
+from torch import nn
+
+from ngpt.config.base import Config, ConfigError, invalid, one_of
+from ngpt.model.gpt import GPT, ModelConfig
+from ngpt.model.residual import RESIDUAL_RULES
+from ngpt.optim.muon import Muon
+from ngpt.optim.riemannian import GeodesicMuon, RiemannianAdamW
+
+KINDS = ("matrices", "embedding", "head", "scales")
+Rate = Annotated[float, Field(ge=0)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+Group = dict[str, Any]
+
+
+# ---- optimizers --------------------------------------------------------------------------------
+
+
+def adamw(model: GPT, cfg: "OptimConfig") -> list[torch.optim.Optimizer]:
+    """AdamW for all (arXiv 1711.05101): `lr` for matrices, embedding and head, `lr_other` for the scales."""
+    rates = _rates(model, cfg, lr_of=("matrices", "embedding", "head"), ruled=KINDS)
+    return _adamw(_groups(model, rates), cfg)
+
+
+def muon(model: GPT, cfg: "OptimConfig") -> list[torch.optim.Optimizer]:
+    """Muon at `lr` for the matrices of the blocks; AdamW at `lr_other` for embedding, head and scales."""
+    matrices, *rest = _groups(model, _rates(model, cfg, lr_of=("matrices",), ruled=KINDS[1:]))
+    settings = {"momentum": cfg.momentum, "nesterov": cfg.nesterov, "ns_steps": cfg.ns_steps}
+    return [Muon([matrices], weight_decay=cfg.weight_decay, **settings), *_adamw(rest, cfg)]
+
+
+def geodesic_muon(model: GPT, cfg: "OptimConfig") -> list[torch.optim.Optimizer]:
+    """Geodesic Muon at `lr` for the matrices of the blocks; at `lr_other` Riemannian AdamW for embedding and head, and
+    AdamW for the scales. There is no weight decay: on the sphere it does nothing."""
+    matrices, *rest = _groups(model, _rates(model, cfg, lr_of=("matrices",), ruled=KINDS[1:]))
+    settings = {"momentum": cfg.momentum, "nesterov": cfg.nesterov, "ns_steps": cfg.ns_steps}
+    return [GeodesicMuon(_by_dim(model, [matrices]), **settings), *_riemannian_adamw(model, rest, cfg)]
+
+
+def riemannian_adamw(model: GPT, cfg: "OptimConfig") -> list[torch.optim.Optimizer]:
+    """Riemannian AdamW at `lr` for matrices, embedding and head; AdamW at `lr_other` for the scales. There is no weight
+    decay: on the sphere it does nothing."""
+    rates = _rates(model, cfg, lr_of=("matrices", "embedding", "head"), ruled=KINDS)
+    return _riemannian_adamw(model, _groups(model, rates), cfg)
+
+
+OPTIMIZERS: dict[str, Callable[[GPT, "OptimConfig"], list[torch.optim.Optimizer]]] = {
+    "adamw": adamw,
+    "muon": muon,
+    "geodesic_muon": geodesic_muon,
+    "riemannian_adamw": riemannian_adamw,
+}
+ON_SPHERE = ("geodesic_muon", "riemannian_adamw")  # those that turn unit vectors, and need some
+
+
+# ---- width rules -------------------------------------------------------------------------------
+
+
+def none(kind: str, ratio: float) -> float:
+    """The rates as they are."""
+    return 1.0
+
+
+def nanochat(kind: str, ratio: float) -> float:
+    """1 / sqrt(ratio) for what has the width as a side, 1 for scales (karpathy/nanochat, gpt.py, setup_optimizer, where
+    base_width is 768). There the blocks' matrices are always Muon's; under AdamW they are taken as its other groups."""
+    return 1.0 if kind == "scales" else ratio**-0.5
+
+
+def mup(kind: str, ratio: float) -> float:
+    """muP for Adam, the learning rates of Tensor Programs V (arXiv 2203.03466), table 3: 1 / ratio for matrices and
+    head, whose fan-in grows with the width, 1 for embedding and scales.
+
+    That table has no multipliers in the model, unlike table 8 and the package `mup`, where the head is divided by the
+    width and keeps its rate. The rest of muP, initial variances and softmax scale, is not changed by a rule for rates.
+    A tied head has the embedding's factor, which muP allows in table 8 only.
+    """
+    return 1 / ratio if kind in ("matrices", "head") else 1.0
+
+
+def nugpt(kind: str, ratio: float) -> float:
+    """nuGPT (arXiv 2604.27077), found for nGPT under Adam: ratio^(-1/2) for the input embedding, ratio^(-3/4) for
+    matrices and head. Its scales keep their rate and are stored at a constant scale, which is the model's business."""
+    return {"embedding": ratio**-0.5, "matrices": ratio**-0.75, "head": ratio**-0.75, "scales": 1.0}[kind]
+
+
+WIDTH_RULES: dict[str, Callable[[str, float], float]] = {
+    "none": none,
+    "nanochat": nanochat,
+    "mup": mup,
+    "nugpt": nugpt,
+}
+
+
+# ---- settings ----------------------------------------------------------------------------------
+
+
+class OptimConfig(Config):
+    """What updates the weights, with the rates of each kind of parameter at the height of the schedule."""
+
+    name: Annotated[str, one_of(OPTIMIZERS, "optimizer")] = "adamw"
+    lr: Rate = 1e-3  # of what the optimizer is named for: see its function
+    lr_other: Rate | None = None  # of the rest; null: the same as lr
+    lr_embedding: Rate | None = None  # of the embedding; null: lr or lr_other, as the optimizer has it
+    lr_head: Rate | None = None  # of the head, likewise; not used when it is tied to the embedding
+    lr_scales: Rate | None = None  # of the scales, likewise
+    width_rule: Annotated[str, one_of(WIDTH_RULES, "width rule")] = "none"  # of Adam's rates; Muon's stay as given
+    base_width: Annotated[int, Field(ge=1)] | None = None  # n_embd for which the rates above were tuned
+    betas: Annotated[tuple[Decay, Decay], Strict(False)] = (0.9, 0.95)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Rate = 0.0  # decoupled, of adamw and muon, on matrices, embedding and head only
+    grad_clip: Annotated[float, Field(gt=0)] | None = 1.0  # largest global gradient norm
+    momentum: Decay = 0.95  # muon and geodesic_muon
+    nesterov: bool = True  # muon and geodesic_muon
+    ns_steps: Annotated[int, Field(ge=1)] = 5  # muon and geodesic_muon: Newton-Schulz iterations
+
+    @property
+    def other(self) -> float:
+        """The learning rate of all that the optimizer is not named for."""
+        return self.lr if self.lr_other is None else self.lr_other
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.width_rule != "none" and self.base_width is None:
+            text = f"width_rule {self.width_rule} needs base_width, the n_embd for which the learning rates were tuned"
+            raise invalid(text, "width_rule")
+        return self
+
+
+def unfit(cfg: OptimConfig, model: ModelConfig) -> str | None:
+    """Why the optimizer cannot train such a model, as one sentence; None: it can."""
+    if model.on_sphere or cfg.name not in ON_SPHERE:
+        return None
+    rules = ", ".join(sorted(set(RESIDUAL_RULES) - {"add"}))
+    others = ", ".join(sorted(set(OPTIMIZERS) - set(ON_SPHERE)))
+    return (
+        f"optimizer {cfg.name} turns weights on the sphere, which a model of residual rule {model.residual} does not "
+        f"have: choose another residual rule ({rules}) or another optimizer ({others})"
+    )
+
+
+def build_optimizers(model: GPT, cfg: OptimConfig) -> list[torch.optim.Optimizer]:
+    """The named optimizer for `model`. Each torch group has one `kind` of `KINDS` and its `base_lr`, which `set_rates`
+    multiplies; the first one holds matrices.
+
+    Raises:
+        ConfigError: the optimizer moves weights on the sphere, and the model has none there.
+    """
+    if reason := unfit(cfg, model.cfg):
+        raise ConfigError(reason)
+    optimizers = OPTIMIZERS[cfg.name](model, cfg)
+    held = [id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(held) == sorted(map(id, model.parameters())), f"{cfg.name} must hold every parameter exactly once"
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["base_lr"] = group["lr"]
+    return optimizers
+
+
+def set_rates(optimizers: list[torch.optim.Optimizer], multiplier: float) -> None:
+    """Sets every group's learning rate to its base rate times the schedule's `multiplier`."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["base_lr"] * multiplier
+
+
+def kinds(model: GPT) -> dict[str, list[nn.Parameter]]:
+    """Every parameter under its kind, the kinds in the order of `KINDS`; one without parameters has an empty list."""
+    found: dict[str, list[nn.Parameter]] = {kind: [] for kind in KINDS}
+    head = None if model.lm_head is None else model.lm_head.weight
+    for name, parameter in model.named_parameters():
+        if parameter is model.wte.weight:
+            found["embedding"].append(parameter)
+        elif parameter is head:
+            found["head"].append(parameter)
+        elif parameter.ndim == 1:
+            found["scales"].append(parameter)
+        else:
+            assert parameter.ndim == 2 and name.startswith("blocks."), f"no kind of {KINDS} fits {name}"
+            found["matrices"].append(parameter)
+    return found
+
+
+# ---- groups ------------------------------------------------------------------------------------
+
+
+def _rates(model: GPT, cfg: OptimConfig, *, lr_of: Collection[str], ruled: Collection[str]) -> dict[str, float]:
+    """The rate of each kind: `lr` for those in `lr_of`, and the width rule's factor for those in `ruled`."""
+    own = {"embedding": cfg.lr_embedding, "head": cfg.lr_head, "scales": cfg.lr_scales}
+    ratio = model.cfg.n_embd / (cfg.base_width or model.cfg.n_embd)
+    rates = {}
+    for kind in KINDS:
+        given = own.get(kind)
+        rate = given if given is not None else cfg.lr if kind in lr_of else cfg.other
+        rates[kind] = rate * WIDTH_RULES[cfg.width_rule](kind, ratio) if kind in ruled else rate
+    return rates
+
+
+def _groups(model: GPT, rates: dict[str, float]) -> list[Group]:
+    """One torch group per kind, the empty ones left out."""
+    return [{"params": members, "kind": kind, "lr": rates[kind]} for kind, members in kinds(model).items() if members]
+
+
+def _by_dim(model: GPT, groups: list[Group]) -> list[Group]:
+    """The groups, divided by the dimension along which their weights have length 1."""
+    dims = {id(weight): dim for weight, dim in model.sphere_weights()}
+    divided = [
+        group | {"params": [p for p in group["params"] if dims[id(p)] == dim], "dim": dim}
+        for group in groups
+        for dim in (1, 0)
+    ]
+    return [group for group in divided if group["params"]]
+
+
+def _adamw(groups: list[Group], cfg: OptimConfig) -> list[torch.optim.Optimizer]:
+    """AdamW in one list, or none where no parameter is left for it."""
+    decayed = [group | {"weight_decay": 0.0 if group["kind"] == "scales" else cfg.weight_decay} for group in groups]
+    return [torch.optim.AdamW(decayed, betas=cfg.betas, eps=cfg.eps, fused=True)] if decayed else []
+
+
+def _riemannian_adamw(model: GPT, groups: list[Group], cfg: OptimConfig) -> list[torch.optim.Optimizer]:
+    sphere = _by_dim(model, [group for group in groups if group["kind"] != "scales"])
+    scales = [group for group in groups if group["kind"] == "scales"]
+    return [RiemannianAdamW(sphere, betas=cfg.betas, eps=cfg.eps), *_adamw(scales, cfg)]

@@ -1,0 +1,73 @@
+"""Learning-rate schedules, and what is due at a step: pure functions of the step, so that resuming needs no state.
+
+A schedule is a function (progress, cfg) -> multiplier, where progress runs from 0 to 1 after the warm-up, and one entry
+in `SCHEDULES`. The linear warm-up is common to all.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Annotated
+
+from pydantic import Field
+
+from ngpt.config.base import Config, one_of
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+def constant(progress: float, cfg: "ScheduleConfig") -> float:
+    """Always the full learning rate."""
+    return 1.0
+
+
+def cosine(progress: float, cfg: "ScheduleConfig") -> float:
+    """Half a cosine from 1 to `final_ratio` (SGDR, arXiv 1608.03983, without restarts)."""
+    return cfg.final_ratio + (1 - cfg.final_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def trapezoid(progress: float, cfg: "ScheduleConfig") -> float:
+    """Full until the last `decay_fraction` of the run, then linearly to `final_ratio` (warm-up, stable, decay)."""
+    left = (1 - progress) / cfg.decay_fraction if cfg.decay_fraction else 1.0
+    return cfg.final_ratio + (1 - cfg.final_ratio) * min(1.0, left)
+
+
+def logarithmic(progress: float, cfg: "ScheduleConfig") -> float:
+    """Fast at first and ever more slowly, 1 - log(1 + k p) / log(1 + k), to `final_ratio`; k is `log_steepness`.
+
+    A small k is nearly a straight line; k = 9 is at 0.49 after a quarter of the way and at 0.26 after half. Logarithmic
+    decay after 10 % of warm-up is part of the recipe of "Training nGPT" (arXiv 2608.01284); that paper's formula was
+    not at hand, so this one is ours.
+    """
+    fall = math.log1p(cfg.log_steepness * progress) / math.log1p(cfg.log_steepness)
+    return cfg.final_ratio + (1 - cfg.final_ratio) * (1 - fall)
+
+
+SCHEDULES: dict[str, Callable[[float, "ScheduleConfig"], float]] = {
+    "constant": constant,
+    "cosine": cosine,
+    "trapezoid": trapezoid,
+    "logarithmic": logarithmic,
+}
+
+
+class ScheduleConfig(Config):
+    """The course of all learning rates, as a multiple of those in `optim`."""
+
+    name: Annotated[str, one_of(SCHEDULES, "schedule")] = "cosine"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0  # linear, from lr / warmup_steps at the first step
+    final_ratio: Share = 0.0  # of the learning rate, at the end
+    decay_fraction: Share = 0.2  # of the steps after the warm-up; `trapezoid` only
+    log_steepness: Annotated[float, Field(gt=0)] = 9.0  # how much faster it falls at first; `logarithmic` only
+
+
+def multiplier(step: int, total: int, cfg: ScheduleConfig) -> float:
+    """What the learning rates are multiplied with in step `step` (0 is the first) of `total`."""
+    if step < cfg.warmup_steps:
+        return (step + 1) / cfg.warmup_steps
+    progress = (step - cfg.warmup_steps) / max(1, total - cfg.warmup_steps)
+    return SCHEDULES[cfg.name](min(1.0, progress), cfg)
+
+
+def due(step: int, every: int, *, last: bool = False) -> bool:
+    """Whether something that happens every so many steps happens at `step`; always at the `last`."""
+    return last or step % every == 0

@@ -1,0 +1,213 @@
+"""Checkpoints: folders that appear whole or not at all, with a digest per file; the last few and the best are kept.
+
+    checkpoints/step_0001000/   model.safetensors  state.pt  MANIFEST.json  tokenizer.model (if it has one)
+
+`torch.load` does not notice a flipped bit inside a tensor, and a crash can leave any prefix of a file. So a folder is
+written under another name, synced and renamed, and nothing is loaded whose digests do not match its manifest.
+"""
+
+import hashlib
+import json
+import logging
+import shutil
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import safetensors.torch
+import torch
+from pydantic import Field
+from torch import nn
+
+from ngpt.config.base import Config, ConfigError, runtime
+from ngpt.system.atomic_files import commit_folder, make_folder, remove_folder
+
+FORMAT = 1
+log = logging.getLogger(__name__)
+
+
+class CheckpointConfig(Config):
+    """How often a run is saved, and how much of that stays on disk."""
+
+    every: Annotated[int, Field(ge=1)] = runtime(1000)  # steps; the last step is always saved
+    keep_last: Annotated[int, Field(ge=1)] = runtime(3)  # besides the best by validation loss
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A committed checkpoint folder whose files match their digests."""
+
+    path: Path
+    step: int
+    val_loss: float | None
+    identity: dict[str, Any]  # the settings that decide what was computed, by dotted name
+    data: dict[str, Any]  # where the text came from and how it was tokenized; it does not matter to a resumed run
+
+
+def save_checkpoint(
+    root: Path,
+    *,
+    model: nn.Module,
+    state: Mapping[str, Any],
+    step: int,
+    val_loss: float | None,
+    identity: Mapping[str, Any],
+    keep_last: int,
+    data: Mapping[str, Any] | None = None,
+    files: Mapping[str, bytes] | None = None,
+) -> Path:
+    """Commits `root/step_N`, then removes what is neither among the last `keep_last` nor the best.
+
+    `state` is plain data and tensors (what `torch.load(weights_only=True)` accepts); `val_loss` is that of these very
+    weights, None where they were not evaluated. `data` and the content of `files` lie beside the weights for those who
+    use the model elsewhere.
+
+    Raises:
+        OSError: the disk is full, or the step is already there; the older checkpoints are as they were.
+    """
+    _sweep(root)
+    final = root / f"step_{step:07d}"
+    temp = root / f".tmp-{uuid.uuid4().hex}"
+    make_folder(root)
+    temp.mkdir()
+    try:
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+        (temp / "model.safetensors").write_bytes(safetensors.torch.save(weights))
+        # An open file, not a path: only then does a full disk show as OSError. torch writes in pieces of kilobytes.
+        with (temp / "state.pt").open("wb", buffering=1 << 20) as file:
+            torch.save(dict(state), file)
+        for name, content in (files or {}).items():
+            (temp / name).write_bytes(content)
+        manifest = {
+            "format": FORMAT,
+            "step": step,
+            "val_loss": val_loss,
+            "identity": identity,
+            "data": dict(data or {}),
+            "files": {path.name: _digest(path) for path in sorted(temp.iterdir())},
+        }
+        sealed = manifest | {"sha256": _seal(manifest)}
+        (temp / "MANIFEST.json").write_text(_manifest_text(sealed))
+        commit_folder(temp, final)
+    finally:
+        shutil.rmtree(temp, ignore_errors=True)
+    _retain(root, keep_last)
+    return final
+
+
+def newest_checkpoint(root: Path) -> Checkpoint | None:
+    """The newest checkpoint under `root` that verifies, for the process that trains there.
+
+    A damaged one is renamed to `damaged-...` and passed over; what a killed process has left half done is removed.
+
+    Raises:
+        ConfigError: it is intact, but of a format that this version does not read.
+    """
+    _sweep(root)
+    for path in reversed(checkpoint_folders(root)):
+        try:
+            return verify_checkpoint(path)
+        except ConfigError:
+            raise
+        except (OSError, ValueError) as error:
+            _set_aside(path, error)
+    return None
+
+
+def checkpoint_folders(root: Path) -> list[Path]:
+    """The committed checkpoints under `root`, oldest first; they may be damaged."""
+    steps = {path: path.name.removeprefix("step_") for path in root.glob("step_*")}
+    return sorted((path for path, step in steps.items() if step.isdecimal()), key=lambda path: int(steps[path]))
+
+
+def verify_checkpoint(path: Path) -> Checkpoint:
+    """Checks every file against the manifest.
+
+    Raises:
+        OSError, ValueError: a file is missing or is not as it was written.
+        ConfigError: all is well, but the format is unknown.
+    """
+    manifest = _read_manifest(path)
+    if manifest["format"] != FORMAT:
+        raise ConfigError(f"{path}: checkpoint format {manifest['format']!r}, this version reads {FORMAT}")
+    for name, digest in manifest["files"].items():
+        if _digest(path / name) != digest:
+            raise ValueError(f"{path / name}: size or SHA-256 differs from the manifest")
+    step, val_loss, identity = manifest["step"], manifest["val_loss"], manifest["identity"]
+    return Checkpoint(path, step, val_loss, identity, manifest.get("data", {}))
+
+
+def load_checkpoint(checkpoint: Checkpoint, model: nn.Module, *, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Loads the weights into `model` and returns the state that was saved with them.
+
+    Raises:
+        ConfigError: the checkpoint was made with other settings; names the first that differs.
+    """
+    wanted = json.loads(json.dumps(identity))
+    for name in [*wanted, *(checkpoint.identity.keys() - wanted.keys())]:
+        saved, value = checkpoint.identity.get(name), wanted.get(name)
+        if saved != value:
+            raise ConfigError(f"{checkpoint.path} was made with {name} = {saved!r}, this run has {value!r}")
+    model.load_state_dict(safetensors.torch.load_file(checkpoint.path / "model.safetensors"))
+    device = next(model.parameters()).device
+    return torch.load(checkpoint.path / "state.pt", weights_only=True, map_location=device)
+
+
+def _digest(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    text = (path / "MANIFEST.json").read_text()
+    manifest = json.loads(text)
+    as_written = isinstance(manifest, dict) and text == _manifest_text(manifest)  # 1E-5 is 1e-5, but not what it was
+    if not as_written or manifest.pop("sha256", None) != _seal(manifest):
+        raise ValueError(f"{path / 'MANIFEST.json'}: not as it was written")
+    return manifest
+
+
+def _manifest_text(manifest: Mapping[str, Any]) -> str:
+    return json.dumps(manifest, indent=1, allow_nan=False)
+
+
+def _seal(manifest: Mapping[str, Any]) -> str:
+    """The digest of the manifest itself: without it a flipped bit could turn step 300 into step 100."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _set_aside(path: Path, error: Exception) -> None:
+    aside = path.with_name(f"damaged-{path.name}-{uuid.uuid4().hex[:6]}")
+    path.rename(aside)
+    log.warning("checkpoint %s is damaged (%s); set aside as %s", path, error, aside.name)
+
+
+def _sweep(root: Path) -> None:
+    """Removes what a process that was killed has left of a save or a removal."""
+    for stale in root.glob(".tmp-*"):
+        try:
+            shutil.rmtree(stale)
+        except OSError as error:  # it is in nobody's way; the next save tries again
+            log.warning("%s cannot be removed: %s", stale, error)
+
+
+def _retain(root: Path, keep_last: int) -> None:
+    found = []
+    for path in checkpoint_folders(root):
+        try:
+            found.append((path, _read_manifest(path)["val_loss"]))
+        except (OSError, ValueError) as error:
+            _set_aside(path, error)
+    kept = {path for path, _ in found[-keep_last:]}
+    if scored := [(loss, path) for path, loss in found if loss is not None]:
+        kept.add(min(scored)[1])
+    for path, _ in found:
+        if path not in kept:
+            try:
+                # Under its own name, with some of its files gone, it would look like a damaged disk.
+                remove_folder(path, doomed=f".tmp-{uuid.uuid4().hex}")
+            except OSError as error:  # what was to be saved is saved; the next save tries again
+                log.warning("the old checkpoint %s cannot be removed: %s", path, error)
+                _sweep(root)

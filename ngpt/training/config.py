@@ -1,0 +1,121 @@
+"""The settings of a training run: TrainConfig, and how it is read from a file and from `name=value` assignments."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import Field, model_validator
+
+from ngpt.config.base import (
+    Config,
+    ConfigError,
+    Location,
+    Problem,
+    added,
+    build,
+    dotted,
+    invalid,
+    one_of,
+    override,
+    runtime,
+)
+from ngpt.config.overrides import named_settings
+from ngpt.config.yaml_reader import parse_assignment, read_yaml
+from ngpt.data import dataset as corpora
+from ngpt.data.dataset import DataConfig
+from ngpt.model.gpt import Count, ModelConfig
+from ngpt.optim.optimizers import OptimConfig, unfit
+from ngpt.optim.schedule import ScheduleConfig
+from ngpt.system.device import DEVICES, DTYPES
+from ngpt.training.checkpoint import CheckpointConfig
+from ngpt.training.recovery import ON_OOM, NonfiniteConfig
+from ngpt.training.tracker import TrackerConfig
+
+
+class TrainConfig(Config, frozen=True):
+    """Everything that decides a run. Sub-configs belong to the files that implement them."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0  # initial weights and order of the data
+    steps: Count = 200  # optimizer updates
+    batch_size: Count = 16  # sequences per step
+    micro_batch_size: Count | None = None  # sequences at once; null: the whole batch
+    project_every: Count = 1  # steps between projections onto the sphere
+    eval_every: Count = 50  # steps; the start and the end are always evaluated
+    eval_tokens: Count = 16_384  # the same first tokens of the validation split for every trial
+    # no memory: split the micro-batch in two, or the batch too, as seed 000 has it (the result is another); or give up
+    on_oom: Annotated[str, one_of(ON_OOM, "policy")] = added("split", alike=("fail",))
+    dtype: Annotated[str, one_of(DTYPES, "dtype")] = "float32"  # of matrix products; weights and norms stay float32
+    compile: bool = False  # the blocks and the loss, with torch.compile: worth its half minute in long runs
+    device: Annotated[str, one_of(DEVICES, "device")] = runtime("auto")
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    optim: OptimConfig = OptimConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    nonfinite: NonfiniteConfig = NonfiniteConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    tracker: TrackerConfig = TrackerConfig()
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens that are predicted in a step; fewer where memory ran out and `on_oom` is halve_batch."""
+        return self.batch_size * self.model.block_size
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
+            text = f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
+            raise invalid(text, "micro_batch_size", "batch_size")
+        if reason := unfit(self.optim, self.model):
+            raise invalid(reason, "optim.name", "model.residual")
+        return self
+
+
+def resolved(config: TrainConfig) -> TrainConfig:
+    """`config` with `model.vocab_size` filled in from the tokenizer.
+
+    Raises:
+        ConfigError: the model's vocabulary is smaller than the tokenizer's.
+    """
+    needed = corpora.vocab_size(config.data)
+    given = config.model.vocab_size
+    if given is not None and given < needed:
+        raise ConfigError(f"model.vocab_size {given} is smaller than the {needed} tokens of the data")
+    return override(config, {"model.vocab_size": needed}) if given is None else config
+
+
+def rollback_settings(config: TrainConfig) -> dict[str, Any]:
+    """What decides where a run returns to that meets a number that is not finite; empty for the other policies."""
+    return {"checkpoint.every": config.checkpoint.every} if config.nonfinite.policy == "rollback" else {}
+
+
+def read_config(path: Path | None, assignments: list[str]) -> TrainConfig:
+    """Defaults, then the YAML file, then `name=value` assignments.
+
+    Raises:
+        ConfigError: whatever is wrong, with the position in the file.
+    """
+    config = TrainConfig()
+    if path is not None:
+        document = read_yaml(path)
+        given, problems = named_settings(TrainConfig, document.data, folder=path.parent)
+        if problems:
+            raise ConfigError("\n".join(map(document.describe, problems)))
+        try:
+            config = build(TrainConfig, {name: value for name, (value, _) in given.items()})
+        except ConfigError as error:
+            problems = [located(problem, given) for problem in error.problems]
+            raise ConfigError("\n".join(map(document.describe, problems))) from None
+    given, problems = named_settings(TrainConfig, dict(map(parse_assignment, assignments)))
+    if problems:
+        raise ConfigError(problems)
+    return override(config, {name: value for name, (value, _) in given.items()})
+
+
+def located(problem: Problem, given: Mapping[str, tuple[Any, Location]]) -> Problem:
+    """A problem at `optim.betas[0]`, moved to where the file gives `betas`, which may be a bare name."""
+    location = problem.location
+    for end in range(len(location), 0, -1):
+        name = dotted(location[:end])
+        if name in given:
+            return Problem((*given[name][1], *location[end:]), problem.message)
+    return problem

@@ -1,0 +1,92 @@
+"""Evaluation of a run: validation loss, drift off the sphere, step lengths alpha and divisors r."""
+
+import logging
+import math
+
+import torch
+from torch import Tensor
+
+from ngpt.data.loader import EvalSet
+from ngpt.model.diagnostics import (
+    activation_norm_error,
+    counted_once,
+    divisor_statistics,
+    divisors,
+    step_lengths,
+    weight_norm_error,
+)
+from ngpt.model.gpt import GPT
+from ngpt.optim.projection import project_weights
+from ngpt.system.memory import retry_smaller
+from ngpt.training.recovery import ON_OOM, Metrics
+from ngpt.training.run import Run, position
+from ngpt.training.tracker import finite
+
+log = logging.getLogger(__name__)
+
+
+@torch.no_grad()
+def evaluate(model: GPT, eval_set: EvalSet, *, autocast: torch.autocast) -> dict[str, float | None]:
+    """`val_loss` (nats per token) and `val_bpb` (bits per byte; None where the corpus cannot count its bytes)."""
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    with autocast:
+        losses = [model(idx.to(device), targets.to(device)) for idx, targets in eval_set.batches]
+    model.train(was_training)
+    counts = [targets.numel() for _, targets in eval_set.batches]
+    # Summed in float64 on the CPU, since MPS has none; one transfer, not one per batch.
+    nats = sum(loss * n for loss, n in zip(torch.stack(losses).tolist(), counts, strict=True))
+    bpb = nats / math.log(2) / eval_set.n_bytes if eval_set.n_bytes else None
+    return {"val_loss": nats / eval_set.n_tokens, "val_bpb": bpb}
+
+
+def measure(run: Run, *, last: bool) -> dict[str, Tensor]:
+    """Evaluates into `progress.last_eval` and returns what is worth a histogram: alphas and divisors, by name.
+
+    The drift off the sphere is measured before the last projection. A number that is not finite becomes None. Where
+    memory runs out it is tried again with half as many sequences at once.
+    """
+    drift, r = retry_smaller(lambda: look(run), lambda: shrink_evaluation(run), run.device)
+    if last:  # the finished model lies on the sphere, however lazy the projection was
+        project_weights(run.model)
+    scores = retry_smaller(lambda: scored(run), lambda: shrink_evaluation(run), run.device)
+    metrics = position(run) | {"train_loss": run.progress.train_loss} | scores | drift | replaced_divisors(run)
+    run.progress.last_eval = {name: finite(value) for name, value in metrics.items()}
+    return step_lengths(run.model) | r
+
+
+def scored(run: Run) -> Metrics:
+    """The validation loss, on as many sequences at once as fit."""
+    with counted_once(run.model):
+        return evaluate(run.model, run.validation.cut(run.eval_rows), autocast=run.autocast)
+
+
+def look(run: Run) -> tuple[Metrics, dict[str, Tensor]]:
+    """How far the model is off the sphere, and its divisors, by name; on one validation sequence."""
+    idx = run.validation.batches[0][0][:1].to(run.device)
+    r = divisors(run.model, idx)
+    drift: Metrics = {
+        "weight_norm_error": weight_norm_error(run.model),
+        "activation_norm_error": activation_norm_error(run.model, idx),
+    }
+    return drift | divisor_statistics(r), r
+
+
+def replaced_divisors(run: Run) -> Metrics:
+    """`r_replaced`: how many divisors were not finite so far, in training and evaluation; each rise is a warning."""
+    if run.model.normalizer is None:
+        return {}
+    replaced = int(run.model.normalizer.replaced)
+    if replaced > (run.progress.last_eval.get("r_replaced") or 0):
+        log.warning("step %d: %d divisors r were not finite and became 1", run.progress.step, replaced)
+    return {"r_replaced": replaced}
+
+
+def shrink_evaluation(run: Run) -> bool:
+    """Halves the sequences at once in evaluation, which changes no result; False if it cannot, or should not."""
+    if ON_OOM[run.config.on_oom] is None or run.eval_rows == 1:
+        return False
+    run.progress.eval_splits += 1
+    log.warning("step %d: out of memory in evaluation; now %d sequences at once", run.progress.step, run.eval_rows)
+    return True

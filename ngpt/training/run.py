@@ -1,0 +1,288 @@
+"""One training run in memory: how it is set up, what its result says, and how it gets to disk and back.
+
+The loop that moves it from step to step is in ngpt/training/loop.py.
+"""
+
+import contextlib
+import hashlib
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from ngpt.config.base import ConfigError, flatten, identity_settings
+from ngpt.data import dataset as corpora
+from ngpt.data.dataset import DataConfig, Dataset, open_dataset
+from ngpt.data.loader import EvalSet, eval_set
+from ngpt.data.tokens.tokenizer import MODEL_FILE, parse_spec
+from ngpt.model.gpt import GPT
+from ngpt.optim.optimizers import build_optimizers
+from ngpt.optim.schedule import due
+from ngpt.system.device import mixed_precision, pick_device
+from ngpt.system.heartbeat import Pulse
+from ngpt.system.memory import (
+    free_memory,
+    is_out_of_memory,
+    peak_memory,
+    reset_peak_memory,
+    retry_smaller,
+    settle_allocator,
+)
+from ngpt.training.checkpoint import (
+    Checkpoint,
+    checkpoint_folders,
+    load_checkpoint,
+    newest_checkpoint,
+    save_checkpoint,
+)
+from ngpt.training.config import TrainConfig, rollback_settings
+from ngpt.training.recovery import ON_OOM, Metrics, Progress, halved
+from ngpt.training.tracker import Tracker, finite
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Run:
+    """One training run in memory."""
+
+    config: TrainConfig
+    out_dir: Path
+    device: torch.device
+    dataset: Dataset
+    tokenizer_model: bytes | None  # what a checkpoint carries besides, see `tokenizer_model`
+    validation: EvalSet
+    model: GPT
+    optimizers: list[torch.optim.Optimizer]
+    progress: Progress
+    clock: "Clock"
+    upcoming: tuple[int, tuple[Tensor, Tensor]] | None = None  # the next batch by its number, where it is made already
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences in a step: as the config says, unless memory ran out and the policy is to halve it."""
+        return max(1, self.config.batch_size >> self.progress.halvings)
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Sequences at once in training: as the config says, halved for each time that memory ran out."""
+        given = self.config.micro_batch_size or self.config.batch_size
+        return min(self.batch_size, halved(given, self.progress.splits))
+
+    @property
+    def eval_rows(self) -> int:
+        """Sequences at once in evaluation: what fits while training fits there, or else less."""
+        return halved(self.micro_batch_size, self.progress.eval_splits)
+
+    @property
+    def autocast(self) -> torch.autocast:
+        """A block in which matrix products have the precision that the config names."""
+        return mixed_precision(self.device, self.config.dtype)
+
+
+class Clock:
+    """Adds the time of training steps to `progress`, without the process's first `warmup` ones (allocation, caches)."""
+
+    def __init__(self, progress: Progress, *, warmup: int) -> None:
+        self._progress, self._skip = progress, warmup
+        self._tokens = 0
+        self._start = 0.0
+
+    def step(self, tokens: int) -> Self:
+        """Use as `with clock.step(n):` around a training step of `n` tokens."""
+        self._tokens = tokens
+        return self
+
+    def leave_out(self) -> None:
+        """Does not count the step under way: something was tried twice in it."""
+        self._skip = max(self._skip, 1)
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        if self._skip:
+            self._skip -= 1
+            return
+        self._progress.timed_seconds += time.perf_counter() - self._start
+        self._progress.timed_tokens += self._tokens
+
+
+def set_up(config: TrainConfig, out_dir: Path, *, resume: str | None, dataset: Dataset | None) -> Run:
+    """Model, optimizers and data at the first step, or as the newest intact checkpoint left them."""
+    if resume not in (None, "latest"):
+        raise ConfigError(f"resume must be 'latest', got {resume!r}")
+    if resume is None and checkpoint_folders(out_dir / "checkpoints"):
+        raise ConfigError(f"{out_dir} holds checkpoints of an earlier run: resume it, or choose another folder")
+    device = pick_device(config.device)
+    settle_allocator()
+    reset_peak_memory(device)
+    dataset = dataset or open_dataset(config.data)
+    validation = eval_set(
+        dataset, tokens=config.eval_tokens, batch_size=config.batch_size, block_size=config.model.block_size
+    )
+    model = GPT(config.model, seed=config.seed).to(device)
+    if config.compile:
+        model.compile_parts()
+    optimizers = build_optimizers(model, config.optim)
+    progress = Progress()
+    clock = Clock(progress, warmup=min(5, config.steps // 2))
+    carried = tokenizer_model(config.data, dataset)
+    run = Run(config, out_dir, device, dataset, carried, validation, model, optimizers, progress, clock)
+    if resume and (checkpoint := newest_checkpoint(out_dir / "checkpoints")):
+        restore(run, checkpoint)
+    return run
+
+
+def restore(run: Run, checkpoint: Checkpoint) -> None:
+    """Puts weights, moments and progress where the checkpoint left them."""
+    state = load_checkpoint(checkpoint, run.model, identity=identity(run.config, run.dataset))
+    for optimizer, saved in zip(run.optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
+    run.progress.become(Progress(**state["progress"]))
+
+
+def go_back(run: Run) -> None:
+    """Returns to the newest intact checkpoint, or to the start where there is none."""
+    run.model.zero_grad(set_to_none=True)
+    run.optimizers = build_optimizers(run.model, run.config.optim)  # without moments
+    free_memory(run.device)
+    if checkpoint := newest_checkpoint(run.out_dir / "checkpoints"):
+        restore(run, checkpoint)
+    else:
+        run.model.load_state_dict(GPT(run.config.model, seed=run.config.seed).state_dict())
+        run.progress.become(Progress())
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What remains of a run: `finished`, or `diverged` when a loss or gradient stopped being finite."""
+
+    status: str
+    steps: int
+    metrics: Metrics = field(default_factory=dict)
+    data: dict[str, str | int] = field(default_factory=dict)  # hashes of the corpus and of the evaluation tokens
+
+
+def position(run: Run) -> Metrics:
+    """The step, the tokens seen, and the throughput so far (None before it has been measured)."""
+    progress = run.progress
+    speed = progress.timed_tokens / progress.timed_seconds if progress.timed_seconds else None
+    return {
+        "step": progress.step,
+        "tokens": progress.step * run.config.tokens_per_step - progress.left_out * run.config.model.block_size,
+        "tokens_per_second": speed,
+    }
+
+
+def finish(status: str, run: Run) -> RunResult:
+    """The result of a run that stops here. A diverged one has no validation loss: its last finite one would flatter."""
+    scores = {name: value for name, value in run.progress.last_eval.items() if name != "step"}
+    metrics = scores | position(run) | {"steps": run.progress.step, "train_loss": run.progress.train_loss}
+    del metrics["step"]
+    if status == "diverged":
+        metrics |= {"val_loss": None, "val_bpb": None}
+    metrics["peak_memory_bytes"] = peak_memory(run.device)
+    metrics["n_params"] = sum(parameter.numel() for parameter in run.model.parameters())
+    # What became of it: fewer sequences than the config says if memory ran out, steps that were not finite.
+    metrics |= {"batch_size": run.batch_size, "micro_batch_size": run.micro_batch_size}
+    metrics |= {"skipped_steps": run.progress.skipped, "rollbacks": run.progress.rollbacks}
+    data = {
+        "data_sha256": run.dataset.manifest["content_sha256"],
+        "eval_sha256": run.validation.sha256,
+        "eval_tokens": run.validation.n_tokens,
+    }
+    return RunResult(status, run.progress.step, {name: finite(value) for name, value in metrics.items()}, data)
+
+
+@contextlib.contextmanager
+def saved_when_stopped(run: Run, tracker: Tracker, pulse: Pulse) -> Iterator[None]:
+    """Saves a run where it is when it is closed because somebody asked it to stop; it then goes on from there.
+
+    Not where a checkpoint would change what follows: a diverged state, or one that a rollback would return to.
+    """
+    try:
+        yield
+    except GeneratorExit:
+        step, scores = run.progress.step, run.progress.last_eval
+        is_there = step == 0 or any(
+            path.name == f"step_{step:07d}" for path in checkpoint_folders(run.out_dir / "checkpoints")
+        )
+        is_sound = scores.get("step") != step or scores["val_loss"] is not None
+        is_regular = run.config.nonfinite.policy != "rollback" or due(step, run.config.checkpoint.every)
+        if pulse.is_asked_to_stop(now=True) and is_sound and is_regular and not is_there:
+            save_or_go_without(run, tracker, last=False)
+        raise
+
+
+def save_or_go_without(run: Run, tracker: Tracker, *, last: bool) -> None:
+    """Saves rows and state. A run can do without any one of its checkpoints but the last, which is tried twice.
+
+    Where there is no memory for it, any one is tried twice. A run that may go back to a checkpoint needs them all: its
+    numbers depend on where it can go back to.
+
+    Raises:
+        RuntimeError, MemoryError: no memory for the last checkpoint, or for any if `on_oom` is fail.
+        OSError: the disk does not take the last checkpoint, or any if `nonfinite.policy` is rollback.
+    """
+    gives_up, step = ON_OOM[run.config.on_oom] is None, run.progress.step
+    needed = last or run.config.nonfinite.policy == "rollback"
+    once_more = iter([not gives_up])
+    try:
+        retry_smaller(lambda: save(run, tracker), lambda: next(once_more, False), run.device)
+    except OSError as error:
+        reason = error.strerror or error
+        if not needed:
+            log.warning("step %d: the checkpoint was not saved (%s); the next one is tried again", step, reason)
+            return
+        log.warning("step %d: the checkpoint was not saved (%s); trying once more", step, reason)
+        save(run, tracker)
+    except (RuntimeError, MemoryError) as error:
+        if last or gives_up or not is_out_of_memory(error):
+            raise
+        log.warning("step %d: no memory to save a checkpoint; the next one is tried again", step)
+
+
+def save(run: Run, tracker: Tracker) -> None:
+    """Commits a checkpoint from which the run continues exactly, once all rows before it are on disk."""
+    tracker.sync()
+    latest = run.progress.last_eval
+    optimizers = [optimizer.state_dict() for optimizer in run.optimizers]
+    save_checkpoint(
+        run.out_dir / "checkpoints",
+        model=run.model,
+        state={"progress": asdict(run.progress), "optimizers": optimizers},
+        step=run.progress.step,
+        val_loss=latest["val_loss"] if latest.get("step") == run.progress.step else None,
+        identity=identity(run.config, run.dataset),
+        data={"settings": flatten(run.config.data), "tokenizer": run.dataset.manifest["tokenizer"]},
+        files={} if run.tokenizer_model is None else {MODEL_FILE: run.tokenizer_model},
+        keep_last=run.config.checkpoint.keep_last,
+    )
+
+
+def tokenizer_model(config: DataConfig, dataset: Dataset) -> bytes | None:
+    """The sentencepiece model that the tokens were made with; None where it is another kind, or not at hand.
+
+    It is read before the first step: what may happen to the cache meanwhile does not end a long run.
+    """
+    made, shards = dataset.manifest["tokenizer"], dataset.manifest["shard_folder"]
+    kind, argument = parse_spec(made["spec"])
+    folders = [dataset.folder, Path(config.corpus).expanduser(), *([Path(shards)] if shards else [])]
+    given = [Path(argument).expanduser()] if kind == "model" else []
+    for path in [*(folder / MODEL_FILE for folder in folders), *given]:
+        if path.is_file() and hashlib.sha256(model := path.read_bytes()).hexdigest() == made["sha256"]:
+            return model
+    return None
+
+
+def identity(config: TrainConfig, dataset: Dataset) -> dict[str, Any]:
+    """What decides a run's numbers, by dotted name; of the data not where they lie, but what they are."""
+    kept = {name: value for name, value in identity_settings(config).items() if not name.startswith("data.")}
+    data = {"data.fingerprint": dataset.manifest["fingerprint"], "data.order": config.data.order}
+    return kept | rollback_settings(config) | data | corpora.order_settings(config.data)
