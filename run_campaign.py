@@ -50,7 +50,9 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         print(f"{error.filename}: {error.strerror}" if error.filename else error, file=sys.stderr)
         return EXIT_IO
-    except KeyboardInterrupt:  # before or after the trials; while they run, a signal is a request (tune/inline.py)
+    except (
+        KeyboardInterrupt
+    ):  # before or after the trials; while they run, a signal is a request (tune/executors/local.py)
         print("interrupted; the same command goes on", file=sys.stderr)
         return EXIT_INTERRUPTED
     except Exception as error:  # a mistake of ours; the journal of a campaign has it as `crash`
@@ -105,7 +107,7 @@ def verb_parser(verb: str) -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> int:
     """Runs a campaign, or goes on with it."""
-    from tune.lock import Busy
+    from tune.storage.lock import Busy
 
     try:
         refuse_second_run(options)
@@ -114,7 +116,7 @@ def run(options: argparse.Namespace) -> int:
         return EXIT_BUSY
 
     from tune.campaign import load_campaign
-    from tune.smoke import shrunk
+    from tune.planning.smoke import shrunk
 
     campaign = load_campaign(options.campaign, options.set)
     root = (options.out / campaign.name).absolute()
@@ -124,7 +126,7 @@ def run(options: argparse.Namespace) -> int:
         return plan(campaign, root, options)
 
     from tune.launch import launch
-    from tune.session import ExecutorLost
+    from tune.session.session import ExecutorLost
 
     terminate_in_order()
     command = shlex.join(["python", "run_campaign.py", *sys.argv[1:]])
@@ -154,7 +156,7 @@ def refuse_second_run(options: argparse.Namespace) -> None:
         ConfigError: the file cannot be read.
     """
     from ngpt.config.yaml_reader import read_yaml
-    from tune.lock import refuse_if_running
+    from tune.storage.lock import refuse_if_running
 
     data = read_yaml(options.campaign).data
     name = data.get("campaign") if isinstance(data, dict) else None
@@ -164,7 +166,7 @@ def refuse_second_run(options: argparse.Namespace) -> None:
 
 def terminate_in_order() -> None:
     """SIGTERM and SIGHUP unwind the stack: no Ray and no lock is left behind. Only the main thread may say so."""
-    from tune.inline import stop_signals
+    from tune.executors.local import stop_signals
 
     if threading.current_thread() is threading.main_thread():
         for number in {*stop_signals()} - {signal.SIGINT}:
@@ -175,8 +177,8 @@ def show_end(summary: dict[str, Any], number: int, root: Path, options: argparse
     """The last screen, and the exit code: a budget that left trials out is 4, since not every trial has finished."""
     from rich.console import Console
 
-    from tune.final_screen import final_screen
-    from tune.inline import HANGUP
+    from tune.executors.local import HANGUP
+    from tune.terminal.final_screen import final_screen
 
     try:
         if options.json:
@@ -204,7 +206,7 @@ def plan(campaign: Any, root: Path, options: argparse.Namespace) -> int:
     """Prints what would run; starts nothing."""
     from rich.console import Console
 
-    from tune.estimate import estimate, plan_view
+    from tune.machine.estimate import estimate, plan_view
 
     estimated = estimate(campaign, root, measure=options.measure)
     if options.json:
@@ -220,8 +222,8 @@ def status(options: argparse.Namespace) -> int:
 
     from rich.console import Console
 
-    from tune.console import live_view
-    from tune.status import read_snapshot
+    from tune.results.status import read_snapshot
+    from tune.terminal.live import live_view
 
     snapshot = read_snapshot(options.results)
     if options.json:
@@ -235,8 +237,8 @@ def report(options: argparse.Namespace) -> int:
     """Rebuilds every derived file of a results directory from its journal; with --claims, prints their ledger."""
     from rich.console import Console
 
-    from tune.final_screen import final_screen
-    from tune.summary import rebuild
+    from tune.results.summary import rebuild
+    from tune.terminal.final_screen import final_screen
 
     given = given_claims(options)
     summary = rebuild(options.results, given)
@@ -256,7 +258,7 @@ def claims(options: argparse.Namespace) -> int:
 
 def given_claims(options: argparse.Namespace) -> Any:
     """The claims of --claims FILE, or None."""
-    from tune.claimfile import load_claims
+    from tune.claims.reader import load_claims
 
     return None if options.claims is None else load_claims(options.claims)
 
@@ -264,7 +266,7 @@ def given_claims(options: argparse.Namespace) -> Any:
 def show_ledger(results: list[Path], claims: Any, options: argparse.Namespace, *, out: Path | None = None) -> int:
     """Prints the ledger of some results directories as Markdown or JSON, or writes the Markdown to `out`."""
     from ngpt.system.atomic_files import write_atomic
-    from tune.ledger import collect, ledger_markdown, total
+    from tune.results.claims_ledger import collect, ledger_markdown, total
 
     ledger = collect(results, claims)
     command = shlex.join(["python", "run_campaign.py", *sys.argv[1:]])
@@ -284,8 +286,8 @@ def compare(options: argparse.Namespace) -> int:
     """Holds two results directories against each other: environment, data, settings, and each arm that both have."""
     from rich.console import Console
 
-    from tune.compare import compare as compare_results
-    from tune.comparison_view import comparison_view
+    from tune.results.compare import compare as compare_results
+    from tune.terminal.comparison import comparison_view
 
     comparison = compare_results(options.results, options.other, metric=options.metric)
     if options.json:
@@ -297,7 +299,7 @@ def compare(options: argparse.Namespace) -> int:
 
 def verify(options: argparse.Namespace) -> int:
     """Checks every file of a results directory; exits with 1 if any is wrong, and says which can be rebuilt."""
-    from tune import verify as checks
+    from tune.results import verify as checks
 
     found = checks.verify(options.results)
     print(json.dumps(found, indent=1, allow_nan=False) if options.json else checks.verify_text(found))
@@ -308,7 +310,7 @@ def doctor(options: argparse.Namespace) -> int:
     """Checks versions, devices, disk and limits, and says what would go wrong."""
     from dataclasses import asdict
 
-    from tune import environment
+    from tune.machine import environment
 
     checks = environment.doctor(options.out)
     if options.json:

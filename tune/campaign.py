@@ -1,6 +1,6 @@
 """From a campaign file to a `Campaign`: checked in full, every mistake answered with file, line, column and advice.
 
-The types are in tune/schema.py, the reading of one phase in tune/phases.py, the checks of values in tune/checks.py.
+The types are in tune/spec/schema.py, the reading of one phase in tune/spec/phase_reader.py, the checks of values in tune/spec/validation.py.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,12 +16,12 @@ from ngpt.config.secrets import is_secret_name, refuse_secrets
 from ngpt.config.yaml_reader import parse_assignment, read_yaml
 from ngpt.training.config import TrainConfig
 from tune import format as fmt
-from tune.arms import BASELINE, Arm
-from tune.checks import OPTION, ConfigChecker, Given, Problems, TooManyProblems
-from tune.claimfile import check_claims, read_claims
-from tune.early_stop import check_early_stop
-from tune.phases import PhaseInFile, PhaseReader, arm_changes, chained_phase, check_name, read_seeds
-from tune.schema import KINDS, Budget, Campaign, EarlyStop, Fresh, Header, Metric, Phase, Resources
+from tune.analysis.asha import check_early_stop
+from tune.claims.reader import check_claims, read_claims
+from tune.spec.phase_reader import PhaseInFile, PhaseReader, arm_changes, chained_phase, check_name, read_seeds
+from tune.spec.schema import KINDS, Budget, Campaign, EarlyStop, Fresh, Header, Metric, Phase, Resources
+from tune.spec.sweeps import BASELINE, Arm
+from tune.spec.validation import OPTION, ConfigChecker, Given, Problems, TooManyProblems
 
 __all__ = ["Budget", "Campaign", "Fresh", "Metric", "Phase", "Resources", "load_campaign"]
 

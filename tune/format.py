@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from tune.verdicts import detectable
+from tune.analysis.verdicts import detectable
 
 MISSING = "\u2013"  # en dash
 MINUS = "\u2212"  # as wide as a plus, so signs line up

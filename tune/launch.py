@@ -10,20 +10,20 @@ from typing import Generic, TypeVar
 
 from ngpt.ensemble.train import unstackable
 from ngpt.training.tracker import settled
-from tune import environment
 from tune.campaign import Campaign
-from tune.changes import check_changes, find_changes
-from tune.console import Snapshot, open_console
-from tune.corpus import check_all, describe_data, prepare_all
-from tune.costs import packing_fact
-from tune.driver import Ready
-from tune.estimate import check_budget
-from tune.inline import run_inline
-from tune.keeper import Keeper
-from tune.leftovers import end_marked
-from tune.packing import pack
-from tune.session import Session
-from tune.summary import Summary
+from tune.executors.local import run_inline
+from tune.executors.orphans import end_marked
+from tune.executors.ray_process import Ready
+from tune.executors.ray_supervisor import Keeper
+from tune.machine import environment
+from tune.machine.estimate import check_budget
+from tune.machine.gpu_sharing import pack
+from tune.planning.changes import check_changes, find_changes
+from tune.results.costs import packing_fact
+from tune.results.summary import Summary
+from tune.session.datasets import check_all, describe_data, prepare_all
+from tune.session.session import Session
+from tune.terminal.live import Snapshot, open_console
 
 Value = TypeVar("Value")
 
@@ -46,7 +46,7 @@ def launch(
         command: how to start it again, for people.
         inline: run in this process instead of on Ray.
         address: of a running Ray cluster; None starts a private one.
-        allow_change: go on also where the campaign changes what the results in `root` mean (tune/changes.py).
+        allow_change: go on also where the campaign changes what the results in `root` mean (tune/planning/changes.py).
         view: makes the context manager that shows progress and has a `message` method.
 
     Raises:

@@ -3,9 +3,3 @@
 Every figure stands beside a plain torch formulation that took turns with it, and beside what a large matrix product or
 a copy reaches in the same run, so that it means something on another machine and on a busy one.
 """
-
-from ngpt.ensemble.throughput import step_together
-from ngpt.system.timing import gemm_flops, print_figures
-from ngpt.training.throughput import step
-
-__all__ = ["gemm_flops", "print_figures", "step", "step_together"]

@@ -11,13 +11,14 @@ import torch
 
 import ngpt.bench
 from ngpt.bench import parts, saving
+from ngpt.bench.peers import MODES, against_peer
 from ngpt.config.base import ConfigError
 from ngpt.data.tokens.shards import CorruptShardError
 from ngpt.ensemble.throughput import vectorised
 from ngpt.system.device import DTYPES, pick_device
 from ngpt.system.timing import print_figures
 from ngpt.training.config import TrainConfig, read_config
-from ngpt.training.throughput import MODES, against_peer, step
+from ngpt.training.throughput import step
 
 BENCHMARKS: dict[str, Callable[..., dict[str, Any]]] = {
     "step": step,

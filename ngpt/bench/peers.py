@@ -7,24 +7,82 @@ official nGPT does outside of its model.py, in train.py, is done here: the proje
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import importlib.util
 import math
+import multiprocessing
+import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ngpt.config.base import ConfigError
-from ngpt.data.dataset import Dataset
+from ngpt.data.dataset import Dataset, open_dataset
 from ngpt.system.device import mixed_precision, pick_device
-from ngpt.training.config import TrainConfig
+from ngpt.system.memory import peak_memory, reset_peak_memory
+from ngpt.system.timing import ratio, take_turns, timed
+from ngpt.training.config import TrainConfig, resolved
+from ngpt.training.loop import train_step
+from ngpt.training.throughput import prepared, step_figures
+
+MODES = ("eager", "compiled")
+Value = TypeVar("Value")
 from ngpt.training.loop import read_batch
+
+
+def against_peer(
+    config: TrainConfig, peer: Path, *, modes: Sequence[str] = MODES, seconds: float = 30.0
+) -> dict[str, Any]:
+    """The step beside that of a public implementation: the same shape and data, taking turns, each in its own process.
+
+    Of the peer a model.py is used as it is, with its own optimizer; see ngpt/bench/peers.py. Returns what `step` does,
+    for the last of the modes, and besides: ratio_eager and ratio_compiled (how many times as many tokens per second as
+    the peer, the median over the rounds), memory_ratio_eager and memory_ratio_compiled (our peak memory over the
+    peer's, Python and torch included), and under contestants for each of ours_eager, peer_eager, ours_compiled,
+    peer_compiled: tokens_per_second, step_ms, best_ms, n_params, peak_memory_bytes and start_memory_bytes (the same
+    process before there was a model).
+    """
+    config = resolved(config)
+    device = pick_device(config.device)
+    open_dataset(config.data)  # made here if need be, not by four processes at once
+    load_peer(peer)  # a wrong path is told at once
+    contestants: dict[str, dict[str, Any]] = {}
+    with contextlib.ExitStack() as stack:
+        pools = {
+            f"{who}_{mode}": stack.enter_context(
+                ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+            )
+            for mode in modes
+            for who in ("ours", "peer")
+        }
+        for name, pool in pools.items():
+            who, mode = name.split("_")
+            begun = pool.submit(_begin, config, peer if who == "peer" else None, mode, torch.get_num_threads())
+            contestants[name] = begun.result()
+        steps = {name: functools.partial(_result, pool, _step) for name, pool in pools.items()}
+        times = take_turns(steps, seconds=seconds, warmup=3)
+        for name, pool in pools.items():
+            contestants[name]["peak_memory_bytes"] = _result(pool, _peak)
+    for name, taken in times.items():
+        median = statistics.median(taken)
+        speed = {"tokens_per_second": config.tokens_per_step / median, "step_ms": median * 1000}
+        contestants[name] |= speed | {"best_ms": min(taken) * 1000}
+    figures = step_figures(config, device, statistics.median(times[f"ours_{modes[-1]}"]))
+    figures |= {"compiled": modes[-1] == "compiled", "peer": str(peer)}
+    for mode in modes:
+        figures[f"ratio_{mode}"] = ratio(times[f"ours_{mode}"], times[f"peer_{mode}"])
+        ours, theirs = (contestants[f"{who}_{mode}"]["peak_memory_bytes"] for who in ("ours", "peer"))
+        figures[f"memory_ratio_{mode}"] = ours / theirs
+    figures["peak_memory_bytes"] = contestants[f"ours_{modes[-1]}"]["peak_memory_bytes"]
+    return figures | {"contestants": contestants}
 
 
 def load_peer(path: Path) -> ModuleType:
@@ -159,3 +217,43 @@ def _flash_attention() -> Iterator[None]:
         yield
     finally:
         del sys.modules["flash_attn"]
+
+
+# ---- in a contestant's own process ---------------------------------------------------------------------------------
+
+_entrant: list[tuple[Callable[[], object], torch.device]] = []  # the one that this process is about
+
+
+def _begin(config: TrainConfig, peer: Path | None, mode: str, threads: int) -> dict[str, int]:
+    """Sets up a training step of ours, or of the peer if there is one, and takes the first, which may compile."""
+    torch.set_num_threads(threads)
+    device, dataset = pick_device(config.device), open_dataset(config.data)
+    reset_peak_memory(device)
+    start = peak_memory(device)
+    if peer is None:
+        run = prepared(config, dataset=dataset, compile=mode == "compiled")
+        n_params = sum(parameter.numel() for parameter in run.model.parameters())
+        step: Callable[[], object] = functools.partial(train_step, run)
+    else:
+        step, n_params = peer_step(peer, config, dataset, compiled=mode == "compiled")
+    step()
+    _entrant.append((step, device))
+    return {"n_params": n_params, "start_memory_bytes": start}
+
+
+def _step() -> float:
+    """Seconds of one step."""
+    return timed(*_entrant[0])
+
+
+def _peak() -> int:
+    """Peak memory of three steps."""
+    step, device = _entrant[0]
+    reset_peak_memory(device)
+    for _ in range(3):
+        step()
+    return peak_memory(device)
+
+
+def _result(pool: ProcessPoolExecutor, function: Callable[[], Value]) -> Value:
+    return pool.submit(function).result()

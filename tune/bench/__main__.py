@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import tune.bench
-from ngpt.bench import print_figures
 from ngpt.config.base import ConfigError
+from ngpt.system.timing import print_figures
 from tune.bench.campaigns import campaign, scaling
 from tune.bench.gpu import PARTS, gpu
 from tune.bench.packing import packing

@@ -14,12 +14,12 @@ from typing import Any
 import psutil
 import torch
 
-from ngpt.bench import step
+from ngpt.training.throughput import step
 from tune.campaign import Campaign, load_campaign
-from tune.environment import usable_cpus
-from tune.journal import read_journal
 from tune.launch import launch
-from tune.summary import Summary
+from tune.machine.environment import usable_cpus
+from tune.results.summary import Summary
+from tune.storage.journal import read_journal
 
 Figures = dict[str, Any]
 

@@ -19,15 +19,15 @@ from typing import Any
 
 import psutil
 
-from ngpt.bench import step
 from ngpt.bench.parts import projection as time_projection
 from ngpt.config.base import ConfigError, unknown
 from ngpt.data.dataset import prepare
 from ngpt.training.config import TrainConfig, read_config, resolved
+from ngpt.training.throughput import step
 from tune.bench.campaigns import run
 from tune.bench.packing import packing_of
 from tune.campaign import Campaign, load_campaign
-from tune.costs import packing_fact
+from tune.results.costs import packing_fact
 
 Figures = dict[str, Any]
 

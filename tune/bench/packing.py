@@ -11,10 +11,10 @@ from ngpt.data.dataset import prepare
 from ngpt.system.device import pick_device
 from ngpt.training.config import TrainConfig, read_config, resolved
 from tune.bench.campaigns import tiny
-from tune.environment import usable_cpus
-from tune.pace import pace_key
-from tune.packing import COUNTS, best_point, remember_curve
-from tune.together import SECONDS, Point, describe_device, measure_together
+from tune.machine.concurrency_benchmark import SECONDS, Point, describe_device, measure_together
+from tune.machine.environment import usable_cpus
+from tune.machine.gpu_sharing import COUNTS, best_point, remember_curve
+from tune.planning.equal_time import pace_key
 
 Figures = dict[str, Any]
 

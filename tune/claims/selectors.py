@@ -1,0 +1,71 @@
+"""How a claim names arms: by phase, by name, by their complete settings; and how that is said to people."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeGuard
+
+from ngpt.config.base import settings
+from ngpt.training.config import TrainConfig
+from tune import format as fmt
+from tune.spec.sweeps import BASELINE
+from tune.spec.validation import written_alike
+
+PLACES = ("arm", "phase")  # what a selector may name besides settings
+
+Selector = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class ClaimArm:
+    """An arm of a phase with its complete settings and the trial of each seed."""
+
+    phase: str
+    name: str
+    is_baseline: bool
+    overrides: Mapping[str, Any]  # relative to the phase's base
+    settings: Mapping[str, Any]  # all of them
+    trial_ids: Mapping[int, str]
+
+
+def matches(selector: Selector, arm: ClaimArm) -> bool:
+    """Whether an arm is what a selector says: by phase, by name, by its complete settings."""
+    names = (arm.name, BASELINE.name) if arm.is_baseline else (arm.name,)
+    return (
+        selector.get("phase", arm.phase) == arm.phase
+        and selector.get("arm", arm.name) in names
+        and all(
+            name in arm.settings and same(arm.settings[name], value)
+            for name, value in selector.items()
+            if name not in PLACES
+        )
+    )
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two settings are written alike: 1 and 1.0 are, 1 and true are not, lists and tuples are."""
+    return any(written_alike([a, b]))
+
+
+def varied(arms: Iterable[ClaimArm]) -> set[str]:
+    """The settings in which arms of a phase may differ."""
+    return {name for arm in arms for name in arm.overrides}
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether a setting has an order."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def describe(selector: Selector | None) -> str:
+    """A side of a claim for people: `alpha=0.28`, `the arm winner of phase confirm`."""
+    given = dict(selector or {})
+    arm, phase = given.pop("arm", None), given.pop("phase", None)
+    parts = [f"the arm {arm}"] if arm else []
+    parts += [fmt.settings({short(name): value for name, value in given.items()})] if given else []
+    return (" with ".join(parts) or "any arm") + (f" of phase {phase}" if phase else "")
+
+
+def short(name: str) -> str:
+    """The last word of a setting, where only one setting has it."""
+    leaf = name.rpartition(".")[2]
+    return leaf if sum(full.rpartition(".")[2] == leaf for full in settings(TrainConfig)) == 1 else name

@@ -1,0 +1,159 @@
+"""What a file says now that it did not when its results began: listed, and refused where it changes what they mean.
+
+Trials are known by what they compute, so most changes need no care: what is the same is kept, what is new is trained,
+what is gone stays in the journal. But a table whose metric, confidence, data or evaluation tokens were exchanged after
+the numbers were seen is another experiment under the old name. That takes `--allow-change`.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ngpt.config.base import ConfigError, flatten, is_identity
+from ngpt.data.dataset import fingerprint
+from ngpt.training.config import TrainConfig
+from tune import format as fmt
+from tune.campaign import Campaign
+from tune.planning.forecast import expected_phases
+from tune.storage.state import DONE, State
+
+FLAG = "--allow-change"
+JUDGES = ("metric", "confidence", "min_effect", "hold")  # fields of `campaign_started` that say how arms are compared
+MEASURES = ("eval_tokens",)  # settings that say on what: the data do, too, which are known by their content
+MOST_LINES = 8  # of trials that are listed
+
+
+@dataclass(frozen=True)
+class Changes:
+    """The difference between a results directory and the file that is to go on with it; empty for a new directory."""
+
+    meaning: tuple[str, ...] = ()  # what changes the meaning of results, one `name: before -> now` each
+    settings: tuple[str, ...] = ()  # of the base, besides those
+    kept: int = 0  # results that are part of the campaign as before
+    new: int = 0  # trials that are part of it now
+    changed: tuple[str, ...] = ()  # arms whose results no longer count, since their trials are others now
+    gone: tuple[str, ...] = ()  # arms whose results no longer count, since there are no such arms now
+
+    def lines(self) -> list[str]:
+        """For people; none if nothing has changed."""
+        found = [f"changed since the last start: {line}" for line in (*self.meaning, *self.settings)]
+        if self.changed or self.gone or found:
+            numbers = {"result": (self.kept, "kept"), "trial": (self.new, "new")}
+            told = (f"{fmt.counted(n, noun)} {'is' if n == 1 else 'are'} {what}" for noun, (n, what) in numbers.items())
+            found.append(", ".join(told))
+        found += _listed("trained anew, as its settings have changed", self.changed)
+        return found + _listed("no longer part of the campaign", self.gone)
+
+
+def find_changes(campaign: Campaign, state: State) -> Changes:
+    """Compares `campaign` with the journal's newest start and results; what an executor or a view uses is no change.
+
+    Raises:
+        ConfigError: the corpus cannot be found.
+    """
+    results = {trial_id: result for trial_id, result in state.results.items() if result["status"] in DONE}
+    if not state.campaign or not results:
+        return Changes()
+    before, now = _plan_of(state), _plan_in(campaign, state)
+    trials = {trial_id for arms in now.values() for trial_id in arms}
+    lost = {arm: [trial_id for trial_id in ids if trial_id in results.keys() - trials] for arm, ids in before.items()}
+    changed = [arm for arm, ids in lost.items() if ids and arm in now]
+    return Changes(
+        meaning=tuple(_meaning(campaign, state)),
+        settings=tuple(_settings(campaign, state)),
+        kept=len(results.keys() & trials),
+        new=len(trials - {trial_id for ids in before.values() for trial_id in ids}),
+        changed=tuple(_with_count(arm, lost[arm]) for arm in changed),
+        gone=tuple(_with_count(arm, ids) for arm, ids in lost.items() if ids and arm not in now),
+    )
+
+
+def check_changes(changes: Changes, *, allowed: bool) -> None:
+    """Refuses what changes the meaning of results, unless it is `allowed`.
+
+    Raises:
+        ConfigError: with every change, and what can be done.
+    """
+    if changes.meaning and not allowed:
+        what = "\n".join(f"  {line}" for line in changes.meaning)
+        text = f"this file changes what the results mean that are there already:\n{what}\n"
+        raise ConfigError(f"{text}choose another --out to keep both, put it back, or give {FLAG} to go on like this")
+
+
+def judged_by(campaign: Campaign) -> dict[str, Any]:
+    """How arms are compared, as `campaign_started` has it."""
+    return {
+        "metric": campaign.metric.model_dump(),
+        "confidence": campaign.confidence,
+        "min_effect": campaign.min_effect,
+        "hold": {phase.name: phase.hold or campaign.hold for phase in campaign.phases},
+    }
+
+
+def _meaning(campaign: Campaign, state: State) -> Iterator[str]:
+    before, now = state.campaign, judged_by(campaign)
+    for name in JUDGES:
+        yield from _differences(name, before.get(name), now[name])
+    base = flatten(campaign.base)
+    for name in MEASURES:
+        yield from _differences(name, before["base"].get(name), base[name])
+    if before["data"]["fingerprint"] != (key := fingerprint(campaign.base.data)):
+        yield _arrow("data", _data(before["base"], before["data"]["fingerprint"]), _data(base, key))
+
+
+def _settings(campaign: Campaign, state: State) -> Iterator[str]:
+    """Settings of the base that decide what is computed. One that an older version did not know had its default."""
+    before, default = state.campaign["base"], flatten(TrainConfig())
+    for name, value in flatten(campaign.base).items():
+        if name not in MEASURES and not name.startswith("data.") and is_identity(TrainConfig, name):
+            yield from _differences(name, before.get(name, _as_json(default[name])), value)
+
+
+def _differences(name: str, before: Any, now: Any) -> Iterator[str]:
+    """One line for each difference; what one of both does not have is none."""
+    now = _as_json(now)
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in before.keys() & now.keys():
+            yield from _differences(f"{name}.{key}", before[key], now[key])
+    elif before is not None and before != now:
+        yield _arrow(name, fmt.value(before), fmt.value(now))
+
+
+def _arrow(name: str, before: str, now: str) -> str:
+    return f"{name}: {before} -> {now}"
+
+
+def _data(base: Mapping[str, Any], key: str) -> str:
+    return f"{fmt.plain(base['data.corpus'])} by {fmt.plain(base['data.tokenizer'])} ({key})"
+
+
+def _as_json(value: Any) -> Any:
+    """As the journal has it: tuples are lists there."""
+    return json.loads(json.dumps(value))
+
+
+def _plan_of(state: State) -> dict[tuple[str, str], list[str]]:
+    """The trials of each arm as they were planned, by phase and arm."""
+    return {
+        (phase.name, arm.name): list(arm.trial_ids.values()) for phase in state.phases.values() for arm in phase.arms
+    }
+
+
+def _plan_in(campaign: Campaign, state: State) -> dict[tuple[str, str], list[str]]:
+    """The same as the file has it now, as far as the winners are known."""
+    return {
+        (phase.name, arm.name): [trial.trial_id for trial in arm.trials]
+        for phase in expected_phases(campaign, state)
+        for arm in phase.arms
+    }
+
+
+def _with_count(arm: tuple[str, str], trials: list[str]) -> str:
+    phase, name = map(fmt.plain, arm)
+    return f"{phase}/{name} ({len(trials)} result{'' if len(trials) == 1 else 's'})"
+
+
+def _listed(what: str, arms: tuple[str, ...]) -> list[str]:
+    more = [f"{what}: {len(arms) - MOST_LINES} more arms"] if len(arms) > MOST_LINES else []
+    return [f"{what}: {arm}" for arm in arms[:MOST_LINES]] + more

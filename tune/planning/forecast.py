@@ -1,0 +1,112 @@
+"""A plan in the light of the journal: what of it is known by now, and how a planned phase is written into it."""
+
+from collections import Counter, defaultdict
+from dataclasses import asdict, replace
+from typing import Any
+
+from ngpt.training.config import TrainConfig
+from tune.analysis.verdicts import judge
+from tune.campaign import Campaign
+from tune.machine.throughput import shape_key
+from tune.planning.combine import Better
+from tune.planning.plan import End, PlannedPhase, preview, trial_flops, trial_work
+from tune.storage.state import DONE, State, Work
+
+
+def planned_event(phase: PlannedPhase) -> dict[str, Any]:
+    """The fields of `phase_planned`."""
+    return {
+        "phase": phase.name,
+        "inherit": phase.inherit,
+        "base": dict(phase.base),
+        "baseline": phase.baseline,
+        "seeds": list(phase.seeds),
+        "swept": {name: list(values) for name, values in phase.swept.items()},
+        "arms": [
+            {
+                "arm": arm.name,
+                "overrides": dict(arm.overrides),
+                "trials": [[trial.seed, trial.trial_id] for trial in arm.trials],
+                "work": asdict(_work(arm.trials[0].config)),
+            }
+            for arm in phase.arms
+        ],
+    }
+
+
+def _work(config: TrainConfig) -> Work:
+    return Work(shape_key(config), trial_work(config), trial_flops(config))
+
+
+def has_result(campaign: Campaign, state: State, phase: str, trial_id: str) -> bool:
+    """Whether a trial need not be trained for a phase: one that was stopped early counts only where that is done."""
+    status = state.results[trial_id]["status"] if trial_id in state.results else None
+    return status in DONE and (status != "stopped" or stops_early(campaign, phase))
+
+
+def stops_early(campaign: Campaign, phase: str) -> bool:
+    """Whether early stopping is for this phase."""
+    searches = next(found.stops_early for found in campaign.phases if found.name == phase)
+    return campaign.early_stop is not None and searches
+
+
+def known_end(campaign: Campaign, state: State, phase: PlannedPhase) -> End | None:
+    """The winner of a phase and the arms that are better, by the rules of now; None while a trial is to be trained."""
+    if not all(has_result(campaign, state, phase.name, trial.trial_id) for trial in phase.trials):
+        return None
+    name, overrides = campaign.metric.name, {arm.name: arm.overrides for arm in phase.arms}
+    judgement = judge(
+        {arm.name: {trial.seed: state.outcome(trial.trial_id, name) for trial in arm.trials} for arm in phase.arms},
+        baseline=phase.baseline,
+        goal="maximize" if campaign.metric.goal == "maximize" else "minimize",
+        confidence=campaign.confidence,
+        min_effect=campaign.min_effect,
+    )
+    deltas = {arm.arm: arm.delta for arm in judgement.arms if arm.verdict == "better"}
+    better = [Better(arm, overrides[arm], abs(delta.mean)) for arm, delta in deltas.items() if delta]
+    return judgement.winner, better
+
+
+def expected_phases(campaign: Campaign, state: State) -> list[PlannedPhase]:
+    """All phases as they are planned from what the journal knows.
+
+    Where a winner is not known, the one of last time stands in for it, if the phase has that arm still: who adds a seed
+    expects the same answer. See `preview` for what nobody knows.
+    """
+    return preview(
+        campaign,
+        end=lambda phase: known_end(campaign, state, phase) or _last_end(state, phase),
+        outcome=state.outcome,
+    )
+
+
+def _last_end(state: State, phase: PlannedPhase) -> End | None:
+    """What the journal says of the phase as it was, as far as it has the same arms."""
+    past, arms = state.phases.get(phase.name), {arm.name: arm.overrides for arm in phase.arms}
+    if past is None or past.winner not in arms:
+        return None
+    return past.winner, [replace(better, overrides=arms[better.arm]) for better in past.better if better.arm in arms]
+
+
+def to_come(campaign: Campaign, state: State) -> list[list[dict[str, Any]]]:
+    """How many trials of which work are expected besides the planned ones; one of several phases counts in the first.
+
+    They come in stages: the first is what optuna has not proposed yet in the phases that are planned, each other one
+    needs winners of the one before it.
+    """
+    seen = {trial_id for phase in state.phases.values() for trial_id in phase.trial_ids}
+    needs = {phase.name: phase.needs for phase in campaign.phases}
+    over = {phase.name for phase in state.phases.values() if phase.winner is not None}
+    stage_of: dict[str, int] = {}
+    stages: defaultdict[int, Counter[tuple[str, Work]]] = defaultdict(Counter)
+    for phase in expected_phases(campaign, state):
+        stage_of[phase.name] = max((stage_of[name] + 1 for name in needs[phase.name] - over), default=0)
+        for arm in phase.arms:
+            ids = {trial.trial_id for trial in arm.trials} - seen
+            if new := {trial_id for trial_id in ids if not has_result(campaign, state, phase.name, trial_id)}:
+                seen |= new
+                stages[stage_of[phase.name]][phase.name, _work(arm.trials[0].config)] += len(new)
+    return [
+        [{"phase": name, "trials": n, "work": asdict(work)} for (name, work), n in found.items()]
+        for _, found in sorted(stages.items())
+    ]

@@ -1,0 +1,70 @@
+"""Arms proposed by optuna's TPE (Bergstra et al. 2011), such that results decide and the clock does not.
+
+Only this file imports optuna (extra `search`). Optuna is asked for a batch of `parallel` arms at once, with the
+constant liar (Ginsbourger et al. 2010) so that they differ, and told their scores when the whole batch is done. A study
+is never stored: it is replayed from the scores, which follow from the journal, so that a resumed campaign proposes the
+same arms. A trial that failed, and succeeds when the campaign is resumed, changes what is proposed after its batch.
+"""
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+from ngpt.config.base import ConfigError
+from tune.spec.search_space import Dimension, Search
+from tune.spec.sweeps import Arm
+
+ADVICE = "the package optuna is not installed: pip install 'ngpt-campaign[search]'"
+
+
+def check_optuna() -> None:
+    """Raises ConfigError, with the command that helps, where optuna is not installed."""
+    try:
+        import optuna  # noqa: F401
+    except ImportError:
+        raise ConfigError(ADVICE) from None
+
+
+@lru_cache(maxsize=256)
+def proposed(search: Search, scores: tuple[float, ...]) -> tuple[Arm, ...]:
+    """The arms of all batches that were scored, and of the next one, at most `search.trials` in all.
+
+    `scores` has one number for each arm of the complete batches so far: the lower the better, infinite for an arm that
+    diverged or failed.
+    """
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    sampler = optuna.samplers.TPESampler(seed=search.seed, constant_liar=True)
+    study = optuna.create_study(direction="minimize", sampler=sampler)
+    distributions = {d.setting: _distribution(optuna.distributions, d) for d in search.space}
+    arms: list[Arm] = []
+    while len(arms) <= len(scores) and len(arms) < search.trials:
+        size = min(search.parallel, search.trials - len(arms))
+        batch = [study.ask(distributions) for _ in range(size)]
+        known = scores[len(arms) : len(arms) + size]
+        arms += [search.arm([_value(d, trial.params[d.setting]) for d in search.space]) for trial in batch]
+        for trial, score in zip(batch, known, strict=False):
+            study.tell(trial, score)
+    return tuple(arms)
+
+
+def score(values: Sequence[float | None], goal: str) -> float:
+    """One number for an arm: its mean over the seeds, and infinite where one of them has none."""
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
+        return math.inf
+    return math.fsum(known) / len(known) * (1 if goal == "minimize" else -1)
+
+
+def _distribution(kinds: Any, dimension: Dimension) -> Any:
+    if dimension.kind == "choice":  # by its index: optuna takes no lists for choices
+        return kinds.CategoricalDistribution(list(range(len(dimension.values))))
+    low, high = dimension.values
+    kind = kinds.IntDistribution if dimension.is_whole else kinds.FloatDistribution
+    return kind(low, high, log=dimension.kind == "log")
+
+
+def _value(dimension: Dimension, suggested: Any) -> Any:
+    return dimension.values[suggested] if dimension.kind == "choice" else dimension.rounded(suggested)

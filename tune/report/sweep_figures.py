@@ -1,0 +1,246 @@
+"""Two more plots of a phase: loss against speed, and the parallel coordinates of a sweep over several axes.
+
+Parallel coordinates are drawn with plain lines: plotly's own type needs WebGL and scripts made at run time, which the
+page's policy forbids and a printer does not have.
+"""
+
+from collections.abc import Mapping, Sequence
+from math import log
+from typing import Any
+
+from tune import format as fmt
+from tune.analysis.importance import is_number, sweep_axes
+from tune.report.figures import MARKERS, Figure, label, verdict_slug
+
+MOST_LINES = 400  # arms in parallel coordinates, best first
+MOST_BARS = 40  # arms up to which each has its interval and its label against speed
+LONGEST_LABEL = 26  # of a name beside its point
+LEAST_SPAN = 0.1  # of the speed, what its axis shows at least
+# Where labels go, in pixels of a wide screen; a narrow one shows the ranks only.
+PLOT, CHAR = (940, 250), 7.2
+SIDES = ("middle right", "middle left", "top center", "bottom center")
+MOST_TICKS = 8  # values written at one axis
+WIDE_RANGE = 30  # largest over smallest from which an axis is logarithmic
+# Groups of arms by rank, with their colours; a few arms make two groups only.
+FIFTHS = {
+    "best fifth": "var(--s1)",
+    "second": "var(--s6)",
+    "third": "var(--faint)",
+    "fourth": "var(--s5)",
+    "last fifth": "var(--s2)",
+}
+HALVES = {"better half": "var(--s1)", "other half": "var(--s5)"}
+FEW = 10  # arms
+
+
+def speed_figure(phase: Mapping[str, Any]) -> Figure | None:
+    """Each arm's score over its tokens per second; None with fewer than two arms that have both."""
+    arms = [
+        arm
+        for arm in phase.get("arms") or []
+        if arm.get("tokens_per_second") is not None and (arm.get("score") or {}).get("mean") is not None
+    ]
+    if len(arms) < 2:
+        return None
+    points = [(arm["tokens_per_second"], arm["score"]["mean"]) for arm in arms]
+    span = _speed_span([x for x, _ in points])
+    ranks = [str(arm.get("rank") or n) for n, arm in enumerate(arms, 1)]
+    # The middle of a long name is what it differs by: its rank says more.
+    shorts = [fmt.plain(arm["arm"]) if len(fmt.plain(arm["arm"])) <= LONGEST_LABEL else "" for arm in arms]
+    names = [f"{rank} {label(short)}" if short else rank for rank, short in zip(ranks, shorts, strict=True)]
+    marks = [("", "middle right")] * len(arms)
+    if len(arms) <= MOST_BARS:
+        marks = label_places(points, span, list(zip(names, ranks, strict=True)))
+    data = []
+    for verdict in fmt.VERDICTS:
+        own = [i for i, arm in enumerate(arms) if arm["verdict"] == verdict]
+        if own:
+            trace = _speed_trace(verdict, [arms[i] for i in own], bars=len(phase["arms"]) <= MOST_BARS)
+            words = {"text": [marks[i][0] for i in own], "textposition": [marks[i][1] for i in own]}
+            data.append(trace | words | {"customdata": [ranks[i] if marks[i][0] else "" for i in own]})
+    name = label((phase.get("metric") or {}).get("name"), 40)
+    layout = {
+        "height": 340,
+        "margin": {"l": 8, "r": 16, "t": 30, "b": 46},
+        "xaxis": {"title": {"text": "training tokens per second"}, "tickformat": "~s", "range": list(span)},
+        "yaxis": {"title": {"text": name}, "automargin": True},
+        "hovermode": "closest",
+        "legend": {"orientation": "h", "x": 0, "y": 1, "xanchor": "left", "yanchor": "bottom"},
+        "meta": {"kind": "speed"},
+    }
+    return {"data": data, "layout": layout}
+
+
+def _speed_span(speeds: Sequence[float]) -> tuple[float, float]:
+    """The range of the axis: so wide that the scatter of a clock does not look like a gain."""
+    low, high = min(speeds), max(speeds)
+    half = max((high - low) * 0.6, LEAST_SPAN / 2 * (low + high) / 2)
+    return round((low + high) / 2 - half, 1), round((low + high) / 2 + half, 1)
+
+
+def label_places(
+    points: Sequence[tuple[float, float]], span: tuple[float, float], texts: Sequence[tuple[str, str]]
+) -> list[tuple[str, str]]:
+    """A label and its side for each point, such that nothing overlaps; earlier points choose first.
+
+    `texts` are a long and a short form; where neither fits, as in a crowd, the short one stands on the right.
+    """
+    width, height = PLOT
+    heights = [y for _, y in points]
+    tall = (max(heights) - min(heights)) * 1.4 or 1.0
+    spots = [((x - span[0]) / (span[1] - span[0]) * width, (y - min(heights)) / tall * height) for x, y in points]
+    taken = [(x - 7, x + 7, y - 7, y + 7) for x, y in spots]
+    chosen = []
+    for (x, y), forms in zip(spots, texts, strict=True):
+        options = [(text, side, _label_box(x, y, text, side)) for text in forms for side in SIDES]
+        free = (option for option in options if option[2][0] >= 0 and option[2][1] <= width)
+        fits = (option for option in free if all(_apart(option[2], other) for other in taken))
+        text, side, box = next(fits, (forms[-1], SIDES[0], _label_box(x, y, forms[-1], SIDES[0])))
+        taken.append(box)
+        padding = "  " if side in SIDES[:2] else ""
+        chosen.append((f"{padding}{text}{padding}", side))
+    return chosen
+
+
+def _label_box(x: float, y: float, text: str, side: str) -> tuple[float, float, float, float]:
+    """Left, right, lower and upper edge in pixels."""
+    wide, (vertical, horizontal) = CHAR * len(text), side.split()
+    left = {"right": x + 8, "left": x - 8 - wide, "center": x - wide / 2}[horizontal]
+    low = y + {"middle": -7, "top": 8, "bottom": -22}[vertical]
+    return left, left + wide, low, low + 14
+
+
+def _apart(one: tuple[float, float, float, float], other: tuple[float, float, float, float]) -> bool:
+    return one[1] <= other[0] or other[1] <= one[0] or one[3] <= other[2] or other[3] <= one[2]
+
+
+def _speed_trace(verdict: str, arms: Sequence[Mapping[str, Any]], *, bars: bool) -> Figure:
+    """The arms of one verdict, each with the interval of its difference from the baseline."""
+    color = f"var(--{verdict_slug(verdict)})"
+    halves = [fmt.half_width(arm.get("delta")) or 0 for arm in arms]
+    return {
+        "type": "scatter",
+        "mode": "markers+text",
+        "name": verdict,
+        "x": [round(arm["tokens_per_second"], 1) for arm in arms],
+        "y": [arm["score"]["mean"] for arm in arms],
+        "error_y": {"type": "data", "array": halves, "color": color, "thickness": 1, "width": 0, "visible": bars},
+        "marker": {
+            "color": color,
+            "size": 9,
+            "symbol": MARKERS.get(verdict, "x"),
+            "line": {"color": color, "width": 2},
+        },
+        "cliponaxis": False,
+        "hovertext": [
+            f"{label(arm['arm'])}<br>{fmt.mean_interval(arm['score'])} at {fmt.count(arm['tokens_per_second'])} tok/s"
+            for arm in arms
+        ],
+        "hoverinfo": "text",
+    }
+
+
+def parallel_figure(phase: Mapping[str, Any]) -> Figure | None:
+    """An upright line per setting of the sweep and one for the score, an arm as a line across; None for one axis."""
+    axes = sweep_axes(phase)
+    known = [arm for arm in phase.get("arms") or [] if (arm.get("score") or {}).get("mean") is not None]
+    arms = [arm for arm in known if arm.get("overrides")][:MOST_LINES]  # ranked
+    if len(axes) < 2 or len(arms) < 3:
+        return None
+    columns = [[arm["overrides"][name] for arm in arms] for name in axes] + [[a["score"]["mean"] for a in arms]]
+    scales = [Scale.of(column) for column in columns]
+    heights = [[scale.place(value) for value in column] for scale, column in zip(scales, columns, strict=True)]
+    data = []
+    groups = HALVES if len(arms) < FEW else FIFTHS
+    for rank, name in reversed(list(enumerate(groups))):  # the best on top
+        own = [i for i in range(len(arms)) if i * len(groups) // len(arms) == rank]
+        look = {"name": name, "line": {"color": groups[name], "width": 1.2 if rank else 2.5}}
+        data.append(_group_trace(own, arms, heights) | look | {"marker": {"color": groups[name], "size": 5}})
+    leaves = [label(name.rpartition(".")[2], 18) for name in axes]
+    notes = [note for x, scale in enumerate(scales) for note in _ticks(x, scale)]
+    upright = {"type": "line", "yref": "y", "y0": 0, "y1": 1, "layer": "below"}
+    layout = {
+        "height": 360,
+        "margin": {"l": 24, "r": 48, "t": 30, "b": 40},
+        "xaxis": {
+            "tickvals": list(range(len(axes) + 1)),
+            "ticktext": [*leaves, label((phase.get("metric") or {}).get("name"), 18)],
+            "range": [-0.15, len(axes) + 0.3],
+            "showgrid": False,
+        },
+        "yaxis": {"visible": False, "range": [-0.06, 1.06]},
+        "hovermode": "closest",
+        "shapes": [
+            upright | {"x0": x, "x1": x, "line": {"color": "var(--soft)", "width": 1}} for x in range(len(axes) + 1)
+        ],
+        "annotations": notes,
+        "legend": {
+            "orientation": "h",
+            "x": 0,
+            "y": 1,
+            "xanchor": "left",
+            "yanchor": "bottom",
+            "traceorder": "reversed",
+        },
+        "meta": {"kind": "parallel"},
+    }
+    return {"data": data, "layout": layout}
+
+
+class Scale:
+    """Places of values between 0 and 1: by size, by logarithm, or in equal steps for words and a few values."""
+
+    def __init__(self, values: Sequence[Any], *, steps: bool) -> None:
+        self.values, self.steps = list(values), steps
+        self.log = not steps and self.values[0] > 0 and self.values[-1] / self.values[0] >= WIDE_RANGE
+
+    @classmethod
+    def of(cls, column: Sequence[Any]) -> "Scale":
+        """The scale for a column of settings, which may be numbers or anything else."""
+        distinct = list({repr(value): value for value in column}.values())
+        numeric = all(is_number(value) for value in distinct)
+        distinct.sort(key=(lambda value: value) if numeric else repr)
+        return cls(distinct, steps=not numeric or len(distinct) <= MOST_TICKS)
+
+    def place(self, value: Any) -> float:
+        """Where a value of the column lies, from 0 to 1; the middle if it is the only one."""
+        if len(self.values) == 1:
+            return 0.5
+        if self.steps:
+            return round([repr(known) for known in self.values].index(repr(value)) / (len(self.values) - 1), 4)
+        low, high, at = (log(x) if self.log else x for x in (self.values[0], self.values[-1], value))
+        return round((at - low) / (high - low), 4)
+
+    def ticks(self) -> list[Any]:
+        """Values to write beside the axis."""
+        last = len(self.values) - 1
+        if last < MOST_TICKS:
+            return self.values
+        return [self.values[0], self.values[last // 2], self.values[last]]
+
+
+def _ticks(x: int, scale: Scale) -> list[Figure]:
+    look = {
+        "x": x,
+        "showarrow": False,
+        "xanchor": "left",
+        "xshift": 4,
+        "bgcolor": "var(--paper)",
+        "font": {"color": "var(--soft)", "size": 11},
+    }
+    return [look | {"y": scale.place(value), "text": label(_tick(value), 14)} for value in scale.ticks()]
+
+
+def _tick(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else fmt.value(value)
+
+
+def _group_trace(own: Sequence[int], arms: Sequence[Mapping[str, Any]], heights: Sequence[Sequence[float]]) -> Figure:
+    x: list[int | None] = []
+    y: list[float | None] = []
+    words: list[str] = []
+    for i in own:
+        x += [*range(len(heights)), None]
+        y += [*(column[i] for column in heights), None]
+        words += [f"{label(arms[i]['arm'])}<br>{fmt.mean_interval(arms[i]['score'])}"] * (len(heights) + 1)
+    return {"type": "scatter", "mode": "lines+markers", "x": x, "y": y, "hovertext": words, "hoverinfo": "text"}

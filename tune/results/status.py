@@ -1,0 +1,104 @@
+"""Where a campaign stands, read from its files: by its own process for the live view, by any other for `status`."""
+
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from ngpt.system.heartbeat import read_heartbeat
+from ngpt.training.tracker import read_metrics
+from tune.results.eta import seconds_left
+from tune.results.phase_summary import summarize_phase
+from tune.storage.lock import is_locked
+from tune.storage.state import PhaseState, State, read_state
+from tune.terminal.live import Running, Snapshot
+
+
+def take_snapshot(
+    root: Path,
+    state: State,
+    *,
+    running: bool,
+    finished_phases: Sequence[Mapping[str, Any]],
+    dashboard_url: str | None = None,
+) -> Snapshot:
+    """The view of this moment. `finished_phases` are the summaries of the phases that have a winner."""
+    expected: dict[str, int] = state.campaign["expected_trials"]
+    totals = expected | {phase.name: len(phase.trial_ids) for phase in state.phases.values()}
+    planned = [trial_id for phase in state.phases.values() for trial_id in phase.trial_ids]
+    results = [state.results[trial_id] for trial_id in planned if trial_id in state.results]
+    current = next((phase for phase in state.phases.values() if phase.winner is None), None)
+    elapsed = state.seconds + (_seconds_since(state.campaign["time"]) if running else state.session_seconds())
+    at_work = tuple(_running(root, event) for event in state.running.values()) if running else ()
+    return Snapshot(
+        campaign=state.campaign["campaign"],
+        status="running" if running else state.status,
+        phase=current.name if current else None,
+        phase_number=list(state.phases).index(current.name) + 1 if current else len(state.phases),
+        n_phases=len(expected),
+        done=len(results),
+        total=sum(totals.values()),
+        total_is_final=len(state.phases) == len(expected),
+        reused=sum(result["seq"] < state.campaign["seq"] for result in results),
+        unsuccessful=sum(result["status"] in ("failed", "diverged") for result in results),
+        elapsed=elapsed,
+        eta=seconds_left(state, at_work) if running else None,
+        running=at_work,
+        best=_best(state, current) if current else None,
+        metric=state.campaign["metric"]["name"],
+        dashboard_url=dashboard_url,
+        phases=tuple(dict(phase) for phase in finished_phases),
+    )
+
+
+def _running(root: Path, event: Mapping[str, Any]) -> Running:
+    folder = root / "trials" / event["trial_id"]
+    rows, beat = read_metrics(folder / "metrics.jsonl"), read_heartbeat(folder)
+
+    def newest(name: str) -> Any:
+        return next((row[name] for row in reversed(rows) if row.get(name) is not None), None)
+
+    return Running(
+        trial_id=event["trial_id"],
+        phase=event["phase"],
+        arm=event["arm"],
+        seed=event["seed"],
+        step=max(newest("step") or 0, beat.step if beat else 0),
+        steps=event["steps"],
+        train_loss=newest("train_loss"),
+        val_loss=newest("val_loss"),
+        tokens_per_second=newest("tokens_per_second"),
+    )
+
+
+def _best(state: State, phase: PhaseState) -> tuple[str, float, int] | None:
+    """The arm that leads so far, among those with the most seeds done."""
+    scores = []
+    for arm in phase.arms:
+        values = [state.outcome(trial_id).value for trial_id in arm.trial_ids.values()]
+        known = [value for value in values if value is not None]
+        if known:
+            scores.append((arm.name, fmean(known), len(known)))
+    most = max((n for _, _, n in scores), default=0)
+    sign = 1 if state.campaign["metric"]["goal"] == "minimize" else -1
+    leading = [score for score in scores if score[2] == most]
+    return min(leading, key=lambda score: sign * score[1]) if leading else None
+
+
+def _seconds_since(time: str) -> float:
+    return (datetime.now(UTC) - datetime.fromisoformat(time)).total_seconds()
+
+
+def read_snapshot(root: Path) -> Snapshot:
+    """The view of a results directory, from any process.
+
+    Raises:
+        ConfigError: there is no campaign in `root`.
+    """
+    state = read_state(root)
+    finished = [phase for phase in state.phases.values() if phase.winner is not None]
+    summaries = [summarize_phase(state, phase) for phase in finished]
+    running = is_locked(root)
+    url = state.campaign["dashboard_url"] if running else None
+    return take_snapshot(root, state, running=running, finished_phases=summaries, dashboard_url=url)

@@ -1,0 +1,319 @@
+"""`verify`: whether a results directory is as it was written, what is wrong where it is not, and what can be rebuilt.
+
+The journal proves itself by its CRCs, a checkpoint by its digests. Records and curves have none: they are a function
+of the journal and of the trials' metrics, so they are made once more, elsewhere, and held against those that are there.
+Nothing in the directory is changed.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ngpt.config.base import ConfigError
+from ngpt.training.checkpoint import checkpoint_folders, verify_checkpoint
+from tune import format as fmt
+from tune.storage.journal import Event, parse_line, whole_length
+from tune.storage.lock import is_locked
+from tune.storage.state import DONE, State, replay
+
+READERS = 4  # threads that check digests
+REBUILD = "python run_campaign.py report rebuilds it"
+AGAIN = "its record is in the journal; its curve and its model are gone"
+ROWS_LOST = "the result in the journal stands; the curve is damaged for good"
+LEFTOVER = "of a process that was killed; safe to remove"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something about a file. A note is nothing wrong; a problem may have a remedy."""
+
+    path: str  # relative to the results directory
+    text: str
+    remedy: str | None = None
+    is_note: bool = False
+
+
+@dataclass
+class Directory:
+    """A results directory as the checks see it."""
+
+    root: Path
+    events: list[Event]
+    state: State
+    running: bool  # a process works on it now
+    checked: dict[str, int] = field(default_factory=dict)  # how many of each kind were looked at
+
+    @property
+    def whole(self) -> bool:
+        """Whether the journal says that its newest session has ended."""
+        return self.state.ended and not self.running
+
+
+def verify(root: Path) -> dict[str, Any]:
+    """What is wrong in the results directory `root`: `intact`, `problems`, `notes`, and how much was `checked`.
+
+    Each problem has a `path`, a `text` and a `remedy`, which is None where there is none but a backup.
+
+    Raises:
+        ConfigError: there is no journal in `root`.
+        OSError: it cannot be read.
+    """
+    if not (root / "journal.jsonl").is_file():
+        raise ConfigError(f"{root} is not a results directory: it has no journal.jsonl")
+    events, found = read_events(root)
+    directory = Directory(root, events, replay(events), is_locked(root))
+    directory.checked["events"] = len(events)
+    if directory.running:
+        found.append(Finding("campaign.lock", "a run is working here; what it writes is not compared", is_note=True))
+    if directory.state.campaign:
+        # With a hole in the journal everything that rests on it would be called wrong.
+        sound = not any(not finding.is_note for finding in found)
+        for name, check in CHECKS.items():
+            if sound or name not in NEED_JOURNAL:
+                found += check(directory)
+    elif not found:
+        found.append(Finding("journal.jsonl", "it holds no campaign", is_note=True))
+    found = list({each.path: each for each in reversed(found)}.values())[::-1]  # what was found first says more
+    kinds = {kind: [_plain(each) for each in found if each.is_note == (kind == "notes")] for kind in KINDS}
+    return {"results": str(root), "intact": not kinds["problems"], "checked": directory.checked} | kinds
+
+
+KINDS = ("problems", "notes")
+
+
+def _plain(finding: Finding) -> dict[str, Any]:
+    return {name: value for name, value in asdict(finding).items() if name != "is_note"}
+
+
+def read_events(root: Path) -> tuple[list[Event], list[Finding]]:
+    """All events up to the first line that is damaged, and a finding for each line that is."""
+    raw = (root / "journal.jsonl").read_bytes()
+    whole = whole_length(raw)
+    events: list[Event] = []
+    found = []
+    for number, line in enumerate(raw[:whole].split(b"\n")[:-1], 1):
+        event = parse_line(line)
+        if event is None or event.get("seq") != number:
+            what = "does not match its CRC" if event is None else f"has number {event.get('seq')}, not {number}"
+            found.append(Finding(f"journal.jsonl:{number}", f"this line {what}", "only a backup has it"))
+        elif not found:
+            events.append(event)
+    if torn := len(raw) - whole:
+        text = f"its last {torn} bytes are a line that a crash has cut off; the next run sets them aside"
+        found.append(Finding("journal.jsonl", text, is_note=True))
+    return events, found
+
+
+def check_heading(directory: Directory) -> Iterator[Finding]:
+    """`manifest.json` and `campaign.yaml` against the newest start of the campaign."""
+    started = directory.state.campaign
+    manifest, problem = _read_json(directory.root / "manifest.json")
+    # What older versions did not journal, or keep no digest of, is not held against them.
+    kept = {name: started[name] for name in ("campaign", "command", "environment", "data", "base") if name in started}
+    if problem is None and not (isinstance(manifest, dict) and manifest | kept == manifest):
+        problem = "it is not what the journal says of the newest start"
+    if problem:
+        yield Finding("manifest.json", problem, "the same command writes it anew")
+    try:
+        digest = _sha256(directory.root / "campaign.yaml")
+        same = digest == started.get("file_sha256", digest)
+        problem = None if same else "it is not the file that the campaign was started with"
+    except OSError as error:
+        problem = _reason(error)
+    if problem:
+        yield Finding("campaign.yaml", problem, "the same command writes it anew")
+
+
+def check_trials(directory: Directory) -> Iterator[Finding]:
+    """Each trial's settings and metrics against its result in the journal."""
+    results = directory.state.results
+    directory.checked["trials"] = len(results)
+    for trial_id, result in results.items():
+        folder = Path("trials", trial_id)
+        if not (directory.root / folder).is_dir():
+            yield Finding(str(folder), "the folder is missing", AGAIN)
+            continue
+        config, problem = _read_json(directory.root / folder / "config.json")
+        if problem is None and config != result["config"]:
+            problem = "its settings are not those of the trial's record"
+        if problem:
+            yield Finding(str(folder / "config.json"), problem, "the record in the journal has the settings")
+        for name in ("metrics.jsonl", "histograms.jsonl"):
+            if (directory.root / folder / name).exists() or name == "metrics.jsonl":
+                yield from _check_rows(directory.root, folder / name, result)
+    known = results.keys() | {event["trial_id"] for event in directory.events if event["event"] == "trial_started"}
+    for path in sorted((directory.root / "trials").glob("*")):
+        if path.name not in known:
+            yield Finding(f"trials/{path.name}", "no event of the journal is about it", is_note=True)
+
+
+def _check_rows(root: Path, path: Path, result: Mapping[str, Any]) -> Iterator[Finding]:
+    try:
+        *lines, torn = (root / path).read_text(encoding="utf-8").split("\n")
+        rows = [json.loads(line, parse_constant=_no_number) for line in lines]
+        steps = [row["step"] for row in rows]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        yield Finding(str(path), _reason(error), ROWS_LOST)
+        return
+    if result["status"] not in DONE:
+        return
+    if torn:
+        yield Finding(str(path), "its last line is cut off", ROWS_LOST)
+    elif steps != sorted(steps):
+        yield Finding(str(path), "its steps are out of order", ROWS_LOST)
+    elif path.name == "metrics.jsonl" and result["status"] == "finished":
+        last = next((row["val_loss"] for row in reversed(rows) if "val_loss" in row), None)
+        if last != result["metrics"].get("val_loss"):
+            yield Finding(str(path), "it does not end with the validation loss of the trial's record", ROWS_LOST)
+
+
+def check_checkpoints(directory: Directory) -> Iterator[Finding]:
+    """Each checkpoint against its manifest; a finished trial has one that is intact."""
+    trials = {path.name: path for path in sorted((directory.root / "trials").glob("*")) if path.is_dir()}
+    folders = [folder for path in trials.values() for folder in checkpoint_folders(path / "checkpoints")]
+    directory.checked["checkpoints"] = len(folders)
+    with ThreadPoolExecutor(READERS) as pool:
+        problems = dict(zip(folders, pool.map(_checkpoint_problem, folders), strict=True))
+    for folder, problem in problems.items():
+        if problem and folder.exists():  # a run at work removes old ones
+            remedy = "a resumed trial passes it over and uses the one before"
+            yield Finding(str(folder.relative_to(directory.root)), problem, remedy)
+    for trial_id, path in trials.items():
+        root = path / "checkpoints"
+        for leftover in [*root.glob("damaged-*"), *([] if directory.running else root.glob(".tmp-*"))]:
+            what = "a checkpoint that was found damaged" if leftover.name.startswith("d") else "half a checkpoint"
+            yield Finding(str(leftover.relative_to(directory.root)), f"{what}; safe to remove", is_note=True)
+        status = directory.state.results.get(trial_id, {}).get("status")
+        if status == "finished" and all(problems[folder] for folder in checkpoint_folders(root)):
+            text = "the trial is finished and has no intact checkpoint: its result stands, its model is gone"
+            yield Finding(str(root.relative_to(directory.root)), text, "only a backup has it")
+
+
+def _checkpoint_problem(folder: Path) -> str | None:
+    try:
+        step = verify_checkpoint(folder).step
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return _reason(error)
+    return None if folder.name == f"step_{step:07d}" else f"its manifest says step {step}"
+
+
+def check_derived(directory: Directory) -> Iterator[Finding]:
+    """Records, summaries, curves and the report against those that the journal gives."""
+    from tune.results.summary import DIGESTS, sealed, write_campaign, write_phase
+
+    state = directory.state
+    digests, problem = _read_json(directory.root / DIGESTS)
+    own = digests.pop("sha256", None) if isinstance(digests, dict) else None
+    if problem is None and (own is None or sealed(digests)["sha256"] != own):
+        problem = "it does not match its own digest"
+    if directory.whole and problem:
+        yield Finding(DIGESTS, problem, REBUILD)
+    digests = {} if problem else digests
+    with tempfile.TemporaryDirectory() as name:
+        made = Path(name)
+        (made / "trials").symlink_to((directory.root / "trials").absolute())
+        try:
+            if directory.whole:
+                write_campaign(made, state)
+            else:  # the summary of the campaign is written when it ends
+                for phase in state.phases.values():
+                    if phase.winner is not None:
+                        write_phase(made, state, phase)
+        # Metrics that cannot be read, or are no rows, are reported with their trial.
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            yield Finding(".", f"what follows from the journal cannot be made: {_reason(error)}", None)
+            return
+        expected = {str(path.relative_to(made)): path for path in sorted(made.rglob("*")) if path.is_file()}
+        expected.pop(DIGESTS, None)
+        directory.checked["derived"] = len(expected)
+        yield from _check_digests(directory, digests)
+        for name, path in expected.items():
+            there = directory.root / name
+            if problem := _difference(path, there):
+                as_written = there.is_file() and _sha256(there) == digests.get(name)
+                text = "as it was written, by another version or with other claims" if as_written else problem
+                yield Finding(name, text, REBUILD, is_note=as_written)
+    for temporary in sorted(path for path in directory.root.rglob(".*.tmp") if not directory.running):
+        yield Finding(str(temporary.relative_to(directory.root)), LEFTOVER, is_note=True)
+
+
+def _check_digests(directory: Directory, digests: Mapping[str, Any]) -> Iterator[Finding]:
+    """The rows of trials, which nothing else vouches for, as they were when the campaign ended."""
+    for name, digest in digests.items() if directory.whole else ():
+        path = directory.root / name
+        if name.startswith("trials/") and path.is_file() and _sha256(path) != digest:
+            yield Finding(name, "it is not as it was when the campaign ended", ROWS_LOST)
+
+
+def _difference(made: Path, there: Path) -> str | None:
+    """What is wrong with a derived file, compared with how it comes out now."""
+    source = "trials/*/metrics.jsonl" if made.name == "curves.parquet" else "the journal"
+    try:
+        if there.read_bytes() == made.read_bytes():
+            return None
+        if made.suffix == ".parquet" and _same_table(made, there):
+            return None
+    except (OSError, ValueError) as error:  # pyarrow's errors are both
+        return _reason(error)
+    return f"it is not what {source} gives, nor what was written: it was changed"
+
+
+def _same_table(one: Path, other: Path) -> bool:
+    """Whether two files that differ hold the same: another pyarrow writes other bytes, the same one never does."""
+    from pyarrow import parquet
+
+    if parquet.read_metadata(one).created_by == parquet.read_metadata(other).created_by:
+        return False
+    tables = [parquet.read_table(path, page_checksum_verification=True) for path in (one, other)]
+    return tables[0].equals(tables[1])
+
+
+CHECKS: dict[str, Callable[[Directory], Iterator[Finding]]] = {
+    "heading": check_heading,
+    "trials": check_trials,
+    "checkpoints": check_checkpoints,
+    "derived": check_derived,
+}
+NEED_JOURNAL = ("heading", "trials", "derived")
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _read_json(path: Path) -> tuple[Any, str | None]:
+    """The content, or what is wrong with it."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number), None
+    except (OSError, ValueError) as error:
+        return None, _reason(error)
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, in one line and without the path, which the finding has."""
+    if isinstance(error, OSError) and error.errno:
+        return os.strerror(error.errno)
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def verify_text(found: Mapping[str, Any]) -> str:
+    """The findings for people, a line or two each."""
+    lines = []
+    for kind, label in (("problems", "problem"), ("notes", "note")):
+        for finding in found[kind]:
+            lines.append(f"{label:8} {finding['path']}: {finding['text']}")
+            if finding["remedy"]:
+                lines.append(f"{'':8} {finding['remedy']}")
+    checked = ", ".join(f"{n} {what.removesuffix('s') if n == 1 else what}" for what, n in found["checked"].items())
+    verdict = "intact" if found["intact"] else fmt.counted(len(found["problems"]), "problem")
+    return "\n".join([*lines, f"{found['results']}: {verdict}; checked {checked}"])

@@ -1,0 +1,160 @@
+"""A campaign as types: what the engine works with once the file has been read and checked (tune/campaign.py)."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+from pydantic import Field, PlainValidator
+
+from ngpt.config.base import Config, invalid, one_of
+from ngpt.training.config import TrainConfig
+from tune.spec.search_space import Search
+from tune.spec.sweeps import SWEEPS, Arm
+from tune.storage.winners import Chained, is_path
+
+METRICS = ("val_loss", "val_bpb", "train_loss")
+GOALS = ("minimize", "maximize")
+STOPPERS = ("asha",)  # how trials may be stopped early
+HOLDS = ("tokens", "steps", "seconds")  # what is equal between arms
+KINDS = (*SWEEPS, "runs", "combine", "search")  # what a phase does, exactly one of them
+MOST_TRIALS = 10_000  # of a campaign
+
+
+def _share(value: Any) -> Any:
+    """GPUs of a trial: `auto`, or a positive number."""
+    if value != "auto" and (isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf):
+        raise invalid(f"expected `auto` or a number above 0, got {value!r}")
+    return value
+
+
+class Metric(Config):
+    """What arms are compared by."""
+
+    name: Annotated[str, one_of(METRICS, "metric")] = "val_loss"
+    goal: Annotated[str, one_of(GOALS, "goal")] = "minimize"
+
+
+class Resources(Config):
+    """What a trial gets of the machine."""
+
+    cpus_per_trial: Annotated[int, Field(ge=1)] = 1  # threads of a trial
+    gpus_per_trial: Annotated[Any, PlainValidator(_share)] = "auto"  # auto: measured where there are GPUs
+    workers: Annotated[int, Field(ge=1)] | None = None  # processes that train at once; null: as many as fit
+    # trials of one graph that a process trains at once (ngpt/ensemble/train.py); 1: each by itself
+    vectorise: Annotated[int, Field(ge=1)] = 1
+    # seconds without a step after which a trial hangs; null: 20 median steps, at least ten minutes (tune/executors/watchdog.py)
+    stall_timeout: Annotated[float, Field(gt=0)] | None = None
+
+
+class Budget(Config):
+    """When a campaign stops before it is over (tune/planning/budget.py); both count over all its sessions."""
+
+    trials: Annotated[int, Field(ge=1)] | None = None  # that may begin
+    hours: Annotated[float, Field(gt=0)] | None = None  # after which none begins
+
+
+class EarlyStop(Config):
+    """When a search ends a trial before all its steps (tune/analysis/asha.py)."""
+
+    method: Annotated[str, one_of(STOPPERS, "method")] = "asha"
+    reduction: Annotated[int, Field(ge=2)] = 3  # one in so many goes on at a rung, and the next is so many times as far
+    first: Annotated[int, Field(ge=1)]  # rung, in steps of the phase's baseline
+
+    def rungs(self, steps: int) -> list[int]:
+        """Where trials are held against each other, before the end of `steps`."""
+        found, rung = list[int](), self.first
+        while rung < steps:
+            found.append(rung)
+            rung *= self.reduction
+        return found
+
+
+class Header(Config):
+    """The part of the file that is settings; names, seeds, base and phases are read on their own."""
+
+    description: str | None = None
+    metric: Metric = Metric()
+    hold: Annotated[str, one_of(HOLDS, "quantity to hold")] = "tokens"
+    confidence: Annotated[float, Field(ge=0.5, lt=1)] = 0.95
+    min_effect: Annotated[float, Field(ge=0)] = 0.005
+    resources: Resources = Resources()
+    noise: Annotated[float, Field(gt=0)] | None = None  # sd of the metric between seeds, for --plan
+    budget: Budget = Budget()
+    early_stop: EarlyStop | None = None
+
+
+@dataclass(frozen=True)
+class Fresh:
+    """`seeds: fresh N`: that many seeds that no other phase of the campaign uses."""
+
+    n: int
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Trials that belong together: a baseline and what is compared with it."""
+
+    name: str
+    inherit: str | None  # the phase whose winner is the base here, or the path of one in another results directory
+    pinned: Mapping[str, Any]  # `set:` settings of all arms of this phase, by dotted name
+    arms: tuple[Arm, ...]  # without the baseline, unless it was listed
+    seeds: tuple[int, ...] | Fresh
+    swept: Mapping[str, tuple[Any, ...]]  # the axes, by dotted name
+    combine: tuple[str, ...] = ()  # the phases whose better arms are joined here
+    search: Search | None = None  # what optuna proposes arms from, batch by batch
+    hold: str | None = None  # what is equal between the arms of this phase; None: what the campaign holds
+    stops_early: bool = False  # whether `early_stop:` of the campaign applies: to phases that search
+
+    @property
+    def needs(self) -> set[str]:
+        """The phases whose winners must be known before this one can start."""
+        named = (self.inherit, *self.combine, *(arm.inherit for arm in self.arms))
+        return {name for name in named if name and not is_path(name)}
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A sentence of an earlier report that the records can decide; tune/claims/relations.py says how, by its relation.
+
+    `left` and `right` select arms: settings by dotted name with their values, and `arm` and `phase` by name.
+    """
+
+    id: str
+    relation: str
+    source: str | None = None  # where it was said
+    says: str | None = None
+    metric: str = "val_loss"
+    phase: str | None = None  # the only one to look at
+    left: Mapping[str, Any] | None = None
+    right: Mapping[str, Any] | None = None
+    setting: str | None = None  # that varies, by dotted name
+    direction: str | None = None  # of the metric along `setting`
+    value: float | None = None
+    tolerance: float | None = None
+    expression: str | None = None
+
+
+@dataclass(frozen=True)
+class Campaign:
+    """A campaign file, checked: every name resolved, every value of the right type, phases in order of need."""
+
+    name: str
+    description: str | None
+    metric: Metric
+    hold: str  # what is equal between arms: tokens | steps | seconds
+    confidence: float
+    min_effect: float  # in units of the metric
+    base: TrainConfig
+    resources: Resources
+    noise: float | None
+    budget: Budget
+    early_stop: EarlyStop | None
+    phases: tuple[Phase, ...]
+    text: str  # the file as given
+    assignments: tuple[str, ...]  # --set
+    chained: Mapping[str, Chained] = field(default_factory=dict)  # winners of other directories, by their path
+    speeds: Mapping[str, float] = field(
+        default_factory=dict
+    )  # measured, for `hold: seconds` (tune/planning/equal_time.py)
+    claims: tuple[Claim, ...] = ()
