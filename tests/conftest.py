@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
-from tiny_campaign import write_corpus
 
 from ngpt.config.base import build
 from ngpt.data.dataset import DataConfig, Dataset, open_dataset
 from ngpt.training.config import TrainConfig
+from tests.helpers.tiny_campaign import write_corpus
 from tune.campaign import Campaign, load_campaign
 
 if not torch.cuda.is_available():
@@ -112,4 +112,4 @@ def load(tmp_path: Path) -> Callable[[str], Campaign]:
 @pytest.fixture
 def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
     """Campaigns end without the report, which takes a second."""
-    monkeypatch.setattr("tune.report.write_report", lambda *_: None)
+    monkeypatch.setattr("tune.report.html.write_report", lambda *_: None)

@@ -19,31 +19,31 @@ NAMES = {path: path.relative_to(ROOT).as_posix() for path in SOURCES}
 
 # Packages that only these files may import, here always all the importers there are.
 RESERVED = {
-    "ray": {"tune/engine.py", "tune/trainable.py"},
+    "ray": {"tune/executors/ray_executor.py", "tune/executors/ray_trainable.py"},
     "wandb": {"ngpt/training/wandb_tracker.py"},
     "torch.utils.tensorboard": {"ngpt/training/tracker.py"},
     "sentencepiece": {"ngpt/data/tokens/tokenizer.py"},
     "tiktoken": {"ngpt/data/tokens/gpt2_bpe.py"},
-    "optuna": {"tune/optuna_search.py"},
+    "optuna": {"tune/planning/optuna_search.py"},
 }
 # A file without a test file of its own, and why.
 UNTESTED: dict[str, str] = {
     "ngpt/data/tokens/gpt2_bpe.py": "one tokenizer among others: test_tokenizer.py",
     "ngpt/data/shard_index.py": "what corpora.py does with shards that exist already: test_corpora.py",
-    "tune/schema.py": "types without behaviour, filled by load_campaign: test_campaign.py",
-    "tune/phases.py": "part of load_campaign: test_campaign.py",
-    "tune/checks.py": "part of load_campaign: test_campaign.py",
-    "tune/evidence.py": "what claims rest on: test_claims.py",
-    "tune/selectors.py": "how claims name arms: test_claims.py",
-    "tune/course.py": "the phases of a session: test_session.py",
-    "tune/driver.py": "the process that Ray runs in, in real runs: test_engine.py, test_keeper.py",
-    "tune/lock.py": "the lock of a session: test_session.py",
-    "tune/final_screen.py": "the other half of the terminal: test_console.py",
-    "tune/figures.py": "the report's plots: test_report.py",
-    "tune/report_markdown.py": "the same content without plots: test_report.py",
+    "tune/spec/schema.py": "types without behaviour, filled by load_campaign: test_campaign.py",
+    "tune/spec/phase_reader.py": "part of load_campaign: test_campaign.py",
+    "tune/spec/validation.py": "part of load_campaign: test_campaign.py",
+    "tune/claims/evidence.py": "what claims rest on: test_claims.py",
+    "tune/claims/selectors.py": "how claims name arms: test_claims.py",
+    "tune/session/phase_tracker.py": "the phases of a session: test_session.py",
+    "tune/executors/ray_process.py": "the process that Ray runs in, in real runs: test_engine.py, test_keeper.py",
+    "tune/storage/lock.py": "the lock of a session: test_session.py",
+    "tune/terminal/final_screen.py": "the other half of the terminal: test_console.py",
+    "tune/report/figures.py": "the report's plots: test_report.py",
+    "tune/report/markdown.py": "the same content without plots: test_report.py",
     "tune/bench/campaigns.py": "python -m tune.bench: test_tune_bench.py",
     "tune/bench/gpu.py": "python -m tune.bench: test_tune_bench.py",
-    "tune/phase_summary.py": "what summary.py writes of a phase: test_summary.py",
+    "tune/results/phase_summary.py": "what summary.py writes of a phase: test_summary.py",
 }
 MOST_LINES = 60  # of a function
 

@@ -15,10 +15,10 @@ from tests.chaos.disk import Disk, played, write_tree
 from tests.chaos.invariants import Acknowledged, Facts, check_finished, check_stopped, facts
 from tests.chaos.operations import Operation
 from tests.chaos.world import CHECKPOINT, World
-from tests.tiny_campaign import train_all, write_file
-from tune.journal import read_journal
-from tune.state import read_state
-from tune.summary import write_campaign
+from tests.helpers.tiny_campaign import train_all, write_file
+from tune.results.summary import write_campaign
+from tune.storage.journal import read_journal
+from tune.storage.state import read_state
 
 REPOSITORY = Path(__file__).parents[1]
 

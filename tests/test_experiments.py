@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 import run_campaign
-from tune.arms import BASELINE
 from tune.campaign import load_campaign
-from tune.plan import preview
+from tune.planning.plan import preview
+from tune.spec.sweeps import BASELINE
 
 EXPERIMENTS = sorted((Path(__file__).parent.parent / "experiments").glob("*.yaml"))
 MANY = (

@@ -20,7 +20,7 @@ from ngpt.config.base import LONGEST_MESSAGE, ConfigError
 from ngpt.config.overrides import MOST_PROBLEMS
 from ngpt.config.yaml_reader import LARGEST_FILE, MOST_NODES
 from tune.campaign import load_campaign
-from tune.journal import Journal
+from tune.storage.journal import Journal
 
 ROOT = Path(__file__).parents[1]
 FOLDER = Path(__file__).parent / "hostile"

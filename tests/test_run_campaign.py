@@ -10,12 +10,12 @@ import threading
 from pathlib import Path
 
 import pytest
-from tiny_campaign import begun, drive, losses, records, session_on, strict, write_file
 
 import run_campaign
 from ngpt.system.heartbeat import read_heartbeat
-from tune.journal import read_journal
-from tune.session import ExecutorLost
+from tests.helpers.tiny_campaign import begun, drive, losses, records, session_on, strict, write_file
+from tune.session.session import ExecutorLost
+from tune.storage.journal import read_journal
 
 SCRIPT = Path(__file__).parents[1] / "run_campaign.py"
 pytestmark = pytest.mark.usefixtures("signals")  # `run` handles them from then on
@@ -229,7 +229,7 @@ def test_an_internal_error_anywhere_is_code_1_and_the_same_command_goes_on(
         raise KeyError("canary-hf-1f0e2d3c4b5a")
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"tune.session.Session.{where}", broken)
+        patch.setattr(f"tune.session.session.Session.{where}", broken)
         assert run_campaign.main(command) == 1
     said = capsys.readouterr().err
     assert said.splitlines()[-1] == "internal error; what is finished is safe, and the same command goes on"

@@ -16,7 +16,6 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from tiny_campaign import begun, drive, pretend, session_on, strict, write_file
 
 import run_campaign
 from ngpt.config.base import ConfigError, flatten
@@ -26,7 +25,8 @@ from ngpt.model.gpt import GPT, ModelConfig
 from ngpt.training import checkpoint
 from ngpt.training.checkpoint import save_checkpoint
 from ngpt.training.load_model import load_model
-from tune.trial import TrialSpec
+from tests.helpers.tiny_campaign import begun, drive, pretend, session_on, strict, write_file
+from tune.trials.trial import TrialSpec
 
 SCRIPT = Path(__file__).parents[1] / "run_campaign.py"
 CANARIES = {
@@ -103,7 +103,7 @@ def test_on_ray_no_secret_reaches_a_log_and_the_token_is_its_owners(tmp_path: Pa
 
 
 def test_a_token_that_everybody_could_read_is_taken_from_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tune.engine import protect_token
+    from tune.executors.ray_executor import protect_token
 
     monkeypatch.setenv("HOME", str(tmp_path))
     protect_token()  # there is none
@@ -147,7 +147,7 @@ def test_the_error_of_a_trial_loses_the_secrets_in_it(
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError(f"no answer from https://me:s3same@host/?token={CANARIES['HF_TOKEN']}")
 
-    monkeypatch.setattr("tune.trial.train", fail)
+    monkeypatch.setattr("tune.trials.trial.train", fail)
     file = write_file(tmp_path, corpus, phases=ONE_PHASE, seeds="[1]")
     assert run_campaign.main([str(file), "--inline", "--out", str(tmp_path / "r")]) == 4
     errors = [path.read_text() for path in tmp_path.glob("r/tiny/trials/*/error.txt")]

@@ -10,7 +10,7 @@ from tests.chaos.invariants import Acknowledged, Facts, check_end, check_finishe
 from tests.chaos.operations import FAULTS, Fault, Operation, Watch, read_log
 from tests.chaos.outcome import Options, Outcome
 from tests.chaos.world import Ran, World, clear, world
-from tune.journal import parse_line
+from tune.storage.journal import parse_line
 
 
 def run(options: Options) -> Outcome:

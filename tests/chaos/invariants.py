@@ -23,9 +23,9 @@ from typing import Any
 from ngpt.training.checkpoint import checkpoint_folders, verify_checkpoint
 from ngpt.training.tracker import read_metrics
 from tests.chaos.world import CANARIES, Ran, World
-from tune.journal import Event, JournalError, read_journal
-from tune.state import DONE
-from tune.verify import verify
+from tune.results.verify import verify
+from tune.storage.journal import Event, JournalError, read_journal
+from tune.storage.state import DONE
 
 # What depends on the clock, the process or how often it was tried.
 TIMED = ("tokens_per_second", "peak_memory_bytes")

@@ -19,7 +19,7 @@ import psutil
 from tests.chaos.invariants import Acknowledged, Facts, check_finished, check_stopped, facts
 from tests.chaos.outcome import Options, Outcome
 from tests.chaos.world import CANARIES, CLEAN, LONG_PHASES, Ran, World, clear, world
-from tune.journal import JournalError, read_journal
+from tune.storage.journal import JournalError, read_journal
 
 SCRIPT = Path(__file__).parents[2] / "run_campaign.py"
 VICTIMS = {"driver": 3, "worker": 5, "raylet": 2, "executor": 1}  # how often each is chosen

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import mkdtemp
 
-from tests.tiny_campaign import PHASES, write_corpus, write_file
+from tests.helpers.tiny_campaign import PHASES, write_corpus, write_file
 
 LONG_PHASES = """
   - name: rate
@@ -161,10 +161,10 @@ def _warm_up(made: World) -> None:
     import torch
 
     import run_campaign
-    import tune.verify
+    import tune.results.verify
 
     torch.set_num_threads(1)
-    assert tune.verify
+    assert tune.results.verify
     previous = signal.getsignal(signal.SIGTERM)
     with open(os.devnull, "w") as nowhere:
         out, err = os.dup(1), os.dup(2)

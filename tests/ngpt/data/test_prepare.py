@@ -1,0 +1,209 @@
+"""Tokenizing a corpus: documents with their marks, the same files from any number of processes, and after any kill."""
+
+import hashlib
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ngpt.data import prepare as preparation
+from ngpt.data.dataset import DataConfig, Dataset, open_dataset, prepare
+from ngpt.data.prepare import tokenize
+from ngpt.data.sources import text_corpus
+from ngpt.data.text.documents import read_documents
+from ngpt.data.text.progress import silent
+from ngpt.data.tokens.tokenizer import load_tokenizer
+from tests.helpers.vocabularies import write_gpt2, write_llama
+
+# Prepares what the arguments say with shards of 2000 tokens, and is killed at the n-th time that it syncs a file.
+KILLED = """
+import os, signal, sys
+import ngpt.data.prepare as preparation
+from ngpt.data.__main__ import main
+
+preparation.SHARD_TOKENS, countdown, sync = 2000, int(sys.argv[1]), os.fsync
+
+def fsync(descriptor):
+    global countdown
+    countdown -= 1
+    if countdown == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    sync(descriptor)
+
+os.fsync = fsync
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("NGPT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")  # no copies in /tmp
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def pages(tmp_path: Path, corpus: Path) -> Path:
+    """The text of the small corpus as two hundred documents, in two files."""
+    text = corpus.read_text()
+    documents = [text[300 * index : 300 * (index + 1)] for index in range(200)]
+    folder = tmp_path / "pages"
+    folder.mkdir()
+    for name, part in (("a.jsonl", documents[:120]), ("b.jsonl", documents[120:])):
+        (folder / name).write_text("".join(json.dumps({"text": document}) + "\n" for document in part))
+    return folder
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def split_by_hash(folder: Path, val_fraction: float) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {"train": [], "val": []}
+    for text in read_documents(sorted(folder.iterdir())):
+        is_val = int(hashlib.sha256(text.encode()).hexdigest()[:16], 16) < val_fraction * 2**64
+        found["val" if is_val else "train"].append(text)
+    return found
+
+
+def tokens_of(dataset: Dataset) -> dict[str, list[int]]:
+    return {"train": np.concatenate(dataset.train).tolist(), "val": np.concatenate(dataset.val).tolist()}
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bpe", "unigram"])
+def test_each_document_starts_with_the_tokenizers_mark(pages: Path, own_cache: Path, tmp_path: Path, kind: str) -> None:
+    if kind == "gpt2":
+        spec, mark = f"gpt2:{write_gpt2(tmp_path / 'gpt2')}", 259
+    else:
+        spec, mark = str(write_llama(tmp_path / "llama.model", model_type=kind, vocab_size=290)), 1
+    dataset = open_dataset(DataConfig(corpus=str(pages), tokenizer=spec))
+    tokenizer = load_tokenizer(spec, None)
+    documents = split_by_hash(pages, 0.1)
+    assert 5 < len(documents["val"]) < 40
+    for split, tokens in tokens_of(dataset).items():
+        expected = [[mark, *tokenizer.encode(text).tolist()] for text in documents[split]]
+        assert tokens == [token for document in expected for token in document]
+        n_bytes = sum(len(text.encode()) for text in documents[split])
+        assert dataset.manifest["splits"][split]["bytes"] == n_bytes
+        assert dataset.token_bytes is not None and dataset.token_bytes[tokens].sum() == n_bytes
+
+
+def test_without_a_mark_documents_end_with_an_empty_line(pages: Path, own_cache: Path) -> None:
+    config = DataConfig(corpus=str(pages), tokenizer="sentencepiece:400")
+    dataset = open_dataset(config)
+    tokenizer = load_tokenizer(config.tokenizer, dataset.folder)
+    for split, texts in split_by_hash(pages, 0.1).items():
+        whole = "".join(text + "\n\n" for text in texts)
+        assert tokenizer.decode(tokens_of(dataset)[split]) == whole
+        assert dataset.manifest["splits"][split]["bytes"] == len(whole.encode())
+
+
+def test_the_size_of_the_validation_split_is_the_fraction(pages: Path, own_cache: Path) -> None:
+    config = DataConfig(corpus=str(pages), tokenizer="sentencepiece:400", val_fraction=0.5)
+    counts = open_dataset(config).manifest["splits"]
+    assert 0.35 < counts["val"]["tokens"] / (counts["val"]["tokens"] + counts["train"]["tokens"]) < 0.65
+
+
+@pytest.mark.parametrize("kind", ["documents", "text"])
+def test_any_number_of_processes_writes_the_same_bytes(
+    pages: Path, corpus: Path, own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(
+        "ngpt.data.tokens.pool.BATCH", 5000
+    )  # characters, so that there are more batches than processes
+    monkeypatch.setattr("ngpt.data.text.documents.BLOCK", 3000)
+    monkeypatch.setattr(preparation, "SHARD_TOKENS", 2000)
+    config = DataConfig(corpus=str(pages if kind == "documents" else corpus), tokenizer="sentencepiece:400")
+    said: list[str] = []
+    folders = [prepare(config, out=tmp_path / f"{workers}", workers=workers, log=said.append) for workers in (1, 3)]
+    assert content(folders[0]) == content(folders[1])
+    assert sum("in 3 processes" in line for line in said) == 1
+    assert len(json.loads((folders[0] / "manifest.json").read_text())["splits"]["train"]["shards"]) > 8
+
+
+@pytest.mark.parametrize("countdown", [1, 5, 26, 100])
+def test_a_killed_preparation_is_continued_and_ends_as_an_undisturbed_one(
+    pages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, countdown: int
+) -> None:
+    monkeypatch.setattr(preparation, "SHARD_TOKENS", 2000)
+    config = DataConfig(corpus=str(pages), tokenizer="sentencepiece:400")
+    straight = prepare(config, out=tmp_path / "straight" / "out")
+    out = tmp_path / "killed" / "out"
+    arguments = [str(countdown), config.corpus, "--tokenizer", config.tokenizer, "--out", str(out)]
+    killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True, text=True, timeout=60)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not out.exists()
+    (temp,) = out.parent.glob(".tmp-*")
+    finished = finished_shards(temp)
+    before = {name: (temp / name).stat().st_mtime_ns for name in finished}
+    said: list[str] = []
+    assert prepare(config, out=out, log=said.append) == out
+    assert content(out) == content(straight)
+    assert {name: (out / name).stat().st_mtime_ns for name in finished} == before
+    assert any(f"{len(finished)} shards are there already" in line for line in said) == bool(finished)
+    assert [path.name for path in out.parent.iterdir() if path.is_dir()] == ["out"]
+
+
+def finished_shards(folder: Path) -> set[str]:
+    """By the record of the preparation, for which what is not in it is not finished."""
+    path = folder / "progress.json"
+    records: Any = json.loads(path.read_text())["shards"] if path.exists() else {}
+    return {record["entry"]["name"] for shards in records.values() for record in shards}
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "gone"])
+def test_a_shard_that_was_damaged_meanwhile_is_made_again(
+    pages: Path, tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    monkeypatch.setattr(preparation, "SHARD_TOKENS", 2000)
+    corpus = text_corpus(pages)
+    how: dict[str, Any] = {"tokenizer": "sentencepiece:400", "val_fraction": 0.1}
+    for name in ("straight", "broken"):
+        (tmp_path / name).mkdir()
+        tokenize(corpus, folder=tmp_path / name, log=silent, **how)
+    victim = tmp_path / "broken" / "train_003.bin"
+    data = bytearray(victim.read_bytes())
+    data[-1] ^= 1
+    victim.unlink()
+    if damage != "gone":
+        victim.write_bytes(data if damage == "flip" else data[:-2])
+    said: list[str] = []
+    made = tokenize(corpus, folder=tmp_path / "broken", log=said.append, **how)
+    assert content(tmp_path / "broken") == content(tmp_path / "straight")
+    whole_val = sum(entry["tokens"] == 2000 for entry in made["splits"]["val"]["shards"])
+    assert f", {3 + whole_val} shards are there already" in said[0]
+    assert made["splits"]["train"]["tokens"] == sum(entry["tokens"] for entry in made["splits"]["train"]["shards"])
+
+
+def test_what_was_begun_with_another_vocabulary_or_shard_size_is_not_continued(
+    pages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = text_corpus(pages)
+    out = tmp_path / "out"
+    out.mkdir()
+    for size in (3000, 2000):
+        monkeypatch.setattr(preparation, "SHARD_TOKENS", size)
+        said: list[str] = []
+        tokenize(corpus, tokenizer="sentencepiece:400", val_fraction=0.1, folder=out, log=said.append)
+        assert not any("there already" in line for line in said)
+        sizes = [(path.stat().st_size - 1024) // 2 for path in sorted(out.glob("train_*.bin"))]
+        assert sizes[:-1] == [size] * (len(sizes) - 1)
+
+
+def test_a_text_that_loses_bytes_is_remembered_over_an_interruption(
+    corpus: Path, tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that folds double spaces: no bits per byte, also when the loss lies in a finished shard."""
+    model = write_llama(tmp_path / "folds.model", remove_extra_whitespaces=True, add_dummy_prefix=False)
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(preparation, "SHARD_TOKENS", 2000)
+    for _ in range(2):
+        made = tokenize(
+            text_corpus(corpus), tokenizer=str(model), val_fraction=0.1, folder=tmp_path / "out", log=silent
+        )
+        assert made["token_bytes_crc32"] is None

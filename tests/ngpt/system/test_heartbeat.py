@@ -1,0 +1,122 @@
+"""A run says that it lives, hears that it should stop, and loses nothing by it."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from ngpt.config.base import override
+from ngpt.data.dataset import Dataset
+from ngpt.system import heartbeat as pulse
+from ngpt.system.heartbeat import Heartbeat, Pulse, ask_to_stop, clear, is_asked_to_stop, read_heartbeat
+from ngpt.training.config import TrainConfig
+from ngpt.training.loop import train
+from tests.helpers.tiny_run import assert_equal_weights, rows, run, weights
+
+
+@pytest.fixture(autouse=True)
+def attentive(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It listens at every step, and not once a second."""
+    monkeypatch.setattr(pulse, "LISTEN", 0.0)
+
+
+def stop_at(step: int, config: TrainConfig, out: Path, dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is asked to stop when it has come to this step, as another process would ask, and then closed."""
+    real = Pulse.beat
+
+    def beat(self: Pulse, at: int) -> None:
+        real(self, at)
+        if at == step:
+            ask_to_stop(out)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Pulse, "beat", beat)
+        loop = train(config, out, resume="latest", dataset=dataset)
+        while not is_asked_to_stop(out):
+            if next(loop)["step"] == config.steps == step:  # there is no step after it to say so
+                ask_to_stop(out)
+        loop.close()
+    clear(out)
+
+
+@pytest.mark.parametrize("step", [1, 3, 5, 8])
+def test_a_run_that_is_asked_to_stop_saves_where_it_is_and_then_ends_as_if_nothing_had_happened(
+    step: int, tiny: TrainConfig, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Evaluations are at 3, 6 and 8; no checkpoint is due before the end."""
+    config = override(tiny, {"tracker.log_every": 1})
+    run(config, tmp_path / "undisturbed", dataset)
+    stop_at(step, config, tmp_path / "stopped", dataset, monkeypatch)
+    assert [path.name for path in (tmp_path / "stopped" / "checkpoints").iterdir()] == [f"step_{step:07d}"]
+    assert read_heartbeat(tmp_path / "stopped") is None, "it has ended"
+    run(config, tmp_path / "stopped", dataset, resume="latest")
+    assert rows(tmp_path / "stopped") == rows(tmp_path / "undisturbed")
+    assert_equal_weights(weights(tmp_path / "stopped"), weights(tmp_path / "undisturbed"))
+
+
+def test_a_run_that_is_asked_at_an_evaluation_and_closed_there_saves_it(
+    tiny: TrainConfig, dataset: Dataset, tmp_path: Path
+) -> None:
+    loop = train(tiny, tmp_path, dataset=dataset)
+    while next(loop)["step"] != 6:
+        pass
+    ask_to_stop(tmp_path)
+    loop.close()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_0000006"]
+
+
+def test_a_run_that_is_closed_and_was_not_asked_saves_nothing(
+    tiny: TrainConfig, dataset: Dataset, tmp_path: Path
+) -> None:
+    """Early stopping closes trials that nobody goes on with."""
+    loop = train(tiny, tmp_path, dataset=dataset)
+    next(loop)
+    next(loop)
+    loop.close()
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_what_a_rollback_would_return_to_is_saved_at_its_regular_steps_only(
+    tiny: TrainConfig, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = override(tiny, {"nonfinite.policy": "rollback", "checkpoint.every": 2})
+    stop_at(5, config, tmp_path, dataset, monkeypatch)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step_0000002", "step_0000004"]
+
+
+def test_a_heartbeat_is_where_a_run_is_and_stays_where_it_was_killed(tmp_path: Path) -> None:
+    assert read_heartbeat(tmp_path) is None
+    killed = Pulse(tmp_path, began=7)
+    assert read_heartbeat(tmp_path) == Heartbeat(os.getpid(), 7, 7)
+    for step in (8, 123_456_789, 9):
+        killed.beat(step)
+        assert read_heartbeat(tmp_path) == Heartbeat(os.getpid(), 7, step)
+    killed.close()
+    assert read_heartbeat(tmp_path) == Heartbeat(os.getpid(), 7, 9)
+    with Pulse(tmp_path) as ended:
+        ended.beat(3)
+    assert read_heartbeat(tmp_path) is None
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b'{"pid": 3}', b"[]", b"\xff\xfe", b'{"pid": 1, "x": 2}'])
+def test_a_heartbeat_that_cannot_be_read_is_none(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "heartbeat").write_bytes(content)
+    assert read_heartbeat(tmp_path) is None
+
+
+def test_where_nothing_can_be_written_a_run_goes_on(tmp_path: Path) -> None:
+    with Pulse(tmp_path / "nowhere") as silent:
+        silent.beat(1)
+        assert not silent.is_asked_to_stop()
+
+
+def test_the_wish_to_stop_is_looked_for_once_a_second_or_when_it_matters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pulse, "LISTEN", 1e9)
+    with Pulse(tmp_path) as rare:
+        assert not rare.is_asked_to_stop()
+        ask_to_stop(tmp_path)
+        assert not rare.is_asked_to_stop() and rare.is_asked_to_stop(now=True) and rare.is_asked_to_stop()
+    clear(tmp_path)
+    assert not is_asked_to_stop(tmp_path) and list(tmp_path.iterdir()) == []

@@ -1,0 +1,308 @@
+"""The train loop: it learns, it repeats itself to the last bit, and it stops where numbers are none."""
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import ngpt.training.loop
+from ngpt.config.base import override
+from ngpt.data.dataset import Dataset
+from ngpt.data.loader import train_batch
+from ngpt.training.config import TrainConfig, resolved
+from ngpt.train import main
+from ngpt.training.loop import backward, train_step
+from ngpt.training.run import Run, set_up
+from tests.helpers.tiny_run import AWKWARD, MODELS, assert_equal_weights, rows, run, untimed, watch, weights
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_loss_falls_by_more_than_a_nat(kind: str, tiny: TrainConfig, dataset: Dataset, tmp_path: Path) -> None:
+    longer = {"steps": 120, "batch_size": 8, "eval_every": 60, "optim.lr": 0.02, "model.logit_scale": 5.0}
+    seen, result = watch(override(tiny, longer | MODELS[kind]), tmp_path, dataset)
+    losses = [row["val_loss"] for row in seen if row["val_loss"] is not None]
+    assert len(losses) == 3 and losses[0] > math.log(400) - 0.2
+    assert losses[2] < losses[0] - 1
+    assert result.status == "finished" and result.metrics["val_loss"] == losses[2]
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_two_runs_are_equal_to_the_last_bit(kind: str, tiny: TrainConfig, dataset: Dataset, tmp_path: Path) -> None:
+    config = override(tiny, AWKWARD | MODELS[kind])
+    results = [run(config, tmp_path / name, dataset) for name in "ab"]
+    assert untimed(results[0].metrics) == untimed(results[1].metrics)
+    assert rows(tmp_path / "a") == rows(tmp_path / "b")
+    assert_equal_weights(weights(tmp_path / "a", 8), weights(tmp_path / "b", 8))
+
+
+def test_another_seed_is_another_run(tiny: TrainConfig, dataset: Dataset, tmp_path: Path) -> None:
+    one, other = (run(override(tiny, {"seed": seed}), tmp_path / str(seed), dataset) for seed in (1, 2))
+    assert one.metrics["val_loss"] != other.metrics["val_loss"]
+
+
+def test_how_often_to_look_does_not_change_what_is_learnt(tiny: TrainConfig, dataset: Dataset, tmp_path: Path) -> None:
+    looks = [
+        {},
+        {"tracker.log_every": 1, "eval_every": 1, "checkpoint.every": 2},
+        {"eval_every": 100},
+        {"eval_tokens": 64},
+    ]
+    for number, look in enumerate(looks):
+        run(override(tiny, look), tmp_path / str(number), dataset)
+        assert_equal_weights(weights(tmp_path / str(number), 8), weights(tmp_path / "0", 8))
+
+
+def test_the_train_loss_is_the_mean_of_the_last_ten_steps_however_often_it_is_logged(
+    tiny: TrainConfig, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses: list[float] = []
+
+    def listen(each: Run, idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        loss = backward(each, idx, targets)
+        losses.append(loss.item())
+        return loss
+
+    monkeypatch.setattr(ngpt.training.loop, "backward", listen)
+    for log_every in (1, 5):
+        losses.clear()
+        out = tmp_path / str(log_every)
+        result = run(override(tiny, {"tracker.log_every": log_every, "steps": 14}), out, dataset)
+        logged = {row["step"]: row["train_loss"] for row in rows(out) if "grad_norm" in row}
+        assert logged[5] == pytest.approx(np.mean(losses[:5]))
+        assert logged[14] == result.metrics["train_loss"] == pytest.approx(np.mean(losses[4:14]))
+
+
+def test_the_learning_rate_follows_the_schedule(tiny: TrainConfig, dataset: Dataset, tmp_path: Path) -> None:
+    run(override(tiny, {"tracker.log_every": 1, "schedule.warmup_steps": 4, "steps": 12}), tmp_path, dataset)
+    rates = [row["lr"] for row in rows(tmp_path) if "lr" in row]
+    wave = 0.01 * (1 + np.cos(np.pi * np.arange(8) / 8)) / 2
+    assert rates == pytest.approx([0.0025, 0.005, 0.0075, 0.01, *wave])
+
+
+def test_the_learning_rate_that_is_logged_is_the_one_that_is_used(
+    tiny: TrainConfig, dataset: Dataset, tmp_path: Path
+) -> None:
+    config = override(resolved(tiny), {"schedule.warmup_steps": 4, "optim.name": "muon", "lr_other": 0.04})
+    each = set_up(config, tmp_path, resume=None, dataset=dataset)
+    for step in range(1, 4):
+        assert train_step(each)["lr"] == 0.01 * step / 4
+        rates = {group["lr"] for optimizer in each.optimizers for group in optimizer.param_groups}
+        assert rates == {0.01 * step / 4, 0.04 * step / 4}
+
+
+@pytest.mark.parametrize("micro", [1, 2])
+def test_micro_batches_have_the_loss_and_gradients_of_the_whole(
+    micro: int, tiny: TrainConfig, dataset: Dataset, tmp_path: Path
+) -> None:
+    batch = train_batch(dataset, seed=0, step=0, batch_size=4, block_size=16)
+    runs = [
+        set_up(override(resolved(tiny), {"micro_batch_size": size}), tmp_path, resume=None, dataset=dataset)
+        for size in (None, micro)
+    ]
+    whole, parts = (backward(each, *batch) for each in runs)
+    torch.testing.assert_close(parts, whole, atol=1e-6, rtol=0)
+    for one, other in zip(runs[0].model.parameters(), runs[1].model.parameters(), strict=True):
+        assert one.grad is not None and other.grad is not None
+        assert one.grad.abs().max() > 0
+        torch.testing.assert_close(other.grad, one.grad, atol=1e-6, rtol=0)
+
+
+def test_the_gradient_is_clipped_and_its_norm_before_that_is_logged(
+    tiny: TrainConfig, dataset: Dataset, tmp_path: Path
+) -> None:
+    norms = []
+    for clip in (None, 1e-3):
+        each = set_up(override(resolved(tiny), {"grad_clip": clip}), tmp_path, resume=None, dataset=dataset)
+        norms.append(train_step(each)["grad_norm"])
+        gradients = [parameter.grad for parameter in each.model.parameters() if parameter.grad is not None]
+        left = float(torch.cat([gradient.flatten() for gradient in gradients]).norm())
+        assert left == pytest.approx(clip or norms[0], rel=1e-3)
+    assert norms[0] == pytest.approx(norms[1]) and norms[0] > 0.01
+
+
+def test_lazy_projection_leaves_the_sphere_in_between_and_returns_at_the_end(
+    tiny: TrainConfig, dataset: Dataset, tmp_path: Path
+) -> None:
+    seen, _ = watch(override(tiny, {"project_every": 3, "eval_every": 1}), tmp_path, dataset)
+    errors = {int(row["step"] or 0): float(row["weight_norm_error"] or 0) for row in seen}
+    assert all((errors[step] < 1e-6) == (step % 3 == 0) for step in range(9))
+    assert all(errors[step] > 1e-3 for step in (1, 2, 4, 5))
+    assert errors[2] > errors[1]  # it adds up
+    final = weights(tmp_path, 8)
+    rows = np.linalg.norm(final["lm_head.weight"].astype(np.float64), axis=1)
+    columns = np.linalg.norm(final["blocks.0.mlp.down.weight"].astype(np.float64), axis=0)
+    np.testing.assert_allclose(np.concatenate([rows, columns]), 1, atol=1e-6)
+
+
+def test_projection_at_every_step_is_what_keeps_the_sphere(tiny: TrainConfig, dataset: Dataset, tmp_path: Path) -> None:
+    seen, _ = watch(override(tiny, {"eval_every": 1}), tmp_path, dataset)
+    assert max(float(row["weight_norm_error"] or 0) for row in seen) < 1e-6
+    assert max(float(row["activation_norm_error"] or 0) for row in seen) < 1e-5
+
+
+def test_bfloat16_learns_like_float32(tiny: TrainConfig, dataset: Dataset, tmp_path: Path) -> None:
+    config = override(tiny, {"steps": 30, "logit_scale": 5.0, "optim.lr": 0.02})
+    full, low = (run(override(config, {"dtype": kind}), tmp_path / kind, dataset) for kind in ("float32", "bfloat16"))
+    assert low.metrics["val_loss"] != full.metrics["val_loss"]
+    assert low.metrics["val_loss"] == pytest.approx(full.metrics["val_loss"], abs=0.05)
+    assert all(tensor.dtype == np.float32 for tensor in weights(tmp_path / "bfloat16", 30).values())
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler, when it is first loaded
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_compiled_run_in_bfloat16_ends_where_an_eager_one_in_float32_does(
+    kind: str, tiny: TrainConfig, dataset: Dataset, tmp_path: Path
+) -> None:
+    config = override(tiny, MODELS[kind] | {"steps": 60, "batch_size": 16})
+    eager = run(config, tmp_path / "eager", dataset)
+    fast = run(override(config, {"dtype": "bfloat16", "compile": True}), tmp_path / "compiled", dataset)
+    assert fast.metrics["val_loss"] == pytest.approx(eager.metrics["val_loss"], abs=0.02)
+
+
+@pytest.mark.parametrize("name", ["--norm-mode", "--norm_mode"])
+def test_the_norm_mode_is_a_flag_of_its_own(
+    name: str, settings_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--config", str(settings_file), name, "dotprod", "--out", str(tmp_path / "out")]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["r_mean"] != 1 and result["r_replaced"] == 0
+    (checkpoint,) = (tmp_path / "out" / "checkpoints").iterdir()
+    assert json.loads((checkpoint / "MANIFEST.json").read_text())["identity"]["model.norm_mode"] == "dotprod"
+
+
+def test_an_unknown_norm_mode_is_a_value_error_that_lists_the_choices(
+    tiny: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = "unknown norm mode 'dotprd', did you mean 'dotprod'? Allowed: baseline, dotprod, ema"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        override(tiny, {"norm_mode": "dotprd"})
+    assert main(["--norm-mode", "dotprd", "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"model.norm_mode: {message}\n"
+
+
+@pytest.mark.parametrize("broken", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_ends_the_run_and_is_not_taken(
+    broken: str, tiny: TrainConfig, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs: list[Run] = []
+
+    def remember(*arguments: Any, **named: Any) -> Run:
+        runs.append(set_up(*arguments, **named))
+        return runs[-1]
+
+    def break_down(each: Run, idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        loss = backward(each, idx, targets)
+        if each.progress.step < 4:
+            return loss
+        if broken == "loss":
+            return torch.tensor(math.nan)
+        first = next(each.model.parameters())
+        assert first.grad is not None
+        first.grad[0, 0] = math.inf
+        return loss
+
+    monkeypatch.setattr(ngpt.training.loop, "set_up", remember)
+    monkeypatch.setattr(ngpt.training.loop, "backward", break_down)
+    result = run(override(tiny, {"checkpoint.every": 1, "eval_every": 2}), tmp_path, dataset)
+    assert (result.status, result.steps) == ("diverged", 5)
+    assert result.metrics["val_loss"] is None and result.metrics["val_bpb"] is None
+    assert "NaN" not in json.dumps(result.metrics, allow_nan=False)
+    now = {name: tensor.numpy() for name, tensor in runs[0].model.state_dict().items()}
+    assert_equal_weights(now, weights(tmp_path, 4))
+    last = rows(tmp_path)[-1]
+    assert last["step"] == 5 and last["train_loss" if broken == "loss" else "grad_norm"] is None
+
+
+@pytest.mark.parametrize("steps", [1, 20])
+def test_a_far_too_large_learning_rate_is_reported_as_divergence(
+    steps: int, tiny: TrainConfig, dataset: Dataset, tmp_path: Path
+) -> None:
+    config = override(tiny, {"model.residual": "add", "optim.lr": 1e38, "steps": steps})
+    seen, result = watch(config, tmp_path, dataset)
+    assert result.status == "diverged" and result.metrics["val_loss"] is None
+    assert all(value is None or math.isfinite(value) for row in seen for value in row.values())
+    if steps == 1:  # the step itself was finite, what it led to was not
+        assert seen[-1]["val_loss"] is None and seen[-1]["step"] == 1
+    assert rows(tmp_path)
+
+
+# ---- the command line ------------------------------------------------------------------------------------------------
+
+
+def test_the_command_line_trains_and_prints_one_json_object(
+    settings_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = main(["--config", str(settings_file), "--set", "alpha=0.2", "steps=3", "--out", str(tmp_path / "out")])
+    printed = capsys.readouterr()
+    assert code == 0, printed.err
+    result = json.loads(printed.out, parse_constant=pytest.fail)
+    assert result["status"] == "finished" and result["steps"] == 3 and 4 < result["val_loss"] < 8
+    shown = [line.split()[:2] for line in printed.err.splitlines()]
+    assert shown == [["step", "0"], ["step", "2"], ["step", "3"]]
+    manifest = json.loads((tmp_path / "out" / "checkpoints" / "step_0000003" / "MANIFEST.json").read_text())
+    assert manifest["identity"]["model.alpha"] == 0.2 and manifest["identity"]["optim.betas"] == [0.9, 0.99]
+
+
+def test_the_command_line_resumes(settings_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--config", str(settings_file), "--out", str(tmp_path / "out")]
+    assert main(arguments) == 0
+    first = json.loads(capsys.readouterr().out)
+    assert main(arguments) == 2
+    assert "holds checkpoints of an earlier run" in capsys.readouterr().err
+    assert main([*arguments, "--resume", "latest"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert untimed(again) == untimed(first)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--set", "alhpa=1"], "alhpa: unknown setting, did you mean 'alpha'?"),
+        (["--set", "alpha=-1"], "model.alpha: input should be greater than 0, got -1"),
+        (["--set", "alpha"], "--set alpha: expected NAME=VALUE"),
+        (["--set", "corpus=shakespear"], "unknown corpus 'shakespear', did you mean 'shakespeare'?"),
+        (["--config", "missing.yaml"], "missing.yaml: No such file or directory"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*arguments, "--out", str(tmp_path / "out")]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and not (tmp_path / "out").exists()
+    (line,) = printed.err.splitlines()
+    assert line.startswith(message)
+
+
+def test_a_mistake_in_the_file_is_one_line_with_its_position_and_exit_code_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "tiny.yaml"
+    file.write_text("steps: 4\nsceptre: 4\n")
+    assert main(["--config", str(file), "--out", str(tmp_path / "out")]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and not (tmp_path / "out").exists()
+    (line,) = printed.err.splitlines()
+    assert line.startswith(f"{file}:2:1: sceptre: unknown setting")
+
+
+def test_a_run_that_diverged_has_exit_code_4(
+    settings_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = main(["--config", str(settings_file), "--set", "residual=add", "lr=1e38", "--out", str(tmp_path / "out")])
+    result = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert code == 4 and result["status"] == "diverged" and result["val_loss"] is None
+
+
+def test_a_folder_that_cannot_be_written_has_exit_code_74(
+    settings_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").write_text("a file")
+    assert main(["--config", str(settings_file), "--out", str(tmp_path / "out")]) == 74
+    assert capsys.readouterr().err.splitlines() == [f"{tmp_path / 'out'}: File exists"]

@@ -1,0 +1,528 @@
+"""What a run does when memory runs out or a number is none: it goes on, says so, and ends where it should."""
+
+import itertools
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import ngpt.training.loop
+import ngpt.training.run
+from ngpt.config.base import ConfigError, content_hash, flatten, override
+from ngpt.data.dataset import Dataset
+from ngpt.model.gpt import GPT
+from ngpt.training.config import TrainConfig
+from ngpt.training.loop import backward, train
+from ngpt.training.recovery import NONFINITE, ON_OOM, Progress, halved
+from ngpt.training.run import Run
+from tests.helpers.tiny_run import rows, run, untimed, weights
+
+OPTIMIZERS = {"adamw": {}, "muon": {"optim.name": "muon", "optim.lr_other": 0.02}}
+
+
+def difference(one: Path, other: Path) -> float:
+    left, right = weights(one), weights(other)
+    assert left.keys() == right.keys()
+    return max(float(np.abs(left[name] - right[name]).max()) for name in left)
+
+
+@pytest.fixture
+def watched(tiny: TrainConfig) -> TrainConfig:
+    return override(tiny, {"checkpoint.every": 2, "tracker.log_every": 1, "project_every": 3, "eval_every": 4})
+
+
+class FullMemory:
+    """Fails the calls of a function while the calls are too large, as an allocator would."""
+
+    def __init__(self, real: Callable[..., Any], *, fails: Callable[..., bool]) -> None:
+        self.real, self.fails, self.failures = real, fails, 0
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        if self.fails(*arguments, **named):
+            self.failures += 1
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return self.real(*arguments, **named)
+
+
+def break_forward(patch: pytest.MonkeyPatch) -> FullMemory:
+    """No pass over more than one sequence in training."""
+    real = GPT.forward
+    full = FullMemory(real, fails=lambda model, idx, targets=None: len(idx) > 1 and torch.is_grad_enabled())
+    patch.setattr(GPT, "forward", lambda *arguments: full(*arguments))
+    return full
+
+
+def break_backward(patch: pytest.MonkeyPatch) -> FullMemory:
+    """The gradients of more than one sequence are too large, once those of some layers are there already."""
+    real, deep = GPT.forward, {"rows": 0}
+    full = FullMemory(lambda gradient: gradient, fails=lambda gradient: deep["rows"] > 1)
+
+    def forward(model: Any, idx: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
+        deep["rows"] = len(idx)
+        if torch.is_grad_enabled() and not model.wte.weight._backward_hooks:
+            model.wte.weight.register_hook(full)  # the last gradient of all
+        return real(model, idx, targets)
+
+    patch.setattr(GPT, "forward", forward)
+    return full
+
+
+BREAKS = {"forward": break_forward, "backward": break_backward}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("where", BREAKS)
+def test_where_memory_runs_out_in_a_step_the_run_ends_as_one_that_was_accumulated_from_the_start(
+    where: str, optimizer: str, watched: TrainConfig, dataset: Dataset, tmp_path: Path
+) -> None:
+    config = override(watched, OPTIMIZERS[optimizer])
+    small = run(override(config, {"micro_batch_size": 1}), tmp_path / "small", dataset)
+    with pytest.MonkeyPatch.context() as patch:
+        full = BREAKS[where](patch)
+        result = run(config, tmp_path / "full", dataset)
+    assert full.failures == 2  # 4 sequences, 2, 1; and it remembers
+    assert result.status == "finished"
+    assert (result.metrics["micro_batch_size"], result.metrics["batch_size"]) == (1, 4)
+    assert result.metrics["tokens"] == small.metrics["tokens"]
+    for name in ("val_loss", "train_loss", "val_bpb"):
+        assert result.metrics[name] == pytest.approx(small.metrics[name], abs=1e-6)
+    assert difference(tmp_path / "full", tmp_path / "small") < 1e-6
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("failing_step", [0, 5])
+def test_an_optimizer_that_breaks_off_half_way_leaves_no_trace(
+    failing_step: int, optimizer: str, watched: TrainConfig, dataset: Dataset, tmp_path: Path
+) -> None:
+    """Some weights have moved when memory runs out; the run returns to its checkpoint at step 4, or to the start."""
+    config = override(watched, OPTIMIZERS[optimizer] | {"micro_batch_size": 2})
+    half = run(override(config, {"micro_batch_size": 1}), tmp_path / "half", dataset)
+    real, broken = ngpt.training.loop.train_step, []
+
+    def fails(each: Run) -> Callable[[], None]:
+        step = each.optimizers[0].step
+
+        def half_done() -> None:
+            step()
+            with torch.no_grad():
+                next(each.model.parameters()).add_(1.0)
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+        return half_done
+
+    def listen(each: Run) -> dict[str, float]:
+        if each.progress.step == failing_step and not broken:
+            broken.append(each.progress.step)
+            each.optimizers[0].step = fails(each)  # type: ignore[method-assign]
+        return real(each)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ngpt.training.loop, "train_step", listen)
+        result = run(config, tmp_path / "broken", dataset)
+    assert broken == [failing_step] and result.metrics["micro_batch_size"] == 1
+    assert result.metrics["val_loss"] == pytest.approx(half.metrics["val_loss"], abs=1e-6)
+    assert difference(tmp_path / "broken", tmp_path / "half") < 1e-6
+    steps = [row["step"] for row in rows(tmp_path / "broken")]
+    assert steps == [row["step"] for row in rows(tmp_path / "half")]  # what was undone is not told twice
+
+
+def test_evaluation_takes_fewer_sequences_at_once_and_gives_the_same_loss(
+    watched: TrainConfig, dataset: Dataset, tmp_path: Path
+) -> None:
+    plain = run(watched, tmp_path / "plain", dataset)
+    real = GPT.forward
+    full = FullMemory(real, fails=lambda model, idx, targets=None: len(idx) > 2 and not torch.is_grad_enabled())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GPT, "forward", lambda *arguments: full(*arguments))
+        result = run(watched, tmp_path / "full", dataset)
+    assert full.failures == 1
+    assert result.metrics["micro_batch_size"] == 4  # training had enough
+    assert result.metrics["val_loss"] == pytest.approx(plain.metrics["val_loss"], abs=1e-6)
+    assert difference(tmp_path / "full", tmp_path / "plain") == 0
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_checkpoint_without_memory_is_tried_again_and_then_done_without(
+    times: int, watched: TrainConfig, dataset: Dataset, tmp_path: Path
+) -> None:
+    run(watched, tmp_path / "plain", dataset)
+    tries: list[int] = []
+
+    def fails(*_: Any, step: int, **__: Any) -> bool:
+        tries.append(step)
+        return tries.count(4) <= times and step == 4
+
+    with pytest.MonkeyPatch.context() as patch:
+        full = FullMemory(ngpt.training.run.save_checkpoint, fails=fails)
+        patch.setattr(ngpt.training.run, "save_checkpoint", full)
+        result = run(watched, tmp_path / "full", dataset)
+    assert result.status == "finished" and full.failures == times
+    assert tries == [2, 4, 4, 6, 8]
+    there = [path.name for path in sorted((tmp_path / "full" / "checkpoints").iterdir())]
+    assert ("step_0000004" in there) == (times == 1)
+    assert difference(tmp_path / "full", tmp_path / "plain") == 0
+
+
+def test_a_last_checkpoint_without_memory_is_an_error(watched: TrainConfig, dataset: Dataset, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        full = FullMemory(ngpt.training.run.save_checkpoint, fails=lambda *_, step, **__: step == 8)
+        patch.setattr(ngpt.training.run, "save_checkpoint", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            run(watched, tmp_path, dataset)
+    assert full.failures == 2
+
+
+@pytest.mark.parametrize("where", BREAKS)
+def test_to_fail_is_a_policy_too(where: str, watched: TrainConfig, dataset: Dataset, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        full = BREAKS[where](patch)
+        with pytest.raises(torch.OutOfMemoryError):
+            run(override(watched, {"on_oom": "fail"}), tmp_path, dataset)
+    assert full.failures == 1
+
+
+def test_a_single_sequence_that_does_not_fit_is_an_error(
+    watched: TrainConfig, dataset: Dataset, tmp_path: Path
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        full = FullMemory(None, fails=lambda *_: True)  # type: ignore[arg-type]
+        patch.setattr(ngpt.training.loop, "backward", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            run(watched, tmp_path, dataset)
+    assert full.failures == 3  # 4, 2, 1
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler, when it is first loaded
+def test_a_compiled_run_goes_through_more_sizes_than_torch_compiles_of_a_function(
+    tiny: TrainConfig, dataset: Dataset, tmp_path: Path
+) -> None:
+    """Nine sizes in training and as many in evaluation; torch's limit is eight, and to exceed it would be an error."""
+    settings = {"batch_size": 256, "compile": True, "steps": 9, "eval_every": 1, "eval_tokens": 4096, "n_layer": 1}
+    config, real, steps = override(tiny, settings), GPT.forward, iter(range(99))
+
+    def step(each: Run) -> dict[str, float]:
+        full["most"] = 256 >> next(steps)  # half of what the step before had
+        return train_step(each)
+
+    def forward(model: Any, idx: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
+        loss = real(model, idx, targets)
+        if torch.is_grad_enabled() and len(idx) > full["most"]:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return loss
+
+    full, train_step = {"most": 256}, ngpt.training.loop.train_step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GPT, "forward", forward)
+        patch.setattr(ngpt.training.loop, "train_step", step)
+        result = run(config, tmp_path / "compiled", dataset)
+    assert result.status == "finished" and result.metrics["micro_batch_size"] == 1
+    small = run(override(config, {"compile": False}), tmp_path / "eager", dataset)
+    assert result.metrics["val_loss"] == pytest.approx(small.metrics["val_loss"], abs=1e-5)
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory(
+    watched: TrainConfig, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> float:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(ngpt.training.loop, "backward", broken)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        run(watched, tmp_path, dataset)
+
+
+def test_the_literal_rule_halves_the_batch_and_says_so(watched: TrainConfig, dataset: Dataset, tmp_path: Path) -> None:
+    """From step 5 on the first two sequences of each batch are what is trained on."""
+    seen: list[tuple[int, int]] = []
+
+    def listen(each: Run, idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        if each.progress.step >= 4 and len(idx) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        seen.append((each.progress.step, len(idx)))
+        return backward(each, idx, targets)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ngpt.training.loop, "backward", listen)
+        result = run(override(watched, {"on_oom": "halve_batch"}), tmp_path, dataset)
+    assert seen == [(step, 4 if step < 4 else 2) for step in range(8)]
+    assert (result.metrics["batch_size"], result.metrics["micro_batch_size"]) == (2, 2)
+    assert result.metrics["tokens"] == 16 * (4 * 4 + 4 * 2)
+    assert [row["tokens"] for row in rows(tmp_path) if "grad_norm" in row] == [64, 128, 192, 256, 288, 320, 352, 384]
+
+
+def test_a_run_that_is_killed_after_memory_ran_out_goes_on_with_what_fits(
+    watched: TrainConfig, dataset: Dataset, tmp_path: Path
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        BREAKS["forward"](patch)
+        straight = run(watched, tmp_path / "straight", dataset)
+        loop = train(watched, tmp_path / "killed", dataset=dataset)
+        next(loop)
+        next(loop)
+        loop.close()
+    resumed = run(watched, tmp_path / "killed", dataset, resume="latest")  # now there would be memory
+    assert untimed(resumed.metrics) == untimed(straight.metrics)
+    assert difference(tmp_path / "killed", tmp_path / "straight") == 0
+
+
+LIMITED = """
+import json, resource, sys
+from pathlib import Path
+import torch
+from ngpt.config.base import build
+from ngpt.training.loop import train
+from ngpt.training.config import TrainConfig
+
+torch.set_num_threads(1)
+loop = train(build(TrainConfig, json.loads(sys.argv[1])), Path(sys.argv[3]))
+next(loop)  # set up and evaluated, with all libraries loaded
+size = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmSize"))
+resource.setrlimit(resource.RLIMIT_AS, (size * 1024 + int(sys.argv[2]), resource.RLIM_INFINITY))
+while True:
+    try:
+        next(loop)
+    except StopIteration as stop:
+        print(json.dumps(stop.value.metrics))
+        break
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits on the address space are Linux'")
+def test_a_host_that_really_has_no_memory_left_gives_the_result_of_small_micro_batches(
+    tiny: TrainConfig, dataset: Dataset, tmp_path: Path
+) -> None:
+    """A batch of 256 needs some 170 MB for its activations; 60 are left."""
+    wide = {"batch_size": 256, "model.n_embd": 64, "model.block_size": 64, "steps": 2, "eval_every": 9}
+    config = override(tiny, wide | {"eval_tokens": 64, "checkpoint.every": 9})
+    command = [sys.executable, "-c", LIMITED, json.dumps(flatten(config)), str(60 << 20), str(tmp_path / "limited")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert 1 <= result["micro_batch_size"] < 256 and result["batch_size"] == 256
+    expected = run(override(config, {"micro_batch_size": 16}), tmp_path / "small", dataset).metrics
+    assert result["val_loss"] == pytest.approx(expected["val_loss"], abs=1e-6)
+    assert result["train_loss"] == pytest.approx(expected["train_loss"], abs=1e-6)
+
+
+# ---- numbers that are none -------------------------------------------------------------------------------------------
+
+
+def break_batches(patch: pytest.MonkeyPatch, *bad: int, what: str = "gradient") -> list[int]:
+    """The loss or a gradient of some batches, by number, is not finite; returns the batches that are trained on."""
+    seen: list[int] = []
+    real_gradients, real = ngpt.training.loop.gradients, ngpt.training.loop.backward
+
+    def gradients(each: Run, number: int) -> tuple[float, float]:
+        seen.append(number)
+        return real_gradients(each, number)
+
+    def broken(each: Run, idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        loss = real(each, idx, targets)
+        if seen[-1] not in bad:
+            return loss
+        if what == "loss":
+            return torch.tensor(math.nan)
+        gradient = each.model.get_parameter("blocks.1.mlp.down.weight").grad
+        assert gradient is not None
+        gradient[0, 0] = -math.inf
+        return loss
+
+    patch.setattr(ngpt.training.loop, "gradients", gradients)
+    patch.setattr(ngpt.training.loop, "backward", broken)
+    return seen
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_skipped_step_changes_nothing_and_is_counted(
+    optimizer: str, what: str, watched: TrainConfig, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = override(watched, OPTIMIZERS[optimizer] | {"nonfinite.policy": "skip", "checkpoint.every": 1})
+    config = override(config, {"checkpoint.keep_last": 9, "project_every": 1})
+    seen = break_batches(monkeypatch, 2, 5, what=what)
+    result = run(config, tmp_path, dataset)
+    assert seen == list(range(8))
+    assert (result.status, result.metrics["skipped_steps"], result.metrics["rollbacks"]) == ("finished", 2, 0)
+    for step in range(1, 9):
+        if step > 1:
+            before, after = weights(tmp_path, step - 1), weights(tmp_path, step)
+            assert all(np.array_equal(before[name], after[name]) for name in before) == (step in (3, 6))
+    logged = {row["step"]: row for row in rows(tmp_path) if "grad_norm" in row}
+    assert [step for step, row in logged.items() if row["train_loss" if what == "loss" else "grad_norm"] is None] == [
+        3,
+        6,
+    ]
+    assert result.metrics["train_loss"] is not None and result.metrics["val_loss"] is not None
+
+
+def test_more_skipped_steps_than_allowed_are_a_divergence(
+    watched: TrainConfig, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    break_batches(monkeypatch, 1, 3, 4)
+    result = run(override(watched, {"nonfinite.policy": "skip", "nonfinite.max": 2}), tmp_path, dataset)
+    assert (result.status, result.steps, result.metrics["val_loss"]) == ("diverged", 5, None)
+
+
+def test_a_rollback_returns_to_the_checkpoint_and_passes_over_the_data_since(
+    watched: TrainConfig, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batch 5 breaks in step 6: back to step 4, which goes on with batch 6; another break before any checkpoint."""
+    seen = break_batches(monkeypatch, 5, 7)
+    result = run(override(watched, {"nonfinite.policy": "rollback"}), tmp_path, dataset)
+    assert seen == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]
+    assert (result.status, result.steps, result.metrics["rollbacks"]) == ("finished", 8, 2)
+    logged = [row["step"] for row in rows(tmp_path) if "grad_norm" in row]
+    assert logged == list(range(1, 9))
+    plain = run(override(watched, {"steps": 8}), tmp_path / "plain", dataset)
+    assert plain.metrics["val_loss"] != result.metrics["val_loss"]
+
+
+def test_a_rollback_without_a_checkpoint_goes_to_the_start(
+    watched: TrainConfig, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = override(watched, {"nonfinite.policy": "rollback", "checkpoint.every": 100})
+    seen = break_batches(monkeypatch, 1)
+    result = run(config, tmp_path, dataset)
+    assert seen == list(range(10)) and result.status == "finished"
+    assert [row["step"] for row in rows(tmp_path) if "val_bpb" in row] == [0, 4, 8]
+
+
+def test_more_rollbacks_than_allowed_are_a_divergence(
+    watched: TrainConfig, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = break_batches(monkeypatch, *range(4, 100))
+    result = run(override(watched, {"nonfinite.policy": "rollback", "nonfinite.max": 3}), tmp_path, dataset)
+    assert (result.status, result.metrics["rollbacks"], result.metrics["val_loss"]) == ("diverged", 3, None)
+    assert seen == list(range(8))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["skip", "rollback"])
+def test_a_run_that_is_killed_after_a_setback_ends_as_if_it_had_not_been(
+    policy: str, watched: TrainConfig, dataset: Dataset, tmp_path: Path
+) -> None:
+    config = override(watched, {"nonfinite.policy": policy, "eval_every": 1})
+    with pytest.MonkeyPatch.context() as patch:
+        break_batches(patch, 3)
+        straight = run(config, tmp_path / "straight", dataset)
+        for count in range(1, 11 if policy == "rollback" else 10):
+            out = tmp_path / str(count)
+            loop = train(config, out, dataset=dataset)
+            for _ in range(count):
+                next(loop)
+            loop.close()
+            assert untimed(run(config, out, dataset, resume="latest").metrics) == untimed(straight.metrics), count
+            assert rows(out) == rows(tmp_path / "straight"), count
+            assert difference(out, tmp_path / "straight") == 0
+
+
+def test_weights_that_are_no_numbers_send_a_run_back_from_its_evaluation(
+    watched: TrainConfig, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a step leaves behind may be infinite although its gradient was not."""
+    real, broken = ngpt.training.loop.update, []
+
+    def update(each: Run) -> None:
+        real(each)
+        if each.progress.step == 4 and not broken:
+            broken.append(True)
+            with torch.no_grad():
+                each.model.get_parameter("blocks.0.mlp.down.weight").fill_(math.inf)
+
+    monkeypatch.setattr(ngpt.training.loop, "update", update)
+    result = run(override(watched, {"nonfinite.policy": "rollback"}), tmp_path / "back", dataset)
+    assert (result.status, result.metrics["rollbacks"]) == ("finished", 1)
+    broken.clear()
+    result = run(override(watched, {"nonfinite.policy": "skip"}), tmp_path / "skip", dataset)
+    assert (result.status, result.metrics["val_loss"]) == ("diverged", None)
+
+
+# ---- the settings ----------------------------------------------------------------------------------------------------
+
+
+def test_policies_that_give_the_same_numbers_are_the_same_run(tiny: TrainConfig) -> None:
+    for change in ({"on_oom": "split"}, {"on_oom": "fail"}, {"nonfinite.policy": "fail"}, {"nonfinite.max": 10}):
+        assert content_hash(override(tiny, change)) == content_hash(tiny)
+    others = [{"on_oom": "halve_batch"}, {"nonfinite.policy": "skip"}, {"nonfinite.policy": "rollback"}]
+    assert len({content_hash(override(tiny, change)) for change in [{}, *others]}) == 4
+
+
+def test_an_unknown_policy_is_an_error_that_lists_them(tiny: TrainConfig) -> None:
+    with pytest.raises(ConfigError, match=r"on_oom: unknown policy 'halve', did you mean 'halve_batch'"):
+        override(tiny, {"on_oom": "halve"})
+    with pytest.raises(ConfigError, match=r"nonfinite\.policy: unknown policy 'skp', did you mean 'skip'"):
+        override(tiny, {"nonfinite.policy": "skp"})
+    assert set(ON_OOM) == {"split", "halve_batch", "fail"} and set(NONFINITE) == {"fail", "skip", "rollback"}
+
+
+@pytest.mark.parametrize("size", range(1, 20))
+def test_halving_ends_at_one_and_never_below(size: int) -> None:
+    sizes = [halved(size, times) for times in range(7)]
+    assert sizes[0] == size and sizes[-1] == 1
+    assert all(one / 2 <= other <= max(1, one - 1) for one, other in itertools.pairwise(sizes))
+
+
+def test_progress_takes_over_all_of_another() -> None:
+    one, other = Progress(step=3, splits=1), Progress(step=7, recent=[1.0], passed_over=2)
+    one.become(other)
+    assert one == other
+
+
+# ---- no disk -------------------------------------------------------------------------------------------------------
+
+
+def refuse_saves(patch: pytest.MonkeyPatch, refuses: Callable[[int, int], bool]) -> list[int]:
+    """Saving fails where `refuses(step, attempt)` says so; returns the steps of all attempts."""
+    real, attempts = ngpt.training.run.save_checkpoint, []
+
+    def save(*arguments: Any, **named: Any) -> Path:
+        attempts.append(named["step"])
+        if refuses(named["step"], attempts.count(named["step"])):
+            raise OSError(28, "No space left on device")
+        return real(*arguments, **named)
+
+    patch.setattr(ngpt.training.run, "save_checkpoint", save)
+    return attempts
+
+
+def test_a_checkpoint_that_the_disk_does_not_take_is_left_out_and_the_next_one_is_tried(
+    watched: TrainConfig,
+    dataset: Dataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    expected = run(watched, tmp_path / "expected", dataset)
+    attempts = refuse_saves(monkeypatch, lambda step, attempt: step in (2, 4))
+    result = run(watched, tmp_path / "run", dataset)
+    assert untimed(result.metrics) == untimed(expected.metrics) and rows(tmp_path / "run") == rows(
+        tmp_path / "expected"
+    )
+    assert attempts == [2, 4, 6, 8]
+    assert [path.name for path in sorted((tmp_path / "run/checkpoints").iterdir())] == ["step_0000006", "step_0000008"]
+    said = [record.getMessage() for record in caplog.records]
+    text = "the checkpoint was not saved (No space left on device); the next one is tried again"
+    assert said == [f"step 2: {text}", f"step 4: {text}"]
+
+
+@pytest.mark.parametrize("is_rollback", [False, True])
+def test_a_checkpoint_that_a_run_cannot_do_without_is_tried_twice(
+    watched: TrainConfig, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_rollback: bool
+) -> None:
+    """The last one is the model; one that a run may go back to decides its numbers."""
+    config = override(watched, {"nonfinite.policy": "rollback"}) if is_rollback else watched
+    with monkeypatch.context() as patch:
+        attempts = refuse_saves(patch, lambda step, attempt: attempt == 1)
+        assert run(config, tmp_path / "once", dataset).status == "finished"
+        assert attempts == ([2, 2, 4, 4, 6, 6, 8, 8] if is_rollback else [2, 4, 6, 8, 8])
+    refuse_saves(monkeypatch, lambda step, attempt: step == (2 if is_rollback else 8))
+    with pytest.raises(OSError, match="No space left"):
+        run(config, tmp_path / "twice", dataset)

@@ -1,0 +1,238 @@
+"""A run is set up, saved and restored: an interruption leaves no trace, and a result holds what a record needs."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import ngpt.training.loop
+import ngpt.training.run
+from ngpt.config.base import ConfigError, flatten, override
+from ngpt.data.dataset import Dataset
+from ngpt.data.loader import train_batch
+from ngpt.training.checkpoint import checkpoint_folders
+from ngpt.training.config import TrainConfig
+from ngpt.training.loop import train
+from ngpt.training.recovery import Progress
+from ngpt.training.run import Clock
+from tests.helpers.tiny_run import AWKWARD, MODELS, assert_equal_weights, rows, run, untimed, watch, weights
+
+
+class Killed(Exception):
+    """Stands for the end of the process."""
+
+
+def optimizer_states(out: Path, step: int) -> list[Any]:
+    path = out / "checkpoints" / f"step_{step:07d}" / "state.pt"
+    return torch.load(path, weights_only=True)["optimizers"]
+
+
+def assert_equal_states(one: Any, other: Any) -> None:
+    """Nested lists and dicts of tensors, numbers and names, equal bit for bit."""
+    assert type(one) is type(other)
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        one, other = list(one.values()), list(other.values())
+    if isinstance(one, list | tuple):
+        assert len(one) == len(other)
+        for left, right in zip(one, other, strict=True):
+            assert_equal_states(left, right)
+    else:
+        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+
+
+@pytest.fixture
+def awkward(tiny: TrainConfig) -> TrainConfig:
+    return override(tiny, AWKWARD)
+
+
+def test_a_result_holds_what_a_record_needs(tiny: TrainConfig, dataset: Dataset, tmp_path: Path) -> None:
+    seen, result = watch(tiny, tmp_path, dataset)
+    assert [row["step"] for row in seen] == [0, 3, 6, 8]
+    metrics = result.metrics
+    assert result.steps == metrics["steps"] == 8 and metrics["tokens"] == 8 * 4 * 16
+    assert metrics["n_params"] == sum(tensor.size for tensor in weights(tmp_path, 8).values())
+    assert all(isinstance(metrics[name], float) for name in ("val_loss", "val_bpb", "train_loss", "tokens_per_second"))
+    assert (metrics["peak_memory_bytes"] or 0) > 50_000_000
+
+
+def killed_after_save(step: int, patch: pytest.MonkeyPatch) -> None:
+    """The process ends as soon as the checkpoint of `step` is on disk."""
+    real = ngpt.training.run.save_checkpoint
+
+    def save(*arguments: Any, **named: Any) -> Path:
+        path = real(*arguments, **named)
+        if named["step"] == step:
+            raise Killed
+        return path
+
+    patch.setattr(ngpt.training.run, "save_checkpoint", save)
+
+
+def killed_in_step(step: int, patch: pytest.MonkeyPatch) -> None:
+    """The process ends in the middle of `step`, after rows that no checkpoint covers."""
+
+    def batch(*arguments: Any, **named: Any) -> Any:
+        if named["step"] == step - 1:
+            raise Killed
+        return train_batch(*arguments, **named)
+
+    patch.setattr(ngpt.training.loop, "train_batch", batch)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize(("kill", "every"), [(killed_after_save, 1), (killed_in_step, 3)])
+def test_a_run_that_was_killed_anywhere_ends_as_if_it_had_not_been(
+    kind: str,
+    kill: Callable[[int, pytest.MonkeyPatch], None],
+    every: int,
+    awkward: TrainConfig,
+    dataset: Dataset,
+    tmp_path: Path,
+) -> None:
+    config = override(awkward, MODELS[kind] | {"checkpoint.every": every})
+    straight = run(config, tmp_path / "straight", dataset)
+    expected = weights(tmp_path / "straight", 8)
+    for step in range(1, 9):
+        out = tmp_path / str(step)
+        with pytest.MonkeyPatch.context() as patch:
+            kill(step, patch)
+            with pytest.raises(Killed):
+                run(config, out, dataset)
+        torch.manual_seed(step)  # another process
+        resumed = run(config, out, dataset, resume="latest")
+        assert resumed.status == "finished", step
+        assert untimed(resumed.metrics) == untimed(straight.metrics), step
+        assert rows(out) == rows(tmp_path / "straight"), step
+        assert_equal_weights(weights(out, 8), expected)
+        assert_equal_states(optimizer_states(out, 8), optimizer_states(tmp_path / "straight", 8))
+        kept = [sorted(path.name for path in (one / "checkpoints").iterdir()) for one in (out, tmp_path / "straight")]
+        assert kept[0] == kept[1]  # the last few and the best so far
+
+
+def test_a_process_that_is_killed_for_real_loses_nothing(tiny: TrainConfig, tmp_path: Path) -> None:
+    """SIGKILL while it trains, as soon as some checkpoint is there, and once more further on."""
+    steps = {"steps": 240, "eval_every": 80, "checkpoint.every": 9, "project_every": 7, "optim.name": "muon"}
+    config = override(tiny, steps)
+    code = (
+        "import json, sys; from pathlib import Path; import torch; torch.set_num_threads(1);"
+        "from ngpt.config.base import build; from ngpt.training.loop import TrainConfig, train;"
+        "list(train(build(TrainConfig, json.loads(sys.argv[1])), Path(sys.argv[2]), resume='latest'))"
+    )
+    out = tmp_path / "killed"
+    for at_least in (9, 90):
+        process = subprocess.Popen([sys.executable, "-c", code, json.dumps(flatten(config)), str(out)])
+        while process.poll() is None:
+            if any(int(path.name[5:]) >= at_least for path in checkpoint_folders(out / "checkpoints")):
+                process.kill()
+                process.wait()
+            time.sleep(0.002)
+        assert process.returncode == -signal.SIGKILL
+        assert max(int(path.name[5:]) for path in checkpoint_folders(out / "checkpoints")) < 240
+    list(train(config, out, resume="latest"))
+    list(train(config, tmp_path / "straight"))
+    assert rows(out) == rows(tmp_path / "straight")
+    assert_equal_weights(weights(out, 240), weights(tmp_path / "straight", 240))
+    assert_equal_states(optimizer_states(out, 240), optimizer_states(tmp_path / "straight", 240))
+
+
+def test_a_run_that_is_dropped_at_each_evaluation_ends_as_if_it_had_not_been(
+    awkward: TrainConfig, dataset: Dataset, tmp_path: Path
+) -> None:
+    straight = run(awkward, tmp_path / "straight", dataset)
+    for count in range(1, 5):
+        loop = train(awkward, tmp_path / str(count), dataset=dataset)
+        for _ in range(count):
+            next(loop)
+        loop.close()
+        resumed = run(awkward, tmp_path / str(count), dataset, resume="latest")
+        assert untimed(resumed.metrics) == untimed(straight.metrics)
+        assert rows(tmp_path / str(count)) == rows(tmp_path / "straight")
+
+
+def test_a_finished_run_that_is_resumed_has_the_same_result_and_does_nothing(
+    awkward: TrainConfig, dataset: Dataset, tmp_path: Path
+) -> None:
+    first = run(awkward, tmp_path, dataset)
+    before = (tmp_path / "metrics.jsonl").read_text()
+    seen, second = watch(awkward, tmp_path, dataset, resume="latest")
+    assert seen == [] and (tmp_path / "metrics.jsonl").read_text() == before
+    assert {**second.metrics, "peak_memory_bytes": 0} == {**first.metrics, "peak_memory_bytes": 0}
+
+
+def test_resuming_goes_past_a_damaged_checkpoint(awkward: TrainConfig, dataset: Dataset, tmp_path: Path) -> None:
+    straight = run(awkward, tmp_path, dataset)
+    (tmp_path / "checkpoints" / "step_0000008" / "state.pt").write_bytes(b"")
+    resumed = run(awkward, tmp_path, dataset, resume="latest")
+    assert untimed(resumed.metrics) == untimed(straight.metrics)
+
+
+def test_resuming_where_there_is_nothing_starts_at_the_beginning(
+    tiny: TrainConfig, dataset: Dataset, tmp_path: Path
+) -> None:
+    seen, _ = watch(tiny, tmp_path, dataset, resume="latest")
+    assert seen[0]["step"] == 0
+
+
+def test_a_fresh_run_does_not_overwrite_an_earlier_one(tiny: TrainConfig, dataset: Dataset, tmp_path: Path) -> None:
+    run(tiny, tmp_path, dataset)
+    before = (tmp_path / "metrics.jsonl").read_text()
+    with pytest.raises(ConfigError, match="holds checkpoints of an earlier run: resume it, or choose another folder"):
+        run(tiny, tmp_path, dataset)
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+
+
+def test_a_checkpoint_of_another_config_is_refused(tiny: TrainConfig, dataset: Dataset, tmp_path: Path) -> None:
+    run(tiny, tmp_path, dataset)
+    with pytest.raises(ConfigError, match=r"was made with optim\.lr = 0\.01, this run has 0\.02"):
+        run(override(tiny, {"lr": 0.02}), tmp_path, dataset, resume="latest")
+    with pytest.raises(ConfigError, match="resume must be 'latest', got 'best'"):
+        run(tiny, tmp_path, dataset, resume="best")
+
+
+def test_other_data_under_the_same_name_are_refused_but_may_move(
+    tiny: TrainConfig, corpus: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy.txt"
+    copy.write_bytes(corpus.read_bytes())
+    list(train(tiny, tmp_path / "out"))
+    moved = override(tiny, {"data.corpus": str(copy)})
+    assert list(train(moved, tmp_path / "out", resume="latest")) == []
+    copy.write_text(corpus.read_text()[:-1])
+    with pytest.raises(ConfigError, match=r"was made with data\.fingerprint"):
+        list(train(moved, tmp_path / "out", resume="latest"))
+
+
+def test_a_checkpoint_has_a_validation_loss_where_these_weights_were_evaluated(
+    tiny: TrainConfig, dataset: Dataset, tmp_path: Path
+) -> None:
+    often = {"checkpoint.every": 1, "checkpoint.keep_last": 9}
+    seen, _ = watch(override(tiny, often), tmp_path, dataset)
+    saved = {}
+    for path in (tmp_path / "checkpoints").iterdir():
+        manifest = json.loads((path / "MANIFEST.json").read_text())
+        saved[manifest["step"]] = manifest["val_loss"]
+    assert {step: loss for step, loss in saved.items() if loss is not None} == {
+        row["step"]: row["val_loss"] for row in seen if row["step"]
+    }
+    assert sorted(saved) == list(range(1, 9))
+
+
+def test_the_clock_leaves_out_the_first_steps_and_those_in_which_something_was_tried_twice() -> None:
+    progress = Progress()
+    clock = Clock(progress, warmup=2)
+    for tokens in (1, 10, 100):
+        with clock.step(tokens):
+            pass
+    with clock.step(1000):
+        clock.leave_out()
+    with clock.step(10_000):
+        pass
+    assert progress.timed_tokens == 10_100 and progress.timed_seconds > 0

@@ -1,0 +1,385 @@
+"""Early stopping: the rule of Ray Tune's ASHA, decisions that stay, and no verdict by values that do not compare."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ray.tune.schedulers import AsyncHyperBandScheduler
+
+from ngpt.config.base import ConfigError
+from ngpt.training.tracker import read_metrics
+from tests.helpers.tiny_campaign import begun, losses, pretend, records, session_on, train_all, write_file
+from tune.analysis.asha import EVENT, Ladder, cutoff
+from tune.campaign import load_campaign
+from tune.machine.estimate import estimate
+from tune.results.status import read_snapshot
+from tune.results.summary import rebuild
+from tune.session.session import Session
+from tune.spec.schema import EarlyStop
+from tune.storage.journal import read_journal
+from tune.trials.trial import TrialResult, TrialSpec
+
+pytestmark = pytest.mark.usefixtures("no_report")
+
+RULE = EarlyStop(first=10, reduction=3)
+
+
+# ---- the rule ------------------------------------------------------------------------------------------------------
+
+
+def reach(ladder: Ladder, trial: str, step: int, value: float | None, **fields: Any) -> bool:
+    """Lets a trial come to a step; returns whether it is stopped there."""
+    place = {"phase": "p", "arm": trial, "seed": 1, "share": (90, 90), "may_stop": True} | fields
+    event = ladder.reached(trial_id=f"{trial}-s{place['seed']}", step=step, value=value, **place)
+    if event:
+        ladder.apply({"event": EVENT} | event)
+    return bool(event and event["stops"])
+
+
+@settings(deadline=None)
+@given(
+    reduction=st.integers(2, 4),
+    first=st.integers(1, 5),
+    n_rungs=st.integers(1, 3),
+    maximize=st.booleans(),
+    results=st.lists(st.tuples(st.integers(0, 7), st.integers(0, 30)), max_size=80),
+)
+def test_it_decides_as_rays_asha_does(
+    reduction: int, first: int, n_rungs: int, maximize: bool, results: list[tuple[int, int]]
+) -> None:
+    """Trials in any order, each evaluating at every multiple of `first`; a stopped one reports no more."""
+    steps = first * reduction**n_rungs
+    goal = "maximize" if maximize else "minimize"
+    theirs = AsyncHyperBandScheduler(
+        time_attr="step",
+        metric="value",
+        mode=goal[:3],
+        max_t=steps,
+        grace_period=first,
+        reduction_factor=reduction,
+        stop_last_trials=False,
+    )
+    ours = Ladder(EarlyStop(first=first, reduction=reduction), metric="value", goal=goal)
+    trials: dict[int, Any] = {}
+    at: dict[int, int] = {}
+    for name, value in results:
+        if name not in trials:
+            trials[name], at[name] = SimpleNamespace(trial_id=str(name)), 0
+            theirs.on_trial_add(None, trials[name])  # pyright: ignore[reportArgumentType]
+        at[name] += first
+        if at[name] >= steps:
+            continue
+        report = {"step": at[name], "value": value / 3}
+        expected = theirs.on_trial_result(None, trials[name], report) == "STOP"  # pyright: ignore[reportArgumentType]
+        assert reach(ours, str(name), at[name], value / 3, share=(steps, steps)) == expected
+        if expected:
+            at[name] = steps
+
+
+def test_the_first_at_a_rung_goes_on_and_later_ones_must_be_among_the_best_third() -> None:
+    ladder = Ladder(RULE, metric="val_loss", goal="minimize")
+    assert not reach(ladder, "a", 10, 5.0)
+    assert reach(ladder, "b", 10, 5.1)
+    assert not reach(ladder, "c", 10, 4.9)
+    # 4.9, 5.0, 5.1: the best third by percentile ends two thirds of the way from the second to the first.
+    assert cutoff([-5.0, -5.1, -4.9], 3) == pytest.approx(-5.0 + 0.1 / 3)
+    assert reach(ladder, "d", 10, 4.98) and not reach(ladder, "e", 10, 4.96)
+    assert cutoff([], 3) is None
+
+
+def test_rungs_lie_before_the_end_each_so_many_times_as_far_as_the_last() -> None:
+    assert [RULE.rungs(steps) for steps in (10, 11, 30, 31, 91)] == [[], [10], [10], [10, 30], [10, 30, 90]]
+
+
+def test_between_rungs_and_at_one_it_was_at_before_nothing_is_decided() -> None:
+    ladder = Ladder(RULE, metric="val_loss", goal="minimize")
+    fields: dict[str, Any] = {"trial_id": "a-s1", "phase": "p", "arm": "a", "seed": 1, "may_stop": True}
+    assert ladder.reached(step=9, value=5.0, share=(90, 90), **fields) is None
+    reach(ladder, "a", 10, 5.0)
+    assert ladder.reached(step=20, value=9.0, share=(90, 90), **fields) is None
+    assert ladder.reached(step=10, value=9.0, share=(90, 90), **fields) is None, "as after a resume"
+    assert ladder.reached(step=30, value=None, share=(90, 90), **fields) is None, "it is diverging and ends by itself"
+
+
+def test_a_rung_is_a_share_of_the_training() -> None:
+    """With half the steps of the baseline, for the same tokens, the rungs are at half the steps."""
+    ladder = Ladder(RULE, metric="val_loss", goal="minimize")
+    place = {"trial_id": "a-s1", "phase": "p", "arm": "a", "seed": 1, "value": 5.0, "may_stop": True}
+    assert ladder.reached(step=4, share=(45, 90), **place) is None
+    event = ladder.reached(step=5, share=(45, 90), **place)
+    assert event and (event["rung"], event["step"]) == (10, 5)
+
+
+def test_seeds_and_phases_are_apart() -> None:
+    ladder = Ladder(RULE, metric="val_loss", goal="minimize")
+    assert not reach(ladder, "a", 10, 4.0)
+    assert not reach(ladder, "b", 10, 5.0, seed=2) and not reach(ladder, "b", 10, 5.0, phase="q")
+    assert reach(ladder, "b", 10, 5.0)
+
+
+def test_what_may_not_be_stopped_counts_all_the_same() -> None:
+    ladder = Ladder(RULE, metric="val_loss", goal="minimize")
+    reach(ladder, "a", 10, 4.0)
+    assert not reach(ladder, "base", 10, 9.0, may_stop=False) and ladder.why_out("p", "base") is None
+    assert cutoff([-4.0, -9.0], 3) == pytest.approx(-5 - 2 / 3)
+    assert not reach(ladder, "b", 10, 5.5) and reach(ladder, "c", 10, 6.0)
+    assert ladder.why_out("p", "c") == (
+        "val_loss 6.0000 at step 10 of 90 is not among the best 1/3 of the 3 trials of seed 1 that came there before"
+    )
+
+
+# ---- in a session --------------------------------------------------------------------------------------------------
+
+SEARCH = """
+  - name: find
+    search: {method: random, trials: 8, seed: 0, space: {alpha: {uniform: [0.05, 0.5]}}}
+  - name: check
+    inherit: find
+    vary: {project_every: [3]}
+early_stop: {method: asha, reduction: 2, first: 2}
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path, corpus: Path) -> Path:
+    return write_file(tmp_path, corpus, phases=SEARCH, seeds="[1, 2]", steps=8, every=2)
+
+
+def evaluations(spec: TrialSpec) -> Iterator[TrialResult]:
+    """What a trial reports on its way: ever nearer to its final loss."""
+    end = pretend(spec)
+    for step in range(0, spec.config.steps, spec.config.eval_every):
+        loss = (end.metrics["val_loss"] or 0.0) + 1 - step / spec.config.steps
+        yield TrialResult("stopped", end.metrics | {"val_loss": loss, "steps": step}, provenance=end.provenance)
+
+
+def play(session: Session, *, most: int = 1000) -> list[str]:
+    """Runs trials that cost nothing, evaluation by evaluation; returns the ids of those it ran."""
+    ran: list[str] = []
+    while len(ran) < most and (spec := session.next_trial()):
+        ran.append(spec.trial_id)
+        if not any(session.stops_early(spec.trial_id, so_far) for so_far in evaluations(spec)):
+            session.trial_ended(spec.trial_id, pretend(spec))
+    return ran
+
+
+def finish(file: Path, root: Path) -> dict[str, Any]:
+    with session_on(file, root) as session:
+        play(begun(session))
+        return session.end()
+
+
+def test_a_search_ends_with_few_trials_at_full_length_and_says_so(file: Path, tmp_path: Path) -> None:
+    summary = finish(file, tmp_path / "r")
+    find, check = summary["phases"]
+    counts = find["trials"]
+    assert counts["stopped"] >= 4 and counts["finished"] >= 4 and counts["stopped"] + counts["finished"] == 18
+    assert (summary["status"], check["trials"]["stopped"], summary["problems"]) == ("finished", 0, [])
+    (warning,) = [text for text in find["warnings"] if "ASHA" in text]
+    assert warning.startswith(f"stopped early by ASHA: {counts['stopped']} of 18 trials; which ones depends on the ord")
+    assert not any("ASHA" in text for text in check["warnings"])
+
+
+def test_a_stopped_arm_ranks_behind_the_others_and_is_not_judged(file: Path, tmp_path: Path) -> None:
+    find = finish(file, tmp_path / "r")["phases"][0]
+    stopped = {record["arm"] for record in records(tmp_path / "r") if record["status"] == "stopped"}
+    verdicts = {arm["arm"]: arm["verdict"] for arm in find["arms"]}
+    assert {name for name, verdict in verdicts.items() if verdict == "incomplete"} == stopped != set()
+    ranks = [arm["verdict"] == "incomplete" for arm in find["arms"]]
+    assert ranks == sorted(ranks), "behind all others"
+    assert all(arm["delta"] is None for arm in find["arms"] if arm["verdict"] == "incomplete")
+    assert verdicts[find["baseline"]] == "baseline" and find["winner"] not in stopped
+    # Eight comparisons were made, however many of them were finished: Holm multiplies the smallest p by eight.
+    judged = [arm["delta"] for arm in find["arms"] if arm["delta"]]
+    smallest = min(judged, key=lambda delta: delta["p"])
+    assert smallest["p_holm"] == pytest.approx(min(1.0, 8 * smallest["p"])) and len(judged) < 8
+
+
+def test_a_trial_that_was_never_begun_has_the_settings_of_its_record(file: Path, tmp_path: Path) -> None:
+    finish(file, tmp_path / "r")
+    ended = records(tmp_path / "r")
+    never = {record["trial_id"]: record["config"] for record in ended if not record["metrics"]["steps"]}
+    folders = tmp_path / "r" / "trials"
+    assert {name: json.loads((folders / name / "config.json").read_text()) for name in never} == never != {}
+
+
+def test_a_trial_that_was_stopped_early_has_neither_failed_nor_diverged(file: Path, tmp_path: Path) -> None:
+    assert finish(file, tmp_path / "r")["trials"]["stopped"] > 0
+    assert read_snapshot(tmp_path / "r").unsuccessful == 0
+
+
+def test_a_record_says_where_it_stopped_and_why(file: Path, tmp_path: Path) -> None:
+    finish(file, tmp_path / "r")
+    stopped = [record for record in records(tmp_path / "r") if record["status"] == "stopped"]
+    for record in stopped:
+        assert (
+            "its arm fell behind: val_loss " in record["error"] and " of 8 is not among the best 1/2" in record["error"]
+        )
+        assert record["metrics"]["steps"] in (0, 2, 4)
+    first = {record["arm"]: record for record in stopped if record["seed"] == 1}
+    assert all(record["metrics"]["steps"] >= 2 and record["metrics"]["val_loss"] > 4 for record in first.values())
+    second = [record for record in stopped if record["seed"] == 2 and record["arm"] in first]
+    assert [record["metrics"] for record in second] == [{"steps": 0, "tokens": 0}] * len(second) != [], "never begun"
+    for record in second:
+        folder = tmp_path / "r" / "trials" / record["trial_id"]
+        assert (folder / "config.json").is_file() and read_metrics(folder / "metrics.jsonl") == []
+
+
+@pytest.mark.parametrize("most", [1, 3, 7, 10])
+def test_an_interrupted_campaign_decides_as_an_undisturbed_one(file: Path, tmp_path: Path, most: int) -> None:
+    undisturbed = finish(file, tmp_path / "undisturbed")
+    with session_on(file, tmp_path / "r") as session:
+        play(begun(session), most=most)  # and then it is killed
+    decided = [event for event in read_journal(tmp_path / "r" / "journal.jsonl") if event["event"] == EVENT]
+    assert finish(file, tmp_path / "r")["phases"][0]["arms"] == undisturbed["phases"][0]["arms"]
+    after = [event for event in read_journal(tmp_path / "r" / "journal.jsonl") if event["event"] == EVENT]
+    assert after[: len(decided)] == decided
+    assert len({(event["trial_id"], event["rung"]) for event in after}) == len(after), "each rung once"
+    with session_on(file, tmp_path / "r") as session:
+        assert not session.has_work() and play(begun(session)) == []
+        session.end()
+    assert rebuild(tmp_path / "r")["phases"][0]["winner"] == undisturbed["phases"][0]["winner"]
+
+
+def test_a_crash_between_the_decision_and_the_result_changes_nothing(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The decision is journaled first; the trial that comes back to life ends at its next evaluation."""
+    with session_on(file, tmp_path / "r") as session:
+        begun(session)
+        ended = session.trial_ended
+        monkeypatch.setattr(session, "trial_ended", lambda *_: None)  # the crash
+        while spec := session.next_trial():
+            if any(session.stops_early(spec.trial_id, so_far) for so_far in evaluations(spec)):
+                break
+            ended(spec.trial_id, pretend(spec))
+        assert spec is not None
+    with session_on(file, tmp_path / "r") as session:
+        begun(session)
+        assert spec.trial_id not in play(session)
+        assert session.state.results[spec.trial_id]["status"] == "stopped"
+        session.end()
+
+
+def test_without_the_setting_what_was_stopped_is_trained_to_the_end(file: Path, tmp_path: Path) -> None:
+    finish(file, tmp_path / "r")
+    file.write_text(file.read_text().replace("early_stop:", "description: none\n# early_stop:"))
+    with session_on(file, tmp_path / "r") as session:
+        assert session.has_work()
+        play(begun(session))
+        summary = session.end()
+    assert summary["trials"]["stopped"] == 0 and summary["trials"]["finished"] == summary["trials"]["total"]
+    assert not any("ASHA" in warning for warning in summary["warnings"])
+
+
+def test_without_the_setting_what_was_stopped_is_not_counted_as_done(file: Path, tmp_path: Path) -> None:
+    stopped = finish(file, tmp_path / "r")["trials"]["stopped"]
+    file.write_text(file.read_text().replace("early_stop:", "description: none\n# early_stop:"))
+    assert estimate(load_campaign(file), tmp_path / "r")["to_run"] == stopped > 0
+    with session_on(file, tmp_path / "r") as session:
+        assert begun(session).next_trial()
+        assert session.snapshot().done == len(session.state.phases["find"].trial_ids) - stopped
+
+
+def test_a_trial_that_another_phase_must_have_is_not_stopped(tmp_path: Path, corpus: Path) -> None:
+    phases = """
+  - name: sweep
+    vary: {alpha: [0.05, 0.1, 0.15, 0.2]}
+  - name: find
+    search: {method: random, trials: 4, seed: 0, space: {alpha: {choice: [0.05, 0.1, 0.15, 0.2]}}}
+early_stop: {reduction: 2, first: 2}
+"""
+    summary = finish(write_file(tmp_path, corpus, phases=phases, steps=8, every=2), tmp_path / "r")
+    assert summary["trials"]["stopped"] == 0 and summary["status"] == "finished"
+
+
+def test_a_later_phase_trains_on_what_a_search_has_stopped(tmp_path: Path, corpus: Path) -> None:
+    phases = """
+  - name: find
+    search: {method: random, trials: 4, seed: 0, space: {alpha: {choice: [0.05, 0.1, 0.15, 0.2]}}}
+  - name: all
+    vary: {alpha: [0.05, 0.1, 0.15, 0.2]}
+    inherit: find
+early_stop: {reduction: 2, first: 2}
+"""
+    file = write_file(tmp_path, corpus, phases=phases, steps=8, every=2)
+    last = finish(file, tmp_path / "r")["phases"][-1]
+    assert {arm["verdict"] for arm in last["arms"]} <= {"baseline", "better", "worse", "tie"}
+    assert {arm["n"] for arm in last["arms"]} == {2}
+
+
+def test_a_budget_counts_only_what_was_begun(file: Path, tmp_path: Path) -> None:
+    file.write_text(file.read_text() + "budget: {trials: 40}\n")
+    finish(file, tmp_path / "r")
+    begun_trials = {
+        e["trial_id"] for e in read_journal(tmp_path / "r" / "journal.jsonl") if e["event"] == "trial_started"
+    }
+    never = {r["trial_id"] for r in records(tmp_path / "r") if r["metrics"]["steps"] == 0}
+    assert never and not never & begun_trials
+
+
+# ---- for real ------------------------------------------------------------------------------------------------------
+
+
+def test_a_real_campaign_stops_what_falls_behind_and_can_be_read_by_others(tmp_path: Path, corpus: Path) -> None:
+    """Learning rates from useless to good; the worst of them fall behind by far more than the noise."""
+    phases = """
+  - name: find
+    search: {method: random, trials: 6, seed: 3, space: {optim.lr: {log: [1e-5, 1e-1]}}}
+early_stop: {reduction: 2, first: 3}
+"""
+    file = write_file(tmp_path, corpus, phases=phases, seeds="[1]", steps=12, every=3)
+    summary = train_all(file, tmp_path / "r")
+    assert summary["status"] == "finished" and 0 < summary["trials"]["stopped"] < 6
+    by_id = {record["trial_id"]: record for record in records(tmp_path / "r")}
+    for record in by_id.values():
+        rows = read_metrics(tmp_path / "r" / "trials" / record["trial_id"] / "metrics.jsonl")
+        assert rows[-1]["step"] == record["metrics"]["steps"], "it trained that far and no further"
+        if record["status"] == "stopped":
+            assert (
+                record["metrics"]["steps"] in (3, 6) and record["metrics"]["tokens"] == record["metrics"]["steps"] * 64
+            )
+            assert record["metrics"]["val_loss"] == rows[-1]["val_loss"] and record["seconds"] > 0
+            assert record["provenance"]["data_sha256"] and record["metrics"]["peak_memory_bytes"] > 0
+    before = losses(tmp_path / "r")
+    assert train_all(file, tmp_path / "r")["status"] == "finished" and losses(tmp_path / "r") == before
+
+
+# ---- mistakes ------------------------------------------------------------------------------------------------------
+
+FIND = "\n  - name: find\n    search: {method: random, trials: 3, seed: 0, space: {alpha: {uniform: [0.1, 0.5]}}}"
+
+
+@pytest.mark.parametrize(
+    ("phases", "rule", "message"),
+    [
+        (
+            FIND,
+            "{first: 3}",
+            "phase find evaluates every 2 steps, so not at step 3; use a multiple of 2, or another",
+        ),
+        (FIND, "{first: 8}", "early_stop.first: 8 is not before the end: phase find trains 8 steps"),
+        (FIND + "\n    set: {steps: 4}", "{first: 4}", "4 is not before the end: phase find trains 4 steps"),
+        (FIND + "\n    hold: seconds", "{first: 2}", "early_stop: phase find holds seconds, so that its arms have no"),
+        ("\n  - name: a\n    vary: {alpha: [0.1]}", "{first: 2}", "early_stop: it is for phases with `search:`"),
+        (FIND, "{reduction: 3}", "early_stop.first: field required"),
+        (FIND, "{}", "early_stop.first: field required"),
+        (FIND, "{first: 2, redution: 3}", "early_stop.redution: unknown setting, did you mean 'reduction'?"),
+        (FIND, "{first: 2, reduction: 1}", "early_stop.reduction: input should be greater than or equal to 2, got 1"),
+        (FIND, "{first: 2, method: hyperband}", "early_stop.method: unknown method 'hyperband'"),
+        (FIND, "asha", "early_stop: must be a mapping of settings, got 'asha'"),
+    ],
+)
+def test_a_rule_that_cannot_work_is_a_mistake_of_the_file(
+    tmp_path: Path, corpus: Path, phases: str, rule: str, message: str
+) -> None:
+    file = write_file(tmp_path, corpus, phases=f"{phases}\nearly_stop: {rule}\n", steps=8, every=2)
+    with pytest.raises(ConfigError) as caught:
+        load_campaign(file)
+    (line,) = str(caught.value).splitlines()
+    assert message in line

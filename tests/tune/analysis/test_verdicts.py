@@ -1,0 +1,502 @@
+"""Verdicts against scipy's classical tests, against hand-computed examples, and against simulated phases."""
+
+import dataclasses
+import itertools
+import json
+import math
+import random
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from tune.analysis.verdicts import ArmVerdict, Delta, Judgement, Outcome, detectable, holm, judge
+
+Cells = dict[str, dict[int, Outcome]]
+SLACK = 3 * math.sqrt(0.05 * 0.95 / 2000)  # three Monte-Carlo standard errors of a 5 % rate over 2,000 phases
+
+
+def phase(**arms: Sequence[float] | Mapping[int, float]) -> Cells:
+    """Finished cells: values by seed, or in the order of seeds 1, 2, 3, ..."""
+    rows = {arm: v if isinstance(v, Mapping) else dict(enumerate(v, 1)) for arm, v in arms.items()}
+    return {arm: {seed: Outcome("finished", x) for seed, x in row.items()} for arm, row in rows.items()}
+
+
+def simulated(
+    rng: np.random.Generator,
+    n_arms: int,
+    n_seeds: int,
+    correlation: float,
+    *,
+    effect: float = 0.0,
+    baseline_seeds: int | None = None,
+) -> Cells:
+    """Arms of one phase with sd 1 over seeds; `effect` is what arm1 truly adds to the baseline."""
+    width = baseline_seeds or n_seeds
+    shared, own = rng.standard_normal((1, width)), rng.standard_normal((n_arms, width))
+    y = 6 + math.sqrt(correlation) * shared + math.sqrt(1 - correlation) * own
+    y[1] += effect
+    rows = {"base" if i == 0 else f"arm{i}": row if i == 0 else row[:n_seeds] for i, row in enumerate(y.tolist())}
+    return phase(**rows)
+
+
+def find(judgement: Judgement, arm: str) -> ArmVerdict:
+    return next(row for row in judgement.arms if row.arm == arm)
+
+
+def delta_of(judgement: Judgement, arm: str) -> Delta:
+    delta = find(judgement, arm).delta
+    assert delta is not None
+    return delta
+
+
+def verdicts(judgement: Judgement) -> dict[str, str]:
+    return {row.arm: row.verdict for row in judgement.arms}
+
+
+def assert_close(delta: Delta, mean: float, low: float, high: float, p: float) -> None:
+    found = [delta.mean, delta.ci_low, delta.ci_high, delta.p]
+    np.testing.assert_allclose(np.array(found, dtype=float), [mean, low, high, p], rtol=1e-9)
+
+
+# --- references -------------------------------------------------------------------------------------------------
+
+
+def test_two_complete_arms_give_the_paired_t_test_of_scipy() -> None:
+    a, b = [6.1, 6.4, 6.2, 6.6], [5.9, 6.3, 6.1, 6.2]
+    judgement = judge(phase(base=a, arm=b), baseline="base")
+    reference = stats.ttest_rel(b, a)
+    interval = reference.confidence_interval(0.95)
+    assert (judgement.method, judgement.df) == ("paired", 3)
+    mean = float(np.mean(b) - np.mean(a))
+    assert_close(delta_of(judgement, "arm"), mean, interval.low, interval.high, np.asarray(reference)[1])
+
+
+def test_pooled_two_arms_give_the_two_sample_t_test_of_scipy_with_unequal_seeds_too() -> None:
+    a, b = [6.1, 6.4, 6.2, 6.6, 6.3], [5.9, 6.3, 6.1]
+    judgement = judge(phase(base=a, arm=b), baseline="base", method="pooled")
+    reference = stats.ttest_ind(b, a)
+    interval = reference.confidence_interval(0.95)
+    assert (judgement.method, judgement.df) == ("pooled", 6)
+    mean = float(np.mean(b) - np.mean(a))
+    assert_close(delta_of(judgement, "arm"), mean, interval.low, interval.high, np.asarray(reference)[1])
+
+
+def test_arms_without_common_seeds_are_compared_pooled_with_a_warning() -> None:
+    a, b = {1: 6.1, 2: 6.4, 3: 6.2}, {4: 5.9, 5: 6.3, 6: 6.1}
+    judgement = judge(phase(base=a, arm=b), baseline="base")
+    assert judgement.method == "pooled" and judgement.correlation is None
+    assert delta_of(judgement, "arm").p == pytest.approx(stats.ttest_ind(list(b.values()), list(a.values()))[1])
+    assert any("too few seeds" in text for text in judgement.warnings)
+
+
+def test_an_unbalanced_paired_phase_agrees_with_least_squares_on_dummy_variables() -> None:
+    rng = np.random.default_rng(3)
+    seeds = {"base": [1, 2, 3, 4, 5], "x": [1, 2, 3], "y": [2, 3, 4], "z": [1, 5]}
+    rows = {arm: {s: float(x) for s, x in zip(own, rng.normal(6, 1, 5), strict=False)} for arm, own in seeds.items()}
+    cells = [(arm, seed, x) for arm, row in rows.items() for seed, x in row.items()]
+    columns = [[arm == a for arm, _, _ in cells] for a in rows] + [[s == k for _, s, _ in cells] for k in range(2, 6)]
+    design = np.array(columns, dtype=float).T
+    y = np.array([x for _, _, x in cells])
+    beta, (rss,), rank, _ = np.linalg.lstsq(design, y, rcond=None)
+    df = len(y) - rank
+    covariance = np.linalg.inv(design.T @ design) * rss / df
+    judgement = judge(phase(**rows), baseline="base", method="paired")
+    assert judgement.df == df
+    assert judgement.noise_sd == pytest.approx(math.sqrt(rss / df))
+    for i, arm in enumerate(rows):
+        if arm != "base":
+            contrast = np.eye(len(beta))[i] - np.eye(len(beta))[0]
+            se, d = math.sqrt(contrast @ covariance @ contrast), float(contrast @ beta)
+            half, p = float(se * stats.t.ppf(0.975, df)), float(2 * stats.t.sf(abs(d) / se, df))
+            assert_close(delta_of(judgement, arm), d, d - half, d + half, p)
+    assert any("different seeds" in text for text in judgement.warnings)
+
+
+def test_the_correlation_is_the_intraclass_correlation_of_shrout_and_fleiss() -> None:
+    y = np.random.default_rng(5).normal(6, 1, (4, 3)) + np.array([0.0, 1.5, 3.0])
+    a, n = y.shape
+    seed_effects = y.mean(0) - y.mean()
+    residuals = y - y.mean(1, keepdims=True) - seed_effects
+    ms_seed, ms_noise = a * (seed_effects**2).sum() / (n - 1), (residuals**2).sum() / ((a - 1) * (n - 1))
+    judgement = judge(phase(**{f"arm{i}": row for i, row in enumerate(y.tolist())}), baseline="arm0")
+    assert judgement.correlation == pytest.approx((ms_seed - ms_noise) / (ms_seed + (a - 1) * ms_noise))
+    assert judgement.noise_sd == pytest.approx(math.sqrt(ms_noise))
+
+
+def test_holm_agrees_with_an_example_computed_by_hand() -> None:
+    # sorted .005 .01 .03 .04 -> 4 x .005, 3 x .01, 2 x .03, 1 x .04 raised to its predecessor
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.6, 0.7]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def test_an_arms_mean_has_its_own_sd_and_the_interval_of_the_pooled_one_way_sd() -> None:
+    rows = {"base": [6.0, 6.2, 6.4], "x": [5.0, 5.1, 5.6], "y": [7.0, 7.0, 7.3]}
+    sd = math.sqrt(np.mean([np.var(row, ddof=1) for row in rows.values()]))
+    # Satterthwaite: 2 of the 6 degrees of freedom are those of the seeds, which have most of the variance here
+    ms_seed = 3 * np.var(np.mean(list(rows.values()), axis=0), ddof=1)
+    rest = 3 * sd**2 - ms_seed  # twice the mean square of the noise
+    df = (3 * sd**2) ** 2 / (ms_seed**2 / 2 + rest**2 / 4)
+    assert 2 < df < 3
+    half = stats.t.ppf(0.975, df) * sd / math.sqrt(3)
+    judgement = judge(phase(**rows), baseline="base")
+    for arm, row in rows.items():
+        found = find(judgement, arm)
+        assert (found.n, found.mean, found.sd) == (3, pytest.approx(np.mean(row)), pytest.approx(np.std(row, ddof=1)))
+        assert (found.ci_low, found.ci_high) == (pytest.approx(np.mean(row) - half), pytest.approx(np.mean(row) + half))
+
+
+# --- simulation -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("n_arms", "n_seeds", "correlation"), [(12, 3, 0.99), (5, 4, 0.95), (2, 3, 0.8), (12, 3, 0.0)])
+def test_the_interval_of_a_mean_covers_it_also_where_a_seed_moves_all_arms_alike(
+    n_arms: int, n_seeds: int, correlation: float
+) -> None:
+    rng = np.random.default_rng(7)
+    covered = []
+    for _ in range(1000):
+        base = find(judge(simulated(rng, n_arms, n_seeds, correlation), baseline="base"), "base")
+        assert base.ci_low is not None and base.ci_high is not None
+        covered.append(base.ci_low <= 6 <= base.ci_high)
+    assert 0.93 <= np.mean(covered) <= 0.97
+
+
+@pytest.mark.parametrize(
+    ("n_arms", "n_seeds", "correlation", "baseline_seeds"),
+    [
+        (12, 3, 0.8, None),
+        (12, 3, 0.0, None),
+        (2, 5, 0.0, None),
+        (2, 5, 0.8, None),
+        (2, 3, 0.0, None),
+        (3, 3, 0.0, None),
+        (5, 3, 0.0, None),
+        (5, 8, 0.0, None),
+        (5, 3, 0.2, 5),
+    ],
+)
+def test_without_effects_at_most_one_phase_in_twenty_has_a_false_verdict_and_intervals_cover(
+    n_arms: int, n_seeds: int, correlation: float, baseline_seeds: int | None
+) -> None:
+    rng = np.random.default_rng(2026)
+    wrong, covered = 0, []
+    for _ in range(2000):
+        cells = simulated(rng, n_arms, n_seeds, correlation, baseline_seeds=baseline_seeds)
+        judgement = judge(cells, baseline="base", min_effect=0.0)
+        deltas = [row.delta for row in judgement.arms if row.delta]
+        wrong += any(row.verdict in ("better", "worse") for row in judgement.arms)
+        covered.append(np.mean([(d.ci_low or 0.0) <= 0 <= (d.ci_high or 0.0) for d in deltas]))
+    assert wrong / 2000 <= 0.05 + SLACK
+    assert np.mean(covered) == pytest.approx(0.95, abs=SLACK)  # of single intervals, which are not adjusted
+
+
+def test_an_effect_of_three_sd_is_found_with_three_paired_seeds_in_twelve_arms() -> None:
+    rng = np.random.default_rng(11)
+    found = covered = 0
+    for _ in range(400):
+        judgement = judge(simulated(rng, 12, 3, 0.8, effect=-3.0), baseline="base")
+        delta = delta_of(judgement, "arm1")
+        found += judgement.winner == "arm1"
+        covered += (delta.ci_low or 0.0) <= -3.0 <= (delta.ci_high or 0.0)
+    assert found / 400 >= 0.8
+    assert covered / 400 == pytest.approx(0.95, abs=3 * math.sqrt(0.05 * 0.95 / 400))
+
+
+def test_the_smallest_detectable_effect_is_found_in_four_of_five_phases() -> None:
+    effect = detectable(3, 2, math.sqrt(0.2))
+    assert effect is not None
+    rng = np.random.default_rng(12)
+    runs = [judge(simulated(rng, 2, 3, 0.8, effect=effect), baseline="base") for _ in range(1000)]
+    assert np.mean([run.arms[-1].verdict == "worse" for run in runs]) == pytest.approx(0.8, abs=0.04)
+
+
+def test_pairing_is_kept_where_it_helps_and_dropped_where_many_arms_show_that_it_does_not() -> None:
+    rng = np.random.default_rng(13)
+    paired = [judge(simulated(rng, 12, 3, 0.8), baseline="base").method for _ in range(50)]
+    assert paired.count("paired") >= 48
+    unrelated = [judge(simulated(rng, 12, 3, 0.0), baseline="base") for _ in range(50)]
+    assert {"paired", "pooled"} == {run.method for run in unrelated}
+    assert all(run.correlation is not None and run.correlation <= 1e-9 for run in unrelated if run.method == "pooled")
+    assert {judge(simulated(rng, 2, 3, 0.0), baseline="base").method for _ in range(50)} == {"paired"}
+
+
+def test_an_arm_that_scatters_far_more_than_the_others_is_named() -> None:
+    rng = np.random.default_rng(14)
+    cells = simulated(rng, 8, 3, 0.5)
+    assert not judge(cells, baseline="base").warnings
+    cells["arm3"] = {1: Outcome("finished", 2.0), 2: Outcome("finished", 12.0), 3: Outcome("finished", 5.0)}
+    assert [text.split()[:2] for text in judge(cells, baseline="base").warnings] == [["arm3", "scatters"]]
+
+
+# --- planning ---------------------------------------------------------------------------------------------------
+
+
+def test_detectable_agrees_with_the_power_of_the_noncentral_t_distribution() -> None:
+    for method, df in (("paired", 22), ("pooled", 24)):
+        effect = detectable(3, 12, 0.02, method="paired" if method == "paired" else "pooled")
+        assert effect is not None
+        critical = stats.t.isf(0.05 / 11 / 2, df)
+        assert stats.nct.sf(critical, df, effect / (0.02 * math.sqrt(2 / 3))) == pytest.approx(0.8, abs=1e-5)
+
+
+def test_a_complete_phase_reports_what_detectable_says_before_it() -> None:
+    judgement = judge(simulated(np.random.default_rng(2), 6, 4, 0.5), baseline="base")
+    assert judgement.noise_sd is not None and judgement.method is not None
+    planned = detectable(4, 6, judgement.noise_sd, method=judgement.method)
+    assert judgement.smallest_detectable == pytest.approx(planned)
+
+
+def test_the_smallest_detectable_effect_leaves_room_for_noise_above_min_effect() -> None:
+    judgement = judge(simulated(np.random.default_rng(2), 6, 4, 0.5), baseline="base", min_effect=10.0)
+    assert judgement.noise_sd is not None
+    assert judgement.smallest_detectable == pytest.approx(10 + 0.84 * judgement.noise_sd * math.sqrt(2 / 4))
+
+
+def test_nothing_is_detectable_with_one_seed_or_one_arm() -> None:
+    assert detectable(1, 5, 0.02) is None
+    assert detectable(3, 1, 0.02) is None
+
+
+# --- what takes part --------------------------------------------------------------------------------------------
+
+BASE, GOOD, SAME = [6.00, 6.10, 6.20], [5.80, 5.91, 5.99], [6.01, 6.09, 6.21]
+
+
+def test_verdict_winner_and_sentence_of_a_plain_phase() -> None:
+    judgement = judge(phase(base=BASE, good=GOOD, near=[5.82, 5.90, 6.01], same=SAME), baseline="base")
+    assert verdicts(judgement) == {"good": "better", "near": "better", "base": "baseline", "same": "tie"}
+    assert (judgement.winner, judgement.method, judgement.df) == ("good", "paired", 6)
+    assert [row.arm for row in judgement.arms if row.tied_with_winner] == ["near"]
+    assert judgement.why == (
+        "good lowers val_loss by 0.200 [0.181, 0.219] (3 paired seeds, Holm p 7.1e-07); "
+        "near is not distinguishable from it"
+    )
+
+
+def test_without_a_better_arm_the_baseline_stays_and_says_what_could_have_been_seen() -> None:
+    judgement = judge(phase(base=BASE, same=SAME, bad=[6.5, 6.61, 6.7]), baseline="base")
+    assert verdicts(judgement) == {"base": "baseline", "same": "tie", "bad": "worse"}
+    assert judgement.winner == "base"
+    assert judgement.why.startswith("no arm is better than the baseline beyond the noise, so the baseline stays; same")
+    assert [row.arm for row in judgement.arms if row.tied_with_winner] == ["same"]
+
+
+def test_a_significant_effect_below_min_effect_is_a_tie_and_the_sentence_says_why() -> None:
+    judgement = judge(phase(base=[6.0, 6.1, 6.2], arm=[5.9979, 6.0980, 6.1981]), baseline="base")
+    delta = delta_of(judgement, "arm")
+    assert delta.p_holm is not None and delta.p_holm < 0.05
+    assert find(judgement, "arm").verdict == "tie"
+    assert "better than the baseline by min_effect" in judgement.why
+    assert judge(phase(base=[6.0, 6.1], arm=[5.99, 6.09]), baseline="base", min_effect=0.01).winner == "arm"
+
+
+def test_one_seed_per_arm_gives_no_claim_but_shows_the_difference() -> None:
+    judgement = judge(phase(base=[6.0], arm=[5.0]), baseline="base")
+    assert verdicts(judgement) == {"arm": "no claim", "base": "baseline"}
+    assert find(judgement, "arm").delta == Delta(-1.0)
+    assert find(judgement, "arm").sd is None
+    assert judgement.why == "one seed per arm: no claim can be made, the baseline stays"
+    assert (judgement.winner, judgement.method, judgement.noise_sd) == ("base", None, None)
+
+
+def test_an_arm_with_one_seed_gets_no_claim_while_the_others_are_judged() -> None:
+    judgement = judge(phase(base=BASE, good=GOOD, single=[5.0]), baseline="base")
+    assert verdicts(judgement) == {"single": "no claim", "good": "better", "base": "baseline"}
+    assert judgement.winner == "good"
+    assert find(judgement, "single").ci_low is not None  # the pooled sd gives one seed an interval
+
+
+def test_a_baseline_with_one_seed_allows_no_claim() -> None:
+    judgement = judge(phase(base=[6.0], good=GOOD), baseline="base")
+    assert find(judgement, "good").verdict == "no claim"
+    assert judgement.winner == "base" and "no claim can be made, the baseline stays" in judgement.why
+
+
+def test_a_baseline_alone_reports_the_noise_floor() -> None:
+    judgement = judge(phase(base=[6.0, 6.1, 6.3]), baseline="base")
+    assert (judgement.method, judgement.df, judgement.winner) == (None, 2, "base")
+    assert judgement.noise_sd == pytest.approx(np.std([6.0, 6.1, 6.3], ddof=1))
+    assert "so the baseline stays" in judgement.why
+
+
+@pytest.mark.parametrize(
+    ("status", "verdict"),
+    [("diverged", "diverged"), ("failed", "failed"), ("stopped", "incomplete"), ("missing", "incomplete")],
+)
+def test_an_arm_with_a_lost_seed_is_ranked_last_and_never_wins(
+    status: Literal["diverged", "failed", "stopped", "missing"], verdict: str
+) -> None:
+    cells = phase(base=BASE, good=GOOD, lost=[1.0, 1.1, 1.2])
+    cells["lost"][3] = Outcome(status)
+    judgement = judge(cells, baseline="base")
+    lost = judgement.arms[-1]
+    assert (lost.arm, lost.verdict, lost.n, lost.delta, lost.tied_with_winner) == ("lost", verdict, 2, None, False)
+    assert lost.mean == pytest.approx(1.05) and lost.ci_low is not None
+    assert judgement.winner == "good"
+
+
+def test_lost_arms_are_ranked_incomplete_then_failed_then_diverged_even_without_any_value() -> None:
+    cells = phase(base=BASE, good=GOOD)
+    cells |= {"a": {1: Outcome("diverged")}, "b": {1: Outcome("failed")}, "c": {1: Outcome("missing")}, "d": {}}
+    judgement = judge(cells, baseline="base")
+    assert [row.arm for row in judgement.arms] == ["good", "base", "c", "d", "b", "a"]
+    only = judge({"base": cells["base"], "a": cells["a"], "b": cells["b"]}, baseline="base")
+    assert only.why == "no other arm finished all its seeds (1 diverged, 1 failed), so the baseline stays"
+
+
+def test_a_baseline_that_lost_a_seed_is_compared_by_the_rest_with_a_warning() -> None:
+    cells = phase(base=BASE, good=GOOD)
+    cells["base"][3] = Outcome("failed")
+    judgement = judge(cells, baseline="base")
+    assert find(judgement, "good").verdict == "better"
+    assert judgement.warnings[0] == "the baseline lost seeds (failed): only the finished ones are compared"
+    cells["base"] = {seed: Outcome("diverged") for seed in (1, 2, 3)}
+    judgement = judge(cells, baseline="base")
+    assert (judgement.winner, find(judgement, "good").verdict) == ("base", "no claim")
+
+
+@pytest.mark.parametrize("value", [None, math.nan, math.inf, -1e300])
+def test_a_finished_seed_without_a_usable_value_counts_as_missing(value: float | None) -> None:
+    cells = phase(base=BASE, arm=GOOD)
+    cells["arm"][2] = Outcome("finished", value)
+    judgement = judge(cells, baseline="base")
+    assert find(judgement, "arm").verdict == "incomplete"
+    assert judgement.warnings == ["arm: finished without a finite value with seeds [2], taken as missing"]
+
+
+def test_arms_that_are_equal_bit_for_bit_do_not_count_twice_in_the_noise() -> None:
+    single = judge(phase(base=BASE, good=GOOD), baseline="base")
+    double = judge(phase(base=BASE, copy=BASE, good=GOOD, again=GOOD), baseline="base")
+    assert (double.df, double.noise_sd) == (single.df, single.noise_sd)
+    assert delta_of(double, "good").p == delta_of(single, "good").p
+    copy = delta_of(double, "copy")
+    assert (copy.mean, copy.ci_low, copy.ci_high, copy.p, copy.p_holm) == (0.0, 0.0, 0.0, 1.0, 1.0)
+    alone = judge(phase(base=BASE, copy=BASE), baseline="base")
+    assert verdicts(alone) == {"base": "baseline", "copy": "tie"}
+    assert alone.warnings == ["copy: every result equals that of base; what varies has no effect"]
+    assert "copy: every result equals that of base; what varies has no effect" in double.warnings
+
+
+def test_without_noise_a_difference_is_certain_and_equality_is_a_tie() -> None:
+    cells = phase(base=[6.1, 6.1, 6.1], low=[6.0, 6.0, 6.0], same=[6.1, 6.1, 6.1])
+    judgement = judge(cells, baseline="base")
+    low = delta_of(judgement, "low")
+    assert low.p == low.p_holm == 0.0
+    assert low.ci_low == low.ci_high == pytest.approx(-0.1)
+    assert verdicts(judgement) == {"low": "better", "base": "baseline", "same": "tie"}
+    assert delta_of(judgement, "same").p == 1.0
+    assert (judgement.noise_sd, judgement.correlation) == (0.0, None)
+    assert any("no noise between seeds" in text for text in judgement.warnings)
+
+
+def test_arms_that_differ_by_a_constant_have_no_noise_left_after_pairing() -> None:
+    judgement = judge(phase(base=[6.1, 6.3, 6.7], low=[6.0, 6.2, 6.6]), baseline="base")
+    assert (judgement.method, judgement.noise_sd, judgement.correlation) == ("paired", 0.0, 1.0)
+    assert delta_of(judgement, "low").p == 0.0
+
+
+def test_bad_arguments_are_refused() -> None:
+    with pytest.raises(ValueError, match="baseline 'nobody'"):
+        judge(phase(base=BASE), baseline="nobody")
+    with pytest.raises(ValueError, match="confidence"):
+        judge(phase(base=BASE), baseline="base", confidence=95)
+
+
+def test_importing_the_module_loads_neither_numpy_nor_scipy() -> None:
+    code = "import sys, tune.analysis.verdicts; sys.exit(any(m in sys.modules for m in ('numpy', 'scipy')))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# --- properties -------------------------------------------------------------------------------------------------
+
+numbers = st.integers(-3000, 3000).map(lambda n: n / 1000)
+statuses = st.sampled_from(["finished"] * 9 + ["diverged", "failed", "stopped", "missing"])
+outcomes = st.builds(lambda status, x: Outcome(status, x if status == "finished" else None), statuses, numbers)
+arms = st.dictionaries(st.integers(1, 5), outcomes, max_size=5)
+phases = st.builds(
+    lambda base, others: {"base": base, **{f"arm{i}": arm for i, arm in enumerate(others)}},
+    arms,
+    st.lists(arms, max_size=7),
+)
+many = settings(max_examples=150, deadline=None, derandomize=True)
+
+
+def mapped(cells: Cells, scale: float, shift: float) -> Cells:
+    return {
+        arm: {s: Outcome(c.status, None if c.value is None else c.value * scale + shift) for s, c in row.items()}
+        for arm, row in cells.items()
+    }
+
+
+@many
+@given(phases)
+def test_every_result_is_strict_json_whatever_happened_in_the_phase(cells: Cells) -> None:
+    judgement = judge(cells, baseline="base")
+    json.dumps(dataclasses.asdict(judgement), allow_nan=False)
+    assert sorted(row.arm for row in judgement.arms) == sorted(cells)
+    assert (find(judgement, judgement.winner).verdict == "better") == (judgement.winner != "base")
+
+
+@many
+@given(phases, st.randoms(use_true_random=False))
+def test_the_order_of_arms_and_seeds_changes_nothing(cells: Cells, shuffler: random.Random) -> None:
+    shuffled = {
+        arm: dict(shuffler.sample(list(cells[arm].items()), len(cells[arm])))
+        for arm in shuffler.sample(list(cells), len(cells))
+    }
+    assert judge(shuffled, baseline="base") == judge(cells, baseline="base")
+
+
+@many
+@given(phases, st.integers(-1000, 1000))
+def test_a_constant_added_to_all_values_changes_no_verdict(cells: Cells, shift: int) -> None:
+    moved = judge(mapped(cells, 1.0, shift), baseline="base")
+    assert verdicts(moved) == verdicts(judge(cells, baseline="base"))
+
+
+@many
+@given(phases)
+def test_maximising_the_negated_values_mirrors_every_verdict(cells: Cells) -> None:
+    down = judge(cells, baseline="base")
+    up = judge(mapped(cells, -1.0, 0.0), baseline="base", goal="maximize")
+    assert [(row.arm, row.verdict, row.tied_with_winner) for row in up.arms] == [
+        (row.arm, row.verdict, row.tied_with_winner) for row in down.arms
+    ]
+    assert up.winner == down.winner
+
+
+@many
+@given(phases, st.lists(numbers, max_size=4), st.sampled_from(["diverged", "failed"]))
+def test_a_lost_arm_never_wins_and_never_changes_the_others(
+    cells: Cells, values: list[float], status: Literal["diverged", "failed"]
+) -> None:
+    lost = {seed: Outcome("finished", value) for seed, value in enumerate(values, 2)} | {1: Outcome(status)}
+    alone, together = judge(cells, baseline="base"), judge(cells | {"lost": lost}, baseline="base")
+    assert together.winner == alone.winner
+    assert [row for row in together.arms if row.arm != "lost"] == alone.arms
+
+
+@many
+@given(st.lists(st.lists(numbers, min_size=3, max_size=3), min_size=2, max_size=5), st.integers(1, 3))
+def test_arms_that_were_stopped_early_are_comparisons_that_count(rows: list[list[float]], n: int) -> None:
+    """Against closed testing (Marcus et al. 1976) with Bonferroni, where a stopped arm has shown nothing: p = 1."""
+    cells = phase(base=rows[0], **{f"arm{i}": row for i, row in enumerate(rows[1:])})
+    stopped = {f"stopped{i}": {1: Outcome("stopped"), 2: Outcome("finished", 1.0)} for i in range(n)}
+    alone, together = judge(cells, baseline="base"), judge(cells | stopped, baseline="base")
+    raw = {arm: delta_of(alone, arm).p or 0.0 for arm in cells if arm != "base"}
+    p = [*raw.values(), *[1.0] * n]
+    subsets = [s for size in range(1, len(p) + 1) for s in itertools.combinations(range(len(p)), size)]
+    for i, arm in enumerate(raw):
+        closed = max(min(1.0, len(s) * min(p[j] for j in s)) for s in subsets if i in s)
+        assert delta_of(together, arm).p_holm == pytest.approx(closed, abs=1e-12)
+        assert delta_of(together, arm).mean == delta_of(alone, arm).mean
+    assert [row.verdict for row in together.arms[-n:]] == ["incomplete"] * n
+    assert together.winner in {alone.winner, "base"}

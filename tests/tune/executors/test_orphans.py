@@ -1,0 +1,76 @@
+"""What a campaign started is found by its mark and ended; nothing else is touched."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tune.executors.orphans import MARK, end_marked, is_alive, marked, marking
+
+SLEEP = [sys.executable, "-c", "import time; time.sleep(600)"]
+# A child in a session of its own, which outlives this process and belongs to somebody else then.
+ORPHAN = [sys.executable, "-c", f"import subprocess; subprocess.Popen({SLEEP!r}, start_new_session=True)"]
+
+
+@pytest.fixture
+def bystander(tmp_path: Path) -> Iterator[psutil.Process]:
+    """A process of the same name, with the mark of another directory that begins alike."""
+    environment = os.environ | {MARK: str(tmp_path.resolve()) + "-other"}
+    with subprocess.Popen(SLEEP, env=environment) as process:
+        yield psutil.Process(process.pid)
+        process.kill()
+
+
+def test_what_was_started_under_the_mark_is_ended_with_its_orphans_and_nothing_else(
+    tmp_path: Path, bystander: psutil.Process
+) -> None:
+    with marking(tmp_path):
+        child = subprocess.Popen(SLEEP)
+        subprocess.run(ORPHAN, check=True)
+    assert MARK not in os.environ
+    found = marked(tmp_path)
+    assert len(found) == 2 and child.pid in {process.pid for process in found}
+    assert end_marked(tmp_path) == 2
+    child.wait()
+    assert not any(map(is_alive, found)) and marked(tmp_path) == [] and end_marked(tmp_path) == 0
+    assert is_alive(bystander)
+
+
+# A child whose environment does not say any more whose it is, as after Ray's dashboard has titled its processes.
+UNMARKED = f"import subprocess; subprocess.Popen({SLEEP!r}, env={{}}); print(flush=True); import time; time.sleep(600)"
+
+
+@pytest.mark.parametrize("parent_lives", [True, False])
+def test_what_has_lost_its_mark_is_known_by_its_parent(tmp_path: Path, parent_lives: bool) -> None:
+    with marking(tmp_path):
+        parent = subprocess.Popen([sys.executable, "-c", UNMARKED], stdout=subprocess.PIPE)
+    assert parent.stdout and parent.stdout.readline()
+    found = marked(tmp_path)
+    assert len(found) == 2
+    if not parent_lives:
+        parent.kill()
+        parent.wait()
+        assert marked(tmp_path) == []
+    assert end_marked(tmp_path, found) == (2 if parent_lives else 1)
+    parent.wait()
+    parent.stdout.close()
+    assert not any(map(is_alive, found))
+
+
+def test_a_zombie_is_not_alive() -> None:
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    process = psutil.Process(child.pid)
+    for _ in range(600):
+        if not is_alive(process):
+            break
+        try:
+            process.wait(0.05)
+        except psutil.TimeoutExpired:
+            continue
+    assert not is_alive(process)
+    child.wait()
+    assert not is_alive(process)

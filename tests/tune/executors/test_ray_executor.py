@@ -1,0 +1,480 @@
+"""Campaigns on Ray, as a user runs them: the numbers of `--inline`, warm workers, and every way of being killed."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+from ray.tune.search import Searcher
+
+from ngpt.config.base import ConfigError
+from ngpt.system.heartbeat import is_asked_to_stop
+from tests.helpers.real_run import SCRIPT, Run, left_over, start
+from tests.helpers.tiny_campaign import begun, losses, pretend, records, session_on, strict, train_all, write_file
+from tune.executors import ray_executor as engine
+from tune.executors.ray_executor import Feeder, RayCluster
+from tune.executors.ray_trainable import NEWS, PAUSED
+from tune.spec.schema import Resources
+from tune.storage.journal import read_journal
+from tune.trials.trial import TrialResult, TrialSpec
+from tune.trials.trial_group import News
+
+GPUS = {"CPU": 8.0, "GPU": 2.0}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("engine")
+
+
+@pytest.fixture(scope="module")
+def file(folder: Path, corpus: Path) -> Path:
+    """Six trials of a second or two."""
+    return write_file(folder, corpus, steps=300, every=20)
+
+
+@pytest.fixture(scope="module")
+def inline(folder: Path, file: Path) -> dict[tuple[str, str], tuple[float, float]]:
+    """The losses without Ray and without disturbance."""
+    train_all(file, folder / "inline")
+    return losses(folder / "inline")
+
+
+# ---- one undisturbed run -------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Seen:
+    """What an undisturbed run looked like from outside while it was on its way, and what is left of it."""
+
+    run: Run
+    code: int
+    family: list[psutil.Process]
+    commands: list[list[str]]
+    titles: list[str]
+    listeners: list[tuple[str, int]]
+    status: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def seen(folder: Path, file: Path) -> Iterator[Seen]:
+    run = start(file, folder / "undisturbed", "--json")
+    try:
+        run.until_training(2)
+        family = run.family()
+        commands = [process.cmdline() for process in family]
+        titles = [" ".join(process.cmdline()).strip() for process in run.workers()]
+        sockets = [socket for process in family for socket in process.net_connections("tcp")]
+        listeners = [(socket.laddr.ip, socket.laddr.port) for socket in sockets if socket.status == psutil.CONN_LISTEN]
+        command = [sys.executable, str(SCRIPT), "status", str(run.root), "--json"]
+        status = strict(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        yield Seen(run, run.wait(), family, commands, titles, listeners, status)
+    finally:
+        run.process.kill()
+
+
+def test_ray_gives_the_numbers_of_inline_bit_for_bit(seen: Seen, inline: dict[Any, Any]) -> None:
+    assert seen.code == 0, seen.run.err.read_text()
+    assert losses(seen.run.root) == inline
+
+
+def test_two_workers_train_the_whole_campaign(seen: Seen) -> None:
+    assert len({record["provenance"]["pid"] for record in records(seen.run.root)}) == 2
+    assert [record["attempt"] for record in records(seen.run.root)] == [1] * 8
+
+
+def test_a_worker_is_titled_after_the_trial_it_trains(seen: Seen) -> None:
+    assert seen.titles
+    for title in seen.titles:
+        assert re.search(r"(alpha/alpha|projection/project_every)=[\d.]+ seed [12]$", title)
+
+
+def test_every_process_of_it_listens_on_this_machine_only(seen: Seen) -> None:
+    url = re.search(r"dashboard http://127\.0\.0\.1:(\d+)  workers 2 .*ray get-auth-token", seen.run.err.read_text())
+    assert url is not None and int(url[1]) in {port for _, port in seen.listeners}
+    assert len(seen.listeners) > 8, "GCS, raylet, dashboard, agents, driver and workers"
+    assert {address for address, _ in seen.listeners} <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+
+
+def test_it_can_be_looked_at_from_another_terminal(seen: Seen) -> None:
+    assert (seen.status["status"], seen.status["campaign"], seen.status["metric"]) == ("running", "tiny", "val_loss")
+    assert 2 <= seen.status["done"] < seen.status["total"] == 8
+    assert 1 <= len(seen.status["running"]) <= 2
+    assert all(0 <= trial["step"] <= trial["steps"] == 300 for trial in seen.status["running"])
+    assert seen.status["dashboard_url"] is None or seen.status["dashboard_url"].startswith("http://127.0.0.1:")
+
+
+def test_stdout_is_the_summary_and_stderr_one_plain_line_per_event(seen: Seen) -> None:
+    assert strict(seen.run.out.read_text()) == strict((seen.run.root / "summary.json").read_text())
+    lines = seen.run.err.read_text().splitlines()
+    assert sum(line.startswith("[") and "val_loss" in line for line in lines) == 6
+    known = ("topics: ", "starting Ray", "dashboard ", "phase ", "[")
+    assert [line for line in lines if not line.startswith(known)] == []
+    assert "\x1b" not in "".join(lines)
+
+
+def test_nothing_of_it_is_left_running_or_lying_about(seen: Seen) -> None:
+    assert left_over(seen.family) == []
+    options = [word for command in seen.commands for word in command if word.startswith("--session-dir=")]
+    assert options and not any(Path(option.partition("=")[2]).exists() for option in options)
+    assert {path.name for path in seen.run.root.iterdir()} == {
+        *(
+            "campaign.yaml",
+            "manifest.json",
+            "journal.jsonl",
+            "campaign.lock",
+            "summary.json",
+            "derived.json",
+            "report.html",
+            "report.md",
+        ),
+        *("trials", "alpha", "projection"),
+    }
+
+
+# ---- one run after the other, each killed in another way -----------------------------------------------------------
+
+
+@dataclass
+class Story:
+    root: Path
+    interrupted: int
+    farewell: str
+    shown: str
+    after_interrupt: list[str]
+    after_kill: list[str]
+    code: int
+    second_finish: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def story(folder: Path, file: Path) -> Iterator[Story]:
+    """A worker is killed, then the run interrupted; it goes on, its driver is killed; it goes on and finishes."""
+    out, runs = folder / "disturbed", []
+    try:
+        runs.append(run := start(file, out))
+        run.until_training(0)
+        run.until(lambda: bool(run.workers()))
+        run.workers()[0].kill()
+        run.until(lambda: bool(run.events("worker_died")))
+        run.until_training(1)
+        family = run.family()
+        os.killpg(run.process.pid, signal.SIGINT)  # as a terminal does: to every process of the group
+        interrupted = run.wait()
+        farewell, shown, after_interrupt = run.err.read_text(), run.out.read_text(), left_over(family)
+
+        runs.append(run := start(file, out))
+        run.until_training(1)
+        family = run.family()
+        run.process.kill()
+        run.wait()
+        after_kill = left_over(family)
+
+        runs.append(run := start(file, out, "--json"))
+        code = run.wait()
+        summary = strict(run.out.read_text())
+        yield Story(out / "tiny", interrupted, farewell, shown, after_interrupt, after_kill, code, summary)
+    finally:
+        for run in runs:
+            run.process.kill()
+
+
+def test_after_every_kind_of_kill_the_losses_are_those_of_an_undisturbed_run(
+    story: Story, inline: dict[Any, Any]
+) -> None:
+    assert story.code == 0
+    assert losses(story.root) == inline
+    assert (story.second_finish["status"], story.second_finish["trials"]["finished"]) == ("finished", 6)
+
+
+def test_no_finished_trial_is_trained_again(story: Story) -> None:
+    finished: set[str] = set()
+    for event in read_journal(story.root / "journal.jsonl"):
+        if event["event"] == "trial_started":
+            assert event["trial_id"] not in finished
+        elif event["event"] == "trial_finished":
+            finished.add(event["trial_id"])
+    assert len(finished) == 6
+
+
+def test_a_killed_worker_is_replaced_and_its_trial_tried_again(story: Story) -> None:
+    events = read_journal(story.root / "journal.jsonl")
+    died = [event for event in events if event["event"] == "worker_died"]
+    assert len(died) == 1
+    again = [e for e in events if e["event"] == "trial_started" and e["trial_id"] == died[0]["trial_id"]]
+    assert again[1]["attempt"] == 2 and again[1]["seq"] > died[0]["seq"]
+    assert (died[0]["cause"], died[0]["attempt"]) == ("killed", 1)
+    assert "worker died (its process was killed or crashed), trying again from its newest" in story.farewell
+    assert "Traceback" not in story.farewell and "ERROR" not in story.farewell
+
+
+def test_ctrl_c_exits_with_130_a_summary_and_the_command_that_goes_on(story: Story) -> None:
+    assert story.interrupted == 130
+    assert story.farewell.splitlines()[-1].startswith("interrupted; to go on: python run_campaign.py ")
+    assert "interrupted" in story.shown and "\x1b" not in story.shown
+
+
+def test_no_process_outlives_a_run_that_was_interrupted_or_killed(story: Story) -> None:
+    assert (story.after_interrupt, story.after_kill) == ([], [])
+    assert not list(story.root.glob(".tune-*"))
+    assert not (story.root / "campaign.pid").exists()
+
+
+# ---- the parts, without Ray ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr("tune.report.html.write_report", lambda *_: None)
+    return write_file(tmp_path, corpus)
+
+
+def of(given: dict[str, Any], result_of: Callable[[TrialSpec], TrialResult]) -> dict[str, Any]:
+    """The last report of a worker on what it was given."""
+    return {NEWS: News(ended={spec.trial_id: result_of(spec) for spec in given["specs"]}), "done": True}
+
+
+def test_the_feeder_gives_out_as_many_trials_as_there_are_workers(small: Path, tmp_path: Path) -> None:
+    cluster: Any = SimpleNamespace(workers=2, per_trial={"CPU": 1.0, "GPU": 0.0})
+    with session_on(small, tmp_path / "tiny") as session:
+        feeder = Feeder(begun(session), cluster)
+        first, second = feeder.suggest("a"), feeder.suggest("b")
+        assert isinstance(first, dict) and isinstance(second, dict)
+        assert first["resources"] == cluster.per_trial
+        assert feeder.suggest("c") is None
+        feeder.on_trial_complete("a", of(first, pretend))
+        assert isinstance(feeder.suggest("c"), dict)
+        assert first["specs"][0].trial_id in session.state.results
+
+
+def test_the_feeder_waits_for_the_winner_of_a_phase_and_ends_with_the_last_one(small: Path, tmp_path: Path) -> None:
+    cluster: Any = SimpleNamespace(workers=9, per_trial={"CPU": 1.0, "GPU": 0.0})
+    with session_on(small, tmp_path / "tiny") as session:
+        feeder = Feeder(begun(session), cluster)
+        given = {name: feeder.suggest(name) for name in "abcd"}
+        assert feeder.suggest("e") is None  # the next phase needs the winner of this one
+        for name, config in given.items():
+            assert isinstance(config, dict)
+            feeder.on_trial_complete(name, of(config, pretend))
+        for name in "ef":
+            config = feeder.suggest(name)
+            assert isinstance(config, dict)
+            feeder.on_trial_complete(name, of(config, pretend))
+        assert feeder.suggest("g") == Searcher.FINISHED
+
+
+def test_a_trial_without_a_result_is_a_dead_worker_unless_the_run_was_stopped(small: Path, tmp_path: Path) -> None:
+    cluster: Any = SimpleNamespace(workers=2, per_trial={"CPU": 1.0, "GPU": 0.0})
+    with session_on(small, tmp_path / "tiny") as session:
+        feeder = Feeder(begun(session), cluster)
+        first, second = feeder.suggest("a"), feeder.suggest("b")
+        assert isinstance(first, dict) and isinstance(second, dict)
+        feeder.on_trial_complete("a", None, error=True)
+        again = feeder.suggest("c")
+        assert isinstance(again, dict)
+        assert (again["specs"][0].trial_id, again["specs"][0].attempt) == (first["specs"][0].trial_id, 2)
+        session.stop_requested = True
+        feeder.on_trial_complete("b", {"step": 3})
+        assert feeder.suggest("d") == Searcher.FINISHED
+        assert sum(event["event"] == "worker_died" for event in session.journal.events) == 1
+
+
+def test_a_trial_that_saved_and_stopped_is_no_dead_worker(small: Path, tmp_path: Path) -> None:
+    cluster: Any = SimpleNamespace(workers=2, per_trial={"CPU": 1.0, "GPU": 0.0})
+    with session_on(small, tmp_path / "tiny") as session:
+        feeder = Feeder(begun(session), cluster)
+        feeder.suggest("a")
+        feeder.on_trial_complete("a", {NEWS: News(), PAUSED: True})
+        assert not any(event["event"] == "worker_died" for event in session.journal.events)
+
+
+@pytest.mark.parametrize(
+    ("said", "cause"),
+    [
+        ("Failure # 1\n1 worker(s) were killed due to the node running low on memory. Memory on ...", "host_oom"),
+        ("Failure # 1\nThe actor died unexpectedly before finishing this task.", "killed"),
+        ("", "killed"),
+    ],
+)
+def test_ray_says_whether_it_killed_a_worker_for_lack_of_memory(
+    small: Path, tmp_path: Path, said: str, cause: str
+) -> None:
+    cluster: Any = SimpleNamespace(workers=2, per_trial={"CPU": 1.0, "GPU": 0.0})
+    with session_on(small, tmp_path / "tiny") as session:
+        feeder = Feeder(begun(session), cluster)
+        feeder.suggest("a")
+        feeder.worker_died("a", said)
+        feeder.on_trial_complete("a", None, error=True)
+        (died,) = [event for event in session.journal.events if event["event"] == "worker_died"]
+        assert died["cause"] == cause
+
+
+def test_a_trial_that_early_stopping_ends_is_recorded_once_and_is_no_dead_worker(tmp_path: Path, corpus: Path) -> None:
+    search = "{method: random, trials: 2, seed: 0, space: {alpha: {uniform: [0.1, 0.5]}}}"
+    phases = f"\n  - name: find\n    search: {search}\nearly_stop: {{reduction: 2, first: 3}}\n"
+    cluster: Any = SimpleNamespace(workers=3, per_trial={})
+    with session_on(write_file(tmp_path, corpus, phases=phases, seeds="[1]"), tmp_path / "tiny") as session:
+        feeder = Feeder(begun(session), cluster)
+        stops = engine.Stops(feeder)
+        specs = {name: feeder.suggest(name)["specs"][0] for name in "abc"}
+        ended = []
+        for i, (name, spec) in enumerate(specs.items()):
+            so_far = replace(pretend(spec, status="stopped"), metrics={"steps": 3, "tokens": 192, "val_loss": 5.0 + i})
+            ended += [name] if stops(name, {NEWS: News(so_far={spec.trial_id: so_far})}) else []
+        assert ended == ["b", "c"], "the later, the worse"
+        for name in ended:
+            feeder.on_trial_complete(name, {NEWS: News()})
+        assert [session.state.results[specs[name].trial_id]["status"] for name in ended] == ["stopped"] * 2
+        assert len([event for event in session.journal.events if event["event"] == "trial_finished"]) == 2
+        assert not any(event["event"] == "worker_died" for event in session.journal.events)
+        feeder.on_trial_complete("a", of({"specs": [specs["a"]]}, pretend))
+        assert feeder.suggest("d") is Searcher.FINISHED
+
+
+@pytest.mark.slow
+def test_early_stopping_on_ray_ends_trials_and_keeps_the_workers(tmp_path: Path, corpus: Path) -> None:
+    """Learning rates from useless to good, in a real campaign; what is stopped makes room for the next trial."""
+    search = "{method: random, trials: 8, seed: 3, space: {optim.lr: {log: [1e-5, 1e-1]}}}"
+    phases = f"\n  - name: find\n    search: {search}\nearly_stop: {{reduction: 2, first: 3}}\n"
+    run = start(write_file(tmp_path, corpus, phases=phases, seeds="[1]", steps=24, every=3), tmp_path / "out")
+    assert run.wait() == 0, run.err.read_text()
+    ended = {record["trial_id"]: record for record in records(run.root)}
+    stopped = [record for record in ended.values() if record["status"] == "stopped"]
+    assert 0 < len(stopped) < len(ended) == 9 and run.events("worker_died") == []
+    assert all(record["metrics"]["steps"] in (3, 6, 12) for record in stopped)
+    assert len({record["provenance"]["pid"] for record in ended.values()}) <= 2
+    again = start(run.root.parents[1] / "tiny.yaml", tmp_path / "out")
+    assert again.wait() == 0
+    assert {record["trial_id"]: record for record in records(run.root)} == ended, "decided once"
+
+
+def test_a_failed_trial_is_a_result_and_not_a_dead_worker(small: Path, tmp_path: Path) -> None:
+    cluster: Any = SimpleNamespace(workers=1, per_trial={"CPU": 1.0, "GPU": 0.0})
+    with session_on(small, tmp_path / "tiny") as session:
+        feeder = Feeder(begun(session), cluster)
+        first = feeder.suggest("a")
+        assert isinstance(first, dict)
+        feeder.on_trial_complete("a", of(first, lambda spec: TrialResult("failed", error="no memory")))
+        assert session.state.results[first["specs"][0].trial_id]["error"] == "no memory"
+
+
+@pytest.mark.parametrize(
+    ("asked", "here", "workers"),
+    [
+        ({}, {"CPU": 4.0}, 4),
+        ({"cpus_per_trial": 3}, {"CPU": 8.0}, 2),
+        ({"workers": 2}, {"CPU": 8.0}, 2),
+        ({}, GPUS, 2),
+        ({"gpus_per_trial": 0.25}, GPUS, 8),
+        ({"gpus_per_trial": 0.25, "cpus_per_trial": 2}, GPUS, 4),
+        ({"gpus_per_trial": 2}, GPUS, 1),
+    ],
+)
+def test_as_many_workers_as_fit(asked: dict[str, Any], here: dict[str, float], workers: int) -> None:
+    cluster = RayCluster(Resources.model_validate(asked))
+    cluster.per_trial = cluster._per_trial(here)
+    assert cluster._fit(here) == workers
+
+
+@pytest.mark.parametrize("asked", [{"gpus_per_trial": 1}, {"cpus_per_trial": 5}])
+def test_a_trial_that_fits_nowhere_is_an_error_and_not_an_endless_wait(asked: dict[str, Any]) -> None:
+    cluster = RayCluster(Resources.model_validate(asked))
+    cluster.per_trial = cluster._per_trial({"CPU": 4.0})
+    with pytest.raises(ConfigError, match=r"a trial asks for . CPUs and . GPUs, and this cluster has 4 CPUs and 0 G"):
+        cluster._fit({"CPU": 4.0})
+
+
+def test_a_gpu_share_is_always_stated(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert RayCluster(Resources())._per_trial({"CPU": 4.0}) == {"CPU": 1.0, "GPU": 0.0}
+    assert RayCluster(Resources())._per_trial(GPUS) == {"CPU": 1.0, "GPU": 1.0}
+
+
+def test_tune_is_given_nothing_that_it_could_restore(small: Path, tmp_path: Path) -> None:
+    cluster: Any = SimpleNamespace(workers=1, per_trial={})
+    with session_on(small, tmp_path / "tiny") as session:
+        feeder = Feeder(session, cluster)
+        assert feeder.__getstate__() == {}
+        assert json.dumps(engine.Stops(feeder).__getstate__()) == "{}"
+
+
+# ---- trials that are trained together ------------------------------------------------------------------------------
+
+
+def test_a_worker_that_dies_counts_for_each_trial_of_its_group(tmp_path: Path, corpus: Path) -> None:
+    cluster: Any = SimpleNamespace(workers=2, per_trial={})
+    with session_on(write_file(tmp_path, corpus, vectorise=3), tmp_path / "tiny") as session:
+        feeder = Feeder(begun(session), cluster)
+        group = feeder.suggest("a")["specs"]
+        stops = engine.Stops(feeder)
+        assert stops("a", {NEWS: News(ended={group[1].trial_id: pretend(group[1])})}) is False
+        feeder.on_trial_complete("a", None, error=True)
+        died = [event["trial_id"] for event in session.journal.events if event["event"] == "worker_died"]
+        assert sorted(died) == sorted([group[0].trial_id, group[2].trial_id])
+        assert group[1].trial_id in session.state.results
+        assert [feeder.suggest(name)["specs"][0].trial_id for name in "bc"] == [group[0].trial_id, group[2].trial_id]
+
+
+def test_one_of_a_group_that_falls_behind_is_recorded_at_once_and_its_worker_told(tmp_path: Path, corpus: Path) -> None:
+    search = "{method: random, trials: 2, seed: 0, space: {alpha: {uniform: [0.1, 0.5]}}}"
+    phases = f"\n  - name: find\n    search: {search}\nearly_stop: {{reduction: 2, first: 3}}\n"
+    cluster: Any = SimpleNamespace(workers=1, per_trial={})
+    file = write_file(tmp_path, corpus, phases=phases, seeds="[1]", vectorise=3)
+    with session_on(file, tmp_path / "tiny") as session:
+        feeder = Feeder(begun(session), cluster)
+        stops, group = engine.Stops(feeder), feeder.suggest("a")["specs"]
+        for spec in group:
+            spec.folder.mkdir(parents=True)
+        reached = {
+            spec.trial_id: replace(pretend(spec), metrics={"steps": 3, "tokens": 192, "val_loss": 5.0 + i})
+            for i, spec in enumerate(group)
+        }
+        assert stops("a", {NEWS: News(so_far=reached)}) is False
+        assert [is_asked_to_stop(spec.folder) for spec in group] == [False, True, True]
+        assert [session.state.results[spec.trial_id]["status"] for spec in group[1:]] == ["stopped"] * 2
+        feeder.on_trial_complete("a", of({"specs": group}, pretend))
+        assert session.state.results[group[0].trial_id]["status"] == "finished"
+        assert len([event for event in session.journal.events if event["event"] == "trial_finished"]) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_groups_on_ray_have_the_results_of_one_after_the_other(tmp_path: Path, corpus: Path) -> None:
+    """A worker is killed under its group, the run is asked to stop, and the same command goes on."""
+    phases = "\n  - name: alpha\n    vary: {alpha: [0.05, 0.1, 0.4]}\n"
+    file = write_file(tmp_path, corpus, phases=phases, steps=400, every=40)
+    train_all(file, tmp_path / "single")
+    file.write_text(file.read_text().replace("workers: 2}", "workers: 1, vectorise: 3}"))
+    run = start(file, tmp_path / "out")
+    try:
+        run.until(lambda: sum(beat["step"] > 40 for beat in run.beats().values()) == 3)
+        assert len({beat["pid"] for beat in run.beats().values()}) == 1
+        killed = next(iter(run.beats().values()))["pid"]
+        os.kill(killed, signal.SIGKILL)
+        run.until(lambda: len(run.events("worker_died")) == 3)
+        run.until(
+            lambda: len([beat for beat in run.beats().values() if beat["pid"] != killed and beat["step"] > 41]) == 3
+        )
+        at = {trial_id: beat["step"] for trial_id, beat in run.beats().items()}
+        os.kill(run.process.pid, signal.SIGINT)
+        assert run.wait() == 130, run.err.read_text()
+        saved = {(path.parents[1].name, int(path.name[5:])) for path in run.root.glob("trials/*/checkpoints/step_*")}
+        assert all(any(name == trial_id and step >= at[name] for name, step in saved) for trial_id in at)
+        run = start(file, tmp_path / "out")
+        assert run.wait() == 0, run.err.read_text()
+    finally:
+        run.process.kill()
+    assert "Traceback" not in run.err.read_text()
+    single, together = losses(tmp_path / "single"), losses(run.root)
+    assert single.keys() == together.keys()
+    for trial_id, values in single.items():
+        assert together[trial_id] == pytest.approx(values, abs=1e-4)
+    assert {record["provenance"].get("vectorised", 1) for record in records(run.root)} > {1}

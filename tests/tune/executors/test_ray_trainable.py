@@ -1,0 +1,208 @@
+"""A worker as Ray sees it, driven by hand: trial after trial in one process."""
+
+import contextlib
+import inspect
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray.tune
+import torch
+
+from ngpt.config.base import override
+from ngpt.system.heartbeat import Heartbeat, ask_to_stop, clear, is_asked_to_stop, read_heartbeat
+from ngpt.training.config import TrainConfig
+from tune.executors.ray_trainable import NEWS, PAUSED, TrialWorker
+from tune.trials.trial import TrialResult, TrialSpec
+from tune.trials.trial_group import News
+
+
+@pytest.fixture
+def spec(tiny: TrainConfig, tmp_path: Path) -> TrialSpec:
+    return TrialSpec(
+        trial_id="t", phase="alpha", arm="alpha=0.2", seed=1, config=tiny, folder=tmp_path / "t", threads=1, attempt=1
+    )
+
+
+@pytest.fixture
+def worker(spec: TrialSpec, monkeypatch: pytest.MonkeyPatch) -> Iterator[TrialWorker]:
+    # This is pytest's own process.
+    monkeypatch.setattr("ray._private.worker._changeproctitle", lambda *_: contextlib.nullcontext())
+    worker = TrialWorker({"specs": [spec], "resources": {"CPU": 1.0, "GPU": 0.0}})
+    yield worker
+    worker.stop()
+
+
+def steps(worker: TrialWorker) -> list[dict[str, Any]]:
+    reports = [worker.step()]
+    while not reports[-1].get("done"):
+        reports.append(worker.step())
+    return reports
+
+
+def result(report: dict[str, Any]) -> TrialResult:
+    """What came of a lone trial."""
+    (ended,) = report[NEWS].ended.values()
+    return ended
+
+
+def test_a_step_goes_to_the_next_evaluation_and_the_last_one_reports_the_result(worker: TrialWorker) -> None:
+    *evaluations, last = steps(worker)
+    assert [report[NEWS].so_far["t"].metrics["steps"] for report in evaluations] == [0, 3, 6, 8]
+    assert all(not report[NEWS].ended and not report.get("done") for report in evaluations)
+    assert last["done"] and (result(last).status, result(last).metrics["steps"]) == ("finished", 8)
+
+
+def paused(report: dict[str, Any]) -> dict[str, float | None]:
+    """The steps of the newest evaluations in the last report of trials that have saved and stopped."""
+    assert report.keys() == {NEWS, PAUSED, "done"} and report[PAUSED] is report["done"] is True
+    assert not report[NEWS].ended
+    return {trial_id: so_far.metrics["steps"] for trial_id, so_far in report[NEWS].so_far.items()}
+
+
+def test_it_is_used_for_one_trial_after_another(worker: TrialWorker, spec: TrialSpec, tmp_path: Path) -> None:
+    first = result(steps(worker)[-1])
+    assert worker.reset_config({"specs": [replace(spec, folder=tmp_path / "again")]})
+    second = result(steps(worker)[-1])
+    assert second.metrics["val_loss"] == first.metrics["val_loss"]
+    assert second.provenance["pid"] == first.provenance["pid"]
+    other = replace(spec, folder=tmp_path / "third", config=override(spec.config, {"seed": 2}))
+    assert worker.reset_config({"specs": [other]})
+    assert result(steps(worker)[-1]).metrics["val_loss"] != first.metrics["val_loss"]
+
+
+def test_a_trial_that_is_replaced_in_the_middle_is_closed(worker: TrialWorker, spec: TrialSpec, tmp_path: Path) -> None:
+    worker.step()
+    abandoned = worker._run
+    assert worker.reset_config({"specs": [replace(spec, folder=tmp_path / "other")]})
+    assert inspect.getgeneratorstate(abandoned) == inspect.GEN_CLOSED
+    assert result(steps(worker)[-1]).status == "finished"
+
+
+@pytest.mark.parametrize(("gpu", "usable"), [(False, True), (True, False)])
+def test_after_a_failure_on_a_gpu_the_process_is_not_used_again(
+    worker: TrialWorker, spec: TrialSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpu: bool, usable: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: gpu)
+    broken = override(spec.config, {"data.corpus": str(tmp_path / "nowhere.txt")})
+    assert worker.reset_config({"specs": [replace(spec, config=broken)]})
+    assert result(steps(worker)[-1]).status == "failed"
+    assert worker.reset_config({"specs": [spec]}) is usable
+
+
+def test_it_says_which_process_has_a_trial_before_the_first_step(worker: TrialWorker, spec: TrialSpec) -> None:
+    assert read_heartbeat(spec.folder) == Heartbeat(os.getpid(), 0, 0)
+
+
+def test_when_asked_to_stop_it_saves_where_it_is_and_says_so(
+    worker: TrialWorker, spec: TrialSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ngpt.system.heartbeat.LISTEN", 0.0)  # at every step
+    undisturbed = replace(spec, folder=tmp_path / "undisturbed")
+    worker.step()
+    worker.step()
+    ask_to_stop(spec.folder)
+    assert paused(worker.step()) == {"t": 3}
+    (saved,) = (spec.folder / "checkpoints").iterdir()
+    assert saved.name == "step_0000003"
+    clear(spec.folder)
+    assert worker.reset_config({"specs": [spec]})
+    again = result(steps(worker)[-1])
+    assert worker.reset_config({"specs": [undisturbed]})
+    assert result(steps(worker)[-1]).metrics["val_loss"] == again.metrics["val_loss"]
+
+
+def test_an_evaluation_at_which_it_is_asked_to_stop_is_reported(
+    worker: TrialWorker, spec: TrialSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker.step()
+    advance = worker._advance
+
+    def advance_and_ask() -> News:
+        news = advance()
+        ask_to_stop(spec.folder)
+        return news
+
+    monkeypatch.setattr(worker, "_advance", advance_and_ask)
+    assert paused(worker.step()) == {"t": 3}
+    monkeypatch.undo()
+    monkeypatch.setattr("ray._private.worker._changeproctitle", lambda *_: contextlib.nullcontext())
+    clear(spec.folder)
+    assert worker.reset_config({"specs": [spec]})
+    # The next attempt goes on from there and does not evaluate step 3 again: early stopping would never hear of it.
+    assert [step for report in steps(worker) for step in evaluated(report)] == [6, 8]
+
+
+def evaluated(report: dict[str, Any]) -> list[float | None]:
+    return [so_far.metrics["steps"] for so_far in report[NEWS].so_far.values()]
+
+
+def test_it_asks_for_the_resources_of_its_trial() -> None:
+    request = TrialWorker.default_resource_request({"resources": {"CPU": 2.0, "GPU": 0.5}})
+    assert isinstance(request, ray.tune.PlacementGroupFactory)
+    assert request.required_resources == {"CPU": 2.0, "GPU": 0.5}
+
+
+# ---- trials that are trained together ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def group(spec: TrialSpec, tmp_path: Path) -> list[TrialSpec]:
+    return [
+        replace(
+            spec,
+            trial_id=f"t{seed + 1}",
+            folder=tmp_path / f"t{seed + 1}",
+            config=override(spec.config, {"seed": seed}),
+        )
+        for seed in (0, 1, 2)
+    ]
+
+
+def test_a_group_is_trained_to_its_end_and_the_worker_takes_the_next_trial(
+    worker: TrialWorker, spec: TrialSpec, group: list[TrialSpec]
+) -> None:
+    alone = result(steps(worker)[-1])
+    assert worker.reset_config({"specs": group})
+    assert [read_heartbeat(spec.folder) for spec in group] == [Heartbeat(os.getpid(), 0, 0)] * 3
+    reports = steps(worker)
+    ended = {name: value for report in reports for name, value in report[NEWS].ended.items()}
+    assert {name: value.status for name, value in ended.items()} == dict.fromkeys(["t1", "t2", "t3"], "finished")
+    assert ended["t1"].metrics["val_loss"] == pytest.approx(alone.metrics["val_loss"], abs=1e-4)
+    assert worker.reset_config({"specs": [replace(spec, folder=spec.folder.with_name("last"))]})
+    assert result(steps(worker)[-1]).metrics["val_loss"] == alone.metrics["val_loss"]
+
+
+def test_one_of_a_group_that_is_asked_to_stop_is_left_out_and_the_others_go_on(
+    worker: TrialWorker, group: list[TrialSpec]
+) -> None:
+    worker.reset_config({"specs": group})
+    worker.step()
+    ask_to_stop(group[1].folder)
+    reports = steps(worker)
+    assert not any("t2" in report[NEWS].so_far or PAUSED in report for report in reports)
+    assert {name for report in reports for name in report[NEWS].ended} == {"t1", "t3"}
+    assert not is_asked_to_stop(group[1].folder)
+
+
+def test_a_group_of_which_all_are_asked_to_stop_saves_where_it_is(
+    worker: TrialWorker, group: list[TrialSpec], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ngpt.system.heartbeat.LISTEN", 0.0)  # at every step
+    worker.reset_config({"specs": group})
+    worker.step()
+    worker.step()
+    for spec in group:
+        ask_to_stop(spec.folder)
+    assert paused(worker.step()) == {"t1": 3, "t2": 3, "t3": 3}
+    assert [[path.name for path in (spec.folder / "checkpoints").iterdir()] for spec in group] == [["step_0000003"]] * 3
+    for spec in group:
+        clear(spec.folder)
+    worker.reset_config({"specs": group})
+    assert [report[NEWS].so_far["t1"].metrics["steps"] for report in steps(worker) if "t1" in report[NEWS].so_far] == [
+        6,
+        8,
+    ]

@@ -1,0 +1,195 @@
+"""A budget stops a campaign between trials, says what it left out, and a larger one goes on where it stopped."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import run_campaign
+from ngpt.config.base import ConfigError
+from tests.helpers.tiny_campaign import begun, drive, pretend, records, session_on, strict, write_file
+from tune.campaign import load_campaign
+from tune.machine.estimate import check_budget
+from tune.planning.budget import STOPPED, allows, describe, left_out_sentence
+from tune.results.summary import read_state
+from tune.session.session import Session
+from tune.spec.schema import Budget
+from tune.storage.journal import read_journal
+from tune.storage.state import State, replay
+
+pytestmark = pytest.mark.usefixtures("no_report")
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A clock that moves by hand: `clock.now`, in seconds."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr("tune.session.session.time.monotonic", lambda: clock.now)
+    return clock
+
+
+def with_budget(folder: Path, corpus: Path, budget: str) -> Path:
+    """A campaign of 4 trials in its first phase and, with that one's winner, 2 more in its second."""
+    path = write_file(folder, corpus)
+    path.write_text(path.read_text() + f"budget: {budget}\n")
+    return path
+
+
+def run(file: Path, root: Path) -> tuple[list[str], Session]:
+    """One session to its end; the trials it began."""
+    with session_on(file, root) as session:
+        given_out = drive(begun(session))
+        session.end()
+    return [spec.trial_id for spec in given_out], session
+
+
+# ---- trials --------------------------------------------------------------------------------------------------------
+
+
+def test_no_more_trials_begin_than_the_budget_has_and_the_summary_says_what_is_left_out(
+    tmp_path: Path, corpus: Path
+) -> None:
+    trained, session = run(with_budget(tmp_path, corpus, "{trials: 3}"), tmp_path / "r")
+    assert len(trained) == 3
+    assert session.is_over() and session.state.status == STOPPED
+    summary = strict((tmp_path / "r/summary.json").read_text())
+    assert (summary["status"], summary["left_out"]) == (STOPPED, {"alpha": 1, "projection": 2})
+    assert summary["warnings"][-1] == "the budget was reached: left out 1 trial of alpha, 2 trials of projection"
+    assert summary["answer"]["winner"] is None
+
+
+def test_a_budget_of_just_the_trials_there_are_stops_nothing(tmp_path: Path, corpus: Path) -> None:
+    trained, session = run(with_budget(tmp_path, corpus, "{trials: 6, hours: 1}"), tmp_path / "r")
+    assert (len(trained), session.state.status, session.state.left_out) == (6, "finished", {})
+
+
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(budgets=st.lists(st.integers(1, 7), min_size=1, max_size=4))
+def test_larger_budgets_one_after_the_other_train_what_one_large_budget_trains(
+    tmp_path_factory: pytest.TempPathFactory, corpus: Path, budgets: list[int]
+) -> None:
+    folder = tmp_path_factory.mktemp("budgets")
+    trained: list[str] = []
+    for most in (*sorted(budgets), 100):
+        new, _ = run(with_budget(folder, corpus, f"{{trials: {most}}}"), folder / "pieces")
+        trained += new
+        assert len(trained) <= most
+    whole, _ = run(with_budget(folder, corpus, "{hours: 1}"), folder / "whole")
+    assert trained == whole
+    assert [(r["phase"], r["trial_id"], r["metrics"]) for r in records(folder / "pieces")] == [
+        (r["phase"], r["trial_id"], r["metrics"]) for r in records(folder / "whole")
+    ]
+
+
+def test_a_trial_that_was_begun_before_is_finished_first_and_counts_once(tmp_path: Path, corpus: Path) -> None:
+    file = with_budget(tmp_path, corpus, "{trials: 2}")
+    with session_on(file, tmp_path / "r") as session:
+        begun(session)
+        first, second = session.next_trial(), session.next_trial()
+        assert first and second and session.next_trial() is None
+        assert not session.is_over()  # they are running
+        session.trial_ended(second.trial_id, pretend(second))
+    trained, session = run(file, tmp_path / "r")
+    assert trained == [first.trial_id]
+    assert session.state.status == STOPPED
+    with session_on(file, tmp_path / "r") as again:
+        assert not again.has_work()
+
+
+def test_a_trial_whose_worker_died_under_a_used_up_budget_is_still_finished(
+    tmp_path: Path, corpus: Path, clock: SimpleNamespace
+) -> None:
+    with session_on(with_budget(tmp_path, corpus, "{hours: 1}"), tmp_path / "r") as session:
+        begun(session)
+        spec = session.next_trial()
+        assert spec
+        clock.now = 3601.0
+        assert session.next_trial() is None and not session.is_over()
+        session.worker_died(spec.trial_id, "killed")
+        assert not session.is_over()
+        again = session.next_trial()
+        assert again and again.trial_id == spec.trial_id
+        session.trial_ended(spec.trial_id, pretend(spec))
+        assert session.is_over() and session.next_trial() is None
+
+
+# ---- hours ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_time_of_all_sessions_counts(tmp_path: Path, corpus: Path, clock: SimpleNamespace) -> None:
+    file = with_budget(tmp_path, corpus, "{hours: 2}")
+
+    def half_an_hour(spec):
+        clock.now += 1800.0
+        return pretend(spec)
+
+    with session_on(file, tmp_path / "r") as session:
+        assert len(drive(begun(session), half_an_hour, most=1)) == 1
+        session.stop_requested = True
+        session.end()
+    assert read_state(tmp_path / "r").status == "interrupted"
+    clock.now += 1e6  # between sessions nothing counts
+    with session_on(file, tmp_path / "r") as session:
+        assert len(drive(begun(session), half_an_hour)) == 3
+        session.end()
+    assert read_state(tmp_path / "r").status == STOPPED
+    assert read_state(tmp_path / "r").left_out == {"projection": 2}
+    assert replay(read_journal(tmp_path / "r/journal.jsonl")).seconds == 7200.0
+    with session_on(file, tmp_path / "r") as session:
+        assert not session.has_work()
+
+
+def test_hours_shorter_than_one_trial_are_refused_before_anything_is_written(
+    tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NGPT_CACHE", str(tmp_path / "cache"))  # without speeds measured by other tests
+    monkeypatch.setattr("tune.machine.estimate._flop_rate", lambda campaign: 1e6)
+    file = with_budget(tmp_path, corpus, "{hours: 1e-3}")
+    assert run_campaign.main([str(file), "--inline", "--out", str(tmp_path / "r")]) == 2
+    message = capsys.readouterr().err
+    # 6 steps of 64 tokens and 3 evaluations of 128; two blocks, a head of 400, attention over 16 tokens.
+    flops = (6 * 64 + 3 * 128 / 3) * (6 * (2 * (4 * 16 * 16 + 3 * 16 * 32) + 400 * 16) + 2 * 12 * 16 * 16)
+    assert message.startswith("budget.hours: 0.001 hours are 3.6 s, and one trial takes about ")
+    assert f"give at least {(flops / 1e6 + 0.1) / 3600:.2g}, or shorten the trials" in message
+    assert not (tmp_path / "r").exists()
+    check_budget(load_campaign(with_budget(tmp_path, corpus, "{hours: 1}")), tmp_path / "r")
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        ("{trials: 0}", "budget.trials: input should be greater than or equal to 1, got 0"),
+        ("{hours: 0}", "budget.hours: input should be greater than 0, got 0"),
+        ("{houers: 1}", "budget.houers: unknown setting, did you mean 'hours'?"),
+        ("3", "budget: must be a mapping of settings, got 3"),
+    ],
+)
+def test_a_budget_of_nothing_is_a_mistake_of_the_file(tmp_path: Path, corpus: Path, budget: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_campaign(with_budget(tmp_path, corpus, budget))
+    assert str(caught.value).endswith(message)
+
+
+# ---- the rule itself -----------------------------------------------------------------------------------------------
+
+
+def test_a_budget_that_is_not_given_allows_everything() -> None:
+    assert allows(Budget(), State(attempts={"a": 1}), "b", 1e12)
+    assert (describe(Budget()), describe(Budget(trials=1, hours=2.5))) == ("", "1 trial, 2.5 hours")
+
+
+def test_what_is_left_out_is_counted_by_phase() -> None:
+    assert left_out_sentence({"a": 1, "b": 3}) == "the budget was reached: left out 1 trial of a, 3 trials of b"
+
+
+def test_a_campaign_stopped_by_its_budget_ends_with_code_4_and_goes_on_with_a_larger_one(
+    tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--inline", "--out", str(tmp_path / "r")]
+    assert run_campaign.main([str(with_budget(tmp_path, corpus, "{trials: 1}")), *arguments]) == 4
+    out = capsys.readouterr().out
+    assert "stopped by budget" in out and "Raise `budget:`" in out
+    assert run_campaign.main([str(with_budget(tmp_path, corpus, "{trials: 50}")), *arguments]) == 0
+    assert "stopped by budget" not in capsys.readouterr().out

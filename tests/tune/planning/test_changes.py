@@ -1,0 +1,219 @@
+"""A file that changed since its results began: what is the same is kept, what changes their meaning is refused."""
+
+from pathlib import Path
+
+import pytest
+
+import run_campaign
+from ngpt.config.base import ConfigError
+from tests.helpers.tiny_campaign import PHASES, begun, drive, losses, records, session_on, strict, write_file
+from tune.planning.changes import FLAG, Changes, check_changes, find_changes
+from tune.session.session import Session
+from tune.storage.journal import read_journal
+
+pytestmark = pytest.mark.usefixtures("no_report")
+
+ONE_PHASE = """
+  - name: alpha
+    vary: {alpha: [0.05, 0.4]}
+"""
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return tmp_path / "results" / "tiny"
+
+
+@pytest.fixture
+def file(tmp_path: Path, corpus: Path) -> Path:
+    return write_file(tmp_path, corpus, phases=ONE_PHASE)
+
+
+def finish(file: Path, root: Path) -> None:
+    """Four trials, without training: two arms of two seeds."""
+    with session_on(file, root) as session:
+        drive(begun(session))
+        session.end()
+
+
+def changes(file: Path, root: Path, *assignments: str) -> Changes:
+    with session_on(file, root, assignments) as session:
+        return find_changes(session.campaign, session.state)
+
+
+def edit(file: Path, before: str, after: str) -> None:
+    text = file.read_text()
+    assert text.count(before) == 1
+    file.write_text(text.replace(before, after))
+
+
+def test_a_new_directory_and_one_without_results_have_no_changes(file: Path, root: Path) -> None:
+    assert changes(file, root) == Changes()
+    with session_on(file, root) as session:
+        begun(session)
+    assert changes(file, root, "steps=3", "eval_tokens=256") == Changes()
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("campaign: tiny", "# a comment\ncampaign: tiny"),
+        ("  batch_size: 4\n  steps: 6\n", "  steps: 6\n  batch_size: 4\n"),
+        ("  optim: {lr: 1e-2}", "  optim.lr: 0.01"),
+        ("workers: 2", "workers: 1"),
+        ("log_every: 1", "log_every: 2"),
+        ("[0.05, 0.4]", "[0.4, 0.05]"),
+    ],
+)
+def test_what_decides_nothing_is_no_change(file: Path, root: Path, before: str, after: str) -> None:
+    finish(file, root)
+    edit(file, before, after)
+    found = changes(file, root)
+    assert (found.lines(), found.kept, found.new) == ([], 4, 0)
+
+
+def test_more_arms_and_seeds_are_new_trials_beside_the_kept_ones(file: Path, root: Path) -> None:
+    finish(file, root)
+    edit(file, "[0.05, 0.4]", "[0.05, 0.4, 0.2]")
+    edit(file, "seeds: [1, 2]", "seeds: [1, 2, 3]")
+    found = changes(file, root)
+    assert (found.kept, found.new, found.meaning, found.changed, found.gone) == (4, 5, (), (), ())
+    with session_on(file, root) as session:
+        assert len(drive(begun(session))) == 5
+
+
+def test_a_seed_more_does_not_say_that_the_phases_after_it_are_trained_anew(tmp_path: Path, corpus: Path) -> None:
+    phases = PHASES.replace("[0.05, 0.4]", "[0.05, 0.2, 0.4]")
+    file, root = write_file(tmp_path, corpus, phases=phases), tmp_path / "results" / "tiny"
+    finish(file, root)
+    edit(file, "seeds: [1, 2]", "seeds: [1, 2, 3]")
+    found = changes(file, root)
+    assert (found.lines(), found.kept, found.new) == ([], 8, 4)
+    with session_on(file, root) as session:
+        assert len(drive(begun(session))) == 4
+
+
+def test_rules_that_make_another_winner_leave_something_to_train(tmp_path: Path, corpus: Path) -> None:
+    file, root = write_file(tmp_path, corpus), tmp_path / "results" / "tiny"
+    finish(file, root)
+    edit(file, "seeds:", "min_effect: 3\nseeds:")
+    with session_on(file, root) as session:
+        assert find_changes(session.campaign, session.state).new == 2
+        assert session.has_work()
+        assert len(drive(begun(session))) == 2
+
+
+def test_an_arm_that_is_taken_out_is_listed_and_stays_in_the_journal(file: Path, root: Path) -> None:
+    finish(file, root)
+    edit(file, "[0.05, 0.4]", "[0.05, 0.3]")
+    found = changes(file, root)
+    assert (found.kept, found.new, found.gone) == (2, 2, ("alpha/alpha=0.4 (2 results)",))
+    assert found.lines() == [
+        "2 results are kept, 2 trials are new",
+        "no longer part of the campaign: alpha/alpha=0.4 (2 results)",
+    ]
+    check_changes(found, allowed=False)  # no reason to refuse
+    with session_on(file, root) as session:
+        drive(begun(session))
+        session.end()
+        assert len(session.state.results) == 6
+
+
+def test_a_setting_of_the_base_makes_other_trials_of_the_same_arms(file: Path, root: Path) -> None:
+    finish(file, root)
+    found = changes(file, root, "optim.lr=0.02")
+    assert found.settings == ("optim.lr: 0.01 -> 0.02",) and found.meaning == ()
+    assert (found.kept, found.new) == (0, 4)
+    assert found.changed == ("alpha/alpha=0.05 (2 results)", "alpha/alpha=0.4 (2 results)")
+    check_changes(found, allowed=False)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "line"),
+    [
+        ("seeds:", "metric: {name: val_bpb}\nseeds:", "metric.name: val_loss -> val_bpb"),
+        ("seeds:", "metric: {goal: maximize}\nseeds:", "metric.goal: minimize -> maximize"),
+        ("seeds:", "confidence: 0.8\nseeds:", "confidence: 0.95 -> 0.8"),
+        ("seeds:", "min_effect: 0\nseeds:", "min_effect: 0.005 -> 0"),
+        ("seeds:", "hold: steps\nseeds:", "hold.alpha: tokens -> steps"),
+        ("eval_tokens: 128", "eval_tokens: 64", "eval_tokens: 128 -> 64"),
+    ],
+)
+def test_what_changes_the_meaning_of_results_is_refused_unless_it_is_allowed(
+    file: Path, root: Path, before: str, after: str, line: str
+) -> None:
+    finish(file, root)
+    edit(file, before, after)
+    found = changes(file, root)
+    assert found.meaning == (line,)
+    with pytest.raises(ConfigError) as caught:
+        check_changes(found, allowed=False)
+    assert f"  {line}\n" in str(caught.value) and FLAG in str(caught.value)
+    check_changes(found, allowed=True)
+
+
+def test_other_data_are_another_meaning_and_the_same_data_elsewhere_are_not(
+    file: Path, root: Path, corpus: Path, tmp_path: Path
+) -> None:
+    finish(file, root)
+    (tmp_path / "elsewhere").mkdir()
+    copy, other = tmp_path / "elsewhere" / corpus.name, tmp_path / "elsewhere" / "other.txt"
+    copy.write_bytes(corpus.read_bytes())
+    other.write_text(corpus.read_text()[:40_000])
+    assert changes(file, root, f"data.corpus={copy}").lines() == []
+    (line,) = changes(file, root, f"data.corpus={other}").meaning
+    assert line.startswith(f"data: {corpus} by sentencepiece:400 (") and f"-> {other} by" in line
+    (line,) = changes(file, root, "data.tokenizer=sentencepiece:300").meaning
+    assert "by sentencepiece:400 (" in line and "by sentencepiece:300 (" in line
+    assert len(changes(file, root, "data.val_fraction=0.2").meaning) == 1
+
+
+def test_a_start_of_an_older_version_is_compared_by_what_it_says(file: Path, root: Path) -> None:
+    finish(file, root)
+    with session_on(file, root) as session:
+        for name in ("hold", "min_effect"):
+            del session.state.campaign[name]
+        del session.state.campaign["base"]["project_every"]
+        assert find_changes(session.campaign, session.state).lines() == []
+
+
+def test_a_long_list_of_arms_is_cut() -> None:
+    arms = tuple(f"alpha/{i}" for i in range(20))
+    lines = Changes(gone=arms).lines()
+    assert len(lines) == 10 and lines[-1] == "no longer part of the campaign: 12 more arms"
+
+
+def test_the_command_refuses_before_anything_is_written_and_goes_on_when_told_to(
+    tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, root = write_file(tmp_path, corpus, phases=ONE_PHASE, seeds="[1]"), tmp_path / "r" / "tiny"
+    command = [str(file), "--inline", "--json", "--out", str(tmp_path / "r")]
+    assert run_campaign.main(command) == 0
+    before, trained = (root / "journal.jsonl").read_bytes(), losses(root)
+    edit(file, "seeds:", "metric: {name: val_bpb}\nseeds:")
+    edit(file, "[0.05, 0.4]", "[0.05, 0.2]")
+    capsys.readouterr()
+    assert run_campaign.main(command) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and "  metric.name: val_loss -> val_bpb\n" in printed.err
+    assert (root / "journal.jsonl").read_bytes() == before
+
+    assert run_campaign.main([*command, FLAG]) == 0
+    printed = capsys.readouterr()
+    assert strict(printed.out)["metric"]["name"] == "val_bpb"
+    assert "1 result is kept, 1 trial is new" in printed.err
+    assert "no longer part of the campaign: alpha/alpha=0.4 (1 result)" in printed.err
+    (kept,) = {key for key in losses(root) if key in trained}
+    assert losses(root)[kept] == trained[kept] and len(records(root)) == 2
+    starts = [event for event in read_journal(root / "journal.jsonl") if event["event"] == "trial_started"]
+    assert len(starts) == 3
+
+    assert run_campaign.main(command) == 0  # it has been allowed once
+    assert "changed since" not in capsys.readouterr().err
+
+
+def test_a_session_journals_how_its_arms_are_compared(file: Path, root: Path) -> None:
+    finish(file, root)
+    session: Session
+    with session_on(file, root) as session:
+        assert session.state.campaign["hold"] == {"alpha": "tokens"}

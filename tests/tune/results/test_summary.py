@@ -1,0 +1,419 @@
+"""What a campaign leaves behind for other tools, held against the contract, and the sentence it all comes down to."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from ngpt.config.base import ConfigError
+from tests.helpers.tiny_campaign import (
+    begun,
+    drive,
+    losses,
+    pretend,
+    records,
+    session_on,
+    strict,
+    train_all,
+    write_file,
+)
+from tune.results.phase_summary import _setbacks
+from tune.results.summary import Summary, rebuild, settings_text
+from tune.storage.journal import read_journal
+from tune.trials.trial import TrialResult, TrialSpec
+
+RECORD_FIELDS = {"campaign", "phase", "arm", "trial_id", "seed", "overrides", "config", "status", "metrics", "error"}
+RECORD_FIELDS |= {"attempt", "started_at", "seconds", "provenance"}
+METRICS = {"val_loss", "val_bpb", "train_loss", "steps", "tokens", "tokens_per_second", "peak_memory_bytes", "n_params"}
+ARM_FIELDS = {"arm", "overrides", "n", "val_loss", "delta", "verdict", "tokens_per_second"}
+
+CONFIRM = """
+  - name: alpha
+    vary: {alpha: [0.05, 0.2, 0.4, 0.6]}
+  - name: projection
+    inherit: alpha
+    grid: {project_every: [1, 3]}
+  - name: confirm
+    runs: [{arm: baseline}, {arm: winner, inherit: projection}]
+    set: {steps: 9}
+    seeds: fresh 3
+"""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
+    """A campaign of two phases, trained for real."""
+    folder = tmp_path_factory.mktemp("trained")
+    train_all(write_file(folder, corpus), folder / "tiny")
+    return folder / "tiny"
+
+
+@pytest.fixture
+def judged(
+    tmp_path: Path, corpus: Path, no_report: None
+) -> Callable[[str, Callable[[TrialSpec], TrialResult]], Summary]:
+    """Summarizes a campaign of three seeds whose trials give the results of a function."""
+
+    def summarize(phases: str, result_of: Callable[[TrialSpec], TrialResult]) -> Summary:
+        file = write_file(tmp_path, corpus, phases=phases, seeds="[1, 2, 3]")
+        with session_on(file, tmp_path / "tiny") as session:
+            drive(begun(session), result_of)
+            return session.end()
+
+    return summarize
+
+
+def derived(root: Path) -> list[Path]:
+    kept = ("campaign.yaml", "manifest.json", "journal.jsonl", "campaign.lock")
+    files = (path for path in root.rglob("*") if path.is_file() and path.relative_to(root).parts[0] != "trials")
+    return sorted(path for path in files if path.name not in kept)
+
+
+def computed(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings without where the numbers are sent."""
+    return {name: value for name, value in config.items() if not name.startswith("tracker.")}
+
+
+def spread(row: dict[str, Any], name: str) -> dict[str, Any]:
+    """The columns `name.x` of a row, by x."""
+    return {column.removeprefix(f"{name}."): row[column] for column in row if column.startswith(f"{name}.")}
+
+
+# ---- the contract --------------------------------------------------------------------------------------------------
+
+
+def test_the_files_of_the_contract_are_there(trained: Path) -> None:
+    names = {str(path.relative_to(trained)) for path in derived(trained)}
+    per_phase = ("trials.jsonl", "summary.json", "summary.parquet", "curves.parquet")
+    assert names == {"summary.json", "report.html", "report.md", "derived.json"} | {
+        f"{phase}/{name}" for phase in ("alpha", "projection") for name in per_phase
+    }
+    for record in records(trained):
+        folder = trained / "trials" / record["trial_id"]
+        assert (folder / "config.json").is_file() and (folder / "metrics.jsonl").is_file()
+
+
+def test_everything_is_strict_json(trained: Path) -> None:
+    for path in trained.rglob("*.json"):
+        strict(path.read_text())
+    for path in trained.rglob("*.jsonl"):
+        for line in path.read_text().splitlines():
+            strict(line)
+
+
+def test_a_record_has_the_fields_of_the_contract(trained: Path) -> None:
+    for record in records(trained):
+        assert record.keys() >= RECORD_FIELDS
+        assert record["metrics"].keys() >= METRICS
+        assert record["status"] == "finished" and record["error"] is None
+        config = json.loads((trained / "trials" / record["trial_id"] / "config.json").read_text())
+        assert computed(config) == computed(record["config"])
+
+
+def test_records_are_what_the_journal_says(trained: Path) -> None:
+    truth = {e["trial_id"]: e for e in read_journal(trained / "journal.jsonl") if e["event"] == "trial_finished"}
+    for record in records(trained):
+        event = truth[record["trial_id"]]
+        same = ("status", "metrics", "error", "attempt", "started_at", "seconds", "provenance", "config", "seed")
+        assert {name: record[name] for name in same} == {name: event[name] for name in same}
+    assert {record["trial_id"] for record in records(trained)} == truth.keys()
+
+
+def test_an_arm_has_the_fields_of_the_contract(trained: Path) -> None:
+    for phase in ("alpha", "projection"):
+        summary = strict((trained / phase / "summary.json").read_text())
+        assert summary["winner"] in {arm["arm"] for arm in summary["arms"]} and summary["why"]
+        for arm in summary["arms"]:
+            assert arm.keys() >= ARM_FIELDS
+            assert arm["val_loss"].keys() >= {"mean", "sd", "ci_low", "ci_high"}
+            own = [r["metrics"]["val_loss"] for r in records(trained) if (r["phase"], r["arm"]) == (phase, arm["arm"])]
+            assert arm["n"] == len(own) == 2
+            assert arm["val_loss"]["mean"] == pytest.approx(sum(own) / 2, abs=1e-12)
+
+
+def test_the_parquet_rows_are_the_arms(trained: Path) -> None:
+    for phase in ("alpha", "projection"):
+        arms = strict((trained / phase / "summary.json").read_text())["arms"]
+        rows = pq.read_table(trained / phase / "summary.parquet").to_pylist()
+        assert [row["arm"] for row in rows] == [arm["arm"] for arm in arms]
+        for row, arm in zip(rows, arms, strict=True):
+            assert json.loads(row["overrides"]) == arm["overrides"]
+            assert spread(row, "val_loss") == arm["val_loss"]
+            delta = arm["delta"] or dict.fromkeys(("mean", "ci_low", "ci_high", "p", "p_holm"))
+            assert spread(row, "delta") == delta
+            for name in ("n", "rank", "verdict", "tokens", "tokens_per_second", "trial_ids"):
+                assert row[name] == arm[name]
+
+
+def test_curves_have_every_logged_step_of_every_trial_also_of_reused_ones(trained: Path) -> None:
+    for phase in ("alpha", "projection"):
+        rows = pq.read_table(trained / phase / "curves.parquet").to_pylist()
+        own = [record for record in records(trained) if record["phase"] == phase]
+        assert {row["trial_id"] for row in rows} == {record["trial_id"] for record in own}
+        for record in own:
+            lines = (trained / "trials" / record["trial_id"] / "metrics.jsonl").read_text().splitlines()
+            logged = [strict(line) for line in lines]
+            curve = [row for row in rows if row["trial_id"] == record["trial_id"]]
+            for name in ("step", "tokens", "train_loss", "val_loss", "lr"):
+                assert [row[name] for row in curve] == [row.get(name) for row in logged]
+            assert {row["arm"] for row in curve} == {record["arm"]}
+            final = [row["val_loss"] for row in curve if row["val_loss"] is not None][-1]
+            assert final == record["metrics"]["val_loss"]
+
+
+def test_totals_are_sums_over_the_trials_that_were_trained_here(trained: Path) -> None:
+    summary = strict((trained / "summary.json").read_text())
+    once = {record["trial_id"]: record for record in records(trained)}
+    assert summary["trials"] == {
+        "total": 6,
+        "finished": 6,
+        "diverged": 0,
+        "failed": 0,
+        "stopped": 0,
+        "reused": 2,
+    }
+    assert summary["tokens"] == sum(record["metrics"]["tokens"] for record in once.values()) == 6 * 6 * 4 * 16
+    assert summary["trial_seconds"] == pytest.approx(sum(record["seconds"] for record in once.values()))
+    assert sum(phase["seconds"] for phase in summary["phases"]) == pytest.approx(summary["trial_seconds"])
+    end = read_journal(trained / "journal.jsonl")[-1]
+    assert (end["event"], summary["seconds"]) == ("campaign_ended", end["seconds"])
+
+
+def test_all_derived_files_are_rebuilt_from_the_journal_byte_for_byte(trained: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "tiny"
+    shutil.copytree(trained, copy)
+    before = {path.relative_to(copy): path.read_bytes() for path in derived(copy)}
+    for path in derived(copy):
+        path.unlink()
+    code = f"from pathlib import Path; from tune.results.summary import rebuild; rebuild(Path({str(copy)!r}))"
+    # Another process, where sets have another order.
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONHASHSEED": "7"})
+    after = {path.relative_to(copy): path.read_bytes() for path in derived(copy)}
+    assert after.keys() == before.keys()
+    for path in before.keys() - {Path("report.html"), Path("derived.json")}:  # plotly names its plots at random
+        assert after[path] == before[path], path
+
+
+def test_a_folder_without_a_campaign_is_a_config_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is not a results directory: it has no journal"):
+        rebuild(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_trials_without_metrics_have_their_place_in_every_file(judged: Callable[..., Summary], tmp_path: Path) -> None:
+    def result_of(spec: TrialSpec) -> TrialResult:
+        return pretend(spec, status={1: "finished", 2: "failed", 3: "diverged"}[spec.seed])
+
+    summary = judged("\n  - name: alpha\n    vary: {alpha: [0.05, 0.4]}\n", result_of)
+    assert [row["status"] for row in records(tmp_path / "tiny")] == ["finished"] * 2 + ["failed"] * 2 + ["diverged"] * 2
+    assert summary["trials"] == {"total": 6, "finished": 2, "diverged": 2, "failed": 2, "stopped": 0, "reused": 0}
+    assert [(p["seed"], p["status"], p["error"]) for p in summary["problems"]] == [
+        (2, "failed", "Traceback ...\nValueError: it broke"),
+        (2, "failed", "Traceback ...\nValueError: it broke"),
+        (3, "diverged", None),
+        (3, "diverged", None),
+    ]
+    rows = pq.read_table(tmp_path / "tiny" / "alpha" / "curves.parquet").to_pylist()
+    assert {row["trial_id"] for row in rows} == {record["trial_id"] for record in records(tmp_path / "tiny")}
+
+
+# ---- the answer ----------------------------------------------------------------------------------------------------
+
+
+def test_a_winner_that_unseen_seeds_agree_with_is_confirmed(judged: Callable[..., Summary]) -> None:
+    answer = judged(CONFIRM, pretend)["answer"]
+    assert answer["sentence"].startswith("Use alpha=0.6, project_every=1: it lowers val_loss by 0.550, 95% interval 0.")
+    assert answer["sentence"].endswith("on 3 unseen seeds.")
+    assert (answer["phase"], answer["winner"], answer["confirmed"]) == ("confirm", "winner", True)
+    assert answer["overrides"] == {"model.alpha": 0.6, "project_every": 1}  # and not the steps of that phase
+
+
+def test_without_a_phase_on_unseen_seeds_the_winner_is_not_confirmed(judged: Callable[..., Summary]) -> None:
+    answer = judged(CONFIRM.partition("  - name: confirm")[0], pretend)["answer"]
+    assert "on 3 paired seeds. Phase projection found nothing better." in answer["sentence"]
+    assert (answer["phase"], answer["confirmed"], answer["overrides"]) == ("alpha", False, {"model.alpha": 0.6})
+
+
+def test_an_effect_on_top_of_an_earlier_winner_says_so(judged: Callable[..., Summary]) -> None:
+    chained = "\n  - name: a\n    vary: {project_every: [1, 3]}\n"
+    chained += "  - name: b\n    vary: {alpha: [0.05, 0.2]}\n  - name: c\n    inherit: b\n    vary: {alpha: [0.4]}\n"
+    answer = judged(chained, pretend)["answer"]
+    assert answer["delta"]["mean"] == pytest.approx(-0.2, abs=1e-3)  # not the 0.35 by which it is better than the base
+    assert answer["sentence"].endswith("on 3 paired seeds, on top of b.")
+    assert "on top" not in judged(chained.replace("inherit: b", "seeds: [1, 2]"), pretend)["answer"]["sentence"]
+
+
+def test_settings_in_a_sentence_say_whose_they_are_where_a_word_does_not() -> None:
+    assert settings_text({"optim.name": "muon", "model.alpha": 0.2}) == "optim.name=muon, alpha=0.2"
+
+
+def test_unseen_seeds_confirm_only_what_had_been_chosen_before(judged: Callable[..., Summary]) -> None:
+    unrelated = "\n  - name: a\n    vary: {project_every: [1, 3]}\n"
+    unrelated += "  - name: b\n    vary: {alpha: [0.05, 0.4]}\n    seeds: [7, 8, 9]\n"
+    answer = judged(unrelated, pretend)["answer"]
+    assert (answer["phase"], answer["winner"], answer["confirmed"]) == ("b", "alpha=0.4", False)
+
+
+def test_a_later_phase_that_does_not_find_it_again_leaves_the_winner_undecided(judged: Callable[..., Summary]) -> None:
+    answer = judged(CONFIRM, lambda spec: pretend(spec, gain=0.0 if spec.phase == "confirm" else 1.0))["answer"]
+    assert answer["sentence"].startswith("Undecided: alpha=0.6 lowers val_loss by 0.550")
+    assert answer["sentence"].endswith("but phase confirm does not confirm it.")
+    assert (answer["phase"], answer["confirmed"]) == ("alpha", False)
+
+
+def test_where_nothing_is_better_the_base_stays(judged: Callable[..., Summary]) -> None:
+    answer = judged(CONFIRM, lambda spec: pretend(spec, gain=0.0))["answer"]
+    assert answer["sentence"] == "No arm of any phase is better than its baseline beyond the noise: keep the base."
+    assert (answer["winner"], answer["overrides"], answer["delta"], answer["confirmed"]) == (None, {}, None, False)
+
+
+def test_a_small_effect_is_told_with_two_digits_and_a_high_confidence_as_it_is(
+    tmp_path: Path, corpus: Path, no_report: None
+) -> None:
+    file = write_file(tmp_path, corpus, phases="\n  - name: a\n    vary: {alpha: [0.05, 0.4]}\n", seeds="[1, 2, 3]")
+    file.write_text("confidence: 0.998\nmin_effect: 0\n" + file.read_text())
+
+    def result(spec: TrialSpec) -> TrialResult:
+        loss = 5.0 + spec.seed - (0.0003 + 1e-6 * spec.seed) * (spec.config.model.alpha == 0.4)
+        return replace(pretend(spec), metrics=pretend(spec).metrics | {"val_loss": loss})
+
+    with session_on(file, tmp_path / "tiny") as session:
+        drive(begun(session), result)
+        sentence = session.end()["answer"]["sentence"]
+    assert (
+        sentence
+        == "Use alpha=0.4: it lowers val_loss by 0.00030, 99.8% interval 0.00029 to 0.00031, on 3 paired seeds."
+    )
+
+
+def test_one_seed_gives_no_answer_about_noise(tmp_path: Path, corpus: Path, no_report: None) -> None:
+    phases = "\n  - name: a\n    vary: {alpha: [0.05, 0.4]}\n"
+    with session_on(write_file(tmp_path, corpus, phases=phases, seeds="[1]"), tmp_path / "tiny") as session:
+        drive(begun(session))
+        answer = session.end()["answer"]
+    assert answer["sentence"] == "One seed carries no claim: no arm can be called better than its baseline."
+    assert answer["winner"] is None
+
+
+@pytest.mark.parametrize("gain", [0.0, 1.0])
+def test_of_a_campaign_that_is_not_over_nothing_is_said_for_good(
+    tmp_path: Path, corpus: Path, no_report: None, gain: float
+) -> None:
+    with session_on(write_file(tmp_path, corpus, seeds="[1, 2, 3]"), tmp_path / "tiny") as session:
+        drive(begun(session), lambda spec: pretend(spec, gain=gain), most=7)  # the first phase and one more trial
+        session.stop_requested = True
+        summary = session.end()
+    begins = "So far, use alpha=0.4: it lowers" if gain else "So far, no arm of any phase that is over is better"
+    assert summary["answer"]["sentence"].startswith(begins)
+    over, begun_only = summary["phases"]
+    assert over["winner"] == ("alpha=0.4" if gain else "alpha=0.05") and not over["why"].startswith("so far")
+    assert begun_only["winner"] is None and begun_only["why"].startswith("so far, after 4 of 6 trials: ")
+
+
+def test_where_nothing_finished_there_is_no_answer(judged: Callable[..., Summary]) -> None:
+    answer = judged(CONFIRM, lambda spec: pretend(spec, status="failed"))["answer"]
+    assert answer["sentence"] == "No trial has finished well, so there is no answer."
+
+
+def test_before_the_first_phase_is_over_there_is_no_answer(tmp_path: Path, corpus: Path, no_report: None) -> None:
+    with session_on(write_file(tmp_path, corpus), tmp_path / "tiny") as session:
+        drive(begun(session), most=1)
+        session.stop_requested = True
+        summary = session.end()
+    assert summary["answer"]["sentence"] == "No phase has been completed yet, so there is no answer."
+    assert summary["status"] == "interrupted"
+    assert len(losses(tmp_path / "tiny")) == 1
+
+
+# ---- warnings ------------------------------------------------------------------------------------------------------
+
+SWEEP = "\n  - name: alpha\n    vary: {alpha: [0.05, 0.2, 0.4]}\n"
+
+
+def warnings(summary: Summary) -> str:
+    return "\n".join(summary["warnings"])
+
+
+def test_a_winner_at_the_edge_of_the_range_is_warned_about(judged: Callable[..., Summary]) -> None:
+    assert "alpha: the winner is at the upper end of the range of model.alpha" in warnings(judged(SWEEP, pretend))
+
+
+def test_a_winner_inside_the_range_is_not(judged: Callable[..., Summary]) -> None:
+    def result_of(spec: TrialSpec) -> TrialResult:
+        return pretend(spec, gain={0.05: 0.0, 0.2: 9.0, 0.4: 1.0}[spec.config.model.alpha])
+
+    summary = judged(SWEEP, result_of)
+    assert summary["phases"][0]["winner"] == "alpha=0.2"
+    assert "range" not in warnings(summary)
+
+
+def test_arms_that_saw_different_numbers_of_tokens_are_warned_about(judged: Callable[..., Summary]) -> None:
+    phases = "\n  - name: length\n    vary: {steps: [6, 8]}\n"
+    assert "length: the arms saw different numbers of training tokens: " in warnings(judged(phases, pretend))
+    assert "tokens" not in warnings(judged("\n  - name: batch\n    vary: {batch_size: [4, 8]}\n", pretend))
+
+
+def test_divisors_that_were_not_finite_are_warned_about(judged: Callable[..., Summary]) -> None:
+    def result_of(spec: TrialSpec) -> TrialResult:
+        result = pretend(spec)
+        bad = spec.config.model.norm_mode == "dotprod" and spec.seed > 1
+        return replace(result, metrics=result.metrics | {"r_replaced": 40 if bad else 0})
+
+    shown = warnings(judged("\n  - name: mode\n    vary: {norm_mode: [baseline, dotprod, ema]}\n", result_of))
+    assert "mode: norm_mode=dotprod: 80 divisors r of its norm mode were not finite and became 1" in shown
+    assert shown.count("divisors") == 1
+
+
+@pytest.mark.parametrize(
+    ("fact", "word"), [("device", "devices"), ("code_sha256", "versions of the code"), ("data_sha256", "data")]
+)
+def test_trials_from_different_worlds_are_warned_about(judged: Callable[..., Summary], fact: str, word: str) -> None:
+    def result_of(spec: TrialSpec) -> TrialResult:
+        result = pretend(spec)
+        elsewhere: dict[str, Any] = {fact: "another"} if spec.seed == 3 else {}
+        return replace(result, provenance=result.provenance | elsewhere)
+
+    found = warnings(judged(SWEEP, result_of))
+    assert f"alpha: its trials come from different {word}: another, " in found
+    assert found.count("come from different") == 1
+
+
+def test_another_metric_ranks_and_judges_while_the_loss_stays_the_loss(
+    tmp_path: Path, corpus: Path, no_report: None
+) -> None:
+    file = write_file(tmp_path, corpus, phases="\n  - name: alpha\n    vary: {alpha: [0.05, 0.4]}\n")
+    file.write_text("metric: {name: val_bpb}\n" + file.read_text())
+    with session_on(file, tmp_path / "out") as session:
+        drive(begun(session))
+        (phase,) = session.end()["phases"]
+    for arm in phase["arms"]:
+        values = [r["metrics"] for r in records(tmp_path / "out") if r["arm"] == arm["arm"]]
+        for field, metric in (("score", "val_bpb"), ("val_loss", "val_loss")):
+            assert arm[field]["mean"] == pytest.approx(sum(value[metric] for value in values) / 2)
+    best, base = phase["arms"]
+    assert best["delta"]["mean"] == pytest.approx(best["score"]["mean"] - base["score"]["mean"])
+
+
+def test_an_arm_whose_trials_met_setbacks_is_marked() -> None:
+    """A halved batch is another experiment; a skipped step or a way back is worth a look."""
+    config = {"batch_size": 48}
+    plain = {"config": config, "metrics": {"batch_size": 48, "skipped_steps": 0, "rollbacks": 0}}
+    older = {"config": config, "metrics": {"val_loss": 3.0}}
+    halved = {"config": config, "metrics": {"batch_size": 24, "skipped_steps": 0, "rollbacks": 0}}
+    shaky = {"config": config, "metrics": {"batch_size": 48, "skipped_steps": 3, "rollbacks": 1}}
+    assert _setbacks("a", [plain, older]) == []
+    assert _setbacks("a", [plain, halved]) == [
+        "a: 1 of its trials had no memory for their batch and halved it (24 for 48)"
+    ]
+    assert _setbacks("a", [shaky, shaky]) == [
+        "a: 6 steps were skipped, for a loss or gradient that was not finite",
+        "a: 2 times a trial went back, for a loss or gradient that was not finite",
+    ]

@@ -1,0 +1,578 @@
+"""A session decides what to train next. Whatever is interrupted, nothing is trained twice and no result changes."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ngpt.config.base import ConfigError
+from ngpt.system.heartbeat import Heartbeat, Pulse, is_asked_to_stop
+from tests.helpers import ROOT
+from tests.helpers.tiny_campaign import begun, drive, losses, pretend, records, session_on, write_file
+from tune.results.summary import read_state
+from tune.session.datasets import describe_data
+from tune.storage.journal import JournalError, read_journal
+from tune.storage.lock import Busy
+from tune.trials.retries import CAUSES
+from tune.trials.trial import TrialResult, TrialSpec
+
+pytestmark = pytest.mark.usefixtures("no_report")
+
+MOST_RETRIES = CAUSES["killed"].retries
+
+DIAMOND = """
+  - name: wide
+    inherit: base_lr
+    vary: {alpha: [0.1, 0.4]}
+  - name: base_lr
+    vary: {optim.lr: [1e-2, 2e-2]}
+  - name: other
+    vary: {logit_scale: [10, 20]}
+"""
+
+TWINS = """
+  - name: first
+    vary: {alpha: [0.05, 0.4]}
+  - name: second
+    vary: {alpha: [0.05, 0.4], project_every: [3]}
+"""
+
+
+@pytest.fixture(autouse=True)
+def no_report(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The page takes half a second and is not what these tests are about."""
+    monkeypatch.setattr("tune.report.html.write_report", lambda *_: None)
+    yield
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return tmp_path / "results" / "tiny"
+
+
+@pytest.fixture
+def file(tmp_path: Path, corpus: Path) -> Path:
+    return write_file(tmp_path, corpus)
+
+
+def longer_alpha_wins(spec: TrialSpec) -> TrialResult:
+    return pretend(spec, gain=2.0)
+
+
+def finish(file: Path, root: Path, *, most: int | None = None) -> list[str]:
+    """One session, interrupted after `most` trials; the ids of those that were trained."""
+    with session_on(file, root) as session:
+        given_out = drive(begun(session), most=most)
+        session.stop_requested = not session.is_over()
+        session.end()
+    return [spec.trial_id for spec in given_out]
+
+
+def events(root: Path, name: str) -> list[dict]:
+    return [event for event in read_journal(root / "journal.jsonl") if event["event"] == name]
+
+
+def test_a_trial_is_tracked_by_its_place_in_the_campaign_and_in_one_mode_for_all(root: Path, file: Path) -> None:
+    with session_on(file, root, ("tracker.wandb=auto", "tracker.project=spheres")) as session:
+        session.wandb_mode = "offline"
+        tracker = drive(begun(session), most=1)[0].config.tracker
+    assert (tracker.wandb, tracker.project) == ("offline", "spheres")
+    place = (tracker.group, tracker.job_type, tracker.run_name)
+    assert place == ("tiny", "alpha", "alpha=0.05 seed 1")
+
+
+# ---- order and inheritance -----------------------------------------------------------------------------------------
+
+
+def test_a_phase_starts_when_the_one_it_inherits_from_is_over(root: Path, file: Path) -> None:
+    with session_on(file, root) as session:
+        given_out = drive(begun(session))
+        assert [spec.phase for spec in given_out] == ["alpha"] * 4 + ["projection"] * 2
+        assert session.is_over()
+
+
+def test_the_winner_of_a_phase_becomes_the_base_of_the_next(root: Path, file: Path) -> None:
+    with session_on(file, root) as session:
+        given_out = drive(begun(session), longer_alpha_wins)
+        assert session.state.phases["alpha"].winner == "alpha=0.4"
+        assert session.state.phases["projection"].base == {"model.alpha": 0.4}
+    later = [spec for spec in given_out if spec.phase == "projection"]
+    assert {spec.config.model.alpha for spec in later} == {0.4}
+    assert {spec.config.project_every for spec in later} == {3}  # 1 is the winner itself, known already
+
+
+def test_without_a_winner_the_base_stays_as_it_was(root: Path, file: Path) -> None:
+    with session_on(file, root) as session:
+        given_out = drive(begun(session), lambda spec: pretend(spec, gain=0.0))
+        assert session.state.phases["alpha"].winner == "alpha=0.05"
+    assert {spec.config.model.alpha for spec in given_out if spec.phase == "projection"} == {0.05}
+
+
+def test_independent_phases_are_at_work_together_and_dependent_ones_wait(
+    tmp_path: Path, corpus: Path, root: Path
+) -> None:
+    with session_on(write_file(tmp_path, corpus, phases=DIAMOND), root) as session:
+        begun(session)
+        specs = []
+        while (spec := session.next_trial()) is not None:
+            specs.append(spec)
+        assert {spec.phase for spec in specs} == {"base_lr", "other"}
+        assert not session.is_over()
+        for spec in specs:
+            session.trial_ended(spec.trial_id, pretend(spec))
+        assert {spec.phase for spec in drive(session)} == {"wide"}
+        assert session.is_over()
+
+
+def test_seeds_come_first_so_that_every_arm_has_a_result_early(root: Path, file: Path) -> None:
+    with session_on(file, root) as session:
+        given_out = drive(begun(session), most=4)
+    assert [(spec.seed, spec.arm) for spec in given_out] == [
+        (1, "alpha=0.05"),
+        (1, "alpha=0.4"),
+        (2, "alpha=0.05"),
+        (2, "alpha=0.4"),
+    ]
+
+
+def test_a_trial_that_two_phases_share_is_trained_once_and_recorded_in_both(
+    tmp_path: Path, corpus: Path, root: Path
+) -> None:
+    trained = finish(write_file(tmp_path, corpus, phases=TWINS), root)
+    assert len(trained) == len(set(trained)) == 6
+    rows = records(root)
+    shared = [row for row in rows if row["phase"] == "second" and row["arm"] != "project_every=3"]
+    assert len(shared) == 4
+    assert {row["reused_from"] for row in shared} == {"first"}
+    assert {row["reused_from"] for row in rows if row not in shared} == {None}
+    first = {row["trial_id"]: row["metrics"] for row in rows if row["phase"] == "first"}
+    assert {row["trial_id"]: row["metrics"] for row in shared} == first
+
+
+# ---- one at a time -------------------------------------------------------------------------------------------------
+
+
+def test_a_second_session_on_the_directory_is_told_who_has_it(root: Path, file: Path) -> None:
+    with session_on(file, root) as session:
+        begun(session)
+        with pytest.raises(Busy, match=rf"{root} is in use by another run \(process {os.getpid()}\)"):
+            session_on(file, root).__enter__()
+        assert session.next_trial() is not None  # and the first goes on undisturbed
+    with session_on(file, root) as session:
+        assert session.state.campaign["campaign"] == "tiny"
+
+
+def test_a_killed_process_does_not_keep_the_lock(root: Path, file: Path) -> None:
+    code = f"""
+import os, signal
+from pathlib import Path
+from tests.helpers.tiny_campaign import session_on
+session_on(Path({str(file)!r}), Path({str(root)!r})).__enter__()
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    killed = subprocess.run([sys.executable, "-c", code], cwd=ROOT)
+    assert killed.returncode == -9
+    assert (root / "campaign.pid").exists()
+    assert len(finish(file, root)) == 6
+    assert not (root / "campaign.pid").exists()
+
+
+def test_an_error_in_the_middle_lets_go_of_the_directory(root: Path, file: Path) -> None:
+    with pytest.raises(RuntimeError, match="boom"), session_on(file, root) as session:
+        begun(session)
+        raise RuntimeError("boom")
+    assert not (root / "campaign.pid").exists()
+    assert len(finish(file, root)) == 6
+
+
+def test_a_damaged_journal_is_refused_and_the_directory_let_go(root: Path, file: Path) -> None:
+    finish(file, root)
+    journal = root / "journal.jsonl"
+    whole = journal.read_bytes()
+    journal.write_bytes(whole.replace(b"trial_started", b"trial_startled", 1))
+    with pytest.raises(JournalError):
+        session_on(file, root).__enter__()
+    assert not (root / "campaign.pid").exists()
+    journal.write_bytes(whole)
+    assert finish(file, root) == []
+
+
+def test_a_place_that_cannot_be_a_folder_is_an_os_error(tmp_path: Path, file: Path) -> None:
+    (tmp_path / "results").write_text("a file")
+    with pytest.raises(OSError):
+        session_on(file, tmp_path / "results" / "tiny").__enter__()
+
+
+# ---- deaths, failures, divergence ----------------------------------------------------------------------------------
+
+
+def test_a_trial_whose_worker_dies_is_next_again_a_few_times_and_then_failed(root: Path, file: Path) -> None:
+    with session_on(file, root) as session:
+        begun(session)
+        spec = session.next_trial()
+        assert spec
+        for attempt in range(1, MOST_RETRIES + 1):
+            assert spec.attempt == attempt
+            session.worker_died(spec.trial_id, "killed")
+            again = session.next_trial()
+            assert again and again.trial_id == spec.trial_id
+            spec = again
+        session.worker_died(spec.trial_id, "killed")
+        result = session.state.results[spec.trial_id]
+        assert (result["status"], result["attempt"]) == ("failed", MOST_RETRIES + 1)
+        assert result["error"] == f"killed: its process was killed or crashed, {MOST_RETRIES + 1} times"
+        assert result["cause"] == "killed"
+        assert {s.trial_id for s in drive(session)}.isdisjoint({spec.trial_id})
+        assert session.is_over()
+
+
+def dying(root: Path, trial_id: str, *, step: int, began: int = 0) -> None:
+    """What a worker leaves behind that is killed at a step."""
+    folder = root / "trials" / trial_id
+    folder.mkdir(parents=True, exist_ok=True)
+    pulse = Pulse(folder, began=began)
+    pulse.beat(step)
+    pulse.close()
+
+
+def test_a_trial_that_kills_its_worker_at_the_same_step_twice_does_not_get_a_third_one(root: Path, file: Path) -> None:
+    with session_on(file, root) as session:
+        begun(session)
+        for step in (4, 5, 5):
+            spec = session.next_trial()
+            assert spec and spec.trial_id not in session.state.results
+            dying(root, spec.trial_id, step=step, began=3)
+            session.worker_died(spec.trial_id, "killed")
+        result = session.state.results[spec.trial_id]
+        assert (result["status"], result["cause"], result["attempt"]) == ("failed", "killed", 3)
+        assert result["error"].startswith("killed: it died at step 5 twice")
+        assert len(drive(session)) == 5, "and the others are not held up"
+
+
+def test_where_the_machine_had_no_memory_a_trial_has_one_more_try_with_nothing_beside_it(
+    root: Path, file: Path
+) -> None:
+    with session_on(file, root) as session:
+        begun(session)
+        first, second = session.next_trial(), session.next_trial()
+        assert first and second
+        session.worker_died(first.trial_id, "host_oom")
+        assert session.next_trial() is None, "the second one is still at work"
+        session.trial_ended(second.trial_id, pretend(second))
+        alone = session.next_trial()
+        assert alone and alone.trial_id == first.trial_id
+        assert session.next_trial() is None, "it has the machine for itself"
+        session.worker_died(first.trial_id, "host_oom")
+        result = session.state.results[first.trial_id]
+        assert (result["status"], result["cause"]) == ("failed", "host_oom")
+        assert (
+            result["error"] == "host_oom: the machine had no memory left, 2 times, the last time with nothing beside it"
+        )
+        assert session.next_trial() and session.next_trial(), "and then they are two at a time again"
+
+
+def test_when_ray_dies_all_running_trials_are_next_again_in_their_order(root: Path, file: Path) -> None:
+    with session_on(file, root) as session:
+        begun(session)
+        given_out = [session.next_trial() for _ in range(3)]
+        session.executor_lost("its process raylet is gone")
+        again = [session.next_trial() for _ in range(3)]
+        assert [spec and spec.trial_id for spec in again] == [spec and spec.trial_id for spec in given_out]
+        assert [spec and spec.attempt for spec in again] == [2, 2, 2]
+    assert [event["cause"] for event in events(root, "worker_died")] == ["ray_lost"] * 3
+
+
+def test_results_say_their_cause_and_code_errors_are_not_tried_again(root: Path, file: Path) -> None:
+    errors = iter(["ValueError: it broke", "torch.OutOfMemoryError: CUDA out of memory."])
+
+    def result_of(spec: TrialSpec) -> TrialResult:
+        error = next(errors, None)
+        return TrialResult("failed", error=f"Traceback\n{error}") if error else pretend(spec, status="diverged")
+
+    with session_on(file, root) as session:
+        assert len(drive(begun(session), result_of)) == 6
+    causes = [event["cause"] for event in events(root, "trial_finished")]
+    assert causes[:3] == ["code_error", "oom", "diverged"]
+
+
+def test_an_exception_in_the_middle_is_journaled_without_its_secrets_and_the_next_session_goes_on(
+    root: Path, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "canary-hf-1f0e2d3c4b5a")
+    with pytest.raises(RuntimeError), session_on(file, root) as session:
+        drive(begun(session), most=2)
+        raise RuntimeError("no answer to canary-hf-1f0e2d3c4b5a")
+    (crash,) = events(root, "crash")
+    assert "RuntimeError: no answer to ***" in crash["error"] and "canary" not in (root / "journal.jsonl").read_text()
+    assert len(finish(file, root)) == 4
+
+
+def test_the_heartbeat_and_the_wish_of_an_attempt_that_is_over_are_forgotten(root: Path, file: Path) -> None:
+    with session_on(file, root) as session:
+        begun(session)
+        spec = session.next_trial()
+        assert spec
+        session.ask_trials_to_stop()  # it has no folder yet, and nothing happens
+        dying(root, spec.trial_id, step=2)
+        session.ask_trials_to_stop()
+        assert is_asked_to_stop(spec.folder)
+        assert session.heartbeats() == {spec.trial_id: (1, Heartbeat(os.getpid(), 0, 2))}
+        session.worker_died(spec.trial_id, "killed")
+        assert session.next_trial() == replace(spec, attempt=2)
+        assert not is_asked_to_stop(spec.folder)
+        assert session.heartbeats() == {spec.trial_id: (2, None)}
+
+
+def test_interruptions_do_not_count_as_deaths(root: Path, file: Path) -> None:
+    for _ in range(MOST_RETRIES + 2):
+        with session_on(file, root) as session:
+            spec = begun(session).next_trial()
+            session.stop_requested = True
+            session.end()
+    with session_on(file, root) as session:
+        spec = begun(session).next_trial()
+        assert spec and spec.attempt == MOST_RETRIES + 3
+        session.worker_died(spec.trial_id, "killed")
+        again = session.next_trial()
+        assert again and again.trial_id == spec.trial_id
+
+
+def test_a_failed_trial_is_tried_again_by_the_next_session_and_its_phase_judged_anew(root: Path, file: Path) -> None:
+    with session_on(file, root) as session:
+        broken = drive(
+            begun(session), lambda spec: pretend(spec, status="failed" if spec.seed == 2 else "finished", gain=0.0)
+        )
+        summary = session.end()
+        assert summary["trials"]["failed"] == 3
+        assert summary["phases"][0]["winner"] == "alpha=0.05"
+    with session_on(file, root) as session:
+        again = drive(begun(session), lambda spec: pretend(spec, gain=0.0))
+        assert session.end()["trials"]["failed"] == 0
+    assert {spec.trial_id for spec in again} == {spec.trial_id for spec in broken if spec.seed == 2}
+    assert len(losses(root)) == 8
+
+
+def test_an_arm_that_diverged_never_wins(root: Path, file: Path) -> None:
+    def result_of(spec: TrialSpec) -> TrialResult:
+        bad = spec.config.model.alpha == 0.4 and spec.seed == 2
+        return pretend(spec, gain=5.0, status="diverged" if bad else "finished")
+
+    with session_on(file, root) as session:
+        drive(begun(session), result_of)
+        summary = session.end()
+    assert summary["status"] == "finished"
+    assert [phase["winner"] for phase in summary["phases"]] == ["alpha=0.05", "project_every=1"]
+    assert {arm["arm"]: arm["verdict"] for arm in summary["phases"][0]["arms"]}["alpha=0.4"] == "diverged"
+    assert finish(file, root) == []  # a divergence is a result: it is not tried again
+
+
+def test_a_campaign_of_which_everything_fails_still_ends(root: Path, file: Path) -> None:
+    with session_on(file, root) as session:
+        drive(begun(session), lambda spec: pretend(spec, status="failed"))
+        assert session.is_over()
+        summary = session.end()
+    assert (summary["status"], summary["trials"]["finished"], summary["trials"]["failed"]) == ("finished", 0, 6)
+
+
+# ---- the same command again ----------------------------------------------------------------------------------------
+
+
+def test_the_second_run_trains_nothing_and_says_the_same(root: Path, file: Path) -> None:
+    assert len(finish(file, root)) == 6
+    before = losses(root)
+    assert finish(file, root) == []
+    assert losses(root) == before
+
+
+@pytest.mark.parametrize("most", range(6))
+def test_interrupted_after_any_trial_nothing_is_trained_twice(root: Path, file: Path, most: int) -> None:
+    undisturbed = root.with_name("undisturbed")
+    finish(file, undisturbed)
+    first = finish(file, root, most=most)
+    second = finish(file, root)
+    assert (len(first), len(first) + len(second)) == (most, 6)
+    assert not set(first) & set(second)
+    assert losses(root) == losses(undisturbed)
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(cuts=st.lists(st.integers(0, 30), min_size=1, max_size=3))
+def test_a_journal_cut_off_anywhere_is_gone_on_with(
+    tmp_path_factory: pytest.TempPathFactory, corpus: Path, cuts: list[int]
+) -> None:
+    """What a power failure leaves: any number of whole events, then a part of one."""
+    folder = tmp_path_factory.mktemp("cut")
+    file, root = write_file(folder, corpus), folder / "tiny"
+    finish(file, folder / "undisturbed")
+    for cut in cuts:
+        finish(file, root)
+        journal = root / "journal.jsonl"
+        lines = journal.read_bytes().splitlines(keepends=True)
+        journal.write_bytes(b"".join(lines[:cut]) + b"".join(lines[cut : cut + 1])[:20])
+    finish(file, root)
+    assert losses(root) == losses(folder / "undisturbed")
+    assert read_state(root).status == "finished"
+
+
+def test_a_value_that_is_added_to_the_file_trains_only_what_is_new(tmp_path: Path, corpus: Path, root: Path) -> None:
+    one_phase = "\n  - name: alpha\n    vary: {alpha: [0.05, 0.4]}\n"
+    before = finish(write_file(tmp_path, corpus, phases=one_phase), root)
+    added = finish(write_file(tmp_path, corpus, phases=one_phase.replace("0.4", "0.2, 0.4")), root)
+    assert (len(before), len(added)) == (4, 2)
+    assert {row["config"]["model.alpha"] for row in records(root) if row["trial_id"] in added} == {0.2}
+    assert len(records(root)) == 6
+
+
+def test_a_seed_that_is_added_trains_only_that_seed(tmp_path: Path, corpus: Path, root: Path) -> None:
+    finish(write_file(tmp_path, corpus), root)
+    finish(write_file(tmp_path, corpus, seeds="[1, 2, 3]"), root)
+    trained = events(root, "trial_started")
+    assert [event["seed"] for event in trained].count(3) == len(trained) - 6 > 0
+    assert {event["seed"] for event in trained[6:]} == {3}
+
+
+def test_renaming_phases_and_reordering_arms_trains_nothing(tmp_path: Path, corpus: Path, root: Path) -> None:
+    first = "\n  - name: a\n    runs: [{arm: short, alpha: 0.05}, {arm: long, alpha: 0.4}]\n"
+    other = "\n  - name: b\n    runs: [{arm: lang, alpha: 0.4}, {arm: kurz, alpha: 0.05}]\n"
+    baseline = 2
+    assert len(finish(write_file(tmp_path, corpus, phases=first), root)) >= 4
+    assert len(finish(write_file(tmp_path, corpus, phases=other), root)) <= baseline
+
+
+def test_a_corpus_with_other_content_is_refused(root: Path, file: Path) -> None:
+    finish(file, root)
+    before = (root / "journal.jsonl").read_bytes()
+    with session_on(file, root) as session:
+        data = describe_data(session.campaign.base) | {"sha256": "0" * 64}
+        with pytest.raises(ConfigError, match=r"the corpus .* has changed since this campaign began .* another --out"):
+            session.begin(data)
+    assert (root / "journal.jsonl").read_bytes() == before
+
+
+def test_another_corpus_of_the_same_name_gives_other_trials(tmp_path: Path, root: Path, corpus: Path) -> None:
+    copy = tmp_path / "topics.txt"
+    copy.write_text(corpus.read_text())
+    first = finish(write_file(tmp_path, copy), root)
+    code = f"""
+from pathlib import Path
+from tests.tune.session.test_session import *
+import tune.report.html
+tune.report.html.write_report = lambda *_: None
+print(*finish(Path({str(tmp_path / "tiny.yaml")!r}), Path({str(root)!r})))
+"""
+    copy.write_text(corpus.read_text() + "one line more\n")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    second = done.stdout.split()
+    assert len(first) == len(second) == 6
+    assert not set(first) & set(second)
+
+
+# ---- what it leaves ------------------------------------------------------------------------------------------------
+
+
+def test_the_directory_holds_the_file_as_given_and_a_manifest(root: Path, file: Path) -> None:
+    finish(file, root)
+    assert (root / "campaign.yaml").read_text() == file.read_text()
+    manifest = json.loads((root / "manifest.json").read_text())
+    assert manifest["campaign"] == "tiny"
+    assert manifest["base"]["steps"] == 6
+    assert manifest["environment"]["torch"] and manifest["environment"]["python"]
+    assert len(manifest["data"]["sha256"]) == 64
+
+
+def test_a_phase_of_one_seed_is_announced_in_the_singular_and_with_what_it_starts_from(
+    tmp_path: Path, corpus: Path
+) -> None:
+    phases = """
+  - {name: a, vary: {alpha: [0.05, 0.1]}, seeds: [1]}
+  - {name: b, inherit: a, vary: {lr: [0.001, 0.002]}, seeds: [1]}
+"""
+    lines: list[str] = []
+    with session_on(write_file(tmp_path, corpus, phases=phases), tmp_path / "r") as session:
+        session.message = lines.append
+        drive(begun(session))
+    assert "phase a: 2 arms x 1 seed = 2 trials" in lines
+    assert "phase b: 3 arms x 1 seed = 3 trials on alpha=0.05, 1 of them known already" in lines
+
+
+def test_what_happens_is_said_in_one_line_each(root: Path, file: Path) -> None:
+    lines: list[str] = []
+    with session_on(file, root) as session:
+        session.message = lines.append
+        drive(begun(session), most=1)
+        drive(session, lambda spec: pretend(spec, status="failed"), most=1)
+    assert lines[0] == "phase alpha: 2 arms x 2 seeds = 4 trials"
+    assert lines[1].startswith("[1/8+] alpha  alpha=0.05 seed 1  val_loss 5.05")
+    assert lines[2].startswith("[2/8+] alpha  alpha=0.4 seed 1  failed: ValueError: it broke")
+    assert not any("\n" in line for line in lines)
+
+
+# ---- trials that are trained together ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def together(tmp_path: Path, corpus: Path) -> Path:
+    return write_file(tmp_path, corpus, vectorise=3)
+
+
+def test_without_it_every_group_is_a_single_trial(root: Path, file: Path) -> None:
+    with session_on(file, root) as session:
+        assert [len(begun(session).next_trials()) for _ in range(4)] == [1] * 4
+        assert session.next_trials() == []
+
+
+def test_a_group_is_the_next_trial_and_those_behind_it_of_its_graph(tmp_path: Path, corpus: Path, root: Path) -> None:
+    phases = "\n  - name: a\n    vary: {alpha: [0.1, 0.2, 0.3], batch_size: [8]}\n"
+    with session_on(write_file(tmp_path, corpus, phases=phases, seeds="[1]", vectorise=3), root) as session:
+        groups = [begun(session).next_trials(), session.next_trials(), session.next_trials()]
+        assert [sorted(spec.config.batch_size for spec in group) for group in groups] == [[4, 4, 4], [4], [8]]
+        started = [event["trial_id"] for event in events(root, "trial_started")]
+        assert started == [spec.trial_id for group in groups for spec in group] == list(session.state.running)
+
+
+def test_what_is_left_is_divided_among_the_workers(tmp_path: Path, corpus: Path, root: Path) -> None:
+    phases = "\n  - name: a\n    vary: {alpha: [0.1, 0.2, 0.3]}\n"
+    with session_on(write_file(tmp_path, corpus, phases=phases, seeds="[1, 2]", vectorise=8), root) as session:
+        begun(session).workers = 3
+        assert [len(session.next_trials()) for _ in range(4)] == [3, 3, 2, 0]
+
+
+@pytest.mark.parametrize(("step", "sizes"), [(2, [3, 3, 2]), (3, [3, 3, 1])])
+def test_a_worker_that_will_soon_be_free_is_left_its_share(
+    tmp_path: Path, corpus: Path, root: Path, step: int, sizes: list[int]
+) -> None:
+    phases = "\n  - name: a\n    vary: {alpha: [0.1, 0.2, 0.3]}\n"
+    with session_on(write_file(tmp_path, corpus, phases=phases, seeds="[1, 2]", vectorise=3), root) as session:
+        begun(session).workers = 2
+        found = [session.next_trials(), session.next_trials()]
+        for spec in found[0]:
+            session.trial_ended(spec.trial_id, pretend(spec))
+        for spec in found[1]:
+            spec.folder.mkdir(parents=True)
+            Pulse(spec.folder, began=step).close()  # of 6
+        assert [len(group) for group in (*found, session.next_trials())] == sizes
+
+
+def test_a_budget_counts_every_trial_of_a_group(root: Path, together: Path) -> None:
+    together.write_text(together.read_text() + "budget: {trials: 2}\n")
+    with session_on(together, root) as session:
+        assert len(begun(session).next_trials()) == 2
+        assert session.next_trials() == []
+
+
+def test_trials_that_their_process_died_under_are_then_trained_by_themselves(root: Path, together: Path) -> None:
+    with session_on(together, root) as session:
+        group = begun(session).next_trials()
+        for spec in reversed(group):
+            session.worker_died(spec.trial_id, "killed")
+        again = [session.next_trials() for _ in group]
+        assert [[spec.trial_id for spec in specs] for specs in again] == [[spec.trial_id] for spec in group]
+        assert {spec.attempt for (spec,) in again} == {2}

@@ -1,0 +1,344 @@
+"""The terminal: what fits, what is said, and that text from outside cannot do anything to it."""
+
+import io
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console, RenderableType
+from rich.text import Text
+
+from tune import format as fmt
+from tune.terminal.final_screen import final_screen, phase_table
+from tune.terminal.live import (
+    LiveConsole,
+    PlainConsole,
+    Running,
+    Snapshot,
+    live_view,
+    open_console,
+    trial_line,
+    words,
+)
+
+Summary = dict[str, Any]
+DELTA = "-0.0349 [-0.0379, -0.0319]".replace("-", fmt.MINUS)
+REPORT = Path("results/c/report.html")
+HOSTILE = ("[red]x[/]", "[/]", "\x1b[31mred\x1b[0m", "\x1b]0;title\x07t", "a\rb\nc", "[link=http://a]y", "\u202eevil")
+
+
+def printed(view: RenderableType, width: int = 80, encoding: str = "utf-8") -> list[str]:
+    raw = io.BytesIO()
+    stream = io.TextIOWrapper(raw, encoding=encoding)
+    console = Console(file=stream, width=width, height=24, force_terminal=False, color_system=None)
+    console.print(view)
+    stream.flush()
+    return raw.getvalue().decode(encoding).splitlines()
+
+
+def arm(name: str, verdict: str, mean: float | None, delta: float | None = None) -> Summary:
+    spread = {"mean": mean, "sd": 0.1, "ci_low": mean and mean - 0.01, "ci_high": mean and mean + 0.01}
+    effect = {"mean": delta, "ci_low": delta and delta - 0.003, "ci_high": delta and delta + 0.003, "p": 0.01}
+    return {"arm": name, "n": 3, "score": spread, "delta": effect if delta else None, "verdict": verdict} | {
+        "overrides": {},
+        "tokens_per_second": mean and 41234.0,
+        "tied_with_winner": verdict == "tie",
+    }
+
+
+def phase(name: str = "alpha", **more: Any) -> Summary:
+    arms = [
+        arm("alpha=0.15", "better", 4.3771, -0.0349),
+        arm("alpha=0.28", "tie", 4.3794, -0.0326),
+        arm("baseline", "baseline", 4.412),
+        arm("alpha=0.6", "diverged", None),
+    ]
+    noise = {"sd": 0.0041, "method": "paired", "correlation": 0.87, "df": 8, "smallest_detectable": 0.0063}
+    trials = {"total": 12, "finished": 11, "diverged": 1, "failed": 0, "stopped": 0, "reused": 0}
+    metric = {"name": "val_loss", "goal": "minimize"}
+    return (
+        {"phase": name, "arms": arms, "noise": noise, "trials": trials, "metric": metric, "inherit": None}
+        | {
+            "winner": "alpha=0.15",
+            "baseline": "baseline",
+            "why": "alpha=0.15 is better by 0.0349",
+            "seeds": [1, 2, 3],
+            "warnings": ["edge of the range"],
+            "min_effect": 0.005,
+        }
+        | more
+    )
+
+
+def campaign(*phases: Summary) -> Summary:
+    delta = {"mean": -0.0349, "ci_low": -0.0379, "ci_high": -0.0319, "p": 0.01}
+    answer = {
+        "sentence": "Use alpha=0.15.",
+        "phase": "alpha",
+        "winner": "alpha=0.15",
+        "delta": delta,
+        "confirmed": False,
+    }
+    chosen = list(phases or [phase()])
+    return {"campaign": "ngpt-gh200", "status": "finished", "answer": answer | {"overrides": {"model.alpha": 0.15}}} | {
+        "phases": chosen,
+        "trials": chosen[0]["trials"],
+        "tokens": 62_914_560,
+        "seconds": 83.0,
+        "trial_seconds": 240.7,
+        "problems": [],
+        "warnings": [f"{p['phase']}: {w}" for p in chosen for w in p.get("warnings") or []] + ["two torch versions"],
+    }
+
+
+def running(n: int = 1, name: str = "alpha=0.15") -> Running:
+    return Running(f"t{n}", "alpha", name, 2, 20, 200, 4.5, None, 41234.0)
+
+
+def snapshot(**more: Any) -> Snapshot:
+    facts: dict[str, Any] = {
+        "campaign": "ngpt-gh200",
+        "status": "running",
+        "phase": "alpha",
+        "phase_number": 2,
+        "n_phases": 3,
+        "done": 12,
+        "total": 29,
+        "total_is_final": False,
+        "reused": 4,
+        "unsuccessful": 1,
+        "elapsed": 83.0,
+        "eta": 125.0,
+        "running": (running(),),
+        "best": ("alpha=0.15", 4.3771, 3),
+        "metric": "val_loss",
+        "dashboard_url": "http://127.0.0.1:8265",
+        "phases": (phase("first"),),
+    }
+    return Snapshot(**(facts | more))
+
+
+def test_live_view_says_what_runs_and_how_far_it_is() -> None:
+    text = "\n".join(printed(live_view(snapshot())))
+    said = ("ngpt-gh200", "phase 2 of 3", "12/29+", "1 m 23 s", "about 2 m 05 s left", "20/200", "4.5000", "41.2k")
+    for part in (*said, "4.3771", "first", "http://127.0.0.1:8265", "4 reused", "1 failed or diverged"):
+        assert part in text
+
+
+@pytest.mark.parametrize("slots", [0, 1, 6, 64])
+@pytest.mark.parametrize("n_phases", [0, 1, 20])
+def test_live_view_fits_a_terminal_of_80_by_24(slots: int, n_phases: int) -> None:
+    long = "project_every=10, alpha_kind=vector, optim.muon.learning_rate=0.00012345"
+    view = snapshot(
+        campaign="a-campaign-with-a-name-that-somebody-made-very-long-indeed-" * 2,
+        running=tuple(running(n, long) for n in range(slots)),
+        phases=tuple(phase(f"phase-{n}-{long}", winner="alpha=0.15") for n in range(n_phases)),
+        best=(long, 4.3, 3),
+    )
+    lines = printed(live_view(view))
+    assert len(lines) <= 23
+    assert max(map(len, lines)) <= 80
+    assert ("more" in "\n".join(lines)) == (slots == 64)
+
+
+def test_live_view_works_before_anything_is_known() -> None:
+    empty = Running("t", "p", "a", 1, 0, 0, None, None, None)
+    view = snapshot(phase=None, total=0, done=0, eta=None, best=None, dashboard_url=None, phases=(), running=(empty,))
+    assert fmt.MISSING in "\n".join(printed(live_view(view)))
+
+
+@pytest.mark.parametrize("width", [40, 80, 100, 120, 200])
+def test_final_screen_fits_its_width_and_says_every_number(width: int) -> None:
+    lines = printed(final_screen(campaign(), report=REPORT), width)
+    assert max(map(len, lines)) <= width
+    text = " ".join(" ".join(lines).split())
+    if width >= 80:
+        for part in ("4.3771 ± 0.0100", DELTA, "better", "diverged", "baseline", "41.2k"):
+            assert part in text
+        for part in ("alpha=0.15 is better by 0.0349.", "edge of the range.", "12 trials", "62.9M tokens", "1 m 23 s"):
+            assert part in text
+    assert "Use alpha=0.15." in text
+
+
+@pytest.mark.parametrize("width", [60, 66])
+def test_a_narrow_final_screen_still_says_which_arm_has_which_number(width: int) -> None:
+    names = ["alpha=0.1696, optim.lr=0.009307", "alpha=0.3152, optim.lr=0.006957", "baseline"]
+    verdicts = [("better", -0.0349), ("tie", -0.0326), ("baseline", None)]
+    arms = [arm(name, verdict, 9.4312, delta) for name, (verdict, delta) in zip(names, verdicts, strict=True)]
+    lines = printed(phase_table(phase(arms=arms), width=width), width)
+    assert max(map(len, lines)) <= width
+    for name, (verdict, _) in zip(names, verdicts, strict=True):
+        first, *rest = name.split()
+        row = next(n for n, line in enumerate(lines) if line.startswith(first))
+        assert "9.4312" in lines[row] and verdict in lines[row]
+        assert all(word in lines[row + n] for n, word in enumerate(rest, 1))
+
+
+def test_a_long_name_is_worth_more_than_the_speed() -> None:
+    arms = [arm("an arm of eight short words in all", "better", 4.3771, -0.0349), arm("baseline", "baseline", 4.412)]
+    lines = printed(phase_table(phase(arms=arms), width=76), 76)
+    assert "tok/s" not in lines[0] and any("an arm of eight" in line for line in lines)
+
+
+def test_final_screen_ends_with_the_answer_the_report_and_what_to_do_next() -> None:
+    text = " ".join(printed(final_screen(campaign(), report=REPORT), 120))
+    order = ["is better by", "Use alpha=0.15.", "ties with", "12 trials", "two torch versions", str(REPORT), "fresh 5"]
+    places = [text.rindex(part) for part in order]
+    assert places == sorted(places)
+    assert text.count("edge of the range") == 1
+
+
+def test_the_winner_is_named_by_its_settings_and_a_baseline_that_stays_by_its_name() -> None:
+    summary = campaign()
+    summary["answer"]["winner"] = "winner"  # as `runs: [{arm: winner, ...}]` calls it
+    text = "\n".join(printed(final_screen(summary, report=REPORT), 120))
+    assert re.search(r"winner +model\.alpha=0\.15 ", text) and re.search(r"arm +winner +in phase alpha", text)
+    summary["answer"] |= {"winner": "baseline", "overrides": {}}
+    assert re.search(r"winner +baseline +in phase alpha", "\n".join(printed(final_screen(summary, report=REPORT), 120)))
+
+
+def test_picture_of_the_intervals_needs_room() -> None:
+    assert "better ←" not in " ".join(printed(phase_table(phase(), width=80), 80))
+    rows = printed(phase_table(phase(), width=120), 120)
+    assert "better ←" in rows[0]
+    assert re.search(r"─●─+ +│", rows[2])
+
+
+def test_arrow_points_to_larger_values_where_those_are_better() -> None:
+    arms = [arm("a", "better", 0.6, 0.1), arm("baseline", "baseline", 0.5)]
+    table = phase_table(phase(arms=arms, metric={"name": "accuracy", "goal": "maximize"}), width=120)
+    assert "→ better" in printed(table, 120)[0]
+
+
+def test_large_phase_shows_its_best_arms_and_the_baseline() -> None:
+    arms = [arm(f"a={n}", "worse", 5.0 + n, 0.1) for n in range(100)] + [arm("baseline", "baseline", 200.0)]
+    text = "\n".join(printed(phase_table(phase(arms=arms)), 100))
+    assert "a=11 " in text and "a=12 " not in text
+    assert "baseline" in text and "88 more" in text
+
+
+@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize(
+    "own",
+    [
+        phase(arms=[], winner=None, why="", noise=None, trials=None),
+        phase(arms=[arm("baseline", "baseline", None)], seeds=[1]),
+        phase(arms=[arm("a", "failed", None)], winner=None, metric=None, warnings=None),
+    ],
+)
+def test_final_screen_works_with_little_to_say(own: Summary, width: int) -> None:
+    bare = {"campaign": "c", "status": "incomplete", "phases": [own]}
+    for summary in (campaign(own), bare, {"campaign": "c"}):
+        text = "\n".join(printed(final_screen(summary, report=REPORT), width))
+        assert "None" not in text and str(REPORT) in text
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_names_are_printed_and_do_nothing(name: str) -> None:
+    own = phase(name, why=name, warnings=[name], winner=name, inherit=name, metric={"name": name, "goal": name})
+    own["arms"][0] |= {"arm": name, "verdict": name}
+    summary = campaign(own) | {"campaign": name, "warnings": [name], "status": name}
+    summary["answer"] |= {"sentence": name, "winner": name, "overrides": {name: name}, "phase": name}
+    view = snapshot(campaign=name, status=name, phase=name, running=(running(1, name),), best=(name, 1.0, 1))
+    for screen in (final_screen(summary, report=REPORT), live_view(view)):
+        text = "\n".join(printed(screen, 100))
+        assert words(name).plain in text
+        assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", text)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_screens_can_be_written_in_any_encoding(encoding: str) -> None:
+    for view in (final_screen(campaign(phase("日本")), report=REPORT), live_view(snapshot(campaign="日本"))):
+        assert "alpha=0.15" in "\n".join(printed(view, 120, encoding))
+
+
+def test_trial_line_is_one_line_with_the_numbers_that_there_are() -> None:
+    line = trial_line(
+        done=12,
+        total=29,
+        phase="alpha",
+        arm="alpha=0.15",
+        seed=2,
+        loss=4.32111,
+        tokens_per_second=12345.0,
+        seconds=4.12,
+    )
+    assert line == "[12/29] alpha  alpha=0.15 seed 2  val_loss 4.3211  12.3k tok/s  4.1 s"
+    bare = trial_line(
+        done=3, total=29, phase="p", arm="a\x1b[31m\nb", seed=1, status="failed", error="out\nof", total_is_final=False
+    )
+    assert bare == "[ 3/29+] p  a b seed 1  failed: out of"
+
+
+def test_plain_console_writes_a_line_for_each_event(capsys: pytest.CaptureFixture[str]) -> None:
+    with PlainConsole() as console:
+        console.message("one \x1b[31mred\x1b[0m [bold]thing[/]")
+        console.message("two\nlines")
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", "one red [bold]thing[/]\ntwo lines\n")
+
+
+def test_lines_that_nobody_reads_any_more_end_no_campaign(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    with os.fdopen(writer, "wb", buffering=0) as raw:
+        monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(raw, write_through=True))
+        os.close(reader)
+        with PlainConsole() as console:
+            console.message("one")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # the thread that draws may end
+def test_a_terminal_that_is_gone_ends_no_campaign() -> None:
+    master, slave = os.openpty()
+    terminal = os.fdopen(slave, "w")
+    with terminal, LiveConsole(snapshot, Console(file=terminal, force_terminal=True, width=80, height=24)) as console:
+        os.close(master)
+        console.message("one")
+
+
+def test_console_is_plain_where_stderr_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    assert isinstance(open_console(snapshot), PlainConsole)
+
+
+def test_console_is_live_on_a_terminal_that_can_redraw(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setenv("TERM", "xterm-256color")
+    assert isinstance(open_console(snapshot), LiveConsole)
+    monkeypatch.setenv("TERM", "dumb")
+    assert isinstance(open_console(snapshot), PlainConsole)
+
+
+def test_live_console_draws_the_snapshot_and_prints_messages_above_it() -> None:
+    stream = io.StringIO()
+    seen: list[int] = []
+
+    def state() -> Snapshot:
+        seen.append(1)
+        return snapshot(done=len(seen))
+
+    with LiveConsole(state, Console(file=stream, force_terminal=True, width=80, height=24)) as console:
+        console.message("trial [red]t1[/] done")
+    text = stream.getvalue()
+    assert seen and "phase 2 of 3" in text
+    assert text.index("trial [red]t1[/] done") > 0
+
+
+def test_what_a_terminal_echoes_at_the_cursor_does_not_break_the_view() -> None:
+    stream = io.StringIO()
+    with LiveConsole(snapshot, Console(file=stream, force_terminal=True, width=80, height=24)):
+        drawn = stream.getvalue()
+    assert Text.from_ansi(drawn).plain.endswith("\n")  # the cursor is on a line of its own, with room for ^C
+
+
+def test_live_console_leaves_stdout_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    with LiveConsole(snapshot, Console(file=io.StringIO(), force_terminal=True, width=80, height=24)):
+        print("data")
+    assert capsys.readouterr().out == "data\n"

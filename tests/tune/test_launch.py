@@ -1,0 +1,142 @@
+"""The order of things in one run: errors of the corpora come out before a trial starts, and nothing stays locked."""
+
+import contextlib
+import json
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from ngpt.config.base import ConfigError
+from tests.helpers.wandb_file import python
+from tune.campaign import load_campaign
+from tune.launch import Background, launch
+from tune.storage.journal import read_journal
+from tune.terminal.live import Snapshot
+
+TINY = """
+campaign: tiny
+seeds: [1, 2]
+base:
+  model: {{n_layer: 1, n_head: 2, n_embd: 16, block_size: 16}}
+  data: {{corpus: {corpus}, tokenizer: "sentencepiece:400"}}
+  batch_size: 2
+  steps: 2
+  eval_tokens: 64
+vary: {{alpha: [0.05, 0.2]}}
+"""
+
+
+@contextlib.contextmanager
+def recorder(lines: list[str]) -> Iterator[SimpleNamespace]:
+    yield SimpleNamespace(message=lines.append)
+
+
+def test_an_inline_run_trains_everything_and_reports_it_line_by_line(corpus: Path, tmp_path: Path) -> None:
+    path, lines = tmp_path / "tiny.yaml", []
+    path.write_text(TINY.format(corpus=corpus))
+
+    def view(snapshot: Callable[[], Snapshot]) -> contextlib.AbstractContextManager:
+        assert snapshot().status == "running"
+        return recorder(lines)
+
+    summary, signal = launch(load_campaign(path), tmp_path / "out", command="again", inline=True, view=view)
+    assert (summary["status"], signal) == ("finished", 0)
+    assert summary["trials"]["finished"] == 4
+    assert summary["command"] == "again"
+    assert sum("val_loss" in line and line.startswith("[") for line in lines) == 4
+
+
+@pytest.mark.parametrize("reason", ["compile is on", None])
+def test_a_run_says_why_its_trials_cannot_be_trained_together(
+    reason: str | None,
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY.format(corpus=corpus) + "resources: {vectorise: 2}\n")
+    campaign = load_campaign(path, ["compile=true"] if reason else [])
+    monkeypatch.setattr("tune.launch.run_inline", lambda session: None)  # what comes before it is asked
+    launch(campaign, tmp_path / "out", command="again", inline=True, view=lambda snapshot: recorder([]))
+    said = capsys.readouterr().err
+    assert ("vectorise 2 has no effect: compile is on" in said) == bool(reason)
+
+
+def test_a_corpus_that_cannot_be_prepared_is_an_error_before_any_trial(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY.format(corpus=corpus))
+
+    def fail(*_: object) -> None:
+        raise ConfigError("no such text")
+
+    monkeypatch.setattr("tune.launch.prepare_all", fail)
+    with pytest.raises(ConfigError, match="no such text"):
+        launch(load_campaign(path), tmp_path / "out", command="", inline=True)
+    assert read_journal(tmp_path / "out" / "journal.jsonl") == []
+    monkeypatch.undo()
+    summary, _ = launch(load_campaign(path), tmp_path / "out", command="", inline=True)  # the lock is free again
+    assert summary["status"] == "finished"
+
+
+def test_a_call_in_the_background_hands_over_its_result_or_its_error() -> None:
+    assert Background(lambda: 42).result() == 42
+    with pytest.raises(ZeroDivisionError):
+        Background(lambda: 1 // 0).result()
+
+
+def test_a_campaign_with_nothing_left_to_train_does_not_start_ray(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY.format(corpus=corpus))
+    first, _ = launch(load_campaign(path), tmp_path / "out", command="", inline=True)
+    monkeypatch.setattr("tune.launch.Keeper", None)  # to start it would now fail
+    again, _ = launch(load_campaign(path), tmp_path / "out", command="")
+    assert [arm["val_loss"] for arm in again["phases"][0]["arms"]] == [
+        arm["val_loss"] for arm in first["phases"][0]["arms"]
+    ]
+    path.write_text(TINY.format(corpus=corpus).replace("0.2]", "0.2, 0.3]"))
+    with pytest.raises(TypeError):
+        launch(load_campaign(path), tmp_path / "out", command="")
+
+
+TRACKED = """
+import contextlib, json, os, types
+from pathlib import Path
+from ngpt.config.base import ConfigError
+from tune.campaign import load_campaign
+from tune.storage.journal import read_journal
+from tune.launch import launch
+quiet = lambda snapshot: contextlib.nullcontext(types.SimpleNamespace(message=lambda text: None))
+for mode in ("online", "auto", "auto"):
+    campaign = load_campaign(Path("tiny.yaml"), (f"tracker.wandb={mode}", "tracker.log_every=1"))
+    try:
+        launch(campaign, Path("out"), command="", inline=True, view=quiet)
+    except ConfigError as error:
+        print(error)
+    journal = read_journal(Path("out", "journal.jsonl"))
+    ends = [event for event in journal if event["event"] == "trial_finished"]
+    print(json.dumps([[event["status"], event["config"]["tracker.wandb"]] for event in ends]))
+"""
+
+
+def test_whether_weights_and_biases_can_be_reached_is_asked_once_per_campaign(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "tiny.yaml").write_text(TINY.format(corpus=corpus).replace("seeds: [1, 2]", "seeds: [1]"))
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+    key = {"WANDB_API_KEY": "0123456789abcdef" * 3, "WANDB_BASE_URL": url}
+    done = python(TRACKED, tmp_path, NGPT_CACHE=str(tmp_path / "cache"), **key)
+    refusal, before, first, second = done.stdout.splitlines()
+    assert refusal.startswith("tracker.wandb is online, but 127.0.0.1 cannot be reached")
+    assert json.loads(before) == []
+    assert json.loads(first) == json.loads(second) == [["finished", "offline"]] * 2
+    (said,) = [line for line in done.stderr.splitlines() if line.startswith("W&B")]  # and not again for nothing to do
+    assert said.startswith("W&B: offline, since 127.0.0.1 cannot be reached")
+    assert said.endswith("upload later with: wandb sync out/trials/*/wandb/offline-run-*")
+    assert len(list(tmp_path.glob("out/trials/*/wandb/offline-run-*/run-*.wandb"))) == 2

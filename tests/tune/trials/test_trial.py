@@ -1,0 +1,207 @@
+"""One trial: it continues where it was interrupted, dies into a record, and leaves nothing to the next one."""
+
+import hashlib
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from ngpt.config.base import flatten, override
+from ngpt.data.dataset import DataConfig
+from ngpt.training.config import TrainConfig
+from tests.helpers import ROOT
+from tests.helpers.tiny_run import finish
+from tune.trials.trial import CONTEXT, TrialResult, TrialSpec, cap_memory, code_hash, machine, run_trial
+
+UNTIMED = ("val_loss", "val_bpb", "train_loss", "steps", "tokens", "n_params")
+
+
+@pytest.fixture
+def spec(tiny: TrainConfig, tmp_path: Path) -> TrialSpec:
+    return TrialSpec(
+        trial_id="t", phase="alpha", arm="alpha=0.2", seed=1, config=tiny, folder=tmp_path / "t", threads=1, attempt=1
+    )
+
+
+def numbers(result: TrialResult) -> dict[str, float | None]:
+    return {name: result.metrics[name] for name in UNTIMED}
+
+
+def weights(folder: Path) -> str:
+    newest = max(folder.glob("checkpoints/step_*/model.safetensors"))
+    return hashlib.sha256(newest.read_bytes()).hexdigest()
+
+
+def test_a_finished_trial_has_metrics_and_says_where_they_come_from(spec: TrialSpec) -> None:
+    result = finish(run_trial(spec))
+    assert (result.status, result.error, result.metrics["steps"]) == ("finished", None, 8)
+    assert result.seconds > 0 and result.started_at is not None and result.started_at.endswith("+00:00")
+    about = result.provenance
+    assert (about["device"].split()[0], about["threads"], about["code_sha256"]) == ("cpu", 1, code_hash())
+    assert about["torch"] == str(torch.__version__) and len(about["data_sha256"]) == 64 and about["pid"] > 0
+    assert json.loads((spec.folder / "config.json").read_text()) == json.loads(json.dumps(flatten(spec.config)))
+
+
+def test_the_digest_of_the_code_tells_a_change_in_any_source_and_in_nothing_else(tmp_path: Path) -> None:
+    def digest(name: str, text: str) -> str:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+        code_hash.cache_clear()
+        return code_hash(tmp_path)
+
+    sources = ["loss.py", "head.cpp", "numbers.h", "data/loader.py"]
+    digests = [digest(name, text) for text in ("one", "two") for name in sources]
+    assert len(set(digests)) == len(digests)
+    assert digest("__pycache__/loss.pyc", "three") == digests[-1]
+
+
+def test_at_each_evaluation_it_says_what_its_record_is_if_it_is_stopped_there(spec: TrialSpec) -> None:
+    run = run_trial(spec)
+    _, second = next(run), next(run)
+    run.close()
+    rows = [json.loads(line) for line in (spec.folder / "metrics.jsonl").read_text().splitlines()]
+    assert (second.status, second.error, second.metrics["steps"]) == ("stopped", None, 3)
+    kept = ("val_loss", "val_bpb", "train_loss", "tokens")
+    assert {name: second.metrics[name] for name in kept} == {name: rows[-1][name] for name in kept}
+    assert second.metrics.keys() >= {*UNTIMED, "tokens_per_second", "peak_memory_bytes"}
+    assert second.metrics["n_params"] is None and second.seconds > 0
+    assert len(second.provenance["data_sha256"]) == 64 and second.provenance["code_sha256"] == code_hash()
+
+
+def test_it_yields_its_metrics_at_every_evaluation(spec: TrialSpec) -> None:
+    assert [so_far.metrics["steps"] for so_far in run_trial(spec)] == [0, 3, 6, 8]
+
+
+def test_a_trial_that_dies_becomes_a_result_with_the_error(spec: TrialSpec) -> None:
+    gone = override(spec.config, {"data.corpus": str(spec.folder / "nowhere.txt")})
+    result = finish(run_trial(replace(spec, config=gone)))
+    assert (result.status, result.metrics) == ("failed", {})
+    assert result.error is not None and "nowhere.txt" in result.error.splitlines()[-1]
+    assert result.error.startswith("Traceback")
+    assert (spec.folder / "error.txt").read_text() == result.error
+    assert result.provenance["device"] == machine("cpu", 1)["device"]
+    assert (spec.folder / "metrics.jsonl").read_text() == ""
+
+
+def test_a_long_error_keeps_its_end_in_the_record_and_all_of_it_in_the_file(
+    spec: TrialSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(data: DataConfig) -> None:
+        raise ValueError("x" * 10_000 + " the end")
+
+    monkeypatch.setattr("tune.trials.trial.opened", broken)
+    result = finish(run_trial(spec))
+    assert result.error is not None and len(result.error) == 4000 and result.error.endswith("x the end\n")
+    assert len((spec.folder / "error.txt").read_text()) > 10_000
+
+
+def test_a_folder_that_cannot_be_made_is_a_failed_trial_too(spec: TrialSpec, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    result = finish(run_trial(replace(spec, folder=tmp_path / "file" / "t")))
+    assert result.status == "failed"
+    assert result.error is not None and "NotADirectoryError" in result.error
+
+
+def test_a_diverged_trial_is_a_result_without_a_loss(spec: TrialSpec) -> None:
+    hot = override(spec.config, {"model.residual": "add", "optim.lr": 1e38})
+    result = finish(run_trial(replace(spec, config=hot)))
+    assert (result.status, result.error, result.metrics["val_loss"]) == ("diverged", None, None)
+    assert result.metrics["n_params"]
+    assert not (spec.folder / "error.txt").exists()
+
+
+@pytest.mark.parametrize("evaluations", [1, 2, 3])
+def test_an_interrupted_trial_continues_from_its_checkpoint_to_the_same_end(
+    spec: TrialSpec, tmp_path: Path, evaluations: int
+) -> None:
+    saving = replace(spec, config=override(spec.config, {"checkpoint.every": 2}))
+    undisturbed = finish(run_trial(replace(saving, folder=tmp_path / "undisturbed")))
+    run = run_trial(saving)
+    for _ in range(evaluations):
+        next(run)
+    run.close()
+    kept = [path.name for path in sorted(spec.folder.glob("checkpoints/step_*"))]
+    steps = [so_far.metrics["steps"] for so_far in run_trial(replace(saving, attempt=2))]
+    assert kept == [f"step_{step:07d}" for step in ([], [2], [2, 4])[evaluations - 1]]
+    assert steps == ([0, 3, 6, 8], [3, 6, 8], [6, 8])[evaluations - 1]
+    assert weights(spec.folder) == weights(tmp_path / "undisturbed")
+    rows = [json.loads(line) for line in (spec.folder / "metrics.jsonl").read_text().splitlines()]
+    evaluated = [row["step"] for row in rows if "val_loss" in row]
+    assert evaluated == [0, 3, 6, 8]
+    assert rows[-1]["val_loss"] == undisturbed.metrics["val_loss"]
+
+
+def test_an_interrupted_trial_has_no_error_file(spec: TrialSpec) -> None:
+    run = run_trial(spec)
+    next(run)
+    run.close()
+    assert not (spec.folder / "error.txt").exists()
+
+
+def test_a_trial_after_others_equals_one_in_a_fresh_process_bit_for_bit(spec: TrialSpec, tmp_path: Path) -> None:
+    different = override(spec.config, {"seed": 9, "dtype": "bfloat16"})
+    other = replace(spec, folder=tmp_path / "other", threads=2, config=different)
+    broken = override(spec.config, {"data.corpus": "/nowhere.txt"})
+    finish(run_trial(other))
+    finish(run_trial(replace(spec, folder=tmp_path / "broken", config=broken)))
+    torch.manual_seed(1234)
+    torch.rand(100)
+    warm = finish(run_trial(replace(spec, folder=tmp_path / "warm")))
+    fresh = tmp_path / "fresh"
+    code = f"""
+import json
+from pathlib import Path
+from ngpt.config.base import build
+from ngpt.training.config import TrainConfig
+from tune.trials.trial import TrialSpec, run_trial
+from tests.tune.trials.test_trial import finish, numbers
+config = build(TrainConfig, json.loads({json.dumps(flatten(spec.config))!r}))
+result = finish(run_trial(TrialSpec("t", "p", "a", 1, config, Path({str(fresh)!r}), 1, 1)))
+print(json.dumps(numbers(result)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == numbers(warm)
+    assert weights(fresh) == weights(tmp_path / "warm")
+
+
+def test_a_trial_has_the_threads_it_was_given(spec: TrialSpec) -> None:
+    run = run_trial(replace(spec, threads=2))
+    next(run)
+    assert torch.get_num_threads() == 2
+    finish(run)
+    finish(run_trial(spec))
+    assert torch.get_num_threads() == 1
+
+
+def test_a_corpus_is_opened_once_per_process(spec: TrialSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    finish(run_trial(spec))
+
+    def never(data: DataConfig) -> None:
+        pytest.fail("opened again")
+
+    monkeypatch.setattr("tune.trials.trial.open_dataset", never)
+    assert finish(run_trial(replace(spec, folder=tmp_path / "second"))).status == "finished"
+
+
+def test_a_name_for_people(spec: TrialSpec) -> None:
+    assert spec.name == "alpha/alpha=0.2 seed 1"
+
+
+@pytest.mark.parametrize(("packed", "allowed"), [(1, None), (4, 1 / 4 - 0.01), (200, 0.01)])
+def test_trials_that_share_a_gpu_get_their_share_of_its_memory(
+    monkeypatch: pytest.MonkeyPatch, packed: int, allowed: float | None
+) -> None:
+    """torch's own checks of the arguments run; only what needs a driver is replaced."""
+    given: list[tuple[float, int]] = []
+    monkeypatch.setattr(torch.cuda.memory, "_lazy_init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 100 * CONTEXT))
+    fraction = "_cuda_setMemoryFraction"  # not there in a torch without CUDA
+    monkeypatch.setattr(torch._C, fraction, lambda share, device: given.append((share, device)), raising=False)
+    cap_memory(torch.device("cuda"), packed)
+    assert given == ([] if allowed is None else [(pytest.approx(allowed), 0)])
