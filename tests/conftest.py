@@ -13,7 +13,8 @@ from ngpt.config.base import build
 from ngpt.data.dataset import DataConfig, Dataset, open_dataset
 from ngpt.training.config import TrainConfig
 from tests.helpers.tiny_campaign import write_corpus
-from tune.campaign import Campaign, load_campaign
+from tune.campaign import load_campaign
+from tune.spec.schema import Campaign
 
 if not torch.cuda.is_available():
     # Where Triton is installed without a GPU its kernels run in its interpreter. It reads this when it is first

@@ -19,11 +19,9 @@ from tune import format as fmt
 from tune.analysis.asha import check_early_stop
 from tune.claims.reader import check_claims, read_claims
 from tune.spec.phase_reader import PhaseInFile, PhaseReader, arm_changes, chained_phase, check_name, read_seeds
-from tune.spec.schema import KINDS, Budget, Campaign, EarlyStop, Fresh, Header, Metric, Phase, Resources
+from tune.spec.schema import KINDS, Campaign, EarlyStop, Header, Phase
 from tune.spec.sweeps import BASELINE, Arm
 from tune.spec.validation import OPTION, ConfigChecker, Given, Problems, TooManyProblems
-
-__all__ = ["Budget", "Campaign", "Fresh", "Metric", "Phase", "Resources", "load_campaign"]
 
 TOP_KEYS = ("campaign", *Header.model_fields, "seeds", "base", "phases", *KINDS, "claims")
 SEEDS = (1, 2, 3)  # of a campaign that gives none

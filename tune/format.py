@@ -9,8 +9,6 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from tune.analysis.verdicts import detectable
-
 MISSING = "\u2013"  # en dash
 MINUS = "\u2212"  # as wide as a plus, so signs line up
 
@@ -309,38 +307,3 @@ def answer_phase(summary: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """The phase that the answer was read from."""
     name = (summary.get("answer") or {}).get("phase")
     return next((phase for phase in summary.get("phases") or [] if phase.get("phase") == name), None)
-
-
-def next_step(summary: Mapping[str, Any]) -> str:
-    """The most useful thing to do after reading this summary, in one sentence."""
-    answer, phases = summary.get("answer") or {}, summary.get("phases") or []
-    if summary.get("left_out"):
-        return "Raise `budget:` and run the same command again: it continues where it stopped and repeats nothing."
-    if summary.get("status") != "finished":
-        return "Run the same command again: it continues where it stopped and repeats nothing."
-    if (summary.get("trials") or {}).get("failed"):
-        return "See in the report what failed. The same command tries those trials again and repeats nothing else."
-    if answer.get("winner") and answer.get("delta"):
-        if not answer.get("confirmed"):
-            return "Confirm it on seeds nobody has looked at: add a phase with `arm: winner` and `seeds: fresh 5`."
-    elif phases:
-        more = _more_seeds(answer_phase(summary) or phases[-1])
-        if more:
-            return more
-    return "Your own question is one line away: change `vary:` and run again; what has finished is reused."
-
-
-def _more_seeds(phase: Mapping[str, Any]) -> str | None:
-    """What would have let an undecided phase see more; None if it has seen every effect that matters."""
-    seeds, arms, matters = phase.get("seeds") or [], phase.get("arms") or [], phase.get("min_effect")
-    noise = phase.get("noise") or {}
-    if len(seeds) == 1:
-        return "One seed carries no claim. Set `seeds: [1, 2, 3]` and run again: what has finished is reused."
-    if not matters or not noise.get("smallest_detectable"):
-        return None
-    needed, rules = len(seeds), {"method": noise["method"], "confidence": phase["confidence"]}
-    while (detectable(needed, len(arms), noise["sd"], **rules) or 0.0) > matters:
-        needed += 1 + needed // 20
-    if needed == len(seeds):
-        return None
-    return f"To see an effect of {matters:g} as well, about {needed} seeds are needed; finished ones are reused."

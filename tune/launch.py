@@ -10,7 +10,6 @@ from typing import Generic, TypeVar
 
 from ngpt.ensemble.train import unstackable
 from ngpt.training.tracker import settled
-from tune.campaign import Campaign
 from tune.executors.local import run_inline
 from tune.executors.orphans import end_marked
 from tune.executors.ray_process import Ready
@@ -19,11 +18,13 @@ from tune.machine import environment
 from tune.machine.estimate import check_budget
 from tune.machine.gpu_sharing import pack
 from tune.planning.changes import check_changes, find_changes
-from tune.results.costs import packing_fact
+from tune.report.wording import packing_fact
+from tune.results.snapshot import Snapshot
 from tune.results.summary import Summary
 from tune.session.datasets import check_all, describe_data, prepare_all
 from tune.session.session import Session
-from tune.terminal.live import Snapshot, open_console
+from tune.spec.schema import Campaign
+from tune.terminal.live import open_console
 
 Value = TypeVar("Value")
 

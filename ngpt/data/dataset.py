@@ -25,12 +25,12 @@ from ngpt.data.prepare import PROGRESS_FILE, TOKEN_BYTES_FILE, tokenize
 from ngpt.data.sampling import ORDERS
 from ngpt.data.shard_index import index_shards, known_vocab_size, shard_paths, shard_vocab_size
 from ngpt.data.sources import CORPORA, Corpus, ShardCorpus, shards_identity, text_corpus
-from ngpt.data.text.hub import cache_folder
 from ngpt.data.text.progress import Log, silent
 from ngpt.data.tokens.checksums import shard_crc
 from ngpt.data.tokens.shards import CorruptShardError, read_shard, token_crc
 from ngpt.data.tokens.tokenizer import parse_spec, tokenizer_identity, tokenizer_vocab_size
 from ngpt.system.atomic_files import commit_folder, write_json
+from ngpt.system.cache import cache_folder
 
 FORMAT = 1  # of the prepared folder; raise it when other tokens come out of the same corpus
 MANIFEST = "manifest.json"

@@ -13,7 +13,7 @@ import subprocess
 import uuid
 from pathlib import Path
 
-from ngpt.data.text.hub import cache_folder
+from ngpt.system.cache import cache_folder
 
 FLAGS = (
     *("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"),

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ngpt.data.text.hub import cache_folder
+from ngpt.system.cache import cache_folder
 
 VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 KEPT = 64  # graphs of one process; the code of the least recently used is forgotten

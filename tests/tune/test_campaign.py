@@ -21,8 +21,9 @@ from ngpt.data.sources import CORPORA
 from ngpt.model.residual import RESIDUAL_RULES
 from ngpt.optim.optimizers import OPTIMIZERS
 from ngpt.optim.schedule import SCHEDULES
-from tune.campaign import Campaign, Fresh, Metric, Resources, load_campaign
+from tune.campaign import load_campaign
 from tune.planning.plan import preview
+from tune.spec.schema import Campaign, Fresh, Metric, Resources
 from tune.spec.sweeps import SWEEPS, Arm, Axis
 from tune.spec.validation import with_absolute_paths
 

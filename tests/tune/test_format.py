@@ -7,6 +7,7 @@ import pytest
 from scipy.stats import nct, t
 
 from tune import format as fmt
+from tune.report.wording import next_step
 
 
 def test_losses_have_four_decimals_and_a_real_minus() -> None:
@@ -144,10 +145,10 @@ def summary(**answer: Any) -> dict[str, Any]:
 
 
 def test_next_step_fits_the_state_of_the_campaign() -> None:
-    assert "fresh 5" in fmt.next_step(summary())
-    assert "change `vary:`" in fmt.next_step(summary(confirmed=True))
-    assert "Run the same command again" in fmt.next_step(summary() | {"status": "interrupted"})
-    assert "tries those trials again" in fmt.next_step(summary() | {"trials": {"failed": 1}})
+    assert "fresh 5" in next_step(summary())
+    assert "change `vary:`" in next_step(summary(confirmed=True))
+    assert "Run the same command again" in next_step(summary() | {"status": "interrupted"})
+    assert "tries those trials again" in next_step(summary() | {"trials": {"failed": 1}})
 
 
 def test_next_step_without_a_winner_says_how_many_seeds_would_show_one() -> None:
@@ -158,15 +159,15 @@ def test_next_step_without_a_winner_says_how_many_seeds_would_show_one() -> None
         return float(nct.sf(t.ppf(0.975, n - 1), n - 1, 0.005 / (0.004 * sqrt(2 / n))))
 
     assert power(12) < 0.8 < power(13)  # more seeds also tell the noise better: two have one degree of freedom
-    assert "about 13 seeds" in fmt.next_step(undecided)
+    assert "about 13 seeds" in next_step(undecided)
     undecided["phases"][0]["seeds"] = list(range(13))
-    assert "seeds are needed" not in fmt.next_step(undecided)
+    assert "seeds are needed" not in next_step(undecided)
     undecided["phases"][0]["seeds"] = [1]
-    assert "One seed carries no claim" in fmt.next_step(undecided)
+    assert "One seed carries no claim" in next_step(undecided)
 
 
 def test_next_step_reads_the_last_phase_when_no_phase_won() -> None:
-    assert "about 13 seeds" in fmt.next_step(summary(winner=None, delta=None, phase=None))
+    assert "about 13 seeds" in next_step(summary(winner=None, delta=None, phase=None))
 
 
 def test_campaign_warnings_that_a_phase_shows_are_not_repeated() -> None:

@@ -13,8 +13,8 @@ from ngpt.config.base import ConfigError
 from tests.helpers.wandb_file import python
 from tune.campaign import load_campaign
 from tune.launch import Background, launch
+from tune.results.snapshot import Snapshot
 from tune.storage.journal import read_journal
-from tune.terminal.live import Snapshot
 
 TINY = """
 campaign: tiny

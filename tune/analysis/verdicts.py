@@ -27,6 +27,8 @@ from math import floor, fsum, log10, sqrt
 from statistics import fmean
 from typing import TYPE_CHECKING, Literal
 
+from tune.storage.records import Outcome
+
 if TYPE_CHECKING:  # numpy and scipy are imported where they are used: `--help` must not pay for them
     import numpy as np
 
@@ -39,14 +41,6 @@ POOLABLE = 5  # arms from which on the data may choose the method
 ROUNDING = 1e-12  # spreads and deltas below this share of the largest value are rounding, not noise
 LARGEST = 1e100  # squares of larger values overflow
 LAST = {"incomplete": 1, "failed": 2, "diverged": 3}  # their order after the arms that finished
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of one trial; `value` is the metric, None where there is none."""
-
-    status: Literal["finished", "diverged", "failed", "stopped", "missing"]
-    value: float | None = None
 
 
 @dataclass(frozen=True)

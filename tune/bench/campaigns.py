@@ -15,10 +15,11 @@ import psutil
 import torch
 
 from ngpt.training.throughput import step
-from tune.campaign import Campaign, load_campaign
+from tune.campaign import load_campaign
 from tune.launch import launch
 from tune.machine.environment import usable_cpus
 from tune.results.summary import Summary
+from tune.spec.schema import Campaign
 from tune.storage.journal import read_journal
 
 Figures = dict[str, Any]

@@ -26,8 +26,9 @@ from ngpt.training.config import TrainConfig, read_config, resolved
 from ngpt.training.throughput import step
 from tune.bench.campaigns import run
 from tune.bench.packing import packing_of
-from tune.campaign import Campaign, load_campaign
-from tune.results.costs import packing_fact
+from tune.campaign import load_campaign
+from tune.report.wording import packing_fact
+from tune.spec.schema import Campaign
 
 Figures = dict[str, Any]
 

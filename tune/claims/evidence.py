@@ -8,10 +8,11 @@ from statistics import fmean
 from typing import Any, Literal
 
 from tune import format as fmt
-from tune.analysis.verdicts import LARGEST, Cells, Delta, Judgement, Outcome, judge
+from tune.analysis.verdicts import LARGEST, Cells, Delta, Judgement, judge
 from tune.claims.selectors import ClaimArm, describe, is_number, matches, same, short, varied
 from tune.spec.schema import METRICS as LOSSES
 from tune.spec.schema import Claim
+from tune.storage.records import Outcome
 
 Verdict = Literal["reproduced", "refuted", "undecided", "no data"]
 Pair = tuple[ClaimArm, ClaimArm]

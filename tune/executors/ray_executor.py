@@ -30,9 +30,9 @@ from ray.tune.stopper import Stopper
 
 from ngpt.config.base import ConfigError
 from ngpt.system.heartbeat import ask_to_stop
-from tune.campaign import Resources
 from tune.executors.ray_trainable import NEWS, PAUSED, TrialWorker
 from tune.machine.environment import short_temporary, usable_cpus
+from tune.spec.schema import Resources
 from tune.trials.trial import TrialResult, TrialSpec
 
 # Ray Tune writes nothing of value for us: no loggers, no snapshots; and signals are ours (see inline.py).

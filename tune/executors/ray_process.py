@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from ngpt.config.base import ConfigError
-from tune.campaign import Resources
 from tune.executors.orphans import end_marked
+from tune.spec.schema import Resources
 
 
 @dataclass(frozen=True)

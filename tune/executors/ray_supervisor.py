@@ -17,12 +17,12 @@ from typing import Any
 import psutil
 
 from ngpt.config.base import ConfigError
-from tune.campaign import Resources
 from tune.executors.local import stop_on_signal
 from tune.executors.orphans import end_marked, is_alive, marked, marking
 from tune.executors.ray_process import Over, Ready, drive
 from tune.executors.watchdog import Watchdog
 from tune.session.session import ExecutorLost, Session
+from tune.spec.schema import Resources
 from tune.trials.retries import kernel_kills
 
 LOOK = 1.0  # seconds between two looks at Ray's processes and the heartbeats

@@ -173,7 +173,7 @@ def _disk(out: Path) -> Check:
 
 
 def _cache(out: Path) -> Check:
-    from ngpt.data.dataset import cache_folder
+    from ngpt.system.cache import cache_folder
 
     folder = cache_folder()
     there = next(parent for parent in (folder, *folder.parents) if parent.exists())
@@ -182,7 +182,7 @@ def _cache(out: Path) -> Check:
 
 
 def _compiled(out: Path) -> Check:
-    from ngpt.data.dataset import cache_folder
+    from ngpt.system.cache import cache_folder
 
     folders = [folder for name in COMPILED if (folder := cache_folder() / name).is_dir()]
     size = sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())

@@ -15,13 +15,14 @@ from ngpt.system.device import DTYPES, pick_device
 from ngpt.training.config import TrainConfig
 from tune import format as fmt
 from tune.analysis.verdicts import Method, detectable, judge
-from tune.campaign import Campaign
 from tune.machine.environment import usable_cpus
 from tune.machine.gpu_sharing import known_packing
-from tune.machine.throughput import device_key, known_speeds, measure_speeds, shape_key
+from tune.machine.throughput import device_key, known_speeds, measure_speeds
 from tune.planning.budget import describe
 from tune.planning.forecast import expected_phases, has_result, known_end
 from tune.planning.plan import PlannedPhase, trial_flops, trial_tokens, trial_work
+from tune.planning.shape import shape_key
+from tune.spec.schema import Campaign
 from tune.storage.journal import read_journal
 from tune.storage.state import State, replay
 

@@ -19,17 +19,17 @@ from typing import Any
 
 import torch
 
-from ngpt.data.dataset import cache_folder
 from ngpt.model.flops import flops_per_token
+from ngpt.system.cache import cache_folder
 from ngpt.system.device import pick_device
 from ngpt.training.config import TrainConfig
 from tune import format as fmt
-from tune.campaign import Campaign, Resources
 from tune.machine.concurrency_benchmark import CalibrationFailed, Point, describe_device, measure_together
 from tune.machine.environment import usable_cpus
 from tune.planning.equal_time import pace_key
 from tune.planning.forecast import expected_phases
 from tune.planning.plan import trial_flops, trial_tokens
+from tune.spec.schema import Campaign, Resources
 from tune.storage.state import DONE, State
 
 COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # trials at once that are tried, in this order

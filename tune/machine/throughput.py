@@ -2,35 +2,15 @@
 
 import json
 from collections.abc import Iterable, Mapping
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ngpt.config.base import content_hash
-from ngpt.data.dataset import cache_folder
-from ngpt.model.gpt import ModelConfig
+from ngpt.system.cache import cache_folder
 from ngpt.training.config import TrainConfig
-from tune.campaign import Campaign
 from tune.planning.plan import trial_work
-from tune.spec.schema import MOST_TRIALS
+from tune.planning.shape import shape_key
+from tune.spec.schema import Campaign
 from tune.storage.state import State
-
-SPEED_SETTINGS = ("batch_size", "micro_batch_size", "dtype")  # besides all of `model.`
-NOT_SPEED = ("model.alpha", "model.logit_scale", "model.rope_base")
-
-
-def shape_key(config: TrainConfig, together: int = 1) -> str:
-    """Configs with the same key take equally long per step, where so many of them are trained `together`."""
-    free = {name.removeprefix("model."): None for name in NOT_SPEED}
-    key = _shape(config.model.model_copy(update=free), *(getattr(config, name) for name in SPEED_SETTINGS))
-    return key if together == 1 else f"{key} x {together}"
-
-
-@lru_cache(maxsize=MOST_TRIALS)
-def _shape(model: ModelConfig, *rest: Any) -> str:
-    """The hash of a shape: thousands of trials have a few of them."""
-    others: dict[str, Any] = dict(zip(SPEED_SETTINGS, rest, strict=True))
-    return content_hash(model, leave_out={name.removeprefix("model.") for name in NOT_SPEED}, extra=others)
 
 
 def device_key(campaign: Campaign) -> str:

@@ -14,8 +14,8 @@ from ngpt.config.base import ConfigError, flatten, is_identity
 from ngpt.data.dataset import fingerprint
 from ngpt.training.config import TrainConfig
 from tune import format as fmt
-from tune.campaign import Campaign
 from tune.planning.forecast import expected_phases
+from tune.spec.schema import Campaign
 from tune.storage.state import DONE, State
 
 FLAG = "--allow-change"

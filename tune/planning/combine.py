@@ -11,24 +11,11 @@ verdicts pick the winner among the prefixes; those that cannot be told from it a
 own changes are joined, not what its phase had inherited: name that phase in `from` too, or `inherit:` it.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tune.spec.sweeps import Arm
-
-
-@dataclass(frozen=True)
-class Better:
-    """An arm that was better than its phase's baseline: by `gain` (positive), in units of the metric."""
-
-    arm: str
-    overrides: Mapping[str, Any]  # relative to its phase's base
-    gain: float
-
-    def without(self, settings: Collection[str]) -> "Better":
-        """The same arm, but for the settings that a phase decides for itself."""
-        return replace(self, overrides={name: v for name, v in self.overrides.items() if name not in settings})
+from tune.storage.records import Better
 
 
 def joins(found: Sequence[Better], possible: Callable[[Mapping[str, Any]], bool] = lambda overrides: True) -> list[Arm]:

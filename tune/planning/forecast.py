@@ -6,11 +6,11 @@ from typing import Any
 
 from ngpt.training.config import TrainConfig
 from tune.analysis.verdicts import judge
-from tune.campaign import Campaign
-from tune.machine.throughput import shape_key
-from tune.planning.combine import Better
 from tune.planning.plan import End, PlannedPhase, preview, trial_flops, trial_work
-from tune.storage.state import DONE, State, Work
+from tune.planning.shape import shape_key
+from tune.spec.schema import Campaign
+from tune.storage.records import Better, Work
+from tune.storage.state import DONE, State
 
 
 def planned_event(phase: PlannedPhase) -> dict[str, Any]:

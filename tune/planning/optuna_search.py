@@ -11,19 +11,8 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-from ngpt.config.base import ConfigError
 from tune.spec.search_space import Dimension, Search
 from tune.spec.sweeps import Arm
-
-ADVICE = "the package optuna is not installed: pip install 'ngpt-campaign[search]'"
-
-
-def check_optuna() -> None:
-    """Raises ConfigError, with the command that helps, where optuna is not installed."""
-    try:
-        import optuna  # noqa: F401
-    except ImportError:
-        raise ConfigError(ADVICE) from None
 
 
 @lru_cache(maxsize=256)

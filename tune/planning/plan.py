@@ -10,13 +10,13 @@ from ngpt.config.base import ConfigError, content_hash, override, settings
 from ngpt.data.dataset import fingerprint, order_settings
 from ngpt.model.flops import flops_per_token
 from ngpt.training.config import TrainConfig, resolved, rollback_settings
-from tune.analysis.verdicts import Outcome
-from tune.campaign import Campaign, Fresh, Phase
-from tune.planning.combine import Better, joins
+from tune.planning.combine import joins
 from tune.planning.equal_time import pace_key, steps_of_equal_time
 from tune.planning.optuna_search import proposed, score
+from tune.spec.schema import Campaign, Fresh, Phase
 from tune.spec.search_space import random_arms
 from tune.spec.sweeps import BASELINE, Arm
+from tune.storage.records import Better, Outcome
 
 Overrides = Mapping[str, Any]
 End = tuple[str, Sequence[Better]]  # of a phase: its winner, and the arms that were better

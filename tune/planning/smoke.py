@@ -8,7 +8,7 @@ from typing import Any
 from ngpt.config.base import flatten, override
 from ngpt.data.tokens.tokenizer import parse_spec
 from ngpt.training.config import TrainConfig
-from tune.campaign import Campaign, Fresh, Phase
+from tune.spec.schema import Campaign, Fresh, Phase
 from tune.spec.search_space import random_arms
 
 # Upper limits; what a campaign asks for below them it gets.

@@ -23,8 +23,18 @@ from tune.report import figures
 from tune.report.markdown import render_markdown
 from tune.report.phase_graph import inheritance_graph
 from tune.report.sweep_figures import MOST_BARS, parallel_figure, speed_figure
-from tune.report.wording import CLAIMS_NOTE, fact, importance_rows, is_named, moment, varied, went_wrong
-from tune.results.costs import cost_facts, troubles
+from tune.report.wording import (
+    CLAIMS_NOTE,
+    cost_facts,
+    fact,
+    importance_rows,
+    is_named,
+    moment,
+    next_step,
+    troubles,
+    varied,
+    went_wrong,
+)
 
 Summary = Mapping[str, Any]
 Curves = Iterable[Mapping[str, Any]]
@@ -89,7 +99,7 @@ def _environment() -> jinja2.Environment:
         "noise": fmt.noise,
         "interval_name": fmt.interval_name,
         "trial_counts": fmt.trial_counts,
-        "next_step": fmt.next_step,
+        "next_step": next_step,
         "own_warnings": fmt.own_warnings,
         "named": is_named,
         "varied": varied,

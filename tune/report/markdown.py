@@ -9,8 +9,7 @@ from typing import Any
 
 from tune import format as fmt
 from tune.report.phase_graph import handovers
-from tune.report.wording import CLAIMS_NOTE, fact, importance_rows, moment, went_wrong
-from tune.results.costs import cost_facts, troubles
+from tune.report.wording import CLAIMS_NOTE, cost_facts, fact, importance_rows, moment, next_step, troubles, went_wrong
 
 Summary = Mapping[str, Any]
 
@@ -56,7 +55,7 @@ def _markdown_answer(summary: Summary) -> str:
     facts += [("Cost", fmt.cost(summary))]
     lines = [f"# {cell(summary.get('campaign'))}", f"**{cell(answer.get('sentence') or 'There is no answer yet.')}**"]
     lines.append("\n".join(f"- {name}: {cell(text)}" for name, text in facts if text))
-    lines[-1] += f"\n- Next: {fmt.next_step(summary)}"
+    lines[-1] += f"\n- Next: {next_step(summary)}"
     return "\n\n".join(lines + [f"> Warning: {cell(fmt.sentence(text))}" for text in fmt.own_warnings(summary)])
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from tune import format as fmt
 from tune.analysis.importance import importance, is_number, sweep_axes
+from tune.analysis.verdicts import detectable
 
 # What to say of a trial that left no error behind.
 ENDS = {
@@ -78,3 +79,83 @@ def importance_rows(phase: Mapping[str, Any]) -> dict[str, Any] | None:
     metric = (phase.get("metric") or {}).get("name") or "val_loss"
     note = f"Share of the variance of {metric} over {found.arms} arms that each setting explains: {found.method}."
     return {"rows": rows, "note": note}
+
+
+def cost_facts(summary: Mapping[str, Any]) -> dict[str, str]:
+    """The cost of a campaign in words, by name; what is not known is left out."""
+    spent = summary.get("cost") or {}
+    facts = {
+        "trials": fmt.campaign_counts(summary.get("trials")),
+        "training tokens": fmt.count(summary.get("tokens")),
+        "wall time": fmt.duration(summary.get("seconds")),
+        "time inside trials": fmt.duration(summary.get("trial_seconds")),
+    }
+    if spent.get("device_hours") is not None:
+        facts["device hours"] = f"{spent['device_hours']:.3g}"
+    if spent.get("slots"):
+        facts["trials at a time"] = f"at most {spent['slots']}"
+    if packing := summary.get("packing"):
+        facts["packing"] = packing_fact(packing)
+    if spent.get("efficiency") is not None:
+        inside = fmt.duration(spent.get("step_seconds"))
+        facts["efficiency"] = f"{spent['efficiency']:.0%} ({inside} inside training steps over wall time times slots)"
+    return facts
+
+
+def packing_fact(packing: Mapping[str, Any]) -> str:
+    """How many trials shared a device, for people: the choice, why, and the curve it was chosen from."""
+    n = packing["trials_per_device"]
+    text = f"{n} trial{'' if n == 1 else 's'} at once on each device ({fmt.plain(packing['why'])})"
+    curve = [f"{point['trials']}: {fmt.count(point['tokens_per_second'])}" for point in packing["curve"]]
+    return f"{text}; tokens/s in all by trials at once: {', '.join(curve)}" if curve else text
+
+
+def troubles(summary: Mapping[str, Any]) -> list[str]:
+    """What went wrong besides trials that ended badly, one sentence each."""
+    found = []
+    for trial in (summary.get("cost") or {}).get("retried") or []:
+        place = f"{fmt.plain(trial['phase'])}/{fmt.plain(trial['arm'])} seed {trial['seed']}"
+        found.append(f"{place} was started {trial['attempts']} times; in the end: {fmt.plain(trial['status'])}.")
+    skipped = (summary.get("data") or {}).get("skipped_shards")
+    if skipped:
+        found.append(f"{skipped} corrupt shard{'s were' if skipped > 1 else ' was'} skipped when the data were read.")
+    phases = [phase for phase in summary.get("phases") or [] if phase.get("warnings")]
+    if phases:
+        counts = (f"{len(phase['warnings'])} in {fmt.plain(phase.get('phase'))}" for phase in phases)
+        found.append(f"Warnings stand with their phases: {fmt.listing(counts)}.")
+    return found
+
+
+def next_step(summary: Mapping[str, Any]) -> str:
+    """The most useful thing to do after reading this summary, in one sentence."""
+    answer, phases = summary.get("answer") or {}, summary.get("phases") or []
+    if summary.get("left_out"):
+        return "Raise `budget:` and run the same command again: it continues where it stopped and repeats nothing."
+    if summary.get("status") != "finished":
+        return "Run the same command again: it continues where it stopped and repeats nothing."
+    if (summary.get("trials") or {}).get("failed"):
+        return "See in the report what failed. The same command tries those trials again and repeats nothing else."
+    if answer.get("winner") and answer.get("delta"):
+        if not answer.get("confirmed"):
+            return "Confirm it on seeds nobody has looked at: add a phase with `arm: winner` and `seeds: fresh 5`."
+    elif phases:
+        more = _more_seeds(fmt.answer_phase(summary) or phases[-1])
+        if more:
+            return more
+    return "Your own question is one line away: change `vary:` and run again; what has finished is reused."
+
+
+def _more_seeds(phase: Mapping[str, Any]) -> str | None:
+    """What would have let an undecided phase see more; None if it has seen every effect that matters."""
+    seeds, arms, matters = phase.get("seeds") or [], phase.get("arms") or [], phase.get("min_effect")
+    noise = phase.get("noise") or {}
+    if len(seeds) == 1:
+        return "One seed carries no claim. Set `seeds: [1, 2, 3]` and run again: what has finished is reused."
+    if not matters or not noise.get("smallest_detectable"):
+        return None
+    needed, rules = len(seeds), {"method": noise["method"], "confidence": phase["confidence"]}
+    while (detectable(needed, len(arms), noise["sd"], **rules) or 0.0) > matters:
+        needed += 1 + needed // 20
+    if needed == len(seeds):
+        return None
+    return f"To see an effect of {matters:g} as well, about {needed} seeds are needed; finished ones are reused."

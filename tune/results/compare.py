@@ -13,8 +13,9 @@ from typing import Any
 
 from ngpt.config.base import ConfigError, is_identity, settings, unknown
 from ngpt.training.config import TrainConfig
-from tune.analysis.verdicts import Outcome, holm, judge
+from tune.analysis.verdicts import holm, judge
 from tune.results.phase_summary import phase_records
+from tune.storage.records import Outcome
 from tune.storage.state import State, read_state
 
 Comparison = dict[str, Any]

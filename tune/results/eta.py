@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from heapq import heapreplace
 from typing import Any
 
-from tune.storage.state import DONE, PhaseState, State, Work
-from tune.terminal.live import Running
+from tune.results.snapshot import Running
+from tune.storage.records import Work
+from tune.storage.state import DONE, PhaseState, State
 
 
 @dataclass

@@ -7,7 +7,8 @@ from dataclasses import asdict
 from statistics import fmean
 from typing import Any
 
-from tune.analysis.verdicts import ArmVerdict, Outcome, judge
+from tune.analysis.verdicts import ArmVerdict, judge
+from tune.storage.records import Outcome
 from tune.storage.state import ArmState, PhaseState, State
 
 Record = dict[str, Any]

@@ -10,9 +10,9 @@ from ngpt.system.heartbeat import read_heartbeat
 from ngpt.training.tracker import read_metrics
 from tune.results.eta import seconds_left
 from tune.results.phase_summary import summarize_phase
+from tune.results.snapshot import Running, Snapshot
 from tune.storage.lock import is_locked
 from tune.storage.state import PhaseState, State, read_state
-from tune.terminal.live import Running, Snapshot
 
 
 def take_snapshot(

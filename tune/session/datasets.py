@@ -6,8 +6,8 @@ from typing import Any
 from ngpt.data.dataset import DataConfig, open_dataset, prepare
 from ngpt.data.loader import eval_set
 from ngpt.training.config import TrainConfig
-from tune.campaign import Campaign
 from tune.planning.plan import preview
+from tune.spec.schema import Campaign
 
 
 def prepare_all(campaign: Campaign, log: Callable[[str], None]) -> None:

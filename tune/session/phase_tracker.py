@@ -11,13 +11,13 @@ from typing import Any
 from ngpt.training.recovery import Metrics
 from tune import format as fmt
 from tune.analysis.asha import EVENT, Ladder
-from tune.campaign import Campaign, Phase
-from tune.planning.combine import Better
 from tune.planning.equal_time import measure, pace_key
 from tune.planning.forecast import planned_event, stops_early, to_come
 from tune.planning.plan import PlannedPhase, Trial, inheritance, plan_phase, unmeasured
 from tune.results.summary import Summary, settings_text, write_phase
+from tune.spec.schema import Campaign, Phase
 from tune.storage.journal import Event
+from tune.storage.records import Better
 from tune.storage.state import State
 
 

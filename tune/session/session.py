@@ -19,7 +19,6 @@ from ngpt.config.base import ConfigError, flatten
 from ngpt.config.secrets import redacted
 from ngpt.system import heartbeat as pulse
 from ngpt.system.atomic_files import write_atomic, write_json
-from tune.campaign import Campaign
 from tune.machine.gpu_sharing import Packing
 from tune.machine.throughput import remember_speeds
 from tune.planning.budget import STOPPED, allows
@@ -27,14 +26,16 @@ from tune.planning.changes import judged_by
 from tune.planning.equal_time import timer
 from tune.planning.forecast import expected_phases, has_result
 from tune.planning.plan import Trial, preview
+from tune.results.snapshot import Snapshot
 from tune.results.status import take_snapshot
 from tune.results.summary import Summary, write_campaign
 from tune.session.datasets import changed_shards
 from tune.session.phase_tracker import Course
+from tune.spec.schema import Campaign
 from tune.storage.journal import Journal
 from tune.storage.lock import ResultsLock
 from tune.storage.state import replay
-from tune.terminal.live import Snapshot, trial_line
+from tune.terminal.live import trial_line
 from tune.trials.retries import CAUSES, Death, cause_of, must_be_alone, why_given_up
 from tune.trials.trial import TrialResult, TrialSpec, make_folder
 from tune.trials.trial_group import alike, group_size

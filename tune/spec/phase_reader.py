@@ -10,9 +10,8 @@ from ngpt.config.base import ConfigError, Location, is_identity, settings, unkno
 from ngpt.config.overrides import named_settings
 from ngpt.training.config import TrainConfig
 from tune import format as fmt
-from tune.planning.optuna_search import check_optuna
 from tune.spec.schema import HOLDS, KINDS, MOST_TRIALS, Fresh, Phase
-from tune.spec.search_space import Search, random_arms, read_search
+from tune.spec.search_space import Search, check_optuna, random_arms, read_search
 from tune.spec.sweeps import BASELINE, SWEEPS, Arm, Axis, count
 from tune.spec.validation import Given, Problems, given_in, with_absolute_paths, written_alike
 from tune.storage.winners import Chained, is_path, read_chained

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ngpt.config.base import Location, settings, unknown
+from ngpt.config.base import ConfigError, Location, settings, unknown
 from ngpt.training.config import TrainConfig
 from tune.spec.sweeps import Arm, Axis
 from tune.spec.validation import Problems, written_alike
@@ -174,3 +174,14 @@ def _wrong_interval(dimension: Dimension) -> str | None:
     if dimension.kind == "log" and low <= 0:
         return f"a logarithmic interval lies above 0, got [{low!r}, {high!r}]"
     return None
+
+
+ADVICE = "the package optuna is not installed: pip install 'ngpt-campaign[search]'"
+
+
+def check_optuna() -> None:
+    """Raises ConfigError, with the command that helps, where optuna is not installed."""
+    try:
+        import optuna  # noqa: F401
+    except ImportError:
+        raise ConfigError(ADVICE) from None

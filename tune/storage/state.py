@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ngpt.config.base import ConfigError
-from tune.analysis.verdicts import Outcome
-from tune.planning.combine import Better
 from tune.storage.journal import Event, read_journal
+from tune.storage.records import Better, Outcome, Work
 
 Overrides = Mapping[str, Any]  # settings by dotted name
 
@@ -24,15 +23,6 @@ PACKING = (
     "measured_at",
 )  # fields of tune/machine/gpu_sharing.py's `Packing`
 DONE = ("finished", "diverged", "stopped")  # statuses that are results: such a trial is not run again
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a trial takes, evaluations included, and the shape that says how fast that goes (tune/machine/throughput.py)."""
-
-    shape: str
-    tokens: float  # of training; those of evaluations as so many of these as take as long
-    flops: float
 
 
 @dataclass(frozen=True)

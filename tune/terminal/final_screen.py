@@ -12,6 +12,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from tune import format as fmt
+from tune.report.wording import next_step
 from tune.terminal.live import Portable, words
 
 VERDICT_STYLES = {
@@ -183,7 +184,7 @@ def _answer_panel(summary: Mapping[str, Any], report: Path, width: int) -> Panel
             Text(f"{fmt.counted(len(problems), 'trial')} failed or diverged; the report says why", "magenta"),
         )
     rows.add_row("report", words(report))
-    rows.add_row("next", Text(fmt.next_step(summary)))
+    rows.add_row("next", Text(next_step(summary)))
     sentence = words(answer.get("sentence") or "There is no answer yet.", "bold")
     title = Text().append_text(words(summary.get("campaign"), "bold"))
     title.append("  ").append_text(words(summary.get("status") or "", "dim"))

@@ -27,6 +27,7 @@ from filelock import FileLock
 
 from ngpt.config.base import ConfigError
 from ngpt.data.text.progress import Log, Meter
+from ngpt.system.cache import cache_folder
 
 HUB = "https://huggingface.co"
 AT_ONCE = 4  # files
@@ -58,11 +59,6 @@ class HubFile:
 def downloads_folder() -> Path:
     """Where downloads are kept: `$NGPT_CACHE/downloads`, or under ~/.cache/ngpt."""
     return cache_folder() / "downloads"
-
-
-def cache_folder() -> Path:
-    """Where prepared corpora, downloads and measured speeds are kept."""
-    return Path(os.environ.get("NGPT_CACHE") or "~/.cache/ngpt").expanduser().absolute()
 
 
 def list_hub(dataset: str, *, revision: str = "main") -> list[HubFile]:

@@ -11,9 +11,9 @@ import os
 import time
 from pathlib import Path
 
-from ngpt.data.text.hub import cache_folder
 from ngpt.data.tokens.shards import read_shard, token_crc
 from ngpt.system.atomic_files import write_atomic
+from ngpt.system.cache import cache_folder
 
 FOLDER = "checked"  # under the cache
 SETTLED = 2.0  # seconds since its last change after which a file's times are believed

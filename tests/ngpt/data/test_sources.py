@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.ngpt.data.text.test_documents import write_json_lines, write_parquet
 
 import ngpt.data.text.hub as downloading
 from ngpt.config.base import ConfigError
@@ -17,6 +16,7 @@ from ngpt.data.dataset import DataConfig, fingerprint, open_dataset, prepare, vo
 from ngpt.data.tokens.shards import CorruptShardError
 from tests.helpers.hub import Hub, cut_after
 from tests.helpers.vocabularies import write_gpt2, write_llama
+from tests.ngpt.data.text.test_documents import write_json_lines, write_parquet
 
 NAMES = ["fineweb_val_000000.bin", *(f"fineweb_train_{number:06d}.bin" for number in range(1, 104))]
 PUBLISHED = 1024 + 200_000_000  # bytes of a shard of 100 million tokens

@@ -14,8 +14,8 @@ import ngpt.training.loop
 from ngpt.config.base import override
 from ngpt.data.dataset import Dataset
 from ngpt.data.loader import train_batch
-from ngpt.training.config import TrainConfig, resolved
 from ngpt.train import main
+from ngpt.training.config import TrainConfig, resolved
 from ngpt.training.loop import backward, train_step
 from ngpt.training.run import Run, set_up
 from tests.helpers.tiny_run import AWKWARD, MODELS, assert_equal_weights, rows, run, untimed, watch, weights

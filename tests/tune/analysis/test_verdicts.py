@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from tune.analysis.verdicts import ArmVerdict, Delta, Judgement, Outcome, detectable, holm, judge
+from tune.analysis.verdicts import ArmVerdict, Delta, Judgement, detectable, holm, judge
+from tune.storage.records import Outcome
 
 Cells = dict[str, dict[int, Outcome]]
 SLACK = 3 * math.sqrt(0.05 * 0.95 / 2000)  # three Monte-Carlo standard errors of a 5 % rate over 2,000 phases

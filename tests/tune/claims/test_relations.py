@@ -15,7 +15,6 @@ from rich.console import Console
 from scipy import stats
 
 from tests.helpers.tiny_campaign import begun, drive, pretend, session_on, strict, write_file
-from tune.analysis.verdicts import Outcome
 from tune.claims.evidence import Evidence
 from tune.claims.relations import METRICS, RELATIONS, judge_claims
 from tune.claims.selectors import ClaimArm
@@ -24,6 +23,7 @@ from tune.report.markdown import claims_markdown
 from tune.results.summary import rebuild
 from tune.spec.schema import Claim
 from tune.storage.journal import read_journal
+from tune.storage.records import Outcome
 from tune.terminal.final_screen import final_screen
 from tune.trials.trial import TrialResult, TrialSpec
 

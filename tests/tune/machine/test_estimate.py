@@ -17,11 +17,13 @@ import run_campaign
 from ngpt.config.base import override
 from ngpt.training.config import TrainConfig
 from ngpt.training.loop import train
-from tune.campaign import Campaign, load_campaign
+from tune.campaign import load_campaign
 from tune.machine.estimate import estimate, expected_workers, plan_view
-from tune.machine.throughput import device_key, known_speeds, shape_key
+from tune.machine.throughput import device_key, known_speeds
 from tune.planning.forecast import planned_event
 from tune.planning.plan import PlannedPhase, Trial, inheritance, plan_phase, preview
+from tune.planning.shape import shape_key
+from tune.spec.schema import Campaign
 from tune.storage.journal import Journal
 
 SHAPE = "n_layer: 1, n_head: 2, n_embd: 16, block_size: 8, vocab_size: 400"

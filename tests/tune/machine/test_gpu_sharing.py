@@ -13,12 +13,12 @@ from ngpt.config.base import override
 from ngpt.data.dataset import prepare
 from ngpt.training.config import TrainConfig, resolved
 from tests.helpers.tiny_campaign import begun, pretend, session_on, train_all, write_file
-from tune.campaign import Campaign
 from tune.machine import gpu_sharing as packing
 from tune.machine.concurrency_benchmark import Point
 from tune.machine.gpu_sharing import Packing, best_point, choose, known_curve, pack, remember_curve
 from tune.report.markdown import render_markdown
-from tune.results.costs import cost_facts
+from tune.report.wording import cost_facts
+from tune.spec.schema import Campaign
 from tune.storage.journal import read_journal
 from tune.storage.state import State, replay
 from tune.trials.trial import TrialResult, TrialSpec

@@ -8,9 +8,11 @@ import pytest
 
 from ngpt.config.base import override
 from ngpt.training.config import TrainConfig
-from tune.campaign import Campaign, load_campaign
-from tune.machine.throughput import device_key, known_speeds, measure_speeds, remember_speeds, shape_key
+from tune.campaign import load_campaign
+from tune.machine.throughput import device_key, known_speeds, measure_speeds, remember_speeds
 from tune.planning.plan import Trial, preview
+from tune.planning.shape import shape_key
+from tune.spec.schema import Campaign
 from tune.storage.state import State, replay
 
 STEPS = 10

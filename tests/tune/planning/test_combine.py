@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from ngpt.config.base import ConfigError
 from tests.helpers.tiny_campaign import begun, drive, pretend, records, session_on, strict, write_file
 from tune.campaign import load_campaign
-from tune.planning.combine import Better, joins
+from tune.planning.combine import joins
 from tune.planning.plan import plan_phase, preview
+from tune.storage.records import Better
 from tune.trials.trial import TrialResult, TrialSpec
 
 PHASES = """

@@ -18,7 +18,6 @@ from ruamel.yaml import YAML
 from ngpt.config.base import build, flatten, is_identity, override, settings
 from ngpt.training.config import TrainConfig
 from ngpt.training.tracker import TrackerConfig
-from tune.campaign import Campaign
 from tune.planning.plan import (
     PlannedPhase,
     arm_config,
@@ -31,6 +30,7 @@ from tune.planning.plan import (
     trial_tokens,
     trial_work,
 )
+from tune.spec.schema import Campaign
 
 BASE = """\
 campaign: c

@@ -7,9 +7,10 @@ import pytest
 
 from ngpt.config.base import flatten, override
 from tests.helpers import ROOT
-from tune.campaign import Campaign, Fresh, load_campaign
+from tune.campaign import load_campaign
 from tune.planning.plan import preview, trial_tokens
 from tune.planning.smoke import shrunk
+from tune.spec.schema import Campaign, Fresh
 
 EXPERIMENTS = sorted((ROOT / "experiments").glob("*.yaml"))
 BASE = """\

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from tests.helpers.tiny_campaign import begun, drive, pretend, session_on, write_file
-from tune.results.costs import account, cost_facts, troubles
+from tune.report.wording import cost_facts, troubles
+from tune.results.costs import account
 from tune.storage.state import State, replay
 from tune.trials.trial import TrialResult, TrialSpec
 

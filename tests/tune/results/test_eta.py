@@ -12,8 +12,8 @@ import pytest
 from tests.helpers.tiny_campaign import begun, drive, pretend, session_on, write_file
 from tune.planning.plan import trial_flops
 from tune.results.eta import seconds_left
+from tune.results.snapshot import Running
 from tune.storage.state import State, replay
-from tune.terminal.live import Running
 from tune.trials.trial import TrialResult, TrialSpec
 
 pytestmark = pytest.mark.usefixtures("no_report")

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ngpt.config.base import ConfigError
-from tune.campaign import Campaign, load_campaign
+from tune.campaign import load_campaign
 from tune.planning.plan import preview
+from tune.spec.schema import Campaign
 from tune.spec.search_space import Dimension, Search, random_arms
 
 BASE = """\

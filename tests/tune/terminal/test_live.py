@@ -12,17 +12,9 @@ from rich.console import Console, RenderableType
 from rich.text import Text
 
 from tune import format as fmt
+from tune.results.snapshot import Running, Snapshot
 from tune.terminal.final_screen import final_screen, phase_table
-from tune.terminal.live import (
-    LiveConsole,
-    PlainConsole,
-    Running,
-    Snapshot,
-    live_view,
-    open_console,
-    trial_line,
-    words,
-)
+from tune.terminal.live import LiveConsole, PlainConsole, live_view, open_console, trial_line, words
 
 Summary = dict[str, Any]
 DELTA = "-0.0349 [-0.0379, -0.0319]".replace("-", fmt.MINUS)
