@@ -15,8 +15,8 @@ from ngpt.data.tokens.shards import CorruptShardError
 from ngpt.model.norm import NORM_MODES
 from ngpt.training.config import TrainConfig, read_config
 from ngpt.training.loop import train
-from ngpt.training.recovery import Metrics
 from ngpt.training.run import RunResult
+from ngpt.training.state import Metrics
 from ngpt.training.tracker import settled
 
 __all__ = ["TrainConfig", "train"]

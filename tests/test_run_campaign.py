@@ -218,7 +218,7 @@ def test_what_ends_a_run_from_outside_is_one_line(
     assert capsys.readouterr().err in ("interrupted; the same command goes on\n", "Ray died\n")
 
 
-@pytest.mark.parametrize("where", ["next_trial", "trial_ended", "snapshot", "end", "begin"])
+@pytest.mark.parametrize("where", ["next_trial", "tell", "snapshot", "end", "begin"])
 def test_an_internal_error_anywhere_is_code_1_and_the_same_command_goes_on(
     where: str, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,8 +12,8 @@ from ngpt.ensemble.train import unstackable
 from ngpt.training.tracker import settled
 from tune.executors.local import run_inline
 from tune.executors.orphans import end_marked
-from tune.executors.ray_process import Ready
-from tune.executors.ray_supervisor import Keeper
+from tune.executors.ray_process import RayReady
+from tune.executors.ray_supervisor import RaySupervisor
 from tune.machine import environment
 from tune.machine.estimate import check_budget
 from tune.machine.gpu_sharing import pack
@@ -77,7 +77,7 @@ def launch(
         keeper = None
         if not inline and work:
             prepared.check()
-            keeper = stack.enter_context(Keeper(session, campaign.resources, address=address))
+            keeper = stack.enter_context(RaySupervisor(session, campaign.resources, address=address))
             wait_for_ray(keeper, session, is_ours=address is None)
         prepared.result()
         # The GPUs of a running cluster may be others than ours: they are not for us to measure.
@@ -91,7 +91,7 @@ def launch(
         return session.end(), session.stop_signal
 
 
-def wait_for_ray(keeper: Keeper, session: Session, *, is_ours: bool) -> None:
+def wait_for_ray(keeper: RaySupervisor, session: Session, *, is_ours: bool) -> None:
     """Waits until Ray has started, and says what there is to know of it and of the GPUs.
 
     Ours asks whoever opens its dashboard for its token; what another one asks for is its owner's business.
@@ -105,7 +105,7 @@ def wait_for_ray(keeper: Keeper, session: Session, *, is_ours: bool) -> None:
     tell(f"dashboard {url}  workers {session.workers}{token}")
 
 
-def take_over(ray: Ready, session: Session) -> None:
+def take_over(ray: RayReady, session: Session) -> None:
     """Lets the session know how many trials there is room for."""
     session.workers, session.packed, session.dashboard_url = ray.workers, ray.packed, ray.dashboard_url
 

@@ -27,9 +27,9 @@ from ngpt.optim.optimizers import set_rates
 from ngpt.optim.schedule import multiplier
 from ngpt.system.memory import retry_smaller
 from ngpt.training.config import TrainConfig, resolved
-from ngpt.training.loop import batch, rates, shrink, stretch, train_step
-from ngpt.training.recovery import AVERAGED, Metrics
+from ngpt.training.loop import batch, rates, reduce_batch, train_step, train_until_rollback
 from ngpt.training.run import Run, RunResult, set_up
+from ngpt.training.state import AVERAGED, Metrics
 
 # What may differ between runs of one graph: it reaches the graph as a tensor, or is a variable of the loop.
 FREE = ("seed", "steps", "project_every", "eval_every", "eval_tokens", "data.order", "data.reservoir")
@@ -37,7 +37,7 @@ FREE_SECTIONS = ("optim", "schedule", "nonfinite", "checkpoint", "tracker")
 FREE_IN_MODEL = ("model.alpha", "model.alpha_final", "model.logit_scale", "model.scale_trick")
 
 Event = Metrics | RunResult | Exception  # an evaluation; or how a run has ended
-Lane = Generator[Metrics | None, dict[str, float] | None, RunResult]
+RunStep = Generator[Metrics | None, dict[str, float] | None, RunResult]
 
 
 # ---- which runs --------------------------------------------------------------------------------
@@ -113,7 +113,9 @@ def train_together(
         yield from _rounds(runs, lanes)
 
 
-def _rounds(runs: dict[int, Run], lanes: dict[int, Lane]) -> Generator[dict[int, Event], Collection[int] | None, None]:
+def _rounds(
+    runs: dict[int, Run], lanes: dict[int, RunStep]
+) -> Generator[dict[int, Event], Collection[int] | None, None]:
     """Steps for all that wait for one, until no lane is left."""
     stack: Stack | None = None
     answers: dict[int, dict[str, float]] = {}  # what their last step has given to the runs that do not know it yet
@@ -143,7 +145,7 @@ def _rounds(runs: dict[int, Run], lanes: dict[int, Lane]) -> Generator[dict[int,
         ready.clear()
 
 
-def _advance(lane: Lane, answer: dict[str, float] | None) -> Event | None:
+def _advance(lane: RunStep, answer: dict[str, float] | None) -> Event | None:
     """Lets a lane go on to its next event; None: it waits for a step."""
     try:
         return lane.send(answer)
@@ -153,9 +155,11 @@ def _advance(lane: Lane, answer: dict[str, float] | None) -> Event | None:
         return error
 
 
-def _lane(run: Run) -> Lane:
+def _lane(run: Run) -> RunStep:
     """A run's side of it: yields its evaluations, and None where it waits to be sent the metrics of a step."""
-    while (result := (yield from stretch(run, together=True))) is None:  # it has gone back to an earlier step
+    while (
+        result := (yield from train_until_rollback(run, together=True))
+    ) is None:  # it has gone back to an earlier step
         pass
     return result
 
@@ -171,17 +175,17 @@ def train_step_together(stack: Stack, runs: Sequence[Run]) -> list[dict[str, flo
     with contextlib.ExitStack() as clocks:
         for run in runs:
             clocks.enter_context(run.clock.step(run.config.tokens_per_step))
-            progress, config = run.progress, run.config
-            run.model.prepare_step(progress.step, config.steps, seed=config.seed)
-            set_rates(run.optimizers, multiplier(progress.step, config.steps, config.schedule))
+            state, config = run.state, run.config
+            run.model.prepare_step(state.step, config.steps, seed=config.seed)
+            set_rates(run.optimizers, multiplier(state.step, config.steps, config.schedule))
         found = retry_smaller(
             lambda: _gradients(stack, runs),
-            lambda: any([shrink(run) for run in runs]),  # a list: all of them give way
+            lambda: any([reduce_batch(run) for run in runs]),  # a list: all of them give way
             runs[0].device,
         )
         for run, (loss, _) in zip(runs, found, strict=True):
-            run.progress.step += 1
-            run.progress.recent = [*run.progress.recent, loss][-AVERAGED:]
+            run.state.step += 1
+            run.state.recent = [*run.state.recent, loss][-AVERAGED:]
         sound = [run for run, values in zip(runs, found, strict=True) if all(map(math.isfinite, values))]
         update_together(sound)
     return [{"train_loss": loss, "grad_norm": norm} | rates(run) for run, (loss, norm) in zip(runs, found, strict=True)]
@@ -191,7 +195,7 @@ def _make_batches(runs: Sequence[Run], *, ahead: int) -> None:
     """Makes the batch of so many steps ahead each run's upcoming one; paired arms, which read the same, share it."""
     made: dict[object, tuple[Tensor, Tensor]] = {}
     for run in runs:
-        data, number = run.config.data, run.progress.step + run.progress.passed_over + ahead
+        data, number = run.config.data, run.state.step + run.state.skipped_batches + ahead
         if run.upcoming is None or run.upcoming[0] != number:
             key = run.config.seed, number, data.order, data.reservoir
             if key not in made:

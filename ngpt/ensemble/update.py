@@ -7,7 +7,7 @@ from ngpt.optim.muon import Muon, step_together
 from ngpt.optim.projection import project
 from ngpt.optim.schedule import due
 from ngpt.system.memory import is_out_of_memory
-from ngpt.training.loop import shrink
+from ngpt.training.loop import reduce_batch
 from ngpt.training.run import Run, go_back
 
 log = logging.getLogger(__name__)
@@ -27,14 +27,14 @@ def update_together(runs: Sequence[Run]) -> None:
             for optimizer in optimizers:
                 if not isinstance(optimizer, Muon):
                     optimizer.step()
-        moved = [run.model for run in runs if due(run.progress.step, run.config.project_every)]
+        moved = [run.model for run in runs if due(run.state.step, run.config.project_every)]
         project(entry for model in moved for entry in model.sphere_weights())
         return
     except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error) or not any([shrink(run) for run in runs]):  # a list: all of them give way
+        if not is_out_of_memory(error) or not any([reduce_batch(run) for run in runs]):  # a list: all of them give way
             raise
     log.warning("no memory for the optimizers' steps: going back to the newest checkpoints")
     for run in runs:
-        splits = run.progress.splits
+        microbatch_halvings = run.state.microbatch_halvings
         go_back(run)
-        run.progress.splits = splits
+        run.state.microbatch_halvings = microbatch_halvings

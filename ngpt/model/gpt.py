@@ -267,11 +267,11 @@ class SphereBlock(nn.Module):
             r = normalizer.start(x)
         answer = self.attention(x, cos, sin, self.attention_residual.head_weights(), cache)
         if normalizer is not None and r is not None:
-            r = normalizer(r, x, self.attention_residual.answer_taken(answer))
+            r = normalizer(r, x, self.attention_residual.normalized_branch(answer))
         x = self.attention_residual(x, answer, r)
         answer = self.mlp(x)
         if normalizer is not None and r is not None:
-            r = normalizer(r, x, self.mlp_residual.answer_taken(answer))
+            r = normalizer(r, x, self.mlp_residual.normalized_branch(answer))
         return self.mlp_residual(x, answer, r), r
 
 

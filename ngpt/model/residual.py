@@ -179,7 +179,7 @@ class Residual(nn.Module):
             return self.rule(x, f, alpha, self._norm)
         return apply_residual(x, f, r, alpha=alpha, rule=self.rule, norm=self._norm)
 
-    def answer_taken(self, f: Tensor) -> Tensor:
+    def normalized_branch(self, f: Tensor) -> Tensor:
         """The answer as the rule takes it, which is what the divisor r counts: raw under `seed`, else of length 1."""
         return f.float() if self.rule is seed else l2_normalize(f)
 

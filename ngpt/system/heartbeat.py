@@ -21,7 +21,7 @@ LISTEN = 1.0  # seconds between two looks for the wish to stop; a look is a syst
 
 
 @dataclass(frozen=True)
-class Heartbeat:
+class Beat:
     """How far the process `pid` has come since it began at step `began`."""
 
     pid: int
@@ -29,7 +29,7 @@ class Heartbeat:
     step: int
 
 
-class Pulse:
+class Heartbeat:
     """Writes the heartbeat of a run and listens for the wish to stop, for as long as the block lasts.
 
     A run does not end because nobody can be told that it lives: what the disk refuses is left out.
@@ -52,10 +52,10 @@ class Pulse:
             self._file.seek(0)
             self._file.write(text.ljust(WIDTH).encode())
 
-    def is_asked_to_stop(self, *, now: bool = False) -> bool:
+    def stop_requested(self, *, now: bool = False) -> bool:
         """Whether somebody waits for this run to stop, as of the last second or `now`."""
         if not self._heard and (now or time.monotonic() - self._listened >= LISTEN):
-            self._heard, self._listened = is_asked_to_stop(self._folder), time.monotonic()
+            self._heard, self._listened = stop_requested(self._folder), time.monotonic()
         return self._heard
 
     def close(self) -> None:
@@ -72,15 +72,15 @@ class Pulse:
             (self._folder / HEARTBEAT).unlink()
 
 
-def read_heartbeat(folder: Path) -> Heartbeat | None:
+def read_heartbeat(folder: Path) -> Beat | None:
     """The newest heartbeat in a run's folder; None where there is none that can be read."""
     try:
-        return Heartbeat(**json.loads((folder / HEARTBEAT).read_text(encoding="utf-8")))
+        return Beat(**json.loads((folder / HEARTBEAT).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
 
 
-def ask_to_stop(folder: Path) -> None:
+def request_stop(folder: Path) -> None:
     """Asks the run in `folder` to save and stop.
 
     Raises:
@@ -89,7 +89,7 @@ def ask_to_stop(folder: Path) -> None:
     (folder / STOP).touch()
 
 
-def is_asked_to_stop(folder: Path) -> bool:
+def stop_requested(folder: Path) -> bool:
     """Whether somebody waits for the run in `folder` to stop."""
     return (folder / STOP).exists()
 

@@ -91,16 +91,16 @@ def free_memory(device: torch.device) -> None:
         torch.mps.empty_cache()
 
 
-def retry_smaller(attempt: Callable[[], Value], shrink: Callable[[], bool], device: torch.device) -> Value:
-    """What `attempt` returns, once there is memory for it: each time that there is not, `shrink` is asked for less.
+def retry_smaller(attempt: Callable[[], Value], reduce_batch: Callable[[], bool], device: torch.device) -> Value:
+    """What `attempt` returns, once there is memory for it: each time that there is not, `reduce_batch` is asked for less.
 
     Raises:
-        RuntimeError, MemoryError: there is not enough memory, and `shrink` says that it gets no smaller.
+        RuntimeError, MemoryError: there is not enough memory, and `reduce_batch` says that it gets no smaller.
     """
     while True:
         try:
             return attempt()
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error) or not shrink():
+            if not is_out_of_memory(error) or not reduce_batch():
                 raise
         free_memory(device)

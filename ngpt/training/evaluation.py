@@ -18,8 +18,9 @@ from ngpt.model.diagnostics import (
 from ngpt.model.gpt import GPT
 from ngpt.optim.projection import project_weights
 from ngpt.system.memory import retry_smaller
-from ngpt.training.recovery import ON_OOM, Metrics
+from ngpt.training.recovery import ON_OOM
 from ngpt.training.run import Run, position
+from ngpt.training.state import Metrics
 from ngpt.training.tracker import finite
 
 log = logging.getLogger(__name__)
@@ -42,17 +43,17 @@ def evaluate(model: GPT, eval_set: EvalSet, *, autocast: torch.autocast) -> dict
 
 
 def measure(run: Run, *, last: bool) -> dict[str, Tensor]:
-    """Evaluates into `progress.last_eval` and returns what is worth a histogram: alphas and divisors, by name.
+    """Evaluates into `state.last_eval` and returns what is worth a histogram: alphas and divisors, by name.
 
     The drift off the sphere is measured before the last projection. A number that is not finite becomes None. Where
     memory runs out it is tried again with half as many sequences at once.
     """
-    drift, r = retry_smaller(lambda: look(run), lambda: shrink_evaluation(run), run.device)
+    drift, r = retry_smaller(lambda: look(run), lambda: reduce_eval_batch(run), run.device)
     if last:  # the finished model lies on the sphere, however lazy the projection was
         project_weights(run.model)
-    scores = retry_smaller(lambda: scored(run), lambda: shrink_evaluation(run), run.device)
-    metrics = position(run) | {"train_loss": run.progress.train_loss} | scores | drift | replaced_divisors(run)
-    run.progress.last_eval = {name: finite(value) for name, value in metrics.items()}
+    scores = retry_smaller(lambda: scored(run), lambda: reduce_eval_batch(run), run.device)
+    metrics = position(run) | {"train_loss": run.state.train_loss} | scores | drift | replaced_divisors(run)
+    run.state.last_eval = {name: finite(value) for name, value in metrics.items()}
     return step_lengths(run.model) | r
 
 
@@ -78,15 +79,15 @@ def replaced_divisors(run: Run) -> Metrics:
     if run.model.normalizer is None:
         return {}
     replaced = int(run.model.normalizer.replaced)
-    if replaced > (run.progress.last_eval.get("r_replaced") or 0):
-        log.warning("step %d: %d divisors r were not finite and became 1", run.progress.step, replaced)
+    if replaced > (run.state.last_eval.get("r_replaced") or 0):
+        log.warning("step %d: %d divisors r were not finite and became 1", run.state.step, replaced)
     return {"r_replaced": replaced}
 
 
-def shrink_evaluation(run: Run) -> bool:
+def reduce_eval_batch(run: Run) -> bool:
     """Halves the sequences at once in evaluation, which changes no result; False if it cannot, or should not."""
     if ON_OOM[run.config.on_oom] is None or run.eval_rows == 1:
         return False
-    run.progress.eval_splits += 1
-    log.warning("step %d: out of memory in evaluation; now %d sequences at once", run.progress.step, run.eval_rows)
+    run.state.eval_halvings += 1
+    log.warning("step %d: out of memory in evaluation; now %d sequences at once", run.state.step, run.eval_rows)
     return True

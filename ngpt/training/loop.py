@@ -16,21 +16,22 @@ from ngpt.model.diagnostics import counted_once
 from ngpt.optim.optimizers import set_rates
 from ngpt.optim.projection import project_weights
 from ngpt.optim.schedule import due, multiplier
-from ngpt.system.heartbeat import Pulse
+from ngpt.system.heartbeat import Heartbeat
 from ngpt.system.memory import is_out_of_memory, retry_smaller
 from ngpt.training.config import TrainConfig, resolved
 from ngpt.training.evaluation import measure
-from ngpt.training.recovery import AVERAGED, NONFINITE, ON_OOM, Metrics
+from ngpt.training.recovery import NONFINITE, ON_OOM
 from ngpt.training.run import (
     Run,
     RunResult,
+    checkpoint_on_stop,
     finish,
     go_back,
     position,
-    save_or_go_without,
-    saved_when_stopped,
     set_up,
+    try_save_checkpoint,
 )
+from ngpt.training.state import AVERAGED, Metrics
 from ngpt.training.tracker import Tracker
 
 log = logging.getLogger(__name__)
@@ -55,63 +56,63 @@ def train(
         RuntimeError, MemoryError: there is not enough memory for a single sequence, or `on_oom` is fail.
     """
     run = set_up(resolved(config), out_dir, resume=resume, dataset=dataset)
-    while (result := (yield from stretch(run))) is None:  # it has gone back to an earlier step
+    while (result := (yield from train_until_rollback(run))) is None:  # it has gone back to an earlier step
         pass
     return result
 
 
-def stretch(run: Run, *, together: bool = False) -> Generator[Any, Any, RunResult | None]:
+def train_until_rollback(run: Run, *, together: bool = False) -> Generator[Any, Any, RunResult | None]:
     """Trains from where the run is to its end; or until it has gone back to an earlier step, and then returns None.
 
     The rows of steps that are gone go with them, as after a kill. It yields the metrics of evaluations. If its steps
     are made `together` with those of other runs (ngpt/ensemble/train.py), it yields None for each and is sent its metrics.
     """
-    config, progress = run.config, run.progress
-    resumed_at = progress.step or None
+    config, state = run.config, run.state
+    resumed_at = state.step or None
 
     tracker = Tracker(config.tracker, run.out_dir, settings=flatten(config), keep_until=resumed_at)
-    pulse = Pulse(run.out_dir, began=progress.step)
-    with tracker, pulse, saved_when_stopped(run, tracker, pulse):
+    heartbeat = Heartbeat(run.out_dir, began=state.step)
+    with tracker, heartbeat, checkpoint_on_stop(run, tracker, heartbeat):
         if skipped := run.dataset.manifest["skipped"]:
             tracker.note({"skipped_shards": [f"{shard['name']}: {shard['reason']}" for shard in skipped]})
         while True:
             # ---- now and then ------------------------------------------------------------------
-            last = progress.step == config.steps  # one turn more than steps, so that the end is evaluated and saved
-            if progress.step != resumed_at:
-                if due(progress.step, config.eval_every, last=last):
+            last = state.step == config.steps  # one turn more than steps, so that the end is evaluated and saved
+            if state.step != resumed_at:
+                if due(state.step, config.eval_every, last=last):
                     histograms = measure(run, last=last)
-                    tracker.log(progress.last_eval)
-                    tracker.log_histograms(progress.step, histograms)
-                    yield progress.last_eval
-                    if progress.last_eval["val_loss"] is None:  # only an earlier state can help
-                        goes_back = config.nonfinite.policy == "rollback" and may_go_on(run)
+                    tracker.log(state.last_eval)
+                    tracker.log_histograms(state.step, histograms)
+                    yield state.last_eval
+                    if state.last_eval["val_loss"] is None:  # only an earlier state can help
+                        goes_back = config.nonfinite.policy == "rollback" and handle_nonfinite(run)
                         return None if goes_back else finish("diverged", run)
-                if progress.step and due(progress.step, config.checkpoint.every, last=last):
-                    save_or_go_without(run, tracker, last=last)
+                if state.step and due(state.step, config.checkpoint.every, last=last):
+                    try_save_checkpoint(run, tracker, last=last)
             if last:
                 return finish("finished", run)
-            pulse.beat(progress.step)
-            if pulse.is_asked_to_stop():  # whoever asked drives this run, and closes it here
-                yield progress.last_eval
+            heartbeat.beat(state.step)
+            if heartbeat.stop_requested():  # whoever asked drives this run, and closes it here
+                yield state.last_eval
 
             # ---- one step ----------------------------------------------------------------------
-            before = progress.step
+            before = state.step
             step_metrics = (yield None) if together else train_step(run)
             is_finite = all(math.isfinite(value) for value in step_metrics.values())
-            diverged = not is_finite and not may_go_on(run)
-            if progress.step <= before:
+            diverged = not is_finite and not handle_nonfinite(run)
+            if state.step <= before:
                 return None
-            if not is_finite or due(progress.step, config.tracker.log_every, last=progress.step == config.steps):
-                mean = {"train_loss": progress.train_loss} if is_finite else {}
+            if not is_finite or due(state.step, config.tracker.log_every, last=state.step == config.steps):
+                mean = {"train_loss": state.train_loss} if is_finite else {}
                 tracker.log(position(run) | step_metrics | mean)
             if diverged:
                 return finish("diverged", run)
 
 
-def may_go_on(run: Run) -> bool:
+def handle_nonfinite(run: Run) -> bool:
     """What the policy says to a loss or gradient that is not finite; it may send the run back to an earlier step."""
     policy = run.config.nonfinite
-    return NONFINITE[policy.policy](run.progress, policy.max, lambda: go_back(run))
+    return NONFINITE[policy.policy](run.state, policy.max, lambda: go_back(run))
 
 
 def train_step(run: Run) -> dict[str, float]:
@@ -119,15 +120,15 @@ def train_step(run: Run) -> dict[str, float]:
 
     Where memory runs out it is tried again with half as many sequences at once.
     """
-    config, progress = run.config, run.progress
+    config, state = run.config, run.state
     with run.clock.step(run.batch_size * config.model.block_size):
-        run.model.prepare_step(progress.step, config.steps, seed=config.seed)
-        set_rates(run.optimizers, multiplier(progress.step, config.steps, config.schedule))
-        number = progress.step + progress.passed_over
-        loss, norm = retry_smaller(lambda: gradients(run, number), lambda: shrink(run), run.device)
-        progress.step += 1
-        progress.left_out += config.batch_size - run.batch_size
-        progress.recent = [*progress.recent, loss][-AVERAGED:]
+        run.model.prepare_step(state.step, config.steps, seed=config.seed)
+        set_rates(run.optimizers, multiplier(state.step, config.steps, config.schedule))
+        number = state.step + state.skipped_batches
+        loss, norm = retry_smaller(lambda: gradients(run, number), lambda: reduce_batch(run), run.device)
+        state.step += 1
+        state.dropped_sequences += config.batch_size - run.batch_size
+        state.recent = [*state.recent, loss][-AVERAGED:]
         if math.isfinite(loss) and math.isfinite(norm):
             update(run)
     return {"train_loss": loss, "grad_norm": norm} | rates(run)
@@ -200,31 +201,31 @@ def update(run: Run) -> None:
     An optimizer that memory runs out in has changed some weights and moments and not others. Nothing is left to try
     the step again with, so the run goes back to its newest checkpoint, with smaller micro-batches.
     """
-    progress = run.progress
+    state = run.state
     try:
         with run.autocast:  # Muon's matrix products are in the precision of the others
             for optimizer in run.optimizers:
                 optimizer.step()
-        if due(progress.step, run.config.project_every):
+        if due(state.step, run.config.project_every):
             project_weights(run.model)
         return
     except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error) or not shrink(run):
+        if not is_out_of_memory(error) or not reduce_batch(run):
             raise
-    splits, halvings = progress.splits, progress.halvings
-    log.warning("no memory for the optimizer's step %d: going back to the newest checkpoint", progress.step)
+    microbatch_halvings, batch_halvings = state.microbatch_halvings, state.batch_halvings
+    log.warning("no memory for the optimizer's step %d: going back to the newest checkpoint", state.step)
     go_back(run)
-    progress.splits, progress.halvings = splits, halvings
+    state.microbatch_halvings, state.batch_halvings = microbatch_halvings, batch_halvings
 
 
-def shrink(run: Run) -> bool:
+def reduce_batch(run: Run) -> bool:
     """Does what the policy says when memory has run out in training; False if that is nothing."""
     give_way, rows = ON_OOM[run.config.on_oom], run.micro_batch_size
     if give_way is None or rows == 1:
         return False
-    give_way(run.progress)
+    give_way(run.state)
     run.model.zero_grad(set_to_none=True)
     run.clock.leave_out()
     now = f"{run.micro_batch_size} sequences at once, in batches of {run.batch_size}"
-    log.warning("step %d: out of memory with %d sequences at once; from here on %s", run.progress.step, rows, now)
+    log.warning("step %d: out of memory with %d sequences at once; from here on %s", run.state.step, rows, now)
     return True

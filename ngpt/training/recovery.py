@@ -1,65 +1,36 @@
 """What a run does when memory runs out, and when a loss or a gradient is not a number: ON_OOM and NONFINITE.
 
-Whatever it does, it counts it in its `Progress`, which is saved with every checkpoint. So a run that was killed after
+Whatever it does, it counts it in its `TrainState`, which is saved with every checkpoint. So a run that was killed after
 a setback goes on as it would have, and its result says what happened to it.
 """
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Annotated
 
 from pydantic import Field
 
 from ngpt.config.base import Config, added, one_of
+from ngpt.training.state import TrainState
 
-AVERAGED = 10  # steps whose mean is the reported training loss
-Metrics = dict[str, float | None]
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class Progress:
-    """What the loop remembers between steps, besides weights and moments; saved with every checkpoint."""
-
-    step: int = 0
-    recent: list[float] = field(default_factory=list)  # losses of the last `AVERAGED` steps
-    timed_tokens: int = 0  # in steps after the warm-up of the process
-    timed_seconds: float = 0.0
-    last_eval: Metrics = field(default_factory=dict)
-    splits: int = 0  # how often memory ran out in training; each halves the sequences at once
-    eval_splits: int = 0  # the same, in evaluation
-    halvings: int = 0  # of the batch itself
-    left_out: int = 0  # sequences that halved batches have left out
-    skipped: int = 0  # steps that were not taken, since a loss or gradient was not finite
-    rollbacks: int = 0  # how often the run has gone back for that reason
-    passed_over: int = 0  # batches it has left behind by that: step s reads those of s + passed_over
-
-    @property
-    def train_loss(self) -> float | None:
-        """Mean over the last steps, however often rows are logged; None before the first."""
-        return sum(self.recent) / len(self.recent) if self.recent else None
-
-    def become(self, other: "Progress") -> None:
-        """Takes over all of `other`; those who hold this object see it."""
-        vars(self).update(vars(other))
 
 
 # ---- no memory -------------------------------------------------------------------------------------------------------
 
 
-def split(progress: Progress) -> None:
+def split(state: TrainState) -> None:
     """Half as many sequences at once: the batch, and but for rounding its gradient, stay what they are."""
-    progress.splits += 1
+    state.microbatch_halvings += 1
 
 
-def halve_batch(progress: Progress) -> None:
+def halve_batch(state: TrainState) -> None:
     """Half the batch from here on, and half as many sequences at once (seed 000, section 8). The result is another."""
-    progress.halvings += 1
-    progress.splits += 1
+    state.batch_halvings += 1
+    state.microbatch_halvings += 1
 
 
-ON_OOM: dict[str, Callable[[Progress], None] | None] = {
+ON_OOM: dict[str, Callable[[TrainState], None] | None] = {
     "split": split,
     "halve_batch": halve_batch,
     "fail": None,
@@ -73,37 +44,37 @@ def halved(size: int, times: int) -> int:
 
 # ---- no number -------------------------------------------------------------------------------------------------------
 
-GoBack = Callable[[], None]
+Rollback = Callable[[], None]
 
 
-def fail(progress: Progress, most: int, go_back: GoBack) -> bool:
+def fail(state: TrainState, most: int, go_back: Rollback) -> bool:
     """The run has diverged."""
     return False
 
 
-def skip(progress: Progress, most: int, go_back: GoBack) -> bool:
+def skip(state: TrainState, most: int, go_back: Rollback) -> bool:
     """The step is not taken, the next one has other data; at most `most` times."""
-    progress.skipped += 1
-    progress.recent.pop()  # a mean with a NaN in it is none
-    return progress.skipped <= most
+    state.skipped_steps += 1
+    state.recent.pop()  # a mean with a NaN in it is none
+    return state.skipped_steps <= most
 
 
-def rollback(progress: Progress, most: int, go_back: GoBack) -> bool:
+def rollback(state: TrainState, most: int, go_back: Rollback) -> bool:
     """The run returns to its newest checkpoint and passes over all data since, at most `most` times.
 
     The way around loss spikes of PaLM (arXiv 2204.02311, section 5.1), who found that the same data do no harm to
     other weights.
     """
-    if progress.rollbacks == most:
+    if state.rollbacks == most:
         return False
-    times, next_batch = progress.rollbacks + 1, progress.step + progress.passed_over
-    log.warning("step %d: not finite, going back to the newest checkpoint (%d of %d)", progress.step, times, most)
+    times, next_batch = state.rollbacks + 1, state.step + state.skipped_batches
+    log.warning("step %d: not finite, going back to the newest checkpoint (%d of %d)", state.step, times, most)
     go_back()
-    progress.rollbacks, progress.passed_over = times, next_batch - progress.step
+    state.rollbacks, state.skipped_batches = times, next_batch - state.step
     return True
 
 
-NONFINITE: dict[str, Callable[[Progress, int, GoBack], bool]] = {
+NONFINITE: dict[str, Callable[[TrainState, int, Rollback], bool]] = {
     "fail": fail,
     "skip": skip,
     "rollback": rollback,

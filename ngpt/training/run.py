@@ -8,7 +8,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,7 +24,7 @@ from ngpt.model.gpt import GPT
 from ngpt.optim.optimizers import build_optimizers
 from ngpt.optim.schedule import due
 from ngpt.system.device import mixed_precision, pick_device
-from ngpt.system.heartbeat import Pulse
+from ngpt.system.heartbeat import Heartbeat
 from ngpt.system.memory import (
     free_memory,
     is_out_of_memory,
@@ -41,7 +41,8 @@ from ngpt.training.checkpoint import (
     save_checkpoint,
 )
 from ngpt.training.config import TrainConfig, rollback_settings
-from ngpt.training.recovery import ON_OOM, Metrics, Progress, halved
+from ngpt.training.recovery import ON_OOM, halved
+from ngpt.training.state import Metrics, TrainState
 from ngpt.training.tracker import Tracker, finite
 
 log = logging.getLogger(__name__)
@@ -59,25 +60,25 @@ class Run:
     validation: EvalSet
     model: GPT
     optimizers: list[torch.optim.Optimizer]
-    progress: Progress
+    state: TrainState
     clock: "Clock"
     upcoming: tuple[int, tuple[Tensor, Tensor]] | None = None  # the next batch by its number, where it is made already
 
     @property
     def batch_size(self) -> int:
         """Sequences in a step: as the config says, unless memory ran out and the policy is to halve it."""
-        return max(1, self.config.batch_size >> self.progress.halvings)
+        return max(1, self.config.batch_size >> self.state.batch_halvings)
 
     @property
     def micro_batch_size(self) -> int:
         """Sequences at once in training: as the config says, halved for each time that memory ran out."""
         given = self.config.micro_batch_size or self.config.batch_size
-        return min(self.batch_size, halved(given, self.progress.splits))
+        return min(self.batch_size, halved(given, self.state.microbatch_halvings))
 
     @property
     def eval_rows(self) -> int:
         """Sequences at once in evaluation: what fits while training fits there, or else less."""
-        return halved(self.micro_batch_size, self.progress.eval_splits)
+        return halved(self.micro_batch_size, self.state.eval_halvings)
 
     @property
     def autocast(self) -> torch.autocast:
@@ -88,8 +89,8 @@ class Run:
 class Clock:
     """Adds the time of training steps to `progress`, without the process's first `warmup` ones (allocation, caches)."""
 
-    def __init__(self, progress: Progress, *, warmup: int) -> None:
-        self._progress, self._skip = progress, warmup
+    def __init__(self, state: TrainState, *, warmup: int) -> None:
+        self._state, self._skip = state, warmup
         self._tokens = 0
         self._start = 0.0
 
@@ -109,8 +110,8 @@ class Clock:
         if self._skip:
             self._skip -= 1
             return
-        self._progress.timed_seconds += time.perf_counter() - self._start
-        self._progress.timed_tokens += self._tokens
+        self._state.timed_seconds += time.perf_counter() - self._start
+        self._state.timed_tokens += self._tokens
 
 
 def set_up(config: TrainConfig, out_dir: Path, *, resume: str | None, dataset: Dataset | None) -> Run:
@@ -130,21 +131,21 @@ def set_up(config: TrainConfig, out_dir: Path, *, resume: str | None, dataset: D
     if config.compile:
         model.compile_parts()
     optimizers = build_optimizers(model, config.optim)
-    progress = Progress()
-    clock = Clock(progress, warmup=min(5, config.steps // 2))
+    state = TrainState()
+    clock = Clock(state, warmup=min(5, config.steps // 2))
     carried = tokenizer_model(config.data, dataset)
-    run = Run(config, out_dir, device, dataset, carried, validation, model, optimizers, progress, clock)
+    run = Run(config, out_dir, device, dataset, carried, validation, model, optimizers, state, clock)
     if resume and (checkpoint := newest_checkpoint(out_dir / "checkpoints")):
         restore(run, checkpoint)
     return run
 
 
 def restore(run: Run, checkpoint: Checkpoint) -> None:
-    """Puts weights, moments and progress where the checkpoint left them."""
-    state = load_checkpoint(checkpoint, run.model, identity=identity(run.config, run.dataset))
-    for optimizer, saved in zip(run.optimizers, state["optimizers"], strict=True):
-        optimizer.load_state_dict(saved)
-    run.progress.become(Progress(**state["progress"]))
+    """Puts weights, moments and state where the checkpoint left them."""
+    saved = load_checkpoint(checkpoint, run.model, identity=identity(run.config, run.dataset))
+    for optimizer, moments in zip(run.optimizers, saved["optimizers"], strict=True):
+        optimizer.load_state_dict(moments)
+    run.state.restore(TrainState.from_saved(saved["progress"]))
 
 
 def go_back(run: Run) -> None:
@@ -156,7 +157,7 @@ def go_back(run: Run) -> None:
         restore(run, checkpoint)
     else:
         run.model.load_state_dict(GPT(run.config.model, seed=run.config.seed).state_dict())
-        run.progress.become(Progress())
+        run.state.restore(TrainState())
 
 
 @dataclass(frozen=True)
@@ -171,19 +172,19 @@ class RunResult:
 
 def position(run: Run) -> Metrics:
     """The step, the tokens seen, and the throughput so far (None before it has been measured)."""
-    progress = run.progress
-    speed = progress.timed_tokens / progress.timed_seconds if progress.timed_seconds else None
+    state = run.state
+    speed = state.timed_tokens / state.timed_seconds if state.timed_seconds else None
     return {
-        "step": progress.step,
-        "tokens": progress.step * run.config.tokens_per_step - progress.left_out * run.config.model.block_size,
+        "step": state.step,
+        "tokens": state.step * run.config.tokens_per_step - state.dropped_sequences * run.config.model.block_size,
         "tokens_per_second": speed,
     }
 
 
 def finish(status: str, run: Run) -> RunResult:
     """The result of a run that stops here. A diverged one has no validation loss: its last finite one would flatter."""
-    scores = {name: value for name, value in run.progress.last_eval.items() if name != "step"}
-    metrics = scores | position(run) | {"steps": run.progress.step, "train_loss": run.progress.train_loss}
+    scores = {name: value for name, value in run.state.last_eval.items() if name != "step"}
+    metrics = scores | position(run) | {"steps": run.state.step, "train_loss": run.state.train_loss}
     del metrics["step"]
     if status == "diverged":
         metrics |= {"val_loss": None, "val_bpb": None}
@@ -191,17 +192,17 @@ def finish(status: str, run: Run) -> RunResult:
     metrics["n_params"] = sum(parameter.numel() for parameter in run.model.parameters())
     # What became of it: fewer sequences than the config says if memory ran out, steps that were not finite.
     metrics |= {"batch_size": run.batch_size, "micro_batch_size": run.micro_batch_size}
-    metrics |= {"skipped_steps": run.progress.skipped, "rollbacks": run.progress.rollbacks}
+    metrics |= {"skipped_steps": run.state.skipped_steps, "rollbacks": run.state.rollbacks}
     data = {
         "data_sha256": run.dataset.manifest["content_sha256"],
         "eval_sha256": run.validation.sha256,
         "eval_tokens": run.validation.n_tokens,
     }
-    return RunResult(status, run.progress.step, {name: finite(value) for name, value in metrics.items()}, data)
+    return RunResult(status, run.state.step, {name: finite(value) for name, value in metrics.items()}, data)
 
 
 @contextlib.contextmanager
-def saved_when_stopped(run: Run, tracker: Tracker, pulse: Pulse) -> Iterator[None]:
+def checkpoint_on_stop(run: Run, tracker: Tracker, heartbeat: Heartbeat) -> Iterator[None]:
     """Saves a run where it is when it is closed because somebody asked it to stop; it then goes on from there.
 
     Not where a checkpoint would change what follows: a diverged state, or one that a rollback would return to.
@@ -209,18 +210,18 @@ def saved_when_stopped(run: Run, tracker: Tracker, pulse: Pulse) -> Iterator[Non
     try:
         yield
     except GeneratorExit:
-        step, scores = run.progress.step, run.progress.last_eval
+        step, scores = run.state.step, run.state.last_eval
         is_there = step == 0 or any(
             path.name == f"step_{step:07d}" for path in checkpoint_folders(run.out_dir / "checkpoints")
         )
         is_sound = scores.get("step") != step or scores["val_loss"] is not None
         is_regular = run.config.nonfinite.policy != "rollback" or due(step, run.config.checkpoint.every)
-        if pulse.is_asked_to_stop(now=True) and is_sound and is_regular and not is_there:
-            save_or_go_without(run, tracker, last=False)
+        if heartbeat.stop_requested(now=True) and is_sound and is_regular and not is_there:
+            try_save_checkpoint(run, tracker, last=False)
         raise
 
 
-def save_or_go_without(run: Run, tracker: Tracker, *, last: bool) -> None:
+def try_save_checkpoint(run: Run, tracker: Tracker, *, last: bool) -> None:
     """Saves rows and state. A run can do without any one of its checkpoints but the last, which is tried twice.
 
     Where there is no memory for it, any one is tried twice. A run that may go back to a checkpoint needs them all: its
@@ -230,7 +231,7 @@ def save_or_go_without(run: Run, tracker: Tracker, *, last: bool) -> None:
         RuntimeError, MemoryError: no memory for the last checkpoint, or for any if `on_oom` is fail.
         OSError: the disk does not take the last checkpoint, or any if `nonfinite.policy` is rollback.
     """
-    gives_up, step = ON_OOM[run.config.on_oom] is None, run.progress.step
+    gives_up, step = ON_OOM[run.config.on_oom] is None, run.state.step
     needed = last or run.config.nonfinite.policy == "rollback"
     once_more = iter([not gives_up])
     try:
@@ -251,14 +252,14 @@ def save_or_go_without(run: Run, tracker: Tracker, *, last: bool) -> None:
 def save(run: Run, tracker: Tracker) -> None:
     """Commits a checkpoint from which the run continues exactly, once all rows before it are on disk."""
     tracker.sync()
-    latest = run.progress.last_eval
+    latest = run.state.last_eval
     optimizers = [optimizer.state_dict() for optimizer in run.optimizers]
     save_checkpoint(
         run.out_dir / "checkpoints",
         model=run.model,
-        state={"progress": asdict(run.progress), "optimizers": optimizers},
-        step=run.progress.step,
-        val_loss=latest["val_loss"] if latest.get("step") == run.progress.step else None,
+        state={"progress": run.state.to_saved(), "optimizers": optimizers},
+        step=run.state.step,
+        val_loss=latest["val_loss"] if latest.get("step") == run.state.step else None,
         identity=identity(run.config, run.dataset),
         data={"settings": flatten(run.config.data), "tokenizer": run.dataset.manifest["tokenizer"]},
         files={} if run.tokenizer_model is None else {MODEL_FILE: run.tokenizer_model},

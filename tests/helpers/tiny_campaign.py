@@ -116,7 +116,7 @@ def drive(
     given: list[TrialSpec] = []
     while (most is None or len(given) < most) and (spec := session.next_trial()) is not None:
         given.append(spec)
-        session.trial_ended(spec.trial_id, result_of(spec))
+        session.tell(spec.trial_id, result_of(spec))
     return given
 
 

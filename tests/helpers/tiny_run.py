@@ -12,8 +12,8 @@ import safetensors.numpy
 from ngpt.data.dataset import Dataset
 from ngpt.training.config import TrainConfig
 from ngpt.training.loop import train
-from ngpt.training.recovery import Metrics
 from ngpt.training.run import RunResult
+from ngpt.training.state import Metrics
 
 Result = TypeVar("Result")
 

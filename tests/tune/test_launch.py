@@ -96,7 +96,7 @@ def test_a_campaign_with_nothing_left_to_train_does_not_start_ray(
     path = tmp_path / "tiny.yaml"
     path.write_text(TINY.format(corpus=corpus))
     first, _ = launch(load_campaign(path), tmp_path / "out", command="", inline=True)
-    monkeypatch.setattr("tune.launch.Keeper", None)  # to start it would now fail
+    monkeypatch.setattr("tune.launch.RaySupervisor", None)  # to start it would now fail
     again, _ = launch(load_campaign(path), tmp_path / "out", command="")
     assert [arm["val_loss"] for arm in again["phases"][0]["arms"]] == [
         arm["val_loss"] for arm in first["phases"][0]["arms"]

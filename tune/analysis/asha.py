@@ -31,7 +31,7 @@ from tune.storage.journal import Event
 EVENT = "rung_reached"
 
 
-class Ladder:
+class Asha:
     """What the trials of a campaign had reached at each rung, and what was decided there: a fold over the journal."""
 
     def __init__(self, rule: EarlyStop, *, metric: str, goal: str) -> None:
@@ -82,7 +82,7 @@ class Ladder:
         place = {"trial_id": trial_id, "phase": phase, "arm": arm, "seed": seed, "rung": passed[-1], "step": step}
         return place | {"value": value, "stops": stops, "why": why if stops else None}
 
-    def why_out(self, phase: str, arm: str) -> str | None:
+    def stop_reason(self, phase: str, arm: str) -> str | None:
         """Why an arm has no trial any more that goes on, or None."""
         return self._out.get((phase, arm))
 

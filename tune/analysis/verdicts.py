@@ -146,8 +146,8 @@ def judge(
     if baseline not in cells or not 0 < confidence < 1:
         raise ValueError(f"baseline {baseline!r} must be one of {sorted(cells)}, 0 < confidence={confidence} < 1")
     sign, alpha = {"minimize": 1.0, "maximize": -1.0}[goal], 1 - confidence
-    values, spoilt, warnings = _read(cells, baseline)
-    fitted = {a: v for a, v in values.items() if len(v) > 1 and (a == baseline or a not in spoilt)}
+    values, excluded, warnings = _read(cells, baseline)
+    fitted = {a: v for a, v in values.items() if len(v) > 1 and (a == baseline or a not in excluded)}
     one_way, paired = _layouts(fitted) if fitted else (None, None)
     correlation = None
     if one_way and paired and one_way.variance and len(paired.effects) > 1:
@@ -174,9 +174,9 @@ def judge(
     arms, gaps, origin = [], {}, fmean(values[baseline].values() or [0.0])
     for a, sample in values.items():
         gaps[a] = deltas[a].mean if a in deltas else fmean(sample.values() or [origin]) - origin
-        if a not in {baseline, *deltas, *spoilt} and values[baseline]:
+        if a not in {baseline, *deltas, *excluded} and values[baseline]:
             deltas[a] = Delta(gaps[a])
-        verdict = spoilt.get(a) or _verdict(deltas.get(a), sign, alpha, min_effect * (1 - 1e-9))
+        verdict = excluded.get(a) or _verdict(deltas.get(a), sign, alpha, min_effect * (1 - 1e-9))
         verdict = "baseline" if a == baseline else verdict
         arms.append(_arm(a, sample, one_way, spread_df, confidence, deltas.get(a), verdict))
     arms.sort(key=lambda arm: (LAST.get(arm.verdict, not arm.n), sign * gaps[arm.arm], arm.arm != baseline, arm.arm))
@@ -212,7 +212,7 @@ def holm(p: Sequence[float]) -> list[float]:
 
 def _read(cells: Cells, baseline: str) -> tuple[Values, dict[str, Verdict], list[str]]:
     """Finished values, and arms with other seeds too; sorted, so that no sum depends on the order of the cells."""
-    values, spoilt, warnings = Values(), dict[str, Verdict](), []
+    values, excluded, warnings = Values(), dict[str, Verdict](), []
     for arm in sorted(cells, key=lambda name: (name != baseline, name)):
         seen = {cell.status for cell in cells[arm].values()}
         done = {seed: cell.value for seed, cell in sorted(cells[arm].items()) if cell.status == "finished"}
@@ -220,10 +220,10 @@ def _read(cells: Cells, baseline: str) -> tuple[Values, dict[str, Verdict], list
         if unusable := sorted(done.keys() - values[arm].keys()):
             warnings.append(f"{arm}: finished without a finite value with seeds {unusable}, taken as missing")
         if len(values[arm]) < len(cells[arm]) or not cells[arm]:
-            spoilt[arm] = "diverged" if "diverged" in seen else "failed" if "failed" in seen else "incomplete"
-    if baseline in spoilt and values[baseline]:
-        warnings.append(f"the baseline lost seeds ({spoilt[baseline]}): only the finished ones are compared")
-    return values, spoilt, warnings
+            excluded[arm] = "diverged" if "diverged" in seen else "failed" if "failed" in seen else "incomplete"
+    if baseline in excluded and values[baseline]:
+        warnings.append(f"the baseline lost seeds ({excluded[baseline]}): only the finished ones are compared")
+    return values, excluded, warnings
 
 
 def _layouts(fitted: Values) -> tuple[Layout | None, Layout | None]:

@@ -35,7 +35,7 @@ ONE_SEED = Finding("undecided", "n=1: one seed has no spread to judge by")
 
 
 @dataclass(frozen=True)
-class Gap:
+class Difference:
     """Left minus right; infinite where one side lost by divergence. `where` is a phrase for the sentence."""
 
     mean: float
@@ -106,7 +106,7 @@ class Evidence:
         return metric in LOSSES and sides == ({"diverged"}, {"finished"}) and 4.0**-seeds <= (1 - self.confidence) / 2
 
 
-def gap(claim: Claim, evidence: Evidence, of: Callable[[float], float] = float) -> Gap | Finding:
+def gap(claim: Claim, evidence: Evidence, of: Callable[[float], float] = float) -> Difference | Finding:
     """Left minus right with its interval, in terms of `of` the metric; or why there is none."""
     pairs, remark = paired_arms(claim, evidence.arms)
     by_seed: dict[int, dict[tuple[str, str], None]] = {}  # each pair of trials once, however many phases have it
@@ -120,13 +120,13 @@ def gap(claim: Claim, evidence: Evidence, of: Callable[[float], float] = float) 
     trials, n, where = [*sides[0], *sides[1]], len(by_seed), _where(pairs, len(by_seed), remark)
     for k, sign in ((0, 1.0), (1, -1.0)):
         if evidence.lost(outcomes[k], outcomes[1 - k], n, claim.metric):
-            return Gap(sign * inf, sign * inf, sign * inf, n, trials, where)
+            return Difference(sign * inf, sign * inf, sign * inf, n, trials, where)
     if problem := incomplete([*outcomes[0], *outcomes[1]], claim.metric):
         return replace(problem, trials=trials)
     delta = _delta(claim, evidence, pairs, by_seed, of)
     if delta.ci_low is None or delta.ci_high is None:
         return replace(ONE_SEED, observed=delta.mean, n=n, trials=trials)
-    return Gap(delta.mean, delta.ci_low, delta.ci_high, n, trials, where)
+    return Difference(delta.mean, delta.ci_low, delta.ci_high, n, trials, where)
 
 
 def paired_arms(claim: Claim, arms: Sequence[ClaimArm]) -> tuple[list[Pair], str]:
@@ -236,8 +236,8 @@ def _averaged(arms: Sequence[ClaimArm], evidence: Evidence, metric: str) -> dict
 
 def _mean(outcomes: Sequence[Outcome]) -> Outcome:
     """The mean of finished trials; otherwise what became of the first that is not."""
-    spoilt = next((outcome for outcome in outcomes if outcome.value is None), None)
-    return spoilt or Outcome("finished", fmean(outcome.value for outcome in outcomes if outcome.value is not None))
+    excluded = next((outcome for outcome in outcomes if outcome.value is None), None)
+    return excluded or Outcome("finished", fmean(outcome.value for outcome in outcomes if outcome.value is not None))
 
 
 def _where(pairs: Sequence[Pair], seeds: int, remark: str) -> str:

@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 from tune.analysis.verdicts import Delta, Judgement, holm
 from tune.claims.arithmetic import evaluate
-from tune.claims.evidence import ONE_SEED, Evidence, Finding, Gap, chain, gap, incomplete
+from tune.claims.evidence import ONE_SEED, Difference, Evidence, Finding, chain, gap, incomplete
 from tune.claims.selectors import ClaimArm, describe, matches, short
 from tune.spec.schema import METRICS as LOSSES
 from tune.spec.schema import Claim
@@ -210,7 +210,7 @@ def _ordered(claim: Claim, evidence: Evidence, sign: float) -> Finding:
     return Finding(verdict, told, found.mean, found.low, found.high, found.n, found.trials)
 
 
-def _within(claim: Claim, found: Gap, told: str, value: float) -> Finding:
+def _within(claim: Claim, found: Difference, told: str, value: float) -> Finding:
     """Equivalence: where the interval lies in terms of `value` +- tolerance."""
     low, high = value - (claim.tolerance or 0.0), value + (claim.tolerance or 0.0)
     if low <= found.low and found.high <= high:
@@ -252,7 +252,7 @@ def _best_of(claim: Claim, evidence: Evidence, chosen: ClaimArm, arms: Sequence[
     return Finding("reproduced", f"{told}; it beats all {len(others)} others", *numbers, n, trials)
 
 
-def _told(claim: Claim, found: Gap, how: str) -> str:
+def _told(claim: Claim, found: Difference, how: str) -> str:
     """`alpha=0.28 minus alpha=0.05: val_loss -0.03 [-0.04, -0.02] on 3 seeds of phase alpha`."""
     if found.mean in (inf, -inf) or (how == "over" and found.mean == 0):
         loser, winner = (claim.left, claim.right) if found.mean > 0 else (claim.right, claim.left)

@@ -20,7 +20,7 @@ HANGUP: int | None = getattr(signal, "SIGHUP", None)  # Windows has none
 def run_inline(session: Session) -> None:
     """Runs every trial in this process. The numbers are those of Ray; it is the debugger's way, and the tests'."""
     with stop_on_signal(session):
-        while specs := session.next_trials():
+        while specs := session.ask():
             with contextlib.closing(run_trials(specs)) as run:
                 unwanted: list[str] | None = None
                 while not session.stop_requested:
@@ -29,8 +29,8 @@ def run_inline(session: Session) -> None:
                     except StopIteration:
                         break
                     for trial_id, result in news.ended.items():
-                        session.trial_ended(trial_id, result)
-                    unwanted = [name for name, so_far in news.so_far.items() if session.stops_early(name, so_far)]
+                        session.tell(trial_id, result)
+                    unwanted = [name for name, so_far in news.so_far.items() if session.should_stop(name, so_far)]
 
 
 @contextlib.contextmanager
@@ -51,7 +51,7 @@ def stop_on_signal(session: Session, *, at_once: Callable[[], object] = lambda: 
             last_words()
             os._exit(128 + number)
         session.stop_requested, session.stop_signal = True, number
-        session.ask_trials_to_stop()
+        session.request_stop()
 
     previous = {number: signal.signal(number, handle) for number in stop_signals()}
     try:

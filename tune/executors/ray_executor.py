@@ -29,8 +29,8 @@ from ray.tune.search import Searcher
 from ray.tune.stopper import Stopper
 
 from ngpt.config.base import ConfigError
-from ngpt.system.heartbeat import ask_to_stop
-from tune.executors.ray_trainable import NEWS, PAUSED, TrialWorker
+from ngpt.system.heartbeat import request_stop
+from tune.executors.ray_trainable import PAUSED, UPDATES, TrialWorker
 from tune.machine.environment import short_temporary, usable_cpus
 from tune.spec.schema import Resources
 from tune.trials.trial import TrialResult, TrialSpec
@@ -66,17 +66,17 @@ class RemoteSession:
         self._line = line
         self.stop_requested = False  # as of the newest answer
 
-    def next_trials(self) -> list[TrialSpec]:
-        return self._ask("next_trials")
+    def ask(self) -> list[TrialSpec]:
+        return self._ask("ask")
 
     def is_over(self) -> bool:
         return self._ask("is_over")
 
-    def stops_early(self, trial_id: str, so_far: TrialResult) -> bool:
-        return self._ask("stops_early", trial_id, so_far)
+    def should_stop(self, trial_id: str, so_far: TrialResult) -> bool:
+        return self._ask("should_stop", trial_id, so_far)
 
-    def trial_ended(self, trial_id: str, result: TrialResult) -> None:
-        self._ask("trial_ended", trial_id, result)
+    def tell(self, trial_id: str, result: TrialResult) -> None:
+        self._ask("tell", trial_id, result)
 
     def worker_died(self, trial_id: str, cause: str) -> None:
         self._ask("worker_died", trial_id, cause)
@@ -94,13 +94,13 @@ def fit(session: RemoteSession, cluster: "RayCluster", root: Path) -> None:
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(cluster.workers)  # all start at once, not one after the other
     for stale in root.glob(f"{SCRATCH}*"):  # of a run that was killed: a living one would have the lock
         shutil.rmtree(stale)
-    feeder = Feeder(session, cluster)
+    searcher = SessionSearcher(session, cluster)
     with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=root, ignore_cleanup_errors=True) as scratch:
         tuner = ray.tune.Tuner(
             TrialWorker,
             tune_config=ray.tune.TuneConfig(
-                search_alg=feeder,
-                scheduler=Scheduler(cluster.workers, feeder),
+                search_alg=searcher,
+                scheduler=Scheduler(cluster.workers, searcher),
                 num_samples=-1,
                 reuse_actors=True,
             ),
@@ -108,7 +108,7 @@ def fit(session: RemoteSession, cluster: "RayCluster", root: Path) -> None:
                 name="campaign",
                 storage_path=scratch,
                 verbose=0,
-                stop=Stops(feeder),
+                stop=EarlyStopper(searcher),
                 checkpoint_config=ray.tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
             ),
         )
@@ -122,7 +122,7 @@ class Unpickled:
         return {}
 
 
-class Feeder(Unpickled, Searcher):
+class SessionSearcher(Unpickled, Searcher):
     """Tune's source of trials: hands out what the session says is next, and tells it what came of it.
 
     A trial of Tune's is one of ours, or several that are trained together (tune/trials/trial_group.py). It returns None while a
@@ -141,27 +141,27 @@ class Feeder(Unpickled, Searcher):
             return Searcher.FINISHED
         if len(self._given) >= self._cluster.workers:
             return None
-        specs = self._session.next_trials()
+        specs = self._session.ask()
         if not specs:
             return Searcher.FINISHED if self._session.is_over() or self._session.stop_requested else None
         self._given[trial_id] = {spec.trial_id: spec for spec in specs}
         return {"specs": specs, "resources": self._cluster.per_trial}
 
-    def stops_early(self, trial_id: str, result: dict[str, Any]) -> bool:
+    def should_stop(self, trial_id: str, result: dict[str, Any]) -> bool:
         """Whether the session has a result of all that was given out as one; those it ends here are recorded, too."""
         left = self._given[trial_id]
         self._record(left, result)
-        news = result[NEWS].so_far.items()
-        ended = [left.pop(ours) for ours, so_far in news if ours in left and self._session.stops_early(ours, so_far)]
+        news = result[UPDATES].so_far.items()
+        ended = [left.pop(ours) for ours, so_far in news if ours in left and self._session.should_stop(ours, so_far)]
         for spec in ended if left else ():  # the others go on, and the worker listens before it does
             with contextlib.suppress(OSError):  # no room for a wish: it trains to its end, and nobody listens
-                ask_to_stop(spec.folder)
+                request_stop(spec.folder)
         return not left
 
     def _record(self, left: dict[str, TrialSpec], result: dict[str, Any]) -> None:
-        for ours, ended in result[NEWS].ended.items():
+        for ours, ended in result[UPDATES].ended.items():
             if left.pop(ours, None):
-                self._session.trial_ended(ours, ended)
+                self._session.tell(ours, ended)
 
     def worker_died(self, trial_id: str, said: str) -> None:
         """What Ray says of the death of a worker, before it says that the trial is over."""
@@ -170,7 +170,7 @@ class Feeder(Unpickled, Searcher):
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Those of the worker's trials that have no result died with it, unless they were to save and stop."""
         left, cause = self._given.pop(trial_id), self._causes.pop(trial_id, "killed")
-        if result and NEWS in result:
+        if result and UPDATES in result:
             self._record(left, result)
         if not self._session.stop_requested and not (result and PAUSED in result):
             for ours in reversed(left):  # the last one comes first in the queue
@@ -190,9 +190,9 @@ class Scheduler(FIFOScheduler):
     would die, and importing torch anew costs seconds. Its cache of workers has no public setting for that.
     """
 
-    def __init__(self, workers: int, feeder: Feeder) -> None:
+    def __init__(self, workers: int, searcher: SessionSearcher) -> None:
         super().__init__()
-        self._to_keep, self._feeder = workers, feeder
+        self._to_keep, self._searcher = workers, searcher
 
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
         """Tune's cache counts workers by what they take, and that is known with the first trial."""
@@ -200,22 +200,22 @@ class Scheduler(FIFOScheduler):
         self._to_keep = 0
 
     def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
-        """Tells the feeder why a worker died; its `on_trial_complete` comes after this."""
+        """Tells the searcher why a worker died; its `on_trial_complete` comes after this."""
         # Tune keeps the exception of some deaths only, and of a lack of memory just the text.
-        self._feeder.worker_died(trial.trial_id, Path(trial.error_file).read_text() if trial.error_file else "")
+        self._searcher.worker_died(trial.trial_id, Path(trial.error_file).read_text() if trial.error_file else "")
 
 
-class Stops(Unpickled, Stopper):
+class EarlyStopper(Unpickled, Stopper):
     """Ends a trial that early stopping drops. One that is to save and stop does so by itself."""
 
-    def __init__(self, feeder: Feeder) -> None:
-        self._feeder = feeder
+    def __init__(self, searcher: SessionSearcher) -> None:
+        self._searcher = searcher
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        return self._feeder.stops_early(trial_id, result)
+        return self._searcher.should_stop(trial_id, result)
 
     def stop_all(self) -> bool:
-        """Never: the feeder says when there is nothing left."""
+        """Never: the searcher says when there is nothing left."""
         return False
 
 

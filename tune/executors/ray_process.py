@@ -1,8 +1,8 @@
 """The process that Ray runs in, and what it says to the one that started it (tune/executors/ray_supervisor.py).
 
-    Ready            Ray has started; answered with an order: ("share", trials per GPU), then Ready again, or ("run",)
+    RayReady            Ray has started; answered with an order: ("share", trials per GPU), then RayReady again, or ("run",)
     (name, *args)    a question to the session, answered with (value, whether the run was asked to stop)
-    Over             there is no more to run, or something failed
+    DriverExited             there is no more to run, or something failed
 
 It holds nothing that is not elsewhere: it may be ended at any moment, and Ray sometimes does that.
 """
@@ -22,7 +22,7 @@ from tune.spec.schema import Resources
 
 
 @dataclass(frozen=True)
-class Ready:
+class RayReady:
     """Ray has started, or shares its GPUs as it was told."""
 
     workers: int  # trials at once
@@ -33,7 +33,7 @@ class Ready:
 
 
 @dataclass(frozen=True)
-class Over:
+class DriverExited:
     """The last word of a driver."""
 
     error: str | None = None
@@ -56,19 +56,19 @@ def drive(line: Connection, resources: Resources, address: str | None, root: Pat
             order: tuple[Any, ...] = ()
             while order != ("run",):
                 url, ids = cluster.dashboard_url, cluster.process_ids
-                line.send(Ready(cluster.workers, cluster.packed, url, ids, cluster.folder))
+                line.send(RayReady(cluster.workers, cluster.packed, url, ids, cluster.folder))
                 order = line.recv()
                 if order[0] == "share":
                     cluster.share(*order[1:])
             fit(RemoteSession(line), cluster, root)
-            line.send(Over())
+            line.send(DriverExited())
     except (EOFError, BrokenPipeError, ConnectionResetError):  # the other end has let go of this Ray
         return
     except NotStarted as error:
-        line.send(Over(str(error), is_rays=True))
+        line.send(DriverExited(str(error), is_rays=True))
     except Exception as error:
         is_users = isinstance(error, ConfigError)
-        line.send(Over(str(error) if is_users else traceback.format_exc(), is_users=is_users))
+        line.send(DriverExited(str(error) if is_users else traceback.format_exc(), is_users=is_users))
 
 
 def _follow_parent(root: Path) -> None:

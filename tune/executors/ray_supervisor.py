@@ -19,7 +19,7 @@ import psutil
 from ngpt.config.base import ConfigError
 from tune.executors.local import stop_on_signal
 from tune.executors.orphans import end_marked, is_alive, marked, marking
-from tune.executors.ray_process import Over, Ready, drive
+from tune.executors.ray_process import DriverExited, RayReady, drive
 from tune.executors.watchdog import Watchdog
 from tune.session.session import ExecutorLost, Session
 from tune.spec.schema import Resources
@@ -36,7 +36,7 @@ REPLACEMENTS = 3  # of Ray in one run
 OVER = "over"  # said instead of a reason when all is done
 
 # What the driver may ask for, all of it methods of the session.
-SERVED = ("next_trials", "is_over", "trial_ended", "stops_early", "worker_died")
+SERVED = ("ask", "is_over", "tell", "should_stop", "worker_died")
 
 
 @dataclass
@@ -46,12 +46,12 @@ class Driver:
     process: Any  # of multiprocessing, which has no public type for one that is spawned
     line: Connection
     started: float
-    ready: Ready | None = None
+    ready: RayReady | None = None
     shares: bool = False  # whether it was told how many trials share a GPU
     parts: dict[str, psutil.Process] = field(default_factory=dict)  # of Ray itself, by name, where it is ours
 
 
-class Keeper:
+class RaySupervisor:
     """Ray for a session, from `__enter__` to `__exit__`."""
 
     def __init__(self, session: Session, resources: Resources, *, address: str | None = None) -> None:
@@ -65,7 +65,7 @@ class Keeper:
         self._looked = self._heard = 0.0
         self._deadline: float | None = None  # for trials to save
 
-    def __enter__(self) -> "Keeper":
+    def __enter__(self) -> "RaySupervisor":
         self._start()
         return self
 
@@ -80,7 +80,7 @@ class Keeper:
         if kind is None and ready and ready.folder:
             shutil.rmtree(ready.folder, ignore_errors=True)
 
-    def wait(self) -> Ready:
+    def wait(self) -> RayReady:
         """What Ray has started with, once it has.
 
         Raises:
@@ -93,10 +93,10 @@ class Keeper:
                 raise ExecutorLost(f"Ray did not start: {why}\n{text}")
         return self._driver.ready
 
-    def share(self, trials_per_device: int) -> Ready:
+    def share(self, trials_per_device: int) -> RayReady:
         """Lets so many trials share each GPU, now and on every Ray that replaces this one; raises as `wait`."""
         self._share = trials_per_device
-        self._give_order()
+        self._send_command()
         return self.wait()
 
     def run(self) -> None:
@@ -107,7 +107,7 @@ class Keeper:
         """
         with stop_on_signal(self._session, at_once=lambda: end_marked(self._session.root)):
             self._is_running, self._heard = True, time.monotonic()
-            self._give_order()
+            self._send_command()
             while (why := self._serve_one()) is not OVER:
                 if why and self._session.stop_requested:
                     return
@@ -156,7 +156,7 @@ class Keeper:
         now = time.monotonic()
         if now - self._looked >= LOOK:
             self._looked = now
-            if why := self._look(now):
+            if why := self._check_health(now):
                 return why
         try:
             if not self._driver.line.poll(LOOK / 2):
@@ -167,9 +167,9 @@ class Keeper:
             return f"its driver ended with code {self._driver.process.exitcode}"
         self._heard = time.monotonic()
         match message:
-            case Ready():
-                return self._greet(message)
-            case Over():
+            case RayReady():
+                return self._on_ready(message)
+            case DriverExited():
                 return self._is_over(message)
         name, *arguments = message
         if name == "worker_died" and (why := self._dead_process()):
@@ -178,7 +178,7 @@ class Keeper:
         self._driver.line.send((value, self._session.stop_requested))
         return None
 
-    def _greet(self, ready: Ready) -> str | None:
+    def _on_ready(self, ready: RayReady) -> str | None:
         try:
             parts = [psutil.Process(pid) for pid in ready.process_ids]
             self._driver.parts = {part.name(): part for part in parts}
@@ -186,10 +186,10 @@ class Keeper:
             return f"its process {gone.pid} is gone"
         self._driver.ready = ready
         if self._is_running:
-            self._give_order()
+            self._send_command()
         return None
 
-    def _give_order(self) -> None:
+    def _send_command(self) -> None:
         """Tells a driver that is ready what to do: to share the GPUs as was chosen, then to run."""
         if self._share is not None and not self._driver.shares:
             self._driver.shares, self._driver.ready = True, None
@@ -211,7 +211,7 @@ class Keeper:
             cause = "host_oom"
         self._session.worker_died(trial_id, cause)
 
-    def _is_over(self, message: Over) -> str | None:
+    def _is_over(self, message: DriverExited) -> str | None:
         if message.error is None:
             is_over = self._session.is_over() or self._session.stop_requested
             return OVER if is_over else self._dead_process() or "it ended before the campaign was over"
@@ -225,7 +225,7 @@ class Keeper:
 
     # ---- whether all is well ---------------------------------------------------------------------------------------
 
-    def _look(self, now: float) -> str | None:
+    def _check_health(self, now: float) -> str | None:
         self._count_kernel_kills()
         if why := self._dead_process():
             return why
@@ -234,7 +234,7 @@ class Keeper:
                 return OVER
             return "it did not start in time" if now - self._driver.started > START else None
         if self._session.stop_requested:
-            return self._let_go(now)
+            return self._stop_trials(now)
         if not self._session.state.running and now - self._heard > SILENCE:
             return "it has stopped asking for work"
         return self._end_hung(now)
@@ -243,12 +243,12 @@ class Keeper:
         dead = next((name for name, part in self._driver.parts.items() if not is_alive(part)), None)
         return None if dead is None else f"its process {dead} is gone"
 
-    def _let_go(self, now: float) -> str | None:
+    def _stop_trials(self, now: float) -> str | None:
         """Lets the trials save; those that have not done so in time are ended as they are."""
         if self._deadline is None:
             self._deadline = now + GRACE
             self._session.message("stopping: running trials save where they are; a second signal ends them at once")
-        self._session.ask_trials_to_stop()
+        self._session.request_stop()
         return "not all trials have saved in time" if now > self._deadline else None
 
     def _end_hung(self, now: float) -> str | None:

@@ -12,13 +12,13 @@ import ray.tune
 import torch
 from ray.util.metrics import Gauge
 
-from ngpt.system.heartbeat import Pulse, clear, is_asked_to_stop
+from ngpt.system.heartbeat import Heartbeat, clear, stop_requested
 from tune.trials.trial import TrialSpec
-from tune.trials.trial_group import News, run_trials
+from tune.trials.trial_group import Updates, run_trials
 
 # The keys of reports: what has happened since the last one, by trial; and that those which are left have saved and
 # stopped because they were asked to.
-NEWS, PAUSED = "trial_news", "trial_paused"
+UPDATES, PAUSED = "trial_news", "trial_paused"
 
 
 class TrialWorker(ray.tune.Trainable):
@@ -69,13 +69,13 @@ class TrialWorker(ray.tune.Trainable):
         if self._left and len(self._asked_to_stop()) == len(self._left):
             self._run.close()
             # With the evaluation it was at, if it was at one: that step is saved, and does not come again.
-            return {NEWS: news, PAUSED: True, "done": True}
+            return {UPDATES: news, PAUSED: True, "done": True}
         for spec in self._left.values():
             so_far = news.so_far.get(spec.trial_id)
             for name, gauge in self._gauges.items():
                 if so_far and (value := so_far.metrics.get(name)) is not None:
                     gauge.set(value, tags={"phase": spec.phase, "arm": spec.arm, "seed": str(spec.seed)})
-        return {NEWS: news} | ({} if self._left else {"done": True})
+        return {UPDATES: news} | ({} if self._left else {"done": True})
 
     def cleanup(self) -> None:
         """Closes the run under way when Tune ends the worker; if it was asked to stop it saves first."""
@@ -91,9 +91,9 @@ class TrialWorker(ray.tune.Trainable):
             show_life(spec.folder)
 
     def _asked_to_stop(self) -> list[str]:
-        return [trial_id for trial_id, spec in self._left.items() if is_asked_to_stop(spec.folder)]
+        return [trial_id for trial_id, spec in self._left.items() if stop_requested(spec.folder)]
 
-    def _advance(self) -> News:
+    def _advance(self) -> Updates:
         """Goes on without those of its trials that were asked to stop, if there are others."""
         if not self._began:
             self._began = True
@@ -109,4 +109,4 @@ class TrialWorker(ray.tune.Trainable):
 def show_life(folder: Path) -> None:
     """Says which process has a trial now: one that hangs before the first step can be found, too."""
     folder.mkdir(parents=True, exist_ok=True)
-    Pulse(folder).close()
+    Heartbeat(folder).close()

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from statistics import median
 
-from ngpt.system.heartbeat import Heartbeat
+from ngpt.system.heartbeat import Beat
 
 AT_LEAST = 600.0  # seconds: compilation, a long evaluation, a slow disk
 STEPS = 20  # or the time of so many steps, where that is longer
@@ -19,7 +19,7 @@ STEPS = 20  # or the time of so many steps, where that is longer
 class _Watched:
     attempt: int
     since: float  # when the heartbeat was last seen to change
-    beat: Heartbeat | None = None
+    beat: Beat | None = None
     steps: deque[float] = field(default_factory=lambda: deque(maxlen=50))  # seconds each
 
 
@@ -35,7 +35,7 @@ class Watchdog:
         self._timeout = stall_timeout
         self._trials: dict[str, _Watched] = {}
 
-    def look(self, beats: Mapping[str, tuple[int, Heartbeat | None]], now: float) -> dict[str, float]:
+    def look(self, beats: Mapping[str, tuple[int, Beat | None]], now: float) -> dict[str, float]:
         """The trials that hang, with the seconds since their last sign of life.
 
         Args:
@@ -60,7 +60,7 @@ class Watchdog:
         return max(AT_LEAST, STEPS * median(watched.steps)) if watched.steps else AT_LEAST
 
 
-def _take(watched: _Watched, beat: Heartbeat | None, now: float) -> None:
+def _take(watched: _Watched, beat: Beat | None, now: float) -> None:
     before = watched.beat
     if beat and before and beat.pid == before.pid and beat.step > before.step:
         watched.steps.append((now - watched.since) / (beat.step - before.step))

@@ -189,13 +189,13 @@ def _compare_arm(a: Arm, b: Arm, metric: str, goal: Any, confidence: float) -> C
     sides = [arm.records if not shared else {seed: arm.records[seed] for seed in shared} for arm in (a, b)]
     cells = {name: _outcomes(records, metric) for name, records in zip("ab", sides, strict=True)}
     finished = {name: {s: c for s, c in row.items() if c.status == "finished"} for name, row in cells.items()}
-    spoilt = {name: sorted({c.status for c in row.values()} - {"finished"}) for name, row in cells.items()}
+    excluded = {name: sorted({c.status for c in row.values()} - {"finished"}) for name, row in cells.items()}
     judgement = judge(
         finished, baseline="a", goal=goal, confidence=confidence, metric=metric, method="paired" if shared else "pooled"
     )
     delta = next(arm.delta for arm in judgement.arms if arm.arm == "b")
     same = bool(shared) and all(_equal(a.records[seed], b.records[seed]) for seed in shared)
-    lost = [f"{status} in {name.upper()}" for name, statuses in spoilt.items() for status in statuses]
+    lost = [f"{status} in {name.upper()}" for name, statuses in excluded.items() for status in statuses]
     return {
         "a": a.names,
         "b": b.names,

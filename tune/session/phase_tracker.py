@@ -8,9 +8,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from ngpt.training.recovery import Metrics
+from ngpt.training.state import Metrics
 from tune import format as fmt
-from tune.analysis.asha import EVENT, Ladder
+from tune.analysis.asha import EVENT, Asha
 from tune.planning.equal_time import measure, pace_key
 from tune.planning.forecast import planned_event, stops_early, to_come
 from tune.planning.plan import PlannedPhase, Trial, inheritance, plan_phase, unmeasured
@@ -21,7 +21,7 @@ from tune.storage.records import Better
 from tune.storage.state import State
 
 
-class Course:
+class PhaseTracker:
     """What is planned, what waits or trains, and what is known of the phases that are over."""
 
     def __init__(
@@ -49,20 +49,20 @@ class Course:
         self.summaries: dict[str, Summary] = {}  # of the phases that are over
         self.queue: deque[Trial] = deque()
         self.trials: dict[str, Trial] = {}  # queued or running, by id
-        self._ladder: Ladder | None = None  # of early stopping, where the campaign has it
+        self._asha: Asha | None = None  # of early stopping, where the campaign has it
 
     def resume(self, state: State, events: Iterable[Event]) -> None:
         """Takes over what a journal says: its state, the speeds that were measured, the rungs that were reached."""
         self.state, self.campaign = state, replace(self.campaign, speeds=state.speeds)
         if rule := self.campaign.early_stop:
-            self._ladder = Ladder(rule, metric=self.campaign.metric.name, goal=self.campaign.metric.goal)
+            self._asha = Asha(rule, metric=self.campaign.metric.name, goal=self.campaign.metric.goal)
         for event in events:
             self.apply(event)
 
     def apply(self, event: Event) -> None:
         """Takes an event of the journal into account, once `state` has."""
-        if self._ladder:
-            self._ladder.apply(event)
+        if self._asha:
+            self._asha.apply(event)
 
     def advance(self) -> None:
         """Closes phases whose trials are all done and plans those that have become possible, until neither happens."""
@@ -104,13 +104,13 @@ class Course:
         result = self.state.results.get(trial_id)
         return result is not None and (result["status"] != "stopped" or stops_early(self.campaign, phase))
 
-    def reach(self, trial: Trial, metrics: Metrics) -> None:
+    def report_rung(self, trial: Trial, metrics: Metrics) -> None:
         """Journals the rung that a trial has come to by an evaluation, if it has come to one."""
-        if self._ladder is None or not stops_early(self.campaign, trial.phase):
+        if self._asha is None or not stops_early(self.campaign, trial.phase):
             return
         phase = self.planned[trial.phase]
         steps = next(arm.trials[0].config.steps for arm in phase.arms if arm.name == phase.baseline)
-        reached = self._ladder.reached(
+        reached = self._asha.reached(
             trial_id=trial.trial_id,
             phase=trial.phase,
             arm=trial.arm,
@@ -123,9 +123,9 @@ class Course:
         if reached:
             self._append(EVENT, **reached)
 
-    def why_dropped(self, trial: Trial) -> str | None:
+    def stop_reason(self, trial: Trial) -> str | None:
         """Why early stopping ends a trial; None if it goes on."""
-        dropped = self._ladder and self._ladder.why_out(trial.phase, trial.arm)
+        dropped = self._asha and self._asha.stop_reason(trial.phase, trial.arm)
         return f"its arm fell behind: {dropped}" if dropped and self._may_stop(trial) else None
 
     def _may_stop(self, trial: Trial) -> bool:

@@ -1,7 +1,7 @@
 """One run of a campaign on one results directory: what to train next, and what a result means.
 
 It knows the phases (tune/session/phase_tracker.py), the journal and the budget, and no executor: Ray and the inline loop both ask
-`next_trials` and report to `trial_ended`. Stopping it at any moment loses nothing but the trials in flight, and those
+`ask` and report to `tell`. Stopping it at any moment loses nothing but the trials in flight, and those
 continue from their checkpoints when the same command is given again.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 
 from ngpt.config.base import ConfigError, flatten
 from ngpt.config.secrets import redacted
-from ngpt.system import heartbeat as pulse
+from ngpt.system import heartbeat
 from ngpt.system.atomic_files import write_atomic, write_json
 from tune.machine.gpu_sharing import Packing
 from tune.machine.throughput import remember_speeds
@@ -30,7 +30,7 @@ from tune.results.snapshot import Snapshot
 from tune.results.status import take_snapshot
 from tune.results.summary import Summary, write_campaign
 from tune.session.datasets import changed_shards
-from tune.session.phase_tracker import Course
+from tune.session.phase_tracker import PhaseTracker
 from tune.spec.schema import Campaign
 from tune.storage.journal import Journal
 from tune.storage.lock import ResultsLock
@@ -38,7 +38,7 @@ from tune.storage.state import replay
 from tune.terminal.live import trial_line
 from tune.trials.retries import CAUSES, Death, cause_of, must_be_alone, why_given_up
 from tune.trials.trial import TrialResult, TrialSpec, make_folder
-from tune.trials.trial_group import alike, group_size
+from tune.trials.trial_group import batchable, group_size
 
 Message = Callable[[str], None]
 
@@ -66,7 +66,7 @@ class Session:
         self._deaths: defaultdict[str, list[Death]] = defaultdict(list)  # of workers, by the trial they died under
         self._leaders: dict[str, str] = {}  # the first trial of its group, by trial, where trials are trained together
         self._lock = ResultsLock(root)
-        self._course = Course(
+        self._phases = PhaseTracker(
             campaign,
             root,
             append=self._append,
@@ -77,7 +77,7 @@ class Session:
     @property
     def campaign(self) -> Campaign:
         """The campaign, with all speeds that were measured so far."""
-        return self._course.campaign
+        return self._phases.campaign
 
     # ---- begin and end ---------------------------------------------------------------------------------------------
 
@@ -92,7 +92,7 @@ class Session:
         try:
             self.journal = Journal(self.root / "journal.jsonl")
             self.state = replay(self.journal.events)
-            self._course.resume(self.state, self.journal.events)
+            self._phases.resume(self.state, self.journal.events)
         except BaseException:
             self._lock.release()
             raise
@@ -153,19 +153,19 @@ class Session:
     def end(self) -> Summary:
         """Journals the end, writes all derived files and returns the campaign's summary."""
         status = "interrupted" if self.stop_requested else STOPPED if self._out_of_budget() else "incomplete"
-        status = "finished" if self._course.has_all_winners() else status
+        status = "finished" if self._phases.has_all_winners() else status
         left_out = Counter(phase for phase, trial_id in self._missing() if trial_id not in self.state.results)
         left_out = dict(left_out) if status == STOPPED else {}
         for trial_id in self.state.running:
-            pulse.clear(self._trial_folder(trial_id))
+            heartbeat.clear(self._trial_folder(trial_id))
         self._append("campaign_ended", status=status, seconds=self._seconds(), left_out=left_out)
-        trials = {trial.trial_id: trial.config for phase in self._course.planned.values() for trial in phase.trials}
+        trials = {trial.trial_id: trial.config for phase in self._phases.planned.values() for trial in phase.trials}
         remember_speeds(self.campaign, self.state, trials)
         return write_campaign(self.root, self.state)
 
     # ---- what to do next -------------------------------------------------------------------------------------------
 
-    def next_trials(self) -> list[TrialSpec]:
+    def ask(self) -> list[TrialSpec]:
         """The next trial with those that wait and can be trained together with it; empty where there is none now.
 
         It takes no more of them than leaves as many for each other worker that is free, or soon will be. One that its
@@ -175,12 +175,12 @@ class Session:
         together = [first] if first else []
         if first is None or most == 1:
             return together
-        waiting = [trial for trial in self._course.queue if trial.trial_id not in self._deaths]
+        waiting = [trial for trial in self._phases.queue if trial.trial_id not in self._deaths]
         size = group_size(len(waiting) + 1, self._free_workers(first), most=most)
         for trial in waiting if first.trial_id not in self._deaths else ():
             if len(together) == size:
                 break
-            if self._may_start(trial) and len(alike(first, [self._spec(trial)], most=2)) == 2:
+            if self._may_start(trial) and len(batchable(first, [self._spec(trial)], most=2)) == 2:
                 together.append(self._begin(trial))
         self._leaders |= dict.fromkeys((spec.trial_id for spec in together), first.trial_id)
         return together
@@ -196,17 +196,17 @@ class Session:
         """The next trial to start, or None when there is none now; then ask `is_over` whether to wait for one."""
         if self.stop_requested:
             return None
-        if not self._course.queue:
-            self._course.advance()
+        if not self._phases.queue:
+            self._phases.advance()
         self._drop_waiting()
-        trial = next(filter(self._may_start, self._course.queue), None)
+        trial = next(filter(self._may_start, self._phases.queue), None)
         return self._begin(trial) if trial else None
 
     def _begin(self, trial: Trial) -> TrialSpec:
         """Takes a trial out of the queue and journals that it has started."""
-        self._course.queue.remove(trial)
+        self._phases.queue.remove(trial)
         spec = self._spec(trial)
-        pulse.clear(spec.folder)  # of an attempt that was killed
+        heartbeat.clear(spec.folder)  # of an attempt that was killed
         self._append(
             "trial_started",
             trial_id=trial.trial_id,
@@ -242,11 +242,11 @@ class Session:
 
     def is_over(self) -> bool:
         """Whether every phase has its winner, or the budget is used up and no trial is running."""
-        return self._course.has_all_winners() or self._out_of_budget()
+        return self._phases.has_all_winners() or self._out_of_budget()
 
     def _out_of_budget(self) -> bool:
         """Whether trials are waiting and none of them may start. One whose worker dies under it may start again."""
-        return bool(self._course.queue) and not self.state.running and not any(map(self._may_start, self._course.queue))
+        return bool(self._phases.queue) and not self.state.running and not any(map(self._may_start, self._phases.queue))
 
     def _may_start(self, trial: Trial) -> bool:
         if not self._has_room(trial):
@@ -257,7 +257,7 @@ class Session:
 
     def _has_room(self, trial: Trial) -> bool:
         """Whether a trial may run beside those that do: one that the machine had no memory for runs with none."""
-        waiting = (other.trial_id for other in self._course.queue)
+        waiting = (other.trial_id for other in self._phases.queue)
         if any(map(self._is_alone, self.state.running)):
             return False
         if self._is_alone(trial.trial_id):
@@ -288,9 +288,9 @@ class Session:
 
     # ---- what came of it -------------------------------------------------------------------------------------------
 
-    def trial_ended(self, trial_id: str, result: TrialResult, *, cause: str | None = None) -> None:
-        """Records what came of a trial that `next_trials` gave out; `cause` says why its process died, if it did."""
-        trial = self._course.trials.pop(trial_id)
+    def tell(self, trial_id: str, result: TrialResult, *, cause: str | None = None) -> None:
+        """Records what came of a trial that `ask` gave out; `cause` says why its process died, if it did."""
+        trial = self._phases.trials.pop(trial_id)
         self._append(
             "trial_finished",
             trial_id=trial_id,
@@ -302,7 +302,7 @@ class Session:
             cause=cause_of(result) if cause is None else cause,
             **asdict(result),
         )
-        pulse.clear(self._trial_folder(trial_id))
+        heartbeat.clear(self._trial_folder(trial_id))
         snapshot = self.snapshot()
         self.message(
             trial_line(
@@ -320,43 +320,43 @@ class Session:
                 total_is_final=snapshot.total_is_final,
             )
         )
-        self._course.advance()
+        self._phases.advance()
 
-    def stops_early(self, trial_id: str, so_far: TrialResult) -> bool:
+    def should_stop(self, trial_id: str, so_far: TrialResult) -> bool:
         """Whether early stopping ends a trial at this evaluation; then it is recorded as it is `so_far`."""
-        trial = self._course.trials[trial_id]
-        self._course.reach(trial, so_far.metrics)
-        if (why := self._course.why_dropped(trial)) is None:
+        trial = self._phases.trials[trial_id]
+        self._phases.report_rung(trial, so_far.metrics)
+        if (why := self._phases.stop_reason(trial)) is None:
             return False
-        self.trial_ended(trial_id, replace(so_far, status="stopped", error=why))
+        self.tell(trial_id, replace(so_far, status="stopped", error=why))
         return True
 
     def _drop_waiting(self) -> None:
         """Ends what waits of arms that early stopping has dropped: nothing that it finds could be judged."""
-        while trial := next((trial for trial in self._course.queue if self._course.why_dropped(trial)), None):
-            self._course.queue.remove(trial)
+        while trial := next((trial for trial in self._phases.queue if self._phases.stop_reason(trial)), None):
+            self._phases.queue.remove(trial)
             make_folder(self._trial_folder(trial.trial_id), self._with_tracking(trial))
-            never = TrialResult("stopped", {"steps": 0, "tokens": 0}, error=self._course.why_dropped(trial))
-            self.trial_ended(trial.trial_id, never)
+            never = TrialResult("stopped", {"steps": 0, "tokens": 0}, error=self._phases.stop_reason(trial))
+            self.tell(trial.trial_id, never)
 
     def worker_died(self, trial_id: str, cause: str, reason: str | None = None) -> None:
         """The process of a trial is gone without a result: tried again from its checkpoint, as tune/trials/retries.py says.
 
         `cause` is an entry of its table, `reason` what is known besides.
         """
-        trial, beat = self._course.trials[trial_id], pulse.read_heartbeat(self._trial_folder(trial_id))
+        trial, beat = self._phases.trials[trial_id], heartbeat.read_heartbeat(self._trial_folder(trial_id))
         deaths = self._deaths[trial_id]
         deaths.append(Death(cause, beat and beat.step, beat and beat.began))
         says = reason or CAUSES[cause].says
         attempt, step = self.state.attempts[trial_id], deaths[-1].step
         self._append("worker_died", trial_id=trial_id, attempt=attempt, cause=cause, step=step, reason=says)
         if error := why_given_up(deaths):
-            self.trial_ended(trial_id, TrialResult("failed", error=error), cause=cause)
+            self.tell(trial_id, TrialResult("failed", error=error), cause=cause)
             return
         alone = ", with nothing beside it" if must_be_alone(deaths) else ""
         text = f"worker died ({says}), trying again from its newest checkpoint{alone}"
         self.message(f"{trial.phase}  {trial.arm} seed {trial.seed}  {text}")
-        self._course.queue.appendleft(trial)
+        self._phases.queue.appendleft(trial)
 
     def executor_lost(self, reason: str) -> None:
         """All workers are gone at once: the trials that were running are next again."""
@@ -364,17 +364,17 @@ class Session:
         for trial_id in reversed(list(self.state.running)):
             self.worker_died(trial_id, "ray_lost")
 
-    def ask_trials_to_stop(self) -> None:
+    def request_stop(self) -> None:
         """Lets every running trial save and stop at its next step."""
         for trial_id in list(self.state.running):
             with contextlib.suppress(OSError):  # it has not begun, or there is no room for a wish: it is not saved
-                pulse.ask_to_stop(self._trial_folder(trial_id))
+                heartbeat.request_stop(self._trial_folder(trial_id))
 
-    def heartbeats(self) -> dict[str, tuple[int, pulse.Heartbeat | None]]:
+    def heartbeats(self) -> dict[str, tuple[int, heartbeat.Beat | None]]:
         """The attempt and the newest heartbeat of every running trial."""
         running = self.state.running.values()
         return {
-            event["trial_id"]: (event["attempt"], pulse.read_heartbeat(self._trial_folder(event["trial_id"])))
+            event["trial_id"]: (event["attempt"], heartbeat.read_heartbeat(self._trial_folder(event["trial_id"])))
             for event in running
         }
 
@@ -385,7 +385,7 @@ class Session:
             self.root,
             state,
             running=not state.ended,
-            finished_phases=list(self._course.summaries.values()),
+            finished_phases=list(self._phases.summaries.values()),
             dashboard_url=self.dashboard_url,
         )
 
@@ -393,7 +393,7 @@ class Session:
         # Clocks jump: order is that of the lines, and durations are of this clock.
         written = self.journal.append(event, elapsed=round(self._seconds(), 3), **fields)
         self.state.apply(written)
-        self._course.apply(written)
+        self._phases.apply(written)
 
 
 def _last_line(error: str | None) -> str | None:

@@ -24,7 +24,7 @@ from ngpt.system.device import pick_device
 from ngpt.system.memory import peak_memory
 from ngpt.training.config import TrainConfig
 from ngpt.training.loop import train
-from ngpt.training.recovery import Metrics
+from ngpt.training.state import Metrics
 
 CONTEXT = 768 << 20  # bytes that a process takes of a GPU besides those of its tensors
 SOURCES = {".py", ".cpp", ".h"}

@@ -20,7 +20,7 @@ from ngpt.config.secrets import redacted
 from ngpt.ensemble.train import Event, graph_settings, train_together, unstackable
 from ngpt.system.atomic_files import write_atomic
 from ngpt.system.device import pick_device
-from ngpt.system.heartbeat import Pulse
+from ngpt.system.heartbeat import Heartbeat
 from ngpt.system.memory import free_memory
 from ngpt.training.config import TrainConfig
 from ngpt.training.run import RunResult
@@ -30,17 +30,17 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class News:
+class Updates:
     """What has happened since the last time, by trial id: `so_far` as `run_trial` yields, `ended` as it returns."""
 
     so_far: dict[str, TrialResult] = field(default_factory=dict)
     ended: dict[str, TrialResult] = field(default_factory=dict)
 
 
-Trials = Generator[News, Collection[str] | None, None]
+Trials = Generator[Updates, Collection[str] | None, None]
 
 
-def alike(first: TrialSpec, waiting: Iterable[TrialSpec], *, most: int) -> list[TrialSpec]:
+def batchable(first: TrialSpec, waiting: Iterable[TrialSpec], *, most: int) -> list[TrialSpec]:
     """`first` and those of the waiting that can be trained with it, in their order, `most` in all."""
     found = [first]
     for spec in waiting:
@@ -109,7 +109,7 @@ def run_trials(specs: Sequence[TrialSpec]) -> Trials:
         free_memory(pick_device(specs[0].config.device))
     for spec in under_way.values():
         with contextlib.suppress(OSError):  # its folder may be what has failed
-            Pulse(spec.folder).close()  # whoever watches sees which process it waits in
+            Heartbeat(spec.folder).close()  # whoever watches sees which process it waits in
     for spec in under_way.values():
         yield from _alone(spec, began_with=len(specs))
 
@@ -125,9 +125,9 @@ def _alone(spec: TrialSpec, *, began_with: int = 1) -> Trials:
             try:
                 so_far = next(run)
             except StopIteration as stop:
-                yield News(ended={spec.trial_id: marked(stop.value)})
+                yield Updates(ended={spec.trial_id: marked(stop.value)})
                 return
-            if spec.trial_id in ((yield News(so_far={spec.trial_id: marked(so_far)})) or ()):
+            if spec.trial_id in ((yield Updates(so_far={spec.trial_id: marked(so_far)})) or ()):
                 return
 
 
@@ -138,9 +138,9 @@ class _Batch:
         self._specs = specs
         self._started_at, self._start = datetime.now(UTC).isoformat(timespec="milliseconds"), time.perf_counter()
 
-    def news(self, events: Mapping[int, Event], about: Mapping[str, str]) -> News:
+    def news(self, events: Mapping[int, Event], about: Mapping[str, str]) -> Updates:
         """The events of runs as results of trials; `about` is the provenance of a run that has not ended."""
-        news = News()
+        news = Updates()
         for index, event in events.items():
             spec = self._specs[index]
             if isinstance(event, RunResult):

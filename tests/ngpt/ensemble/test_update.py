@@ -21,7 +21,7 @@ def run_with_gradients(config: TrainConfig, folder: Path, dataset: Dataset) -> R
     generator = torch.Generator().manual_seed(0)
     for parameter in run.model.parameters():
         parameter.grad = torch.randn(parameter.shape, generator=generator)
-    run.progress.step = 2
+    run.state.step = 2
     return run
 
 

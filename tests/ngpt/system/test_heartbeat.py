@@ -7,8 +7,8 @@ import pytest
 
 from ngpt.config.base import override
 from ngpt.data.dataset import Dataset
-from ngpt.system import heartbeat as pulse
-from ngpt.system.heartbeat import Heartbeat, Pulse, ask_to_stop, clear, is_asked_to_stop, read_heartbeat
+from ngpt.system import heartbeat
+from ngpt.system.heartbeat import Beat, Heartbeat, clear, read_heartbeat, request_stop, stop_requested
 from ngpt.training.config import TrainConfig
 from ngpt.training.loop import train
 from tests.helpers.tiny_run import assert_equal_weights, rows, run, weights
@@ -17,24 +17,24 @@ from tests.helpers.tiny_run import assert_equal_weights, rows, run, weights
 @pytest.fixture(autouse=True)
 def attentive(monkeypatch: pytest.MonkeyPatch) -> None:
     """It listens at every step, and not once a second."""
-    monkeypatch.setattr(pulse, "LISTEN", 0.0)
+    monkeypatch.setattr(heartbeat, "LISTEN", 0.0)
 
 
 def stop_at(step: int, config: TrainConfig, out: Path, dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that is asked to stop when it has come to this step, as another process would ask, and then closed."""
-    real = Pulse.beat
+    real = Heartbeat.beat
 
-    def beat(self: Pulse, at: int) -> None:
+    def beat(self: Heartbeat, at: int) -> None:
         real(self, at)
         if at == step:
-            ask_to_stop(out)
+            request_stop(out)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Pulse, "beat", beat)
+        patch.setattr(Heartbeat, "beat", beat)
         loop = train(config, out, resume="latest", dataset=dataset)
-        while not is_asked_to_stop(out):
+        while not stop_requested(out):
             if next(loop)["step"] == config.steps == step:  # there is no step after it to say so
-                ask_to_stop(out)
+                request_stop(out)
         loop.close()
     clear(out)
 
@@ -60,7 +60,7 @@ def test_a_run_that_is_asked_at_an_evaluation_and_closed_there_saves_it(
     loop = train(tiny, tmp_path, dataset=dataset)
     while next(loop)["step"] != 6:
         pass
-    ask_to_stop(tmp_path)
+    request_stop(tmp_path)
     loop.close()
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_0000006"]
 
@@ -86,14 +86,14 @@ def test_what_a_rollback_would_return_to_is_saved_at_its_regular_steps_only(
 
 def test_a_heartbeat_is_where_a_run_is_and_stays_where_it_was_killed(tmp_path: Path) -> None:
     assert read_heartbeat(tmp_path) is None
-    killed = Pulse(tmp_path, began=7)
-    assert read_heartbeat(tmp_path) == Heartbeat(os.getpid(), 7, 7)
+    killed = Heartbeat(tmp_path, began=7)
+    assert read_heartbeat(tmp_path) == Beat(os.getpid(), 7, 7)
     for step in (8, 123_456_789, 9):
         killed.beat(step)
-        assert read_heartbeat(tmp_path) == Heartbeat(os.getpid(), 7, step)
+        assert read_heartbeat(tmp_path) == Beat(os.getpid(), 7, step)
     killed.close()
-    assert read_heartbeat(tmp_path) == Heartbeat(os.getpid(), 7, 9)
-    with Pulse(tmp_path) as ended:
+    assert read_heartbeat(tmp_path) == Beat(os.getpid(), 7, 9)
+    with Heartbeat(tmp_path) as ended:
         ended.beat(3)
     assert read_heartbeat(tmp_path) is None
 
@@ -105,18 +105,18 @@ def test_a_heartbeat_that_cannot_be_read_is_none(tmp_path: Path, content: bytes)
 
 
 def test_where_nothing_can_be_written_a_run_goes_on(tmp_path: Path) -> None:
-    with Pulse(tmp_path / "nowhere") as silent:
+    with Heartbeat(tmp_path / "nowhere") as silent:
         silent.beat(1)
-        assert not silent.is_asked_to_stop()
+        assert not silent.stop_requested()
 
 
 def test_the_wish_to_stop_is_looked_for_once_a_second_or_when_it_matters(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pulse, "LISTEN", 1e9)
-    with Pulse(tmp_path) as rare:
-        assert not rare.is_asked_to_stop()
-        ask_to_stop(tmp_path)
-        assert not rare.is_asked_to_stop() and rare.is_asked_to_stop(now=True) and rare.is_asked_to_stop()
+    monkeypatch.setattr(heartbeat, "LISTEN", 1e9)
+    with Heartbeat(tmp_path) as rare:
+        assert not rare.stop_requested()
+        request_stop(tmp_path)
+        assert not rare.stop_requested() and rare.stop_requested(now=True) and rare.stop_requested()
     clear(tmp_path)
-    assert not is_asked_to_stop(tmp_path) and list(tmp_path.iterdir()) == []
+    assert not stop_requested(tmp_path) and list(tmp_path.iterdir()) == []

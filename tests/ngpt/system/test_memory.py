@@ -167,11 +167,11 @@ def test_an_attempt_is_made_smaller_until_it_fits() -> None:
             raise torch.OutOfMemoryError
         return state["size"]
 
-    def shrink() -> bool:
+    def reduce_batch() -> bool:
         state["size"] = next(sizes)
         return True
 
-    assert retry_smaller(attempt, shrink, CPU) == 2
+    assert retry_smaller(attempt, reduce_batch, CPU) == 2
     assert tried == [8, 4, 2]
 
 

@@ -33,5 +33,5 @@ def test_divisors_that_are_not_finite_are_counted_logged_and_reported(
     with torch.no_grad():
         start.model.get_parameter("blocks.0.mlp.down.weight").fill_(math.inf)
     measure(start, last=False)
-    assert (start.progress.last_eval["r_replaced"] or 0) > 0
+    assert (start.state.last_eval["r_replaced"] or 0) > 0
     assert "divisors r were not finite and became 1" in caplog.text

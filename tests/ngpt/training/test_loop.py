@@ -198,7 +198,7 @@ def test_a_step_that_is_not_finite_ends_the_run_and_is_not_taken(
 
     def break_down(each: Run, idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         loss = backward(each, idx, targets)
-        if each.progress.step < 4:
+        if each.state.step < 4:
             return loss
         if broken == "loss":
             return torch.tensor(math.nan)

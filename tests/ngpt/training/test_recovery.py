@@ -20,8 +20,9 @@ from ngpt.data.dataset import Dataset
 from ngpt.model.gpt import GPT
 from ngpt.training.config import TrainConfig
 from ngpt.training.loop import backward, train
-from ngpt.training.recovery import NONFINITE, ON_OOM, Progress, halved
+from ngpt.training.recovery import NONFINITE, ON_OOM, halved
 from ngpt.training.run import Run
+from ngpt.training.state import TrainState
 from tests.helpers.tiny_run import rows, run, untimed, weights
 
 OPTIMIZERS = {"adamw": {}, "muon": {"optim.name": "muon", "optim.lr_other": 0.02}}
@@ -118,8 +119,8 @@ def test_an_optimizer_that_breaks_off_half_way_leaves_no_trace(
         return half_done
 
     def listen(each: Run) -> dict[str, float]:
-        if each.progress.step == failing_step and not broken:
-            broken.append(each.progress.step)
+        if each.state.step == failing_step and not broken:
+            broken.append(each.state.step)
             each.optimizers[0].step = fails(each)  # type: ignore[method-assign]
         return real(each)
 
@@ -244,9 +245,9 @@ def test_the_literal_rule_halves_the_batch_and_says_so(watched: TrainConfig, dat
     seen: list[tuple[int, int]] = []
 
     def listen(each: Run, idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        if each.progress.step >= 4 and len(idx) > 2:
+        if each.state.step >= 4 and len(idx) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        seen.append((each.progress.step, len(idx)))
+        seen.append((each.state.step, len(idx)))
         return backward(each, idx, targets)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -432,7 +433,7 @@ def test_weights_that_are_no_numbers_send_a_run_back_from_its_evaluation(
 
     def update(each: Run) -> None:
         real(each)
-        if each.progress.step == 4 and not broken:
+        if each.state.step == 4 and not broken:
             broken.append(True)
             with torch.no_grad():
                 each.model.get_parameter("blocks.0.mlp.down.weight").fill_(math.inf)
@@ -471,8 +472,8 @@ def test_halving_ends_at_one_and_never_below(size: int) -> None:
 
 
 def test_progress_takes_over_all_of_another() -> None:
-    one, other = Progress(step=3, splits=1), Progress(step=7, recent=[1.0], passed_over=2)
-    one.become(other)
+    one, other = TrainState(step=3, microbatch_halvings=1), TrainState(step=7, recent=[1.0], skipped_batches=2)
+    one.restore(other)
     assert one == other
 
 

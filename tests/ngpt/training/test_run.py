@@ -20,8 +20,8 @@ from ngpt.data.loader import train_batch
 from ngpt.training.checkpoint import checkpoint_folders
 from ngpt.training.config import TrainConfig
 from ngpt.training.loop import train
-from ngpt.training.recovery import Progress
 from ngpt.training.run import Clock
+from ngpt.training.state import TrainState
 from tests.helpers.tiny_run import AWKWARD, MODELS, assert_equal_weights, rows, run, untimed, watch, weights
 
 
@@ -226,8 +226,8 @@ def test_a_checkpoint_has_a_validation_loss_where_these_weights_were_evaluated(
 
 
 def test_the_clock_leaves_out_the_first_steps_and_those_in_which_something_was_tried_twice() -> None:
-    progress = Progress()
-    clock = Clock(progress, warmup=2)
+    state = TrainState()
+    clock = Clock(state, warmup=2)
     for tokens in (1, 10, 100):
         with clock.step(tokens):
             pass
@@ -235,4 +235,4 @@ def test_the_clock_leaves_out_the_first_steps_and_those_in_which_something_was_t
         clock.leave_out()
     with clock.step(10_000):
         pass
-    assert progress.timed_tokens == 10_100 and progress.timed_seconds > 0
+    assert state.timed_tokens == 10_100 and state.timed_seconds > 0

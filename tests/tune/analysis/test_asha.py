@@ -14,7 +14,7 @@ from ray.tune.schedulers import AsyncHyperBandScheduler
 from ngpt.config.base import ConfigError
 from ngpt.training.tracker import read_metrics
 from tests.helpers.tiny_campaign import begun, losses, pretend, records, session_on, train_all, write_file
-from tune.analysis.asha import EVENT, Ladder, cutoff
+from tune.analysis.asha import EVENT, Asha, cutoff
 from tune.campaign import load_campaign
 from tune.machine.estimate import estimate
 from tune.results.status import read_snapshot
@@ -32,7 +32,7 @@ RULE = EarlyStop(first=10, reduction=3)
 # ---- the rule ------------------------------------------------------------------------------------------------------
 
 
-def reach(ladder: Ladder, trial: str, step: int, value: float | None, **fields: Any) -> bool:
+def reach(ladder: Asha, trial: str, step: int, value: float | None, **fields: Any) -> bool:
     """Lets a trial come to a step; returns whether it is stopped there."""
     place = {"phase": "p", "arm": trial, "seed": 1, "share": (90, 90), "may_stop": True} | fields
     event = ladder.reached(trial_id=f"{trial}-s{place['seed']}", step=step, value=value, **place)
@@ -64,7 +64,7 @@ def test_it_decides_as_rays_asha_does(
         reduction_factor=reduction,
         stop_last_trials=False,
     )
-    ours = Ladder(EarlyStop(first=first, reduction=reduction), metric="value", goal=goal)
+    ours = Asha(EarlyStop(first=first, reduction=reduction), metric="value", goal=goal)
     trials: dict[int, Any] = {}
     at: dict[int, int] = {}
     for name, value in results:
@@ -82,7 +82,7 @@ def test_it_decides_as_rays_asha_does(
 
 
 def test_the_first_at_a_rung_goes_on_and_later_ones_must_be_among_the_best_third() -> None:
-    ladder = Ladder(RULE, metric="val_loss", goal="minimize")
+    ladder = Asha(RULE, metric="val_loss", goal="minimize")
     assert not reach(ladder, "a", 10, 5.0)
     assert reach(ladder, "b", 10, 5.1)
     assert not reach(ladder, "c", 10, 4.9)
@@ -97,7 +97,7 @@ def test_rungs_lie_before_the_end_each_so_many_times_as_far_as_the_last() -> Non
 
 
 def test_between_rungs_and_at_one_it_was_at_before_nothing_is_decided() -> None:
-    ladder = Ladder(RULE, metric="val_loss", goal="minimize")
+    ladder = Asha(RULE, metric="val_loss", goal="minimize")
     fields: dict[str, Any] = {"trial_id": "a-s1", "phase": "p", "arm": "a", "seed": 1, "may_stop": True}
     assert ladder.reached(step=9, value=5.0, share=(90, 90), **fields) is None
     reach(ladder, "a", 10, 5.0)
@@ -108,7 +108,7 @@ def test_between_rungs_and_at_one_it_was_at_before_nothing_is_decided() -> None:
 
 def test_a_rung_is_a_share_of_the_training() -> None:
     """With half the steps of the baseline, for the same tokens, the rungs are at half the steps."""
-    ladder = Ladder(RULE, metric="val_loss", goal="minimize")
+    ladder = Asha(RULE, metric="val_loss", goal="minimize")
     place = {"trial_id": "a-s1", "phase": "p", "arm": "a", "seed": 1, "value": 5.0, "may_stop": True}
     assert ladder.reached(step=4, share=(45, 90), **place) is None
     event = ladder.reached(step=5, share=(45, 90), **place)
@@ -116,19 +116,19 @@ def test_a_rung_is_a_share_of_the_training() -> None:
 
 
 def test_seeds_and_phases_are_apart() -> None:
-    ladder = Ladder(RULE, metric="val_loss", goal="minimize")
+    ladder = Asha(RULE, metric="val_loss", goal="minimize")
     assert not reach(ladder, "a", 10, 4.0)
     assert not reach(ladder, "b", 10, 5.0, seed=2) and not reach(ladder, "b", 10, 5.0, phase="q")
     assert reach(ladder, "b", 10, 5.0)
 
 
 def test_what_may_not_be_stopped_counts_all_the_same() -> None:
-    ladder = Ladder(RULE, metric="val_loss", goal="minimize")
+    ladder = Asha(RULE, metric="val_loss", goal="minimize")
     reach(ladder, "a", 10, 4.0)
-    assert not reach(ladder, "base", 10, 9.0, may_stop=False) and ladder.why_out("p", "base") is None
+    assert not reach(ladder, "base", 10, 9.0, may_stop=False) and ladder.stop_reason("p", "base") is None
     assert cutoff([-4.0, -9.0], 3) == pytest.approx(-5 - 2 / 3)
     assert not reach(ladder, "b", 10, 5.5) and reach(ladder, "c", 10, 6.0)
-    assert ladder.why_out("p", "c") == (
+    assert ladder.stop_reason("p", "c") == (
         "val_loss 6.0000 at step 10 of 90 is not among the best 1/3 of the 3 trials of seed 1 that came there before"
     )
 
@@ -163,8 +163,8 @@ def play(session: Session, *, most: int = 1000) -> list[str]:
     ran: list[str] = []
     while len(ran) < most and (spec := session.next_trial()):
         ran.append(spec.trial_id)
-        if not any(session.stops_early(spec.trial_id, so_far) for so_far in evaluations(spec)):
-            session.trial_ended(spec.trial_id, pretend(spec))
+        if not any(session.should_stop(spec.trial_id, so_far) for so_far in evaluations(spec)):
+            session.tell(spec.trial_id, pretend(spec))
     return ran
 
 
@@ -252,10 +252,10 @@ def test_a_crash_between_the_decision_and_the_result_changes_nothing(
     """The decision is journaled first; the trial that comes back to life ends at its next evaluation."""
     with session_on(file, tmp_path / "r") as session:
         begun(session)
-        ended = session.trial_ended
-        monkeypatch.setattr(session, "trial_ended", lambda *_: None)  # the crash
+        ended = session.tell
+        monkeypatch.setattr(session, "tell", lambda *_: None)  # the crash
         while spec := session.next_trial():
-            if any(session.stops_early(spec.trial_id, so_far) for so_far in evaluations(spec)):
+            if any(session.should_stop(spec.trial_id, so_far) for so_far in evaluations(spec)):
                 break
             ended(spec.trial_id, pretend(spec))
         assert spec is not None

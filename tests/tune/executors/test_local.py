@@ -181,16 +181,16 @@ def test_a_group_that_is_stopped_goes_on_where_each_of_it_was(
     root, heard = tmp_path / "out", 0
     with session_on(file, root) as session:
         begun(session)
-        stops_early = session.stops_early
+        should_stop = session.should_stop
 
         def listen(trial_id: str, so_far: TrialResult) -> bool:
             nonlocal heard
             heard += 1
             if heard == after:
                 os.kill(os.getpid(), signal.SIGINT)
-            return stops_early(trial_id, so_far)
+            return should_stop(trial_id, so_far)
 
-        monkeypatch.setattr(session, "stops_early", listen)
+        monkeypatch.setattr(session, "should_stop", listen)
         run_inline(session)
         under_way = list(session.state.running)
         assert session.end()["status"] == "interrupted"
@@ -200,7 +200,7 @@ def test_a_group_that_is_stopped_goes_on_where_each_of_it_was(
     assert not list(root.glob("trials/*/stop")) and not list(root.glob("trials/*/heartbeat"))
     with session_on(file, root) as session:
         begun(session)
-        again = session.next_trials()
+        again = session.ask()
         assert {spec.trial_id for spec in again} == set(under_way) and {spec.attempt for spec in again} == {2}
     assert train_all(file, root)["status"] == "finished"
     assert close(root, tmp_path / "undisturbed")

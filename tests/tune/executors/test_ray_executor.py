@@ -17,16 +17,16 @@ import pytest
 from ray.tune.search import Searcher
 
 from ngpt.config.base import ConfigError
-from ngpt.system.heartbeat import is_asked_to_stop
+from ngpt.system.heartbeat import stop_requested
 from tests.helpers.real_run import SCRIPT, Run, left_over, start
 from tests.helpers.tiny_campaign import begun, losses, pretend, records, session_on, strict, train_all, write_file
 from tune.executors import ray_executor as engine
-from tune.executors.ray_executor import Feeder, RayCluster
-from tune.executors.ray_trainable import NEWS, PAUSED
+from tune.executors.ray_executor import RayCluster, SessionSearcher
+from tune.executors.ray_trainable import PAUSED, UPDATES
 from tune.spec.schema import Resources
 from tune.storage.journal import read_journal
 from tune.trials.trial import TrialResult, TrialSpec
-from tune.trials.trial_group import News
+from tune.trials.trial_group import Updates
 
 GPUS = {"CPU": 8.0, "GPU": 2.0}
 
@@ -240,60 +240,60 @@ def small(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 
 def of(given: dict[str, Any], result_of: Callable[[TrialSpec], TrialResult]) -> dict[str, Any]:
     """The last report of a worker on what it was given."""
-    return {NEWS: News(ended={spec.trial_id: result_of(spec) for spec in given["specs"]}), "done": True}
+    return {UPDATES: Updates(ended={spec.trial_id: result_of(spec) for spec in given["specs"]}), "done": True}
 
 
 def test_the_feeder_gives_out_as_many_trials_as_there_are_workers(small: Path, tmp_path: Path) -> None:
     cluster: Any = SimpleNamespace(workers=2, per_trial={"CPU": 1.0, "GPU": 0.0})
     with session_on(small, tmp_path / "tiny") as session:
-        feeder = Feeder(begun(session), cluster)
-        first, second = feeder.suggest("a"), feeder.suggest("b")
+        searcher = SessionSearcher(begun(session), cluster)
+        first, second = searcher.suggest("a"), searcher.suggest("b")
         assert isinstance(first, dict) and isinstance(second, dict)
         assert first["resources"] == cluster.per_trial
-        assert feeder.suggest("c") is None
-        feeder.on_trial_complete("a", of(first, pretend))
-        assert isinstance(feeder.suggest("c"), dict)
+        assert searcher.suggest("c") is None
+        searcher.on_trial_complete("a", of(first, pretend))
+        assert isinstance(searcher.suggest("c"), dict)
         assert first["specs"][0].trial_id in session.state.results
 
 
 def test_the_feeder_waits_for_the_winner_of_a_phase_and_ends_with_the_last_one(small: Path, tmp_path: Path) -> None:
     cluster: Any = SimpleNamespace(workers=9, per_trial={"CPU": 1.0, "GPU": 0.0})
     with session_on(small, tmp_path / "tiny") as session:
-        feeder = Feeder(begun(session), cluster)
-        given = {name: feeder.suggest(name) for name in "abcd"}
-        assert feeder.suggest("e") is None  # the next phase needs the winner of this one
+        searcher = SessionSearcher(begun(session), cluster)
+        given = {name: searcher.suggest(name) for name in "abcd"}
+        assert searcher.suggest("e") is None  # the next phase needs the winner of this one
         for name, config in given.items():
             assert isinstance(config, dict)
-            feeder.on_trial_complete(name, of(config, pretend))
+            searcher.on_trial_complete(name, of(config, pretend))
         for name in "ef":
-            config = feeder.suggest(name)
+            config = searcher.suggest(name)
             assert isinstance(config, dict)
-            feeder.on_trial_complete(name, of(config, pretend))
-        assert feeder.suggest("g") == Searcher.FINISHED
+            searcher.on_trial_complete(name, of(config, pretend))
+        assert searcher.suggest("g") == Searcher.FINISHED
 
 
 def test_a_trial_without_a_result_is_a_dead_worker_unless_the_run_was_stopped(small: Path, tmp_path: Path) -> None:
     cluster: Any = SimpleNamespace(workers=2, per_trial={"CPU": 1.0, "GPU": 0.0})
     with session_on(small, tmp_path / "tiny") as session:
-        feeder = Feeder(begun(session), cluster)
-        first, second = feeder.suggest("a"), feeder.suggest("b")
+        searcher = SessionSearcher(begun(session), cluster)
+        first, second = searcher.suggest("a"), searcher.suggest("b")
         assert isinstance(first, dict) and isinstance(second, dict)
-        feeder.on_trial_complete("a", None, error=True)
-        again = feeder.suggest("c")
+        searcher.on_trial_complete("a", None, error=True)
+        again = searcher.suggest("c")
         assert isinstance(again, dict)
         assert (again["specs"][0].trial_id, again["specs"][0].attempt) == (first["specs"][0].trial_id, 2)
         session.stop_requested = True
-        feeder.on_trial_complete("b", {"step": 3})
-        assert feeder.suggest("d") == Searcher.FINISHED
+        searcher.on_trial_complete("b", {"step": 3})
+        assert searcher.suggest("d") == Searcher.FINISHED
         assert sum(event["event"] == "worker_died" for event in session.journal.events) == 1
 
 
 def test_a_trial_that_saved_and_stopped_is_no_dead_worker(small: Path, tmp_path: Path) -> None:
     cluster: Any = SimpleNamespace(workers=2, per_trial={"CPU": 1.0, "GPU": 0.0})
     with session_on(small, tmp_path / "tiny") as session:
-        feeder = Feeder(begun(session), cluster)
-        feeder.suggest("a")
-        feeder.on_trial_complete("a", {NEWS: News(), PAUSED: True})
+        searcher = SessionSearcher(begun(session), cluster)
+        searcher.suggest("a")
+        searcher.on_trial_complete("a", {UPDATES: Updates(), PAUSED: True})
         assert not any(event["event"] == "worker_died" for event in session.journal.events)
 
 
@@ -310,10 +310,10 @@ def test_ray_says_whether_it_killed_a_worker_for_lack_of_memory(
 ) -> None:
     cluster: Any = SimpleNamespace(workers=2, per_trial={"CPU": 1.0, "GPU": 0.0})
     with session_on(small, tmp_path / "tiny") as session:
-        feeder = Feeder(begun(session), cluster)
-        feeder.suggest("a")
-        feeder.worker_died("a", said)
-        feeder.on_trial_complete("a", None, error=True)
+        searcher = SessionSearcher(begun(session), cluster)
+        searcher.suggest("a")
+        searcher.worker_died("a", said)
+        searcher.on_trial_complete("a", None, error=True)
         (died,) = [event for event in session.journal.events if event["event"] == "worker_died"]
         assert died["cause"] == cause
 
@@ -323,21 +323,21 @@ def test_a_trial_that_early_stopping_ends_is_recorded_once_and_is_no_dead_worker
     phases = f"\n  - name: find\n    search: {search}\nearly_stop: {{reduction: 2, first: 3}}\n"
     cluster: Any = SimpleNamespace(workers=3, per_trial={})
     with session_on(write_file(tmp_path, corpus, phases=phases, seeds="[1]"), tmp_path / "tiny") as session:
-        feeder = Feeder(begun(session), cluster)
-        stops = engine.Stops(feeder)
-        specs = {name: feeder.suggest(name)["specs"][0] for name in "abc"}
+        searcher = SessionSearcher(begun(session), cluster)
+        stops = engine.EarlyStopper(searcher)
+        specs = {name: searcher.suggest(name)["specs"][0] for name in "abc"}
         ended = []
         for i, (name, spec) in enumerate(specs.items()):
             so_far = replace(pretend(spec, status="stopped"), metrics={"steps": 3, "tokens": 192, "val_loss": 5.0 + i})
-            ended += [name] if stops(name, {NEWS: News(so_far={spec.trial_id: so_far})}) else []
+            ended += [name] if stops(name, {UPDATES: Updates(so_far={spec.trial_id: so_far})}) else []
         assert ended == ["b", "c"], "the later, the worse"
         for name in ended:
-            feeder.on_trial_complete(name, {NEWS: News()})
+            searcher.on_trial_complete(name, {UPDATES: Updates()})
         assert [session.state.results[specs[name].trial_id]["status"] for name in ended] == ["stopped"] * 2
         assert len([event for event in session.journal.events if event["event"] == "trial_finished"]) == 2
         assert not any(event["event"] == "worker_died" for event in session.journal.events)
-        feeder.on_trial_complete("a", of({"specs": [specs["a"]]}, pretend))
-        assert feeder.suggest("d") is Searcher.FINISHED
+        searcher.on_trial_complete("a", of({"specs": [specs["a"]]}, pretend))
+        assert searcher.suggest("d") is Searcher.FINISHED
 
 
 @pytest.mark.slow
@@ -360,10 +360,10 @@ def test_early_stopping_on_ray_ends_trials_and_keeps_the_workers(tmp_path: Path,
 def test_a_failed_trial_is_a_result_and_not_a_dead_worker(small: Path, tmp_path: Path) -> None:
     cluster: Any = SimpleNamespace(workers=1, per_trial={"CPU": 1.0, "GPU": 0.0})
     with session_on(small, tmp_path / "tiny") as session:
-        feeder = Feeder(begun(session), cluster)
-        first = feeder.suggest("a")
+        searcher = SessionSearcher(begun(session), cluster)
+        first = searcher.suggest("a")
         assert isinstance(first, dict)
-        feeder.on_trial_complete("a", of(first, lambda spec: TrialResult("failed", error="no memory")))
+        searcher.on_trial_complete("a", of(first, lambda spec: TrialResult("failed", error="no memory")))
         assert session.state.results[first["specs"][0].trial_id]["error"] == "no memory"
 
 
@@ -401,9 +401,9 @@ def test_a_gpu_share_is_always_stated(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_tune_is_given_nothing_that_it_could_restore(small: Path, tmp_path: Path) -> None:
     cluster: Any = SimpleNamespace(workers=1, per_trial={})
     with session_on(small, tmp_path / "tiny") as session:
-        feeder = Feeder(session, cluster)
-        assert feeder.__getstate__() == {}
-        assert json.dumps(engine.Stops(feeder).__getstate__()) == "{}"
+        searcher = SessionSearcher(session, cluster)
+        assert searcher.__getstate__() == {}
+        assert json.dumps(engine.EarlyStopper(searcher).__getstate__()) == "{}"
 
 
 # ---- trials that are trained together ------------------------------------------------------------------------------
@@ -412,15 +412,15 @@ def test_tune_is_given_nothing_that_it_could_restore(small: Path, tmp_path: Path
 def test_a_worker_that_dies_counts_for_each_trial_of_its_group(tmp_path: Path, corpus: Path) -> None:
     cluster: Any = SimpleNamespace(workers=2, per_trial={})
     with session_on(write_file(tmp_path, corpus, vectorise=3), tmp_path / "tiny") as session:
-        feeder = Feeder(begun(session), cluster)
-        group = feeder.suggest("a")["specs"]
-        stops = engine.Stops(feeder)
-        assert stops("a", {NEWS: News(ended={group[1].trial_id: pretend(group[1])})}) is False
-        feeder.on_trial_complete("a", None, error=True)
+        searcher = SessionSearcher(begun(session), cluster)
+        group = searcher.suggest("a")["specs"]
+        stops = engine.EarlyStopper(searcher)
+        assert stops("a", {UPDATES: Updates(ended={group[1].trial_id: pretend(group[1])})}) is False
+        searcher.on_trial_complete("a", None, error=True)
         died = [event["trial_id"] for event in session.journal.events if event["event"] == "worker_died"]
         assert sorted(died) == sorted([group[0].trial_id, group[2].trial_id])
         assert group[1].trial_id in session.state.results
-        assert [feeder.suggest(name)["specs"][0].trial_id for name in "bc"] == [group[0].trial_id, group[2].trial_id]
+        assert [searcher.suggest(name)["specs"][0].trial_id for name in "bc"] == [group[0].trial_id, group[2].trial_id]
 
 
 def test_one_of_a_group_that_falls_behind_is_recorded_at_once_and_its_worker_told(tmp_path: Path, corpus: Path) -> None:
@@ -429,18 +429,18 @@ def test_one_of_a_group_that_falls_behind_is_recorded_at_once_and_its_worker_tol
     cluster: Any = SimpleNamespace(workers=1, per_trial={})
     file = write_file(tmp_path, corpus, phases=phases, seeds="[1]", vectorise=3)
     with session_on(file, tmp_path / "tiny") as session:
-        feeder = Feeder(begun(session), cluster)
-        stops, group = engine.Stops(feeder), feeder.suggest("a")["specs"]
+        searcher = SessionSearcher(begun(session), cluster)
+        stops, group = engine.EarlyStopper(searcher), searcher.suggest("a")["specs"]
         for spec in group:
             spec.folder.mkdir(parents=True)
         reached = {
             spec.trial_id: replace(pretend(spec), metrics={"steps": 3, "tokens": 192, "val_loss": 5.0 + i})
             for i, spec in enumerate(group)
         }
-        assert stops("a", {NEWS: News(so_far=reached)}) is False
-        assert [is_asked_to_stop(spec.folder) for spec in group] == [False, True, True]
+        assert stops("a", {UPDATES: Updates(so_far=reached)}) is False
+        assert [stop_requested(spec.folder) for spec in group] == [False, True, True]
         assert [session.state.results[spec.trial_id]["status"] for spec in group[1:]] == ["stopped"] * 2
-        feeder.on_trial_complete("a", of({"specs": group}, pretend))
+        searcher.on_trial_complete("a", of({"specs": group}, pretend))
         assert session.state.results[group[0].trial_id]["status"] == "finished"
         assert len([event for event in session.journal.events if event["event"] == "trial_finished"]) == 3
 

@@ -15,13 +15,13 @@ import psutil
 import pytest
 
 from ngpt.config.base import ConfigError
-from ngpt.system.heartbeat import Pulse, is_asked_to_stop
+from ngpt.system.heartbeat import Heartbeat, stop_requested
 from tests.helpers.real_run import Run, left_over, start
 from tests.helpers.tiny_campaign import begun, drive, losses, pretend, records, session_on, train_all, write_file
 from tune.executors import ray_supervisor as keeping
 from tune.executors.orphans import marking
-from tune.executors.ray_process import Over, Ready
-from tune.executors.ray_supervisor import OVER, Driver, Keeper
+from tune.executors.ray_process import DriverExited, RayReady
+from tune.executors.ray_supervisor import OVER, Driver, RaySupervisor
 from tune.session.session import ExecutorLost, Session
 from tune.spec.schema import Resources
 from tune.storage.journal import read_journal
@@ -50,7 +50,7 @@ def ray() -> Iterator[subprocess.Popen[bytes]]:
         process.kill()
 
 
-class Played(Keeper):
+class Played(RaySupervisor):
     """A keeper whose driver is played by the test, at the other end of a real line."""
 
     def __init__(self, session: Session, ray: subprocess.Popen[bytes], **resources: Any) -> None:
@@ -73,10 +73,10 @@ class Played(Keeper):
         return answer
 
     def next_trial(self) -> Any:
-        return next(iter(self.ask("next_trials")), None)
+        return next(iter(self.ask("ask")), None)
 
     def greet(self) -> None:
-        assert self.hear(Ready(2, 2, "http://127.0.0.1:8265", (self.ray.pid,))) is None
+        assert self.hear(RayReady(2, 2, "http://127.0.0.1:8265", (self.ray.pid,))) is None
 
 
 def greeted(keeper: Played) -> Played:
@@ -99,11 +99,11 @@ def impatient(session: Session, ray: subprocess.Popen[bytes]) -> Played:
 
 def test_it_hands_trials_out_and_results_in(played: Played, session: Session) -> None:
     while (spec := played.next_trial()) is not None:
-        assert played.ask("stops_early", spec.trial_id, pretend(spec)) is False
-        played.ask("trial_ended", spec.trial_id, pretend(spec))
+        assert played.ask("should_stop", spec.trial_id, pretend(spec)) is False
+        played.ask("tell", spec.trial_id, pretend(spec))
     assert played.ask("is_over") and played.stop_requested is False
     assert len(session.state.results) == 6
-    assert played.hear(Over()) is OVER
+    assert played.hear(DriverExited()) is OVER
 
 
 def test_a_driver_may_ask_for_nothing_else(played: Played) -> None:
@@ -122,22 +122,22 @@ def test_a_dead_process_of_ray_is_noticed_and_what_its_workers_suffer_is_not_the
 
 
 def test_a_driver_that_ends_or_gives_up_too_early_is_a_lost_ray(played: Played) -> None:
-    assert played.hear(Over()) == "it ended before the campaign was over"
+    assert played.hear(DriverExited()) == "it ended before the campaign was over"
     played.theirs.close()
     assert played._serve_one() == "its driver ended with code 1"
 
 
 def test_an_error_of_the_driver_is_raised_here_as_what_it_is(played: Played) -> None:
     with pytest.raises(ConfigError, match="a trial asks for 9 CPUs"):
-        played.hear(Over("a trial asks for 9 CPUs", is_users=True))
+        played.hear(DriverExited("a trial asks for 9 CPUs", is_users=True))
     with pytest.raises(RuntimeError, match="KeyError: 'x'"):
-        played.hear(Over("Traceback\nKeyError: 'x'"))
+        played.hear(DriverExited("Traceback\nKeyError: 'x'"))
 
 
 def test_a_ray_that_does_not_start_is_no_error_of_ours_and_later_on_replaced(
     played: Played, session: Session, ray: subprocess.Popen[bytes]
 ) -> None:
-    failed = Over("the current node timed out during startup", is_rays=True)
+    failed = DriverExited("the current node timed out during startup", is_rays=True)
     assert played.hear(failed) == "the current node timed out during startup"
     first = Played(session, ray)
     first._start()
@@ -184,7 +184,7 @@ def worker(root: Path, trial_id: str) -> psutil.Process:
         process = subprocess.Popen(SLEEP)
     folder = root / "trials" / trial_id
     folder.mkdir(parents=True, exist_ok=True)
-    Pulse(folder).close()
+    Heartbeat(folder).close()
     (folder / "heartbeat").write_text(f'{{"pid": {process.pid}, "began": 0, "step": 3}}')
     return process  # type: ignore[return-value]
 
@@ -193,8 +193,8 @@ def test_a_worker_that_hangs_is_ended_and_its_trial_tried_again_as_hung(impatien
     spec = impatient.next_trial()
     asleep: Any = worker(session.root, spec.trial_id)
     now = time.monotonic()
-    assert impatient._look(now) is None and impatient._look(now + 4.9) is None and asleep.poll() is None
-    assert impatient._look(now + 5.1) is None
+    assert impatient._check_health(now) is None and impatient._check_health(now + 4.9) is None and asleep.poll() is None
+    assert impatient._check_health(now + 5.1) is None
     assert asleep.wait(30) == -9
     impatient.ask("worker_died", spec.trial_id, "killed")
     (died,) = [event for event in session.journal.events if event["event"] == "worker_died"]
@@ -209,11 +209,11 @@ def test_trials_of_one_process_hang_together_and_it_is_ended_once(impatient: Pla
     second.folder.mkdir(parents=True)
     (second.folder / "heartbeat").write_text(beat)
     now = time.monotonic()
-    assert impatient._look(now) is None
+    assert impatient._check_health(now) is None
     (second.folder / "heartbeat").write_text(beat.replace('"step": 3', '"step": 4'))
-    assert impatient._look(now + 4.0) is None and impatient._look(now + 8.0) is None
+    assert impatient._check_health(now + 4.0) is None and impatient._check_health(now + 8.0) is None
     assert asleep.poll() is None, "the first one stands still, but its process works on the second"
-    assert impatient._look(now + 9.1) is None
+    assert impatient._check_health(now + 9.1) is None
     assert asleep.wait(30) == -9
     assert sum("ending its worker" in line for line in session.lines) == 1  # type: ignore[attr-defined]
     for spec in (first, second):
@@ -225,15 +225,15 @@ def test_trials_of_one_process_hang_together_and_it_is_ended_once(impatient: Pla
 def test_a_ray_that_does_not_notice_a_dead_worker_is_lost(impatient: Played, session: Session) -> None:
     asleep: Any = worker(session.root, impatient.next_trial().trial_id)
     now = time.monotonic()
-    assert [impatient._look(now + after) for after in (0.0, 6.0, 6.0 + keeping.SILENCE)] == [None] * 3
-    assert "has not noticed" in str(impatient._look(now + 7.0 + keeping.SILENCE))
+    assert [impatient._check_health(now + after) for after in (0.0, 6.0, 6.0 + keeping.SILENCE)] == [None] * 3
+    assert "has not noticed" in str(impatient._check_health(now + 7.0 + keeping.SILENCE))
     asleep.wait(30)
 
 
 def test_a_ray_that_has_no_trials_and_does_not_ask_for_any_is_lost(played: Played) -> None:
     now = time.monotonic()
-    assert played._look(now + keeping.SILENCE - 1) is None
-    assert played._look(now + keeping.SILENCE + 1) == "it has stopped asking for work"
+    assert played._check_health(now + keeping.SILENCE - 1) is None
+    assert played._check_health(now + keeping.SILENCE + 1) == "it has stopped asking for work"
 
 
 def test_a_kill_by_the_kernel_for_lack_of_memory_is_told_from_another(
@@ -253,9 +253,9 @@ def test_asked_to_stop_it_lets_the_trials_save_and_ends_them_after_a_minute(play
     spec.folder.mkdir(parents=True)
     session.stop_requested = True
     now = time.monotonic()
-    assert played._look(now) is None and is_asked_to_stop(spec.folder)
-    assert played._look(now + keeping.GRACE - 1) is None
-    assert played._look(now + keeping.GRACE + 1) == "not all trials have saved in time"
+    assert played._check_health(now) is None and stop_requested(spec.folder)
+    assert played._check_health(now + keeping.GRACE - 1) is None
+    assert played._check_health(now + keeping.GRACE + 1) == "not all trials have saved in time"
     assert played.next_trial() is None and played.stop_requested
     assert drive(session) == []
 

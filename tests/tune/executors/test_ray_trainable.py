@@ -13,11 +13,11 @@ import ray.tune
 import torch
 
 from ngpt.config.base import override
-from ngpt.system.heartbeat import Heartbeat, ask_to_stop, clear, is_asked_to_stop, read_heartbeat
+from ngpt.system.heartbeat import Beat, clear, read_heartbeat, request_stop, stop_requested
 from ngpt.training.config import TrainConfig
-from tune.executors.ray_trainable import NEWS, PAUSED, TrialWorker
+from tune.executors.ray_trainable import PAUSED, UPDATES, TrialWorker
 from tune.trials.trial import TrialResult, TrialSpec
-from tune.trials.trial_group import News
+from tune.trials.trial_group import Updates
 
 
 @pytest.fixture
@@ -45,22 +45,22 @@ def steps(worker: TrialWorker) -> list[dict[str, Any]]:
 
 def result(report: dict[str, Any]) -> TrialResult:
     """What came of a lone trial."""
-    (ended,) = report[NEWS].ended.values()
+    (ended,) = report[UPDATES].ended.values()
     return ended
 
 
 def test_a_step_goes_to_the_next_evaluation_and_the_last_one_reports_the_result(worker: TrialWorker) -> None:
     *evaluations, last = steps(worker)
-    assert [report[NEWS].so_far["t"].metrics["steps"] for report in evaluations] == [0, 3, 6, 8]
-    assert all(not report[NEWS].ended and not report.get("done") for report in evaluations)
+    assert [report[UPDATES].so_far["t"].metrics["steps"] for report in evaluations] == [0, 3, 6, 8]
+    assert all(not report[UPDATES].ended and not report.get("done") for report in evaluations)
     assert last["done"] and (result(last).status, result(last).metrics["steps"]) == ("finished", 8)
 
 
 def paused(report: dict[str, Any]) -> dict[str, float | None]:
     """The steps of the newest evaluations in the last report of trials that have saved and stopped."""
-    assert report.keys() == {NEWS, PAUSED, "done"} and report[PAUSED] is report["done"] is True
-    assert not report[NEWS].ended
-    return {trial_id: so_far.metrics["steps"] for trial_id, so_far in report[NEWS].so_far.items()}
+    assert report.keys() == {UPDATES, PAUSED, "done"} and report[PAUSED] is report["done"] is True
+    assert not report[UPDATES].ended
+    return {trial_id: so_far.metrics["steps"] for trial_id, so_far in report[UPDATES].so_far.items()}
 
 
 def test_it_is_used_for_one_trial_after_another(worker: TrialWorker, spec: TrialSpec, tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_after_a_failure_on_a_gpu_the_process_is_not_used_again(
 
 
 def test_it_says_which_process_has_a_trial_before_the_first_step(worker: TrialWorker, spec: TrialSpec) -> None:
-    assert read_heartbeat(spec.folder) == Heartbeat(os.getpid(), 0, 0)
+    assert read_heartbeat(spec.folder) == Beat(os.getpid(), 0, 0)
 
 
 def test_when_asked_to_stop_it_saves_where_it_is_and_says_so(
@@ -104,7 +104,7 @@ def test_when_asked_to_stop_it_saves_where_it_is_and_says_so(
     undisturbed = replace(spec, folder=tmp_path / "undisturbed")
     worker.step()
     worker.step()
-    ask_to_stop(spec.folder)
+    request_stop(spec.folder)
     assert paused(worker.step()) == {"t": 3}
     (saved,) = (spec.folder / "checkpoints").iterdir()
     assert saved.name == "step_0000003"
@@ -121,9 +121,9 @@ def test_an_evaluation_at_which_it_is_asked_to_stop_is_reported(
     worker.step()
     advance = worker._advance
 
-    def advance_and_ask() -> News:
+    def advance_and_ask() -> Updates:
         news = advance()
-        ask_to_stop(spec.folder)
+        request_stop(spec.folder)
         return news
 
     monkeypatch.setattr(worker, "_advance", advance_and_ask)
@@ -137,7 +137,7 @@ def test_an_evaluation_at_which_it_is_asked_to_stop_is_reported(
 
 
 def evaluated(report: dict[str, Any]) -> list[float | None]:
-    return [so_far.metrics["steps"] for so_far in report[NEWS].so_far.values()]
+    return [so_far.metrics["steps"] for so_far in report[UPDATES].so_far.values()]
 
 
 def test_it_asks_for_the_resources_of_its_trial() -> None:
@@ -167,9 +167,9 @@ def test_a_group_is_trained_to_its_end_and_the_worker_takes_the_next_trial(
 ) -> None:
     alone = result(steps(worker)[-1])
     assert worker.reset_config({"specs": group})
-    assert [read_heartbeat(spec.folder) for spec in group] == [Heartbeat(os.getpid(), 0, 0)] * 3
+    assert [read_heartbeat(spec.folder) for spec in group] == [Beat(os.getpid(), 0, 0)] * 3
     reports = steps(worker)
-    ended = {name: value for report in reports for name, value in report[NEWS].ended.items()}
+    ended = {name: value for report in reports for name, value in report[UPDATES].ended.items()}
     assert {name: value.status for name, value in ended.items()} == dict.fromkeys(["t1", "t2", "t3"], "finished")
     assert ended["t1"].metrics["val_loss"] == pytest.approx(alone.metrics["val_loss"], abs=1e-4)
     assert worker.reset_config({"specs": [replace(spec, folder=spec.folder.with_name("last"))]})
@@ -181,11 +181,11 @@ def test_one_of_a_group_that_is_asked_to_stop_is_left_out_and_the_others_go_on(
 ) -> None:
     worker.reset_config({"specs": group})
     worker.step()
-    ask_to_stop(group[1].folder)
+    request_stop(group[1].folder)
     reports = steps(worker)
-    assert not any("t2" in report[NEWS].so_far or PAUSED in report for report in reports)
-    assert {name for report in reports for name in report[NEWS].ended} == {"t1", "t3"}
-    assert not is_asked_to_stop(group[1].folder)
+    assert not any("t2" in report[UPDATES].so_far or PAUSED in report for report in reports)
+    assert {name for report in reports for name in report[UPDATES].ended} == {"t1", "t3"}
+    assert not stop_requested(group[1].folder)
 
 
 def test_a_group_of_which_all_are_asked_to_stop_saves_where_it_is(
@@ -196,13 +196,15 @@ def test_a_group_of_which_all_are_asked_to_stop_saves_where_it_is(
     worker.step()
     worker.step()
     for spec in group:
-        ask_to_stop(spec.folder)
+        request_stop(spec.folder)
     assert paused(worker.step()) == {"t1": 3, "t2": 3, "t3": 3}
     assert [[path.name for path in (spec.folder / "checkpoints").iterdir()] for spec in group] == [["step_0000003"]] * 3
     for spec in group:
         clear(spec.folder)
     worker.reset_config({"specs": group})
-    assert [report[NEWS].so_far["t1"].metrics["steps"] for report in steps(worker) if "t1" in report[NEWS].so_far] == [
+    assert [
+        report[UPDATES].so_far["t1"].metrics["steps"] for report in steps(worker) if "t1" in report[UPDATES].so_far
+    ] == [
         6,
         8,
     ]

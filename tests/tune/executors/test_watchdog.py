@@ -2,12 +2,12 @@
 
 import pytest
 
-from ngpt.system.heartbeat import Heartbeat
+from ngpt.system.heartbeat import Beat
 from tune.executors.watchdog import AT_LEAST, STEPS, Watchdog
 
 
-def beat(step: int, pid: int = 1) -> Heartbeat:
-    return Heartbeat(pid, 0, step)
+def beat(step: int, pid: int = 1) -> Beat:
+    return Beat(pid, 0, step)
 
 
 def test_a_trial_that_makes_steps_never_hangs() -> None:

@@ -155,7 +155,7 @@ def test_the_choice_and_its_curve_are_in_the_journal_the_manifest_the_summary_an
         begun(session)
         spec = session.next_trial()
         assert spec is not None and spec.packed == 4
-        session.trial_ended(spec.trial_id, pretend(spec))
+        session.tell(spec.trial_id, pretend(spec))
         summary = session.end()
     events = read_journal(root / "journal.jsonl")
     (event,) = [event for event in events if event["event"] == "packing_chosen"]
@@ -191,6 +191,6 @@ def test_a_phase_whose_trials_were_packed_differently_warns_that_speeds_do_not_c
         for packed in (1, 4, 4, 4):
             spec = session.next_trial()
             assert spec is not None
-            session.trial_ended(spec.trial_id, result(spec, packed))
+            session.tell(spec.trial_id, result(spec, packed))
         (warning,) = session.end()["phases"][0]["warnings"]
     assert warning == f"its trials ran 1 and 4 at a time {where}: their tokens per second do not compare"

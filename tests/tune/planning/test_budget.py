@@ -90,7 +90,7 @@ def test_a_trial_that_was_begun_before_is_finished_first_and_counts_once(tmp_pat
         first, second = session.next_trial(), session.next_trial()
         assert first and second and session.next_trial() is None
         assert not session.is_over()  # they are running
-        session.trial_ended(second.trial_id, pretend(second))
+        session.tell(second.trial_id, pretend(second))
     trained, session = run(file, tmp_path / "r")
     assert trained == [first.trial_id]
     assert session.state.status == STOPPED
@@ -111,7 +111,7 @@ def test_a_trial_whose_worker_died_under_a_used_up_budget_is_still_finished(
         assert not session.is_over()
         again = session.next_trial()
         assert again and again.trial_id == spec.trial_id
-        session.trial_ended(spec.trial_id, pretend(spec))
+        session.tell(spec.trial_id, pretend(spec))
         assert session.is_over() and session.next_trial() is None
 
 

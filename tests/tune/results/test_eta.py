@@ -62,7 +62,7 @@ def pretended(file: Path, root: Path, seconds_of: Callable[[TrialSpec], float], 
                 looks.append((moment, snapshot.phase, ended, snapshot.eta))
             under_way.remove(last)
             now, ended = last[0], ended + 1
-            session.trial_ended(last[2].trial_id, replace(pretend(last[2]), seconds=last[0] - last[1]))
+            session.tell(last[2].trial_id, replace(pretend(last[2]), seconds=last[0] - last[1]))
     return [Sample(phase, n, shown, now - moment) for moment, phase, n, shown in looks]
 
 
@@ -273,6 +273,6 @@ def test_a_resumed_campaign_expects_what_is_left(tmp_path: Path, corpus: Path) -
         spec = begun(session).next_trial()
         assert spec
         shown = session.snapshot().eta
-        session.trial_ended(spec.trial_id, result(spec))
+        session.tell(spec.trial_id, result(spec))
         seconds = [result(done).seconds for done in (spec, *drive(session, result))]
     assert shown == pytest.approx(sum(seconds))

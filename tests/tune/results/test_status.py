@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ngpt.config.base import ConfigError
-from ngpt.system.heartbeat import Pulse
+from ngpt.system.heartbeat import Heartbeat
 from tests.helpers import ROOT
 from tests.helpers.tiny_campaign import begun, drive, pretend, session_on, strict, write_file
 from tune.results.status import is_locked, read_snapshot
@@ -93,8 +93,8 @@ def test_between_two_rows_the_heartbeat_says_how_far_a_trial_is(root: Path, file
         spec = session.next_trial()
         assert spec
         advance(spec, 1)
-        with Pulse(spec.folder) as pulse:
-            pulse.beat(3)
+        with Heartbeat(spec.folder) as heartbeat:
+            heartbeat.beat(3)
             snapshot = session.snapshot()
         assert session.snapshot().running[0].step == 1
     assert snapshot.running[0].step == 3

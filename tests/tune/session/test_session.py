@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ngpt.config.base import ConfigError
-from ngpt.system.heartbeat import Heartbeat, Pulse, is_asked_to_stop
+from ngpt.system.heartbeat import Beat, Heartbeat, stop_requested
 from tests.helpers import ROOT
 from tests.helpers.tiny_campaign import begun, drive, losses, pretend, records, session_on, write_file
 from tune.results.summary import read_state
@@ -126,7 +126,7 @@ def test_independent_phases_are_at_work_together_and_dependent_ones_wait(
         assert {spec.phase for spec in specs} == {"base_lr", "other"}
         assert not session.is_over()
         for spec in specs:
-            session.trial_ended(spec.trial_id, pretend(spec))
+            session.tell(spec.trial_id, pretend(spec))
         assert {spec.phase for spec in drive(session)} == {"wide"}
         assert session.is_over()
 
@@ -237,9 +237,9 @@ def dying(root: Path, trial_id: str, *, step: int, began: int = 0) -> None:
     """What a worker leaves behind that is killed at a step."""
     folder = root / "trials" / trial_id
     folder.mkdir(parents=True, exist_ok=True)
-    pulse = Pulse(folder, began=began)
-    pulse.beat(step)
-    pulse.close()
+    heartbeat = Heartbeat(folder, began=began)
+    heartbeat.beat(step)
+    heartbeat.close()
 
 
 def test_a_trial_that_kills_its_worker_at_the_same_step_twice_does_not_get_a_third_one(root: Path, file: Path) -> None:
@@ -265,7 +265,7 @@ def test_where_the_machine_had_no_memory_a_trial_has_one_more_try_with_nothing_b
         assert first and second
         session.worker_died(first.trial_id, "host_oom")
         assert session.next_trial() is None, "the second one is still at work"
-        session.trial_ended(second.trial_id, pretend(second))
+        session.tell(second.trial_id, pretend(second))
         alone = session.next_trial()
         assert alone and alone.trial_id == first.trial_id
         assert session.next_trial() is None, "it has the machine for itself"
@@ -319,14 +319,14 @@ def test_the_heartbeat_and_the_wish_of_an_attempt_that_is_over_are_forgotten(roo
         begun(session)
         spec = session.next_trial()
         assert spec
-        session.ask_trials_to_stop()  # it has no folder yet, and nothing happens
+        session.request_stop()  # it has no folder yet, and nothing happens
         dying(root, spec.trial_id, step=2)
-        session.ask_trials_to_stop()
-        assert is_asked_to_stop(spec.folder)
-        assert session.heartbeats() == {spec.trial_id: (1, Heartbeat(os.getpid(), 0, 2))}
+        session.request_stop()
+        assert stop_requested(spec.folder)
+        assert session.heartbeats() == {spec.trial_id: (1, Beat(os.getpid(), 0, 2))}
         session.worker_died(spec.trial_id, "killed")
         assert session.next_trial() == replace(spec, attempt=2)
-        assert not is_asked_to_stop(spec.folder)
+        assert not stop_requested(spec.folder)
         assert session.heartbeats() == {spec.trial_id: (2, None)}
 
 
@@ -525,14 +525,14 @@ def together(tmp_path: Path, corpus: Path) -> Path:
 
 def test_without_it_every_group_is_a_single_trial(root: Path, file: Path) -> None:
     with session_on(file, root) as session:
-        assert [len(begun(session).next_trials()) for _ in range(4)] == [1] * 4
-        assert session.next_trials() == []
+        assert [len(begun(session).ask()) for _ in range(4)] == [1] * 4
+        assert session.ask() == []
 
 
 def test_a_group_is_the_next_trial_and_those_behind_it_of_its_graph(tmp_path: Path, corpus: Path, root: Path) -> None:
     phases = "\n  - name: a\n    vary: {alpha: [0.1, 0.2, 0.3], batch_size: [8]}\n"
     with session_on(write_file(tmp_path, corpus, phases=phases, seeds="[1]", vectorise=3), root) as session:
-        groups = [begun(session).next_trials(), session.next_trials(), session.next_trials()]
+        groups = [begun(session).ask(), session.ask(), session.ask()]
         assert [sorted(spec.config.batch_size for spec in group) for group in groups] == [[4, 4, 4], [4], [8]]
         started = [event["trial_id"] for event in events(root, "trial_started")]
         assert started == [spec.trial_id for group in groups for spec in group] == list(session.state.running)
@@ -542,7 +542,7 @@ def test_what_is_left_is_divided_among_the_workers(tmp_path: Path, corpus: Path,
     phases = "\n  - name: a\n    vary: {alpha: [0.1, 0.2, 0.3]}\n"
     with session_on(write_file(tmp_path, corpus, phases=phases, seeds="[1, 2]", vectorise=8), root) as session:
         begun(session).workers = 3
-        assert [len(session.next_trials()) for _ in range(4)] == [3, 3, 2, 0]
+        assert [len(session.ask()) for _ in range(4)] == [3, 3, 2, 0]
 
 
 @pytest.mark.parametrize(("step", "sizes"), [(2, [3, 3, 2]), (3, [3, 3, 1])])
@@ -552,27 +552,27 @@ def test_a_worker_that_will_soon_be_free_is_left_its_share(
     phases = "\n  - name: a\n    vary: {alpha: [0.1, 0.2, 0.3]}\n"
     with session_on(write_file(tmp_path, corpus, phases=phases, seeds="[1, 2]", vectorise=3), root) as session:
         begun(session).workers = 2
-        found = [session.next_trials(), session.next_trials()]
+        found = [session.ask(), session.ask()]
         for spec in found[0]:
-            session.trial_ended(spec.trial_id, pretend(spec))
+            session.tell(spec.trial_id, pretend(spec))
         for spec in found[1]:
             spec.folder.mkdir(parents=True)
-            Pulse(spec.folder, began=step).close()  # of 6
-        assert [len(group) for group in (*found, session.next_trials())] == sizes
+            Heartbeat(spec.folder, began=step).close()  # of 6
+        assert [len(group) for group in (*found, session.ask())] == sizes
 
 
 def test_a_budget_counts_every_trial_of_a_group(root: Path, together: Path) -> None:
     together.write_text(together.read_text() + "budget: {trials: 2}\n")
     with session_on(together, root) as session:
-        assert len(begun(session).next_trials()) == 2
-        assert session.next_trials() == []
+        assert len(begun(session).ask()) == 2
+        assert session.ask() == []
 
 
 def test_trials_that_their_process_died_under_are_then_trained_by_themselves(root: Path, together: Path) -> None:
     with session_on(together, root) as session:
-        group = begun(session).next_trials()
+        group = begun(session).ask()
         for spec in reversed(group):
             session.worker_died(spec.trial_id, "killed")
-        again = [session.next_trials() for _ in group]
+        again = [session.ask() for _ in group]
         assert [[spec.trial_id for spec in specs] for specs in again] == [[spec.trial_id] for spec in group]
         assert {spec.attempt for (spec,) in again} == {2}

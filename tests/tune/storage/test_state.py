@@ -30,7 +30,7 @@ def test_a_replayed_journal_is_the_live_state_at_every_moment(tmp_path: Path, fi
         check_replay(session)
         session.worker_died(first.trial_id, "killed")
         check_replay(session)
-        session.trial_ended(second.trial_id, pretend(second, status="diverged"))
+        session.tell(second.trial_id, pretend(second, status="diverged"))
         check_replay(session)
         while drive(session, most=1):
             check_replay(session)
@@ -69,7 +69,7 @@ def test_a_trial_is_running_until_it_ends_or_its_worker_dies(tmp_path: Path, fil
         assert list(session.state.running) == [first.trial_id, second.trial_id]
         session.worker_died(first.trial_id, "killed")
         assert list(session.state.running) == [second.trial_id]
-        session.trial_ended(second.trial_id, pretend(second))
+        session.tell(second.trial_id, pretend(second))
         assert list(session.state.running) == []
 
 
@@ -80,7 +80,7 @@ def test_the_next_start_keeps_finished_and_diverged_trials_and_drops_failed_ones
         for status in statuses:
             spec = session.next_trial()
             assert spec
-            session.trial_ended(spec.trial_id, pretend(spec, status=status))
+            session.tell(spec.trial_id, pretend(spec, status=status))
         assert sorted(r["status"] for r in session.state.results.values()) == ["diverged", "failed", "finished"]
         session.stop_requested = True
         session.end()
@@ -133,11 +133,11 @@ def test_an_outcome_is_the_metric_of_the_campaign_or_missing(tmp_path: Path, fil
         begun(session)
         first, second = session.next_trial(), session.next_trial()
         assert first and second
-        session.trial_ended(first.trial_id, pretend(first))
+        session.tell(first.trial_id, pretend(first))
         done, missing = session.state.outcome(first.trial_id), session.state.outcome(second.trial_id)
         assert (done.status, done.value) == ("finished", pretend(first).metrics["val_loss"])
         assert (missing.status, missing.value) == ("missing", None)
-        session.trial_ended(second.trial_id, pretend(second, status="failed"))
+        session.tell(second.trial_id, pretend(second, status="failed"))
         failed = session.state.outcome(second.trial_id)
         assert (failed.status, failed.value) == ("failed", None)
 
@@ -149,5 +149,5 @@ def test_a_copy_does_not_change_with_later_events(tmp_path: Path, file: Path) ->
         assert spec
         copy = session.state.copy()
         assert copy == session.state
-        session.trial_ended(spec.trial_id, pretend(spec))
+        session.tell(spec.trial_id, pretend(spec))
         assert (list(copy.running), copy.results) == ([spec.trial_id], {})

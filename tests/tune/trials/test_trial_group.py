@@ -14,7 +14,7 @@ from ngpt.ensemble.stack import Stack
 from ngpt.training.config import TrainConfig
 from tests.helpers.tiny_run import finish
 from tune.trials.trial import TrialResult, TrialSpec, run_trial
-from tune.trials.trial_group import alike, group_size, groups, run_trials
+from tune.trials.trial_group import batchable, group_size, groups, run_trials
 
 
 def trial(name: str, folder: Path, config: TrainConfig, **changes: Any) -> TrialSpec:
@@ -108,9 +108,9 @@ def test_what_fails_for_all_is_tried_one_by_one(
 def test_trials_of_one_graph_are_taken_together(specs: list[TrialSpec], tiny: TrainConfig, tmp_path: Path) -> None:
     other = trial("wide", tmp_path, tiny, **{"model.n_embd": 32})
     threads = replace(specs[1], threads=2)
-    assert alike(specs[0], [other, threads, *specs[1:]], most=8) == specs
-    assert alike(specs[0], [other, *specs[1:]], most=2) == specs[:2]
-    assert alike(other, specs, most=8) == [other]
+    assert batchable(specs[0], [other, threads, *specs[1:]], most=8) == specs
+    assert batchable(specs[0], [other, *specs[1:]], most=2) == specs[:2]
+    assert batchable(other, specs, most=8) == [other]
 
 
 @pytest.mark.parametrize(
