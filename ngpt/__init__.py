@@ -1,0 +1,1 @@
+"""Models, data, optimizers and one train loop. Knows nothing about campaigns or Ray."""

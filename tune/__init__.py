@@ -1,0 +1,1 @@
+"""The campaign engine: plans, runs and judges many trials in parallel."""

@@ -1,0 +1,1 @@
+"""Settings as frozen, strict types; YAML with source positions; overrides by dotted name; secrets."""

@@ -1,0 +1,1 @@
+"""Trains several runs that share one graph as a single batched program."""

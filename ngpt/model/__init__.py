@@ -1,0 +1,1 @@
+"""The language model: GPT and nGPT in one class."""

@@ -1,0 +1,1 @@
+"""Files, heartbeats, devices, memory and timing: what a run needs from the machine."""

@@ -1,0 +1,1 @@
+"""One training run: loop, evaluation, checkpoints, recovery and trackers."""

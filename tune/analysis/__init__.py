@@ -1,0 +1,1 @@
+"""Statistics: verdicts, importance of settings, early stopping."""

@@ -1,0 +1,1 @@
+"""Claims of a campaign file, judged against the recorded trials."""

@@ -1,0 +1,1 @@
+"""Where trials run: in worker processes under Ray, or in this process."""

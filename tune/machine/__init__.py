@@ -1,0 +1,1 @@
+"""This machine: environment checks, measured throughput, GPU sharing, time estimates."""

@@ -1,0 +1,1 @@
+"""From a campaign to its trials: phases, budgets, changes, searches."""

@@ -1,0 +1,1 @@
+"""Derived files: summaries, status, costs, comparison, verification, claims ledger."""

@@ -1,0 +1,1 @@
+"""One session of a campaign: which trial runs next and what its result means."""

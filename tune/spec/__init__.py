@@ -1,0 +1,1 @@
+"""The campaign file: its schema, sweeps, search spaces and checks."""

@@ -1,0 +1,1 @@
+"""The journal of a campaign, its lock, and the state it describes."""

@@ -1,0 +1,1 @@
+"""What the terminal shows during and after a campaign."""

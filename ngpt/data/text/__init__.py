@@ -1,0 +1,1 @@
+"""Documents: where raw text comes from and how it is read."""
