@@ -35,7 +35,13 @@ class Problem(NamedTuple):
         return str(self._replace(message=visible(self.message, LONGEST_MESSAGE)))
 
 
-class ConfigError(ValueError):
+class UserError(Exception):
+    """An error that the user can mend. Commands print its message without a traceback and exit with `exit_code`."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError, ValueError):
     """Everything that is wrong with a config, all at once. `problems` holds one entry per mistake."""
 
     def __init__(self, problems: Iterable[Problem] | str) -> None:

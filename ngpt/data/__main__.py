@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-EXIT_USAGE = 2
-EXIT_IO = 74  # EX_IOERR of sysexits.h
+from ngpt.system.cache import cache_folder
+from ngpt.system.cli import run_command
 
 EXPLANATION = """\
 CORPUS
@@ -40,12 +40,15 @@ exit codes: 0 prepared; 2 usage, missing files, no network; 74 disk full or not 
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Prepares what the command line names; returns the exit code."""
+    """The command line; returns the exit code."""
     options = _parser().parse_args(arguments)
-    # After parsing, so that --help does not wait for numpy and pydantic.
-    from ngpt.config.base import ConfigError, build
+    return run_command(lambda: _prepare(options), path=options.out or cache_folder())
+
+
+def _prepare(options: argparse.Namespace) -> int:
+    # Imported after parsing, so that --help does not wait for numpy and pydantic.
+    from ngpt.config.base import build
     from ngpt.data.dataset import DataConfig, open_dataset, prepare
-    from ngpt.data.tokens.shards import CorruptShardError
 
     given = {
         "corpus": options.corpus,
@@ -55,18 +58,11 @@ def main(arguments: list[str] | None = None) -> int:
         "shards": options.shards,
         "on_corrupt": options.on_corrupt,
     }
-    try:
-        config = build(DataConfig, {name: value for name, value in given.items() if value is not None})
-        folder = prepare(config, out=options.out, log=_progress, workers=options.workers)
-        dataset = open_dataset(DataConfig(corpus=str(folder)))
-    except (ConfigError, CorruptShardError) as error:
-        print(f"ngpt.data: {'; '.join(str(error).splitlines())}", file=sys.stderr)
-        return EXIT_USAGE
-    except OSError as error:
-        print(f"ngpt.data: {error}", file=sys.stderr)
-        return EXIT_IO
+    config = build(DataConfig, {name: value for name, value in given.items() if value is not None})
+    folder = prepare(config, out=options.out, log=_progress, workers=options.workers)
+    manifest = open_dataset(DataConfig(corpus=str(folder))).manifest
     _progress(f"in {folder}")
-    print(json.dumps(dataset.manifest | {"folder": str(folder)}) if options.json else _table(dataset.manifest))
+    print(json.dumps(manifest | {"folder": str(folder)}) if options.json else _table(manifest))
     return 0
 
 

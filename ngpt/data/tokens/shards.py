@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ngpt.config.base import UserError
 from ngpt.system.atomic_files import write_atomic
 
 MAGIC = 20240520
@@ -24,7 +25,7 @@ HEADER_BYTES = 4 * HEADER_WORDS
 MAX_VOCAB = 1 << 16  # what uint16 can tell apart
 
 
-class CorruptShardError(ValueError):
+class CorruptShardError(UserError, ValueError):
     """A shard that must not be trained on: which file, and what is wrong with it."""
 
     def __init__(self, path: Path, reason: str) -> None:

@@ -1,0 +1,83 @@
+"""What every command does with errors, interrupts and closed pipes."""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ngpt.config.base import ConfigError, Problem, UserError
+from ngpt.data.tokens.shards import CorruptShardError
+from ngpt.system.cli import add_set_option, run_command
+from tests.helpers import ROOT
+
+
+class HeldElsewhere(UserError):
+    exit_code = 3
+
+
+def fails_with(error: BaseException):
+    def command() -> int:
+        raise error
+
+    return command
+
+
+def test_the_exit_code_of_a_command_is_passed_on() -> None:
+    assert run_command(lambda: 4) == 4
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (ConfigError([Problem(("lr",), "too large"), Problem((), "no data")]), 2, "lr: too large\nno data"),
+        (CorruptShardError(Path("a.bin"), "CRC mismatch"), 2, "a.bin: CRC mismatch"),
+        (HeldElsewhere("another run has it"), 3, "another run has it"),
+        (FileNotFoundError(2, "No such file", "b.yaml"), 74, "b.yaml: No such file"),
+        (OSError(28, "No space left on device"), 74, "runs/x: No space left on device"),
+        (OSError("the journal is damaged"), 74, "runs/x: the journal is damaged"),
+        (BrokenPipeError(32, "Broken pipe"), 74, "runs/x: Broken pipe"),
+        (KeyboardInterrupt(), 130, "stopped"),
+    ],
+)
+def test_an_error_of_the_user_is_one_message_and_an_exit_code(
+    error: BaseException, code: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command(fails_with(error), path="runs/x", interrupted="stopped") == code
+    assert capsys.readouterr() == ("", message + "\n")
+
+
+def test_an_internal_error_keeps_its_traceback() -> None:
+    with pytest.raises(ZeroDivisionError):
+        run_command(fails_with(ZeroDivisionError()))
+
+
+@pytest.mark.parametrize(("prints_only", "code"), [(True, 0), (False, 74)])
+def test_only_a_command_that_prints_may_end_early_when_the_pipe_is_closed(prints_only: bool, code: int) -> None:
+    script = (
+        "import sys; from ngpt.system.cli import run_command\n"
+        "sys.stdin.read()\n"
+        f"sys.exit(run_command(lambda: print('text') or 0, prints_only={prints_only}))"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        process.stdout = None
+        _, stderr = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert "Traceback" not in stderr
+
+
+def test_set_may_be_given_several_times_with_several_values() -> None:
+    parser = argparse.ArgumentParser()
+    add_set_option(parser)
+    assert parser.parse_args([]).set == []
+    assert parser.parse_args(["--set", "a=1", "b=2", "--set", "c=3"]).set == ["a=1", "b=2", "c=3"]
