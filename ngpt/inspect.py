@@ -24,8 +24,8 @@ from ngpt.data.dataset import open_dataset
 from ngpt.data.tokens.shards import CorruptShardError
 from ngpt.model.flops import flops_per_token, matrix_params
 from ngpt.model.gpt import GPT
-from ngpt.model.trace import Recorder, Stage, watched
-from ngpt.optim.optimizers import kinds
+from ngpt.model.trace import Recorder, Stage, record_stages
+from ngpt.optim.optimizers import parameters_by_kind
 from ngpt.system.device import mixed_precision, pick_device
 from ngpt.training.config import TrainConfig, read_config, resolved
 from ngpt.training.load_model import build_model, find_checkpoint, made_with
@@ -42,7 +42,7 @@ class Inspection:
     summary: dict[str, Any]
 
 
-def look_into(
+def inspect_model(
     model: GPT, idx: Tensor, targets: Tensor, *, dtype: str = "float32", backward: bool = False
 ) -> Inspection:
     """Runs one pass of `model` on tokens idx and targets (B, T), after one that nobody looks at, to warm up.
@@ -54,7 +54,7 @@ def look_into(
     recorder = Recorder(device, backward=backward)
     with mixed_precision(device, dtype), nullcontext() if backward else torch.no_grad():
         model(idx, targets)
-        with watched(model, recorder):
+        with record_stages(model, recorder):
             loss = model(idx, targets)
         recorder.see("loss", loss, {"ln_V": math.log(model.wte.num_embeddings)})
         with torch.no_grad():  # a training pass never holds them as a whole: made once more, to be looked at
@@ -70,7 +70,7 @@ def look_into(
 
 def summary(model: GPT, loss: float) -> dict[str, Any]:
     """Loss, ln V, parameters by kind, FLOPs of a training token and, after a backward pass, gradient norms by kind."""
-    groups = kinds(model)
+    groups = parameters_by_kind(model)
     found: dict[str, Any] = {"loss": loss, "ln_V": math.log(model.wte.num_embeddings)}
     found |= {"n_params": sum(p.numel() for p in model.parameters())}
     found |= {f"n_params/{kind}": sum(p.numel() for p in members) for kind, members in groups.items()}
@@ -106,7 +106,7 @@ def inspect(config: TrainConfig, *, checkpoint: Path | None = None, backward: bo
     rows = config.micro_batch_size or config.batch_size
     micro_batch = read_batch(config.model_copy(update={"batch_size": rows}), dataset, 0)
     idx, targets = (part.to(device) for part in micro_batch)
-    return look_into(model, idx, targets, dtype=config.dtype, backward=backward)
+    return inspect_model(model, idx, targets, dtype=config.dtype, backward=backward)
 
 
 def checkpoint_config(path: Path, assignments: list[str]) -> TrainConfig:

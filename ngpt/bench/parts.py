@@ -14,12 +14,12 @@ from ngpt.config.base import ConfigError
 from ngpt.data.dataset import open_dataset
 from ngpt.generate import generate as continue_text
 from ngpt.kernels.compile import compile_for
-from ngpt.kernels.fused_lerp import kernels_serve
+from ngpt.kernels.fused_lerp import should_fuse
 from ngpt.kernels.linear_cross_entropy import linear_cross_entropy
 from ngpt.model.flops import matrix_params
 from ngpt.model.gpt import GPT
 from ngpt.model.residual import lerp
-from ngpt.optim.optimizers import ON_SPHERE, OptimConfig, build_optimizers, kinds
+from ngpt.optim.optimizers import ON_SPHERE, OptimConfig, build_optimizers, parameters_by_kind
 from ngpt.optim.projection import project_weights
 from ngpt.system.device import DTYPES, mixed_precision, pick_device
 from ngpt.system.timing import compared, copy_rate, gemm_flops, stopwatches, take_turns, where
@@ -92,7 +92,7 @@ def residual(config: TrainConfig, *, seconds: float = 10.0) -> Figures:
     x, f, towards, alpha = (F.normalize(torch.randn(shape, generator=generator), dim=-1).to(device) for shape in shapes)
     f = f.to(DTYPES[config.dtype])  # as a matrix product leaves it
     leaves = [leaf.requires_grad_() for leaf in (x, f, alpha)]
-    kernel = "inductor" if config.compile else "triton" if kernels_serve(x, f, alpha) else "torch"
+    kernel = "inductor" if config.compile else "triton" if should_fuse(x, f, alpha) else "torch"
     step = compile_for("lerp", lerp) if config.compile else lerp
 
     def plain(x: Tensor, f: Tensor, alpha: Tensor) -> Tensor:
@@ -251,7 +251,7 @@ def _project_one_by_one(model: GPT) -> None:
 
 def _one_by_one(model: GPT, cfg: OptimConfig) -> list[torch.optim.Optimizer]:
     """torch.optim's own optimizers without fusion."""
-    members = kinds(model)
+    members = parameters_by_kind(model)
     adam = {"lr": cfg.lr, "betas": cfg.betas, "eps": cfg.eps, "weight_decay": cfg.weight_decay}
     if "muon" not in cfg.name:
         return [torch.optim.AdamW(model.parameters(), foreach=False, **adam)]
@@ -267,7 +267,7 @@ def _optimizer_work(model: GPT, cfg: OptimConfig) -> tuple[int, int]:
     Adam reads parameter, gradient and two moments and writes all but the gradient; Muon has one moment.
     """
     moved = products = 0
-    for kind, parameters in kinds(model).items():
+    for kind, parameters in parameters_by_kind(model).items():
         by_muon = kind == "matrices" and "muon" in cfg.name
         moved += sum(parameter.numel() for parameter in parameters) * FLOAT * (5 if by_muon else 7)
         if by_muon:

@@ -22,9 +22,9 @@ from ngpt.config.base import ConfigError, flatten
 from ngpt.data.dataset import Dataset
 from ngpt.ensemble.stack import Stack
 from ngpt.ensemble.update import update_together
-from ngpt.model.diagnostics import counted_once
-from ngpt.optim.optimizers import set_rates
-from ngpt.optim.schedule import multiplier
+from ngpt.model.diagnostics import restore_counts_on_error
+from ngpt.optim.optimizers import set_learning_rates
+from ngpt.optim.schedule import lr_multiplier
 from ngpt.system.memory import retry_smaller
 from ngpt.training.config import TrainConfig, resolved
 from ngpt.training.loop import batch, rates, reduce_batch, train_step, train_until_rollback
@@ -177,7 +177,7 @@ def train_step_together(stack: Stack, runs: Sequence[Run]) -> list[dict[str, flo
             clocks.enter_context(run.clock.step(run.config.tokens_per_step))
             state, config = run.state, run.config
             run.model.prepare_step(state.step, config.steps, seed=config.seed)
-            set_rates(run.optimizers, multiplier(state.step, config.steps, config.schedule))
+            set_learning_rates(run.optimizers, lr_multiplier(state.step, config.steps, config.schedule))
         found = retry_smaller(
             lambda: _gradients(stack, runs),
             lambda: any([reduce_batch(run) for run in runs]),  # a list: all of them give way
@@ -218,7 +218,7 @@ def _gradients(stack: Stack, runs: Sequence[Run]) -> list[tuple[float, float]]:
     idx, targets = _batches(runs)
     with contextlib.ExitStack() as counts:
         for run in runs:
-            counts.enter_context(counted_once(run.model))
+            counts.enter_context(restore_counts_on_error(run.model))
         stack.begin()
         size = min(run.micro_batch_size for run in runs)
         total = torch.zeros(len(runs), device=runs[0].device)

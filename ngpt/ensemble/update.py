@@ -3,9 +3,9 @@
 import logging
 from collections.abc import Sequence
 
-from ngpt.optim.muon import Muon, step_together
+from ngpt.optim.muon import Muon, step_muons
 from ngpt.optim.projection import project
-from ngpt.optim.schedule import due
+from ngpt.optim.schedule import is_due
 from ngpt.system.memory import is_out_of_memory
 from ngpt.training.loop import reduce_batch
 from ngpt.training.run import Run, go_back
@@ -23,11 +23,11 @@ def update_together(runs: Sequence[Run]) -> None:
     optimizers = [optimizer for run in runs for optimizer in run.optimizers]
     try:
         with runs[0].autocast:
-            step_together([optimizer for optimizer in optimizers if isinstance(optimizer, Muon)])
+            step_muons([optimizer for optimizer in optimizers if isinstance(optimizer, Muon)])
             for optimizer in optimizers:
                 if not isinstance(optimizer, Muon):
                     optimizer.step()
-        moved = [run.model for run in runs if due(run.state.step, run.config.project_every)]
+        moved = [run.model for run in runs if is_due(run.state.step, run.config.project_every)]
         project(entry for model in moved for entry in model.sphere_weights())
         return
     except (RuntimeError, MemoryError) as error:

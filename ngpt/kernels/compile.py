@@ -29,7 +29,7 @@ def compile_for(key: Hashable, function: Callable[..., Any]) -> Callable[..., An
     go on without compiled code, or fail. So each key has a code object of its own. A break in the graph is an error and
     not a slow program.
     """
-    keep_on_disk()
+    use_disk_cache()
     own = types.FunctionType(
         function.__code__.replace(),
         function.__globals__,
@@ -41,7 +41,7 @@ def compile_for(key: Hashable, function: Callable[..., Any]) -> Callable[..., An
     return torch.compile(own, fullgraph=True, dynamic=False)
 
 
-def keep_on_disk() -> Path:
+def use_disk_cache() -> Path:
     """Lets this process and its children keep compiled code in the cache folder; returns where it lies now.
 
     A folder that the user has named in TORCHINDUCTOR_CACHE_DIR stays. torch names its own default there once it is

@@ -15,7 +15,7 @@ from ngpt.kernels.build import load_native
 LONGEST = 1024  # tokens: a core keeps two squares of scores, and beyond this they are slower than torch's blocks
 
 
-def has_native_attention() -> bool:
+def has_cpu_attention() -> bool:
     """Whether `causal_attention` can be called here: it is built at the first question, once per machine."""
     return load_native("cpu_attention") is not None
 

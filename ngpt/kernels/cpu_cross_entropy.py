@@ -15,7 +15,7 @@ PANEL = 48  # the vocabulary is filled up to a multiple of it, as in head.cpp
 WIDTHS = 32  # D must be a multiple of it
 
 
-def native_cross_entropy(
+def cpu_cross_entropy(
     x: Tensor, weight: Tensor, scale: Tensor | None, targets: Tensor, *, rows: int, gradients: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None] | None:
     """The mean cross-entropy of logits x @ (scale * weight).T, and its gradients for x, weight and scale.

@@ -29,7 +29,7 @@ TRIED = 64  # tokens
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # relative to the largest entry; a wrong kernel is far outside
 
 
-def kernels_serve(x: Tensor, f: Tensor, alpha: Tensor) -> bool:
+def should_fuse(x: Tensor, f: Tensor, alpha: Tensor) -> bool:
     """Whether `fused_lerp` is the way to take: an uncompiled step on a GPU where the kernels are known to work."""
     # Under vmap, which does not know the kernels; torch has no public word for it.
     batched = torch._C._functorch.is_batchedtensor(x)  # pyright: ignore[reportAttributeAccessIssue]

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from ngpt.kernels.build import load_native
 from ngpt.kernels.compile import compile_for
-from ngpt.kernels.cpu_cross_entropy import native_cross_entropy
+from ngpt.kernels.cpu_cross_entropy import cpu_cross_entropy
 
 MIB = 2**20
 # A chunk of logits counted in float32: large enough for efficient matrix products, small beside the model.
@@ -160,7 +160,7 @@ def _as_one_program(
         return None
     weight, scale = weight.detach(), None if scale is None else scale.detach()
     rows = _rows(NATIVE_CHUNK_BYTES, x.device, len(weight))
-    return native_cross_entropy(x.detach().to(dtype), weight, scale, targets, rows=rows, gradients=gradients)
+    return cpu_cross_entropy(x.detach().to(dtype), weight, scale, targets, rows=rows, gradients=gradients)
 
 
 def _walk(

@@ -48,7 +48,7 @@ def divisor_statistics(found: dict[str, Tensor]) -> dict[str, float]:
 
 
 @torch.no_grad()
-def step_lengths(model: GPT) -> dict[str, Tensor]:
+def effective_alphas(model: GPT) -> dict[str, Tensor]:
     """The effective alphas of each residual by name, 1-D; empty for a GPT."""
     found = {}
     for layer, block in enumerate(model.blocks):
@@ -59,7 +59,7 @@ def step_lengths(model: GPT) -> dict[str, Tensor]:
 
 
 @contextlib.contextmanager
-def counted_once(model: GPT) -> Iterator[None]:
+def restore_counts_on_error(model: GPT) -> Iterator[None]:
     """Divisors r that were not finite do not count in a pass that breaks off: it is tried again."""
     counts = [] if model.normalizer is None else [model.normalizer.replaced]
     before = [count.clone() for count in counts]

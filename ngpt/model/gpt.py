@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ngpt.config.base import Config, invalid, one_of
 from ngpt.kernels.compile import compile_for
-from ngpt.kernels.cpu_attention import LONGEST, causal_attention, has_native_attention
+from ngpt.kernels.cpu_attention import LONGEST, causal_attention, has_cpu_attention
 from ngpt.kernels.linear_cross_entropy import linear_cross_entropy
 from ngpt.model.norm import NORM_MODES, DotProdNormalizer, l2_normalize, rms_norm
 from ngpt.model.residual import ALPHA_KINDS, ALPHA_SIGNS, RESIDUAL_RULES, Residual, Scale, spread_over_depth
@@ -360,7 +360,7 @@ class GPT(nn.Module):
         # Without the settings that reach the graph as tensors only: trials of a sweep share what is compiled.
         free = ("alpha", "alpha_final", "logit_scale", "rope_base")
         self._kind = repr(self.cfg.model_copy(update=dict.fromkeys(free)))
-        if self.wte.weight.device.type == "cpu" and has_native_attention():
+        if self.wte.weight.device.type == "cpu" and has_cpu_attention():
             for module in self.modules():
                 if isinstance(module, Attention):
                     module.native = True

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ngpt.kernels.fused_lerp import fused_lerp, kernels_serve
+from ngpt.kernels.fused_lerp import fused_lerp, should_fuse
 from ngpt.model.norm import l2_normalize
 
 Norm = Callable[[Tensor], Tensor]
@@ -27,7 +27,7 @@ def lerp(x: Tensor, f: Tensor, alpha: Tensor, norm: Norm = l2_normalize) -> Tens
     Uncompiled on a GPU, with the plain norm, it is one kernel: see ngpt/kernels/fused_lerp.py. Source: arXiv 2410.01131, eq. 10 and
     11; NVIDIA/ngpt, model.py.
     """
-    if norm is l2_normalize and kernels_serve(x, f, alpha):
+    if norm is l2_normalize and should_fuse(x, f, alpha):
         return fused_lerp(x, f, alpha)
     x, f = norm(x), l2_normalize(f)
     return norm(x + alpha * (f - x))

@@ -132,7 +132,7 @@ def _synchronize(device: torch.device) -> None:
 
 
 @contextmanager
-def watched(model: GPT, recorder: Recorder) -> Iterator[None]:
+def record_stages(model: GPT, recorder: Recorder) -> Iterator[None]:
     """Shows every stage of the passes inside the block to the recorder, and leaves the model as it was."""
     with ExitStack() as undo:
 

@@ -71,7 +71,7 @@ class Muon(torch.optim.Optimizer):
         """One update. Matrices of equal shape are orthogonalised as one batch."""
         if closure is not None:
             raise ValueError("Muon does not take a closure")
-        step_together([self])
+        step_muons([self])
 
     def directions(self, parameters: list[Tensor], group: dict[str, Any]) -> Sequence[Tensor]:
         """Updates the running means; returns what is to be orthogonalised, one matrix per parameter."""
@@ -87,7 +87,7 @@ class Muon(torch.optim.Optimizer):
 
 
 @torch.no_grad()
-def step_together(optimizers: Iterable[Muon]) -> None:
+def step_muons(optimizers: Iterable[Muon]) -> None:
     """One update of each. Matrices of equal shape are orthogonalised as one batch, whosever they are."""
     batches: dict[tuple[int, ...], list[tuple[Muon, dict[str, Any], list[Tensor]]]] = defaultdict(list)
     for optimizer in optimizers:

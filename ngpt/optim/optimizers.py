@@ -140,7 +140,7 @@ class OptimConfig(Config):
         return self
 
 
-def unfit(cfg: OptimConfig, model: ModelConfig) -> str | None:
+def incompatibility(cfg: OptimConfig, model: ModelConfig) -> str | None:
     """Why the optimizer cannot train such a model, as one sentence; None: it can."""
     if model.on_sphere or cfg.name not in ON_SPHERE:
         return None
@@ -153,13 +153,13 @@ def unfit(cfg: OptimConfig, model: ModelConfig) -> str | None:
 
 
 def build_optimizers(model: GPT, cfg: OptimConfig) -> list[torch.optim.Optimizer]:
-    """The named optimizer for `model`. Each torch group has one `kind` of `KINDS` and its `base_lr`, which `set_rates`
+    """The named optimizer for `model`. Each torch group has one `kind` of `KINDS` and its `base_lr`, which `set_learning_rates`
     multiplies; the first one holds matrices.
 
     Raises:
         ConfigError: the optimizer moves weights on the sphere, and the model has none there.
     """
-    if reason := unfit(cfg, model.cfg):
+    if reason := incompatibility(cfg, model.cfg):
         raise ConfigError(reason)
     optimizers = OPTIMIZERS[cfg.name](model, cfg)
     held = [id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
@@ -170,14 +170,14 @@ def build_optimizers(model: GPT, cfg: OptimConfig) -> list[torch.optim.Optimizer
     return optimizers
 
 
-def set_rates(optimizers: list[torch.optim.Optimizer], multiplier: float) -> None:
+def set_learning_rates(optimizers: list[torch.optim.Optimizer], multiplier: float) -> None:
     """Sets every group's learning rate to its base rate times the schedule's `multiplier`."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * multiplier
 
 
-def kinds(model: GPT) -> dict[str, list[nn.Parameter]]:
+def parameters_by_kind(model: GPT) -> dict[str, list[nn.Parameter]]:
     """Every parameter under its kind, the kinds in the order of `KINDS`; one without parameters has an empty list."""
     found: dict[str, list[nn.Parameter]] = {kind: [] for kind in KINDS}
     head = None if model.lm_head is None else model.lm_head.weight
@@ -211,7 +211,11 @@ def _rates(model: GPT, cfg: OptimConfig, *, lr_of: Collection[str], ruled: Colle
 
 def _groups(model: GPT, rates: dict[str, float]) -> list[Group]:
     """One torch group per kind, the empty ones left out."""
-    return [{"params": members, "kind": kind, "lr": rates[kind]} for kind, members in kinds(model).items() if members]
+    return [
+        {"params": members, "kind": kind, "lr": rates[kind]}
+        for kind, members in parameters_by_kind(model).items()
+        if members
+    ]
 
 
 def _by_dim(model: GPT, groups: list[Group]) -> list[Group]:

@@ -60,7 +60,7 @@ class ScheduleConfig(Config):
     log_steepness: Annotated[float, Field(gt=0)] = 9.0  # how much faster it falls at first; `logarithmic` only
 
 
-def multiplier(step: int, total: int, cfg: ScheduleConfig) -> float:
+def lr_multiplier(step: int, total: int, cfg: ScheduleConfig) -> float:
     """What the learning rates are multiplied with in step `step` (0 is the first) of `total`."""
     if step < cfg.warmup_steps:
         return (step + 1) / cfg.warmup_steps
@@ -68,6 +68,6 @@ def multiplier(step: int, total: int, cfg: ScheduleConfig) -> float:
     return SCHEDULES[cfg.name](min(1.0, progress), cfg)
 
 
-def due(step: int, every: int, *, last: bool = False) -> bool:
+def is_due(step: int, every: int, *, last: bool = False) -> bool:
     """Whether something that happens every so many steps happens at `step`; always at the `last`."""
     return last or step % every == 0

@@ -24,7 +24,7 @@ from ngpt.config.yaml_reader import parse_assignment, read_yaml
 from ngpt.data import dataset as corpora
 from ngpt.data.dataset import DataConfig
 from ngpt.model.gpt import Count, ModelConfig
-from ngpt.optim.optimizers import OptimConfig, unfit
+from ngpt.optim.optimizers import OptimConfig, incompatibility
 from ngpt.optim.schedule import ScheduleConfig
 from ngpt.system.device import DEVICES, DTYPES
 from ngpt.training.checkpoint import CheckpointConfig
@@ -65,7 +65,7 @@ class TrainConfig(Config, frozen=True):
         if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
             text = f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
             raise invalid(text, "micro_batch_size", "batch_size")
-        if reason := unfit(self.optim, self.model):
+        if reason := incompatibility(self.optim, self.model):
             raise invalid(reason, "optim.name", "model.residual")
         return self
 

@@ -9,10 +9,10 @@ from torch import Tensor
 from ngpt.data.loader import EvalSet
 from ngpt.model.diagnostics import (
     activation_norm_error,
-    counted_once,
     divisor_statistics,
     divisors,
-    step_lengths,
+    effective_alphas,
+    restore_counts_on_error,
     weight_norm_error,
 )
 from ngpt.model.gpt import GPT
@@ -54,12 +54,12 @@ def measure(run: Run, *, last: bool) -> dict[str, Tensor]:
     scores = retry_smaller(lambda: scored(run), lambda: reduce_eval_batch(run), run.device)
     metrics = position(run) | {"train_loss": run.state.train_loss} | scores | drift | replaced_divisors(run)
     run.state.last_eval = {name: finite(value) for name, value in metrics.items()}
-    return step_lengths(run.model) | r
+    return effective_alphas(run.model) | r
 
 
 def scored(run: Run) -> Metrics:
     """The validation loss, on as many sequences at once as fit."""
-    with counted_once(run.model):
+    with restore_counts_on_error(run.model):
         return evaluate(run.model, run.validation.cut(run.eval_rows), autocast=run.autocast)
 
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from ngpt.config.base import flatten
 from ngpt.data.dataset import Dataset
 from ngpt.data.loader import Batch, train_batch
-from ngpt.model.diagnostics import counted_once
-from ngpt.optim.optimizers import set_rates
+from ngpt.model.diagnostics import restore_counts_on_error
+from ngpt.optim.optimizers import set_learning_rates
 from ngpt.optim.projection import project_weights
-from ngpt.optim.schedule import due, multiplier
+from ngpt.optim.schedule import is_due, lr_multiplier
 from ngpt.system.heartbeat import Heartbeat
 from ngpt.system.memory import is_out_of_memory, retry_smaller
 from ngpt.training.config import TrainConfig, resolved
@@ -79,7 +79,7 @@ def train_until_rollback(run: Run, *, together: bool = False) -> Generator[Any, 
             # ---- now and then ------------------------------------------------------------------
             last = state.step == config.steps  # one turn more than steps, so that the end is evaluated and saved
             if state.step != resumed_at:
-                if due(state.step, config.eval_every, last=last):
+                if is_due(state.step, config.eval_every, last=last):
                     histograms = measure(run, last=last)
                     tracker.log(state.last_eval)
                     tracker.log_histograms(state.step, histograms)
@@ -87,7 +87,7 @@ def train_until_rollback(run: Run, *, together: bool = False) -> Generator[Any, 
                     if state.last_eval["val_loss"] is None:  # only an earlier state can help
                         goes_back = config.nonfinite.policy == "rollback" and handle_nonfinite(run)
                         return None if goes_back else finish("diverged", run)
-                if state.step and due(state.step, config.checkpoint.every, last=last):
+                if state.step and is_due(state.step, config.checkpoint.every, last=last):
                     try_save_checkpoint(run, tracker, last=last)
             if last:
                 return finish("finished", run)
@@ -102,7 +102,7 @@ def train_until_rollback(run: Run, *, together: bool = False) -> Generator[Any, 
             diverged = not is_finite and not handle_nonfinite(run)
             if state.step <= before:
                 return None
-            if not is_finite or due(state.step, config.tracker.log_every, last=state.step == config.steps):
+            if not is_finite or is_due(state.step, config.tracker.log_every, last=state.step == config.steps):
                 mean = {"train_loss": state.train_loss} if is_finite else {}
                 tracker.log(position(run) | step_metrics | mean)
             if diverged:
@@ -123,7 +123,7 @@ def train_step(run: Run) -> dict[str, float]:
     config, state = run.config, run.state
     with run.clock.step(run.batch_size * config.model.block_size):
         run.model.prepare_step(state.step, config.steps, seed=config.seed)
-        set_rates(run.optimizers, multiplier(state.step, config.steps, config.schedule))
+        set_learning_rates(run.optimizers, lr_multiplier(state.step, config.steps, config.schedule))
         number = state.step + state.skipped_batches
         loss, norm = retry_smaller(lambda: gradients(run, number), lambda: reduce_batch(run), run.device)
         state.step += 1
@@ -146,7 +146,7 @@ def gradients(run: Run, number: int) -> tuple[float, float]:
     The one place of a step that waits for a GPU: no gradient is applied before it is known to be finite.
     """
     idx, targets = run.upcoming[1] if run.upcoming and run.upcoming[0] == number else batch(run, number)
-    with counted_once(run.model):
+    with restore_counts_on_error(run.model):
         # A halved batch is the first half, so that the order of the data stays what it is.
         loss = backward(run, idx[: run.batch_size], targets[: run.batch_size])
         given = [parameter.grad for parameter in run.model.parameters() if parameter.grad is not None]
@@ -206,7 +206,7 @@ def update(run: Run) -> None:
         with run.autocast:  # Muon's matrix products are in the precision of the others
             for optimizer in run.optimizers:
                 optimizer.step()
-        if due(state.step, run.config.project_every):
+        if is_due(state.step, run.config.project_every):
             project_weights(run.model)
         return
     except (RuntimeError, MemoryError) as error:

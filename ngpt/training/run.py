@@ -22,7 +22,7 @@ from ngpt.data.loader import EvalSet, eval_set
 from ngpt.data.tokens.tokenizer import MODEL_FILE, parse_spec
 from ngpt.model.gpt import GPT
 from ngpt.optim.optimizers import build_optimizers
-from ngpt.optim.schedule import due
+from ngpt.optim.schedule import is_due
 from ngpt.system.device import mixed_precision, pick_device
 from ngpt.system.heartbeat import Heartbeat
 from ngpt.system.memory import (
@@ -215,7 +215,7 @@ def checkpoint_on_stop(run: Run, tracker: Tracker, heartbeat: Heartbeat) -> Iter
             path.name == f"step_{step:07d}" for path in checkpoint_folders(run.out_dir / "checkpoints")
         )
         is_sound = scores.get("step") != step or scores["val_loss"] is not None
-        is_regular = run.config.nonfinite.policy != "rollback" or due(step, run.config.checkpoint.every)
+        is_regular = run.config.nonfinite.policy != "rollback" or is_due(step, run.config.checkpoint.every)
         if heartbeat.stop_requested(now=True) and is_sound and is_regular and not is_there:
             try_save_checkpoint(run, tracker, last=False)
         raise

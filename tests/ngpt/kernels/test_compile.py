@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ngpt.kernels.compile import VARIABLE, compile_for, keep_on_disk
+from ngpt.kernels.compile import VARIABLE, compile_for, use_disk_cache
 from ngpt.model.gpt import GPT, ModelConfig
 from tests.helpers import ROOT
 
@@ -60,10 +60,10 @@ def test_compiled_code_lies_beside_the_corpora_unless_the_user_has_named_a_place
 ) -> None:
     monkeypatch.setenv("NGPT_CACHE", str(tmp_path))
     monkeypatch.delenv(VARIABLE, raising=False)
-    assert keep_on_disk() == tmp_path / "compiled"
+    assert use_disk_cache() == tmp_path / "compiled"
     assert os.environ[VARIABLE] == str(tmp_path / "compiled")
     monkeypatch.setenv(VARIABLE, str(tmp_path / "own"))
-    assert keep_on_disk() == tmp_path / "own"
+    assert use_disk_cache() == tmp_path / "own"
 
 
 def test_the_default_that_torch_itself_has_named_is_not_taken_for_a_wish(
@@ -73,7 +73,7 @@ def test_the_default_that_torch_itself_has_named_is_not_taken_for_a_wish(
 
     monkeypatch.setenv("NGPT_CACHE", str(tmp_path))
     monkeypatch.setenv(VARIABLE, default_cache_dir())
-    assert keep_on_disk() == tmp_path / "compiled"
+    assert use_disk_cache() == tmp_path / "compiled"
 
 
 RUN = """

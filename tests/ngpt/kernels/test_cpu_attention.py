@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ngpt.kernels.cpu_attention import LONGEST, causal_attention, has_native_attention
+from ngpt.kernels.cpu_attention import LONGEST, causal_attention, has_cpu_attention
 from ngpt.model import gpt as model
 from ngpt.model.gpt import GPT, ModelConfig
 
@@ -19,7 +19,7 @@ Four = tuple[Tensor, Tensor, Tensor, Tensor]
 
 @pytest.fixture(scope="module", autouse=True)
 def built() -> None:
-    if not has_native_attention():
+    if not has_cpu_attention():
         pytest.skip("there is no C++ compiler")
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ngpt.kernels import linear_cross_entropy as loss
 from ngpt.kernels.build import load_native
-from ngpt.kernels.cpu_cross_entropy import native_cross_entropy
+from ngpt.kernels.cpu_cross_entropy import cpu_cross_entropy
 from ngpt.kernels.linear_cross_entropy import linear_cross_entropy
 
 WIDTH, VOCABULARY = 32, 113  # two panels of 48 and a third that is not full
@@ -40,7 +40,7 @@ def walked(*given: Tensor | None, rows: int = 16) -> list[Tensor]:
     """Loss and gradients; it must have fitted."""
     x, weight, scale, targets = given
     assert x is not None and weight is not None and targets is not None
-    found = native_cross_entropy(x, weight, scale, targets, rows=rows, gradients=True)
+    found = cpu_cross_entropy(x, weight, scale, targets, rows=rows, gradients=True)
     assert found is not None
     return [part for part in found if part is not None]
 
@@ -137,7 +137,7 @@ def test_loss_and_gradients_are_those_of_the_full_logits(
 
 def test_the_loss_alone_is_the_same_number() -> None:
     x, weight, scale, targets = inputs(50, scales=VOCABULARY)
-    alone = native_cross_entropy(x, weight, scale, targets, rows=16, gradients=False)
+    alone = cpu_cross_entropy(x, weight, scale, targets, rows=16, gradients=False)
     assert alone is not None and alone[1:] == (None, None, None)
     assert alone[0] == walked(x, weight, scale, targets)[0]
 
@@ -167,7 +167,7 @@ def test_logits_far_above_the_target_are_right_or_left_to_the_other_way(above: f
     x, weight, _, targets = inputs(20)
     x[7], x[:, 0], weight[3] = 0, 0, 0
     x[7, 0], weight[3, 0], weight[5, 0], targets[7] = 1, above, 0, 5
-    found = native_cross_entropy(x, weight, None, targets, rows=8, gradients=True)
+    found = cpu_cross_entropy(x, weight, None, targets, rows=8, gradients=True)
     if above < 69:
         assert found is not None
         torch.testing.assert_close(found[0].double(), exact(x, weight, None, targets)[0], rtol=1e-5, atol=0)
@@ -184,7 +184,7 @@ def test_what_is_not_finite_is_left_to_the_other_way(bad: float, where: str) -> 
     x, weight, scale, targets = inputs(20, scales=VOCABULARY)
     assert scale is not None
     {"x": x, "weight": weight, "scale": scale}[where].view(-1)[11] = bad
-    assert native_cross_entropy(x, weight, scale, targets, rows=8, gradients=True) is None
+    assert cpu_cross_entropy(x, weight, scale, targets, rows=8, gradients=True) is None
     if where != "scale":  # whose product with the weight takes torch's compiler
         value = linear_cross_entropy(x, weight, targets[:, 0], compiled=True)
         assert not math.isfinite(value)
@@ -194,16 +194,16 @@ def test_what_is_not_finite_is_left_to_the_other_way(bad: float, where: str) -> 
 def test_a_target_outside_the_vocabulary_is_an_error(bad: int) -> None:
     x, weight, _, targets = inputs(20)
     targets[13] = bad
-    assert native_cross_entropy(x, weight, None, targets, rows=8, gradients=False) is None
+    assert cpu_cross_entropy(x, weight, None, targets, rows=8, gradients=False) is None
     with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
         linear_cross_entropy(x, weight, targets[:, 0], compiled=True)
 
 
 def test_other_widths_and_types_are_left_to_the_other_way() -> None:
     x, weight, _, targets = inputs(20, width=48)
-    assert native_cross_entropy(x, weight, None, targets, rows=8, gradients=True) is None
+    assert cpu_cross_entropy(x, weight, None, targets, rows=8, gradients=True) is None
     x, weight, _, targets = inputs(20)
-    assert native_cross_entropy(x, weight.bfloat16(), None, targets, rows=8, gradients=True) is None
+    assert cpu_cross_entropy(x, weight.bfloat16(), None, targets, rows=8, gradients=True) is None
 
 
 @pytest.mark.slow
@@ -218,10 +218,10 @@ def test_the_compiled_loss_takes_it_and_gives_the_gradients_of_weight_and_scale(
     seen: list[Walked | None] = []
 
     def watched(*args: Tensor, rows: int, gradients: bool) -> Walked | None:
-        seen.append(native_cross_entropy(*args, rows=rows, gradients=gradients))
+        seen.append(cpu_cross_entropy(*args, rows=rows, gradients=gradients))
         return seen[-1]
 
-    monkeypatch.setattr(loss, "native_cross_entropy", watched)
+    monkeypatch.setattr(loss, "cpu_cross_entropy", watched)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         value = linear_cross_entropy(leaves[0], weight, targets[:, 0], scale=scale, compiled=True)
     (value * share).backward()
@@ -238,4 +238,4 @@ def test_the_compiled_loss_takes_it_and_gives_the_gradients_of_weight_and_scale(
 def test_without_the_library_the_other_way_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight, _, targets = inputs(40)
     monkeypatch.setattr("ngpt.kernels.cpu_cross_entropy.load_native", lambda name: None)
-    assert native_cross_entropy(x, weight, None, targets, rows=8, gradients=True) is None
+    assert cpu_cross_entropy(x, weight, None, targets, rows=8, gradients=True) is None

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ngpt.kernels import fused_lerp as fused
-from ngpt.kernels.fused_lerp import DTYPES, WIDEST, kernels_serve, works
+from ngpt.kernels.fused_lerp import DTYPES, WIDEST, should_fuse, works
 from ngpt.model import residual
 from ngpt.model.norm import l2_normalize
 from ngpt.model.residual import Residual, lerp
@@ -51,7 +51,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 def test_an_uncompiled_step_on_a_gpu_is_the_kernels(
     alpha: tuple[int, ...], x: torch.dtype, f: torch.dtype, asked: list[tuple[Any, ...]]
 ) -> None:
-    assert kernels_serve(*operands(alpha=alpha, dtypes=(x, f, torch.float32)))
+    assert should_fuse(*operands(alpha=alpha, dtypes=(x, f, torch.float32)))
     assert asked == [(torch.device("cuda:0"), 8, x, f)]
 
 
@@ -72,7 +72,7 @@ def test_an_uncompiled_step_on_a_gpu_is_the_kernels(
     ],
 )
 def test_what_the_kernels_are_not_made_for_is_torchs(other: dict[str, Any], asked: list[tuple[Any, ...]]) -> None:
-    assert not kernels_serve(*operands(**other))
+    assert not should_fuse(*operands(**other))
     assert asked == []
 
 
@@ -80,15 +80,15 @@ def test_without_triton_or_where_the_kernels_fail_the_step_is_torchs(
     asked: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fused, "works", lambda *_: False)
-    assert not kernels_serve(*operands())
+    assert not should_fuse(*operands())
     monkeypatch.setattr(fused, "works", lambda *_: pytest.fail("asked without Triton"))
     monkeypatch.setattr(fused, "has_triton", lambda: False)
-    assert not kernels_serve(*operands())
+    assert not should_fuse(*operands())
 
 
 def test_a_compiled_step_is_left_to_the_compiler(asked: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert not kernels_serve(*operands())
+    assert not should_fuse(*operands())
     assert asked == []
 
 
@@ -101,7 +101,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, ...]]:
         taken.append(operand)
         return operand[0]
 
-    monkeypatch.setattr(residual, "kernels_serve", fused.fits)
+    monkeypatch.setattr(residual, "should_fuse", fused.fits)
     monkeypatch.setattr(residual, "fused_lerp", take)
     return taken
 

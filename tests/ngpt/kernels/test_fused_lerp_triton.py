@@ -217,7 +217,7 @@ def test_a_model_learns_the_same_with_the_kernels_as_without(alpha_kind: str, mo
     idx = torch.randint(31, (2, 7), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     outcomes = []
     for serves in (lambda *_: False, fused.fits):
-        monkeypatch.setattr(residual, "kernels_serve", serves)
+        monkeypatch.setattr(residual, "should_fuse", serves)
         model = GPT(config).to(DEVICE)
         loss = model(idx[:, :-1], idx[:, 1:])
         loss.backward()

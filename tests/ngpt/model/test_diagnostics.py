@@ -7,10 +7,10 @@ import torch
 from ngpt.config.base import build
 from ngpt.model.diagnostics import (
     activation_norm_error,
-    counted_once,
     divisor_statistics,
     divisors,
-    step_lengths,
+    effective_alphas,
+    restore_counts_on_error,
     weight_norm_error,
 )
 from ngpt.model.gpt import GPT, ModelConfig, SphereBlock
@@ -33,7 +33,7 @@ def test_a_gpt_has_no_sphere_to_leave() -> None:
     gpt = model(residual="add")
     assert weight_norm_error(gpt) == 0
     assert activation_norm_error(gpt, IDX) == 0
-    assert step_lengths(gpt) == {} and divisors(gpt, IDX) == {}
+    assert effective_alphas(gpt) == {} and divisors(gpt, IDX) == {}
 
 
 @pytest.mark.parametrize(
@@ -137,13 +137,13 @@ def test_step_lengths_are_the_alphas_that_act(kind: str, sizes: tuple[int, int])
     gpt = model(alpha=[0.1, 0.3], alpha_kind=kind)
     with torch.no_grad():
         gpt.get_parameter("blocks.1.mlp_residual.alpha.stored").mul_(-2)
-    found = step_lengths(gpt)
+    found = effective_alphas(gpt)
     assert [len(found[f"alpha/{name}.0"]) for name in ("attention", "mlp")] == list(sizes)
     expected = {"alpha/attention.0": 0.1, "alpha/mlp.0": 0.1, "alpha/attention.1": 0.3, "alpha/mlp.1": 0.6}
     assert {name: float(alpha.mean()) for name, alpha in found.items()} == pytest.approx(expected)
     scheduled = model(alpha=0.15, alpha_final=0.2, alpha_kind=kind)
     scheduled.prepare_step(9, 10, seed=0)
-    assert all(float(alpha.mean()) == pytest.approx(0.2) for alpha in step_lengths(scheduled).values())
+    assert all(float(alpha.mean()) == pytest.approx(0.2) for alpha in effective_alphas(scheduled).values())
 
 
 def test_divisors_of_a_pass_that_breaks_off_do_not_count() -> None:
@@ -151,11 +151,11 @@ def test_divisors_of_a_pass_that_breaks_off_do_not_count() -> None:
     with torch.no_grad():
         gpt.get_parameter("blocks.0.mlp.down.weight").fill_(torch.inf)
     assert gpt.normalizer is not None
-    with pytest.raises(MemoryError), counted_once(gpt):
+    with pytest.raises(MemoryError), restore_counts_on_error(gpt):
         gpt(IDX)
         assert int(gpt.normalizer.replaced) > 0
         raise MemoryError
     assert int(gpt.normalizer.replaced) == 0
-    with counted_once(gpt):
+    with restore_counts_on_error(gpt):
         gpt(IDX)
     assert int(gpt.normalizer.replaced) > 0

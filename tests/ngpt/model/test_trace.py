@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 
 from ngpt.config.base import build
-from ngpt.inspect import Inspection, look_into
+from ngpt.inspect import Inspection, inspect_model
 from ngpt.model.diagnostics import divisors
 from ngpt.model.gpt import GPT, ModelConfig
 from ngpt.model.trace import Stage, angles, score_facts
-from ngpt.optim.optimizers import kinds
+from ngpt.optim.optimizers import parameters_by_kind
 from tests.helpers.numpy_gpt import logits as numpy_logits
 
 DRAWS = torch.Generator().manual_seed(7)
@@ -31,7 +31,7 @@ def model(**changes: object) -> GPT:
 
 
 def look(gpt: GPT, *, backward: bool = False, dtype: str = "float32") -> Inspection:
-    return look_into(gpt, IDX, TARGETS, backward=backward, dtype=dtype)
+    return inspect_model(gpt, IDX, TARGETS, backward=backward, dtype=dtype)
 
 
 def stages(found: Inspection) -> dict[str, Stage]:
@@ -172,9 +172,9 @@ def test_afterwards_the_model_is_as_it_was(changes: dict[str, object]) -> None:
 def test_a_pass_that_fails_leaves_no_hooks_behind() -> None:
     gpt = model()
     with pytest.raises(ValueError, match="do not fit the model's block_size"):
-        look_into(gpt, torch.zeros(1, 13, dtype=torch.int64), torch.zeros(1, 13, dtype=torch.int64))
+        inspect_model(gpt, torch.zeros(1, 13, dtype=torch.int64), torch.zeros(1, 13, dtype=torch.int64))
     with pytest.raises(IndexError):
-        look_into(gpt, torch.full((1, 4), 99), torch.zeros(1, 4, dtype=torch.int64))
+        inspect_model(gpt, torch.full((1, 4), 99), torch.zeros(1, 4, dtype=torch.int64))
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in gpt.modules())
 
 
@@ -190,7 +190,7 @@ def test_gradients_arrive_in_reverse_and_are_those_of_the_loss(changes: dict[str
     assert [name for name in arrived if name.endswith("stream")] == streams[::-1]
     assert arrived[0] == "loss" and arrived[-1] == "embedding" and "0.attention.q" in arrived
     F.cross_entropy(plain(IDX).flatten(0, 1), TARGETS.flatten()).backward()
-    for kind, members in kinds(plain).items():
+    for kind, members in parameters_by_kind(plain).items():
         gradients = [p.grad.flatten() for p in members if p.grad is not None]
         if gradients:
             expected = float(torch.cat(gradients).norm())
@@ -200,7 +200,7 @@ def test_gradients_arrive_in_reverse_and_are_those_of_the_loss(changes: dict[str
 def test_the_embedding_stage_gets_the_gradient_that_its_rows_collect() -> None:
     gpt = model()
     idx = torch.arange(12).view(1, 12)  # each token once, so that no two gradients meet in a row
-    found = {stage.name: stage for stage in look_into(gpt, idx, TARGETS[:1], backward=True).backward}
+    found = {stage.name: stage for stage in inspect_model(gpt, idx, TARGETS[:1], backward=True).backward}
     assert gpt.wte.weight.grad is not None
     rows = gpt.wte.weight.grad[:12].norm(dim=1)
     assert found["embedding"].length == pytest.approx([float(rows.mean()), float(rows.min()), float(rows.max())])

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ngpt.optim.muon import Muon, orthogonalize, step_together
+from ngpt.optim.muon import Muon, orthogonalize, step_muons
 
 SHAPES = [(8, 8), (24, 6), (6, 24), (40, 13)]
 
@@ -187,7 +187,7 @@ def test_several_optimizers_at_once_each_take_their_own_step() -> None:
             for i, (parameter, other) in enumerate(zip(own, copied, strict=True)):
                 parameter.grad = random(*parameter.shape, seed=100 * turn + i)
                 other.grad = parameter.grad.clone()
-        step_together(members)
+        step_muons(members)
         for reference in references:
             reference.step()
     for own, copied, how in zip(owners, copies, settings, strict=True):

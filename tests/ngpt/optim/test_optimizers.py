@@ -17,7 +17,7 @@ from ngpt.optim.optimizers import (
     WIDTH_RULES,
     OptimConfig,
     build_optimizers,
-    set_rates,
+    set_learning_rates,
 )
 from ngpt.optim.riemannian import GeodesicMuon, RiemannianAdamW
 
@@ -272,7 +272,7 @@ def test_optimizers_restored_in_the_middle_end_where_undisturbed_ones_do(name: s
     def steps(gpt: GPT, optimizers: list[torch.optim.Optimizer], which: range) -> None:
         for step in which:
             with_gradients(gpt, step)
-            set_rates(optimizers, 1 - step / 8)
+            set_learning_rates(optimizers, 1 - step / 8)
             for optimizer in optimizers:
                 optimizer.step()
 
@@ -311,7 +311,7 @@ def test_weight_decay_shrinks_matrices_only(name: str) -> None:
 def test_rates_are_multiples_of_those_at_the_start(name: str) -> None:
     optimizers = build_optimizers(model(), OptimConfig(name=name, lr=0.2, lr_other=0.4))
     for multiplier in (0.5, 0.25, 1.0):
-        set_rates(optimizers, multiplier)
+        set_learning_rates(optimizers, multiplier)
         rates = {group["lr"] for optimizer in optimizers for group in optimizer.param_groups}
         assert rates == {0.2 * multiplier, 0.4 * multiplier}
 

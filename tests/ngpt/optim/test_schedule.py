@@ -6,12 +6,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ngpt.config.base import ConfigError, build
-from ngpt.optim.schedule import SCHEDULES, ScheduleConfig, due, multiplier
+from ngpt.optim.schedule import SCHEDULES, ScheduleConfig, is_due, lr_multiplier
 
 
 def curve(total: int, **settings: object) -> list[float]:
     cfg = build(ScheduleConfig, settings)
-    return [multiplier(step, total, cfg) for step in range(total)]
+    return [lr_multiplier(step, total, cfg) for step in range(total)]
 
 
 def test_constant_is_always_one() -> None:
@@ -67,9 +67,9 @@ def test_the_warm_up_is_a_line_to_one_and_the_schedule_starts_after_it(name: str
 )
 def test_the_step_after_the_last_would_have_the_final_ratio(name: str, end: float) -> None:
     cfg = ScheduleConfig(name=name, warmup_steps=3, final_ratio=0.1)
-    assert multiplier(30, 30, cfg) == pytest.approx(end)
-    assert multiplier(31, 30, cfg) == pytest.approx(end)
-    assert multiplier(29, 30, cfg) >= end
+    assert lr_multiplier(30, 30, cfg) == pytest.approx(end)
+    assert lr_multiplier(31, 30, cfg) == pytest.approx(end)
+    assert lr_multiplier(29, 30, cfg) >= end
 
 
 @given(
@@ -102,4 +102,4 @@ def test_an_unknown_schedule_is_refused() -> None:
 
 
 def test_due_is_every_so_often_and_at_the_last() -> None:
-    assert [step for step in range(10) if due(step, 4, last=step == 9)] == [0, 4, 8, 9]
+    assert [step for step in range(10) if is_due(step, 4, last=step == 9)] == [0, 4, 8, 9]
