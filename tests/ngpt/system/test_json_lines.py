@@ -1,0 +1,31 @@
+"""Records in the cache survive a torn write and anything else that a line may hold."""
+
+from pathlib import Path
+
+import pytest
+
+from ngpt.system.json_lines import append_json_lines, read_json_lines
+
+
+def test_records_come_back_in_order(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "speeds.jsonl"
+    assert read_json_lines(path, fields=()) == []
+    append_json_lines(path, [{"shape": "a"}, {"shape": "b", "note": "é"}])
+    append_json_lines(path, [])
+    append_json_lines(path, [{"shape": "c"}])
+    assert read_json_lines(path, fields=["shape"]) == [{"shape": "a"}, {"shape": "b", "note": "é"}, {"shape": "c"}]
+
+
+def test_a_torn_last_line_does_not_swallow_the_next_record(tmp_path: Path) -> None:
+    path = tmp_path / "speeds.jsonl"
+    path.write_text('{"shape": "a"}\n{"sha')
+    append_json_lines(path, [{"shape": "b"}])
+    assert path.read_text() == '{"shape": "a"}\n{"sha\n{"shape": "b"}\n'
+    assert read_json_lines(path, fields=["shape"]) == [{"shape": "a"}, {"shape": "b"}]
+
+
+@pytest.mark.parametrize("line", ["", "[1]", "3", '{"other": 1}', "{", "\x00\x00", '"shape"'])
+def test_a_line_that_is_no_such_record_is_skipped(line: str, tmp_path: Path) -> None:
+    path = tmp_path / "speeds.jsonl"
+    path.write_bytes(line.encode() + b'\n\xff\n{"shape": "b"}\n')
+    assert read_json_lines(path, fields=["shape"]) == [{"shape": "b"}]
