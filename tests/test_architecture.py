@@ -60,6 +60,9 @@ UNTESTED: dict[str, str] = {
     "tune/bench/gpu.py": "test_bench.py",
 }
 MOST_LINES = 60  # of a function
+README_LINES = 150
+DOCUMENTS = [*(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "SECURITY")), *sorted(ROOT.glob("docs/*.md"))]
+EXAMPLES = {"changes.py", "facts.py", "lab.py", "model.py"}  # files that documents show, or that other projects have
 
 
 class Import(NamedTuple):
@@ -181,22 +184,32 @@ def test_every_file_has_a_test_file_in_the_mirrored_wing() -> None:
     assert all(list((ROOT / "tests").rglob(test)) for test in UNTESTED.values())
 
 
-def test_the_readme_names_every_file_and_no_other() -> None:
+def test_the_readme_names_every_wing_and_stays_short() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    mentioned = set(re.findall(r"[\w./-]*\w\.py\b", text))
-    there = {path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py") if ".venv" not in path.parts}
-    unknown = {name for name in mentioned if not any(f"/{path}".endswith(f"/{name}") for path in there)}
-    assert unknown == set()
-    names = {Path(name).name for name in mentioned}
-    files = {path.name for package in ("ngpt", "tune") for path in (ROOT / package).glob("[!_]*.py")}
-    assert files - names == set()
+    assert [wing for wing in WINGS if wing != "." and not re.search(rf"^{wing}/ ", text, flags=re.MULTILINE)] == []
+    assert len(text.splitlines()) <= README_LINES
 
 
-def test_the_readme_names_every_document_and_the_cpp() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    files = [*ROOT.glob("docs/*.md"), *ROOT.glob("ngpt/*.cpp"), *ROOT.glob("ngpt/*.h")]
-    tree = text.partition("## The tree")[2].partition("## I want to")[0]
-    assert len(files) >= 10 and [path.name for path in files if path.name not in tree] == []
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_path_in_a_document_exists(document: Path) -> None:
+    """Links are relative to the document, paths of the repository to its root; a bare file name may be anywhere."""
+    text = document.read_text(encoding="utf-8")
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    links = re.findall(r"\]\((?!https?:|mailto:)([^)#\s]+)", prose) + re.findall(r'src="([^"]+)"', prose)
+    missing = [link for link in links if not (document.parent / link).exists()]
+    paths = re.findall(r"(?<![\w./-])(?:ngpt|tune|tests|experiments|docs|\.ci)/[\w./-]*[\w/]", text)
+    missing += [path for path in paths if not (ROOT / path).exists()]
+    names = {path.name for folder in ("ngpt", "tune", "tests") for path in (ROOT / folder).rglob("*")}
+    files = re.findall(r"(?<![\w./-])\w+\.(?:py|cpp|h)\b", text)
+    missing += [name for name in files if name not in names and not (ROOT / name).exists() and name not in EXAMPLES]
+    assert missing == []
+
+
+def test_every_package_says_what_it_is_for() -> None:
+    packages = {path.parent for path in SOURCES} - {ROOT}
+    inits = {package: package / "__init__.py" for package in packages}
+    assert [str(package) for package, init in inits.items() if not init.is_file()] == []
+    assert [NAMES[init] for init in inits.values() if not ast.get_docstring(ast.parse(init.read_text("utf-8")))] == []
 
 
 def test_functions_fit_on_a_screen() -> None:
