@@ -1,5 +1,6 @@
-"""How fast it is on this machine: `python -m ngpt.bench NAME --json`.
+"""Benchmarks of one training run on this machine: `python -m ngpt.bench NAME --json`.
 
-Every figure stands beside a plain torch formulation that took turns with it, and beside what a large matrix product or
-a copy reaches in the same run, so that it means something on another machine and on a busy one.
+Each part is timed in turns with a plain torch formulation of the same computation. The same run also measures a ceiling
+of the machine: the rate of a large matrix product, or of a copy. So figures can be compared between machines, and they
+hold on a busy one.
 """

@@ -1,23 +1,19 @@
-"""`python -m ngpt.bench NAME`: see ngpt/bench/__init__.py."""
+"""The command `python -m ngpt.bench NAME`."""
 
 import argparse
 import inspect
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import torch
-
 import ngpt.bench
-from ngpt.bench import parts, saving
-from ngpt.bench.peers import MODES, against_peer
+from ngpt.bench import parts
+from ngpt.bench.checkpoints import checkpoint
+from ngpt.bench.ensembles import vectorised
+from ngpt.bench.options import add_config_arguments, config_of
 from ngpt.config.base import ConfigError
 from ngpt.data.tokens.shards import CorruptShardError
-from ngpt.ensemble.throughput import vectorised
-from ngpt.system.device import DTYPES, pick_device
 from ngpt.system.timing import print_figures
-from ngpt.training.config import TrainConfig, read_config
 from ngpt.training.throughput import step
 
 BENCHMARKS: dict[str, Callable[..., dict[str, Any]]] = {
@@ -28,7 +24,7 @@ BENCHMARKS: dict[str, Callable[..., dict[str, Any]]] = {
     "projection": parts.projection,
     "loader": parts.loader,
     "generate": parts.generate,
-    "checkpoint": saving.checkpoint,
+    "checkpoint": checkpoint,
     "vectorised": vectorised,
 }
 
@@ -37,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     options = _parser().parse_args(arguments)
     try:
-        figures = measured(options)
+        figures = run_benchmark(options)
     except (ConfigError, CorruptShardError) as error:
         print(error, file=sys.stderr)
         return 2
@@ -45,49 +41,37 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def measured(options: argparse.Namespace) -> dict[str, Any]:
+def run_benchmark(options: argparse.Namespace) -> dict[str, Any]:
     """The figures of the benchmark that the command line asks for.
 
     Raises:
-        ConfigError: a wrong setting, or an option that this benchmark does not have.
+        ConfigError: a setting is wrong, or this benchmark does not have one of the options.
     """
-    given = [f"dtype={options.dtype}"] if options.dtype else []
-    config: TrainConfig = read_config(options.config, [*options.set, *given, *(["compile=true"] * options.compile)])
-    pick_device(config.device)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    budget = {} if options.seconds is None else {"seconds": options.seconds}
-    if options.peer is not None:
-        if options.name != "step":
-            raise ConfigError(f"--peer belongs to the benchmark step, not to {options.name}")
-        return against_peer(config, options.peer.expanduser().absolute(), modes=options.modes, **budget)
-    if budget and options.name == "step":
-        raise ConfigError("--seconds belongs to the other benchmarks, or to step with --peer: step counts its steps")
-    return BENCHMARKS[options.name](config, **budget)
+    config = config_of(options)
+    if options.seconds is None:
+        return BENCHMARKS[options.name](config)
+    if options.name == "step":
+        raise ConfigError("--seconds belongs to the other benchmarks: step takes a fixed number of steps")
+    return BENCHMARKS[options.name](config, seconds=options.seconds)
 
 
 def _parser() -> argparse.ArgumentParser:
-    documented = BENCHMARKS | {"step --peer": against_peer}
     described = [
         f"  {name}: {(inspect.getdoc(function) or '').partition('Raises:')[0].strip()}"
-        for name, function in documented.items()
+        for name, function in BENCHMARKS.items()
     ]
-    everywhere = "Every benchmark also returns device, dtype and threads."
+    always = "Every benchmark also returns device, dtype and threads."
     parser = argparse.ArgumentParser(
         prog="python -m ngpt.bench",
-        description="\n\n".join([inspect.getdoc(ngpt.bench) or "", *described, everywhere]),
+        description="\n\n".join([inspect.getdoc(ngpt.bench) or "", *described, always]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("name", choices=BENCHMARKS)
-    parser.add_argument("--config", type=Path, help="YAML file of settings, as ngpt.train has it")
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="change settings")
-    parser.add_argument("--dtype", choices=DTYPES, help="short for --set dtype=...")
-    parser.add_argument("--compile", action="store_true", help="short for --set compile=true")
-    parser.add_argument("--threads", type=int, help="CPU threads; default is torch's")
-    parser.add_argument("--seconds", type=float, help="how long about to measure, after the warm-up")
-    parser.add_argument("--peer", type=Path, metavar="MODEL.PY", help="step: take turns with nanoGPT's or nGPT's")
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="step --peer: default both")
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    add_config_arguments(parser)
+    parser.add_argument(
+        "--compile", action="append_const", dest="set", const="compile=true", help="short for --set compile=true"
+    )
+    parser.add_argument("--seconds", type=float, help="about how long to measure, after the warm-up")
     return parser
 
 

@@ -33,7 +33,7 @@ FAR_AHEAD = 10**6  # steps away from those that a training run makes at the same
 
 
 def loss(config: TrainConfig, *, seconds: float = 10.0) -> Figures:
-    """`ngpt.kernels.linear_cross_entropy` forward and backward, against F.linear, the logit scale and F.cross_entropy over all logits.
+    """The fused head and loss forward and backward, against F.linear, the logit scale and F.cross_entropy.
 
     Returns ms, best_ms, reference_ms, ratio; difference (of the two losses, in nats); gemm_tflops; gemm_share (of that
     rate, by the three matrix products of forward and backward).

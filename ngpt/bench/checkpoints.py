@@ -1,4 +1,4 @@
-"""What it costs that nothing is lost."""
+"""The cost of a checkpoint."""
 
 import tempfile
 from pathlib import Path
@@ -20,21 +20,20 @@ from ngpt.training.tracker import Tracker
 def checkpoint(config: TrainConfig, *, seconds: float = 10.0) -> dict[str, Any]:
     """A checkpoint with digests, syncs and the removal of old ones, against torch.save of the same state.
 
-    Returns ms, best_ms, reference_ms, ratio; saved_bytes; step_ms and share (of training by checkpoints, one in
-    `checkpoint.every` steps).
+    Returns ms, best_ms, reference_ms, ratio; saved_bytes; step_ms (of a training step) and share (of the training time
+    that goes into checkpoints, with one every `checkpoint.every` steps).
     """
     config = override(resolved(config), {"tracker.wandb": "disabled"})
     run = prepared(config)
     with tempfile.TemporaryDirectory() as folder:
         run.out_dir = Path(folder)
-        plain = run.out_dir / "plain.pt"
 
-        def reference() -> None:
+        def plain_save() -> None:
             optimizers = [optimizer.state_dict() for optimizer in run.optimizers]
-            torch.save({"model": run.model.state_dict(), "optimizers": optimizers}, plain)
+            torch.save({"model": run.model.state_dict(), "optimizers": optimizers}, run.out_dir / "plain.pt")
 
         with Tracker(config.tracker, run.out_dir, settings={}) as tracker:
-            works = {"step": lambda: train_step(run), "ours": lambda: save(run, tracker), "plain": reference}
+            works = {"step": lambda: train_step(run), "ours": lambda: save(run, tracker), "plain": plain_save}
             times = take_turns(stopwatches(works, run.device), seconds=seconds)
         newest = checkpoint_folders(run.out_dir / "checkpoints")[-1]
         size = sum(path.stat().st_size for path in newest.iterdir())

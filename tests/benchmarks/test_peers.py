@@ -1,7 +1,6 @@
-"""Public implementations by path: a file of nanoGPT's interface is trained as it is, in its own way.
+"""The comparison with public implementations, on two small files with the interfaces of nanoGPT and of NVIDIA's nGPT.
 
-The files themselves are not part of this repository: two small ones here have their interfaces, one of them written
-with flash_attn as the official nGPT is.
+The second one imports flash_attn, as the official file does. The real files are not part of this repository.
 """
 
 import math
@@ -12,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from ngpt.bench.peers import (
-    against_peer,
+from benchmarks.peers import (
+    compare_with_peer,
     flash_attn_func,
     flash_attn_qkvpacked_func,
     load_peer,
+    main,
     normalize_matrices,
     peer_step,
 )
@@ -119,7 +119,7 @@ def ngpt_file(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_peer_of_the_same_shape_learns_and_says_nothing_on_stdout(
+def test_a_peer_of_the_same_shape_learns_and_prints_nothing_on_stdout(
     tiny: TrainConfig, dataset: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "model.py"
@@ -138,7 +138,7 @@ def test_an_ngpt_is_projected_before_training_and_after_each_step(
 ) -> None:
     config = override(resolved(tiny), {"dtype": "bfloat16"})
     train, _ = peer_step(ngpt_file, config, dataset, compiled=False)
-    net = load_of(ngpt_file).GPT.newest
+    net = loaded_module(ngpt_file).GPT.newest
     for _ in range(3):
         for weight, dim in weights(net):
             lengths = weight.detach().double().norm(dim=dim)
@@ -148,15 +148,15 @@ def test_an_ngpt_is_projected_before_training_and_after_each_step(
         assert not torch.equal(net.transformer.wte.weight, before)
 
 
-def load_of(path: Path) -> Any:
-    """The module that is loaded already."""
+def loaded_module(path: Path) -> Any:
+    """The module that `peer_step` has imported from `path`."""
     return next(
         module for module in reversed(list(sys.modules.values())) if getattr(module, "__file__", "") == str(path)
     )
 
 
 def weights(net: Any) -> list[tuple[torch.Tensor, int]]:
-    """Matrices and the dimension of width D, told by their shapes where those are not square."""
+    """Matrices, and the dimension of each that has width D."""
     found = [(net.transformer.wte.weight, 1), (net.lm_head.weight, 1)]
     for block in net.transformer.h:
         found += [(block.c_fc.weight, 1), (block.mlp_c_proj.weight, 0), (block.att_c_proj.weight, 0)]
@@ -164,7 +164,7 @@ def weights(net: Any) -> list[tuple[torch.Tensor, int]]:
     return found
 
 
-def test_the_projection_is_that_of_the_official_train_py(ngpt_file: Path) -> None:
+def test_normalize_matrices_gives_unit_rows_or_columns(ngpt_file: Path) -> None:
     module = load_peer(ngpt_file)
     config = module.GPTConfig(8, 31, 1, 2, 16, base_scale=0.25, use_nGPT=1)
     net = module.GPT(config)
@@ -174,7 +174,7 @@ def test_the_projection_is_that_of_the_official_train_py(ngpt_file: Path) -> Non
         torch.testing.assert_close(weight.detach(), exact.to(weight.dtype), atol=1e-6, rtol=8e-3)
 
 
-def test_attention_without_flash_attn_is_the_softmax_of_the_scores() -> None:
+def test_the_flash_attn_substitute_is_causal_softmax_attention() -> None:
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 5, 3, 4, generator=generator, dtype=torch.float64) for _ in range(3))
     scores = torch.einsum("bthk,bshk->bhts", q, k) * 0.7
@@ -188,33 +188,37 @@ def test_attention_without_flash_attn_is_the_softmax_of_the_scores() -> None:
         flash_attn_func(q, k, v, window_size=(4, 0))
 
 
-def test_the_substitute_is_gone_once_the_peer_is_loaded(ngpt_file: Path) -> None:
+def test_the_flash_attn_substitute_is_removed_after_loading(ngpt_file: Path) -> None:
     load_peer(ngpt_file)
     assert "flash_attn" not in sys.modules or hasattr(sys.modules["flash_attn"], "__file__")
 
 
-def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no such file"):
-        load_peer(tmp_path / "model.py")
+def test_a_file_without_nanogpts_interface_is_refused(tmp_path: Path) -> None:
     (tmp_path / "other.py").write_text("class GPT: ...")
     with pytest.raises(ConfigError, match="does not define GPTConfig, as nanoGPT's"):
         load_peer(tmp_path / "other.py")
 
 
-def test_weights_in_bfloat16_are_not_compared_with_a_step_in_float32(
+def test_bfloat16_weights_are_not_compared_with_float32_steps(
     tiny: TrainConfig, dataset: Dataset, ngpt_file: Path
 ) -> None:
     with pytest.raises(ConfigError, match="keeps weights in bfloat16"):
         peer_step(ngpt_file, resolved(tiny), dataset, compiled=False)
 
 
-@pytest.mark.slow
-def test_a_peer_takes_turns_with_ours_and_its_memory_is_that_of_its_own_process(
-    tiny: TrainConfig, tmp_path: Path
+def test_a_missing_file_is_reported_in_one_line(
+    tiny: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "model.py"
+    assert main([str(path), "--set", f"corpus={tiny.data.corpus}", f"tokenizer={tiny.data.tokenizer}"]) == 2
+    assert capsys.readouterr().err == f"no such file: {path}\n"
+
+
+@pytest.mark.slow
+def test_each_contestant_is_measured_in_its_own_process(tiny: TrainConfig, tmp_path: Path) -> None:
+    path = tmp_path / "model.py"
     path.write_text(NANOGPT)
-    figures = against_peer(tiny, path, modes=["eager"], seconds=0.0)
+    figures = compare_with_peer(tiny, path, modes=["eager"], seconds=0.0)
     assert figures.keys() >= {"tokens_per_second", "step_ms", "mfu", "ratio_eager", "memory_ratio_eager"}
     assert "ratio_compiled" not in figures
     ours, theirs = (figures["contestants"][f"{who}_eager"] for who in ("ours", "peer"))

@@ -1,0 +1,1 @@
+"""Benchmarks against other people's code. They are not part of the installed package."""

@@ -1,0 +1,72 @@
+"""Several runs trained as one program, against the same runs one after another."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ngpt.data.dataset import Dataset, open_dataset
+from ngpt.ensemble.stack import Stack
+from ngpt.ensemble.throughput import prepared_runs
+from ngpt.ensemble.train import train_step_together
+from ngpt.system.device import pick_device
+from ngpt.system.timing import compared, stopwatches, take_turns, where
+from ngpt.training.config import TrainConfig, resolved
+from ngpt.training.loop import train_step
+from ngpt.training.throughput import prepared
+
+RUN_COUNTS = (1, 2, 4, 8)
+WORTH_IT = 1.1  # ratios up to here are within the noise of this benchmark
+
+
+def vectorised(config: TrainConfig, *, seconds: float = 40.0) -> dict[str, Any]:
+    """Whole steps of K runs of one graph as one program, against K steps of single runs one after another.
+
+    Returns under at_once, for each K: ms and reference_ms (of one step of all K runs), best_ms, ratio,
+    tokens_per_second and reference_tokens_per_second (summed over the runs), and kept_bytes and reference_kept_bytes
+    (what a step keeps for its backward pass, which is most of the memory it needs). K = 1 shows what batching costs.
+    Also returns best (the K above 1 with the highest ratio), ratio (of that K) and worth_it (whether it exceeds 1.1).
+
+    Raises:
+        ConfigError: such runs cannot be trained together.
+    """
+    config = resolved(config)
+    dataset, device = open_dataset(config.data), pick_device(config.device)
+    measured = {str(count): _compare(config, dataset, count, seconds / len(RUN_COUNTS)) for count in RUN_COUNTS}
+    best = max((count for count in measured if count != "1"), key=lambda count: measured[count]["ratio"])
+    ratio = measured[best]["ratio"]
+    summary = {"best": int(best), "ratio": ratio, "worth_it": ratio > WORTH_IT}
+    return summary | {"at_once": measured} | where(device, config.dtype)
+
+
+def _compare(config: TrainConfig, dataset: Dataset, count: int, seconds: float) -> dict[str, Any]:
+    runs = prepared_runs(config, dataset, count)
+    single = prepared(config, dataset=dataset)
+    stack = Stack([run.model for run in runs])
+
+    def one_by_one() -> None:  # steps of one run, whose weights stay in the cache, as in a real single run
+        for _ in range(count):
+            train_step(single)
+
+    contestants = {"together": lambda: train_step_together(stack, runs), "one_by_one": one_by_one}
+    times = take_turns(stopwatches(contestants, single.device), seconds=seconds)
+    figures, tokens = compared(times["together"], times["one_by_one"]), count * config.tokens_per_step
+    figures |= {"tokens_per_second": tokens / figures["ms"] * 1000}
+    figures |= {"reference_tokens_per_second": tokens / figures["reference_ms"] * 1000}
+    kept = _kept_bytes(contestants["together"])
+    return figures | {"kept_bytes": kept, "reference_kept_bytes": _kept_bytes(lambda: train_step(single))}
+
+
+def _kept_bytes(step: Callable[[], object]) -> int:
+    """Bytes that autograd saves in a forward pass. Exact, while a process's peak depends on its allocator."""
+    saved: dict[int, int] = {}
+
+    def save(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+        step()
+    return sum(saved.values())

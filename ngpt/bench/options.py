@@ -1,0 +1,32 @@
+"""The options that all benchmarks of a training configuration have."""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from ngpt.system.device import DTYPES, pick_device
+from ngpt.training.config import TrainConfig, read_config
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that `config_of` reads, and --json."""
+    parser.add_argument("--config", type=Path, help="YAML file of settings, as for ngpt.train")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="change settings")
+    parser.add_argument("--dtype", choices=DTYPES, help="short for --set dtype=...")
+    parser.add_argument("--threads", type=int, help="CPU threads; default: torch's")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def config_of(options: argparse.Namespace) -> TrainConfig:
+    """The configuration that the command line asks for; also sets the number of threads.
+
+    Raises:
+        ConfigError: a setting is wrong, or the device is not available.
+    """
+    dtype = [f"dtype={options.dtype}"] if options.dtype else []
+    config = read_config(options.config, [*options.set, *dtype])
+    pick_device(config.device)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    return config
