@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ import ngpt.training.loop
 from ngpt.config.base import override
 from ngpt.data.dataset import Dataset
 from ngpt.data.loader import train_batch
-from ngpt.train import main
 from ngpt.training.config import TrainConfig, resolved
 from ngpt.training.loop import backward, train_step
 from ngpt.training.run import Run, set_up
@@ -165,27 +163,6 @@ def test_a_compiled_run_in_bfloat16_ends_where_an_eager_one_in_float32_does(
     assert fast.metrics["val_loss"] == pytest.approx(eager.metrics["val_loss"], abs=0.02)
 
 
-@pytest.mark.parametrize("name", ["--norm-mode", "--norm_mode"])
-def test_the_norm_mode_is_a_flag_of_its_own(
-    name: str, settings_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["--config", str(settings_file), name, "dotprod", "--out", str(tmp_path / "out")]) == 0
-    result = json.loads(capsys.readouterr().out)
-    assert result["r_mean"] != 1 and result["r_replaced"] == 0
-    (checkpoint,) = (tmp_path / "out" / "checkpoints").iterdir()
-    assert json.loads((checkpoint / "MANIFEST.json").read_text())["identity"]["model.norm_mode"] == "dotprod"
-
-
-def test_an_unknown_norm_mode_is_a_value_error_that_lists_the_choices(
-    tiny: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    message = "unknown norm mode 'dotprd', did you mean 'dotprod'? Allowed: baseline, dotprod, ema"
-    with pytest.raises(ValueError, match=re.escape(message)):
-        override(tiny, {"norm_mode": "dotprd"})
-    assert main(["--norm-mode", "dotprd", "--out", str(tmp_path)]) == 2
-    assert capsys.readouterr().err == f"model.norm_mode: {message}\n"
-
-
 @pytest.mark.parametrize("broken", ["loss", "gradient"])
 def test_a_step_that_is_not_finite_ends_the_run_and_is_not_taken(
     broken: str, tiny: TrainConfig, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -230,79 +207,3 @@ def test_a_far_too_large_learning_rate_is_reported_as_divergence(
     if steps == 1:  # the step itself was finite, what it led to was not
         assert seen[-1]["val_loss"] is None and seen[-1]["step"] == 1
     assert rows(tmp_path)
-
-
-# ---- the command line ------------------------------------------------------------------------------------------------
-
-
-def test_the_command_line_trains_and_prints_one_json_object(
-    settings_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    code = main(["--config", str(settings_file), "--set", "alpha=0.2", "steps=3", "--out", str(tmp_path / "out")])
-    printed = capsys.readouterr()
-    assert code == 0, printed.err
-    result = json.loads(printed.out, parse_constant=pytest.fail)
-    assert result["status"] == "finished" and result["steps"] == 3 and 4 < result["val_loss"] < 8
-    shown = [line.split()[:2] for line in printed.err.splitlines()]
-    assert shown == [["step", "0"], ["step", "2"], ["step", "3"]]
-    manifest = json.loads((tmp_path / "out" / "checkpoints" / "step_0000003" / "MANIFEST.json").read_text())
-    assert manifest["identity"]["model.alpha"] == 0.2 and manifest["identity"]["optim.betas"] == [0.9, 0.99]
-
-
-def test_the_command_line_resumes(settings_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--config", str(settings_file), "--out", str(tmp_path / "out")]
-    assert main(arguments) == 0
-    first = json.loads(capsys.readouterr().out)
-    assert main(arguments) == 2
-    assert "holds checkpoints of an earlier run" in capsys.readouterr().err
-    assert main([*arguments, "--resume", "latest"]) == 0
-    again = json.loads(capsys.readouterr().out)
-    assert untimed(again) == untimed(first)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--set", "alhpa=1"], "alhpa: unknown setting, did you mean 'alpha'?"),
-        (["--set", "alpha=-1"], "model.alpha: input should be greater than 0, got -1"),
-        (["--set", "alpha"], "--set alpha: expected NAME=VALUE"),
-        (["--set", "corpus=shakespear"], "unknown corpus 'shakespear', did you mean 'shakespeare'?"),
-        (["--config", "missing.yaml"], "missing.yaml: No such file or directory"),
-    ],
-)
-def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(
-    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main([*arguments, "--out", str(tmp_path / "out")]) == 2
-    printed = capsys.readouterr()
-    assert printed.out == "" and not (tmp_path / "out").exists()
-    (line,) = printed.err.splitlines()
-    assert line.startswith(message)
-
-
-def test_a_mistake_in_the_file_is_one_line_with_its_position_and_exit_code_2(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = tmp_path / "tiny.yaml"
-    file.write_text("steps: 4\nsceptre: 4\n")
-    assert main(["--config", str(file), "--out", str(tmp_path / "out")]) == 2
-    printed = capsys.readouterr()
-    assert printed.out == "" and not (tmp_path / "out").exists()
-    (line,) = printed.err.splitlines()
-    assert line.startswith(f"{file}:2:1: sceptre: unknown setting")
-
-
-def test_a_run_that_diverged_has_exit_code_4(
-    settings_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    code = main(["--config", str(settings_file), "--set", "residual=add", "lr=1e38", "--out", str(tmp_path / "out")])
-    result = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
-    assert code == 4 and result["status"] == "diverged" and result["val_loss"] is None
-
-
-def test_a_folder_that_cannot_be_written_has_exit_code_74(
-    settings_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "out").write_text("a file")
-    assert main(["--config", str(settings_file), "--out", str(tmp_path / "out")]) == 74
-    assert capsys.readouterr().err.splitlines() == [f"{tmp_path / 'out'}: File exists"]
