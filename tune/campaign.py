@@ -20,7 +20,7 @@ from tune.analysis.asha import check_early_stop
 from tune.claims.reader import check_claims, read_claims
 from tune.spec.phase_reader import PhaseInFile, PhaseReader, arm_changes, chained_phase, check_name, read_seeds
 from tune.spec.schema import KINDS, Campaign, EarlyStop, Header, Phase
-from tune.spec.sweeps import BASELINE, Arm
+from tune.spec.sweeps import BASELINE, ArmSpec
 from tune.spec.validation import OPTION, ConfigChecker, Given, Problems, TooManyProblems
 
 TOP_KEYS = ("campaign", *Header.model_fields, "seeds", "base", "phases", *KINDS, "claims")
@@ -91,7 +91,7 @@ def _read(data: Any, assignments: Sequence[str], problems: Problems, folder: Pat
         base=base,
         phases=ordered,
         claims=tuple(claims.values()),
-        chained=reader.chained,
+        inherited=reader.chained,
         text="",
         assignments=(),
         **{name: getattr(header, name) for name in Header.model_fields},
@@ -207,7 +207,7 @@ def _check_arms(
             checker.check(changes, start=start, note=f" (after {values} has won)")
 
 
-def _inheriting(found: PhaseInFile, phases: Mapping[str, PhaseInFile]) -> Iterator[tuple[Arm, Given]]:
+def _inheriting(found: PhaseInFile, phases: Mapping[str, PhaseInFile]) -> Iterator[tuple[ArmSpec, Given]]:
     """The arms of a phase, each with everything it may start from."""
     for arm in (BASELINE, *found.phase.arms, *_probes(found)):
         yield from ((arm, start) for start in _starts(found, arm.inherit, phases) if start)
@@ -233,14 +233,14 @@ def _winners(name: str | None, phases: Mapping[str, PhaseInFile]) -> Iterator[Gi
             yield {**kept, **arm_changes(arm)}
 
 
-def _probes(found: PhaseInFile) -> Iterator[Arm]:
+def _probes(found: PhaseInFile) -> Iterator[ArmSpec]:
     """What stands for the arms that a search will propose."""
     yield from found.phase.search.probes() if found.phase.search else ()
 
 
 def _joined(
-    found: PhaseInFile, phases: Mapping[str, PhaseInFile], known: dict[str, tuple[Arm, ...]] | None = None
-) -> Iterator[Arm]:
+    found: PhaseInFile, phases: Mapping[str, PhaseInFile], known: dict[str, tuple[ArmSpec, ...]] | None = None
+) -> Iterator[ArmSpec]:
     """Arms that a combining phase may come to have: at most one of each phase that it joins.
 
     Phases that join phases that join have too many to look at; of each of those some do, which are `known` once found.
@@ -253,7 +253,7 @@ def _joined(
     for chosen in product(*sources) if sources else ():
         overrides = {name: value for arm in chosen for name, value in arm.overrides.items()}
         origins = {name: at for arm in chosen for name, at in arm.origins.items()}
-        yield Arm(" + ".join(arm.name for arm in chosen), overrides, None, origins)
+        yield ArmSpec(" + ".join(arm.name for arm in chosen), overrides, None, origins)
 
 
 def _check_circles(

@@ -23,8 +23,8 @@ from ngpt.optim.optimizers import OPTIMIZERS
 from ngpt.optim.schedule import SCHEDULES
 from tune.campaign import load_campaign
 from tune.planning.plan import preview
-from tune.spec.schema import Campaign, Fresh, Metric, Resources
-from tune.spec.sweeps import SWEEPS, Arm, Axis
+from tune.spec.schema import Campaign, FreshSeeds, Metric, Resources
+from tune.spec.sweeps import SWEEPS, ArmSpec, Axis
 from tune.spec.validation import with_absolute_paths
 
 HERE = "«"  # in a wrong file, stands before what its messages point at, one mark per message
@@ -589,8 +589,8 @@ def test_an_endless_grid_is_refused_without_being_expanded(folder: Path) -> None
 
 
 def test_a_new_way_of_sweeping_is_a_function_and_an_entry(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def ends(axes: Sequence[Axis]) -> list[Arm]:
-        return [Arm(f"{axis.label}-{i}", {axis.setting: axis.values[i]}) for axis in axes for i in (0, -1)]
+    def ends(axes: Sequence[Axis]) -> list[ArmSpec]:
+        return [ArmSpec(f"{axis.label}-{i}", {axis.setting: axis.values[i]}) for axis in axes for i in (0, -1)]
 
     monkeypatch.setitem(SWEEPS, "ends", ends)
     monkeypatch.setattr("tune.spec.phase_reader.KINDS", ("ends",))  # both made of SWEEPS where they are imported
@@ -633,7 +633,7 @@ def test_a_file_says_all_that_a_campaign_has(folder: Path) -> None:
     a, b, c = campaign.phases
     assert (a.name, a.seeds, a.swept) == ("a", (7, 8), {"optim.lr": (0.01, 1)})
     assert [arm.overrides for arm in a.arms] == [{"optim.lr": 0.01}, {"optim.lr": 1}]
-    assert (b.inherit, b.pinned, b.seeds, b.needs) == ("a", {"steps": 9}, Fresh(4), {"a"})
+    assert (b.inherit, b.pinned, b.seeds, b.needs) == ("a", {"steps": 9}, FreshSeeds(4), {"a"})
     assert [(arm.name, arm.overrides, arm.inherit) for arm in b.arms] == [("x", {"model.alpha": 1}, "a")]
     assert c.seeds == (0,)
     assert [arm.name for arm in c.arms] == ["alpha=0.1, optim.name=muon", "alpha=0.2, optim.name=adamw"]

@@ -10,8 +10,7 @@ from typing import Any, Literal
 from tune import format as fmt
 from tune.analysis.verdicts import LARGEST, Cells, Delta, Judgement, judge
 from tune.claims.selectors import ClaimArm, describe, is_number, matches, same, short, varied
-from tune.spec.schema import METRICS as LOSSES
-from tune.spec.schema import Claim
+from tune.spec.schema import LOSS_METRICS, Claim
 from tune.storage.records import Outcome
 
 Verdict = Literal["reproduced", "refuted", "undecided", "no data"]
@@ -19,7 +18,7 @@ Pair = tuple[ClaimArm, ClaimArm]
 
 
 @dataclass(frozen=True)
-class Finding:
+class ClaimVerdict:
     """What the records say of a claim, and the trials that it rests on."""
 
     verdict: Verdict
@@ -31,7 +30,7 @@ class Finding:
     trials: Sequence[str] = ()
 
 
-ONE_SEED = Finding("undecided", "n=1: one seed has no spread to judge by")
+ONE_SEED = ClaimVerdict("undecided", "n=1: one seed has no spread to judge by")
 
 
 @dataclass(frozen=True)
@@ -103,10 +102,14 @@ class Evidence:
     def lost(self, loser: Iterable[Outcome], winner: Iterable[Outcome], seeds: int, metric: str) -> bool:
         """Whether all of one side diverged and none of the other, over enough seeds; the module claims.py says why."""
         sides = {outcome.status for outcome in loser}, {outcome.status for outcome in winner}
-        return metric in LOSSES and sides == ({"diverged"}, {"finished"}) and 4.0**-seeds <= (1 - self.confidence) / 2
+        return (
+            metric in LOSS_METRICS
+            and sides == ({"diverged"}, {"finished"})
+            and 4.0**-seeds <= (1 - self.confidence) / 2
+        )
 
 
-def gap(claim: Claim, evidence: Evidence, of: Callable[[float], float] = float) -> Difference | Finding:
+def gap(claim: Claim, evidence: Evidence, of: Callable[[float], float] = float) -> Difference | ClaimVerdict:
     """Left minus right with its interval, in terms of `of` the metric; or why there is none."""
     pairs, remark = paired_arms(claim, evidence.arms)
     by_seed: dict[int, dict[tuple[str, str], None]] = {}  # each pair of trials once, however many phases have it
@@ -114,7 +117,7 @@ def gap(claim: Claim, evidence: Evidence, of: Callable[[float], float] = float) 
         for seed in sorted(left.trial_ids.keys() & right.trial_ids.keys()):
             by_seed.setdefault(seed, {})[left.trial_ids[seed], right.trial_ids[seed]] = None
     if not by_seed:
-        return Finding("no data", _unpaired(claim, evidence.arms))
+        return ClaimVerdict("no data", _unpaired(claim, evidence.arms))
     sides = [dict.fromkeys(ids[side] for pairs in by_seed.values() for ids in pairs) for side in (0, 1)]
     outcomes = [[evidence.cell(i, claim.metric, of) for i in side] for side in sides]
     trials, n, where = [*sides[0], *sides[1]], len(by_seed), _where(pairs, len(by_seed), remark)
@@ -186,17 +189,17 @@ def chain(claim: Claim, evidence: Evidence) -> Chain | None:
     return Chain(cells, names, values, method, seeds, trials, _where([(arm, arm) for arm in arms], seeds, ""))
 
 
-def incomplete(outcomes: Sequence[Outcome], metric: str) -> Finding | None:
+def incomplete(outcomes: Sequence[Outcome], metric: str) -> ClaimVerdict | None:
     """What keeps a claim open whatever the values are: trials that did not finish, or that lack the metric."""
     open_ones = Counter(outcome.status for outcome in outcomes if outcome.status != "finished")
     if open_ones:
         counts = ", ".join(f"{n} {status}" for status, n in sorted(open_ones.items()))
         text = f"{open_ones.total()} of {len(outcomes)} trials have not finished ({counts})"
         nothing = open_ones.total() == len(outcomes) and "diverged" not in open_ones
-        return Finding("no data" if nothing else "undecided", text)
+        return ClaimVerdict("no data" if nothing else "undecided", text)
     lacking = sum(outcome.value is None for outcome in outcomes)
     text = f"{lacking} of {len(outcomes)} trials have no {metric} that can be compared"
-    return Finding("no data", text) if lacking or not outcomes else None
+    return ClaimVerdict("no data", text) if lacking or not outcomes else None
 
 
 def _delta(

@@ -16,7 +16,7 @@ from ngpt.config.yaml_reader import read_yaml
 from ngpt.training.config import TrainConfig
 from tune import format as fmt
 from tune.claims.arithmetic import evaluate
-from tune.claims.relations import DIRECTIONS, METRICS, RELATIONS
+from tune.claims.relations import DIRECTIONS, METRIC_GOALS, RELATIONS
 from tune.claims.selectors import PLACES, describe, is_number, same, short
 from tune.spec.phase_reader import check_name
 from tune.spec.schema import Claim, Phase
@@ -129,8 +129,8 @@ def _text(value: Any) -> str:
 
 
 def _metric(value: Any) -> str:
-    if not isinstance(value, str) or value not in METRICS:
-        raise ConfigError(unknown("metric", value, METRICS))
+    if not isinstance(value, str) or value not in METRIC_GOALS:
+        raise ConfigError(unknown("metric", value, METRIC_GOALS))
     return value
 
 

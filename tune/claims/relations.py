@@ -24,16 +24,15 @@ from typing import Any, Literal
 
 from tune.analysis.verdicts import Delta, Judgement, holm
 from tune.claims.arithmetic import evaluate
-from tune.claims.evidence import ONE_SEED, Difference, Evidence, Finding, chain, gap, incomplete
+from tune.claims.evidence import ONE_SEED, ClaimVerdict, Difference, Evidence, chain, gap, incomplete
 from tune.claims.selectors import ClaimArm, describe, matches, short
-from tune.spec.schema import METRICS as LOSSES
-from tune.spec.schema import Claim
+from tune.spec.schema import LOSS_METRICS, Claim
 
 Goal = Literal["minimize", "maximize"]
 
 # What may be claimed about, and which way is better.
-METRICS: dict[str, Goal] = {
-    **dict.fromkeys(LOSSES, "minimize"),
+METRIC_GOALS: dict[str, Goal] = {
+    **dict.fromkeys(LOSS_METRICS, "minimize"),
     "tokens_per_second": "maximize",
     "peak_memory_bytes": "minimize",
     "n_params": "minimize",
@@ -69,7 +68,7 @@ def judge_claims(claims: Sequence[Claim], evidence: Evidence) -> list[dict[str, 
 # ---- relations -----------------------------------------------------------------------------------------------------
 
 
-def less(claim: Claim, evidence: Evidence) -> Finding:
+def less(claim: Claim, evidence: Evidence) -> ClaimVerdict:
     """The interval of left minus right lies below 0, by `min_effect` at least (reproduced), or above -`min_effect`.
 
     The latter is refuted: left is worse, or the two are the same for all that matters.
@@ -77,39 +76,39 @@ def less(claim: Claim, evidence: Evidence) -> Finding:
     return _ordered(claim, evidence, 1.0)
 
 
-def greater(claim: Claim, evidence: Evidence) -> Finding:
+def greater(claim: Claim, evidence: Evidence) -> ClaimVerdict:
     """As `less`, the other way round."""
     return _ordered(claim, evidence, -1.0)
 
 
-def equal(claim: Claim, evidence: Evidence) -> Finding:
+def equal(claim: Claim, evidence: Evidence) -> ClaimVerdict:
     """The interval of left minus right lies within +-tolerance (reproduced) or wholly outside (refuted).
 
     Two one-sided tests at (1 - confidence) / 2 each (Schuirmann 1987).
     """
     found = gap(claim, evidence)
-    return found if isinstance(found, Finding) else _within(claim, found, _told(claim, found, "minus"), 0.0)
+    return found if isinstance(found, ClaimVerdict) else _within(claim, found, _told(claim, found, "minus"), 0.0)
 
 
-def ratio(claim: Claim, evidence: Evidence) -> Finding:
+def ratio(claim: Claim, evidence: Evidence) -> ClaimVerdict:
     """The interval of left over right lies within value +-tolerance (reproduced) or wholly outside (refuted).
 
     The ratio is the geometric mean over seeds, its interval that of the difference of logarithms.
     """
     found = gap(claim, evidence, log)
-    if isinstance(found, Finding):
+    if isinstance(found, ClaimVerdict):
         return replace(found, observed=None if found.observed is None else exp(found.observed))
     found = replace(found, mean=exp(found.mean), low=exp(found.low), high=exp(found.high))
     return _within(claim, found, _told(claim, found, "over"), claim.value or 0.0)
 
 
-def best(claim: Claim, evidence: Evidence) -> Finding:
+def best(claim: Claim, evidence: Evidence) -> ClaimVerdict:
     """Left beats every other arm of its phase by the Holm-corrected p and `min_effect`; refuted if one beats it.
 
     It is looked at in each phase where it selects one arm of several: reproduced if all of them agree, refuted if one
     says so.
     """
-    findings: list[Finding] = []
+    findings: list[ClaimVerdict] = []
     for phase in dict.fromkeys(arm.phase for arm in evidence.arms):
         arms = evidence.in_phase(phase)
         chosen = [arm for arm in arms if matches(claim.left or {}, arm)]
@@ -117,13 +116,13 @@ def best(claim: Claim, evidence: Evidence) -> Finding:
             findings.append(_best_of(claim, evidence, chosen[0], arms))
         elif 1 < len(chosen) < len(arms):
             text = f"{len(chosen)} arms of phase {phase} are {describe(claim.left)}; a claim of the best selects one"
-            findings.append(Finding("undecided", text))
+            findings.append(ClaimVerdict("undecided", text))
     if not findings:
-        return Finding("no data", f"no phase so far compares {describe(claim.left)} with another arm")
+        return ClaimVerdict("no data", f"no phase so far compares {describe(claim.left)} with another arm")
     return min(findings, key=lambda finding: ORDER.index(finding.verdict))
 
 
-def monotone(claim: Claim, evidence: Evidence) -> Finding:
+def monotone(claim: Claim, evidence: Evidence) -> ClaimVerdict:
     """The metric falls (`decreasing`) or rises along the values of a setting, among arms that agree on all else.
 
     Reproduced if each step to the next value goes that way with an interval that excludes 0, and all of it by
@@ -132,7 +131,7 @@ def monotone(claim: Claim, evidence: Evidence) -> Finding:
     """
     row = chain(claim, evidence)
     if row is None:
-        return Finding("no data", f"no phase so far has arms that differ in {short(claim.setting or '')} alone")
+        return ClaimVerdict("no data", f"no phase so far has arms that differ in {short(claim.setting or '')} alone")
     outcomes = [cell for name in row.names for cell in row.cells[name].values()]
     if problem := incomplete(outcomes, claim.metric) or (ONE_SEED if row.seeds < 2 else None):
         return replace(problem, n=row.seeds, trials=row.trials)
@@ -160,21 +159,21 @@ def monotone(claim: Claim, evidence: Evidence) -> Finding:
         verdict, told = "undecided", f"{told}, less than min_effect {least:g}"
     else:
         verdict, told = "reproduced", f"{told}; each of the {len(steps)} steps goes this way beyond the noise"
-    return Finding(verdict, told, whole.mean, whole.ci_low, whole.ci_high, row.seeds, row.trials)
+    return ClaimVerdict(verdict, told, whole.mean, whole.ci_low, whole.ci_high, row.seeds, row.trials)
 
 
-def arithmetic(claim: Claim, evidence: Evidence) -> Finding:
+def arithmetic(claim: Claim, evidence: Evidence) -> ClaimVerdict:
     """The expression has the value, to within the tolerance; no trial is needed."""
     found, value, tolerance = evaluate(claim.expression or ""), claim.value or 0.0, claim.tolerance or 0.0
     told = f"{claim.expression} = {found:.6g}, the claim says {value:.6g} +- {tolerance:.6g}"
-    return Finding("reproduced" if abs(found - value) <= tolerance else "refuted", told, observed=found)
+    return ClaimVerdict("reproduced" if abs(found - value) <= tolerance else "refuted", told, observed=found)
 
 
 @dataclass(frozen=True)
 class Relation:
     """How a claim is decided, and which of its fields must and may be given."""
 
-    decide: Callable[[Claim, Evidence], Finding]
+    decide: Callable[[Claim, Evidence], ClaimVerdict]
     needs: tuple[str, ...]
     allows: tuple[str, ...] = ()
     trains: bool = True  # whether it is about trials, so that `metric` and `phase` mean something
@@ -191,9 +190,9 @@ RELATIONS = {
 }
 
 
-def _ordered(claim: Claim, evidence: Evidence, sign: float) -> Finding:
+def _ordered(claim: Claim, evidence: Evidence, sign: float) -> ClaimVerdict:
     found = gap(claim, evidence)
-    if isinstance(found, Finding):
+    if isinstance(found, ClaimVerdict):
         return found
     told, least = _told(claim, found, "minus"), evidence.least(claim)
     low, high = sorted((sign * found.low, sign * found.high))
@@ -207,10 +206,10 @@ def _ordered(claim: Claim, evidence: Evidence, sign: float) -> Finding:
         verdict, told = "undecided", f"{told}, less than min_effect {least:g}"
     else:
         verdict, told = "undecided", f"{told}, which contains 0"
-    return Finding(verdict, told, found.mean, found.low, found.high, found.n, found.trials)
+    return ClaimVerdict(verdict, told, found.mean, found.low, found.high, found.n, found.trials)
 
 
-def _within(claim: Claim, found: Difference, told: str, value: float) -> Finding:
+def _within(claim: Claim, found: Difference, told: str, value: float) -> ClaimVerdict:
     """Equivalence: where the interval lies in terms of `value` +- tolerance."""
     low, high = value - (claim.tolerance or 0.0), value + (claim.tolerance or 0.0)
     if low <= found.low and found.high <= high:
@@ -220,10 +219,10 @@ def _within(claim: Claim, found: Difference, told: str, value: float) -> Finding
     else:
         verdict, place = "undecided", "partly within"
     told = f"{told}, {place} [{low:.6g}, {high:.6g}]"
-    return Finding(verdict, told, found.mean, found.low, found.high, found.n, found.trials)
+    return ClaimVerdict(verdict, told, found.mean, found.low, found.high, found.n, found.trials)
 
 
-def _best_of(claim: Claim, evidence: Evidence, chosen: ClaimArm, arms: Sequence[ClaimArm]) -> Finding:
+def _best_of(claim: Claim, evidence: Evidence, chosen: ClaimArm, arms: Sequence[ClaimArm]) -> ClaimVerdict:
     """Whether `chosen` is the best arm of its phase."""
     cells, n = evidence.cells(arms, claim.metric), len(chosen.trial_ids)
     own = list(cells[chosen.name].values())
@@ -231,10 +230,10 @@ def _best_of(claim: Claim, evidence: Evidence, chosen: ClaimArm, arms: Sequence[
     trials = [trial_id for arm in arms for trial_id in arm.trial_ids.values()]
     told, beaten = f"{describe(claim.left)} in phase {chosen.phase}", "refuted"
     if winner := next((name for name, row in others.items() if evidence.lost(own, row, n, claim.metric)), None):
-        return Finding(beaten, f"{told} diverged with every seed, {winner} with none", n=n, trials=trials)
+        return ClaimVerdict(beaten, f"{told} diverged with every seed, {winner} with none", n=n, trials=trials)
     if problem := incomplete(own, claim.metric) or (ONE_SEED if n < 2 else None):
         return replace(problem, n=n, trials=trials)
-    goal = evidence.goal if claim.metric == evidence.metric else METRICS[claim.metric]
+    goal = evidence.goal if claim.metric == evidence.metric else METRIC_GOALS[claim.metric]
     judgement = evidence.judge(cells, claim, chosen.name, goal=goal)
     ranked = [arm for arm in judgement.arms if arm.arm != chosen.name]
     out = {name for name, row in others.items() if evidence.lost(row, own, n, claim.metric)}
@@ -245,11 +244,11 @@ def _best_of(claim: Claim, evidence: Evidence, chosen: ClaimArm, arms: Sequence[
         numbers = (-rival.delta.mean, -rival.delta.ci_high, -rival.delta.ci_low)
         told = f"{told} minus the best other arm, {rival.arm}: {claim.metric} {_interval(*numbers)}, {n} seeds"
     if better := [name for name, verdict in not_beaten.items() if verdict == "better"]:
-        return Finding("refuted", f"{told}; {better[0]} is better", *numbers, n, trials)
+        return ClaimVerdict("refuted", f"{told}; {better[0]} is better", *numbers, n, trials)
     if not_beaten:
         listed = ", ".join(f"{name} ({verdict})" for name, verdict in list(not_beaten.items())[:3])
-        return Finding("undecided", f"{told}; not beaten: {listed}", *numbers, n, trials)
-    return Finding("reproduced", f"{told}; it beats all {len(others)} others", *numbers, n, trials)
+        return ClaimVerdict("undecided", f"{told}; not beaten: {listed}", *numbers, n, trials)
+    return ClaimVerdict("reproduced", f"{told}; it beats all {len(others)} others", *numbers, n, trials)
 
 
 def _told(claim: Claim, found: Difference, how: str) -> str:

@@ -14,13 +14,15 @@ own changes are joined, not what its phase had inherited: name that phase in `fr
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from tune.spec.sweeps import Arm
+from tune.spec.sweeps import ArmSpec
 from tune.storage.records import Better
 
 
-def joins(found: Sequence[Better], possible: Callable[[Mapping[str, Any]], bool] = lambda overrides: True) -> list[Arm]:
+def joins(
+    found: Sequence[Better], possible: Callable[[Mapping[str, Any]], bool] = lambda overrides: True
+) -> list[ArmSpec]:
     """The arms of a combining phase: each adds one arm to those before it; `possible` says whether a join may be."""
-    arms: list[Arm] = []
+    arms: list[ArmSpec] = []
     names: list[str] = []
     overrides: dict[str, Any] = {}
     for better in sorted(found, key=lambda better: (-better.gain, better.arm)):
@@ -28,5 +30,5 @@ def joins(found: Sequence[Better], possible: Callable[[Mapping[str, Any]], bool]
         if overrides.keys().isdisjoint(better.overrides) and better.overrides and possible(joined):
             overrides = joined
             names.append(better.arm)
-            arms.append(Arm(" + ".join(names), dict(overrides)))
+            arms.append(ArmSpec(" + ".join(names), dict(overrides)))
     return arms

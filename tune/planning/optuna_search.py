@@ -12,11 +12,11 @@ from functools import lru_cache
 from typing import Any
 
 from tune.spec.search_space import Dimension, Search
-from tune.spec.sweeps import Arm
+from tune.spec.sweeps import ArmSpec
 
 
 @lru_cache(maxsize=256)
-def proposed(search: Search, scores: tuple[float, ...]) -> tuple[Arm, ...]:
+def proposed(search: Search, scores: tuple[float, ...]) -> tuple[ArmSpec, ...]:
     """The arms of all batches that were scored, and of the next one, at most `search.trials` in all.
 
     `scores` has one number for each arm of the complete batches so far: the lower the better, infinite for an arm that
@@ -28,7 +28,7 @@ def proposed(search: Search, scores: tuple[float, ...]) -> tuple[Arm, ...]:
     sampler = optuna.samplers.TPESampler(seed=search.seed, constant_liar=True)
     study = optuna.create_study(direction="minimize", sampler=sampler)
     distributions = {d.setting: _distribution(optuna.distributions, d) for d in search.space}
-    arms: list[Arm] = []
+    arms: list[ArmSpec] = []
     while len(arms) <= len(scores) and len(arms) < search.trials:
         size = min(search.parallel, search.trials - len(arms))
         batch = [study.ask(distributions) for _ in range(size)]

@@ -13,9 +13,9 @@ from ngpt.training.config import TrainConfig, resolved, rollback_settings
 from tune.planning.combine import joins
 from tune.planning.equal_time import pace_key, steps_of_equal_time
 from tune.planning.optuna_search import proposed, score
-from tune.spec.schema import Campaign, Fresh, Phase
+from tune.spec.schema import Campaign, FreshSeeds, Phase
 from tune.spec.search_space import random_arms
-from tune.spec.sweeps import BASELINE, Arm
+from tune.spec.sweeps import BASELINE, ArmSpec
 from tune.storage.records import Better, Outcome
 
 Overrides = Mapping[str, Any]
@@ -100,7 +100,7 @@ def _arms(
     winners: Mapping[str, Overrides],
     better: Mapping[str, Sequence[Better]],
     outcome: Callable[[str], Outcome],
-) -> Sequence[Arm]:
+) -> Sequence[ArmSpec]:
     """The arms of a phase, as far as they are known, without the baseline."""
     if phase.search is None:
         found = [arm.without(phase.pinned) for name in phase.combine for arm in better[name]]
@@ -119,7 +119,7 @@ def _score(
     campaign: Campaign,
     phase: Phase,
     winners: Mapping[str, Overrides],
-    arm: Arm,
+    arm: ArmSpec,
     outcome: Callable[[str], Outcome],
 ) -> float | None:
     """What optuna is told of an arm; None while one of its trials is not over."""
@@ -136,10 +136,12 @@ def _inherited(phase: Phase, winners: Mapping[str, Overrides]) -> dict[str, Any]
 
 def _with_chained(campaign: Campaign, winners: Mapping[str, Overrides]) -> dict[str, Overrides]:
     """The winners, with those that the file takes from other results directories."""
-    return dict(winners) | {path: chained.overrides for path, chained in campaign.chained.items()}
+    return dict(winners) | {path: winner.overrides for path, winner in campaign.inherited.items()}
 
 
-def _planned(campaign: Campaign, phase: Phase, winners: Mapping[str, Overrides], found: Sequence[Arm]) -> PlannedPhase:
+def _planned(
+    campaign: Campaign, phase: Phase, winners: Mapping[str, Overrides], found: Sequence[ArmSpec]
+) -> PlannedPhase:
     """The trials of a phase whose arms are known."""
     inherited = _inherited(phase, winners)
     base = inherited | dict(phase.pinned)
@@ -242,7 +244,7 @@ def fresh_seeds(campaign: Campaign, phase: Phase) -> tuple[int, ...]:
     used = {seed for other in campaign.phases if isinstance(other.seeds, tuple) for seed in other.seeds}
     chosen: dict[str, tuple[int, ...]] = {}
     for other in sorted(campaign.phases, key=lambda other: other.name):
-        if isinstance(other.seeds, Fresh):
+        if isinstance(other.seeds, FreshSeeds):
             start = 100 + zlib.crc32(other.name.encode()) % 900
             unused = (seed for seed in itertools.count(start) if seed not in used)
             chosen[other.name] = tuple(itertools.islice(unused, other.seeds.n))

@@ -8,7 +8,7 @@ from typing import Any
 from ngpt.config.base import flatten, override
 from ngpt.data.tokens.tokenizer import parse_spec
 from ngpt.training.config import TrainConfig
-from tune.spec.schema import Campaign, Fresh, Phase
+from tune.spec.schema import Campaign, FreshSeeds, Phase
 from tune.spec.search_space import random_arms
 
 # Upper limits; what a campaign asks for below them it gets.
@@ -59,7 +59,7 @@ def _shrunk_phase(phase: Phase, limits: Mapping[str, int]) -> Phase:
         search=None,
         pinned=_limited(phase.pinned, limits),
         arms=tuple(replace(arm, overrides=_limited(arm.overrides, limits)) for arm in arms),
-        seeds=Fresh(min(phase.seeds.n, SEEDS)) if isinstance(phase.seeds, Fresh) else phase.seeds[:SEEDS],
+        seeds=FreshSeeds(min(phase.seeds.n, SEEDS)) if isinstance(phase.seeds, FreshSeeds) else phase.seeds[:SEEDS],
     )
 
 

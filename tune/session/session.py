@@ -144,7 +144,7 @@ class Session:
             self._append("packing_chosen", **asdict(self.packing))
         manifest = {name: self.state.campaign[name] for name in ("campaign", "command", "environment", "data")}
         manifest["packing"] = self.state.packing or None
-        manifest["inherited"] = {path: asdict(chained) for path, chained in self.campaign.chained.items()}
+        manifest["inherited"] = {path: asdict(winner) for path, winner in self.campaign.inherited.items()}
         config = flatten(self.campaign.base)
         write_json(
             self.root / "manifest.json", manifest | {"base": config, "settings": list(self.campaign.assignments)}

@@ -10,11 +10,11 @@ from ngpt.config.base import ConfigError, Location, is_identity, settings, unkno
 from ngpt.config.overrides import named_settings
 from ngpt.training.config import TrainConfig
 from tune import format as fmt
-from tune.spec.schema import HOLDS, KINDS, MOST_TRIALS, Fresh, Phase
+from tune.spec.schema import HOLDS, KINDS, MOST_TRIALS, FreshSeeds, Phase
 from tune.spec.search_space import Search, check_optuna, random_arms, read_search
-from tune.spec.sweeps import BASELINE, SWEEPS, Arm, Axis, count
+from tune.spec.sweeps import BASELINE, SWEEPS, ArmSpec, Axis, count
 from tune.spec.validation import Given, Problems, given_in, with_absolute_paths, written_alike
-from tune.storage.winners import Chained, is_path, read_chained
+from tune.storage.winners import InheritedWinner, is_path, read_inherited_winner
 
 PHASE_KEYS = ("name", "inherit", "set", "seeds", "hold", *KINDS)
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -42,7 +42,7 @@ class PhaseReader:
     seeds: tuple[int, ...]  # the campaign's, for phases without their own
     folder: Path  # of the campaign file
     inherits: dict[tuple[str, str], Location] = field(default_factory=dict)  # where one phase names another
-    chained: dict[str, Chained] = field(default_factory=dict)  # winners of other results directories, by path
+    chained: dict[str, InheritedWinner] = field(default_factory=dict)  # winners of other results directories, by path
     chained_at: dict[str, Location] = field(default_factory=dict)
     trials: int = 0  # so far
     _seen: set[str] = field(default_factory=set)
@@ -68,9 +68,9 @@ class PhaseReader:
             where = (*at, kinds[1]) if kinds else at
             self.problems.add(where, f"a phase has exactly one of {', '.join(KINDS)}; {found}")
             return None
-        arms, swept = self._arms(name, raw, kinds[0], at, seeds.n if isinstance(seeds, Fresh) else len(seeds))
+        arms, swept = self._arms(name, raw, kinds[0], at, seeds.n if isinstance(seeds, FreshSeeds) else len(seeds))
         combine = self._combine(name, raw["combine"], (*at, "combine")) if kinds == ["combine"] else ()
-        where, n_seeds = (*at, "search"), seeds.n if isinstance(seeds, Fresh) else len(seeds)
+        where, n_seeds = (*at, "search"), seeds.n if isinstance(seeds, FreshSeeds) else len(seeds)
         search = self._search(raw["search"], where, n_seeds) if kinds == ["search"] else None
         if search and search.method == "random":
             arms, search = self._drawn(search, where), None
@@ -92,7 +92,7 @@ class PhaseReader:
             self._seen.add(name.lower())
         return str(name)
 
-    def _seeds(self, raw: Mapping[str, Any], at: Location) -> tuple[int, ...] | Fresh:
+    def _seeds(self, raw: Mapping[str, Any], at: Location) -> tuple[int, ...] | FreshSeeds:
         if "seeds" not in raw:
             return self.seeds
         text = raw["seeds"]
@@ -100,7 +100,7 @@ class PhaseReader:
             return read_seeds(self.problems, text, (*at, "seeds"))
         match = re.fullmatch(r"fresh +([0-9]{1,9})", text)
         if match and 1 <= int(match[1]) <= MOST_SEEDS:
-            return Fresh(int(match[1]))
+            return FreshSeeds(int(match[1]))
         self.problems.add((*at, "seeds"), f"expected `fresh N` with N from 1 to {MOST_SEEDS}, or a list, got {text!r}")
         return ()
 
@@ -111,7 +111,7 @@ class PhaseReader:
             return None
         if is_path(inherit):
             try:
-                self.chained[inherit] = read_chained(inherit)
+                self.chained[inherit] = read_inherited_winner(inherit)
             except ConfigError as error:
                 self.problems.add((*at, "inherit"), str(error))
                 return None
@@ -139,7 +139,7 @@ class PhaseReader:
 
     def _arms(
         self, name: str, raw: Mapping[str, Any], kind: str, at: Location, n_seeds: int
-    ) -> tuple[tuple[Arm, ...], dict[str, tuple[Any, ...]]]:
+    ) -> tuple[tuple[ArmSpec, ...], dict[str, tuple[Any, ...]]]:
         data, where = raw[kind], (*at, kind)
         before = len(self.problems.all)
         if kind in ("combine", "search"):
@@ -188,7 +188,7 @@ class PhaseReader:
             return []
         return axes
 
-    def _runs(self, phase: str, data: Any, at: Location) -> list[Arm]:
+    def _runs(self, phase: str, data: Any, at: Location) -> list[ArmSpec]:
         if not isinstance(data, list) or not data:
             self.problems.add(at, "`runs:` is a list of arms, such as `- {arm: baseline}`")
             return []
@@ -212,7 +212,7 @@ class PhaseReader:
                 return None
         return search
 
-    def _drawn(self, search: Search, at: Location) -> tuple[Arm, ...]:
+    def _drawn(self, search: Search, at: Location) -> tuple[ArmSpec, ...]:
         arms = random_arms(search)
         if len(arms) < search.trials:
             self.problems.add((*at, "trials"), f"{search.trials} different arms were asked for, found {len(arms)}")
@@ -236,7 +236,7 @@ class PhaseReader:
                 self.inherits.setdefault((name, source), where)
         return tuple(found)
 
-    def _run(self, phase: str, raw: Any, at: Location) -> Arm | None:
+    def _run(self, phase: str, raw: Any, at: Location) -> ArmSpec | None:
         """One item of `runs:`."""
         if not isinstance(raw, dict) or "arm" not in raw:
             self.problems.add(at, "a run is a mapping with `arm:`, its name, and the settings it changes")
@@ -250,9 +250,9 @@ class PhaseReader:
         if not named:
             return None
         origins = {name: location for name, (_, location) in changes.items()} | {"arm": at}
-        return Arm(raw["arm"], {name: value for name, (value, _) in changes.items()}, inherit, origins)
+        return ArmSpec(raw["arm"], {name: value for name, (value, _) in changes.items()}, inherit, origins)
 
-    def _check_twins(self, arms: Sequence[Arm]) -> None:
+    def _check_twins(self, arms: Sequence[ArmSpec]) -> None:
         """Two arms that change the same settings in the same way are a slip of the pen."""
         what = [[arm.inherit, *sorted(arm.overrides.items())] for arm in arms]
         for i in written_alike(what):
@@ -261,13 +261,13 @@ class PhaseReader:
             self.problems.add(where, f"the arm {arms[i].name!r} changes the same settings in the same way as {twin!r}")
 
 
-def chained_phase(path: str, chained: Chained, at: Location) -> PhaseInFile:
+def chained_phase(path: str, chained: InheritedWinner, at: Location) -> PhaseInFile:
     """A phase of another results directory as one that has a single arm, its winner."""
-    winner = Arm(chained.winner, chained.overrides, origins=dict.fromkeys(chained.overrides, at))
+    winner = ArmSpec(chained.winner, chained.overrides, origins=dict.fromkeys(chained.overrides, at))
     return PhaseInFile(Phase(path, None, {}, (winner,), (), {}), at, {})
 
 
-def arm_changes(arm: Arm) -> Given:
+def arm_changes(arm: ArmSpec) -> Given:
     """An arm's overrides with the place of each."""
     return given_in(arm.overrides, arm.origins)
 

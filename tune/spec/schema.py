@@ -10,10 +10,10 @@ from pydantic import Field, PlainValidator
 from ngpt.config.base import Config, invalid, one_of
 from ngpt.training.config import TrainConfig
 from tune.spec.search_space import Search
-from tune.spec.sweeps import SWEEPS, Arm
-from tune.storage.winners import Chained, is_path
+from tune.spec.sweeps import SWEEPS, ArmSpec
+from tune.storage.winners import InheritedWinner, is_path
 
-METRICS = ("val_loss", "val_bpb", "train_loss")
+LOSS_METRICS = ("val_loss", "val_bpb", "train_loss")
 GOALS = ("minimize", "maximize")
 STOPPERS = ("asha",)  # how trials may be stopped early
 HOLDS = ("tokens", "steps", "seconds")  # what is equal between arms
@@ -31,7 +31,7 @@ def _share(value: Any) -> Any:
 class Metric(Config):
     """What arms are compared by."""
 
-    name: Annotated[str, one_of(METRICS, "metric")] = "val_loss"
+    name: Annotated[str, one_of(LOSS_METRICS, "metric")] = "val_loss"
     goal: Annotated[str, one_of(GOALS, "goal")] = "minimize"
 
 
@@ -85,7 +85,7 @@ class Header(Config):
 
 
 @dataclass(frozen=True)
-class Fresh:
+class FreshSeeds:
     """`seeds: fresh N`: that many seeds that no other phase of the campaign uses."""
 
     n: int
@@ -98,8 +98,8 @@ class Phase:
     name: str
     inherit: str | None  # the phase whose winner is the base here, or the path of one in another results directory
     pinned: Mapping[str, Any]  # `set:` settings of all arms of this phase, by dotted name
-    arms: tuple[Arm, ...]  # without the baseline, unless it was listed
-    seeds: tuple[int, ...] | Fresh
+    arms: tuple[ArmSpec, ...]  # without the baseline, unless it was listed
+    seeds: tuple[int, ...] | FreshSeeds
     swept: Mapping[str, tuple[Any, ...]]  # the axes, by dotted name
     combine: tuple[str, ...] = ()  # the phases whose better arms are joined here
     search: Search | None = None  # what optuna proposes arms from, batch by batch
@@ -153,7 +153,9 @@ class Campaign:
     phases: tuple[Phase, ...]
     text: str  # the file as given
     assignments: tuple[str, ...]  # --set
-    chained: Mapping[str, Chained] = field(default_factory=dict)  # winners of other directories, by their path
+    inherited: Mapping[str, InheritedWinner] = field(
+        default_factory=dict
+    )  # winners of other directories, by their path
     speeds: Mapping[str, float] = field(
         default_factory=dict
     )  # measured, for `hold: seconds` (tune/planning/equal_time.py)

@@ -14,7 +14,7 @@ from typing import Any
 
 from ngpt.config.base import ConfigError, Location, settings, unknown
 from ngpt.training.config import TrainConfig
-from tune.spec.sweeps import Arm, Axis
+from tune.spec.sweeps import ArmSpec, Axis
 from tune.spec.validation import Problems, written_alike
 
 METHODS = ("random", "optuna")
@@ -71,9 +71,9 @@ class Search:
     parallel: int  # arms of a batch
     space: tuple[Dimension, ...]  # by name of the setting
 
-    def arm(self, values: Sequence[Any]) -> Arm:
+    def arm(self, values: Sequence[Any]) -> ArmSpec:
         """The arm with these values, one for each dimension."""
-        return Arm(
+        return ArmSpec(
             name=", ".join(
                 Axis(d.label, d.setting, (v,), d.location).names[0] for d, v in zip(self.space, values, strict=True)
             ),
@@ -81,16 +81,16 @@ class Search:
             origins={d.setting: d.location for d in self.space},
         )
 
-    def probes(self) -> Iterator[Arm]:
+    def probes(self) -> Iterator[ArmSpec]:
         """The ends of each interval and each choice, one at a time: what has to be possible for any draw to be."""
         for d in self.space:
             for i, value in enumerate(d.values):
-                yield Arm(f"{d.label}={value}", {d.setting: value}, origins={d.setting: (*d.location, d.kind, i)})
+                yield ArmSpec(f"{d.label}={value}", {d.setting: value}, origins={d.setting: (*d.location, d.kind, i)})
 
 
-def random_arms(search: Search) -> list[Arm]:
+def random_arms(search: Search) -> list[ArmSpec]:
     """Distinct arms, `search.trials` of them, or as many as a small space has (after 100 draws for each)."""
-    arms: dict[str, Arm] = {}
+    arms: dict[str, ArmSpec] = {}
     for i in range(100 * search.trials):
         shares = [random.Random(f"{search.seed}/{d.setting}/{i}").random() for d in search.space]
         arm = search.arm([d.at(share) for d, share in zip(search.space, shares, strict=True)])

@@ -34,7 +34,7 @@ class Axis:
 
 
 @dataclass(frozen=True)
-class Arm:
+class ArmSpec:
     """One setting of what varies. `overrides` are relative to the phase's base."""
 
     name: str
@@ -43,25 +43,25 @@ class Arm:
     origins: Mapping[str, Location] = field(default_factory=dict, compare=False)  # of each override in the YAML
 
 
-BASELINE = Arm("baseline")
+BASELINE = ArmSpec("baseline")
 
 
-def vary(axes: Sequence[Axis]) -> list[Arm]:
+def vary(axes: Sequence[Axis]) -> list[ArmSpec]:
     """One variable at a time: an arm per value of each axis."""
     return [_arm([(axis, i)]) for axis in axes for i in range(len(axis.values))]
 
 
-def grid(axes: Sequence[Axis]) -> list[Arm]:
+def grid(axes: Sequence[Axis]) -> list[ArmSpec]:
     """Every combination of the values of all axes."""
     return [_arm(list(zip(axes, point, strict=True))) for point in itertools.product(*_indices(axes))]
 
 
-def side_by_side(axes: Sequence[Axis]) -> list[Arm]:
+def side_by_side(axes: Sequence[Axis]) -> list[ArmSpec]:
     """The first values of all axes together, then the second ones, and so on."""
     return [_arm(list(zip(axes, point, strict=True))) for point in zip(*_indices(axes), strict=True)]
 
 
-SWEEPS: dict[str, Callable[[Sequence[Axis]], list[Arm]]] = {"vary": vary, "grid": grid, "zip": side_by_side}
+SWEEPS: dict[str, Callable[[Sequence[Axis]], list[ArmSpec]]] = {"vary": vary, "grid": grid, "zip": side_by_side}
 
 
 def count(kind: str, axes: Sequence[Axis]) -> int:
@@ -73,8 +73,8 @@ def _indices(axes: Sequence[Axis]) -> list[range]:
     return [range(len(axis.values)) for axis in axes]
 
 
-def _arm(point: Sequence[tuple[Axis, int]]) -> Arm:
-    return Arm(
+def _arm(point: Sequence[tuple[Axis, int]]) -> ArmSpec:
+    return ArmSpec(
         name=", ".join(axis.names[i] for axis, i in point),
         overrides={axis.setting: axis.values[i] for axis, i in point},
         origins={axis.setting: (*axis.location, i) for axis, i in point},

@@ -16,7 +16,7 @@ from tune.storage.journal import Event, read_journal
 
 
 @dataclass(frozen=True)
-class Chained:
+class InheritedWinner:
     """The winner of a phase in another results directory."""
 
     campaign: str
@@ -31,7 +31,7 @@ def is_path(name: object) -> bool:
     return isinstance(name, str) and "/" in name
 
 
-def read_chained(text: str) -> Chained:
+def read_inherited_winner(text: str) -> InheritedWinner:
     """The winner that `text`, a results directory with the name of a phase at its end, stands for.
 
     Raises:
@@ -50,7 +50,7 @@ def read_chained(text: str) -> Chained:
         raise ConfigError(f"the journal of {str(root)!r} is not one of this version") from None
 
 
-def _winner(events: Sequence[Event], text: str, root: Path, name: str) -> Chained:
+def _winner(events: Sequence[Event], text: str, root: Path, name: str) -> InheritedWinner:
     starts = [i for i, event in enumerate(events) if event["event"] == "campaign_started"]
     if not starts:
         raise ConfigError(f"{str(root)!r} is not a results directory: it has no journal.jsonl with a campaign in it")
@@ -64,4 +64,4 @@ def _winner(events: Sequence[Event], text: str, root: Path, name: str) -> Chaine
     overrides = ends[-1]["winner_overrides"]
     if strange := sorted(overrides.keys() - settings(TrainConfig).keys()):
         raise ConfigError(f"the winner of {text!r} has settings that there are not here: {', '.join(strange)}")
-    return Chained(newest[0]["campaign"], name, ends[-1]["winner"], overrides, ends[-1]["time"])
+    return InheritedWinner(newest[0]["campaign"], name, ends[-1]["winner"], overrides, ends[-1]["time"])

@@ -10,7 +10,7 @@ from ngpt.training.config import TrainConfig
 from tune.campaign import load_campaign
 from tune.claims.reader import load_claims, possible_arms
 from tune.spec.schema import Claim, Phase
-from tune.spec.sweeps import Arm
+from tune.spec.sweeps import ArmSpec
 
 HERE = "«"  # in a wrong file, stands before what its messages point at, one mark per message
 
@@ -190,8 +190,8 @@ def test_what_may_come_true_is_no_mistake(folder: Path, claim: str) -> None:
 
 def test_arms_that_only_a_run_will_know_may_be_anything_but_what_their_phase_pins() -> None:
     found = Phase("found", None, {"steps": 4, "model.alpha": 0.1}, (), (1, 2), {})  # by a search
-    after = Phase("after", "found", {}, (Arm("x", {"optim.lr": 0.1}),), (1, 2), {})
-    elsewhere = Phase("elsewhere", "results/x/alpha", {}, (Arm("x", {"optim.lr": 0.1}),), (1, 2), {})
+    after = Phase("after", "found", {}, (ArmSpec("x", {"optim.lr": 0.1}),), (1, 2), {})
+    elsewhere = Phase("elsewhere", "results/x/alpha", {}, (ArmSpec("x", {"optim.lr": 0.1}),), (1, 2), {})
     base = flatten(TrainConfig())
 
     def places(selector: dict[str, Any]) -> set[str]:

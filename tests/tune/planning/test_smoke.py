@@ -10,7 +10,7 @@ from tests.helpers import ROOT
 from tune.campaign import load_campaign
 from tune.planning.plan import preview, trial_tokens
 from tune.planning.smoke import shrunk
-from tune.spec.schema import Campaign, Fresh
+from tune.spec.schema import Campaign, FreshSeeds
 
 EXPERIMENTS = sorted((ROOT / "experiments").glob("*.yaml"))
 BASE = """\
@@ -73,7 +73,7 @@ def test_what_is_small_already_stays(load: Load) -> None:
     assert small.base == override(campaign.base, {"vocab_size": None})  # which is 300 all the same
     assert [arm.overrides for arm in small.phases[0].arms] == [{"steps": 2}, {"steps": 8}]
     assert (small.phases[0].pinned, small.phases[0].seeds) == ({"batch_size": 1}, (7,))
-    assert small.phases[1].seeds == Fresh(2)
+    assert small.phases[1].seeds == FreshSeeds(2)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tune.spec.sweeps import BASELINE, SWEEPS, Arm, Axis, count
+from tune.spec.sweeps import BASELINE, SWEEPS, ArmSpec, Axis, count
 
 
 def axis(setting: str, *values: Any) -> Axis:
@@ -86,5 +86,7 @@ def test_values_that_look_alike_are_written_out() -> None:
 
 
 def test_where_an_arm_was_written_makes_no_difference_to_it() -> None:
-    assert Arm("a", {"steps": 1}, origins={"steps": ("x",)}) == Arm("a", {"steps": 1}, origins={"steps": ("y",)})
-    assert Arm("baseline") == BASELINE
+    assert ArmSpec("a", {"steps": 1}, origins={"steps": ("x",)}) == ArmSpec(
+        "a", {"steps": 1}, origins={"steps": ("y",)}
+    )
+    assert ArmSpec("baseline") == BASELINE

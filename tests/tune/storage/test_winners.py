@@ -9,7 +9,7 @@ from tests.helpers.tiny_campaign import begun, drive, pretend, session_on, stric
 from tune.campaign import load_campaign
 from tune.planning.plan import preview
 from tune.storage.journal import Journal
-from tune.storage.winners import read_chained
+from tune.storage.winners import read_inherited_winner
 
 SECOND = """
   - name: more
@@ -94,11 +94,11 @@ def test_settings_that_are_not_known_any_more_and_damage_are_refused(first: Path
     journal.append("phase_finished", **old)
     journal.close()
     with pytest.raises(ConfigError, match=r"settings that there are not here: model\.gone"):
-        read_chained(str(first / "alpha"))
+        read_inherited_winner(str(first / "alpha"))
     text = (first / "journal.jsonl").read_text()
     (first / "journal.jsonl").write_text(text.replace("campaign_started", "campaign_startled", 1))
     with pytest.raises(ConfigError, match="the file was changed"):
-        read_chained(str(first / "alpha"))
+        read_inherited_winner(str(first / "alpha"))
 
 
 def test_a_winner_that_this_base_cannot_take_is_refused_when_the_file_is_read(tmp_path: Path, corpus: Path) -> None:
