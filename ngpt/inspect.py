@@ -1,6 +1,6 @@
 """One forward pass with the box open: what each stage makes of a real batch, in the order in which it happens.
 
-python -m ngpt.inspect --set residual=seed alpha=0.15 --backward
+python -m ngpt.inspect --set residual=add_normalize alpha=0.15 --backward
 python -m ngpt.inspect --checkpoint runs/first
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ngpt.config.base import ConfigError, build, override
+from ngpt.config.base import ConfigError, build, flatten, override
 from ngpt.config.overrides import named_settings
 from ngpt.config.yaml_reader import parse_assignment
 from ngpt.data.dataset import open_dataset
@@ -100,7 +100,7 @@ def inspect(config: TrainConfig, *, checkpoint: Path | None = None, backward: bo
         if len({made_with(found).sha256, here["sha256"]} - {None}) > 1:
             text = f"{dataset.folder} was tokenized with another {here['spec']} than {found.path} was trained with"
             raise ConfigError(f"{text}; choose the corpus and its tokenizer with --set data.corpus=... tokenizer=...")
-        wanted = config.model.model_dump()
+        wanted = flatten(config.model)
         changes = {name: to for name, to in wanted.items() if found.identity.get(f"model.{name}") != to}
         model = build_model(found, device=config.device, **changes)
     rows = config.micro_batch_size or config.batch_size

@@ -70,10 +70,20 @@ def added(default: Any, *, alike: Collection[Any] = (), **constraints: Any) -> A
     return pydantic.Field(default, json_schema_extra={"left_out_at": [default, *alike]}, **constraints)
 
 
-def one_of(table: Collection[str], what: str) -> pydantic.AfterValidator:
-    """Annotation for a field that names an entry of `table`; the error lists the entries and the nearest."""
+def renamed(default: Any, aliases: Mapping[str, str], **constraints: Any) -> Any:
+    """A field one of whose values got a new name; `aliases` maps old to new. Files and trial ids keep the old name."""
+    words: dict[str, Any] = {new: old for old, new in aliases.items()}
+    return pydantic.Field(default, json_schema_extra={"stored_as": words}, **constraints)
+
+
+def one_of(table: Collection[str], what: str, *, aliases: Mapping[str, str] | None = None) -> pydantic.AfterValidator:
+    """Annotation for a field that names an entry of `table`; the error lists the entries and the nearest.
+
+    An old name in `aliases` is read as its new one, see `renamed`.
+    """
 
     def check(name: str) -> str:
+        name = (aliases or {}).get(name, name)
         if name not in table:
             text = unknown(what, name, table)
             allowed = "" if "choose one of" in text else f" Allowed: {', '.join(sorted(table))}"
@@ -183,14 +193,24 @@ def override(config: ConfigT, changes: Mapping[str, Any]) -> ConfigT:
 
 
 def flatten(config: Config) -> dict[str, Any]:
-    """Every setting's value by dotted name."""
+    """Every setting's value by dotted name, as files and trial ids have it: a `renamed` value under its old name."""
     values: dict[str, Any] = {}
+    stored_as = _stored_as(type(config))
     for name, value in config:  # in the order of `settings`
         if isinstance(value, Config):
             values |= {f"{name}.{inner}": deeper for inner, deeper in flatten(value).items()}
         else:
-            values[name] = value
+            values[name] = stored_as[name].get(value, value) if name in stored_as else value
     return values
+
+
+@cache
+def _stored_as(cls: type[Config]) -> dict[str, Mapping[str, Any]]:
+    """The old names of values, by field."""
+    extras = {name: field.json_schema_extra for name, field in cls.model_fields.items()}
+    return {
+        name: extra["stored_as"] for name, extra in extras.items() if isinstance(extra, dict) and "stored_as" in extra
+    }
 
 
 def is_identity(cls: type[Config], name: str) -> bool:

@@ -17,12 +17,20 @@ import torch.nn.functional as F
 from pydantic import Discriminator, Field, Strict, Tag, model_validator
 from torch import Tensor, nn
 
-from ngpt.config.base import Config, invalid, one_of
+from ngpt.config.base import Config, invalid, one_of, renamed
 from ngpt.kernels.compile import compile_for
 from ngpt.kernels.cpu_attention import LONGEST, causal_attention, has_cpu_attention
 from ngpt.kernels.linear_cross_entropy import linear_cross_entropy
 from ngpt.model.norm import NORM_MODES, DotProdNormalizer, l2_normalize, rms_norm
-from ngpt.model.residual import ALPHA_KINDS, ALPHA_SIGNS, RESIDUAL_RULES, Residual, Scale, spread_over_depth
+from ngpt.model.residual import (
+    ALPHA_KINDS,
+    ALPHA_SIGNS,
+    RESIDUAL_ALIASES,
+    RESIDUAL_RULES,
+    Residual,
+    Scale,
+    spread_over_depth,
+)
 from ngpt.model.rope import ROPE_KINDS, ROPE_SCALINGS, attention_temperature, rope_tables
 
 MLP_KINDS = ("swiglu", "relu2")
@@ -55,7 +63,9 @@ class ModelConfig(Config, frozen=True):
     rope_base: Positive = 10_000.0
     rope_scaling: Annotated[str, one_of(ROPE_SCALINGS, "rope scaling")] = "none"
     rope_factor: Annotated[float, Field(ge=1)] = 1.0  # block_size over the context that the model was trained with
-    residual: Annotated[str, one_of(RESIDUAL_RULES, "residual rule")] = "lerp"
+    residual: Annotated[str, one_of(RESIDUAL_RULES, "residual rule", aliases=RESIDUAL_ALIASES)] = renamed(
+        "lerp", RESIDUAL_ALIASES
+    )
 
     # nGPT only, and without meaning under `residual: add`:
     alpha: Alpha = 0.05  # initial step length of each residual, or several spread over the depth

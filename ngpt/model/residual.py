@@ -3,7 +3,7 @@
 A rule is a function (x, f, alpha, norm) -> x with x and f of shape (B, T, D) and alpha broadcastable to it, and one
 entry in `RESIDUAL_RULES`. `norm` brings the result back to the sphere. The rules do not share the meaning of alpha:
 `lerp` and `slerp` go that fraction of the way towards the *normalised* answer (0.05 turns the stream by about 3
-degrees), `seed` adds that multiple of the raw answer (0.15 at width 256: attention turns the stream by 2 to 3 degrees,
+degrees), `add_normalize` adds that multiple of the raw answer (0.15 at width 256: attention turns the stream by 2 to 3 degrees,
 an MLP by 1, or with s_uv by 70 to 80). A campaign names the rule it is about.
 """
 
@@ -49,8 +49,8 @@ def slerp(x: Tensor, f: Tensor, alpha: Tensor, norm: Norm = l2_normalize) -> Ten
     return norm(torch.cos(alpha * angle) * x + torch.sin(alpha * angle) / sine * tangent)
 
 
-def seed(x: Tensor, f: Tensor, alpha: Tensor, norm: Norm = l2_normalize) -> Tensor:
-    """The rule of the project's seed documents: add alpha times the raw answer, then back to the sphere."""
+def add_normalize(x: Tensor, f: Tensor, alpha: Tensor, norm: Norm = l2_normalize) -> Tensor:
+    """The rule of the source reports: add alpha times the raw branch, then return to the sphere."""
     return norm(x + alpha * f)
 
 
@@ -59,7 +59,8 @@ def add(x: Tensor, f: Tensor, alpha: Tensor, norm: Norm = l2_normalize) -> Tenso
     return x + f
 
 
-RESIDUAL_RULES: dict[str, ResidualRule] = {"lerp": lerp, "slerp": slerp, "seed": seed, "add": add}
+RESIDUAL_RULES: dict[str, ResidualRule] = {"lerp": lerp, "slerp": slerp, "add_normalize": add_normalize, "add": add}
+RESIDUAL_ALIASES = {"seed": "add_normalize"}  # the name in campaigns, records and trial ids, which keep it
 ALPHA_KINDS = ("vector", "scalar", "head")
 ALPHA_SIGNS: dict[str, Callable[[Tensor], Tensor]] = {
     "abs": torch.abs,  # the official code: a step never points away from the answer
@@ -136,8 +137,8 @@ class Residual(nn.Module):
     attention head (`head`).
 
     Per head (seed 004 names it; the definition is ours): the heads' contributions to the answer are weighed by their
-    alphas relative to the mean alpha, and that mean is the step. Equal alphas are the scalar rule, and under `seed` it
-    is x + sum_h alpha_h f_h.
+    alphas relative to the mean alpha, and that mean is the step. Equal alphas are the scalar rule, and under
+    `add_normalize` it is x + sum_h alpha_h f_h.
 
     Args:
         rule: an entry of `RESIDUAL_RULES`.
@@ -180,8 +181,8 @@ class Residual(nn.Module):
         return apply_residual(x, f, r, alpha=alpha, rule=self.rule, norm=self._norm)
 
     def normalized_branch(self, f: Tensor) -> Tensor:
-        """The answer as the rule takes it, which is what the divisor r counts: raw under `seed`, else of length 1."""
-        return f.float() if self.rule is seed else l2_normalize(f)
+        """The answer as the rule takes it, which is what the divisor r counts: raw under `add_normalize`, else of length 1."""
+        return f.float() if self.rule is add_normalize else l2_normalize(f)
 
     def head_weights(self) -> Tensor | None:
         """What each head's values are multiplied with before they are joined, (H,); None without alphas per head."""

@@ -32,11 +32,11 @@ def slerp(x: Array, f: Array, alpha: Array | float) -> Array:
     return unit((np.sin((1 - alpha) * angle) * x + np.sin(alpha * angle) * f) / np.sin(angle))
 
 
-def seed(x: Array, f: Array, alpha: Array | float) -> Array:
+def add_normalize(x: Array, f: Array, alpha: Array | float) -> Array:
     return unit(x + alpha * f)
 
 
-RULES = {"lerp": lerp, "slerp": slerp, "seed": seed}
+RULES = {"lerp": lerp, "slerp": slerp, "add_normalize": add_normalize}
 
 
 def rope_frequencies(width: int, *, base: float, scaling: str, factor: float, trained: float) -> Array:
@@ -92,7 +92,7 @@ def _window(cfg: ModelConfig, w: dict[str, Array], window: Array) -> Array:
             answer = answer / step
         else:
             answer, step = np.sum(_head_answers(cfg, block, x), axis=0), alpha
-        agreement = (x * (answer if cfg.residual == "seed" else unit(answer))).sum(-1)
+        agreement = (x * (answer if cfg.residual == "add_normalize" else unit(answer))).sum(-1)
         if cfg.norm_mode == "dotprod":
             r = r + agreement
         elif cfg.norm_mode == "ema":
@@ -103,7 +103,7 @@ def _window(cfg: ModelConfig, w: dict[str, Array], window: Array) -> Array:
         elif cfg.residual == "lerp":
             x = (1 - step) * x + step * unit(answer)
         else:
-            assert cfg.residual == "seed"
+            assert cfg.residual == "add_normalize"
             x = x + step * answer
     return x
 

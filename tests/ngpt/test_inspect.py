@@ -33,7 +33,7 @@ def options(corpus: Path) -> list[str]:
 def test_the_table_fits_a_terminal_and_says_what_the_model_costs(
     options: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["--backward", "--set", *options, "residual=seed", "norm_mode=dotprod"]) == 0
+    assert main(["--backward", "--set", *options, "residual=add_normalize", "norm_mode=dotprod"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 120
     assert sum(line.startswith("0.mlp.stream") for line in lines) == 2

@@ -245,6 +245,14 @@ WRONG: dict[str, tuple[str, list[str]]] = {
         f"{GOOD}vary: {{alpha: [1, 0.5, «1.0]}}\n",
         ["vary.alpha[2]: 1 is listed twice"],
     ),
+    "a rule under its old and its new name": (
+        f"{GOOD}vary: {{residual: [seed, lerp, «add_normalize]}}\n",
+        ["vary.residual[2]: add_normalize is listed twice"],
+    ),
+    "two runs of a rule under its old and its new name": (
+        f"{GOOD}runs:\n  - {{arm: x, residual: seed}}\n  - «{{arm: y, residual: add_normalize}}\n",
+        ["runs[1]: the arm 'y' changes the same settings in the same way as 'x'"],
+    ),
     "a row of zip twice": (
         f"{GOOD}zip: {{alpha: [0.5, 0.1, «0.5], lr: [1.0, 1.0, 1.0]}}\n",
         ["zip.alpha[2]: the arm 'alpha=0.5, lr=1.0' changes the same settings in the same way as 'alpha=0.5, lr=1.0'"],

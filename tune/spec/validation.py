@@ -11,6 +11,7 @@ from ngpt.config.yaml_reader import Document
 from ngpt.data import dataset as corpora
 from ngpt.data.sources import CORPORA
 from ngpt.data.tokens.tokenizer import parse_spec, tokenizer_vocab_size
+from ngpt.model.residual import RESIDUAL_ALIASES
 from ngpt.training.config import TrainConfig, resolved
 
 Given = Mapping[str, tuple[Any, Location]]  # values by full dotted name, and where each was written
@@ -196,6 +197,8 @@ def written_alike(values: Sequence[Any]) -> Iterable[int]:
 def _key(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return tuple(map(_key, value))
+    if isinstance(value, str):
+        return RESIDUAL_ALIASES.get(value, value)  # two names for one residual rule; no other setting has either
     return repr(value) if isinstance(value, bool | dict) else value
 
 

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -11,11 +12,13 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ngpt.config.base import ConfigError, build
+from ngpt.config.base import ConfigError, build, content_hash, flatten, identity_settings, override
 from ngpt.model.gpt import GPT, SHORT, KVCache, ModelConfig, SphereBlock
 from ngpt.model.norm import NORM_MODES
 from ngpt.model.residual import ALPHA_KINDS, RESIDUAL_RULES, Residual
 from ngpt.model.rope import ROPE_SCALINGS
+from ngpt.training.checkpoint import checkpoint_folders, load_checkpoint, save_checkpoint, verify_checkpoint
+from ngpt.training.config import TrainConfig
 from tests.helpers import numpy_gpt
 
 
@@ -51,7 +54,7 @@ def difference(model: GPT) -> float:
     return float(np.abs(model(idx).detach().numpy() - expected).max())
 
 
-@pytest.mark.parametrize("residual", ["lerp", "slerp", "seed"])
+@pytest.mark.parametrize("residual", ["lerp", "slerp", "add_normalize"])
 @pytest.mark.parametrize("norm_mode", NORM_MODES)
 @pytest.mark.parametrize("alpha_kind", ALPHA_KINDS)
 @pytest.mark.parametrize("alpha_sign", ["abs", "free"])
@@ -74,7 +77,7 @@ scaling = st.sampled_from(
     [{}] + [{"rope_scaling": name, "rope_factor": 4.0, "block_size": 256} for name in ("linear", "ntk", "yarn")]
 )
 sphere = {
-    "residual": st.sampled_from(["lerp", "seed"]),
+    "residual": st.sampled_from(["lerp", "add_normalize"]),
     "alpha": st.sampled_from([0.05, 0.1, [0.15, 0.05]]),
     "alpha_kind": st.sampled_from(ALPHA_KINDS),
     "alpha_learned": st.booleans(),
@@ -142,7 +145,7 @@ def test_attention_scores_of_a_fresh_ngpt_have_a_spread_of_one_with_and_without_
         assert float((scores / (256 / n_head) ** 0.5).std()) == pytest.approx(1 / 256, rel=0.05)
 
 
-@pytest.mark.parametrize("residual", ["lerp", "slerp", "seed"])
+@pytest.mark.parametrize("residual", ["lerp", "slerp", "add_normalize"])
 @pytest.mark.parametrize("alpha_kind", ALPHA_KINDS)
 @pytest.mark.parametrize("autocast", [False, True])
 def test_norm_mode_ema_that_forgets_nothing_is_the_baseline_bit_for_bit(
@@ -437,3 +440,25 @@ def test_more_tokens_than_the_context_are_refused() -> None:
 def test_an_impossible_model_is_refused_with_the_reason(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         tiny(**changes)
+
+
+def test_the_old_name_of_add_normalize_is_read_and_written() -> None:
+    """Campaigns, records and checkpoints of version 1 say `seed`; a hash of then is the trial id of now."""
+    old, new = (
+        build(TrainConfig, {"model.residual": name, "model.vocab_size": 64}) for name in ("seed", "add_normalize")
+    )
+    assert old == new and new.model.residual == "add_normalize"
+    assert flatten(new)["model.residual"] == "seed"
+    assert build(TrainConfig, flatten(new)) == override(new, {"steps": 200}) == new
+    assert content_hash(new) == "a78950cbae"
+    with pytest.raises(ConfigError, match="Allowed: add, add_normalize, lerp, slerp"):
+        build(ModelConfig, {"residual": "add_normalise"})
+
+
+def test_a_checkpoint_under_the_old_name_of_add_normalize_resumes(tmp_path: Path) -> None:
+    model = GPT(tiny(residual="add_normalize"), seed=1)
+    old = {"model.residual": "seed"}
+    save_checkpoint(tmp_path, model=model, state={}, step=1, val_loss=None, identity=old, keep_last=1)
+    found = verify_checkpoint(checkpoint_folders(tmp_path)[0])
+    resumed = identity_settings(build(TrainConfig, {"model.residual": "add_normalize"}))
+    load_checkpoint(found, GPT(tiny(residual="seed")), identity={"model.residual": resumed["model.residual"]})

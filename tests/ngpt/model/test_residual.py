@@ -15,9 +15,9 @@ from ngpt.model.residual import (
     Residual,
     Scale,
     add,
+    add_normalize,
     apply_residual,
     lerp,
-    seed,
     slerp,
     spread_over_depth,
 )
@@ -72,11 +72,11 @@ def test_a_step_of_length_one_arrives_at_the_normalised_answer(rule: str) -> Non
 
 @pytest.mark.parametrize("rule", GEODESIC)
 @given(scale=st.floats(1e-3, 1e3), alpha=st.floats(0.01, 0.9))
-def test_the_length_of_the_answer_does_not_matter_but_to_seed(rule: str, scale: float, alpha: float) -> None:
+def test_the_length_of_the_answer_does_not_matter_but_to_add_normalize(rule: str, scale: float, alpha: float) -> None:
     x, f, step = l2_normalize(stream(1)), stream(2), torch.tensor(alpha)
     torch.testing.assert_close(OURS[rule](x, scale * f, step), OURS[rule](x, f, step), atol=1e-5, rtol=0)
     if abs(scale - 1) > 0.1:
-        assert (seed(x, scale * f, step) - seed(x, f, step)).abs().max() > 1e-4
+        assert (add_normalize(x, scale * f, step) - add_normalize(x, f, step)).abs().max() > 1e-4
 
 
 def test_lerp_turns_the_stream_by_the_angle_that_the_module_says() -> None:
@@ -296,8 +296,11 @@ def test_equal_alphas_per_head_are_one_alpha(rule: str) -> None:
 
 @pytest.mark.parametrize("sign", ["abs", "free"])
 @given(alphas=st.lists(st.floats(-1, 1, width=32), min_size=2, max_size=3))
-def test_under_seed_each_head_adds_its_alpha_times_its_answer(sign: str, alphas: list[float]) -> None:
-    residual, answers = heads(alphas, "seed", sign), torch.stack([stream(n) for n in range(2, 2 + len(alphas))])
+def test_under_add_normalize_each_head_adds_its_alpha_times_its_answer(sign: str, alphas: list[float]) -> None:
+    residual, answers = (
+        heads(alphas, "add_normalize", sign),
+        torch.stack([stream(n) for n in range(2, 2 + len(alphas))]),
+    )
     x = l2_normalize(stream(1))
     acting = np.abs(alphas) if sign == "abs" else alphas
     added = sum(alpha * f for alpha, f in zip(acting, answers.double().numpy(), strict=True))

@@ -59,7 +59,7 @@ def test_every_stage_of_the_gpt_comes_once_and_in_order() -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("residual", ["lerp", "slerp", "seed"])
+@pytest.mark.parametrize("residual", ["lerp", "slerp", "add_normalize"])
 def test_the_stream_and_what_attention_compares_are_shown_to_be_on_the_sphere(residual: str) -> None:
     found = stages(look(model(residual=residual)))
     on = {name for name, stage in found.items() if stage.sphere == "1"}
@@ -158,7 +158,7 @@ def test_equal_keys_are_all_read_and_a_matching_one_alone() -> None:
 # ---- looking changes nothing -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes", [{}, {"residual": "add"}, {"norm_mode": "dotprod", "residual": "seed"}])
+@pytest.mark.parametrize("changes", [{}, {"residual": "add"}, {"norm_mode": "dotprod", "residual": "add_normalize"}])
 def test_afterwards_the_model_is_as_it_was(changes: dict[str, object]) -> None:
     gpt, untouched = model(**changes).eval(), model(**changes).eval()
     turning = [block.attention.rotate for block in gpt.blocks]  # pyright: ignore[reportAttributeAccessIssue]

@@ -241,6 +241,14 @@ def test_best_is_looked_at_where_one_arm_of_several_is_selected() -> None:
     assert several["verdict"] == "undecided" and "2 arms of phase p are alpha=0.28" in several["why"]
 
 
+@pytest.mark.parametrize("selected", ["seed", "add_normalize"])
+@pytest.mark.parametrize("trained", ["seed", "add_normalize"])
+def test_a_rule_is_selected_under_its_old_and_its_new_name(selected: str, trained: str) -> None:
+    arms = {"lerp": ({"model.residual": "lerp"}, SAME), "other": ({"model.residual": trained}, BETTER)}
+    sides = {"left": {"model.residual": selected}, "right": {"model.residual": "lerp"}}
+    assert decide("less", evidence({"p": arms}), **sides)["verdict"] == "reproduced"
+
+
 def test_arithmetic_needs_no_trial() -> None:
     proof = evidence({})
     fields = {"value": 18e9, "tolerance": 1e9, "expression": "110e3 * 20 * 60"}
