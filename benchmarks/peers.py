@@ -38,7 +38,7 @@ from ngpt.system.memory import peak_memory, reset_peak_memory
 from ngpt.system.timing import print_figures, ratio, take_turns, timed
 from ngpt.training.config import TrainConfig, resolved
 from ngpt.training.loop import read_batch, train_step
-from ngpt.training.throughput import prepared, step_figures
+from ngpt.training.throughput import benchmark_run, step_speed
 
 MODES = ("eager", "compiled")
 Value = TypeVar("Value")
@@ -80,7 +80,7 @@ def compare_with_peer(
         speed = {"tokens_per_second": config.tokens_per_step / median, "step_ms": median * 1000}
         contestants[name] |= speed | {"best_ms": min(taken) * 1000}
     last = modes[-1]
-    figures = step_figures(config, device, statistics.median(times[f"ours_{last}"]))
+    figures = step_speed(config, device, statistics.median(times[f"ours_{last}"]))
     figures |= {"compiled": last == "compiled", "peer": str(peer)}
     for mode in modes:
         figures[f"ratio_{mode}"] = ratio(times[f"ours_{mode}"], times[f"peer_{mode}"])
@@ -236,7 +236,7 @@ def _set_up(config: TrainConfig, peer: Path | None, mode: str, threads: int) -> 
     reset_peak_memory(device)
     start = peak_memory(device)
     if peer is None:
-        run = prepared(config, dataset=dataset, compile=mode == "compiled")
+        run = benchmark_run(config, dataset=dataset, compile=mode == "compiled")
         n_params = sum(parameter.numel() for parameter in run.model.parameters())
         step: Callable[[], object] = functools.partial(train_step, run)
     else:

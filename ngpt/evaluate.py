@@ -21,8 +21,14 @@ from ngpt.model.gpt import GPT
 from ngpt.system.device import mixed_precision
 from ngpt.training.checkpoint import Checkpoint
 from ngpt.training.evaluation import evaluate
-from ngpt.training.load_model import add_model_arguments, build_model, find_checkpoint, made_with, model_changes
-from ngpt.training.tracker import finite
+from ngpt.training.load_model import (
+    add_model_arguments,
+    build_model,
+    find_checkpoint,
+    parse_model_changes,
+    tokenizer_origin,
+)
+from ngpt.training.tracker import finite_or_none
 
 EVAL_TOKENS = 16_384  # where neither the command line nor the checkpoint says how many
 EXIT_USAGE = 2
@@ -40,7 +46,7 @@ def evaluate_checkpoint(
         ConfigError: the corpus was made with another tokenizer, or does not hold a window.
     """
     here = dataset.manifest["tokenizer"]
-    hashes = {made_with(checkpoint).sha256, here["sha256"]} - {None}
+    hashes = {tokenizer_origin(checkpoint).sha256, here["sha256"]} - {None}
     if dataset.vocab_size > model.wte.num_embeddings or len(hashes) > 1:
         raise ConfigError(
             f"{dataset.folder} was tokenized with another {here['spec']} than {checkpoint.path} was trained with; "
@@ -53,7 +59,7 @@ def evaluate_checkpoint(
     tokens = eval_tokens or identity.get("eval_tokens") or EVAL_TOKENS
     data = eval_set(dataset, tokens=tokens, batch_size=rows, block_size=block_size)
     autocast = mixed_precision(next(model.parameters()).device, dtype or identity.get("dtype", "float32"))
-    scores = {name: finite(value) for name, value in evaluate(model, data, autocast=autocast).items()}
+    scores = {name: finite_or_none(value) for name, value in evaluate(model, data, autocast=autocast).items()}
     loss = scores["val_loss"]
     return scores | {
         "perplexity": math.exp(loss) if loss is not None and loss < 700 else None,
@@ -79,7 +85,7 @@ def data_config(checkpoint: Checkpoint, *, corpus: str | None, source: str | Non
         raise ConfigError(f"{checkpoint.path} does not say what it was trained on: name it with --corpus")
     if corpus is not None and not (settings and is_same_corpus(corpus, settings["corpus"])):
         own = checkpoint.path / MODEL_FILE
-        spec = str(own) if own.is_file() else made_with(checkpoint).spec
+        spec = str(own) if own.is_file() else tokenizer_origin(checkpoint).spec
         settings = {"corpus": corpus} | ({"tokenizer": spec} if spec else {})
     given = {"path": source, "tokenizer": tokenizer}
     return build(DataConfig, settings | {name: value for name, value in given.items() if value is not None})
@@ -109,7 +115,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.eval_tokens is not None and options.eval_tokens < 1:
             raise ConfigError(f"--eval-tokens must be at least 1, got {options.eval_tokens}")
         checkpoint = find_checkpoint(options.checkpoint, best=options.best)
-        model = build_model(checkpoint, device=options.device, **model_changes(options.set))
+        model = build_model(checkpoint, device=options.device, **parse_model_changes(options.set))
         config = data_config(checkpoint, corpus=options.corpus, source=options.source, tokenizer=options.tokenizer)
         dataset = open_dataset(config)
         figures = evaluate_checkpoint(model, checkpoint, dataset, eval_tokens=options.eval_tokens, dtype=options.dtype)

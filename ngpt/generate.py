@@ -25,7 +25,7 @@ from ngpt.config.base import Config, ConfigError, build
 from ngpt.data.tokens.tokenizer import Tokenizer
 from ngpt.model.gpt import GPT, Count, KVCache
 from ngpt.system.device import mixed_precision
-from ngpt.training.load_model import Loaded, add_model_arguments, load_model, model_changes
+from ngpt.training.load_model import LoadedModel, add_model_arguments, load_model, parse_model_changes
 
 REPLACEMENT = "\ufffd"  # what decoding makes of bytes that are not UTF-8, or not yet
 EXIT_USAGE = 2
@@ -180,7 +180,7 @@ class Screen:
             print(self._rows[0].title)
 
 
-def run(loaded: Loaded, options: argparse.Namespace) -> int:
+def run(loaded: LoadedModel, options: argparse.Namespace) -> int:
     """Continues every prompt as the command line says, on stdout; returns how many tokens were computed.
 
     Prompts of one length are one batch: exact, and without padding.
@@ -274,7 +274,7 @@ def main(arguments: list[str] | None = None) -> int:
             best=options.best,
             tokenizer=options.tokenizer,
             device=options.device,
-            **model_changes(options.set),
+            **parse_model_changes(options.set),
         )
         start = time.perf_counter()
         count = run(loaded, options)

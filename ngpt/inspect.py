@@ -28,9 +28,9 @@ from ngpt.model.trace import Recorder, Stage, record_stages
 from ngpt.optim.optimizers import parameters_by_kind
 from ngpt.system.device import mixed_precision, pick_device
 from ngpt.training.config import TrainConfig, read_config, resolved
-from ngpt.training.load_model import build_model, find_checkpoint, made_with
+from ngpt.training.load_model import build_model, find_checkpoint, tokenizer_origin
 from ngpt.training.loop import read_batch
-from ngpt.training.tracker import finite
+from ngpt.training.tracker import finite_or_none
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def inspect(config: TrainConfig, *, checkpoint: Path | None = None, backward: bo
     else:
         found = find_checkpoint(checkpoint)
         here = dataset.manifest["tokenizer"]
-        if len({made_with(found).sha256, here["sha256"]} - {None}) > 1:
+        if len({tokenizer_origin(found).sha256, here["sha256"]} - {None}) > 1:
             text = f"{dataset.folder} was tokenized with another {here['spec']} than {found.path} was trained with"
             raise ConfigError(f"{text}; choose the corpus and its tokenizer with --set data.corpus=... tokenizer=...")
         wanted = flatten(config.model)
@@ -177,7 +177,7 @@ def _strict(found: Any) -> Any:
         return {name: _strict(value) for name, value in found.items()}
     if isinstance(found, list | tuple):
         return [_strict(value) for value in found]
-    return finite(found) if isinstance(found, float) else found
+    return finite_or_none(found) if isinstance(found, float) else found
 
 
 def main(arguments: list[str] | None = None) -> int:

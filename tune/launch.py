@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from ngpt.ensemble.train import unstackable
+from ngpt.ensemble.train import ensemble_incompatibility
 from ngpt.training.tracker import settled
 from tune.executors.local import run_inline
 from tune.executors.orphans import end_marked
@@ -68,7 +68,7 @@ def launch(
         for line in changes.lines():
             tell(line)
         work = session.has_work()
-        if work and campaign.resources.vectorise > 1 and (reason := unstackable([campaign.base])):
+        if work and campaign.resources.vectorise > 1 and (reason := ensemble_incompatibility([campaign.base])):
             tell(f"trials are trained one by one, vectorise {campaign.resources.vectorise} has no effect: {reason}")
         if work:  # asked once for all trials: each would wait for a server that is not there
             session.wandb_mode = settled(campaign.base.tracker, root / "trials" / "*", tell).wandb

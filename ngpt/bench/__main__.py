@@ -14,10 +14,10 @@ from ngpt.bench.options import add_config_arguments, config_of
 from ngpt.config.base import ConfigError
 from ngpt.data.tokens.shards import CorruptShardError
 from ngpt.system.timing import print_figures
-from ngpt.training.throughput import step
+from ngpt.training.throughput import measure_step
 
 BENCHMARKS: dict[str, Callable[..., dict[str, Any]]] = {
-    "step": step,
+    "step": measure_step,
     "loss": parts.loss,
     "residual": parts.residual,
     "optimizer": parts.optimizer,

@@ -13,7 +13,7 @@ from ngpt.training.checkpoint import checkpoint_folders
 from ngpt.training.config import TrainConfig, resolved
 from ngpt.training.loop import train_step
 from ngpt.training.run import save
-from ngpt.training.throughput import prepared
+from ngpt.training.throughput import benchmark_run
 from ngpt.training.tracker import Tracker
 
 
@@ -24,7 +24,7 @@ def checkpoint(config: TrainConfig, *, seconds: float = 10.0) -> dict[str, Any]:
     that goes into checkpoints, with one every `checkpoint.every` steps).
     """
     config = override(resolved(config), {"tracker.wandb": "disabled"})
-    run = prepared(config)
+    run = benchmark_run(config)
     with tempfile.TemporaryDirectory() as folder:
         run.out_dir = Path(folder)
 

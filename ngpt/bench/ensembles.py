@@ -8,13 +8,13 @@ from torch import Tensor
 
 from ngpt.data.dataset import Dataset, open_dataset
 from ngpt.ensemble.stack import Stack
-from ngpt.ensemble.throughput import prepared_runs
+from ngpt.ensemble.throughput import benchmark_runs
 from ngpt.ensemble.train import train_step_together
 from ngpt.system.device import pick_device
 from ngpt.system.timing import compared, stopwatches, take_turns, where
 from ngpt.training.config import TrainConfig, resolved
 from ngpt.training.loop import train_step
-from ngpt.training.throughput import prepared
+from ngpt.training.throughput import benchmark_run
 
 RUN_COUNTS = (1, 2, 4, 8)
 WORTH_IT = 1.1  # ratios up to here are within the noise of this benchmark
@@ -41,8 +41,8 @@ def vectorised(config: TrainConfig, *, seconds: float = 40.0) -> dict[str, Any]:
 
 
 def _compare(config: TrainConfig, dataset: Dataset, count: int, seconds: float) -> dict[str, Any]:
-    runs = prepared_runs(config, dataset, count)
-    single = prepared(config, dataset=dataset)
+    runs = benchmark_runs(config, dataset, count)
+    single = benchmark_run(config, dataset=dataset)
     stack = Stack([run.model for run in runs])
 
     def one_by_one() -> None:  # steps of one run, whose weights stay in the cache, as in a real single run

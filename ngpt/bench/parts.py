@@ -25,7 +25,7 @@ from ngpt.system.device import DTYPES, mixed_precision, pick_device
 from ngpt.system.timing import compared, copy_rate, gemm_flops, stopwatches, take_turns, where
 from ngpt.training.config import TrainConfig, resolved
 from ngpt.training.loop import read_batch, train_step
-from ngpt.training.throughput import prepared
+from ngpt.training.throughput import benchmark_run
 
 Figures = dict[str, Any]
 FLOAT = 4  # bytes; weights, gradients and moments are float32
@@ -160,7 +160,7 @@ def projection(config: TrainConfig, *, seconds: float = 10.0) -> Figures:
     config = resolved(config)
     if not config.model.on_sphere:
         raise ConfigError(f"a model of residual rule {config.model.residual} has nothing to project")
-    run = prepared(config, project_every=10**9)
+    run = benchmark_run(config, project_every=10**9)
     contestants = {  # a step before each, so that both find the weights as an optimizer leaves them
         "step": lambda: train_step(run),
         "ours": lambda: project_weights(run.model),
@@ -184,7 +184,7 @@ def loader(config: TrainConfig, *, seconds: float = 10.0) -> Figures:
     """
     config = resolved(config)
     dataset = open_dataset(config.data)
-    run = prepared(config, dataset=dataset)
+    run = benchmark_run(config, dataset=dataset)
     rows, width = config.batch_size, config.model.block_size
     counter = itertools.count(FAR_AHEAD)
     shard, random = max(dataset.train, key=len), np.random.default_rng(config.seed)

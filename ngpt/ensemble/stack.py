@@ -22,7 +22,7 @@ AT_ONCE = {"cpu": 8 * MIB, "cuda": 1024 * MIB}
 
 
 class Stack:
-    """The models, all of one graph (see `ngpt.ensemble.train.unstackable`), which from now on share memory by name.
+    """The models, all of one graph (see `ngpt.ensemble.train.ensemble_incompatibility`), which from now on share memory by name.
 
     `weights` and `buffers` hold (K, ...) by the name that each model has for its row. Gradients are added to rows, too:
     `begin` sets them to zero.

@@ -5,32 +5,32 @@ import statistics
 from ngpt.config.base import ConfigError, override
 from ngpt.data.dataset import Dataset, open_dataset
 from ngpt.ensemble.stack import Stack
-from ngpt.ensemble.train import train_step_together, unstackable
+from ngpt.ensemble.train import ensemble_incompatibility, train_step_together
 from ngpt.system.timing import timed
 from ngpt.training.config import TrainConfig, resolved
 from ngpt.training.run import Run
-from ngpt.training.throughput import prepared
+from ngpt.training.throughput import benchmark_run
 
 
-def step_together(config: TrainConfig, count: int, *, warmup: int = 5, steps: int = 20) -> float:
+def measure_step_together(config: TrainConfig, count: int, *, warmup: int = 5, steps: int = 20) -> float:
     """Tokens per second of `count` runs of one graph together, from the median time of a step.
 
     Raises:
         ConfigError: such runs cannot be trained together.
     """
     config = resolved(config)
-    runs = prepared_runs(config, open_dataset(config.data), count)
+    runs = benchmark_runs(config, open_dataset(config.data), count)
     stack = Stack([run.model for run in runs])
     times = [timed(lambda: train_step_together(stack, runs), runs[0].device) for _ in range(warmup + steps)][warmup:]
     return count * config.tokens_per_step / statistics.median(times)
 
 
-def prepared_runs(config: TrainConfig, dataset: Dataset, count: int) -> list[Run]:
-    """Runs of a resolved config that differ in their seeds and write nothing, see `prepared`.
+def benchmark_runs(config: TrainConfig, dataset: Dataset, count: int) -> list[Run]:
+    """Runs of a resolved config that differ in their seeds and write nothing, see `benchmark_run`.
 
     Raises:
         ConfigError: such runs cannot be trained together.
     """
-    if reason := unstackable([config]):
+    if reason := ensemble_incompatibility([config]):
         raise ConfigError(reason)
-    return [prepared(override(config, {"seed": config.seed + k}), dataset=dataset) for k in range(count)]
+    return [benchmark_run(override(config, {"seed": config.seed + k}), dataset=dataset) for k in range(count)]

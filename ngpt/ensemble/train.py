@@ -50,7 +50,7 @@ def graph_settings(config: TrainConfig) -> dict[str, object]:
     return {name: v for name, v in values if name not in free and name.partition(".")[0] not in FREE_SECTIONS}
 
 
-def unstackable(configs: Sequence[TrainConfig]) -> str | None:
+def ensemble_incompatibility(configs: Sequence[TrainConfig]) -> str | None:
     """Why the configs cannot be trained at once, as one sentence; None: they can.
 
     Seeds, steps, optimizers with their rates, schedules, alpha, the logit scale, the projection period and what
@@ -92,10 +92,10 @@ def train_together(
         dataset: the opened corpus of all, where the caller has it.
 
     Raises:
-        ConfigError: the configs cannot be trained at once, see `unstackable`.
+        ConfigError: the configs cannot be trained at once, see `ensemble_incompatibility`.
         RuntimeError, MemoryError: what has gone wrong in a step is of all runs; each can go on from its checkpoints.
     """
-    if reason := unstackable(configs):
+    if reason := ensemble_incompatibility(configs):
         raise ConfigError(reason)
     if len({path.resolve() for path in out_dirs}) != len(configs):
         raise ConfigError(f"{len(configs)} runs need as many folders, got {', '.join(map(str, out_dirs))}")

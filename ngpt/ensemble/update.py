@@ -8,7 +8,7 @@ from ngpt.optim.projection import project
 from ngpt.optim.schedule import is_due
 from ngpt.system.memory import is_out_of_memory
 from ngpt.training.loop import reduce_batch
-from ngpt.training.run import Run, go_back
+from ngpt.training.run import Run, rollback_to_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -36,5 +36,5 @@ def update_together(runs: Sequence[Run]) -> None:
     log.warning("no memory for the optimizers' steps: going back to the newest checkpoints")
     for run in runs:
         microbatch_halvings = run.state.microbatch_halvings
-        go_back(run)
+        rollback_to_checkpoint(run)
         run.state.microbatch_halvings = microbatch_halvings

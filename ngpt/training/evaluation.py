@@ -19,9 +19,9 @@ from ngpt.model.gpt import GPT
 from ngpt.optim.projection import project_weights
 from ngpt.system.memory import retry_smaller
 from ngpt.training.recovery import ON_OOM
-from ngpt.training.run import Run, position
+from ngpt.training.run import Run, progress
 from ngpt.training.state import Metrics
-from ngpt.training.tracker import finite
+from ngpt.training.tracker import finite_or_none
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ def evaluate(model: GPT, eval_set: EvalSet, *, autocast: torch.autocast) -> dict
     return {"val_loss": nats / eval_set.n_tokens, "val_bpb": bpb}
 
 
-def measure(run: Run, *, last: bool) -> dict[str, Tensor]:
+def evaluate_run(run: Run, *, last: bool) -> dict[str, Tensor]:
     """Evaluates into `state.last_eval` and returns what is worth a histogram: alphas and divisors, by name.
 
     The drift off the sphere is measured before the last projection. A number that is not finite becomes None. Where
@@ -52,8 +52,8 @@ def measure(run: Run, *, last: bool) -> dict[str, Tensor]:
     if last:  # the finished model lies on the sphere, however lazy the projection was
         project_weights(run.model)
     scores = retry_smaller(lambda: scored(run), lambda: reduce_eval_batch(run), run.device)
-    metrics = position(run) | {"train_loss": run.state.train_loss} | scores | drift | replaced_divisors(run)
-    run.state.last_eval = {name: finite(value) for name, value in metrics.items()}
+    metrics = progress(run) | {"train_loss": run.state.train_loss} | scores | drift | replaced_divisors(run)
+    run.state.last_eval = {name: finite_or_none(value) for name, value in metrics.items()}
     return effective_alphas(run.model) | r
 
 

@@ -24,7 +24,7 @@ from ngpt.training.checkpoint import Checkpoint, checkpoint_folders, verify_chec
 log = logging.getLogger(__name__)
 
 
-class Loaded(NamedTuple):
+class LoadedModel(NamedTuple):
     """A model in evaluation mode, its tokenizer (None where the checkpoint has none) and where they come from."""
 
     model: GPT
@@ -34,7 +34,7 @@ class Loaded(NamedTuple):
 
 def load_model(
     path: Path, *, best: bool = False, tokenizer: str | None = None, device: str = "cpu", **changes: Any
-) -> Loaded:
+) -> LoadedModel:
     """The model of a checkpoint. Weights are read as safetensors, nothing is unpickled.
 
     Args:
@@ -50,7 +50,7 @@ def load_model(
     """
     checkpoint = find_checkpoint(path, best=best)
     model = build_model(checkpoint, device=device, **changes)
-    return Loaded(model, checkpoint_tokenizer(checkpoint, tokenizer), checkpoint)
+    return LoadedModel(model, checkpoint_tokenizer(checkpoint, tokenizer), checkpoint)
 
 
 def find_checkpoint(path: Path, *, best: bool = False) -> Checkpoint:
@@ -121,19 +121,19 @@ def _check_shapes(model: GPT, weights: Mapping[str, Tensor], path: Path, changes
             raise ConfigError(f"{given} does not fit {path}: {name} would be {one}, in the checkpoint it is {other}")
 
 
-class MadeWith(NamedTuple):
+class TokenizerOrigin(NamedTuple):
     """The tokenizer of the tokens that a model was trained on, as far as it is known."""
 
     spec: str | None
     sha256: str | None
 
 
-def made_with(checkpoint: Checkpoint) -> MadeWith:
+def tokenizer_origin(checkpoint: Checkpoint) -> TokenizerOrigin:
     """What a checkpoint says of its tokenizer: one of ours its hash too, a converted one the spec alone."""
     if (described := checkpoint.data.get("tokenizer")) is None:
-        return MadeWith(checkpoint.identity.get("data.tokenizer"), None)
+        return TokenizerOrigin(checkpoint.identity.get("data.tokenizer"), None)
     # Shards can be trained on without their tokenizer; the spec is then a default that nobody has looked at.
-    return MadeWith(described["spec"] if described["sha256"] else None, described["sha256"])
+    return TokenizerOrigin(described["spec"] if described["sha256"] else None, described["sha256"])
 
 
 def checkpoint_tokenizer(checkpoint: Checkpoint, spec: str | None = None) -> Tokenizer | None:
@@ -142,7 +142,7 @@ def checkpoint_tokenizer(checkpoint: Checkpoint, spec: str | None = None) -> Tok
     Raises:
         ConfigError: it cannot be had, or is not the one that the model was trained with.
     """
-    made, vocab_size = made_with(checkpoint), checkpoint.identity["model.vocab_size"]
+    made, vocab_size = tokenizer_origin(checkpoint), checkpoint.identity["model.vocab_size"]
     if spec is not None:
         tokenizer = load_tokenizer(spec, None)
     elif made.spec is None or (made.spec.startswith("sentencepiece:") and not (checkpoint.path / MODEL_FILE).is_file()):
@@ -157,7 +157,7 @@ def checkpoint_tokenizer(checkpoint: Checkpoint, spec: str | None = None) -> Tok
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments with which a command line names a model; `model_changes` reads those of --set."""
+    """The arguments with which a command line names a model; `parse_model_changes` reads those of --set."""
     what = "folder of a checkpoint, or of a run or trial: then its newest intact checkpoint"
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help=what)
     parser.add_argument("--best", action="store_true", help="instead the checkpoint with the lowest validation loss")
@@ -167,7 +167,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="of matrix products; default: as in training")
 
 
-def model_changes(assignments: list[str]) -> dict[str, Any]:
+def parse_model_changes(assignments: list[str]) -> dict[str, Any]:
     """`--set` as the changes of `load_model`, each with the prefix `model.`: none can be taken for another argument.
 
     Raises:

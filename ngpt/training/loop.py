@@ -19,15 +19,15 @@ from ngpt.optim.schedule import is_due, lr_multiplier
 from ngpt.system.heartbeat import Heartbeat
 from ngpt.system.memory import is_out_of_memory, retry_smaller
 from ngpt.training.config import TrainConfig, resolved
-from ngpt.training.evaluation import measure
+from ngpt.training.evaluation import evaluate_run
 from ngpt.training.recovery import NONFINITE, ON_OOM
 from ngpt.training.run import (
     Run,
     RunResult,
     checkpoint_on_stop,
     finish,
-    go_back,
-    position,
+    progress,
+    rollback_to_checkpoint,
     set_up,
     try_save_checkpoint,
 )
@@ -80,7 +80,7 @@ def train_until_rollback(run: Run, *, together: bool = False) -> Generator[Any, 
             last = state.step == config.steps  # one turn more than steps, so that the end is evaluated and saved
             if state.step != resumed_at:
                 if is_due(state.step, config.eval_every, last=last):
-                    histograms = measure(run, last=last)
+                    histograms = evaluate_run(run, last=last)
                     tracker.log(state.last_eval)
                     tracker.log_histograms(state.step, histograms)
                     yield state.last_eval
@@ -104,7 +104,7 @@ def train_until_rollback(run: Run, *, together: bool = False) -> Generator[Any, 
                 return None
             if not is_finite or is_due(state.step, config.tracker.log_every, last=state.step == config.steps):
                 mean = {"train_loss": state.train_loss} if is_finite else {}
-                tracker.log(position(run) | step_metrics | mean)
+                tracker.log(progress(run) | step_metrics | mean)
             if diverged:
                 return finish("diverged", run)
 
@@ -112,7 +112,7 @@ def train_until_rollback(run: Run, *, together: bool = False) -> Generator[Any, 
 def handle_nonfinite(run: Run) -> bool:
     """What the policy says to a loss or gradient that is not finite; it may send the run back to an earlier step."""
     policy = run.config.nonfinite
-    return NONFINITE[policy.policy](run.state, policy.max, lambda: go_back(run))
+    return NONFINITE[policy.policy](run.state, policy.max, lambda: rollback_to_checkpoint(run))
 
 
 def train_step(run: Run) -> dict[str, float]:
@@ -214,7 +214,7 @@ def update(run: Run) -> None:
             raise
     microbatch_halvings, batch_halvings = state.microbatch_halvings, state.batch_halvings
     log.warning("no memory for the optimizer's step %d: going back to the newest checkpoint", state.step)
-    go_back(run)
+    rollback_to_checkpoint(run)
     state.microbatch_halvings, state.batch_halvings = microbatch_halvings, batch_halvings
 
 

@@ -47,19 +47,19 @@ def halved(size: int, times: int) -> int:
 Rollback = Callable[[], None]
 
 
-def fail(state: TrainState, most: int, go_back: Rollback) -> bool:
+def fail(state: TrainState, most: int, rollback_to_checkpoint: Rollback) -> bool:
     """The run has diverged."""
     return False
 
 
-def skip(state: TrainState, most: int, go_back: Rollback) -> bool:
+def skip(state: TrainState, most: int, rollback_to_checkpoint: Rollback) -> bool:
     """The step is not taken, the next one has other data; at most `most` times."""
     state.skipped_steps += 1
     state.recent.pop()  # a mean with a NaN in it is none
     return state.skipped_steps <= most
 
 
-def rollback(state: TrainState, most: int, go_back: Rollback) -> bool:
+def rollback(state: TrainState, most: int, rollback_to_checkpoint: Rollback) -> bool:
     """The run returns to its newest checkpoint and passes over all data since, at most `most` times.
 
     The way around loss spikes of PaLM (arXiv 2204.02311, section 5.1), who found that the same data do no harm to
@@ -69,7 +69,7 @@ def rollback(state: TrainState, most: int, go_back: Rollback) -> bool:
         return False
     times, next_batch = state.rollbacks + 1, state.step + state.skipped_batches
     log.warning("step %d: not finite, going back to the newest checkpoint (%d of %d)", state.step, times, most)
-    go_back()
+    rollback_to_checkpoint()
     state.rollbacks, state.skipped_batches = times, next_batch - state.step
     return True
 

@@ -43,7 +43,7 @@ from ngpt.training.checkpoint import (
 from ngpt.training.config import TrainConfig, rollback_settings
 from ngpt.training.recovery import ON_OOM, halved
 from ngpt.training.state import Metrics, TrainState
-from ngpt.training.tracker import Tracker, finite
+from ngpt.training.tracker import Tracker, finite_or_none
 
 log = logging.getLogger(__name__)
 
@@ -148,7 +148,7 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
     run.state.restore(TrainState.from_saved(saved["progress"]))
 
 
-def go_back(run: Run) -> None:
+def rollback_to_checkpoint(run: Run) -> None:
     """Returns to the newest intact checkpoint, or to the start where there is none."""
     run.model.zero_grad(set_to_none=True)
     run.optimizers = build_optimizers(run.model, run.config.optim)  # without moments
@@ -170,7 +170,7 @@ class RunResult:
     data: dict[str, str | int] = field(default_factory=dict)  # hashes of the corpus and of the evaluation tokens
 
 
-def position(run: Run) -> Metrics:
+def progress(run: Run) -> Metrics:
     """The step, the tokens seen, and the throughput so far (None before it has been measured)."""
     state = run.state
     speed = state.timed_tokens / state.timed_seconds if state.timed_seconds else None
@@ -184,7 +184,7 @@ def position(run: Run) -> Metrics:
 def finish(status: str, run: Run) -> RunResult:
     """The result of a run that stops here. A diverged one has no validation loss: its last finite one would flatter."""
     scores = {name: value for name, value in run.state.last_eval.items() if name != "step"}
-    metrics = scores | position(run) | {"steps": run.state.step, "train_loss": run.state.train_loss}
+    metrics = scores | progress(run) | {"steps": run.state.step, "train_loss": run.state.train_loss}
     del metrics["step"]
     if status == "diverged":
         metrics |= {"val_loss": None, "val_bpb": None}
@@ -198,7 +198,7 @@ def finish(status: str, run: Run) -> RunResult:
         "eval_sha256": run.validation.sha256,
         "eval_tokens": run.validation.n_tokens,
     }
-    return RunResult(status, run.state.step, {name: finite(value) for name, value in metrics.items()}, data)
+    return RunResult(status, run.state.step, {name: finite_or_none(value) for name, value in metrics.items()}, data)
 
 
 @contextlib.contextmanager

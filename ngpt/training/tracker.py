@@ -182,7 +182,7 @@ class Tracker:
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Adds one row; it has a `step`, the rest are numbers or None."""
-        clean = {name: finite(value) for name, value in row.items()}
+        clean = {name: finite_or_none(value) for name, value in row.items()}
         self._metrics.add([clean])
         numbers = {name: value for name, value in clean.items() if value is not None}
         for watcher in self._watchers:
@@ -210,7 +210,7 @@ class Tracker:
 
     def note(self, facts: Mapping[str, Any]) -> None:
         """Says things that are true of the whole run, such as skipped shards; values are what JSON can say."""
-        clean = {name: finite(value) for name, value in facts.items()}
+        clean = {name: finite_or_none(value) for name, value in facts.items()}
         for watcher in self._watchers:
             watcher.note(clean)
 
@@ -235,7 +235,7 @@ class Tracker:
             self.sync()
 
 
-def finite(value: Any) -> Any:
+def finite_or_none(value: Any) -> Any:
     """`value`, or None for a float that JSON has no word for."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import torch
 
-from ngpt.training.throughput import step
+from ngpt.training.throughput import measure_step
 from tune.campaign import load_campaign
 from tune.launch import launch
 from tune.machine.environment import usable_cpus
@@ -114,7 +114,7 @@ def steps_of(seconds: float) -> int:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="ngpt-bench-") as folder:
-        figures = step(tiny(Path(folder), 2, steps=1, workers=1).base, warmup=20, steps=100)
+        figures = measure_step(tiny(Path(folder), 2, steps=1, workers=1).base, warmup=20, steps=100)
     torch.set_num_threads(threads)
     return max(1, round(seconds * 1000 / figures["step_ms"]))
 

@@ -23,7 +23,7 @@ from ngpt.bench.parts import projection as time_projection
 from ngpt.config.base import ConfigError, unknown
 from ngpt.data.dataset import prepare
 from ngpt.training.config import TrainConfig, read_config, resolved
-from ngpt.training.throughput import step
+from ngpt.training.throughput import measure_step
 from tune.bench.campaigns import run
 from tune.bench.packing import packing_of
 from tune.campaign import load_campaign
@@ -75,7 +75,7 @@ def experiments(tiny: bool) -> Campaign:
 
 def measure_single(tiny: bool) -> Figures:
     """One trial of the production configuration."""
-    return step(_ready(production(tiny)), warmup=10, steps=10 if tiny else 200)
+    return measure_step(_ready(production(tiny)), warmup=10, steps=10 if tiny else 200)
 
 
 def measure_packed(tiny: bool) -> Figures:
@@ -85,7 +85,7 @@ def measure_packed(tiny: bool) -> Figures:
 
 def measure_half_billion(tiny: bool) -> Figures:
     """One trial of the 0.5B model."""
-    return step(_ready(half_billion(tiny)), warmup=5, steps=5 if tiny else 30)
+    return measure_step(_ready(half_billion(tiny)), warmup=5, steps=5 if tiny else 30)
 
 
 def measure_projection(tiny: bool) -> Figures:

@@ -19,7 +19,7 @@ from ngpt.system.memory import is_out_of_memory, peak_memory, reset_peak_memory
 from ngpt.system.timing import synchronize
 from ngpt.training.config import TrainConfig, resolved
 from ngpt.training.loop import train_step
-from ngpt.training.throughput import prepared
+from ngpt.training.throughput import benchmark_run
 from tune import format as fmt
 from tune.machine.environment import total_memory
 from tune.trials.trial import machine
@@ -180,7 +180,7 @@ def _work(config: TrainConfig, threads: int, pipe: Connection) -> None:
     try:
         torch.set_num_threads(threads)
         # A smaller batch where memory runs out would be another measurement.
-        run = prepared(override(config, {"on_oom": "fail"}))
+        run = benchmark_run(override(config, {"on_oom": "fail"}))
         for _ in range(WARMUP):
             train_step(run)
         pipe.send({})

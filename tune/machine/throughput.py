@@ -29,16 +29,16 @@ def measure_speeds(trials: Iterable[tuple[TrainConfig, int]], campaign: Campaign
     """
     import torch
 
-    from ngpt.ensemble.throughput import step_together
-    from ngpt.training.throughput import step
+    from ngpt.ensemble.throughput import measure_step_together
+    from ngpt.training.throughput import measure_step
 
     torch.set_num_threads(campaign.resources.cpus_per_trial)
     speeds = {}
     for key, (config, together) in {shape_key(*trial): trial for trial in trials}.items():
         if together == 1:
-            speeds[key] = step(config, warmup=3, steps=10)["tokens_per_second"]
+            speeds[key] = measure_step(config, warmup=3, steps=10)["tokens_per_second"]
         else:
-            speeds[key] = step_together(config, together, warmup=3, steps=10)
+            speeds[key] = measure_step_together(config, together, warmup=3, steps=10)
     _remember(device_key(campaign), speeds)
 
 

@@ -68,9 +68,9 @@ def timer(threads: int) -> Timer:
     def time(config: TrainConfig) -> float:
         import torch
 
-        from ngpt.training.throughput import step
+        from ngpt.training.throughput import measure_step
 
         torch.set_num_threads(threads)
-        return float(step(config, warmup=2, steps=8)["tokens_per_second"])
+        return float(measure_step(config, warmup=2, steps=8)["tokens_per_second"])
 
     return time

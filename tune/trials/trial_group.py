@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 import torch
 
 from ngpt.config.secrets import redacted
-from ngpt.ensemble.train import Event, graph_settings, train_together, unstackable
+from ngpt.ensemble.train import Event, ensemble_incompatibility, graph_settings, train_together
 from ngpt.system.atomic_files import write_atomic
 from ngpt.system.device import pick_device
 from ngpt.system.heartbeat import Heartbeat
@@ -44,7 +44,11 @@ def batchable(first: TrialSpec, waiting: Iterable[TrialSpec], *, most: int) -> l
     """`first` and those of the waiting that can be trained with it, in their order, `most` in all."""
     found = [first]
     for spec in waiting:
-        if len(found) < most and spec.threads == first.threads and not unstackable([first.config, spec.config]):
+        if (
+            len(found) < most
+            and spec.threads == first.threads
+            and not ensemble_incompatibility([first.config, spec.config])
+        ):
             found.append(spec)
     return found
 
@@ -56,7 +60,7 @@ def group_size(waiting: int, workers: int, *, most: int) -> int:
 
 def groups(configs: Sequence[TrainConfig], *, workers: int, most: int) -> list[list[int]]:
     """The indices of what would be trained at once, if all workers always became free at the same time."""
-    graphs = [None if unstackable([config]) else repr(graph_settings(config)) for config in configs]
+    graphs = [None if ensemble_incompatibility([config]) else repr(graph_settings(config)) for config in configs]
     waiting, found = list(range(len(configs))), list[list[int]]()
     while waiting:
         for free in range(min(workers, len(waiting)), 0, -1):

@@ -3,7 +3,7 @@
 import pytest
 
 from ngpt.config.base import ConfigError, override
-from ngpt.ensemble.throughput import step_together
+from ngpt.ensemble.throughput import measure_step_together
 from ngpt.training.config import TrainConfig
 
 
@@ -11,9 +11,9 @@ def test_a_step_counts_the_tokens_of_every_run(tiny: TrainConfig, monkeypatch: p
     seconds = iter([9.0, 2.0, 4.0, 3.0])
     monkeypatch.setattr("ngpt.ensemble.throughput.timed", lambda work, device: (work(), next(seconds))[1])
     tokens = 3 * tiny.batch_size * tiny.model.block_size
-    assert step_together(tiny, 3, warmup=1, steps=3) == tokens / 3.0
+    assert measure_step_together(tiny, 3, warmup=1, steps=3) == tokens / 3.0
 
 
 def test_runs_that_cannot_be_trained_together_are_not_measured(tiny: TrainConfig) -> None:
     with pytest.raises(ConfigError, match="compile is on"):
-        step_together(override(tiny, {"compile": True}), 3)
+        measure_step_together(override(tiny, {"compile": True}), 3)

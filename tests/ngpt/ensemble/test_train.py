@@ -11,7 +11,7 @@ import torch
 from ngpt.config.base import ConfigError, override
 from ngpt.data.dataset import Dataset
 from ngpt.ensemble.stack import Stack
-from ngpt.ensemble.train import Event, train_step_together, train_together, unstackable
+from ngpt.ensemble.train import Event, ensemble_incompatibility, train_step_together, train_together
 from ngpt.training.config import TrainConfig, resolved
 from ngpt.training.loop import train
 from ngpt.training.run import RunResult, set_up
@@ -228,7 +228,7 @@ def test_what_can_be_trained_at_once_has_one_graph(
     changes: dict[str, Any], reason: str | None, tiny: TrainConfig, dataset: Dataset, tmp_path: Path
 ) -> None:
     configs = [tiny, override(tiny, changes)]
-    told = unstackable(configs)
+    told = ensemble_incompatibility(configs)
     assert told is None if reason is None else reason in (told or "")
     if reason is not None:
         with pytest.raises(ConfigError, match=reason.partition(",")[0]):

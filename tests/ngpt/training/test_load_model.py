@@ -17,7 +17,7 @@ from ngpt.data.tokens.tokenizer import load_tokenizer
 from ngpt.model.gpt import GPT, ModelConfig
 from ngpt.training.checkpoint import save_checkpoint, verify_checkpoint
 from ngpt.training.config import TrainConfig, resolved
-from ngpt.training.load_model import find_checkpoint, load_model, made_with, model_changes
+from ngpt.training.load_model import find_checkpoint, load_model, parse_model_changes, tokenizer_origin
 from ngpt.training.loop import train, train_step
 from ngpt.training.run import Run, save, set_up
 from ngpt.training.tracker import Tracker
@@ -190,10 +190,10 @@ def test_settings_that_do_not_fit_the_weights_are_refused(changes: dict[str, Any
 
 
 def test_changes_of_the_command_line_are_settings_of_the_model_and_nothing_else(trained: Path) -> None:
-    assert model_changes(["rope_factor=4", "model.tied=true"]) == {"model.rope_factor": 4, "model.tied": True}
+    assert parse_model_changes(["rope_factor=4", "model.tied=true"]) == {"model.rope_factor": 4, "model.tied": True}
     for name in ("device", "best", "tokenizer", "path", "lr"):
         with pytest.raises(ConfigError, match=f"{name}: unknown setting"):
-            load_model(trained, **model_changes([f"{name}=1"]))
+            load_model(trained, **parse_model_changes([f"{name}=1"]))
 
 
 def test_another_tokenizer_than_the_models_is_refused(trained: Path, tmp_path: Path) -> None:
@@ -249,7 +249,7 @@ def test_what_a_checkpoint_carries_is_no_part_of_its_identity(trained: Path) -> 
     manifest = json.loads((folder / "MANIFEST.json").read_text())
     assert sorted(manifest["files"]) == ["model.safetensors", "state.pt", "tokenizer.model"]
     assert not any(name in manifest["identity"] for name in ("data.corpus", "data.tokenizer", "data.path"))
-    assert made_with(verify_checkpoint(folder)).spec == "sentencepiece:400"
+    assert tokenizer_origin(verify_checkpoint(folder)).spec == "sentencepiece:400"
 
 
 def test_a_converted_model_needs_no_run_behind_it(trained: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from hypothesis.extra.numpy import arrays
 
 from ngpt.config.base import ConfigError, build, content_hash, is_identity, settings
 from ngpt.system.atomic_files import LineFile
-from ngpt.training.tracker import BINS, Tracker, TrackerConfig, finite, histogram, read_metrics, settled
+from ngpt.training.tracker import BINS, Tracker, TrackerConfig, finite_or_none, histogram, read_metrics, settled
 from tests.helpers.wandb_file import named, python, records
 
 PLAIN = TrackerConfig()
@@ -154,7 +154,7 @@ def test_no_file_means_no_rows(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [0, 1.5, None, "text", True])
 def test_what_json_can_say_is_left_as_it_is(value: object) -> None:
-    assert finite(value) is value
+    assert finite_or_none(value) is value
 
 
 def test_tracking_does_not_decide_what_is_computed() -> None:

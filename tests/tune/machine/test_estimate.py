@@ -213,7 +213,7 @@ def test_measuring_times_each_shape_once_and_is_remembered(
         measured.append(config)
         return {"tokens_per_second": 64.0 * config.batch_size}
 
-    monkeypatch.setattr(ngpt.training.throughput, "step", step)
+    monkeypatch.setattr(ngpt.training.throughput, "measure_step", step)
     campaign = load("seeds: [1, 2]\nresources: {workers: 1}\nvary: {batch_size: [4, 8], alpha: [0.1]}\n")
     estimated = estimate(campaign, tmp_path / "results", measure=True)
     assert sorted(config.batch_size for config in measured) == [4, 8]

@@ -93,12 +93,12 @@ def test_each_shape_is_timed_once_alone_and_once_for_each_number_at_once(
         timed.append((config.batch_size, 1))
         return {"tokens_per_second": 10.0}
 
-    def step_together(config: TrainConfig, count: int, **_: int) -> float:
+    def measure_step_together(config: TrainConfig, count: int, **_: int) -> float:
         timed.append((config.batch_size, count))
         return 10.0 * count
 
-    monkeypatch.setattr("ngpt.training.throughput.step", step)
-    monkeypatch.setattr("ngpt.ensemble.throughput.step_together", step_together)
+    monkeypatch.setattr("ngpt.training.throughput.measure_step", step)
+    monkeypatch.setattr("ngpt.ensemble.throughput.measure_step_together", measure_step_together)
     base, wide = campaign.base, override(campaign.base, {"batch_size": 8})
     measure_speeds([(base, 1), (override(base, {"seed": 2}), 1), (base, 3), (wide, 3)], campaign)
     assert sorted(timed) == [(4, 1), (4, 3), (8, 3)]
