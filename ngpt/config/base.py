@@ -207,10 +207,8 @@ def flatten(config: Config) -> dict[str, Any]:
 @cache
 def _stored_as(cls: type[Config]) -> dict[str, Mapping[str, Any]]:
     """The old names of values, by field."""
-    extras = {name: field.json_schema_extra for name, field in cls.model_fields.items()}
-    return {
-        name: extra["stored_as"] for name, extra in extras.items() if isinstance(extra, dict) and "stored_as" in extra
-    }
+    marks: dict[str, Any] = {name: field.json_schema_extra or {} for name, field in cls.model_fields.items()}
+    return {name: mark["stored_as"] for name, mark in marks.items() if "stored_as" in mark}
 
 
 def is_identity(cls: type[Config], name: str) -> bool:
