@@ -28,14 +28,14 @@ TOKENIZER
 Documents start with the tokenizer's mark: <|endoftext|> of GPT-2, or a model's start of text. A tokenizer without one
 ends them with an empty line. Whole documents go to either split by their hash; of a plain text, the end is validation.
 
-Downloads are kept under $NGPT_CACHE/downloads (default ~/.cache/ngpt), continued where they broke off, and checked
-against the SHA-256 that the hub publishes. HF_ENDPOINT names another hub. A preparation that was interrupted continues
-with the first shard it had not finished: give the same command again.
+Downloads from the hub need huggingface_hub (extra hf). They are kept in $NGPT_CACHE/downloads (default ~/.cache/ngpt),
+resumed after an interruption, and checked against the published SHA-256. HF_ENDPOINT names another hub. An interrupted
+preparation continues with the first unfinished shard: run the same command again.
 
-A corrupt shard (damaged, cut off, of another format, with tokens outside of the vocabulary) is found before training.
---on-corrupt skip leaves it out of every trial and says so; fail names all of them and stops.
+Corrupt shards (damaged, truncated, of another format, with tokens outside the vocabulary) are found before training.
+--on-corrupt skip logs them and leaves them out of every trial; fail names all of them and stops.
 
-exit codes: 0 prepared; 2 usage, missing files, no network; 74 disk full or not writable
+exit codes: 0 prepared; 2 usage, missing files, no network; 74 disk full or not writable; 130 interrupted
 """
 
 

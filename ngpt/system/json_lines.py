@@ -1,7 +1,7 @@
 """JSON-lines files in the cache, one record a line: a torn or damaged line costs one measurement, never an error."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ def append_json_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
         file.write(text)
 
 
-def read_json_lines(path: Path, *, fields: Iterable[str]) -> list[dict[str, Any]]:
+def read_json_lines(path: Path, *, fields: Collection[str]) -> list[dict[str, Any]]:
     """The records of `path` that have all of `fields`, oldest first. Lines that cannot be read are skipped."""
     if not path.is_file():
         return []

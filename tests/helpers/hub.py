@@ -1,4 +1,4 @@
-"""A Hugging Face hub of our own on this machine, with every fault that a real one has on a bad day."""
+"""A stand-in for the Hugging Face hub on the loopback, with the faults of a real one."""
 
 import hashlib
 import json
@@ -8,19 +8,19 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-Fault = Callable[["Handler", bytes], None]  # answers a request for these bytes in another way than it should
+Fault = Callable[["Handler", bytes], None]  # answers one request for a file, whose bytes it gets
 
 
 class Hub:
-    """Serves `files` (path to bytes) as one data set; `faults` of a path are used up, one a request."""
+    """Serves `files` (path to bytes) as one data set. Each request for a path uses up one of its `faults`."""
 
-    def __init__(self, dataset: str, *, revision: str = "main", page: int = 1000) -> None:
-        self.dataset, self.revision, self.page = dataset, revision, page
+    def __init__(self, dataset: str, *, revision: str = "main") -> None:
+        self.dataset, self.revision = dataset, revision
         self.files: dict[str, bytes] = {}
-        self.published: dict[str, str] = {}  # SHA-256 by path, where it is not the one of the bytes
+        self.published: dict[str, str] = {}  # SHA-256 by path, where it is not the hash of the bytes
         self.faults: dict[str, list[Fault]] = {}
-        self.ranges = True  # whether Range is understood
-        self.requests: list[tuple[str, str | None]] = []  # path and Range of each request for a file
+        self.ranges = True  # whether the Range header is respected
+        self.requests: list[tuple[str, int]] = []  # path and first byte of each request for a file
         self.listed = 0
         handler = type("BoundHandler", (Handler,), {"hub": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -45,56 +45,53 @@ class Handler(BaseHTTPRequestHandler):
     hub: Hub
 
     def do_GET(self) -> None:
-        hub, url = self.hub, urllib.parse.urlsplit(self.path)
-        tree = f"/api/datasets/{hub.dataset}/tree/{urllib.parse.quote(hub.revision, safe='')}"
-        files = f"/datasets/{hub.dataset}/resolve/{urllib.parse.quote(hub.revision, safe='')}/"
-        if url.path == tree:
-            self._list(urllib.parse.parse_qs(url.query))
-        elif url.path.startswith(files):  # as the real one does: somewhere else lies the content
-            self._answer(302, b"", Location=f"{hub.url}/cdn/{url.path.removeprefix(files)}")
-        elif url.path.startswith("/cdn/"):
-            self._send(urllib.parse.unquote(url.path.removeprefix("/cdn/")))
+        hub, path = self.hub, urllib.parse.urlsplit(self.path).path
+        revision = urllib.parse.quote(hub.revision, safe="")
+        files = f"/datasets/{hub.dataset}/resolve/{revision}/"
+        if path == f"/api/datasets/{hub.dataset}/revision/{revision}":
+            self._list()
+        elif path.startswith(files):  # the real hub redirects to its CDN as well
+            self._answer(302, b"", Location=f"{hub.url}/cdn/{path.removeprefix(files)}")
+        elif path.startswith("/cdn/"):
+            self._send_file(urllib.parse.unquote(path.removeprefix("/cdn/")))
         else:
-            self._answer(404, b"no such page")
+            self.fail(404)
 
-    def _list(self, query: dict[str, list[str]]) -> None:
+    def _list(self) -> None:
+        """The fields of the real answer that the client reads."""
         hub = self.hub
         hub.listed += 1
-        entries: list[dict[str, Any]] = [{"type": "file", "path": ".gitattributes", "size": 5, "oid": "5" * 40}]
-        entries.append({"type": "directory", "path": "plain_text", "size": 0, "oid": "6" * 40})
+        siblings: list[dict[str, Any]] = [{"rfilename": ".gitattributes", "size": 5, "blobId": "5" * 40}]
         for path, data in hub.files.items():
             digest = hub.published.get(path, hashlib.sha256(data).hexdigest())
-            lfs = {"oid": digest, "size": len(data), "pointerSize": 134}
-            entries.append({"type": "file", "path": path, "size": len(data), "oid": "7" * 40, "lfs": lfs})
-        first = int(query.get("cursor", ["0"])[0])
-        rest = len(entries) > first + hub.page
-        link = {"Link": f'<{self.path.split("&")[0]}&cursor={first + hub.page}>; rel="next"'} if rest else {}
-        self._answer(200, json.dumps(entries[first : first + hub.page]).encode(), **link)
+            lfs = {"sha256": digest, "size": len(data), "pointerSize": 134}
+            siblings.append({"rfilename": path, "size": len(data), "blobId": "7" * 40, "lfs": lfs})
+        info = {"id": hub.dataset, "sha": "8" * 40, "private": False, "downloads": 0, "likes": 0, "tags": []}
+        self._answer(200, json.dumps(info | {"siblings": siblings}).encode())
 
-    def _send(self, path: str) -> None:
-        hub, wanted = self.hub, self.headers.get("Range")
-        hub.requests.append((path, wanted))
+    def _send_file(self, path: str) -> None:
+        hub = self.hub
+        hub.requests.append((path, self._range()[0]))
         if path not in hub.files:
-            self._answer(404, b"Entry not found")
-            return
-        data = hub.files[path]
-        if hub.faults.get(path):
-            hub.faults[path].pop(0)(self, data)
-            return
-        self.send(data)
+            self.fail(404)
+        elif hub.faults.get(path):
+            hub.faults[path].pop(0)(self, hub.files[path])
+        else:
+            self.send(hub.files[path])
+
+    def _range(self) -> tuple[int, int]:
+        """The first and the last byte of the Range header."""
+        first, last = self.headers["Range"].removeprefix("bytes=").split("-")
+        return int(first), int(last)
 
     def send(self, data: bytes, *, stop_after: int | None = None) -> None:
-        """The bytes that were asked for, or the first `stop_after` of these and then a closed connection."""
-        wanted, size = self.headers.get("Range"), len(data)
-        status, extra = 200, {}
-        if wanted and self.hub.ranges:
-            first = int(wanted.removeprefix("bytes=").removesuffix("-"))
-            if first >= size:
-                self._answer(416, b"", **{"Content-Range": f"bytes */{size}"})
-                return
-            status, extra = 206, {"Content-Range": f"bytes {first}-{size - 1}/{size}"}
-            data = data[first:]
-        self._answer(status, data[:stop_after], length=len(data), **extra)
+        """Sends the requested bytes, or the first `stop_after` of them before the connection closes."""
+        status, headers = 200, {}
+        if self.hub.ranges:
+            first, last = self._range()
+            status, headers = 206, {"Content-Range": f"bytes {first}-{last}/{len(data)}"}
+            data = data[first : last + 1]
+        self._answer(status, data[:stop_after], length=len(data), **headers)
 
     def _answer(self, status: int, data: bytes, *, length: int | None = None, **headers: str) -> None:
         self.send_response(status)
@@ -105,16 +102,18 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def fail(self, status: int) -> None:
+        """Answers with an error."""
         self._answer(status, b"")
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Nothing on stderr."""
+        """Keeps stderr empty."""
 
 
 def cut_after(n_bytes: int) -> Fault:
-    """The connection closes after so many bytes of what was to come."""
+    """Closes the connection after `n_bytes` of the answer."""
     return lambda handler, data: handler.send(data, stop_after=n_bytes)
 
 
 def status(code: int) -> Fault:
+    """Answers with an HTTP error."""
     return lambda handler, data: handler.fail(code)

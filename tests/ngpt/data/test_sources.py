@@ -27,7 +27,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("NGPT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")  # nobody there
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")
-    monkeypatch.setattr(downloading, "PAUSE", 0.0)
+    monkeypatch.setattr(downloading, "FIRST_PAUSE", 0.0)
     return tmp_path / "cache"
 
 
