@@ -1,40 +1,69 @@
-"""The documents: what they name is there."""
+"""The documents: every test, setting, key, option and column that they name exists, and none is missing."""
 
+import importlib
+import json
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from ruamel.yaml import YAML
 
-from ngpt.config.base import resolve, settings
+import run_campaign
+from ngpt.config.base import flatten, is_identity, resolve, settings
 from ngpt.training.config import TrainConfig
+from tune.campaign import TOP_KEYS, load_campaign
+from tune.claims.relations import METRIC_GOALS, RELATIONS
+from tune.results.summary import CURVE_COLUMNS
+from tune.spec.phase_reader import PHASE_KEYS
+from tune.spec.schema import Claim, EarlyStop, Resources
 
 ROOT = Path(__file__).parents[1]
-FEATURES = (ROOT / "docs" / "features.md").read_text(encoding="utf-8")
+DOCS = {path.stem: path.read_text(encoding="utf-8") for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"))}
+FEATURES, CAMPAIGN_FILE, RESULTS = DOCS["features"], DOCS["campaign-file"], DOCS["results"]
+TEST_FILES = sorted((ROOT / "tests").rglob("test_*.py"))
+COMMANDS = {
+    "ngpt.train": [],
+    "ngpt.evaluate": [],
+    "ngpt.generate": [],
+    "ngpt.inspect": [],
+    "ngpt.convert": ["nvidia", "nanochat"],
+    "ngpt.data.__main__": [],
+    "ngpt.bench.__main__": [],
+    "tune.bench.__main__": [],
+    "benchmarks.peers": [],
+    "tests.chaos.__main__": [],
+}
 
 
-def test_every_test_that_the_features_rest_on_exists() -> None:
-    named = set(re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", FEATURES))
-    assert len(named) > 50
-    missing = [
-        f"{file}::{test}"
-        for file, test in sorted(named)
-        if not (ROOT / file).is_file() or f"def {test}" not in (ROOT / file).read_text(encoding="utf-8")
-    ]
-    assert missing == []
+def named_tests(text: str) -> set[tuple[str, str]]:
+    """File stems and functions: `test_x`, `test_x::test_y` or `tests/folder/test_x.py::test_y`."""
+    return set(re.findall(r"`(?:tests/(?:\w+/)*)?(test_\w+)(?:\.py)?(?:::(test_\w+))?`", text))
 
 
-def test_every_fault_has_a_line_and_every_test_that_shows_one_exists() -> None:
-    text = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
-    lines = [line.split("|")[1] for line in text.splitlines() if line.startswith("| F")]
-    assert sorted(int(number) for line in lines for number in re.findall(r"F(\d+)", line)) == list(range(1, 51))
-    named = set(re.findall(r"`(test_\w+)(?:::(test_\w+))?`", text))
-    assert len(named) > 60
-    missing = [
-        f"{file}::{test}"
-        for file, test in sorted(named)
-        if not any(f"def {test}" in path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob(f"{file}.py"))
-    ]
-    assert missing == []
+def rows(text: str) -> list[list[str]]:
+    """The cells of every table row, headers included."""
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
+
+
+def words_in_code(text: str) -> set[str]:
+    """Every word inside of backticks or fences."""
+    return set(re.findall(r"[\w-]+", " ".join(re.findall(r"```.*?```|`[^`\n]+`", text, flags=re.DOTALL))))
+
+
+@pytest.mark.parametrize("document", ["features", "reliability", "benchmarks", "SECURITY", "CONTRIBUTING"])
+def test_every_test_that_a_document_names_exists(document: str) -> None:
+    named = named_tests(DOCS[document])
+    assert document not in ("features", "reliability") or len(named) > 50
+    sources = {file: "".join(path.read_text("utf-8") for path in TEST_FILES if path.stem == file) for file, _ in named}
+    missing = [f"{file}::{test}" for file, test in named if f"def {test or 'test_'}" not in sources[file]]
+    assert sorted(missing) == []
+
+
+def test_every_fault_has_a_row() -> None:
+    numbers = [row[0] for row in rows(DOCS["reliability"]) if row[0].startswith("F")]
+    assert sorted(int(number) for cell in numbers for number in re.findall(r"F(\d+)", cell)) == list(range(1, 51))
 
 
 @pytest.mark.parametrize(
@@ -44,24 +73,67 @@ def test_every_setting_that_the_features_name_is_one(setting: str) -> None:
     assert resolve(TrainConfig, setting)
 
 
-def test_every_setting_is_named_in_a_document() -> None:
-    """The names of a run are set by the campaign; nobody else writes them."""
-    files = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("experiments/**/*.yaml")]
-    words = set(re.findall(r"\w+", "\n".join(path.read_text(encoding="utf-8") for path in files)))
-    unnamed = {name for name in settings(TrainConfig) if name.rpartition(".")[2] not in words}
-    assert unnamed <= {"tracker.job_type", "tracker.run_name"}
+def test_every_feature_names_its_source() -> None:
+    sources = {row[0]: row[1] for row in rows(FEATURES) if row[1] != "source"}
+    assert len(sources) > 45
+    allowed = {"000", "001", "002", "003", "004", "paper", "-"}
+    assert {part for source in sources.values() for part in source.split(", ")} <= allowed
 
 
-def test_every_feature_says_which_seed_asked_for_it() -> None:
-    rows = [line.split(" | ") for line in FEATURES.splitlines() if line.startswith("| ") and "---" not in line]
-    seeds = {row[0]: row[1] for row in rows if row[1] != "seed"}
-    assert len(seeds) > 45
-    assert {part for seed in seeds.values() for part in seed.split(", ")} <= {
-        "000",
-        "001",
-        "002",
-        "003",
-        "004",
-        "paper",
-        "-",
+def test_the_campaign_file_page_lists_every_setting_with_its_default() -> None:
+    """A star marks what does not change a trial."""
+    defaults = flatten(TrainConfig())
+    listed = {
+        name: (default, bool(star))
+        for cell, default, *_ in rows(CAMPAIGN_FILE)
+        for name, star in re.findall(r"^`([\w.]+)`( \*)?$", cell)
+        if name in defaults
     }
+    assert listed.keys() == defaults.keys()
+    for name, (default, star) in listed.items():
+        value = defaults[name]
+        read = YAML(typ="safe").load(default)
+        assert read == (list(value) if isinstance(value, tuple) else value), name
+        assert star != is_identity(TrainConfig, name), name
+
+
+def test_the_campaign_file_page_names_every_key() -> None:
+    keys = {*TOP_KEYS, *PHASE_KEYS, *RELATIONS, *METRIC_GOALS}
+    keys |= {*settings(Resources), *settings(EarlyStop), *(field.name for field in fields(Claim))}
+    keys |= {"trials", "hours", "method", "space", "seed", "parallel"}  # of `budget:` and `search:`
+    assert keys - words_in_code(CAMPAIGN_FILE) == set()
+
+
+def test_every_example_of_a_campaign_file_can_be_loaded(tmp_path: Path) -> None:
+    examples = [text for text in re.findall(r"```yaml\n(.*?)```", CAMPAIGN_FILE, re.DOTALL) if "campaign:" in text]
+    assert len(examples) >= 2
+    for text in examples:
+        path = tmp_path / "example.yaml"
+        path.write_text(text, encoding="utf-8")
+        assert load_campaign(path).phases
+
+
+def test_the_results_page_names_every_column() -> None:
+    """The fields are those of a summary that a campaign wrote, and of the curves."""
+    summary = json.loads((ROOT / "docs" / "measured" / "phase1" / "summary.json").read_text(encoding="utf-8"))
+    phase = summary["phases"][0]
+    arm = next(arm for arm in phase["arms"] if arm["delta"])
+    known = {*summary, *summary["answer"], *summary["claims"][0], *phase, *phase["noise"], *phase["trials"]}
+    known |= {*arm, *arm["delta"], *arm["score"], *CURVE_COLUMNS}
+    assert known - words_in_code(RESULTS) == set()
+
+
+def test_the_commands_page_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    helps = [run_campaign.run_parser().format_help()]
+    helps += [run_campaign.verb_parser(verb).format_help() for verb in run_campaign.VERBS]
+    for module, sources in COMMANDS.items():
+        command = importlib.import_module(module)
+        for arguments in [[source, "--help"] for source in sources] or [["--help"]]:
+            with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+                patch.setattr("sys.argv", [module, *arguments])
+                command.main()
+            helps.append(capsys.readouterr().out)
+    options = {option for text in helps for option in re.findall(r"^  (?:-h, )?(--[\w-]+)", text, flags=re.MULTILINE)}
+    assert len(options) > 50
+    missing = {option for option in options if not re.search(rf"{option}\b", DOCS["cli"])}
+    assert missing - {"--help"} == set()
