@@ -107,21 +107,21 @@ def verb_parser(verb: str) -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> int:
     """Runs a campaign, or goes on with it."""
-    from tune.storage.lock import Busy
+    from tune.storage.lock import ResultsLocked
 
     try:
         refuse_second_run(options)
-    except Busy as busy:
+    except ResultsLocked as busy:
         print(busy, file=sys.stderr)
         return EXIT_BUSY
 
     from tune.campaign import load_campaign
-    from tune.planning.smoke import shrunk
+    from tune.planning.smoke import shrink_campaign
 
     campaign = load_campaign(options.campaign, options.set)
     root = (options.out / campaign.name).absolute()
     if options.smoke:
-        campaign, root = shrunk(campaign), root.with_name(root.name + SMOKE)
+        campaign, root = shrink_campaign(campaign), root.with_name(root.name + SMOKE)
     if options.plan:
         return plan(campaign, root, options)
 
@@ -139,7 +139,7 @@ def run(options: argparse.Namespace) -> int:
             address=options.address,
             allow_change=options.allow_change,
         )
-    except Busy as busy:
+    except ResultsLocked as busy:
         print(busy, file=sys.stderr)
         return EXIT_BUSY
     except ExecutorLost as lost:
@@ -152,7 +152,7 @@ def refuse_second_run(options: argparse.Namespace) -> None:
     """Looks at the lock of the file's campaign before anything is loaded that takes seconds.
 
     Raises:
-        Busy: another process runs it.
+        ResultsLocked: another process runs it.
         ConfigError: the file cannot be read.
     """
     from ngpt.config.yaml_reader import read_yaml

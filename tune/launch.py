@@ -51,7 +51,7 @@ def launch(
         view: makes the context manager that shows progress and has a `message` method.
 
     Raises:
-        Busy: another process runs on `root`.
+        ResultsLocked: another process runs on `root`.
         CorruptShardError: a shard is not as it was when it was first used.
         ConfigError: the budget is too small, the corpora cannot be prepared or have changed, what the results mean has
             changed, or the tracker cannot do what is asked of it.

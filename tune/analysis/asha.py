@@ -28,7 +28,7 @@ from tune.spec.schema import EarlyStop, Phase
 from tune.spec.validation import Problems
 from tune.storage.journal import Event
 
-EVENT = "rung_reached"
+RUNG_REACHED = "rung_reached"
 
 
 class Asha:
@@ -41,13 +41,13 @@ class Asha:
 
     def apply(self, event: Event) -> None:
         """Takes an event of the journal into account."""
-        if event["event"] == EVENT:
+        if event["event"] == RUNG_REACHED:
             rung = (event["phase"], event["seed"], event["rung"])
             self._values.setdefault(rung, {})[event["trial_id"]] = event["value"]
             if event["stops"]:
                 self._out.setdefault((event["phase"], event["arm"]), event["why"])
 
-    def reached(
+    def record_rung(
         self,
         *,
         trial_id: str,

@@ -27,13 +27,13 @@ from math import floor, fsum, log10, sqrt
 from statistics import fmean
 from typing import TYPE_CHECKING, Literal
 
-from tune.storage.records import Outcome
+from tune.storage.records import TrialOutcome
 
 if TYPE_CHECKING:  # numpy and scipy are imported where they are used: `--help` must not pay for them
     import numpy as np
 
 Method = Literal["paired", "pooled"]
-Cells = Mapping[str, Mapping[int, "Outcome"]]  # arm -> seed -> outcome
+Outcomes = Mapping[str, Mapping[int, "TrialOutcome"]]  # arm -> seed -> outcome
 Values = dict[str, dict[int, float]]  # arm -> seed -> finished value
 Verdict = Literal["baseline", "better", "worse", "tie", "diverged", "failed", "incomplete", "no claim"]
 
@@ -95,7 +95,7 @@ class Judgement:
 
 
 @dataclass(frozen=True)
-class Layout:
+class LeastSquaresFit:
     """A fitted layout: the arms' effects, and c in var(effect_i - effect_k) = variance * (c_ii + c_kk - 2 c_ik)."""
 
     row: dict[str, int]  # of each arm; arms that are equal bit for bit share one
@@ -129,7 +129,7 @@ class Layout:
 
 
 def judge(
-    cells: Cells,
+    cells: Outcomes,
     *,
     baseline: str,
     goal: Literal["minimize", "maximize"] = "minimize",
@@ -210,7 +210,7 @@ def holm(p: Sequence[float]) -> list[float]:
     return [adjusted for _, adjusted in sorted(zip(order, steps, strict=True))]
 
 
-def _read(cells: Cells, baseline: str) -> tuple[Values, dict[str, Verdict], list[str]]:
+def _read(cells: Outcomes, baseline: str) -> tuple[Values, dict[str, Verdict], list[str]]:
     """Finished values, and arms with other seeds too; sorted, so that no sum depends on the order of the cells."""
     values, excluded, warnings = Values(), dict[str, Verdict](), []
     for arm in sorted(cells, key=lambda name: (name != baseline, name)):
@@ -226,7 +226,7 @@ def _read(cells: Cells, baseline: str) -> tuple[Values, dict[str, Verdict], list
     return values, excluded, warnings
 
 
-def _layouts(fitted: Values) -> tuple[Layout | None, Layout | None]:
+def _layouts(fitted: Values) -> tuple[LeastSquaresFit | None, LeastSquaresFit | None]:
     """The one-way and the two-way layout; None where no degree of freedom is left or seeds do not link all arms."""
     import numpy as np
 
@@ -240,23 +240,23 @@ def _layouts(fitted: Values) -> tuple[Layout | None, Layout | None]:
     y = has * (y - y.sum() / has.sum())  # no digits are lost to a large common level
     per_arm, share = has.sum(1), has / has.sum(0)
     means, df = y.sum(1) / per_arm, int(has.sum()) - len(samples)
-    one_way = Layout(row, means, 1 / per_arm, has * (y - means[:, None]), df, tiny)
+    one_way = LeastSquaresFit(row, means, 1 / per_arm, has * (y - means[:, None]), df, tiny)
     df -= len(seeds) - 1
     if df < 1:
         return one_way, None
     if has.all():  # orthogonal: the effects are the means, and no matrix of thousands of arms has to be inverted
         rest = y - means[:, None]
-        return one_way, Layout(row, means, 1 / per_arm, rest - rest.mean(0), df, tiny)
+        return one_way, LeastSquaresFit(row, means, 1 / per_arm, rest - rest.mean(0), df, tiny)
     information = np.diag(per_arm) - share @ has.T  # about the arms, seeds eliminated (Yates)
     if np.linalg.matrix_rank(information) < len(samples) - 1:  # seeds do not link all arms
         return one_way, None
     c = np.linalg.inv(information + 1 / len(samples))  # its contrasts are those of the pseudo-inverse
     effects = c @ (y.sum(1) - share @ y.sum(0))
     rest = has * (y - effects[:, None])
-    return one_way, Layout(row, effects, c, rest - share * rest.sum(0), df, tiny)
+    return one_way, LeastSquaresFit(row, effects, c, rest - share * rest.sum(0), df, tiny)
 
 
-def _spread_df(one_way: Layout, paired: Layout | None) -> float:
+def _spread_df(one_way: LeastSquaresFit, paired: LeastSquaresFit | None) -> float:
     """Degrees of freedom of the one-way variance as the sum of its parts, between seeds and what pairing leaves."""
     if paired is None or not one_way.variance:
         return one_way.df
@@ -264,14 +264,14 @@ def _spread_df(one_way: Layout, paired: Layout | None) -> float:
     return total**2 / ((total - noise) ** 2 / (one_way.df - paired.df) + noise**2 / paired.df)
 
 
-def _choose(method: str, paired: Layout | None, correlation: float | None) -> Method:
+def _choose(method: str, paired: LeastSquaresFit | None, correlation: float | None) -> Method:
     """Paired, unless it is impossible, not wanted, or brings nothing where there are arms enough to say so."""
     if paired is None or method != "auto" or len(paired.effects) < POOLABLE or correlation is None:
         return "pooled" if paired is None or method == "pooled" else "paired"
     return "pooled" if -0.5 / (len(paired.effects) - 1) < correlation <= ROUNDING else "paired"
 
 
-def _noise_warnings(layout: Layout, fitted: Values) -> list[str]:
+def _noise_warnings(layout: LeastSquaresFit, fitted: Values) -> list[str]:
     """Unequal seeds, equal arms, no noise, an arm that scatters more than the rest (F test, Bonferroni, 1 %)."""
     import numpy as np
     from scipy.special import fdtrc
@@ -311,7 +311,7 @@ def _verdict(delta: Delta | None, sign: float, alpha: float, least: float) -> Ve
 def _arm(
     arm: str,
     sample: dict[int, float],
-    noise: Layout | None,
+    noise: LeastSquaresFit | None,
     df: float,
     confidence: float,
     delta: Delta | None,

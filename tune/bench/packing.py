@@ -11,9 +11,9 @@ from ngpt.data.dataset import prepare
 from ngpt.system.device import pick_device
 from ngpt.training.config import TrainConfig, read_config, resolved
 from tune.bench.campaigns import tiny
-from tune.machine.concurrency_benchmark import SECONDS, Point, describe_device, measure_together
+from tune.machine.concurrency_benchmark import SECONDS, ThroughputPoint, describe_device, measure_concurrent_trials
 from tune.machine.environment import usable_cpus
-from tune.machine.gpu_sharing import COUNTS, best_point, remember_curve
+from tune.machine.gpu_sharing import COUNTS, fastest_point, remember_curve
 from tune.planning.equal_time import pace_key
 
 Figures = dict[str, Any]
@@ -44,12 +44,12 @@ def packing_of(config: TrainConfig, *, seconds: float = SECONDS) -> Figures:
     def threads(count: int) -> int:
         return 1 if on_gpu else max(1, cpus // count)
 
-    curve = measure_together(config, counts=counts, threads=threads, seconds=seconds)
+    curve = measure_concurrent_trials(config, counts=counts, threads=threads, seconds=seconds)
     device = describe_device(config, 1)
     if on_gpu:
         now = datetime.now(UTC).isoformat(timespec="seconds")
         remember_curve(device, pace_key(config), curve, threads=1, most=counts[-1], measured_at=now)
-    best = best_point(curve, most=counts[-1])
+    best = fastest_point(curve, most=counts[-1])
     return {
         "best": best.trials,
         "tokens_per_second": best.tokens_per_second,
@@ -61,5 +61,5 @@ def packing_of(config: TrainConfig, *, seconds: float = SECONDS) -> Figures:
     }
 
 
-def _row(point: Point) -> Figures:
+def _row(point: ThroughputPoint) -> Figures:
     return asdict(point) | {"fits": point.fits}

@@ -8,10 +8,10 @@ from statistics import fmean
 from typing import Any, Literal
 
 from tune import format as fmt
-from tune.analysis.verdicts import LARGEST, Cells, Delta, Judgement, judge
+from tune.analysis.verdicts import LARGEST, Delta, Judgement, Outcomes, judge
 from tune.claims.selectors import ClaimArm, describe, is_number, matches, same, short, varied
 from tune.spec.schema import LOSS_METRICS, Claim
-from tune.storage.records import Outcome
+from tune.storage.records import TrialOutcome
 
 Verdict = Literal["reproduced", "refuted", "undecided", "no data"]
 Pair = tuple[ClaimArm, ClaimArm]
@@ -49,7 +49,7 @@ class Difference:
 class Chain:
     """Arms along the values of a setting: what to judge, the names in order of the values, and the values."""
 
-    cells: Cells
+    cells: Outcomes
     names: Sequence[str]
     values: Sequence[float]
     method: str
@@ -63,7 +63,7 @@ class Evidence:
     """What claims are judged by: all arms, what came of a trial in terms of a metric, and the campaign's rules."""
 
     arms: Sequence[ClaimArm]
-    outcome: Callable[[str, str], Outcome]  # (trial id, metric)
+    outcome: Callable[[str, str], TrialOutcome]  # (trial id, metric)
     metric: str
     goal: Literal["minimize", "maximize"]
     confidence: float
@@ -76,18 +76,20 @@ class Evidence:
     def in_phase(self, phase: str) -> list[ClaimArm]:
         return [arm for arm in self.arms if arm.phase == phase]
 
-    def cells(self, arms: Iterable[ClaimArm], metric: str, of: Callable[[float], float] = float) -> Cells:
+    def cells(self, arms: Iterable[ClaimArm], metric: str, of: Callable[[float], float] = float) -> Outcomes:
         """The arms' outcomes by name and seed, each value as `of` it; one that has none is missing."""
         return {arm.name: {seed: self.cell(i, metric, of) for seed, i in arm.trial_ids.items()} for arm in arms}
 
-    def cell(self, trial_id: str, metric: str, of: Callable[[float], float] = float) -> Outcome:
+    def cell(self, trial_id: str, metric: str, of: Callable[[float], float] = float) -> TrialOutcome:
         """What came of a trial, as `of` it; no value where there is none, from LARGEST on, or without a logarithm."""
         seen = self.outcome(trial_id, metric)
         if seen.value is None or abs(seen.value) >= LARGEST or (of is log and seen.value <= 0):
             return replace(seen, value=None)
         return replace(seen, value=of(seen.value))
 
-    def judge(self, cells: Cells, claim: Claim, baseline: str, *, method: Any = "auto", goal: Any = None) -> Judgement:
+    def judge(
+        self, cells: Outcomes, claim: Claim, baseline: str, *, method: Any = "auto", goal: Any = None
+    ) -> Judgement:
         """The verdicts of a phase against any of its arms."""
         return judge(
             cells,
@@ -99,7 +101,7 @@ class Evidence:
             method=method,
         )
 
-    def lost(self, loser: Iterable[Outcome], winner: Iterable[Outcome], seeds: int, metric: str) -> bool:
+    def lost(self, loser: Iterable[TrialOutcome], winner: Iterable[TrialOutcome], seeds: int, metric: str) -> bool:
         """Whether all of one side diverged and none of the other, over enough seeds; the module claims.py says why."""
         sides = {outcome.status for outcome in loser}, {outcome.status for outcome in winner}
         return (
@@ -189,7 +191,7 @@ def chain(claim: Claim, evidence: Evidence) -> Chain | None:
     return Chain(cells, names, values, method, seeds, trials, _where([(arm, arm) for arm in arms], seeds, ""))
 
 
-def incomplete(outcomes: Sequence[Outcome], metric: str) -> ClaimVerdict | None:
+def incomplete(outcomes: Sequence[TrialOutcome], metric: str) -> ClaimVerdict | None:
     """What keeps a claim open whatever the values are: trials that did not finish, or that lack the metric."""
     open_ones = Counter(outcome.status for outcome in outcomes if outcome.status != "finished")
     if open_ones:
@@ -230,17 +232,19 @@ def _delta(
     return delta
 
 
-def _averaged(arms: Sequence[ClaimArm], evidence: Evidence, metric: str) -> dict[int, Outcome]:
+def _averaged(arms: Sequence[ClaimArm], evidence: Evidence, metric: str) -> dict[int, TrialOutcome]:
     """The outcome of each seed, averaged over the arms that ran it."""
     seeds = sorted({seed for arm in arms for seed in arm.trial_ids})
     ids = {seed: dict.fromkeys(arm.trial_ids[seed] for arm in arms if seed in arm.trial_ids) for seed in seeds}
     return {seed: _mean([evidence.cell(i, metric) for i in trials]) for seed, trials in ids.items()}
 
 
-def _mean(outcomes: Sequence[Outcome]) -> Outcome:
+def _mean(outcomes: Sequence[TrialOutcome]) -> TrialOutcome:
     """The mean of finished trials; otherwise what became of the first that is not."""
     excluded = next((outcome for outcome in outcomes if outcome.value is None), None)
-    return excluded or Outcome("finished", fmean(outcome.value for outcome in outcomes if outcome.value is not None))
+    return excluded or TrialOutcome(
+        "finished", fmean(outcome.value for outcome in outcomes if outcome.value is not None)
+    )
 
 
 def _where(pairs: Sequence[Pair], seeds: int, remark: str) -> str:

@@ -30,7 +30,7 @@ def run_inline(session: Session) -> None:
                         break
                     for trial_id, result in news.ended.items():
                         session.tell(trial_id, result)
-                    unwanted = [name for name, so_far in news.so_far.items() if session.should_stop(name, so_far)]
+                    unwanted = [name for name, interim in news.interim.items() if session.should_stop(name, interim)]
 
 
 @contextlib.contextmanager

@@ -72,8 +72,8 @@ class RemoteSession:
     def is_over(self) -> bool:
         return self._ask("is_over")
 
-    def should_stop(self, trial_id: str, so_far: TrialResult) -> bool:
-        return self._ask("should_stop", trial_id, so_far)
+    def should_stop(self, trial_id: str, interim: TrialResult) -> bool:
+        return self._ask("should_stop", trial_id, interim)
 
     def tell(self, trial_id: str, result: TrialResult) -> None:
         self._ask("tell", trial_id, result)
@@ -151,8 +151,8 @@ class SessionSearcher(Unpickled, Searcher):
         """Whether the session has a result of all that was given out as one; those it ends here are recorded, too."""
         left = self._given[trial_id]
         self._record(left, result)
-        news = result[UPDATES].so_far.items()
-        ended = [left.pop(ours) for ours, so_far in news if ours in left and self._session.should_stop(ours, so_far)]
+        news = result[UPDATES].interim.items()
+        ended = [left.pop(ours) for ours, interim in news if ours in left and self._session.should_stop(ours, interim)]
         for spec in ended if left else ():  # the others go on, and the worker listens before it does
             with contextlib.suppress(OSError):  # no room for a wish: it trains to its end, and nobody listens
                 request_stop(spec.folder)

@@ -23,7 +23,7 @@ from tune.executors.ray_process import DriverExited, RayReady, drive
 from tune.executors.watchdog import Watchdog
 from tune.session.session import ExecutorLost, Session
 from tune.spec.schema import Resources
-from tune.trials.retries import kernel_kills
+from tune.trials.retries import oom_kill_count
 
 LOOK = 1.0  # seconds between two looks at Ray's processes and the heartbeats
 START = 300.0  # seconds for Ray to start
@@ -61,7 +61,7 @@ class RaySupervisor:
         self._is_running = False
         self._watchdog = Watchdog(resources.stall_timeout)
         self._killed: dict[str, float] = {}  # when a trial that hung was ended, until Ray says that it is
-        self._kernel_kills, self._short_of_memory = kernel_kills(), -RECENT
+        self._kernel_kills, self._short_of_memory = oom_kill_count(), -RECENT
         self._looked = self._heard = 0.0
         self._deadline: float | None = None  # for trials to save
 
@@ -276,6 +276,6 @@ class RaySupervisor:
         return None
 
     def _count_kernel_kills(self) -> None:
-        kills = kernel_kills()
+        kills = oom_kill_count()
         if kills > self._kernel_kills:
             self._kernel_kills, self._short_of_memory = kills, time.monotonic()

@@ -71,9 +71,9 @@ class TrialWorker(ray.tune.Trainable):
             # With the evaluation it was at, if it was at one: that step is saved, and does not come again.
             return {UPDATES: news, PAUSED: True, "done": True}
         for spec in self._left.values():
-            so_far = news.so_far.get(spec.trial_id)
+            interim = news.interim.get(spec.trial_id)
             for name, gauge in self._gauges.items():
-                if so_far and (value := so_far.metrics.get(name)) is not None:
+                if interim and (value := interim.metrics.get(name)) is not None:
                     gauge.set(value, tags={"phase": spec.phase, "arm": spec.arm, "seed": str(spec.seed)})
         return {UPDATES: news} | ({} if self._left else {"done": True})
 

@@ -22,7 +22,7 @@ from ngpt.training.loop import train_step
 from ngpt.training.throughput import benchmark_run
 from tune import format as fmt
 from tune.machine.environment import total_memory
-from tune.trials.trial import machine
+from tune.trials.trial import describe_machine
 
 SECONDS = 1.5  # of training with each number of trials
 FEWEST = 3  # steps in that time
@@ -35,12 +35,12 @@ MARGIN = 0.2  # seconds from the order to train until all start
 Log = Callable[[str], None]
 
 
-class CalibrationFailed(Exception):
+class CalibrationError(Exception):
     """A trial could not be measured; the message says why."""
 
 
 @dataclass(frozen=True)
-class Point:
+class ThroughputPoint:
     """So many trials at once on one device: what they make together, and what each of them takes."""
 
     trials: int
@@ -57,19 +57,19 @@ class Point:
 
 def describe_device(config: TrainConfig, threads: int) -> str:
     """Host, device and version of torch that a curve holds for."""
-    about = machine(config.device, threads)
+    about = describe_machine(config.device, threads)
     return f"{about['host']} {about['device']} torch {about['torch']}"
 
 
-def measure_together(
+def measure_concurrent_trials(
     config: TrainConfig,
     *,
     counts: Iterable[int],
     threads: Callable[[int], int],
     seconds: float = SECONDS,
-    enough: Callable[[Sequence[Point]], bool] = lambda curve: False,
+    enough: Callable[[Sequence[ThroughputPoint]], bool] = lambda curve: False,
     log: Log = lambda line: None,
-) -> list[Point]:
+) -> list[ThroughputPoint]:
     """A point for each of `counts`, as far as more trials are faster and fit.
 
     Args:
@@ -83,7 +83,7 @@ def measure_together(
     Raises:
         CalibrationFailed: not even the first count could be measured.
     """
-    curve: list[Point] = []
+    curve: list[ThroughputPoint] = []
     tried = list(counts)
     with _team(resolved(config)) as together:
         for count in tried:
@@ -93,7 +93,7 @@ def measure_together(
             members = max(other for other in tried if other <= curve[-1].room) if curve else count
             try:
                 curve.append(together(count, members, threads(count), seconds))
-            except CalibrationFailed as error:
+            except CalibrationError as error:
                 if not curve:
                     raise
                 log(f"{count} at once: {error}")
@@ -103,19 +103,19 @@ def measure_together(
     return curve
 
 
-def _falls(curve: Sequence[Point]) -> bool:
+def _falls(curve: Sequence[ThroughputPoint]) -> bool:
     return curve[-1].tokens_per_second < FALLING * max(point.tokens_per_second for point in curve)
 
 
 @contextmanager
-def _team(config: TrainConfig) -> Iterator[Callable[[int, int, int, float], Point]]:
+def _team(config: TrainConfig) -> Iterator[Callable[[int, int, int, float], ThroughputPoint]]:
     """A call that trains with the first processes of a team, on so many threads each, for so long.
 
     The team grows to the size that the call gives, and is kept for the next one.
     """
     members: list[_Member] = []
 
-    def together(count: int, size: int, threads: int, seconds: float) -> Point:
+    def together(count: int, size: int, threads: int, seconds: float) -> ThroughputPoint:
         new = [_Member(config, threads) for _ in range(size - len(members))]
         members.extend(new)
         for member in new:
@@ -126,7 +126,7 @@ def _team(config: TrainConfig) -> Iterator[Callable[[int, int, int, float], Poin
         answers = [member.answer(MARGIN + 10 * seconds + PATIENCE) for member in members[:count]]
         in_use = max(answer["in_use"] for answer in answers) // len(members)
         each = max(in_use, *(answer["peak"] for answer in answers))
-        return Point(
+        return ThroughputPoint(
             trials=count,
             threads=threads,
             tokens_per_second=sum(answer["tokens"] / answer["seconds"] for answer in answers),
@@ -158,14 +158,14 @@ class _Member:
             CalibrationFailed: it has failed or died, or says nothing for so many seconds.
         """
         if not self.pipe.poll(patience):
-            raise CalibrationFailed(f"no answer for {patience:.0f} s")
+            raise CalibrationError(f"no answer for {patience:.0f} s")
         try:
             said = self.pipe.recv()
         except EOFError:
             self._process.join()
-            raise CalibrationFailed(f"its process died (exit code {self._process.exitcode})") from None
+            raise CalibrationError(f"its process died (exit code {self._process.exitcode})") from None
         if "error" in said:
-            raise CalibrationFailed(said["error"])
+            raise CalibrationError(said["error"])
         return said
 
     def end(self) -> None:

@@ -16,15 +16,15 @@ from ngpt.training.config import TrainConfig
 from tune import format as fmt
 from tune.analysis.verdicts import Method, detectable, judge
 from tune.machine.environment import usable_cpus
-from tune.machine.gpu_sharing import known_packing
+from tune.machine.gpu_sharing import known_trials_per_device
 from tune.machine.throughput import device_key, known_speeds, measure_speeds
-from tune.planning.budget import describe
-from tune.planning.forecast import expected_phases, has_result, known_end
+from tune.planning.budget import describe_budget
+from tune.planning.forecast import expected_phases, has_result, known_result
 from tune.planning.plan import PlannedPhase, trial_flops, trial_tokens, trial_work
 from tune.planning.shape import shape_key
 from tune.spec.schema import Campaign
 from tune.storage.journal import read_journal
-from tune.storage.state import State, replay
+from tune.storage.state import CampaignState, replay
 
 STARTUP = 8.0  # seconds: interpreter, Ray, first import of torch in the workers
 PER_TRIAL = 0.1  # seconds besides training and evaluation
@@ -83,7 +83,7 @@ def estimate(campaign: Campaign, root: Path, *, measure: bool = False) -> dict[s
         "workers": workers,
         "together": max((together for _, together in trials), default=1),  # in one worker
         "noise": asdict(noise) if noise else None,
-        "budget": describe(campaign.budget),
+        "budget": describe_budget(campaign.budget),
         "seconds": totals["seconds"] + (STARTUP if totals["to_run"] else 0.0),
         "seconds_source": _source(
             measure, n_missing, totals["to_run"], rate, all(shape_key(*trial) in speeds for trial in trials)
@@ -91,11 +91,11 @@ def estimate(campaign: Campaign, root: Path, *, measure: bool = False) -> dict[s
     }
 
 
-def _known(campaign: Campaign, state: State, phases: Sequence[PlannedPhase]) -> set[str]:
+def _known(campaign: Campaign, state: CampaignState, phases: Sequence[PlannedPhase]) -> set[str]:
     """The phases, in order of need, whose winners are known; what was planned from a guess is a guess itself."""
     found = set[str]()
     for phase in phases:
-        if phase_needs(campaign, phase) <= found and known_end(campaign, state, phase):
+        if phase_needs(campaign, phase) <= found and known_result(campaign, state, phase):
             found.add(phase.name)
     return found
 
@@ -104,9 +104,9 @@ def _in_company(configs: list[TrainConfig], campaign: Campaign) -> list[tuple[Tr
     """Each trial with how many are trained at once with it in its worker, itself included."""
     if campaign.resources.vectorise == 1:
         return [(config, 1) for config in configs]
-    from tune.trials.trial_group import groups
+    from tune.trials.trial_group import expected_groups
 
-    found = groups(configs, workers=expected_workers(campaign), most=campaign.resources.vectorise)
+    found = expected_groups(configs, workers=expected_workers(campaign), most=campaign.resources.vectorise)
     return [(configs[index], len(group)) for group in found for index in group]
 
 
@@ -119,7 +119,7 @@ class Noise:
     source: str
 
 
-def _noise(campaign: Campaign, state: State) -> Noise | None:
+def _noise(campaign: Campaign, state: CampaignState) -> Noise | None:
     """What the campaign says, or what its newest finished phase has measured."""
     if campaign.noise is not None:
         return Noise(campaign.noise, "paired", "as the campaign says")
@@ -240,7 +240,7 @@ def expected_workers(campaign: Campaign) -> int:
         import torch
 
         share, gpus = resources.gpus_per_trial, torch.cuda.device_count()
-        packed = known_packing(campaign) if share == "auto" else int(1 / float(share) + 1e-9)
+        packed = known_trials_per_device(campaign) if share == "auto" else int(1 / float(share) + 1e-9)
         rooms.append(gpus * packed if packed else int(gpus / float(share)))
     return max(1, resources.workers or min(rooms))
 

@@ -24,13 +24,18 @@ from ngpt.system.cache import cache_folder
 from ngpt.system.device import pick_device
 from ngpt.training.config import TrainConfig
 from tune import format as fmt
-from tune.machine.concurrency_benchmark import CalibrationFailed, Point, describe_device, measure_together
+from tune.machine.concurrency_benchmark import (
+    CalibrationError,
+    ThroughputPoint,
+    describe_device,
+    measure_concurrent_trials,
+)
 from tune.machine.environment import usable_cpus
 from tune.planning.equal_time import pace_key
 from tune.planning.forecast import expected_phases
 from tune.planning.plan import trial_flops, trial_tokens
 from tune.spec.schema import Campaign, Resources
-from tune.storage.state import DONE, State
+from tune.storage.state import DONE, CampaignState
 
 COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # trials at once that are tried, in this order
 SAME = 0.99  # of the most tokens per second: the fewest trials that reach it are taken
@@ -40,17 +45,17 @@ Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Packing:
+class GpuSharing:
     """How many trials share a device, and why."""
 
     trials_per_device: int
     why: str
     device: str
-    curve: tuple[Point, ...] = ()
+    curve: tuple[ThroughputPoint, ...] = ()
     measured_at: str | None = None  # UTC; None: nothing was measured
 
 
-def best_point(curve: Sequence[Point], *, most: int) -> Point:
+def fastest_point(curve: Sequence[ThroughputPoint], *, most: int) -> ThroughputPoint:
     """The point of the most tokens per second among those that fit into the memory and have at most `most` trials.
 
     Of points that are as fast (`SAME`) the one with the fewest trials. The first of `curve` is one trial.
@@ -60,7 +65,7 @@ def best_point(curve: Sequence[Point], *, most: int) -> Point:
     return next(point for point in fitting if point.tokens_per_second >= SAME * fastest)
 
 
-def pack(campaign: Campaign, state: State, log: Log) -> Packing | None:
+def pack(campaign: Campaign, state: CampaignState, log: Log) -> GpuSharing | None:
     """How many trials of a campaign are to share each GPU; None where that is not for us to choose.
 
     It measures unless the shape is known, or what is left to train is over sooner than a calibration would be.
@@ -72,16 +77,16 @@ def pack(campaign: Campaign, state: State, log: Log) -> Packing | None:
     return choose(configs, most=most, devices=devices, threads=campaign.resources.cpus_per_trial, log=log)
 
 
-def known_packing(campaign: Campaign) -> int:
+def known_trials_per_device(campaign: Campaign) -> int:
     """How many trials `pack` would let share each GPU, as far as it need not measure; else 1."""
-    configs, threads = _left(campaign, State()), campaign.resources.cpus_per_trial
+    configs, threads = _left(campaign, CampaignState()), campaign.resources.cpus_per_trial
     most = _most(campaign.resources, len(configs), torch.cuda.device_count())
     main = _most_worked_on(configs)
     known = known_curve(describe_device(main, threads), pace_key(main), threads=threads, most=1)
-    return best_point(known[0], most=most).trials if known else 1
+    return fastest_point(known[0], most=most).trials if known else 1
 
 
-def choose(configs: Sequence[TrainConfig], *, most: int, devices: int, threads: int, log: Log) -> Packing | None:
+def choose(configs: Sequence[TrainConfig], *, most: int, devices: int, threads: int, log: Log) -> GpuSharing | None:
     """How many of the trials `configs` are to share each of so many devices, at most `most`; None for one.
 
     The shape that most of the arithmetic goes into decides the speed, the trial with the largest steps the memory.
@@ -97,23 +102,25 @@ def choose(configs: Sequence[TrainConfig], *, most: int, devices: int, threads: 
     else:
         tokens = sum(map(trial_tokens, configs)) / devices
 
-        def too_short(curve: Sequence[Point]) -> bool:
+        def too_short(curve: Sequence[ThroughputPoint]) -> bool:
             return len(curve) == 1 and tokens < WORTH * curve[0].tokens_per_second
 
         log("measuring how many trials at once are fastest ...")
         counts = [count for count in COUNTS if count <= most]
         try:
-            curve = measure_together(main, counts=counts, threads=lambda _: threads, enough=too_short, log=log)
-        except CalibrationFailed as error:  # the campaign's own trials will say why, each in its record
-            return Packing(1, f"not measured: {error}", device)
+            curve = measure_concurrent_trials(main, counts=counts, threads=lambda _: threads, enough=too_short, log=log)
+        except CalibrationError as error:  # the campaign's own trials will say why, each in its record
+            return GpuSharing(1, f"not measured: {error}", device)
         if too_short(curve):
             seconds = fmt.duration(tokens / curve[0].tokens_per_second)
-            return Packing(1, f"not measured: on their own the trials take {seconds} of training", device, tuple(curve))
+            return GpuSharing(
+                1, f"not measured: on their own the trials take {seconds} of training", device, tuple(curve)
+            )
         measured_at, why = datetime.now(UTC).isoformat(timespec="seconds"), "measured at the start of this campaign"
         remember_curve(device, shape, curve, threads=threads, most=most, measured_at=measured_at)
-    best = best_point(curve, most=min(most, _room_for_the_largest(configs, main, threads, log)))
+    best = fastest_point(curve, most=min(most, _room_for_the_largest(configs, main, threads, log)))
     gain = best.tokens_per_second / curve[0].tokens_per_second
-    return Packing(best.trials, f"{gain:.2f} x the tokens/s of one, {why}", device, tuple(curve), measured_at)
+    return GpuSharing(best.trials, f"{gain:.2f} x the tokens/s of one, {why}", device, tuple(curve), measured_at)
 
 
 def _most(resources: Resources, trials: int, devices: int) -> int:
@@ -122,7 +129,7 @@ def _most(resources: Resources, trials: int, devices: int) -> int:
     return min(-(-slots // devices), usable_cpus() // (resources.cpus_per_trial * devices))
 
 
-def _left(campaign: Campaign, state: State) -> list[TrainConfig]:
+def _left(campaign: Campaign, state: CampaignState) -> list[TrainConfig]:
     """What there is to train, as far as the winners are known."""
     done = {trial_id for trial_id, result in state.results.items() if result["status"] in DONE}
     trials = {trial.trial_id: trial.config for phase in expected_phases(campaign, state) for trial in phase.trials}
@@ -152,8 +159,8 @@ def _room_for_the_largest(configs: Sequence[TrainConfig], main: TrainConfig, thr
     if known is None:
         log("measuring the memory of the largest trial ...")
         try:
-            curve = measure_together(largest, counts=(1,), threads=lambda _: threads, log=log)
-        except CalibrationFailed:
+            curve = measure_concurrent_trials(largest, counts=(1,), threads=lambda _: threads, log=log)
+        except CalibrationError:
             return 1
         measured_at = datetime.now(UTC).isoformat(timespec="seconds")
         remember_curve(device, shape, curve, threads=threads, most=1, measured_at=measured_at)
@@ -164,18 +171,18 @@ def _room_for_the_largest(configs: Sequence[TrainConfig], main: TrainConfig, thr
 # ---- what was measured before ----------------------------------------------------------------------------------------
 
 
-def known_curve(device: str, shape: str, *, threads: int, most: int) -> tuple[list[Point], str] | None:
+def known_curve(device: str, shape: str, *, threads: int, most: int) -> tuple[list[ThroughputPoint], str] | None:
     """The newest curve of this device and shape, and when it was measured; None unless it went as far as `most`."""
     path = _curves_file()
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
     for row in filter(None, map(_parse, reversed(lines))):
         if (row["device"], row["shape"], row["threads"]) == (device, shape, threads) and row["most"] >= most:
-            return [Point(**point) for point in row["curve"]], row["measured_at"]
+            return [ThroughputPoint(**point) for point in row["curve"]], row["measured_at"]
     return None
 
 
 def remember_curve(
-    device: str, shape: str, curve: Sequence[Point], *, threads: int, most: int, measured_at: str
+    device: str, shape: str, curve: Sequence[ThroughputPoint], *, threads: int, most: int, measured_at: str
 ) -> None:
     """Keeps a curve for later campaigns on this machine; `most` is how far it would have gone at most."""
     path = _curves_file()

@@ -10,15 +10,15 @@ from ngpt.training.config import TrainConfig
 from tune.planning.plan import trial_work
 from tune.planning.shape import shape_key
 from tune.spec.schema import Campaign
-from tune.storage.state import State
+from tune.storage.state import CampaignState
 
 
 def device_key(campaign: Campaign) -> str:
     """The device and the threads that a measured speed holds for."""
-    from tune.trials.trial import machine
+    from tune.trials.trial import describe_machine
 
     threads = campaign.resources.cpus_per_trial
-    about = machine(campaign.base.device, threads)
+    about = describe_machine(campaign.base.device, threads)
     return f"{about['host']} {about['device']} {threads} threads"
 
 
@@ -42,7 +42,7 @@ def measure_speeds(trials: Iterable[tuple[TrainConfig, int]], campaign: Campaign
     _remember(device_key(campaign), speeds)
 
 
-def remember_speeds(campaign: Campaign, state: State, configs: Mapping[str, TrainConfig]) -> None:
+def remember_speeds(campaign: Campaign, state: CampaignState, configs: Mapping[str, TrainConfig]) -> None:
     """Keeps the speed of the trials that this session trained, for later plans on this machine."""
     speeds = {}
     for trial_id, config in configs.items():

@@ -8,19 +8,19 @@ were ever begun here, and the time of all sessions from their start to their end
 from collections.abc import Mapping
 
 from tune.spec.schema import Budget
-from tune.storage.state import State
+from tune.storage.state import CampaignState
 
-STOPPED = "stopped by budget"
+STOPPED_BY_BUDGET = "stopped by budget"
 
 
-def allows(budget: Budget, state: State, trial_id: str, seconds: float) -> bool:
+def budget_allows(budget: Budget, state: CampaignState, trial_id: str, seconds: float) -> bool:
     """Whether a trial may begin, or go on, after `seconds` of all sessions. One that was begun before counts once."""
     if budget.hours is not None and seconds >= budget.hours * 3600:
         return False
     return budget.trials is None or trial_id in state.attempts or len(state.attempts) < budget.trials
 
 
-def describe(budget: Budget) -> str:
+def describe_budget(budget: Budget) -> str:
     """`5 trials, 2 hours`; empty without a budget."""
     parts = {"trials": budget.trials, "hours": budget.hours}
     return ", ".join(f"{value:g} {name[:-1] if value == 1 else name}" for name, value in parts.items() if value)

@@ -16,7 +16,7 @@ from ngpt.training.config import TrainConfig
 from tune import format as fmt
 from tune.planning.forecast import expected_phases
 from tune.spec.schema import Campaign
-from tune.storage.state import DONE, State
+from tune.storage.state import DONE, CampaignState
 
 FLAG = "--allow-change"
 JUDGES = ("metric", "confidence", "min_effect", "hold")  # fields of `campaign_started` that say how arms are compared
@@ -46,7 +46,7 @@ class Changes:
         return found + _listed("no longer part of the campaign", self.gone)
 
 
-def find_changes(campaign: Campaign, state: State) -> Changes:
+def find_changes(campaign: Campaign, state: CampaignState) -> Changes:
     """Compares `campaign` with the journal's newest start and results; what an executor or a view uses is no change.
 
     Raises:
@@ -81,7 +81,7 @@ def check_changes(changes: Changes, *, allowed: bool) -> None:
         raise ConfigError(f"{text}choose another --out to keep both, put it back, or give {FLAG} to go on like this")
 
 
-def judged_by(campaign: Campaign) -> dict[str, Any]:
+def judging_rules(campaign: Campaign) -> dict[str, Any]:
     """How arms are compared, as `campaign_started` has it."""
     return {
         "metric": campaign.metric.model_dump(),
@@ -91,8 +91,8 @@ def judged_by(campaign: Campaign) -> dict[str, Any]:
     }
 
 
-def _meaning(campaign: Campaign, state: State) -> Iterator[str]:
-    before, now = state.campaign, judged_by(campaign)
+def _meaning(campaign: Campaign, state: CampaignState) -> Iterator[str]:
+    before, now = state.campaign, judging_rules(campaign)
     for name in JUDGES:
         yield from _differences(name, before.get(name), now[name])
     base = flatten(campaign.base)
@@ -102,7 +102,7 @@ def _meaning(campaign: Campaign, state: State) -> Iterator[str]:
         yield _arrow("data", _data(before["base"], before["data"]["fingerprint"]), _data(base, key))
 
 
-def _settings(campaign: Campaign, state: State) -> Iterator[str]:
+def _settings(campaign: Campaign, state: CampaignState) -> Iterator[str]:
     """Settings of the base that decide what is computed. One that an older version did not know had its default."""
     before, default = state.campaign["base"], flatten(TrainConfig())
     for name, value in flatten(campaign.base).items():
@@ -133,14 +133,14 @@ def _as_json(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
-def _plan_of(state: State) -> dict[tuple[str, str], list[str]]:
+def _plan_of(state: CampaignState) -> dict[tuple[str, str], list[str]]:
     """The trials of each arm as they were planned, by phase and arm."""
     return {
         (phase.name, arm.name): list(arm.trial_ids.values()) for phase in state.phases.values() for arm in phase.arms
     }
 
 
-def _plan_in(campaign: Campaign, state: State) -> dict[tuple[str, str], list[str]]:
+def _plan_in(campaign: Campaign, state: CampaignState) -> dict[tuple[str, str], list[str]]:
     """The same as the file has it now, as far as the winners are known."""
     return {
         (phase.name, arm.name): [trial.trial_id for trial in arm.trials]

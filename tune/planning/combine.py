@@ -15,11 +15,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tune.spec.sweeps import ArmSpec
-from tune.storage.records import Better
+from tune.storage.records import BetterArm
 
 
-def joins(
-    found: Sequence[Better], possible: Callable[[Mapping[str, Any]], bool] = lambda overrides: True
+def join_better_arms(
+    found: Sequence[BetterArm], possible: Callable[[Mapping[str, Any]], bool] = lambda overrides: True
 ) -> list[ArmSpec]:
     """The arms of a combining phase: each adds one arm to those before it; `possible` says whether a join may be."""
     arms: list[ArmSpec] = []

@@ -6,14 +6,14 @@ from typing import Any
 
 from ngpt.training.config import TrainConfig
 from tune.analysis.verdicts import judge
-from tune.planning.plan import End, PlannedPhase, preview, trial_flops, trial_work
+from tune.planning.plan import PhaseResult, PlannedPhase, preview, trial_flops, trial_work
 from tune.planning.shape import shape_key
 from tune.spec.schema import Campaign
-from tune.storage.records import Better, Work
-from tune.storage.state import DONE, State
+from tune.storage.records import BetterArm, TrialWork
+from tune.storage.state import DONE, CampaignState
 
 
-def planned_event(phase: PlannedPhase) -> dict[str, Any]:
+def phase_planned_event(phase: PlannedPhase) -> dict[str, Any]:
     """The fields of `phase_planned`."""
     return {
         "phase": phase.name,
@@ -34,11 +34,11 @@ def planned_event(phase: PlannedPhase) -> dict[str, Any]:
     }
 
 
-def _work(config: TrainConfig) -> Work:
-    return Work(shape_key(config), trial_work(config), trial_flops(config))
+def _work(config: TrainConfig) -> TrialWork:
+    return TrialWork(shape_key(config), trial_work(config), trial_flops(config))
 
 
-def has_result(campaign: Campaign, state: State, phase: str, trial_id: str) -> bool:
+def has_result(campaign: Campaign, state: CampaignState, phase: str, trial_id: str) -> bool:
     """Whether a trial need not be trained for a phase: one that was stopped early counts only where that is done."""
     status = state.results[trial_id]["status"] if trial_id in state.results else None
     return status in DONE and (status != "stopped" or stops_early(campaign, phase))
@@ -50,7 +50,7 @@ def stops_early(campaign: Campaign, phase: str) -> bool:
     return campaign.early_stop is not None and searches
 
 
-def known_end(campaign: Campaign, state: State, phase: PlannedPhase) -> End | None:
+def known_result(campaign: Campaign, state: CampaignState, phase: PlannedPhase) -> PhaseResult | None:
     """The winner of a phase and the arms that are better, by the rules of now; None while a trial is to be trained."""
     if not all(has_result(campaign, state, phase.name, trial.trial_id) for trial in phase.trials):
         return None
@@ -63,11 +63,11 @@ def known_end(campaign: Campaign, state: State, phase: PlannedPhase) -> End | No
         min_effect=campaign.min_effect,
     )
     deltas = {arm.arm: arm.delta for arm in judgement.arms if arm.verdict == "better"}
-    better = [Better(arm, overrides[arm], abs(delta.mean)) for arm, delta in deltas.items() if delta]
+    better = [BetterArm(arm, overrides[arm], abs(delta.mean)) for arm, delta in deltas.items() if delta]
     return judgement.winner, better
 
 
-def expected_phases(campaign: Campaign, state: State) -> list[PlannedPhase]:
+def expected_phases(campaign: Campaign, state: CampaignState) -> list[PlannedPhase]:
     """All phases as they are planned from what the journal knows.
 
     Where a winner is not known, the one of last time stands in for it, if the phase has that arm still: who adds a seed
@@ -75,12 +75,12 @@ def expected_phases(campaign: Campaign, state: State) -> list[PlannedPhase]:
     """
     return preview(
         campaign,
-        end=lambda phase: known_end(campaign, state, phase) or _last_end(state, phase),
+        end=lambda phase: known_result(campaign, state, phase) or _last_end(state, phase),
         outcome=state.outcome,
     )
 
 
-def _last_end(state: State, phase: PlannedPhase) -> End | None:
+def _last_end(state: CampaignState, phase: PlannedPhase) -> PhaseResult | None:
     """What the journal says of the phase as it was, as far as it has the same arms."""
     past, arms = state.phases.get(phase.name), {arm.name: arm.overrides for arm in phase.arms}
     if past is None or past.winner not in arms:
@@ -88,7 +88,7 @@ def _last_end(state: State, phase: PlannedPhase) -> End | None:
     return past.winner, [replace(better, overrides=arms[better.arm]) for better in past.better if better.arm in arms]
 
 
-def to_come(campaign: Campaign, state: State) -> list[list[dict[str, Any]]]:
+def expected_stages(campaign: Campaign, state: CampaignState) -> list[list[dict[str, Any]]]:
     """How many trials of which work are expected besides the planned ones; one of several phases counts in the first.
 
     They come in stages: the first is what optuna has not proposed yet in the phases that are planned, each other one
@@ -98,7 +98,7 @@ def to_come(campaign: Campaign, state: State) -> list[list[dict[str, Any]]]:
     needs = {phase.name: phase.needs for phase in campaign.phases}
     over = {phase.name for phase in state.phases.values() if phase.winner is not None}
     stage_of: dict[str, int] = {}
-    stages: defaultdict[int, Counter[tuple[str, Work]]] = defaultdict(Counter)
+    stages: defaultdict[int, Counter[tuple[str, TrialWork]]] = defaultdict(Counter)
     for phase in expected_phases(campaign, state):
         stage_of[phase.name] = max((stage_of[name] + 1 for name in needs[phase.name] - over), default=0)
         for arm in phase.arms:

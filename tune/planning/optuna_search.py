@@ -16,7 +16,7 @@ from tune.spec.sweeps import ArmSpec
 
 
 @lru_cache(maxsize=256)
-def proposed(search: Search, scores: tuple[float, ...]) -> tuple[ArmSpec, ...]:
+def propose_arms(search: Search, scores: tuple[float, ...]) -> tuple[ArmSpec, ...]:
     """The arms of all batches that were scored, and of the next one, at most `search.trials` in all.
 
     `scores` has one number for each arm of the complete batches so far: the lower the better, infinite for an arm that
@@ -34,12 +34,12 @@ def proposed(search: Search, scores: tuple[float, ...]) -> tuple[ArmSpec, ...]:
         batch = [study.ask(distributions) for _ in range(size)]
         known = scores[len(arms) : len(arms) + size]
         arms += [search.arm([_value(d, trial.params[d.setting]) for d in search.space]) for trial in batch]
-        for trial, score in zip(batch, known, strict=False):
-            study.tell(trial, score)
+        for trial, arm_score in zip(batch, known, strict=False):
+            study.tell(trial, arm_score)
     return tuple(arms)
 
 
-def score(values: Sequence[float | None], goal: str) -> float:
+def arm_score(values: Sequence[float | None], goal: str) -> float:
     """One number for an arm: its mean over the seeds, and infinite where one of them has none."""
     known = [value for value in values if value is not None]
     if len(known) < len(values):

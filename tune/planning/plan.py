@@ -10,26 +10,26 @@ from ngpt.config.base import ConfigError, content_hash, override, settings
 from ngpt.data.dataset import fingerprint, order_settings
 from ngpt.model.flops import flops_per_token
 from ngpt.training.config import TrainConfig, resolved, rollback_settings
-from tune.planning.combine import joins
+from tune.planning.combine import join_better_arms
 from tune.planning.equal_time import pace_key, steps_of_equal_time
-from tune.planning.optuna_search import proposed, score
+from tune.planning.optuna_search import arm_score, propose_arms
 from tune.spec.schema import Campaign, FreshSeeds, Phase
 from tune.spec.search_space import random_arms
 from tune.spec.sweeps import BASELINE, ArmSpec
-from tune.storage.records import Better, Outcome
+from tune.storage.records import BetterArm, TrialOutcome
 
 Overrides = Mapping[str, Any]
-End = tuple[str, Sequence[Better]]  # of a phase: its winner, and the arms that were better
+PhaseResult = tuple[str, Sequence[BetterArm]]  # of a phase: its winner, and the arms that were better
 NOTHING: Mapping[str, Any] = {}
 
 
-def unknown_outcome(trial_id: str) -> Outcome:
+def unknown_outcome(trial_id: str) -> TrialOutcome:
     """Of a trial before the first one has run."""
-    return Outcome("missing")
+    return TrialOutcome("missing")
 
 
 @dataclass(frozen=True)
-class Trial:
+class PlannedTrial:
     """One arm with one seed: a complete config to be trained once."""
 
     trial_id: str
@@ -46,7 +46,7 @@ class PlannedArm:
 
     name: str
     overrides: Overrides  # relative to the phase's base
-    trials: tuple[Trial, ...]
+    trials: tuple[PlannedTrial, ...]
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class PlannedPhase:
     swept: Mapping[str, tuple[Any, ...]]
 
     @property
-    def trials(self) -> Iterator[Trial]:
+    def trials(self) -> Iterator[PlannedTrial]:
         """Seed by seed, so that every arm has a first result early."""
         for i in range(len(self.seeds)):
             for arm in self.arms:
@@ -74,8 +74,8 @@ def plan_phase(
     campaign: Campaign,
     phase: Phase,
     winners: Mapping[str, Overrides],
-    better: Mapping[str, Sequence[Better]] = NOTHING,
-    outcome: Callable[[str], Outcome] = unknown_outcome,
+    better: Mapping[str, Sequence[BetterArm]] = NOTHING,
+    outcome: Callable[[str], TrialOutcome] = unknown_outcome,
 ) -> PlannedPhase:
     """The trials of `phase`, given the overrides that the winners of the phases it needs stand for.
 
@@ -98,17 +98,17 @@ def _arms(
     campaign: Campaign,
     phase: Phase,
     winners: Mapping[str, Overrides],
-    better: Mapping[str, Sequence[Better]],
-    outcome: Callable[[str], Outcome],
+    better: Mapping[str, Sequence[BetterArm]],
+    outcome: Callable[[str], TrialOutcome],
 ) -> Sequence[ArmSpec]:
     """The arms of a phase, as far as they are known, without the baseline."""
     if phase.search is None:
         found = [arm.without(phase.pinned) for name in phase.combine for arm in better[name]]
         reference = baseline_config(campaign, _inherited(phase, winners), phase.pinned)
-        return [*phase.arms, *joins(found, lambda changes: _is_possible(campaign, reference, changes))]
+        return [*phase.arms, *join_better_arms(found, lambda changes: _is_possible(campaign, reference, changes))]
     scores: list[float] = []
     while True:
-        arms = proposed(phase.search, tuple(scores))
+        arms = propose_arms(phase.search, tuple(scores))
         new = [_score(campaign, phase, winners, arm, outcome) for arm in arms[len(scores) :]]
         if None in new or len(arms) == phase.search.trials:
             return arms
@@ -120,14 +120,14 @@ def _score(
     phase: Phase,
     winners: Mapping[str, Overrides],
     arm: ArmSpec,
-    outcome: Callable[[str], Outcome],
+    outcome: Callable[[str], TrialOutcome],
 ) -> float | None:
     """What optuna is told of an arm; None while one of its trials is not over."""
     alone = _planned(campaign, phase, winners, [arm]).arms[-1]
     outcomes = [outcome(trial.trial_id) for trial in alone.trials]
     if any(seen.status == "missing" for seen in outcomes):
         return None
-    return score([seen.value for seen in outcomes], campaign.metric.goal)
+    return arm_score([seen.value for seen in outcomes], campaign.metric.goal)
 
 
 def _inherited(phase: Phase, winners: Mapping[str, Overrides]) -> dict[str, Any]:
@@ -214,7 +214,7 @@ def _is_possible(campaign: Campaign, reference: TrainConfig, changes: Overrides)
     return True
 
 
-def unmeasured(campaign: Campaign, planned: PlannedPhase) -> dict[str, TrainConfig]:
+def configs_to_time(campaign: Campaign, planned: PlannedPhase) -> dict[str, TrainConfig]:
     """The configs, by `pace_key`, whose speeds `hold: seconds` needs for this phase and the campaign does not know."""
     own = resolved(override(campaign.base, planned.pinned))
     configs = [own, *(arm.trials[0].config for arm in planned.arms)]
@@ -254,8 +254,8 @@ def fresh_seeds(campaign: Campaign, phase: Phase) -> tuple[int, ...]:
 
 def preview(
     campaign: Campaign,
-    end: Callable[[PlannedPhase], End | None] = lambda phase: None,
-    outcome: Callable[[str], Outcome] = unknown_outcome,
+    end: Callable[[PlannedPhase], PhaseResult | None] = lambda phase: None,
+    outcome: Callable[[str], TrialOutcome] = unknown_outcome,
 ) -> list[PlannedPhase]:
     """All phases before they have run; where nobody knows the `end` of one, the first arm but the baseline has won.
 
@@ -263,7 +263,7 @@ def preview(
     same space stand in.
     """
     winners = _with_chained(campaign, {})
-    better: dict[str, Sequence[Better]] = {}
+    better: dict[str, Sequence[BetterArm]] = {}
     phases = []
     for phase in campaign.phases:
         held = _as_held(campaign, phase)
@@ -271,14 +271,14 @@ def preview(
         rest = random_arms(phase.search)[len(arms) :] if phase.search else []
         planned = _planned(held, phase, winners, [*arms, *rest])
         others = [arm for arm in planned.arms if arm.name != planned.baseline]
-        guessed = [Better(arm.name, arm.overrides, 0.0) for arm in others[:1]]
+        guessed = [BetterArm(arm.name, arm.overrides, 0.0) for arm in others[:1]]
         winner, better[phase.name] = end(planned) or (others[0].name if others else planned.baseline, guessed)
-        winners[phase.name] = inheritance(planned, winner)
+        winners[phase.name] = inherited_overrides(planned, winner)
         phases.append(planned)
     return phases
 
 
-def inheritance(phase: PlannedPhase, winner: str) -> Overrides:
+def inherited_overrides(phase: PlannedPhase, winner: str) -> Overrides:
     """What a later phase takes over from the arm `winner`: everything but what this phase pinned for itself."""
     arm = next(arm for arm in phase.arms if arm.name == winner)
     kept = {name: value for name, value in phase.base.items() if name not in phase.pinned}
@@ -303,8 +303,8 @@ def trial_flops(config: TrainConfig) -> float:
 
 def _trials(
     phase: Phase, arm: PlannedArm, base: Overrides, config: TrainConfig, seeds: tuple[int, ...]
-) -> Iterator[Trial]:
+) -> Iterator[PlannedTrial]:
     identity, overrides = _identity(config), dict(base) | dict(arm.overrides)
     for seed in seeds:
         seeded = config.model_copy(update={"seed": seed})
-        yield Trial(f"{identity}-s{seed}", phase.name, arm.name, seed, overrides, seeded)
+        yield PlannedTrial(f"{identity}-s{seed}", phase.name, arm.name, seed, overrides, seeded)

@@ -27,7 +27,7 @@ VOCAB_SIZE = 512  # of a tokenizer that is trained
 SEEDS = 2
 
 
-def shrunk(campaign: Campaign) -> Campaign:
+def shrink_campaign(campaign: Campaign) -> Campaign:
     """The campaign with every size cut down; arms that differ in a size alone may come out the same."""
     limits = LIMITS | {"model.n_embd": _width(campaign)}
     base = override(campaign.base, _limited(_small_vocabulary(campaign.base), limits))

@@ -18,7 +18,7 @@ from tune.report.markdown import cell
 from tune.report.wording import CLAIMS_NOTE
 from tune.results.summary import own_claims, summarize_claims
 from tune.spec.schema import Claim
-from tune.storage.state import State, read_state
+from tune.storage.state import CampaignState, read_state
 
 Ledger = dict[str, Any]
 
@@ -155,7 +155,7 @@ def _trials(trial_ids: Iterable[str]) -> str:
     return ", ".join(f"{cell(arm)} (seed{'s' * (len(own) > 1)} {', '.join(own)})" for arm, own in seeds.items())
 
 
-def _about(root: Path, state: State) -> dict[str, Any]:
+def _about(root: Path, state: CampaignState) -> dict[str, Any]:
     """On what, with what and when a campaign was run: ranges over its trials, and the command that repeats it."""
     rules = state.campaign
     planned = {trial_id for phase in state.phases.values() for trial_id in phase.trial_ids}

@@ -15,8 +15,8 @@ from ngpt.config.base import ConfigError, is_identity, settings, unknown
 from ngpt.training.config import TrainConfig
 from tune.analysis.verdicts import holm, judge
 from tune.results.phase_summary import phase_records
-from tune.storage.records import Outcome
-from tune.storage.state import State, read_state
+from tune.storage.records import TrialOutcome
+from tune.storage.state import CampaignState, read_state
 
 Comparison = dict[str, Any]
 Record = dict[str, Any]
@@ -39,7 +39,7 @@ class Side:
     """One results directory."""
 
     root: Path
-    state: State
+    state: CampaignState
     base: Mapping[str, Any]
 
     @property
@@ -210,8 +210,8 @@ def _compare_arm(a: Arm, b: Arm, metric: str, goal: Any, confidence: float) -> C
     }
 
 
-def _outcomes(records: Mapping[int, Record], metric: str) -> dict[int, Outcome]:
-    return {seed: Outcome(record["status"], record["metrics"].get(metric)) for seed, record in records.items()}
+def _outcomes(records: Mapping[int, Record], metric: str) -> dict[int, TrialOutcome]:
+    return {seed: TrialOutcome(record["status"], record["metrics"].get(metric)) for seed, record in records.items()}
 
 
 def _equal(a: Record, b: Record) -> bool:

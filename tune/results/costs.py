@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-from tune.storage.state import State
+from tune.storage.state import CampaignState
 
 
-def account(state: State) -> dict[str, Any]:
+def account(state: CampaignState) -> dict[str, Any]:
     """Slots, device hours, efficiency and repeated trials of a campaign, for its summary.
 
     `device_hours`: wall time of all sessions times the devices that were held (GPUs, or the machine as one).
@@ -39,7 +39,7 @@ def _devices(environment: Mapping[str, Any]) -> int:
     return 1 if on_cpu else max(1, environment.get("gpus") or 1)
 
 
-def _retried(state: State, results: Mapping[str, Any], trial_id: str) -> dict[str, Any]:
+def _retried(state: CampaignState, results: Mapping[str, Any], trial_id: str) -> dict[str, Any]:
     """A trial that was started more than once: its worker died, it had failed, or the campaign was stopped in it."""
     phase, arm, seed = next(
         (phase.name, arm.name, seed)

@@ -12,8 +12,8 @@ from heapq import heapreplace
 from typing import Any
 
 from tune.results.snapshot import Running
-from tune.storage.records import Work
-from tune.storage.state import DONE, PhaseState, State
+from tune.storage.records import TrialWork
+from tune.storage.state import DONE, CampaignState, PhaseState
 
 
 @dataclass
@@ -23,7 +23,7 @@ class Pace:
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     flops: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
 
-    def add(self, work: Work, seconds: float, share: float) -> None:
+    def add(self, work: TrialWork, seconds: float, share: float) -> None:
         """Counts a trial that has done this share of its work in so many seconds of its worker."""
         if seconds > 0 and share > 0:
             self.seconds[work.shape] += seconds
@@ -38,7 +38,7 @@ class Pace:
         return sum(self.seconds.values()) / sum(self.flops.values())
 
 
-def seconds_left(state: State, running: Sequence[Running]) -> float | None:
+def seconds_left(state: CampaignState, running: Sequence[Running]) -> float | None:
     """Seconds until the last trial ends, or None as long as nothing says how fast they are.
 
     Workers take the running trials' rests, each at its own speed, then what is planned, in its order; then come the
@@ -70,21 +70,21 @@ def seconds_left(state: State, running: Sequence[Running]) -> float | None:
     rates = earlier.rates() | now.rates()
     overall = (now if now.seconds else earlier).overall()
 
-    def seconds(work: Work) -> float:
+    def seconds(work: TrialWork) -> float:
         return work.flops * rates.get(work.shape, overall)
 
     shares = {name: _share_of_phase(phase, state, under_way) for name, phase in state.phases.items()}
     rests = [(own.get(i) or seconds(works[i])) * max(0.0, 1 - t.step / t.steps) for i, t in under_way.items()]
     waiting = [seconds(works[i]) * shares[phase] for phase, i in _waiting(state, works) if i not in under_way]
     left = _makespan([*rests, *waiting], workers)
-    for stage in state.to_come:
-        trials = ((Work(**some["work"]), shares.get(some["phase"], 1.0), some["trials"]) for some in stage)
+    for stage in state.expected_stages:
+        trials = ((TrialWork(**some["work"]), shares.get(some["phase"], 1.0), some["trials"]) for some in stage)
         left += _makespan((seconds(work) * share for work, share, n in trials for _ in range(n)), workers)
     return left
 
 
 def _paces(
-    state: State, under_way: Mapping[str, Running], works: Mapping[str, Work], own: Mapping[str, float]
+    state: CampaignState, under_way: Mapping[str, Running], works: Mapping[str, TrialWork], own: Mapping[str, float]
 ) -> tuple[Pace, Pace]:
     """How fast trials were in this session, the running ones included, and in those before it.
 
@@ -94,7 +94,7 @@ def _paces(
     its share.
     """
     now, earlier = Pace(), Pace()
-    ended: defaultdict[str, list[tuple[Work, float, float]]] = defaultdict(list)
+    ended: defaultdict[str, list[tuple[TrialWork, float, float]]] = defaultdict(list)
     for trial_id, result in state.results.items():
         if trial_id in works and result["status"] in DONE and result["attempt"] == 1:
             seconds = result["seconds"] / result["provenance"].get("vectorised", 1)
@@ -119,7 +119,7 @@ def _share_done(result: Mapping[str, Any]) -> float:
     return (result["metrics"].get("steps") or 0) / result["config"]["steps"]
 
 
-def _share_of_phase(phase: PhaseState, state: State, under_way: Mapping[str, Running]) -> float:
+def _share_of_phase(phase: PhaseState, state: CampaignState, under_way: Mapping[str, Running]) -> float:
     """What a trial of a phase does of its work before early stopping ends it, on average."""
     ended = [state.results[trial_id] for trial_id in phase.trial_ids if trial_id in state.results]
     stopped = [share for result in ended if result["status"] == "stopped" and (share := _share_done(result))]
@@ -128,7 +128,7 @@ def _share_of_phase(phase: PhaseState, state: State, under_way: Mapping[str, Run
     return (sum(stopped) + whole) / (len(stopped) + whole) if stopped else 1.0
 
 
-def _waiting(state: State, works: Mapping[str, Work]) -> Iterator[tuple[str, str]]:
+def _waiting(state: CampaignState, works: Mapping[str, TrialWork]) -> Iterator[tuple[str, str]]:
     """Phase and id of the planned trials that have no result yet, once each, in the order in which they are trained."""
     seen = set[str]()
     for phase in state.phases.values():

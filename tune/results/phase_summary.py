@@ -8,8 +8,8 @@ from statistics import fmean
 from typing import Any
 
 from tune.analysis.verdicts import ArmVerdict, judge
-from tune.storage.records import Outcome
-from tune.storage.state import ArmState, PhaseState, State
+from tune.storage.records import TrialOutcome
+from tune.storage.state import ArmState, CampaignState, PhaseState
 
 Record = dict[str, Any]
 Summary = dict[str, Any]
@@ -19,7 +19,7 @@ ONLY_BASELINE = "there is nothing to compare: its only arm is the baseline itsel
 AVERAGES = ("val_bpb", "train_loss", "tokens_per_second", "peak_memory_bytes")
 
 
-def phase_records(state: State, phase: PhaseState) -> list[Record]:
+def phase_records(state: CampaignState, phase: PhaseState) -> list[Record]:
     """One record per trial of the phase that has a result, seed by seed and arm by arm."""
     records = []
     for seed in phase.seeds:
@@ -30,7 +30,7 @@ def phase_records(state: State, phase: PhaseState) -> list[Record]:
     return records
 
 
-def summarize_phase(state: State, phase: PhaseState) -> Summary:
+def summarize_phase(state: CampaignState, phase: PhaseState) -> Summary:
     """The arms of a phase, ranked and judged, with everything that is needed to say so."""
     rules = state.campaign
     metric = rules["metric"]
@@ -95,7 +95,7 @@ def _mean(values: Iterable[float | None]) -> float | None:
     return fmean(known) if (known := [value for value in values if value is not None]) else None
 
 
-def _record(state: State, phase: PhaseState, arm: ArmState, seed: int, result: Mapping[str, Any]) -> Record:
+def _record(state: CampaignState, phase: PhaseState, arm: ArmState, seed: int, result: Mapping[str, Any]) -> Record:
     trained_in = result["phase"]
     return {
         "campaign": state.campaign["campaign"],
@@ -116,7 +116,7 @@ def _record(state: State, phase: PhaseState, arm: ArmState, seed: int, result: M
     }
 
 
-def _cells(state: State, phase: PhaseState, metric: str) -> dict[str, dict[int, Outcome]]:
+def _cells(state: CampaignState, phase: PhaseState, metric: str) -> dict[str, dict[int, TrialOutcome]]:
     """Every arm's outcomes by seed, in terms of `metric`."""
     return {
         arm.name: {seed: state.outcome(trial_id, metric) for seed, trial_id in arm.trial_ids.items()}
@@ -128,7 +128,7 @@ def _spread(verdict: ArmVerdict) -> dict[str, float | None]:
     return {"mean": verdict.mean, "sd": verdict.sd, "ci_low": verdict.ci_low, "ci_high": verdict.ci_high}
 
 
-def _arm_summary(state: State, arm: ArmState, verdict: ArmVerdict, rank: int) -> dict[str, Any]:
+def _arm_summary(state: CampaignState, arm: ArmState, verdict: ArmVerdict, rank: int) -> dict[str, Any]:
     results = [state.results[i] for i in arm.trial_ids.values() if i in state.results]
     finished = [result for result in results if result["status"] == "finished"]
     return {

@@ -12,12 +12,12 @@ from tune.results.eta import seconds_left
 from tune.results.phase_summary import summarize_phase
 from tune.results.snapshot import Running, Snapshot
 from tune.storage.lock import is_locked
-from tune.storage.state import PhaseState, State, read_state
+from tune.storage.state import CampaignState, PhaseState, read_state
 
 
 def take_snapshot(
     root: Path,
-    state: State,
+    state: CampaignState,
     *,
     running: bool,
     finished_phases: Sequence[Mapping[str, Any]],
@@ -72,7 +72,7 @@ def _running(root: Path, event: Mapping[str, Any]) -> Running:
     )
 
 
-def _best(state: State, phase: PhaseState) -> tuple[str, float, int] | None:
+def _best(state: CampaignState, phase: PhaseState) -> tuple[str, float, int] | None:
     """The arm that leads so far, among those with the most seeds done."""
     scores = []
     for arm in phase.arms:

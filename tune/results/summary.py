@@ -21,7 +21,7 @@ from tune.planning.budget import left_out_sentence
 from tune.results.costs import account
 from tune.results.phase_summary import Record, Summary, count_statuses, phase_records, summarize_phase
 from tune.spec.schema import Claim
-from tune.storage.state import PhaseState, State, read_state
+from tune.storage.state import CampaignState, PhaseState, read_state
 
 # What is derived from the journal, of a phase and of the campaign; and where their digests are.
 DERIVED = ("trials.jsonl", "summary.json", "summary.parquet", "curves.parquet", "report.html", "report.md")
@@ -50,7 +50,9 @@ CURVE_COLUMNS = {
 }
 
 
-def summarize_campaign(state: State, phases: Sequence[Summary], claims: Sequence[Claim] | None = None) -> Summary:
+def summarize_campaign(
+    state: CampaignState, phases: Sequence[Summary], claims: Sequence[Claim] | None = None
+) -> Summary:
     """The whole campaign: the answer first, then its phases. `phases` are the phase summaries, in order.
 
     `claims` are judged instead of those that the campaign's own file has.
@@ -86,12 +88,12 @@ def summarize_campaign(state: State, phases: Sequence[Summary], claims: Sequence
     }
 
 
-def own_claims(state: State) -> list[Claim]:
+def own_claims(state: CampaignState) -> list[Claim]:
     """The claims of the file that the campaign was run from."""
     return [Claim(**claim) for claim in state.campaign.get("claims", [])]
 
 
-def summarize_claims(state: State, claims: Sequence[Claim]) -> list[dict[str, Any]]:
+def summarize_claims(state: CampaignState, claims: Sequence[Claim]) -> list[dict[str, Any]]:
     """The ledger of `claims`, those of the campaign or others, as far as the trials go."""
     rules, base = state.campaign, state.campaign.get("base", {})
     arms = []
@@ -122,7 +124,7 @@ def curve_rows(root: Path, records: Iterable[Record]) -> list[dict[str, Any]]:
     return rows
 
 
-def write_phase(root: Path, state: State, phase: PhaseState) -> Summary:
+def write_phase(root: Path, state: CampaignState, phase: PhaseState) -> Summary:
     """Writes a phase's four files and returns its summary."""
     folder = root / phase.name
     make_folder(folder)
@@ -135,7 +137,7 @@ def write_phase(root: Path, state: State, phase: PhaseState) -> Summary:
     return summary
 
 
-def write_campaign(root: Path, state: State, claims: Sequence[Claim] | None = None) -> Summary:
+def write_campaign(root: Path, state: CampaignState, claims: Sequence[Claim] | None = None) -> Summary:
     """Writes all derived files of a results directory from its state, and returns the campaign's summary.
 
     `claims` are judged instead of those that the campaign's own file has.
@@ -151,7 +153,7 @@ def write_campaign(root: Path, state: State, claims: Sequence[Claim] | None = No
     return summary
 
 
-def _write_digests(root: Path, state: State) -> None:
+def _write_digests(root: Path, state: CampaignState) -> None:
     """The SHA-256 of each derived file and of the rows it comes from, so that `verify` knows what was changed since."""
     trials = [root / "trials" / trial_id for phase in state.phases.values() for trial_id in phase.trial_ids]
     folders = [root, *(root / phase for phase in state.phases), *trials]
@@ -171,7 +173,7 @@ def settings_text(overrides: Mapping[str, Any]) -> str:
     return fmt.settings({short(name): value for name, value in overrides.items()}, "the base as it is")
 
 
-def _answer(state: State, phases: Sequence[Summary]) -> dict[str, Any]:
+def _answer(state: CampaignState, phases: Sequence[Summary]) -> dict[str, Any]:
     """One sentence: what to use, how much better it is, and whether unseen seeds agree."""
     judged = [phase for phase in phases if len(phase["arms"]) > 1 and state.phases[phase["phase"]].winner]
     won = [phase for phase in judged if phase["winner"] != phase["baseline"]]
@@ -241,7 +243,7 @@ def _begin(words: str, sentence: str) -> str:
     return f"{words}{sentence[0].lower()}{sentence[1:]}" if words else sentence
 
 
-def _problems(state: State) -> list[dict[str, Any]]:
+def _problems(state: CampaignState) -> list[dict[str, Any]]:
     """Trials that did not finish well, each with what it said last."""
     kept, problems = ("phase", "arm", "seed", "trial_id", "status", "error"), {}
     for phase in state.phases.values():

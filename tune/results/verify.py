@@ -20,7 +20,7 @@ from ngpt.training.checkpoint import checkpoint_folders, verify_checkpoint
 from tune import format as fmt
 from tune.storage.journal import Event, parse_line, whole_length
 from tune.storage.lock import is_locked
-from tune.storage.state import DONE, State, replay
+from tune.storage.state import DONE, CampaignState, replay
 
 READERS = 4  # threads that check digests
 REBUILD = "python run_campaign.py report rebuilds it"
@@ -45,7 +45,7 @@ class Directory:
 
     root: Path
     events: list[Event]
-    state: State
+    state: CampaignState
     running: bool  # a process works on it now
     checked: dict[str, int] = field(default_factory=dict)  # how many of each kind were looked at
 

@@ -10,15 +10,15 @@ from typing import Any
 
 from ngpt.training.state import Metrics
 from tune import format as fmt
-from tune.analysis.asha import EVENT, Asha
+from tune.analysis.asha import RUNG_REACHED, Asha
 from tune.planning.equal_time import measure, pace_key
-from tune.planning.forecast import planned_event, stops_early, to_come
-from tune.planning.plan import PlannedPhase, Trial, inheritance, plan_phase, unmeasured
+from tune.planning.forecast import expected_stages, phase_planned_event, stops_early
+from tune.planning.plan import PlannedPhase, PlannedTrial, configs_to_time, inherited_overrides, plan_phase
 from tune.results.summary import Summary, settings_text, write_phase
 from tune.spec.schema import Campaign, Phase
 from tune.storage.journal import Event
-from tune.storage.records import Better
-from tune.storage.state import State
+from tune.storage.records import BetterArm
+from tune.storage.state import CampaignState
 
 
 class PhaseTracker:
@@ -44,14 +44,14 @@ class PhaseTracker:
         """
         self.campaign, self._root = campaign, root
         self._append, self._message, self._timer = append, message, timer
-        self.state = State()
+        self.state = CampaignState()
         self.planned: dict[str, PlannedPhase] = {}
         self.summaries: dict[str, Summary] = {}  # of the phases that are over
-        self.queue: deque[Trial] = deque()
-        self.trials: dict[str, Trial] = {}  # queued or running, by id
+        self.queue: deque[PlannedTrial] = deque()
+        self.trials: dict[str, PlannedTrial] = {}  # queued or running, by id
         self._asha: Asha | None = None  # of early stopping, where the campaign has it
 
-    def resume(self, state: State, events: Iterable[Event]) -> None:
+    def resume(self, state: CampaignState, events: Iterable[Event]) -> None:
         """Takes over what a journal says: its state, the speeds that were measured, the rungs that were reached."""
         self.state, self.campaign = state, replace(self.campaign, speeds=state.speeds)
         if rule := self.campaign.early_stop:
@@ -69,7 +69,7 @@ class PhaseTracker:
         moved = False
         while self._moves():
             moved = True
-        if moved and (stages := self._to_come()) != self.state.to_come:
+        if moved and (stages := self._to_come()) != self.state.expected_stages:
             self._append("trials_expected", stages=stages)
 
     def _moves(self) -> bool:
@@ -91,7 +91,7 @@ class PhaseTracker:
         """What is expected besides what is planned; nothing is computed where that is nothing."""
         known = {phase.name for phase in self.campaign.phases if phase.name in self.planned and not phase.search}
         is_whole = len(known | self.summaries.keys()) == len(self.campaign.phases)
-        return [] if is_whole else to_come(self.campaign, self.state)
+        return [] if is_whole else expected_stages(self.campaign, self.state)
 
     def has_all_winners(self) -> bool:
         """Whether every phase is over."""
@@ -104,13 +104,13 @@ class PhaseTracker:
         result = self.state.results.get(trial_id)
         return result is not None and (result["status"] != "stopped" or stops_early(self.campaign, phase))
 
-    def report_rung(self, trial: Trial, metrics: Metrics) -> None:
+    def report_rung(self, trial: PlannedTrial, metrics: Metrics) -> None:
         """Journals the rung that a trial has come to by an evaluation, if it has come to one."""
         if self._asha is None or not stops_early(self.campaign, trial.phase):
             return
         phase = self.planned[trial.phase]
         steps = next(arm.trials[0].config.steps for arm in phase.arms if arm.name == phase.baseline)
-        reached = self._asha.reached(
+        reached = self._asha.record_rung(
             trial_id=trial.trial_id,
             phase=trial.phase,
             arm=trial.arm,
@@ -121,14 +121,14 @@ class PhaseTracker:
             may_stop=self._may_stop(trial),
         )
         if reached:
-            self._append(EVENT, **reached)
+            self._append(RUNG_REACHED, **reached)
 
-    def stop_reason(self, trial: Trial) -> str | None:
+    def stop_reason(self, trial: PlannedTrial) -> str | None:
         """Why early stopping ends a trial; None if it goes on."""
         dropped = self._asha and self._asha.stop_reason(trial.phase, trial.arm)
         return f"its arm fell behind: {dropped}" if dropped and self._may_stop(trial) else None
 
-    def _may_stop(self, trial: Trial) -> bool:
+    def _may_stop(self, trial: PlannedTrial) -> bool:
         """Whether early stopping may end a trial: not the yardstick, and nothing that another phase must have."""
         if not stops_early(self.campaign, trial.phase) or trial.arm == self.planned[trial.phase].baseline:
             return False
@@ -142,7 +142,7 @@ class PhaseTracker:
             planned = self._expanded(phase)
             self._say_steps(planned)
         self.planned[phase.name] = planned
-        self._append("phase_planned", **planned_event(planned))
+        self._append("phase_planned", **phase_planned_event(planned))
         ids = self.trials.keys()
         missing = [t for t in planned.trials if t.trial_id not in ids and not self.is_settled(phase.name, t.trial_id)]
         self.trials |= {trial.trial_id: trial for trial in missing}
@@ -159,7 +159,7 @@ class PhaseTracker:
 
     def _measure_speeds(self, phase: PlannedPhase) -> None:
         """Times what was never timed, and keeps it for good."""
-        if missing := unmeasured(self.campaign, phase):
+        if missing := configs_to_time(self.campaign, phase):
             self._message(
                 f"phase {phase.name}: timing {fmt.counted(len(missing), 'shape')} of model, batch and optimizer"
             )
@@ -183,7 +183,7 @@ class PhaseTracker:
             "phase_finished",
             phase=phase.name,
             winner=summary["winner"],
-            winner_overrides=dict(inheritance(phase, summary["winner"])),
+            winner_overrides=dict(inherited_overrides(phase, summary["winner"])),
             better=self._better(summary),
             why=summary["why"],
         )
@@ -193,7 +193,7 @@ class PhaseTracker:
         """The arms of a phase that are better than its baseline, for phases that combine them."""
         sign = 1 if self.campaign.metric.goal == "maximize" else -1
         arms = [arm for arm in summary["arms"] if arm["verdict"] == "better"]
-        return [asdict(Better(arm["arm"], arm["overrides"], sign * arm["delta"]["mean"])) for arm in arms]
+        return [asdict(BetterArm(arm["arm"], arm["overrides"], sign * arm["delta"]["mean"])) for arm in arms]
 
     def _winners(self) -> dict[str, Mapping[str, Any]]:
         finished = (phase for phase in self.state.phases.values() if phase.winner)

@@ -19,13 +19,13 @@ from ngpt.config.base import ConfigError, flatten
 from ngpt.config.secrets import redacted
 from ngpt.system import heartbeat
 from ngpt.system.atomic_files import write_atomic, write_json
-from tune.machine.gpu_sharing import Packing
+from tune.machine.gpu_sharing import GpuSharing
 from tune.machine.throughput import remember_speeds
-from tune.planning.budget import STOPPED, allows
-from tune.planning.changes import judged_by
+from tune.planning.budget import STOPPED_BY_BUDGET, budget_allows
+from tune.planning.changes import judging_rules
 from tune.planning.equal_time import timer
 from tune.planning.forecast import expected_phases, has_result
-from tune.planning.plan import Trial, preview
+from tune.planning.plan import PlannedTrial, preview
 from tune.results.snapshot import Snapshot
 from tune.results.status import take_snapshot
 from tune.results.summary import Summary, write_campaign
@@ -36,8 +36,8 @@ from tune.storage.journal import Journal
 from tune.storage.lock import ResultsLock
 from tune.storage.state import replay
 from tune.terminal.live import trial_line
-from tune.trials.retries import CAUSES, Death, cause_of, must_be_alone, why_given_up
-from tune.trials.trial import TrialResult, TrialSpec, make_folder
+from tune.trials.retries import RETRY_RULES, WorkerDeath, failure_cause, give_up_reason, must_run_alone
+from tune.trials.trial import TrialResult, TrialSpec, prepare_trial_folder
 from tune.trials.trial_group import batchable, group_size
 
 Message = Callable[[str], None]
@@ -56,14 +56,16 @@ class Session:
         self.wandb_mode = campaign.base.tracker.wandb  # of every trial; `auto` leaves it to each of them
         self.workers = 1  # trials at once, set by the executor
         self.packed = 1  # of these on one device, set by the executor
-        self.packing: Packing | None = None  # how that was chosen, if it was
+        self.packing: GpuSharing | None = None  # how that was chosen, if it was
         self.message: Message = lambda text: None
         self.dashboard_url: str | None = None
         self.timer = timer(campaign.resources.cpus_per_trial)  # of training steps, for `hold: seconds`
         self.stop_requested = False
         self.stop_signal = 0  # that asked for it
         self._started: float | None = None  # of `begin`, by a clock that does not jump
-        self._deaths: defaultdict[str, list[Death]] = defaultdict(list)  # of workers, by the trial they died under
+        self._deaths: defaultdict[str, list[WorkerDeath]] = defaultdict(
+            list
+        )  # of workers, by the trial they died under
         self._leaders: dict[str, str] = {}  # the first trial of its group, by trial, where trials are trained together
         self._lock = ResultsLock(root)
         self._phases = PhaseTracker(
@@ -85,10 +87,10 @@ class Session:
         """Takes the lock and reads the journal.
 
         Raises:
-            Busy: somebody else has the lock.
+            ResultsLocked: somebody else has the lock.
             OSError: the directory cannot be written, or its journal is damaged.
         """
-        self._lock.take()
+        self._lock.acquire()
         try:
             self.journal = Journal(self.root / "journal.jsonl")
             self.state = replay(self.journal.events)
@@ -129,7 +131,7 @@ class Session:
             campaign=self.campaign.name,
             description=self.campaign.description,
             file_sha256=hashlib.sha256(self.campaign.text.encode()).hexdigest(),
-            **judged_by(self.campaign),
+            **judging_rules(self.campaign),
             command=self.command,
             workers=self.workers,
             dashboard_url=self.dashboard_url,
@@ -152,10 +154,10 @@ class Session:
 
     def end(self) -> Summary:
         """Journals the end, writes all derived files and returns the campaign's summary."""
-        status = "interrupted" if self.stop_requested else STOPPED if self._out_of_budget() else "incomplete"
+        status = "interrupted" if self.stop_requested else STOPPED_BY_BUDGET if self._out_of_budget() else "incomplete"
         status = "finished" if self._phases.has_all_winners() else status
         left_out = Counter(phase for phase, trial_id in self._missing() if trial_id not in self.state.results)
-        left_out = dict(left_out) if status == STOPPED else {}
+        left_out = dict(left_out) if status == STOPPED_BY_BUDGET else {}
         for trial_id in self.state.running:
             heartbeat.clear(self._trial_folder(trial_id))
         self._append("campaign_ended", status=status, seconds=self._seconds(), left_out=left_out)
@@ -202,7 +204,7 @@ class Session:
         trial = next(filter(self._may_start, self._phases.queue), None)
         return self._begin(trial) if trial else None
 
-    def _begin(self, trial: Trial) -> TrialSpec:
+    def _begin(self, trial: PlannedTrial) -> TrialSpec:
         """Takes a trial out of the queue and journals that it has started."""
         self._phases.queue.remove(trial)
         spec = self._spec(trial)
@@ -218,7 +220,7 @@ class Session:
         )
         return spec
 
-    def _spec(self, trial: Trial) -> TrialSpec:
+    def _spec(self, trial: PlannedTrial) -> TrialSpec:
         """What a worker needs for the next attempt at a trial."""
         return TrialSpec(
             trial_id=trial.trial_id,
@@ -238,7 +240,9 @@ class Session:
     def has_work(self) -> bool:
         """Whether any trial is left to train, within the budget and as far as the journal knows the winners."""
         seconds = self.state.seconds + self.state.session_seconds()
-        return any(allows(self.campaign.budget, self.state, trial_id, seconds) for _, trial_id in self._missing())
+        return any(
+            budget_allows(self.campaign.budget, self.state, trial_id, seconds) for _, trial_id in self._missing()
+        )
 
     def is_over(self) -> bool:
         """Whether every phase has its winner, or the budget is used up and no trial is running."""
@@ -248,14 +252,14 @@ class Session:
         """Whether trials are waiting and none of them may start. One whose worker dies under it may start again."""
         return bool(self._phases.queue) and not self.state.running and not any(map(self._may_start, self._phases.queue))
 
-    def _may_start(self, trial: Trial) -> bool:
+    def _may_start(self, trial: PlannedTrial) -> bool:
         if not self._has_room(trial):
             return False
         again = trial.trial_id in self._deaths  # it was under way when the budget was reached, and is to be finished
         seconds = self.state.seconds + self._seconds()
-        return again or allows(self.campaign.budget, self.state, trial.trial_id, seconds)
+        return again or budget_allows(self.campaign.budget, self.state, trial.trial_id, seconds)
 
-    def _has_room(self, trial: Trial) -> bool:
+    def _has_room(self, trial: PlannedTrial) -> bool:
         """Whether a trial may run beside those that do: one that the machine had no memory for runs with none."""
         waiting = (other.trial_id for other in self._phases.queue)
         if any(map(self._is_alone, self.state.running)):
@@ -265,7 +269,7 @@ class Session:
         return not any(map(self._is_alone, waiting))
 
     def _is_alone(self, trial_id: str) -> bool:
-        return trial_id in self._deaths and must_be_alone(self._deaths[trial_id])
+        return trial_id in self._deaths and must_run_alone(self._deaths[trial_id])
 
     def _seconds(self) -> float:
         """Since `begin`, by a clock that does not jump."""
@@ -280,7 +284,7 @@ class Session:
                     found.add(trial_id)
                     yield phase.name, trial_id
 
-    def _with_tracking(self, trial: Trial) -> Any:
+    def _with_tracking(self, trial: PlannedTrial) -> Any:
         """The trial's config with its place in the campaign, as W&B shows it; nothing here changes what is computed."""
         place = {"group": self.campaign.name, "job_type": trial.phase, "run_name": f"{trial.arm} seed {trial.seed}"}
         tracker = trial.config.tracker.model_copy(update=place | {"wandb": self.wandb_mode})
@@ -299,7 +303,7 @@ class Session:
             seed=trial.seed,
             attempt=self.state.attempts.get(trial_id, 0),
             config=flatten(self._with_tracking(trial)),
-            cause=cause_of(result) if cause is None else cause,
+            cause=failure_cause(result) if cause is None else cause,
             **asdict(result),
         )
         heartbeat.clear(self._trial_folder(trial_id))
@@ -322,20 +326,20 @@ class Session:
         )
         self._phases.advance()
 
-    def should_stop(self, trial_id: str, so_far: TrialResult) -> bool:
-        """Whether early stopping ends a trial at this evaluation; then it is recorded as it is `so_far`."""
+    def should_stop(self, trial_id: str, interim: TrialResult) -> bool:
+        """Whether early stopping ends a trial at this evaluation; then it is recorded as it is `interim`."""
         trial = self._phases.trials[trial_id]
-        self._phases.report_rung(trial, so_far.metrics)
+        self._phases.report_rung(trial, interim.metrics)
         if (why := self._phases.stop_reason(trial)) is None:
             return False
-        self.tell(trial_id, replace(so_far, status="stopped", error=why))
+        self.tell(trial_id, replace(interim, status="stopped", error=why))
         return True
 
     def _drop_waiting(self) -> None:
         """Ends what waits of arms that early stopping has dropped: nothing that it finds could be judged."""
         while trial := next((trial for trial in self._phases.queue if self._phases.stop_reason(trial)), None):
             self._phases.queue.remove(trial)
-            make_folder(self._trial_folder(trial.trial_id), self._with_tracking(trial))
+            prepare_trial_folder(self._trial_folder(trial.trial_id), self._with_tracking(trial))
             never = TrialResult("stopped", {"steps": 0, "tokens": 0}, error=self._phases.stop_reason(trial))
             self.tell(trial.trial_id, never)
 
@@ -346,14 +350,14 @@ class Session:
         """
         trial, beat = self._phases.trials[trial_id], heartbeat.read_heartbeat(self._trial_folder(trial_id))
         deaths = self._deaths[trial_id]
-        deaths.append(Death(cause, beat and beat.step, beat and beat.began))
-        says = reason or CAUSES[cause].says
+        deaths.append(WorkerDeath(cause, beat and beat.step, beat and beat.began))
+        says = reason or RETRY_RULES[cause].says
         attempt, step = self.state.attempts[trial_id], deaths[-1].step
         self._append("worker_died", trial_id=trial_id, attempt=attempt, cause=cause, step=step, reason=says)
-        if error := why_given_up(deaths):
+        if error := give_up_reason(deaths):
             self.tell(trial_id, TrialResult("failed", error=error), cause=cause)
             return
-        alone = ", with nothing beside it" if must_be_alone(deaths) else ""
+        alone = ", with nothing beside it" if must_run_alone(deaths) else ""
         text = f"worker died ({says}), trying again from its newest checkpoint{alone}"
         self.message(f"{trial.phase}  {trial.arm} seed {trial.seed}  {text}")
         self._phases.queue.appendleft(trial)

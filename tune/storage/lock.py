@@ -17,21 +17,21 @@ HOLDER = "campaign.pid"  # says which it is
 PATIENCE = 1.0  # seconds to wait for a lock without a holder: `status` takes it for a moment
 
 
-class Busy(Exception):
+class ResultsLocked(Exception):
     """Another process runs a campaign on this results directory."""
 
 
 class ResultsLock:
-    """Held from `take` to `release`. A process that is killed leaves none behind."""
+    """Held from `acquire` to `release`. A process that is killed leaves none behind."""
 
     def __init__(self, root: Path) -> None:
         self._root, self._lock = root, FileLock(root / LOCK_FILE)
 
-    def take(self) -> None:
+    def acquire(self) -> None:
         """Takes the lock; the directory is made if need be, and what killed runs have left of its files is removed.
 
         Raises:
-            Busy: somebody else has it.
+            ResultsLocked: somebody else has it.
             OSError: the directory cannot be written.
         """
         make_folder(self._root)
@@ -68,10 +68,10 @@ def is_locked(root: Path) -> bool:
 
 
 def refuse_if_running(root: Path) -> None:
-    """Says early what `take` would find: that somebody runs the campaign already.
+    """Says early what `acquire` would find: that somebody runs the campaign already.
 
     Raises:
-        Busy: somebody does.
+        ResultsLocked: somebody does.
     """
     if _pid(root) is not None and is_locked(root):
         raise _busy(root)
@@ -85,5 +85,5 @@ def _pid(root: Path) -> int | None:
     return None
 
 
-def _busy(root: Path) -> Busy:
-    return Busy(f"{root} is in use by another run (process {_pid(root) or 'unknown'})")
+def _busy(root: Path) -> ResultsLocked:
+    return ResultsLocked(f"{root} is in use by another run (process {_pid(root) or 'unknown'})")

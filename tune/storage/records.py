@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrialOutcome:
     """What became of one trial; `value` is the metric, None where there is none."""
 
     status: Literal["finished", "diverged", "failed", "stopped", "missing"]
@@ -14,20 +14,20 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Better:
+class BetterArm:
     """An arm that was better than its phase's baseline: by `gain` (positive), in units of the metric."""
 
     arm: str
     overrides: Mapping[str, Any]  # relative to its phase's base
     gain: float
 
-    def without(self, settings: Collection[str]) -> "Better":
+    def without(self, settings: Collection[str]) -> "BetterArm":
         """The same arm, but for the settings that a phase decides for itself."""
         return replace(self, overrides={name: v for name, v in self.overrides.items() if name not in settings})
 
 
 @dataclass(frozen=True)
-class Work:
+class TrialWork:
     """What a trial takes, evaluations included, and the shape that says how fast that goes (tune/machine/throughput.py)."""
 
     shape: str

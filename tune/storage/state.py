@@ -11,7 +11,7 @@ from typing import Any
 
 from ngpt.config.base import ConfigError
 from tune.storage.journal import Event, read_journal
-from tune.storage.records import Better, Outcome, Work
+from tune.storage.records import BetterArm, TrialOutcome, TrialWork
 
 Overrides = Mapping[str, Any]  # settings by dotted name
 
@@ -21,7 +21,7 @@ PACKING = (
     "device",
     "curve",
     "measured_at",
-)  # fields of tune/machine/gpu_sharing.py's `Packing`
+)  # fields of tune/machine/gpu_sharing.py's `GpuSharing`
 DONE = ("finished", "diverged", "stopped")  # statuses that are results: such a trial is not run again
 
 
@@ -32,7 +32,7 @@ class ArmState:
     name: str
     overrides: Overrides  # relative to the phase's base
     trial_ids: Mapping[int, str]
-    work: Work | None = None  # of each trial; older journals do not say
+    work: TrialWork | None = None  # of each trial; older journals do not say
 
 
 @dataclass
@@ -48,7 +48,7 @@ class PhaseState:
     swept: Mapping[str, list[Any]]
     winner: str | None = None  # known once the phase is finished
     winner_overrides: Overrides = field(default_factory=dict)
-    better: list[Better] = field(default_factory=list)  # the arms that were, known with the winner
+    better: list[BetterArm] = field(default_factory=list)  # the arms that were, known with the winner
 
     @property
     def trial_ids(self) -> list[str]:
@@ -57,14 +57,14 @@ class PhaseState:
 
 
 @dataclass
-class State:
+class CampaignState:
     """A campaign so far."""
 
     campaign: dict[str, Any] = field(default_factory=dict)  # the newest `campaign_started`
     phases: dict[str, PhaseState] = field(default_factory=dict)
     results: dict[str, dict[str, Any]] = field(default_factory=dict)  # newest result by trial id
     running: dict[str, Event] = field(default_factory=dict)  # started and without a result, by trial id
-    to_come: list[list[dict[str, Any]]] = field(default_factory=list)  # expected and not planned yet, in stages
+    expected_stages: list[list[dict[str, Any]]] = field(default_factory=list)  # expected and not planned yet, in stages
     attempts: dict[str, int] = field(default_factory=dict)
     speeds: dict[str, float] = field(default_factory=dict)  # measured once, for `hold: seconds`
     packing: dict[str, Any] = field(default_factory=dict)  # how many trials share a GPU, if that was ours to choose
@@ -84,14 +84,14 @@ class State:
         """Where the results are from: a start that finds nothing left to train has no part in them."""
         return self.trained_on or self.campaign["environment"]
 
-    def outcome(self, trial_id: str, metric: str | None = None) -> Outcome:
+    def outcome(self, trial_id: str, metric: str | None = None) -> TrialOutcome:
         """What a trial contributes to a verdict by the campaign's metric, or by another one."""
         result = self.results.get(trial_id)
         if result is None:
-            return Outcome("missing", None)
+            return TrialOutcome("missing", None)
         if result["status"] == "stopped":  # early: its values are of fewer steps than those of the others
-            return Outcome("stopped", None)
-        return Outcome(result["status"], result["metrics"].get(metric or self.campaign["metric"]["name"]))
+            return TrialOutcome("stopped", None)
+        return TrialOutcome(result["status"], result["metrics"].get(metric or self.campaign["metric"]["name"]))
 
     def session_seconds(self) -> float:
         """How long the newest session has journaled for, if it has not said that it is over."""
@@ -107,7 +107,7 @@ class State:
         self.seconds += seconds
         self.slot_seconds += seconds * max(1, self.campaign.get("workers", 1))
 
-    def copy(self) -> "State":
+    def copy(self) -> "CampaignState":
         """A state that later events do not change the extent of: safe to walk through in another thread."""
         return replace(self, phases=dict(self.phases), results=dict(self.results), running=dict(self.running))
 
@@ -118,7 +118,7 @@ class State:
                 self._close(self.session_seconds())  # a session that was killed
                 self.started = self.started or event["time"]
                 self.most_slots = max(self.most_slots, event.get("workers", 1))
-                self.campaign, self.phases, self.running, self.to_come = event, {}, {}, []
+                self.campaign, self.phases, self.running, self.expected_stages = event, {}, {}, []
                 self.status, self.ended, self.left_out = "incomplete", False, {}
                 # A trial that failed is tried again when the command is given again; a diverged one is a result, and so
                 # is one that was stopped early, as long as the campaign does that.
@@ -130,11 +130,13 @@ class State:
                 self.packing = {name: item for name, item in event.items() if name in PACKING}
             case "phase_planned":
                 if event["phase"] not in self.phases:
-                    rest = ([some for some in stage if some["phase"] != event["phase"]] for stage in self.to_come)
-                    self.to_come = [stage for stage in rest if stage]
+                    rest = (
+                        [some for some in stage if some["phase"] != event["phase"]] for stage in self.expected_stages
+                    )
+                    self.expected_stages = [stage for stage in rest if stage]
                 self.phases[event["phase"]] = _phase(event)
             case "trials_expected":
-                self.to_come = event["stages"]
+                self.expected_stages = event["stages"]
             case "trial_started":
                 self.running[event["trial_id"]] = event
                 self.attempts[event["trial_id"]] = event["attempt"]
@@ -147,7 +149,7 @@ class State:
             case "phase_finished":
                 phase = self.phases[event["phase"]]
                 phase.winner, phase.winner_overrides = event["winner"], event["winner_overrides"]
-                phase.better = [Better(**arm) for arm in event.get("better", [])]
+                phase.better = [BetterArm(**arm) for arm in event.get("better", [])]
             case "campaign_ended":
                 self.status, self.ended, self.running = event["status"], True, {}
                 self._close(event["seconds"])
@@ -155,15 +157,15 @@ class State:
         self.newest, self.elapsed = event["time"], event.get("elapsed")
 
 
-def replay(events: Iterable[Event]) -> State:
+def replay(events: Iterable[Event]) -> CampaignState:
     """The state after all of `events`."""
-    state = State()
+    state = CampaignState()
     for event in events:
         state.apply(event)
     return state
 
 
-def read_state(root: Path) -> State:
+def read_state(root: Path) -> CampaignState:
     """The state of the campaign in a results directory.
 
     Raises:
@@ -181,7 +183,7 @@ def _phase(event: Event) -> PhaseState:
             arm["arm"],
             arm["overrides"],
             {seed: trial_id for seed, trial_id in arm["trials"]},
-            Work(**arm["work"]) if "work" in arm else None,
+            TrialWork(**arm["work"]) if "work" in arm else None,
         )
         for arm in event["arms"]
     ]

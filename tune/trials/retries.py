@@ -24,7 +24,7 @@ class Rule:
     alone: bool = False
 
 
-CAUSES: dict[str, Rule] = {
+RETRY_RULES: dict[str, Rule] = {
     "diverged": Rule("result", 0, "its loss or a gradient was not finite"),  # a result like any other
     "oom": Rule("result", 0, "no memory for a single sequence"),  # the train loop has tried with ever fewer at once
     "code_error": Rule("result", 0, "an exception in the trial"),  # it would be raised again
@@ -36,7 +36,7 @@ CAUSES: dict[str, Rule] = {
 
 
 @dataclass(frozen=True)
-class Death:
+class WorkerDeath:
     """The end of a process under a trial: the step it was at, and the one that attempt began at, where known."""
 
     cause: str
@@ -49,20 +49,20 @@ class Death:
         return self.step is not None and self.began is not None and self.step > self.began
 
 
-def why_given_up(deaths: Sequence[Death]) -> str | None:
+def give_up_reason(deaths: Sequence[WorkerDeath]) -> str | None:
     """Why a trial with these deaths behind it is not tried again; None if it is."""
     newest = deaths[-1]
-    rule = CAUSES[newest.cause]
+    rule = RETRY_RULES[newest.cause]
     if poisons(deaths):
         return f"{newest.cause}: it died at step {newest.step} twice, the second time without getting any further"
-    same = [death for death in deaths if CAUSES[death.cause].kind == rule.kind]
+    same = [death for death in deaths if RETRY_RULES[death.cause].kind == rule.kind]
     if len(same) <= rule.retries:
         return None
     last = ", the last time with nothing beside it" if rule.alone and len(same) > 1 else ""
     return f"{newest.cause}: {rule.says}, {len(same)} times{last}"
 
 
-def poisons(deaths: Sequence[Death]) -> bool:
+def poisons(deaths: Sequence[WorkerDeath]) -> bool:
     """Whether the last two attempts both got to the same step and no further: something there kills its process.
 
     Attempts that died before their first step say nothing: starting takes longest, and is hit most often.
@@ -73,13 +73,13 @@ def poisons(deaths: Sequence[Death]) -> bool:
     return last.had_progress and before.had_progress and last.step == before.step
 
 
-def must_be_alone(deaths: Sequence[Death]) -> bool:
+def must_run_alone(deaths: Sequence[WorkerDeath]) -> bool:
     """Whether the next attempt is to run with no other trial beside it."""
-    return any(CAUSES[death.cause].alone for death in deaths)
+    return any(RETRY_RULES[death.cause].alone for death in deaths)
 
 
-def cause_of(result: TrialResult) -> str | None:
-    """The entry of `CAUSES` for a trial that ended by itself; None if it ended well."""
+def failure_cause(result: TrialResult) -> str | None:
+    """The entry of `RETRY_RULES` for a trial that ended by itself; None if it ended well."""
     if result.status == "diverged":
         return "diverged"
     if result.status != "failed":
@@ -92,7 +92,7 @@ def cause_of(result: TrialResult) -> str | None:
     return "oom" if is_memory else "code_error"
 
 
-def kernel_kills() -> int:
+def oom_kill_count() -> int:
     """How many processes the kernel has killed since the machine started because there was no memory; 0 if unknown."""
     if not VMSTAT.exists():
         return 0

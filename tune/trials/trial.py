@@ -71,21 +71,21 @@ def run_trial(spec: TrialSpec) -> Generator[TrialResult, None, TrialResult]:
     started_at, start = datetime.now(UTC).isoformat(timespec="milliseconds"), time.perf_counter()
     status, metrics, error, data = "failed", {}, None, {}
 
-    def so_far() -> TrialResult:
+    def interim() -> TrialResult:
         place = {"pid": os.getpid(), "packed": spec.packed}
-        provenance = data | machine(spec.config.device, spec.threads) | place
+        provenance = data | describe_machine(spec.config.device, spec.threads) | place
         return TrialResult(status, metrics, error, started_at, time.perf_counter() - start, provenance)
 
     try:
-        make_folder(spec.folder, spec.config)
-        cap_memory(pick_device(spec.config.device), spec.packed)
-        dataset = opened(spec.config.data)
+        prepare_trial_folder(spec.folder, spec.config)
+        limit_gpu_memory(pick_device(spec.config.device), spec.packed)
+        dataset = open_cached_dataset(spec.config.data)
         with contextlib.closing(train(spec.config, spec.folder, resume="latest", dataset=dataset)) as run:
             status, data = "stopped", {"data_sha256": dataset.manifest["content_sha256"]}
             try:
                 while True:
-                    metrics = unfinished(next(run), spec.config)
-                    yield so_far()
+                    metrics = partial_metrics(next(run), spec.config)
+                    yield interim()
             except StopIteration as stop:
                 status, metrics, data = stop.value.status, stop.value.metrics, stop.value.data
     except Exception as exception:
@@ -95,13 +95,13 @@ def run_trial(spec: TrialSpec) -> Generator[TrialResult, None, TrialResult]:
         error = text[-4000:]
         with contextlib.suppress(OSError):  # the disk may be full; the record has it, too
             durable.write_atomic(spec.folder / "error.txt", text)
-    result = so_far()
-    keep_what_is_loaded()
+    result = interim()
+    freeze_loaded_objects()
     return result
 
 
 @functools.cache
-def keep_what_is_loaded() -> None:
+def freeze_loaded_objects() -> None:
     """After the first trial of a process: what was imported for it stays, and is not looked through for garbage again.
 
     torch, its compiler and Ray are half a million objects, a tenth of a second and more at each collection, and every
@@ -111,7 +111,7 @@ def keep_what_is_loaded() -> None:
     gc.freeze()
 
 
-def cap_memory(device: torch.device, packed: int) -> None:
+def limit_gpu_memory(device: torch.device, packed: int) -> None:
     """Holds this process to its share of a GPU that so many trials are on: it runs out of memory before they do."""
     if device.type == "cuda" and packed > 1:
         total = torch.cuda.mem_get_info(device)[1]
@@ -119,7 +119,7 @@ def cap_memory(device: torch.device, packed: int) -> None:
         torch.cuda.set_per_process_memory_fraction(max(0.01, 1 / packed - CONTEXT / total))
 
 
-def make_folder(folder: Path, config: TrainConfig) -> None:
+def prepare_trial_folder(folder: Path, config: TrainConfig) -> None:
     """Makes a trial's folder with the files that every trial has, however early it ends."""
     durable.make_folder(folder)
     durable.sweep(folder)
@@ -128,7 +128,7 @@ def make_folder(folder: Path, config: TrainConfig) -> None:
     durable.write_json(folder / "config.json", flatten(config))
 
 
-def unfinished(evaluation: Metrics, config: TrainConfig) -> Metrics:
+def partial_metrics(evaluation: Metrics, config: TrainConfig) -> Metrics:
     """The metrics of a record, from those of an evaluation before the end; the parameters were not counted."""
     scores = {name: value for name, value in evaluation.items() if name != "step"}
     peak = peak_memory(pick_device(config.device))
@@ -136,13 +136,13 @@ def unfinished(evaluation: Metrics, config: TrainConfig) -> Metrics:
 
 
 @functools.lru_cache(maxsize=8)
-def opened(config: DataConfig) -> Dataset:
+def open_cached_dataset(config: DataConfig) -> Dataset:
     """A corpus, kept mapped by the worker from trial to trial."""
     return open_dataset(config)
 
 
 @functools.cache
-def machine(device: str, threads: int) -> dict[str, Any]:
+def describe_machine(device: str, threads: int) -> dict[str, Any]:
     """Where a result comes from, as far as its numbers may depend on it."""
     kind = pick_device(device)
     name = torch.cuda.get_device_name(kind) if kind.type == "cuda" else f"{kind.type} {platform.machine()}"

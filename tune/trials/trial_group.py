@@ -24,16 +24,25 @@ from ngpt.system.heartbeat import Heartbeat
 from ngpt.system.memory import free_memory
 from ngpt.training.config import TrainConfig
 from ngpt.training.run import RunResult
-from tune.trials.trial import TrialResult, TrialSpec, cap_memory, machine, make_folder, opened, run_trial, unfinished
+from tune.trials.trial import (
+    TrialResult,
+    TrialSpec,
+    describe_machine,
+    limit_gpu_memory,
+    open_cached_dataset,
+    partial_metrics,
+    prepare_trial_folder,
+    run_trial,
+)
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Updates:
-    """What has happened since the last time, by trial id: `so_far` as `run_trial` yields, `ended` as it returns."""
+    """What has happened since the last time, by trial id: `interim` as `run_trial` yields, `ended` as it returns."""
 
-    so_far: dict[str, TrialResult] = field(default_factory=dict)
+    interim: dict[str, TrialResult] = field(default_factory=dict)
     ended: dict[str, TrialResult] = field(default_factory=dict)
 
 
@@ -58,7 +67,7 @@ def group_size(waiting: int, workers: int, *, most: int) -> int:
     return min(most, -(-waiting // max(1, workers)))
 
 
-def groups(configs: Sequence[TrainConfig], *, workers: int, most: int) -> list[list[int]]:
+def expected_groups(configs: Sequence[TrainConfig], *, workers: int, most: int) -> list[list[int]]:
     """The indices of what would be trained at once, if all workers always became free at the same time."""
     graphs = [None if ensemble_incompatibility([config]) else repr(graph_settings(config)) for config in configs]
     waiting, found = list(range(len(configs))), list[list[int]]()
@@ -88,10 +97,10 @@ def run_trials(specs: Sequence[TrialSpec]) -> Trials:
     batch = _Batch(specs)
     under_way = dict(enumerate(specs))
     try:
-        cap_memory(pick_device(specs[0].config.device), specs[0].packed)
-        dataset = opened(specs[0].config.data)
+        limit_gpu_memory(pick_device(specs[0].config.device), specs[0].packed)
+        dataset = open_cached_dataset(specs[0].config.data)
         for spec in specs:
-            make_folder(spec.folder, spec.config)
+            prepare_trial_folder(spec.folder, spec.config)
         runs = train_together([s.config for s in specs], [s.folder for s in specs], resume="latest", dataset=dataset)
         about = {"data_sha256": dataset.manifest["content_sha256"]}
         with contextlib.closing(runs):
@@ -127,11 +136,11 @@ def _alone(spec: TrialSpec, *, began_with: int = 1) -> Trials:
     with contextlib.closing(run_trial(spec)) as run:
         while True:
             try:
-                so_far = next(run)
+                interim = next(run)
             except StopIteration as stop:
                 yield Updates(ended={spec.trial_id: marked(stop.value)})
                 return
-            if spec.trial_id in ((yield Updates(so_far={spec.trial_id: marked(so_far)})) or ()):
+            if spec.trial_id in ((yield Updates(interim={spec.trial_id: marked(interim)})) or ()):
                 return
 
 
@@ -152,13 +161,13 @@ class _Batch:
             elif isinstance(event, Exception):
                 news.ended[spec.trial_id] = self._failed(spec, event)
             else:
-                so_far = RunResult("stopped", 0, unfinished(event, spec.config), dict(about))
-                news.so_far[spec.trial_id] = self._result(spec, so_far)
+                interim = RunResult("stopped", 0, partial_metrics(event, spec.config), dict(about))
+                news.interim[spec.trial_id] = self._result(spec, interim)
         return news
 
     def _result(self, spec: TrialSpec, run: RunResult, error: str | None = None) -> TrialResult:
         place = {"pid": os.getpid(), "packed": spec.packed, "vectorised": len(self._specs)}
-        provenance = run.data | machine(spec.config.device, spec.threads) | place
+        provenance = run.data | describe_machine(spec.config.device, spec.threads) | place
         seconds = time.perf_counter() - self._start
         return TrialResult(run.status, run.metrics, error, self._started_at, seconds, provenance)
 

@@ -14,7 +14,7 @@ from ray.tune.schedulers import AsyncHyperBandScheduler
 from ngpt.config.base import ConfigError
 from ngpt.training.tracker import read_metrics
 from tests.helpers.tiny_campaign import begun, losses, pretend, records, session_on, train_all, write_file
-from tune.analysis.asha import EVENT, Asha, cutoff
+from tune.analysis.asha import RUNG_REACHED, Asha, cutoff
 from tune.campaign import load_campaign
 from tune.machine.estimate import estimate
 from tune.results.status import read_snapshot
@@ -35,9 +35,9 @@ RULE = EarlyStop(first=10, reduction=3)
 def reach(ladder: Asha, trial: str, step: int, value: float | None, **fields: Any) -> bool:
     """Lets a trial come to a step; returns whether it is stopped there."""
     place = {"phase": "p", "arm": trial, "seed": 1, "share": (90, 90), "may_stop": True} | fields
-    event = ladder.reached(trial_id=f"{trial}-s{place['seed']}", step=step, value=value, **place)
+    event = ladder.record_rung(trial_id=f"{trial}-s{place['seed']}", step=step, value=value, **place)
     if event:
-        ladder.apply({"event": EVENT} | event)
+        ladder.apply({"event": RUNG_REACHED} | event)
     return bool(event and event["stops"])
 
 
@@ -99,19 +99,21 @@ def test_rungs_lie_before_the_end_each_so_many_times_as_far_as_the_last() -> Non
 def test_between_rungs_and_at_one_it_was_at_before_nothing_is_decided() -> None:
     ladder = Asha(RULE, metric="val_loss", goal="minimize")
     fields: dict[str, Any] = {"trial_id": "a-s1", "phase": "p", "arm": "a", "seed": 1, "may_stop": True}
-    assert ladder.reached(step=9, value=5.0, share=(90, 90), **fields) is None
+    assert ladder.record_rung(step=9, value=5.0, share=(90, 90), **fields) is None
     reach(ladder, "a", 10, 5.0)
-    assert ladder.reached(step=20, value=9.0, share=(90, 90), **fields) is None
-    assert ladder.reached(step=10, value=9.0, share=(90, 90), **fields) is None, "as after a resume"
-    assert ladder.reached(step=30, value=None, share=(90, 90), **fields) is None, "it is diverging and ends by itself"
+    assert ladder.record_rung(step=20, value=9.0, share=(90, 90), **fields) is None
+    assert ladder.record_rung(step=10, value=9.0, share=(90, 90), **fields) is None, "as after a resume"
+    assert ladder.record_rung(step=30, value=None, share=(90, 90), **fields) is None, (
+        "it is diverging and ends by itself"
+    )
 
 
 def test_a_rung_is_a_share_of_the_training() -> None:
     """With half the steps of the baseline, for the same tokens, the rungs are at half the steps."""
     ladder = Asha(RULE, metric="val_loss", goal="minimize")
     place = {"trial_id": "a-s1", "phase": "p", "arm": "a", "seed": 1, "value": 5.0, "may_stop": True}
-    assert ladder.reached(step=4, share=(45, 90), **place) is None
-    event = ladder.reached(step=5, share=(45, 90), **place)
+    assert ladder.record_rung(step=4, share=(45, 90), **place) is None
+    event = ladder.record_rung(step=5, share=(45, 90), **place)
     assert event and (event["rung"], event["step"]) == (10, 5)
 
 
@@ -163,7 +165,7 @@ def play(session: Session, *, most: int = 1000) -> list[str]:
     ran: list[str] = []
     while len(ran) < most and (spec := session.next_trial()):
         ran.append(spec.trial_id)
-        if not any(session.should_stop(spec.trial_id, so_far) for so_far in evaluations(spec)):
+        if not any(session.should_stop(spec.trial_id, interim) for interim in evaluations(spec)):
             session.tell(spec.trial_id, pretend(spec))
     return ran
 
@@ -235,9 +237,9 @@ def test_an_interrupted_campaign_decides_as_an_undisturbed_one(file: Path, tmp_p
     undisturbed = finish(file, tmp_path / "undisturbed")
     with session_on(file, tmp_path / "r") as session:
         play(begun(session), most=most)  # and then it is killed
-    decided = [event for event in read_journal(tmp_path / "r" / "journal.jsonl") if event["event"] == EVENT]
+    decided = [event for event in read_journal(tmp_path / "r" / "journal.jsonl") if event["event"] == RUNG_REACHED]
     assert finish(file, tmp_path / "r")["phases"][0]["arms"] == undisturbed["phases"][0]["arms"]
-    after = [event for event in read_journal(tmp_path / "r" / "journal.jsonl") if event["event"] == EVENT]
+    after = [event for event in read_journal(tmp_path / "r" / "journal.jsonl") if event["event"] == RUNG_REACHED]
     assert after[: len(decided)] == decided
     assert len({(event["trial_id"], event["rung"]) for event in after}) == len(after), "each rung once"
     with session_on(file, tmp_path / "r") as session:
@@ -255,7 +257,7 @@ def test_a_crash_between_the_decision_and_the_result_changes_nothing(
         ended = session.tell
         monkeypatch.setattr(session, "tell", lambda *_: None)  # the crash
         while spec := session.next_trial():
-            if any(session.should_stop(spec.trial_id, so_far) for so_far in evaluations(spec)):
+            if any(session.should_stop(spec.trial_id, interim) for interim in evaluations(spec)):
                 break
             ended(spec.trial_id, pretend(spec))
         assert spec is not None

@@ -17,16 +17,16 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from tune.analysis.verdicts import ArmVerdict, Delta, Judgement, detectable, holm, judge
-from tune.storage.records import Outcome
+from tune.storage.records import TrialOutcome
 
-Cells = dict[str, dict[int, Outcome]]
+Outcomes = dict[str, dict[int, TrialOutcome]]
 SLACK = 3 * math.sqrt(0.05 * 0.95 / 2000)  # three Monte-Carlo standard errors of a 5 % rate over 2,000 phases
 
 
-def phase(**arms: Sequence[float] | Mapping[int, float]) -> Cells:
+def phase(**arms: Sequence[float] | Mapping[int, float]) -> Outcomes:
     """Finished cells: values by seed, or in the order of seeds 1, 2, 3, ..."""
     rows = {arm: v if isinstance(v, Mapping) else dict(enumerate(v, 1)) for arm, v in arms.items()}
-    return {arm: {seed: Outcome("finished", x) for seed, x in row.items()} for arm, row in rows.items()}
+    return {arm: {seed: TrialOutcome("finished", x) for seed, x in row.items()} for arm, row in rows.items()}
 
 
 def simulated(
@@ -37,7 +37,7 @@ def simulated(
     *,
     effect: float = 0.0,
     baseline_seeds: int | None = None,
-) -> Cells:
+) -> Outcomes:
     """Arms of one phase with sd 1 over seeds; `effect` is what arm1 truly adds to the baseline."""
     width = baseline_seeds or n_seeds
     shared, own = rng.standard_normal((1, width)), rng.standard_normal((n_arms, width))
@@ -233,7 +233,11 @@ def test_an_arm_that_scatters_far_more_than_the_others_is_named() -> None:
     rng = np.random.default_rng(14)
     cells = simulated(rng, 8, 3, 0.5)
     assert not judge(cells, baseline="base").warnings
-    cells["arm3"] = {1: Outcome("finished", 2.0), 2: Outcome("finished", 12.0), 3: Outcome("finished", 5.0)}
+    cells["arm3"] = {
+        1: TrialOutcome("finished", 2.0),
+        2: TrialOutcome("finished", 12.0),
+        3: TrialOutcome("finished", 5.0),
+    }
     assert [text.split()[:2] for text in judge(cells, baseline="base").warnings] == [["arm3", "scatters"]]
 
 
@@ -336,7 +340,7 @@ def test_an_arm_with_a_lost_seed_is_ranked_last_and_never_wins(
     status: Literal["diverged", "failed", "stopped", "missing"], verdict: str
 ) -> None:
     cells = phase(base=BASE, good=GOOD, lost=[1.0, 1.1, 1.2])
-    cells["lost"][3] = Outcome(status)
+    cells["lost"][3] = TrialOutcome(status)
     judgement = judge(cells, baseline="base")
     lost = judgement.arms[-1]
     assert (lost.arm, lost.verdict, lost.n, lost.delta, lost.tied_with_winner) == ("lost", verdict, 2, None, False)
@@ -346,7 +350,12 @@ def test_an_arm_with_a_lost_seed_is_ranked_last_and_never_wins(
 
 def test_lost_arms_are_ranked_incomplete_then_failed_then_diverged_even_without_any_value() -> None:
     cells = phase(base=BASE, good=GOOD)
-    cells |= {"a": {1: Outcome("diverged")}, "b": {1: Outcome("failed")}, "c": {1: Outcome("missing")}, "d": {}}
+    cells |= {
+        "a": {1: TrialOutcome("diverged")},
+        "b": {1: TrialOutcome("failed")},
+        "c": {1: TrialOutcome("missing")},
+        "d": {},
+    }
     judgement = judge(cells, baseline="base")
     assert [row.arm for row in judgement.arms] == ["good", "base", "c", "d", "b", "a"]
     only = judge({"base": cells["base"], "a": cells["a"], "b": cells["b"]}, baseline="base")
@@ -355,11 +364,11 @@ def test_lost_arms_are_ranked_incomplete_then_failed_then_diverged_even_without_
 
 def test_a_baseline_that_lost_a_seed_is_compared_by_the_rest_with_a_warning() -> None:
     cells = phase(base=BASE, good=GOOD)
-    cells["base"][3] = Outcome("failed")
+    cells["base"][3] = TrialOutcome("failed")
     judgement = judge(cells, baseline="base")
     assert find(judgement, "good").verdict == "better"
     assert judgement.warnings[0] == "the baseline lost seeds (failed): only the finished ones are compared"
-    cells["base"] = {seed: Outcome("diverged") for seed in (1, 2, 3)}
+    cells["base"] = {seed: TrialOutcome("diverged") for seed in (1, 2, 3)}
     judgement = judge(cells, baseline="base")
     assert (judgement.winner, find(judgement, "good").verdict) == ("base", "no claim")
 
@@ -367,7 +376,7 @@ def test_a_baseline_that_lost_a_seed_is_compared_by_the_rest_with_a_warning() ->
 @pytest.mark.parametrize("value", [None, math.nan, math.inf, -1e300])
 def test_a_finished_seed_without_a_usable_value_counts_as_missing(value: float | None) -> None:
     cells = phase(base=BASE, arm=GOOD)
-    cells["arm"][2] = Outcome("finished", value)
+    cells["arm"][2] = TrialOutcome("finished", value)
     judgement = judge(cells, baseline="base")
     assert find(judgement, "arm").verdict == "incomplete"
     assert judgement.warnings == ["arm: finished without a finite value with seeds [2], taken as missing"]
@@ -420,7 +429,7 @@ def test_importing_the_module_loads_neither_numpy_nor_scipy() -> None:
 
 numbers = st.integers(-3000, 3000).map(lambda n: n / 1000)
 statuses = st.sampled_from(["finished"] * 9 + ["diverged", "failed", "stopped", "missing"])
-outcomes = st.builds(lambda status, x: Outcome(status, x if status == "finished" else None), statuses, numbers)
+outcomes = st.builds(lambda status, x: TrialOutcome(status, x if status == "finished" else None), statuses, numbers)
 arms = st.dictionaries(st.integers(1, 5), outcomes, max_size=5)
 phases = st.builds(
     lambda base, others: {"base": base, **{f"arm{i}": arm for i, arm in enumerate(others)}},
@@ -430,16 +439,16 @@ phases = st.builds(
 many = settings(max_examples=150, deadline=None, derandomize=True)
 
 
-def mapped(cells: Cells, scale: float, shift: float) -> Cells:
+def mapped(cells: Outcomes, scale: float, shift: float) -> Outcomes:
     return {
-        arm: {s: Outcome(c.status, None if c.value is None else c.value * scale + shift) for s, c in row.items()}
+        arm: {s: TrialOutcome(c.status, None if c.value is None else c.value * scale + shift) for s, c in row.items()}
         for arm, row in cells.items()
     }
 
 
 @many
 @given(phases)
-def test_every_result_is_strict_json_whatever_happened_in_the_phase(cells: Cells) -> None:
+def test_every_result_is_strict_json_whatever_happened_in_the_phase(cells: Outcomes) -> None:
     judgement = judge(cells, baseline="base")
     json.dumps(dataclasses.asdict(judgement), allow_nan=False)
     assert sorted(row.arm for row in judgement.arms) == sorted(cells)
@@ -448,7 +457,7 @@ def test_every_result_is_strict_json_whatever_happened_in_the_phase(cells: Cells
 
 @many
 @given(phases, st.randoms(use_true_random=False))
-def test_the_order_of_arms_and_seeds_changes_nothing(cells: Cells, shuffler: random.Random) -> None:
+def test_the_order_of_arms_and_seeds_changes_nothing(cells: Outcomes, shuffler: random.Random) -> None:
     shuffled = {
         arm: dict(shuffler.sample(list(cells[arm].items()), len(cells[arm])))
         for arm in shuffler.sample(list(cells), len(cells))
@@ -458,14 +467,14 @@ def test_the_order_of_arms_and_seeds_changes_nothing(cells: Cells, shuffler: ran
 
 @many
 @given(phases, st.integers(-1000, 1000))
-def test_a_constant_added_to_all_values_changes_no_verdict(cells: Cells, shift: int) -> None:
+def test_a_constant_added_to_all_values_changes_no_verdict(cells: Outcomes, shift: int) -> None:
     moved = judge(mapped(cells, 1.0, shift), baseline="base")
     assert verdicts(moved) == verdicts(judge(cells, baseline="base"))
 
 
 @many
 @given(phases)
-def test_maximising_the_negated_values_mirrors_every_verdict(cells: Cells) -> None:
+def test_maximising_the_negated_values_mirrors_every_verdict(cells: Outcomes) -> None:
     down = judge(cells, baseline="base")
     up = judge(mapped(cells, -1.0, 0.0), baseline="base", goal="maximize")
     assert [(row.arm, row.verdict, row.tied_with_winner) for row in up.arms] == [
@@ -477,9 +486,9 @@ def test_maximising_the_negated_values_mirrors_every_verdict(cells: Cells) -> No
 @many
 @given(phases, st.lists(numbers, max_size=4), st.sampled_from(["diverged", "failed"]))
 def test_a_lost_arm_never_wins_and_never_changes_the_others(
-    cells: Cells, values: list[float], status: Literal["diverged", "failed"]
+    cells: Outcomes, values: list[float], status: Literal["diverged", "failed"]
 ) -> None:
-    lost = {seed: Outcome("finished", value) for seed, value in enumerate(values, 2)} | {1: Outcome(status)}
+    lost = {seed: TrialOutcome("finished", value) for seed, value in enumerate(values, 2)} | {1: TrialOutcome(status)}
     alone, together = judge(cells, baseline="base"), judge(cells | {"lost": lost}, baseline="base")
     assert together.winner == alone.winner
     assert [row for row in together.arms if row.arm != "lost"] == alone.arms
@@ -490,7 +499,7 @@ def test_a_lost_arm_never_wins_and_never_changes_the_others(
 def test_arms_that_were_stopped_early_are_comparisons_that_count(rows: list[list[float]], n: int) -> None:
     """Against closed testing (Marcus et al. 1976) with Bonferroni, where a stopped arm has shown nothing: p = 1."""
     cells = phase(base=rows[0], **{f"arm{i}": row for i, row in enumerate(rows[1:])})
-    stopped = {f"stopped{i}": {1: Outcome("stopped"), 2: Outcome("finished", 1.0)} for i in range(n)}
+    stopped = {f"stopped{i}": {1: TrialOutcome("stopped"), 2: TrialOutcome("finished", 1.0)} for i in range(n)}
     alone, together = judge(cells, baseline="base"), judge(cells | stopped, baseline="base")
     raw = {arm: delta_of(alone, arm).p or 0.0 for arm in cells if arm != "base"}
     p = [*raw.values(), *[1.0] * n]

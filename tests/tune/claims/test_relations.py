@@ -23,7 +23,7 @@ from tune.report.markdown import claims_markdown
 from tune.results.summary import rebuild
 from tune.spec.schema import Claim
 from tune.storage.journal import read_journal
-from tune.storage.records import Outcome
+from tune.storage.records import TrialOutcome
 from tune.terminal.final_screen import final_screen
 from tune.trials.trial import TrialResult, TrialSpec
 
@@ -51,9 +51,9 @@ def evidence(
             arms.append(ClaimArm(phase, name, i == 0, chosen, complete, ids))
             for trial_id, value in zip(ids.values(), values, strict=True):
                 known = isinstance(value, str)
-                results[trial_id] = Outcome(value, None) if known else Outcome("finished", value)  # pyright: ignore
+                results[trial_id] = TrialOutcome(value, None) if known else TrialOutcome("finished", value)  # pyright: ignore
 
-    def outcome(trial_id: str, wanted: str) -> Outcome:
+    def outcome(trial_id: str, wanted: str) -> TrialOutcome:
         return results[trial_id] if wanted == metric else replace(results[trial_id], value=None)
 
     return Evidence(arms, outcome, metric, goal, 0.95, min_effect)

@@ -113,7 +113,7 @@ def test_afterwards_signals_mean_what_they_meant_before(tmp_path: Path, file: Pa
 def test_a_failed_trial_does_not_end_the_run(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import tune.trials.trial
 
-    opened = tune.trials.trial.opened
+    opened = tune.trials.trial.open_cached_dataset
     broken = iter([True])
 
     def opened_sometimes(data):
@@ -121,7 +121,7 @@ def test_a_failed_trial_does_not_end_the_run(tmp_path: Path, corpus: Path, monke
             raise RuntimeError("no memory left")
         return opened(data)
 
-    monkeypatch.setattr("tune.trials.trial.opened", opened_sometimes)
+    monkeypatch.setattr("tune.trials.trial.open_cached_dataset", opened_sometimes)
     file = write_file(tmp_path, corpus)
     summary = train_all(file, tmp_path / "tiny")
     assert (summary["status"], summary["trials"]["failed"], summary["trials"]["finished"]) == ("finished", 1, 5)
@@ -183,12 +183,12 @@ def test_a_group_that_is_stopped_goes_on_where_each_of_it_was(
         begun(session)
         should_stop = session.should_stop
 
-        def listen(trial_id: str, so_far: TrialResult) -> bool:
+        def listen(trial_id: str, interim: TrialResult) -> bool:
             nonlocal heard
             heard += 1
             if heard == after:
                 os.kill(os.getpid(), signal.SIGINT)
-            return should_stop(trial_id, so_far)
+            return should_stop(trial_id, interim)
 
         monkeypatch.setattr(session, "should_stop", listen)
         run_inline(session)

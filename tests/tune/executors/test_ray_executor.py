@@ -328,8 +328,8 @@ def test_a_trial_that_early_stopping_ends_is_recorded_once_and_is_no_dead_worker
         specs = {name: searcher.suggest(name)["specs"][0] for name in "abc"}
         ended = []
         for i, (name, spec) in enumerate(specs.items()):
-            so_far = replace(pretend(spec, status="stopped"), metrics={"steps": 3, "tokens": 192, "val_loss": 5.0 + i})
-            ended += [name] if stops(name, {UPDATES: Updates(so_far={spec.trial_id: so_far})}) else []
+            interim = replace(pretend(spec, status="stopped"), metrics={"steps": 3, "tokens": 192, "val_loss": 5.0 + i})
+            ended += [name] if stops(name, {UPDATES: Updates(interim={spec.trial_id: interim})}) else []
         assert ended == ["b", "c"], "the later, the worse"
         for name in ended:
             searcher.on_trial_complete(name, {UPDATES: Updates()})
@@ -437,7 +437,7 @@ def test_one_of_a_group_that_falls_behind_is_recorded_at_once_and_its_worker_tol
             spec.trial_id: replace(pretend(spec), metrics={"steps": 3, "tokens": 192, "val_loss": 5.0 + i})
             for i, spec in enumerate(group)
         }
-        assert stops("a", {UPDATES: Updates(so_far=reached)}) is False
+        assert stops("a", {UPDATES: Updates(interim=reached)}) is False
         assert [stop_requested(spec.folder) for spec in group] == [False, True, True]
         assert [session.state.results[spec.trial_id]["status"] for spec in group[1:]] == ["stopped"] * 2
         searcher.on_trial_complete("a", of({"specs": group}, pretend))

@@ -25,7 +25,7 @@ from tune.executors.ray_supervisor import OVER, Driver, RaySupervisor
 from tune.session.session import ExecutorLost, Session
 from tune.spec.schema import Resources
 from tune.storage.journal import read_journal
-from tune.trials.retries import CAUSES
+from tune.trials.retries import RETRY_RULES
 
 SLEEP = [sys.executable, "-c", "import time; time.sleep(600)"]
 
@@ -241,7 +241,7 @@ def test_a_kill_by_the_kernel_for_lack_of_memory_is_told_from_another(
 ) -> None:
     first, second = played.next_trial(), played.next_trial()
     played.ask("worker_died", first.trial_id, "killed")
-    kills = keeping.kernel_kills() + 1
+    kills = keeping.oom_kill_count() + 1
     monkeypatch.setattr(keeping, "kernel_kills", lambda: kills)
     played.ask("worker_died", second.trial_id, "killed")
     causes = [event["cause"] for event in session.journal.events if event["event"] == "worker_died"]
@@ -396,6 +396,6 @@ def test_what_ray_kills_for_lack_of_memory_is_tried_once_more_alone_and_then_fai
     finally:
         run.process.kill()
     assert {event["cause"] for event in run.events("worker_died")} == {"host_oom"}
-    assert CAUSES["host_oom"].retries == 1 and len(run.events("worker_died")) == 4
+    assert RETRY_RULES["host_oom"].retries == 1 and len(run.events("worker_died")) == 4
     assert all(record["error"].startswith("host_oom: ") for record in records(run.root))
     assert read_journal(run.root / "journal.jsonl")[-1]["status"] == "finished"

@@ -51,7 +51,7 @@ def result(report: dict[str, Any]) -> TrialResult:
 
 def test_a_step_goes_to_the_next_evaluation_and_the_last_one_reports_the_result(worker: TrialWorker) -> None:
     *evaluations, last = steps(worker)
-    assert [report[UPDATES].so_far["t"].metrics["steps"] for report in evaluations] == [0, 3, 6, 8]
+    assert [report[UPDATES].interim["t"].metrics["steps"] for report in evaluations] == [0, 3, 6, 8]
     assert all(not report[UPDATES].ended and not report.get("done") for report in evaluations)
     assert last["done"] and (result(last).status, result(last).metrics["steps"]) == ("finished", 8)
 
@@ -60,7 +60,7 @@ def paused(report: dict[str, Any]) -> dict[str, float | None]:
     """The steps of the newest evaluations in the last report of trials that have saved and stopped."""
     assert report.keys() == {UPDATES, PAUSED, "done"} and report[PAUSED] is report["done"] is True
     assert not report[UPDATES].ended
-    return {trial_id: so_far.metrics["steps"] for trial_id, so_far in report[UPDATES].so_far.items()}
+    return {trial_id: interim.metrics["steps"] for trial_id, interim in report[UPDATES].interim.items()}
 
 
 def test_it_is_used_for_one_trial_after_another(worker: TrialWorker, spec: TrialSpec, tmp_path: Path) -> None:
@@ -137,7 +137,7 @@ def test_an_evaluation_at_which_it_is_asked_to_stop_is_reported(
 
 
 def evaluated(report: dict[str, Any]) -> list[float | None]:
-    return [so_far.metrics["steps"] for so_far in report[UPDATES].so_far.values()]
+    return [interim.metrics["steps"] for interim in report[UPDATES].interim.values()]
 
 
 def test_it_asks_for_the_resources_of_its_trial() -> None:
@@ -183,7 +183,7 @@ def test_one_of_a_group_that_is_asked_to_stop_is_left_out_and_the_others_go_on(
     worker.step()
     request_stop(group[1].folder)
     reports = steps(worker)
-    assert not any("t2" in report[UPDATES].so_far or PAUSED in report for report in reports)
+    assert not any("t2" in report[UPDATES].interim or PAUSED in report for report in reports)
     assert {name for report in reports for name in report[UPDATES].ended} == {"t1", "t3"}
     assert not stop_requested(group[1].folder)
 
@@ -203,7 +203,7 @@ def test_a_group_of_which_all_are_asked_to_stop_saves_where_it_is(
         clear(spec.folder)
     worker.reset_config({"specs": group})
     assert [
-        report[UPDATES].so_far["t1"].metrics["steps"] for report in steps(worker) if "t1" in report[UPDATES].so_far
+        report[UPDATES].interim["t1"].metrics["steps"] for report in steps(worker) if "t1" in report[UPDATES].interim
     ] == [
         6,
         8,

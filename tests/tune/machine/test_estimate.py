@@ -20,8 +20,8 @@ from ngpt.training.loop import train
 from tune.campaign import load_campaign
 from tune.machine.estimate import estimate, expected_workers, plan_view
 from tune.machine.throughput import device_key, known_speeds
-from tune.planning.forecast import planned_event
-from tune.planning.plan import PlannedPhase, Trial, inheritance, plan_phase, preview
+from tune.planning.forecast import phase_planned_event
+from tune.planning.plan import PlannedPhase, PlannedTrial, inherited_overrides, plan_phase, preview
 from tune.planning.shape import shape_key
 from tune.spec.schema import Campaign
 from tune.storage.journal import Journal
@@ -87,7 +87,7 @@ def store(path: Path, text: str) -> None:
 
 
 def ended(
-    trial: Trial, status: str = "finished", *, seconds: float = 2.0, attempt: int = 1, loss: float | None = None
+    trial: PlannedTrial, status: str = "finished", *, seconds: float = 2.0, attempt: int = 1, loss: float | None = None
 ) -> dict[str, Any]:
     """The event of a trial's end."""
     return {
@@ -149,9 +149,9 @@ def test_what_the_journal_holds_is_not_counted(load: Load, write: Write) -> None
 
 def finished_phase(phase: PlannedPhase, winner: str) -> list[dict[str, Any]]:
     """The events of a phase from its plan to its end."""
-    end = {"phase": phase.name, "winner": winner, "winner_overrides": dict(inheritance(phase, winner))}
+    end = {"phase": phase.name, "winner": winner, "winner_overrides": dict(inherited_overrides(phase, winner))}
     return [
-        {"event": "phase_planned", **planned_event(phase)},
+        {"event": "phase_planned", **phase_planned_event(phase)},
         *(ended(trial, loss=5 - (trial.arm == winner) + 0.1 * trial.seed) for trial in phase.trials),
         {"event": "phase_finished", **end},
     ]

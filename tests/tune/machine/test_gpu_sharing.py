@@ -14,13 +14,13 @@ from ngpt.data.dataset import prepare
 from ngpt.training.config import TrainConfig, resolved
 from tests.helpers.tiny_campaign import begun, pretend, session_on, train_all, write_file
 from tune.machine import gpu_sharing as packing
-from tune.machine.concurrency_benchmark import Point
-from tune.machine.gpu_sharing import Packing, best_point, choose, known_curve, pack, remember_curve
+from tune.machine.concurrency_benchmark import ThroughputPoint
+from tune.machine.gpu_sharing import GpuSharing, choose, fastest_point, known_curve, pack, remember_curve
 from tune.report.markdown import render_markdown
 from tune.report.wording import cost_facts
 from tune.spec.schema import Campaign
 from tune.storage.journal import read_journal
-from tune.storage.state import State, replay
+from tune.storage.state import CampaignState, replay
 from tune.trials.trial import TrialResult, TrialSpec
 
 GIB = 1 << 30
@@ -32,9 +32,9 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny: TrainConfig
     monkeypatch.setattr(packing, "cache_folder", lambda: tmp_path / "cache")
 
 
-def curve(*speeds: float, room: int = 32) -> list[Point]:
+def curve(*speeds: float, room: int = 32) -> list[ThroughputPoint]:
     """One trial, two trials, ... at these speeds."""
-    return [Point(n, 1, speed, GIB, room) for n, speed in enumerate(speeds, 1)]
+    return [ThroughputPoint(n, 1, speed, GIB, room) for n, speed in enumerate(speeds, 1)]
 
 
 ONE = "\n  - name: alpha\n    vary: {alpha: [0.05, 0.4]}\n"
@@ -45,23 +45,25 @@ def silent(line: str) -> None:
 
 
 def test_the_fastest_number_of_trials_is_taken() -> None:
-    assert best_point(curve(100, 150, 170, 160), most=8).trials == 3
+    assert fastest_point(curve(100, 150, 170, 160), most=8).trials == 3
 
 
 def test_of_numbers_that_are_as_fast_the_smallest_is_taken() -> None:
-    assert best_point(curve(100, 169, 170, 169.5), most=8).trials == 2
+    assert fastest_point(curve(100, 169, 170, 169.5), most=8).trials == 2
 
 
 def test_no_more_trials_than_fit_or_than_there_are() -> None:
-    assert best_point(curve(100, 150, 170, room=2), most=8).trials == 2
-    assert best_point(curve(100, 150, 170), most=2).trials == 2
-    assert best_point(curve(100, 150, room=0), most=8).trials == 1  # too large even alone: the trial will say so itself
+    assert fastest_point(curve(100, 150, 170, room=2), most=8).trials == 2
+    assert fastest_point(curve(100, 150, 170), most=2).trials == 2
+    assert (
+        fastest_point(curve(100, 150, room=0), most=8).trials == 1
+    )  # too large even alone: the trial will say so itself
 
 
 @given(st.lists(st.floats(1, 1e7), min_size=1, max_size=8), st.integers(1, 40), st.integers(1, 40))
 def test_the_choice_is_possible_and_nothing_possible_is_much_faster(speeds: list[float], room: int, most: int) -> None:
     points = curve(*speeds, room=room)
-    best = best_point(points, most=most)
+    best = fastest_point(points, most=most)
     possible = [p.tokens_per_second for p in points if p.trials <= min(room, most)]
     assert best.trials <= min(room, most)
     assert best.tokens_per_second >= 0.99 * max(possible)
@@ -138,10 +140,10 @@ def test_one_trial_has_nothing_to_share_with(tiny: TrainConfig) -> None:
 def test_on_a_cpu_and_where_the_file_gives_a_share_nothing_is_chosen(load: Callable[[str], Campaign]) -> None:
     text = "campaign: c\nbase: {device: cpu}\nresources: {gpus_per_trial: SHARE}\nvary: {alpha: [0.1, 0.2]}\n"
     for share in ("auto", "0.5"):
-        assert pack(load(text.replace("SHARE", share)), State(), silent) is None
+        assert pack(load(text.replace("SHARE", share)), CampaignState(), silent) is None
 
 
-CHOSEN = Packing(
+CHOSEN = GpuSharing(
     4, "1.60 x the tokens/s of one, measured on 2026-11-21", "H200", tuple(curve(1e6, 1.4e6, 1.5e6, 1.6e6)), "t"
 )
 

@@ -10,10 +10,10 @@ from ngpt.config.base import override
 from ngpt.training.config import TrainConfig
 from tune.campaign import load_campaign
 from tune.machine.throughput import device_key, known_speeds, measure_speeds, remember_speeds
-from tune.planning.plan import Trial, preview
+from tune.planning.plan import PlannedTrial, preview
 from tune.planning.shape import shape_key
 from tune.spec.schema import Campaign
-from tune.storage.state import State, replay
+from tune.storage.state import CampaignState, replay
 
 STEPS = 10
 TOKENS = STEPS * 4 * 8
@@ -47,13 +47,13 @@ def store(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def ended(trial: Trial, *, seconds: float = 2.0) -> dict[str, Any]:
+def ended(trial: PlannedTrial, *, seconds: float = 2.0) -> dict[str, Any]:
     """The event of a trial's end."""
     end = {"event": "trial_finished", "trial_id": trial.trial_id, "status": "finished", "attempt": 1}
     return end | {"seconds": seconds, "metrics": {"tokens": TOKENS}, "provenance": {}}
 
 
-def session(*events: dict[str, Any], older: bool = False) -> State:
+def session(*events: dict[str, Any], older: bool = False) -> CampaignState:
     """The state after a session's start and these events, or after these and a session's start."""
     start = {"event": "campaign_started"}
     order = [*events, start] if older else [start, *events]

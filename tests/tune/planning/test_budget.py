@@ -12,12 +12,12 @@ from ngpt.config.base import ConfigError
 from tests.helpers.tiny_campaign import begun, drive, pretend, records, session_on, strict, write_file
 from tune.campaign import load_campaign
 from tune.machine.estimate import check_budget
-from tune.planning.budget import STOPPED, allows, describe, left_out_sentence
+from tune.planning.budget import STOPPED_BY_BUDGET, budget_allows, describe_budget, left_out_sentence
 from tune.results.summary import read_state
 from tune.session.session import Session
 from tune.spec.schema import Budget
 from tune.storage.journal import read_journal
-from tune.storage.state import State, replay
+from tune.storage.state import CampaignState, replay
 
 pytestmark = pytest.mark.usefixtures("no_report")
 
@@ -53,9 +53,9 @@ def test_no_more_trials_begin_than_the_budget_has_and_the_summary_says_what_is_l
 ) -> None:
     trained, session = run(with_budget(tmp_path, corpus, "{trials: 3}"), tmp_path / "r")
     assert len(trained) == 3
-    assert session.is_over() and session.state.status == STOPPED
+    assert session.is_over() and session.state.status == STOPPED_BY_BUDGET
     summary = strict((tmp_path / "r/summary.json").read_text())
-    assert (summary["status"], summary["left_out"]) == (STOPPED, {"alpha": 1, "projection": 2})
+    assert (summary["status"], summary["left_out"]) == (STOPPED_BY_BUDGET, {"alpha": 1, "projection": 2})
     assert summary["warnings"][-1] == "the budget was reached: left out 1 trial of alpha, 2 trials of projection"
     assert summary["answer"]["winner"] is None
 
@@ -93,7 +93,7 @@ def test_a_trial_that_was_begun_before_is_finished_first_and_counts_once(tmp_pat
         session.tell(second.trial_id, pretend(second))
     trained, session = run(file, tmp_path / "r")
     assert trained == [first.trial_id]
-    assert session.state.status == STOPPED
+    assert session.state.status == STOPPED_BY_BUDGET
     with session_on(file, tmp_path / "r") as again:
         assert not again.has_work()
 
@@ -134,7 +134,7 @@ def test_the_time_of_all_sessions_counts(tmp_path: Path, corpus: Path, clock: Si
     with session_on(file, tmp_path / "r") as session:
         assert len(drive(begun(session), half_an_hour)) == 3
         session.end()
-    assert read_state(tmp_path / "r").status == STOPPED
+    assert read_state(tmp_path / "r").status == STOPPED_BY_BUDGET
     assert read_state(tmp_path / "r").left_out == {"projection": 2}
     assert replay(read_journal(tmp_path / "r/journal.jsonl")).seconds == 7200.0
     with session_on(file, tmp_path / "r") as session:
@@ -176,8 +176,8 @@ def test_a_budget_of_nothing_is_a_mistake_of_the_file(tmp_path: Path, corpus: Pa
 
 
 def test_a_budget_that_is_not_given_allows_everything() -> None:
-    assert allows(Budget(), State(attempts={"a": 1}), "b", 1e12)
-    assert (describe(Budget()), describe(Budget(trials=1, hours=2.5))) == ("", "1 trial, 2.5 hours")
+    assert budget_allows(Budget(), CampaignState(attempts={"a": 1}), "b", 1e12)
+    assert (describe_budget(Budget()), describe_budget(Budget(trials=1, hours=2.5))) == ("", "1 trial, 2.5 hours")
 
 
 def test_what_is_left_out_is_counted_by_phase() -> None:

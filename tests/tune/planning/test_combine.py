@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from ngpt.config.base import ConfigError
 from tests.helpers.tiny_campaign import begun, drive, pretend, records, session_on, strict, write_file
 from tune.campaign import load_campaign
-from tune.planning.combine import joins
+from tune.planning.combine import join_better_arms
 from tune.planning.plan import plan_phase, preview
-from tune.storage.records import Better
+from tune.storage.records import BetterArm
 from tune.trials.trial import TrialResult, TrialSpec
 
 PHASES = """
@@ -98,8 +98,8 @@ def test_where_nothing_was_better_only_the_baseline_is_left(file: Path) -> None:
 def test_an_arm_that_cannot_be_joined_is_left_out_and_the_next_one_is_tried(file: Path) -> None:
     campaign = load_campaign(file)
     phase = next(phase for phase in campaign.phases if phase.name == "joined")
-    heads, width = Better("heads", {"model.n_head": 4}, 3.0), Better("width", {"model.n_embd": 18}, 2.0)
-    found = {"alpha": [width, Better("lr", {"optim.lr": 1.0}, 1.0)], "steps_apart": [heads]}
+    heads, width = BetterArm("heads", {"model.n_head": 4}, 3.0), BetterArm("width", {"model.n_embd": 18}, 2.0)
+    found = {"alpha": [width, BetterArm("lr", {"optim.lr": 1.0}, 1.0)], "steps_apart": [heads]}
     planned = plan_phase(campaign, phase, {}, found)
     assert [arm.name for arm in planned.arms] == ["baseline", "heads", "heads + lr"]
 
@@ -108,7 +108,7 @@ def test_what_the_phase_pins_is_not_joined(tmp_path: Path, corpus: Path) -> None
     phases = PHASES.replace("    seeds: [5, 6]\n", "    seeds: [5, 6]\n    set: {steps: 9}\n")
     campaign = load_campaign(write_file(tmp_path, corpus, phases=phases))
     phase = next(phase for phase in campaign.phases if phase.name == "joined")
-    found = [Better("long", {"steps": 99}, 2.0), Better("both", {"steps": 99, "optim.lr": 0.5}, 1.0)]
+    found = [BetterArm("long", {"steps": 99}, 2.0), BetterArm("both", {"steps": 99, "optim.lr": 0.5}, 1.0)]
     planned = plan_phase(campaign, phase, {}, {"alpha": found, "steps_apart": []})
     assert {arm.name: dict(arm.overrides) for arm in planned.arms} == {"baseline": {}, "both": {"optim.lr": 0.5}}
     assert {trial.config.steps for trial in planned.trials} == {9}
@@ -120,18 +120,18 @@ def test_a_preview_joins_the_first_arms(file: Path) -> None:
 
 
 SETTINGS = st.dictionaries(st.sampled_from("abcde"), st.integers(0, 3), min_size=1, max_size=3)
-ARMS = st.builds(Better, st.text("xyz", min_size=1), SETTINGS, st.floats(0.01, 1.0))
+ARMS = st.builds(BetterArm, st.text("xyz", min_size=1), SETTINGS, st.floats(0.01, 1.0))
 FOUND = st.lists(ARMS, unique_by=lambda better: better.arm)
 
 
 @given(found=FOUND, order=st.randoms())
 def test_joins_grow_by_whole_arms_in_order_of_gain_and_do_not_depend_on_the_order_given(
-    found: list[Better], order: Any
+    found: list[BetterArm], order: Any
 ) -> None:
-    arms = joins(found)
+    arms = join_better_arms(found)
     shuffled = list(found)
     order.shuffle(shuffled)
-    assert joins(shuffled) == arms
+    assert join_better_arms(shuffled) == arms
     by_name = {better.arm: better for better in found}
     assert bool(arms) == bool(found)
     previous: dict[str, Any] = {}

@@ -8,11 +8,11 @@ import pytest
 
 from tests.helpers.tiny_campaign import begun, drive, session_on, write_file
 from tune.campaign import load_campaign
-from tune.planning.forecast import expected_phases, has_result, known_end, planned_event, to_come
+from tune.planning.forecast import expected_phases, expected_stages, has_result, known_result, phase_planned_event
 from tune.planning.plan import preview, trial_flops
 from tune.spec.schema import EarlyStop
 from tune.storage.journal import read_journal
-from tune.storage.state import State, replay
+from tune.storage.state import CampaignState, replay
 
 pytestmark = pytest.mark.usefixtures("no_report")
 
@@ -22,7 +22,7 @@ def file(tmp_path: Path, corpus: Path) -> Path:
     return write_file(tmp_path, corpus)
 
 
-def after(file: Path, root: Path, *, most: int) -> State:
+def after(file: Path, root: Path, *, most: int) -> CampaignState:
     """What the journal says after so many trials; the longer alpha wins."""
     with session_on(file, root) as session:
         drive(begun(session), most=most)
@@ -31,7 +31,7 @@ def after(file: Path, root: Path, *, most: int) -> State:
 
 def test_a_planned_phase_is_read_back_as_it_was_written(file: Path) -> None:
     (phase, _) = preview(load_campaign(file))
-    written = json.loads(json.dumps(planned_event(phase)))
+    written = json.loads(json.dumps(phase_planned_event(phase)))
     event = {"event": "phase_planned", "time": "2026-11-21T10:00:00.000+00:00", **written}
     read = replay([event]).phases["alpha"]
     assert sorted(read.trial_ids) == sorted(trial.trial_id for trial in phase.trials)
@@ -41,16 +41,16 @@ def test_a_planned_phase_is_read_back_as_it_was_written(file: Path) -> None:
 
 def test_before_anything_has_run_the_plan_is_the_preview(file: Path) -> None:
     campaign = load_campaign(file)
-    assert expected_phases(campaign, State()) == preview(campaign)
-    assert [known_end(campaign, State(), phase) for phase in preview(campaign)] == [None, None]
+    assert expected_phases(campaign, CampaignState()) == preview(campaign)
+    assert [known_result(campaign, CampaignState(), phase) for phase in preview(campaign)] == [None, None]
 
 
 def test_a_winner_that_is_known_takes_the_place_of_the_one_that_stood_in(tmp_path: Path, file: Path) -> None:
     state, campaign = after(file, tmp_path / "r", most=4), load_campaign(file)
     first, second = expected_phases(campaign, state)
-    end = known_end(campaign, state, first)
+    end = known_result(campaign, state, first)
     assert end and (end[0], list(end[1])) == ("alpha=0.4", state.phases["alpha"].better)
-    assert second.base == {"model.alpha": 0.4} and known_end(campaign, state, second) is None
+    assert second.base == {"model.alpha": 0.4} and known_result(campaign, state, second) is None
 
 
 def test_a_phase_that_has_changed_since_has_no_winner(tmp_path: Path, file: Path) -> None:
@@ -58,7 +58,7 @@ def test_a_phase_that_has_changed_since_has_no_winner(tmp_path: Path, file: Path
     file.write_text(file.read_text().replace("[0.05, 0.4]", "[0.05, 0.3]"))
     campaign = load_campaign(file)
     first, second = expected_phases(campaign, state)
-    assert known_end(campaign, state, first) is None and second.base == {"model.alpha": 0.3}
+    assert known_result(campaign, state, first) is None and second.base == {"model.alpha": 0.3}
 
 
 def test_who_wins_is_judged_by_the_rules_of_now(tmp_path: Path, file: Path) -> None:
@@ -66,7 +66,7 @@ def test_who_wins_is_judged_by_the_rules_of_now(tmp_path: Path, file: Path) -> N
     file.write_text(file.read_text().replace("seeds:", "min_effect: 3\nseeds:"))
     campaign = load_campaign(file)
     first, second = expected_phases(campaign, state)
-    assert known_end(campaign, state, first) == ("alpha=0.05", []) and second.base == {"model.alpha": 0.05}
+    assert known_result(campaign, state, first) == ("alpha=0.05", []) and second.base == {"model.alpha": 0.05}
 
 
 def test_the_winner_of_last_time_stands_in_while_a_seed_that_was_added_is_trained(tmp_path: Path, file: Path) -> None:
@@ -75,7 +75,7 @@ def test_the_winner_of_last_time_stands_in_while_a_seed_that_was_added_is_traine
     file.write_text(file.read_text().replace("seeds: [1, 2]", "seeds: [1, 2, 3]"))
     campaign = load_campaign(file)
     first, second = expected_phases(campaign, state)
-    assert known_end(campaign, state, first) is None and second.base == {"model.alpha": 0.4}
+    assert known_result(campaign, state, first) is None and second.base == {"model.alpha": 0.4}
 
 
 def test_what_was_stopped_early_is_to_be_trained_where_that_is_not_done(tmp_path: Path, file: Path) -> None:
@@ -112,14 +112,14 @@ def test_what_nobody_can_plan_yet_is_expected_in_stages(tmp_path: Path, corpus: 
     of_short, of_long = trial_flops(short.trials[0].config), trial_flops(long.trials[0].config)
     assert of_long > 1.5 * of_short
     # The baseline of `projection` is the winner that stands in: its trials are those of the first phase.
-    stages = to_come(load_campaign(file), after(file, tmp_path / "one", most=1))
+    stages = expected_stages(load_campaign(file), after(file, tmp_path / "one", most=1))
     assert [[(some["phase"], some["trials"], some["work"]["flops"]) for some in stage] for stage in stages] == [
         [("projection", 2, of_short), ("long", 4, of_long)],
         [("confirm", 3, of_short)],
     ]
     state = after(file, tmp_path / "four", most=4)  # alpha is over, and the two phases after it are planned
     assert list(state.phases) == ["alpha", "projection", "long"]
-    assert state.to_come == to_come(load_campaign(file), state) == stages[1:]
+    assert state.expected_stages == expected_stages(load_campaign(file), state) == stages[1:]
 
 
 def test_what_optuna_has_not_proposed_yet_is_expected(tmp_path: Path, corpus: Path) -> None:
@@ -129,4 +129,4 @@ def test_what_optuna_has_not_proposed_yet_is_expected(tmp_path: Path, corpus: Pa
     state = after(write_file(tmp_path, corpus, phases=search), tmp_path / "r", most=1)
     n = len(state.phases["s"].arms)
     assert 1 < n < 31
-    assert [[some["trials"] for some in stage] for stage in state.to_come] == [[2 * (31 - n)]]
+    assert [[some["trials"] for some in stage] for stage in state.expected_stages] == [[2 * (31 - n)]]

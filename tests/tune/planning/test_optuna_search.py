@@ -10,8 +10,8 @@ from ngpt.config.base import ConfigError
 from tests.helpers.tiny_campaign import begun, drive, records, session_on, strict, write_file
 from tune.campaign import load_campaign
 from tune.machine.estimate import estimate
-from tune.planning.optuna_search import proposed, score
-from tune.planning.smoke import shrunk
+from tune.planning.optuna_search import arm_score, propose_arms
+from tune.planning.smoke import shrink_campaign
 from tune.spec.search_space import Dimension, Search
 
 PHASES = """
@@ -70,7 +70,7 @@ def test_a_plan_counts_the_arms_that_are_not_known_yet(file: Path, tmp_path: Pat
 
 
 def test_a_smoke_run_draws_a_batch_at_random(file: Path) -> None:
-    phase = shrunk(load_campaign(file)).phases[0]
+    phase = shrink_campaign(load_campaign(file)).phases[0]
     assert (phase.search, len(phase.arms)) == (None, 3)
 
 
@@ -78,26 +78,26 @@ SEARCH = Search("optuna", 12, 0, 4, (Dimension("lr", "optim.lr", "log", (1e-4, 1
 
 
 def test_proposals_of_complete_batches_do_not_change_with_later_scores() -> None:
-    first = proposed(SEARCH, ())
-    second = proposed(SEARCH, (1.0, 2.0, 0.5, math.inf))
+    first = propose_arms(SEARCH, ())
+    second = propose_arms(SEARCH, (1.0, 2.0, 0.5, math.inf))
     assert (len(first), len(second), second[:4]) == (4, 8, first)
-    assert proposed(SEARCH, (1.0, 2.0, 0.5, math.inf, 3.0, 1.0, 1.0, 0.1))[:8] == second
-    assert len(proposed(SEARCH, (1.0,) * 12)) == 12
+    assert propose_arms(SEARCH, (1.0, 2.0, 0.5, math.inf, 3.0, 1.0, 1.0, 0.1))[:8] == second
+    assert len(propose_arms(SEARCH, (1.0,) * 12)) == 12
     assert all(1e-4 <= arm.overrides["optim.lr"] <= 1e-1 for arm in second)
 
 
 def test_scores_steer_what_is_proposed() -> None:
     search = Search("optuna", 60, 0, 4, SEARCH.space)
     scores: tuple[float, ...] = ()
-    while len(arms := proposed(search, scores)) > len(scores):
+    while len(arms := propose_arms(search, scores)) > len(scores):
         scores = tuple(abs(math.log10(arm.overrides["optim.lr"] / 1e-2)) for arm in arms)
     assert sum(scores[-20:]) < 0.6 * sum(scores[:10]) * 2  # in decades from the best; the first ten are random
 
 
 def test_an_arm_is_scored_by_its_mean_and_one_without_all_seeds_is_the_worst() -> None:
-    assert score([1.0, 2.0], "minimize") == 1.5
-    assert score([1.0, 2.0], "maximize") == -1.5
-    assert score([1.0, None], "maximize") == score([None], "minimize") == math.inf
+    assert arm_score([1.0, 2.0], "minimize") == 1.5
+    assert arm_score([1.0, 2.0], "maximize") == -1.5
+    assert arm_score([1.0, None], "maximize") == arm_score([None], "minimize") == math.inf
 
 
 def test_without_optuna_the_message_has_the_command(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from tune.planning.plan import (
     PlannedPhase,
     arm_config,
     fresh_seeds,
-    inheritance,
+    inherited_overrides,
     plan_phase,
     preview,
     trial_flops,
@@ -165,7 +165,7 @@ def test_an_inherited_batch_size_keeps_the_tokens_and_inherited_steps_are_kept_u
 def test_a_baseline_that_inherits_is_the_trial_that_won(load: Load) -> None:
     campaign = load(BASE + PINNED)
     first = plan(campaign, "a")
-    second = plan(campaign, "b", a=inheritance(first, "batch_size=4"))
+    second = plan(campaign, "b", a=inherited_overrides(first, "batch_size=4"))
     assert [trial.trial_id for trial in second.arms[0].trials] == [trial.trial_id for trial in first.arms[1].trials]
 
 
@@ -186,9 +186,9 @@ def test_a_phase_starts_from_the_winner_it_inherits_without_what_that_phase_had_
     assert b.base == {"model.alpha": 0.5, "steps": 20}
     assert {config.steps for config in configs(b).values()} == {20}
     assert {config.model.alpha for config in configs(b).values()} == {0.5}
-    assert inheritance(b, "lr=2") == {"model.alpha": 0.5, "optim.lr": 2}
-    assert inheritance(b, "baseline") == {"model.alpha": 0.5}
-    c = plan(campaign, "c", b=inheritance(b, "lr=2"))
+    assert inherited_overrides(b, "lr=2") == {"model.alpha": 0.5, "optim.lr": 2}
+    assert inherited_overrides(b, "baseline") == {"model.alpha": 0.5}
+    c = plan(campaign, "c", b=inherited_overrides(b, "lr=2"))
     config = configs(c)["x"]
     assert (config.steps, config.model.alpha, config.optim.lr, config.model.mlp) == (10, 0.5, 2, "relu2")
     assert c.arms[1].trials[0].overrides == {"model.alpha": 0.5, "optim.lr": 2, "model.mlp": "relu2"}

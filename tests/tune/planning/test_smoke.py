@@ -9,7 +9,7 @@ from ngpt.config.base import flatten, override
 from tests.helpers import ROOT
 from tune.campaign import load_campaign
 from tune.planning.plan import preview, trial_tokens
-from tune.planning.smoke import shrunk
+from tune.planning.smoke import shrink_campaign
 from tune.spec.schema import Campaign, FreshSeeds
 
 EXPERIMENTS = sorted((ROOT / "experiments").glob("*.yaml"))
@@ -30,7 +30,7 @@ Load = Callable[[str], Campaign]
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
 def test_every_shipped_campaign_can_be_planned_when_it_is_shrunk(path: Path) -> None:
     campaign = load_campaign(path)
-    small = shrunk(campaign)
+    small = shrink_campaign(campaign)
     assert [phase.name for phase in small.phases] == [phase.name for phase in campaign.phases]
     for before, after in zip(campaign.phases, small.phases, strict=True):
         assert [(arm.name, arm.inherit) for arm in after.arms] == [(arm.name, arm.inherit) for arm in before.arms]
@@ -46,7 +46,7 @@ def test_every_shipped_campaign_can_be_planned_when_it_is_shrunk(path: Path) -> 
 
 def test_sizes_are_cut_and_nothing_else(load: Load) -> None:
     campaign = load(BASE + "vary: {alpha: [0.1]}\n")
-    before, after = flatten(campaign.base), flatten(shrunk(campaign).base)
+    before, after = flatten(campaign.base), flatten(shrink_campaign(campaign).base)
     assert {name: value for name, value in after.items() if value != before[name]} == {
         "steps": 8,
         "batch_size": 4,
@@ -69,7 +69,7 @@ def test_what_is_small_already_stays(load: Load) -> None:
         "  - {name: b, vary: {lr: [1]}, seeds: fresh 5}\n"
     )
     campaign = load(text)
-    small = shrunk(campaign)
+    small = shrink_campaign(campaign)
     assert small.base == override(campaign.base, {"vocab_size": None})  # which is 300 all the same
     assert [arm.overrides for arm in small.phases[0].arms] == [{"steps": 2}, {"steps": 8}]
     assert (small.phases[0].pinned, small.phases[0].seeds) == ({"batch_size": 1}, (7,))
@@ -86,7 +86,7 @@ def test_what_is_small_already_stays(load: Load) -> None:
     ],
 )
 def test_whatever_sizes_vary_the_shrunk_arms_are_possible(load: Load, sweep: str) -> None:
-    small = shrunk(load(BASE + sweep))
+    small = shrink_campaign(load(BASE + sweep))
     (phase,) = preview(small)
     for trial in phase.trials:
         model = trial.config.model
@@ -96,7 +96,7 @@ def test_whatever_sizes_vary_the_shrunk_arms_are_possible(load: Load, sweep: str
 
 def test_two_phases_that_vary_what_depends_on_each_other_stay_possible(load: Load) -> None:
     phases = "phases:\n  - {name: a, vary: {n_head: [4, 12]}}\n  - {name: b, inherit: a, vary: {n_embd: [768, 96]}}\n"
-    small = shrunk(load(BASE + phases))
+    small = shrink_campaign(load(BASE + phases))
     widths = {trial.config.model.n_embd for trial in preview(small)[1].trials}
     assert widths == {96}  # 12 heads of width 8
 
@@ -105,5 +105,5 @@ def test_a_shrunk_campaign_of_many_numbers_of_heads_is_no_wider_than_the_whole_o
     sweep = (
         "runs: [{arm: a, n_head: 11, n_embd: 22}, {arm: b, n_head: 13, n_embd: 26}, {arm: c, n_head: 7, n_embd: 14}]"
     )
-    for trial in preview(shrunk(load(BASE + sweep)))[0].trials:
+    for trial in preview(shrink_campaign(load(BASE + sweep)))[0].trials:
         assert trial.config.model.n_embd <= 384

@@ -8,7 +8,7 @@ import pytest
 from tests.helpers.tiny_campaign import begun, drive, pretend, session_on, write_file
 from tune.report.wording import cost_facts, troubles
 from tune.results.costs import account
-from tune.storage.state import State, replay
+from tune.storage.state import CampaignState, replay
 from tune.trials.trial import TrialResult, TrialSpec
 
 ONE = """
@@ -22,7 +22,7 @@ def state(
     gpus: int = 0,
     speed: float | None = 100.0,
     provenance: dict[str, Any] | None = None,
-) -> State:
+) -> CampaignState:
     """Two trials of 1,000 tokens on 2 slots in a session of 20 s; the second was started twice."""
     common = {"time": "2026-11-21T10:00:00+00:00"}
     environment = {"device": device, "gpus": gpus}

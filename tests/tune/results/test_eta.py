@@ -13,7 +13,7 @@ from tests.helpers.tiny_campaign import begun, drive, pretend, session_on, write
 from tune.planning.plan import trial_flops
 from tune.results.eta import seconds_left
 from tune.results.snapshot import Running
-from tune.storage.state import State, replay
+from tune.storage.state import CampaignState, replay
 from tune.trials.trial import TrialResult, TrialSpec
 
 pytestmark = pytest.mark.usefixtures("no_report")
@@ -151,7 +151,7 @@ def ended(trial_id: str, seconds: float, *, status: str = "finished", steps: int
     return event | {"metrics": {"steps": steps}, "config": {"steps": 100}, "provenance": {}} | more
 
 
-def journal(*events: dict[str, Any]) -> State:
+def journal(*events: dict[str, Any]) -> CampaignState:
     def numbered() -> Iterator[dict[str, Any]]:
         for seq, event in enumerate(events, 1):
             yield {"seq": seq, "time": "2026-11-21T10:00:00.000+00:00", "elapsed": float(seq)} | event

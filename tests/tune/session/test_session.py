@@ -19,13 +19,13 @@ from tests.helpers.tiny_campaign import begun, drive, losses, pretend, records, 
 from tune.results.summary import read_state
 from tune.session.datasets import describe_data
 from tune.storage.journal import JournalError, read_journal
-from tune.storage.lock import Busy
-from tune.trials.retries import CAUSES
+from tune.storage.lock import ResultsLocked
+from tune.trials.retries import RETRY_RULES
 from tune.trials.trial import TrialResult, TrialSpec
 
 pytestmark = pytest.mark.usefixtures("no_report")
 
-MOST_RETRIES = CAUSES["killed"].retries
+MOST_RETRIES = RETRY_RULES["killed"].retries
 
 DIAMOND = """
   - name: wide
@@ -162,7 +162,7 @@ def test_a_trial_that_two_phases_share_is_trained_once_and_recorded_in_both(
 def test_a_second_session_on_the_directory_is_told_who_has_it(root: Path, file: Path) -> None:
     with session_on(file, root) as session:
         begun(session)
-        with pytest.raises(Busy, match=rf"{root} is in use by another run \(process {os.getpid()}\)"):
+        with pytest.raises(ResultsLocked, match=rf"{root} is in use by another run \(process {os.getpid()}\)"):
             session_on(file, root).__enter__()
         assert session.next_trial() is not None  # and the first goes on undisturbed
     with session_on(file, root) as session:

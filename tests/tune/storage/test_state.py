@@ -8,7 +8,7 @@ import pytest
 from tests.helpers.tiny_campaign import begun, drive, pretend, session_on, write_file
 from tune.session.session import Session
 from tune.storage.journal import read_journal
-from tune.storage.state import State, replay
+from tune.storage.state import CampaignState, replay
 
 pytestmark = pytest.mark.usefixtures("no_report")
 
@@ -125,7 +125,7 @@ def test_a_clock_that_jumps_changes_no_duration() -> None:
 
 
 def test_an_empty_journal_is_a_campaign_that_has_not_begun() -> None:
-    assert (replay([]), replay([]).session_seconds()) == (State(), 0.0)
+    assert (replay([]), replay([]).session_seconds()) == (CampaignState(), 0.0)
 
 
 def test_an_outcome_is_the_metric_of_the_campaign_or_missing(tmp_path: Path, file: Path) -> None:

@@ -15,7 +15,7 @@ from ngpt.data.dataset import DataConfig
 from ngpt.training.config import TrainConfig
 from tests.helpers import ROOT
 from tests.helpers.tiny_run import finish
-from tune.trials.trial import CONTEXT, TrialResult, TrialSpec, cap_memory, code_hash, machine, run_trial
+from tune.trials.trial import CONTEXT, TrialResult, TrialSpec, code_hash, describe_machine, limit_gpu_memory, run_trial
 
 UNTIMED = ("val_loss", "val_bpb", "train_loss", "steps", "tokens", "n_params")
 
@@ -73,7 +73,7 @@ def test_at_each_evaluation_it_says_what_its_record_is_if_it_is_stopped_there(sp
 
 
 def test_it_yields_its_metrics_at_every_evaluation(spec: TrialSpec) -> None:
-    assert [so_far.metrics["steps"] for so_far in run_trial(spec)] == [0, 3, 6, 8]
+    assert [interim.metrics["steps"] for interim in run_trial(spec)] == [0, 3, 6, 8]
 
 
 def test_a_trial_that_dies_becomes_a_result_with_the_error(spec: TrialSpec) -> None:
@@ -83,7 +83,7 @@ def test_a_trial_that_dies_becomes_a_result_with_the_error(spec: TrialSpec) -> N
     assert result.error is not None and "nowhere.txt" in result.error.splitlines()[-1]
     assert result.error.startswith("Traceback")
     assert (spec.folder / "error.txt").read_text() == result.error
-    assert result.provenance["device"] == machine("cpu", 1)["device"]
+    assert result.provenance["device"] == describe_machine("cpu", 1)["device"]
     assert (spec.folder / "metrics.jsonl").read_text() == ""
 
 
@@ -93,7 +93,7 @@ def test_a_long_error_keeps_its_end_in_the_record_and_all_of_it_in_the_file(
     def broken(data: DataConfig) -> None:
         raise ValueError("x" * 10_000 + " the end")
 
-    monkeypatch.setattr("tune.trials.trial.opened", broken)
+    monkeypatch.setattr("tune.trials.trial.open_cached_dataset", broken)
     result = finish(run_trial(spec))
     assert result.error is not None and len(result.error) == 4000 and result.error.endswith("x the end\n")
     assert len((spec.folder / "error.txt").read_text()) > 10_000
@@ -125,7 +125,7 @@ def test_an_interrupted_trial_continues_from_its_checkpoint_to_the_same_end(
         next(run)
     run.close()
     kept = [path.name for path in sorted(spec.folder.glob("checkpoints/step_*"))]
-    steps = [so_far.metrics["steps"] for so_far in run_trial(replace(saving, attempt=2))]
+    steps = [interim.metrics["steps"] for interim in run_trial(replace(saving, attempt=2))]
     assert kept == [f"step_{step:07d}" for step in ([], [2], [2, 4])[evaluations - 1]]
     assert steps == ([0, 3, 6, 8], [3, 6, 8], [6, 8])[evaluations - 1]
     assert weights(spec.folder) == weights(tmp_path / "undisturbed")
@@ -203,5 +203,5 @@ def test_trials_that_share_a_gpu_get_their_share_of_its_memory(
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 100 * CONTEXT))
     fraction = "_cuda_setMemoryFraction"  # not there in a torch without CUDA
     monkeypatch.setattr(torch._C, fraction, lambda share, device: given.append((share, device)), raising=False)
-    cap_memory(torch.device("cuda"), packed)
+    limit_gpu_memory(torch.device("cuda"), packed)
     assert given == ([] if allowed is None else [(pytest.approx(allowed), 0)])

@@ -14,7 +14,7 @@ from ngpt.ensemble.stack import Stack
 from ngpt.training.config import TrainConfig
 from tests.helpers.tiny_run import finish
 from tune.trials.trial import TrialResult, TrialSpec, run_trial
-from tune.trials.trial_group import batchable, group_size, groups, run_trials
+from tune.trials.trial_group import batchable, expected_groups, group_size, run_trials
 
 
 def trial(name: str, folder: Path, config: TrainConfig, **changes: Any) -> TrialSpec:
@@ -40,9 +40,9 @@ def ended(
             news = loop.send(answer)
         except StopIteration:
             return results, said
-        assert not results.keys() & (news.ended.keys() | news.so_far.keys())
+        assert not results.keys() & (news.ended.keys() | news.interim.keys())
         results |= news.ended
-        said += news.so_far.items()
+        said += news.interim.items()
         answer = [name for name in stop if [who for who, _ in said].count(name) == 2]
 
 
@@ -58,9 +58,9 @@ def test_every_trial_has_the_result_that_it_has_alone(specs: list[TrialSpec], tm
         for name in ("val_loss", "val_bpb", "train_loss", "steps", "tokens", "n_params"):
             assert many.metrics[name] == pytest.approx(single.metrics[name], abs=1e-4)
         assert many.provenance == single.provenance | {"vectorised": 3}
-        reached = [so_far for who, so_far in said if who == spec.trial_id]
-        assert [so_far.metrics["steps"] for so_far in reached] == [0, 3, 6, 8]
-        assert {so_far.status for so_far in reached} == {"stopped"}
+        reached = [interim for who, interim in said if who == spec.trial_id]
+        assert [interim.metrics["steps"] for interim in reached] == [0, 3, 6, 8]
+        assert {interim.status for interim in reached} == {"stopped"}
         assert json.loads((spec.folder / "config.json").read_text())["seed"] == spec.seed
 
 
@@ -75,7 +75,7 @@ def test_a_trial_that_fails_is_one_record_among_others(specs: list[TrialSpec]) -
 def test_a_trial_can_be_stopped_early(specs: list[TrialSpec]) -> None:
     results, said = ended(specs, stop=["t0"])
     assert results.keys() == {"t1", "t2"}
-    assert [so_far.metrics["steps"] for who, so_far in said if who == "t0"] == [0, 3]
+    assert [interim.metrics["steps"] for who, interim in said if who == "t0"] == [0, 3]
 
 
 def test_a_lone_trial_is_an_ordinary_one(specs: list[TrialSpec]) -> None:
@@ -102,7 +102,12 @@ def test_what_fails_for_all_is_tried_one_by_one(
     assert results["t0"].metrics["val_loss"] == pytest.approx(
         alone(specs[0], tmp_path / "alone").metrics["val_loss"], abs=1e-4
     )
-    assert [so_far.metrics["steps"] for who, so_far in said if who == "t0"] == [0, 3, 6, 8]  # from the checkpoint at 4
+    assert [interim.metrics["steps"] for who, interim in said if who == "t0"] == [
+        0,
+        3,
+        6,
+        8,
+    ]  # from the checkpoint at 4
 
 
 def test_trials_of_one_graph_are_taken_together(specs: list[TrialSpec], tiny: TrainConfig, tmp_path: Path) -> None:
@@ -124,8 +129,8 @@ def test_what_waits_is_divided_among_the_workers(waiting: int, workers: int, mos
 def test_groups_are_foreseen_as_workers_that_keep_pace_would_take_them(tiny: TrainConfig) -> None:
     wide, compiled = override(tiny, {"model.n_embd": 32}), override(tiny, {"compile": True})
     seeds = [override(tiny, {"seed": seed}) for seed in range(9)]
-    assert list(map(len, groups(seeds, workers=2, most=8))) == [5, 4]
-    assert list(map(len, groups(seeds, workers=1, most=4))) == [4, 4, 1]
-    assert groups([tiny, wide, seeds[3], wide], workers=1, most=4) == [[0, 2], [1, 3]]
-    assert groups([compiled, compiled], workers=1, most=4) == [[0], [1]]
-    assert groups([], workers=2, most=4) == []
+    assert list(map(len, expected_groups(seeds, workers=2, most=8))) == [5, 4]
+    assert list(map(len, expected_groups(seeds, workers=1, most=4))) == [4, 4, 1]
+    assert expected_groups([tiny, wide, seeds[3], wide], workers=1, most=4) == [[0, 2], [1, 3]]
+    assert expected_groups([compiled, compiled], workers=1, most=4) == [[0], [1]]
+    assert expected_groups([], workers=2, most=4) == []
