@@ -54,7 +54,7 @@ def test_the_cost_in_a_header_is_the_number_of_trials(path: Path) -> None:
 @every
 def test_the_settings_in_a_header_are_accepted(path: Path) -> None:
     """Those that need no downloaded file: smaller models and other corpora."""
-    settings = re.findall(r"--set ([\w.]+=[\w./:]+)", header(path))
+    settings = re.findall(r"--set ([\w.]+=[\w./:-]+)", header(path))
     local = [setting for setting in settings if not setting.startswith("data.path=") and not setting.endswith(":DIR")]
     assert load_campaign(path, local)
 
@@ -81,8 +81,8 @@ def test_a_shipped_campaign_runs_at_smoke_size(path: Path, tmp_path: Path, capfd
     campaign = load_campaign(path)
     arms = {phase.name: {arm.name for arm in phase.arms} for phase in preview(campaign)}
     assert shown.keys() == arms.keys()
-    # At smoke size, arms that differ only in a size are equal and trained once. Which arm is better is chance: an arm may
-    # equal what its phase inherits (the baseline), and any better arms may be joined.
+    # At smoke size, arms that differ only in a size are equal and trained once. Which arm is better is chance: an arm
+    # may equal what its phase inherits (the baseline), and any better arms may be joined.
     better = {
         (phase["phase"], arm["arm"])
         for phase in summary["phases"]
