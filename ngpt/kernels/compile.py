@@ -1,9 +1,8 @@
-"""torch.compile for a process that trains many models, one after another, and for the processes after it.
+"""torch.compile for a process that trains many models in turn, and for later processes.
 
-Within a process each graph is traced once (`compile_for`). What the compiler makes of a graph lies on disk by its own
-content (torch's caches of AOTAutograd and Inductor, and Triton's), so that another worker, or the same campaign a
-day later, traces its graphs and compiles none of them. torch's own place for that is the temporary folder, which
-reboots and cleaners empty; ours is beside the corpora.
+Within a process, `compile_for` traces each graph once. Compiled code is cached on disk by its content (torch's AOTAutograd
+and Inductor caches, and Triton's), so other workers and later runs trace their graphs but compile nothing. torch keeps
+this cache in the temporary folder, which is emptied; `use_disk_cache` moves it to the cache folder.
 """
 
 import functools
@@ -17,38 +16,37 @@ import torch
 
 from ngpt.system.cache import cache_folder
 
-VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
-KEPT = 64  # graphs of one process; the code of the least recently used is forgotten
+CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
+MAX_GRAPHS = 64  # per process; the least recently used is dropped
 
 
-@functools.lru_cache(maxsize=KEPT)
+@functools.lru_cache(maxsize=MAX_GRAPHS)
 def compile_for(key: Hashable, function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` compiled for static shapes, once per `key`: what decides its graph apart from the shapes.
+    """Returns `function` compiled for static shapes, once per `key`: all that decides its graph besides the shapes.
 
-    torch keeps compilations per code object and gives up at the ninth: a worker that trains nine kinds of models would
-    go on without compiled code, or fail. So each key has a code object of its own. A break in the graph is an error and
-    not a slow program.
+    torch counts compilations per code object and gives up after eight, so each key gets a code object of its own. A
+    graph break raises instead of running slowly.
     """
     use_disk_cache()
-    own = types.FunctionType(
+    copy = types.FunctionType(
         function.__code__.replace(),
         function.__globals__,
         function.__name__,
         function.__defaults__,
         function.__closure__,
     )
-    own.__kwdefaults__ = function.__kwdefaults__
-    return torch.compile(own, fullgraph=True, dynamic=False)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return torch.compile(copy, fullgraph=True, dynamic=False)
 
 
 def use_disk_cache() -> Path:
-    """Lets this process and its children keep compiled code in the cache folder; returns where it lies now.
+    """Makes this process and its children keep compiled code in the cache folder; returns the folder in use.
 
-    A folder that the user has named in TORCHINDUCTOR_CACHE_DIR stays. torch names its own default there once it is
-    loaded, which is not a wish of the user's.
+    A folder that the user set in TORCHINDUCTOR_CACHE_DIR stays. torch sets that variable to its own default when it
+    loads, which does not count as set by the user.
     """
-    from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # loads the compiler, for a second and a half
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # loads the compiler: 1.5 seconds
 
-    if os.environ.get(VARIABLE) in (None, "", default_cache_dir()):
-        os.environ[VARIABLE] = str(cache_folder() / "compiled")
-    return Path(os.environ[VARIABLE])
+    if os.environ.get(CACHE_VARIABLE) in (None, "", default_cache_dir()):
+        os.environ[CACHE_VARIABLE] = str(cache_folder() / "compiled")
+    return Path(os.environ[CACHE_VARIABLE])

@@ -1,7 +1,7 @@
-"""Causal attention in C++, for compiled models on a CPU: attention.cpp.
+"""Causal attention in C++ for compiled models on a CPU: cpu_attention.cpp.
 
-In float32, and still 2 to 3 times as fast there as torch's attention in float32 or bfloat16 (docs/benchmarks.md). torch
-knows it as an operation with a gradient, so that it may stand in a compiled graph.
+It computes in float32 and is 2 to 3 times as fast as torch's attention in float32 or bfloat16 (docs/benchmarks.md). It is
+registered as a torch operation with a gradient, so compiled graphs can contain it.
 """
 
 import ctypes
@@ -12,26 +12,26 @@ from torch import Tensor
 
 from ngpt.kernels.build import load_native
 
-LONGEST = 1024  # tokens: a core keeps two squares of scores, and beyond this they are slower than torch's blocks
+MAX_TOKENS = 1024  # a core holds two (T, T) matrices of scores; with more tokens torch's blocks are faster
 
 
 def has_cpu_attention() -> bool:
-    """Whether `causal_attention` can be called here: it is built at the first question, once per machine."""
+    """Whether `causal_attention` works on this machine. The first call builds it."""
     return load_native("cpu_attention") is not None
 
 
 @torch.library.custom_op("ngpt::causal_attention", mutates_args=(), device_types="cpu")
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """softmax(scale * q k^T) v over the tokens up to each one's own, on a CPU; differentiable once.
+    """Causal softmax(scale * q k^T) v on a CPU; differentiable once.
 
     Args:
         q: (B, T, H, K) float32.
-        k: (B, T, G, K) float32, where H is a multiple of G: a key belongs to H / G heads.
+        k: (B, T, G, K) float32, where H is a multiple of G: H / G heads share a key.
         v: as k.
         scale: of the scores, above 0.
 
     Returns:
-        (B, T, H, K), and the logarithm of each softmax's divisor (B, H, T), which has no gradient.
+        (B, T, H, K), and the log-sum-exp of the scores (B, H, T), which has no gradient.
     """
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     out, log_sum = torch.empty_like(q), q.new_empty(q.shape[0], q.shape[2], q.shape[1])
@@ -43,18 +43,18 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Ten
 def _gradients(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum: Tensor, grad: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    given = [tensor.contiguous() for tensor in (q, k, v, out, log_sum, grad)]
-    grad_q, grad_k, grad_v = (torch.empty_like(tensor) for tensor in given[:3])
-    _call("attention_backward", given, scale, [grad_q, grad_k, grad_v])
+    inputs = [tensor.contiguous() for tensor in (q, k, v, out, log_sum, grad)]
+    grad_q, grad_k, grad_v = (torch.empty_like(tensor) for tensor in inputs[:3])
+    _call("attention_backward", inputs, scale, [grad_q, grad_k, grad_v])
     return grad_q, grad_k, grad_v
 
 
-def _call(name: str, given: list[Tensor], scale: float, results: list[Tensor]) -> None:
-    """Calls a function of attention.cpp, whose first two tensors are q and k."""
-    batch, tokens, heads, width = given[0].shape
-    sizes = (batch, heads, given[1].shape[2], tokens, width)
+def _call(name: str, inputs: list[Tensor], scale: float, results: list[Tensor]) -> None:
+    """Calls a function of cpu_attention.cpp; the first two inputs are q and k."""
+    batch, tokens, heads, width = inputs[0].shape
+    sizes = (batch, heads, inputs[1].shape[2], tokens, width)
     getattr(load_native("cpu_attention"), name)(
-        *(ctypes.c_void_p(tensor.data_ptr()) for tensor in given),
+        *(ctypes.c_void_p(tensor.data_ptr()) for tensor in inputs),
         ctypes.c_float(scale),
         *map(ctypes.c_int64, sizes),
         *(ctypes.c_void_p(tensor.data_ptr()) for tensor in results),
@@ -73,7 +73,7 @@ def _(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, ctx.scale = inputs
     ctx.save_for_backward(q, k, v, *output)
 
@@ -82,4 +82,4 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor
     return *_gradients(*ctx.saved_tensors, grad, ctx.scale), None
 
 
-causal_attention.register_autograd(_backward, setup_context=_keep)
+causal_attention.register_autograd(_backward, setup_context=_save_for_backward)

@@ -1,14 +1,15 @@
-// Cross-entropy of a linear head with its gradients, on a CPU that multiplies pairs of bfloat16 (AVX512_BF16): see head.py.
+// Cross-entropy of a linear head and its gradients on a CPU with AVX512_BF16 (products of pairs of bfloat16): see
+// cpu_cross_entropy.py.
 //
-// The three products and the softmax between them are done while a tile is in registers or in the cache; of the logits
-// only the exponentials of some hundred rows are ever in memory, in bfloat16, for the one product that needs a row's
-// whole sum first. Where oneDNN goes over these logits five times, and packs them twice, this writes and reads them once.
+// The three matrix products and the softmax run while a tile is in registers or cache. Of the logits, only the
+// exponentials of a few hundred rows are ever in memory, in bfloat16: the weight's gradient needs a row's whole sum
+// first. oneDNN passes over these logits five times and packs them twice; this code writes and reads them once.
 //
-// Exponentials are relative to the logit of a row's target: e^(z - z_target). The largest logit would be safer, but is
-// known only at the end; this is a row's own scale as well, needs no second pass, and gives log1p(sum of the others) as
-// the loss, with all its digits where the model is sure. A row whose others exceed LIMIT is left to the slower way.
+// Exponentials are relative to the logit of the row's target: e^(z - z_target). The largest logit would be safer, but
+// is known only at the end. The target's needs no second pass and gives the loss as log1p(sum of the others), which keeps
+// all digits where the model is confident. A row whose sum exceeds LIMIT is left to the slower path.
 
-#if defined(__AVX512BF16__) && defined(__AVX512BW__) && !defined(__AMX_BF16__)  // oneDNN's products use AMX: faster still
+#if defined(__AVX512BF16__) && defined(__AVX512BW__) && !defined(__AMX_BF16__)  // with AMX, oneDNN is faster still
 
 #include <immintrin.h>
 #include <omp.h>
@@ -23,34 +24,33 @@ namespace {
 using bf16 = uint16_t;
 
 constexpr int LANES = 16;    // float32 of a register
-constexpr int PANEL = 48;    // entries of the vocabulary that are multiplied at once: three registers
-constexpr int ROWS = 8;      // rows of x at once
-constexpr int ENTRIES = 12;  // entries at once in the gradient of the weight
-constexpr int WIDTH = 32;    // columns at once in both gradients
-constexpr int BLOCK = 4 * PANEL;  // entries between two additions to the gradient of x
-constexpr int64_t CACHED = 32768;  // entries of that gradient which a core keeps in its cache beside the rest
-constexpr int64_t LINE = 64;       // bytes
+constexpr int PANEL = 48;    // vocabulary entries per tile: three registers
+constexpr int ROWS = 8;      // rows of x per tile
+constexpr int ENTRIES = 12;  // vocabulary entries per tile of the weight's gradient
+constexpr int WIDTH = 32;    // columns per tile of both gradients
+constexpr int BLOCK = 4 * PANEL;   // vocabulary entries between two additions to the gradient of x
+constexpr int64_t CACHED = 32768;  // numbers of that gradient that fit a core's cache beside the rest
+constexpr int64_t LINE = 64;       // bytes of a cache line
 constexpr float LIMIT = 1e30f;
 constexpr float LOG2_E = 1.44269504088896341f;
-constexpr float NOTHING = -1e30f;  // a logit whose exponential is 0; minus infinity would give NaN
+constexpr float MASKED = -1e30f;  // a logit whose exponential is 0; minus infinity would give NaN
 
-inline int64_t share_of(int64_t whole, int64_t parts) { return (whole + parts - 1) / parts; }
+inline int64_t ceil_div(int64_t whole, int64_t parts) { return (whole + parts - 1) / parts; }
 
 inline __m512bh load_pairs(const bf16* from) { return (__m512bh)_mm512_loadu_si512(from); }
 
-inline __m512bh repeat_pair(const bf16* from) {
+inline __m512bh broadcast_pair(const bf16* from) {
     int both;
     std::memcpy(&both, from, sizeof both);
     return (__m512bh)_mm512_set1_epi32(both);
 }
 
-// Asks for memory that will be needed soon. Without it the products wait: their factors come from main memory, and
-// the processor sees no stride in tiles.
-inline void fetch(const char* from, int64_t lines) {
+// Prefetches cache lines. Without it the products wait for main memory, since the processor cannot predict tiles.
+inline void prefetch(const char* from, int64_t lines) {
     for (int64_t line = 0; line < lines; ++line) _mm_prefetch(from + line * LINE, _MM_HINT_T1);
 }
 
-// 2^x within 3e-7 of itself; NaN stays NaN. The polynomial is fitted by least squares.
+// 2^x with a relative error below 3e-7; NaN stays NaN. The polynomial is that of fast_exp.h.
 inline __m512 power_of_two(__m512 x) {
     const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     const __m512 rest = _mm512_sub_ps(x, whole);
@@ -63,25 +63,27 @@ inline __m512 power_of_two(__m512 x) {
     return _mm512_scalef_ps(value, whole);
 }
 
-// The weight, also in the two orders that the products read, in bfloat16: by panels of entries with pairs of columns
-// together (panels, D / 2, PANEL, 2), and with pairs of entries together (V / 2, D, 2). Entries that fill the last panel are 0.
+// The weight, and scale * weight packed in bfloat16 in the two orders that the products read: by_columns has pairs of
+// columns together (panels, D / 2, PANEL, 2), by_entries pairs of entries (V / 2, D, 2). The last panel is zero-padded.
 struct Weight {
-    const float *given, *scale;  // (V, D), and (V) or (1) or null
+    const float *values, *scale;  // (V, D); (V), (1) or null
     int64_t scales, vocabulary, width;
-    bf16 *by_columns, *by_entries;  // packed, with the scale
+    bf16 *by_columns, *by_entries;
 
-    int64_t panels() const { return share_of(vocabulary, PANEL); }
+    int64_t panels() const { return ceil_div(vocabulary, PANEL); }
     float scale_of(int64_t entry) const { return scale ? scale[scales == 1 ? 0 : entry] : 1.0f; }
     const bf16* panel(int64_t number) const { return by_columns + number * PANEL * width; }
-    float factor(int64_t entry, int64_t d, float scale) const { return widen(narrow(given[entry * width + d] * scale)); }
+    float factor(int64_t entry, int64_t d, float scale) const {
+        return to_float(to_bfloat16(values[entry * width + d] * scale));
+    }
 };
 
-// What the exponentials need to know of ROWS rows.
+// ROWS rows of x with their targets.
 struct Rows {
-    std::vector<bf16> x;                      // (D / 2, ROWS, 2): pairs of columns together
-    int64_t target[ROWS];                     // -PANEL, in no panel, where there is no row
-    float target_z[ROWS];                     // logits of the targets, in powers of two
-    alignas(LINE) float sums[ROWS][LANES] = {};  // of the exponentials of all entries but the target
+    std::vector<bf16> x;                         // (D / 2, ROWS, 2): pairs of columns together
+    int64_t target[ROWS];                        // -PANEL, which is in no panel, for a padding row
+    float target_z[ROWS];                        // logits of the targets, times log2(e)
+    alignas(LINE) float sums[ROWS][LANES] = {};  // exponentials of all entries but the target, per lane
 
     Rows(const bf16* from, const int64_t* targets, int64_t filled, const Weight& weight) : x(weight.width * ROWS) {
         const int64_t width = weight.width;
@@ -92,7 +94,7 @@ struct Rows {
                 const float scale = weight.scale_of(target[row]);
                 for (int64_t d = 0; d < width; ++d) {
                     x[(d / 2 * ROWS + row) * 2 + d % 2] = from[row * width + d];
-                    z += widen(from[row * width + d]) * weight.factor(target[row], d, scale);
+                    z += to_float(from[row * width + d]) * weight.factor(target[row], d, scale);
                 }
             }
             target_z[row] = z * LOG2_E;
@@ -100,10 +102,11 @@ struct Rows {
     }
 };
 
-// Exponentials (ROWS, PANEL) for entries from `start`; 0 at the target. With gradients they go to `by_rows`, whose rows are
-// BLOCK apart, and to `zipped` (ROWS / 2, PANEL, 2), the order in which pairs of rows are multiplied later.
+// Adds the exponentials (ROWS, PANEL) of the entries from `start` to the sums; they are 0 at the target. With
+// gradients, also writes them to `by_rows`, with rows BLOCK apart, and to `zipped` (ROWS / 2, PANEL, 2), with pairs of
+// rows together.
 template <bool gradients>
-inline void exponentials(
+inline void add_exponentials(
     Rows& rows, const Weight& weight, const bf16* panel, int64_t start, bf16* by_rows, bf16* zipped
 ) {
     constexpr int parts = PANEL / LANES;
@@ -116,12 +119,12 @@ inline void exponentials(
         for (int part = 0; part < parts; ++part) factor[part] = load_pairs(panel + (k * PANEL + part * LANES) * 2);
 #pragma GCC unroll 8
         for (int row = 0; row < ROWS; ++row) {
-            const __m512bh x = repeat_pair(x_pairs + (k * ROWS + row) * 2);
+            const __m512bh x = broadcast_pair(x_pairs + (k * ROWS + row) * 2);
 #pragma GCC unroll 3
             for (int part = 0; part < parts; ++part) z[row][part] = _mm512_dpbf16_ps(z[row][part], x, factor[part]);
         }
     }
-    const __m512 nothing = _mm512_set1_ps(NOTHING), log2_e = _mm512_set1_ps(LOG2_E);
+    const __m512 masked = _mm512_set1_ps(MASKED), log2_e = _mm512_set1_ps(LOG2_E);
     const __m512i zip = _mm512_set_epi16(
         31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0
     );
@@ -136,9 +139,10 @@ inline void exponentials(
             for (int one = 0; one < 2; ++one) {
                 __m512 logit = z[row + one][part];
                 const int64_t at = rows.target[row + one] - first;
-                if (__builtin_expect(at >= 0 && at < LANES, 0)) logit = _mm512_mask_mov_ps(logit, __mmask16(1u << at), nothing);
+                if (__builtin_expect(at >= 0 && at < LANES, 0))
+                    logit = _mm512_mask_mov_ps(logit, __mmask16(1u << at), masked);
                 if (__builtin_expect(left < LANES, 0))
-                    logit = _mm512_mask_mov_ps(logit, __mmask16(left > 0 ? 0xffffu << left : 0xffffu), nothing);
+                    logit = _mm512_mask_mov_ps(logit, __mmask16(left > 0 ? 0xffffu << left : 0xffffu), masked);
                 value[one] = power_of_two(_mm512_fmsub_ps(logit, log2_e, _mm512_set1_ps(rows.target_z[row + one])));
                 sum[one] = _mm512_add_ps(sum[one], value[one]);
             }
@@ -154,10 +158,9 @@ inline void exponentials(
     }
 }
 
-// out (count, WIDTH), whose rows are `width` apart, = a (count, 2 * pairs) times b (2 * pairs, WIDTH), added to what is
-// there where `add`. Rows of a are `next_row` apart and its pairs `next_pair`; b is (pairs, width, 2). Meanwhile it fetches
-// what lies `ahead`, `per_pair` bytes for each pair.
-template <int count, int next_row, int next_pair>
+// out (count, WIDTH) = or, with `add`, += a (count, 2 * pairs) @ b (2 * pairs, WIDTH). Rows of out are `width` apart;
+// b is (pairs, width, 2). Meanwhile prefetches the memory at `ahead`, `per_pair` bytes for each pair.
+template <int count, int row_stride, int pair_stride>
 inline void multiply(
     const bf16* a, const bf16* b, int64_t width, int64_t pairs, float* out, bool add, const char* ahead, int64_t per_pair
 ) {
@@ -173,7 +176,7 @@ inline void multiply(
         _mm_prefetch(ahead + k * per_pair, _MM_HINT_T1);
 #pragma GCC unroll 12
         for (int row = 0; row < count; ++row) {
-            const __m512bh factor = repeat_pair(a + row * next_row + k * next_pair);
+            const __m512bh factor = broadcast_pair(a + row * row_stride + k * pair_stride);
             sum[row][0] = _mm512_dpbf16_ps(sum[row][0], factor, first);
             sum[row][1] = _mm512_dpbf16_ps(sum[row][1], factor, second);
         }
@@ -185,30 +188,30 @@ inline void multiply(
         }
 }
 
-// The rows of x that are walked at once, filled up to a multiple of ROWS.
+// Rows of x that are processed at once, padded to a multiple of ROWS.
 struct Chunk {
     const bf16* x;  // (rows, D)
     const int64_t* target;
     int64_t start, rows, padded;
-    std::vector<bf16> scaled;  // x / (mass N) as (padded / 2, D, 2), zero beyond the rows
+    std::vector<bf16> scaled;  // x / ((1 + others) N) as (padded / 2, D, 2); padding is 0
 
     Chunk(const bf16* all, const int64_t* targets, int64_t start, int64_t rows, int64_t width)
-        : x(all + start * width), target(targets + start), start(start), rows(rows), padded(share_of(rows, ROWS) * ROWS),
-          scaled(padded * width) {}
+        : x(all + start * width), target(targets + start), start(start), rows(rows),
+          padded(ceil_div(rows, ROWS) * ROWS), scaled(padded * width) {}
 };
 
-// Where the results go; the last four are null where only the loss is wanted.
+// Output buffers. The gradients are those of the mean loss; the last four are null if only the loss is wanted.
 struct Results {
-    float* others;       // (N): the sum of e^(z - z_target) over the other entries
-    float* grad_x;       // (N, D), of the mean loss
-    float* grad_weight;  // (V, D), of the mean loss
-    float* grad_scale;   // (V), of the mean loss
-    bf16* slope;  // (panels, chunk rows / 2, PANEL, 2): the exponentials of a chunk, and minus `others` at the target
+    float* others;       // (N): sum of e^(z - z_target) over all entries but the target
+    float* grad_x;       // (N, D)
+    float* grad_weight;  // (V, D)
+    float* grad_scale;   // (V)
+    bf16* slope;  // (panels, chunk rows / 2, PANEL, 2): the exponentials of a chunk, and -others at the target
 };
 
-// Tiles `first` to `last` of a chunk, ROWS each: their sums, the gradient of x, and the slope. False if a sum is beyond
-// LIMIT, or NaN.
-bool stage_one(Chunk& chunk, int64_t first, int64_t last, int64_t n, const Weight& weight, const Results& results) {
+// Computes the sums, the slope and the gradient of x for tiles `first` to `last` of a chunk. Returns false if a sum
+// exceeds LIMIT or is NaN.
+bool process_rows(Chunk& chunk, int64_t first, int64_t last, int64_t n, const Weight& weight, const Results& results) {
     const int64_t width = weight.width, count = last - first;
     const bool gradients = results.slope != nullptr;
     std::vector<Rows> tiles;
@@ -217,78 +220,78 @@ bool stage_one(Chunk& chunk, int64_t first, int64_t last, int64_t n, const Weigh
     std::vector<float> grad(gradients ? count * ROWS * width : 0);
     std::vector<bf16> by_rows(gradients ? count * ROWS * BLOCK : 0);
     const int64_t panel_bytes = PANEL * width * sizeof(bf16);
-    const int64_t lines = share_of(panel_bytes / LINE, count);  // of the next panel, for each tile of this one
+    const int64_t lines = ceil_div(panel_bytes / LINE, count);  // of the next panel, per tile of this one
     for (int64_t begin = 0; begin < weight.panels(); begin += BLOCK / PANEL) {
         const int64_t end = std::min<int64_t>(begin + BLOCK / PANEL, weight.panels());
         for (int64_t number = begin; number < end; ++number)
             for (int64_t tile = 0; tile < count; ++tile) {
-                fetch((const char*)weight.panel(number + 1) + tile * lines * LINE, lines);
+                prefetch((const char*)weight.panel(number + 1) + tile * lines * LINE, lines);
                 if (gradients)
-                    exponentials<true>(
+                    add_exponentials<true>(
                         tiles[tile], weight, weight.panel(number), number * PANEL,
                         &by_rows[tile * ROWS * BLOCK + (number - begin) * PANEL],
                         results.slope + (number * chunk.padded + (first + tile) * ROWS) * PANEL
                     );
                 else
-                    exponentials<false>(tiles[tile], weight, weight.panel(number), number * PANEL, nullptr, nullptr);
+                    add_exponentials<false>(tiles[tile], weight, weight.panel(number), number * PANEL, nullptr, nullptr);
             }
         if (!gradients) continue;
         const int64_t pairs = (end - begin) * PANEL / 2;
         const char* ahead = (const char*)(weight.by_entries + end * PANEL * width);
-        const int64_t per_pair = share_of(BLOCK * width * sizeof(bf16), count * width / WIDTH * pairs);
+        const int64_t per_pair = ceil_div(BLOCK * width * sizeof(bf16), count * width / WIDTH * pairs);
         for (int64_t column = 0; column < width; column += WIDTH)
             for (int64_t tile = 0; tile < count; ++tile, ahead += pairs * per_pair)
                 multiply<ROWS, BLOCK, 2>(
-                    &by_rows[tile * ROWS * BLOCK], weight.by_entries + (begin * PANEL / 2 * width + column) * 2, width, pairs,
-                    &grad[tile * ROWS * width + column], begin > 0, ahead, per_pair
+                    &by_rows[tile * ROWS * BLOCK], weight.by_entries + (begin * PANEL / 2 * width + column) * 2, width,
+                    pairs, &grad[tile * ROWS * width + column], begin > 0, ahead, per_pair
                 );
     }
-    bool fine = true;
+    bool in_range = true;
     for (int64_t row = first * ROWS; row < std::min(last * ROWS, chunk.rows); ++row) {
         const int64_t target = chunk.target[row];
         const float others = _mm512_reduce_add_ps(_mm512_load_ps(tiles[row / ROWS - first].sums[row % ROWS]));
-        fine = fine && others < LIMIT;
+        in_range = in_range && others < LIMIT;
         results.others[chunk.start + row] = others;
         if (!gradients) continue;
         const int64_t slot = (target / PANEL * chunk.padded + row / 2 * 2) * PANEL + target % PANEL * 2 + row % 2;
-        results.slope[slot] = narrow(-others);
+        results.slope[slot] = to_bfloat16(-others);
         const float share = 1.0f / ((1.0f + others) * float(n)), scale = weight.scale_of(target);
         const float* from = &grad[(row - first * ROWS) * width];
         for (int64_t d = 0; d < width; ++d) {
             results.grad_x[(chunk.start + row) * width + d] = (from[d] - others * weight.factor(target, d, scale)) * share;
-            chunk.scaled[(row / 2 * width + d) * 2 + row % 2] = narrow(widen(chunk.x[row * width + d]) * share);
+            chunk.scaled[(row / 2 * width + d) * 2 + row % 2] = to_bfloat16(to_float(chunk.x[row * width + d]) * share);
         }
     }
-    return fine;
+    return in_range;
 }
 
-// A panel of the gradient of the weight: adds what a chunk's slope gives; after the `last` it puts the scale in.
-void stage_two(const Chunk& chunk, int64_t number, bool last, const Weight& weight, const Results& results) {
+// Adds the contribution of a chunk to one panel of the weight's gradient; after the `last` chunk applies the scale.
+void process_panel(const Chunk& chunk, int64_t number, bool last, const Weight& weight, const Results& results) {
     const int64_t width = weight.width, pairs = chunk.padded / 2, left = weight.vocabulary - number * PANEL;
     const bf16* slope = results.slope + number * chunk.padded * PANEL;
     float* const result = results.grad_weight + number * PANEL * width;
-    std::vector<float> edge;  // for the last panel: beyond the vocabulary the result has no room
+    std::vector<float> edge;  // for the last panel: the result ends with the vocabulary
     if (left < PANEL) {
         edge.assign(PANEL * width, 0.0f);
         if (chunk.start) std::copy(result, result + left * width, edge.begin());
     }
     float* const out = left < PANEL ? edge.data() : result;
-    const int64_t per_pair = share_of(PANEL * 2 * sizeof(bf16), PANEL / ENTRIES * width / WIDTH);
+    const int64_t per_pair = ceil_div(PANEL * 2 * sizeof(bf16), PANEL / ENTRIES * width / WIDTH);
     const char* ahead = (const char*)(slope + chunk.padded * PANEL);
     for (int64_t column = 0; column < width; column += WIDTH)
         for (int64_t entry = 0; entry < PANEL; entry += ENTRIES, ahead += pairs * per_pair)
             multiply<ENTRIES, 2, PANEL * 2>(
-                slope + entry * 2, &chunk.scaled[column * 2], width, pairs, out + entry * width + column, chunk.start > 0,
-                ahead, per_pair
+                slope + entry * 2, &chunk.scaled[column * 2], width, pairs, out + entry * width + column,
+                chunk.start > 0, ahead, per_pair
             );
     if (last && weight.scale)
         for (int64_t entry = number * PANEL; entry < number * PANEL + std::min<int64_t>(PANEL, left); ++entry) {
             float* of_entry = out + (entry - number * PANEL) * width;
-            const float *given = weight.given + entry * width, factor = weight.scale_of(entry);
+            const float *values = weight.values + entry * width, factor = weight.scale_of(entry);
             float product = 0.0f;
 #pragma omp simd reduction(+ : product)
             for (int64_t d = 0; d < width; ++d) {
-                product += of_entry[d] * given[d];
+                product += of_entry[d] * values[d];
                 of_entry[d] *= factor;
             }
             results.grad_scale[entry] = product;
@@ -306,8 +309,8 @@ void pack(const Weight& weight, bool gradients) {
             const int64_t begin = number * PANEL, filled = std::min<int64_t>(PANEL, weight.vocabulary - begin);
             std::fill(rows.begin(), rows.end(), 0);
             for (int64_t entry = 0; entry < filled; ++entry) {
-                const float *from = weight.given + (begin + entry) * width, factor = weight.scale_of(begin + entry);
-                for (int64_t d = 0; d < width; ++d) rows[entry * width + d] = narrow(from[d] * factor);
+                const float *from = weight.values + (begin + entry) * width, factor = weight.scale_of(begin + entry);
+                for (int64_t d = 0; d < width; ++d) rows[entry * width + d] = to_bfloat16(from[d] * factor);
             }
             bf16* out = weight.by_columns + begin * width;
             for (int64_t d = 0; d < width; d += 2)
@@ -326,36 +329,36 @@ void pack(const Weight& weight, bool gradients) {
 
 }  // namespace
 
-// For x (N, D) in bfloat16, D a multiple of 32, and logits x * (scale * weight)^T with weight (V, D) and scale (V), (1) or
-// null. Everything is written, nothing read, of `packed` (2, panels * PANEL, D), of which only the first half is used
-// where only the loss is wanted, `slope` (panels * PANEL, rows at once) and the results, for which see Results.
-// Returns 0; or 1, with useless results, if a target is outside the vocabulary or a row's sum beyond LIMIT, or NaN.
-extern "C" int linear_cross_entropy(
-    const bf16* x, const int64_t* target, const float* given, const float* scale, int64_t scales, int64_t n, int64_t width,
+// For logits x @ (scale * weight)^T with x (N, D) in bfloat16, D a multiple of 32, weight (V, D) and scale (V), (1) or
+// null. Work space: `packed` (2, panels * PANEL, D), whose second half is unused without gradients, and `slope`
+// (panels * PANEL, rows_at_once), null without gradients. For the outputs see Results.
+// Returns 0; or 1, with invalid results, if a target is outside the vocabulary or a sum exceeds LIMIT or is NaN.
+extern "C" int cpu_cross_entropy(
+    const bf16* x, const int64_t* target, const float* values, const float* scale, int64_t scales, int64_t n, int64_t width,
     int64_t vocabulary, int64_t rows_at_once, bf16* packed, bf16* slope, float* others, float* grad_x, float* grad_weight,
     float* grad_scale
 ) {
     if (std::any_of(target, target + n, [=](int64_t one) { return one < 0 || one >= vocabulary; })) return 1;
-    bf16* by_entries = packed + share_of(vocabulary, PANEL) * PANEL * width;
-    const Weight weight{given, scale, scales, vocabulary, width, packed, by_entries};
+    bf16* by_entries = packed + ceil_div(vocabulary, PANEL) * PANEL * width;
+    const Weight weight{values, scale, scales, vocabulary, width, packed, by_entries};
     pack(weight, slope != nullptr);
     const Results results{others, grad_x, grad_weight, grad_scale, slope};
     for (int64_t start = 0; start < n; start += rows_at_once) {
         Chunk chunk(x, target, start, std::min(rows_at_once, n - start), width);
         const int64_t tiles = chunk.padded / ROWS, cached = std::max<int64_t>(1, CACHED / width / ROWS);
         const int64_t threads = std::min<int64_t>(omp_get_max_threads(), tiles);
-        const int64_t blocks = share_of(share_of(tiles, cached), threads) * threads;
-        bool fine = true;
-#pragma omp parallel for schedule(dynamic) reduction(&& : fine)
+        const int64_t blocks = ceil_div(ceil_div(tiles, cached), threads) * threads;
+        bool in_range = true;
+#pragma omp parallel for schedule(dynamic) reduction(&& : in_range)
         for (int64_t block = 0; block < blocks; ++block) {
             const int64_t first = tiles * block / blocks, last = tiles * (block + 1) / blocks;
-            if (first < last) fine = stage_one(chunk, first, last, n, weight, results) && fine;
+            if (first < last) in_range = process_rows(chunk, first, last, n, weight, results) && in_range;
         }
-        if (!fine) return 1;
+        if (!in_range) return 1;
         if (!slope) continue;
 #pragma omp parallel for schedule(static)
         for (int64_t number = 0; number < weight.panels(); ++number)
-            stage_two(chunk, number, start + chunk.rows == n, weight, results);
+            process_panel(chunk, number, start + chunk.rows == n, weight, results);
     }
     return 0;
 }

@@ -1,7 +1,7 @@
-"""The loss of the head and its gradients on a CPU with AVX512_BF16, as one program in C++: head.cpp.
+"""Cross-entropy of the head and its gradients in C++ for CPUs with AVX512_BF16: cpu_cross_entropy.cpp.
 
-It is for processors whose matrix products of bfloat16 are vector instructions (AMD from Zen 4 on, Intel's Cooper Lake):
-1.5 times as fast there as products by oneDNN with a pass over the logits between them (docs/benchmarks.md).
+On these processors (AMD since Zen 4, Intel's Cooper Lake) it is 1.5 times as fast as oneDNN's products with a pass over
+the logits between them (docs/benchmarks.md).
 """
 
 import ctypes
@@ -11,48 +11,48 @@ from torch import Tensor
 
 from ngpt.kernels.build import load_native
 
-PANEL = 48  # the vocabulary is filled up to a multiple of it, as in head.cpp
-WIDTHS = 32  # D must be a multiple of it
+PANEL = 48  # the vocabulary is padded to a multiple of this, as in the C++
+WIDTH_MULTIPLE = 32  # of D
 
 
 def cpu_cross_entropy(
     x: Tensor, weight: Tensor, scale: Tensor | None, targets: Tensor, *, rows: int, gradients: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None] | None:
-    """The mean cross-entropy of logits x @ (scale * weight).T, and its gradients for x, weight and scale.
+    """Mean cross-entropy of logits x @ (scale * weight).T, and its gradients for x, weight and scale.
 
-    The products are in bfloat16 with sums in float32, everything else is in float32.
+    Products are in bfloat16 with float32 sums; everything else is in float32.
 
     Args:
         x: (N, D) bfloat16.
         weight: (V, D) float32.
         scale: (V,) or (1,) float32, or None.
         targets: (N, 1) int64.
-        rows: how many rows are walked at once: for so many the exponentials (rows, V) lie in memory, in bfloat16.
-        gradients: whether they are wanted; else they are None.
+        rows: rows processed at once; their exponentials (rows, V) are held in bfloat16.
+        gradients: whether to compute them; if not, they are None.
 
     Returns:
-        Loss (), gradients (N, D), (V, D) and as the scale, in float32; None where this way does not fit: another
-        processor, D not a multiple of 32, a target outside the vocabulary, or logits that are not finite or more than
-        69 above that of the target.
+        Loss (), and gradients (N, D), (V, D) and in the shape of scale, in float32. None if this kernel does not apply:
+        another processor, D not a multiple of 32, a target outside the vocabulary, or a logit that is not finite or
+        more than 69 above the target's.
     """
     (n, width), vocabulary = x.shape, len(weight)
     factors = [weight] if scale is None else [weight, scale]
-    if width % WIDTHS or any(factor.dtype != torch.float32 for factor in factors):
+    if width % WIDTH_MULTIPLE or any(factor.dtype != torch.float32 for factor in factors):
         return None
     library = load_native("cpu_cross_entropy")
-    if library is None or not hasattr(library, "linear_cross_entropy"):  # it is empty for another processor
+    if library is None or not hasattr(library, "cpu_cross_entropy"):  # other processors get an empty library
         return None
     x, weight, targets = x.contiguous(), weight.contiguous(), targets.contiguous()
     scale = None if scale is None else scale.contiguous()
-    rows, filled = min(rows, n), -(-vocabulary // PANEL) * PANEL
-    packed = torch.empty(2 if gradients else 1, filled, width, dtype=torch.bfloat16)
+    rows, padded = min(rows, n), -(-vocabulary // PANEL) * PANEL
+    packed = torch.empty(2 if gradients else 1, padded, width, dtype=torch.bfloat16)
     others = torch.empty(n)
-    slope = torch.empty(filled, -(-rows // 8) * 8, dtype=torch.bfloat16) if gradients else None
+    slope = torch.empty(padded, -(-rows // 8) * 8, dtype=torch.bfloat16) if gradients else None
     grad_x = torch.empty(n, width) if gradients else None
     grad_weight = torch.empty(vocabulary, width) if gradients else None
     grad_scale = torch.empty(vocabulary) if gradients and scale is not None else None
     sizes = (0 if scale is None else len(scale), n, width, vocabulary, rows)
-    failed = library.linear_cross_entropy(
+    failed = library.cpu_cross_entropy(
         *map(_pointer, (x, targets, weight, scale)),
         *map(ctypes.c_int64, sizes),
         *map(_pointer, (packed, slope, others, grad_x, grad_weight, grad_scale)),

@@ -1,11 +1,11 @@
-// What the C++ beside the Python does to single numbers, in forms that compilers make vector instructions of.
+// e^x and bfloat16 conversions for the C++ kernels, in forms that compilers vectorize.
 
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
-inline uint32_t bits(float value) {
+inline uint32_t to_bits(float value) {
     uint32_t out;
     std::memcpy(&out, &value, sizeof out);
     return out;
@@ -18,19 +18,19 @@ inline float from_bits(uint32_t value) {
 }
 
 // bfloat16 is the upper half of a float32.
-inline float widen(uint16_t half) { return from_bits(uint32_t(half) << 16); }
+inline float to_float(uint16_t half) { return from_bits(uint32_t(half) << 16); }
 
-inline uint16_t narrow(float value) {  // to nearest, ties to even
-    const uint32_t whole = bits(value);
+inline uint16_t to_bfloat16(float value) {  // rounds to nearest, ties to even
+    const uint32_t whole = to_bits(value);
     return uint16_t((whole + 0x7fffu + ((whole >> 16) & 1u)) >> 16);
 }
 
-// e^x for x <= 0 within 3e-7 of itself, not below 2^-126; NaN stays NaN. It is 2^whole * 2^rest with |rest| <= 1/2, and
-// the second factor is a polynomial fitted by least squares.
-inline float exponential(float x) {
-    const float turns = x * 1.44269504088896341f;
-    const float power = turns < -126.0f ? -126.0f : turns;
-    const float rounder = 12582912.0f;  // 1.5 * 2^23: what is added to it loses its fraction
+// e^x for x <= 0, with a relative error below 3e-7 and never below 2^-126; NaN stays NaN. Computed as
+// 2^whole * 2^rest with |rest| <= 1/2; the second factor is a polynomial fitted by least squares.
+inline float fast_exp(float x) {
+    const float exponent = x * 1.44269504088896341f;  // log2(e)
+    const float power = exponent < -126.0f ? -126.0f : exponent;
+    const float rounder = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
     const float shifted = power + rounder;
     const float rest = power - (shifted - rounder);
     float value = 1.32187e-3f;
@@ -39,5 +39,5 @@ inline float exponential(float x) {
     value = value * rest + 2.4022238e-1f;
     value = value * rest + 6.9314686e-1f;
     value = value * rest + 1.0f;
-    return from_bits(bits(value) + (bits(shifted) << 23));
+    return from_bits(to_bits(value) + (to_bits(shifted) << 23));
 }

@@ -279,7 +279,7 @@ def _natively(library: ctypes.CDLL, z: Tensor, softcap: float | None, gradient: 
     rows, vocabulary = z.shape
     peak, mass = torch.empty(2, rows, 1).unbind()
     pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (z, peak, mass))
-    library.exponentials(*pointers, ctypes.c_int64(rows), ctypes.c_int64(vocabulary))
+    library.unnormalized_softmax(*pointers, ctypes.c_int64(rows), ctypes.c_int64(vocabulary))
     return peak, mass
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ngpt.config.base import Config, invalid, one_of, renamed
 from ngpt.kernels.compile import compile_for
-from ngpt.kernels.cpu_attention import LONGEST, causal_attention, has_cpu_attention
+from ngpt.kernels.cpu_attention import MAX_TOKENS, causal_attention, has_cpu_attention
 from ngpt.kernels.linear_cross_entropy import linear_cross_entropy
 from ngpt.model.norm import NORM_MODES, DotProdNormalizer, l2_normalize, rms_norm
 from ngpt.model.residual import (
@@ -201,7 +201,7 @@ class Attention(nn.Module):
 
     def _mix(self, q: Tensor, k: Tensor, v: Tensor, past: int) -> Tensor:
         """softmax(scale * q k^T) v of tokens that follow `past` others, (B, H, T, K)."""
-        if self.native and not past and q.shape[2] <= LONGEST:
+        if self.native and not past and q.shape[2] <= MAX_TOKENS:
             by_token = (part.transpose(1, 2).float() for part in (q, k, v))  # as the products have made them
             return causal_attention(*by_token, self.softmax_scale)[0].transpose(1, 2)
         slow = q.device.type == "cpu" and v.dtype == torch.bfloat16 and k.shape[2] <= SHORT

@@ -33,7 +33,7 @@ def exponentials(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     assert library is not None, "the tests need a C++ compiler, as torch.compile does"
     peak, mass = torch.empty(len(logits)), torch.empty(len(logits))
     pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (slope, peak, mass)]
-    library.exponentials(*pointers, *map(ctypes.c_int64, logits.shape))
+    library.unnormalized_softmax(*pointers, *map(ctypes.c_int64, logits.shape))
     return slope, peak, mass
 
 

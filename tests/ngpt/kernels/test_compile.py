@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ngpt.kernels.compile import VARIABLE, compile_for, use_disk_cache
+from ngpt.kernels.compile import CACHE_VARIABLE, compile_for, use_disk_cache
 from ngpt.model.gpt import GPT, ModelConfig
 from tests.helpers import ROOT
 
@@ -59,10 +59,10 @@ def test_compiled_code_lies_beside_the_corpora_unless_the_user_has_named_a_place
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("NGPT_CACHE", str(tmp_path))
-    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.delenv(CACHE_VARIABLE, raising=False)
     assert use_disk_cache() == tmp_path / "compiled"
-    assert os.environ[VARIABLE] == str(tmp_path / "compiled")
-    monkeypatch.setenv(VARIABLE, str(tmp_path / "own"))
+    assert os.environ[CACHE_VARIABLE] == str(tmp_path / "compiled")
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "own"))
     assert use_disk_cache() == tmp_path / "own"
 
 
@@ -72,7 +72,7 @@ def test_the_default_that_torch_itself_has_named_is_not_taken_for_a_wish(
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
     monkeypatch.setenv("NGPT_CACHE", str(tmp_path))
-    monkeypatch.setenv(VARIABLE, default_cache_dir())
+    monkeypatch.setenv(CACHE_VARIABLE, default_cache_dir())
     assert use_disk_cache() == tmp_path / "compiled"
 
 
@@ -103,7 +103,7 @@ print(json.dumps({
 def test_a_second_process_compiles_nothing_new(corpus: Path, tmp_path: Path) -> None:
     """Another seed and another alpha, as in a campaign that is run again, or in the next worker of this one."""
     kept = os.environ | {"NGPT_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
-    kept.pop(VARIABLE, None)
+    kept.pop(CACHE_VARIABLE, None)
 
     def trial(name: str, alpha: float, seed: int, env: dict[str, str]) -> dict[str, Any]:
         command = [sys.executable, "-c", RUN, str(corpus), str(tmp_path / name), str(alpha), str(seed)]
@@ -117,5 +117,5 @@ def test_a_second_process_compiles_nothing_new(corpus: Path, tmp_path: Path) -> 
     second = trial("second", 0.3, 2, kept)
     assert second["made"] == 0 and second["found"] >= first["made"]
     # What was compiled before computes what a fresh compilation does.
-    alone = trial("alone", 0.3, 2, kept | {VARIABLE: str(tmp_path / "another")})
+    alone = trial("alone", 0.3, 2, kept | {CACHE_VARIABLE: str(tmp_path / "another")})
     assert alone["made"] > 0 and alone["losses"] == second["losses"]

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ngpt.kernels.cpu_attention import LONGEST, causal_attention, has_cpu_attention
+from ngpt.kernels.cpu_attention import MAX_TOKENS, causal_attention, has_cpu_attention
 from ngpt.model import gpt as model
 from ngpt.model.gpt import GPT, ModelConfig
 
@@ -65,7 +65,7 @@ def test_it_is_attention_and_so_are_its_gradients(
         assert (found - expected).norm() <= 1e-6 * (expected.norm() + factors)
 
 
-@pytest.mark.parametrize("tokens", [128, 257, LONGEST])
+@pytest.mark.parametrize("tokens", [128, 257, MAX_TOKENS])
 def test_long_sequences_as_well(tokens: int) -> None:
     given = inputs(1, tokens, 2, 1, 32)
     for found, expected in zip(ours(*given, 1.0), exact(*given, 1.0), strict=True):
