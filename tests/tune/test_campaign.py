@@ -25,7 +25,7 @@ from tune.campaign import load_campaign
 from tune.planning.plan import preview
 from tune.spec.schema import Campaign, FreshSeeds, Metric, Resources
 from tune.spec.sweeps import SWEEPS, ArmSpec, Axis
-from tune.spec.validation import with_absolute_paths
+from tune.spec.values import with_absolute_paths
 
 HERE = "«"  # in a wrong file, stands before what its messages point at, one mark per message
 

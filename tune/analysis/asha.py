@@ -20,12 +20,10 @@ values correlate 0.9 with the last ones: 2 % of phases err with 20 or 60 arms x 
 is 6 % of 60 x 3 and 11 % of 100 x 2. What fresh seeds measure is not chosen by such luck.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from ngpt.training.config import TrainConfig
-from tune.spec.schema import EarlyStop, Phase
-from tune.spec.validation import Problems
+from tune.spec.schema import EarlyStop
 from tune.storage.journal import Event
 
 RUNG_REACHED = "rung_reached"
@@ -92,24 +90,3 @@ def cutoff(rewards: Sequence[float], reduction: int) -> float | None:
     import numpy as np
 
     return float(np.percentile(rewards, (1 - 1 / reduction) * 100)) if rewards else None
-
-
-def check_early_stop(
-    problems: Problems, rule: EarlyStop, phases: Iterable[Phase], *, base: TrainConfig, hold: str
-) -> None:
-    """Files a problem where a rule can do nothing, or not what it says: `phases` are those that search."""
-    at, found = ("early_stop",), list(phases)
-    if not found:
-        text = "it is for phases with `search:`, and there is none; arms of other phases are there to be judged, which "
-        problems.add(at, f"{text}takes all of their trials")
-    for phase in found:
-        settled = {"steps": base.steps, "eval_every": base.eval_every} | dict(phase.pinned)
-        steps, every = settled["steps"], settled["eval_every"]
-        if (phase.hold or hold) == "seconds":
-            text = f"phase {phase.name} holds seconds, so that its arms have no steps in common to compare at"
-            problems.add(at, f"{text}; hold tokens or steps there")
-        elif rule.first >= steps:
-            problems.add((*at, "first"), f"{rule.first} is not before the end: phase {phase.name} trains {steps} steps")
-        elif rule.first % every:
-            text = f"phase {phase.name} evaluates every {every} steps, so not at step {rule.first}"
-            problems.add((*at, "first"), f"{text}; use a multiple of {every}, or another eval_every")

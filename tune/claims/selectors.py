@@ -8,7 +8,7 @@ from ngpt.config.base import settings
 from ngpt.training.config import TrainConfig
 from tune import format as fmt
 from tune.spec.sweeps import BASELINE
-from tune.spec.validation import written_alike
+from tune.spec.values import comparable
 
 PLACES = ("arm", "phase")  # what a selector may name besides settings
 
@@ -43,7 +43,7 @@ def matches(selector: Selector, arm: ClaimArm) -> bool:
 
 def same(a: Any, b: Any) -> bool:
     """Whether two settings are written alike: 1 and 1.0 are, 1 and true are not, lists and tuples are."""
-    return any(written_alike([a, b]))
+    return comparable(a) == comparable(b)
 
 
 def varied(arms: Iterable[ClaimArm]) -> set[str]:

@@ -41,9 +41,8 @@ class Resources(Config):
     cpus_per_trial: Annotated[int, Field(ge=1)] = 1  # threads of a trial
     gpus_per_trial: Annotated[Any, PlainValidator(_share)] = "auto"  # auto: measured where there are GPUs
     workers: Annotated[int, Field(ge=1)] | None = None  # processes that train at once; null: as many as fit
-    # trials of one graph that a process trains at once (ngpt/ensemble/train.py); 1: each by itself
-    vectorise: Annotated[int, Field(ge=1)] = 1
-    # seconds without a step after which a trial hangs; null: 20 median steps, at least ten minutes (tune/executors/watchdog.py)
+    vectorise: Annotated[int, Field(ge=1)] = 1  # trials of one graph that a process trains at once
+    # seconds without a step after which a trial hangs; null: 20 median steps, at least ten minutes
     stall_timeout: Annotated[float, Field(gt=0)] | None = None
 
 

@@ -2,9 +2,9 @@
 
     space: {optim.lr: {log: [1e-4, 1e-2]}, alpha: {uniform: [0.05, 0.5]}, n_layer: {choice: [4, 6]}}
 
-Random arms are a pure function of the space and the seed. Each value has a random number of its own, drawn from the
-seed, the setting's name and its position: so neither the order of the settings nor a larger `trials` changes an arm.
-Values are rounded to four digits, which is what an arm's name shows. What optuna does is in tune/planning/optuna_search.py.
+Random arms are a pure function of the space and the seed. Each value has its own random number, drawn from the seed,
+the setting's name and the arm's index, so neither the order of the settings nor a larger `trials` changes an arm.
+Values are rounded to four digits, as in the arm's name. Optuna's part is in tune/planning/optuna_search.py.
 """
 
 import random
@@ -12,21 +12,22 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ngpt.config.base import ConfigError, Location, settings, unknown
+from ngpt.config.base import ConfigError, Location, Problem, settings, unknown
 from ngpt.training.config import TrainConfig
+from tune.spec.problems import Reading, collect
 from tune.spec.sweeps import ArmSpec, Axis
-from tune.spec.validation import Problems, written_alike
+from tune.spec.values import LocatedSettings, repeated
 
 METHODS = ("random", "optuna")
 KEYS = ("method", "trials", "space", "seed", "parallel")
-PARALLEL = 4  # arms that optuna is asked for at once
+PARALLEL = 4  # arms per batch of optuna
 DIGITS = 4
-LARGEST = 1e300  # end of an interval
+LARGEST_BOUND = 1e300  # of an interval
 
 
 @dataclass(frozen=True)
 class Dimension:
-    """One setting and where its values are drawn from: an interval, `log` or `uniform`, or a `choice`."""
+    """One setting and what its values are drawn from: a `log` or `uniform` interval, or a `choice`."""
 
     label: str
     setting: str
@@ -36,24 +37,24 @@ class Dimension:
 
     @property
     def is_whole(self) -> bool:
-        """Whether the setting takes whole numbers, so that an interval is one of them."""
+        """Whether the setting takes whole numbers only."""
         kinds = str(settings(TrainConfig)[self.setting].annotation)
         return "int" in kinds and "float" not in kinds
 
     def at(self, share: float) -> Any:
-        """The value that has the `share`, in [0, 1), of the space below it."""
+        """The value at the quantile `share`, in [0, 1)."""
         if self.kind == "choice":
             return self.values[int(share * len(self.values))]
         low, high = self.values
         if self.is_whole and self.kind == "uniform":
             return low + int(share * (high - low + 1))
-        if self.is_whole:  # both ends get all that is rounded to them, as the numbers between them do, and in optuna
+        if self.is_whole:  # as in optuna: the ends are as likely as the whole numbers next to them
             low, high = low - 0.5, high + 0.5
         exact = low * (high / low) ** share if self.kind == "log" else low + share * (high - low)
         return self.rounded(exact)
 
     def rounded(self, exact: Any) -> Any:
-        """A drawn value as an arm has it: a few digits, and inside of the bounds."""
+        """A drawn value as an arm has it: with a few digits, within the bounds."""
         if self.kind == "choice":
             return exact
         low, high = self.values
@@ -63,12 +64,12 @@ class Dimension:
 
 @dataclass(frozen=True)
 class Search:
-    """What `search:` says, checked."""
+    """A checked `search:`."""
 
     method: str
     trials: int  # arms
     seed: int
-    parallel: int  # arms of a batch
+    parallel: int  # arms per batch
     space: tuple[Dimension, ...]  # by name of the setting
 
     def arm(self, values: Sequence[Any]) -> ArmSpec:
@@ -82,14 +83,14 @@ class Search:
         )
 
     def probes(self) -> Iterator[ArmSpec]:
-        """The ends of each interval and each choice, one at a time: what has to be possible for any draw to be."""
+        """An arm for each end of an interval and for each choice: if these are possible, any draw is."""
         for d in self.space:
             for i, value in enumerate(d.values):
                 yield ArmSpec(f"{d.label}={value}", {d.setting: value}, origins={d.setting: (*d.location, d.kind, i)})
 
 
 def random_arms(search: Search) -> list[ArmSpec]:
-    """Distinct arms, `search.trials` of them, or as many as a small space has (after 100 draws for each)."""
+    """`search.trials` distinct arms; fewer if 100 draws per arm do not find as many in a small space."""
     arms: dict[str, ArmSpec] = {}
     for i in range(100 * search.trials):
         shares = [random.Random(f"{search.seed}/{d.setting}/{i}").random() for d in search.space]
@@ -101,64 +102,77 @@ def random_arms(search: Search) -> list[ArmSpec]:
 
 
 def read_search(
-    problems: Problems,
-    data: Any,
-    at: Location,
-    read_settings: Callable[[Any, Location], dict[str, tuple[Any, Location]]],
-) -> Search | None:
-    """The search in `data`; None, and problems, if anything is wrong with it."""
-    before = len(problems.all)
+    data: Any, at: Location, read_settings: Callable[[Any, Location], Reading[LocatedSettings]]
+) -> Reading[Search | None]:
+    """The search in `data`; None if anything is wrong with it."""
     if not isinstance(data, dict):
-        problems.add(at, f"expected a mapping with {', '.join(KEYS)}, got {data!r}")
+        yield Problem(at, f"expected a mapping with {', '.join(KEYS)}, got {data!r}")
         return None
+    numbers, wrong = collect(_read_numbers(data, at))
+    yield from wrong
+    if not isinstance(data.get("space"), dict) or not data["space"]:
+        yield Problem((*at, "space"), "nothing varies: give `space:` with at least one setting")
+        return None
+    space, wrong_space = collect(_read_space(data["space"], (*at, "space"), read_settings))
+    yield from wrong_space
+    if wrong or wrong_space or numbers is None or space is None:
+        return None
+    return Search(data.get("method", "random"), **numbers, space=space)
+
+
+def _read_numbers(data: dict[str, Any], at: Location) -> Reading[dict[str, int]]:
+    """The settings of a search but its space; checks the names of all of them."""
     for key in data:
         if key not in KEYS:
-            problems.add((*at, key), unknown("setting", key, KEYS))
+            yield Problem((*at, key), unknown("setting", key, KEYS))
     method = data.get("method", "random")
     if method not in METHODS:
-        problems.add((*at, "method"), unknown("method", method, METHODS))
-    numbers = {"trials": None, "seed": 0, "parallel": PARALLEL}
-    for name, default in numbers.items():
-        least, value = int(name != "seed"), data.get(name, default)
-        if type(value) is not int or not least <= value < 2**31:
+        yield Problem((*at, "method"), unknown("method", method, METHODS))
+    numbers = {"trials": data.get("trials"), "seed": data.get("seed", 0), "parallel": data.get("parallel", PARALLEL)}
+    for name, value in numbers.items():
+        lowest = 0 if name == "seed" else 1
+        if type(value) is not int or not lowest <= value < 2**31:
             where = (*at, name) if name in data else at
-            problems.add(where, f"`{name}:` is a whole number from {least} on, got {value!r}")
-        numbers[name] = value
-    if not isinstance(data.get("space"), dict) or not data["space"]:
-        problems.add((*at, "space"), "nothing varies: give `space:` with at least one setting")
-        return None
-    found = read_settings(data["space"], (*at, "space"))
-    space = [_dimension(problems, name, *found[name]) for name in sorted(found)]
-    if len(problems.all) > before:
-        return None
-    kept = tuple(dimension for dimension in space if dimension)
-    return Search(method, numbers["trials"] or 0, numbers["seed"] or 0, numbers["parallel"] or 1, kept)
+            yield Problem(where, f"`{name}:` is a whole number from {lowest} on, got {value!r}")
+    return numbers
 
 
-def _dimension(problems: Problems, setting: str, data: Any, at: Location) -> Dimension | None:
+def _read_space(
+    data: Any, at: Location, read_settings: Callable[[Any, Location], Reading[LocatedSettings]]
+) -> Reading[tuple[Dimension, ...]]:
+    """A dimension per setting, by name."""
+    found = yield from read_settings(data, at)
+    space: list[Dimension] = []
+    for name in sorted(found):
+        dimension = yield from _read_dimension(name, *found[name])
+        space += [dimension] if dimension else []
+    return tuple(space)
+
+
+def _read_dimension(setting: str, data: Any, at: Location) -> Reading[Dimension | None]:
     kind = next(iter(data)) if isinstance(data, dict) and len(data) == 1 else None
     values = data[kind] if isinstance(data, dict) and kind is not None else None
     if kind not in ("uniform", "log", "choice") or not isinstance(values, list):
         kinds = "{uniform: [LOW, HIGH]}, {log: [LOW, HIGH]} or {choice: [A, B, ...]}"
-        problems.add(at, f"expected {kinds}, got {data!r}")
+        yield Problem(at, f"expected {kinds}, got {data!r}")
         return None
     where = (*at, kind)
     dimension = Dimension(str(at[-1]), setting, kind, tuple(map(_frozen, values)), at)
     if kind == "choice":
         if not values:
-            problems.add(where, "the list of values is empty")
+            yield Problem(where, "the list of values is empty")
         for i, value in enumerate(values):
             if isinstance(value, dict):
-                problems.add((*where, i), f"a choice is between values, got {value!r}")
-        for i in written_alike(values):
-            problems.add((*where, i), f"{values[i]!r} is listed twice")
+                yield Problem((*where, i), f"a choice is between values, got {value!r}")
+        for i in repeated(values):
+            yield Problem((*where, i), f"{values[i]!r} is listed twice")
     elif wrong := _wrong_interval(dimension):
-        problems.add(where, wrong)
+        yield Problem(where, wrong)
     return dimension
 
 
 def _frozen(value: Any) -> Any:
-    """Lists as tuples, so that a search can be a key."""
+    """Lists as tuples, so that a search is hashable."""
     return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
@@ -167,7 +181,7 @@ def _wrong_interval(dimension: Dimension) -> str | None:
     if len(values) != 2 or any(isinstance(v, bool) or not isinstance(v, int | float) for v in values):
         return f"an interval is two numbers, the low and the high end, got {list(values)!r}"
     low, high = values
-    if not (-LARGEST <= low < high <= LARGEST):
+    if not (-LARGEST_BOUND <= low < high <= LARGEST_BOUND):
         return f"the low end must be below the high one, got [{low!r}, {high!r}]"
     if dimension.is_whole and (type(low) is not int or type(high) is not int):
         return f"{dimension.setting} takes whole numbers, got [{low!r}, {high!r}]"
@@ -176,12 +190,9 @@ def _wrong_interval(dimension: Dimension) -> str | None:
     return None
 
 
-ADVICE = "the package optuna is not installed: pip install 'ngpt-campaign[search]'"
-
-
 def check_optuna() -> None:
-    """Raises ConfigError, with the command that helps, where optuna is not installed."""
+    """Raises ConfigError with the command to install optuna if it is missing."""
     try:
         import optuna  # noqa: F401
     except ImportError:
-        raise ConfigError(ADVICE) from None
+        raise ConfigError("the package optuna is not installed: pip install 'ngpt-campaign[search]'") from None

@@ -1,0 +1,110 @@
+"""Values of a campaign file: names, seeds, paths, and which values are equal."""
+
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ngpt.config.base import ConfigError, Location, Problem
+from ngpt.data.sources import CORPORA
+from ngpt.data.tokens.tokenizer import parse_spec
+from ngpt.model.residual import RESIDUAL_ALIASES
+from tune import format as fmt
+from tune.spec.problems import Reading
+
+LocatedSettings = Mapping[str, tuple[Any, Location]]  # by full dotted name: the value, and where it was written
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+ARM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._=,:+-]{0,79}")
+LARGEST_SEED = 2**31 - 1
+
+
+def check_name(name: Any, at: Location, what: str) -> Reading[bool]:
+    """Whether `name` is valid for a campaign, phase or claim, or, with more characters allowed, for an arm."""
+    pattern, longest, also = (ARM_NAME, 80, " ' ', '=', ',', ':', '+',") if what == "arm" else (NAME, 64, "")
+    if isinstance(name, str) and pattern.fullmatch(name) and ".." not in name:
+        return True
+    shown = repr(fmt.shorten(name, 40)) if isinstance(name, str) else repr(name)
+    rule = f"1 to {longest} letters, digits,{also} '.', '_' and '-', the first a letter or digit, and no '..'"
+    yield Problem(at, f"{shown} cannot be the name of {'an' if what == 'arm' else 'a'} {what}: use {rule}")
+    return False
+
+
+def read_seeds(data: Any, at: Location) -> Reading[tuple[int, ...]]:
+    """A list of seeds; an empty tuple if any of them is wrong."""
+    if not isinstance(data, list):
+        yield Problem(at, f"expected a list of seeds such as [1, 2, 3], got {data!r}")
+        return ()
+    if not data:
+        yield Problem(at, "the list of seeds is empty")
+    seen: set[int] = set()
+    for i, seed in enumerate(data):
+        if type(seed) is not int or not 0 <= seed <= LARGEST_SEED:
+            yield Problem((*at, i), f"a seed is a whole number from 0 to {LARGEST_SEED}, got {seed!r}")
+        elif seed in seen:
+            yield Problem((*at, i), f"seed {seed} is listed twice")
+        else:
+            seen.add(seed)
+    return tuple(data) if len(seen) == len(data) else ()
+
+
+# ---- equal values --------------------------------------------------------------------------------------------------
+
+
+def repeated(values: Sequence[Any]) -> Iterator[int]:
+    """The indices of values that occurred before."""
+    seen = set()
+    for i, value in enumerate(values):
+        if (key := comparable(value)) in seen:
+            yield i
+        seen.add(key)
+
+
+def comparable(value: Any) -> Any:
+    """A key that is equal for equal values: 1 and 1.0 are the same, 1 and true are not, lists and tuples are."""
+    if isinstance(value, list | tuple):
+        return tuple(map(comparable, value))
+    if isinstance(value, str):
+        return RESIDUAL_ALIASES.get(value, value)  # two names of one residual rule; no other setting has either
+    return repr(value) if isinstance(value, bool | dict) else value
+
+
+# ---- paths ---------------------------------------------------------------------------------------------------------
+
+
+def with_absolute_paths(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with the paths among them made absolute, because Ray changes the working directory of its workers.
+
+    Names of corpora, kinds of tokenizers and whatever is not a path stay as they are.
+    """
+    return {name: PATHS[name](value) if name in PATHS and value else value for name, value in values.items()}
+
+
+def _corpus(value: Any) -> Any:
+    """A name in CORPORA wins over a folder of that name; what is neither stays, to be reported as it was written."""
+    if not isinstance(value, str) or value in CORPORA:
+        return value
+    return _absolute(value) if value.startswith("~") or os.path.exists(value) else value
+
+
+def _tokenizer(value: Any) -> Any:
+    try:
+        kind, argument = parse_spec(value) if isinstance(value, str) else ("", "")
+    except ConfigError:
+        return value
+    if kind == "model":
+        return _absolute(argument)
+    return f"gpt2:{_absolute(argument)}" if kind == "gpt2" and argument else value
+
+
+def _absolute(value: Any) -> Any:
+    # Path.expanduser would raise for an unknown user.
+    return str(Path(os.path.expanduser(value)).absolute()) if isinstance(value, str) else value
+
+
+PATHS: dict[str, Callable[[Any], Any]] = {
+    "data.corpus": _corpus,
+    "data.path": _absolute,
+    "data.tokenizer": _tokenizer,
+}
