@@ -60,6 +60,7 @@ UNTESTED: dict[str, str] = {
     "tune/results/snapshot.py": "test_status.py",
     "tune/terminal/final_screen.py": "test_live.py",
     "tune/session/phase_tracker.py": "test_session.py",
+    "tune/session/trial_queue.py": "test_session.py",
     "tune/executors/ray_process.py": "test_ray_supervisor.py",
     "tune/bench/campaigns.py": "test_bench.py",
     "tune/bench/gpu.py": "test_bench.py",

@@ -13,7 +13,7 @@ import pytest
 
 import run_campaign
 from ngpt.system.heartbeat import read_heartbeat
-from tests.helpers.tiny_campaign import begun, drive, losses, records, session_on, strict, write_file
+from tests.helpers.tiny_campaign import begun, drive, losses, next_trial, records, session_on, strict, write_file
 from tune.session.session import ExecutorLost
 from tune.storage.journal import read_journal
 
@@ -218,7 +218,7 @@ def test_what_ends_a_run_from_outside_is_one_line(
     assert capsys.readouterr().err in ("interrupted; the same command goes on\n", "Ray died\n")
 
 
-@pytest.mark.parametrize("where", ["next_trial", "tell", "snapshot", "end", "begin"])
+@pytest.mark.parametrize("where", ["ask", "tell", "snapshot", "end", "begin"])
 def test_an_internal_error_anywhere_is_code_1_and_the_same_command_goes_on(
     where: str, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -291,7 +291,7 @@ def test_status_is_strict_json_and_text(finished: Path, capsys: pytest.CaptureFi
 def test_status_of_a_running_campaign_does_not_disturb_it(file: Path, tmp_path: Path) -> None:
     with session_on(file, tmp_path / "tiny") as session:
         drive(begun(session), most=1)
-        session.next_trial()
+        next_trial(session)
         done = script("status", tmp_path / "tiny", "--json")
         assert done.returncode == 0, done.stderr
         snapshot = strict(done.stdout)

@@ -4,7 +4,7 @@ import contextlib
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -16,13 +16,13 @@ from tune.executors.ray_process import RayReady
 from tune.executors.ray_supervisor import RaySupervisor
 from tune.machine import environment
 from tune.machine.estimate import check_budget
-from tune.machine.gpu_sharing import pack
+from tune.machine.gpu_sharing import Packing, pack
 from tune.planning.changes import check_changes, find_changes
 from tune.report.wording import packing_fact
 from tune.results.snapshot import Snapshot
 from tune.results.summary import Summary
 from tune.session.datasets import check_all, describe_data, prepare_all
-from tune.session.session import Session
+from tune.session.session import ExecutorInfo, Session
 from tune.spec.schema import Campaign
 from tune.terminal.live import open_console
 
@@ -70,28 +70,29 @@ def launch(
         work = session.has_work()
         if work and campaign.resources.vectorise > 1 and (reason := ensemble_incompatibility([campaign.base])):
             tell(f"trials are trained one by one, vectorise {campaign.resources.vectorise} has no effect: {reason}")
+        executor = ExecutorInfo()
         if work:  # asked once for all trials: each would wait for a server that is not there
-            session.wandb_mode = settled(campaign.base.tracker, root / "trials" / "*", tell).wandb
+            mode = settled(campaign.base.tracker, root / "trials" / "*", tell).wandb
+            executor = replace(executor, wandb_mode=mode)
         # Tokenizing and Ray's start both take seconds, and neither needs the other.
         prepared = Background(lambda: prepare_all(campaign, tell))
         keeper = None
         if not inline and work:
             prepared.check()
             keeper = stack.enter_context(RaySupervisor(session, campaign.resources, address=address))
-            wait_for_ray(keeper, session, is_ours=address is None)
+            executor = started(executor, wait_for_ray(keeper, is_ours=address is None))
         prepared.result()
         # The GPUs of a running cluster may be others than ours: they are not for us to measure.
         if keeper and address is None and (packing := pack(session.campaign, session.state, tell)):
-            session.packing = packing
-            take_over(keeper.share(packing.trials_per_device), session)
-            tell(f"{packing_fact(asdict(packing))}; workers {session.workers}")
-        session.begin(describe_data(campaign.base) | {"shards": check_all(campaign)})
+            executor = started(executor, keeper.share(packing.trials_per_device), packing)
+            tell(f"{packing_fact(asdict(packing))}; workers {executor.workers}")
+        session.begin(describe_data(campaign.base) | {"shards": check_all(campaign)}, executor)
         session.message = stack.enter_context(view(session.snapshot)).message
         keeper.run() if keeper else run_inline(session)
         return session.end(), session.stop_signal
 
 
-def wait_for_ray(keeper: RaySupervisor, session: Session, *, is_ours: bool) -> None:
+def wait_for_ray(keeper: RaySupervisor, *, is_ours: bool) -> RayReady:
     """Waits until Ray has started, and says what there is to know of it and of the GPUs.
 
     Ours asks whoever opens its dashboard for its token; what another one asks for is its owner's business.
@@ -99,15 +100,21 @@ def wait_for_ray(keeper: RaySupervisor, session: Session, *, is_ours: bool) -> N
     tell("starting Ray ...")
     for line in environment.busy_gpus():
         tell(line)
-    take_over(keeper.wait(), session)
-    url = session.dashboard_url or "none"
-    token = "  (it asks for what `ray get-auth-token` prints)" if is_ours and session.dashboard_url else ""
-    tell(f"dashboard {url}  workers {session.workers}{token}")
+    ready = keeper.wait()
+    token = "  (it asks for what `ray get-auth-token` prints)" if is_ours and ready.dashboard_url else ""
+    tell(f"dashboard {ready.dashboard_url or 'none'}  workers {ready.workers}{token}")
+    return ready
 
 
-def take_over(ray: RayReady, session: Session) -> None:
-    """Lets the session know how many trials there is room for."""
-    session.workers, session.packed, session.dashboard_url = ray.workers, ray.packed, ray.dashboard_url
+def started(executor: ExecutorInfo, ray: RayReady, packing: Packing | None = None) -> ExecutorInfo:
+    """The executor, now that Ray has started."""
+    return replace(
+        executor,
+        workers=ray.workers,
+        trials_per_device=ray.trials_per_device,
+        dashboard_url=ray.dashboard_url,
+        packing=packing,
+    )
 
 
 def tell(text: str) -> None:

@@ -11,7 +11,7 @@ from tune.campaign import load_campaign
 from tune.executors.local import run_inline
 from tune.machine import environment
 from tune.session.datasets import describe_data
-from tune.session.session import Session
+from tune.session.session import ExecutorInfo, Session
 from tune.trials.trial import TrialResult, TrialSpec
 
 PHASES = """
@@ -75,15 +75,26 @@ def write_file(
     return path
 
 
-def session_on(file: Path, root: Path, assignments: tuple[str, ...] = ()) -> Session:
+def session_on(
+    file: Path, root: Path, assignments: tuple[str, ...] = (), *, timer: Callable[..., Any] | None = None
+) -> Session:
     """A session that has not taken its lock yet."""
     campaign = load_campaign(file, assignments)
-    return Session(campaign, root, command="the same command", environment=environment.describe("cpu"))
+    about = environment.describe("cpu")
+    return Session(campaign, root, command="the same command", environment=about, timer=timer)
 
 
-def begun(session: Session) -> Session:
-    session.begin(describe_data(session.campaign.base))
+def begun(session: Session, **executor: Any) -> Session:
+    """The session, begun with an executor that has these fields of `ExecutorInfo`."""
+    session.begin(describe_data(session.campaign.base), ExecutorInfo(**executor))
     return session
+
+
+def next_trial(session: Session) -> TrialSpec | None:
+    """The one trial that the session starts next, or None if none may start now."""
+    specs = session.ask()
+    assert len(specs) <= 1, "this campaign trains trials in groups"
+    return specs[0] if specs else None
 
 
 def train_all(file: Path, root: Path) -> dict[str, Any]:
@@ -114,7 +125,7 @@ def drive(
 ) -> list[TrialSpec]:
     """Lets a session hand out trials, at most so many, and reports `result_of` each; returns what was handed out."""
     given: list[TrialSpec] = []
-    while (most is None or len(given) < most) and (spec := session.next_trial()) is not None:
+    while (most is None or len(given) < most) and (spec := next_trial(session)) is not None:
         given.append(spec)
         session.tell(spec.trial_id, result_of(spec))
     return given

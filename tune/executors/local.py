@@ -50,8 +50,7 @@ def stop_on_signal(session: Session, *, at_once: Callable[[], object] = lambda: 
             at_once()
             last_words()
             os._exit(128 + number)
-        session.stop_requested, session.stop_signal = True, number
-        session.request_stop()
+        session.request_stop(number)
 
     previous = {number: signal.signal(number, handle) for number in stop_signals()}
     try:

@@ -26,7 +26,7 @@ class RayReady:
     """Ray has started, or shares its GPUs as it was told."""
 
     workers: int  # trials at once
-    packed: int  # trials that share a device
+    trials_per_device: int
     dashboard_url: str | None
     process_ids: tuple[int, ...]  # of Ray itself, where it is ours
     folder: Path | None = None  # of its logs and sockets, where it is ours

@@ -13,7 +13,7 @@ from ray.tune.schedulers import AsyncHyperBandScheduler
 
 from ngpt.config.base import ConfigError
 from ngpt.training.tracker import read_metrics
-from tests.helpers.tiny_campaign import begun, losses, pretend, records, session_on, train_all, write_file
+from tests.helpers.tiny_campaign import begun, losses, next_trial, pretend, records, session_on, train_all, write_file
 from tune.analysis.asha import RUNG_REACHED, Asha, cutoff
 from tune.campaign import load_campaign
 from tune.machine.estimate import estimate
@@ -163,7 +163,7 @@ def evaluations(spec: TrialSpec) -> Iterator[TrialResult]:
 def play(session: Session, *, most: int = 1000) -> list[str]:
     """Runs trials that cost nothing, evaluation by evaluation; returns the ids of those it ran."""
     ran: list[str] = []
-    while len(ran) < most and (spec := session.next_trial()):
+    while len(ran) < most and (spec := next_trial(session)):
         ran.append(spec.trial_id)
         if not any(session.should_stop(spec.trial_id, interim) for interim in evaluations(spec)):
             session.tell(spec.trial_id, pretend(spec))
@@ -256,7 +256,7 @@ def test_a_crash_between_the_decision_and_the_result_changes_nothing(
         begun(session)
         ended = session.tell
         monkeypatch.setattr(session, "tell", lambda *_: None)  # the crash
-        while spec := session.next_trial():
+        while spec := next_trial(session):
             if any(session.should_stop(spec.trial_id, interim) for interim in evaluations(spec)):
                 break
             ended(spec.trial_id, pretend(spec))
@@ -284,7 +284,7 @@ def test_without_the_setting_what_was_stopped_is_not_counted_as_done(file: Path,
     file.write_text(file.read_text().replace("early_stop:", "description: none\n# early_stop:"))
     assert estimate(load_campaign(file), tmp_path / "r")["to_run"] == stopped > 0
     with session_on(file, tmp_path / "r") as session:
-        assert begun(session).next_trial()
+        assert next_trial(begun(session))
         assert session.snapshot().done == len(session.state.phases["find"].trial_ids) - stopped
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from scipy import stats
 
-from tests.helpers.tiny_campaign import begun, drive, pretend, session_on, strict, write_file
+from tests.helpers.tiny_campaign import begun, drive, next_trial, pretend, session_on, strict, write_file
 from tune.claims.evidence import Evidence
 from tune.claims.relations import METRIC_GOALS, RELATIONS, judge_claims
 from tune.claims.selectors import ClaimArm
@@ -548,6 +548,6 @@ def test_every_metric_of_a_claim_is_recorded(tmp_path: Path, corpus: Path) -> No
 
 def begun_spec(folder: Path, corpus: Path) -> TrialSpec:
     with session_on(write_file(folder, corpus), folder / "tiny") as session:
-        spec = begun(session).next_trial()
+        spec = next_trial(begun(session))
         assert spec is not None
         return spec

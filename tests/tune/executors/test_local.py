@@ -13,7 +13,7 @@ from tune.executors.local import run_inline, stop_on_signal
 from tune.machine import throughput as measured
 from tune.results.summary import Summary
 from tune.session.session import Session
-from tune.trials.trial import TrialResult
+from tune.trials.trial import TrialResult, TrialSpec
 
 pytestmark = pytest.mark.usefixtures("signals")
 
@@ -33,16 +33,17 @@ def run_with_signal(file: Path, root: Path, number: int, *, after: int) -> tuple
     """A run that sends itself a signal in the middle of a trial, when so many have finished."""
     with session_on(file, root) as session:
         begun(session)
-        give_out, finished = session.next_trial, lambda: len(session.state.results)
+        ask = session.ask
 
-        def next_trial():
-            spec = give_out()
-            if spec and finished() == after:
+        def ask_and_interrupt() -> list[TrialSpec]:
+            specs = ask()
+            if specs and len(session.state.results) == after:
                 os.kill(os.getpid(), number)
-            return spec
+            return specs
 
-        session.next_trial = next_trial
-        run_inline(session)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(session, "ask", ask_and_interrupt)
+            run_inline(session)
         return session.end(), session
 
 

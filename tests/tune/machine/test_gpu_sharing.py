@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from ngpt.config.base import override
 from ngpt.data.dataset import prepare
 from ngpt.training.config import TrainConfig, resolved
-from tests.helpers.tiny_campaign import begun, pretend, session_on, train_all, write_file
+from tests.helpers.tiny_campaign import begun, next_trial, pretend, session_on, train_all, write_file
 from tune.machine import gpu_sharing as packing
 from tune.machine.concurrency_benchmark import ThroughputPoint
 from tune.machine.gpu_sharing import GpuSharing, choose, fastest_point, known_curve, pack, remember_curve
@@ -153,9 +153,8 @@ def test_the_choice_and_its_curve_are_in_the_journal_the_manifest_the_summary_an
 ) -> None:
     file, root = write_file(tmp_path, corpus, phases=ONE), tmp_path / "r"
     with session_on(file, root) as session:
-        session.packing, session.packed = CHOSEN, 4
-        begun(session)
-        spec = session.next_trial()
+        begun(session, packing=CHOSEN, trials_per_device=4)
+        spec = next_trial(session)
         assert spec is not None and spec.packed == 4
         session.tell(spec.trial_id, pretend(spec))
         summary = session.end()
@@ -191,7 +190,7 @@ def test_a_phase_whose_trials_were_packed_differently_warns_that_speeds_do_not_c
     with session_on(file, root) as session:
         begun(session)
         for packed in (1, 4, 4, 4):
-            spec = session.next_trial()
+            spec = next_trial(session)
             assert spec is not None
             session.tell(spec.trial_id, result(spec, packed))
         (warning,) = session.end()["phases"][0]["warnings"]

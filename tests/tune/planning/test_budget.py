@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import run_campaign
 from ngpt.config.base import ConfigError
-from tests.helpers.tiny_campaign import begun, drive, pretend, records, session_on, strict, write_file
+from tests.helpers.tiny_campaign import begun, drive, next_trial, pretend, records, session_on, strict, write_file
 from tune.campaign import load_campaign
 from tune.machine.estimate import check_budget
 from tune.planning.budget import STOPPED_BY_BUDGET, budget_allows, describe_budget, left_out_sentence
@@ -87,8 +87,8 @@ def test_a_trial_that_was_begun_before_is_finished_first_and_counts_once(tmp_pat
     file = with_budget(tmp_path, corpus, "{trials: 2}")
     with session_on(file, tmp_path / "r") as session:
         begun(session)
-        first, second = session.next_trial(), session.next_trial()
-        assert first and second and session.next_trial() is None
+        first, second = next_trial(session), next_trial(session)
+        assert first and second and next_trial(session) is None
         assert not session.is_over()  # they are running
         session.tell(second.trial_id, pretend(second))
     trained, session = run(file, tmp_path / "r")
@@ -103,16 +103,16 @@ def test_a_trial_whose_worker_died_under_a_used_up_budget_is_still_finished(
 ) -> None:
     with session_on(with_budget(tmp_path, corpus, "{hours: 1}"), tmp_path / "r") as session:
         begun(session)
-        spec = session.next_trial()
+        spec = next_trial(session)
         assert spec
         clock.now = 3601.0
-        assert session.next_trial() is None and not session.is_over()
+        assert next_trial(session) is None and not session.is_over()
         session.worker_died(spec.trial_id, "killed")
         assert not session.is_over()
-        again = session.next_trial()
+        again = next_trial(session)
         assert again and again.trial_id == spec.trial_id
         session.tell(spec.trial_id, pretend(spec))
-        assert session.is_over() and session.next_trial() is None
+        assert session.is_over() and next_trial(session) is None
 
 
 # ---- hours ---------------------------------------------------------------------------------------------------------

@@ -44,8 +44,8 @@ def layers_cost_time(config: TrainConfig) -> float:
 def run(file: Path, root: Path, speed: Any, *, most: int | None = None) -> tuple[list[TrialSpec], list[str]]:
     """One session, interrupted after `most` trials: what it trained, and what it said."""
     said: list[str] = []
-    with session_on(file, root) as session:
-        session.timer, session.message = speed, said.append
+    with session_on(file, root, timer=speed) as session:
+        session.message = said.append
         given_out = drive(begun(session), one_layer_wins, most=most)
         session.end()
     return given_out, said

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ngpt.config.base import ConfigError
-from tests.helpers.tiny_campaign import begun, drive, records, session_on, strict, write_file
+from tests.helpers.tiny_campaign import begun, drive, next_trial, records, session_on, strict, write_file
 from tune.campaign import load_campaign
 from tune.machine.estimate import estimate
 from tune.planning.optuna_search import arm_score, propose_arms
@@ -58,7 +58,7 @@ def test_the_next_batch_waits_for_the_last_trial_of_the_one_before(file: Path, t
     with session_on(file, tmp_path / "r") as session:
         begun(session)
         specs = []
-        while (spec := session.next_trial()) is not None:
+        while (spec := next_trial(session)) is not None:
             specs.append(spec)
         assert len(specs) == 2 * (1 + 3)
         assert not session.is_over()

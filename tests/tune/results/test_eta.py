@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.tiny_campaign import begun, drive, pretend, session_on, write_file
+from tests.helpers.tiny_campaign import begun, drive, next_trial, pretend, session_on, write_file
 from tune.planning.plan import trial_flops
 from tune.results.eta import seconds_left
 from tune.results.snapshot import Running
@@ -45,10 +45,9 @@ def pretended(file: Path, root: Path, seconds_of: Callable[[TrialSpec], float], 
     under_way: list[tuple[float, float, TrialSpec]] = []
     now, ended = 0.0, 0
     with session_on(file, root) as session:
-        session.workers = workers
-        begun(session)
+        begun(session, workers=workers)
         while True:
-            while len(under_way) < workers and (spec := session.next_trial()):
+            while len(under_way) < workers and (spec := next_trial(session)):
                 spec.folder.mkdir(parents=True, exist_ok=True)
                 under_way.append((now + seconds_of(spec), now, spec))
             if not under_way:
@@ -270,7 +269,7 @@ def test_a_resumed_campaign_expects_what_is_left(tmp_path: Path, corpus: Path) -
         session.stop_requested = True
         session.end()
     with session_on(file, root) as session:
-        spec = begun(session).next_trial()
+        spec = next_trial(begun(session))
         assert spec
         shown = session.snapshot().eta
         session.tell(spec.trial_id, result(spec))

@@ -12,7 +12,7 @@ import pytest
 from ngpt.config.base import ConfigError
 from ngpt.system.heartbeat import Heartbeat
 from tests.helpers import ROOT
-from tests.helpers.tiny_campaign import begun, drive, pretend, session_on, strict, write_file
+from tests.helpers.tiny_campaign import begun, drive, next_trial, pretend, session_on, strict, write_file
 from tune.results.status import is_locked, read_snapshot
 from tune.trials.trial import TrialSpec
 
@@ -39,7 +39,7 @@ def test_before_the_first_trial_the_plan_is_all_there_is(root: Path, file: Path)
 def test_a_campaign_in_the_middle_is_counted_phase_by_phase(root: Path, file: Path) -> None:
     with session_on(file, root) as session:
         drive(begun(session), most=5)
-        spec = session.next_trial()
+        spec = next_trial(session)
         assert spec
         snapshot = session.snapshot()
     assert (snapshot.phase, snapshot.phase_number, snapshot.n_phases) == ("projection", 2, 2)
@@ -60,7 +60,7 @@ def test_the_best_arm_is_the_leader_of_those_with_most_seeds(root: Path, file: P
 def test_another_process_sees_what_the_running_one_sees(root: Path, file: Path) -> None:
     with session_on(file, root) as session:
         drive(begun(session), most=3)
-        session.next_trial()
+        next_trial(session)
         mine, theirs = asdict(session.snapshot()), asdict(read_snapshot(root))
         for view in (mine, theirs):
             assert view.pop("elapsed") >= 0
@@ -76,7 +76,7 @@ def test_a_snapshot_is_strict_json(root: Path, file: Path) -> None:
 
 def test_progress_is_read_from_what_the_trial_has_logged_so_far(root: Path, file: Path) -> None:
     with session_on(file, root) as session:
-        spec = begun(session).next_trial()
+        spec = next_trial(begun(session))
         assert spec
         assert session.snapshot().running[0].step == 0  # it has no file yet
         spec.folder.mkdir(parents=True)
@@ -90,7 +90,7 @@ def test_progress_is_read_from_what_the_trial_has_logged_so_far(root: Path, file
 def test_between_two_rows_the_heartbeat_says_how_far_a_trial_is(root: Path, file: Path) -> None:
     with session_on(file, root) as session:
         drive(begun(session), most=5)
-        spec = session.next_trial()
+        spec = next_trial(session)
         assert spec
         advance(spec, 1)
         with Heartbeat(spec.folder) as heartbeat:
@@ -108,9 +108,8 @@ def advance(spec: TrialSpec, step: int, **more: float) -> None:
 
 def test_what_running_trials_have_behind_them_is_not_left(root: Path, file: Path) -> None:
     with session_on(file, root) as session:
-        session.workers = 2
-        drive(begun(session), most=2)  # they took 2 s each; two are left, and two of the phase after them
-        first, second = session.next_trial(), session.next_trial()
+        drive(begun(session, workers=2), most=2)  # they took 2 s each; two are left, and two of the phase after them
+        first, second = next_trial(session), next_trial(session)
         assert first and second
         assert session.snapshot().eta == pytest.approx(4.0)
         advance(first, 3)  # of 6 steps
@@ -121,9 +120,8 @@ def test_what_running_trials_have_behind_them_is_not_left(root: Path, file: Path
 
 def test_the_last_trial_is_not_shared_by_idle_workers(root: Path, file: Path) -> None:
     with session_on(file, root) as session:
-        session.workers = 4
-        drive(begun(session), most=5)
-        spec = session.next_trial()
+        drive(begun(session, workers=4), most=5)
+        spec = next_trial(session)
         assert spec and session.snapshot().eta == pytest.approx(2.0)
         advance(spec, 3)
         assert session.snapshot().eta == pytest.approx(1.0)
@@ -131,7 +129,7 @@ def test_the_last_trial_is_not_shared_by_idle_workers(root: Path, file: Path) ->
 
 def test_before_a_trial_has_ended_the_running_ones_say_how_long_it_takes(root: Path, file: Path) -> None:
     with session_on(file, root) as session:
-        spec = begun(session).next_trial()
+        spec = next_trial(begun(session))
         assert spec and session.snapshot().eta is None
         advance(spec, 2, tokens=128, tokens_per_second=16.0)
         seconds = 24 + 3 * 128 / 3 / 16  # 6 steps of 64 tokens, and three evaluations, a third as long per token
@@ -163,7 +161,7 @@ def test_what_earlier_sessions_trained_counts_as_reused(root: Path, file: Path) 
 def test_a_killed_campaign_does_not_look_alive(root: Path, file: Path) -> None:
     with session_on(file, root) as session:
         drive(begun(session), most=2)
-        session.next_trial()  # and no campaign_ended follows
+        next_trial(session)  # and no campaign_ended follows
     journal = root / "journal.jsonl"
     started = json.loads(journal.read_text().splitlines()[0])["time"]
     assert datetime.now(UTC) - datetime.fromisoformat(started) < timedelta(minutes=5)

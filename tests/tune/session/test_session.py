@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ngpt.config.base import ConfigError
-from ngpt.system.heartbeat import Beat, Heartbeat, stop_requested
+from ngpt.system.heartbeat import Beat, Heartbeat, request_stop, stop_requested
 from tests.helpers import ROOT
-from tests.helpers.tiny_campaign import begun, drive, losses, pretend, records, session_on, write_file
+from tests.helpers.tiny_campaign import begun, drive, losses, next_trial, pretend, records, session_on, write_file
 from tune.results.summary import read_state
 from tune.session.datasets import describe_data
 from tune.storage.journal import JournalError, read_journal
@@ -81,8 +81,7 @@ def events(root: Path, name: str) -> list[dict]:
 
 def test_a_trial_is_tracked_by_its_place_in_the_campaign_and_in_one_mode_for_all(root: Path, file: Path) -> None:
     with session_on(file, root, ("tracker.wandb=auto", "tracker.project=spheres")) as session:
-        session.wandb_mode = "offline"
-        tracker = drive(begun(session), most=1)[0].config.tracker
+        tracker = drive(begun(session, wandb_mode="offline"), most=1)[0].config.tracker
     assert (tracker.wandb, tracker.project) == ("offline", "spheres")
     place = (tracker.group, tracker.job_type, tracker.run_name)
     assert place == ("tiny", "alpha", "alpha=0.05 seed 1")
@@ -121,7 +120,7 @@ def test_independent_phases_are_at_work_together_and_dependent_ones_wait(
     with session_on(write_file(tmp_path, corpus, phases=DIAMOND), root) as session:
         begun(session)
         specs = []
-        while (spec := session.next_trial()) is not None:
+        while (spec := next_trial(session)) is not None:
             specs.append(spec)
         assert {spec.phase for spec in specs} == {"base_lr", "other"}
         assert not session.is_over()
@@ -164,7 +163,7 @@ def test_a_second_session_on_the_directory_is_told_who_has_it(root: Path, file: 
         begun(session)
         with pytest.raises(ResultsLocked, match=rf"{root} is in use by another run \(process {os.getpid()}\)"):
             session_on(file, root).__enter__()
-        assert session.next_trial() is not None  # and the first goes on undisturbed
+        assert next_trial(session) is not None  # and the first goes on undisturbed
     with session_on(file, root) as session:
         assert session.state.campaign["campaign"] == "tiny"
 
@@ -216,12 +215,12 @@ def test_a_place_that_cannot_be_a_folder_is_an_os_error(tmp_path: Path, file: Pa
 def test_a_trial_whose_worker_dies_is_next_again_a_few_times_and_then_failed(root: Path, file: Path) -> None:
     with session_on(file, root) as session:
         begun(session)
-        spec = session.next_trial()
+        spec = next_trial(session)
         assert spec
         for attempt in range(1, MOST_RETRIES + 1):
             assert spec.attempt == attempt
             session.worker_died(spec.trial_id, "killed")
-            again = session.next_trial()
+            again = next_trial(session)
             assert again and again.trial_id == spec.trial_id
             spec = again
         session.worker_died(spec.trial_id, "killed")
@@ -246,7 +245,7 @@ def test_a_trial_that_kills_its_worker_at_the_same_step_twice_does_not_get_a_thi
     with session_on(file, root) as session:
         begun(session)
         for step in (4, 5, 5):
-            spec = session.next_trial()
+            spec = next_trial(session)
             assert spec and spec.trial_id not in session.state.results
             dying(root, spec.trial_id, step=step, began=3)
             session.worker_died(spec.trial_id, "killed")
@@ -261,29 +260,29 @@ def test_where_the_machine_had_no_memory_a_trial_has_one_more_try_with_nothing_b
 ) -> None:
     with session_on(file, root) as session:
         begun(session)
-        first, second = session.next_trial(), session.next_trial()
+        first, second = next_trial(session), next_trial(session)
         assert first and second
         session.worker_died(first.trial_id, "host_oom")
-        assert session.next_trial() is None, "the second one is still at work"
+        assert next_trial(session) is None, "the second one is still at work"
         session.tell(second.trial_id, pretend(second))
-        alone = session.next_trial()
+        alone = next_trial(session)
         assert alone and alone.trial_id == first.trial_id
-        assert session.next_trial() is None, "it has the machine for itself"
+        assert next_trial(session) is None, "it has the machine for itself"
         session.worker_died(first.trial_id, "host_oom")
         result = session.state.results[first.trial_id]
         assert (result["status"], result["cause"]) == ("failed", "host_oom")
         assert (
             result["error"] == "host_oom: the machine had no memory left, 2 times, the last time with nothing beside it"
         )
-        assert session.next_trial() and session.next_trial(), "and then they are two at a time again"
+        assert next_trial(session) and next_trial(session), "and then they are two at a time again"
 
 
 def test_when_ray_dies_all_running_trials_are_next_again_in_their_order(root: Path, file: Path) -> None:
     with session_on(file, root) as session:
         begun(session)
-        given_out = [session.next_trial() for _ in range(3)]
+        given_out = [next_trial(session) for _ in range(3)]
         session.executor_lost("its process raylet is gone")
-        again = [session.next_trial() for _ in range(3)]
+        again = [next_trial(session) for _ in range(3)]
         assert [spec and spec.trial_id for spec in again] == [spec and spec.trial_id for spec in given_out]
         assert [spec and spec.attempt for spec in again] == [2, 2, 2]
     assert [event["cause"] for event in events(root, "worker_died")] == ["ray_lost"] * 3
@@ -317,30 +316,42 @@ def test_an_exception_in_the_middle_is_journaled_without_its_secrets_and_the_nex
 def test_the_heartbeat_and_the_wish_of_an_attempt_that_is_over_are_forgotten(root: Path, file: Path) -> None:
     with session_on(file, root) as session:
         begun(session)
-        spec = session.next_trial()
+        spec = next_trial(session)
         assert spec
-        session.request_stop()  # it has no folder yet, and nothing happens
         dying(root, spec.trial_id, step=2)
-        session.request_stop()
-        assert stop_requested(spec.folder)
+        request_stop(spec.folder)
         assert session.heartbeats() == {spec.trial_id: (1, Beat(os.getpid(), 0, 2))}
         session.worker_died(spec.trial_id, "killed")
-        assert session.next_trial() == replace(spec, attempt=2)
+        assert next_trial(session) == replace(spec, attempt=2)
         assert not stop_requested(spec.folder)
         assert session.heartbeats() == {spec.trial_id: (2, None)}
+
+
+def test_a_requested_stop_reaches_every_running_trial_and_starts_no_more(root: Path, file: Path) -> None:
+    with session_on(file, root) as session:
+        begun(session)
+        first, second = next_trial(session), next_trial(session)
+        assert first and second
+        first.folder.mkdir(parents=True)  # the second worker has not made its folder yet
+        session.request_stop(15)
+        assert stop_requested(first.folder) and not second.folder.exists()
+        assert (session.stop_requested, session.stop_signal, session.ask()) == (True, 15, [])
+        second.folder.mkdir()
+        session.request_stop()
+        assert stop_requested(second.folder) and session.stop_signal == 15
 
 
 def test_interruptions_do_not_count_as_deaths(root: Path, file: Path) -> None:
     for _ in range(MOST_RETRIES + 2):
         with session_on(file, root) as session:
-            spec = begun(session).next_trial()
+            spec = next_trial(begun(session))
             session.stop_requested = True
             session.end()
     with session_on(file, root) as session:
-        spec = begun(session).next_trial()
+        spec = next_trial(begun(session))
         assert spec and spec.attempt == MOST_RETRIES + 3
         session.worker_died(spec.trial_id, "killed")
-        again = session.next_trial()
+        again = next_trial(session)
         assert again and again.trial_id == spec.trial_id
 
 
@@ -541,7 +552,7 @@ def test_a_group_is_the_next_trial_and_those_behind_it_of_its_graph(tmp_path: Pa
 def test_what_is_left_is_divided_among_the_workers(tmp_path: Path, corpus: Path, root: Path) -> None:
     phases = "\n  - name: a\n    vary: {alpha: [0.1, 0.2, 0.3]}\n"
     with session_on(write_file(tmp_path, corpus, phases=phases, seeds="[1, 2]", vectorise=8), root) as session:
-        begun(session).workers = 3
+        begun(session, workers=3)
         assert [len(session.ask()) for _ in range(4)] == [3, 3, 2, 0]
 
 
@@ -551,7 +562,7 @@ def test_a_worker_that_will_soon_be_free_is_left_its_share(
 ) -> None:
     phases = "\n  - name: a\n    vary: {alpha: [0.1, 0.2, 0.3]}\n"
     with session_on(write_file(tmp_path, corpus, phases=phases, seeds="[1, 2]", vectorise=3), root) as session:
-        begun(session).workers = 2
+        begun(session, workers=2)
         found = [session.ask(), session.ask()]
         for spec in found[0]:
             session.tell(spec.trial_id, pretend(spec))

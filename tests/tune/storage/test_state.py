@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.tiny_campaign import begun, drive, pretend, session_on, write_file
+from tests.helpers.tiny_campaign import begun, drive, next_trial, pretend, session_on, write_file
 from tune.session.session import Session
 from tune.storage.journal import read_journal
 from tune.storage.state import CampaignState, replay
@@ -25,7 +25,7 @@ def check_replay(session: Session) -> None:
 def test_a_replayed_journal_is_the_live_state_at_every_moment(tmp_path: Path, file: Path) -> None:
     with session_on(file, tmp_path / "r") as session:
         check_replay(begun(session))
-        first, second = session.next_trial(), session.next_trial()
+        first, second = next_trial(session), next_trial(session)
         assert first and second
         check_replay(session)
         session.worker_died(first.trial_id, "killed")
@@ -64,7 +64,7 @@ def test_a_start_that_trains_nothing_is_not_where_the_numbers_come_from(tmp_path
 def test_a_trial_is_running_until_it_ends_or_its_worker_dies(tmp_path: Path, file: Path) -> None:
     with session_on(file, tmp_path / "r") as session:
         begun(session)
-        first, second = session.next_trial(), session.next_trial()
+        first, second = next_trial(session), next_trial(session)
         assert first and second
         assert list(session.state.running) == [first.trial_id, second.trial_id]
         session.worker_died(first.trial_id, "killed")
@@ -78,7 +78,7 @@ def test_the_next_start_keeps_finished_and_diverged_trials_and_drops_failed_ones
     with session_on(file, tmp_path / "r") as session:
         begun(session)
         for status in statuses:
-            spec = session.next_trial()
+            spec = next_trial(session)
             assert spec
             session.tell(spec.trial_id, pretend(spec, status=status))
         assert sorted(r["status"] for r in session.state.results.values()) == ["diverged", "failed", "finished"]
@@ -131,7 +131,7 @@ def test_an_empty_journal_is_a_campaign_that_has_not_begun() -> None:
 def test_an_outcome_is_the_metric_of_the_campaign_or_missing(tmp_path: Path, file: Path) -> None:
     with session_on(file, tmp_path / "r") as session:
         begun(session)
-        first, second = session.next_trial(), session.next_trial()
+        first, second = next_trial(session), next_trial(session)
         assert first and second
         session.tell(first.trial_id, pretend(first))
         done, missing = session.state.outcome(first.trial_id), session.state.outcome(second.trial_id)
@@ -145,7 +145,7 @@ def test_an_outcome_is_the_metric_of_the_campaign_or_missing(tmp_path: Path, fil
 def test_a_copy_does_not_change_with_later_events(tmp_path: Path, file: Path) -> None:
     with session_on(file, tmp_path / "r") as session:
         begun(session)
-        spec = session.next_trial()
+        spec = next_trial(session)
         assert spec
         copy = session.state.copy()
         assert copy == session.state
