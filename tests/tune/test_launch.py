@@ -12,7 +12,7 @@ import pytest
 from ngpt.config.base import ConfigError
 from tests.helpers.wandb_file import python
 from tune.campaign import load_campaign
-from tune.launch import Background, launch
+from tune.launch import in_background, launch
 from tune.results.snapshot import Snapshot
 from tune.storage.journal import read_journal
 
@@ -85,9 +85,9 @@ def test_a_corpus_that_cannot_be_prepared_is_an_error_before_any_trial(
 
 
 def test_a_call_in_the_background_hands_over_its_result_or_its_error() -> None:
-    assert Background(lambda: 42).result() == 42
+    assert in_background(lambda: 42).result() == 42
     with pytest.raises(ZeroDivisionError):
-        Background(lambda: 1 // 0).result()
+        in_background(lambda: 1 // 0).result()
 
 
 def test_a_campaign_with_nothing_left_to_train_does_not_start_ray(

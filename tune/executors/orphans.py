@@ -20,7 +20,7 @@ PATIENCE = 10.0  # seconds for killed processes to be gone
 
 
 @contextlib.contextmanager
-def marking(root: Path) -> Iterator[None]:
+def mark_children(root: Path) -> Iterator[None]:
     """What is started in this block carries the mark of the results in `root`, and so does all that it starts."""
     os.environ[MARK] = str(root.resolve())
     try:
@@ -29,7 +29,7 @@ def marking(root: Path) -> Iterator[None]:
         del os.environ[MARK]
 
 
-def marked(root: Path) -> list[psutil.Process]:
+def marked_processes(root: Path) -> list[psutil.Process]:
     """The living processes of this user that carry the mark of `root`, but for this one itself, and all below them.
 
     A process may have written its title over its environment, as those of Ray's dashboard do. Only what has started it
@@ -44,14 +44,14 @@ def marked(root: Path) -> list[psutil.Process]:
     return [process for process in found.values() if is_alive(process)]
 
 
-def end_marked(root: Path, also: Iterable[psutil.Process] = ()) -> int:
+def kill_marked(root: Path, also: Iterable[psutil.Process] = ()) -> int:
     """Kills every process that carries the mark of `root`, and waits until they are gone; says how many there were.
 
-    Those in `also` are ended as well: found by `marked` while what has started them was alive.
+    Those in `also` are ended as well: found by `marked_processes` while what has started them was alive.
     """
     ended = 0
     known = list(also)
-    while processes := {*marked(root), *filter(is_alive, known)}:  # again, for those that were being started
+    while processes := {*marked_processes(root), *filter(is_alive, known)}:  # again, for those that were being started
         known.clear()
         for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):  # psutil tells a process from a later one of that number

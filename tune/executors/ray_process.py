@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ngpt.config.base import ConfigError
-from tune.executors.orphans import end_marked
+from tune.executors.orphans import kill_marked
 from tune.spec.schema import Resources
 
 
@@ -75,5 +75,5 @@ def _follow_parent(root: Path) -> None:
     parent = parent_process()
     assert parent is not None, "it is always started as a child"
     wait([parent.sentinel])
-    end_marked(root)
+    kill_marked(root)
     os._exit(1)

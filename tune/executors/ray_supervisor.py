@@ -18,7 +18,7 @@ import psutil
 
 from ngpt.config.base import ConfigError
 from tune.executors.local import stop_on_signal
-from tune.executors.orphans import end_marked, is_alive, marked, marking
+from tune.executors.orphans import is_alive, kill_marked, mark_children, marked_processes
 from tune.executors.ray_process import DriverExited, RayReady, drive
 from tune.executors.watchdog import Watchdog
 from tune.session.session import ExecutorLost, Session
@@ -70,7 +70,7 @@ class RaySupervisor:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        started = marked(self._session.root)  # before any of it has lost its parent
+        started = marked_processes(self._session.root)  # before any of it has lost its parent
         self._driver.line.close()  # which tells the driver to end Ray
         if kind is None:
             self._driver.process.join(GOODBYE)
@@ -105,7 +105,7 @@ class RaySupervisor:
         Raises:
             ExecutorLost: it died too often, or it is not ours to replace.
         """
-        with stop_on_signal(self._session, at_once=lambda: end_marked(self._session.root)):
+        with stop_on_signal(self._session, at_once=lambda: kill_marked(self._session.root)):
             self._is_running, self._heard = True, time.monotonic()
             self._send_command()
             while (why := self._serve_one()) is not OVER:
@@ -122,24 +122,24 @@ class RaySupervisor:
         multiprocessing.resource_tracker.ensure_running()  # a helper of this process, which must not carry the mark
         arguments = (theirs, self._resources, self._address, self._session.root)
         process = context.Process(target=drive, args=arguments, name="ray driver", daemon=True)
-        with marking(self._session.root):
+        with mark_children(self._session.root):
             process.start()
         theirs.close()
         self._driver = Driver(process, ours, time.monotonic())
         self._heard = time.monotonic()
 
     def _end(self, started: Sequence[psutil.Process]) -> None:
-        """Ends the driver, Ray and the workers, as far as they are there: what was `started`, and what is marked."""
+        """Ends the driver, Ray and the workers, as far as they are there: what was `started`, and what carries the mark."""
         self._driver.line.close()
         self._driver.process.kill()
         self._driver.process.join(GOODBYE)  # before others could take its end for a stranger's
-        end_marked(self._session.root, started)
+        kill_marked(self._session.root, started)
 
     def _replace(self, why: str) -> None:
         if self._address:
             text = f"the Ray cluster at {self._address} is lost ({why}); it is not ours to start again: see to it, and"
             raise ExecutorLost(f"{text} give the same command again to go on")
-        self._end(marked(self._session.root))
+        self._end(marked_processes(self._session.root))
         self._session.executor_lost(why)
         self._killed.clear()
         if self._replaced == REPLACEMENTS:
@@ -267,7 +267,7 @@ class RaySupervisor:
             self._killed[trial_id] = now
             if beat and beat.pid in ended:
                 continue
-            workers = [process for process in marked(self._session.root) if beat and process.pid == beat.pid]
+            workers = [process for process in marked_processes(self._session.root) if beat and process.pid == beat.pid]
             if not workers:
                 return f"{trial_id} has made no progress for {seconds:.0f} s, and its worker is not to be found"
             self._session.message(f"{trial_id} has made no progress for {seconds:.0f} s: ending its worker")

@@ -9,8 +9,8 @@ from ngpt.training.state import Metrics
 from tune import format as fmt
 from tune.analysis.asha import RUNG_REACHED, Asha
 from tune.planning.equal_time import measure, pace_key
-from tune.planning.forecast import expected_phases, has_result, phase_planned_event, stops_early, expected_stages
-from tune.planning.plan import PlannedPhase, PlannedTrial, inherited_overrides, plan_phase, configs_to_time
+from tune.planning.forecast import expected_phases, expected_stages, has_result, phase_planned_event, stops_early
+from tune.planning.plan import PlannedPhase, PlannedTrial, configs_to_time, inherited_overrides, plan_phase
 from tune.results.summary import Summary, settings_text, write_phase
 from tune.session.trial_queue import TrialQueue
 from tune.spec.schema import Campaign, Phase

@@ -37,7 +37,7 @@ from tune.storage.journal import Journal
 from tune.storage.lock import ResultsLock
 from tune.storage.state import replay
 from tune.terminal.live import trial_line
-from tune.trials.retries import RETRY_RULES, WorkerDeath, failure_cause, must_run_alone, give_up_reason
+from tune.trials.retries import RETRY_RULES, WorkerDeath, failure_cause, give_up_reason, must_run_alone
 from tune.trials.trial import TrialResult, TrialSpec, prepare_trial_folder
 
 
@@ -254,8 +254,7 @@ class Session:
     def worker_died(self, trial_id: str, cause: str, reason: str | None = None) -> None:
         """Restarts a trial whose process ended without a result from its checkpoint, or records it as failed.
 
-        `cause` is a key of `RETRY_RULES` in tune/trials/retries.py, which says how often to retry; `reason` replaces its
-        text.
+        `cause` is a key of `RETRY_RULES` in tune/trials/retries.py; `reason` replaces the text of that rule.
         """
         trial, beat = self._queue[trial_id], heartbeat.read_heartbeat(self._trial_folder(trial_id))
         death = WorkerDeath(cause, beat.step, beat.began) if beat else WorkerDeath(cause)

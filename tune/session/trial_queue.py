@@ -36,7 +36,7 @@ class TrialQueue:
         self._state, self._seconds_used, self._heartbeats = state, seconds_used, heartbeats
         self._waiting: deque[PlannedTrial] = deque()
         self._unfinished: dict[str, PlannedTrial] = {}  # waiting or running, by id
-        self._deaths: defaultdict[str, list[WorkerDeath]] = defaultdict(list)  # of the worker under a trial, by trial id
+        self._deaths: defaultdict[str, list[WorkerDeath]] = defaultdict(list)  # of workers, by trial id
         self._leaders: dict[str, str] = {}  # the first trial of the group in which a trial was started
 
     @property
@@ -59,7 +59,7 @@ class TrialQueue:
             self._waiting.append(trial)
 
     def start_next(self, start: Callable[[PlannedTrial], TrialSpec], *, workers: int) -> list[TrialSpec]:
-        """Starts the next trial, and those to train together with it, as many as an equal share of `workers` budget_allows.
+        """Starts the next trial, and those to train together with it, as many as an equal share of `workers` allows.
 
         A trial that has lost a worker runs in a process of its own, so that it cannot cost other trials theirs.
 
@@ -103,7 +103,9 @@ class TrialQueue:
         """Whether trials wait, none runs and the budget lets none start."""
         return bool(self._waiting) and not self._state.running and not any(map(self._may_start, self._waiting))
 
-    def _start(self, trial: PlannedTrial, leader: PlannedTrial, start: Callable[[PlannedTrial], TrialSpec]) -> TrialSpec:
+    def _start(
+        self, trial: PlannedTrial, leader: PlannedTrial, start: Callable[[PlannedTrial], TrialSpec]
+    ) -> TrialSpec:
         self._waiting.remove(trial)
         self._leaders[trial.trial_id] = leader.trial_id
         return start(trial)

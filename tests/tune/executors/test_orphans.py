@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tune.executors.orphans import MARK, end_marked, is_alive, marked, marking
+from tune.executors.orphans import MARK, is_alive, kill_marked, mark_children, marked_processes
 
 SLEEP = [sys.executable, "-c", "import time; time.sleep(600)"]
 # A child in a session of its own, which outlives this process and belongs to somebody else then.
@@ -28,15 +28,15 @@ def bystander(tmp_path: Path) -> Iterator[psutil.Process]:
 def test_what_was_started_under_the_mark_is_ended_with_its_orphans_and_nothing_else(
     tmp_path: Path, bystander: psutil.Process
 ) -> None:
-    with marking(tmp_path):
+    with mark_children(tmp_path):
         child = subprocess.Popen(SLEEP)
         subprocess.run(ORPHAN, check=True)
     assert MARK not in os.environ
-    found = marked(tmp_path)
+    found = marked_processes(tmp_path)
     assert len(found) == 2 and child.pid in {process.pid for process in found}
-    assert end_marked(tmp_path) == 2
+    assert kill_marked(tmp_path) == 2
     child.wait()
-    assert not any(map(is_alive, found)) and marked(tmp_path) == [] and end_marked(tmp_path) == 0
+    assert not any(map(is_alive, found)) and marked_processes(tmp_path) == [] and kill_marked(tmp_path) == 0
     assert is_alive(bystander)
 
 
@@ -46,16 +46,16 @@ UNMARKED = f"import subprocess; subprocess.Popen({SLEEP!r}, env={{}}); print(flu
 
 @pytest.mark.parametrize("parent_lives", [True, False])
 def test_what_has_lost_its_mark_is_known_by_its_parent(tmp_path: Path, parent_lives: bool) -> None:
-    with marking(tmp_path):
+    with mark_children(tmp_path):
         parent = subprocess.Popen([sys.executable, "-c", UNMARKED], stdout=subprocess.PIPE)
     assert parent.stdout and parent.stdout.readline()
-    found = marked(tmp_path)
+    found = marked_processes(tmp_path)
     assert len(found) == 2
     if not parent_lives:
         parent.kill()
         parent.wait()
-        assert marked(tmp_path) == []
-    assert end_marked(tmp_path, found) == (2 if parent_lives else 1)
+        assert marked_processes(tmp_path) == []
+    assert kill_marked(tmp_path, found) == (2 if parent_lives else 1)
     parent.wait()
     parent.stdout.close()
     assert not any(map(is_alive, found))

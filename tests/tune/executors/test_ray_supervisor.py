@@ -19,7 +19,7 @@ from ngpt.system.heartbeat import Heartbeat, stop_requested
 from tests.helpers.real_run import Run, left_over, start
 from tests.helpers.tiny_campaign import begun, drive, losses, pretend, records, session_on, train_all, write_file
 from tune.executors import ray_supervisor as keeping
-from tune.executors.orphans import marking
+from tune.executors.orphans import mark_children
 from tune.executors.ray_process import DriverExited, RayReady
 from tune.executors.ray_supervisor import OVER, Driver, RaySupervisor
 from tune.session.session import ExecutorLost, Session
@@ -180,7 +180,7 @@ def test_a_share_of_the_gpus_is_told_to_every_driver_before_it_runs(played: Play
 
 def worker(root: Path, trial_id: str) -> psutil.Process:
     """A process that has a trial and sleeps over it, as its heartbeat says."""
-    with marking(root):
+    with mark_children(root):
         process = subprocess.Popen(SLEEP)
     folder = root / "trials" / trial_id
     folder.mkdir(parents=True, exist_ok=True)
@@ -375,7 +375,7 @@ def test_a_signal_lets_every_trial_save_where_it_is_and_a_killed_run_leaves_noth
 
         runs.append(run := start(file, folder / f"signal{number}"))
         assert run.wait() == 0, run.err.read_text()
-        assert "processes that a killed run had left" in run.err.read_text()
+        assert "processes left over from a killed run" in run.err.read_text()
         assert left_over(family) == []
     finally:
         for run in runs:
