@@ -12,7 +12,7 @@ from ngpt.system.timing import compared, stopwatches, take_turns, where
 from ngpt.training.checkpoint import checkpoint_folders
 from ngpt.training.config import TrainConfig, resolved
 from ngpt.training.loop import train_step
-from ngpt.training.run import save
+from ngpt.training.saving import save
 from ngpt.training.throughput import benchmark_run
 from ngpt.training.tracker import Tracker
 

@@ -1,13 +1,14 @@
-"""Several runs of one graph, trained at once in one process as one batched program.
+"""Trains several runs of one graph in one process, as a single batched program.
 
-It is worth it where a step is bound by the launches of its operations and not by their work: small models on a GPU, and
-very small steps on a CPU. `python -m ngpt.bench vectorised` says what it brings for a shape on this machine.
+This pays off if launching operations takes longer than computing them: small models on a GPU, and very small steps on a
+CPU. `python -m ngpt.bench vectorised` measures it for a shape on this machine.
 
-Only steps are batched. Evaluations are not, though they are 13 to 32 % of such a trial: on a CPU eight models took
-1.13 s one by one and 1.14 s batched (2 x 32, 128 batches of 128 tokens), and 1.17 and 1.15 s in 16 batches of 1,024.
+Only training steps are batched. Evaluations take 13 to 32 % of such trials, but batching them did not help: on a CPU,
+eight models took 1.13 s one by one and 1.14 s batched (2 x 32, 128 batches of 128 tokens), and 1.17 and 1.15 s in 16
+batches of 1,024.
 
-A run here is what it is alone: its own folder, metrics and checkpoints, its own place in its steps; each can be resumed
-by `ngpt.train.train`, and the other way round. The numbers are equal but for the rounding of batched products.
+Each run keeps its own folder, metrics, checkpoints and step count. `ngpt.training.loop.train` can resume it, and the
+other way round. Results differ from those of single runs by the rounding of batched products only.
 """
 
 import contextlib
@@ -21,53 +22,55 @@ from torch import Tensor
 from ngpt.config.base import ConfigError, flatten
 from ngpt.data.dataset import Dataset
 from ngpt.ensemble.stack import Stack
-from ngpt.ensemble.update import update_together
+from ngpt.ensemble.update import reduce_batches, update_together
 from ngpt.model.diagnostics import restore_counts_on_error
-from ngpt.optim.optimizers import set_learning_rates
-from ngpt.optim.schedule import lr_multiplier
 from ngpt.system.memory import retry_smaller
 from ngpt.training.config import TrainConfig, resolved
-from ngpt.training.loop import batch, rates, reduce_batch, train_step, train_until_rollback
+from ngpt.training.loop import batch, count_step, open_segment, set_schedules, step_metrics, train_step
 from ngpt.training.run import Run, RunResult, set_up
-from ngpt.training.state import AVERAGED, Metrics
+from ngpt.training.state import Metrics
 
-# What may differ between runs of one graph: it reaches the graph as a tensor, or is a variable of the loop.
-FREE = ("seed", "steps", "project_every", "eval_every", "eval_tokens", "data.order", "data.reservoir")
-FREE_SECTIONS = ("optim", "schedule", "nonfinite", "checkpoint", "tracker")
-FREE_IN_MODEL = ("model.alpha", "model.alpha_final", "model.logit_scale", "model.scale_trick")
+# Settings that may differ between runs of one graph, and sections of them. They reach the graph as tensors, or not at
+# all.
+FREE_SETTINGS = {
+    *("seed", "steps", "project_every", "eval_every", "eval_tokens", "data.order", "data.reservoir"),
+    *("model.alpha", "model.alpha_final", "model.logit_scale", "model.scale_trick"),
+}
+FREE_SECTIONS = {"optim", "schedule", "nonfinite", "checkpoint", "tracker"}
 
-Event = Metrics | RunResult | Exception  # an evaluation; or how a run has ended
-RunStep = Generator[Metrics | None, dict[str, float] | None, RunResult]
+Event = Metrics | RunResult | Exception  # an evaluation, or how a run has ended
+Events = dict[int, Event]  # by the index of the run
+RunStep = Generator[Metrics | None, dict[str, float] | None, RunResult]  # see `_run_steps`
 
 
 # ---- which runs --------------------------------------------------------------------------------
 
 
 def graph_settings(config: TrainConfig) -> dict[str, object]:
-    """The settings that runs must share to be trained at once, by dotted name."""
-    free = {*FREE, *FREE_IN_MODEL}
-    values = flatten(config).items()
-    return {name: v for name, v in values if name not in free and name.partition(".")[0] not in FREE_SECTIONS}
+    """The settings that runs must share to be trained together, by dotted name."""
+    return {
+        name: value
+        for name, value in flatten(config).items()
+        if name not in FREE_SETTINGS and name.partition(".")[0] not in FREE_SECTIONS
+    }
 
 
 def ensemble_incompatibility(configs: Sequence[TrainConfig]) -> str | None:
-    """Why the configs cannot be trained at once, as one sentence; None: they can.
+    """Why the configs cannot be trained together, as one sentence, or None if they can.
 
-    Seeds, steps, optimizers with their rates, schedules, alpha, the logit scale, the projection period and what
-    happens now and then may differ; the rest must be equal, or its tensors do not fit into one graph.
+    Seeds, steps, optimizers and their rates, schedules, alpha, the logit scale, the projection period and all periods
+    of evaluation, logging and saving may differ. All other settings must be equal, so that the tensors fit one graph.
     """
     for config in configs:
         if config.compile:
-            return (
-                "compile is on: compiled steps are not batched over runs, it has brought nothing where it was measured"
-            )
+            return "compile is on: compiled steps are not batched over runs, which was not faster where it was measured"
         if config.on_oom == "halve_batch":
-            return "on_oom is halve_batch: memory that runs out for all would change the result of each; use split"
+            return "on_oom is halve_batch: running out of memory would change the result of every run; use split"
     graphs = [graph_settings(config) for config in configs]
     for graph in graphs[1:]:
         for name, value in graphs[0].items():
             if graph[name] != value:
-                return f"{name} differs, {value!r} and {graph[name]!r}: runs trained at once have one graph"
+                return f"{name} differs, {value!r} and {graph[name]!r}: runs trained together share one graph"
     return None
 
 
@@ -80,142 +83,121 @@ def train_together(
     *,
     resume: str | None = None,
     dataset: Dataset | None = None,
-) -> Generator[dict[int, Event], Collection[int] | None, None]:
-    """Trains a model for each config; yields what has happened since the last time, by the index of the run.
+) -> Generator[Events, Collection[int] | None, None]:
+    """Trains a model for each config; yields what has happened since the last yield, by the index of the run.
 
-    An event is the metrics of an evaluation, as `ngpt.train.train` yields them, a run's result, or the exception that
-    has ended a run: a full disk or a checkpoint of another config ends one run and not the others. Runs whose indices
-    are sent in answer to a yield are closed there. It ends when no run is left; a last one goes on by itself.
+    An event is the metrics of an evaluation, a run's result, or the exception that has ended a run. A full disk or a
+    checkpoint of another config ends one run and not the others. Runs whose indices are sent in answer to a yield are
+    closed. The last run left trains alone.
 
     Args:
-        configs, out_dirs, resume: of each run, as `ngpt.train.train` has them.
-        dataset: the opened corpus of all, where the caller has it.
+        configs, out_dirs, resume: for each run, as in `ngpt.training.loop.train`.
+        dataset: the opened corpus of all runs, or None to open it.
 
     Raises:
-        ConfigError: the configs cannot be trained at once, see `ensemble_incompatibility`.
-        RuntimeError, MemoryError: what has gone wrong in a step is of all runs; each can go on from its checkpoints.
+        ConfigError: the configs cannot be trained together, see `ensemble_incompatibility`.
+        RuntimeError, MemoryError: a step has failed, which ends all runs. Each can resume from its checkpoints.
     """
     if reason := ensemble_incompatibility(configs):
         raise ConfigError(reason)
     if len({path.resolve() for path in out_dirs}) != len(configs):
         raise ConfigError(f"{len(configs)} runs need as many folders, got {', '.join(map(str, out_dirs))}")
     runs: dict[int, Run] = {}
+    events: Events = {}
+    for index, (config, folder) in enumerate(zip(configs, out_dirs, strict=True)):
+        try:
+            runs[index] = set_up(resolved(config), folder, resume=resume, dataset=dataset)
+        except Exception as error:  # reported as an event, like every error that ends a single run
+            events[index] = error
+    if events:
+        yield events
     with contextlib.ExitStack() as cleanup:
-        events: dict[int, Event] = {}
-        for index, (config, folder) in enumerate(zip(configs, out_dirs, strict=True)):
-            try:
-                runs[index] = set_up(resolved(config), folder, resume=resume, dataset=dataset)
-            except Exception as error:  # the caller's to judge, as all that ends a single run
-                events[index] = error
-        if events:
-            yield events
-        lanes = {index: cleanup.enter_context(contextlib.closing(_lane(run))) for index, run in runs.items()}
-        yield from _rounds(runs, lanes)
+        open_runs = {index: cleanup.enter_context(contextlib.closing(_run_steps(run))) for index, run in runs.items()}
+        yield from _train_in_rounds(runs, open_runs)
 
 
-def _rounds(
-    runs: dict[int, Run], lanes: dict[int, RunStep]
-) -> Generator[dict[int, Event], Collection[int] | None, None]:
-    """Steps for all that wait for one, until no lane is left."""
+def _run_steps(run: Run) -> RunStep:
+    """The loop of one run, except for its steps: yields its evaluations, and None to be sent the metrics of a step."""
+    while True:
+        with open_segment(run) as segment:
+            while not segment.is_over:
+                yield from segment.prepare_step()
+                if not segment.is_over:
+                    metrics = yield None
+                    assert metrics is not None
+                    segment.finish_step(metrics)
+        if segment.result is not None:
+            return segment.result
+
+
+def _train_in_rounds(
+    runs: dict[int, Run], open_runs: dict[int, RunStep]
+) -> Generator[Events, Collection[int] | None, None]:
+    """Takes a step for all runs at once, whenever every open run waits for one."""
     stack: Stack | None = None
-    answers: dict[int, dict[str, float]] = {}  # what their last step has given to the runs that do not know it yet
-    ready: set[int] = set()
-    while lanes:
-        events: dict[int, Event] = {}
-        for index in lanes.keys() - ready:
-            event = _advance(lanes[index], answers.pop(index, None))
+    metrics: dict[int, dict[str, float]] = {}  # of the last step, until its run has received them
+    waiting: set[int] = set()
+    while open_runs:
+        events: Events = {}
+        for index in open_runs.keys() - waiting:
+            event = _advance(open_runs[index], metrics.pop(index, None))
             if event is None:
-                ready.add(index)
+                waiting.add(index)
             else:
                 events[index] = event
         if events:
             stopped = (yield {index: events[index] for index in sorted(events)}) or ()
-            for index in {*stopped, *(i for i, event in events.items() if not isinstance(event, dict))} & lanes.keys():
-                lanes.pop(index).close()
-                ready.discard(index)
+            ended = {index for index, event in events.items() if not isinstance(event, dict)}
+            for index in {*stopped, *ended} & open_runs.keys():
+                open_runs.pop(index).close()
+                waiting.discard(index)
             continue
-        members = [runs[index] for index in sorted(ready)]
+        members = [runs[index] for index in sorted(waiting)]
         if len(members) == 1:
             results = [train_step(members[0])]
         else:
             if stack is None or [id(run.model) for run in members] != [id(model) for model in stack.models]:
                 stack = Stack([run.model for run in members])
             results = train_step_together(stack, members)
-        answers = dict(zip(sorted(ready), results, strict=True))
-        ready.clear()
+        metrics = dict(zip(sorted(waiting), results, strict=True))
+        waiting.clear()
 
 
-def _advance(lane: RunStep, answer: dict[str, float] | None) -> Event | None:
-    """Lets a lane go on to its next event; None: it waits for a step."""
+def _advance(steps: RunStep, metrics: dict[str, float] | None) -> Event | None:
+    """Continues a run to its next event, or returns None once it waits for a step."""
     try:
-        return lane.send(answer)
+        return steps.send(metrics)
     except StopIteration as stop:
         return stop.value
-    except Exception as error:  # the caller's to judge, as all that ends a single run
+    except Exception as error:  # reported as an event, like every error that ends a single run
         return error
-
-
-def _lane(run: Run) -> RunStep:
-    """A run's side of it: yields its evaluations, and None where it waits to be sent the metrics of a step."""
-    while (
-        result := (yield from train_until_rollback(run, together=True))
-    ) is None:  # it has gone back to an earlier step
-        pass
-    return result
 
 
 # ---- a step ------------------------------------------------------------------------------------
 
 
 def train_step_together(stack: Stack, runs: Sequence[Run]) -> list[dict[str, float]]:
-    """One optimizer update of each run, as `ngpt.train.train_step`; returns the metrics of each.
+    """One optimizer update of each run, as `ngpt.training.loop.train_step`; returns the metrics of each.
 
     A gradient that is not finite is not applied, and does not reach another run's.
     """
     with contextlib.ExitStack() as clocks:
         for run in runs:
             clocks.enter_context(run.clock.step(run.config.tokens_per_step))
-            state, config = run.state, run.config
-            run.model.prepare_step(state.step, config.steps, seed=config.seed)
-            set_learning_rates(run.optimizers, lr_multiplier(state.step, config.steps, config.schedule))
-        found = retry_smaller(
-            lambda: _gradients(stack, runs),
-            lambda: any([reduce_batch(run) for run in runs]),  # a list: all of them give way
-            runs[0].device,
-        )
-        for run, (loss, _) in zip(runs, found, strict=True):
-            run.state.step += 1
-            run.state.recent = [*run.state.recent, loss][-AVERAGED:]
-        sound = [run for run, values in zip(runs, found, strict=True) if all(map(math.isfinite, values))]
-        update_together(sound)
-    return [{"train_loss": loss, "grad_norm": norm} | rates(run) for run, (loss, norm) in zip(runs, found, strict=True)]
-
-
-def _make_batches(runs: Sequence[Run], *, ahead: int) -> None:
-    """Makes the batch of so many steps ahead each run's upcoming one; paired arms, which read the same, share it."""
-    made: dict[object, tuple[Tensor, Tensor]] = {}
-    for run in runs:
-        data, number = run.config.data, run.state.step + run.state.skipped_batches + ahead
-        if run.upcoming is None or run.upcoming[0] != number:
-            key = run.config.seed, number, data.order, data.reservoir
-            if key not in made:
-                made[key] = batch(run, number)
-            run.upcoming = number, made[key]
-
-
-def _batches(runs: Sequence[Run]) -> tuple[Tensor, Tensor]:
-    """(idx, targets) of the runs' next steps, (K, B, T)."""
-    _make_batches(runs, ahead=0)
-    idx, targets = zip(*(run.upcoming[1] for run in runs if run.upcoming), strict=True)
-    return torch.stack(idx), torch.stack(targets)
+            set_schedules(run)
+        computed = retry_smaller(lambda: _gradients(stack, runs), lambda: reduce_batches(runs), runs[0].device)
+        for run, (loss, _) in zip(runs, computed, strict=True):
+            count_step(run, loss)
+        update_together([run for run, numbers in zip(runs, computed, strict=True) if all(map(math.isfinite, numbers))])
+    return [step_metrics(run, loss, norm) for run, (loss, norm) in zip(runs, computed, strict=True)]
 
 
 def _gradients(stack: Stack, runs: Sequence[Run]) -> list[tuple[float, float]]:
-    """Fills all gradients, one micro-batch at a time, and clips them; each run's loss, and its norm before that.
+    """Fills all gradients, one micro-batch at a time, and clips them; returns each run's loss and unclipped norm.
 
-    As in `ngpt.train.gradients`, the one place of a step that waits for a GPU.
+    As in `ngpt.training.loop.gradients`, this is the only place of a step that waits for a GPU.
     """
-    idx, targets = _batches(runs)
+    idx, targets = _next_batches(runs)
     with contextlib.ExitStack() as counts:
         for run in runs:
             counts.enter_context(restore_counts_on_error(run.model))
@@ -230,6 +212,25 @@ def _gradients(stack: Stack, runs: Sequence[Run]) -> list[tuple[float, float]]:
             total += losses.detach() * share
         norms = stack.norms()
         _make_batches(runs, ahead=1)  # while a GPU computes
-        found: list[list[float]] = torch.stack((total, norms)).tolist()
-        stack.clip(found[1], [run.config.optim.grad_clip or math.inf for run in runs])
-    return list(zip(*found, strict=True))
+        numbers: list[list[float]] = torch.stack((total, norms)).tolist()
+        stack.clip(numbers[1], [run.config.optim.grad_clip or math.inf for run in runs])
+    return list(zip(*numbers, strict=True))
+
+
+def _next_batches(runs: Sequence[Run]) -> tuple[Tensor, Tensor]:
+    """(idx, targets) of the runs' next steps, (K, B, T)."""
+    _make_batches(runs, ahead=0)
+    idx, targets = zip(*(run.upcoming[1] for run in runs if run.upcoming), strict=True)
+    return torch.stack(idx), torch.stack(targets)
+
+
+def _make_batches(runs: Sequence[Run], *, ahead: int) -> None:
+    """Sets each run's upcoming batch to that of `ahead` steps from now. Runs that read the same batch share it."""
+    made: dict[object, tuple[Tensor, Tensor]] = {}
+    for run in runs:
+        data, number = run.config.data, run.state.step + run.state.skipped_batches + ahead
+        if run.upcoming is None or run.upcoming[0] != number:
+            key = run.config.seed, number, data.order, data.reservoir
+            if key not in made:
+                made[key] = batch(run, number)
+            run.upcoming = number, made[key]

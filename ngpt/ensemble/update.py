@@ -1,4 +1,4 @@
-"""The optimizer steps and projections of several runs at once: what has one shape is one batch, whosever it is."""
+"""Optimizer steps and projections of several runs at once. Tensors of equal shape form one batch across runs."""
 
 import logging
 from collections.abc import Sequence
@@ -8,15 +8,15 @@ from ngpt.optim.projection import project
 from ngpt.optim.schedule import is_due
 from ngpt.system.memory import is_out_of_memory
 from ngpt.training.loop import reduce_batch
-from ngpt.training.run import Run, rollback_to_checkpoint
+from ngpt.training.run import Run, rollback_with_smaller_batches
 
 log = logging.getLogger(__name__)
 
 
 def update_together(runs: Sequence[Run]) -> None:
-    """What `ngpt.train.update` does for a run, for several: each by its own optimizers and with its own period.
+    """As `ngpt.training.loop.update` for several runs, each with its own optimizers and projection period.
 
-    Where memory runs out all of them go back to their newest checkpoints, with smaller micro-batches.
+    If memory runs out, all runs roll back to their newest checkpoints and continue with smaller micro-batches.
     """
     if not runs:
         return
@@ -27,14 +27,18 @@ def update_together(runs: Sequence[Run]) -> None:
             for optimizer in optimizers:
                 if not isinstance(optimizer, Muon):
                     optimizer.step()
-        moved = [run.model for run in runs if is_due(run.state.step, run.config.project_every)]
-        project(entry for model in moved for entry in model.sphere_weights())
+        due = [run.model for run in runs if is_due(run.state.step, run.config.project_every)]
+        project(entry for model in due for entry in model.sphere_weights())
         return
     except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error) or not any([reduce_batch(run) for run in runs]):  # a list: all of them give way
+        if not is_out_of_memory(error) or not reduce_batches(runs):
             raise
-    log.warning("no memory for the optimizers' steps: going back to the newest checkpoints")
+    log.warning("no memory for the optimizers; rolling back to the newest checkpoints")
     for run in runs:
-        microbatch_halvings = run.state.microbatch_halvings
-        rollback_to_checkpoint(run)
-        run.state.microbatch_halvings = microbatch_halvings
+        rollback_with_smaller_batches(run)
+
+
+def reduce_batches(runs: Sequence[Run]) -> bool:
+    """Applies every run's policy for running out of memory; returns whether any batch became smaller."""
+    reduced = [reduce_batch(run) for run in runs]
+    return any(reduced)

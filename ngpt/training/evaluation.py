@@ -1,4 +1,4 @@
-"""Evaluation of a run: validation loss, drift off the sphere, step lengths alpha and divisors r."""
+"""Evaluation of a run: validation loss, distance from the sphere, step lengths alpha and divisors r."""
 
 import logging
 import math
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 @torch.no_grad()
 def evaluate(model: GPT, eval_set: EvalSet, *, autocast: torch.autocast) -> dict[str, float | None]:
-    """`val_loss` (nats per token) and `val_bpb` (bits per byte; None where the corpus cannot count its bytes)."""
+    """`val_loss` (nats per token) and `val_bpb` (bits per byte; None if the bytes of the corpus are not known)."""
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
@@ -36,46 +36,45 @@ def evaluate(model: GPT, eval_set: EvalSet, *, autocast: torch.autocast) -> dict
         losses = [model(idx.to(device), targets.to(device)) for idx, targets in eval_set.batches]
     model.train(was_training)
     counts = [targets.numel() for _, targets in eval_set.batches]
-    # Summed in float64 on the CPU, since MPS has none; one transfer, not one per batch.
+    # Summed in float64 on the CPU, which MPS does not have, after a single transfer.
     nats = sum(loss * n for loss, n in zip(torch.stack(losses).tolist(), counts, strict=True))
     bpb = nats / math.log(2) / eval_set.n_bytes if eval_set.n_bytes else None
     return {"val_loss": nats / eval_set.n_tokens, "val_bpb": bpb}
 
 
 def evaluate_run(run: Run, *, last: bool) -> dict[str, Tensor]:
-    """Evaluates into `state.last_eval` and returns what is worth a histogram: alphas and divisors, by name.
+    """Evaluates into `state.last_eval`; returns the alphas and divisors by name, for histograms.
 
-    The drift off the sphere is measured before the last projection. A number that is not finite becomes None. Where
-    memory runs out it is tried again with half as many sequences at once.
+    At the last step the weights are projected, after the distance from the sphere has been measured. Numbers that are
+    not finite become None. If memory runs out, a pass is repeated with half as many sequences.
     """
-    drift, r = retry_smaller(lambda: look(run), lambda: reduce_eval_batch(run), run.device)
-    if last:  # the finished model lies on the sphere, however lazy the projection was
+    distance, r = retry_smaller(lambda: _distance_and_divisors(run), lambda: reduce_eval_batch(run), run.device)
+    if last:  # the finished model lies on the sphere, however rarely it was projected
         project_weights(run.model)
-    scores = retry_smaller(lambda: scored(run), lambda: reduce_eval_batch(run), run.device)
-    metrics = progress(run) | {"train_loss": run.state.train_loss} | scores | drift | replaced_divisors(run)
+    scores = retry_smaller(lambda: _validation_scores(run), lambda: reduce_eval_batch(run), run.device)
+    metrics = progress(run) | {"train_loss": run.state.train_loss} | scores | distance | _replaced_divisors(run)
     run.state.last_eval = {name: finite_or_none(value) for name, value in metrics.items()}
     return effective_alphas(run.model) | r
 
 
-def scored(run: Run) -> Metrics:
-    """The validation loss, on as many sequences at once as fit."""
+def _validation_scores(run: Run) -> Metrics:
     with restore_counts_on_error(run.model):
-        return evaluate(run.model, run.validation.cut(run.eval_rows), autocast=run.autocast)
+        return evaluate(run.model, run.validation.cut(run.eval_batch_size), autocast=run.autocast)
 
 
-def look(run: Run) -> tuple[Metrics, dict[str, Tensor]]:
-    """How far the model is off the sphere, and its divisors, by name; on one validation sequence."""
+def _distance_and_divisors(run: Run) -> tuple[Metrics, dict[str, Tensor]]:
+    """The distance of weights and activations from the sphere, and the divisors by name, on one validation sequence."""
     idx = run.validation.batches[0][0][:1].to(run.device)
     r = divisors(run.model, idx)
-    drift: Metrics = {
+    distance: Metrics = {
         "weight_norm_error": weight_norm_error(run.model),
         "activation_norm_error": activation_norm_error(run.model, idx),
     }
-    return drift | divisor_statistics(r), r
+    return distance | divisor_statistics(r), r
 
 
-def replaced_divisors(run: Run) -> Metrics:
-    """`r_replaced`: how many divisors were not finite so far, in training and evaluation; each rise is a warning."""
+def _replaced_divisors(run: Run) -> Metrics:
+    """`r_replaced`: how many divisors were not finite so far. A higher number than last time is logged as a warning."""
     if run.model.normalizer is None:
         return {}
     replaced = int(run.model.normalizer.replaced)
@@ -85,9 +84,9 @@ def replaced_divisors(run: Run) -> Metrics:
 
 
 def reduce_eval_batch(run: Run) -> bool:
-    """Halves the sequences at once in evaluation, which changes no result; False if it cannot, or should not."""
-    if ON_OOM[run.config.on_oom] is None or run.eval_rows == 1:
+    """Halves the evaluation batch, which does not change the result; False if that is not possible or not allowed."""
+    if ON_OOM[run.config.on_oom] is None or run.eval_batch_size == 1:
         return False
     run.state.eval_halvings += 1
-    log.warning("step %d: out of memory in evaluation; now %d sequences at once", run.state.step, run.eval_rows)
+    log.warning("step %d: out of memory in evaluation; now %d sequences", run.state.step, run.eval_batch_size)
     return True

@@ -1,8 +1,13 @@
-"""The train loop: one generator that yields its metrics at each evaluation."""
+"""The train loop: one generator that yields the metrics of each evaluation.
 
+`Segment` holds what happens between two steps, and `train_step` is a step. ngpt/ensemble/train.py builds the loop for
+several runs from the same parts.
+"""
+
+import contextlib
 import logging
 import math
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +29,14 @@ from ngpt.training.recovery import NONFINITE, ON_OOM
 from ngpt.training.run import (
     Run,
     RunResult,
-    checkpoint_on_stop,
-    finish,
     progress,
+    result_of,
     rollback_to_checkpoint,
+    rollback_with_smaller_batches,
     set_up,
-    try_save_checkpoint,
 )
-from ngpt.training.state import AVERAGED, Metrics
+from ngpt.training.saving import checkpoint_on_stop, try_save_checkpoint
+from ngpt.training.state import AVERAGED_STEPS, Metrics
 from ngpt.training.tracker import Tracker
 
 log = logging.getLogger(__name__)
@@ -42,134 +47,183 @@ def train(
 ) -> Generator[Metrics, None, RunResult]:
     """Trains one model; yields its metrics at each evaluation and returns the result.
 
-    Two runs of one config on one CPU with one number of threads agree bit for bit, and so do a run and one that was
-    stopped at any step and resumed: weights and order of the data depend on (seed, step) only.
+    Weights and the order of the data depend on (seed, step) only. So two runs of one config on one CPU with the same
+    number of threads agree bit for bit, and so does a run that was stopped at any step and resumed.
 
     Args:
-        config: what to do.
-        out_dir: gets `metrics.jsonl` and `checkpoints/`.
+        config: the settings of the run.
+        out_dir: folder for `metrics.jsonl` and `checkpoints/`.
         resume: `"latest"` continues from the newest intact checkpoint in `out_dir`, if there is one.
-        dataset: the opened corpus, where the caller has it; else it is opened, and prepared if need be.
+        dataset: the opened corpus. If None, it is opened, and prepared if necessary.
 
     Raises:
-        ConfigError: the data do not fit the model, or the checkpoint is of another config.
+        ConfigError: the data do not fit the model, or the checkpoint belongs to another config.
         RuntimeError, MemoryError: there is not enough memory for a single sequence, or `on_oom` is fail.
     """
     run = set_up(resolved(config), out_dir, resume=resume, dataset=dataset)
-    while (result := (yield from train_until_rollback(run))) is None:  # it has gone back to an earlier step
+    while (result := (yield from train_until_rollback(run))) is None:
         pass
     return result
 
 
-def train_until_rollback(run: Run, *, together: bool = False) -> Generator[Any, Any, RunResult | None]:
-    """Trains from where the run is to its end; or until it has gone back to an earlier step, and then returns None.
+def train_until_rollback(run: Run) -> Generator[Metrics, None, RunResult | None]:
+    """Trains a run to its end and returns its result, or returns None once it has rolled back to an earlier step."""
+    with open_segment(run) as segment:
+        while not segment.is_over:
+            yield from segment.prepare_step()
+            if not segment.is_over:
+                segment.finish_step(train_step(run))
+        return segment.result
 
-    The rows of steps that are gone go with them, as after a kill. It yields the metrics of evaluations. If its steps
-    are made `together` with those of other runs (ngpt/ensemble/train.py), it yields None for each and is sent its metrics.
-    """
-    config, state = run.config, run.state
-    resumed_at = state.step or None
 
-    tracker = Tracker(config.tracker, run.out_dir, settings=flatten(config), keep_until=resumed_at)
-    heartbeat = Heartbeat(run.out_dir, began=state.step)
+# ---- between two steps -------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def open_segment(run: Run) -> Iterator["Segment"]:
+    """Opens the metrics and the heartbeat of a run at its current step. Metric rows after that step are dropped."""
+    tracker = Tracker(run.config.tracker, run.out_dir, settings=flatten(run.config), keep_until=run.state.step or None)
+    heartbeat = Heartbeat(run.out_dir, began=run.state.step)
     with tracker, heartbeat, checkpoint_on_stop(run, tracker, heartbeat):
         if skipped := run.dataset.manifest["skipped"]:
             tracker.note({"skipped_shards": [f"{shard['name']}: {shard['reason']}" for shard in skipped]})
-        while True:
-            # ---- now and then ------------------------------------------------------------------
-            last = state.step == config.steps  # one turn more than steps, so that the end is evaluated and saved
-            if state.step != resumed_at:
-                if is_due(state.step, config.eval_every, last=last):
-                    histograms = evaluate_run(run, last=last)
-                    tracker.log(state.last_eval)
-                    tracker.log_histograms(state.step, histograms)
-                    yield state.last_eval
-                    if state.last_eval["val_loss"] is None:  # only an earlier state can help
-                        goes_back = config.nonfinite.policy == "rollback" and handle_nonfinite(run)
-                        return None if goes_back else finish("diverged", run)
-                if state.step and is_due(state.step, config.checkpoint.every, last=last):
-                    try_save_checkpoint(run, tracker, last=last)
-            if last:
-                return finish("finished", run)
-            heartbeat.beat(state.step)
-            if heartbeat.stop_requested():  # whoever asked drives this run, and closes it here
-                yield state.last_eval
+        yield Segment(run, tracker, heartbeat)
 
-            # ---- one step ----------------------------------------------------------------------
-            before = state.step
-            step_metrics = (yield None) if together else train_step(run)
-            is_finite = all(math.isfinite(value) for value in step_metrics.values())
-            diverged = not is_finite and not handle_nonfinite(run)
-            if state.step <= before:
-                return None
-            if not is_finite or is_due(state.step, config.tracker.log_every, last=state.step == config.steps):
-                mean = {"train_loss": state.train_loss} if is_finite else {}
-                tracker.log(progress(run) | step_metrics | mean)
-            if diverged:
-                return finish("diverged", run)
+
+class Segment:
+    """A run from a start, a resume or a rollback to the next rollback, or to its end, which sets `result`."""
+
+    def __init__(self, run: Run, tracker: Tracker, heartbeat: Heartbeat) -> None:
+        self.result: RunResult | None = None
+        self._run, self._tracker, self._heartbeat = run, tracker, heartbeat
+        self._restored_step = run.state.step or None
+        self._restarts = run.restarts
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the run has ended or rolled back."""
+        return self.result is not None or self._run.restarts != self._restarts
+
+    def prepare_step(self) -> Generator[Metrics, Any, None]:
+        """Evaluates, saves and ends the run where that is due. Yields the metrics of an evaluation.
+
+        After a stop request it yields the last metrics again before each step: whoever made it closes the loop there.
+        """
+        run, state, every = self._run, self._run.state, self._run.config.checkpoint.every
+        is_last = state.step == run.config.steps
+        if state.step != self._restored_step:  # a restored step has been evaluated and saved
+            if is_due(state.step, run.config.eval_every, last=is_last):
+                yield self._evaluate(is_last)
+                if state.last_eval["val_loss"] is None:  # skipping a step would not help
+                    if run.config.nonfinite.policy != "rollback" or not handle_nonfinite(run):
+                        self.result = result_of(run, "diverged")
+                    return
+            if state.step and is_due(state.step, every, last=is_last):
+                try_save_checkpoint(run, self._tracker, last=is_last)
+        if is_last:
+            self.result = result_of(run, "finished")
+            return
+        self._heartbeat.beat(state.step)
+        if self._heartbeat.stop_requested():
+            yield state.last_eval
+
+    def finish_step(self, metrics: dict[str, float]) -> None:
+        """Logs the metrics of a training step, and applies the policy if one of them is not finite."""
+        run, state = self._run, self._run.state
+        is_finite = all(math.isfinite(value) for value in metrics.values())
+        has_diverged = not is_finite and not handle_nonfinite(run)
+        if self.is_over:  # rolled back: this step no longer counts
+            return
+        if not is_finite or is_due(state.step, run.config.tracker.log_every, last=state.step == run.config.steps):
+            mean = {"train_loss": state.train_loss} if is_finite else {}
+            self._tracker.log(progress(run) | metrics | mean)
+        if has_diverged:
+            self.result = result_of(run, "diverged")
+
+    def _evaluate(self, is_last: bool) -> Metrics:
+        state = self._run.state
+        histograms = evaluate_run(self._run, last=is_last)
+        self._tracker.log(state.last_eval)
+        self._tracker.log_histograms(state.step, histograms)
+        return state.last_eval
 
 
 def handle_nonfinite(run: Run) -> bool:
-    """What the policy says to a loss or gradient that is not finite; it may send the run back to an earlier step."""
+    """Applies the policy for a loss or gradient that is not finite; returns whether the run continues."""
     policy = run.config.nonfinite
     return NONFINITE[policy.policy](run.state, policy.max, lambda: rollback_to_checkpoint(run))
 
 
-def train_step(run: Run) -> dict[str, float]:
-    """One optimizer update; a gradient that is not finite is never applied. Returns loss, gradient norm and rates.
+# ---- one step ----------------------------------------------------------------------------------
 
-    Where memory runs out it is tried again with half as many sequences at once.
+
+def train_step(run: Run) -> dict[str, float]:
+    """One optimizer update; returns loss, gradient norm and learning rates. A gradient is only applied if it is finite.
+
+    If memory runs out, the step is repeated with half the micro-batch.
     """
-    config, state = run.config, run.state
-    with run.clock.step(run.batch_size * config.model.block_size):
-        run.model.prepare_step(state.step, config.steps, seed=config.seed)
-        set_learning_rates(run.optimizers, lr_multiplier(state.step, config.steps, config.schedule))
-        number = state.step + state.skipped_batches
+    with run.clock.step(run.batch_size * run.config.model.block_size):
+        set_schedules(run)
+        number = run.state.step + run.state.skipped_batches
         loss, norm = retry_smaller(lambda: gradients(run, number), lambda: reduce_batch(run), run.device)
-        state.step += 1
-        state.dropped_sequences += config.batch_size - run.batch_size
-        state.recent = [*state.recent, loss][-AVERAGED:]
+        count_step(run, loss)
         if math.isfinite(loss) and math.isfinite(norm):
             update(run)
-    return {"train_loss": loss, "grad_norm": norm} | rates(run)
+    return step_metrics(run, loss, norm)
 
 
-def rates(run: Run) -> dict[str, float]:
-    """The learning rate of each kind of parameter in this step, by the name of its setting."""
-    groups = (group for optimizer in run.optimizers for group in optimizer.param_groups)
-    return {"lr" if group["kind"] == "matrices" else f"lr_{group['kind']}": group["lr"] for group in groups}
+def set_schedules(run: Run) -> None:
+    """Sets what changes from step to step without being learned: learning rates, alpha, stochastic norms."""
+    config, step = run.config, run.state.step
+    run.model.prepare_step(step, config.steps, seed=config.seed)
+    set_learning_rates(run.optimizers, lr_multiplier(step, config.steps, config.schedule))
+
+
+def count_step(run: Run, loss: float) -> None:
+    """Counts a step in the state, before its update is applied."""
+    state = run.state
+    state.step += 1
+    state.dropped_sequences += run.config.batch_size - run.batch_size
+    state.recent = [*state.recent, loss][-AVERAGED_STEPS:]
+
+
+def step_metrics(run: Run, loss: float, norm: float) -> dict[str, float]:
+    """Loss, gradient norm and the learning rate of each kind of parameter, by the name of its setting."""
+    groups = [group for optimizer in run.optimizers for group in optimizer.param_groups]
+    rates = {"lr" if group["kind"] == "matrices" else f"lr_{group['kind']}": group["lr"] for group in groups}
+    return {"train_loss": loss, "grad_norm": norm} | rates
 
 
 def gradients(run: Run, number: int) -> tuple[float, float]:
-    """Fills the gradients for a batch of the data, clips them, and returns the loss and their norm before that.
+    """Fills and clips the gradients of batch `number`; returns its loss, and the gradient norm before clipping.
 
-    The one place of a step that waits for a GPU: no gradient is applied before it is known to be finite.
+    This is the only place of a step that waits for a GPU: no gradient may be applied before it is known to be finite.
     """
     idx, targets = run.upcoming[1] if run.upcoming and run.upcoming[0] == number else batch(run, number)
     with restore_counts_on_error(run.model):
-        # A halved batch is the first half, so that the order of the data stays what it is.
+        # A halved batch is the first half of the full one, so that the order of the data stays the same.
         loss = backward(run, idx[: run.batch_size], targets[: run.batch_size])
         given = [parameter.grad for parameter in run.model.parameters() if parameter.grad is not None]
         total = torch.nn.utils.get_total_norm(given)
         run.upcoming = number + 1, batch(run, number + 1)  # made while a GPU computes
         loss, norm = torch.stack((loss, total)).tolist()
         largest = run.config.optim.grad_clip or math.inf
-        if norm > largest:  # seldom: else a pass over all gradients would multiply them by 1
+        if norm > largest:  # otherwise clipping would pass over all gradients to multiply them by 1
             torch.nn.utils.clip_grads_with_norm_(run.model.parameters(), largest, total)
         return loss, norm
 
 
 def batch(run: Run, number: int) -> tuple[Tensor, Tensor]:
-    """Tokens and targets (B, T) of a step, on the device."""
+    """Tokens and targets (B, T) of batch `number`, on the device."""
     parts = read_batch(run.config, run.dataset, number)
-    if run.device.type == "cuda":  # only from pinned memory does a copy go on beside the computation
+    if run.device.type == "cuda":  # a copy overlaps with computation only if it starts from pinned memory
         parts = (part.pin_memory() for part in parts)
     idx, targets = (part.to(run.device, non_blocking=True) for part in parts)
     return idx, targets
 
 
 def read_batch(config: TrainConfig, dataset: Dataset, number: int) -> Batch:
-    """Tokens and targets (B, T) of a step, int64, in the order that the settings say."""
+    """Tokens and targets (B, T) of batch `number`, int64, in the configured order."""
     return train_batch(
         dataset,
         seed=config.seed,
@@ -182,7 +236,7 @@ def read_batch(config: TrainConfig, dataset: Dataset, number: int) -> Batch:
 
 
 def backward(run: Run, idx: Tensor, targets: Tensor) -> Tensor:
-    """Fills the gradients of the mean loss over the batch, one micro-batch at a time, and returns that loss."""
+    """Fills the gradients of the mean loss over a batch, one micro-batch at a time, and returns that loss."""
     run.model.zero_grad(set_to_none=True)
     total = torch.zeros((), device=run.device)
     size = run.micro_batch_size
@@ -196,36 +250,33 @@ def backward(run: Run, idx: Tensor, targets: Tensor) -> Tensor:
 
 
 def update(run: Run) -> None:
-    """Lets the optimizers take their steps, and projects where it is due.
+    """Applies the optimizers' steps, and projects the weights if that is due.
 
-    An optimizer that memory runs out in has changed some weights and moments and not others. Nothing is left to try
-    the step again with, so the run goes back to its newest checkpoint, with smaller micro-batches.
+    An optimizer in which memory runs out has changed some weights and not others, so the step cannot be repeated. The
+    run then rolls back to its newest checkpoint and continues with a smaller micro-batch.
     """
-    state = run.state
     try:
-        with run.autocast:  # Muon's matrix products are in the precision of the others
+        with run.autocast:  # for Muon's matrix products
             for optimizer in run.optimizers:
                 optimizer.step()
-        if is_due(state.step, run.config.project_every):
+        if is_due(run.state.step, run.config.project_every):
             project_weights(run.model)
         return
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error) or not reduce_batch(run):
             raise
-    microbatch_halvings, batch_halvings = state.microbatch_halvings, state.batch_halvings
-    log.warning("no memory for the optimizer's step %d: going back to the newest checkpoint", state.step)
-    rollback_to_checkpoint(run)
-    state.microbatch_halvings, state.batch_halvings = microbatch_halvings, batch_halvings
+    log.warning("step %d: no memory for the optimizer; rolling back to the newest checkpoint", run.state.step)
+    rollback_with_smaller_batches(run)
 
 
 def reduce_batch(run: Run) -> bool:
-    """Does what the policy says when memory has run out in training; False if that is nothing."""
-    give_way, rows = ON_OOM[run.config.on_oom], run.micro_batch_size
-    if give_way is None or rows == 1:
+    """Applies the policy for training that runs out of memory; False if it cannot reduce the batch."""
+    reduce, before = ON_OOM[run.config.on_oom], run.micro_batch_size
+    if reduce is None or before == 1:
         return False
-    give_way(run.state)
+    reduce(run.state)
     run.model.zero_grad(set_to_none=True)
-    run.clock.leave_out()
-    now = f"{run.micro_batch_size} sequences at once, in batches of {run.batch_size}"
-    log.warning("step %d: out of memory with %d sequences at once; from here on %s", run.state.step, rows, now)
+    run.clock.discard_step()
+    now = f"{run.micro_batch_size}, in batches of {run.batch_size}"
+    log.warning("step %d: out of memory with micro-batches of %d; now %s", run.state.step, before, now)
     return True

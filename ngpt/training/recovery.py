@@ -1,7 +1,7 @@
-"""What a run does when memory runs out, and when a loss or a gradient is not a number: ON_OOM and NONFINITE.
+"""What a run does when memory runs out (`ON_OOM`) and when a loss or gradient is not finite (`NONFINITE`).
 
-Whatever it does, it counts it in its `TrainState`, which is saved with every checkpoint. So a run that was killed after
-a setback goes on as it would have, and its result says what happened to it.
+Each policy counts what it does in the `TrainState`, which is saved with every checkpoint. So a run that is killed and
+resumed continues as an undisturbed one would, and its result reports what happened.
 """
 
 import logging
@@ -15,17 +15,16 @@ from ngpt.training.state import TrainState
 
 log = logging.getLogger(__name__)
 
-
-# ---- no memory -------------------------------------------------------------------------------------------------------
+# ---- out of memory ---------------------------------------------------------------------------------------------------
 
 
 def split(state: TrainState) -> None:
-    """Half as many sequences at once: the batch, and but for rounding its gradient, stay what they are."""
+    """Halves the micro-batch. The batch stays the same, and so does its gradient but for rounding."""
     state.microbatch_halvings += 1
 
 
 def halve_batch(state: TrainState) -> None:
-    """Half the batch from here on, and half as many sequences at once (seed 000, section 8). The result is another."""
+    """Halves batch and micro-batch for the rest of the run, which changes its result (source report 000, section 8)."""
     state.batch_halvings += 1
     state.microbatch_halvings += 1
 
@@ -38,42 +37,43 @@ ON_OOM: dict[str, Callable[[TrainState], None] | None] = {
 
 
 def halved(size: int, times: int) -> int:
-    """`size` halved so often, rounded up: 5, 3, 2, 1, 1."""
+    """`size` halved `times` times, rounded up: 5, 3, 2, 1, 1."""
     return -(-size // 2**times)
 
 
-# ---- no number -------------------------------------------------------------------------------------------------------
+# ---- not finite ------------------------------------------------------------------------------------------------------
 
-Rollback = Callable[[], None]
+Rollback = Callable[[], None]  # returns the run and its state to the newest checkpoint
 
 
-def fail(state: TrainState, most: int, rollback_to_checkpoint: Rollback) -> bool:
+def fail(state: TrainState, limit: int, rollback_to_checkpoint: Rollback) -> bool:
     """The run has diverged."""
     return False
 
 
-def skip(state: TrainState, most: int, rollback_to_checkpoint: Rollback) -> bool:
-    """The step is not taken, the next one has other data; at most `most` times."""
+def skip(state: TrainState, limit: int, rollback_to_checkpoint: Rollback) -> bool:
+    """Skips the step and continues with the next batch, at most `limit` times."""
     state.skipped_steps += 1
-    state.recent.pop()  # a mean with a NaN in it is none
-    return state.skipped_steps <= most
+    state.recent.pop()  # a mean over a NaN would be NaN
+    return state.skipped_steps <= limit
 
 
-def rollback(state: TrainState, most: int, rollback_to_checkpoint: Rollback) -> bool:
-    """The run returns to its newest checkpoint and passes over all data since, at most `most` times.
+def rollback(state: TrainState, limit: int, rollback_to_checkpoint: Rollback) -> bool:
+    """Returns to the newest checkpoint and skips the batches seen since, at most `limit` times.
 
-    The way around loss spikes of PaLM (arXiv 2204.02311, section 5.1), who found that the same data do no harm to
-    other weights.
+    PaLM got around its loss spikes this way (arXiv 2204.02311, section 5.1). The same batches did no harm to other
+    weights.
     """
-    if state.rollbacks == most:
+    if state.rollbacks == limit:
         return False
-    times, next_batch = state.rollbacks + 1, state.step + state.skipped_batches
-    log.warning("step %d: not finite, going back to the newest checkpoint (%d of %d)", state.step, times, most)
+    count, next_batch = state.rollbacks + 1, state.step + state.skipped_batches
+    log.warning("step %d: not finite; rolling back to the newest checkpoint (%d of %d)", state.step, count, limit)
     rollback_to_checkpoint()
-    state.rollbacks, state.skipped_batches = times, next_batch - state.step
+    state.rollbacks, state.skipped_batches = count, next_batch - state.step
     return True
 
 
+# Each policy returns whether the run continues.
 NONFINITE: dict[str, Callable[[TrainState, int, Rollback], bool]] = {
     "fail": fail,
     "skip": skip,
@@ -82,7 +82,7 @@ NONFINITE: dict[str, Callable[[TrainState, int, Rollback], bool]] = {
 
 
 class NonfiniteConfig(Config):
-    """What to do about a loss or a gradient that is not finite; it is never applied."""
+    """What to do about a loss or gradient that is not finite. It is never applied."""
 
     policy: Annotated[str, one_of(NONFINITE, "policy")] = added("fail")
-    max: Annotated[int, Field(ge=1)] = added(10)  # how often in a run, before it counts as diverged
+    max: Annotated[int, Field(ge=1)] = added(10)  # skipped steps or rollbacks before the run counts as diverged

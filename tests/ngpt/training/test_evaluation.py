@@ -1,4 +1,4 @@
-"""What an evaluation measures is logged, and what is out of order in it is said."""
+"""Evaluation logs histograms, and counts and reports divisors that are not finite."""
 
 import json
 import math
@@ -10,7 +10,7 @@ import torch
 from ngpt.config.base import override
 from ngpt.data.dataset import Dataset
 from ngpt.training.config import TrainConfig, resolved
-from ngpt.training.evaluation import measure
+from ngpt.training.evaluation import evaluate_run
 from ngpt.training.run import set_up
 from tests.helpers.tiny_run import run
 
@@ -32,6 +32,6 @@ def test_divisors_that_are_not_finite_are_counted_logged_and_reported(
     start = set_up(resolved(override(tiny, {"norm_mode": "dotprod"})), tmp_path, resume=None, dataset=dataset)
     with torch.no_grad():
         start.model.get_parameter("blocks.0.mlp.down.weight").fill_(math.inf)
-    measure(start, last=False)
+    evaluate_run(start, last=False)
     assert (start.state.last_eval["r_replaced"] or 0) > 0
     assert "divisors r were not finite and became 1" in caplog.text

@@ -19,7 +19,8 @@ from ngpt.training.checkpoint import save_checkpoint, verify_checkpoint
 from ngpt.training.config import TrainConfig, resolved
 from ngpt.training.load_model import find_checkpoint, load_model, parse_model_changes, tokenizer_origin
 from ngpt.training.loop import train, train_step
-from ngpt.training.run import Run, save, set_up
+from ngpt.training.run import Run, set_up
+from ngpt.training.saving import save
 from ngpt.training.tracker import Tracker
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import ngpt.training.loop
-import ngpt.training.run
+import ngpt.training.saving
 from ngpt.config.base import ConfigError, content_hash, flatten, override
 from ngpt.data.dataset import Dataset
 from ngpt.model.gpt import GPT
@@ -161,8 +161,8 @@ def test_a_checkpoint_without_memory_is_tried_again_and_then_done_without(
         return tries.count(4) <= times and step == 4
 
     with pytest.MonkeyPatch.context() as patch:
-        full = FullMemory(ngpt.training.run.save_checkpoint, fails=fails)
-        patch.setattr(ngpt.training.run, "save_checkpoint", full)
+        full = FullMemory(ngpt.training.saving.save_checkpoint, fails=fails)
+        patch.setattr(ngpt.training.saving, "save_checkpoint", full)
         result = run(watched, tmp_path / "full", dataset)
     assert result.status == "finished" and full.failures == times
     assert tries == [2, 4, 4, 6, 8]
@@ -173,8 +173,8 @@ def test_a_checkpoint_without_memory_is_tried_again_and_then_done_without(
 
 def test_a_last_checkpoint_without_memory_is_an_error(watched: TrainConfig, dataset: Dataset, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        full = FullMemory(ngpt.training.run.save_checkpoint, fails=lambda *_, step, **__: step == 8)
-        patch.setattr(ngpt.training.run, "save_checkpoint", full)
+        full = FullMemory(ngpt.training.saving.save_checkpoint, fails=lambda *_, step, **__: step == 8)
+        patch.setattr(ngpt.training.saving, "save_checkpoint", full)
         with pytest.raises(torch.OutOfMemoryError):
             run(watched, tmp_path, dataset)
     assert full.failures == 2
@@ -482,7 +482,7 @@ def test_progress_takes_over_all_of_another() -> None:
 
 def refuse_saves(patch: pytest.MonkeyPatch, refuses: Callable[[int, int], bool]) -> list[int]:
     """Saving fails where `refuses(step, attempt)` says so; returns the steps of all attempts."""
-    real, attempts = ngpt.training.run.save_checkpoint, []
+    real, attempts = ngpt.training.saving.save_checkpoint, []
 
     def save(*arguments: Any, **named: Any) -> Path:
         attempts.append(named["step"])
@@ -490,7 +490,7 @@ def refuse_saves(patch: pytest.MonkeyPatch, refuses: Callable[[int, int], bool])
             raise OSError(28, "No space left on device")
         return real(*arguments, **named)
 
-    patch.setattr(ngpt.training.run, "save_checkpoint", save)
+    patch.setattr(ngpt.training.saving, "save_checkpoint", save)
     return attempts
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import ngpt.training.loop
-import ngpt.training.run
+import ngpt.training.saving
 from ngpt.config.base import ConfigError, flatten, override
 from ngpt.data.dataset import Dataset
 from ngpt.data.loader import train_batch
@@ -65,7 +65,7 @@ def test_a_result_holds_what_a_record_needs(tiny: TrainConfig, dataset: Dataset,
 
 def killed_after_save(step: int, patch: pytest.MonkeyPatch) -> None:
     """The process ends as soon as the checkpoint of `step` is on disk."""
-    real = ngpt.training.run.save_checkpoint
+    real = ngpt.training.saving.save_checkpoint
 
     def save(*arguments: Any, **named: Any) -> Path:
         path = real(*arguments, **named)
@@ -73,7 +73,7 @@ def killed_after_save(step: int, patch: pytest.MonkeyPatch) -> None:
             raise Killed
         return path
 
-    patch.setattr(ngpt.training.run, "save_checkpoint", save)
+    patch.setattr(ngpt.training.saving, "save_checkpoint", save)
 
 
 def killed_in_step(step: int, patch: pytest.MonkeyPatch) -> None:
@@ -232,7 +232,7 @@ def test_the_clock_leaves_out_the_first_steps_and_those_in_which_something_was_t
         with clock.step(tokens):
             pass
     with clock.step(1000):
-        clock.leave_out()
+        clock.discard_step()
     with clock.step(10_000):
         pass
     assert state.timed_tokens == 10_100 and state.timed_seconds > 0
