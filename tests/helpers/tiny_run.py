@@ -1,13 +1,14 @@
 """Runs of a second, trained to their end, and what they leave in their folders."""
 
 import json
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import pytest
 import safetensors.numpy
+import torch
 
 from ngpt.data.dataset import Dataset
 from ngpt.training.config import TrainConfig
@@ -85,3 +86,22 @@ def weights(out: Path, step: int = 8) -> dict[str, np.ndarray]:
 def assert_equal_weights(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
     assert one.keys() == other.keys()
     assert [name for name in one if not np.array_equal(one[name], other[name])] == []
+
+
+def weight_difference(one: Path, other: Path) -> float:
+    left, right = weights(one), weights(other)
+    assert left.keys() == right.keys()
+    return max(float(np.abs(left[name] - right[name]).max()) for name in left)
+
+
+class LimitedMemory:
+    """Fails the calls of a function while the calls are too large, as an allocator would."""
+
+    def __init__(self, real: Callable[..., Any], *, fails: Callable[..., bool]) -> None:
+        self.real, self.fails, self.failures = real, fails, 0
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        if self.fails(*arguments, **named):
+            self.failures += 1
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return self.real(*arguments, **named)

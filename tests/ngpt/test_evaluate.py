@@ -34,7 +34,7 @@ def model(dataset: Dataset) -> GPT:
     return GPT(build(ModelConfig, size | {"logit_scale": 8.0}))
 
 
-def test_it_is_the_mean_over_tokens_also_when_the_last_batch_is_smaller(model: GPT, dataset: Dataset) -> None:
+def test_the_loss_is_the_mean_over_tokens_even_if_the_last_batch_is_smaller(model: GPT, dataset: Dataset) -> None:
     data = eval_set(dataset, tokens=16 * 11, batch_size=4, block_size=16)
     assert [len(idx) for idx, _ in data.batches] == [4, 4, 3]
     nats = []
@@ -73,26 +73,26 @@ def batches(*rows: int) -> list[tuple[Tensor, Tensor]]:
     return [(torch.zeros(n, 5, dtype=torch.long), torch.zeros(n, 5, dtype=torch.long)) for n in rows]
 
 
-def test_a_count_by_hand() -> None:
+def test_bits_per_byte_equal_a_count_by_hand() -> None:
     data = EvalSet(batches=batches(3, 1), n_tokens=20, n_bytes=60, sha256="")
     scores = evaluate(fixed(2.0, 4.0), data, autocast=no_autocast())
     assert scores["val_loss"] == (15 * 2.0 + 5 * 4.0) / 20
     assert scores["val_bpb"] == pytest.approx(50 / math.log(2) / 60)
 
 
-def test_without_a_tokenizer_there_are_no_bits_per_byte() -> None:
+def test_bits_per_byte_need_a_tokenizer() -> None:
     data = EvalSet(batches=batches(1), n_tokens=5, n_bytes=None, sha256="")
     scores = evaluate(fixed(2.0), data, autocast=no_autocast())
     assert scores == {"val_loss": 2.0, "val_bpb": None}
 
 
-def test_a_loss_that_is_not_a_number_makes_the_mean_not_a_number() -> None:
+def test_a_nan_in_one_batch_makes_the_mean_nan() -> None:
     data = EvalSet(batches=batches(1, 1), n_tokens=10, n_bytes=10, sha256="")
     scores = evaluate(fixed(2.0, math.nan), data, autocast=no_autocast())
     assert all(math.isnan(score) for score in scores.values() if score is not None)
 
 
-def test_uniform_guessing_costs_the_logarithm_of_the_vocabulary(dataset: Dataset) -> None:
+def test_the_loss_of_a_uniform_guess_is_the_log_of_the_vocabulary(dataset: Dataset) -> None:
     size = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "vocab_size": dataset.vocab_size}
     model = GPT(build(ModelConfig, size | {"residual": "add"}))  # its head starts at zero
     data = eval_set(dataset, tokens=160, batch_size=4, block_size=16)
@@ -106,7 +106,7 @@ def test_bfloat16_is_close_to_float32(model: GPT, dataset: Dataset) -> None:
     assert low != full and low == pytest.approx(full, abs=0.02)
 
 
-def test_a_model_stays_in_the_mode_it_was_in(model: GPT, dataset: Dataset) -> None:
+def test_evaluation_restores_the_mode_of_the_model(model: GPT, dataset: Dataset) -> None:
     data = eval_set(dataset, tokens=16, batch_size=1, block_size=16)
     for training in (True, False):
         evaluate(model.train(training), data, autocast=no_autocast())
@@ -148,7 +148,7 @@ def trained_at_32(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_scaled_positions_read_four_times_the_context_and_plain_ones_do_not(trained_at_32: Path) -> None:
+def test_scaled_positions_extend_the_context_and_plain_ones_do_not(trained_at_32: Path) -> None:
     """Over eight seeds, loss plain 2.1 to 2.9, ntk 0.28 to 0.81, linear and yarn below 0.02."""
     draw = torch.Generator().manual_seed(99)
 
@@ -197,7 +197,7 @@ def test_a_checkpoint_scores_what_its_run_reported(
     assert lines.keys() == found.keys() and float(lines["val_loss"]) == pytest.approx(found["val_loss"], rel=1e-5)
 
 
-def test_more_tokens_and_a_longer_context_are_what_was_asked_for(
+def test_eval_tokens_and_block_size_can_be_changed(
     run: tuple[Path, dict[str, Any]], dataset: Dataset, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, _ = run
@@ -213,7 +213,7 @@ def test_more_tokens_and_a_longer_context_are_what_was_asked_for(
     assert low != found["val_loss"] and low == pytest.approx(run[1]["val_loss"], abs=0.05)
 
 
-def test_another_corpus_is_read_with_the_tokenizer_of_the_model(
+def test_another_corpus_is_read_with_the_models_tokenizer(
     run: tuple[Path, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, _ = run
@@ -226,7 +226,7 @@ def test_another_corpus_is_read_with_the_tokenizer_of_the_model(
     assert "was tokenized with another sentencepiece:300 than" in capsys.readouterr().err
 
 
-def test_the_corpus_of_the_run_is_known_however_its_path_is_written(
+def test_the_runs_corpus_is_recognized_under_any_spelling_of_its_path(
     tiny: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else its text would be split anew, and most of the validation split be what the model was trained on."""
@@ -259,6 +259,6 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert line.startswith(message) and printed.out == ""
 
 
-def test_a_checkpoint_without_a_corpus_needs_one(trained_at_32: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_checkpoint_that_names_no_corpus_needs_one(trained_at_32: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(trained_at_32)]) == 2
     assert "does not say what it was trained on: name it with --corpus" in capsys.readouterr().err

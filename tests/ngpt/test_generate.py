@@ -76,7 +76,7 @@ def by_hand(model: GPT, idx: torch.Tensor, count: int) -> list[list[int]]:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
-def test_a_cache_changes_no_logit_however_the_text_is_cut(variant: str) -> None:
+def test_a_cache_changes_no_logit_however_the_text_is_split(variant: str) -> None:
     model, idx = model_of(**VARIANTS[variant]), tokens(3, 24)
     whole = model(idx)
     assert whole.std() > 0.1
@@ -93,7 +93,7 @@ def mixed() -> GPT:
 
 @settings(max_examples=25, deadline=None)
 @given(cuts=st.sets(st.integers(1, 23)), seed=st.integers(0, 100))
-def test_a_cache_changes_no_logit_wherever_the_cuts_are(mixed: GPT, cuts: set[int], seed: int) -> None:
+def test_a_cache_changes_no_logit_wherever_the_text_is_split(mixed: GPT, cuts: set[int], seed: int) -> None:
     idx = tokens(2, 24, seed=seed)
     cache = KVCache(mixed.cfg, 2, device=idx.device)
     with torch.no_grad():
@@ -106,9 +106,7 @@ def test_a_cache_changes_no_logit_wherever_the_cuts_are(mixed: GPT, cuts: set[in
 
 @pytest.mark.parametrize("cache", [True, False])
 @pytest.mark.parametrize(("prompt", "block_size"), [(3, 24), (23, 24), (24, 24), (40, 24), (5, 7), (1, 2), (2, 1)])
-def test_the_most_probable_tokens_are_those_of_whole_passes_also_beyond_block_size(
-    prompt: int, block_size: int, cache: bool
-) -> None:
+def test_greedy_tokens_equal_those_of_full_passes_beyond_block_size(prompt: int, block_size: int, cache: bool) -> None:
     model, idx = model_of(block_size=block_size), tokens(2, prompt)
     expected = by_hand(model, idx, 60) if block_size > 1 else by_hand_of_one(model, idx, 60)
     assert rows(model, idx, 60, temperature=0.0, cache=cache) == expected
@@ -124,7 +122,7 @@ def by_hand_of_one(model: GPT, idx: torch.Tensor, count: int) -> list[list[int]]
     return torch.stack(found[1:], dim=1).tolist()
 
 
-def test_a_row_of_a_batch_is_what_it_is_alone() -> None:
+def test_a_row_of_a_batch_equals_a_single_row() -> None:
     model, idx = model_of(residual="slerp"), tokens(5, 6)
     together = rows(model, idx, 30, temperature=0.0)
     assert len({tuple(row) for row in together}) > 1
@@ -144,14 +142,14 @@ def test_the_same_seed_draws_the_same_tokens_with_and_without_a_cache() -> None:
     assert first[0] != first[1]  # rows draw for themselves
 
 
-def test_tokens_that_the_tokenizer_does_not_know_are_never_drawn() -> None:
+def test_tokens_outside_the_tokenizers_vocabulary_are_never_drawn() -> None:
     model = model_of()
     idx = tokens(50, 2)
     assert max(max(row) for row in rows(model, idx, 8, temperature=5.0)) > 9
     assert max(max(row) for row in rows(model, idx, 8, temperature=5.0, vocab_size=10)) <= 9
 
 
-def test_generating_leaves_no_trace_in_the_gradient_mode() -> None:
+def test_generating_does_not_change_the_gradient_mode() -> None:
     model = model_of()
     for token in generate(model, tokens(1, 2), 3):
         assert torch.is_grad_enabled() and not token.requires_grad
@@ -167,7 +165,7 @@ def test_generating_leaves_no_trace_in_the_gradient_mode() -> None:
         ({"top_p": 1.5}, "top_p: input should be less than or equal to 1, got 1.5"),
     ],
 )
-def test_what_leaves_nothing_to_draw_from_is_refused(how: dict[str, Any], message: str) -> None:
+def test_sampling_settings_that_exclude_every_token_are_refused(how: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         next(generate(model_of(), tokens(1, 2), 3, **how))
 
@@ -198,7 +196,7 @@ def reference(logits: np.ndarray, temperature: float, top_k: int | None, top_p: 
     top_k=st.none() | st.integers(1, 14),
     top_p=st.none() | st.floats(0.01, 0.999),
 )
-def test_the_distribution_is_that_of_the_definition(
+def test_the_distribution_follows_its_definition(
     logits: list[int], temperature: float, top_k: int | None, top_p: float | None
 ) -> None:
     values = np.array(logits) / 8
@@ -207,7 +205,7 @@ def test_the_distribution_is_that_of_the_definition(
     np.testing.assert_allclose(found.numpy(), reference(values, temperature, top_k, top_p), atol=2e-6)
 
 
-def test_the_nucleus_is_the_smallest_set_that_reaches_the_mass_by_hand() -> None:
+def test_the_nucleus_is_the_smallest_set_that_reaches_top_p() -> None:
     logits = torch.tensor([[0.125, 0.5, 0.25, 0.125]]).log()
     for top_p, kept in ((0.01, [1]), (0.5, [1]), (0.51, [1, 2]), (0.75, [1, 2]), (0.8, [0, 1, 2]), (1.0, [0, 1, 2, 3])):
         p = probabilities(logits, Sampling(top_p=top_p))[0]
@@ -217,12 +215,12 @@ def test_the_nucleus_is_the_smallest_set_that_reaches_the_mass_by_hand() -> None
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1e-30])
-def test_without_temperature_the_best_token_has_all(temperature: float) -> None:
+def test_at_temperature_0_the_most_probable_token_is_certain(temperature: float) -> None:
     p = probabilities(torch.tensor([[1.0, 3.0, 2.0], [-5.0, -9.0, -6.0]]), Sampling(temperature=temperature))
     assert p.tolist() == [[0, 1, 0], [1, 0, 0]]
 
 
-def test_tokens_are_drawn_as_often_as_the_model_says() -> None:
+def test_tokens_are_drawn_with_the_models_probabilities() -> None:
     model, n = model_of(vocab_size=8), 5_000
     prompt = torch.tensor([[3, 1, 4]])
     with torch.no_grad():
@@ -272,7 +270,7 @@ texts = st.lists(st.text(max_size=6) | tricky, max_size=8).map("".join)
 
 @settings(max_examples=50, deadline=None)
 @given(text=texts, prompt=texts)
-def test_characters_come_whole_and_none_is_lost(lossless: Tokenizer, text: str, prompt: str) -> None:
+def test_characters_are_shown_whole_and_none_is_lost(lossless: Tokenizer, text: str, prompt: str) -> None:
     assume("\ufffd" not in text)
     before, ids = (list(map(int, lossless.encode(part))) for part in (prompt, text))
     parts = streamed(lossless, ids, before)
@@ -288,11 +286,11 @@ def test_characters_come_whole_and_none_is_lost(lossless: Tokenizer, text: str, 
 
 @settings(deadline=None)
 @given(ids=st.lists(st.integers(0, 329) | st.integers(3, 258), max_size=20))
-def test_bytes_that_are_no_text_come_as_replacement_characters(lossless: Tokenizer, ids: list[int]) -> None:
+def test_invalid_bytes_become_replacement_characters(lossless: Tokenizer, ids: list[int]) -> None:
     assert "".join(streamed(lossless, ids, [])) == lossless.decode(ids)
 
 
-def test_a_tokenizer_that_treats_the_start_differently_keeps_its_spaces(foreign: Tokenizer) -> None:
+def test_spaces_survive_a_tokenizer_that_strips_the_first_one(foreign: Tokenizer) -> None:
     prompt = list(map(int, foreign.encode("the quick brown")))
     ids = list(map(int, foreign.encode("fox jumps over the lazy dog")))
     assert "".join(streamed(foreign, ids, prompt)) == " fox jumps over the lazy dog"
@@ -336,7 +334,7 @@ def expected_text(run: Path, prompt: str, count: int, **changes: Any) -> str:
     return tokenizer.decode(ids)
 
 
-def test_the_continuation_is_all_there_is_on_stdout(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_stdout_holds_the_continuation_only(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [str(trained), "--prompt", "The value", "--temperature", "0", "--max-tokens", "40", "--device", "cpu"]
     assert main(arguments) == 0
     printed = capsys.readouterr()
@@ -346,9 +344,7 @@ def test_the_continuation_is_all_there_is_on_stdout(trained: Path, capsys: pytes
     assert capsys.readouterr().out == printed.out
 
 
-def test_prompts_of_different_length_and_their_samples_are_shown_in_order(
-    trained: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_prompts_and_samples_are_shown_in_order(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prompts = ["An expression is a longer prompt", "If", "The value"]
     asked = [word for prompt in prompts for word in ("--prompt", prompt)]
     assert main([str(trained), *asked, "--samples", "2", "--temperature", "0", "--max-tokens", "12"]) == 0
@@ -361,7 +357,7 @@ def test_prompts_of_different_length_and_their_samples_are_shown_in_order(
     assert printed.out == "".join(wanted) and printed.err.startswith("72 tokens in ")
 
 
-def test_a_seed_repeats_the_text(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_same_seed_repeats_the_text(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def text(*arguments: str) -> str:
         assert main([str(trained), "--samples", "2", "--max-tokens", "20", *arguments]) == 0
         return capsys.readouterr().out
@@ -372,7 +368,7 @@ def test_a_seed_repeats_the_text(trained: Path, capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.parametrize("source", ["file", "stdin"])
-def test_a_prompt_comes_from_a_file_to_the_last_byte(
+def test_a_prompt_file_is_read_to_the_last_byte(
     source: str, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, text = tmp_path / "prompt.txt", "A line\n  é\r\n"
@@ -383,9 +379,7 @@ def test_a_prompt_comes_from_a_file_to_the_last_byte(
     assert capsys.readouterr().out == expected_text(trained, text, 9) + "\n"
 
 
-def test_a_context_that_is_longer_than_in_training_is_a_setting(
-    trained: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_context_may_be_longer_than_in_training(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [str(trained), "--prompt", "The value of the", "--temperature", "0", "--max-tokens", "40"]
     changes = {"block_size": 64, "rope_scaling": "yarn", "rope_factor": 4}
     assert main([*arguments, "--set", *(f"{name}={value}" for name, value in changes.items())]) == 0
@@ -394,7 +388,7 @@ def test_a_context_that_is_longer_than_in_training_is_a_setting(
     assert text != expected_text(trained, "The value of the", 40) + "\n"
 
 
-def test_text_is_shown_as_it_comes(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_text_is_streamed(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What is on the screen before each token is what the tokens before it say."""
     model, tokenizer, _ = load_model(trained)
     assert tokenizer is not None
@@ -434,7 +428,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert line.startswith(message) and printed.out == ""
 
 
-def test_a_folder_without_a_model_is_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_without_a_model_has_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for path, message in ((tmp_path, "has no checkpoints"), (tmp_path / "missing", "no such folder")):
         assert main([str(path)]) == 2
         assert message in capsys.readouterr().err
@@ -451,9 +445,7 @@ def test_a_number_out_of_range_is_a_usage_error(
     assert left.value.code == 2 and arguments[0] in capsys.readouterr().err
 
 
-def test_a_file_that_cannot_be_read_is_exit_code_74(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_unreadable_file_has_exit_code_74(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(trained), "--prompt-file", str(tmp_path)]) == 74
     assert capsys.readouterr().err == f"{tmp_path}: Is a directory\n"
     (tmp_path / "latin").write_bytes(b"caf\xe9 ")
@@ -461,7 +453,7 @@ def test_a_file_that_cannot_be_read_is_exit_code_74(
     assert "latin is not UTF-8 text: " in capsys.readouterr().err
 
 
-def test_a_reader_that_has_seen_enough_ends_it_quietly(trained: Path) -> None:
+def test_a_closed_pipe_ends_the_command_quietly(trained: Path) -> None:
     command = [sys.executable, "-m", "ngpt.generate", str(trained), "--max-tokens", "1000000", "--device", "cpu"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:

@@ -21,7 +21,7 @@ def check_floor(figures: parts.Figures) -> None:
 
 
 @pytest.mark.parametrize("changes", [{}, {"model.residual": "add", "model.softcap": 15.0}, {"dtype": "bfloat16"}])
-def test_both_losses_are_the_same_number(changes: dict[str, object], tiny: TrainConfig) -> None:
+def test_the_fused_loss_equals_the_plain_one(changes: dict[str, object], tiny: TrainConfig) -> None:
     figures = parts.loss(override(tiny, changes), seconds=0)
     assert figures["difference"] < (2e-2 if "dtype" in changes else 1e-5)
     assert (figures["rows"], figures["n_embd"], figures["vocab_size"]) == (64, 16, 400)
@@ -30,7 +30,7 @@ def test_both_losses_are_the_same_number(changes: dict[str, object], tiny: Train
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_residual_step_is_compared_with_its_formula(dtype: str, tiny: TrainConfig) -> None:
+def test_a_residual_step_equals_its_formula(dtype: str, tiny: TrainConfig) -> None:
     figures = parts.residual(override(tiny, {"dtype": dtype}), seconds=0)
     assert figures["kernel"] == "torch"
     assert figures["difference"] < 1e-6
@@ -41,7 +41,7 @@ def test_a_residual_step_is_compared_with_its_formula(dtype: str, tiny: TrainCon
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler, when it is first loaded
-def test_a_compiled_residual_step_is_the_same_step(tiny: TrainConfig) -> None:
+def test_a_compiled_residual_step_equals_its_formula(tiny: TrainConfig) -> None:
     figures = parts.residual(override(tiny, {"compile": True}), seconds=0)
     assert figures["kernel"] == "inductor"
     assert figures["difference"] < 1e-6
@@ -72,7 +72,7 @@ def test_the_reference_optimizer_takes_the_same_steps(name: str, tolerance: floa
         assert (one - two).norm() < tolerance * (one - three).norm()
 
 
-def test_the_work_of_an_optimizer_is_counted_by_hand() -> None:
+def test_the_work_of_an_optimizer_equals_a_count_by_hand() -> None:
     model = GPT(MODEL)
     blocks, other = 4 * 16 * 16 + 2 * 16 * 64, 2 * 31 * 16
     scales = sum(parameter.numel() for parameter in model.parameters() if parameter.ndim == 1)

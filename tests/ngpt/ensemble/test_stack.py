@@ -42,7 +42,9 @@ def batches(count: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("at_once", [0, 1 << 40])
 @pytest.mark.parametrize("kind", KINDS)
-def test_losses_and_gradients_are_those_of_each_model(kind: str, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_losses_and_gradients_equal_those_of_each_model(
+    kind: str, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(ngpt.ensemble.stack.AT_ONCE, "cpu", at_once)
     lone, stacked, (idx, targets) = models(kind), models(kind), batches()
     stack = Stack(stacked)
@@ -61,7 +63,7 @@ def test_losses_and_gradients_are_those_of_each_model(kind: str, at_once: int, m
             torch.testing.assert_close(own.grad, other.grad, atol=1e-5, rtol=1e-3)
 
 
-def test_a_model_holds_views_and_computes_what_it_did() -> None:
+def test_a_stacked_model_holds_views_and_computes_the_same() -> None:
     stacked, lone, (idx, _) = models("tied"), models("tied"), batches()
     stack = Stack(stacked)
     for k, model in enumerate(stacked):
@@ -89,7 +91,7 @@ def test_a_gradient_that_is_not_finite_stays_in_its_model() -> None:
         assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in stacked[k].parameters())
 
 
-def test_models_can_be_stacked_anew_without_one_of_them() -> None:
+def test_models_can_be_restacked_without_one_of_them() -> None:
     stacked, lone, (idx, targets) = models("lerp"), models("lerp"), batches()
     Stack(stacked)
     stack = Stack([stacked[2], stacked[0]])
@@ -103,7 +105,7 @@ def test_models_can_be_stacked_anew_without_one_of_them() -> None:
     assert losses.tolist() == pytest.approx(expected, abs=1e-5)
 
 
-def test_divisors_that_are_not_finite_are_counted_by_model() -> None:
+def test_divisors_that_are_not_finite_are_counted_per_model() -> None:
     stacked, (idx, targets) = models("tied"), batches()
     stack = Stack(stacked)
     with torch.no_grad():

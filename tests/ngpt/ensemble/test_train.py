@@ -82,7 +82,9 @@ def assert_like_alone(config: TrainConfig, one: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_runs_at_once_are_what_each_is_run(kind: str, tiny: TrainConfig, dataset: Dataset, tmp_path: Path) -> None:
+def test_runs_trained_together_equal_single_runs(
+    kind: str, tiny: TrainConfig, dataset: Dataset, tmp_path: Path
+) -> None:
     common = {"steps": 50, "eval_every": 25, "eval_tokens": 64, "tracker.log_every": 5} | MODELS[kind]
     configs = [override(tiny, common | changes) for changes in SWEEP]
     seen = together(configs, [tmp_path / f"together{i}" for i in range(3)], dataset)
@@ -94,7 +96,7 @@ def test_runs_at_once_are_what_each_is_run(kind: str, tiny: TrainConfig, dataset
         assert_like_alone(config, tmp_path / f"together{i}", tmp_path / f"alone{i}")
 
 
-def test_runs_of_unlike_lengths_and_optimizers_share_a_batch(
+def test_runs_of_different_lengths_and_optimizers_train_together(
     tiny: TrainConfig, dataset: Dataset, tmp_path: Path
 ) -> None:
     changes = [{"steps": 6}, {"steps": 9, "optim.name": "muon"}, {"steps": 12, "optim.name": "riemannian_adamw"}]
@@ -106,7 +108,7 @@ def test_runs_of_unlike_lengths_and_optimizers_share_a_batch(
         assert_like_alone(config, tmp_path / f"together{i}", tmp_path / f"alone{i}")
 
 
-def test_an_interrupted_batch_goes_on_alone_and_the_other_way_round(
+def test_runs_trained_together_resume_alone_and_the_other_way_round(
     tiny: TrainConfig, dataset: Dataset, tmp_path: Path
 ) -> None:
     base = override(tiny, {"steps": 12, "eval_every": 2, "checkpoint.every": 2, "optim.name": "muon"})
@@ -130,7 +132,7 @@ def test_an_interrupted_batch_goes_on_alone_and_the_other_way_round(
 
 
 @pytest.mark.parametrize(("policy", "status"), [("fail", "diverged"), ("skip", "diverged"), ("rollback", "diverged")])
-def test_a_run_that_diverges_does_not_touch_the_others(
+def test_a_diverging_run_does_not_affect_the_others(
     policy: str, status: str, tiny: TrainConfig, dataset: Dataset, tmp_path: Path
 ) -> None:
     policies = {"nonfinite.policy": policy, "nonfinite.max": 2, "checkpoint.every": 2}
@@ -147,7 +149,9 @@ def test_a_run_that_diverges_does_not_touch_the_others(
         assert_like_alone(configs[i], tmp_path / f"together{i}", tmp_path / f"alone{i}")
 
 
-def test_a_run_that_cannot_begin_leaves_the_others_to_it(tiny: TrainConfig, dataset: Dataset, tmp_path: Path) -> None:
+def test_a_run_that_cannot_start_does_not_affect_the_others(
+    tiny: TrainConfig, dataset: Dataset, tmp_path: Path
+) -> None:
     run(override(tiny, {"seed": 9}), tmp_path / "0", dataset)  # its checkpoints are of another seed
     configs = [override(tiny, {"seed": seed}) for seed in (0, 1, 2)]
     seen = together(configs, [tmp_path / str(i) for i in range(3)], dataset, resume="latest")
@@ -166,7 +170,7 @@ def test_a_run_can_be_stopped_at_an_evaluation(tiny: TrainConfig, dataset: Datas
     assert_like_alone(configs[2], folders[2], tmp_path / "alone")
 
 
-def test_where_memory_runs_out_all_take_smaller_micro_batches(
+def test_all_runs_take_smaller_micro_batches_if_memory_runs_out(
     tiny: TrainConfig, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     losses, sizes = Stack.losses, []
@@ -190,7 +194,7 @@ def test_where_memory_runs_out_all_take_smaller_micro_batches(
         together([override(c, {"on_oom": "fail"}) for c in configs], [tmp_path / "a", tmp_path / "b"], dataset)
 
 
-def test_a_step_waits_for_its_numbers_once_and_the_next_batch_is_there_by_then(
+def test_a_step_waits_for_the_device_once_and_prefetches_the_next_batch(
     tiny: TrainConfig, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     configs = [resolved(override(tiny, {"seed": seed})) for seed in (0, 1)]
@@ -224,7 +228,7 @@ def test_a_step_waits_for_its_numbers_once_and_the_next_batch_is_there_by_then(
         ({"on_oom": "halve_batch"}, "on_oom is halve_batch"),
     ],
 )
-def test_what_can_be_trained_at_once_has_one_graph(
+def test_runs_trained_together_must_share_one_graph(
     changes: dict[str, Any], reason: str | None, tiny: TrainConfig, dataset: Dataset, tmp_path: Path
 ) -> None:
     configs = [tiny, override(tiny, changes)]

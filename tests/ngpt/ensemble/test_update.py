@@ -25,9 +25,7 @@ def run_with_gradients(config: TrainConfig, folder: Path, dataset: Dataset) -> R
     return run
 
 
-def test_every_run_takes_its_own_step_and_is_projected_in_its_own_time(
-    tiny: TrainConfig, dataset: Dataset, tmp_path: Path
-) -> None:
+def test_each_run_has_its_own_update_and_projection_period(tiny: TrainConfig, dataset: Dataset, tmp_path: Path) -> None:
     changes: list[dict[str, Any]] = [
         {"project_every": 1, "optim.name": "muon"},
         {"project_every": 2, "optim.name": "muon", "optim.lr": 0.05},
@@ -46,7 +44,7 @@ def test_every_run_takes_its_own_step_and_is_projected_in_its_own_time(
     assert moved[0] < moved[1]
 
 
-def test_an_optimizer_without_memory_sends_all_back_to_their_checkpoints(
+def test_an_optimizer_out_of_memory_rolls_all_runs_back(
     tiny: TrainConfig, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = override(tiny, {"checkpoint.every": 2, "eval_every": 4})
@@ -70,5 +68,5 @@ def test_an_optimizer_without_memory_sends_all_back_to_their_checkpoints(
         assert results[index].metrics["micro_batch_size"] == 2 and expected["micro_batch_size"] == 4
 
 
-def test_nothing_to_update_is_nothing_to_do() -> None:
+def test_no_runs_need_no_update() -> None:
     update_together([])

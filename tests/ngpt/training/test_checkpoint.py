@@ -55,7 +55,7 @@ def steps(root: Path) -> list[int]:
     return [int(path.name.removeprefix("step_")) for path in checkpoint_folders(root)]
 
 
-def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
+def test_weights_and_state_survive_saving_and_loading(tmp_path: Path) -> None:
     path = save(tmp_path / "new" / "folder", 7, val_loss=1.25)
     assert path == tmp_path / "new" / "folder" / "step_0000007" and sorted(os.listdir(path)) == FILES
     found = newest_checkpoint(path.parent)
@@ -69,19 +69,19 @@ def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
     assert state == {"step": 7, "history": [1.5, None, "x"]}
 
 
-def test_without_a_checkpoint_there_is_nothing(tmp_path: Path) -> None:
+def test_an_empty_folder_has_no_newest_checkpoint(tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path) is None
     assert newest_checkpoint(tmp_path / "missing") is None
 
 
-def test_the_newest_is_the_one_with_the_most_steps_also_beyond_the_zeros(tmp_path: Path) -> None:
+def test_the_newest_checkpoint_has_the_highest_step(tmp_path: Path) -> None:
     for step in (9_999_999, 10_000_000, 5):
         save(tmp_path, step)
     newest = newest_checkpoint(tmp_path)
     assert newest is not None and newest.step == 10_000_000
 
 
-def test_the_last_few_and_the_best_are_kept(tmp_path: Path) -> None:
+def test_the_last_few_and_the_best_checkpoint_are_kept(tmp_path: Path) -> None:
     losses = [5.0, 3.0, 4.0, None, 3.0, 6.0]
     for step, loss in enumerate(losses, start=1):
         save(tmp_path, step, val_loss=loss, keep_last=2)
@@ -90,14 +90,14 @@ def test_the_last_few_and_the_best_are_kept(tmp_path: Path) -> None:
     assert steps(tmp_path) == [6, 7]
 
 
-def test_without_any_validation_loss_the_last_few_are_kept(tmp_path: Path) -> None:
+def test_without_validation_losses_the_last_few_are_kept(tmp_path: Path) -> None:
     for step in range(1, 6):
         save(tmp_path, step, keep_last=1)
     assert steps(tmp_path) == [5]
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_every_flipped_bit_is_noticed(tmp_path: Path, name: str) -> None:
+def test_a_flipped_bit_is_detected(tmp_path: Path, name: str) -> None:
     file = save(tmp_path, 1, val_loss=2.5) / name
     content, draw = file.read_bytes(), random.Random(0)
     offsets = {0, len(content) - 1, *(draw.randrange(len(content)) for _ in range(60))}
@@ -111,7 +111,7 @@ def test_every_flipped_bit_is_noticed(tmp_path: Path, name: str) -> None:
     assert verify_checkpoint(file.parent).step == 1
 
 
-def test_two_hundred_of_two_hundred_flipped_bits_anywhere_in_a_checkpoint_are_noticed(tmp_path: Path) -> None:
+def test_200_of_200_bits_flipped_at_random_are_detected(tmp_path: Path) -> None:
     path, draw = save(tmp_path, 1, val_loss=2.5, tiny=1e-05), random.Random(6)
     files = [(file, file.read_bytes()) for file in sorted(path.iterdir())]
     for file, content in draw.choices(files, weights=[len(content) for _, content in files], k=200):
@@ -124,7 +124,7 @@ def test_two_hundred_of_two_hundred_flipped_bits_anywhere_in_a_checkpoint_are_no
     assert verify_checkpoint(path).step == 1
 
 
-def test_a_number_that_reads_alike_but_was_written_otherwise_is_noticed(tmp_path: Path) -> None:
+def test_an_equal_number_in_another_notation_is_detected(tmp_path: Path) -> None:
     file = save(tmp_path, 1, tiny=1e-05) / "MANIFEST.json"
     file.write_text(file.read_text().replace("1e-05", "1E-05"))
     with pytest.raises(ValueError, match="not as it was written"):
@@ -133,7 +133,7 @@ def test_a_number_that_reads_alike_but_was_written_otherwise_is_noticed(tmp_path
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("kept", [0, 1, 100, -1])
-def test_a_file_that_was_cut_off_is_noticed(tmp_path: Path, name: str, kept: int) -> None:
+def test_a_truncated_file_is_detected(tmp_path: Path, name: str, kept: int) -> None:
     file = save(tmp_path, 1) / name
     file.write_bytes(file.read_bytes()[:kept])
     with pytest.raises(ValueError):
@@ -141,16 +141,14 @@ def test_a_file_that_was_cut_off_is_noticed(tmp_path: Path, name: str, kept: int
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_missing_file_is_noticed(tmp_path: Path, name: str) -> None:
+def test_a_missing_file_is_detected(tmp_path: Path, name: str) -> None:
     path = save(tmp_path, 1)
     (path / name).unlink()
     with pytest.raises(OSError, match=name):
         verify_checkpoint(path)
 
 
-def test_a_damaged_newest_is_set_aside_and_the_one_before_is_used(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_damaged_newest_checkpoint_is_set_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for step in (1, 2, 3):
         save(tmp_path, step)
     (tmp_path / "step_0000003" / "state.pt").write_bytes(b"")
@@ -165,7 +163,7 @@ def test_a_damaged_newest_is_set_aside_and_the_one_before_is_used(
     assert newest_checkpoint(tmp_path) == newest
 
 
-def test_a_damaged_older_one_does_not_stop_a_save(tmp_path: Path) -> None:
+def test_a_damaged_old_checkpoint_does_not_stop_a_save(tmp_path: Path) -> None:
     for step in (1, 2):
         save(tmp_path, step)
     (tmp_path / "step_0000001" / "MANIFEST.json").write_text("{")
@@ -174,7 +172,7 @@ def test_a_damaged_older_one_does_not_stop_a_save(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("call", ["rename", "fsync", "save"])
-def test_a_crash_while_saving_leaves_the_old_ones_and_no_rest(
+def test_a_crash_while_saving_leaves_only_the_old_checkpoints(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
     save(tmp_path, 1)
@@ -191,21 +189,21 @@ def test_a_crash_while_saving_leaves_the_old_ones_and_no_rest(
     assert verify_checkpoint(tmp_path / "step_0000001").step == 1
 
 
-def test_what_a_killed_process_left_half_written_goes_with_the_next_save(tmp_path: Path) -> None:
+def test_the_next_save_removes_half_written_checkpoints(tmp_path: Path) -> None:
     shutil.copytree(save(tmp_path, 1), tmp_path / ".tmp-0123")
     assert newest_checkpoint(tmp_path) is not None
     save(tmp_path, 2)
     assert sorted(os.listdir(tmp_path)) == ["step_0000001", "step_0000002"]
 
 
-def test_what_a_killed_process_left_goes_also_when_nothing_more_is_saved(tmp_path: Path) -> None:
+def test_resuming_removes_half_written_checkpoints(tmp_path: Path) -> None:
     shutil.copytree(save(tmp_path, 1), tmp_path / ".tmp-0123")
     assert newest_checkpoint(tmp_path) is not None
     assert os.listdir(tmp_path) == ["step_0000001"]
 
 
 @pytest.mark.parametrize("killed_at", range(8))
-def test_a_process_that_is_killed_while_it_removes_an_old_one_leaves_no_damage(
+def test_a_process_killed_while_removing_a_checkpoint_leaves_no_damage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: int
 ) -> None:
     save(tmp_path, 1)
@@ -230,7 +228,7 @@ def test_a_process_that_is_killed_while_it_removes_an_old_one_leaves_no_damage(
     assert os.listdir(tmp_path) == ["step_0000003"], "nothing is set aside as damaged"
 
 
-def test_an_old_one_that_cannot_be_removed_does_not_stop_a_save(
+def test_an_old_checkpoint_that_cannot_be_removed_does_not_stop_a_save(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     save(tmp_path, 1)
@@ -246,7 +244,7 @@ def test_an_old_one_that_cannot_be_removed_does_not_stop_a_save(
     assert steps(tmp_path) == [3]
 
 
-def test_a_checkpoint_of_other_settings_is_refused_with_the_first_that_differs(tmp_path: Path) -> None:
+def test_a_checkpoint_of_other_settings_is_refused(tmp_path: Path) -> None:
     save(tmp_path, 1)
     found = newest_checkpoint(tmp_path)
     assert found is not None
@@ -281,7 +279,7 @@ def reseal(path: Path, **changes: Any) -> None:
 
 
 @pytest.mark.parametrize("writer", ["torch", "pickle"])
-def test_code_inside_of_a_checkpoint_never_runs(tmp_path: Path, writer: str) -> None:
+def test_code_inside_a_checkpoint_never_runs(tmp_path: Path, writer: str) -> None:
     path, sign = save(tmp_path, 1), tmp_path / "it-ran"
     with (path / "state.pt").open("wb") as file:
         torch.save({"x": Bomb(sign)}, file) if writer == "torch" else pickle.dump({"x": Bomb(sign)}, file, protocol=2)
@@ -293,7 +291,7 @@ def test_code_inside_of_a_checkpoint_never_runs(tmp_path: Path, writer: str) -> 
     assert not sign.exists()
 
 
-def test_another_format_is_refused_and_not_taken_for_damage(tmp_path: Path) -> None:
+def test_an_unknown_format_is_refused_and_not_set_aside(tmp_path: Path) -> None:
     save(tmp_path, 1)
     reseal(save(tmp_path, 2), format=99)
     with pytest.raises(ConfigError, match=r"step_0000002: checkpoint format 99, this version reads 1"):
@@ -301,13 +299,13 @@ def test_another_format_is_refused_and_not_taken_for_damage(tmp_path: Path) -> N
     assert steps(tmp_path) == [1, 2]
 
 
-def test_a_step_that_is_there_already_is_not_overwritten(tmp_path: Path) -> None:
+def test_a_saved_step_is_not_overwritten(tmp_path: Path) -> None:
     path = save(tmp_path, 1, val_loss=1.0)
     with pytest.raises(OSError):
         save(tmp_path, 1, val_loss=2.0)
     assert verify_checkpoint(path).val_loss == 1.0
 
 
-def test_how_often_to_save_does_not_decide_what_is_computed() -> None:
+def test_checkpoint_settings_are_not_part_of_the_identity() -> None:
     extras = [field.json_schema_extra for field in CheckpointConfig.model_fields.values()]
     assert extras == [{"identity": False}] * 2

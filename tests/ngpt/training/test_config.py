@@ -8,25 +8,25 @@ from ngpt.config.base import ConfigError, content_hash, override
 from ngpt.training.config import TrainConfig, read_config, resolved
 
 
-def test_the_vocabulary_is_the_tokenizers_or_larger(tiny: TrainConfig) -> None:
+def test_the_vocabulary_may_be_larger_than_the_tokenizers(tiny: TrainConfig) -> None:
     assert resolved(tiny).model.vocab_size == 400
     assert resolved(override(tiny, {"vocab_size": 512})).model.vocab_size == 512
     with pytest.raises(ConfigError, match=r"model\.vocab_size 399 is smaller than the 400 tokens of the data"):
         resolved(override(tiny, {"vocab_size": 399}))
 
 
-def test_a_batch_that_cannot_be_cut_into_micro_batches_is_refused(tiny: TrainConfig) -> None:
+def test_a_batch_must_be_a_multiple_of_its_micro_batch(tiny: TrainConfig) -> None:
     with pytest.raises(ConfigError, match="micro_batch_size: batch_size 4 is not a multiple of micro_batch_size 3"):
         override(tiny, {"micro_batch_size": 3})
 
 
 @pytest.mark.parametrize("optimizer", ["geodesic_muon", "riemannian_adamw"])
-def test_an_optimizer_that_the_model_has_no_sphere_for_is_refused_at_once(optimizer: str, tiny: TrainConfig) -> None:
+def test_a_spherical_optimizer_needs_a_spherical_model(optimizer: str, tiny: TrainConfig) -> None:
     with pytest.raises(ConfigError, match=f"optim.name: optimizer {optimizer} .*add"):
         override(tiny, {"optim.name": optimizer, "residual": "add"})
 
 
-def test_where_a_run_takes_place_does_not_decide_what_it_computes(tiny: TrainConfig) -> None:
+def test_runtime_settings_are_not_part_of_the_identity(tiny: TrainConfig) -> None:
     other = {"device": "auto", "tracker.wandb": "offline", "tracker.log_every": 3, "checkpoint.every": 7}
     assert content_hash(override(tiny, other)) == content_hash(tiny)
     assert content_hash(override(tiny, {"project_every": 2})) != content_hash(tiny)
@@ -45,9 +45,7 @@ def test_where_a_run_takes_place_does_not_decide_what_it_computes(tiny: TrainCon
         ("steps: 4", "steps: [4", "{file}:5:11: not valid YAML"),
     ],
 )
-def test_a_mistake_in_the_file_is_answered_with_its_position(
-    old: str, new: str, message: str, settings_file: Path
-) -> None:
+def test_an_error_in_the_file_has_its_position(old: str, new: str, message: str, settings_file: Path) -> None:
     settings_file.write_text(settings_file.read_text().replace(old, new))
     with pytest.raises(ConfigError) as caught:
         read_config(settings_file, [])
@@ -55,7 +53,7 @@ def test_a_mistake_in_the_file_is_answered_with_its_position(
     assert line.startswith(message.format(file=settings_file))
 
 
-def test_all_mistakes_of_a_file_are_shown_at_once_in_one_line_each(settings_file: Path) -> None:
+def test_all_errors_of_a_file_are_reported_together(settings_file: Path) -> None:
     settings_file.write_text(settings_file.read_text().replace("n_layer: 1", "n_layer: 0").replace("1e-2", "-1"))
     with pytest.raises(ConfigError) as caught:
         read_config(settings_file, [])
@@ -63,7 +61,7 @@ def test_all_mistakes_of_a_file_are_shown_at_once_in_one_line_each(settings_file
     assert sorted(lines) == ["2", "9"]
 
 
-def test_assignments_win_over_the_file_and_the_file_over_the_defaults(settings_file: Path) -> None:
+def test_assignments_override_the_file_and_the_file_overrides_defaults(settings_file: Path) -> None:
     config = read_config(settings_file, ["lr=3e-2", "model.alpha=0.2"])
     assert (config.optim.lr, config.model.alpha, config.steps) == (0.03, 0.2, 4)
     assert config.project_every == TrainConfig().project_every

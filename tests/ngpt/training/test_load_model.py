@@ -83,12 +83,12 @@ def test_a_loaded_model_computes_what_the_run_computed(
 
 
 @pytest.mark.parametrize("where", ["run", "checkpoints", "step"])
-def test_a_model_is_found_by_its_run_its_checkpoints_or_one_of_them(where: str, trained: Path) -> None:
+def test_a_model_is_found_by_its_run_or_checkpoint_folder(where: str, trained: Path) -> None:
     path = {"run": trained, "checkpoints": trained / "checkpoints", "step": step(trained, 3)}[where]
     assert find_checkpoint(path).step == (3 if where == "step" else 8)
 
 
-def test_a_checkpoint_needs_neither_its_run_nor_the_corpus(
+def test_a_checkpoint_can_be_loaded_without_its_run_and_corpus(
     trained: Path, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     moved = copied(step(trained, 8), tmp_path / "alone")
@@ -110,7 +110,7 @@ def test_loading_unpickles_nothing(trained: Path, monkeypatch: pytest.MonkeyPatc
     assert load_model(trained).checkpoint.step == 8
 
 
-def test_the_best_is_the_one_with_the_lowest_validation_loss(tmp_path: Path) -> None:
+def test_the_best_checkpoint_has_the_lowest_validation_loss(tmp_path: Path) -> None:
     cfg = ModelConfig(n_layer=1, n_head=2, n_embd=8, block_size=4, vocab_size=300)
     identity = {f"model.{name}": value for name, value in flatten(cfg).items()}
     for number, loss in enumerate([3.0, 2.0, None, 2.5], start=1):
@@ -123,7 +123,7 @@ def test_the_best_is_the_one_with_the_lowest_validation_loss(tmp_path: Path) -> 
         find_checkpoint(tmp_path / "step_0000003", best=True)
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_left_where_it_is(
+def test_a_damaged_checkpoint_is_skipped_and_not_renamed(
     trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = copied(trained, tmp_path / "run")
@@ -144,7 +144,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_left_where_it_is(
         load_model(run)
 
 
-def test_a_wrong_folder_is_answered_with_what_to_give_instead(trained: Path, tmp_path: Path) -> None:
+def test_an_error_for_a_wrong_folder_suggests_another(trained: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="missing: no such folder"):
         load_model(tmp_path / "missing")
     with pytest.raises(ConfigError, match=r"model\.safetensors: a file, give the folder that it is in"):
@@ -157,7 +157,7 @@ def test_a_wrong_folder_is_answered_with_what_to_give_instead(trained: Path, tmp
         load_model(tmp_path)
 
 
-def test_settings_that_leave_the_weights_alone_can_be_changed(trained: Path) -> None:
+def test_settings_that_do_not_affect_weights_can_be_changed(trained: Path) -> None:
     plain = load_model(trained).model
     longer = load_model(trained, block_size=64, rope_scaling="yarn", rope_factor=4).model
     assert (longer.cfg.block_size, longer.cfg.rope_scaling, len(longer.cos)) == (64, "yarn", 64)
@@ -190,14 +190,14 @@ def test_settings_that_do_not_fit_the_weights_are_refused(changes: dict[str, Any
         load_model(trained, **changes)
 
 
-def test_changes_of_the_command_line_are_settings_of_the_model_and_nothing_else(trained: Path) -> None:
+def test_set_changes_only_settings_of_the_model(trained: Path) -> None:
     assert parse_model_changes(["rope_factor=4", "model.tied=true"]) == {"model.rope_factor": 4, "model.tied": True}
     for name in ("device", "best", "tokenizer", "path", "lr"):
         with pytest.raises(ConfigError, match=f"{name}: unknown setting"):
             load_model(trained, **parse_model_changes([f"{name}=1"]))
 
 
-def test_another_tokenizer_than_the_models_is_refused(trained: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_other_than_the_models_is_refused(trained: Path, tmp_path: Path) -> None:
     own = shutil.copy(step(trained, 8) / "tokenizer.model", tmp_path / "mine.model")
     again = load_model(trained, tokenizer=str(own)).tokenizer
     assert again is not None and again.vocab_size == 400
@@ -214,7 +214,7 @@ def _unused_field() -> bytes:
     return bytes([0xC0, 0x3E, 0x01])
 
 
-def test_a_model_of_shards_has_their_tokenizer_if_it_lay_beside_them(
+def test_a_model_trained_on_shards_has_the_tokenizer_beside_them(
     tiny: TrainConfig, dataset: Dataset, tmp_path: Path
 ) -> None:
     def tokenizer_of(number: int, *, beside: bool) -> object:
@@ -234,7 +234,7 @@ def test_a_model_of_shards_has_their_tokenizer_if_it_lay_beside_them(
     assert tokenizer_of(1, beside=False) is None  # its hash is known from before
 
 
-def test_a_given_tokenizer_travels_with_the_checkpoint(
+def test_a_tokenizer_given_by_path_is_saved_in_the_checkpoint(
     tiny: TrainConfig, data: DataConfig, dataset: Dataset, tmp_path: Path
 ) -> None:
     given = Path(shutil.copy(dataset.folder / "tokenizer.model", tmp_path / "given.model"))
@@ -245,7 +245,7 @@ def test_a_given_tokenizer_travels_with_the_checkpoint(
     assert np.array_equal(tokenizer.encode("a file"), load_tokenizer(data.tokenizer, dataset.folder).encode("a file"))
 
 
-def test_what_a_checkpoint_carries_is_no_part_of_its_identity(trained: Path) -> None:
+def test_the_tokenizer_in_a_checkpoint_is_not_part_of_its_identity(trained: Path) -> None:
     folder = step(trained, 8)
     manifest = json.loads((folder / "MANIFEST.json").read_text())
     assert sorted(manifest["files"]) == ["model.safetensors", "state.pt", "tokenizer.model"]
@@ -253,7 +253,7 @@ def test_what_a_checkpoint_carries_is_no_part_of_its_identity(trained: Path) -> 
     assert tokenizer_origin(verify_checkpoint(folder)).spec == "sentencepiece:400"
 
 
-def test_a_converted_model_needs_no_run_behind_it(trained: Path, tmp_path: Path) -> None:
+def test_a_converted_model_can_be_loaded(trained: Path, tmp_path: Path) -> None:
     cfg = ModelConfig(n_layer=1, n_head=2, n_embd=8, block_size=4, vocab_size=450)
     spec = str(step(trained, 8) / "tokenizer.model")
     identity = {f"model.{name}": value for name, value in flatten(cfg).items()} | {"data.tokenizer": spec}

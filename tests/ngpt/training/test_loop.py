@@ -30,7 +30,9 @@ def test_the_loss_falls_by_more_than_a_nat(kind: str, tiny: TrainConfig, dataset
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_two_runs_are_equal_to_the_last_bit(kind: str, tiny: TrainConfig, dataset: Dataset, tmp_path: Path) -> None:
+def test_two_runs_of_one_config_agree_bit_for_bit(
+    kind: str, tiny: TrainConfig, dataset: Dataset, tmp_path: Path
+) -> None:
     config = override(tiny, AWKWARD | MODELS[kind])
     results = [run(config, tmp_path / name, dataset) for name in "ab"]
     assert untimed(results[0].metrics) == untimed(results[1].metrics)
@@ -38,12 +40,12 @@ def test_two_runs_are_equal_to_the_last_bit(kind: str, tiny: TrainConfig, datase
     assert_equal_weights(weights(tmp_path / "a", 8), weights(tmp_path / "b", 8))
 
 
-def test_another_seed_is_another_run(tiny: TrainConfig, dataset: Dataset, tmp_path: Path) -> None:
+def test_another_seed_gives_another_result(tiny: TrainConfig, dataset: Dataset, tmp_path: Path) -> None:
     one, other = (run(override(tiny, {"seed": seed}), tmp_path / str(seed), dataset) for seed in (1, 2))
     assert one.metrics["val_loss"] != other.metrics["val_loss"]
 
 
-def test_how_often_to_look_does_not_change_what_is_learnt(tiny: TrainConfig, dataset: Dataset, tmp_path: Path) -> None:
+def test_logging_and_evaluation_do_not_change_the_weights(tiny: TrainConfig, dataset: Dataset, tmp_path: Path) -> None:
     looks = [
         {},
         {"tracker.log_every": 1, "eval_every": 1, "checkpoint.every": 2},
@@ -55,7 +57,7 @@ def test_how_often_to_look_does_not_change_what_is_learnt(tiny: TrainConfig, dat
         assert_equal_weights(weights(tmp_path / str(number), 8), weights(tmp_path / "0", 8))
 
 
-def test_the_train_loss_is_the_mean_of_the_last_ten_steps_however_often_it_is_logged(
+def test_the_train_loss_is_the_mean_of_the_last_ten_steps(
     tiny: TrainConfig, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     losses: list[float] = []
@@ -82,9 +84,7 @@ def test_the_learning_rate_follows_the_schedule(tiny: TrainConfig, dataset: Data
     assert rates == pytest.approx([0.0025, 0.005, 0.0075, 0.01, *wave])
 
 
-def test_the_learning_rate_that_is_logged_is_the_one_that_is_used(
-    tiny: TrainConfig, dataset: Dataset, tmp_path: Path
-) -> None:
+def test_the_logged_learning_rate_is_the_one_in_use(tiny: TrainConfig, dataset: Dataset, tmp_path: Path) -> None:
     config = override(resolved(tiny), {"schedule.warmup_steps": 4, "optim.name": "muon", "lr_other": 0.04})
     each = set_up(config, tmp_path, resume=None, dataset=dataset)
     for step in range(1, 4):
@@ -94,7 +94,7 @@ def test_the_learning_rate_that_is_logged_is_the_one_that_is_used(
 
 
 @pytest.mark.parametrize("micro", [1, 2])
-def test_micro_batches_have_the_loss_and_gradients_of_the_whole(
+def test_micro_batches_add_up_to_the_loss_and_gradients_of_the_batch(
     micro: int, tiny: TrainConfig, dataset: Dataset, tmp_path: Path
 ) -> None:
     batch = train_batch(dataset, seed=0, step=0, batch_size=4, block_size=16)
@@ -110,7 +110,7 @@ def test_micro_batches_have_the_loss_and_gradients_of_the_whole(
         torch.testing.assert_close(other.grad, one.grad, atol=1e-6, rtol=0)
 
 
-def test_the_gradient_is_clipped_and_its_norm_before_that_is_logged(
+def test_the_gradient_is_clipped_and_its_unclipped_norm_is_logged(
     tiny: TrainConfig, dataset: Dataset, tmp_path: Path
 ) -> None:
     norms = []
@@ -123,7 +123,7 @@ def test_the_gradient_is_clipped_and_its_norm_before_that_is_logged(
     assert norms[0] == pytest.approx(norms[1]) and norms[0] > 0.01
 
 
-def test_lazy_projection_leaves_the_sphere_in_between_and_returns_at_the_end(
+def test_lazy_projection_leaves_the_sphere_and_returns_at_the_end(
     tiny: TrainConfig, dataset: Dataset, tmp_path: Path
 ) -> None:
     seen, _ = watch(override(tiny, {"project_every": 3, "eval_every": 1}), tmp_path, dataset)
@@ -137,7 +137,9 @@ def test_lazy_projection_leaves_the_sphere_in_between_and_returns_at_the_end(
     np.testing.assert_allclose(np.concatenate([rows, columns]), 1, atol=1e-6)
 
 
-def test_projection_at_every_step_is_what_keeps_the_sphere(tiny: TrainConfig, dataset: Dataset, tmp_path: Path) -> None:
+def test_projection_at_every_step_keeps_the_weights_on_the_sphere(
+    tiny: TrainConfig, dataset: Dataset, tmp_path: Path
+) -> None:
     seen, _ = watch(override(tiny, {"eval_every": 1}), tmp_path, dataset)
     assert max(float(row["weight_norm_error"] or 0) for row in seen) < 1e-6
     assert max(float(row["activation_norm_error"] or 0) for row in seen) < 1e-5
@@ -154,7 +156,7 @@ def test_bfloat16_learns_like_float32(tiny: TrainConfig, dataset: Dataset, tmp_p
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler, when it is first loaded
 @pytest.mark.parametrize("kind", MODELS)
-def test_a_compiled_run_in_bfloat16_ends_where_an_eager_one_in_float32_does(
+def test_compiled_bfloat16_ends_where_eager_float32_does(
     kind: str, tiny: TrainConfig, dataset: Dataset, tmp_path: Path
 ) -> None:
     config = override(tiny, MODELS[kind] | {"steps": 60, "batch_size": 16})
@@ -164,7 +166,7 @@ def test_a_compiled_run_in_bfloat16_ends_where_an_eager_one_in_float32_does(
 
 
 @pytest.mark.parametrize("broken", ["loss", "gradient"])
-def test_a_step_that_is_not_finite_ends_the_run_and_is_not_taken(
+def test_a_step_that_is_not_finite_ends_the_run_and_is_not_applied(
     broken: str, tiny: TrainConfig, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs: list[Run] = []
@@ -197,7 +199,7 @@ def test_a_step_that_is_not_finite_ends_the_run_and_is_not_taken(
 
 
 @pytest.mark.parametrize("steps", [1, 20])
-def test_a_far_too_large_learning_rate_is_reported_as_divergence(
+def test_a_far_too_large_learning_rate_is_a_divergence(
     steps: int, tiny: TrainConfig, dataset: Dataset, tmp_path: Path
 ) -> None:
     config = override(tiny, {"model.residual": "add", "optim.lr": 1e38, "steps": steps})

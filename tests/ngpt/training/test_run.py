@@ -89,7 +89,7 @@ def killed_in_step(step: int, patch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize(("kill", "every"), [(killed_after_save, 1), (killed_in_step, 3)])
-def test_a_run_that_was_killed_anywhere_ends_as_if_it_had_not_been(
+def test_a_run_killed_at_any_step_and_resumed_ends_as_an_undisturbed_one(
     kind: str,
     kill: Callable[[int, pytest.MonkeyPatch], None],
     every: int,
@@ -117,7 +117,7 @@ def test_a_run_that_was_killed_anywhere_ends_as_if_it_had_not_been(
         assert kept[0] == kept[1]  # the last few and the best so far
 
 
-def test_a_process_that_is_killed_for_real_loses_nothing(tiny: TrainConfig, tmp_path: Path) -> None:
+def test_a_process_killed_with_sigkill_loses_nothing(tiny: TrainConfig, tmp_path: Path) -> None:
     """SIGKILL while it trains, as soon as some checkpoint is there, and once more further on."""
     steps = {"steps": 240, "eval_every": 80, "checkpoint.every": 9, "project_every": 7, "optim.name": "muon"}
     config = override(tiny, steps)
@@ -143,7 +143,7 @@ def test_a_process_that_is_killed_for_real_loses_nothing(tiny: TrainConfig, tmp_
     assert_equal_states(optimizer_states(out, 240), optimizer_states(tmp_path / "straight", 240))
 
 
-def test_a_run_that_is_dropped_at_each_evaluation_ends_as_if_it_had_not_been(
+def test_a_run_closed_at_any_evaluation_and_resumed_ends_as_an_undisturbed_one(
     awkward: TrainConfig, dataset: Dataset, tmp_path: Path
 ) -> None:
     straight = run(awkward, tmp_path / "straight", dataset)
@@ -157,9 +157,7 @@ def test_a_run_that_is_dropped_at_each_evaluation_ends_as_if_it_had_not_been(
         assert rows(tmp_path / str(count)) == rows(tmp_path / "straight")
 
 
-def test_a_finished_run_that_is_resumed_has_the_same_result_and_does_nothing(
-    awkward: TrainConfig, dataset: Dataset, tmp_path: Path
-) -> None:
+def test_resuming_a_finished_run_returns_its_result(awkward: TrainConfig, dataset: Dataset, tmp_path: Path) -> None:
     first = run(awkward, tmp_path, dataset)
     before = (tmp_path / "metrics.jsonl").read_text()
     seen, second = watch(awkward, tmp_path, dataset, resume="latest")
@@ -167,21 +165,19 @@ def test_a_finished_run_that_is_resumed_has_the_same_result_and_does_nothing(
     assert {**second.metrics, "peak_memory_bytes": 0} == {**first.metrics, "peak_memory_bytes": 0}
 
 
-def test_resuming_goes_past_a_damaged_checkpoint(awkward: TrainConfig, dataset: Dataset, tmp_path: Path) -> None:
+def test_resuming_skips_a_damaged_checkpoint(awkward: TrainConfig, dataset: Dataset, tmp_path: Path) -> None:
     straight = run(awkward, tmp_path, dataset)
     (tmp_path / "checkpoints" / "step_0000008" / "state.pt").write_bytes(b"")
     resumed = run(awkward, tmp_path, dataset, resume="latest")
     assert untimed(resumed.metrics) == untimed(straight.metrics)
 
 
-def test_resuming_where_there_is_nothing_starts_at_the_beginning(
-    tiny: TrainConfig, dataset: Dataset, tmp_path: Path
-) -> None:
+def test_resuming_without_checkpoints_starts_at_step_0(tiny: TrainConfig, dataset: Dataset, tmp_path: Path) -> None:
     seen, _ = watch(tiny, tmp_path, dataset, resume="latest")
     assert seen[0]["step"] == 0
 
 
-def test_a_fresh_run_does_not_overwrite_an_earlier_one(tiny: TrainConfig, dataset: Dataset, tmp_path: Path) -> None:
+def test_a_new_run_does_not_overwrite_an_earlier_one(tiny: TrainConfig, dataset: Dataset, tmp_path: Path) -> None:
     run(tiny, tmp_path, dataset)
     before = (tmp_path / "metrics.jsonl").read_text()
     with pytest.raises(ConfigError, match="holds checkpoints of an earlier run: resume it, or choose another folder"):
@@ -197,9 +193,7 @@ def test_a_checkpoint_of_another_config_is_refused(tiny: TrainConfig, dataset: D
         run(tiny, tmp_path, dataset, resume="best")
 
 
-def test_other_data_under_the_same_name_are_refused_but_may_move(
-    tiny: TrainConfig, corpus: Path, tmp_path: Path
-) -> None:
+def test_the_corpus_may_move_but_not_change(tiny: TrainConfig, corpus: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy.txt"
     copy.write_bytes(corpus.read_bytes())
     list(train(tiny, tmp_path / "out"))
@@ -210,7 +204,7 @@ def test_other_data_under_the_same_name_are_refused_but_may_move(
         list(train(moved, tmp_path / "out", resume="latest"))
 
 
-def test_a_checkpoint_has_a_validation_loss_where_these_weights_were_evaluated(
+def test_a_checkpoint_has_the_validation_loss_of_its_own_weights(
     tiny: TrainConfig, dataset: Dataset, tmp_path: Path
 ) -> None:
     often = {"checkpoint.every": 1, "checkpoint.keep_last": 9}
@@ -225,7 +219,7 @@ def test_a_checkpoint_has_a_validation_loss_where_these_weights_were_evaluated(
     assert sorted(saved) == list(range(1, 9))
 
 
-def test_the_clock_leaves_out_the_first_steps_and_those_in_which_something_was_tried_twice() -> None:
+def test_the_clock_leaves_out_warmup_and_discarded_steps() -> None:
     state = TrainState()
     clock = Clock(state, warmup=2)
     for tokens in (1, 10, 100):

@@ -35,7 +35,7 @@ def track(folder: Path, *steps: int, keep_until: int | None = None, **extra: Any
     return rows(folder / "metrics.jsonl")
 
 
-def test_every_row_is_a_line_of_strict_json_and_what_is_not_finite_is_null(tmp_path: Path) -> None:
+def test_a_row_is_a_line_of_strict_json_with_null_for_nan(tmp_path: Path) -> None:
     values = {"a": 0.1, "b": float("nan"), "c": float("inf"), "d": -float("inf"), "e": None, "f": 3}
     expected = {"step": 5, "a": 0.1, "b": None, "c": None, "d": None, "e": None, "f": 3}
     assert track(tmp_path / "new" / "folder", 5, **values) == [expected]
@@ -54,18 +54,18 @@ def test_a_reader_sees_each_row_as_soon_as_it_is_logged(tmp_path: Path) -> None:
             assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == list(range(step + 1))
 
 
-def test_a_fresh_run_starts_an_empty_file(tmp_path: Path) -> None:
+def test_a_new_run_starts_with_an_empty_file(tmp_path: Path) -> None:
     track(tmp_path, 1, 2, 3)
     assert track(tmp_path, 1) == [{"step": 1}]
 
 
-def test_a_resumed_run_drops_what_came_after_its_checkpoint(tmp_path: Path) -> None:
+def test_a_resumed_run_drops_the_rows_after_its_checkpoint(tmp_path: Path) -> None:
     track(tmp_path, 1, 2, 2, 3, 4, attempt=1)
     resumed = track(tmp_path, 3, keep_until=2, attempt=2)
     assert [(row["step"], row["attempt"]) for row in resumed] == [(1, 1), (2, 1), (2, 1), (3, 2)]
 
 
-def test_a_line_that_a_killed_process_left_half_written_is_ignored(tmp_path: Path) -> None:
+def test_a_half_written_last_line_is_ignored(tmp_path: Path) -> None:
     track(tmp_path, 1, 2)
     path = tmp_path / "metrics.jsonl"
     whole = path.read_bytes()
@@ -75,7 +75,7 @@ def test_a_line_that_a_killed_process_left_half_written_is_ignored(tmp_path: Pat
     assert track(tmp_path, 3, keep_until=2) == [{"step": 1}, {"step": 2}, {"step": 3}]
 
 
-def test_a_crash_while_a_run_resumes_loses_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_crash_while_resuming_loses_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     track(tmp_path, 1, 2, 3)
 
     def crash(*_: object) -> None:
@@ -88,7 +88,7 @@ def test_a_crash_while_a_run_resumes_loses_no_row(tmp_path: Path, monkeypatch: p
     assert [row["step"] for row in rows(tmp_path / "metrics.jsonl")] == [1, 2, 3]
 
 
-def test_rows_that_a_full_disk_does_not_take_wait_for_the_next_one(
+def test_rows_that_a_full_disk_refuses_are_written_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def refuse(*_: object) -> None:
@@ -111,7 +111,7 @@ def test_rows_that_a_full_disk_does_not_take_wait_for_the_next_one(
     assert "metrics.jsonl: No space left on device; its rows wait in memory" in caplog.text
 
 
-def test_the_last_rows_are_tried_twice(
+def test_the_last_sync_is_retried_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     real, calls = LineFile.sync, []
@@ -127,9 +127,7 @@ def test_the_last_rows_are_tried_twice(
     assert len(calls) == 2 and "Input/output error" in caplog.text
 
 
-def test_a_run_whose_rows_never_reach_the_disk_does_not_end_well(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_that_never_reach_the_disk_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -141,28 +139,28 @@ def test_a_run_whose_rows_never_reach_the_disk_does_not_end_well(
 @pytest.mark.parametrize(
     "rest", [b"\0" * 40 + b"\n", b'{"step": \0\0\n', b'\0"step": 4}\n{"step": 5}\n', b"[3]\n", b"\xff\n"]
 )
-def test_whatever_a_power_loss_leaves_after_the_checkpoint_a_run_goes_on(tmp_path: Path, rest: bytes) -> None:
+def test_a_run_resumes_after_any_damage_a_power_loss_leaves(tmp_path: Path, rest: bytes) -> None:
     track(tmp_path, 1, 2, 3)
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(path.read_bytes() + rest)
     assert track(tmp_path, 3, keep_until=2) == [{"step": 1}, {"step": 2}, {"step": 3}]
 
 
-def test_no_file_means_no_rows(tmp_path: Path) -> None:
+def test_a_missing_file_has_no_rows(tmp_path: Path) -> None:
     assert read_metrics(tmp_path / "metrics.jsonl") == []
 
 
 @pytest.mark.parametrize("value", [0, 1.5, None, "text", True])
-def test_what_json_can_say_is_left_as_it_is(value: object) -> None:
+def test_values_that_json_can_hold_are_unchanged(value: object) -> None:
     assert finite_or_none(value) is value
 
 
-def test_tracking_does_not_decide_what_is_computed() -> None:
+def test_tracker_settings_are_not_part_of_the_identity() -> None:
     assert not any(is_identity(TrackerConfig, name) for name in settings(TrackerConfig))
     assert content_hash(TrackerConfig(wandb="offline", log_every=3)) == content_hash(PLAIN)
 
 
-def test_an_unknown_mode_is_refused() -> None:
+def test_an_unknown_wandb_mode_is_refused() -> None:
     with pytest.raises(ConfigError, match="unknown wandb mode 'ofline', did you mean 'offline'"):
         build(TrackerConfig, {"wandb": "ofline"})
 
@@ -191,13 +189,13 @@ def test_a_histogram_counts_every_finite_value_once(values: np.ndarray) -> None:
         assert (found.edges, found.counts) == ([], [])
 
 
-def test_values_that_are_spread_fill_the_bins_from_end_to_end() -> None:
+def test_a_histogram_spans_the_values() -> None:
     found = histogram(np.linspace(-1.0, 3.0, 32 * 5, dtype=np.float32))
     assert (found.edges[0], found.edges[-1]) == (-1.0, 3.0)
     assert min(found.counts) >= 4
 
 
-def test_equal_values_are_one_bar_in_the_middle() -> None:
+def test_equal_values_fall_into_one_bin() -> None:
     found = histogram([0.05, 0.05, float("nan")])
     assert [count for count in found.counts if count] == [2]
     assert found.edges[0] == pytest.approx(0.05, rel=1e-3)
@@ -206,12 +204,12 @@ def test_equal_values_are_one_bar_in_the_middle() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_a_tensor_is_as_good_as_an_array(dtype: torch.dtype) -> None:
+def test_a_histogram_accepts_tensors(dtype: torch.dtype) -> None:
     values = torch.tensor([[0.25, 0.5, float("nan")], [1.0, 2.0, 3.0]], dtype=dtype, requires_grad=True)
     assert histogram(values) == histogram([0.25, 0.5, float("nan"), 1.0, 2.0, 3.0])
 
 
-def test_histograms_are_rows_of_their_own_file_and_follow_a_resumed_run(tmp_path: Path) -> None:
+def test_histograms_have_their_own_file_and_are_dropped_like_rows(tmp_path: Path) -> None:
     path = tmp_path / "histograms.jsonl"
     with Tracker(PLAIN, tmp_path, settings={}) as tracker:
         tracker.log_histograms(0, {})
@@ -260,13 +258,13 @@ print(*[name for name in ("numpy", "wandb", "tensorboard", "torch") if name in s
 RUN = Path("b", "0123456789")
 
 
-def test_a_run_that_nobody_watches_imports_no_watcher(tmp_path: Path) -> None:
+def test_plain_tracking_imports_neither_wandb_nor_tensorboard(tmp_path: Path) -> None:
     done = python(USE, tmp_path, TRACKER="{}")
     assert (done.stdout.split(), done.stderr) == (["numpy"], "")  # for the histograms
     assert sorted(path.name for path in (tmp_path / RUN).iterdir()) == ["histograms.jsonl", "metrics.jsonl"]
 
 
-def test_an_offline_run_of_weights_and_biases_holds_what_was_logged_and_goes_on_in_another_place(
+def test_an_offline_wandb_run_holds_what_was_logged_and_continues_in_another_folder(
     tmp_path: Path,
 ) -> None:
     key = "0123456789abcdef" * 3
@@ -305,7 +303,7 @@ def test_an_offline_run_of_weights_and_biases_holds_what_was_logged_and_goes_on_
 # ---- TensorBoard ---------------------------------------------------------------------------------------------------
 
 
-def test_tensorboard_shows_one_story_of_a_run_that_was_interrupted(tmp_path: Path) -> None:
+def test_tensorboard_shows_an_interrupted_run_without_repeated_steps(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     cfg = TrackerConfig(tensorboard=True)
@@ -329,7 +327,7 @@ def test_tensorboard_shows_one_story_of_a_run_that_was_interrupted(tmp_path: Pat
     assert json.loads(note.tensor_proto.string_val[0]) == ["train_000003.bin"]
 
 
-def test_tensorboard_that_is_not_installed_is_an_error_that_says_what_to_do(
+def test_missing_tensorboard_is_an_error_that_names_the_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = TrackerConfig(tensorboard=True)

@@ -77,22 +77,22 @@ def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("status", [200, 401, 404])
-def test_a_server_that_answers_is_there_whatever_it_says_of_us(status: int) -> None:
+def test_any_answer_below_500_means_the_server_is_up(status: int) -> None:
     with server(status) as url:
         assert no_answer(url, seconds=5) is None
 
 
 @pytest.mark.parametrize("status", [500, 502, 503])
-def test_a_server_or_a_proxy_that_cannot_answer_is_not_there(status: int) -> None:
+def test_a_status_of_500_or_more_means_the_server_is_down(status: int) -> None:
     with server(status) as url:
         assert no_answer(url, seconds=5) == f"127.0.0.1 answers with status {status}"
 
 
-def test_a_closed_port_is_said_to_be_one() -> None:
+def test_a_closed_port_is_reported() -> None:
     assert no_answer(closed_port(), seconds=5) == REFUSED
 
 
-def test_a_server_that_never_answers_is_not_waited_for() -> None:
+def test_a_silent_server_costs_only_the_timeout() -> None:
     with black_hole() as url:
         answer = no_answer(url, seconds=0.2)
     assert answer in ("127.0.0.1 does not answer within 0.2 s", "127.0.0.1 cannot be reached (timed out)")
@@ -125,14 +125,12 @@ def test_a_key_may_be_in_the_environment(name: str, monkeypatch: pytest.MonkeyPa
         ("api.wandb.ai", "https://api.forge.coreweave.com", True),  # the same service, by its older name
     ],
 )
-def test_a_key_in_the_netrc_file_belongs_to_one_server(tmp_path: Path, machine: str, url: str, found: bool) -> None:
+def test_a_netrc_key_belongs_to_one_server(tmp_path: Path, machine: str, url: str, found: bool) -> None:
     (tmp_path / ".netrc").write_text(f"machine {machine}\n  login user\n  password {KEY}\n")
     assert (no_key(url) is None) == found
 
 
-def test_a_netrc_file_may_be_elsewhere_and_a_damaged_one_is_not_quoted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_netrc_is_respected_and_a_damaged_file_is_not_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "keys"
     monkeypatch.setenv("NETRC", str(path))
     path.write_text(f"machine host login user password {KEY}\n")
@@ -161,7 +159,7 @@ for wanted, environment in json.loads(os.environ["CASES"]):
 """
 
 
-def test_auto_is_online_where_there_are_a_key_and_a_server_and_says_why_it_is_not(tmp_path: Path) -> None:
+def test_auto_is_online_with_key_and_server_and_otherwise_reports_why_not(tmp_path: Path) -> None:
     later = "upload later with: wandb sync results/trials/*/wandb/offline-run-*"
     settings = tmp_path / "configured" / "settings"
     settings.parent.mkdir()
@@ -189,7 +187,7 @@ def test_auto_is_online_where_there_are_a_key_and_a_server_and_says_why_it_is_no
     assert done.stderr == ""
 
 
-def test_nothing_is_asked_where_the_config_says_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_and_disabled_need_no_probe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)  # importing it would now fail
     assert [choose_mode(mode, tmp_path) for mode in ("offline", "disabled")] == ["offline", "disabled"]
     with pytest.raises(ImportError):
@@ -257,7 +255,7 @@ with WandbRun(folder, mode=mode, **options) as run:
 """
 
 
-def test_an_online_run_reaches_the_server_under_its_own_id_with_its_own_steps(tmp_path: Path) -> None:
+def test_an_online_run_sends_its_id_its_steps_and_its_settings(tmp_path: Path) -> None:
     with serving(FakeServer) as url:
         done = python(ONLINE, tmp_path, WANDB_API_KEY=KEY, WANDB_BASE_URL=url)
     assert (done.stdout, done.stderr) == ("", "")
@@ -297,7 +295,7 @@ for name in ("first", "second"):
 """
 
 
-def test_a_server_that_goes_away_costs_a_run_its_online_log_and_not_its_numbers(tmp_path: Path) -> None:
+def test_a_lost_server_turns_runs_offline_without_losing_rows(tmp_path: Path) -> None:
     done = python(LOSE, tmp_path, WANDB_API_KEY=KEY, WANDB_BASE_URL=closed_port())
     (said,) = done.stderr.splitlines()  # the second run does not wait, and has nothing new to say
     assert said.startswith("W&B: offline from here on, since ")
@@ -314,7 +312,7 @@ def test_a_server_that_goes_away_costs_a_run_its_online_log_and_not_its_numbers(
     assert holding == []
 
 
-def test_a_trial_is_the_same_run_wherever_it_goes_on_and_another_in_another_campaign(tmp_path: Path) -> None:
+def test_a_run_id_depends_on_the_campaign_and_the_trial_only(tmp_path: Path) -> None:
     here, there = tmp_path / "a" / "0123456789", tmp_path / "b" / "0123456789"
     first = run_id(here, project="p", group="campaign")
     assert run_id(there, project="p", group="campaign") == first
@@ -328,7 +326,7 @@ def test_a_trial_is_the_same_run_wherever_it_goes_on_and_another_in_another_camp
     assert not here.exists()
 
 
-def test_a_run_of_its_own_takes_its_id_along(tmp_path: Path) -> None:
+def test_a_run_outside_campaigns_keeps_its_id_in_its_folder(tmp_path: Path) -> None:
     one, other = tmp_path / "one", tmp_path / "other"
     one.mkdir()
     other.mkdir()
