@@ -1,8 +1,8 @@
 """torch.compile for a process that trains many models in turn, and for later processes.
 
-Within a process, `compile_for` traces each graph once. Compiled code is cached on disk by its content (torch's AOTAutograd
-and Inductor caches, and Triton's), so other workers and later runs trace their graphs but compile nothing. torch keeps
-this cache in the temporary folder, which is emptied; `use_disk_cache` moves it to the cache folder.
+Within a process, `compile_for` traces each graph once. Compiled code is cached on disk by its content (torch's
+AOTAutograd and Inductor caches, and Triton's), so other workers and later runs trace their graphs but compile nothing.
+torch keeps this cache in the temporary folder, which is emptied; `use_disk_cache` moves it to the cache folder.
 """
 
 import functools

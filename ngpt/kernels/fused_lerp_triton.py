@@ -1,24 +1,23 @@
-"""The Triton kernels behind ngpt/kernels/fused_lerp.py: one forward and one backward, a token (a row of D numbers) at a time.
+"""The Triton kernels of fused_lerp.py, forward and backward. They process one token, a row of D numbers, at a time.
 
 Forward. With u = x / |x|, h = f / |f| and z = u + alpha * (h - u), alpha per channel: y = z / |z|. A length below EPS
-counts as EPS, as in `ngpt.model.norm.l2_normalize`, so that the zero vector stays zero.
+counts as EPS, as in `ngpt.model.norm.l2_normalize`, so the zero vector stays zero.
 
-Backward. Let g be the gradient of y. For a unit vector v / |v| the differential is (dv - u (u . dv)) / |v| with u that
-unit vector, and the matrix is symmetric: the gradient of v is what is left of the gradient of u at right angles to u,
-over |v|. Where |v| < EPS the divisor is a constant, and the gradient is only divided by it. Three times this, and twice
-the product rule:
+Backward. Let g be the gradient of y. The differential of u = v / |v| is (dv - u (u . dv)) / |v|, a symmetric map, so
+the gradient of v is the gradient of u minus its part along u, over |v|. Where |v| < EPS the divisor is constant and the
+gradient is only divided by it. Applying this three times and the product rule twice:
 
     gz     = (g - y (y . g)) / |z|
     galpha = sum over the tokens of gz * (h - u)
     gh     = alpha * gz          gf = (gh - h (h . gh)) / |f|
     gu     = gz - alpha * gz     gx = (gu - u (u . gu)) / |x|
 
-Nothing is kept for it but x and f: u, h and z are computed again, in registers, which costs no memory traffic. For
-galpha a program adds up the tokens of its own in order and writes the sum, and a second pass adds the programs' sums.
-There is no atomic addition, and how many programs there are depends on the shape only, so the result is repeatable.
+Only x and f are kept for it; u, h and z are recomputed in registers, without memory traffic. For galpha, each program
+adds up its tokens in order and writes the sum; a second pass adds these sums. There are no atomic additions and the
+number of programs depends on the shape only, so the result is reproducible.
 
-Everything is computed in float32, whatever is read and written. Importing this file needs Triton, and to run the
-kernels on a CPU, in its interpreter, TRITON_INTERPRET=1 in the environment before Triton is first imported.
+Everything is computed in float32, whatever the dtypes of the operands. Importing this file needs Triton. To run the
+kernels on a CPU in Triton's interpreter, set TRITON_INTERPRET=1 before Triton is first imported.
 """
 
 import math
@@ -30,9 +29,9 @@ import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
 EPS = tl.constexpr(1e-12)
-PER_WARP = 256  # numbers of a row: eight to each of 32 threads
-MOST_WARPS = 16  # of a program
-BACKWARD_WARPS = 4096  # of all programs together: what fills the largest GPUs twice over
+WARP_COLUMNS = 256  # columns per warp: 8 for each of 32 threads
+MAX_WARPS = 16  # per program
+BACKWARD_WARPS = 4096  # of all programs together: fills the largest GPUs twice
 
 
 @triton.jit
@@ -42,22 +41,22 @@ def _row(start, columns, inside):
 
 @triton.jit
 def _unit(vector):
-    """The vector at length 1, and its length."""
-    # The rounded square root and division: Triton's plain ones are approximate. Once a row, they cost nothing.
+    """The vector scaled to length 1, and its length."""
+    # Correctly rounded: Triton's plain square root and division are approximate. Once per row, they cost nothing.
     length = tl.sqrt_rn(tl.sum(vector * vector, axis=0))
     return vector * tl.div_rn(1.0, tl.maximum(length, EPS)), length
 
 
 @triton.jit
 def _before_unit(gradient, unit, length):
-    """The gradient of a vector from that of its unit vector."""
+    """The gradient of a vector, given that of its unit vector."""
     along = tl.where(length >= EPS, tl.sum(gradient * unit, axis=0), 0.0)
     return (gradient - along * unit) * tl.div_rn(1.0, tl.maximum(length, EPS))
 
 
 @triton.jit
 def _forward(x_start, f_start, alpha_start, y_start, alpha_stride, width, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * width  # int64: the stream may have more than 2^31 numbers
+    at = tl.program_id(0).to(tl.int64) * width  # int64: the stream may hold more than 2^31 numbers
     columns = tl.arange(0, BLOCK)
     inside = columns < width
     alpha = _row(alpha_start, columns * alpha_stride, inside)
@@ -104,7 +103,7 @@ def _backward(
 
 
 def forward(x: Tensor, f: Tensor, alpha: Tensor) -> Tensor:
-    """y, float32 (N, D), of contiguous x and f (N, D) and alpha (D,), which may be one number expanded."""
+    """y, float32 (N, D), for contiguous x and f (N, D) and alpha (D,), which may be an expanded number."""
     tokens, width = x.shape
     y = torch.empty_like(x, dtype=torch.float32)
     _launch(_forward, tokens, width, x, f, alpha, y, alpha.stride(0), width)
@@ -112,7 +111,7 @@ def forward(x: Tensor, f: Tensor, alpha: Tensor) -> Tensor:
 
 
 def backward(x: Tensor, f: Tensor, alpha: Tensor, gy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x and f, in their types, and of alpha, float32 (D,), from that of y, contiguous (N, D)."""
+    """Gradients of x and f, in their dtypes, and of alpha, float32 (D,), from that of y, contiguous (N, D)."""
     tokens, width = x.shape
     tokens_each = math.ceil(tokens / (BACKWARD_WARPS // _sizes(width)[1]))
     programs = math.ceil(tokens / tokens_each)
@@ -124,11 +123,11 @@ def backward(x: Tensor, f: Tensor, alpha: Tensor, gy: Tensor) -> tuple[Tensor, T
 
 def _launch(kernel: Any, programs: int, row: int, first: Tensor, *rest: Tensor | int) -> None:
     block, warps = _sizes(row)
-    with torch.cuda.device_of(first):  # Triton launches on the current device, whatever the tensors say
+    with torch.cuda.device_of(first):  # Triton launches on the current device, not on that of the tensors
         kernel[(programs,)](first, *rest, BLOCK=block, num_warps=warps)
 
 
 def _sizes(width: int) -> tuple[int, int]:
-    """A row's numbers rounded up to a power of two, which Triton's blocks are, and how many warps share them."""
+    """The width rounded up to a power of two, as Triton's blocks need it, and the number of warps for it."""
     block = 1 << (width - 1).bit_length()
-    return block, max(1, min(MOST_WARPS, block // PER_WARP))
+    return block, max(1, min(MAX_WARPS, block // WARP_COLUMNS))

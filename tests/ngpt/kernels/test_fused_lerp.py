@@ -1,4 +1,4 @@
-"""When the residual step is the GPU kernel's and when it is torch's; the kernels themselves: test_fused_kernels.py."""
+"""When the residual step uses the GPU kernel and when torch; the kernels themselves: test_fused_lerp_triton.py."""
 
 import logging
 from typing import Any
@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ngpt.kernels import fused_lerp as fused
-from ngpt.kernels.fused_lerp import DTYPES, WIDEST, should_fuse, works
+from ngpt.kernels.fused_lerp import DTYPES, MAX_WIDTH, SWITCH, is_correct, should_fuse
 from ngpt.model import residual
 from ngpt.model.norm import l2_normalize
 from ngpt.model.residual import Residual, lerp
@@ -25,34 +25,46 @@ def operands(
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float32),
     devices: tuple[str, ...] = ("cuda", "cuda", "cuda"),
 ) -> list[Tensor]:
-    """Tensors that say they are on a GPU and have no memory anywhere."""
+    """Fake tensors on a GPU, without memory."""
     with FakeTensorMode():
         kinds = zip((x, x if f is None else f, alpha), dtypes, devices, strict=True)
         return [torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in kinds]
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """A GPU machine with Triton whose kernels work; the list says for which operands that was asked."""
-    questions: list[tuple[Any, ...]] = []
+def checked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """A GPU machine with working kernels, turned on; the list holds the operands that they were checked for."""
+    operands: list[tuple[Any, ...]] = []
 
-    def always(*operand: Any) -> bool:
-        questions.append(operand)
+    def check(*operand: Any) -> bool:
+        operands.append(operand)
         return True
 
+    monkeypatch.setenv(SWITCH, "1")
     monkeypatch.setattr(fused, "has_triton", lambda: True)
-    monkeypatch.setattr(fused, "works", always)
-    return questions
+    monkeypatch.setattr(fused, "is_correct", check)
+    return operands
 
 
 @pytest.mark.parametrize("alpha", [(8,), (1,), ()])
 @pytest.mark.parametrize("x", DTYPES)
 @pytest.mark.parametrize("f", DTYPES)
-def test_an_uncompiled_step_on_a_gpu_is_the_kernels(
-    alpha: tuple[int, ...], x: torch.dtype, f: torch.dtype, asked: list[tuple[Any, ...]]
+def test_an_uncompiled_step_on_a_gpu_uses_the_kernels_if_they_are_turned_on(
+    alpha: tuple[int, ...], x: torch.dtype, f: torch.dtype, checked: list[tuple[Any, ...]]
 ) -> None:
     assert should_fuse(*operands(alpha=alpha, dtypes=(x, f, torch.float32)))
-    assert asked == [(torch.device("cuda:0"), 8, x, f)]
+    assert checked == [(torch.device("cuda:0"), 8, x, f)]
+
+
+@pytest.mark.parametrize("value", [None, "", "0", "true"])
+def test_the_kernels_are_off_by_default(
+    value: str | None, checked: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(SWITCH)
+    if value is not None:
+        monkeypatch.setenv(SWITCH, value)
+    assert not should_fuse(*operands())
+    assert checked == []
 
 
 @pytest.mark.parametrize(
@@ -68,45 +80,49 @@ def test_an_uncompiled_step_on_a_gpu_is_the_kernels(
         {"alpha": (2, 3, 1)},  # divided by r of each token
         {"alpha": (2, 3, 8)},
         {"x": (0, 3, 8)},
-        {"x": (2, 3, WIDEST + 1), "alpha": (1,)},
+        {"x": (2, 3, MAX_WIDTH + 1), "alpha": (1,)},
     ],
 )
-def test_what_the_kernels_are_not_made_for_is_torchs(other: dict[str, Any], asked: list[tuple[Any, ...]]) -> None:
-    assert not should_fuse(*operands(**other))
-    assert asked == []
-
-
-def test_without_triton_or_where_the_kernels_fail_the_step_is_torchs(
-    asked: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+def test_operands_that_the_kernels_do_not_support_use_torch(
+    other: dict[str, Any], checked: list[tuple[Any, ...]]
 ) -> None:
-    monkeypatch.setattr(fused, "works", lambda *_: False)
+    assert not should_fuse(*operands(**other))
+    assert checked == []
+
+
+def test_without_triton_or_with_wrong_kernels_the_step_uses_torch(
+    checked: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fused, "is_correct", lambda *_: False)
     assert not should_fuse(*operands())
-    monkeypatch.setattr(fused, "works", lambda *_: pytest.fail("asked without Triton"))
+    monkeypatch.setattr(fused, "is_correct", lambda *_: pytest.fail("checked without Triton"))
     monkeypatch.setattr(fused, "has_triton", lambda: False)
     assert not should_fuse(*operands())
 
 
-def test_a_compiled_step_is_left_to_the_compiler(asked: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiled_step_does_not_use_the_kernels(
+    checked: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert not should_fuse(*operands())
-    assert asked == []
+    assert checked == []
 
 
 @pytest.fixture
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, ...]]:
-    """What lerp hands to the kernels, on a machine where they serve all that fits."""
+    """The operands that `lerp` passes to the kernels, on a machine where they are used whenever they can be."""
     taken: list[tuple[Tensor, ...]] = []
 
     def take(*operand: Tensor) -> Tensor:
         taken.append(operand)
         return operand[0]
 
-    monkeypatch.setattr(residual, "should_fuse", fused.fits)
+    monkeypatch.setattr(residual, "should_fuse", fused.supports)
     monkeypatch.setattr(residual, "fused_lerp", take)
     return taken
 
 
-def test_only_lerp_with_the_plain_norm_goes_to_the_kernels(steps: list[tuple[Tensor, ...]]) -> None:
+def test_only_lerp_with_the_plain_norm_uses_the_kernels(steps: list[tuple[Tensor, ...]]) -> None:
     given = [torch.randn(SHAPE), torch.randn(SHAPE), torch.rand(8)]
     for name, rule in residual.RESIDUAL_RULES.items():
         rule(*given, l2_normalize)
@@ -122,7 +138,7 @@ def test_only_lerp_with_the_plain_norm_goes_to_the_kernels(steps: list[tuple[Ten
     ("renormalize", "training", "fuses"),
     [(1.0, True, True), (1.0, False, True), (0.5, False, True), (0.5, True, False), (0.0, True, False)],
 )
-def test_a_residual_goes_to_the_kernels_where_it_always_renormalises(
+def test_a_residual_uses_the_kernels_if_it_always_renormalizes(
     renormalize: float, training: bool, fuses: bool, steps: list[tuple[Tensor, ...]]
 ) -> None:
     connection = Residual("lerp", size=8, alpha=0.3, scale=0.3, renormalize=renormalize).train(training)
@@ -133,38 +149,33 @@ def test_a_residual_goes_to_the_kernels_where_it_always_renormalises(
     assert len(steps) == fuses
 
 
-def refuse(error: BaseException) -> Any:
-    def deviation(*_: object) -> float:
+def failing(error: BaseException) -> Any:
+    def max_error(*_: object) -> float:
         raise error
 
-    return deviation
+    return max_error
 
 
 @pytest.mark.parametrize(
     "error", [RuntimeError("Failed to find C compiler"), FileNotFoundError("ptxas"), "TritonError", 0.5, float("nan")]
 )
-def test_kernels_that_cannot_be_built_or_are_wrong_are_not_used_and_a_warning_says_why(
+def test_kernels_that_do_not_build_or_are_wrong_are_not_used_and_a_warning_says_why(
     error: BaseException | float | str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     errors = pytest.importorskip("triton.errors")
     error = errors.TritonError("too old") if error == "TritonError" else error
-    monkeypatch.setattr(fused, "deviation", (lambda *_: error) if isinstance(error, float) else refuse(error))
+    monkeypatch.setattr(fused, "max_error", (lambda *_: error) if isinstance(error, float) else failing(error))
     with caplog.at_level(logging.WARNING):
-        assert not works.__wrapped__(torch.device("cpu"), 8, torch.float32, torch.float32)
+        assert not is_correct.__wrapped__(torch.device("cpu"), 8, torch.float32, torch.float32)
     assert len(caplog.records) == 1 and "without the fused kernel" in caplog.text
     assert isinstance(error, float) or str(error) in caplog.text
 
 
-def test_a_lack_of_memory_says_nothing_about_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), TypeError("a bug"), KeyboardInterrupt()]
+)
+def test_other_errors_of_the_check_are_raised(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton.errors")
-    monkeypatch.setattr(fused, "deviation", refuse(torch.OutOfMemoryError("CUDA out of memory")))
-    with pytest.raises(torch.OutOfMemoryError):
-        works.__wrapped__(torch.device("cpu"), 8, torch.float32, torch.float32)
-
-
-@pytest.mark.parametrize("error", [TypeError("a bug"), KeyboardInterrupt()])
-def test_an_error_of_ours_is_not_swallowed(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("triton.errors")
-    monkeypatch.setattr(fused, "deviation", refuse(error))
+    monkeypatch.setattr(fused, "max_error", failing(error))
     with pytest.raises(type(error)):
-        works.__wrapped__(torch.device("cpu"), 8, torch.float32, torch.float32)
+        is_correct.__wrapped__(torch.device("cpu"), 8, torch.float32, torch.float32)

@@ -1,4 +1,4 @@
-"""The kernels against float64, on a GPU where there is one and else in Triton's interpreter; skipped without Triton."""
+"""The Triton kernels against float64, on a GPU or in Triton's interpreter; skipped without Triton."""
 
 import os
 import subprocess
@@ -22,7 +22,7 @@ from tests.helpers.numpy_gpt import RULES
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 triton = pytest.importorskip("triton", minversion=None if DEVICE.type == "cuda" else "3.7")  # 3.6's: NumPy < 2.4
 
-from ngpt.kernels import fused_lerp_triton as fused_kernels  # noqa: E402
+from ngpt.kernels import fused_lerp_triton  # noqa: E402
 
 FLOATS, HALVES = torch.float32, torch.bfloat16
 FORWARD, BACKWARD = 1e-6, 1e-5  # of the largest entry of a row
@@ -38,7 +38,7 @@ def exact(x: Tensor, f: Tensor, alpha: Tensor) -> Tensor:
 
 
 def both_ways(formulation: object, tensors: list[Tensor], towards: Tensor, dtype: torch.dtype | None) -> list[Tensor]:
-    """The value and the gradients of three leaves, in `dtype` or as they are."""
+    """The value and the gradients of three leaves, converted to `dtype` if it is given."""
     leaves = [tensor.detach().to(DEVICE, dtype or tensor.dtype, copy=True).requires_grad_() for tensor in tensors]
     y = formulation(*leaves)  # pyright: ignore[reportCallIssue]
     y.backward(towards.to(y))
@@ -46,7 +46,7 @@ def both_ways(formulation: object, tensors: list[Tensor], towards: Tensor, dtype
 
 
 def check(tensors: list[Tensor], towards: Tensor) -> None:
-    """Each row is right relative to its own largest entry: a zero vector's gradient is 1e12 times another's."""
+    """Compares each row relative to its own largest entry: a zero vector's gradient is 1e12 times another's."""
     x, f, alpha = tensors
     ours = both_ways(fused_lerp, tensors, towards, None)
     expected = both_ways(exact, [x, f, alpha.expand(x.shape[-1])], towards, torch.float64)
@@ -96,7 +96,7 @@ def test_value_and_gradients_are_those_of_the_formula_in_float64(
 
 
 @pytest.mark.parametrize("width", [1024, 1500, 4096])
-def test_wide_rows_are_right_as_well(width: int) -> None:
+def test_wide_rows_are_right(width: int) -> None:
     check(
         [random(2, width), random(2, width, number=1).bfloat16(), random(width, number=3).sigmoid()],
         random(2, width, number=2),
@@ -115,7 +115,7 @@ def test_a_vector_shorter_than_eps_is_divided_by_eps() -> None:
 
 
 def test_gradients_are_the_differences_of_the_formula() -> None:
-    """Central differences of the NumPy formula, for x on the sphere, which it takes for granted, and any f."""
+    """Against central differences of the NumPy formula, for x on the sphere, as the formula assumes, and any f."""
     x, f, alpha, towards = (
         F.normalize(random(1, 9)),
         random(1, 9, number=1),
@@ -139,7 +139,7 @@ def test_gradients_are_the_differences_of_the_formula() -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 6, 7, 20])
-def test_programs_that_have_several_tokens_add_up_their_gradients_of_alpha(
+def test_programs_with_several_tokens_add_up_their_gradients_of_alpha(
     tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given, towards = (
@@ -147,7 +147,7 @@ def test_programs_that_have_several_tokens_add_up_their_gradients_of_alpha(
         random(tokens, 12, number=2),
     )
     alone = both_ways(fused_lerp, given, towards, None)
-    monkeypatch.setattr(fused_kernels, "BACKWARD_WARPS", 3)  # the last of three has fewer tokens than the others
+    monkeypatch.setattr(fused_lerp_triton, "BACKWARD_WARPS", 3)  # the last program has fewer tokens
     check(given, towards)
     together = both_ways(fused_lerp, given, towards, None)
     for one, other in zip(alone[:3], together[:3], strict=True):
@@ -155,17 +155,17 @@ def test_programs_that_have_several_tokens_add_up_their_gradients_of_alpha(
     assert torch.equal(together[3], both_ways(fused_lerp, given, towards, None)[3])
 
 
-def test_tensors_that_are_not_contiguous_are_read_as_they_are() -> None:
+def test_tensors_that_are_not_contiguous_are_read_correctly() -> None:
     x, f, alpha = random(12, 3, 2).permute(2, 1, 0), random(2, 3, 24)[..., ::2], random(24, number=3).sigmoid()[::2]
     check([x.contiguous(), f.contiguous(), alpha.contiguous()], torch.ones(2, 3, 12))
     leaves = [tensor.to(DEVICE).requires_grad_() for tensor in (x, f, alpha)]
-    fused_lerp(*leaves).sum().backward()  # the gradient of a sum is one number expanded
+    fused_lerp(*leaves).sum().backward()  # the gradient of a sum is an expanded number
     packed = both_ways(fused_lerp, [x.contiguous(), f.contiguous(), alpha.contiguous()], torch.ones(2, 3, 12), None)
     for leaf, expected in zip(leaves, packed[1:], strict=True):
         assert leaf.grad is not None and torch.equal(leaf.grad.cpu(), expected)
 
 
-def test_nothing_is_kept_for_the_backward_pass_but_the_operands() -> None:
+def test_only_the_operands_are_kept_for_the_backward_pass() -> None:
     given = [
         tensor.to(DEVICE).requires_grad_() for tensor in (random(2, 12), random(2, 12, number=1), random(12, number=3))
     ]
@@ -184,40 +184,40 @@ def test_a_second_derivative_is_refused() -> None:
 
 
 @pytest.mark.parametrize("dtypes", [(FLOATS, FLOATS), (FLOATS, HALVES)])
-def test_the_trial_of_the_kernels_passes_and_leaves_no_trace(
+def test_the_check_passes_and_does_not_touch_the_random_state(
     dtypes: tuple[torch.dtype, torch.dtype], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fused, "TRIED", 8)  # the interpreter is slow
+    monkeypatch.setattr(fused, "CHECKED_TOKENS", 8)  # the interpreter is slow
     torch.manual_seed(1)
     expected = torch.rand(3)
     torch.manual_seed(1)
     with torch.inference_mode(), torch.autocast(DEVICE.type, torch.bfloat16):
-        assert fused.works.__wrapped__(DEVICE, 48, *dtypes)
+        assert fused.is_correct.__wrapped__(DEVICE, 48, *dtypes)
     assert torch.equal(torch.rand(3), expected)
 
 
 @pytest.mark.parametrize("result", range(3))
 @pytest.mark.parametrize("factor", [1.01, float("nan")])
-def test_the_trial_of_the_kernels_notices_a_wrong_gradient(
-    result: int, factor: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    backward = fused_kernels.backward
+def test_the_check_notices_a_wrong_gradient(result: int, factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    backward = fused_lerp_triton.backward
 
     def wrong(*given: Tensor) -> tuple[Tensor, ...]:
         return tuple(gradient * (factor if n == result else 1) for n, gradient in enumerate(backward(*given)))
 
-    monkeypatch.setattr(fused_kernels, "backward", wrong)
-    monkeypatch.setattr(fused, "TRIED", 8)
-    assert not fused.works.__wrapped__(DEVICE, 16, FLOATS, FLOATS)
+    monkeypatch.setattr(fused_lerp_triton, "backward", wrong)
+    monkeypatch.setattr(fused, "CHECKED_TOKENS", 8)
+    assert not fused.is_correct.__wrapped__(DEVICE, 16, FLOATS, FLOATS)
 
 
 @pytest.mark.parametrize("alpha_kind", ["vector", "scalar", "head"])
-def test_a_model_learns_the_same_with_the_kernels_as_without(alpha_kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_has_the_same_loss_and_gradients_with_the_kernels(
+    alpha_kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=6, vocab_size=31, alpha_kind=alpha_kind)
     idx = torch.randint(31, (2, 7), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     outcomes = []
-    for serves in (lambda *_: False, fused.fits):
-        monkeypatch.setattr(residual, "should_fuse", serves)
+    for should_fuse in (lambda *_: False, fused.supports):
+        monkeypatch.setattr(residual, "should_fuse", should_fuse)
         model = GPT(config).to(DEVICE)
         loss = model(idx[:, :-1], idx[:, 1:])
         loss.backward()
@@ -226,19 +226,19 @@ def test_a_model_learns_the_same_with_the_kernels_as_without(alpha_kind: str, mo
         torch.testing.assert_close(ours, plain, atol=BACKWARD * float(plain.abs().max()), rtol=0)
 
 
-@pytest.mark.skipif(DEVICE.type == "cuda", reason="the other tests compile them")
-def test_the_kernels_compile_for_gpus_that_are_not_here(tmp_path: Path) -> None:
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="the other tests compile the kernels")
+def test_the_kernels_compile_for_other_gpus(tmp_path: Path) -> None:
     code = """
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from ngpt.kernels import fused_lerp_triton as fused_kernels
+from ngpt.kernels import fused_lerp_triton
 
-for kernel in (fused_kernels._forward, fused_kernels._backward):
+for kernel in (fused_lerp_triton._forward, fused_lerp_triton._backward):
     types = {name: "i32" for name in kernel.arg_names} | {"BLOCK": "constexpr"}
     types |= {name: "*bf16" if name in ("f_start", "gf_start") else "*fp32" for name in types if "start" in name}
     for capability, width in ((80, 100), (90, 4096)):
-        block, warps = fused_kernels._sizes(width)
+        block, warps = fused_lerp_triton._sizes(width)
         source = ASTSource(fn=kernel, signature=types, constexprs={"BLOCK": block})
         made = compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
         assert "sqrt.rn.f32" in made.asm["ptx"] and "div.rn.f32" in made.asm["ptx"] and "atom" not in made.asm["ptx"]
