@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from collections import Counter
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
@@ -217,6 +218,15 @@ def test_every_path_in_a_document_exists(document: Path) -> None:
     files = re.findall(r"(?<![\w./-])\w+\.(?:py|cpp|h)\b", text)
     missing += [name for name in files if name not in names and not (ROOT / name).exists() and name not in EXAMPLES]
     assert missing == []
+
+
+def test_every_file_beside_the_python_is_installed() -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["package-data"]
+    files = [path for name in ("ngpt", "tune") for path in (ROOT / name).rglob("*.*") if path.is_file()]
+    data = [path for path in files if path.suffix not in (".py", ".pyc")]
+    packages = {path: ".".join(path.relative_to(ROOT).parent.parts) for path in data}
+    assert len(data) >= 6
+    assert [p.name for p in data if not any(p.match(glob) for glob in listed.get(packages[p], []))] == []
 
 
 def test_every_package_says_what_it_is_for() -> None:
