@@ -1,4 +1,4 @@
-"""The shape of the program: who may import whom, what a fresh start loads, and that nothing is without a test."""
+"""The structure of the code: import order, reserved packages, start-up imports, test files and documents."""
 
 import ast
 import importlib
@@ -29,7 +29,7 @@ WINGS = (
 LEAF = "tune/format.py"  # imports no wing of tune, so every one of them may use it
 MOST_FILES = 14  # in a wing
 
-# Packages that only these files may import. The lists are complete.
+# Packages that only these files import.
 RESERVED = {
     "ray": {"tune/executors/ray_executor.py", "tune/executors/ray_trainable.py"},
     "wandb": {"ngpt/training/wandb_tracker.py"},
@@ -115,18 +115,18 @@ def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
             yield node
 
 
-def test_the_library_knows_nothing_of_the_campaigns() -> None:
+def test_ngpt_does_not_import_the_campaign_engine() -> None:
     for package in ("ray", "rich", "tune", "run_campaign"):
         assert {name for name in importers(package) if name.startswith("ngpt/")} == set()
     assert importers("run_campaign") == set()
 
 
 @pytest.mark.parametrize("package", RESERVED)
-def test_a_package_of_the_outside_is_imported_in_one_place(package: str) -> None:
+def test_a_third_party_package_is_imported_only_where_it_is_allowed(package: str) -> None:
     assert importers(package) == RESERVED[package]
 
 
-def test_the_name_tune_is_our_package_and_never_rays() -> None:
+def test_the_name_tune_never_means_ray_tune() -> None:
     """`from ray import tune` would make two of them; `import ray.tune` does not."""
     found = [
         f"{NAMES[path]}:{used.line}: write `import ray.tune`"
@@ -162,7 +162,7 @@ def test_production_code_does_not_import_benchmarks() -> None:
     assert {name for name in importers("ngpt.bench") | importers("tune.bench") if "/bench/" not in name} == set()
 
 
-def test_no_module_imports_itself_by_way_of_others() -> None:
+def test_there_are_no_import_cycles() -> None:
     modules = {module_name(path) for path in SOURCES}
     graph: dict[str, set[str]] = {}
     for path in SOURCES:
@@ -171,7 +171,7 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
     tuple(TopologicalSorter(graph).static_order())  # raises CycleError with the circle
 
 
-def test_the_command_line_starts_without_what_it_may_not_need() -> None:
+def test_the_command_line_starts_without_heavy_imports() -> None:
     heavy = ("torch", "ray", "pyarrow", "plotly", "wandb", "tensorboard", "scipy", "sentencepiece", "pandas")
     code = f"import sys, run_campaign; print(*[name for name in {heavy} if name in sys.modules])"
     done = subprocess.run(
@@ -220,7 +220,7 @@ def test_every_path_in_a_document_exists(document: Path) -> None:
     assert missing == []
 
 
-def test_every_file_beside_the_python_is_installed() -> None:
+def test_every_data_file_of_a_package_is_installed() -> None:
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["package-data"]
     files = [path for name in ("ngpt", "tune") for path in (ROOT / name).rglob("*.*") if path.is_file()]
     data = [path for path in files if path.suffix not in (".py", ".pyc")]
@@ -229,7 +229,7 @@ def test_every_file_beside_the_python_is_installed() -> None:
     assert [p.name for p in data if not any(p.match(glob) for glob in listed.get(packages[p], []))] == []
 
 
-def test_every_package_says_what_it_is_for() -> None:
+def test_every_package_has_a_docstring() -> None:
     packages = {path.parent for path in SOURCES} - {ROOT}
     inits = {package: package / "__init__.py" for package in packages}
     assert [str(package) for package, init in inits.items() if not init.is_file()] == []
@@ -237,7 +237,7 @@ def test_every_package_says_what_it_is_for() -> None:
 
 
 @pytest.mark.parametrize(("module", "names"), PUBLIC.items())
-def test_what_users_import_can_be_imported(module: str, names: tuple[str, ...]) -> None:
+def test_public_imports_work(module: str, names: tuple[str, ...]) -> None:
     imported = importlib.import_module(module)
     assert [name for name in names if not hasattr(imported, name)] == []
 
@@ -252,7 +252,7 @@ def test_functions_fit_on_a_screen() -> None:
     assert long == []
 
 
-def test_public_functions_say_what_they_do() -> None:
+def test_public_functions_have_docstrings() -> None:
     silent = [
         f"{NAMES[path]}:{node.lineno}: {node.name}"
         for path in SOURCES
@@ -262,6 +262,6 @@ def test_public_functions_say_what_they_do() -> None:
     assert silent == []
 
 
-def test_every_file_but_an_empty_one_says_what_it_is_for() -> None:
+def test_every_file_has_a_docstring() -> None:
     trees = {NAMES[path]: ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES}
     assert [name for name, tree in trees.items() if tree.body and not ast.get_docstring(tree)] == []

@@ -1,4 +1,4 @@
-"""The presets in experiments/models: their parameters counted by hand, and that training can start from each."""
+"""The presets in experiments/models: parameter counts, sources, and a first loss from each."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from ngpt.model.gpt import GPT, ModelConfig
 FOLDER = Path(__file__).parent.parent / "experiments" / "models"
 # Layers, width, vocabulary, and the matrices of a block in width^2: 4 of attention, 8 of relu^2 or 12 of SwiGLU.
 SIZES = {
-    "1.3M": (4, 128, 2048, 12),  # with as many tokens as the campaigns that ask for it have; it says nothing itself
+    "1.3M": (4, 128, 2048, 12),  # the preset leaves the vocabulary to the tokenizer; 2048 is what campaigns use
     "13.7M": (4, 128, 50257, 12),
     "30.5M": (6, 256, 50257, 12),
     "52.8M": (8, 384, 50257, 12),
@@ -23,8 +23,8 @@ SIZES = {
     "nvidia-0.5B": (24, 1024, 50304, 16),
     "nanochat-d4": (4, 256, 65536, 12),
 }
-# As the seeds and the paper (table 2: 468.4M and 1026.1M) give them, in millions, to all digits that they give.
-SAID = {"13.7M": 13.7, "30.5M": 30.5, "52.8M": 52.8, "0.5B": 468.5, "1B": 1026.2, "nvidia-0.5B": 506.0}
+# In millions, as the source reports and the paper (table 2: 468.4M and 1026.1M) state them.
+STATED = {"13.7M": 13.7, "30.5M": 30.5, "52.8M": 52.8, "0.5B": 468.5, "1B": 1026.2, "nvidia-0.5B": 506.0}
 
 
 def preset(name: str) -> ModelConfig:
@@ -39,7 +39,7 @@ def n_params(cfg: ModelConfig) -> int:
         return sum(parameter.numel() for parameter in GPT(cfg).parameters())
 
 
-def test_every_preset_is_counted_here() -> None:
+def test_every_preset_has_a_count() -> None:
     assert {path.stem for path in FOLDER.glob("*.yaml")} == set(SIZES)
 
 
@@ -52,12 +52,12 @@ def test_the_parameters_of_a_preset_are_those_counted_by_hand(name: str) -> None
     hidden = 8 if units == 16 else 4
     scales = n_layer * (3 + hidden) * width + vocabulary if cfg.on_sphere else 0
     assert n_params(cfg) == matrices + scales
-    assert matrix_params(cfg) == matrices - vocabulary * width  # an embedding is a lookup, no product
+    assert matrix_params(cfg) == matrices - vocabulary * width  # an embedding is a lookup, not a product
 
 
-@pytest.mark.parametrize("name", SAID)
-def test_the_parameters_of_a_preset_are_those_that_its_source_says(name: str) -> None:
-    assert n_params(preset(name)) / 1e6 == pytest.approx(SAID[name], rel=0.001)
+@pytest.mark.parametrize("name", STATED)
+def test_the_parameters_of_a_preset_are_those_its_source_states(name: str) -> None:
+    assert n_params(preset(name)) / 1e6 == pytest.approx(STATED[name], rel=0.001)
 
 
 def test_nanochats_preset_is_its_depth_four() -> None:
@@ -67,7 +67,7 @@ def test_nanochats_preset_is_its_depth_four() -> None:
 
 @pytest.mark.parametrize("name", SIZES)
 def test_a_preset_computes_a_loss_near_that_of_guessing(name: str) -> None:
-    """The architecture as it is, with few tokens, layers and channels."""
+    """The architecture of the preset with fewer tokens, layers and channels."""
     cfg = preset(name)
     small = override(cfg, {"n_layer": 2, "n_embd": cfg.n_head * 8, "vocab_size": 97, "block_size": 16})
     idx = torch.randint(97, (4, 16), generator=torch.Generator().manual_seed(1))
