@@ -199,10 +199,11 @@ def test_every_file_has_a_test_file_in_the_mirrored_wing() -> None:
     assert all(list((ROOT / "tests").rglob(test)) for test in UNTESTED.values())
 
 
-def test_the_readme_names_every_wing_and_stays_short() -> None:
+def test_the_readme_names_every_wing_and_document_and_stays_short() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert [wing for wing in WINGS if wing != "." and not re.search(rf"^{wing}/ ", text, flags=re.MULTILINE)] == []
     assert len(text.splitlines()) <= README_LINES
+    assert [path.name for path in ROOT.glob("docs/*.md") if f"(docs/{path.name}" not in text] == []
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
