@@ -221,6 +221,18 @@ def test_every_path_in_a_document_exists(document: Path) -> None:
     assert missing == []
 
 
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_anchor_in_a_document_is_a_heading(document: Path) -> None:
+    links = re.findall(r"\]\((?!https?:)([\w./-]*)#([\w-]+)\)", document.read_text(encoding="utf-8"))
+    missing = []
+    for file, anchor in links:
+        text = (document.parent / file if file else document).read_text(encoding="utf-8")
+        headings = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
+        slugs = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+        missing += [] if anchor in slugs else [f"{file}#{anchor}"]
+    assert missing == []
+
+
 def test_every_data_file_of_a_package_is_installed() -> None:
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["package-data"]
     files = [path for name in ("ngpt", "tune") for path in (ROOT / name).rglob("*.*") if path.is_file()]

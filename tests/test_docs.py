@@ -105,8 +105,9 @@ def test_the_campaign_file_page_names_every_key() -> None:
 
 
 def test_every_example_of_a_campaign_file_can_be_loaded(tmp_path: Path) -> None:
-    examples = [text for text in re.findall(r"```yaml\n(.*?)```", CAMPAIGN_FILE, re.DOTALL) if "campaign:" in text]
-    assert len(examples) >= 2
+    pages = DOCS["README"] + CAMPAIGN_FILE
+    examples = [text for text in re.findall(r"```yaml\n(.*?)```", pages, re.DOTALL) if "campaign:" in text]
+    assert len(examples) >= 3
     for text in examples:
         path = tmp_path / "example.yaml"
         path.write_text(text, encoding="utf-8")
