@@ -1,20 +1,20 @@
-"""The claims ledger: sentences of earlier reports, each reproduced, refuted, undecided or without data.
+"""Decides the claims of a campaign: each is reproduced, refuted, undecided or without data.
 
 A claim compares the arms that its `left` and `right` select by their complete settings, in every phase that has both.
-Arms are paired that agree on all else that varies in their phase; where no two do, all are, and the sentence says in
-what else they differ. One pair of arms is judged like an arm and the baseline of its phase (tune/analysis/verdicts.py: seed by
-seed, the noise pooled over the phase). Of several pairs each seed's differences are averaged first: the t interval over
-seeds (Student 1908) stays right if trials are shared between phases or a seed acts alike in all of them.
+Arms are paired if they are equal in everything else that varies in their phase. If no two are, all are paired, and the
+sentence names what else differs. One pair of arms is judged like an arm and the baseline of its phase
+(tune/analysis/verdicts.py: seed by seed, with the noise pooled over the phase). With several pairs, each seed's
+differences are averaged first: the t interval over seeds (Student 1908) stays right if phases share trials or a seed
+acts alike in all of them.
 
-`confidence` is that of the campaign; `min_effect` applies to the campaign's metric and is 0 for others. A wrong `less`
-or `greater` is reproduced in at most (1 - confidence) / 2 of cases, 2.5 % by default, and one that is right by
-`min_effect` is refuted in as many. Claims are not corrected against
-each other: of forty sentences that are all wrong one may well come out reproduced. Nothing is judged by the seeds that
-survived: one seed, or a trial that has not finished, leaves a claim undecided. Where a loss is compared and all seeds
-of one side diverged and none of the other, that side lost, if there are so many that luck would do this in less than
-(1 - confidence) / 2 of cases: 4 ** -seeds, since p (1 - p) <= 1 / 4; three seeds at 95 %.
+`confidence` is the campaign's; `min_effect` applies to the campaign's metric and is 0 for others. A wrong `less` or
+`greater` is reproduced in at most (1 - confidence) / 2 of cases, 2.5 % by default, and a right one with an effect of
+`min_effect` is refuted as rarely. Claims are not corrected against each other: of forty wrong claims, one may well be
+reproduced. Surviving seeds alone decide nothing: with one seed, or an unfinished trial, a claim is undecided. For a
+loss, a side loses if all of its seeds diverged and none of the other's, and if chance would do this in less than
+(1 - confidence) / 2 of cases: 4 ** -seeds, since p (1 - p) <= 1 / 4; that is three seeds at 95 %.
 
-A relation is a function (claim, evidence) -> finding and one entry in `RELATIONS`, with the fields that it needs.
+A relation is a function (claim, evidence) -> verdict and one entry in `RELATIONS`, with the fields that it needs.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -24,14 +24,12 @@ from typing import Any, Literal
 
 from tune.analysis.verdicts import Delta, Judgement, holm
 from tune.claims.arithmetic import evaluate
-from tune.claims.evidence import ONE_SEED, ClaimVerdict, Difference, Evidence, chain, gap, incomplete
+from tune.claims.evidence import ONE_SEED, ClaimVerdict, Difference, Evidence, difference, incomplete, series_along
 from tune.claims.selectors import ClaimArm, describe, matches, short
 from tune.spec.schema import LOSS_METRICS, Claim
 
-Goal = Literal["minimize", "maximize"]
-
-# What may be claimed about, and which way is better.
-METRIC_GOALS: dict[str, Goal] = {
+# The metrics that claims may be about, and which way is better.
+METRIC_GOALS: dict[str, Literal["minimize", "maximize"]] = {
     **dict.fromkeys(LOSS_METRICS, "minimize"),
     "tokens_per_second": "maximize",
     "peak_memory_bytes": "minimize",
@@ -43,21 +41,21 @@ METRIC_GOALS: dict[str, Goal] = {
     "r_replaced": "minimize",
 }
 DIRECTIONS = {"decreasing": 1.0, "increasing": -1.0}  # of the metric along a setting
-ROUNDING = 1 - 1e-9  # an effect of just min_effect counts
-ORDER = ("refuted", "undecided", "no data", "reproduced")  # which of several phases decides
+SLACK = 1 - 1e-9  # so that rounding does not make an effect of exactly min_effect too small
+PRECEDENCE = ("refuted", "undecided", "no data", "reproduced")  # the first of the verdicts of several phases decides
 
 
 def judge_claims(claims: Sequence[Claim], evidence: Evidence) -> list[dict[str, Any]]:
-    """An entry of the ledger for each claim; strict JSON, where a number that there is not is null."""
+    """An entry of the ledger per claim, as strict JSON: a missing number is null."""
     entries = []
     for claim in claims:
         relation = RELATIONS[claim.relation]
         here = [arm for arm in evidence.arms if claim.phase in (None, arm.phase)]
         found = relation.decide(claim, replace(evidence, arms=here))
-        said = {name: getattr(claim, name) for name in ("id", "source", "says", "relation")}
+        fields = {name: getattr(claim, name) for name in ("id", "source", "says", "relation")}
         numbers = {name: getattr(found, name) for name in ("observed", "ci_low", "ci_high")}
         entries.append(
-            said
+            fields
             | {"metric": claim.metric if relation.trains else None, "verdict": found.verdict}
             | {name: value if value is not None and isfinite(value) else None for name, value in numbers.items()}
             | {"n": found.n, "trials": list(found.trials), "why": found.why}
@@ -69,15 +67,15 @@ def judge_claims(claims: Sequence[Claim], evidence: Evidence) -> list[dict[str, 
 
 
 def less(claim: Claim, evidence: Evidence) -> ClaimVerdict:
-    """The interval of left minus right lies below 0, by `min_effect` at least (reproduced), or above -`min_effect`.
+    """Reproduced if the interval of left minus right lies below 0 and the mean is at least `min_effect` from it.
 
-    The latter is refuted: left is worse, or the two are the same for all that matters.
+    Refuted if it lies above -`min_effect`: left is worse, or the two are equivalent.
     """
     return _ordered(claim, evidence, 1.0)
 
 
 def greater(claim: Claim, evidence: Evidence) -> ClaimVerdict:
-    """As `less`, the other way round."""
+    """The mirror image of `less`."""
     return _ordered(claim, evidence, -1.0)
 
 
@@ -86,8 +84,8 @@ def equal(claim: Claim, evidence: Evidence) -> ClaimVerdict:
 
     Two one-sided tests at (1 - confidence) / 2 each (Schuirmann 1987).
     """
-    found = gap(claim, evidence)
-    return found if isinstance(found, ClaimVerdict) else _within(claim, found, _told(claim, found, "minus"), 0.0)
+    found = difference(claim, evidence)
+    return found if isinstance(found, ClaimVerdict) else _within(claim, found, _sentence(claim, found, "minus"), 0.0)
 
 
 def ratio(claim: Claim, evidence: Evidence) -> ClaimVerdict:
@@ -95,88 +93,87 @@ def ratio(claim: Claim, evidence: Evidence) -> ClaimVerdict:
 
     The ratio is the geometric mean over seeds, its interval that of the difference of logarithms.
     """
-    found = gap(claim, evidence, log)
+    found = difference(claim, evidence, log)
     if isinstance(found, ClaimVerdict):
         return replace(found, observed=None if found.observed is None else exp(found.observed))
     found = replace(found, mean=exp(found.mean), low=exp(found.low), high=exp(found.high))
-    return _within(claim, found, _told(claim, found, "over"), claim.value or 0.0)
+    return _within(claim, found, _sentence(claim, found, "over"), claim.value or 0.0)
 
 
 def best(claim: Claim, evidence: Evidence) -> ClaimVerdict:
     """Left beats every other arm of its phase by the Holm-corrected p and `min_effect`; refuted if one beats it.
 
-    It is looked at in each phase where it selects one arm of several: reproduced if all of them agree, refuted if one
-    says so.
+    Every phase in which `left` selects one of several arms is judged: reproduced if all agree, refuted if one refutes.
     """
-    findings: list[ClaimVerdict] = []
+    found: list[ClaimVerdict] = []
     for phase in dict.fromkeys(arm.phase for arm in evidence.arms):
         arms = evidence.in_phase(phase)
         chosen = [arm for arm in arms if matches(claim.left or {}, arm)]
         if len(chosen) == 1 < len(arms):
-            findings.append(_best_of(claim, evidence, chosen[0], arms))
+            found.append(_best_of(claim, evidence, chosen[0], arms))
         elif 1 < len(chosen) < len(arms):
             text = f"{len(chosen)} arms of phase {phase} are {describe(claim.left)}; a claim of the best selects one"
-            findings.append(ClaimVerdict("undecided", text))
-    if not findings:
+            found.append(ClaimVerdict("undecided", text))
+    if not found:
         return ClaimVerdict("no data", f"no phase so far compares {describe(claim.left)} with another arm")
-    return min(findings, key=lambda finding: ORDER.index(finding.verdict))
+    return min(found, key=lambda verdict: PRECEDENCE.index(verdict.verdict))
 
 
 def monotone(claim: Claim, evidence: Evidence) -> ClaimVerdict:
-    """The metric falls (`decreasing`) or rises along the values of a setting, among arms that agree on all else.
+    """The metric falls (`decreasing`) or rises along the values of a setting, among arms equal in everything else.
 
-    Reproduced if each step to the next value goes that way with an interval that excludes 0, and all of it by
-    `min_effect`: every step must pass, which needs no correction (intersection-union test, Berger 1982). Refuted if
-    one value differs from another the wrong way, after Holm over all pairs of values, by `min_effect`.
+    Reproduced if the interval of each step to the next value excludes 0 in that direction, and the whole change is at
+    least `min_effect`: every step must pass, which needs no correction (intersection-union test, Berger 1982). Refuted
+    if two values differ by `min_effect` in the other direction, after Holm over all pairs of values.
     """
-    row = chain(claim, evidence)
-    if row is None:
+    series = series_along(claim, evidence)
+    if series is None:
         return ClaimVerdict("no data", f"no phase so far has arms that differ in {short(claim.setting or '')} alone")
-    outcomes = [cell for name in row.names for cell in row.cells[name].values()]
-    if problem := incomplete(outcomes, claim.metric) or (ONE_SEED if row.seeds < 2 else None):
-        return replace(problem, n=row.seeds, trials=row.trials)
-    sign, least = DIRECTIONS[claim.direction or "decreasing"], evidence.least(claim)
+    outcomes = [outcome for name in series.names for outcome in series.outcomes[name].values()]
+    if problem := incomplete(outcomes, claim.metric) or (ONE_SEED if series.n < 2 else None):
+        return replace(problem, n=series.n, trials=series.trials)
+    sign, min_effect = DIRECTIONS[claim.direction or "decreasing"], evidence.min_effect_of(claim)
     pairs: dict[tuple[int, int], Delta] = {}
-    for i, name in enumerate(row.names):
-        deltas = _deltas(evidence.judge(row.cells, claim, name, method=row.method))
-        pairs |= {(i, j): deltas[row.names[j]] for j in range(i + 1, len(row.names))}
+    for i, name in enumerate(series.names):
+        deltas = _deltas(evidence.judge(series.outcomes, claim, name, method=series.method))
+        pairs |= {(i, j): deltas[series.names[j]] for j in range(i + 1, len(series.names))}
     corrected = holm([1.0 if delta.p is None else delta.p for delta in pairs.values()])
     wrong = [
-        f"from {row.values[i]:g} to {row.values[j]:g}"
+        f"from {series.values[i]:g} to {series.values[j]:g}"
         for ((i, j), delta), p in zip(pairs.items(), corrected, strict=True)
-        if p < 1 - evidence.confidence and sign * delta.mean >= least * ROUNDING and delta.mean
+        if p < 1 - evidence.confidence and sign * delta.mean > 0 and _reaches(delta.mean, min_effect)
     ]
-    steps = [pairs[i, i + 1] for i in range(len(row.names) - 1)]
+    steps = [pairs[i, i + 1] for i in range(len(series.names) - 1)]
     passed = sum(_upper(step, sign) < 0 for step in steps)
-    whole = pairs[0, len(row.names) - 1]
-    told = f"{claim.metric} changes by {_interval(whole.mean, whole.ci_low, whole.ci_high)} {row.where}"
-    told = f"from {short(claim.setting or '')}={row.values[0]:g} to {row.values[-1]:g} {told}"
+    whole = pairs[0, len(series.names) - 1]
+    sentence = f"{claim.metric} changes by {_interval(whole.mean, whole.ci_low, whole.ci_high)} {series.place}"
+    sentence = f"from {short(claim.setting or '')}={series.values[0]:g} to {series.values[-1]:g} {sentence}"
     if wrong:
-        verdict, told = "refuted", f"{told}; it goes the other way {wrong[0]}"
+        verdict, reason = "refuted", f"; it goes the other way {wrong[0]}"
     elif passed < len(steps):
-        verdict, told = "undecided", f"{told}; {passed} of {len(steps)} steps go this way beyond the noise"
-    elif abs(whole.mean) < least * ROUNDING:
-        verdict, told = "undecided", f"{told}, less than min_effect {least:g}"
+        verdict, reason = "undecided", f"; {passed} of {len(steps)} steps go this way beyond the noise"
+    elif not _reaches(whole.mean, min_effect):
+        verdict, reason = "undecided", f", less than min_effect {min_effect:g}"
     else:
-        verdict, told = "reproduced", f"{told}; each of the {len(steps)} steps goes this way beyond the noise"
-    return ClaimVerdict(verdict, told, whole.mean, whole.ci_low, whole.ci_high, row.seeds, row.trials)
+        verdict, reason = "reproduced", f"; each of the {len(steps)} steps goes this way beyond the noise"
+    return ClaimVerdict(verdict, sentence + reason, whole.mean, whole.ci_low, whole.ci_high, series.n, series.trials)
 
 
 def arithmetic(claim: Claim, evidence: Evidence) -> ClaimVerdict:
-    """The expression has the value, to within the tolerance; no trial is needed."""
-    found, value, tolerance = evaluate(claim.expression or ""), claim.value or 0.0, claim.tolerance or 0.0
-    told = f"{claim.expression} = {found:.6g}, the claim says {value:.6g} +- {tolerance:.6g}"
-    return ClaimVerdict("reproduced" if abs(found - value) <= tolerance else "refuted", told, observed=found)
+    """The expression has the value, within the tolerance; no trial is needed."""
+    result, value, tolerance = evaluate(claim.expression or ""), claim.value or 0.0, claim.tolerance or 0.0
+    sentence = f"{claim.expression} = {result:.6g}, the claim says {value:.6g} +- {tolerance:.6g}"
+    return ClaimVerdict("reproduced" if abs(result - value) <= tolerance else "refuted", sentence, observed=result)
 
 
 @dataclass(frozen=True)
 class Relation:
-    """How a claim is decided, and which of its fields must and may be given."""
+    """How a claim is decided, and the fields that it needs and allows."""
 
     decide: Callable[[Claim, Evidence], ClaimVerdict]
     needs: tuple[str, ...]
     allows: tuple[str, ...] = ()
-    trains: bool = True  # whether it is about trials, so that `metric` and `phase` mean something
+    trains: bool = True  # whether it is about trials, so that it may have `metric` and `phase`
 
 
 RELATIONS = {
@@ -191,73 +188,77 @@ RELATIONS = {
 
 
 def _ordered(claim: Claim, evidence: Evidence, sign: float) -> ClaimVerdict:
-    found = gap(claim, evidence)
+    found = difference(claim, evidence)
     if isinstance(found, ClaimVerdict):
         return found
-    told, least = _told(claim, found, "minus"), evidence.least(claim)
+    sentence, min_effect = _sentence(claim, found, "minus"), evidence.min_effect_of(claim)
     low, high = sorted((sign * found.low, sign * found.high))
-    if high < 0 and abs(found.mean) >= least * ROUNDING:
-        verdict = "reproduced"
-    elif low > 0 and abs(found.mean) >= least * ROUNDING:
-        verdict = "refuted"
-    elif low > -least * ROUNDING:
-        verdict, told = "refuted", f"{told}: if there is such an effect, it is less than min_effect {least:g}"
-    elif high < 0:
-        verdict, told = "undecided", f"{told}, less than min_effect {least:g}"
-    else:
-        verdict, told = "undecided", f"{told}, which contains 0"
-    return ClaimVerdict(verdict, told, found.mean, found.low, found.high, found.n, found.trials)
+    if high < 0 and _reaches(found.mean, min_effect):
+        return found.verdict("reproduced", sentence)
+    if low > 0 and _reaches(found.mean, min_effect):
+        return found.verdict("refuted", sentence)
+    if low > -min_effect * SLACK:
+        text = f"{sentence}: if there is such an effect, it is less than min_effect {min_effect:g}"
+        return found.verdict("refuted", text)
+    reason = f"less than min_effect {min_effect:g}" if high < 0 else "which contains 0"
+    return found.verdict("undecided", f"{sentence}, {reason}")
 
 
-def _within(claim: Claim, found: Difference, told: str, value: float) -> ClaimVerdict:
-    """Equivalence: where the interval lies in terms of `value` +- tolerance."""
+def _within(claim: Claim, found: Difference, sentence: str, value: float) -> ClaimVerdict:
+    """Equivalence: where the interval lies relative to `value` +- tolerance."""
     low, high = value - (claim.tolerance or 0.0), value + (claim.tolerance or 0.0)
     if low <= found.low and found.high <= high:
-        verdict, place = "reproduced", "all of it within"
+        verdict, position = "reproduced", "all of it within"
     elif found.high < low or found.low > high:
-        verdict, place = "refuted", "all of it outside"
+        verdict, position = "refuted", "all of it outside"
     else:
-        verdict, place = "undecided", "partly within"
-    told = f"{told}, {place} [{low:.6g}, {high:.6g}]"
-    return ClaimVerdict(verdict, told, found.mean, found.low, found.high, found.n, found.trials)
+        verdict, position = "undecided", "partly within"
+    return found.verdict(verdict, f"{sentence}, {position} [{low:.6g}, {high:.6g}]")
 
 
 def _best_of(claim: Claim, evidence: Evidence, chosen: ClaimArm, arms: Sequence[ClaimArm]) -> ClaimVerdict:
     """Whether `chosen` is the best arm of its phase."""
-    cells, n = evidence.cells(arms, claim.metric), len(chosen.trial_ids)
-    own = list(cells[chosen.name].values())
-    others = {name: list(row.values()) for name, row in cells.items() if name != chosen.name}
+    outcomes, n = evidence.outcomes(arms, claim.metric), len(chosen.trial_ids)
+    own = list(outcomes[chosen.name].values())
+    others = {name: list(row.values()) for name, row in outcomes.items() if name != chosen.name}
     trials = [trial_id for arm in arms for trial_id in arm.trial_ids.values()]
-    told, beaten = f"{describe(claim.left)} in phase {chosen.phase}", "refuted"
+    sentence = f"{describe(claim.left)} in phase {chosen.phase}"
     if winner := next((name for name, row in others.items() if evidence.lost(own, row, n, claim.metric)), None):
-        return ClaimVerdict(beaten, f"{told} diverged with every seed, {winner} with none", n=n, trials=trials)
+        text = f"{sentence} diverged with every seed, {winner} with none"
+        return ClaimVerdict("refuted", text, n=n, trials=trials)
     if problem := incomplete(own, claim.metric) or (ONE_SEED if n < 2 else None):
         return replace(problem, n=n, trials=trials)
     goal = evidence.goal if claim.metric == evidence.metric else METRIC_GOALS[claim.metric]
-    judgement = evidence.judge(cells, claim, chosen.name, goal=goal)
+    judgement = evidence.judge(outcomes, claim, chosen.name, goal=goal)
     ranked = [arm for arm in judgement.arms if arm.arm != chosen.name]
     out = {name for name, row in others.items() if evidence.lost(row, own, n, claim.metric)}
     not_beaten = {arm.arm: arm.verdict for arm in ranked if arm.verdict != "worse" and arm.arm not in out}
-    rival = next((arm for arm in ranked if arm.delta and arm.delta.ci_low is not None), None)
     numbers = (None, None, None)
-    if rival and rival.delta and rival.delta.ci_low is not None and rival.delta.ci_high is not None:
-        numbers = (-rival.delta.mean, -rival.delta.ci_high, -rival.delta.ci_low)
-        told = f"{told} minus the best other arm, {rival.arm}: {claim.metric} {_interval(*numbers)}, {n} seeds"
+    for arm in ranked:
+        if arm.delta and arm.delta.ci_low is not None and arm.delta.ci_high is not None:
+            numbers = (-arm.delta.mean, -arm.delta.ci_high, -arm.delta.ci_low)
+            rival = f"the best other arm, {arm.arm}: {claim.metric} {_interval(*numbers)}"
+            sentence = f"{sentence} minus {rival}, {n} seeds"
+            break
     if better := [name for name, verdict in not_beaten.items() if verdict == "better"]:
-        return ClaimVerdict("refuted", f"{told}; {better[0]} is better", *numbers, n, trials)
+        return ClaimVerdict("refuted", f"{sentence}; {better[0]} is better", *numbers, n, trials)
     if not_beaten:
         listed = ", ".join(f"{name} ({verdict})" for name, verdict in list(not_beaten.items())[:3])
-        return ClaimVerdict("undecided", f"{told}; not beaten: {listed}", *numbers, n, trials)
-    return ClaimVerdict("reproduced", f"{told}; it beats all {len(others)} others", *numbers, n, trials)
+        return ClaimVerdict("undecided", f"{sentence}; not beaten: {listed}", *numbers, n, trials)
+    return ClaimVerdict("reproduced", f"{sentence}; it beats all {len(others)} others", *numbers, n, trials)
 
 
-def _told(claim: Claim, found: Difference, how: str) -> str:
+def _sentence(claim: Claim, found: Difference, operator: str) -> str:
     """`alpha=0.28 minus alpha=0.05: val_loss -0.03 [-0.04, -0.02] on 3 seeds of phase alpha`."""
-    if found.mean in (inf, -inf) or (how == "over" and found.mean == 0):
+    if found.mean in (inf, -inf) or (operator == "over" and found.mean == 0):
         loser, winner = (claim.left, claim.right) if found.mean > 0 else (claim.right, claim.left)
-        return f"{describe(loser)} diverged with every seed, {describe(winner)} with none, {found.where}"
+        return f"{describe(loser)} diverged with every seed, {describe(winner)} with none, {found.place}"
     values = _interval(found.mean, found.low, found.high)
-    return f"{describe(claim.left)} {how} {describe(claim.right)}: {claim.metric} {values} {found.where}"
+    return f"{describe(claim.left)} {operator} {describe(claim.right)}: {claim.metric} {values} {found.place}"
+
+
+def _reaches(effect: float, min_effect: float) -> bool:
+    return abs(effect) >= min_effect * SLACK
 
 
 def _deltas(judgement: Judgement) -> Mapping[str, Delta]:
@@ -265,7 +266,7 @@ def _deltas(judgement: Judgement) -> Mapping[str, Delta]:
 
 
 def _upper(delta: Delta, sign: float) -> float:
-    """The end of an interval that is nearer to being the wrong way."""
+    """The end of an interval that is nearer to the wrong direction."""
     return max(sign * end if end is not None else inf for end in (delta.ci_low, delta.ci_high))
 
 
