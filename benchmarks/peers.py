@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from ngpt.bench.options import add_config_arguments, config_of
 from ngpt.config.base import ConfigError
 from ngpt.data.dataset import Dataset, open_dataset
-from ngpt.data.tokens.shards import CorruptShardError
+from ngpt.system.cli import run_command
 from ngpt.system.device import mixed_precision, pick_device
 from ngpt.system.memory import peak_memory, reset_peak_memory
 from ngpt.system.timing import print_figures, ratio, take_turns, timed
@@ -275,12 +275,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=30.0, help="how long to measure after the warm-up; default 30")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="default: both")
     options = parser.parse_args(arguments)
-    try:
-        path = options.peer.expanduser().absolute()
-        figures = compare_with_peer(config_of(options), path, modes=options.modes, seconds=options.seconds)
-    except (ConfigError, CorruptShardError) as error:
-        print(error, file=sys.stderr)
-        return 2
+    return run_command(lambda: _compare(options))
+
+
+def _compare(options: argparse.Namespace) -> int:
+    path = options.peer.expanduser().absolute()
+    figures = compare_with_peer(config_of(options), path, modes=options.modes, seconds=options.seconds)
     print_figures(figures, as_json=options.json)
     return 0
 

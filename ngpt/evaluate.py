@@ -1,4 +1,4 @@
-"""Validation: mean loss in nats per token, and bits per byte of the real text, on the same tokens for every trial.
+"""Validation loss of a trained model, in nats per token and in bits per byte of the text.
 
 python -m ngpt.evaluate runs/first
 python -m ngpt.evaluate runs/first --set block_size=512 rope_scaling=yarn rope_factor=4 --corpus shakespeare
@@ -15,9 +15,9 @@ from ngpt.config.base import ConfigError, build
 from ngpt.data.dataset import DataConfig, Dataset, open_dataset
 from ngpt.data.loader import eval_set
 from ngpt.data.sources import CORPORA
-from ngpt.data.tokens.shards import CorruptShardError
 from ngpt.data.tokens.tokenizer import MODEL_FILE
 from ngpt.model.gpt import GPT
+from ngpt.system.cli import run_command
 from ngpt.system.device import mixed_precision
 from ngpt.training.checkpoint import Checkpoint
 from ngpt.training.evaluation import evaluate
@@ -30,30 +30,28 @@ from ngpt.training.load_model import (
 )
 from ngpt.training.tracker import finite_or_none
 
-EVAL_TOKENS = 16_384  # where neither the command line nor the checkpoint says how many
-EXIT_USAGE = 2
-EXIT_IO = 74  # EX_IOERR of sysexits.h
+EVAL_TOKENS = 16_384  # if neither the command line nor the checkpoint names a number
 
 
 def evaluate_checkpoint(
     model: GPT, checkpoint: Checkpoint, dataset: Dataset, *, eval_tokens: int | None, dtype: str | None
 ) -> dict[str, Any]:
-    """What is printed: `val_loss`, `val_bpb`, `perplexity` (per token), and what they belong to.
+    """`val_loss`, `val_bpb` and `perplexity` (per token), and the model and data that they belong to.
 
-    `eval_tokens` and `dtype` are those of the training run unless they are given.
+    `eval_tokens` and `dtype` default to those of the training run.
 
     Raises:
-        ConfigError: the corpus was made with another tokenizer, or does not hold a window.
+        ConfigError: the corpus was tokenized differently, or is shorter than one window.
     """
-    here = dataset.manifest["tokenizer"]
-    hashes = {tokenizer_origin(checkpoint).sha256, here["sha256"]} - {None}
+    corpus_tokenizer = dataset.manifest["tokenizer"]
+    hashes = {tokenizer_origin(checkpoint).sha256, corpus_tokenizer["sha256"]} - {None}
     if dataset.vocab_size > model.wte.num_embeddings or len(hashes) > 1:
         raise ConfigError(
-            f"{dataset.folder} was tokenized with another {here['spec']} than {checkpoint.path} was trained with; "
-            f"leave out --tokenizer, or prepare the corpus with the checkpoint's {MODEL_FILE}"
+            f"{dataset.folder} was tokenized with another {corpus_tokenizer['spec']} than {checkpoint.path} was "
+            f"trained with; leave out --tokenizer, or prepare the corpus with the checkpoint's {MODEL_FILE}"
         )
     identity, block_size = checkpoint.identity, model.cfg.block_size
-    # As many tokens at once as fitted in training; a converted model has no run behind it.
+    # As many tokens in a pass as fitted in training. A converted model has no training run.
     rows = identity.get("micro_batch_size") or identity.get("batch_size") or 1
     rows = max(1, rows * identity["model.block_size"] // block_size)
     tokens = eval_tokens or identity.get("eval_tokens") or EVAL_TOKENS
@@ -75,24 +73,24 @@ def evaluate_checkpoint(
 
 
 def data_config(checkpoint: Checkpoint, *, corpus: str | None, source: str | None, tokenizer: str | None) -> DataConfig:
-    """The corpus that is named, tokenized as the model needs it; by default the one that the model was trained on.
+    """The named corpus, tokenized as the model needs it. The default is the corpus that the model was trained on.
 
     Raises:
-        ConfigError: the checkpoint does not say what it was trained on.
+        ConfigError: no corpus is named, and the checkpoint names none either.
     """
     settings = dict(checkpoint.data.get("settings") or {})
     if corpus is None and not settings:
         raise ConfigError(f"{checkpoint.path} does not say what it was trained on: name it with --corpus")
     if corpus is not None and not (settings and is_same_corpus(corpus, settings["corpus"])):
-        own = checkpoint.path / MODEL_FILE
-        spec = str(own) if own.is_file() else tokenizer_origin(checkpoint).spec
+        saved_tokenizer = checkpoint.path / MODEL_FILE
+        spec = str(saved_tokenizer) if saved_tokenizer.is_file() else tokenizer_origin(checkpoint).spec
         settings = {"corpus": corpus} | ({"tokenizer": spec} if spec else {})
     given = {"path": source, "tokenizer": tokenizer}
     return build(DataConfig, settings | {name: value for name, value in given.items() if value is not None})
 
 
 def is_same_corpus(name: str, other: str) -> bool:
-    """Whether both name one corpus; a path can be written in many ways, a name in `CORPORA` cannot."""
+    """Whether two names mean the same corpus. Paths are compared after resolving them, names in `CORPORA` literally."""
     if CORPORA.keys() & {name, other}:
         return name == other
     return os.path.realpath(os.path.expanduser(name)) == os.path.realpath(os.path.expanduser(other))
@@ -105,26 +103,23 @@ def main(arguments: list[str] | None = None) -> int:
         description="The validation loss of a trained model, also on a longer context.",
     )
     add_model_arguments(parser)
-    parser.add_argument("--corpus", metavar="C", help="as in python -m ngpt.data; default: what it was trained on")
+    parser.add_argument("--corpus", metavar="C", help="as for python -m ngpt.data; default: what it was trained on")
     parser.add_argument("--tokenizer", metavar="T", help="of the corpus, if it is not the checkpoint's own")
     parser.add_argument("--from", dest="source", metavar="PATH", help="local copy of a corpus that is downloaded")
     parser.add_argument("--eval-tokens", type=int, metavar="N", help="of the validation split; default: as in training")
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)
-    try:
-        if options.eval_tokens is not None and options.eval_tokens < 1:
-            raise ConfigError(f"--eval-tokens must be at least 1, got {options.eval_tokens}")
-        checkpoint = find_checkpoint(options.checkpoint, best=options.best)
-        model = build_model(checkpoint, device=options.device, **parse_model_changes(options.set))
-        config = data_config(checkpoint, corpus=options.corpus, source=options.source, tokenizer=options.tokenizer)
-        dataset = open_dataset(config)
-        figures = evaluate_checkpoint(model, checkpoint, dataset, eval_tokens=options.eval_tokens, dtype=options.dtype)
-    except (ConfigError, CorruptShardError) as error:
-        print(error, file=sys.stderr)
-        return EXIT_USAGE
-    except OSError as error:
-        print(f"{error.filename or options.checkpoint}: {error.strerror or error}", file=sys.stderr)
-        return EXIT_IO
+    return run_command(lambda: _evaluate(options), path=options.checkpoint)
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    if options.eval_tokens is not None and options.eval_tokens < 1:
+        raise ConfigError(f"--eval-tokens must be at least 1, got {options.eval_tokens}")
+    checkpoint = find_checkpoint(options.checkpoint, best=options.best)
+    model = build_model(checkpoint, device=options.device, **parse_model_changes(options.set))
+    config = data_config(checkpoint, corpus=options.corpus, source=options.source, tokenizer=options.tokenizer)
+    dataset = open_dataset(config)
+    figures = evaluate_checkpoint(model, checkpoint, dataset, eval_tokens=options.eval_tokens, dtype=options.dtype)
     if options.json:
         print(json.dumps(figures, allow_nan=False))
         return 0

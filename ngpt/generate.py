@@ -3,12 +3,11 @@
 python -m ngpt.generate runs/first --prompt "The file is" --temperature 0.8 --top-p 0.9
 python -m ngpt.generate results/quickstart/trials/ID --prompt-file - < draft.txt
 
-The continuation goes to stdout as it comes, a whole character at a time; what it cost goes to stderr. Several prompts
-or samples are computed together and shown one after the other, each below a line with its number.
+The continuation is streamed to stdout, one whole character at a time. The speed is printed on stderr. Several prompts
+or samples are computed together and printed one after another, each below a line with its number.
 """
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -24,13 +23,11 @@ from torch import Tensor
 from ngpt.config.base import Config, ConfigError, build
 from ngpt.data.tokens.tokenizer import Tokenizer
 from ngpt.model.gpt import GPT, Count, KVCache
+from ngpt.system.cli import run_command
 from ngpt.system.device import mixed_precision
 from ngpt.training.load_model import LoadedModel, add_model_arguments, load_model, parse_model_changes
 
-REPLACEMENT = "\ufffd"  # what decoding makes of bytes that are not UTF-8, or not yet
-EXIT_USAGE = 2
-EXIT_IO = 74  # EX_IOERR of sysexits.h
-EXIT_INTERRUPTED = 130
+REPLACEMENT = "\ufffd"  # what decoding makes of bytes that are not, or not yet, valid UTF-8
 
 
 class Sampling(Config):
@@ -42,15 +39,15 @@ class Sampling(Config):
 
 
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
-    """The distribution (B, V) that the next token is drawn from, for logits (B, V); at temperature 0 the best has all.
+    """The distribution (B, V) of the next token for logits (B, V). At temperature 0 the most probable token is certain.
 
-    First the temperature, then the `top_k` most probable tokens, then of these the nucleus: the fewest whose mass
-    reaches `top_p`, at least one (Holtzman et al., arXiv 1904.09751). The others get 0; of equals the first comes
-    first.
+    The temperature is applied first. Then the `top_k` most probable tokens are kept, and of those the nucleus: the
+    fewest tokens whose probability reaches `top_p`, at least one (Holtzman et al., arXiv 1904.09751). All others get 0.
+    Ties are broken by the lower id.
     """
     if sampling.temperature == 0:
         return torch.zeros_like(logits).scatter(-1, logits.argmax(-1, keepdim=True), 1.0)
-    # The largest becomes 0 before the division, so that no small temperature makes it infinite.
+    # Subtracting the maximum before dividing keeps the result finite at any small temperature.
     p = torch.softmax((logits - logits.amax(-1, keepdim=True)) / sampling.temperature, dim=-1)
     if sampling.top_k is None and sampling.top_p in (None, 1):
         return p
@@ -79,20 +76,20 @@ def generate(
 ) -> Iterator[Tensor]:
     """Yields the next token of every row, (B,) int64, `max_tokens` times.
 
-    Of a prompt that is too long the newest block_size tokens are read. Once that many are there the window slides: its
-    newest half is read in again and the older half forgotten, with a cache or without. Single tokens cannot be dropped
-    from a cache, because what it holds of the newer ones has seen the older ones.
+    Of a prompt longer than `block_size` the last tokens are read. When the context is full, its newer half is read in
+    again and the older half is dropped, with or without a cache. Single tokens cannot be dropped from a cache, because
+    the keys and values of later tokens depend on them.
 
     Args:
         model: in evaluation mode.
         idx: the prompts, (B, T) int64 with T >= 1, on the model's device.
         temperature, top_k, top_p: see `probabilities`.
-        generator: draws the tokens; one of the CPU draws alike on every device.
-        cache: whether keys and values are kept; without, every token computes the whole window again.
-        vocab_size: ids from here on are never drawn: the tokenizer's size, where the model's is larger.
+        generator: draws the tokens; a CPU generator draws the same ones on every device.
+        cache: whether to keep keys and values. Without, each token computes the whole window again.
+        vocab_size: ids from this one on are never drawn, for a tokenizer smaller than the model's vocabulary.
 
     Raises:
-        ConfigError: a negative temperature, no token left to draw from.
+        ConfigError: the temperature is negative, or no token is left to draw from.
     """
     sampling = build(Sampling, {"temperature": temperature, "top_k": top_k, "top_p": top_p})
     size = model.cfg.block_size
@@ -102,7 +99,7 @@ def generate(
             window, kept = window[:, -max(1, size // 2) :], None
         if kept is None:
             kept, new = KVCache(model.cfg, len(idx), device=idx.device) if cache else None, window
-        x = model.features(new, kept)[:, -1:]  # of a whole prompt the head reads the last position only
+        x = model.features(new, kept)[:, -1:]  # only the last position goes through the head
         p = probabilities(model.logits(x)[:, -1, :vocab_size], sampling)
         drawn = torch.multinomial(p if generator is None else p.to(generator.device), 1, generator=generator)
         new = drawn.to(idx.device)
@@ -111,9 +108,9 @@ def generate(
 
 
 class TextStream:
-    """Turns tokens into text as they come: a character whose bytes are spread over several tokens waits for the last.
+    """Turns tokens into text as they arrive. A character spread over several tokens waits for the last of them.
 
-    Some tokenizers treat the start of a text differently, so new tokens are decoded behind those that were shown last.
+    Some tokenizers treat the start of a text differently, so new tokens are decoded after those shown last.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: list[int]) -> None:
@@ -121,13 +118,13 @@ class TextStream:
         self._shown, self._waiting = prompt[-1:], list[int]()
 
     def add(self, token: int) -> str:
-        """The text that `token` completes; empty while a character is not whole."""
+        """The text that `token` completes; empty while a character is incomplete."""
         self._waiting.append(token)
         text = self._decode([*self._shown, *self._waiting])
         return "" if text.endswith(REPLACEMENT) else self._take(text)
 
     def close(self) -> str:
-        """What is left at the end; bytes that never became a character are shown as U+FFFD."""
+        """The rest of the text. Bytes that never became a character are shown as U+FFFD."""
         return self._take(self._decode([*self._shown, *self._waiting])) if self._waiting else ""
 
     def _take(self, text: str) -> str:
@@ -136,61 +133,61 @@ class TextStream:
         return text[len(before) :]
 
 
-class Row:
-    """One continuation: text that nobody has seen yet, and whether there will be more."""
+class Continuation:
+    """One continuation of a prompt: its text that has not been printed yet, and whether it has ended."""
 
     def __init__(self, prompt: list[int], tokenizer: Tokenizer, title: str) -> None:
         self.prompt, self.title = prompt, title
-        self.unseen, self.ended = "", False
-        self._stream, self._end = TextStream(tokenizer, prompt), tokenizer.document_mark
+        self.unprinted, self.ended = "", False
+        self._stream, self._end_token = TextStream(tokenizer, prompt), tokenizer.document_mark
 
     def add(self, token: int) -> None:
-        """Takes one more token; the document mark ends the text and what comes after it does not count."""
-        if token == self._end:
+        """Adds a token. The document mark ends the text; later tokens are ignored."""
+        if token == self._end_token:
             self.end()
         elif not self.ended:
-            self.unseen += self._stream.add(token)
+            self.unprinted += self._stream.add(token)
 
     def end(self) -> None:
-        """No more tokens."""
+        """Ends the text, if it has not ended yet."""
         if not self.ended:
-            self.unseen, self.ended = self.unseen + self._stream.close(), True
+            self.unprinted, self.ended = self.unprinted + self._stream.close(), True
 
 
-class Screen:
-    """Shows rows on stdout one after the other: the first as it grows, each next one once those before it are done."""
+class Printer:
+    """Prints continuations in order: the first one as it grows, each later one once those before it have ended."""
 
-    def __init__(self, rows: list[Row]) -> None:
-        self._rows, self._headed = list(rows), len(rows) > 1
-        self._open_next()
+    def __init__(self, continuations: list[Continuation]) -> None:
+        self._remaining, self._has_titles = list(continuations), len(continuations) > 1
+        self._print_title()
 
     def refresh(self) -> None:
-        """Writes what is new of the row that is being shown, and of those whose turn has come."""
-        while self._rows:
-            row = self._rows[0]
-            text, row.unseen = row.unseen, ""
-            print(text, end="\n" if row.ended else "", flush=True)
-            if not row.ended:
+        """Prints the new text of the current continuation, and of later ones whose turn has come."""
+        while self._remaining:
+            current = self._remaining[0]
+            text, current.unprinted = current.unprinted, ""
+            print(text, end="\n" if current.ended else "", flush=True)
+            if not current.ended:
                 return
-            del self._rows[0]
-            self._open_next()
+            del self._remaining[0]
+            self._print_title()
 
-    def _open_next(self) -> None:
-        if self._headed and self._rows:
-            print(self._rows[0].title)
+    def _print_title(self) -> None:
+        if self._has_titles and self._remaining:
+            print(self._remaining[0].title)
 
 
-def run(loaded: LoadedModel, options: argparse.Namespace) -> int:
-    """Continues every prompt as the command line says, on stdout; returns how many tokens were computed.
+def continue_prompts(loaded: LoadedModel, options: argparse.Namespace) -> int:
+    """Prints continuations of every prompt, as the command line asks for; returns how many tokens were computed.
 
-    Prompts of one length are one batch: exact, and without padding.
+    Prompts of equal length form one batch, which is exact and needs no padding.
     """
     model, tokenizer, checkpoint = loaded
     if tokenizer is None:
-        raise ConfigError(f"{checkpoint.path} has no tokenizer with it: name it with --tokenizer")
-    prompts = [start_of(text, tokenizer) for text in read_prompts(options)]
-    rows = [
-        Row(prompt, tokenizer, f"--- prompt {p} of {len(prompts)}, sample {s} of {options.samples}")
+        raise ConfigError(f"{checkpoint.path} has no tokenizer: name it with --tokenizer")
+    prompts = [encode_prompt(text, tokenizer) for text in read_prompts(options)]
+    continuations = [
+        Continuation(prompt, tokenizer, f"--- prompt {p} of {len(prompts)}, sample {s} of {options.samples}")
         for p, prompt in enumerate(prompts, start=1)
         for s in range(1, options.samples + 1)
     ]
@@ -200,12 +197,12 @@ def run(loaded: LoadedModel, options: argparse.Namespace) -> int:
         generator.seed()
     else:
         generator.manual_seed(options.seed)
-    screen, count = Screen(rows), 0
-    for _, group in groupby(sorted(rows, key=lambda row: len(row.prompt)), key=lambda row: len(row.prompt)):
+    printer, count = Printer(continuations), 0
+    for _, group in groupby(sorted(continuations, key=_prompt_length), key=_prompt_length):
         batch = list(group)
         tokens = generate(
             model,
-            torch.tensor([row.prompt for row in batch], device=device),
+            torch.tensor([each.prompt for each in batch], device=device),
             options.max_tokens,
             temperature=options.temperature,
             top_k=options.top_k,
@@ -216,23 +213,27 @@ def run(loaded: LoadedModel, options: argparse.Namespace) -> int:
         )
         with mixed_precision(device, options.dtype or checkpoint.identity.get("dtype", "float32")):
             for drawn in tokens:
-                for row, token in zip(batch, drawn.tolist(), strict=True):
-                    row.add(token)
-                screen.refresh()
+                for each, token in zip(batch, drawn.tolist(), strict=True):
+                    each.add(token)
+                printer.refresh()
                 count += len(batch)
-                if all(row.ended for row in batch):
+                if all(each.ended for each in batch):
                     break
-        for row in batch:
-            row.end()
-        screen.refresh()
+        for each in batch:
+            each.end()
+        printer.refresh()
     return count
 
 
+def _prompt_length(continuation: Continuation) -> int:
+    return len(continuation.prompt)
+
+
 def read_prompts(options: argparse.Namespace) -> list[str]:
-    """The prompts of the command line, then that of the file; none is the same as an empty one.
+    """The prompts of the command line, then the one from the file. Without any, a single empty prompt.
 
     Raises:
-        ConfigError: there is no such file, or it is not UTF-8.
+        ConfigError: the file does not exist, or is not UTF-8.
     """
     prompts = list(options.prompt)
     if (source := options.prompt_file) is not None:
@@ -246,15 +247,15 @@ def read_prompts(options: argparse.Namespace) -> list[str]:
     return prompts or [""]
 
 
-def start_of(text: str, tokenizer: Tokenizer) -> list[int]:
-    """The tokens of a prompt; for an empty one the document mark, or a line end where the tokenizer has none.
+def encode_prompt(text: str, tokenizer: Tokenizer) -> list[int]:
+    """The tokens of a prompt. An empty one becomes the document mark, or a newline if the tokenizer has no mark.
 
     Raises:
-        ConfigError: the text cannot be encoded, or stands for no token.
+        ConfigError: the text cannot be encoded, or has no tokens.
     """
     try:
         text.encode()
-    except UnicodeEncodeError:  # bytes on the command line that are not UTF-8
+    except UnicodeEncodeError:  # the command line held bytes that are not UTF-8
         raise ConfigError(f"the prompt {text!r} is not UTF-8 text") from None
     if not text and tokenizer.document_mark is not None:
         return [tokenizer.document_mark]
@@ -267,29 +268,21 @@ def start_of(text: str, tokenizer: Tokenizer) -> list[int]:
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     options = _parser().parse_args(arguments)
-    try:
-        build(Sampling, {name: getattr(options, name) for name in Sampling.model_fields})
-        loaded = load_model(
-            options.checkpoint,
-            best=options.best,
-            tokenizer=options.tokenizer,
-            device=options.device,
-            **parse_model_changes(options.set),
-        )
-        start = time.perf_counter()
-        count = run(loaded, options)
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return EXIT_USAGE
-    except BrokenPipeError:  # whoever reads, such as head, has enough; the interpreter would complain once more
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except OSError as error:
-        print(f"{error.filename or options.checkpoint}: {error.strerror or error}", file=sys.stderr)
-        return EXIT_IO
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return EXIT_INTERRUPTED
+    return run_command(lambda: _generate(options), path=options.checkpoint, prints_only=True)
+
+
+def _generate(options: argparse.Namespace) -> int:
+    # Checks the sampling options before it loads the model.
+    build(Sampling, {name: getattr(options, name) for name in Sampling.model_fields})
+    loaded = load_model(
+        options.checkpoint,
+        best=options.best,
+        tokenizer=options.tokenizer,
+        device=options.device,
+        **parse_model_changes(options.set),
+    )
+    start = time.perf_counter()
+    count = continue_prompts(loaded, options)
     seconds = time.perf_counter() - start
     print(f"{count} tokens in {seconds:.2f} s: {count / seconds:.0f} tokens/s", file=sys.stderr)
     return 0
@@ -298,17 +291,17 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m ngpt.generate", description="Continue text with a trained model.")
     add_model_arguments(parser)
-    tokenizers = "PATH.model, gpt2 or gpt2:DIR, where the checkpoint does not have its own"
+    tokenizers = "PATH.model, gpt2 or gpt2:DIR, if the checkpoint does not have its own"
     parser.add_argument("--tokenizer", metavar="SPEC", help=tokenizers)
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="text to continue; repeatable")
-    parser.add_argument("--prompt-file", metavar="FILE", help="the same from a file, - is stdin")
+    parser.add_argument("--prompt-file", metavar="FILE", help="read a prompt from a file; - is stdin")
     parser.add_argument("--max-tokens", type=_at_least_one, default=200, metavar="N", help="default 200")
     parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0 takes the most probable token")
     parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K most probable tokens")
     parser.add_argument("--top-p", type=float, metavar="P", help="draw from the fewest tokens whose mass reaches P")
     parser.add_argument("--seed", type=_seed, metavar="S", help="the same seed gives the same text")
     parser.add_argument("--samples", type=_at_least_one, default=1, metavar="N", help="continuations of each prompt")
-    parser.add_argument("--no-cache", action="store_true", help="compute keys and values again for every token")
+    parser.add_argument("--no-cache", action="store_true", help="recompute keys and values for every token")
     return parser
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from ngpt.ensemble.train import ensemble_incompatibility
-from ngpt.training.tracker import settled
+from ngpt.training.tracker import resolve_tracker
 from tune.executors.local import run_inline
 from tune.executors.orphans import kill_marked
 from tune.executors.ray_process import RayReady
@@ -68,7 +68,7 @@ def launch(
         if has_work:
             report_grouping(campaign)
             # Probed once: otherwise every trial would wait for a server that does not answer.
-            mode = settled(campaign.base.tracker, root / "trials" / "*", print_line).wandb
+            mode = resolve_tracker(campaign.base.tracker, root / "trials" / "*", print_line).wandb
             executor = ExecutorInfo(wandb_mode=mode)
         # Tokenizing and starting Ray take seconds each and do not depend on each other.
         preparation = in_background(lambda: prepare_all(campaign, print_line))

@@ -12,7 +12,7 @@ from ngpt.bench.checkpoints import checkpoint
 from ngpt.bench.ensembles import vectorised
 from ngpt.bench.options import add_config_arguments, config_of
 from ngpt.config.base import ConfigError
-from ngpt.data.tokens.shards import CorruptShardError
+from ngpt.system.cli import run_command
 from ngpt.system.timing import print_figures
 from ngpt.training.throughput import measure_step
 
@@ -32,27 +32,16 @@ BENCHMARKS: dict[str, Callable[..., dict[str, Any]]] = {
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     options = _parser().parse_args(arguments)
-    try:
-        figures = run_benchmark(options)
-    except (ConfigError, CorruptShardError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    print_figures(figures, as_json=options.json)
-    return 0
+    return run_command(lambda: _benchmark(options))
 
 
-def run_benchmark(options: argparse.Namespace) -> dict[str, Any]:
-    """The figures of the benchmark that the command line asks for.
-
-    Raises:
-        ConfigError: a setting is wrong, or this benchmark does not have one of the options.
-    """
+def _benchmark(options: argparse.Namespace) -> int:
     config = config_of(options)
-    if options.seconds is None:
-        return BENCHMARKS[options.name](config)
-    if options.name == "step":
+    if options.seconds is not None and options.name == "step":
         raise ConfigError("--seconds belongs to the other benchmarks: step takes a fixed number of steps")
-    return BENCHMARKS[options.name](config, seconds=options.seconds)
+    budget = {} if options.seconds is None else {"seconds": options.seconds}
+    print_figures(BENCHMARKS[options.name](config, **budget), as_json=options.json)
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:

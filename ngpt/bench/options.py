@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from ngpt.system.cli import add_set_option
 from ngpt.system.device import DTYPES, pick_device
 from ngpt.training.config import TrainConfig, read_config
 
@@ -12,7 +13,7 @@ from ngpt.training.config import TrainConfig, read_config
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options that `config_of` reads, and --json."""
     parser.add_argument("--config", type=Path, help="YAML file of settings, as for ngpt.train")
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="change settings")
+    add_set_option(parser)
     parser.add_argument("--dtype", choices=DTYPES, help="short for --set dtype=...")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

@@ -41,7 +41,7 @@ class TrackerConfig(Config):
     log_every: Annotated[int, Field(ge=1)] = runtime(10)  # steps
 
 
-def settled(cfg: TrackerConfig, folder: Path, say: Callable[[str], None] = tell) -> TrackerConfig:
+def resolve_tracker(cfg: TrackerConfig, folder: Path, say: Callable[[str], None] = tell) -> TrackerConfig:
     """`cfg` with `auto` decided, and `say` told what was chosen and why. Call it once, before the first run.
 
     Args:
@@ -147,7 +147,7 @@ class Tracker:
     run: its rows wait, and there is no checkpoint without the rows before it, see `sync`.
 
     Raises:
-        ModuleNotFoundError: TensorBoard was asked for and is not installed, which `settled` says in time.
+        ModuleNotFoundError: TensorBoard was asked for and is not installed, which `resolve_tracker` says in time.
         OSError: `folder` cannot be written.
     """
 

@@ -19,7 +19,7 @@ import ngpt.generate
 from ngpt.config.base import ConfigError, build, override
 from ngpt.data.dataset import Dataset
 from ngpt.data.tokens.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
-from ngpt.generate import Row, Sampling, TextStream, generate, main, probabilities, start_of
+from ngpt.generate import Continuation, Sampling, TextStream, encode_prompt, generate, main, probabilities
 from ngpt.model.gpt import GPT, KVCache, ModelConfig
 from ngpt.model.residual import RESIDUAL_RULES
 from ngpt.training.config import TrainConfig
@@ -300,19 +300,19 @@ def test_spaces_survive_a_tokenizer_that_strips_the_first_one(foreign: Tokenizer
 def test_the_document_mark_ends_a_text(foreign: Tokenizer) -> None:
     mark = foreign.document_mark
     assert mark is not None
-    row = Row(start_of("", foreign), foreign, "")
+    continuation = Continuation(encode_prompt("", foreign), foreign, "")
     for token in [*map(int, foreign.encode("the dog")), mark, *map(int, foreign.encode("fox"))]:
-        row.add(token)
-    assert row.ended and row.unseen == "the dog"
+        continuation.add(token)
+    assert continuation.ended and continuation.unprinted == "the dog"
 
 
-def test_an_empty_prompt_is_the_document_mark_or_a_line_end(lossless: Tokenizer, foreign: Tokenizer) -> None:
-    assert start_of("", foreign) == [foreign.document_mark]
-    assert lossless.decode(start_of("", lossless)) == "\n"
+def test_an_empty_prompt_is_the_document_mark_or_a_newline(lossless: Tokenizer, foreign: Tokenizer) -> None:
+    assert encode_prompt("", foreign) == [foreign.document_mark]
+    assert lossless.decode(encode_prompt("", lossless)) == "\n"
     with pytest.raises(ConfigError, match="is not UTF-8 text"):
-        start_of("a\udcff", lossless)
+        encode_prompt("a\udcff", lossless)
     with pytest.raises(ConfigError, match=r"foreign\.model has no tokens for the prompt '\\n'"):
-        start_of("\n", foreign)
+        encode_prompt("\n", foreign)
 
 
 # ---- the command line ------------------------------------------------------------------------------------------------

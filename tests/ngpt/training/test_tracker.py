@@ -15,7 +15,7 @@ from hypothesis.extra.numpy import arrays
 
 from ngpt.config.base import ConfigError, build, content_hash, is_identity, settings
 from ngpt.system.atomic_files import LineFile
-from ngpt.training.tracker import BINS, Tracker, TrackerConfig, finite_or_none, histogram, read_metrics, settled
+from ngpt.training.tracker import BINS, Tracker, TrackerConfig, finite_or_none, histogram, read_metrics, resolve_tracker
 from tests.helpers.wandb_file import named, python, records
 
 PLAIN = TrackerConfig()
@@ -331,8 +331,8 @@ def test_missing_tensorboard_is_an_error_that_names_the_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = TrackerConfig(tensorboard=True)
-    assert settled(asked, tmp_path) == asked
+    assert resolve_tracker(asked, tmp_path) == asked
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'ngpt-campaign\[tensorboard\]'"):
-        settled(asked, tmp_path)
-    assert settled(PLAIN, tmp_path) == PLAIN
+        resolve_tracker(asked, tmp_path)
+    assert resolve_tracker(PLAIN, tmp_path) == PLAIN
