@@ -204,13 +204,16 @@ def show_end(summary: dict[str, Any], number: int, root: Path, options: argparse
 
 def plan(campaign: Any, root: Path, options: argparse.Namespace) -> int:
     """Prints what would run; starts nothing."""
+    from dataclasses import asdict
+
     from rich.console import Console
 
-    from tune.machine.estimate import estimate, plan_view
+    from tune.machine.estimate import estimate
+    from tune.terminal.plan_view import plan_view
 
     estimated = estimate(campaign, root, measure=options.measure)
     if options.json:
-        print(json.dumps(estimated, indent=1, allow_nan=False))
+        print(json.dumps(asdict(estimated), indent=1, allow_nan=False))
     else:
         Console(highlight=False).print(plan_view(estimated))
     return 0
@@ -310,9 +313,9 @@ def doctor(options: argparse.Namespace) -> int:
     """Checks versions, devices, disk and limits, and says what would go wrong."""
     from dataclasses import asdict
 
-    from tune.machine import environment
+    from tune.machine.doctor import run_checks
 
-    checks = environment.doctor(options.out)
+    checks = run_checks(options.out)
     if options.json:
         print(json.dumps([asdict(check) for check in checks], indent=1))
     else:

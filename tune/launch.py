@@ -17,7 +17,7 @@ from tune.executors.ray_process import RayReady
 from tune.executors.ray_supervisor import RaySupervisor
 from tune.machine import environment
 from tune.machine.estimate import check_budget
-from tune.machine.gpu_sharing import pack
+from tune.machine.gpu_sharing import choose_gpu_sharing
 from tune.planning.changes import check_changes, find_changes
 from tune.report.wording import packing_fact
 from tune.results.snapshot import Snapshot
@@ -79,9 +79,13 @@ def launch(
             executor = with_ray(executor, wait_for_ray(supervisor, is_private=address is None))
         preparation.result()
         # The GPUs of a running cluster may be on other machines, so their sharing is not measured here.
-        if supervisor and address is None and (packing := pack(session.campaign, session.state, print_line)):
-            executor = with_ray(replace(executor, packing=packing), supervisor.share(packing.trials_per_device))
-            print_line(f"{packing_fact(asdict(packing))}; workers {executor.workers}")
+        if (
+            supervisor
+            and address is None
+            and (sharing := choose_gpu_sharing(session.campaign, session.state, print_line))
+        ):
+            executor = with_ray(replace(executor, gpu_sharing=sharing), supervisor.share(sharing.trials_per_device))
+            print_line(f"{packing_fact(asdict(sharing))}; workers {executor.workers}")
         session.begin(describe_data(campaign.base) | {"shards": check_all(campaign)}, executor)
         session.message = stack.enter_context(view(session.snapshot)).message
         supervisor.run() if supervisor else run_inline(session)

@@ -189,7 +189,7 @@ def judge(
     return Judgement(arms, winner, why, used, df, sd, correlation, detected, warnings)
 
 
-def detectable(
+def smallest_detectable_effect(
     n_seeds: int, n_arms: int, noise_sd: float, *, method: Method = "paired", confidence: float = 0.95
 ) -> float | None:
     """The true effect that a phase of `n_arms` with the baseline finds with 80 % power; None where it finds nothing.

@@ -11,10 +11,11 @@ from ngpt.data.dataset import prepare
 from ngpt.system.device import pick_device
 from ngpt.training.config import TrainConfig, read_config, resolved
 from tune.bench.campaigns import tiny
-from tune.machine.concurrency_benchmark import SECONDS, ThroughputPoint, describe_device, measure_concurrent_trials
+from tune.machine.concurrency_benchmark import SECONDS, ThroughputPoint, measure_concurrent_trials
 from tune.machine.environment import usable_cpus
-from tune.machine.gpu_sharing import COUNTS, fastest_point, remember_curve
-from tune.planning.equal_time import pace_key
+from tune.machine.gpu_sharing import TRIAL_COUNTS, fastest_point
+from tune.machine.throughput import device_key, remember_curve
+from tune.planning.equal_time import step_time_key
 
 Figures = dict[str, Any]
 
@@ -39,17 +40,17 @@ def packing(*, config: Path | None = None, set: Sequence[str] = (), seconds: flo
 def packing_of(config: TrainConfig, *, seconds: float = SECONDS) -> Figures:
     """The figures of `packing` for a resolved config."""
     cpus, on_gpu = usable_cpus(), pick_device(config.device).type == "cuda"
-    counts = [count for count in COUNTS if count <= cpus]
+    counts = [count for count in TRIAL_COUNTS if count <= cpus]
 
     def threads(count: int) -> int:
         return 1 if on_gpu else max(1, cpus // count)
 
     curve = measure_concurrent_trials(config, counts=counts, threads=threads, seconds=seconds)
-    device = describe_device(config, 1)
+    device = device_key(config, 1)
     if on_gpu:
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        remember_curve(device, pace_key(config), curve, threads=1, most=counts[-1], measured_at=now)
-    best = fastest_point(curve, most=counts[-1])
+        remember_curve(device, step_time_key(config), curve, max_trials=counts[-1], measured_at=now)
+    best = fastest_point(curve, max_trials=counts[-1])
     return {
         "best": best.trials,
         "tokens_per_second": best.tokens_per_second,

@@ -6,8 +6,8 @@ from typing import Any
 
 from ngpt.training.config import TrainConfig
 from tune.analysis.verdicts import judge
+from tune.planning.equal_time import step_time_key
 from tune.planning.plan import PhaseResult, PlannedPhase, preview, trial_flops, trial_work
-from tune.planning.shape import shape_key
 from tune.spec.schema import Campaign
 from tune.storage.records import BetterArm, TrialWork
 from tune.storage.state import DONE, CampaignState
@@ -35,7 +35,7 @@ def phase_planned_event(phase: PlannedPhase) -> dict[str, Any]:
 
 
 def _work(config: TrainConfig) -> TrialWork:
-    return TrialWork(shape_key(config), trial_work(config), trial_flops(config))
+    return TrialWork(step_time_key(config), trial_work(config), trial_flops(config))
 
 
 def has_result(campaign: Campaign, state: CampaignState, phase: str, trial_id: str) -> bool:

@@ -11,7 +11,7 @@ from ngpt.data.dataset import fingerprint, order_settings
 from ngpt.model.flops import flops_per_token
 from ngpt.training.config import TrainConfig, resolved, rollback_settings
 from tune.planning.combine import join_better_arms
-from tune.planning.equal_time import pace_key, steps_of_equal_time
+from tune.planning.equal_time import step_time_key, steps_of_equal_time
 from tune.planning.optuna_search import arm_score, propose_arms
 from tune.spec.schema import Campaign, FreshSeeds, Phase
 from tune.spec.search_space import random_arms
@@ -215,10 +215,10 @@ def _is_possible(campaign: Campaign, reference: TrainConfig, changes: Overrides)
 
 
 def configs_to_time(campaign: Campaign, planned: PlannedPhase) -> dict[str, TrainConfig]:
-    """The configs, by `pace_key`, whose speeds `hold: seconds` needs for this phase and the campaign does not know."""
+    """The configs, by `step_time_key`, whose speeds `hold: seconds` needs for this phase and the campaign does not know."""
     own = resolved(override(campaign.base, planned.pinned))
     configs = [own, *(arm.trials[0].config for arm in planned.arms)]
-    return {key: config for config in configs if (key := pace_key(config)) not in campaign.speeds}
+    return {key: config for config in configs if (key := step_time_key(config)) not in campaign.speeds}
 
 
 def trial_id(config: TrainConfig) -> str:

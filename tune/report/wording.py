@@ -7,7 +7,7 @@ from typing import Any
 
 from tune import format as fmt
 from tune.analysis.importance import importance, is_number, sweep_axes
-from tune.analysis.verdicts import detectable
+from tune.analysis.verdicts import smallest_detectable_effect
 
 # What to say of a trial that left no error behind.
 ENDS = {
@@ -154,7 +154,7 @@ def _more_seeds(phase: Mapping[str, Any]) -> str | None:
     if not matters or not noise.get("smallest_detectable"):
         return None
     needed, rules = len(seeds), {"method": noise["method"], "confidence": phase["confidence"]}
-    while (detectable(needed, len(arms), noise["sd"], **rules) or 0.0) > matters:
+    while (smallest_detectable_effect(needed, len(arms), noise["sd"], **rules) or 0.0) > matters:
         needed += 1 + needed // 20
     if needed == len(seeds):
         return None

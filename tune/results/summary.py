@@ -73,7 +73,7 @@ def summarize_campaign(
         "seconds": state.seconds + state.session_seconds(),
         "trial_seconds": sum(result["seconds"] for result in results.values()),
         "cost": account(state),
-        "packing": state.packing or None,  # how many trials shared a GPU, where that was measured
+        "packing": state.gpu_sharing or None,  # how many trials shared a GPU, where that was measured
         "started_at": state.started,
         "environment": state.environment,
         "data": rules["data"],

@@ -8,7 +8,8 @@ from typing import Any
 from ngpt.training.state import Metrics
 from tune import format as fmt
 from tune.analysis.asha import RUNG_REACHED, Asha
-from tune.planning.equal_time import measure, pace_key
+from tune.machine.throughput import measure_for_equal_time
+from tune.planning.equal_time import step_time_key
 from tune.planning.forecast import expected_phases, expected_stages, has_result, phase_planned_event, stops_early
 from tune.planning.plan import PlannedPhase, PlannedTrial, configs_to_time, inherited_overrides, plan_phase
 from tune.results.summary import Summary, settings_text, write_phase
@@ -145,7 +146,7 @@ class PhaseTracker:
             planned = self._expand(phase)
             for arm in planned.arms:
                 config = arm.trials[0].config
-                speed = fmt.count(self.campaign.speeds[pace_key(config)])
+                speed = fmt.count(self.campaign.speeds[step_time_key(config)])
                 self._message(
                     f"phase {phase.name}: {arm.name} trains {speed} tokens/s, so it gets {config.steps} steps"
                 )
@@ -168,7 +169,7 @@ class PhaseTracker:
         if missing := configs_to_time(self.campaign, phase):
             shapes = fmt.counted(len(missing), "shape")
             self._message(f"phase {phase.name}: timing {shapes} of model, batch and optimizer")
-            speeds = measure(self.campaign.base, missing, self.campaign.speeds, self._timer)
+            speeds = measure_for_equal_time(self.campaign.base, missing, self.campaign.speeds, self._timer)
             self._append("speeds_measured", phase=phase.name, speeds=speeds)
             self.campaign = replace(self.campaign, speeds=self._state.speeds)
 

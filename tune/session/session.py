@@ -12,6 +12,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,9 @@ from ngpt.system import heartbeat
 from ngpt.system.atomic_files import write_atomic, write_json
 from ngpt.training.config import TrainConfig
 from tune.machine.gpu_sharing import GpuSharing
-from tune.machine.throughput import remember_speeds
+from tune.machine.throughput import measure_tokens_per_second, remember_speeds
 from tune.planning.budget import STOPPED_BY_BUDGET, budget_allows
 from tune.planning.changes import judging_rules
-from tune.planning.equal_time import timer as training_timer
 from tune.planning.plan import PlannedTrial, preview
 from tune.results.snapshot import Snapshot
 from tune.results.status import take_snapshot
@@ -52,7 +52,7 @@ class ExecutorInfo:
     workers: int = 1  # trials or groups at once
     trials_per_device: int = 1
     dashboard_url: str | None = None
-    packing: GpuSharing | None = None  # how `trials_per_device` was chosen, where it was measured
+    gpu_sharing: GpuSharing | None = None  # how `trials_per_device` was chosen, where it was measured
     wandb_mode: str | None = None  # of every trial; None keeps the mode of the campaign file
 
 
@@ -90,7 +90,7 @@ class Session:
         self.executor = ExecutorInfo()
         self.environment = dict(environment)
         self._command = command
-        self._timer = timer or training_timer(campaign.resources.cpus_per_trial)
+        self._timer = timer or partial(measure_tokens_per_second, threads=campaign.resources.cpus_per_trial)
         self._initial_campaign = campaign
         self._started: float | None = None  # monotonic time of `begin`
         self._lock = ResultsLock(root)
@@ -177,10 +177,10 @@ class Session:
             claims=[asdict(claim) for claim in self.campaign.claims],
             expected_trials={phase.name: len(list(phase.trials)) for phase in preview(self.campaign)},
         )
-        if self.executor.packing is not None:
-            self._append("packing_chosen", **asdict(self.executor.packing))
+        if self.executor.gpu_sharing is not None:
+            self._append("packing_chosen", **asdict(self.executor.gpu_sharing))
         manifest = {name: self.state.campaign[name] for name in ("campaign", "command", "environment", "data")}
-        manifest["packing"] = self.state.packing or None
+        manifest["packing"] = self.state.gpu_sharing or None
         manifest["inherited"] = {path: asdict(winner) for path, winner in self.campaign.inherited.items()}
         manifest |= {"base": base, "settings": list(self.campaign.assignments)}
         write_json(self.root / "manifest.json", manifest)
@@ -259,7 +259,7 @@ class Session:
         trial, beat = self._queue[trial_id], heartbeat.read_heartbeat(self._trial_folder(trial_id))
         death = WorkerDeath(cause, beat.step, beat.began) if beat else WorkerDeath(cause)
         deaths = self._queue.record_death(trial_id, death)
-        reason = reason or RETRY_RULES[cause].says
+        reason = reason or RETRY_RULES[cause].description
         attempt = self.state.attempts[trial_id]
         self._append("worker_died", trial_id=trial_id, attempt=attempt, cause=cause, step=death.step, reason=reason)
         if error := give_up_reason(deaths):

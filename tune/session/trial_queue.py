@@ -73,7 +73,7 @@ class TrialQueue:
         unharmed = [trial for trial in self._waiting if trial is not first and trial.trial_id not in self._deaths]
         size = 1
         if self._max_group > 1 and first.trial_id not in self._deaths:
-            size = group_size(len(unharmed) + 1, self._free_workers(workers), most=self._max_group)
+            size = group_size(len(unharmed) + 1, self._free_workers(workers), max_size=self._max_group)
         started = [self._start(first, first, start)]
         for trial in unharmed:
             if len(started) == size:

@@ -67,7 +67,7 @@ class CampaignState:
     expected_stages: list[list[dict[str, Any]]] = field(default_factory=list)  # expected and not planned yet, in stages
     attempts: dict[str, int] = field(default_factory=dict)
     speeds: dict[str, float] = field(default_factory=dict)  # measured once, for `hold: seconds`
-    packing: dict[str, Any] = field(default_factory=dict)  # how many trials share a GPU, if that was ours to choose
+    gpu_sharing: dict[str, Any] = field(default_factory=dict)  # how many trials share a GPU, if that was ours to choose
     status: str = "incomplete"
     started: str = ""  # time of the first start
     trained_on: dict[str, Any] = field(default_factory=dict)  # environment of the newest session that began a trial
@@ -127,7 +127,7 @@ class CampaignState:
             case "speeds_measured":
                 self.speeds = self.speeds | event["speeds"]
             case "packing_chosen":
-                self.packing = {name: item for name, item in event.items() if name in PACKING}
+                self.gpu_sharing = {name: item for name, item in event.items() if name in PACKING}
             case "phase_planned":
                 if event["phase"] not in self.phases:
                     rest = (

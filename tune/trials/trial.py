@@ -1,8 +1,9 @@
-"""The body of one trial: the same under Ray, inline, and in a test. It never raises: a dead trial is a record, too."""
+"""Runs one trial: the same code under Ray, inline and in tests. An exception in training becomes a failed result."""
 
 import contextlib
 import functools
 import gc
+import hashlib
 import os
 import platform
 import socket
@@ -16,23 +17,25 @@ from typing import Any
 
 import torch
 
+import ngpt
 from ngpt.config.base import flatten
 from ngpt.config.secrets import redacted
 from ngpt.data.dataset import DataConfig, Dataset, open_dataset
-from ngpt.system import atomic_files as durable
+from ngpt.system.atomic_files import make_folder, sweep, write_atomic, write_json
 from ngpt.system.device import pick_device
 from ngpt.system.memory import peak_memory
 from ngpt.training.config import TrainConfig
 from ngpt.training.loop import train
 from ngpt.training.state import Metrics
 
-CONTEXT = 768 << 20  # bytes that a process takes of a GPU besides those of its tensors
-SOURCES = {".py", ".cpp", ".h"}
+CUDA_CONTEXT_BYTES = 768 << 20  # memory that a process uses on a GPU in addition to its tensors
+SOURCE_SUFFIXES = {".py", ".cpp", ".h"}
+MAX_ERROR_LENGTH = 4000  # characters of a traceback, from its end, that a record keeps
 
 
 @dataclass(frozen=True)
 class TrialSpec:
-    """What a worker needs to run a trial; paths are absolute, since Ray changes the working directory."""
+    """Everything a worker needs to run a trial. Paths are absolute, since Ray changes the working directory."""
 
     trial_id: str
     phase: str
@@ -46,15 +49,15 @@ class TrialSpec:
 
     @property
     def name(self) -> str:
-        """For people: `alpha/alpha=0.28 seed 1`."""
+        """The trial in messages, like `alpha/alpha=0.28 seed 1`."""
         return f"{self.phase}/{self.arm} seed {self.seed}"
 
 
 @dataclass(frozen=True)
 class TrialResult:
-    """What came of one attempt. `status` is finished, diverged, failed or stopped; the last two say why in `error`."""
+    """Result of one attempt at a trial. `error` is the reason if `status` is failed or stopped."""
 
-    status: str
+    status: str  # finished, diverged, failed or stopped
     metrics: Metrics = field(default_factory=dict)
     error: str | None = None
     started_at: str | None = None  # UTC
@@ -63,73 +66,77 @@ class TrialResult:
 
 
 def run_trial(spec: TrialSpec) -> Generator[TrialResult, None, TrialResult]:
-    """Trains; yields at each evaluation what there is to say if it were stopped there, and returns what came of it.
+    """Trains a trial from the newest intact checkpoint in `spec.folder`, if there is one. Never raises.
 
-    It continues from the newest intact checkpoint that an interrupted attempt left in `spec.folder`.
+    Yields at each evaluation the result that the trial has if it is stopped there; returns the final result.
     """
     torch.set_num_threads(spec.threads)
     started_at, start = datetime.now(UTC).isoformat(timespec="milliseconds"), time.perf_counter()
-    status, metrics, error, data = "failed", {}, None, {}
 
-    def interim() -> TrialResult:
+    def result(
+        status: str, metrics: Metrics | None = None, data: dict[str, Any] | None = None, error: str | None = None
+    ) -> TrialResult:
         place = {"pid": os.getpid(), "packed": spec.packed}
-        provenance = data | describe_machine(spec.config.device, spec.threads) | place
-        return TrialResult(status, metrics, error, started_at, time.perf_counter() - start, provenance)
+        provenance = (data or {}) | describe_machine(spec.config.device, spec.threads) | place
+        return TrialResult(status, metrics or {}, error, started_at, time.perf_counter() - start, provenance)
 
     try:
         prepare_trial_folder(spec.folder, spec.config)
         limit_gpu_memory(pick_device(spec.config.device), spec.packed)
         dataset = open_cached_dataset(spec.config.data)
+        data = {"data_sha256": dataset.manifest["content_sha256"]}
         with contextlib.closing(train(spec.config, spec.folder, resume="latest", dataset=dataset)) as run:
-            status, data = "stopped", {"data_sha256": dataset.manifest["content_sha256"]}
-            try:
-                while True:
-                    metrics = partial_metrics(next(run), spec.config)
-                    yield interim()
-            except StopIteration as stop:
-                status, metrics, data = stop.value.status, stop.value.metrics, stop.value.data
+            while True:
+                try:
+                    evaluation = next(run)
+                except StopIteration as stop:
+                    final = result(stop.value.status, stop.value.metrics, stop.value.data)
+                    break
+                yield result("stopped", partial_metrics(evaluation, spec.config), data)
     except Exception as exception:
-        # The one place where a trial's death becomes a record; the rest of the campaign goes on.
-        status, metrics, data = "failed", {}, {}
-        text = redacted("".join(traceback.format_exception(exception)))
-        error = text[-4000:]
-        with contextlib.suppress(OSError):  # the disk may be full; the record has it, too
-            durable.write_atomic(spec.folder / "error.txt", text)
-    result = interim()
+        final = result("failed", error=save_error(spec.folder, exception))
     freeze_loaded_objects()
-    return result
+    return final
+
+
+def save_error(folder: Path, exception: Exception) -> str:
+    """Writes the traceback, without secrets, to `error.txt` in a trial's folder; returns its end for the record."""
+    text = redacted("".join(traceback.format_exception(exception)))
+    with contextlib.suppress(OSError):  # the disk may be full; the record has the error as well
+        write_atomic(folder / "error.txt", text)
+    return text[-MAX_ERROR_LENGTH:]
 
 
 @functools.cache
 def freeze_loaded_objects() -> None:
-    """After the first trial of a process: what was imported for it stays, and is not looked through for garbage again.
+    """Excludes all objects of a process from garbage collection, once, after its first trial.
 
-    torch, its compiler and Ray are half a million objects, a tenth of a second and more at each collection, and every
-    trial begins with one.
+    torch, its compiler and Ray are half a million objects. Every trial begins with a collection, which takes a tenth of
+    a second or more if it has to scan them.
     """
     gc.collect()
     gc.freeze()
 
 
 def limit_gpu_memory(device: torch.device, packed: int) -> None:
-    """Holds this process to its share of a GPU that so many trials are on: it runs out of memory before they do."""
+    """Limits this process to its share of a GPU with `packed` trials, so that it cannot take memory from the others."""
     if device.type == "cuda" and packed > 1:
         total = torch.cuda.mem_get_info(device)[1]
-        # Of the current GPU: unlike its neighbours in torch, this function does not know `cuda` without a number.
-        torch.cuda.set_per_process_memory_fraction(max(0.01, 1 / packed - CONTEXT / total))
+        # For the current GPU: unlike other torch functions, this one does not accept `cuda` without a number.
+        torch.cuda.set_per_process_memory_fraction(max(0.01, 1 / packed - CUDA_CONTEXT_BYTES / total))
 
 
 def prepare_trial_folder(folder: Path, config: TrainConfig) -> None:
-    """Makes a trial's folder with the files that every trial has, however early it ends."""
-    durable.make_folder(folder)
-    durable.sweep(folder)
-    with contextlib.suppress(OSError):  # the tracker makes it as well, if this was a fault that passes
-        (folder / "metrics.jsonl").touch()  # its name gets to disk with that of the next file
-    durable.write_json(folder / "config.json", flatten(config))
+    """Creates a trial's folder with the files that every trial has, however early it ends."""
+    make_folder(folder)
+    sweep(folder)
+    with contextlib.suppress(OSError):  # a transient fault: the tracker creates the file as well
+        (folder / "metrics.jsonl").touch()  # `write_json` syncs the folder
+    write_json(folder / "config.json", flatten(config))
 
 
 def partial_metrics(evaluation: Metrics, config: TrainConfig) -> Metrics:
-    """The metrics of a record, from those of an evaluation before the end; the parameters were not counted."""
+    """The metrics of a record, from an evaluation before the end of training. The parameters are not counted yet."""
     scores = {name: value for name, value in evaluation.items() if name != "step"}
     peak = peak_memory(pick_device(config.device))
     return scores | {"steps": evaluation["step"], "peak_memory_bytes": peak, "n_params": None}
@@ -137,13 +144,13 @@ def partial_metrics(evaluation: Metrics, config: TrainConfig) -> Metrics:
 
 @functools.lru_cache(maxsize=8)
 def open_cached_dataset(config: DataConfig) -> Dataset:
-    """A corpus, kept mapped by the worker from trial to trial."""
+    """A corpus, which stays mapped in the worker from trial to trial."""
     return open_dataset(config)
 
 
 @functools.cache
 def describe_machine(device: str, threads: int) -> dict[str, Any]:
-    """Where a result comes from, as far as its numbers may depend on it."""
+    """Device, threads, host, versions and code: the part of a result's provenance that its numbers may depend on."""
     kind = pick_device(device)
     name = torch.cuda.get_device_name(kind) if kind.type == "cuda" else f"{kind.type} {platform.machine()}"
     versions = {"torch": str(torch.__version__), "python": platform.python_version()}
@@ -152,13 +159,9 @@ def describe_machine(device: str, threads: int) -> dict[str, Any]:
 
 @functools.cache
 def code_hash(folder: Path | None = None) -> str:
-    """Digest of the library's sources, Python and C++: trials of one phase should agree on it."""
-    import hashlib
-
-    import ngpt
-
+    """Digest of the library's Python and C++ sources; all trials of a phase should have the same."""
     folder = folder or Path(ngpt.__path__[0])
     digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.suffix in SOURCES):
+    for path in sorted(path for path in folder.rglob("*") if path.suffix in SOURCE_SUFFIXES):
         digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]

@@ -1,7 +1,7 @@
-"""The body of several trials at once: what `tune/trials/trial.py` is for one, for trials that share a graph.
+"""Trains several trials that share a graph at once in one process (`resources: {vectorise: K}`).
 
-Each stays a trial of its own: its folder, its checkpoints, its record. What says that it had company is `vectorised` in
-the provenance, the number of trials in its batch; its tokens per second are those of one among so many.
+Each trial keeps its own folder, checkpoints and record. `vectorised` in its provenance is the number of trials in its
+group; its tokens per second are those of one trial among them.
 """
 
 import contextlib
@@ -9,16 +9,13 @@ import itertools
 import logging
 import os
 import time
-import traceback
-from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
 import torch
 
-from ngpt.config.secrets import redacted
 from ngpt.ensemble.train import Event, ensemble_incompatibility, graph_settings, train_together
-from ngpt.system.atomic_files import write_atomic
 from ngpt.system.device import pick_device
 from ngpt.system.heartbeat import Heartbeat
 from ngpt.system.memory import free_memory
@@ -33,6 +30,7 @@ from tune.trials.trial import (
     partial_metrics,
     prepare_trial_folder,
     run_trial,
+    save_error,
 )
 
 log = logging.getLogger(__name__)
@@ -40,7 +38,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Updates:
-    """What has happened since the last time, by trial id: `interim` as `run_trial` yields, `ended` as it returns."""
+    """Results since the last yield, by trial id: `interim` of running trials, `ended` of those that have ended."""
 
     interim: dict[str, TrialResult] = field(default_factory=dict)
     ended: dict[str, TrialResult] = field(default_factory=dict)
@@ -49,89 +47,85 @@ class Updates:
 Trials = Generator[Updates, Collection[str] | None, None]
 
 
-def batchable(first: TrialSpec, waiting: Iterable[TrialSpec], *, most: int) -> list[TrialSpec]:
-    """`first` and those of the waiting that can be trained with it, in their order, `most` in all."""
-    found = [first]
-    for spec in waiting:
-        if (
-            len(found) < most
-            and spec.threads == first.threads
-            and not ensemble_incompatibility([first.config, spec.config])
-        ):
-            found.append(spec)
-    return found
+def group_size(waiting: int, workers: int, *, max_size: int) -> int:
+    """How many of the waiting trials one of `workers` free workers takes, so that each of the others gets as many."""
+    return min(max_size, -(-waiting // max(1, workers)))
 
 
-def group_size(waiting: int, workers: int, *, most: int) -> int:
-    """How many of the waiting trials the first of so many workers takes: as many are left for each of the others."""
-    return min(most, -(-waiting // max(1, workers)))
-
-
-def expected_groups(configs: Sequence[TrainConfig], *, workers: int, most: int) -> list[list[int]]:
-    """The indices of what would be trained at once, if all workers always became free at the same time."""
+def expected_groups(configs: Sequence[TrainConfig], *, workers: int, max_size: int) -> list[list[int]]:
+    """The groups, as indices into `configs`, that train if all workers always become free at the same time."""
     graphs = [None if ensemble_incompatibility([config]) else repr(graph_settings(config)) for config in configs]
-    waiting, found = list(range(len(configs))), list[list[int]]()
+    waiting = list(range(len(configs)))
+    groups: list[list[int]] = []
     while waiting:
-        for free in range(min(workers, len(waiting)), 0, -1):
-            first, size = waiting[0], group_size(len(waiting), free, most=most)
+        for free_workers in range(min(workers, len(waiting)), 0, -1):
+            first, size = waiting[0], group_size(len(waiting), free_workers, max_size=max_size)
             fitting = (index for index in waiting[1:] if graphs[first] is not None and graphs[index] == graphs[first])
-            found.append([first, *itertools.islice(fitting, size - 1)])
-            taken = set(found[-1])
-            waiting = [index for index in waiting if index not in taken]
+            group = [first, *itertools.islice(fitting, size - 1)]
+            groups.append(group)
+            waiting = [index for index in waiting if index not in set(group)]
             if not waiting:
                 break
-    return found
+    return groups
 
 
 def run_trials(specs: Sequence[TrialSpec]) -> Trials:
-    """Trains all at once; yields what there is to say of them, and ends when each has ended or was stopped.
+    """Trains all trials at once, each from the newest intact checkpoint in its folder. Never raises.
 
-    Trials whose ids are sent in answer to a yield are stopped there. Each continues from the newest intact checkpoint
-    in its folder, wherever the others are. It never raises: where all of them fail together, for want of memory say,
-    those that are left go on alone, one after another.
+    Ends when each trial has ended or was stopped: send trial ids in answer to a yield to stop these trials there. If
+    all trials fail together, for example without memory, those that are left are trained one after another.
     """
     if len(specs) == 1:
-        yield from _alone(specs[0])
+        yield from _run_alone(specs[0], group_size=1)
         return
     torch.set_num_threads(specs[0].threads)
-    batch = _Batch(specs)
-    under_way = dict(enumerate(specs))
+    device = pick_device(specs[0].config.device)
+    running = dict(enumerate(specs))
     try:
-        limit_gpu_memory(pick_device(specs[0].config.device), specs[0].packed)
-        dataset = open_cached_dataset(specs[0].config.data)
-        for spec in specs:
-            prepare_trial_folder(spec.folder, spec.config)
-        runs = train_together([s.config for s in specs], [s.folder for s in specs], resume="latest", dataset=dataset)
-        about = {"data_sha256": dataset.manifest["content_sha256"]}
-        with contextlib.closing(runs):
-            stopped: list[int] | None = None
-            while under_way:
-                events = runs.send(stopped)
-                news = batch.news(events, about)
-                for index in [i for i, event in events.items() if not isinstance(event, dict)]:
-                    del under_way[index]
-                unwanted = (yield news) or ()
-                stopped = [index for index, spec in under_way.items() if spec.trial_id in unwanted]
-                for index in stopped:
-                    del under_way[index]
+        limit_gpu_memory(device, specs[0].packed)
+        yield from _train_group(specs, running)
     except Exception:
-        # What fails here has failed for all. Each says for itself what becomes of it when it is alone.
-        names = ", ".join(spec.name for spec in under_way.values())
-        log.warning("%d trials at once have failed, now one by one: %s", len(under_way), names, exc_info=True)
+        # An error in the common step ends all trials; alone, each gets a result of its own.
+        names = ", ".join(spec.name for spec in running.values())
+        log.warning("%d trials failed together and continue one by one: %s", len(running), names, exc_info=True)
     finally:
-        free_memory(pick_device(specs[0].config.device))
-    for spec in under_way.values():
-        with contextlib.suppress(OSError):  # its folder may be what has failed
-            Heartbeat(spec.folder).close()  # whoever watches sees which process it waits in
-    for spec in under_way.values():
-        yield from _alone(spec, began_with=len(specs))
+        free_memory(device)
+    for spec in running.values():
+        with contextlib.suppress(OSError):  # its folder may be the cause of the failure
+            Heartbeat(spec.folder).close()  # tells the watchdog which process the trial waits in
+    for spec in running.values():
+        yield from _run_alone(spec, group_size=len(specs))
 
 
-def _alone(spec: TrialSpec, *, began_with: int = 1) -> Trials:
-    company = {"vectorised": began_with} if began_with > 1 else {}  # its time is not that of a trial by itself
+def _train_group(specs: Sequence[TrialSpec], running: dict[int, TrialSpec]) -> Trials:
+    """Trains `specs` at once; removes each from `running` when it has ended or was stopped."""
+    results = _GroupResults(specs)
+    dataset = open_cached_dataset(specs[0].config.data)
+    for spec in specs:
+        prepare_trial_folder(spec.folder, spec.config)
+    configs, folders = [spec.config for spec in specs], [spec.folder for spec in specs]
+    data = {"data_sha256": dataset.manifest["content_sha256"]}
+    stopped: list[int] | None = None
+    with contextlib.closing(train_together(configs, folders, resume="latest", dataset=dataset)) as runs:
+        while running:
+            events = runs.send(stopped)
+            updates = results.updates(events, data)
+            for index, event in events.items():
+                if not isinstance(event, dict):
+                    del running[index]
+            to_stop = (yield updates) or ()
+            stopped = [index for index, spec in running.items() if spec.trial_id in to_stop]
+            for index in stopped:
+                del running[index]
+
+
+def _run_alone(spec: TrialSpec, *, group_size: int) -> Trials:
+    """Runs one trial of a group that started with `group_size` trials."""
+    # Its time is not that of a trial that was alone from the start.
+    mark = {"vectorised": group_size} if group_size > 1 else {}
 
     def marked(result: TrialResult) -> TrialResult:
-        return replace(result, provenance=result.provenance | company)
+        return replace(result, provenance=result.provenance | mark)
 
     with contextlib.closing(run_trial(spec)) as run:
         while True:
@@ -140,39 +134,36 @@ def _alone(spec: TrialSpec, *, began_with: int = 1) -> Trials:
             except StopIteration as stop:
                 yield Updates(ended={spec.trial_id: marked(stop.value)})
                 return
-            if spec.trial_id in ((yield Updates(interim={spec.trial_id: marked(interim)})) or ()):
+            to_stop = (yield Updates(interim={spec.trial_id: marked(interim)})) or ()
+            if spec.trial_id in to_stop:
                 return
 
 
-class _Batch:
-    """Trials that began together, and what is said of each."""
+class _GroupResults:
+    """Turns the events of a group's runs into results of trials."""
 
     def __init__(self, specs: Sequence[TrialSpec]) -> None:
         self._specs = specs
-        self._started_at, self._start = datetime.now(UTC).isoformat(timespec="milliseconds"), time.perf_counter()
+        self._started_at = datetime.now(UTC).isoformat(timespec="milliseconds")
+        self._start = time.perf_counter()
 
-    def news(self, events: Mapping[int, Event], about: Mapping[str, str]) -> Updates:
-        """The events of runs as results of trials; `about` is the provenance of a run that has not ended."""
-        news = Updates()
+    def updates(self, events: Mapping[int, Event], data: Mapping[str, str]) -> Updates:
+        """The events as results; `data` is the provenance of a run that has not ended."""
+        updates = Updates()
         for index, event in events.items():
             spec = self._specs[index]
             if isinstance(event, RunResult):
-                news.ended[spec.trial_id] = self._result(spec, event)
+                updates.ended[spec.trial_id] = self._result(spec, event)
             elif isinstance(event, Exception):
-                news.ended[spec.trial_id] = self._failed(spec, event)
+                error = save_error(spec.folder, event)
+                updates.ended[spec.trial_id] = self._result(spec, RunResult("failed", 0), error)
             else:
-                interim = RunResult("stopped", 0, partial_metrics(event, spec.config), dict(about))
-                news.interim[spec.trial_id] = self._result(spec, interim)
-        return news
+                interim = RunResult("stopped", 0, partial_metrics(event, spec.config), dict(data))
+                updates.interim[spec.trial_id] = self._result(spec, interim)
+        return updates
 
     def _result(self, spec: TrialSpec, run: RunResult, error: str | None = None) -> TrialResult:
         place = {"pid": os.getpid(), "packed": spec.packed, "vectorised": len(self._specs)}
         provenance = run.data | describe_machine(spec.config.device, spec.threads) | place
         seconds = time.perf_counter() - self._start
         return TrialResult(run.status, run.metrics, error, self._started_at, seconds, provenance)
-
-    def _failed(self, spec: TrialSpec, exception: Exception) -> TrialResult:
-        text = redacted("".join(traceback.format_exception(exception)))
-        with contextlib.suppress(OSError):  # the disk may be full; the record has it, too
-            write_atomic(spec.folder / "error.txt", text)
-        return self._result(spec, RunResult("failed", 0), error=text[-4000:])

@@ -282,7 +282,7 @@ def test_without_the_setting_what_was_stopped_is_trained_to_the_end(file: Path, 
 def test_without_the_setting_what_was_stopped_is_not_counted_as_done(file: Path, tmp_path: Path) -> None:
     stopped = finish(file, tmp_path / "r")["trials"]["stopped"]
     file.write_text(file.read_text().replace("early_stop:", "description: none\n# early_stop:"))
-    assert estimate(load_campaign(file), tmp_path / "r")["to_run"] == stopped > 0
+    assert estimate(load_campaign(file), tmp_path / "r").to_run == stopped > 0
     with session_on(file, tmp_path / "r") as session:
         assert next_trial(begun(session))
         assert session.snapshot().done == len(session.state.phases["find"].trial_ids) - stopped

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from tune.analysis.verdicts import ArmVerdict, Delta, Judgement, detectable, holm, judge
+from tune.analysis.verdicts import ArmVerdict, Delta, Judgement, holm, judge, smallest_detectable_effect
 from tune.storage.records import TrialOutcome
 
 Outcomes = dict[str, dict[int, TrialOutcome]]
@@ -212,7 +212,7 @@ def test_an_effect_of_three_sd_is_found_with_three_paired_seeds_in_twelve_arms()
 
 
 def test_the_smallest_detectable_effect_is_found_in_four_of_five_phases() -> None:
-    effect = detectable(3, 2, math.sqrt(0.2))
+    effect = smallest_detectable_effect(3, 2, math.sqrt(0.2))
     assert effect is not None
     rng = np.random.default_rng(12)
     runs = [judge(simulated(rng, 2, 3, 0.8, effect=effect), baseline="base") for _ in range(1000)]
@@ -246,7 +246,7 @@ def test_an_arm_that_scatters_far_more_than_the_others_is_named() -> None:
 
 def test_detectable_agrees_with_the_power_of_the_noncentral_t_distribution() -> None:
     for method, df in (("paired", 22), ("pooled", 24)):
-        effect = detectable(3, 12, 0.02, method="paired" if method == "paired" else "pooled")
+        effect = smallest_detectable_effect(3, 12, 0.02, method="paired" if method == "paired" else "pooled")
         assert effect is not None
         critical = stats.t.isf(0.05 / 11 / 2, df)
         assert stats.nct.sf(critical, df, effect / (0.02 * math.sqrt(2 / 3))) == pytest.approx(0.8, abs=1e-5)
@@ -255,7 +255,7 @@ def test_detectable_agrees_with_the_power_of_the_noncentral_t_distribution() -> 
 def test_a_complete_phase_reports_what_detectable_says_before_it() -> None:
     judgement = judge(simulated(np.random.default_rng(2), 6, 4, 0.5), baseline="base")
     assert judgement.noise_sd is not None and judgement.method is not None
-    planned = detectable(4, 6, judgement.noise_sd, method=judgement.method)
+    planned = smallest_detectable_effect(4, 6, judgement.noise_sd, method=judgement.method)
     assert judgement.smallest_detectable == pytest.approx(planned)
 
 
@@ -266,8 +266,8 @@ def test_the_smallest_detectable_effect_leaves_room_for_noise_above_min_effect()
 
 
 def test_nothing_is_detectable_with_one_seed_or_one_arm() -> None:
-    assert detectable(1, 5, 0.02) is None
-    assert detectable(3, 1, 0.02) is None
+    assert smallest_detectable_effect(1, 5, 0.02) is None
+    assert smallest_detectable_effect(3, 1, 0.02) is None
 
 
 # --- what takes part --------------------------------------------------------------------------------------------

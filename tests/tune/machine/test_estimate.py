@@ -3,6 +3,7 @@
 import io
 import json
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,14 @@ from ngpt.config.base import override
 from ngpt.training.config import TrainConfig
 from ngpt.training.loop import train
 from tune.campaign import load_campaign
-from tune.machine.estimate import estimate, expected_workers, plan_view
+from tune.machine.estimate import Estimate, Noise, PhaseEstimate, estimate, expected_workers
 from tune.machine.throughput import device_key, known_speeds
+from tune.planning.equal_time import step_time_key
 from tune.planning.forecast import phase_planned_event
 from tune.planning.plan import PlannedPhase, PlannedTrial, inherited_overrides, plan_phase, preview
-from tune.planning.shape import shape_key
 from tune.spec.schema import Campaign
 from tune.storage.journal import Journal
+from tune.terminal.plan_view import plan_view
 
 SHAPE = "n_layer: 1, n_head: 2, n_embd: 16, block_size: 8, vocab_size: 400"
 PHASES = """\
@@ -77,7 +79,8 @@ def write(tmp_path: Path) -> Write:
 
 
 def row(speed: float, config: TrainConfig, device: str, together: int = 1) -> str:
-    return json.dumps({"device": device, "shape": shape_key(config, together), "tokens_per_second": speed}) + "\n"
+    record = {"device": device, "shape": step_time_key(config), "together": together, "tokens_per_second": speed}
+    return json.dumps(record) + "\n"
 
 
 def store(path: Path, text: str) -> None:
@@ -101,8 +104,12 @@ def ended(
     }
 
 
-def one_row(estimated: dict[str, Any], phase: str) -> dict[str, Any]:
-    return next(row for row in estimated["phases"] if row["phase"] == phase)
+def one_row(estimated: Estimate, phase: str) -> PhaseEstimate:
+    return next(row for row in estimated.phases if row.phase == phase)
+
+
+def device_of(campaign: Campaign) -> str:
+    return device_key(campaign.base, campaign.resources.cpus_per_trial)
 
 
 # ---- counts --------------------------------------------------------------------------------------------------------
@@ -110,13 +117,13 @@ def one_row(estimated: dict[str, Any], phase: str) -> dict[str, Any]:
 
 def test_trials_and_tokens_are_counted_once_each(load: Load, tmp_path: Path) -> None:
     estimated = estimate(load(PHASES), tmp_path / "results")
-    a, b = estimated["phases"]
-    assert (a["phase"], a["arms"], a["seeds"], a["trials"], a["to_run"]) == ("a", 3, 2, 6, 6)
-    assert (b["phase"], b["arms"], b["seeds"], b["trials"], b["to_run"]) == ("b", 3, 2, 6, 4)
-    assert (estimated["trials"], estimated["to_run"]) == (10, 10)
-    assert (a["tokens"], b["tokens"], estimated["tokens"]) == (6 * 320, 4 * 320, 10 * 320)
-    assert [row["guessed"] for row in estimated["phases"]] == [False, True]
-    assert estimated["results"] == str(tmp_path / "results")
+    a, b = estimated.phases
+    assert (a.phase, a.arms, a.seeds, a.trials, a.to_run) == ("a", 3, 2, 6, 6)
+    assert (b.phase, b.arms, b.seeds, b.trials, b.to_run) == ("b", 3, 2, 6, 4)
+    assert (estimated.trials, estimated.to_run) == (10, 10)
+    assert (a.tokens, b.tokens, estimated.tokens) == (6 * 320, 4 * 320, 10 * 320)
+    assert [row.guessed for row in estimated.phases] == [False, True]
+    assert estimated.results == str(tmp_path / "results")
 
 
 @pytest.mark.parametrize(("every", "spare"), [(100, 0), (3, 1)])
@@ -131,7 +138,7 @@ def test_the_disk_estimate_is_what_a_trial_really_writes_if_its_best_checkpoint_
         pass
     written = {path: path.stat().st_size for path in (tmp_path / "run").rglob("*") if path.is_file()}
     newest = sum(size for path, size in written.items() if "step_0000010" in path.parts)
-    expected = estimate(campaign, tmp_path / "results")["disk_bytes"] / 2
+    expected = estimate(campaign, tmp_path / "results").disk_bytes / 2
     assert expected == pytest.approx(sum(written.values()) + spare * newest, rel=0.1)
 
 
@@ -142,9 +149,9 @@ def test_what_the_journal_holds_is_not_counted(load: Load, write: Write) -> None
     root = write([ended(trial, status) for trial, status in zip(trials, statuses, strict=False)])
     estimated = estimate(campaign, root)
     # Two of the six have a result; one of them is the first phase's stand-in for a winner, which the second one shares.
-    assert (estimated["trials"], estimated["to_run"]) == (10, 8)
-    assert one_row(estimated, "a")["to_run"] == 4
-    assert estimated["tokens"] == 8 * 320
+    assert (estimated.trials, estimated.to_run) == (10, 8)
+    assert one_row(estimated, "a").to_run == 4
+    assert estimated.tokens == 8 * 320
 
 
 def finished_phase(phase: PlannedPhase, winner: str) -> list[dict[str, Any]]:
@@ -163,15 +170,15 @@ def test_a_winner_that_the_journal_knows_is_not_guessed(load: Load, write: Write
     second = plan_phase(campaign, campaign.phases[1], {"a": {"model.alpha": 0.2}})
     root = write([*finished_phase(first, "alpha=0.2"), *finished_phase(second, "baseline")])
     estimated = estimate(campaign, root)
-    assert [row["guessed"] for row in estimated["phases"]] == [False, False]
-    assert (estimated["to_run"], estimated["tokens"], estimated["disk_bytes"], estimated["seconds"]) == (0, 0, 0, 0)
+    assert [row.guessed for row in estimated.phases] == [False, False]
+    assert (estimated.to_run, estimated.tokens, estimated.disk_bytes, estimated.seconds) == (0, 0, 0, 0)
 
 
 def test_a_winner_of_a_phase_that_has_changed_since_is_guessed_again(load: Load, write: Write) -> None:
     root = write(finished_phase(preview(load(PHASES))[0], "alpha=0.2"))
     estimated = estimate(load(PHASES.replace("[0.1, 0.2]", "[0.1, 0.2, 0.3]")), root)
-    assert [row["guessed"] for row in estimated["phases"]] == [False, True]
-    assert one_row(estimated, "a")["to_run"] == 2
+    assert [row.guessed for row in estimated.phases] == [False, True]
+    assert one_row(estimated, "a").to_run == 2
 
 
 # ---- time ----------------------------------------------------------------------------------------------------------
@@ -181,26 +188,26 @@ WORK = 320 + 4 * 16  # a trial's tokens, and a third of 48 at each of steps 0, 4
 
 def test_time_comes_from_the_speed_that_this_device_has_shown(load: Load, tmp_path: Path, speeds_file: Path) -> None:
     campaign = load("seeds: [1, 2]\nresources: {workers: 4}\nvary: {alpha: [0.1]}\n")
-    store(speeds_file, row(WORK / 10, campaign.base, device_key(campaign)))
+    store(speeds_file, row(WORK / 10, campaign.base, device_of(campaign)))
     estimated = estimate(campaign, tmp_path / "results")
-    assert estimated["seconds_source"] == "from steps measured here before"
-    assert one_row(estimated, "main")["seconds"] == pytest.approx(4 * (10 + 0.1) / 4)
-    assert estimated["seconds"] == pytest.approx(10.1 + 8)
-    assert estimated["workers"] == 4
+    assert estimated.seconds_source == "from steps measured here before"
+    assert one_row(estimated, "main").seconds == pytest.approx(4 * (10 + 0.1) / 4)
+    assert estimated.seconds == pytest.approx(10.1 + 8)
+    assert estimated.workers == 4
 
 
 def test_without_a_measured_speed_time_comes_from_the_flop_count_and_says_so(load: Load, tmp_path: Path) -> None:
     campaign = load("seeds: [1]\nresources: {workers: 1}\nvary: {alpha: [0.1]}\n")
     estimated = estimate(campaign, tmp_path / "results")
-    assert estimated["seconds_source"] == "estimated from the FLOP count at 1 GFLOP/s; --measure times real steps"
+    assert estimated.seconds_source == "estimated from the FLOP count at 1 GFLOP/s; --measure times real steps"
     flops = WORK * (6 * (4 * 16 * 16 + 3 * 16 * 64 + 400 * 16) + 12 * 16 * 8)
-    assert one_row(estimated, "main")["seconds"] == pytest.approx(2 * (flops / 1e9 + 0.1))
+    assert one_row(estimated, "main").seconds == pytest.approx(2 * (flops / 1e9 + 0.1))
 
 
 def test_a_speed_holds_for_one_shape_only(load: Load, tmp_path: Path, speeds_file: Path) -> None:
     campaign = load("seeds: [1]\nvary: {batch_size: [4, 8], alpha: [0.1]}\n")
-    store(speeds_file, row(100.0, campaign.base, device_key(campaign)))
-    source = estimate(campaign, tmp_path / "results")["seconds_source"]
+    store(speeds_file, row(100.0, campaign.base, device_of(campaign)))
+    source = estimate(campaign, tmp_path / "results").seconds_source
     assert source.startswith("estimated from the FLOP count for 1 of 3 trials at 1 GFLOP/s")
 
 
@@ -217,50 +224,54 @@ def test_measuring_times_each_shape_once_and_is_remembered(
     campaign = load("seeds: [1, 2]\nresources: {workers: 1}\nvary: {batch_size: [4, 8], alpha: [0.1]}\n")
     estimated = estimate(campaign, tmp_path / "results", measure=True)
     assert sorted(config.batch_size for config in measured) == [4, 8]
-    assert estimated["seconds_source"] == "measured just now"
+    assert estimated.seconds_source == "measured just now"
     # Four trials of batch 4, and two of batch 8 with 5 steps, so evaluated at 0, 4 and 5.
     expected = 4 * (WORK / 256 + 0.1) + 2 * ((320 + 3 * 16) / 512 + 0.1)
-    assert one_row(estimated, "main")["seconds"] == pytest.approx(expected)
+    assert one_row(estimated, "main").seconds == pytest.approx(expected)
     again = estimate(campaign, tmp_path / "results")
-    assert again == estimated | {"seconds_source": "from steps measured here before"}
+    assert again == replace(estimated, seconds_source="from steps measured here before")
 
 
 def test_measuring_runs_real_steps(load: Load, tmp_path: Path, speeds_file: Path) -> None:
     campaign = load("seeds: [1]\nvary: {alpha: [0.1]}\n")
     estimated = estimate(campaign, tmp_path / "results", measure=True)
-    assert estimated["seconds"] > 8
-    assert known_speeds(device_key(campaign))[shape_key(campaign.base)] > 0
+    assert estimated.seconds > 8
+    assert known_speeds(device_of(campaign))[step_time_key(campaign.base), 1] > 0
     assert not (tmp_path / "results").exists()
 
 
 def test_trials_at_once_in_a_worker_take_their_share_of_its_time(load: Load, tmp_path: Path, speeds_file: Path) -> None:
     rest = "seeds: [1, 2]\nresources: {workers: 1, vectorise: 3}\nphases: [{name: a, vary: {alpha: [0.1, 0.2, 0.3]}}]\n"
     campaign = load(rest)
-    device = device_key(campaign)
+    device = device_of(campaign)
     store(speeds_file, row(WORK / 10, campaign.base, device))
     estimated = estimate(campaign, tmp_path / "results")
-    assert (estimated["workers"], estimated["together"]) == (1, 3)
-    assert one_row(estimated, "a")["seconds"] == pytest.approx(8 * 10.1)  # two groups of three, one of two
+    assert (estimated.workers, estimated.together) == (1, 3)
+    assert one_row(estimated, "a").seconds == pytest.approx(8 * 10.1)  # two groups of three, one of two
     alone = "from steps measured here before, for trials at once as if one came after the other"
-    assert estimated["seconds_source"] == f"{alone}; --measure times real steps"
+    assert estimated.seconds_source == f"{alone}; --measure times real steps"
     store(speeds_file, row(WORK / 4, campaign.base, device, 3) + row(WORK / 6, campaign.base, device, 2))
     estimated = estimate(campaign, tmp_path / "results")
-    assert one_row(estimated, "a")["seconds"] == pytest.approx(6 * 4.1 + 2 * 6.1)
-    assert estimated["seconds_source"] == "from steps measured here before"
+    assert one_row(estimated, "a").seconds == pytest.approx(6 * 4.1 + 2 * 6.1)
+    assert estimated.seconds_source == "from steps measured here before"
     assert "3 trials at once in each of 1 worker; time from" in shown(estimated)
 
 
 def test_measuring_times_real_steps_of_trials_at_once(load: Load, tmp_path: Path) -> None:
     campaign = load("seeds: [1]\nresources: {workers: 1, vectorise: 2}\nvary: {alpha: [0.1, 0.2], batch_size: [8]}\n")
     estimated = estimate(campaign, tmp_path / "results", measure=True)
-    assert estimated["seconds_source"] == "measured just now"
+    assert estimated.seconds_source == "measured just now"
     base, wide = campaign.base, override(campaign.base, {"batch_size": 8})
-    assert known_speeds(device_key(campaign)).keys() == {shape_key(base), shape_key(base, 2), shape_key(wide)}
+    assert known_speeds(device_of(campaign)).keys() == {
+        (step_time_key(base), 1),
+        (step_time_key(base), 2),
+        (step_time_key(wide), 1),
+    }
 
 
 def test_what_cannot_be_trained_at_once_is_not_expected_to_be(load: Load, tmp_path: Path) -> None:
     rest = "seeds: [1, 2]\nresources: {vectorise: 4}\nphases: [{name: a, set: {compile: true}, vary: {lr: [1]}}]\n"
-    assert estimate(load(rest), tmp_path / "results")["together"] == 1
+    assert estimate(load(rest), tmp_path / "results").together == 1
 
 
 def test_as_many_trials_run_at_once_as_there_are_cpus_for_them(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,7 +284,7 @@ def test_as_many_trials_run_at_once_as_there_are_cpus_for_them(load: Load, monke
 # ---- on the screen -------------------------------------------------------------------------------------------------
 
 
-def shown(estimated: dict[str, Any]) -> str:
+def shown(estimated: Estimate) -> str:
     page = io.StringIO()
     Console(file=page, width=120, color_system=None).print(plan_view(estimated))
     return page.getvalue()
@@ -323,7 +334,7 @@ def test_a_plan_is_strict_json_and_writes_nothing(
     root = tmp_path / "results" / ("c-smoke" if smoke else "c")
     assert printed["results"] == str(root)
     if not smoke:
-        assert printed == estimate(campaign, root)
+        assert printed == asdict(estimate(campaign, root))
     assert everything(tmp_path) == before
     assert not (tmp_path / "results").exists()
 
@@ -355,8 +366,8 @@ def power(effect: float, *, sd: float, seeds: int, arms: int) -> float:
 
 def test_a_plan_says_the_smallest_effect_that_each_phase_would_find(load: Load, tmp_path: Path) -> None:
     estimated = estimate(load(f"noise: 0.02\n{PHASES}"), tmp_path)
-    assert estimated["noise"] == {"sd": 0.02, "method": "paired", "source": "as the campaign says"}
-    least = one_row(estimated, "a")["smallest_detectable"]
+    assert estimated.noise == Noise(0.02, "paired", "as the campaign says")
+    least = one_row(estimated, "a").smallest_detectable
     assert power(least, sd=0.02, seeds=2, arms=3) == pytest.approx(0.8, abs=0.01)
     text = shown(estimated)
     assert "finds" in text and f"{least:.2g}" in text
@@ -373,12 +384,12 @@ def test_the_noise_is_that_of_the_newest_phase_that_has_finished_here(load: Load
     estimated = estimate(load(PHASES), write(events))
     y = np.array([[3.0, 3.2], [2.9, 3.15], [2.7, 2.9]])
     rest = y - y.mean(0) - y.mean(1, keepdims=True) + y.mean()
-    assert estimated["noise"]["sd"] == pytest.approx(np.sqrt((rest**2).sum() / 2))
-    assert estimated["noise"]["source"] == "measured in phase a"
-    assert one_row(estimated, "b")["smallest_detectable"] > 0
+    assert estimated.noise.sd == pytest.approx(np.sqrt((rest**2).sum() / 2))
+    assert estimated.noise.source == "measured in phase a"
+    assert one_row(estimated, "b").smallest_detectable > 0
 
 
 def test_without_a_noise_a_plan_promises_nothing(load: Load, tmp_path: Path) -> None:
     estimated = estimate(load(PHASES), tmp_path)
-    assert estimated["noise"] is None and one_row(estimated, "a")["smallest_detectable"] is None
+    assert estimated.noise is None and one_row(estimated, "a").smallest_detectable is None
     assert "finds" not in shown(estimated)

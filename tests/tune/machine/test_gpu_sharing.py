@@ -13,9 +13,11 @@ from ngpt.config.base import override
 from ngpt.data.dataset import prepare
 from ngpt.training.config import TrainConfig, resolved
 from tests.helpers.tiny_campaign import begun, next_trial, pretend, session_on, train_all, write_file
-from tune.machine import gpu_sharing as packing
+from tune.machine import gpu_sharing, throughput
 from tune.machine.concurrency_benchmark import ThroughputPoint
-from tune.machine.gpu_sharing import GpuSharing, choose, fastest_point, known_curve, pack, remember_curve
+from tune.machine.gpu_sharing import GpuSharing, choose_gpu_sharing, choose_trials_per_device, fastest_point
+from tune.machine.throughput import device_key, remember_curve
+from tune.planning.equal_time import step_time_key
 from tune.report.markdown import render_markdown
 from tune.report.wording import cost_facts
 from tune.spec.schema import Campaign
@@ -27,13 +29,14 @@ GIB = 1 << 30
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny: TrainConfig) -> None:
-    """No test finds what another one has measured."""
-    monkeypatch.setattr(packing, "cache_folder", lambda: tmp_path / "cache")
+def own_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file of measurements, in a cache of this test's own."""
+    monkeypatch.setattr(throughput, "cache_folder", lambda: tmp_path / "cache")
+    return tmp_path / "cache" / "speeds.jsonl"
 
 
 def curve(*speeds: float, room: int = 32) -> list[ThroughputPoint]:
-    """One trial, two trials, ... at these speeds."""
+    """Points of one trial, two trials, ... with these tokens per second."""
     return [ThroughputPoint(n, 1, speed, GIB, room) for n, speed in enumerate(speeds, 1)]
 
 
@@ -44,48 +47,29 @@ def silent(line: str) -> None:
     pass
 
 
-def test_the_fastest_number_of_trials_is_taken() -> None:
-    assert fastest_point(curve(100, 150, 170, 160), most=8).trials == 3
+def test_the_fastest_number_of_trials_is_chosen() -> None:
+    assert fastest_point(curve(100, 150, 170, 160), max_trials=8).trials == 3
 
 
-def test_of_numbers_that_are_as_fast_the_smallest_is_taken() -> None:
-    assert fastest_point(curve(100, 169, 170, 169.5), most=8).trials == 2
+def test_the_smallest_of_equally_fast_numbers_is_chosen() -> None:
+    assert fastest_point(curve(100, 169, 170, 169.5), max_trials=8).trials == 2
 
 
-def test_no_more_trials_than_fit_or_than_there_are() -> None:
-    assert fastest_point(curve(100, 150, 170, room=2), most=8).trials == 2
-    assert fastest_point(curve(100, 150, 170), most=2).trials == 2
+def test_no_more_trials_are_chosen_than_fit_or_exist() -> None:
+    assert fastest_point(curve(100, 150, 170, room=2), max_trials=8).trials == 2
+    assert fastest_point(curve(100, 150, 170), max_trials=2).trials == 2
     assert (
-        fastest_point(curve(100, 150, room=0), most=8).trials == 1
-    )  # too large even alone: the trial will say so itself
+        fastest_point(curve(100, 150, room=0), max_trials=8).trials == 1
+    )  # too large even alone: the trial itself will fail
 
 
 @given(st.lists(st.floats(1, 1e7), min_size=1, max_size=8), st.integers(1, 40), st.integers(1, 40))
 def test_the_choice_is_possible_and_nothing_possible_is_much_faster(speeds: list[float], room: int, most: int) -> None:
     points = curve(*speeds, room=room)
-    best = fastest_point(points, most=most)
+    best = fastest_point(points, max_trials=most)
     possible = [p.tokens_per_second for p in points if p.trials <= min(room, most)]
     assert best.trials <= min(room, most)
     assert best.tokens_per_second >= 0.99 * max(possible)
-
-
-def test_a_curve_is_remembered_by_device_shape_and_threads() -> None:
-    remember_curve("gpu", "shape", curve(1, 2), threads=1, most=2, measured_at="2026-11-21T10:00:00+00:00")
-    remember_curve("gpu", "shape", curve(1, 3), threads=1, most=2, measured_at="2026-11-22T10:00:00+00:00")
-    assert known_curve("gpu", "shape", threads=1, most=2) == (curve(1, 3), "2026-11-22T10:00:00+00:00")  # the newest
-    assert known_curve("another", "shape", threads=1, most=2) is None
-    assert known_curve("gpu", "another", threads=1, most=2) is None
-    assert known_curve("gpu", "shape", threads=2, most=2) is None
-    assert known_curve("gpu", "shape", threads=1, most=3) is None  # it was never asked for three
-
-
-def test_a_line_that_a_crash_tore_is_passed_over(tmp_path: Path) -> None:
-    remember_curve("gpu", "shape", curve(1, 2), threads=1, most=2, measured_at="2026-11-21T10:00:00+00:00")
-    file = tmp_path / "cache" / "packing.jsonl"
-    file.write_text(file.read_text() + '{"device": "gpu", "sha')
-    assert known_curve("gpu", "shape", threads=1, most=2) is not None
-    remember_curve("gpu", "other", curve(1), threads=1, most=1, measured_at="2026-11-21T10:00:00+00:00")
-    assert known_curve("gpu", "other", threads=1, most=1) is not None
 
 
 @pytest.mark.slow
@@ -96,51 +80,51 @@ def test_trials_are_measured_once_and_the_next_campaign_reads_the_curve(
     prepare(tiny.data)
     config = resolved(override(tiny, {"steps": 10_000_000}))
     lines: list[str] = []
-    first = choose([config] * 4, most=2, devices=1, threads=1, log=lines.append)
+    first = choose_trials_per_device([config] * 4, max_trials=2, devices=1, threads=1, log=lines.append)
     assert first is not None and first.trials_per_device in (1, 2)
     assert [point.trials for point in first.curve] == [1, 2]
     assert "measured at the start of this campaign" in first.why and first.measured_at
-    monkeypatch.setattr(packing, "measure_together", None)  # nothing is measured again
-    again = choose([config] * 4, most=2, devices=1, threads=1, log=lines.append)
+    monkeypatch.setattr(gpu_sharing, "measure_concurrent_trials", None)  # nothing is measured again
+    again = choose_trials_per_device([config] * 4, max_trials=2, devices=1, threads=1, log=lines.append)
     assert again is not None
     assert (again.trials_per_device, again.curve) == (first.trials_per_device, first.curve)
     assert f"measured on {first.measured_at[:10]}" in again.why
 
 
-def test_a_campaign_that_is_over_soon_is_not_worth_a_calibration(tiny: TrainConfig, tmp_path: Path) -> None:
+def test_a_short_campaign_is_not_worth_a_calibration(tiny: TrainConfig, own_store: Path) -> None:
     prepare(tiny.data)
-    chosen = choose([resolved(tiny)] * 4, most=2, devices=1, threads=1, log=silent)
+    chosen = choose_trials_per_device([resolved(tiny)] * 4, max_trials=2, devices=1, threads=1, log=silent)
     assert chosen is not None and chosen.trials_per_device == 1 and len(chosen.curve) == 1
     assert chosen.why.startswith("not measured") and chosen.measured_at is None
-    assert not (tmp_path / "cache" / "packing.jsonl").exists()
+    assert not own_store.exists()
 
 
-def test_a_calibration_that_fails_leaves_one_trial_per_device_and_says_why(tiny: TrainConfig) -> None:
+def test_a_failed_calibration_leaves_one_trial_per_device_and_gives_the_reason(tiny: TrainConfig) -> None:
     too_large = resolved(override(tiny, {"model.mlp_ratio": 1e12}))  # a matrix of a petabyte
-    chosen = choose([too_large] * 2, most=2, devices=1, threads=1, log=silent)
+    chosen = choose_trials_per_device([too_large] * 2, max_trials=2, devices=1, threads=1, log=silent)
     assert chosen is not None and chosen.trials_per_device == 1
     assert chosen.why == "not measured: out of memory"
 
 
-def test_the_memory_of_the_largest_trial_limits_the_packing(tiny: TrainConfig) -> None:
-    """The curve of the common shape says four, the largest trial fits twice."""
+def test_the_memory_of_the_largest_trial_limits_the_number(tiny: TrainConfig) -> None:
+    """The curve of the common shape allows four trials, the largest trial fits twice."""
     common, largest = resolved(override(tiny, {"steps": 10_000})), resolved(override(tiny, {"batch_size": 64}))
     for config, points in ((common, curve(1, 2, 3, 4)), (largest, curve(1, room=2))):
-        described, shape = packing.describe_device(config, 1), packing.pace_key(config)
-        remember_curve(described, shape, points, threads=1, most=4, measured_at="2026-11-21T10:00:00+00:00")
-    assert (alone := choose([common] * 9, most=4, devices=1, threads=1, log=silent)) and alone.trials_per_device == 4
-    mixed = choose([common] * 9 + [largest], most=4, devices=1, threads=1, log=silent)
-    assert mixed and mixed.trials_per_device == 2
+        now = "2026-11-21T10:00:00+00:00"
+        remember_curve(device_key(config, 1), step_time_key(config), points, max_trials=4, measured_at=now)
+    for configs, trials in (([common] * 9, 4), ([common] * 9 + [largest], 2)):
+        chosen = choose_trials_per_device(configs, max_trials=4, devices=1, threads=1, log=silent)
+        assert chosen and chosen.trials_per_device == trials
 
 
 def test_one_trial_has_nothing_to_share_with(tiny: TrainConfig) -> None:
-    assert choose([tiny], most=1, devices=1, threads=1, log=silent) is None
+    assert choose_trials_per_device([tiny], max_trials=1, devices=1, threads=1, log=silent) is None
 
 
-def test_on_a_cpu_and_where_the_file_gives_a_share_nothing_is_chosen(load: Callable[[str], Campaign]) -> None:
+def test_nothing_is_chosen_on_a_cpu_or_where_the_file_fixes_the_share(load: Callable[[str], Campaign]) -> None:
     text = "campaign: c\nbase: {device: cpu}\nresources: {gpus_per_trial: SHARE}\nvary: {alpha: [0.1, 0.2]}\n"
     for share in ("auto", "0.5"):
-        assert pack(load(text.replace("SHARE", share)), CampaignState(), silent) is None
+        assert choose_gpu_sharing(load(text.replace("SHARE", share)), CampaignState(), silent) is None
 
 
 CHOSEN = GpuSharing(
@@ -148,12 +132,10 @@ CHOSEN = GpuSharing(
 )
 
 
-def test_the_choice_and_its_curve_are_in_the_journal_the_manifest_the_summary_and_the_report(
-    corpus: Path, tmp_path: Path
-) -> None:
+def test_the_choice_and_its_curve_are_in_journal_manifest_summary_and_report(corpus: Path, tmp_path: Path) -> None:
     file, root = write_file(tmp_path, corpus, phases=ONE), tmp_path / "r"
     with session_on(file, root) as session:
-        begun(session, packing=CHOSEN, trials_per_device=4)
+        begun(session, gpu_sharing=CHOSEN, trials_per_device=4)
         spec = next_trial(session)
         assert spec is not None and spec.packed == 4
         session.tell(spec.trial_id, pretend(spec))
@@ -162,7 +144,9 @@ def test_the_choice_and_its_curve_are_in_the_journal_the_manifest_the_summary_an
     (event,) = [event for event in events if event["event"] == "packing_chosen"]
     assert event["trials_per_device"] == 4
     assert [point["tokens_per_second"] for point in event["curve"]] == [1e6, 1.4e6, 1.5e6, 1.6e6]
-    assert replay(events).packing == json.loads((root / "manifest.json").read_text())["packing"] == summary["packing"]
+    assert (
+        replay(events).gpu_sharing == json.loads((root / "manifest.json").read_text())["packing"] == summary["packing"]
+    )
     fact = cost_facts(summary)["packing"]
     assert fact.startswith("4 trials at once on each device (1.60 x the tokens/s of one, measured on 2026-11-21)")
     assert "1: 1.00M, 2: 1.40M, 3: 1.50M, 4: 1.60M" in fact
@@ -170,7 +154,7 @@ def test_the_choice_and_its_curve_are_in_the_journal_the_manifest_the_summary_an
     assert "4 trials at once on each device" in (root / "report.html").read_text()
 
 
-def test_every_record_says_how_many_trials_shared_its_device(corpus: Path, tmp_path: Path) -> None:
+def test_every_record_has_the_number_of_trials_on_its_device(corpus: Path, tmp_path: Path) -> None:
     root = tmp_path / "r"
     train_all(write_file(tmp_path, corpus, phases=ONE), root)
     records = [json.loads(line) for line in (root / "alpha" / "trials.jsonl").read_text().splitlines()]
@@ -178,7 +162,7 @@ def test_every_record_says_how_many_trials_shared_its_device(corpus: Path, tmp_p
 
 
 @pytest.mark.parametrize(("what", "where"), [("packed", "on a device"), ("vectorised", "in a process")])
-def test_a_phase_whose_trials_were_packed_differently_warns_that_speeds_do_not_compare(
+def test_a_phase_with_unequally_shared_devices_warns_that_speeds_do_not_compare(
     corpus: Path, tmp_path: Path, what: str, where: str
 ) -> None:
     file, root = write_file(tmp_path, corpus, phases=ONE), tmp_path / "r"

@@ -1,23 +1,37 @@
-"""How fast shapes train on this machine: whose word counts, and that a torn file costs no more than a line."""
+"""Measured speeds: which trials they come from, how they are stored, and that a damaged file never raises."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from ngpt.config.base import override
-from ngpt.training.config import TrainConfig
+from ngpt.training.config import TrainConfig, resolved
 from tune.campaign import load_campaign
-from tune.machine.throughput import device_key, known_speeds, measure_speeds, remember_speeds
+from tune.machine.concurrency_benchmark import ThroughputPoint
+from tune.machine.throughput import (
+    ROUNDS,
+    device_key,
+    known_curve,
+    known_speeds,
+    measure_for_equal_time,
+    measure_speeds,
+    measure_tokens_per_second,
+    remember_curve,
+    remember_speeds,
+)
+from tune.planning.equal_time import step_time_key
 from tune.planning.plan import PlannedTrial, preview
-from tune.planning.shape import shape_key
 from tune.spec.schema import Campaign
 from tune.storage.state import CampaignState, replay
 
 STEPS = 10
 TOKENS = STEPS * 4 * 8
 WORK = TOKENS + 4 * 16  # a trial's tokens, and a third of 48 at each of steps 0, 4, 8 and 10
+DAY = "2026-11-21T10:00:00+00:00"
 
 
 @pytest.fixture
@@ -32,19 +46,21 @@ def campaign(tmp_path: Path, corpus: Path) -> Campaign:
 
 
 @pytest.fixture(autouse=True)
-def speeds_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where measured speeds are kept, in a cache of this test's own."""
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file of measurements, in a cache of this test's own."""
     monkeypatch.setenv("NGPT_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "cache").mkdir()
     return tmp_path / "cache" / "speeds.jsonl"
 
 
-def row(speed: float, config: TrainConfig, device: str) -> str:
-    return json.dumps({"device": device, "shape": shape_key(config), "tokens_per_second": speed}) + "\n"
+@pytest.fixture
+def device(campaign: Campaign) -> str:
+    return device_key(campaign.base, campaign.resources.cpus_per_trial)
 
 
-def store(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+def row(speed: Any, config: TrainConfig, device: str) -> str:
+    record = {"device": device, "shape": step_time_key(config), "together": 1, "tokens_per_second": speed}
+    return json.dumps(record) + "\n"
 
 
 def ended(trial: PlannedTrial, *, seconds: float = 2.0) -> dict[str, Any]:
@@ -53,66 +69,72 @@ def ended(trial: PlannedTrial, *, seconds: float = 2.0) -> dict[str, Any]:
     return end | {"seconds": seconds, "metrics": {"tokens": TOKENS}, "provenance": {}}
 
 
-def session(*events: dict[str, Any], older: bool = False) -> CampaignState:
-    """The state after a session's start and these events, or after these and a session's start."""
+def session(*events: dict[str, Any], earlier: bool = False) -> CampaignState:
+    """The state after these events in a session, or in an `earlier` one."""
     start = {"event": "campaign_started"}
-    order = [*events, start] if older else [start, *events]
+    order = [*events, start] if earlier else [start, *events]
     times = (f"2026-01-01T00:00:{n:02d}.000+00:00" for n in range(99))
     return replay([{"time": time, **event} for time, event in zip(times, order, strict=False)])
 
 
-@pytest.mark.parametrize(
-    ("change", "same"),
-    [
-        ({"alpha": 0.9, "logit_scale": 3.0, "optim.lr": 1.0, "steps": 99, "seed": 5, "eval_every": 1}, True),
-        ({"n_layer": 2}, False),
-        ({"block_size": 16}, False),
-        ({"batch_size": 8}, False),
-        ({"micro_batch_size": 2}, False),
-        ({"dtype": "bfloat16"}, False),
-        ({"mlp": "relu2"}, False),
-    ],
-)
-def test_configs_that_take_equally_long_share_a_shape(campaign: Campaign, change: dict[str, Any], same: bool) -> None:
-    base = campaign.base
-    assert (shape_key(override(base, change)) == shape_key(base)) == same
+def test_a_device_is_known_by_host_torch_and_threads(tiny: TrainConfig) -> None:
+    key = device_key(tiny, 3)
+    assert f"torch {torch.__version__}" in key and os.uname().nodename in key and "3 threads" in key
 
 
-def test_trials_at_once_have_a_speed_of_their_own(campaign: Campaign) -> None:
-    base = campaign.base
-    assert len({shape_key(base, together) for together in (1, 2, 8)}) == 3
-    assert shape_key(base, 1) == shape_key(base)
+def test_real_steps_are_timed(tiny: TrainConfig) -> None:
+    assert measure_tokens_per_second(tiny, threads=1) > 100.0
+    assert torch.get_num_threads() == 1
 
 
-def test_each_shape_is_timed_once_alone_and_once_for_each_number_at_once(
-    campaign: Campaign, monkeypatch: pytest.MonkeyPatch
+def test_each_shape_is_timed_once_per_number_of_trials_in_a_process(
+    campaign: Campaign, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     timed: list[tuple[int, int]] = []
 
-    def step(config: TrainConfig, **_: int) -> dict[str, float]:
+    def alone(config: TrainConfig, **_: int) -> dict[str, float]:
         timed.append((config.batch_size, 1))
         return {"tokens_per_second": 10.0}
 
-    def measure_step_together(config: TrainConfig, count: int, **_: int) -> float:
+    def together(config: TrainConfig, count: int, **_: int) -> float:
         timed.append((config.batch_size, count))
         return 10.0 * count
 
-    monkeypatch.setattr("ngpt.training.throughput.measure_step", step)
-    monkeypatch.setattr("ngpt.ensemble.throughput.measure_step_together", measure_step_together)
+    monkeypatch.setattr("ngpt.training.throughput.measure_step", alone)
+    monkeypatch.setattr("ngpt.ensemble.throughput.measure_step_together", together)
     base, wide = campaign.base, override(campaign.base, {"batch_size": 8})
-    measure_speeds([(base, 1), (override(base, {"seed": 2}), 1), (base, 3), (wide, 3)], campaign)
+    measure_speeds([(base, 1), (override(base, {"seed": 2}), 1), (base, 3), (wide, 3)], threads=1)
     assert sorted(timed) == [(4, 1), (4, 3), (8, 3)]
-    expected = {shape_key(base): 10.0, shape_key(base, 3): 30.0, shape_key(wide, 3): 30.0}
-    assert known_speeds(device_key(campaign)) == expected
+    keys = step_time_key(base), step_time_key(wide)
+    assert known_speeds(device) == {(keys[0], 1): 10.0, (keys[0], 3): 30.0, (keys[1], 3): 30.0}
 
 
-def test_the_speed_of_a_finished_trial_is_remembered_for_its_shape(campaign: Campaign) -> None:
+def test_a_later_measurement_is_scaled_to_the_first_by_the_base(tiny: TrainConfig) -> None:
+    base, wide = resolved(tiny), resolved(override(tiny, {"batch_size": 9}))
+    missing = {step_time_key(wide): wide}
+    asked: list[TrainConfig] = []
+
+    def slower_each_round(config: TrainConfig) -> float:
+        asked.append(config)
+        return {base: 50.0, wide: 80.0}[config] - (len(asked) - 1) // 2
+
+    scaled = measure_for_equal_time(base, missing, {step_time_key(base): 100.0}, slower_each_round)
+    assert scaled == {step_time_key(wide): 2.0 * 80.0}
+    assert asked == [base, wide] * ROUNDS
+    first = measure_for_equal_time(base, missing, {}, {base: 3.0, wide: 4.0}.__getitem__)
+    assert first == {step_time_key(base): 3.0, step_time_key(wide): 4.0}
+
+
+# ---- speeds of finished trials ---------------------------------------------------------------------------------------
+
+
+def test_the_speed_of_a_finished_trial_is_stored_for_its_shape(campaign: Campaign, device: str) -> None:
     base, wide = preview(campaign)[0].trials
     state = session(ended(base, seconds=2.0), ended(wide, seconds=4.0))
     remember_speeds(campaign, state, {trial.trial_id: trial.config for trial in (base, wide)})
-    assert known_speeds(device_key(campaign)) == {
-        shape_key(base.config): WORK / 2,
-        shape_key(wide.config): (TOKENS + 3 * 16) / 4,
+    assert known_speeds(device) == {
+        (step_time_key(base.config), 1): WORK / 2,
+        (step_time_key(wide.config), 1): (TOKENS + 3 * 16) / 4,
     }
 
 
@@ -124,38 +146,73 @@ def test_the_speed_of_a_finished_trial_is_remembered_for_its_shape(campaign: Cam
     ],
     ids=str,
 )
-def test_only_a_trial_that_ran_in_one_go_says_how_fast_it_is(
-    campaign: Campaign, change: dict[str, Any], speeds_file: Path
+def test_only_a_whole_trial_alone_in_its_process_counts(
+    campaign: Campaign, change: dict[str, Any], store: Path
 ) -> None:
     trial = next(preview(campaign)[0].trials)
     remember_speeds(campaign, session(ended(trial) | change), {trial.trial_id: trial.config})
-    assert not speeds_file.exists()
+    assert not store.exists()
 
 
-def test_what_an_earlier_session_ran_is_not_its_word(campaign: Campaign, speeds_file: Path) -> None:
+def test_trials_of_an_earlier_session_do_not_count(campaign: Campaign, store: Path) -> None:
     trial = next(preview(campaign)[0].trials)
-    remember_speeds(campaign, session(ended(trial), older=True), {trial.trial_id: trial.config})
-    assert not speeds_file.exists()
+    remember_speeds(campaign, session(ended(trial), earlier=True), {trial.trial_id: trial.config})
+    assert not store.exists()
 
 
-def test_the_newest_speed_wins_and_other_devices_do_not_count(campaign: Campaign, speeds_file: Path) -> None:
+# ---- the store -------------------------------------------------------------------------------------------------------
+
+
+def test_the_newest_speed_of_a_device_counts(campaign: Campaign, store: Path) -> None:
     config = campaign.base
-    store(speeds_file, row(1.0, config, "here") + row(2.0, config, "here") + row(3.0, config, "elsewhere"))
-    assert known_speeds("here") == {shape_key(config): 2.0}
-    assert known_speeds("elsewhere") == {shape_key(config): 3.0}
+    assert known_speeds("here") == {}
+    store.write_text(row(1.0, config, "here") + row(2.0, config, "here") + row(3.0, config, "elsewhere"))
+    assert known_speeds("here") == {(step_time_key(config), 1): 2.0}
+    assert known_speeds("elsewhere") == {(step_time_key(config), 1): 3.0}
     assert known_speeds("nowhere") == {}
 
 
-def test_no_speeds_are_known_before_the_first_measurement(speeds_file: Path) -> None:
-    assert not speeds_file.exists()
-    assert known_speeds("here") == {}
+def points(*speeds: float) -> list[ThroughputPoint]:
+    return [ThroughputPoint(n, 1, speed, 1 << 30, 32) for n, speed in enumerate(speeds, 1)]
 
 
-@pytest.mark.parametrize("torn", ['{"device": "here", "sha', "\x00\x00", "[1]", '{"device": "here"}', "3"])
-def test_a_torn_line_costs_itself_and_nothing_else(campaign: Campaign, speeds_file: Path, torn: str) -> None:
-    base, wide = preview(campaign)[0].trials
-    device = device_key(campaign)
-    store(speeds_file, row(5.0, base.config, device) + torn)
-    assert known_speeds(device) == {shape_key(base.config): 5.0}
-    remember_speeds(campaign, session(ended(wide, seconds=4.0)), {wide.trial_id: wide.config})
-    assert known_speeds(device) == {shape_key(base.config): 5.0, shape_key(wide.config): 92.0}
+def test_the_newest_curve_of_a_device_and_shape_counts(campaign: Campaign) -> None:
+    remember_curve("gpu", "shape", points(1, 2), max_trials=2, measured_at=DAY)
+    remember_curve("gpu", "shape", points(1, 3), max_trials=2, measured_at=DAY.replace("21", "22"))
+    newest = known_curve("gpu", "shape", max_trials=2)
+    assert newest is not None and (newest.curve, newest.measured_at[8:10]) == (points(1, 3), "22")
+    assert known_curve("another", "shape", max_trials=2) is None
+    assert known_curve("gpu", "another", max_trials=2) is None
+    assert known_curve("gpu", "shape", max_trials=3) is None  # measured with at most two
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        '{"device": "here", "sha',
+        "\x00\x00",
+        "[1]",
+        "3",
+        '{"device": "here"}',
+        '{"device": "here", "shape": "ab", "tokens_per_second": 9.0}',  # of an earlier version
+        '{"device": "here", "shape": "ab", "together": 1, "tokens_per_second": 0}',
+        '{"device": "here", "shape": "ab", "together": 1, "tokens_per_second": null}',
+        '{"device": "here", "shape": "ab", "max_trials": 9, "measured_at": "", "curve": []}',
+        '{"device": "here", "shape": "ab", "max_trials": 9, "measured_at": "", "curve": [{"trials": 1}]}',
+    ],
+)
+def test_a_line_that_cannot_be_read_is_skipped(campaign: Campaign, store: Path, damage: str) -> None:
+    key = step_time_key(campaign.base)
+    remember_curve("here", "ab", points(5), max_trials=1, measured_at=DAY)
+    store.write_text(row(5.0, campaign.base, "here") + store.read_text() + damage)
+    remember_curve("here", "cd", points(7), max_trials=1, measured_at=DAY)
+    assert known_speeds("here") == {(key, 1): 5.0}
+    assert known_curve("here", "ab", max_trials=2) is None
+    assert all(known_curve("here", shape, max_trials=1) for shape in ("ab", "cd"))
+
+
+def test_a_cache_that_cannot_be_written_costs_only_the_speeds(campaign: Campaign, device: str, store: Path) -> None:
+    store.mkdir()
+    trial = next(preview(campaign)[0].trials)
+    remember_speeds(campaign, session(ended(trial)), {trial.trial_id: trial.config})
+    assert known_speeds(device) == {}

@@ -12,7 +12,7 @@ from ngpt.model.flops import flops_per_token
 from ngpt.training.config import TrainConfig, resolved
 from tests.helpers.tiny_campaign import begun, drive, pretend, session_on, strict, write_file
 from tune.campaign import load_campaign
-from tune.planning.equal_time import ROUNDS, measure, pace_key, steps_of_equal_time, timer
+from tune.planning.equal_time import step_time_key, steps_of_equal_time
 from tune.planning.plan import preview
 from tune.storage.journal import read_journal
 from tune.trials.trial import TrialResult, TrialSpec
@@ -127,34 +127,34 @@ def test_both_train_for_equally_long_up_to_half_a_step(
 ) -> None:
     reference = resolved(override(tiny, {"steps": steps, "batch_size": batch}))
     config = override(reference, {"batch_size": other, "n_layer": 3})
-    known = {pace_key(reference): speeds[0], pace_key(config): speeds[1]}
+    known = {step_time_key(reference): speeds[0], step_time_key(config): speeds[1]}
     found = steps_of_equal_time(reference, config, known)
     per_step, seconds = other * 16 / speeds[1], steps * batch * 16 / speeds[0]
     assert found == 1 or abs(found * per_step - seconds) <= per_step * (0.5 + 1e-9)
     assert steps_of_equal_time(reference, reference, known) == steps
 
 
-def test_a_later_measurement_is_scaled_to_the_first_by_the_base(tiny: TrainConfig) -> None:
-    base, wide = resolved(tiny), resolved(override(tiny, {"batch_size": 9}))
-    missing = {pace_key(wide): wide}
-    asked: list[TrainConfig] = []
-
-    def busy(config: TrainConfig) -> float:
-        asked.append(config)
-        return {base: 50.0, wide: 80.0}[config] - (len(asked) - 1) // 2
-
-    assert measure(base, missing, {pace_key(base): 100.0}, busy) == {pace_key(wide): 2.0 * 80.0}
-    assert asked == [base, wide] * ROUNDS  # side by side, round after round
-    assert measure(base, missing, {}, {base: 3.0, wide: 4.0}.__getitem__) == {pace_key(base): 3.0, pace_key(wide): 4.0}
-
-
-def test_what_costs_no_time_shares_a_speed(tiny: TrainConfig) -> None:
+@pytest.mark.parametrize(
+    ("change", "is_shared"),
+    [
+        ({"alpha": 0.9, "logit_scale": 3.0, "optim.lr": 1.0, "steps": 99, "seed": 5, "eval_every": 1}, True),
+        ({"n_layer": 1}, False),
+        ({"block_size": 8}, False),
+        ({"batch_size": 5}, False),
+        ({"micro_batch_size": 2}, False),
+        ({"dtype": "bfloat16"}, False),
+        ({"mlp": "relu2"}, False),
+        ({"optim.name": "muon"}, False),
+        ({"project_every": 7}, False),
+    ],
+)
+def test_configs_that_take_equally_long_per_step_share_a_key(
+    tiny: TrainConfig, change: dict[str, Any], is_shared: bool
+) -> None:
     base = resolved(tiny)
-    same = {"alpha": 0.7, "optim.lr": 0.5, "steps": 99, "seed": 4, "eval_every": 1}
-    assert pace_key(override(base, same)) == pace_key(base)
-    for change in ({"n_layer": 1}, {"optim.name": "muon"}, {"batch_size": 5}, {"dtype": "bfloat16"}):
-        assert pace_key(override(base, change)) != pace_key(base)
+    assert (step_time_key(override(base, change)) == step_time_key(base)) is is_shared
 
 
-def test_a_real_step_is_timed(tiny: TrainConfig) -> None:
-    assert timer(1)(tiny) > 100.0
+def test_the_key_never_changes() -> None:
+    """Journals hold it, and the steps of a resumed campaign depend on it."""
+    assert step_time_key(TrainConfig()) == "a5c14fd5d8"

@@ -65,8 +65,8 @@ def test_the_next_batch_waits_for_the_last_trial_of_the_one_before(file: Path, t
 
 
 def test_a_plan_counts_the_arms_that_are_not_known_yet(file: Path, tmp_path: Path) -> None:
-    rows = {row["phase"]: row for row in estimate(load_campaign(file), tmp_path / "r")["phases"]}
-    assert rows["tpe"]["arms"] == 8
+    rows = {row.phase: row for row in estimate(load_campaign(file), tmp_path / "r").phases}
+    assert rows["tpe"].arms == 8
 
 
 def test_a_smoke_run_draws_a_batch_at_random(file: Path) -> None:

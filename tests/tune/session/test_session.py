@@ -272,7 +272,8 @@ def test_where_the_machine_had_no_memory_a_trial_has_one_more_try_with_nothing_b
         result = session.state.results[first.trial_id]
         assert (result["status"], result["cause"]) == ("failed", "host_oom")
         assert (
-            result["error"] == "host_oom: the machine had no memory left, 2 times, the last time with nothing beside it"
+            result["error"]
+            == "host_oom: the machine had no memory left, 2 times, the last time as the only running trial"
         )
         assert next_trial(session) and next_trial(session), "and then they are two at a time again"
 

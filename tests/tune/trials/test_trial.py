@@ -1,4 +1,4 @@
-"""One trial: it continues where it was interrupted, dies into a record, and leaves nothing to the next one."""
+"""One trial: it resumes after an interruption, failures become results, and nothing leaks into the next trial."""
 
 import hashlib
 import json
@@ -15,7 +15,15 @@ from ngpt.data.dataset import DataConfig
 from ngpt.training.config import TrainConfig
 from tests.helpers import ROOT
 from tests.helpers.tiny_run import finish
-from tune.trials.trial import CONTEXT, TrialResult, TrialSpec, code_hash, describe_machine, limit_gpu_memory, run_trial
+from tune.trials.trial import (
+    CUDA_CONTEXT_BYTES,
+    TrialResult,
+    TrialSpec,
+    code_hash,
+    describe_machine,
+    limit_gpu_memory,
+    run_trial,
+)
 
 UNTIMED = ("val_loss", "val_bpb", "train_loss", "steps", "tokens", "n_params")
 
@@ -36,17 +44,17 @@ def weights(folder: Path) -> str:
     return hashlib.sha256(newest.read_bytes()).hexdigest()
 
 
-def test_a_finished_trial_has_metrics_and_says_where_they_come_from(spec: TrialSpec) -> None:
+def test_a_finished_trial_has_metrics_and_provenance(spec: TrialSpec) -> None:
     result = finish(run_trial(spec))
     assert (result.status, result.error, result.metrics["steps"]) == ("finished", None, 8)
     assert result.seconds > 0 and result.started_at is not None and result.started_at.endswith("+00:00")
-    about = result.provenance
-    assert (about["device"].split()[0], about["threads"], about["code_sha256"]) == ("cpu", 1, code_hash())
-    assert about["torch"] == str(torch.__version__) and len(about["data_sha256"]) == 64 and about["pid"] > 0
+    facts = result.provenance
+    assert (facts["device"].split()[0], facts["threads"], facts["code_sha256"]) == ("cpu", 1, code_hash())
+    assert facts["torch"] == str(torch.__version__) and len(facts["data_sha256"]) == 64 and facts["pid"] > 0
     assert json.loads((spec.folder / "config.json").read_text()) == json.loads(json.dumps(flatten(spec.config)))
 
 
-def test_the_digest_of_the_code_tells_a_change_in_any_source_and_in_nothing_else(tmp_path: Path) -> None:
+def test_the_code_hash_changes_with_any_source_file_and_nothing_else(tmp_path: Path) -> None:
     def digest(name: str, text: str) -> str:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
@@ -59,7 +67,7 @@ def test_the_digest_of_the_code_tells_a_change_in_any_source_and_in_nothing_else
     assert digest("__pycache__/loss.pyc", "three") == digests[-1]
 
 
-def test_at_each_evaluation_it_says_what_its_record_is_if_it_is_stopped_there(spec: TrialSpec) -> None:
+def test_an_evaluation_yields_the_result_of_a_trial_that_is_stopped_there(spec: TrialSpec) -> None:
     run = run_trial(spec)
     _, second = next(run), next(run)
     run.close()
@@ -72,11 +80,11 @@ def test_at_each_evaluation_it_says_what_its_record_is_if_it_is_stopped_there(sp
     assert len(second.provenance["data_sha256"]) == 64 and second.provenance["code_sha256"] == code_hash()
 
 
-def test_it_yields_its_metrics_at_every_evaluation(spec: TrialSpec) -> None:
+def test_metrics_are_yielded_at_every_evaluation(spec: TrialSpec) -> None:
     assert [interim.metrics["steps"] for interim in run_trial(spec)] == [0, 3, 6, 8]
 
 
-def test_a_trial_that_dies_becomes_a_result_with_the_error(spec: TrialSpec) -> None:
+def test_an_exception_becomes_a_failed_result_with_the_error(spec: TrialSpec) -> None:
     gone = override(spec.config, {"data.corpus": str(spec.folder / "nowhere.txt")})
     result = finish(run_trial(replace(spec, config=gone)))
     assert (result.status, result.metrics) == ("failed", {})
@@ -87,7 +95,7 @@ def test_a_trial_that_dies_becomes_a_result_with_the_error(spec: TrialSpec) -> N
     assert (spec.folder / "metrics.jsonl").read_text() == ""
 
 
-def test_a_long_error_keeps_its_end_in_the_record_and_all_of_it_in_the_file(
+def test_the_record_has_the_end_of_a_long_error_and_the_file_all_of_it(
     spec: TrialSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(data: DataConfig) -> None:
@@ -99,7 +107,7 @@ def test_a_long_error_keeps_its_end_in_the_record_and_all_of_it_in_the_file(
     assert len((spec.folder / "error.txt").read_text()) > 10_000
 
 
-def test_a_folder_that_cannot_be_made_is_a_failed_trial_too(spec: TrialSpec, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created_is_a_failed_trial(spec: TrialSpec, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     result = finish(run_trial(replace(spec, folder=tmp_path / "file" / "t")))
     assert result.status == "failed"
@@ -169,7 +177,7 @@ print(json.dumps(numbers(result)))
     assert weights(fresh) == weights(tmp_path / "warm")
 
 
-def test_a_trial_has_the_threads_it_was_given(spec: TrialSpec) -> None:
+def test_a_trial_uses_its_number_of_threads(spec: TrialSpec) -> None:
     run = run_trial(replace(spec, threads=2))
     next(run)
     assert torch.get_num_threads() == 2
@@ -188,7 +196,7 @@ def test_a_corpus_is_opened_once_per_process(spec: TrialSpec, tmp_path: Path, mo
     assert finish(run_trial(replace(spec, folder=tmp_path / "second"))).status == "finished"
 
 
-def test_a_name_for_people(spec: TrialSpec) -> None:
+def test_the_name_has_phase_arm_and_seed(spec: TrialSpec) -> None:
     assert spec.name == "alpha/alpha=0.2 seed 1"
 
 
@@ -196,12 +204,12 @@ def test_a_name_for_people(spec: TrialSpec) -> None:
 def test_trials_that_share_a_gpu_get_their_share_of_its_memory(
     monkeypatch: pytest.MonkeyPatch, packed: int, allowed: float | None
 ) -> None:
-    """torch's own checks of the arguments run; only what needs a driver is replaced."""
+    """Only the calls that need a driver are replaced, so that torch checks the arguments."""
     given: list[tuple[float, int]] = []
     monkeypatch.setattr(torch.cuda.memory, "_lazy_init", lambda: None)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 100 * CONTEXT))
-    fraction = "_cuda_setMemoryFraction"  # not there in a torch without CUDA
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 100 * CUDA_CONTEXT_BYTES))
+    fraction = "_cuda_setMemoryFraction"  # missing in a torch without CUDA
     monkeypatch.setattr(torch._C, fraction, lambda share, device: given.append((share, device)), raising=False)
     limit_gpu_memory(torch.device("cuda"), packed)
     assert given == ([] if allowed is None else [(pytest.approx(allowed), 0)])

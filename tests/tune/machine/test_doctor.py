@@ -1,0 +1,81 @@
+"""The checks of `doctor`: each problem is reported before a campaign runs into it."""
+
+import os
+import shutil
+import subprocess
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tune.machine import doctor
+from tune.machine.doctor import Check, run_checks
+
+Usage = namedtuple("Usage", "total used free")
+
+
+def check(name: str, out: Path) -> Check:
+    return next(check for check in run_checks(out) if check.name == name)
+
+
+def test_every_check_has_a_name_and_a_value(tmp_path: Path) -> None:
+    checks = run_checks(tmp_path)
+    assert len({check.name for check in checks}) == len(checks) == len(doctor.CHECKS)
+    assert all(check.value for check in checks)
+
+
+def test_no_secret_of_the_environment_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "s3cr3t-k3y")
+    assert "s3cr3t-k3y" not in str(run_checks(Path("results")))
+
+
+def test_the_checks_write_nothing(tmp_path: Path) -> None:
+    run_checks(tmp_path / "a" / "b")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_size_of_compiled_code_is_shown_with_the_command_that_removes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "a cache"
+    monkeypatch.setenv("NGPT_CACHE", str(cache))
+    assert check("compiled code", tmp_path).value == "0 B"
+    for name, size in {"compiled/ab/graph": 1_500_000, "native/loop.so": 500_000, "corpus/tokens": 9}.items():
+        (cache / name).parent.mkdir(parents=True)
+        (cache / name).write_bytes(bytes(size))
+    size, _, command = check("compiled code", tmp_path).value.partition("; to empty it: ")
+    assert size == "2 MB"
+    subprocess.run(command, shell=True, check=True)
+    assert [path.name for path in cache.iterdir()] == ["corpus"]
+
+
+def test_a_full_disk_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1 << 40, 1 << 40, 1 << 30))
+    assert check("results", tmp_path).problem == "less than 2 GiB free"
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1 << 40, 0, 1 << 40))
+    assert check("results", tmp_path).problem is None
+
+
+def test_no_room_for_rays_files_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert check("Ray's files", tmp_path).problem is None
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1 << 40, 1 << 40, 1 << 20))
+    found = check("Ray's files", tmp_path)
+    assert "(1 MiB free)" in found.value and "set TMPDIR" in str(found.problem)
+
+
+def test_a_folder_that_cannot_be_written_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path and access(path, mode))
+    assert check("results", tmp_path / "below").problem == f"{tmp_path} is not writable"
+
+
+def test_results_below_a_file_are_a_problem(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert check("results", tmp_path / "file" / "below").problem == f"{tmp_path / 'file'} is not a folder"
+
+
+def test_a_missing_package_is_a_problem_with_advice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "version", lambda name: None if name == "ray" else "1.0")
+    problem: Any = check("packages", tmp_path).problem
+    assert problem.startswith("not installed: ray; run pip install")

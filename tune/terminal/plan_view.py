@@ -1,0 +1,48 @@
+"""The table that `--plan` prints."""
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from tune import format as fmt
+from tune.machine.estimate import Estimate, PhaseEstimate
+
+
+def plan_view(estimated: Estimate) -> RenderableType:
+    """An estimate as a table with notes."""
+    table = Table(title=f"plan of {fmt.plain(estimated.campaign)}", title_justify="left", box=None, pad_edge=False)
+    columns = ["phase", "arms", "seeds", "trials", "to run", "tokens", "disk", "time"]
+    for name in columns + (["finds"] if estimated.noise else []):
+        table.add_column(name, justify="left" if name == "phase" else "right")
+    for row in estimated.phases:
+        effect = row.smallest_detectable
+        finds = [fmt.MISSING if effect is None else f"{effect:.2g}"] if estimated.noise else []
+        name = fmt.plain(row.phase) + (" *" if row.guessed else "")
+        table.add_row(Text(name), str(row.arms), str(row.seeds), *_sizes(row), *finds)
+    table.add_row("in all", "", "", *_sizes(estimated))
+    return Group(table, Text(), *(Text(fmt.plain(line)) for line in _notes(estimated)))
+
+
+def _sizes(row: PhaseEstimate | Estimate) -> list[str]:
+    sizes = [fmt.count(row.tokens), fmt.size(row.disk_bytes), fmt.duration(row.seconds)]
+    return [str(row.trials), str(row.to_run), *sizes]
+
+
+def _notes(estimated: Estimate) -> list[str]:
+    at_once = f"{fmt.counted(estimated.workers, 'trial')} at once"
+    if estimated.together > 1:
+        at_once = f"{estimated.together} trials at once in each of {fmt.counted(estimated.workers, 'worker')}"
+    lines = [f"{at_once}; time {estimated.seconds_source}"]
+    if shared := sum(row.trials for row in estimated.phases) - estimated.trials:
+        one = "1 trial of a later phase is the same as an earlier one and is trained once"
+        many = f"{shared} trials of later phases are the same as earlier ones and are trained once"
+        lines.append(one if shared == 1 else many)
+    if noise := estimated.noise:
+        spread = f"a spread between seeds of {noise.sd:.2g}, {noise.source}"
+        lines.append(f"finds: the smallest effect that 4 of 5 such phases would find, from {spread}")
+    if estimated.budget:
+        lines.append(f"budget: no trial begins after {estimated.budget}; the numbers above ignore it")
+    if any(row.guessed for row in estimated.phases):
+        guess = "the first arm of that phase, or its last winner, is assumed"
+        lines.append(f"* starts from a winner that is not known yet; {guess}")
+    return [*lines, f"results in {estimated.results}"]
