@@ -318,9 +318,8 @@ def test_a_bomb_offered_as_a_tokenizer_never_runs(
     assert not sign.exists()
 
 
-def test_pickle_is_read_only_where_our_own_processes_talk(tmp_path: Path) -> None:
-    """`torch.load` says `weights_only=True` everywhere, and nothing else here unpickles what a file holds."""
-    allowed = {"ngpt/data/tokens/pool.py"}  # the pipes to its own children
+def test_nothing_unpickles_what_a_file_holds() -> None:
+    """`torch.load` has `weights_only=True` everywhere."""
     found = []
     for path in sorted([*SCRIPT.parent.glob("ngpt/**/*.py"), *SCRIPT.parent.glob("tune/**/*.py"), SCRIPT]):
         name, text = path.relative_to(SCRIPT.parent).as_posix(), path.read_text(encoding="utf-8")
@@ -328,5 +327,5 @@ def test_pickle_is_read_only_where_our_own_processes_talk(tmp_path: Path) -> Non
             r"pickle\.loads?\(|Unpickler\(|allow_pickle=True|weights_only=False|(?<![.\w])(?:eval|exec)\(", text
         )
         unsafe += [call for call in re.findall(r"torch\.load\([^)]*\)", text) if "weights_only=True" not in call]
-        found += [f"{name}: {use}" for use in unsafe if name not in allowed]
+        found += [f"{name}: {use}" for use in unsafe]
     assert found == []

@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--shards", type=_count, metavar="N", help="files to take of a corpus in parts (default 1)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to write; default: $NGPT_CACHE or ~/.cache/ngpt")
     parser.add_argument("--val-fraction", type=float, metavar="F", help="share of the validation split (default 0.1)")
-    parser.add_argument("--workers", type=_count, metavar="N", help="processes (default: one per core if it pays)")
+    parser.add_argument("--workers", type=_count, metavar="N", help="threads that tokenize (default: one per core)")
     parser.add_argument("--on-corrupt", metavar="P", help="skip (default) or fail")
     parser.add_argument("--json", action="store_true", help="print the manifest as one JSON object")
     return parser

@@ -7,8 +7,9 @@ continues with the first shard that it had not finished.
 
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import closing
+import os
+import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +19,18 @@ from ngpt.config.base import ConfigError
 from ngpt.data.sources import Corpus
 from ngpt.data.text.documents import read_file
 from ngpt.data.text.progress import Log, Meter
-from ngpt.data.tokens.pool import Encoding, Text, default_workers, encode_in_order
 from ngpt.data.tokens.shards import CorruptShardError, Shard, token_crc, verify_shard, write_shard
 from ngpt.data.tokens.tokenizer import MODEL_FILE, Tokenizer, load_tokenizer, parse_spec, train_sentencepiece
 from ngpt.system.atomic_files import write_atomic, write_json
 
 Entry = dict[str, Any]  # one shard in the manifest
+Text = tuple[str, str]  # split, text
 
 SHARD_TOKENS = 100_000_000
 TOKEN_BYTES_FILE = "token_bytes.npy"
 PROGRESS_FILE = "progress.json"
 SPLITS = ("train", "val")
+BATCH, LARGE_BATCH = 1 << 20, 1 << 25  # characters to encode at once: at least, and at most if texts are large
 EMPTY_LINE = "\n\n"  # between documents, where a tokenizer has no mark for it
 
 
@@ -66,19 +68,17 @@ def tokenize(
             else:
                 n_skipped += n_bytes
 
-    workers = workers or default_workers(size)
+    threads = workers or default_threads()
     kept = f", {progress.n_shards} shards are there already" if progress.n_shards else ""
-    log(f"{corpus.name}: tokenizing{f' in {workers} processes' if workers > 1 else ''}{kept}")
+    log(f"{corpus.name}: tokenizing{f' in {threads} threads' if threads > 1 else ''}{kept}")
     meter = Meter(log, corpus.name)
-    encoding = Encoding(tokenizer, folder, marked=corpus.separated)
-    with closing(encode_in_order(texts(), encoding, loaded, workers)) as encoded:
-        for split, ids, lossless in encoded:
-            if progress.lossless and not lossless:
-                log(f"{tokenizer} does not keep this text as it is: no bits per byte")
-                progress.lossless = False
-            writers[split].add(ids)
-            n_tokens += len(ids)
-            meter.update(n_tokens, "tokens", fraction=n_read / max(size, 1), before=n_skipped / max(size, 1))
+    for split, ids, lossless in encode_in_order(texts(), loaded, marked=corpus.separated, threads=threads):
+        if progress.lossless and not lossless:
+            log(f"{tokenizer} does not keep this text as it is: no bits per byte")
+            progress.lossless = False
+        writers[split].add(ids)
+        n_tokens += len(ids)
+        meter.update(n_tokens, "tokens", fraction=n_read / max(size, 1), before=n_skipped / max(size, 1))
     splits = {split: writer.close() for split, writer in writers.items()}
     return {
         "splits": splits,
@@ -88,6 +88,44 @@ def tokenize(
         "content_sha256": content.hexdigest(),
         "skipped": [],
     }
+
+
+def default_threads() -> int:
+    """One thread per available core; one thread in a worker of Ray, which has one core of many."""
+    if Path(getattr(sys.modules["__main__"], "__file__", None) or "").name == "default_worker.py":
+        return 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def encode_in_order(
+    texts: Iterable[Text], tokenizer: Tokenizer, *, marked: bool, threads: int
+) -> Iterator[tuple[str, np.ndarray, bool]]:
+    """Encodes texts of either split; `marked` texts start with the document mark, where the tokenizer has one.
+
+    Yields:
+        The split, the ids (N,) uint16, and whether their bytes are those of the text.
+    """
+    mark = np.array([tokenizer.document_mark] if marked and tokenizer.document_mark is not None else [], np.uint16)
+    sizes = tokenizer.token_bytes()
+    for batch in _batches(texts, threads):
+        encoded = tokenizer.encode_batch([text for _, text in batch], threads=threads)
+        for (split, text), unmarked in zip(batch, encoded, strict=True):
+            ids = np.concatenate([mark, unmarked])
+            yield split, ids, sizes is not None and int(sizes[ids].sum()) == len(text.encode())
+
+
+def _batches(texts: Iterable[Text], threads: int) -> Iterator[list[Text]]:
+    """Enough texts to keep all threads busy, in little memory."""
+    batch: list[Text] = []
+    size = 0
+    for split, text in texts:
+        batch.append((split, text))
+        size += len(text)
+        if size >= LARGE_BATCH or (size >= BATCH and len(batch) >= threads):
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def shard_entry(shard: Shard, first: int, stop: int) -> Entry:

@@ -5,7 +5,7 @@ The folder holds the two files of the GPT-2 release, encoder.json and vocab.bpe.
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,12 @@ class GPT2Tokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         """The ids of `text`, (N,) uint16."""
-        return np.array(self._encoding.encode_ordinary(text), dtype=np.uint16)
+        return self.encode_batch([text], threads=1)[0]
+
+    def encode_batch(self, texts: Sequence[str], *, threads: int) -> list[np.ndarray]:
+        """The ids of each text, (N,) uint16, encoded in native threads."""
+        encoded = self._encoding.encode_ordinary_batch(list(texts), num_threads=threads)
+        return [np.array(ids, dtype=np.uint16) for ids in encoded]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; bytes that are not UTF-8 become U+FFFD."""

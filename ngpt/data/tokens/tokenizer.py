@@ -14,7 +14,7 @@ import io
 import os
 import random
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
@@ -60,6 +60,10 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> np.ndarray:
         """The ids of `text`, (N,) uint16; never the document mark."""
+        ...
+
+    def encode_batch(self, texts: Sequence[str], *, threads: int) -> list[np.ndarray]:
+        """`encode` for several texts, in native threads."""
         ...
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -112,16 +116,30 @@ class SentencePieceTokenizer:
         self._by_line = self._lossless and not any(b"\n" in piece for piece in self._pieces if piece != b"\n")
 
     def encode(self, text: str) -> np.ndarray:
-        """The ids of `text`, (N,) uint16; the character that sentencepiece writes for a space is not taken for one."""
+        """The ids of `text`, (N,) uint16."""
+        return self.encode_batch([text], threads=1)[0]
+
+    def encode_batch(self, texts: Sequence[str], *, threads: int) -> list[np.ndarray]:
+        """The ids of each text, (N,) uint16, encoded in native threads."""
         model: Any = self._model
-        ids: list[int] = []
+        parts = [list(self._parts(text)) for text in texts]
+        flat = [part for text in parts for part in text if part not in self._spelt]
+        encoded = iter(model.encode(flat, num_threads=threads))
+        return [
+            np.fromiter(
+                chain.from_iterable(self._spelt[part] if part in self._spelt else next(encoded) for part in text),
+                dtype=np.uint16,
+            )
+            for text in parts
+        ]
+
+    def _parts(self, text: str) -> Iterator[str]:
+        """What is encoded independently: characters spelled in bytes, and lines, or the text between the former."""
         for part in self._apart.split(text):
-            if part in self._spelt:
-                ids += self._spelt[part]
-                continue
-            lines = re.split(r"(?<=\n)", part) if self._by_line else [part]
-            ids += chain.from_iterable(model.encode(lines))
-        return np.array(ids, dtype=np.uint16)
+            if self._by_line and part not in self._spelt:
+                yield from io.StringIO(part, newline="\n")
+            else:
+                yield part
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; of a foreign model it is what that makes of them, spaces and line ends included."""

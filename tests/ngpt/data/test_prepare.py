@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,11 @@ import pytest
 
 from ngpt.data import prepare as preparation
 from ngpt.data.dataset import DataConfig, Dataset, open_dataset, prepare
-from ngpt.data.prepare import tokenize
+from ngpt.data.prepare import default_threads, encode_in_order, tokenize
 from ngpt.data.sources import text_corpus
 from ngpt.data.text.documents import read_documents
 from ngpt.data.text.progress import silent
-from ngpt.data.tokens.tokenizer import load_tokenizer
+from ngpt.data.tokens.tokenizer import Tokenizer, load_tokenizer
 from tests.helpers.vocabularies import write_gpt2, write_llama
 
 # Prepares what the arguments say with shards of 2000 tokens, and is killed at the n-th time that it syncs a file.
@@ -110,20 +112,63 @@ def test_the_size_of_the_validation_split_is_the_fraction(pages: Path, own_cache
 
 
 @pytest.mark.parametrize("kind", ["documents", "text"])
-def test_any_number_of_processes_writes_the_same_bytes(
+def test_any_number_of_threads_writes_the_same_bytes(
     pages: Path, corpus: Path, own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    monkeypatch.setattr(
-        "ngpt.data.tokens.pool.BATCH", 5000
-    )  # characters, so that there are more batches than processes
+    monkeypatch.setattr(preparation, "BATCH", 5000)  # characters, so that there are many batches
     monkeypatch.setattr("ngpt.data.text.documents.BLOCK", 3000)
     monkeypatch.setattr(preparation, "SHARD_TOKENS", 2000)
     config = DataConfig(corpus=str(pages if kind == "documents" else corpus), tokenizer="sentencepiece:400")
     said: list[str] = []
     folders = [prepare(config, out=tmp_path / f"{workers}", workers=workers, log=said.append) for workers in (1, 3)]
     assert content(folders[0]) == content(folders[1])
-    assert sum("in 3 processes" in line for line in said) == 1
+    assert sum("in 3 threads" in line for line in said) == 1
     assert len(json.loads((folders[0] / "manifest.json").read_text())["splits"]["train"]["shards"]) > 8
+
+
+TEXTS = [("val" if index % 7 == 0 else "train", f"the fox {index} thinks\n" * (1 + index % 5)) for index in range(400)]
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return load_tokenizer(str(write_llama(tmp_path_factory.mktemp("model") / "a.model")), None)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_texts_come_back_encoded_in_order(llama: Tokenizer, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preparation, "BATCH", 700)
+    found = list(encode_in_order(TEXTS, llama, marked=True, threads=threads))
+    expected = [(split, [1, *llama.encode(text).tolist()], True) for split, text in TEXTS]
+    assert [(split, ids.tolist(), same) for split, ids, same in found] == expected
+    assert all(ids.dtype == np.uint16 for _, ids, _ in found)
+
+
+def test_unmarked_texts_are_encoded_as_they_are(llama: Tokenizer) -> None:
+    found = list(encode_in_order(TEXTS, llama, marked=False, threads=2))
+    assert [ids.tolist() for _, ids, _ in found] == [llama.encode(text).tolist() for _, text in TEXTS]
+    assert not any(same for *_, same in found)  # the space that such a model adds is one byte too many
+
+
+def test_the_reader_is_at_most_one_batch_ahead(llama: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preparation, "BATCH", 1)  # so a batch has as many texts as there are threads
+    n_read, ahead = 0, []
+
+    def reader() -> Iterator[tuple[str, str]]:
+        nonlocal n_read
+        for text in TEXTS:
+            n_read += 1
+            yield text
+
+    for n_encoded, _ in enumerate(encode_in_order(reader(), llama, marked=True, threads=3), start=1):
+        ahead.append(n_read - n_encoded)
+    assert len(ahead) == len(TEXTS) and max(ahead) == 2
+
+
+def test_tokenizing_uses_every_core_except_in_a_ray_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
+    assert default_threads() == 3
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", "/x/ray/_private/workers/default_worker.py", raising=False)
+    assert default_threads() == 1
 
 
 @pytest.mark.parametrize("countdown", [1, 5, 26, 100])
