@@ -41,9 +41,9 @@ LARGE: dict[str, tuple[str | bytes, str]] = {
     "seed_of_100000_digits": (f"campaign: x\nseeds: [0o{'7' * 100_000}]\n{SWEEP}", "is too large, a whole number"),
     "float_of_100000_digits": (f"{HEAD}base: {{lr: {'9' * 100_000}.5}}\n{SWEEP}", "should be a finite number, got inf"),
     "version_of_100000_digits": (f"%YAML {'1' * 100_000}.1\n---\nx\n", "not valid YAML: Exceeds the limit"),
-    "sum_of_100_kB": (
+    "expression_of_100_kB": (
         f"{HEAD}{SWEEP}claims: [{{id: a, relation: arithmetic, expression: '{'1+' * 50_000}1', value: 1}}]\n",
-        "a sum has at most 200 characters",
+        "an expression has at most 200 characters",
     ),
     "brackets": ("[" * 100_000, TOO_DEEP),
     "closed_brackets": ("[" * 60_000 + "]" * 60_000, TOO_DEEP),
@@ -99,8 +99,8 @@ CAMPAIGN_NAME, PHASE_NAME, CLAIM_NAME = (
     f" cannot be the name of a {noun}: use 1 to 64 letters, digits, " for noun in ("campaign", "phase", "claim")
 )
 ARM_NAME = " cannot be the name of an arm: use 1 to 80 letters, digits, "
-NO_SUM = " is not a sum of numbers: use + - * / ** and parentheses, such as `11"
-TOO_LONG = "a sum has at most 200 characters, got "
+NO_VALUE = " is not an arithmetic expression: use numbers, + - * / ** and parentheses, such as `11"
+TOO_LONG = "an expression has at most 200 characters, got "
 TOO_LARGE_NUMBER = " is too large, a whole number is at most 9223372036854775807"
 NO_SETTINGS = " must be a mapping of settings or the path of a .yaml file, got "
 
@@ -116,7 +116,7 @@ def phases(text: str) -> str:
 
 
 def arithmetic_claim(expression: str) -> str:
-    """A campaign with a claim about a sum."""
+    """A campaign with a claim about an expression."""
     claim = f"{{id: a, relation: arithmetic, expression: {expression}, value: 1, tolerance: 0}}"
     return NAME + SWEEP + f"claims: [{claim}]\n"
 
@@ -221,11 +221,11 @@ SMALL: dict[str, tuple[str | bytes, str]] = {
     ),
     "claim_call": (
         arithmetic_claim("\"__import__('os').system('touch pwned')\""),
-        "3:40: claims[0].expression: \"__import__('os').system('touch pwned')\"" + NO_SUM,
+        "3:40: claims[0].expression: \"__import__('os').system('touch pwned')\"" + NO_VALUE,
     ),
     "claim_comprehension": (
         arithmetic_claim("'sum([1 for _ in range(10**12)])'"),
-        "3:40: claims[0].expression: 'sum([1 for _ in range(10**12)])'" + NO_SUM,
+        "3:40: claims[0].expression: 'sum([1 for _ in range(10**12)])'" + NO_VALUE,
     ),
     "claim_digits": (arithmetic_claim("'" + "9" * 5000 + "'"), "3:40: claims[0].expression: " + TOO_LONG + "5000"),
     "claim_digits_190": (arithmetic_claim("'" + "9" * 190 + "**2'"), "3:40: claims[0].expression: '" + "9" * 101),
@@ -238,8 +238,11 @@ SMALL: dict[str, tuple[str | bytes, str]] = {
         NAME + SWEEP + "claims: [{id: ../x, relation: less, left: {alpha: 0.1}, right: {alpha: 0.2}}]\n",
         "3:11: claims[0].id: '../x'" + CLAIM_NAME,
     ),
-    "claim_imaginary": (arithmetic_claim("1j"), "3:40: claims[0].expression: '1j'" + NO_SUM),
-    "claim_lambda": (arithmetic_claim("'(lambda: 1)()'"), "3:40: claims[0].expression: '(lambda: 1)()'" + NO_SUM),
+    "claim_imaginary": (arithmetic_claim("1j"), "3:40: claims[0].expression: '1j'" + NO_VALUE),
+    "claim_lambda": (
+        arithmetic_claim("'(lambda: 1)()'"),
+        "3:40: claims[0].expression: '(lambda: 1)()'" + NO_VALUE,
+    ),
     "claim_minuses": (arithmetic_claim("'" + "-" * 5000 + "1'"), "3:40: claims[0].expression: " + TOO_LONG + "5001"),
     "claim_nan_tolerance": (
         NAME + SWEEP + "claims: [{id: a, relation: arithmetic, expression: '1', value: 1, tolerance: .nan}]\n",
@@ -251,11 +254,14 @@ SMALL: dict[str, tuple[str | bytes, str]] = {
         "3:10: claims[0]: `id:` is missing: give the claim a name",
     ),
     "claim_parentheses": (arithmetic_claim("'" + "(" * 5000 + "'"), "3:40: claims[0].expression: " + TOO_LONG + "5000"),
-    "claim_root_of_minus_one": (arithmetic_claim("'(-1)**0.5'"), "3:40: claims[0].expression: '(-1)**0.5'" + NO_SUM),
-    "claim_shift": (arithmetic_claim("'1 << 10**12'"), "3:40: claims[0].expression: '1 << 10**12'" + NO_SUM),
+    "claim_root_of_minus_one": (
+        arithmetic_claim("'(-1)**0.5'"),
+        "3:40: claims[0].expression: '(-1)**0.5'" + NO_VALUE,
+    ),
+    "claim_shift": (arithmetic_claim("'1 << 10**12'"), "3:40: claims[0].expression: '1 << 10**12'" + NO_VALUE),
     "claim_string_times": (
         arithmetic_claim("\"'x' * 10**12\""),
-        "3:40: claims[0].expression: \"'x' * 10**12\"" + NO_SUM,
+        "3:40: claims[0].expression: \"'x' * 10**12\"" + NO_VALUE,
     ),
     "claim_tower": (arithmetic_claim("9**9**9"), "3:40: claims[0].expression: '9**9**9' has no finite value"),
     "claim_tower_of_integers": (

@@ -5,6 +5,7 @@ claims:
   - {id: epoch, says: "18B tokens in 20 minutes", relation: arithmetic, expression: "110e3 * 20 * 60", value: 18e9, ...}
 """
 
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -123,20 +124,13 @@ def _text(value: Any) -> str:
     return value
 
 
-def _metric(value: Any) -> str:
-    if not isinstance(value, str) or value not in METRIC_GOALS:
-        raise ConfigError(unknown("metric", value, METRIC_GOALS))
-    return value
+def _choice(what: str, table: Collection[str]) -> Callable[[Any], str]:
+    def read(value: Any) -> str:
+        if not isinstance(value, str) or value not in table:
+            raise ConfigError(unknown(what, value, table))
+        return value
 
-
-def _direction(value: Any) -> str:
-    if not isinstance(value, str) or value not in DIRECTIONS:
-        raise ConfigError(unknown("direction", value, DIRECTIONS))
-    return value
-
-
-def _setting(value: Any) -> str:
-    return resolve(TrainConfig, _text(value))
+    return read
 
 
 def _tolerance(value: Any) -> float:
@@ -151,13 +145,13 @@ def _expression(value: Any) -> str:
     return str(value)
 
 
-READERS = {
+READERS: dict[str, Callable[[Any], Any]] = {
     "source": _text,
     "says": _text,
     "phase": _text,
-    "metric": _metric,
-    "setting": _setting,
-    "direction": _direction,
+    "metric": _choice("metric", METRIC_GOALS),
+    "setting": lambda value: resolve(TrainConfig, _text(value)),
+    "direction": _choice("direction", DIRECTIONS),
     "value": evaluate,
     "tolerance": _tolerance,
     "expression": _expression,

@@ -1,4 +1,4 @@
-"""How a claim names arms: by phase, by name, by their complete settings; and how that is said to people."""
+"""How a claim selects arms: by phase, by name, or by their complete settings."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from tune import format as fmt
 from tune.spec.sweeps import BASELINE
 from tune.spec.values import comparable
 
-PLACES = ("arm", "phase")  # what a selector may name besides settings
+PLACES = ("arm", "phase")  # the keys of a selector that are not settings
 
 Selector = Mapping[str, Any]
 
@@ -28,7 +28,7 @@ class ClaimArm:
 
 
 def matches(selector: Selector, arm: ClaimArm) -> bool:
-    """Whether an arm is what a selector says: by phase, by name, by its complete settings."""
+    """Whether the selector selects the arm."""
     names = (arm.name, BASELINE.name) if arm.is_baseline else (arm.name,)
     return (
         selector.get("phase", arm.phase) == arm.phase
@@ -42,22 +42,22 @@ def matches(selector: Selector, arm: ClaimArm) -> bool:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Whether two settings are written alike: 1 and 1.0 are, 1 and true are not, lists and tuples are."""
+    """Whether two values of a setting are equal, as in `comparable`."""
     return comparable(a) == comparable(b)
 
 
 def varied(arms: Iterable[ClaimArm]) -> set[str]:
-    """The settings in which arms of a phase may differ."""
+    """The settings in which the arms of a phase may differ."""
     return {name for arm in arms for name in arm.overrides}
 
 
 def is_number(value: Any) -> TypeGuard[float]:
-    """Whether a setting has an order."""
+    """Whether a value has an order."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def describe(selector: Selector | None) -> str:
-    """A side of a claim for people: `alpha=0.28`, `the arm winner of phase confirm`."""
+    """A side of a claim as text: `alpha=0.28`, `the arm winner of phase confirm`."""
     given = dict(selector or {})
     arm, phase = given.pop("arm", None), given.pop("phase", None)
     parts = [f"the arm {arm}"] if arm else []
@@ -66,6 +66,6 @@ def describe(selector: Selector | None) -> str:
 
 
 def short(name: str) -> str:
-    """The last word of a setting, where only one setting has it."""
+    """The last part of a setting's name, if it is unique."""
     leaf = name.rpartition(".")[2]
     return leaf if sum(full.rpartition(".")[2] == leaf for full in settings(TrainConfig)) == 1 else name

@@ -8,7 +8,7 @@ Values and problems go up together, from the YAML nodes to `load_campaign`, and 
 from collections.abc import Generator, Iterable
 from typing import TypeVar
 
-from ngpt.config.base import Location, Problem
+from ngpt.config.base import Problem
 from ngpt.config.overrides import MOST_PROBLEMS
 from ngpt.config.yaml_reader import Document
 
@@ -31,15 +31,13 @@ def collect(reading: Reading[Value]) -> tuple[Value | None, list[Problem]]:
 
 def describe(problems: Iterable[Problem], document: Document) -> str:
     """A line per problem with path, line and column, in file order; problems with `--set` options come last."""
-    problems = list(problems)
-    options = [problem for problem in problems if _is_option(problem.location)]
-    in_file = [problem for problem in problems if not _is_option(problem.location)]
+    in_file: list[Problem] = []
+    options: list[Problem] = []
+    for problem in problems:
+        is_option = problem.location and str(problem.location[0]).startswith(OPTION)
+        (options if is_option else in_file).append(problem)
     in_file.sort(key=lambda problem: document.position(problem.location))
     lines = [*map(document.describe, in_file), *map(Problem.line, options)]
-    if len(problems) >= MOST_PROBLEMS:
+    if len(lines) >= MOST_PROBLEMS:
         lines.append(f"{document.path}: these are the first {MOST_PROBLEMS} problems, the rest was not looked at")
     return "\n".join(dict.fromkeys(lines))
-
-
-def _is_option(location: Location) -> bool:
-    return bool(location) and str(location[0]).startswith(OPTION)

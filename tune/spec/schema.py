@@ -1,4 +1,4 @@
-"""A campaign as types: what the engine works with once the file has been read and checked (tune/campaign.py)."""
+"""The types of a campaign that has been read and checked (tune/campaign.py)."""
 
 import math
 from collections.abc import Mapping
@@ -16,52 +16,54 @@ from tune.storage.winners import InheritedWinner, is_path
 LOSS_METRICS = ("val_loss", "val_bpb", "train_loss")
 GOALS = ("minimize", "maximize")
 STOPPERS = ("asha",)  # how trials may be stopped early
-HOLDS = ("tokens", "steps", "seconds")  # what is equal between arms
-KINDS = (*SWEEPS, "runs", "combine", "search")  # what a phase does, exactly one of them
+HOLDS = ("tokens", "steps", "seconds")  # what may be equal between arms
+KINDS = (*SWEEPS, "runs", "combine", "search")  # of phases; each has exactly one
 MOST_TRIALS = 10_000  # of a campaign
 
 
 def _share(value: Any) -> Any:
-    """GPUs of a trial: `auto`, or a positive number."""
+    """GPUs per trial: `auto`, or a positive number."""
     if value != "auto" and (isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf):
         raise invalid(f"expected `auto` or a number above 0, got {value!r}")
     return value
 
 
 class Metric(Config):
-    """What arms are compared by."""
+    """The metric that arms are compared by."""
 
     name: Annotated[str, one_of(LOSS_METRICS, "metric")] = "val_loss"
     goal: Annotated[str, one_of(GOALS, "goal")] = "minimize"
 
 
 class Resources(Config):
-    """What a trial gets of the machine."""
+    """The share of the machine that a trial gets."""
 
-    cpus_per_trial: Annotated[int, Field(ge=1)] = 1  # threads of a trial
-    gpus_per_trial: Annotated[Any, PlainValidator(_share)] = "auto"  # auto: measured where there are GPUs
+    cpus_per_trial: Annotated[int, Field(ge=1)] = 1  # threads
+    gpus_per_trial: Annotated[Any, PlainValidator(_share)] = "auto"  # auto: measured
     workers: Annotated[int, Field(ge=1)] | None = None  # processes that train at once; null: as many as fit
     vectorise: Annotated[int, Field(ge=1)] = 1  # trials of one graph that a process trains at once
-    # seconds without a step after which a trial hangs; null: 20 median steps, at least ten minutes
+    # seconds without a step after which a trial counts as hung; null: 20 median steps, at least ten minutes
     stall_timeout: Annotated[float, Field(gt=0)] | None = None
 
 
 class Budget(Config):
-    """When a campaign stops before it is over (tune/planning/budget.py); both count over all its sessions."""
+    """Limits after which no trial starts, counted over all sessions (tune/planning/budget.py)."""
 
-    trials: Annotated[int, Field(ge=1)] | None = None  # that may begin
-    hours: Annotated[float, Field(gt=0)] | None = None  # after which none begins
+    trials: Annotated[int, Field(ge=1)] | None = None
+    hours: Annotated[float, Field(gt=0)] | None = None
 
 
 class EarlyStop(Config):
-    """When a search ends a trial before all its steps (tune/analysis/asha.py)."""
+    """When a search stops a trial early (tune/analysis/asha.py)."""
 
     method: Annotated[str, one_of(STOPPERS, "method")] = "asha"
-    reduction: Annotated[int, Field(ge=2)] = 3  # one in so many goes on at a rung, and the next is so many times as far
-    first: Annotated[int, Field(ge=1)]  # rung, in steps of the phase's baseline
+    reduction: Annotated[int, Field(ge=2)] = (
+        3  # 1 in `reduction` trials continues at a rung; the next rung is `reduction` times as far
+    )
+    first: Annotated[int, Field(ge=1)]  # rung, in steps of the baseline
 
     def rungs(self, steps: int) -> list[int]:
-        """Where trials are held against each other, before the end of `steps`."""
+        """The steps at which trials are compared, before the end at `steps`."""
         found, rung = list[int](), self.first
         while rung < steps:
             found.append(rung)
@@ -70,7 +72,7 @@ class EarlyStop(Config):
 
 
 class Header(Config):
-    """The part of the file that is settings; names, seeds, base and phases are read on their own."""
+    """The settings of the campaign itself: all of the file but names, seeds, base, phases and claims."""
 
     description: str | None = None
     metric: Metric = Metric()
@@ -85,25 +87,25 @@ class Header(Config):
 
 @dataclass(frozen=True)
 class FreshSeeds:
-    """`seeds: fresh N`: that many seeds that no other phase of the campaign uses."""
+    """`seeds: fresh N`: N seeds that no other phase of the campaign uses."""
 
     n: int
 
 
 @dataclass(frozen=True)
 class Phase:
-    """Trials that belong together: a baseline and what is compared with it."""
+    """A baseline and the arms that are compared with it."""
 
     name: str
-    inherit: str | None  # the phase whose winner is the base here, or the path of one in another results directory
-    pinned: Mapping[str, Any]  # `set:` settings of all arms of this phase, by dotted name
+    inherit: str | None  # the phase whose winner is the base here; a path is one of another results directory
+    pinned: Mapping[str, Any]  # `set:`, the settings of all arms, by dotted name
     arms: tuple[ArmSpec, ...]  # without the baseline, unless it was listed
     seeds: tuple[int, ...] | FreshSeeds
     swept: Mapping[str, tuple[Any, ...]]  # the axes, by dotted name
-    combine: tuple[str, ...] = ()  # the phases whose better arms are joined here
-    search: Search | None = None  # what optuna proposes arms from, batch by batch
-    hold: str | None = None  # what is equal between the arms of this phase; None: what the campaign holds
-    stops_early: bool = False  # whether `early_stop:` of the campaign applies: to phases that search
+    combine: tuple[str, ...] = ()  # the phases whose better arms are joined
+    search: Search | None = None  # from which optuna proposes arms, batch by batch
+    hold: str | None = None  # what is equal between the arms; None: as in the campaign
+    stops_early: bool = False  # whether `early_stop:` applies
 
     @property
     def needs(self) -> set[str]:
@@ -114,20 +116,20 @@ class Phase:
 
 @dataclass(frozen=True)
 class Claim:
-    """A sentence of an earlier report that the records can decide; tune/claims/relations.py says how, by its relation.
+    """A sentence of an earlier report that the records can decide (tune/claims/relations.py).
 
-    `left` and `right` select arms: settings by dotted name with their values, and `arm` and `phase` by name.
+    `left` and `right` select arms, by values of dotted settings and by the names of `arm` and `phase`.
     """
 
     id: str
     relation: str
-    source: str | None = None  # where it was said
+    source: str | None = None  # the report that says so
     says: str | None = None
     metric: str = "val_loss"
-    phase: str | None = None  # the only one to look at
+    phase: str | None = None  # None: all
     left: Mapping[str, Any] | None = None
     right: Mapping[str, Any] | None = None
-    setting: str | None = None  # that varies, by dotted name
+    setting: str | None = None  # the varied one, by dotted name
     direction: str | None = None  # of the metric along `setting`
     value: float | None = None
     tolerance: float | None = None
@@ -136,7 +138,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Campaign:
-    """A campaign file, checked: every name resolved, every value of the right type, phases in order of need."""
+    """A checked campaign file: names are resolved, values have the right type, phases are in order of need."""
 
     name: str
     description: str | None
@@ -152,10 +154,8 @@ class Campaign:
     phases: tuple[Phase, ...]
     text: str  # the file as given
     assignments: tuple[str, ...]  # --set
-    inherited: Mapping[str, InheritedWinner] = field(
-        default_factory=dict
-    )  # winners of other directories, by their path
-    speeds: Mapping[str, float] = field(
-        default_factory=dict
-    )  # measured, for `hold: seconds` (tune/planning/equal_time.py)
+    # winners of other results directories, by path
+    inherited: Mapping[str, InheritedWinner] = field(default_factory=dict)
+    # measured, for `hold: seconds` (tune/planning/equal_time.py)
+    speeds: Mapping[str, float] = field(default_factory=dict)
     claims: tuple[Claim, ...] = ()

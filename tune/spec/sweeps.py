@@ -1,6 +1,6 @@
-"""From what varies to the arms of a phase: one variable at a time, every combination, or side by side.
+"""Sweeps: the arms of a phase from its axes, one variable at a time, in every combination, or side by side.
 
-A way of sweeping is a function (axes) -> arms and one entry in `SWEEPS`.
+A sweep is a function (axes) -> arms and one entry in `SWEEPS`.
 """
 
 import itertools
@@ -17,7 +17,7 @@ from tune import format as fmt
 
 @dataclass(frozen=True)
 class Axis:
-    """One setting and the values it takes. `label` is the name as the campaign's author wrote it."""
+    """One setting and its values. `label` is the name as it was written."""
 
     label: str
     setting: str
@@ -26,7 +26,7 @@ class Axis:
 
     @cached_property
     def names(self) -> list[str]:
-        """`label=value` for each value; all digits of those that a short form could not tell apart."""
+        """`label=value` for each value, with all digits where the short form is not unique."""
         short = [fmt.value(value) for value in self.values]
         seen = Counter(short)
         texts = (repr(value) if seen[text] > 1 else text for value, text in zip(self.values, short, strict=True))
@@ -35,12 +35,12 @@ class Axis:
 
 @dataclass(frozen=True)
 class ArmSpec:
-    """One setting of what varies. `overrides` are relative to the phase's base."""
+    """An arm as the file gives it. `overrides` are relative to the phase's base."""
 
     name: str
     overrides: Mapping[str, Any] = field(default_factory=dict)
-    inherit: str | None = None  # the phase whose winner this arm starts from
-    origins: Mapping[str, Location] = field(default_factory=dict, compare=False)  # of each override in the YAML
+    inherit: str | None = None  # the phase whose winner is its base
+    origins: Mapping[str, Location] = field(default_factory=dict, compare=False)  # of overrides in the YAML
 
 
 BASELINE = ArmSpec("baseline")
@@ -57,7 +57,7 @@ def grid(axes: Sequence[Axis]) -> list[ArmSpec]:
 
 
 def side_by_side(axes: Sequence[Axis]) -> list[ArmSpec]:
-    """The first values of all axes together, then the second ones, and so on."""
+    """The first values of all axes together, then the second values, and so on."""
     return [_arm(list(zip(axes, point, strict=True))) for point in zip(*_indices(axes), strict=True)]
 
 
@@ -65,7 +65,7 @@ SWEEPS: dict[str, Callable[[Sequence[Axis]], list[ArmSpec]]] = {"vary": vary, "g
 
 
 def count(kind: str, axes: Sequence[Axis]) -> int:
-    """How many arms a sweep gives; those of a grid, which may be any number, are not made for it."""
+    """The number of arms of a sweep; those of a grid are not built for it, as there may be any number."""
     return math.prod(len(axis.values) for axis in axes) if kind == "grid" else len(SWEEPS[kind](axes))
 
 

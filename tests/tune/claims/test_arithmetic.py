@@ -1,4 +1,4 @@
-"""Sums in claims: the value that Python has for them, and nothing but sums."""
+"""Expressions in claims: they have the value that Python gives them, and anything else is refused."""
 
 import math
 from fractions import Fraction
@@ -11,7 +11,7 @@ from ngpt.config.base import ConfigError
 from tune.claims.arithmetic import evaluate
 
 numbers = st.integers(0, 999).map(str)
-sums = st.recursive(
+expressions = st.recursive(
     numbers,
     lambda inner: st.tuples(inner, st.sampled_from("+-*"), inner).map(lambda p: f"({p[0]} {p[1]} {p[2]})"),
     max_leaves=6,
@@ -31,13 +31,13 @@ sums = st.recursive(
         (18e9, 18e9),
     ],
 )
-def test_a_sum_has_the_value_of_the_usual_rules(text: str | float, value: float) -> None:
+def test_an_expression_follows_the_usual_rules(text: str | float, value: float) -> None:
     assert evaluate(text) == value
 
 
-@given(sums)
-def test_any_sum_of_whole_numbers_has_its_exact_value(text: str) -> None:
-    exact = eval(text.replace(" ", ""), {"__builtins__": {}})  # an independent reading: text of our own making
+@given(expressions)
+def test_an_expression_of_whole_numbers_has_its_exact_value(text: str) -> None:
+    exact = eval(text.replace(" ", ""), {"__builtins__": {}})  # as Python evaluates it
     assert math.isclose(evaluate(text), Fraction(exact), rel_tol=1e-12, abs_tol=1e-9)
 
 
@@ -65,23 +65,23 @@ def test_any_sum_of_whole_numbers_has_its_exact_value(text: str) -> None:
         "\ud800",
     ],
 )
-def test_what_is_no_sum_of_numbers_is_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match="is not a sum of numbers"):
+def test_anything_but_an_expression_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="is not an arithmetic expression"):
         evaluate(text)
 
 
 @pytest.mark.parametrize("text", ["1 / 0", "9 ** 9 ** 9 ** 9", "1e308 * 10", "1e999", float("nan"), float("inf")])
-def test_a_sum_without_a_finite_value_is_refused_at_once(text: str | float) -> None:
+def test_an_expression_without_a_finite_value_is_refused_at_once(text: str | float) -> None:
     with pytest.raises(ConfigError, match="has no finite value"):
         evaluate(text)
 
 
 @pytest.mark.parametrize("given", [None, True, [1], {"a": 1}])
-def test_what_is_neither_text_nor_number_is_refused(given: object) -> None:
-    with pytest.raises(ConfigError, match="expected a number or a sum"):
+def test_a_value_of_another_type_is_refused(given: object) -> None:
+    with pytest.raises(ConfigError, match="expected a number or an expression"):
         evaluate(given)  # pyright: ignore[reportArgumentType]
 
 
-def test_a_long_text_is_not_read() -> None:
+def test_a_long_expression_is_refused_unread() -> None:
     with pytest.raises(ConfigError, match="at most 200 characters, got 401"):
         evaluate("+".join("1" * 201))

@@ -59,8 +59,8 @@ WRONG: dict[str, tuple[str, list[str]]] = {
     "a bad expression": (
         "{id: x, relation: arithmetic, value: 3, tolerance: 0, «expression: abs(3)}",
         [
-            "claims[0].expression: 'abs(3)' is not a sum of numbers: use + - * / ** and parentheses, such as "
-            "`110e3 * 20 * 60`"
+            "claims[0].expression: 'abs(3)' is not an arithmetic expression: use numbers, + - * / ** and parentheses, "
+            "such as `110e3 * 20 * 60`"
         ],
     ),
     "two of one id": (f"{{id: x, {LESS}}}\n  - {{«id: x, {LESS}}}", ["claims[1].id: two claims have the id 'x'"]),
