@@ -1,9 +1,9 @@
-"""Checkpoints: folders that appear whole or not at all, with a digest per file; the last few and the best are kept.
+"""Checkpoints: folders that appear whole or not at all, with a digest of each file. The last few and the best are kept.
 
-    checkpoints/step_0001000/   model.safetensors  state.pt  MANIFEST.json  tokenizer.model (if it has one)
+    checkpoints/step_0001000/   model.safetensors  state.pt  MANIFEST.json  tokenizer.model (if there is one)
 
-`torch.load` does not notice a flipped bit inside a tensor, and a crash can leave any prefix of a file. So a folder is
-written under another name, synced and renamed, and nothing is loaded whose digests do not match its manifest.
+`torch.load` does not notice a flipped bit inside a tensor, and a crash can truncate any file. So a folder is written
+under a temporary name, synced and then renamed, and it is only loaded if all digests match its manifest.
 """
 
 import hashlib
@@ -29,10 +29,10 @@ log = logging.getLogger(__name__)
 
 
 class CheckpointConfig(Config):
-    """How often a run is saved, and how much of that stays on disk."""
+    """How often a run is saved, and how many checkpoints stay on disk."""
 
     every: Annotated[int, Field(ge=1)] = runtime(1000)  # steps; the last step is always saved
-    keep_last: Annotated[int, Field(ge=1)] = runtime(3)  # besides the best by validation loss
+    keep_last: Annotated[int, Field(ge=1)] = runtime(3)  # and the one with the lowest validation loss
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class Checkpoint:
     path: Path
     step: int
     val_loss: float | None
-    identity: dict[str, Any]  # the settings that decide what was computed, by dotted name
-    data: dict[str, Any]  # where the text came from and how it was tokenized; it does not matter to a resumed run
+    identity: dict[str, Any]  # the settings that decide the result, by dotted name
+    data: dict[str, Any]  # settings of the corpus and its tokenizer, for other uses of the model
 
 
 def save_checkpoint(
@@ -58,14 +58,15 @@ def save_checkpoint(
     data: Mapping[str, Any] | None = None,
     files: Mapping[str, bytes] | None = None,
 ) -> Path:
-    """Commits `root/step_N`, then removes what is neither among the last `keep_last` nor the best.
+    """Commits `root/step_N`, then removes all checkpoints but the last `keep_last` and the best.
 
-    `state` is plain data and tensors (what `torch.load(weights_only=True)` accepts); `val_loss` is that of these very
-    weights, None where they were not evaluated. `data` and the content of `files` lie beside the weights for those who
-    use the model elsewhere.
+    Args:
+        state: plain data and tensors, as `torch.load(weights_only=True)` accepts them.
+        val_loss: of these weights; None if they were not evaluated.
+        data, files: facts and files that other uses of the model need, by name.
 
     Raises:
-        OSError: the disk is full, or the step is already there; the older checkpoints are as they were.
+        OSError: the disk is full, or the step has been saved before. Older checkpoints are unchanged.
     """
     _sweep(root)
     final = root / f"step_{step:07d}"
@@ -75,7 +76,7 @@ def save_checkpoint(
     try:
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
         (temp / "model.safetensors").write_bytes(safetensors.torch.save(weights))
-        # An open file, not a path: only then does a full disk show as OSError. torch writes in pieces of kilobytes.
+        # Given a path, torch reports a full disk as a RuntimeError. The buffer joins its writes of a few kilobytes.
         with (temp / "state.pt").open("wb", buffering=1 << 20) as file:
             torch.save(dict(state), file)
         for name, content in (files or {}).items():
@@ -98,12 +99,12 @@ def save_checkpoint(
 
 
 def newest_checkpoint(root: Path) -> Checkpoint | None:
-    """The newest checkpoint under `root` that verifies, for the process that trains there.
+    """The newest intact checkpoint under `root`. Only the process that trains there may call this.
 
-    A damaged one is renamed to `damaged-...` and passed over; what a killed process has left half done is removed.
+    Damaged checkpoints are renamed to `damaged-...`, and leftovers of killed processes are removed.
 
     Raises:
-        ConfigError: it is intact, but of a format that this version does not read.
+        ConfigError: it is intact, but this version cannot read its format.
     """
     _sweep(root)
     for path in reversed(checkpoint_folders(root)):
@@ -117,7 +118,7 @@ def newest_checkpoint(root: Path) -> Checkpoint | None:
 
 
 def checkpoint_folders(root: Path) -> list[Path]:
-    """The committed checkpoints under `root`, oldest first; they may be damaged."""
+    """The checkpoints under `root`, oldest first, without a check for damage."""
     steps = {path: path.name.removeprefix("step_") for path in root.glob("step_*")}
     return sorted((path for path, step in steps.items() if step.isdecimal()), key=lambda path: int(steps[path]))
 
@@ -126,8 +127,8 @@ def verify_checkpoint(path: Path) -> Checkpoint:
     """Checks every file against the manifest.
 
     Raises:
-        OSError, ValueError: a file is missing or is not as it was written.
-        ConfigError: all is well, but the format is unknown.
+        OSError, ValueError: a file is missing, or differs from what was written.
+        ConfigError: it is intact, but this version cannot read its format.
     """
     manifest = _read_manifest(path)
     if manifest["format"] != FORMAT:
@@ -143,7 +144,7 @@ def load_checkpoint(checkpoint: Checkpoint, model: nn.Module, *, identity: Mappi
     """Loads the weights into `model` and returns the state that was saved with them.
 
     Raises:
-        ConfigError: the checkpoint was made with other settings; names the first that differs.
+        ConfigError: the checkpoint was made with other settings; names the first difference.
     """
     wanted = json.loads(json.dumps(identity))
     for name in [*wanted, *(checkpoint.identity.keys() - wanted.keys())]:
@@ -163,7 +164,7 @@ def _digest(path: Path) -> dict[str, Any]:
 def _read_manifest(path: Path) -> dict[str, Any]:
     text = (path / "MANIFEST.json").read_text()
     manifest = json.loads(text)
-    as_written = isinstance(manifest, dict) and text == _manifest_text(manifest)  # 1E-5 is 1e-5, but not what it was
+    as_written = isinstance(manifest, dict) and text == _manifest_text(manifest)  # no other notation of a number
     if not as_written or manifest.pop("sha256", None) != _seal(manifest):
         raise ValueError(f"{path / 'MANIFEST.json'}: not as it was written")
     return manifest
@@ -174,7 +175,7 @@ def _manifest_text(manifest: Mapping[str, Any]) -> str:
 
 
 def _seal(manifest: Mapping[str, Any]) -> str:
-    """The digest of the manifest itself: without it a flipped bit could turn step 300 into step 100."""
+    """The digest of the manifest itself. Without it, a flipped bit could turn step 300 into step 100."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
@@ -185,29 +186,30 @@ def _set_aside(path: Path, error: Exception) -> None:
 
 
 def _sweep(root: Path) -> None:
-    """Removes what a process that was killed has left of a save or a removal."""
+    """Removes leftovers of a process that was killed while it saved or removed a checkpoint."""
     for stale in root.glob(".tmp-*"):
         try:
             shutil.rmtree(stale)
-        except OSError as error:  # it is in nobody's way; the next save tries again
+        except OSError as error:  # the next save tries again
             log.warning("%s cannot be removed: %s", stale, error)
 
 
 def _retain(root: Path, keep_last: int) -> None:
-    found = []
+    """Removes all checkpoints but the last `keep_last` and the best."""
+    losses: dict[Path, float | None] = {}
     for path in checkpoint_folders(root):
         try:
-            found.append((path, _read_manifest(path)["val_loss"]))
+            losses[path] = _read_manifest(path)["val_loss"]
         except (OSError, ValueError) as error:
             _set_aside(path, error)
-    kept = {path for path, _ in found[-keep_last:]}
-    if scored := [(loss, path) for path, loss in found if loss is not None]:
+    kept = set(list(losses)[-keep_last:])
+    if scored := [(loss, path) for path, loss in losses.items() if loss is not None]:
         kept.add(min(scored)[1])
-    for path, _ in found:
+    for path in losses:
         if path not in kept:
             try:
-                # Under its own name, with some of its files gone, it would look like a damaged disk.
+                # It is renamed first: with its own name and some files missing, it would look damaged.
                 remove_folder(path, doomed=f".tmp-{uuid.uuid4().hex}")
-            except OSError as error:  # what was to be saved is saved; the next save tries again
+            except OSError as error:  # the new checkpoint is saved; the next save tries again
                 log.warning("the old checkpoint %s cannot be removed: %s", path, error)
                 _sweep(root)

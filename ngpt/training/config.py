@@ -1,4 +1,4 @@
-"""The settings of a training run: TrainConfig, and how it is read from a file and from `name=value` assignments."""
+"""The settings of a training run, read from defaults, a YAML file and `name=value` assignments."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,19 +33,19 @@ from ngpt.training.tracker import TrackerConfig
 
 
 class TrainConfig(Config, frozen=True):
-    """Everything that decides a run. Sub-configs belong to the files that implement them."""
+    """All settings of a run. Each section is defined in the file that implements it."""
 
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0  # initial weights and order of the data
     steps: Count = 200  # optimizer updates
     batch_size: Count = 16  # sequences per step
-    micro_batch_size: Count | None = None  # sequences at once; null: the whole batch
+    micro_batch_size: Count | None = None  # sequences in one pass; null: the whole batch
     project_every: Count = 1  # steps between projections onto the sphere
-    eval_every: Count = 50  # steps; the start and the end are always evaluated
-    eval_tokens: Count = 16_384  # the same first tokens of the validation split for every trial
-    # no memory: split the micro-batch in two, or the batch too, as seed 000 has it (the result is another); or give up
+    eval_every: Count = 50  # steps; the first and the last step are always evaluated
+    eval_tokens: Count = 16_384  # from the start of the validation split, the same for every trial
+    # if memory runs out: split the micro-batch; halve the batch too, which changes the result (source report 000); fail
     on_oom: Annotated[str, one_of(ON_OOM, "policy")] = added("split", alike=("fail",))
     dtype: Annotated[str, one_of(DTYPES, "dtype")] = "float32"  # of matrix products; weights and norms stay float32
-    compile: bool = False  # the blocks and the loss, with torch.compile: worth its half minute in long runs
+    compile: bool = False  # blocks and loss with torch.compile, which takes half a minute and pays off in long runs
     device: Annotated[str, one_of(DEVICES, "device")] = runtime("auto")
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
@@ -57,7 +57,7 @@ class TrainConfig(Config, frozen=True):
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens that are predicted in a step; fewer where memory ran out and `on_oom` is halve_batch."""
+        """Tokens predicted in a step. A run that halved its batch (`on_oom: halve_batch`) predicts fewer."""
         return self.batch_size * self.model.block_size
 
     @model_validator(mode="after")
@@ -74,7 +74,7 @@ def resolved(config: TrainConfig) -> TrainConfig:
     """`config` with `model.vocab_size` filled in from the tokenizer.
 
     Raises:
-        ConfigError: the model's vocabulary is smaller than the tokenizer's.
+        ConfigError: the model's vocabulary is smaller than that of the tokenizer.
     """
     needed = corpora.vocab_size(config.data)
     given = config.model.vocab_size
@@ -84,15 +84,15 @@ def resolved(config: TrainConfig) -> TrainConfig:
 
 
 def rollback_settings(config: TrainConfig) -> dict[str, Any]:
-    """What decides where a run returns to that meets a number that is not finite; empty for the other policies."""
+    """The settings that decide where a run rolls back to, by dotted name; empty for other policies than rollback."""
     return {"checkpoint.every": config.checkpoint.every} if config.nonfinite.policy == "rollback" else {}
 
 
 def read_config(path: Path | None, assignments: list[str]) -> TrainConfig:
-    """Defaults, then the YAML file, then `name=value` assignments.
+    """Reads a config: defaults, overridden by the YAML file, overridden by `name=value` assignments.
 
     Raises:
-        ConfigError: whatever is wrong, with the position in the file.
+        ConfigError: lists all errors, those of the file with their positions.
     """
     config = TrainConfig()
     if path is not None:
@@ -112,7 +112,7 @@ def read_config(path: Path | None, assignments: list[str]) -> TrainConfig:
 
 
 def located(problem: Problem, given: Mapping[str, tuple[Any, Location]]) -> Problem:
-    """A problem at `optim.betas[0]`, moved to where the file gives `betas`, which may be a bare name."""
+    """A problem at `optim.betas[0]`, relocated to where the file sets `betas`, which may be a bare name."""
     location = problem.location
     for end in range(len(location), 0, -1):
         name = dotted(location[:end])

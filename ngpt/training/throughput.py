@@ -1,4 +1,4 @@
-"""Timed training steps: tokens per second, and the share of what a large matrix product reaches."""
+"""Timed training steps: tokens per second, and their share of what a large matrix product reaches."""
 
 import statistics
 import tempfile
@@ -17,16 +17,16 @@ from ngpt.training.config import TrainConfig, resolved
 from ngpt.training.loop import train_step
 from ngpt.training.run import Run, set_up
 
-ENOUGH = 100_000  # steps that no benchmark makes, so that no schedule comes to its end
+ENDLESS = 100_000  # steps in a schedule, more than any benchmark takes
 
 
 def measure_step(
     config: TrainConfig, *, dataset: Dataset | None = None, warmup: int = 5, steps: int = 20
 ) -> dict[str, Any]:
-    """Times whole training steps: data, forward, backward, optimizer, projection.
+    """Whole training steps: data, forward, backward, optimizer, projection.
 
-    Returns tokens_per_second and step_ms (medians), gemm_tflops (see `gemm_flops`), mfu (the model's FLOPs over what
-    the matrix product would have done in that time), peak_memory_bytes, device, dtype, compiled and threads.
+    Returns tokens_per_second and step_ms (medians), gemm_tflops (the rate of a large matrix product), mfu (the share of
+    that rate that the model's FLOPs reach), peak_memory_bytes, device, dtype, compiled and threads.
     """
     config = resolved(config)
     run = benchmark_run(config, dataset=dataset)
@@ -35,13 +35,13 @@ def measure_step(
 
 
 def benchmark_run(config: TrainConfig, *, dataset: Dataset | None = None, **changes: Any) -> Run:
-    """A run of a resolved config that writes nothing and whose schedule never ends; settings may be changed."""
+    """A run of a resolved config that writes nothing and whose schedule does not end; `changes` override settings."""
     with tempfile.TemporaryDirectory() as folder:
-        return set_up(override(config, {"steps": ENOUGH} | changes), Path(folder), resume=None, dataset=dataset)
+        return set_up(override(config, {"steps": ENDLESS} | changes), Path(folder), resume=None, dataset=dataset)
 
 
 def step_speed(config: TrainConfig, device: torch.device, seconds: float) -> dict[str, Any]:
-    """The figures of a step that took so many seconds, beside the machine's ceiling in the same run."""
+    """The speed of a step that took `seconds`, and of a large matrix product measured now."""
     rate, ceiling = config.tokens_per_step / seconds, gemm_flops(device, DTYPES[config.dtype])
     return {
         "tokens_per_second": rate,

@@ -1,7 +1,7 @@
-"""Where a run's numbers go: `metrics.jsonl` always, Weights & Biases and TensorBoard when asked.
+"""Writes the metrics of a run to `metrics.jsonl`, and to Weights & Biases and TensorBoard if asked.
 
-What a run computes never depends on who watches: neither package is imported before it is asked for, and no setting
-here is part of a trial's identity.
+Tracking never changes results: both packages are imported only if they are used, and no setting here is part of a
+trial's identity.
 """
 
 import contextlib
@@ -18,21 +18,21 @@ from pydantic import Field
 
 from ngpt.config.base import Config, ConfigError, one_of, runtime
 from ngpt.system.atomic_files import LineFile, make_folder, write_atomic
-from ngpt.training.wandb_tracker import WANDB_MODES, WandbRun, choose_mode, tell
+from ngpt.training.wandb_tracker import WANDB_MODES, WandbRun, print_line, resolve_mode
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
     from torch import Tensor
 
 log = logging.getLogger(__name__)
-BINS = 32
+HISTOGRAM_BINS = 32
 FLOAT32_MAX = 3.4028234663852886e38
 
 
 class TrackerConfig(Config):
-    """Where the numbers of a run go besides `metrics.jsonl`, and under which names."""
+    """Where metrics go apart from `metrics.jsonl`, and under which names."""
 
-    wandb: Annotated[str, one_of(WANDB_MODES, "wandb mode")] = runtime("disabled")  # auto: online where that works
+    wandb: Annotated[str, one_of(WANDB_MODES, "wandb mode")] = runtime("disabled")  # auto: online if possible
     tensorboard: bool = runtime(False)
     project: str = runtime("ngpt")
     group: str = runtime("")  # a campaign's name, set by the engine
@@ -41,24 +41,24 @@ class TrackerConfig(Config):
     log_every: Annotated[int, Field(ge=1)] = runtime(10)  # steps
 
 
-def resolve_tracker(cfg: TrackerConfig, folder: Path, say: Callable[[str], None] = tell) -> TrackerConfig:
-    """`cfg` with `auto` decided, and `say` told what was chosen and why. Call it once, before the first run.
+def resolve_tracker(cfg: TrackerConfig, folder: Path, report: Callable[[str], None] = print_line) -> TrackerConfig:
+    """`cfg` with the W&B mode `auto` replaced by the mode it stands for. Call it once, before the first run.
 
     Args:
-        cfg: as given.
-        folder: of the runs, for people; it may be a pattern.
-        say: takes a line of text.
+        cfg: the settings as given.
+        folder: where the runs are, for messages; it may be a pattern.
+        report: called with a line that gives the mode and the reason.
 
     Raises:
-        ConfigError: W&B was asked to be online and cannot be, or TensorBoard is not installed.
+        ConfigError: the mode is online and W&B cannot be reached, or TensorBoard is not installed.
     """
     if cfg.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise ConfigError("tracker.tensorboard needs a package: pip install 'ngpt-campaign[tensorboard]'")
-    return cfg.model_copy(update={"wandb": choose_mode(cfg.wandb, folder, say)})
+    return cfg.model_copy(update={"wandb": resolve_mode(cfg.wandb, folder, report)})
 
 
 class Histogram(NamedTuple):
-    """Counts of finite values between `edges`, one more than counts; empty when there are none."""
+    """Counts of finite values between `edges`, of which there is one more. Empty if there are no finite values."""
 
     edges: list[float]
     counts: list[int]
@@ -68,33 +68,33 @@ class Histogram(NamedTuple):
 
 
 def histogram(values: "ArrayLike | Tensor") -> Histogram:
-    """`BINS` equal bins from the smallest to the largest value, at least a thousandth of their size wide together.
+    """`HISTOGRAM_BINS` equal bins from the smallest to the largest value.
 
     Args:
-        values: numbers, or a tensor on any device; those that float32 cannot hold (NaN, infinities) are left out
-            and counted.
+        values: numbers, or a tensor on any device. Values that are not finite in float32 are counted, not binned.
     """
     import numpy as np
 
     detach = getattr(values, "detach", None)
-    plain = detach().float().cpu() if detach else values  # NumPy takes no tensor of a GPU, and knows no bfloat16
+    plain = detach().float().cpu() if detach else values  # NumPy knows neither GPUs nor bfloat16
     array = np.asarray(plain, dtype=np.float64)
-    finite_ones = array[np.abs(array) <= FLOAT32_MAX]
-    lost = array.size - finite_ones.size
-    if not finite_ones.size:
-        return Histogram([], [], lost, 0.0, 0.0)
-    low, high = float(finite_ones.min()), float(finite_ones.max())
-    # Equal values are one bar, not noise of the last bits.
-    middle, half = (low + high) / 2, max(abs(low), abs(high), 1e-6) * 5e-4
+    kept = array[np.abs(array) <= FLOAT32_MAX]
+    not_finite = array.size - kept.size
+    if not kept.size:
+        return Histogram([], [], not_finite, 0.0, 0.0)
+    low, high = float(kept.min()), float(kept.max())
+    # The range is at least a thousandth of the values, so that rounding noise falls into one bin.
+    middle = (low + high) / 2
+    half = max(abs(low), abs(high), 1e-6) * 5e-4
     low, high = min(low, middle - half), max(high, middle + half)
-    counts, edges = np.histogram(finite_ones, bins=BINS, range=(low, high))
-    return Histogram(edges.tolist(), counts.tolist(), lost, float(finite_ones.sum()), float(finite_ones @ finite_ones))
+    counts, edges = np.histogram(kept, bins=HISTOGRAM_BINS, range=(low, high))
+    return Histogram(edges.tolist(), counts.tolist(), not_finite, float(kept.sum()), float(kept @ kept))
 
 
-class Rows:
-    """A file of rows that loses none: what a full disk does not take waits in memory for the next row, or for `sync`.
+class RowFile:
+    """A file of rows that loses none: rows that a full disk refuses wait in memory for the next row, or for `sync`.
 
-    The file is made with the first row.
+    The file is created with the first row.
     """
 
     def __init__(self, path: Path) -> None:
@@ -103,7 +103,7 @@ class Rows:
         self._synced = True
 
     def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Appends rows without NaN or infinities; a disk that does not take them is a warning and no error."""
+        """Appends rows without NaN or infinities. If the disk refuses them, that is logged as a warning."""
         waited = bool(self._waiting)
         self._waiting += map(_line, rows)
         try:
@@ -116,7 +116,7 @@ class Rows:
         """Waits until all rows are on disk.
 
         Raises:
-            OSError: the disk; what it did not take still waits.
+            OSError: the disk refuses them; they still wait in memory.
         """
         self._write()
         if self._file and not self._synced:
@@ -124,7 +124,7 @@ class Rows:
             self._synced = True
 
     def close(self) -> None:
-        """Closes the file; rows that still wait in memory are lost."""
+        """Closes the file. Rows that still wait in memory are lost."""
         if self._file:
             self._file.close()
 
@@ -138,17 +138,17 @@ class Rows:
 
 
 class Tracker:
-    """Appends rows of numbers to `metrics.jsonl` as strict JSON; a number that is not finite is written as null.
+    """Appends rows of numbers to `metrics.jsonl` as strict JSON. Numbers that are not finite are written as null.
 
-    `keep_until` is the step a resumed run continues from: later rows of the interrupted attempt are dropped. Offline
-    runs lie in `folder/wandb`, TensorBoard's events in `folder/tensorboard`.
+    A resumed run continues from step `keep_until`; later rows are dropped. Offline W&B runs go to `folder/wandb`,
+    TensorBoard's events to `folder/tensorboard`.
 
-    A reader next door sees whole rows, and a killed run loses none it has logged. A disk that is full does not end a
-    run: its rows wait, and there is no checkpoint without the rows before it, see `sync`.
+    Other processes see whole rows only, and a killed run loses none. A full disk does not end the run: rows wait in
+    memory, and no checkpoint is saved before the rows that precede it (see `sync`).
 
     Raises:
-        ModuleNotFoundError: TensorBoard was asked for and is not installed, which `resolve_tracker` says in time.
-        OSError: `folder` cannot be written.
+        ModuleNotFoundError: TensorBoard is not installed; `resolve_tracker` reports that before the first run.
+        OSError: `folder` is not writable.
     """
 
     def __init__(
@@ -160,13 +160,13 @@ class Tracker:
         if histograms.exists():
             _drop_after(keep_until, histograms)
         with contextlib.ExitStack() as stack:
-            self._metrics, self._histograms = Rows(metrics), Rows(histograms)
+            self._metrics, self._histograms = RowFile(metrics), RowFile(histograms)
             for rows in (self._metrics, self._histograms):
                 stack.callback(rows.close)
-            self._watchers: list[TensorBoard | WandbRun] = []
+            self._writers: list[TensorBoard | WandbRun] = []
             if cfg.tensorboard:
-                self._watchers.append(stack.enter_context(TensorBoard(folder / "tensorboard", keep_until)))
-            mode = choose_mode(cfg.wandb, folder) if cfg.wandb == "auto" else cfg.wandb
+                self._writers.append(stack.enter_context(TensorBoard(folder / "tensorboard", keep_until)))
+            mode = resolve_mode(cfg.wandb, folder) if cfg.wandb == "auto" else cfg.wandb
             if mode != "disabled":
                 run = WandbRun(
                     folder,
@@ -175,44 +175,44 @@ class Tracker:
                     group=cfg.group,
                     job_type=cfg.job_type,
                     name=cfg.run_name or folder.name,
-                    settings=settings,
+                    config=dict(settings),
                 )
-                self._watchers.append(stack.enter_context(run))
+                self._writers.append(stack.enter_context(run))
             self._open = stack.pop_all()
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """Adds one row; it has a `step`, the rest are numbers or None."""
+        """Adds a row: a `step`, and numbers or None by name."""
         clean = {name: finite_or_none(value) for name, value in row.items()}
         self._metrics.add([clean])
         numbers = {name: value for name, value in clean.items() if value is not None}
-        for watcher in self._watchers:
-            watcher.log(numbers)
+        for writer in self._writers:
+            writer.log(numbers)
 
     def log_histograms(self, step: int, values: Mapping[str, "ArrayLike | Tensor"]) -> None:
-        """Adds the distribution of each of some arrays or tensors; a row per name in `histograms.jsonl`."""
+        """Adds the distribution of each array or tensor, as a row in `histograms.jsonl`."""
         found = {name: histogram(array) for name, array in values.items()}
         self._histograms.add(
             {"step": step, "name": name, "edges": each.edges, "counts": each.counts, "not_finite": each.not_finite}
             for name, each in found.items()
         )
         if shown := {name: each for name, each in found.items() if each.counts}:
-            for watcher in self._watchers:
-                watcher.log_histograms(step, shown)
+            for writer in self._writers:
+                writer.log_histograms(step, shown)
 
     def sync(self) -> None:
-        """Waits until all rows are on disk: a checkpoint must not outlive the rows before it.
+        """Waits until all rows are on disk, as they must be before a checkpoint is saved.
 
         Raises:
-            OSError: the disk; what it did not take is tried again with the next row.
+            OSError: the disk refuses them; the next row tries again.
         """
         self._metrics.sync()
         self._histograms.sync()
 
     def note(self, facts: Mapping[str, Any]) -> None:
-        """Says things that are true of the whole run, such as skipped shards; values are what JSON can say."""
+        """Adds facts about the whole run, such as skipped shards. Values are plain JSON."""
         clean = {name: finite_or_none(value) for name, value in facts.items()}
-        for watcher in self._watchers:
-            watcher.note(clean)
+        for writer in self._writers:
+            writer.note(clean)
 
     def __enter__(self) -> Self:
         return self
@@ -222,12 +222,12 @@ class Tracker:
     ) -> None:
         try:
             if kind is None:
-                self._sync_at_last()
+                self._final_sync()
         finally:
             self._open.__exit__(kind, error, trace)
 
-    def _sync_at_last(self) -> None:
-        """Syncs, with a second try: no row comes after it that could take the others along."""
+    def _final_sync(self) -> None:
+        """Syncs, and retries once, since no later row will."""
         try:
             self.sync()
         except OSError as error:
@@ -236,34 +236,33 @@ class Tracker:
 
 
 def finite_or_none(value: Any) -> Any:
-    """`value`, or None for a float that JSON has no word for."""
+    """`value`, or None if it is a NaN or an infinity."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a `metrics.jsonl` or `histograms.jsonl`; a last line that a killed process left half-written is none.
+    """The rows of a `metrics.jsonl` or `histograms.jsonl`; none if there is no file.
 
-    Nor is one with a zero byte, which a power loss leaves of rows that were not synced. A file that is not there has no
-    rows.
+    A half-written last line is ignored, and so are lines with zero bytes, which a power loss leaves behind.
     """
     if not path.is_file():
         return []
-    *lines, _torn = path.read_text(encoding="utf-8").split("\n")
+    *lines, _ = path.read_text(encoding="utf-8").split("\n")
     return [json.loads(line) for line in lines if "\0" not in line]
 
 
 def _drop_after(step: int | None, path: Path) -> None:
-    """Leaves the rows up to `step` in the file, which is there afterwards; None leaves none.
+    """Drops the rows after `step`, or all rows if it is None; creates the file if it is missing.
 
-    Rows after the newest checkpoint were never synced, so a power loss can leave anything of them.
+    Rows after the newest checkpoint were never synced, so a power loss may have damaged them.
     """
     content = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
     lines = (content or "").split("\n")[:-1]
     rows = [] if step is None else list(map(_row, lines))
     if None in rows:
-        log.warning("%s: %d lines are no rows, and are dropped", path, rows.count(None))
+        log.warning("%s: dropped %d damaged lines", path, rows.count(None))
     kept = [row for row in rows if row is not None and step is not None and row["step"] <= step]
-    if (wanted := "".join(f"{_line(row)}\n" for row in kept)) != content:  # else it costs each trial two syncs
+    if (wanted := "".join(f"{_line(row)}\n" for row in kept)) != content:  # a write costs two syncs
         write_atomic(path, wanted)
 
 
@@ -280,7 +279,7 @@ def _line(row: Mapping[str, Any]) -> str:
 
 
 class TensorBoard:
-    """Event files for `tensorboard --logdir`; what an interrupted attempt logged after `keep_until` is purged."""
+    """Event files for `tensorboard --logdir`. Events of an interrupted attempt after `keep_until` are purged."""
 
     def __init__(self, folder: Path, keep_until: int | None) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -289,13 +288,13 @@ class TensorBoard:
         self._writer = SummaryWriter(str(folder), purge_step=purge, flush_secs=10)
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """Adds the numbers of one `step`, each as a scalar."""
+        """Adds the numbers of a row as scalars."""
         for name, value in row.items():
             if name != "step":
                 self._writer.add_scalar(name, value, int(row["step"]))
 
     def log_histograms(self, step: int, histograms: Mapping[str, Histogram]) -> None:
-        """Adds histograms by name, in their own bins; each has at least one finite value."""
+        """Adds histograms by name. None of them may be empty."""
         for name, each in histograms.items():
             self._writer.add_histogram_raw(
                 name,
@@ -310,7 +309,7 @@ class TensorBoard:
             )
 
     def note(self, facts: Mapping[str, Any]) -> None:
-        """Adds facts about the whole run, each as a text in JSON."""
+        """Adds facts about the whole run, each as JSON text."""
         for name, value in facts.items():
             self._writer.add_text(name, json.dumps(value, allow_nan=False))
 

@@ -1,7 +1,7 @@
-"""Weights & Biases: whether it can be used, and one run of it.
+"""Weights & Biases: which mode to use, and one run.
 
-wandb without a server costs 15 to 90 s per run. So it is asked once whether there is one, and a server that goes away
-later costs its runs their online log, never their training.
+wandb waits 15 to 90 s per run for a server that does not answer. So a campaign probes the server once, before its first
+run. A server that goes away later costs runs their online log, never their training.
 """
 
 import hashlib
@@ -23,87 +23,87 @@ from ngpt.config.base import ConfigError
 from ngpt.system.atomic_files import write_atomic
 
 WANDB_MODES = ("auto", "online", "offline", "disabled")
-PATIENCE = 2.5  # seconds that a server has to answer the probe
-INIT_PATIENCE = 20.0  # seconds that it has to open a run; wandb's own default is 90
-UPLOAD_PATIENCE = 60.0  # seconds for the last upload of a run; by default wandb waits for ever
-UPLOAD = "upload later with: wandb sync {}/wandb/offline-run-*"
-HOSTED = ("api.wandb.ai", "api.forge.coreweave.com")  # names of the one public service; a key may be under either
+PROBE_TIMEOUT = 2.5  # seconds
+INIT_TIMEOUT = 20.0  # seconds to open a run; wandb's default is 90
+UPLOAD_TIMEOUT = 60.0  # seconds for the last upload of a run; by default wandb waits forever
+UPLOAD_HINT = "upload later with: wandb sync {}/wandb/offline-run-*"
+PUBLIC_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")  # one service; a key may be stored under either name
 
 
-def tell(text: str) -> None:
-    """A line on stderr."""
+def print_line(text: str) -> None:
+    """Prints a line on stderr."""
     print(text, file=sys.stderr, flush=True)
 
 
-def choose_mode(wanted: str, folder: Path, say: Callable[[str], None] = tell) -> str:
-    """Online, offline or disabled for what a config says; where it says `auto`, `say` is told the choice and why.
+def resolve_mode(mode: str, folder: Path, report: Callable[[str], None] = print_line) -> str:
+    """The mode to use: online, offline or disabled. For `auto`, the choice and the reason go to `report`.
 
-    Online needs a key and a server that answers within `PATIENCE` seconds; a status of 5xx is no answer.
+    Online needs a key, and a server that answers the probe.
 
     Args:
-        wanted: one of `WANDB_MODES`.
-        folder: of the runs, for people; it may be a pattern.
-        say: takes a line of text.
+        mode: one of `WANDB_MODES`.
+        folder: where the runs are, for messages; it may be a pattern.
+        report: called with a line of text.
 
     Raises:
-        ConfigError: `online` is wanted and cannot be.
+        ConfigError: the mode is online, and there is no key or no server.
     """
-    if wanted not in ("auto", "online"):
-        return wanted
+    if mode not in ("auto", "online"):
+        return mode
     import wandb
 
-    # Reads wandb's own settings files, too. What it remembers is dropped again: it would hide later changes.
+    # Includes wandb's own settings files. The teardown drops its cache, which would hide later changes.
     settings = wandb.setup(settings=wandb.Settings(silent=True)).settings
-    url, usual, stored_key = settings.base_url, settings.mode, settings.api_key
+    url, default_mode, stored_key = settings.base_url, settings.mode, settings.api_key
     wandb.teardown()
-    if wanted == "auto" and usual in ("disabled", "offline", "dryrun"):
-        mode = "disabled" if usual == "disabled" else "offline"
-        say(f"W&B: {mode}, as WANDB_MODE or wandb's settings file says")
-        return mode
-    problem = (None if stored_key else no_key(url)) or no_answer(url, seconds=PATIENCE)
-    if problem is None:
-        if wanted == "auto":
-            say(f"W&B: online, {urlsplit(url).hostname} answers")
+    if mode == "auto" and default_mode in ("disabled", "offline", "dryrun"):
+        chosen = "disabled" if default_mode == "disabled" else "offline"
+        report(f"W&B: {chosen}, as WANDB_MODE or wandb's settings file says")
+        return chosen
+    problem = (None if stored_key else key_problem(url)) or server_problem(url, timeout=PROBE_TIMEOUT)
+    if mode == "online":
+        if problem is not None:
+            raise ConfigError(f"tracker.wandb is online, but {problem}; set it to auto or offline")
         return "online"
-    if wanted == "online":
-        raise ConfigError(f"tracker.wandb is online, but {problem}; set it to auto or offline")
-    say(f"W&B: offline, since {problem}; {UPLOAD.format(folder)}")
+    if problem is None:
+        report(f"W&B: online, {urlsplit(url).hostname} answers")
+        return "online"
+    report(f"W&B: offline, since {problem}; {UPLOAD_HINT.format(folder)}")
     return "offline"
 
 
-def no_answer(url: str, *, seconds: float) -> str | None:
-    """Why no web server answers at `url`, or None when one does. Returns after `seconds`, whatever the network does."""
+def server_problem(url: str, *, timeout: float) -> str | None:
+    """Why no web server answers at `url`, or None if one does. Takes at most `timeout` seconds."""
     host = urlsplit(url).hostname  # the address may hold a password
-    found: list[str | None] = []
+    answers: list[str | None] = []
 
-    def ask() -> None:
-        """Any status below 500 is an answer, also 403 or 404: somebody is there."""
+    def probe() -> None:
         try:
-            urllib.request.urlopen(url, timeout=seconds).close()
-            found.append(None)
-        except urllib.error.HTTPError as error:
+            urllib.request.urlopen(url, timeout=timeout).close()
+            answers.append(None)
+        except urllib.error.HTTPError as error:  # any status below 500 means that the server is up
             error.close()
-            found.append(f"{host} answers with status {error.code}" if error.code >= 500 else None)
+            answers.append(f"{host} answers with status {error.code}" if error.code >= 500 else None)
         except (OSError, HTTPException) as error:
             reason = error.reason if isinstance(error, urllib.error.URLError) else error
-            found.append(f"{host} cannot be reached ({reason or type(error).__name__})")
+            answers.append(f"{host} cannot be reached ({reason or type(error).__name__})")
 
-    # In a thread, since looking up a name has no time limit of its own.
-    thread = threading.Thread(target=ask, daemon=True)
+    # In a thread, since a DNS lookup has no timeout.
+    thread = threading.Thread(target=probe, daemon=True)
     thread.start()
-    thread.join(seconds)
-    return found[0] if found else f"{host} does not answer within {seconds:g} s"
+    thread.join(timeout)
+    return answers[0] if answers else f"{host} does not answer within {timeout:g} s"
 
 
-def no_key(url: str) -> str | None:
-    """Why there is no key for the server, or None when the environment or the netrc file has one."""
+def key_problem(url: str) -> str | None:
+    """Why there is no API key for the server, or None if the environment or the netrc file has one."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return None
-    given = os.environ.get("NETRC")
-    paths = [Path(name).expanduser() for name in ([given] if given else ["~/.netrc", "~/_netrc"])]
+    named = os.environ.get("NETRC")
     host = urlsplit(url).netloc
-    hosts = HOSTED if host in HOSTED else (host,)
-    for path in paths:
+    hosts = PUBLIC_HOSTS if host in PUBLIC_HOSTS else (host,)
+    for name in [named] if named else ["~/.netrc", "~/_netrc"]:
+        path = Path(name).expanduser()
         try:
             entries = netrc.netrc(path)
         except FileNotFoundError:
@@ -116,79 +116,49 @@ def no_key(url: str) -> str | None:
 
 
 class WandbRun:
-    """A run: numbers and histograms by step, and facts. Offline it lies in `folder/wandb`, for `wandb sync`.
+    """A run that collects numbers and histograms by step, and facts. Offline runs go to `folder/wandb`.
 
     Raises:
         wandb.Error: an offline run cannot be opened.
     """
 
-    gone = False  # the server, for this process: one wait is enough
+    server_lost = False  # for this process: one timeout is enough
 
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        mode: str,
-        project: str,
-        group: str,
-        job_type: str,
-        name: str,
-        settings: Mapping[str, Any],
-    ) -> None:
+    def __init__(self, folder: Path, *, mode: str, project: str, group: str, **options: Any) -> None:
+        """`options` go to `wandb.init`, such as `name` and `config`."""
         import wandb
 
-        def start(mode: str) -> Any:
-            """A new run, or the one of an earlier attempt, which goes on under its id."""
-            wandb.setup(settings=wandb.Settings(silent=True))  # else it tells stderr which key it has found
-            return wandb.init(
-                project=project,
-                group=group or None,
-                job_type=job_type,
-                name=name,
-                id=run_id(folder, project=project, group=group),
-                resume="allow",
-                reinit="create_new",
-                dir=folder,
-                mode="offline" if mode == "offline" else "online",
-                config=dict(settings),
-                settings=wandb.Settings(
-                    silent=True,
-                    console="off",  # the terminal is not ours alone
-                    init_timeout=INIT_PATIENCE,
-                    finish_timeout=UPLOAD_PATIENCE,
-                ),
-            )
-
         self._histogram: Any = wandb.Histogram
-        self._known: set[str] = set()
-        mode = "offline" if WandbRun.gone else mode
-        try:
-            self._run = start(mode)
-        except wandb.Error as error:
-            if mode == "offline":
-                raise
-            WandbRun.gone = True
-            reason = str(error).splitlines()[0]
-            tell(f"W&B: offline from here on, since {reason}; {UPLOAD.format(folder)}")
-            wandb.teardown()  # else the failed run keeps the id in use
-            self._run = start("offline")
+        self._known_metrics: set[str] = set()
+        options |= {"project": project, "group": group or None, "dir": folder}
+        options["id"] = run_id(folder, project=project, group=group)
+        if mode == "online" and not WandbRun.server_lost:
+            try:
+                self._run = _start("online", options)
+                return
+            except wandb.Error as error:
+                WandbRun.server_lost = True
+                reason = str(error).splitlines()[0]
+                print_line(f"W&B: offline from here on, since {reason}; {UPLOAD_HINT.format(folder)}")
+                wandb.teardown()  # otherwise the failed run still holds the id
+        self._run = _start("offline", options)
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Adds the numbers of one `step`."""
-        # wandb's own steps only ever grow, and a resumed run repeats some. So ours is the axis; it is named metric by
-        # metric, since a pattern of `*` does not match a slash.
-        for name in row.keys() - self._known - {"step"}:
+        # wandb's own step only grows, while a resumed run repeats steps, so `step` is the axis of each metric. They are
+        # defined one by one, since the pattern `*` does not match a slash.
+        for name in row.keys() - self._known_metrics - {"step"}:
             self._run.define_metric(name, step_metric="step")
-        self._known |= row.keys()
+        self._known_metrics |= row.keys()
         self._run.log(dict(row))
 
     def log_histograms(self, step: int, histograms: Mapping[str, Any]) -> None:
-        """Adds histograms by name: each has `counts` and `edges`, one edge more than counts."""
+        """Adds histograms by name. Each has `counts` and one more `edges`."""
         shown = {name: self._histogram(np_histogram=(each.counts, each.edges)) for name, each in histograms.items()}
         self.log({"step": step} | shown)
 
     def note(self, facts: Mapping[str, Any]) -> None:
-        """Puts facts into the run's summary."""
+        """Adds facts to the run's summary."""
         self._run.summary.update(dict(facts))
 
     def __enter__(self) -> Self:
@@ -198,11 +168,30 @@ class WandbRun:
         self._run.finish(exit_code=0 if kind is None else 1)
 
 
-def run_id(folder: Path, *, project: str, group: str) -> str:
-    """The same for every attempt at a run, on whatever machine and path.
+def _start(mode: str, options: Mapping[str, Any]) -> Any:
+    """Opens a new run, or the one of an earlier attempt, which has the same id."""
+    import wandb
 
-    In a campaign (the `group`) the folder is named after the trial, which may be part of other campaigns, too. A run
-    of its own draws an id once and keeps it in its folder.
+    wandb.setup(settings=wandb.Settings(silent=True))  # otherwise it prints where it has found a key
+    return wandb.init(
+        mode="offline" if mode == "offline" else "online",
+        resume="allow",
+        reinit="create_new",
+        settings=wandb.Settings(
+            silent=True,
+            console="off",  # the campaign owns the terminal
+            init_timeout=INIT_TIMEOUT,
+            finish_timeout=UPLOAD_TIMEOUT,
+        ),
+        **options,
+    )
+
+
+def run_id(folder: Path, *, project: str, group: str) -> str:
+    """The W&B id of a run, the same for every attempt at it, on any machine and path.
+
+    In a campaign (`group`) the folder is named after the trial, which may belong to other campaigns as well. A run
+    outside campaigns draws an id once and keeps it in its folder.
     """
     if group:
         return hashlib.sha256(json.dumps([project, group, folder.name]).encode()).hexdigest()[:16]

@@ -15,7 +15,15 @@ from hypothesis.extra.numpy import arrays
 
 from ngpt.config.base import ConfigError, build, content_hash, is_identity, settings
 from ngpt.system.atomic_files import LineFile
-from ngpt.training.tracker import BINS, Tracker, TrackerConfig, finite_or_none, histogram, read_metrics, resolve_tracker
+from ngpt.training.tracker import (
+    HISTOGRAM_BINS,
+    Tracker,
+    TrackerConfig,
+    finite_or_none,
+    histogram,
+    read_metrics,
+    resolve_tracker,
+)
 from tests.helpers.wandb_file import named, python, records
 
 PLAIN = TrackerConfig()
@@ -179,7 +187,7 @@ def test_a_histogram_counts_every_finite_value_once(values: np.ndarray) -> None:
     assert found.not_finite == len(values) - len(kept)
     assert sum(found.counts) == len(kept)
     if kept:
-        assert len(found.edges) == len(found.counts) + 1 == BINS + 1
+        assert len(found.edges) == len(found.counts) + 1 == HISTOGRAM_BINS + 1
         assert found.edges[0] <= min(kept) and max(kept) <= found.edges[-1]
         assert all(low < high for low, high in zip(found.edges, found.edges[1:], strict=False))
         # Counted one by one: a value on an edge belongs to the bin above, the last bin has both of its edges.
@@ -223,8 +231,8 @@ def test_histograms_have_their_own_file_and_are_dropped_like_rows(tmp_path: Path
     assert first[0] == {
         "step": 2,
         "name": "alpha/attention.0",
-        "edges": np.linspace(0, 1, BINS + 1).tolist(),
-        "counts": [1] + [0] * (BINS - 2) + [1],
+        "edges": np.linspace(0, 1, HISTOGRAM_BINS + 1).tolist(),
+        "counts": [1] + [0] * (HISTOGRAM_BINS - 2) + [1],
         "not_finite": 0,
     }
     assert [row["not_finite"] for row in first] == [0, 1] * 3

@@ -1,4 +1,4 @@
-"""Weights & Biases is used where it works, and never waited for where it does not."""
+"""Weights & Biases is used online if it can be reached, and never waited for otherwise."""
 
 import contextlib
 import errno
@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from ngpt.training.wandb_tracker import choose_mode, no_answer, no_key, run_id
+from ngpt.training.wandb_tracker import key_problem, resolve_mode, run_id, server_problem
 from tests.helpers.wandb_file import named, python, records
 
 REFUSED = f"127.0.0.1 cannot be reached ([Errno {errno.ECONNREFUSED}] Connection refused)"
@@ -24,7 +24,7 @@ KEY = "0123456789abcdef" * 3
 
 @contextlib.contextmanager
 def server(status: int) -> Iterator[str]:
-    """A web server that answers every request with a status; yields its address."""
+    """A web server that answers every request with `status`; yields its address."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -33,7 +33,7 @@ def server(status: int) -> Iterator[str]:
             self.end_headers()
 
         def log_message(self, format: str, *args: Any) -> None:
-            """Silence."""
+            """Prints nothing."""
 
     with serving(Handler) as url:
         yield url
@@ -52,7 +52,7 @@ def serving(handler: type[http.server.BaseHTTPRequestHandler]) -> Iterator[str]:
 
 @contextlib.contextmanager
 def black_hole() -> Iterator[str]:
-    """An address that takes connections and says nothing."""
+    """The address of a server that accepts connections and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
         yield f"http://127.0.0.1:{listening.getsockname()[1]}"
 
@@ -64,8 +64,8 @@ def closed_port() -> str:
 
 
 @pytest.fixture(autouse=True)
-def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No key and no proxy of the machine that runs the tests."""
+def _isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hides keys and proxies of the machine that runs the tests."""
     for name in os.environ:
         if name.startswith("WANDB_") or name.lower().endswith("_proxy"):
             monkeypatch.delenv(name)
@@ -79,28 +79,28 @@ def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("status", [200, 401, 404])
 def test_any_answer_below_500_means_the_server_is_up(status: int) -> None:
     with server(status) as url:
-        assert no_answer(url, seconds=5) is None
+        assert server_problem(url, timeout=5) is None
 
 
 @pytest.mark.parametrize("status", [500, 502, 503])
 def test_a_status_of_500_or_more_means_the_server_is_down(status: int) -> None:
     with server(status) as url:
-        assert no_answer(url, seconds=5) == f"127.0.0.1 answers with status {status}"
+        assert server_problem(url, timeout=5) == f"127.0.0.1 answers with status {status}"
 
 
 def test_a_closed_port_is_reported() -> None:
-    assert no_answer(closed_port(), seconds=5) == REFUSED
+    assert server_problem(closed_port(), timeout=5) == REFUSED
 
 
 def test_a_silent_server_costs_only_the_timeout() -> None:
     with black_hole() as url:
-        answer = no_answer(url, seconds=0.2)
+        answer = server_problem(url, timeout=0.2)
     assert answer in ("127.0.0.1 does not answer within 0.2 s", "127.0.0.1 cannot be reached (timed out)")
 
 
 def test_a_password_in_the_address_is_not_shown() -> None:
-    url = closed_port().replace("http://", "http://somebody:secret@")
-    assert "secret" not in (no_answer(url, seconds=5) or "") + (no_key(url) or "")
+    url = closed_port().replace("http://", "http://user:secret@")
+    assert "secret" not in (server_problem(url, timeout=5) or "") + (key_problem(url) or "")
 
 
 # ---- the key -------------------------------------------------------------------------------------------------------
@@ -108,11 +108,11 @@ def test_a_password_in_the_address_is_not_shown() -> None:
 
 @pytest.mark.parametrize("name", ["WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"])
 def test_a_key_may_be_in_the_environment(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert no_key("https://wandb.example.org") == (
+    assert key_problem("https://wandb.example.org") == (
         "no key for wandb.example.org is configured (wandb login, or WANDB_API_KEY)"
     )
     monkeypatch.setenv(name, KEY)
-    assert no_key("https://wandb.example.org") is None
+    assert key_problem("https://wandb.example.org") is None
 
 
 @pytest.mark.parametrize(
@@ -122,21 +122,21 @@ def test_a_key_may_be_in_the_environment(name: str, monkeypatch: pytest.MonkeyPa
         ("wandb.example.org", "https://wandb.example.org:8080", False),
         ("wandb.example.org:8080", "https://wandb.example.org:8080", True),
         ("api.wandb.ai", "https://wandb.example.org", False),
-        ("api.wandb.ai", "https://api.forge.coreweave.com", True),  # the same service, by its older name
+        ("api.wandb.ai", "https://api.forge.coreweave.com", True),  # two names of one service
     ],
 )
 def test_a_netrc_key_belongs_to_one_server(tmp_path: Path, machine: str, url: str, found: bool) -> None:
     (tmp_path / ".netrc").write_text(f"machine {machine}\n  login user\n  password {KEY}\n")
-    assert (no_key(url) is None) == found
+    assert (key_problem(url) is None) == found
 
 
 def test_netrc_is_respected_and_a_damaged_file_is_not_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "keys"
     monkeypatch.setenv("NETRC", str(path))
     path.write_text(f"machine host login user password {KEY}\n")
-    assert no_key("http://host") is None
+    assert key_problem("http://host") is None
     path.write_text(f"machine host\n{KEY}\n")
-    assert no_key("http://host") == f"{path} cannot be read (NetrcParseError)"
+    assert key_problem("http://host") == f"{path} cannot be read (NetrcParseError)"
 
 
 # ---- the choice ----------------------------------------------------------------------------------------------------
@@ -144,16 +144,16 @@ def test_netrc_is_respected_and_a_damaged_file_is_not_quoted(tmp_path: Path, mon
 CHOOSE = """
 import json, os, sys
 from pathlib import Path
-from ngpt.training.wandb_tracker import choose_mode
+from ngpt.training.wandb_tracker import resolve_mode
 from ngpt.config.base import ConfigError
 for wanted, environment in json.loads(os.environ["CASES"]):
     os.environ.update(environment)
-    said = []
+    messages = []
     try:
-        mode = choose_mode(wanted, Path("results", "trials", "*"), said.append)
+        mode = resolve_mode(wanted, Path("results", "trials", "*"), messages.append)
     except ConfigError as error:
         mode = str(error)
-    print(json.dumps([mode, *said]))
+    print(json.dumps([mode, *messages]))
     for name in environment:
         del os.environ[name]
 """
@@ -164,21 +164,21 @@ def test_auto_is_online_with_key_and_server_and_otherwise_reports_why_not(tmp_pa
     settings = tmp_path / "configured" / "settings"
     settings.parent.mkdir()
     settings.write_text("[default]\nmode = offline\n")
-    nobody = closed_port()
+    closed = closed_port()
     with server(404) as url:
         key = {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": url}
-        away = key | {"WANDB_BASE_URL": nobody}
-        usual = "as WANDB_MODE or wandb's settings file says"
-        no_key = "no key for 127.0.0.1 is configured (wandb login, or WANDB_API_KEY)"
+        unreachable = key | {"WANDB_BASE_URL": closed}
+        default = "as WANDB_MODE or wandb's settings file says"
+        keyless = "no key for 127.0.0.1 is configured (wandb login, or WANDB_API_KEY)"
         cases = [
             ("auto", key, ["online", "W&B: online, 127.0.0.1 answers"]),
             ("online", key, ["online"]),
-            ("auto", {"WANDB_BASE_URL": url}, ["offline", f"W&B: offline, since {no_key}; {later}"]),
-            ("auto", away, ["offline", f"W&B: offline, since {REFUSED}; {later}"]),
-            ("online", away, [f"tracker.wandb is online, but {REFUSED}; set it to auto or offline"]),
-            ("online", {"WANDB_BASE_URL": url}, [f"tracker.wandb is online, but {no_key}; set it to auto or offline"]),
-            ("auto", key | {"WANDB_MODE": "disabled"}, ["disabled", f"W&B: disabled, {usual}"]),
-            ("auto", key | {"WANDB_CONFIG_DIR": str(settings.parent)}, ["offline", f"W&B: offline, {usual}"]),
+            ("auto", {"WANDB_BASE_URL": url}, ["offline", f"W&B: offline, since {keyless}; {later}"]),
+            ("auto", unreachable, ["offline", f"W&B: offline, since {REFUSED}; {later}"]),
+            ("online", unreachable, [f"tracker.wandb is online, but {REFUSED}; set it to auto or offline"]),
+            ("online", {"WANDB_BASE_URL": url}, [f"tracker.wandb is online, but {keyless}; set it to auto or offline"]),
+            ("auto", key | {"WANDB_MODE": "disabled"}, ["disabled", f"W&B: disabled, {default}"]),
+            ("auto", key | {"WANDB_CONFIG_DIR": str(settings.parent)}, ["offline", f"W&B: offline, {default}"]),
             ("online", key | {"WANDB_MODE": "offline"}, ["online"]),
         ]  # fmt: skip
         given = json.dumps([case[:2] for case in cases])
@@ -188,17 +188,17 @@ def test_auto_is_online_with_key_and_server_and_otherwise_reports_why_not(tmp_pa
 
 
 def test_offline_and_disabled_need_no_probe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", None)  # importing it would now fail
-    assert [choose_mode(mode, tmp_path) for mode in ("offline", "disabled")] == ["offline", "disabled"]
+    monkeypatch.setitem(sys.modules, "wandb", None)  # makes `import wandb` fail
+    assert [resolve_mode(mode, tmp_path) for mode in ("offline", "disabled")] == ["offline", "disabled"]
     with pytest.raises(ImportError):
-        choose_mode("auto", tmp_path)
+        resolve_mode("auto", tmp_path)
 
 
 # ---- a run ---------------------------------------------------------------------------------------------------------
 
 
 class FakeServer(http.server.BaseHTTPRequestHandler):
-    """As much of W&B's API as one run needs: it knows no run yet, takes everything, and remembers what it was sent."""
+    """The part of W&B's API that one run needs. It knows no earlier run and records what it receives."""
 
     protocol_version = "HTTP/1.1"
     graphql: ClassVar[list[dict[str, Any]]] = []
@@ -217,7 +217,7 @@ class FakeServer(http.server.BaseHTTPRequestHandler):
         else:
             if self.path.endswith("/file_stream"):
                 self.streams.append(json.loads(body))
-            self.reply({})  # the rest is telemetry
+            self.reply({})  # telemetry
 
     def answer(self, query: str) -> dict[str, Any]:
         if "upsertBucket" in query:
@@ -235,18 +235,18 @@ class FakeServer(http.server.BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Silence."""
+        """Prints nothing."""
 
 
 ONLINE = """
 import os
 from pathlib import Path
 from ngpt.training.tracker import histogram
-from ngpt.training.wandb_tracker import WandbRun, choose_mode
+from ngpt.training.wandb_tracker import WandbRun, resolve_mode
 folder = Path(os.environ["FOLDER"], "0123456789")
 folder.mkdir(parents=True)
-mode = choose_mode("online", folder)
-options = dict(project="spheres", group="g", job_type="j", name="n", settings={"lr": 0.5})
+mode = resolve_mode("online", folder)
+options = dict(project="spheres", group="g", job_type="j", name="n", config={"lr": 0.5})
 with WandbRun(folder, mode=mode, **options) as run:
     run.log({"step": 4, "val/loss": 2.5})
     run.log_histograms(4, {"alpha/mlp.0": histogram([0.0, 1.0])})
@@ -284,11 +284,11 @@ import json, os
 from pathlib import Path
 import ngpt.training.wandb_tracker
 from ngpt.training.wandb_tracker import WandbRun
-ngpt.training.wandb_tracker.INIT_PATIENCE = 1.0
+ngpt.training.wandb_tracker.INIT_TIMEOUT = 1.0
 for name in ("first", "second"):
     folder = Path(os.environ["FOLDER"], name)
     folder.mkdir(parents=True)
-    options = dict(mode="online", project="p", group="g", job_type="j", name=name, settings={"lr": 0.5})
+    options = dict(mode="online", project="p", group="g", job_type="j", name=name, config={"lr": 0.5})
     with WandbRun(folder, **options) as run:
         run.log({"step": 4, "val/loss": 2.5})
         run.log({"step": 2, "val/loss": 3.5})
@@ -297,9 +297,9 @@ for name in ("first", "second"):
 
 def test_a_lost_server_turns_runs_offline_without_losing_rows(tmp_path: Path) -> None:
     done = python(LOSE, tmp_path, WANDB_API_KEY=KEY, WANDB_BASE_URL=closed_port())
-    (said,) = done.stderr.splitlines()  # the second run does not wait, and has nothing new to say
-    assert said.startswith("W&B: offline from here on, since ")
-    assert said.endswith(f"upload later with: wandb sync {tmp_path}/run/first/wandb/offline-run-*")
+    (message,) = done.stderr.splitlines()  # the second run neither waits nor prints
+    assert message.startswith("W&B: offline from here on, since ")
+    assert message.endswith(f"upload later with: wandb sync {tmp_path}/run/first/wandb/offline-run-*")
     for name in ("first", "second"):
         (log,) = (tmp_path / "run" / name).glob("wandb/offline-run-*/run-*.wandb")
         history = [named(record.history.item) for record in records(log) if record.HasField("history")]
@@ -334,4 +334,4 @@ def test_a_run_outside_campaigns_keeps_its_id_in_its_folder(tmp_path: Path) -> N
     assert run_id(one, project="p", group="") == first != run_id(other, project="p", group="")
     assert run_id(one.rename(tmp_path / "moved"), project="p", group="") == first
     one.mkdir()
-    assert run_id(one, project="p", group="") != first  # the path alone is not the run
+    assert run_id(one, project="p", group="") != first  # the id does not come from the path
