@@ -1,7 +1,4 @@
-"""Files that somebody wrote to do harm, or by a slip: each is answered within seconds, and leaves nothing behind.
-
-Each file in tests/hostile/ says in its first line how the answer begins. What would be large is made here.
-"""
+"""Malicious and malformed input: each file is refused within seconds, and nothing is left behind."""
 
 import os
 import re
@@ -23,19 +20,27 @@ from tune.campaign import load_campaign
 from tune.storage.journal import Journal
 
 ROOT = Path(__file__).parents[1]
-MOST_SECONDS = 3.0  # of this process on a processor: how busy the machine is does not count
-MOST_MEGABYTES = 70  # more than an empty file takes, which is 230 with torch for CPUs
+MOST_SECONDS = 3.0  # of CPU time, so that a busy machine does not matter
+MOST_MEGABYTES = 70  # above the peak of an empty file, which is 230 with torch for CPUs
+
+
+def write(folder: Path, content: str | bytes, name: str = "x") -> Path:
+    """A file in a folder of its own below `folder`."""
+    path = folder / "files" / f"{name}.yaml"
+    path.parent.mkdir()
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
 
 
 def answer(path: Path, out: Path, capsys: pytest.CaptureFixture[str], *options: str) -> str:
-    """What the command says of a hostile file, having checked how it says it."""
-    there = sorted(path.parent.iterdir()) if path.parent.is_dir() else []
+    """The error text of the command for a hostile file; checks exit code, time and form."""
+    before = sorted(path.parent.iterdir()) if path.parent.is_dir() else []
     start = time.process_time()
     assert run_campaign.main([str(path), "--inline", "--out", str(out), *options]) == 2
     assert time.process_time() - start < MOST_SECONDS
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert (sorted(path.parent.iterdir()) if path.parent.is_dir() else []) == there and not out.exists()
+    assert (sorted(path.parent.iterdir()) if path.parent.is_dir() else []) == before and not out.exists()
     lines = printed.err.removesuffix("\n").split("\n")
     assert len(lines) <= MOST_PROBLEMS + 1
     for line in lines:
@@ -45,47 +50,39 @@ def answer(path: Path, out: Path, capsys: pytest.CaptureFixture[str], *options: 
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_a_hostile_file_is_answered_with_its_place(
+def test_a_hostile_file_is_refused_with_its_place(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     content, expected = SMALL[name]
-    path = tmp_path / "files" / f"{name}.yaml"
-    path.parent.mkdir()
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    path = write(tmp_path, content, name)
     monkeypatch.chdir(path.parent)
     first = answer(Path(path.name), tmp_path / "results", capsys).splitlines()[0]
     assert first.removeprefix(f"{path.name}:").lstrip().startswith(expected)
 
 
 @pytest.mark.parametrize("name", LARGE)
-def test_a_large_or_binary_file_is_answered_as_fast(
+def test_a_large_or_binary_file_is_refused_within_seconds(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    content, says = LARGE[name]
-    path = tmp_path / "files" / "x.yaml"
-    path.parent.mkdir()
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    said = answer(path, tmp_path / "results", capsys)
-    assert says in said and said.startswith(f"{path}:")
+    content, expected = LARGE[name]
+    path = write(tmp_path, content)
+    error = answer(path, tmp_path / "results", capsys)
+    assert expected in error and error.startswith(f"{path}:")
 
 
-def test_the_list_of_problems_ends_where_nobody_would_read_on(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "files" / "x.yaml"
-    path.parent.mkdir()
-    path.write_text(f"{HEAD}base: {{{listed(150, 'kN: 1')}}}\n{SWEEP}")
+def test_the_list_of_problems_is_cut_at_a_hundred(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path, f"{HEAD}base: {{{listed(150, 'kN: 1')}}}\n{SWEEP}")
     lines = answer(path, tmp_path / "results", capsys).splitlines()
     assert len(lines) == MOST_PROBLEMS + 1 and lines[99].startswith(f"{path}:3:")
     assert lines[-1] == f"{path}: these are the first {MOST_PROBLEMS} problems, the rest was not looked at"
 
 
-# ---- what is no file -----------------------------------------------------------------------------------------------
+# ---- not a regular file ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def places(tmp_path: Path) -> Iterator[Path]:
-    """A folder with everything that is not a file, under names that end in .yaml."""
+    """A folder with a pipe, devices, links and a sparse file, all named *.yaml."""
     folder = tmp_path / "places"
     folder.mkdir()
     os.mkfifo(folder / "fifo.yaml")
@@ -102,7 +99,7 @@ def places(tmp_path: Path) -> Iterator[Path]:
     yield folder
 
 
-WHAT_THEY_ARE = {
+REFUSALS = {
     "fifo": "not a regular file",
     "folder": "Is a directory",
     "zero": "not a regular file",
@@ -115,23 +112,23 @@ WHAT_THEY_ARE = {
 }
 
 
-@pytest.mark.parametrize("name", WHAT_THEY_ARE)
-def test_a_pipe_or_a_device_is_not_waited_for(
+@pytest.mark.parametrize("name", REFUSALS)
+def test_a_pipe_or_device_is_refused_without_waiting(
     name: str, places: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = places / f"{name}.yaml"
-    said = answer(path, tmp_path / "results", capsys)
-    assert said.startswith(f"{places}/{name[:20]}") and said.endswith(f".yaml: {WHAT_THEY_ARE[name]}\n")
+    error = answer(path, tmp_path / "results", capsys)
+    assert error.startswith(f"{places}/{name[:20]}") and error.endswith(f".yaml: {REFUSALS[name]}\n")
     naming = places / "naming.yaml"
     naming.write_text(f"{HEAD}base: {{model: {name}.yaml}}\n{SWEEP}")
-    said = answer(naming, tmp_path / "results", capsys)
-    assert said.startswith(f"{naming}:3:8: base.model: ") and said.endswith(f": {WHAT_THEY_ARE[name]}\n")
+    error = answer(naming, tmp_path / "results", capsys)
+    assert error.startswith(f"{naming}:3:8: base.model: ") and error.endswith(f": {REFUSALS[name]}\n")
 
 
-def test_a_tokenizer_that_never_ends_is_not_read(
+def test_an_endless_tokenizer_file_is_not_read(
     places: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name, says in {
+    for name, expected in {
         "fifo": "no such file",
         "zero": "no such file",
         "sparse": "is too large for what it should be",
@@ -139,16 +136,15 @@ def test_a_tokenizer_that_never_ends_is_not_read(
         (places / f"{name}.yaml").rename(places / f"{name}.model")
         file = places / "naming.yaml"
         file.write_text(f"{HEAD}base: {{data: {{tokenizer: {places}/{name}.model}}}}\n{SWEEP}")
-        assert says in answer(file, tmp_path / "results", capsys)
+        assert expected in answer(file, tmp_path / "results", capsys)
 
 
-def test_a_journal_made_by_somebody_else_cannot_end_the_reading_of_a_file(
+def test_a_damaged_journal_of_another_campaign_is_a_reported_problem(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    other, file = tmp_path / "other", tmp_path / "files" / "x.yaml"
+    other = tmp_path / "other"
     other.mkdir()
-    file.parent.mkdir()
-    file.write_text(f"{HEAD}phases: [{{name: p, inherit: {other}/p, vary: {{alpha: [0.1]}}}}]\n")
+    file = write(tmp_path, f"{HEAD}phases: [{{name: p, inherit: {other}/p, vary: {{alpha: [0.1]}}}}]\n")
     journal = Journal(other / "journal.jsonl")
     journal.append("campaign_started", expected_trials={"p": 1})
     journal.append("phase_finished", phase="p", winner_overrides=["model.alpha"])
@@ -158,11 +154,11 @@ def test_a_journal_made_by_somebody_else_cannot_end_the_reading_of_a_file(
     assert "does not match its CRC" in answer(file, tmp_path / "results", capsys)
 
 
-# ---- --set ---------------------------------------------------------------------------------------------------------
+# ---- --set -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("option", "says"),
+    ("option", "expected"),
     [
         ("", "--set : expected NAME=VALUE"),
         ("steps", "--set steps: expected NAME=VALUE"),
@@ -185,20 +181,18 @@ def test_a_journal_made_by_somebody_else_cannot_end_the_reading_of_a_file(
         ("k" * 100_000 + "=3", "unknown setting"),
     ],
 )
-def test_a_hostile_option_is_answered_like_a_hostile_file(
-    option: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_hostile_option_is_refused_like_a_hostile_file(
+    option: str, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = tmp_path / "files" / "x.yaml"
-    path.parent.mkdir()
-    path.write_text(HEAD + SWEEP)
-    assert says in answer(path, tmp_path / "results", capsys, f"--set={option}")
+    path = write(tmp_path, HEAD + SWEEP)
+    assert expected in answer(path, tmp_path / "results", capsys, f"--set={option}")
 
 
-# ---- as a process --------------------------------------------------------------------------------------------------
+# ---- as a process ----------------------------------------------------------------------------------------------------
 
 
 def peak(path: Path, out: Path) -> tuple[int, str, float, float]:
-    """Exit code, stderr, megabytes at most in memory and seconds on a processor of a run of its own."""
+    """Exit code, stderr, peak memory in MB and CPU seconds of a run in its own process."""
     errors = path.with_suffix(".err")
     with errors.open("wb") as file:
         arguments = [sys.executable, str(ROOT / "run_campaign.py"), str(path), "--out", str(out)]
@@ -210,26 +204,26 @@ def peak(path: Path, out: Path) -> tuple[int, str, float, float]:
 
 
 @pytest.mark.slow
-def test_the_worst_files_cost_a_process_hardly_more_than_an_empty_one(tmp_path: Path) -> None:
+def test_the_worst_files_cost_hardly_more_than_an_empty_one(tmp_path: Path) -> None:
     figures = {}
     for name in ("nothing", "just_as_many_values", "list_of_strings", "a_chain_of_sweeps"):
-        content, says = LARGE[name]
+        content, expected = LARGE[name]
         path = tmp_path / f"{name}.yaml"
         path.write_text(str(content))
-        code, said, *figures[name] = peak(path, tmp_path / "results")
-        assert code == 2 and says in said and "Traceback" not in said
-    least_memory, least_time = figures["nothing"]
+        code, error, *figures[name] = peak(path, tmp_path / "results")
+        assert code == 2 and expected in error and "Traceback" not in error
+    base_memory, base_seconds = figures["nothing"]
     for memory, seconds in figures.values():
-        assert memory - least_memory < MOST_MEGABYTES and seconds - least_time < MOST_SECONDS
+        assert memory - base_memory < MOST_MEGABYTES and seconds - base_seconds < MOST_SECONDS
     assert not (tmp_path / "results").exists()
 
 
-# ---- whatever else -------------------------------------------------------------------------------------------------
+# ---- random input ----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def shipped(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The shipped experiments, to be spoilt."""
+    """A copy of the shipped experiments."""
     folder = tmp_path_factory.mktemp("shipped") / "experiments"
     shutil.copytree(ROOT / "experiments", folder)
     return folder
@@ -286,16 +280,16 @@ def only_problems(path: Path, text: str) -> None:
 
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sampled_from(EXPERIMENTS), edits, st.booleans())
-def test_a_shipped_file_with_any_slip_in_it_is_a_campaign_or_a_list_of_problems(
+def test_a_shipped_file_with_random_edits_is_a_campaign_or_a_list_of_problems(
     shipped: Path, source: tuple[str, str], edits: list[tuple[float, str]], whole: bool
 ) -> None:
-    """Words of it, or single characters, become something else."""
+    """Replaces words, or inserts at single characters."""
     name, text = source
     for place, value in edits:
         words = list(WORDS.finditer(text))
         word = words[int(place * (len(words) - 1))].span() if words and whole else (int(place * len(text)),) * 2
         text = text[: word[0]] + value + text[word[1] :]
-    only_problems(shipped / f"spoilt-{name}", text)
+    only_problems(shipped / f"edited-{name}", text)
 
 
 KEYS = "campaign seeds base phases vary grid zip runs search combine claims metric name inherit set arm alpha optim lr"
@@ -320,5 +314,7 @@ trees = st.recursive(
 @given(st.dictionaries(keys, trees, max_size=6))
 @example({"campaign": "x", "phases": "[{name: a, runs: [{arm: b, inherit: a}]}]"})
 @example({"campaign": "x", "search": "{trials: 3, space: {alpha: {log: [true, 3]}}}"})
-def test_any_arrangement_of_the_words_is_a_campaign_or_a_list_of_problems(shipped: Path, tree: dict[str, str]) -> None:
+def test_any_arrangement_of_keys_and_values_is_a_campaign_or_a_list_of_problems(
+    shipped: Path, tree: dict[str, str]
+) -> None:
     only_problems(shipped / "any.yaml", "".join(f"{key}: {value}\n" for key, value in tree.items()))

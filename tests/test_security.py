@@ -1,4 +1,4 @@
-"""What SECURITY.md promises, tried from outside: secrets, names, errors, listeners, and files that are bombs."""
+"""The promises of SECURITY.md, tested from outside: secrets, names, errors, and malicious files."""
 
 import json
 import os
@@ -43,7 +43,7 @@ ONE_PHASE = """
 
 
 def leaks(folder: Path) -> list[str]:
-    """Files under `folder` with a canary in them, as it is or as UTF-16."""
+    """Files under `folder` that contain a canary, as UTF-8 or UTF-16."""
     found = []
     for path in folder.rglob("*"):
         if path.is_file() and not path.is_symlink():
@@ -54,17 +54,17 @@ def leaks(folder: Path) -> list[str]:
 
 
 def environment(home: Path) -> dict[str, str]:
-    """A shell that holds the canaries, with a home of its own."""
+    """An environment with the canaries and its own home directory."""
     home.mkdir(exist_ok=True)
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB", "RAY_"))}
     places = {"HOME": str(home), "WANDB_CACHE_DIR": str(home), "WANDB_CONFIG_DIR": str(home), "OMP_NUM_THREADS": "1"}
     return kept | CANARIES | places
 
 
-# ---- secrets -------------------------------------------------------------------------------------------------------
+# ---- secrets ---------------------------------------------------------------------------------------------------------
 
 
-def test_no_secret_of_the_environment_reaches_a_file_a_log_or_the_tracker(tmp_path: Path, corpus: Path) -> None:
+def test_no_secret_reaches_a_file_a_log_or_the_tracker(tmp_path: Path, corpus: Path) -> None:
     file = write_file(tmp_path, corpus, phases=ONE_PHASE, seeds="[1]")
     command = [sys.executable, str(SCRIPT), str(file), "--inline", "--out", str(tmp_path / "r")]
     command += ["--set", "tracker.wandb=offline"]
@@ -76,7 +76,7 @@ def test_no_secret_of_the_environment_reaches_a_file_a_log_or_the_tracker(tmp_pa
 
 
 @pytest.mark.slow
-def test_on_ray_no_secret_reaches_a_log_and_the_token_is_its_owners(tmp_path: Path, corpus: Path) -> None:
+def test_no_secret_reaches_a_log_of_ray_and_only_the_owner_reads_its_token(tmp_path: Path, corpus: Path) -> None:
     file = write_file(tmp_path, corpus, steps=300, every=20)
     home = tmp_path / "home"
     (home / ".ray").mkdir(parents=True)
@@ -102,11 +102,11 @@ def test_on_ray_no_secret_reaches_a_log_and_the_token_is_its_owners(tmp_path: Pa
     assert leaks(tmp_path) == [] and not any(value in printed for value in CANARIES.values())
 
 
-def test_a_token_that_everybody_could_read_is_taken_from_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_token_that_others_can_read_is_made_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tune.executors.ray_executor import protect_token
 
     monkeypatch.setenv("HOME", str(tmp_path))
-    protect_token()  # there is none
+    protect_token()  # no token yet
     token = tmp_path / ".ray" / "auth_token"
     token.parent.mkdir()
     token.write_text("0123")
@@ -117,7 +117,7 @@ def test_a_token_that_everybody_could_read_is_taken_from_them(tmp_path: Path, mo
 
 
 @pytest.mark.parametrize("where", ["comment", "description", "data.path", "option"])
-def test_a_campaign_with_a_secret_in_it_is_refused_without_repeating_it(
+def test_a_campaign_with_a_secret_is_refused_without_repeating_it(
     where: str, tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, value in CANARIES.items():
@@ -138,7 +138,7 @@ def test_a_campaign_with_a_secret_in_it_is_refused_without_repeating_it(
     assert not (tmp_path / "r").exists()
 
 
-def test_the_error_of_a_trial_loses_the_secrets_in_it(
+def test_secrets_are_removed_from_the_error_of_a_trial(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in CANARIES.items():
@@ -156,7 +156,7 @@ def test_the_error_of_a_trial_loses_the_secrets_in_it(
     assert not any(b"s3same" in path.read_bytes() for path in (tmp_path / "r").rglob("*") if path.is_file())
 
 
-# ---- names and errors ----------------------------------------------------------------------------------------------
+# ---- names and errors ------------------------------------------------------------------------------------------------
 
 HOSTILE = "<script>alert(1)</script> | =cmd|'/c calc'!A1 \x1b[31mred\x1b]0;title\x07 \u202egnp.exe"
 HOSTILE += " [bold]x[/bold]"
@@ -166,7 +166,7 @@ def failing(spec: TrialSpec) -> Any:
     return replace(pretend(spec, status="failed"), error=f"Traceback\nfake: line\nValueError: {HOSTILE}")
 
 
-def test_hostile_errors_are_text_in_every_file_and_on_the_terminal(
+def test_hostile_errors_are_shown_as_text_in_files_and_on_the_terminal(
     tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lines: list[str] = []
@@ -190,8 +190,8 @@ def test_hostile_errors_are_text_in_every_file_and_on_the_terminal(
         strict(record)
 
 
-def test_nothing_is_written_outside_of_the_results(tmp_path: Path, corpus: Path) -> None:
-    """The longest and strangest names that are allowed."""
+def test_nothing_is_written_outside_the_results(tmp_path: Path, corpus: Path) -> None:
+    """Uses the longest and strangest names that are allowed."""
     phase, arm = "A" + ".-_" * 21, "0 = a, b: c + d.-_" + "x" * 62
     phases = f"\n  - {{name: {phase}, runs: [{{arm: baseline}}, {{arm: '{arm}', alpha: 0.2}}]}}\n"
     file = write_file(tmp_path, corpus, phases=phases, seeds="[1]")
@@ -204,7 +204,7 @@ def test_nothing_is_written_outside_of_the_results(tmp_path: Path, corpus: Path)
     assert (tmp_path / "r" / "tiny" / phase / "summary.json").is_file()
 
 
-# ---- bombs ---------------------------------------------------------------------------------------------------------
+# ---- malicious files -------------------------------------------------------------------------------------------------
 
 
 class Bomb:
@@ -226,7 +226,7 @@ def sign(tmp_path: Path) -> Path:
 def bomb(sign: Path, tmp_path: Path) -> bytes:
     content = pickle.dumps({"model": Bomb(sign)}, protocol=2)  # torch's own
     pickle.loads(content)
-    assert sign.exists()  # it works
+    assert sign.exists()  # the bomb works
     sign.unlink()
     return content
 
@@ -240,7 +240,7 @@ def step(tmp_path: Path) -> Path:
 
 
 def resealed(folder: Path) -> Path:
-    """A tampered checkpoint with digests that match, as somebody who means harm would offer it."""
+    """A tampered checkpoint whose digests match, as an attacker would offer it."""
     manifest = json.loads((folder / "MANIFEST.json").read_text())
     del manifest["sha256"]
     manifest["files"] = {name: checkpoint._digest(folder / name) for name in manifest["files"]}
@@ -266,20 +266,20 @@ HEADERS = {
 
 
 @pytest.mark.parametrize("name", HEADERS)
-def test_a_tampered_header_of_weights_is_an_error_of_one_line(name: str, step: Path) -> None:
+def test_a_tampered_weights_header_is_a_one_line_error(name: str, step: Path) -> None:
     (step / "model.safetensors").write_bytes(HEADERS[name])
     with pytest.raises(ConfigError, match=r"cannot read model\.safetensors"):
         load_model(resealed(step))
 
 
-def test_a_pickle_in_the_place_of_weights_never_runs(step: Path, bomb: bytes, sign: Path) -> None:
+def test_a_pickle_in_place_of_weights_never_runs(step: Path, bomb: bytes, sign: Path) -> None:
     (step / "model.safetensors").write_bytes(bomb)
     with pytest.raises(ConfigError):
         load_model(resealed(step))
     assert not sign.exists()
 
 
-def test_a_pickle_beside_the_weights_is_not_even_opened(step: Path, bomb: bytes, sign: Path) -> None:
+def test_a_pickle_beside_the_weights_is_not_opened(step: Path, bomb: bytes, sign: Path) -> None:
     (step / "state.pt").write_bytes(bomb)
     load_model(resealed(step))
     assert not sign.exists()
@@ -318,7 +318,7 @@ def test_a_bomb_offered_as_a_tokenizer_never_runs(
     assert not sign.exists()
 
 
-def test_nothing_unpickles_what_a_file_holds() -> None:
+def test_no_code_unpickles_a_file() -> None:
     """`torch.load` has `weights_only=True` everywhere."""
     found = []
     for path in sorted([*SCRIPT.parent.glob("ngpt/**/*.py"), *SCRIPT.parent.glob("tune/**/*.py"), SCRIPT]):

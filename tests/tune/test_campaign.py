@@ -1,4 +1,4 @@
-"""Campaign files: what they may say, and that every mistake is answered where it stands, with what to do about it."""
+"""Campaign files: what is allowed, and that every mistake is reported with its place and with advice."""
 
 import copy
 import io
@@ -27,7 +27,7 @@ from tune.spec.schema import Campaign, FreshSeeds, Metric, Resources
 from tune.spec.sweeps import SWEEPS, ArmSpec, Axis
 from tune.spec.values import with_absolute_paths
 
-HERE = "«"  # in a wrong file, stands before what its messages point at, one mark per message
+HERE = "«"  # marks the places in a wrong file that its messages point at, one mark per message
 
 GOOD = """\
 campaign: small
@@ -42,7 +42,7 @@ NAMES = "letters, digits, '.', '_' and '-', the first a letter or digit, and no 
 ARM_NAMES = f"1 to 80 letters, digits, ' ', '=', ',', ':', '+',{NAMES.removeprefix('letters, digits,')}"
 KINDS = "vary, grid, zip, runs, combine, search"
 
-# What is wrong -> the file, and what is said of it in the order of the marks.
+# What is wrong -> the file, and the messages in the order of the marks.
 WRONG: dict[str, tuple[str, list[str]]] = {
     # ---- names of settings
     "unknown key at the top": (
@@ -552,7 +552,7 @@ def unmarked(text: str) -> tuple[str, list[str]]:
 
 
 @pytest.mark.parametrize("case", WRONG.values(), ids=WRONG.keys())
-def test_a_mistake_is_answered_with_its_place_and_with_what_to_do(
+def test_a_mistake_is_reported_with_its_place_and_with_advice(
     case: tuple[str, list[str]], folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text, positions = unmarked(case[0])
@@ -565,7 +565,7 @@ def test_a_mistake_is_answered_with_its_place_and_with_what_to_do(
     assert [path.name for path in folder.iterdir()] == ["c.yaml"]
 
 
-def test_the_place_of_a_mistake_is_as_an_editor_counts_it(folder: Path) -> None:
+def test_lines_and_columns_are_counted_as_in_an_editor(folder: Path) -> None:
     text = "# a comment\ncampaign: small\nphases:\n  - name: a\n    vary:\n      alhpa: [0.1]\n"
     assert complaint(text) == "c.yaml:6:7: phases[0].vary.alhpa: unknown setting, did you mean 'alpha'?"
 
@@ -578,7 +578,7 @@ def test_the_place_of_a_mistake_is_as_an_editor_counts_it(folder: Path) -> None:
         ("binary.yaml", "binary.yaml: byte 0 is not UTF-8"),
     ],
 )
-def test_a_file_that_cannot_be_read_is_a_usage_error_that_names_it(
+def test_an_unreadable_file_is_a_usage_error_that_names_it(
     path: str, message: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (folder / "binary.yaml").write_bytes(b"\xff\xfe")
@@ -587,7 +587,7 @@ def test_a_file_that_cannot_be_read_is_a_usage_error_that_names_it(
     assert not (folder / "results").exists()
 
 
-def test_an_endless_grid_is_refused_without_being_expanded(folder: Path) -> None:
+def test_a_huge_grid_is_refused_without_being_expanded(folder: Path) -> None:
     text, _ = unmarked(WRONG["a grid of 10^12 arms"][0])
     tracemalloc.start()
     complaint(text)
@@ -596,7 +596,7 @@ def test_an_endless_grid_is_refused_without_being_expanded(folder: Path) -> None
     assert peak < 50e6  # bytes; the arms alone would take 10^14
 
 
-def test_a_new_way_of_sweeping_is_a_function_and_an_entry(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_sweep_is_a_function_and_an_entry(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def ends(axes: Sequence[Axis]) -> list[ArmSpec]:
         return [ArmSpec(f"{axis.label}-{i}", {axis.setting: axis.values[i]}) for axis in axes for i in (0, -1)]
 
@@ -615,10 +615,10 @@ def test_a_new_way_of_sweeping_is_a_function_and_an_entry(folder: Path, monkeypa
     assert "phases[0].ends: 4 arms x 3000 seeds = 12000 trials" in complaint(f"{file}    seeds: [{seeds}]\n")
 
 
-# ---- what a right file means ---------------------------------------------------------------------------------------
+# ---- what a valid file means -----------------------------------------------------------------------------------------
 
 
-def test_a_file_says_all_that_a_campaign_has(folder: Path) -> None:
+def test_every_setting_of_a_campaign_is_read_from_the_file(folder: Path) -> None:
     text = (
         "campaign: full\ndescription: All of it\nmetric: {name: val_bpb, goal: maximize}\nseeds: [7, 8]\n"
         "hold: steps\nconfidence: 0.9\nmin_effect: 0.01\n"
@@ -647,14 +647,14 @@ def test_a_file_says_all_that_a_campaign_has(folder: Path) -> None:
     assert [arm.name for arm in c.arms] == ["alpha=0.1, optim.name=muon", "alpha=0.2, optim.name=adamw"]
 
 
-def test_what_a_file_leaves_out_has_a_default(folder: Path) -> None:
+def test_settings_that_are_left_out_have_defaults(folder: Path) -> None:
     campaign = load("campaign: short\nvary: {alpha: [0.1]}\n")
     assert (campaign.metric, campaign.resources) == (Metric(name="val_loss", goal="minimize"), Resources())
     assert (campaign.hold, campaign.confidence, campaign.min_effect) == ("tokens", 0.95, 0.005)
     assert [(phase.name, phase.seeds) for phase in campaign.phases] == [("main", (1, 2, 3))]
 
 
-def test_phases_are_ordered_by_need_and_otherwise_as_they_were_written(folder: Path) -> None:
+def test_phases_are_ordered_by_need_and_otherwise_as_written(folder: Path) -> None:
     text = "campaign: c\nphases:\n" + "".join(
         f"  - {{name: {name}, runs: [{{arm: x, alpha: 1}}]{inherit}}}\n"
         for name, inherit in [("d", ", inherit: a"), ("c", ""), ("b", ", inherit: d"), ("a", "")]
@@ -667,7 +667,7 @@ def test_a_scientific_number_is_a_number(folder: Path) -> None:
     assert load("campaign: c\nbase: {lr: 1e-3}\nvary: {alpha: [1e-1]}\n").base.optim.lr == 0.001
 
 
-# ---- --set ---------------------------------------------------------------------------------------------------------
+# ---- --set -----------------------------------------------------------------------------------------------------------
 
 
 def test_set_changes_the_base_and_beats_the_file(folder: Path) -> None:
@@ -679,7 +679,7 @@ def test_set_changes_the_base_and_beats_the_file(folder: Path) -> None:
     assert campaign.text == GOOD + PHASE
 
 
-def test_set_can_repair_a_value_of_the_file(folder: Path) -> None:
+def test_set_can_replace_a_wrong_value_of_the_file(folder: Path) -> None:
     text = "campaign: c\nbase: {n_embd: 15, n_head: 2, steps: x}\nvary: {lr: [1]}\n"
     assert load(text, "n_embd=12", "steps=3").base.model.head_dim == 6
 
@@ -707,7 +707,7 @@ def test_set_can_repair_a_value_of_the_file(folder: Path) -> None:
         ),
     ],
 )  # fmt: skip
-def test_a_mistake_on_the_command_line_is_located_there(assignment: str, message: str, folder: Path) -> None:
+def test_a_mistake_on_the_command_line_is_reported_there(assignment: str, message: str, folder: Path) -> None:
     assert complaint(GOOD + PHASE, assignment) == message
 
 
@@ -721,10 +721,10 @@ def test_mistakes_in_the_file_and_on_the_command_line_are_reported_together(fold
     ]
 
 
-# ---- paths ---------------------------------------------------------------------------------------------------------
+# ---- paths -----------------------------------------------------------------------------------------------------------
 
 
-def test_paths_are_absolute_once_a_campaign_is_read(folder: Path, corpus: Path, dataset: Dataset) -> None:
+def test_paths_of_a_campaign_are_made_absolute(folder: Path, corpus: Path, dataset: Dataset) -> None:
     (folder / "texts").mkdir()
     shutil.copy(corpus, folder / "texts" / "a.txt")
     shutil.copy(dataset.folder / "tokenizer.model", folder / "t.model")
@@ -747,12 +747,12 @@ def test_paths_are_absolute_once_a_campaign_is_read(folder: Path, corpus: Path, 
     assert tokenizers == ["sentencepiece:300", str(folder / "t.model"), "gpt2"]
 
 
-def test_paths_on_the_command_line_are_absolute_too(folder: Path, corpus: Path) -> None:
+def test_paths_on_the_command_line_are_made_absolute(folder: Path, corpus: Path) -> None:
     shutil.copy(corpus, folder / "a.txt")
     assert load(GOOD + PHASE, "corpus=a.txt").base.data.corpus == str(folder / "a.txt")
 
 
-def test_a_local_copy_and_the_folder_of_a_tokenizer_are_absolute_too() -> None:
+def test_a_local_copy_and_the_folder_of_a_tokenizer_are_made_absolute() -> None:
     written = {"data.path": "copy.txt", "data.tokenizer": "gpt2:vocab", "data.corpus": "shakespeare", "steps": 3}
     here = os.getcwd()
     assert with_absolute_paths(written) == {
@@ -775,7 +775,7 @@ def test_the_name_of_a_corpus_wins_over_a_folder_of_that_name(folder: Path) -> N
     assert load(GOOD + PHASE).base.data.corpus == "python-docs"
 
 
-# ---- anything ------------------------------------------------------------------------------------------------------
+# ---- anything --------------------------------------------------------------------------------------------------------
 
 FUZZED = """\
 campaign: c
@@ -850,7 +850,7 @@ def mutate(data: Any, draw: st.DataObject) -> None:
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
-def test_whatever_a_file_says_it_is_a_campaign_or_an_answer_with_a_place(folder: Path, draw: st.DataObject) -> None:
+def test_any_mutation_of_a_file_is_a_campaign_or_a_list_of_problems(folder: Path, draw: st.DataObject) -> None:
     data = YAML(typ="safe").load(FUZZED)
     for _ in range(draw.draw(st.integers(1, 3))):
         if nodes(data):

@@ -1,4 +1,4 @@
-"""Claims in a campaign file: what they may say, and that each mistake is found where it stands before anything runs."""
+"""Claims in a campaign file: what is allowed, and that each mistake is reported with its place before anything runs."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from tune.claims.reader import load_claims
 from tune.spec.schema import Claim, Phase
 from tune.spec.sweeps import ArmSpec
 
-HERE = "«"  # in a wrong file, stands before what its messages point at, one mark per message
+HERE = "«"  # marks the places in a wrong file that its messages point at, one mark per message
 
 BASE = """\
 campaign: small
@@ -99,7 +99,7 @@ WRONG: dict[str, tuple[str, list[str]]] = {
         ["claims[0].right: left and right are the same"],
     ),
     "a claim that is a word": ("«x", ["claims[0]: a claim is a mapping with `id:` and `relation:`, got 'x'"]),
-    # ---- arms that are nowhere
+    # ---- arms that do not exist
     "a value that no arm has": (
         "{id: x, relation: less, «left: {alpha: 0.28}, right: {alpha: 0.05}}",
         ["claims[0].left: no arm of any phase has alpha=0.28; alpha takes 0.05, 0.15"],
@@ -162,7 +162,7 @@ def marks(text: str) -> tuple[str, list[str]]:
 
 
 @pytest.mark.parametrize("what", WRONG)
-def test_a_mistake_is_answered_where_it_stands(folder: Path, what: str) -> None:
+def test_a_mistake_is_reported_with_its_place(folder: Path, what: str) -> None:
     claims, messages = WRONG[what]
     text, places = marks(f"{BASE}  - {claims}\n")
     with pytest.raises(ConfigError) as error:
@@ -175,21 +175,21 @@ def test_a_mistake_is_answered_where_it_stands(folder: Path, what: str) -> None:
     "claim",
     [
         f'{{id: x, source: "002", says: "alpha 0.15 beats 0.05", {LESS}}}',
-        "{id: x, relation: less, left: {alpha: 0.15, project_every: 7}, right: {project_every: 1}}",  # if it wins
+        "{id: x, relation: less, left: {alpha: 0.15, project_every: 7}, right: {project_every: 1}}",  # if the arm wins
         "{id: x, relation: greater, left: {arm: winner, phase: c}, right: {arm: baseline, phase: c}}",
         "{id: x, relation: best, left: {model.alpha: 0.15}, phase: a}",
         "{id: x, relation: monotone, setting: lr, direction: increasing, left: {project_every: 7}}",
         "{id: x, relation: ratio, metric: tokens_per_second, value: 3 / 2, tolerance: 0.1, "
         "left: {alpha_kind: scalar}, right: {alpha_kind: vector}}",
-        "{id: x, relation: less, left: {steps: 9}, right: {alpha: 0.05}}",  # steps may follow from the batch
+        "{id: x, relation: less, left: {steps: 9}, right: {alpha: 0.05}}",  # steps may depend on the batch size
     ],
 )
-def test_what_may_come_true_is_no_mistake(folder: Path, claim: str) -> None:
+def test_a_claim_about_a_possible_arm_is_accepted(folder: Path, claim: str) -> None:
     (found,) = load(f"{BASE}  - {claim}\n")
     assert found.id == "x"
 
 
-def test_arms_that_only_a_run_will_know_may_be_anything_but_what_their_phase_pins() -> None:
+def test_arms_known_only_in_the_run_may_have_any_value_that_is_not_pinned() -> None:
     found = Phase("found", None, {"steps": 4, "model.alpha": 0.1}, (), (1, 2), {})  # by a search
     after = Phase("after", "found", {}, (ArmSpec("x", {"optim.lr": 0.1}),), (1, 2), {})
     elsewhere = Phase("elsewhere", "results/x/alpha", {}, (ArmSpec("x", {"optim.lr": 0.1}),), (1, 2), {})
@@ -211,13 +211,13 @@ def test_a_claim_is_read_with_full_names_and_numbers(folder: Path) -> None:
     )
 
 
-def test_a_campaign_may_have_no_claims_and_claims_must_be_a_list(folder: Path) -> None:
+def test_claims_are_optional_and_must_be_a_list(folder: Path) -> None:
     assert load(BASE.removesuffix("claims:\n")) == ()
     with pytest.raises(ConfigError, match=r"claims: expected a list of claims, got \{'a': 1\}"):
         load(BASE.replace("claims:", "claims: {a: 1}"))
 
 
-def test_claims_of_a_file_of_their_own_need_no_campaign(folder: Path) -> None:
+def test_claims_can_be_read_without_a_campaign(folder: Path) -> None:
     Path("claims.yaml").write_text(f"claims:\n  - {{id: x, {LESS}}}\n")
     assert [claim.id for claim in load_claims(Path("claims.yaml"))] == ["x"]
     Path("claims.yaml").write_text(f"claims:\n  - {{id: x, {LESS}}}\n  - {{id: x, relation: best}}\n")

@@ -1,4 +1,4 @@
-"""The claims ledger: what it decides, held against scipy, simulated truths and campaigns of known results."""
+"""The claims ledger, compared with scipy, simulated truths and campaigns with known results."""
 
 import io
 import json
@@ -73,11 +73,11 @@ def interval(entry: Mapping[str, Any]) -> tuple[float, float]:
 
 
 def at_most(hits: int, n: int, rate: float) -> bool:
-    """Whether `hits` of `n` can come from a rate of at most `rate`."""
+    """Whether `hits` of `n` are consistent with a rate of at most `rate`."""
     return bool(stats.binomtest(hits, n, rate, alternative="greater").pvalue > MISTAKES)
 
 
-# ---- against scipy -------------------------------------------------------------------------------------------------
+# ---- against scipy ---------------------------------------------------------------------------------------------------
 
 
 def test_two_arms_are_compared_by_the_paired_t_test() -> None:
@@ -91,8 +91,8 @@ def test_two_arms_are_compared_by_the_paired_t_test() -> None:
     assert entry["n"] == 6 and len(entry["trials"]) == 12 and entry["verdict"] == "reproduced"
 
 
-def test_the_noise_is_that_of_all_arms_of_the_phase() -> None:
-    """The two-way layout solved by least squares on dummy variables, as a second formulation."""
+def test_the_noise_is_pooled_over_all_arms_of_the_phase() -> None:
+    """The reference solves the two-way layout by least squares on dummy variables."""
     rng = np.random.default_rng(2)
     y = rng.normal(0, 0.1, (4, 3)) + rng.normal(0, 1, 3) + np.array([[0.3], [0.0], [0.1], [0.2]])
     given = [RIGHT, LEFT, {"alpha": 0.2}, {"alpha": 0.3}]
@@ -105,7 +105,7 @@ def test_the_noise_is_that_of_all_arms_of_the_phase() -> None:
     assert interval(entry) == pytest.approx((beta[1] - beta[0] - half, beta[1] - beta[0] + half), rel=1e-9)
 
 
-def test_of_several_pairs_each_seed_is_averaged_first() -> None:
+def test_several_pairs_are_averaged_per_seed_first() -> None:
     rng = np.random.default_rng(3)
     y = {(a, k): rng.normal(0, 1, 4) for a in (0.28, 0.05) for k in (1, 7, 10)}
     arms = {f"{a} {k}": ({"alpha": a, "project_every": k}, values.tolist()) for (a, k), values in y.items()}
@@ -116,7 +116,7 @@ def test_of_several_pairs_each_seed_is_averaged_first() -> None:
     assert entry["n"] == 4 and len(entry["trials"]) == 24
 
 
-def test_a_ratio_is_the_geometric_mean_with_the_interval_of_logarithms() -> None:
+def test_a_ratio_is_a_geometric_mean_with_the_interval_of_logarithms() -> None:
     left, right = np.array([110.0, 120.0, 128.0, 119.0]), np.array([55.0, 61.0, 62.0, 60.0])
     proof = two(left.tolist(), right.tolist(), metric="tokens_per_second")
     entry = decide("ratio", proof, metric="tokens_per_second", value=2.0, tolerance=0.1)
@@ -127,7 +127,7 @@ def test_a_ratio_is_the_geometric_mean_with_the_interval_of_logarithms() -> None
     assert decide("ratio", proof, metric="tokens_per_second", value=2.0, tolerance=0.01)["verdict"] == "undecided"
 
 
-# ---- what each relation says ---------------------------------------------------------------------------------------
+# ---- what each relation decides --------------------------------------------------------------------------------------
 
 BETTER, SAME, WORSE = [3.9, 4.0, 4.11], [4.0, 4.09, 4.2], [4.1, 4.2, 4.29]
 
@@ -145,11 +145,13 @@ BETTER, SAME, WORSE = [3.9, 4.0, 4.11], [4.0, 4.09, 4.2], [4.1, 4.2, 4.29]
         ("best", [4.0, 4.3, 4.1], SAME, "undecided"),
     ],
 )
-def test_an_interval_on_one_side_decides(relation: str, left: list[Cell], right: list[Cell], verdict: str) -> None:
+def test_an_interval_on_one_side_of_zero_decides(
+    relation: str, left: list[Cell], right: list[Cell], verdict: str
+) -> None:
     assert decide(relation, two(left, right))["verdict"] == verdict
 
 
-def test_an_effect_that_may_be_too_small_to_matter_decides_nothing() -> None:
+def test_an_effect_that_may_be_below_min_effect_decides_nothing() -> None:
     proof = two([4.000, 4.098, 4.199], [4.002, 4.103, 4.201])
     small = decide("less", replace(proof, min_effect=0.005))
     low, high = interval(small)
@@ -161,7 +163,7 @@ def test_an_effect_that_may_be_too_small_to_matter_decides_nothing() -> None:
     assert small["verdict"] == "undecided" and "less than min_effect 0.004" in small["why"]
 
 
-def test_an_effect_that_is_too_small_to_matter_for_sure_refutes() -> None:
+def test_an_effect_that_is_surely_below_min_effect_refutes() -> None:
     proof = two([4.000, 4.101, 4.199], [4.002, 4.103, 4.201])
     assert decide("less", proof)["verdict"] == "reproduced"
     small = decide("less", replace(proof, min_effect=0.005))
@@ -173,7 +175,7 @@ def test_an_effect_that_is_too_small_to_matter_for_sure_refutes() -> None:
 
 
 @pytest.mark.parametrize(("tolerance", "verdict"), [(0.2, "reproduced"), (0.1, "undecided"), (0.01, "refuted")])
-def test_equal_means_that_the_interval_lies_within_the_tolerance(tolerance: float, verdict: str) -> None:
+def test_equal_requires_the_interval_within_the_tolerance(tolerance: float, verdict: str) -> None:
     entry = decide("equal", two([4.10, 4.21, 4.29], [4.0, 4.1, 4.2]), tolerance=tolerance)
     assert entry["verdict"] == verdict
 
@@ -187,7 +189,7 @@ def along(proof: Evidence, direction: str = "decreasing", **fields: Any) -> dict
     return decide("monotone", proof, setting="alpha", direction=direction, **fields)
 
 
-def test_monotone_needs_every_step_and_falls_with_one_the_wrong_way() -> None:
+def test_monotone_needs_every_step_and_is_refuted_by_a_wrong_one() -> None:
     steps = [[4.0, 4.11, 4.2], [3.8, 3.9, 4.01], [3.6, 3.71, 3.8]]
     assert along(row(*steps))["verdict"] == "reproduced"
     assert along(row(*steps), "increasing")["verdict"] == "refuted"
@@ -199,7 +201,7 @@ def test_monotone_needs_every_step_and_falls_with_one_the_wrong_way() -> None:
     assert along(row(*steps, min_effect=0.5))["verdict"] == "undecided"
 
 
-def test_values_are_in_the_order_of_numbers_whatever_that_of_the_file() -> None:
+def test_values_are_ordered_by_number_not_as_in_the_file() -> None:
     cells = {0.28: [3.6, 3.71, 3.8], 0.05: [4.0, 4.11, 4.2], 0.15: [3.8, 3.9, 4.01]}
     arms = {f"alpha={a}": ({"alpha": a}, values) for a, values in cells.items()}
     entry = along(evidence({"p": arms}))
@@ -229,7 +231,7 @@ def test_the_best_beats_all_others_and_ties_with_none() -> None:
     assert decide("best", evidence({"p": arms}, goal="maximize"))["verdict"] == "refuted"
 
 
-def test_best_is_looked_at_where_one_arm_of_several_is_selected() -> None:
+def test_best_is_judged_in_phases_where_one_of_several_arms_is_selected() -> None:
     good = {"right": (RIGHT, SAME), "left": (LEFT, BETTER)}
     bad = {"right": (RIGHT, BETTER), "left": (LEFT, SAME)}
     only = {"x": (LEFT | {"lr": 1}, BETTER), "y": (LEFT | {"lr": 2}, SAME)}
@@ -258,17 +260,17 @@ def test_arithmetic_needs_no_trial() -> None:
     assert decide("arithmetic", proof, **fields | {"value": 131e6, "tolerance": 1e6})["verdict"] == "reproduced"
 
 
-# ---- what is not judged --------------------------------------------------------------------------------------------
+# ---- what is not judged ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("relation", ["less", "greater", "equal", "best", "ratio"])
-def test_one_seed_decides_nothing_and_says_so(relation: str) -> None:
+def test_one_seed_decides_nothing(relation: str) -> None:
     entry = decide(relation, two([1.0], [2.0]), tolerance=9.0, value=1.0)
     assert entry["verdict"] == "undecided" and "n=1" in entry["why"] and entry["n"] == 1
     assert entry["ci_low"] is None and entry["ci_high"] is None
 
 
-def test_the_seeds_that_survived_decide_nothing() -> None:
+def test_surviving_seeds_alone_decide_nothing() -> None:
     for status in ("diverged", "failed", "stopped", "missing"):
         entry = decide("less", two([*BETTER, status], [*SAME, 4.0]))
         assert entry["verdict"] == "undecided" and f"1 of 8 trials have not finished (1 {status})" in entry["why"]
@@ -276,7 +278,7 @@ def test_the_seeds_that_survived_decide_nothing() -> None:
         assert along(row([4.0, 4.1], [3.0, status]))["verdict"] == "undecided"
 
 
-def test_nothing_finished_and_nothing_recorded_is_no_data() -> None:
+def test_no_finished_trial_or_no_metric_is_no_data() -> None:
     assert decide("less", two(["missing"] * 3, ["missing"] * 3))["verdict"] == "no data"
     assert decide("less", two(BETTER, SAME, metric="val_bpb"))["verdict"] == "no data"
     assert decide("best", two(BETTER, SAME, metric="val_bpb"))["verdict"] == "no data"
@@ -285,7 +287,7 @@ def test_nothing_finished_and_nothing_recorded_is_no_data() -> None:
     assert along(two(BETTER, SAME), left={"alpha": 0.28})["verdict"] == "no data"
 
 
-def test_a_side_that_diverged_with_every_seed_lost() -> None:
+def test_a_side_whose_seeds_all_diverged_loses() -> None:
     gone = ["diverged"] * 3
     assert decide("less", two(BETTER, gone))["verdict"] == "reproduced"
     entry = decide("less", two(gone, BETTER))
@@ -297,16 +299,16 @@ def test_a_side_that_diverged_with_every_seed_lost() -> None:
         assert entry["verdict"] == "refuted" and "diverged with every seed" in entry["why"]
     assert decide("best", two(gone, BETTER))["verdict"] == "refuted"
     assert decide("best", two(BETTER, gone))["verdict"] == "reproduced"
-    assert decide("less", two(BETTER[:2], gone[:2]))["verdict"] == "undecided"  # luck does that in 1 of 16
+    assert decide("less", two(BETTER[:2], gone[:2]))["verdict"] == "undecided"  # chance does that in 1 of 16
     assert decide("less", two(gone, gone))["verdict"] == "undecided"
     fast = two([1.0] * 3, gone, metric="tokens_per_second")
     assert decide("less", fast, metric="tokens_per_second")["verdict"] == "undecided"
 
 
-# ---- which arms ----------------------------------------------------------------------------------------------------
+# ---- which arms ------------------------------------------------------------------------------------------------------
 
 
-def test_arms_are_compared_that_agree_on_all_else() -> None:
+def test_arms_that_are_equal_in_everything_else_are_compared() -> None:
     arms = {
         "base": ({"alpha": 0.05, "lr": 1}, SAME),
         "left": ({"alpha": 0.28, "lr": 1}, BETTER),
@@ -324,7 +326,7 @@ def test_arms_that_differ_in_more_are_compared_with_a_remark() -> None:
     assert named["verdict"] == "reproduced" and "also differ" not in named["why"]
 
 
-def test_all_phases_that_have_both_sides_count_and_shared_trials_count_once() -> None:
+def test_all_phases_with_both_sides_count_but_shared_trials_count_once() -> None:
     arms = {"right": (RIGHT, SAME), "left": (LEFT, BETTER)}
     one = decide("less", evidence({"p": arms}, shared=True))
     again = decide("less", evidence({"p": arms, "q": arms, "r": {"x": (LEFT, SAME)}}, shared=True))
@@ -334,7 +336,7 @@ def test_all_phases_that_have_both_sides_count_and_shared_trials_count_once() ->
     assert decide("less", evidence({"p": arms, "q": arms}), phase="q")["trials"][0].startswith("q")
 
 
-def test_settings_are_alike_as_they_are_written() -> None:
+def test_one_and_true_are_different_settings() -> None:
     arms = {"right": ({"tied": False, "alpha": 1}, SAME), "left": ({"tied": True, "alpha": 1}, BETTER)}
     assert decide("less", evidence({"p": arms}), left={"tied": True}, right={"tied": False})["n"] == 3
     assert decide("less", evidence({"p": arms}), left={"tied": 1}, right={"tied": 0})["verdict"] == "no data"
@@ -346,7 +348,7 @@ values = st.lists(st.floats(-10, 10).map(lambda x: round(x, 3)), min_size=3, max
 
 @settings(max_examples=60, deadline=None)
 @given(values, values, values)
-def test_exchanging_the_sides_or_the_relation_exchanges_the_verdict(a: Any, b: Any, c: Any) -> None:
+def test_swapping_the_sides_or_the_relation_swaps_the_verdict(a: Any, b: Any, c: Any) -> None:
     opposite = {"reproduced": "refuted", "refuted": "reproduced", "undecided": "undecided"}
     arms = {"right": (RIGHT, b), "left": (LEFT, a), "other": ({"alpha": 0.3}, c)}
     proof, reordered = evidence({"p": arms}), evidence({"p": dict(reversed(arms.items()))})
@@ -358,11 +360,11 @@ def test_exchanging_the_sides_or_the_relation_exchanges_the_verdict(a: Any, b: A
     assert swapped["observed"] == pytest.approx(-entry["observed"], abs=1e-9)
 
 
-# ---- how often it is wrong -----------------------------------------------------------------------------------------
+# ---- how often it is wrong -------------------------------------------------------------------------------------------
 
 
 def simulate(relation: str, means: Sequence[float], n: int, *, seeds: int = 3, **fields: Any) -> dict[str, int]:
-    """How many of `n` claims end how, on arms with these true means along alpha; seeds move all arms alike."""
+    """Counts the verdicts of `n` claims about arms with these true means along alpha; seeds shift all arms alike."""
     rng = np.random.default_rng(len(means) * 7 + n)
     ended: dict[str, int] = dict.fromkeys(("reproduced", "refuted", "undecided"), 0)
     for _ in range(n):
@@ -375,30 +377,30 @@ SIDES: dict[str, Any] = {"left": {"alpha": 0.1}, "right": {"alpha": 0.0}}
 
 
 @pytest.mark.parametrize("others", [0, 2])
-def test_without_a_difference_less_is_reproduced_in_one_of_forty_at_most(others: int) -> None:
+def test_less_without_a_difference_is_reproduced_in_at_most_one_of_forty(others: int) -> None:
     ended = simulate("less", [4.0, 4.0, 3.9, 4.3][: 2 + others], 2000, **SIDES)
     for wrong in ("reproduced", "refuted"):
         assert at_most(ended[wrong], 2000, 0.025), ended
     assert ended["undecided"] > 1850
 
 
-def test_equal_is_reproduced_in_one_of_forty_at_most_at_the_border_of_its_tolerance() -> None:
+def test_equal_at_the_edge_of_its_tolerance_is_reproduced_in_at_most_one_of_forty() -> None:
     ended = simulate("equal", [4.0, 4.03], 2000, tolerance=0.03, **SIDES)
     assert at_most(ended["reproduced"], 2000, 0.025) and at_most(ended["refuted"], 2000, 0.025), ended
 
 
-def test_a_monotone_claim_with_one_flat_step_is_reproduced_in_one_of_forty_at_most() -> None:
+def test_monotone_with_a_flat_step_is_reproduced_in_at_most_one_of_forty() -> None:
     ended = simulate("monotone", [4.1, 4.0, 4.0], 2000, setting="alpha", direction="decreasing")
     assert at_most(ended["reproduced"], 2000, 0.025) and at_most(ended["refuted"], 2000, 0.025), ended
 
 
-def test_one_of_two_equally_good_arms_is_seldom_the_best() -> None:
+def test_one_of_two_equally_good_arms_is_rarely_the_best() -> None:
     ended = simulate("best", [4.0, 4.0, 4.2], 2000, left={"alpha": 0.0})
     assert at_most(ended["reproduced"], 2000, 0.025) and at_most(ended["refuted"], 2000, 0.025), ended
 
 
-def test_a_seed_that_acts_alike_in_all_phases_does_not_make_a_claim_surer() -> None:
-    """A difference that each seed repeats in every context: averaging over the contexts brings nothing new."""
+def test_a_seed_effect_that_repeats_does_not_make_a_claim_more_certain() -> None:
+    """Each seed has the same difference in every context, so averaging over contexts adds no information."""
     rng = np.random.default_rng(5)
     wrong = 0
     for _ in range(2000):
@@ -422,13 +424,13 @@ def test_a_seed_that_acts_alike_in_all_phases_does_not_make_a_claim_surer() -> N
         ("monotone", [4.2, 4.1, 4.0], {"setting": "alpha", "direction": "decreasing"}),
     ],
 )
-def test_what_is_true_by_ten_times_the_noise_is_reproduced(
+def test_an_effect_of_ten_times_the_noise_is_reproduced(
     relation: str, means: list[float], fields: dict[str, Any]
 ) -> None:
     assert simulate(relation, means, 100, **fields)["reproduced"] >= 98
 
 
-# ---- in a campaign -------------------------------------------------------------------------------------------------
+# ---- in a campaign ---------------------------------------------------------------------------------------------------
 
 CLAIMS = """
   - name: alpha
@@ -466,7 +468,7 @@ def run(
         return session.end()
 
 
-def test_a_campaign_ends_with_its_ledger(tmp_path: Path, corpus: Path) -> None:
+def test_a_campaign_ends_with_its_claims_ledger(tmp_path: Path, corpus: Path) -> None:
     summary = run(tmp_path, corpus)
     assert {entry["id"]: entry["verdict"] for entry in summary["claims"]} == EXPECTED
     written = strict((tmp_path / "tiny" / "summary.json").read_text())
@@ -480,13 +482,13 @@ def test_a_campaign_ends_with_its_ledger(tmp_path: Path, corpus: Path) -> None:
     assert rebuild(tmp_path / "tiny")["claims"] == summary["claims"]
 
 
-def test_a_ledger_of_an_interrupted_campaign_decides_nothing_early(tmp_path: Path, corpus: Path) -> None:
+def test_an_interrupted_campaign_leaves_its_claims_undecided(tmp_path: Path, corpus: Path) -> None:
     verdicts = {entry["id"]: entry["verdict"] for entry in run(tmp_path, corpus, most=7)["claims"]}
     assert verdicts == EXPECTED | dict.fromkeys(("longer", "shorter", "best", "falls", "speed"), "undecided")
     assert {entry["id"]: entry["verdict"] for entry in run(tmp_path, corpus)["claims"]} == EXPECTED
 
 
-def test_what_diverged_lost_in_a_campaign_too(tmp_path: Path, corpus: Path) -> None:
+def test_a_diverged_arm_loses_its_claims_in_a_campaign(tmp_path: Path, corpus: Path) -> None:
     def result_of(spec: TrialSpec) -> TrialResult:
         return pretend(spec, status="diverged" if spec.config.model.alpha == 0.4 else "finished")
 
@@ -495,7 +497,7 @@ def test_what_diverged_lost_in_a_campaign_too(tmp_path: Path, corpus: Path) -> N
     assert verdicts == EXPECTED | changed | {"falls": "undecided", "speed": "undecided"}
 
 
-def test_the_reports_and_the_last_screen_have_the_ledger(tmp_path: Path, corpus: Path) -> None:
+def test_the_reports_and_the_final_screen_show_the_ledger(tmp_path: Path, corpus: Path) -> None:
     summary = run(tmp_path, corpus)
     ledger = claims_markdown(summary)
     assert ledger in render_markdown(summary) and ledger in (tmp_path / "tiny" / "report.md").read_text()
@@ -515,7 +517,7 @@ def test_the_reports_and_the_last_screen_have_the_ledger(tmp_path: Path, corpus:
 
 
 @pytest.mark.parametrize("width", [40, 60, 80, 132])
-def test_a_claim_is_one_line_of_the_last_screen(tmp_path: Path, corpus: Path, width: int) -> None:
+def test_a_claim_is_one_line_of_the_final_screen(tmp_path: Path, corpus: Path, width: int) -> None:
     summary = run(tmp_path, corpus)
     screen = Console(file=io.StringIO(), width=width)
     screen.print(final_screen(summary, report=Path("report.html")))
@@ -531,7 +533,7 @@ def test_a_claim_is_one_line_of_the_last_screen(tmp_path: Path, corpus: Path, wi
         assert "[red]0.2[/] is | best" in "\n".join(lines[start:end])
 
 
-def test_every_entry_is_strict_json_and_every_relation_is_tried_here() -> None:
+def test_the_entries_of_every_relation_are_strict_json() -> None:
     fields = {"value": 1.0, "tolerance": 1.0, "expression": "1 + 1", "setting": "alpha", "direction": "decreasing"}
     for relation in RELATIONS:
         for proof in (evidence({}), two(BETTER, SAME), two(["diverged"] * 3, SAME), two([1.0], ["failed"])):
@@ -540,8 +542,8 @@ def test_every_entry_is_strict_json_and_every_relation_is_tried_here() -> None:
             assert entry["verdict"] in ("reproduced", "refuted", "undecided", "no data") and entry["why"]
 
 
-def test_every_metric_of_a_claim_is_recorded(tmp_path: Path, corpus: Path) -> None:
-    """Those that each record has by contract; drift and divisors are there where the model has them."""
+def test_every_metric_that_a_claim_may_name_is_recorded(tmp_path: Path, corpus: Path) -> None:
+    """Each record has these by contract; drift and divisors exist only if the model has them."""
     metrics = pretend(begun_spec(tmp_path, corpus)).metrics
     assert set(METRIC_GOALS) - set(metrics) == {"weight_norm_error", "activation_norm_error", "r_replaced"}
 

@@ -156,7 +156,7 @@ def test_joins_grow_by_whole_arms_in_order_of_gain_and_do_not_depend_on_the_orde
         ("{from: [last]}", "phases inherit in a circle: last -> joined -> last"),
     ],
 )
-def test_a_mistake_is_answered_where_it_stands(tmp_path: Path, corpus: Path, written: str, message: str) -> None:
+def test_a_mistake_is_reported_with_its_place(tmp_path: Path, corpus: Path, written: str, message: str) -> None:
     phases = PHASES.replace("{from: [alpha, steps_apart]}", written)
     with pytest.raises(ConfigError) as caught:
         load_campaign(write_file(tmp_path, corpus, phases=phases))

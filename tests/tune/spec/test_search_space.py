@@ -1,4 +1,4 @@
-"""Arms that are drawn: from inside of the space, the same for the same seed, and every impossible space is answered."""
+"""Random search: arms lie within the space and depend only on the seed; an impossible space is reported."""
 
 import math
 from pathlib import Path
@@ -35,7 +35,7 @@ def names(campaign: Campaign) -> list[str]:
     return [arm.name for arm in campaign.phases[0].arms]
 
 
-def test_random_arms_are_ordinary_arms_named_by_the_values_they_have(tmp_path: Path) -> None:
+def test_random_arms_are_named_after_their_values(tmp_path: Path) -> None:
     (phase,) = preview(load(tmp_path))
     assert (len(phase.arms), len(list(phase.trials))) == (1 + 8, 2 * 9)
     for arm in phase.arms[1:]:
@@ -48,7 +48,7 @@ def test_random_arms_are_ordinary_arms_named_by_the_values_they_have(tmp_path: P
         assert arm.overrides["model.n_layer"] in (4, 6)
 
 
-def test_arms_do_not_depend_on_the_order_of_the_space_nor_on_how_many_follow(tmp_path: Path) -> None:
+def test_random_arms_depend_on_neither_the_order_of_the_space_nor_their_number(tmp_path: Path) -> None:
     expected = names(load(tmp_path))
     turned = "{n_layer: {choice: [4, 6]}, alpha: {uniform: [0.05, 0.5]}, optim: {lr: {log: [1e-4, 1e-2]}}}"
     found = [set(name.replace("optim.lr", "lr").split(", ")) for name in names(load(tmp_path, turned))]
@@ -68,7 +68,7 @@ def test_every_draw_lies_within_its_interval(kind: str, ends: list[float], seed:
         assert ends[0] <= arm.overrides["optim.lr"] <= ends[1]
 
 
-def test_a_logarithmic_interval_is_drawn_evenly_in_its_decades() -> None:
+def test_a_log_interval_is_drawn_evenly_over_its_decades() -> None:
     dimension = Dimension("lr", "optim.lr", "log", (1e-4, 1e-1), ())
     drawn = [arm.overrides["optim.lr"] for arm in random_arms(Search("random", 3000, 0, 1, (dimension,)))]
     for decade in (1e-4, 1e-3, 1e-2):
@@ -76,7 +76,7 @@ def test_a_logarithmic_interval_is_drawn_evenly_in_its_decades() -> None:
         assert share == pytest.approx(1 / 3, abs=4 * (2 / 9 / len(drawn)) ** 0.5)
 
 
-def test_a_setting_of_whole_numbers_gets_them_with_both_ends() -> None:
+def test_whole_numbers_are_drawn_including_both_ends() -> None:
     dimension = Dimension("n_layer", "model.n_layer", "uniform", (2, 5), ())
     drawn = {arm.overrides["model.n_layer"] for arm in random_arms(Search("random", 4, 3, 1, (dimension,)))}
     assert drawn == {2, 3, 4, 5}
@@ -84,7 +84,7 @@ def test_a_setting_of_whole_numbers_gets_them_with_both_ends() -> None:
 
 
 @pytest.mark.parametrize("ends", [(1, 2), (2, 4), (4, 64)])
-def test_the_ends_of_a_logarithmic_interval_of_whole_numbers_are_drawn_as_often_as_their_part_of_it(
+def test_whole_numbers_of_a_log_interval_are_drawn_by_their_share_of_it(
     ends: tuple[int, int],
 ) -> None:
     dimension, n = Dimension("batch_size", "batch_size", "log", ends, ()), 100_000
@@ -124,7 +124,7 @@ def test_the_ends_of_a_logarithmic_interval_of_whole_numbers_are_drawn_as_often_
         ("{n_layer: {choice: [4, 6]}}", "search.trials: 8 different arms were asked for, found 2"),
     ],
 )
-def test_an_impossible_space_is_answered_where_it_stands(tmp_path: Path, space: str, message: str) -> None:
+def test_an_impossible_space_is_reported_with_its_place(tmp_path: Path, space: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load(tmp_path, space, trials="2" if "x]" in space else "8")
     (line,) = str(caught.value).splitlines()
@@ -141,7 +141,7 @@ def test_an_impossible_space_is_answered_where_it_stands(tmp_path: Path, space: 
         ("3", "  seed: x\n", "search.seed: `seed:` is a whole number from 0 on, got 'x'"),
     ],
 )
-def test_what_a_search_is_told_is_checked(tmp_path: Path, trials: str, rest: str, message: Any) -> None:
+def test_the_settings_of_a_search_are_checked(tmp_path: Path, trials: str, rest: str, message: Any) -> None:
     with pytest.raises(ConfigError) as caught:
         load(tmp_path, trials=trials, rest=rest)
     assert message in str(caught.value)
