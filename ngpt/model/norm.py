@@ -1,5 +1,5 @@
-"""Normalisations, always computed in float32: onto the unit sphere (nGPT), to unit root mean square (GPT), and the
-running divisor r of seed 000, which shortens the step of a residual whose answers agree with the stream.
+"""Normalizations in float32: to length 1 (nGPT), to root mean square 1 (GPT), and the running divisor r of source
+report 000, which shortens residual steps whose branches agree with the stream.
 """
 
 from collections.abc import Callable
@@ -12,36 +12,36 @@ from ngpt.config.base import unknown
 
 
 def l2_normalize(x: Tensor, dim: int = -1) -> Tensor:
-    """`x` scaled to Euclidean length 1 along `dim`, as float32 of the same shape (nGPT's Norm, arXiv 2410.01131, 2.1).
+    """`x` scaled to Euclidean length 1 along `dim`, in float32 (nGPT's Norm, arXiv 2410.01131, section 2.1).
 
-    The zero vector stays zero instead of becoming NaN as in the official repository. The result is float32 whatever
-    goes in: a stream of some 100 normalisations in bfloat16 compounds its rounding.
+    The zero vector stays zero; in the official repository it becomes NaN. Float32, because a stream that is normalized
+    a hundred times in bfloat16 accumulates rounding errors.
     """
     return F.normalize(x.float(), dim=dim, eps=1e-12)
 
 
 def rms_norm(x: Tensor) -> Tensor:
-    """`x` scaled to root mean square 1 along the last dimension, without learned gain, as float32.
+    """`x` scaled to root mean square 1 along the last dimension, in float32, without a learned gain.
 
-    nanochat's norm, with its eps: torch's default, which is the machine epsilon of float32.
+    It is nanochat's norm; eps is torch's default, the machine epsilon of float32.
     """
     return F.rms_norm(x.float(), (x.shape[-1],))
 
 
 def baseline(r: Tensor, dot: Tensor, decay: float) -> Tensor:
-    """r stays 1: the plain residual."""
+    """The plain residual: r stays 1."""
     return r
 
 
 def dotprod(r: Tensor, dot: Tensor, decay: float) -> Tensor:
-    """Cumulative (seed 000, section 1): r grows by <x, A> at each sublayer."""
+    """Adds <x, f> at each sublayer (source report 000, section 1)."""
     return r + dot
 
 
 def ema(r: Tensor, dot: Tensor, decay: float) -> Tensor:
-    """A moving average of 1 + <x, A> (seed 000, section 10, names an "EMA-decay variant"; the definition is ours).
+    """A moving average of 1 + <x, f>; source report 000, section 10, names an "EMA-decay variant" without a definition.
 
-    Answers at right angles to the stream leave r at 1, and so does decay = 1.
+    A branch at right angles to the stream leaves r at 1, and so does decay = 1.
     """
     return decay * r + (1 - decay) * (1 + dot)
 
@@ -54,12 +54,11 @@ NORM_MODES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
 
 
 class DotProdNormalizer(nn.Module):
-    """The divisor r of each token, carried over the sublayers of one forward pass (seed 000, section 2.2).
+    """The divisor r of each token, updated at every sublayer of a forward pass (source report 000, section 2.2).
 
-    It starts at 1 in every pass, grows by the norm mode's rule with the dot product of the stream x and the answer A,
-    and divides the step: alpha / r (see `ngpt.model.residual.apply_residual`). It is kept in float32, where the seed says
-    bfloat16: that stops counting at 256. A NaN becomes 1 and an infinity the largest float of its sign; both are
-    counted in `replaced`, over all passes.
+    It starts at 1, changes by the norm mode's rule with the dot product of stream x and branch f, and divides the step:
+    alpha / r (see `ngpt.model.residual.apply_residual`). It is float32; the report says bfloat16, which cannot count
+    beyond 256. NaN becomes 1 and infinity the largest float of its sign; `replaced` counts both over all passes.
     """
 
     replaced: Tensor
@@ -75,9 +74,9 @@ class DotProdNormalizer(nn.Module):
         """r before the first sublayer: ones of shape (B, T) for a stream x of shape (B, T, D)."""
         return torch.ones(x.shape[:-1], dtype=torch.float32, device=x.device)
 
-    def forward(self, r: Tensor, x: Tensor, answer: Tensor) -> Tensor:
-        """r (B, T) after a sublayer that answers `answer` to the stream `x`, both (B, T, D)."""
-        dot = (x.float() * answer.float()).sum(-1)
+    def forward(self, r: Tensor, x: Tensor, f: Tensor) -> Tensor:
+        """r (B, T) after a sublayer with stream `x` and branch `f`, both (B, T, D)."""
+        dot = (x.float() * f.float()).sum(-1)
         r = NORM_MODES[self.mode](r, dot, self.decay)
         self.replaced += (~r.isfinite()).sum()
         return torch.nan_to_num(r, nan=1.0)

@@ -1,10 +1,10 @@
 """Rotary position embedding (RoFormer, arXiv 2104.09864): position p turns each pair of channels by p * frequency.
 
 Pairs are interleaved, (x[2i], x[2i+1]), as in the paper. `rotary` is a true rotation: it keeps lengths, and dot
-products depend on the distance of two positions only. `nvidia` is what the official nGPT repository computes instead
-(its issue 10): it exists for that repository's checkpoints.
+products depend only on the distance of two positions. `nvidia` is what the official nGPT repository computes instead
+(its issue 10), for loading that repository's checkpoints.
 
-The scalings let a model read a context `factor` times as long as the one it was trained with.
+With a scaling, a model reads a context `factor` times as long as the one it was trained with.
 """
 
 import math
@@ -22,12 +22,12 @@ def unscaled(frequencies: Tensor, factor: float, trained: float) -> Tensor:
 
 
 def linear(frequencies: Tensor, factor: float, trained: float) -> Tensor:
-    """Position interpolation (arXiv 2306.15595): all positions are squeezed into the trained range."""
+    """Position interpolation (arXiv 2306.15595): squeezes all positions into the trained range."""
     return frequencies / factor
 
 
 def ntk(frequencies: Tensor, factor: float, trained: float) -> Tensor:
-    """NTK-aware: a larger base, so that the slowest pair is interpolated and the fastest is left alone.
+    """NTK-aware: a larger base, which interpolates the slowest pair and keeps the fastest.
 
     Source: bloc97, reddit.com/r/LocalLLaMA/comments/14lz7j5; arXiv 2309.00071, section 3.1.
     """
@@ -37,9 +37,9 @@ def ntk(frequencies: Tensor, factor: float, trained: float) -> Tensor:
 
 
 def yarn(frequencies: Tensor, factor: float, trained: float) -> Tensor:
-    """NTK by parts (YaRN, arXiv 2309.00071, section 3.2): interpolates the pairs that never finish a turn.
+    """NTK by parts (YaRN, arXiv 2309.00071, section 3.2): interpolates the pairs that never complete a turn.
 
-    A pair that turns often within the `trained` context is left alone, in between the two are mixed.
+    A pair that turns often within the `trained` context keeps its frequency; in between, the two are mixed.
     """
     turns = trained * frequencies / (2 * math.pi)
     kept = ((turns - YARN_SLOW) / (YARN_FAST - YARN_SLOW)).clamp(0, 1)
@@ -55,16 +55,16 @@ ROPE_SCALINGS: dict[str, Callable[[Tensor, float, float], Tensor]] = {
 
 
 def attention_temperature(scaling: str, factor: float) -> float:
-    """What attention scores are multiplied with besides: YaRN sharpens them over a longer context (section 3.4)."""
+    """An extra factor of the attention scores: YaRN sharpens them for a longer context (section 3.4)."""
     return (0.1 * math.log(factor) + 1) ** 2 if scaling == "yarn" else 1.0
 
 
 def rope_tables(
     length: int, head_dim: int, *, base: float = 10_000.0, scaling: str = "none", factor: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every position's angles, float32, each (length, head_dim / 2).
+    """Cosine and sine of the angles of each position, float32, each (length, head_dim / 2).
 
-    With a scaling, `length` is the extended context: the model was trained with length / factor.
+    With a scaling, `length` is the extended context; the model was trained with length / factor.
     """
     frequencies = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     frequencies = ROPE_SCALINGS[scaling](frequencies, factor, length / factor)
@@ -73,16 +73,16 @@ def rope_tables(
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns the channel pairs of `x` (..., T, K) by the angles of `cos` and `sin` (T, K/2); float32 of x's shape."""
+    """`x` (..., T, K) with its channel pairs turned by the angles of `cos` and `sin` (T, K/2), in float32."""
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
 
 
 def nvidia_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """What NVIDIA/ngpt's `apply_rotary_position_embeddings` does to `x` (..., T, K): not a rotation.
+    """The result of NVIDIA/ngpt's `apply_rotary_position_embeddings` for `x` (..., T, K), in float32. Not a rotation.
 
-    It interleaves sine and cosine in one table and takes that table's halves for them, and leaves out the terms that
-    would make it a rotation. Float32 of x's shape.
+    That code interleaves sine and cosine in one table but uses its halves as sine and cosine, and it lacks the terms
+    that would make it a rotation.
     """
     first, second = torch.stack((sin, cos), dim=-1).flatten(-2).chunk(2, dim=-1)
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
