@@ -25,7 +25,8 @@ from torch import Tensor
 
 from ngpt.config.base import ConfigError, Problem, build, flatten, unknown
 from ngpt.data.tokens.tokenizer import parse_spec, tokenizer_vocab_size
-from ngpt.model.gpt import GPT, ModelConfig
+from ngpt.model.config import ModelConfig
+from ngpt.model.gpt import GPT
 from ngpt.model.rope import ROPE_KINDS
 from ngpt.training.checkpoint import checkpoint_folders, save_checkpoint
 

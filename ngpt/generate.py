@@ -22,7 +22,9 @@ from torch import Tensor
 
 from ngpt.config.base import Config, ConfigError, build
 from ngpt.data.tokens.tokenizer import Tokenizer
-from ngpt.model.gpt import GPT, Count, KVCache
+from ngpt.model.config import Count
+from ngpt.model.gpt import GPT
+from ngpt.model.layers import KVCache
 from ngpt.system.cli import run_command
 from ngpt.system.device import mixed_precision
 from ngpt.training.load_model import LoadedModel, add_model_arguments, load_model, parse_model_changes

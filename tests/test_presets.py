@@ -8,8 +8,9 @@ import torch
 from ngpt.config.base import build, override
 from ngpt.config.overrides import named_settings
 from ngpt.config.yaml_reader import read_yaml
+from ngpt.model.config import ModelConfig
 from ngpt.model.flops import matrix_params
-from ngpt.model.gpt import GPT, ModelConfig
+from ngpt.model.gpt import GPT
 
 FOLDER = Path(__file__).parent.parent / "experiments" / "models"
 # Layers, width, vocabulary, and the matrices of a block in width^2: 4 of attention, 8 of relu^2 or 12 of SwiGLU.

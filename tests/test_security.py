@@ -21,7 +21,8 @@ import run_campaign
 from ngpt.config.base import ConfigError, flatten
 from ngpt.convert import convert
 from ngpt.data.tokens.tokenizer import load_tokenizer
-from ngpt.model.gpt import GPT, ModelConfig
+from ngpt.model.config import ModelConfig
+from ngpt.model.gpt import GPT
 from ngpt.training import checkpoint
 from ngpt.training.checkpoint import save_checkpoint
 from ngpt.training.load_model import load_model

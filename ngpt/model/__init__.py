@@ -1,5 +1,6 @@
 """The language model: GPT and nGPT in one class."""
 
-from ngpt.model.gpt import GPT, ModelConfig
+from ngpt.model.config import ModelConfig
+from ngpt.model.gpt import GPT
 
 __all__ = ["GPT", "ModelConfig"]

@@ -1,6 +1,6 @@
 """Matrix parameters of a model and FLOPs per training token."""
 
-from ngpt.model.gpt import ModelConfig
+from ngpt.model.config import ModelConfig
 
 
 def matrix_params(cfg: ModelConfig) -> int:

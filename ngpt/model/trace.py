@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ngpt.model.gpt import GPT, MLP, Attention, PreNormBlock, SphereBlock
+from ngpt.model.gpt import GPT, PreNormBlock, SphereBlock
+from ngpt.model.layers import MLP, Attention
 from ngpt.model.residual import Residual
 
 TOLERANCE = 1e-3  # of a length that counts as that of a sphere

@@ -15,7 +15,8 @@ from pydantic import Field, Strict, model_validator
 from torch import nn
 
 from ngpt.config.base import Config, ConfigError, invalid, one_of
-from ngpt.model.gpt import GPT, ModelConfig
+from ngpt.model.config import ModelConfig
+from ngpt.model.gpt import GPT
 from ngpt.model.residual import RESIDUAL_RULES
 from ngpt.optim.muon import Muon
 from ngpt.optim.riemannian import GeodesicMuon, RiemannianAdamW

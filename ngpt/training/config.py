@@ -23,7 +23,7 @@ from ngpt.config.overrides import named_settings
 from ngpt.config.yaml_reader import parse_assignment, read_yaml
 from ngpt.data import dataset as corpora
 from ngpt.data.dataset import DataConfig
-from ngpt.model.gpt import Count, ModelConfig
+from ngpt.model.config import Count, ModelConfig
 from ngpt.optim.optimizers import OptimConfig, incompatibility
 from ngpt.optim.schedule import ScheduleConfig
 from ngpt.system.device import DEVICES, DTYPES

@@ -17,7 +17,8 @@ from torch import Tensor
 from ngpt.config.base import ConfigError, build, override
 from ngpt.config.yaml_reader import parse_assignment
 from ngpt.data.tokens.tokenizer import MODEL_FILE, Tokenizer, load_tokenizer
-from ngpt.model.gpt import GPT, ModelConfig
+from ngpt.model.config import ModelConfig
+from ngpt.model.gpt import GPT
 from ngpt.system.cli import add_set_option
 from ngpt.system.device import DEVICES, DTYPES, pick_device
 from ngpt.training.checkpoint import Checkpoint, checkpoint_folders, verify_checkpoint

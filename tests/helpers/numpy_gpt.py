@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from ngpt.model.gpt import ModelConfig
+from ngpt.model.config import ModelConfig
 
 Array = np.ndarray
 

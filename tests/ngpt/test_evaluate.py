@@ -15,7 +15,8 @@ from ngpt.config.base import build, flatten, override
 from ngpt.data.dataset import Dataset, open_dataset
 from ngpt.data.loader import EvalSet, eval_set
 from ngpt.evaluate import main
-from ngpt.model.gpt import GPT, ModelConfig
+from ngpt.model.config import ModelConfig
+from ngpt.model.gpt import GPT
 from ngpt.optim.projection import project_weights
 from ngpt.training.checkpoint import save_checkpoint
 from ngpt.training.config import TrainConfig

@@ -20,7 +20,9 @@ from ngpt.config.base import ConfigError, build, override
 from ngpt.data.dataset import Dataset
 from ngpt.data.tokens.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from ngpt.generate import Continuation, Sampling, TextStream, encode_prompt, generate, main, probabilities
-from ngpt.model.gpt import GPT, KVCache, ModelConfig
+from ngpt.model.config import ModelConfig
+from ngpt.model.gpt import GPT
+from ngpt.model.layers import KVCache
 from ngpt.model.residual import RESIDUAL_RULES
 from ngpt.training.config import TrainConfig
 from ngpt.training.load_model import load_model

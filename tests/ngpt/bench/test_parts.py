@@ -7,7 +7,8 @@ import torch
 
 from ngpt.bench import parts
 from ngpt.config.base import ConfigError, build, override
-from ngpt.model.gpt import GPT, ModelConfig
+from ngpt.model.config import ModelConfig
+from ngpt.model.gpt import GPT
 from ngpt.optim.optimizers import OPTIMIZERS, OptimConfig, build_optimizers
 from ngpt.system.device import DTYPES
 from ngpt.training.config import TrainConfig

@@ -8,7 +8,8 @@ import torch
 import ngpt.ensemble.stack
 from ngpt.config.base import build
 from ngpt.ensemble.stack import Stack
-from ngpt.model.gpt import GPT, ModelConfig
+from ngpt.model.config import ModelConfig
+from ngpt.model.gpt import GPT
 
 SMALL = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 8, "vocab_size": 31, "mlp_ratio": 2.0}
 KINDS: dict[str, dict[str, Any]] = {

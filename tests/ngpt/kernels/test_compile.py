@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ngpt.kernels.compile import CACHE_VARIABLE, compile_for, use_disk_cache
-from ngpt.model.gpt import GPT, ModelConfig
+from ngpt.model.config import ModelConfig
+from ngpt.model.gpt import GPT
 from tests.helpers import ROOT
 
 

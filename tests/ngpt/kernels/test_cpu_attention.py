@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ngpt.kernels.cpu_attention import MAX_TOKENS, causal_attention, has_cpu_attention
-from ngpt.model import gpt as model
-from ngpt.model.gpt import GPT, ModelConfig
+from ngpt.model import gpt, layers
+from ngpt.model.config import ModelConfig
+from ngpt.model.gpt import GPT
 
 Four = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -123,7 +124,7 @@ def test_torch_finds_nothing_wrong_with_it_as_an_operation() -> None:
 def test_a_model_that_is_prepared_to_be_compiled_takes_it(
     n_kv_head: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model, "compile_for", lambda key, function: function)
+    monkeypatch.setattr(gpt, "compile_for", lambda key, function: function)
     cfg = ModelConfig(n_layer=2, n_head=2, n_kv_head=n_kv_head, n_embd=16, block_size=24, vocab_size=50)
     idx = torch.randint(50, (3, 24), generator=torch.Generator().manual_seed(0))
     calls = 0
@@ -133,7 +134,7 @@ def test_a_model_that_is_prepared_to_be_compiled_takes_it(
         calls += 1
         return causal_attention(q, k, v, scale)
 
-    monkeypatch.setattr(model, "causal_attention", counted)
+    monkeypatch.setattr(layers, "causal_attention", counted)
     plain, prepared = GPT(cfg), GPT(cfg)
     prepared.compile_parts()
     with torch.autocast("cpu", dtype=dtype, enabled=dtype == torch.bfloat16):

@@ -16,7 +16,8 @@ from torch import Tensor
 from ngpt.kernels import fused_lerp as fused
 from ngpt.kernels.fused_lerp import fused_lerp
 from ngpt.model import residual
-from ngpt.model.gpt import GPT, ModelConfig
+from ngpt.model.config import ModelConfig
+from ngpt.model.gpt import GPT
 from tests.helpers.numpy_gpt import RULES
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from ngpt.config.base import build
+from ngpt.model.config import ModelConfig
 from ngpt.model.diagnostics import (
     activation_norm_error,
     divisor_statistics,
@@ -13,7 +14,7 @@ from ngpt.model.diagnostics import (
     restore_counts_on_error,
     weight_norm_error,
 )
-from ngpt.model.gpt import GPT, ModelConfig, SphereBlock
+from ngpt.model.gpt import GPT, SphereBlock
 from ngpt.model.residual import Residual
 
 IDX = torch.randint(31, (2, 12), generator=torch.Generator().manual_seed(7))

@@ -8,8 +8,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ngpt.config.base import build
+from ngpt.model.config import ModelConfig
 from ngpt.model.flops import flops_per_token, matrix_params
-from ngpt.model.gpt import GPT, ModelConfig
+from ngpt.model.gpt import GPT
 from ngpt.model.residual import RESIDUAL_RULES
 from tests.helpers import GOLDEN
 

@@ -13,7 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ngpt.config.base import ConfigError, build, content_hash, flatten, identity_settings, override
-from ngpt.model.gpt import GPT, SHORT, KVCache, ModelConfig, SphereBlock
+from ngpt.model.config import ModelConfig
+from ngpt.model.gpt import GPT, SphereBlock
+from ngpt.model.layers import FLOAT32_TOKENS, KVCache
 from ngpt.model.norm import NORM_MODES
 from ngpt.model.residual import ALPHA_KINDS, RESIDUAL_RULES, Residual
 from ngpt.model.rope import ROPE_SCALINGS
@@ -394,7 +396,9 @@ def test_the_seed_decides_the_initial_weights() -> None:
     assert not torch.equal(one.wte.weight, other.wte.weight)
 
 
-@pytest.mark.parametrize("time", [12, SHORT, SHORT + 1])  # short sequences have their attention in float32
+@pytest.mark.parametrize(
+    "time", [12, FLOAT32_TOKENS, FLOAT32_TOKENS + 1]
+)  # short sequences have their attention in float32
 def test_a_forward_pass_in_bfloat16_stays_close_to_float32(time: int) -> None:
     model, idx = GPT(tiny(logit_scale=5.0, block_size=time)), tokens(time=time)
     targets = idx.roll(-1, dims=1)
@@ -418,7 +422,7 @@ def test_more_tokens_than_the_context_are_refused() -> None:
         ({"alpha": -0.1}, "greater than 0"),
         ({"alpha": [0.1, -0.1]}, "greater than 0"),
         ({"alpha": []}, "at least 1 item"),
-        ({"alpha": [0.1, 0.2], "alpha_final": 0.3}, "alpha_final needs one alpha to start from"),
+        ({"alpha": [0.1, 0.2], "alpha_final": 0.3}, "alpha_final needs a single alpha to start from"),
         ({"alpha_kind": "heads"}, "unknown alpha kind 'heads', did you mean 'head'?"),
         ({"alpha_sign": "signed"}, "unknown alpha sign 'signed'.* abs, free"),
         ({"logit_scale_kind": "head"}, "unknown logit scale kind 'head'"),
@@ -430,7 +434,7 @@ def test_more_tokens_than_the_context_are_refused() -> None:
         ({"rope_factor": 2.0}, "rope_factor 2.0 needs a rope_scaling: linear, ntk, yarn"),
         ({"rope_factor": 0.5, "rope_scaling": "yarn"}, "greater than or equal to 1"),
         ({"rope_scaling": "yarm"}, "unknown rope scaling 'yarm', did you mean 'yarn'?"),
-        ({"residual": "add", "norm_mode": "ema"}, "norm_mode needs a residual rule on the sphere, `add` is not"),
+        ({"residual": "add", "norm_mode": "ema"}, "norm_mode needs a residual rule on the sphere, not `add`"),
         ({"residual": "add", "norm_every": 2}, "norm_every needs a residual rule on the sphere"),
         ({"residual": "add", "norm_probability": 0.5}, "norm_probability needs a residual rule on the sphere"),
         ({"residual": "add", "alpha_final": 0.5}, "alpha_final needs a residual rule on the sphere"),

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 
 from ngpt.config.base import build
 from ngpt.inspect import Inspection, inspect_model
+from ngpt.model.config import ModelConfig
 from ngpt.model.diagnostics import divisors
-from ngpt.model.gpt import GPT, ModelConfig
+from ngpt.model.gpt import GPT
 from ngpt.model.trace import Stage, angles, score_facts
 from ngpt.optim.optimizers import parameters_by_kind
 from tests.helpers.numpy_gpt import logits as numpy_logits

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from ngpt.config.base import ConfigError, build
-from ngpt.model.gpt import GPT, ModelConfig
+from ngpt.model.config import ModelConfig
+from ngpt.model.gpt import GPT
 from ngpt.model.residual import RESIDUAL_RULES
 from ngpt.optim.muon import Muon
 from ngpt.optim.optimizers import (

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from ngpt.config.base import build
-from ngpt.model.gpt import GPT, ModelConfig
+from ngpt.model.config import ModelConfig
+from ngpt.model.gpt import GPT
 from ngpt.optim import projection
 from ngpt.optim.projection import project, project_weights
 

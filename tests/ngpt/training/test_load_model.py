@@ -14,7 +14,8 @@ from ngpt.config.base import ConfigError, flatten, override
 from ngpt.data.dataset import DataConfig, Dataset
 from ngpt.data.tokens.shards import write_shard
 from ngpt.data.tokens.tokenizer import load_tokenizer
-from ngpt.model.gpt import GPT, ModelConfig
+from ngpt.model.config import ModelConfig
+from ngpt.model.gpt import GPT
 from ngpt.training.checkpoint import save_checkpoint, verify_checkpoint
 from ngpt.training.config import TrainConfig, resolved
 from ngpt.training.load_model import find_checkpoint, load_model, parse_model_changes, tokenizer_origin

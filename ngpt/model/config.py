@@ -1,0 +1,111 @@
+"""The settings of a model, and which of them fit together."""
+
+from typing import Annotated, Self
+
+from pydantic import Discriminator, Field, Strict, Tag, model_validator
+
+from ngpt.config.base import Config, invalid, one_of, renamed
+from ngpt.model.norm import NORM_MODES
+from ngpt.model.residual import ALPHA_KINDS, ALPHA_SIGNS, RESIDUAL_ALIASES, RESIDUAL_RULES
+from ngpt.model.rope import ROPE_KINDS, ROPE_SCALINGS
+
+MLP_KINDS = ("swiglu", "relu2")
+SCALE_KINDS = ("vector", "scalar")
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+OnePerLayer = Annotated[tuple[Positive, ...], Field(min_length=1), Strict(False)]
+# A discriminated union, so a wrong number is one error and not one per branch.
+Alpha = Annotated[
+    Annotated[Positive, Tag("one-number")] | Annotated[OnePerLayer, Tag("one-per-layer")],
+    Discriminator(lambda value: "one-per-layer" if isinstance(value, list | tuple) else "one-number"),
+]
+
+
+class ModelConfig(Config, frozen=True):
+    """Shape and variant of a GPT or nGPT."""
+
+    n_layer: Count = 4
+    n_head: Count = 4
+    n_kv_head: Count | None = None  # heads of keys and values; null: n_head, 1: multi-query, else grouped-query
+    n_embd: Count = 128
+    block_size: Count = 128  # tokens of context and of a training sequence
+    vocab_size: Annotated[int, Field(ge=2)] | None = None  # null: that of the tokenizer
+    tied: bool = False  # the head shares the embedding's matrix
+    mlp: Annotated[str, one_of(MLP_KINDS, "MLP kind")] = "swiglu"
+    mlp_ratio: Positive = 4.0  # hidden width of the MLP / n_embd
+    qk_norm: bool = True
+    softmax_scale: Positive | None = None  # of attention scores; null: see Attention
+    softcap: Positive | None = None  # logits become softcap * tanh(logits / softcap)
+    rope: Annotated[str, one_of(ROPE_KINDS, "rope")] = "rotary"
+    rope_base: Positive = 10_000.0
+    rope_scaling: Annotated[str, one_of(ROPE_SCALINGS, "rope scaling")] = "none"
+    rope_factor: Annotated[float, Field(ge=1)] = 1.0  # block_size / context that the model was trained with
+    residual: Annotated[str, one_of(RESIDUAL_RULES, "residual rule", aliases=RESIDUAL_ALIASES)] = renamed(
+        "lerp", RESIDUAL_ALIASES
+    )
+
+    # nGPT only; no effect under `residual: add`:
+    alpha: Alpha = 0.05  # initial step length of the residuals, or several values spread over the depth
+    alpha_final: Positive | None = None  # alpha moves linearly to this over the run; null: no schedule
+    alpha_kind: Annotated[str, one_of(ALPHA_KINDS, "alpha kind")] = "vector"
+    alpha_learned: bool = True
+    alpha_sign: Annotated[str, one_of(ALPHA_SIGNS, "alpha sign")] = "abs"
+    logit_scale: Positive = 1.0  # initial s_z
+    logit_scale_kind: Annotated[str, one_of(SCALE_KINDS, "logit scale kind")] = "vector"
+    s_uv: bool = True  # learned scale of the MLP's hidden units, times sqrt(n_embd)
+    scale_trick: bool = True  # store alpha, s_qk and s_z as 1/sqrt(n_embd), see Scale
+    norm_mode: Annotated[str, one_of(NORM_MODES, "norm mode")] = "baseline"  # what divides the residual step
+    norm_decay: Annotated[float, Field(ge=0, le=1)] = 0.9  # decay of norm mode `ema`
+    norm_every: Count = 1  # ghost norms: return to the sphere every this many sublayers, and at the last
+    norm_probability: Annotated[float, Field(gt=0, le=1)] = 1.0  # stochastic norms: the same at random, in training
+
+    # GPT only; no effect under the other rules:
+    embedding_norm: bool = True  # normalize the stream after the embedding
+    norm_gain: bool = False  # learned gain in each RMSNorm of the stream
+
+    @property
+    def on_sphere(self) -> bool:
+        """Whether the residual stream and the matrices have unit length: under every rule but `add`."""
+        return self.residual != "add"
+
+    @property
+    def head_dim(self) -> int:
+        return self.n_embd // self.n_head
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_head if self.n_kv_head is None else self.n_kv_head
+
+    @property
+    def hidden(self) -> int:
+        """Hidden width F of the MLP."""
+        return round(self.mlp_ratio * self.n_embd)
+
+    @property
+    def stored_scale(self) -> float | None:
+        """The stored value of alpha, s_qk and s_z; None: the effective one."""
+        return self.n_embd**-0.5 if self.scale_trick else None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.n_embd % self.n_head:
+            raise invalid(f"n_embd {self.n_embd} cannot be divided into n_head {self.n_head} heads", "n_head", "n_embd")
+        if self.head_dim % 2:
+            text = f"n_embd {self.n_embd} / n_head {self.n_head} gives heads of odd width {self.head_dim}"
+            raise invalid(f"{text}; rotary embedding needs an even width", "n_head", "n_embd")
+        if self.n_head % self.kv_heads:
+            text = f"n_head {self.n_head} is not a multiple of n_kv_head {self.kv_heads}"
+            raise invalid(text, "n_kv_head", "n_head")
+        if not self.hidden:
+            text = f"mlp_ratio {self.mlp_ratio} of n_embd {self.n_embd} gives an MLP without hidden units"
+            raise invalid(text, "mlp_ratio", "n_embd")
+        if self.rope_factor != 1 and self.rope_scaling == "none":
+            scalings = ", ".join(name for name in ROPE_SCALINGS if name != "none")
+            raise invalid(f"rope_factor {self.rope_factor} needs a rope_scaling: {scalings}", "rope_factor")
+        if self.alpha_final is not None and not isinstance(self.alpha, float):
+            raise invalid("alpha_final needs a single alpha to start from, not one per layer", "alpha_final")
+        defaults = {"norm_mode": "baseline", "norm_every": 1, "norm_probability": 1.0, "alpha_final": None}
+        for name, default in defaults.items():
+            if not self.on_sphere and getattr(self, name) != default:
+                raise invalid(f"{name} needs a residual rule on the sphere, not `add`", name, "residual")
+        return self

@@ -1,0 +1,133 @@
+"""The sublayers of a block: attention, with the cache that generation needs, and MLP.
+
+Shapes as in gpt.py: B batch, T time, D width, H heads, G heads of keys and values, K head width, F hidden width.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ngpt.kernels.cpu_attention import MAX_TOKENS, causal_attention
+from ngpt.model.config import ModelConfig
+from ngpt.model.norm import l2_normalize, rms_norm
+from ngpt.model.residual import Scale
+from ngpt.model.rope import ROPE_KINDS, attention_temperature
+
+FLOAT32_TOKENS = 256  # up to this length torch's CPU attention is up to 3 times slower in bfloat16 than in float32
+
+
+class KVCache:
+    """Keys and values (B, G, T, K) of the previous tokens for each layer, so generation does not recompute them."""
+
+    def __init__(self, cfg: ModelConfig, batch: int, *, device: torch.device) -> None:
+        shape = (cfg.n_layer, 2, batch, cfg.kv_heads, cfg.block_size, cfg.head_dim)
+        self._entries = torch.zeros(shape, device=device)
+        self.length = 0  # tokens; the model increases it at the end of a forward pass
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Appends `k` and `v` (B, G, new, K) of one layer; returns those of all tokens."""
+        stop = self.length + k.shape[2]
+        keys, values = self._entries[layer]
+        keys[:, :, self.length : stop], values[:, :, self.length : stop] = k, v
+        return keys[:, :, :stop], values[:, :, :stop]
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions, (B, T, D) -> (B, T, D).
+
+    nGPT normalizes q and k per head after the rotation, scales them by s_qk and multiplies the scores by sqrt(K).
+    Without QK norm, its unit rows give q and k of length sqrt(K / D), and D / sqrt(K) gives scores of the same spread.
+    The GPT normalizes q and k by their root mean square; it divides the scores by sqrt(K) either way.
+    """
+
+    def __init__(self, cfg: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.n_head, self.n_kv_head, self.qk_norm = cfg.n_head, cfg.kv_heads, cfg.qk_norm
+        self.rotate = ROPE_KINDS[cfg.rope]
+        kv_width = cfg.kv_heads * cfg.head_dim
+        self.query = nn.Linear(cfg.n_embd, cfg.n_embd, bias=False)
+        self.key = nn.Linear(cfg.n_embd, kv_width, bias=False)
+        self.value = nn.Linear(cfg.n_embd, kv_width, bias=False)
+        self.out = nn.Linear(cfg.n_embd, cfg.n_embd, bias=False)
+        scaled = cfg.on_sphere and cfg.qk_norm
+        self.s_qk = Scale(cfg.n_embd, init=1.0, scale=cfg.stored_scale or 1.0) if scaled else None
+        default = cfg.head_dim**0.5 if scaled else cfg.head_dim**-0.5 * (cfg.n_embd if cfg.on_sphere else 1)
+        temperature = attention_temperature(cfg.rope_scaling, cfg.rope_factor)
+        self.softmax_scale = (cfg.softmax_scale or default) * temperature
+        self.use_cpu_kernel = False  # set by `GPT.compile_parts`
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, head_weights: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
+        """Attends over x and, with a `cache`, over the earlier tokens in it; the cache is extended by x.
+
+        `cos` and `sin` (T, K / 2) belong to the positions of x. `head_weights` (H,) scale the outputs of the heads.
+        """
+        q, k, v = self._heads(self.query(x)), self._heads(self.key(x)), self._heads(self.value(x))  # (B, H or G, T, K)
+        q, k = self.rotate(q, cos, sin), self.rotate(k, cos, sin)
+        if self.s_qk is not None:
+            # The paper scales both q and k by s_qk. Only the product matters, and several heads may share a key.
+            q, k = self.s_qk().square().view(self.n_head, 1, -1) * l2_normalize(q), l2_normalize(k)
+        elif self.qk_norm:
+            q, k = rms_norm(q), rms_norm(k)
+        past = 0
+        if cache is not None:
+            past = cache.length
+            k, v = (entries.to(v.dtype) for entries in cache.extend(self.layer, k, v))
+        with torch.autocast(q.device.type, enabled=False):
+            mixed = self._mix(q, k, v, past)
+        if head_weights is not None:
+            mixed = mixed * head_weights.view(-1, 1, 1).to(mixed.dtype)
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+    def _mix(self, q: Tensor, k: Tensor, v: Tensor, past: int) -> Tensor:
+        """Causal softmax(scale * q k^T) v, (B, H, T, K), of tokens that follow `past` earlier ones."""
+        if self.use_cpu_kernel and not past and q.shape[2] <= MAX_TOKENS:
+            by_token = (part.transpose(1, 2).float() for part in (q, k, v))  # (B, T, heads, K), contiguous
+            return causal_attention(*by_token, self.softmax_scale)[0].transpose(1, 2)
+        slow = q.device.type == "cpu" and v.dtype == torch.bfloat16 and k.shape[2] <= FLOAT32_TOKENS
+        dtype = torch.float32 if slow else v.dtype
+        return F.scaled_dot_product_attention(
+            q.to(dtype),
+            k.to(dtype),
+            v.to(dtype),
+            attn_mask=_causal_mask(past, q.shape[2], q.device) if past else None,
+            is_causal=not past,
+            scale=self.softmax_scale,
+            enable_gqa=self.n_kv_head != self.n_head,
+        )
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.query.in_features // self.n_head)).transpose(1, 2)
+
+
+def _causal_mask(past: int, new: int, device: torch.device) -> Tensor:
+    """Which of the `past + new` keys each new query may attend to, (new, past + new)."""
+    return torch.ones(new, past + new, dtype=torch.bool, device=device).tril(diagonal=past)
+
+
+class MLP(nn.Module):
+    """SwiGLU, `u * silu(v)`, or `relu(u)^2`, between two matrices: (B, T, D) -> (B, T, D).
+
+    nGPT scales the hidden units by s_uv * sqrt(D): unit rows times a unit vector give values of about 1/sqrt(D), where
+    silu is almost linear.
+    """
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        self.gated = cfg.mlp == "swiglu"
+        width = cfg.hidden * 2 if self.gated else cfg.hidden
+        self.up = nn.Linear(cfg.n_embd, width, bias=False)
+        self.down = nn.Linear(cfg.hidden, cfg.n_embd, bias=False)
+        self.s_uv = Scale(width, init=1.0, scale=1.0) if cfg.on_sphere and cfg.s_uv else None
+        self.gain = cfg.n_embd**0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = None if self.s_uv is None else self.s_uv() * self.gain
+        # (B, T, F), or 2F with the gate in the second half. Scaling the weight is cheaper than scaling the result.
+        hidden = self.up(x) if scale is None else F.linear(x, self.up.weight * scale[:, None])
+        if self.gated:
+            u, gate = hidden.chunk(2, dim=-1)
+            return self.down(u * F.silu(gate))
+        return self.down(F.relu(hidden).square())
