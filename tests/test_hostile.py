@@ -74,7 +74,7 @@ def test_the_list_of_problems_is_cut_at_a_hundred(tmp_path: Path, capsys: pytest
     path = write(tmp_path, f"{HEAD}base: {{{listed(150, 'kN: 1')}}}\n{SWEEP}")
     lines = answer(path, tmp_path / "results", capsys).splitlines()
     assert len(lines) == MOST_PROBLEMS + 1 and lines[99].startswith(f"{path}:3:")
-    assert lines[-1] == f"{path}: these are the first {MOST_PROBLEMS} problems, the rest was not looked at"
+    assert lines[-1] == f"{path}: these are the first {MOST_PROBLEMS} problems, the rest was not checked"
 
 
 # ---- not a regular file ----------------------------------------------------------------------------------------------

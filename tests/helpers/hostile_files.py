@@ -533,11 +533,11 @@ SMALL: dict[str, tuple[str | bytes, str]] = {
     ),
     "phase_journal": (
         phases("{name: journal.jsonl, vary: {alpha: [0.1]}}"),
-        "2:11: phases[0].name: 'journal.jsonl' is a name that the results directory needs for itself",
+        "2:11: phases[0].name: 'journal.jsonl' is reserved: the results directory uses this name itself",
     ),
     "phase_lock": (
         phases("{name: campaign.lock, vary: {alpha: [0.1]}}"),
-        "2:11: phases[0].name: 'campaign.lock' is a name that the results directory needs for itself",
+        "2:11: phases[0].name: 'campaign.lock' is reserved: the results directory uses this name itself",
     ),
     "phase_slash": (
         phases("{name: ../trials, vary: {alpha: [0.1]}}"),
@@ -545,7 +545,7 @@ SMALL: dict[str, tuple[str | bytes, str]] = {
     ),
     "phase_trials": (
         phases("{name: trials, vary: {alpha: [0.1]}}"),
-        "2:11: phases[0].name: 'trials' is a name that the results directory needs for itself",
+        "2:11: phases[0].name: 'trials' is reserved: the results directory uses this name itself",
     ),
     "phase_twice": (
         phases("{name: p, vary: {alpha: [0.1]}}, {name: p, vary: {alpha: [0.2]}}"),
@@ -607,7 +607,7 @@ SMALL: dict[str, tuple[str | bytes, str]] = {
     ),
     "search_negative": (
         NAME + "search: {trials: -3, space: {lr: {log: [1e-3, 1]}}}\n",
-        "2:10: search.trials: `trials:` is a whole number from 1 on, got -3",
+        "2:10: search.trials: `trials:` is a whole number of at least 1, got -3",
     ),
     "search_of_a_billion": (
         NAME + "search: {trials: 1000000000, space: {alpha: {uniform: [0.1, 0.2]}}}\n",

@@ -287,8 +287,8 @@ WRONG: dict[str, tuple[str, list[str]]] = {
     "runtime settings swept": (
         f"{GOOD}grid: {{«tracker.log_every: [1, 2], «device: [cpu, cuda]}}\n",
         [
-            "grid.tracker.log_every: tracker.log_every does not change what is computed: set it in `base:`, for all",
-            "grid.device: device does not change what is computed: set it in `base:`, for all",
+            "grid.tracker.log_every: tracker.log_every does not change what is computed: set it in `base:`",
+            "grid.device: device does not change what is computed: set it in `base:`",
         ],
     ),
     "a grid of 10^12 arms": (
@@ -311,7 +311,7 @@ WRONG: dict[str, tuple[str, list[str]]] = {
     ),
     "a baseline that changes something": (
         f"{GOOD}runs: [{{«arm: baseline, alpha: 0.1}}]\n",
-        ["runs[0].arm: the arm `baseline` is the phase's base as it is; give another name to a changed one"],
+        ["runs[0].arm: the arm `baseline` is the unchanged base of the phase; give a changed arm another name"],
     ),
     "arms without a name or none at all": (
         f"{GOOD}phases:\n  - {{name: a, runs: [«{{alpha: 0.1}}, «x]}}\n  - {{name: b, «runs: []}}\n",
@@ -395,8 +395,8 @@ WRONG: dict[str, tuple[str, list[str]]] = {
     "reserved phase names": (
         f"{GOOD}phases:\n  - {{«name: trials, vary: {{lr: [1.0]}}}}\n  - {{«name: Report.HTML, vary: {{lr: [2.0]}}}}\n",
         [
-            "phases[0].name: 'trials' is a name that the results directory needs for itself",
-            "phases[1].name: 'Report.HTML' is a name that the results directory needs for itself",
+            "phases[0].name: 'trials' is reserved: the results directory uses this name itself",
+            "phases[1].name: 'Report.HTML' is reserved: the results directory uses this name itself",
         ],
     ),
     "names that would be paths": (

@@ -80,12 +80,12 @@ def _read_claim(raw: Any, at: Location, folder: Path) -> Reading[dict[str, Any]]
     allowed = (*COMMON, *relation.needs, *relation.allows, *(ABOUT_TRIALS if relation.trains else ()))
     for key in raw:
         if key in FIELDS and key not in allowed:
-            yield Problem((*at, key), f"`{key}:` means nothing to a claim of the relation `{name}`")
+            yield Problem((*at, key), f"`{key}:` does not apply to the relation `{name}`")
         elif key not in allowed:
             yield Problem((*at, key), unknown("setting", key, allowed))
     for key in relation.needs:
         if key not in raw:
-            needed = f"a claim of the relation `{name}` needs {fmt.listing(relation.needs)}"
+            needed = f"the relation `{name}` needs {fmt.listing(relation.needs)}"
             yield Problem(at, f"`{key}:` is missing: {needed}")
     fields = {key: raw[key] for key in ("id", "relation") if key in raw}
     for key in (key for key in raw if key in allowed and key not in fields):

@@ -136,7 +136,7 @@ class _PhaseReader:
         name, where = raw["name"], (*at, "name")
         if (yield from check_name(name, where, "phase")):
             if RESERVED.fullmatch(name):
-                yield Problem(where, f"{name!r} is a name that the results directory needs for itself")
+                yield Problem(where, f"{name!r} is reserved: the results directory uses this name itself")
             if name.lower() in self._used_names:  # some file systems ignore case
                 yield Problem(where, f"two phases are named {name!r}")
             self._used_names.add(name.lower())
@@ -181,7 +181,7 @@ class _PhaseReader:
             if name == "seed":
                 yield Problem(location, "seeds are not swept: every arm runs all of `seeds:`")
             elif not is_identity(TrainConfig, name):
-                yield Problem(location, f"{name} does not change what is computed: set it in `base:`, for all")
+                yield Problem(location, f"{name} does not change what is computed: set it in `base:`")
         return found
 
     def _count(self, size: str, n_arms: int, n_seeds: int, at: Location) -> Reading[bool]:
@@ -250,7 +250,7 @@ class _PhaseReader:
         changes = yield from self._settings({key: raw[key] for key in raw if key not in ("arm", "inherit")}, at)
         inherit = yield from self._inherit(phase, raw, at)
         if raw["arm"] == BASELINE.name and (changes or inherit):
-            text = "the arm `baseline` is the phase's base as it is; give another name to a changed one"
+            text = "the arm `baseline` is the unchanged base of the phase; give a changed arm another name"
             yield Problem((*at, "arm"), text)
         if not named:
             return None
@@ -294,7 +294,7 @@ class _PhaseReader:
 
 
 def _check_distinct(arms: Sequence[ArmSpec]) -> Reading[None]:
-    """Two arms that change the same settings in the same way are a slip."""
+    """Two arms that change the same settings in the same way are a mistake."""
     first: dict[Any, ArmSpec] = {}
     for arm in arms:
         twin = first.setdefault(comparable([arm.inherit, *sorted(arm.overrides.items())]), arm)

@@ -39,5 +39,5 @@ def describe(problems: Iterable[Problem], document: Document) -> str:
     in_file.sort(key=lambda problem: document.position(problem.location))
     lines = [*map(document.describe, in_file), *map(Problem.line, options)]
     if len(lines) >= MOST_PROBLEMS:
-        lines.append(f"{document.path}: these are the first {MOST_PROBLEMS} problems, the rest was not looked at")
+        lines.append(f"{document.path}: these are the first {MOST_PROBLEMS} problems, the rest was not checked")
     return "\n".join(dict.fromkeys(lines))

@@ -133,7 +133,7 @@ def _read_numbers(data: dict[str, Any], at: Location) -> Reading[dict[str, int]]
         lowest = 0 if name == "seed" else 1
         if type(value) is not int or not lowest <= value < 2**31:
             where = (*at, name) if name in data else at
-            yield Problem(where, f"`{name}:` is a whole number from {lowest} on, got {value!r}")
+            yield Problem(where, f"`{name}:` is a whole number of at least {lowest}, got {value!r}")
     return numbers
 
 

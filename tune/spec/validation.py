@@ -112,21 +112,18 @@ def check_early_stop(rule: EarlyStop, phases: Iterable[Phase], *, base: TrainCon
     """Checks that the rule can stop a trial, at the steps that it names, in each phase that searches."""
     at, searching = ("early_stop",), [phase for phase in phases if phase.stops_early]
     if not searching:
-        text = "it is for phases with `search:`, and there is none; arms of other phases are there to be judged, which "
-        yield Problem(at, f"{text}takes all of their trials")
+        yield Problem(at, "only phases with `search:` can stop trials early, and this campaign has none")
     for phase in searching:
         settled = {"steps": base.steps, "eval_every": base.eval_every} | dict(phase.pinned)
-        steps, every = settled["steps"], settled["eval_every"]
+        steps, every, first = settled["steps"], settled["eval_every"], (*at, "first")
         if (phase.hold or hold) == "seconds":
             text = f"phase {phase.name} holds seconds, so that its arms have no steps in common to compare at"
             yield Problem(at, f"{text}; hold tokens or steps there")
         elif rule.first >= steps:
-            yield Problem(
-                (*at, "first"), f"{rule.first} is not before the end: phase {phase.name} trains {steps} steps"
-            )
+            yield Problem(first, f"{rule.first} is not before the end: phase {phase.name} trains {steps} steps")
         elif rule.first % every:
             text = f"phase {phase.name} evaluates every {every} steps, so not at step {rule.first}"
-            yield Problem((*at, "first"), f"{text}; use a multiple of {every}, or another eval_every")
+            yield Problem(first, f"{text}; use a multiple of {every}, or another eval_every")
 
 
 def _values(given: LocatedSettings) -> dict[str, Any]:

@@ -368,7 +368,11 @@ FIND = "\n  - name: find\n    search: {method: random, trials: 3, seed: 0, space
         (FIND, "{first: 8}", "early_stop.first: 8 is not before the end: phase find trains 8 steps"),
         (FIND + "\n    set: {steps: 4}", "{first: 4}", "4 is not before the end: phase find trains 4 steps"),
         (FIND + "\n    hold: seconds", "{first: 2}", "early_stop: phase find holds seconds, so that its arms have no"),
-        ("\n  - name: a\n    vary: {alpha: [0.1]}", "{first: 2}", "early_stop: it is for phases with `search:`"),
+        (
+            "\n  - name: a\n    vary: {alpha: [0.1]}",
+            "{first: 2}",
+            "early_stop: only phases with `search:` can stop trials early",
+        ),
         (FIND, "{reduction: 3}", "early_stop.first: field required"),
         (FIND, "{}", "early_stop.first: field required"),
         (FIND, "{first: 2, redution: 3}", "early_stop.redution: unknown setting, did you mean 'reduction'?"),

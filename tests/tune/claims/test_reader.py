@@ -41,11 +41,11 @@ WRONG: dict[str, tuple[str, list[str]]] = {
     "no id": (f"«{{{LESS}}}", ["claims[0]: `id:` is missing: give the claim a name"]),
     "no right": (
         "«{id: x, relation: less, left: {alpha: 0.15}}",
-        ["claims[0]: `right:` is missing: a claim of the relation `less` needs left and right"],
+        ["claims[0]: `right:` is missing: the relation `less` needs left and right"],
     ),
     "no tolerance": (
         "«{id: x, relation: equal, left: {alpha: 0.15}, right: {alpha: 0.05}}",
-        ["claims[0]: `tolerance:` is missing: a claim of the relation `equal` needs left, right and tolerance"],
+        ["claims[0]: `tolerance:` is missing: the relation `equal` needs left, right and tolerance"],
     ),
     "a negative tolerance": (
         "{id: x, relation: equal, left: {alpha: 0.15}, right: {alpha: 0.05}, «tolerance: -1}",
@@ -53,7 +53,7 @@ WRONG: dict[str, tuple[str, list[str]]] = {
     ),
     "a field of another relation": (
         f"{{id: x, «tolerance: 1, {LESS}}}",
-        ["claims[0].tolerance: `tolerance:` means nothing to a claim of the relation `less`"],
+        ["claims[0].tolerance: `tolerance:` does not apply to the relation `less`"],
     ),
     "a misspelt field": (f"{{id: x, «sais: no, {LESS}}}", ["claims[0].sais: unknown setting, did you mean 'says'?"]),
     "a bad expression": (
@@ -133,7 +133,7 @@ WRONG: dict[str, tuple[str, list[str]]] = {
         "  - {id: z, relation: best, «left: {alpha: 0.9}}",
         [
             "claims[0].left: no arm of any phase has alpha=0.28; alpha takes 0.05, 0.15",
-            "claims[1]: `left:` is missing: a claim of the relation `best` needs left",
+            "claims[1]: `left:` is missing: the relation `best` needs left",
             "claims[2].left: no arm of any phase has alpha=0.9; alpha takes 0.05, 0.15",
         ],
     ),
@@ -223,6 +223,4 @@ def test_claims_can_be_read_without_a_campaign(folder: Path) -> None:
     Path("claims.yaml").write_text(f"claims:\n  - {{id: x, {LESS}}}\n  - {{id: x, relation: best}}\n")
     with pytest.raises(ConfigError) as error:
         load_claims(Path("claims.yaml"))
-    assert str(error.value) == (
-        "claims.yaml:3:5: claims[1]: `left:` is missing: a claim of the relation `best` needs left"
-    )
+    assert str(error.value) == ("claims.yaml:3:5: claims[1]: `left:` is missing: the relation `best` needs left")
