@@ -40,7 +40,7 @@ def script(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("verb", ["plan", "claims", "verify"])
-def test_a_terminal_that_lacks_our_signs_gets_others_and_keeps_the_minus(
+def test_a_terminal_without_unicode_gets_plain_characters(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, verb: str, no_report: None
 ) -> None:
     phases = "\n  - name: alpha\n    vary: {alpha: [0.05, 0.4]}\n"
@@ -62,7 +62,7 @@ def test_a_terminal_that_lacks_our_signs_gets_others_and_keeps_the_minus(
 # ---- running -------------------------------------------------------------------------------------------------------
 
 
-def test_a_campaign_that_is_run_twice_trains_nothing_the_second_time(
+def test_a_campaign_run_twice_trains_nothing_the_second_time(
     file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = [str(file), "--inline", "--out", str(tmp_path / "r")]
@@ -106,7 +106,7 @@ def test_set_changes_the_base(file: Path, tmp_path: Path) -> None:
     assert {(config["steps"], config["optim.lr"]) for config in configs} == {(4, 0.02)}
 
 
-def test_smoke_is_another_smaller_campaign_beside_the_real_one(tmp_path: Path, corpus: Path) -> None:
+def test_smoke_runs_a_smaller_campaign_in_its_own_folder(tmp_path: Path, corpus: Path) -> None:
     file = write_file(tmp_path, corpus, steps=1000, seeds="[1, 2, 3]")
     assert run_campaign.main([str(file), "--smoke", "--inline", "--out", str(tmp_path / "r")]) == 0
     assert [path.name for path in (tmp_path / "r").iterdir()] == ["tiny-smoke"]
@@ -124,7 +124,7 @@ def test_a_plan_starts_nothing(file: Path, tmp_path: Path, capsys: pytest.Captur
 # ---- exit codes ----------------------------------------------------------------------------------------------------
 
 
-def test_a_mistake_in_the_file_is_one_message_with_its_place_and_nothing_is_written(file: Path, tmp_path: Path) -> None:
+def test_a_mistake_in_the_file_is_one_line_with_its_position_and_nothing_is_written(file: Path, tmp_path: Path) -> None:
     file.write_text(file.read_text().replace("vary: {alpha", "vary: {alhpa").replace("steps: 6", "steps: six"))
     done = script(file, "--out", tmp_path / "r")
     assert (done.returncode, done.stdout) == (2, "")
@@ -136,7 +136,7 @@ def test_a_mistake_in_the_file_is_one_message_with_its_place_and_nothing_is_writ
 
 
 @pytest.mark.parametrize("text", ["", "[1, 2", "campaign: x\ncampaign: y\n"])
-def test_a_file_that_is_no_campaign_is_a_usage_error(
+def test_a_file_that_is_not_a_campaign_is_a_usage_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
 ) -> None:
     (tmp_path / "bad.yaml").write_text(text)
@@ -146,7 +146,7 @@ def test_a_file_that_is_no_campaign_is_a_usage_error(
     assert not (tmp_path / "r").exists()
 
 
-def test_a_missing_file_is_told_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_file_is_reported_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_campaign.main([str(tmp_path / "gone.yaml")]) in (2, 74)
     assert "gone.yaml" in capsys.readouterr().err
 
@@ -202,7 +202,7 @@ def test_a_damaged_journal_is_an_io_error_that_names_the_line(
 
 
 @pytest.mark.parametrize(("raised", "code"), [(KeyboardInterrupt(), 130), (ExecutorLost("Ray died"), 1)])
-def test_what_ends_a_run_from_outside_is_one_line(
+def test_an_interrupt_and_a_lost_ray_are_one_line(
     file: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -219,7 +219,7 @@ def test_what_ends_a_run_from_outside_is_one_line(
 
 
 @pytest.mark.parametrize("where", ["ask", "tell", "snapshot", "end", "begin"])
-def test_an_internal_error_anywhere_is_code_1_and_the_same_command_goes_on(
+def test_an_internal_error_anywhere_exits_with_1_and_the_same_command_resumes(
     where: str, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "canary-hf-1f0e2d3c4b5a")
@@ -240,7 +240,7 @@ def test_an_internal_error_anywhere_is_code_1_and_the_same_command_goes_on(
     assert run_campaign.main(command) == 0
 
 
-def test_a_run_whose_terminal_is_closed_saves_and_ends_with_129(file: Path, tmp_path: Path) -> None:
+def test_a_run_whose_terminal_is_closed_saves_and_exits_with_129(file: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), str(file), "--inline", "--out", str(tmp_path), "--set", "steps=100000"]
     master, slave = os.openpty()
     own = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
@@ -318,7 +318,7 @@ def test_compare_is_strict_json_and_text(finished: Path, capsys: pytest.CaptureF
     assert "identical in every trial" in " ".join(shown.split()).lower() and max(map(len, shown.splitlines())) <= 80
 
 
-def test_what_cannot_be_compared_is_a_usage_error(
+def test_results_that_cannot_be_compared_are_a_usage_error(
     finished: Path, tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with session_on(write_file(tmp_path, corpus), tmp_path / "tiny", ("eval_tokens=64",)) as session:
@@ -331,7 +331,7 @@ def test_what_cannot_be_compared_is_a_usage_error(
 
 
 @pytest.mark.parametrize("verb", ["status", "report"])
-def test_a_verb_on_something_else_is_a_usage_error(
+def test_a_verb_on_another_folder_is_a_usage_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], verb: str
 ) -> None:
     assert run_campaign.main([verb, str(tmp_path)]) == 2

@@ -1,4 +1,4 @@
-"""A campaign run from the command line in a process group of its own, watched and hurt from outside."""
+"""Runs a campaign from the command line in its own process group, to watch and disturb it from outside."""
 
 import json
 import subprocess
@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from tests.helpers import ROOT
-from tune.executors.orphans import MARK, is_alive
+from tune.executors.orphans import RESULTS_VARIABLE, is_alive
 from tune.storage.journal import read_journal
 
 SCRIPT = ROOT / "run_campaign.py"
@@ -21,7 +21,7 @@ SCRIPT = ROOT / "run_campaign.py"
 
 @dataclass
 class Run:
-    """A run of the script in its own process group, with what it has written so far."""
+    """A run of the script: its process and the files it writes."""
 
     root: Path
     process: subprocess.Popen[bytes]
@@ -32,16 +32,16 @@ class Run:
         return [event for event in read_journal(self.root / "journal.jsonl") if event["event"] == name]
 
     def until(self, happened: Callable[[], bool]) -> None:
-        """Waits for something to happen while the run is on its way."""
+        """Waits until a condition holds; fails if the run ends first."""
         for _ in range(2400):
             if happened():
                 return
-            assert self.process.poll() is None, f"it ended first: {self.err.read_text()}"
+            assert self.process.poll() is None, f"the run ended first: {self.err.read_text()}"
             time.sleep(0.05)
-        pytest.fail(f"it never happened: {self.err.read_text()}")
+        pytest.fail(f"the condition never held: {self.err.read_text()}")
 
     def until_training(self, trials: int) -> None:
-        """Waits until so many trials of this start have ended and another one is in the middle."""
+        """Waits until `trials` trials of this start have finished and another one is training."""
         self.until(lambda: len(self.since_start("trial_finished")) >= trials and self.busy() is not None)
 
     def since_start(self, name: str) -> list[dict[str, Any]]:
@@ -49,7 +49,7 @@ class Run:
         return [event for event in self.events(name) if starts and event["seq"] > starts[-1]["seq"]]
 
     def busy(self) -> Path | None:
-        """The metrics of a trial that has begun to train and has not ended."""
+        """The metrics file of a trial that is training."""
         ended = {event["trial_id"] for event in self.events("trial_finished")}
         for event in self.since_start("trial_started"):
             metrics = self.root / "trials" / event["trial_id"] / "metrics.jsonl"
@@ -69,14 +69,14 @@ class Run:
         for path in self.root.glob("trials/*/heartbeat"):
             try:
                 found[path.parent.name] = json.loads(path.read_text())
-            except (OSError, ValueError):  # it ends, or begins
+            except (OSError, ValueError):  # it is being created or removed
                 continue
         return found
 
-    def driver(self) -> psutil.Process:
-        """The process that Ray runs in."""
+    def ray_process(self) -> psutil.Process:
+        """The child process that runs Ray."""
         children = psutil.Process(self.process.pid).children()
-        return next(child for child in children if MARK in child.environ())
+        return next(child for child in children if RESULTS_VARIABLE in child.environ())
 
     def wait(self) -> int:
         return self.process.wait(timeout=240)
@@ -98,7 +98,7 @@ def _name(process: psutil.Process) -> str:
 
 
 def left_over(family: list[psutil.Process]) -> list[str]:
-    """Those of a family that do not go away. Ray's agents look for a driver that was killed once a minute only."""
+    """Names of the processes that do not exit. Ray's agents are left out: they look for their driver once a minute."""
     agents = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
     watched = [process for process in family if _name(process) not in agents]
     for _ in range(600):

@@ -1,4 +1,4 @@
-"""The order of things in one run: errors of the corpora come out before a trial starts, and nothing stays locked."""
+"""One run from start to end: errors appear before a trial starts, and the lock is released."""
 
 import contextlib
 import json
@@ -50,7 +50,7 @@ def test_an_inline_run_trains_everything_and_reports_it_line_by_line(corpus: Pat
 
 
 @pytest.mark.parametrize("reason", ["compile is on", None])
-def test_a_run_says_why_its_trials_cannot_be_trained_together(
+def test_a_run_reports_why_vectorise_has_no_effect(
     reason: str | None,
     corpus: Path,
     tmp_path: Path,
@@ -84,7 +84,7 @@ def test_a_corpus_that_cannot_be_prepared_is_an_error_before_any_trial(
     assert summary["status"] == "finished"
 
 
-def test_a_call_in_the_background_hands_over_its_result_or_its_error() -> None:
+def test_a_background_call_returns_its_result_or_raises_its_error() -> None:
     assert in_background(lambda: 42).result() == 42
     with pytest.raises(ZeroDivisionError):
         in_background(lambda: 1 // 0).result()
@@ -126,7 +126,7 @@ for mode in ("online", "auto", "auto"):
 """
 
 
-def test_whether_weights_and_biases_can_be_reached_is_asked_once_per_campaign(corpus: Path, tmp_path: Path) -> None:
+def test_weights_and_biases_is_probed_once_per_campaign(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "tiny.yaml").write_text(TINY.format(corpus=corpus).replace("seeds: [1, 2]", "seeds: [1]"))
     with socket.create_server(("127.0.0.1", 0)) as listening:
         url = f"http://127.0.0.1:{listening.getsockname()[1]}"

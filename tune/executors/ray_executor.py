@@ -1,8 +1,8 @@
-"""The executor on Ray: trials in parallel on warm workers. All of it runs in a process of its own (tune/executors/ray_process.py).
+"""The executor on Ray: trials in parallel on warm workers. It runs in its own process (tune/executors/ray_process.py).
 
-The whole campaign is a single `Tuner.fit`, fed by a searcher that asks the session for the next trial. So the
-workers stay warm from the first trial to the last, across phases. Ray remembers nothing: its files go to a temporary
-folder, and what it would restore from them is in our journal.
+The whole campaign is a single `Tuner.fit`, fed by a searcher that asks the session for the next trial. So workers stay
+warm from the first trial to the last, across phases. Ray stores nothing: its files go to a temporary folder, and the
+journal holds everything needed to resume.
 """
 
 import contextlib
@@ -30,13 +30,14 @@ from ray.tune.stopper import Stopper
 
 from ngpt.config.base import ConfigError
 from ngpt.system.heartbeat import request_stop
+from tune.executors.ray_process import RayReady
 from tune.executors.ray_trainable import PAUSED, UPDATES, TrialWorker
 from tune.machine.environment import short_temporary, usable_cpus
 from tune.spec.schema import Resources
 from tune.trials.trial import TrialResult, TrialSpec
 
-# Ray Tune writes nothing of value for us: no loggers, no snapshots; and signals are ours (see inline.py).
-QUIET = {
+# No loggers and no snapshots of Ray Tune, and no signal handlers: see tune/executors/signals.py.
+RAY_ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "TUNE_GLOBAL_CHECKPOINT_S": "1000000000",
@@ -48,59 +49,56 @@ QUIET = {
     "RAY_prestart_worker_first_driver": "0",  # idle workers that no trial would use
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
-SHORT_OF_MEMORY = "due to the node running low on memory"  # what Ray's memory monitor says of a worker it has killed
-SCRATCH = ".tune-"  # start of the name of Tune's own folder, in the results directory while it runs
+OUT_OF_MEMORY = "due to the node running low on memory"  # in the error of a worker killed by Ray's memory monitor
+SCRATCH_PREFIX = ".tune-"  # of Tune's temporary folder in the results directory
 
 
-class NotStarted(Exception):
-    """Ray did not start; the message is its own."""
+class RayNotStarted(Exception):
+    """Ray did not start; the message is Ray's own."""
 
 
 class RemoteSession:
-    """The session, as it is seen from this process: it lives in the one that started this one.
+    """The session in the parent process: each method calls the one of the same name in tune/session/session.py."""
 
-    Each method asks the one of the same name in tune/session/session.py, and waits for the answer.
-    """
-
-    def __init__(self, line: Connection) -> None:
-        self._line = line
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
         self.stop_requested = False  # as of the newest answer
 
     def ask(self) -> list[TrialSpec]:
-        return self._ask("ask")
+        return self._call("ask")
 
     def is_over(self) -> bool:
-        return self._ask("is_over")
+        return self._call("is_over")
 
     def should_stop(self, trial_id: str, interim: TrialResult) -> bool:
-        return self._ask("should_stop", trial_id, interim)
+        return self._call("should_stop", trial_id, interim)
 
     def tell(self, trial_id: str, result: TrialResult) -> None:
-        self._ask("tell", trial_id, result)
+        self._call("tell", trial_id, result)
 
     def worker_died(self, trial_id: str, cause: str) -> None:
-        self._ask("worker_died", trial_id, cause)
+        self._call("worker_died", trial_id, cause)
 
-    def _ask(self, *question: Any) -> Any:
-        self._line.send(question)
-        answer, self.stop_requested = self._line.recv()
+    def _call(self, *message: Any) -> Any:
+        self._connection.send(message)
+        answer, self.stop_requested = self._connection.recv()
         return answer
 
 
-def fit(session: RemoteSession, cluster: "RayCluster", root: Path) -> None:
-    """Runs every trial that the session has, as many at once as a started cluster has room for."""
-    # Tune hands AWS credentials on to its workers by a way that Ray logs. They inherit the environment anyway.
+def run_tuner(session: RemoteSession, cluster: "RayCluster", root: Path) -> None:
+    """Runs every trial of the session, as many at once as the started cluster has room for."""
+    # Tune would pass AWS credentials to its workers in a way that Ray logs. They inherit the environment anyway.
     class_cache.ENV_VARS_TO_PROPAGATE -= {name for name in class_cache.ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")}
-    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(cluster.workers)  # all start at once, not one after the other
-    for stale in root.glob(f"{SCRATCH}*"):  # of a run that was killed: a living one would have the lock
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(cluster.workers)  # all workers start at once
+    for stale in root.glob(f"{SCRATCH_PREFIX}*"):  # of a killed run: a living one would hold the lock
         shutil.rmtree(stale)
     searcher = SessionSearcher(session, cluster)
-    with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=root, ignore_cleanup_errors=True) as scratch:
+    with tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX, dir=root, ignore_cleanup_errors=True) as scratch:
         tuner = ray.tune.Tuner(
             TrialWorker,
             tune_config=ray.tune.TuneConfig(
                 search_alg=searcher,
-                scheduler=Scheduler(cluster.workers, searcher),
+                scheduler=WarmWorkerScheduler(cluster.workers, searcher),
                 num_samples=-1,
                 reuse_actors=True,
             ),
@@ -115,98 +113,103 @@ def fit(session: RemoteSession, cluster: "RayCluster", root: Path) -> None:
         tuner.fit()
 
 
-class Unpickled:
-    """Tune pickles what it is given, to restore from it; we never do, and a session holds locks and open files."""
+class NotPickled:
+    """Tune pickles what it receives, to restore from it. Nothing is restored, and a session cannot be pickled."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
 
 
-class SessionSearcher(Unpickled, Searcher):
-    """Tune's source of trials: hands out what the session says is next, and tells it what came of it.
+class SessionSearcher(NotPickled, Searcher):
+    """Feeds Tune with the trials of the session, and reports their results to it.
 
-    A trial of Tune's is one of ours, or several that are trained together (tune/trials/trial_group.py). It returns None while a
-    phase waits for another one's winner, and FINISHED after the last phase.
+    A trial of Tune is one trial of the campaign, or a group that is trained together (tune/trials/trial_group.py).
     """
 
     def __init__(self, session: RemoteSession, cluster: "RayCluster") -> None:
         super().__init__(metric="training_iteration", mode="max")
         self._session, self._cluster = session, cluster
-        self._given: dict[str, dict[str, TrialSpec]] = {}  # those without a result, by Tune's id and ours
-        self._causes: dict[str, str] = {}  # of the deaths of workers, by Tune's id
+        self._unfinished: dict[str, dict[str, TrialSpec]] = {}  # by Tune's trial id, then by the campaign's
+        self._death_causes: dict[str, str] = {}  # by Tune's trial id
 
     def suggest(self, trial_id: str) -> Any:
-        """The trials of one worker, and what it takes; Tune calls them `trial_id`. None: nothing yet."""
+        """The next trials of one worker with their resources, to run as Tune's `trial_id`.
+
+        None while a phase waits for the winner of another one; FINISHED after the last phase.
+        """
         if self._session.stop_requested:
             return Searcher.FINISHED
-        if len(self._given) >= self._cluster.workers:
+        if len(self._unfinished) >= self._cluster.workers:
             return None
         specs = self._session.ask()
         if not specs:
             return Searcher.FINISHED if self._session.is_over() or self._session.stop_requested else None
-        self._given[trial_id] = {spec.trial_id: spec for spec in specs}
+        self._unfinished[trial_id] = {spec.trial_id: spec for spec in specs}
         return {"specs": specs, "resources": self._cluster.per_trial}
 
-    def should_stop(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """Whether the session has a result of all that was given out as one; those it ends here are recorded, too."""
-        left = self._given[trial_id]
-        self._record(left, result)
-        news = result[UPDATES].interim.items()
-        ended = [left.pop(ours) for ours, interim in news if ours in left and self._session.should_stop(ours, interim)]
-        for spec in ended if left else ():  # the others go on, and the worker listens before it does
-            with contextlib.suppress(OSError):  # no room for a wish: it trains to its end, and nobody listens
-                request_stop(spec.folder)
-        return not left
+    def should_stop(self, trial_id: str, report: dict[str, Any]) -> bool:
+        """Passes a worker's report to the session; returns whether all of the worker's trials have ended."""
+        unfinished = self._unfinished[trial_id]
+        self._tell(unfinished, report)
+        stopped = []
+        for name, interim in report[UPDATES].interim.items():
+            if name in unfinished and self._session.should_stop(name, interim):
+                stopped.append(unfinished.pop(name))
+        if unfinished:
+            for spec in stopped:  # the worker looks for these requests before it continues with the others
+                with contextlib.suppress(OSError):  # on a full disk the trial runs to its end, and nobody reads it
+                    request_stop(spec.folder)
+        return not unfinished
 
-    def _record(self, left: dict[str, TrialSpec], result: dict[str, Any]) -> None:
-        for ours, ended in result[UPDATES].ended.items():
-            if left.pop(ours, None):
-                self._session.tell(ours, ended)
+    def _tell(self, unfinished: dict[str, TrialSpec], report: dict[str, Any]) -> None:
+        for name, result in report[UPDATES].ended.items():
+            if unfinished.pop(name, None):
+                self._session.tell(name, result)
 
-    def worker_died(self, trial_id: str, said: str) -> None:
-        """What Ray says of the death of a worker, before it says that the trial is over."""
-        self._causes[trial_id] = "host_oom" if SHORT_OF_MEMORY in said else "killed"
+    def worker_died(self, trial_id: str, error: str) -> None:
+        """Notes Ray's error for a dead worker; `on_trial_complete` follows."""
+        self._death_causes[trial_id] = "host_oom" if OUT_OF_MEMORY in error else "killed"
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Those of the worker's trials that have no result died with it, unless they were to save and stop."""
-        left, cause = self._given.pop(trial_id), self._causes.pop(trial_id, "killed")
+        """Trials without a result have died with their worker, unless they were to save and stop."""
+        unfinished, cause = self._unfinished.pop(trial_id), self._death_causes.pop(trial_id, "killed")
         if result and UPDATES in result:
-            self._record(left, result)
+            self._tell(unfinished, result)
         if not self._session.stop_requested and not (result and PAUSED in result):
-            for ours in reversed(left):  # the last one comes first in the queue
-                self._session.worker_died(ours, cause)
+            for name in reversed(unfinished):  # each goes to the front of the queue
+                self._session.worker_died(name, cause)
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing: the journal is the memory."""
+        """Saves nothing: the journal holds the state."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """Nothing: the journal is the memory."""
+        """Restores nothing: the journal holds the state."""
 
 
-class Scheduler(FIFOScheduler):
-    """First come, first served; and every worker is kept while a phase waits for the last trials of another.
+class WarmWorkerScheduler(FIFOScheduler):
+    """First come, first served; keeps every worker while a phase waits for the last trials of another.
 
-    On its own Tune keeps a worker only for a trial that is waiting already, so at the end of each phase all but one
-    would die, and importing torch anew costs seconds. Its cache of workers has no public setting for that.
+    By default Tune keeps a worker only for a trial that already waits, so all but one would die at the end of each
+    phase, and importing torch again costs seconds. No public setting changes that.
     """
 
     def __init__(self, workers: int, searcher: SessionSearcher) -> None:
         super().__init__()
-        self._to_keep, self._searcher = workers, searcher
+        self._unreserved_workers, self._searcher = workers, searcher
 
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
-        """Tune's cache counts workers by what they take, and that is known with the first trial."""
-        tune_controller._actor_cache.increase_max(trial.placement_group_factory, by=self._to_keep)
-        self._to_keep = 0
+        """Reserves the workers with the first trial: Tune's cache counts them by their resources."""
+        tune_controller._actor_cache.increase_max(trial.placement_group_factory, by=self._unreserved_workers)
+        self._unreserved_workers = 0
 
     def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
-        """Tells the searcher why a worker died; its `on_trial_complete` comes after this."""
-        # Tune keeps the exception of some deaths only, and of a lack of memory just the text.
+        """Passes the error of a dead worker to the searcher, before its `on_trial_complete`."""
+        # Tune keeps the exception of some deaths only; for a lack of memory there is only this file.
         self._searcher.worker_died(trial.trial_id, Path(trial.error_file).read_text() if trial.error_file else "")
 
 
-class EarlyStopper(Unpickled, Stopper):
-    """Ends a trial that early stopping drops. One that is to save and stop does so by itself."""
+class EarlyStopper(NotPickled, Stopper):
+    """Tells Tune that a trial has ended because early stopping has dropped it."""
 
     def __init__(self, searcher: SessionSearcher) -> None:
         self._searcher = searcher
@@ -215,66 +218,45 @@ class EarlyStopper(Unpickled, Stopper):
         return self._searcher.should_stop(trial_id, result)
 
     def stop_all(self) -> bool:
-        """Never: the searcher says when there is nothing left."""
+        """Never: the searcher ends the run."""
         return False
 
 
 def protect_token() -> None:
-    """Takes Ray's token from all but its owner: one that another program made may be open to everybody."""
+    """Makes Ray's authentication token readable by its owner only; another program may have written it openly."""
     path = Path.home() / ".ray" / "auth_token"
     if path.is_file() and path.stat().st_mode & 0o077:
         path.chmod(0o600)
 
 
 class RayCluster:
-    """A private Ray on this machine, or a running one by address, for as long as the block lasts."""
+    """A private Ray on this machine, or the running one at `address`, from `__enter__` to `__exit__`."""
 
     def __init__(self, resources: Resources, *, address: str | None = None) -> None:
         self.resources, self.address = resources, address
-        self.dashboard_url: str | None = None
-        self.process_ids: tuple[int, ...] = ()  # of Ray itself, where it is ours
-        self.folder: Path | None = None  # of Ray's logs and sockets, where it is ours
+        self._process_ids: tuple[int, ...] = ()
+        self._folder: Path | None = None
 
     def __enter__(self) -> "RayCluster":
-        os.environ.update(QUIET | {"TMPDIR": short_temporary()})
+        os.environ.update(RAY_ENVIRONMENT | {"TMPDIR": short_temporary()})
         if not self.address:
-            # A new Ray then asks everybody for its token, whatever the shell says.
+            # Without it a new Ray asks for its token, whatever the shell has set.
             os.environ.pop("RAY_AUTH_MODE", None)
-        # Ray has no setting for it where it may span machines: its own processes then listen on the loopback alone.
+        # No public setting binds Ray's own processes to the loopback where it may span machines.
         ray._private.ray_constants.ENABLE_RAY_CLUSTER = bool(self.address)
-        local = {"num_cpus": self._cpus(), "include_dashboard": True, "dashboard_host": "127.0.0.1"}
-        previous = os.umask(0o077)  # Ray writes an authentication token
-        on_main = threading.current_thread() is threading.main_thread()
-        terminate = signal.getsignal(signal.SIGTERM)
-        try:
-            context = ray.init(
-                address=self.address or "local",
-                logging_level=logging.ERROR,
-                log_to_driver=False,
-                configure_logging=True,
-                **({} if self.address else local),
-            )
-            protect_token()
-        except Exception as error:  # of many kinds: no room, no home, a busy machine
-            raise NotStarted(str(error).strip()) from error
-        finally:
-            os.umask(previous)
-            if on_main:  # Ray has put its own handler there, which would end us without a word
-                signal.signal(signal.SIGTERM, terminate)
-        # Its reports on dead workers are tracebacks, and the raylet's go to stdout, where data belong; ours are lines.
+        context = self._init_ray()
+        # Ray reports dead workers with tracebacks, and those of the raylet go to stdout.
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
         ray._private.worker._worker_logs_enabled = False
         if not self.address:
             children = psutil.Process().children()
-            self.process_ids = tuple(child.pid for child in children if child.name() in ("raylet", "gcs_server"))
+            self._process_ids = tuple(child.pid for child in children if child.name() in ("raylet", "gcs_server"))
             assert isinstance(context, ray._private.worker.RayContext), "only ray:// gives another kind"
             folder = context.address_info["session_dir"]
-            self.folder = Path(folder) if folder else None
-        url = context.dashboard_url
-        self.dashboard_url = f"http://{url}" if url else None
+            self._folder = Path(folder) if folder else None
+        self._dashboard_url = f"http://{context.dashboard_url}" if context.dashboard_url else None
         try:
-            self.per_trial = self._per_trial(ray.cluster_resources())
-            self.workers = self._fit(ray.cluster_resources())
+            self._count_workers()
         except BaseException:
             ray.shutdown()
             raise
@@ -283,38 +265,73 @@ class RayCluster:
     def __exit__(self, *_: object) -> None:
         ray.shutdown()
 
-    def share(self, trials_per_device: int) -> None:
-        """Lets so many trials share each GPU. Rounded down: Ray counts in ten-thousandths, and all must fit."""
-        share = int(10_000 / trials_per_device) / 10_000
+    def _init_ray(self) -> Any:
+        private = {"num_cpus": self._cpus(), "include_dashboard": True, "dashboard_host": "127.0.0.1"}
+        umask = os.umask(0o077)  # Ray writes an authentication token
+        on_sigterm = signal.getsignal(signal.SIGTERM)
+        try:
+            context = ray.init(
+                address=self.address or "local",
+                logging_level=logging.ERROR,
+                log_to_driver=False,
+                configure_logging=True,
+                **({} if self.address else private),
+            )
+            protect_token()
+            return context
+        except Exception as error:  # of many kinds: no space, no home directory, a busy machine
+            raise RayNotStarted(str(error).strip()) from error
+        finally:
+            os.umask(umask)
+            if threading.current_thread() is threading.main_thread():  # Ray's own handler would exit silently
+                signal.signal(signal.SIGTERM, on_sigterm)
+
+    def describe(self) -> RayReady:
+        """The message for the campaign's process."""
+        return RayReady(self.workers, self.trials_per_device, self._dashboard_url, self._process_ids, self._folder)
+
+    def share_gpus(self, trials_per_gpu: int) -> None:
+        """Lets trials share each GPU. The share is rounded down to ten-thousandths, in which Ray counts."""
+        share = int(10_000 / trials_per_gpu) / 10_000
         self.resources = self.resources.model_copy(update={"gpus_per_trial": share})
-        self.per_trial = self._per_trial(ray.cluster_resources())
-        self.workers = self._fit(ray.cluster_resources())
+        self._count_workers()
 
     @property
-    def packed(self) -> int:
-        """How many trials share a device: a GPU, or on a CPU the machine as one."""
+    def trials_per_device(self) -> int:
+        """How many trials share a GPU, or the whole machine if they run on its CPU."""
         share = self.per_trial["GPU"]
         return max(1, min(self.workers, int(1 / share + 1e-6))) if share else self.workers
 
+    def _count_workers(self) -> None:
+        cluster = ray.cluster_resources()
+        self.per_trial = self._resources_per_trial(cluster)
+        self.workers = self._workers_that_fit(cluster)
+
     def _cpus(self) -> int:
-        """As many as there are, or enough for the workers that were asked for."""
+        """All of the machine, or enough for the configured workers."""
         wanted = (self.resources.workers or 1) * self.resources.cpus_per_trial
         return max(usable_cpus(), wanted)
 
-    def _per_trial(self, cluster: Mapping[str, float]) -> dict[str, float]:
+    def _resources_per_trial(self, cluster: Mapping[str, float]) -> dict[str, float]:
         share = self.resources.gpus_per_trial
         gpus = (1.0 if cluster.get("GPU") else 0.0) if share == "auto" else float(share)
-        # Always said, even when it is none: a trial that asks for nothing sees every GPU.
+        # "GPU": 0 is explicit, since a trial that does not name it sees every GPU.
         return {"CPU": float(self.resources.cpus_per_trial), "GPU": gpus}
 
-    def _fit(self, cluster: Mapping[str, float]) -> int:
-        rooms = [cluster.get("CPU", 1) // self.per_trial["CPU"]]
-        if self.per_trial["GPU"]:
-            share, gpus = self.per_trial["GPU"], cluster.get("GPU", 0)
-            # A share of a GPU is of a single one: of two, 0.4 is there four times and not five.
-            rooms.append(int(gpus) * int(1 / share + 1e-6) if share < 1 else gpus // share)
-        if min(rooms) < 1:  # Ray would wait for ever
-            here = f"{cluster.get('CPU', 0):g} CPUs and {cluster.get('GPU', 0):g} GPUs"
-            asked = f"{self.per_trial['CPU']:g} CPUs and {self.per_trial['GPU']:g} GPUs"
-            raise ConfigError(f"resources: a trial asks for {asked}, and this cluster has {here}")
-        return min(int(min(rooms)), self.resources.workers or 1_000_000)
+    def _workers_that_fit(self, cluster: Mapping[str, float]) -> int:
+        """How many trials the cluster can run at once.
+
+        Raises:
+            ConfigError: not even one, for which Ray would wait forever.
+        """
+        share = self.per_trial["GPU"]
+        counts = [cluster.get("CPU", 1) // self.per_trial["CPU"]]
+        if share:
+            gpus = cluster.get("GPU", 0)
+            # A share is of one GPU: two GPUs have room for 0.4 four times, not five.
+            counts.append(int(gpus) * int(1 / share + 1e-6) if share < 1 else gpus // share)
+        if min(counts) < 1:
+            available = f"{cluster.get('CPU', 0):g} CPUs and {cluster.get('GPU', 0):g} GPUs"
+            needed = f"{self.per_trial['CPU']:g} CPUs and {share:g} GPUs"
+            raise ConfigError(f"resources: a trial needs {needed}, but this cluster has {available}")
+        return min(int(min(counts)), self.resources.workers or 1_000_000)

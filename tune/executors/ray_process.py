@@ -1,10 +1,13 @@
-"""The process that Ray runs in, and what it says to the one that started it (tune/executors/ray_supervisor.py).
+"""The process that runs Ray, a child of the campaign's process (tune/executors/ray_supervisor.py).
 
-    RayReady            Ray has started; answered with an order: ("share", trials per GPU), then RayReady again, or ("run",)
-    (name, *args)    a question to the session, answered with (value, whether the run was asked to stop)
-    DriverExited             there is no more to run, or something failed
+It sends one of these messages:
 
-It holds nothing that is not elsewhere: it may be ended at any moment, and Ray sometimes does that.
+    RayReady         Ray has started; the answer is a command: ("share", trials per GPU), which leads to another
+                     RayReady, or ("run",)
+    (name, *args)    calls a method of the session; the answer is (return value, whether the run is to stop)
+    RayExited        all trials have run, or something failed
+
+It keeps no state of the campaign, so it may die at any moment, and under Ray it sometimes does.
 """
 
 import os
@@ -23,57 +26,57 @@ from tune.spec.schema import Resources
 
 @dataclass(frozen=True)
 class RayReady:
-    """Ray has started, or shares its GPUs as it was told."""
+    """Ray has started, or shares its GPUs as commanded."""
 
     workers: int  # trials at once
     trials_per_device: int
     dashboard_url: str | None
-    process_ids: tuple[int, ...]  # of Ray itself, where it is ours
-    folder: Path | None = None  # of its logs and sockets, where it is ours
+    process_ids: tuple[int, ...] = ()  # of a private Ray itself
+    folder: Path | None = None  # logs and sockets of a private Ray
 
 
 @dataclass(frozen=True)
-class DriverExited:
-    """The last word of a driver."""
+class RayExited:
+    """The last message of the process."""
 
     error: str | None = None
-    is_users: bool = False  # whether the error is one of configuration
-    is_rays: bool = False  # whether it is what Ray said when it did not start
+    is_config_error: bool = False
+    is_start_error: bool = False  # whether `error` is Ray's own message that it could not start
 
 
-def drive(line: Connection, resources: Resources, address: str | None, root: Path) -> None:
-    """The body of the process: starts Ray, runs the trials that the session at the other end has, ends Ray.
+def run_ray(connection: Connection, resources: Resources, address: str | None, root: Path) -> None:
+    """The body of the process: starts Ray, runs the trials of the session at the other end, shuts Ray down.
 
-    When the process that started it is gone, it ends with everything that carries the mark of `root`.
+    When the parent dies, the process kills everything with the mark of `root` and exits.
     """
-    os.setsid()  # a Ctrl-C of the terminal is for the campaign, which lets the workers save
+    os.setsid()  # Ctrl-C in the terminal reaches only the campaign, which lets the workers save
     os.dup2(2, 1)  # stdout is for data
-    threading.Thread(target=_follow_parent, args=(root,), daemon=True).start()
-    from tune.executors.ray_executor import NotStarted, RayCluster, RemoteSession, fit
+    threading.Thread(target=_exit_with_parent, args=(root,), daemon=True).start()
+    from tune.executors.ray_executor import RayCluster, RayNotStarted, RemoteSession, run_tuner
 
     try:
         with RayCluster(resources, address=address) as cluster:
-            order: tuple[Any, ...] = ()
-            while order != ("run",):
-                url, ids = cluster.dashboard_url, cluster.process_ids
-                line.send(RayReady(cluster.workers, cluster.packed, url, ids, cluster.folder))
-                order = line.recv()
-                if order[0] == "share":
-                    cluster.share(*order[1:])
-            fit(RemoteSession(line), cluster, root)
-            line.send(DriverExited())
-    except (EOFError, BrokenPipeError, ConnectionResetError):  # the other end has let go of this Ray
+            command: tuple[Any, ...] = ()
+            while command != ("run",):
+                connection.send(cluster.describe())
+                command = connection.recv()
+                if command[0] == "share":
+                    cluster.share_gpus(*command[1:])
+            run_tuner(RemoteSession(connection), cluster, root)
+            connection.send(RayExited())
+    except (EOFError, BrokenPipeError, ConnectionResetError):  # the campaign has replaced this process
         return
-    except NotStarted as error:
-        line.send(DriverExited(str(error), is_rays=True))
-    except Exception as error:
-        is_users = isinstance(error, ConfigError)
-        line.send(DriverExited(str(error) if is_users else traceback.format_exc(), is_users=is_users))
+    except RayNotStarted as error:
+        connection.send(RayExited(str(error), is_start_error=True))
+    except ConfigError as error:
+        connection.send(RayExited(str(error), is_config_error=True))
+    except Exception:
+        connection.send(RayExited(traceback.format_exc()))
 
 
-def _follow_parent(root: Path) -> None:
+def _exit_with_parent(root: Path) -> None:
     parent = parent_process()
-    assert parent is not None, "it is always started as a child"
+    assert parent is not None, "always started as a child"
     wait([parent.sentinel])
     kill_marked(root)
     os._exit(1)

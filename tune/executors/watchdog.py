@@ -1,7 +1,7 @@
-"""Which running trials hang: their processes live, and they do no more steps.
+"""Finds running trials that hang: their processes live, but make no more steps.
 
-A deadlock, a file system that does not answer, a GPU that fell off the bus: nothing dies, and nothing goes on. So each
-trial leaves a heartbeat (ngpt/system/heartbeat.py), and one whose heartbeat stands still for too long is ended and tried again.
+A deadlock, a file system that does not answer or a GPU that fell off the bus kills nothing. So every trial writes a
+heartbeat (ngpt/system/heartbeat.py), and a trial whose heartbeat does not change for too long is killed and retried.
 """
 
 from collections import deque
@@ -11,36 +11,36 @@ from statistics import median
 
 from ngpt.system.heartbeat import Beat
 
-AT_LEAST = 600.0  # seconds: compilation, a long evaluation, a slow disk
-STEPS = 20  # or the time of so many steps, where that is longer
+MIN_TIMEOUT = 600.0  # seconds: compilation, a long evaluation, a slow disk
+TIMEOUT_STEPS = 20  # median steps after which a trial hangs, if they take longer than that
 
 
 @dataclass
 class _Watched:
     attempt: int
-    since: float  # when the heartbeat was last seen to change
+    changed_at: float  # when the heartbeat was last seen to change
     beat: Beat | None = None
-    steps: deque[float] = field(default_factory=lambda: deque(maxlen=50))  # seconds each
+    step_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=50))
 
 
 class Watchdog:
-    """Told the heartbeats of all running trials now and then, it says which of them stand still for too long.
+    """Compares the heartbeats of all running trials with those it saw before.
 
     Args:
-        stall_timeout: seconds; None: 20 times the median step of the trial, and no less than ten minutes. Before the
-            first heartbeat a process has to be started, which always has ten minutes.
+        stall_timeout: seconds without a step after which a trial hangs. None: 20 times its median step, and at least
+            ten minutes. A process always has ten minutes to start.
     """
 
     def __init__(self, stall_timeout: float | None = None) -> None:
-        self._timeout = stall_timeout
+        self._stall_timeout = stall_timeout
         self._trials: dict[str, _Watched] = {}
 
-    def look(self, beats: Mapping[str, tuple[int, Beat | None]], now: float) -> dict[str, float]:
-        """The trials that hang, with the seconds since their last sign of life.
+    def find_hung(self, beats: Mapping[str, tuple[int, Beat | None]], now: float) -> dict[str, float]:
+        """The trials that hang, with the seconds since their heartbeat last changed.
 
         Args:
-            beats: the attempt and the newest heartbeat of every trial that is running.
-            now: of a clock that does not jump, seconds.
+            beats: the attempt and the newest heartbeat of every running trial.
+            now: seconds of a clock that does not jump.
         """
         self._trials = {trial_id: watched for trial_id, watched in self._trials.items() if trial_id in beats}
         for trial_id, (attempt, beat) in beats.items():
@@ -48,20 +48,21 @@ class Watchdog:
             if watched is None or watched.attempt != attempt:
                 self._trials[trial_id] = _Watched(attempt, now, beat)
             elif beat != watched.beat:
-                _take(watched, beat, now)
-        silent = {trial_id: now - watched.since for trial_id, watched in self._trials.items()}
-        return {trial_id: seconds for trial_id, seconds in silent.items() if seconds > self.bound(trial_id)}
+                _update(watched, beat, now)
+        silent = {trial_id: now - watched.changed_at for trial_id, watched in self._trials.items()}
+        return {trial_id: seconds for trial_id, seconds in silent.items() if seconds > self.timeout(trial_id)}
 
-    def bound(self, trial_id: str) -> float:
-        """Seconds that a trial may be silent."""
+    def timeout(self, trial_id: str) -> float:
+        """Seconds that a watched trial may go without a change of its heartbeat."""
         watched = self._trials[trial_id]
-        if self._timeout is not None:
-            return self._timeout if watched.beat else max(self._timeout, AT_LEAST)
-        return max(AT_LEAST, STEPS * median(watched.steps)) if watched.steps else AT_LEAST
+        if self._stall_timeout is not None:
+            return self._stall_timeout if watched.beat else max(self._stall_timeout, MIN_TIMEOUT)
+        return max(MIN_TIMEOUT, TIMEOUT_STEPS * median(watched.step_seconds)) if watched.step_seconds else MIN_TIMEOUT
 
 
-def _take(watched: _Watched, beat: Beat | None, now: float) -> None:
+def _update(watched: _Watched, beat: Beat | None, now: float) -> None:
     before = watched.beat
     if beat and before and beat.pid == before.pid and beat.step > before.step:
-        watched.steps.append((now - watched.since) / (beat.step - before.step))
-    watched.beat, watched.since = beat, now
+        watched.step_seconds.append((now - watched.changed_at) / (beat.step - before.step))
+    watched.beat = beat
+    watched.changed_at = now

@@ -1,15 +1,14 @@
-"""The executor without Ray, and what a signal means."""
+"""The executor without Ray."""
 
 import os
 import signal
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.helpers.tiny_campaign import begun, losses, records, session_on, train_all, write_file
-from tune.executors.local import run_inline, stop_on_signal
+from tune.executors.local import run_inline
 from tune.machine import throughput as measured
 from tune.results.summary import Summary
 from tune.session.session import Session
@@ -30,7 +29,7 @@ def file(tmp_path: Path, corpus: Path) -> Path:
 
 
 def run_with_signal(file: Path, root: Path, number: int, *, after: int) -> tuple[Summary, Session]:
-    """A run that sends itself a signal in the middle of a trial, when so many have finished."""
+    """A run that sends itself a signal during a trial, once `after` trials have finished."""
     with session_on(file, root) as session:
         begun(session)
         ask = session.ask
@@ -49,7 +48,9 @@ def run_with_signal(file: Path, root: Path, number: int, *, after: int) -> tuple
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("after", [0, 3, 5])
-def test_a_signal_stops_the_run_and_the_next_one_goes_on(tmp_path: Path, file: Path, number: int, after: int) -> None:
+def test_a_signal_stops_the_run_and_the_next_run_resumes_it(
+    tmp_path: Path, file: Path, number: int, after: int
+) -> None:
     train_all(file, tmp_path / "undisturbed")
     summary, session = run_with_signal(file, tmp_path / "tiny", number, after=after)
     assert (summary["status"], session.stop_signal) == ("interrupted", number)
@@ -59,56 +60,9 @@ def test_a_signal_stops_the_run_and_the_next_one_goes_on(tmp_path: Path, file: P
     assert losses(tmp_path / "tiny") == losses(tmp_path / "undisturbed")
 
 
-def test_a_run_that_is_over_was_not_interrupted(tmp_path: Path, file: Path) -> None:
+def test_a_complete_run_ends_as_finished(tmp_path: Path, file: Path) -> None:
     summary = train_all(file, tmp_path / "tiny")
     assert (summary["status"], summary["trials"]["finished"]) == ("finished", 6)
-
-
-@pytest.mark.parametrize("is_terminal", [True, False])
-def test_a_second_signal_ends_the_process_at_once(
-    tmp_path: Path,
-    file: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-    is_terminal: bool,
-) -> None:
-    codes: list[int] = []
-    monkeypatch.setattr("tune.executors.local.os._exit", codes.append)
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
-    with session_on(file, tmp_path / "tiny") as session, stop_on_signal(session):
-        signal.raise_signal(signal.SIGINT)
-        assert (session.stop_requested, codes) == (True, [])
-        signal.raise_signal(signal.SIGTERM)
-        assert codes == [128 + signal.SIGTERM]
-    said = capfd.readouterr().err
-    assert "ended at once; the same command goes on" in said
-    assert ("\x1b[?25h" in said) is is_terminal, "a live view has hidden the cursor"
-
-
-def test_a_terminal_that_goes_may_say_so_twice(tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tune.executors.local.os._exit", lambda code: pytest.fail(f"ended with {code}"))
-    with session_on(file, tmp_path / "tiny") as session, stop_on_signal(session):
-        signal.raise_signal(signal.SIGHUP)
-        signal.raise_signal(signal.SIGHUP)
-        assert session.stop_signal == signal.SIGHUP
-
-
-def test_with_nohup_the_run_outlives_its_terminal(tmp_path: Path, file: Path) -> None:
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with session_on(file, tmp_path / "tiny") as session, stop_on_signal(session):
-            signal.raise_signal(signal.SIGHUP)
-            assert not session.stop_requested
-    finally:
-        signal.signal(signal.SIGHUP, before)
-
-
-def test_afterwards_signals_mean_what_they_meant_before(tmp_path: Path, file: Path) -> None:
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    with session_on(file, tmp_path / "tiny") as session:
-        with stop_on_signal(session):
-            assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] != before
-        assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 def test_a_failed_trial_does_not_end_the_run(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,7 +93,7 @@ ONE_PHASE = """
 
 
 def vectorised(file: Path, size: int = 4) -> Path:
-    """The same campaign with groups of trials, beside the other file."""
+    """The same campaign with groups of trials, in another file."""
     text = file.read_text()
     path = file.with_name("vectorised.yaml")
     path.write_text(text.replace("workers: 2}", f"workers: 2, vectorise: {size}}}"))
@@ -148,12 +102,12 @@ def vectorised(file: Path, size: int = 4) -> Path:
 
 
 def close(first: Path, second: Path) -> bool:
-    """Whether two campaigns have the same trials with the same losses, but for the rounding of batched products."""
+    """Whether two campaigns have the same trials and losses, up to the rounding of batched products."""
     a, b = losses(first), losses(second)
     return a.keys() == b.keys() and all(a[name] == pytest.approx(b[name], abs=1e-4) for name in a)
 
 
-def test_groups_give_the_verdicts_of_one_after_the_other(
+def test_groups_give_the_same_verdicts_as_single_trials(
     tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     remembered: list[dict[str, float]] = []
@@ -168,12 +122,12 @@ def test_groups_give_the_verdicts_of_one_after_the_other(
         assert one["winner"] == many["winner"]
     sizes = [record["provenance"].get("vectorised") for record in records(tmp_path / "together")]
     assert sorted(size for size in sizes if size) == [2] * 2 + [4] * 4 + [4] * 2, "the last two are of the first phase"
-    assert [bool(speeds) for speeds in remembered] == [True, False], "in company nobody says how long a trial takes"
+    assert [bool(speeds) for speeds in remembered] == [True, False], "the duration of a trial in a group is not its own"
     assert "its trials ran 2 and 4 at a time in a process" in "".join(together["phases"][1]["warnings"])
 
 
 @pytest.mark.parametrize("after", [1, 6, 11])
-def test_a_group_that_is_stopped_goes_on_where_each_of_it_was(
+def test_a_stopped_group_resumes_each_trial_where_it_was(
     tmp_path: Path, corpus: Path, after: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ngpt.system.heartbeat.LISTEN", 0.0)  # at every step
@@ -207,7 +161,7 @@ def test_a_group_that_is_stopped_goes_on_where_each_of_it_was(
     assert close(root, tmp_path / "undisturbed")
 
 
-def test_early_stopping_ends_one_of_a_group_and_the_others_go_on(tmp_path: Path, corpus: Path) -> None:
+def test_early_stopping_ends_one_trial_of_a_group_and_the_others_continue(tmp_path: Path, corpus: Path) -> None:
     search = "{method: random, trials: 7, seed: 3, space: {optim.lr: {log: [1e-5, 1e-1]}}}"
     phases = f"\n  - name: find\n    search: {search}\nearly_stop: {{reduction: 2, first: 3}}\n"
     file = vectorised(write_file(tmp_path, corpus, phases=phases, seeds="[1]", steps=12, every=3))
@@ -221,7 +175,7 @@ def test_early_stopping_ends_one_of_a_group_and_the_others_go_on(tmp_path: Path,
     assert all("fell behind" in record["error"] for record in ended if record["status"] == "stopped")
 
 
-def test_one_of_a_group_diverges_and_the_others_have_their_results(tmp_path: Path, corpus: Path) -> None:
+def test_a_diverged_trial_does_not_affect_the_others_of_its_group(tmp_path: Path, corpus: Path) -> None:
     runs = "[{arm: sane}, {arm: wild, optim.lr: 1e30, optim.grad_clip: null}, {arm: low, lr: 1e-3}]"
     phases = f"\n  - name: lr\n    runs: {runs}\n"
     file = write_file(tmp_path, corpus, phases=phases, seeds="[1]")

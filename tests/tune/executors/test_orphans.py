@@ -1,4 +1,4 @@
-"""What a campaign started is found by its mark and ended; nothing else is touched."""
+"""The processes of a campaign are found by their mark and killed; no others are."""
 
 import os
 import subprocess
@@ -9,29 +9,27 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tune.executors.orphans import MARK, is_alive, kill_marked, mark_children, marked_processes
+from tune.executors.orphans import RESULTS_VARIABLE, is_alive, kill_marked, mark_children, marked_processes
 
 SLEEP = [sys.executable, "-c", "import time; time.sleep(600)"]
-# A child in a session of its own, which outlives this process and belongs to somebody else then.
+# A child in its own session, which outlives its parent and is adopted by another process.
 ORPHAN = [sys.executable, "-c", f"import subprocess; subprocess.Popen({SLEEP!r}, start_new_session=True)"]
 
 
 @pytest.fixture
 def bystander(tmp_path: Path) -> Iterator[psutil.Process]:
-    """A process of the same name, with the mark of another directory that begins alike."""
-    environment = os.environ | {MARK: str(tmp_path.resolve()) + "-other"}
+    """A process of the same name with the mark of another directory, whose path begins with the same text."""
+    environment = os.environ | {RESULTS_VARIABLE: str(tmp_path.resolve()) + "-other"}
     with subprocess.Popen(SLEEP, env=environment) as process:
         yield psutil.Process(process.pid)
         process.kill()
 
 
-def test_what_was_started_under_the_mark_is_ended_with_its_orphans_and_nothing_else(
-    tmp_path: Path, bystander: psutil.Process
-) -> None:
+def test_marked_processes_and_their_orphans_are_killed_and_no_others(tmp_path: Path, bystander: psutil.Process) -> None:
     with mark_children(tmp_path):
         child = subprocess.Popen(SLEEP)
         subprocess.run(ORPHAN, check=True)
-    assert MARK not in os.environ
+    assert RESULTS_VARIABLE not in os.environ
     found = marked_processes(tmp_path)
     assert len(found) == 2 and child.pid in {process.pid for process in found}
     assert kill_marked(tmp_path) == 2
@@ -40,12 +38,12 @@ def test_what_was_started_under_the_mark_is_ended_with_its_orphans_and_nothing_e
     assert is_alive(bystander)
 
 
-# A child whose environment does not say any more whose it is, as after Ray's dashboard has titled its processes.
+# A child without the mark in its environment, like the processes of Ray's dashboard, which overwrite theirs.
 UNMARKED = f"import subprocess; subprocess.Popen({SLEEP!r}, env={{}}); print(flush=True); import time; time.sleep(600)"
 
 
 @pytest.mark.parametrize("parent_lives", [True, False])
-def test_what_has_lost_its_mark_is_known_by_its_parent(tmp_path: Path, parent_lives: bool) -> None:
+def test_a_process_without_its_mark_is_found_through_its_parent(tmp_path: Path, parent_lives: bool) -> None:
     with mark_children(tmp_path):
         parent = subprocess.Popen([sys.executable, "-c", UNMARKED], stdout=subprocess.PIPE)
     assert parent.stdout and parent.stdout.readline()

@@ -1,4 +1,4 @@
-"""Campaigns on Ray, as a user runs them: the numbers of `--inline`, warm workers, and every way of being killed."""
+"""Campaigns on Ray, as a user runs them: the numbers of `--inline`, warm workers, and every kind of kill."""
 
 import json
 import os
@@ -20,8 +20,7 @@ from ngpt.config.base import ConfigError
 from ngpt.system.heartbeat import stop_requested
 from tests.helpers.real_run import SCRIPT, Run, left_over, start
 from tests.helpers.tiny_campaign import begun, losses, pretend, records, session_on, strict, train_all, write_file
-from tune.executors import ray_executor as engine
-from tune.executors.ray_executor import RayCluster, SessionSearcher
+from tune.executors.ray_executor import EarlyStopper, RayCluster, SessionSearcher
 from tune.executors.ray_trainable import PAUSED, UPDATES
 from tune.spec.schema import Resources
 from tune.storage.journal import read_journal
@@ -33,7 +32,7 @@ GPUS = {"CPU": 8.0, "GPU": 2.0}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("engine")
+    return tmp_path_factory.mktemp("executor")
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +52,8 @@ def inline(folder: Path, file: Path) -> dict[tuple[str, str], tuple[float, float
 
 
 @dataclass
-class Seen:
-    """What an undisturbed run looked like from outside while it was on its way, and what is left of it."""
+class ObservedRun:
+    """An undisturbed run as it looked from outside while it trained, and its exit code."""
 
     run: Run
     code: int
@@ -66,7 +65,7 @@ class Seen:
 
 
 @pytest.fixture(scope="module")
-def seen(folder: Path, file: Path) -> Iterator[Seen]:
+def observed(folder: Path, file: Path) -> Iterator[ObservedRun]:
     run = start(file, folder / "undisturbed", "--json")
     try:
         run.until_training(2)
@@ -77,56 +76,62 @@ def seen(folder: Path, file: Path) -> Iterator[Seen]:
         listeners = [(socket.laddr.ip, socket.laddr.port) for socket in sockets if socket.status == psutil.CONN_LISTEN]
         command = [sys.executable, str(SCRIPT), "status", str(run.root), "--json"]
         status = strict(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-        yield Seen(run, run.wait(), family, commands, titles, listeners, status)
+        yield ObservedRun(run, run.wait(), family, commands, titles, listeners, status)
     finally:
         run.process.kill()
 
 
-def test_ray_gives_the_numbers_of_inline_bit_for_bit(seen: Seen, inline: dict[Any, Any]) -> None:
-    assert seen.code == 0, seen.run.err.read_text()
-    assert losses(seen.run.root) == inline
+def test_ray_and_inline_give_bit_identical_numbers(observed: ObservedRun, inline: dict[Any, Any]) -> None:
+    assert observed.code == 0, observed.run.err.read_text()
+    assert losses(observed.run.root) == inline
 
 
-def test_two_workers_train_the_whole_campaign(seen: Seen) -> None:
-    assert len({record["provenance"]["pid"] for record in records(seen.run.root)}) == 2
-    assert [record["attempt"] for record in records(seen.run.root)] == [1] * 8
+def test_two_workers_train_the_whole_campaign(observed: ObservedRun) -> None:
+    assert len({record["provenance"]["pid"] for record in records(observed.run.root)}) == 2
+    assert [record["attempt"] for record in records(observed.run.root)] == [1] * 8
 
 
-def test_a_worker_is_titled_after_the_trial_it_trains(seen: Seen) -> None:
-    assert seen.titles
-    for title in seen.titles:
+def test_a_worker_is_titled_after_the_trial_it_trains(observed: ObservedRun) -> None:
+    assert observed.titles
+    for title in observed.titles:
         assert re.search(r"(alpha/alpha|projection/project_every)=[\d.]+ seed [12]$", title)
 
 
-def test_every_process_of_it_listens_on_this_machine_only(seen: Seen) -> None:
-    url = re.search(r"dashboard http://127\.0\.0\.1:(\d+)  workers 2 .*ray get-auth-token", seen.run.err.read_text())
-    assert url is not None and int(url[1]) in {port for _, port in seen.listeners}
-    assert len(seen.listeners) > 8, "GCS, raylet, dashboard, agents, driver and workers"
-    assert {address for address, _ in seen.listeners} <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+def test_every_process_listens_on_the_loopback_only(observed: ObservedRun) -> None:
+    url = re.search(
+        r"dashboard http://127\.0\.0\.1:(\d+)  workers 2 .*ray get-auth-token", observed.run.err.read_text()
+    )
+    assert url is not None and int(url[1]) in {port for _, port in observed.listeners}
+    assert len(observed.listeners) > 8, "GCS, raylet, dashboard, agents, driver and workers"
+    assert {address for address, _ in observed.listeners} <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 
 
-def test_it_can_be_looked_at_from_another_terminal(seen: Seen) -> None:
-    assert (seen.status["status"], seen.status["campaign"], seen.status["metric"]) == ("running", "tiny", "val_loss")
-    assert 2 <= seen.status["done"] < seen.status["total"] == 8
-    assert 1 <= len(seen.status["running"]) <= 2
-    assert all(0 <= trial["step"] <= trial["steps"] == 300 for trial in seen.status["running"])
-    assert seen.status["dashboard_url"] is None or seen.status["dashboard_url"].startswith("http://127.0.0.1:")
+def test_status_shows_the_run_from_another_terminal(observed: ObservedRun) -> None:
+    assert (observed.status["status"], observed.status["campaign"], observed.status["metric"]) == (
+        "running",
+        "tiny",
+        "val_loss",
+    )
+    assert 2 <= observed.status["done"] < observed.status["total"] == 8
+    assert 1 <= len(observed.status["running"]) <= 2
+    assert all(0 <= trial["step"] <= trial["steps"] == 300 for trial in observed.status["running"])
+    assert observed.status["dashboard_url"] is None or observed.status["dashboard_url"].startswith("http://127.0.0.1:")
 
 
-def test_stdout_is_the_summary_and_stderr_one_plain_line_per_event(seen: Seen) -> None:
-    assert strict(seen.run.out.read_text()) == strict((seen.run.root / "summary.json").read_text())
-    lines = seen.run.err.read_text().splitlines()
+def test_stdout_is_the_summary_and_stderr_one_plain_line_per_event(observed: ObservedRun) -> None:
+    assert strict(observed.run.out.read_text()) == strict((observed.run.root / "summary.json").read_text())
+    lines = observed.run.err.read_text().splitlines()
     assert sum(line.startswith("[") and "val_loss" in line for line in lines) == 6
     known = ("topics: ", "starting Ray", "dashboard ", "phase ", "[")
     assert [line for line in lines if not line.startswith(known)] == []
     assert "\x1b" not in "".join(lines)
 
 
-def test_nothing_of_it_is_left_running_or_lying_about(seen: Seen) -> None:
-    assert left_over(seen.family) == []
-    options = [word for command in seen.commands for word in command if word.startswith("--session-dir=")]
+def test_no_process_or_file_is_left_over(observed: ObservedRun) -> None:
+    assert left_over(observed.family) == []
+    options = [word for command in observed.commands for word in command if word.startswith("--session-dir=")]
     assert options and not any(Path(option.partition("=")[2]).exists() for option in options)
-    assert {path.name for path in seen.run.root.iterdir()} == {
+    assert {path.name for path in observed.run.root.iterdir()} == {
         *(
             "campaign.yaml",
             "manifest.json",
@@ -145,20 +150,20 @@ def test_nothing_of_it_is_left_running_or_lying_about(seen: Seen) -> None:
 
 
 @dataclass
-class Story:
+class DisturbedRun:
     root: Path
     interrupted: int
-    farewell: str
-    shown: str
+    stderr: str
+    stdout: str
     after_interrupt: list[str]
     after_kill: list[str]
     code: int
-    second_finish: dict[str, Any]
+    summary: dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def story(folder: Path, file: Path) -> Iterator[Story]:
-    """A worker is killed, then the run interrupted; it goes on, its driver is killed; it goes on and finishes."""
+def disturbed(folder: Path, file: Path) -> Iterator[DisturbedRun]:
+    """A worker is killed, then the run is interrupted; resumed, it is killed; resumed again, it finishes."""
     out, runs = folder / "disturbed", []
     try:
         runs.append(run := start(file, out))
@@ -170,7 +175,7 @@ def story(folder: Path, file: Path) -> Iterator[Story]:
         family = run.family()
         os.killpg(run.process.pid, signal.SIGINT)  # as a terminal does: to every process of the group
         interrupted = run.wait()
-        farewell, shown, after_interrupt = run.err.read_text(), run.out.read_text(), left_over(family)
+        stderr, stdout, after_interrupt = run.err.read_text(), run.out.read_text(), left_over(family)
 
         runs.append(run := start(file, out))
         run.until_training(1)
@@ -182,23 +187,23 @@ def story(folder: Path, file: Path) -> Iterator[Story]:
         runs.append(run := start(file, out, "--json"))
         code = run.wait()
         summary = strict(run.out.read_text())
-        yield Story(out / "tiny", interrupted, farewell, shown, after_interrupt, after_kill, code, summary)
+        yield DisturbedRun(out / "tiny", interrupted, stderr, stdout, after_interrupt, after_kill, code, summary)
     finally:
         for run in runs:
             run.process.kill()
 
 
-def test_after_every_kind_of_kill_the_losses_are_those_of_an_undisturbed_run(
-    story: Story, inline: dict[Any, Any]
+def test_the_losses_after_every_kind_of_kill_equal_those_of_an_undisturbed_run(
+    disturbed: DisturbedRun, inline: dict[Any, Any]
 ) -> None:
-    assert story.code == 0
-    assert losses(story.root) == inline
-    assert (story.second_finish["status"], story.second_finish["trials"]["finished"]) == ("finished", 6)
+    assert disturbed.code == 0
+    assert losses(disturbed.root) == inline
+    assert (disturbed.summary["status"], disturbed.summary["trials"]["finished"]) == ("finished", 6)
 
 
-def test_no_finished_trial_is_trained_again(story: Story) -> None:
+def test_no_finished_trial_is_trained_again(disturbed: DisturbedRun) -> None:
     finished: set[str] = set()
-    for event in read_journal(story.root / "journal.jsonl"):
+    for event in read_journal(disturbed.root / "journal.jsonl"):
         if event["event"] == "trial_started":
             assert event["trial_id"] not in finished
         elif event["event"] == "trial_finished":
@@ -206,27 +211,27 @@ def test_no_finished_trial_is_trained_again(story: Story) -> None:
     assert len(finished) == 6
 
 
-def test_a_killed_worker_is_replaced_and_its_trial_tried_again(story: Story) -> None:
-    events = read_journal(story.root / "journal.jsonl")
+def test_a_killed_worker_is_replaced_and_its_trial_retried(disturbed: DisturbedRun) -> None:
+    events = read_journal(disturbed.root / "journal.jsonl")
     died = [event for event in events if event["event"] == "worker_died"]
     assert len(died) == 1
     again = [e for e in events if e["event"] == "trial_started" and e["trial_id"] == died[0]["trial_id"]]
     assert again[1]["attempt"] == 2 and again[1]["seq"] > died[0]["seq"]
     assert (died[0]["cause"], died[0]["attempt"]) == ("killed", 1)
-    assert "worker died (its process was killed or crashed); trying again from the newest" in story.farewell
-    assert "Traceback" not in story.farewell and "ERROR" not in story.farewell
+    assert "worker died (its process was killed or crashed); trying again from the newest" in disturbed.stderr
+    assert "Traceback" not in disturbed.stderr and "ERROR" not in disturbed.stderr
 
 
-def test_ctrl_c_exits_with_130_a_summary_and_the_command_that_goes_on(story: Story) -> None:
-    assert story.interrupted == 130
-    assert story.farewell.splitlines()[-1].startswith("interrupted; to go on: python run_campaign.py ")
-    assert "interrupted" in story.shown and "\x1b" not in story.shown
+def test_ctrl_c_exits_with_130_a_summary_and_the_command_that_resumes(disturbed: DisturbedRun) -> None:
+    assert disturbed.interrupted == 130
+    assert disturbed.stderr.splitlines()[-1].startswith("interrupted; to resume: python run_campaign.py ")
+    assert "interrupted" in disturbed.stdout and "\x1b" not in disturbed.stdout
 
 
-def test_no_process_outlives_a_run_that_was_interrupted_or_killed(story: Story) -> None:
-    assert (story.after_interrupt, story.after_kill) == ([], [])
-    assert not list(story.root.glob(".tune-*"))
-    assert not (story.root / "campaign.pid").exists()
+def test_no_process_outlives_a_run_that_was_interrupted_or_killed(disturbed: DisturbedRun) -> None:
+    assert (disturbed.after_interrupt, disturbed.after_kill) == ([], [])
+    assert not list(disturbed.root.glob(".tune-*"))
+    assert not (disturbed.root / "campaign.pid").exists()
 
 
 # ---- the parts, without Ray ----------------------------------------------------------------------------------------
@@ -238,12 +243,12 @@ def small(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     return write_file(tmp_path, corpus)
 
 
-def of(given: dict[str, Any], result_of: Callable[[TrialSpec], TrialResult]) -> dict[str, Any]:
-    """The last report of a worker on what it was given."""
+def last_report(given: dict[str, Any], result_of: Callable[[TrialSpec], TrialResult]) -> dict[str, Any]:
+    """The last report of a worker on the trials it was given."""
     return {UPDATES: Updates(ended={spec.trial_id: result_of(spec) for spec in given["specs"]}), "done": True}
 
 
-def test_the_feeder_gives_out_as_many_trials_as_there_are_workers(small: Path, tmp_path: Path) -> None:
+def test_the_searcher_suggests_as_many_trials_as_there_are_workers(small: Path, tmp_path: Path) -> None:
     cluster: Any = SimpleNamespace(workers=2, per_trial={"CPU": 1.0, "GPU": 0.0})
     with session_on(small, tmp_path / "tiny") as session:
         searcher = SessionSearcher(begun(session), cluster)
@@ -251,12 +256,12 @@ def test_the_feeder_gives_out_as_many_trials_as_there_are_workers(small: Path, t
         assert isinstance(first, dict) and isinstance(second, dict)
         assert first["resources"] == cluster.per_trial
         assert searcher.suggest("c") is None
-        searcher.on_trial_complete("a", of(first, pretend))
+        searcher.on_trial_complete("a", last_report(first, pretend))
         assert isinstance(searcher.suggest("c"), dict)
         assert first["specs"][0].trial_id in session.state.results
 
 
-def test_the_feeder_waits_for_the_winner_of_a_phase_and_ends_with_the_last_one(small: Path, tmp_path: Path) -> None:
+def test_the_searcher_waits_for_the_winner_of_a_phase_and_ends_after_the_last(small: Path, tmp_path: Path) -> None:
     cluster: Any = SimpleNamespace(workers=9, per_trial={"CPU": 1.0, "GPU": 0.0})
     with session_on(small, tmp_path / "tiny") as session:
         searcher = SessionSearcher(begun(session), cluster)
@@ -264,15 +269,15 @@ def test_the_feeder_waits_for_the_winner_of_a_phase_and_ends_with_the_last_one(s
         assert searcher.suggest("e") is None  # the next phase needs the winner of this one
         for name, config in given.items():
             assert isinstance(config, dict)
-            searcher.on_trial_complete(name, of(config, pretend))
+            searcher.on_trial_complete(name, last_report(config, pretend))
         for name in "ef":
             config = searcher.suggest(name)
             assert isinstance(config, dict)
-            searcher.on_trial_complete(name, of(config, pretend))
+            searcher.on_trial_complete(name, last_report(config, pretend))
         assert searcher.suggest("g") == Searcher.FINISHED
 
 
-def test_a_trial_without_a_result_is_a_dead_worker_unless_the_run_was_stopped(small: Path, tmp_path: Path) -> None:
+def test_a_trial_without_a_result_means_a_dead_worker_unless_the_run_was_stopped(small: Path, tmp_path: Path) -> None:
     cluster: Any = SimpleNamespace(workers=2, per_trial={"CPU": 1.0, "GPU": 0.0})
     with session_on(small, tmp_path / "tiny") as session:
         searcher = SessionSearcher(begun(session), cluster)
@@ -288,7 +293,7 @@ def test_a_trial_without_a_result_is_a_dead_worker_unless_the_run_was_stopped(sm
         assert sum(event["event"] == "worker_died" for event in session.journal.events) == 1
 
 
-def test_a_trial_that_saved_and_stopped_is_no_dead_worker(small: Path, tmp_path: Path) -> None:
+def test_a_trial_that_saved_and_stopped_is_not_a_dead_worker(small: Path, tmp_path: Path) -> None:
     cluster: Any = SimpleNamespace(workers=2, per_trial={"CPU": 1.0, "GPU": 0.0})
     with session_on(small, tmp_path / "tiny") as session:
         searcher = SessionSearcher(begun(session), cluster)
@@ -298,33 +303,33 @@ def test_a_trial_that_saved_and_stopped_is_no_dead_worker(small: Path, tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("said", "cause"),
+    ("error", "cause"),
     [
         ("Failure # 1\n1 worker(s) were killed due to the node running low on memory. Memory on ...", "host_oom"),
         ("Failure # 1\nThe actor died unexpectedly before finishing this task.", "killed"),
         ("", "killed"),
     ],
 )
-def test_ray_says_whether_it_killed_a_worker_for_lack_of_memory(
-    small: Path, tmp_path: Path, said: str, cause: str
+def test_the_error_of_ray_tells_whether_it_killed_a_worker_for_lack_of_memory(
+    small: Path, tmp_path: Path, error: str, cause: str
 ) -> None:
     cluster: Any = SimpleNamespace(workers=2, per_trial={"CPU": 1.0, "GPU": 0.0})
     with session_on(small, tmp_path / "tiny") as session:
         searcher = SessionSearcher(begun(session), cluster)
         searcher.suggest("a")
-        searcher.worker_died("a", said)
+        searcher.worker_died("a", error)
         searcher.on_trial_complete("a", None, error=True)
         (died,) = [event for event in session.journal.events if event["event"] == "worker_died"]
         assert died["cause"] == cause
 
 
-def test_a_trial_that_early_stopping_ends_is_recorded_once_and_is_no_dead_worker(tmp_path: Path, corpus: Path) -> None:
+def test_an_early_stopped_trial_is_recorded_once_and_is_not_a_dead_worker(tmp_path: Path, corpus: Path) -> None:
     search = "{method: random, trials: 2, seed: 0, space: {alpha: {uniform: [0.1, 0.5]}}}"
     phases = f"\n  - name: find\n    search: {search}\nearly_stop: {{reduction: 2, first: 3}}\n"
     cluster: Any = SimpleNamespace(workers=3, per_trial={})
     with session_on(write_file(tmp_path, corpus, phases=phases, seeds="[1]"), tmp_path / "tiny") as session:
         searcher = SessionSearcher(begun(session), cluster)
-        stops = engine.EarlyStopper(searcher)
+        stops = EarlyStopper(searcher)
         specs = {name: searcher.suggest(name)["specs"][0] for name in "abc"}
         ended = []
         for i, (name, spec) in enumerate(specs.items()):
@@ -336,25 +341,31 @@ def test_a_trial_that_early_stopping_ends_is_recorded_once_and_is_no_dead_worker
         assert [session.state.results[specs[name].trial_id]["status"] for name in ended] == ["stopped"] * 2
         assert len([event for event in session.journal.events if event["event"] == "trial_finished"]) == 2
         assert not any(event["event"] == "worker_died" for event in session.journal.events)
-        searcher.on_trial_complete("a", of({"specs": [specs["a"]]}, pretend))
+        searcher.on_trial_complete("a", last_report({"specs": [specs["a"]]}, pretend))
         assert searcher.suggest("d") is Searcher.FINISHED
 
 
 @pytest.mark.slow
 def test_early_stopping_on_ray_ends_trials_and_keeps_the_workers(tmp_path: Path, corpus: Path) -> None:
-    """Learning rates from useless to good, in a real campaign; what is stopped makes room for the next trial."""
+    """Learning rates from useless to good in a real campaign; a stopped trial makes room for the next."""
     search = "{method: random, trials: 8, seed: 3, space: {optim.lr: {log: [1e-5, 1e-1]}}}"
     phases = f"\n  - name: find\n    search: {search}\nearly_stop: {{reduction: 2, first: 3}}\n"
     run = start(write_file(tmp_path, corpus, phases=phases, seeds="[1]", steps=24, every=3), tmp_path / "out")
-    assert run.wait() == 0, run.err.read_text()
+    try:
+        assert run.wait() == 0, run.err.read_text()
+    finally:
+        run.process.kill()
     ended = {record["trial_id"]: record for record in records(run.root)}
     stopped = [record for record in ended.values() if record["status"] == "stopped"]
     assert 0 < len(stopped) < len(ended) == 9 and run.events("worker_died") == []
     assert all(record["metrics"]["steps"] in (3, 6, 12) for record in stopped)
     assert len({record["provenance"]["pid"] for record in ended.values()}) <= 2
     again = start(run.root.parents[1] / "tiny.yaml", tmp_path / "out")
-    assert again.wait() == 0
-    assert {record["trial_id"]: record for record in records(run.root)} == ended, "decided once"
+    try:
+        assert again.wait() == 0
+    finally:
+        again.process.kill()
+    assert {record["trial_id"]: record for record in records(run.root)} == ended, "the decisions are not made again"
 
 
 def test_a_failed_trial_is_a_result_and_not_a_dead_worker(small: Path, tmp_path: Path) -> None:
@@ -363,7 +374,7 @@ def test_a_failed_trial_is_a_result_and_not_a_dead_worker(small: Path, tmp_path:
         searcher = SessionSearcher(begun(session), cluster)
         first = searcher.suggest("a")
         assert isinstance(first, dict)
-        searcher.on_trial_complete("a", of(first, lambda spec: TrialResult("failed", error="no memory")))
+        searcher.on_trial_complete("a", last_report(first, lambda spec: TrialResult("failed", error="no memory")))
         assert session.state.results[first["specs"][0].trial_id]["error"] == "no memory"
 
 
@@ -379,42 +390,42 @@ def test_a_failed_trial_is_a_result_and_not_a_dead_worker(small: Path, tmp_path:
         ({"gpus_per_trial": 2}, GPUS, 1),
     ],
 )
-def test_as_many_workers_as_fit(asked: dict[str, Any], here: dict[str, float], workers: int) -> None:
+def test_there_are_as_many_workers_as_fit(asked: dict[str, Any], here: dict[str, float], workers: int) -> None:
     cluster = RayCluster(Resources.model_validate(asked))
-    cluster.per_trial = cluster._per_trial(here)
-    assert cluster._fit(here) == workers
+    cluster.per_trial = cluster._resources_per_trial(here)
+    assert cluster._workers_that_fit(here) == workers
 
 
 @pytest.mark.parametrize("asked", [{"gpus_per_trial": 1}, {"cpus_per_trial": 5}])
-def test_a_trial_that_fits_nowhere_is_an_error_and_not_an_endless_wait(asked: dict[str, Any]) -> None:
+def test_a_trial_that_fits_nowhere_is_an_error(asked: dict[str, Any]) -> None:
     cluster = RayCluster(Resources.model_validate(asked))
-    cluster.per_trial = cluster._per_trial({"CPU": 4.0})
-    with pytest.raises(ConfigError, match=r"a trial asks for . CPUs and . GPUs, and this cluster has 4 CPUs and 0 G"):
-        cluster._fit({"CPU": 4.0})
+    cluster.per_trial = cluster._resources_per_trial({"CPU": 4.0})
+    with pytest.raises(ConfigError, match=r"a trial needs . CPUs and . GPUs, but this cluster has 4 CPUs and 0 GPUs"):
+        cluster._workers_that_fit({"CPU": 4.0})
 
 
-def test_a_gpu_share_is_always_stated(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert RayCluster(Resources())._per_trial({"CPU": 4.0}) == {"CPU": 1.0, "GPU": 0.0}
-    assert RayCluster(Resources())._per_trial(GPUS) == {"CPU": 1.0, "GPU": 1.0}
+def test_the_gpu_share_of_a_trial_is_always_explicit() -> None:
+    assert RayCluster(Resources())._resources_per_trial({"CPU": 4.0}) == {"CPU": 1.0, "GPU": 0.0}
+    assert RayCluster(Resources())._resources_per_trial(GPUS) == {"CPU": 1.0, "GPU": 1.0}
 
 
-def test_tune_is_given_nothing_that_it_could_restore(small: Path, tmp_path: Path) -> None:
+def test_tune_pickles_nothing_that_it_could_restore(small: Path, tmp_path: Path) -> None:
     cluster: Any = SimpleNamespace(workers=1, per_trial={})
     with session_on(small, tmp_path / "tiny") as session:
         searcher = SessionSearcher(session, cluster)
         assert searcher.__getstate__() == {}
-        assert json.dumps(engine.EarlyStopper(searcher).__getstate__()) == "{}"
+        assert json.dumps(EarlyStopper(searcher).__getstate__()) == "{}"
 
 
 # ---- trials that are trained together ------------------------------------------------------------------------------
 
 
-def test_a_worker_that_dies_counts_for_each_trial_of_its_group(tmp_path: Path, corpus: Path) -> None:
+def test_a_dead_worker_counts_for_each_trial_of_its_group(tmp_path: Path, corpus: Path) -> None:
     cluster: Any = SimpleNamespace(workers=2, per_trial={})
     with session_on(write_file(tmp_path, corpus, vectorise=3), tmp_path / "tiny") as session:
         searcher = SessionSearcher(begun(session), cluster)
         group = searcher.suggest("a")["specs"]
-        stops = engine.EarlyStopper(searcher)
+        stops = EarlyStopper(searcher)
         assert stops("a", {UPDATES: Updates(ended={group[1].trial_id: pretend(group[1])})}) is False
         searcher.on_trial_complete("a", None, error=True)
         died = [event["trial_id"] for event in session.journal.events if event["event"] == "worker_died"]
@@ -423,14 +434,16 @@ def test_a_worker_that_dies_counts_for_each_trial_of_its_group(tmp_path: Path, c
         assert [searcher.suggest(name)["specs"][0].trial_id for name in "bc"] == [group[0].trial_id, group[2].trial_id]
 
 
-def test_one_of_a_group_that_falls_behind_is_recorded_at_once_and_its_worker_told(tmp_path: Path, corpus: Path) -> None:
+def test_an_early_stopped_trial_of_a_group_is_recorded_and_its_worker_asked_to_drop_it(
+    tmp_path: Path, corpus: Path
+) -> None:
     search = "{method: random, trials: 2, seed: 0, space: {alpha: {uniform: [0.1, 0.5]}}}"
     phases = f"\n  - name: find\n    search: {search}\nearly_stop: {{reduction: 2, first: 3}}\n"
     cluster: Any = SimpleNamespace(workers=1, per_trial={})
     file = write_file(tmp_path, corpus, phases=phases, seeds="[1]", vectorise=3)
     with session_on(file, tmp_path / "tiny") as session:
         searcher = SessionSearcher(begun(session), cluster)
-        stops, group = engine.EarlyStopper(searcher), searcher.suggest("a")["specs"]
+        stops, group = EarlyStopper(searcher), searcher.suggest("a")["specs"]
         for spec in group:
             spec.folder.mkdir(parents=True)
         reached = {
@@ -440,15 +453,15 @@ def test_one_of_a_group_that_falls_behind_is_recorded_at_once_and_its_worker_tol
         assert stops("a", {UPDATES: Updates(interim=reached)}) is False
         assert [stop_requested(spec.folder) for spec in group] == [False, True, True]
         assert [session.state.results[spec.trial_id]["status"] for spec in group[1:]] == ["stopped"] * 2
-        searcher.on_trial_complete("a", of({"specs": group}, pretend))
+        searcher.on_trial_complete("a", last_report({"specs": group}, pretend))
         assert session.state.results[group[0].trial_id]["status"] == "finished"
         assert len([event for event in session.journal.events if event["event"] == "trial_finished"]) == 3
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_groups_on_ray_have_the_results_of_one_after_the_other(tmp_path: Path, corpus: Path) -> None:
-    """A worker is killed under its group, the run is asked to stop, and the same command goes on."""
+def test_groups_on_ray_give_the_results_of_single_trials(tmp_path: Path, corpus: Path) -> None:
+    """A worker is killed with its group, the run is interrupted, and the same command resumes it."""
     phases = "\n  - name: alpha\n    vary: {alpha: [0.05, 0.1, 0.4]}\n"
     file = write_file(tmp_path, corpus, phases=phases, steps=400, every=40)
     train_all(file, tmp_path / "single")

@@ -1,11 +1,10 @@
-"""Ray may die in any of its parts, and its workers may hang: the campaign goes on in the same command."""
+"""Ray may lose any of its parts and its workers may hang: the same command still finishes the campaign."""
 
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,11 +16,11 @@ import pytest
 from ngpt.config.base import ConfigError
 from ngpt.system.heartbeat import Heartbeat, stop_requested
 from tests.helpers.real_run import Run, left_over, start
-from tests.helpers.tiny_campaign import begun, drive, losses, pretend, records, session_on, train_all, write_file
-from tune.executors import ray_supervisor as keeping
+from tests.helpers.tiny_campaign import begun, losses, pretend, records, session_on, train_all, write_file
+from tune.executors import ray_supervisor
 from tune.executors.orphans import mark_children
-from tune.executors.ray_process import DriverExited, RayReady
-from tune.executors.ray_supervisor import OVER, Driver, RaySupervisor
+from tune.executors.ray_process import RayExited, RayReady
+from tune.executors.ray_supervisor import FINISHED, RESPONSE_TIMEOUT, SAVE_TIMEOUT, RayProcess, RaySupervisor
 from tune.session.session import ExecutorLost, Session
 from tune.spec.schema import Resources
 from tune.storage.journal import read_journal
@@ -30,242 +29,279 @@ from tune.trials.retries import RETRY_RULES
 SLEEP = [sys.executable, "-c", "import time; time.sleep(600)"]
 
 
-# ---- one message after the other, from a driver that is played here --------------------------------------------------
+# ---- message by message, with the test in the place of Ray's process -------------------------------------------------
 
 
 @pytest.fixture
-def session(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Session]:
+def lines() -> list[str]:
+    """The messages of the session."""
+    return []
+
+
+@pytest.fixture
+def session(tmp_path: Path, corpus: Path, lines: list[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Session]:
     monkeypatch.setattr("tune.report.html.write_report", lambda *_: None)
     with session_on(write_file(tmp_path, corpus), tmp_path / "tiny") as session:
-        session.lines = []  # type: ignore[attr-defined]
-        session.message = session.lines.append  # type: ignore[attr-defined]
+        session.message = lines.append
         yield begun(session)
 
 
 @pytest.fixture
-def ray() -> Iterator[subprocess.Popen[bytes]]:
-    """What stands for a process of Ray's own."""
-    with subprocess.Popen(SLEEP) as process:
-        yield process
+def sleepers() -> Iterator[Callable[[], subprocess.Popen[bytes]]]:
+    """Starts processes that sleep; none of them outlives the test, also if it fails."""
+    processes: list[subprocess.Popen[bytes]] = []
+
+    def sleeper() -> subprocess.Popen[bytes]:
+        processes.append(subprocess.Popen(SLEEP))
+        return processes[-1]
+
+    yield sleeper
+    for process in processes:
         process.kill()
+        process.wait()
 
 
-class Played(RaySupervisor):
-    """A keeper whose driver is played by the test, at the other end of a real line."""
+class Clock:
+    """A clock that moves by hand, in whole seconds."""
 
-    def __init__(self, session: Session, ray: subprocess.Popen[bytes], **resources: Any) -> None:
-        super().__init__(session, Resources.model_validate(resources))
-        self.ray, self.starts = ray, 0
+    now = 1000
+
+    def __call__(self) -> float:
+        return float(self.now)
+
+
+class PlayedSupervisor(RaySupervisor):
+    """A supervisor whose child process is played by the test, at the other end of a real pipe."""
+
+    def __init__(self, session: Session, raylet: subprocess.Popen[bytes], **resources: Any) -> None:
+        self.clock, self.raylet, self.starts = Clock(), raylet, 0
+        super().__init__(session, Resources.model_validate(resources), clock=self.clock)
 
     def _start(self) -> None:
         ours, self.theirs = multiprocessing.Pipe()
         process = SimpleNamespace(join=lambda *_: None, kill=lambda: None, exitcode=1)
-        self._driver = Driver(process, ours, time.monotonic())
+        self._ray = RayProcess(process, ours, self.clock())
         self.starts += 1
 
-    def hear(self, message: Any) -> str | None:
+    def receive(self, message: Any) -> str | None:
         self.theirs.send(message)
-        return self._serve_one()
+        return self._handle_next()
 
-    def ask(self, *question: Any) -> Any:
-        assert self.hear(question) is None
+    def call(self, *message: Any) -> Any:
+        assert self.receive(message) is None
         answer, self.stop_requested = self.theirs.recv()
         return answer
 
     def next_trial(self) -> Any:
-        return next(iter(self.ask("ask")), None)
+        return next(iter(self.call("ask")), None)
 
-    def greet(self) -> None:
-        assert self.hear(RayReady(2, 2, "http://127.0.0.1:8265", (self.ray.pid,))) is None
+    def report_ready(self) -> None:
+        assert self.receive(RayReady(2, 2, "http://127.0.0.1:8265", (self.raylet.pid,))) is None
+
+    def health_after(self, seconds: int) -> str | None:
+        self.clock.now += seconds
+        return self._check_health()
 
 
-def greeted(keeper: Played) -> Played:
-    """Its driver has started, and Ray is there."""
-    keeper._start()
-    keeper.greet()
-    return keeper
+def ready(supervisor: PlayedSupervisor) -> PlayedSupervisor:
+    """Its Ray has started."""
+    supervisor._start()
+    supervisor.report_ready()
+    return supervisor
 
 
 @pytest.fixture
-def played(session: Session, ray: subprocess.Popen[bytes]) -> Played:
-    return greeted(Played(session, ray))
+def supervisor(session: Session, sleepers: Callable[[], subprocess.Popen[bytes]]) -> PlayedSupervisor:
+    return ready(PlayedSupervisor(session, sleepers()))
 
 
 @pytest.fixture
-def impatient(session: Session, ray: subprocess.Popen[bytes]) -> Played:
-    """A worker that has made no step for 5 seconds hangs."""
-    return greeted(Played(session, ray, stall_timeout=5.0))
+def impatient(session: Session, sleepers: Callable[[], subprocess.Popen[bytes]]) -> PlayedSupervisor:
+    """A trial without a step for 5 seconds hangs."""
+    return ready(PlayedSupervisor(session, sleepers(), stall_timeout=5.0))
 
 
-def test_it_hands_trials_out_and_results_in(played: Played, session: Session) -> None:
-    while (spec := played.next_trial()) is not None:
-        assert played.ask("should_stop", spec.trial_id, pretend(spec)) is False
-        played.ask("tell", spec.trial_id, pretend(spec))
-    assert played.ask("is_over") and played.stop_requested is False
+def test_trials_are_handed_out_and_results_recorded(supervisor: PlayedSupervisor, session: Session) -> None:
+    while (spec := supervisor.next_trial()) is not None:
+        assert supervisor.call("should_stop", spec.trial_id, pretend(spec)) is False
+        supervisor.call("tell", spec.trial_id, pretend(spec))
+    assert supervisor.call("is_over") and supervisor.stop_requested is False
     assert len(session.state.results) == 6
-    assert played.hear(DriverExited()) is OVER
+    assert supervisor.receive(RayExited()) is FINISHED
 
 
-def test_a_driver_may_ask_for_nothing_else(played: Played) -> None:
+def test_other_methods_of_the_session_cannot_be_called(supervisor: PlayedSupervisor) -> None:
     with pytest.raises(AssertionError, match="end"):
-        played.hear(("end",))
+        supervisor.receive(("end",))
 
 
-def test_a_dead_process_of_ray_is_noticed_and_what_its_workers_suffer_is_not_their_fault(
-    played: Played, session: Session
-) -> None:
-    spec = played.next_trial()
-    played.ray.kill()
-    played.ray.wait()
-    assert "is gone" in str(played.hear(("worker_died", spec.trial_id, "killed")))
+def test_workers_that_die_with_ray_are_not_counted_as_deaths(supervisor: PlayedSupervisor, session: Session) -> None:
+    spec = supervisor.next_trial()
+    supervisor.raylet.kill()
+    supervisor.raylet.wait()
+    assert "is gone" in str(supervisor.receive(("worker_died", spec.trial_id, "killed")))
     assert not any(event["event"] == "worker_died" for event in session.journal.events)
 
 
-def test_a_driver_that_ends_or_gives_up_too_early_is_a_lost_ray(played: Played) -> None:
-    assert played.hear(DriverExited()) == "it ended before the campaign was over"
-    played.theirs.close()
-    assert played._serve_one() == "its driver ended with code 1"
+def test_ray_is_lost_when_its_process_exits_too_early(supervisor: PlayedSupervisor) -> None:
+    assert supervisor.receive(RayExited()) == "it ended before the campaign was over"
+    supervisor.theirs.close()
+    assert supervisor._handle_next() == "its driver ended with code 1"
 
 
-def test_an_error_of_the_driver_is_raised_here_as_what_it_is(played: Played) -> None:
-    with pytest.raises(ConfigError, match="a trial asks for 9 CPUs"):
-        played.hear(DriverExited("a trial asks for 9 CPUs", is_users=True))
+def test_an_error_in_the_ray_process_is_raised_with_its_own_type(supervisor: PlayedSupervisor) -> None:
+    with pytest.raises(ConfigError, match="a trial needs 9 CPUs"):
+        supervisor.receive(RayExited("a trial needs 9 CPUs", is_config_error=True))
     with pytest.raises(RuntimeError, match="KeyError: 'x'"):
-        played.hear(DriverExited("Traceback\nKeyError: 'x'"))
+        supervisor.receive(RayExited("Traceback\nKeyError: 'x'"))
 
 
-def test_a_ray_that_does_not_start_is_no_error_of_ours_and_later_on_replaced(
-    played: Played, session: Session, ray: subprocess.Popen[bytes]
+def test_a_failed_start_of_ray_is_reported_at_first_and_retried_later(
+    supervisor: PlayedSupervisor, session: Session
 ) -> None:
-    failed = DriverExited("the current node timed out during startup", is_rays=True)
-    assert played.hear(failed) == "the current node timed out during startup"
-    first = Played(session, ray)
+    failed = RayExited("the current node timed out during startup", is_start_error=True)
+    assert supervisor.receive(failed) == "the current node timed out during startup"
+    first = PlayedSupervisor(session, supervisor.raylet)
     first._start()
     first.theirs.send(failed)
     with pytest.raises(ExecutorLost, match=r"(?s)Ray did not start: the current node timed out.*doctor.*--inline"):
         first.wait()
 
 
-def test_ray_is_replaced_three_times_and_then_the_run_ends_with_what_to_do(played: Played, session: Session) -> None:
-    trial = played.next_trial().trial_id
-    for time_ in (1, 2, 3):
-        played._replace("its process raylet is gone")
-        played.greet()
-        assert played.starts == time_ + 1
-        assert (again := played.next_trial()).trial_id == trial and again.attempt == time_ + 1
-    with pytest.raises(ExecutorLost, match=r"Ray died 4 times .*raylet is gone.*give the same command again"):
-        played._replace("its process raylet is gone")
-    assert played.starts == 4
-    assert "Ray died (its process raylet is gone); starting a new one, 3 of at most 3" in session.lines  # type: ignore
+def test_ray_is_replaced_three_times_and_then_the_run_ends_with_advice(
+    supervisor: PlayedSupervisor, lines: list[str]
+) -> None:
+    trial = supervisor.next_trial().trial_id
+    for replacement in (1, 2, 3):
+        supervisor._replace("its process raylet is gone")
+        supervisor.report_ready()
+        assert supervisor.starts == replacement + 1
+        assert (again := supervisor.next_trial()).trial_id == trial and again.attempt == replacement + 1
+    with pytest.raises(ExecutorLost, match=r"Ray died 4 times .*raylet is gone.*the same command again to resume"):
+        supervisor._replace("its process raylet is gone")
+    assert supervisor.starts == 4
+    assert "Ray died (its process raylet is gone); starting a new one, 3 of at most 3" in lines
 
 
-def test_a_cluster_that_is_not_ours_is_not_replaced(session: Session, ray: subprocess.Popen[bytes]) -> None:
-    keeper = Played(session, ray)
-    keeper._address = "10.0.0.7:6379"
-    keeper._start()
-    with pytest.raises(ExecutorLost, match=r"the Ray cluster at 10\.0\.0\.7:6379 is lost \(so\); it is not ours"):
-        keeper._replace("so")
-    assert keeper.starts == 1
+def test_a_cluster_joined_by_address_is_not_replaced(supervisor: PlayedSupervisor) -> None:
+    supervisor._address = "10.0.0.7:6379"
+    with pytest.raises(ExecutorLost, match=r"the Ray cluster at 10\.0\.0\.7:6379 is lost \(so\), and this run did not"):
+        supervisor._replace("so")
+    assert supervisor.starts == 1
 
 
-def test_a_share_of_the_gpus_is_told_to_every_driver_before_it_runs(played: Played) -> None:
-    played._is_running = True
-    played._share = 3
-    played._replace("so")
-    played.greet()
-    assert played.theirs.recv() == ("share", 3) and played._driver.ready is None
-    played.greet()
-    assert played.theirs.recv() == ("run",)
+def test_every_replacement_of_ray_shares_the_gpus_before_it_runs(supervisor: PlayedSupervisor) -> None:
+    supervisor._is_running = True
+    supervisor._trials_per_gpu = 3
+    supervisor._replace("so")
+    supervisor.report_ready()
+    assert supervisor.theirs.recv() == ("share", 3) and supervisor._ray.ready is None
+    supervisor.report_ready()
+    assert supervisor.theirs.recv() == ("run",)
 
 
-def worker(root: Path, trial_id: str) -> psutil.Process:
-    """A process that has a trial and sleeps over it, as its heartbeat says."""
-    with mark_children(root):
-        process = subprocess.Popen(SLEEP)
-    folder = root / "trials" / trial_id
+Worker = Callable[[Any], subprocess.Popen[bytes]]
+
+
+@pytest.fixture
+def worker(session: Session, sleepers: Callable[[], subprocess.Popen[bytes]]) -> Worker:
+    """Starts a process that hangs in step 3 of a trial, according to the heartbeat."""
+
+    def start_worker(spec: Any) -> subprocess.Popen[bytes]:
+        with mark_children(session.root):
+            process = sleepers()
+        spec.folder.mkdir(parents=True, exist_ok=True)
+        Heartbeat(spec.folder).close()
+        write_beat(spec.folder, process.pid, step=3)
+        return process
+
+    return start_worker
+
+
+def write_beat(folder: Path, pid: int, *, step: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    Heartbeat(folder).close()
-    (folder / "heartbeat").write_text(f'{{"pid": {process.pid}, "began": 0, "step": 3}}')
-    return process  # type: ignore[return-value]
+    (folder / "heartbeat").write_text(f'{{"pid": {pid}, "began": 0, "step": {step}}}')
 
 
-def test_a_worker_that_hangs_is_ended_and_its_trial_tried_again_as_hung(impatient: Played, session: Session) -> None:
+def causes(session: Session) -> list[str]:
+    return [event["cause"] for event in session.journal.events if event["event"] == "worker_died"]
+
+
+def test_a_hung_worker_is_killed_and_its_trial_retried(
+    impatient: PlayedSupervisor, session: Session, worker: Worker
+) -> None:
     spec = impatient.next_trial()
-    asleep: Any = worker(session.root, spec.trial_id)
-    now = time.monotonic()
-    assert impatient._check_health(now) is None and impatient._check_health(now + 4.9) is None and asleep.poll() is None
-    assert impatient._check_health(now + 5.1) is None
-    assert asleep.wait(30) == -9
-    impatient.ask("worker_died", spec.trial_id, "killed")
+    process = worker(spec)
+    assert impatient.health_after(0) is None and impatient.health_after(4) is None and process.poll() is None
+    assert impatient.health_after(2) is None
+    assert process.wait(30) == -signal.SIGKILL
+    impatient.call("worker_died", spec.trial_id, "killed")
     (died,) = [event for event in session.journal.events if event["event"] == "worker_died"]
     assert (died["cause"], died["step"], died["attempt"]) == ("hung", 3, 1)
     assert impatient.next_trial().attempt == 2
 
 
-def test_trials_of_one_process_hang_together_and_it_is_ended_once(impatient: Played, session: Session) -> None:
-    first, second = impatient.next_trial(), impatient.next_trial()
-    asleep: Any = worker(session.root, first.trial_id)
-    beat = (first.folder / "heartbeat").read_text()
-    second.folder.mkdir(parents=True)
-    (second.folder / "heartbeat").write_text(beat)
-    now = time.monotonic()
-    assert impatient._check_health(now) is None
-    (second.folder / "heartbeat").write_text(beat.replace('"step": 3', '"step": 4'))
-    assert impatient._check_health(now + 4.0) is None and impatient._check_health(now + 8.0) is None
-    assert asleep.poll() is None, "the first one stands still, but its process works on the second"
-    assert impatient._check_health(now + 9.1) is None
-    assert asleep.wait(30) == -9
-    assert sum("ending its worker" in line for line in session.lines) == 1  # type: ignore[attr-defined]
-    for spec in (first, second):
-        impatient.ask("worker_died", spec.trial_id, "killed")
-    died = [event["cause"] for event in session.journal.events if event["event"] == "worker_died"]
-    assert died == ["hung", "hung"]
-
-
-def test_a_ray_that_does_not_notice_a_dead_worker_is_lost(impatient: Played, session: Session) -> None:
-    asleep: Any = worker(session.root, impatient.next_trial().trial_id)
-    now = time.monotonic()
-    assert [impatient._check_health(now + after) for after in (0.0, 6.0, 6.0 + keeping.SILENCE)] == [None] * 3
-    assert "has not noticed" in str(impatient._check_health(now + 7.0 + keeping.SILENCE))
-    asleep.wait(30)
-
-
-def test_a_ray_that_has_no_trials_and_does_not_ask_for_any_is_lost(played: Played) -> None:
-    now = time.monotonic()
-    assert played._check_health(now + keeping.SILENCE - 1) is None
-    assert played._check_health(now + keeping.SILENCE + 1) == "it has stopped asking for work"
-
-
-def test_a_kill_by_the_kernel_for_lack_of_memory_is_told_from_another(
-    played: Played, session: Session, monkeypatch: pytest.MonkeyPatch
+def test_a_process_with_several_trials_is_killed_once_all_of_them_hang(
+    impatient: PlayedSupervisor, session: Session, worker: Worker, lines: list[str]
 ) -> None:
-    first, second = played.next_trial(), played.next_trial()
-    played.ask("worker_died", first.trial_id, "killed")
-    kills = keeping.oom_kill_count() + 1
-    monkeypatch.setattr(keeping, "kernel_kills", lambda: kills)
-    played.ask("worker_died", second.trial_id, "killed")
-    causes = [event["cause"] for event in session.journal.events if event["event"] == "worker_died"]
-    assert causes == ["killed", "host_oom"]
+    first, second = impatient.next_trial(), impatient.next_trial()
+    process = worker(first)
+    write_beat(second.folder, process.pid, step=3)
+    assert impatient.health_after(0) is None
+    write_beat(second.folder, process.pid, step=4)
+    assert impatient.health_after(4) is None and impatient.health_after(4) is None
+    assert process.poll() is None, "the first trial makes no step, but its process works on the second"
+    assert impatient.health_after(4) is None
+    assert process.wait(30) == -signal.SIGKILL
+    assert sum("killing its worker" in line for line in lines) == 1
+    for spec in (first, second):
+        impatient.call("worker_died", spec.trial_id, "killed")
+    assert causes(session) == ["hung", "hung"]
 
 
-def test_asked_to_stop_it_lets_the_trials_save_and_ends_them_after_a_minute(played: Played, session: Session) -> None:
-    spec = played.next_trial()
+def test_ray_is_replaced_when_it_misses_a_dead_worker(impatient: PlayedSupervisor, worker: Worker) -> None:
+    process = worker(impatient.next_trial())
+    assert [impatient.health_after(seconds) for seconds in (0, 10, int(RESPONSE_TIMEOUT) - 5)] == [None] * 3
+    assert process.wait(30) == -signal.SIGKILL
+    assert "has not noticed" in str(impatient.health_after(10))
+
+
+def test_ray_is_replaced_when_it_has_no_trials_and_asks_for_none(supervisor: PlayedSupervisor) -> None:
+    assert supervisor.health_after(int(RESPONSE_TIMEOUT) - 5) is None
+    assert supervisor.health_after(10) == "it has stopped asking for work"
+
+
+def test_a_worker_killed_by_the_kernel_for_lack_of_memory_has_its_own_cause(
+    supervisor: PlayedSupervisor, session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kills = ray_supervisor.oom_kill_count()
+    monkeypatch.setattr(ray_supervisor, "oom_kill_count", lambda: kills)
+    supervisor._oom_kills = kills
+    first, second, third = supervisor.next_trial(), supervisor.next_trial(), supervisor.next_trial()
+    supervisor.call("worker_died", first.trial_id, "killed")
+    monkeypatch.setattr(ray_supervisor, "oom_kill_count", lambda: kills + 1)
+    supervisor.call("worker_died", second.trial_id, "killed")
+    supervisor.clock.now += 60
+    supervisor.call("worker_died", third.trial_id, "killed")
+    assert causes(session) == ["killed", "host_oom", "killed"]
+
+
+def test_trials_save_on_a_stop_and_are_given_up_after_a_minute(supervisor: PlayedSupervisor, session: Session) -> None:
+    spec = supervisor.next_trial()
     spec.folder.mkdir(parents=True)
     session.stop_requested = True
-    now = time.monotonic()
-    assert played._check_health(now) is None and stop_requested(spec.folder)
-    assert played._check_health(now + keeping.GRACE - 1) is None
-    assert played._check_health(now + keeping.GRACE + 1) == "not all trials have saved in time"
-    assert played.next_trial() is None and played.stop_requested
-    assert drive(session) == []
+    assert supervisor.health_after(0) is None and stop_requested(spec.folder)
+    assert supervisor.next_trial() is None and supervisor.stop_requested
+    assert supervisor.health_after(int(SAVE_TIMEOUT) - 5) is None
+    assert supervisor.health_after(10) == "not all trials have saved in time"
 
 
-# ---- real ones, really killed ----------------------------------------------------------------------------------------
+# ---- real processes, really killed -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("keeper")
+    return tmp_path_factory.mktemp("supervisor")
 
 
 ONE_PHASE = """
@@ -276,7 +312,7 @@ ONE_PHASE = """
 
 @pytest.fixture(scope="module")
 def file(folder: Path, corpus: Path) -> Path:
-    """Two trials of some seconds at a time; no checkpoint is due before the end."""
+    """Two trials that take some seconds; no checkpoint is due before the end."""
     rarely = "{every: 100000}"
     path = write_file(folder, corpus, phases=ONE_PHASE, seeds="[1]", steps=400, every=50, checkpoint=rarely)
     path.write_text(path.read_text().replace("workers: 2}", "workers: 2, stall_timeout: 20}"))
@@ -284,31 +320,31 @@ def file(folder: Path, corpus: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(folder: Path, file: Path) -> dict[Any, Any]:
+def uninterrupted(folder: Path, file: Path) -> dict[Any, Any]:
     train_all(file, folder / "inline")
     return losses(folder / "inline")
 
 
-def at_work(run: Run) -> None:
+def both_training(run: Run) -> None:
     run.until(lambda: sum(beat["step"] > 50 for beat in run.beats().values()) == 2)
 
 
-def part(name: str) -> Callable[[Run], psutil.Process]:
+def service(name: str) -> Callable[[Run], psutil.Process]:
     return lambda run: next(process for process in run.family() if process.name() == name)
 
 
-VICTIMS = {"raylet": part("raylet"), "gcs_server": part("gcs_server"), "driver": Run.driver}
+VICTIMS = {"raylet": service("raylet"), "gcs_server": service("gcs_server"), "driver": Run.ray_process}
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("victim", VICTIMS)
-def test_when_a_part_of_ray_dies_it_is_replaced_and_the_same_command_finishes(
-    folder: Path, file: Path, undisturbed: dict[Any, Any], victim: str
+def test_a_dead_part_of_ray_is_replaced_within_the_same_command(
+    folder: Path, file: Path, uninterrupted: dict[Any, Any], victim: str
 ) -> None:
     run = start(file, folder / victim)
     try:
-        at_work(run)
+        both_training(run)
         old = {beat["pid"] for beat in run.beats().values()}
         family = run.family()
         VICTIMS[victim](run).kill()
@@ -317,7 +353,7 @@ def test_when_a_part_of_ray_dies_it_is_replaced_and_the_same_command_finishes(
         assert run.wait() == 0, run.err.read_text()
     finally:
         run.process.kill()
-    assert losses(run.root) == undisturbed
+    assert losses(run.root) == uninterrupted
     assert run.err.read_text().count("starting a new one, 1 of at most 3") == 1
     assert "Traceback" not in run.err.read_text()
     assert {event["cause"] for event in run.events("worker_died")} == {"ray_lost"}
@@ -326,12 +362,12 @@ def test_when_a_part_of_ray_dies_it_is_replaced_and_the_same_command_finishes(
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_worker_that_hangs_is_ended_within_its_timeout_and_its_trial_goes_on(
-    folder: Path, file: Path, undisturbed: dict[Any, Any]
+def test_a_hung_worker_is_killed_within_its_timeout_and_its_trial_continues(
+    folder: Path, file: Path, uninterrupted: dict[Any, Any]
 ) -> None:
     run = start(file, folder / "hung")
     try:
-        at_work(run)
+        both_training(run)
         trial_id, beat = next(iter(run.beats().items()))
         psutil.Process(beat["pid"]).suspend()
         assert run.wait() == 0, run.err.read_text()
@@ -340,19 +376,19 @@ def test_a_worker_that_hangs_is_ended_within_its_timeout_and_its_trial_goes_on(
     (died,) = run.events("worker_died")
     assert (died["trial_id"], died["cause"]) == (trial_id, "hung")
     assert f"{trial_id} has made no progress for 2" in run.err.read_text()
-    assert losses(run.root) == undisturbed
+    assert losses(run.root) == uninterrupted
     assert {record["trial_id"]: record["attempt"] for record in records(run.root)}[trial_id] == 2
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_lets_every_trial_save_where_it_is_and_a_killed_run_leaves_nothing_behind(
-    folder: Path, file: Path, undisturbed: dict[Any, Any], number: int
+def test_a_signal_saves_every_trial_and_a_killed_run_leaves_no_processes(
+    folder: Path, file: Path, uninterrupted: dict[Any, Any], number: int
 ) -> None:
     runs = [start(file, folder / f"signal{number}")]
     try:
-        at_work(runs[0])
+        both_training(runs[0])
         at = {trial_id: beat["step"] for trial_id, beat in runs[0].beats().items()}
         os.kill(runs[0].process.pid, number)
         assert runs[0].wait() == 128 + number, runs[0].err.read_text()
@@ -362,14 +398,14 @@ def test_a_signal_lets_every_trial_save_where_it_is_and_a_killed_run_leaves_noth
         runs.append(run := start(file, folder / f"signal{number}"))
         began: dict[str, int] = {}
 
-        def all_have_gone_on() -> bool:  # one that is being set up has no step to go on from yet
+        def all_have_resumed() -> bool:  # while a trial is being set up it has not resumed yet
             began.update({name: beat["began"] for name, beat in run.beats().items() if beat["step"] > beat["began"]})
             return began.keys() == saved.keys()
 
-        run.until(all_have_gone_on)
+        run.until(all_have_resumed)
         assert began == saved
-        family, driver = run.family(), run.driver()
-        driver.suspend()  # it cannot clean up after its parent
+        family, ray_process = run.family(), run.ray_process()
+        ray_process.suspend()  # it cannot clean up after its parent
         run.process.kill()
         run.wait()
 
@@ -380,12 +416,12 @@ def test_a_signal_lets_every_trial_save_where_it_is_and_a_killed_run_leaves_noth
     finally:
         for run in runs:
             run.process.kill()
-    assert losses(runs[0].root) == undisturbed
+    assert losses(runs[0].root) == uninterrupted
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_what_ray_kills_for_lack_of_memory_is_tried_once_more_alone_and_then_failed(
+def test_a_trial_that_ray_kills_for_lack_of_memory_is_retried_once_alone(
     folder: Path, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_memory_usage_threshold", "0.01")

@@ -1,4 +1,4 @@
-"""A worker as Ray sees it, driven by hand: trial after trial in one process."""
+"""A worker of Ray Tune without Ray: trial after trial in one process."""
 
 import contextlib
 import inspect
@@ -44,12 +44,12 @@ def steps(worker: TrialWorker) -> list[dict[str, Any]]:
 
 
 def result(report: dict[str, Any]) -> TrialResult:
-    """What came of a lone trial."""
+    """The result of a trial that runs alone."""
     (ended,) = report[UPDATES].ended.values()
     return ended
 
 
-def test_a_step_goes_to_the_next_evaluation_and_the_last_one_reports_the_result(worker: TrialWorker) -> None:
+def test_a_step_runs_to_the_next_evaluation_and_the_last_one_reports_the_result(worker: TrialWorker) -> None:
     *evaluations, last = steps(worker)
     assert [report[UPDATES].interim["t"].metrics["steps"] for report in evaluations] == [0, 3, 6, 8]
     assert all(not report[UPDATES].ended and not report.get("done") for report in evaluations)
@@ -57,13 +57,13 @@ def test_a_step_goes_to_the_next_evaluation_and_the_last_one_reports_the_result(
 
 
 def paused(report: dict[str, Any]) -> dict[str, float | None]:
-    """The steps of the newest evaluations in the last report of trials that have saved and stopped."""
+    """The step of the newest evaluation of each trial, in a report of trials that have saved and stopped."""
     assert report.keys() == {UPDATES, PAUSED, "done"} and report[PAUSED] is report["done"] is True
     assert not report[UPDATES].ended
     return {trial_id: interim.metrics["steps"] for trial_id, interim in report[UPDATES].interim.items()}
 
 
-def test_it_is_used_for_one_trial_after_another(worker: TrialWorker, spec: TrialSpec, tmp_path: Path) -> None:
+def test_a_worker_runs_one_trial_after_another(worker: TrialWorker, spec: TrialSpec, tmp_path: Path) -> None:
     first = result(steps(worker)[-1])
     assert worker.reset_config({"specs": [replace(spec, folder=tmp_path / "again")]})
     second = result(steps(worker)[-1])
@@ -74,7 +74,7 @@ def test_it_is_used_for_one_trial_after_another(worker: TrialWorker, spec: Trial
     assert result(steps(worker)[-1]).metrics["val_loss"] != first.metrics["val_loss"]
 
 
-def test_a_trial_that_is_replaced_in_the_middle_is_closed(worker: TrialWorker, spec: TrialSpec, tmp_path: Path) -> None:
+def test_a_trial_replaced_before_its_end_is_closed(worker: TrialWorker, spec: TrialSpec, tmp_path: Path) -> None:
     worker.step()
     abandoned = worker._run
     assert worker.reset_config({"specs": [replace(spec, folder=tmp_path / "other")]})
@@ -83,7 +83,7 @@ def test_a_trial_that_is_replaced_in_the_middle_is_closed(worker: TrialWorker, s
 
 
 @pytest.mark.parametrize(("gpu", "usable"), [(False, True), (True, False)])
-def test_after_a_failure_on_a_gpu_the_process_is_not_used_again(
+def test_a_process_is_not_reused_after_a_failure_on_a_gpu(
     worker: TrialWorker, spec: TrialSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpu: bool, usable: bool
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: gpu)
@@ -93,11 +93,11 @@ def test_after_a_failure_on_a_gpu_the_process_is_not_used_again(
     assert worker.reset_config({"specs": [spec]}) is usable
 
 
-def test_it_says_which_process_has_a_trial_before_the_first_step(worker: TrialWorker, spec: TrialSpec) -> None:
+def test_the_heartbeat_names_the_process_before_the_first_step(worker: TrialWorker, spec: TrialSpec) -> None:
     assert read_heartbeat(spec.folder) == Beat(os.getpid(), 0, 0)
 
 
-def test_when_asked_to_stop_it_saves_where_it_is_and_says_so(
+def test_a_stop_request_saves_the_trial_and_reports_a_pause(
     worker: TrialWorker, spec: TrialSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ngpt.system.heartbeat.LISTEN", 0.0)  # at every step
@@ -115,16 +115,16 @@ def test_when_asked_to_stop_it_saves_where_it_is_and_says_so(
     assert result(steps(worker)[-1]).metrics["val_loss"] == again.metrics["val_loss"]
 
 
-def test_an_evaluation_at_which_it_is_asked_to_stop_is_reported(
+def test_an_evaluation_that_coincides_with_a_stop_request_is_reported(
     worker: TrialWorker, spec: TrialSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     worker.step()
     advance = worker._advance
 
     def advance_and_ask() -> Updates:
-        news = advance()
+        updates = advance()
         request_stop(spec.folder)
-        return news
+        return updates
 
     monkeypatch.setattr(worker, "_advance", advance_and_ask)
     assert paused(worker.step()) == {"t": 3}
@@ -132,7 +132,7 @@ def test_an_evaluation_at_which_it_is_asked_to_stop_is_reported(
     monkeypatch.setattr("ray._private.worker._changeproctitle", lambda *_: contextlib.nullcontext())
     clear(spec.folder)
     assert worker.reset_config({"specs": [spec]})
-    # The next attempt goes on from there and does not evaluate step 3 again: early stopping would never hear of it.
+    # The next attempt does not evaluate step 3 again: without this report, early stopping would miss it.
     assert [step for report in steps(worker) for step in evaluated(report)] == [6, 8]
 
 
@@ -140,13 +140,13 @@ def evaluated(report: dict[str, Any]) -> list[float | None]:
     return [interim.metrics["steps"] for interim in report[UPDATES].interim.values()]
 
 
-def test_it_asks_for_the_resources_of_its_trial() -> None:
+def test_the_resources_of_the_trial_are_requested() -> None:
     request = TrialWorker.default_resource_request({"resources": {"CPU": 2.0, "GPU": 0.5}})
     assert isinstance(request, ray.tune.PlacementGroupFactory)
     assert request.required_resources == {"CPU": 2.0, "GPU": 0.5}
 
 
-# ---- trials that are trained together ------------------------------------------------------------------------------
+# ---- groups of trials ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -162,7 +162,7 @@ def group(spec: TrialSpec, tmp_path: Path) -> list[TrialSpec]:
     ]
 
 
-def test_a_group_is_trained_to_its_end_and_the_worker_takes_the_next_trial(
+def test_a_group_is_trained_to_its_end_and_its_worker_runs_the_next_trial(
     worker: TrialWorker, spec: TrialSpec, group: list[TrialSpec]
 ) -> None:
     alone = result(steps(worker)[-1])
@@ -176,7 +176,7 @@ def test_a_group_is_trained_to_its_end_and_the_worker_takes_the_next_trial(
     assert result(steps(worker)[-1]).metrics["val_loss"] == alone.metrics["val_loss"]
 
 
-def test_one_of_a_group_that_is_asked_to_stop_is_left_out_and_the_others_go_on(
+def test_a_stop_request_ends_one_trial_of_a_group_and_the_others_continue(
     worker: TrialWorker, group: list[TrialSpec]
 ) -> None:
     worker.reset_config({"specs": group})
@@ -188,7 +188,7 @@ def test_one_of_a_group_that_is_asked_to_stop_is_left_out_and_the_others_go_on(
     assert not stop_requested(group[1].folder)
 
 
-def test_a_group_of_which_all_are_asked_to_stop_saves_where_it_is(
+def test_a_group_whose_trials_all_have_stop_requests_saves_and_pauses(
     worker: TrialWorker, group: list[TrialSpec], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ngpt.system.heartbeat.LISTEN", 0.0)  # at every step

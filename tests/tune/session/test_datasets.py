@@ -42,7 +42,7 @@ def test_every_corpus_that_an_arm_uses_is_prepared_once(tmp_path: Path, corpus: 
     assert said == []
 
 
-def test_the_data_are_described_by_what_they_hold(tiny: TrainConfig, dataset: Dataset, corpus: Path) -> None:
+def test_the_description_of_the_data_matches_its_content(tiny: TrainConfig, dataset: Dataset, corpus: Path) -> None:
     config = override(tiny, {"eval_tokens": 96})
     described = describe_data(config)
     assert described["corpus"] == corpus.name
@@ -60,7 +60,7 @@ def test_the_data_are_described_by_what_they_hold(tiny: TrainConfig, dataset: Da
     assert described["skipped_shards"] == 0
 
 
-def test_the_description_does_not_depend_on_how_the_batch_is_cut(tiny: TrainConfig) -> None:
+def test_the_description_does_not_depend_on_the_batch_size(tiny: TrainConfig) -> None:
     assert describe_data(override(tiny, {"batch_size": 3})) == describe_data(override(tiny, {"batch_size": 8}))
 
 
@@ -97,7 +97,7 @@ def test_all_shards_of_a_campaign_are_known_by_size_and_checksum(on_shards: Path
     assert json.loads(json.dumps(shards)) == shards
 
 
-def test_a_changed_shard_is_shown_as_it_was_and_as_it_is(on_shards: Path) -> None:
+def test_a_changed_shard_is_reported_with_its_old_and_new_state(on_shards: Path) -> None:
     campaign = load_campaign(on_shards)
     before = check_all(campaign)
     assert changed_shards(before, check_all(campaign)) == []
@@ -114,9 +114,7 @@ def test_a_changed_shard_is_shown_as_it_was_and_as_it_is(on_shards: Path) -> Non
     assert "a_train_2.bin: not there -> 1124 bytes" in lines[2]
 
 
-def test_a_bit_that_was_lost_without_a_trace_is_found_at_the_next_start(
-    on_shards: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_flipped_bit_is_found_at_the_next_start(on_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The disk's fault, not a writer's: the times of the file are what they were."""
     campaign = load_campaign(on_shards)
     monkeypatch.setattr(checksums, "_last_change", lambda path: 0.0)

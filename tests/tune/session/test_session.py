@@ -79,7 +79,7 @@ def events(root: Path, name: str) -> list[dict]:
     return [event for event in read_journal(root / "journal.jsonl") if event["event"] == name]
 
 
-def test_a_trial_is_tracked_by_its_place_in_the_campaign_and_in_one_mode_for_all(root: Path, file: Path) -> None:
+def test_trackers_get_the_place_in_the_campaign_and_one_mode_for_all_trials(root: Path, file: Path) -> None:
     with session_on(file, root, ("tracker.wandb=auto", "tracker.project=spheres")) as session:
         tracker = drive(begun(session, wandb_mode="offline"), most=1)[0].config.tracker
     assert (tracker.wandb, tracker.project) == ("offline", "spheres")
@@ -107,16 +107,14 @@ def test_the_winner_of_a_phase_becomes_the_base_of_the_next(root: Path, file: Pa
     assert {spec.config.project_every for spec in later} == {3}  # 1 is the winner itself, known already
 
 
-def test_without_a_winner_the_base_stays_as_it_was(root: Path, file: Path) -> None:
+def test_without_a_winner_the_base_does_not_change(root: Path, file: Path) -> None:
     with session_on(file, root) as session:
         given_out = drive(begun(session), lambda spec: pretend(spec, gain=0.0))
         assert session.state.phases["alpha"].winner == "alpha=0.05"
     assert {spec.config.model.alpha for spec in given_out if spec.phase == "projection"} == {0.05}
 
 
-def test_independent_phases_are_at_work_together_and_dependent_ones_wait(
-    tmp_path: Path, corpus: Path, root: Path
-) -> None:
+def test_independent_phases_run_together_and_dependent_ones_wait(tmp_path: Path, corpus: Path, root: Path) -> None:
     with session_on(write_file(tmp_path, corpus, phases=DIAMOND), root) as session:
         begun(session)
         specs = []
@@ -158,7 +156,7 @@ def test_a_trial_that_two_phases_share_is_trained_once_and_recorded_in_both(
 # ---- one at a time -------------------------------------------------------------------------------------------------
 
 
-def test_a_second_session_on_the_directory_is_told_who_has_it(root: Path, file: Path) -> None:
+def test_a_second_session_on_the_directory_is_refused_with_the_process_that_holds_it(root: Path, file: Path) -> None:
     with session_on(file, root) as session:
         begun(session)
         with pytest.raises(ResultsLocked, match=rf"{root} is in use by another run \(process {os.getpid()}\)"):
@@ -183,7 +181,7 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert not (root / "campaign.pid").exists()
 
 
-def test_an_error_in_the_middle_lets_go_of_the_directory(root: Path, file: Path) -> None:
+def test_an_error_releases_the_lock(root: Path, file: Path) -> None:
     with pytest.raises(RuntimeError, match="boom"), session_on(file, root) as session:
         begun(session)
         raise RuntimeError("boom")
@@ -191,7 +189,7 @@ def test_an_error_in_the_middle_lets_go_of_the_directory(root: Path, file: Path)
     assert len(finish(file, root)) == 6
 
 
-def test_a_damaged_journal_is_refused_and_the_directory_let_go(root: Path, file: Path) -> None:
+def test_a_damaged_journal_is_refused_and_the_lock_released(root: Path, file: Path) -> None:
     finish(file, root)
     journal = root / "journal.jsonl"
     whole = journal.read_bytes()
@@ -203,7 +201,7 @@ def test_a_damaged_journal_is_refused_and_the_directory_let_go(root: Path, file:
     assert finish(file, root) == []
 
 
-def test_a_place_that_cannot_be_a_folder_is_an_os_error(tmp_path: Path, file: Path) -> None:
+def test_results_that_cannot_be_a_folder_are_an_os_error(tmp_path: Path, file: Path) -> None:
     (tmp_path / "results").write_text("a file")
     with pytest.raises(OSError):
         session_on(file, tmp_path / "results" / "tiny").__enter__()
@@ -212,7 +210,7 @@ def test_a_place_that_cannot_be_a_folder_is_an_os_error(tmp_path: Path, file: Pa
 # ---- deaths, failures, divergence ----------------------------------------------------------------------------------
 
 
-def test_a_trial_whose_worker_dies_is_next_again_a_few_times_and_then_failed(root: Path, file: Path) -> None:
+def test_a_trial_whose_worker_dies_is_retried_a_few_times_and_then_fails(root: Path, file: Path) -> None:
     with session_on(file, root) as session:
         begun(session)
         spec = next_trial(session)
@@ -241,7 +239,7 @@ def dying(root: Path, trial_id: str, *, step: int, began: int = 0) -> None:
     heartbeat.close()
 
 
-def test_a_trial_that_kills_its_worker_at_the_same_step_twice_does_not_get_a_third_one(root: Path, file: Path) -> None:
+def test_a_trial_that_kills_its_worker_twice_at_the_same_step_is_not_retried(root: Path, file: Path) -> None:
     with session_on(file, root) as session:
         begun(session)
         for step in (4, 5, 5):
@@ -255,9 +253,7 @@ def test_a_trial_that_kills_its_worker_at_the_same_step_twice_does_not_get_a_thi
         assert len(drive(session)) == 5, "and the others are not held up"
 
 
-def test_where_the_machine_had_no_memory_a_trial_has_one_more_try_with_nothing_beside_it(
-    root: Path, file: Path
-) -> None:
+def test_a_trial_is_retried_once_alone_after_the_machine_ran_out_of_memory(root: Path, file: Path) -> None:
     with session_on(file, root) as session:
         begun(session)
         first, second = next_trial(session), next_trial(session)
@@ -278,7 +274,7 @@ def test_where_the_machine_had_no_memory_a_trial_has_one_more_try_with_nothing_b
         assert next_trial(session) and next_trial(session), "and then they are two at a time again"
 
 
-def test_when_ray_dies_all_running_trials_are_next_again_in_their_order(root: Path, file: Path) -> None:
+def test_all_running_trials_are_retried_in_order_when_ray_dies(root: Path, file: Path) -> None:
     with session_on(file, root) as session:
         begun(session)
         given_out = [next_trial(session) for _ in range(3)]
@@ -289,7 +285,7 @@ def test_when_ray_dies_all_running_trials_are_next_again_in_their_order(root: Pa
     assert [event["cause"] for event in events(root, "worker_died")] == ["ray_lost"] * 3
 
 
-def test_results_say_their_cause_and_code_errors_are_not_tried_again(root: Path, file: Path) -> None:
+def test_failed_results_have_a_cause_and_code_errors_are_not_retried(root: Path, file: Path) -> None:
     errors = iter(["ValueError: it broke", "torch.OutOfMemoryError: CUDA out of memory."])
 
     def result_of(spec: TrialSpec) -> TrialResult:
@@ -302,7 +298,7 @@ def test_results_say_their_cause_and_code_errors_are_not_tried_again(root: Path,
     assert causes[:3] == ["code_error", "oom", "diverged"]
 
 
-def test_an_exception_in_the_middle_is_journaled_without_its_secrets_and_the_next_session_goes_on(
+def test_an_exception_is_journaled_without_secrets_and_the_next_session_resumes(
     root: Path, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "canary-hf-1f0e2d3c4b5a")
@@ -314,7 +310,7 @@ def test_an_exception_in_the_middle_is_journaled_without_its_secrets_and_the_nex
     assert len(finish(file, root)) == 4
 
 
-def test_the_heartbeat_and_the_wish_of_an_attempt_that_is_over_are_forgotten(root: Path, file: Path) -> None:
+def test_heartbeat_and_stop_request_of_a_past_attempt_are_removed(root: Path, file: Path) -> None:
     with session_on(file, root) as session:
         begun(session)
         spec = next_trial(session)
@@ -342,7 +338,7 @@ def test_a_requested_stop_reaches_every_running_trial_and_starts_no_more(root: P
         assert stop_requested(second.folder) and session.stop_signal == 15
 
 
-def test_interruptions_do_not_count_as_deaths(root: Path, file: Path) -> None:
+def test_interruptions_do_not_count_as_deaths_of_workers(root: Path, file: Path) -> None:
     for _ in range(MOST_RETRIES + 2):
         with session_on(file, root) as session:
             spec = next_trial(begun(session))
@@ -356,7 +352,7 @@ def test_interruptions_do_not_count_as_deaths(root: Path, file: Path) -> None:
         assert again and again.trial_id == spec.trial_id
 
 
-def test_a_failed_trial_is_tried_again_by_the_next_session_and_its_phase_judged_anew(root: Path, file: Path) -> None:
+def test_a_failed_trial_is_retried_by_the_next_session_and_its_phase_judged_again(root: Path, file: Path) -> None:
     with session_on(file, root) as session:
         broken = drive(
             begun(session), lambda spec: pretend(spec, status="failed" if spec.seed == 2 else "finished", gain=0.0)
@@ -385,7 +381,7 @@ def test_an_arm_that_diverged_never_wins(root: Path, file: Path) -> None:
     assert finish(file, root) == []  # a divergence is a result: it is not tried again
 
 
-def test_a_campaign_of_which_everything_fails_still_ends(root: Path, file: Path) -> None:
+def test_a_campaign_whose_trials_all_fail_still_ends(root: Path, file: Path) -> None:
     with session_on(file, root) as session:
         drive(begun(session), lambda spec: pretend(spec, status="failed"))
         assert session.is_over()
@@ -396,7 +392,7 @@ def test_a_campaign_of_which_everything_fails_still_ends(root: Path, file: Path)
 # ---- the same command again ----------------------------------------------------------------------------------------
 
 
-def test_the_second_run_trains_nothing_and_says_the_same(root: Path, file: Path) -> None:
+def test_a_second_run_trains_nothing_and_has_the_same_results(root: Path, file: Path) -> None:
     assert len(finish(file, root)) == 6
     before = losses(root)
     assert finish(file, root) == []
@@ -416,7 +412,7 @@ def test_interrupted_after_any_trial_nothing_is_trained_twice(root: Path, file: 
 
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(cuts=st.lists(st.integers(0, 30), min_size=1, max_size=3))
-def test_a_journal_cut_off_anywhere_is_gone_on_with(
+def test_a_campaign_resumes_from_a_journal_cut_off_anywhere(
     tmp_path_factory: pytest.TempPathFactory, corpus: Path, cuts: list[int]
 ) -> None:
     """What a power failure leaves: any number of whole events, then a part of one."""
@@ -433,7 +429,7 @@ def test_a_journal_cut_off_anywhere_is_gone_on_with(
     assert read_state(root).status == "finished"
 
 
-def test_a_value_that_is_added_to_the_file_trains_only_what_is_new(tmp_path: Path, corpus: Path, root: Path) -> None:
+def test_a_value_added_to_the_file_trains_only_its_own_trials(tmp_path: Path, corpus: Path, root: Path) -> None:
     one_phase = "\n  - name: alpha\n    vary: {alpha: [0.05, 0.4]}\n"
     before = finish(write_file(tmp_path, corpus, phases=one_phase), root)
     added = finish(write_file(tmp_path, corpus, phases=one_phase.replace("0.4", "0.2, 0.4")), root)
@@ -442,7 +438,7 @@ def test_a_value_that_is_added_to_the_file_trains_only_what_is_new(tmp_path: Pat
     assert len(records(root)) == 6
 
 
-def test_a_seed_that_is_added_trains_only_that_seed(tmp_path: Path, corpus: Path, root: Path) -> None:
+def test_a_seed_added_to_the_file_trains_only_that_seed(tmp_path: Path, corpus: Path, root: Path) -> None:
     finish(write_file(tmp_path, corpus), root)
     finish(write_file(tmp_path, corpus, seeds="[1, 2, 3]"), root)
     trained = events(root, "trial_started")
@@ -500,9 +496,7 @@ def test_the_directory_holds_the_file_as_given_and_a_manifest(root: Path, file: 
     assert len(manifest["data"]["sha256"]) == 64
 
 
-def test_a_phase_of_one_seed_is_announced_in_the_singular_and_with_what_it_starts_from(
-    tmp_path: Path, corpus: Path
-) -> None:
+def test_a_phase_is_announced_with_its_size_and_its_base(tmp_path: Path, corpus: Path) -> None:
     phases = """
   - {name: a, vary: {alpha: [0.05, 0.1]}, seeds: [1]}
   - {name: b, inherit: a, vary: {lr: [0.001, 0.002]}, seeds: [1]}
@@ -515,7 +509,7 @@ def test_a_phase_of_one_seed_is_announced_in_the_singular_and_with_what_it_start
     assert "phase b: 3 arms x 1 seed = 3 trials on alpha=0.05, 1 of them known already" in lines
 
 
-def test_what_happens_is_said_in_one_line_each(root: Path, file: Path) -> None:
+def test_every_event_is_one_line(root: Path, file: Path) -> None:
     lines: list[str] = []
     with session_on(file, root) as session:
         session.message = lines.append
@@ -535,13 +529,15 @@ def together(tmp_path: Path, corpus: Path) -> Path:
     return write_file(tmp_path, corpus, vectorise=3)
 
 
-def test_without_it_every_group_is_a_single_trial(root: Path, file: Path) -> None:
+def test_without_vectorise_every_group_is_a_single_trial(root: Path, file: Path) -> None:
     with session_on(file, root) as session:
         assert [len(begun(session).ask()) for _ in range(4)] == [1] * 4
         assert session.ask() == []
 
 
-def test_a_group_is_the_next_trial_and_those_behind_it_of_its_graph(tmp_path: Path, corpus: Path, root: Path) -> None:
+def test_a_group_holds_the_next_trial_and_those_after_it_with_the_same_graph(
+    tmp_path: Path, corpus: Path, root: Path
+) -> None:
     phases = "\n  - name: a\n    vary: {alpha: [0.1, 0.2, 0.3], batch_size: [8]}\n"
     with session_on(write_file(tmp_path, corpus, phases=phases, seeds="[1]", vectorise=3), root) as session:
         groups = [begun(session).ask(), session.ask(), session.ask()]
@@ -550,7 +546,7 @@ def test_a_group_is_the_next_trial_and_those_behind_it_of_its_graph(tmp_path: Pa
         assert started == [spec.trial_id for group in groups for spec in group] == list(session.state.running)
 
 
-def test_what_is_left_is_divided_among_the_workers(tmp_path: Path, corpus: Path, root: Path) -> None:
+def test_waiting_trials_are_divided_among_the_workers(tmp_path: Path, corpus: Path, root: Path) -> None:
     phases = "\n  - name: a\n    vary: {alpha: [0.1, 0.2, 0.3]}\n"
     with session_on(write_file(tmp_path, corpus, phases=phases, seeds="[1, 2]", vectorise=8), root) as session:
         begun(session, workers=3)
@@ -558,7 +554,7 @@ def test_what_is_left_is_divided_among_the_workers(tmp_path: Path, corpus: Path,
 
 
 @pytest.mark.parametrize(("step", "sizes"), [(2, [3, 3, 2]), (3, [3, 3, 1])])
-def test_a_worker_that_will_soon_be_free_is_left_its_share(
+def test_a_worker_that_is_soon_free_gets_its_share(
     tmp_path: Path, corpus: Path, root: Path, step: int, sizes: list[int]
 ) -> None:
     phases = "\n  - name: a\n    vary: {alpha: [0.1, 0.2, 0.3]}\n"
@@ -580,7 +576,7 @@ def test_a_budget_counts_every_trial_of_a_group(root: Path, together: Path) -> N
         assert session.ask() == []
 
 
-def test_trials_that_their_process_died_under_are_then_trained_by_themselves(root: Path, together: Path) -> None:
+def test_trials_of_a_group_whose_worker_died_are_retried_one_by_one(root: Path, together: Path) -> None:
     with session_on(together, root) as session:
         group = begun(session).ask()
         for spec in reversed(group):

@@ -1,0 +1,66 @@
+"""What signals do while trials run."""
+
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.tiny_campaign import session_on, write_file
+from tune.executors.signals import stop_on_signal
+
+pytestmark = pytest.mark.usefixtures("signals")
+
+
+@pytest.fixture
+def file(tmp_path: Path, corpus: Path) -> Path:
+    return write_file(tmp_path, corpus)
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_second_signal_exits_at_once(
+    tmp_path: Path,
+    file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    is_terminal: bool,
+) -> None:
+    codes: list[int] = []
+    monkeypatch.setattr("tune.executors.signals.os._exit", codes.append)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
+    with session_on(file, tmp_path / "tiny") as session, stop_on_signal(session):
+        signal.raise_signal(signal.SIGINT)
+        assert (session.stop_requested, codes) == (True, [])
+        signal.raise_signal(signal.SIGTERM)
+        assert codes == [128 + signal.SIGTERM]
+    said = capfd.readouterr().err
+    assert "stopped at once; run the same command again to resume" in said
+    assert ("\x1b[?25h" in said) is is_terminal, "the live view has hidden the cursor"
+
+
+def test_a_closed_terminal_may_send_its_signal_twice(
+    tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tune.executors.signals.os._exit", lambda code: pytest.fail(f"ended with {code}"))
+    with session_on(file, tmp_path / "tiny") as session, stop_on_signal(session):
+        signal.raise_signal(signal.SIGHUP)
+        signal.raise_signal(signal.SIGHUP)
+        assert session.stop_signal == signal.SIGHUP
+
+
+def test_with_nohup_the_run_outlives_its_terminal(tmp_path: Path, file: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with session_on(file, tmp_path / "tiny") as session, stop_on_signal(session):
+            signal.raise_signal(signal.SIGHUP)
+            assert not session.stop_requested
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_signal_handlers_are_restored_after_the_run(tmp_path: Path, file: Path) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with session_on(file, tmp_path / "tiny") as session:
+        with stop_on_signal(session):
+            assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] != before
+        assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
