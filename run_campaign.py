@@ -1,17 +1,17 @@
-"""The one command: read a campaign, run it or go on with it, and say what came out.
+"""Run a campaign of training runs, resume it, or look at its results.
 
-    python run_campaign.py experiments/quickstart.yaml              run, or resume where it stopped
-    python run_campaign.py experiments/quickstart.yaml --plan       what would run, and how long it would take
-    python run_campaign.py status results/quickstart                where a campaign stands, also while it runs
+    python run_campaign.py experiments/quickstart.yaml              run, or resume after an interruption
+    python run_campaign.py experiments/quickstart.yaml --plan       show the trials and how long they take
+    python run_campaign.py status results/quickstart                progress of a campaign, also while it runs
     python run_campaign.py report results/quickstart                rebuild every derived file from the journal
-    python run_campaign.py compare results/one results/other        two campaigns side by side, arm by arm
-    python run_campaign.py claims results/one results/other         every claim that they tested, on one page
-    python run_campaign.py verify results/quickstart                whether its files are as they were written
-    python run_campaign.py doctor                                   what would go wrong on this machine
+    python run_campaign.py compare results/one results/other        compare two campaigns, arm by arm
+    python run_campaign.py claims results/one results/other         collect the tested claims on one page
+    python run_campaign.py verify results/quickstart                check every file against its checksum
+    python run_campaign.py doctor                                   check this machine for problems
 
-Exit codes: 0 all trials finished; 1 internal error; 2 usage or configuration; 3 another run holds the results;
-4 finished, but some trials failed or diverged, or stopped by the budget; 74 input or output; 130 interrupted;
-143 terminated; 129 its terminal was closed.
+Exit codes: 0 all trials finished; 1 internal error, or Ray died too often; 2 usage or configuration; 3 another run
+holds the results; 4 finished, but some trials failed, diverged or were left out by the budget; 74 input or output;
+129 terminal closed; 130 interrupted; 143 terminated.
 """
 
 import argparse
@@ -23,11 +23,13 @@ import signal
 import sys
 import threading
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-SMOKE = "-smoke"  # end of the name of the results directory of --smoke
-EXIT_ERROR, EXIT_USAGE, EXIT_BUSY, EXIT_UNSUCCESSFUL, EXIT_IO, EXIT_INTERRUPTED = 1, 2, 3, 4, 74, 130
+from ngpt.system.cli import EXIT_ERROR, EXIT_UNSUCCESSFUL, run_command
+
+SMOKE = "-smoke"  # suffix of the results directory of --smoke
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -36,30 +38,22 @@ def main(arguments: list[str] | None = None) -> int:
     verb = VERBS.get(given[0] if given else "")
     options = verb_parser(given[0]).parse_args(given[1:]) if verb else run_parser().parse_args(given)
 
-    from ngpt.config.base import ConfigError
-    from ngpt.data.tokens.shards import CorruptShardError
     from tune.format import PORTABLE
 
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors=PORTABLE)  # a terminal without a minus sign is no internal error
+        sys.stdout.reconfigure(errors=PORTABLE)  # for terminals without characters such as the minus sign
     try:
-        return (verb or run)(options)
-    except (ConfigError, CorruptShardError) as error:
-        print(error, file=sys.stderr)
-        return EXIT_USAGE
-    except OSError as error:
-        print(f"{error.filename}: {error.strerror}" if error.filename else error, file=sys.stderr)
-        return EXIT_IO
-    except (
-        KeyboardInterrupt
-    ):  # before or after the trials; while they run, a signal is a request (tune/executors/local.py)
-        print("interrupted; the same command goes on", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    except Exception as error:  # a mistake of ours; the journal of a campaign has it as `crash`
+        return run_command(
+            lambda: (verb or run)(options),
+            prints_only=verb is not None,
+            interrupted="interrupted; run the same command again to resume" if verb is None else "interrupted",
+        )
+    except Exception as error:  # a bug; the journal of a campaign records it as `crash`
         from ngpt.config.secrets import redacted
 
         print(redacted("".join(traceback.format_exception(error))), file=sys.stderr, end="")
-        print("internal error; what is finished is safe, and the same command goes on", file=sys.stderr)
+        resume = "" if verb else "; finished trials are saved: run the same command again to resume"
+        print(f"internal error{resume}", file=sys.stderr)
         return EXIT_ERROR
 
 
@@ -71,49 +65,46 @@ def run_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("campaign", type=Path, help="campaign file, or a verb: " + ", ".join(VERBS))
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change a setting of the base")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="change a setting of the base; repeatable"
+    )
     parser.add_argument("--plan", action="store_true", help="print trials, tokens, disk and time; start nothing")
     parser.add_argument("--measure", action="store_true", help="with --plan: time a few real steps first")
     parser.add_argument("--inline", action="store_true", help="run in this process, without Ray; same numbers")
     parser.add_argument("--smoke", action="store_true", help="same campaign with a tiny model and few steps")
-    parser.add_argument("--out", type=Path, default=Path("results"), metavar="DIR", help="where results go")
-    parser.add_argument("--address", help="join a running Ray cluster; default is a private one on this machine")
-    allow = "go on although the file now says otherwise what the results mean: metric, confidence, data, ..."
+    parser.add_argument("--out", type=Path, default=Path("results"), metavar="DIR", help="folder of all results")
+    parser.add_argument("--address", help="join a running Ray cluster; default: a private one on this machine")
+    allow = "resume even if the file changes the meaning of existing results: metric, confidence, data, ..."
     parser.add_argument("--allow-change", action="store_true", help=allow)
-    parser.add_argument("--json", action="store_true", help="print the summary as JSON on stdout")
+    parser.add_argument("--json", action="store_true", help="print the summary, or the plan, as JSON on stdout")
     return parser
 
 
 def verb_parser(verb: str) -> argparse.ArgumentParser:
     """Options of a verb."""
     parser = argparse.ArgumentParser(prog=f"run_campaign.py {verb}", description=VERBS[verb].__doc__)
+    results = "a results directory, such as results/quickstart"
     if verb == "doctor":
-        parser.add_argument("--out", type=Path, default=Path("results"), metavar="DIR", help="where results would go")
+        parser.add_argument("--out", type=Path, default=Path("results"), metavar="DIR", help="folder of all results")
     elif verb == "compare":
-        parser.add_argument("results", type=Path, help="a results directory, such as results/quickstart")
-        parser.add_argument("other", type=Path, help="the results directory to hold against it")
-        parser.add_argument("--metric", help="compare by this one; default is the metric of the campaigns")
+        parser.add_argument("results", type=Path, help=results)
+        parser.add_argument("other", type=Path, help="the results directory to compare it with")
+        parser.add_argument("--metric", help="metric to compare by; default: the metric of the campaigns")
     elif verb == "claims":
         parser.add_argument("results", type=Path, nargs="+", help="results directories, such as results/quickstart")
-        parser.add_argument("--out", type=Path, metavar="FILE", help="write the page there, as docs/claims.md was")
+        parser.add_argument("--out", type=Path, metavar="FILE", help="write the page to this file")
     else:
-        parser.add_argument("results", type=Path, help="a results directory, such as results/quickstart")
+        parser.add_argument("results", type=Path, help=results)
     if verb in ("claims", "report"):
-        text = "judge the `claims:` of this file, instead of those that the campaign was run with"
+        text = "judge the `claims:` of this file instead of those in the results"
         parser.add_argument("--claims", type=Path, metavar="FILE", help=text)
     parser.add_argument("--json", action="store_true", help="print JSON on stdout")
     return parser
 
 
 def run(options: argparse.Namespace) -> int:
-    """Runs a campaign, or goes on with it."""
-    from tune.storage.lock import ResultsLocked
-
-    try:
-        refuse_second_run(options)
-    except ResultsLocked as busy:
-        print(busy, file=sys.stderr)
-        return EXIT_BUSY
+    """Runs a campaign, or resumes it."""
+    refuse_second_run(options)
 
     from tune.campaign import load_campaign
     from tune.planning.smoke import shrink_campaign
@@ -126,33 +117,24 @@ def run(options: argparse.Namespace) -> int:
         return plan(campaign, root, options)
 
     from tune.launch import launch
-    from tune.session.session import ExecutorLost
 
-    terminate_in_order()
-    command = shlex.join(["python", "run_campaign.py", *sys.argv[1:]])
-    try:
-        summary, number = launch(
-            campaign,
-            root,
-            command=command,
-            inline=options.inline,
-            address=options.address,
-            allow_change=options.allow_change,
-        )
-    except ResultsLocked as busy:
-        print(busy, file=sys.stderr)
-        return EXIT_BUSY
-    except ExecutorLost as lost:
-        print(lost, file=sys.stderr)
-        return EXIT_ERROR
-    return show_end(summary, number, root, options)
+    exit_on_signals()
+    summary, signal_number = launch(
+        campaign,
+        root,
+        command=shlex.join(["python", "run_campaign.py", *sys.argv[1:]]),
+        inline=options.inline,
+        address=options.address,
+        allow_change=options.allow_change,
+    )
+    return show_end(summary, signal_number, root, options)
 
 
 def refuse_second_run(options: argparse.Namespace) -> None:
-    """Looks at the lock of the file's campaign before anything is loaded that takes seconds.
+    """Checks the lock of the campaign before torch is loaded, which takes seconds.
 
     Raises:
-        ResultsLocked: another process runs it.
+        ResultsLocked: another process runs the campaign.
         ConfigError: the file cannot be read.
     """
     from ngpt.config.yaml_reader import read_yaml
@@ -160,106 +142,98 @@ def refuse_second_run(options: argparse.Namespace) -> None:
 
     data = read_yaml(options.campaign).data
     name = data.get("campaign") if isinstance(data, dict) else None
-    if isinstance(name, str) and Path(name).name == name and not options.plan:  # else it is told what is wrong with it
-        refuse_if_running((options.out / (name + SMOKE * options.smoke)).absolute())
+    is_valid = isinstance(name, str) and Path(name).name == name  # otherwise load_campaign reports what is wrong
+    if is_valid and not options.plan:
+        refuse_if_running((options.out / f"{name}{SMOKE if options.smoke else ''}").absolute())
 
 
-def terminate_in_order() -> None:
-    """SIGTERM and SIGHUP unwind the stack: no Ray and no lock is left behind. Only the main thread may say so."""
-    from tune.executors.local import stop_signals
+def exit_on_signals() -> None:
+    """Makes SIGTERM and SIGHUP unwind the stack before and after the trials, so that Ray and the lock are released."""
+    from tune.executors.signals import stop_signals
 
-    if threading.current_thread() is threading.main_thread():
+    if threading.current_thread() is threading.main_thread():  # others must not set handlers
         for number in {*stop_signals()} - {signal.SIGINT}:
             signal.signal(number, lambda number, _: sys.exit(128 + number))
 
 
-def show_end(summary: dict[str, Any], number: int, root: Path, options: argparse.Namespace) -> int:
-    """The last screen, and the exit code: a budget that left trials out is 4, since not every trial has finished."""
-    from rich.console import Console
-
-    from tune.executors.local import HANGUP
+def show_end(summary: dict[str, Any], signal_number: int, root: Path, options: argparse.Namespace) -> int:
+    """Prints the last screen and returns the exit code."""
+    from tune.executors.signals import HANGUP
     from tune.terminal.final_screen import final_screen
 
+    report = root / "report.html"
+    if report.is_relative_to(Path.cwd()):
+        report = report.relative_to(Path.cwd())
     try:
-        if options.json:
-            print(json.dumps(summary, indent=1, allow_nan=False))
-        else:
-            report = root / "report.html"
-            shown = report.relative_to(Path.cwd()) if report.is_relative_to(Path.cwd()) else report
-            Console(highlight=False).print(final_screen(summary, report=shown))
-        if number:
-            print(f"interrupted; to go on: {summary['command']}", file=sys.stderr)
+        show(options, summary, lambda: final_screen(summary, report=report))
+        if signal_number:
+            print(f"interrupted; to resume: {summary['command']}", file=sys.stderr)
     except OSError:
-        if number != HANGUP:
+        if signal_number != HANGUP:
             raise
-        nowhere = os.open(os.devnull, os.O_WRONLY)  # the terminal is gone; Python would write the rest to it at its end
+        devnull = os.open(os.devnull, os.O_WRONLY)  # the terminal is closed, and Python flushes both streams at exit
         for stream in (1, 2):
-            os.dup2(nowhere, stream)
-    if number:
-        return 128 + number
-    # 0 says that all the file asks for was trained: what comes next in a script may count on it.
+            os.dup2(devnull, stream)
+    if signal_number:
+        return 128 + signal_number
+    # Trials left out by the budget count too: after a 0, a script may rely on all results.
     unsuccessful = summary["trials"]["failed"] + summary["trials"]["diverged"] + len(summary["left_out"])
     return EXIT_UNSUCCESSFUL if unsuccessful else 0
 
 
-def plan(campaign: Any, root: Path, options: argparse.Namespace) -> int:
-    """Prints what would run; starts nothing."""
-    from dataclasses import asdict
-
+def show(options: argparse.Namespace, data: Any, view: Callable[[], Any]) -> None:
+    """Prints `data` as JSON with --json, otherwise a view for people."""
+    if options.json:
+        print(json.dumps(data, indent=1, allow_nan=False))
+        return
     from rich.console import Console
+
+    Console(highlight=False).print(view())
+
+
+def plan(campaign: Any, root: Path, options: argparse.Namespace) -> int:
+    """Prints the plan; starts nothing."""
+    from dataclasses import asdict
 
     from tune.machine.estimate import estimate
     from tune.terminal.plan_view import plan_view
 
     estimated = estimate(campaign, root, measure=options.measure)
-    if options.json:
-        print(json.dumps(asdict(estimated), indent=1, allow_nan=False))
-    else:
-        Console(highlight=False).print(plan_view(estimated))
+    show(options, asdict(estimated), lambda: plan_view(estimated))
     return 0
 
 
 def status(options: argparse.Namespace) -> int:
-    """Shows where a campaign stands, from any terminal, while it runs or after."""
+    """Shows the progress of a campaign, from any terminal, while it runs or later."""
     from dataclasses import asdict
-
-    from rich.console import Console
 
     from tune.results.status import read_snapshot
     from tune.terminal.live import live_view
 
     snapshot = read_snapshot(options.results)
-    if options.json:
-        print(json.dumps(asdict(snapshot), indent=1, allow_nan=False))
-    else:
-        Console(highlight=False).print(live_view(snapshot))
+    show(options, asdict(snapshot), lambda: live_view(snapshot))
     return 0
 
 
 def report(options: argparse.Namespace) -> int:
     """Rebuilds every derived file of a results directory from its journal; with --claims, prints their ledger."""
-    from rich.console import Console
-
     from tune.results.summary import rebuild
     from tune.terminal.final_screen import final_screen
 
-    given = given_claims(options)
-    summary = rebuild(options.results, given)
-    if given is not None:
-        return show_ledger([options.results], given, options)
-    if options.json:
-        print(json.dumps(summary, indent=1, allow_nan=False))
-    else:
-        Console(highlight=False).print(final_screen(summary, report=options.results / "report.html"))
+    other_claims = load_claims_option(options)
+    summary = rebuild(options.results, other_claims)
+    if other_claims is not None:
+        return show_ledger([options.results], other_claims, options)
+    show(options, summary, lambda: final_screen(summary, report=options.results / "report.html"))
     return 0
 
 
 def claims(options: argparse.Namespace) -> int:
-    """Collects what campaigns found about the claims of their files into one Markdown page; changes no results."""
-    return show_ledger(options.results, given_claims(options), options, out=options.out)
+    """Collects the tested claims of several campaigns on one Markdown page; changes no results."""
+    return show_ledger(options.results, load_claims_option(options), options, out=options.out)
 
 
-def given_claims(options: argparse.Namespace) -> Any:
+def load_claims_option(options: argparse.Namespace) -> Any:
     """The claims of --claims FILE, or None."""
     from tune.claims.reader import load_claims
 
@@ -267,7 +241,7 @@ def given_claims(options: argparse.Namespace) -> Any:
 
 
 def show_ledger(results: list[Path], claims: Any, options: argparse.Namespace, *, out: Path | None = None) -> int:
-    """Prints the ledger of some results directories as Markdown or JSON, or writes the Markdown to `out`."""
+    """Prints the ledger of several results directories as Markdown or JSON, or writes the Markdown to `out`."""
     from ngpt.system.atomic_files import write_atomic
     from tune.results.claims_ledger import collect, ledger_markdown, total
 
@@ -286,31 +260,26 @@ def show_ledger(results: list[Path], claims: Any, options: argparse.Namespace, *
 
 
 def compare(options: argparse.Namespace) -> int:
-    """Holds two results directories against each other: environment, data, settings, and each arm that both have."""
-    from rich.console import Console
-
+    """Compares two results directories: environment, data, settings, and each arm that both have."""
     from tune.results.compare import compare as compare_results
     from tune.terminal.comparison import comparison_view
 
     comparison = compare_results(options.results, options.other, metric=options.metric)
-    if options.json:
-        print(json.dumps(comparison, indent=1, allow_nan=False))
-    else:
-        Console(highlight=False).print(comparison_view(comparison))
+    show(options, comparison, lambda: comparison_view(comparison))
     return 0
 
 
 def verify(options: argparse.Namespace) -> int:
-    """Checks every file of a results directory; exits with 1 if any is wrong, and says which can be rebuilt."""
+    """Checks every file of a results directory and lists those that can be rebuilt; exits with 1 if any is wrong."""
     from tune.results import verify as checks
 
-    found = checks.verify(options.results)
-    print(json.dumps(found, indent=1, allow_nan=False) if options.json else checks.verify_text(found))
-    return 0 if found["intact"] else EXIT_ERROR
+    findings = checks.verify(options.results)
+    print(json.dumps(findings, indent=1, allow_nan=False) if options.json else checks.verify_text(findings))
+    return 0 if findings["intact"] else EXIT_ERROR
 
 
 def doctor(options: argparse.Namespace) -> int:
-    """Checks versions, devices, disk and limits, and says what would go wrong."""
+    """Checks versions, devices, disk and limits of this machine; exits with 1 if there is a problem."""
     from dataclasses import asdict
 
     from tune.machine.doctor import run_checks
@@ -323,7 +292,7 @@ def doctor(options: argparse.Namespace) -> int:
             print(f"{'problem' if check.problem else 'ok':8}{check.name:16}{check.value}")
             if check.problem:
                 print(f"{'':24}{check.problem}")
-    return 1 if any(check.problem for check in checks) else 0
+    return EXIT_ERROR if any(check.problem for check in checks) else 0
 
 
 VERBS = {"status": status, "report": report, "compare": compare, "claims": claims, "verify": verify, "doctor": doctor}

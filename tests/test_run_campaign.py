@@ -1,4 +1,4 @@
-"""The command line: exit codes, one message per mistake, JSON for programs, plain text for logs."""
+"""The command line: exit codes, one message per mistake, JSON for programs, plain text for people."""
 
 import io
 import os
@@ -215,7 +215,7 @@ def test_an_interrupt_and_a_lost_ray_are_one_line(
 
     monkeypatch.setattr("tune.launch.launch", launch)
     assert run_campaign.main([str(file), "--out", str(tmp_path)]) == code
-    assert capsys.readouterr().err in ("interrupted; the same command goes on\n", "Ray died\n")
+    assert capsys.readouterr().err in ("interrupted; run the same command again to resume\n", "Ray died\n")
 
 
 @pytest.mark.parametrize("where", ["ask", "tell", "snapshot", "end", "begin"])
@@ -232,7 +232,7 @@ def test_an_internal_error_anywhere_exits_with_1_and_the_same_command_resumes(
         patch.setattr(f"tune.session.session.Session.{where}", broken)
         assert run_campaign.main(command) == 1
     said = capsys.readouterr().err
-    assert said.splitlines()[-1] == "internal error; what is finished is safe, and the same command goes on"
+    assert said.splitlines()[-1] == "internal error; finished trials are saved: run the same command again to resume"
     assert "KeyError" in said and "canary" not in said
     journal = read_journal(tmp_path / "tiny" / "journal.jsonl")
     assert [event["event"] for event in journal].count("crash") == (0 if where == "begin" else 1)

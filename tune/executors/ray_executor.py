@@ -30,7 +30,6 @@ from ray.tune.stopper import Stopper
 
 from ngpt.config.base import ConfigError
 from ngpt.system.heartbeat import request_stop
-from tune.executors.ray_process import RayReady
 from tune.executors.ray_trainable import PAUSED, UPDATES, TrialWorker
 from tune.machine.environment import short_temporary, usable_cpus
 from tune.spec.schema import Resources
@@ -234,8 +233,9 @@ class RayCluster:
 
     def __init__(self, resources: Resources, *, address: str | None = None) -> None:
         self.resources, self.address = resources, address
-        self._process_ids: tuple[int, ...] = ()
-        self._folder: Path | None = None
+        self.dashboard_url: str | None = None
+        self.process_ids: tuple[int, ...] = ()  # of a private Ray itself
+        self.folder: Path | None = None  # logs and sockets of a private Ray
 
     def __enter__(self) -> "RayCluster":
         os.environ.update(RAY_ENVIRONMENT | {"TMPDIR": short_temporary()})
@@ -250,11 +250,11 @@ class RayCluster:
         ray._private.worker._worker_logs_enabled = False
         if not self.address:
             children = psutil.Process().children()
-            self._process_ids = tuple(child.pid for child in children if child.name() in ("raylet", "gcs_server"))
+            self.process_ids = tuple(child.pid for child in children if child.name() in ("raylet", "gcs_server"))
             assert isinstance(context, ray._private.worker.RayContext), "only ray:// gives another kind"
             folder = context.address_info["session_dir"]
-            self._folder = Path(folder) if folder else None
-        self._dashboard_url = f"http://{context.dashboard_url}" if context.dashboard_url else None
+            self.folder = Path(folder) if folder else None
+        self.dashboard_url = f"http://{context.dashboard_url}" if context.dashboard_url else None
         try:
             self._count_workers()
         except BaseException:
@@ -285,10 +285,6 @@ class RayCluster:
             os.umask(umask)
             if threading.current_thread() is threading.main_thread():  # Ray's own handler would exit silently
                 signal.signal(signal.SIGTERM, on_sigterm)
-
-    def describe(self) -> RayReady:
-        """The message for the campaign's process."""
-        return RayReady(self.workers, self.trials_per_device, self._dashboard_url, self._process_ids, self._folder)
 
     def share_gpus(self, trials_per_gpu: int) -> None:
         """Lets trials share each GPU. The share is rounded down to ten-thousandths, in which Ray counts."""

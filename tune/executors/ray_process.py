@@ -58,7 +58,8 @@ def run_ray(connection: Connection, resources: Resources, address: str | None, r
         with RayCluster(resources, address=address) as cluster:
             command: tuple[Any, ...] = ()
             while command != ("run",):
-                connection.send(cluster.describe())
+                url, ids = cluster.dashboard_url, cluster.process_ids
+                connection.send(RayReady(cluster.workers, cluster.trials_per_device, url, ids, cluster.folder))
                 command = connection.recv()
                 if command[0] == "share":
                     cluster.share_gpus(*command[1:])

@@ -16,10 +16,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ngpt.config.base import ConfigError, flatten
+from ngpt.config.base import ConfigError, UserError, flatten
 from ngpt.config.secrets import redacted
 from ngpt.system import heartbeat
 from ngpt.system.atomic_files import write_atomic, write_json
+from ngpt.system.cli import EXIT_ERROR
 from ngpt.training.config import TrainConfig
 from tune.machine.gpu_sharing import GpuSharing
 from tune.machine.throughput import measure_tokens_per_second, remember_speeds
@@ -41,8 +42,10 @@ from tune.trials.retries import RETRY_RULES, WorkerDeath, failure_cause, give_up
 from tune.trials.trial import TrialResult, TrialSpec, prepare_trial_folder
 
 
-class ExecutorLost(Exception):
+class ExecutorLost(UserError):
     """The executor is gone and is not replaced. Running the same command again resumes the campaign."""
+
+    exit_code = EXIT_ERROR
 
 
 @dataclass(frozen=True)

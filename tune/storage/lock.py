@@ -10,15 +10,19 @@ from pathlib import Path
 import psutil
 from filelock import FileLock, Timeout
 
+from ngpt.config.base import UserError
 from ngpt.system.atomic_files import make_folder, sweep, write_atomic
+from ngpt.system.cli import EXIT_BUSY
 
 LOCK_FILE = "campaign.lock"  # held by the process that runs the campaign
 HOLDER = "campaign.pid"  # says which it is
 PATIENCE = 1.0  # seconds to wait for a lock without a holder: `status` takes it for a moment
 
 
-class ResultsLocked(Exception):
+class ResultsLocked(UserError):
     """Another process runs a campaign on this results directory."""
+
+    exit_code = EXIT_BUSY
 
 
 class ResultsLock:
