@@ -1,4 +1,4 @@
-"""The parts of a step, each beside the plain torch formulation that it replaces."""
+"""The parts of a training step, each against the plain torch formulation that it replaces."""
 
 import copy
 import itertools
@@ -29,14 +29,14 @@ from ngpt.training.throughput import benchmark_run
 
 Figures = dict[str, Any]
 FLOAT = 4  # bytes; weights, gradients and moments are float32
-FAR_AHEAD = 10**6  # steps away from those that a training run makes at the same time
+FAR_AHEAD = 10**6  # steps, so that no batch is the one that the training run reads
 
 
 def loss(config: TrainConfig, *, seconds: float = 10.0) -> Figures:
     """The fused head and loss forward and backward, against F.linear, the logit scale and F.cross_entropy.
 
     Returns ms, best_ms, reference_ms, ratio; difference (of the two losses, in nats); gemm_tflops; gemm_share (of that
-    rate, by the three matrix products of forward and backward).
+    rate, reached by the three matrix products of forward and backward).
     """
     config = resolved(config)
     device, model = pick_device(config.device), config.model
@@ -77,12 +77,12 @@ def loss(config: TrainConfig, *, seconds: float = 10.0) -> Figures:
 
 
 def residual(config: TrainConfig, *, seconds: float = 10.0) -> Figures:
-    """One step of the residual rule lerp forward and backward, against F.normalize and the sums between, uncompiled.
+    """One step of the residual rule lerp, forward and backward, against uncompiled F.normalize and additions.
 
-    Returns ms, best_ms, reference_ms, ratio; kernel (what ours ran: inductor with --compile, else triton on a GPU where
-    it works, else torch, which is the reference again); difference (of the two results); moved_bytes (stream and answer
-    read and the new stream written, then these and its gradient read and two gradients written), copy_gb_per_second,
-    floor_ms and floor_share as `projection` has them.
+    Returns ms, best_ms, reference_ms, ratio; kernel (inductor with --compile, else triton on a GPU that has it, else
+    torch, which equals the reference); difference (of the two results); moved_bytes (forward reads stream and branch
+    and writes the stream; backward reads both and a gradient and writes two gradients); copy_gb_per_second, floor_ms
+    and floor_share as for `projection`.
     """
     config = resolved(config)
     device, width = pick_device(config.device), config.model.n_embd
@@ -90,7 +90,7 @@ def residual(config: TrainConfig, *, seconds: float = 10.0) -> Figures:
     generator = torch.Generator().manual_seed(config.seed)
     shapes = [(rows, length, width)] * 3 + [(width,)]
     x, f, towards, alpha = (F.normalize(torch.randn(shape, generator=generator), dim=-1).to(device) for shape in shapes)
-    f = f.to(DTYPES[config.dtype])  # as a matrix product leaves it
+    f = f.to(DTYPES[config.dtype])  # the dtype of a matrix product's output
     leaves = [leaf.requires_grad_() for leaf in (x, f, alpha)]
     kernel = "inductor" if config.compile else "triton" if should_fuse(x, f, alpha) else "torch"
     step = compile_for("lerp", lerp) if config.compile else lerp
@@ -114,13 +114,13 @@ def residual(config: TrainConfig, *, seconds: float = 10.0) -> Figures:
 
 
 def optimizer(config: TrainConfig, *, seconds: float = 10.0) -> Figures:
-    """`optim.name` on the model's parameters, against torch.optim's one tensor at a time.
+    """The optimizer `optim.name`, against torch.optim's, one tensor at a time.
 
-    The reference is torch.optim.AdamW, with torch.optim.Muon for the matrices where the name has muon in it; for those
-    that turn weights on the sphere, a projection weight by weight belongs to the reference. Returns ms, best_ms,
-    reference_ms, ratio; moved_bytes (parameters, gradients and moments, each once); copy_gb_per_second and
-    gemm_tflops (of this machine); floor_ms (the bytes at the one rate, Newton-Schulz products at the other);
-    floor_share (floor_ms over ms: 1 is the limit).
+    The reference is torch.optim.AdamW, with torch.optim.Muon for the matrices if the name contains muon. For optimizers
+    that move weights along the sphere, the reference includes a projection weight by weight. Returns ms, best_ms,
+    reference_ms, ratio; moved_bytes (parameters, gradients and moments, each once); copy_gb_per_second and gemm_tflops
+    (of this machine); floor_ms (the bytes at the first rate plus Newton-Schulz products at the second); floor_share
+    (floor_ms over ms; 1 is the limit).
     """
     config = resolved(config)
     device = pick_device(config.device)
@@ -151,17 +151,17 @@ def optimizer(config: TrainConfig, *, seconds: float = 10.0) -> Figures:
 
 
 def projection(config: TrainConfig, *, seconds: float = 10.0) -> Figures:
-    """Projection onto the sphere between real training steps, against one weight after another out of place.
+    """Projection onto the sphere between real training steps, against one weight at a time, out of place.
 
-    Returns ms, best_ms, reference_ms, ratio; step_ms (without projection) and share (of a step by one projection: the
-    cost of `project_every: 1`); moved_bytes (each weight read and written once), copy_gb_per_second, floor_ms (the
-    bytes at that rate) and floor_share (floor_ms over ms: 1 is the limit).
+    Returns ms, best_ms, reference_ms, ratio; step_ms (without projection) and share (of a projection in it, which is
+    the cost of `project_every: 1`); moved_bytes (each weight read and written once), copy_gb_per_second, floor_ms (the
+    bytes at that rate) and floor_share (floor_ms over ms; 1 is the limit).
     """
     config = resolved(config)
     if not config.model.on_sphere:
         raise ConfigError(f"a model of residual rule {config.model.residual} has nothing to project")
     run = benchmark_run(config, project_every=10**9)
-    contestants = {  # a step before each, so that both find the weights as an optimizer leaves them
+    contestants = {  # a step before each, so that both project weights as an optimizer leaves them
         "step": lambda: train_step(run),
         "ours": lambda: project_weights(run.model),
         "another": lambda: train_step(run),
@@ -176,11 +176,11 @@ def projection(config: TrainConfig, *, seconds: float = 10.0) -> Figures:
 
 
 def loader(config: TrainConfig, *, seconds: float = 10.0) -> Figures:
-    """Batches of the training data, against nanoGPT's get_batch, and against how fast a training step uses them.
+    """Batches of training data, against nanoGPT's get_batch, and against the time of a training step.
 
     Returns ms, best_ms, reference_ms, ratio; tokens_per_second; step_ms and steps_ratio (step_ms over ms: how many
-    times as fast as needed); moved_bytes (tokens read, inputs and targets written), copy_gb_per_second, floor_ms and
-    floor_share as `projection` has them.
+    times faster than needed); moved_bytes (tokens read, inputs and targets written), copy_gb_per_second, floor_ms and
+    floor_share as for `projection`.
     """
     config = resolved(config)
     dataset = open_dataset(config.data)
@@ -210,11 +210,11 @@ def loader(config: TrainConfig, *, seconds: float = 10.0) -> Figures:
 
 
 def generate(config: TrainConfig, *, seconds: float = 10.0) -> Figures:
-    """Continuing one prompt, token by token, with keys and values kept, against computing the window again each time.
+    """Generation token by token with cached keys and values, against recomputing the window for each token.
 
     Returns ms, best_ms, reference_ms (each of `tokens` tokens), ratio; tokens_per_second and
     reference_tokens_per_second; moved_bytes (every matrix read once per token), copy_gb_per_second, floor_ms and
-    floor_share as `projection` has them.
+    floor_share as for `projection`.
     """
     config = resolved(config)
     device, tokens = pick_device(config.device), min(64, config.model.block_size // 2)
@@ -235,7 +235,7 @@ def generate(config: TrainConfig, *, seconds: float = 10.0) -> Figures:
 
 
 def _floor(config: TrainConfig, device: torch.device, moved: int, products: int, times: list[float]) -> Figures:
-    """What the machine's rates say about the shortest possible time, and how near the median is to it."""
+    """The shortest possible time at the machine's rates, and the share of it in the median."""
     copying, multiplying = copy_rate(device), gemm_flops(device, DTYPES[config.dtype])
     floor = moved / copying + products / multiplying
     figures = {"moved_bytes": moved, "copy_gb_per_second": copying / 1e9, "gemm_tflops": multiplying / 1e12}
@@ -262,9 +262,9 @@ def _one_by_one(model: GPT, cfg: OptimConfig) -> list[torch.optim.Optimizer]:
 
 
 def _optimizer_work(model: GPT, cfg: OptimConfig) -> tuple[int, int]:
-    """Bytes that a step must move, and FLOPs of its matrix products.
+    """Bytes that a step has to move, and FLOPs of its matrix products.
 
-    Adam reads parameter, gradient and two moments and writes all but the gradient; Muon has one moment.
+    Adam reads parameter, gradient and two moments, and writes all but the gradient. Muon has one moment.
     """
     moved = products = 0
     for kind, parameters in parameters_by_kind(model).items():

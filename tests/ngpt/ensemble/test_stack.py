@@ -1,4 +1,4 @@
-"""A stack of models computes what each of them computes, into the very tensors that each of them holds."""
+"""A stack computes what each of its models computes, in the tensors that the models hold."""
 
 from typing import Any
 
@@ -21,12 +21,12 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def models(kind: str, count: int = 3) -> list[GPT]:
-    """Models that differ in their weights and, on the sphere, in alpha and logit scale."""
+    """Models with different weights and, on the sphere, different alpha and logit scale."""
     found = []
     for k in range(count):
         apart = {} if kind == "gpt" else {"alpha": 0.1 * (k + 1), "logit_scale": 2.0 + k}
         model = GPT(build(ModelConfig, SMALL | KINDS[kind] | apart), seed=k)
-        if kind == "gpt":  # nanochat's zeros let nothing through
+        if kind == "gpt":  # its zero initialisation would hide differences
             generator = torch.Generator().manual_seed(k)
             with torch.no_grad():
                 for parameter in model.parameters():
@@ -41,12 +41,10 @@ def batches(count: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
     return idx, targets
 
 
-@pytest.mark.parametrize("at_once", [0, 1 << 40])
+@pytest.mark.parametrize("limit", [0, 1 << 40])
 @pytest.mark.parametrize("kind", KINDS)
-def test_losses_and_gradients_equal_those_of_each_model(
-    kind: str, at_once: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(ngpt.ensemble.stack.AT_ONCE, "cpu", at_once)
+def test_losses_and_gradients_equal_those_of_each_model(kind: str, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ngpt.ensemble.stack.MAX_BATCHED_LOGITS, "cpu", limit)
     lone, stacked, (idx, targets) = models(kind), models(kind), batches()
     stack = Stack(stacked)
     stack.begin()

@@ -1,4 +1,4 @@
-"""Updates of several runs: each with its own optimizers and projection period, and all back where memory runs out."""
+"""Updates of several runs: each has its own optimizers and projection period; all roll back if memory runs out."""
 
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ def test_an_optimizer_out_of_memory_rolls_all_runs_back(
     configs = [override(config, {"seed": seed}) for seed in (0, 1)]
     step, calls = torch.optim.AdamW.step, []
 
-    def scarce(optimizer: torch.optim.AdamW, closure: None = None) -> Any:
+    def step_out_of_memory(optimizer: torch.optim.AdamW, closure: None = None) -> Any:
         calls.append(optimizer)
         if len(calls) == 6:  # the third step has changed the first run's weights and not the second's
             raise MemoryError
@@ -59,7 +59,7 @@ def test_an_optimizer_out_of_memory_rolls_all_runs_back(
 
     results: dict[int, RunResult] = {}
     with monkeypatch.context() as patch:
-        patch.setattr(torch.optim.AdamW, "step", scarce)
+        patch.setattr(torch.optim.AdamW, "step", step_out_of_memory)
         for events in train_together(configs, [tmp_path / "a", tmp_path / "b"], dataset=dataset):
             results |= {index: event for index, event in events.items() if isinstance(event, RunResult)}
     for index, one in enumerate(configs):
