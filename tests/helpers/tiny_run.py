@@ -1,4 +1,4 @@
-"""Runs of a second, trained to their end, and what they leave in their folders."""
+"""Runs that take a second, and readers of the files they write."""
 
 import json
 from collections.abc import Callable, Generator
@@ -18,8 +18,8 @@ from ngpt.training.state import Metrics
 
 Result = TypeVar("Result")
 
-TIMING = ("tokens_per_second", "peak_memory_bytes")  # what may differ between two equal runs
-AWKWARD = {  # nothing divides anything: 8 steps
+TIMING = ("tokens_per_second", "peak_memory_bytes")  # these may differ between equal runs
+AWKWARD = {  # intervals that divide neither each other nor the 8 steps
     "project_every": 3,
     "eval_every": 3,
     "tracker.log_every": 2,
@@ -31,7 +31,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "ngpt-adamw": {"optim.name": "adamw"},
     "ngpt-muon": {"optim.name": "muon", "optim.lr_other": 0.02, "model.norm_mode": "ema"},
     "gpt": {"model.residual": "add", "model.mlp": "relu2", "model.softcap": 15.0, "data.order": "reservoir"},
-    # Everything that changes from step to step without being learned, and all that a checkpoint must carry besides.
+    # Everything that changes from step to step without being learned.
     "scheduled": {
         "optim.name": "geodesic_muon",
         "model.alpha": 0.15,
@@ -44,7 +44,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def finish(loop: Generator[Any, Any, Result]) -> Result:
-    """Goes on to the end of `train`, or of `run_trial`, and returns what it returns."""
+    """Exhausts a generator and returns its return value."""
     while True:
         try:
             next(loop)
@@ -74,7 +74,7 @@ def untimed(row: Metrics) -> Metrics:
 
 
 def rows(out: Path) -> list[Metrics]:
-    """What a run has logged, without timing; NaN is no JSON."""
+    """The rows of `metrics.jsonl` without timing. A NaN fails the test."""
     lines = (out / "metrics.jsonl").read_text().splitlines()
     return [untimed(json.loads(line, parse_constant=pytest.fail)) for line in lines]
 
@@ -89,13 +89,14 @@ def assert_equal_weights(one: dict[str, np.ndarray], other: dict[str, np.ndarray
 
 
 def weight_difference(one: Path, other: Path) -> float:
+    """The largest difference between the weights of two runs at step 8."""
     left, right = weights(one), weights(other)
     assert left.keys() == right.keys()
     return max(float(np.abs(left[name] - right[name]).max()) for name in left)
 
 
 class LimitedMemory:
-    """Fails the calls of a function while the calls are too large, as an allocator would."""
+    """Calls a function, but raises an out-of-memory error if `fails` returns True for the arguments."""
 
     def __init__(self, real: Callable[..., Any], *, fails: Callable[..., bool]) -> None:
         self.real, self.fails, self.failures = real, fails, 0

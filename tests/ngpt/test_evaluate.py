@@ -1,4 +1,4 @@
-"""Validation loss and bits per byte against a float64 computation from the logits; the context that is read."""
+"""Validation loss and bits per byte equal a float64 computation from the logits, also on a longer context."""
 
 import json
 import math
@@ -162,7 +162,7 @@ def test_scaled_positions_extend_the_context_and_plain_ones_do_not(trained_at_32
     plain = loss(128)
     scaled = {kind: loss(128, rope_scaling=kind, rope_factor=4.0) for kind in ("linear", "ntk", "yarn")}
     assert loss(32) < 0.02
-    assert plain > 1.5  # guessing costs log(8) = 2.1
+    assert plain > 1.5  # a guess costs log(8) = 2.1
     assert scaled["ntk"] < plain / 2
     assert scaled["linear"] < 0.1 and scaled["yarn"] < 0.1
 
@@ -172,7 +172,7 @@ def test_scaled_positions_extend_the_context_and_plain_ones_do_not(trained_at_32
 
 @pytest.fixture(scope="module")
 def run(tiny: TrainConfig, dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """A finished run and the metrics of its end."""
+    """A finished run and its final metrics."""
     out = tmp_path_factory.mktemp("evaluate") / "run"
     return out, tiny_run.run(override(tiny, {"steps": 20, "eval_every": 20}), out, dataset).metrics
 
@@ -230,7 +230,7 @@ def test_another_corpus_is_read_with_the_models_tokenizer(
 def test_the_runs_corpus_is_recognized_under_any_spelling_of_its_path(
     tiny: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else its text would be split anew, and most of the validation split be what the model was trained on."""
+    """Otherwise its text would be split again, and most of the validation split would be training data."""
     text = tmp_path / "own.txt"
     text.write_text("A text of one's own, which is split as the run has it. " * 200)
     data = {"data.corpus": str(text), "data.tokenizer": "sentencepiece:300", "data.val_fraction": 0.3}
@@ -251,7 +251,7 @@ def test_the_runs_corpus_is_recognized_under_any_spelling_of_its_path(
         (["--set", "rope_factor=4"], "rope_factor: rope_factor 4.0 needs a rope_scaling"),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_2(
+def test_a_user_error_is_one_line_and_exit_code_2(
     arguments: list[str], message: str, run: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([str(run[0]), *arguments]) == 2

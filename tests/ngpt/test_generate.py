@@ -1,4 +1,4 @@
-"""Generation: the cache changes no number, sampling follows its definition, text comes a whole character at a time."""
+"""Generation: the cache does not change results, sampling follows its definition, and characters are shown whole."""
 
 import io
 import os
@@ -44,7 +44,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def model_of(**changes: Any) -> GPT:
-    """A model with random weights everywhere; a fresh GPT has a zero head and says nothing."""
+    """A model with random weights everywhere, since the head of a new GPT is zero."""
     size = {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": 24, "vocab_size": VOCAB, "logit_scale": 4.0}
     model = GPT(build(ModelConfig, size | changes)).eval()
     draw = torch.Generator().manual_seed(1)
@@ -63,7 +63,7 @@ def rows(model: GPT, idx: torch.Tensor, count: int, **how: Any) -> list[list[int
 
 
 def by_hand(model: GPT, idx: torch.Tensor, count: int) -> list[list[int]]:
-    """The most probable continuation without a cache; a full window continues with its newer half."""
+    """The greedy continuation without a cache. A full window continues with its newer half."""
     size, start = model.cfg.block_size, max(0, idx.shape[1] - model.cfg.block_size)
     for _ in range(count):
         if idx.shape[1] - start > size:
@@ -115,7 +115,7 @@ def test_greedy_tokens_equal_those_of_full_passes_beyond_block_size(prompt: int,
 
 
 def by_hand_of_one(model: GPT, idx: torch.Tensor, count: int) -> list[list[int]]:
-    """With a window of one token the next depends on the last alone."""
+    """With a window of one token, the next token depends on the last one only."""
     with torch.no_grad():
         following = model(torch.arange(VOCAB)[:, None])[:, -1].argmax(-1)
     found = [idx[:, -1]]
@@ -141,7 +141,7 @@ def test_the_same_seed_draws_the_same_tokens_with_and_without_a_cache() -> None:
     first = drawn(1)
     assert drawn(1) == first == drawn(1, cache=False)
     assert drawn(2) != first
-    assert first[0] != first[1]  # rows draw for themselves
+    assert first[0] != first[1]  # rows draw independently
 
 
 def test_tokens_outside_the_tokenizers_vocabulary_are_never_drawn() -> None:
@@ -183,7 +183,7 @@ def reference(logits: np.ndarray, temperature: float, top_k: int | None, top_p: 
     for index in order:
         kept.append(index)
         mass += weights[index] / total
-        assume(top_p is None or abs(mass - top_p) > 1e-5)  # too close for float32 to tell
+        assume(top_p is None or abs(mass - top_p) > 1e-5)  # too close for float32
         if top_p is not None and mass >= top_p:
             break
     result = np.zeros(len(logits))
@@ -243,7 +243,7 @@ ENGLISH = "the quick brown fox jumps over the lazy dog\n    and then it sleeps\n
 
 @pytest.fixture(scope="module")
 def lossless(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """Our own kind: what is rare is spelt in bytes."""
+    """The tokenizer of this library, which spells rare characters in bytes."""
     folder = tmp_path_factory.mktemp("lossless")
     train_sentencepiece([ENGLISH], 330, folder / "tokenizer.model")
     return load_tokenizer("sentencepiece:330", folder)
@@ -251,7 +251,7 @@ def lossless(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def foreign(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """Sentencepiece as others train it: a space before the text, and marks."""
+    """A sentencepiece model with its usual defaults: a space before the text, and marks."""
     model = io.BytesIO()
     SentencePieceTrainer.train(  # type: ignore[attr-defined]
         sentence_iterator=iter(ENGLISH.split("\n")), model_writer=model, vocab_size=36, minloglevel=2
@@ -278,10 +278,10 @@ def test_characters_are_shown_whole_and_none_is_lost(lossless: Tokenizer, text: 
     parts = streamed(lossless, ids, before)
     assert "".join(parts) == text
     assert not any("\ufffd" in part for part in parts)
-    assert parts[-1] == ""  # nothing had to wait for the end
+    assert parts[-1] == ""  # nothing waited for the end
     sizes = lossless.token_bytes()
     assert sizes is not None
-    for count in range(len(ids) + 1):  # and none waits for longer than its last byte
+    for count in range(len(ids) + 1):  # no character waits beyond its last byte
         done = text.encode()[: int(sizes[ids[:count]].sum())]
         assert "".join(parts[:count]) == done.decode(errors="ignore")
 
@@ -391,7 +391,7 @@ def test_the_context_may_be_longer_than_in_training(trained: Path, capsys: pytes
 
 
 def test_text_is_streamed(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What is on the screen before each token is what the tokens before it say."""
+    """The text of all earlier tokens is printed before the next token is computed."""
     model, tokenizer, _ = load_model(trained)
     assert tokenizer is not None
     seen: list[str] = []
@@ -421,7 +421,7 @@ def test_text_is_streamed(trained: Path, capsys: pytest.CaptureFixture[str]) -> 
         (["--tokenizer", "gpt3"], "unknown tokenizer 'gpt3', did you mean 'gpt2'?"),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_2(
+def test_a_user_error_is_one_line_and_exit_code_2(
     arguments: list[str], message: str, trained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([str(trained), *arguments]) == 2

@@ -1,4 +1,4 @@
-"""Each part stands beside a formulation that computes the same, and its figures belong together."""
+"""Each part computes the same as its reference, and its figures agree with each other."""
 
 import copy
 
@@ -41,7 +41,7 @@ def test_a_residual_step_equals_its_formula(dtype: str, tiny: TrainConfig) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler, when it is first loaded
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # raised while torch's compiler loads
 def test_a_compiled_residual_step_equals_its_formula(tiny: TrainConfig) -> None:
     figures = parts.residual(override(tiny, {"compile": True}), seconds=0)
     assert figures["kernel"] == "inductor"
@@ -55,7 +55,7 @@ def test_every_optimizer_has_a_reference(name: str, tiny: TrainConfig) -> None:
     check_floor(figures)
 
 
-@pytest.mark.parametrize(("name", "tolerance"), [("adamw", 1e-5), ("muon", 0.03)])  # torch's Muon is in bfloat16
+@pytest.mark.parametrize(("name", "tolerance"), [("adamw", 1e-5), ("muon", 0.03)])  # torch's Muon computes in bfloat16
 def test_the_reference_optimizer_takes_the_same_steps(name: str, tolerance: float) -> None:
     model = GPT(MODEL)
     other, start = copy.deepcopy(model), copy.deepcopy(model)
@@ -78,7 +78,7 @@ def test_the_work_of_an_optimizer_equals_a_count_by_hand() -> None:
     blocks, other = 4 * 16 * 16 + 2 * 16 * 64, 2 * 31 * 16
     scales = sum(parameter.numel() for parameter in model.parameters() if parameter.ndim == 1)
     assert parts._optimizer_work(model, OptimConfig()) == (28 * (blocks + other + scales), 0)
-    # Per iteration: x x^T, its square, and that times x; 2 FLOPs per entry and length of the sum.
+    # Per iteration: x x^T, its square, and that times x, with 2 FLOPs per product.
     square, wide = 3 * 2 * 16**3, 2 * 16 * 16 * 64 + 2 * 16**3 + 2 * 16 * 16 * 64
     expected = (20 * blocks + 28 * (other + scales), 5 * (4 * square + 2 * wide))
     assert parts._optimizer_work(model, OptimConfig(name="muon")) == expected

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not at all, every flipped bit found, the last few and the best kept."""
+"""Checkpoints are whole or absent, any damage is detected, and the last few and the best are kept."""
 
 import contextlib
 import json
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ngpt.config.base import ConfigError
-from ngpt.system import atomic_files as durable
+from ngpt.system import atomic_files
 from ngpt.training import checkpoint
 from ngpt.training.checkpoint import (
     CheckpointConfig,
@@ -181,7 +181,7 @@ def test_a_crash_while_saving_leaves_only_the_old_checkpoints(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        target = {"rename": Path, "fsync": durable.os, "save": checkpoint.torch}[call]
+        target = {"rename": Path, "fsync": atomic_files.os, "save": checkpoint.torch}[call]
         patch.setattr(target, call, crash)
         with pytest.raises(OSError, match="No space left"):
             save(tmp_path, 2)
@@ -254,13 +254,15 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path: Path) -> None:
         load_checkpoint(found, fresh, identity=IDENTITY | {"optim.lr": 0.2, "model.softcap": 3.0})
     with pytest.raises(ConfigError, match=r"optim\.betas = \[0\.9, 0\.95\], this run has \[0\.9, 0\.9\]"):
         load_checkpoint(found, fresh, identity=IDENTITY | {"optim.betas": (0.9, 0.9)})
-    with pytest.raises(ConfigError, match=r"optim\.lr = 0\.1, this run has None"):  # a setting that it had besides
+    with pytest.raises(
+        ConfigError, match=r"optim\.lr = 0\.1, this run has None"
+    ):  # only the checkpoint has it
         load_checkpoint(found, fresh, identity={name: IDENTITY[name] for name in IDENTITY if name != "optim.lr"})
     assert all(torch.equal(tensor, before[name]) for name, tensor in fresh.state_dict().items())
 
 
 class Bomb:
-    """Unpickling it creates the file."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -270,7 +272,7 @@ class Bomb:
 
 
 def reseal(path: Path, **changes: Any) -> None:
-    """Gives a tampered checkpoint a manifest that matches, as somebody who means harm would."""
+    """Gives a tampered checkpoint a matching manifest, as an attacker would."""
     manifest = json.loads((path / "MANIFEST.json").read_text()) | changes
     del manifest["sha256"]
     manifest["files"] = {name: checkpoint._digest(path / name) for name in manifest["files"]}
@@ -280,15 +282,17 @@ def reseal(path: Path, **changes: Any) -> None:
 
 @pytest.mark.parametrize("writer", ["torch", "pickle"])
 def test_code_inside_a_checkpoint_never_runs(tmp_path: Path, writer: str) -> None:
-    path, sign = save(tmp_path, 1), tmp_path / "it-ran"
+    path, marker = save(tmp_path, 1), tmp_path / "it-ran"
     with (path / "state.pt").open("wb") as file:
-        torch.save({"x": Bomb(sign)}, file) if writer == "torch" else pickle.dump({"x": Bomb(sign)}, file, protocol=2)
+        torch.save({"x": Bomb(marker)}, file) if writer == "torch" else pickle.dump(
+            {"x": Bomb(marker)}, file, protocol=2
+        )
     reseal(path)
     found = newest_checkpoint(tmp_path)
     assert found is not None
     with pytest.raises(pickle.UnpicklingError):
         load_checkpoint(found, model(), identity=IDENTITY)
-    assert not sign.exists()
+    assert not marker.exists()
 
 
 def test_an_unknown_format_is_refused_and_not_set_aside(tmp_path: Path) -> None:

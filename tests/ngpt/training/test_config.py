@@ -1,4 +1,4 @@
-"""The settings of a run: what does not fit together is refused, and a mistake is answered with its position."""
+"""Training settings: conflicting ones are refused, and errors have their position in the file."""
 
 from pathlib import Path
 

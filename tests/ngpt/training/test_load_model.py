@@ -34,7 +34,7 @@ def finish(config: TrainConfig, out: Path, dataset: Dataset | None = None) -> Pa
 
 @pytest.fixture(scope="module")
 def trained(tiny: TrainConfig, dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with the checkpoints of steps 3, 6 and 8."""
+    """A run with checkpoints at steps 3, 6 and 8."""
     config = override(tiny, {"checkpoint.every": 3, "checkpoint.keep_last": 5})
     return finish(config, tmp_path_factory.mktemp("trained") / "run", dataset)
 
@@ -164,7 +164,7 @@ def test_settings_that_do_not_affect_weights_can_be_changed(trained: Path) -> No
     assert (longer.cfg.block_size, longer.cfg.rope_scaling, len(longer.cos)) == (64, "yarn", 64)
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), longer.parameters(), strict=True))
     assert not torch.allclose(logits(longer), logits(plain))
-    more = load_model(trained, block_size=64).model  # alone it changes nothing of the first tokens
+    more = load_model(trained, block_size=64).model  # a larger block size alone does not change the first tokens
     torch.testing.assert_close(logits(more), logits(plain))
 
 
@@ -211,7 +211,7 @@ def test_a_tokenizer_other_than_the_models_is_refused(trained: Path, tmp_path: P
 
 
 def _unused_field() -> bytes:
-    """A protobuf field that nobody reads, number 1000 with the value 1: the same tokenizer, but another file."""
+    """Another file with the same tokenizer: adds the unused protobuf field 1000 with the value 1."""
     return bytes([0xC0, 0x3E, 0x01])
 
 
@@ -232,7 +232,7 @@ def test_a_model_trained_on_shards_has_the_tokenizer_beside_them(
 
     assert tokenizer_of(1, beside=True) is not None
     assert tokenizer_of(2, beside=False) is None
-    assert tokenizer_of(1, beside=False) is None  # its hash is known from before
+    assert tokenizer_of(1, beside=False) is None  # although its hash is known from before
 
 
 def test_a_tokenizer_given_by_path_is_saved_in_the_checkpoint(

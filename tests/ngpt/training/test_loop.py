@@ -1,4 +1,4 @@
-"""The train loop: it learns, it repeats itself to the last bit, and it stops where numbers are none."""
+"""The train loop learns, repeats itself bit for bit, and ends a run that is no longer finite."""
 
 import json
 import math
@@ -46,14 +46,14 @@ def test_another_seed_gives_another_result(tiny: TrainConfig, dataset: Dataset, 
 
 
 def test_logging_and_evaluation_do_not_change_the_weights(tiny: TrainConfig, dataset: Dataset, tmp_path: Path) -> None:
-    looks = [
+    settings = [
         {},
         {"tracker.log_every": 1, "eval_every": 1, "checkpoint.every": 2},
         {"eval_every": 100},
         {"eval_tokens": 64},
     ]
-    for number, look in enumerate(looks):
-        run(override(tiny, look), tmp_path / str(number), dataset)
+    for number, changes in enumerate(settings):
+        run(override(tiny, changes), tmp_path / str(number), dataset)
         assert_equal_weights(weights(tmp_path / str(number), 8), weights(tmp_path / "0", 8))
 
 
@@ -62,12 +62,12 @@ def test_the_train_loss_is_the_mean_of_the_last_ten_steps(
 ) -> None:
     losses: list[float] = []
 
-    def listen(each: Run, idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def record(each: Run, idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         loss = backward(each, idx, targets)
         losses.append(loss.item())
         return loss
 
-    monkeypatch.setattr(ngpt.training.loop, "backward", listen)
+    monkeypatch.setattr(ngpt.training.loop, "backward", record)
     for log_every in (1, 5):
         losses.clear()
         out = tmp_path / str(log_every)
@@ -130,7 +130,7 @@ def test_lazy_projection_leaves_the_sphere_and_returns_at_the_end(
     errors = {int(row["step"] or 0): float(row["weight_norm_error"] or 0) for row in seen}
     assert all((errors[step] < 1e-6) == (step % 3 == 0) for step in range(9))
     assert all(errors[step] > 1e-3 for step in (1, 2, 4, 5))
-    assert errors[2] > errors[1]  # it adds up
+    assert errors[2] > errors[1]  # the error accumulates
     final = weights(tmp_path, 8)
     rows = np.linalg.norm(final["lm_head.weight"].astype(np.float64), axis=1)
     columns = np.linalg.norm(final["blocks.0.mlp.down.weight"].astype(np.float64), axis=0)
@@ -154,7 +154,7 @@ def test_bfloat16_learns_like_float32(tiny: TrainConfig, dataset: Dataset, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler, when it is first loaded
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # raised while torch's compiler loads
 @pytest.mark.parametrize("kind", MODELS)
 def test_compiled_bfloat16_ends_where_eager_float32_does(
     kind: str, tiny: TrainConfig, dataset: Dataset, tmp_path: Path
@@ -175,7 +175,7 @@ def test_a_step_that_is_not_finite_ends_the_run_and_is_not_applied(
         runs.append(set_up(*arguments, **named))
         return runs[-1]
 
-    def break_down(each: Run, idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def broken_backward(each: Run, idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         loss = backward(each, idx, targets)
         if each.state.step < 4:
             return loss
@@ -187,7 +187,7 @@ def test_a_step_that_is_not_finite_ends_the_run_and_is_not_applied(
         return loss
 
     monkeypatch.setattr(ngpt.training.loop, "set_up", remember)
-    monkeypatch.setattr(ngpt.training.loop, "backward", break_down)
+    monkeypatch.setattr(ngpt.training.loop, "backward", broken_backward)
     result = run(override(tiny, {"checkpoint.every": 1, "eval_every": 2}), tmp_path, dataset)
     assert (result.status, result.steps) == ("diverged", 5)
     assert result.metrics["val_loss"] is None and result.metrics["val_bpb"] is None
@@ -206,6 +206,6 @@ def test_a_far_too_large_learning_rate_is_a_divergence(
     seen, result = watch(config, tmp_path, dataset)
     assert result.status == "diverged" and result.metrics["val_loss"] is None
     assert all(value is None or math.isfinite(value) for row in seen for value in row.values())
-    if steps == 1:  # the step itself was finite, what it led to was not
+    if steps == 1:  # the step was finite, but the weights after it are not
         assert seen[-1]["val_loss"] is None and seen[-1]["step"] == 1
     assert rows(tmp_path)

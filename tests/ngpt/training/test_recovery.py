@@ -27,7 +27,7 @@ OPTIMIZERS = {"adamw": {}, "muon": {"optim.name": "muon", "optim.lr_other": 0.02
 
 
 def break_forward(patch: pytest.MonkeyPatch) -> LimitedMemory:
-    """No pass over more than one sequence in training."""
+    """A training pass over more than one sequence runs out of memory at its start."""
     real = GPT.forward
     full = LimitedMemory(real, fails=lambda model, idx, targets=None: len(idx) > 1 and torch.is_grad_enabled())
     patch.setattr(GPT, "forward", lambda *arguments: full(*arguments))
@@ -35,14 +35,14 @@ def break_forward(patch: pytest.MonkeyPatch) -> LimitedMemory:
 
 
 def break_backward(patch: pytest.MonkeyPatch) -> LimitedMemory:
-    """The gradients of more than one sequence are too large, once those of some layers are there already."""
-    real, deep = GPT.forward, {"rows": 0}
-    full = LimitedMemory(lambda gradient: gradient, fails=lambda gradient: deep["rows"] > 1)
+    """A training pass over more than one sequence runs out of memory after the gradients of some layers."""
+    real, last_pass = GPT.forward, {"rows": 0}
+    full = LimitedMemory(lambda gradient: gradient, fails=lambda gradient: last_pass["rows"] > 1)
 
     def forward(model: Any, idx: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
-        deep["rows"] = len(idx)
+        last_pass["rows"] = len(idx)
         if torch.is_grad_enabled() and not model.wte.weight._backward_hooks:
-            model.wte.weight.register_hook(full)  # the last gradient of all
+            model.wte.weight.register_hook(full)  # its gradient is computed last
         return real(model, idx, targets)
 
     patch.setattr(GPT, "forward", forward)
@@ -62,7 +62,7 @@ def test_a_step_out_of_memory_gives_the_result_of_small_micro_batches(
     with pytest.MonkeyPatch.context() as patch:
         full = BREAKS[where](patch)
         result = run(config, tmp_path / "full", dataset)
-    assert full.failures == 2  # 4 sequences, 2, 1; and it remembers
+    assert full.failures == 2  # 4 sequences, 2, 1; not again in later steps
     assert result.status == "finished"
     assert (result.metrics["micro_batch_size"], result.metrics["batch_size"]) == (1, 4)
     assert result.metrics["tokens"] == small.metrics["tokens"]
@@ -76,36 +76,36 @@ def test_a_step_out_of_memory_gives_the_result_of_small_micro_batches(
 def test_an_optimizer_out_of_memory_rolls_the_run_back(
     failing_step: int, optimizer: str, watched: TrainConfig, dataset: Dataset, tmp_path: Path
 ) -> None:
-    """Some weights have moved when memory runs out; the run returns to its checkpoint at step 4, or to the start."""
+    """Memory runs out when some weights have changed. The run returns to its checkpoint at step 4, or to the start."""
     config = override(watched, OPTIMIZERS[optimizer] | {"micro_batch_size": 2})
     half = run(override(config, {"micro_batch_size": 1}), tmp_path / "half", dataset)
     real, broken = ngpt.training.loop.train_step, []
 
-    def fails(each: Run) -> Callable[[], None]:
+    def failing_step_of(each: Run) -> Callable[[], None]:
         step = each.optimizers[0].step
 
-        def half_done() -> None:
+        def step_halfway() -> None:
             step()
             with torch.no_grad():
                 next(each.model.parameters()).add_(1.0)
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
-        return half_done
+        return step_halfway
 
-    def listen(each: Run) -> dict[str, float]:
+    def record(each: Run) -> dict[str, float]:
         if each.state.step == failing_step and not broken:
             broken.append(each.state.step)
-            each.optimizers[0].step = fails(each)  # type: ignore[method-assign]
+            each.optimizers[0].step = failing_step_of(each)  # type: ignore[method-assign]
         return real(each)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ngpt.training.loop, "train_step", listen)
+        patch.setattr(ngpt.training.loop, "train_step", record)
         result = run(config, tmp_path / "broken", dataset)
     assert broken == [failing_step] and result.metrics["micro_batch_size"] == 1
     assert result.metrics["val_loss"] == pytest.approx(half.metrics["val_loss"], abs=1e-6)
     assert weight_difference(tmp_path / "broken", tmp_path / "half") < 1e-6
     steps = [row["step"] for row in rows(tmp_path / "broken")]
-    assert steps == [row["step"] for row in rows(tmp_path / "half")]  # what was undone is not told twice
+    assert steps == [row["step"] for row in rows(tmp_path / "half")]  # rows of undone steps are dropped
 
 
 def test_an_evaluation_out_of_memory_gives_the_same_loss(
@@ -118,7 +118,7 @@ def test_an_evaluation_out_of_memory_gives_the_same_loss(
         patch.setattr(GPT, "forward", lambda *arguments: full(*arguments))
         result = run(watched, tmp_path / "full", dataset)
     assert full.failures == 1
-    assert result.metrics["micro_batch_size"] == 4  # training had enough
+    assert result.metrics["micro_batch_size"] == 4  # training did not run out
     assert result.metrics["val_loss"] == pytest.approx(plain.metrics["val_loss"], abs=1e-6)
     assert weight_difference(tmp_path / "full", tmp_path / "plain") == 0
 
@@ -142,25 +142,25 @@ def test_a_single_sequence_that_does_not_fit_raises(watched: TrainConfig, datase
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler, when it is first loaded
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # raised while torch's compiler loads
 def test_a_compiled_run_may_use_more_batch_sizes_than_torch_recompiles(
     tiny: TrainConfig, dataset: Dataset, tmp_path: Path
 ) -> None:
-    """Nine sizes in training and as many in evaluation; torch's limit is eight, and to exceed it would be an error."""
+    """Nine batch sizes in training and nine in evaluation. torch raises above eight unless it is told otherwise."""
     settings = {"batch_size": 256, "compile": True, "steps": 9, "eval_every": 1, "eval_tokens": 4096, "n_layer": 1}
     config, real, steps = override(tiny, settings), GPT.forward, iter(range(99))
 
     def step(each: Run) -> dict[str, float]:
-        full["most"] = 256 >> next(steps)  # half of what the step before had
+        limit["rows"] = 256 >> next(steps)  # half of the step before
         return train_step(each)
 
     def forward(model: Any, idx: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
         loss = real(model, idx, targets)
-        if torch.is_grad_enabled() and len(idx) > full["most"]:
+        if torch.is_grad_enabled() and len(idx) > limit["rows"]:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return loss
 
-    full, train_step = {"most": 256}, ngpt.training.loop.train_step
+    limit, train_step = {"rows": 256}, ngpt.training.loop.train_step
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(GPT, "forward", forward)
         patch.setattr(ngpt.training.loop, "train_step", step)
@@ -182,17 +182,17 @@ def test_other_errors_in_a_step_pass_through(
 
 
 def test_halve_batch_halves_the_batch_and_reports_it(watched: TrainConfig, dataset: Dataset, tmp_path: Path) -> None:
-    """From step 5 on the first two sequences of each batch are what is trained on."""
+    """From step 5 on, training uses the first two sequences of each batch."""
     seen: list[tuple[int, int]] = []
 
-    def listen(each: Run, idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def record(each: Run, idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         if each.state.step >= 4 and len(idx) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         seen.append((each.state.step, len(idx)))
         return backward(each, idx, targets)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ngpt.training.loop, "backward", listen)
+        patch.setattr(ngpt.training.loop, "backward", record)
         result = run(override(watched, {"on_oom": "halve_batch"}), tmp_path, dataset)
     assert seen == [(step, 4 if step < 4 else 2) for step in range(8)]
     assert (result.metrics["batch_size"], result.metrics["micro_batch_size"]) == (2, 2)
@@ -208,7 +208,7 @@ def test_a_resumed_run_keeps_the_micro_batch_that_fits(watched: TrainConfig, dat
         next(loop)
         next(loop)
         loop.close()
-    resumed = run(watched, tmp_path / "killed", dataset, resume="latest")  # now there would be memory
+    resumed = run(watched, tmp_path / "killed", dataset, resume="latest")  # although memory would suffice now
     assert untimed(resumed.metrics) == untimed(straight.metrics)
     assert weight_difference(tmp_path / "killed", tmp_path / "straight") == 0
 
@@ -223,7 +223,7 @@ from ngpt.training.config import TrainConfig
 
 torch.set_num_threads(1)
 loop = train(build(TrainConfig, json.loads(sys.argv[1])), Path(sys.argv[3]))
-next(loop)  # set up and evaluated, with all libraries loaded
+next(loop)  # so that all libraries are loaded
 size = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmSize"))
 resource.setrlimit(resource.RLIMIT_AS, (size * 1024 + int(sys.argv[2]), resource.RLIM_INFINITY))
 while True:
@@ -239,7 +239,7 @@ while True:
 def test_a_host_out_of_memory_gives_the_result_of_small_micro_batches(
     tiny: TrainConfig, dataset: Dataset, tmp_path: Path
 ) -> None:
-    """A batch of 256 needs some 170 MB for its activations; 60 are left."""
+    """A batch of 256 needs about 170 MB for its activations; 60 MB are left."""
     wide = {"batch_size": 256, "model.n_embd": 64, "model.block_size": 64, "steps": 2, "eval_every": 9}
     config = override(tiny, wide | {"eval_tokens": 64, "checkpoint.every": 9})
     command = [sys.executable, "-c", LIMITED, json.dumps(flatten(config)), str(60 << 20), str(tmp_path / "limited")]
@@ -252,11 +252,11 @@ def test_a_host_out_of_memory_gives_the_result_of_small_micro_batches(
     assert result["train_loss"] == pytest.approx(expected["train_loss"], abs=1e-6)
 
 
-# ---- numbers that are none -------------------------------------------------------------------------------------------
+# ---- not finite -----------------------------------------------------------------------------------------------------
 
 
 def break_batches(patch: pytest.MonkeyPatch, *bad: int, what: str = "gradient") -> list[int]:
-    """The loss or a gradient of some batches, by number, is not finite; returns the batches that are trained on."""
+    """Makes the loss or a gradient of the `bad` batches not finite; returns a list of all batches trained on."""
     seen: list[int] = []
     real_gradients, real = ngpt.training.loop.gradients, ngpt.training.loop.backward
 
@@ -314,7 +314,7 @@ def test_too_many_skipped_steps_are_a_divergence(
 def test_a_rollback_restores_the_checkpoint_and_skips_the_batches_since(
     watched: TrainConfig, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Batch 5 breaks in step 6: back to step 4, which goes on with batch 6; another break before any checkpoint."""
+    """Batch 5 fails in step 6. The run returns to step 4, continues with batch 6, and fails again at batch 7."""
     seen = break_batches(monkeypatch, 5, 7)
     result = run(override(watched, {"nonfinite.policy": "rollback"}), tmp_path, dataset)
     assert seen == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]
@@ -367,7 +367,7 @@ def test_a_run_resumed_after_a_recovery_ends_as_an_undisturbed_one(
 def test_an_evaluation_that_is_not_finite_rolls_the_run_back(
     watched: TrainConfig, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a step leaves behind may be infinite although its gradient was not."""
+    """The weights after a step may be infinite although its gradient was not."""
     real, broken = ngpt.training.loop.update, []
 
     def update(each: Run) -> None:

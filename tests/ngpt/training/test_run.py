@@ -1,4 +1,4 @@
-"""A run is set up, saved and restored: an interruption leaves no trace, and a result holds what a record needs."""
+"""A run that is interrupted and resumed ends as an undisturbed one, and its result has all fields of a record."""
 
 import json
 import signal
@@ -26,7 +26,7 @@ from tests.helpers.tiny_run import AWKWARD, MODELS, assert_equal_weights, rows, 
 
 
 class Killed(Exception):
-    """Stands for the end of the process."""
+    """Simulates the end of the process."""
 
 
 def optimizer_states(out: Path, step: int) -> list[Any]:
@@ -35,7 +35,7 @@ def optimizer_states(out: Path, step: int) -> list[Any]:
 
 
 def assert_equal_states(one: Any, other: Any) -> None:
-    """Nested lists and dicts of tensors, numbers and names, equal bit for bit."""
+    """Asserts that nested lists and dicts of tensors, numbers and strings are equal bit for bit."""
     assert type(one) is type(other)
     if isinstance(one, dict):
         assert one.keys() == other.keys()
@@ -64,7 +64,7 @@ def test_a_result_holds_what_a_record_needs(tiny: TrainConfig, dataset: Dataset,
 
 
 def killed_after_save(step: int, patch: pytest.MonkeyPatch) -> None:
-    """The process ends as soon as the checkpoint of `step` is on disk."""
+    """Ends the process as soon as the checkpoint of `step` is on disk."""
     real = ngpt.training.saving.save_checkpoint
 
     def save(*arguments: Any, **named: Any) -> Path:
@@ -77,7 +77,7 @@ def killed_after_save(step: int, patch: pytest.MonkeyPatch) -> None:
 
 
 def killed_in_step(step: int, patch: pytest.MonkeyPatch) -> None:
-    """The process ends in the middle of `step`, after rows that no checkpoint covers."""
+    """Ends the process in the middle of `step`, after rows that no checkpoint covers."""
 
     def batch(*arguments: Any, **named: Any) -> Any:
         if named["step"] == step - 1:
@@ -106,7 +106,7 @@ def test_a_run_killed_at_any_step_and_resumed_ends_as_an_undisturbed_one(
             kill(step, patch)
             with pytest.raises(Killed):
                 run(config, out, dataset)
-        torch.manual_seed(step)  # another process
+        torch.manual_seed(step)  # a new process has another global RNG state
         resumed = run(config, out, dataset, resume="latest")
         assert resumed.status == "finished", step
         assert untimed(resumed.metrics) == untimed(straight.metrics), step
@@ -118,7 +118,7 @@ def test_a_run_killed_at_any_step_and_resumed_ends_as_an_undisturbed_one(
 
 
 def test_a_process_killed_with_sigkill_loses_nothing(tiny: TrainConfig, tmp_path: Path) -> None:
-    """SIGKILL while it trains, as soon as some checkpoint is there, and once more further on."""
+    """It is killed once it has a checkpoint, and the resumed process again later."""
     steps = {"steps": 240, "eval_every": 80, "checkpoint.every": 9, "project_every": 7, "optim.name": "muon"}
     config = override(tiny, steps)
     code = (

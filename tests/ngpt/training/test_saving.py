@@ -46,7 +46,7 @@ def test_the_last_save_out_of_memory_raises(watched: TrainConfig, dataset: Datas
 
 
 def refuse_saves(patch: pytest.MonkeyPatch, refuses: Callable[[int, int], bool]) -> list[int]:
-    """Saving fails where `refuses(step, attempt)` says so; returns the steps of all attempts."""
+    """Makes saving fail if `refuses(step, attempt)`; returns a list of the steps of all attempts."""
     real, attempts = ngpt.training.saving.save_checkpoint, []
 
     def save(*arguments: Any, **named: Any) -> Path:
@@ -83,7 +83,7 @@ def test_a_save_that_the_disk_refuses_is_logged_and_skipped(
 def test_a_required_checkpoint_is_retried_once_and_then_raises(
     watched: TrainConfig, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_rollback: bool
 ) -> None:
-    """The last one is the model; one that a run may go back to decides its numbers."""
+    """The last checkpoint is the model; those of a run that may roll back decide its results."""
     config = override(watched, {"nonfinite.policy": "rollback"}) if is_rollback else watched
     with monkeypatch.context() as patch:
         attempts = refuse_saves(patch, lambda step, attempt: attempt == 1)

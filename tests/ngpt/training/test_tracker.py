@@ -1,4 +1,4 @@
-"""A run's numbers: strict JSON, whole rows, and one continuous story however often a run was interrupted."""
+"""Metrics are whole rows of strict JSON, and continuous however often a run was interrupted."""
 
 import importlib.util
 import json
@@ -109,7 +109,7 @@ def test_rows_that_a_full_disk_refuses_are_written_later(
             for step in (1, 2, 3):
                 tracker.log({"step": step})
                 tracker.log_histograms(step, {"alpha": np.ones(2)})
-            with pytest.raises(OSError, match="No space"):  # no checkpoint without the rows before it
+            with pytest.raises(OSError, match="No space"):  # so no checkpoint is saved before its rows
                 tracker.sync()
         assert [row["step"] for row in rows(tmp_path / "metrics.jsonl")] == [0]
         tracker.log({"step": 4})
@@ -183,14 +183,14 @@ def test_an_unknown_wandb_mode_is_refused() -> None:
 @example(np.array([3.4028234663852886e38, -3.4028234663852886e38, 3.5e38]))
 def test_a_histogram_counts_every_finite_value_once(values: np.ndarray) -> None:
     found = histogram(values)
-    kept = [value for value in values.tolist() if abs(value) <= float(np.finfo(np.float32).max)]  # no NaN is
+    kept = [value for value in values.tolist() if abs(value) <= float(np.finfo(np.float32).max)]  # false for NaN
     assert found.not_finite == len(values) - len(kept)
     assert sum(found.counts) == len(kept)
     if kept:
         assert len(found.edges) == len(found.counts) + 1 == HISTOGRAM_BINS + 1
         assert found.edges[0] <= min(kept) and max(kept) <= found.edges[-1]
         assert all(low < high for low, high in zip(found.edges, found.edges[1:], strict=False))
-        # Counted one by one: a value on an edge belongs to the bin above, the last bin has both of its edges.
+        # A value on an edge belongs to the bin above it; the last bin includes both edges.
         for low, high, count in zip(found.edges[:-1], found.edges[1:-1], found.counts[:-1], strict=False):
             assert count == sum(low <= value < high for value in kept)
     else:
@@ -221,7 +221,7 @@ def test_histograms_have_their_own_file_and_are_dropped_like_rows(tmp_path: Path
     path = tmp_path / "histograms.jsonl"
     with Tracker(PLAIN, tmp_path, settings={}) as tracker:
         tracker.log_histograms(0, {})
-        assert not path.exists()  # a run that looks at none has none
+        assert not path.exists()  # without histograms there is no file
         for step in (2, 4, 6):
             tracker.log_histograms(step, {"alpha/attention.0": [0.0, 1.0], "r/mlp.0": [float("inf"), 1.0 + step]})
     first = rows(path)
@@ -241,7 +241,7 @@ def test_histograms_have_their_own_file_and_are_dropped_like_rows(tmp_path: Path
         tracker.log_histograms(6, {"r/mlp.0": []})
     last = {"step": 6, "name": "r/mlp.0", "edges": [], "counts": [], "not_finite": 0}
     assert rows(path) == read_metrics(path) == [*first[:4], last]
-    track(tmp_path, 1)  # a fresh run has nothing to do with them
+    track(tmp_path, 1)  # a new run drops them
     assert rows(path) == []
 
 
