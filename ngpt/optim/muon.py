@@ -1,23 +1,24 @@
-"""Muon: momentum whose matrices are replaced by the nearest semi-orthogonal ones.
+"""Muon: momentum, with each matrix replaced by the nearest semi-orthogonal one.
 
 Source: Keller Jordan, kellerjordan.github.io/posts/muon; equal to torch.optim.Muon with `adjust_lr_fn="original"`.
 """
 
 import itertools
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ngpt.optim.batching import group_by, stack
+
 
 def orthogonalize(matrices: Tensor, *, steps: int = 5) -> Tensor:
     """U V^T of each matrix's singular value decomposition U S V^T, approximately; (..., M, N) -> (..., M, N).
 
-    Newton-Schulz iteration with a quintic whose slope at zero is as large as possible: the singular values do not reach
-    1 but end between about 0.7 and 1.2, which does no harm and saves iterations. In bfloat16, as its author has it, on
-    a GPU and wherever autocast is on; else in float32.
+    Newton-Schulz iteration with a quintic of maximal slope at zero. Singular values end between about 0.7 and 1.2
+    instead of at 1, which is harmless and saves iterations. In bfloat16, as in the original, on a GPU and under
+    autocast; else in float32.
     """
     a, b, c = 3.4445, -4.7750, 2.0315  # source: KellerJordan/Muon, zeropower_via_newtonschulz5
     device = matrices.device.type
@@ -28,13 +29,13 @@ def orthogonalize(matrices: Tensor, *, steps: int = 5) -> Tensor:
     x = (x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)).to(dtype)
     for _ in range(steps):
         gram = x @ x.mT
-        # a x + (b gram + c gram^2) x, each sum inside the product that it follows
+        # a x + (b gram + c gram^2) x, with each sum fused into a product
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x.mT if tall else x).to(matrices.dtype).reshape(matrices.shape)
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon for matrices (2-D parameters); everything else belongs to another optimizer.
+    """Muon for matrices (2-D parameters); other parameters need another optimizer.
 
     Args:
         params: the matrices, or groups of them.
@@ -68,13 +69,13 @@ class Muon(torch.optim.Optimizer):
             raise ValueError(f"Muon takes matrices only, got parameters of shape {shapes}")
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update. Matrices of equal shape are orthogonalised as one batch."""
+        """One update. Matrices of equal shape are orthogonalized as one batch."""
         if closure is not None:
             raise ValueError("Muon does not take a closure")
         step_muons([self])
 
     def directions(self, parameters: list[Tensor], group: dict[str, Any]) -> Sequence[Tensor]:
-        """Updates the running means; returns what is to be orthogonalised, one matrix per parameter."""
+        """Updates the running means; returns the matrix to orthogonalize for each parameter."""
         for parameter in parameters:
             if "momentum" not in self.state[parameter]:
                 self.state[parameter]["momentum"] = torch.zeros_like(parameter)
@@ -88,20 +89,18 @@ class Muon(torch.optim.Optimizer):
 
 @torch.no_grad()
 def step_muons(optimizers: Iterable[Muon]) -> None:
-    """One update of each. Matrices of equal shape are orthogonalised as one batch, whosever they are."""
-    batches: dict[tuple[int, ...], list[tuple[Muon, dict[str, Any], list[Tensor]]]] = defaultdict(list)
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            by_shape: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    by_shape[tuple(parameter.shape)].append(parameter)
-            for (rows, columns), parameters in by_shape.items():
-                batches[rows, columns, group["ns_steps"]].append((optimizer, group, parameters))
-    for (rows, columns, ns_steps), members in batches.items():
-        ahead = [d for optimizer, group, parameters in members for d in optimizer.directions(parameters, group)]
+    """One update of each optimizer. Matrices of equal shape are orthogonalized as one batch across optimizers."""
+    members = [
+        (optimizer, group, shape, parameters)
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for shape, parameters in group_by(_trained(group), lambda parameter: tuple(parameter.shape)).items()
+    ]
+    for (shape, ns_steps), batch in group_by(members, lambda member: (member[2], member[1]["ns_steps"])).items():
+        rows, columns = shape
+        ahead = [d for optimizer, group, _, parameters in batch for d in optimizer.directions(parameters, group)]
         updates = iter(orthogonalize(stack(ahead), steps=ns_steps).unbind())
-        for _, group, parameters in members:
+        for _, group, _, parameters in batch:
             size = group["lr"] * max(1.0, rows / columns) ** 0.5
             if shrinkage := group["lr"] * group["weight_decay"]:
                 torch._foreach_mul_(parameters, 1 - shrinkage)  # pyright: ignore[reportPrivateImportUsage]
@@ -109,17 +108,5 @@ def step_muons(optimizers: Iterable[Muon]) -> None:
             torch._foreach_add_(parameters, own, alpha=-size)  # pyright: ignore[reportPrivateImportUsage]
 
 
-def stack(tensors: Sequence[Tensor | None]) -> Tensor:
-    """Matrices of one shape as one batch (n, rows, columns); a single one, such as an embedding, is not copied."""
-    present = [tensor for tensor in tensors if tensor is not None]
-    assert len(present) == len(tensors), "an optimizer steps only where there is a gradient"
-    return torch.stack(present) if len(present) > 1 else present[0].unsqueeze(0)
-
-
-def write_back(tensors: Sequence[Tensor], batch: Tensor) -> None:
-    """Copies each matrix of a `stack` that was changed in place into its tensor, all in one launch.
-
-    A single one was not copied and is changed already.
-    """
-    if len(tensors) > 1:
-        torch._foreach_copy_(list(tensors), batch.unbind())  # pyright: ignore[reportPrivateImportUsage]
+def _trained(group: dict[str, Any]) -> list[Tensor]:
+    return [parameter for parameter in group["params"] if parameter.grad is not None]

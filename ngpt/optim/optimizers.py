@@ -1,10 +1,10 @@
-"""Optimizers: who updates which parameter with which learning rate.
+"""Optimizers: which one updates which parameter, at which learning rate.
 
 An entry of `OPTIMIZERS` is a builder (model, cfg) -> list of torch optimizers that together hold every parameter once.
-An entry of `WIDTH_RULES` is a function (kind, ratio) -> factor that carries learning rates over from another width.
+An entry of `WIDTH_RULES` is a function (kind, ratio) -> factor that transfers learning rates from another width.
 
-Every parameter is of one kind: `matrices` (2-D, of the blocks), `embedding` (wte), `head` (lm_head; a tied one is the
-embedding and has no parameter of its own) or `scales` (all that is 1-D: alpha, s_qk, s_uv, s_z, gains of norms).
+Each parameter has one kind: `matrices` (2-D, in the blocks), `embedding` (wte), `head` (lm_head; a tied one is the
+embedding) or `scales` (1-D: alpha, s_qk, s_uv, s_z, gains of norms).
 """
 
 from collections.abc import Callable, Collection
@@ -31,7 +31,7 @@ Group = dict[str, Any]
 
 
 def adamw(model: GPT, cfg: "OptimConfig") -> list[torch.optim.Optimizer]:
-    """AdamW for all (arXiv 1711.05101): `lr` for matrices, embedding and head, `lr_other` for the scales."""
+    """AdamW for everything (arXiv 1711.05101): `lr` for matrices, embedding and head, `lr_other` for the scales."""
     rates = _rates(model, cfg, lr_of=("matrices", "embedding", "head"), ruled=KINDS)
     return _adamw(_groups(model, rates), cfg)
 
@@ -45,15 +45,15 @@ def muon(model: GPT, cfg: "OptimConfig") -> list[torch.optim.Optimizer]:
 
 def geodesic_muon(model: GPT, cfg: "OptimConfig") -> list[torch.optim.Optimizer]:
     """Geodesic Muon at `lr` for the matrices of the blocks; at `lr_other` Riemannian AdamW for embedding and head, and
-    AdamW for the scales. There is no weight decay: on the sphere it does nothing."""
+    AdamW for the scales. No weight decay, which has no effect on the sphere."""
     matrices, *rest = _groups(model, _rates(model, cfg, lr_of=("matrices",), ruled=KINDS[1:]))
     settings = {"momentum": cfg.momentum, "nesterov": cfg.nesterov, "ns_steps": cfg.ns_steps}
     return [GeodesicMuon(_by_dim(model, [matrices]), **settings), *_riemannian_adamw(model, rest, cfg)]
 
 
 def riemannian_adamw(model: GPT, cfg: "OptimConfig") -> list[torch.optim.Optimizer]:
-    """Riemannian AdamW at `lr` for matrices, embedding and head; AdamW at `lr_other` for the scales. There is no weight
-    decay: on the sphere it does nothing."""
+    """Riemannian AdamW at `lr` for matrices, embedding and head; AdamW at `lr_other` for the scales. No weight
+    decay, which has no effect on the sphere."""
     rates = _rates(model, cfg, lr_of=("matrices", "embedding", "head"), ruled=KINDS)
     return _riemannian_adamw(model, _groups(model, rates), cfg)
 
@@ -64,20 +64,21 @@ OPTIMIZERS: dict[str, Callable[[GPT, "OptimConfig"], list[torch.optim.Optimizer]
     "geodesic_muon": geodesic_muon,
     "riemannian_adamw": riemannian_adamw,
 }
-ON_SPHERE = ("geodesic_muon", "riemannian_adamw")  # those that turn unit vectors, and need some
+ON_SPHERE = ("geodesic_muon", "riemannian_adamw")  # these rotate unit vectors, so the model must have some
 
 
 # ---- width rules -------------------------------------------------------------------------------
 
 
 def none(kind: str, ratio: float) -> float:
-    """The rates as they are."""
+    """Unchanged rates."""
     return 1.0
 
 
 def nanochat(kind: str, ratio: float) -> float:
-    """1 / sqrt(ratio) for what has the width as a side, 1 for scales (karpathy/nanochat, gpt.py, setup_optimizer, where
-    base_width is 768). There the blocks' matrices are always Muon's; under AdamW they are taken as its other groups."""
+    """1 / sqrt(ratio) for parameters with the width as a side, 1 for scales (karpathy/nanochat, gpt.py,
+    setup_optimizer, where base_width is 768). nanochat always trains the matrices with Muon; under AdamW they are
+    scaled like the rest."""
     return 1.0 if kind == "scales" else ratio**-0.5
 
 
@@ -85,16 +86,16 @@ def mup(kind: str, ratio: float) -> float:
     """muP for Adam, the learning rates of Tensor Programs V (arXiv 2203.03466), table 3: 1 / ratio for matrices and
     head, whose fan-in grows with the width, 1 for embedding and scales.
 
-    That table has no multipliers in the model, unlike table 8 and the package `mup`, where the head is divided by the
-    width and keeps its rate. The rest of muP, initial variances and softmax scale, is not changed by a rule for rates.
-    A tied head has the embedding's factor, which muP allows in table 8 only.
+    That table has no multipliers in the model, unlike table 8 and the package `mup`, which divide the head's output by
+    the width and keep its rate. The rest of muP, initial variances and softmax scale, is not part of a rule for rates.
+    A tied head gets the embedding's factor, which muP allows in table 8 only.
     """
     return 1 / ratio if kind in ("matrices", "head") else 1.0
 
 
 def nugpt(kind: str, ratio: float) -> float:
-    """nuGPT (arXiv 2604.27077), found for nGPT under Adam: ratio^(-1/2) for the input embedding, ratio^(-3/4) for
-    matrices and head. Its scales keep their rate and are stored at a constant scale, which is the model's business."""
+    """nuGPT (arXiv 2604.27077), for nGPT under Adam: ratio^(-1/2) for the embedding, ratio^(-3/4) for matrices and
+    head. Scales keep their rate; how they are stored is up to the model."""
     return {"embedding": ratio**-0.5, "matrices": ratio**-0.75, "head": ratio**-0.75, "scales": 1.0}[kind]
 
 
@@ -110,12 +111,12 @@ WIDTH_RULES: dict[str, Callable[[str, float], float]] = {
 
 
 class OptimConfig(Config):
-    """What updates the weights, with the rates of each kind of parameter at the height of the schedule."""
+    """The optimizer, with the peak learning rate of each kind of parameter."""
 
     name: Annotated[str, one_of(OPTIMIZERS, "optimizer")] = "adamw"
-    lr: Rate = 1e-3  # of what the optimizer is named for: see its function
+    lr: Rate = 1e-3  # of the parameters that the optimizer is named for, see its function
     lr_other: Rate | None = None  # of the rest; null: the same as lr
-    lr_embedding: Rate | None = None  # of the embedding; null: lr or lr_other, as the optimizer has it
+    lr_embedding: Rate | None = None  # of the embedding; null: lr or lr_other, depending on the optimizer
     lr_head: Rate | None = None  # of the head, likewise; not used when it is tied to the embedding
     lr_scales: Rate | None = None  # of the scales, likewise
     width_rule: Annotated[str, one_of(WIDTH_RULES, "width rule")] = "none"  # of Adam's rates; Muon's stay as given
@@ -129,8 +130,8 @@ class OptimConfig(Config):
     ns_steps: Annotated[int, Field(ge=1)] = 5  # muon and geodesic_muon: Newton-Schulz iterations
 
     @property
-    def other(self) -> float:
-        """The learning rate of all that the optimizer is not named for."""
+    def other_lr(self) -> float:
+        """The learning rate of the parameters that the optimizer is not named for."""
         return self.lr if self.lr_other is None else self.lr_other
 
     @model_validator(mode="after")
@@ -142,23 +143,23 @@ class OptimConfig(Config):
 
 
 def incompatibility(cfg: OptimConfig, model: ModelConfig) -> str | None:
-    """Why the optimizer cannot train such a model, as one sentence; None: it can."""
+    """Why the optimizer cannot train this kind of model, as one sentence; None if it can."""
     if model.on_sphere or cfg.name not in ON_SPHERE:
         return None
     rules = ", ".join(sorted(set(RESIDUAL_RULES) - {"add"}))
     others = ", ".join(sorted(set(OPTIMIZERS) - set(ON_SPHERE)))
     return (
-        f"optimizer {cfg.name} turns weights on the sphere, which a model of residual rule {model.residual} does not "
-        f"have: choose another residual rule ({rules}) or another optimizer ({others})"
+        f"optimizer {cfg.name} rotates weights on the sphere, and a model with residual rule {model.residual} has "
+        f"none: choose another residual rule ({rules}) or another optimizer ({others})"
     )
 
 
 def build_optimizers(model: GPT, cfg: OptimConfig) -> list[torch.optim.Optimizer]:
-    """The named optimizer for `model`. Each torch group has one `kind` of `KINDS` and its `base_lr`, which `set_learning_rates`
-    multiplies; the first one holds matrices.
+    """The configured optimizer for `model`. Each torch group has a `kind` of `KINDS` and a `base_lr`, which
+    `set_learning_rates` multiplies; the first group holds matrices.
 
     Raises:
-        ConfigError: the optimizer moves weights on the sphere, and the model has none there.
+        ConfigError: the optimizer rotates weights on the sphere, and the model has none.
     """
     if reason := incompatibility(cfg, model.cfg):
         raise ConfigError(reason)
@@ -179,7 +180,7 @@ def set_learning_rates(optimizers: list[torch.optim.Optimizer], multiplier: floa
 
 
 def parameters_by_kind(model: GPT) -> dict[str, list[nn.Parameter]]:
-    """Every parameter under its kind, the kinds in the order of `KINDS`; one without parameters has an empty list."""
+    """The parameters of each kind, in the order of `KINDS`; a kind may be empty."""
     found: dict[str, list[nn.Parameter]] = {kind: [] for kind in KINDS}
     head = None if model.lm_head is None else model.lm_head.weight
     for name, parameter in model.named_parameters():
@@ -190,7 +191,7 @@ def parameters_by_kind(model: GPT) -> dict[str, list[nn.Parameter]]:
         elif parameter.ndim == 1:
             found["scales"].append(parameter)
         else:
-            assert parameter.ndim == 2 and name.startswith("blocks."), f"no kind of {KINDS} fits {name}"
+            assert parameter.ndim == 2 and name.startswith("blocks."), f"{name} is of none of the kinds {KINDS}"
             found["matrices"].append(parameter)
     return found
 
@@ -205,13 +206,13 @@ def _rates(model: GPT, cfg: OptimConfig, *, lr_of: Collection[str], ruled: Colle
     rates = {}
     for kind in KINDS:
         given = own.get(kind)
-        rate = given if given is not None else cfg.lr if kind in lr_of else cfg.other
+        rate = given if given is not None else cfg.lr if kind in lr_of else cfg.other_lr
         rates[kind] = rate * WIDTH_RULES[cfg.width_rule](kind, ratio) if kind in ruled else rate
     return rates
 
 
 def _groups(model: GPT, rates: dict[str, float]) -> list[Group]:
-    """One torch group per kind, the empty ones left out."""
+    """One torch group per kind that has parameters."""
     return [
         {"params": members, "kind": kind, "lr": rates[kind]}
         for kind, members in parameters_by_kind(model).items()
@@ -220,7 +221,7 @@ def _groups(model: GPT, rates: dict[str, float]) -> list[Group]:
 
 
 def _by_dim(model: GPT, groups: list[Group]) -> list[Group]:
-    """The groups, divided by the dimension along which their weights have length 1."""
+    """The groups, split by the dimension along which their weights have length 1."""
     dims = {id(weight): dim for weight, dim in model.sphere_weights()}
     divided = [
         group | {"params": [p for p in group["params"] if dims[id(p)] == dim], "dim": dim}
@@ -231,7 +232,7 @@ def _by_dim(model: GPT, groups: list[Group]) -> list[Group]:
 
 
 def _adamw(groups: list[Group], cfg: OptimConfig) -> list[torch.optim.Optimizer]:
-    """AdamW in one list, or none where no parameter is left for it."""
+    """AdamW for the groups; an empty list without groups."""
     decayed = [group | {"weight_decay": 0.0 if group["kind"] == "scales" else cfg.weight_decay} for group in groups]
     return [torch.optim.AdamW(decayed, betas=cfg.betas, eps=cfg.eps, fused=True)] if decayed else []
 

@@ -1,12 +1,11 @@
 """Optimizers that move unit vectors along great circles: exact steps on the sphere instead of a step and a projection.
 
-The sphere is that of `GPT.sphere_weights`: each row of a weight (or column, `dim` says which) is a point on the unit
-sphere of the model's dimension D, and a weight with N of them is a point on a product of N spheres. A step rotates
-every point by an angle of its own: there is no step size at which it leaves the sphere, so projection has nothing left
-to do. Weight decay would only pull along the radius, which a rotation does not see; neither optimizer has it.
+The sphere is that of `GPT.sphere_weights`: each row of a weight (or column, as `dim` says) is a point on the unit
+sphere of the model's dimension D, and a weight with N of them a point on a product of N spheres. A step rotates each
+point by its own angle and never leaves the sphere, so there is nothing to project. Weight decay would act along the
+radius, which a rotation does not change; neither optimizer has it.
 """
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -14,9 +13,10 @@ import torch
 from torch import Tensor
 
 from ngpt.model.norm import l2_normalize
-from ngpt.optim.muon import orthogonalize, stack, write_back
+from ngpt.optim.batching import group_by, stack, write_back
+from ngpt.optim.muon import orthogonalize
 
-BLOCK_BYTES = 2**18  # of each tensor at once, on a CPU
+BLOCK_BYTES = 2**18  # of each tensor that are updated at once on a CPU
 
 
 def tangent(points: Tensor, x: Tensor, *, dim: int) -> Tensor:
@@ -25,7 +25,7 @@ def tangent(points: Tensor, x: Tensor, *, dim: int) -> Tensor:
 
 
 def walk(points: Tensor, velocity: Tensor, *, dim: int) -> Tensor:
-    """Where great circles lead from unit vectors `points` (along `dim`) along their tangents `velocity`, same shape.
+    """The end of great circles from unit vectors `points` (along `dim`) along the tangents `velocity`, same shape.
 
     p cos(a) + u sin(a) with the angle a = |velocity| and u = velocity / a: the exponential map of the sphere (Absil,
     Mahony, Sepulchre, Optimization Algorithms on Matrix Manifolds, section 5.4).
@@ -35,9 +35,9 @@ def walk(points: Tensor, velocity: Tensor, *, dim: int) -> Tensor:
 
 
 def transport(points: Tensor, velocity: Tensor, carried: Tensor, *, dim: int) -> Tensor:
-    """The tangents `carried` after the `walk` from `points` along `velocity`: parallel transport (same, section 8.1).
+    """Parallel transport of the tangents `carried` along the `walk` from `points` by `velocity` (same, section 8.1).
 
-    What lies along the walk turns with it, the rest stays: lengths and angles between tangents are kept.
+    The part along the walk turns with it and the rest stays, so lengths and angles between tangents are kept.
     """
     direction, angle = _polar(velocity, dim)
     along = (carried * direction).sum(dim, keepdim=True)
@@ -46,14 +46,14 @@ def transport(points: Tensor, velocity: Tensor, carried: Tensor, *, dim: int) ->
 
 def _polar(velocity: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     angle = torch.linalg.vector_norm(velocity, dim=dim, keepdim=True)
-    return velocity / angle.clamp_min(1e-12), angle  # a velocity of zero has no direction, and needs none
+    return velocity / angle.clamp_min(1e-12), angle  # the direction of a zero velocity does not matter
 
 
 class GeodesicMuon(torch.optim.Optimizer):
-    """Muon on the sphere: orthogonalised momentum, applied as an exact rotation of every unit vector.
+    """Muon on the sphere: orthogonalized momentum, applied as an exact rotation of each unit vector.
 
-    The name is of the project's seed notes ("exact manifold updates using rotation matrices"); no paper defines it, the
-    definition is ours. Muown (arXiv 2605.10797), AngularMuown (2606.23637) and Mano (2601.23000) are related. One step:
+    The name comes from a source report ("exact manifold updates using rotation matrices"), which does not define it.
+    Muown (arXiv 2605.10797), AngularMuown (2606.23637) and Mano (2601.23000) are related. One step:
 
         m = momentum * m + (1 - momentum) * gradient
         d = (1 - momentum) * gradient + momentum * m if nesterov, else m
@@ -61,17 +61,16 @@ class GeodesicMuon(torch.optim.Optimizer):
         w = w cos(a) - t / |t| sin(a)
 
     N is the number of unit vectors of the weight, D their length. The N x D matrix U V^T has vectors of root mean
-    square length sqrt(min(1, D / N)), so `lr` is about the root mean square angle in radians by which the vectors turn,
-    whatever the shape; less what the tangent part leaves out. Muon has rows / columns of the weight as it is stored
-    instead: the two agree except where the unit vectors are the columns of a matrix that is not square.
+    square length sqrt(min(1, D / N)), so `lr` is about the root mean square angle in radians of a turn, whatever the
+    shape, less what the tangent part drops. Muon uses rows / columns of the stored weight instead; they differ only if
+    the unit vectors are the columns of a matrix that is not square.
 
-    The momentum is ambient, as in Muon, and only what comes out of the orthogonalisation is made tangent. Measured on
-    400 steps of a model with 2 layers of width 64, at 3 rates with 2 seeds: tangent momentum was worse in all 6
-    pairs, by 0.13 nats in the mean, and it made no difference whether it moved with the points by parallel transport
-    or by projection. Our guess why: gradients are nearly of low rank, the multiples of w that a tangent part
-    subtracts are of full rank, and orthogonalising raises them to the size of all else. What tangent gradients would
-    bring is that every step of a smooth loss goes downhill. As it is, a square W with orthonormal rows and the
-    gradient W A, A positive definite, stays where it is whatever A wants; so it does under Muon with a projection.
+    As in Muon, the momentum is ambient; only the orthogonalized update is made tangent. In 400 steps of a model with 2
+    layers of width 64, at 3 rates with 2 seeds, tangent momentum was worse in all 6 pairs, by 0.13 nats on average,
+    whether it moved with the points by parallel transport or by projection. A likely reason: gradients are nearly of
+    low rank, the multiples of w that the tangent part subtracts have full rank, and orthogonalizing raises them to the
+    size of the rest. The cost of ambient momentum: a step need not descend a smooth loss. For example, a square W with
+    orthonormal rows and the gradient W A, A positive definite, does not move; nor does it under Muon with projection.
 
     Args:
         params: groups with the key `dim`, along which the weights (2-D, on the sphere) have length 1.
@@ -99,9 +98,9 @@ class GeodesicMuon(torch.optim.Optimizer):
         if closure is not None:
             raise ValueError("GeodesicMuon does not take a closure")
         for group, weights, states in _batches(self, "momentum"):
-            axis, momentum = group["dim"] - 2, group["momentum"]  # counted from the end: the batch comes first
+            axis, momentum = group["dim"] - 2, group["momentum"]  # from the end, since the batch comes first
             batch, running = stack(weights), stack([state["momentum"] for state in states])
-            points = l2_normalize(batch, axis)  # without this, rounding adds up: 7e-5 in 10 000 steps
+            points = l2_normalize(batch, axis)  # else rounding errors add up to 7e-5 in 10 000 steps
             gradient = stack([weight.grad for weight in weights])
             running.lerp_(gradient, 1 - momentum)
             ahead = gradient.lerp(running, momentum) if group["nesterov"] else running
@@ -117,18 +116,17 @@ class RiemannianAdamW(torch.optim.Optimizer):
 
         g = tangent part of the gradient             m = beta1 * m + (1 - beta1) * g
                                                      v = beta2 * v + (1 - beta2) * g^2, entry by entry
-        t = tangent part of m^ / (sqrt(v^) + eps)    a = lr * |t|, for each vector; ^ is Adam's correction of the start
+        t = tangent part of m^ / (sqrt(v^) + eps)    a = lr * |t|, for each vector; ^ is Adam's bias correction
         w = w cos(a) - t / |t| sin(a)                m = parallel transport of m along this turn
 
-    An entry of t is about 1 where gradients agree from step to step, as in AdamW, so `lr` means the same as there: a
-    vector turns by up to about lr * sqrt(D) radians, and for tangent gradients a small step is AdamW's with a
-    projection after it.
+    An entry of t is about 1 if gradients agree from step to step, as in AdamW, so `lr` means the same: a vector turns
+    by up to about lr * sqrt(D) radians, and a small step along tangent gradients is an AdamW step with projection.
 
-    The second moment is per entry, which is where this leaves the paper: that has one per vector, because a sphere has
-    no coordinates of its own and entries cannot be carried along with a turn. The coordinates of the model do mean
-    something: alpha acts on each. So v stays where it is while points and m move. Measured on 400 steps of a model with
-    2 layers of width 64, at 4 rates with 2 seeds: the loss was lower per entry in all 8 pairs, by 0.07 nats in the
-    mean. The price is that the steps depend on the basis of the model's space, as Adam's do.
+    Unlike in the paper, the second moment is per entry. The paper has one per vector, because a sphere has no preferred
+    coordinates and entries cannot be transported. The coordinates of the model do have meaning, since alpha acts on
+    each. So v stays in place while points and m move. In 400 steps of a model with 2 layers of width 64, at 4 rates
+    with 2 seeds, the loss was lower per entry in all 8 pairs, by 0.07 nats on average. The steps then depend on the
+    basis of the model's space, as Adam's do.
 
     Args:
         params: groups with the key `dim`, along which the weights (2-D, on the sphere) have length 1.
@@ -176,9 +174,9 @@ def _turn(w: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, group: dict
 
 
 def _in_cache(tensors: Sequence[Tensor], dim: int) -> Iterator[tuple[Tensor, ...]]:
-    """The same vectors (along `dim`) of all tensors (n, rows, columns), on a CPU as many at a time as fit its cache.
+    """The same vectors (along `dim`) of all tensors (n, rows, columns); on a CPU, as many at a time as fit its cache.
 
-    An embedding as a whole would be written to memory and read again by each of some thirty operations.
+    Otherwise each of some thirty operations would write a whole embedding to memory and read it back.
     """
     first, other = tensors[0], -1 - dim  # vectors are counted along the other dimension
     count = first.shape[other]
@@ -190,20 +188,17 @@ def _in_cache(tensors: Sequence[Tensor], dim: int) -> Iterator[tuple[Tensor, ...
 def _batches(
     optimizer: torch.optim.Optimizer, *moments: str
 ) -> Iterator[tuple[dict[str, Any], list[Tensor], list[dict[str, Any]]]]:
-    """Group, weights and states of what one batch can update: one group, one shape, equally many steps behind it.
+    """Group, weights and states that can be updated as one batch: of one group, one shape and one step count.
 
-    A fresh state has `step` 0 and the named moments at zero. Moments have the shape and dtype of their weight, as
-    torch's load_state_dict expects; `step` is a number on the host, so that using it does not wait for the device.
+    A new state has `step` 0 and the named moments at zero. Moments have the shape and dtype of their weight, as torch's
+    load_state_dict expects; `step` is a number on the host, so reading it does not wait for the device.
     """
     for group in optimizer.param_groups:
-        batches: dict[Any, list[Tensor]] = defaultdict(list)
-        for weight in group["params"]:
-            if weight.grad is not None:
-                state = optimizer.state[weight]
-                if not state:
-                    state.update({"step": 0} | {name: torch.zeros_like(weight) for name in moments})
-                batches[(*weight.shape, state["step"])].append(weight)
-        for weights in batches.values():
+        trained = [weight for weight in group["params"] if weight.grad is not None]
+        for weight in trained:
+            if not optimizer.state[weight]:
+                optimizer.state[weight].update({"step": 0} | {name: torch.zeros_like(weight) for name in moments})
+        for weights in group_by(trained, lambda weight: (*weight.shape, optimizer.state[weight]["step"])).values():
             states = [optimizer.state[weight] for weight in weights]
             for state in states:
                 state["step"] += 1

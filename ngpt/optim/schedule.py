@@ -1,7 +1,7 @@
-"""Learning-rate schedules, and what is due at a step: pure functions of the step, so that resuming needs no state.
+"""Learning-rate schedules, and which events are due at a step: pure functions of the step, so resuming needs no state.
 
-A schedule is a function (progress, cfg) -> multiplier, where progress runs from 0 to 1 after the warm-up, and one entry
-in `SCHEDULES`. The linear warm-up is common to all.
+A schedule is a function (progress, cfg) -> multiplier, where progress runs from 0 to 1 after the warm-up, and an entry
+in `SCHEDULES`. All share the linear warm-up.
 """
 
 import math
@@ -16,7 +16,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 def constant(progress: float, cfg: "ScheduleConfig") -> float:
-    """Always the full learning rate."""
+    """The full learning rate throughout."""
     return 1.0
 
 
@@ -32,11 +32,10 @@ def trapezoid(progress: float, cfg: "ScheduleConfig") -> float:
 
 
 def logarithmic(progress: float, cfg: "ScheduleConfig") -> float:
-    """Fast at first and ever more slowly, 1 - log(1 + k p) / log(1 + k), to `final_ratio`; k is `log_steepness`.
+    """1 - log(1 + k p) / log(1 + k), down to `final_ratio`: fast at first, then slower; k is `log_steepness`.
 
-    A small k is nearly a straight line; k = 9 is at 0.49 after a quarter of the way and at 0.26 after half. Logarithmic
-    decay after 10 % of warm-up is part of the recipe of "Training nGPT" (arXiv 2608.01284); that paper's formula was
-    not at hand, so this one is ours.
+    A small k is nearly a straight line; k = 9 is at 0.49 after a quarter of the way and at 0.26 after half. "Training
+    nGPT" (arXiv 2608.01284) uses logarithmic decay after 10 % of warm-up; the formula here is our own.
     """
     fall = math.log1p(cfg.log_steepness * progress) / math.log1p(cfg.log_steepness)
     return cfg.final_ratio + (1 - cfg.final_ratio) * (1 - fall)
@@ -51,17 +50,17 @@ SCHEDULES: dict[str, Callable[[float, "ScheduleConfig"], float]] = {
 
 
 class ScheduleConfig(Config):
-    """The course of all learning rates, as a multiple of those in `optim`."""
+    """How all learning rates change over the run, as a multiple of those in `optim`."""
 
     name: Annotated[str, one_of(SCHEDULES, "schedule")] = "cosine"
     warmup_steps: Annotated[int, Field(ge=0)] = 0  # linear, from lr / warmup_steps at the first step
-    final_ratio: Share = 0.0  # of the learning rate, at the end
+    final_ratio: Share = 0.0  # of the learning rate at the end
     decay_fraction: Share = 0.2  # of the steps after the warm-up; `trapezoid` only
     log_steepness: Annotated[float, Field(gt=0)] = 9.0  # how much faster it falls at first; `logarithmic` only
 
 
 def lr_multiplier(step: int, total: int, cfg: ScheduleConfig) -> float:
-    """What the learning rates are multiplied with in step `step` (0 is the first) of `total`."""
+    """The factor of the learning rates in step `step` of `total`, counted from 0."""
     if step < cfg.warmup_steps:
         return (step + 1) / cfg.warmup_steps
     progress = (step - cfg.warmup_steps) / max(1, total - cfg.warmup_steps)
@@ -69,5 +68,5 @@ def lr_multiplier(step: int, total: int, cfg: ScheduleConfig) -> float:
 
 
 def is_due(step: int, every: int, *, last: bool = False) -> bool:
-    """Whether something that happens every so many steps happens at `step`; always at the `last`."""
+    """Whether an event that happens every `every` steps is due at `step`; at the `last` step it always is."""
     return last or step % every == 0

@@ -85,7 +85,7 @@ def test_a_baseline_without_any_scales_can_be_trained() -> None:
 @pytest.mark.parametrize("name", ON_SPHERE)
 def test_an_optimizer_on_the_sphere_refuses_a_model_without_one_and_says_what_would_do(name: str) -> None:
     expected = (
-        f"optimizer {name} turns weights on the sphere, which a model of residual rule add does not have: "
+        f"optimizer {name} rotates weights on the sphere, and a model with residual rule add has none: "
         rf"choose another residual rule \({', '.join(sorted({*RESIDUAL_RULES} - {'add'}))}\) "
         rf"or another optimizer \({', '.join(sorted({*OPTIMIZERS} - {'geodesic_muon', 'riemannian_adamw'}))}\)"
     )
