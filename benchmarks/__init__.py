@@ -1,1 +1,1 @@
-"""Benchmarks against other people's code. They are not part of the installed package."""
+"""Benchmarks against other implementations and of one GPU. They are not part of the installed package."""

@@ -69,7 +69,6 @@ UNTESTED: dict[str, str] = {
     "tune/session/trial_queue.py": "test_session.py",
     "tune/executors/ray_process.py": "test_ray_supervisor.py",
     "tune/bench/campaigns.py": "test_bench.py",
-    "tune/bench/gpu.py": "test_bench.py",
 }
 MOST_LINES = 60  # of a function
 README_LINES = 150

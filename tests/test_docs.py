@@ -32,6 +32,7 @@ COMMANDS = {
     "ngpt.bench.__main__": [],
     "tune.bench.__main__": [],
     "benchmarks.peers": [],
+    "benchmarks.gpu": [],
     "tests.chaos.__main__": [],
 }
 

@@ -1,5 +1,4 @@
-"""What a campaign costs besides training, and what many trials reach together: `python -m tune.bench NAME --json`.
+"""Benchmarks of campaigns: what they cost besides training, and how fast many trials are: `python -m tune.bench NAME`.
 
-All of them run the real thing, campaigns through the same code as run_campaign.py and training steps through the train
-loop's, in a temporary folder.
+They run real campaigns and real training steps, in a temporary folder.
 """

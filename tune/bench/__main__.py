@@ -1,4 +1,4 @@
-"""`python -m tune.bench NAME`: see tune/bench/__init__.py."""
+"""The command `python -m tune.bench NAME`."""
 
 import argparse
 import inspect
@@ -11,14 +11,12 @@ import tune.bench
 from ngpt.config.base import ConfigError
 from ngpt.system.timing import print_figures
 from tune.bench.campaigns import campaign, scaling
-from tune.bench.gpu import PARTS, gpu
 from tune.bench.packing import packing
 
 BENCHMARKS: dict[str, Callable[..., dict[str, Any]]] = {
     "campaign": campaign,
     "scaling": scaling,
     "packing": packing,
-    "gpu": gpu,
 }
 
 
@@ -27,7 +25,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = vars(_parser().parse_args(arguments))
     name, as_json = options.pop("name"), options.pop("json")
     try:
-        figures = measured(name, {option: value for option, value in options.items() if value not in (None, False, [])})
+        figures = run_benchmark(
+            name, {option: value for option, value in options.items() if value not in (None, False, [])}
+        )
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
@@ -35,11 +35,11 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def measured(name: str, options: dict[str, Any]) -> dict[str, Any]:
-    """The figures of a benchmark with the options that were given.
+def run_benchmark(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Runs a benchmark with these options.
 
     Raises:
-        ConfigError: an option that this benchmark does not have, or a wrong setting.
+        ConfigError: the benchmark has no such option, or a setting is wrong.
     """
     known = inspect.signature(BENCHMARKS[name]).parameters
     for option in options.keys() - known.keys():
@@ -56,16 +56,16 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("name", choices=BENCHMARKS)
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    parser.add_argument("--trials", type=int, help="campaign, scaling: how many")
-    parser.add_argument("--seconds", type=float, help="of training: of a trial in campaign and scaling, of a point")
-    parser.add_argument("--steps", type=int, help="campaign, scaling: of a trial, instead of --seconds")
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    parser.add_argument("--trials", type=int, help="campaign, scaling: number of trials")
+    parser.add_argument(
+        "--seconds", type=float, help="of training, per trial; packing: per point"
+    )
+    parser.add_argument("--steps", type=int, help="campaign, scaling: per trial, instead of --seconds")
     parser.add_argument("--workers", type=int, help="campaign, scaling: trials at once")
-    parser.add_argument("--rounds", type=int, help="scaling: of one and several workers in turn")
-    parser.add_argument("--config", type=Path, help="packing: YAML file of settings, as ngpt.train has it")
+    parser.add_argument("--rounds", type=int, help="scaling: repetitions, with one and with several workers each")
+    parser.add_argument("--config", type=Path, help="packing: YAML file of settings, as for ngpt.train")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="packing: settings")
-    parser.add_argument("--part", metavar="PART", help=f"gpu: only one of {', '.join(PARTS)}")
-    parser.add_argument("--tiny", action="store_true", help="gpu: shapes that take a CPU seconds, to see that it runs")
     return parser
 
 

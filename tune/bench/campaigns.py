@@ -1,4 +1,4 @@
-"""Whole campaigns of tiny trials on a private Ray, timed from their journals."""
+"""Times whole campaigns of tiny trials on a private Ray, from their journals."""
 
 import contextlib
 import tempfile
@@ -24,7 +24,7 @@ from tune.storage.journal import read_journal
 
 Figures = dict[str, Any]
 
-AGENTS = ("ray::Dashboard", "ray::RuntimeEnv")  # processes of Ray that are titled as workers are
+AGENTS = ("ray::Dashboard", "ray::RuntimeEnv")  # processes of Ray that are titled like workers
 
 TINY = """
 campaign: bench
@@ -44,14 +44,14 @@ vary: {{alpha: [0.05, 0.1]}}
 def campaign(
     *, trials: int = 100, seconds: float = 5.0, steps: int | None = None, workers: int | None = None
 ) -> Figures:
-    """What a campaign takes besides training steps, from the first trial's start to the last one's end.
+    """Measures what a campaign costs besides training steps, from the start of the first trial to the end of the last.
 
-    trials: of about `seconds` of training each, or of so many `steps`. workers: default is the number of cores.
-    efficiency: time inside training steps over wall time times workers. The rest in the same unit: between_share
-    (one trial's steps and the next one's: evaluation, model and optimizer, files, Ray), worker_start_share (until the
-    workers have begun their first steps), idle_share (workers that wait for the last trial).
-    seconds_per_extra_trial: of a worker, for each trial but its first, besides the steps. startup_seconds: from the
-    call to the first trial. service_cpu_seconds: processor time of the driver and of Ray's own processes meanwhile.
+    trials: with about `seconds` of training each, or with `steps` steps. workers: default: the number of cores.
+    efficiency: time inside training steps over wall time times workers. The other shares, in the same unit:
+    between_share (between the steps of two trials: evaluation, model and optimizer, files, Ray), worker_start_share
+    (until the workers begin their first steps), idle_share (workers waiting for the last trial).
+    seconds_per_extra_trial: of a worker, outside the steps, for each trial but its first. startup_seconds: from the
+    call to the first trial. service_cpu_seconds: processor time of the driver and of Ray's own processes.
     """
     workers = workers or usable_cpus()
     count = steps or steps_of(seconds)
@@ -74,12 +74,12 @@ def campaign(
 def scaling(
     *, trials: int = 20, seconds: float = 5.0, steps: int | None = None, workers: int = 2, rounds: int = 1
 ) -> Figures:
-    """How much faster `workers` finish a campaign than one, in rounds of one and several in turn.
+    """Measures how much faster `workers` finish a campaign than one worker; each round runs both.
 
-    speedup: wall time from the first trial's start to the end of the last; speedup_with_startup: of the whole command;
-    speedup_of_steps: of tokens per second inside training steps, which is what the machine itself allows. Each is a
-    ratio of sums over the rounds, since the speed of a shared machine drifts. service_cpu_share: processor time of the
-    driver and of Ray's own processes over wall time, with several workers.
+    speedup: of the wall time from the start of the first trial to the end of the last; speedup_with_startup: of the
+    whole command; speedup_of_steps: of the tokens per second inside training steps, the limit that the machine sets.
+    Each is a ratio of sums over the rounds, since the speed of a shared machine drifts. service_cpu_share: processor
+    time of the driver and of Ray's own processes over wall time, with several workers.
     """
     count = steps or steps_of(seconds)
 
@@ -110,30 +110,30 @@ def scaling(
 
 
 def steps_of(seconds: float) -> int:
-    """How many steps of the tiny trial take so long on one thread."""
+    """The number of steps of the tiny trial that take `seconds` on one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="ngpt-bench-") as folder:
-        figures = measure_step(tiny(Path(folder), 2, steps=1, workers=1).base, warmup=20, steps=100)
+        figures = measure_step(tiny_campaign(Path(folder), 2, steps=1, workers=1).base, warmup=20, steps=100)
     torch.set_num_threads(threads)
     return max(1, round(seconds * 1000 / figures["step_ms"]))
 
 
-def tiny(folder: Path, trials: int, *, steps: int, workers: int) -> Campaign:
-    """A campaign of so many trials (rounded down to pairs), written into `folder`."""
+def tiny_campaign(folder: Path, trials: int, *, steps: int, workers: int) -> Campaign:
+    """A campaign of `trials` trials (rounded down to pairs); its file is written into `folder`."""
     path = folder / "bench.yaml"
     path.write_text(TINY.format(seeds=list(range(1, trials // 2 + 1)), steps=steps, workers=workers))
     return load_campaign(path)
 
 
 def run_tiny(trials: int, *, steps: int, workers: int) -> Figures:
-    """Runs a campaign of tiny trials and reads its times off the journal."""
+    """Runs a campaign of tiny trials; returns its times."""
     with tempfile.TemporaryDirectory(prefix="ngpt-bench-") as folder:
-        return run(tiny(Path(folder), trials, steps=steps, workers=workers), Path(folder) / "results")[0]
+        return run_timed(tiny_campaign(Path(folder), trials, steps=steps, workers=workers), Path(folder) / "results")[0]
 
 
-def run(campaign: Campaign, root: Path) -> tuple[Figures, Summary]:
-    """Runs a campaign without a view: its times, see `times_of`, and its summary."""
+def run_timed(campaign: Campaign, root: Path) -> tuple[Figures, Summary]:
+    """Runs a campaign without a view; returns its times, see `times_of`, and its summary."""
     services = ServiceTime()
     called = time.time()
     summary, _ = launch(campaign, root, command="tune.bench", view=services.view)
@@ -142,10 +142,10 @@ def run(campaign: Campaign, root: Path) -> tuple[Figures, Summary]:
 
 
 def times_of(events: Sequence[Mapping[str, Any]]) -> Figures:
-    """Where a campaign's time went: seconds of all workers together, but `seconds` of the wall, from `began` on.
+    """Where the time of a campaign went: seconds of all workers together, except `seconds`, the wall time from `began`.
 
-    Steps are a trial's tokens at its steady speed. A worker is a process; what it does between two trials counts for
-    the second of them.
+    Step time is the tokens of a trial over its steady speed. A worker is a process; its time between two trials counts
+    for the second one.
     """
     ended = [event for event in events if event["event"] == "trial_finished"]
     began, over = min(_time(e) for e in events if e["event"] == "trial_started"), max(map(_time, ended))
@@ -178,14 +178,14 @@ def _time(event: Mapping[str, Any]) -> float:
 
 
 class ServiceTime:
-    """Processor seconds of the driver and of Ray's own processes, while a campaign runs."""
+    """Measures the processor seconds of the driver and of Ray's own processes while a campaign runs."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
 
     @contextlib.contextmanager
     def view(self, snapshot: Callable[[], Any]) -> Iterator[SimpleNamespace]:
-        """A view for `launch` that shows nothing and takes the time from its beginning to its end."""
+        """A view for `launch` that shows nothing and measures from its start to its end."""
         before = self._used()
         yield SimpleNamespace(message=lambda text: None)
         after = self._used()
@@ -195,8 +195,8 @@ class ServiceTime:
     def _used() -> dict[tuple[int, float], float]:
         used = {}
         for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
-            with contextlib.suppress(psutil.Error):  # it has ended meanwhile
-                name = process.name()  # of a worker it is the trial's, behind the same prefix as of Ray's agents
+            with contextlib.suppress(psutil.Error):  # it has just ended
+                name = process.name()  # workers are named after their trial, with the same prefix as Ray's agents
                 if not name.startswith("ray::") or name.startswith(AGENTS):
                     times = process.cpu_times()
                     used[process.pid, process.create_time()] = times.user + times.system

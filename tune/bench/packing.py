@@ -1,4 +1,4 @@
-"""How many trials at once on one device are fastest: the calibration of `gpus_per_trial: auto`, on its own."""
+"""Measures how many trials sharing one device are fastest: the calibration of `gpus_per_trial: auto`."""
 
 import tempfile
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from typing import Any
 from ngpt.data.dataset import prepare
 from ngpt.system.device import pick_device
 from ngpt.training.config import TrainConfig, read_config, resolved
-from tune.bench.campaigns import tiny
+from tune.bench.campaigns import tiny_campaign
 from tune.machine.concurrency_benchmark import SECONDS, ThroughputPoint, measure_concurrent_trials
 from tune.machine.environment import usable_cpus
 from tune.machine.gpu_sharing import TRIAL_COUNTS, fastest_point
@@ -21,16 +21,16 @@ Figures = dict[str, Any]
 
 
 def packing(*, config: Path | None = None, set: Sequence[str] = (), seconds: float = SECONDS) -> Figures:
-    """How many trials at once train the most tokens per second on this device, each in its own process.
+    """Finds how many trials, each in its own process, train the most tokens per second on this device.
 
-    config, set: the trial, as ngpt.train has it; default is the tiny one of `campaign`. seconds: of training per point.
-    On a CPU the cores are divided among the trials, and there are at most as many as cores. Returns best (trials at
-    once), tokens_per_second (all of them), gain (over one trial) and the curve: trials, threads, tokens_per_second,
-    memory_bytes (each), room (how many such trials the memory holds), fits. A GPU's curve is kept for campaigns.
+    config, set: the trial, as for ngpt.train; default: the tiny one of `campaign`. seconds: of training per point.
+    On a CPU the cores are divided among the trials, at most one trial per core. Returns best (trials at once),
+    tokens_per_second (of all of them), gain (over one trial) and the curve: trials, threads, tokens_per_second,
+    memory_bytes (of each), room (how many such trials the memory holds), fits. Campaigns reuse the curve of a GPU.
     """
     if config is None and not set:
         with tempfile.TemporaryDirectory(prefix="ngpt-bench-") as folder:
-            trial = tiny(Path(folder), 2, steps=1, workers=1).base
+            trial = tiny_campaign(Path(folder), 2, steps=1, workers=1).base
     else:
         trial = read_config(config, list(set))
     prepare(trial.data, log=lambda line: None)
