@@ -1,9 +1,9 @@
-"""How much of the differences within a sweep each of its axes explains: an analysis of variance of the arms' means.
+"""Axis importance: the share of a sweep's variance that each of its settings explains.
 
 On a complete grid this is the functional ANOVA decomposition of Hutter, Hoos and Leyton-Brown (ICML 2014): the variance
-of an axis' marginal means over the variance of all; what is left are interactions and chance. Elsewhere (a search, a
-grid with holes) the axes are taken one at a time, and each share is corrected for what chance would explain (Kelley's
-epsilon squared, 1935).
+of a setting's marginal means over the total variance; the rest are interactions and noise. In other sweeps (a search, a
+grid with holes) the settings are taken one at a time, and each share is corrected for what chance would explain
+(Kelley's epsilon squared, 1935).
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,28 +14,28 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import numpy as np
 
-MOST_LEVELS = 6  # of a numeric axis; one with more values is cut into quarters
+MAX_LEVELS = 6  # of a numeric setting; one with more values is divided at its quartiles
 
 
 @dataclass(frozen=True)
 class Importance:
-    """`shares` by setting, largest first; `rest` is what they leave, None where they overlap."""
+    """Shares of the variance."""
 
-    shares: dict[str, float]
-    rest: float | None
+    shares: dict[str, float]  # by setting, largest first
+    rest: float | None  # not explained by any setting alone; None where the shares overlap
     method: str
     arms: int
 
 
 def sweep_axes(phase: Mapping[str, Any]) -> list[str]:
-    """The settings in which all arms of a sweep differ together; fewer than two for `vary` and lists of runs."""
+    """The settings that vary and that every arm of a sweep sets; fewer than two for `vary` and lists of runs."""
     swept = [arm["overrides"] for arm in phase.get("arms") or [] if arm.get("overrides")]
     common = [name for name in (swept[0] if swept else {}) if all(name in overrides for overrides in swept)]
-    return [name for name in common if len({_key(overrides[name]) for overrides in swept}) > 1]
+    return [name for name in common if len({repr(overrides[name]) for overrides in swept}) > 1]
 
 
-def importance(phase: Mapping[str, Any]) -> Importance | None:
-    """The share of each axis in the variance of the arms' mean scores; None where there is nothing to divide."""
+def axis_importance(phase: Mapping[str, Any]) -> Importance | None:
+    """The share of each setting in the variance of the arms' mean scores; None where there is nothing to divide."""
     import numpy as np
 
     axes = sweep_axes(phase)
@@ -46,48 +46,44 @@ def importance(phase: Mapping[str, Any]) -> Importance | None:
     total = float(((scores - scores.mean()) ** 2).sum())
     columns = [[arm["overrides"][name] for arm in arms] for name in axes]
     exact = [_codes(column) for column in columns]
-    grid = len(arms) == prod(len(set(codes)) for codes in exact) == len(set(zip(*exact, strict=True)))
-    levels = exact if grid else [_levels(column) for column in columns]
+    is_grid = len(arms) == prod(len(set(codes)) for codes in exact) == len(set(zip(*exact, strict=True)))
+    levels = exact if is_grid else [_levels(column) for column in columns]
     if total <= (1e-12 * float(np.abs(scores).max())) ** 2 or any(len(set(codes)) >= len(arms) for codes in levels):
         return None
-    shares = [_share(scores, total, codes, corrected=not grid) for codes in levels]
+    shares = [_share(scores, total, codes, corrected=not is_grid) for codes in levels]
     ranked = sorted(zip(axes, shares, strict=True), key=lambda pair: -pair[1])
-    method = "functional ANOVA of the complete grid" if grid else "one-way decomposition, corrected for chance"
-    return Importance(dict(ranked), max(0.0, 1 - sum(shares)) if grid else None, method, len(arms))
+    method = "functional ANOVA of the complete grid" if is_grid else "one-way decomposition, corrected for chance"
+    return Importance(dict(ranked), max(0.0, 1 - sum(shares)) if is_grid else None, method, len(arms))
 
 
 def _share(scores: "np.ndarray", total: float, codes: Sequence[int], *, corrected: bool) -> float:
-    """Variance between the levels of an axis over the variance of all."""
+    """The variance between the levels of a setting over the total variance."""
     import numpy as np
 
     codes_array = np.array(codes)
     groups = [scores[codes_array == code] for code in sorted(set(codes))]
     between = float(sum(len(group) * (group.mean() - scores.mean()) ** 2 for group in groups))
     if corrected:
-        spare = len(groups) - 1
-        between -= spare * (total - between) / (len(scores) - len(groups))
+        df = len(groups) - 1
+        between -= df * (total - between) / (len(scores) - len(groups))
     return min(1.0, max(0.0, between / total))
 
 
 def _levels(column: Sequence[Any]) -> list[int]:
-    """The level of each arm; many numbers are cut at their quartiles."""
+    """The level of each arm; many different numbers are divided at their quartiles."""
     import numpy as np
 
     codes = _codes(column)
-    if len(set(codes)) <= MOST_LEVELS or not all(is_number(value) for value in column):
+    if len(set(codes)) <= MAX_LEVELS or not all(is_number(value) for value in column):
         return codes
     edges = np.quantile(column, [0.25, 0.5, 0.75])
     return np.searchsorted(edges, column, side="left").tolist()
 
 
 def _codes(column: Sequence[Any]) -> list[int]:
-    keys = [_key(value) for value in column]
+    keys = [repr(value) for value in column]
     distinct = list(dict.fromkeys(keys))
     return [distinct.index(key) for key in keys]
-
-
-def _key(value: Any) -> str:
-    return repr(value)
 
 
 def _score(arm: Mapping[str, Any]) -> float | None:
@@ -95,5 +91,5 @@ def _score(arm: Mapping[str, Any]) -> float | None:
 
 
 def is_number(value: Any) -> bool:
-    """A number that has a place on a scale; a truth value has none."""
+    """Whether a value is a number; booleans are not."""
     return isinstance(value, int | float) and not isinstance(value, bool)

@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any, Literal
 
 from tune import format as fmt
-from tune.analysis.verdicts import LARGEST, Delta, Judgement, Outcomes, judge
+from tune.analysis.verdicts import MAX_VALUE, Delta, Judgement, Outcomes, judge
 from tune.claims.selectors import ClaimArm, describe, is_number, matches, same, short, varied
 from tune.spec.schema import LOSS_METRICS, Claim
 from tune.storage.records import TrialOutcome
@@ -84,10 +84,10 @@ class Evidence:
         return {arm.name: {seed: self.trial(i, metric, transform) for seed, i in arm.trial_ids.items()} for arm in arms}
 
     def trial(self, trial_id: str, metric: str, transform: Transform = float) -> TrialOutcome:
-        """The outcome of a trial; its value is None if it is missing, at least LARGEST, or has no logarithm."""
+        """The outcome of a trial; its value is None if it is missing, at least MAX_VALUE, or has no logarithm."""
         outcome = self.outcome(trial_id, metric)
         value = outcome.value
-        if value is None or abs(value) >= LARGEST or (transform is log and value <= 0):
+        if value is None or abs(value) >= MAX_VALUE or (transform is log and value <= 0):
             return replace(outcome, value=None)
         return replace(outcome, value=transform(value))
 

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from tune import format as fmt
-from tune.analysis.importance import importance, is_number, sweep_axes
+from tune.analysis.importance import axis_importance, is_number, sweep_axes
 from tune.analysis.verdicts import smallest_detectable_effect
 
 # What to say of a trial that left no error behind.
@@ -70,7 +70,7 @@ def moment(text: str) -> str:
 
 def importance_rows(phase: Mapping[str, Any]) -> dict[str, Any] | None:
     """The table of axis importance, the same for the page and for Markdown."""
-    found = importance(phase)
+    found = axis_importance(phase)
     if found is None:
         return None
     rows = [(name, f"{share:.0%}", round(100 * share)) for name, share in found.shares.items()]

@@ -18,7 +18,7 @@ from typing import Any
 from ngpt.config.base import ConfigError
 from ngpt.training.checkpoint import checkpoint_folders, verify_checkpoint
 from tune import format as fmt
-from tune.storage.journal import Event, parse_line, whole_length
+from tune.storage.journal import Event, intact_length, parse_line
 from tune.storage.lock import is_locked
 from tune.storage.state import DONE, CampaignState, replay
 
@@ -94,7 +94,7 @@ def _plain(finding: Finding) -> dict[str, Any]:
 def read_events(root: Path) -> tuple[list[Event], list[Finding]]:
     """All events up to the first line that is damaged, and a finding for each line that is."""
     raw = (root / "journal.jsonl").read_bytes()
-    whole = whole_length(raw)
+    whole = intact_length(raw)
     events: list[Event] = []
     found = []
     for number, line in enumerate(raw[:whole].split(b"\n")[:-1], 1):

@@ -97,7 +97,8 @@ class PhaseTracker:
             arm=trial.arm,
             seed=trial.seed,
             step=int(metrics["steps"] or 0),
-            share=(trial.config.steps, steps),
+            total_steps=trial.config.steps,
+            baseline_steps=steps,
             value=metrics.get(self.campaign.metric.name),
             may_stop=self._may_stop(trial),
         )

@@ -1,6 +1,6 @@
-"""The lock of a results directory: one run at a time, and whoever comes second is told which process has it.
+"""The lock of a results directory: one run at a time; a second one is refused with the id of the process that runs.
 
-It imports next to nothing: a second run is answered before torch is loaded.
+It imports almost nothing, so a second run is refused before torch is loaded.
 """
 
 import os
@@ -14,9 +14,9 @@ from ngpt.config.base import UserError
 from ngpt.system.atomic_files import make_folder, sweep, write_atomic
 from ngpt.system.cli import EXIT_BUSY
 
-LOCK_FILE = "campaign.lock"  # held by the process that runs the campaign
-HOLDER = "campaign.pid"  # says which it is
-PATIENCE = 1.0  # seconds to wait for a lock without a holder: `status` takes it for a moment
+LOCK_FILE = "campaign.lock"  # locked by the process that runs the campaign
+PID_FILE = "campaign.pid"  # has its id
+ACQUIRE_TIMEOUT = 1.0  # seconds to wait for a lock without a process id: `status` locks the file for a moment
 
 
 class ResultsLocked(UserError):
@@ -26,26 +26,27 @@ class ResultsLocked(UserError):
 
 
 class ResultsLock:
-    """Held from `acquire` to `release`. A process that is killed leaves none behind."""
+    """Held from `acquire` to `release`. The system releases the lock of a process that is killed."""
 
     def __init__(self, root: Path) -> None:
         self._root, self._lock = root, FileLock(root / LOCK_FILE)
 
     def acquire(self) -> None:
-        """Takes the lock; the directory is made if need be, and what killed runs have left of its files is removed.
+        """Acquires the lock, and removes temporary files of killed runs. Creates the directory if it is missing.
 
         Raises:
-            ResultsLocked: somebody else has it.
+            ResultsLocked: another process has the lock.
             OSError: the directory cannot be written.
         """
         make_folder(self._root)
-        holder = self._root / HOLDER
         try:
-            self._lock.acquire(timeout=PATIENCE, poll_interval=0.05, cancel_check=lambda: _pid(self._root) is not None)
+            self._lock.acquire(
+                timeout=ACQUIRE_TIMEOUT, poll_interval=0.05, cancel_check=lambda: _holder(self._root) is not None
+            )
         except Timeout:
-            raise _busy(self._root) from None
+            raise _locked(self._root) from None
         try:
-            write_atomic(holder, f"{os.getpid()}\n")
+            write_atomic(self._root / PID_FILE, f"{os.getpid()}\n")
             for folder in (self._root, *(path for path in self._root.iterdir() if path.is_dir())):
                 sweep(folder)
         except BaseException:
@@ -53,41 +54,40 @@ class ResultsLock:
             raise
 
     def release(self) -> None:
-        """Lets go."""
-        with suppress(OSError):  # the lock counts; the file only says for people who has it
-            (self._root / HOLDER).unlink(missing_ok=True)
+        """Releases the lock."""
+        with suppress(OSError):  # the file is only for messages
+            (self._root / PID_FILE).unlink(missing_ok=True)
         self._lock.release()
 
 
 def is_locked(root: Path) -> bool:
-    """Whether a process runs the campaign now: the kernel drops a dead one's lock."""
+    """Whether a process runs the campaign now; a dead process holds no lock."""
     if not (root / LOCK_FILE).exists():
         return False
-    lock = FileLock(root / LOCK_FILE)
     try:
-        with lock.acquire(timeout=0):
+        with FileLock(root / LOCK_FILE).acquire(timeout=0):
             return False
     except Timeout:
         return True
 
 
 def refuse_if_running(root: Path) -> None:
-    """Says early what `acquire` would find: that somebody runs the campaign already.
+    """Checks, before anything is loaded, that `acquire` would not find another run.
 
     Raises:
-        ResultsLocked: somebody does.
+        ResultsLocked: another process runs the campaign.
     """
-    if _pid(root) is not None and is_locked(root):
-        raise _busy(root)
+    if _holder(root) is not None and is_locked(root):
+        raise _locked(root)
 
 
-def _pid(root: Path) -> int | None:
-    """The living process that says it holds the lock; None for one that was killed."""
-    with suppress(OSError, ValueError):  # not there, or being replaced
-        pid = int((root / HOLDER).read_text())
+def _holder(root: Path) -> int | None:
+    """The id of the process that holds the lock; None if it is not alive."""
+    with suppress(OSError, ValueError):  # the file is missing, or being replaced
+        pid = int((root / PID_FILE).read_text())
         return pid if psutil.pid_exists(pid) else None
     return None
 
 
-def _busy(root: Path) -> ResultsLocked:
-    return ResultsLocked(f"{root} is in use by another run (process {_pid(root) or 'unknown'})")
+def _locked(root: Path) -> ResultsLocked:
+    return ResultsLocked(f"{root} is in use by another run (process {_holder(root) or 'unknown'})")

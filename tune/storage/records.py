@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class TrialOutcome:
-    """What became of one trial; `value` is the metric, None where there is none."""
+    """How one trial ended; `value` is the metric, None if it has none."""
 
     status: Literal["finished", "diverged", "failed", "stopped", "missing"]
     value: float | None = None
@@ -15,21 +15,21 @@ class TrialOutcome:
 
 @dataclass(frozen=True)
 class BetterArm:
-    """An arm that was better than its phase's baseline: by `gain` (positive), in units of the metric."""
+    """An arm with the verdict `better`; `gain` is its positive difference to the baseline, in units of the metric."""
 
     arm: str
     overrides: Mapping[str, Any]  # relative to its phase's base
     gain: float
 
     def without(self, settings: Collection[str]) -> "BetterArm":
-        """The same arm, but for the settings that a phase decides for itself."""
+        """The same arm without overrides of `settings`."""
         return replace(self, overrides={name: v for name, v in self.overrides.items() if name not in settings})
 
 
 @dataclass(frozen=True)
 class TrialWork:
-    """What a trial takes, evaluations included, and the shape that says how fast that goes (tune/machine/throughput.py)."""
+    """The cost of a trial, evaluations included."""
 
-    shape: str
-    tokens: float  # of training; those of evaluations as so many of these as take as long
+    shape: str  # trials with the same `step_time_key` (tune/planning/equal_time.py) train equally fast
+    tokens: float  # training tokens; evaluation tokens count as the training tokens that take as long
     flops: float

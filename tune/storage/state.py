@@ -1,6 +1,6 @@
-"""What a journal says: a fold over its events. The running campaign, `status` and `report` all read it from here.
+"""The state of a campaign, rebuilt from its journal. The running campaign, `status` and `report` all read it here.
 
-It knows nothing of plans and configs: who only looks at a campaign does not wait for torch to be imported.
+It does not import plans and configs, so `status` does not wait for torch.
 """
 
 from collections.abc import Iterable, Mapping
@@ -15,29 +15,23 @@ from tune.storage.records import BetterArm, TrialOutcome, TrialWork
 
 Overrides = Mapping[str, Any]  # settings by dotted name
 
-PACKING = (
-    "trials_per_device",
-    "why",
-    "device",
-    "curve",
-    "measured_at",
-)  # fields of tune/machine/gpu_sharing.py's `GpuSharing`
+GPU_SHARING_FIELDS = ("trials_per_device", "why", "device", "curve", "measured_at")  # of tune/machine/gpu_sharing.py
 DONE = ("finished", "diverged", "stopped")  # statuses that are results: such a trial is not run again
 
 
 @dataclass(frozen=True)
 class ArmState:
-    """An arm as the journal remembers it: its settings and the trial of each seed."""
+    """An arm in the journal: its settings and the trial of each seed."""
 
     name: str
     overrides: Overrides  # relative to the phase's base
     trial_ids: Mapping[int, str]
-    work: TrialWork | None = None  # of each trial; older journals do not say
+    work: TrialWork | None = None  # of each trial; missing in older journals
 
 
 @dataclass
 class PhaseState:
-    """A phase as the journal remembers it: what was planned, and what came of it once all its trials are over."""
+    """A phase in the journal: its plan, and its winner once all its trials are over."""
 
     name: str
     inherit: str | None
@@ -48,11 +42,26 @@ class PhaseState:
     swept: Mapping[str, list[Any]]
     winner: str | None = None  # known once the phase is finished
     winner_overrides: Overrides = field(default_factory=dict)
-    better: list[BetterArm] = field(default_factory=list)  # the arms that were, known with the winner
+    better: list[BetterArm] = field(default_factory=list)  # known with the winner
+
+    @classmethod
+    def from_event(cls, event: Event) -> "PhaseState":
+        """The phase of a `phase_planned` event."""
+        arms = [
+            ArmState(
+                name=arm["arm"],
+                overrides=arm["overrides"],
+                trial_ids=dict(arm["trials"]),
+                work=TrialWork(**arm["work"]) if "work" in arm else None,
+            )
+            for arm in event["arms"]
+        ]
+        plan = {name: event[name] for name in ("inherit", "base", "baseline", "seeds", "swept")}
+        return cls(name=event["phase"], arms=arms, **plan)
 
     @property
     def trial_ids(self) -> list[str]:
-        """Of all arms and seeds, in the order of the plan."""
+        """The trials of all arms and seeds, in the order of the plan."""
         return [trial_id for arm in self.arms for trial_id in arm.trial_ids.values()]
 
 
@@ -63,38 +72,38 @@ class CampaignState:
     campaign: dict[str, Any] = field(default_factory=dict)  # the newest `campaign_started`
     phases: dict[str, PhaseState] = field(default_factory=dict)
     results: dict[str, dict[str, Any]] = field(default_factory=dict)  # newest result by trial id
-    running: dict[str, Event] = field(default_factory=dict)  # started and without a result, by trial id
-    expected_stages: list[list[dict[str, Any]]] = field(default_factory=list)  # expected and not planned yet, in stages
+    running: dict[str, Event] = field(default_factory=dict)  # `trial_started` of trials without a result, by trial id
+    expected_stages: list[list[dict[str, Any]]] = field(default_factory=list)  # trials that are not planned yet
     attempts: dict[str, int] = field(default_factory=dict)
     speeds: dict[str, float] = field(default_factory=dict)  # measured once, for `hold: seconds`
-    gpu_sharing: dict[str, Any] = field(default_factory=dict)  # how many trials share a GPU, if that was ours to choose
+    gpu_sharing: dict[str, Any] = field(default_factory=dict)  # empty unless the number of trials per GPU was chosen
     status: str = "incomplete"
     started: str = ""  # time of the first start
-    trained_on: dict[str, Any] = field(default_factory=dict)  # environment of the newest session that began a trial
+    trained_on: dict[str, Any] = field(default_factory=dict)  # environment of the newest session that started a trial
     seconds: float = 0.0  # of all sessions that are over
-    slot_seconds: float = 0.0  # the same, each session times the trials that it had room for
-    most_slots: int = 1  # of any session
-    newest: str = ""  # time of the newest event; for people, since clocks jump
-    elapsed: float | None = None  # seconds of the newest session up to that event; older journals have only the time
+    slot_seconds: float = 0.0  # the same, each session times its number of workers
+    most_slots: int = 1  # largest number of workers of a session
+    newest: str = ""  # time of the newest event; only for people, since clocks jump
+    elapsed: float | None = None  # seconds of the newest session up to that event; missing in older journals
     left_out: dict[str, int] = field(default_factory=dict)  # trials by phase, where a budget stopped the campaign
-    ended: bool = True  # whether the newest session has said so; one that was killed has not
+    ended: bool = True  # whether the newest session has ended; a killed one has not
 
     @property
     def environment(self) -> dict[str, Any]:
-        """Where the results are from: a start that finds nothing left to train has no part in them."""
+        """The environment of the results. A session that starts no trial does not change it."""
         return self.trained_on or self.campaign["environment"]
 
     def outcome(self, trial_id: str, metric: str | None = None) -> TrialOutcome:
-        """What a trial contributes to a verdict by the campaign's metric, or by another one."""
+        """The outcome of a trial by the campaign's metric, or by another one."""
         result = self.results.get(trial_id)
         if result is None:
-            return TrialOutcome("missing", None)
-        if result["status"] == "stopped":  # early: its values are of fewer steps than those of the others
-            return TrialOutcome("stopped", None)
+            return TrialOutcome("missing")
+        if result["status"] == "stopped":  # its metrics are of fewer steps than those of the others
+            return TrialOutcome("stopped")
         return TrialOutcome(result["status"], result["metrics"].get(metric or self.campaign["metric"]["name"]))
 
     def session_seconds(self) -> float:
-        """How long the newest session has journaled for, if it has not said that it is over."""
+        """The duration of the newest session up to its newest event; 0 if it has ended."""
         if self.ended:
             return 0.0
         if self.elapsed is not None:
@@ -102,39 +111,24 @@ class CampaignState:
         wall = datetime.fromisoformat(self.newest) - datetime.fromisoformat(self.campaign["time"])
         return max(0.0, wall.total_seconds())
 
-    def _close(self, seconds: float) -> None:
-        """Counts the time of a session that is over."""
-        self.seconds += seconds
-        self.slot_seconds += seconds * max(1, self.campaign.get("workers", 1))
-
     def copy(self) -> "CampaignState":
-        """A state that later events do not change the extent of: safe to walk through in another thread."""
+        """A copy whose collections later events do not change, so that another thread can iterate over them."""
         return replace(self, phases=dict(self.phases), results=dict(self.results), running=dict(self.running))
 
     def apply(self, event: Event) -> None:
-        """Takes one event into account."""
+        """Updates the state with one event."""
         match event["event"]:
             case "campaign_started":
-                self._close(self.session_seconds())  # a session that was killed
-                self.started = self.started or event["time"]
-                self.most_slots = max(self.most_slots, event.get("workers", 1))
-                self.campaign, self.phases, self.running, self.expected_stages = event, {}, {}, []
-                self.status, self.ended, self.left_out = "incomplete", False, {}
-                # A trial that failed is tried again when the command is given again; a diverged one is a result, and so
-                # is one that was stopped early, as long as the campaign does that.
-                kept = DONE if event.get("stops_early", True) else [status for status in DONE if status != "stopped"]
-                self.results = {i: result for i, result in self.results.items() if result["status"] in kept}
+                self._start_session(event)
             case "speeds_measured":
                 self.speeds = self.speeds | event["speeds"]
             case "packing_chosen":
-                self.gpu_sharing = {name: item for name, item in event.items() if name in PACKING}
+                self.gpu_sharing = {name: event[name] for name in GPU_SHARING_FIELDS if name in event}
             case "phase_planned":
                 if event["phase"] not in self.phases:
-                    rest = (
-                        [some for some in stage if some["phase"] != event["phase"]] for stage in self.expected_stages
-                    )
+                    rest = ([row for row in stage if row["phase"] != event["phase"]] for stage in self.expected_stages)
                     self.expected_stages = [stage for stage in rest if stage]
-                self.phases[event["phase"]] = _phase(event)
+                self.phases[event["phase"]] = PhaseState.from_event(event)
             case "trials_expected":
                 self.expected_stages = event["stages"]
             case "trial_started":
@@ -152,9 +146,23 @@ class CampaignState:
                 phase.better = [BetterArm(**arm) for arm in event.get("better", [])]
             case "campaign_ended":
                 self.status, self.ended, self.running = event["status"], True, {}
-                self._close(event["seconds"])
+                self._add_session(event["seconds"])
                 self.left_out = event.get("left_out", {})
         self.newest, self.elapsed = event["time"], event.get("elapsed")
+
+    def _start_session(self, event: Event) -> None:
+        self._add_session(self.session_seconds())  # of a session that was killed
+        self.started = self.started or event["time"]
+        self.most_slots = max(self.most_slots, event.get("workers", 1))
+        self.campaign, self.phases, self.running, self.expected_stages = event, {}, {}, []
+        self.status, self.ended, self.left_out = "incomplete", False, {}
+        # Failed trials are retried. Trials that were stopped early count while the campaign stops trials early.
+        kept = DONE if event.get("stops_early", True) else [status for status in DONE if status != "stopped"]
+        self.results = {i: result for i, result in self.results.items() if result["status"] in kept}
+
+    def _add_session(self, seconds: float) -> None:
+        self.seconds += seconds
+        self.slot_seconds += seconds * max(1, self.campaign.get("workers", 1))
 
 
 def replay(events: Iterable[Event]) -> CampaignState:
@@ -169,30 +177,9 @@ def read_state(root: Path) -> CampaignState:
     """The state of the campaign in a results directory.
 
     Raises:
-        ConfigError: there is no campaign in `root`.
+        ConfigError: `root` has no campaign.
     """
     state = replay(read_journal(root / "journal.jsonl"))
     if not state.campaign:
         raise ConfigError(f"{root} is not a results directory: it has no journal.jsonl with a campaign in it")
     return state
-
-
-def _phase(event: Event) -> PhaseState:
-    arms = [
-        ArmState(
-            arm["arm"],
-            arm["overrides"],
-            {seed: trial_id for seed, trial_id in arm["trials"]},
-            TrialWork(**arm["work"]) if "work" in arm else None,
-        )
-        for arm in event["arms"]
-    ]
-    return PhaseState(
-        name=event["phase"],
-        inherit=event["inherit"],
-        base=event["base"],
-        baseline=event["baseline"],
-        arms=arms,
-        seeds=event["seeds"],
-        swept=event["swept"],
-    )

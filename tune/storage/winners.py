@@ -1,7 +1,7 @@
-"""`inherit: results/phase3/optimisation`: a phase that starts from the winner of another results directory.
+"""`inherit: results/phase3/optimisation`: reads the winner of a phase in another results directory.
 
-So a study can have one file per phase. What is taken over are the winner's overrides, as that directory's journal has
-them; they come on top of this file's own base. They are read when the file is, and kept in the manifest.
+So a study can have one file per phase. A phase takes over the winner's overrides from that directory's journal; they
+are applied to this file's own base. They are read together with the file, and kept in the manifest.
 """
 
 import os
@@ -27,18 +27,18 @@ class InheritedWinner:
 
 
 def is_path(name: object) -> bool:
-    """Whether `inherit:` names a results directory and a phase in it; the name of a phase has no slash."""
+    """Whether `inherit:` names a results directory with a phase; the name of a phase has no slash."""
     return isinstance(name, str) and "/" in name
 
 
 def read_inherited_winner(text: str) -> InheritedWinner:
-    """The winner that `text`, a results directory with the name of a phase at its end, stands for.
+    """Reads the winner that `text`, RESULTS/CAMPAIGN/PHASE, names.
 
     Raises:
-        ConfigError: there is no such directory, campaign or phase, it has no winner yet, or one of settings that do not
-            exist here.
+        ConfigError: the directory, campaign or phase does not exist, the phase has no winner yet, or its winner has
+            settings that this version does not have.
     """
-    # Not Path.expanduser, which raises for a user that does not exist; nor Path.is_dir, for a path that is too long.
+    # Not Path.expanduser, which raises for an unknown user; nor Path.is_dir, which raises for a path that is too long.
     root, name = Path(os.path.expanduser(text)).parent, Path(text).name
     if not os.path.isdir(root):
         raise ConfigError(f"there is no results directory {str(root)!r}; expected RESULTS/CAMPAIGN/PHASE")
@@ -62,6 +62,7 @@ def _winner(events: Sequence[Event], text: str, root: Path, name: str) -> Inheri
     if not ends:
         raise ConfigError(f"phase {name!r} of {str(root)!r} has no winner yet: run that campaign to its end first")
     overrides = ends[-1]["winner_overrides"]
-    if strange := sorted(overrides.keys() - settings(TrainConfig).keys()):
-        raise ConfigError(f"the winner of {text!r} has settings that there are not here: {', '.join(strange)}")
+    if unknown_settings := sorted(overrides.keys() - settings(TrainConfig).keys()):
+        names = ", ".join(unknown_settings)
+        raise ConfigError(f"the winner of {text!r} uses settings that this version does not have: {names}")
     return InheritedWinner(newest[0]["campaign"], name, ends[-1]["winner"], overrides, ends[-1]["time"])

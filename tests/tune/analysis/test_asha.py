@@ -32,12 +32,12 @@ RULE = EarlyStop(first=10, reduction=3)
 # ---- the rule ------------------------------------------------------------------------------------------------------
 
 
-def reach(ladder: Asha, trial: str, step: int, value: float | None, **fields: Any) -> bool:
+def reach(asha: Asha, trial: str, step: int, value: float | None, **fields: Any) -> bool:
     """Lets a trial come to a step; returns whether it is stopped there."""
-    place = {"phase": "p", "arm": trial, "seed": 1, "share": (90, 90), "may_stop": True} | fields
-    event = ladder.record_rung(trial_id=f"{trial}-s{place['seed']}", step=step, value=value, **place)
+    place = {"phase": "p", "arm": trial, "seed": 1, "total_steps": 90, "baseline_steps": 90, "may_stop": True} | fields
+    event = asha.record_rung(trial_id=f"{trial}-s{place['seed']}", step=step, value=value, **place)
     if event:
-        ladder.apply({"event": RUNG_REACHED} | event)
+        asha.apply({"event": RUNG_REACHED} | event)
     return bool(event and event["stops"])
 
 
@@ -76,19 +76,19 @@ def test_it_decides_as_rays_asha_does(
             continue
         report = {"step": at[name], "value": value / 3}
         expected = theirs.on_trial_result(None, trials[name], report) == "STOP"  # pyright: ignore[reportArgumentType]
-        assert reach(ours, str(name), at[name], value / 3, share=(steps, steps)) == expected
+        assert reach(ours, str(name), at[name], value / 3, total_steps=steps, baseline_steps=steps) == expected
         if expected:
             at[name] = steps
 
 
 def test_the_first_at_a_rung_goes_on_and_later_ones_must_be_among_the_best_third() -> None:
-    ladder = Asha(RULE, metric="val_loss", goal="minimize")
-    assert not reach(ladder, "a", 10, 5.0)
-    assert reach(ladder, "b", 10, 5.1)
-    assert not reach(ladder, "c", 10, 4.9)
+    asha = Asha(RULE, metric="val_loss", goal="minimize")
+    assert not reach(asha, "a", 10, 5.0)
+    assert reach(asha, "b", 10, 5.1)
+    assert not reach(asha, "c", 10, 4.9)
     # 4.9, 5.0, 5.1: the best third by percentile ends two thirds of the way from the second to the first.
     assert cutoff([-5.0, -5.1, -4.9], 3) == pytest.approx(-5.0 + 0.1 / 3)
-    assert reach(ladder, "d", 10, 4.98) and not reach(ladder, "e", 10, 4.96)
+    assert reach(asha, "d", 10, 4.98) and not reach(asha, "e", 10, 4.96)
     assert cutoff([], 3) is None
 
 
@@ -97,41 +97,43 @@ def test_rungs_lie_before_the_end_each_so_many_times_as_far_as_the_last() -> Non
 
 
 def test_between_rungs_and_at_one_it_was_at_before_nothing_is_decided() -> None:
-    ladder = Asha(RULE, metric="val_loss", goal="minimize")
+    asha = Asha(RULE, metric="val_loss", goal="minimize")
     fields: dict[str, Any] = {"trial_id": "a-s1", "phase": "p", "arm": "a", "seed": 1, "may_stop": True}
-    assert ladder.record_rung(step=9, value=5.0, share=(90, 90), **fields) is None
-    reach(ladder, "a", 10, 5.0)
-    assert ladder.record_rung(step=20, value=9.0, share=(90, 90), **fields) is None
-    assert ladder.record_rung(step=10, value=9.0, share=(90, 90), **fields) is None, "as after a resume"
-    assert ladder.record_rung(step=30, value=None, share=(90, 90), **fields) is None, (
+    assert asha.record_rung(step=9, value=5.0, total_steps=90, baseline_steps=90, **fields) is None
+    reach(asha, "a", 10, 5.0)
+    assert asha.record_rung(step=20, value=9.0, total_steps=90, baseline_steps=90, **fields) is None
+    assert asha.record_rung(step=10, value=9.0, total_steps=90, baseline_steps=90, **fields) is None, (
+        "as after a resume"
+    )
+    assert asha.record_rung(step=30, value=None, total_steps=90, baseline_steps=90, **fields) is None, (
         "it is diverging and ends by itself"
     )
 
 
 def test_a_rung_is_a_share_of_the_training() -> None:
     """With half the steps of the baseline, for the same tokens, the rungs are at half the steps."""
-    ladder = Asha(RULE, metric="val_loss", goal="minimize")
+    asha = Asha(RULE, metric="val_loss", goal="minimize")
     place = {"trial_id": "a-s1", "phase": "p", "arm": "a", "seed": 1, "value": 5.0, "may_stop": True}
-    assert ladder.record_rung(step=4, share=(45, 90), **place) is None
-    event = ladder.record_rung(step=5, share=(45, 90), **place)
+    assert asha.record_rung(step=4, total_steps=45, baseline_steps=90, **place) is None
+    event = asha.record_rung(step=5, total_steps=45, baseline_steps=90, **place)
     assert event and (event["rung"], event["step"]) == (10, 5)
 
 
 def test_seeds_and_phases_are_apart() -> None:
-    ladder = Asha(RULE, metric="val_loss", goal="minimize")
-    assert not reach(ladder, "a", 10, 4.0)
-    assert not reach(ladder, "b", 10, 5.0, seed=2) and not reach(ladder, "b", 10, 5.0, phase="q")
-    assert reach(ladder, "b", 10, 5.0)
+    asha = Asha(RULE, metric="val_loss", goal="minimize")
+    assert not reach(asha, "a", 10, 4.0)
+    assert not reach(asha, "b", 10, 5.0, seed=2) and not reach(asha, "b", 10, 5.0, phase="q")
+    assert reach(asha, "b", 10, 5.0)
 
 
 def test_what_may_not_be_stopped_counts_all_the_same() -> None:
-    ladder = Asha(RULE, metric="val_loss", goal="minimize")
-    reach(ladder, "a", 10, 4.0)
-    assert not reach(ladder, "base", 10, 9.0, may_stop=False) and ladder.stop_reason("p", "base") is None
+    asha = Asha(RULE, metric="val_loss", goal="minimize")
+    reach(asha, "a", 10, 4.0)
+    assert not reach(asha, "base", 10, 9.0, may_stop=False) and asha.stop_reason("p", "base") is None
     assert cutoff([-4.0, -9.0], 3) == pytest.approx(-5 - 2 / 3)
-    assert not reach(ladder, "b", 10, 5.5) and reach(ladder, "c", 10, 6.0)
-    assert ladder.stop_reason("p", "c") == (
-        "val_loss 6.0000 at step 10 of 90 is not among the best 1/3 of the 3 trials of seed 1 that came there before"
+    assert not reach(asha, "b", 10, 5.5) and reach(asha, "c", 10, 6.0)
+    assert asha.stop_reason("p", "c") == (
+        "val_loss 6.0000 at step 10 of 90 is not among the best 1/3 of the 3 trials of seed 1 that reached it before"
     )
 
 

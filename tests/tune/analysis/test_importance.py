@@ -1,4 +1,4 @@
-"""The importance of the axes of a sweep, against textbook sums of squares and against chance."""
+"""Axis importance, compared with textbook sums of squares and with chance."""
 
 import itertools
 import random
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tune.analysis.importance import importance, sweep_axes
+from tune.analysis.importance import axis_importance, sweep_axes
 
 Point = tuple[dict[str, Any], float | None]
 
@@ -21,7 +21,7 @@ def test_a_complete_grid_is_divided_into_its_axes_and_their_interaction() -> Non
     rng = np.random.default_rng(0)
     table = rng.normal(size=(3, 4))
     points: list[Point] = [({"a": i, "b": f"w{j}"}, float(table[i, j])) for i in range(3) for j in range(4)]
-    found = importance(phase(points))
+    found = axis_importance(phase(points))
     assert found is not None
     rows, columns = table.mean(1), table.mean(0)  # the two-way layout, balanced
     assert found.shares["a"] == pytest.approx(rows.var() / table.var())
@@ -32,29 +32,29 @@ def test_a_complete_grid_is_divided_into_its_axes_and_their_interaction() -> Non
     assert list(found.shares) == sorted(found.shares, key=lambda name: -found.shares[name])
 
 
-def test_an_axis_that_explains_everything_has_all_of_it() -> None:
+def test_an_axis_that_explains_everything_has_share_one() -> None:
     points: list[Point] = [({"a": a, "b": b}, float(a)) for a, b in itertools.product((1, 2), (True, False))]
-    found = importance(phase(points))
+    found = axis_importance(phase(points))
     assert found is not None
     assert (found.shares["a"], found.shares["b"], found.rest) == pytest.approx((1, 0, 0))
 
 
-def test_in_a_search_the_axis_that_matters_leads_and_chance_gets_about_nothing() -> None:
+def test_in_a_search_an_axis_without_effect_gets_almost_no_share() -> None:
     rng = random.Random(1)
     points: list[Point] = []
     for _ in range(200):
         own = {"lr": 10 ** rng.uniform(-4, -1), "useless": rng.random(), "kind": rng.choice("xyz")}
         points.append((own, own["lr"] * 30 + (own["kind"] == "x") * 0.6 + 0.05 * rng.gauss(0, 1)))
-    found = importance(phase(points))
+    found = axis_importance(phase(points))
     assert found is not None
     assert next(iter(found.shares)) == "lr" and found.shares["useless"] < 0.05 < found.shares["kind"]
     assert found.rest is None and "corrected for chance" in found.method
 
 
-def test_a_grid_that_lost_an_arm_is_no_longer_called_complete() -> None:
+def test_a_grid_without_one_arm_is_not_treated_as_complete() -> None:
     points: list[Point] = [({"a": a, "b": b}, a + 0.1 * b) for a, b in itertools.product(range(3), range(3))]
     points[4] = (points[4][0], None)
-    found = importance(phase(points))
+    found = axis_importance(phase(points))
     assert found is not None and found.rest is None and found.arms == 8
 
 
@@ -68,8 +68,8 @@ def test_a_grid_that_lost_an_arm_is_no_longer_called_complete() -> None:
         [({"a": a, "b": b}, 4.0) for a in (1, 2) for b in (1, 2)],  # all equal
     ],
 )
-def test_what_cannot_be_divided_is_not(points: list[Point]) -> None:
-    assert importance(phase(points)) is None
+def test_there_are_no_shares_without_two_axes_and_a_spread(points: list[Point]) -> None:
+    assert axis_importance(phase(points)) is None
 
 
 def test_axes_are_the_settings_that_all_arms_set_and_that_vary() -> None:

@@ -1,4 +1,4 @@
-"""The journal: what was appended is there after any crash, and damage is never read as truth."""
+"""The journal: appended events survive any crash, and damage raises instead of being read."""
 
 import json
 import os
@@ -48,7 +48,7 @@ def test_events_are_read_back_as_they_were_appended(tmp_path_factory: Any, event
         assert {name: event[name] for name in given_fields} == given_fields
 
 
-def test_no_journal_is_an_empty_one(path: Path) -> None:
+def test_a_missing_journal_reads_as_empty(path: Path) -> None:
     assert read_journal(path) == []
 
 
@@ -58,7 +58,7 @@ def test_every_line_is_strict_json(path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_a_number_that_json_has_no_word_for_is_refused_before_anything_is_written(path: Path, value: float) -> None:
+def test_a_number_that_is_not_finite_is_refused_before_anything_is_written(path: Path, value: float) -> None:
     write(path, "one")
     journal = Journal(path)
     with pytest.raises(ValueError, match="JSON compliant"):
@@ -68,7 +68,7 @@ def test_a_number_that_json_has_no_word_for_is_refused_before_anything_is_writte
     assert names_in(path) == ["one", "three"]
 
 
-def test_what_is_appended_is_not_shared_with_the_caller(path: Path) -> None:
+def test_an_appended_event_shares_nothing_with_the_caller(path: Path) -> None:
     journal, mutable = Journal(path), [1]
     event = journal.append("one", values=mutable, pair=(1, 2))
     mutable.append(2)
@@ -83,13 +83,13 @@ def test_an_event_is_on_disk_when_append_returns(path: Path) -> None:
     journal.close()
 
 
-def test_a_new_process_goes_on_with_the_numbers(path: Path) -> None:
+def test_a_new_process_continues_the_numbering(path: Path) -> None:
     write(path, "one")
     write(path, "two", "three")
     assert [(event["seq"], event["event"]) for event in read_journal(path)] == [(1, "one"), (2, "two"), (3, "three")]
 
 
-def test_a_last_line_torn_at_any_byte_costs_that_event_only(path: Path) -> None:
+def test_a_last_line_torn_at_any_byte_loses_only_that_event(path: Path) -> None:
     before = write(path, "one", "two")
     whole = write(path, "three")
     for end in range(len(before), len(whole)):
@@ -103,8 +103,8 @@ def test_a_last_line_torn_at_any_byte_costs_that_event_only(path: Path) -> None:
 
 
 @pytest.mark.parametrize("kept", [0, 10, 40])
-def test_a_last_line_with_a_block_that_never_reached_the_disk_is_torn(path: Path, kept: int) -> None:
-    """After a power loss it reads as zeros, and what lay behind it may be there, the end of the line too."""
+def test_a_last_line_with_a_block_of_zeros_is_torn(path: Path, kept: int) -> None:
+    """After a power loss a block may read as zeros, while later blocks with the end of the line are intact."""
     before, after = write(path, "one", "two"), write(path, "three")
     line = after[len(before) :]
     path.write_bytes(before + line[:kept] + bytes(len(line) - kept - 15) + line[-15:])
@@ -122,7 +122,7 @@ def test_zeros_in_an_older_line_are_damage(path: Path) -> None:
 
 
 @pytest.mark.parametrize("is_written", [True, False])
-def test_after_a_failed_append_nothing_more_is_appended_and_the_next_run_goes_on(
+def test_after_a_failed_append_only_the_next_run_can_append(
     path: Path, monkeypatch: pytest.MonkeyPatch, is_written: bool
 ) -> None:
     write(path, "one")
@@ -133,7 +133,7 @@ def test_after_a_failed_append_nothing_more_is_appended_and_the_next_run_goes_on
 
     with monkeypatch.context() as patch:
         patch.setattr(journal._file, "sync" if is_written else "append", refuse)
-        with pytest.raises(OSError, match="No space left on device; the campaign goes on with the same command"):
+        with pytest.raises(OSError, match="No space left on device; run the same command again to resume"):
             journal.append("two")
     with pytest.raises(OSError, match="No space left"):  # a second event with its number would be damage
         journal.append("three")
@@ -144,7 +144,7 @@ def test_after_a_failed_append_nothing_more_is_appended_and_the_next_run_goes_on
 
 
 @pytest.mark.parametrize("moved", [False, True])
-def test_a_journal_that_is_taken_away_is_an_error_and_not_written_into_the_void(path: Path, moved: bool) -> None:
+def test_appending_to_a_removed_or_moved_journal_raises(path: Path, moved: bool) -> None:
     journal = Journal(path)
     journal.append("one")
     path.rename(path.with_name("elsewhere")) if moved else path.unlink()
@@ -154,21 +154,21 @@ def test_a_journal_that_is_taken_away_is_an_error_and_not_written_into_the_void(
     journal.close()
 
 
-def test_a_new_journal_has_its_name_on_disk(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_folder_of_a_new_journal_is_synced(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced = []
     monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.readlink(f"/proc/self/fd/{descriptor}")))
     Journal(path).close()
     assert synced == [str(path.parent)]
 
 
-def test_reading_does_not_change_a_journal_that_somebody_is_writing(path: Path) -> None:
+def test_reading_does_not_change_a_torn_journal(path: Path) -> None:
     torn = write(path, "one", "two")[:-5]
     path.write_bytes(torn)
     read_journal(path)
     assert path.read_bytes() == torn
 
 
-def test_a_flipped_bit_is_found_and_its_line_named(path: Path) -> None:
+def test_a_flipped_bit_raises_with_the_line_number(path: Path) -> None:
     whole = write(path, "one", "two", "three")
     first, second = whole.index(b"\n") + 1, whole.index(b"\n", whole.index(b"\n") + 1)
     for position in range(first, second):
@@ -207,7 +207,7 @@ def test_a_damaged_journal_cannot_be_appended_to(path: Path) -> None:
     assert path.read_bytes() == damaged
 
 
-def test_a_removed_line_is_found(path: Path) -> None:
+def test_a_removed_line_raises(path: Path) -> None:
     lines = write(path, "one", "two", "three").splitlines(keepends=True)
     path.write_bytes(lines[0] + lines[2])
     with pytest.raises(JournalError, match=":2: "):

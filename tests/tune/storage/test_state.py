@@ -1,4 +1,4 @@
-"""The state of a campaign is a fold over its journal: nothing is known that the journal does not say."""
+"""The state of a campaign is rebuilt from its journal alone."""
 
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ def check_replay(session: Session) -> None:
     assert replay(read_journal(session.root / "journal.jsonl")) == session.state
 
 
-def test_a_replayed_journal_is_the_live_state_at_every_moment(tmp_path: Path, file: Path) -> None:
+def test_a_replayed_journal_equals_the_live_state_at_every_moment(tmp_path: Path, file: Path) -> None:
     with session_on(file, tmp_path / "r") as session:
         check_replay(begun(session))
         first, second = next_trial(session), next_trial(session)
@@ -49,16 +49,16 @@ def test_a_campaign_was_started_when_its_first_session_began(tmp_path: Path, fil
     assert summary["started_at"] == times[0] < times[1]
 
 
-def test_a_start_that_trains_nothing_is_not_where_the_numbers_come_from(tmp_path: Path, file: Path) -> None:
-    told = []
+def test_the_environment_is_that_of_the_newest_session_that_trained(tmp_path: Path, file: Path) -> None:
+    commits = []
     for commit in ("trained", "looked at"):
         with session_on(file, tmp_path / "r") as session:
             session.environment = session.environment | {"git_commit": commit}
             drive(begun(session))
-            told.append(
+            commits.append(
                 (session.end()["environment"]["git_commit"], session.state.campaign["environment"]["git_commit"])
             )
-    assert told == [("trained", "trained"), ("trained", "looked at")]
+    assert commits == [("trained", "trained"), ("trained", "looked at")]
 
 
 def test_a_trial_is_running_until_it_ends_or_its_worker_dies(tmp_path: Path, file: Path) -> None:
@@ -85,7 +85,7 @@ def test_the_next_start_keeps_finished_and_diverged_trials_and_drops_failed_ones
         session.stop_requested = True
         session.end()
     with session_on(file, tmp_path / "r") as session:
-        assert len(session.state.results) == 3  # nothing is forgotten before the start is journaled
+        assert len(session.state.results) == 3  # kept until the start is journaled
         begun(session)
         assert sorted(r["status"] for r in session.state.results.values()) == ["diverged", "finished"]
 
@@ -99,32 +99,32 @@ def ended(second: int, seconds: float) -> dict[str, Any]:
     return {"event": "campaign_ended", "time": time, "status": "finished", "seconds": seconds}
 
 
-def test_the_time_of_all_sessions_is_added_up() -> None:
+def test_the_time_of_all_sessions_is_summed() -> None:
     state = replay([started(0), ended(10, 9.5), started(20), ended(25, 4.5)])
     assert (state.seconds, state.session_seconds(), state.ended) == (14.0, 0.0, True)
 
 
 def test_a_session_that_was_killed_counts_up_to_its_last_event() -> None:
-    last_words = {"event": "worker_died", "time": "2026-11-21T10:00:07.500+00:00", "trial_id": "t"}
-    killed = replay([started(0), last_words])
+    last_event = {"event": "worker_died", "time": "2026-11-21T10:00:07.500+00:00", "trial_id": "t"}
+    killed = replay([started(0), last_event])
     assert (killed.seconds, killed.session_seconds(), killed.ended) == (0.0, 7.5, False)
-    state = replay([started(0), last_words, started(20), ended(25, 4.5)])
+    state = replay([started(0), last_event, started(20), ended(25, 4.5)])
     assert (state.seconds, state.session_seconds()) == (12.0, 0.0)
 
 
 def test_a_clock_that_jumps_changes_no_duration() -> None:
-    """The day before and a year later, in the middle of a session; the budget and the summary go by `elapsed`."""
+    """Durations use `elapsed`, so a jump to the day before or a year later has no effect."""
     jumps = [("2026-11-20T09:00:00.000+00:00", 5.0), ("2027-11-21T10:00:00.000+00:00", 7.5)]
     for jump, seconds in jumps:
-        last_words = {"event": "worker_died", "time": jump, "trial_id": "t", "elapsed": seconds}
-        state = replay([started(0) | {"elapsed": 0.0}, last_words])
+        last_event = {"event": "worker_died", "time": jump, "trial_id": "t", "elapsed": seconds}
+        state = replay([started(0) | {"elapsed": 0.0}, last_event])
         assert state.session_seconds() == seconds
-        assert replay([started(0), last_words, started(20), ended(25, 4.5)]).seconds == seconds + 4.5
+        assert replay([started(0), last_event, started(20), ended(25, 4.5)]).seconds == seconds + 4.5
     old = {"event": "worker_died", "time": "2026-11-20T09:00:00.000+00:00", "trial_id": "t"}
     assert replay([started(0), old]).session_seconds() == 0.0, "an older journal has only the time of day"
 
 
-def test_an_empty_journal_is_a_campaign_that_has_not_begun() -> None:
+def test_an_empty_journal_gives_an_empty_state() -> None:
     assert (replay([]), replay([]).session_seconds()) == (CampaignState(), 0.0)
 
 

@@ -1,4 +1,4 @@
-"""A phase can start from the winner of another results directory: one file per phase, as a study grows."""
+"""A phase that starts from the winner of another results directory."""
 
 from pathlib import Path
 
@@ -88,12 +88,12 @@ def test_a_phase_without_a_winner_cannot_be_inherited(tmp_path: Path, corpus: Pa
     assert "has no winner yet" in refusal(tmp_path, corpus, root / "alpha")
 
 
-def test_settings_that_are_not_known_any_more_and_damage_are_refused(first: Path, tmp_path: Path) -> None:
+def test_a_winner_with_unknown_settings_and_a_damaged_journal_are_refused(first: Path, tmp_path: Path) -> None:
     journal = Journal(first / "journal.jsonl")
     old = {"phase": "alpha", "winner": "x", "winner_overrides": {"model.gone": 1}, "why": ""}
     journal.append("phase_finished", **old)
     journal.close()
-    with pytest.raises(ConfigError, match=r"settings that there are not here: model\.gone"):
+    with pytest.raises(ConfigError, match=r"settings that this version does not have: model\.gone"):
         read_inherited_winner(str(first / "alpha"))
     text = (first / "journal.jsonl").read_text()
     (first / "journal.jsonl").write_text(text.replace("campaign_started", "campaign_startled", 1))
@@ -101,7 +101,7 @@ def test_settings_that_are_not_known_any_more_and_damage_are_refused(first: Path
         read_inherited_winner(str(first / "alpha"))
 
 
-def test_a_winner_that_this_base_cannot_take_is_refused_when_the_file_is_read(tmp_path: Path, corpus: Path) -> None:
+def test_a_winner_that_does_not_fit_this_base_is_refused_when_the_file_is_read(tmp_path: Path, corpus: Path) -> None:
     root = tmp_path / "wide"
     heads = "\n  - name: heads\n    vary: {n_head: [4]}\n"
     with session_on(write_file(tmp_path, corpus, phases=heads), root) as session:
