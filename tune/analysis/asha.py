@@ -74,8 +74,8 @@ class Asha:
             return None
         limit = cutoff([self._sign * other for other in before.values()], self._rule.reduction)
         stops = may_stop and limit is not None and self._sign * value < limit
-        why = f"{self._metric} {value:.4f} at step {step} of {total_steps} is not among the best 1/{self._rule.reduction} of "
-        why += f"the {len(before)} trials of seed {seed} that reached it before"
+        why = f"{self._metric} {value:.4f} at step {step} of {total_steps} is not among the best "
+        why += f"1/{self._rule.reduction} of the {len(before)} trials of seed {seed} that reached it before"
         place = {"trial_id": trial_id, "phase": phase, "arm": arm, "seed": seed, "rung": passed[-1], "step": step}
         return place | {"value": value, "stops": stops, "why": why if stops else None}
 
