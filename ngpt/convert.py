@@ -1,10 +1,10 @@
-"""Models trained with the official code, as ours: nGPT and its GPT baseline from NVIDIA/ngpt, nanochat's GPT.
+"""Converts models trained with the official code: nGPT and its GPT baseline from NVIDIA/ngpt, nanochat's GPT.
 
 python -m ngpt.convert nvidia ckpt.pt --out converted
 python -m ngpt.convert nanochat model_021400.pt --tokenizer nanochat.model --out converted
 
-The command reads what it can from the checkpoint (nanochat: from the meta_021400.json beside it); a bare state dict
-needs --n-head and --block-size (nanochat: --n-kv-head too). It writes `converted/checkpoints/step_0000000`.
+The settings come from the checkpoint (nanochat: from meta_021400.json beside it). A bare state dict needs --n-head and
+--block-size (nanochat: also --n-kv-head). Writes `converted/checkpoints/step_0000000`.
 """
 
 import argparse
@@ -28,30 +28,31 @@ from ngpt.data.tokens.tokenizer import parse_spec, tokenizer_vocab_size
 from ngpt.model.config import ModelConfig
 from ngpt.model.gpt import GPT
 from ngpt.model.rope import ROPE_KINDS
+from ngpt.system.cli import run_command
 from ngpt.training.checkpoint import checkpoint_folders, save_checkpoint
 
-Table = dict[str, tuple[str, str]]  # official name -> our name, shape
+Table = dict[str, tuple[str, str]]  # official name -> name in `GPT`, shape
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What an official state dict holds, and the settings under which our model computes the same.
+    """The weights of an official state dict, and the settings with which `GPT` computes the same.
 
-    Shapes are written in sizes: V vocabulary, D width, F hidden width of the MLP, C width of all keys (n_kv_head * K).
+    Sizes: V vocabulary, D width, F hidden width of the MLP, C width of all keys (n_kv_head * K).
     """
 
     title: str
     top: Table
     layer: Table  # names after "transformer.h.N."
     settings: Mapping[str, Any]
-    half_split: tuple[str, ...] = ()  # weights whose rows are in the order of a rotation of half heads
+    half_split: tuple[str, ...] = ()  # weights whose rows are ordered for a rotation of half heads
 
     def expected(self, layers: list[int]) -> dict[str, tuple[str, list[str]]]:
-        """Our name and the shape of every weight, by official name, of a model that has these layers."""
-        names = {name: (ours, shape.split()) for name, (ours, shape) in self.top.items()}
+        """Name in `GPT` and shape of each weight of a model with these layers, by official name."""
+        names = {name: (own, shape.split()) for name, (own, shape) in self.top.items()}
         for n in layers:
-            for name, (ours, shape) in self.layer.items():
-                names[f"transformer.h.{n}.{name}"] = f"blocks.{n}.{ours}", shape.split()
+            for name, (own, shape) in self.layer.items():
+                names[f"transformer.h.{n}.{name}"] = f"blocks.{n}.{own}", shape.split()
         return names
 
 
@@ -106,30 +107,29 @@ NANOCHAT = Layout(
 
 
 def from_nvidia_ngpt(state: Mapping[str, Tensor], *, n_head: int, block_size: int, rope: str = "nvidia") -> GPT:
-    """The model whose weights are `state`, from NVIDIA/ngpt at ed19eb2: its nGPT, or the GPT baseline, by its keys.
+    """The model with the weights of a state dict of NVIDIA/ngpt (at ed19eb2): nGPT, or its GPT baseline.
 
-    Its scales are stored as ours are: what acts is the stored value * init * sqrt(n_embd), with init 0.05 for alpha
-    and 1 for s_qk and s_z; s_uv acts as it is stored. The weights become float32 and are not projected.
+    The keys tell which. Scales are stored as there: the effective value is stored * init * sqrt(n_embd), with init 0.05
+    for alpha and 1 for s_qk and s_z; s_uv is stored as is. The weights become float32 and are not projected.
 
     Args:
-        state: official name -> tensor, also with the prefixes that torch.compile and DDP leave. Everything but the
-            keywords is read off the shapes.
-        n_head: has to be right: other divisors of n_embd load as well, and give nonsense.
-        rope: `nvidia` for what the repository trains with (its issue 10), `rotary` for a copy with a true rotation.
+        state: official name -> tensor; prefixes of torch.compile and DDP are stripped. Sizes are read off the shapes.
+        n_head: must be right: other divisors of n_embd load too, and give nonsense.
+        rope: `nvidia` for the repository's own (its issue 10), `rotary` for a copy with a true rotation.
 
     Raises:
-        ConfigError: names every weight that is unknown, missing or of the wrong shape, and every impossible setting.
+        ConfigError: lists each weight that is unknown, missing or of the wrong shape, and each impossible setting.
     """
     layout = NVIDIA_GPT if any("rmsnorm_" in name for name in state) else NVIDIA_NGPT
     return _convert(state, layout, {"n_head": n_head, "block_size": block_size, "rope": rope})
 
 
 def from_nanochat(state: Mapping[str, Tensor], *, n_head: int, n_kv_head: int, block_size: int) -> GPT:
-    """The model whose weights are `state`, from karpathy/nanochat as of November 2025 (gpt.py at a83646e).
+    """The model with the weights of a state dict of karpathy/nanochat as of November 2025 (gpt.py at a83646e).
 
-    It turns the two halves of a head by -theta, we turn neighbouring channels by +theta: the same with the rows of its
-    query and key matrices in another order. It rounds the tables of angles to bfloat16, we keep float32. Later versions
-    have more weights (resid_lambdas, ...) and are refused by these names.
+    nanochat turns the two halves of a head by -theta, `GPT` turns neighboring channels by +theta; reordering the rows
+    of the query and key matrices makes them equal. nanochat rounds the tables of angles to bfloat16, `GPT` keeps
+    float32. Later versions have more weights (resid_lambdas, ...), which are refused by name.
 
     Args:
         state: as for `from_nvidia_ngpt`.
@@ -158,20 +158,20 @@ def _convert(state: Mapping[str, Tensor], layout: Layout, settings: Mapping[str,
         raise ConfigError(problems)
     model = GPT(cfg)
     converted = {}
-    for name, (ours, _) in expected.items():
+    for name, (own, _) in expected.items():
         half_split = name.endswith(layout.half_split)
-        converted[ours] = _interleave(weights[name], cfg.head_dim) if half_split else weights[name]
+        converted[own] = _interleave(weights[name], cfg.head_dim) if half_split else weights[name]
     model.load_state_dict(converted)
     return model
 
 
 def _interleave(weight: Tensor, head_dim: int) -> Tensor:
-    """Rows (x1, x2) of each head, in halves, become pairs (x2, x1): x1 cos + x2 sin is then our turn by +theta."""
+    """Turns rows (x1, x2) of each head, in halves, into pairs (x2, x1): x1 cos + x2 sin is then a turn by +theta."""
     return weight.unflatten(0, (-1, 2, head_dim // 2)).flip(1).transpose(1, 2).flatten(0, 2)
 
 
 def _strip_prefixes(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[Problem]]:
-    """Weights by their names without what torch.compile (`_orig_mod.`) and DDP (`module.`) put before them."""
+    """The weights by name, without the prefixes of torch.compile (`_orig_mod.`) and DDP (`module.`)."""
     weights, problems = {}, []
     for given, weight in state.items():
         name = re.sub(r"^((_orig_mod|module)\.)+", "", given)
@@ -183,18 +183,19 @@ def _strip_prefixes(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], lis
 
 def _wrong_layers(layers: list[int], layout: Layout) -> list[Problem]:
     if not layers:
-        return [Problem((), f"no layer of {layout.title}: their names begin with transformer.h.0.")]
-    gap = next((n for n, layer in enumerate(layers) if n != layer), None)
-    there = ", ".join(map(str, layers))
-    return [] if gap is None else [Problem((f"transformer.h.{gap}",), f"missing layer, there are {there}")]
+        return [Problem((), f"no layer of {layout.title}: the names would begin with transformer.h.0.")]
+    gaps = sorted({*range(layers[-1])} - {*layers})
+    present = ", ".join(map(str, layers))
+    return [Problem((f"transformer.h.{gap}",), f"missing layer, there are {present}") for gap in gaps[:1]]
 
 
 def _wrong_names(weights: Mapping[str, Tensor], expected: Mapping[str, Any], layout: Layout) -> list[Problem]:
     problems = []
     for name in weights:
         if name not in expected:
-            own_layer = layout.expected([int(match[1])]) if (match := re.search(r"\.h\.(\d+)\.", name)) else layout.top
-            near = get_close_matches(name, list(own_layer), n=1, cutoff=0.8)
+            match = re.search(r"\.h\.(\d+)\.", name)
+            candidates = layout.expected([int(match[1])]) if match else layout.top
+            near = get_close_matches(name, list(candidates), n=1, cutoff=0.8)
             hint = f", did you mean '{near[0]}'?" if near else ""
             problems.append(Problem((name,), f"unknown weight, {layout.title} has none of this name{hint}"))
     missing = [name for name in expected if name not in weights]
@@ -202,7 +203,7 @@ def _wrong_names(weights: Mapping[str, Tensor], expected: Mapping[str, Any], lay
 
 
 def _sizes(weights: Mapping[str, Tensor], expected: Mapping[str, tuple[str, list[str]]]) -> dict[str, int]:
-    """V, D and F as most of the weights have them, so that one of a wrong shape is the one to be blamed."""
+    """V, D and F by majority of the weights, so a single wrong shape is the one that is reported."""
     votes: dict[str, Counter[int]] = defaultdict(Counter)
     for name, (_, symbols) in expected.items():
         if name in weights and weights[name].ndim == len(symbols):
@@ -212,7 +213,7 @@ def _sizes(weights: Mapping[str, Tensor], expected: Mapping[str, tuple[str, list
 
 
 def _config(settings: dict[str, Any]) -> tuple[ModelConfig | None, list[Problem]]:
-    """The config, None without a width, and what is wrong; a wrong rope does not hide heads that do not fit."""
+    """The config, None if it is impossible or has no width, and its problems, all at once."""
     problems = []
     if settings["rope"] not in ROPE_KINDS:
         problems.append(Problem(("rope",), unknown("rope", settings["rope"], ROPE_KINDS)))
@@ -240,10 +241,10 @@ def _wrong_shapes(
 
 
 def read_nvidia(path: Path) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
-    """The state dict in `ckpt.pt` of NVIDIA/ngpt's train.py and what the file says of the model; or a bare state dict.
+    """Reads `ckpt.pt` of NVIDIA/ngpt's train.py: its state dict and model settings. A bare state dict has no settings.
 
     Raises:
-        ConfigError: it cannot be read, or its scales are stored with another base_scale than 1/sqrt(n_embd).
+        ConfigError: unreadable, or the scales are stored with a base_scale other than 1/sqrt(n_embd).
         OSError: it cannot be opened.
     """
     loaded = _load(path)
@@ -258,10 +259,10 @@ def read_nvidia(path: Path) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
 
 
 def read_nanochat(path: Path) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
-    """The state dict `model_STEP.pt` of nanochat, and what `meta_STEP.json` beside it says, if that is there.
+    """Reads `model_STEP.pt` of nanochat, and the model settings from `meta_STEP.json` beside it if that exists.
 
     Raises:
-        ConfigError: a file cannot be read, or has settings that the version of November 2025 does not know.
+        ConfigError: a file is unreadable, or has settings that nanochat of November 2025 does not have.
         OSError: it cannot be opened.
     """
     state = _load(path)
@@ -272,15 +273,14 @@ def read_nanochat(path: Path) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
         given = json.loads(meta.read_text())["model_config"].items()
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{meta}: no model_config can be read: {error!r}") from None
-    ours = {name: name for name in ("vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")}
-    ours["sequence_len"] = "block_size"
-    if later := [name for name, _ in given if name not in ours]:
+    known = ("vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "sequence_len")
+    if later := [name for name, _ in given if name not in known]:
         raise ConfigError(f"{meta}: nanochat as of November 2025 has no setting {', '.join(later)}")
-    return state, {ours[name]: value for name, value in given}
+    return state, {"block_size" if name == "sequence_len" else name: value for name, value in given}
 
 
 def _load(path: Path) -> Mapping[str, Any]:
-    # NVIDIA's checkpoints hold NumPy's random state: an array of numbers, which NumPy 1 wrote under another name.
+    # NVIDIA's checkpoints hold NumPy's random state, an array, which NumPy 1 pickled under another name.
     reconstruct = np.empty(0).__reduce__()[0]
     numbers = [np.ndarray, np.dtype, type(np.dtype(np.uint32)), reconstruct]
     numbers.append((reconstruct, "numpy.core.multiarray._reconstruct"))
@@ -289,7 +289,7 @@ def _load(path: Path) -> Mapping[str, Any]:
             loaded = torch.load(file, weights_only=True, map_location="cpu")
     except (OSError, MemoryError):
         raise
-    except Exception as error:  # what is no pickle is read as one: its first bytes decide which error comes
+    except Exception as error:  # the first bytes of a file that is no pickle decide which error is raised
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise ConfigError(f"{path} is not a checkpoint that can be read safely: {reason}") from None
     if not isinstance(loaded, Mapping):
@@ -308,37 +308,37 @@ def convert(source: str, path: Path, *, out: Path, tokenizer: str, given: Mappin
 
     Args:
         source: an entry of `SOURCES`.
-        tokenizer: what the model reads, `gpt2`, `gpt2:DIR` or `PATH.model`; kept in the checkpoint's identity.
-        given: the keywords of the source's function; None where the file says it.
+        tokenizer: the model's, `gpt2`, `gpt2:DIR` or `PATH.model`; kept in the checkpoint's identity.
+        given: keywords of the source's function; None: as in the file.
 
     Raises:
-        ConfigError: the file is not what it should be, or does not agree with itself, the tokenizer or what is given.
+        ConfigError: the file is invalid, or contradicts itself, the tokenizer or what is given.
         OSError: the file cannot be read, or the checkpoint not written.
     """
     root = out / "checkpoints"
     if checkpoint_folders(root):
         raise ConfigError(f"{out} holds checkpoints already, choose another folder")
     read, build_model = SOURCES[source]
-    state, says = read(path)
-    settings = {name: says.get(name) if value is None else value for name, value in given.items()}
+    state, stated = read(path)
+    settings = {name: stated.get(name) if value is None else value for name, value in given.items()}
     if missing := [f"--{name.replace('_', '-')}" for name, value in settings.items() if value is None]:
-        raise ConfigError(f"{path} does not say all about the model, give {' and '.join(missing)}")
+        raise ConfigError(f"{path} does not state all settings of the model: give {' and '.join(missing)}")
     model = build_model(state, **settings)
     values = flatten(model.cfg)
-    if wrong := [f"{name} is {value}, not {values[name]}" for name, value in says.items() if value != values[name]]:
-        raise ConfigError(f"{path} disagrees with its weights or with what was given: it says {', '.join(wrong)}")
+    if wrong := [f"{name} is {value}, not {values[name]}" for name, value in stated.items() if value != values[name]]:
+        raise ConfigError(f"{path} contradicts its weights or the options: it states {', '.join(wrong)}")
     identity = {f"model.{name}": value for name, value in values.items()}
-    identity["data.tokenizer"] = _fitting(tokenizer, values["vocab_size"])
+    identity["data.tokenizer"] = _tokenizer_spec(tokenizer, values["vocab_size"])
     return save_checkpoint(root, model=model, state={}, step=0, val_loss=None, identity=identity, keep_last=1)
 
 
-def _fitting(tokenizer: str, vocab_size: int) -> str:
-    """The tokenizer's spec with an absolute path, so that the checkpoint can be used from anywhere."""
+def _tokenizer_spec(tokenizer: str, vocab_size: int) -> str:
+    """The spec with an absolute path, so the checkpoint works from any folder."""
     kind, argument = parse_spec(tokenizer)
     if kind == "sentencepiece":
-        raise ConfigError(f"{tokenizer} is trained on a corpus of ours, an official model needs gpt2 or a PATH.model")
+        raise ConfigError(f"{tokenizer} would be trained on a corpus; an official model needs gpt2 or PATH.model")
     if (needed := tokenizer_vocab_size(tokenizer)) > vocab_size:
-        raise ConfigError(f"{tokenizer} has {needed} tokens, the model knows {vocab_size}")
+        raise ConfigError(f"{tokenizer} has {needed} tokens, the model has {vocab_size}")
     if not argument:
         return tokenizer
     path = str(Path(argument).expanduser().resolve())
@@ -349,15 +349,12 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     options = vars(_parser().parse_args(arguments))
     source, path, out, tokenizer = (options.pop(name) for name in ("source", "checkpoint", "out", "tokenizer"))
-    try:
+
+    def command() -> int:
         print(convert(source, path, out=out, tokenizer=tokenizer, given=options))
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"{error.filename or out}: {error.strerror or error}", file=sys.stderr)
-        return 74
-    return 0
+        return 0
+
+    return run_command(command, path=out)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -368,12 +365,12 @@ def _parser() -> argparse.ArgumentParser:
     nvidia, nanochat = (sources.add_parser(name) for name in SOURCES)
     for each in (nvidia, nanochat):
         each.add_argument("checkpoint", type=Path, metavar="CKPT.pt")
-        each.add_argument("--n-head", type=int, metavar="N", help="heads; default: what the checkpoint says")
-        each.add_argument("--block-size", type=int, metavar="T", help="context; default: what the checkpoint says")
-        each.add_argument("--out", type=Path, required=True, metavar="DIR", help="gets checkpoints/step_0000000")
+        each.add_argument("--n-head", type=int, metavar="N", help="heads; default: as in the checkpoint")
+        each.add_argument("--block-size", type=int, metavar="T", help="context; default: as in the checkpoint")
+        each.add_argument("--out", type=Path, required=True, metavar="DIR", help="output folder")
     nvidia.add_argument("--rope", default="nvidia", choices=ROPE_KINDS, help="default: nvidia")
     nvidia.add_argument("--tokenizer", default="gpt2", metavar="T", help="gpt2 (default), gpt2:DIR or PATH.model")
-    nanochat.add_argument("--n-kv-head", type=int, metavar="G", help="heads of keys and values; as --n-head")
+    nanochat.add_argument("--n-kv-head", type=int, metavar="G", help="heads of keys and values; default: likewise")
     nanochat.add_argument("--tokenizer", required=True, metavar="T", help="gpt2, gpt2:DIR or PATH.model")
     return parser
 

@@ -1,4 +1,4 @@
-"""One forward pass with the box open: what each stage makes of a real batch, in the order in which it happens.
+"""Shows each stage of a forward pass on a real batch, in order: shape, vector lengths, time and facts.
 
 python -m ngpt.inspect --set residual=add_normalize alpha=0.15 --backward
 python -m ngpt.inspect --checkpoint runs/first
@@ -7,7 +7,6 @@ python -m ngpt.inspect --checkpoint runs/first
 import argparse
 import json
 import math
-import os
 import sys
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -21,11 +20,11 @@ from ngpt.config.base import ConfigError, build, flatten, override
 from ngpt.config.overrides import named_settings
 from ngpt.config.yaml_reader import parse_assignment
 from ngpt.data.dataset import open_dataset
-from ngpt.data.tokens.shards import CorruptShardError
 from ngpt.model.flops import flops_per_token, matrix_params
 from ngpt.model.gpt import GPT
 from ngpt.model.trace import Recorder, Stage, record_stages
 from ngpt.optim.optimizers import parameters_by_kind
+from ngpt.system.cli import add_set_option, run_command
 from ngpt.system.device import mixed_precision, pick_device
 from ngpt.training.config import TrainConfig, read_config, resolved
 from ngpt.training.load_model import build_model, find_checkpoint, tokenizer_origin
@@ -35,7 +34,7 @@ from ngpt.training.tracker import finite_or_none
 
 @dataclass(frozen=True)
 class Inspection:
-    """One pass: its stages, those of its gradients in the order of their arrival, and what the model costs."""
+    """One pass: its stages, the stages of its gradients in the order of arrival, and the model's cost."""
 
     forward: list[Stage]
     backward: list[Stage]
@@ -45,9 +44,9 @@ class Inspection:
 def inspect_model(
     model: GPT, idx: Tensor, targets: Tensor, *, dtype: str = "float32", backward: bool = False
 ) -> Inspection:
-    """Runs one pass of `model` on tokens idx and targets (B, T), after one that nobody looks at, to warm up.
+    """Records one pass of `model` on tokens idx and targets (B, T), after a pass to warm up.
 
-    The model is put into evaluation mode, and with `backward` is left with the gradients of the mean loss.
+    The model is left in evaluation mode and, with `backward`, with the gradients of the mean loss.
     """
     model.eval()
     device = model.wte.weight.device
@@ -57,7 +56,7 @@ def inspect_model(
         with record_stages(model, recorder):
             loss = model(idx, targets)
         recorder.see("loss", loss, {"ln_V": math.log(model.wte.num_embeddings)})
-        with torch.no_grad():  # a training pass never holds them as a whole: made once more, to be looked at
+        with torch.no_grad():  # training never holds all logits: compute them separately
             logits = model.logits(recorder.stream)
         facts = {"sd": float(logits.std()), "peak": float(logits.abs().max())}
         recorder.see("logits (apart)", logits, facts)
@@ -83,7 +82,7 @@ def summary(model: GPT, loss: float) -> dict[str, Any]:
 
 
 def inspect(config: TrainConfig, *, checkpoint: Path | None = None, backward: bool = False) -> Inspection:
-    """Looks into the model of a config as it starts, or of a checkpoint, with the first batch of training.
+    """Inspects the untrained model of a config, or that of a checkpoint, on the first training batch.
 
     Raises:
         ConfigError: the data do not fit the model, or the checkpoint was trained with another tokenizer.
@@ -110,10 +109,10 @@ def inspect(config: TrainConfig, *, checkpoint: Path | None = None, backward: bo
 
 
 def checkpoint_config(path: Path, assignments: list[str]) -> TrainConfig:
-    """The settings that a checkpoint was trained with, changed by `name=value` assignments.
+    """The settings of a checkpoint, changed by `name=value` assignments.
 
     Raises:
-        ConfigError: no intact checkpoint there; it does not say what it was trained on, and neither do the assignments.
+        ConfigError: no intact checkpoint; or neither it nor the assignments name the training data.
     """
     checkpoint = find_checkpoint(path)
     given, problems = named_settings(TrainConfig, dict(map(parse_assignment, assignments)))
@@ -148,7 +147,7 @@ def _line(name: str, shape: str, length: str, sphere: str, dtype: str, ms: str, 
 
 
 def _facts(facts: dict[str, float]) -> str:
-    """`degrees 3.1 (2.2 .. 4.1)`: a fact with its smallest and largest value behind it."""
+    """`degrees 3.1 (2.2..4.1)`: a fact with its smallest and largest value."""
     texts = []
     for name, value in facts.items():
         if name.endswith(("_min", "_max")):
@@ -159,7 +158,7 @@ def _facts(facts: dict[str, float]) -> str:
 
 
 def print_inspection(found: Inspection, *, as_json: bool) -> None:
-    """One JSON object, or tables and a line per figure, on stdout."""
+    """Prints one JSON object, or tables and one line per figure, to stdout."""
     if as_json:
         print(json.dumps(_strict(asdict(found)), allow_nan=False))
         return
@@ -172,7 +171,7 @@ def print_inspection(found: Inspection, *, as_json: bool) -> None:
 
 
 def _strict(found: Any) -> Any:
-    """The same without NaN and infinity, which strict JSON does not have: null."""
+    """The value with null for NaN and infinity, which strict JSON does not have."""
     if isinstance(found, dict):
         return {name: _strict(value) for name, value in found.items()}
     if isinstance(found, list | tuple):
@@ -187,33 +186,23 @@ def main(arguments: list[str] | None = None) -> int:
         description="Each stage of one pass on real data: shapes, lengths, times.",
     )
     start = parser.add_mutually_exclusive_group()
-    start.add_argument("--config", type=Path, help="YAML file of settings; the model is as training starts with it")
-    start.add_argument(
-        "--checkpoint", type=Path, metavar="PATH", help="a trained model: a checkpoint, a run or a trial"
-    )
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="change settings")
-    parser.add_argument("--backward", action="store_true", help="the gradients too")
+    start.add_argument("--config", type=Path, help="YAML file of settings; shows the untrained model")
+    start.add_argument("--checkpoint", type=Path, metavar="PATH", help="a trained model: a checkpoint, run or trial")
+    add_set_option(parser)
+    parser.add_argument("--backward", action="store_true", help="show the gradients too")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     options = parser.parse_args(arguments)
-    try:
+
+    def command() -> int:
         if options.checkpoint is None:
             config = read_config(options.config, options.set)
         else:
             config = checkpoint_config(options.checkpoint, options.set)
-        print_inspection(
-            inspect(config, checkpoint=options.checkpoint, backward=options.backward), as_json=options.json
-        )
-        sys.stdout.flush()
-    except (ConfigError, CorruptShardError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # whoever reads, such as head, has enough; the interpreter would complain once more
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        result = inspect(config, checkpoint=options.checkpoint, backward=options.backward)
+        print_inspection(result, as_json=options.json)
         return 0
-    except OSError as error:
-        print(f"{error.filename or options.checkpoint}: {error.strerror or error}", file=sys.stderr)
-        return 74
-    return 0
+
+    return run_command(command, path=options.checkpoint, prints_only=True)
 
 
 if __name__ == "__main__":
