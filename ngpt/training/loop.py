@@ -107,7 +107,7 @@ class Segment:
     def prepare_step(self) -> Generator[Metrics, Any, None]:
         """Evaluates, saves and ends the run where that is due. Yields the metrics of an evaluation.
 
-        After a stop request it yields the last metrics again before each step: whoever made it closes the loop there.
+        After a stop request it yields the last metrics again before each step, so that the caller can close the loop.
         """
         run, state, every = self._run, self._run.state, self._run.config.checkpoint.every
         is_last = state.step == run.config.steps

@@ -120,20 +120,20 @@ KEYS, VALUES = 8, 8
 
 
 def recall(rows: int, time: int, draw: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Eight words, each with a value, and then questions for them: (idx, targets), (rows, time) each.
+    """Rows of eight keys with a random value each, followed by questions: (idx, targets), both (rows, time).
 
-    A question's answer is the word with the value that it had at the start of the row, however long ago that was.
+    The answer to a key is the value that it has at the start of the row, however far back that is.
     """
     words = KEYS + torch.arange(KEYS) * VALUES + torch.randint(VALUES, (rows, KEYS), generator=draw)
-    told = words.gather(1, torch.rand(rows, KEYS, generator=draw).argsort(1))
+    shown = words.gather(1, torch.rand(rows, KEYS, generator=draw).argsort(1))
     asked = torch.randint(KEYS, (rows, time - KEYS), generator=draw)
-    return torch.cat([told, asked], 1), torch.cat([told, words.gather(1, asked)], 1)
+    return torch.cat([shown, asked], 1), torch.cat([shown, words.gather(1, asked)], 1)
 
 
 @pytest.fixture(scope="module")
 def trained_at_32(tmp_path_factory: pytest.TempPathFactory) -> Path:
     size = {"n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 32, "vocab_size": KEYS * (1 + VALUES)}
-    # With this base the slowest channels pass half a turn in 32 tokens or less: what lies beyond 32 is news to them.
+    # With this base the slowest channels make at most half a turn within 32 tokens, so larger angles are unseen.
     cfg = build(ModelConfig, size | {"mlp_ratio": 1.0, "logit_scale": 10.0, "rope_base": 100.0})
     model, draw, steps = GPT(cfg), torch.Generator().manual_seed(0), 200
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0)
@@ -232,7 +232,7 @@ def test_the_runs_corpus_is_recognized_under_any_spelling_of_its_path(
 ) -> None:
     """Otherwise its text would be split again, and most of the validation split would be training data."""
     text = tmp_path / "own.txt"
-    text.write_text("A text of one's own, which is split as the run has it. " * 200)
+    text.write_text("Another text, which is split like the corpus of the run. " * 200)
     data = {"data.corpus": str(text), "data.tokenizer": "sentencepiece:300", "data.val_fraction": 0.3}
     config = override(tiny, data | {"steps": 1})
     tiny_run.run(config, tmp_path / "run", open_dataset(config.data))

@@ -254,9 +254,8 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path: Path) -> None:
         load_checkpoint(found, fresh, identity=IDENTITY | {"optim.lr": 0.2, "model.softcap": 3.0})
     with pytest.raises(ConfigError, match=r"optim\.betas = \[0\.9, 0\.95\], this run has \[0\.9, 0\.9\]"):
         load_checkpoint(found, fresh, identity=IDENTITY | {"optim.betas": (0.9, 0.9)})
-    with pytest.raises(
-        ConfigError, match=r"optim\.lr = 0\.1, this run has None"
-    ):  # only the checkpoint has it
+    # A setting that only the checkpoint has.
+    with pytest.raises(ConfigError, match=r"optim\.lr = 0\.1, this run has None"):
         load_checkpoint(found, fresh, identity={name: IDENTITY[name] for name in IDENTITY if name != "optim.lr"})
     assert all(torch.equal(tensor, before[name]) for name, tensor in fresh.state_dict().items())
 

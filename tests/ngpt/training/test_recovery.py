@@ -146,7 +146,7 @@ def test_a_single_sequence_that_does_not_fit_raises(watched: TrainConfig, datase
 def test_a_compiled_run_may_use_more_batch_sizes_than_torch_recompiles(
     tiny: TrainConfig, dataset: Dataset, tmp_path: Path
 ) -> None:
-    """Nine batch sizes in training and nine in evaluation. torch raises above eight unless it is told otherwise."""
+    """Nine batch sizes in training and nine in evaluation. torch's default limit is eight, and exceeding it raises."""
     settings = {"batch_size": 256, "compile": True, "steps": 9, "eval_every": 1, "eval_tokens": 4096, "n_layer": 1}
     config, real, steps = override(tiny, settings), GPT.forward, iter(range(99))
 

@@ -128,12 +128,12 @@ def test_a_process_killed_with_sigkill_loses_nothing(tiny: TrainConfig, tmp_path
     )
     out = tmp_path / "killed"
     for at_least in (9, 90):
-        process = subprocess.Popen([sys.executable, "-c", code, json.dumps(flatten(config)), str(out)])
-        while process.poll() is None:
-            if any(int(path.name[5:]) >= at_least for path in checkpoint_folders(out / "checkpoints")):
-                process.kill()
-                process.wait()
-            time.sleep(0.002)
+        with subprocess.Popen([sys.executable, "-c", code, json.dumps(flatten(config)), str(out)]) as process:
+            while process.poll() is None:
+                if any(int(path.name[5:]) >= at_least for path in checkpoint_folders(out / "checkpoints")):
+                    process.kill()
+                    process.wait()
+                time.sleep(0.002)
         assert process.returncode == -signal.SIGKILL
         assert max(int(path.name[5:]) for path in checkpoint_folders(out / "checkpoints")) < 240
     list(train(config, out, resume="latest"))
