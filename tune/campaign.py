@@ -70,7 +70,7 @@ def _read(data: Any, assignments: Sequence[str], folder: Path) -> Reading[Campai
     claims = (yield from read_claims(data["claims"], folder)) if "claims" in data else {}
     if wrong or wrong_configs or draft.header is None or draft.base is None:
         return None
-    phases = order_by_need([found.phase for found in draft.file.phases])
+    phases = order_by_need([entry.phase for entry in draft.file.phases])
     yield from check_claims(claims, phases, draft.base)
     return Campaign(
         name=data["campaign"],
@@ -107,7 +107,7 @@ def _check_draft(draft: _Draft, *, inherited: bool) -> Reading[None]:
     """Checks what the phases train; without `inherited`, not what they may start from."""
     yield from check_configs(draft.checker, draft.file, inherited=inherited)
     if draft.header and draft.header.early_stop and draft.base:
-        phases = [found.phase for found in draft.file.phases]
+        phases = [entry.phase for entry in draft.file.phases]
         yield from check_early_stop(draft.header.early_stop, phases, base=draft.base, hold=draft.header.hold)
 
 

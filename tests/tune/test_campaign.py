@@ -21,13 +21,12 @@ from ngpt.data.sources import CORPORA
 from ngpt.model.residual import RESIDUAL_RULES
 from ngpt.optim.optimizers import OPTIMIZERS
 from ngpt.optim.schedule import SCHEDULES
+from tests.helpers.marked_text import unmarked
 from tune.campaign import load_campaign
 from tune.planning.plan import preview
 from tune.spec.schema import Campaign, FreshSeeds, Metric, Resources
 from tune.spec.sweeps import SWEEPS, ArmSpec, Axis
 from tune.spec.values import with_absolute_paths
-
-HERE = "«"  # marks the places in a wrong file that its messages point at, one mark per message
 
 GOOD = """\
 campaign: small
@@ -539,16 +538,6 @@ def complaint(text: str, *assignments: str) -> str:
     with pytest.raises(ConfigError) as caught:
         load(text, *assignments)
     return str(caught.value)
-
-
-def unmarked(text: str) -> tuple[str, list[str]]:
-    """A file without its marks, and the `line:column` of each mark."""
-    plain, *pieces = text.split(HERE)
-    positions = []
-    for piece in pieces:
-        positions.append(f"{plain.count(chr(10)) + 1}:{len(plain) - plain.rfind(chr(10))}")
-        plain += piece
-    return plain, positions
 
 
 @pytest.mark.parametrize("case", WRONG.values(), ids=WRONG.keys())

@@ -25,7 +25,7 @@ Phases = Mapping[str, PhaseInFile]  # by name, or by path in another results dir
 
 def check_circles(file: PhasesInFile) -> Reading[None]:
     """Phases that inherit from each other."""
-    graph = {found.phase.name: sorted(found.phase.needs) for found in file.phases}
+    graph = {entry.phase.name: sorted(entry.phase.needs) for entry in file.phases}
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
@@ -47,18 +47,18 @@ def order_by_need(phases: Sequence[Phase]) -> tuple[Phase, ...]:
 
 def check_configs(checker: ConfigChecker, file: PhasesInFile, *, inherited: bool) -> Reading[None]:
     """Builds every config that the campaign may train; without `inherited`, only those on top of the plain base."""
-    for found in file.phases:
-        for arm in _arms(found):
-            yield from checker.check({**found.pinned, **_changes(arm)})
+    for entry in file.phases:
+        for arm in _arms(entry):
+            yield from checker.check({**entry.pinned, **_changes(arm)})
     if not inherited:
         return
-    phases = {found.phase.name: found for found in file.phases}
+    phases = {entry.phase.name: entry for entry in file.phases}
     phases |= {path: _as_phase(path, winner.overrides, at) for path, (winner, at) in file.winners.items()}
-    for found in file.phases:
-        inheriting = ((arm, start) for arm in _arms(found) for start in _starts(found, arm, phases) if start)
+    for entry in file.phases:
+        inheriting = ((arm, start) for arm in _arms(entry) for start in _starts(entry, arm, phases) if start)
         for arm, start in islice(inheriting, MOST_COMBINATIONS // len(file.phases)):
             values = fmt.settings({name: value for name, (value, _) in start.items()})
-            changes = {**found.pinned, **_changes(arm)}
+            changes = {**entry.pinned, **_changes(arm)}
             yield from checker.check(changes, start=start, note=f" (after {values} has won)")
 
 
@@ -68,10 +68,10 @@ def _as_phase(path: str, overrides: Mapping[str, object], at: Location) -> Phase
     return PhaseInFile(Phase(path, None, {}, (winner,), (), {}), {})
 
 
-def _arms(found: PhaseInFile) -> Iterator[ArmSpec]:
+def _arms(entry: PhaseInFile) -> Iterator[ArmSpec]:
     """The arms of a phase; for arms that a search will propose, the ends of its space."""
-    yield from (BASELINE, *found.phase.arms)
-    yield from found.phase.search.probes() if found.phase.search else ()
+    yield from (BASELINE, *entry.phase.arms)
+    yield from entry.phase.search.probes() if entry.phase.search else ()
 
 
 def _changes(arm: ArmSpec) -> LocatedSettings:
@@ -79,9 +79,9 @@ def _changes(arm: ArmSpec) -> LocatedSettings:
     return {name: (value, arm.origins.get(name, ())) for name, value in arm.overrides.items()}
 
 
-def _starts(found: PhaseInFile, arm: ArmSpec, phases: Phases) -> Iterator[LocatedSettings]:
+def _starts(entry: PhaseInFile, arm: ArmSpec, phases: Phases) -> Iterator[LocatedSettings]:
     """What an arm may start from: each possible winner of the phases that its phase and the arm itself inherit from."""
-    for outer in _winners(found.phase.inherit, phases):
+    for outer in _winners(entry.phase.inherit, phases):
         for inner in _winners(arm.inherit, phases):
             yield {**outer, **inner}
 
@@ -91,22 +91,22 @@ def _winners(name: str | None, phases: Phases) -> Iterator[LocatedSettings]:
     if name is None:
         yield {}
         return
-    found = phases[name]
-    for arm in chain(_arms(found), _joined(found, phases, {})):  # lazily: the joined arms may be too many to list
-        for start in _starts(found, arm, phases):
-            kept = {setting: entry for setting, entry in start.items() if setting not in found.pinned}
+    entry = phases[name]
+    for arm in chain(_arms(entry), _joined(entry, phases, {})):  # lazily: the joined arms may be too many to list
+        for start in _starts(entry, arm, phases):
+            kept = {setting: value for setting, value in start.items() if setting not in entry.pinned}
             yield {**kept, **_changes(arm)}
 
 
-def _joined(found: PhaseInFile, phases: Phases, known: dict[str, tuple[ArmSpec, ...]]) -> Iterator[ArmSpec]:
+def _joined(entry: PhaseInFile, phases: Phases, known: dict[str, tuple[ArmSpec, ...]]) -> Iterator[ArmSpec]:
     """Arms that a combining phase may get: at most one of each phase that it joins.
 
     A joined phase that combines others itself contributes MOST_JOINED arms, kept in `known`.
     """
-    for name in found.phase.combine:
+    for name in entry.phase.combine:
         if name not in known:
             known[name] = tuple(islice(_joined(phases[name], phases, known), MOST_JOINED))
-    sources = [(BASELINE, *phases[name].phase.arms, *known[name]) for name in found.phase.combine]
+    sources = [(BASELINE, *phases[name].phase.arms, *known[name]) for name in entry.phase.combine]
     for chosen in product(*sources) if sources else ():
         overrides = {name: value for arm in chosen for name, value in arm.overrides.items()}
         origins = {name: at for arm in chosen for name, at in arm.origins.items()}

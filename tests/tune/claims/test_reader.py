@@ -7,13 +7,12 @@ import pytest
 
 from ngpt.config.base import ConfigError, flatten
 from ngpt.training.config import TrainConfig
+from tests.helpers.marked_text import unmarked
 from tune.campaign import load_campaign
 from tune.claims.possible_arms import possible_arms
 from tune.claims.reader import load_claims
 from tune.spec.schema import Claim, Phase
 from tune.spec.sweeps import ArmSpec
-
-HERE = "«"  # marks the places in a wrong file that its messages point at, one mark per message
 
 BASE = """\
 campaign: small
@@ -151,20 +150,10 @@ def load(text: str) -> tuple[Claim, ...]:
     return load_campaign(Path("c.yaml")).claims
 
 
-def marks(text: str) -> tuple[str, list[str]]:
-    """The text without its marks, and `line:column` of each."""
-    places = []
-    while HERE in text:
-        before, _, after = text.partition(HERE)
-        places.append(f"{before.count(chr(10)) + 1}:{len(before) - before.rfind(chr(10))}")
-        text = before + after
-    return text, places
-
-
 @pytest.mark.parametrize("what", WRONG)
 def test_a_mistake_is_reported_with_its_place(folder: Path, what: str) -> None:
     claims, messages = WRONG[what]
-    text, places = marks(f"{BASE}  - {claims}\n")
+    text, places = unmarked(f"{BASE}  - {claims}\n")
     with pytest.raises(ConfigError) as error:
         load(text)
     expected = [f"c.yaml:{place}: {message}" for place, message in zip(places, messages, strict=True)]
