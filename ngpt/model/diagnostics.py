@@ -1,7 +1,7 @@
-"""Looking into a model while it trains: how far it has left the sphere, its step lengths alpha, the divisors r."""
+"""Measurements of a model in training: distance from the sphere, step lengths alpha, divisors r."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -13,17 +13,17 @@ from ngpt.model.residual import Residual
 
 @torch.no_grad()
 def weight_norm_error(model: GPT) -> float:
-    """The largest deviation from length 1 among all vectors of the sphere weights; 0 for a GPT."""
+    """Largest deviation from length 1 of the vectors of the sphere weights; 0 for a GPT."""
     errors = [_deviation(weight, dim) for weight, dim in model.sphere_weights()]
     return float(torch.stack(errors).max()) if errors else 0.0
 
 
 @torch.no_grad()
 def activation_norm_error(model: GPT, idx: Tensor) -> float:
-    """The largest deviation from length 1 of the residual stream for tokens `idx` (B, T); 0 for a GPT.
+    """Largest deviation from length 1 of the residual stream for tokens `idx` (B, T); 0 for a GPT.
 
-    It is measured before the first sublayer and after each, where lazy projection and left-out norms leave their
-    traces; with stochastic norms in training, by the draws of the last step.
+    Measured before the first sublayer and after each, where lazy projection and skipped norms show. With stochastic
+    norms in training mode, the draws of the last step apply.
     """
     if not model.cfg.on_sphere:
         return 0.0
@@ -32,64 +32,69 @@ def activation_norm_error(model: GPT, idx: Tensor) -> float:
 
 @torch.no_grad()
 def divisors(model: GPT, idx: Tensor) -> dict[str, Tensor]:
-    """The divisor r after each sublayer for tokens `idx` (B, T), by name; empty in norm mode `baseline`."""
+    """Divisor r (B, T) after each sublayer for tokens `idx` (B, T), by name; empty in norm mode `baseline`."""
     if model.normalizer is None:
         return {}
     names = (f"r/{sublayer}.{layer}" for layer in range(len(model.blocks)) for sublayer in ("attention", "mlp"))
     return dict(zip(names, _outputs(model, idx, DotProdNormalizer), strict=True))
 
 
-def divisor_statistics(found: dict[str, Tensor]) -> dict[str, float]:
-    """`r_mean`, `r_min` and `r_max` over all tokens and sublayers of `divisors`; nothing where there are none."""
-    if not found:
+def divisor_statistics(divisors: dict[str, Tensor]) -> dict[str, float]:
+    """`r_mean`, `r_min` and `r_max` over all tokens and sublayers; empty without divisors."""
+    if not divisors:
         return {}
-    r = torch.stack(list(found.values()))
+    r = torch.stack(list(divisors.values()))
     return {"r_mean": float(r.mean()), "r_min": float(r.min()), "r_max": float(r.max())}
 
 
 @torch.no_grad()
 def effective_alphas(model: GPT) -> dict[str, Tensor]:
-    """The effective alphas of each residual by name, 1-D; empty for a GPT."""
-    found = {}
+    """Effective alphas of each residual by name, 1-D; empty for a GPT."""
+    alphas = {}
     for layer, block in enumerate(model.blocks):
         if isinstance(block, SphereBlock):
             for name, residual in (("attention", block.attention_residual), ("mlp", block.mlp_residual)):
-                found[f"alpha/{name}.{layer}"] = residual.sign(residual.alpha())
-    return found
+                alphas[f"alpha/{name}.{layer}"] = residual.sign(residual.alpha())
+    return alphas
 
 
 @contextlib.contextmanager
 def restore_counts_on_error(model: GPT) -> Iterator[None]:
-    """Divisors r that were not finite do not count in a pass that breaks off: it is tried again."""
-    counts = [] if model.normalizer is None else [model.normalizer.replaced]
-    before = [count.clone() for count in counts]
+    """Restores the count of non-finite divisors r if the pass in the block fails, since it will be retried."""
+    restore = _count_restorer(model)
     try:
         yield
     except BaseException:
-        for count, old in zip(counts, before, strict=True):
-            count.copy_(old)
+        restore()
         raise
 
 
+def _count_restorer(model: GPT) -> Callable[[], object]:
+    """A function that sets the count of non-finite divisors back to its present value."""
+    if model.normalizer is None:
+        return lambda: None
+    count = model.normalizer.replaced
+    before = count.clone()
+    return lambda: count.copy_(before)
+
+
 def _outputs(model: GPT, idx: Tensor, kind: type[nn.Module]) -> list[Tensor]:
-    """What the modules of a kind return for tokens `idx`, one entry a call."""
-    found: list[Tensor] = []
+    """Outputs of the modules of type `kind` for tokens `idx`, one per call; non-finite divisors are not counted."""
+    outputs: list[Tensor] = []
 
-    def keep(module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
-        found.append(output)
+    def record(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        outputs.append(output)
 
-    hooks = [module.register_forward_hook(keep) for module in model.modules() if isinstance(module, kind)]
-    replaced = [] if model.normalizer is None else [model.normalizer.replaced]
-    counted = [count.clone() for count in replaced]
+    hooks = [module.register_forward_hook(record) for module in model.modules() if isinstance(module, kind)]
+    restore = _count_restorer(model)
     try:
         for _ in model.stream(idx):
             pass
     finally:
         for hook in hooks:
             hook.remove()
-        for count, before in zip(replaced, counted, strict=True):
-            count.copy_(before)  # looking does not count
-    return found
+        restore()
+    return outputs
 
 
 def _deviation(x: Tensor, dim: int) -> Tensor:

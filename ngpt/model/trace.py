@@ -1,7 +1,7 @@
-"""The stages of a forward pass, and of its gradients, seen while the real model is at work.
+"""Records the stages of a forward pass, and of its gradients, while the real model runs.
 
-They are seen through hooks: the modules' own, the `rotate` attribute of attention, and a `TorchFunctionMode` for
-functions that are no modules (attention's scores, activations).
+Hooks see them: module hooks, the `rotate` attribute of attention, and a `TorchFunctionMode` for functions that are not
+modules (attention scores, activations).
 """
 
 import functools
@@ -22,16 +22,16 @@ from ngpt.model.gpt import GPT, PreNormBlock, SphereBlock
 from ngpt.model.layers import MLP, Attention
 from ngpt.model.residual import Residual
 
-TOLERANCE = 1e-3  # of a length that counts as that of a sphere
+SPHERE_TOLERANCE = 1e-3  # relative deviation of lengths that count as on a sphere
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What one stage of a pass came out as.
+    """The result of one stage of a pass.
 
     `length` is the Euclidean length of the last dimension's vectors (mean, smallest, largest). `sphere` is the radius
-    of the sphere that all of them lie on, `1` or `sqrt` (root of their dimension: what an RMSNorm gives), or `-`.
-    `ms` is the time since the stage before. `facts` are numbers of this stage alone, see `Recorder`.
+    of the sphere that they all lie on: `1`, `sqrt` (root of their dimension, the result of an RMSNorm), or `-` for
+    none. `ms` is the time since the previous stage. `facts` are numbers of this stage only, see `Recorder`.
     """
 
     name: str
@@ -44,19 +44,19 @@ class Stage:
 
 
 class Recorder:
-    """Keeps the stages of one pass as they are shown to it. Its own work is left out of their times.
+    """Collects the stages of one pass. Its own work does not count in their times.
 
-    Facts: `alpha` (mean), `degrees` by which the stream turned and the divisor `r` (mean, min, max each); of attention
-    scores over the keys that a query may see `sd`, `peak` (largest size), `reads` (how many keys it attends to: the
-    exponential of the entropy, mean) and `sees` (how many it could); `zeros`, the share of hidden units that are
-    exactly 0; `sd` and `peak` of what enters an activation, and of logits.
+    Facts: `alpha` (mean); `degrees` that the stream turned and divisor `r` (mean, min, max each); of the attention
+    scores a query may use, `sd`, `peak` (largest size), `reads` (effective number of keys: the exponential of the
+    entropy, mean) and `sees` (number of visible keys); `zeros`, the share of hidden units that are exactly 0; `sd` and
+    `peak` of the input of an activation, and of logits.
     """
 
     def __init__(self, device: torch.device, *, backward: bool = False) -> None:
         self.stages: list[Stage] = []
         self.gradients: list[Stage] = []
-        self.where = ""  # of the block at work: `0.`
-        self.stream = torch.empty(0)  # the residual stream as it was seen last
+        self.where = ""  # prefix of the current block: `0.`
+        self.stream = torch.empty(0)  # the last residual stream that was recorded
         self._device, self._backward = device, backward
         self._since = time.perf_counter()
 
@@ -66,12 +66,12 @@ class Recorder:
         self._since = time.perf_counter()
 
     def see(self, name: str, x: Tensor, facts: dict[str, float] | None = None, *, of: Tensor | None = None) -> None:
-        """Adds a stage that came out as `x`, or as a view `x` of what the pass goes on with: then `of` is that."""
+        """Adds a stage with result `x`. If `x` is a view made for display, `of` is the tensor that the pass uses."""
         _synchronize(self._device)
-        name, going_on = self.where + name, x if of is None else of
+        name, used = self.where + name, x if of is None else of
         self.stages.append(_stage(name, x, time.perf_counter() - self._since, facts or {}))
-        if self._backward and going_on.requires_grad:
-            going_on.register_hook(functools.partial(self._see_gradient, name))
+        if self._backward and used.requires_grad:
+            used.register_hook(functools.partial(self._see_gradient, name))
         self.resume()
 
     def see_step(self, name: str, before: Tensor, after: Tensor, facts: dict[str, float] | None = None) -> None:
@@ -88,17 +88,17 @@ class Recorder:
 
 
 def angles(a: Tensor, b: Tensor) -> Tensor:
-    """Degrees between the vectors of `a` and `b` (..., D), float64; by the chord, which is exact for small angles."""
+    """Degrees between the vectors of `a` and `b` (..., D), float64, from the chord, which is exact for small angles."""
     a, b = F.normalize(a.detach().cpu().double(), dim=-1), F.normalize(b.detach().cpu().double(), dim=-1)
     return torch.rad2deg(2 * torch.asin(((a - b).norm(dim=-1) / 2).clamp(max=1)))
 
 
 def score_facts(q: Tensor, k: Tensor, scale: float) -> dict[str, float]:
-    """The facts of causal attention scores scale * <q, k>: q (B, H, T, K), k (B, G, T, K) with H a multiple of G."""
+    """Facts of causal attention scores scale * <q, k>, for q (B, H, T, K) and k (B, G, T, K), H a multiple of G."""
     time = q.shape[2]
     seen = torch.ones(time, time, dtype=torch.bool, device=q.device).tril()
     parts = []
-    for queries, keys in zip(q.float(), k.float(), strict=True):  # one sequence at a time: (H, T, T) is large enough
+    for queries, keys in zip(q.float(), k.float(), strict=True):  # one sequence at a time: scores (H, T, T) are large
         scores = scale * queries @ keys.repeat_interleave(len(queries) // len(keys), 0).mT
         log_weights = scores.masked_fill(~seen, -math.inf).log_softmax(-1).masked_fill(~seen, 0)
         reads = -(log_weights.exp() * seen * log_weights).sum(-1)
@@ -118,7 +118,9 @@ def _stage(name: str, x: Tensor, seconds: float, facts: dict[str, float]) -> Sta
     lengths = shown.norm(dim=-1) if shown.ndim else shown.abs()
     low, high = float(lengths.min()), float(lengths.max())
     radii = {"1": 1.0, "sqrt": math.sqrt(shown.shape[-1])} if shown.ndim else {}
-    sphere = [radius for radius, size in radii.items() if max(abs(low - size), abs(high - size)) < TOLERANCE * size]
+    sphere = [
+        radius for radius, size in radii.items() if max(abs(low - size), abs(high - size)) < SPHERE_TOLERANCE * size
+    ]
     dtype = str(x.dtype).removeprefix("torch.")
     length = (float(lengths.mean()), low, high)
     return Stage(name, tuple(x.shape), dtype, length, sphere[0] if sphere else "-", seconds * 1000, facts)
@@ -134,7 +136,7 @@ def _synchronize(device: torch.device) -> None:
 
 @contextmanager
 def record_stages(model: GPT, recorder: Recorder) -> Iterator[None]:
-    """Shows every stage of the passes inside the block to the recorder, and leaves the model as it was."""
+    """Passes each stage of the forward passes in the block to the recorder; removes its hooks afterwards."""
     with ExitStack() as undo:
 
         def after(module: nn.Module, show: Any) -> None:
@@ -192,7 +194,7 @@ def _watch_mlp(mlp: MLP, recorder: Recorder, after: Any, before: Any) -> None:
 
 
 class _Functions(TorchFunctionMode):
-    """Sees the calls of functions that are no modules."""
+    """Records calls of functions that are not modules."""
 
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()
@@ -240,7 +242,7 @@ def _show_features(recorder: Recorder, module: nn.Module, args: Any, output: Ten
 
 
 def _enter_block(recorder: Recorder, layer: int, module: nn.Module, args: Any) -> None:
-    if args[0] is not recorder.stream:  # a GPT normalises what it has looked up
+    if args[0] is not recorder.stream:  # a GPT normalizes the embedding
         recorder.see("embedding normalised", args[0])
         recorder.stream = args[0]
     recorder.where = f"{layer}."
