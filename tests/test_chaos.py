@@ -1,4 +1,4 @@
-"""The fault harness: a share of it for every run of the tests, and what it would say of results that are wrong."""
+"""The fault harness: a part of it runs with the tests, and its checker must find wrong results."""
 
 import json
 import os
@@ -24,21 +24,21 @@ REPOSITORY = Path(__file__).parents[1]
 
 
 def chaos(*options: str) -> dict[str, Any]:
-    """Runs the harness; it must find nothing."""
+    """Runs the harness, which must find no violation."""
     command = [sys.executable, "-m", "tests.chaos", "--json", *options]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
-def test_a_share_of_all_faults_leaves_the_results_as_they_are() -> None:
+def test_a_sample_of_all_faults_does_not_change_the_results() -> None:
     found = chaos("--only", "failpoints", "--every", "240", "--only", "bits", "--bits", "20")
     assert found["failpoints"]["tried"] >= 6 and found["bits"]["tried"] == 40
     assert found["failpoints"]["operations"] > 200
 
 
 @pytest.mark.slow
-def test_a_larger_share_of_all_faults_leaves_the_results_as_they_are() -> None:
+def test_a_larger_sample_of_all_faults_does_not_change_the_results() -> None:
     found = chaos(
         *("--only", "failpoints", "--only", "power", "--every", "60"), "--only", "kills", "--kills", "15", "--ray", "1"
     )
@@ -46,7 +46,7 @@ def test_a_larger_share_of_all_faults_leaves_the_results_as_they_are() -> None:
     assert found["kills"]["inline kills"] == 14 and sum(n for name, n in found["kills"].items() if "ray" in name) >= 1
 
 
-# ---- the checker finds what is wrong ---------------------------------------------------------------------------------
+# ---- the checker finds wrong results ---------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -65,12 +65,12 @@ def undisturbed(made: World) -> Facts:
 
 @pytest.fixture
 def root(made: World, tmp_path: Path) -> Iterator[Path]:
-    """A copy to be spoilt."""
+    """A copy to damage."""
     shutil.copytree(made.reference, tmp_path / "tiny")
     yield tmp_path / "tiny"
 
 
-def test_a_copy_of_an_undisturbed_run_is_sound(made: World, undisturbed: Facts, root: Path) -> None:
+def test_the_checker_accepts_a_copy_of_an_undisturbed_run(made: World, undisturbed: Facts, root: Path) -> None:
     told = Acknowledged(tuple(read_journal(root / "journal.jsonl")))
     assert check_finished(root, made, undisturbed, told) == []
     assert list(check_stopped(root, made, told)) == []
@@ -87,7 +87,7 @@ def flip(path: Path) -> None:
 
 
 def change_a_row(root: Path) -> None:
-    """As if a resumed run had computed something else, all of it consistent."""
+    """As if a resumed run had computed another value, consistently."""
     path = next(iter(sorted(root.glob("trials/*/metrics.jsonl"))))
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     rows[1]["grad_norm"] = 0.5
@@ -95,29 +95,29 @@ def change_a_row(root: Path) -> None:
     write_campaign(root, read_state(root))
 
 
-def leak(root: Path) -> None:
+def leak_secret(root: Path) -> None:
     (root / "trials" / "note.txt").write_text("key canary0123456789abcdef0123456789abcdef01")
 
 
-SPOILT: dict[str, tuple[str, Callable[[Path], object]]] = {
+DAMAGE: dict[str, tuple[str, Callable[[Path], object]]] = {
     "a bit of the journal": ("I1", lambda root: flip(root / "journal.jsonl")),
     "a row": ("I6 rows", change_a_row),
     "a table": ("I7", lambda root: flip(root / "alpha" / "summary.parquet")),
     "weights": ("I6 weights", lambda root: flip(newest(root) / "model.safetensors")),
-    "a checkpoint that is gone": ("I6 weights", lambda root: shutil.rmtree(newest(root))),
-    "a secret": ("I9", leak),
-    "a file left lying about": ("I5", lambda root: (root / "alpha" / ".x.json.0a.tmp").touch()),
+    "a removed checkpoint": ("I6 weights", lambda root: shutil.rmtree(newest(root))),
+    "a secret": ("I9", leak_secret),
+    "a leftover file": ("I5", lambda root: (root / "alpha" / ".x.json.0a.tmp").touch()),
 }
 
 
-@pytest.mark.parametrize("what", SPOILT)
+@pytest.mark.parametrize("what", DAMAGE)
 def test_the_checker_finds(what: str, made: World, undisturbed: Facts, root: Path) -> None:
-    invariant, spoil = SPOILT[what]
-    spoil(root)
+    invariant, damage = DAMAGE[what]
+    damage(root)
     assert any(each.startswith(invariant) for each in check_finished(root, made, undisturbed, Acknowledged()))
 
 
-def test_the_checker_finds_that_an_acknowledged_event_is_lost(made: World, undisturbed: Facts, root: Path) -> None:
+def test_the_checker_finds_a_lost_event(made: World, undisturbed: Facts, root: Path) -> None:
     told = Acknowledged(tuple(read_journal(root / "journal.jsonl")))
     journal = root / "journal.jsonl"
     journal.write_bytes(b"".join(journal.read_bytes().splitlines(keepends=True)[:-1]))
@@ -125,7 +125,7 @@ def test_the_checker_finds_that_an_acknowledged_event_is_lost(made: World, undis
     assert any(each.startswith("I2") for each in check_finished(root, made, undisturbed, told))
 
 
-def test_the_checker_finds_that_the_newest_checkpoint_is_lost_or_torn(made: World, root: Path) -> None:
+def test_the_checker_finds_a_lost_or_torn_checkpoint(made: World, root: Path) -> None:
     last = newest(root)
     told = Acknowledged(steps={last.parents[1].name: (2, 4)})
     (last / "state.pt").write_bytes(b"")
@@ -146,17 +146,17 @@ def crash_states(*operations: Operation) -> set[str]:
     return {" ".join(f"{path}={(content or b'').decode()}" for path, content in sorted(s.items())) for s in states}
 
 
-def test_what_is_synced_with_its_folder_survives_as_it_is() -> None:
+def test_a_file_synced_with_its_folder_survives_a_power_loss() -> None:
     written = (Operation("open", "a"), Operation("write", "a", data=b"xy"))
     assert crash_states(*written, Operation("fsync", "a"), Operation("fsync", ".")) == {"a=xy"}
 
 
-def test_what_is_not_synced_may_be_gone_cut_or_zero() -> None:
+def test_an_unsynced_file_may_be_missing_cut_off_or_zero() -> None:
     states = crash_states(Operation("open", "a"), Operation("write", "a", data=b"xy"))
     assert states == {"", "a=", "a=x", "a=xy", "a=\0\0", "a=\0y"}
 
 
-def test_a_rename_that_is_not_synced_is_done_or_not() -> None:
+def test_an_unsynced_rename_is_done_or_not() -> None:
     made = [
         Operation("open", "a"),
         Operation("write", "a", data=b"1"),
@@ -166,12 +166,12 @@ def test_a_rename_that_is_not_synced_is_done_or_not() -> None:
     assert crash_states(*made, Operation("rename", "a", to="b")) == {"a=1", "b=1"}
 
 
-def test_a_file_that_was_synced_but_not_its_folder_may_have_no_name() -> None:
+def test_a_synced_file_without_a_synced_folder_may_have_no_name() -> None:
     made = (Operation("open", "a"), Operation("write", "a", data=b"1"), Operation("fsync", "a"))
     assert crash_states(*made) == {"", "a=1"}
 
 
-def test_an_append_leaves_what_was_safe() -> None:
+def test_an_append_keeps_the_safe_content() -> None:
     safe = (
         Operation("open", "a"),
         Operation("write", "a", data=b"12"),
@@ -182,7 +182,7 @@ def test_an_append_leaves_what_was_safe() -> None:
     assert states == {"a=12", "a=123", "a=1234", "a=12\0\0", "a=12\0004"}
 
 
-def test_a_tree_is_written_as_it_is(tmp_path: Path) -> None:
+def test_a_tree_is_written_to_the_real_disk(tmp_path: Path) -> None:
     disk = Disk()
     for operation in (Operation("mkdir", "d"), Operation("open", "d/a"), Operation("write", "d/a", data=b"x")):
         disk.apply(operation)

@@ -1,10 +1,10 @@
-"""Breaks campaigns in every way that we know and checks that their results are those of an undisturbed run.
+"""Breaks campaigns in every known way and checks that their results equal those of an undisturbed run.
 
-    python -m tests.chaos                                      everything: 300 kills, every failpoint; about an hour
-    python -m tests.chaos --only kills --kills 2000 --seed 7   one part, larger
-    python -m tests.chaos --only failpoints --case eio@144     one case again; its files are kept
+    python -m tests.chaos                                      everything: 300 kills, every failpoint; one hour
+    python -m tests.chaos --only kills --kills 2000 --seed 7   one part, with more kills
+    python -m tests.chaos --only failpoints --case eio@144     repeat one case and keep its files
 
-Exit code 0 when every invariant held, else 1, with a line for each that did not and how to repeat it.
+Exit code 0 if every invariant held, else 1, with a line for each violation and the command that repeats it.
 """
 
 import argparse
@@ -32,18 +32,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tests.chaos", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", choices=PARTS, action="append", help="this part; may be given several times")
-    parser.add_argument("--kills", type=int, default=300, metavar="N", help="SIGKILLs in all")
-    parser.add_argument("--ray", type=int, metavar="N", help="how many of them under Ray; default is one in ten")
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="of ten starts at once")
-    parser.add_argument("--bits", type=int, default=200, metavar="N", help="in checkpoints, and as many in shards")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of all that is random")
-    parser.add_argument("--every", type=int, default=1, metavar="N", help="only each N-th failpoint or disk state")
-    parser.add_argument("--faults", metavar="A,B", help=f"of {', '.join(failpoints.FAULTS)}; default is all")
-    parser.add_argument("--case", metavar="CASE", help="only this case, as a failure names it; its files are kept")
+    parser.add_argument("--only", choices=PARTS, action="append", help="run only this part; repeatable")
+    parser.add_argument("--kills", type=int, default=300, metavar="N", help="number of SIGKILLs")
+    parser.add_argument("--ray", type=int, metavar="N", help="how many of them under Ray; default: one in ten")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="rounds of ten simultaneous starts")
+    parser.add_argument("--bits", type=int, default=200, metavar="N", help="flipped bits in checkpoints, and in shards")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="random seed")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="try only every N-th failpoint or disk state")
+    parser.add_argument("--faults", metavar="A,B", help=f"some of {', '.join(failpoints.FAULTS)}; default: all")
+    parser.add_argument("--case", metavar="CASE", help="run only this case of a failure and keep its files")
     parser.add_argument("--json", action="store_true", help="print a summary on stdout")
     given = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # leaves no folder behind
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # removes temporary folders
     names = given.only or list(PARTS)
     options = Options(
         kills=given.kills,
@@ -63,18 +63,16 @@ def main() -> int:
         summary[name] = outcome.summary() | {"seconds": round(seconds, 1)}
         for case, sentence in outcome.failures:
             print(f"{name} {case}: {sentence}", file=sys.stderr)
-            print(f"  again: python -m tests.chaos --only {name} {_again(given, case)}", file=sys.stderr)
+            print(
+                f"  repeat: python -m tests.chaos --only {name} --seed {given.seed} --case {shlex.quote(case)}",
+                file=sys.stderr,
+            )
         figures = ", ".join(f"{value} {what}" for what, value in outcome.figures.items())
         held = "held" if not outcome.failures else f"{len(outcome.failures)} failures"
         print(f"{name}: {outcome.tried} cases, {held}; {figures}; {seconds:.0f} s", file=sys.stderr, flush=True)
     if given.json:
         print(json.dumps(summary | {"all": {"seconds": round(time.perf_counter() - since, 1)}}, indent=1))
     return 1 if any(part["failures"] for part in summary.values()) else 0
-
-
-def _again(given: argparse.Namespace, case: str) -> str:
-    words = [f"--seed {given.seed}", f"--case {shlex.quote(case)}"]
-    return " ".join(words)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""F15, F24: one bit of a checkpoint or of a shard is another; each is noticed, wherever it is."""
+"""F15, F24: flips single bits in checkpoints and shards; each must be detected."""
 
 import random
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from tune.campaign import load_campaign
 
 
 def run(options: Options) -> Outcome:
-    """Flips so many bits in the files of checkpoints, and as many in those of shards, one at a time."""
+    """Flips `options.bits` bits in checkpoints and as many in shards, one at a time."""
     outcome = Outcome()
     with world(keep=options.case is not None) as made:
         folders = [
@@ -30,7 +30,7 @@ def run(options: Options) -> Outcome:
 
 
 def flip(outcome: Outcome, kind: str, files: list[Path], options: Options, check: Callable[[Path], object]) -> None:
-    """Flips bits, each equally likely; `check` has to raise for the file, and not before or after."""
+    """Flips random bits, all equally likely; `check` must raise exactly while a file is damaged."""
     draw = random.Random(options.seed)
     contents = {file: file.read_bytes() for file in files}
     for file, content in contents.items():
@@ -55,4 +55,4 @@ def _unnoticed(file: Path, damaged: bytes, check: Callable[[Path], object], wher
         check(file)
     except (ValueError, CorruptShardError):
         return []
-    return [f"F15 {where} of {file.name} is another, and nobody noticed"]
+    return [f"F15 {where} of {file.name} was flipped, and nothing detected it"]

@@ -1,8 +1,8 @@
-"""A disk in memory: what operations leave on it, and what may be there after a power loss.
+"""A disk in memory: the result of operations, and the states that a power loss may leave.
 
-The model is that of POSIX, as ALICE has it (Pillai et al., OSDI 2014, section 3): a file's content is safe once the
-file is synced, a name once its folder is. Of what is not synced any part may have reached the disk: names in any order,
-content cut off, or as long as it should be and zero where a block is missing.
+The model is that of POSIX as in ALICE (Pillai et al., OSDI 2014, section 3): the content of a file is safe once the
+file is synced, a name once its folder is. Any part of the rest may have reached the disk: names in any order, content
+cut off, or content of full length with zeros where a block is missing.
 """
 
 import hashlib
@@ -17,12 +17,12 @@ from tests.chaos.operations import Operation
 
 Tree = dict[str, bytes | None]  # path to content; a folder has None
 Names = dict[str, int]
-Change = tuple[tuple[str, int | None], ...]  # names that one operation sets or removes, all or none
+Change = tuple[tuple[str, int | None], ...]  # names that one operation sets or removes, atomically
 
 
 @dataclass
 class Node:
-    """A file or a folder, as processes see it and as it is safe."""
+    """A file or folder: as processes see it, and the part that is safe."""
 
     is_folder: bool
     content: bytes = b""
@@ -33,14 +33,14 @@ class Node:
 
 
 class Disk:
-    """Starts with an empty folder, which is safe."""
+    """Starts as an empty folder, which is safe."""
 
     def __init__(self) -> None:
         self.nodes = {0: Node(is_folder=True)}
         self._numbers = itertools.count(1)
 
     def apply(self, operation: Operation) -> None:
-        """Does an operation as the operating system would."""
+        """Applies an operation as the operating system would."""
         path, node = PurePosixPath(operation.path), self._find(operation.path)
         match operation.kind:
             case "mkdir" | "open" if node is None:
@@ -88,7 +88,7 @@ class Disk:
     # ---- after a power loss ----------------------------------------------------------------------------------------
 
     def tree(self, names: Callable[[Node], Names], content: Callable[[Node], bytes]) -> Tree:
-        """All that is to be found from the root on, if folders have these names and files this content."""
+        """The whole tree, if folders have these names and files this content."""
         found: Tree = {}
 
         def visit(number: int, path: str) -> None:
@@ -102,7 +102,7 @@ class Disk:
         return found
 
     def crash_states(self, draw: random.Random, mixed: int) -> Iterator[tuple[str, Tree]]:
-        """Trees that a power loss may leave now, with a name: the corner cases, and so many random ones."""
+        """Names and trees that a power loss may leave now: the corner cases and `mixed` random ones."""
         yield "lost", self.tree(lambda node: node.safe_names, lambda node: node.safe_content)
         yield "kept", self.tree(lambda node: node.names, lambda node: node.content)
         for name, content in CONTENTS.items():
@@ -143,17 +143,17 @@ def _zeroed(node: Node) -> bytes:
 
 
 def _hole(node: Node) -> bytes:
-    """The first half of what is new is missing, the second is there."""
+    """The first half of the new content is zero, the second is there."""
     same, cut = _same(node), len(_cut(node))
     return node.content[:same] + bytes(cut - same) + node.content[cut:]
 
 
 def _same(node: Node) -> int:
-    """How many bytes are safe: what was appended to since, or nothing of a file that was written anew."""
+    """Number of safe bytes: those before an append, or none of a rewritten file."""
     return len(node.safe_content) if node.content.startswith(node.safe_content) else 0
 
 
-# What may be in a file that was not synced, if its name is there.
+# Possible contents of a file that was not synced but has its name.
 CONTENTS: dict[str, Callable[[Node], bytes]] = {
     "empty": lambda node: node.safe_content,
     "cut": _cut,
@@ -163,7 +163,7 @@ CONTENTS: dict[str, Callable[[Node], bytes]] = {
 
 
 def write_tree(tree: Tree, root: Path) -> None:
-    """Puts a tree onto the real disk."""
+    """Writes a tree to the real disk."""
     shutil.rmtree(root, ignore_errors=True)
     root.mkdir(parents=True)
     for path, content in tree.items():
@@ -174,7 +174,7 @@ def write_tree(tree: Tree, root: Path) -> None:
 
 
 def read_tree(root: Path) -> Tree:
-    """What is on the real disk."""
+    """Reads a tree from the real disk."""
     return {
         str(path.relative_to(root)): None if path.is_dir() else path.read_bytes() for path in sorted(root.rglob("*"))
     }

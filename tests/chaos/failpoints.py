@@ -1,4 +1,4 @@
-"""H1: every operation on the disk of a whole campaign fails once, in every way; then the same command is given again.
+"""H1: each disk operation of a whole campaign fails once, in every way; then the same command runs again.
 
 After SQLite's I/O error tests (sqlite.org/testing.html, section 3.2): the n-th call fails, for every n.
 """
@@ -39,7 +39,7 @@ def recorded(world: World) -> list[Operation]:
 
 
 def watched(world: World, out: Path, fault: Fault | None) -> Ran:
-    """A run whose operations are logged beside `out`, and meet the fault."""
+    """Runs with a log of all operations next to `out`, and with the fault."""
     log = out.with_suffix(".log")
     log.unlink(missing_ok=True)
     out.mkdir()
@@ -52,7 +52,7 @@ def faults(operations: list[Operation], names: Iterable[str] = FAULTS) -> list[F
 
 
 def try_fault(world: World, undisturbed: Facts, fault: Fault, operations: list[Operation]) -> list[str]:
-    """Runs into the fault and goes on; returns what did not hold. `operations` are those of an undisturbed run."""
+    """Runs into the fault, then resumes; returns the violations. `operations` are those of an undisturbed run."""
     out = world.folder / f"fault-{fault.name}-{fault.at}"
     root = out / world.reference.name
     ran = watched(world, out, fault)
@@ -71,7 +71,7 @@ def try_fault(world: World, undisturbed: Facts, fault: Fault, operations: list[O
 
 
 def acknowledged(operations: list[Operation], name: str) -> Acknowledged:
-    """What a run with these operations was told to be safe: synced events, and checkpoints whose folder was synced."""
+    """What is safe after these operations: synced events, and checkpoints whose folder was synced."""
     journal, synced = b"", b""
     steps: dict[str, list[int]] = {}
     renamed: dict[str, tuple[str, int]] = {}

@@ -1,16 +1,16 @@
-"""What must hold of a results directory after any disturbance: I1 to I9, against an undisturbed run.
+"""The invariants I1 to I9 of a results directory after any disturbance, compared with an undisturbed run.
 
     I1  every committed event of the journal matches its CRC and number; at most a torn last line, which is cut off
-    I2  what was acknowledged stays: no event that was synced is lost, no finished trial is trained again
-    I3  no row twice, one final record of each trial
-    I4  once a checkpoint was committed, there is an intact one at every moment
-    I5  the last ones and the best are kept, at every moment; none is set aside as damaged
-    I6  losses, curves, winners and final weights are those of the undisturbed run, bit for bit
-    I7  everything derived is what journal and metrics give: made once more it is the same
-    I8  what a kill costs is at most one checkpoint interval
-    I9  the exit code says what happened in one line, without a traceback; no process and no secret is left behind
+    I2  no synced event is lost, and no finished trial is trained again
+    I3  no row appears twice, and every trial has one final record
+    I4  after the first committed checkpoint there is always an intact one
+    I5  the newest and the best checkpoints are always kept, and none is set aside as damaged
+    I6  losses, curves, winners and final weights are bit-identical to those of the undisturbed run
+    I7  every derived file equals one rebuilt from the journal and the metrics
+    I8  a kill costs at most one checkpoint interval
+    I9  a run ends with the right exit code and one line, without a traceback; no process or secret is left behind
 
-Violations are sentences that begin with their invariant.
+A violation is a sentence that begins with its invariant.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ from tune.results.verify import verify
 from tune.storage.journal import Event, JournalError, read_journal
 from tune.storage.state import DONE
 
-# What depends on the clock, the process or how often it was tried.
+# Metrics that depend on the clock or the process.
 TIMED = ("tokens_per_second", "peak_memory_bytes")
 RECORDED = ("phase", "arm", "trial_id", "seed", "overrides", "status", "error")
 JUDGED = ("arm", "n", "val_loss", "delta", "verdict", "score", "trial_ids")
@@ -50,7 +50,7 @@ EXPECTED = {
 
 @dataclass(frozen=True)
 class Facts:
-    """All that a campaign found, without what depends on the clock."""
+    """The results of a campaign that do not depend on the clock."""
 
     records: dict[str, Any]
     phases: dict[str, Any]
@@ -91,14 +91,14 @@ def _weights(root: Path, trial_id: str) -> Any:
 
 @dataclass(frozen=True)
 class Acknowledged:
-    """What a run had been told to be safe when it was stopped."""
+    """What was safe on disk when a run was stopped."""
 
     events: tuple[Event, ...] = ()
-    steps: Mapping[str, tuple[int, ...]] | None = None  # committed checkpoints by trial, all there ever were
+    steps: Mapping[str, tuple[int, ...]] | None = None  # all steps with a committed checkpoint, by trial
 
 
 def check_stopped(root: Path, world: World, told: Acknowledged, *, one_missing: bool = False) -> Iterator[str]:
-    """The directory as a stopped run has left it, before anything repairs it: I1, I2, I4, I5, I8.
+    """Checks I1, I2, I4, I5 and I8 on the directory that a stopped run has left, before any repair.
 
     `one_missing`: a fault of the disk may have cost one checkpoint.
     """
@@ -113,35 +113,35 @@ def check_stopped(root: Path, world: World, told: Acknowledged, *, one_missing: 
         yield from _check_checkpoints(folder, world, (told.steps or {}).get(folder.name), one_missing)
     for trial_id in told.steps or {}:
         if not (root / "trials" / trial_id).is_dir():
-            yield f"I4 trials/{trial_id} is gone, and it had a committed checkpoint"
+            yield f"I4 trials/{trial_id} is gone, but had a committed checkpoint"
 
 
 def _check_checkpoints(folder: Path, world: World, told: tuple[int, ...] | None, one_missing: bool) -> Iterator[str]:
     root = folder / "checkpoints"
     if damaged := sorted(path.name for path in root.glob("damaged-*")):
-        yield f"I5 {folder.name}: {', '.join(damaged)}, and nobody had damaged it"
+        yield f"I5 {folder.name}: {', '.join(damaged)}; no test had damaged it"
     there = []
     for path in checkpoint_folders(root):
         try:
             there.append(verify_checkpoint(path).step)
         except (OSError, ValueError) as error:
-            yield f"I4 {folder.name}: {path.name} is there and is not intact: {error}"
+            yield f"I4 {folder.name}: {path.name} is not intact: {error}"
     newest = max(there, default=0)
     saved = told if told is not None else tuple(range(world.every, newest + 1, world.every))
     if saved and newest < saved[-1]:
         yield f"I4 {folder.name}: step {saved[-1]} was committed, and the newest intact one is {newest}"
-    # Besides what was acknowledged there may be one more, which was committed when the run was stopped.
+    # One more checkpoint may have been committed just when the run was stopped.
     expected = {step for step in world_keeps(world, folder.name, saved) if step <= newest}
     superseded = world_keeps(world, folder.name, tuple(sorted({*saved, *there})))
     if lost := (expected & superseded) - set(there):
-        yield f"I5 {folder.name}: steps {sorted(lost)} were to be kept, and {there} are there"
+        yield f"I5 {folder.name}: steps {sorted(lost)} should have been kept, but only {there} exist"
     logged = max((row["step"] for row in read_metrics(folder / "metrics.jsonl")), default=0)
     if logged - newest > world.every * (2 if one_missing else 1):
         yield f"I8 {folder.name}: at step {logged}, and the newest checkpoint is of step {newest}"
 
 
 def world_keeps(world: World, trial_id: str, saved: tuple[int, ...]) -> set[int]:
-    """Which of the saved steps are to be kept: the last one and the best, by the undisturbed run's losses."""
+    """The saved steps to keep: the last and the best, by the losses of the undisturbed run."""
     rows = read_metrics(world.reference / "trials" / trial_id / "metrics.jsonl")
     losses = {row["step"]: row["val_loss"] for row in rows if "val_loss" in row}
     scored = [(losses[step], step) for step in saved if step in losses]
@@ -149,12 +149,12 @@ def world_keeps(world: World, trial_id: str, saved: tuple[int, ...]) -> set[int]
 
 
 def check_finished(root: Path, world: World, undisturbed: Facts, told: Acknowledged) -> list[str]:
-    """The directory when the same command has come to its end: I1, I2, I3, I5, I6, I7, I9."""
+    """Checks I1, I2, I3, I5, I6, I7 and I9 after the same command has finished."""
     try:
         events = read_journal(root / "journal.jsonl")
         found = facts(root)
     except (OSError, ValueError, KeyError, AssertionError) as error:
-        return [f"I1 it cannot be read: {error!r}"]
+        return [f"I1 the results cannot be read: {error!r}"]
     broken = [] if [*told.events] == events[: len(told.events)] else ["I2 acknowledged events are lost"]
     broken += _trained_again(events)
     for name in ("records", "phases", "rows", "weights"):
@@ -164,7 +164,7 @@ def check_finished(root: Path, world: World, undisturbed: Facts, told: Acknowled
     checked = verify(root)
     for finding in checked["problems"]:
         broken.append(f"I7 {finding['path']}: {finding['text']}")
-    for finding in checked["notes"]:  # nothing may be left lying about, either
+    for finding in checked["notes"]:  # leftover files
         broken.append(f"I5 {finding['path']}: {finding['text']}")
     return broken + [f"I9 {path} holds a secret" for path in secrets(root)]
 
@@ -173,7 +173,7 @@ def _trained_again(events: list[Event]) -> list[str]:
     done, broken = set(), []
     for event in events:
         if event["event"] == "trial_started" and event["trial_id"] in done:
-            broken.append(f"I2 {event['trial_id']} was finished and is trained again")
+            broken.append(f"I2 {event['trial_id']} was finished, but is trained again")
         if event["event"] == "trial_finished" and event["status"] in DONE:
             if event["trial_id"] in done:
                 broken.append(f"I3 {event['trial_id']} has two results")
@@ -182,10 +182,10 @@ def _trained_again(events: list[Event]) -> list[str]:
 
 
 def check_end(ran: Ran, fault: str, path: str) -> list[str]:
-    """How the run itself ended that met a fault at `path`: I9."""
+    """Checks I9 on the run that met a fault at `path`."""
     broken = []
     expected = CODES[fault]
-    if fault in ("enospc", "eio"):  # a fault that passes costs a trial nothing; without a journal nothing goes on
+    if fault in ("enospc", "eio"):  # a passing fault costs a trial nothing, but the journal is required
         expected = next((codes for part, codes in EXPECTED.items() if part in path), expected)
     if ran.code not in expected:
         broken.append(f"I9 exit code {ran.code} after {fault}: {_last(ran.err)}")
@@ -197,11 +197,11 @@ def check_end(ran: Ran, fault: str, path: str) -> list[str]:
 
 
 def _last(err: str) -> str:
-    return (err.strip().splitlines() or ["nothing was said"])[-1]
+    return (err.strip().splitlines() or ["nothing was printed"])[-1]
 
 
 def secrets(root: Path) -> list[str]:
-    """Files with one of the canaries in them."""
+    """Files that contain one of the canaries."""
     values = [value.encode() for value in CANARIES.values()]
     files = (path for path in root.rglob("*") if path.is_file())
     return [str(path) for path in files if any(value in path.read_bytes() for value in values)]

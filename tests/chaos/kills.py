@@ -1,7 +1,7 @@
-"""H2: SIGKILL at random moments, again and again, and the same command each time until the campaign is over.
+"""H2: SIGKILL at random moments, each followed by the same command, until the campaign is over.
 
-Most kills are of a run in one process, and cost a second each. Under Ray it is the run itself, a worker,
-the raylet, or the process that drives Ray.
+Most kills hit a run in one process, which takes a second each. Under Ray they hit the run itself, a worker, the raylet,
+or the child process that runs Ray.
 """
 
 import os
@@ -22,15 +22,15 @@ from tests.chaos.world import CANARIES, CLEAN, LONG_PHASES, Ran, World, clear, w
 from tune.storage.journal import JournalError, read_journal
 
 SCRIPT = Path(__file__).parents[2] / "run_campaign.py"
-VICTIMS = {"driver": 3, "worker": 5, "raylet": 2, "executor": 1}  # how often each is chosen
+VICTIMS = {"driver": 3, "worker": 5, "raylet": 2, "executor": 1}  # relative frequencies
 PAUSE = (0.2, 3.0)  # seconds of training before a kill under Ray
-PATIENCE = 300.0  # seconds until something has to have happened
-# Ray's own agents look for a driver that was killed once a minute only.
+TIMEOUT = 300.0  # seconds to wait for a worker to train
+# Ray's agents look for their driver only once a minute.
 AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 
 
 def run(options: Options) -> Outcome:
-    """Kills as often as asked for, in as many campaigns as that takes."""
+    """Spends all kills, on as many campaigns as needed."""
     outcome = Outcome()
     which, _, seed = (options.case or "").partition("@")
     if options.case is None or which == "inline":
@@ -44,7 +44,7 @@ def run(options: Options) -> Outcome:
 
 
 def inline_kills(outcome: Outcome, kills: int, seed: int, *, only_one: bool) -> None:
-    """Campaign after campaign, each with a seed of its own, until all kills are spent."""
+    """Runs campaigns, each with its own seed, until all kills are spent."""
     since, spent = time.perf_counter(), 0
     with world(steps=12, every=3, seeds="[1, 2, 3]", phases=LONG_PHASES, keep=only_one) as made:
         undisturbed = facts(made.reference)
@@ -52,7 +52,7 @@ def inline_kills(outcome: Outcome, kills: int, seed: int, *, only_one: bool) -> 
         while spent < kills:
             out = made.folder / f"inline-{seed}"
             killed, broken, ran = inline_campaign(made, undisturbed, out, random.Random(seed), kills - spent, whole)
-            whole = min(whole, ran)  # how fast the machine is may change
+            whole = min(whole, ran)  # the speed of the machine may change
             outcome.add(f"inline@{seed}", broken)
             outcome.count("inline kills", killed)
             spent, seed = spent + killed, seed + 1
@@ -66,17 +66,18 @@ def inline_kills(outcome: Outcome, kills: int, seed: int, *, only_one: bool) -> 
 def inline_campaign(
     made: World, undisturbed: Facts, out: Path, draw: random.Random, most: int, whole: float
 ) -> tuple[int, list[str], float]:
-    """One campaign, killed at most so often.
+    """Runs one campaign and kills it at random moments.
 
     Args:
-        made, undisturbed: the world, and what is found in it.
-        out: for the results.
-        draw: of the moments.
-        most: kills.
+        made: the world of the campaign.
+        undisturbed: its results without kills.
+        out: the results folder.
+        draw: chooses the moments.
+        most: maximum number of kills.
         whole: seconds that an undisturbed run takes.
 
     Returns:
-        How often it was killed, what did not hold, and about how many seconds an undisturbed run has taken here.
+        The number of kills, the violations, and about how many seconds an undisturbed run would have taken.
     """
     alone = 0.0
     killed, broken, root = 0, [], out / made.reference.name
@@ -98,7 +99,7 @@ def inline_campaign(
 
 
 def ray_kills(outcome: Outcome, kills: int, seed: int, *, only_one: bool) -> None:
-    """As `inline_kills`, with trials of seconds."""
+    """Like `inline_kills`, under Ray, with trials that take seconds."""
     since, spent = time.perf_counter(), 0
     with world(steps=240, every=20, seeds="[1, 2, 3]", phases=LONG_PHASES, keep=only_one) as made:
         undisturbed = facts(made.reference)
@@ -121,7 +122,7 @@ def ray_kills(outcome: Outcome, kills: int, seed: int, *, only_one: bool) -> Non
 
 @dataclass
 class RayCampaign:
-    """A campaign under Ray, with what was done to it and what was wrong with it."""
+    """A campaign under Ray, with the kills and the violations so far."""
 
     made: World
     out: Path
@@ -129,14 +130,14 @@ class RayCampaign:
     starts: int = 0
     killed: Counter[str] = field(default_factory=Counter)
     broken: list[str] = field(default_factory=list)
-    family: set[psutil.Process] = field(default_factory=set)  # all processes there ever were
+    family: set[psutil.Process] = field(default_factory=set)  # all processes that it ever had
 
     @property
     def root(self) -> Path:
         return self.out / self.made.reference.name
 
     def run(self, kills: int) -> None:
-        """Kills at most so often, and lets the campaign come to its end."""
+        """Kills at most `kills` times, then lets the campaign finish."""
         self.out.mkdir()
         self.start()
         while self.starts <= 2 * kills + 10:
@@ -169,14 +170,14 @@ class RayCampaign:
         return names[starts[-1] :] if len(starts) == self.starts else []
 
     def is_training(self) -> bool:
-        """Waits until a worker trains, or the run is over."""
-        deadline = time.monotonic() + PATIENCE
+        """Waits until a worker trains; False if the run is over."""
+        deadline = time.monotonic() + TIMEOUT
         while self.process.poll() is None and time.monotonic() < deadline:
             if self.events().count("trial_started") and self.workers():
                 return True
             time.sleep(0.1)
         if self.process.poll() is None:
-            self.broken.append(f"I9 nothing was trained within {PATIENCE:.0f} s; it was killed")
+            self.broken.append(f"I9 nothing was trained within {TIMEOUT:.0f} s; it was killed")
             self.process.kill()
         return False
 
@@ -192,7 +193,7 @@ class RayCampaign:
         return [process for process in self.relatives() if " seed " in " ".join(_about(process))]
 
     def kill(self, victim: str) -> None:
-        """Kills a process of this kind, if there is one."""
+        """Kills a process of this kind, if one exists."""
         relatives = self.relatives()
         found = {
             "driver": [psutil.Process(self.process.pid)] if self.process.poll() is None else [],
@@ -213,19 +214,19 @@ class RayCampaign:
             self.broken += [f"{each} (after {dict(self.killed)})" for each in check_stopped(self.root, self.made, told)]
 
     def wait(self, *, all_done: bool) -> int | None:
-        """The exit code, if the run is over, or once it is when no more kills are to come."""
+        """The exit code, or None while the run continues; once all kills are done, waits for the end."""
         if not all_done:
             time.sleep(0.5)
             return self.process.poll()
         try:
-            return self.process.wait(timeout=2 * PATIENCE)
+            return self.process.wait(timeout=2 * TIMEOUT)
         except subprocess.TimeoutExpired:
-            self.broken.append(f"I9 it hung for {2 * PATIENCE:.0f} s; it was killed")
+            self.broken.append(f"I9 the run hung for {2 * TIMEOUT:.0f} s; it was killed")
             self.process.kill()
             return self.process.wait()
 
     def check_end(self, code: int) -> None:
-        """A run that was not the victim itself says why it ended."""
+        """Checks I9: a run that was not killed itself reports why it ended."""
         err = self.out.with_suffix(".err").read_text(errors="replace")
         ran = Ran(code, err, 0.0)
         if ran.code not in (-signal.SIGKILL, 1, 4):
@@ -234,7 +235,7 @@ class RayCampaign:
             self.broken.append(f"I9 a traceback: {err[-600:]}")
 
     def end(self) -> None:
-        """Whatever happened, nothing of it is left; I9 if there was something."""
+        """Kills all processes of the campaign; those that should have exited are violations of I9."""
         if self.process.poll() is None:
             self.relatives()
             self.process.kill()

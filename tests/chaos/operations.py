@@ -1,9 +1,9 @@
-"""Sees every change that this process makes below a folder, and makes any one of them fail.
+"""Records every change that this process makes below a folder, and lets any one of them fail.
 
 The hook sits where Python meets the operating system: `open`, raw writes, and the functions of `os` that create,
-rename, remove and sync. So nothing in the production code knows of it, and what libraries write through open files
-(torch, pyarrow) is seen as well. Whether all was seen is checked: played back, the log gives the very files
-(tests/chaos/disk.py). Linux only, since the name of an open file is read in /proc.
+rename, remove and sync. So the production code needs no changes, and writes of libraries (torch, pyarrow) are recorded
+too. A check replays the log and compares the files (tests/chaos/disk.py). Linux only: the name of an open file comes
+from /proc.
 """
 
 import builtins
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 
 class Operation(NamedTuple):
-    """A change of the disk; paths are relative to the folder that is watched, `.` is the folder itself."""
+    """A change of the disk. Paths are relative to the watched folder, which is `.` itself."""
 
     kind: str  # open (that creates or truncates), write, truncate, fsync, rename, unlink, mkdir, rmdir
     path: str
@@ -29,7 +29,7 @@ class Operation(NamedTuple):
 
 
 class Fault(NamedTuple):
-    """What happens at the operation with number `at`: see FAULTS."""
+    """One of FAULTS at operation number `at`."""
 
     name: str
     at: int
@@ -38,12 +38,12 @@ class Fault(NamedTuple):
         return f"{self.name}@{self.at}"
 
     def hits(self, number: int, operation: Operation) -> bool:
-        """Whether it meets this operation, which is the one with this number."""
+        """Whether it hits this operation."""
         here = number == self.at or (self.name == "full" and number > self.at)
         return here and operation.kind in FAULTS[self.name]
 
 
-# Which operations each fault may hit. A disk that is full still lets files be removed, and what is there be synced.
+# Operations that each fault may hit. A full disk still allows files to be removed and synced.
 TAKES_SPACE = ("open", "write", "rename", "mkdir")
 EVERY = (*TAKES_SPACE, "truncate", "fsync", "unlink", "rmdir")
 FAULTS = {
@@ -51,30 +51,30 @@ FAULTS = {
     "half": ("write",),  # killed with half of the bytes written
     "enospc": (*TAKES_SPACE, "fsync"),  # once; some file systems find out when they sync
     "eio": EVERY,  # once
-    "full": TAKES_SPACE,  # no space from there on, until the run is over
+    "full": TAKES_SPACE,  # no space from here to the end of the run
 }
 ERRORS = {"enospc": errno.ENOSPC, "eio": errno.EIO, "full": errno.ENOSPC}
 
 
 class Watch:
-    """Patches the process; what happens below `root` is logged to `log` before it is done, and may meet `fault`."""
+    """Patches this process: changes below `root` are logged to `log` before they happen, and may hit `fault`."""
 
     def __init__(self, root: Path, log: Path, fault: Fault | None) -> None:
         self._root = os.path.realpath(root)
         self._fault, self._count = fault, 0
-        self._short: str | None = None  # a file of which half a write was done: the rest of it fails
+        self._short: str | None = None  # a file with half of a write done: the rest fails
         self._real: dict[str, Callable[..., Any]] = {name: getattr(os, name) for name in HOOKED}
         self._open = io.open
         self._log = self._real["open"](log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
     def install(self) -> None:
-        """Puts the hooks in place; there is no way back, the process is to end."""
+        """Installs the hooks, for the rest of the process."""
         builtins.open = io.open = self.open_file  # type: ignore[assignment]
         for name in HOOKED:
             setattr(os, name, getattr(self, name))
 
     def name(self, path: Any, folder: int | None = None) -> str | None:
-        """A path (or the number of an open file) relative to the root, or None if it lies elsewhere."""
+        """A path or file descriptor as a path relative to the root, or None if it is outside."""
         if isinstance(path, int):
             full = os.readlink(f"/proc/self/fd/{path}")
         else:
@@ -88,7 +88,7 @@ class Watch:
     # ---- an operation ----------------------------------------------------------------------------------------------
 
     def before(self, operation: Operation, size: int = 0) -> int | None:
-        """Logs an operation, or lets it fail. For a write: how many of its `size` bytes to write, None for all."""
+        """Logs an operation, or lets it fail. Returns how many of the `size` bytes of a write to write; None: all."""
         number, self._count = self._count, self._count + 1
         fault = self._fault
         if self._short == operation.path and operation.kind == "write":
@@ -99,7 +99,7 @@ class Watch:
                 os.kill(os.getpid(), signal.SIGKILL)
             if operation.kind != "write" or size < 2:
                 self._fail(operation)
-            # As the kernel does it: a short write first, the error with the next one.
+            # Like the kernel: first a short write, then the error.
             self._short = operation.path if fault.name != "full" else None
             self._note(operation._replace(data=operation.data[: size // 2]))
             return size // 2
@@ -129,7 +129,7 @@ class Watch:
         closefd: bool = True,
         opener: Any = None,
     ) -> Any:
-        """`open`, with a raw file underneath whose writes are seen."""
+        """`open` on top of a raw file whose writes are recorded."""
         path = None if isinstance(file, int) or not set(mode) & set("wax+") else self.name(file)
         if path is None:
             return self._open(file, mode, buffering, encoding, errors, newline, closefd, opener)
@@ -206,7 +206,7 @@ HOOKED = ("open", "write", "ftruncate", "fsync", "rename", "replace", "unlink", 
 
 
 class Watched(io.FileIO):
-    """A raw file whose writes are seen."""
+    """A raw file whose writes are recorded."""
 
     def __init__(self, watch: Watch, file: Any, mode: str) -> None:
         super().__init__(file, mode)
@@ -229,7 +229,7 @@ class Watched(io.FileIO):
 
 
 def read_log(path: Path) -> list[Operation]:
-    """The operations that were begun, in order."""
+    """The recorded operations, in order."""
 
     def entries() -> Iterator[Operation]:
         with path.open("rb") as file, suppress(EOFError):

@@ -1,4 +1,4 @@
-"""What a part of the harness is asked for, and what it found."""
+"""The options and the result of a part of the harness."""
 
 import sys
 from dataclasses import dataclass, field
@@ -19,11 +19,11 @@ class Options:
 
 @dataclass
 class Outcome:
-    """Cases tried, and a sentence for each invariant that did not hold, with the case's name."""
+    """The number of cases, and each violation with the name of its case."""
 
     tried: int = 0
     failures: list[tuple[str, str]] = field(default_factory=list)
-    figures: dict[str, Any] = field(default_factory=dict)  # how many of what
+    figures: dict[str, Any] = field(default_factory=dict)  # counts and times, by name
 
     def add(self, case: str, broken: list[str]) -> None:
         self.tried += 1

@@ -1,4 +1,4 @@
-"""H3: the power fails after any operation of a campaign; the same command goes on with what the disk may then hold."""
+"""H3: the power fails after any disk operation of a campaign; the same command resumes from every possible state."""
 
 import random
 from collections.abc import Iterator
@@ -11,18 +11,18 @@ from tests.chaos.operations import Operation
 from tests.chaos.outcome import Options, Outcome
 from tests.chaos.world import World, clear, world
 
-MIXED = 2  # random states per operation, besides the corner cases
+MIXED = 2  # random states per operation, in addition to the corner cases
 
 
 def run(options: Options) -> Outcome:
-    """Generates the states after each operation, and recovers from each that differs from all before."""
+    """Generates the possible states after each operation, and resumes from each new one."""
     outcome = Outcome()
     with world(keep=options.case is not None) as made:
         undisturbed, operations = facts(made.reference), recorded(made)
         outcome.figures["operations"] = len(operations)
         there = read_tree(made.folder / "recorded")
         if played(operations).tree(lambda node: node.names, lambda node: node.content) != there:
-            outcome.add("log", ["the log of operations does not give the files that are there: one was not seen"])
+            outcome.add("log", ["the log of operations does not reproduce the files: an operation was missed"])
             return outcome
         states = list(different(operations, options.seed))
         outcome.figures["states"] = len(states)
@@ -37,7 +37,7 @@ def run(options: Options) -> Outcome:
 
 
 def different(operations: list[Operation], seed: int) -> Iterator[tuple[int, str, Tree]]:
-    """(operations done, name, tree) of each state that no earlier one equals."""
+    """Number of operations, name and tree of each new state."""
     disk, seen = Disk(), set[str]()
     for at, operation in enumerate(operations, 1):
         disk.apply(operation)
@@ -48,7 +48,7 @@ def different(operations: list[Operation], seed: int) -> Iterator[tuple[int, str
 
 
 def try_state(made: World, undisturbed: Facts, operations: list[Operation], tree: Tree, out: Path) -> list[str]:
-    """Goes on from a state of the disk; returns what did not hold."""
+    """Resumes from a state of the disk; returns the violations."""
     write_tree(tree, out)
     root = out / made.reference.name
     told = acknowledged(operations, root.name)

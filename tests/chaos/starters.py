@@ -1,4 +1,4 @@
-"""F18: ten processes start on one results directory at the same moment; one has it, nine say who."""
+"""F18: ten processes start on one results directory at once; one gets it, and nine name its process."""
 
 import os
 import re
@@ -15,12 +15,12 @@ from tests.chaos.outcome import Options, Outcome
 from tests.chaos.world import CANARIES, World, clear, world
 
 STARTERS = 10
-LONG = 1_000_000  # steps: the one that has the directory keeps it until it is told to stop
-PATIENCE = 600.0
+LONG = 1_000_000  # steps: the winner keeps running until it gets a signal
+TIMEOUT = 600.0
 
 
 def run(options: Options) -> Outcome:
-    """Rounds of forked starters, whose imports are done, and one of ten interpreters."""
+    """Runs rounds of forked processes, which have imported everything, and one round of new interpreters."""
     outcome = Outcome()
     with world(keep=options.case is not None) as made:
         text = made.file.read_text().replace("steps: 4", f"steps: {LONG}").replace("every: 2", "every: 1000")
@@ -43,18 +43,18 @@ def run(options: Options) -> Outcome:
 
 @dataclass
 class Round:
-    """What did not hold, and how long each of those took that came too late."""
+    """The violations, and how many seconds each refused process took."""
 
     broken: list[str]
     seconds: list[float]
 
 
 def one_round(made: World, out: Path, *, forked: bool) -> Round:
-    """Starts ten, waits for nine, and stops the one that is left."""
+    """Starts ten processes, waits for nine to exit, and stops the last."""
     out.mkdir()
     since, ended = time.perf_counter(), dict[int, tuple[int, float]]()
     pids = [_fork(made, out, i) if forked else _start(made, out, i) for i in range(STARTERS)]
-    while len(ended) < STARTERS - 1 and time.perf_counter() - since < PATIENCE:
+    while len(ended) < STARTERS - 1 and time.perf_counter() - since < TIMEOUT:
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid in pids:
             ended[pid] = os.waitstatus_to_exitcode(status), time.perf_counter() - since
@@ -65,14 +65,14 @@ def one_round(made: World, out: Path, *, forked: bool) -> Round:
         os.kill(pid, signal.SIGTERM)
     codes = {pid: os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in left}
     if len(left) != 1:
-        return Round([f"F18 {len(left)} of {STARTERS} go on, the others ended with {_codes(ended)}"], [])
-    broken = [] if codes[left[0]] == 143 else [f"I9 the one that had it ended with {codes[left[0]]} after SIGTERM"]
+        return Round([f"F18 {len(left)} of {STARTERS} still run, the others ended with {_codes(ended)}"], [])
+    broken = [] if codes[left[0]] == 143 else [f"I9 the winner ended with {codes[left[0]]} after SIGTERM"]
     if _codes(ended) != [3] * (STARTERS - 1):
         broken.append(f"F18 exit codes {_codes(ended)}")
     for i, pid in enumerate(pids):
         said = out.with_name(f"{out.name}-{i}.err").read_text()
         if pid in ended and not re.search(rf"in use by another run \(process {left[0]}\)$", said.strip()):
-            broken.append(f"F18 it does not name process {left[0]}: {said.strip()[-200:]}")
+            broken.append(f"F18 the message does not name process {left[0]}: {said.strip()[-200:]}")
     return Round(broken, [seconds for _, seconds in ended.values()])
 
 
@@ -88,5 +88,5 @@ def _start(made: World, out: Path, number: int) -> int:
     command = [sys.executable, str(SCRIPT), *made.command(out, "--inline")]
     with out.with_name(f"{out.name}-{number}.err").open("wb") as err:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=err, env=os.environ | CANARIES)
-    process.returncode = 0  # it is waited for above, not by its destructor
+    process.returncode = 0  # `one_round` waits for it, not the destructor
     return process.pid

@@ -1,7 +1,7 @@
 """The campaign that the harness disturbs, and the processes that run it.
 
-A run is a fork of a process that has imported everything: it is the real command with real files and can be killed
-like any other, and costs a third of a second instead of three.
+A run is a fork of a process that has imported everything: the real command on real files, which can be killed like any
+other, but takes a third of a second instead of three.
 """
 
 import os
@@ -25,14 +25,14 @@ LONG_PHASES = """
     inherit: rate
     grid: {project_every: [1, 3]}
 """
-CHECKPOINT = "{every: EVERY, keep_last: 1}"  # no older one to fall back on
+CHECKPOINT = "{every: EVERY, keep_last: 1}"  # there is no older one to fall back on
 CANARIES = {"WANDB_API_KEY": "canary0123456789abcdef0123456789abcdef01", "HF_TOKEN": "hf_canaryCanaryCanaryCanary"}
 CLEAN = ("WANDB_MODE", "WANDB_PROJECT", "RAY_ADDRESS")
 
 
 @dataclass(frozen=True)
 class Ran:
-    """How a run ended; `code` is minus the signal that killed it."""
+    """How a run ended; a negative `code` is the signal that killed it."""
 
     code: int
     err: str
@@ -41,7 +41,7 @@ class Ran:
 
 @dataclass(frozen=True)
 class World:
-    """A folder with a corpus, its cache, a campaign file, and the results of an undisturbed run of it."""
+    """A folder with a corpus, its cache, a campaign file, and the results of an undisturbed run."""
 
     folder: Path
     file: Path
@@ -53,7 +53,7 @@ class World:
         return [str(self.file), "--out", str(out), *options]
 
     def start(self, out: Path, inside: Callable[[], None] | None = None, *, beside: Path | None = None) -> int:
-        """Forks a run; returns its process id. `inside` is called in it first; its output lies `beside` its results."""
+        """Forks a run that calls `inside` first; returns its process id. `beside` names its output files."""
         out.mkdir(parents=True, exist_ok=True)
         sys.stdout.flush()
         if pid := os.fork():
@@ -68,7 +68,7 @@ class World:
             code = run_campaign.main(self.command(out, "--inline", "--json"))
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else 1
-        except BaseException:  # as the interpreter does it
+        except BaseException:  # like the interpreter
             traceback.print_exc()
         finally:
             with suppress(OSError):
@@ -78,43 +78,43 @@ class World:
 
     def wait(self, pid: int, out: Path, since: float) -> Ran:
         _, status = os.waitpid(pid, 0)
-        err = _said(out)
+        err = _stderr(out)
         return Ran(os.waitstatus_to_exitcode(status), err, time.perf_counter() - since)
 
     def run(self, out: Path, inside: Callable[[], None] | None = None, *, most: float = 600.0) -> Ran:
-        """Runs the campaign to its end; one that hangs is killed, and says so with code 1."""
+        """Runs the campaign to its end; a run that hangs is killed and gets code 1."""
         ran = self.run_for(most, out, inside)
-        return ran if ran.seconds < most else Ran(1, f"{ran.err}\nit hung for {most:.0f} s", ran.seconds)
+        return ran if ran.seconds < most else Ran(1, f"{ran.err}\nthe run hung for {most:.0f} s", ran.seconds)
 
     def run_for(self, seconds: float, out: Path, inside: Callable[[], None] | None = None) -> Ran:
-        """Runs the campaign and kills it after so many seconds, if it has not come to its end by then."""
+        """Runs the campaign and kills it after `seconds`, unless it has ended."""
         since = time.perf_counter()
         pid = self.start(out, inside)
         while time.perf_counter() - since < seconds:
             done, status = os.waitpid(pid, os.WNOHANG)
             if done:
-                err = _said(out)
+                err = _stderr(out)
                 return Ran(os.waitstatus_to_exitcode(status), err, time.perf_counter() - since)
             time.sleep(0.005)
-        os.kill(pid, signal.SIGKILL)  # it was not waited for, so the number is still its own
+        os.kill(pid, signal.SIGKILL)  # nothing has waited for it, so the id is still its own
         return self.wait(pid, out, since)
 
 
-def _said(out: Path) -> str:
-    """What a run has written to stderr; one that was killed at once may not even have the file."""
+def _stderr(out: Path) -> str:
+    """The stderr of a run; a run killed at once may not have the file."""
     err = out.with_suffix(".err")
     return err.read_text(errors="replace") if err.exists() else ""
 
 
 def clear(out: Path) -> None:
-    """Removes a run's results with its output and its log."""
+    """Removes the results, output and log of a run."""
     shutil.rmtree(out, ignore_errors=True)
     for suffix in (".out", ".err", ".log"):
         out.with_suffix(suffix).unlink(missing_ok=True)
 
 
 def _redirect(out: Path) -> None:
-    """Output goes beside the results directory, and the environment holds secrets that must not be found anywhere."""
+    """Sends output to files next to `out`, and puts secrets into the environment that must not appear anywhere."""
     for descriptor, suffix in ((1, ".out"), (2, ".err")):
         target = os.open(out.with_suffix(suffix), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         os.dup2(target, descriptor)
@@ -127,7 +127,7 @@ def _redirect(out: Path) -> None:
 def world(
     *, steps: int = 4, every: int = 2, seeds: str = "[1]", phases: str = PHASES, keep: bool = False
 ) -> Iterator[World]:
-    """A world in memory where that is possible, with the campaign run once; gone afterwards unless it is kept."""
+    """Makes a world, in memory if possible, runs the campaign once, and removes it afterwards unless `keep`."""
     memory = Path("/dev/shm")
     folder = Path(mkdtemp(prefix="chaos-", dir=memory if os.access(memory, os.W_OK) else None))
     try:
@@ -157,7 +157,7 @@ def world(
 
 
 def _warm_up(made: World) -> None:
-    """Runs the campaign once in this process: all is imported and the corpus prepared, and forks share it."""
+    """Runs the campaign once in this process, so that forks share all imports and the prepared corpus."""
     import torch
 
     import run_campaign

@@ -1,4 +1,4 @@
-"""The corpora of a campaign: prepared before the first trial, and described in what it leaves behind."""
+"""The corpora of a campaign: prepared and checked before the first trial, and described in its results."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,50 +11,51 @@ from tune.spec.schema import Campaign
 
 
 def prepare_all(campaign: Campaign, log: Callable[[str], None]) -> None:
-    """Prepares every corpus that a trial of the campaign will use, as far as can be known before the first winner."""
-    for config in sorted({campaign.base.data} | _configs(campaign), key=str):
+    """Prepares every corpus of the campaign, as far as it is known before the first winner."""
+    for config in _data_configs(campaign):
         prepare(config, log=log)
 
 
 def check_all(campaign: Campaign) -> dict[str, Any]:
-    """Reads every shard of every corpus of the campaign once more, and says which there are, for `changed_shards`.
+    """Reads every shard of every corpus of the campaign again, and describes the shards for `changed_shards`.
 
-    By corpus, tokenizer and split as the file has them: size and CRC32 of each shard, or why it is left out. Of
-    corpora that the program makes itself, shards say nothing that the fingerprint does not.
+    By corpus with its tokenizer and split: size and CRC32 of each shard, or why it is left out. Corpora that
+    are prepared from text are covered by their fingerprint instead.
 
     Raises:
-        CorruptShardError: a shard is not as it was when the corpus was prepared.
+        CorruptShardError: a shard has changed since the corpus was prepared.
     """
-    found = {}
-    for config in sorted({campaign.base.data} | _configs(campaign), key=str):
+    described = {}
+    for config in _data_configs(campaign):
         manifest = open_dataset(config, again=True).manifest
         if manifest["shard_folder"] is None:
             continue
         entries = [entry for counts in manifest["splits"].values() for entry in counts["shards"]]
-        sound = {entry["name"]: f"{entry['size']} bytes, CRC32 {entry['crc32']:08x}" for entry in entries}
+        intact = {entry["name"]: f"{entry['size']} bytes, CRC32 {entry['crc32']:08x}" for entry in entries}
         left_out = {shard["name"]: f"left out, {shard['reason']}" for shard in manifest["skipped"]}
         how = f"tokenizer {config.tokenizer}, val_fraction {config.val_fraction}, {config.shards} files"
-        found[f"{config.corpus} ({how})"] = dict(sorted((sound | left_out).items()))
-    return found
+        described[f"{config.corpus} ({how})"] = dict(sorted((intact | left_out).items()))
+    return described
 
 
 def changed_shards(before: Mapping[str, Mapping[str, str]], now: Mapping[str, Mapping[str, str]]) -> list[str]:
-    """What is different in the shards of corpora that two calls of `check_all` both know, a line each."""
+    """The differences between two results of `check_all`, a line for each shard of the corpora in both."""
     lines = []
     for corpus in sorted(before.keys() & now.keys()):
-        one, other = before[corpus], now[corpus]
-        for name in sorted(one.keys() | other.keys()):
-            if one.get(name) != other.get(name):
-                lines.append(f"{corpus}: {name}: {one.get(name, 'not there')} -> {other.get(name, 'not there')}")
+        old, new = before[corpus], now[corpus]
+        for name in sorted(old.keys() | new.keys()):
+            if old.get(name) != new.get(name):
+                lines.append(f"{corpus}: {name}: {old.get(name, 'missing')} -> {new.get(name, 'missing')}")
     return lines
 
 
-def _configs(campaign: Campaign) -> set[DataConfig]:
-    return {trial.config.data for phase in preview(campaign) for trial in phase.trials}
+def _data_configs(campaign: Campaign) -> list[DataConfig]:
+    trials = {trial.config.data for phase in preview(campaign) for trial in phase.trials}
+    return sorted({campaign.base.data} | trials, key=str)
 
 
 def describe_data(config: TrainConfig) -> dict[str, Any]:
-    """What a trial trains and is evaluated on, with the hashes that pin it down."""
+    """The training and evaluation data of a trial, with their hashes."""
     dataset = open_dataset(config.data)
     validation = eval_set(
         dataset, tokens=config.eval_tokens, batch_size=config.batch_size, block_size=config.model.block_size

@@ -1,4 +1,4 @@
-"""The corpora of a campaign: all prepared before the first trial, and described by what they really hold."""
+"""The corpora of a campaign are prepared before the first trial and described by their content."""
 
 import hashlib
 import json
@@ -79,7 +79,7 @@ phases:
 
 @pytest.fixture
 def on_shards(tmp_path: Path, corpus: Path, own_cache: Path) -> Path:
-    """The file of a campaign on two shards for training and one for validation, and on a text."""
+    """The file of a campaign on a text and on shards: two for training, one for validation."""
     folder = tmp_path / "shards"
     folder.mkdir()
     for index, name in enumerate(("a_train_0.bin", "a_train_1.bin", "a_val_0.bin")):
@@ -90,7 +90,7 @@ def on_shards(tmp_path: Path, corpus: Path, own_cache: Path) -> Path:
 
 
 def test_all_shards_of_a_campaign_are_known_by_size_and_checksum(on_shards: Path) -> None:
-    (shards,) = check_all(load_campaign(on_shards)).values()  # a text is what its fingerprint says
+    (shards,) = check_all(load_campaign(on_shards)).values()  # the text is covered by its fingerprint
     assert list(shards) == ["a_train_0.bin", "a_train_1.bin", "a_val_0.bin"]
     tokens = np.arange(100, 200, dtype="<u2").tobytes()
     assert shards["a_train_1.bin"] == f"1224 bytes, CRC32 {zlib.crc32(tokens):08x}"
@@ -111,11 +111,11 @@ def test_a_changed_shard_is_reported_with_its_old_and_new_state(on_shards: Path)
     assert len(lines) == 3 and all(line.startswith(str(folder)) for line in lines)
     assert "a_train_0.bin: 1224 bytes, CRC32 " in lines[0] and " -> 1224 bytes, CRC32 " in lines[0]
     assert lines[1].endswith("-> left out, CRC mismatch: its tokens are not those that were written")
-    assert "a_train_2.bin: not there -> 1124 bytes" in lines[2]
+    assert "a_train_2.bin: missing -> 1124 bytes" in lines[2]
 
 
 def test_a_flipped_bit_is_found_at_the_next_start(on_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The disk's fault, not a writer's: the times of the file are what they were."""
+    """The disk is at fault: the file keeps its times."""
     campaign = load_campaign(on_shards)
     monkeypatch.setattr(checksums, "_last_change", lambda path: 0.0)
     monkeypatch.setattr(checksums, "_identity", lambda path: [str(path)])
@@ -124,11 +124,11 @@ def test_a_flipped_bit_is_found_at_the_next_start(on_shards: Path, monkeypatch: 
     damaged = bytearray(path.read_bytes())
     damaged[-1] ^= 1
     path.write_bytes(damaged)
-    describe_data(campaign.base)  # a worker believes what it is told
+    describe_data(campaign.base)  # a worker trusts the checks of the campaign
     with pytest.raises(CorruptShardError, match=r"a_train_0\.bin: is not as the manifest has it"):
         check_all(campaign)
 
 
 def test_other_corpora_are_not_compared() -> None:
     assert changed_shards({"one": {"a": "x"}}, {"other": {"a": "y"}}) == []
-    assert changed_shards({"one": {"a": "x"}}, {"one": {}}) == ["one: a: x -> not there"]
+    assert changed_shards({"one": {"a": "x"}}, {"one": {}}) == ["one: a: x -> missing"]

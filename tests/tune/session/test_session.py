@@ -1,4 +1,4 @@
-"""A session decides what to train next. Whatever is interrupted, nothing is trained twice and no result changes."""
+"""A session decides what to train next. No interruption trains a trial twice or changes a result."""
 
 import json
 import os
@@ -47,7 +47,7 @@ TWINS = """
 
 @pytest.fixture(autouse=True)
 def no_report(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The page takes half a second and is not what these tests are about."""
+    """Skips the report, which takes half a second."""
     monkeypatch.setattr("tune.report.html.write_report", lambda *_: None)
     yield
 
@@ -67,12 +67,12 @@ def longer_alpha_wins(spec: TrialSpec) -> TrialResult:
 
 
 def finish(file: Path, root: Path, *, most: int | None = None) -> list[str]:
-    """One session, interrupted after `most` trials; the ids of those that were trained."""
+    """Runs one session, interrupted after `most` trials; returns the ids of the trained trials."""
     with session_on(file, root) as session:
-        given_out = drive(begun(session), most=most)
+        started = drive(begun(session), most=most)
         session.stop_requested = not session.is_over()
         session.end()
-    return [spec.trial_id for spec in given_out]
+    return [spec.trial_id for spec in started]
 
 
 def events(root: Path, name: str) -> list[dict]:
@@ -92,26 +92,26 @@ def test_trackers_get_the_place_in_the_campaign_and_one_mode_for_all_trials(root
 
 def test_a_phase_starts_when_the_one_it_inherits_from_is_over(root: Path, file: Path) -> None:
     with session_on(file, root) as session:
-        given_out = drive(begun(session))
-        assert [spec.phase for spec in given_out] == ["alpha"] * 4 + ["projection"] * 2
+        started = drive(begun(session))
+        assert [spec.phase for spec in started] == ["alpha"] * 4 + ["projection"] * 2
         assert session.is_over()
 
 
 def test_the_winner_of_a_phase_becomes_the_base_of_the_next(root: Path, file: Path) -> None:
     with session_on(file, root) as session:
-        given_out = drive(begun(session), longer_alpha_wins)
+        started = drive(begun(session), longer_alpha_wins)
         assert session.state.phases["alpha"].winner == "alpha=0.4"
         assert session.state.phases["projection"].base == {"model.alpha": 0.4}
-    later = [spec for spec in given_out if spec.phase == "projection"]
+    later = [spec for spec in started if spec.phase == "projection"]
     assert {spec.config.model.alpha for spec in later} == {0.4}
     assert {spec.config.project_every for spec in later} == {3}  # 1 is the winner itself, known already
 
 
 def test_without_a_winner_the_base_does_not_change(root: Path, file: Path) -> None:
     with session_on(file, root) as session:
-        given_out = drive(begun(session), lambda spec: pretend(spec, gain=0.0))
+        started = drive(begun(session), lambda spec: pretend(spec, gain=0.0))
         assert session.state.phases["alpha"].winner == "alpha=0.05"
-    assert {spec.config.model.alpha for spec in given_out if spec.phase == "projection"} == {0.05}
+    assert {spec.config.model.alpha for spec in started if spec.phase == "projection"} == {0.05}
 
 
 def test_independent_phases_run_together_and_dependent_ones_wait(tmp_path: Path, corpus: Path, root: Path) -> None:
@@ -130,8 +130,8 @@ def test_independent_phases_run_together_and_dependent_ones_wait(tmp_path: Path,
 
 def test_seeds_come_first_so_that_every_arm_has_a_result_early(root: Path, file: Path) -> None:
     with session_on(file, root) as session:
-        given_out = drive(begun(session), most=4)
-    assert [(spec.seed, spec.arm) for spec in given_out] == [
+        started = drive(begun(session), most=4)
+    assert [(spec.seed, spec.arm) for spec in started] == [
         (1, "alpha=0.05"),
         (1, "alpha=0.4"),
         (2, "alpha=0.05"),
@@ -153,7 +153,7 @@ def test_a_trial_that_two_phases_share_is_trained_once_and_recorded_in_both(
     assert {row["trial_id"]: row["metrics"] for row in shared} == first
 
 
-# ---- one at a time -------------------------------------------------------------------------------------------------
+# ---- the lock -----------------------------------------------------------------------------------------------------
 
 
 def test_a_second_session_on_the_directory_is_refused_with_the_process_that_holds_it(root: Path, file: Path) -> None:
@@ -161,7 +161,7 @@ def test_a_second_session_on_the_directory_is_refused_with_the_process_that_hold
         begun(session)
         with pytest.raises(ResultsLocked, match=rf"{root} is in use by another run \(process {os.getpid()}\)"):
             session_on(file, root).__enter__()
-        assert next_trial(session) is not None  # and the first goes on undisturbed
+        assert next_trial(session) is not None  # the first one continues
     with session_on(file, root) as session:
         assert session.state.campaign["campaign"] == "tiny"
 
@@ -231,7 +231,7 @@ def test_a_trial_whose_worker_dies_is_retried_a_few_times_and_then_fails(root: P
 
 
 def dying(root: Path, trial_id: str, *, step: int, began: int = 0) -> None:
-    """What a worker leaves behind that is killed at a step."""
+    """Leaves the heartbeat of a worker that was killed at a step."""
     folder = root / "trials" / trial_id
     folder.mkdir(parents=True, exist_ok=True)
     heartbeat = Heartbeat(folder, began=began)
@@ -250,7 +250,7 @@ def test_a_trial_that_kills_its_worker_twice_at_the_same_step_is_not_retried(roo
         result = session.state.results[spec.trial_id]
         assert (result["status"], result["cause"], result["attempt"]) == ("failed", "killed", 3)
         assert result["error"].startswith("killed: it died at step 5 twice")
-        assert len(drive(session)) == 5, "and the others are not held up"
+        assert len(drive(session)) == 5, "the other trials are not affected"
 
 
 def test_a_trial_is_retried_once_alone_after_the_machine_ran_out_of_memory(root: Path, file: Path) -> None:
@@ -259,11 +259,11 @@ def test_a_trial_is_retried_once_alone_after_the_machine_ran_out_of_memory(root:
         first, second = next_trial(session), next_trial(session)
         assert first and second
         session.worker_died(first.trial_id, "host_oom")
-        assert next_trial(session) is None, "the second one is still at work"
+        assert next_trial(session) is None, "the second one still runs"
         session.tell(second.trial_id, pretend(second))
         alone = next_trial(session)
         assert alone and alone.trial_id == first.trial_id
-        assert next_trial(session) is None, "it has the machine for itself"
+        assert next_trial(session) is None, "it runs alone"
         session.worker_died(first.trial_id, "host_oom")
         result = session.state.results[first.trial_id]
         assert (result["status"], result["cause"]) == ("failed", "host_oom")
@@ -271,16 +271,16 @@ def test_a_trial_is_retried_once_alone_after_the_machine_ran_out_of_memory(root:
             result["error"]
             == "host_oom: the machine had no memory left, 2 times, the last time as the only running trial"
         )
-        assert next_trial(session) and next_trial(session), "and then they are two at a time again"
+        assert next_trial(session) and next_trial(session), "then two run at a time again"
 
 
 def test_all_running_trials_are_retried_in_order_when_ray_dies(root: Path, file: Path) -> None:
     with session_on(file, root) as session:
         begun(session)
-        given_out = [next_trial(session) for _ in range(3)]
+        started = [next_trial(session) for _ in range(3)]
         session.executor_lost("its process raylet is gone")
         again = [next_trial(session) for _ in range(3)]
-        assert [spec and spec.trial_id for spec in again] == [spec and spec.trial_id for spec in given_out]
+        assert [spec and spec.trial_id for spec in again] == [spec and spec.trial_id for spec in started]
         assert [spec and spec.attempt for spec in again] == [2, 2, 2]
     assert [event["cause"] for event in events(root, "worker_died")] == ["ray_lost"] * 3
 
@@ -415,7 +415,7 @@ def test_interrupted_after_any_trial_nothing_is_trained_twice(root: Path, file: 
 def test_a_campaign_resumes_from_a_journal_cut_off_anywhere(
     tmp_path_factory: pytest.TempPathFactory, corpus: Path, cuts: list[int]
 ) -> None:
-    """What a power failure leaves: any number of whole events, then a part of one."""
+    """A power failure leaves any number of whole events and a part of one."""
     folder = tmp_path_factory.mktemp("cut")
     file, root = write_file(folder, corpus), folder / "tiny"
     finish(file, folder / "undisturbed")
@@ -483,7 +483,7 @@ print(*finish(Path({str(tmp_path / "tiny.yaml")!r}), Path({str(root)!r})))
     assert not set(first) & set(second)
 
 
-# ---- what it leaves ------------------------------------------------------------------------------------------------
+# ---- output -------------------------------------------------------------------------------------------------------
 
 
 def test_the_directory_holds_the_file_as_given_and_a_manifest(root: Path, file: Path) -> None:
@@ -521,7 +521,7 @@ def test_every_event_is_one_line(root: Path, file: Path) -> None:
     assert not any("\n" in line for line in lines)
 
 
-# ---- trials that are trained together ------------------------------------------------------------------------------
+# ---- groups of trials -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
