@@ -49,9 +49,9 @@ def main(arguments: list[str] | None = None) -> int:
             interrupted="interrupted; run the same command again to resume" if verb is None else "interrupted",
         )
     except Exception as error:  # a bug; the journal of a campaign records it as `crash`
-        from ngpt.config.secrets import redacted
+        from ngpt.config.secrets import redact
 
-        print(redacted("".join(traceback.format_exception(error))), file=sys.stderr, end="")
+        print(redact("".join(traceback.format_exception(error))), file=sys.stderr, end="")
         resume = "" if verb else "; finished trials are saved: run the same command again to resume"
         print(f"internal error{resume}", file=sys.stderr)
         return EXIT_ERROR

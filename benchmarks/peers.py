@@ -35,7 +35,7 @@ from ngpt.data.dataset import Dataset, open_dataset
 from ngpt.system.cli import run_command
 from ngpt.system.device import mixed_precision, pick_device
 from ngpt.system.memory import peak_memory, reset_peak_memory
-from ngpt.system.timing import print_figures, ratio, take_turns, timed
+from ngpt.system.timing import print_figures, speed_ratio, take_turns, time_call
 from ngpt.training.config import TrainConfig, resolved
 from ngpt.training.loop import read_batch, train_step
 from ngpt.training.throughput import benchmark_run, step_speed
@@ -83,7 +83,7 @@ def compare_with_peer(
     figures = step_speed(config, device, statistics.median(times[f"ours_{last}"]))
     figures |= {"compiled": last == "compiled", "peer": str(peer)}
     for mode in modes:
-        figures[f"ratio_{mode}"] = ratio(times[f"ours_{mode}"], times[f"peer_{mode}"])
+        figures[f"ratio_{mode}"] = speed_ratio(times[f"ours_{mode}"], times[f"peer_{mode}"])
         ours, theirs = (contestants[f"{side}_{mode}"]["peak_memory_bytes"] for side in ("ours", "peer"))
         figures[f"memory_ratio_{mode}"] = ours / theirs
     figures["peak_memory_bytes"] = contestants[f"ours_{last}"]["peak_memory_bytes"]
@@ -247,7 +247,7 @@ def _set_up(config: TrainConfig, peer: Path | None, mode: str, threads: int) -> 
 
 
 def _timed_step() -> float:
-    return timed(*_contestant[0])
+    return time_call(*_contestant[0])
 
 
 def _peak_memory() -> int:

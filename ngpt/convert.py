@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ngpt.config.base import ConfigError, Problem, build, flatten, unknown
+from ngpt.config.base import ConfigError, Problem, build, flatten, unknown_message
 from ngpt.data.tokens.tokenizer import parse_spec, tokenizer_vocab_size
 from ngpt.model.config import ModelConfig
 from ngpt.model.gpt import GPT
@@ -216,7 +216,7 @@ def _config(settings: dict[str, Any]) -> tuple[ModelConfig | None, list[Problem]
     """The config, None if it is impossible or has no width, and its problems, all at once."""
     problems = []
     if settings["rope"] not in ROPE_KINDS:
-        problems.append(Problem(("rope",), unknown("rope", settings["rope"], ROPE_KINDS)))
+        problems.append(Problem(("rope",), unknown_message("rope", settings["rope"], ROPE_KINDS)))
         settings["rope"] = "rotary"
     if settings["n_embd"] is None:
         return None, problems

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ngpt.config.base import ConfigError, Location, Problem, build, settings, unknown, visible
+from ngpt.config.base import ConfigError, Location, Problem, build, printable, settings, unknown_message
 from ngpt.config.overrides import named_settings
 from ngpt.config.secrets import is_secret_name, refuse_secrets
 from ngpt.config.yaml_reader import parse_assignment, read_yaml
@@ -88,7 +88,7 @@ def _read_draft(data: Mapping[str, Any], assignments: Sequence[str], folder: Pat
     """The header, the base and the phases."""
     for key in data:
         if key not in TOP_KEYS:
-            yield Problem((key,), unknown("setting", key, TOP_KEYS))
+            yield Problem((key,), unknown_message("setting", key, TOP_KEYS))
     if "campaign" not in data:
         yield Problem((), "`campaign:` is missing: give the campaign a name")
     else:
@@ -127,7 +127,7 @@ def _read_header(data: Mapping[str, Any]) -> Reading[Header | None]:
                 if name in names:
                     values[f"{key}.{name}"] = value
                 else:
-                    yield Problem((key, name), unknown("setting", name, names))
+                    yield Problem((key, name), unknown_message("setting", name, names))
     try:
         return build(Header, values)
     except ConfigError as error:
@@ -158,7 +158,7 @@ def _read_options(assignments: Sequence[str]) -> Reading[LocatedSettings]:
         try:
             name, value = parse_assignment(text)
         except ConfigError as error:
-            yield Problem(at, str(error).removeprefix(f"{OPTION} {visible(text)}: ").removeprefix(f"{OPTION}:"))
+            yield Problem(at, str(error).removeprefix(f"{OPTION} {printable(text)}: ").removeprefix(f"{OPTION}:"))
             continue
         top = name.partition(".")[0]
         if top in TOP_KEYS and top != "base":

@@ -11,7 +11,7 @@ from ngpt.ensemble.stack import Stack
 from ngpt.ensemble.throughput import benchmark_runs
 from ngpt.ensemble.train import train_step_together
 from ngpt.system.device import pick_device
-from ngpt.system.timing import compared, stopwatches, take_turns, where
+from ngpt.system.timing import compare_times, machine_info, take_turns, timers
 from ngpt.training.config import TrainConfig, resolved
 from ngpt.training.loop import train_step
 from ngpt.training.throughput import benchmark_run
@@ -37,7 +37,7 @@ def vectorised(config: TrainConfig, *, seconds: float = 40.0) -> dict[str, Any]:
     best = max((count for count in measured if count != "1"), key=lambda count: measured[count]["ratio"])
     ratio = measured[best]["ratio"]
     summary = {"best": int(best), "ratio": ratio, "worth_it": ratio > WORTH_IT}
-    return summary | {"at_once": measured} | where(device, config.dtype)
+    return summary | {"at_once": measured} | machine_info(device, config.dtype)
 
 
 def _compare(config: TrainConfig, dataset: Dataset, count: int, seconds: float) -> dict[str, Any]:
@@ -50,8 +50,8 @@ def _compare(config: TrainConfig, dataset: Dataset, count: int, seconds: float) 
             train_step(single)
 
     contestants = {"together": lambda: train_step_together(stack, runs), "one_by_one": one_by_one}
-    times = take_turns(stopwatches(contestants, single.device), seconds=seconds)
-    figures, tokens = compared(times["together"], times["one_by_one"]), count * config.tokens_per_step
+    times = take_turns(timers(contestants, single.device), seconds=seconds)
+    figures, tokens = compare_times(times["together"], times["one_by_one"]), count * config.tokens_per_step
     figures |= {"tokens_per_second": tokens / figures["ms"] * 1000}
     figures |= {"reference_tokens_per_second": tokens / figures["reference_ms"] * 1000}
     kept = _kept_bytes(contestants["together"])

@@ -22,7 +22,7 @@ from ngpt.model.residual import lerp
 from ngpt.optim.optimizers import ON_SPHERE, OptimConfig, build_optimizers, parameters_by_kind
 from ngpt.optim.projection import project_weights
 from ngpt.system.device import DTYPES, mixed_precision, pick_device
-from ngpt.system.timing import compared, copy_rate, gemm_flops, stopwatches, take_turns, where
+from ngpt.system.timing import compare_times, copy_bandwidth, gemm_flops, machine_info, take_turns, timers
 from ngpt.training.config import TrainConfig, resolved
 from ngpt.training.loop import read_batch, train_step
 from ngpt.training.throughput import benchmark_run
@@ -68,12 +68,12 @@ def loss(config: TrainConfig, *, seconds: float = 10.0) -> Figures:
 
     difference = float((both_ways(ours) - both_ways(plain)).abs())
     contestants = {"ours": lambda: both_ways(ours), "plain": lambda: both_ways(plain)}
-    times = take_turns(stopwatches(contestants, device), seconds=seconds)
-    figures, ceiling = compared(times["ours"], times["plain"]), gemm_flops(device, DTYPES[config.dtype])
+    times = take_turns(timers(contestants, device), seconds=seconds)
+    figures, ceiling = compare_times(times["ours"], times["plain"]), gemm_flops(device, DTYPES[config.dtype])
     share = 6 * rows * model.n_embd * vocabulary / (figures["ms"] / 1000) / ceiling
     sizes = {"rows": rows, "vocab_size": vocabulary, "n_embd": model.n_embd, "compiled": config.compile}
     rates = {"difference": difference, "gemm_tflops": ceiling / 1e12, "gemm_share": share}
-    return figures | rates | sizes | where(device, config.dtype)
+    return figures | rates | sizes | machine_info(device, config.dtype)
 
 
 def residual(config: TrainConfig, *, seconds: float = 10.0) -> Figures:
@@ -106,8 +106,8 @@ def residual(config: TrainConfig, *, seconds: float = 10.0) -> Figures:
 
     difference = float((both_ways(step) - both_ways(plain)).abs().max())
     contestants = {"ours": lambda: both_ways(step), "plain": lambda: both_ways(plain)}
-    times = take_turns(stopwatches(contestants, device), seconds=seconds)
-    figures = compared(times["ours"], times["plain"])
+    times = take_turns(timers(contestants, device), seconds=seconds)
+    figures = compare_times(times["ours"], times["plain"])
     figures |= {"kernel": kernel, "difference": difference, "rows": rows * length, "n_embd": width}
     moved = x.numel() * (5 * FLOAT + 3 * f.element_size())
     return figures | _floor(config, device, moved, 0, times["ours"])
@@ -145,9 +145,9 @@ def optimizer(config: TrainConfig, *, seconds: float = 10.0) -> Figures:
         "ours": lambda: step(optimizers, projected=False),
         "plain": lambda: step(plain, projected=on_sphere),
     }
-    times = take_turns(stopwatches(contestants, device), seconds=seconds)
+    times = take_turns(timers(contestants, device), seconds=seconds)
     moved, products = _optimizer_work(model, config.optim)
-    return compared(times["ours"], times["plain"]) | _floor(config, device, moved, products, times["ours"])
+    return compare_times(times["ours"], times["plain"]) | _floor(config, device, moved, products, times["ours"])
 
 
 def projection(config: TrainConfig, *, seconds: float = 10.0) -> Figures:
@@ -167,8 +167,8 @@ def projection(config: TrainConfig, *, seconds: float = 10.0) -> Figures:
         "another": lambda: train_step(run),
         "plain": lambda: _project_one_by_one(run.model),
     }
-    times = take_turns(stopwatches(contestants, run.device), seconds=seconds)
-    figures = compared(times["ours"], times["plain"])
+    times = take_turns(timers(contestants, run.device), seconds=seconds)
+    figures = compare_times(times["ours"], times["plain"])
     step_ms = float(np.median(times["step"] + times["another"])) * 1000
     figures |= {"step_ms": step_ms, "share": figures["ms"] / step_ms}
     moved = 2 * sum(weight.nbytes for weight, _ in run.model.sphere_weights())
@@ -199,8 +199,8 @@ def loader(config: TrainConfig, *, seconds: float = 10.0) -> Figures:
         return x, y
 
     contestants = {"ours": ours, "plain": plain, "step": lambda: train_step(run)}
-    times = take_turns(stopwatches(contestants, run.device), seconds=seconds)
-    figures = compared(times["ours"], times["plain"])
+    times = take_turns(timers(contestants, run.device), seconds=seconds)
+    figures = compare_times(times["ours"], times["plain"])
     step_ms = float(np.median(times["step"])) * 1000
     used = {"step_ms": step_ms, "steps_ratio": step_ms / figures["ms"]}
     tokens = rows * width
@@ -227,8 +227,8 @@ def generate(config: TrainConfig, *, seconds: float = 10.0) -> Figures:
                 pass
 
     contestants = {"ours": lambda: work(cache=True), "plain": lambda: work(cache=False)}
-    times = take_turns(stopwatches(contestants, device), seconds=seconds, warmup=1)
-    figures = compared(times["ours"], times["plain"])
+    times = take_turns(timers(contestants, device), seconds=seconds, warmup=1)
+    figures = compare_times(times["ours"], times["plain"])
     figures |= {"tokens": tokens, "tokens_per_second": tokens / figures["ms"] * 1000}
     figures |= {"reference_tokens_per_second": tokens / figures["reference_ms"] * 1000}
     return figures | _floor(config, device, FLOAT * tokens * matrix_params(config.model), 0, times["ours"])
@@ -236,11 +236,11 @@ def generate(config: TrainConfig, *, seconds: float = 10.0) -> Figures:
 
 def _floor(config: TrainConfig, device: torch.device, moved: int, products: int, times: list[float]) -> Figures:
     """The shortest possible time at the machine's rates, and the share of it in the median."""
-    copying, multiplying = copy_rate(device), gemm_flops(device, DTYPES[config.dtype])
+    copying, multiplying = copy_bandwidth(device), gemm_flops(device, DTYPES[config.dtype])
     floor = moved / copying + products / multiplying
     figures = {"moved_bytes": moved, "copy_gb_per_second": copying / 1e9, "gemm_tflops": multiplying / 1e12}
     shares = {"floor_ms": floor * 1000, "floor_share": floor / float(np.median(times))}
-    return figures | shares | where(device, config.dtype)
+    return figures | shares | machine_info(device, config.dtype)
 
 
 @torch.no_grad()

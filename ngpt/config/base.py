@@ -28,11 +28,11 @@ class Problem(NamedTuple):
     message: str
 
     def __str__(self) -> str:
-        return f"{dotted(self.location)}: {self.message}" if self.location else self.message
+        return f"{dotted_name(self.location)}: {self.message}" if self.location else self.message
 
     def line(self) -> str:
         """The same as a single line of bounded length, whatever somebody has written into a file."""
-        return str(self._replace(message=visible(self.message, LONGEST_MESSAGE)))
+        return str(self._replace(message=printable(self.message, LONGEST_MESSAGE)))
 
 
 class UserError(Exception):
@@ -60,17 +60,17 @@ class Config(pydantic.BaseModel):
 ConfigT = TypeVar("ConfigT", bound=Config)
 
 
-def runtime(default: Any, **constraints: Any) -> Any:
+def runtime_setting(default: Any, **constraints: Any) -> Any:
     """A field that says where or how visibly to run, not what to compute: it is left out of `content_hash`."""
     return pydantic.Field(default, json_schema_extra={"identity": False}, **constraints)
 
 
-def added(default: Any, *, alike: Collection[Any] = (), **constraints: Any) -> Any:
-    """A field that came when trials had ids already: at its default, or at a value `alike`, it is left out of them."""
-    return pydantic.Field(default, json_schema_extra={"left_out_at": [default, *alike]}, **constraints)
+def added_setting(default: Any, *, same_as_default: Collection[Any] = (), **constraints: Any) -> Any:
+    """A field newer than existing trial ids, which leave it out at its default or a value `same_as_default`."""
+    return pydantic.Field(default, json_schema_extra={"left_out_at": [default, *same_as_default]}, **constraints)
 
 
-def renamed(default: Any, aliases: Mapping[str, str], **constraints: Any) -> Any:
+def renamed_setting(default: Any, aliases: Mapping[str, str], **constraints: Any) -> Any:
     """A field one of whose values got a new name; `aliases` maps old to new. Files and trial ids keep the old name."""
     words: dict[str, Any] = {new: old for old, new in aliases.items()}
     return pydantic.Field(default, json_schema_extra={"stored_as": words}, **constraints)
@@ -85,7 +85,7 @@ def one_of(table: Collection[str], what: str, *, aliases: Mapping[str, str] | No
     def check(name: str) -> str:
         name = (aliases or {}).get(name, name)
         if name not in table:
-            text = unknown(what, name, table)
+            text = unknown_message(what, name, table)
             allowed = "" if "choose one of" in text else f" Allowed: {', '.join(sorted(table))}"
             raise PydanticCustomError("choice", "{text}", {"text": text + allowed})
         return name
@@ -93,27 +93,27 @@ def one_of(table: Collection[str], what: str, *, aliases: Mapping[str, str] | No
     return pydantic.AfterValidator(check)
 
 
-def invalid(message: str, *fields: str) -> PydanticCustomError:
+def invalid_setting(message: str, *fields: str) -> PydanticCustomError:
     """An error for a `model_validator`: `fields` are the settings to blame, the first one that was given is shown."""
     return PydanticCustomError("invalid", "{text}", {"text": message, "fields": fields})
 
 
-def unknown(what: str, name: object, options: Collection[str]) -> str:
+def unknown_message(what: str, name: object, options: Collection[str]) -> str:
     """`unknown corpus 'shakespear', did you mean 'shakespeare'?`, with the full list where nothing is near."""
     near = difflib.get_close_matches(str(name)[:LONGEST_NAME], list(options), n=1, cutoff=0.6)
     hint = f", did you mean '{near[0]}'?" if near else f"; choose one of {', '.join(sorted(options))}"
-    return f"unknown {what} {visible(repr(str(name)))}{hint}" if what != "setting" else f"unknown setting{hint}"
+    return f"unknown {what} {printable(repr(str(name)))}{hint}" if what != "setting" else f"unknown setting{hint}"
 
 
-def dotted(location: Location) -> str:
+def dotted_name(location: Location) -> str:
     """`("phases", 0, "vary", "alpha")` as a person writes it: `phases[0].vary.alpha`."""
     text = ""
     for part in location:
-        text += f"[{part}]" if isinstance(part, int) else f".{visible(part)}" if text else visible(part)
+        text += f"[{part}]" if isinstance(part, int) else f".{printable(part)}" if text else printable(part)
     return text
 
 
-def visible(text: str, longest: int = LONGEST_NAME) -> str:
+def printable(text: str, longest: int = LONGEST_NAME) -> str:
     """Text from outside for a message: on one line, what does not print is escaped, the middle of a long one is cut."""
     if len(text) > longest:
         text = f"{text[: longest // 2]}…{text[-(longest // 2) :]}"
@@ -242,7 +242,7 @@ def _explain(cls: type[Config], error: Any, given: Mapping[str, Any]) -> Problem
     location: Location = tuple(part for part in error["loc"] if not _is_internal(part))
     context = error.get("ctx", {})
     if error["type"] == "extra_forbidden":
-        return Problem(location, _unknown_setting(cls, dotted(location)))
+        return Problem(location, _unknown_setting(cls, dotted_name(location)))
     if error["type"] in ("choice", "invalid"):
         section = ".".join(map(str, location))
         for field in context.get("fields", ()):
@@ -262,7 +262,7 @@ def _unknown_setting(cls: type[Config], name: str) -> str:
     strange = [sign for sign in name[:LONGEST_NAME] if not sign.isascii()]
     # A Cyrillic a looks like a Latin one.
     note = f" (it has {unicodedata.name(strange[0], 'a sign')}, U+{ord(strange[0]):04X}, in it)" if strange else ""
-    return unknown("setting", name, near or known) + note
+    return unknown_message("setting", name, near or known) + note
 
 
 def _is_internal(part: str | int) -> bool:

@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ngpt.config.base import Config, ConfigError, Location, Problem, resolve, section_type, settings, unknown
+from ngpt.config.base import Config, ConfigError, Location, Problem, resolve, section_type, settings, unknown_message
 from ngpt.config.yaml_reader import Document, YamlError, read_yaml
 
 MOST_PROBLEMS = 100  # that are collected; who has as many wants to mend those first
@@ -62,7 +62,7 @@ def named_settings(
                 part = {resolve(cls, key): (value, location)}
             except ConfigError as error:
                 near = difflib.get_close_matches(key, sections, n=1) if isinstance(value, Mapping) else []
-                problems.append(Problem(location, unknown("section", key, near) if near else str(error)))
+                problems.append(Problem(location, unknown_message("section", key, near) if near else str(error)))
                 continue
         problems += [Problem(entry[1], f"{name} is given twice") for name, entry in part.items() if name in found]
         found |= part

@@ -39,7 +39,7 @@ def is_secret_name(name: str) -> bool:
     return bool(_NAME.search(name)) and not _NOT.search(name)
 
 
-def secrets_in(text: str, environ: Mapping[str, str] = os.environ) -> Iterator[tuple[int, str]]:
+def find_secrets(text: str, environ: Mapping[str, str] = os.environ) -> Iterator[tuple[int, str]]:
     """Where in `text` a secret begins, and what it is: the value of a variable, or something of a known shape."""
     for name, value in _values(environ).items():
         start = text.find(value)
@@ -57,14 +57,14 @@ def refuse_secrets(text: str, source: str) -> None:
         ConfigError: there is a secret in it; its place is named and its content is not.
     """
     problems = []
-    for start, what in secrets_in(text):
+    for start, what in find_secrets(text):
         line, column = text.count("\n", 0, start) + 1, start - text.rfind("\n", 0, start)
         problems.append(f"{source}:{line}:{column}: {what}: {ADVICE}")
     if problems:
         raise ConfigError("\n".join(sorted(problems)))
 
 
-def redacted(text: str, environ: Mapping[str, str] = os.environ) -> str:
+def redact(text: str, environ: Mapping[str, str] = os.environ) -> str:
     """`text` without the secrets of the environment, and without anything that looks like one."""
     for value in sorted(_values(environ).values(), key=len, reverse=True):
         text = text.replace(value, HIDDEN)

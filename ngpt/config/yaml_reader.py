@@ -16,7 +16,7 @@ from ruamel.yaml.composer import Composer, ComposerError
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
-from ngpt.config.base import ConfigError, Location, Problem, visible
+from ngpt.config.base import ConfigError, Location, Problem, printable
 
 LARGEST_FILE = 1 << 17  # bytes
 DEEPEST_NESTING = 50
@@ -67,7 +67,7 @@ def read_yaml(path: Path) -> Document:
     except YamlError:
         raise
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
-        raise YamlError(f"{visible(str(path))}: {getattr(error, 'strerror', None) or error}") from None
+        raise YamlError(f"{printable(str(path))}: {getattr(error, 'strerror', None) or error}") from None
     try:
         return parse_yaml(raw.decode("utf-8"), path)
     except UnicodeDecodeError as error:
@@ -95,7 +95,7 @@ def parse_assignment(text: str) -> tuple[str, Any]:
     """
     name, equals, value = text.partition("=")
     if not (name.strip() and equals):
-        raise ConfigError(f"--set {visible(text)}: expected NAME=VALUE")
+        raise ConfigError(f"--set {printable(text)}: expected NAME=VALUE")
     return name.strip(), parse_value(value)
 
 
@@ -141,10 +141,10 @@ def _compose(text: str, path: Path) -> Node | None:
         mark = error.problem_mark or error.context_mark
         where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
         problem = str(error.problem or error.context)
-        text = problem if problem in (TOO_DEEP, TOO_MANY) else f"not valid YAML: {visible(problem)}"
+        text = problem if problem in (TOO_DEEP, TOO_MANY) else f"not valid YAML: {printable(problem)}"
         raise YamlError(f"{path}{where}: {text}") from None
     except YAMLError as error:
-        raise YamlError(f"{path}: not valid YAML: {visible(str(error).splitlines()[0])}") from None
+        raise YamlError(f"{path}: not valid YAML: {printable(str(error).splitlines()[0])}") from None
     except (ValueError, OverflowError) as error:  # a code point beyond Unicode, a version of 5000 digits
         raise YamlError(f"{path}: not valid YAML: {error}") from None
 
@@ -179,7 +179,7 @@ class _Reader:
         for key_node, value_node in node.value:
             key = self._key(key_node)
             if key in result:
-                raise self._error(key_node, f"duplicate key {visible(repr(key))}")
+                raise self._error(key_node, f"duplicate key {printable(repr(key))}")
             self.positions[(*location, key)] = _position(key_node)
             result[key] = self.plain(value_node, (*location, key), depth + 1)
         return result
@@ -207,11 +207,11 @@ class _Reader:
             if kind == "float":
                 return _float(text)
         except OverflowError:
-            message = f"{visible(text, 40)} is too large, a whole number is at most {LARGEST_INTEGER}"
+            message = f"{printable(text, 40)} is too large, a whole number is at most {LARGEST_INTEGER}"
             raise self._error(node, message) from None
         except (KeyError, ValueError):
             raise self._error(node, f"{text[:40]!r} is not a value of the kind {kind!r}") from None
-        raise self._error(node, f"the tag {visible(str(node.tag))} is not read here, only plain data")
+        raise self._error(node, f"the tag {printable(str(node.tag))} is not read here, only plain data")
 
     def _error(self, node: Node, message: str) -> YamlError:
         line, column = _position(node)

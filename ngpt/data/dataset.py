@@ -20,7 +20,7 @@ import numpy as np
 import pydantic
 from filelock import FileLock
 
-from ngpt.config.base import Config, ConfigError, invalid, one_of, runtime, unknown
+from ngpt.config.base import Config, ConfigError, invalid_setting, one_of, runtime_setting, unknown_message
 from ngpt.data.prepare import PROGRESS_FILE, TOKEN_BYTES_FILE, tokenize
 from ngpt.data.sampling import ORDERS
 from ngpt.data.shard_index import index_shards, known_vocab_size, shard_paths, shard_vocab_size
@@ -44,7 +44,7 @@ def _tokenizer_spec(spec: str) -> str:
     try:
         parse_spec(spec)
     except ConfigError as error:
-        raise invalid(str(error)) from None
+        raise invalid_setting(str(error)) from None
     return spec
 
 
@@ -54,10 +54,12 @@ class DataConfig(Config, frozen=True):
     # a name in CORPORA; a file of text or documents; a folder of these, of shards, or with a prepared corpus
     corpus: str = "python-docs"
     tokenizer: Annotated[str, pydantic.AfterValidator(_tokenizer_spec)] = "sentencepiece:2048"
-    path: str | None = runtime(None)  # a local copy of a named corpus that is otherwise downloaded
+    path: str | None = runtime_setting(None)  # a local copy of a named corpus that is otherwise downloaded
     val_fraction: float = pydantic.Field(default=0.1, gt=0, lt=1)
     shards: Annotated[int, pydantic.Field(ge=1)] = 1  # how many files of a corpus that is published in parts
-    on_corrupt: Annotated[str, one_of(POLICIES, "policy")] = runtime("skip")  # skip: log a bad shard and leave it out
+    on_corrupt: Annotated[str, one_of(POLICIES, "policy")] = runtime_setting(
+        "skip"
+    )  # skip: log a bad shard and leave it out
     order: Annotated[str, one_of(ORDERS, "order")] = "windows"
     reservoir: Annotated[int, pydantic.Field(ge=1)] = 4096  # windows in the buffer of order reservoir
 
@@ -199,7 +201,7 @@ def _locate(config: DataConfig) -> Source:
         return CORPORA[config.corpus](Path(config.path).expanduser() if config.path else None, config.shards)
     path = Path(config.corpus).expanduser()
     if not path.exists():
-        known = unknown("corpus", config.corpus, CORPORA)
+        known = unknown_message("corpus", config.corpus, CORPORA)
         raise ConfigError(f"{known}; nor is there such a file or folder")
     if config.path is not None:
         raise ConfigError("data.path (--from) is a local copy of a named corpus, and this corpus is a path itself")

@@ -6,7 +6,7 @@ from ngpt.config.base import ConfigError, override
 from ngpt.data.dataset import Dataset, open_dataset
 from ngpt.ensemble.stack import Stack
 from ngpt.ensemble.train import ensemble_incompatibility, train_step_together
-from ngpt.system.timing import timed
+from ngpt.system.timing import time_call
 from ngpt.training.config import TrainConfig, resolved
 from ngpt.training.run import Run
 from ngpt.training.throughput import benchmark_run
@@ -21,7 +21,9 @@ def measure_step_together(config: TrainConfig, count: int, *, warmup: int = 5, s
     config = resolved(config)
     runs = benchmark_runs(config, open_dataset(config.data), count)
     stack = Stack([run.model for run in runs])
-    times = [timed(lambda: train_step_together(stack, runs), runs[0].device) for _ in range(warmup + steps)][warmup:]
+    times = [time_call(lambda: train_step_together(stack, runs), runs[0].device) for _ in range(warmup + steps)][
+        warmup:
+    ]
     return count * config.tokens_per_step / statistics.median(times)
 
 

@@ -24,7 +24,7 @@ from ngpt.data.dataset import Dataset
 from ngpt.ensemble.stack import Stack
 from ngpt.ensemble.update import reduce_batches, update_together
 from ngpt.model.diagnostics import restore_counts_on_error
-from ngpt.system.memory import retry_smaller
+from ngpt.system.memory import retry_on_oom
 from ngpt.training.config import TrainConfig, resolved
 from ngpt.training.loop import batch, count_step, open_segment, set_schedules, step_metrics, train_step
 from ngpt.training.run import Run, RunResult, set_up
@@ -185,7 +185,7 @@ def train_step_together(stack: Stack, runs: Sequence[Run]) -> list[dict[str, flo
         for run in runs:
             clocks.enter_context(run.clock.step(run.config.tokens_per_step))
             set_schedules(run)
-        computed = retry_smaller(lambda: _gradients(stack, runs), lambda: reduce_batches(runs), runs[0].device)
+        computed = retry_on_oom(lambda: _gradients(stack, runs), lambda: reduce_batches(runs), runs[0].device)
         for run, (loss, _) in zip(runs, computed, strict=True):
             count_step(run, loss)
         update_together([run for run, numbers in zip(runs, computed, strict=True) if all(map(math.isfinite, numbers))])

@@ -4,7 +4,7 @@ from typing import Annotated, Self
 
 from pydantic import Discriminator, Field, Strict, Tag, model_validator
 
-from ngpt.config.base import Config, invalid, one_of, renamed
+from ngpt.config.base import Config, invalid_setting, one_of, renamed_setting
 from ngpt.model.norm import NORM_MODES
 from ngpt.model.residual import ALPHA_KINDS, ALPHA_SIGNS, RESIDUAL_ALIASES, RESIDUAL_RULES
 from ngpt.model.rope import ROPE_KINDS, ROPE_SCALINGS
@@ -40,7 +40,7 @@ class ModelConfig(Config, frozen=True):
     rope_base: Positive = 10_000.0
     rope_scaling: Annotated[str, one_of(ROPE_SCALINGS, "rope scaling")] = "none"
     rope_factor: Annotated[float, Field(ge=1)] = 1.0  # block_size / context that the model was trained with
-    residual: Annotated[str, one_of(RESIDUAL_RULES, "residual rule", aliases=RESIDUAL_ALIASES)] = renamed(
+    residual: Annotated[str, one_of(RESIDUAL_RULES, "residual rule", aliases=RESIDUAL_ALIASES)] = renamed_setting(
         "lerp", RESIDUAL_ALIASES
     )
 
@@ -89,23 +89,25 @@ class ModelConfig(Config, frozen=True):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.n_embd % self.n_head:
-            raise invalid(f"n_embd {self.n_embd} cannot be divided into n_head {self.n_head} heads", "n_head", "n_embd")
+            raise invalid_setting(
+                f"n_embd {self.n_embd} cannot be divided into n_head {self.n_head} heads", "n_head", "n_embd"
+            )
         if self.head_dim % 2:
             text = f"n_embd {self.n_embd} / n_head {self.n_head} gives heads of odd width {self.head_dim}"
-            raise invalid(f"{text}; rotary embedding needs an even width", "n_head", "n_embd")
+            raise invalid_setting(f"{text}; rotary embedding needs an even width", "n_head", "n_embd")
         if self.n_head % self.kv_heads:
             text = f"n_head {self.n_head} is not a multiple of n_kv_head {self.kv_heads}"
-            raise invalid(text, "n_kv_head", "n_head")
+            raise invalid_setting(text, "n_kv_head", "n_head")
         if not self.hidden:
             text = f"mlp_ratio {self.mlp_ratio} of n_embd {self.n_embd} gives an MLP without hidden units"
-            raise invalid(text, "mlp_ratio", "n_embd")
+            raise invalid_setting(text, "mlp_ratio", "n_embd")
         if self.rope_factor != 1 and self.rope_scaling == "none":
             scalings = ", ".join(name for name in ROPE_SCALINGS if name != "none")
-            raise invalid(f"rope_factor {self.rope_factor} needs a rope_scaling: {scalings}", "rope_factor")
+            raise invalid_setting(f"rope_factor {self.rope_factor} needs a rope_scaling: {scalings}", "rope_factor")
         if self.alpha_final is not None and not isinstance(self.alpha, float):
-            raise invalid("alpha_final needs a single alpha to start from, not one per layer", "alpha_final")
+            raise invalid_setting("alpha_final needs a single alpha to start from, not one per layer", "alpha_final")
         defaults = {"norm_mode": "baseline", "norm_every": 1, "norm_probability": 1.0, "alpha_final": None}
         for name, default in defaults.items():
             if not self.on_sphere and getattr(self, name) != default:
-                raise invalid(f"{name} needs a residual rule on the sphere, not `add`", name, "residual")
+                raise invalid_setting(f"{name} needs a residual rule on the sphere, not `add`", name, "residual")
         return self

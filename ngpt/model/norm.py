@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ngpt.config.base import unknown
+from ngpt.config.base import unknown_message
 
 
 def l2_normalize(x: Tensor, dim: int = -1) -> Tensor:
@@ -66,7 +66,7 @@ class DotProdNormalizer(nn.Module):
     def __init__(self, mode: str = "dotprod", *, decay: float = 0.9) -> None:
         super().__init__()
         if mode not in NORM_MODES:
-            raise ValueError(unknown("norm mode", mode, NORM_MODES))
+            raise ValueError(unknown_message("norm mode", mode, NORM_MODES))
         self.mode, self.decay = mode, decay
         self.register_buffer("replaced", torch.zeros((), dtype=torch.int64))
 

@@ -14,7 +14,7 @@ import torch
 from pydantic import Field, Strict, model_validator
 from torch import nn
 
-from ngpt.config.base import Config, ConfigError, invalid, one_of
+from ngpt.config.base import Config, ConfigError, invalid_setting, one_of
 from ngpt.model.config import ModelConfig
 from ngpt.model.gpt import GPT
 from ngpt.model.residual import RESIDUAL_RULES
@@ -138,7 +138,7 @@ class OptimConfig(Config):
     def _consistent(self) -> Self:
         if self.width_rule != "none" and self.base_width is None:
             text = f"width_rule {self.width_rule} needs base_width, the n_embd for which the learning rates were tuned"
-            raise invalid(text, "width_rule")
+            raise invalid_setting(text, "width_rule")
         return self
 
 

@@ -77,7 +77,7 @@ class LineFile:
         for line in lines:
             if "\n" in line or "\r" in line:
                 raise ValueError(f"a line may not contain a line break: {line!r}")
-        self.mend()
+        self.repair()
         data = memoryview("".join(f"{line}\n" for line in lines).encode())
         written = 0
         try:
@@ -86,11 +86,11 @@ class LineFile:
         except OSError:
             self._torn = True
             with suppress(OSError):  # else before the next line
-                self.mend()
+                self.repair()
             raise
         self._size += written
 
-    def mend(self) -> None:
+    def repair(self) -> None:
         """Cuts off what a failed `append` has left.
 
         Raises:
@@ -100,14 +100,14 @@ class LineFile:
             self._file.truncate(self._size)
             self._torn = False
 
-    def take_back(self, line: str) -> None:
+    def remove_last(self, line: str) -> None:
         """Cuts the newest line off again, which was `line`.
 
         Raises:
             OSError: the disk; it may be there still.
         """
         self._size, self._torn = self._size - len(f"{line}\n".encode()), True
-        self.mend()
+        self.repair()
 
     def sync(self) -> None:
         """Waits until all lines are on disk."""
@@ -136,13 +136,13 @@ def commit_folder(temp: Path, final: Path) -> None:
         raise
 
 
-def remove_folder(path: Path, *, doomed: str) -> None:
-    """Removes a folder with all that is in it; a crash leaves it whole, or under the name `doomed`.
+def remove_folder(path: Path, *, aside_name: str) -> None:
+    """Removes a folder with all that is in it; a crash leaves it whole, or under the name `aside_name`.
 
     Raises:
         OSError: the disk.
     """
-    aside = path.with_name(doomed)
+    aside = path.with_name(aside_name)
     path.rename(aside)
     try:
         sync(path.parent)  # before any of its files is gone
@@ -167,7 +167,7 @@ def make_folder(path: Path) -> None:
             sync(folder.parent)
 
 
-def sweep(folder: Path) -> None:
+def remove_temporary_files(folder: Path) -> None:
     """Removes what killed processes have left of files in `folder`; the caller is the only one that writes there."""
     for temp in folder.glob(TEMPORARY):
         temp.unlink(missing_ok=True)

@@ -1,10 +1,10 @@
-"""Signs of life of a run, for whoever watches it from another process, and the wish that it saves and stops.
+"""Heartbeat and stop request of a run, as two files in its folder.
 
-    heartbeat    the process that trains here, the step it began at, and the step it is at
-    stop         whoever makes this file is waiting for the run to save and to end at its next step
+    heartbeat    the process that trains, the step it began at, and its current step
+    stop         exists when another process wants the run to save and end at its next step
 
-Both lie in the run's folder: files work between processes that share nothing else. A heartbeat is gone when the run has
-ended, and stays where its process was killed.
+Files work between processes that share nothing else. The heartbeat is removed when the run ends, and stays if its
+process is killed.
 """
 
 import contextlib
@@ -16,23 +16,23 @@ from pathlib import Path
 from typing import Self
 
 HEARTBEAT, STOP = "heartbeat", "stop"
-WIDTH = 80  # bytes: each beat overwrites the whole of the last one
-LISTEN = 1.0  # seconds between two looks for the wish to stop; a look is a system call
+HEARTBEAT_BYTES = 80  # fixed, so that each heartbeat overwrites the previous one completely
+CHECK_EVERY = 1.0  # seconds between two checks for a stop request; each is a system call
 
 
 @dataclass(frozen=True)
-class Beat:
-    """How far the process `pid` has come since it began at step `began`."""
+class Heartbeat:
+    """Progress of the process `pid`, which began at step `began`."""
 
     pid: int
     began: int
     step: int
 
 
-class Heartbeat:
-    """Writes the heartbeat of a run and listens for the wish to stop, for as long as the block lasts.
+class HeartbeatWriter:
+    """Context manager that writes the heartbeat of a run and checks for stop requests.
 
-    A run does not end because nobody can be told that it lives: what the disk refuses is left out.
+    Disk errors are ignored: a run does not fail because its heartbeat cannot be written.
     """
 
     def __init__(self, folder: Path, *, began: int = 0) -> None:
@@ -40,26 +40,28 @@ class Heartbeat:
         self._file = None
         with contextlib.suppress(OSError):
             self._file = (folder / HEARTBEAT).open("wb", buffering=0)
-        self._heard, self._listened = False, -LISTEN
+        self._stop_requested = False
+        self._last_check = -CHECK_EVERY
         self.beat(began)
 
     def beat(self, step: int) -> None:
-        """Says that the run has come to `step`; some microseconds."""
+        """Writes the current step; takes some microseconds."""
         if self._file is None:
             return
         text = f'{{"pid": {os.getpid()}, "began": {self._began}, "step": {step}}}'
         with contextlib.suppress(OSError):
             self._file.seek(0)
-            self._file.write(text.ljust(WIDTH).encode())
+            self._file.write(text.ljust(HEARTBEAT_BYTES).encode())
 
     def stop_requested(self, *, now: bool = False) -> bool:
-        """Whether somebody waits for this run to stop, as of the last second or `now`."""
-        if not self._heard and (now or time.monotonic() - self._listened >= LISTEN):
-            self._heard, self._listened = stop_requested(self._folder), time.monotonic()
-        return self._heard
+        """Whether this run should stop, as of the last second or `now`."""
+        if not self._stop_requested and (now or time.monotonic() - self._last_check >= CHECK_EVERY):
+            self._stop_requested = stop_requested(self._folder)
+            self._last_check = time.monotonic()
+        return self._stop_requested
 
     def close(self) -> None:
-        """Leaves the heartbeat as it is: somebody else goes on with it."""
+        """Closes the heartbeat file and keeps it, for another writer to continue."""
         if self._file is not None:
             self._file.close()
 
@@ -72,10 +74,10 @@ class Heartbeat:
             (self._folder / HEARTBEAT).unlink()
 
 
-def read_heartbeat(folder: Path) -> Beat | None:
-    """The newest heartbeat in a run's folder; None where there is none that can be read."""
+def read_heartbeat(folder: Path) -> Heartbeat | None:
+    """The newest heartbeat in a run's folder; None if it is missing or unreadable."""
     try:
-        return Beat(**json.loads((folder / HEARTBEAT).read_text(encoding="utf-8")))
+        return Heartbeat(**json.loads((folder / HEARTBEAT).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
 
@@ -84,17 +86,17 @@ def request_stop(folder: Path) -> None:
     """Asks the run in `folder` to save and stop.
 
     Raises:
-        OSError: there is no such folder, or no room in it.
+        OSError: the folder is missing, or the disk is full.
     """
     (folder / STOP).touch()
 
 
 def stop_requested(folder: Path) -> bool:
-    """Whether somebody waits for the run in `folder` to stop."""
+    """Whether the run in `folder` should stop."""
     return (folder / STOP).exists()
 
 
-def clear(folder: Path) -> None:
-    """Forgets the heartbeat and the wish of an attempt that is over."""
+def clear_heartbeat(folder: Path) -> None:
+    """Removes the heartbeat and the stop request of an earlier attempt."""
     for name in (HEARTBEAT, STOP):
         (folder / name).unlink(missing_ok=True)

@@ -28,13 +28,13 @@ _LARGE, _M_MMAP_THRESHOLD = 16 * 2**20, -3  # bytes; mallopt(3)
 Value = TypeVar("Value")
 
 
-def settle_allocator() -> None:
+def configure_allocator() -> None:
     """Memory for large tensors on a CPU: in large pages, and given back as soon as it is free."""
-    ask_for_huge_pages()
-    give_back_large_tensors()
+    enable_huge_pages()
+    release_large_tensors()
 
 
-def give_back_large_tensors() -> None:
+def release_large_tensors() -> None:
     """Lets glibc take tensors from 16 MiB on from the kernel one by one, unless the user has said something about it.
 
     Of its own accord it does so only until the first is freed, and from then on cuts them from its heap, up to 32 MiB.
@@ -45,7 +45,7 @@ def give_back_large_tensors() -> None:
         mallopt(_M_MMAP_THRESHOLD, _LARGE)
 
 
-def ask_for_huge_pages() -> None:
+def enable_huge_pages() -> None:
     """Lets torch ask Linux for pages of 2 MiB for large tensors on a CPU, unless the user has said something about it.
 
     Each step takes them from the kernel anew, and 4 KiB at a time that is up to a fifth of the step. torch looks when
@@ -91,7 +91,7 @@ def free_memory(device: torch.device) -> None:
         torch.mps.empty_cache()
 
 
-def retry_smaller(attempt: Callable[[], Value], reduce_batch: Callable[[], bool], device: torch.device) -> Value:
+def retry_on_oom(attempt: Callable[[], Value], reduce_batch: Callable[[], bool], device: torch.device) -> Value:
     """What `attempt` returns, once there is memory for it: each time that there is not, `reduce_batch` is asked for less.
 
     Raises:

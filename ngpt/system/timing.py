@@ -1,4 +1,4 @@
-"""Timing on a machine that does other things too: contestants take turns, and stand beside what the machine can do."""
+"""Timing on a shared machine: contenders take turns, and results stand beside what the hardware can do."""
 
 import functools
 import json
@@ -10,35 +10,35 @@ from typing import Any
 import torch
 
 MIB = 2**20
-FEWEST, MOST = 3, 200  # rounds
+MIN_ROUNDS, MAX_ROUNDS = 3, 200
 
 
 def take_turns(
-    contestants: Mapping[str, Callable[[], float]], *, seconds: float, warmup: int = 2
+    contenders: Mapping[str, Callable[[], float]], *, seconds: float, warmup: int = 2
 ) -> dict[str, list[float]]:
-    """The seconds that each contestant says it took, one call of each per round: a disturbance falls on all alike.
+    """Calls each contender once per round and collects the seconds that it returns, so disturbances hit all alike.
 
-    It goes on for about `seconds`, with at least `FEWEST` rounds and at most `MOST`, after `warmup` rounds untimed.
+    Runs `warmup` untimed rounds, then between `MIN_ROUNDS` and `MAX_ROUNDS` rounds in about `seconds`.
     """
-    times: dict[str, list[float]] = {name: [] for name in contestants}
+    times: dict[str, list[float]] = {name: [] for name in contenders}
     start = time.perf_counter()
-    for turn in range(-warmup, MOST):
-        if turn >= FEWEST and time.perf_counter() - start > seconds:
+    for turn in range(-warmup, MAX_ROUNDS):
+        if turn >= MIN_ROUNDS and time.perf_counter() - start > seconds:
             break
-        for name, contestant in contestants.items():
-            taken = contestant()
+        for name, contender in contenders.items():
+            taken = contender()
             if turn >= 0:
                 times[name].append(taken)
     return times
 
 
-def stopwatches(works: Mapping[str, Callable[[], object]], device: torch.device) -> dict[str, Callable[[], float]]:
-    """Contestants for `take_turns` that are calls in this process."""
-    return {name: functools.partial(timed, work, device) for name, work in works.items()}
+def timers(works: Mapping[str, Callable[[], object]], device: torch.device) -> dict[str, Callable[[], float]]:
+    """Contenders for `take_turns` that time calls in this process."""
+    return {name: functools.partial(time_call, work, device) for name, work in works.items()}
 
 
-def timed(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds until `work` is done on the device, too."""
+def time_call(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds that `work` takes, including its kernels on the device."""
     synchronize(device)
     start = time.perf_counter()
     work()
@@ -46,61 +46,61 @@ def timed(work: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def compared(ours: Sequence[float], reference: Sequence[float]) -> dict[str, float]:
-    """`ms` and `reference_ms` are medians, `best_ms` is a minimum; `ratio` is the median over the rounds of reference
-    over ours: how many times as fast."""
+def compare_times(ours: Sequence[float], reference: Sequence[float]) -> dict[str, float]:
+    """`ms` and `reference_ms` are medians, `best_ms` is the minimum, `ratio` is `speed_ratio`."""
     return {
         "ms": statistics.median(ours) * 1000,
         "best_ms": min(ours) * 1000,
         "reference_ms": statistics.median(reference) * 1000,
-        "ratio": ratio(ours, reference),
+        "ratio": speed_ratio(ours, reference),
     }
 
 
-def ratio(ours: Sequence[float], reference: Sequence[float]) -> float:
-    """How many times as fast: the median over the rounds, in each of which both met the same machine."""
+def speed_ratio(ours: Sequence[float], reference: Sequence[float]) -> float:
+    """How many times as fast: the median over the rounds of reference over ours."""
     return statistics.median(other / own for own, other in zip(ours, reference, strict=True))
 
 
 def gemm_flops(device: torch.device, dtype: torch.dtype, *, size: int | None = None) -> float:
-    """FLOP/s of a square matrix product, the best of several: the ceiling that a training step is measured against."""
+    """FLOP/s of a square matrix product, the best of six: the upper limit for a training step."""
     n = size or (8192 if device.type == "cuda" else 1024)
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    return 2 * n**3 / min(timed(lambda: torch.mm(a, b), device) for _ in range(6))
+    return 2 * n**3 / min(time_call(lambda: torch.mm(a, b), device) for _ in range(6))
 
 
-def copy_rate(device: torch.device, *, size: int | None = None) -> float:
-    """Bytes/s, read and written, of copying a tensor larger than any cache, the best of several: the ceiling of what
-    only moves data."""
+def copy_bandwidth(device: torch.device, *, size: int | None = None) -> float:
+    """Bytes/s, read plus written, of copying a tensor larger than any cache: the best of six."""
     n = size or (1024 * MIB if device.type == "cuda" else 128 * MIB)
     source = torch.ones(n // 4, device=device)
     target = torch.zeros_like(source)
-    return 2 * source.nbytes / min(timed(lambda: target.copy_(source), device) for _ in range(6))
+    return 2 * source.nbytes / min(time_call(lambda: target.copy_(source), device) for _ in range(6))
 
 
-def where(device: torch.device, dtype: str) -> dict[str, Any]:
-    """What every benchmark says about the machine: device, dtype, threads."""
+def machine_info(device: torch.device, dtype: str) -> dict[str, Any]:
+    """The fields of every benchmark: device, dtype, threads."""
     return {"device": str(device), "dtype": dtype, "threads": torch.get_num_threads()}
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits for a GPU."""
+    """Waits for a GPU to finish its work; does nothing on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def print_figures(figures: dict[str, Any], *, as_json: bool) -> None:
-    """One JSON object, or a line per figure, on stdout."""
+    """Prints one JSON object, or one line per figure."""
     if as_json:
         print(json.dumps(figures, allow_nan=False))
         return
-    for name, value in _flat(figures).items():
+    for name, value in _flatten(figures).items():
         print(f"{name:34} {value:.4g}" if isinstance(value, float) else f"{name:34} {value}")
 
 
-def _flat(figures: Mapping[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def _flatten(figures: Mapping[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
     for name, value in figures.items():
-        inner = _flat(value) if isinstance(value, dict) else None
-        found |= {name: value} if inner is None else {f"{name}.{key}": entry for key, entry in inner.items()}
-    return found
+        if isinstance(value, dict):
+            flat |= {f"{name}.{key}": inner for key, inner in _flatten(value).items()}
+        else:
+            flat[name] = value
+    return flat

@@ -21,7 +21,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from ngpt.config.base import Config, ConfigError, runtime
+from ngpt.config.base import Config, ConfigError, runtime_setting
 from ngpt.system.atomic_files import commit_folder, make_folder, remove_folder
 
 FORMAT = 1
@@ -31,8 +31,8 @@ log = logging.getLogger(__name__)
 class CheckpointConfig(Config):
     """How often a run is saved, and how many checkpoints stay on disk."""
 
-    every: Annotated[int, Field(ge=1)] = runtime(1000)  # steps; the last step is always saved
-    keep_last: Annotated[int, Field(ge=1)] = runtime(3)  # and the one with the lowest validation loss
+    every: Annotated[int, Field(ge=1)] = runtime_setting(1000)  # steps; the last step is always saved
+    keep_last: Annotated[int, Field(ge=1)] = runtime_setting(3)  # and the one with the lowest validation loss
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ def _retain(root: Path, keep_last: int) -> None:
         if path not in kept:
             try:
                 # It is renamed first: with its own name and some files missing, it would look damaged.
-                remove_folder(path, doomed=f".tmp-{uuid.uuid4().hex}")
+                remove_folder(path, aside_name=f".tmp-{uuid.uuid4().hex}")
             except OSError as error:  # the new checkpoint is saved; the next save tries again
                 log.warning("the old checkpoint %s cannot be removed: %s", path, error)
                 _sweep(root)

@@ -11,13 +11,13 @@ from ngpt.config.base import (
     ConfigError,
     Location,
     Problem,
-    added,
+    added_setting,
     build,
-    dotted,
-    invalid,
+    dotted_name,
+    invalid_setting,
     one_of,
     override,
-    runtime,
+    runtime_setting,
 )
 from ngpt.config.overrides import named_settings
 from ngpt.config.yaml_reader import parse_assignment, read_yaml
@@ -43,10 +43,10 @@ class TrainConfig(Config, frozen=True):
     eval_every: Count = 50  # steps; the first and the last step are always evaluated
     eval_tokens: Count = 16_384  # from the start of the validation split, the same for every trial
     # if memory runs out: split the micro-batch; halve the batch too, which changes the result (source report 000); fail
-    on_oom: Annotated[str, one_of(ON_OOM, "policy")] = added("split", alike=("fail",))
+    on_oom: Annotated[str, one_of(ON_OOM, "policy")] = added_setting("split", same_as_default=("fail",))
     dtype: Annotated[str, one_of(DTYPES, "dtype")] = "float32"  # of matrix products; weights and norms stay float32
     compile: bool = False  # blocks and loss with torch.compile, which takes half a minute and pays off in long runs
-    device: Annotated[str, one_of(DEVICES, "device")] = runtime("auto")
+    device: Annotated[str, one_of(DEVICES, "device")] = runtime_setting("auto")
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
@@ -64,9 +64,9 @@ class TrainConfig(Config, frozen=True):
     def _consistent(self) -> Self:
         if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
             text = f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
-            raise invalid(text, "micro_batch_size", "batch_size")
+            raise invalid_setting(text, "micro_batch_size", "batch_size")
         if reason := incompatibility(self.optim, self.model):
-            raise invalid(reason, "optim.name", "model.residual")
+            raise invalid_setting(reason, "optim.name", "model.residual")
         return self
 
 
@@ -115,7 +115,7 @@ def located(problem: Problem, given: Mapping[str, tuple[Any, Location]]) -> Prob
     """A problem at `optim.betas[0]`, relocated to where the file sets `betas`, which may be a bare name."""
     location = problem.location
     for end in range(len(location), 0, -1):
-        name = dotted(location[:end])
+        name = dotted_name(location[:end])
         if name in given:
             return Problem((*given[name][1], *location[end:]), problem.message)
     return problem

@@ -17,7 +17,7 @@ from ngpt.model.diagnostics import (
 )
 from ngpt.model.gpt import GPT
 from ngpt.optim.projection import project_weights
-from ngpt.system.memory import retry_smaller
+from ngpt.system.memory import retry_on_oom
 from ngpt.training.recovery import ON_OOM
 from ngpt.training.run import Run, progress
 from ngpt.training.state import Metrics
@@ -48,10 +48,10 @@ def evaluate_run(run: Run, *, last: bool) -> dict[str, Tensor]:
     At the last step the weights are projected, after the distance from the sphere has been measured. Numbers that are
     not finite become None. If memory runs out, a pass is repeated with half as many sequences.
     """
-    distance, r = retry_smaller(lambda: _distance_and_divisors(run), lambda: reduce_eval_batch(run), run.device)
+    distance, r = retry_on_oom(lambda: _distance_and_divisors(run), lambda: reduce_eval_batch(run), run.device)
     if last:  # the finished model lies on the sphere, however rarely it was projected
         project_weights(run.model)
-    scores = retry_smaller(lambda: _validation_scores(run), lambda: reduce_eval_batch(run), run.device)
+    scores = retry_on_oom(lambda: _validation_scores(run), lambda: reduce_eval_batch(run), run.device)
     metrics = progress(run) | {"train_loss": run.state.train_loss} | scores | distance | _replaced_divisors(run)
     run.state.last_eval = {name: finite_or_none(value) for name, value in metrics.items()}
     return effective_alphas(run.model) | r

@@ -21,8 +21,8 @@ from ngpt.model.diagnostics import restore_counts_on_error
 from ngpt.optim.optimizers import set_learning_rates
 from ngpt.optim.projection import project_weights
 from ngpt.optim.schedule import is_due, lr_multiplier
-from ngpt.system.heartbeat import Heartbeat
-from ngpt.system.memory import is_out_of_memory, retry_smaller
+from ngpt.system.heartbeat import HeartbeatWriter
+from ngpt.system.memory import is_out_of_memory, retry_on_oom
 from ngpt.training.config import TrainConfig, resolved
 from ngpt.training.evaluation import evaluate_run
 from ngpt.training.recovery import NONFINITE, ON_OOM
@@ -83,7 +83,7 @@ def train_until_rollback(run: Run) -> Generator[Metrics, None, RunResult | None]
 def open_segment(run: Run) -> Iterator["Segment"]:
     """Opens the metrics and the heartbeat of a run at its current step. Metric rows after that step are dropped."""
     tracker = Tracker(run.config.tracker, run.out_dir, settings=flatten(run.config), keep_until=run.state.step or None)
-    heartbeat = Heartbeat(run.out_dir, began=run.state.step)
+    heartbeat = HeartbeatWriter(run.out_dir, began=run.state.step)
     with tracker, heartbeat, checkpoint_on_stop(run, tracker, heartbeat):
         if skipped := run.dataset.manifest["skipped"]:
             tracker.note({"skipped_shards": [f"{shard['name']}: {shard['reason']}" for shard in skipped]})
@@ -93,7 +93,7 @@ def open_segment(run: Run) -> Iterator["Segment"]:
 class Segment:
     """A run from a start, a resume or a rollback to the next rollback, or to its end, which sets `result`."""
 
-    def __init__(self, run: Run, tracker: Tracker, heartbeat: Heartbeat) -> None:
+    def __init__(self, run: Run, tracker: Tracker, heartbeat: HeartbeatWriter) -> None:
         self.result: RunResult | None = None
         self._run, self._tracker, self._heartbeat = run, tracker, heartbeat
         self._restored_step = run.state.step or None
@@ -165,7 +165,7 @@ def train_step(run: Run) -> dict[str, float]:
     with run.clock.step(run.batch_size * run.config.model.block_size):
         set_schedules(run)
         number = run.state.step + run.state.skipped_batches
-        loss, norm = retry_smaller(lambda: gradients(run, number), lambda: reduce_batch(run), run.device)
+        loss, norm = retry_on_oom(lambda: gradients(run, number), lambda: reduce_batch(run), run.device)
         count_step(run, loss)
         if math.isfinite(loss) and math.isfinite(norm):
             update(run)

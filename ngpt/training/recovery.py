@@ -10,7 +10,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from ngpt.config.base import Config, added, one_of
+from ngpt.config.base import Config, added_setting, one_of
 from ngpt.training.state import TrainState
 
 log = logging.getLogger(__name__)
@@ -84,5 +84,5 @@ NONFINITE: dict[str, Callable[[TrainState, int, Rollback], bool]] = {
 class NonfiniteConfig(Config):
     """What to do about a loss or gradient that is not finite. It is never applied."""
 
-    policy: Annotated[str, one_of(NONFINITE, "policy")] = added("fail")
-    max: Annotated[int, Field(ge=1)] = added(10)  # skipped steps or rollbacks before the run counts as diverged
+    policy: Annotated[str, one_of(NONFINITE, "policy")] = added_setting("fail")
+    max: Annotated[int, Field(ge=1)] = added_setting(10)  # skipped steps or rollbacks before the run counts as diverged

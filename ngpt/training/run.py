@@ -20,7 +20,7 @@ from ngpt.data.tokens.tokenizer import MODEL_FILE, parse_spec
 from ngpt.model.gpt import GPT
 from ngpt.optim.optimizers import build_optimizers
 from ngpt.system.device import mixed_precision, pick_device
-from ngpt.system.memory import free_memory, peak_memory, reset_peak_memory, settle_allocator
+from ngpt.system.memory import configure_allocator, free_memory, peak_memory, reset_peak_memory
 from ngpt.training.checkpoint import Checkpoint, checkpoint_folders, load_checkpoint, newest_checkpoint
 from ngpt.training.config import TrainConfig, rollback_settings
 from ngpt.training.recovery import halved
@@ -109,7 +109,7 @@ def set_up(config: TrainConfig, out_dir: Path, *, resume: str | None, dataset: D
     if resume is None and checkpoint_folders(out_dir / "checkpoints"):
         raise ConfigError(f"{out_dir} holds checkpoints of an earlier run: resume it, or choose another folder")
     device = pick_device(config.device)
-    settle_allocator()
+    configure_allocator()
     reset_peak_memory(device)
     dataset = dataset or open_dataset(config.data)
     validation = eval_set(

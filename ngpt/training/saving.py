@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from ngpt.config.base import flatten
 from ngpt.data.tokens.tokenizer import MODEL_FILE
 from ngpt.optim.schedule import is_due
-from ngpt.system.heartbeat import Heartbeat
+from ngpt.system.heartbeat import HeartbeatWriter
 from ngpt.system.memory import free_memory, is_out_of_memory
 from ngpt.training.checkpoint import checkpoint_folders, save_checkpoint
 from ngpt.training.recovery import ON_OOM
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def checkpoint_on_stop(run: Run, tracker: Tracker, heartbeat: Heartbeat) -> Iterator[None]:
+def checkpoint_on_stop(run: Run, tracker: Tracker, heartbeat: HeartbeatWriter) -> Iterator[None]:
     """Saves a checkpoint when the block is closed after a stop request, so that the run can resume from this step.
 
     It does not if a checkpoint would change later results: one of a diverged state, or one between the regular

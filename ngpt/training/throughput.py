@@ -12,7 +12,7 @@ from ngpt.data.dataset import Dataset
 from ngpt.model.flops import flops_per_token
 from ngpt.system.device import DTYPES
 from ngpt.system.memory import peak_memory
-from ngpt.system.timing import gemm_flops, timed, where
+from ngpt.system.timing import gemm_flops, machine_info, time_call
 from ngpt.training.config import TrainConfig, resolved
 from ngpt.training.loop import train_step
 from ngpt.training.run import Run, set_up
@@ -30,7 +30,7 @@ def measure_step(
     """
     config = resolved(config)
     run = benchmark_run(config, dataset=dataset)
-    times = [timed(lambda: train_step(run), run.device) for _ in range(warmup + steps)][warmup:]
+    times = [time_call(lambda: train_step(run), run.device) for _ in range(warmup + steps)][warmup:]
     return step_speed(config, run.device, statistics.median(times)) | {"peak_memory_bytes": peak_memory(run.device)}
 
 
@@ -49,5 +49,5 @@ def step_speed(config: TrainConfig, device: torch.device, seconds: float) -> dic
         "gemm_tflops": ceiling / 1e12,
         "mfu": rate * flops_per_token(config.model) / ceiling,
         "compiled": config.compile,
-        **where(device, config.dtype),
+        **machine_info(device, config.dtype),
     }

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Self
 
 from pydantic import Field
 
-from ngpt.config.base import Config, ConfigError, one_of, runtime
+from ngpt.config.base import Config, ConfigError, one_of, runtime_setting
 from ngpt.system.atomic_files import LineFile, make_folder, write_atomic
 from ngpt.training.wandb_tracker import WANDB_MODES, WandbRun, print_line, resolve_mode
 
@@ -32,13 +32,13 @@ FLOAT32_MAX = 3.4028234663852886e38
 class TrackerConfig(Config):
     """Where metrics go apart from `metrics.jsonl`, and under which names."""
 
-    wandb: Annotated[str, one_of(WANDB_MODES, "wandb mode")] = runtime("disabled")  # auto: online if possible
-    tensorboard: bool = runtime(False)
-    project: str = runtime("ngpt")
-    group: str = runtime("")  # a campaign's name, set by the engine
-    job_type: str = runtime("train")  # a phase's name, set by the engine
-    run_name: str = runtime("")  # a trial's arm and seed, set by the engine; empty: the folder's name
-    log_every: Annotated[int, Field(ge=1)] = runtime(10)  # steps
+    wandb: Annotated[str, one_of(WANDB_MODES, "wandb mode")] = runtime_setting("disabled")  # auto: online if possible
+    tensorboard: bool = runtime_setting(False)
+    project: str = runtime_setting("ngpt")
+    group: str = runtime_setting("")  # a campaign's name, set by the engine
+    job_type: str = runtime_setting("train")  # a phase's name, set by the engine
+    run_name: str = runtime_setting("")  # a trial's arm and seed, set by the engine; empty: the folder's name
+    log_every: Annotated[int, Field(ge=1)] = runtime_setting(10)  # steps
 
 
 def resolve_tracker(cfg: TrackerConfig, folder: Path, report: Callable[[str], None] = print_line) -> TrackerConfig:

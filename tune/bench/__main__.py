@@ -58,9 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("name", choices=BENCHMARKS)
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     parser.add_argument("--trials", type=int, help="campaign, scaling: number of trials")
-    parser.add_argument(
-        "--seconds", type=float, help="of training, per trial; packing: per point"
-    )
+    parser.add_argument("--seconds", type=float, help="of training, per trial; packing: per point")
     parser.add_argument("--steps", type=int, help="campaign, scaling: per trial, instead of --seconds")
     parser.add_argument("--workers", type=int, help="campaign, scaling: trials at once")
     parser.add_argument("--rounds", type=int, help="scaling: repetitions, with one and with several workers each")

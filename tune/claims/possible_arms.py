@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ngpt.config.base import Location, Problem, flatten, unknown
+from ngpt.config.base import Location, Problem, flatten, unknown_message
 from ngpt.training.config import TrainConfig
 from tune import format as fmt
 from tune.claims.selectors import PLACES, Selector, describe, is_number, same, short
@@ -62,7 +62,7 @@ def check_claims(claims: Mapping[int, Claim], phases: Sequence[Phase], base: Tra
     for i, claim in claims.items():
         at = ("claims", i)
         if claim.phase is not None and claim.phase not in names:
-            yield Problem((*at, "phase"), unknown("phase", claim.phase, names))
+            yield Problem((*at, "phase"), unknown_message("phase", claim.phase, names))
             continue
         here = [arm for arm in arms if claim.phase in (None, arm.phase)]
         sides, wrong = collect(_check_sides(claim, at, here, known, names))
@@ -87,7 +87,7 @@ def _check_sides(
         found[side] = {arm.phase for arm in arms if arm.may_match(selector, base)}
         phase = selector.get("phase", claim.phase)
         if phase is not None and phase not in names:
-            yield Problem((*at, side, "phase"), unknown("phase", phase, names))
+            yield Problem((*at, side, "phase"), unknown_message("phase", phase, names))
         elif claim.phase not in (None, phase):
             yield Problem((*at, side, "phase"), f"the claim is about phase {claim.phase}")
         elif not found[side]:
@@ -144,7 +144,7 @@ def _explain_no_match(
     place = f"of phase {phase}" if phase else "of any phase"
     names = list(dict.fromkeys(arm.name for arm in arms if arm.name))
     if selector.get("arm", BASELINE.name) not in names:
-        return unknown(f"arm {place}", selector["arm"], names)
+        return unknown_message(f"arm {place}", selector["arm"], names)
     wanted = {name: value for name, value in selector.items() if name not in PLACES}
     facts = []
     for name in wanted:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-from ngpt.config.base import ConfigError, Location, Problem, resolve, unknown
+from ngpt.config.base import ConfigError, Location, Problem, resolve, unknown_message
 from ngpt.config.overrides import named_settings
 from ngpt.config.yaml_reader import read_yaml
 from ngpt.training.config import TrainConfig
@@ -74,7 +74,7 @@ def _read_claim(raw: Any, at: Location, folder: Path) -> Reading[dict[str, Any]]
         return {}
     name = raw["relation"]
     if not isinstance(name, str) or name not in RELATIONS:
-        yield Problem((*at, "relation"), unknown("relation", name, RELATIONS))
+        yield Problem((*at, "relation"), unknown_message("relation", name, RELATIONS))
         return {}
     relation = RELATIONS[name]
     allowed = (*COMMON, *relation.needs, *relation.allows, *(ABOUT_TRIALS if relation.trains else ()))
@@ -82,7 +82,7 @@ def _read_claim(raw: Any, at: Location, folder: Path) -> Reading[dict[str, Any]]
         if key in FIELDS and key not in allowed:
             yield Problem((*at, key), f"`{key}:` does not apply to the relation `{name}`")
         elif key not in allowed:
-            yield Problem((*at, key), unknown("setting", key, allowed))
+            yield Problem((*at, key), unknown_message("setting", key, allowed))
     for key in relation.needs:
         if key not in raw:
             needed = f"the relation `{name}` needs {fmt.listing(relation.needs)}"
@@ -127,7 +127,7 @@ def _text(value: Any) -> str:
 def _choice(what: str, table: Collection[str]) -> Callable[[Any], str]:
     def read(value: Any) -> str:
         if not isinstance(value, str) or value not in table:
-            raise ConfigError(unknown(what, value, table))
+            raise ConfigError(unknown_message(what, value, table))
         return value
 
     return read

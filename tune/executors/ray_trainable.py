@@ -9,7 +9,7 @@ import ray.tune
 import torch
 from ray.util.metrics import Gauge
 
-from ngpt.system.heartbeat import Heartbeat, clear, stop_requested
+from ngpt.system.heartbeat import HeartbeatWriter, clear_heartbeat, stop_requested
 from tune.trials.trial import TrialSpec
 from tune.trials.trial_group import Updates, run_trials
 
@@ -83,7 +83,7 @@ class TrialWorker(ray.tune.Trainable):
         self._has_begun, self._has_failed = False, False
         for spec in specs:  # tells the watchdog the process of a trial that hangs before its first step
             spec.folder.mkdir(parents=True, exist_ok=True)
-            Heartbeat(spec.folder).close()
+            HeartbeatWriter(spec.folder).close()
 
     def _trials_to_stop(self) -> list[str]:
         return [trial_id for trial_id, spec in self._unfinished.items() if stop_requested(spec.folder)]
@@ -99,7 +99,7 @@ class TrialWorker(ray.tune.Trainable):
         dropped = {trial_id: self._unfinished.pop(trial_id) for trial_id in to_stop}
         updates = self._run.send(dropped.keys())
         for spec in dropped.values():
-            clear(spec.folder)
+            clear_heartbeat(spec.folder)
         return updates
 
     def _show(self, spec: TrialSpec, updates: Updates) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from statistics import median
 
-from ngpt.system.heartbeat import Beat
+from ngpt.system.heartbeat import Heartbeat
 
 MIN_TIMEOUT = 600.0  # seconds: compilation, a long evaluation, a slow disk
 TIMEOUT_STEPS = 20  # median steps after which a trial hangs, if they take longer than that
@@ -19,7 +19,7 @@ TIMEOUT_STEPS = 20  # median steps after which a trial hangs, if they take longe
 class _Watched:
     attempt: int
     changed_at: float  # when the heartbeat was last seen to change
-    beat: Beat | None = None
+    beat: Heartbeat | None = None
     step_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=50))
 
 
@@ -35,7 +35,7 @@ class Watchdog:
         self._stall_timeout = stall_timeout
         self._trials: dict[str, _Watched] = {}
 
-    def find_hung(self, beats: Mapping[str, tuple[int, Beat | None]], now: float) -> dict[str, float]:
+    def find_hung(self, beats: Mapping[str, tuple[int, Heartbeat | None]], now: float) -> dict[str, float]:
         """The trials that hang, with the seconds since their heartbeat last changed.
 
         Args:
@@ -60,7 +60,7 @@ class Watchdog:
         return max(MIN_TIMEOUT, TIMEOUT_STEPS * median(watched.step_seconds)) if watched.step_seconds else MIN_TIMEOUT
 
 
-def _update(watched: _Watched, beat: Beat | None, now: float) -> None:
+def _update(watched: _Watched, beat: Heartbeat | None, now: float) -> None:
     before = watched.beat
     if beat and before and beat.pid == before.pid and beat.step > before.step:
         watched.step_seconds.append((now - watched.changed_at) / (beat.step - before.step))

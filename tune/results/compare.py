@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from ngpt.config.base import ConfigError, is_identity, settings, unknown
+from ngpt.config.base import ConfigError, is_identity, settings, unknown_message
 from ngpt.training.config import TrainConfig
 from tune.analysis.verdicts import holm, judge
 from tune.results.phase_summary import phase_records
@@ -103,7 +103,7 @@ def _metric(a: Side, b: Side, wanted: str | None) -> tuple[str, str]:
     """The metric to compare by and its goal, agreed on by both campaigns."""
     own = {side.metric["name"]: side.metric["goal"] for side in (a, b)}
     if wanted is not None and wanted not in GOALS | own:
-        raise ConfigError(f"--metric {wanted}: {unknown('metric', wanted, GOALS | own)}")
+        raise ConfigError(f"--metric {wanted}: {unknown_message('metric', wanted, GOALS | own)}")
     name = wanted or a.metric["name"]
     if wanted is None and len(own) > 1:
         raise ConfigError(

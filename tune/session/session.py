@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ngpt.config.base import ConfigError, UserError, flatten
-from ngpt.config.secrets import redacted
+from ngpt.config.secrets import redact
 from ngpt.system import heartbeat
 from ngpt.system.atomic_files import write_atomic, write_json
 from ngpt.system.cli import EXIT_ERROR
@@ -142,7 +142,7 @@ class Session:
         try:
             is_crash = isinstance(error, Exception) and not isinstance(error, ExecutorLost)
             if is_crash and self._started is not None:
-                text = redacted("".join(traceback.format_exception(error)))
+                text = redact("".join(traceback.format_exception(error)))
                 with contextlib.suppress(OSError):  # it may be this very error, which propagates anyway
                     self._append("crash", error=text[-4000:])
             self.journal.close()
@@ -210,7 +210,7 @@ class Session:
             missing = self._phases.missing_trials()
             left_out = dict(Counter(phase for phase, trial_id in missing if trial_id not in self.state.results))
         for trial_id in self.state.running:
-            heartbeat.clear(self._trial_folder(trial_id))
+            heartbeat.clear_heartbeat(self._trial_folder(trial_id))
         self._append("campaign_ended", status=status, seconds=self._seconds(), left_out=left_out)
         trials = {trial.trial_id: trial.config for phase in self._phases.planned.values() for trial in phase.trials}
         remember_speeds(self.campaign, self.state, trials)
@@ -241,7 +241,7 @@ class Session:
             cause=failure_cause(result) if cause is None else cause,
             **asdict(result),
         )
-        heartbeat.clear(self._trial_folder(trial_id))
+        heartbeat.clear_heartbeat(self._trial_folder(trial_id))
         self._show_result(trial, result)
         self._phases.advance()
 
@@ -296,7 +296,7 @@ class Session:
             with contextlib.suppress(OSError):  # its folder does not exist yet, or the disk is full: it does not save
                 heartbeat.request_stop(self._trial_folder(trial_id))
 
-    def heartbeats(self) -> dict[str, tuple[int, heartbeat.Beat | None]]:
+    def heartbeats(self) -> dict[str, tuple[int, heartbeat.Heartbeat | None]]:
         """The attempt and the newest heartbeat of every running trial."""
         return {
             trial_id: (event["attempt"], heartbeat.read_heartbeat(self._trial_folder(trial_id)))
@@ -320,7 +320,7 @@ class Session:
         """Journals the next attempt at a trial; returns what its worker needs."""
         folder = self._trial_folder(trial.trial_id)
         attempt = self.state.attempts.get(trial.trial_id, 0) + 1
-        heartbeat.clear(folder)  # of an attempt that was killed
+        heartbeat.clear_heartbeat(folder)  # of an attempt that was killed
         self._append(
             "trial_started",
             trial_id=trial.trial_id,

@@ -4,7 +4,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from ngpt.ensemble.train import ensemble_incompatibility
-from ngpt.system.heartbeat import Beat
+from ngpt.system.heartbeat import Heartbeat
 from tune.planning.budget import budget_allows
 from tune.planning.plan import PlannedTrial
 from tune.spec.schema import Campaign
@@ -30,7 +30,7 @@ class TrialQueue:
         state: CampaignState,
         *,
         seconds_used: Callable[[], float],
-        heartbeats: Callable[[], Mapping[str, tuple[int, Beat | None]]],
+        heartbeats: Callable[[], Mapping[str, tuple[int, Heartbeat | None]]],
     ) -> None:
         self._budget, self._max_group = campaign.budget, campaign.resources.vectorise
         self._state, self._seconds_used, self._heartbeats = state, seconds_used, heartbeats

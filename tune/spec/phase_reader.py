@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ngpt.config.base import ConfigError, Location, Problem, is_identity, settings, unknown
+from ngpt.config.base import ConfigError, Location, Problem, is_identity, settings, unknown_message
 from ngpt.config.overrides import named_settings
 from ngpt.training.config import TrainConfig
 from tune import format as fmt
@@ -93,14 +93,14 @@ class _PhaseReader:
             return None
         for key in raw:
             if key not in PHASE_KEYS:
-                yield Problem((*at, key), unknown("setting", key, PHASE_KEYS))
+                yield Problem((*at, key), unknown_message("setting", key, PHASE_KEYS))
         name = yield from self._name(raw, at)
         seeds = yield from self._seeds(raw, at)
         pinned = yield from self._settings(raw.get("set", {}), (*at, "set"))
         inherit = yield from self._inherit(name, raw, at)
         hold = raw.get("hold")
         if hold is not None and (not isinstance(hold, str) or hold not in HOLDS):
-            yield Problem((*at, "hold"), unknown("quantity to hold", hold, HOLDS))
+            yield Problem((*at, "hold"), unknown_message("quantity to hold", hold, HOLDS))
         kinds = [kind for kind in KINDS if kind in raw]
         if len(kinds) != 1:
             found = f"got {' and '.join(kinds)}" if kinds else "got none"
@@ -168,7 +168,7 @@ class _PhaseReader:
             self.winners.setdefault(inherit, (winner, where))
             return inherit
         if not isinstance(inherit, str) or inherit not in self.names:
-            yield Problem(where, unknown("phase", inherit, self.names))
+            yield Problem(where, unknown_message("phase", inherit, self.names))
             return None
         self.references.setdefault((name, inherit), where)
         return inherit
@@ -284,7 +284,7 @@ class _PhaseReader:
         for i, source in enumerate(sources):
             where = (*at, "from", i)
             if not isinstance(source, str) or source not in self.names:
-                yield Problem(where, unknown("phase", source, self.names))
+                yield Problem(where, unknown_message("phase", source, self.names))
             elif source in found:
                 yield Problem(where, f"phase {source!r} is listed twice")
             else:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, PlainValidator
 
-from ngpt.config.base import Config, invalid, one_of
+from ngpt.config.base import Config, invalid_setting, one_of
 from ngpt.training.config import TrainConfig
 from tune.spec.search_space import Search
 from tune.spec.sweeps import SWEEPS, ArmSpec
@@ -24,7 +24,7 @@ MOST_TRIALS = 10_000  # of a campaign
 def _share(value: Any) -> Any:
     """GPUs per trial: `auto`, or a positive number."""
     if value != "auto" and (isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf):
-        raise invalid(f"expected `auto` or a number above 0, got {value!r}")
+        raise invalid_setting(f"expected `auto` or a number above 0, got {value!r}")
     return value
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ngpt.config.base import ConfigError, Location, Problem, settings, unknown
+from ngpt.config.base import ConfigError, Location, Problem, settings, unknown_message
 from ngpt.training.config import TrainConfig
 from tune.spec.problems import Reading, collect
 from tune.spec.sweeps import ArmSpec, Axis
@@ -124,10 +124,10 @@ def _read_numbers(data: dict[str, Any], at: Location) -> Reading[dict[str, int]]
     """The settings of a search but its space; checks the names of all of them."""
     for key in data:
         if key not in KEYS:
-            yield Problem((*at, key), unknown("setting", key, KEYS))
+            yield Problem((*at, key), unknown_message("setting", key, KEYS))
     method = data.get("method", "random")
     if method not in METHODS:
-        yield Problem((*at, "method"), unknown("method", method, METHODS))
+        yield Problem((*at, "method"), unknown_message("method", method, METHODS))
     numbers = {"trials": data.get("trials"), "seed": data.get("seed", 0), "parallel": data.get("parallel", PARALLEL)}
     for name, value in numbers.items():
         lowest = 0 if name == "seed" else 1

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from ngpt.config.base import ConfigError, Location, Problem, build, dotted, settings
+from ngpt.config.base import ConfigError, Location, Problem, build, dotted_name, settings
 from ngpt.data import dataset as corpora
 from ngpt.data.tokens.tokenizer import tokenizer_vocab_size
 from ngpt.training.config import TrainConfig, resolved
@@ -153,9 +153,9 @@ def _is_possible(given: LocatedSettings) -> bool:
 def _split(location: Location) -> tuple[str, Location]:
     """The setting in a location that `build` reports, and the place inside its value."""
     for end in range(len(location), 0, -1):
-        if (name := dotted(location[:end])) in settings(TrainConfig):
+        if (name := dotted_name(location[:end])) in settings(TrainConfig):
             return name, location[end:]
-    return dotted(location), ()
+    return dotted_name(location), ()
 
 
 def _advice(message: str, value: Any) -> str:

@@ -11,7 +11,7 @@ import psutil
 from filelock import FileLock, Timeout
 
 from ngpt.config.base import UserError
-from ngpt.system.atomic_files import make_folder, sweep, write_atomic
+from ngpt.system.atomic_files import make_folder, remove_temporary_files, write_atomic
 from ngpt.system.cli import EXIT_BUSY
 
 LOCK_FILE = "campaign.lock"  # locked by the process that runs the campaign
@@ -48,7 +48,7 @@ class ResultsLock:
         try:
             write_atomic(self._root / PID_FILE, f"{os.getpid()}\n")
             for folder in (self._root, *(path for path in self._root.iterdir() if path.is_dir())):
-                sweep(folder)
+                remove_temporary_files(folder)
         except BaseException:
             self.release()
             raise

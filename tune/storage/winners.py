@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ngpt.config.base import ConfigError, settings, unknown
+from ngpt.config.base import ConfigError, settings, unknown_message
 from ngpt.training.config import TrainConfig
 from tune.storage.journal import Event, read_journal
 
@@ -57,7 +57,7 @@ def _winner(events: Sequence[Event], text: str, root: Path, name: str) -> Inheri
     newest = events[starts[-1] :]
     phases = list(newest[0]["expected_trials"])
     if name not in phases:
-        raise ConfigError(f"{unknown('phase', name, phases)} in {str(root)!r}")
+        raise ConfigError(f"{unknown_message('phase', name, phases)} in {str(root)!r}")
     ends = [event for event in newest if event["event"] == "phase_finished" and event["phase"] == name]
     if not ends:
         raise ConfigError(f"phase {name!r} of {str(root)!r} has no winner yet: run that campaign to its end first")

@@ -19,9 +19,9 @@ import torch
 
 import ngpt
 from ngpt.config.base import flatten
-from ngpt.config.secrets import redacted
+from ngpt.config.secrets import redact
 from ngpt.data.dataset import DataConfig, Dataset, open_dataset
-from ngpt.system.atomic_files import make_folder, sweep, write_atomic, write_json
+from ngpt.system.atomic_files import make_folder, remove_temporary_files, write_atomic, write_json
 from ngpt.system.device import pick_device
 from ngpt.system.memory import peak_memory
 from ngpt.training.config import TrainConfig
@@ -101,7 +101,7 @@ def run_trial(spec: TrialSpec) -> Generator[TrialResult, None, TrialResult]:
 
 def save_error(folder: Path, exception: Exception) -> str:
     """Writes the traceback, without secrets, to `error.txt` in a trial's folder; returns its end for the record."""
-    text = redacted("".join(traceback.format_exception(exception)))
+    text = redact("".join(traceback.format_exception(exception)))
     with contextlib.suppress(OSError):  # the disk may be full; the record has the error as well
         write_atomic(folder / "error.txt", text)
     return text[-MAX_ERROR_LENGTH:]
@@ -129,7 +129,7 @@ def limit_gpu_memory(device: torch.device, packed: int) -> None:
 def prepare_trial_folder(folder: Path, config: TrainConfig) -> None:
     """Creates a trial's folder with the files that every trial has, however early it ends."""
     make_folder(folder)
-    sweep(folder)
+    remove_temporary_files(folder)
     with contextlib.suppress(OSError):  # a transient fault: the tracker creates the file as well
         (folder / "metrics.jsonl").touch()  # `write_json` syncs the folder
     write_json(folder / "config.json", flatten(config))

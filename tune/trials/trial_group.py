@@ -17,7 +17,7 @@ import torch
 
 from ngpt.ensemble.train import Event, ensemble_incompatibility, graph_settings, train_together
 from ngpt.system.device import pick_device
-from ngpt.system.heartbeat import Heartbeat
+from ngpt.system.heartbeat import HeartbeatWriter
 from ngpt.system.memory import free_memory
 from ngpt.training.config import TrainConfig
 from ngpt.training.run import RunResult
@@ -92,7 +92,7 @@ def run_trials(specs: Sequence[TrialSpec]) -> Trials:
         free_memory(device)
     for spec in running.values():
         with contextlib.suppress(OSError):  # its folder may be the cause of the failure
-            Heartbeat(spec.folder).close()  # tells the watchdog which process the trial waits in
+            HeartbeatWriter(spec.folder).close()  # tells the watchdog which process the trial waits in
     for spec in running.values():
         yield from _run_alone(spec, group_size=len(specs))
 

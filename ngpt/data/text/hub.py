@@ -18,7 +18,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from ngpt.config.base import ConfigError, visible
+from ngpt.config.base import ConfigError, printable
 from ngpt.data.text.progress import Log, Meter
 from ngpt.system.cache import cache_folder
 
@@ -171,7 +171,7 @@ def _errors_of(what: str) -> Iterator[None]:
         raise ConfigError(f"cannot download {what}: run pip install 'ngpt-campaign[hf]', or {HINT}") from None
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ConfigError(f"cannot download {what}: {visible(reason, LONGEST_REASON)}; {HINT}") from error
+        raise ConfigError(f"cannot download {what}: {printable(reason, LONGEST_REASON)}; {HINT}") from error
 
 
 def _check_space(folder: Path, missing: Sequence[tuple[HubFile, Path]]) -> None:

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ngpt.config.base import ConfigError, unknown
+from ngpt.config.base import ConfigError, unknown_message
 from ngpt.data.text.documents import read_file
 from ngpt.data.tokens.gpt2_bpe import LARGEST_VOCABULARY, gpt2_identity, gpt2_vocab_size, load_gpt2
 from ngpt.data.tokens.shards import MAX_VOCAB
@@ -229,7 +229,7 @@ def parse_spec(spec: str) -> tuple[str, str]:
     if spec.endswith(".model"):
         return "model", spec
     options = ("sentencepiece:SIZE", "PATH.model", "gpt2", "gpt2:DIR")
-    raise ConfigError(unknown("tokenizer", spec, options))
+    raise ConfigError(unknown_message("tokenizer", spec, options))
 
 
 def tokenizer_vocab_size(spec: str) -> int:

@@ -15,16 +15,16 @@ from ngpt.config.base import (
     Problem,
     build,
     content_hash,
-    dotted,
+    dotted_name,
     flatten,
-    invalid,
+    invalid_setting,
     is_identity,
     one_of,
     override,
     resolve,
-    runtime,
+    runtime_setting,
     settings,
-    unknown,
+    unknown_message,
 )
 
 FLAVOURS = {"vanilla": 1, "chocolate": 2}
@@ -44,14 +44,14 @@ class Ice(Config):
     @model_validator(mode="after")
     def _fits(self) -> "Ice":
         if self.cone and self.scoops > 3:
-            raise invalid(f"{self.scoops} scoops do not fit a cone", "cone", "scoops")
+            raise invalid_setting(f"{self.scoops} scoops do not fit a cone", "cone", "scoops")
         return self
 
 
 class Van(Config):
     seats: int = 2
     plate: str | None = None
-    colour: str = runtime("white")
+    colour: str = runtime_setting("white")
     engine: Engine = Engine()
     ice: Ice = Ice()
 
@@ -88,7 +88,7 @@ van_settings = st.fixed_dictionaries(
 def problems(call: Callable[..., object], *arguments: Any) -> list[tuple[str, str]]:
     with pytest.raises(ConfigError) as caught:
         call(*arguments)
-    return [(dotted(problem.location), problem.message) for problem in caught.value.problems]
+    return [(dotted_name(problem.location), problem.message) for problem in caught.value.problems]
 
 
 def test_settings_are_listed_by_dotted_name_in_reading_order() -> None:
@@ -178,7 +178,7 @@ def test_a_bare_name_is_enough_where_only_one_setting_has_it() -> None:
 
 
 def test_a_choice_that_resembles_none_lists_all() -> None:
-    assert unknown("flavour", "q", FLAVOURS) == "unknown flavour 'q'; choose one of chocolate, vanilla"
+    assert unknown_message("flavour", "q", FLAVOURS) == "unknown flavour 'q'; choose one of chocolate, vanilla"
 
 
 def test_override_changes_what_it_names_and_nothing_else() -> None:
@@ -239,6 +239,6 @@ def test_only_runtime_settings_are_without_identity() -> None:
 
 
 def test_a_location_is_written_as_a_person_writes_it() -> None:
-    assert dotted(("phases", 0, "vary", "alpha", 12)) == "phases[0].vary.alpha[12]"
+    assert dotted_name(("phases", 0, "vary", "alpha", 12)) == "phases[0].vary.alpha[12]"
     assert str(Problem(("a", 1), "is wrong")) == "a[1]: is wrong"
     assert str(ConfigError([Problem((), "one"), Problem(("b",), "two")])) == "one\nb: two"

@@ -3,7 +3,7 @@
 import pytest
 
 from ngpt.config.base import ConfigError
-from ngpt.config.secrets import HIDDEN, is_secret_name, redacted, refuse_secrets, secrets_in
+from ngpt.config.secrets import HIDDEN, find_secrets, is_secret_name, redact, refuse_secrets
 
 ENVIRONMENT = {
     "WANDB_API_KEY": "0123456789abcdef" * 2,
@@ -53,9 +53,9 @@ def test_other_names_do_not(name: str) -> None:
     ],
 )
 def test_a_secret_is_found_by_its_shape_or_in_the_environment(text: str, what: str) -> None:
-    assert what in [found for _, found in secrets_in(text, ENVIRONMENT)]
-    hidden = redacted(text, ENVIRONMENT)
-    assert HIDDEN in hidden and not list(secrets_in(hidden, ENVIRONMENT))
+    assert what in [found for _, found in find_secrets(text, ENVIRONMENT)]
+    hidden = redact(text, ENVIRONMENT)
+    assert HIDDEN in hidden and not list(find_secrets(hidden, ENVIRONMENT))
 
 
 @pytest.mark.parametrize(
@@ -70,8 +70,8 @@ def test_a_secret_is_found_by_its_shape_or_in_the_environment(text: str, what: s
     ],
 )
 def test_what_campaigns_say_is_no_secret(text: str) -> None:
-    assert list(secrets_in(text, ENVIRONMENT)) == []
-    assert redacted(text, ENVIRONMENT) == text
+    assert list(find_secrets(text, ENVIRONMENT)) == []
+    assert redact(text, ENVIRONMENT) == text
 
 
 def test_a_file_with_a_secret_is_refused_by_its_place_and_not_by_its_content(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from ngpt.system.atomic_files import (
     commit_folder,
     make_folder,
     remove_folder,
-    sweep,
+    remove_temporary_files,
     write_atomic,
     write_json,
 )
@@ -127,7 +127,7 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_line_costs_that_line_only(
 def test_the_newest_line_can_be_taken_back(tmp_path: Path, lines: LineFile) -> None:
     for line in ("one", "zwöi", "three"):
         lines.append(line)
-    lines.take_back("three")
+    lines.remove_last("three")
     assert (tmp_path / "log").read_text(encoding="utf-8") == "one\nzwöi\n"
 
 
@@ -152,14 +152,14 @@ def test_a_crash_while_a_folder_is_removed_leaves_it_whole_or_under_another_name
         for name in ("rename", "fsync", "unlink", "rmdir"):
             patch.setattr(os, name, crashing(getattr(os, name)))
         with pytest.raises(OSError, match="Input/output"):
-            remove_folder(tmp_path / "step", doomed=".gone")
+            remove_folder(tmp_path / "step", aside_name=".gone")
     assert not (tmp_path / "step").exists() or sorted(os.listdir(tmp_path / "step")) == ["a", "b"]
 
 
 def test_a_folder_is_removed_with_all_that_is_in_it(tmp_path: Path) -> None:
     (tmp_path / "step" / "inner").mkdir(parents=True)
     (tmp_path / "step" / "inner" / "a").write_text("x")
-    remove_folder(tmp_path / "step", doomed=".gone")
+    remove_folder(tmp_path / "step", aside_name=".gone")
     assert os.listdir(tmp_path) == []
 
 
@@ -173,7 +173,7 @@ def test_what_a_killed_write_has_left_is_swept_and_nothing_else(
         with pytest.raises(SystemExit):
             write_atomic(tmp_path / "a.json", "new")
     assert len(os.listdir(tmp_path)) == 2
-    sweep(tmp_path)
+    remove_temporary_files(tmp_path)
     assert os.listdir(tmp_path) == ["a.json"] and (tmp_path / "a.json").read_text() == "old"
 
 

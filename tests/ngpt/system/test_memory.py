@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from ngpt.system.memory import (
+    configure_allocator,
     is_out_of_memory,
     peak_memory,
     reset_peak_memory,
-    retry_smaller,
-    settle_allocator,
+    retry_on_oom,
 )
 
 CPU = torch.device("cpu")
@@ -68,10 +68,10 @@ HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 def test_what_the_user_says_about_huge_pages_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")
-    settle_allocator()
+    configure_allocator()
     assert os.environ["THP_MEM_ALLOC_ENABLE"] == "0"
     monkeypatch.delenv("THP_MEM_ALLOC_ENABLE")
-    settle_allocator()
+    configure_allocator()
     assert os.environ["THP_MEM_ALLOC_ENABLE"] == "1"
 
 
@@ -79,13 +79,13 @@ def test_what_the_user_says_about_huge_pages_stays(monkeypatch: pytest.MonkeyPat
 # where huge pages are asked for, so its own threshold is anywhere from their size to 2 MiB more.
 HOLES = """
 import sys, torch
-from ngpt.system.memory import settle_allocator
+from ngpt.system.memory import configure_allocator
 
 def resident():
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmRSS")).split()[1])
 
 if sys.argv[1] == "settled":
-    settle_allocator()
+    configure_allocator()
 torch.ones(30_000_000, dtype=torch.uint8)
 large = torch.ones(20_000_000, dtype=torch.uint8)
 stay = [torch.ones(100_000, dtype=torch.uint8) for _ in range(100)]  # more than fit into holes below it
@@ -171,7 +171,7 @@ def test_an_attempt_is_made_smaller_until_it_fits() -> None:
         state["size"] = next(sizes)
         return True
 
-    assert retry_smaller(attempt, reduce_batch, CPU) == 2
+    assert retry_on_oom(attempt, reduce_batch, CPU) == 2
     assert tried == [8, 4, 2]
 
 
@@ -187,7 +187,7 @@ def test_what_the_failed_attempt_held_is_gone_before_the_next() -> None:
         if len(alive) < 4:
             raise torch.OutOfMemoryError
 
-    retry_smaller(attempt, lambda: True, CPU)
+    retry_on_oom(attempt, lambda: True, CPU)
     assert found == [0, 0, 0, 0]
 
 
@@ -197,5 +197,5 @@ def test_an_error_that_less_does_not_help_against_is_raised_as_it_was(error: Exc
         raise error
 
     with pytest.raises(type(error)) as caught:
-        retry_smaller(attempt, lambda: False, CPU)
+        retry_on_oom(attempt, lambda: False, CPU)
     assert caught.value is error

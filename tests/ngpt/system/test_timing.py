@@ -1,4 +1,4 @@
-"""Contestants take turns, and the arithmetic of rates and ratios is right for times that are known."""
+"""Contenders take turns, and rates and ratios are right for known times."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ CPU = torch.device("cpu")
 
 
 class Clock:
-    """A clock that only work moves."""
+    """A clock that advances only when a test says so."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
@@ -24,41 +24,41 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return Clock(monkeypatch)
 
 
-def test_contestants_take_turns_after_a_warmup_until_the_time_is_over(clock: Clock) -> None:
+def test_contenders_take_turns_after_a_warmup_until_the_time_is_up(clock: Clock) -> None:
     calls: list[str] = []
 
     def work(name: str, seconds: float) -> None:
         calls.append(name)
         clock.pass_time(seconds)
 
-    contestants = {"a": lambda: work("a", 1.0), "b": lambda: work("b", 3.0)}
-    times = timing.take_turns(timing.stopwatches(contestants, CPU), seconds=30.0, warmup=2)
+    contenders = {"a": lambda: work("a", 1.0), "b": lambda: work("b", 3.0)}
+    times = timing.take_turns(timing.timers(contenders, CPU), seconds=30.0, warmup=2)
     assert calls == ["a", "b"] * (len(calls) // 2)
     assert times == {"a": [1.0] * 6, "b": [3.0] * 6}  # the eighth round, of which two were warm-up, ends at 32 s
 
 
-@pytest.mark.parametrize(("seconds", "rounds"), [(0.0, timing.FEWEST), (1e9, timing.MOST)])
-def test_there_is_a_smallest_and_a_largest_number_of_rounds(seconds: float, rounds: int, clock: Clock) -> None:
-    times = timing.take_turns(timing.stopwatches({"a": lambda: clock.pass_time(1.0)}, CPU), seconds=seconds)
+@pytest.mark.parametrize(("seconds", "rounds"), [(0.0, timing.MIN_ROUNDS), (1e9, timing.MAX_ROUNDS)])
+def test_the_number_of_rounds_is_bounded(seconds: float, rounds: int, clock: Clock) -> None:
+    times = timing.take_turns(timing.timers({"a": lambda: clock.pass_time(1.0)}, CPU), seconds=seconds)
     assert len(times["a"]) == rounds
 
 
-def test_the_ratio_is_that_of_each_round_and_not_moved_by_a_slow_phase_of_the_machine() -> None:
+def test_the_ratio_is_taken_per_round_so_a_slow_phase_of_the_machine_does_not_change_it() -> None:
     ours, reference = [1.0, 10.0, 1.0, 10.0, 1.0], [2.0, 20.0, 2.0, 20.0, 7.0]
-    assert timing.ratio(ours, reference) == 2.0
-    assert timing.compared(ours, reference) == {"ms": 1000, "best_ms": 1000, "reference_ms": 7000, "ratio": 2.0}
+    assert timing.speed_ratio(ours, reference) == 2.0
+    assert timing.compare_times(ours, reference) == {"ms": 1000, "best_ms": 1000, "reference_ms": 7000, "ratio": 2.0}
 
 
-def test_the_matrix_product_rate_is_that_of_a_real_product(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_rate_of_matrix_products_counts_two_operations_per_element(monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = iter(range(100))
     monkeypatch.setattr(timing.time, "perf_counter", lambda: float(next(ticks)))  # every product takes a second
     assert timing.gemm_flops(CPU, torch.float32, size=64) == 2 * 64**3
 
 
-def test_the_copy_rate_counts_what_is_read_and_what_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_copy_bandwidth_counts_bytes_read_and_written(monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = iter(range(100))
     monkeypatch.setattr(timing.time, "perf_counter", lambda: float(next(ticks)))
-    assert timing.copy_rate(CPU, size=4096) == 2 * 4096
+    assert timing.copy_bandwidth(CPU, size=4096) == 2 * 4096
 
 
 def test_nested_figures_are_printed_with_dotted_names(capsys: pytest.CaptureFixture[str]) -> None:

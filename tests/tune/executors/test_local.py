@@ -130,7 +130,7 @@ def test_groups_give_the_same_verdicts_as_single_trials(
 def test_a_stopped_group_resumes_each_trial_where_it_was(
     tmp_path: Path, corpus: Path, after: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ngpt.system.heartbeat.LISTEN", 0.0)  # at every step
+    monkeypatch.setattr("ngpt.system.heartbeat.CHECK_EVERY", 0.0)  # at every step
     file = vectorised(write_file(tmp_path, corpus, phases=ONE_PHASE, steps=9, every=3), size=3)
     train_all(file, tmp_path / "undisturbed")
     root, heard = tmp_path / "out", 0

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from ngpt.config.base import ConfigError
-from ngpt.system.heartbeat import Heartbeat, stop_requested
+from ngpt.system.heartbeat import HeartbeatWriter, stop_requested
 from tests.helpers.real_run import Run, left_over, start
 from tests.helpers.tiny_campaign import begun, losses, pretend, records, session_on, train_all, write_file
 from tune.executors import ray_supervisor
@@ -211,7 +211,7 @@ def worker(session: Session, sleepers: Callable[[], subprocess.Popen[bytes]]) ->
         with mark_children(session.root):
             process = sleepers()
         spec.folder.mkdir(parents=True, exist_ok=True)
-        Heartbeat(spec.folder).close()
+        HeartbeatWriter(spec.folder).close()
         write_beat(spec.folder, process.pid, step=3)
         return process
 

@@ -13,7 +13,7 @@ import ray.tune
 import torch
 
 from ngpt.config.base import override
-from ngpt.system.heartbeat import Beat, clear, read_heartbeat, request_stop, stop_requested
+from ngpt.system.heartbeat import Heartbeat, clear_heartbeat, read_heartbeat, request_stop, stop_requested
 from ngpt.training.config import TrainConfig
 from tune.executors.ray_trainable import PAUSED, UPDATES, TrialWorker
 from tune.trials.trial import TrialResult, TrialSpec
@@ -94,13 +94,13 @@ def test_a_process_is_not_reused_after_a_failure_on_a_gpu(
 
 
 def test_the_heartbeat_names_the_process_before_the_first_step(worker: TrialWorker, spec: TrialSpec) -> None:
-    assert read_heartbeat(spec.folder) == Beat(os.getpid(), 0, 0)
+    assert read_heartbeat(spec.folder) == Heartbeat(os.getpid(), 0, 0)
 
 
 def test_a_stop_request_saves_the_trial_and_reports_a_pause(
     worker: TrialWorker, spec: TrialSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ngpt.system.heartbeat.LISTEN", 0.0)  # at every step
+    monkeypatch.setattr("ngpt.system.heartbeat.CHECK_EVERY", 0.0)  # at every step
     undisturbed = replace(spec, folder=tmp_path / "undisturbed")
     worker.step()
     worker.step()
@@ -108,7 +108,7 @@ def test_a_stop_request_saves_the_trial_and_reports_a_pause(
     assert paused(worker.step()) == {"t": 3}
     (saved,) = (spec.folder / "checkpoints").iterdir()
     assert saved.name == "step_0000003"
-    clear(spec.folder)
+    clear_heartbeat(spec.folder)
     assert worker.reset_config({"specs": [spec]})
     again = result(steps(worker)[-1])
     assert worker.reset_config({"specs": [undisturbed]})
@@ -130,7 +130,7 @@ def test_an_evaluation_that_coincides_with_a_stop_request_is_reported(
     assert paused(worker.step()) == {"t": 3}
     monkeypatch.undo()
     monkeypatch.setattr("ray._private.worker._changeproctitle", lambda *_: contextlib.nullcontext())
-    clear(spec.folder)
+    clear_heartbeat(spec.folder)
     assert worker.reset_config({"specs": [spec]})
     # The next attempt does not evaluate step 3 again: without this report, early stopping would miss it.
     assert [step for report in steps(worker) for step in evaluated(report)] == [6, 8]
@@ -167,7 +167,7 @@ def test_a_group_is_trained_to_its_end_and_its_worker_runs_the_next_trial(
 ) -> None:
     alone = result(steps(worker)[-1])
     assert worker.reset_config({"specs": group})
-    assert [read_heartbeat(spec.folder) for spec in group] == [Beat(os.getpid(), 0, 0)] * 3
+    assert [read_heartbeat(spec.folder) for spec in group] == [Heartbeat(os.getpid(), 0, 0)] * 3
     reports = steps(worker)
     ended = {name: value for report in reports for name, value in report[UPDATES].ended.items()}
     assert {name: value.status for name, value in ended.items()} == dict.fromkeys(["t1", "t2", "t3"], "finished")
@@ -191,7 +191,7 @@ def test_a_stop_request_ends_one_trial_of_a_group_and_the_others_continue(
 def test_a_group_whose_trials_all_have_stop_requests_saves_and_pauses(
     worker: TrialWorker, group: list[TrialSpec], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ngpt.system.heartbeat.LISTEN", 0.0)  # at every step
+    monkeypatch.setattr("ngpt.system.heartbeat.CHECK_EVERY", 0.0)  # at every step
     worker.reset_config({"specs": group})
     worker.step()
     worker.step()
@@ -200,7 +200,7 @@ def test_a_group_whose_trials_all_have_stop_requests_saves_and_pauses(
     assert paused(worker.step()) == {"t1": 3, "t2": 3, "t3": 3}
     assert [[path.name for path in (spec.folder / "checkpoints").iterdir()] for spec in group] == [["step_0000003"]] * 3
     for spec in group:
-        clear(spec.folder)
+        clear_heartbeat(spec.folder)
     worker.reset_config({"specs": group})
     assert [
         report[UPDATES].interim["t1"].metrics["steps"] for report in steps(worker) if "t1" in report[UPDATES].interim

@@ -2,12 +2,12 @@
 
 import pytest
 
-from ngpt.system.heartbeat import Beat
+from ngpt.system.heartbeat import Heartbeat
 from tune.executors.watchdog import MIN_TIMEOUT, TIMEOUT_STEPS, Watchdog
 
 
-def beat(step: int, pid: int = 1) -> Beat:
-    return Beat(pid, 0, step)
+def beat(step: int, pid: int = 1) -> Heartbeat:
+    return Heartbeat(pid, 0, step)
 
 
 def test_a_trial_that_makes_steps_never_hangs() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ngpt.config.base import ConfigError
-from ngpt.system.heartbeat import Heartbeat
+from ngpt.system.heartbeat import HeartbeatWriter
 from tests.helpers import ROOT
 from tests.helpers.tiny_campaign import begun, drive, next_trial, pretend, session_on, strict, write_file
 from tune.results.status import is_locked, read_snapshot
@@ -93,7 +93,7 @@ def test_between_two_rows_the_heartbeat_says_how_far_a_trial_is(root: Path, file
         spec = next_trial(session)
         assert spec
         advance(spec, 1)
-        with Heartbeat(spec.folder) as heartbeat:
+        with HeartbeatWriter(spec.folder) as heartbeat:
             heartbeat.beat(3)
             snapshot = session.snapshot()
         assert session.snapshot().running[0].step == 1

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ngpt.config.base import ConfigError
-from ngpt.system.heartbeat import Beat, Heartbeat, request_stop, stop_requested
+from ngpt.system.heartbeat import Heartbeat, HeartbeatWriter, request_stop, stop_requested
 from tests.helpers import ROOT
 from tests.helpers.tiny_campaign import begun, drive, losses, next_trial, pretend, records, session_on, write_file
 from tune.results.summary import read_state
@@ -234,7 +234,7 @@ def dying(root: Path, trial_id: str, *, step: int, began: int = 0) -> None:
     """Leaves the heartbeat of a worker that was killed at a step."""
     folder = root / "trials" / trial_id
     folder.mkdir(parents=True, exist_ok=True)
-    heartbeat = Heartbeat(folder, began=began)
+    heartbeat = HeartbeatWriter(folder, began=began)
     heartbeat.beat(step)
     heartbeat.close()
 
@@ -317,7 +317,7 @@ def test_heartbeat_and_stop_request_of_a_past_attempt_are_removed(root: Path, fi
         assert spec
         dying(root, spec.trial_id, step=2)
         request_stop(spec.folder)
-        assert session.heartbeats() == {spec.trial_id: (1, Beat(os.getpid(), 0, 2))}
+        assert session.heartbeats() == {spec.trial_id: (1, Heartbeat(os.getpid(), 0, 2))}
         session.worker_died(spec.trial_id, "killed")
         assert next_trial(session) == replace(spec, attempt=2)
         assert not stop_requested(spec.folder)
@@ -565,7 +565,7 @@ def test_a_worker_that_is_soon_free_gets_its_share(
             session.tell(spec.trial_id, pretend(spec))
         for spec in found[1]:
             spec.folder.mkdir(parents=True)
-            Heartbeat(spec.folder, began=step).close()  # of 6
+            HeartbeatWriter(spec.folder, began=step).close()  # of 6
         assert [len(group) for group in (*found, session.ask())] == sizes
 
 
