@@ -1,7 +1,7 @@
-"""Both families of models in NumPy and float64, one head at a time: what ours are compared with.
+"""Reference implementation of both model families in NumPy and float64, one head at a time.
 
 Written from the papers' formulas (nGPT arXiv 2410.01131, RoFormer 2104.09864, YaRN 2309.00071, grouped queries
-2305.13245) and from seed 000, each in a form that differs from ours where there is one.
+2305.13245) and source report 000, where possible in a different form than in ngpt/model.
 """
 
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""The opened box on the command line, and the document that uses it."""
+"""The inspect command, and docs/how-it-works.md, whose commands and scripts run here."""
 
 import json
 import math
@@ -30,7 +30,7 @@ def options(corpus: Path) -> list[str]:
     return [*TINY, f"data.corpus={corpus}", "data.tokenizer=sentencepiece:400"]
 
 
-def test_the_table_fits_a_terminal_and_says_what_the_model_costs(
+def test_the_table_fits_a_terminal_and_shows_the_cost_of_the_model(
     options: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["--backward", "--set", *options, "residual=add_normalize", "norm_mode=dotprod"]) == 0
@@ -50,7 +50,7 @@ def test_json_is_one_strict_object(options: list[str], capsys: pytest.CaptureFix
     assert found["forward"][0]["shape"] == [2, 16, 16] and found["backward"] == []
 
 
-def test_a_long_stage_name_does_not_make_the_table_ragged() -> None:
+def test_a_long_stage_name_keeps_the_columns_aligned() -> None:
     stage = Stage("11.attention.k rotated", (64, 1024, 50257), "float32", (1e-5, 1.23e-6, 0.123), "sqrt", 123.45)
     header, line = table([stage]).splitlines()
     assert header.index(" ms") + 3 == len(line) and len(line) < 90
@@ -115,7 +115,7 @@ def written(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     return tmp_path
 
 
-def test_the_document_answers_the_twelve_questions_and_what_it_shows_is_tested() -> None:
+def test_the_document_answers_twelve_questions_and_its_files_are_tested() -> None:
     text = DOCUMENT.read_text(encoding="utf-8")
     assert len(re.findall(r"^### .+\?$", text, flags=re.MULTILINE)) == 12
     assert files().keys() == {"questions.yaml", "sphere.yaml", "lab.py", "changes.py", "facts.py"}

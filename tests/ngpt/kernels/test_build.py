@@ -1,4 +1,4 @@
-"""C++ beside the Python: built once per machine, and missed by nobody where there is no compiler."""
+"""C++ kernels: built once per machine, with a fallback if there is no compiler."""
 
 import ctypes
 import logging
@@ -27,7 +27,7 @@ def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
     load_native.cache_clear()
 
 
-def exponentials(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def softmax(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Slope, peak and mass of bfloat16 logits (R, V)."""
     library, slope = load_native("softmax"), logits.clone()
     assert library is not None, "the tests need a C++ compiler, as torch.compile does"
@@ -38,9 +38,9 @@ def exponentials(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @given(st.lists(numbers, min_size=1, max_size=70))
-def test_the_exponentials_are_those_of_numpy(row: list[float]) -> None:
+def test_softmax_equals_numpy(row: list[float]) -> None:
     logits = torch.tensor([row, row[::-1]]).bfloat16()
-    slope, peak, mass = exponentials(logits)
+    slope, peak, mass = softmax(logits)
     exact = logits.double().numpy()
     top = exact.max(1, keepdims=True)
     expected = np.exp(exact - top)
@@ -50,23 +50,23 @@ def test_the_exponentials_are_those_of_numpy(row: list[float]) -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_what_is_not_a_number_does_not_get_lost(bad: float) -> None:
+def test_nan_and_infinity_propagate(bad: float) -> None:
     logits = torch.zeros(3, 40).bfloat16()
     logits[1, 17] = bad
-    _, _, mass = exponentials(logits)
+    _, _, mass = softmax(logits)
     assert mass.isfinite().tolist() == [True, False, True]
 
 
-def test_what_is_built_once_is_not_built_again(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_library_is_built_once(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_native("softmax") is not None
     assert [path.suffix for path in (empty_cache / "native").iterdir()] == [".so"]
     load_native.cache_clear()
-    monkeypatch.setattr(native, "_build", lambda *arguments: pytest.fail("it was built again"))
+    monkeypatch.setattr(native, "_build", lambda *arguments: pytest.fail("built again"))
     assert load_native("softmax") is not None
 
 
 @pytest.mark.usefixtures("empty_cache")
-def test_without_a_compiler_there_is_a_warning_and_no_library(
+def test_without_a_compiler_load_native_warns_and_returns_none(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
@@ -75,7 +75,7 @@ def test_without_a_compiler_there_is_a_warning_and_no_library(
     assert "softmax.cpp was not built" in caplog.text and "no-such-compiler" in caplog.text
 
 
-def test_a_source_that_does_not_compile_leaves_nothing_behind(
+def test_a_failed_build_leaves_no_files(
     empty_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "wrong.cpp").write_text("int broken(")

@@ -1,4 +1,4 @@
-"""One code object per key, and compiled code that outlives its process: see ngpt/kernels/compile.py."""
+"""`compile_for` compiles once per key, and compiled code is reused by later processes."""
 
 import json
 import os
@@ -24,8 +24,8 @@ def power(x: Tensor, exponent: int, *, negative: bool = False) -> Tensor:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("default")  # torch's compiler has some of its own
-def test_a_process_may_compile_more_graphs_of_a_function_than_torch_keeps_for_one() -> None:
+@pytest.mark.filterwarnings("default")  # torch's compiler emits warnings of its own
+def test_a_process_can_compile_more_graphs_of_a_function_than_torch_allows() -> None:
     x = torch.arange(4.0)
     for exponent in range(12):
         value = compile_for(("power", exponent), power)(x, exponent, negative=True)
@@ -35,7 +35,7 @@ def test_a_process_may_compile_more_graphs_of_a_function_than_torch_keeps_for_on
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 def test_the_second_model_of_a_kind_compiles_nothing() -> None:
-    """Neither another seed nor a hyper-parameter that a campaign sweeps makes it another kind."""
+    """Neither the seed nor a swept hyper-parameter changes the graph."""
     idx = torch.randint(0, 64, (4, 17), generator=torch.Generator().manual_seed(1))
     changes: list[dict[str, Any]] = [{}, {}, {"alpha": 0.3}, {"alpha": (0.1, 0.3)}, {"logit_scale": 10.0}]
     changes += [{"rope_base": 500.0}, {"alpha": 0.1, "alpha_final": 0.3}]
@@ -56,7 +56,7 @@ def test_a_key_is_compiled_once() -> None:
     assert compile_for("a", power) is not compile_for("b", power)
 
 
-def test_compiled_code_lies_beside_the_corpora_unless_the_user_has_named_a_place(
+def test_compiled_code_is_kept_in_the_cache_folder_unless_the_user_names_another(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("NGPT_CACHE", str(tmp_path))
@@ -67,9 +67,7 @@ def test_compiled_code_lies_beside_the_corpora_unless_the_user_has_named_a_place
     assert use_disk_cache() == tmp_path / "own"
 
 
-def test_the_default_that_torch_itself_has_named_is_not_taken_for_a_wish(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_torchs_own_default_does_not_count_as_set_by_the_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
     monkeypatch.setenv("NGPT_CACHE", str(tmp_path))
@@ -102,7 +100,7 @@ print(json.dumps({
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="compiling for a CPU needs a C++ compiler")
 def test_a_second_process_compiles_nothing_new(corpus: Path, tmp_path: Path) -> None:
-    """Another seed and another alpha, as in a campaign that is run again, or in the next worker of this one."""
+    """With another seed and alpha, as in the next worker or a repeated campaign."""
     kept = os.environ | {"NGPT_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
     kept.pop(CACHE_VARIABLE, None)
 
@@ -117,6 +115,6 @@ def test_a_second_process_compiles_nothing_new(corpus: Path, tmp_path: Path) -> 
     assert any((tmp_path / "cache" / "compiled").rglob("*.so"))
     second = trial("second", 0.3, 2, kept)
     assert second["made"] == 0 and second["found"] >= first["made"]
-    # What was compiled before computes what a fresh compilation does.
+    # Cached code gives the same losses as fresh code.
     alone = trial("alone", 0.3, 2, kept | {CACHE_VARIABLE: str(tmp_path / "another")})
     assert alone["made"] > 0 and alone["losses"] == second["losses"]

@@ -1,4 +1,4 @@
-"""The loss of the head in C++ against float64, on processors that it is for."""
+"""The C++ cross-entropy against float64; skipped on processors that it does not support."""
 
 import math
 from collections.abc import Callable
@@ -22,7 +22,7 @@ Walked = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
 @pytest.fixture(scope="module", autouse=True)
 def built() -> None:
     if not hasattr(load_native("cpu_cross_entropy"), "cpu_cross_entropy"):
-        pytest.skip("this processor has no vector products of bfloat16")
+        pytest.skip("this processor has no AVX512_BF16, or has AMX")
 
 
 def inputs(
@@ -108,7 +108,7 @@ def scales(scaled: str, vocabulary: int) -> int:
     scaled=st.sampled_from(SCALES),
     seed=st.integers(0, 10),
 )
-def test_all_digits_are_right_but_those_that_bfloat16_rounds_away(
+def test_errors_are_within_the_rounding_of_bfloat16(
     n: int, vocabulary: int, width: int, rows: int, scaled: str, seed: int
 ) -> None:
     given = inputs(n, vocabulary=vocabulary, width=width, scales=scales(scaled, vocabulary), seed=seed)
@@ -135,14 +135,14 @@ def test_loss_and_gradients_are_those_of_the_full_logits(
         assert (gradient - reference).norm() <= 2**-8 * length
 
 
-def test_the_loss_alone_is_the_same_number() -> None:
+def test_the_loss_without_gradients_is_the_same() -> None:
     x, weight, scale, targets = inputs(50, scales=VOCABULARY)
     alone = cpu_cross_entropy(x, weight, scale, targets, rows=16, gradients=False)
     assert alone is not None and alone[1:] == (None, None, None)
     assert alone[0] == walked(x, weight, scale, targets)[0]
 
 
-def test_a_sure_model_keeps_the_digits_of_its_loss() -> None:
+def test_a_confident_model_keeps_the_digits_of_its_loss() -> None:
     targets = torch.arange(32)[:, None]
     x, weight = torch.eye(32).bfloat16() * 4, torch.eye(32) * 4  # 16 at the target, 0 elsewhere
     value, grad_x, _ = walked(x, weight, None, targets)  # there is no scale, and none of its gradient
@@ -152,7 +152,7 @@ def test_a_sure_model_keeps_the_digits_of_its_loss() -> None:
     assert far(grad_x, gradient) < 2**-8
 
 
-def test_no_bit_depends_on_the_number_of_threads(set_threads: Callable[[int], None]) -> None:
+def test_results_do_not_depend_on_the_number_of_threads(set_threads: Callable[[int], None]) -> None:
     given = inputs(100, scales=1)
     results = []
     for count in (1, 2, 3):
@@ -163,7 +163,7 @@ def test_no_bit_depends_on_the_number_of_threads(set_threads: Callable[[int], No
 
 
 @pytest.mark.parametrize("above", [60.0, 70.0, 200.0])
-def test_logits_far_above_the_target_are_right_or_left_to_the_other_way(above: float) -> None:
+def test_logits_far_above_the_target_are_right_or_use_the_fallback(above: float) -> None:
     x, weight, _, targets = inputs(20)
     x[7], x[:, 0], weight[3] = 0, 0, 0
     x[7, 0], weight[3, 0], weight[5, 0], targets[7] = 1, above, 0, 5
@@ -180,7 +180,7 @@ def test_logits_far_above_the_target_are_right_or_left_to_the_other_way(above: f
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("where", ["x", "weight", "scale"])
-def test_what_is_not_finite_is_left_to_the_other_way(bad: float, where: str) -> None:
+def test_values_that_are_not_finite_use_the_fallback(bad: float, where: str) -> None:
     x, weight, scale, targets = inputs(20, scales=VOCABULARY)
     assert scale is not None
     {"x": x, "weight": weight, "scale": scale}[where].view(-1)[11] = bad
@@ -199,7 +199,7 @@ def test_a_target_outside_the_vocabulary_is_an_error(bad: int) -> None:
         linear_cross_entropy(x, weight, targets[:, 0], compiled=True)
 
 
-def test_other_widths_and_types_are_left_to_the_other_way() -> None:
+def test_other_widths_and_dtypes_use_the_fallback() -> None:
     x, weight, _, targets = inputs(20, width=48)
     assert cpu_cross_entropy(x, weight, None, targets, rows=8, gradients=True) is None
     x, weight, _, targets = inputs(20)
@@ -209,7 +209,7 @@ def test_other_widths_and_types_are_left_to_the_other_way() -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # torch, when it loads inductor
 @pytest.mark.parametrize("share", [1.0, 0.25])
-def test_the_compiled_loss_takes_it_and_gives_the_gradients_of_weight_and_scale(
+def test_the_compiled_loss_uses_the_kernel_with_gradients_of_weight_and_scale(
     share: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x, weight, scale, targets = inputs(40, scales=VOCABULARY)
@@ -235,7 +235,7 @@ def test_the_compiled_loss_takes_it_and_gives_the_gradients_of_weight_and_scale(
         assert far(leaf.grad, reference.grad) < 2**-6
 
 
-def test_without_the_library_the_other_way_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_library_the_fallback_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight, _, targets = inputs(40)
     monkeypatch.setattr("ngpt.kernels.cpu_cross_entropy.load_native", lambda name: None)
     assert cpu_cross_entropy(x, weight, None, targets, rows=8, gradients=True) is None

@@ -20,7 +20,7 @@ NANOCHAT = GOLDEN / "nanochat_gpt.npz"
 
 
 def test_a_count_by_hand() -> None:
-    # nGPT, 30.5M of the seed documents: 6 layers of 256, 12 d^2 a layer with a plain MLP, untied head.
+    # nGPT, 30.5M of the source reports: 6 layers of 256, 12 d^2 a layer with a plain MLP, untied head.
     cfg = build(ModelConfig, {"n_layer": 6, "n_head": 4, "n_embd": 256, "vocab_size": 50257, "mlp": "relu2"})
     assert matrix_params(cfg) == 6 * 12 * 256 * 256 + 50257 * 256 == 17_584_384
     assert flops_per_token(cfg) == 6 * 17_584_384 + 12 * 6 * 256 * 128
