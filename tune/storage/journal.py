@@ -63,7 +63,7 @@ class Journal:
                 self._file.sync()
             except OSError:
                 with suppress(OSError):  # else the next start finds an event that is true but had no consequences
-                    self._file.take_back(line)
+                    self._file.remove_last(line)
                 raise
             if not self._path.exists():  # otherwise all further events would be lost without an error
                 raise FileNotFoundError(errno.ENOENT, "it was removed or moved while the campaign ran")
