@@ -346,7 +346,7 @@ WRONG: dict[str, tuple[str, list[str]]] = {
         "  - name: b\n    inherit: a\n    vary: {n_embd: [32, «20]}\n",
         [
             "phases[1].vary.n_embd[1]: n_embd 20 / n_head 4 gives heads of odd width 5; rotary embedding needs an even "
-            "one (after model.n_head=4 has won)"
+            "width (after model.n_head=4 has won)"
         ],
     ),
     "impossible model only if two earlier phases end so": (
@@ -354,7 +354,7 @@ WRONG: dict[str, tuple[str, list[str]]] = {
         "  - name: c\n    inherit: a\n    runs: [{arm: x, inherit: b}]\n",
         [
             "phases[1].vary.n_embd[1]: n_embd 20 / n_head 4 gives heads of odd width 5; rotary embedding needs an even "
-            "one (after model.n_head=4, model.n_embd=20 has won)"
+            "width (after model.n_head=4, model.n_embd=20 has won)"
         ],
     ),
     "micro-batches that do not fit": (
