@@ -1,7 +1,6 @@
-"""Settings as types: frozen, strict, addressed by dotted names; a typo is an error that names the nearest one.
+"""What all configs share: the base class, errors with suggestions, overrides by dotted name, the content hash.
 
-Each file of this library owns the config of what it implements (`ModelConfig` in model.py, ...); this one owns what
-they share: the base class, errors, dotted overrides and the content hash.
+Configs are frozen and strict. Each module defines the config of what it implements.
 """
 
 import difflib
@@ -22,7 +21,7 @@ LONGEST_MESSAGE = 2000  # characters; the list of all settings is one of 1500
 
 
 class Problem(NamedTuple):
-    """One thing that is wrong with a config: where it stands and what to do about it."""
+    """One mistake in a config: its location, and a message with what to do about it."""
 
     location: Location
     message: str
@@ -31,7 +30,7 @@ class Problem(NamedTuple):
         return f"{dotted_name(self.location)}: {self.message}" if self.location else self.message
 
     def line(self) -> str:
-        """The same as a single line of bounded length, whatever somebody has written into a file."""
+        """The problem as a single line of bounded length, whatever the file contains."""
         return str(self._replace(message=printable(self.message, LONGEST_MESSAGE)))
 
 
@@ -42,14 +41,14 @@ class UserError(Exception):
 
 
 class ConfigError(UserError, ValueError):
-    """Everything that is wrong with a config, all at once. `problems` holds one entry per mistake."""
+    """All mistakes of a config at once, one entry of `problems` each."""
 
     def __init__(self, problems: Iterable[Problem] | str) -> None:
         self.problems = [Problem((), problems)] if isinstance(problems, str) else list(problems)
         super().__init__("\n".join(map(str, self.problems)))
 
 
-# For the type checker: what pydantic freezes is frozen. A config that serves as a key says `frozen=True` once more.
+# Tells the type checker that configs are frozen. A config used as a dict key repeats `frozen=True`.
 @dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(pydantic.Field,))
 class Config(pydantic.BaseModel):
     """Base of every config: immutable, no unknown settings, no silent conversion (`"3"` is not a number), no NaN."""
@@ -61,7 +60,7 @@ ConfigT = TypeVar("ConfigT", bound=Config)
 
 
 def runtime_setting(default: Any, **constraints: Any) -> Any:
-    """A field that says where or how visibly to run, not what to compute: it is left out of `content_hash`."""
+    """A field about where or how verbosely to run. It does not change results, so `content_hash` leaves it out."""
     return pydantic.Field(default, json_schema_extra={"identity": False}, **constraints)
 
 
@@ -94,19 +93,19 @@ def one_of(table: Collection[str], what: str, *, aliases: Mapping[str, str] | No
 
 
 def invalid_setting(message: str, *fields: str) -> PydanticCustomError:
-    """An error for a `model_validator`: `fields` are the settings to blame, the first one that was given is shown."""
+    """An error for a `model_validator`. It is located at the first of `fields` that was set explicitly."""
     return PydanticCustomError("invalid", "{text}", {"text": message, "fields": fields})
 
 
 def unknown_message(what: str, name: object, options: Collection[str]) -> str:
-    """`unknown corpus 'shakespear', did you mean 'shakespeare'?`, with the full list where nothing is near."""
+    """`unknown corpus 'shakespear', did you mean 'shakespeare'?`, or the full list if nothing is similar."""
     near = difflib.get_close_matches(str(name)[:LONGEST_NAME], list(options), n=1, cutoff=0.6)
     hint = f", did you mean '{near[0]}'?" if near else f"; choose one of {', '.join(sorted(options))}"
     return f"unknown {what} {printable(repr(str(name)))}{hint}" if what != "setting" else f"unknown setting{hint}"
 
 
 def dotted_name(location: Location) -> str:
-    """`("phases", 0, "vary", "alpha")` as a person writes it: `phases[0].vary.alpha`."""
+    """`("phases", 0, "vary", "alpha")` as `phases[0].vary.alpha`."""
     text = ""
     for part in location:
         text += f"[{part}]" if isinstance(part, int) else f".{printable(part)}" if text else printable(part)
@@ -114,7 +113,7 @@ def dotted_name(location: Location) -> str:
 
 
 def printable(text: str, longest: int = LONGEST_NAME) -> str:
-    """Text from outside for a message: on one line, what does not print is escaped, the middle of a long one is cut."""
+    """User input as one printable line: other characters are escaped, the middle of a long text is cut."""
     if len(text) > longest:
         text = f"{text[: longest // 2]}…{text[-(longest // 2) :]}"
     return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
@@ -133,10 +132,10 @@ def settings(cls: type[Config]) -> dict[str, pydantic.fields.FieldInfo]:
 
 
 def resolve(cls: type[Config], name: str) -> str:
-    """The dotted name of a setting given as such, or as a bare leaf name that only one setting has.
+    """The dotted name of a setting, given as such or as a unique last part.
 
     Raises:
-        ConfigError: there is no such setting, or several end in this name.
+        ConfigError: no setting has this name, or several end in it.
     """
     known = settings(cls)
     if name in known:
@@ -157,10 +156,10 @@ def section_type(cls: type[Config], name: str) -> type[Config]:
 
 
 def build(cls: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
-    """A config from dotted settings (full names); what is not given keeps its default.
+    """A config from settings by full dotted name; the others keep their defaults.
 
     Raises:
-        ConfigError: with one problem per bad value, located at its dotted name.
+        ConfigError: one problem per invalid value, located at its dotted name.
     """
     tree: dict[str, Any] = {}
     for name, value in values.items():
@@ -176,10 +175,10 @@ def build(cls: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
 
 
 def override(config: ConfigT, changes: Mapping[str, Any]) -> ConfigT:
-    """`config` with some settings changed; names are dotted or bare leaves.
+    """`config` with some settings changed, given by dotted name or unique last part.
 
     Raises:
-        ConfigError: unknown names and values of the wrong type, all of them.
+        ConfigError: all unknown names, or all invalid values.
     """
     problems, full = [], {}
     for name, value in changes.items():
@@ -212,33 +211,33 @@ def _stored_as(cls: type[Config]) -> dict[str, Mapping[str, Any]]:
 
 
 def is_identity(cls: type[Config], name: str) -> bool:
-    """Whether the dotted setting decides what is computed, and not only where, or how much of it is shown."""
+    """Whether a setting changes what is computed, not only where or how verbosely."""
     extra = settings(cls)[name].json_schema_extra
     return not isinstance(extra, dict) or bool(extra.get("identity", True))
 
 
 def identity_settings(config: Config) -> dict[str, Any]:
-    """What decides what a config computes, by dotted name; settings that were `added` only where they change it."""
+    """The settings that decide what a config computes, by dotted name; an `added_setting` only where it matters."""
     left_out_at = _identity(type(config))
     return {name: v for name, v in flatten(config).items() if name in left_out_at and v not in left_out_at[name]}
 
 
 @cache
 def _identity(cls: type[Config]) -> dict[str, Sequence[Any]]:
-    """The settings that decide what is computed, each with the values at which it counts as not there."""
+    """The settings that decide what is computed, each with the values at which it is left out."""
     marks: dict[str, Any] = {name: info.json_schema_extra or {} for name, info in settings(cls).items()}
     return {name: mark.get("left_out_at", ()) for name, mark in marks.items() if is_identity(cls, name)}
 
 
 def content_hash(config: Config, *, leave_out: Collection[str] = (), extra: Mapping[str, Any] | None = None) -> str:
-    """Ten hex digits that depend on what a config computes, not on where it runs nor on how it was written."""
+    """Ten hex digits that depend only on what a config computes."""
     kept = {name: value for name, value in identity_settings(config).items() if name not in leave_out}
     text = json.dumps(kept | dict(extra or {}), sort_keys=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
 def _explain(cls: type[Config], error: Any, given: Mapping[str, Any]) -> Problem:
-    """One pydantic error as a sentence of ours."""
+    """Rewords one pydantic error."""
     location: Location = tuple(part for part in error["loc"] if not _is_internal(part))
     context = error.get("ctx", {})
     if error["type"] == "extra_forbidden":
@@ -255,7 +254,7 @@ def _explain(cls: type[Config], error: Any, given: Mapping[str, Any]) -> Problem
 
 
 def _unknown_setting(cls: type[Config], name: str) -> str:
-    """Dotted names are compared with dotted ones, bare names with bare ones; a list of all is always dotted."""
+    """Compares dotted names with dotted names and last parts with last parts; the full list is always dotted."""
     known = settings(cls)
     alike = known if "." in name else {full.rpartition(".")[2] for full in known}
     near = difflib.get_close_matches(name[:LONGEST_NAME], list(alike), n=1)
@@ -266,5 +265,5 @@ def _unknown_setting(cls: type[Config], name: str) -> str:
 
 
 def _is_internal(part: str | int) -> bool:
-    """Pydantic adds the tag of a union's branch (`constrained-float`) to the location; nobody wrote that."""
+    """Whether pydantic added this part, the tag of a union's branch such as `constrained-float`."""
     return isinstance(part, str) and not part.replace("_", "").isalnum()

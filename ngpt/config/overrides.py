@@ -1,8 +1,8 @@
-"""Settings as people write them: sections, dotted names, bare last words, and sections kept in files of their own.
+"""Reads settings as people write them: sections, dotted names, unique last parts, and sections in separate files.
 
 base:
   model: models/30.5M.yaml     # a section as a file of its settings
-  alpha: 0.2                   # beats what the file says
+  alpha: 0.2                   # overrides the file
   optim: {name: muon}
 """
 
@@ -16,8 +16,8 @@ from typing import Any
 from ngpt.config.base import Config, ConfigError, Location, Problem, resolve, section_type, settings, unknown_message
 from ngpt.config.yaml_reader import Document, YamlError, read_yaml
 
-MOST_PROBLEMS = 100  # that are collected; who has as many wants to mend those first
-SUFFIXES = (".yaml", ".yml")  # of a section's file: no other file is ever opened, and so never shown in a message
+MOST_PROBLEMS = 100  # reported at once
+SUFFIXES = (".yaml", ".yml")  # of a section's file; no other file is opened, so none can leak into a message
 
 Found = dict[str, tuple[Any, Location]]  # value and place of each setting by full dotted name
 
@@ -25,12 +25,13 @@ Found = dict[str, tuple[Any, Location]]  # value and place of each setting by fu
 def named_settings(
     cls: type[Config], data: Any, at: Location = (), *, folder: Path = Path()
 ) -> tuple[Found, list[Problem]]:
-    """The settings in a mapping as people write it: sections (`optim: {lr: 1}`), dotted names or bare leaves.
+    """The settings in a mapping of sections (`optim: {lr: 1}`), dotted names and unique last parts.
 
-    A section may also be the path of a YAML file with its settings, relative to `folder`, that of the file that names
-    it; what is written beside it beats the file. Returns the value and location of each setting, and a problem for each
-    key that names no setting, is given twice, or is a section without a mapping; after `MOST_PROBLEMS` the rest is not
-    looked at. Values are not checked.
+    A section may also be the path of a YAML file, relative to `folder`; settings written beside it override the file.
+
+    Returns:
+        The value and location of each setting, and a problem for each key that is unknown, given twice, or a section
+        without a mapping, up to `MOST_PROBLEMS`. Values are not checked.
     """
     from_files: Found = {}
     found: Found = {}
@@ -70,7 +71,7 @@ def named_settings(
 
 
 def _section_file(cls: type[Config], path: Path, at: Location) -> tuple[Found, list[Problem]]:
-    """The settings in a file, all located where the file is named; its own mistakes with their place in it."""
+    """The settings in a file, located where the file is named. Problems carry their place in the file."""
     try:
         document = _document(path, _state(path))
     except YamlError as error:
@@ -91,5 +92,5 @@ def _state(path: Path) -> tuple[int, ...]:
 
 @lru_cache(maxsize=64)
 def _document(path: Path, state: tuple[int, ...]) -> Document:
-    """A thousand arms may name the same file: as long as its `state` stays, it is read once."""
+    """Reads a file once while its `state` does not change, since many arms may name it."""
     return read_yaml(path)

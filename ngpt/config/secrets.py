@@ -1,7 +1,7 @@
-"""Keys and passwords: they belong into the environment, and are neither read from a file nor written into one.
+"""Keeps keys and passwords out of results, logs and trackers, which copy the campaign file and error messages.
 
-A campaign file, its options and the texts of its errors are copied into the results, into logs and trackers. So a file
-with a secret in it is refused, by its place and never by its content, and errors lose what the environment holds.
+Secrets belong in the environment. A file with a secret is refused with its position, never its content, and error
+messages are redacted.
 """
 
 import os
@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from ngpt.config.base import ConfigError
 
 HIDDEN = "***"
-SHORTEST = 12  # characters; less is not searched for: a password `disabled` would be found everywhere
+SHORTEST = 12  # characters; shorter values, such as `disabled`, would match everywhere
 ADVICE = "secrets do not belong into a file that is copied into the results; set them in the environment"
 
 # Names of variables and settings whose values are secrets.
@@ -19,7 +19,7 @@ _NAME = re.compile(
     r"(?i)(api|access|secret|private|auth|account|encryption)[_-]?key|token|secret|passw(or)?d|credential"
 )
 _NOT = re.compile(r"(?i)(_path|_file|_dir|_url|tokenizer|tokens?_per|_tokens)$|^tokenizers_|tokens?_per_")
-# What secrets look like, in the words of those who give them out, and by what stands before them.
+# Formats that providers document, and generic `name: value` pairs.
 _SHAPES = {
     "an AWS access key": r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b",
     "a Hugging Face token": r"\bhf_[A-Za-z0-9]{20,}\b",
@@ -40,7 +40,7 @@ def is_secret_name(name: str) -> bool:
 
 
 def find_secrets(text: str, environ: Mapping[str, str] = os.environ) -> Iterator[tuple[int, str]]:
-    """Where in `text` a secret begins, and what it is: the value of a variable, or something of a known shape."""
+    """The positions of secrets in `text`, each with what it is: the value of a variable, or a known format."""
     for name, value in _values(environ).items():
         start = text.find(value)
         if start >= 0:
@@ -51,10 +51,10 @@ def find_secrets(text: str, environ: Mapping[str, str] = os.environ) -> Iterator
 
 
 def refuse_secrets(text: str, source: str) -> None:
-    """Checks a text that will be copied into the results; `source` says where it comes from, for people.
+    """Refuses a text with secrets that would be copied into the results. `source` is its name in messages.
 
     Raises:
-        ConfigError: there is a secret in it; its place is named and its content is not.
+        ConfigError: names the position of each secret, not its content.
     """
     problems = []
     for start, what in find_secrets(text):
@@ -65,7 +65,7 @@ def refuse_secrets(text: str, source: str) -> None:
 
 
 def redact(text: str, environ: Mapping[str, str] = os.environ) -> str:
-    """`text` without the secrets of the environment, and without anything that looks like one."""
+    """`text` without the secrets of the environment and everything in the format of a secret."""
     for value in sorted(_values(environ).values(), key=len, reverse=True):
         text = text.replace(value, HIDDEN)
     for shape in _KNOWN.values():
@@ -74,5 +74,5 @@ def redact(text: str, environ: Mapping[str, str] = os.environ) -> str:
 
 
 def _values(environ: Mapping[str, str]) -> dict[str, str]:
-    """The secrets of the environment by the names of their variables."""
+    """The secrets of the environment, by variable."""
     return {name: value for name, value in environ.items() if is_secret_name(name) and len(value) >= SHORTEST}

@@ -1,6 +1,6 @@
-"""YAML 1.2 as plain data that remembers where it stood, so that a mistake is answered with line and column.
+"""Reads YAML 1.2 as plain data and keeps the line and column of every value for error messages.
 
-YAML 1.2 is what people mean: `1e-3` is a number, `on` is a word. Duplicate keys, tags and endless nesting are errors.
+In YAML 1.2 `1e-3` is a number and `on` is a string. Duplicate keys, tags and deep nesting are errors.
 """
 
 import math
@@ -20,13 +20,13 @@ from ngpt.config.base import ConfigError, Location, Problem, printable
 
 LARGEST_FILE = 1 << 17  # bytes
 DEEPEST_NESTING = 50
-MOST_NODES = 20_000  # also after expanding aliases; to read as many takes half a second
-LARGEST_INTEGER = 2**63 - 1  # Python would take any, and then fail to write it or to divide by it
+MOST_NODES = 20_000  # after expanding aliases; takes half a second to read
+LARGEST_INTEGER = 2**63 - 1  # larger ones fail later, when written or divided
 CONSTANTS = {"null": {"": None, "~": None, "null": None}, "bool": {"true": True, "false": False}}
 TOO_DEEP = f"nested too deeply, at most {DEEPEST_NESTING} levels are read"
 TOO_MANY = f"more than {MOST_NODES} values"
 FLOATS = {".inf": math.inf, "+.inf": math.inf, "-.inf": -math.inf, ".nan": math.nan}
-# What can only come from escapes, and the marks that make a text look like another one by reordering it.
+# Control characters, surrogates, and marks that reorder text so that it looks like another.
 UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 Position = tuple[int, int]  # line and column, counted from 1
@@ -34,33 +34,33 @@ Position = tuple[int, int]  # line and column, counted from 1
 
 @dataclass(frozen=True)
 class Document:
-    """A YAML file: its data, and the position of every node by its location in the data."""
+    """The data of a YAML file and the position of every node."""
 
     path: Path
     data: Any
     positions: dict[Location, Position]
 
     def describe(self, problem: Problem) -> str:
-        """`file.yaml:12:5: phases[0].vary.alhpa: unknown setting, ...`, at the nearest enclosing node if need be."""
+        """`file.yaml:12:5: phases[0].vary.alhpa: unknown setting, ...`"""
         line, column = self.position(problem.location)
         return f"{self.path}:{line}:{column}: {problem.line()}"
 
     def position(self, location: Location) -> Position:
-        """Line and column of a node, or of the nearest one that encloses it."""
+        """Line and column of a node, or of the nearest node that encloses it."""
         while location and location not in self.positions:
             location = location[:-1]
         return self.positions.get(location, (1, 1))
 
 
 class YamlError(ConfigError):
-    """A file that is not YAML, or not such that we read it; the message has path, line and column."""
+    """A file that is not YAML or uses an unsupported feature; the message has path, line and column."""
 
 
 def read_yaml(path: Path) -> Document:
     """Reads one YAML document.
 
     Raises:
-        YamlError: it is missing, no regular file, too large, not UTF-8, not YAML, or has duplicate keys or tags.
+        YamlError: missing, not a regular file, too large, not UTF-8, not YAML, or with duplicate keys or tags.
     """
     try:
         raw = _content(path)
@@ -75,7 +75,7 @@ def read_yaml(path: Path) -> Document:
 
 
 def parse_yaml(text: str, path: Path) -> Document:
-    """The document in `text`; `path` is for messages. Raises YamlError as `read_yaml` does."""
+    """The document in `text`; `path` is for messages. Raises YamlError like `read_yaml`."""
     node = _compose(text, path)
     reader = _Reader(path)
     data = None if node is None else reader.plain(node, (), 0)
@@ -83,7 +83,7 @@ def parse_yaml(text: str, path: Path) -> Document:
 
 
 def parse_value(text: str) -> Any:
-    """A single value as it would be read in a YAML file, for the command line: `1e-3`, `true`, `[1, 2]`."""
+    """A value from the command line, read as in a YAML file: `1e-3`, `true`, `[1, 2]`."""
     return parse_yaml(text, Path("--set")).data
 
 
@@ -91,7 +91,7 @@ def parse_assignment(text: str) -> tuple[str, Any]:
     """`optim.lr=1e-3` as a name and a value.
 
     Raises:
-        ConfigError: there is no `=`, no name, or the value is not YAML.
+        ConfigError: the `=` or the name is missing, or the value is not YAML.
     """
     name, equals, value = text.partition("=")
     if not (name.strip() and equals):
@@ -100,7 +100,7 @@ def parse_assignment(text: str) -> tuple[str, Any]:
 
 
 def _content(path: Path) -> bytes:
-    """What a file holds; a pipe or a device, which may never end, is not waited for."""
+    """The content of a regular file. Does not block on a pipe or a device."""
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise YamlError(f"{path}: not a regular file")
@@ -111,12 +111,12 @@ def _content(path: Path) -> bytes:
 
 
 class _BoundedComposer(Composer):
-    """Refuses what is too deep or too much where it begins, before the rest has been looked at."""
+    """Refuses deep or large documents as soon as they exceed the limit."""
 
     nodes = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        """The next node and all in it; ruamel.yaml calls it for each, so this is where they can be counted.
+        """Composes and counts the next node.
 
         Raises:
             ComposerError: nested deeper than DEEPEST_NESTING, or more than MOST_NODES in the document.
@@ -131,7 +131,7 @@ class _BoundedComposer(Composer):
 
 
 def _compose(text: str, path: Path) -> Node | None:
-    """The document as nodes; every way in which ruamel.yaml refuses a text becomes a YamlError."""
+    """The document as nodes. Turns every error of ruamel.yaml into a YamlError."""
     yaml = YAML(typ="safe", pure=True)
     yaml.Composer = _BoundedComposer
     yaml.composer.warn_double_anchors = False  # YAML lets a later anchor of the same name hide an earlier one
@@ -150,23 +150,23 @@ def _compose(text: str, path: Path) -> Node | None:
 
 
 class _Reader:
-    """Turns composed nodes into plain data and notes the position of each."""
+    """Turns composed nodes into plain data and records their positions."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.positions: dict[Location, Position] = {}
 
     def plain(self, node: Node, location: Location, depth: int) -> Any:
-        """The data of a node at `location`, so many levels deep.
+        """The data of a node at `location`, `depth` levels deep.
 
         Raises:
-            YamlError: it is too deep or too large, or says something that data cannot.
+            YamlError: too deep, too large, or not plain data.
         """
-        if depth > DEEPEST_NESTING:  # again, since an alias may be inside of its own node
+        if depth > DEEPEST_NESTING:  # checked again, since an alias may be inside its own node
             raise self._error(node, TOO_DEEP)
         if len(self.positions) > MOST_NODES:
             raise self._error(node, TOO_MANY)
-        # A mapping's value keeps the position of its key, which is what one wants to look at.
+        # A mapping's value keeps the position of its key, which messages should point to.
         self.positions.setdefault(location, _position(node))
         if isinstance(node, MappingNode) and _kind(node) == "map":
             return self._mapping(node, location, depth)
@@ -185,7 +185,7 @@ class _Reader:
         return result
 
     def _key(self, node: Node) -> str:
-        """The word as it is written, also where it looks like a number."""
+        """The key as written, even if it looks like a number."""
         if not isinstance(node, ScalarNode) or not node.value:
             raise self._error(node, "a key must be a word")
         if _kind(node) == "merge":
@@ -229,7 +229,7 @@ def _kind(node: Node) -> str:
 def _integer(text: str) -> int:
     digits = text.replace("_", "")
     prefixed = digits.lstrip("+-")[:2] in ("0b", "0o", "0x")
-    # Python refuses to read decimals of more than 4300 digits, and calls that a wrong value.
+    # Python raises ValueError for decimals of more than 4300 digits.
     value = int(digits, 0) if prefixed else int(digits) if len(digits) < 100 else int(float(digits))
     if abs(value) > LARGEST_INTEGER:
         raise OverflowError

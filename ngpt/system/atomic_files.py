@@ -1,7 +1,7 @@
-"""Writes that survive a crash: after each call a reader finds the old content or the new, never a part of it.
+"""Crash-safe writes: a reader finds the old content or the new content, never a part.
 
-The recipe is the usual one for POSIX file systems: write a temporary file in the same folder, fsync it, rename it over
-the target, fsync the folder so that the rename itself is on disk.
+As usual on POSIX file systems: write a temporary file in the same folder, fsync it, rename it over the target, fsync
+the folder.
 """
 
 import json
@@ -12,16 +12,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-TEMPORARY = ".*.tmp"  # what a process that was killed in `write_atomic` leaves behind
+TEMPORARY = ".*.tmp"  # left behind by a process that was killed in `write_atomic`
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
-    """Replaces the content of `path`; text is written as UTF-8. The temporary file is gone whatever happens.
+    """Replaces the content of `path`; text is written as UTF-8.
 
     Raises:
-        OSError: the folder is missing or not writable, or the disk is full; `path` is then as it was.
+        OSError: the folder is missing or not writable, or the disk is full. `path` keeps its old content.
     """
-    # A random name, opened exclusively: nobody can plant a link where we are about to write.
+    # A random name, opened exclusively, so that nobody can plant a link there.
     temp = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")  # as TEMPORARY has it
     try:
         with temp.open("xb") as file:
@@ -35,23 +35,22 @@ def write_atomic(path: Path, data: bytes | str) -> None:
 
 
 def write_json(path: Path, obj: Any) -> None:
-    """Replaces `path` by strict JSON: sorted keys, one space of indentation.
+    """Replaces `path` by strict JSON with sorted keys.
 
     Raises:
         ValueError: `obj` holds a NaN or an infinity; nothing is written.
-        OSError: as `write_atomic`.
+        OSError: see `write_atomic`.
     """
     write_atomic(path, json.dumps(obj, allow_nan=False, sort_keys=True, indent=1) + "\n")
 
 
 class LineFile:
-    """A file of lines, open for appending: each is in it as a whole or not at all, also when the disk is full.
+    """A file of lines, open for appending. A line is written completely or not at all, even on a full disk.
 
-    Nothing is held back in this process: what `append` has returned from survives it, and after `sync` also a power
-    loss.
+    Lines are not buffered: they survive the process once `append` returns, and a power loss once `sync` returns.
 
     Raises:
-        OSError: the file cannot be made or opened.
+        OSError: the file cannot be created or opened.
     """
 
     def __init__(self, path: Path) -> None:
@@ -62,17 +61,17 @@ class LineFile:
         if is_new:
             try:
                 sync(path.parent)
-            except OSError:  # the next one to open it shall see that it is new
+            except OSError:  # so that the next process syncs the folder
                 self._file.close()
                 path.unlink()
                 raise
 
     def append(self, *lines: str) -> None:
-        """Adds lines, each with a newline; all of them or, when that fails, none.
+        """Appends all lines, or none if that fails.
 
         Raises:
-            ValueError: one has a line break in it and would read back as two.
-            OSError: the disk; nothing was added.
+            ValueError: a line contains a line break.
+            OSError: the disk is full or not writable; nothing was added.
         """
         for line in lines:
             if "\n" in line or "\r" in line:
@@ -81,11 +80,11 @@ class LineFile:
         data = memoryview("".join(f"{line}\n" for line in lines).encode())
         written = 0
         try:
-            while written < len(data):  # a disk that runs full writes a part first
+            while written < len(data):  # a disk that fills up writes a part first
                 written += self._file.write(data[written:])
         except OSError:
             self._torn = True
-            with suppress(OSError):  # else before the next line
+            with suppress(OSError):  # the next `append` tries again
                 self.repair()
             raise
         self._size += written
@@ -94,17 +93,17 @@ class LineFile:
         """Cuts off what a failed `append` has left.
 
         Raises:
-            OSError: the disk; nothing can be added.
+            OSError: it cannot, so nothing can be appended.
         """
         if self._torn:
             self._file.truncate(self._size)
             self._torn = False
 
     def remove_last(self, line: str) -> None:
-        """Cuts the newest line off again, which was `line`.
+        """Removes the newest line, which was `line`.
 
         Raises:
-            OSError: the disk; it may be there still.
+            OSError: the line may still be there.
         """
         self._size, self._torn = self._size - len(f"{line}\n".encode()), True
         self.repair()
@@ -114,15 +113,15 @@ class LineFile:
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Closes the file; lines since the last `sync` outlive the process, and not a loss of power."""
+        """Closes the file without a `sync`."""
         self._file.close()
 
 
 def commit_folder(temp: Path, final: Path) -> None:
-    """Gives the finished folder `temp` its name: `final` is there with all of its files on disk, or not at all.
+    """Renames the finished folder `temp` to `final`, which then exists with all its files on disk or not at all.
 
     Raises:
-        OSError: `final` is a folder with something in it, or on another file system.
+        OSError: `final` is a folder that is not empty, or on another file system.
     """
     for folder, _, names in os.walk(temp):
         for name in names:
@@ -137,15 +136,15 @@ def commit_folder(temp: Path, final: Path) -> None:
 
 
 def remove_folder(path: Path, *, aside_name: str) -> None:
-    """Removes a folder with all that is in it; a crash leaves it whole, or under the name `aside_name`.
+    """Removes a folder and its content. A crash leaves it complete, or renamed to `aside_name`.
 
     Raises:
-        OSError: the disk.
+        OSError: the disk failed.
     """
     aside = path.with_name(aside_name)
     path.rename(aside)
     try:
-        sync(path.parent)  # before any of its files is gone
+        sync(path.parent)  # before any file is removed
     except OSError:
         aside.rename(path)
         raise
@@ -154,10 +153,10 @@ def remove_folder(path: Path, *, aside_name: str) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Makes `path` and its parents where they are missing, each with its name on disk.
+    """Creates `path` and its missing parents and syncs their names to disk.
 
     Raises:
-        OSError: one of them is a file, or the place cannot be written.
+        OSError: a parent is a file or not writable.
     """
     missing = [folder for folder in path.parents if not folder.exists()]
     for folder in [*reversed(missing), path]:
@@ -168,13 +167,13 @@ def make_folder(path: Path) -> None:
 
 
 def remove_temporary_files(folder: Path) -> None:
-    """Removes what killed processes have left of files in `folder`; the caller is the only one that writes there."""
+    """Removes temporary files of killed processes. Only for a folder that no other process writes to."""
     for temp in folder.glob(TEMPORARY):
         temp.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:
-    """Waits until a file's content, or a folder's entries, are on disk."""
+    """Waits until the content of a file, or the entries of a folder, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,9 +1,9 @@
-"""The folder that keeps what is worth keeping between runs: corpora, downloads, compiled code, measured speeds."""
+"""The folder for everything that is kept between runs: corpora, downloads, compiled code, measured speeds."""
 
 import os
 from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """Where prepared corpora, downloads and measured speeds are kept."""
+    """`$NGPT_CACHE`, by default ~/.cache/ngpt."""
     return Path(os.environ.get("NGPT_CACHE") or "~/.cache/ngpt").expanduser().absolute()

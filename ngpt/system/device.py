@@ -1,4 +1,4 @@
-"""Where to compute, and in what precision."""
+"""Selects the device and the precision."""
 
 import torch
 
@@ -12,7 +12,7 @@ def pick_device(name: str) -> torch.device:
     """The named device; `auto` is CUDA, then Apple's MPS, then the CPU.
 
     Raises:
-        ConfigError: the device is not there.
+        ConfigError: this machine does not have the device.
     """
     here = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
@@ -24,5 +24,5 @@ def pick_device(name: str) -> torch.device:
 
 
 def mixed_precision(device: torch.device, dtype: str) -> torch.autocast:
-    """The context in which matrix products are computed in `dtype`, one of `DTYPES`; float32 changes nothing."""
+    """Autocast that computes matrix products in `dtype`, one of `DTYPES`; does nothing for float32."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16")

@@ -1,4 +1,4 @@
-"""The peak memory of a run, also in a process that has run others, and what to do when there is none left."""
+"""Peak memory per run, allocator settings, and retries with smaller batches when memory runs out."""
 
 import ctypes
 import gc
@@ -12,13 +12,13 @@ import torch
 
 _CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
-# How libraries say it that raise a plain RuntimeError; torch's allocator on CUDA has a class of its own.
+# Messages of libraries that raise a plain RuntimeError; torch's CUDA allocator has its own class.
 _MESSAGES = (
     "DefaultCPUAllocator: can't allocate memory",
     "DefaultCPUAllocator: not enough memory",  # on Windows
-    "CUDA error: out of memory",  # outside of the allocator
+    "CUDA error: out of memory",  # outside torch's allocator
     "CUDA driver error: out of memory",
-    "Triton Error [CUDA]: out of memory",  # no room for the code of a kernel
+    "Triton Error [CUDA]: out of memory",  # for the code of a kernel
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
     "MPS backend out of memory",
@@ -29,16 +29,16 @@ Value = TypeVar("Value")
 
 
 def configure_allocator() -> None:
-    """Memory for large tensors on a CPU: in large pages, and given back as soon as it is free."""
+    """Sets up CPU memory for large tensors: huge pages, returned to the system as soon as they are free."""
     enable_huge_pages()
     release_large_tensors()
 
 
 def release_large_tensors() -> None:
-    """Lets glibc take tensors from 16 MiB on from the kernel one by one, unless the user has said something about it.
+    """Makes glibc map each tensor of at least 16 MiB separately, unless the user has configured malloc.
 
-    Of its own accord it does so only until the first is freed, and from then on cuts them from its heap, up to 32 MiB.
-    The holes in it hardly ever fit the next tensor: the 13.7M recipe held 130 MB more than it used.
+    By default glibc raises this threshold after the first large free, up to 32 MiB, and then fragments its heap: the
+    13.7M recipe held 130 MB more than it used.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None  # musl has none
     if mallopt is not None and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
@@ -46,16 +46,15 @@ def release_large_tensors() -> None:
 
 
 def enable_huge_pages() -> None:
-    """Lets torch ask Linux for pages of 2 MiB for large tensors on a CPU, unless the user has said something about it.
+    """Makes torch request 2 MiB pages from Linux for large CPU tensors, unless the user has decided.
 
-    Each step takes them from the kernel anew, and 4 KiB at a time that is up to a fifth of the step. torch looks when
-    it allocates its first large tensor.
+    With 4 KiB pages, mapping them anew in each step takes up to a fifth of it. Call it before the first large tensor.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Starts a new measurement. On a CPU this works on Linux only; elsewhere the peak is that of the whole process."""
+    """Starts a new measurement. On a CPU it needs Linux; elsewhere the peak stays that of the whole process."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif _CLEAR.exists():
@@ -63,7 +62,7 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: allocated by tensors on CUDA, else the resident set of the process, which includes Python and torch."""
+    """Peak bytes: of tensors on CUDA, else the resident set of the process, including Python and torch."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if _STATUS.exists():
@@ -76,14 +75,14 @@ def peak_memory(device: torch.device) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation has failed, on the device or on the host."""
+    """Whether the error is a failed allocation on the device or the host."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(message in str(error) for message in _MESSAGES)
 
 
 def free_memory(device: torch.device) -> None:
-    """Gives back what is held but not in use. Call it outside of `except`: a traceback keeps its frames' tensors."""
+    """Returns unused memory to the system. Call it outside `except`: a traceback keeps the tensors of its frames."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -92,10 +91,10 @@ def free_memory(device: torch.device) -> None:
 
 
 def retry_on_oom(attempt: Callable[[], Value], reduce_batch: Callable[[], bool], device: torch.device) -> Value:
-    """What `attempt` returns, once there is memory for it: each time that there is not, `reduce_batch` is asked for less.
+    """Returns the result of `attempt`; whenever memory runs out, calls `reduce_batch` and tries again.
 
     Raises:
-        RuntimeError, MemoryError: there is not enough memory, and `reduce_batch` says that it gets no smaller.
+        RuntimeError, MemoryError: out of memory, and `reduce_batch` returned False because it cannot go lower.
     """
     while True:
         try:

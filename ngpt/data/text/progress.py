@@ -1,4 +1,4 @@
-"""Says how far something long has come: a line every few seconds, and none if it is over before the first."""
+"""Progress of long work: a line every few seconds."""
 
 import time
 from collections.abc import Callable
@@ -16,9 +16,10 @@ class Meter:
         self._started = self._last = clock()
 
     def update(self, done: int, unit: str, *, fraction: float | None, before: float = 0.0) -> None:
-        """`done` units have been processed since the start.
+        """Logs a line if the last one is old enough.
 
-        `fraction` of all work is done, None if nobody knows; `before` of it was done before the start.
+        `done` units are processed since the start. `fraction` of all work is done, None if unknown, of which `before`
+        was done before the start.
         """
         now = self._clock()
         if now - self._last < EVERY:
@@ -33,7 +34,7 @@ class Meter:
 
 
 def silent(message: str, /) -> None:
-    """A log that nobody reads."""
+    """A log that drops its messages."""
 
 
 def _clock_time(seconds: float) -> str:

@@ -9,15 +9,15 @@ from functools import cache
 from pathlib import Path
 
 DOCSTRINGS_FORMAT = 1  # raise it when the extraction changes
-# Tests, two large applications, and what other people installed.
+# Tests, two large applications, and installed packages.
 SKIPPED = {"test", "tests", "idlelib", "idle_test", "lib2to3", "site-packages", "dist-packages"}
-BUILT = ("config-", "_sysconfigdata")  # written by the build of a Python, for its platform
+BUILT = ("config-", "_sysconfigdata")  # generated for the platform
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 @cache
 def python_documents() -> tuple[str, ...]:
-    """Topics, then modules sorted by path; each ends with an empty line. A text that comes twice is taken once."""
+    """Topics, then modules sorted by path, each ending with an empty line. Repeated texts are kept once."""
     from pydoc_data.topics import topics
 
     documents = [topics[name].strip() + "\n\n" for name in sorted(topics)]
@@ -30,10 +30,10 @@ def python_documents() -> tuple[str, ...]:
 
 
 def _library_files(root: Path) -> list[Path]:
-    """The standard library's modules in the order of their names, which is the same on every machine."""
+    """The standard library's modules, sorted by name so that the order is the same on every machine."""
     found = []
     for folder, inner, names in os.walk(root):
-        # Pruned here and not afterwards: site-packages may hold a hundred thousand files.
+        # Pruned while walking, since site-packages may hold a hundred thousand files.
         inner[:] = [name for name in inner if name not in SKIPPED and not name.startswith(BUILT)]
         found += [Path(folder, name) for name in names if name.endswith(".py") and not name.startswith(BUILT)]
     return sorted(found, key=lambda path: path.relative_to(root).as_posix())
@@ -41,16 +41,16 @@ def _library_files(root: Path) -> list[Path]:
 
 def _module_docstrings(path: Path) -> Iterator[str]:
     try:
-        with warnings.catch_warnings():  # else `python -W error` turns an odd escape into a SyntaxError
+        with warnings.catch_warnings():  # `python -W error` would turn an invalid escape into a SyntaxError
             warnings.simplefilter("ignore")
             tree = ast.parse(path.read_bytes())
-    except (SyntaxError, UnicodeDecodeError):  # the library ships templates that are no Python yet
+    except (SyntaxError, UnicodeDecodeError):  # the library ships templates that are not valid Python
         return
     yield from _docstrings(tree)
 
 
 def _docstrings(node: ast.AST) -> Iterator[str]:
-    """The docstrings of a module, class or function and of what is defined in it, in reading order."""
+    """The docstrings of a module, class or function and of its members, in reading order."""
     if isinstance(node, DOCUMENTED) and (text := (ast.get_docstring(node) or "").strip()):
         yield text
     for child in getattr(node, "body", ()):
