@@ -248,11 +248,16 @@ def test_a_run_whose_terminal_is_closed_saves_and_exits_with_129(file: Path, tmp
         [sys.executable, "-c", own, *command], stdin=slave, stdout=slave, stderr=slave, start_new_session=True
     ) as process:
         os.close(slave)
-        while not any((beat := read_heartbeat(trial)) and beat.step > 2 for trial in tmp_path.glob("tiny/trials/*")):
-            assert process.poll() is None
-            os.read(master, 4096)  # it draws three times a second
-        os.close(master)
-        assert process.wait(timeout=60) == 128 + signal.SIGHUP
+        try:
+            while not any(
+                (beat := read_heartbeat(trial)) and beat.step > 2 for trial in tmp_path.glob("tiny/trials/*")
+            ):
+                assert process.poll() is None
+                os.read(master, 4096)  # it draws three times a second
+            os.close(master)
+            assert process.wait(timeout=60) == 128 + signal.SIGHUP
+        finally:
+            process.kill()
     assert read_journal(tmp_path / "tiny" / "journal.jsonl")[-1]["status"] == "interrupted"
     assert list(tmp_path.glob("tiny/trials/*/checkpoints/step_*"))
 

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from tests.helpers import ROOT
-from tune.executors.orphans import RESULTS_VARIABLE, is_alive
+from tune.executors.orphans import RESULTS_VARIABLE, is_alive, kill_marked
 from tune.storage.journal import read_journal
 
 SCRIPT = ROOT / "run_campaign.py"
@@ -80,6 +80,12 @@ class Run:
 
     def wait(self) -> int:
         return self.process.wait(timeout=240)
+
+    def end(self) -> None:
+        """Kills the run, if it has not ended, and everything that it has started."""
+        self.process.kill()
+        self.process.wait()
+        kill_marked(self.root)
 
 
 def start(file: Path, out: Path, *options: str) -> Run:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ngpt.config.base import ConfigError
 from ngpt.data.dataset import DataConfig, open_dataset, prepare
 from ngpt.data.loader import eval_set
 from ngpt.training.config import TrainConfig
@@ -36,6 +37,21 @@ def check_all(campaign: Campaign) -> dict[str, Any]:
         how = f"tokenizer {config.tokenizer}, val_fraction {config.val_fraction}, {config.shards} files"
         described[f"{config.corpus} ({how})"] = dict(sorted((intact | left_out).items()))
     return described
+
+
+def check_unchanged(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Compares descriptions of the data, of the existing results and of this run.
+
+    Raises:
+        ConfigError: a corpus has changed since the first trial.
+    """
+    if before and before["fingerprint"] == now["fingerprint"] and before["sha256"] != now["sha256"]:
+        hashes = f"{before['sha256'][:12]} then, {now['sha256'][:12]} now"
+        text = f"the corpus {now['corpus']} has changed since this campaign began ({hashes})"
+        raise ConfigError(f"{text}; restore it, or choose another --out")
+    if changed := changed_shards(before.get("shards", {}), now.get("shards", {})):
+        text = "shards have changed since this campaign began; restore them, or choose another --out:\n"
+        raise ConfigError(text + "\n".join(changed))
 
 
 def changed_shards(before: Mapping[str, Mapping[str, str]], now: Mapping[str, Mapping[str, str]]) -> list[str]:

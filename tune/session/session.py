@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ngpt.config.base import ConfigError, UserError, flatten
+from ngpt.config.base import UserError, flatten
 from ngpt.config.secrets import redact
 from ngpt.system import heartbeat
 from ngpt.system.atomic_files import write_atomic, write_json
@@ -30,7 +30,7 @@ from tune.planning.plan import PlannedTrial, preview
 from tune.results.snapshot import Snapshot
 from tune.results.status import take_snapshot
 from tune.results.summary import Summary, write_campaign
-from tune.session.datasets import changed_shards
+from tune.session.datasets import check_unchanged
 from tune.session.phase_tracker import PhaseTracker
 from tune.session.trial_queue import TrialQueue
 from tune.spec.schema import Campaign
@@ -159,7 +159,7 @@ class Session:
         Raises:
             ConfigError: a corpus has changed since the first trial here.
         """
-        self._check_data(data)
+        check_unchanged(self.state.campaign.get("data") or {}, data)
         self.executor = executor or ExecutorInfo()
         write_atomic(self.root / "campaign.yaml", self.campaign.text)
         self._started = time.monotonic()
@@ -187,15 +187,6 @@ class Session:
         manifest["inherited"] = {path: asdict(winner) for path, winner in self.campaign.inherited.items()}
         manifest |= {"base": base, "settings": list(self.campaign.assignments)}
         write_json(self.root / "manifest.json", manifest)
-
-    def _check_data(self, data: Mapping[str, Any]) -> None:
-        before = self.state.campaign.get("data") or {}
-        if before and before["fingerprint"] == data["fingerprint"] and before["sha256"] != data["sha256"]:
-            text = f"the corpus {data['corpus']} has changed since this campaign began ({before['sha256'][:12]} then, "
-            raise ConfigError(f"{text}{data['sha256'][:12]} now); restore it, or choose another --out")
-        if changed := changed_shards(before.get("shards", {}), data.get("shards", {})):
-            text = "shards have changed since this campaign began; restore them, or choose another --out:\n"
-            raise ConfigError(text + "\n".join(changed))
 
     def end(self) -> Summary:
         """Journals the end, writes all derived files and returns the campaign's summary."""
@@ -232,10 +223,7 @@ class Session:
         trial = self._queue.finish(trial_id)
         self._append(
             "trial_finished",
-            trial_id=trial_id,
-            phase=trial.phase,
-            arm=trial.arm,
-            seed=trial.seed,
+            **_identity(trial),
             attempt=self.state.attempts.get(trial_id, 0),
             config=flatten(self._with_tracking(trial)),
             cause=failure_cause(result) if cause is None else cause,
@@ -323,18 +311,12 @@ class Session:
         heartbeat.clear_heartbeat(folder)  # of an attempt that was killed
         self._append(
             "trial_started",
-            trial_id=trial.trial_id,
-            phase=trial.phase,
-            arm=trial.arm,
-            seed=trial.seed,
+            **_identity(trial),
             steps=trial.config.steps,
             attempt=attempt,
         )
         return TrialSpec(
-            trial_id=trial.trial_id,
-            phase=trial.phase,
-            arm=trial.arm,
-            seed=trial.seed,
+            **_identity(trial),
             config=self._with_tracking(trial),
             folder=folder,
             threads=self.campaign.resources.cpus_per_trial,
@@ -387,3 +369,7 @@ class Session:
         written = self.journal.append(event, elapsed=round(self._seconds(), 3), **fields)
         self.state.apply(written)
         self._phases.apply(written)
+
+
+def _identity(trial: PlannedTrial) -> dict[str, Any]:
+    return {"trial_id": trial.trial_id, "phase": trial.phase, "arm": trial.arm, "seed": trial.seed}

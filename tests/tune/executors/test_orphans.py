@@ -3,8 +3,9 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -17,6 +18,24 @@ ORPHAN = [sys.executable, "-c", f"import subprocess; subprocess.Popen({SLEEP!r},
 
 
 @pytest.fixture
+def popen(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
+    """Starts processes; none of them outlives the test, also if it fails."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(*arguments: Any, **options: Any) -> subprocess.Popen[bytes]:
+        started.append(subprocess.Popen(*arguments, **options))
+        return started[-1]
+
+    yield start
+    kill_marked(tmp_path)
+    for process in started:
+        process.kill()
+        process.wait()
+        if process.stdout:
+            process.stdout.close()
+
+
+@pytest.fixture
 def bystander(tmp_path: Path) -> Iterator[psutil.Process]:
     """A process of the same name with the mark of another directory, whose path begins with the same text."""
     environment = os.environ | {RESULTS_VARIABLE: str(tmp_path.resolve()) + "-other"}
@@ -25,9 +44,11 @@ def bystander(tmp_path: Path) -> Iterator[psutil.Process]:
         process.kill()
 
 
-def test_marked_processes_and_their_orphans_are_killed_and_no_others(tmp_path: Path, bystander: psutil.Process) -> None:
+def test_marked_processes_and_their_orphans_are_killed_and_no_others(
+    tmp_path: Path, bystander: psutil.Process, popen: Callable[..., subprocess.Popen[bytes]]
+) -> None:
     with mark_children(tmp_path):
-        child = subprocess.Popen(SLEEP)
+        child = popen(SLEEP)
         subprocess.run(ORPHAN, check=True)
     assert RESULTS_VARIABLE not in os.environ
     found = marked_processes(tmp_path)
@@ -43,9 +64,11 @@ UNMARKED = f"import subprocess; subprocess.Popen({SLEEP!r}, env={{}}); print(flu
 
 
 @pytest.mark.parametrize("parent_lives", [True, False])
-def test_a_process_without_its_mark_is_found_through_its_parent(tmp_path: Path, parent_lives: bool) -> None:
+def test_a_process_without_its_mark_is_found_through_its_parent(
+    tmp_path: Path, popen: Callable[..., subprocess.Popen[bytes]], parent_lives: bool
+) -> None:
     with mark_children(tmp_path):
-        parent = subprocess.Popen([sys.executable, "-c", UNMARKED], stdout=subprocess.PIPE)
+        parent = popen([sys.executable, "-c", UNMARKED], stdout=subprocess.PIPE)
     assert parent.stdout and parent.stdout.readline()
     found = marked_processes(tmp_path)
     assert len(found) == 2
@@ -55,7 +78,6 @@ def test_a_process_without_its_mark_is_found_through_its_parent(tmp_path: Path, 
         assert marked_processes(tmp_path) == []
     assert kill_marked(tmp_path, found) == (2 if parent_lives else 1)
     parent.wait()
-    parent.stdout.close()
     assert not any(map(is_alive, found))
 
 

@@ -78,7 +78,7 @@ def observed(folder: Path, file: Path) -> Iterator[ObservedRun]:
         status = strict(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
         yield ObservedRun(run, run.wait(), family, commands, titles, listeners, status)
     finally:
-        run.process.kill()
+        run.end()
 
 
 def test_ray_and_inline_give_bit_identical_numbers(observed: ObservedRun, inline: dict[Any, Any]) -> None:
@@ -190,7 +190,7 @@ def disturbed(folder: Path, file: Path) -> Iterator[DisturbedRun]:
         yield DisturbedRun(out / "tiny", interrupted, stderr, stdout, after_interrupt, after_kill, code, summary)
     finally:
         for run in runs:
-            run.process.kill()
+            run.end()
 
 
 def test_the_losses_after_every_kind_of_kill_equal_those_of_an_undisturbed_run(
@@ -354,7 +354,7 @@ def test_early_stopping_on_ray_ends_trials_and_keeps_the_workers(tmp_path: Path,
     try:
         assert run.wait() == 0, run.err.read_text()
     finally:
-        run.process.kill()
+        run.end()
     ended = {record["trial_id"]: record for record in records(run.root)}
     stopped = [record for record in ended.values() if record["status"] == "stopped"]
     assert 0 < len(stopped) < len(ended) == 9 and run.events("worker_died") == []
@@ -364,7 +364,7 @@ def test_early_stopping_on_ray_ends_trials_and_keeps_the_workers(tmp_path: Path,
     try:
         assert again.wait() == 0
     finally:
-        again.process.kill()
+        again.end()
     assert {record["trial_id"]: record for record in records(run.root)} == ended, "the decisions are not made again"
 
 
@@ -484,7 +484,7 @@ def test_groups_on_ray_give_the_results_of_single_trials(tmp_path: Path, corpus:
         run = start(file, tmp_path / "out")
         assert run.wait() == 0, run.err.read_text()
     finally:
-        run.process.kill()
+        run.end()
     assert "Traceback" not in run.err.read_text()
     single, together = losses(tmp_path / "single"), losses(run.root)
     assert single.keys() == together.keys()

@@ -352,7 +352,7 @@ def test_a_dead_part_of_ray_is_replaced_within_the_same_command(
         assert left_over(family) == []
         assert run.wait() == 0, run.err.read_text()
     finally:
-        run.process.kill()
+        run.end()
     assert losses(run.root) == uninterrupted
     assert run.err.read_text().count("starting a new one, 1 of at most 3") == 1
     assert "Traceback" not in run.err.read_text()
@@ -372,7 +372,7 @@ def test_a_hung_worker_is_killed_within_its_timeout_and_its_trial_continues(
         psutil.Process(beat["pid"]).suspend()
         assert run.wait() == 0, run.err.read_text()
     finally:
-        run.process.kill()
+        run.end()
     (died,) = run.events("worker_died")
     assert (died["trial_id"], died["cause"]) == (trial_id, "hung")
     assert f"{trial_id} has made no progress for 2" in run.err.read_text()
@@ -415,7 +415,7 @@ def test_a_signal_saves_every_trial_and_a_killed_run_leaves_no_processes(
         assert left_over(family) == []
     finally:
         for run in runs:
-            run.process.kill()
+            run.end()
     assert losses(runs[0].root) == uninterrupted
 
 
@@ -430,7 +430,7 @@ def test_a_trial_that_ray_kills_for_lack_of_memory_is_retried_once_alone(
     try:
         assert run.wait() == 4, run.err.read_text()
     finally:
-        run.process.kill()
+        run.end()
     assert {event["cause"] for event in run.events("worker_died")} == {"host_oom"}
     assert RETRY_RULES["host_oom"].retries == 1 and len(run.events("worker_died")) == 4
     assert all(record["error"].startswith("host_oom: ") for record in records(run.root))
