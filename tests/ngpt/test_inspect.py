@@ -1,4 +1,4 @@
-"""The inspect command, and docs/how-it-works.md, whose commands and scripts run here."""
+"""The inspect command, and docs/model-questions.md, whose commands and scripts run here."""
 
 import json
 import math
@@ -18,7 +18,7 @@ from ngpt.training.config import TrainConfig
 from tests.helpers import ROOT
 from tests.helpers.tiny_run import run
 
-DOCUMENT = ROOT / "docs" / "how-it-works.md"
+DOCUMENT = ROOT / "docs" / "model-questions.md"
 TINY = ["model.n_layer=1", "model.n_embd=16", "model.n_head=2", "model.block_size=16", "batch_size=2", "eval_tokens=64"]
 
 
