@@ -156,7 +156,7 @@ def exit_on_signals() -> None:
             signal.signal(number, lambda number, _: sys.exit(128 + number))
 
 
-def show_end(summary: dict[str, Any], signal_number: int, root: Path, options: argparse.Namespace) -> int:
+def show_end(summary: Any, signal_number: int, root: Path, options: argparse.Namespace) -> int:
     """Prints the last screen and returns the exit code."""
     from tune.executors.signals import HANGUP
     from tune.terminal.final_screen import final_screen
@@ -167,7 +167,7 @@ def show_end(summary: dict[str, Any], signal_number: int, root: Path, options: a
     try:
         show(options, summary, lambda: final_screen(summary, report=report))
         if signal_number:
-            print(f"interrupted; to resume: {summary['command']}", file=sys.stderr)
+            print(f"interrupted; to resume: {summary.command}", file=sys.stderr)
     except OSError:
         if signal_number != HANGUP:
             raise
@@ -177,41 +177,39 @@ def show_end(summary: dict[str, Any], signal_number: int, root: Path, options: a
     if signal_number:
         return 128 + signal_number
     # Trials left out by the budget count too: after a 0, a script may rely on all results.
-    unsuccessful = summary["trials"]["failed"] + summary["trials"]["diverged"] + len(summary["left_out"])
+    unsuccessful = summary.trials.failed + summary.trials.diverged + len(summary.left_out)
     return EXIT_UNSUCCESSFUL if unsuccessful else 0
 
 
 def show(options: argparse.Namespace, data: Any, view: Callable[[], Any]) -> None:
     """Prints `data` as JSON with --json, otherwise a view for people."""
-    if options.json:
-        print(json.dumps(data, indent=1, allow_nan=False))
-        return
     from rich.console import Console
 
+    from tune.storage.summaries import to_json
+
+    if options.json:
+        print(json.dumps(to_json(data), indent=1, allow_nan=False))
+        return
     Console(highlight=False).print(view())
 
 
 def plan(campaign: Any, root: Path, options: argparse.Namespace) -> int:
     """Prints the plan; starts nothing."""
-    from dataclasses import asdict
-
     from tune.machine.estimate import estimate
     from tune.terminal.plan_view import plan_view
 
     estimated = estimate(campaign, root, measure=options.measure)
-    show(options, asdict(estimated), lambda: plan_view(estimated))
+    show(options, estimated, lambda: plan_view(estimated))
     return 0
 
 
 def status(options: argparse.Namespace) -> int:
     """Shows the progress of a campaign, from any terminal, while it runs or later."""
-    from dataclasses import asdict
-
     from tune.results.status import read_snapshot
     from tune.terminal.live import live_view
 
     snapshot = read_snapshot(options.results)
-    show(options, asdict(snapshot), lambda: live_view(snapshot))
+    show(options, snapshot, lambda: live_view(snapshot))
     return 0
 
 
@@ -244,6 +242,7 @@ def show_ledger(results: list[Path], claims: Any, options: argparse.Namespace, *
     """Prints the ledger of several results directories as Markdown or JSON, or writes the Markdown to `out`."""
     from ngpt.system.atomic_files import write_atomic
     from tune.results.claims_ledger import collect, ledger_markdown, total
+    from tune.storage.summaries import to_json
 
     ledger = collect(results, claims)
     command = shlex.join(["python", "run_campaign.py", *sys.argv[1:]])
@@ -253,7 +252,7 @@ def show_ledger(results: list[Path], claims: Any, options: argparse.Namespace, *
         write_atomic(out, page)
         print(f"{out}: {total(ledger)}", file=sys.stderr)
     if options.json:
-        print(json.dumps(ledger, indent=1, allow_nan=False))
+        print(json.dumps(to_json(ledger), indent=1, allow_nan=False))
     elif out is None:
         print(page, end="")
     return 0

@@ -103,8 +103,8 @@ def measure_experiments(tiny: bool) -> Figures:
     with tempfile.TemporaryDirectory(prefix="ngpt-bench-") as folder:
         times, summary = run_timed(campaign, Path(folder) / "results")
     seconds = time.time() - called
-    packing = summary["packing"] and packing_fact(summary["packing"])
-    return {"seconds": seconds, "trials": summary["trials"], "packing": packing, "times": times}
+    packing = summary.packing and packing_fact(summary.packing)
+    return {"seconds": seconds, "trials": vars(summary.trials), "packing": packing, "times": times}
 
 
 PARTS: dict[str, Part] = {

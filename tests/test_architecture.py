@@ -61,6 +61,8 @@ UNTESTED: dict[str, str] = {
     "tune/claims/selectors.py": "test_relations.py",
     "tune/report/figures.py": "test_html.py",
     "tune/report/markdown.py": "test_html.py",
+    "tune/results/answer.py": "test_summary.py",
+    "tune/results/comparability.py": "test_compare.py",
     "tune/results/phase_summary.py": "test_summary.py",
     "tune/results/snapshot.py": "test_status.py",
     "tune/terminal/final_screen.py": "test_live.py",

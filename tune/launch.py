@@ -21,10 +21,10 @@ from tune.machine.gpu_sharing import choose_gpu_sharing
 from tune.planning.changes import check_changes, find_changes
 from tune.report.wording import packing_fact
 from tune.results.snapshot import Snapshot
-from tune.results.summary import Summary
 from tune.session.datasets import check_all, describe_data, prepare_all
 from tune.session.session import ExecutorInfo, Session
 from tune.spec.schema import Campaign
+from tune.storage.summaries import CampaignSummary
 from tune.terminal.live import open_console
 
 Value = TypeVar("Value")
@@ -39,7 +39,7 @@ def launch(
     address: str | None = None,
     allow_change: bool = False,
     view: Callable[[Callable[[], Snapshot]], contextlib.AbstractContextManager] = open_console,
-) -> tuple[Summary, int]:
+) -> tuple[CampaignSummary, int]:
     """Trains what is missing in `root`; returns the campaign's summary and the signal that ended the run, or 0.
 
     Args:

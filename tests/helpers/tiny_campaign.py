@@ -12,6 +12,7 @@ from tune.executors.local import run_inline
 from tune.machine import environment
 from tune.session.datasets import describe_data
 from tune.session.session import ExecutorInfo, Session
+from tune.storage.summaries import CampaignSummary
 from tune.trials.trial import TrialResult, TrialSpec
 
 PHASES = """
@@ -97,7 +98,7 @@ def next_trial(session: Session) -> TrialSpec | None:
     return specs[0] if specs else None
 
 
-def train_all(file: Path, root: Path) -> dict[str, Any]:
+def train_all(file: Path, root: Path) -> CampaignSummary:
     """Trains what is missing, for real, and returns the summary."""
     with session_on(file, root) as session:
         run_inline(begun(session))

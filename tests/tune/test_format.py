@@ -1,13 +1,8 @@
 """Numbers and names as people read them."""
 
-from math import sqrt
-from typing import Any
-
 import pytest
-from scipy.stats import nct, t
 
 from tune import format as fmt
-from tune.report.wording import next_step
 
 
 def test_losses_have_four_decimals_and_a_real_minus() -> None:
@@ -88,27 +83,6 @@ def test_long_names_lose_their_middle() -> None:
     assert len(fmt.shorten("x" * 50, 12)) == 12
 
 
-def test_interval_is_written_only_where_there_is_one() -> None:
-    spread = {"mean": 4.3, "sd": 0.1, "ci_low": 4.2, "ci_high": 4.4}
-    assert fmt.mean_interval(spread) == "4.3000 ± 0.1000"
-    assert fmt.mean_interval(spread | {"ci_low": None}) == "4.3000"
-    assert fmt.mean_interval(None) == fmt.MISSING
-    assert fmt.effect({"mean": 0.1, "ci_low": None, "ci_high": None}) == "+0.1000"
-    assert fmt.effect({"mean": 0.1, "ci_low": -0.1, "ci_high": 0.3}) == f"+0.1000 [{fmt.MINUS}0.1000, +0.3000]"
-    assert fmt.effect(None) == fmt.MISSING
-
-
-def test_pictures_of_intervals_share_a_scale_and_the_zero() -> None:
-    arms = [
-        {"verdict": "better", "delta": {"mean": -0.2, "ci_low": -0.3, "ci_high": -0.1}},
-        {"verdict": "baseline", "delta": None},
-        {"verdict": "diverged", "delta": None},
-        {"verdict": "worse", "delta": {"mean": 0.1, "ci_low": None, "ci_high": None}},
-    ]
-    assert fmt.forest(arms, 9) == ["──●── │  ", "      ●  ", "      │  ", "      │ ●"]
-    assert fmt.forest(arms[1:3], 5) == [" " * 5, " " * 5]
-
-
 def test_names_are_joined_like_a_sentence() -> None:
     assert fmt.listing([]) == ""
     assert fmt.listing(["a"]) == "a"
@@ -117,59 +91,8 @@ def test_names_are_joined_like_a_sentence() -> None:
     assert fmt.listing(["a=1, b=2", "a=3, b=4", "c"]) == "a=1, b=2; a=3, b=4 and c"
 
 
-def test_trials_are_listed_only_when_something_is_unusual() -> None:
-    counts = {"total": 15, "finished": 15, "diverged": 0, "failed": 0, "stopped": 0, "reused": 0}
-    assert fmt.trial_counts(counts) == "15 trials"
-    assert fmt.trial_counts(counts | {"finished": 14, "diverged": 1}) == "15 trials (14 finished, 1 diverged)"
-    assert fmt.trial_counts(counts | {"reused": 4}) == "15 trials (4 reused)"
-    assert fmt.trial_counts({"total": 1, "finished": 1}) == "1 trial"
-
-
-def test_what_a_sum_of_whole_numbers_comes_to_has_no_decimals() -> None:
-    assert [fmt.claim_value({"observed": x}) for x in (39.0, 0.15**2 / 0.05**2, 2.2449)] == ["39", "9", "2.2449"]
-    assert fmt.claim_value({"observed": -1.0, "ci_low": -1.5, "ci_high": -0.5}).startswith("\u22121.0000 [")
-
-
-def test_the_total_of_a_campaign_does_not_contain_what_its_phases_share() -> None:
-    counts = {"total": 20, "finished": 17, "diverged": 3, "reused": 12}
-    assert fmt.campaign_counts(counts) == "20 trials (17 finished, 3 diverged) + 12 reused"
-    assert fmt.campaign_counts({"total": 29, "finished": 29, "reused": 3}) == "29 trials + 3 reused"
-    assert fmt.cost({"trials": counts, "tokens": 44_300, "seconds": 69.0}).startswith("20 trials (17 finished, 3 div")
-
-
-def summary(**answer: Any) -> dict[str, Any]:
-    noise = {"sd": 0.004, "smallest_detectable": 0.065, "method": "paired"}
-    phase = {"phase": "a", "seeds": [1, 2], "min_effect": 0.005, "confidence": 0.95, "noise": noise, "arms": ["x", "y"]}
-    chosen = {"phase": "a", "winner": "x", "delta": {"mean": -0.1}, "confirmed": False}
-    return {"status": "finished", "answer": chosen | answer, "phases": [phase]}
-
-
-def test_next_step_fits_the_state_of_the_campaign() -> None:
-    assert "fresh 5" in next_step(summary())
-    assert "change `vary:`" in next_step(summary(confirmed=True))
-    assert "Run the same command again" in next_step(summary() | {"status": "interrupted"})
-    assert "tries those trials again" in next_step(summary() | {"trials": {"failed": 1}})
-
-
-def test_next_step_without_a_winner_says_how_many_seeds_would_show_one() -> None:
-    undecided = summary(winner=None, delta=None)
-
-    def power(n: int) -> float:
-        """Of a paired t test of so many seeds, for an effect of 0.005."""
-        return float(nct.sf(t.ppf(0.975, n - 1), n - 1, 0.005 / (0.004 * sqrt(2 / n))))
-
-    assert power(12) < 0.8 < power(13)  # more seeds also tell the noise better: two have one degree of freedom
-    assert "about 13 seeds" in next_step(undecided)
-    undecided["phases"][0]["seeds"] = list(range(13))
-    assert "seeds are needed" not in next_step(undecided)
-    undecided["phases"][0]["seeds"] = [1]
-    assert "One seed carries no claim" in next_step(undecided)
-
-
-def test_next_step_reads_the_last_phase_when_no_phase_won() -> None:
-    assert "about 13 seeds" in next_step(summary(winner=None, delta=None, phase=None))
-
-
-def test_campaign_warnings_that_a_phase_shows_are_not_repeated() -> None:
-    text = {"phases": [{"phase": "a", "warnings": ["w"]}], "warnings": ["a: w", "other"]}
-    assert fmt.own_warnings(text) == ["other"]
+def test_a_claim_value_has_an_interval_or_as_few_decimals_as_it_needs() -> None:
+    assert [fmt.claim_value(x) for x in (39.0, 0.15**2 / 0.05**2, 2.2449)] == ["39", "9", "2.2449"]
+    assert fmt.claim_value(-1.0, -1.5, -0.5) == "-1.0000 [-1.5000, -0.5000]".replace("-", fmt.MINUS)
+    assert fmt.claim_value(1.32e8, 1.3e8, 1.34e8) == "1.32e+08 [1.3e+08, 1.34e+08]"
+    assert fmt.claim_value(None) == fmt.MISSING

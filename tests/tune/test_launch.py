@@ -43,9 +43,9 @@ def test_an_inline_run_trains_everything_and_reports_it_line_by_line(corpus: Pat
         return recorder(lines)
 
     summary, signal = launch(load_campaign(path), tmp_path / "out", command="again", inline=True, view=view)
-    assert (summary["status"], signal) == ("finished", 0)
-    assert summary["trials"]["finished"] == 4
-    assert summary["command"] == "again"
+    assert (summary.status, signal) == ("finished", 0)
+    assert summary.trials.finished == 4
+    assert summary.command == "again"
     assert sum("val_loss" in line and line.startswith("[") for line in lines) == 4
 
 
@@ -81,7 +81,7 @@ def test_a_corpus_that_cannot_be_prepared_is_an_error_before_any_trial(
     assert read_journal(tmp_path / "out" / "journal.jsonl") == []
     monkeypatch.undo()
     summary, _ = launch(load_campaign(path), tmp_path / "out", command="", inline=True)  # the lock is free again
-    assert summary["status"] == "finished"
+    assert summary.status == "finished"
 
 
 def test_a_background_call_returns_its_result_or_raises_its_error() -> None:
@@ -98,9 +98,7 @@ def test_a_campaign_with_nothing_left_to_train_does_not_start_ray(
     first, _ = launch(load_campaign(path), tmp_path / "out", command="", inline=True)
     monkeypatch.setattr("tune.launch.RaySupervisor", None)  # to start it would now fail
     again, _ = launch(load_campaign(path), tmp_path / "out", command="")
-    assert [arm["val_loss"] for arm in again["phases"][0]["arms"]] == [
-        arm["val_loss"] for arm in first["phases"][0]["arms"]
-    ]
+    assert [arm.val_loss for arm in again.phases[0].arms] == [arm.val_loss for arm in first.phases[0].arms]
     path.write_text(TINY.format(corpus=corpus).replace("0.2]", "0.2, 0.3]"))
     with pytest.raises(TypeError):
         launch(load_campaign(path), tmp_path / "out", command="")

@@ -6,10 +6,12 @@ grid with holes) the settings are taken one at a time, and each share is correct
 (Kelley's epsilon squared, 1935).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
+
+from tune.storage.summaries import PhaseSummary
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,24 +29,24 @@ class Importance:
     arms: int
 
 
-def sweep_axes(phase: Mapping[str, Any]) -> list[str]:
+def sweep_axes(phase: PhaseSummary) -> list[str]:
     """The settings that vary and that every arm of a sweep sets; fewer than two for `vary` and lists of runs."""
-    swept = [arm["overrides"] for arm in phase.get("arms") or [] if arm.get("overrides")]
+    swept = [arm.overrides for arm in phase.arms if arm.overrides]
     common = [name for name in (swept[0] if swept else {}) if all(name in overrides for overrides in swept)]
     return [name for name in common if len({repr(overrides[name]) for overrides in swept}) > 1]
 
 
-def axis_importance(phase: Mapping[str, Any]) -> Importance | None:
+def axis_importance(phase: PhaseSummary) -> Importance | None:
     """The share of each setting in the variance of the arms' mean scores; None where there is nothing to divide."""
     import numpy as np
 
     axes = sweep_axes(phase)
-    arms = [arm for arm in phase.get("arms") or [] if arm.get("overrides") and _score(arm) is not None]
+    arms = [arm for arm in phase.arms if arm.overrides and arm.score.mean is not None]
     if len(axes) < 2 or len(arms) < 4:
         return None
-    scores = np.array([_score(arm) for arm in arms], dtype=float)
+    scores = np.array([arm.score.mean for arm in arms], dtype=float)
     total = float(((scores - scores.mean()) ** 2).sum())
-    columns = [[arm["overrides"][name] for arm in arms] for name in axes]
+    columns = [[arm.overrides[name] for arm in arms] for name in axes]
     exact = [_codes(column) for column in columns]
     is_grid = len(arms) == prod(len(set(codes)) for codes in exact) == len(set(zip(*exact, strict=True)))
     levels = exact if is_grid else [_levels(column) for column in columns]
@@ -84,10 +86,6 @@ def _codes(column: Sequence[Any]) -> list[int]:
     keys = [repr(value) for value in column]
     distinct = list(dict.fromkeys(keys))
     return [distinct.index(key) for key in keys]
-
-
-def _score(arm: Mapping[str, Any]) -> float | None:
-    return (arm.get("score") or {}).get("mean")
 
 
 def is_number(value: Any) -> bool:

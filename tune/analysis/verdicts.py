@@ -31,6 +31,7 @@ from typing import Literal
 
 from tune.analysis.least_squares import ROUNDING, LeastSquaresFit, Values, fit_layouts
 from tune.storage.records import TrialOutcome
+from tune.storage.summaries import Delta
 
 Method = Literal["paired", "pooled"]
 Outcomes = Mapping[str, Mapping[int, TrialOutcome]]  # arm -> seed -> outcome
@@ -40,17 +41,6 @@ MIN_ARMS_TO_POOL = 5  # from which on the data may choose the method
 MAX_VALUE = 1e100  # squares of larger values overflow
 POWER_QUANTILE = 0.84  # standard normal quantile of 80 % power
 RANK_OF_EXCLUDED = {"incomplete": 1, "failed": 2, "diverged": 3}  # after the arms that finished
-
-
-@dataclass(frozen=True)
-class Delta:
-    """Arm minus baseline: unadjusted interval, raw and Holm-corrected two-sided p; only the mean under `no claim`."""
-
-    mean: float
-    ci_low: float | None = None
-    ci_high: float | None = None
-    p: float | None = None
-    p_holm: float | None = None
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from ngpt.training.throughput import measure_step
 from tune.campaign import load_campaign
 from tune.launch import launch
 from tune.machine.environment import usable_cpus
-from tune.results.summary import Summary
 from tune.spec.schema import Campaign
 from tune.storage.journal import read_journal
+from tune.storage.summaries import CampaignSummary
 
 Figures = dict[str, Any]
 
@@ -132,7 +132,7 @@ def run_tiny(trials: int, *, steps: int, workers: int) -> Figures:
         return run_timed(tiny_campaign(Path(folder), trials, steps=steps, workers=workers), Path(folder) / "results")[0]
 
 
-def run_timed(campaign: Campaign, root: Path) -> tuple[Figures, Summary]:
+def run_timed(campaign: Campaign, root: Path) -> tuple[Figures, CampaignSummary]:
     """Runs a campaign without a view; returns its times, see `times_of`, and its summary."""
     services = ServiceTime()
     called = time.time()

@@ -20,13 +20,14 @@ A relation is a function (claim, evidence) -> verdict and one entry in `RELATION
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import exp, inf, isfinite, log
-from typing import Any, Literal
+from typing import Literal
 
-from tune.analysis.verdicts import Delta, Judgement, holm
+from tune.analysis.verdicts import Judgement, holm
 from tune.claims.arithmetic import evaluate
 from tune.claims.evidence import ONE_SEED, ClaimVerdict, Difference, Evidence, difference, incomplete, series_along
 from tune.claims.selectors import ClaimArm, describe, matches, short
 from tune.spec.schema import LOSS_METRICS, Claim
+from tune.storage.summaries import ClaimResult, Delta
 
 # The metrics that claims may be about, and which way is better.
 METRIC_GOALS: dict[str, Literal["minimize", "maximize"]] = {
@@ -45,22 +46,34 @@ SLACK = 1 - 1e-9  # so that rounding does not make an effect of exactly min_effe
 PRECEDENCE = ("refuted", "undecided", "no data", "reproduced")  # the first of the verdicts of several phases decides
 
 
-def judge_claims(claims: Sequence[Claim], evidence: Evidence) -> list[dict[str, Any]]:
-    """An entry of the ledger per claim, as strict JSON: a missing number is null."""
-    entries = []
+def judge_claims(claims: Sequence[Claim], evidence: Evidence) -> list[ClaimResult]:
+    """Judges each claim by the arms of its phase, or of all phases; an infinite number becomes None."""
+    results = []
     for claim in claims:
         relation = RELATIONS[claim.relation]
         here = [arm for arm in evidence.arms if claim.phase in (None, arm.phase)]
         found = relation.decide(claim, replace(evidence, arms=here))
-        fields = {name: getattr(claim, name) for name in ("id", "source", "says", "relation")}
-        numbers = {name: getattr(found, name) for name in ("observed", "ci_low", "ci_high")}
-        entries.append(
-            fields
-            | {"metric": claim.metric if relation.trains else None, "verdict": found.verdict}
-            | {name: value if value is not None and isfinite(value) else None for name, value in numbers.items()}
-            | {"n": found.n, "trials": list(found.trials), "why": found.why}
+        results.append(
+            ClaimResult(
+                id=claim.id,
+                source=claim.source,
+                says=claim.says,
+                relation=claim.relation,
+                metric=claim.metric if relation.trains else None,
+                verdict=found.verdict,
+                observed=_finite(found.observed),
+                ci_low=_finite(found.ci_low),
+                ci_high=_finite(found.ci_high),
+                n=found.n,
+                trials=tuple(found.trials),
+                why=found.why,
+            )
         )
-    return entries
+    return results
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and isfinite(value) else None
 
 
 # ---- relations -----------------------------------------------------------------------------------------------------

@@ -1,23 +1,25 @@
-"""The plots of the report as plain plotly specifications: one for the effects of a phase, one for its loss curves.
+"""Plotly specifications of the effect plot and the loss curves of a phase.
 
-Colours are names of CSS variables (`var(--better)`); the page resolves them, so that one style sheet rules the screen,
-the dark screen and the paper. Plotly reads a little HTML in its labels, so every name is escaped here.
+Colours are names of CSS variables (`var(--better)`), which the page resolves for its light, dark and printed forms.
+Plotly reads some HTML in its labels, so every name is escaped here.
 """
 
 import html
 from collections.abc import Iterable, Mapping, Sequence
 from math import isfinite
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 from tune import format as fmt
+from tune.report.wording import VERDICTS, effect
+from tune.storage.summaries import ArmSummary, Delta, PhaseSummary
 
 Figure = dict[str, Any]
-Series = list[tuple[int, float | None, float, float, float, int]]  # step, tokens, mean, lowest, highest, trials
+CurveRow = Mapping[str, Any]  # a row of curves.parquet
 
 MOST_EFFECTS = 40  # arms in one effect plot; the table has all
 MOST_POINTS = 200  # of one curve
-MOST_BANDS = 3  # best arms with a band over their seeds; more of them hide each other
+MOST_BANDS = 3  # best arms with a band over their seeds; more would hide each other
 SERIES_COLORS = 7  # var(--s1) and on; further arms are drawn in grey
 MARKERS = {
     "baseline": "diamond",
@@ -30,64 +32,63 @@ MARKERS = {
 
 
 def label(text: object, width: int = 200) -> str:
-    """Untrusted text for plotly: one line, shortened, its markup inert."""
+    """Untrusted text for plotly: one line, shortened, without markup."""
     return html.escape(fmt.shorten(fmt.plain(text), width), quote=False)
 
 
 def verdict_slug(verdict: str | None) -> str:
-    """The name of a verdict's colour and style class; what is not a verdict has none of its own."""
-    return verdict.replace(" ", "-") if verdict in fmt.VERDICTS else "other"
+    """The name of a verdict's colour and style class; `other` for anything else."""
+    return verdict.replace(" ", "-") if verdict in VERDICTS else "other"
 
 
-def effect_figure(phase: Mapping[str, Any]) -> Figure | None:
-    """Each arm's difference from the baseline as a dot with its interval; None where nothing can be compared."""
-    arms = [arm for n, arm in enumerate(phase.get("arms") or []) if n < MOST_EFFECTS or arm["verdict"] == "baseline"]
-    if not any((arm.get("delta") or {}).get("mean") is not None for arm in arms):
+def effect_figure(phase: PhaseSummary) -> Figure | None:
+    """Each arm's difference from the baseline as a dot with its interval; None if nothing can be compared."""
+    arms = [arm for n, arm in enumerate(phase.arms) if n < MOST_EFFECTS or arm.verdict == "baseline"]
+    if not any(arm.delta for arm in arms):
         return None
     rows = list(enumerate(arms))
     data = []
-    for verdict in fmt.VERDICTS:
-        own = [(y, arm) for y, arm in rows if arm["verdict"] == verdict]
-        placed = [row for row in own if verdict == "baseline" or (row[1].get("delta") or {}).get("mean") is not None]
+    for verdict in VERDICTS:
+        own = [(y, arm) for y, arm in rows if arm.verdict == verdict]
+        placed = [(y, arm) for y, arm in own if verdict == "baseline" or arm.delta]
+        unplaced = [(y, arm) for y, arm in own if (y, arm) not in placed]
         data += [_interval_trace(verdict, placed)] if placed else []
-        data += [_word_trace(verdict, [row for row in own if row not in placed])] if len(placed) < len(own) else []
-    metric = phase.get("metric") or {}
-    side = "better →" if metric.get("goal") == "maximize" else "← better"
-    least = phase.get("min_effect") or 0
+        data += [_word_trace(verdict, unplaced)] if unplaced else []
+    side = "better →" if phase.metric.goal == "maximize" else "← better"
     layout = {
         "height": 92 + 30 * len(arms),
         "margin": {"l": 8, "r": 16, "t": 30, "b": 46},
         "xaxis": {
-            "title": {"text": f"{label(metric.get('name'), 40)} against the baseline   {side}"},
+            "title": {"text": f"{label(phase.metric.name, 40)} against the baseline   {side}"},
             "zeroline": True,
         },
         "yaxis": {
             "tickvals": [y for y, _ in rows],
-            "ticktext": [label(arm["arm"], 40) for _, arm in rows],
+            "ticktext": [label(arm.arm, 40) for _, arm in rows],
             "range": [len(arms) - 0.4, -0.6],
             "automargin": True,
             "showgrid": False,
         },
-        "shapes": [_band(-least, least)] if least else [],
+        "shapes": [_band(-phase.min_effect, phase.min_effect)] if phase.min_effect else [],
         "legend": {"orientation": "h", "x": 0, "y": 1, "xanchor": "left", "yanchor": "bottom"},
         "meta": {"kind": "effect", "short": [_short_label(arm) for _, arm in rows]},
     }
     return {"data": data, "layout": layout}
 
 
-def _short_label(arm: Mapping[str, Any]) -> str:
-    """A label for a narrow screen: a long name gives way to its values."""
-    name, values = fmt.plain(arm["arm"]), ", ".join(map(fmt.value, (arm.get("overrides") or {}).values()))
+def _short_label(arm: ArmSummary) -> str:
+    """A label for a narrow screen: the values in place of a long name."""
+    name, values = fmt.plain(arm.arm), ", ".join(map(fmt.value, arm.overrides.values()))
     return label(values if len(name) > 15 and values else name, 15)
 
 
-def _interval_trace(verdict: str, rows: list[tuple[int, Mapping[str, Any]]]) -> Figure:
+def _interval_trace(verdict: str, rows: list[tuple[int, ArmSummary]]) -> Figure:
     color = f"var(--{verdict_slug(verdict)})"
     ends = []
     for _, arm in rows:
-        delta = arm.get("delta") or {}
-        mean, low, high = delta.get("mean") or 0, delta.get("ci_low"), delta.get("ci_high")
-        ends.append((mean, 0 if low is None else mean - low, 0 if high is None else high - mean))
+        delta = arm.delta or Delta(0)
+        low, high = delta.ci_low, delta.ci_high
+        ends.append((delta.mean, 0 if low is None else delta.mean - low, 0 if high is None else high - delta.mean))
     error = {"type": "data", "symmetric": False, "color": color, "thickness": 2, "width": 0}
     return {
         "type": "scatter",
@@ -102,13 +103,13 @@ def _interval_trace(verdict: str, rows: list[tuple[int, Mapping[str, Any]]]) -> 
             "symbol": MARKERS.get(verdict, "x"),
             "line": {"color": color, "width": 2},
         },
-        "hovertext": [f"{label(arm['arm'])}<br>{label(_effect_words(arm))}" for _, arm in rows],
+        "hovertext": [f"{label(arm.arm)}<br>{label(_effect_words(arm))}" for _, arm in rows],
         "hoverinfo": "text",
     }
 
 
-def _word_trace(verdict: str, rows: list[tuple[int, Mapping[str, Any]]]) -> Figure:
-    """Arms that have no place on the scale: the verdict stands in their row, so that they are not missed."""
+def _word_trace(verdict: str, rows: list[tuple[int, ArmSummary]]) -> Figure:
+    """Arms without a difference: their verdict is written in their row."""
     return {
         "type": "scatter",
         "mode": "text",
@@ -123,10 +124,11 @@ def _word_trace(verdict: str, rows: list[tuple[int, Mapping[str, Any]]]) -> Figu
     }
 
 
-def _effect_words(arm: Mapping[str, Any]) -> str:
-    p = (arm.get("delta") or {}).get("p_holm")
-    words = f"{arm['verdict']}: {fmt.effect(arm.get('delta'))}"
-    return f"{words}, Holm p {fmt.p_value(p)}" if p is not None else words
+def _effect_words(arm: ArmSummary) -> str:
+    words = f"{arm.verdict}: {effect(arm.delta)}"
+    if arm.delta is None or arm.delta.p_holm is None:
+        return words
+    return f"{words}, Holm p {fmt.p_value(arm.delta.p_holm)}"
 
 
 def _band(low: float, high: float) -> Figure:
@@ -135,67 +137,74 @@ def _band(low: float, high: float) -> Figure:
     return place | {"fillcolor": "var(--band)", "line": {"width": 0}, "layer": "below"}
 
 
-def curves_by_arm(curves: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], list[Mapping[str, Any]]]:
-    """The logged steps of all trials, sorted by phase and arm in one pass."""
-    found: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+class Point(NamedTuple):
+    """An arm's curve at one step, over the trials that logged it."""
+
+    step: int
+    tokens: float | None
+    mean: float
+    low: float
+    high: float
+    trials: int
+
+    def x(self, over_tokens: bool) -> float:
+        """The place on the axis: training tokens, or steps."""
+        return self.tokens if over_tokens and self.tokens is not None else self.step
+
+
+def curves_by_arm(curves: Iterable[CurveRow]) -> dict[tuple[str, str], list[CurveRow]]:
+    """Groups the logged steps of all trials by phase and arm."""
+    found: dict[tuple[str, str], list[CurveRow]] = {}
     for row in curves:
         if row.get("step") is not None:
             found.setdefault((row["phase"], row["arm"]), []).append(row)
     return found
 
 
-def curve_figure(
-    phase: Mapping[str, Any], rows: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]]
-) -> Figure | None:
+def curve_figure(phase: PhaseSummary, rows: Mapping[tuple[str, str], Sequence[CurveRow]]) -> Figure | None:
     """Loss curves, averaged over the seeds of each arm: validation with markers and a band, training thin."""
-    arms = phase.get("arms") or []
-    chosen = _colors(phase)
-    banded = [*list(chosen)[:MOST_BANDS], phase.get("baseline")]
+    colors = _colors(phase)
+    banded = [*list(colors)[:MOST_BANDS], phase.baseline]
+    drawn: list[tuple[ArmSummary, list[Point], list[Point]]] = []
+    for arm in sorted(phase.arms, key=lambda arm: arm.arm in colors):  # grey curves first, behind the others
+        logged = rows.get((phase.phase, arm.arm), ())
+        val, train = _average(logged, "val_loss"), _average(logged, "train_loss")
+        if val or train:
+            drawn.append((arm, val, train))
+    if not drawn:
+        return None
+    over_tokens = all(point.tokens is not None for _, val, train in drawn for point in val + train)
     data: list[Figure] = []
     focus: list[tuple[float, float]] = []
-    for arm in sorted(arms, key=lambda arm: arm["arm"] in chosen):  # grey ones first, behind the others
-        logged = rows.get((phase["phase"], arm["arm"]), ())
-        val, train = _average(logged, "val_loss"), _average(logged, "train_loss")
-        if not val and not train:
-            continue
-        width = 3 if arm["arm"] == phase.get("winner") else 2
-        color = chosen.get(arm["arm"])
+    for arm, val, train in drawn:
+        main, color = val or train, colors.get(arm.arm)
         if color is None:
-            data.append(_line(arm["arm"], val or train, "var(--faint)", 1) | {"showlegend": False})
+            data.append(_line(arm.arm, main, "var(--faint)", 1, over_tokens) | {"showlegend": False})
             continue
-        if (val or train)[0][5] > 1 and arm["arm"] in banded:
-            data.append(_band_over_seeds(arm["arm"], val or train, color))
+        if main[0].trials > 1 and arm.arm in banded:
+            data.append(_band_over_seeds(arm.arm, main, color, over_tokens))
         if train:
-            data.append(_line(arm["arm"], train, color, 1, group=bool(val), what="train") | {"opacity": 0.55})
+            line = _line(arm.arm, train, color, 1, over_tokens, what="train")
+            data.append(line | {"opacity": 0.55, "showlegend": not val})
         if val:
-            data.append(_line(arm["arm"], val, color, width, markers=True, what="val"))
-        if arm["verdict"] not in ("diverged", "failed"):
-            focus += [(row[1] if row[1] is not None else row[0], value) for row in val + train for value in row[3:5]]
-    if not data:
-        return None
-    for trace in data:
-        trace["legendgroup"] = trace["name"]
-    tokens = all(row[1] is not None for trace in data for row in trace["meta"])
-    for trace in data:
-        series = trace.pop("meta")
-        trace["x"] = [row[1] if tokens else row[0] for row in series]
-        if trace.get("fill"):
-            trace["x"] += trace["x"][::-1]
+            width = 3 if arm.arm == phase.winner else 2
+            data.append(_line(arm.arm, val, color, width, over_tokens, what="val") | {"mode": "lines+markers"})
+        if arm.verdict not in ("diverged", "failed"):
+            focus += [(point.x(over_tokens), y) for point in val + train for y in (point.low, point.high)]
     names = sum(trace["showlegend"] for trace in data)
-    return {"data": data, "layout": _curve_layout(tokens, names, _late_range(focus))}
+    return {"data": data, "layout": _curve_layout(over_tokens, names, _late_range(focus))}
 
 
-def _colors(phase: Mapping[str, Any]) -> dict[str, str]:
-    """The arms that get a colour: the baseline, the winner and the best of the others."""
-    arms: list[str] = [arm["arm"] for arm in phase.get("arms") or []]
-    baseline, winner = phase.get("baseline"), phase.get("winner")
-    first = [winner] if winner in arms and winner != baseline else []
-    named = first + [arm for arm in arms if arm not in (baseline, winner)]
-    colors = {arm: f"var(--s{n})" for n, arm in enumerate(named[:SERIES_COLORS], 1)}
-    return colors | {arm: "var(--baseline)" for arm in arms if arm == baseline}
+def _colors(phase: PhaseSummary) -> dict[str, str]:
+    """The arms that get a colour: the winner, the best of the others, and the baseline."""
+    arms = [arm.arm for arm in phase.arms]
+    special = (phase.baseline, phase.winner)
+    ranked = [arm for arm in arms if arm == phase.winner != phase.baseline] + [a for a in arms if a not in special]
+    colors = {arm: f"var(--s{n})" for n, arm in enumerate(ranked[:SERIES_COLORS], 1)}
+    return colors | {arm: "var(--baseline)" for arm in arms if arm == phase.baseline}
 
 
-def _average(rows: Iterable[Mapping[str, Any]], name: str) -> Series:
+def _average(rows: Iterable[CurveRow], name: str) -> list[Point]:
     """Mean, lowest and highest value over the trials of an arm at each step, thinned to `MOST_POINTS` steps."""
     steps: dict[int, dict[str, float]] = {}
     tokens: dict[int, float | None] = {}
@@ -209,47 +218,58 @@ def _average(rows: Iterable[Mapping[str, Any]], name: str) -> Series:
         last = len(order) - 1
         order = [order[round(i * last / (MOST_POINTS - 1))] for i in range(MOST_POINTS)]
     every = [(step, list(steps[step].values())) for step in order]
-    return [(step, tokens[step], fmean(seen), min(seen), max(seen), len(seen)) for step, seen in every]
+    return [Point(step, tokens[step], fmean(seen), min(seen), max(seen), len(seen)) for step, seen in every]
 
 
 def _line(
-    arm: str, series: Series, color: str, width: int, *, markers: bool = False, group: bool = False, what: str = "loss"
+    arm: str, points: Sequence[Point], color: str, width: int, over_tokens: bool, *, what: str = "loss"
 ) -> Figure:
-    """One curve; with `group` its legend entry is that of the arm's validation curve."""
-    trials = max(row[5] for row in series)
+    """One curve; the curves of an arm share a name and a group, so that a click hides all of them."""
+    trials = max(point.trials for point in points)
     seeds = f"mean of {trials} seeds, %{{customdata[0]:.4f}} to %{{customdata[1]:.4f}}" if trials > 1 else "one seed"
-    spread = {"customdata": [[round(row[3], 5), round(row[4], 5)] for row in series]} if trials > 1 else {}
+    ranges = [[round(point.low, 5), round(point.high, 5)] for point in points]
     return {
         "type": "scatter",
-        "mode": "lines+markers" if markers else "lines",
+        "mode": "lines",
         "name": label(arm, 48),
-        "y": [round(row[2], 5) for row in series],
+        "legendgroup": label(arm, 48),
+        "x": [point.x(over_tokens) for point in points],
+        "y": [round(point.mean, 5) for point in points],
         "line": {"color": color, "width": width},
         "marker": {"color": color, "size": 5},
-        "showlegend": not group,
+        "showlegend": True,
         "hovertemplate": f"%{{fullData.name}}<br>{what} %{{y:.4f}} at %{{x:.3s}}<br>{seeds}<extra></extra>",
-        "meta": series,
-    } | spread
+    } | ({"customdata": ranges} if trials > 1 else {})
 
 
-def _band_over_seeds(arm: str, series: Series, color: str) -> Figure:
+def _band_over_seeds(arm: str, points: Sequence[Point], color: str, over_tokens: bool) -> Figure:
     """From the lowest to the highest seed of an arm, as one outline."""
-    trace = _line(arm, series, color, 0) | {"mode": "lines", "showlegend": False, "hoverinfo": "skip"}
-    del trace["hovertemplate"]
-    trace.pop("customdata", None)
-    outline = [round(row[4], 5) for row in series] + [round(row[3], 5) for row in reversed(series)]
-    return trace | {"y": outline, "fill": "toself", "fillcolor": color}
+    x = [point.x(over_tokens) for point in points]
+    return {
+        "type": "scatter",
+        "mode": "lines",
+        "name": label(arm, 48),
+        "legendgroup": label(arm, 48),
+        "x": x + x[::-1],
+        "y": [round(point.high, 5) for point in points] + [round(point.low, 5) for point in reversed(points)],
+        "line": {"color": color, "width": 0},
+        "fill": "toself",
+        "fillcolor": color,
+        "showlegend": False,
+        "hoverinfo": "skip",
+    }
 
 
 def _late_range(points: Sequence[tuple[float, float]]) -> list[float] | None:
-    """The losses after the first steep fall, where arms differ: from a quarter of the run on."""
+    """The range of the losses after the first quarter of the run, where arms differ."""
     end = max((x for x, _ in points), default=0)
     late = [y for x, y in points if x >= 0.25 * end]
     low, high = min(late, default=0), max(late, default=0)
     return [low - 0.04 * (high - low), high + 0.04 * (high - low)] if high > low else None
 
 
-def _curve_layout(tokens: bool, names: int, focus: list[float] | None) -> Figure:
+def _curve_layout(over_tokens: bool, names: int, focus: list[float] | None) -> Figure:
+    over = "training tokens" if over_tokens else "steps"
     return {
         "height": 340,
         "margin": {"l": 8, "r": 16, "t": 12, "b": 30},
@@ -257,5 +277,5 @@ def _curve_layout(tokens: bool, names: int, focus: list[float] | None) -> Figure
         "yaxis": {"title": {"text": "loss, nats per token"}, "automargin": True},
         "hovermode": "closest",
         "legend": {"orientation": "h", "x": 0, "y": -0.11, "xanchor": "left", "yanchor": "top"},
-        "meta": {"kind": "curves", "focus": focus, "names": names, "over": "training tokens" if tokens else "steps"},
+        "meta": {"kind": "curves", "focus": focus, "names": names, "over": over},
     }

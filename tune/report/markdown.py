@@ -1,29 +1,44 @@
-"""The report as Markdown, for a pull request: what the page says, without its plots.
+"""The report as Markdown, for a pull request: the same content as the page, without its plots.
 
-Names and errors are text from outside; `cell` takes the markup out of them.
+Names and errors are untrusted text; `cell` removes their markup.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 from tune import format as fmt
 from tune.report.phase_graph import handovers
-from tune.report.wording import CLAIMS_NOTE, cost_facts, fact, importance_rows, moment, next_step, troubles, went_wrong
+from tune.report.wording import (
+    CLAIM_VERDICTS,
+    CLAIMS_NOTE,
+    VERDICTS,
+    claim_counts,
+    cost,
+    cost_facts,
+    effect,
+    fact,
+    importance_table,
+    interval_name,
+    mean_interval,
+    moment,
+    next_step,
+    noise,
+    trial_counts,
+    troubles,
+    went_wrong,
+)
+from tune.storage.summaries import CampaignSummary, PhaseSummary
 
-Summary = Mapping[str, Any]
-
-# Markdown that can start something inside a line; an underscore between letters cannot.
+# Characters that start Markdown inside a line; an underscore between letters does not.
 _MARKDOWN = re.compile(r"[\\`*\[\]~|$]|(?<![^\W_])_|_(?![^\W_])")
 _ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 
 
-def render_markdown(summary: Summary) -> str:
-    """The same content without the plots, as GitHub-flavoured Markdown."""
-    parts = [_markdown_answer(summary), *_markdown_handovers(summary)]
-    parts += [_markdown_phase(phase) for phase in summary.get("phases") or []]
-    parts += [claims_markdown(summary)] if summary.get("claims") else []
-    parts += [_markdown_problems(summary), _markdown_cost(summary), _markdown_sources(summary), _markdown_glossary()]
+def render_markdown(summary: CampaignSummary) -> str:
+    """Renders the report as GitHub-flavoured Markdown."""
+    parts = [_answer(summary), *_handovers(summary), *map(_phase, summary.phases)]
+    parts += [claims_markdown(summary)] if summary.claims else []
+    parts += [_problems(summary), _cost(summary), _sources(summary), f"## How to read this\n\n{_glossary(VERDICTS)}"]
     return "\n\n".join(parts) + "\n"
 
 
@@ -33,132 +48,121 @@ def cell(text: object) -> str:
     return _MARKDOWN.sub(lambda match: f"\\{match[0]}", escaped) or fmt.MISSING
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[object]], right: Iterable[str] = ()) -> str:
-    numbers = set(right)
-    lines = [header, ["---:" if name in numbers else "---" for name in header]]
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]], right: Sequence[str] = ()) -> str:
+    """A Markdown table of untrusted text; the columns named in `right` are aligned to the right."""
+    lines = [header, ["---:" if name in right else "---" for name in header]]
     lines += [[cell(item) for item in row] for row in rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _markdown_answer(summary: Summary) -> str:
-    answer = summary.get("answer") or {}
-    facts = [("Question", summary.get("description"))]
-    if answer.get("winner"):
-        arm = f"arm {fmt.plain(answer['winner'])} of phase {fmt.plain(answer.get('phase'))}"
-        facts.append(("Winner", f"{fmt.settings(answer.get('overrides'), 'as it is')} ({arm})"))
-    if answer.get("delta"):
+def _answer(summary: CampaignSummary) -> str:
+    answer = summary.answer
+    facts = [("Question", summary.description)]
+    if answer.winner:
+        arm = f"arm {fmt.plain(answer.winner)} of phase {fmt.plain(answer.phase)}"
+        facts.append(("Winner", f"{fmt.settings(answer.overrides, 'as it is')} ({arm})"))
+    if answer.delta:
+        ties = summary.answer_phase.ties if summary.answer_phase else []
         facts += [
-            ("Effect", f"{fmt.effect(answer['delta'])}, Holm p {fmt.p_value(answer['delta'].get('p_holm'))}"),
-            ("Ties with it", fmt.listing(fmt.tied(fmt.answer_phase(summary) or {})) or "no other arm"),
-            ("Fresh seeds", "confirmed" if answer.get("confirmed") else "not confirmed yet"),
+            ("Effect", f"{effect(answer.delta)}, Holm p {fmt.p_value(answer.delta.p_holm)}"),
+            ("Ties with it", fmt.listing(map(fmt.plain, ties)) or "no other arm"),
+            ("Fresh seeds", "confirmed" if answer.confirmed else "not confirmed yet"),
         ]
-    facts += [("Cost", fmt.cost(summary))]
-    lines = [f"# {cell(summary.get('campaign'))}", f"**{cell(answer.get('sentence') or 'There is no answer yet.')}**"]
-    lines.append("\n".join(f"- {name}: {cell(text)}" for name, text in facts if text))
-    lines[-1] += f"\n- Next: {next_step(summary)}"
-    return "\n\n".join(lines + [f"> Warning: {cell(fmt.sentence(text))}" for text in fmt.own_warnings(summary)])
+    facts += [("Cost", cost(summary))]
+    listed = [f"- {name}: {cell(text)}" for name, text in facts if text]
+    listed.append(f"- Next: {next_step(summary)}")
+    warnings = [_warning(text) for text in summary.own_warnings]
+    return "\n\n".join([f"# {cell(summary.campaign)}", f"**{cell(answer.sentence)}**", "\n".join(listed), *warnings])
 
 
-def _markdown_phase(phase: Summary) -> str:
-    name = (phase.get("metric") or {}).get("name") or "val_loss"
-    header = [
-        "#",
-        "arm",
-        "settings",
-        "n",
-        cell(name),
-        "against the baseline",
-        "Holm p",
-        "verdict",
-        "tok/s",
-        "bits/byte",
-    ]
+def _warning(text: str) -> str:
+    return f"> Warning: {cell(fmt.sentence(text))}"
+
+
+def _phase(phase: PhaseSummary) -> str:
+    header = ("#", "arm", "settings", "n", cell(phase.metric.name), "against the baseline")
     rows = [
         (
-            arm.get("rank"),
-            arm["arm"],
-            fmt.settings(arm.get("overrides"), "as it is"),
-            arm.get("n"),
-            fmt.mean_interval(arm.get("score")),
-            fmt.effect(arm.get("delta")),
-            fmt.p_value((arm.get("delta") or {}).get("p_holm")),
-            arm.get("verdict"),
-            fmt.count(arm.get("tokens_per_second")),
-            fmt.number(arm.get("val_bpb")),
+            arm.rank,
+            arm.arm,
+            fmt.settings(arm.overrides, "as it is"),
+            arm.n,
+            mean_interval(arm.score),
+            effect(arm.delta),
+            fmt.p_value(arm.delta.p_holm if arm.delta else None),
+            arm.verdict,
+            fmt.count(arm.tokens_per_second),
+            fmt.number(arm.val_bpb),
         )
-        for arm in phase.get("arms") or []
+        for arm in phase.arms
     ]
-    seeds = len(phase.get("seeds") or [])
-    counts = f"{fmt.trial_counts(phase.get('trials'))}, {seeds} seed{'' if seeds == 1 else 's'}"
-    base = f"Base: {cell(fmt.settings(phase.get('base'), 'as it is'))}."
-    inherit = f" It starts from the winner of {cell(phase['inherit'])}." if phase.get("inherit") else ""
-    lines = [f"## {cell(phase.get('phase'))}", cell(fmt.sentence(phase.get("why"))), f"{counts}. {base}{inherit}"]
-    lines.append(_table(header, rows, right=("#", "n", "Holm p", "tok/s", "bits/byte")))
-    lines.append(f"Mean over n seeds ± half of its {fmt.interval_name(phase)}. {cell(fmt.noise(phase))}")
-    if shares := importance_rows(phase):
-        listed = fmt.listing(f"{cell(name)} {share}" for name, share, _ in shares["rows"])
-        lines.append(f"{cell(shares['note'])} {listed}.")
-    return "\n\n".join(lines + [f"> Warning: {cell(fmt.sentence(text))}" for text in phase.get("warnings") or []])
+    counts = f"{trial_counts(phase.trials)}, {fmt.counted(len(phase.seeds), 'seed')}"
+    base = f"Base: {cell(fmt.settings(phase.base, 'as it is'))}."
+    inherit = f" It starts from the winner of {cell(phase.inherit)}." if phase.inherit else ""
+    numbers = ("Holm p", "verdict", "tok/s", "bits/byte")
+    parts = [
+        f"## {cell(phase.phase)}",
+        cell(fmt.sentence(phase.why)),
+        f"{counts}. {base}{inherit}",
+        markdown_table((*header, *numbers), rows, right=("#", "n", "Holm p", "tok/s", "bits/byte")),
+        f"Mean over n seeds ± half of its {interval_name(phase.confidence)}. {cell(noise(phase))}",
+    ]
+    if table := importance_table(phase):
+        listed = fmt.listing(f"{cell(name)} {share}" for name, share, _ in table.rows)
+        parts.append(f"{cell(table.note)} {listed}.")
+    return "\n\n".join([*parts, *map(_warning, phase.warnings)])
 
 
-def _markdown_handovers(summary: Summary) -> list[str]:
-    given = handovers(summary.get("phases") or [])
-    lines = "\n".join(f"- {cell(edge.target)} starts from {cell(edge.text())}" for edge in given)
-    return [f"## What the phases handed on\n\n{lines}"] if given else []
+def _handovers(summary: CampaignSummary) -> list[str]:
+    lines = [f"- {cell(edge.target)} starts from {cell(edge.text())}" for edge in handovers(summary.phases)]
+    return ["## What the phases handed on\n\n" + "\n".join(lines)] if lines else []
 
 
-def claims_markdown(summary: Summary) -> str:
-    """The claims ledger of a campaign's summary: a table, the trials that each claim rests on, and how to read it."""
-    claims = summary.get("claims") or []
+def claims_markdown(summary: CampaignSummary) -> str:
+    """The claims of a campaign: a table, the trials that each claim rests on, and how to read it."""
+    claims = summary.claims
     if not claims:
         return "## Claims\n\nThe campaign names no claims."
     header = ("claim", "source", "what was said", "verdict", "observed", "n", "why")
     rows = [
         (
-            claim.get("id"),
-            claim.get("source"),
-            claim.get("says"),
-            claim.get("verdict"),
-            fmt.claim_value(claim),
-            claim.get("n"),
-            claim.get("why"),
+            claim.id,
+            claim.source,
+            claim.says,
+            claim.verdict,
+            fmt.claim_value(claim.observed, claim.ci_low, claim.ci_high),
+            claim.n,
+            claim.why,
         )
         for claim in claims
     ]
-    trials = [
-        f"- {cell(claim.get('id'))}: {cell(', '.join(claim['trials']))}" for claim in claims if claim.get("trials")
-    ]
-    parts = ["## Claims", f"{fmt.claim_counts(claims)}.", _table(header, rows, right=("n",))]
+    counts = claim_counts(claim.verdict for claim in claims)
+    parts = ["## Claims", f"{counts}.", markdown_table(header, rows, right=("n",))]
+    trials = [f"- {cell(claim.id)}: {cell(', '.join(claim.trials))}" for claim in claims if claim.trials]
     parts += ["Trials that they rest on:\n\n" + "\n".join(trials)] if trials else []
-    meanings = (f"- **{verdict}**: {meaning}" for verdict, meaning in fmt.CLAIM_VERDICTS.items())
-    return "\n\n".join([*parts, "\n".join(meanings), CLAIMS_NOTE])
+    return "\n\n".join([*parts, _glossary(CLAIM_VERDICTS), CLAIMS_NOTE])
 
 
-def _markdown_problems(summary: Summary) -> str:
-    problems = summary.get("problems") or []
-    parts = ["## What went wrong"]
-    if problems:
-        names = ("phase", "arm", "seed", "status", "error", "trial_id")
-        rows = [problem | {"error": went_wrong(problem)} for problem in problems]
-        parts.append(_table(names, [[row.get(name) for name in names] for row in rows]))
-    else:
-        parts.append("Every trial that has run ended with a finite loss.")
-    found = troubles(summary)
-    return "\n\n".join(parts + (["\n".join(f"- {cell(text)}" for text in found)] if found else []))
+def _glossary(meanings: dict[str, str]) -> str:
+    return "\n".join(f"- **{word}**: {meaning}" for word, meaning in meanings.items())
 
 
-def _markdown_cost(summary: Summary) -> str:
+def _problems(summary: CampaignSummary) -> str:
+    text = "Every trial that has run ended with a finite loss."
+    if summary.problems:
+        header = ("phase", "arm", "seed", "status", "error", "trial_id")
+        rows = [(p.phase, p.arm, p.seed, p.status, went_wrong(p), p.trial_id) for p in summary.problems]
+        text = markdown_table(header, rows)
+    listed = "\n".join(f"- {cell(text)}" for text in troubles(summary))
+    return "\n\n".join(["## What went wrong", text, *([listed] if listed else [])])
+
+
+def _cost(summary: CampaignSummary) -> str:
     return "## What it cost\n\n" + "\n".join(f"- {name}: {cell(text)}" for name, text in cost_facts(summary).items())
 
 
-def _markdown_sources(summary: Summary) -> str:
-    facts = [("command", summary.get("command")), ("started", moment(summary.get("started_at") or ""))]
-    known = {**(summary.get("environment") or {}), **(summary.get("data") or {})}
-    facts += [(name, item) for name, item in known.items() if item != {}]
-    table = _table(("what", "value"), [(name.replace("_", " "), fact(item)) for name, item in facts])
-    return f"## Where the numbers come from\n\n{table}"
-
-
-def _markdown_glossary() -> str:
-    lines = "\n".join(f"- **{verdict}**: {meaning}" for verdict, meaning in fmt.VERDICTS.items())
-    return f"## How to read this\n\n{lines}"
+def _sources(summary: CampaignSummary) -> str:
+    known = {"command": summary.command, "started": moment(summary.started_at)}
+    facts = [*known.items(), *{**summary.environment, **summary.data}.items()]
+    rows = [(name.replace("_", " "), fact(item)) for name, item in facts if item != {}]
+    return f"## Where the numbers come from\n\n{markdown_table(('what', 'value'), rows)}"

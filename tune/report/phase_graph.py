@@ -1,14 +1,15 @@
-"""Who inherits from whom: what each phase handed on, as facts and as boxes and arrows for an inline SVG."""
+"""What each phase handed on to later ones, as facts and as boxes and arrows for an inline SVG."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tune import format as fmt
+from tune.storage.summaries import PhaseSummary
 
 # Sizes in SVG units, about a pixel each; the picture is as wide as a phone.
 BOX_WIDTH, BOX_HEIGHT, LANE, GAP, LINE = 350, 46, 12, 22, 16
-MOST_CHARS = 46  # of one line of text in it, in any of the fonts that a system may have
+MOST_CHARS = 46  # of one line of text in a box, whatever font the system has
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Handover:
         return f"{who}: {self._short()}"
 
     def label(self, *, near: bool) -> str:
-        """Beside its arrow, which shows where it comes from when that is `near`: the box above."""
+        """The label beside its arrow; the source needs no name if it is `near`, the box above."""
         return self._short() if near else f"from {fmt.plain(self.source)}: {self._short()}"
 
     def _short(self) -> str:
@@ -34,56 +35,53 @@ class Handover:
         return fmt.settings(short, "the base as it is")
 
 
-def handovers(phases: Sequence[Mapping[str, Any]]) -> list[Handover]:
-    """Everything that was handed on, in the order of the phases; a source may be a phase of another campaign.
+def handovers(phases: Sequence[PhaseSummary]) -> list[Handover]:
+    """Lists what was handed on, in the order of the phases; a source may be a phase of another campaign.
 
-    That an arm of a list of runs, or one that combines phases, started from winners is seen in its settings.
+    An arm of a list of runs, or one that combines phases, inherits from the winners whose settings it contains.
     """
     found: list[Handover] = []
     for i, phase in enumerate(phases):
-        base = phase.get("base") or {}
-        source = phase.get("inherit")
-        if source is not None:
-            known = next((_winner_settings(p) for p in phases[:i] if p.get("phase") == source), None)
+        base = phase.base
+        if phase.inherit is not None:
+            known = next((_winner_settings(p) for p in phases[:i] if p.phase == phase.inherit), None)
             given = base if known is None else {k: v for k, v in known.items() if k in base and base[k] == v}
-            found.append(Handover(source, phase.get("phase") or "", given))
-        if phase.get("swept"):
+            found.append(Handover(phase.inherit, phase.phase, given))
+        if phase.swept:
             continue
-        for arm in phase.get("arms") or []:
-            if arm.get("overrides") and arm["arm"] != phase.get("baseline"):
-                own = {**base, **arm["overrides"]}
-                known = {edge.source for edge in found if edge.target == phase.get("phase")}
-                for giver in _givers(own, phases[:i]):
-                    if giver["phase"] not in known:  # one arrow between two phases says it
-                        settings = _winner_settings(giver)
-                        found.append(Handover(giver["phase"], phase.get("phase") or "", settings, arm["arm"]))
+        for arm in phase.arms:
+            if arm.overrides and arm.arm != phase.baseline:
+                sources = {edge.source for edge in found if edge.target == phase.phase}
+                for giver in _givers({**base, **arm.overrides}, phases[:i]):
+                    if giver.phase not in sources:  # one arrow between two phases is enough
+                        found.append(Handover(giver.phase, phase.phase, _winner_settings(giver), arm.arm))
     return found
 
 
-def _givers(own: Mapping[str, Any], before: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The phases whose winners' settings are among `own`, but for those that a later one of them contains."""
-    found: list[Mapping[str, Any]] = []
+def _givers(own: Mapping[str, Any], before: Sequence[PhaseSummary]) -> list[PhaseSummary]:
+    """The phases whose winning settings are all in `own`, without those that a later one of them includes."""
+    found: list[PhaseSummary] = []
     covered: dict[str, Any] = {}
     for phase in reversed(before):
         settings = _winner_settings(phase)
-        won = phase.get("winner") not in (None, phase.get("baseline"))
+        won = phase.winner not in (None, phase.baseline)
         if won and {**own, **settings} == dict(own) and {**covered, **settings} != covered:
             found.insert(0, phase)
             covered |= settings
     return found
 
 
-def _winner_settings(phase: Mapping[str, Any]) -> dict[str, Any]:
-    winner = fmt.winning_arm(phase)
-    return {**(phase.get("base") or {}), **((winner or {}).get("overrides") or {})}
+def _winner_settings(phase: PhaseSummary) -> dict[str, Any]:
+    winner = phase.winning_arm
+    return {**phase.base, **(winner.overrides if winner else {})}
 
 
-def inheritance_graph(phases: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Boxes, arrows and labels, phases from top to bottom; None where nothing is handed on."""
+def inheritance_graph(phases: Sequence[PhaseSummary]) -> dict[str, Any] | None:
+    """Lays out boxes, arrows and labels, with the phases from top to bottom; None if nothing is handed on."""
     given = handovers(phases)
     if not given:
         return None
-    names = [phase.get("phase") or "" for phase in phases]
+    names = [phase.phase for phase in phases]
     far = [edge for edge in given if edge.source in names and names.index(edge.target) - names.index(edge.source) > 1]
     left = LANE * len(far) + 6
     boxes: list[dict[str, Any]] = []
@@ -105,20 +103,21 @@ def inheritance_graph(phases: Sequence[Mapping[str, Any]]) -> dict[str, Any] | N
                 lane = left - LANE * (far.index(edge) + 1)
                 start = boxes[names.index(edge.source)]["y"] + BOX_HEIGHT / 2
                 arrows.append(f"M {left} {start} H {lane} V {y + BOX_HEIGHT / 2} H {left - 2}")
-        boxes.append({"x": left, "y": y, "name": _cut(names[i]), "says": _says(phase), "href": f"#phase-{i + 1}"})
+        boxes.append({"x": left, "y": y, "name": _cut(names[i]), "result": _result(phase), "href": f"#phase-{i + 1}"})
         y += BOX_HEIGHT
     size = {"width": left + BOX_WIDTH + 4, "height": y + 4, "box_width": BOX_WIDTH, "box_height": BOX_HEIGHT}
     return size | {"boxes": boxes, "labels": labels, "arrows": arrows}
 
 
-def _says(phase: Mapping[str, Any]) -> str:
-    """What came out of a phase: `alpha=0.2 is better, -0.0525`."""
-    won = fmt.winning_arm(phase)
-    if won is None or won["arm"] == phase.get("baseline"):
-        return "keeps its baseline" if won else "no winner yet"
-    delta = (won.get("delta") or {}).get("mean")
-    rest = " is better" + ("" if delta is None else f", {fmt.signed(delta)}")
-    return _cut(won["arm"], MOST_CHARS - len(rest)) + rest
+def _result(phase: PhaseSummary) -> str:
+    """The result of a phase: `alpha=0.2 is better, -0.0525`."""
+    winner = phase.winning_arm
+    if winner is None:
+        return "no winner yet"
+    if winner.arm == phase.baseline:
+        return "keeps its baseline"
+    rest = " is better" + (f", {fmt.signed(winner.delta.mean)}" if winner.delta else "")
+    return _cut(winner.arm, MOST_CHARS - len(rest)) + rest
 
 
 def _cut(text: str, width: int = MOST_CHARS) -> str:

@@ -1,27 +1,29 @@
-"""Two more plots of a phase: loss against speed, and the parallel coordinates of a sweep over several axes.
+"""Plotly specifications of loss against speed, and of the parallel coordinates of a sweep over several settings.
 
 Parallel coordinates are drawn with plain lines: plotly's own type needs WebGL and scripts made at run time, which the
-page's policy forbids and a printer does not have.
+page's security policy forbids.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from math import log
 from typing import Any
 
 from tune import format as fmt
 from tune.analysis.importance import is_number, sweep_axes
 from tune.report.figures import MARKERS, Figure, label, verdict_slug
+from tune.report.wording import VERDICTS, half_width, mean_interval
+from tune.storage.summaries import ArmSummary, PhaseSummary
 
 MOST_LINES = 400  # arms in parallel coordinates, best first
 MOST_BARS = 40  # arms up to which each has its interval and its label against speed
 LONGEST_LABEL = 26  # of a name beside its point
-LEAST_SPAN = 0.1  # of the speed, what its axis shows at least
-# Where labels go, in pixels of a wide screen; a narrow one shows the ranks only.
+LEAST_SPAN = 0.1  # of the mean speed: the shortest range of its axis
+# Size of the plot and of a character in pixels of a wide screen; a narrow one shows the ranks only.
 PLOT, CHAR = (940, 250), 7.2
 SIDES = ("middle right", "middle left", "top center", "bottom center")
 MOST_TICKS = 8  # values written at one axis
-WIDE_RANGE = 30  # largest over smallest from which an axis is logarithmic
-# Groups of arms by rank, with their colours; a few arms make two groups only.
+WIDE_RANGE = 30  # largest over smallest value from which an axis is logarithmic
+# Groups of arms by rank, with their colours; fewer than `FEW` arms make two groups.
 FIFTHS = {
     "best fifth": "var(--s1)",
     "second": "var(--s6)",
@@ -33,37 +35,32 @@ HALVES = {"better half": "var(--s1)", "other half": "var(--s5)"}
 FEW = 10  # arms
 
 
-def speed_figure(phase: Mapping[str, Any]) -> Figure | None:
+def speed_figure(phase: PhaseSummary) -> Figure | None:
     """Each arm's score over its tokens per second; None with fewer than two arms that have both."""
-    arms = [
-        arm
-        for arm in phase.get("arms") or []
-        if arm.get("tokens_per_second") is not None and (arm.get("score") or {}).get("mean") is not None
-    ]
+    arms = [arm for arm in phase.arms if arm.tokens_per_second is not None and arm.score.mean is not None]
     if len(arms) < 2:
         return None
-    points = [(arm["tokens_per_second"], arm["score"]["mean"]) for arm in arms]
+    points = [(arm.tokens_per_second or 0.0, arm.score.mean or 0.0) for arm in arms]
     span = _speed_span([x for x, _ in points])
-    ranks = [str(arm.get("rank") or n) for n, arm in enumerate(arms, 1)]
-    # The middle of a long name is what it differs by: its rank says more.
-    shorts = [fmt.plain(arm["arm"]) if len(fmt.plain(arm["arm"])) <= LONGEST_LABEL else "" for arm in arms]
-    names = [f"{rank} {label(short)}" if short else rank for rank, short in zip(ranks, shorts, strict=True)]
+    ranks = [str(arm.rank or n) for n, arm in enumerate(arms, 1)]
+    # A long name would have to lose its middle, which is what distinguishes it: the rank alone says more.
+    plain = [fmt.plain(arm.arm) for arm in arms]
+    names = [f"{r} {label(name)}" if len(name) <= LONGEST_LABEL else r for r, name in zip(ranks, plain, strict=True)]
     marks = [("", "middle right")] * len(arms)
     if len(arms) <= MOST_BARS:
         marks = label_places(points, span, list(zip(names, ranks, strict=True)))
     data = []
-    for verdict in fmt.VERDICTS:
-        own = [i for i, arm in enumerate(arms) if arm["verdict"] == verdict]
+    for verdict in VERDICTS:
+        own = [i for i, arm in enumerate(arms) if arm.verdict == verdict]
         if own:
-            trace = _speed_trace(verdict, [arms[i] for i in own], bars=len(phase["arms"]) <= MOST_BARS)
+            trace = _speed_trace(verdict, [arms[i] for i in own], bars=len(phase.arms) <= MOST_BARS)
             words = {"text": [marks[i][0] for i in own], "textposition": [marks[i][1] for i in own]}
             data.append(trace | words | {"customdata": [ranks[i] if marks[i][0] else "" for i in own]})
-    name = label((phase.get("metric") or {}).get("name"), 40)
     layout = {
         "height": 340,
         "margin": {"l": 8, "r": 16, "t": 30, "b": 46},
         "xaxis": {"title": {"text": "training tokens per second"}, "tickformat": "~s", "range": list(span)},
-        "yaxis": {"title": {"text": name}, "automargin": True},
+        "yaxis": {"title": {"text": label(phase.metric.name, 40)}, "automargin": True},
         "hovermode": "closest",
         "legend": {"orientation": "h", "x": 0, "y": 1, "xanchor": "left", "yanchor": "bottom"},
         "meta": {"kind": "speed"},
@@ -72,7 +69,7 @@ def speed_figure(phase: Mapping[str, Any]) -> Figure | None:
 
 
 def _speed_span(speeds: Sequence[float]) -> tuple[float, float]:
-    """The range of the axis: so wide that the scatter of a clock does not look like a gain."""
+    """The range of the axis, wide enough that timing noise does not look like a gain."""
     low, high = min(speeds), max(speeds)
     half = max((high - low) * 0.6, LEAST_SPAN / 2 * (low + high) / 2)
     return round((low + high) / 2 - half, 1), round((low + high) / 2 + half, 1)
@@ -81,9 +78,9 @@ def _speed_span(speeds: Sequence[float]) -> tuple[float, float]:
 def label_places(
     points: Sequence[tuple[float, float]], span: tuple[float, float], texts: Sequence[tuple[str, str]]
 ) -> list[tuple[str, str]]:
-    """A label and its side for each point, such that nothing overlaps; earlier points choose first.
+    """Places a label beside each point so that nothing overlaps; earlier points choose first.
 
-    `texts` are a long and a short form; where neither fits, as in a crowd, the short one stands on the right.
+    `texts` holds a long and a short form of each label. If neither fits, the short one goes to the right.
     """
     width, height = PLOT
     heights = [y for _, y in points]
@@ -114,16 +111,16 @@ def _apart(one: tuple[float, float, float, float], other: tuple[float, float, fl
     return one[1] <= other[0] or other[1] <= one[0] or one[3] <= other[2] or other[3] <= one[2]
 
 
-def _speed_trace(verdict: str, arms: Sequence[Mapping[str, Any]], *, bars: bool) -> Figure:
+def _speed_trace(verdict: str, arms: Sequence[ArmSummary], *, bars: bool) -> Figure:
     """The arms of one verdict, each with the interval of its difference from the baseline."""
     color = f"var(--{verdict_slug(verdict)})"
-    halves = [fmt.half_width(arm.get("delta")) or 0 for arm in arms]
+    halves = [half_width(arm.delta) or 0 for arm in arms]
     return {
         "type": "scatter",
         "mode": "markers+text",
         "name": verdict,
-        "x": [round(arm["tokens_per_second"], 1) for arm in arms],
-        "y": [arm["score"]["mean"] for arm in arms],
+        "x": [round(arm.tokens_per_second or 0.0, 1) for arm in arms],
+        "y": [arm.score.mean for arm in arms],
         "error_y": {"type": "data", "array": halves, "color": color, "thickness": 1, "width": 0, "visible": bars},
         "marker": {
             "color": color,
@@ -133,21 +130,20 @@ def _speed_trace(verdict: str, arms: Sequence[Mapping[str, Any]], *, bars: bool)
         },
         "cliponaxis": False,
         "hovertext": [
-            f"{label(arm['arm'])}<br>{fmt.mean_interval(arm['score'])} at {fmt.count(arm['tokens_per_second'])} tok/s"
+            f"{label(arm.arm)}<br>{mean_interval(arm.score)} at {fmt.count(arm.tokens_per_second)} tok/s"
             for arm in arms
         ],
         "hoverinfo": "text",
     }
 
 
-def parallel_figure(phase: Mapping[str, Any]) -> Figure | None:
-    """An upright line per setting of the sweep and one for the score, an arm as a line across; None for one axis."""
+def parallel_figure(phase: PhaseSummary) -> Figure | None:
+    """A vertical axis for each swept setting and for the score, and a line for each arm; None for a single setting."""
     axes = sweep_axes(phase)
-    known = [arm for arm in phase.get("arms") or [] if (arm.get("score") or {}).get("mean") is not None]
-    arms = [arm for arm in known if arm.get("overrides")][:MOST_LINES]  # ranked
+    arms = [arm for arm in phase.arms if arm.score.mean is not None and arm.overrides][:MOST_LINES]  # ranked
     if len(axes) < 2 or len(arms) < 3:
         return None
-    columns = [[arm["overrides"][name] for arm in arms] for name in axes] + [[a["score"]["mean"] for a in arms]]
+    columns = [[arm.overrides[name] for arm in arms] for name in axes] + [[arm.score.mean for arm in arms]]
     scales = [Scale.of(column) for column in columns]
     heights = [[scale.place(value) for value in column] for scale, column in zip(scales, columns, strict=True)]
     data = []
@@ -164,7 +160,7 @@ def parallel_figure(phase: Mapping[str, Any]) -> Figure | None:
         "margin": {"l": 24, "r": 48, "t": 30, "b": 40},
         "xaxis": {
             "tickvals": list(range(len(axes) + 1)),
-            "ticktext": [*leaves, label((phase.get("metric") or {}).get("name"), 18)],
+            "ticktext": [*leaves, label(phase.metric.name, 18)],
             "range": [-0.15, len(axes) + 0.3],
             "showgrid": False,
         },
@@ -188,7 +184,7 @@ def parallel_figure(phase: Mapping[str, Any]) -> Figure | None:
 
 
 class Scale:
-    """Places of values between 0 and 1: by size, by logarithm, or in equal steps for words and a few values."""
+    """Maps values to 0..1: linearly, by logarithm, or in equal steps for words and for a few values."""
 
     def __init__(self, values: Sequence[Any], *, steps: bool) -> None:
         self.values, self.steps = list(values), steps
@@ -196,14 +192,14 @@ class Scale:
 
     @classmethod
     def of(cls, column: Sequence[Any]) -> "Scale":
-        """The scale for a column of settings, which may be numbers or anything else."""
+        """Returns the scale for the values of a setting."""
         distinct = list({repr(value): value for value in column}.values())
         numeric = all(is_number(value) for value in distinct)
         distinct.sort(key=(lambda value: value) if numeric else repr)
         return cls(distinct, steps=not numeric or len(distinct) <= MOST_TICKS)
 
     def place(self, value: Any) -> float:
-        """Where a value of the column lies, from 0 to 1; the middle if it is the only one."""
+        """Returns the position of a value, from 0 to 1; 0.5 if it is the only one."""
         if len(self.values) == 1:
             return 0.5
         if self.steps:
@@ -212,7 +208,7 @@ class Scale:
         return round((at - low) / (high - low), 4)
 
     def ticks(self) -> list[Any]:
-        """Values to write beside the axis."""
+        """Returns the values to write beside the axis."""
         last = len(self.values) - 1
         if last < MOST_TICKS:
             return self.values
@@ -235,12 +231,12 @@ def _tick(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else fmt.value(value)
 
 
-def _group_trace(own: Sequence[int], arms: Sequence[Mapping[str, Any]], heights: Sequence[Sequence[float]]) -> Figure:
+def _group_trace(own: Sequence[int], arms: Sequence[ArmSummary], heights: Sequence[Sequence[float]]) -> Figure:
     x: list[int | None] = []
     y: list[float | None] = []
     words: list[str] = []
     for i in own:
         x += [*range(len(heights)), None]
         y += [*(column[i] for column in heights), None]
-        words += [f"{label(arms[i]['arm'])}<br>{fmt.mean_interval(arms[i]['score'])}"] * (len(heights) + 1)
+        words += [f"{label(arms[i].arm)}<br>{mean_interval(arms[i].score)}"] * (len(heights) + 1)
     return {"type": "scatter", "mode": "lines+markers", "x": x, "y": y, "hovertext": words, "hoverinfo": "text"}

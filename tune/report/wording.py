@@ -1,41 +1,136 @@
-"""What a summary says about its parts, in words that the page and its Markdown share."""
+"""Results in words: the phrases that the terminal, the page and its Markdown share."""
 
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from tune import format as fmt
 from tune.analysis.importance import axis_importance, is_number, sweep_axes
 from tune.analysis.verdicts import smallest_detectable_effect
-
-# What to say of a trial that left no error behind.
-ENDS = {
-    "diverged": "its loss was no finite number any more",
-    "stopped": "the campaign was stopped before its end",
-}
-
-CLAIMS_NOTE = (
-    "A claim is judged at the confidence of the campaign, by paired differences over the seeds. Claims are not "
-    "corrected against each other: at 95 %, up to one in forty of those that are wrong is reproduced by luck."
+from tune.storage.summaries import (
+    ArmSummary,
+    CampaignSummary,
+    Delta,
+    PhaseSummary,
+    Spread,
+    TrialCounts,
+    TrialProblem,
 )
 
+# Every verdict on an arm, as the "how to read" section explains it.
+VERDICTS = {
+    "baseline": "The setting that every other arm of its phase is compared with, seed by seed.",
+    "better": "Improves on the baseline: the corrected p is below one minus the confidence, and the effect is at least "
+    "the smallest one that matters.",
+    "worse": "Loses to the baseline, by the same two tests.",
+    "tie": "Neither: the data cannot distinguish it from the baseline, or the difference is too small to matter.",
+    "no claim": "One seed only: a number, but no spread to judge it by.",
+    "incomplete": "Some of its seeds have not finished, or were stopped early, so it is not judged.",
+    "diverged": "At least one seed ended with a non-finite loss. That is a result, and it ranks last.",
+    "failed": "At least one trial ended with an error, which is listed under what went wrong.",
+}
 
-def is_named(arm: Mapping[str, Any]) -> bool:
-    """Whether the name of an arm says all of its settings, so that a list of them would repeat it."""
-    name, overrides = fmt.plain(arm["arm"]), arm.get("overrides") or {}
-    texts = [f"{setting.rpartition('.')[2]}={fmt.value(value)}" for setting, value in overrides.items()]
+# Every verdict on a claim.
+CLAIM_VERDICTS = {
+    "reproduced": "The records say the same, beyond the noise.",
+    "refuted": "The records say the opposite, or that no effect large enough to matter exists, beyond the noise.",
+    "undecided": "Neither: too few seeds, too much noise, too small an effect, or trials that did not finish.",
+    "no data": "No trial so far can say anything about it.",
+}
+CLAIMS_NOTE = (
+    "A claim is judged at the confidence of the campaign, by paired differences over the seeds. Claims are not "
+    "corrected for their number: at 95 %, up to one in forty wrong claims is reproduced by chance."
+)
+
+# What to print for a trial that left no error message.
+ENDINGS = {
+    "diverged": "its loss became non-finite",
+    "stopped": "the campaign stopped before the trial ended",
+}
+
+
+# ---- numbers -------------------------------------------------------------------------------------------------------
+
+
+def half_width(spread: Spread | Delta | None) -> float | None:
+    """Half of a confidence interval, the number after a plus-minus sign."""
+    if spread is None or spread.ci_low is None or spread.ci_high is None:
+        return None
+    return (spread.ci_high - spread.ci_low) / 2
+
+
+def mean_interval(spread: Spread) -> str:
+    """`4.3211 ± 0.0123`: the mean over seeds and half of its confidence interval."""
+    half = half_width(spread)
+    return fmt.number(spread.mean) + ("" if spread.mean is None or half is None else f" ± {fmt.number(half)}")
+
+
+def effect(delta: Delta | None) -> str:
+    """`-0.0123 [-0.0150, -0.0096]`: a difference from the baseline with its confidence interval."""
+    if delta is None:
+        return fmt.MISSING
+    low, high = delta.ci_low, delta.ci_high
+    interval = "" if low is None or high is None else f" [{fmt.signed(low)}, {fmt.signed(high)}]"
+    return fmt.signed(delta.mean) + interval
+
+
+def interval_name(confidence: float) -> str:
+    """`95 % interval`."""
+    return f"{100 * confidence:g} % interval"
+
+
+def noise(phase: PhaseSummary) -> str:
+    """The spread between seeds of a phase, and the effect that it could detect."""
+    facts = phase.noise
+    if facts.sd is None:
+        return "Noise unknown: one seed gives no spread."
+    parts = [f"sd {fmt.number(facts.sd)}" + (f" ({fmt.plain(facts.method)})" if facts.method else "")]
+    if facts.correlation is not None:
+        parts.append(f"correlation between arms over seeds {fmt.number(facts.correlation, 2)}")
+    if facts.smallest_detectable is not None:
+        parts.append(f"smallest detectable effect {fmt.number(facts.smallest_detectable)}")
+    return f"Noise: {', '.join(parts)}."
+
+
+def trial_counts(counts: TrialCounts) -> str:
+    """`29 trials (27 finished, 2 diverged)`, or just `29 trials` if all of them finished."""
+    parts = [f"{getattr(counts, name)} {name}" for name in ("finished", "diverged", "failed", "stopped")]
+    parts = [part for part in parts if not part.startswith("0 ")] if counts.finished != counts.total else []
+    parts += [f"{counts.reused} reused"] if counts.reused else []
+    return fmt.counted(counts.total, "trial") + (f" ({', '.join(parts)})" if parts else "")
+
+
+def campaign_counts(counts: TrialCounts) -> str:
+    """`29 trials + 3 reused`: the total of a campaign counts a trial once, however many phases use it."""
+    own = TrialCounts(counts.total, counts.finished, counts.diverged, counts.failed, counts.stopped)
+    return trial_counts(own) + (f" + {counts.reused} reused" if counts.reused else "")
+
+
+def claim_counts(verdicts: Iterable[str]) -> str:
+    """`2 reproduced, 1 refuted and 1 undecided`."""
+    counts = Counter(verdicts)
+    return fmt.listing(f"{counts[verdict]} {verdict}" for verdict in CLAIM_VERDICTS if counts[verdict])
+
+
+# ---- arms and phases -----------------------------------------------------------------------------------------------
+
+
+def is_named(arm: ArmSummary) -> bool:
+    """Whether the name of an arm contains all of its settings."""
+    name = fmt.plain(arm.arm)
+    texts = [f"{setting.rpartition('.')[2]}={fmt.value(value)}" for setting, value in arm.overrides.items()]
     return bool(texts) and all(re.search(rf"(^|[ .]){re.escape(text)}($|,| [+])", name) for text in texts)
 
 
-def varied(phase: Mapping[str, Any]) -> dict[str, str]:
-    """What varies in a phase and over which values; for a search, the range that its arms cover."""
-    swept = phase.get("swept") or {}
-    if swept:
-        return {name: ", ".join(map(fmt.value, values or ())) for name, values in swept.items()}
+def varied(phase: PhaseSummary) -> dict[str, str]:
+    """The settings that vary in a phase, with their values; for a search, the range that its arms cover."""
+    if phase.swept:
+        return {name: ", ".join(map(fmt.value, values or ())) for name, values in phase.swept.items()}
     found = {}
     for name in sweep_axes(phase):
-        values = [arm["overrides"][name] for arm in phase.get("arms") or [] if arm.get("overrides")]
+        values = [arm.overrides[name] for arm in phase.arms if arm.overrides]
         numeric = all(map(is_number, values))
         distinct = list(dict.fromkeys(map(fmt.value, sorted(values) if numeric else values)))
         if len(distinct) > 6 and numeric:
@@ -45,10 +140,30 @@ def varied(phase: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def went_wrong(problem: Mapping[str, Any]) -> str:
-    """What a trial that did not finish well said last."""
-    status = problem.get("status") or ""
-    return fmt.plain(problem.get("error") or ENDS.get(status, fmt.MISSING))
+class ImportanceTable(NamedTuple):
+    """Rows of (setting, share, percent), and what they mean."""
+
+    rows: list[tuple[str, str, int]]
+    note: str
+
+
+def importance_table(phase: PhaseSummary) -> ImportanceTable | None:
+    """The importance of each swept setting; None where it cannot be computed."""
+    found = axis_importance(phase)
+    if found is None:
+        return None
+    shares = dict(found.shares) | ({} if found.rest is None else {"interactions and chance": found.rest})
+    note = f"Share of the variance of {phase.metric.name} over {found.arms} arms that each setting explains: "
+    rows = [(name, f"{share:.0%}", round(100 * share)) for name, share in shares.items()]
+    return ImportanceTable(rows, f"{note}{found.method}.")
+
+
+def went_wrong(problem: TrialProblem) -> str:
+    """The last error of a trial that did not finish, or how it ended."""
+    return fmt.plain(problem.error or ENDINGS.get(problem.status, fmt.MISSING))
+
+
+# ---- the campaign --------------------------------------------------------------------------------------------------
 
 
 def fact(item: Any) -> str:
@@ -59,7 +174,7 @@ def fact(item: Any) -> str:
 
 
 def moment(text: str) -> str:
-    """`2026-01-14 09:12 UTC` for an ISO time; anything else as it is."""
+    """`2026-01-14 09:12 UTC` for an ISO time; anything else is returned as it is."""
     try:
         when = datetime.fromisoformat(text)
     except ValueError:
@@ -68,94 +183,95 @@ def moment(text: str) -> str:
     return f"{when:%Y-%m-%d %H:%M} UTC"
 
 
-def importance_rows(phase: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The table of axis importance, the same for the page and for Markdown."""
-    found = axis_importance(phase)
-    if found is None:
-        return None
-    rows = [(name, f"{share:.0%}", round(100 * share)) for name, share in found.shares.items()]
-    if found.rest is not None:
-        rows.append(("interactions and chance", f"{found.rest:.0%}", round(100 * found.rest)))
-    metric = (phase.get("metric") or {}).get("name") or "val_loss"
-    note = f"Share of the variance of {metric} over {found.arms} arms that each setting explains: {found.method}."
-    return {"rows": rows, "note": note}
+def cost(summary: CampaignSummary) -> str:
+    """Trials, tokens, wall time, and how many trials ran side by side, on one line."""
+    wall, work = summary.seconds, summary.trial_seconds
+    parts = [campaign_counts(summary.trials), f"{fmt.count(summary.tokens)} tokens", f"{fmt.duration(wall)} wall time"]
+    if wall and work:
+        parts.append(f"{work / wall:.1f} trials at a time" if work > wall else f"{fmt.duration(work)} inside trials")
+    return " · ".join(parts)
 
 
-def cost_facts(summary: Mapping[str, Any]) -> dict[str, str]:
-    """The cost of a campaign in words, by name; what is not known is left out."""
-    spent = summary.get("cost") or {}
+def cost_facts(summary: CampaignSummary) -> dict[str, str]:
+    """The cost of a campaign in words, by name; unknown numbers are left out."""
+    spent = summary.cost
     facts = {
-        "trials": fmt.campaign_counts(summary.get("trials")),
-        "training tokens": fmt.count(summary.get("tokens")),
-        "wall time": fmt.duration(summary.get("seconds")),
-        "time inside trials": fmt.duration(summary.get("trial_seconds")),
+        "trials": campaign_counts(summary.trials),
+        "training tokens": fmt.count(summary.tokens),
+        "wall time": fmt.duration(summary.seconds),
+        "time inside trials": fmt.duration(summary.trial_seconds),
     }
-    if spent.get("device_hours") is not None:
-        facts["device hours"] = f"{spent['device_hours']:.3g}"
-    if spent.get("slots"):
-        facts["trials at a time"] = f"at most {spent['slots']}"
-    if packing := summary.get("packing"):
-        facts["packing"] = packing_fact(packing)
-    if spent.get("efficiency") is not None:
-        inside = fmt.duration(spent.get("step_seconds"))
-        facts["efficiency"] = f"{spent['efficiency']:.0%} ({inside} inside training steps over wall time times slots)"
+    if spent.device_hours is not None:
+        facts["device hours"] = f"{spent.device_hours:.3g}"
+    if spent.slots:
+        facts["trials at a time"] = f"at most {spent.slots}"
+    if summary.packing:
+        facts["packing"] = packing_fact(summary.packing)
+    if spent.efficiency is not None:
+        inside = fmt.duration(spent.step_seconds)
+        facts["efficiency"] = f"{spent.efficiency:.0%} ({inside} inside training steps over wall time times slots)"
     return facts
 
 
 def packing_fact(packing: Mapping[str, Any]) -> str:
-    """How many trials shared a device, for people: the choice, why, and the curve it was chosen from."""
-    n = packing["trials_per_device"]
-    text = f"{n} trial{'' if n == 1 else 's'} at once on each device ({fmt.plain(packing['why'])})"
+    """How many trials shared a device, why, and the measurements behind it."""
+    at_once = fmt.counted(packing["trials_per_device"], "trial")
+    text = f"{at_once} at once on each device ({fmt.plain(packing['why'])})"
     curve = [f"{point['trials']}: {fmt.count(point['tokens_per_second'])}" for point in packing["curve"]]
-    return f"{text}; tokens/s in all by trials at once: {', '.join(curve)}" if curve else text
+    return f"{text}; total tokens/s by trials at once: {', '.join(curve)}" if curve else text
 
 
-def troubles(summary: Mapping[str, Any]) -> list[str]:
-    """What went wrong besides trials that ended badly, one sentence each."""
+def troubles(summary: CampaignSummary) -> list[str]:
+    """Retried trials, skipped shards and warnings, one sentence each."""
     found = []
-    for trial in (summary.get("cost") or {}).get("retried") or []:
-        place = f"{fmt.plain(trial['phase'])}/{fmt.plain(trial['arm'])} seed {trial['seed']}"
-        found.append(f"{place} was started {trial['attempts']} times; in the end: {fmt.plain(trial['status'])}.")
-    skipped = (summary.get("data") or {}).get("skipped_shards")
-    if skipped:
+    for trial in summary.cost.retried:
+        place = f"{fmt.plain(trial.phase)}/{fmt.plain(trial.arm)} seed {trial.seed}"
+        found.append(f"{place} was started {trial.attempts} times; final status: {fmt.plain(trial.status)}.")
+    if skipped := summary.data.get("skipped_shards"):
         found.append(f"{skipped} corrupt shard{'s were' if skipped > 1 else ' was'} skipped when the data were read.")
-    phases = [phase for phase in summary.get("phases") or [] if phase.get("warnings")]
-    if phases:
-        counts = (f"{len(phase['warnings'])} in {fmt.plain(phase.get('phase'))}" for phase in phases)
-        found.append(f"Warnings stand with their phases: {fmt.listing(counts)}.")
+    warned = [f"{len(phase.warnings)} in {fmt.plain(phase.phase)}" for phase in summary.phases if phase.warnings]
+    if warned:
+        found.append(f"Warnings are listed with their phases: {fmt.listing(warned)}.")
     return found
 
 
-def next_step(summary: Mapping[str, Any]) -> str:
+# ---- the next step -------------------------------------------------------------------------------------------------
+
+RESUME = "the same command again: it continues where it stopped and repeats nothing."
+
+
+def next_step(summary: CampaignSummary) -> str:
     """The most useful thing to do after reading this summary, in one sentence."""
-    answer, phases = summary.get("answer") or {}, summary.get("phases") or []
-    if summary.get("left_out"):
-        return "Raise `budget:` and run the same command again: it continues where it stopped and repeats nothing."
-    if summary.get("status") != "finished":
-        return "Run the same command again: it continues where it stopped and repeats nothing."
-    if (summary.get("trials") or {}).get("failed"):
+    answer = summary.answer
+    if summary.left_out:
+        return f"Raise `budget:` and run {RESUME}"
+    if summary.status != "finished":
+        return f"Run {RESUME}"
+    if summary.trials.failed:
         return "See in the report what failed. The same command tries those trials again and repeats nothing else."
-    if answer.get("winner") and answer.get("delta"):
-        if not answer.get("confirmed"):
-            return "Confirm it on seeds nobody has looked at: add a phase with `arm: winner` and `seeds: fresh 5`."
-    elif phases:
-        more = _more_seeds(fmt.answer_phase(summary) or phases[-1])
+    if answer.winner and answer.delta:
+        if not answer.confirmed:
+            return "Confirm it on fresh seeds: add a phase with `arm: winner` and `seeds: fresh 5`."
+    elif summary.phases:
+        more = _more_seeds(summary.answer_phase or summary.phases[-1])
         if more:
             return more
-    return "Your own question is one line away: change `vary:` and run again; what has finished is reused."
+    return "Try your own question: change `vary:` in the campaign file and run again. Finished trials are reused."
 
 
-def _more_seeds(phase: Mapping[str, Any]) -> str | None:
-    """What would have let an undecided phase see more; None if it has seen every effect that matters."""
-    seeds, arms, matters = phase.get("seeds") or [], phase.get("arms") or [], phase.get("min_effect")
-    noise = phase.get("noise") or {}
-    if len(seeds) == 1:
-        return "One seed carries no claim. Set `seeds: [1, 2, 3]` and run again: what has finished is reused."
-    if not matters or not noise.get("smallest_detectable"):
+def _more_seeds(phase: PhaseSummary) -> str | None:
+    """How many seeds an undecided phase needs; None if it could detect every effect that matters."""
+    seeds, sd = len(phase.seeds), phase.noise.sd
+    if seeds == 1:
+        return "One seed carries no claim. Set `seeds: [1, 2, 3]` and run again. Finished trials are reused."
+    if not phase.min_effect or not phase.noise.smallest_detectable or sd is None:
         return None
-    needed, rules = len(seeds), {"method": noise["method"], "confidence": phase["confidence"]}
-    while (smallest_detectable_effect(needed, len(arms), noise["sd"], **rules) or 0.0) > matters:
+    method: Literal["paired", "pooled"] = "pooled" if phase.noise.method == "pooled" else "paired"
+    needed, arms, confidence = seeds, len(phase.arms), phase.confidence
+    while (
+        smallest_detectable_effect(needed, arms, sd, method=method, confidence=confidence) or 0.0
+    ) > phase.min_effect:
         needed += 1 + needed // 20
-    if needed == len(seeds):
+    if needed == seeds:
         return None
-    return f"To see an effect of {matters:g} as well, about {needed} seeds are needed; finished ones are reused."
+    return f"An effect as small as {phase.min_effect:g} needs about {needed} seeds. Finished trials are reused."

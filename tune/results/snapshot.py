@@ -1,7 +1,8 @@
 """The state of a campaign at one moment, for the live view and `status`."""
 
 from dataclasses import dataclass
-from typing import Any
+
+from tune.storage.summaries import PhaseSummary
 
 
 @dataclass(frozen=True)
@@ -39,4 +40,4 @@ class Snapshot:
     best: tuple[str, float, int] | None  # arm, mean loss, number of seeds
     metric: str
     dashboard_url: str | None
-    phases: tuple[dict[str, Any], ...]  # summaries of the finished phases
+    phases: tuple[PhaseSummary, ...]  # of the finished phases

@@ -13,6 +13,7 @@ from tune.results.phase_summary import summarize_phase
 from tune.results.snapshot import Running, Snapshot
 from tune.storage.lock import is_locked
 from tune.storage.state import CampaignState, PhaseState, read_state
+from tune.storage.summaries import PhaseSummary
 
 
 def take_snapshot(
@@ -20,7 +21,7 @@ def take_snapshot(
     state: CampaignState,
     *,
     running: bool,
-    finished_phases: Sequence[Mapping[str, Any]],
+    finished_phases: Sequence[PhaseSummary],
     dashboard_url: str | None = None,
 ) -> Snapshot:
     """The view of this moment. `finished_phases` are the summaries of the phases that have a winner."""
@@ -48,7 +49,7 @@ def take_snapshot(
         best=_best(state, current) if current else None,
         metric=state.campaign["metric"]["name"],
         dashboard_url=dashboard_url,
-        phases=tuple(dict(phase) for phase in finished_phases),
+        phases=tuple(finished_phases),
     )
 
 

@@ -12,12 +12,14 @@ from tune.machine.throughput import measure_for_equal_time
 from tune.planning.equal_time import step_time_key
 from tune.planning.forecast import expected_phases, expected_stages, has_result, phase_planned_event, stops_early
 from tune.planning.plan import PlannedPhase, PlannedTrial, configs_to_time, inherited_overrides, plan_phase
-from tune.results.summary import Summary, settings_text, write_phase
+from tune.results.answer import settings_text
+from tune.results.summary import write_phase
 from tune.session.trial_queue import TrialQueue
 from tune.spec.schema import Campaign, Phase
 from tune.storage.journal import Event
 from tune.storage.records import BetterArm
 from tune.storage.state import CampaignState
+from tune.storage.summaries import PhaseSummary
 
 
 class PhaseTracker:
@@ -46,7 +48,7 @@ class PhaseTracker:
     ) -> None:
         self.campaign = replace(campaign, speeds=state.speeds)
         self.planned: dict[str, PlannedPhase] = {}
-        self.summaries: dict[str, Summary] = {}
+        self.summaries: dict[str, PhaseSummary] = {}
         self._root, self._state, self._queue = root, state, queue
         self._append, self._message, self._timer = append, message, timer
         self._asha: Asha | None = None
@@ -184,22 +186,23 @@ class PhaseTracker:
 
     def _close(self, phase: PlannedPhase) -> None:
         summary = write_phase(self._root, self._state, self._state.phases[phase.name])
+        assert summary.winner is not None, "all trials of the phase have ended"
         self.summaries[phase.name] = summary
         self._append(
             "phase_finished",
             phase=phase.name,
-            winner=summary["winner"],
-            winner_overrides=dict(inherited_overrides(phase, summary["winner"])),
+            winner=summary.winner,
+            winner_overrides=dict(inherited_overrides(phase, summary.winner)),
             better=self._better(summary),
-            why=summary["why"],
+            why=summary.why,
         )
-        self._message(f"phase {phase.name}: {summary['why']}")
+        self._message(f"phase {phase.name}: {summary.why}")
 
-    def _better(self, summary: Summary) -> list[dict[str, Any]]:
+    def _better(self, summary: PhaseSummary) -> list[dict[str, Any]]:
         """The arms that are better than the baseline of their phase, for phases that combine them."""
         sign = 1 if self.campaign.metric.goal == "maximize" else -1
-        arms = [arm for arm in summary["arms"] if arm["verdict"] == "better"]
-        return [asdict(BetterArm(arm["arm"], arm["overrides"], sign * arm["delta"]["mean"])) for arm in arms]
+        deltas = [(arm, arm.delta) for arm in summary.arms if arm.verdict == "better"]
+        return [asdict(BetterArm(arm.arm, arm.overrides, sign * delta.mean)) for arm, delta in deltas if delta]
 
     def _winners(self) -> dict[str, Mapping[str, Any]]:
         return {name: phase.winner_overrides for name, phase in self._state.phases.items() if phase.winner}

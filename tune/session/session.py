@@ -29,7 +29,7 @@ from tune.planning.changes import judging_rules
 from tune.planning.plan import PlannedTrial, preview
 from tune.results.snapshot import Snapshot
 from tune.results.status import take_snapshot
-from tune.results.summary import Summary, write_campaign
+from tune.results.summary import write_campaign
 from tune.session.datasets import check_unchanged
 from tune.session.phase_tracker import PhaseTracker
 from tune.session.trial_queue import TrialQueue
@@ -37,6 +37,7 @@ from tune.spec.schema import Campaign
 from tune.storage.journal import Journal
 from tune.storage.lock import ResultsLock
 from tune.storage.state import replay
+from tune.storage.summaries import CampaignSummary
 from tune.terminal.live import trial_line
 from tune.trials.retries import RETRY_RULES, WorkerDeath, failure_cause, give_up_reason, must_run_alone
 from tune.trials.trial import TrialResult, TrialSpec, prepare_trial_folder
@@ -188,7 +189,7 @@ class Session:
         manifest |= {"base": base, "settings": list(self.campaign.assignments)}
         write_json(self.root / "manifest.json", manifest)
 
-    def end(self) -> Summary:
+    def end(self) -> CampaignSummary:
         """Journals the end, writes all derived files and returns the campaign's summary."""
         if self._phases.has_all_winners():
             status = "finished"

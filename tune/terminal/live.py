@@ -1,13 +1,12 @@
-"""The terminal: a live view while a campaign runs, and plain lines where there is no terminal.
+"""The live view of a running campaign, and plain lines if stderr is no terminal.
 
-Names and errors come from outside: every one goes through `words`, which strips control characters and never reads
-markup.
+Names and errors are untrusted text: all of them go through `words`, which strips control characters and markup.
 """
 
 import contextlib
 import sys
-from collections.abc import Callable, Mapping
-from typing import Any, Self
+from collections.abc import Callable
+from typing import Self
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
@@ -17,18 +16,20 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from tune import format as fmt
+from tune.report.wording import effect
 from tune.results.snapshot import Snapshot
+from tune.storage.summaries import PhaseSummary
 
 REFRESH_PER_SECOND = 3
 
 
 def words(text: object, style: str = "") -> Text:
-    """Untrusted text for the terminal: no control characters, no markup."""
+    """Untrusted text for the terminal, without control characters or markup."""
     return Text(fmt.plain(text), style=style)
 
 
 class Portable:
-    """Renders its content and replaces what the encoding of the terminal cannot write."""
+    """Renders what `build` returns for a width, and replaces characters that the terminal's encoding lacks."""
 
     def __init__(self, build: Callable[[int], RenderableType]) -> None:
         self.build = build
@@ -44,7 +45,7 @@ class Portable:
 
 
 def live_view(snapshot: Snapshot, *, height: int = 24) -> RenderableType:
-    """The running campaign in at most `height` - 1 lines: progress, running trials, best so far, finished phases."""
+    """Returns progress, running trials, best arm and finished phases, in fewer than `height` lines."""
     return Portable(lambda width: _live(snapshot, width, height))
 
 
@@ -60,10 +61,10 @@ def _live(snapshot: Snapshot, width: int, height: int) -> RenderableType:
         line.append(f"  {fmt.plain(snapshot.metric)} {fmt.number(loss)}  n={n}", style="default not bold")
         facts.add_row("best so far", _line(line))
     for phase in snapshot.phases[-past:] if past else ():
-        facts.add_row(_line(words(phase.get("phase"))), _winner(phase))
+        facts.add_row(_line(words(phase.phase)), _winner(phase))
     if snapshot.dashboard_url:
         facts.add_row("dashboard", _line(words(snapshot.dashboard_url)))
-    idle = Text("no trial is training at the moment", style="dim")
+    idle = Text("no trial is training right now", style="dim")
     training = _running_table(snapshot, width, most) if snapshot.running else idle
     return Group(_header(snapshot), _progress(snapshot), Text(), training, Text(), facts)
 
@@ -130,29 +131,28 @@ def _running_table(snapshot: Snapshot, width: int, most: int) -> Table:
     return table
 
 
-def _winner(phase: Mapping[str, Any]) -> Text:
-    """The winner of a finished phase on one line, and by how much it won."""
-    arm = fmt.winning_arm(phase)
+def _winner(phase: PhaseSummary) -> Text:
+    """The winner of a finished phase on one line, with its effect."""
+    arm = phase.winning_arm
     if arm is None:
         return Text("no winner")
-    line = words(fmt.shorten(fmt.plain(arm["arm"]), 36))
-    kept = arm.get("verdict") == "baseline"
-    return _line(line.append("  stays the baseline" if kept else f"  {fmt.effect(arm.get('delta'))}", style="dim"))
+    line = words(fmt.shorten(fmt.plain(arm.arm), 36))
+    return _line(line.append("  baseline kept" if arm.verdict == "baseline" else f"  {effect(arm.delta)}", style="dim"))
 
 
 class LiveConsole:
-    """Redraws `live_view` on stderr a few times a second while it is open; nothing of it stays on the screen."""
+    """Redraws `live_view` on stderr a few times a second while it is open, and removes it at the end."""
 
     def __init__(self, snapshot: Callable[[], Snapshot], console: Console | None = None) -> None:
         self.console = console or Console(stderr=True, highlight=False)
         self._live = Live(
             console=self.console,
-            # On a line of its own the cursor leaves room for the ^C that a terminal writes there: at the end of a full
-            # line it would wrap, and the view would be drawn again one line lower.
+            # The empty last line is for the ^C that a terminal echoes: at the end of a full line it would wrap, and the
+            # next view would be drawn one line lower.
             get_renderable=lambda: Group(live_view(snapshot(), height=self.console.height - 1), Text()),
             refresh_per_second=REFRESH_PER_SECOND,
             transient=True,
-            redirect_stdout=False,  # data on stdout stays there
+            redirect_stdout=False,  # stdout is for data
         )
 
     def __enter__(self) -> Self:
@@ -164,13 +164,13 @@ class LiveConsole:
             self._live.stop()
 
     def message(self, text: str) -> None:
-        """Prints one event above the view, as long as the terminal is there."""
+        """Prints one event above the view; does nothing once the terminal is gone."""
         with contextlib.suppress(OSError):
             self.console.print(words(text))
 
 
 class PlainConsole:
-    """The same interface for logs and pipes: one line for each event, no escapes, nothing redrawn."""
+    """The same interface for logs and pipes: one plain line for each event."""
 
     def __enter__(self) -> Self:
         return self
@@ -179,13 +179,13 @@ class PlainConsole:
         pass
 
     def message(self, text: str) -> None:
-        """Writes one event as one line on stderr, as long as somebody reads there: the journal has it, too."""
+        """Writes one event to stderr; if nobody reads it any more, the journal still has it."""
         with contextlib.suppress(OSError):
             print(fmt.plain(text), file=sys.stderr, flush=True)
 
 
 def open_console(snapshot: Callable[[], Snapshot]) -> LiveConsole | PlainConsole:
-    """A live view where stderr is a terminal that can move its cursor, plain lines elsewhere."""
+    """Returns a live view if stderr is a terminal that can move its cursor, else plain lines."""
     console = Console(stderr=True, highlight=False)
     live = sys.stderr.isatty() and not console.is_dumb_terminal
     return LiveConsole(snapshot, console) if live else PlainConsole()
@@ -206,7 +206,7 @@ def trial_line(
     error: str | None = None,
     total_is_final: bool = True,
 ) -> str:
-    """One ended trial: `[12/29] alpha  alpha=0.15 seed 2  val_loss 4.3211  12.3k tok/s  4.1 s`."""
+    """A line for a trial that ended: `[12/29] alpha  alpha=0.15 seed 2  val_loss 4.3211  12.3k tok/s  4.1 s`."""
     width = len(str(total))
     parts = [f"[{done:>{width}}/{total}{'' if total_is_final else '+'}] {phase}", f"{arm} seed {seed}"]
     if status != "finished":

@@ -22,6 +22,7 @@ from tune.results.summary import rebuild
 from tune.session.session import Session
 from tune.spec.schema import EarlyStop
 from tune.storage.journal import read_journal
+from tune.storage.summaries import CampaignSummary
 from tune.trials.trial import TrialResult, TrialSpec
 
 pytestmark = pytest.mark.usefixtures("no_report")
@@ -172,7 +173,7 @@ def play(session: Session, *, most: int = 1000) -> list[str]:
     return ran
 
 
-def finish(file: Path, root: Path) -> dict[str, Any]:
+def finish(file: Path, root: Path) -> CampaignSummary:
     with session_on(file, root) as session:
         play(begun(session))
         return session.end()
@@ -180,28 +181,28 @@ def finish(file: Path, root: Path) -> dict[str, Any]:
 
 def test_a_search_ends_with_few_trials_at_full_length_and_says_so(file: Path, tmp_path: Path) -> None:
     summary = finish(file, tmp_path / "r")
-    find, check = summary["phases"]
-    counts = find["trials"]
-    assert counts["stopped"] >= 4 and counts["finished"] >= 4 and counts["stopped"] + counts["finished"] == 18
-    assert (summary["status"], check["trials"]["stopped"], summary["problems"]) == ("finished", 0, [])
-    (warning,) = [text for text in find["warnings"] if "ASHA" in text]
-    assert warning.startswith(f"stopped early by ASHA: {counts['stopped']} of 18 trials; which ones depends on the ord")
-    assert not any("ASHA" in text for text in check["warnings"])
+    find, check = summary.phases
+    counts = find.trials
+    assert counts.stopped >= 4 and counts.finished >= 4 and counts.stopped + counts.finished == 18
+    assert (summary.status, check.trials.stopped, summary.problems) == ("finished", 0, [])
+    (warning,) = [text for text in find.warnings if "ASHA" in text]
+    assert warning.startswith(f"stopped early by ASHA: {counts.stopped} of 18 trials; which ones depends on the ord")
+    assert not any("ASHA" in text for text in check.warnings)
 
 
 def test_a_stopped_arm_ranks_behind_the_others_and_is_not_judged(file: Path, tmp_path: Path) -> None:
-    find = finish(file, tmp_path / "r")["phases"][0]
+    find = finish(file, tmp_path / "r").phases[0]
     stopped = {record["arm"] for record in records(tmp_path / "r") if record["status"] == "stopped"}
-    verdicts = {arm["arm"]: arm["verdict"] for arm in find["arms"]}
+    verdicts = {arm.arm: arm.verdict for arm in find.arms}
     assert {name for name, verdict in verdicts.items() if verdict == "incomplete"} == stopped != set()
-    ranks = [arm["verdict"] == "incomplete" for arm in find["arms"]]
+    ranks = [arm.verdict == "incomplete" for arm in find.arms]
     assert ranks == sorted(ranks), "behind all others"
-    assert all(arm["delta"] is None for arm in find["arms"] if arm["verdict"] == "incomplete")
-    assert verdicts[find["baseline"]] == "baseline" and find["winner"] not in stopped
+    assert all(arm.delta is None for arm in find.arms if arm.verdict == "incomplete")
+    assert verdicts[find.baseline] == "baseline" and find.winner not in stopped
     # Eight comparisons were made, however many of them were finished: Holm multiplies the smallest p by eight.
-    judged = [arm["delta"] for arm in find["arms"] if arm["delta"]]
-    smallest = min(judged, key=lambda delta: delta["p"])
-    assert smallest["p_holm"] == pytest.approx(min(1.0, 8 * smallest["p"])) and len(judged) < 8
+    judged = [arm.delta for arm in find.arms if arm.delta]
+    smallest = min(judged, key=lambda delta: delta.p or 0.0)
+    assert smallest.p_holm == pytest.approx(min(1.0, 8 * (smallest.p or 0.0))) and len(judged) < 8
 
 
 def test_a_trial_that_was_never_begun_has_the_settings_of_its_record(file: Path, tmp_path: Path) -> None:
@@ -213,7 +214,7 @@ def test_a_trial_that_was_never_begun_has_the_settings_of_its_record(file: Path,
 
 
 def test_a_trial_that_was_stopped_early_has_neither_failed_nor_diverged(file: Path, tmp_path: Path) -> None:
-    assert finish(file, tmp_path / "r")["trials"]["stopped"] > 0
+    assert finish(file, tmp_path / "r").trials.stopped > 0
     assert read_snapshot(tmp_path / "r").unsuccessful == 0
 
 
@@ -240,14 +241,14 @@ def test_an_interrupted_campaign_decides_as_an_undisturbed_one(file: Path, tmp_p
     with session_on(file, tmp_path / "r") as session:
         play(begun(session), most=most)  # and then it is killed
     decided = [event for event in read_journal(tmp_path / "r" / "journal.jsonl") if event["event"] == RUNG_REACHED]
-    assert finish(file, tmp_path / "r")["phases"][0]["arms"] == undisturbed["phases"][0]["arms"]
+    assert finish(file, tmp_path / "r").phases[0]["arms"] == undisturbed.phases[0]["arms"]
     after = [event for event in read_journal(tmp_path / "r" / "journal.jsonl") if event["event"] == RUNG_REACHED]
     assert after[: len(decided)] == decided
     assert len({(event["trial_id"], event["rung"]) for event in after}) == len(after), "each rung once"
     with session_on(file, tmp_path / "r") as session:
         assert not session.has_work() and play(begun(session)) == []
         session.end()
-    assert rebuild(tmp_path / "r")["phases"][0]["winner"] == undisturbed["phases"][0]["winner"]
+    assert rebuild(tmp_path / "r").phases[0]["winner"] == undisturbed.phases[0]["winner"]
 
 
 def test_a_crash_between_the_decision_and_the_result_changes_nothing(
@@ -277,8 +278,8 @@ def test_without_the_setting_what_was_stopped_is_trained_to_the_end(file: Path, 
         assert session.has_work()
         play(begun(session))
         summary = session.end()
-    assert summary["trials"]["stopped"] == 0 and summary["trials"]["finished"] == summary["trials"]["total"]
-    assert not any("ASHA" in warning for warning in summary["warnings"])
+    assert summary.trials.stopped == 0 and summary.trials.finished == summary.trials.total
+    assert not any("ASHA" in warning for warning in summary.warnings)
 
 
 def test_without_the_setting_what_was_stopped_is_not_counted_as_done(file: Path, tmp_path: Path) -> None:
@@ -299,7 +300,7 @@ def test_a_trial_that_another_phase_must_have_is_not_stopped(tmp_path: Path, cor
 early_stop: {reduction: 2, first: 2}
 """
     summary = finish(write_file(tmp_path, corpus, phases=phases, steps=8, every=2), tmp_path / "r")
-    assert summary["trials"]["stopped"] == 0 and summary["status"] == "finished"
+    assert summary.trials.stopped == 0 and summary.status == "finished"
 
 
 def test_a_later_phase_trains_on_what_a_search_has_stopped(tmp_path: Path, corpus: Path) -> None:
@@ -312,9 +313,9 @@ def test_a_later_phase_trains_on_what_a_search_has_stopped(tmp_path: Path, corpu
 early_stop: {reduction: 2, first: 2}
 """
     file = write_file(tmp_path, corpus, phases=phases, steps=8, every=2)
-    last = finish(file, tmp_path / "r")["phases"][-1]
-    assert {arm["verdict"] for arm in last["arms"]} <= {"baseline", "better", "worse", "tie"}
-    assert {arm["n"] for arm in last["arms"]} == {2}
+    last = finish(file, tmp_path / "r").phases[-1]
+    assert {arm.verdict for arm in last.arms} <= {"baseline", "better", "worse", "tie"}
+    assert {arm.n for arm in last.arms} == {2}
 
 
 def test_a_budget_counts_only_what_was_begun(file: Path, tmp_path: Path) -> None:
@@ -339,7 +340,7 @@ early_stop: {reduction: 2, first: 3}
 """
     file = write_file(tmp_path, corpus, phases=phases, seeds="[1]", steps=12, every=3)
     summary = train_all(file, tmp_path / "r")
-    assert summary["status"] == "finished" and 0 < summary["trials"]["stopped"] < 6
+    assert summary.status == "finished" and 0 < summary.trials.stopped < 6
     by_id = {record["trial_id"]: record for record in records(tmp_path / "r")}
     for record in by_id.values():
         rows = read_metrics(tmp_path / "r" / "trials" / record["trial_id"] / "metrics.jsonl")

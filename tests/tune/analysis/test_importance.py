@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 
 from tune.analysis.importance import axis_importance, sweep_axes
+from tune.storage.summaries import ArmSummary, PhaseSummary, Spread
 
 Point = tuple[dict[str, Any], float | None]
 
 
-def phase(points: list[Point]) -> dict[str, Any]:
-    arms = [{"arm": str(i), "overrides": own, "score": {"mean": score}} for i, (own, score) in enumerate(points)]
-    return {"arms": [{"arm": "baseline", "overrides": {}, "score": {"mean": 9.0}}, *arms]}
+def phase(points: list[Point]) -> PhaseSummary:
+    arms = [ArmSummary(str(i), overrides=own, score=Spread(score)) for i, (own, score) in enumerate(points)]
+    return PhaseSummary(arms=(ArmSummary("baseline", score=Spread(9.0)), *arms))
 
 
 def test_a_complete_grid_is_divided_into_its_axes_and_their_interaction() -> None:

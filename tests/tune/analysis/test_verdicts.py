@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from tune.analysis.verdicts import ArmVerdict, Delta, Judgement, holm, judge, smallest_detectable_effect
+from tune.analysis.verdicts import ArmVerdict, Judgement, holm, judge, smallest_detectable_effect
 from tune.storage.records import TrialOutcome
+from tune.storage.summaries import Delta
 
 Outcomes = dict[str, dict[int, TrialOutcome]]
 SLACK = 3 * math.sqrt(0.05 * 0.95 / 2000)  # three Monte-Carlo standard errors of a 5 % rate over 2,000 phases

@@ -24,6 +24,7 @@ from tune.results.summary import rebuild
 from tune.spec.schema import Claim
 from tune.storage.journal import read_journal
 from tune.storage.records import TrialOutcome
+from tune.storage.summaries import CampaignSummary, ClaimResult, to_json
 from tune.terminal.final_screen import final_screen
 from tune.trials.trial import TrialResult, TrialSpec
 
@@ -63,13 +64,13 @@ def two(left: Sequence[Cell], right: Sequence[Cell], **rules: Any) -> Evidence:
     return evidence({"p": {"right": (RIGHT, right), "left": (LEFT, left)}}, **rules)
 
 
-def decide(relation: str, proof: Evidence, **fields: Any) -> dict[str, Any]:
+def decide(relation: str, proof: Evidence, **fields: Any) -> ClaimResult:
     sides: dict[str, Any] = {"left": LEFT, "right": RIGHT} if relation not in ("monotone", "arithmetic") else {}
     return judge_claims([Claim("x", relation, **(sides | fields))], proof)[0]
 
 
 def interval(entry: Mapping[str, Any]) -> tuple[float, float]:
-    return entry["ci_low"], entry["ci_high"]
+    return entry.ci_low, entry.ci_high
 
 
 def at_most(hits: int, n: int, rate: float) -> bool:
@@ -87,8 +88,8 @@ def test_two_arms_are_compared_by_the_paired_t_test() -> None:
     entry = decide("less", two(left.tolist(), right.tolist()))
     expected = stats.ttest_rel(left, right).confidence_interval(0.95)
     assert interval(entry) == pytest.approx((expected.low, expected.high), rel=1e-9)
-    assert entry["observed"] == pytest.approx(np.mean(left - right), rel=1e-9)
-    assert entry["n"] == 6 and len(entry["trials"]) == 12 and entry["verdict"] == "reproduced"
+    assert entry.observed == pytest.approx(np.mean(left - right), rel=1e-9)
+    assert entry.n == 6 and len(entry.trials) == 12 and entry.verdict == "reproduced"
 
 
 def test_the_noise_is_pooled_over_all_arms_of_the_phase() -> None:
@@ -113,7 +114,7 @@ def test_several_pairs_are_averaged_per_seed_first() -> None:
     gaps = np.mean([y[0.28, k] - y[0.05, k] for k in (1, 7, 10)], axis=0)
     expected = stats.ttest_1samp(gaps, 0).confidence_interval(0.95)
     assert interval(entry) == pytest.approx((expected.low, expected.high), rel=1e-9)
-    assert entry["n"] == 4 and len(entry["trials"]) == 24
+    assert entry.n == 4 and len(entry.trials) == 24
 
 
 def test_a_ratio_is_a_geometric_mean_with_the_interval_of_logarithms() -> None:
@@ -122,9 +123,9 @@ def test_a_ratio_is_a_geometric_mean_with_the_interval_of_logarithms() -> None:
     entry = decide("ratio", proof, metric="tokens_per_second", value=2.0, tolerance=0.1)
     expected = stats.ttest_1samp(np.log(left / right), 0).confidence_interval(0.95)
     assert interval(entry) == pytest.approx((np.exp(expected.low), np.exp(expected.high)), rel=1e-9)
-    assert entry["observed"] == pytest.approx(stats.gmean(left / right)) and entry["verdict"] == "reproduced"
-    assert decide("ratio", proof, metric="tokens_per_second", value=3.0, tolerance=0.1)["verdict"] == "refuted"
-    assert decide("ratio", proof, metric="tokens_per_second", value=2.0, tolerance=0.01)["verdict"] == "undecided"
+    assert entry.observed == pytest.approx(stats.gmean(left / right)) and entry.verdict == "reproduced"
+    assert decide("ratio", proof, metric="tokens_per_second", value=3.0, tolerance=0.1).verdict == "refuted"
+    assert decide("ratio", proof, metric="tokens_per_second", value=2.0, tolerance=0.01).verdict == "undecided"
 
 
 # ---- what each relation decides --------------------------------------------------------------------------------------
@@ -148,36 +149,36 @@ BETTER, SAME, WORSE = [3.9, 4.0, 4.11], [4.0, 4.09, 4.2], [4.1, 4.2, 4.29]
 def test_an_interval_on_one_side_of_zero_decides(
     relation: str, left: list[Cell], right: list[Cell], verdict: str
 ) -> None:
-    assert decide(relation, two(left, right))["verdict"] == verdict
+    assert decide(relation, two(left, right)).verdict == verdict
 
 
 def test_an_effect_that_may_be_below_min_effect_decides_nothing() -> None:
     proof = two([4.000, 4.098, 4.199], [4.002, 4.103, 4.201])
     small = decide("less", replace(proof, min_effect=0.005))
     low, high = interval(small)
-    assert low < -0.005 < 0 < high and small["verdict"] == "undecided"
+    assert low < -0.005 < 0 < high and small.verdict == "undecided"
     proof = two([4.000, 4.1005, 4.1985], [4.002, 4.104, 4.201])
     small = decide("less", replace(proof, min_effect=0.004))
     low, high = interval(small)
     assert low < -0.004 < high < 0
-    assert small["verdict"] == "undecided" and "less than min_effect 0.004" in small["why"]
+    assert small.verdict == "undecided" and "less than min_effect 0.004" in small.why
 
 
 def test_an_effect_that_is_surely_below_min_effect_refutes() -> None:
     proof = two([4.000, 4.101, 4.199], [4.002, 4.103, 4.201])
-    assert decide("less", proof)["verdict"] == "reproduced"
+    assert decide("less", proof).verdict == "reproduced"
     small = decide("less", replace(proof, min_effect=0.005))
-    assert small["verdict"] == "refuted" and "it is less than min_effect 0.005" in small["why"]
-    assert decide("greater", replace(proof, min_effect=0.005))["verdict"] == "refuted"
-    assert decide("best", replace(proof, min_effect=0.005))["verdict"] == "undecided"
+    assert small.verdict == "refuted" and "it is less than min_effect 0.005" in small.why
+    assert decide("greater", replace(proof, min_effect=0.005)).verdict == "refuted"
+    assert decide("best", replace(proof, min_effect=0.005)).verdict == "undecided"
     other = replace(proof, min_effect=0.005, metric="val_bpb")  # in other units
-    assert decide("less", other)["verdict"] == "reproduced"
+    assert decide("less", other).verdict == "reproduced"
 
 
 @pytest.mark.parametrize(("tolerance", "verdict"), [(0.2, "reproduced"), (0.1, "undecided"), (0.01, "refuted")])
 def test_equal_requires_the_interval_within_the_tolerance(tolerance: float, verdict: str) -> None:
     entry = decide("equal", two([4.10, 4.21, 4.29], [4.0, 4.1, 4.2]), tolerance=tolerance)
-    assert entry["verdict"] == verdict
+    assert entry.verdict == verdict
 
 
 def row(*values: Sequence[Cell], **rules: Any) -> Evidence:
@@ -191,21 +192,21 @@ def along(proof: Evidence, direction: str = "decreasing", **fields: Any) -> dict
 
 def test_monotone_needs_every_step_and_is_refuted_by_a_wrong_one() -> None:
     steps = [[4.0, 4.11, 4.2], [3.8, 3.9, 4.01], [3.6, 3.71, 3.8]]
-    assert along(row(*steps))["verdict"] == "reproduced"
-    assert along(row(*steps), "increasing")["verdict"] == "refuted"
-    assert along(row(*reversed(steps)), "increasing")["verdict"] == "reproduced"
+    assert along(row(*steps)).verdict == "reproduced"
+    assert along(row(*steps), "increasing").verdict == "refuted"
+    assert along(row(*reversed(steps)), "increasing").verdict == "reproduced"
     flat = along(row(steps[0], steps[1], [3.8, 3.92, 4.0]))
-    assert flat["verdict"] == "undecided" and "1 of 2 steps" in flat["why"]
+    assert flat.verdict == "undecided" and "1 of 2 steps" in flat.why
     hill = along(row(steps[1], steps[0], steps[2]))
-    assert hill["verdict"] == "refuted" and "other way from 0 to 0.1" in hill["why"]
-    assert along(row(*steps, min_effect=0.5))["verdict"] == "undecided"
+    assert hill.verdict == "refuted" and "other way from 0 to 0.1" in hill.why
+    assert along(row(*steps, min_effect=0.5)).verdict == "undecided"
 
 
 def test_values_are_ordered_by_number_not_as_in_the_file() -> None:
     cells = {0.28: [3.6, 3.71, 3.8], 0.05: [4.0, 4.11, 4.2], 0.15: [3.8, 3.9, 4.01]}
     arms = {f"alpha={a}": ({"alpha": a}, values) for a, values in cells.items()}
     entry = along(evidence({"p": arms}))
-    assert entry["verdict"] == "reproduced" and entry["observed"] == pytest.approx(-0.4)
+    assert entry.verdict == "reproduced" and entry.observed == pytest.approx(-0.4)
 
 
 def test_monotone_averages_rows_that_differ_in_another_setting() -> None:
@@ -216,31 +217,31 @@ def test_monotone_averages_rows_that_differ_in_another_setting() -> None:
         for k in (1, 7)
     }
     entry = along(evidence({"p": arms}))
-    assert entry["verdict"] == "reproduced" and len(entry["trials"]) == 18
-    assert entry["observed"] == pytest.approx(-0.2, abs=0.01)
-    assert len(along(evidence({"p": arms}), left={"project_every": 7})["trials"]) == 9
+    assert entry.verdict == "reproduced" and len(entry.trials) == 18
+    assert entry.observed == pytest.approx(-0.2, abs=0.01)
+    assert len(along(evidence({"p": arms}), left={"project_every": 7}).trials) == 9
 
 
 def test_the_best_beats_all_others_and_ties_with_none() -> None:
     arms = {"right": (RIGHT, SAME), "left": (LEFT, BETTER), "other": ({"alpha": 0.3}, [3.9, 4.0, 4.12])}
     entry = decide("best", evidence({"p": arms}))
-    assert entry["verdict"] == "undecided" and "not beaten: other (tie)" in entry["why"]
-    assert len(entry["trials"]) == 9
+    assert entry.verdict == "undecided" and "not beaten: other (tie)" in entry.why
+    assert len(entry.trials) == 9
     arms["other"] = ({"alpha": 0.3}, WORSE)
-    assert decide("best", evidence({"p": arms}))["verdict"] == "reproduced"
-    assert decide("best", evidence({"p": arms}, goal="maximize"))["verdict"] == "refuted"
+    assert decide("best", evidence({"p": arms})).verdict == "reproduced"
+    assert decide("best", evidence({"p": arms}, goal="maximize")).verdict == "refuted"
 
 
 def test_best_is_judged_in_phases_where_one_of_several_arms_is_selected() -> None:
     good = {"right": (RIGHT, SAME), "left": (LEFT, BETTER)}
     bad = {"right": (RIGHT, BETTER), "left": (LEFT, SAME)}
     only = {"x": (LEFT | {"lr": 1}, BETTER), "y": (LEFT | {"lr": 2}, SAME)}
-    assert decide("best", evidence({"p": good, "q": only}))["verdict"] == "reproduced"
-    assert decide("best", evidence({"p": good, "q": bad}))["verdict"] == "refuted"
-    assert decide("best", evidence({"p": good, "q": bad}), phase="p")["verdict"] == "reproduced"
-    assert decide("best", evidence({"q": only}))["verdict"] == "no data"
+    assert decide("best", evidence({"p": good, "q": only})).verdict == "reproduced"
+    assert decide("best", evidence({"p": good, "q": bad})).verdict == "refuted"
+    assert decide("best", evidence({"p": good, "q": bad}), phase="p").verdict == "reproduced"
+    assert decide("best", evidence({"q": only})).verdict == "no data"
     several = decide("best", evidence({"p": good | {"z": (LEFT | {"lr": 1}, WORSE)}}))
-    assert several["verdict"] == "undecided" and "2 arms of phase p are alpha=0.28" in several["why"]
+    assert several.verdict == "undecided" and "2 arms of phase p are alpha=0.28" in several.why
 
 
 @pytest.mark.parametrize("selected", ["seed", "add_normalize"])
@@ -248,16 +249,16 @@ def test_best_is_judged_in_phases_where_one_of_several_arms_is_selected() -> Non
 def test_a_rule_is_selected_under_its_old_and_its_new_name(selected: str, trained: str) -> None:
     arms = {"lerp": ({"model.residual": "lerp"}, SAME), "other": ({"model.residual": trained}, BETTER)}
     sides = {"left": {"model.residual": selected}, "right": {"model.residual": "lerp"}}
-    assert decide("less", evidence({"p": arms}), **sides)["verdict"] == "reproduced"
+    assert decide("less", evidence({"p": arms}), **sides).verdict == "reproduced"
 
 
 def test_arithmetic_needs_no_trial() -> None:
     proof = evidence({})
     fields = {"value": 18e9, "tolerance": 1e9, "expression": "110e3 * 20 * 60"}
     entry = decide("arithmetic", proof, **fields)
-    assert (entry["verdict"], entry["observed"], entry["n"], entry["trials"]) == ("refuted", 132e6, 0, [])
-    assert decide("arithmetic", proof, **fields | {"value": 132e6, "tolerance": 0.0})["verdict"] == "reproduced"
-    assert decide("arithmetic", proof, **fields | {"value": 131e6, "tolerance": 1e6})["verdict"] == "reproduced"
+    assert (entry.verdict, entry.observed, entry.n, entry.trials) == ("refuted", 132e6, 0, ())
+    assert decide("arithmetic", proof, **fields | {"value": 132e6, "tolerance": 0.0}).verdict == "reproduced"
+    assert decide("arithmetic", proof, **fields | {"value": 131e6, "tolerance": 1e6}).verdict == "reproduced"
 
 
 # ---- what is not judged ----------------------------------------------------------------------------------------------
@@ -266,43 +267,43 @@ def test_arithmetic_needs_no_trial() -> None:
 @pytest.mark.parametrize("relation", ["less", "greater", "equal", "best", "ratio"])
 def test_one_seed_decides_nothing(relation: str) -> None:
     entry = decide(relation, two([1.0], [2.0]), tolerance=9.0, value=1.0)
-    assert entry["verdict"] == "undecided" and "n=1" in entry["why"] and entry["n"] == 1
-    assert entry["ci_low"] is None and entry["ci_high"] is None
+    assert entry.verdict == "undecided" and "n=1" in entry.why and entry.n == 1
+    assert entry.ci_low is None and entry.ci_high is None
 
 
 def test_surviving_seeds_alone_decide_nothing() -> None:
     for status in ("diverged", "failed", "stopped", "missing"):
         entry = decide("less", two([*BETTER, status], [*SAME, 4.0]))
-        assert entry["verdict"] == "undecided" and f"1 of 8 trials have not finished (1 {status})" in entry["why"]
-        assert decide("best", two([*BETTER, status], [*SAME, 4.0]))["verdict"] == "undecided"
-        assert along(row([4.0, 4.1], [3.0, status]))["verdict"] == "undecided"
+        assert entry.verdict == "undecided" and f"1 of 8 trials have not finished (1 {status})" in entry.why
+        assert decide("best", two([*BETTER, status], [*SAME, 4.0])).verdict == "undecided"
+        assert along(row([4.0, 4.1], [3.0, status])).verdict == "undecided"
 
 
 def test_no_finished_trial_or_no_metric_is_no_data() -> None:
-    assert decide("less", two(["missing"] * 3, ["missing"] * 3))["verdict"] == "no data"
-    assert decide("less", two(BETTER, SAME, metric="val_bpb"))["verdict"] == "no data"
-    assert decide("best", two(BETTER, SAME, metric="val_bpb"))["verdict"] == "no data"
-    assert decide("less", two(BETTER, SAME), left={"alpha": 0.5})["why"] == "no arm so far is alpha=0.5"
-    assert decide("ratio", two([-1.0, 2.0], [1.0, 1.0]), value=1.0, tolerance=1.0)["verdict"] == "no data"
-    assert along(two(BETTER, SAME), left={"alpha": 0.28})["verdict"] == "no data"
+    assert decide("less", two(["missing"] * 3, ["missing"] * 3)).verdict == "no data"
+    assert decide("less", two(BETTER, SAME, metric="val_bpb")).verdict == "no data"
+    assert decide("best", two(BETTER, SAME, metric="val_bpb")).verdict == "no data"
+    assert decide("less", two(BETTER, SAME), left={"alpha": 0.5}).why == "no arm so far is alpha=0.5"
+    assert decide("ratio", two([-1.0, 2.0], [1.0, 1.0]), value=1.0, tolerance=1.0).verdict == "no data"
+    assert along(two(BETTER, SAME), left={"alpha": 0.28}).verdict == "no data"
 
 
 def test_a_side_whose_seeds_all_diverged_loses() -> None:
     gone = ["diverged"] * 3
-    assert decide("less", two(BETTER, gone))["verdict"] == "reproduced"
+    assert decide("less", two(BETTER, gone)).verdict == "reproduced"
     entry = decide("less", two(gone, BETTER))
-    assert entry["verdict"] == "refuted" and entry["observed"] is None and "alpha=0.28 diverged" in entry["why"]
-    assert decide("greater", two(gone, BETTER))["verdict"] == "reproduced"
-    assert decide("equal", two(gone, BETTER), tolerance=1.0)["verdict"] == "refuted"
+    assert entry.verdict == "refuted" and entry.observed is None and "alpha=0.28 diverged" in entry.why
+    assert decide("greater", two(gone, BETTER)).verdict == "reproduced"
+    assert decide("equal", two(gone, BETTER), tolerance=1.0).verdict == "refuted"
     for sides in ((gone, BETTER), (BETTER, gone)):
         entry = decide("ratio", two(*sides), value=1.0, tolerance=0.5)
-        assert entry["verdict"] == "refuted" and "diverged with every seed" in entry["why"]
-    assert decide("best", two(gone, BETTER))["verdict"] == "refuted"
-    assert decide("best", two(BETTER, gone))["verdict"] == "reproduced"
-    assert decide("less", two(BETTER[:2], gone[:2]))["verdict"] == "undecided"  # chance does that in 1 of 16
-    assert decide("less", two(gone, gone))["verdict"] == "undecided"
+        assert entry.verdict == "refuted" and "diverged with every seed" in entry.why
+    assert decide("best", two(gone, BETTER)).verdict == "refuted"
+    assert decide("best", two(BETTER, gone)).verdict == "reproduced"
+    assert decide("less", two(BETTER[:2], gone[:2])).verdict == "undecided"  # chance does that in 1 of 16
+    assert decide("less", two(gone, gone)).verdict == "undecided"
     fast = two([1.0] * 3, gone, metric="tokens_per_second")
-    assert decide("less", fast, metric="tokens_per_second")["verdict"] == "undecided"
+    assert decide("less", fast, metric="tokens_per_second").verdict == "undecided"
 
 
 # ---- which arms ------------------------------------------------------------------------------------------------------
@@ -315,32 +316,32 @@ def test_arms_that_are_equal_in_everything_else_are_compared() -> None:
         "other": ({"alpha": 0.05, "lr": 2}, [3.5, 3.6, 3.71]),
     }
     entry = decide("less", evidence({"p": arms}))
-    assert entry["verdict"] == "reproduced" and len(entry["trials"]) == 6
+    assert entry.verdict == "reproduced" and len(entry.trials) == 6
 
 
 def test_arms_that_differ_in_more_are_compared_with_a_remark() -> None:
     arms = {"base": (RIGHT | {"lr": 1}, SAME), "left": (LEFT | {"lr": 2}, BETTER)}
     entry = decide("less", evidence({"p": arms}))
-    assert entry["verdict"] == "reproduced" and "which also differ in lr" in entry["why"]
+    assert entry.verdict == "reproduced" and "which also differ in lr" in entry.why
     named = decide("less", evidence({"p": arms}), left={"arm": "left"}, right={"arm": "baseline"})
-    assert named["verdict"] == "reproduced" and "also differ" not in named["why"]
+    assert named.verdict == "reproduced" and "also differ" not in named.why
 
 
 def test_all_phases_with_both_sides_count_but_shared_trials_count_once() -> None:
     arms = {"right": (RIGHT, SAME), "left": (LEFT, BETTER)}
     one = decide("less", evidence({"p": arms}, shared=True))
     again = decide("less", evidence({"p": arms, "q": arms, "r": {"x": (LEFT, SAME)}}, shared=True))
-    assert {**again, "why": ""} == {**one, "why": ""}
+    assert replace(again, why="") == replace(one, why="")
     both = decide("less", evidence({"p": arms, "q": {"right": (RIGHT, BETTER), "left": (LEFT, SAME)}}))
-    assert both["observed"] == pytest.approx(0.0, abs=1e-12) and len(both["trials"]) == 12
-    assert decide("less", evidence({"p": arms, "q": arms}), phase="q")["trials"][0].startswith("q")
+    assert both.observed == pytest.approx(0.0, abs=1e-12) and len(both.trials) == 12
+    assert decide("less", evidence({"p": arms, "q": arms}), phase="q").trials[0].startswith("q")
 
 
 def test_one_and_true_are_different_settings() -> None:
     arms = {"right": ({"tied": False, "alpha": 1}, SAME), "left": ({"tied": True, "alpha": 1}, BETTER)}
-    assert decide("less", evidence({"p": arms}), left={"tied": True}, right={"tied": False})["n"] == 3
-    assert decide("less", evidence({"p": arms}), left={"tied": 1}, right={"tied": 0})["verdict"] == "no data"
-    assert decide("less", evidence({"p": arms}), left={"tied": True, "alpha": 1.0}, right={"tied": False})["n"] == 3
+    assert decide("less", evidence({"p": arms}), left={"tied": True}, right={"tied": False}).n == 3
+    assert decide("less", evidence({"p": arms}), left={"tied": 1}, right={"tied": 0}).verdict == "no data"
+    assert decide("less", evidence({"p": arms}), left={"tied": True, "alpha": 1.0}, right={"tied": False}).n == 3
 
 
 values = st.lists(st.floats(-10, 10).map(lambda x: round(x, 3)), min_size=3, max_size=3)
@@ -354,10 +355,10 @@ def test_swapping_the_sides_or_the_relation_swaps_the_verdict(a: Any, b: Any, c:
     proof, reordered = evidence({"p": arms}), evidence({"p": dict(reversed(arms.items()))})
     entry = decide("less", proof)
     assert decide("less", reordered) == entry
-    assert decide("greater", proof)["verdict"] == opposite[entry["verdict"]]
+    assert decide("greater", proof).verdict == opposite[entry.verdict]
     swapped = decide("less", proof, left=RIGHT, right=LEFT)
-    assert swapped["verdict"] == opposite[entry["verdict"]]
-    assert swapped["observed"] == pytest.approx(-entry["observed"], abs=1e-9)
+    assert swapped.verdict == opposite[entry.verdict]
+    assert swapped.observed == pytest.approx(-entry.observed, abs=1e-9)
 
 
 # ---- how often it is wrong -------------------------------------------------------------------------------------------
@@ -369,7 +370,7 @@ def simulate(relation: str, means: Sequence[float], n: int, *, seeds: int = 3, *
     ended: dict[str, int] = dict.fromkeys(("reproduced", "refuted", "undecided"), 0)
     for _ in range(n):
         y = rng.normal(0, 0.01, (len(means), seeds)) + rng.normal(0, 0.1, seeds) + np.array(means)[:, None]
-        ended[decide(relation, row(*y.tolist()), **fields)["verdict"]] += 1
+        ended[decide(relation, row(*y.tolist()), **fields).verdict] += 1
     return ended
 
 
@@ -410,7 +411,7 @@ def test_a_seed_effect_that_repeats_does_not_make_a_claim_more_certain() -> None
             for a in (0.28, 0.05)
             for k in (1, 2)
         }
-        wrong += decide("less", evidence({"p": arms}))["verdict"] == "reproduced"
+        wrong += decide("less", evidence({"p": arms})).verdict == "reproduced"
     assert at_most(wrong, 2000, 0.025), wrong
 
 
@@ -461,7 +462,7 @@ EXPECTED = {
 
 def run(
     folder: Path, corpus: Path, result_of: Any = pretend, *, seeds: str = "[1, 2, 3]", most: int | None = None
-) -> dict[str, Any]:
+) -> CampaignSummary:
     file = write_file(folder, corpus, phases=CLAIMS, seeds=seeds)
     with session_on(file, folder / "tiny") as session:
         drive(begun(session), result_of, most=most)
@@ -470,29 +471,29 @@ def run(
 
 def test_a_campaign_ends_with_its_claims_ledger(tmp_path: Path, corpus: Path) -> None:
     summary = run(tmp_path, corpus)
-    assert {entry["id"]: entry["verdict"] for entry in summary["claims"]} == EXPECTED
+    assert {entry.id: entry.verdict for entry in summary.claims} == EXPECTED
     written = strict((tmp_path / "tiny" / "summary.json").read_text())
-    assert written["claims"] == summary["claims"]
+    assert written["claims"] == to_json(summary.claims)
     fields = ["id", "source", "says", "relation", "metric", "verdict", "observed", "ci_low", "ci_high", "n", "trials"]
-    assert all(list(entry) == [*fields, "why"] for entry in summary["claims"])
+    assert all(sorted(entry) == sorted([*fields, "why"]) for entry in written["claims"])
     done = {e["trial_id"] for e in read_journal(tmp_path / "tiny" / "journal.jsonl") if e["event"] == "trial_finished"}
     rests = {entry["id"]: entry["trials"] for entry in written["claims"]}
     assert all(set(trials) <= done for trials in rests.values()) and len(rests["longer"]) == 6
     assert len(rests["best"]) == 9 and rests["tokens"] == []
-    assert rebuild(tmp_path / "tiny")["claims"] == summary["claims"]
+    assert rebuild(tmp_path / "tiny").claims == summary.claims
 
 
 def test_an_interrupted_campaign_leaves_its_claims_undecided(tmp_path: Path, corpus: Path) -> None:
-    verdicts = {entry["id"]: entry["verdict"] for entry in run(tmp_path, corpus, most=7)["claims"]}
+    verdicts = {entry.id: entry.verdict for entry in run(tmp_path, corpus, most=7).claims}
     assert verdicts == EXPECTED | dict.fromkeys(("longer", "shorter", "best", "falls", "speed"), "undecided")
-    assert {entry["id"]: entry["verdict"] for entry in run(tmp_path, corpus)["claims"]} == EXPECTED
+    assert {entry.id: entry.verdict for entry in run(tmp_path, corpus).claims} == EXPECTED
 
 
 def test_a_diverged_arm_loses_its_claims_in_a_campaign(tmp_path: Path, corpus: Path) -> None:
     def result_of(spec: TrialSpec) -> TrialResult:
         return pretend(spec, status="diverged" if spec.config.model.alpha == 0.4 else "finished")
 
-    verdicts = {entry["id"]: entry["verdict"] for entry in run(tmp_path, corpus, result_of)["claims"]}
+    verdicts = {entry.id: entry.verdict for entry in run(tmp_path, corpus, result_of).claims}
     changed = {"longer": "refuted", "shorter": "reproduced", "best": "reproduced", "kept": "refuted"}
     assert verdicts == EXPECTED | changed | {"falls": "undecided", "speed": "undecided"}
 
@@ -503,17 +504,15 @@ def test_the_reports_and_the_final_screen_show_the_ledger(tmp_path: Path, corpus
     assert ledger in render_markdown(summary) and ledger in (tmp_path / "tiny" / "report.md").read_text()
     rows = [line for line in ledger.splitlines() if line.startswith("| ")]
     assert len(rows) == 2 + len(EXPECTED)
-    for entry, line in zip(summary["claims"], rows[2:], strict=True):
-        assert f"| {entry['verdict']} |" in line
-        assert not entry["trials"] or f"- {entry['id']}: {', '.join(entry['trials'])}" in ledger
-    assert "\\[red\\]0.2\\[/\\] is \\| best" in ledger and "not corrected against each other" in ledger.replace(
-        "\n", " "
-    )
+    for entry, line in zip(summary.claims, rows[2:], strict=True):
+        assert f"| {entry.verdict} |" in line
+        assert not entry.trials or f"- {entry.id}: {', '.join(entry.trials)}" in ledger
+    assert "\\[red\\]0.2\\[/\\] is \\| best" in ledger and "not corrected for their number" in ledger.replace("\n", " ")
     page = render_html(summary, [])
     assert page.count('<section id="claims">') == 1
     assert all(f">{verdict}</span>" in page for verdict in EXPECTED.values())
-    assert claims_markdown({}) == "## Claims\n\nThe campaign names no claims."
-    assert '<section id="claims">' not in render_html(summary | {"claims": []}, [])
+    assert claims_markdown(CampaignSummary()) == "## Claims\n\nThe campaign names no claims."
+    assert '<section id="claims">' not in render_html(replace(summary, claims=()), [])
 
 
 @pytest.mark.parametrize("width", [40, 60, 80, 132])
@@ -538,8 +537,8 @@ def test_the_entries_of_every_relation_are_strict_json() -> None:
     for relation in RELATIONS:
         for proof in (evidence({}), two(BETTER, SAME), two(["diverged"] * 3, SAME), two([1.0], ["failed"])):
             entry = judge_claims([Claim("x", relation, left=LEFT, right=RIGHT, **fields)], proof)[0]
-            json.dumps(entry, allow_nan=False)
-            assert entry["verdict"] in ("reproduced", "refuted", "undecided", "no data") and entry["why"]
+            json.dumps(to_json(entry), allow_nan=False)
+            assert entry.verdict in ("reproduced", "refuted", "undecided", "no data") and entry.why
 
 
 def test_every_metric_that_a_claim_may_name_is_recorded(tmp_path: Path, corpus: Path) -> None:

@@ -10,8 +10,8 @@ import pytest
 from tests.helpers.tiny_campaign import begun, losses, records, session_on, train_all, write_file
 from tune.executors.local import run_inline
 from tune.machine import throughput as measured
-from tune.results.summary import Summary
 from tune.session.session import Session
+from tune.storage.summaries import CampaignSummary
 from tune.trials.trial import TrialResult, TrialSpec
 
 pytestmark = pytest.mark.usefixtures("signals")
@@ -28,7 +28,7 @@ def file(tmp_path: Path, corpus: Path) -> Path:
     return write_file(tmp_path, corpus)
 
 
-def run_with_signal(file: Path, root: Path, number: int, *, after: int) -> tuple[Summary, Session]:
+def run_with_signal(file: Path, root: Path, number: int, *, after: int) -> tuple[CampaignSummary, Session]:
     """A run that sends itself a signal during a trial, once `after` trials have finished."""
     with session_on(file, root) as session:
         begun(session)
@@ -53,16 +53,16 @@ def test_a_signal_stops_the_run_and_the_next_run_resumes_it(
 ) -> None:
     train_all(file, tmp_path / "undisturbed")
     summary, session = run_with_signal(file, tmp_path / "tiny", number, after=after)
-    assert (summary["status"], session.stop_signal) == ("interrupted", number)
+    assert (summary.status, session.stop_signal) == ("interrupted", number)
     assert len(session.state.results) == after
     summary = train_all(file, tmp_path / "tiny")
-    assert summary["status"] == "finished"
+    assert summary.status == "finished"
     assert losses(tmp_path / "tiny") == losses(tmp_path / "undisturbed")
 
 
 def test_a_complete_run_ends_as_finished(tmp_path: Path, file: Path) -> None:
     summary = train_all(file, tmp_path / "tiny")
-    assert (summary["status"], summary["trials"]["finished"]) == ("finished", 6)
+    assert (summary.status, summary.trials.finished) == ("finished", 6)
 
 
 def test_a_failed_trial_does_not_end_the_run(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,8 +79,8 @@ def test_a_failed_trial_does_not_end_the_run(tmp_path: Path, corpus: Path, monke
     monkeypatch.setattr("tune.trials.trial.open_cached_dataset", opened_sometimes)
     file = write_file(tmp_path, corpus)
     summary = train_all(file, tmp_path / "tiny")
-    assert (summary["status"], summary["trials"]["failed"], summary["trials"]["finished"]) == ("finished", 1, 5)
-    assert "no memory left" in summary["problems"][0]["error"]
+    assert (summary.status, summary.trials.failed, summary.trials.finished) == ("finished", 1, 5)
+    assert "no memory left" in (summary.problems[0].error or "")
     assert train_all(file, tmp_path / "tiny")["trials"]["failed"] == 0
 
 
@@ -148,7 +148,7 @@ def test_a_stopped_group_resumes_each_trial_where_it_was(
         monkeypatch.setattr(session, "should_stop", listen)
         run_inline(session)
         under_way = list(session.state.running)
-        assert session.end()["status"] == "interrupted"
+        assert session.end().status == "interrupted"
     assert len(under_way) == 3
     saved = {path.parents[1].name for path in root.glob("trials/*/checkpoints/step_*")}
     assert (saved >= set(under_way)) is (after > 3), "before the first step there is nothing to save"

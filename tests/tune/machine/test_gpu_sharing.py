@@ -144,9 +144,8 @@ def test_the_choice_and_its_curve_are_in_journal_manifest_summary_and_report(cor
     (event,) = [event for event in events if event["event"] == "packing_chosen"]
     assert event["trials_per_device"] == 4
     assert [point["tokens_per_second"] for point in event["curve"]] == [1e6, 1.4e6, 1.5e6, 1.6e6]
-    assert (
-        replay(events).gpu_sharing == json.loads((root / "manifest.json").read_text())["packing"] == summary["packing"]
-    )
+    written = json.loads((root / "manifest.json").read_text())["packing"]
+    assert replay(events).gpu_sharing == written == summary.packing
     fact = cost_facts(summary)["packing"]
     assert fact.startswith("4 trials at once on each device (1.60 x the tokens/s of one, measured on 2026-11-21)")
     assert "1: 1.00M, 2: 1.40M, 3: 1.50M, 4: 1.60M" in fact
@@ -177,5 +176,5 @@ def test_a_phase_with_unequally_shared_devices_warns_that_speeds_do_not_compare(
             spec = next_trial(session)
             assert spec is not None
             session.tell(spec.trial_id, result(spec, packed))
-        (warning,) = session.end()["phases"][0]["warnings"]
+        (warning,) = session.end().phases[0].warnings
     assert warning == f"its trials ran 1 and 4 at a time {where}: their tokens per second do not compare"

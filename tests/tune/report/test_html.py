@@ -1,4 +1,7 @@
-"""The report: hand-made summaries in, parsed pages and tables out."""
+"""The report: hand-made summaries in, parsed pages and tables out.
+
+Summaries are written as JSON, as an older version may have left them, and read by `from_json`.
+"""
 
 import copy
 import json
@@ -11,10 +14,11 @@ import plotly.graph_objects as go
 import pytest
 
 from tune import format as fmt
-from tune.report.figures import MOST_POINTS, curve_figure, curves_by_arm, effect_figure
-from tune.report.html import render_html, render_markdown, write_report
+from tune.report import figures, html, markdown
+from tune.report.figures import MOST_POINTS, curves_by_arm
 from tune.report.markdown import cell
 from tune.report.wording import moment
+from tune.storage.summaries import CampaignSummary, PhaseSummary, from_json
 
 Summary = dict[str, Any]
 DELTA = "-0.0349 [-0.0379, -0.0319]".replace("-", fmt.MINUS)
@@ -29,6 +33,22 @@ HOSTILE = (
     "\u202eevil",
     "var(--better)",
 )
+
+
+def render_html(summary: Summary, curves: list[Summary]) -> str:
+    return html.render_html(from_json(CampaignSummary, summary), curves)
+
+
+def render_markdown(summary: Summary) -> str:
+    return markdown.render_markdown(from_json(CampaignSummary, summary))
+
+
+def effect_figure(own: Summary) -> figures.Figure | None:
+    return figures.effect_figure(from_json(PhaseSummary, own))
+
+
+def curve_figure(own: Summary, rows: Any) -> figures.Figure | None:
+    return figures.curve_figure(from_json(PhaseSummary, own), rows)
 
 
 def arm(name: str, mean: float | None, verdict: str, delta: float | None = None, **more: Any) -> Summary:
@@ -114,14 +134,14 @@ def curves(summary: Summary, steps: int = 50) -> list[Summary]:
 class Page(HTMLParser):
     """What a test asks about a page: its elements, its words, its tables, its figures."""
 
-    def __init__(self, html: str) -> None:
+    def __init__(self, text: str) -> None:
         super().__init__()
         self.elements: list[tuple[str, dict[str, str | None]]] = []
         self.words: list[str] = []
         self.scripts: list[str] = []
         self.rows: list[list[str]] = []
         self.inside = ""
-        self.feed(html)
+        self.feed(text)
         self.close()
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -167,9 +187,10 @@ def hostile_campaign(name: str) -> Summary:
 
 
 def nulled(item: Any, keep: tuple[str, ...]) -> Any:
-    """A summary in which every number is missing."""
+    """A summary in which every number, and so every difference, is missing."""
     if isinstance(item, dict):
-        return {key: value if key in keep else nulled(value, keep) for key, value in item.items()}
+        kept = {key: value for key, value in item.items() if key != "delta"}
+        return {key: value if key in keep else nulled(value, keep) for key, value in kept.items()}
     if isinstance(item, list):
         return [nulled(part, keep) for part in item]
     return None if isinstance(item, float) else item
@@ -182,13 +203,13 @@ def markdown_tables(text: str) -> list[list[list[str]]]:
 
 def test_page_asks_nothing_of_the_network() -> None:
     summary = campaign()
-    html = render_html(summary, curves(summary))
-    page = Page(html)
+    text = render_html(summary, curves(summary))
+    page = Page(text)
     for tag, attributes in page.elements:
         for name in ("src", "href", "srcset", "data", "action", "poster"):
             assert (attributes.get(name) or "#").startswith("#"), (tag, attributes)
     contract = r"""<(?:script|link|img|iframe)[^>]+(?:src|href)=["']?(https?:)?//[^"'> ]+"""
-    assert not re.findall(contract, html) and not page.tags("link")
+    assert not re.findall(contract, text) and not page.tags("link")
 
 
 def test_policy_forbids_the_network_and_names_the_scripts_by_hash() -> None:
@@ -219,12 +240,12 @@ def test_answer_comes_before_cost_before_phases_before_problems_before_provenanc
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_text_is_inert_in_the_page(name: str) -> None:
     harmless, hostile = campaign(phase("x", inherit="x")), hostile_campaign(name)
-    html = render_html(hostile, curves(hostile))
-    page, expected = Page(html), Page(render_html(harmless, curves(harmless)))
+    text = render_html(hostile, curves(hostile))
+    page, expected = Page(text), Page(render_html(harmless, curves(harmless)))
     assert {tag for tag, _ in page.elements} <= {tag for tag, _ in expected.elements} | {"a"}
     assert len(page.tags("script")) == len(expected.tags("script"))
     assert not any(key.startswith("on") for _, attributes in page.elements for key in attributes)
-    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]", html.replace(page.scripts[1], ""))
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]", text.replace(page.scripts[1], ""))
     assert fmt.plain(name) in " ".join(page.words)
 
 
@@ -308,8 +329,8 @@ def test_verdict_is_a_word_with_a_colour() -> None:
 def test_missing_numbers_are_dashes_everywhere() -> None:
     summary = nulled(campaign(), keep=("seeds", "swept", "base", "overrides"))
     summary |= {"tokens": None, "environment": None, "data": None, "description": None, "command": None}
-    html = render_html(summary, [row | {"train_loss": None, "val_loss": None} for row in curves(campaign())])
-    assert not re.search(r"\b(None|nan|Undefined)\b", Page(html).text)
+    text = render_html(summary, [row | {"train_loss": None, "val_loss": None} for row in curves(campaign())])
+    assert not re.search(r"\b(None|nan|Undefined)\b", Page(text).text)
     assert "None" not in render_markdown(summary)
 
 
@@ -388,9 +409,9 @@ def test_figures_are_what_plotly_knows() -> None:
 def test_big_campaign_stays_small_and_draws_few_curves_in_colour() -> None:
     arms = [arm("baseline", 4.4, "baseline")] + [arm(f"a={n}", 4.5, "worse", 0.1, rank=n) for n in range(333)]
     summary = campaign(phase(arms=arms))
-    html = render_html(summary, curves(summary, steps=60))
-    assert len(html) < 15_000_000
-    effect, lines, _ = json.loads(Page(html).scripts[0])
+    text = render_html(summary, curves(summary, steps=60))
+    assert len(text) < 15_000_000
+    effect, lines, _ = json.loads(Page(text).scripts[0])
     assert len(effect["layout"]["yaxis"]["ticktext"]) == 40
     assert sum(trace["showlegend"] for trace in lines["data"]) == 8
 
@@ -408,11 +429,11 @@ def second_phase() -> Summary:
 
 def test_a_grid_has_its_settings_their_importance_and_the_inheritance_in_both_reports() -> None:
     summary = campaign(phase(), second_phase())
-    html = render_html(summary, curves(summary))
-    page, markdown = Page(html), render_markdown(summary).replace("\\", "")
-    assert "functional ANOVA of the complete grid" in page.text and "functional ANOVA of the complete grid" in markdown
-    assert re.search(r"x\.a 97% x\.b 3%", page.text) and "x.a 97%, x.b 3%" in markdown
-    assert "grid starts from alpha: alpha=0.15" in markdown
+    text = render_html(summary, curves(summary))
+    page, shown = Page(text), render_markdown(summary).replace("\\", "")
+    assert "functional ANOVA of the complete grid" in page.text and "functional ANOVA of the complete grid" in shown
+    assert re.search(r"x\.a 97% x\.b 3%", page.text) and "x.a 97%, x.b 3%" in shown
+    assert "grid starts from alpha: alpha=0.15" in shown
     assert f"alpha=0.15 is better, {fmt.MINUS}0.0349" in page.text  # what the box of the phase says
     kinds = [figure["layout"]["meta"]["kind"] for figure in json.loads(page.scripts[0])]
     assert kinds == ["effect", "curves", "speed", "effect", "curves", "speed", "parallel"]
@@ -463,7 +484,7 @@ def test_only_the_baseline_and_the_best_arms_have_a_band() -> None:
 
 def test_report_is_written_next_to_the_campaign(tmp_path: Path) -> None:
     summary = campaign()
-    write_report(tmp_path, summary, curves(summary))
+    html.write_report(tmp_path, from_json(CampaignSummary, summary), curves(summary))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.md"]
     assert (tmp_path / "report.md").read_text(encoding="utf-8") == render_markdown(summary)
 

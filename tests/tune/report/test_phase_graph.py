@@ -2,24 +2,20 @@
 
 import itertools
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from typing import Any
 
 import jinja2
 
 from tune.report.phase_graph import BOX_HEIGHT, handovers, inheritance_graph
+from tune.storage.summaries import ArmSummary, Delta, PhaseSummary
 
 
-def phase(name: str, winner: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
-    arms = [{"arm": "baseline", "overrides": {}}] + ([{"arm": "best", "overrides": winner}] if winner else [])
+def phase(name: str, winner: dict[str, Any] | None = None, **more: Any) -> PhaseSummary:
+    arms = (ArmSummary("baseline"), *([ArmSummary("best", overrides=winner)] if winner else []))
     chosen = "best" if winner else "baseline"
-    return {
-        "phase": name,
-        "arms": arms,
-        "winner": chosen,
-        "baseline": "baseline",
-        "base": {},
-        "swept": {"a": [1]},
-    } | more
+    own = PhaseSummary(phase=name, arms=arms, winner=chosen, baseline="baseline", swept={"a": [1]})
+    return replace(own, **more)
 
 
 THREE = [
@@ -49,7 +45,8 @@ def test_an_arm_of_a_sweep_that_happens_to_be_an_earlier_winner_inherits_nothing
 def test_an_arm_that_joins_two_winners_has_both_and_an_arrow_for_each() -> None:
     other = phase("rate", {"optim.lr": 0.1})
     joined = phase("combined", {"model.alpha": 0.2, "optim.lr": 0.1}, swept={})
-    joined["arms"].append({"arm": "again", "overrides": {"optim.lr": 0.1, "steps": 7}})
+    again = ArmSummary("again", overrides={"optim.lr": 0.1, "steps": 7})
+    joined = replace(joined, arms=(*joined.arms, again))
     assert [(edge.source, edge.arm) for edge in handovers([THREE[0], other, joined])] == [
         ("alpha", "best"),
         ("rate", "best"),
@@ -67,13 +64,14 @@ def test_a_source_may_be_a_phase_of_other_results() -> None:
 def test_a_box_says_what_came_out_and_an_arrow_from_the_box_above_needs_no_name() -> None:
     graph = inheritance_graph(THREE)
     assert graph is not None
-    assert [box["says"] for box in graph["boxes"]] == ["best is better"] * 3
+    assert [box["result"] for box in graph["boxes"]] == ["best is better"] * 3
     assert [label["text"] for label in graph["labels"]] == ["alpha=0.2", "alpha=0.2, kind=scalar"]
     kept = inheritance_graph([phase("a"), phase("b", inherit="a")])
-    assert kept is not None and [box["says"] for box in kept["boxes"]] == ["keeps its baseline"] * 2
-    long = phase("a") | {"winner": "w" * 80, "arms": [{"arm": "w" * 80, "delta": {"mean": -0.0525}}]}
+    assert kept is not None and [box["result"] for box in kept["boxes"]] == ["keeps its baseline"] * 2
+    long = phase("a", arms=(ArmSummary("w" * 80, delta=Delta(-0.0525)),))
+    long = replace(long, winner="w" * 80)
     (box, _) = (inheritance_graph([long, phase("b", inherit="a")]) or {})["boxes"]
-    assert len(box["says"]) <= 46 and box["says"].endswith("is better, \u22120.0525")
+    assert len(box["result"]) <= 46 and box["result"].endswith("is better, \u22120.0525")
 
 
 def test_boxes_do_not_overlap_and_each_arrow_ends_at_a_box() -> None:

@@ -2,23 +2,24 @@
 
 import copy
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import plotly.graph_objects as go
 import pytest
 
 from tune.report.sweep_figures import MOST_LINES, Scale, parallel_figure, speed_figure
+from tune.storage.summaries import ArmSummary, Delta, Objective, PhaseSummary, Spread
 
 
-def arm(name: str, score: float | None, speed: float | None = 1e4, **overrides: Any) -> dict[str, Any]:
-    spread = {"mean": score, "ci_low": score and score - 0.1, "ci_high": score and score + 0.1}
-    delta = {"mean": 0.0, "ci_low": -0.05, "ci_high": 0.05}
-    facts = {"arm": name, "overrides": overrides, "tokens_per_second": speed, "verdict": "tie"}
-    return facts | {"score": spread, "delta": delta}
+def arm(name: str, score: float | None, speed: float | None = 1e4, **overrides: Any) -> ArmSummary:
+    spread = Spread(score, ci_low=score and score - 0.1, ci_high=score and score + 0.1)
+    delta = Delta(0.0, -0.05, 0.05)
+    return ArmSummary(name, overrides=overrides, tokens_per_second=speed, verdict="tie", score=spread, delta=delta)
 
 
-def phase(*arms: dict[str, Any]) -> dict[str, Any]:
-    return {"arms": list(arms), "winner": None, "baseline": "b", "metric": {"name": "val_loss"}}
+def phase(*arms: ArmSummary) -> PhaseSummary:
+    return PhaseSummary(arms=arms, baseline="b")
 
 
 def test_each_arm_with_a_score_and_a_speed_is_a_point() -> None:
@@ -116,7 +117,7 @@ def test_few_values_and_words_stand_in_equal_steps() -> None:
 def test_plotly_knows_the_figures_and_no_name_is_markup() -> None:
     name = "<b onclick=x>"
     arms = [arm(name, 4.0 + i, 1e4 + i, **{name: i, "y": f"{name}{i % 2}"}) for i in range(4)]
-    own = phase(*arms) | {"metric": {"name": name}, "winner": name}
+    own = replace(phase(*arms), metric=Objective(name), winner=name)
     for figure in (speed_figure(own), parallel_figure(own)):
         assert figure is not None
         assert "<b " not in str(figure) and "&lt;b " in str(figure)

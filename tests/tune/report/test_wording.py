@@ -1,10 +1,36 @@
-"""What a summary says about its parts: only what it knows, and nothing twice."""
+"""The phrases of the reports: only what the summary knows, and nothing twice."""
 
+from dataclasses import replace
+from math import sqrt
 from typing import Any
 
 import pytest
+from scipy.stats import nct, t
 
-from tune.report.wording import is_named, varied, went_wrong
+from tune import format as fmt
+from tune.report.wording import (
+    campaign_counts,
+    cost,
+    effect,
+    is_named,
+    mean_interval,
+    next_step,
+    noise,
+    trial_counts,
+    varied,
+    went_wrong,
+)
+from tune.storage.summaries import (
+    Answer,
+    ArmSummary,
+    CampaignSummary,
+    Delta,
+    PhaseNoise,
+    PhaseSummary,
+    Spread,
+    TrialCounts,
+    TrialProblem,
+)
 
 
 @pytest.mark.parametrize(
@@ -17,7 +43,7 @@ from tune.report.wording import is_named, varied, went_wrong
     ],
 )
 def test_a_name_that_says_all_settings_is_enough(name: str, overrides: dict[str, Any]) -> None:
-    assert is_named({"arm": name, "overrides": overrides})
+    assert is_named(ArmSummary(name, overrides=overrides))
 
 
 @pytest.mark.parametrize(
@@ -31,27 +57,101 @@ def test_a_name_that_says_all_settings_is_enough(name: str, overrides: dict[str,
     ],
 )
 def test_a_name_that_leaves_something_out_is_not(name: str, overrides: dict[str, Any]) -> None:
-    assert not is_named({"arm": name, "overrides": overrides})
+    assert not is_named(ArmSummary(name, overrides=overrides))
 
 
 def test_a_sweep_varies_what_the_file_says() -> None:
-    assert varied({"swept": {"model.alpha": [0.05, 0.1], "tied": [True, False]}}) == {
+    assert varied(PhaseSummary(swept={"model.alpha": [0.05, 0.1], "tied": [True, False]})) == {
         "model.alpha": "0.05, 0.1",
         "tied": "true, false",
     }
 
 
 def test_a_search_varies_what_its_arms_cover() -> None:
-    arms = [{"arm": str(i), "overrides": {"lr": i / 10, "rule": "ab"[i % 2], "steps": 5}} for i in range(1, 9)]
-    phase = {"swept": {}, "arms": [{"arm": "baseline", "overrides": {}}, *arms]}
-    assert varied(phase) == {"lr": "0.1 to 0.8, 8 values", "rule": "b and a"}
+    arms = [ArmSummary(str(i), overrides={"lr": i / 10, "rule": "ab"[i % 2], "steps": 5}) for i in range(1, 9)]
+    assert varied(PhaseSummary(arms=(ArmSummary("baseline"), *arms))) == {
+        "lr": "0.1 to 0.8, 8 values",
+        "rule": "b and a",
+    }
 
 
 def test_nothing_that_varies_is_nothing() -> None:
-    assert varied({}) == {} and varied({"arms": [{"arm": "baseline", "overrides": {}}]}) == {}
+    assert varied(PhaseSummary(arms=(ArmSummary("baseline"),))) == {}
 
 
-def test_a_trial_without_an_error_is_told_by_how_it_ended() -> None:
-    assert went_wrong({"status": "failed", "error": "ValueError: \x1b[31mno"}) == "ValueError: no"
-    assert "finite" in went_wrong({"status": "diverged", "error": None})
-    assert went_wrong({"status": "failed", "error": None}) == "\u2013"
+@pytest.mark.parametrize(
+    ("status", "error", "text"),
+    [
+        ("failed", "ValueError: \x1b[31mno", "ValueError: no"),
+        ("diverged", None, "its loss became non-finite"),
+        ("failed", None, fmt.MISSING),
+    ],
+)
+def test_a_trial_without_an_error_is_explained_by_how_it_ended(status: str, error: str | None, text: str) -> None:
+    assert went_wrong(TrialProblem("p", "a", 1, "t", status, error)) == text
+
+
+def test_an_interval_is_written_only_if_it_is_known() -> None:
+    spread = Spread(4.3, 0.1, 4.2, 4.4)
+    assert mean_interval(spread) == "4.3000 ± 0.1000"
+    assert mean_interval(replace(spread, ci_low=None)) == "4.3000"
+    assert mean_interval(Spread()) == fmt.MISSING
+    assert effect(Delta(0.1)) == "+0.1000"
+    assert effect(Delta(0.1, -0.1, 0.3)) == f"+0.1000 [{fmt.MINUS}0.1000, +0.3000]"
+    assert effect(None) == fmt.MISSING
+
+
+def test_trials_are_listed_only_when_something_is_unusual() -> None:
+    counts = TrialCounts(total=15, finished=15)
+    assert trial_counts(counts) == "15 trials"
+    assert trial_counts(replace(counts, finished=14, diverged=1)) == "15 trials (14 finished, 1 diverged)"
+    assert trial_counts(replace(counts, reused=4)) == "15 trials (4 reused)"
+    assert trial_counts(TrialCounts(total=1, finished=1)) == "1 trial"
+
+
+def test_the_total_of_a_campaign_does_not_contain_what_its_phases_share() -> None:
+    counts = TrialCounts(total=20, finished=17, diverged=3, reused=12)
+    assert campaign_counts(counts) == "20 trials (17 finished, 3 diverged) + 12 reused"
+    assert campaign_counts(TrialCounts(total=29, finished=29, reused=3)) == "29 trials + 3 reused"
+    summary = CampaignSummary(trials=counts, tokens=44_300, seconds=69.0)
+    assert cost(summary).startswith("20 trials (17 finished, 3 div")
+
+
+def test_the_noise_of_a_phase_is_one_sentence() -> None:
+    text = "Noise: sd 0.0041 (paired), correlation between arms over seeds 0.87, smallest detectable effect 0.0063."
+    assert noise(PhaseSummary(noise=PhaseNoise(0.0041, "paired", 0.87, 8, 0.0063))) == text
+    assert noise(PhaseSummary()) == "Noise unknown: one seed gives no spread."
+
+
+def campaign(seeds: int = 2, **answer: Any) -> CampaignSummary:
+    phase = PhaseSummary(
+        phase="a",
+        seeds=tuple(range(seeds)),
+        min_effect=0.005,
+        noise=PhaseNoise(sd=0.004, smallest_detectable=0.065, method="paired"),
+        arms=(ArmSummary("x"), ArmSummary("y")),
+    )
+    chosen: dict[str, Any] = {"phase": "a", "winner": "x", "delta": Delta(-0.1)}
+    return CampaignSummary(status="finished", answer=Answer(**(chosen | answer)), phases=(phase,))
+
+
+def test_the_next_step_fits_the_state_of_the_campaign() -> None:
+    assert "fresh 5" in next_step(campaign())
+    assert "change `vary:`" in next_step(campaign(confirmed=True))
+    assert "Run the same command again" in next_step(replace(campaign(), status="interrupted"))
+    assert "tries those trials again" in next_step(replace(campaign(), trials=TrialCounts(failed=1)))
+    assert "Raise `budget:`" in next_step(replace(campaign(), left_out={"a": 1}))
+
+
+def test_without_a_winner_the_next_step_names_the_seeds_that_would_show_one() -> None:
+    undecided: dict[str, Any] = {"winner": None, "delta": None}
+
+    def power(n: int) -> float:
+        """Of a paired t test of n seeds, for an effect of 0.005."""
+        return float(nct.sf(t.ppf(0.975, n - 1), n - 1, 0.005 / (0.004 * sqrt(2 / n))))
+
+    assert power(12) < 0.8 < power(13)  # more seeds also measure the noise better: two have one degree of freedom
+    assert "about 13 seeds" in next_step(campaign(**undecided))
+    assert "about 13 seeds" in next_step(campaign(**undecided, phase=None)), "of the last phase"
+    assert "about" not in next_step(campaign(seeds=13, **undecided))
+    assert "One seed carries no claim" in next_step(campaign(seeds=1, **undecided))

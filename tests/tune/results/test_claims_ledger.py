@@ -12,9 +12,10 @@ from ngpt.config.base import ConfigError
 from tests.helpers.tiny_campaign import begun, drive, pretend, session_on, strict, write_file
 from tune.claims.reader import load_claims
 from tune.claims.relations import RELATIONS
-from tune.results.claims_ledger import collect, ledger_markdown, overall, question, total
+from tune.results.claims_ledger import Ledger, collect, common_verdict, ledger_markdown, question, total
 from tune.spec.schema import Claim
 from tune.storage.journal import read_journal
+from tune.storage.summaries import to_json
 
 PHASES = """
   - name: alpha
@@ -47,46 +48,46 @@ def run(tmp_path: Path, corpus: Path, no_report: None):
     return results
 
 
-def verdicts(ledger: dict[str, Any]) -> dict[str, str]:
-    return {entry["id"]: entry["verdict"] for entry in ledger["claims"]}
+def verdicts(ledger: Ledger) -> dict[str, str]:
+    return {entry.id: entry.verdict for entry in ledger.claims}
 
 
 def test_claims_stand_by_source_and_each_counts_once(run: Any) -> None:
     ledger = collect([run("one"), run("two")])
     assert verdicts(ledger) == {"tokens": "refuted", "longer": "reproduced", "best": "refuted"}  # by source, then none
     assert total(ledger) == "3 claims: 1 reproduced, 2 refuted, 0 undecided, 0 no data"
-    assert [[found["campaign"] for found in entry["found"]] for entry in ledger["claims"]] == [["one", "two"]] * 3
+    assert [[found.campaign for found in entry.found] for entry in ledger.claims] == [["one", "two"]] * 3
     page = ledger_markdown(ledger)
     headings = [line for line in page.splitlines() if line.startswith("#")]
     sources = ["## Source 001", "## Source 002", "## Without a source"]
     assert headings == ["# Claims", "## The campaigns", *sources, "## How to read this"]
     assert page.count("| longer | 0.4 beats 0.05 | val\\_loss: ") <= 1 and page.count("| longer |") == 1
     assert page.count("| tokens |") == 1 and page.count("110e3") == 2, "a sum is the same in every campaign"
-    assert json.loads(json.dumps(ledger, allow_nan=False)) == ledger
+    assert strict(json.dumps(to_json(ledger), allow_nan=False)) == to_json(ledger)
 
 
 def test_a_claim_shows_what_each_campaign_observed_and_the_trials_that_it_rests_on(run: Any) -> None:
     root = run("one")
-    (entry,) = [entry for entry in collect([root])["claims"] if entry["id"] == "longer"]
-    (found,) = entry["found"]
+    (entry,) = [entry for entry in collect([root]).claims if entry.id == "longer"]
+    (found,) = entry.found
     losses = {e["trial_id"]: e["metrics"]["val_loss"] for e in read_journal(root / "journal.jsonl") if "metrics" in e}
-    arms = [[losses[trial] for trial in found["trials"][i : i + 3]] for i in (0, 3)]
-    assert found["observed"] == pytest.approx((sum(arms[0]) - sum(arms[1])) / 3, abs=1e-12)
-    assert found["ci_low"] < found["observed"] < found["ci_high"] and found["n"] == 3
+    arms = [[losses[trial] for trial in found.trials[i : i + 3]] for i in (0, 3)]
+    assert found.observed == pytest.approx((sum(arms[0]) - sum(arms[1])) / 3, abs=1e-12)
+    assert found.ci_low < found.observed < found.ci_high and found.n == 3
     page = ledger_markdown(collect([root]))
-    for trial in found["trials"]:
+    for trial in found.trials:
         assert f"{trial[:6]} (seeds 1, 2, 3)" in page and (root / "journal.jsonl").read_text().count(trial) > 1
     assert "\\[red\\]0.2\\[/\\] is \\| best" in page
 
 
 def test_a_campaign_says_on_what_it_was_run_and_how_to_repeat_it(run: Any) -> None:
     root = run("one")
-    (about,) = collect([root])["campaigns"]
+    (about,) = collect([root]).campaigns
     start = next(e for e in read_journal(root / "journal.jsonl") if e["event"] == "campaign_started")
-    assert (about["campaign"], about["device"]) == ("one", start["environment"]["device"])
-    assert (about["command"], about["seeds"], about["trials"]) == ("the same command", [1, 2, 3], 9)
-    assert (about["n_params"], about["steps"], about["tokens"]) == ([1000, 1000], [6, 6], [384, 384])
-    assert about["dates"] == ["2026-11-21", "2026-11-21"]
+    assert (about.campaign, about.device) == ("one", start["environment"]["device"])
+    assert (about.command, about.seeds, about.trials) == ("the same command", [1, 2, 3], 9)
+    assert (about.n_params, about.steps, about.tokens) == ([1000, 1000], [6, 6], [384, 384])
+    assert about.dates == ["2026-11-21", "2026-11-21"]
     page = ledger_markdown(collect([root]), command="python run_campaign.py claims one")
     row = next(line for line in page.splitlines() if line.startswith("| one |"))
     for fact in ("1.00k", "| 6 |", "384", "1, 2 and 3", "2026-11-21", "tokens"):
@@ -106,9 +107,9 @@ def test_another_file_is_held_against_the_same_trials(run: Any, tmp_path: Path) 
 
 def test_campaigns_that_disagree_leave_a_claim_undecided_and_both_are_shown(run: Any) -> None:
     ledger = collect([run("one"), run("two", gain=-1.0), run("three", seeds="[1]")])
-    (longer,) = [entry for entry in ledger["claims"] if entry["id"] == "longer"]
-    assert [found["verdict"] for found in longer["found"]] == ["reproduced", "refuted", "undecided"]
-    assert longer["verdict"] == "undecided"
+    (longer,) = [entry for entry in ledger.claims if entry.id == "longer"]
+    assert [found.verdict for found in longer.found] == ["reproduced", "refuted", "undecided"]
+    assert longer.verdict == "undecided"
     page = ledger_markdown(ledger)
     assert "The campaigns disagree, so it is undecided." in page
     rows = [line for line in page.splitlines() if line.startswith(("| longer |", "| ″ |"))][:3]
@@ -126,7 +127,7 @@ def test_campaigns_that_disagree_leave_a_claim_undecided_and_both_are_shown(run:
     ],
 )
 def test_those_that_can_decide_do(several: Sequence[str], together: str) -> None:
-    assert overall(several) == overall(several[::-1]) == together
+    assert common_verdict(several) == common_verdict(several[::-1]) == together
 
 
 def test_a_campaign_that_was_run_twice_is_told_apart_by_its_folder(run: Any, tmp_path: Path) -> None:
@@ -134,7 +135,7 @@ def test_a_campaign_that_was_run_twice_is_told_apart_by_its_folder(run: Any, tmp
     run("one").rename(tmp_path / "again")
     second = run("one")
     again = tmp_path / "again"
-    names = [about["campaign"] for about in collect([second, again, Path(f"{first}/")])["campaigns"]]
+    names = [about.campaign for about in collect([second, again, Path(f"{first}/")]).campaigns]
     assert names == ["one", f"one in {again}"], "a folder that is named twice counts once"
 
 
@@ -165,7 +166,7 @@ def test_the_verb_prints_the_page_or_writes_it(run: Any, tmp_path: Path, capsys:
     assert (tmp_path / "docs" / "claims.md").read_text() == printed and written.out == ""
     assert "3 claims: 1 reproduced, 2 refuted" in written.err
     assert run_campaign.main(["claims", *roots, "--json"]) == 0
-    assert strict(capsys.readouterr().out) == collect([Path(root) for root in roots])
+    assert strict(capsys.readouterr().out) == to_json(collect([Path(root) for root in roots]))
 
 
 def test_a_report_with_claims_of_another_file_has_them_in_every_file(

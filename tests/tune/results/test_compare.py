@@ -13,7 +13,8 @@ from scipy import stats
 
 from ngpt.config.base import ConfigError
 from tests.helpers.tiny_campaign import begun, drive, pretend, session_on, write_file
-from tune.results.compare import compare
+from tune.results.compare import Sides, Throughput, compare
+from tune.storage.summaries import Objective
 from tune.trials.trial import TrialResult, TrialSpec
 
 ONE = """
@@ -72,75 +73,75 @@ def test_a_copy_is_identical_in_every_trial(make: Make, tmp_path: Path) -> None:
     a = make()
     b = Path(shutil.copytree(a, tmp_path / "copy"))
     found = compare(a, b)
-    assert [row["verdict"] for row in found["arms"]] == ["identical in every trial"] * 2
-    assert [row["seeds"] for row in found["arms"]] == [[1, 2, 3]] * 2
-    assert all(row["delta"]["mean"] == 0 and row["tokens_per_second"]["ratio"] == 1 for row in found["arms"])
-    assert found["environment"] == found["data"] == found["base"] == found["code"] == {}
+    assert [row.verdict for row in found.arms] == ["identical in every trial"] * 2
+    assert [row.seeds for row in found.arms] == [[1, 2, 3]] * 2
+    assert all(row.delta.mean == 0 and row.tokens_per_second.ratio == 1 for row in found.arms)
+    assert found.environment == found.data == found.base == found.code == {}
 
 
 def test_the_last_digit_of_one_trial_is_enough_not_to_be_identical(make: Make) -> None:
     a, b = make(), make(lambda spec: 1e-12 if spec.seed == 2 and spec.config.model.alpha == 0.4 else 0.0)
-    assert [row["identical"] for row in compare(a, b)["arms"]] == [True, False]
+    assert [row.identical for row in compare(a, b).arms] == [True, False]
 
 
 def test_arms_are_matched_by_their_settings_under_any_name(make: Make) -> None:
     phases = "\n  - name: other\n    runs: [{arm: baseline}, {arm: mine, alpha: 0.4}, {arm: yours, alpha: 0.3}]\n"
     found = compare(make(), make(phases=phases))
-    assert [(row["a"], row["b"]) for row in found["arms"]] == [
+    assert [(row.a, row.b) for row in found.arms] == [
         (["alpha/alpha=0.05"], ["other/baseline"]),
         (["alpha/alpha=0.4"], ["other/mine"]),
     ]
-    assert (found["only_a"], found["only_b"]) == ([], [["other/yours"]])
+    assert (found.only_a, found.only_b) == ([], [["other/yours"]])
 
 
 def test_the_difference_is_the_paired_t_interval_over_shared_seeds(make: Make) -> None:
     shifts = {2: 0.011, 3: 0.014, 4: 0.016, 5: 0.02}
     a, b = make(seeds="[1, 2, 3, 4]"), make(lambda spec: shifts[spec.seed], seeds="[2, 3, 4, 5]")
-    row = compare(a, b)["arms"][0]
+    row = compare(a, b).arms[0]
     expected: Any = stats.ttest_1samp([shifts[seed] for seed in (2, 3, 4)], 0.0)
     interval = expected.confidence_interval(0.95)
-    assert row["seeds"] == [2, 3, 4] and row["paired"]
-    assert row["delta"]["mean"] == pytest.approx((0.011 + 0.014 + 0.016) / 3)
-    assert (row["delta"]["ci_low"], row["delta"]["ci_high"]) == pytest.approx((interval.low, interval.high))
-    assert row["delta"]["p"] == pytest.approx(float(expected.pvalue))
-    assert row["delta"]["p_holm"] == pytest.approx(2 * float(expected.pvalue))
-    assert row["verdict"] == "A better"
+    assert row.seeds == [2, 3, 4] and row.paired
+    assert row.delta.mean == pytest.approx((0.011 + 0.014 + 0.016) / 3)
+    assert (row.delta.ci_low, row.delta.ci_high) == pytest.approx((interval.low, interval.high))
+    assert row.delta.p == pytest.approx(float(expected.pvalue))
+    assert row.delta.p_holm == pytest.approx(2 * float(expected.pvalue))
+    assert row.verdict == "A better"
 
 
 def test_without_shared_seeds_two_samples_are_compared(make: Make) -> None:
     a, b = make(seeds="[1, 2, 3]"), make(seeds="[4, 5, 6]")
-    row = compare(a, b)["arms"][0]
-    assert (row["paired"], row["seeds"], row["identical"]) == (False, [], False)
-    assert row["n"] == {"a": 3, "b": 3}
-    assert row["delta"]["mean"] == pytest.approx(0.3, abs=1e-3)  # a seed adds 0.1
-    assert row["delta"]["ci_low"] < 0.3 < row["delta"]["ci_high"]
+    row = compare(a, b).arms[0]
+    assert (row.paired, row.seeds, row.identical) == (False, [], False)
+    assert row.n == Sides(3, 3)
+    assert row.delta.mean == pytest.approx(0.3, abs=1e-3)  # a seed adds 0.1
+    assert row.delta.ci_low < 0.3 < row.delta.ci_high
 
 
 def test_one_shared_seed_is_a_number_without_a_claim(make: Make) -> None:
-    row = compare(make(seeds="[1]"), make(lambda spec: 0.5, seeds="[1]"))["arms"][0]
-    assert row["delta"]["mean"] == pytest.approx(0.5)
-    assert (row["verdict"], row["delta"]["ci_low"]) == ("no claim", None)
+    row = compare(make(seeds="[1]"), make(lambda spec: 0.5, seeds="[1]")).arms[0]
+    assert row.delta.mean == pytest.approx(0.5)
+    assert (row.verdict, row.delta.ci_low) == ("no claim", None)
 
 
 def test_an_arm_that_diverged_on_one_side_is_not_judged_by_its_survivors(make: Make) -> None:
     def diverges(spec: TrialSpec) -> TrialResult:
         return pretend(spec, status="diverged" if spec.seed == 2 and spec.config.model.alpha == 0.4 else "finished")
 
-    first, second = compare(make(), make(result_of=diverges))["arms"]
-    assert first["verdict"] == "identical in every trial"
-    assert (second["verdict"], second["delta"]) == ("diverged in B", None)
+    first, second = compare(make(), make(result_of=diverges)).arms
+    assert first.verdict == "identical in every trial"
+    assert (second.verdict, second.delta) == ("diverged in B", None)
 
 
 def test_base_settings_that_differ_are_named_and_leave_nothing_to_match(make: Make) -> None:
     found = compare(make(), make(assignments=("optim.lr=0.02",)))
-    assert found["base"] == {"optim.lr": [0.01, 0.02]}
-    assert found["arms"] == [] and len(found["only_a"]) == len(found["only_b"]) == 2
+    assert found.base == {"optim.lr": [0.01, 0.02]}
+    assert found.arms == [] and len(found.only_a) == len(found.only_b) == 2
 
 
 def test_settings_that_compute_the_same_do_not_keep_arms_apart(make: Make) -> None:
     found = compare(make(), make(assignments=("tracker.log_every=3",)))
-    assert found["base"] == {"tracker.log_every": [1, 3]}
-    assert all(row["identical"] for row in found["arms"])
+    assert found.base == {"tracker.log_every": [1, 3]}
+    assert all(row.identical for row in found.arms)
 
 
 def test_other_tokenizers_are_refused_for_losses_and_compared_in_bits_per_byte(make: Make) -> None:
@@ -148,8 +149,8 @@ def test_other_tokenizers_are_refused_for_losses_and_compared_in_bits_per_byte(m
     with pytest.raises(ConfigError, match=r"tokenizers differ .*sentencepiece:350.*--metric val_bpb"):
         compare(a, b)
     found = compare(a, b, metric="val_bpb")
-    assert found["metric"] == {"name": "val_bpb", "goal": "minimize"}
-    assert len(found["arms"]) == 2 and found["data"]["vocab_size"] == [400, 350]
+    assert found.metric == Objective("val_bpb")
+    assert len(found.arms) == 2 and found.data["vocab_size"] == [400, 350]
 
 
 def test_other_evaluation_tokens_are_refused_by_every_metric(make: Make) -> None:
@@ -178,7 +179,7 @@ def test_other_metrics_need_a_choice(make: Make) -> None:
     edit_started(b, lambda event: event["metric"].update(name="val_bpb"))
     with pytest.raises(ConfigError, match=r"ranks by val_loss .* by val_bpb; choose one with --metric"):
         compare(a, b)
-    assert compare(a, b, metric="val_loss")["arms"]
+    assert compare(a, b, metric="val_loss").arms
     with pytest.raises(ConfigError, match="unknown metric 'val_los', did you mean 'val_loss'"):
         compare(a, b, metric="val_los")
 
@@ -187,8 +188,8 @@ def test_throughput_has_no_ratio_where_trials_shared_the_machine_differently(mak
     a, b = make(), make()
     edit_started(b, lambda event: event.update(workers=7))
     found = compare(a, b)
-    assert "7 in B" in found["throughput_note"]
-    assert all(row["tokens_per_second"] == {"a": 1e4, "b": 1e4, "ratio": None} for row in found["arms"])
+    assert "7 in B" in found.throughput_note
+    assert all(row.tokens_per_second == Throughput(1e4, 1e4, None) for row in found.arms)
 
 
 def test_a_folder_without_results_is_refused(make: Make, tmp_path: Path) -> None:

@@ -7,8 +7,9 @@ import pytest
 
 from tests.helpers.tiny_campaign import begun, drive, pretend, session_on, write_file
 from tune.report.wording import cost_facts, troubles
-from tune.results.costs import account
+from tune.results.costs import campaign_cost
 from tune.storage.state import CampaignState, replay
+from tune.storage.summaries import CampaignSummary, PhaseSummary, RetriedTrial
 from tune.trials.trial import TrialResult, TrialSpec
 
 ONE = """
@@ -42,10 +43,10 @@ def state(
 
 
 def test_efficiency_is_time_inside_steps_over_wall_time_times_slots() -> None:
-    found = account(state())
-    assert found["step_seconds"] == pytest.approx(20.0)  # 2 x 1000 / 100
-    assert found["efficiency"] == pytest.approx(20 / (20 * 2))
-    assert found["slots"] == 2
+    found = campaign_cost(state())
+    assert found.step_seconds == pytest.approx(20.0)  # 2 x 1000 / 100
+    assert found.efficiency == pytest.approx(20 / (20 * 2))
+    assert found.slots == 2
 
 
 def test_each_session_counts_with_the_slots_that_it_had() -> None:
@@ -56,29 +57,30 @@ def test_each_session_counts_with_the_slots_that_it_had() -> None:
     assert (again.seconds, again.slot_seconds, again.most_slots) == (24.0, 20 * 2 + 4 * 1, 2)
     # The phases of a campaign are planned again in each session; what was trained before is known.
     again.phases = state().phases
-    found = account(again)
-    assert found["efficiency"] == pytest.approx(20 / 44) and found["slots"] == 2
+    found = campaign_cost(again)
+    assert found.efficiency == pytest.approx(20 / 44) and found.slots == 2
 
 
 @pytest.mark.parametrize(("device", "gpus", "hours"), [("cpu (x)", 4, 20 / 3600), ("NVIDIA GH200", 2, 40 / 3600)])
 def test_device_hours_count_the_gpus_that_were_held(device: str, gpus: int, hours: float) -> None:
-    assert account(state(device, gpus))["device_hours"] == pytest.approx(hours)
+    assert campaign_cost(state(device, gpus)).device_hours == pytest.approx(hours)
 
 
 def test_trials_that_were_trained_together_share_the_time_inside_steps() -> None:
-    assert account(state(provenance={"vectorised": 2}))["step_seconds"] == pytest.approx(10.0)
+    assert campaign_cost(state(provenance={"vectorised": 2})).step_seconds == pytest.approx(10.0)
 
 
 def test_without_a_measured_speed_there_is_no_efficiency() -> None:
-    found = account(state(speed=None))
-    assert found["efficiency"] is None and found["step_seconds"] is None
-    assert "efficiency" not in cost_facts({"cost": found})
+    found = campaign_cost(state(speed=None))
+    assert found.efficiency is None and found.step_seconds is None
+    assert "efficiency" not in cost_facts(CampaignSummary(cost=found))
 
 
 def test_a_trial_that_was_started_twice_is_named() -> None:
-    (trial,) = account(state())["retried"]
-    assert trial == {"phase": "p", "arm": "a", "seed": 2, "trial_id": "x-s2", "attempts": 2, "status": "finished"}
-    assert troubles({"cost": {"retried": [trial]}}) == ["p/a seed 2 was started 2 times; in the end: finished."]
+    cost = campaign_cost(state())
+    assert cost.retried == (RetriedTrial("p", "a", 2, "x-s2", attempts=2, status="finished"),)
+    shown = troubles(CampaignSummary(cost=cost))
+    assert shown == ["p/a seed 2 was started 2 times; final status: finished."]
 
 
 def test_a_failed_trial_that_is_run_again_is_a_trouble_of_the_summary(
@@ -94,10 +96,11 @@ def test_a_failed_trial_that_is_run_again_is_a_trouble_of_the_summary(
         with session_on(file, tmp_path / "tiny") as session:
             drive(begun(session), result_of)
             summary = session.end()
-    assert [(trial["arm"], trial["attempts"]) for trial in summary["cost"]["retried"]] == [("alpha=0.4", 2)]
-    assert summary["problems"] == []
+    assert [(trial.arm, trial.attempts) for trial in summary.cost.retried] == [("alpha=0.4", 2)]
+    assert summary.problems == ()
 
 
-def test_nothing_to_tell_is_nothing_told() -> None:
-    assert troubles({"phases": [{"phase": "a", "warnings": []}], "data": {"skipped_shards": 0}}) == []
-    assert troubles({"data": {"skipped_shards": 1}}) == ["1 corrupt shard was skipped when the data were read."]
+def test_skipped_shards_are_reported_if_there_were_any() -> None:
+    assert troubles(CampaignSummary(phases=(PhaseSummary(phase="a"),), data={"skipped_shards": 0})) == []
+    shown = troubles(CampaignSummary(data={"skipped_shards": 1}))
+    assert shown == ["1 corrupt shard was skipped when the data were read."]

@@ -44,7 +44,7 @@ def test_a_campaign_in_the_middle_is_counted_phase_by_phase(root: Path, file: Pa
         snapshot = session.snapshot()
     assert (snapshot.phase, snapshot.phase_number, snapshot.n_phases) == ("projection", 2, 2)
     assert (snapshot.done, snapshot.total, snapshot.total_is_final, snapshot.unsuccessful) == (7, 8, True, 0)
-    assert [phase["winner"] for phase in snapshot.phases] == ["alpha=0.4"]
+    assert [phase.winner for phase in snapshot.phases] == ["alpha=0.4"]
     assert [trial.trial_id for trial in snapshot.running] == [spec.trial_id]
     assert snapshot.eta == 2.0  # what a trial took, for the one that is left, on one worker
 

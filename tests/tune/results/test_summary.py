@@ -25,15 +25,19 @@ from tests.helpers.tiny_campaign import (
     train_all,
     write_file,
 )
-from tune.results.phase_summary import _setbacks
-from tune.results.summary import Summary, rebuild, settings_text
+from tune.results.answer import settings_text
+from tune.results.phase_summary import recovery_warnings
+from tune.results.summary import rebuild
 from tune.storage.journal import read_journal
+from tune.storage.summaries import CampaignSummary, TrialCounts, TrialRecord
 from tune.trials.trial import TrialResult, TrialSpec
 
 RECORD_FIELDS = {"campaign", "phase", "arm", "trial_id", "seed", "overrides", "config", "status", "metrics", "error"}
 RECORD_FIELDS |= {"attempt", "started_at", "seconds", "provenance"}
 METRICS = {"val_loss", "val_bpb", "train_loss", "steps", "tokens", "tokens_per_second", "peak_memory_bytes", "n_params"}
 ARM_FIELDS = {"arm", "overrides", "n", "val_loss", "delta", "verdict", "tokens_per_second"}
+
+Judged = Callable[[str, Callable[[TrialSpec], TrialResult]], CampaignSummary]
 
 CONFIRM = """
   - name: alpha
@@ -57,12 +61,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
 
 
 @pytest.fixture
-def judged(
-    tmp_path: Path, corpus: Path, no_report: None
-) -> Callable[[str, Callable[[TrialSpec], TrialResult]], Summary]:
+def judged(tmp_path: Path, corpus: Path, no_report: None) -> Judged:
     """Summarizes a campaign of three seeds whose trials give the results of a function."""
 
-    def summarize(phases: str, result_of: Callable[[TrialSpec], TrialResult]) -> Summary:
+    def summarize(phases: str, result_of: Callable[[TrialSpec], TrialResult]) -> CampaignSummary:
         file = write_file(tmp_path, corpus, phases=phases, seeds="[1, 2, 3]")
         with session_on(file, tmp_path / "tiny") as session:
             drive(begun(session), result_of)
@@ -208,14 +210,14 @@ def test_a_folder_without_a_campaign_is_a_config_error(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_trials_without_metrics_have_their_place_in_every_file(judged: Callable[..., Summary], tmp_path: Path) -> None:
+def test_trials_without_metrics_have_their_place_in_every_file(judged: Judged, tmp_path: Path) -> None:
     def result_of(spec: TrialSpec) -> TrialResult:
         return pretend(spec, status={1: "finished", 2: "failed", 3: "diverged"}[spec.seed])
 
     summary = judged("\n  - name: alpha\n    vary: {alpha: [0.05, 0.4]}\n", result_of)
     assert [row["status"] for row in records(tmp_path / "tiny")] == ["finished"] * 2 + ["failed"] * 2 + ["diverged"] * 2
-    assert summary["trials"] == {"total": 6, "finished": 2, "diverged": 2, "failed": 2, "stopped": 0, "reused": 0}
-    assert [(p["seed"], p["status"], p["error"]) for p in summary["problems"]] == [
+    assert summary.trials == TrialCounts(total=6, finished=2, diverged=2, failed=2)
+    assert [(p.seed, p.status, p.error) for p in summary.problems] == [
         (2, "failed", "Traceback ...\nValueError: it broke"),
         (2, "failed", "Traceback ...\nValueError: it broke"),
         (3, "diverged", None),
@@ -228,51 +230,53 @@ def test_trials_without_metrics_have_their_place_in_every_file(judged: Callable[
 # ---- the answer ----------------------------------------------------------------------------------------------------
 
 
-def test_a_winner_that_unseen_seeds_agree_with_is_confirmed(judged: Callable[..., Summary]) -> None:
-    answer = judged(CONFIRM, pretend)["answer"]
-    assert answer["sentence"].startswith("Use alpha=0.6, project_every=1: it lowers val_loss by 0.550, 95% interval 0.")
-    assert answer["sentence"].endswith("on 3 unseen seeds.")
-    assert (answer["phase"], answer["winner"], answer["confirmed"]) == ("confirm", "winner", True)
-    assert answer["overrides"] == {"model.alpha": 0.6, "project_every": 1}  # and not the steps of that phase
+def test_a_winner_that_unseen_seeds_agree_with_is_confirmed(judged: Judged) -> None:
+    answer = judged(CONFIRM, pretend).answer
+    assert answer.sentence.startswith("Use alpha=0.6, project_every=1: it lowers val_loss by 0.550, 95% interval 0.")
+    assert answer.sentence.endswith("on 3 unseen seeds.")
+    assert (answer.phase, answer.winner, answer.confirmed) == ("confirm", "winner", True)
+    assert answer.overrides == {"model.alpha": 0.6, "project_every": 1}  # and not the steps of that phase
 
 
-def test_without_a_phase_on_unseen_seeds_the_winner_is_not_confirmed(judged: Callable[..., Summary]) -> None:
-    answer = judged(CONFIRM.partition("  - name: confirm")[0], pretend)["answer"]
-    assert "on 3 paired seeds. Phase projection found nothing better." in answer["sentence"]
-    assert (answer["phase"], answer["confirmed"], answer["overrides"]) == ("alpha", False, {"model.alpha": 0.6})
+def test_without_a_phase_on_unseen_seeds_the_winner_is_not_confirmed(judged: Judged) -> None:
+    answer = judged(CONFIRM.partition("  - name: confirm")[0], pretend).answer
+    assert "on 3 paired seeds. Phase projection found nothing better." in answer.sentence
+    assert (answer.phase, answer.confirmed, answer.overrides) == ("alpha", False, {"model.alpha": 0.6})
 
 
-def test_an_effect_on_top_of_an_earlier_winner_says_so(judged: Callable[..., Summary]) -> None:
+def test_an_effect_on_top_of_an_earlier_winner_says_so(judged: Judged) -> None:
     chained = "\n  - name: a\n    vary: {project_every: [1, 3]}\n"
     chained += "  - name: b\n    vary: {alpha: [0.05, 0.2]}\n  - name: c\n    inherit: b\n    vary: {alpha: [0.4]}\n"
-    answer = judged(chained, pretend)["answer"]
-    assert answer["delta"]["mean"] == pytest.approx(-0.2, abs=1e-3)  # not the 0.35 by which it is better than the base
-    assert answer["sentence"].endswith("on 3 paired seeds, on top of b.")
-    assert "on top" not in judged(chained.replace("inherit: b", "seeds: [1, 2]"), pretend)["answer"]["sentence"]
+    answer = judged(chained, pretend).answer
+    assert answer.delta.mean == pytest.approx(-0.2, abs=1e-3)  # not the 0.35 by which it is better than the base
+    assert answer.sentence.endswith("on 3 paired seeds, on top of b.")
+    assert "on top" not in judged(chained.replace("inherit: b", "seeds: [1, 2]"), pretend).answer.sentence
 
 
 def test_settings_in_a_sentence_say_whose_they_are_where_a_word_does_not() -> None:
     assert settings_text({"optim.name": "muon", "model.alpha": 0.2}) == "optim.name=muon, alpha=0.2"
 
 
-def test_unseen_seeds_confirm_only_what_had_been_chosen_before(judged: Callable[..., Summary]) -> None:
+def test_unseen_seeds_confirm_only_what_had_been_chosen_before(judged: Judged) -> None:
     unrelated = "\n  - name: a\n    vary: {project_every: [1, 3]}\n"
     unrelated += "  - name: b\n    vary: {alpha: [0.05, 0.4]}\n    seeds: [7, 8, 9]\n"
-    answer = judged(unrelated, pretend)["answer"]
-    assert (answer["phase"], answer["winner"], answer["confirmed"]) == ("b", "alpha=0.4", False)
+    answer = judged(unrelated, pretend).answer
+    assert (answer.phase, answer.winner, answer.confirmed) == ("b", "alpha=0.4", False)
 
 
-def test_a_later_phase_that_does_not_find_it_again_leaves_the_winner_undecided(judged: Callable[..., Summary]) -> None:
-    answer = judged(CONFIRM, lambda spec: pretend(spec, gain=0.0 if spec.phase == "confirm" else 1.0))["answer"]
-    assert answer["sentence"].startswith("Undecided: alpha=0.6 lowers val_loss by 0.550")
-    assert answer["sentence"].endswith("but phase confirm does not confirm it.")
-    assert (answer["phase"], answer["confirmed"]) == ("alpha", False)
+def test_a_later_phase_that_does_not_find_it_again_leaves_the_winner_undecided(
+    judged: Judged,
+) -> None:
+    answer = judged(CONFIRM, lambda spec: pretend(spec, gain=0.0 if spec.phase == "confirm" else 1.0)).answer
+    assert answer.sentence.startswith("Undecided: alpha=0.6 lowers val_loss by 0.550")
+    assert answer.sentence.endswith("but phase confirm does not confirm it.")
+    assert (answer.phase, answer.confirmed) == ("alpha", False)
 
 
-def test_where_nothing_is_better_the_base_stays(judged: Callable[..., Summary]) -> None:
-    answer = judged(CONFIRM, lambda spec: pretend(spec, gain=0.0))["answer"]
-    assert answer["sentence"] == "No arm of any phase is better than its baseline beyond the noise: keep the base."
-    assert (answer["winner"], answer["overrides"], answer["delta"], answer["confirmed"]) == (None, {}, None, False)
+def test_where_nothing_is_better_the_base_stays(judged: Judged) -> None:
+    answer = judged(CONFIRM, lambda spec: pretend(spec, gain=0.0)).answer
+    assert answer.sentence == "No arm of any phase is better than its baseline beyond the noise: keep the base."
+    assert (answer.winner, answer.overrides, answer.delta, answer.confirmed) == (None, {}, None, False)
 
 
 def test_a_small_effect_is_told_with_two_digits_and_a_high_confidence_as_it_is(
@@ -287,7 +291,7 @@ def test_a_small_effect_is_told_with_two_digits_and_a_high_confidence_as_it_is(
 
     with session_on(file, tmp_path / "tiny") as session:
         drive(begun(session), result)
-        sentence = session.end()["answer"]["sentence"]
+        sentence = session.end().answer.sentence
     assert (
         sentence
         == "Use alpha=0.4: it lowers val_loss by 0.00030, 99.8% interval 0.00029 to 0.00031, on 3 paired seeds."
@@ -298,9 +302,9 @@ def test_one_seed_gives_no_answer_about_noise(tmp_path: Path, corpus: Path, no_r
     phases = "\n  - name: a\n    vary: {alpha: [0.05, 0.4]}\n"
     with session_on(write_file(tmp_path, corpus, phases=phases, seeds="[1]"), tmp_path / "tiny") as session:
         drive(begun(session))
-        answer = session.end()["answer"]
-    assert answer["sentence"] == "One seed carries no claim: no arm can be called better than its baseline."
-    assert answer["winner"] is None
+        answer = session.end().answer
+    assert answer.sentence == "One seed carries no claim: no arm can be called better than its baseline."
+    assert answer.winner is None
 
 
 @pytest.mark.parametrize("gain", [0.0, 1.0])
@@ -312,15 +316,15 @@ def test_of_a_campaign_that_is_not_over_nothing_is_said_for_good(
         session.stop_requested = True
         summary = session.end()
     begins = "So far, use alpha=0.4: it lowers" if gain else "So far, no arm of any phase that is over is better"
-    assert summary["answer"]["sentence"].startswith(begins)
-    over, begun_only = summary["phases"]
-    assert over["winner"] == ("alpha=0.4" if gain else "alpha=0.05") and not over["why"].startswith("so far")
-    assert begun_only["winner"] is None and begun_only["why"].startswith("so far, after 4 of 6 trials: ")
+    assert summary.answer.sentence.startswith(begins)
+    over, begun_only = summary.phases
+    assert over.winner == ("alpha=0.4" if gain else "alpha=0.05") and not over.why.startswith("so far")
+    assert begun_only.winner is None and begun_only.why.startswith("so far, after 4 of 6 trials: ")
 
 
-def test_where_nothing_finished_there_is_no_answer(judged: Callable[..., Summary]) -> None:
-    answer = judged(CONFIRM, lambda spec: pretend(spec, status="failed"))["answer"]
-    assert answer["sentence"] == "No trial has finished well, so there is no answer."
+def test_where_nothing_finished_there_is_no_answer(judged: Judged) -> None:
+    answer = judged(CONFIRM, lambda spec: pretend(spec, status="failed")).answer
+    assert answer.sentence == "No trial has finished well, so there is no answer."
 
 
 def test_before_the_first_phase_is_over_there_is_no_answer(tmp_path: Path, corpus: Path, no_report: None) -> None:
@@ -328,8 +332,8 @@ def test_before_the_first_phase_is_over_there_is_no_answer(tmp_path: Path, corpu
         drive(begun(session), most=1)
         session.stop_requested = True
         summary = session.end()
-    assert summary["answer"]["sentence"] == "No phase has been completed yet, so there is no answer."
-    assert summary["status"] == "interrupted"
+    assert summary.answer.sentence == "No phase has been completed yet, so there is no answer."
+    assert summary.status == "interrupted"
     assert len(losses(tmp_path / "tiny")) == 1
 
 
@@ -338,30 +342,30 @@ def test_before_the_first_phase_is_over_there_is_no_answer(tmp_path: Path, corpu
 SWEEP = "\n  - name: alpha\n    vary: {alpha: [0.05, 0.2, 0.4]}\n"
 
 
-def warnings(summary: Summary) -> str:
-    return "\n".join(summary["warnings"])
+def warnings(summary: CampaignSummary) -> str:
+    return "\n".join(summary.warnings)
 
 
-def test_a_winner_at_the_edge_of_the_range_is_warned_about(judged: Callable[..., Summary]) -> None:
+def test_a_winner_at_the_edge_of_the_range_is_warned_about(judged: Judged) -> None:
     assert "alpha: the winner is at the upper end of the range of model.alpha" in warnings(judged(SWEEP, pretend))
 
 
-def test_a_winner_inside_the_range_is_not(judged: Callable[..., Summary]) -> None:
+def test_a_winner_inside_the_range_is_not(judged: Judged) -> None:
     def result_of(spec: TrialSpec) -> TrialResult:
         return pretend(spec, gain={0.05: 0.0, 0.2: 9.0, 0.4: 1.0}[spec.config.model.alpha])
 
     summary = judged(SWEEP, result_of)
-    assert summary["phases"][0]["winner"] == "alpha=0.2"
+    assert summary.phases[0].winner == "alpha=0.2"
     assert "range" not in warnings(summary)
 
 
-def test_arms_that_saw_different_numbers_of_tokens_are_warned_about(judged: Callable[..., Summary]) -> None:
+def test_arms_that_saw_different_numbers_of_tokens_are_warned_about(judged: Judged) -> None:
     phases = "\n  - name: length\n    vary: {steps: [6, 8]}\n"
     assert "length: the arms saw different numbers of training tokens: " in warnings(judged(phases, pretend))
     assert "tokens" not in warnings(judged("\n  - name: batch\n    vary: {batch_size: [4, 8]}\n", pretend))
 
 
-def test_divisors_that_were_not_finite_are_warned_about(judged: Callable[..., Summary]) -> None:
+def test_divisors_that_were_not_finite_are_warned_about(judged: Judged) -> None:
     def result_of(spec: TrialSpec) -> TrialResult:
         result = pretend(spec)
         bad = spec.config.model.norm_mode == "dotprod" and spec.seed > 1
@@ -375,7 +379,7 @@ def test_divisors_that_were_not_finite_are_warned_about(judged: Callable[..., Su
 @pytest.mark.parametrize(
     ("fact", "word"), [("device", "devices"), ("code_sha256", "versions of the code"), ("data_sha256", "data")]
 )
-def test_trials_from_different_worlds_are_warned_about(judged: Callable[..., Summary], fact: str, word: str) -> None:
+def test_trials_from_different_worlds_are_warned_about(judged: Judged, fact: str, word: str) -> None:
     def result_of(spec: TrialSpec) -> TrialResult:
         result = pretend(spec)
         elsewhere: dict[str, Any] = {fact: "another"} if spec.seed == 3 else {}
@@ -393,27 +397,28 @@ def test_another_metric_ranks_and_judges_while_the_loss_stays_the_loss(
     file.write_text("metric: {name: val_bpb}\n" + file.read_text())
     with session_on(file, tmp_path / "out") as session:
         drive(begun(session))
-        (phase,) = session.end()["phases"]
-    for arm in phase["arms"]:
-        values = [r["metrics"] for r in records(tmp_path / "out") if r["arm"] == arm["arm"]]
+        (phase,) = session.end().phases
+    for arm in phase.arms:
+        values = [r["metrics"] for r in records(tmp_path / "out") if r["arm"] == arm.arm]
         for field, metric in (("score", "val_bpb"), ("val_loss", "val_loss")):
-            assert arm[field]["mean"] == pytest.approx(sum(value[metric] for value in values) / 2)
-    best, base = phase["arms"]
-    assert best["delta"]["mean"] == pytest.approx(best["score"]["mean"] - base["score"]["mean"])
+            assert getattr(arm, field).mean == pytest.approx(sum(value[metric] for value in values) / 2)
+    best, base = phase.arms
+    assert best.delta.mean == pytest.approx(best.score.mean - base.score.mean)
 
 
-def test_an_arm_whose_trials_met_setbacks_is_marked() -> None:
-    """A halved batch is another experiment; a skipped step or a way back is worth a look."""
-    config = {"batch_size": 48}
-    plain = {"config": config, "metrics": {"batch_size": 48, "skipped_steps": 0, "rollbacks": 0}}
-    older = {"config": config, "metrics": {"val_loss": 3.0}}
-    halved = {"config": config, "metrics": {"batch_size": 24, "skipped_steps": 0, "rollbacks": 0}}
-    shaky = {"config": config, "metrics": {"batch_size": 48, "skipped_steps": 3, "rollbacks": 1}}
-    assert _setbacks("a", [plain, older]) == []
-    assert _setbacks("a", [plain, halved]) == [
+def test_an_arm_whose_trials_deviated_from_their_settings_is_marked() -> None:
+    """A halved batch is another experiment; a skipped step or a rollback is worth a look."""
+
+    def record(**metrics: float) -> TrialRecord:
+        return TrialRecord("c", "p", "a", "t", 1, {}, {"batch_size": 48}, "finished", metrics)
+
+    plain, older = record(batch_size=48, skipped_steps=0, rollbacks=0), record(val_loss=3.0)
+    halved, shaky = record(batch_size=24), record(batch_size=48, skipped_steps=3, rollbacks=1)
+    assert recovery_warnings("a", [plain, older]) == []
+    assert recovery_warnings("a", [plain, halved]) == [
         "a: 1 of its trials had no memory for their batch and halved it (24 for 48)"
     ]
-    assert _setbacks("a", [shaky, shaky]) == [
+    assert recovery_warnings("a", [shaky, shaky]) == [
         "a: 6 steps were skipped, for a loss or gradient that was not finite",
         "a: 2 times a trial went back, for a loss or gradient that was not finite",
     ]

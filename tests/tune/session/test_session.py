@@ -358,11 +358,11 @@ def test_a_failed_trial_is_retried_by_the_next_session_and_its_phase_judged_agai
             begun(session), lambda spec: pretend(spec, status="failed" if spec.seed == 2 else "finished", gain=0.0)
         )
         summary = session.end()
-        assert summary["trials"]["failed"] == 3
-        assert summary["phases"][0]["winner"] == "alpha=0.05"
+        assert summary.trials.failed == 3
+        assert summary.phases[0].winner == "alpha=0.05"
     with session_on(file, root) as session:
         again = drive(begun(session), lambda spec: pretend(spec, gain=0.0))
-        assert session.end()["trials"]["failed"] == 0
+        assert session.end().trials.failed == 0
     assert {spec.trial_id for spec in again} == {spec.trial_id for spec in broken if spec.seed == 2}
     assert len(losses(root)) == 8
 
@@ -375,9 +375,9 @@ def test_an_arm_that_diverged_never_wins(root: Path, file: Path) -> None:
     with session_on(file, root) as session:
         drive(begun(session), result_of)
         summary = session.end()
-    assert summary["status"] == "finished"
-    assert [phase["winner"] for phase in summary["phases"]] == ["alpha=0.05", "project_every=1"]
-    assert {arm["arm"]: arm["verdict"] for arm in summary["phases"][0]["arms"]}["alpha=0.4"] == "diverged"
+    assert summary.status == "finished"
+    assert [phase.winner for phase in summary.phases] == ["alpha=0.05", "project_every=1"]
+    assert {arm.arm: arm.verdict for arm in summary.phases[0].arms}["alpha=0.4"] == "diverged"
     assert finish(file, root) == []  # a divergence is a result: it is not tried again
 
 
@@ -386,7 +386,7 @@ def test_a_campaign_whose_trials_all_fail_still_ends(root: Path, file: Path) -> 
         drive(begun(session), lambda spec: pretend(spec, status="failed"))
         assert session.is_over()
         summary = session.end()
-    assert (summary["status"], summary["trials"]["finished"], summary["trials"]["failed"]) == ("finished", 0, 6)
+    assert (summary.status, summary.trials.finished, summary.trials.failed) == ("finished", 0, 6)
 
 
 # ---- the same command again ----------------------------------------------------------------------------------------

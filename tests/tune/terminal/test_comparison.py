@@ -1,33 +1,65 @@
 """The text of a comparison: it fits, says what differs, and nothing in it is markup."""
 
 import io
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from rich.console import Console
 
+from tune.results.compare import ArmComparison, ComparedResults, Comparison, Sides, Throughput
+from tune.storage.summaries import Delta, Objective
 from tune.terminal.comparison import comparison_view
 
 
-def row(name: str = "alpha/alpha=0.05", **more: Any) -> dict[str, Any]:
-    delta = {"mean": -0.02, "ci_low": -0.03, "ci_high": -0.01, "p": 0.001, "p_holm": 0.002}
-    speed = {"a": 1e4, "b": 1.5e4, "ratio": 1.5}
-    counted = {"seeds": [1, 2, 3], "paired": True, "n": {"a": 3, "b": 3}, "score": {"a": 4.5, "b": 4.48}}
-    judged = {"delta": delta, "identical": False, "lost": [], "tokens_per_second": speed, "verdict": "B better"}
-    return {"a": [name], "b": [name]} | counted | judged | more
+def row(name: str = "alpha/alpha=0.05", **more: Any) -> ArmComparison:
+    own = ArmComparison(
+        a=[name],
+        b=[name],
+        seeds=[1, 2, 3],
+        paired=True,
+        n=Sides(3, 3),
+        score=Sides(4.5, 4.48),
+        delta=Delta(-0.02, -0.03, -0.01, 0.001, 0.002),
+        identical=False,
+        lost=[],
+        tokens_per_second=Throughput(1e4, 1.5e4, 1.5),
+        verdict="B better",
+    )
+    return replace(own, **more)
 
 
-def comparison(*rows: dict[str, Any], **more: Any) -> dict[str, Any]:
-    about = {"results": "results/x", "campaign": "x", "status": "finished", "workers": 2}
-    side = about | {"started_at": "2026-11-21T06:10:33.669+00:00"}
-    differs: dict[str, Any] = {"environment": {"git_commit": ["0a" * 20, "1b" * 20]}, "data": {}, "code": {}}
-    rules = {"metric": {"name": "val_loss", "goal": "minimize"}, "confidence": 0.95, "min_effect": 0.005}
-    lists = {"only_a": [], "only_b": [["p/q", "r/s"]], "throughput_note": None}
-    base = {"base": {"optim.lr": [0.1, None]}, "arms": list(rows)}
-    return {"a": side, "b": side | {"campaign": "y"}} | rules | differs | base | lists | more
+def comparison(*rows: ArmComparison) -> Comparison:
+    side = ComparedResults(
+        results="results/x",
+        status="finished",
+        started_at="2026-11-21T06:10:33.669+00:00",
+        environment={},
+        campaign="x",
+        description=None,
+        metric={"name": "val_loss", "goal": "minimize"},
+        data={},
+        workers=2,
+        command="python run_campaign.py x.yaml",
+    )
+    return Comparison(
+        a=side,
+        b=replace(side, campaign="y"),
+        metric=Objective(),
+        confidence=0.95,
+        min_effect=0.005,
+        environment={"git_commit": ["0a" * 20, "1b" * 20]},
+        data={},
+        base={"optim.lr": [0.1, None]},
+        code={},
+        arms=rows,
+        only_a=[],
+        only_b=[["p/q", "r/s"]],
+        throughput_note=None,
+    )
 
 
-def text(found: dict[str, Any], width: int = 80, encoding: str = "utf-8") -> str:
+def text(found: Comparison, width: int = 80, encoding: str = "utf-8") -> str:
     raw = io.BytesIO()
     stream = io.TextIOWrapper(raw, encoding=encoding)
     Console(file=stream, width=width, highlight=False).print(comparison_view(found))
@@ -56,7 +88,7 @@ def test_a_row_has_the_difference_its_interval_and_the_ratio() -> None:
 
 
 def test_exact_equality_is_said_once_for_all_or_for_each_arm() -> None:
-    same = row(identical=True, verdict="identical in every trial", delta={"mean": 0.0, "p_holm": 1.0})
+    same = row(identical=True, verdict="identical in every trial", delta=Delta(0.0, p_holm=1.0))
     assert "Identical in every trial: 2 arms, 6 trials, equal in every digit." in text(comparison(same, same))
     assert "2 arms compared by val_loss (minimize): 1 identical in every trial and 1 B better." in " ".join(
         text(comparison(same, row())).split()
@@ -64,7 +96,7 @@ def test_exact_equality_is_said_once_for_all_or_for_each_arm() -> None:
 
 
 def test_one_arm_is_not_called_several() -> None:
-    same = row(identical=True, verdict="identical in every trial", delta={"mean": 0.0, "p_holm": 1.0}, seeds=[1])
+    same = row(identical=True, verdict="identical in every trial", delta=Delta(0.0, p_holm=1.0), seeds=[1])
     assert "Identical in every trial: 1 arm, 1 trial, equal in every digit." in text(comparison(same))
     assert "1 arm compared by val_loss (minimize): 1 B better." in text(comparison(row()))
 

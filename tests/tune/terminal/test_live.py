@@ -13,13 +13,23 @@ from rich.text import Text
 
 from tune import format as fmt
 from tune.results.snapshot import Running, Snapshot
-from tune.terminal.final_screen import final_screen, phase_table
+from tune.storage.summaries import ArmSummary, CampaignSummary, Delta, PhaseSummary, from_json
+from tune.terminal import final_screen as screen
+from tune.terminal.final_screen import forest
 from tune.terminal.live import LiveConsole, PlainConsole, live_view, open_console, trial_line, words
 
 Summary = dict[str, Any]
 DELTA = "-0.0349 [-0.0379, -0.0319]".replace("-", fmt.MINUS)
 REPORT = Path("results/c/report.html")
 HOSTILE = ("[red]x[/]", "[/]", "\x1b[31mred\x1b[0m", "\x1b]0;title\x07t", "a\rb\nc", "[link=http://a]y", "\u202eevil")
+
+
+def final_screen(summary: Summary, *, report: Path) -> RenderableType:
+    return screen.final_screen(from_json(CampaignSummary, summary), report=report)
+
+
+def phase_table(own: Summary, *, width: int = 100) -> RenderableType:
+    return screen.phase_table(from_json(PhaseSummary, own), width=width)
 
 
 def printed(view: RenderableType, width: int = 80, encoding: str = "utf-8") -> list[str]:
@@ -108,7 +118,7 @@ def snapshot(**more: Any) -> Snapshot:
         "best": ("alpha=0.15", 4.3771, 3),
         "metric": "val_loss",
         "dashboard_url": "http://127.0.0.1:8265",
-        "phases": (phase("first"),),
+        "phases": (from_json(PhaseSummary, phase("first")),),
     }
     return Snapshot(**(facts | more))
 
@@ -127,7 +137,7 @@ def test_live_view_fits_a_terminal_of_80_by_24(slots: int, n_phases: int) -> Non
     view = snapshot(
         campaign="a-campaign-with-a-name-that-somebody-made-very-long-indeed-" * 2,
         running=tuple(running(n, long) for n in range(slots)),
-        phases=tuple(phase(f"phase-{n}-{long}", winner="alpha=0.15") for n in range(n_phases)),
+        phases=tuple(from_json(PhaseSummary, phase(f"phase-{n}-{long}")) for n in range(n_phases)),
         best=(long, 4.3, 3),
     )
     lines = printed(live_view(view))
@@ -199,6 +209,17 @@ def test_picture_of_the_intervals_needs_room() -> None:
     assert re.search(r"─●─+ +│", rows[2])
 
 
+def test_the_pictures_of_the_intervals_share_a_scale_and_the_zero() -> None:
+    arms = [
+        ArmSummary("a", verdict="better", delta=Delta(-0.2, -0.3, -0.1)),
+        ArmSummary("b", verdict="baseline"),
+        ArmSummary("c", verdict="diverged"),
+        ArmSummary("d", verdict="worse", delta=Delta(0.1)),
+    ]
+    assert forest(arms, 9) == ["──●── │  ", "      ●  ", "      │  ", "      │ ●"]
+    assert forest(arms[1:3], 5) == [" " * 5, " " * 5]
+
+
 def test_arrow_points_to_larger_values_where_those_are_better() -> None:
     arms = [arm("a", "better", 0.6, 0.1), arm("baseline", "baseline", 0.5)]
     table = phase_table(phase(arms=arms, metric={"name": "accuracy", "goal": "maximize"}), width=120)
@@ -235,8 +256,8 @@ def test_hostile_names_are_printed_and_do_nothing(name: str) -> None:
     summary = campaign(own) | {"campaign": name, "warnings": [name], "status": name}
     summary["answer"] |= {"sentence": name, "winner": name, "overrides": {name: name}, "phase": name}
     view = snapshot(campaign=name, status=name, phase=name, running=(running(1, name),), best=(name, 1.0, 1))
-    for screen in (final_screen(summary, report=REPORT), live_view(view)):
-        text = "\n".join(printed(screen, 100))
+    for shown in (final_screen(summary, report=REPORT), live_view(view)):
+        text = "\n".join(printed(shown, 100))
         assert words(name).plain in text
         assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", text)
 

@@ -1,0 +1,87 @@
+"""The answer of a campaign in one sentence: what to use, how much better it is, and whether fresh seeds confirm it."""
+
+from collections.abc import Mapping, Sequence
+from math import floor, log10
+from typing import Any
+
+from tune import format as fmt
+from tune.claims.selectors import short
+from tune.storage.state import CampaignState
+from tune.storage.summaries import Answer, Delta, PhaseSummary
+
+
+def settings_text(overrides: Mapping[str, Any]) -> str:
+    """Settings for a sentence: `alpha=0.2, project_every=10`, or `the base as it is`."""
+    return fmt.settings({short(name): value for name, value in overrides.items()}, "the base as it is")
+
+
+def find_answer(state: CampaignState, phases: Sequence[PhaseSummary]) -> Answer:
+    """Reads the answer from the last phase that found a better arm; `phases` are in order.
+
+    It is confirmed if that phase ran on fresh seeds and compared what earlier phases had chosen. If a later phase
+    compared the same settings and found no gain, the answer is undecided.
+    """
+    judged = [phase for phase in phases if len(phase.arms) > 1 and state.phases[phase.phase].winner]
+    won = [phase for phase in judged if phase.winner != phase.baseline]
+    is_over = state.status == "finished"
+    if not won:
+        return Answer(_so_far(is_over, _no_answer(judged, is_over)) if judged else _no_answer(judged, is_over))
+    last = won[-1]
+    arm = last.winning_arm
+    assert arm is not None and arm.delta is not None, "a better arm has a difference from its baseline"
+    overrides = dict(state.phases[last.phase].winner_overrides)
+    before = phases[: phases.index(last)]
+    is_fresh = not {seed for phase in before for seed in phase.seeds} & set(last.seeds)
+    confirmed = is_fresh and any(_inherits(overrides, state.phases[p.phase].winner_overrides) for p in before)
+    how = "unseen " if confirmed else "paired " if last.noise.method == "paired" else ""
+    on_top = f", on top of {last.inherit}" if last.inherit and last.base else ""  # the effect is that of the arm alone
+    effect = f"{_effect(last, arm.delta)}, on {arm.n} {how}seeds{on_top}"
+    later = [phase for phase in judged if phases.index(phase) > phases.index(last)]
+    refuting = [phase.phase for phase in later if _compares_again(phase, overrides)]
+    if refuting:
+        sentence = f"Undecided: {settings_text(overrides)} {effect}, "
+        sentence += f"but phase {', '.join(refuting)} does not confirm it."
+    else:
+        sentence = f"Use {settings_text(overrides)}: it {effect}."
+        if later:
+            sentence += f" Phase {', '.join(phase.phase for phase in later)} found nothing better."
+    return Answer(_so_far(is_over, sentence), last.phase, last.winner, overrides, arm.delta, confirmed)
+
+
+def _no_answer(judged: Sequence[PhaseSummary], is_over: bool) -> str:
+    """Why no arm can be recommended."""
+    arms = [arm for phase in judged for arm in phase.arms]
+    if not judged:
+        return "No phase has been completed yet, so there is no answer."
+    if not any(arm.n for arm in arms):
+        return "No trial has finished well, so there is no answer."
+    if all(any(arm.verdict == "no claim" for arm in phase.arms) for phase in judged):
+        return "One seed carries no claim: no arm can be called better than its baseline."
+    which = "any phase" if is_over else "any phase that is over"
+    return f"No arm of {which} is better than its baseline beyond the noise: keep the base."
+
+
+def _effect(phase: PhaseSummary, delta: Delta) -> str:
+    """`lowers val_loss by 0.102, 95% interval 0.078 to 0.125`, with two digits of a small effect."""
+    digits = max(3, 1 - floor(log10(abs(delta.mean))))
+    ends = sorted((abs(delta.ci_low or 0.0), abs(delta.ci_high or 0.0)))
+    low, high = (f"{end:.{digits}f}" for end in ends)
+    direction = "lowers" if delta.mean < 0 else "raises"
+    interval = f"{100 * phase.confidence:g}% interval {low} to {high}"
+    return f"{direction} {phase.metric.name} by {abs(delta.mean):.{digits}f}, {interval}"
+
+
+def _inherits(overrides: Mapping[str, Any], winner: Mapping[str, Any]) -> bool:
+    """Whether an earlier winner has settings, and `overrides` contains them all."""
+    return bool(winner) and {**overrides, **winner} == overrides
+
+
+def _compares_again(phase: PhaseSummary, overrides: Mapping[str, Any]) -> bool:
+    """Whether a phase compares `overrides`, as one of its arms, with a baseline that lacks them."""
+    having = {arm.arm for arm in phase.arms if _inherits({**phase.base, **arm.overrides}, overrides)}
+    return bool(having) and phase.baseline not in having
+
+
+def _so_far(is_over: bool, sentence: str) -> str:
+    """Marks the sentence as provisional while the campaign is not over."""
+    return sentence if is_over else f"So far, {sentence[0].lower()}{sentence[1:]}"

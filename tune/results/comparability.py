@@ -1,0 +1,92 @@
+"""Whether two results directories can be compared, by which metric, and why not."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ngpt.config.base import ConfigError, unknown_message
+from tune.storage.state import CampaignState, read_state
+from tune.storage.summaries import Objective
+
+GOALS = {"val_loss": "minimize", "val_bpb": "minimize", "train_loss": "minimize"}  # of metrics that every trial has
+PER_TOKEN = ("val_loss", "train_loss")  # comparable within one tokenizer only
+
+
+@dataclass
+class Results:
+    """A results directory with what its journal and its manifest hold."""
+
+    root: Path
+    state: CampaignState
+    base: Mapping[str, Any]
+
+    @property
+    def data(self) -> Mapping[str, Any]:
+        """Hashes, tokenizer and counts of the corpus, as `describe_data` returns them."""
+        return self.state.campaign["data"]
+
+    @property
+    def metric(self) -> Objective:
+        """What its arms are ranked by."""
+        return Objective(**self.state.campaign["metric"])
+
+
+def read_results(root: Path) -> Results:
+    """Reads the journal and the manifest of a results directory."""
+    state = read_state(root)
+    manifest = json.loads((root / "manifest.json").read_text(encoding="utf-8"))
+    return Results(root, state, manifest["base"])
+
+
+def choose_objective(a: Results, b: Results, wanted: str | None) -> Objective:
+    """The metric to compare by and its goal, on which both campaigns agree."""
+    own = {side.metric.name: side.metric.goal for side in (a, b)}
+    if wanted is not None and wanted not in GOALS | own:
+        raise ConfigError(f"--metric {wanted}: {unknown_message('metric', wanted, GOALS | own)}")
+    if wanted is None and len(own) > 1:
+        raise ConfigError(
+            f"not comparable: {a.root} ranks by {a.metric.name} and {b.root} by {b.metric.name}; "
+            f"choose one with --metric, such as --metric val_bpb"
+        )
+    name = wanted or a.metric.name
+    goals = [side.metric.goal for side in (a, b) if side.metric.name == name]
+    if len(set(goals)) > 1:
+        raise ConfigError(f"not comparable: {name} has the goal {goals[0]} in {a.root} and {goals[1]} in {b.root}")
+    return Objective(name, goals[0] if goals else GOALS[name])
+
+
+def check_data(a: Results, b: Results, metric: str) -> None:
+    """Refuses losses over different tokens.
+
+    Bits per byte compare across tokenizers, although the tokens differ, as long as the corpus is the same.
+    """
+    if a.data["eval_sha256"] == b.data["eval_sha256"]:
+        return
+    tokenizers = [side.data["tokenizer_sha256"] or side.data["tokenizer"] for side in (a, b)]
+    if a.data["corpus"] != b.data["corpus"]:
+        reason = f"the corpora differ ({a.data['corpus']} and {b.data['corpus']}), no metric compares across them"
+    elif tokenizers[0] == tokenizers[1]:
+        counts = [f"{side.data['eval_tokens']} ({side.data['eval_sha256'][:12]})" for side in (a, b)]
+        reason = f"the evaluation tokens differ: {' and '.join(counts)}; run one of them again with the other's data"
+    elif metric in PER_TOKEN:
+        names = f"{a.data['tokenizer']} and {b.data['tokenizer']}"
+        advice = "; bits per byte can be compared: --metric val_bpb" if _has_bits_per_byte(a, b) else ""
+        reason = f"the tokenizers differ ({names}), and {metric} is a loss per token{advice}"
+    else:
+        return
+    raise ConfigError(f"not comparable: {reason}")
+
+
+def _has_bits_per_byte(*sides: Results) -> bool:
+    return all(
+        any(result["metrics"].get("val_bpb") is not None for result in side.state.results.values()) for side in sides
+    )
+
+
+def data_settings(a: Results, b: Results) -> set[str]:
+    """Settings of the data in which the two differ: their contents are compared by hashes instead."""
+    differing = {name for name in a.base.keys() | b.base.keys() if a.base.get(name) != b.base.get(name)}
+    ignored = {name for name in differing if name.startswith("data.")} | {"data.path"}
+    return ignored if a.data["vocab_size"] == b.data["vocab_size"] else ignored | {"model.vocab_size"}
