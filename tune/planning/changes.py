@@ -1,8 +1,9 @@
-"""What a file says now that it did not when its results began: listed, and refused where it changes what they mean.
+"""Lists how a campaign file differs from the results it continues, and refuses changes of their meaning.
 
-Trials are known by what they compute, so most changes need no care: what is the same is kept, what is new is trained,
-what is gone stays in the journal. But a table whose metric, confidence, data or evaluation tokens were exchanged after
-the numbers were seen is another experiment under the old name. That takes `--allow-change`.
+Trials are identified by what they compute, so most changes are harmless: unchanged trials are kept, new ones are
+trained, and results of trials that are gone stay in the journal. But a table whose metric, confidence, data or
+evaluation tokens were changed after the numbers were seen is a different experiment under the same name. That needs
+`--allow-change`.
 """
 
 import json
@@ -19,35 +20,35 @@ from tune.spec.schema import Campaign
 from tune.storage.state import DONE, CampaignState
 
 FLAG = "--allow-change"
-JUDGES = ("metric", "confidence", "min_effect", "hold")  # fields of `campaign_started` that say how arms are compared
-MEASURES = ("eval_tokens",)  # settings that say on what: the data do, too, which are known by their content
-MOST_LINES = 8  # of trials that are listed
+JUDGES = ("metric", "confidence", "min_effect", "hold")  # fields of `campaign_started`: how arms are compared
+MEASURES = ("eval_tokens",)  # settings that decide on what, besides the data, which are identified by their content
+MAX_LISTED_ARMS = 8
 
 
 @dataclass(frozen=True)
 class Changes:
-    """The difference between a results directory and the file that is to go on with it; empty for a new directory."""
+    """The differences between a results directory and the file that continues it; empty for a new directory."""
 
-    meaning: tuple[str, ...] = ()  # what changes the meaning of results, one `name: before -> now` each
-    settings: tuple[str, ...] = ()  # of the base, besides those
-    kept: int = 0  # results that are part of the campaign as before
-    new: int = 0  # trials that are part of it now
-    changed: tuple[str, ...] = ()  # arms whose results no longer count, since their trials are others now
-    gone: tuple[str, ...] = ()  # arms whose results no longer count, since there are no such arms now
+    meaning: tuple[str, ...] = ()  # changes of the meaning of results, as `name: before -> now`
+    settings: tuple[str, ...] = ()  # other changes of base settings
+    kept: int = 0  # results that are still part of the campaign
+    new: int = 0  # trials that were not part of it before
+    changed: tuple[str, ...] = ()  # arms whose results do not count, since their trials have changed
+    gone: tuple[str, ...] = ()  # arms whose results do not count, since the file no longer has them
 
     def lines(self) -> list[str]:
-        """For people; none if nothing has changed."""
+        """The differences as messages; none if nothing has changed."""
         found = [f"changed since the last start: {line}" for line in (*self.meaning, *self.settings)]
         if self.changed or self.gone or found:
             numbers = {"result": (self.kept, "kept"), "trial": (self.new, "new")}
-            told = (f"{fmt.counted(n, noun)} {'is' if n == 1 else 'are'} {what}" for noun, (n, what) in numbers.items())
-            found.append(", ".join(told))
+            counts = (f"{fmt.counted(n, noun)} {'is' if n == 1 else 'are'} {how}" for noun, (n, how) in numbers.items())
+            found.append(", ".join(counts))
         found += _listed("trained anew, as its settings have changed", self.changed)
         return found + _listed("no longer part of the campaign", self.gone)
 
 
 def find_changes(campaign: Campaign, state: CampaignState) -> Changes:
-    """Compares `campaign` with the journal's newest start and results; what an executor or a view uses is no change.
+    """Compares `campaign` with the journal's newest start and results. Settings of executors and views do not count.
 
     Raises:
         ConfigError: the corpus cannot be found.
@@ -70,19 +71,19 @@ def find_changes(campaign: Campaign, state: CampaignState) -> Changes:
 
 
 def check_changes(changes: Changes, *, allowed: bool) -> None:
-    """Refuses what changes the meaning of results, unless it is `allowed`.
+    """Refuses changes of the meaning of results, unless they are `allowed`.
 
     Raises:
-        ConfigError: with every change, and what can be done.
+        ConfigError: with every such change, and what to do about it.
     """
     if changes.meaning and not allowed:
         what = "\n".join(f"  {line}" for line in changes.meaning)
-        text = f"this file changes what the results mean that are there already:\n{what}\n"
-        raise ConfigError(f"{text}choose another --out to keep both, put it back, or give {FLAG} to go on like this")
+        text = f"this file would change the meaning of existing results:\n{what}\n"
+        raise ConfigError(f"{text}choose another --out to keep both, undo the change, or use {FLAG} to continue anyway")
 
 
 def judging_rules(campaign: Campaign) -> dict[str, Any]:
-    """How arms are compared, as `campaign_started` has it."""
+    """The settings that decide how arms are compared, as fields of `campaign_started`."""
     return {
         "metric": campaign.metric.model_dump(),
         "confidence": campaign.confidence,
@@ -103,7 +104,7 @@ def _meaning(campaign: Campaign, state: CampaignState) -> Iterator[str]:
 
 
 def _settings(campaign: Campaign, state: CampaignState) -> Iterator[str]:
-    """Settings of the base that decide what is computed. One that an older version did not know had its default."""
+    """Base settings that decide what is computed. A setting that an older version did not have had its default."""
     before, default = state.campaign["base"], flatten(TrainConfig())
     for name, value in flatten(campaign.base).items():
         if name not in MEASURES and not name.startswith("data.") and is_identity(TrainConfig, name):
@@ -111,7 +112,7 @@ def _settings(campaign: Campaign, state: CampaignState) -> Iterator[str]:
 
 
 def _differences(name: str, before: Any, now: Any) -> Iterator[str]:
-    """One line for each difference; what one of both does not have is none."""
+    """A line for each difference; a value that only one side has is not one."""
     now = _as_json(now)
     if isinstance(before, dict) and isinstance(now, dict):
         for key in before.keys() & now.keys():
@@ -129,19 +130,19 @@ def _data(base: Mapping[str, Any], key: str) -> str:
 
 
 def _as_json(value: Any) -> Any:
-    """As the journal has it: tuples are lists there."""
+    """A value as the journal stores it, with lists for tuples."""
     return json.loads(json.dumps(value))
 
 
 def _plan_of(state: CampaignState) -> dict[tuple[str, str], list[str]]:
-    """The trials of each arm as they were planned, by phase and arm."""
+    """The trials that were planned, by phase and arm."""
     return {
         (phase.name, arm.name): list(arm.trial_ids.values()) for phase in state.phases.values() for arm in phase.arms
     }
 
 
 def _plan_in(campaign: Campaign, state: CampaignState) -> dict[tuple[str, str], list[str]]:
-    """The same as the file has it now, as far as the winners are known."""
+    """The trials that the file plans now, by phase and arm, as far as the winners are known."""
     return {
         (phase.name, arm.name): [trial.trial_id for trial in arm.trials]
         for phase in expected_phases(campaign, state)
@@ -155,5 +156,5 @@ def _with_count(arm: tuple[str, str], trials: list[str]) -> str:
 
 
 def _listed(what: str, arms: tuple[str, ...]) -> list[str]:
-    more = [f"{what}: {len(arms) - MOST_LINES} more arms"] if len(arms) > MOST_LINES else []
-    return [f"{what}: {arm}" for arm in arms[:MOST_LINES]] + more
+    more = [f"{what}: {len(arms) - MAX_LISTED_ARMS} more arms"] if len(arms) > MAX_LISTED_ARMS else []
+    return [f"{what}: {arm}" for arm in arms[:MAX_LISTED_ARMS]] + more

@@ -1,4 +1,4 @@
-"""A plan in the light of the journal: what of it is known by now, and how a planned phase is written into it."""
+"""Plans a campaign with the results in its journal: which winners are known, and which trials are still expected."""
 
 from collections import Counter, defaultdict
 from dataclasses import asdict, replace
@@ -39,19 +39,19 @@ def _work(config: TrainConfig) -> TrialWork:
 
 
 def has_result(campaign: Campaign, state: CampaignState, phase: str, trial_id: str) -> bool:
-    """Whether a trial need not be trained for a phase: one that was stopped early counts only where that is done."""
+    """Whether a trial has a result for a phase. One that was stopped early counts only in phases that stop early."""
     status = state.results[trial_id]["status"] if trial_id in state.results else None
     return status in DONE and (status != "stopped" or stops_early(campaign, phase))
 
 
 def stops_early(campaign: Campaign, phase: str) -> bool:
-    """Whether early stopping is for this phase."""
+    """Whether a phase stops trials early."""
     searches = next(found.stops_early for found in campaign.phases if found.name == phase)
     return campaign.early_stop is not None and searches
 
 
 def known_result(campaign: Campaign, state: CampaignState, phase: PlannedPhase) -> PhaseResult | None:
-    """The winner of a phase and the arms that are better, by the rules of now; None while a trial is to be trained."""
+    """The result of a phase by the campaign's present rules; None while it has trials to train."""
     if not all(has_result(campaign, state, phase.name, trial.trial_id) for trial in phase.trials):
         return None
     name, overrides = campaign.metric.name, {arm.name: arm.overrides for arm in phase.arms}
@@ -64,35 +64,36 @@ def known_result(campaign: Campaign, state: CampaignState, phase: PlannedPhase) 
     )
     deltas = {arm.arm: arm.delta for arm in judgement.arms if arm.verdict == "better"}
     better = [BetterArm(arm, overrides[arm], abs(delta.mean)) for arm, delta in deltas.items() if delta]
-    return judgement.winner, better
+    return PhaseResult(judgement.winner, better)
 
 
 def expected_phases(campaign: Campaign, state: CampaignState) -> list[PlannedPhase]:
-    """All phases as they are planned from what the journal knows.
+    """Plans all phases from the results in the journal.
 
-    Where a winner is not known, the one of last time stands in for it, if the phase has that arm still: who adds a seed
-    expects the same answer. See `preview` for what nobody knows.
+    Where a winner is not known, the last one is assumed if the phase still has that arm, since adding a seed rarely
+    changes it. Otherwise the winner is guessed (see `preview`).
     """
     return preview(
         campaign,
-        end=lambda phase: known_result(campaign, state, phase) or _last_end(state, phase),
+        result=lambda phase: known_result(campaign, state, phase) or _last_result(state, phase),
         outcome=state.outcome,
     )
 
 
-def _last_end(state: CampaignState, phase: PlannedPhase) -> PhaseResult | None:
-    """What the journal says of the phase as it was, as far as it has the same arms."""
+def _last_result(state: CampaignState, phase: PlannedPhase) -> PhaseResult | None:
+    """The result of the phase in the journal, reduced to arms that it still has."""
     past, arms = state.phases.get(phase.name), {arm.name: arm.overrides for arm in phase.arms}
     if past is None or past.winner not in arms:
         return None
-    return past.winner, [replace(better, overrides=arms[better.arm]) for better in past.better if better.arm in arms]
+    better = [replace(arm, overrides=arms[arm.arm]) for arm in past.better if arm.arm in arms]
+    return PhaseResult(past.winner, better)
 
 
 def expected_stages(campaign: Campaign, state: CampaignState) -> list[list[dict[str, Any]]]:
-    """How many trials of which work are expected besides the planned ones; one of several phases counts in the first.
+    """The number and work of trials that are expected but not planned yet. A trial of several phases counts once.
 
-    They come in stages: the first is what optuna has not proposed yet in the phases that are planned, each other one
-    needs winners of the one before it.
+    The first stage has the arms that optuna has not proposed yet in planned phases; each later stage needs winners of
+    the stage before it.
     """
     seen = {trial_id for phase in state.phases.values() for trial_id in phase.trial_ids}
     needs = {phase.name: phase.needs for phase in campaign.phases}

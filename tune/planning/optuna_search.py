@@ -1,9 +1,9 @@
-"""Arms proposed by optuna's TPE (Bergstra et al. 2011), such that results decide and the clock does not.
+"""Search with optuna's TPE sampler (Bergstra et al. 2011), reproducible from results alone.
 
-Only this file imports optuna (extra `search`). Optuna is asked for a batch of `parallel` arms at once, with the
-constant liar (Ginsbourger et al. 2010) so that they differ, and told their scores when the whole batch is done. A study
-is never stored: it is replayed from the scores, which follow from the journal, so that a resumed campaign proposes the
-same arms. A trial that failed, and succeeds when the campaign is resumed, changes what is proposed after its batch.
+Only this file imports optuna (extra `search`). Optuna proposes a batch of `parallel` arms at once, with the constant
+liar (Ginsbourger et al. 2010) so that they differ, and gets their scores when the whole batch is done. No study is
+stored: it is replayed from the scores, which follow from the journal, so a resumed campaign proposes the same arms. A
+trial that failed, and succeeds after a resume, changes the proposals after its batch.
 """
 
 import math
@@ -17,10 +17,9 @@ from tune.spec.sweeps import ArmSpec
 
 @lru_cache(maxsize=256)
 def propose_arms(search: Search, scores: tuple[float, ...]) -> tuple[ArmSpec, ...]:
-    """The arms of all batches that were scored, and of the next one, at most `search.trials` in all.
+    """The arms of all batches with scores and of the next batch, at most `search.trials`.
 
-    `scores` has one number for each arm of the complete batches so far: the lower the better, infinite for an arm that
-    diverged or failed.
+    `scores` has a number for each arm of the complete batches: lower is better, infinite if it diverged or failed.
     """
     import optuna
 
@@ -40,7 +39,7 @@ def propose_arms(search: Search, scores: tuple[float, ...]) -> tuple[ArmSpec, ..
 
 
 def arm_score(values: Sequence[float | None], goal: str) -> float:
-    """One number for an arm: its mean over the seeds, and infinite where one of them has none."""
+    """The mean over the seeds, with the sign for minimizing; infinite if a seed has no value."""
     known = [value for value in values if value is not None]
     if len(known) < len(values):
         return math.inf
@@ -48,7 +47,7 @@ def arm_score(values: Sequence[float | None], goal: str) -> float:
 
 
 def _distribution(kinds: Any, dimension: Dimension) -> Any:
-    if dimension.kind == "choice":  # by its index: optuna takes no lists for choices
+    if dimension.kind == "choice":  # by index, since optuna does not accept lists as choices
         return kinds.CategoricalDistribution(list(range(len(dimension.values))))
     low, high = dimension.values
     kind = kinds.IntDistribution if dimension.is_whole else kinds.FloatDistribution

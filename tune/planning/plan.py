@@ -1,10 +1,10 @@
-"""From phases to arms to trials: pure functions that know neither Ray nor the clock."""
+"""Turns the phases of a campaign into arms and trials, by pure functions."""
 
 import itertools
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from ngpt.config.base import ConfigError, content_hash, override, settings
 from ngpt.data.dataset import fingerprint, order_settings
@@ -19,18 +19,24 @@ from tune.spec.sweeps import BASELINE, ArmSpec
 from tune.storage.records import BetterArm, TrialOutcome
 
 Overrides = Mapping[str, Any]
-PhaseResult = tuple[str, Sequence[BetterArm]]  # of a phase: its winner, and the arms that were better
 NOTHING: Mapping[str, Any] = {}
 
 
+class PhaseResult(NamedTuple):
+    """The winner of a phase, and its arms with the verdict `better`."""
+
+    winner: str
+    better: Sequence[BetterArm]
+
+
 def unknown_outcome(trial_id: str) -> TrialOutcome:
-    """Of a trial before the first one has run."""
+    """The outcome of any trial before a campaign has run."""
     return TrialOutcome("missing")
 
 
 @dataclass(frozen=True)
 class PlannedTrial:
-    """One arm with one seed: a complete config to be trained once."""
+    """One arm with one seed: a complete config that is trained once."""
 
     trial_id: str
     phase: str
@@ -42,7 +48,7 @@ class PlannedTrial:
 
 @dataclass(frozen=True)
 class PlannedArm:
-    """One setting of what a phase varies, with a trial of each seed."""
+    """One setting of what a phase varies, with a trial for each seed."""
 
     name: str
     overrides: Overrides  # relative to the phase's base
@@ -51,11 +57,11 @@ class PlannedArm:
 
 @dataclass(frozen=True)
 class PlannedPhase:
-    """A phase with its base known: every trial of it, the baseline's first."""
+    """A phase whose base is known, with all its arms; the baseline comes first."""
 
     name: str
     inherit: str | None
-    base: Overrides  # relative to the campaign's base, in force for all arms
+    base: Overrides  # of all arms, relative to the campaign's base
     pinned: Overrides  # the part of `base` that is this phase's own (`set:`) and is not inherited
     baseline: str
     arms: tuple[PlannedArm, ...]
@@ -64,7 +70,7 @@ class PlannedPhase:
 
     @property
     def trials(self) -> Iterator[PlannedTrial]:
-        """Seed by seed, so that every arm has a first result early."""
+        """All trials, seed by seed, so that every arm has a first result early."""
         for i in range(len(self.seeds)):
             for arm in self.arms:
                 yield arm.trials[i]
@@ -77,35 +83,39 @@ def plan_phase(
     better: Mapping[str, Sequence[BetterArm]] = NOTHING,
     outcome: Callable[[str], TrialOutcome] = unknown_outcome,
 ) -> PlannedPhase:
-    """The trials of `phase`, given the overrides that the winners of the phases it needs stand for.
+    """Plans the trials of `phase`.
 
-    A phase that combines others joins the arms that were `better` in them (tune/planning/combine.py). One that optuna searches
-    has the arms proposed so far: the next batch when every trial of those before it has an `outcome`, by trial id.
+    An arm that equals the baseline is trained once, under the arm's name. The overrides of a winner that an arm
+    inherits are applied to the phase's base, except for settings that the phase pins with `set:`.
 
-    An arm that equals the baseline is the baseline: it is trained once, under the arm's name. A winner that an arm
-    inherits comes on top of the phase's base, but for what the phase itself pins with `set:`.
+    Args:
+        campaign, phase: what to plan.
+        winners: overrides of the winners of the phases that this one needs.
+        better: the arms with the verdict `better` by phase, which a combining phase joins (tune/planning/combine.py).
+        outcome: of a trial by id. A search with optuna has the arms proposed so far: the next batch once all trials of
+            the batches before it have an outcome.
     """
-    campaign, winners = _as_held(campaign, phase), _with_chained(campaign, winners)
-    return _planned(campaign, phase, winners, _arms(campaign, phase, winners, better, outcome))
+    campaign, winners = _with_hold_of(phase, campaign), _with_inherited_winners(campaign, winners)
+    return _plan_arms(campaign, phase, winners, _known_arms(campaign, phase, winners, better, outcome))
 
 
-def _as_held(campaign: Campaign, phase: Phase) -> Campaign:
-    """The campaign with what this phase holds equal between its arms."""
+def _with_hold_of(phase: Phase, campaign: Campaign) -> Campaign:
+    """The campaign with the `hold:` of a phase."""
     return replace(campaign, hold=phase.hold or campaign.hold)
 
 
-def _arms(
+def _known_arms(
     campaign: Campaign,
     phase: Phase,
     winners: Mapping[str, Overrides],
     better: Mapping[str, Sequence[BetterArm]],
     outcome: Callable[[str], TrialOutcome],
 ) -> Sequence[ArmSpec]:
-    """The arms of a phase, as far as they are known, without the baseline."""
+    """The arms of a phase that are known so far, without the baseline."""
     if phase.search is None:
-        found = [arm.without(phase.pinned) for name in phase.combine for arm in better[name]]
-        reference = baseline_config(campaign, _inherited(phase, winners), phase.pinned)
-        return [*phase.arms, *join_better_arms(found, lambda changes: _is_possible(campaign, reference, changes))]
+        to_join = [arm.without(phase.pinned) for name in phase.combine for arm in better[name]]
+        baseline = baseline_config(campaign, _inherited(phase, winners), phase.pinned)
+        return [*phase.arms, *join_better_arms(to_join, lambda changes: _is_valid(campaign, baseline, changes))]
     scores: list[float] = []
     while True:
         arms = propose_arms(phase.search, tuple(scores))
@@ -122,39 +132,39 @@ def _score(
     arm: ArmSpec,
     outcome: Callable[[str], TrialOutcome],
 ) -> float | None:
-    """What optuna is told of an arm; None while one of its trials is not over."""
-    alone = _planned(campaign, phase, winners, [arm]).arms[-1]
-    outcomes = [outcome(trial.trial_id) for trial in alone.trials]
-    if any(seen.status == "missing" for seen in outcomes):
+    """The score of an arm for optuna; None while one of its trials is not over."""
+    planned = _plan_arms(campaign, phase, winners, [arm]).arms[-1]
+    outcomes = [outcome(trial.trial_id) for trial in planned.trials]
+    if any(found.status == "missing" for found in outcomes):
         return None
-    return arm_score([seen.value for seen in outcomes], campaign.metric.goal)
+    return arm_score([found.value for found in outcomes], campaign.metric.goal)
 
 
 def _inherited(phase: Phase, winners: Mapping[str, Overrides]) -> dict[str, Any]:
     return dict(winners[phase.inherit]) if phase.inherit else {}
 
 
-def _with_chained(campaign: Campaign, winners: Mapping[str, Overrides]) -> dict[str, Overrides]:
-    """The winners, with those that the file takes from other results directories."""
+def _with_inherited_winners(campaign: Campaign, winners: Mapping[str, Overrides]) -> dict[str, Overrides]:
+    """The winners, with those of other results directories."""
     return dict(winners) | {path: winner.overrides for path, winner in campaign.inherited.items()}
 
 
-def _planned(
-    campaign: Campaign, phase: Phase, winners: Mapping[str, Overrides], found: Sequence[ArmSpec]
+def _plan_arms(
+    campaign: Campaign, phase: Phase, winners: Mapping[str, Overrides], specs: Sequence[ArmSpec]
 ) -> PlannedPhase:
-    """The trials of a phase whose arms are known."""
+    """Plans the trials of these arms and of the baseline."""
     inherited = _inherited(phase, winners)
     base = inherited | dict(phase.pinned)
     seeds = phase.seeds if isinstance(phase.seeds, tuple) else fresh_seeds(campaign, phase)
-    reference = baseline_config(campaign, inherited, phase.pinned)
-    whole = resolved(reference)
-    arms = {whole: PlannedArm(BASELINE.name, {}, ())}
-    for arm in found:
+    baseline = baseline_config(campaign, inherited, phase.pinned)
+    resolved_baseline = resolved(baseline)
+    arms = {resolved_baseline: PlannedArm(BASELINE.name, {}, ())}
+    for arm in specs:
         winner = winners[arm.inherit] if arm.inherit else {}
         start = {name: value for name, value in winner.items() if name not in phase.pinned}
         changes = start | dict(arm.overrides)
-        same_data = not any(name.startswith("data.") for name in changes)  # then the vocabulary is known
-        config = arm_config(campaign, whole if same_data else reference, changes)
+        has_new_data = any(name.startswith("data.") for name in changes)  # then the vocabulary is not known
+        config = arm_config(campaign, baseline if has_new_data else resolved_baseline, changes)
         changed = {k: v for k, v in start.items() if k not in base or base[k] != v} | dict(arm.overrides)
         if config not in arms or (arms[config].name == BASELINE.name and not arm.inherit):
             arms[config] = PlannedArm(arm.name, changed, ())
@@ -175,71 +185,71 @@ def _planned(
 
 
 def baseline_config(campaign: Campaign, inherited: Overrides, pinned: Overrides) -> TrainConfig:
-    """A phase's baseline: the campaign's base, what the winner before has changed, and what the phase pins.
+    """A phase's baseline: the campaign's base with the overrides of the inherited winner and those the phase pins.
 
-    With `hold: tokens` an inherited batch size or context does not change how many tokens are trained on, with `hold:
-    seconds` an inherited setting that costs speed does not change for how long.
+    With `hold: tokens` an inherited batch size or context does not change the number of training tokens; with `hold:
+    seconds` an inherited setting that costs speed does not change the training time.
     """
     own = override(campaign.base, pinned)
     changes = {name: value for name, value in inherited.items() if name not in pinned}
-    return _holding(campaign, own, changes)
+    return _hold_equal(campaign, own, changes)
 
 
-def arm_config(campaign: Campaign, reference: TrainConfig, changes: Overrides) -> TrainConfig:
-    """An arm's complete config: its phase's baseline `reference` with the arm's own changes and those it inherits.
+def arm_config(campaign: Campaign, baseline: TrainConfig, changes: Overrides) -> TrainConfig:
+    """An arm's complete config: the phase's `baseline` with the arm's own and inherited changes.
 
-    With `hold: tokens` its steps are such that it sees as many tokens as the baseline, with `hold: seconds` such that
-    it trains for as long, by the speeds that the campaign knows (tune/planning/equal_time.py). An arm that changes `steps`
-    itself, or inherits from a winner that did, gets just these: then tokens differ, and the summary warns of it.
+    `hold: tokens` sets its steps so that it trains on as many tokens as the baseline, `hold: seconds` so that it trains
+    as long (tune/planning/equal_time.py). An arm that changes `steps`, or inherits from a winner that did, keeps its
+    steps: its tokens then differ, and the summary warns about that.
     """
-    return resolved(_holding(campaign, reference, changes))
+    return resolved(_hold_equal(campaign, baseline, changes))
 
 
-def _holding(campaign: Campaign, reference: TrainConfig, changes: Overrides) -> TrainConfig:
-    config = override(reference, changes)
+def _hold_equal(campaign: Campaign, baseline: TrainConfig, changes: Overrides) -> TrainConfig:
+    config = override(baseline, changes)
     if campaign.hold == "steps" or "steps" in changes:
         return config
     if campaign.hold == "seconds":
-        return override(config, {"steps": steps_of_equal_time(reference, config, campaign.speeds)})
-    if config.tokens_per_step == reference.tokens_per_step:
+        return override(config, {"steps": steps_of_equal_time(baseline, config, campaign.speeds)})
+    if config.tokens_per_step == baseline.tokens_per_step:
         return config
-    return override(config, {"steps": max(1, round(trial_tokens(reference) / config.tokens_per_step))})
+    return override(config, {"steps": max(1, round(trial_tokens(baseline) / config.tokens_per_step))})
 
 
-def _is_possible(campaign: Campaign, reference: TrainConfig, changes: Overrides) -> bool:
+def _is_valid(campaign: Campaign, baseline: TrainConfig, changes: Overrides) -> bool:
     try:
-        arm_config(campaign, reference, changes)
+        arm_config(campaign, baseline, changes)
     except ConfigError:
         return False
     return True
 
 
 def configs_to_time(campaign: Campaign, planned: PlannedPhase) -> dict[str, TrainConfig]:
-    """The configs, by `step_time_key`, whose speeds `hold: seconds` needs for this phase and the campaign does not know."""
+    """The configs, by `step_time_key`, that `hold: seconds` needs in this phase and whose speeds are not known."""
     own = resolved(override(campaign.base, planned.pinned))
     configs = [own, *(arm.trials[0].config for arm in planned.arms)]
     return {key: config for config in configs if (key := step_time_key(config)) not in campaign.speeds}
 
 
 def trial_id(config: TrainConfig) -> str:
-    """Depends on what is computed, the seed and the data's content only: the same on every machine, in any order.
+    """A hash of what is computed and of the data's content, with the seed: the same on every machine, in any order.
 
-    Where the data lie does not matter, so corpus, path and tokenizer enter through the fingerprint of their content.
+    The location of the data does not matter: corpus, path and tokenizer enter by the fingerprint of their content.
     """
     return f"{_identity(config)}-s{config.seed}"
 
 
 def _identity(config: TrainConfig) -> str:
-    """What the ids of an arm's trials have in common."""
+    """The part of a trial id without the seed."""
     data = {name for name in settings(TrainConfig) if name.startswith("data.")}
     extra = {"data": fingerprint(config.data)} | order_settings(config.data) | rollback_settings(config)
     return content_hash(config, leave_out=data | {"seed"}, extra=extra)
 
 
 def fresh_seeds(campaign: Campaign, phase: Phase) -> tuple[int, ...]:
-    """Seeds that no list and no other phase of the campaign has, whatever the order of the phases.
+    """Seeds that no other phase of the campaign has, independent of the order of the phases.
 
-    Each phase takes the first unused ones from a number that its name gives; phases choose by the alphabet.
+    Phases choose in alphabetical order: each takes the first unused seeds from a number that its name determines.
     """
     used = {seed for other in campaign.phases if isinstance(other.seeds, tuple) for seed in other.seeds}
     chosen: dict[str, tuple[int, ...]] = {}
@@ -254,32 +264,37 @@ def fresh_seeds(campaign: Campaign, phase: Phase) -> tuple[int, ...]:
 
 def preview(
     campaign: Campaign,
-    end: Callable[[PlannedPhase], PhaseResult | None] = lambda phase: None,
+    result: Callable[[PlannedPhase], PhaseResult | None] = lambda phase: None,
     outcome: Callable[[str], TrialOutcome] = unknown_outcome,
 ) -> list[PlannedPhase]:
-    """All phases before they have run; where nobody knows the `end` of one, the first arm but the baseline has won.
+    """Plans all phases before they have run.
 
-    It is also the only one that was better. For arms that optuna has not proposed yet, arms drawn at random from the
-    same space stand in.
+    Where the `result` of a phase is not known, its first arm besides the baseline counts as the winner and the only
+    better arm. Arms that optuna has not proposed yet are replaced by random arms of the same space.
     """
-    winners = _with_chained(campaign, {})
+    winners = _with_inherited_winners(campaign, {})
     better: dict[str, Sequence[BetterArm]] = {}
     phases = []
     for phase in campaign.phases:
-        held = _as_held(campaign, phase)
-        arms = _arms(held, phase, winners, better, outcome)
+        held = _with_hold_of(phase, campaign)
+        arms = _known_arms(held, phase, winners, better, outcome)
         rest = random_arms(phase.search)[len(arms) :] if phase.search else []
-        planned = _planned(held, phase, winners, [*arms, *rest])
-        others = [arm for arm in planned.arms if arm.name != planned.baseline]
-        guessed = [BetterArm(arm.name, arm.overrides, 0.0) for arm in others[:1]]
-        winner, better[phase.name] = end(planned) or (others[0].name if others else planned.baseline, guessed)
+        planned = _plan_arms(held, phase, winners, [*arms, *rest])
+        winner, better[phase.name] = result(planned) or _guessed_result(planned)
         winners[phase.name] = inherited_overrides(planned, winner)
         phases.append(planned)
     return phases
 
 
+def _guessed_result(phase: PlannedPhase) -> PhaseResult:
+    others = [arm for arm in phase.arms if arm.name != phase.baseline]
+    if not others:
+        return PhaseResult(phase.baseline, [])
+    return PhaseResult(others[0].name, [BetterArm(others[0].name, others[0].overrides, 0.0)])
+
+
 def inherited_overrides(phase: PlannedPhase, winner: str) -> Overrides:
-    """What a later phase takes over from the arm `winner`: everything but what this phase pinned for itself."""
+    """The overrides that a later phase inherits from the arm `winner`: all but those that this phase pins itself."""
     arm = next(arm for arm in phase.arms if arm.name == winner)
     kept = {name: value for name, value in phase.base.items() if name not in phase.pinned}
     return kept | dict(arm.overrides)
@@ -291,13 +306,13 @@ def trial_tokens(config: TrainConfig) -> int:
 
 
 def trial_work(config: TrainConfig) -> float:
-    """What a trial takes in training tokens, its evaluations included: they cost a third as much per token."""
+    """The cost of a trial in training tokens; an evaluation token costs a third of one."""
     evaluations = 2 + (config.steps - 1) // config.eval_every
     return trial_tokens(config) + config.eval_tokens * evaluations / 3
 
 
 def trial_flops(config: TrainConfig) -> float:
-    """Arithmetic of one trial: training and evaluations."""
+    """FLOPs of one trial, evaluations included."""
     return trial_work(config) * flops_per_token(config.model)
 
 

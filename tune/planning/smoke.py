@@ -1,4 +1,4 @@
-"""`--smoke`: the same campaign with a tiny model, few steps and two seeds, to see in a minute that a file runs."""
+"""`--smoke`: shrinks a campaign to a tiny model, few steps and two seeds, to test in a minute that its file runs."""
 
 import math
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from ngpt.training.config import TrainConfig
 from tune.spec.schema import Campaign, FreshSeeds, Phase
 from tune.spec.search_space import random_arms
 
-# Upper limits; what a campaign asks for below them it gets.
+# Upper limits; smaller values of a campaign are kept.
 LIMITS = {
     "steps": 8,
     "batch_size": 4,
@@ -28,7 +28,7 @@ SEEDS = 2
 
 
 def shrink_campaign(campaign: Campaign) -> Campaign:
-    """The campaign with every size cut down; arms that differ in a size alone may come out the same."""
+    """The campaign with every size limited. Arms that differ only in a size may become equal."""
     limits = LIMITS | {"model.n_embd": _width(campaign)}
     base = override(campaign.base, _limited(_small_vocabulary(campaign.base), limits))
     return replace(campaign, base=base, phases=tuple(_shrunk_phase(phase, limits) for phase in campaign.phases))
@@ -52,7 +52,7 @@ def _small_vocabulary(base: TrainConfig) -> dict[str, Any]:
 
 
 def _shrunk_phase(phase: Phase, limits: Mapping[str, int]) -> Phase:
-    """The phase with every size cut down; what optuna would propose is drawn at random, a batch of it."""
+    """The phase with every size limited; a batch of random arms replaces a search."""
     arms = (*phase.arms, *(random_arms(phase.search)[: phase.search.parallel] if phase.search else ()))
     return replace(
         phase,
@@ -64,7 +64,7 @@ def _shrunk_phase(phase: Phase, limits: Mapping[str, int]) -> Phase:
 
 
 def _limited(settings: Mapping[str, Any], limits: Mapping[str, int]) -> dict[str, Any]:
-    """The settings, none above its limit; a vocabulary is the tokenizer's, without the rest that a preset adds."""
+    """The settings within their limits. The vocabulary is the tokenizer's, without the padding that a preset adds."""
     return {
         name: min(value, limits[name]) if name in limits and value is not None else value
         for name, value in settings.items()
