@@ -67,6 +67,16 @@ def test_every_fault_has_a_row() -> None:
     assert sorted(int(number) for cell in numbers for number in re.findall(r"F(\d+)", cell)) == list(range(1, 51))
 
 
+@pytest.mark.parametrize("document", ["architecture", "CONTRIBUTING"])
+def test_every_name_in_a_document_occurs_in_the_code(document: str) -> None:
+    """Names in backticks: those with a capital or an underscore, and calls."""
+    code = "".join(path.read_text("utf-8") for name in ("ngpt", "tune") for path in (ROOT / name).rglob("*.py"))
+    prose = re.sub(r"^```.*?^```", "", DOCS[document], flags=re.MULTILINE | re.DOTALL)
+    names = set(re.findall(r"`([A-Z][A-Za-z_]+|[a-z]+_[a-z_]+)(?:\([A-Z]*\))?`", prose))
+    assert len(names) > 5
+    assert [name for name in sorted(names) if not re.search(rf"\b{name}\b", code)] == []
+
+
 def test_the_tables_of_choices_are_in_the_files_that_contributing_names() -> None:
     named = [
         (path, name)
