@@ -76,7 +76,7 @@ def renamed_setting(default: Any, aliases: Mapping[str, str], **constraints: Any
 
 
 def one_of(table: Collection[str], what: str, *, aliases: Mapping[str, str] | None = None) -> pydantic.AfterValidator:
-    """Annotation for a field that names an entry of `table`; the error lists the entries and the nearest.
+    """Annotation for a field that names an entry of `table`; the error suggests the nearest entry.
 
     An old name in `aliases` is read as its new one, see `renamed`.
     """

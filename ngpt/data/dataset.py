@@ -1,7 +1,7 @@
-"""From a corpus by name or path to mapped tokens: fingerprint, one-time preparation, opening.
+"""Finds a corpus by name or path, prepares it once, and opens it as memory-mapped tokens.
 
-Prepared corpora live under `$NGPT_CACHE` (default `~/.cache/ngpt`), one folder per fingerprint. A folder there is
-complete or absent: it is filled under another name by the one process that holds its lock, and then renamed.
+Prepared corpora live in `$NGPT_CACHE` (default `~/.cache/ngpt`), one folder per fingerprint. A folder is complete or
+absent: the process that holds its lock fills a temporary folder and then renames it.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ from ngpt.data.tokens.tokenizer import parse_spec, tokenizer_identity, tokenizer
 from ngpt.system.atomic_files import commit_folder, write_json
 from ngpt.system.cache import cache_folder
 
-FORMAT = 1  # of the prepared folder; raise it when other tokens come out of the same corpus
+FORMAT = 1  # of the prepared folder; increase it when the same corpus gives other tokens
 MANIFEST = "manifest.json"
 POLICIES = ("skip", "fail")  # what to do about corrupt shards
 READERS = 4  # threads that check shards
@@ -49,14 +49,14 @@ def _tokenizer_spec(spec: str) -> str:
 
 
 class DataConfig(Config, frozen=True):
-    """What to train on, and in which order."""
+    """The corpus to train on, and the order of its windows."""
 
-    # a name in CORPORA; a file of text or documents; a folder of these, of shards, or with a prepared corpus
+    # a name in CORPORA, a file of text or documents, or a folder of such files, of shards, or of a prepared corpus
     corpus: str = "python-docs"
     tokenizer: Annotated[str, pydantic.AfterValidator(_tokenizer_spec)] = "sentencepiece:2048"
-    path: str | None = runtime_setting(None)  # a local copy of a named corpus that is otherwise downloaded
+    path: str | None = runtime_setting(None)  # local copy of a named corpus, instead of a download
     val_fraction: float = pydantic.Field(default=0.1, gt=0, lt=1)
-    shards: Annotated[int, pydantic.Field(ge=1)] = 1  # how many files of a corpus that is published in parts
+    shards: Annotated[int, pydantic.Field(ge=1)] = 1  # number of files of a corpus that is published in parts
     on_corrupt: Annotated[str, one_of(POLICIES, "policy")] = runtime_setting(
         "skip"
     )  # skip: log a bad shard and leave it out
@@ -66,9 +66,9 @@ class DataConfig(Config, frozen=True):
 
 @dataclass(frozen=True)
 class Dataset:
-    """A corpus ready to train on: the tokens of each split, one uint16 array per shard, mapped read-only.
+    """A corpus ready to train on: the tokens of each split, one read-only memory-mapped uint16 array per shard.
 
-    `token_bytes` (V,) int64 is the number of UTF-8 bytes of each token, None where the tokenizer is not at hand.
+    `token_bytes` (V,) int64 is the number of UTF-8 bytes of each token; None without the tokenizer.
     """
 
     train: tuple[np.ndarray, ...]
@@ -80,12 +80,12 @@ class Dataset:
 
 
 def vocab_size(config: DataConfig) -> int:
-    """The number of tokens, before anything is prepared.
+    """The size of the vocabulary; prepares nothing.
 
     Raises:
-        ConfigError: unknown corpus, missing files, a tokenizer that is not the one of ready-made shards.
+        ConfigError: unknown corpus, missing files, or a tokenizer that does not match existing shards.
     """
-    # Of a named corpus neither the copy nor the number of files matters: what is wrong with them is the fingerprint's.
+    # The local copy and number of files of a named corpus do not matter here; `fingerprint` checks them.
     source = CORPORA[config.corpus](None, 1) if config.corpus in CORPORA else _locate(config)
     if isinstance(source, ShardCorpus):
         return known_vocab_size(source.name, source.vocab_size, config.tokenizer)
@@ -95,10 +95,10 @@ def vocab_size(config: DataConfig) -> int:
 
 
 def fingerprint(config: DataConfig) -> str:
-    """Twelve hex digits for the tokens that come out: the corpus' content, the tokenizer and the split.
+    """Twelve hex digits that identify the tokens: content of the corpus, tokenizer and split.
 
-    Neither the machine nor the place of the files enters, nor the order in which training reads them
-    (`order_settings`). Reads files at most once per process, prepares and downloads nothing.
+    Independent of the machine, the location of the files, and the order of training (`order_settings`). Reads each file
+    at most once per process; prepares and downloads nothing.
 
     Raises:
         ConfigError: unknown corpus, missing files.
@@ -113,10 +113,10 @@ def fingerprint(config: DataConfig) -> str:
 
 
 def check_shards(config: DataConfig) -> None:
-    """Whether the corpus can be had in this number of files.
+    """Checks `data.shards`.
 
     Raises:
-        ConfigError: it has fewer, or does not come in parts.
+        ConfigError: the corpus has fewer files, or is not published in parts.
     """
     if config.corpus in CORPORA:
         CORPORA[config.corpus](None, config.shards)
@@ -125,7 +125,7 @@ def check_shards(config: DataConfig) -> None:
 
 
 def order_settings(config: DataConfig) -> dict[str, Any]:
-    """What decides the order in which the tokens of a fingerprint are read, by dotted name; empty for the default."""
+    """The settings that decide the order of training on a corpus, by dotted name; empty for the default order."""
     if config.order == "windows":
         return {}
     settings = {"data.order": config.order}
@@ -133,12 +133,12 @@ def order_settings(config: DataConfig) -> dict[str, Any]:
 
 
 def prepare(config: DataConfig, *, out: Path | None = None, log: Log = silent, workers: int | None = None) -> Path:
-    """The folder with the prepared corpus; made if it is not there. `log` is told what takes time.
+    """Prepares the corpus unless it is prepared already, and returns its folder.
 
-    Of two processes that need the same corpus one prepares it and the other waits. `workers` processes tokenize.
+    Of two processes that need the same corpus, one prepares it and the other waits. `workers` threads tokenize.
 
     Raises:
-        ConfigError: unknown corpus, missing files, no network, `out` holds something else, or a shard is corrupt and
+        ConfigError: unknown corpus, missing files, no network, other content in `out`, or a corrupt shard while
             `on_corrupt` is fail.
         OSError: the disk is full or not writable.
     """
@@ -154,22 +154,22 @@ def prepare(config: DataConfig, *, out: Path | None = None, log: Log = silent, w
         if not _is_done(final, key):
             final.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(final.parent / f".{final.name}.lock"):
-                if not _is_done(final, key):  # somebody else may have had the lock before us
+                if not _is_done(final, key):  # another process may have prepared it meanwhile
                     _fill(config, final, key, log, workers)
     if config.on_corrupt == "fail" and (skipped := _read_manifest(final)["skipped"]):
         raise _refusal(skipped, f"; {final} leaves them out: remove it once they are repaired")
     return final
 
 
-def open_dataset(config: DataConfig, *, again: bool = False) -> Dataset:
-    """The corpus as arrays, prepared first where necessary; each shard is checked once, unless it has changed since.
+def open_dataset(config: DataConfig, *, recheck: bool = False) -> Dataset:
+    """The corpus as arrays, prepared if necessary. Shards are verified once, and again when they change.
 
-    Shards that preparation found corrupt are left out, and logged with path and reason. `again` reads all of the
-    others once more, as a campaign does at its start: a disk may lose a bit without changing a file's time.
+    Shards that preparation found corrupt are left out and logged. `recheck` verifies all shards again, as a campaign
+    does when it starts: a disk may flip a bit without changing the time of the file.
 
     Raises:
-        ConfigError: as `prepare`.
-        CorruptShardError: a file is not as the manifest has it.
+        ConfigError: see `prepare`.
+        CorruptShardError: a file differs from the manifest.
     """
     folder = prepare(config, log=log.info)
     manifest = _read_manifest(folder)
@@ -178,7 +178,7 @@ def open_dataset(config: DataConfig, *, again: bool = False) -> Dataset:
         log.warning("corrupt shard left out: %s %s", shards / skipped["name"], skipped["reason"])
 
     def opened(entry: dict[str, Any]) -> np.ndarray:
-        return _open_shard(shards / entry["name"], entry, folder, again=again)
+        return _open_shard(shards / entry["name"], entry, folder, recheck=recheck)
 
     with ThreadPoolExecutor(READERS) as pool:  # checksums let other threads run
         splits = {split: tuple(pool.map(opened, counts["shards"])) for split, counts in manifest["splits"].items()}
@@ -192,11 +192,11 @@ def open_dataset(config: DataConfig, *, again: bool = False) -> Dataset:
     )
 
 
-Source = Corpus | ShardCorpus | Path  # a path is a folder of shards, or with a prepared corpus
+Source = Corpus | ShardCorpus | Path  # a path: a folder of shards or of a prepared corpus
 
 
 def _locate(config: DataConfig) -> Source:
-    """Where the content comes from of the corpus that the config names."""
+    """Where the corpus comes from."""
     if config.corpus in CORPORA:
         return CORPORA[config.corpus](Path(config.path).expanduser() if config.path else None, config.shards)
     path = Path(config.corpus).expanduser()
@@ -213,13 +213,13 @@ def _is_prepared(path: Path) -> bool:
 
 
 def _tokenizer(config: DataConfig, source: Source) -> str:
-    """The tokenizer: that of published shards is known, so a size to train does not matter to them."""
+    """The tokenizer. Published shards have their own, so they ignore a size to train."""
     is_size = parse_spec(config.tokenizer)[0] == "sentencepiece"
     return source.tokenizer if isinstance(source, ShardCorpus) and is_size else config.tokenizer
 
 
 def _shard_folder(config: DataConfig, manifest: dict[str, Any], folder: Path) -> Path:
-    """Where the shards of a prepared corpus lie now: shards may have moved, and downloads may have been cleared."""
+    """The current folder of the shards, which may have moved; downloads that were deleted are fetched again."""
     if manifest["shard_folder"] is None:
         return folder
     source = _locate(config)
@@ -235,12 +235,12 @@ def _shard_folder(config: DataConfig, manifest: dict[str, Any], folder: Path) ->
 
 
 def _folder_name(config: DataConfig) -> str:
-    """Letters, digits, `-` and `_` only, whatever the file is called."""
+    """A name from letters, digits, `-` and `_` only."""
     return re.sub(r"\W+", "-", Path(config.corpus).stem) or "corpus"
 
 
 def _is_done(folder: Path, key: str) -> bool:
-    """Whether the corpus is there; something else in its place is an error."""
+    """Whether `folder` holds this corpus; raises ConfigError if it holds something else."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
     if not _is_prepared(folder) or _read_manifest(folder)["fingerprint"] != key:
@@ -249,9 +249,9 @@ def _is_done(folder: Path, key: str) -> bool:
 
 
 def _fill(config: DataConfig, final: Path, key: str, log: Log, workers: int | None) -> None:
-    """Prepares under a temporary name, then commits. The caller holds the lock.
+    """Prepares in a temporary folder, then renames it. The caller holds the lock.
 
-    What a process has left that was killed is used, by its name that of the same tokens.
+    Continues in the temporary folder of a killed process, whose name has the same fingerprint.
     """
     temp = final.with_name(f".tmp-{final.name}-{key}")
     for stale in final.parent.glob(f".tmp-{final.name}-*"):
@@ -261,14 +261,14 @@ def _fill(config: DataConfig, final: Path, key: str, log: Log, workers: int | No
     try:
         write_json(temp / MANIFEST, _about(config, key) | _make(config, temp, log, workers))
         commit_folder(temp, final)
-        (final / PROGRESS_FILE).unlink(missing_ok=True)  # not before: a process may be killed in between
+        (final / PROGRESS_FILE).unlink(missing_ok=True)  # after the commit, since a kill may come in between
     finally:
         if not (temp / PROGRESS_FILE).is_file():  # no shard was finished
             shutil.rmtree(temp, ignore_errors=True)
 
 
 def _make(config: DataConfig, temp: Path, log: Log, workers: int | None) -> dict[str, Any]:
-    """Fills the folder and says what is in it."""
+    """Fills the folder and returns its part of the manifest."""
     source = _locate(config)
     tokenizer = _tokenizer(config, source)
     if isinstance(source, Corpus):
@@ -316,10 +316,10 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _open_shard(path: Path, entry: dict[str, Any], folder: Path, *, again: bool) -> np.ndarray:
-    """The part of a shard that belongs to the split, after a check against the manifest."""
+def _open_shard(path: Path, entry: dict[str, Any], folder: Path, *, recheck: bool) -> np.ndarray:
+    """The tokens of a shard that belong to the split, checked against the manifest."""
     shard = read_shard(path)
-    if path.stat().st_size != entry["size"] or shard_crc(path, again=again) != entry["crc32"]:
+    if path.stat().st_size != entry["size"] or shard_crc(path, recheck=recheck) != entry["crc32"]:
         raise CorruptShardError(path, f"is not as the manifest has it; remove {folder} to prepare it again")
     return np.asarray(shard.tokens)[entry["first"] : entry["first"] + entry["tokens"]]
 

@@ -1,8 +1,7 @@
-"""Batches as a pure function of (seed, step), and the fixed set of tokens that every trial is judged on.
+"""Training batches as a pure function of (seed, step), and the fixed validation tokens of all trials.
 
-There is no position to save and nothing to seek on resume: step 1000 reads the same tokens in a run that was killed at
-999 as in one that was not, and paired arms see the same data in the same order whatever else differs. Which windows
-come when is in order.py.
+So a resumed run reads the same tokens as an undisturbed one without a saved position, and paired arms see the same
+data in the same order. The order of the windows is in sampling.py.
 """
 
 import hashlib
@@ -21,10 +20,10 @@ Batch = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class EvalSet:
-    """The validation tokens: `batches` of (idx, targets), int64 (B, T), the last one maybe smaller.
+    """The validation tokens: `batches` of (idx, targets), int64 (B, T); the last batch may be smaller.
 
-    `n_tokens` and `n_bytes` count what is predicted: the targets, and the UTF-8 bytes that they stand for (None where
-    the tokenizer is not at hand). `sha256` identifies the tokens, however they are cut into batches.
+    `n_tokens` counts the targets and `n_bytes` their UTF-8 bytes (None without the tokenizer). `sha256` identifies the
+    tokens independently of the batch size.
     """
 
     batches: list[Batch]
@@ -48,10 +47,10 @@ def train_batch(
     order: str = "windows",
     reservoir: int = 4096,
 ) -> Batch:
-    """(idx, targets), int64 (B, T), of the given step: windows of the train split in one of `ORDERS`.
+    """(idx, targets), int64 (B, T), of a step: windows of the train split in one of `ORDERS`.
 
-    A window never crosses the end of a shard; targets are idx shifted by one. `reservoir` is the size of the buffer
-    of that order, in windows.
+    A window never crosses the end of a shard. Targets are idx shifted by one. `reservoir` is the buffer size in windows
+    of the order of that name.
 
     Raises:
         ConfigError: no shard holds a window of `block_size + 1` tokens.
@@ -74,10 +73,10 @@ def train_batch(
 
 
 def eval_set(dataset: Dataset, *, tokens: int, batch_size: int, block_size: int) -> EvalSet:
-    """The first `tokens` tokens of the validation split as adjoining windows, or all windows where there are fewer.
+    """The first `tokens` tokens of the validation split as adjacent windows, or all of them if there are fewer.
 
     Raises:
-        ConfigError: train or validation split holds less than one window.
+        ConfigError: the train or validation split is shorter than a window.
     """
     _require(dataset.train, "train", block_size)
     _require(dataset.val, "validation", block_size)
@@ -93,7 +92,7 @@ def eval_set(dataset: Dataset, *, tokens: int, batch_size: int, block_size: int)
 
 
 def _first_windows(shards: tuple[np.ndarray, ...], count: int, block_size: int) -> np.ndarray:
-    """At most `count` windows of block_size + 1 tokens, int64; each starts at the last token of the one before."""
+    """At most `count` windows of block_size + 1 tokens, int64; each starts at the last token of the previous one."""
     found = []
     for shard in shards:
         starts = np.arange(min(count, (len(shard) - 1) // block_size)) * block_size
@@ -103,7 +102,7 @@ def _first_windows(shards: tuple[np.ndarray, ...], count: int, block_size: int) 
 
 
 def _batch(windows: np.ndarray) -> Batch:
-    """(B, T + 1) tokens as inputs and, one to the right, what they should predict."""
+    """Splits (B, T + 1) tokens into inputs and targets."""
     both = torch.from_numpy(windows)
     return both[:, :-1].contiguous(), both[:, 1:].contiguous()
 

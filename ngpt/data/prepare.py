@@ -1,8 +1,7 @@
-"""Turns text into a folder that training can map: shards, the tokenizer, and a manifest that accounts for them.
+"""Tokenizes text into a folder of shards, with the tokenizer and a manifest.
 
-`tokenize` fills a folder that does not have its final name yet; `corpora.prepare` gives it one. Shards appear in it
-whole, one after the other, and `progress.json` says where in the text each of them ends: a preparation that was killed
-continues with the first shard that it had not finished.
+`tokenize` fills a temporary folder, which `ngpt.data.dataset.prepare` renames. It writes complete shards one by one
+and records in `progress.json` where in the text each ends, so a killed preparation continues with the next shard.
 """
 
 import hashlib
@@ -31,21 +30,20 @@ TOKEN_BYTES_FILE = "token_bytes.npy"
 PROGRESS_FILE = "progress.json"
 SPLITS = ("train", "val")
 BATCH, LARGE_BATCH = 1 << 20, 1 << 25  # characters to encode at once: at least, and at most if texts are large
-EMPTY_LINE = "\n\n"  # between documents, where a tokenizer has no mark for it
+EMPTY_LINE = "\n\n"  # between documents if the tokenizer has no document mark
 
 
 def tokenize(
     corpus: Corpus, *, tokenizer: str, val_fraction: float, folder: Path, log: Log, workers: int | None = None
 ) -> dict[str, Any]:
-    """Writes the shards and tokenizer files of `corpus` into `folder` and returns what the manifest says of them.
+    """Writes the shards and tokenizer files of `corpus` into `folder` and returns their part of the manifest.
 
-    A sentencepiece vocabulary is learnt from the train split alone. Documents that the corpus wants told apart start
-    with the tokenizer's mark (GPT-2's end of text, sentencepiece's start of text). `workers` processes encode; None
-    takes one per core where there is enough text. The files are the same whatever their number, and whether or not
-    `folder` has the shards of an interrupted call, which are verified and kept.
+    A sentencepiece vocabulary is trained on the train split only. Documents of a `separated` corpus start with the
+    tokenizer's mark (GPT-2's end of text, sentencepiece's start of text). `workers` threads encode, by default one per
+    core. Their number does not change the files. Intact shards of an interrupted call are kept.
 
     Raises:
-        ConfigError: a split is empty, or the tokenizer cannot be had.
+        ConfigError: a split is empty, or the tokenizer is not available.
     """
     _provide_model(corpus, tokenizer, val_fraction, folder, log)
     loaded = load_tokenizer(tokenizer, folder)
@@ -56,7 +54,7 @@ def tokenize(
     between = EMPTY_LINE if corpus.separated and loaded.document_mark is None else ""
 
     def texts() -> Iterator[Text]:
-        """All texts are read and hashed; those come out that are not in a verified shard already."""
+        """Reads and hashes all texts, and yields those that are not in a finished shard."""
         nonlocal n_read, n_skipped
         for split, text in _split(corpus, val_fraction):
             content.update(text.encode())
@@ -91,7 +89,7 @@ def tokenize(
 
 
 def default_threads() -> int:
-    """One thread per available core; one thread in a worker of Ray, which has one core of many."""
+    """One thread per available core, but a single one in a Ray worker, which shares the cores."""
     if Path(getattr(sys.modules["__main__"], "__file__", None) or "").name == "default_worker.py":
         return 1
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -115,7 +113,7 @@ def encode_in_order(
 
 
 def _batches(texts: Iterable[Text], threads: int) -> Iterator[list[Text]]:
-    """Enough texts to keep all threads busy, in little memory."""
+    """Groups texts so that all threads are busy and memory stays small."""
     batch: list[Text] = []
     size = 0
     for split, text in texts:
@@ -129,7 +127,7 @@ def _batches(texts: Iterable[Text], threads: int) -> Iterator[list[Text]]:
 
 
 def shard_entry(shard: Shard, first: int, stop: int) -> Entry:
-    """A shard in the manifest: the CRC is that of all its tokens, also where the split takes a part of them."""
+    """A shard in the manifest. The CRC covers all its tokens, even if the split uses a part."""
     return {
         "name": shard.path.name,
         "size": shard.path.stat().st_size,
@@ -145,12 +143,12 @@ def split_totals(entries: list[Entry], n_bytes: int | None) -> dict[str, Any]:
 
 
 def describe_tokenizer(spec: str, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """A tokenizer in the manifest; of ready-made shards it may not be at hand."""
+    """A tokenizer in the manifest; None if that of existing shards is not available."""
     return {"spec": spec, "sha256": tokenizer.sha256 if tokenizer else None}
 
 
 def write_token_bytes(folder: Path, sizes: np.ndarray | None) -> int | None:
-    """Writes the bytes per token, so that training needs no tokenizer library; returns their CRC32."""
+    """Writes the bytes per token, so that training does not need the tokenizer; returns their CRC32."""
     if sizes is None:
         return None
     narrow = sizes.astype("<u2" if sizes.min() >= 0 else "<i2")
@@ -159,12 +157,12 @@ def write_token_bytes(folder: Path, sizes: np.ndarray | None) -> int | None:
 
 
 def _provide_model(corpus: Corpus, tokenizer: str, val_fraction: float, folder: Path, log: Log) -> None:
-    """Puts a sentencepiece model into the folder: trained, or copied."""
+    """Trains or copies a sentencepiece model into the folder."""
     kind, argument = parse_spec(tokenizer)
     path = folder / MODEL_FILE
     if kind == "model":
         write_atomic(path, read_file(Path(argument).expanduser()))
-    elif kind == "sentencepiece" and not path.is_file():  # it is there where a preparation was interrupted
+    elif kind == "sentencepiece" and not path.is_file():  # it exists after an interrupted preparation
         log(f"{corpus.name}: training {tokenizer}")
         train_texts = (text for split, text in _split(corpus, val_fraction) if split == "train")
         train_sentencepiece(train_texts, int(argument), path)
@@ -185,10 +183,10 @@ def _split(corpus: Corpus, val_fraction: float) -> Iterator[Text]:
 
 
 class _Progress:
-    """The finished shards of each split, on disk after each one, and what of them an earlier process has left.
+    """The finished shards of each split, recorded on disk, including those of an interrupted process.
 
-    A record is the shard's entry, how many texts of the split end at or before the end of the shard, and how many
-    tokens of the next text lie before it.
+    A record holds the entry of the shard, the number of texts that end in it or before, and the number of tokens of the
+    next text that it holds.
     """
 
     def __init__(self, folder: Path, tokenizer: Tokenizer) -> None:
@@ -212,7 +210,7 @@ class _Progress:
         write_json(self._folder / PROGRESS_FILE, {"key": self._key, "lossless": self.lossless, "shards": self.shards})
 
     def _sound(self, records: list[dict[str, Any]], vocab_size: int) -> list[dict[str, Any]]:
-        """The records up to the first shard that is not as it was written."""
+        """The records before the first shard that has changed."""
         for index, record in enumerate(records):
             try:
                 shard = verify_shard(self._folder / record["entry"]["name"], vocab_size=vocab_size)
@@ -224,7 +222,7 @@ class _Progress:
 
 
 class _SplitWriter:
-    """Collects the tokens of a split and writes a shard whenever there are enough."""
+    """Collects the tokens of a split and writes them as shards."""
 
     def __init__(self, folder: Path, split: str, vocab_size: int, progress: _Progress) -> None:
         self._folder, self._split, self._vocab_size, self._progress = folder, split, vocab_size, progress
@@ -232,26 +230,26 @@ class _SplitWriter:
         self._entries: list[Entry] = [record["entry"] for record in progress.shards[split]]
         self._n_seen = 0  # texts
         self._n_added = self._n_finished = last["texts"]
-        self._n_dropped = last["tokens"]  # of the next text: finished shards hold them
+        self._n_dropped = last["tokens"]  # of the next text, in finished shards
         self._n_bytes = 0
         self._waiting: list[np.ndarray] = []
         self._n_waiting = 0
 
     def wants(self, n_bytes: int) -> bool:
-        """Counts the next text of the split; False if finished shards hold all of it, and it need not be encoded."""
+        """Counts the next text of the split. False if finished shards hold all of it, so that it is not encoded."""
         self._n_bytes += n_bytes
         self._n_seen += 1
         return self._n_seen > self._n_finished
 
     def add(self, ids: np.ndarray) -> None:
-        """Takes the tokens of the next text that was wanted."""
+        """Adds the tokens of the next text that `wants` returned True for."""
         self._waiting.append(ids[self._n_dropped :])
         self._n_waiting += len(ids) - self._n_dropped
         self._n_dropped = 0
         self._n_added += 1
         while self._n_waiting >= SHARD_TOKENS:
             self._write(SHARD_TOKENS)
-            whole = self._n_waiting == 0  # else the end of this text waits for the next shard
+            whole = self._n_waiting == 0  # else the end of this text goes into the next shard
             n_tokens = 0 if whole else len(ids) - self._n_waiting
             self._progress.add(self._split, self._entries[-1], self._n_added if whole else self._n_added - 1, n_tokens)
 

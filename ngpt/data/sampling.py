@@ -1,11 +1,10 @@
-"""In which order training reads the windows of a corpus, as pure functions of (seed, step).
+"""The order in which training reads the windows of a corpus, as pure functions of (seed, step).
 
-Each entry of `ORDERS` says which windows make up the batch of a step. Nothing is read here and no position is kept:
-what an epoch looks like follows from its number, is worked out over window numbers, and is cached. A run that resumes
-at step 100,000 finds its place in the time that one shuffle of an epoch takes.
+Each function of `ORDERS` returns the windows of a batch. It keeps no position: the order of an epoch is computed from
+its number and cached, so resuming at step 100,000 takes one shuffle.
 
-In `shards` and `reservoir` an epoch has every window exactly once. Windows adjoin: a shard of L tokens has
-(L - 1) // block_size of them, and the last target of one is the first input of the next.
+In `shards` and `reservoir` an epoch has every window exactly once. Windows are adjacent: a shard of L tokens has
+(L - 1) // block_size, and the last target of one is the first input of the next.
 """
 
 from collections.abc import Callable
@@ -19,8 +18,8 @@ Order = Callable[..., Places]
 
 
 def windows(lengths: Lengths, *, seed: int, step: int, batch_size: int, block_size: int, reservoir: int) -> Places:
-    """Every start is equally likely, at any token; some are drawn twice before others are drawn at all."""
-    # (shards,): how many windows start in this shard or an earlier one
+    """Windows drawn with replacement; every token is equally likely to be the first."""
+    # (shards,): number of windows that start in this shard or an earlier one
     ends = np.cumsum([max(0, length - block_size) for length in lengths])
     drawn = np.random.default_rng([seed, step]).integers(ends[-1], size=batch_size)
     which = np.searchsorted(ends, drawn, side="right")
@@ -28,7 +27,7 @@ def windows(lengths: Lengths, *, seed: int, step: int, batch_size: int, block_si
 
 
 def shards(lengths: Lengths, *, seed: int, step: int, batch_size: int, block_size: int, reservoir: int) -> Places:
-    """Epochs: in each one the shards come in an order of their own, and in each shard its windows do."""
+    """Epochs: the shards in random order, and the windows of each shard in random order."""
     ends = _window_ends(lengths, block_size)
     found_which, found_window = [], []
     for epoch, first, stop in _rows(step * batch_size, batch_size, total=int(ends[-1])):
@@ -45,11 +44,11 @@ def shards(lengths: Lengths, *, seed: int, step: int, batch_size: int, block_siz
 
 
 def reservoir(lengths: Lengths, *, seed: int, step: int, batch_size: int, block_size: int, reservoir: int) -> Places:
-    """Epochs: all windows in the order of the corpus stream through a buffer of `reservoir` windows.
+    """Epochs: the windows stream in corpus order through a shuffle buffer of `reservoir` windows.
 
-    The buffer starts with the first windows. Each draw takes one of it, all equally likely, and the next window of the
-    stream fills its place; at the end the rest leaves in random order. So a window comes at most `reservoir` draws
-    before its place in the corpus, and mostly not long after it.
+    The buffer starts with the first windows. Each draw removes a random window, and the next one of the stream takes
+    its place; at the end the rest leaves in random order. So a window comes at most `reservoir` draws before its place
+    in the corpus, and mostly not long after it.
     """
     ends = _window_ends(lengths, block_size)
     rows = [
@@ -69,12 +68,12 @@ ORDERS: dict[str, Order] = {
 
 
 def _window_ends(lengths: Lengths, block_size: int) -> np.ndarray:
-    """(shards,): how many adjoining windows this shard and the earlier ones hold."""
+    """(shards,): number of adjacent windows in this shard and the earlier ones."""
     return np.cumsum([max(0, length - 1) // block_size for length in lengths])
 
 
 def _rows(first: int, count: int, *, total: int) -> list[tuple[int, int, int]]:
-    """`count` rows from `first` on, as (epoch, first, stop) within epochs of `total` rows."""
+    """`count` rows from `first`, as (epoch, first, stop) within epochs of `total` rows."""
     found = []
     while count:
         epoch, place = divmod(first, total)
@@ -91,10 +90,9 @@ def _shuffled(key: tuple[int, ...], count: int) -> np.ndarray:
 
 @lru_cache(maxsize=2)  # 40 MB for an epoch of 10 billion tokens in windows of 1024
 def _streamed(key: tuple[int, ...], total: int, size: int) -> np.ndarray:
-    """The order (total,) in which the numbers 0 to total - 1 leave a buffer of `size`, without the buffer.
+    """The order (total,) in which the numbers 0 to total - 1 leave a shuffle buffer of `size`, computed vectorized.
 
-    What is drawn from a slot is what was put there last, so each draw needs only the draw before it from the same
-    slot. A stable sort by slot has them side by side.
+    A draw takes what the previous draw from the same slot put there. A stable sort by slot makes them neighbours.
     """
     size = min(size, total)
     rng = np.random.default_rng(key)

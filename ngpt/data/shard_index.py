@@ -1,4 +1,4 @@
-"""Takes stock of shards that exist already: which are sound, which belong to which split, how many tokens they hold."""
+"""Indexes existing shards: which are intact, which split they belong to, how many tokens they hold."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from ngpt.data.text.progress import Log, Meter
 from ngpt.data.tokens.shards import CorruptShardError, Shard, read_shard, verify_shard
 from ngpt.data.tokens.tokenizer import MODEL_FILE, Tokenizer, load_tokenizer, parse_spec, tokenizer_vocab_size
 
-READERS = 4  # threads; checksums and maxima let others run meanwhile
+READERS = 4  # threads; checksums release the interpreter lock
 
 Part = tuple[Shard, int, int]  # the tokens [first, stop) of a shard
 
@@ -23,13 +23,12 @@ Part = tuple[Shard, int, int]  # the tokens [first, stop) of a shard
 def index_shards(
     paths: Sequence[Path], *, vocab_size: int, tokenizer: str, val_fraction: float, folder: Path, log: Log
 ) -> dict[str, Any]:
-    """Verifies every shard and returns what the manifest says of them; the shards stay where they are.
+    """Verifies all shards, leaves them where they are, and returns their part of the manifest.
 
-    A corrupt shard is left out: logged, and listed under `skipped` with the reason, so that all trials that use this
-    manifest leave out the same ones.
+    A corrupt shard is logged and listed under `skipped`, so that all trials with this manifest leave out the same ones.
 
     Raises:
-        ConfigError: no sound shard is left for a split, or the tokenizer is not the one that the shards were made with.
+        ConfigError: a split has no intact shard, or the shards were made with another tokenizer.
     """
     source = paths[0].parent
     loaded = _tokenizer_at_hand(tokenizer, source, log)
@@ -62,10 +61,10 @@ def shard_paths(folder: Path) -> list[Path]:
 
 
 def shard_vocab_size(folder: Path, tokenizer: str) -> int:
-    """The vocabulary that the shards' headers declare; where none does, that of the tokenizer.
+    """The vocabulary size in the headers of the shards, or else that of the tokenizer.
 
     Raises:
-        ConfigError: two shards declare different ones, or a given tokenizer has another one.
+        ConfigError: shards with different vocabularies, or a given tokenizer with another one.
     """
     declared: dict[int, str] = {}
     for path in shard_paths(folder):
@@ -84,19 +83,19 @@ def shard_vocab_size(folder: Path, tokenizer: str) -> int:
 
 
 def known_vocab_size(name: str, known: int, tokenizer: str) -> int:
-    """`known`, the vocabulary of shards that exist already, if `tokenizer` can be theirs.
+    """`known`, the vocabulary size of existing shards, after a check that `tokenizer` has the same.
 
     Raises:
-        ConfigError: the tokenizer has another one.
+        ConfigError: the tokenizer has another size.
     """
-    # A size to train says nothing about shards that exist already; the other kinds name one vocabulary.
+    # A size to train does not apply to existing shards; the other kinds name one vocabulary.
     if parse_spec(tokenizer)[0] != "sentencepiece" and (given := tokenizer_vocab_size(tokenizer)) != known:
         raise ConfigError(f"{name} has {known} tokens, data.tokenizer {tokenizer} {given}")
     return known
 
 
 def _verify(paths: Sequence[Path], vocab_size: int, log: Log) -> tuple[list[Shard], list[dict[str, str]]]:
-    """The sound shards, and name and reason of the others."""
+    """The intact shards, and the name and reason of each other one."""
 
     def check(path: Path) -> Shard | CorruptShardError:
         try:
@@ -120,11 +119,11 @@ def _verify(paths: Sequence[Path], vocab_size: int, log: Log) -> tuple[list[Shar
 
 
 def _assign(paths: Sequence[Path], shards: list[Shard], val_fraction: float) -> dict[str, list[Part]]:
-    """Which shard belongs to which split: by name, else the last one, else the end of the only one is validation."""
+    """Assigns shards to splits. Validation is the shards named so, else the last one, else the end of the only one."""
     whole = [(shard, 0, shard.tokens.size) for shard in shards]
     val = [part for part in whole if "val" in part[0].path.name]
     train = [part for part in whole if "val" not in part[0].path.name]
-    if any("val" in path.name for path in paths):  # a corrupt one counts: train never becomes validation
+    if any("val" in path.name for path in paths):  # including corrupt ones, so that train never becomes validation
         for split, parts in (("train", train), ("val", val)):
             if not parts:
                 raise ConfigError(f"{paths[0].parent} has no sound shard for the {split} split")
@@ -146,7 +145,7 @@ def _count_bytes(part: Part, sizes: np.ndarray) -> int:
 
 
 def _tokenizer_at_hand(spec: str, folder: Path, log: Log) -> Tokenizer | None:
-    """The tokenizer of ready-made shards, which can be trained on without it."""
+    """The tokenizer of existing shards if it is available; training works without it."""
     if parse_spec(spec)[0] == "sentencepiece" and not (folder / MODEL_FILE).is_file():
         return None
     try:

@@ -1,7 +1,7 @@
-"""Where text and tokens come from: the named corpora, and files of one's own.
+"""The named corpora, and local files as a corpus.
 
-A corpus is a generator of documents, or a list of ready-made shards, and what identifies it without reading them. A
-new one is a function and an entry in `CORPORA`.
+A corpus is a generator of documents or a list of existing shards, with an identity that is known without reading them.
+To add a corpus, write a function and add it to `CORPORA`.
 """
 
 import hashlib
@@ -36,14 +36,14 @@ from ngpt.system.atomic_files import write_json
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 DOWNLOAD_TIMEOUT = 10  # seconds without a byte
-EDGE = 1 << 20  # bytes at either end of a shard without CRC that identify it
+EDGE = 1 << 20  # bytes at each end that identify a shard without CRC
 
 # Tokenized by KellerJordan/modded-nanogpt (data/fineweb.py): 100 million tokens a file, the last one has fewer.
 FINEWEB = "kjj0/fineweb10B-gpt2"
 FINEWEB_SHARDS = 103
 FINEWEB_BYTES = HEADER_BYTES + 2 * 100_000_000
 OPENWEBTEXT = "Skylion007/openwebtext"
-OPENWEBTEXT_REVISION = "refs/convert/parquet"  # what the hub itself makes of every data set
+OPENWEBTEXT_REVISION = "refs/convert/parquet"  # the hub's own conversion
 
 
 @dataclass(frozen=True)
@@ -51,14 +51,14 @@ class Corpus:
     """Text to prepare.
 
     Attributes:
-        name: for people and folder names.
-        identity: the same exactly if the text is the same; cheap.
-        documents: yields the text from its start each time it is called.
-        split_by: "document" sends whole documents to either split by their hash, so that both hold the same kind of
-            text; "position" keeps the order and takes the end of the text for validation.
-        size: about how many bytes of text there are.
-        separated: whether documents are told apart by the tokenizer's mark, or by an empty line where it has none.
-        fetch: downloads what `documents` reads.
+        name: for messages and folder names.
+        identity: the same exactly if the text is the same; cheap to compute.
+        documents: returns an iterator over the text from its start.
+        split_by: "document" assigns whole documents to a split by their hash, so that both splits hold the same kind of
+            text; "position" uses the end of the text for validation.
+        size: returns the approximate bytes of text.
+        separated: whether documents start with the tokenizer's document mark, or end with an empty line if it has none.
+        fetch: downloads the files that `documents` reads.
     """
 
     name: str
@@ -72,13 +72,13 @@ class Corpus:
 
 @dataclass(frozen=True)
 class ShardCorpus:
-    """Text that somebody else has tokenized.
+    """A corpus that is published as shards of tokens.
 
     Attributes:
-        name: for people and folder names.
+        name: for messages and folder names.
         identity: the same before and after the download.
-        tokenizer: what it was tokenized with, as in `data.tokenizer`; `vocab_size` is how many tokens that has.
-        fetch: the shards, downloaded if they are not there.
+        tokenizer: its tokenizer, as in `data.tokenizer`, which has `vocab_size` tokens.
+        fetch: returns the paths of the shards, after downloading missing ones.
     """
 
     name: str
@@ -89,9 +89,9 @@ class ShardCorpus:
 
 
 def python_docs(path: Path | None, shards: int) -> Corpus:
-    """The documentation inside the running Python: language topics and standard library docstrings. No network.
+    """The documentation in the running Python: language topics and standard library docstrings; needs no network.
 
-    One document is one topic, or one module. About 2 MB of technical English.
+    A document is a topic or a module. About 2 MB of technical English.
     """
     _is_whole("python-docs", shards)
     if path is not None:
@@ -120,14 +120,13 @@ def shakespeare(path: Path | None, shards: int) -> Corpus:
 
 
 def fineweb(path: Path | None, shards: int) -> ShardCorpus:
-    """FineWeb, 10 billion tokens of GPT-2's, from the hub or a local folder: `shards` files of 100 million tokens.
+    """FineWeb, 10 billion GPT-2 tokens, from the hub or a local folder: `shards` files of 100 million tokens.
 
-    One more file is the validation split. Files are known by their names, which is why the identity is there before
-    them; a local folder has the same one if its files are as long as the published ones. Anything else in it is known
-    by its content.
+    Another file is the validation split. The identity consists of the file names, so it is known before the download. A
+    local folder has the same identity if its files are as long as the published ones, else one from their content.
 
     Raises:
-        ConfigError: more shards than there are, or the local folder lacks one.
+        ConfigError: `shards` exceeds the published number, or the local folder lacks a file.
     """
     if shards > FINEWEB_SHARDS:
         raise ConfigError(f"data.shards {shards}: fineweb has {FINEWEB_SHARDS} training shards")
@@ -149,9 +148,9 @@ def fineweb(path: Path | None, shards: int) -> ShardCorpus:
 
 
 def openwebtext(path: Path | None, shards: int) -> Corpus:
-    """OpenWebText, 8 million web pages, from Parquet, JSON lines or text files of one's own, or from the hub.
+    """OpenWebText, 8 million web pages, from the hub or from local Parquet, JSON-lines or text files.
 
-    Of the hub's Parquet files the first `shards` are taken, about 100,000 pages each; of local files all.
+    Uses the first `shards` Parquet files of the hub, about 100,000 pages each, or all local files.
     """
     if path is not None:
         return _document_corpus("openwebtext", path, find_files(path))
@@ -175,9 +174,9 @@ CORPORA: dict[str, Callable[[Path | None, int], Corpus | ShardCorpus]] = {
 
 
 def text_corpus(path: Path) -> Corpus:
-    """A file, or all files in a folder and its folders (not the hidden ones) one after the other.
+    """A corpus from a file, or from all files below a folder except hidden ones.
 
-    If there is Parquet or are JSON lines, the documents in these are the corpus. Else all files are UTF-8 text.
+    Parquet and JSON-lines files make up the corpus if there are any; else all files are UTF-8 text.
 
     Raises:
         ConfigError: the folder has no files.
@@ -195,10 +194,10 @@ def text_corpus(path: Path) -> Corpus:
 
 
 def shards_identity(paths: Sequence[Path]) -> list[list[Any]]:
-    """Names, sizes and headers; of a shard without CRC also its two ends."""
+    """Names, sizes and headers, and the two ends of shards without a CRC."""
     identity = []
     for path in paths:
-        if not path.is_file():  # a link to nowhere, which is reported when the shards are verified
+        if not path.is_file():  # a dangling link, reported when the shards are verified
             identity.append([path.name])
             continue
         with path.open("rb") as file:
@@ -226,7 +225,7 @@ def _is_whole(name: str, shards: int) -> None:
 
 
 def _is_published_fineweb(path: Path) -> bool:
-    """Whether name, length and header are those of the published file; its content is checked when it is opened."""
+    """Whether name, length and header are those of the published file. The content is checked on opening."""
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(4)
@@ -247,7 +246,7 @@ def _fetch_fineweb(names: Sequence[str], log: Log) -> list[Path]:
 
 
 def _fetch_openwebtext(shards: int, log: Log) -> list[Path]:
-    """The first files in the order in which the hub lists them, which is kept: what is there needs no network."""
+    """The first files of the hub's list, which is kept so that downloaded files need no network."""
     folder = downloads_folder() / "openwebtext"
     listing = folder / "listing.json"
     if listing.exists():

@@ -25,7 +25,7 @@ def run(options: Options) -> Outcome:
         dataset = open_dataset(data)
         names = [shard["name"] for split in dataset.manifest["splits"].values() for shard in split["shards"]]
         shards = [dataset.folder / name for name in names]
-        flip(outcome, "shard", shards, options, lambda _: open_dataset(data, again=True))
+        flip(outcome, "shard", shards, options, lambda _: open_dataset(data, recheck=True))
     return outcome
 
 

@@ -28,7 +28,7 @@ def check_all(campaign: Campaign) -> dict[str, Any]:
     """
     described = {}
     for config in _data_configs(campaign):
-        manifest = open_dataset(config, again=True).manifest
+        manifest = open_dataset(config, recheck=True).manifest
         if manifest["shard_folder"] is None:
             continue
         entries = [entry for counts in manifest["splits"].values() for entry in counts["shards"]]

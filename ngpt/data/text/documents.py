@@ -1,7 +1,6 @@
-"""Files of one's own: plain text, and documents in Parquet or JSON lines; what identifies them.
+"""Reads local files: plain text, and documents in Parquet or (compressed) JSON lines.
 
-A document is a string in the column `text`, which is what the public corpora call it. Compressed JSON lines
-(.jsonl.gz, .jsonl.zst) are read as they are.
+A document is a string in the column `text`, as in the public corpora.
 """
 
 import hashlib
@@ -20,16 +19,16 @@ PARQUET = ".parquet"
 JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 BLOCK = 1 << 22  # characters of a text file in memory at once
 ROWS = 1000  # of a Parquet file in memory at once
-SHRINKS = 3  # times that compressed English is smaller, about
-HASHED_WHOLE = 1 << 30  # bytes; more than that is known by its edges and by samples in between
+SHRINKS = 3  # approximate compression ratio of English
+HASHED_WHOLE = 1 << 30  # bytes; larger files are identified by their edges and samples in between
 SAMPLE, SAMPLE_EVERY = 1 << 16, 1 << 26  # bytes
 
 
 def find_files(path: Path) -> list[Path]:
-    """The file, or all files in a folder and its folders (not the hidden ones), by name.
+    """The file, or all files below a folder by name, without hidden ones.
 
     Raises:
-        ConfigError: there is nothing.
+        ConfigError: there are no files.
     """
     if not path.exists():
         raise ConfigError(f"no such file: {path}")
@@ -40,15 +39,15 @@ def find_files(path: Path) -> list[Path]:
 
 
 def holds_documents(path: Path) -> bool:
-    """Whether a file is Parquet or JSON lines, going by its name."""
+    """Whether the name is that of a Parquet or JSON-lines file."""
     return path.name.lower().endswith((PARQUET, *JSON_LINES))
 
 
 def read_documents(files: Sequence[Path]) -> Iterator[str]:
-    """The documents of all files, one after the other, without the empty ones; a text file is one document.
+    """The non-empty documents of all files in order; a text file is one document.
 
     Raises:
-        ConfigError: a file that cannot be read, or that has no text column.
+        ConfigError: a file cannot be read, or has no text column.
     """
     for path in files:
         if not holds_documents(path):
@@ -61,12 +60,12 @@ def read_documents(files: Sequence[Path]) -> Iterator[str]:
 
 
 def text_size(files: Sequence[Path]) -> int:
-    """About how many bytes of text the files hold; reads no more than the footer of a Parquet file."""
+    """The approximate bytes of text in the files; reads only the footer of a Parquet file."""
     return sum(map(_text_size, files))
 
 
 def read_text(path: Path) -> Iterator[str]:
-    """A file in large pieces that end with a line, its line ends as they are.
+    """A file in large pieces of whole lines, with unchanged line ends.
 
     Raises:
         ConfigError: it is not UTF-8.
@@ -83,7 +82,7 @@ def read_file(path: Path, *, most: int | None = None) -> bytes:
     """The content of a file that the user named.
 
     Raises:
-        ConfigError: there is no such file, or it has more than `most` bytes.
+        ConfigError: the file is missing or larger than `most` bytes.
     """
     if not path.is_file():
         raise ConfigError(f"no such file: {path}")
@@ -93,10 +92,10 @@ def read_file(path: Path, *, most: int | None = None) -> bytes:
 
 
 def files_identity(path: Path, files: Sequence[Path]) -> str:
-    """The bytes of a file, or of a folder the names under it too; where it lies does not matter.
+    """A hash of the content of a file, or of the names and contents below a folder; independent of its location.
 
-    Documents of more than `HASHED_WHOLE` bytes in all are known by size, edges and samples instead: reading a hundred
-    gigabytes would take longer than the question is worth.
+    Documents of more than `HASHED_WHOLE` bytes in total are identified by size, edges and samples, since hashing a
+    hundred gigabytes would take too long.
     """
     documents = any(map(holds_documents, files))
     known_by = _sampled if documents and sum(file.stat().st_size for file in files) > HASHED_WHOLE else file_sha256
@@ -107,13 +106,13 @@ def files_identity(path: Path, files: Sequence[Path]) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's content; a file that has not changed is read once per process."""
+    """SHA-256 of a file; cached in this process while the file does not change."""
     state = path.stat()
     return _file_sha256(path.resolve(), state.st_size, state.st_mtime_ns)
 
 
 def edges_crc(path: Path, edge: int) -> tuple[int, int]:
-    """CRC32 of the first and of the last `edge` bytes; a file that has not changed is read once per process."""
+    """CRC32 of the first and last `edge` bytes; cached in this process while the file does not change."""
     state = path.stat()
     return _edges_crc(path.resolve(), state.st_size, state.st_mtime_ns, edge)
 
@@ -213,7 +212,7 @@ def _text_of(row: Any, path: Path, number: int) -> str:
         else:
             found = f"it is {row[COLUMN] if isinstance(row, dict) else row!r:.40}"
         raise ConfigError(f"{path}, line {number} has no text under {COLUMN!r}; {found}")
-    text.encode()  # JSON can escape half of a surrogate pair, which no UTF-8 stands for: a ValueError
+    text.encode()  # ValueError for an escaped half of a surrogate pair, which is not valid UTF-8
     return text
 
 

@@ -1,7 +1,7 @@
-"""The CRC32 of shards, computed once: kept from process to process by what tells that a file is still the same.
+"""CRC32 of shards, cached between processes for as long as a file does not change.
 
-That is its path, size, inode, and the times of its last change, of content and of attributes. These times tick
-coarsely, so of a file that changed just now nothing is kept (the "racy git" problem of git's index).
+A file is unchanged if path, size, inode, mtime and ctime are the same. These times are coarse, so nothing is cached for
+a file that has just changed (the "racy git" problem).
 """
 
 import contextlib
@@ -16,24 +16,24 @@ from ngpt.system.atomic_files import write_atomic
 from ngpt.system.cache import cache_folder
 
 FOLDER = "checked"  # under the cache
-SETTLED = 2.0  # seconds since its last change after which a file's times are believed
+SETTLED = 2.0  # seconds since the last change after which the times of a file are reliable
 
 Identity = list[str | int]
 
 
-def shard_crc(path: Path, *, again: bool = False) -> int:
-    """CRC32 of a shard's tokens. It is read if it was not, or has changed since; `again` reads it in any case.
+def shard_crc(path: Path, *, recheck: bool = False) -> int:
+    """CRC32 of the tokens of a shard, from the cache unless the file has changed or `recheck` is set.
 
     Raises:
-        CorruptShardError: it cannot be read as a shard.
+        CorruptShardError: the file is not a shard.
     """
     path = path.resolve()
     before, record = _identity(path), _record(path)
-    if not again and (known := _known(record, before)) is not None:
+    if not recheck and (known := _known(record, before)) is not None:
         return known
     crc = token_crc(read_shard(path).tokens)
     if _identity(path) == before and time.time() - _last_change(path) > SETTLED:
-        with contextlib.suppress(OSError):  # where nothing can be kept, the next process reads the shard again
+        with contextlib.suppress(OSError):  # then the next process reads the shard again
             record.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(record, json.dumps([before, crc]))
     return crc
@@ -53,7 +53,7 @@ def _record(path: Path) -> Path:
 
 
 def _identity(path: Path) -> Identity:
-    if not path.is_file():  # said better by who reads it
+    if not path.is_file():  # the reader reports it
         return [str(path)]
     state = path.stat()
     return [str(path), state.st_size, state.st_ino, state.st_mtime_ns, state.st_ctime_ns]

@@ -1,7 +1,4 @@
-"""GPT-2's own tokenizer, through tiktoken (extra `gpt2`): downloaded by it, or read from a folder.
-
-The folder holds the two files of the GPT-2 release, encoder.json and vocab.bpe. Only this file imports tiktoken.
-"""
+"""GPT-2's tokenizer through tiktoken (extra `gpt2`), which downloads it or reads encoder.json and vocab.bpe."""
 
 import hashlib
 import json
@@ -16,9 +13,9 @@ from ngpt.config.base import ConfigError
 from ngpt.data.text.documents import read_file
 
 VOCAB_SIZE = 50257
-LARGEST_VOCABULARY = 1 << 26  # bytes of any tokenizer's file; those with 250,000 tokens have 5 to 20 million
+LARGEST_VOCABULARY = 1 << 26  # bytes of a tokenizer file; 250,000 tokens take 5 to 20 million
 SPECIAL = "<|endoftext|>"
-# The files by SHA-256, as published in tiktoken_ext/openai_public.py.
+# SHA-256 as published in tiktoken_ext/openai_public.py.
 FILES = {
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
@@ -28,7 +25,7 @@ PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$
 
 
 class GPT2Tokenizer:
-    """GPT-2's byte-level BPE through tiktoken; special tokens in a text are read as plain text."""
+    """GPT-2's byte-level BPE; special tokens in a text are plain text."""
 
     name = "gpt2"
 
@@ -52,22 +49,22 @@ class GPT2Tokenizer:
         return self._encoding.decode([int(index) for index in ids])
 
     def token_bytes(self) -> np.ndarray:
-        """Bytes that each id stands for, (50257,) int64; 0 for the document mark."""
+        """Bytes of each id, (50257,) int64; 0 for the document mark."""
         return self._token_bytes
 
     @cached_property
     def _token_bytes(self) -> np.ndarray:
         encoding = self._encoding
         sizes = [len(encoding.decode_single_token_bytes(index)) for index in range(self.vocab_size)]
-        sizes[encoding.eot_token] = 0  # a mark between documents stands for no text
+        sizes[encoding.eot_token] = 0  # a mark has no text
         return np.array(sizes, dtype=np.int64)
 
 
 def load_gpt2(folder: Path | None) -> GPT2Tokenizer:
-    """The tokenizer from a folder; without one from tiktoken, which downloads it once.
+    """Loads the tokenizer from a folder, or through tiktoken's download.
 
     Raises:
-        ConfigError: tiktoken is not installed, no network, files that are missing or do not belong together.
+        ConfigError: tiktoken is not installed, no network, or files that are missing or inconsistent.
     """
     try:
         import tiktoken
@@ -79,21 +76,21 @@ def load_gpt2(folder: Path | None) -> GPT2Tokenizer:
     if folder is None:
         try:
             return GPT2Tokenizer(tiktoken.get_encoding("gpt2"), sha256=gpt2_identity(None))
-        except OSError as error:  # what requests raises is one too
+        except OSError as error:  # includes the errors of requests
             raise ConfigError(
                 f"cannot download the GPT-2 tokenizer ({type(error).__name__}); "
                 "pass a folder with encoder.json and vocab.bpe as gpt2:DIR"
             ) from error
     hashes = _hashes(folder)
     try:
-        # With the hashes tiktoken trusts its own cache only as long as it agrees with the files.
+        # With the hashes, tiktoken uses its own cache only if it matches the files.
         ranks = data_gym_to_mergeable_bpe_ranks(
             vocab_bpe_file=str(folder / "vocab.bpe"),
             encoder_json_file=str(folder / "encoder.json"),
             vocab_bpe_hash=hashes["vocab.bpe"],
             encoder_json_hash=hashes["encoder.json"],
         )
-    except (AssertionError, KeyError, ValueError):  # how tiktoken says that the two files disagree
+    except (AssertionError, KeyError, ValueError):  # tiktoken's errors for inconsistent files
         raise ConfigError(f"encoder.json and vocab.bpe in {folder} are not a GPT-2 vocabulary") from None
     special = {SPECIAL: len(ranks)}
     encoding = tiktoken.Encoding("gpt2", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
@@ -101,7 +98,7 @@ def load_gpt2(folder: Path | None) -> GPT2Tokenizer:
 
 
 def gpt2_vocab_size(folder: Path | None) -> int:
-    """The number of ids, without tiktoken.
+    """The number of ids; does not need tiktoken.
 
     Raises:
         ConfigError: the folder has no readable encoder.json.
@@ -116,7 +113,7 @@ def gpt2_vocab_size(folder: Path | None) -> int:
 
 
 def gpt2_identity(folder: Path | None) -> str:
-    """A hash of the two files: the same for a copy as for the download, and needs neither tiktoken nor network.
+    """A hash of the two files, the same for a copy and the download; needs neither tiktoken nor network.
 
     Raises:
         ConfigError: a file is missing.

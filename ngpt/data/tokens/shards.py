@@ -1,12 +1,12 @@
 """Token shards: the public GPT-2 `.bin` format, with a CRC and the vocabulary size in header words it leaves free.
 
-A shard is 256 little-endian int32 words, then uint16 tokens. Words 0 to 2 are magic, version and token count, as
-llm.c and modded-nanogpt write and read them. Those leave the rest zero and never look at it; ours carry
+A shard is 256 little-endian int32 words, then uint16 tokens. Words 0 to 2 are magic, version and token count, as in
+llm.c and modded-nanogpt, which ignore the other words. Here these are
 
     3  CRC32 of the token bytes          4  vocabulary size
     5  CRC32 of words 0 to 4, made odd: never zero, so it also tells "the CRC is 0" from "there is no CRC"
 
-A file without the magic is a bare array of uint16 tokens, as nanoGPT writes it.
+A file without the magic number is a plain array of uint16 tokens, as nanoGPT writes it.
 """
 
 import zlib
@@ -22,14 +22,14 @@ MAGIC = 20240520
 VERSION = 1
 HEADER_WORDS = 256
 HEADER_BYTES = 4 * HEADER_WORDS
-MAX_VOCAB = 1 << 16  # what uint16 can tell apart
+MAX_VOCAB = 1 << 16  # of uint16 tokens
 
 
 class CorruptShardError(UserError, ValueError):
-    """A shard that must not be trained on: which file, and what is wrong with it."""
+    """A damaged shard: the file and the reason."""
 
     def __init__(self, path: Path, reason: str) -> None:
-        super().__init__(path, reason)  # both arguments, so that the error survives pickling between processes
+        super().__init__(path, reason)  # both arguments, so that the error can be pickled
         self.path = path
         self.reason = reason
 
@@ -39,7 +39,7 @@ class CorruptShardError(UserError, ValueError):
 
 @dataclass(frozen=True)
 class Shard:
-    """One shard on disk. `tokens` (N,) uint16 is mapped read-only, not loaded."""
+    """One shard on disk. `tokens` (N,) uint16 is memory-mapped read-only."""
 
     path: Path
     tokens: np.memmap
@@ -49,10 +49,10 @@ class Shard:
 
 
 def write_shard(path: Path, tokens: np.ndarray, *, vocab_size: int) -> Shard:
-    """Writes `tokens` (N,), integers in [0, vocab_size), atomically, and returns the shard.
+    """Writes `tokens` (N,), integers in [0, vocab_size), atomically and returns the shard.
 
     Raises:
-        ValueError: no tokens, not integers, not one-dimensional, or outside of the vocabulary; nothing is written.
+        ValueError: no tokens, not integers, not one-dimensional, or outside the vocabulary; nothing is written.
     """
     if not 0 < vocab_size <= MAX_VOCAB:
         raise ValueError(f"a vocabulary of {vocab_size} does not fit uint16 tokens (1 to {MAX_VOCAB})")
@@ -70,11 +70,11 @@ def write_shard(path: Path, tokens: np.ndarray, *, vocab_size: int) -> Shard:
 
 
 def read_shard(path: Path) -> Shard:
-    """Maps a shard, with or without a header. Looks at the header and the size, not at the tokens.
+    """Maps a shard with or without a header. Checks the header and the size, not the tokens.
 
     Raises:
-        CorruptShardError: not a file, empty, an odd number of bytes, another version, not as long as the header says,
-            or a damaged header.
+        CorruptShardError: not a file, empty, an odd number of bytes, another version, a wrong length, or a damaged
+            header.
     """
     if not path.is_file():
         raise CorruptShardError(path, "is not a file")
@@ -106,10 +106,10 @@ def read_shard(path: Path) -> Shard:
 
 
 def verify_shard(path: Path, *, vocab_size: int) -> Shard:
-    """Reads all of a shard and checks it: the CRC where it has one, and every token against the vocabulary.
+    """Reads a whole shard and checks its CRC, if it has one, and every token against the vocabulary.
 
     Raises:
-        CorruptShardError: as `read_shard`, a CRC mismatch, or a token id that is not in the vocabulary.
+        CorruptShardError: see `read_shard`; a CRC mismatch, or a token outside the vocabulary.
     """
     shard = read_shard(path)
     if shard.crc32 is not None and token_crc(shard.tokens) != shard.crc32:
@@ -126,9 +126,9 @@ def token_crc(tokens: np.ndarray) -> int:
 
 
 def _is_header(path: Path, start: bytes, header: np.ndarray | None) -> bool:
-    """Whether the file starts with a header that can be believed."""
+    """Whether the file starts with a header. Raises CorruptShardError if it is damaged."""
     if start[:4] != MAGIC.to_bytes(4, "little"):
-        # Without this a flipped bit in the magic would turn the header into 512 tokens of noise.
+        # Otherwise a flipped bit in the magic number would turn the header into 512 random tokens.
         if header is not None and header[5] != 0 and header[5] == _header_check(header):
             raise CorruptShardError(path, "damaged header: the magic number is wrong")
         return False
@@ -138,12 +138,12 @@ def _is_header(path: Path, start: bytes, header: np.ndarray | None) -> bool:
         raise CorruptShardError(path, f"has version {header[1]}, this reads version {VERSION}")
     if header[5] != 0 and header[5] != _header_check(header):
         raise CorruptShardError(path, "damaged header: its check word is wrong")
-    if header[5] != 0 and header[6:].any():  # as we write it, the rest is zero
+    if header[5] != 0 and header[6:].any():  # `write_shard` leaves the rest zero
         raise CorruptShardError(path, "damaged header: the words after the check word are not zero")
     return True
 
 
 def _header_check(header: np.ndarray) -> int:
-    """What word 5 must hold: an odd number that depends on all words before it, as if the magic were right."""
+    """The value of word 5: an odd number that depends on words 0 to 4, with the correct magic number."""
     words = np.array([MAGIC, *header[1:5]], "<u4")
     return zlib.crc32(words.tobytes()) | 1

@@ -1,10 +1,10 @@
-"""Text to token ids and back: a sentencepiece model trained on the corpus, a given one, or GPT-2's.
+"""Tokenizers: a sentencepiece model trained on the corpus, a given model, or GPT-2's BPE.
 
-Every tokenizer knows how many UTF-8 bytes each of its ids stands for. The bytes of an encoding add up to those of the
-text exactly, which is what makes bits per byte comparable between tokenizers.
+Every tokenizer knows the number of UTF-8 bytes of each id. They add up to the bytes of the text exactly, which makes
+bits per byte comparable between tokenizers.
 
-Our own models are BPE, not unigram. On 2 MB of technical English both give 3.03 bytes per token; BPE trains in 0.2 s
-where unigram takes 1 s, and it merges by integer counts, so every machine learns the same vocabulary.
+Trained models are BPE, not unigram: on 2 MB of technical English both give 3.03 bytes per token, but BPE trains in
+0.2 s instead of 1 s, and it merges by integer counts, so every machine learns the same vocabulary.
 
 Only this file imports sentencepiece.
 """
@@ -30,17 +30,17 @@ from ngpt.system.atomic_files import write_atomic
 MODEL_FILE = "tokenizer.model"
 META = "\u2581"  # how sentencepiece writes a space
 SAMPLE_BLOCK = 4096  # characters
-SAMPLE_BLOCKS = 512  # so a vocabulary is learnt from 2 MB of text at most
-# Everything that tokenizers like to lose: leading and double spaces, line ends, ligatures, what no model knows.
+SAMPLE_BLOCKS = 512  # so training uses at most 2 MB of text
+# What tokenizers tend to lose: leading and double spaces, line ends, ligatures, unknown characters.
 PROBE = "  two  spaces\n\n\tTab\r\n\ufb01 \u2163 \xe9 e\u0301 \xa0\u3000 \u65e5\u672c \U0001f600\ue000 end "
 
 
 class Tokenizer(Protocol):
-    """What a corpus needs of a tokenizer."""
+    """The interface of a tokenizer."""
 
     @property
     def name(self) -> str:
-        """What messages call it."""
+        """Name in messages."""
         ...
 
     @property
@@ -50,12 +50,12 @@ class Tokenizer(Protocol):
 
     @property
     def sha256(self) -> str:
-        """Identifies the vocabulary: the hash of the file or files it comes from."""
+        """Hash of the files of the vocabulary."""
         ...
 
     @property
     def document_mark(self) -> int | None:
-        """The id that tells where a document starts; None if there is none."""
+        """The id that starts a document; None if the tokenizer has none."""
         ...
 
     def encode(self, text: str) -> np.ndarray:
@@ -71,15 +71,15 @@ class Tokenizer(Protocol):
         ...
 
     def token_bytes(self) -> np.ndarray | None:
-        """UTF-8 bytes that each id stands for, (V,) int64; None if the tokenizer does not keep text as it is.
+        """UTF-8 bytes of each id, (V,) int64; None if the tokenizer changes text.
 
-        A document mark stands for 0 bytes, or for -1 where it takes back the space that a model puts before a text.
+        A document mark has 0 bytes, or -1 to compensate for the space that some models put before a text.
         """
         ...
 
 
 class SentencePieceTokenizer:
-    """A sentencepiece model. One that we trained is lossless; a foreign one may be anything."""
+    """A sentencepiece model. Models trained here are lossless; others may change text."""
 
     def __init__(self, model: bytes, name: str) -> None:
         from sentencepiece import SentencePieceProcessor
@@ -97,8 +97,8 @@ class SentencePieceTokenizer:
         self.document_mark: int | None = marks[0] if marks else None
         self._pieces = [_piece_bytes(self._model, index) for index in range(self.vocab_size)]
         self._token_bytes = np.array([len(piece) for piece in self._pieces], dtype=np.int64)
-        # A literal META would come back as a space, and so would a space as a META where no piece stands for it, since
-        # the text that was learnt from had none: these go in as their bytes instead.
+        # A literal META would decode to a space, and a space to META if the training text had none. Both are encoded as
+        # bytes instead.
         lacks_space = self._model.is_unknown(self._model.piece_to_id(META))
         self._spelt = {
             sign: [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in sign.encode()]
@@ -108,11 +108,11 @@ class SentencePieceTokenizer:
         self._by_line = False
         encoded = self._join(self.encode(PROBE))
         self._lossless = encoded == PROBE.encode()
-        # LLaMA's way: the first word of a text is spelt as in the middle of one, with a space.
+        # As in LLaMA, the first word of a text gets a space before it.
         self._adds_space = encoded == b" " + PROBE.encode() and self.document_mark is not None
         if self._adds_space:
             self._token_bytes[self.document_mark] = -1
-        # Where no piece reaches past a line end, lines can be encoded one by one, which is four times faster.
+        # If no piece crosses a line end, lines can be encoded separately, which is four times as fast.
         self._by_line = self._lossless and not any(b"\n" in piece for piece in self._pieces if piece != b"\n")
 
     def encode(self, text: str) -> np.ndarray:
@@ -134,7 +134,7 @@ class SentencePieceTokenizer:
         ]
 
     def _parts(self, text: str) -> Iterator[str]:
-        """What is encoded independently: characters spelled in bytes, and lines, or the text between the former."""
+        """Splits text into characters that are encoded as bytes, and the lines or text between them."""
         for part in self._apart.split(text):
             if self._by_line and part not in self._spelt:
                 yield from io.StringIO(part, newline="\n")
@@ -142,14 +142,14 @@ class SentencePieceTokenizer:
                 yield part
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`; of a foreign model it is what that makes of them, spaces and line ends included."""
+        """The text of `ids`; a model that changes text decodes to the changed text."""
         if self._lossless:
             return self._join(ids).decode(errors="replace")
         model: Any = self._model
         return model.decode([int(index) for index in ids])
 
     def token_bytes(self) -> np.ndarray | None:
-        """UTF-8 bytes of each id, (V,) int64; None for a foreign model that does not give a text back as it was."""
+        """UTF-8 bytes of each id, (V,) int64; None for a model that changes text."""
         return self._token_bytes if self._lossless or self._adds_space else None
 
     def _join(self, ids: Iterable[int]) -> bytes:
@@ -157,12 +157,12 @@ class SentencePieceTokenizer:
 
 
 def load_tokenizer(spec: str, folder: Path | None) -> Tokenizer:
-    """The tokenizer that `spec` names; `folder` is a prepared corpus, whose own sentencepiece model comes first.
+    """Loads the tokenizer `spec`. A sentencepiece model in `folder`, a prepared corpus, takes precedence.
 
     Specs: `sentencepiece:SIZE` (the model in `folder`), `PATH.model`, `gpt2`, `gpt2:DIR` (encoder.json, vocab.bpe).
 
     Raises:
-        ConfigError: no such spec, missing or unreadable files, tiktoken not installed, GPT-2's files not reachable.
+        ConfigError: invalid spec, missing or unreadable files, tiktoken not installed, or no network for GPT-2's files.
     """
     kind, argument = parse_spec(spec)
     if kind == "gpt2":
@@ -176,12 +176,12 @@ def load_tokenizer(spec: str, folder: Path | None) -> Tokenizer:
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int, path: Path) -> None:
-    """Learns a lossless BPE vocabulary from an even sample of `texts` and writes the model. Same texts, same bytes.
+    """Trains a lossless BPE vocabulary on a uniform sample of `texts` and writes the model, deterministically.
 
-    Text is not normalised in any way; line ends are tokens of their own; what is rare is spelt in bytes.
+    Text is not normalized, line ends are separate tokens, and rare characters are encoded as bytes.
 
     Raises:
-        ConfigError: no text, or `vocab_size` is too small for its characters or too large for its amount.
+        ConfigError: no text, or a `vocab_size` too small for its characters or too large for its length.
     """
     from sentencepiece import SentencePieceTrainer
 
@@ -218,7 +218,7 @@ def parse_spec(spec: str) -> tuple[str, str]:
     """`("sentencepiece", "2048")`, `("model", "PATH.model")`, `("gpt2", "")` or `("gpt2", "DIR")`.
 
     Raises:
-        ConfigError: none of these, or a size that uint16 tokens cannot have.
+        ConfigError: another spec, or a size that does not fit uint16 tokens.
     """
     kind, _, argument = spec.partition(":")
     if spec == "gpt2" or (kind == "gpt2" and argument):
@@ -233,10 +233,10 @@ def parse_spec(spec: str) -> tuple[str, str]:
 
 
 def tokenizer_vocab_size(spec: str) -> int:
-    """The number of ids, from the spec or a file's own count; trains and downloads nothing.
+    """The number of ids, from the spec or a file; trains and downloads nothing.
 
     Raises:
-        ConfigError: as `load_tokenizer`.
+        ConfigError: see `load_tokenizer`.
     """
     kind, argument = parse_spec(spec)
     if kind == "sentencepiece":
@@ -247,7 +247,7 @@ def tokenizer_vocab_size(spec: str) -> int:
 
 
 def tokenizer_identity(spec: str) -> str:
-    """What a cache key needs of a tokenizer: the same for the same vocabulary, wherever its files lie.
+    """The tokenizer's part of a cache key; depends on the vocabulary, not on the location of its files.
 
     Raises:
         ConfigError: a file is missing.
@@ -276,7 +276,7 @@ def _check_vocab(name: str, size: int) -> None:
 
 
 def _piece_bytes(model: Any, index: int) -> bytes:
-    """The bytes that a piece stands for; none for control and unknown pieces."""
+    """The bytes of a piece; empty for control and unknown pieces."""
     piece: str = model.id_to_piece(index)
     if model.is_byte(index):
         return bytes([int(piece[3:5], 16)])  # <0xE2>
@@ -286,7 +286,7 @@ def _piece_bytes(model: Any, index: int) -> bytes:
 
 
 def _sample(texts: Iterable[str]) -> list[str]:
-    """At most SAMPLE_BLOCKS blocks, each block of the text equally likely; one pass, any length of text."""
+    """At most SAMPLE_BLOCKS blocks, drawn uniformly in one pass."""
     sample: list[str] = []
     rng = random.Random(0)
     for index, block in enumerate(_blocks(texts)):
@@ -298,7 +298,7 @@ def _sample(texts: Iterable[str]) -> list[str]:
 
 
 def _blocks(texts: Iterable[str]) -> Iterator[str]:
-    """The same text, SAMPLE_BLOCK characters at a time."""
+    """The text in blocks of SAMPLE_BLOCK characters."""
     rest = ""
     for text in texts:
         rest += text
@@ -310,7 +310,7 @@ def _blocks(texts: Iterable[str]) -> Iterator[str]:
 
 
 def _explain(error: RuntimeError, vocab_size: int) -> Exception:
-    """The trainer's two complaints about the size as ours; anything else is not the user's doing."""
+    """Turns the trainer's two errors about the size into ConfigErrors; others are internal."""
     spec, text = f"sentencepiece:{vocab_size}", str(error)
     if needed := re.search(r"smaller than required_chars\. \d+ vs (\d+)", text):
         return ConfigError(f"{spec} is too small for the corpus' characters: take at least {needed[1]}")

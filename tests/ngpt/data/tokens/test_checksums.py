@@ -38,7 +38,7 @@ def shard(tmp_path: Path) -> Path:
 def test_a_shard_is_read_once_and_when_asked_again(shard: Path, reads: list[int]) -> None:
     crc = token_crc(np.arange(1000) % 50)
     assert [shard_crc(shard) for _ in range(3)] == [crc] * 3 and len(reads) == 1
-    assert shard_crc(shard, again=True) == crc and len(reads) == 2
+    assert shard_crc(shard, recheck=True) == crc and len(reads) == 2
 
 
 def test_another_name_for_the_same_file_is_the_same_file(shard: Path, reads: list[int], tmp_path: Path) -> None:
