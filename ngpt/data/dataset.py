@@ -202,7 +202,7 @@ def _locate(config: DataConfig) -> Source:
     path = Path(config.corpus).expanduser()
     if not path.exists():
         known = unknown_message("corpus", config.corpus, CORPORA)
-        raise ConfigError(f"{known}; nor is there such a file or folder")
+        raise ConfigError(f"{known}; there is no such file or folder")
     if config.path is not None:
         raise ConfigError("data.path (--from) is a local copy of a named corpus, and this corpus is a path itself")
     return path if _is_prepared(path) or (path.is_dir() and shard_paths(path)) else text_corpus(path)
@@ -320,7 +320,7 @@ def _open_shard(path: Path, entry: dict[str, Any], folder: Path, *, recheck: boo
     """The tokens of a shard that belong to the split, checked against the manifest."""
     shard = read_shard(path)
     if path.stat().st_size != entry["size"] or shard_crc(path, recheck=recheck) != entry["crc32"]:
-        raise CorruptShardError(path, f"is not as the manifest has it; remove {folder} to prepare it again")
+        raise CorruptShardError(path, f"differs from the manifest; remove {folder} to prepare it again")
     return np.asarray(shard.tokens)[entry["first"] : entry["first"] + entry["tokens"]]
 
 
@@ -330,5 +330,5 @@ def _open_token_bytes(folder: Path, manifest: dict[str, Any]) -> np.ndarray | No
     path = folder / TOKEN_BYTES_FILE
     sizes = np.load(path)
     if token_crc(sizes) != manifest["token_bytes_crc32"]:
-        raise CorruptShardError(path, f"is not as the manifest has it; remove {folder} to prepare it again")
+        raise CorruptShardError(path, f"differs from the manifest; remove {folder} to prepare it again")
     return sizes.astype(np.int64)

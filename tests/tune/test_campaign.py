@@ -149,7 +149,7 @@ WRONG: dict[str, tuple[str, list[str]]] = {
     "unknown corpus": (
         f"campaign: small\nbase:\n  data:\n    «corpus: shakespear\n{PHASE}",
         [
-            "base.data.corpus: unknown corpus 'shakespear', did you mean 'shakespeare'?; nor is there such a file or "
+            "base.data.corpus: unknown corpus 'shakespear', did you mean 'shakespeare'?; there is no such file or "
             "folder"
         ],
     ),
@@ -158,7 +158,7 @@ WRONG: dict[str, tuple[str, list[str]]] = {
         [
             "vary.corpus[1]: unknown corpus 'nowhere/text.txt'; choose one of "
             + ", ".join(sorted(CORPORA))
-            + "; nor is there such a file or folder"
+            + "; there is no such file or folder"
         ],
     ),
     "a corpus without a name": (
@@ -509,7 +509,7 @@ WRONG: dict[str, tuple[str, list[str]]] = {
         "  - name: b\n    «inherit: c\n    runs: [{arm: x, «alhpa: 1}]\n«hold: 3\n",
         [
             "base.steps: input should be a valid integer, got 'x'",
-            "base.corpus: unknown corpus 'shakespear', did you mean 'shakespeare'?; nor is there such a file or folder",
+            "base.corpus: unknown corpus 'shakespear', did you mean 'shakespeare'?; there is no such file or folder",
             "seeds[0]: a seed is a whole number from 0 to 2147483647, got -1",
             "phases[0].vary.alpha[1]: input should be a valid number, got True",
             "phases[0].vary.lrr: unknown setting, did you mean 'lr'?",

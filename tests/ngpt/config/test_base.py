@@ -101,7 +101,7 @@ def test_a_config_cannot_be_changed() -> None:
         van.seats = 3
 
 
-def test_an_integer_is_a_number_and_null_is_what_an_optional_setting_may_be() -> None:
+def test_an_integer_is_accepted_as_a_float_and_null_for_an_optional_setting() -> None:
     van = build(Van, {"engine.power": 3, "plate": None})
     assert van.engine.power == 3.0 and isinstance(van.engine.power, float)
     assert van.plate is None
@@ -126,7 +126,7 @@ def test_nothing_is_silently_converted(setting: str, value: object, kind: str) -
     assert problems(build, Van, {setting: value}) == [(setting, f"input should be a {kind}, got {value!r}")]
 
 
-def test_all_problems_are_reported_at_once_each_where_it_is() -> None:
+def test_all_problems_are_reported_at_once_with_their_locations() -> None:
     found = problems(build, Van, {"ice.name": "vanila", "engine.power": -1.0, "seats": "3", "ice.scopes": 2})
     assert sorted(found) == [
         ("engine.power", "input should be greater than 0, got -1.0"),
@@ -148,9 +148,7 @@ def test_a_problem_with_an_item_of_a_list_has_its_index() -> None:
         ({"ice.scoops": 4, "ice.cone": True}, "ice.cone"),
     ],
 )
-def test_settings_that_do_not_fit_each_other_blame_the_first_one_that_was_given(
-    given_settings: dict[str, Any], blamed: str
-) -> None:
+def test_inconsistent_settings_blame_the_first_one_that_was_set(given_settings: dict[str, Any], blamed: str) -> None:
     assert problems(build, Van, given_settings) == [(blamed, "4 scoops do not fit a cone")]
 
 
@@ -164,11 +162,11 @@ def test_settings_that_do_not_fit_each_other_blame_the_first_one_that_was_given(
         ("qqq", "unknown setting; choose one of " + ", ".join(sorted(NAMES))),
     ],
 )
-def test_an_unknown_name_is_answered_with_the_nearest_or_with_all(name: str, message: str) -> None:
+def test_an_unknown_name_gets_the_nearest_name_or_the_full_list(name: str, message: str) -> None:
     assert problems(resolve, Van, name) == [("", message)]
 
 
-def test_a_bare_name_is_enough_where_only_one_setting_has_it() -> None:
+def test_a_last_part_is_enough_if_it_is_unique() -> None:
     assert [resolve(Van, name) for name in ("seats", "power", "engine.power", "ice.name")] == [
         "seats",
         "engine.power",
@@ -177,11 +175,11 @@ def test_a_bare_name_is_enough_where_only_one_setting_has_it() -> None:
     ]
 
 
-def test_a_choice_that_resembles_none_lists_all() -> None:
+def test_an_unknown_choice_without_a_similar_one_lists_all() -> None:
     assert unknown_message("flavour", "q", FLAVOURS) == "unknown flavour 'q'; choose one of chocolate, vanilla"
 
 
-def test_override_changes_what_it_names_and_nothing_else() -> None:
+def test_override_changes_only_the_named_settings() -> None:
     van = build(Van, {"seats": 5, "engine.name": "petrol"})
     changed = override(van, {"power": 7, "ice.name": "chocolate"})
     assert flatten(changed) == flatten(van) | {"engine.power": 7.0, "ice.name": "chocolate"}
@@ -196,7 +194,7 @@ def test_override_reports_all_unknown_names_as_they_were_written() -> None:
 
 
 @given(van_settings, van_settings)
-def test_what_is_built_or_overridden_is_what_flatten_returns(first: dict[str, Any], second: dict[str, Any]) -> None:
+def test_flatten_returns_what_was_built_or_overridden(first: dict[str, Any], second: dict[str, Any]) -> None:
     config = build(Van, first)
     assert {name: flatten(config)[name] for name in first} == first
     assert build(Van, flatten(config)) == config
@@ -234,11 +232,11 @@ def test_the_hash_can_leave_out_settings_and_take_in_other_facts() -> None:
     assert content_hash(van, extra={"data": "a"}) != content_hash(van, extra={"data": "b"}) != content_hash(van)
 
 
-def test_only_runtime_settings_are_without_identity() -> None:
+def test_only_runtime_settings_are_left_out_of_the_identity() -> None:
     assert [name for name in settings(Van) if not is_identity(Van, name)] == ["colour"]
 
 
-def test_a_location_is_written_as_a_person_writes_it() -> None:
+def test_a_location_is_shown_with_dots_and_brackets() -> None:
     assert dotted_name(("phases", 0, "vary", "alpha", 12)) == "phases[0].vary.alpha[12]"
     assert str(Problem(("a", 1), "is wrong")) == "a[1]: is wrong"
     assert str(ConfigError([Problem((), "one"), Problem(("b",), "two")])) == "one\nb: two"

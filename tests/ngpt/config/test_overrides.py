@@ -26,7 +26,7 @@ class Van(Config):
     ice: Ice = Ice()
 
 
-def test_settings_may_be_written_as_sections_dotted_names_or_bare_leaves() -> None:
+def test_settings_may_be_written_as_sections_dotted_names_or_last_parts() -> None:
     data = {"seats": 3, "engine": {"power": 4}, "ice.cone": False, "scoops": 2}
     found, wrong = named_settings(Van, data, ("base",))
     assert wrong == []
@@ -65,7 +65,7 @@ def test_a_section_knows_only_its_own_settings() -> None:
         ({"name": "x"}, Problem(("name",), "ambiguous setting, write one of engine.name, ice.name")),
     ],
 )
-def test_what_is_not_a_mapping_of_settings_is_a_problem(data: object, problem: Problem) -> None:
+def test_anything_but_a_mapping_of_settings_is_a_problem(data: object, problem: Problem) -> None:
     assert named_settings(Van, data) == ({}, [problem])
 
 
@@ -81,7 +81,7 @@ def test_a_section_may_be_a_file_of_its_settings(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("beside", [{"power": 7}, {"engine.power": 7}])
-def test_what_is_written_beside_a_file_beats_it_wherever_it_stands(beside: dict[str, int], tmp_path: Path) -> None:
+def test_settings_beside_a_section_file_override_it(beside: dict[str, int], tmp_path: Path) -> None:
     (tmp_path / "big.yaml").write_text("power: 250\nname: petrol\n")
     file = {"engine": f"{tmp_path}/big.yaml"}
     for data in (file | beside, beside | file):
@@ -100,7 +100,7 @@ def test_what_is_written_beside_a_file_beats_it_wherever_it_stands(beside: dict[
         (None, "{file}: No such file or directory"),
     ],
 )
-def test_a_mistake_in_a_section_file_is_shown_with_its_place_there(
+def test_a_mistake_in_a_section_file_is_reported_with_its_position(
     text: str | None, message: str, tmp_path: Path
 ) -> None:
     file = tmp_path / "engine.yaml"
@@ -112,7 +112,7 @@ def test_a_mistake_in_a_section_file_is_shown_with_its_place_there(
     assert set(found) <= {"engine.name"}  # what is sound is kept, so that all mistakes are found at once
 
 
-def test_a_section_file_lies_where_the_file_that_names_it_lies(tmp_path: Path) -> None:
+def test_the_path_of_a_section_file_is_relative_to_the_file_that_names_it(tmp_path: Path) -> None:
     (tmp_path / "engines").mkdir()
     (tmp_path / "engines" / "big.yaml").write_text("power: 250\n")
     found, wrong = named_settings(Van, {"engine": "engines/big.yaml"}, folder=tmp_path)

@@ -17,7 +17,7 @@ ENVIRONMENT = {
     "name",
     ["WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "db_password", "api-key", "tracker.apikey", "GH_TOKEN"],
 )
-def test_a_name_tells_a_secret(name: str) -> None:
+def test_names_of_secrets_are_recognized(name: str) -> None:
     assert is_secret_name(name)
 
 
@@ -33,7 +33,7 @@ def test_a_name_tells_a_secret(name: str) -> None:
         "keep_last",
     ],
 )
-def test_other_names_do_not(name: str) -> None:
+def test_other_names_are_not_secrets(name: str) -> None:
     assert not is_secret_name(name)
 
 
@@ -69,12 +69,12 @@ def test_a_secret_is_found_by_its_shape_or_in_the_environment(text: str, what: s
         "says: a token costs 0.3 ms; the key is the value's neighbour",
     ],
 )
-def test_what_campaigns_say_is_no_secret(text: str) -> None:
+def test_ordinary_campaign_text_is_not_a_secret(text: str) -> None:
     assert list(find_secrets(text, ENVIRONMENT)) == []
     assert redact(text, ENVIRONMENT) == text
 
 
-def test_a_file_with_a_secret_is_refused_by_its_place_and_not_by_its_content(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_with_a_secret_is_refused_with_its_position_but_not_its_content(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", ENVIRONMENT["HF_TOKEN"])
     with pytest.raises(ConfigError) as caught:
         refuse_secrets(f"campaign: x\n# {ENVIRONMENT['HF_TOKEN']}\n", "x.yaml")

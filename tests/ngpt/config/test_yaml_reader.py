@@ -75,16 +75,16 @@ def refusal(text: str) -> str:
         ("!!str 12", "12"),
     ],
 )
-def test_a_value_is_what_yaml_1_2_says_it_is(text: str, value: object) -> None:
+def test_values_follow_yaml_1_2(text: str, value: object) -> None:
     read = parse_value(text)
     assert read == value and type(read) is type(value)
 
 
-def test_keys_are_words_however_they_look() -> None:
+def test_keys_are_strings_even_if_they_look_like_numbers() -> None:
     assert parse_value("{1: a, true: b, 1e3: c, 'x y': d}") == {"1": "a", "true": "b", "1e3": "c", "x y": "d"}
 
 
-def test_an_anchor_is_read_where_it_is_used_and_may_be_given_anew() -> None:
+def test_an_anchor_is_expanded_and_may_be_redefined() -> None:
     assert parse_value("{a: &x [1], b: *x, c: &x 2, d: *x}") == {"a": [1], "b": [1], "c": 2, "d": 2}
 
 
@@ -144,7 +144,7 @@ def test_a_problem_is_described_with_the_nearest_position() -> None:
         ('a: "\\UFFFFFFFF"', "file.yaml: not valid YAML: Python int too large to convert to C int"),
     ],
 )
-def test_what_is_not_plain_yaml_is_refused_where_it_stands(text: str, message: str) -> None:
+def test_anything_but_plain_yaml_is_refused_with_its_position(text: str, message: str) -> None:
     assert refusal(text) == message
 
 
@@ -188,7 +188,7 @@ def test_endless_nesting_is_refused(opening: str) -> None:
     assert "nested too deeply, at most 50 levels are read" in refusal(opening * 3000)
 
 
-def test_fifty_levels_are_read_and_not_one_more() -> None:
+def test_at_most_fifty_levels_are_read() -> None:
     value = parse_value("[" * 50 + "]" * 50)
     for _ in range(49):
         (value,) = value

@@ -131,7 +131,7 @@ def test_a_failed_preparation_leaves_nothing_behind(
     assert [path.suffix for path in own_cache.iterdir()] == [".lock"]
 
 
-def test_what_a_killed_preparation_left_is_cleared_away(data: DataConfig, own_cache: Path) -> None:
+def test_leftovers_of_a_killed_preparation_are_removed(data: DataConfig, own_cache: Path) -> None:
     final = prepare(data)
     stale = own_cache / f".tmp-{final.name}-killed"
     final.rename(stale)
@@ -318,7 +318,7 @@ def test_all_corrupt_shards_are_named_at_once_in_one_line(
     assert "2 corrupt shards" in said and "a_train_0.bin has an odd" in said and "a_val_0.bin has an odd" in said
 
 
-def test_where_every_shard_is_corrupt_there_is_nothing_to_skip_to(shards: Path, own_cache: Path) -> None:
+def test_it_is_an_error_if_every_shard_is_corrupt(shards: Path, own_cache: Path) -> None:
     for path in shards.iterdir():
         path.write_bytes(b"")
     for policy in ("skip", "fail"):
@@ -331,7 +331,7 @@ def test_a_sound_folder_is_the_same_corpus_under_either_policy(shards: Path, own
     assert len({open_dataset(config).folder for config in policies}) == 1
 
 
-def test_a_link_to_nowhere_is_a_corrupt_shard(shards: Path, own_cache: Path) -> None:
+def test_a_dangling_link_is_a_corrupt_shard(shards: Path, own_cache: Path) -> None:
     (shards / "link_train.bin").symlink_to(shards / "nowhere")
     dataset = open_dataset(DataConfig(corpus=str(shards)))
     assert dataset.manifest["skipped"] == [{"name": "link_train.bin", "reason": "is not a file"}]
@@ -350,7 +350,7 @@ def test_a_model_that_is_too_small_for_the_shards_is_an_error_before_training(sh
         resolved(fineweb)
 
 
-def test_the_order_of_reading_is_no_part_of_the_corpus_but_of_the_run(data: DataConfig, dataset: Dataset) -> None:
+def test_the_order_of_reading_belongs_to_the_run_not_to_the_corpus(data: DataConfig, dataset: Dataset) -> None:
     orders = [
         override(data, changes)
         for changes in (
@@ -374,7 +374,7 @@ def test_fingerprints_stay_the_same_from_version_to_version() -> None:
     assert {name: fingerprint(DataConfig(corpus=name)) for name in expected} == expected
 
 
-def test_shakespeare_has_the_tokens_that_the_world_knows(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shakespeare_has_the_published_token_counts(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """nanoGPT, data/shakespeare/readme.md. Needs the network, or NGPT_TEST_SHAKESPEARE and NGPT_TEST_GPT2."""
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(own_cache))
     text, folder = os.environ.get("NGPT_TEST_SHAKESPEARE"), os.environ.get("NGPT_TEST_GPT2")
@@ -449,14 +449,14 @@ def test_shakespeare_without_network_asks_for_a_copy(own_cache: Path, monkeypatc
     ("settings", "message"),
     [
         ({"corpus": "shakespear"}, "unknown corpus 'shakespear', did you mean 'shakespeare'"),
-        ({"corpus": "/nowhere/at/all.txt"}, "nor is there such a file or folder"),
+        ({"corpus": "/nowhere/at/all.txt"}, "there is no such file or folder"),
         ({"corpus": "shakespeare", "path": "/nowhere.txt"}, "no such file"),
         ({"corpus": "python-docs", "path": "x"}, "leave out data.path"),
         ({"corpus": ".", "path": "x"}, "local copy of a named corpus"),
         ({"tokenizer": "/nowhere.model"}, "no such file"),
     ],
 )
-def test_what_is_not_there_is_an_error_of_the_user(settings: dict[str, str], message: str) -> None:
+def test_a_missing_file_is_an_error_of_the_user(settings: dict[str, str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         fingerprint(build(DataConfig, settings))
 
@@ -492,7 +492,7 @@ def test_a_text_that_cannot_be_used_is_an_error_of_the_user(
         prepare(DataConfig(corpus=str(tmp_path / "a.txt")))
 
 
-def test_out_is_used_once_and_never_taken_from_something_else(data: DataConfig, tmp_path: Path) -> None:
+def test_out_is_never_overwritten_if_it_holds_something_else(data: DataConfig, tmp_path: Path) -> None:
     out = tmp_path / "mine"
     assert prepare(data, out=out) == out == prepare(data, out=out)
     with pytest.raises(ConfigError, match="holds something else"):

@@ -37,7 +37,7 @@ def shard_of(dataset: Dataset, window: np.ndarray) -> int:
 
 
 @given(lengths, st.integers(0, 2**31), st.integers(0, 10**6), st.integers(1, 5), st.integers(1, 12))
-def test_every_window_is_a_slice_of_one_shard_and_targets_are_one_further(
+def test_every_window_is_a_slice_of_one_shard_with_targets_shifted_by_one(
     parts: list[int], seed: int, step: int, batch_size: int, block_size: int
 ) -> None:
     dataset = dataset_of([*parts, 13], [13])
@@ -65,7 +65,7 @@ def test_an_epoch_in_batches_is_the_text_once_with_every_target_where_the_next_w
         shard_of(dataset, np.append(idx[0].numpy(), targets[0, -1]))
 
 
-def test_a_batch_depends_on_seed_and_step_and_nothing_else() -> None:
+def test_a_batch_depends_only_on_seed_and_step() -> None:
     dataset = dataset_of([500, 400], [50])
 
     def batch(seed: int, step: int) -> list[list[int]]:
@@ -125,11 +125,11 @@ def test_evaluation_tokens_do_not_depend_on_the_batch_size() -> None:
     assert eval_set(dataset, tokens=100, batch_size=1, block_size=16).sha256 != sets[0].sha256
 
 
-def test_fewer_tokens_than_asked_for_are_used_as_they_are() -> None:
+def test_a_small_validation_split_is_used_completely() -> None:
     assert eval_set(dataset_of([50], [33]), tokens=10**6, batch_size=4, block_size=16).n_tokens == 32
 
 
-def test_without_a_tokenizer_there_is_no_count_of_bytes() -> None:
+def test_bytes_are_not_counted_without_a_tokenizer() -> None:
     assert eval_set(dataset_of([50], [50], sizes=False), tokens=32, batch_size=4, block_size=16).n_bytes is None
 
 

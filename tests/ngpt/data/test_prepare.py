@@ -202,7 +202,7 @@ def finished_shards(folder: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "gone"])
-def test_a_shard_that_was_damaged_meanwhile_is_made_again(
+def test_a_shard_that_was_damaged_meanwhile_is_written_again(
     pages: Path, tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
     monkeypatch.setattr(preparation, "SHARD_TOKENS", 2000)
@@ -225,7 +225,7 @@ def test_a_shard_that_was_damaged_meanwhile_is_made_again(
     assert made["splits"]["train"]["tokens"] == sum(entry["tokens"] for entry in made["splits"]["train"]["shards"])
 
 
-def test_what_was_begun_with_another_vocabulary_or_shard_size_is_not_continued(
+def test_a_preparation_with_another_vocabulary_or_shard_size_is_not_continued(
     pages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     corpus = text_corpus(pages)

@@ -60,7 +60,7 @@ def test_an_epoch_has_every_window_exactly_once_and_so_has_the_next(
 
 @pytest.mark.parametrize("name", ORDERS)
 @given(parts=lengths, block_size=block_sizes, seed=st.integers(0, 2**31), step=st.integers(0, 500))
-def test_a_step_can_be_had_without_those_before_it(
+def test_a_step_does_not_need_the_steps_before_it(
     name: str, parts: tuple[int, ...], block_size: int, seed: int, step: int
 ) -> None:
     how = {"seed": seed, "batch_size": 3, "block_size": block_size}
@@ -111,7 +111,7 @@ def test_the_windows_of_a_shard_are_shuffled_evenly() -> None:
 
 
 @given(total=st.integers(1, 80), size=st.integers(1, 100), seed=st.integers(0, 2**31), epoch=st.integers(0, 3))
-def test_the_reservoir_is_the_textbooks_shuffle_buffer(total: int, size: int, seed: int, epoch: int) -> None:
+def test_the_reservoir_is_the_textbook_shuffle_buffer(total: int, size: int, seed: int, epoch: int) -> None:
     """The buffer itself, with the same draws: fill it, then emit one and replace it, then empty it."""
     stream = iter(range(total))
     buffer = [next(stream) for _ in range(min(size, total))]

@@ -72,7 +72,7 @@ def test_more_shards_are_another_corpus_and_only_what_is_new_is_downloaded(finew
     assert len(open_dataset(two).train) == 2
 
 
-def test_a_download_that_was_cleared_away_is_fetched_again(fineweb_hub: Hub, own_cache: Path) -> None:
+def test_a_deleted_download_is_fetched_again(fineweb_hub: Hub, own_cache: Path) -> None:
     config = DataConfig(corpus="fineweb")
     folder = open_dataset(config).folder
     shutil.rmtree(own_cache / "downloads")
@@ -99,7 +99,7 @@ def test_a_local_copy_of_fineweb_needs_no_network(tmp_path: Path) -> None:
     assert len(open_dataset(DataConfig(corpus="fineweb", path=str(moved), shards=2)).train) == 2
 
 
-def test_files_as_long_as_the_published_ones_are_the_published_corpus_and_others_are_not(tmp_path: Path) -> None:
+def test_local_files_count_as_the_published_corpus_only_if_their_lengths_match(tmp_path: Path) -> None:
     published = fingerprint(DataConfig(corpus="fineweb", shards=2))
     for name in NAMES[:3]:
         with (tmp_path / name).open("wb") as file:  # a hole: no space on the disk, nothing to read
@@ -116,7 +116,7 @@ def test_files_as_long_as_the_published_ones_are_the_published_corpus_and_others
     assert len({published, small, fingerprint(config)}) == 3
 
 
-def test_the_tokenizer_of_fineweb_is_gpt2s_whatever_size_another_corpus_would_be_trained_for(tmp_path: Path) -> None:
+def test_fineweb_always_has_the_tokenizer_of_gpt2(tmp_path: Path) -> None:
     default, named = DataConfig(corpus="fineweb"), DataConfig(corpus="fineweb", tokenizer="gpt2")
     assert fingerprint(default) == fingerprint(named) and vocab_size(default) == vocab_size(named) == 50257
     for spec in (str(write_llama(tmp_path / "a.model")), f"gpt2:{write_gpt2(tmp_path / 'gpt2')}"):
@@ -135,7 +135,7 @@ def test_the_tokenizer_of_fineweb_is_gpt2s_whatever_size_another_corpus_would_be
         ({"corpus": "openwebtext", "path": "nowhere"}, "no such file: nowhere"),
     ],
 )
-def test_what_cannot_be_is_said_before_anything_is_downloaded(
+def test_impossible_settings_are_refused_before_any_download(
     settings: dict[str, object], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -144,7 +144,7 @@ def test_what_cannot_be_is_said_before_anything_is_downloaded(
 
 
 @pytest.mark.parametrize("corpus", ["fineweb", "openwebtext"])
-def test_no_network_is_one_line_that_names_the_way_out(
+def test_without_network_one_line_suggests_a_local_copy(
     corpus: str, capsys: pytest.CaptureFixture[str], own_cache: Path
 ) -> None:
     assert main([corpus, "--tokenizer", "gpt2"]) == 2

@@ -27,13 +27,13 @@ def disk_full(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("data", [b"\x00\xff\n", "naïve ∑\r\n", "", b""])
-def test_what_is_written_is_read_back(tmp_path: Path, data: bytes | str) -> None:
+def test_written_content_is_read_back(tmp_path: Path, data: bytes | str) -> None:
     write_atomic(tmp_path / "a", data)
     assert (tmp_path / "a").read_bytes() == (data.encode() if isinstance(data, str) else data)
     assert os.listdir(tmp_path) == ["a"]
 
 
-def test_a_failed_write_leaves_the_old_content_and_no_litter(tmp_path: Path, disk_full: None) -> None:
+def test_a_failed_write_keeps_the_old_content_and_leaves_no_temporary_file(tmp_path: Path, disk_full: None) -> None:
     (tmp_path / "a").write_text("old")
     with pytest.raises(OSError, match="No space"):
         write_atomic(tmp_path / "a", "new")
@@ -124,7 +124,7 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_line_costs_that_line_only(
     assert (tmp_path / "log").read_text() == "one\nthree\n"
 
 
-def test_the_newest_line_can_be_taken_back(tmp_path: Path, lines: LineFile) -> None:
+def test_the_newest_line_can_be_removed(tmp_path: Path, lines: LineFile) -> None:
     for line in ("one", "zwöi", "three"):
         lines.append(line)
     lines.remove_last("three")
@@ -163,9 +163,7 @@ def test_a_folder_is_removed_with_all_that_is_in_it(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
-def test_what_a_killed_write_has_left_is_swept_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_temporary_files_of_killed_writes_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_atomic(tmp_path / "a.json", "old")
     with monkeypatch.context() as patch:  # as when the process is gone before it can clean up
         patch.setattr(Path, "replace", lambda *_: exit())

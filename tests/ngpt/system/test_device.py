@@ -11,7 +11,7 @@ from ngpt.system.device import DEVICES, DTYPES, mixed_precision, pick_device
     ("cuda", "mps", "chosen"),
     [(True, True, "cuda"), (True, False, "cuda"), (False, True, "mps"), (False, False, "cpu")],
 )
-def test_auto_takes_the_fastest_that_is_there(
+def test_auto_picks_the_fastest_available_device(
     cuda: bool, mps: bool, chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
@@ -28,7 +28,7 @@ def test_auto_takes_the_fastest_that_is_there(
 
 
 @pytest.mark.parametrize("name", DTYPES)
-def test_matrix_products_have_the_precision_that_is_named(name: str) -> None:
+def test_matrix_products_have_the_requested_precision(name: str) -> None:
     one = torch.ones(2, 2)
     with mixed_precision(torch.device("cpu"), name):
         assert (one @ one).dtype == DTYPES[name]

@@ -25,7 +25,7 @@ def test_a_torn_last_line_does_not_swallow_the_next_record(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("line", ["", "[1]", "3", '{"other": 1}', "{", "\x00\x00", '"shape"'])
-def test_a_line_that_is_no_such_record_is_skipped(line: str, tmp_path: Path) -> None:
+def test_a_line_that_is_not_such_a_record_is_skipped(line: str, tmp_path: Path) -> None:
     path = tmp_path / "speeds.jsonl"
     path.write_bytes(line.encode() + b'\n\xff\n{"shape": "b"}\n')
     assert read_json_lines(path, fields=["shape"]) == [{"shape": "b"}]

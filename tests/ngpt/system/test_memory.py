@@ -66,7 +66,7 @@ for line in open("/proc/self/smaps"):
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
-def test_what_the_user_says_about_huge_pages_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_setting_of_the_user_about_huge_pages_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")
     configure_allocator()
     assert os.environ["THP_MEM_ALLOC_ENABLE"] == "0"
@@ -98,7 +98,9 @@ print(before - resident())
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="this is about glibc")
 @pytest.mark.parametrize("huge_pages", ["0", "1"])
-def test_a_large_tensor_is_given_back_whatever_lies_above_it(huge_pages: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_tensor_is_released_whatever_lies_above_it_on_the_heap(
+    huge_pages: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def given_back(kind: str) -> int:
         run = subprocess.run([sys.executable, "-c", HOLES, kind], capture_output=True, text=True, check=True)
         return int(run.stdout)
@@ -112,7 +114,7 @@ def test_a_large_tensor_is_given_back_whatever_lies_above_it(huge_pages: str, mo
 
 @pytest.mark.slow
 @pytest.mark.skipif(not HUGE_PAGES.exists(), reason="this kernel knows no huge pages")
-def test_huge_pages_are_asked_for_where_nobody_has_said_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_huge_pages_are_enabled_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     def asked(kind: str) -> str:
         run = subprocess.run([sys.executable, "-c", PAGES, kind], capture_output=True, text=True, check=True)
         return run.stdout.strip()
@@ -146,11 +148,11 @@ def shortage(words: str) -> Exception:
         (ValueError("out of memory"), False),
     ],
 )
-def test_a_lack_of_memory_is_told_from_other_errors(error: Exception, is_one: bool) -> None:
+def test_out_of_memory_is_told_from_other_errors(error: Exception, is_one: bool) -> None:
     assert is_out_of_memory(error) == is_one
 
 
-def test_what_torch_and_numpy_really_raise_is_known() -> None:
+def test_real_errors_of_torch_and_numpy_are_recognized() -> None:
     for allocate in (lambda: torch.empty(1 << 60, dtype=torch.uint8), lambda: np.empty(1 << 60, np.uint8)):
         with pytest.raises((RuntimeError, MemoryError)) as caught:
             allocate()
@@ -175,7 +177,7 @@ def test_an_attempt_is_made_smaller_until_it_fits() -> None:
     assert tried == [8, 4, 2]
 
 
-def test_what_the_failed_attempt_held_is_gone_before_the_next() -> None:
+def test_memory_of_a_failed_attempt_is_released_before_the_next() -> None:
     """Its tensors hang on the traceback, and that on the exception."""
     alive: list[weakref.ref[torch.Tensor]] = []
     found: list[int] = []
@@ -192,7 +194,7 @@ def test_what_the_failed_attempt_held_is_gone_before_the_next() -> None:
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), ValueError("else"), RuntimeError("else")])
-def test_an_error_that_less_does_not_help_against_is_raised_as_it_was(error: Exception) -> None:
+def test_other_errors_are_raised_unchanged(error: Exception) -> None:
     def attempt() -> None:
         raise error
 

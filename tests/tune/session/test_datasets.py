@@ -125,7 +125,7 @@ def test_a_flipped_bit_is_found_at_the_next_start(on_shards: Path, monkeypatch: 
     damaged[-1] ^= 1
     path.write_bytes(damaged)
     describe_data(campaign.base)  # a worker trusts the checks of the campaign
-    with pytest.raises(CorruptShardError, match=r"a_train_0\.bin: is not as the manifest has it"):
+    with pytest.raises(CorruptShardError, match=r"a_train_0\.bin: differs from the manifest"):
         check_all(campaign)
 
 

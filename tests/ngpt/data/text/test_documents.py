@@ -40,7 +40,7 @@ def write(path: Path, texts: list[str]) -> Path:
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.jsonl", "a.jsonl.gz", "a.JSONL.zst"])
-def test_documents_come_back_as_they_were_written(tmp_path: Path, name: str) -> None:
+def test_documents_are_read_unchanged(tmp_path: Path, name: str) -> None:
     path = write(tmp_path / name, [TEXTS[0], "", *TEXTS[1:]])
     assert holds_documents(path)
     assert list(read_documents([path])) == TEXTS  # an empty one is none
@@ -67,7 +67,7 @@ def test_files_are_read_by_name_from_all_folders_but_hidden_ones(tmp_path: Path)
     assert list(read_documents(find_files(tmp_path))) == ["a.jsonl", "b.jsonl", "z/c.jsonl"]
 
 
-def test_the_size_of_the_text_is_known_about_without_reading_it(tmp_path: Path) -> None:
+def test_the_size_of_the_text_is_estimated_without_reading_it(tmp_path: Path) -> None:
     texts = [f"{number} is not {number + 1}, and so on. " * 20 for number in range(500)]
     size = sum(map(len, texts))
     paths = [write_parquet(tmp_path / "a.parquet", texts, rows=500), write_json_lines(tmp_path / "a.jsonl", texts)]
@@ -111,7 +111,7 @@ def test_a_place_without_files_is_an_error(tmp_path: Path) -> None:
         find_files(tmp_path / "nowhere")
 
 
-def test_large_documents_are_known_by_samples_and_every_change_of_length_or_edge_shows(
+def test_large_files_are_identified_by_length_edges_and_samples(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(documents, "HASHED_WHOLE", 1000)

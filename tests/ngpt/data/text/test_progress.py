@@ -12,7 +12,7 @@ class Clock:
         return self.now
 
 
-def test_what_is_over_soon_says_nothing() -> None:
+def test_short_work_logs_nothing() -> None:
     said: list[str] = []
     clock = Clock()
     meter = Meter(said.append, "x", clock=clock)
@@ -22,7 +22,7 @@ def test_what_is_over_soon_says_nothing() -> None:
     assert said == []
 
 
-def test_a_line_every_few_seconds_with_rate_and_rest() -> None:
+def test_a_line_every_few_seconds_has_rate_and_remaining_time() -> None:
     said: list[str] = []
     clock = Clock()
     meter = Meter(said.append, "docs", clock=clock)
@@ -45,7 +45,7 @@ def test_a_line_every_few_seconds_with_rate_and_rest() -> None:
         (1 / 1001, 0.0, "1,000/s, 0 %, 2:46:40 to go"),
     ],
 )
-def test_the_rest_is_said_where_it_can_be_known(fraction: float | None, before: float, end: str) -> None:
+def test_the_remaining_time_is_shown_if_it_is_known(fraction: float | None, before: float, end: str) -> None:
     said: list[str] = []
     clock = Clock()
     meter = Meter(said.append, "docs", clock=clock)

@@ -39,7 +39,7 @@ def test_python_docs_leaves_out_tests_builds_and_installed_packages(tmp_path: Pa
         (r'"""odd \d escape"""', [r"odd \d escape"]),
     ],
 )
-def test_docstrings_come_in_reading_order_and_what_is_no_python_has_none(
+def test_docstrings_are_in_reading_order_and_invalid_python_has_none(
     tmp_path: Path, source: str | bytes, found: list[str]
 ) -> None:
     (tmp_path / "m.py").write_bytes(source.encode() if isinstance(source, str) else source)

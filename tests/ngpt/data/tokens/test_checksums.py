@@ -35,7 +35,7 @@ def shard(tmp_path: Path) -> Path:
     return write_shard(tmp_path / "a.bin", np.arange(1000) % 50, vocab_size=50).path
 
 
-def test_a_shard_is_read_once_and_when_asked_again(shard: Path, reads: list[int]) -> None:
+def test_a_shard_is_read_once_unless_a_recheck_is_requested(shard: Path, reads: list[int]) -> None:
     crc = token_crc(np.arange(1000) % 50)
     assert [shard_crc(shard) for _ in range(3)] == [crc] * 3 and len(reads) == 1
     assert shard_crc(shard, recheck=True) == crc and len(reads) == 2
@@ -74,20 +74,20 @@ def test_a_shard_that_changed_is_read_again(change: Any, shard: Path, reads: lis
     assert shard_crc(shard) != before and len(reads) == 2
 
 
-def test_what_changed_just_now_is_not_believed_yet(shard: Path, reads: list[int], monkeypatch: Any) -> None:
+def test_a_shard_that_has_just_changed_is_not_cached(shard: Path, reads: list[int], monkeypatch: Any) -> None:
     monkeypatch.setattr(checksums, "_last_change", lambda path: time.time() - 1)
     assert shard_crc(shard) == shard_crc(shard) and len(reads) == 2
 
 
 @pytest.mark.parametrize("content", ["", "[]", "null", '[["x"], 1]', "[[1,2,3], null]", "\0"])
-def test_a_damaged_record_is_as_good_as_none(content: str, shard: Path, reads: list[int], tmp_path: Path) -> None:
+def test_a_damaged_cache_record_is_ignored(content: str, shard: Path, reads: list[int], tmp_path: Path) -> None:
     crc = shard_crc(shard)
     (record,) = (tmp_path / "cache" / "checked").iterdir()
     record.write_text(content)
     assert shard_crc(shard) == crc and len(reads) == 2
 
 
-def test_where_nothing_can_be_kept_the_shard_is_read_each_time(
+def test_without_a_writable_cache_the_shard_is_read_each_time(
     shard: Path, reads: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("")
@@ -95,6 +95,6 @@ def test_where_nothing_can_be_kept_the_shard_is_read_each_time(
     assert shard_crc(shard) == shard_crc(shard) and len(reads) == 2
 
 
-def test_what_is_no_shard_is_said_by_who_reads_it(tmp_path: Path, reads: list[int]) -> None:
+def test_a_file_that_is_not_a_shard_is_reported_by_its_reader(tmp_path: Path, reads: list[int]) -> None:
     with pytest.raises(CorruptShardError, match="is not a file"):
         shard_crc(tmp_path / "nowhere.bin")

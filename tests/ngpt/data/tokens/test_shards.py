@@ -34,7 +34,7 @@ def test_tokens_come_back_as_they_were_written(tmp_path: Path, tokens: np.ndarra
     assert shard.vocab_size == 65536 and shard.has_header
 
 
-def test_what_is_written_is_what_public_readers_expect(tmp_path: Path) -> None:
+def test_public_readers_can_read_our_shards(tmp_path: Path) -> None:
     write_shard(tmp_path / "a.bin", np.array([5, 0, 299]), vocab_size=300)
     data = (tmp_path / "a.bin").read_bytes()
     assert struct.unpack("<3i", data[:12]) == (20240520, 1, 3)
@@ -101,7 +101,7 @@ def test_every_flipped_bit_is_found(tmp_path: Path, tokens: np.ndarray, data: st
         verify_shard(path, vocab_size=65536)
 
 
-def test_two_hundred_of_two_hundred_flipped_bits_anywhere_in_a_shard_are_found(tmp_path: Path) -> None:
+def test_two_hundred_random_bit_flips_are_all_found(tmp_path: Path) -> None:
     path, draw = tmp_path / "a.bin", random.Random(6)
     write_shard(path, np.arange(2000) % 300, vocab_size=300)
     whole = path.read_bytes()
@@ -149,7 +149,7 @@ def test_a_broken_shard_is_named_with_the_reason(tmp_path: Path, data: bytes, re
     assert str(path) in str(caught.value)
 
 
-def test_a_folder_or_a_dangling_link_is_no_shard(tmp_path: Path) -> None:
+def test_a_folder_or_a_dangling_link_is_not_a_shard(tmp_path: Path) -> None:
     (tmp_path / "folder.bin").mkdir()
     (tmp_path / "link.bin").symlink_to(tmp_path / "nowhere")
     for name in ("folder.bin", "link.bin", "missing.bin"):
@@ -157,7 +157,7 @@ def test_a_folder_or_a_dangling_link_is_no_shard(tmp_path: Path) -> None:
             read_shard(tmp_path / name)
 
 
-def test_the_error_survives_the_way_between_processes(tmp_path: Path) -> None:
+def test_the_error_can_be_pickled(tmp_path: Path) -> None:
     error = pickle.loads(pickle.dumps(CorruptShardError(tmp_path / "a.bin", "is empty")))
     assert str(error) == f"{tmp_path / 'a.bin'}: is empty"
 

@@ -115,7 +115,7 @@ def test_training_is_silent(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -
         (["\n\n"], 400, "no text"),
     ],
 )
-def test_a_size_that_does_not_suit_the_text_is_one_clear_error(
+def test_an_unsuitable_vocabulary_size_is_one_clear_error(
     tmp_path: Path, texts: list[str], size: int, reason: str
 ) -> None:
     with pytest.raises(ConfigError, match=reason):
@@ -170,7 +170,7 @@ def test_a_model_like_llamas_encodes_as_sentencepiece_does(tmp_path: Path) -> No
         assert tokenizer.encode(text).tolist() == reference.encode(text)
 
 
-def test_gpt2_and_our_own_models_have_the_marks_they_have(gpt2: Tokenizer, trained: Tokenizer) -> None:
+def test_document_marks_of_gpt2_and_trained_models(gpt2: Tokenizer, trained: Tokenizer) -> None:
     assert gpt2.document_mark == 259 and trained.document_mark is None
 
 
@@ -195,7 +195,7 @@ def test_gpt2_files_that_do_not_belong_together_are_refused(gpt2_folder: Path, t
         load_tokenizer(f"gpt2:{tmp_path}", None)
 
 
-def test_a_copy_of_the_gpt2_files_is_the_same_tokenizer_wherever_it_lies(gpt2_folder: Path, tmp_path: Path) -> None:
+def test_a_copy_of_the_gpt2_files_is_the_same_tokenizer(gpt2_folder: Path, tmp_path: Path) -> None:
     for name in ("encoder.json", "vocab.bpe"):
         (tmp_path / name).write_bytes((gpt2_folder / name).read_bytes())
     assert tokenizer_identity(f"gpt2:{tmp_path}") == tokenizer_identity(f"gpt2:{gpt2_folder}")
@@ -238,7 +238,7 @@ def test_the_vocabulary_of_a_spec_is_known_without_files(spec: str, parsed: tupl
         ("bert", "choose one of"),
     ],
 )
-def test_a_spec_that_is_none_is_refused(spec: str, message: str) -> None:
+def test_an_invalid_spec_is_refused(spec: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse_spec(spec)
 
