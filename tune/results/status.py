@@ -1,4 +1,4 @@
-"""Where a campaign stands, read from its files: by its own process for the live view, by any other for `status`."""
+"""The progress of a campaign, read from its files: for the live view of its own process, and for `status`."""
 
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -24,7 +24,7 @@ def take_snapshot(
     finished_phases: Sequence[PhaseSummary],
     dashboard_url: str | None = None,
 ) -> Snapshot:
-    """The view of this moment. `finished_phases` are the summaries of the phases that have a winner."""
+    """Returns the current view; `finished_phases` are the summaries of the phases that have a winner."""
     expected: dict[str, int] = state.campaign["expected_trials"]
     totals = expected | {phase.name: len(phase.trial_ids) for phase in state.phases.values()}
     planned = [trial_id for phase in state.phases.values() for trial_id in phase.trial_ids]
@@ -74,7 +74,7 @@ def _running(root: Path, event: Mapping[str, Any]) -> Running:
 
 
 def _best(state: CampaignState, phase: PhaseState) -> tuple[str, float, int] | None:
-    """The arm that leads so far, among those with the most seeds done."""
+    """The best arm so far, among those with the most finished seeds."""
     scores = []
     for arm in phase.arms:
         values = [state.outcome(trial_id).value for trial_id in arm.trial_ids.values()]
@@ -92,7 +92,7 @@ def _seconds_since(time: str) -> float:
 
 
 def read_snapshot(root: Path) -> Snapshot:
-    """The view of a results directory, from any process.
+    """Returns the view of a results directory, from any process.
 
     Raises:
         ConfigError: there is no campaign in `root`.

@@ -1,8 +1,7 @@
-"""`verify`: whether a results directory is as it was written, what is wrong where it is not, and what can be rebuilt.
+"""`verify`: checks every file of a results directory, and says which of them can be rebuilt.
 
-The journal proves itself by its CRCs, a checkpoint by its digests. Records and curves have none: they are a function
-of the journal and of the trials' metrics, so they are made once more, elsewhere, and held against those that are there.
-Nothing in the directory is changed.
+The journal has a CRC for each line, and a checkpoint has digests. Records and curves have none: they follow from the
+journal and the trials' metrics, so they are made again elsewhere and compared. Nothing in the directory is changed.
 """
 
 import hashlib
@@ -30,8 +29,8 @@ LEFTOVER = "of a process that was killed; safe to remove"
 
 
 @dataclass(frozen=True)
-class Finding:
-    """Something about a file. A note is nothing wrong; a problem may have a remedy."""
+class Issue:
+    """A problem with a file, or a note about it that is not a problem."""
 
     path: str  # relative to the results directory
     text: str
@@ -41,24 +40,24 @@ class Finding:
 
 @dataclass
 class Directory:
-    """A results directory as the checks see it."""
+    """A results directory, as the checks read it."""
 
     root: Path
     events: list[Event]
     state: CampaignState
-    running: bool  # a process works on it now
-    checked: dict[str, int] = field(default_factory=dict)  # how many of each kind were looked at
+    running: bool  # a process holds its lock
+    checked: dict[str, int] = field(default_factory=dict)  # number of files by kind
 
     @property
     def whole(self) -> bool:
-        """Whether the journal says that its newest session has ended."""
+        """Whether the newest session has ended, so that all files are written."""
         return self.state.ended and not self.running
 
 
 def verify(root: Path) -> dict[str, Any]:
-    """What is wrong in the results directory `root`: `intact`, `problems`, `notes`, and how much was `checked`.
+    """Checks the results directory `root`: returns `intact`, `problems`, `notes` and the numbers of files `checked`.
 
-    Each problem has a `path`, a `text` and a `remedy`, which is None where there is none but a backup.
+    Each problem has a `path`, a `text` and a `remedy`, which is None if only a backup helps.
 
     Raises:
         ConfigError: there is no journal in `root`.
@@ -70,16 +69,18 @@ def verify(root: Path) -> dict[str, Any]:
     directory = Directory(root, events, replay(events), is_locked(root))
     directory.checked["events"] = len(events)
     if directory.running:
-        found.append(Finding("campaign.lock", "a run is working here; what it writes is not compared", is_note=True))
+        found.append(Issue("campaign.lock", "a run is working here; what it writes is not compared", is_note=True))
     if directory.state.campaign:
-        # With a hole in the journal everything that rests on it would be called wrong.
-        sound = not any(not finding.is_note for finding in found)
+        # A damaged journal would make everything that follows from it look wrong.
+        sound = not any(not issue.is_note for issue in found)
         for name, check in CHECKS.items():
             if sound or name not in NEED_JOURNAL:
                 found += check(directory)
     elif not found:
-        found.append(Finding("journal.jsonl", "it holds no campaign", is_note=True))
-    found = list({each.path: each for each in reversed(found)}.values())[::-1]  # what was found first says more
+        found.append(Issue("journal.jsonl", "it holds no campaign", is_note=True))
+    found = list({each.path: each for each in reversed(found)}.values())[
+        ::-1
+    ]  # of several about one path the first is the cause
     kinds = {kind: [_plain(each) for each in found if each.is_note == (kind == "notes")] for kind in KINDS}
     return {"results": str(root), "intact": not kinds["problems"], "checked": directory.checked} | kinds
 
@@ -87,12 +88,12 @@ def verify(root: Path) -> dict[str, Any]:
 KINDS = ("problems", "notes")
 
 
-def _plain(finding: Finding) -> dict[str, Any]:
-    return {name: value for name, value in asdict(finding).items() if name != "is_note"}
+def _plain(issue: Issue) -> dict[str, Any]:
+    return {name: value for name, value in asdict(issue).items() if name != "is_note"}
 
 
-def read_events(root: Path) -> tuple[list[Event], list[Finding]]:
-    """All events up to the first line that is damaged, and a finding for each line that is."""
+def read_events(root: Path) -> tuple[list[Event], list[Issue]]:
+    """Reads all events before the first damaged line, and an issue for each damaged line."""
     raw = (root / "journal.jsonl").read_bytes()
     whole = intact_length(raw)
     events: list[Event] = []
@@ -101,25 +102,25 @@ def read_events(root: Path) -> tuple[list[Event], list[Finding]]:
         event = parse_line(line)
         if event is None or event.get("seq") != number:
             what = "does not match its CRC" if event is None else f"has number {event.get('seq')}, not {number}"
-            found.append(Finding(f"journal.jsonl:{number}", f"this line {what}", "only a backup has it"))
+            found.append(Issue(f"journal.jsonl:{number}", f"this line {what}", "only a backup has it"))
         elif not found:
             events.append(event)
     if torn := len(raw) - whole:
         text = f"its last {torn} bytes are a line that a crash has cut off; the next run sets them aside"
-        found.append(Finding("journal.jsonl", text, is_note=True))
+        found.append(Issue("journal.jsonl", text, is_note=True))
     return events, found
 
 
-def check_heading(directory: Directory) -> Iterator[Finding]:
-    """`manifest.json` and `campaign.yaml` against the newest start of the campaign."""
+def check_heading(directory: Directory) -> Iterator[Issue]:
+    """Compares `manifest.json` and `campaign.yaml` with the newest start of the campaign."""
     started = directory.state.campaign
     manifest, problem = _read_json(directory.root / "manifest.json")
-    # What older versions did not journal, or keep no digest of, is not held against them.
+    # Older versions journaled fewer fields and no digest of the file.
     kept = {name: started[name] for name in ("campaign", "command", "environment", "data", "base") if name in started}
     if problem is None and not (isinstance(manifest, dict) and manifest | kept == manifest):
         problem = "it is not what the journal says of the newest start"
     if problem:
-        yield Finding("manifest.json", problem, "the same command writes it anew")
+        yield Issue("manifest.json", problem, "the same command writes it anew")
     try:
         digest = _sha256(directory.root / "campaign.yaml")
         same = digest == started.get("file_sha256", digest)
@@ -127,72 +128,72 @@ def check_heading(directory: Directory) -> Iterator[Finding]:
     except OSError as error:
         problem = _reason(error)
     if problem:
-        yield Finding("campaign.yaml", problem, "the same command writes it anew")
+        yield Issue("campaign.yaml", problem, "the same command writes it anew")
 
 
-def check_trials(directory: Directory) -> Iterator[Finding]:
-    """Each trial's settings and metrics against its result in the journal."""
+def check_trials(directory: Directory) -> Iterator[Issue]:
+    """Compares each trial's settings and metrics with its result in the journal."""
     results = directory.state.results
     directory.checked["trials"] = len(results)
     for trial_id, result in results.items():
         folder = Path("trials", trial_id)
         if not (directory.root / folder).is_dir():
-            yield Finding(str(folder), "the folder is missing", AGAIN)
+            yield Issue(str(folder), "the folder is missing", AGAIN)
             continue
         config, problem = _read_json(directory.root / folder / "config.json")
         if problem is None and config != result["config"]:
             problem = "its settings are not those of the trial's record"
         if problem:
-            yield Finding(str(folder / "config.json"), problem, "the record in the journal has the settings")
+            yield Issue(str(folder / "config.json"), problem, "the record in the journal has the settings")
         for name in ("metrics.jsonl", "histograms.jsonl"):
             if (directory.root / folder / name).exists() or name == "metrics.jsonl":
                 yield from _check_rows(directory.root, folder / name, result)
     known = results.keys() | {event["trial_id"] for event in directory.events if event["event"] == "trial_started"}
     for path in sorted((directory.root / "trials").glob("*")):
         if path.name not in known:
-            yield Finding(f"trials/{path.name}", "no event of the journal is about it", is_note=True)
+            yield Issue(f"trials/{path.name}", "no event of the journal is about it", is_note=True)
 
 
-def _check_rows(root: Path, path: Path, result: Mapping[str, Any]) -> Iterator[Finding]:
+def _check_rows(root: Path, path: Path, result: Mapping[str, Any]) -> Iterator[Issue]:
     try:
         *lines, torn = (root / path).read_text(encoding="utf-8").split("\n")
         rows = [json.loads(line, parse_constant=_no_number) for line in lines]
         steps = [row["step"] for row in rows]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        yield Finding(str(path), _reason(error), ROWS_LOST)
+        yield Issue(str(path), _reason(error), ROWS_LOST)
         return
     if result["status"] not in DONE:
         return
     if torn:
-        yield Finding(str(path), "its last line is cut off", ROWS_LOST)
+        yield Issue(str(path), "its last line is cut off", ROWS_LOST)
     elif steps != sorted(steps):
-        yield Finding(str(path), "its steps are out of order", ROWS_LOST)
+        yield Issue(str(path), "its steps are out of order", ROWS_LOST)
     elif path.name == "metrics.jsonl" and result["status"] == "finished":
         last = next((row["val_loss"] for row in reversed(rows) if "val_loss" in row), None)
         if last != result["metrics"].get("val_loss"):
-            yield Finding(str(path), "it does not end with the validation loss of the trial's record", ROWS_LOST)
+            yield Issue(str(path), "it does not end with the validation loss of the trial's record", ROWS_LOST)
 
 
-def check_checkpoints(directory: Directory) -> Iterator[Finding]:
-    """Each checkpoint against its manifest; a finished trial has one that is intact."""
+def check_checkpoints(directory: Directory) -> Iterator[Issue]:
+    """Checks each checkpoint by its manifest; a finished trial must have an intact one."""
     trials = {path.name: path for path in sorted((directory.root / "trials").glob("*")) if path.is_dir()}
     folders = [folder for path in trials.values() for folder in checkpoint_folders(path / "checkpoints")]
     directory.checked["checkpoints"] = len(folders)
     with ThreadPoolExecutor(READERS) as pool:
         problems = dict(zip(folders, pool.map(_checkpoint_problem, folders), strict=True))
     for folder, problem in problems.items():
-        if problem and folder.exists():  # a run at work removes old ones
+        if problem and folder.exists():  # a running campaign removes old ones
             remedy = "a resumed trial passes it over and uses the one before"
-            yield Finding(str(folder.relative_to(directory.root)), problem, remedy)
+            yield Issue(str(folder.relative_to(directory.root)), problem, remedy)
     for trial_id, path in trials.items():
         root = path / "checkpoints"
         for leftover in [*root.glob("damaged-*"), *([] if directory.running else root.glob(".tmp-*"))]:
             what = "a checkpoint that was found damaged" if leftover.name.startswith("d") else "half a checkpoint"
-            yield Finding(str(leftover.relative_to(directory.root)), f"{what}; safe to remove", is_note=True)
+            yield Issue(str(leftover.relative_to(directory.root)), f"{what}; safe to remove", is_note=True)
         status = directory.state.results.get(trial_id, {}).get("status")
         if status == "finished" and all(problems[folder] for folder in checkpoint_folders(root)):
             text = "the trial is finished and has no intact checkpoint: its result stands, its model is gone"
-            yield Finding(str(root.relative_to(directory.root)), text, "only a backup has it")
+            yield Issue(str(root.relative_to(directory.root)), text, "only a backup has it")
 
 
 def _checkpoint_problem(folder: Path) -> str | None:
@@ -203,8 +204,8 @@ def _checkpoint_problem(folder: Path) -> str | None:
     return None if folder.name == f"step_{step:07d}" else f"its manifest says step {step}"
 
 
-def check_derived(directory: Directory) -> Iterator[Finding]:
-    """Records, summaries, curves and the report against those that the journal gives."""
+def check_derived(directory: Directory) -> Iterator[Issue]:
+    """Compares records, summaries, curves and the report with those that follow from the journal."""
     from tune.results.summary import DIGESTS, sealed, write_campaign, write_phase
 
     state = directory.state
@@ -213,7 +214,7 @@ def check_derived(directory: Directory) -> Iterator[Finding]:
     if problem is None and (own is None or sealed(digests)["sha256"] != own):
         problem = "it does not match its own digest"
     if directory.whole and problem:
-        yield Finding(DIGESTS, problem, REBUILD)
+        yield Issue(DIGESTS, problem, REBUILD)
     digests = {} if problem else digests
     with tempfile.TemporaryDirectory() as name:
         made = Path(name)
@@ -221,13 +222,13 @@ def check_derived(directory: Directory) -> Iterator[Finding]:
         try:
             if directory.whole:
                 write_campaign(made, state)
-            else:  # the summary of the campaign is written when it ends
+            else:  # the campaign's summary is written at its end
                 for phase in state.phases.values():
                     if phase.winner is not None:
                         write_phase(made, state, phase)
         # Metrics that cannot be read, or are no rows, are reported with their trial.
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            yield Finding(".", f"what follows from the journal cannot be made: {_reason(error)}", None)
+            yield Issue(".", f"what follows from the journal cannot be made: {_reason(error)}", None)
             return
         expected = {str(path.relative_to(made)): path for path in sorted(made.rglob("*")) if path.is_file()}
         expected.pop(DIGESTS, None)
@@ -238,21 +239,21 @@ def check_derived(directory: Directory) -> Iterator[Finding]:
             if problem := _difference(path, there):
                 as_written = there.is_file() and _sha256(there) == digests.get(name)
                 text = "as it was written, by another version or with other claims" if as_written else problem
-                yield Finding(name, text, REBUILD, is_note=as_written)
+                yield Issue(name, text, REBUILD, is_note=as_written)
     for temporary in sorted(path for path in directory.root.rglob(".*.tmp") if not directory.running):
-        yield Finding(str(temporary.relative_to(directory.root)), LEFTOVER, is_note=True)
+        yield Issue(str(temporary.relative_to(directory.root)), LEFTOVER, is_note=True)
 
 
-def _check_digests(directory: Directory, digests: Mapping[str, Any]) -> Iterator[Finding]:
-    """The rows of trials, which nothing else vouches for, as they were when the campaign ended."""
+def _check_digests(directory: Directory, digests: Mapping[str, Any]) -> Iterator[Issue]:
+    """Compares the rows of the trials with their digests from the end of the campaign."""
     for name, digest in digests.items() if directory.whole else ():
         path = directory.root / name
         if name.startswith("trials/") and path.is_file() and _sha256(path) != digest:
-            yield Finding(name, "it is not as it was when the campaign ended", ROWS_LOST)
+            yield Issue(name, "it is not as it was when the campaign ended", ROWS_LOST)
 
 
 def _difference(made: Path, there: Path) -> str | None:
-    """What is wrong with a derived file, compared with how it comes out now."""
+    """What is wrong with a derived file, given the one made now."""
     source = "trials/*/metrics.jsonl" if made.name == "curves.parquet" else "the journal"
     try:
         if there.read_bytes() == made.read_bytes():
@@ -265,7 +266,7 @@ def _difference(made: Path, there: Path) -> str | None:
 
 
 def _same_table(one: Path, other: Path) -> bool:
-    """Whether two files that differ hold the same: another pyarrow writes other bytes, the same one never does."""
+    """Whether two files hold the same table: another version of pyarrow may write other bytes."""
     from pyarrow import parquet
 
     if parquet.read_metadata(one).created_by == parquet.read_metadata(other).created_by:
@@ -274,7 +275,7 @@ def _same_table(one: Path, other: Path) -> bool:
     return tables[0].equals(tables[1])
 
 
-CHECKS: dict[str, Callable[[Directory], Iterator[Finding]]] = {
+CHECKS: dict[str, Callable[[Directory], Iterator[Issue]]] = {
     "heading": check_heading,
     "trials": check_trials,
     "checkpoints": check_checkpoints,
@@ -288,7 +289,7 @@ def _sha256(path: Path) -> str:
 
 
 def _read_json(path: Path) -> tuple[Any, str | None]:
-    """The content, or what is wrong with it."""
+    """Returns the content and None, or None and what is wrong."""
     try:
         return json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number), None
     except (OSError, ValueError) as error:
@@ -300,20 +301,20 @@ def _no_number(name: str) -> float:
 
 
 def _reason(error: Exception) -> str:
-    """What went wrong, in one line and without the path, which the finding has."""
+    """The error in one line, without the path, which the issue has."""
     if isinstance(error, OSError) and error.errno:
         return os.strerror(error.errno)
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def verify_text(found: Mapping[str, Any]) -> str:
-    """The findings for people, a line or two each."""
+    """Formats the result of `verify` for people, with a line or two for each issue."""
     lines = []
     for kind, label in (("problems", "problem"), ("notes", "note")):
-        for finding in found[kind]:
-            lines.append(f"{label:8} {finding['path']}: {finding['text']}")
-            if finding["remedy"]:
-                lines.append(f"{'':8} {finding['remedy']}")
+        for issue in found[kind]:
+            lines.append(f"{label:8} {issue['path']}: {issue['text']}")
+            if issue["remedy"]:
+                lines.append(f"{'':8} {issue['remedy']}")
     checked = ", ".join(f"{n} {what.removesuffix('s') if n == 1 else what}" for what, n in found["checked"].items())
     verdict = "intact" if found["intact"] else fmt.counted(len(found["problems"]), "problem")
     return "\n".join([*lines, f"{found['results']}: {verdict}; checked {checked}"])
