@@ -148,10 +148,7 @@ WRONG: dict[str, tuple[str, list[str]]] = {
     # ---- choices
     "unknown corpus": (
         f"campaign: small\nbase:\n  data:\n    «corpus: shakespear\n{PHASE}",
-        [
-            "base.data.corpus: unknown corpus 'shakespear', did you mean 'shakespeare'?; there is no such file or "
-            "folder"
-        ],
+        ["base.data.corpus: unknown corpus 'shakespear', did you mean 'shakespeare'?; there is no such file or folder"],
     ),
     "unknown corpus in a sweep": (
         f"{GOOD}vary: {{corpus: [python-docs, «nowhere/text.txt]}}\n",
@@ -682,8 +679,8 @@ def test_set_can_replace_a_wrong_value_of_the_file(folder: Path) -> None:
         ("steps=1e3", "--set steps=1e3: input should be a valid integer, got 1000.0; write 1000"),
         ("n_head=3", "--set n_head=3: n_embd 16 cannot be divided into n_head 3 heads"),
         ("n_embd=15", "--set n_embd=15: n_embd 15 cannot be divided into n_head 2 heads"),
-        ("corpus=shakespear", "--set corpus=shakespear: unknown corpus 'shakespear', did you mean 'shakespeare'?; nor "
-         "is there such a file or folder"),
+        ("corpus=shakespear", "--set corpus=shakespear: unknown corpus 'shakespear', did you mean 'shakespeare'?; "
+         "there is no such file or folder"),
         ("steps", "--set steps: expected NAME=VALUE"),
         ("=3", "--set =3: expected NAME=VALUE"),
         ("betas=[0.9", "--set betas=[0.9: 1:5: not valid YAML: expected ',' or ']', but got '<stream end>'"),
