@@ -5,11 +5,11 @@ configs (tune/spec/validation.py), problems.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ngpt.config.base import ConfigError, Location, Problem, build, printable, settings, unknown_message
+from ngpt.config.base import ConfigError, Location, Problem, build, printable, unknown_message
 from ngpt.config.overrides import named_settings
 from ngpt.config.secrets import is_secret_name, refuse_secrets
 from ngpt.config.yaml_reader import parse_assignment, read_yaml
@@ -18,29 +18,23 @@ from tune.claims.possible_arms import check_claims
 from tune.claims.reader import read_claims
 from tune.spec.inheritance import check_circles, check_configs, order_by_need
 from tune.spec.phase_reader import PhasesInFile, read_phases
-from tune.spec.problems import OPTION, Reading, collect, describe
-from tune.spec.schema import KINDS, Campaign, EarlyStop, Header
+from tune.spec.reading import OPTION, LocatedSettings, Reading, check_name, collect, complete, read_seeds
+from tune.spec.schema import KINDS, Budget, Campaign, EarlyStop, Header, Metric, Resources
 from tune.spec.validation import ConfigChecker, check_early_stop
-from tune.spec.values import LocatedSettings, check_name, read_seeds
 
 TOP_KEYS = ("campaign", *Header.model_fields, "seeds", "base", "phases", *KINDS, "claims")
+SECTIONS = {"metric": Metric, "resources": Resources, "budget": Budget, "early_stop": EarlyStop}  # of the header
 SEEDS = (1, 2, 3)  # of a campaign that gives none
 
 
-@dataclass(frozen=True)
-class _Draft:
-    """A campaign file as types, before its configs are checked; None is a part with problems."""
-
-    header: Header | None
-    base: TrainConfig | None
-    checker: ConfigChecker
-    file: PhasesInFile
+# A campaign file as types, before its configs are checked; None is a part with problems.
+Draft = tuple[Header | None, TrainConfig | None, ConfigChecker, PhasesInFile]
 
 
 def load_campaign(path: Path, assignments: Sequence[str] = ()) -> Campaign:
     """Reads and checks a campaign file; `assignments` are `--set` options, `name=value`, and change the base.
 
-    Paths in it are relative to the working directory, and absolute in the result.
+    Paths in it are relative to the working directory and become absolute.
 
     Raises:
         ConfigError: everything that is wrong, one line each, with path, line and column.
@@ -50,9 +44,7 @@ def load_campaign(path: Path, assignments: Sequence[str] = ()) -> Campaign:
     refuse_secrets(text, str(path))
     for assignment in assignments:
         refuse_secrets(assignment, OPTION)
-    campaign, problems = collect(_read(document.data, assignments, path.parent))
-    if problems or campaign is None:
-        raise ConfigError(describe(problems, document))
+    campaign = complete(_read(document.data, assignments, path.parent), document)
     return replace(campaign, text=text, assignments=tuple(assignments))
 
 
@@ -65,26 +57,29 @@ def _read(data: Any, assignments: Sequence[str], folder: Path) -> Reading[Campai
     yield from wrong
     if draft is None:
         return None
-    _, wrong_configs = collect(_check_draft(draft, inherited=not wrong))
+    header, base, checker, file = draft
+    _, wrong_configs = collect(check_configs(checker, file, inherited=not wrong))
+    if header and header.early_stop and base:
+        wrong_configs += collect(check_early_stop(header.early_stop, file.phases, base=base, hold=header.hold))[1]
     yield from wrong_configs
     claims = (yield from read_claims(data["claims"], folder)) if "claims" in data else {}
-    if wrong or wrong_configs or draft.header is None or draft.base is None:
+    if wrong or wrong_configs or header is None or base is None:
         return None
-    phases = order_by_need([entry.phase for entry in draft.file.phases])
-    yield from check_claims(claims, phases, draft.base)
+    phases = order_by_need(file.phases)
+    yield from check_claims(claims, phases, base)
     return Campaign(
         name=data["campaign"],
-        base=draft.base,
+        base=base,
         phases=phases,
         claims=tuple(claims.values()),
-        inherited={path: winner for path, (winner, _) in draft.file.winners.items()},
+        inherited={path: winner for path, (winner, _) in file.winners.items()},
         text="",
         assignments=(),
-        **{name: getattr(draft.header, name) for name in Header.model_fields},
+        **dict(header),
     )
 
 
-def _read_draft(data: Mapping[str, Any], assignments: Sequence[str], folder: Path) -> Reading[_Draft]:
+def _read_draft(data: Mapping[str, Any], assignments: Sequence[str], folder: Path) -> Reading[Draft]:
     """The header, the base and the phases."""
     for key in data:
         if key not in TOP_KEYS:
@@ -97,37 +92,21 @@ def _read_draft(data: Mapping[str, Any], assignments: Sequence[str], folder: Pat
     seeds = (yield from read_seeds(data["seeds"], ("seeds",))) if "seeds" in data else SEEDS
     given = yield from _read_base(data.get("base", {}), folder)
     checker = ConfigChecker(given, (yield from _read_options(assignments)))
-    base = yield from checker.check_base()
+    base = yield from checker.check()
     file = yield from read_phases(data, seeds, folder)
     yield from check_circles(file)
-    return _Draft(header, base, checker, file)
-
-
-def _check_draft(draft: _Draft, *, inherited: bool) -> Reading[None]:
-    """Checks what the phases train; without `inherited`, not what they may start from."""
-    yield from check_configs(draft.checker, draft.file, inherited=inherited)
-    if draft.header and draft.header.early_stop and draft.base:
-        phases = [entry.phase for entry in draft.file.phases]
-        yield from check_early_stop(draft.header.early_stop, phases, base=draft.base, hold=draft.header.hold)
+    return header, base, checker, file
 
 
 def _read_header(data: Mapping[str, Any]) -> Reading[Header | None]:
-    """The settings of the campaign itself: what it measures, how it judges, what it may use."""
     values: dict[str, Any] = {}
-    known = (*settings(Header), *(f"early_stop.{name}" for name in settings(EarlyStop)))
-    for key in Header.model_fields:
-        names = [name.partition(".")[2] for name in known if name.startswith(f"{key}.")]
-        if key in data and not names:
+    for key in (key for key in Header.model_fields if key in data):
+        if key not in SECTIONS or data[key] == {}:
             values[key] = data[key]
-        elif key in data and not isinstance(data[key], dict):
-            yield Problem((key,), f"must be a mapping of settings, got {data[key]!r}")
-        elif key in data:
-            values |= {} if data[key] else {key: {}}
-            for name, value in data[key].items():
-                if name in names:
-                    values[f"{key}.{name}"] = value
-                else:
-                    yield Problem((key, name), unknown_message("setting", name, names))
+            continue
+        found, wrong = named_settings(SECTIONS[key], data[key], (key,))
+        yield from wrong
+        values |= {f"{key}.{name}": value for name, (value, _) in found.items()}
     try:
         return build(Header, values)
     except ConfigError as error:
@@ -136,7 +115,6 @@ def _read_header(data: Mapping[str, Any]) -> Reading[Header | None]:
 
 
 def _read_base(data: Any, folder: Path) -> Reading[LocatedSettings]:
-    """The settings in `base:`."""
     if isinstance(data, dict):
         for key in (misplaced := [key for key in data if key in TOP_KEYS]):
             yield Problem(("base", key), f"`{key}:` belongs to the top of the file, not into `base:`")

@@ -24,9 +24,9 @@ from ngpt.optim.schedule import SCHEDULES
 from tests.helpers.marked_text import unmarked
 from tune.campaign import load_campaign
 from tune.planning.plan import preview
+from tune.spec.reading import with_absolute_paths
 from tune.spec.schema import Campaign, FreshSeeds, Metric, Resources
 from tune.spec.sweeps import SWEEPS, ArmSpec, Axis
-from tune.spec.values import with_absolute_paths
 
 GOOD = """\
 campaign: small

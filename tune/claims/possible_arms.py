@@ -11,7 +11,7 @@ from ngpt.config.base import Location, Problem, flatten, unknown_message
 from ngpt.training.config import TrainConfig
 from tune import format as fmt
 from tune.claims.selectors import PLACES, Selector, describe, is_number, same, short
-from tune.spec.problems import Reading, collect
+from tune.spec.reading import Reading, collect
 from tune.spec.schema import Claim, Phase
 from tune.spec.sweeps import BASELINE
 

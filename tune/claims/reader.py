@@ -17,9 +17,8 @@ from tune import format as fmt
 from tune.claims.arithmetic import evaluate
 from tune.claims.relations import DIRECTIONS, METRIC_GOALS, RELATIONS
 from tune.claims.selectors import PLACES, same
-from tune.spec.problems import Reading, collect, describe
+from tune.spec.reading import Reading, check_name, collect, complete, with_absolute_paths
 from tune.spec.schema import Claim
-from tune.spec.values import check_name, with_absolute_paths
 
 COMMON = ("id", "relation", "source", "says")
 ABOUT_TRIALS = ("metric", "phase")
@@ -34,10 +33,7 @@ def load_claims(path: Path) -> tuple[Claim, ...]:
     """
     document = read_yaml(path)
     data = document.data if isinstance(document.data, dict) else {}
-    claims, problems = collect(read_claims(data.get("claims"), path.parent))
-    if problems or claims is None:
-        raise ConfigError(describe(problems, document))
-    return tuple(claims.values())
+    return tuple(complete(read_claims(data.get("claims"), path.parent), document).values())
 
 
 def read_claims(data: Any, folder: Path) -> Reading[dict[int, Claim]]:

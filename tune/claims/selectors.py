@@ -7,8 +7,8 @@ from typing import Any, TypeGuard
 from ngpt.config.base import settings
 from ngpt.training.config import TrainConfig
 from tune import format as fmt
+from tune.spec.reading import comparable
 from tune.spec.sweeps import BASELINE
-from tune.spec.values import comparable
 
 PLACES = ("arm", "phase")  # the keys of a selector that are not settings
 

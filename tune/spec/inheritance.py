@@ -7,33 +7,32 @@ mistake shows before anything is trained.
 from collections.abc import Iterator, Mapping, Sequence
 from graphlib import CycleError, TopologicalSorter
 from itertools import chain, islice, product
+from typing import Any
 
 from ngpt.config.base import Location, Problem
 from tune import format as fmt
-from tune.spec.phase_reader import PhaseInFile, PhasesInFile
-from tune.spec.problems import Reading
+from tune.spec.phase_reader import PhasesInFile
+from tune.spec.reading import LocatedSettings, Reading
 from tune.spec.schema import Phase
 from tune.spec.sweeps import BASELINE, ArmSpec
 from tune.spec.validation import ConfigChecker
-from tune.spec.values import LocatedSettings
 
 MOST_COMBINATIONS = 10_000  # of arms that inherit and ways in which earlier phases may end; a second at most
 MOST_JOINED = 100  # arms of a combining phase that another one joins
 
-Phases = Mapping[str, PhaseInFile]  # by name, or by path in another results directory
+Phases = Mapping[str, Phase]  # by name, or by path in another results directory
 
 
 def check_circles(file: PhasesInFile) -> Reading[None]:
     """Phases that inherit from each other."""
-    graph = {entry.phase.name: sorted(entry.phase.needs) for entry in file.phases}
+    graph = {phase.name: sorted(phase.needs) for phase in file.phases}
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
         circle = error.args[1][:0:-1]  # each phase inherits from the next one, the last from the first
         first = min(range(len(circle)), key=lambda i: list(graph).index(circle[i]))
-        circle = [*circle[first:], *circle[:first]]
-        at = file.references[circle[0], circle[1 % len(circle)]]
-        yield Problem(at, f"phases inherit in a circle: {' -> '.join([*circle, circle[0]])}")
+        circle = [*circle[first:], *circle[: first + 1]]
+        yield Problem(file.references[circle[0], circle[1]], f"phases inherit in a circle: {' -> '.join(circle)}")
 
 
 def order_by_need(phases: Sequence[Phase]) -> tuple[Phase, ...]:
@@ -47,41 +46,38 @@ def order_by_need(phases: Sequence[Phase]) -> tuple[Phase, ...]:
 
 def check_configs(checker: ConfigChecker, file: PhasesInFile, *, inherited: bool) -> Reading[None]:
     """Builds every config that the campaign may train; without `inherited`, only those on top of the plain base."""
-    for entry in file.phases:
-        for arm in _arms(entry):
-            yield from checker.check({**entry.pinned, **_changes(arm)})
+    for phase in file.phases:
+        for arm in _arms(phase):
+            yield from checker.check(_located(phase) | _located(arm))
     if not inherited:
         return
-    phases = {entry.phase.name: entry for entry in file.phases}
-    phases |= {path: _as_phase(path, winner.overrides, at) for path, (winner, at) in file.winners.items()}
-    for entry in file.phases:
-        inheriting = ((arm, start) for arm in _arms(entry) for start in _starts(entry, arm, phases) if start)
+    phases = {phase.name: phase for phase in file.phases}
+    for path, (winner, at) in file.winners.items():  # as the only arm of a phase
+        arm = ArmSpec("winner", winner.overrides, origins=dict.fromkeys(winner.overrides, at))
+        phases[path] = Phase(path, None, {}, (arm,), (), {})
+    for phase in file.phases:
+        inheriting = ((arm, start) for arm in _arms(phase) for start in _starts(phase, arm, phases) if start)
         for arm, start in islice(inheriting, MOST_COMBINATIONS // len(file.phases)):
             values = fmt.settings({name: value for name, (value, _) in start.items()})
-            changes = {**entry.pinned, **_changes(arm)}
+            changes = _located(phase) | _located(arm)
             yield from checker.check(changes, start=start, note=f" (after {values} has won)")
 
 
-def _as_phase(path: str, overrides: Mapping[str, object], at: Location) -> PhaseInFile:
-    """A phase of another results directory, with its winner as the only arm."""
-    winner = ArmSpec("winner", overrides, origins=dict.fromkeys(overrides, at))
-    return PhaseInFile(Phase(path, None, {}, (winner,), (), {}), {})
-
-
-def _arms(entry: PhaseInFile) -> Iterator[ArmSpec]:
+def _arms(phase: Phase) -> Iterator[ArmSpec]:
     """The arms of a phase; for arms that a search will propose, the ends of its space."""
-    yield from (BASELINE, *entry.phase.arms)
-    yield from entry.phase.search.probes() if entry.phase.search else ()
+    yield from (BASELINE, *phase.arms)
+    yield from phase.search.probes() if phase.search else ()
 
 
-def _changes(arm: ArmSpec) -> LocatedSettings:
-    """An arm's overrides with the place of each."""
-    return {name: (value, arm.origins.get(name, ())) for name, value in arm.overrides.items()}
+def _located(part: Phase | ArmSpec) -> dict[str, tuple[Any, Location]]:
+    """What an arm or `set:` changes, with the place of each setting."""
+    changes = part.pinned if isinstance(part, Phase) else part.overrides
+    return {name: (value, part.origins.get(name, ())) for name, value in changes.items()}
 
 
-def _starts(entry: PhaseInFile, arm: ArmSpec, phases: Phases) -> Iterator[LocatedSettings]:
+def _starts(phase: Phase, arm: ArmSpec, phases: Phases) -> Iterator[LocatedSettings]:
     """What an arm may start from: each possible winner of the phases that its phase and the arm itself inherit from."""
-    for outer in _winners(entry.phase.inherit, phases):
+    for outer in _winners(phase.inherit, phases):
         for inner in _winners(arm.inherit, phases):
             yield {**outer, **inner}
 
@@ -91,22 +87,22 @@ def _winners(name: str | None, phases: Phases) -> Iterator[LocatedSettings]:
     if name is None:
         yield {}
         return
-    entry = phases[name]
-    for arm in chain(_arms(entry), _joined(entry, phases, {})):  # lazily: the joined arms may be too many to list
-        for start in _starts(entry, arm, phases):
-            kept = {setting: value for setting, value in start.items() if setting not in entry.pinned}
-            yield {**kept, **_changes(arm)}
+    phase = phases[name]
+    for arm in chain(_arms(phase), _joined(phase, phases, {})):  # lazily: the joined arms may be too many to list
+        for start in _starts(phase, arm, phases):
+            kept = {setting: value for setting, value in start.items() if setting not in phase.pinned}
+            yield kept | _located(arm)
 
 
-def _joined(entry: PhaseInFile, phases: Phases, known: dict[str, tuple[ArmSpec, ...]]) -> Iterator[ArmSpec]:
+def _joined(phase: Phase, phases: Phases, known: dict[str, tuple[ArmSpec, ...]]) -> Iterator[ArmSpec]:
     """Arms that a combining phase may get: at most one of each phase that it joins.
 
     A joined phase that combines others itself contributes MOST_JOINED arms, kept in `known`.
     """
-    for name in entry.phase.combine:
+    for name in phase.combine:
         if name not in known:
             known[name] = tuple(islice(_joined(phases[name], phases, known), MOST_JOINED))
-    sources = [(BASELINE, *phases[name].phase.arms, *known[name]) for name in entry.phase.combine]
+    sources = [(BASELINE, *phases[name].arms, *known[name]) for name in phase.combine]
     for chosen in product(*sources) if sources else ():
         overrides = {name: value for arm in chosen for name, value in arm.overrides.items()}
         origins = {name: at for arm in chosen for name, at in arm.origins.items()}

@@ -10,11 +10,19 @@ from ngpt.config.base import ConfigError, Location, Problem, is_identity, settin
 from ngpt.config.overrides import named_settings
 from ngpt.training.config import TrainConfig
 from tune import format as fmt
-from tune.spec.problems import Reading, collect
+from tune.spec.reading import (
+    LocatedSettings,
+    Reading,
+    check_name,
+    collect,
+    comparable,
+    read_seeds,
+    repeated,
+    with_absolute_paths,
+)
 from tune.spec.schema import HOLDS, KINDS, MOST_TRIALS, FreshSeeds, Phase
 from tune.spec.search_space import Search, check_optuna, random_arms, read_search
 from tune.spec.sweeps import BASELINE, SWEEPS, ArmSpec, Axis, count
-from tune.spec.values import LocatedSettings, check_name, comparable, read_seeds, repeated, with_absolute_paths
 from tune.storage.winners import InheritedWinner, is_path, read_inherited_winner
 
 PHASE_KEYS = ("name", "inherit", "set", "seeds", "hold", *KINDS)
@@ -27,18 +35,10 @@ Sweep = tuple[list[ArmSpec], dict[str, tuple[Any, ...]]]  # arms, and the values
 
 
 @dataclass(frozen=True)
-class PhaseInFile:
-    """A phase, and where its `set:` settings were written."""
-
-    phase: Phase
-    pinned: LocatedSettings
-
-
-@dataclass(frozen=True)
 class PhasesInFile:
     """The phases of a file that could be read, and how they refer to others."""
 
-    phases: Sequence[PhaseInFile]
+    phases: Sequence[Phase]
     references: Mapping[tuple[str, str], Location]  # where a phase first names another one
     winners: Mapping[str, tuple[InheritedWinner, Location]]  # of other results directories, by path
 
@@ -48,7 +48,7 @@ def read_phases(data: Mapping[str, Any], seeds: tuple[int, ...], folder: Path) -
     raw_phases = yield from _raw_phases(data)
     names = [str(raw["name"]) for raw, _ in raw_phases if isinstance(raw, dict) and "name" in raw]
     reader = _PhaseReader(names, seeds, folder)
-    phases: list[PhaseInFile] = []
+    phases: list[Phase] = []
     for raw, at in raw_phases:
         phase = yield from reader.read(raw, at)
         phases += [phase] if phase else []
@@ -67,11 +67,11 @@ def _raw_phases(data: Mapping[str, Any]) -> Reading[list[tuple[Any, Location]]]:
     phases = data["phases"]
     if not isinstance(phases, list) or not phases:
         yield Problem(("phases",), f"expected a list of phases, got {phases!r}")
-        return []
-    if len(phases) > MOST_PHASES:
+    elif len(phases) > MOST_PHASES:
         yield Problem(("phases",), f"{len(phases)} phases; a campaign has at most {MOST_PHASES}")
-        return []
-    return [(raw, ("phases", i)) for i, raw in enumerate(phases)]
+    else:
+        return [(raw, ("phases", i)) for i, raw in enumerate(phases)]
+    return []
 
 
 @dataclass
@@ -86,7 +86,7 @@ class _PhaseReader:
     _n_trials: int = 0
     _used_names: set[str] = field(default_factory=set)
 
-    def read(self, raw: Any, at: Location) -> Reading[PhaseInFile | None]:
+    def read(self, raw: Any, at: Location) -> Reading[Phase | None]:
         """The phase; if there are problems, as much of it as makes sense, or None."""
         if not isinstance(raw, dict):
             yield Problem(at, f"a phase is a mapping, got {raw!r}")
@@ -116,18 +116,13 @@ class _PhaseReader:
             arms, search = yield from self._search(raw[kind], where, n_seeds)
         else:
             listed, wrong = collect(self._listed_arms(name, kind, raw[kind], where, n_seeds))
-            yield from wrong
             arms, swept = listed or ([], {})
-            if not wrong:
-                yield from _check_distinct(arms)
+            yield from wrong or _check_distinct(arms)
         arms = tuple(replace(arm, overrides=with_absolute_paths(arm.overrides)) for arm in arms)
         settled = with_absolute_paths({name: value for name, (value, _) in pinned.items()})
+        origins = {name: location for name, (_, location) in pinned.items()}
         stops_early = kind == "search"  # also if its arms are drawn here
-        return PhaseInFile(
-            Phase(name, inherit, settled, arms, seeds, swept, combine, search, hold, stops_early), pinned
-        )
-
-    # ---- what all arms share ---------------------------------------------------------------------------------------
+        return Phase(name, inherit, settled, arms, seeds, swept, combine, search, hold, stops_early, origins)
 
     def _name(self, raw: Mapping[str, Any], at: Location) -> Reading[str]:
         if "name" not in raw:
@@ -155,22 +150,20 @@ class _PhaseReader:
         return ()
 
     def _inherit(self, name: str, raw: Mapping[str, Any], at: Location) -> Reading[str | None]:
-        """The phase that `raw` inherits from, if that phase exists."""
         inherit, where = raw.get("inherit"), (*at, "inherit")
         if inherit is None:
             return None
         if is_path(inherit):
             try:
-                winner = read_inherited_winner(inherit)
+                self.winners.setdefault(inherit, (read_inherited_winner(inherit), where))
             except ConfigError as error:
                 yield Problem(where, str(error))
                 return None
-            self.winners.setdefault(inherit, (winner, where))
-            return inherit
-        if not isinstance(inherit, str) or inherit not in self.names:
+        elif isinstance(inherit, str) and inherit in self.names:
+            self.references.setdefault((name, inherit), where)
+        else:
             yield Problem(where, unknown_message("phase", inherit, self.names))
             return None
-        self.references.setdefault((name, inherit), where)
         return inherit
 
     def _settings(self, data: Any, at: Location) -> Reading[LocatedSettings]:
@@ -195,10 +188,7 @@ class _PhaseReader:
         yield Problem(at, f"{text}; a campaign has at most {MOST_TRIALS}")
         return False
 
-    # ---- arms ------------------------------------------------------------------------------------------------------
-
     def _listed_arms(self, phase: str, kind: str, data: Any, at: Location, n_seeds: int) -> Reading[Sweep]:
-        """The arms of `runs:` or of a sweep."""
         if kind == "runs":
             arms = yield from self._runs(phase, data, at)
             yield from self._count(str(len(arms)), len(arms), n_seeds, at)
@@ -242,7 +232,6 @@ class _PhaseReader:
         return arms
 
     def _run(self, phase: str, raw: Any, at: Location) -> Reading[ArmSpec | None]:
-        """One item of `runs:`."""
         if not isinstance(raw, dict) or "arm" not in raw:
             yield Problem(at, "a run is a mapping with `arm:`, its name, and the settings it changes")
             return None
@@ -252,10 +241,9 @@ class _PhaseReader:
         if raw["arm"] == BASELINE.name and (changes or inherit):
             text = "the arm `baseline` is the unchanged base of the phase; give a changed arm another name"
             yield Problem((*at, "arm"), text)
-        if not named:
-            return None
         origins = {name: location for name, (_, location) in changes.items()} | {"arm": at}
-        return ArmSpec(raw["arm"], {name: value for name, (value, _) in changes.items()}, inherit, origins)
+        overrides = {name: value for name, (value, _) in changes.items()}
+        return ArmSpec(raw["arm"], overrides, inherit, origins) if named else None
 
     def _search(self, data: Any, at: Location, n_seeds: int) -> Reading[tuple[list[ArmSpec], Search | None]]:
         """The arms of a random search, which are drawn here; those of other searches are proposed during the run."""
@@ -275,7 +263,6 @@ class _PhaseReader:
         return arms, None
 
     def _combine(self, name: str, data: Any, at: Location) -> Reading[tuple[str, ...]]:
-        """The phases whose better arms are joined, without those that do not exist."""
         sources = data.get("from") if isinstance(data, dict) and set(data) == {"from"} else None
         if not isinstance(sources, list) or not sources:
             yield Problem(at, f"expected `{{from: [PHASE, ...]}}`, the phases to join, got {data!r}")
@@ -294,7 +281,6 @@ class _PhaseReader:
 
 
 def _check_distinct(arms: Sequence[ArmSpec]) -> Reading[None]:
-    """Two arms that change the same settings in the same way are a mistake."""
     first: dict[Any, ArmSpec] = {}
     for arm in arms:
         twin = first.setdefault(comparable([arm.inherit, *sorted(arm.overrides.items())]), arm)
@@ -311,6 +297,6 @@ def _label(setting: str, location: Location) -> str:
 
 
 def _size(kind: str, axes: Sequence[Axis]) -> str:
-    """The number of arms as `30 x 50`."""
+    """The number of arms as `(30 x 50)`."""
     sign = {"grid": " x ", "vary": " + "}.get(kind)
     return f"({sign.join(str(len(axis.values)) for axis in axes)})" if sign and axes[1:] else str(count(kind, axes))

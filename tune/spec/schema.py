@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, PlainValidator
 
-from ngpt.config.base import Config, invalid_setting, one_of
+from ngpt.config.base import Config, Location, invalid_setting, one_of
 from ngpt.training.config import TrainConfig
 from tune.spec.search_space import Search
 from tune.spec.sweeps import SWEEPS, ArmSpec
@@ -106,6 +106,7 @@ class Phase:
     search: Search | None = None  # from which optuna proposes arms, batch by batch
     hold: str | None = None  # what is equal between the arms; None: as in the campaign
     stops_early: bool = False  # whether `early_stop:` applies
+    origins: Mapping[str, Location] = field(default_factory=dict, compare=False)  # of `pinned` in the YAML
 
     @property
     def needs(self) -> set[str]:

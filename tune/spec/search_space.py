@@ -14,9 +14,8 @@ from typing import Any
 
 from ngpt.config.base import ConfigError, Location, Problem, settings, unknown_message
 from ngpt.training.config import TrainConfig
-from tune.spec.problems import Reading, collect
+from tune.spec.reading import LocatedSettings, Reading, collect, repeated
 from tune.spec.sweeps import ArmSpec, Axis
-from tune.spec.values import LocatedSettings, repeated
 
 METHODS = ("random", "optuna")
 KEYS = ("method", "trials", "space", "seed", "parallel")

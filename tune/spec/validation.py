@@ -1,4 +1,4 @@
-"""Checks of complete configs: each problem is reported where the value to blame was written."""
+"""Checks of complete configs. Each problem is reported where the value to blame was written."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -7,9 +7,8 @@ from ngpt.config.base import ConfigError, Location, Problem, build, dotted_name,
 from ngpt.data import dataset as corpora
 from ngpt.data.tokens.tokenizer import tokenizer_vocab_size
 from ngpt.training.config import TrainConfig, resolved
-from tune.spec.problems import Reading
+from tune.spec.reading import LocatedSettings, Reading, with_absolute_paths
 from tune.spec.schema import EarlyStop, Phase
-from tune.spec.values import LocatedSettings, with_absolute_paths
 
 
 class ConfigChecker:
@@ -20,43 +19,33 @@ class ConfigChecker:
 
     def __init__(self, given: LocatedSettings, options: LocatedSettings) -> None:
         self._given, self._options = given, options
-        self._base = {**given, **options}
         self._blamed: set[Location] = set()
         self._looked_up: set[str] = set()
 
-    def check_base(self) -> Reading[TrainConfig | None]:
-        """The base itself; None if something is wrong with it."""
-        try:
-            base = build(TrainConfig, _values(self._base))
-        except ConfigError as error:
-            base, culprit = None, _culprit(self._given, self._options)
-            for problem in error.problems:
-                name, rest = _split(problem.location)
-                if name not in self._options:
-                    name = culprit or name
-                yield from self._blame_setting(self._base, name, rest, problem.message)
-        fits = yield from self._check_data(self._base, {}, "")
-        return base if fits else None
-
-    def check(self, changes: LocatedSettings, *, start: LocatedSettings | None = None, note: str = "") -> Reading[None]:
-        """Checks the base with `start`, if any, and then `changes`; `note` is added to messages.
+    def check(
+        self, changes: LocatedSettings | None = None, *, start: LocatedSettings | None = None, note: str = ""
+    ) -> Reading[TrainConfig | None]:
+        """Checks the base or, given `changes`, the base with `start`, if any, and then them; returns a sound config.
 
         What is possible without the changes and impossible with them is blamed on the changes. What is wrong with the
-        base itself is left to `check_base`.
+        base itself is a problem of the base only. `note` is added to messages.
         """
-        before = {**self._base, **(start or {})}
-        given = {**before, **changes}
+        base = {**self._given, **self._options}
+        below, above = (self._given, self._options) if changes is None else (base, {**(start or {}), **changes})
+        given, own = {**below, **above}, self._options if changes is None else changes
+        config = None
         try:
-            build(TrainConfig, _values(given))
+            config = build(TrainConfig, _values(given))
         except ConfigError as error:
-            culprit = _culprit(self._base, {**(start or {}), **changes})
+            culprit = _culprit(below, above)
             for problem in error.problems:
                 name, rest = _split(problem.location)
-                if name in changes:
+                if name not in own and culprit:
+                    name, rest = culprit, ()
+                if changes is None or culprit or name in own:
                     yield from self._blame_setting(given, name, rest, problem.message + note)
-                elif culprit:
-                    yield from self._blame_setting(given, culprit, (), problem.message + note)
-        yield from self._check_data(before, changes, note)
+        fits = yield from self._check_data({**base, **(start or {})}, changes or {}, note)
+        return config if fits else None
 
     def _blame_setting(self, given: LocatedSettings, name: str, rest: Location, message: str) -> Reading[None]:
         """Blames the value of a setting, or the item of it that `rest` leads to."""
@@ -133,10 +122,8 @@ def _values(given: LocatedSettings) -> dict[str, Any]:
 def _culprit(base: LocatedSettings, changes: LocatedSettings) -> str | None:
     """The first of the changes that makes a config impossible which is possible without them."""
     given = dict(base)
-    if not _is_possible(given):
-        return None
-    for name, entry in changes.items():
-        given[name] = entry
+    for name in (None, *changes):  # None: without any
+        given |= {name: changes[name]} if name else {}
         if not _is_possible(given):
             return name
     return None
@@ -159,6 +146,5 @@ def _split(location: Location) -> tuple[str, Location]:
 
 
 def _advice(message: str, value: Any) -> str:
-    """What to write instead of `1e3`."""
     whole = message.startswith("input should be a valid integer") and isinstance(value, float) and value.is_integer()
     return f"; write {int(value)}" if whole else ""

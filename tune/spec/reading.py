@@ -1,23 +1,61 @@
-"""Values of a campaign file: names, seeds, paths, and which values are equal."""
+"""How a campaign file is read: a reader yields each problem that it finds, then returns its value.
+
+    seeds = yield from read_seeds(raw, location)
+
+Values and problems go up together, from the YAML nodes to `load_campaign`, and reading ends at `MOST_PROBLEMS`.
+"""
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ngpt.config.base import ConfigError, Location, Problem
+from ngpt.config.overrides import MOST_PROBLEMS
+from ngpt.config.yaml_reader import Document
 from ngpt.data.sources import CORPORA
 from ngpt.data.tokens.tokenizer import parse_spec
 from ngpt.model.residual import RESIDUAL_ALIASES
 from tune import format as fmt
-from tune.spec.problems import Reading
 
+Value = TypeVar("Value")
+Reading = Generator[Problem, None, Value]  # `Reading[None]` is a check
 LocatedSettings = Mapping[str, tuple[Any, Location]]  # by full dotted name: the value, and where it was written
 
+OPTION = "--set"  # the first word of a location on the command line
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 ARM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._=,:+-]{0,79}")
 LARGEST_SEED = 2**31 - 1
+
+
+def collect(reading: Reading[Value]) -> tuple[Value | None, list[Problem]]:
+    """Runs a reading and returns its value and problems; after MOST_PROBLEMS it stops, and the value is None."""
+    problems: list[Problem] = []
+    while len(problems) < MOST_PROBLEMS:
+        try:
+            problems.append(next(reading))
+        except StopIteration as end:
+            return end.value, problems
+    return None, problems
+
+
+def complete(reading: Reading[Value | None], document: Document) -> Value:
+    """The value of a reading without problems.
+
+    Raises:
+        ConfigError: a line per problem with path, line and column, in file order; those of `--set` options come last.
+    """
+    value, problems = collect(reading)
+    if not problems and value is not None:
+        return value
+    on_option = [problem for problem in problems if str(*problem.location[:1]).startswith(OPTION)]
+    in_file = [problem for problem in problems if problem not in on_option]
+    in_file.sort(key=lambda problem: document.position(problem.location))
+    lines = [*map(document.describe, in_file), *map(Problem.line, on_option)]
+    if len(lines) >= MOST_PROBLEMS:
+        lines.append(f"{document.path}: these are the first {MOST_PROBLEMS} problems, the rest was not checked")
+    raise ConfigError("\n".join(dict.fromkeys(lines)))
 
 
 def check_name(name: Any, at: Location, what: str) -> Reading[bool]:
@@ -49,9 +87,6 @@ def read_seeds(data: Any, at: Location) -> Reading[tuple[int, ...]]:
     return tuple(data) if len(seen) == len(data) else ()
 
 
-# ---- equal values --------------------------------------------------------------------------------------------------
-
-
 def repeated(values: Sequence[Any]) -> Iterator[int]:
     """The indices of values that occurred before."""
     seen = set()
@@ -68,9 +103,6 @@ def comparable(value: Any) -> Any:
     if isinstance(value, str):
         return RESIDUAL_ALIASES.get(value, value)  # two names of one residual rule; no other setting has either
     return repr(value) if isinstance(value, bool | dict) else value
-
-
-# ---- paths ---------------------------------------------------------------------------------------------------------
 
 
 def with_absolute_paths(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,8 +135,4 @@ def _absolute(value: Any) -> Any:
     return str(Path(os.path.expanduser(value)).absolute()) if isinstance(value, str) else value
 
 
-PATHS: dict[str, Callable[[Any], Any]] = {
-    "data.corpus": _corpus,
-    "data.path": _absolute,
-    "data.tokenizer": _tokenizer,
-}
+PATHS: dict[str, Callable[[Any], Any]] = {"data.corpus": _corpus, "data.path": _absolute, "data.tokenizer": _tokenizer}
