@@ -106,6 +106,11 @@ class Evidence:
             method=method,
         )
 
+    def deltas(self, outcomes: Outcomes, claim: Claim, baseline: str, method: str) -> dict[str, Delta]:
+        """The differences of arms from one of them, by name."""
+        judgement = self.judge(outcomes, claim, baseline, method=method)
+        return {arm.arm: arm.delta for arm in judgement.arms if arm.delta}
+
     def lost(self, loser: Iterable[TrialOutcome], winner: Iterable[TrialOutcome], n: int, metric: str) -> bool:
         """Whether all of one side diverged and none of the other, over enough seeds (see tune/claims/relations.py)."""
         statuses = {outcome.status for outcome in loser}, {outcome.status for outcome in winner}
@@ -229,10 +234,7 @@ def _delta(
             }
             for side, name in enumerate((left, right))
         }
-    deltas = {arm.arm: arm.delta for arm in evidence.judge(outcomes, claim, right, method=method).arms}
-    delta = deltas[left]
-    assert delta is not None, "both sides have a value for each seed"
-    return delta
+    return evidence.deltas(outcomes, claim, right, method)[left]
 
 
 def _averaged(arms: Sequence[ClaimArm], evidence: Evidence, metric: str) -> dict[int, TrialOutcome]:

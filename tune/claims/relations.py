@@ -17,12 +17,12 @@ loss, a side loses if all of its seeds diverged and none of the other's, and if 
 A relation is a function (claim, evidence) -> verdict and one entry in `RELATIONS`, with the fields that it needs.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import exp, inf, isfinite, log
 from typing import Literal
 
-from tune.analysis.verdicts import Judgement, holm
+from tune.analysis.verdicts import holm
 from tune.claims.arithmetic import evaluate
 from tune.claims.evidence import ONE_SEED, ClaimVerdict, Difference, Evidence, difference, incomplete, series_along
 from tune.claims.selectors import ClaimArm, describe, matches, short
@@ -53,22 +53,10 @@ def judge_claims(claims: Sequence[Claim], evidence: Evidence) -> list[ClaimResul
         relation = RELATIONS[claim.relation]
         here = [arm for arm in evidence.arms if claim.phase in (None, arm.phase)]
         found = relation.decide(claim, replace(evidence, arms=here))
-        results.append(
-            ClaimResult(
-                id=claim.id,
-                source=claim.source,
-                says=claim.says,
-                relation=claim.relation,
-                metric=claim.metric if relation.trains else None,
-                verdict=found.verdict,
-                observed=_finite(found.observed),
-                ci_low=_finite(found.ci_low),
-                ci_high=_finite(found.ci_high),
-                n=found.n,
-                trials=tuple(found.trials),
-                why=found.why,
-            )
-        )
+        metric = claim.metric if relation.trains else None
+        numbers = [_finite(value) for value in (found.observed, found.ci_low, found.ci_high)]
+        about = (claim.id, claim.source, claim.says, claim.relation, metric, found.verdict)
+        results.append(ClaimResult(*about, *numbers, n=found.n, trials=tuple(found.trials), why=found.why))
     return results
 
 
@@ -76,20 +64,26 @@ def _finite(value: float | None) -> float | None:
     return value if value is not None and isfinite(value) else None
 
 
-# ---- relations -----------------------------------------------------------------------------------------------------
+def ordered(claim: Claim, evidence: Evidence) -> ClaimVerdict:
+    """`less` is reproduced if the interval of left minus right lies below 0, and the mean `min_effect` or more below.
 
-
-def less(claim: Claim, evidence: Evidence) -> ClaimVerdict:
-    """Reproduced if the interval of left minus right lies below 0 and the mean is at least `min_effect` from it.
-
-    Refuted if it lies above -`min_effect`: left is worse, or the two are equivalent.
+    Refuted if it lies above -`min_effect`: left is worse, or the two are equivalent. `greater` is its mirror image.
     """
-    return _ordered(claim, evidence, 1.0)
-
-
-def greater(claim: Claim, evidence: Evidence) -> ClaimVerdict:
-    """The mirror image of `less`."""
-    return _ordered(claim, evidence, -1.0)
+    found = difference(claim, evidence)
+    if isinstance(found, ClaimVerdict):
+        return found
+    sentence, min_effect = _sentence(claim, found, "minus"), evidence.min_effect_of(claim)
+    sign = 1.0 if claim.relation == "less" else -1.0
+    low, high = sorted((sign * found.low, sign * found.high))
+    if high < 0 and _reaches(found.mean, min_effect):
+        return found.verdict("reproduced", sentence)
+    if low > 0 and _reaches(found.mean, min_effect):
+        return found.verdict("refuted", sentence)
+    if low > -min_effect * SLACK:
+        text = f"{sentence}: if there is such an effect, it is less than min_effect {min_effect:g}"
+        return found.verdict("refuted", text)
+    reason = f"less than min_effect {min_effect:g}" if high < 0 else "which contains 0"
+    return found.verdict("undecided", f"{sentence}, {reason}")
 
 
 def equal(claim: Claim, evidence: Evidence) -> ClaimVerdict:
@@ -148,7 +142,7 @@ def monotone(claim: Claim, evidence: Evidence) -> ClaimVerdict:
     sign, min_effect = DIRECTIONS[claim.direction or "decreasing"], evidence.min_effect_of(claim)
     pairs: dict[tuple[int, int], Delta] = {}
     for i, name in enumerate(series.names):
-        deltas = _deltas(evidence.judge(series.outcomes, claim, name, method=series.method))
+        deltas = evidence.deltas(series.outcomes, claim, name, series.method)
         pairs |= {(i, j): deltas[series.names[j]] for j in range(i + 1, len(series.names))}
     corrected = holm([1.0 if delta.p is None else delta.p for delta in pairs.values()])
     wrong = [
@@ -190,31 +184,14 @@ class Relation:
 
 
 RELATIONS = {
-    "less": Relation(less, ("left", "right")),
-    "greater": Relation(greater, ("left", "right")),
+    "less": Relation(ordered, ("left", "right")),
+    "greater": Relation(ordered, ("left", "right")),
     "equal": Relation(equal, ("left", "right", "tolerance")),
     "best": Relation(best, ("left",)),
     "monotone": Relation(monotone, ("setting", "direction"), ("left",)),
     "ratio": Relation(ratio, ("left", "right", "value", "tolerance")),
     "arithmetic": Relation(arithmetic, ("value", "expression", "tolerance"), trains=False),
 }
-
-
-def _ordered(claim: Claim, evidence: Evidence, sign: float) -> ClaimVerdict:
-    found = difference(claim, evidence)
-    if isinstance(found, ClaimVerdict):
-        return found
-    sentence, min_effect = _sentence(claim, found, "minus"), evidence.min_effect_of(claim)
-    low, high = sorted((sign * found.low, sign * found.high))
-    if high < 0 and _reaches(found.mean, min_effect):
-        return found.verdict("reproduced", sentence)
-    if low > 0 and _reaches(found.mean, min_effect):
-        return found.verdict("refuted", sentence)
-    if low > -min_effect * SLACK:
-        text = f"{sentence}: if there is such an effect, it is less than min_effect {min_effect:g}"
-        return found.verdict("refuted", text)
-    reason = f"less than min_effect {min_effect:g}" if high < 0 else "which contains 0"
-    return found.verdict("undecided", f"{sentence}, {reason}")
 
 
 def _within(claim: Claim, found: Difference, sentence: str, value: float) -> ClaimVerdict:
@@ -230,7 +207,6 @@ def _within(claim: Claim, found: Difference, sentence: str, value: float) -> Cla
 
 
 def _best_of(claim: Claim, evidence: Evidence, chosen: ClaimArm, arms: Sequence[ClaimArm]) -> ClaimVerdict:
-    """Whether `chosen` is the best arm of its phase."""
     outcomes, n = evidence.outcomes(arms, claim.metric), len(chosen.trial_ids)
     own = list(outcomes[chosen.name].values())
     others = {name: list(row.values()) for name, row in outcomes.items() if name != chosen.name}
@@ -272,10 +248,6 @@ def _sentence(claim: Claim, found: Difference, operator: str) -> str:
 
 def _reaches(effect: float, min_effect: float) -> bool:
     return abs(effect) >= min_effect * SLACK
-
-
-def _deltas(judgement: Judgement) -> Mapping[str, Delta]:
-    return {arm.arm: arm.delta for arm in judgement.arms if arm.delta}
 
 
 def _upper(delta: Delta, sign: float) -> float:

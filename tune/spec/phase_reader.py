@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from tune.spec.reading import (
     with_absolute_paths,
 )
 from tune.spec.schema import HOLDS, KINDS, MOST_TRIALS, FreshSeeds, Phase
-from tune.spec.search_space import Search, check_optuna, random_arms, read_search
+from tune.spec.search_space import Search, random_arms, read_search
 from tune.spec.sweeps import BASELINE, SWEEPS, ArmSpec, Axis, count
 from tune.storage.winners import InheritedWinner, is_path, read_inherited_winner
 
@@ -251,12 +252,10 @@ class _PhaseReader:
         if search is None or not (yield from self._count(str(search.trials), search.trials, n_seeds, at)):
             return [], None
         if search.method == "optuna":
-            try:
-                check_optuna()
-            except ConfigError as error:
-                yield Problem((*at, "method"), str(error))
-                return [], None
-            return [], search
+            if find_spec("optuna"):
+                return [], search
+            yield Problem((*at, "method"), "the package optuna is not installed: pip install 'ngpt-campaign[search]'")
+            return [], None
         arms = random_arms(search)
         if len(arms) < search.trials:
             yield Problem((*at, "trials"), f"{search.trials} different arms were asked for, found {len(arms)}")

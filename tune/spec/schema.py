@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import count, takewhile
 from typing import Annotated, Any
 
 from pydantic import Field, PlainValidator
@@ -57,18 +58,13 @@ class EarlyStop(Config):
     """When a search stops a trial early (tune/analysis/asha.py)."""
 
     method: Annotated[str, one_of(STOPPERS, "method")] = "asha"
-    reduction: Annotated[int, Field(ge=2)] = (
-        3  # 1 in `reduction` trials continues at a rung; the next rung is `reduction` times as far
-    )
+    reduction: Annotated[int, Field(ge=2)] = 3  # 1 in 3 trials continues at a rung; the next rung is 3 times as far
     first: Annotated[int, Field(ge=1)]  # rung, in steps of the baseline
 
     def rungs(self, steps: int) -> list[int]:
         """The steps at which trials are compared, before the end at `steps`."""
-        found, rung = list[int](), self.first
-        while rung < steps:
-            found.append(rung)
-            rung *= self.reduction
-        return found
+        rungs = (self.first * self.reduction**i for i in count())
+        return list(takewhile(lambda rung: rung < steps, rungs))
 
 
 class Header(Config):

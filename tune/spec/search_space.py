@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ngpt.config.base import ConfigError, Location, Problem, settings, unknown_message
+from ngpt.config.base import Location, Problem, settings, unknown_message
 from ngpt.training.config import TrainConfig
 from tune.spec.reading import LocatedSettings, Reading, collect, repeated
 from tune.spec.sweeps import ArmSpec, Axis
@@ -22,6 +22,8 @@ KEYS = ("method", "trials", "space", "seed", "parallel")
 PARALLEL = 4  # arms per batch of optuna
 DIGITS = 4
 LARGEST_BOUND = 1e300  # of an interval
+
+SettingsReader = Callable[[Any, Location], Reading[LocatedSettings]]
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,6 @@ class Dimension:
 
     @property
     def is_whole(self) -> bool:
-        """Whether the setting takes whole numbers only."""
         kinds = str(settings(TrainConfig)[self.setting].annotation)
         return "int" in kinds and "float" not in kinds
 
@@ -73,13 +74,10 @@ class Search:
 
     def arm(self, values: Sequence[Any]) -> ArmSpec:
         """The arm with these values, one for each dimension."""
-        return ArmSpec(
-            name=", ".join(
-                Axis(d.label, d.setting, (v,), d.location).names[0] for d, v in zip(self.space, values, strict=True)
-            ),
-            overrides={d.setting: v for d, v in zip(self.space, values, strict=True)},
-            origins={d.setting: d.location for d in self.space},
-        )
+        chosen = list(zip(self.space, values, strict=True))
+        names = (Axis(d.label, d.setting, (value,), d.location).names[0] for d, value in chosen)
+        overrides = {d.setting: value for d, value in chosen}
+        return ArmSpec(", ".join(names), overrides, origins={d.setting: d.location for d in self.space})
 
     def probes(self) -> Iterator[ArmSpec]:
         """An arm for each end of an interval and for each choice: if these are possible, any draw is."""
@@ -100,9 +98,7 @@ def random_arms(search: Search) -> list[ArmSpec]:
     return list(arms.values())
 
 
-def read_search(
-    data: Any, at: Location, read_settings: Callable[[Any, Location], Reading[LocatedSettings]]
-) -> Reading[Search | None]:
+def read_search(data: Any, at: Location, read_settings: SettingsReader) -> Reading[Search | None]:
     """The search in `data`; None if anything is wrong with it."""
     if not isinstance(data, dict):
         yield Problem(at, f"expected a mapping with {', '.join(KEYS)}, got {data!r}")
@@ -136,10 +132,7 @@ def _read_numbers(data: dict[str, Any], at: Location) -> Reading[dict[str, int]]
     return numbers
 
 
-def _read_space(
-    data: Any, at: Location, read_settings: Callable[[Any, Location], Reading[LocatedSettings]]
-) -> Reading[tuple[Dimension, ...]]:
-    """A dimension per setting, by name."""
+def _read_space(data: Any, at: Location, read_settings: SettingsReader) -> Reading[tuple[Dimension, ...]]:
     found = yield from read_settings(data, at)
     space: list[Dimension] = []
     for name in sorted(found):
@@ -150,7 +143,7 @@ def _read_space(
 
 def _read_dimension(setting: str, data: Any, at: Location) -> Reading[Dimension | None]:
     kind = next(iter(data)) if isinstance(data, dict) and len(data) == 1 else None
-    values = data[kind] if isinstance(data, dict) and kind is not None else None
+    values = data[kind] if kind is not None else None
     if kind not in ("uniform", "log", "choice") or not isinstance(values, list):
         kinds = "{uniform: [LOW, HIGH]}, {log: [LOW, HIGH]} or {choice: [A, B, ...]}"
         yield Problem(at, f"expected {kinds}, got {data!r}")
@@ -187,11 +180,3 @@ def _wrong_interval(dimension: Dimension) -> str | None:
     if dimension.kind == "log" and low <= 0:
         return f"a logarithmic interval lies above 0, got [{low!r}, {high!r}]"
     return None
-
-
-def check_optuna() -> None:
-    """Raises ConfigError with the command to install optuna if it is missing."""
-    try:
-        import optuna  # noqa: F401
-    except ImportError:
-        raise ConfigError("the package optuna is not installed: pip install 'ngpt-campaign[search]'") from None

@@ -48,17 +48,17 @@ BASELINE = ArmSpec("baseline")
 
 def vary(axes: Sequence[Axis]) -> list[ArmSpec]:
     """One variable at a time: an arm per value of each axis."""
-    return [_arm([(axis, i)]) for axis in axes for i in range(len(axis.values))]
+    return [_arm([point]) for points in _points(axes) for point in points]
 
 
 def grid(axes: Sequence[Axis]) -> list[ArmSpec]:
     """Every combination of the values of all axes."""
-    return [_arm(list(zip(axes, point, strict=True))) for point in itertools.product(*_indices(axes))]
+    return [_arm(points) for points in itertools.product(*_points(axes))]
 
 
 def side_by_side(axes: Sequence[Axis]) -> list[ArmSpec]:
     """The first values of all axes together, then the second values, and so on."""
-    return [_arm(list(zip(axes, point, strict=True))) for point in zip(*_indices(axes), strict=True)]
+    return [_arm(points) for points in zip(*_points(axes), strict=True)]
 
 
 SWEEPS: dict[str, Callable[[Sequence[Axis]], list[ArmSpec]]] = {"vary": vary, "grid": grid, "zip": side_by_side}
@@ -69,13 +69,11 @@ def count(kind: str, axes: Sequence[Axis]) -> int:
     return math.prod(len(axis.values) for axis in axes) if kind == "grid" else len(SWEEPS[kind](axes))
 
 
-def _indices(axes: Sequence[Axis]) -> list[range]:
-    return [range(len(axis.values)) for axis in axes]
+def _points(axes: Sequence[Axis]) -> list[list[tuple[Axis, int]]]:
+    return [[(axis, i) for i in range(len(axis.values))] for axis in axes]
 
 
-def _arm(point: Sequence[tuple[Axis, int]]) -> ArmSpec:
-    return ArmSpec(
-        name=", ".join(axis.names[i] for axis, i in point),
-        overrides={axis.setting: axis.values[i] for axis, i in point},
-        origins={axis.setting: (*axis.location, i) for axis, i in point},
-    )
+def _arm(points: Sequence[tuple[Axis, int]]) -> ArmSpec:
+    overrides = {axis.setting: axis.values[i] for axis, i in points}
+    origins = {axis.setting: (*axis.location, i) for axis, i in points}
+    return ArmSpec(", ".join(axis.names[i] for axis, i in points), overrides, origins=origins)
