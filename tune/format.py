@@ -74,15 +74,13 @@ def count(value: float | None) -> str:
     """Three digits of a count: 812, 12.3k, 4.19M, 1.20B."""
     if value is None:
         return MISSING
-    size, unit = float(value), ""
+    unit = ""
     for unit in ("", "k", "M", "B", "T"):
-        if abs(size) < 999.5 or unit == "T":
+        if abs(value) < 999.5 or unit == "T":
             break
-        size /= 1000
-    if not unit:
-        return f"{size:.0f}"
-    decimals = 2 if abs(size) < 9.995 else 1 if abs(size) < 99.95 else 0
-    return f"{size:.{decimals}f}{unit}"
+        value /= 1000
+    decimals = 0 if not unit or abs(value) >= 99.95 else 1 if abs(value) >= 9.995 else 2
+    return f"{value:.{decimals}f}{unit}"
 
 
 def size(amount: int) -> str:
@@ -122,25 +120,22 @@ def value(item: Any) -> str:
     return plain(item)
 
 
-def settings(overrides: Mapping[str, Any] | None, empty: str = MISSING) -> str:
+def settings(overrides: Mapping[str, Any], empty: str = MISSING) -> str:
     """Overrides as `name=value, name=value`."""
-    return ", ".join(f"{plain(name)}={value(item)}" for name, item in (overrides or {}).items()) or empty
+    return ", ".join(f"{plain(name)}={value(item)}" for name, item in overrides.items()) or empty
 
 
 def claim_value(observed: float | None, low: float | None = None, high: float | None = None) -> str:
     """A measured value with its interval: `-0.0326 [-0.0379, -0.0282]`, `1.32e+08`; a sum of whole numbers: `39`."""
     if observed is None:
         return MISSING
-    if low is None or high is None:
-        is_whole = bool(observed) and round(observed, 4) == round(observed)
-        return _short_number(observed, decimals=0 if is_whole else 4)
-    return f"{_short_number(observed)} [{_short_number(low)}, {_short_number(high)}]"
+    is_whole = low is None and observed and round(observed, 4) == round(observed)
+    decimals = 0 if is_whole else 4
 
+    def short(x: float) -> str:
+        return f"{x:.3g}".replace("-", MINUS) if x and not 1e-3 <= abs(x) < 1e4 else number(x, decimals)
 
-def _short_number(x: float, decimals: int = 4) -> str:
-    if x and not 1e-3 <= abs(x) < 1e4:
-        return f"{x:.3g}".replace("-", MINUS)
-    return number(x, decimals)
+    return short(observed) if low is None or high is None else f"{short(observed)} [{short(low)}, {short(high)}]"
 
 
 def counted(number: int, noun: str) -> str:

@@ -8,16 +8,15 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from ngpt.config.base import is_identity, settings
 from ngpt.training.config import TrainConfig
 from tune.analysis.verdicts import holm, judge
 from tune.results.comparability import Results, check_data, choose_objective, data_settings, read_results
-from tune.results.phase_summary import phase_records
+from tune.results.phase_summary import mean, phase_records
 from tune.storage.records import TrialOutcome
-from tune.storage.summaries import Delta, Objective, TrialRecord
+from tune.storage.summaries import Delta, Objective, TrialRecord, to_json
 
 EXACT = ("val_loss", "val_bpb", "train_loss")  # equal in all digits: the same computation
 IDENTICAL = "identical in every trial"
@@ -115,15 +114,12 @@ def compare(first: Path, second: Path, *, metric: str | None = None) -> Comparis
     check_data(a, b, objective.name)
     ignored = data_settings(a, b)
     left, right = _arms(a, ignored), _arms(b, ignored)
-    rules = [side.state.campaign for side in (a, b)]
-    confidence = max(rule["confidence"] for rule in rules)
-    min_effect = max(rule["min_effect"] for rule in rules)
+    confidence, min_effect = (
+        max(side.state.campaign[rule] for side in (a, b)) for rule in ("confidence", "min_effect")
+    )
     note = _throughput_note(a, b)
-    arms = [
-        _compare_arm(left[key], right[key], objective, confidence, with_ratio=note is None)
-        for key in left
-        if key in right
-    ]
+    shared = [(arm, right[key]) for key, arm in left.items() if key in right]
+    arms = [_compare_arm(*sides, objective, confidence, with_ratio=note is None) for sides in shared]
     return Comparison(
         a=_about(a),
         b=_about(b),
@@ -146,7 +142,7 @@ def compare(first: Path, second: Path, *, metric: str | None = None) -> Comparis
 
 def _arms(side: Results, ignored: set[str]) -> dict[str, ArmTrials]:
     """Arms by the settings that decide what their trials compute and that are not the default."""
-    defaults = {name: info.default for name, info in settings(TrainConfig).items()}
+    defaults = {name: to_json(info.default) for name, info in settings(TrainConfig).items()}
     identity = {name for name in defaults if is_identity(TrainConfig, name)}
     arms: dict[str, ArmTrials] = {}
     for phase in side.state.phases.values():
@@ -156,7 +152,7 @@ def _arms(side: Results, ignored: set[str]) -> dict[str, ArmTrials]:
                 for name, value in record.config.items()
                 if name != "seed"
                 and name not in ignored
-                and (name not in defaults or (name in identity and value != _as_json(defaults[name])))
+                and (name not in defaults or (name in identity and value != defaults[name]))
             }
             arm = arms.setdefault(json.dumps(config, sort_keys=True), ArmTrials())
             name = f"{phase.name}/{record.arm}"
@@ -166,14 +162,9 @@ def _arms(side: Results, ignored: set[str]) -> dict[str, ArmTrials]:
     return arms
 
 
-def _as_json(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
-
-
 def _compare_arm(
     a: ArmTrials, b: ArmTrials, metric: Objective, confidence: float, *, with_ratio: bool
 ) -> ArmComparison:
-    """The difference of one arm, and whether its trials agree in every digit; its verdict is not known yet."""
     shared = sorted(a.records.keys() & b.records.keys())
     finished: dict[str, dict[int, TrialOutcome]] = {}
     lost = []
@@ -194,7 +185,7 @@ def _compare_arm(
         method="paired" if shared else "pooled",
     )
     delta = next(arm.delta for arm in judgement.arms if arm.arm == "b")
-    scores = [_mean([outcome.value for outcome in finished[name].values()]) for name in "ab"]
+    scores = [mean(outcome.value for outcome in finished[name].values()) for name in "ab"]
     return ArmComparison(
         a=a.names,
         b=b.names,
@@ -215,12 +206,11 @@ def _is_equal(a: TrialRecord, b: TrialRecord) -> bool:
 
 def _judge_all(arms: Sequence[ArmComparison], goal: str, alpha: float, min_effect: float) -> list[ArmComparison]:
     """Corrects the p-values over all arms and adds the verdicts, of B against A."""
-    p_values = {i: arm.delta.p for i, arm in enumerate(arms) if arm.delta and arm.delta.p is not None}
-    corrected = dict(zip(p_values, holm(list(p_values.values())), strict=True))
+    corrected = iter(holm([arm.delta.p for arm in arms if arm.delta and arm.delta.p is not None]))
     judged = []
-    for i, arm in enumerate(arms):
-        if arm.delta and i in corrected:
-            arm = replace(arm, delta=replace(arm.delta, p_holm=corrected[i]))
+    for arm in arms:
+        if arm.delta and arm.delta.p is not None:
+            arm = replace(arm, delta=replace(arm.delta, p_holm=next(corrected)))
         judged.append(replace(arm, verdict=_verdict(arm, goal, alpha, min_effect)))
     return judged
 
@@ -239,22 +229,19 @@ def _verdict(arm: ArmComparison, goal: str, alpha: float, min_effect: float) -> 
 
 
 def _throughput(a: ArmTrials, b: ArmTrials, *, with_ratio: bool) -> Throughput:
-    left, right = (
-        _mean([record.metrics.get("tokens_per_second") for record in arm.records.values()]) for arm in (a, b)
-    )
+    left, right = (mean(own.metrics.get("tokens_per_second") for own in arm.records.values()) for arm in (a, b))
     return Throughput(left, right, right / left if with_ratio and left and right is not None else None)
 
 
 def _throughput_note(a: Results, b: Results) -> str | None:
     """Why throughputs have no ratio: trials that share a device or a process are slower than others."""
-    workers = [side.state.campaign["workers"] for side in (a, b)]
-    groups = [
-        max((result["provenance"].get("vectorised", 1) for result in side.state.results.values()), default=1)
-        for side in (a, b)
-    ]
-    if workers[0] == workers[1] and groups[0] == groups[1]:
+    at_once = []
+    for side in (a, b):
+        workers, results = side.state.campaign["workers"], side.state.results.values()
+        group = max((result["provenance"].get("vectorised", 1) for result in results), default=1)
+        at_once.append(f"{workers} x {group}" if group > 1 else f"{workers}")
+    if at_once[0] == at_once[1]:
         return None
-    at_once = [f"{n} x {size}" if size > 1 else f"{n}" for n, size in zip(workers, groups, strict=True)]
     return f"no throughput ratio: {at_once[0]} trials ran at a time in A, {at_once[1]} in B"
 
 
@@ -285,8 +272,3 @@ def _code(arms: Mapping[str, ArmTrials]) -> dict[str, Any]:
 def _differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, list[Any]]:
     names = dict.fromkeys([*a, *b])
     return {name: [a.get(name), b.get(name)] for name in names if a.get(name) != b.get(name)}
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return fmean(known) if known else None

@@ -1,16 +1,18 @@
 """The trial records of a phase and its summary, as pure functions of the campaign's state."""
 
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
 from tune.analysis.verdicts import ArmVerdict, judge
+from tune.claims.selectors import is_number
 from tune.storage.records import TrialOutcome
 from tune.storage.state import ArmState, CampaignState, PhaseState
 from tune.storage.summaries import ArmSummary, Objective, PhaseNoise, PhaseSummary, Spread, TrialCounts, TrialRecord
 
 ONLY_BASELINE = "there is nothing to compare: its only arm is the baseline itself"
+OF_RESULT = ("trial_id", "config", "status", "metrics", "error", "attempt", "started_at", "seconds", "provenance")
+AVERAGED = ("val_bpb", "train_loss", "tokens_per_second", "peak_memory_bytes")  # metrics of an arm
 
 
 def phase_records(state: CampaignState, phase: PhaseState) -> list[TrialRecord]:
@@ -30,43 +32,27 @@ def _record(
         campaign=state.campaign["campaign"],
         phase=phase.name,
         arm=arm.name,
-        trial_id=result["trial_id"],
         seed=seed,
-        overrides=dict(phase.base) | dict(arm.overrides),
-        config=result["config"],
-        status=result["status"],
-        metrics=result["metrics"],
-        error=result["error"],
-        attempt=result["attempt"],
-        started_at=result["started_at"],
-        seconds=result["seconds"],
-        provenance=result["provenance"],
+        overrides={**phase.base, **arm.overrides},
         reused_from=None if result["phase"] == phase.name else result["phase"],
+        **{name: result[name] for name in OF_RESULT},
     )
 
 
 def summarize_phase(state: CampaignState, phase: PhaseState) -> PhaseSummary:
     """Ranks and judges the arms of a phase by the results so far."""
     rules = state.campaign
-    metric = rules["metric"]
-    outcomes = _outcomes(state, phase, metric["name"])
-    judgement = judge(
-        outcomes,
-        baseline=phase.baseline,
-        goal=metric["goal"],
-        confidence=rules["confidence"],
-        min_effect=rules["min_effect"],
-        metric=metric["name"],
-    )
+    metric = Objective(**rules["metric"])
+    limits = {name: rules[name] for name in ("confidence", "min_effect")}
+    outcomes = _outcomes(state, phase, metric.name)
+    judgement = judge(outcomes, baseline=phase.baseline, goal=rules["metric"]["goal"], metric=metric.name, **limits)
     losses = judgement  # the spread of an arm does not depend on goal and min_effect
-    if metric["name"] != "val_loss":
+    if metric.name != "val_loss":
         losses = judge(_outcomes(state, phase, "val_loss"), baseline=phase.baseline, confidence=rules["confidence"])
     spreads = {arm.arm: _spread(arm) for arm in losses.arms}
     planned = {arm.name: arm for arm in phase.arms}
-    arms = tuple(
-        _arm_summary(state, planned[verdict.arm], verdict, rank, spreads[verdict.arm])
-        for rank, verdict in enumerate(judgement.arms, 1)
-    )
+    ranked = enumerate(judgement.arms, 1)
+    arms = tuple(_arm_summary(state, planned[own.arm], own, rank, spreads[own.arm]) for rank, own in ranked)
     statuses = [outcome.status for by_seed in outcomes.values() for outcome in by_seed.values()]
     missing = statuses.count("missing")  # the phase has no winner before all its trials have ended
     so_far = f"so far, after {len(statuses) - missing} of {len(statuses)} trials: " if missing else ""
@@ -75,13 +61,12 @@ def summarize_phase(state: CampaignState, phase: PhaseState) -> PhaseSummary:
     return PhaseSummary(
         campaign=rules["campaign"],
         phase=phase.name,
-        metric=Objective(**metric),
-        confidence=rules["confidence"],
-        min_effect=rules["min_effect"],
+        metric=metric,
+        **limits,
         seeds=tuple(phase.seeds),
         inherit=phase.inherit,
-        base=dict(phase.base),
-        swept=dict(phase.swept),
+        base=phase.base,
+        swept=phase.swept,
         arms=arms,
         baseline=phase.baseline,
         winner=None if missing else judgement.winner,
@@ -107,7 +92,6 @@ def count_trials(statuses: Sequence[str], *, reused: int) -> TrialCounts:
 
 
 def _outcomes(state: CampaignState, phase: PhaseState, metric: str) -> dict[str, dict[int, TrialOutcome]]:
-    """The value of `metric` by arm and seed."""
     return {
         arm.name: {seed: state.outcome(trial_id, metric) for seed, trial_id in arm.trial_ids.items()}
         for arm in phase.arms
@@ -121,31 +105,25 @@ def _spread(verdict: ArmVerdict) -> Spread:
 def _arm_summary(state: CampaignState, arm: ArmState, verdict: ArmVerdict, rank: int, val_loss: Spread) -> ArmSummary:
     results = [state.results[i] for i in arm.trial_ids.values() if i in state.results]
     finished = [result for result in results if result["status"] == "finished"]
-
-    def average(metric: str) -> float | None:
-        return _mean(result["metrics"].get(metric) for result in finished)
-
     return ArmSummary(
         arm=arm.name,
         rank=rank,
-        overrides=dict(arm.overrides),
+        overrides=arm.overrides,
         n=verdict.n,
         score=_spread(verdict),
         delta=verdict.delta,
         verdict=verdict.verdict,
         tied_with_winner=verdict.tied_with_winner,
-        val_bpb=average("val_bpb"),
-        train_loss=average("train_loss"),
-        tokens_per_second=average("tokens_per_second"),
-        peak_memory_bytes=average("peak_memory_bytes"),
         tokens=max((result["metrics"]["tokens"] for result in finished), default=None),
-        seconds=_mean(result["seconds"] for result in finished),
+        seconds=mean(result["seconds"] for result in finished),
         trial_ids=tuple(arm.trial_ids.values()),
         val_loss=val_loss,
+        **{name: mean(result["metrics"].get(name) for result in finished) for name in AVERAGED},
     )
 
 
-def _mean(values: Iterable[float | None]) -> float | None:
+def mean(values: Iterable[float | None]) -> float | None:
+    """The mean of the values that are known; None without any."""
     known = [value for value in values if value is not None]
     return fmean(known) if known else None
 
@@ -156,8 +134,7 @@ def _mean(values: Iterable[float | None]) -> float | None:
 def _warnings(
     phase: PhaseState, arms: Sequence[ArmSummary], winner: str, records: Sequence[TrialRecord], statuses: Sequence[str]
 ) -> list[str]:
-    """What limits the verdicts of a phase, apart from noise."""
-    found = []
+    found: list[str] = []
     if stopped := statuses.count("stopped"):
         text = f"stopped early by ASHA: {stopped} of {len(statuses)} trials; which ones depends on the order in which "
         text += "they ran. Their arms are listed last and not judged; the p-values of the others are corrected for "
@@ -170,19 +147,15 @@ def _warnings(
         listed = ", ".join(f"{name} {count}" for name, count in tokens.items())
         found.append(f"the arms saw different numbers of training tokens: {listed}")
     found += _provenance_warnings([record for record in records if record.error is None])
-    by_arm: defaultdict[str, list[TrialRecord]] = defaultdict(list)
-    for record in records:
-        by_arm[record.arm].append(record)
     for arm in arms:
-        found += recovery_warnings(arm.arm, by_arm[arm.arm])
+        found += recovery_warnings(arm.arm, [record for record in records if record.arm == arm.arm])
     return found
 
 
 def _edge_warnings(phase: PhaseState, chosen: ArmSummary) -> list[str]:
-    """Names the settings of the winner that lie at the end of their swept range."""
     found = []
     for setting, values in phase.swept.items():
-        numbers = sorted(value for value in values if isinstance(value, int | float) and not isinstance(value, bool))
+        numbers = sorted(filter(is_number, values))
         value = chosen.overrides.get(setting)
         if len(numbers) > 2 and value in (numbers[0], numbers[-1]):
             end = "lower" if value == numbers[0] else "upper"
@@ -208,8 +181,7 @@ def _provenance_warnings(records: Sequence[TrialRecord]) -> list[str]:
 def recovery_warnings(arm: str, records: Sequence[TrialRecord]) -> list[str]:
     """Names what made the trials of an arm deviate from their settings (ngpt/training/recovery.py)."""
     found = []
-    replaced = sum(record.metrics.get("r_replaced") or 0 for record in records)
-    if replaced:
+    if replaced := sum(record.metrics.get("r_replaced") or 0 for record in records):
         found.append(f"{arm}: {replaced:.0f} divisors r of its norm mode were not finite and became 1")
     sizes = [(record.metrics.get("batch_size"), record.config.get("batch_size")) for record in records]
     halved = [f"{size} for {planned}" for size, planned in sizes if size and planned and size < planned]
@@ -217,7 +189,6 @@ def recovery_warnings(arm: str, records: Sequence[TrialRecord]) -> list[str]:
         text = f"{len(halved)} of its trials had no memory for their batch and halved it"
         found.append(f"{arm}: {text} ({', '.join(sorted(set(halved)))})")
     for name, what in {"skipped_steps": "steps were skipped", "rollbacks": "times a trial went back"}.items():
-        count = sum(record.metrics.get(name) or 0 for record in records)
-        if count:
+        if count := sum(record.metrics.get(name) or 0 for record in records):
             found.append(f"{arm}: {count:.0f} {what}, for a loss or gradient that was not finite")
     return found

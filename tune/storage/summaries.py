@@ -1,17 +1,10 @@
-"""Results as types: trial records, and the summaries of arms, phases and campaigns.
-
-The fields are those of `trials.jsonl` and `summary.json`, in the same order. `to_json` and `from_json` are the only
-code that converts between the two.
-"""
+"""Results as types, with the fields of `trials.jsonl` and `summary.json` in the same order (see docs/results.md)."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
-from functools import cache
-from types import UnionType
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from dataclasses import dataclass, field, is_dataclass
+from typing import Any
 
 Settings = Mapping[str, Any]  # values by dotted name
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -253,29 +246,3 @@ def to_json(item: Any) -> Any:
     if isinstance(item, list | tuple):
         return [to_json(part) for part in item]
     return item
-
-
-def from_json(kind: type[T], data: Mapping[str, Any]) -> T:
-    """Reads one of the types of this module from parsed JSON.
-
-    A field that is missing or null takes its default, so summaries of older versions still open. Other fields are
-    ignored.
-    """
-    hints = _hints(kind)
-    known = [item.name for item in fields(kind) if data.get(item.name) is not None]  # type: ignore[arg-type]
-    return kind(**{name: _value(hints[name], data[name]) for name in known})
-
-
-@cache
-def _hints(kind: type) -> dict[str, Any]:
-    return get_type_hints(kind)
-
-
-def _value(hint: Any, value: Any) -> Any:
-    if get_origin(hint) is UnionType:  # X | None
-        hint = get_args(hint)[0]
-    if is_dataclass(hint):
-        return from_json(hint, value)  # type: ignore[arg-type]
-    if get_origin(hint) is tuple:
-        return tuple(_value(get_args(hint)[0], part) for part in value)
-    return value

@@ -184,7 +184,7 @@ def test_a_search_ends_with_few_trials_at_full_length_and_says_so(file: Path, tm
     find, check = summary.phases
     counts = find.trials
     assert counts.stopped >= 4 and counts.finished >= 4 and counts.stopped + counts.finished == 18
-    assert (summary.status, check.trials.stopped, summary.problems) == ("finished", 0, [])
+    assert (summary.status, check.trials.stopped, summary.problems) == ("finished", 0, ())
     (warning,) = [text for text in find.warnings if "ASHA" in text]
     assert warning.startswith(f"stopped early by ASHA: {counts.stopped} of 18 trials; which ones depends on the ord")
     assert not any("ASHA" in text for text in check.warnings)
@@ -241,14 +241,14 @@ def test_an_interrupted_campaign_decides_as_an_undisturbed_one(file: Path, tmp_p
     with session_on(file, tmp_path / "r") as session:
         play(begun(session), most=most)  # and then it is killed
     decided = [event for event in read_journal(tmp_path / "r" / "journal.jsonl") if event["event"] == RUNG_REACHED]
-    assert finish(file, tmp_path / "r").phases[0]["arms"] == undisturbed.phases[0]["arms"]
+    assert finish(file, tmp_path / "r").phases[0].arms == undisturbed.phases[0].arms
     after = [event for event in read_journal(tmp_path / "r" / "journal.jsonl") if event["event"] == RUNG_REACHED]
     assert after[: len(decided)] == decided
     assert len({(event["trial_id"], event["rung"]) for event in after}) == len(after), "each rung once"
     with session_on(file, tmp_path / "r") as session:
         assert not session.has_work() and play(begun(session)) == []
         session.end()
-    assert rebuild(tmp_path / "r").phases[0]["winner"] == undisturbed.phases[0]["winner"]
+    assert rebuild(tmp_path / "r").phases[0].winner == undisturbed.phases[0].winner
 
 
 def test_a_crash_between_the_decision_and_the_result_changes_nothing(
@@ -283,7 +283,7 @@ def test_without_the_setting_what_was_stopped_is_trained_to_the_end(file: Path, 
 
 
 def test_without_the_setting_what_was_stopped_is_not_counted_as_done(file: Path, tmp_path: Path) -> None:
-    stopped = finish(file, tmp_path / "r")["trials"]["stopped"]
+    stopped = finish(file, tmp_path / "r").trials.stopped
     file.write_text(file.read_text().replace("early_stop:", "description: none\n# early_stop:"))
     assert estimate(load_campaign(file), tmp_path / "r").to_run == stopped > 0
     with session_on(file, tmp_path / "r") as session:
@@ -352,7 +352,7 @@ early_stop: {reduction: 2, first: 3}
             assert record["metrics"]["val_loss"] == rows[-1]["val_loss"] and record["seconds"] > 0
             assert record["provenance"]["data_sha256"] and record["metrics"]["peak_memory_bytes"] > 0
     before = losses(tmp_path / "r")
-    assert train_all(file, tmp_path / "r")["status"] == "finished" and losses(tmp_path / "r") == before
+    assert train_all(file, tmp_path / "r").status == "finished" and losses(tmp_path / "r") == before
 
 
 # ---- mistakes ------------------------------------------------------------------------------------------------------

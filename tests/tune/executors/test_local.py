@@ -81,7 +81,7 @@ def test_a_failed_trial_does_not_end_the_run(tmp_path: Path, corpus: Path, monke
     summary = train_all(file, tmp_path / "tiny")
     assert (summary.status, summary.trials.failed, summary.trials.finished) == ("finished", 1, 5)
     assert "no memory left" in (summary.problems[0].error or "")
-    assert train_all(file, tmp_path / "tiny")["trials"]["failed"] == 0
+    assert train_all(file, tmp_path / "tiny").trials.failed == 0
 
 
 # ---- trials that are trained together ------------------------------------------------------------------------------
@@ -110,20 +110,18 @@ def close(first: Path, second: Path) -> bool:
 def test_groups_give_the_same_verdicts_as_single_trials(
     tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    remembered: list[dict[str, float]] = []
-    monkeypatch.setattr(measured, "_remember", lambda device, speeds: remembered.append(speeds))
+    remembered: list[list[measured.SpeedRecord]] = []
+    monkeypatch.setattr(measured, "_append", lambda records: remembered.append(list(records)))
     single = train_all(file, tmp_path / "single")
     together = train_all(vectorised(file), tmp_path / "together")
     assert close(tmp_path / "single", tmp_path / "together")
-    for one, many in zip(single["phases"], together["phases"], strict=True):
-        assert [(arm["arm"], arm["verdict"]) for arm in one["arms"]] == [
-            (arm["arm"], arm["verdict"]) for arm in many["arms"]
-        ]
-        assert one["winner"] == many["winner"]
+    for one, many in zip(single.phases, together.phases, strict=True):
+        assert [(arm.arm, arm.verdict) for arm in one.arms] == [(arm.arm, arm.verdict) for arm in many.arms]
+        assert one.winner == many.winner
     sizes = [record["provenance"].get("vectorised") for record in records(tmp_path / "together")]
     assert sorted(size for size in sizes if size) == [2] * 2 + [4] * 4 + [4] * 2, "the last two are of the first phase"
     assert [bool(speeds) for speeds in remembered] == [True, False], "the duration of a trial in a group is not its own"
-    assert "its trials ran 2 and 4 at a time in a process" in "".join(together["phases"][1]["warnings"])
+    assert "its trials ran 2 and 4 at a time in a process" in "".join(together.phases[1].warnings)
 
 
 @pytest.mark.parametrize("after", [1, 6, 11])
@@ -157,7 +155,7 @@ def test_a_stopped_group_resumes_each_trial_where_it_was(
         begun(session)
         again = session.ask()
         assert {spec.trial_id for spec in again} == set(under_way) and {spec.attempt for spec in again} == {2}
-    assert train_all(file, root)["status"] == "finished"
+    assert train_all(file, root).status == "finished"
     assert close(root, tmp_path / "undisturbed")
 
 
@@ -165,7 +163,7 @@ def test_early_stopping_ends_one_trial_of_a_group_and_the_others_continue(tmp_pa
     search = "{method: random, trials: 7, seed: 3, space: {optim.lr: {log: [1e-5, 1e-1]}}}"
     phases = f"\n  - name: find\n    search: {search}\nearly_stop: {{reduction: 2, first: 3}}\n"
     file = vectorised(write_file(tmp_path, corpus, phases=phases, seeds="[1]", steps=12, every=3))
-    assert train_all(file, tmp_path / "out")["status"] == "finished"
+    assert train_all(file, tmp_path / "out").status == "finished"
     ended = records(tmp_path / "out")
     steps = {
         status: {r["metrics"]["steps"] for r in ended if r["status"] == status} for status in ("stopped", "finished")

@@ -13,12 +13,13 @@ from typing import Any
 import plotly.graph_objects as go
 import pytest
 
+from tests.helpers.summaries import from_json
 from tune import format as fmt
 from tune.report import figures, html, markdown
 from tune.report.figures import MOST_POINTS, curves_by_arm
 from tune.report.markdown import cell
 from tune.report.wording import moment
-from tune.storage.summaries import CampaignSummary, PhaseSummary, from_json
+from tune.storage.summaries import CampaignSummary, PhaseSummary
 
 Summary = dict[str, Any]
 DELTA = "-0.0349 [-0.0379, -0.0319]".replace("-", fmt.MINUS)

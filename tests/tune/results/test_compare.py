@@ -3,6 +3,7 @@
 import itertools
 import json
 import shutil
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -59,13 +60,11 @@ def moved(result: TrialResult, by: float) -> TrialResult:
 
 def edit_started(root: Path, change: Callable[[dict[str, Any]], None]) -> None:
     """Changes what the journal says about the campaign; the CRC is that of `tune.storage.journal`."""
-    from tune.storage.journal import _crc
-
     lines = (root / "journal.jsonl").read_text().splitlines()
     event = json.loads(lines[0])
     del event["crc"]
     change(event)
-    lines[0] = json.dumps(event | {"crc": _crc(event)})
+    lines[0] = json.dumps(event | {"crc": f"{zlib.crc32(json.dumps(event).encode()[:-1]):08x}"})
     (root / "journal.jsonl").write_text("\n".join(lines) + "\n")
 
 

@@ -190,9 +190,9 @@ def test_a_directory_is_locked_while_a_session_has_it(root: Path, file: Path) ->
 
 
 def test_who_only_looks_does_not_wait_for_torch() -> None:
-    code = "import sys, run_campaign, tune.results.status, tune.terminal.live, ngpt.data.tokens.shards; print('torch' in sys.modules)"
-    root = ROOT
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60)
+    modules = "run_campaign, tune.results.status, tune.terminal.live, ngpt.data.tokens.shards"
+    code = f"import sys, {modules}; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout.strip()) == (0, "False"), done.stderr
 
 

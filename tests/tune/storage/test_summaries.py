@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from tests.helpers.summaries import from_json
 from tune.storage.summaries import (
     Answer,
     ArmSummary,
@@ -20,7 +21,6 @@ from tune.storage.summaries import (
     TrialCounts,
     TrialProblem,
     TrialRecord,
-    from_json,
     to_json,
 )
 

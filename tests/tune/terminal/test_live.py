@@ -11,9 +11,10 @@ import pytest
 from rich.console import Console, RenderableType
 from rich.text import Text
 
+from tests.helpers.summaries import from_json
 from tune import format as fmt
 from tune.results.snapshot import Running, Snapshot
-from tune.storage.summaries import ArmSummary, CampaignSummary, Delta, PhaseSummary, from_json
+from tune.storage.summaries import ArmSummary, CampaignSummary, Delta, PhaseSummary
 from tune.terminal import final_screen as screen
 from tune.terminal.final_screen import forest
 from tune.terminal.live import LiveConsole, PlainConsole, live_view, open_console, trial_line, words
