@@ -1,9 +1,6 @@
-"""The append-only journal of a campaign: one event a line with its CRC, synced to disk before it counts.
+"""The append-only journal of a campaign: one event a line with the CRC of the bytes before it, synced to disk.
 
     {"seq": 7, "time": "2026-11-21T10:00:00+00:00", "event": "trial_finished", ..., "crc": "1c291ca3"}
-
-The CRC is that of the bytes before it, so ten thousand events are checked in milliseconds. The first version wrote the
-CRC of the event with sorted keys; such lines are read as well.
 
 A crash can only tear the last line: it ends early, or has zeros where a block never reached the disk. Opening the
 journal for writing moves a torn tail to `journal.torn`, reading ignores it. Any other line that does not match its CRC
@@ -21,7 +18,6 @@ from typing import Any
 from ngpt.system.atomic_files import LineFile, write_atomic
 
 Event = dict[str, Any]
-
 CRC_FIELD_LENGTH = len(', "crc": "1c291ca3"}')
 
 
@@ -35,8 +31,10 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self._path = path
         self.events = read_journal(path)
-        if path.exists():
-            _cut_torn_tail(path)
+        raw = path.read_bytes() if path.exists() else b""
+        if (intact := intact_length(raw)) < len(raw):
+            write_atomic(path.with_suffix(".torn"), raw[intact:])
+            write_atomic(path, raw[:intact])
         self._file = LineFile(path)
         self._failure: OSError | None = None
 
@@ -44,8 +42,7 @@ class Journal:
         """Adds an event and returns it once it is on disk.
 
         Raises:
-            OSError: the disk failed. From then on nothing can be appended: the journal may differ from what the caller
-                knows, and two events with one number would make it unreadable.
+            OSError: the disk failed. Nothing can be appended after that: two events might get one number.
         """
         if self._failure is not None:
             raise self._failure
@@ -68,8 +65,7 @@ class Journal:
             if not self._path.exists():  # otherwise all further events would be lost without an error
                 raise FileNotFoundError(errno.ENOENT, "it was removed or moved while the campaign ran")
         except OSError as error:
-            reason = error.strerror or str(error)
-            text = f"{reason}; run the same command again to resume"
+            text = f"{error.strerror or error}; run the same command again to resume"
             self._failure = OSError(error.errno, text, str(self._path))
             raise self._failure from error
 
@@ -100,23 +96,17 @@ def parse_line(line: bytes) -> Event | None:
     """The event in a line without its newline, or None if it does not match its CRC."""
     try:
         record = json.loads(line)
-    except (ValueError, RecursionError):
+        crc = record.pop("crc", None)
+    except (ValueError, RecursionError, AttributeError, TypeError):  # not JSON, or not a mapping
         return None
-    if not isinstance(record, dict):
-        return None
-    crc = record.pop("crc", None)
-    is_intact = line[-CRC_FIELD_LENGTH:] == _crc_field(line[:-CRC_FIELD_LENGTH]) or crc == _sorted_keys_crc(record)
-    return record if is_intact else None
+    if line[-CRC_FIELD_LENGTH:] == _crc_field(line[:-CRC_FIELD_LENGTH]):
+        return record
+    # The first version wrote the CRC of the event with sorted keys.
+    return record if crc == f"{zlib.crc32(json.dumps(record, sort_keys=True).encode()):08x}" else None
 
 
 def _crc_field(start: bytes) -> bytes:
-    """The end of a line that starts with these bytes."""
     return f', "crc": "{zlib.crc32(start):08x}"}}'.encode()
-
-
-def _sorted_keys_crc(record: Event) -> str:
-    """The CRC that the first version wrote."""
-    return f"{zlib.crc32(json.dumps(record, sort_keys=True).encode()):08x}"
 
 
 def intact_length(raw: bytes) -> int:
@@ -124,11 +114,3 @@ def intact_length(raw: bytes) -> int:
     end = raw.rfind(b"\n") + 1
     last = raw[:end].rfind(b"\n", 0, end - 1) + 1
     return last if b"\0" in raw[last:end] else end
-
-
-def _cut_torn_tail(path: Path) -> None:
-    raw = path.read_bytes()
-    intact = intact_length(raw)
-    if intact < len(raw):
-        write_atomic(path.with_suffix(".torn"), raw[intact:])
-        write_atomic(path, raw[:intact])

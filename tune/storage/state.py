@@ -1,7 +1,4 @@
-"""The state of a campaign, rebuilt from its journal. The running campaign, `status` and `report` all read it here.
-
-It does not import plans and configs, so `status` does not wait for torch.
-"""
+"""The state of a campaign, rebuilt from its journal. Imports no plans and configs, so `status` does not load torch."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -48,12 +45,7 @@ class PhaseState:
     def from_event(cls, event: Event) -> "PhaseState":
         """The phase of a `phase_planned` event."""
         arms = [
-            ArmState(
-                name=arm["arm"],
-                overrides=arm["overrides"],
-                trial_ids=dict(arm["trials"]),
-                work=TrialWork(**arm["work"]) if "work" in arm else None,
-            )
+            ArmState(arm["arm"], arm["overrides"], dict(arm["trials"]), arm.get("work") and TrialWork(**arm["work"]))
             for arm in event["arms"]
         ]
         plan = {name: event[name] for name in ("inherit", "base", "baseline", "seeds", "swept")}

@@ -1,7 +1,6 @@
 """`inherit: results/phase3/optimisation`: reads the winner of a phase in another results directory.
 
-So a study can have one file per phase. A phase takes over the winner's overrides from that directory's journal; they
-are applied to this file's own base. They are read together with the file, and kept in the manifest.
+Its overrides, which are applied to this file's own base, are read together with the file and kept in the manifest.
 """
 
 import os
@@ -35,8 +34,7 @@ def read_inherited_winner(text: str) -> InheritedWinner:
     """Reads the winner that `text`, RESULTS/CAMPAIGN/PHASE, names.
 
     Raises:
-        ConfigError: the directory, campaign or phase does not exist, the phase has no winner yet, or its winner has
-            settings that this version does not have.
+        ConfigError: something in that path is missing, there is no winner yet, or it has settings of another version.
     """
     # Not Path.expanduser, which raises for an unknown user; nor Path.is_dir, which raises for a path that is too long.
     root, name = Path(os.path.expanduser(text)).parent, Path(text).name

@@ -26,6 +26,7 @@ from ngpt.system.device import pick_device
 from ngpt.system.memory import peak_memory
 from ngpt.training.config import TrainConfig
 from ngpt.training.loop import train
+from ngpt.training.run import RunResult
 from ngpt.training.state import Metrics
 
 CUDA_CONTEXT_BYTES = 768 << 20  # memory that a process uses on a GPU in addition to its tensors
@@ -65,54 +66,67 @@ class TrialResult:
     provenance: dict[str, Any] = field(default_factory=dict)
 
 
-def run_trial(spec: TrialSpec) -> Generator[TrialResult, None, TrialResult]:
+class Attempt:
+    """The results of an attempt at a trial that starts now. `marks` are added to their provenance."""
+
+    def __init__(self, spec: TrialSpec, **marks: Any) -> None:
+        self._spec, self._marks = spec, marks
+        self._started_at, self._start = datetime.now(UTC).isoformat(timespec="milliseconds"), time.perf_counter()
+
+    def result(self, run: RunResult, error: str | None = None) -> TrialResult:
+        """The result of a run that has ended."""
+        place = {"pid": os.getpid(), "packed": self._spec.packed} | self._marks
+        provenance = run.data | describe_machine(self._spec.config.device, self._spec.threads) | place
+        seconds = time.perf_counter() - self._start
+        return TrialResult(run.status, run.metrics, error, self._started_at, seconds, provenance)
+
+    def interim(self, evaluation: Metrics, dataset: Dataset) -> TrialResult:
+        """The result of a trial that is stopped at an evaluation. The parameters are not counted yet."""
+        metrics = {name: value for name, value in evaluation.items() if name != "step"} | {
+            "steps": evaluation["step"],
+            "peak_memory_bytes": peak_memory(pick_device(self._spec.config.device)),
+            "n_params": None,
+        }
+        return self.result(RunResult("stopped", 0, metrics, {"data_sha256": dataset.manifest["content_sha256"]}))
+
+    def failure(self, exception: Exception) -> TrialResult:
+        """The result of a trial that raised. Its traceback, without secrets, is written to `error.txt` as well."""
+        text = redact("".join(traceback.format_exception(exception)))
+        with contextlib.suppress(OSError):  # the disk may be full; the record has the error as well
+            write_atomic(self._spec.folder / "error.txt", text)
+        return self.result(RunResult("failed", 0), text[-MAX_ERROR_LENGTH:])
+
+
+def run_trial(spec: TrialSpec, **marks: Any) -> Generator[TrialResult, None, TrialResult]:
     """Trains a trial from the newest intact checkpoint in `spec.folder`, if there is one. Never raises.
 
     Yields at each evaluation the result that the trial has if it is stopped there; returns the final result.
     """
     torch.set_num_threads(spec.threads)
-    started_at, start = datetime.now(UTC).isoformat(timespec="milliseconds"), time.perf_counter()
-
-    def result(
-        status: str, metrics: Metrics | None = None, data: dict[str, Any] | None = None, error: str | None = None
-    ) -> TrialResult:
-        place = {"pid": os.getpid(), "packed": spec.packed}
-        provenance = (data or {}) | describe_machine(spec.config.device, spec.threads) | place
-        return TrialResult(status, metrics or {}, error, started_at, time.perf_counter() - start, provenance)
-
+    attempt = Attempt(spec, **marks)
     try:
         prepare_trial_folder(spec.folder, spec.config)
         limit_gpu_memory(pick_device(spec.config.device), spec.packed)
         dataset = open_cached_dataset(spec.config.data)
-        data = {"data_sha256": dataset.manifest["content_sha256"]}
         with contextlib.closing(train(spec.config, spec.folder, resume="latest", dataset=dataset)) as run:
             while True:
                 try:
                     evaluation = next(run)
                 except StopIteration as stop:
-                    final = result(stop.value.status, stop.value.metrics, stop.value.data)
+                    final = attempt.result(stop.value)
                     break
-                yield result("stopped", partial_metrics(evaluation, spec.config), data)
+                yield attempt.interim(evaluation, dataset)
     except Exception as exception:
-        final = result("failed", error=save_error(spec.folder, exception))
+        final = attempt.failure(exception)
     freeze_loaded_objects()
     return final
-
-
-def save_error(folder: Path, exception: Exception) -> str:
-    """Writes the traceback, without secrets, to `error.txt` in a trial's folder; returns its end for the record."""
-    text = redact("".join(traceback.format_exception(exception)))
-    with contextlib.suppress(OSError):  # the disk may be full; the record has the error as well
-        write_atomic(folder / "error.txt", text)
-    return text[-MAX_ERROR_LENGTH:]
 
 
 @functools.cache
 def freeze_loaded_objects() -> None:
     """Excludes all objects of a process from garbage collection, once, after its first trial.
 
-    torch, its compiler and Ray are half a million objects. Every trial begins with a collection, which takes a tenth of
-    a second or more if it has to scan them.
+    Every trial begins with a collection, which needs 0.1 s or more for the half a million objects of torch and Ray.
     """
     gc.collect()
     gc.freeze()
@@ -133,13 +147,6 @@ def prepare_trial_folder(folder: Path, config: TrainConfig) -> None:
     with contextlib.suppress(OSError):  # a transient fault: the tracker creates the file as well
         (folder / "metrics.jsonl").touch()  # `write_json` syncs the folder
     write_json(folder / "config.json", flatten(config))
-
-
-def partial_metrics(evaluation: Metrics, config: TrainConfig) -> Metrics:
-    """The metrics of a record, from an evaluation before the end of training. The parameters are not counted yet."""
-    scores = {name: value for name, value in evaluation.items() if name != "step"}
-    peak = peak_memory(pick_device(config.device))
-    return scores | {"steps": evaluation["step"], "peak_memory_bytes": peak, "n_params": None}
 
 
 @functools.lru_cache(maxsize=8)
