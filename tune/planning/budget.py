@@ -1,8 +1,7 @@
 """`budget:`: how many trials a campaign may start, and how many hours it may take, over all its sessions.
 
-When the budget is reached, no new trial starts, running trials are finished, and the status is `stopped by budget`. The
-same command with a larger budget continues. Counted are all trials that were ever started in this results directory,
-and the whole time of all sessions, evaluations and waiting included.
+At the budget, running trials are finished and no new one starts; a larger budget continues. All trials that were ever
+started in the results directory count, and the whole time of all sessions, evaluations and waiting included.
 """
 
 from collections.abc import Mapping

@@ -1,13 +1,12 @@
 """Lists how a campaign file differs from the results it continues, and refuses changes of their meaning.
 
 Trials are identified by what they compute, so most changes are harmless: unchanged trials are kept, new ones are
-trained, and results of trials that are gone stay in the journal. But a table whose metric, confidence, data or
-evaluation tokens were changed after the numbers were seen is a different experiment under the same name. That needs
-`--allow-change`.
+trained. But a table whose metric, confidence, data or evaluation tokens were changed after the numbers were seen is a
+different experiment under the same name. That needs `--allow-change`.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,9 +39,9 @@ class Changes:
         """The differences as messages; none if nothing has changed."""
         found = [f"changed since the last start: {line}" for line in (*self.meaning, *self.settings)]
         if self.changed or self.gone or found:
-            numbers = {"result": (self.kept, "kept"), "trial": (self.new, "new")}
-            counts = (f"{fmt.counted(n, noun)} {'is' if n == 1 else 'are'} {how}" for noun, (n, how) in numbers.items())
-            found.append(", ".join(counts))
+            kept, new = fmt.counted(self.kept, "result"), fmt.counted(self.new, "trial")
+            verbs = ["is" if n == 1 else "are" for n in (self.kept, self.new)]
+            found.append(f"{kept} {verbs[0]} kept, {new} {verbs[1]} new")
         found += _listed("trained anew, as its settings have changed", self.changed)
         return found + _listed("no longer part of the campaign", self.gone)
 
@@ -53,20 +52,23 @@ def find_changes(campaign: Campaign, state: CampaignState) -> Changes:
     Raises:
         ConfigError: the corpus cannot be found.
     """
-    results = {trial_id: result for trial_id, result in state.results.items() if result["status"] in DONE}
+    results = {trial_id for trial_id, result in state.results.items() if result["status"] in DONE}
     if not state.campaign or not results:
         return Changes()
-    before, now = _plan_of(state), _plan_in(campaign, state)
-    trials = {trial_id for arms in now.values() for trial_id in arms}
-    lost = {arm: [trial_id for trial_id in ids if trial_id in results.keys() - trials] for arm, ids in before.items()}
-    changed = [arm for arm, ids in lost.items() if ids and arm in now]
+    planned = state.phases.values()
+    before = {(phase.name, arm.name): set(arm.trial_ids.values()) for phase in planned for arm in phase.arms}
+    phases = expected_phases(campaign, state)
+    now = {(phase.name, arm.name) for phase in phases for arm in phase.arms}
+    trials = {trial.trial_id for phase in phases for trial in phase.trials}
+    lost = {arm: n for arm, ids in before.items() if (n := len(ids & results - trials))}
+    counts = {arm: f"{fmt.plain(arm[0])}/{fmt.plain(arm[1])} ({fmt.counted(n, 'result')})" for arm, n in lost.items()}
     return Changes(
         meaning=tuple(_meaning(campaign, state)),
         settings=tuple(_settings(campaign, state)),
-        kept=len(results.keys() & trials),
-        new=len(trials - {trial_id for ids in before.values() for trial_id in ids}),
-        changed=tuple(_with_count(arm, lost[arm]) for arm in changed),
-        gone=tuple(_with_count(arm, ids) for arm, ids in lost.items() if ids and arm not in now),
+        kept=len(results & trials),
+        new=len(trials - set().union(*before.values())),
+        changed=tuple(text for arm, text in counts.items() if arm in now),
+        gone=tuple(text for arm, text in counts.items() if arm not in now),
     )
 
 
@@ -100,7 +102,9 @@ def _meaning(campaign: Campaign, state: CampaignState) -> Iterator[str]:
     for name in MEASURES:
         yield from _differences(name, before["base"].get(name), base[name])
     if before["data"]["fingerprint"] != (key := fingerprint(campaign.base.data)):
-        yield _arrow("data", _data(before["base"], before["data"]["fingerprint"]), _data(base, key))
+        sides = ((before["base"], before["data"]["fingerprint"]), (base, key))
+        texts = [f"{fmt.plain(s['data.corpus'])} by {fmt.plain(s['data.tokenizer'])} ({found})" for s, found in sides]
+        yield f"data: {' -> '.join(texts)}"
 
 
 def _settings(campaign: Campaign, state: CampaignState) -> Iterator[str]:
@@ -118,41 +122,12 @@ def _differences(name: str, before: Any, now: Any) -> Iterator[str]:
         for key in before.keys() & now.keys():
             yield from _differences(f"{name}.{key}", before[key], now[key])
     elif before is not None and before != now:
-        yield _arrow(name, fmt.value(before), fmt.value(now))
-
-
-def _arrow(name: str, before: str, now: str) -> str:
-    return f"{name}: {before} -> {now}"
-
-
-def _data(base: Mapping[str, Any], key: str) -> str:
-    return f"{fmt.plain(base['data.corpus'])} by {fmt.plain(base['data.tokenizer'])} ({key})"
+        yield f"{name}: {fmt.value(before)} -> {fmt.value(now)}"
 
 
 def _as_json(value: Any) -> Any:
     """A value as the journal stores it, with lists for tuples."""
     return json.loads(json.dumps(value))
-
-
-def _plan_of(state: CampaignState) -> dict[tuple[str, str], list[str]]:
-    """The trials that were planned, by phase and arm."""
-    return {
-        (phase.name, arm.name): list(arm.trial_ids.values()) for phase in state.phases.values() for arm in phase.arms
-    }
-
-
-def _plan_in(campaign: Campaign, state: CampaignState) -> dict[tuple[str, str], list[str]]:
-    """The trials that the file plans now, by phase and arm, as far as the winners are known."""
-    return {
-        (phase.name, arm.name): [trial.trial_id for trial in arm.trials]
-        for phase in expected_phases(campaign, state)
-        for arm in phase.arms
-    }
-
-
-def _with_count(arm: tuple[str, str], trials: list[str]) -> str:
-    phase, name = map(fmt.plain, arm)
-    return f"{phase}/{name} ({len(trials)} result{'' if len(trials) == 1 else 's'})"
 
 
 def _listed(what: str, arms: tuple[str, ...]) -> list[str]:

@@ -1,14 +1,11 @@
 """`combine: {from: [alpha, optimisation]}`: joins the arms that were better in earlier phases, greedily.
 
-The better arms are sorted by their gain over their own baselines. The first arm of the new phase is the best of them,
-the second adds the next best, and so on: one arm for every prefix of that order, named like
+The better arms are sorted by their gain over their own baselines. Each prefix of that order is an arm, named like
 `alpha=0.28 + project_every=7`. An arm is skipped if it changes a setting that a better arm has changed, or cannot be
 joined to those before it (for example a width that the number of heads does not divide).
 
-All prefixes are planned at once and compared with the phase's baseline on paired seeds. So they run in parallel, and
-the plan is a pure function of the verdicts in the journal. The verdicts pick the winner among the prefixes; the phase's
-`why` names those that are not distinguishable from it. Only an arm's own changes are joined, not what its phase
-inherited: name that phase in `from` too, or `inherit:` it.
+All prefixes are planned at once, so they run in parallel, and the plan is a pure function of the verdicts in the
+journal. Only an arm's own changes are joined, not what its phase inherited.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -1,18 +1,17 @@
 """`hold: seconds`: gives every arm of a phase the number of steps that takes as long as its baseline.
 
-A trial that stops by the clock ends at a different step each time. Here the clock is read beforehand: the shapes of a
-phase are timed (tune/machine/throughput.py) and their speeds are kept in the journal. From then on an arm is an
-ordinary trial with a fixed number of steps: those of its baseline times the ratio of the two speeds. A resumed campaign
-reads the speeds from the journal, so its steps and trial ids stay the same. Another results directory measures again.
+A trial that stops by the clock ends at a different step each time. Here the shapes of a phase are timed beforehand
+(tune/machine/throughput.py), and the speeds are kept in the journal: a resumed campaign keeps its steps and trial ids.
+An arm's steps are those of its baseline times the ratio of the two speeds, or of the FLOP counts until speeds are
+measured (`--plan`).
 
 "Equal time" is time inside training steps, without evaluations, checkpoints and start-up, for a trial that has the
-device to itself. Trials that share a device or its memory bandwidth slow down by different factors; use `workers: 1`
-for an exact comparison. The time of a step is a median, so work done in one step of ten, such as a projection every 10
-steps, is not counted. Until speeds are measured (`--plan`), the ratio of the FLOP counts is used.
+device to itself; use `workers: 1` for an exact comparison. The time of a step is a median, so work done in one step of
+ten, such as a projection every 10 steps, is not counted.
 """
 
 from collections.abc import Mapping
-from functools import cache, lru_cache
+from functools import lru_cache
 
 from ngpt.config.base import content_hash, settings
 from ngpt.model.flops import flops_per_token
@@ -35,13 +34,8 @@ def step_time_key(config: TrainConfig) -> str:
 
 @lru_cache(maxsize=10_000)
 def _hash(config: TrainConfig) -> str:
-    return content_hash(config, leave_out=_irrelevant_settings())
-
-
-@cache
-def _irrelevant_settings() -> frozenset[str]:
     relevant = {name for name in settings(TrainConfig) if name in STEP_TIME_SETTINGS or name.startswith("model.")}
-    return frozenset(settings(TrainConfig).keys() - relevant | set(FREE_SETTINGS))
+    return content_hash(config, leave_out=settings(TrainConfig).keys() - relevant | set(FREE_SETTINGS))
 
 
 def steps_of_equal_time(baseline: TrainConfig, config: TrainConfig, speeds: Speeds) -> int:

@@ -46,8 +46,7 @@ def has_result(campaign: Campaign, state: CampaignState, phase: str, trial_id: s
 
 def stops_early(campaign: Campaign, phase: str) -> bool:
     """Whether a phase stops trials early."""
-    searches = next(found.stops_early for found in campaign.phases if found.name == phase)
-    return campaign.early_stop is not None and searches
+    return campaign.early_stop is not None and next(p.stops_early for p in campaign.phases if p.name == phase)
 
 
 def known_result(campaign: Campaign, state: CampaignState, phase: PlannedPhase) -> PhaseResult | None:
@@ -74,9 +73,7 @@ def expected_phases(campaign: Campaign, state: CampaignState) -> list[PlannedPha
     changes it. Otherwise the winner is guessed (see `preview`).
     """
     return preview(
-        campaign,
-        result=lambda phase: known_result(campaign, state, phase) or _last_result(state, phase),
-        outcome=state.outcome,
+        campaign, lambda phase: known_result(campaign, state, phase) or _last_result(state, phase), state.outcome
     )
 
 

@@ -1,9 +1,8 @@
 """Search with optuna's TPE sampler (Bergstra et al. 2011), reproducible from results alone.
 
-Only this file imports optuna (extra `search`). Optuna proposes a batch of `parallel` arms at once, with the constant
-liar (Ginsbourger et al. 2010) so that they differ, and gets their scores when the whole batch is done. No study is
-stored: it is replayed from the scores, which follow from the journal, so a resumed campaign proposes the same arms. A
-trial that failed, and succeeds after a resume, changes the proposals after its batch.
+Optuna (extra `search`) proposes a batch of `parallel` arms, made different by the constant liar (Ginsbourger et al.
+2010), and gets their scores when the batch is done. No study is stored: it is replayed from the scores in the journal.
+A trial that failed, and succeeds after a resume, changes the proposals after its batch.
 """
 
 import math
@@ -29,12 +28,13 @@ def propose_arms(search: Search, scores: tuple[float, ...]) -> tuple[ArmSpec, ..
     distributions = {d.setting: _distribution(optuna.distributions, d) for d in search.space}
     arms: list[ArmSpec] = []
     while len(arms) <= len(scores) and len(arms) < search.trials:
-        size = min(search.parallel, search.trials - len(arms))
-        batch = [study.ask(distributions) for _ in range(size)]
-        known = scores[len(arms) : len(arms) + size]
-        arms += [search.arm([_value(d, trial.params[d.setting]) for d in search.space]) for trial in batch]
-        for trial, arm_score in zip(batch, known, strict=False):
-            study.tell(trial, arm_score)
+        batch = [study.ask(distributions) for _ in range(min(search.parallel, search.trials - len(arms)))]
+        known = scores[len(arms) :]
+        for trial in batch:
+            drawn = [(d, trial.params[d.setting]) for d in search.space]
+            arms.append(search.arm([d.values[x] if d.kind == "choice" else d.rounded(x) for d, x in drawn]))
+        for trial, score in zip(batch, known, strict=False):
+            study.tell(trial, score)
     return tuple(arms)
 
 
@@ -52,7 +52,3 @@ def _distribution(kinds: Any, dimension: Dimension) -> Any:
     low, high = dimension.values
     kind = kinds.IntDistribution if dimension.is_whole else kinds.FloatDistribution
     return kind(low, high, log=dimension.kind == "log")
-
-
-def _value(dimension: Dimension, suggested: Any) -> Any:
-    return dimension.values[suggested] if dimension.kind == "choice" else dimension.rounded(suggested)

@@ -2,7 +2,7 @@
 
 import itertools
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -82,6 +82,8 @@ def plan_phase(
     winners: Mapping[str, Overrides],
     better: Mapping[str, Sequence[BetterArm]] = NOTHING,
     outcome: Callable[[str], TrialOutcome] = unknown_outcome,
+    *,
+    fill: bool = False,
 ) -> PlannedPhase:
     """Plans the trials of `phase`.
 
@@ -94,66 +96,31 @@ def plan_phase(
         better: the arms with the verdict `better` by phase, which a combining phase joins (tune/planning/combine.py).
         outcome: of a trial by id. A search with optuna has the arms proposed so far: the next batch once all trials of
             the batches before it have an outcome.
+        fill: adds random arms for those that optuna has not proposed yet.
     """
-    campaign, winners = _with_hold_of(phase, campaign), _with_inherited_winners(campaign, winners)
-    return _plan_arms(campaign, phase, winners, _known_arms(campaign, phase, winners, better, outcome))
-
-
-def _with_hold_of(phase: Phase, campaign: Campaign) -> Campaign:
-    """The campaign with the `hold:` of a phase."""
-    return replace(campaign, hold=phase.hold or campaign.hold)
-
-
-def _known_arms(
-    campaign: Campaign,
-    phase: Phase,
-    winners: Mapping[str, Overrides],
-    better: Mapping[str, Sequence[BetterArm]],
-    outcome: Callable[[str], TrialOutcome],
-) -> Sequence[ArmSpec]:
-    """The arms of a phase that are known so far, without the baseline."""
+    campaign = replace(campaign, hold=phase.hold or campaign.hold)
+    winners = {**winners, **{path: winner.overrides for path, winner in campaign.inherited.items()}}
     if phase.search is None:
         to_join = [arm.without(phase.pinned) for name in phase.combine for arm in better[name]]
-        baseline = baseline_config(campaign, _inherited(phase, winners), phase.pinned)
-        return [*phase.arms, *join_better_arms(to_join, lambda changes: _is_valid(campaign, baseline, changes))]
+        baseline = baseline_config(campaign, winners[phase.inherit] if phase.inherit else {}, phase.pinned)
+        joined = join_better_arms(to_join, lambda changes: _is_valid(campaign, baseline, changes))
+        return _plan_arms(campaign, phase, winners, [*phase.arms, *joined])
     scores: list[float] = []
     while True:
         arms = propose_arms(phase.search, tuple(scores))
-        new = [_score(campaign, phase, winners, arm, outcome) for arm in arms[len(scores) :]]
-        if None in new or len(arms) == phase.search.trials:
-            return arms
-        scores += [score for score in new if score is not None]
-
-
-def _score(
-    campaign: Campaign,
-    phase: Phase,
-    winners: Mapping[str, Overrides],
-    arm: ArmSpec,
-    outcome: Callable[[str], TrialOutcome],
-) -> float | None:
-    """The score of an arm for optuna; None while one of its trials is not over."""
-    planned = _plan_arms(campaign, phase, winners, [arm]).arms[-1]
-    outcomes = [outcome(trial.trial_id) for trial in planned.trials]
-    if any(found.status == "missing" for found in outcomes):
-        return None
-    return arm_score([found.value for found in outcomes], campaign.metric.goal)
-
-
-def _inherited(phase: Phase, winners: Mapping[str, Overrides]) -> dict[str, Any]:
-    return dict(winners[phase.inherit]) if phase.inherit else {}
-
-
-def _with_inherited_winners(campaign: Campaign, winners: Mapping[str, Overrides]) -> dict[str, Overrides]:
-    """The winners, with those of other results directories."""
-    return dict(winners) | {path: winner.overrides for path, winner in campaign.inherited.items()}
+        planned = [_plan_arms(campaign, phase, winners, [arm]).arms[-1] for arm in arms[len(scores) :]]
+        outcomes = [[outcome(trial.trial_id) for trial in arm.trials] for arm in planned]
+        if len(arms) == phase.search.trials or any(one.status == "missing" for row in outcomes for one in row):
+            rest = random_arms(phase.search)[len(arms) :] if fill else []
+            return _plan_arms(campaign, phase, winners, [*arms, *rest])
+        scores += [arm_score([one.value for one in row], campaign.metric.goal) for row in outcomes]
 
 
 def _plan_arms(
     campaign: Campaign, phase: Phase, winners: Mapping[str, Overrides], specs: Sequence[ArmSpec]
 ) -> PlannedPhase:
     """Plans the trials of these arms and of the baseline."""
-    inherited = _inherited(phase, winners)
+    inherited = dict(winners[phase.inherit]) if phase.inherit else {}
     base = inherited | dict(phase.pinned)
     seeds = phase.seeds if isinstance(phase.seeds, tuple) else fresh_seeds(campaign, phase)
     baseline = baseline_config(campaign, inherited, phase.pinned)
@@ -168,20 +135,16 @@ def _plan_arms(
         changed = {k: v for k, v in start.items() if k not in base or base[k] != v} | dict(arm.overrides)
         if config not in arms or (arms[config].name == BASELINE.name and not arm.inherit):
             arms[config] = PlannedArm(arm.name, changed, ())
-    planned = [
-        PlannedArm(arm.name, arm.overrides, tuple(_trials(phase, arm, base, config, seeds)))
-        for config, arm in arms.items()
-    ]
-    return PlannedPhase(
-        name=phase.name,
-        inherit=phase.inherit,
-        base=base,
-        pinned=dict(phase.pinned),
-        baseline=planned[0].name,
-        arms=tuple(planned),
-        seeds=seeds,
-        swept=phase.swept,
-    )
+    planned = []
+    for config, arm in arms.items():
+        overrides = base | dict(arm.overrides)
+        trials = [
+            PlannedTrial(name, phase.name, arm.name, seed, overrides, config.model_copy(update={"seed": seed}))
+            for name, seed in zip(trial_ids(config, seeds), seeds, strict=True)
+        ]
+        planned.append(replace(arm, trials=tuple(trials)))
+    pinned, baseline_name = dict(phase.pinned), planned[0].name
+    return PlannedPhase(phase.name, phase.inherit, base, pinned, baseline_name, tuple(planned), seeds, phase.swept)
 
 
 def baseline_config(campaign: Campaign, inherited: Overrides, pinned: Overrides) -> TrainConfig:
@@ -190,9 +153,8 @@ def baseline_config(campaign: Campaign, inherited: Overrides, pinned: Overrides)
     With `hold: tokens` an inherited batch size or context does not change the number of training tokens; with `hold:
     seconds` an inherited setting that costs speed does not change the training time.
     """
-    own = override(campaign.base, pinned)
     changes = {name: value for name, value in inherited.items() if name not in pinned}
-    return _hold_equal(campaign, own, changes)
+    return _hold_equal(campaign, override(campaign.base, pinned), changes)
 
 
 def arm_config(campaign: Campaign, baseline: TrainConfig, changes: Overrides) -> TrainConfig:
@@ -231,19 +193,15 @@ def configs_to_time(campaign: Campaign, planned: PlannedPhase) -> dict[str, Trai
     return {key: config for config in configs if (key := step_time_key(config)) not in campaign.speeds}
 
 
-def trial_id(config: TrainConfig) -> str:
-    """A hash of what is computed and of the data's content, with the seed: the same on every machine, in any order.
+def trial_ids(config: TrainConfig, seeds: Iterable[int]) -> list[str]:
+    """For each seed, a hash of what is computed and of the data's content: the same on every machine, in any order.
 
     The location of the data does not matter: corpus, path and tokenizer enter by the fingerprint of their content.
     """
-    return f"{_identity(config)}-s{config.seed}"
-
-
-def _identity(config: TrainConfig) -> str:
-    """The part of a trial id without the seed."""
     data = {name for name in settings(TrainConfig) if name.startswith("data.")}
     extra = {"data": fingerprint(config.data)} | order_settings(config.data) | rollback_settings(config)
-    return content_hash(config, leave_out=data | {"seed"}, extra=extra)
+    identity = content_hash(config, leave_out=data | {"seed"}, extra=extra)
+    return [f"{identity}-s{seed}" for seed in seeds]
 
 
 def fresh_seeds(campaign: Campaign, phase: Phase) -> tuple[int, ...]:
@@ -272,25 +230,17 @@ def preview(
     Where the `result` of a phase is not known, its first arm besides the baseline counts as the winner and the only
     better arm. Arms that optuna has not proposed yet are replaced by random arms of the same space.
     """
-    winners = _with_inherited_winners(campaign, {})
+    winners: dict[str, Overrides] = {}
     better: dict[str, Sequence[BetterArm]] = {}
     phases = []
     for phase in campaign.phases:
-        held = _with_hold_of(phase, campaign)
-        arms = _known_arms(held, phase, winners, better, outcome)
-        rest = random_arms(phase.search)[len(arms) :] if phase.search else []
-        planned = _plan_arms(held, phase, winners, [*arms, *rest])
-        winner, better[phase.name] = result(planned) or _guessed_result(planned)
+        planned = plan_phase(campaign, phase, winners, better, outcome, fill=True)
+        guess = [BetterArm(arm.name, arm.overrides, 0.0) for arm in planned.arms[1:2]]  # the baseline comes first
+        guessed = PhaseResult(guess[0].arm if guess else planned.baseline, guess)
+        winner, better[phase.name] = result(planned) or guessed
         winners[phase.name] = inherited_overrides(planned, winner)
         phases.append(planned)
     return phases
-
-
-def _guessed_result(phase: PlannedPhase) -> PhaseResult:
-    others = [arm for arm in phase.arms if arm.name != phase.baseline]
-    if not others:
-        return PhaseResult(phase.baseline, [])
-    return PhaseResult(others[0].name, [BetterArm(others[0].name, others[0].overrides, 0.0)])
 
 
 def inherited_overrides(phase: PlannedPhase, winner: str) -> Overrides:
@@ -314,12 +264,3 @@ def trial_work(config: TrainConfig) -> float:
 def trial_flops(config: TrainConfig) -> float:
     """FLOPs of one trial, evaluations included."""
     return trial_work(config) * flops_per_token(config.model)
-
-
-def _trials(
-    phase: Phase, arm: PlannedArm, base: Overrides, config: TrainConfig, seeds: tuple[int, ...]
-) -> Iterator[PlannedTrial]:
-    identity, overrides = _identity(config), dict(base) | dict(arm.overrides)
-    for seed in seeds:
-        seeded = config.model_copy(update={"seed": seed})
-        yield PlannedTrial(f"{identity}-s{seed}", phase.name, arm.name, seed, overrides, seeded)

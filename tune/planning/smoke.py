@@ -7,7 +7,6 @@ from typing import Any
 
 from ngpt.config.base import flatten, override
 from ngpt.data.tokens.tokenizer import parse_spec
-from ngpt.training.config import TrainConfig
 from tune.spec.schema import Campaign, FreshSeeds, Phase
 from tune.spec.search_space import random_arms
 
@@ -30,25 +29,20 @@ SEEDS = 2
 def shrink_campaign(campaign: Campaign) -> Campaign:
     """The campaign with every size limited. Arms that differ only in a size may become equal."""
     limits = LIMITS | {"model.n_embd": _width(campaign)}
-    base = override(campaign.base, _limited(_small_vocabulary(campaign.base), limits))
+    kind, size = parse_spec(campaign.base.data.tokenizer)
+    small = kind == "sentencepiece" and int(size) > VOCAB_SIZE
+    settings = flatten(campaign.base) | ({"data.tokenizer": f"sentencepiece:{VOCAB_SIZE}"} if small else {})
+    base = override(campaign.base, _limited(settings, limits))
     return replace(campaign, base=base, phases=tuple(_shrunk_phase(phase, limits) for phase in campaign.phases))
 
 
 def _width(campaign: Campaign) -> int:
     """A model width that every number of heads in the campaign divides into heads of even size."""
     arms = [arm for phase in campaign.phases for arm in (*phase.arms, *(phase.search.probes() if phase.search else ()))]
-    given = [phase.pinned for phase in campaign.phases] + [arm.overrides for arm in arms]
-    heads = {campaign.base.model.n_head} | {
-        settings["model.n_head"] for settings in given if "model.n_head" in settings
-    }
+    given = [flatten(campaign.base), *(p.pinned for p in campaign.phases), *(arm.overrides for arm in arms)]
+    heads = {settings["model.n_head"] for settings in given if "model.n_head" in settings}
     common = math.lcm(*heads)
     return common * max(2, 2 * math.ceil(max(heads) * HEAD_DIM / common / 2))
-
-
-def _small_vocabulary(base: TrainConfig) -> dict[str, Any]:
-    kind, size = parse_spec(base.data.tokenizer)
-    small = kind == "sentencepiece" and int(size) > VOCAB_SIZE
-    return flatten(base) | ({"data.tokenizer": f"sentencepiece:{VOCAB_SIZE}"} if small else {})
 
 
 def _shrunk_phase(phase: Phase, limits: Mapping[str, int]) -> Phase:
@@ -65,7 +59,5 @@ def _shrunk_phase(phase: Phase, limits: Mapping[str, int]) -> Phase:
 
 def _limited(settings: Mapping[str, Any], limits: Mapping[str, int]) -> dict[str, Any]:
     """The settings within their limits. The vocabulary is the tokenizer's, without the padding that a preset adds."""
-    return {
-        name: min(value, limits[name]) if name in limits and value is not None else value
-        for name, value in settings.items()
-    } | ({"model.vocab_size": None} if "model.vocab_size" in settings else {})
+    limited = {n: min(x, limits[n]) if n in limits and x is not None else x for n, x in settings.items()}
+    return limited | ({"model.vocab_size": None} if "model.vocab_size" in settings else {})
