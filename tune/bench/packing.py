@@ -3,7 +3,6 @@
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +47,7 @@ def packing_of(config: TrainConfig, *, seconds: float = SECONDS) -> Figures:
     curve = measure_concurrent_trials(config, counts=counts, threads=threads, seconds=seconds)
     device = device_key(config, 1)
     if on_gpu:
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        remember_curve(device, step_time_key(config), curve, max_trials=counts[-1], measured_at=now)
+        remember_curve(device, step_time_key(config), curve, max_trials=counts[-1])
     best = fastest_point(curve, max_trials=counts[-1])
     return {
         "best": best.trials,

@@ -61,15 +61,10 @@ def measure_concurrent_trials(
     is_enough: Callable[[Sequence[ThroughputPoint]], bool] = lambda curve: False,
     log: Log = lambda line: None,
 ) -> list[ThroughputPoint]:
-    """Measures a point for each of `counts`, until more trials are not faster or do not fit.
+    """Measures a point for each of `counts`, in rising order, until more trials are not faster or do not fit.
 
-    Args:
-        config: the trial to run; its corpus must be prepared.
-        counts: numbers of trials at once, in rising order.
-        threads: of each trial, by the number of trials.
-        seconds: of training with each count, after the warm-up.
-        is_enough: called after each point; true ends the measurement.
-        log: called with a line per point.
+    The corpus of `config` must be prepared. `threads` of a trial depend on the number of trials. `is_enough` is called
+    after each point, and ends the measurement if true.
 
     Raises:
         CalibrationError: the first count could not be measured.
@@ -78,7 +73,8 @@ def measure_concurrent_trials(
     counts = list(counts)
     with _process_pool(resolved(config)) as measure:
         for count in counts:
-            if curve and (count > curve[-1].room or _is_slowing_down(curve) or is_enough(curve)):
+            least_speed = WORTHWHILE * max((point.tokens_per_second for point in curve), default=0.0)
+            if curve and (count > curve[-1].room or curve[-1].tokens_per_second < least_speed or is_enough(curve)):
                 break
             # The first process starts alone, so that the others find what it compiles. Then all start at once.
             n_processes = max(other for other in counts if other <= curve[-1].room) if curve else count
@@ -93,10 +89,6 @@ def measure_concurrent_trials(
             speed, memory = fmt.count(point.tokens_per_second), fmt.size(point.memory_bytes)
             log(f"{count} at once: {speed} tokens/s in all, {memory} of memory each")
     return curve
-
-
-def _is_slowing_down(curve: Sequence[ThroughputPoint]) -> bool:
-    return curve[-1].tokens_per_second < WORTHWHILE * max(point.tokens_per_second for point in curve)
 
 
 @contextmanager
@@ -116,13 +108,9 @@ def _process_pool(config: TrainConfig) -> Iterator[Callable[[int, int, int, floa
         answers = [process.receive(timeout) for process in processes[:count]]
         in_use = max(answer["in_use"] for answer in answers) // len(processes)
         memory_bytes = max(in_use, *(answer["peak"] for answer in answers))
-        return ThroughputPoint(
-            trials=count,
-            threads=threads,
-            tokens_per_second=sum(answer["tokens"] / answer["seconds"] for answer in answers),
-            memory_bytes=memory_bytes,
-            room=int(answers[0]["total"] * (1 - RESERVED_MEMORY) / memory_bytes),
-        )
+        room = int(answers[0]["total"] * (1 - RESERVED_MEMORY) / memory_bytes)
+        speed = sum(answer["tokens"] / answer["seconds"] for answer in answers)
+        return ThroughputPoint(count, threads, speed, memory_bytes, room)
 
     try:
         yield measure

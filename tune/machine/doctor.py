@@ -51,11 +51,9 @@ def _device(out: Path) -> Check:
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         return Check("device", ", ".join(names))
-    problem = None
-    if shutil.which("nvidia-smi"):
-        problem = "there is an NVIDIA driver, but this torch was built without CUDA: reinstall torch"
+    problem = "there is an NVIDIA driver, but this torch was built without CUDA: reinstall torch"
     cpu = f"CPU: {cpu_model()}, {usable_cpus()} usable cores, {total_memory() / 2**30:.0f} GiB"
-    return Check("device", cpu, problem)
+    return Check("device", cpu, problem if shutil.which("nvidia-smi") else None)
 
 
 def _disk(out: Path) -> Check:

@@ -62,26 +62,16 @@ def total_memory() -> int:
 def cpu_model() -> str:
     """The name of the processor."""
     info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
 
 
 def git_state() -> dict[str, Any]:
     """The commit of the checkout with this code, and whether files differ from it; None outside a checkout."""
-    folder = Path(__file__).parent
-
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True)
-        except (OSError, subprocess.CalledProcessError):
-            return None
-        return done.stdout.strip()
-
-    commit = git("rev-parse", "HEAD")
-    changed = git("status", "--porcelain", "--untracked-files=no") if commit else None
+    git = ["git", "-C", str(Path(__file__).parent)]
+    commit = _output(*git, "rev-parse", "HEAD")
+    changed = _output(*git, "status", "--porcelain", "--untracked-files=no") if commit else None
     return {"git_commit": commit, "git_dirty": None if changed is None else bool(changed)}
 
 
@@ -90,15 +80,10 @@ def busy_gpus() -> list[str]:
 
     It asks nvidia-smi, since asking torch would create a CUDA context, which takes memory itself.
     """
-    fields = "index,memory.used,memory.total"
-    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
-    except (OSError, subprocess.SubprocessError):
-        return []
+    fields = "--query-gpu=index,memory.used,memory.total"
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     warnings = []
-    for row in done.stdout.splitlines():
+    for row in (_output("nvidia-smi", fields, "--format=csv,noheader,nounits", timeout=10) or "").splitlines():
         index, *sizes = (cell.strip() for cell in row.split(","))
         if len(sizes) != 2 or not all(map(str.isdecimal, sizes)) or (visible and index not in visible.split(",")):
             continue
@@ -107,3 +92,12 @@ def busy_gpus() -> list[str]:
             text = f"GPU {index}: {used / 1024:.1f} of {total / 1024:.1f} GiB are held by other processes"
             warnings.append(f"{text}; trials may run out of memory (nvidia-smi lists the processes)")
     return warnings
+
+
+def _output(*command: str, timeout: float | None = None) -> str | None:
+    """What a command prints; None if it fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=timeout)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

@@ -34,6 +34,11 @@ class Noise:
     method: Method
     source: str
 
+    def smallest_effect(self, phase: PlannedPhase, confidence: float) -> float | None:
+        """The effect that 4 of 5 such phases would find."""
+        sizes = len(phase.seeds), len(phase.arms)
+        return smallest_detectable_effect(*sizes, self.sd, method=self.method, confidence=confidence)
+
 
 @dataclass(frozen=True)
 class PhaseEstimate:
@@ -81,8 +86,7 @@ class _Clock:
 
     def seconds(self, config: TrainConfig, together: int) -> float:
         """A trial's share of its worker's time."""
-        speed = _known_speed(self.speeds, config, together)
-        if speed is not None:
+        if (speed := _known_speed(self.speeds, config, together)) is not None:
             return SECONDS_PER_TRIAL + trial_work(config) / speed
         assert self.flop_rate is not None
         return SECONDS_PER_TRIAL + trial_flops(config) / self.flop_rate
@@ -91,20 +95,17 @@ class _Clock:
 def estimate(campaign: Campaign, root: Path, *, measure: bool = False) -> Estimate:
     """Estimates trials, tokens, disk and time of a campaign, without the trials that have a result in `root`.
 
-    The time comes from the newest speed measured on this device for each shape of model and batch. Where there is none,
-    it comes from the FLOP count and a matrix product timed now. `measure` first times a few real steps of each shape,
-    and stores the speeds. Trials that train together in one worker (`vectorise`) have speeds of their own; where none
-    was measured, they are assumed to take as long as one after another.
+    Without a measured speed of a shape on this device, its time comes from the FLOP count and a matrix product timed
+    now. `measure` first times a few real steps of each shape. Trials that train together in one worker (`vectorise`)
+    have speeds of their own; where none was measured, they are assumed to take as long as one after another.
     """
     state = replay(read_journal(root / "journal.jsonl"))
     campaign = replace(campaign, speeds=state.speeds)
     phases = expected_phases(campaign, state)
     decided = _decided_phases(campaign, state, phases)
     workers = expected_workers(campaign)
-    to_run = {
-        name: _with_group_sizes(configs, campaign, workers)
-        for name, configs in _trials_left(campaign, state, phases).items()
-    }
+    left = _trials_left(campaign, state, phases)
+    to_run = {name: _with_group_sizes(configs, campaign, workers) for name, configs in left.items()}
     clock = _clock([trial for trials in to_run.values() for trial in trials], campaign, measure=measure)
     noise = _noise(campaign, state)
     rows = [
@@ -118,7 +119,7 @@ def estimate(campaign: Campaign, root: Path, *, measure: bool = False) -> Estima
             tokens=sum(trial_tokens(config) for config, _ in to_run[phase.name]),
             disk_bytes=sum(_disk_bytes(config) for config, _ in to_run[phase.name]),
             seconds=sum(clock.seconds(*trial) for trial in to_run[phase.name]) / workers,
-            smallest_detectable=_smallest_effect(campaign, phase, noise),
+            smallest_detectable=noise and noise.smallest_effect(phase, campaign.confidence),
             guessed=not _needed_phases(campaign, phase) <= decided,
         )
         for phase in phases
@@ -189,9 +190,7 @@ def _decided_phases(campaign: Campaign, state: CampaignState, phases: Sequence[P
     return decided
 
 
-def _trials_left(
-    campaign: Campaign, state: CampaignState, phases: Sequence[PlannedPhase]
-) -> dict[str, list[TrainConfig]]:
+def _trials_left(campaign: Campaign, state: CampaignState, phases: list[PlannedPhase]) -> dict[str, list[TrainConfig]]:
     """The configs of trials without a result by phase. A trial that two phases share belongs to the first."""
     seen = set[str]()
     left: dict[str, list[TrainConfig]] = {phase.name: [] for phase in phases}
@@ -250,22 +249,13 @@ def _noise(campaign: Campaign, state: CampaignState) -> Noise | None:
     """The noise that the file gives, or that of the newest finished phase."""
     if campaign.noise is not None:
         return Noise(campaign.noise, "paired", "as the campaign says")
-    for phase in reversed(state.phases.values()):
-        if phase.winner is None:
-            continue
-        metric = campaign.metric.name
+    metric = campaign.metric.name
+    for phase in (phase for phase in reversed(state.phases.values()) if phase.winner is not None):
         outcomes = {arm.name: {s: state.outcome(i, metric) for s, i in arm.trial_ids.items()} for arm in phase.arms}
         judgement = judge(outcomes, baseline=phase.baseline, confidence=campaign.confidence)
         if judgement.noise_sd and judgement.method:
             return Noise(judgement.noise_sd, judgement.method, f"measured in phase {phase.name}")
     return None
-
-
-def _smallest_effect(campaign: Campaign, phase: PlannedPhase, noise: Noise | None) -> float | None:
-    if noise is None:
-        return None
-    n_seeds, n_arms = len(phase.seeds), len(phase.arms)
-    return smallest_detectable_effect(n_seeds, n_arms, noise.sd, method=noise.method, confidence=campaign.confidence)
 
 
 def _disk_bytes(config: TrainConfig) -> int:

@@ -1,18 +1,14 @@
 """Chooses how many trials share a GPU, by measuring which number trains the most tokens per second.
 
-A small model leaves most of a GPU idle between its kernels, and a second trial fills the gaps. Too many trials slow
-each other down, or do not fit into memory. So `gpus_per_trial: auto` starts a short calibration
-(tune/machine/concurrency_benchmark.py) in which 1, 2, 3, 4, 6, ... trials take real steps at the same time. The curve
-is stored with the measured speeds, so the next campaign with the same model shape does not wait for it.
-
-Trials that share a GPU are slower each. Every record holds the number of trials on its device (`packed`), and tokens
-per second are only comparable between equal numbers. Sharing does not change what a trial computes.
+A small model leaves most of a GPU idle between its kernels, and a second trial fills the gaps. In a short calibration
+(tune/machine/concurrency_benchmark.py), 1, 2, 3, 4, 6, ... trials take real steps at once; the curve is stored for the
+next campaign with the same model shape. Sharing does not change what a trial computes, but slows it: tokens per second
+only compare between records with the same `packed`.
 """
 
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 
 import torch
 
@@ -65,13 +61,8 @@ def choose_gpu_sharing(campaign: Campaign, state: CampaignState, log: Log) -> Gp
     if campaign.resources.gpus_per_trial != "auto" or pick_device(campaign.base.device).type != "cuda":
         return None
     configs, devices = _trials_left(campaign, state), torch.cuda.device_count()
-    return choose_trials_per_device(
-        configs,
-        max_trials=_max_trials(campaign.resources, len(configs), devices),
-        devices=devices,
-        threads=campaign.resources.cpus_per_trial,
-        log=log,
-    )
+    max_trials, threads = _max_trials(campaign.resources, len(configs), devices), campaign.resources.cpus_per_trial
+    return choose_trials_per_device(configs, max_trials=max_trials, devices=devices, threads=threads, log=log)
 
 
 def known_trials_per_device(campaign: Campaign) -> int:
@@ -95,8 +86,7 @@ def choose_trials_per_device(
     main = _dominant_config(configs)
     device, shape = device_key(main, threads), step_time_key(main)
     if known := known_curve(device, shape, max_trials=max_trials):
-        curve, measured_at = known.curve, known.measured_at
-        why = f"measured on {measured_at[:10]}"
+        why = f"measured on {known.measured_at[:10]}"
     else:
         tokens = sum(map(trial_tokens, configs)) / devices
 
@@ -115,12 +105,12 @@ def choose_trials_per_device(
             seconds = fmt.duration(tokens / curve[0].tokens_per_second)
             why = f"not measured: on their own the trials take {seconds} of training"
             return GpuSharing(1, why, device, tuple(curve))
-        measured_at, why = _now(), "measured at the start of this campaign"
-        remember_curve(device, shape, curve, max_trials=max_trials, measured_at=measured_at)
+        known = remember_curve(device, shape, curve, max_trials=max_trials)
+        why = "measured at the start of this campaign"
     room = _room_for_the_largest(configs, main, threads, log)
-    best = fastest_point(curve, max_trials=min(max_trials, room))
-    gain = best.tokens_per_second / curve[0].tokens_per_second
-    return GpuSharing(best.trials, f"{gain:.2f} x the tokens/s of one, {why}", device, tuple(curve), measured_at)
+    best = fastest_point(known.curve, max_trials=min(max_trials, room))
+    why = f"{best.tokens_per_second / known.curve[0].tokens_per_second:.2f} x the tokens/s of one, {why}"
+    return GpuSharing(best.trials, why, device, tuple(known.curve), known.measured_at)
 
 
 def _max_trials(resources: Resources, trials: int, devices: int) -> int:
@@ -132,17 +122,15 @@ def _max_trials(resources: Resources, trials: int, devices: int) -> int:
 def _trials_left(campaign: Campaign, state: CampaignState) -> list[TrainConfig]:
     """The trials without a result, as far as the winners of phases are known."""
     trials = {trial.trial_id: trial.config for phase in expected_phases(campaign, state) for trial in phase.trials}
-    done = {trial_id for trial_id, result in state.results.items() if result["status"] in DONE}
-    return [config for trial_id, config in trials.items() if trial_id not in done]
+    return [config for i, config in trials.items() if i not in state.results or state.results[i]["status"] not in DONE]
 
 
 def _dominant_config(configs: Sequence[TrainConfig]) -> TrainConfig:
     """The first config of the shape with the most arithmetic."""
-    flops: Counter[str] = Counter()
+    flops = Counter[str]()
     for config in configs:
         flops[step_time_key(config)] += round(trial_flops(config))
-    shape = max(flops, key=flops.__getitem__)
-    return next(config for config in configs if step_time_key(config) == shape)
+    return next(config for config in configs if step_time_key(config) == flops.most_common(1)[0][0])
 
 
 def _room_for_the_largest(configs: Sequence[TrainConfig], main: TrainConfig, threads: int, log: Log) -> int:
@@ -156,16 +144,12 @@ def _room_for_the_largest(configs: Sequence[TrainConfig], main: TrainConfig, thr
     if flops_per_step(largest) <= flops_per_step(main):
         return TRIAL_COUNTS[-1]
     device, shape = device_key(largest, threads), step_time_key(largest)
-    if known := known_curve(device, shape, max_trials=1):
-        return max(1, known.curve[0].room)
-    log("measuring the memory of the largest trial ...")
-    try:
-        curve = measure_concurrent_trials(largest, counts=(1,), threads=lambda _: threads, log=log)
-    except CalibrationError:
-        return 1
-    remember_curve(device, shape, curve, max_trials=1, measured_at=_now())
-    return max(1, curve[0].room)
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
+    known = known_curve(device, shape, max_trials=1)
+    if known is None:
+        log("measuring the memory of the largest trial ...")
+        try:
+            curve = measure_concurrent_trials(largest, counts=(1,), threads=lambda _: threads, log=log)
+        except CalibrationError:
+            return 1
+        known = remember_curve(device, shape, curve, max_trials=1)
+    return max(1, known.curve[0].room)

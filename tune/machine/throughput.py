@@ -1,14 +1,13 @@
 """Measures how fast training steps run on this machine, and keeps the results in the cache for later plans.
 
-One file in the cache holds both kinds of measurement: the tokens per second of a shape, and the curve of tokens per
-second over the number of trials that share a device (tune/machine/gpu_sharing.py). Both are stored under the device and
-the `step_time_key` of the config. A line that cannot be read, or was written by another version, is skipped.
+One file in the cache holds the tokens per second of shapes, and the curves of tokens per second over the number of
+trials that share a device (tune/machine/gpu_sharing.py), by device and `step_time_key`. Unreadable lines are skipped.
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from datetime import UTC, datetime
+from typing import Annotated, TypeVar
 
 import pydantic
 
@@ -22,6 +21,7 @@ from tune.spec.schema import Campaign
 from tune.storage.state import CampaignState
 from tune.trials.trial import describe_machine
 
+STORE = "speeds.jsonl"  # in the cache
 ROUNDS = 3  # of timing for `hold: seconds`
 
 
@@ -83,9 +83,6 @@ def measure_for_equal_time(
     return {key: speed * scale for key, speed in best.items() if key not in known}
 
 
-# ---- what is stored in the cache -------------------------------------------------------------------------------------
-
-
 def measure_speeds(trials: Iterable[tuple[TrainConfig, int]], threads: int) -> None:
     """Times and stores each shape once. A trial comes with the number of trials that train together in its process."""
     shapes = {(step_time_key(config), together): config for config, together in trials}
@@ -98,34 +95,22 @@ def measure_speeds(trials: Iterable[tuple[TrainConfig, int]], threads: int) -> N
 
 
 def remember_speeds(campaign: Campaign, state: CampaignState, configs: Mapping[str, TrainConfig]) -> None:
-    """Stores the speed of each shape that this session trained; `configs` are the campaign's trials by id.
-
-    The speed is that of the whole trial, evaluations and checkpoints included.
-    """
+    """Stores the speed of each shape that this session trained, as whole trials in one attempt, by `configs` by id."""
     device = device_key(campaign.base, campaign.resources.cpus_per_trial)
     speeds = {}
     for trial_id, config in configs.items():
         result = state.results.get(trial_id)
-        if result and _is_representative(result, since=state.campaign["time"]):
+        if result is None or result["status"] != "finished" or result["attempt"] != 1 or result["seconds"] <= 0:
+            continue
+        is_alone = result["provenance"].get("vectorised", 1) == 1  # in its process
+        if is_alone and result["time"] >= state.campaign["time"]:
             speeds[step_time_key(config)] = trial_work(config) / result["seconds"]
-    _append(
-        SpeedRecord(device=device, shape=shape, together=1, tokens_per_second=speed) for shape, speed in speeds.items()
-    )
-
-
-def _is_representative(result: Mapping[str, Any], *, since: str) -> bool:
-    """Whether a trial ran whole in this session, in one attempt, as the only one in its process."""
-    is_whole = result["status"] == "finished" and result["attempt"] == 1 and result["seconds"] > 0
-    return is_whole and result["time"] >= since and result["provenance"].get("vectorised", 1) == 1
+    _append(SpeedRecord(device=device, shape=name, together=1, tokens_per_second=x) for name, x in speeds.items())
 
 
 def known_speeds(device: str) -> dict[tuple[str, int], float]:
     """The newest tokens per second on a device, by `step_time_key` and number of trials that train together."""
-    return {
-        (record.shape, record.together): record.tokens_per_second
-        for record in _read(SpeedRecord)
-        if record.device == device
-    }
+    return {(r.shape, r.together): r.tokens_per_second for r in _read(SpeedRecord) if r.device == device}
 
 
 def known_curve(device: str, shape: str, *, max_trials: int) -> CurveRecord | None:
@@ -134,27 +119,22 @@ def known_curve(device: str, shape: str, *, max_trials: int) -> CurveRecord | No
     return next(reversed(list(matching)), None)
 
 
-def remember_curve(
-    device: str, shape: str, curve: Sequence[ThroughputPoint], *, max_trials: int, measured_at: str
-) -> None:
+def remember_curve(device: str, shape: str, curve: list[ThroughputPoint], *, max_trials: int) -> CurveRecord:
     """Stores a curve for later campaigns on this machine."""
-    points = list(curve)
-    _append([CurveRecord(device=device, shape=shape, max_trials=max_trials, measured_at=measured_at, curve=points)])
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    record = CurveRecord(device=device, shape=shape, max_trials=max_trials, measured_at=now, curve=curve)
+    _append([record])
+    return record
 
 
 def _read(kind: type[Record]) -> Iterator[Record]:
     """The stored records of one kind, oldest first."""
-    for row in read_json_lines(_store(), fields=kind.model_fields):
+    for row in read_json_lines(cache_folder() / STORE, fields=kind.model_fields):
         with contextlib.suppress(pydantic.ValidationError):
             yield kind.model_validate(row)
 
 
 def _append(records: Iterable[SpeedRecord | CurveRecord]) -> None:
-    """Stores records. A cache that cannot be written only costs a later plan its measured speeds."""
     if rows := [record.model_dump() for record in records]:
-        with contextlib.suppress(OSError):
-            append_json_lines(_store(), rows)
-
-
-def _store() -> Path:
-    return cache_folder() / "speeds.jsonl"
+        with contextlib.suppress(OSError):  # a cache that cannot be written only costs a later plan its speeds
+            append_json_lines(cache_folder() / STORE, rows)

@@ -110,8 +110,7 @@ def test_the_memory_of_the_largest_trial_limits_the_number(tiny: TrainConfig) ->
     """The curve of the common shape allows four trials, the largest trial fits twice."""
     common, largest = resolved(override(tiny, {"steps": 10_000})), resolved(override(tiny, {"batch_size": 64}))
     for config, points in ((common, curve(1, 2, 3, 4)), (largest, curve(1, room=2))):
-        now = "2026-11-21T10:00:00+00:00"
-        remember_curve(device_key(config, 1), step_time_key(config), points, max_trials=4, measured_at=now)
+        remember_curve(device_key(config, 1), step_time_key(config), points, max_trials=4)
     for configs, trials in (([common] * 9, 4), ([common] * 9 + [largest], 2)):
         chosen = choose_trials_per_device(configs, max_trials=4, devices=1, threads=1, log=silent)
         assert chosen and chosen.trials_per_device == trials
