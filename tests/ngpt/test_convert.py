@@ -52,7 +52,7 @@ def error_of_logits(model: GPT, golden: Golden) -> float:
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_logits_and_loss_equal_those_of_the_official_code(file: str) -> None:
+def test_logits_and_loss_match_the_official_code(file: str) -> None:
     golden = read(file)
     model = converted(file, official(golden))
     assert error_of_logits(model, golden) < 1e-5
@@ -60,7 +60,7 @@ def test_logits_and_loss_equal_those_of_the_official_code(file: str) -> None:
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_gradients_equal_those_of_the_official_code(file: str) -> None:
+def test_gradients_match_the_official_code(file: str) -> None:
     golden = read(file)
     model, expected = (converted(file, official(golden, prefix)) for prefix in ("w/", "grad/"))
     model(*batch(golden)).backward()
@@ -71,7 +71,7 @@ def test_gradients_equal_those_of_the_official_code(file: str) -> None:
 
 
 @pytest.mark.parametrize(("file", "weight_decay"), [*zip(NVIDIA, (0.0, 0.0, 0.1), strict=True)])
-def test_a_step_of_adamw_and_projection_equals_that_of_the_official_code(file: str, weight_decay: float) -> None:
+def test_step_of_adamw_and_projection_matches_the_official_code(file: str, weight_decay: float) -> None:
     golden = read(file)
     model, gradients, expected = (converted(file, official(golden, prefix)) for prefix in ("w/", "grad/", "after/"))
     (optimizer,) = build_optimizers(model, OptimConfig(lr=1e-3, weight_decay=weight_decay))
@@ -92,7 +92,7 @@ def test_a_step_of_adamw_and_projection_equals_that_of_the_official_code(file: s
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_the_comparison_notices_a_change_of_any_weight(file: str) -> None:
+def test_comparison_detects_a_change_of_any_weight(file: str) -> None:
     golden = read(file)
     generator = torch.Generator().manual_seed(0)
     for name, weight in official(golden).items():
@@ -101,7 +101,7 @@ def test_the_comparison_notices_a_change_of_any_weight(file: str) -> None:
         assert error_of_logits(changed, golden) > 1e-4, name
 
 
-def test_the_comparison_notices_the_rotation() -> None:
+def test_comparison_detects_another_rope_variant() -> None:
     for file, rope in (("nvidia_ngpt", "rotary"), ("nvidia_gpt_baseline", "rotary"), (FILES[1], "nvidia")):
         golden = read(file)
         model = from_nvidia_ngpt(official(golden), n_head=4, block_size=16, rope=rope)
@@ -109,7 +109,7 @@ def test_the_comparison_notices_the_rotation() -> None:
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_sizes_are_read_off_the_shapes(file: str) -> None:
+def test_sizes_are_inferred_from_weight_shapes(file: str) -> None:
     golden = read(file)
     state = official(golden)
     narrow = {}  # a hidden width of 50 instead of 128, a vocabulary of 40
@@ -124,7 +124,7 @@ def test_sizes_are_read_off_the_shapes(file: str) -> None:
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_weights_in_bfloat16_become_float32_unchanged(file: str) -> None:
+def test_bfloat16_weights_become_equal_float32_weights(file: str) -> None:
     state = {name: weight.bfloat16() for name, weight in official(read(file)).items()}
     model = converted(file, state)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
@@ -134,7 +134,7 @@ def test_weights_in_bfloat16_become_float32_unchanged(file: str) -> None:
 
 @pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod."])
 @pytest.mark.parametrize("file", FILES)
-def test_prefixes_of_compile_and_ddp_are_taken_off(file: str, prefix: str) -> None:
+def test_prefixes_of_compile_and_ddp_are_removed(file: str, prefix: str) -> None:
     golden = read(file)
     state = {prefix + name: weight for name, weight in official(golden).items()}
     assert error_of_logits(converted(file, state), golden) < 1e-5
@@ -202,13 +202,15 @@ WRONG: list[tuple[str, Callable[[State], State], list[str]]] = [
 
 
 @pytest.mark.parametrize(("file", "spoil", "problems"), WRONG)
-def test_a_wrong_state_dict_is_refused_by_name(file: str, spoil: Callable[[State], State], problems: list[str]) -> None:
+def test_invalid_state_dict_is_refused_with_the_name_of_the_weight(
+    file: str, spoil: Callable[[State], State], problems: list[str]
+) -> None:
     with pytest.raises(ConfigError) as caught:
         converted(file, spoil(official(read(file))))
     assert str(caught.value).splitlines() == problems
 
 
-def test_all_problems_are_told_at_once() -> None:
+def test_all_problems_are_reported_at_once() -> None:
     state = official(read("nvidia_ngpt"))
     del state["transformer.h.0.attn_alpha"]
     state |= {"lm_head.bias": torch.zeros(61), "sz": torch.zeros(1), "transformer.h.3.sqk": torch.zeros(32)}
@@ -234,7 +236,7 @@ def test_all_problems_are_told_at_once() -> None:
         (8, 2, r"0.attn.c_k.weight: shape \(16, 32\), expected \(8, 32\)"),
     ],
 )
-def test_heads_that_do_not_fit_are_refused(n_head: int, n_kv_head: int, problem: str) -> None:
+def test_invalid_numbers_of_heads_are_refused(n_head: int, n_kv_head: int, problem: str) -> None:
     with pytest.raises(ConfigError, match=problem):
         from_nanochat(official(read("nanochat_gpt")), n_head=n_head, n_kv_head=n_kv_head, block_size=16)
 
@@ -275,7 +277,7 @@ def nanochat_checkpoint(folder: Path, **changes: Any) -> Path:
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_the_command_writes_a_checkpoint_of_the_same_model(
+def test_command_writes_a_checkpoint_of_the_same_model(
     file: str, tmp_path: Path, tokenizer: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     extra = ["--rope", "rotary"] if "true" in file else []
@@ -288,7 +290,7 @@ def test_the_command_writes_a_checkpoint_of_the_same_model(
     assert error_of_logits(build_model(verify_checkpoint(folder)), read(file)) < 1e-5
 
 
-def test_a_bare_state_dict_needs_the_heads_and_the_context(
+def test_bare_state_dict_requires_head_counts_and_block_size(
     tmp_path: Path, tokenizer: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, out = tmp_path / "weights.pt", str(tmp_path / "out")
@@ -303,7 +305,7 @@ def test_a_bare_state_dict_needs_the_heads_and_the_context(
     )
 
 
-def test_the_tokenizer_is_kept_with_an_absolute_path(
+def test_tokenizer_is_recorded_with_an_absolute_path(
     tmp_path: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -323,7 +325,7 @@ def test_the_tokenizer_is_kept_with_an_absolute_path(
         ({}, ["--tokenizer", "gpt-2"], "unknown tokenizer 'gpt-2', did you mean 'gpt2'?"),
     ],
 )
-def test_a_file_that_contradicts_itself_is_refused_and_nothing_is_written(
+def test_inconsistent_file_is_refused_and_nothing_is_written(
     changes: dict[str, Any],
     options: list[str],
     message: str,
@@ -338,13 +340,15 @@ def test_a_file_that_contradicts_itself_is_refused_and_nothing_is_written(
     assert not out.exists()
 
 
-def test_a_later_nanochat_is_refused(tmp_path: Path, tokenizer: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_checkpoint_of_a_later_nanochat_is_refused(
+    tmp_path: Path, tokenizer: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = nanochat_checkpoint(tmp_path, window_pattern="SSSL")
     assert main(["nanochat", str(path), "--tokenizer", tokenizer, "--out", str(tmp_path / "out")]) == 2
     assert "nanochat as of November 2025 has no setting window_pattern" in capsys.readouterr().err
 
 
-def test_a_folder_that_holds_checkpoints_is_left_alone(
+def test_folder_with_checkpoints_is_not_overwritten(
     tmp_path: Path, tokenizer: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["nanochat", str(nanochat_checkpoint(tmp_path)), "--tokenizer", tokenizer, "--out", str(tmp_path / "out")]
@@ -365,7 +369,7 @@ class Intruder:
         return Path.touch, (self.path,)
 
 
-def test_what_is_no_checkpoint_is_refused_and_never_executed(
+def test_file_that_is_not_a_checkpoint_is_refused_and_never_executed(
     tmp_path: Path, tokenizer: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     common = ["--tokenizer", tokenizer, "--n-head", "4", "--block-size", "16", "--out", str(tmp_path / "out")]

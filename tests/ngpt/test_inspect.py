@@ -30,7 +30,7 @@ def options(corpus: Path) -> list[str]:
     return [*TINY, f"data.corpus={corpus}", "data.tokenizer=sentencepiece:400"]
 
 
-def test_the_table_fits_a_terminal_and_shows_the_cost_of_the_model(
+def test_table_fits_a_terminal_and_shows_the_cost_of_the_model(
     options: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["--backward", "--set", *options, "residual=add_normalize", "norm_mode=dotprod"]) == 0
@@ -43,20 +43,20 @@ def test_the_table_fits_a_terminal_and_shows_the_cost_of_the_model(
     assert figures["flops_per_token"] == f"{6 * 16 * (400 + 64 + 192) + 12 * 16 * 16:,}"
 
 
-def test_json_is_one_strict_object(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_output_is_one_strict_object(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--json", "--set", *options]) == 0
     found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
     assert found["summary"]["ln_V"] == pytest.approx(math.log(400))
     assert found["forward"][0]["shape"] == [2, 16, 16] and found["backward"] == []
 
 
-def test_a_long_stage_name_keeps_the_columns_aligned() -> None:
+def test_long_stage_name_keeps_the_columns_aligned() -> None:
     stage = Stage("11.attention.k rotated", (64, 1024, 50257), "float32", (1e-5, 1.23e-6, 0.123), "sqrt", 123.45)
     header, line = table([stage]).splitlines()
     assert header.index(" ms") + 3 == len(line) and len(line) < 90
 
 
-def test_a_checkpoint_is_shown_as_it_was_trained(
+def test_checkpoint_is_inspected_with_its_training_settings(
     tiny: TrainConfig, dataset: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run(tiny, tmp_path, dataset)
@@ -79,7 +79,7 @@ def test_a_checkpoint_is_shown_as_it_was_trained(
         (["--config", "no/such/file.yaml"], "no/such/file.yaml"),
     ],
 )
-def test_a_mistake_is_one_message(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_user_error_gives_one_message(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) in (2, 74)
     assert message in capsys.readouterr().err
 
@@ -115,7 +115,7 @@ def written(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     return tmp_path
 
 
-def test_the_document_answers_twelve_questions_and_its_files_are_tested() -> None:
+def test_document_answers_twelve_questions_and_its_files_are_tested() -> None:
     text = DOCUMENT.read_text(encoding="utf-8")
     assert len(re.findall(r"^### .+\?$", text, flags=re.MULTILINE)) == 12
     assert files().keys() == {"questions.yaml", "sphere.yaml", "lab.py", "changes.py", "facts.py"}
@@ -129,7 +129,7 @@ def test_the_document_answers_twelve_questions_and_its_files_are_tested() -> Non
 
 
 @pytest.mark.parametrize("command", commands(), ids=" ".join)
-def test_a_command_of_the_document_works(
+def test_commands_of_the_document_run(
     command: list[str], written: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Of campaigns only the plan is made, which trains nothing; everything else is run, with two sequences."""
@@ -141,7 +141,7 @@ def test_a_command_of_the_document_works(
 
 
 @pytest.mark.parametrize("name", ["changes.py", "facts.py"])
-def test_a_script_of_the_document_runs(name: str, written: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_scripts_of_the_document_run(name: str, written: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(written / name))
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == files()[name].count("print(") + {"changes.py": 3, "facts.py": 4}[name]  # loops print again

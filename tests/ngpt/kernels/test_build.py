@@ -38,7 +38,7 @@ def softmax(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @given(st.lists(numbers, min_size=1, max_size=70))
-def test_softmax_equals_numpy(row: list[float]) -> None:
+def test_softmax_matches_numpy(row: list[float]) -> None:
     logits = torch.tensor([row, row[::-1]]).bfloat16()
     slope, peak, mass = softmax(logits)
     exact = logits.double().numpy()
@@ -57,7 +57,7 @@ def test_nan_and_infinity_propagate(bad: float) -> None:
     assert mass.isfinite().tolist() == [True, False, True]
 
 
-def test_a_library_is_built_once(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_library_is_built_once(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_native("softmax") is not None
     assert [path.suffix for path in (empty_cache / "native").iterdir()] == [".so"]
     load_native.cache_clear()
@@ -75,7 +75,7 @@ def test_without_a_compiler_load_native_warns_and_returns_none(
     assert "softmax.cpp was not built" in caplog.text and "no-such-compiler" in caplog.text
 
 
-def test_a_failed_build_leaves_no_files(
+def test_failed_build_leaves_no_files(
     empty_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "wrong.cpp").write_text("int broken(")

@@ -25,7 +25,7 @@ def power(x: Tensor, exponent: int, *, negative: bool = False) -> Tensor:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # torch's compiler emits warnings of its own
-def test_a_process_can_compile_more_graphs_of_a_function_than_torch_allows() -> None:
+def test_one_function_can_be_compiled_for_more_keys_than_torch_allows() -> None:
     x = torch.arange(4.0)
     for exponent in range(12):
         value = compile_for(("power", exponent), power)(x, exponent, negative=True)
@@ -34,7 +34,7 @@ def test_a_process_can_compile_more_graphs_of_a_function_than_torch_allows() -> 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
-def test_the_second_model_of_a_kind_compiles_nothing() -> None:
+def test_second_model_of_the_same_shape_compiles_nothing() -> None:
     """Neither the seed nor a swept hyper-parameter changes the graph."""
     idx = torch.randint(0, 64, (4, 17), generator=torch.Generator().manual_seed(1))
     changes: list[dict[str, Any]] = [{}, {}, {"alpha": 0.3}, {"alpha": (0.1, 0.3)}, {"logit_scale": 10.0}]
@@ -51,12 +51,12 @@ def test_the_second_model_of_a_kind_compiles_nothing() -> None:
         loss.backward()
 
 
-def test_a_key_is_compiled_once() -> None:
+def test_each_key_is_compiled_once() -> None:
     assert compile_for("a", power) is compile_for("a", power)
     assert compile_for("a", power) is not compile_for("b", power)
 
 
-def test_compiled_code_is_kept_in_the_cache_folder_unless_the_user_names_another(
+def test_compiled_code_goes_to_the_cache_folder_unless_the_user_sets_another(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("NGPT_CACHE", str(tmp_path))
@@ -67,7 +67,9 @@ def test_compiled_code_is_kept_in_the_cache_folder_unless_the_user_names_another
     assert use_disk_cache() == tmp_path / "own"
 
 
-def test_torchs_own_default_does_not_count_as_set_by_the_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_default_folder_of_torch_does_not_count_as_set_by_the_user(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
     monkeypatch.setenv("NGPT_CACHE", str(tmp_path))
@@ -99,7 +101,7 @@ print(json.dumps({
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="compiling for a CPU needs a C++ compiler")
-def test_a_second_process_compiles_nothing_new(corpus: Path, tmp_path: Path) -> None:
+def test_second_process_reuses_compiled_code(corpus: Path, tmp_path: Path) -> None:
     """With another seed and alpha, as in the next worker or a repeated campaign."""
     kept = os.environ | {"NGPT_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
     kept.pop(CACHE_VARIABLE, None)

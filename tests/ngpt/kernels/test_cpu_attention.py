@@ -55,7 +55,7 @@ def ours(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, scale: float) -> list[Te
     scale=st.sampled_from([0.2, 1.0, 12.0]),
     seed=st.integers(0, 10),
 )
-def test_it_is_attention_and_so_are_its_gradients(
+def test_output_and_gradients_match_torch_attention_in_float64(
     batch: int, tokens: int, groups: int, each: int, width: int, scale: float, seed: int
 ) -> None:
     given = inputs(batch, tokens, groups * each, groups, width, seed=seed)
@@ -67,26 +67,26 @@ def test_it_is_attention_and_so_are_its_gradients(
 
 
 @pytest.mark.parametrize("tokens", [128, 257, MAX_TOKENS])
-def test_long_sequences(tokens: int) -> None:
+def test_long_sequences_match_torch_attention(tokens: int) -> None:
     given = inputs(1, tokens, 2, 1, 32)
     for found, expected in zip(ours(*given, 1.0), exact(*given, 1.0), strict=True):
         assert (found - expected).norm() <= 2e-6 * expected.norm()
 
 
-def test_a_token_does_not_attend_to_later_ones() -> None:
+def test_tokens_do_not_attend_to_later_tokens() -> None:
     q, k, v, grad = inputs(2, 40, 2, 2, 16)
     before = ours(q, k, v, grad, 1.0)[0][:, :30]
     k[:, 30:], v[:, 30:] = 100.0, 1e6
     assert torch.equal(ours(q, k, v, grad, 1.0)[0][:, :30], before)
 
 
-def test_equal_scores_give_the_running_mean() -> None:
+def test_equal_scores_give_the_running_mean_of_the_values() -> None:
     _, k, v, grad = inputs(1, 20, 1, 1, 8)
     mean = v.cumsum(1) / torch.arange(1, 21).view(1, -1, 1, 1)
     torch.testing.assert_close(ours(torch.zeros_like(v), k, v, grad, 1.0)[0], mean, rtol=1e-5, atol=1e-6)
 
 
-def test_memory_layout_does_not_matter() -> None:
+def test_memory_layout_does_not_change_the_result() -> None:
     given = inputs(2, 33, 4, 2, 16)
     q, k, v, grad = (part.transpose(1, 2).contiguous().transpose(1, 2) for part in given)
     assert not q.is_contiguous()
@@ -112,7 +112,7 @@ def test_results_do_not_depend_on_the_number_of_threads(set_threads: Callable[[i
     assert all(torch.equal(one, two) for one, two in zip(ours(*given, 1.0), alone, strict=True))
 
 
-def test_torch_accepts_it_as_an_operation() -> None:
+def test_operator_passes_torch_opcheck() -> None:
     q, k, v, _ = inputs(2, 9, 4, 2, 8)
     leaves = tuple(part.requires_grad_() for part in (q, k, v))
     kinds = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_static")
@@ -121,7 +121,7 @@ def test_torch_accepts_it_as_an_operation() -> None:
 
 @pytest.mark.parametrize("n_kv_head", [2, 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_compiled_model_uses_the_kernel(n_kv_head: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_model_uses_the_kernel(n_kv_head: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpt, "compile_for", lambda key, function: function)
     cfg = ModelConfig(n_layer=2, n_head=2, n_kv_head=n_kv_head, n_embd=16, block_size=24, vocab_size=50)
     idx = torch.randint(50, (3, 24), generator=torch.Generator().manual_seed(0))

@@ -108,7 +108,7 @@ def scales(scaled: str, vocabulary: int) -> int:
     scaled=st.sampled_from(SCALES),
     seed=st.integers(0, 10),
 )
-def test_errors_are_within_the_rounding_of_bfloat16(
+def test_errors_stay_within_bfloat16_rounding(
     n: int, vocabulary: int, width: int, rows: int, scaled: str, seed: int
 ) -> None:
     given = inputs(n, vocabulary=vocabulary, width=width, scales=scales(scaled, vocabulary), seed=seed)
@@ -121,7 +121,7 @@ def test_errors_are_within_the_rounding_of_bfloat16(
 
 @pytest.mark.parametrize("scaled", SCALES)
 @pytest.mark.parametrize(("n", "vocabulary", "width", "rows"), [(8, 113, 64, 8), (40, 30, 32, 16), (70, 200, 160, 512)])
-def test_loss_and_gradients_are_those_of_the_full_logits(
+def test_loss_and_gradients_match_full_logits_in_float64(
     n: int, vocabulary: int, width: int, rows: int, scaled: str
 ) -> None:
     given = inputs(n, vocabulary=vocabulary, width=width, scales=scales(scaled, vocabulary))
@@ -135,14 +135,14 @@ def test_loss_and_gradients_are_those_of_the_full_logits(
         assert (gradient - reference).norm() <= 2**-8 * length
 
 
-def test_the_loss_without_gradients_is_the_same() -> None:
+def test_loss_is_the_same_without_gradients() -> None:
     x, weight, scale, targets = inputs(50, scales=VOCABULARY)
     alone = cpu_cross_entropy(x, weight, scale, targets, rows=16, gradients=False)
     assert alone is not None and alone[1:] == (None, None, None)
     assert alone[0] == walked(x, weight, scale, targets)[0]
 
 
-def test_a_confident_model_keeps_the_digits_of_its_loss() -> None:
+def test_small_loss_of_a_confident_model_stays_accurate() -> None:
     targets = torch.arange(32)[:, None]
     x, weight = torch.eye(32).bfloat16() * 4, torch.eye(32) * 4  # 16 at the target, 0 elsewhere
     value, grad_x, _ = walked(x, weight, None, targets)  # there is no scale, and none of its gradient
@@ -163,7 +163,7 @@ def test_results_do_not_depend_on_the_number_of_threads(set_threads: Callable[[i
 
 
 @pytest.mark.parametrize("above", [60.0, 70.0, 200.0])
-def test_logits_far_above_the_target_are_right_or_use_the_fallback(above: float) -> None:
+def test_logits_far_above_the_target_are_accurate_or_use_the_fallback(above: float) -> None:
     x, weight, _, targets = inputs(20)
     x[7], x[:, 0], weight[3] = 0, 0, 0
     x[7, 0], weight[3, 0], weight[5, 0], targets[7] = 1, above, 0, 5
@@ -180,7 +180,7 @@ def test_logits_far_above_the_target_are_right_or_use_the_fallback(above: float)
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("where", ["x", "weight", "scale"])
-def test_values_that_are_not_finite_use_the_fallback(bad: float, where: str) -> None:
+def test_nonfinite_values_use_the_fallback(bad: float, where: str) -> None:
     x, weight, scale, targets = inputs(20, scales=VOCABULARY)
     assert scale is not None
     {"x": x, "weight": weight, "scale": scale}[where].view(-1)[11] = bad
@@ -191,7 +191,7 @@ def test_values_that_are_not_finite_use_the_fallback(bad: float, where: str) -> 
 
 
 @pytest.mark.parametrize("bad", [-1, -100, VOCABULARY])
-def test_a_target_outside_the_vocabulary_is_an_error(bad: int) -> None:
+def test_target_outside_the_vocabulary_is_an_error(bad: int) -> None:
     x, weight, _, targets = inputs(20)
     targets[13] = bad
     assert cpu_cross_entropy(x, weight, None, targets, rows=8, gradients=False) is None
@@ -199,7 +199,7 @@ def test_a_target_outside_the_vocabulary_is_an_error(bad: int) -> None:
         linear_cross_entropy(x, weight, targets[:, 0], compiled=True)
 
 
-def test_other_widths_and_dtypes_use_the_fallback() -> None:
+def test_unsupported_widths_and_dtypes_use_the_fallback() -> None:
     x, weight, _, targets = inputs(20, width=48)
     assert cpu_cross_entropy(x, weight, None, targets, rows=8, gradients=True) is None
     x, weight, _, targets = inputs(20)
@@ -209,7 +209,7 @@ def test_other_widths_and_dtypes_use_the_fallback() -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # torch, when it loads inductor
 @pytest.mark.parametrize("share", [1.0, 0.25])
-def test_the_compiled_loss_uses_the_kernel_with_gradients_of_weight_and_scale(
+def test_compiled_loss_uses_the_kernel_with_gradients_of_weight_and_scale(
     share: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x, weight, scale, targets = inputs(40, scales=VOCABULARY)
@@ -235,7 +235,7 @@ def test_the_compiled_loss_uses_the_kernel_with_gradients_of_weight_and_scale(
         assert far(leaf.grad, reference.grad) < 2**-6
 
 
-def test_without_the_library_the_fallback_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fallback_is_used_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight, _, targets = inputs(40)
     monkeypatch.setattr("ngpt.kernels.cpu_cross_entropy.load_native", lambda name: None)
     assert cpu_cross_entropy(x, weight, None, targets, rows=8, gradients=True) is None

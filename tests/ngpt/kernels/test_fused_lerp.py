@@ -49,7 +49,7 @@ def checked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 @pytest.mark.parametrize("alpha", [(8,), (1,), ()])
 @pytest.mark.parametrize("x", DTYPES)
 @pytest.mark.parametrize("f", DTYPES)
-def test_an_uncompiled_step_on_a_gpu_uses_the_kernels_if_they_are_turned_on(
+def test_uncompiled_step_on_a_gpu_uses_the_kernels_if_enabled(
     alpha: tuple[int, ...], x: torch.dtype, f: torch.dtype, checked: list[tuple[Any, ...]]
 ) -> None:
     assert should_fuse(*operands(alpha=alpha, dtypes=(x, f, torch.float32)))
@@ -57,7 +57,7 @@ def test_an_uncompiled_step_on_a_gpu_uses_the_kernels_if_they_are_turned_on(
 
 
 @pytest.mark.parametrize("value", [None, "", "0", "true"])
-def test_the_kernels_are_off_by_default(
+def test_kernels_are_off_by_default(
     value: str | None, checked: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv(SWITCH)
@@ -83,14 +83,12 @@ def test_the_kernels_are_off_by_default(
         {"x": (2, 3, MAX_WIDTH + 1), "alpha": (1,)},
     ],
 )
-def test_operands_that_the_kernels_do_not_support_use_torch(
-    other: dict[str, Any], checked: list[tuple[Any, ...]]
-) -> None:
+def test_unsupported_operands_use_torch(other: dict[str, Any], checked: list[tuple[Any, ...]]) -> None:
     assert not should_fuse(*operands(**other))
     assert checked == []
 
 
-def test_without_triton_or_with_wrong_kernels_the_step_uses_torch(
+def test_step_uses_torch_without_triton_or_if_the_kernels_are_wrong(
     checked: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fused, "is_correct", lambda *_: False)
@@ -100,7 +98,7 @@ def test_without_triton_or_with_wrong_kernels_the_step_uses_torch(
     assert not should_fuse(*operands())
 
 
-def test_a_compiled_step_does_not_use_the_kernels(
+def test_compiled_step_does_not_use_the_kernels(
     checked: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
@@ -138,7 +136,7 @@ def test_only_lerp_with_the_plain_norm_uses_the_kernels(steps: list[tuple[Tensor
     ("renormalize", "training", "fuses"),
     [(1.0, True, True), (1.0, False, True), (0.5, False, True), (0.5, True, False), (0.0, True, False)],
 )
-def test_a_residual_uses_the_kernels_if_it_always_renormalizes(
+def test_residual_uses_the_kernels_only_if_it_always_renormalizes(
     renormalize: float, training: bool, fuses: bool, steps: list[tuple[Tensor, ...]]
 ) -> None:
     connection = Residual("lerp", size=8, alpha=0.3, scale=0.3, renormalize=renormalize).train(training)
@@ -159,7 +157,7 @@ def failing(error: BaseException) -> Any:
 @pytest.mark.parametrize(
     "error", [RuntimeError("Failed to find C compiler"), FileNotFoundError("ptxas"), "TritonError", 0.5, float("nan")]
 )
-def test_kernels_that_do_not_build_or_are_wrong_are_not_used_and_a_warning_says_why(
+def test_kernels_that_fail_to_build_or_are_wrong_are_disabled_with_a_warning(
     error: BaseException | float | str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     errors = pytest.importorskip("triton.errors")
@@ -174,7 +172,7 @@ def test_kernels_that_do_not_build_or_are_wrong_are_not_used_and_a_warning_says_
 @pytest.mark.parametrize(
     "error", [torch.OutOfMemoryError("CUDA out of memory"), TypeError("a bug"), KeyboardInterrupt()]
 )
-def test_other_errors_of_the_check_are_raised(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unexpected_errors_of_the_check_are_raised(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton.errors")
     monkeypatch.setattr(fused, "max_error", failing(error))
     with pytest.raises(type(error)):

@@ -76,7 +76,7 @@ def check(tensors: list[Tensor], towards: Tensor) -> None:
 )
 @example(0, 3, 64, FLOATS, FLOATS, "vector", 1.0, "both")
 @example(0, 2, 300, FLOATS, HALVES, "scalar", 1.0, "none")
-def test_value_and_gradients_are_those_of_the_formula_in_float64(
+def test_value_and_gradients_match_the_formula_in_float64(
     number: int,
     tokens: int,
     width: int,
@@ -97,25 +97,25 @@ def test_value_and_gradients_are_those_of_the_formula_in_float64(
 
 
 @pytest.mark.parametrize("width", [1024, 1500, 4096])
-def test_wide_rows_are_right(width: int) -> None:
+def test_wide_rows_match_the_formula(width: int) -> None:
     check(
         [random(2, width), random(2, width, number=1).bfloat16(), random(width, number=3).sigmoid()],
         random(2, width, number=2),
     )
 
 
-def test_the_zero_vector_stays_zero() -> None:
+def test_zero_vector_stays_zero() -> None:
     zero = torch.zeros(2, 12, device=DEVICE)
     assert torch.equal(fused_lerp(zero, zero, torch.full((12,), 0.3, device=DEVICE)), zero)
 
 
-def test_a_vector_shorter_than_eps_is_divided_by_eps() -> None:
+def test_vector_shorter_than_eps_is_divided_by_eps() -> None:
     x, f, towards = random(1, 12), random(1, 12, number=1), random(1, 12, number=2)
     check([1e-13 * x, f, torch.full((12,), 0.3)], towards)
     check([x, 1e-13 * f, torch.full((12,), 0.3)], towards)
 
 
-def test_gradients_are_the_differences_of_the_formula() -> None:
+def test_gradients_match_finite_differences_of_the_formula() -> None:
     """Against central differences of the NumPy formula, for x on the sphere, as the formula assumes, and any f."""
     x, f, alpha, towards = (
         F.normalize(random(1, 9)),
@@ -140,7 +140,7 @@ def test_gradients_are_the_differences_of_the_formula() -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 6, 7, 20])
-def test_programs_with_several_tokens_add_up_their_gradients_of_alpha(
+def test_gradients_of_alpha_are_summed_over_the_tokens_of_a_program(
     tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given, towards = (
@@ -156,7 +156,7 @@ def test_programs_with_several_tokens_add_up_their_gradients_of_alpha(
     assert torch.equal(together[3], both_ways(fused_lerp, given, towards, None)[3])
 
 
-def test_tensors_that_are_not_contiguous_are_read_correctly() -> None:
+def test_noncontiguous_tensors_are_read_correctly() -> None:
     x, f, alpha = random(12, 3, 2).permute(2, 1, 0), random(2, 3, 24)[..., ::2], random(24, number=3).sigmoid()[::2]
     check([x.contiguous(), f.contiguous(), alpha.contiguous()], torch.ones(2, 3, 12))
     leaves = [tensor.to(DEVICE).requires_grad_() for tensor in (x, f, alpha)]
@@ -166,7 +166,7 @@ def test_tensors_that_are_not_contiguous_are_read_correctly() -> None:
         assert leaf.grad is not None and torch.equal(leaf.grad.cpu(), expected)
 
 
-def test_only_the_operands_are_kept_for_the_backward_pass() -> None:
+def test_only_the_operands_are_saved_for_backward() -> None:
     given = [
         tensor.to(DEVICE).requires_grad_() for tensor in (random(2, 12), random(2, 12, number=1), random(12, number=3))
     ]
@@ -176,7 +176,7 @@ def test_only_the_operands_are_kept_for_the_backward_pass() -> None:
     assert sorted(kept) == sorted(tensor.data_ptr() for tensor in given)
 
 
-def test_a_second_derivative_is_refused() -> None:
+def test_second_derivative_is_refused() -> None:
     x = random(2, 12).to(DEVICE).requires_grad_()
     y = fused_lerp(x, x, random(12, number=3).to(DEVICE))
     (gradient,) = torch.autograd.grad(y.square().sum() + y.sum(), x, create_graph=True)
@@ -185,7 +185,7 @@ def test_a_second_derivative_is_refused() -> None:
 
 
 @pytest.mark.parametrize("dtypes", [(FLOATS, FLOATS), (FLOATS, HALVES)])
-def test_the_check_passes_and_does_not_touch_the_random_state(
+def test_check_passes_and_leaves_the_random_state_alone(
     dtypes: tuple[torch.dtype, torch.dtype], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fused, "CHECKED_TOKENS", 8)  # the interpreter is slow
@@ -199,7 +199,7 @@ def test_the_check_passes_and_does_not_touch_the_random_state(
 
 @pytest.mark.parametrize("result", range(3))
 @pytest.mark.parametrize("factor", [1.01, float("nan")])
-def test_the_check_notices_a_wrong_gradient(result: int, factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_detects_a_wrong_gradient(result: int, factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
     backward = fused_lerp_triton.backward
 
     def wrong(*given: Tensor) -> tuple[Tensor, ...]:
@@ -211,7 +211,7 @@ def test_the_check_notices_a_wrong_gradient(result: int, factor: float, monkeypa
 
 
 @pytest.mark.parametrize("alpha_kind", ["vector", "scalar", "head"])
-def test_a_model_has_the_same_loss_and_gradients_with_the_kernels(
+def test_model_has_the_same_loss_and_gradients_with_the_kernels(
     alpha_kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=6, vocab_size=31, alpha_kind=alpha_kind)
@@ -228,7 +228,7 @@ def test_a_model_has_the_same_loss_and_gradients_with_the_kernels(
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="the other tests compile the kernels")
-def test_the_kernels_compile_for_other_gpus(tmp_path: Path) -> None:
+def test_kernels_compile_for_other_gpus(tmp_path: Path) -> None:
     code = """
 from triton import compile
 from triton.backends.compiler import GPUTarget

@@ -69,7 +69,7 @@ def assert_gradients(leaves: tuple[Tensor | None, ...], expected: list[Tensor], 
 @pytest.mark.parametrize("softcap", [None, 15.0])
 @pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES.keys())
 @pytest.mark.parametrize("shape", [(1,), (16,), (21,), (3, 7), (2, 2, 3)], ids=str)
-def test_loss_and_gradients_are_those_of_the_full_logits(
+def test_loss_and_gradients_match_full_logits_in_float64(
     shape: tuple[int, ...], scale: tuple[int, ...] | None, softcap: float | None
 ) -> None:
     x, weight, factor, targets = inputs(*shape, scale=scale)
@@ -83,7 +83,7 @@ def test_loss_and_gradients_are_those_of_the_full_logits(
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES.keys())
-def test_gradients_are_finite_differences_in_float64(scale: tuple[int, ...] | None, softcap: float | None) -> None:
+def test_gradients_match_finite_differences_in_float64(scale: tuple[int, ...] | None, softcap: float | None) -> None:
     x, weight, factor, targets = inputs(11, scale=scale, dtype=torch.float64)
 
     def function(x: Tensor, weight: Tensor, *factor: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ def test_gradients_are_finite_differences_in_float64(scale: tuple[int, ...] | No
 
 @pytest.mark.parametrize("softcap", [None, 15.0])
 @pytest.mark.parametrize("how", ["autocast", "x is bfloat16"])
-def test_bfloat16_costs_no_more_than_its_rounding(how: str, softcap: float | None) -> None:
+def test_bfloat16_error_stays_within_rounding(how: str, softcap: float | None) -> None:
     x, weight, factor, targets = inputs(500, scale=(VOCABULARY,))
     # Rounding is by at most 2^-8 of a value: of the operands, and of logits of some ten units, so that softmax is off
     # by some 2^-6 where it matters most. One rounding more or less in the mean over 500 rows does not show.
@@ -113,7 +113,7 @@ def test_bfloat16_costs_no_more_than_its_rounding(how: str, softcap: float | Non
     assert_gradients((x, weight, factor), gradients, 2**-6)
 
 
-def test_bfloat16_sums_many_chunks_without_losing_the_small_ones() -> None:
+def test_bfloat16_sum_over_many_chunks_keeps_small_terms() -> None:
     x, weight, _, targets = inputs(1)
     x, targets = x.detach().expand(8192, WIDTH), targets.expand(8192)  # summed in bfloat16 this stops at 256 chunks
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -121,14 +121,14 @@ def test_bfloat16_sums_many_chunks_without_losing_the_small_ones() -> None:
     assert_gradients((weight,), exact(x, weight, None, targets, None)[1][1:], 2**-6)
 
 
-def test_autocast_does_not_touch_float64() -> None:
+def test_autocast_leaves_float64_alone() -> None:
     x, weight, factor, targets = inputs(9, scale=(1,), dtype=torch.float64)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         value = linear_cross_entropy(x, weight, targets, scale=factor)
     torch.testing.assert_close(value, plain(x, weight, factor, targets, None), rtol=1e-12, atol=0)
 
 
-def test_a_float16_product_is_refused() -> None:
+def test_float16_is_refused() -> None:
     x, weight, _, targets = inputs(3)
     with pytest.raises(TypeError, match=r"torch\.float16: allowed are bfloat16"):
         linear_cross_entropy(x.half(), weight, targets)
@@ -146,7 +146,7 @@ class _Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("softcap", [None, 15.0])
-def test_nothing_larger_than_a_chunk_or_a_gradient_is_ever_held(softcap: float | None) -> None:
+def test_no_tensor_is_larger_than_a_chunk_or_a_gradient(softcap: float | None) -> None:
     x, weight, factor, targets = inputs(200, scale=(VOCABULARY,))
     with _Largest() as largest:
         linear_cross_entropy(x, weight, targets, scale=factor, softcap=softcap).backward()
@@ -169,7 +169,7 @@ class _Products(TorchDispatchMode):
 
 @pytest.mark.parametrize("softcap", [None, 15.0])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_products_find_rows_that_start_at_multiples_of_the_pitch(
+def test_rows_of_matrix_products_start_at_multiples_of_the_pitch(
     autocast: bool, softcap: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a GPU, where the products of a vocabulary of 50257 would be several times as slow."""
@@ -185,7 +185,7 @@ def test_products_find_rows_that_start_at_multiples_of_the_pitch(
     assert_gradients((x, weight, factor), gradients, 2**-6 if autocast else 2e-6)
 
 
-def test_micro_batches_add_up_to_the_batch() -> None:
+def test_micro_batch_gradients_add_up_to_those_of_the_batch() -> None:
     x, weight, factor, targets = inputs(24, scale=(VOCABULARY,))
     for rows in torch.arange(24).split(6):
         (linear_cross_entropy(x[rows], weight, targets[rows], scale=factor) * 0.25).backward()
@@ -205,7 +205,7 @@ class _Passes(TorchDispatchMode):
         return result
 
 
-def test_a_part_of_the_step_takes_no_further_pass_over_the_head() -> None:
+def test_accumulating_gradients_needs_no_extra_pass_over_the_head() -> None:
     x, weight, factor, targets = inputs(24, scale=(VOCABULARY,))
     counts = []
     for share in (1.0, 0.25):
@@ -215,7 +215,7 @@ def test_a_part_of_the_step_takes_no_further_pass_over_the_head() -> None:
     assert counts[0] == counts[1]
 
 
-def test_backward_may_be_repeated_on_a_retained_graph() -> None:
+def test_backward_can_be_repeated_on_a_retained_graph() -> None:
     x, weight, factor, targets = inputs(9, scale=(VOCABULARY,))
     value = linear_cross_entropy(x, weight, targets, scale=factor)
     assert factor is not None
@@ -224,7 +224,7 @@ def test_backward_may_be_repeated_on_a_retained_graph() -> None:
 
 
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2)], ids=str)
-def test_only_the_gradients_that_are_asked_for_come_back(wanted: tuple[int, ...]) -> None:
+def test_only_requested_gradients_are_returned(wanted: tuple[int, ...]) -> None:
     x, weight, factor, targets = inputs(9, scale=(1,))
     assert factor is not None
     leaves = [t.detach().requires_grad_(i in wanted) for i, t in enumerate((x, weight, factor))]
@@ -236,7 +236,7 @@ def test_only_the_gradients_that_are_asked_for_come_back(wanted: tuple[int, ...]
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("softcap", [None, 15.0])
-def test_without_gradients_the_loss_is_the_same(softcap: float | None, autocast: bool) -> None:
+def test_loss_is_the_same_without_gradients(softcap: float | None, autocast: bool) -> None:
     x, weight, factor, targets = inputs(21, scale=(VOCABULARY,))
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         trained = linear_cross_entropy(x, weight, targets, scale=factor, softcap=softcap)
@@ -258,7 +258,7 @@ def test_huge_logits_stay_finite(softcap: float | None, autocast: bool) -> None:
     assert all(t.grad is not None and t.grad.isfinite().all() for t in (x, weight, factor))
 
 
-def test_a_confident_right_answer_keeps_its_small_gradient_in_bfloat16() -> None:
+def test_confident_correct_prediction_keeps_its_small_gradient_in_bfloat16() -> None:
     # softmax - 1 at the target is -1.2e-4; a softmax rounded to bfloat16 would be 1.
     x, weight, targets = torch.ones(1, 1), torch.tensor([[9.0], [0.0]], requires_grad=True), torch.tensor([0])
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -270,7 +270,7 @@ def test_a_confident_right_answer_keeps_its_small_gradient_in_bfloat16() -> None
 
 @pytest.mark.parametrize("target", [VOCABULARY, -1, -100])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_a_target_outside_the_vocabulary_is_an_error(target: int, compiled: bool) -> None:
+def test_target_outside_the_vocabulary_is_an_error(target: int, compiled: bool) -> None:
     x, weight, _, targets = inputs(9)
     targets[4] = target
     with pytest.raises((IndexError, RuntimeError), match=rf"index {target} is out of bounds"):
@@ -286,7 +286,7 @@ def test_a_target_outside_the_vocabulary_is_an_error(target: int, compiled: bool
         ((4, WIDTH), (4,), (2,), "scale has shape"),
     ],
 )
-def test_shapes_that_do_not_fit_are_named(
+def test_error_names_mismatched_shapes(
     x: tuple[int, ...], targets: tuple[int, ...], scale: tuple[int, ...] | None, message: str
 ) -> None:
     weight, factor = torch.zeros(VOCABULARY, WIDTH), None if scale is None else torch.ones(scale)
@@ -298,7 +298,7 @@ def test_shapes_that_do_not_fit_are_named(
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("softcap", [None, 15.0])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_the_compiled_kernel_gives_the_same_numbers(autocast: bool, softcap: float | None) -> None:
+def test_compiled_kernel_gives_the_same_numbers(autocast: bool, softcap: float | None) -> None:
     results = []
     for compiled in (False, True):
         x, weight, factor, targets = inputs(21, scale=(VOCABULARY,))
@@ -320,7 +320,7 @@ seeds = st.integers(0, 2**31)
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, 40), seeds, st.sampled_from([None, 5.0]))
-def test_equal_logits_cost_the_logarithm_of_the_vocabulary(n: int, seed: int, softcap: float | None) -> None:
+def test_loss_of_equal_logits_is_the_log_of_the_vocabulary_size(n: int, seed: int, softcap: float | None) -> None:
     x, weight, _, targets = inputs(n, seed=seed)
     same = weight[:1].detach().expand_as(weight)
     value = linear_cross_entropy(x.detach(), same, targets, softcap=softcap)
@@ -329,7 +329,7 @@ def test_equal_logits_cost_the_logarithm_of_the_vocabulary(n: int, seed: int, so
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, 40), seeds, st.floats(-100, 100))
-def test_a_constant_added_to_all_logits_changes_nothing(n: int, seed: int, constant: float) -> None:
+def test_adding_a_constant_to_all_logits_changes_nothing(n: int, seed: int, constant: float) -> None:
     x, weight, _, targets = inputs(n, seed=seed, dtype=torch.float64)
     # A column of ones in x and of the constant in the weight adds it to every logit.
     longer = torch.cat([x.detach(), torch.ones(n, 1)], 1), torch.cat([weight, torch.full((VOCABULARY, 1), constant)], 1)
@@ -339,7 +339,7 @@ def test_a_constant_added_to_all_logits_changes_nothing(n: int, seed: int, const
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, 40), seeds)
-def test_the_weight_gradient_summed_over_the_vocabulary_is_zero(n: int, seed: int) -> None:
+def test_weight_gradient_sums_to_zero_over_the_vocabulary(n: int, seed: int) -> None:
     # Each row of softmax - onehot sums to zero.
     x, weight, _, targets = inputs(n, seed=seed, dtype=torch.float64)
     linear_cross_entropy(x, weight, targets).backward()
@@ -349,7 +349,7 @@ def test_the_weight_gradient_summed_over_the_vocabulary_is_zero(n: int, seed: in
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, 40), seeds)
-def test_the_order_of_the_rows_does_not_matter(n: int, seed: int) -> None:
+def test_order_of_the_rows_does_not_matter(n: int, seed: int) -> None:
     x, weight, factor, targets = inputs(n, scale=(VOCABULARY,), seed=seed, dtype=torch.float64)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     value = linear_cross_entropy(x, weight, targets, scale=factor)

@@ -25,12 +25,12 @@ def model(**changes: object) -> GPT:
     return GPT(build(ModelConfig, plain | changes))
 
 
-def test_a_fresh_model_is_on_the_sphere() -> None:
+def test_new_model_is_on_the_sphere() -> None:
     assert weight_norm_error(model()) < 1e-6
     assert activation_norm_error(model(), IDX) < 1e-6
 
 
-def test_a_gpt_has_no_sphere_to_leave() -> None:
+def test_gpt_has_no_norm_errors() -> None:
     gpt = model(residual="add")
     assert weight_norm_error(gpt) == 0
     assert activation_norm_error(gpt, IDX) == 0
@@ -49,9 +49,7 @@ def test_a_gpt_has_no_sphere_to_leave() -> None:
     ],
 )
 @pytest.mark.parametrize("factor", [1.25, 0.75])
-def test_the_weight_error_is_that_of_the_worst_vector(
-    name: str, vector: tuple[int | slice, ...], factor: float
-) -> None:
+def test_weight_error_is_that_of_the_worst_vector(name: str, vector: tuple[int | slice, ...], factor: float) -> None:
     gpt = model()
     with torch.no_grad():
         gpt.get_parameter(name)[vector] *= factor
@@ -59,7 +57,7 @@ def test_the_weight_error_is_that_of_the_worst_vector(
     assert weight_norm_error(gpt) == pytest.approx(0.25, abs=1e-6)
 
 
-def test_the_activation_error_sees_an_embedding_that_left_the_sphere() -> None:
+def test_activation_error_includes_the_embedding() -> None:
     gpt = model()
     with torch.no_grad():
         gpt.wte.weight[3] *= 1.5
@@ -68,7 +66,7 @@ def test_the_activation_error_sees_an_embedding_that_left_the_sphere() -> None:
 
 
 @pytest.mark.parametrize("every", [2, 3, 100])
-def test_the_activation_error_sees_every_sublayer_that_leaves_its_norm_out(every: int) -> None:
+def test_activation_error_includes_every_sublayer_without_a_norm(every: int) -> None:
     """With every = 2 only the attentions do, so that nothing shows between the blocks."""
     ghost = model(norm_every=every, alpha=0.3)
     lengths = [1.0]
@@ -83,7 +81,7 @@ def test_the_activation_error_sees_every_sublayer_that_leaves_its_norm_out(every
     assert error > 0.1
 
 
-def test_the_activation_error_in_training_is_that_of_the_last_steps_draws() -> None:
+def test_activation_error_in_training_uses_the_draws_of_the_last_step() -> None:
     gpt = model(norm_probability=0.5, alpha=0.3)
     errors = []
     for step in range(20):
@@ -95,7 +93,7 @@ def test_the_activation_error_in_training_is_that_of_the_last_steps_draws() -> N
 
 
 @pytest.mark.parametrize("mode", ["dotprod", "ema"])
-def test_divisors_are_those_of_the_forward_pass(mode: str) -> None:
+def test_reported_divisors_match_the_forward_pass(mode: str) -> None:
     gpt = model(norm_mode=mode, norm_decay=0.7, alpha=0.3)
     found = divisors(gpt, IDX)
     assert list(found) == ["r/attention.0", "r/mlp.0", "r/attention.1", "r/mlp.1"]
@@ -112,7 +110,7 @@ def test_divisors_are_those_of_the_forward_pass(mode: str) -> None:
 
 
 @pytest.mark.parametrize("look", [divisors, activation_norm_error])
-def test_looking_changes_nothing(look: object) -> None:
+def test_diagnostics_do_not_change_the_model(look: object) -> None:
     gpt = model(norm_mode="dotprod")
     with torch.no_grad():
         gpt.wte.weight[IDX[0, 0]] = torch.nan  # so that there is something to count
@@ -126,7 +124,7 @@ def test_looking_changes_nothing(look: object) -> None:
     assert not any(module._forward_hooks for module in gpt.modules())
 
 
-def test_a_failed_look_leaves_no_hook_behind() -> None:
+def test_failed_diagnostics_remove_their_hooks() -> None:
     gpt = model(norm_mode="dotprod")
     with pytest.raises(ValueError, match="do not fit"):
         divisors(gpt, torch.zeros(1, 13, dtype=torch.long))
@@ -134,7 +132,7 @@ def test_a_failed_look_leaves_no_hook_behind() -> None:
 
 
 @pytest.mark.parametrize(("kind", "sizes"), [("vector", (16, 16)), ("scalar", (1, 1)), ("head", (2, 1))])
-def test_step_lengths_are_the_alphas_that_act(kind: str, sizes: tuple[int, int]) -> None:
+def test_step_lengths_are_the_effective_alphas(kind: str, sizes: tuple[int, int]) -> None:
     gpt = model(alpha=[0.1, 0.3], alpha_kind=kind)
     with torch.no_grad():
         gpt.get_parameter("blocks.1.mlp_residual.alpha.stored").mul_(-2)
@@ -147,7 +145,7 @@ def test_step_lengths_are_the_alphas_that_act(kind: str, sizes: tuple[int, int])
     assert all(float(alpha.mean()) == pytest.approx(0.2) for alpha in effective_alphas(scheduled).values())
 
 
-def test_divisors_of_a_pass_that_breaks_off_do_not_count() -> None:
+def test_divisors_of_an_aborted_pass_are_not_counted() -> None:
     gpt = model(norm_mode="dotprod")
     with torch.no_grad():
         gpt.get_parameter("blocks.0.mlp.down.weight").fill_(torch.inf)

@@ -19,7 +19,7 @@ MLPS = [("swiglu", 4.0), ("relu2", 4.0), ("swiglu", 2.66)]
 NANOCHAT = GOLDEN / "nanochat_gpt.npz"
 
 
-def test_a_count_by_hand() -> None:
+def test_flops_and_parameters_match_a_count_by_hand() -> None:
     # nGPT, 30.5M of the source reports: 6 layers of 256, 12 d^2 a layer with a plain MLP, untied head.
     cfg = build(ModelConfig, {"n_layer": 6, "n_head": 4, "n_embd": 256, "vocab_size": 50257, "mlp": "relu2"})
     assert matrix_params(cfg) == 6 * 12 * 256 * 256 + 50257 * 256 == 17_584_384
@@ -28,14 +28,14 @@ def test_a_count_by_hand() -> None:
     assert matrix_params(swiglu) == 6 * 16 * 256 * 256 + 50257 * 256
 
 
-def test_a_count_by_hand_with_one_head_of_keys_for_four_of_queries() -> None:
+def test_flops_match_a_count_by_hand_with_grouped_query_attention() -> None:
     cfg = build(ModelConfig, {"n_layer": 6, "n_head": 4, "n_kv_head": 1, "n_embd": 256, "vocab_size": 50257})
     query_and_output, key_and_value, swiglu = 2 * 256 * 256, 2 * 256 * 64, 3 * 256 * 1024
     assert matrix_params(cfg) == 6 * (query_and_output + key_and_value + swiglu) + 50257 * 256
     assert flops_per_token(cfg) == 6 * matrix_params(cfg) + 12 * 6 * 256 * 128
 
 
-def test_the_count_is_nanochats_estimate_on_its_model() -> None:
+def test_flops_match_the_estimate_of_nanochat_for_its_model() -> None:
     with np.load(NANOCHAT) as golden:
         n_layer, n_head, n_kv_head, n_embd, vocab_size, _, block_size = map(int, golden["meta_config"])
         estimate = int(golden["flops_per_token"])
@@ -54,7 +54,7 @@ def test_the_count_is_nanochats_estimate_on_its_model() -> None:
 
 @pytest.mark.parametrize("residual", RESIDUAL_RULES)
 @pytest.mark.parametrize(("mlp", "mlp_ratio"), MLPS)
-def test_the_count_is_that_of_the_matrices_of_the_real_model(residual: str, mlp: str, mlp_ratio: float) -> None:
+def test_parameter_count_matches_the_matrices_of_the_real_model(residual: str, mlp: str, mlp_ratio: float) -> None:
     cfg = build(ModelConfig, SMALL | {"residual": residual, "mlp": mlp, "mlp_ratio": mlp_ratio})
     multiplied = [module.weight.numel() for module in GPT(cfg).modules() if isinstance(module, torch.nn.Linear)]
     assert len(multiplied) == 3 * 6 + 1
@@ -66,7 +66,7 @@ def test_the_count_is_that_of_the_matrices_of_the_real_model(residual: str, mlp:
 @pytest.mark.parametrize("n_kv_head", [None, 2, 1])
 @pytest.mark.parametrize(("mlp", "mlp_ratio"), MLPS)
 @pytest.mark.parametrize("residual", ["lerp", "add"])
-def test_torch_counts_the_same_over_forward_and_backward_of_the_real_model(
+def test_flops_match_torch_over_forward_and_backward_of_the_real_model(
     residual: str, mlp: str, mlp_ratio: float, n_kv_head: int | None, tied: bool
 ) -> None:
     choices = {"residual": residual, "mlp": mlp, "mlp_ratio": mlp_ratio, "n_kv_head": n_kv_head, "tied": tied}

@@ -60,7 +60,7 @@ def difference(model: GPT) -> float:
 @pytest.mark.parametrize("norm_mode", NORM_MODES)
 @pytest.mark.parametrize("alpha_kind", ALPHA_KINDS)
 @pytest.mark.parametrize("alpha_sign", ["abs", "free"])
-def test_ngpt_equals_its_formulas_in_float64(residual: str, norm_mode: str, alpha_kind: str, alpha_sign: str) -> None:
+def test_ngpt_matches_its_formulas_in_float64(residual: str, norm_mode: str, alpha_kind: str, alpha_sign: str) -> None:
     """With small steps: where r is near 0.1, alpha / r passes the answer and the formula itself loses digits."""
     model = shaken(residual=residual, norm_mode=norm_mode, alpha_kind=alpha_kind, alpha_sign=alpha_sign, alpha=0.1)
     assert difference(model) < 1e-5
@@ -96,7 +96,7 @@ plain = {"residual": st.just("add"), "embedding_norm": st.booleans(), "norm_gain
 
 
 @given(st.fixed_dictionaries(anything | sphere), scaling)
-def test_every_setting_of_ngpt_does_what_its_formula_says(settings: dict[str, object], rope: dict[str, object]) -> None:
+def test_every_ngpt_setting_matches_its_formula(settings: dict[str, object], rope: dict[str, object]) -> None:
     model = shaken(n_head=4, **settings, **rope)
     if settings["norm_mode"] == "baseline":
         assert difference(model) < 2e-5
@@ -106,15 +106,13 @@ def test_every_setting_of_ngpt_does_what_its_formula_says(settings: dict[str, ob
 
 
 @given(st.fixed_dictionaries(anything | plain), scaling)
-def test_every_setting_of_the_gpt_does_what_its_formula_says(
-    settings: dict[str, object], rope: dict[str, object]
-) -> None:
+def test_every_gpt_setting_matches_its_formula(settings: dict[str, object], rope: dict[str, object]) -> None:
     assert difference(shaken(n_head=4, **settings, **rope)) < 2e-5
 
 
 @pytest.mark.parametrize("n_kv_head", [1, 2])
 @pytest.mark.parametrize("residual", RESIDUAL_RULES)
-def test_heads_that_share_keys_and_values_equal_heads_with_copies_of_them(n_kv_head: int, residual: str) -> None:
+def test_shared_keys_and_values_equal_copies_in_every_head(n_kv_head: int, residual: str) -> None:
     shared, full = shaken(n_head=4, n_kv_head=n_kv_head, residual=residual), GPT(tiny(n_head=4, residual=residual))
     state = shared.state_dict()
     for name, tensor in state.items():
@@ -127,9 +125,7 @@ def test_heads_that_share_keys_and_values_equal_heads_with_copies_of_them(n_kv_h
 
 @pytest.mark.parametrize("qk_norm", [True, False])
 @pytest.mark.parametrize("n_head", [2, 4, 8])
-def test_attention_scores_of_a_fresh_ngpt_have_a_spread_of_one_with_and_without_qk_norm(
-    qk_norm: bool, n_head: int
-) -> None:
+def test_initial_attention_scores_of_ngpt_have_unit_spread_with_and_without_qk_norm(qk_norm: bool, n_head: int) -> None:
     """Without QK norm 1/sqrt(K) would give a spread of 1/D, that is uniform attention, whatever the input."""
     model = GPT(tiny(n_layer=1, n_embd=256, n_head=n_head, qk_norm=qk_norm, vocab_size=500))
     block, x = model.blocks[0], model.wte.weight.detach().double().numpy()
@@ -150,9 +146,7 @@ def test_attention_scores_of_a_fresh_ngpt_have_a_spread_of_one_with_and_without_
 @pytest.mark.parametrize("residual", ["lerp", "slerp", "add_normalize"])
 @pytest.mark.parametrize("alpha_kind", ALPHA_KINDS)
 @pytest.mark.parametrize("autocast", [False, True])
-def test_norm_mode_ema_that_forgets_nothing_is_the_baseline_bit_for_bit(
-    residual: str, alpha_kind: str, autocast: bool
-) -> None:
+def test_ema_with_decay_one_equals_the_baseline_bit_for_bit(residual: str, alpha_kind: str, autocast: bool) -> None:
     baseline = shaken(residual=residual, alpha_kind=alpha_kind)
     averaged = shaken(residual=residual, alpha_kind=alpha_kind, norm_mode="ema", norm_decay=1.0)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
@@ -160,11 +154,11 @@ def test_norm_mode_ema_that_forgets_nothing_is_the_baseline_bit_for_bit(
 
 
 @pytest.mark.parametrize("rope_scaling", [name for name in ROPE_SCALINGS if name != "none"])
-def test_a_rope_factor_of_one_is_no_scaling_bit_for_bit(rope_scaling: str) -> None:
+def test_rope_factor_of_one_equals_no_scaling_bit_for_bit(rope_scaling: str) -> None:
     assert torch.equal(shaken()(tokens()), shaken(rope_scaling=rope_scaling, rope_factor=1.0)(tokens()))
 
 
-def test_a_norm_probability_of_one_and_a_norm_at_every_sublayer_are_the_plain_model_bit_for_bit() -> None:
+def test_norm_probability_one_and_norm_every_one_equal_the_plain_model_bit_for_bit() -> None:
     plain, drawn = shaken(norm_every=1, norm_probability=1.0).train(), shaken(norm_probability=1 - 1e-12).train()
     for model in (plain, drawn):
         model.prepare_step(3, 10, seed=4)
@@ -178,7 +172,7 @@ def residuals(model: GPT) -> list[Residual]:
 @pytest.mark.parametrize(
     ("norm_every", "due"), [(1, "111111"), (2, "010101"), (4, "000101"), (5, "000011"), (9, "000001")]
 )
-def test_ghost_norms_leave_out_all_but_every_kth_sublayer_and_never_the_last(norm_every: int, due: str) -> None:
+def test_ghost_norms_keep_every_kth_sublayer_and_the_last(norm_every: int, due: str) -> None:
     model = shaken(n_layer=3, norm_every=norm_every)
     lengths: list[bool] = []
     for residual in residuals(model):
@@ -189,7 +183,7 @@ def test_ghost_norms_leave_out_all_but_every_kth_sublayer_and_never_the_last(nor
     assert lengths == [digit == "1" for digit in due]
 
 
-def test_the_draws_of_a_step_depend_on_the_seed_and_the_step_only() -> None:
+def test_draws_depend_only_on_the_seed_and_the_step() -> None:
     model, other = GPT(tiny(n_layer=8, norm_probability=0.6)), GPT(tiny(n_layer=8, norm_probability=0.6), seed=9)
 
     def draws(model: GPT, step: int, *, seed: int) -> tuple[bool, ...]:
@@ -204,7 +198,7 @@ def test_the_draws_of_a_step_depend_on_the_seed_and_the_step_only() -> None:
     assert np.allclose(np.mean(first, axis=0), 0.6, atol=0.15)
 
 
-def test_all_micro_batches_of_a_step_have_the_same_norms_and_evaluation_has_all_of_them() -> None:
+def test_micro_batches_of_a_step_share_their_norm_draws_and_evaluation_uses_all_norms() -> None:
     model, idx = shaken(norm_probability=0.5).train(), tokens(batch=4)
     whole = []
     for step in range(6):
@@ -218,7 +212,7 @@ def test_all_micro_batches_of_a_step_have_the_same_norms_and_evaluation_has_all_
 
 @pytest.mark.parametrize("alpha_kind", ALPHA_KINDS)
 @pytest.mark.parametrize("alpha_learned", [True, False])
-def test_the_alpha_schedule_goes_straight_from_alpha_to_alpha_final(alpha_kind: str, alpha_learned: bool) -> None:
+def test_alpha_schedule_is_linear_from_alpha_to_alpha_final(alpha_kind: str, alpha_learned: bool) -> None:
     model = GPT(tiny(alpha=0.15, alpha_final=0.20, alpha_kind=alpha_kind, alpha_learned=alpha_learned))
     for step in (5, 0, 10, 2):  # in any order: it does not add up
         model.prepare_step(step, 11, seed=0)
@@ -228,7 +222,7 @@ def test_the_alpha_schedule_goes_straight_from_alpha_to_alpha_final(alpha_kind: 
     assert residuals(model)[0].alpha().mean().item() == pytest.approx(0.15)
 
 
-def test_preparing_a_step_changes_nothing_where_nothing_is_scheduled() -> None:
+def test_preparing_a_step_changes_nothing_without_a_schedule() -> None:
     model = shaken(norm_mode="dotprod", norm_every=2).train()
     before = model(tokens())
     model.prepare_step(7, 10, seed=3)
@@ -240,7 +234,7 @@ def test_alphas_are_spread_over_the_depth() -> None:
     assert [residual.alpha().item() for residual in residuals(model)] == pytest.approx([0.3, 0.3, 0.2, 0.2, 0.1, 0.1])
 
 
-def test_without_the_scale_trick_scales_are_stored_as_they_act_and_adam_moves_them_by_its_rate() -> None:
+def test_without_the_scale_trick_scales_are_stored_at_their_effective_value_and_move_by_lr() -> None:
     model = GPT(tiny(alpha=0.3, logit_scale=10.0, scale_trick=False))
     scales = {"s_z": 10.0, "blocks.0.attention.s_qk": 1.0, "blocks.0.mlp.s_uv": 1.0, "blocks.1.mlp_residual.alpha": 0.3}
     for name, value in scales.items():
@@ -254,20 +248,20 @@ def test_without_the_scale_trick_scales_are_stored_as_they_act_and_adam_moves_th
         assert float(moved.median()) == pytest.approx(0.01, rel=0.01), name
 
 
-def test_an_alpha_that_is_not_learned_is_in_the_state_but_not_trained() -> None:
+def test_fixed_alpha_of_a_model_is_saved_but_not_trained() -> None:
     model = GPT(tiny(alpha_learned=False))
     name = "blocks.0.attention_residual.alpha.stored"
     assert name in model.state_dict() and name not in dict(model.named_parameters())
 
 
-def test_a_tied_head_is_the_embedding() -> None:
+def test_tied_head_is_the_embedding() -> None:
     model = GPT(tiny(tied=True))
     assert model.head_weight is model.wte.weight
     assert not any("lm_head" in name for name in model.state_dict())
 
 
 @pytest.mark.parametrize("changes", [{}, {"n_head": 4, "n_kv_head": 2, "alpha_kind": "head"}, {"residual": "add"}])
-def test_a_model_with_divisors_and_a_cache_continues_where_it_stopped(changes: dict[str, object]) -> None:
+def test_cached_generation_matches_one_full_pass(changes: dict[str, object]) -> None:
     mode = {} if "residual" in changes else {"norm_mode": "dotprod"}
     model, idx = shaken(**changes, **mode), tokens(batch=2)
     cache = KVCache(model.cfg, 2, device=torch.device("cpu"))
@@ -305,19 +299,19 @@ def check_compiled(backend: str, changes: dict[str, object]) -> None:
         assert int(model.normalizer.replaced) == 2 * counted > 0
 
 
-def test_a_traced_model_gives_the_same_numbers_in_every_step() -> None:
+def test_traced_model_gives_the_same_numbers_in_every_step() -> None:
     check_compiled("aot_eager", EVERYTHING)
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # torch, when it loads inductor
 @pytest.mark.parametrize("changes", [{}, {"norm_mode": "dotprod"}, {"residual": "add"}, EVERYTHING])
-def test_a_compiled_model_gives_the_same_numbers_in_every_step(changes: dict[str, object]) -> None:
+def test_compiled_model_gives_the_same_numbers_in_every_step(changes: dict[str, object]) -> None:
     check_compiled("inductor", changes)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_the_memory_of_a_model_does_not_wait_for_a_garbage_collection(compiled: bool) -> None:
+def test_model_memory_is_freed_without_garbage_collection(compiled: bool) -> None:
     model = GPT(tiny())
     if compiled:
         model.compile_parts()
@@ -346,7 +340,7 @@ def test_later_tokens_do_not_change_earlier_logits(residual: str, mlp: str) -> N
 
 @pytest.mark.parametrize("residual", [rule for rule in RESIDUAL_RULES if rule != "add"])
 @pytest.mark.parametrize("alpha_kind", ALPHA_KINDS)
-def test_the_residual_stream_stays_on_the_unit_sphere(residual: str, alpha_kind: str) -> None:
+def test_residual_stream_stays_on_the_unit_sphere(residual: str, alpha_kind: str) -> None:
     model = GPT(tiny(residual=residual, alpha_kind=alpha_kind, alpha=0.3))
     streams = list(model.stream(tokens()))
     assert len(streams) == 1 + 2
@@ -355,7 +349,7 @@ def test_the_residual_stream_stays_on_the_unit_sphere(residual: str, alpha_kind:
 
 
 @pytest.mark.parametrize("matrix", ["attention.out", "mlp.down"])
-def test_the_length_of_what_a_block_writes_does_not_matter_under_lerp(matrix: str) -> None:
+def test_lerp_ignores_the_length_of_a_block_output(matrix: str) -> None:
     model, idx = GPT(tiny()), tokens()
     before = model(idx)
     with torch.no_grad():
@@ -363,13 +357,13 @@ def test_the_length_of_what_a_block_writes_does_not_matter_under_lerp(matrix: st
     torch.testing.assert_close(model(idx), before, atol=1e-5, rtol=0)
 
 
-def test_the_loss_is_the_mean_cross_entropy_of_the_logits() -> None:
+def test_loss_is_the_mean_cross_entropy_of_the_logits() -> None:
     model, idx, targets = GPT(tiny()), tokens(), tokens().roll(-1, dims=1)
     expected = F.cross_entropy(model(idx).detach().double().flatten(0, 1), targets.flatten())
     assert model(idx, targets).item() == pytest.approx(float(expected), abs=1e-5)
 
 
-def test_a_fresh_gpt_knows_nothing_and_a_fresh_ngpt_next_to_nothing() -> None:
+def test_initial_loss_is_log_vocabulary_for_gpt_and_close_to_it_for_ngpt() -> None:
     gpt, ngpt = GPT(tiny(residual="add")), GPT(tiny())
     idx, targets = tokens(), tokens().roll(-1, dims=1)
     assert gpt(idx, targets).item() == pytest.approx(np.log(31), abs=1e-6)  # zero head: uniform
@@ -390,7 +384,7 @@ def test_alpha_and_logit_scale_start_at_their_settings() -> None:
     torch.testing.assert_close(alpha.get_parameter("stored"), torch.full((16,), 0.25))  # 1 / sqrt(16)
 
 
-def test_the_seed_decides_the_initial_weights() -> None:
+def test_initial_weights_depend_on_the_seed() -> None:
     one, same, other = GPT(tiny(), seed=1), GPT(tiny(), seed=1), GPT(tiny(), seed=2)
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), same.parameters(), strict=True))
     assert not torch.equal(one.wte.weight, other.wte.weight)
@@ -399,7 +393,7 @@ def test_the_seed_decides_the_initial_weights() -> None:
 @pytest.mark.parametrize(
     "time", [12, FLOAT32_TOKENS, FLOAT32_TOKENS + 1]
 )  # short sequences have their attention in float32
-def test_a_forward_pass_in_bfloat16_stays_close_to_float32(time: int) -> None:
+def test_bfloat16_forward_pass_stays_close_to_float32(time: int) -> None:
     model, idx = GPT(tiny(logit_scale=5.0, block_size=time)), tokens(time=time)
     targets = idx.roll(-1, dims=1)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -407,7 +401,7 @@ def test_a_forward_pass_in_bfloat16_stays_close_to_float32(time: int) -> None:
     assert low == pytest.approx(model(idx, targets).item(), abs=0.02)
 
 
-def test_more_tokens_than_the_context_are_refused() -> None:
+def test_more_tokens_than_the_context_raise_an_error() -> None:
     with pytest.raises(ValueError, match="13 tokens do not fit"):
         GPT(tiny())(tokens(time=13))
 
@@ -441,12 +435,12 @@ def test_more_tokens_than_the_context_are_refused() -> None:
         ({"mlp_ratio": 0.001}, "mlp_ratio: mlp_ratio 0.001 of n_embd \\d+ gives an MLP without hidden units"),
     ],
 )
-def test_an_impossible_model_is_refused_with_the_reason(changes: dict[str, object], message: str) -> None:
+def test_invalid_model_config_is_refused_with_the_reason(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         tiny(**changes)
 
 
-def test_the_old_name_of_add_normalize_is_read_and_written() -> None:
+def test_old_name_of_add_normalize_is_read_and_written() -> None:
     """Campaigns, records and checkpoints of version 1 say `seed`; a hash of then is the trial id of now."""
     old, new = (
         build(TrainConfig, {"model.residual": name, "model.vocab_size": 64}) for name in ("seed", "add_normalize")
@@ -459,7 +453,7 @@ def test_the_old_name_of_add_normalize_is_read_and_written() -> None:
         build(ModelConfig, {"residual": "add_normalise"})
 
 
-def test_a_checkpoint_under_the_old_name_of_add_normalize_resumes(tmp_path: Path) -> None:
+def test_checkpoint_with_the_old_name_of_add_normalize_resumes(tmp_path: Path) -> None:
     model = GPT(tiny(residual="add_normalize"), seed=1)
     old = {"model.residual": "seed"}
     save_checkpoint(tmp_path, model=model, state={}, step=1, val_loss=None, identity=old, keep_last=1)

@@ -31,7 +31,7 @@ def test_rms_norm_divides_by_the_root_mean_square_of_the_last_dimension(x: np.nd
 
 
 @pytest.mark.parametrize("normalize", [l2_normalize, rms_norm])
-def test_zero_stays_zero_and_has_a_finite_gradient(normalize: Callable[[torch.Tensor], torch.Tensor]) -> None:
+def test_zero_vector_stays_zero_and_has_a_finite_gradient(normalize: Callable[[torch.Tensor], torch.Tensor]) -> None:
     x = torch.zeros(2, 5, requires_grad=True)
     y = normalize(x)
     assert torch.equal(y, torch.zeros(2, 5))
@@ -40,7 +40,7 @@ def test_zero_stays_zero_and_has_a_finite_gradient(normalize: Callable[[torch.Te
 
 
 @pytest.mark.parametrize("normalize", [l2_normalize, rms_norm])
-def test_norms_are_taken_in_float32_whatever_goes_in(normalize: Callable[[torch.Tensor], torch.Tensor]) -> None:
+def test_norms_are_computed_in_float32_for_every_input_dtype(normalize: Callable[[torch.Tensor], torch.Tensor]) -> None:
     x = torch.randn(7, 4096, generator=torch.Generator().manual_seed(0)).bfloat16()
     y = normalize(x)
     assert y.dtype == torch.float32
@@ -57,7 +57,7 @@ def answers(number: int, *, sublayers: int = 5) -> torch.Tensor:
 
 @pytest.mark.parametrize("mode", NORM_MODES)
 @given(number=st.integers(0, 1000), decay=st.floats(0, 1))
-def test_r_grows_as_counted_by_hand(mode: str, number: int, decay: float) -> None:
+def test_divisor_matches_a_computation_by_hand(mode: str, number: int, decay: float) -> None:
     normalizer, given = DotProdNormalizer(mode, decay=decay), answers(number)
     r = normalizer.start(given[0, 0])
     for x, answer in given:
@@ -75,7 +75,7 @@ def test_r_grows_as_counted_by_hand(mode: str, number: int, decay: float) -> Non
     assert int(normalizer.replaced) == 0
 
 
-def test_r_starts_at_one_in_every_pass_and_keeps_nothing() -> None:
+def test_divisor_restarts_at_one_in_every_pass() -> None:
     normalizer, given = DotProdNormalizer(), answers(1)
     x, answer = given[0]
     first = normalizer(normalizer.start(x), x, answer)
@@ -85,20 +85,20 @@ def test_r_starts_at_one_in_every_pass_and_keeps_nothing() -> None:
 
 
 @given(st.integers(0, 1000))
-def test_an_average_that_forgets_nothing_leaves_r_at_exactly_one(number: int) -> None:
+def test_average_with_decay_one_keeps_the_divisor_at_exactly_one(number: int) -> None:
     normalizer, (x, answer) = DotProdNormalizer("ema", decay=1.0), answers(number)[0]
     assert torch.equal(normalizer(normalizer.start(x), x, 1e6 * answer), torch.ones(2, 3))
 
 
 @pytest.mark.parametrize("mode", ["dotprod", "ema"])
-def test_an_answer_at_right_angles_to_the_stream_leaves_r_at_one(mode: str) -> None:
+def test_output_orthogonal_to_the_stream_keeps_the_divisor_at_one(mode: str) -> None:
     x, answer = torch.zeros(1, 2, 4), torch.zeros(1, 2, 4)
     x[..., 0], answer[..., 3] = 1, 5
     normalizer = DotProdNormalizer(mode)
     torch.testing.assert_close(normalizer(normalizer.start(x), x, answer), torch.ones(1, 2))
 
 
-def test_r_counts_on_beyond_256_also_for_a_stream_in_bfloat16() -> None:
+def test_divisor_grows_beyond_256_for_a_bfloat16_stream() -> None:
     normalizer, x = DotProdNormalizer(), torch.full((1, 1, 4), 0.5).bfloat16()
     r = normalizer.start(x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -108,7 +108,7 @@ def test_r_counts_on_beyond_256_also_for_a_stream_in_bfloat16() -> None:
     assert r.item() == 301
 
 
-def test_an_r_that_is_not_finite_is_replaced_and_counted() -> None:
+def test_nonfinite_divisor_is_replaced_and_counted() -> None:
     normalizer, x = DotProdNormalizer(), torch.ones(1, 4, 1)
     answer = torch.tensor([torch.nan, torch.inf, -torch.inf, 2.0]).view(1, 4, 1)
     r = normalizer(normalizer.start(x), x, answer)
@@ -119,7 +119,7 @@ def test_an_r_that_is_not_finite_is_replaced_and_counted() -> None:
     assert int(normalizer.replaced) == 6
 
 
-def test_the_count_of_replaced_values_is_saved_with_the_model() -> None:
+def test_count_of_replaced_divisors_is_saved_with_the_model() -> None:
     normalizer, x = DotProdNormalizer(), torch.full((1, 1, 1), torch.nan)
     normalizer(normalizer.start(x), x, x)
     restored = DotProdNormalizer()
@@ -127,6 +127,6 @@ def test_the_count_of_replaced_values_is_saved_with_the_model() -> None:
     assert int(restored.replaced) == 1
 
 
-def test_an_unknown_norm_mode_is_refused_with_the_nearest() -> None:
+def test_unknown_norm_mode_is_refused_with_the_nearest_name() -> None:
     with pytest.raises(ValueError, match="unknown norm mode 'dotpord', did you mean 'dotprod'"):
         DotProdNormalizer("dotpord")

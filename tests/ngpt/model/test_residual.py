@@ -44,7 +44,7 @@ def angle(x: torch.Tensor, y: torch.Tensor) -> Array:
 
 @pytest.mark.parametrize("rule", RESIDUAL_RULES)
 @given(number=st.integers(0, 1000), scale=st.floats(0.01, 100), alpha=st.floats(0, 1))
-def test_a_rule_equals_its_formula(rule: str, number: int, scale: float, alpha: float) -> None:
+def test_residual_rule_matches_its_formula(rule: str, number: int, scale: float, alpha: float) -> None:
     x, f = l2_normalize(stream(number)), stream(number + 1, scale=scale)
     alphas = alpha * torch.rand(12, generator=torch.Generator().manual_seed(number))
     ours = OURS[rule](x, f, alphas)
@@ -53,40 +53,40 @@ def test_a_rule_equals_its_formula(rule: str, number: int, scale: float, alpha: 
 
 
 @pytest.mark.parametrize("rule", SPHERE_RULES)
-def test_every_rule_but_add_ends_on_the_sphere(rule: str) -> None:
+def test_all_rules_except_add_end_on_the_sphere(rule: str) -> None:
     y = OURS[rule](l2_normalize(stream(1)), stream(2, scale=7), torch.tensor(0.4))
     torch.testing.assert_close(y.double().norm(dim=-1), torch.ones(3, 5).double(), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("rule", SPHERE_RULES)
-def test_a_step_of_length_zero_stays_where_it_is(rule: str) -> None:
+def test_step_of_length_zero_does_not_move_the_stream(rule: str) -> None:
     x = l2_normalize(stream(1))
     torch.testing.assert_close(OURS[rule](x, stream(2), torch.tensor(0.0)), x, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("rule", GEODESIC)
-def test_a_step_of_length_one_arrives_at_the_normalised_answer(rule: str) -> None:
+def test_step_of_length_one_ends_at_the_normalized_output(rule: str) -> None:
     x, f = l2_normalize(stream(1)), stream(2)
     torch.testing.assert_close(OURS[rule](x, f, torch.tensor(1.0)), l2_normalize(f), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("rule", GEODESIC)
 @given(scale=st.floats(1e-3, 1e3), alpha=st.floats(0.01, 0.9))
-def test_the_length_of_the_answer_does_not_matter_but_to_add_normalize(rule: str, scale: float, alpha: float) -> None:
+def test_only_add_normalize_depends_on_the_length_of_the_output(rule: str, scale: float, alpha: float) -> None:
     x, f, step = l2_normalize(stream(1)), stream(2), torch.tensor(alpha)
     torch.testing.assert_close(OURS[rule](x, scale * f, step), OURS[rule](x, f, step), atol=1e-5, rtol=0)
     if abs(scale - 1) > 0.1:
         assert (add_normalize(x, scale * f, step) - add_normalize(x, f, step)).abs().max() > 1e-4
 
 
-def test_lerp_turns_the_stream_by_the_angle_that_the_module_says() -> None:
+def test_lerp_turns_the_stream_by_the_documented_angle() -> None:
     x, f = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
     y = lerp(x, f, torch.tensor(0.05))
     assert np.degrees(np.arctan2(*y.flip(0).numpy())) == pytest.approx(3.0, abs=0.05)
 
 
 @given(number=st.integers(0, 1000), alpha=st.floats(0, 1))
-def test_slerp_turns_by_exactly_that_fraction_of_the_angle_and_stays_in_the_plane(number: int, alpha: float) -> None:
+def test_slerp_turns_by_the_exact_fraction_of_the_angle_within_the_plane(number: int, alpha: float) -> None:
     x, f = l2_normalize(stream(number)), stream(number + 1)
     y = slerp(x, f, torch.tensor(alpha))
     np.testing.assert_allclose(angle(x, y), alpha * angle(x, f), atol=1e-6)
@@ -99,7 +99,7 @@ def test_slerp_turns_by_exactly_that_fraction_of_the_angle_and_stays_in_the_plan
     far=st.booleans(),
     alpha=st.floats(0, 1),
 )
-def test_slerp_stays_exact_close_to_the_answer_and_close_to_its_opposite(
+def test_slerp_is_accurate_near_the_output_and_near_its_opposite(
     number: int, exponent: float, far: bool, alpha: float
 ) -> None:
     """What float32 inputs leave undecided of the direction is left open: 1e-7 over the sine of the angle."""
@@ -132,7 +132,7 @@ def test_add_is_the_plain_sum() -> None:
 @pytest.mark.parametrize("rule", SPHERE_RULES)
 @pytest.mark.parametrize("answer", ["zero", "stream", "opposite"])
 @pytest.mark.parametrize("alpha", [0.05, 0.5, 1.0])
-def test_a_direction_that_is_undefined_has_a_finite_step_and_gradient(rule: str, answer: str, alpha: float) -> None:
+def test_undefined_direction_gives_a_finite_step_and_gradient(rule: str, answer: str, alpha: float) -> None:
     x = l2_normalize(stream(1))
     f = {"zero": torch.zeros_like(x), "stream": x.clone(), "opposite": -x}[answer].requires_grad_()
     x, step = x.clone().requires_grad_(), torch.full((12,), alpha, requires_grad=True)
@@ -144,7 +144,7 @@ def test_a_direction_that_is_undefined_has_a_finite_step_and_gradient(rule: str,
 
 @pytest.mark.parametrize("rule", RESIDUAL_RULES)
 @pytest.mark.parametrize("theta", [0.02, 1.0, 3.1])
-def test_gradients_are_the_differences_of_the_formula(rule: str, theta: float) -> None:
+def test_gradients_match_finite_differences_of_the_formula(rule: str, theta: float) -> None:
     """Central differences of the NumPy formula in float64; theta is the angle between stream and answer."""
     generator = np.random.default_rng(5)
     x, other, towards = (unit(generator.normal(size=(1, 6))) for _ in range(3))
@@ -171,7 +171,7 @@ def test_gradients_are_the_differences_of_the_formula(rule: str, theta: float) -
 @pytest.mark.parametrize("rule", RESIDUAL_RULES)
 @pytest.mark.parametrize("alpha", [torch.tensor(0.3), torch.full((1,), 0.3), torch.rand(12)])
 @pytest.mark.parametrize("r", [1.0, torch.ones(3, 5)])
-def test_a_divisor_of_one_is_the_plain_rule_bit_for_bit(
+def test_divisor_of_one_equals_the_plain_rule_bit_for_bit(
     rule: str, alpha: torch.Tensor, r: torch.Tensor | float
 ) -> None:
     x, f = l2_normalize(stream(1)), stream(2)
@@ -181,7 +181,7 @@ def test_a_divisor_of_one_is_the_plain_rule_bit_for_bit(
 
 @pytest.mark.parametrize("rule", SPHERE_RULES)
 @given(number=st.integers(0, 1000))
-def test_a_divisor_shortens_the_step_of_its_token_and_is_kept_from_zero(rule: str, number: int) -> None:
+def test_divisor_shortens_the_step_of_its_token_and_is_bounded_away_from_zero(rule: str, number: int) -> None:
     x, f = l2_normalize(stream(number)), stream(number + 1)
     r = torch.empty(3, 5).uniform_(-1, 6, generator=torch.Generator().manual_seed(number))
     ours = apply_residual(x, f, r, alpha=0.09, rule=RESIDUAL_RULES[rule])
@@ -191,15 +191,13 @@ def test_a_divisor_shortens_the_step_of_its_token_and_is_kept_from_zero(rule: st
     assert R_MIN == 0.25
 
 
-def test_apply_residual_is_lerp_unless_told_otherwise() -> None:
+def test_apply_residual_uses_lerp_by_default() -> None:
     x, f = l2_normalize(stream(1)), stream(2)
     assert torch.equal(apply_residual(x, f, 2.0, alpha=0.2), lerp(x, f, torch.tensor(0.1)))
 
 
 @pytest.mark.parametrize(("init", "scale"), [(0.05, 1 / 16), (1.0, 1 / 8), (10.0, 0.25), (0.05, 0.05)])
-def test_a_scale_starts_at_init_and_an_optimizer_moves_it_by_lr_times_init_over_scale(
-    init: float, scale: float
-) -> None:
+def test_scale_starts_at_init_and_moves_by_lr_times_init_over_scale(init: float, scale: float) -> None:
     for optimizer, gradient in ((torch.optim.SGD, -1.0), (torch.optim.Adam, -123.0)):
         parameter = Scale(3, init=init, scale=scale)
         torch.testing.assert_close(parameter(), torch.full((3,), init))
@@ -209,14 +207,14 @@ def test_a_scale_starts_at_init_and_an_optimizer_moves_it_by_lr_times_init_over_
 
 
 @pytest.mark.parametrize("learned", [True, False])
-def test_a_scale_is_stored_as_scale_and_only_that_is_saved(learned: bool) -> None:
+def test_only_the_stored_value_of_a_scale_is_saved(learned: bool) -> None:
     parameter = Scale(3, init=10.0, scale=0.25, learned=learned)
     assert list(parameter.state_dict()) == ["stored"]
     assert torch.equal(parameter.stored.detach(), torch.full((3,), 0.25))
     assert len(list(parameter.parameters())) == learned
 
 
-def test_a_schedule_multiplies_what_was_learned_and_does_not_add_up() -> None:
+def test_schedule_multiplies_the_learned_value_without_accumulating() -> None:
     parameter = Scale(3, init=0.1, scale=0.25)
     with torch.no_grad():
         parameter.stored.mul_(3)
@@ -237,14 +235,14 @@ def test_a_schedule_multiplies_what_was_learned_and_does_not_add_up() -> None:
         ([0.3, 0.1], 1, [0.3]),
     ],
 )
-def test_values_are_spread_evenly_over_the_depth(
+def test_values_are_interpolated_linearly_over_the_depth(
     values: float | list[float], n_layer: int, expected: list[float]
 ) -> None:
     assert spread_over_depth(values, n_layer) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("size", [12, 1])
-def test_a_residual_steps_by_its_alpha_per_channel_or_for_all(size: int) -> None:
+def test_residual_uses_one_alpha_per_channel_or_one_for_all(size: int) -> None:
     residual = Residual("slerp", size=size, alpha=0.3, scale=0.25)
     assert [tuple(parameter.shape) for parameter in residual.parameters()] == [(size,)]
     with torch.no_grad():
@@ -255,7 +253,7 @@ def test_a_residual_steps_by_its_alpha_per_channel_or_for_all(size: int) -> None
 
 
 @pytest.mark.parametrize("sign", ["abs", "free"])
-def test_a_negative_alpha_steps_towards_the_answer_or_away_as_its_sign_policy_says(sign: str) -> None:
+def test_sign_policy_decides_the_direction_of_a_negative_alpha(sign: str) -> None:
     residual = Residual("slerp", size=1, alpha=0.3, scale=0.3, sign=sign)
     with torch.no_grad():
         residual.alpha.stored.neg_()
@@ -264,7 +262,7 @@ def test_a_negative_alpha_steps_towards_the_answer_or_away_as_its_sign_policy_sa
     np.testing.assert_allclose(angle(residual(x, f), f), np.minimum(expected, 2 * np.pi - expected), atol=1e-6)
 
 
-def test_an_alpha_that_is_not_learned_is_saved_but_is_no_parameter() -> None:
+def test_fixed_alpha_is_saved_but_is_not_a_parameter() -> None:
     residual = Residual("lerp", size=12, alpha=0.3, scale=0.25, learned=False)
     assert list(residual.parameters()) == []
     assert list(residual.state_dict()) == ["alpha.stored"]
@@ -287,7 +285,7 @@ def joined(residual: Residual, answers: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("rule", SPHERE_RULES)
-def test_equal_alphas_per_head_are_one_alpha(rule: str) -> None:
+def test_equal_alphas_per_head_match_a_single_alpha(rule: str) -> None:
     residual, answers = heads([0.3, 0.3, 0.3], rule, "abs"), torch.stack([stream(n) for n in (2, 3, 4)])
     x = l2_normalize(stream(1))
     expected = REFERENCES[rule](x.double().numpy(), answers.double().numpy().sum(0), np.array(0.3))
@@ -296,7 +294,7 @@ def test_equal_alphas_per_head_are_one_alpha(rule: str) -> None:
 
 @pytest.mark.parametrize("sign", ["abs", "free"])
 @given(alphas=st.lists(st.floats(-1, 1, width=32), min_size=2, max_size=3))
-def test_under_add_normalize_each_head_adds_its_alpha_times_its_answer(sign: str, alphas: list[float]) -> None:
+def test_add_normalize_scales_the_output_of_each_head_by_its_alpha(sign: str, alphas: list[float]) -> None:
     residual, answers = (
         heads(alphas, "add_normalize", sign),
         torch.stack([stream(n) for n in range(2, 2 + len(alphas))]),
@@ -310,7 +308,7 @@ def test_under_add_normalize_each_head_adds_its_alpha_times_its_answer(sign: str
 
 @pytest.mark.parametrize("rule", SPHERE_RULES)
 @pytest.mark.parametrize("sign", ["abs", "free"])
-def test_heads_whose_alphas_are_all_zero_do_not_move_the_stream(rule: str, sign: str) -> None:
+def test_zero_alphas_in_all_heads_do_not_move_the_stream(rule: str, sign: str) -> None:
     residual, answers = heads([0.0, 0.0], rule, sign), torch.stack([stream(2), stream(3)])
     x = l2_normalize(stream(1))
     y = residual(x, joined(residual, answers))
@@ -321,14 +319,14 @@ def test_heads_whose_alphas_are_all_zero_do_not_move_the_stream(rule: str, sign:
 
 @pytest.mark.parametrize("rule", SPHERE_RULES)
 @pytest.mark.parametrize("per_head", [True, False])
-def test_the_plain_rule_and_a_divisor_of_one_agree_also_for_answers_in_bfloat16(rule: str, per_head: bool) -> None:
+def test_divisor_of_one_equals_the_plain_rule_for_bfloat16_outputs(rule: str, per_head: bool) -> None:
     residual = Residual(rule, size=2 if per_head else 1, alpha=0.3, scale=0.25, per_head=per_head)
     x, f = l2_normalize(stream(1)), stream(2).bfloat16()
     assert torch.equal(residual(x, f), residual(x, f, torch.ones(3, 5)))
 
 
 @pytest.mark.parametrize("rule", SPHERE_RULES)
-def test_a_norm_is_left_out_always_or_by_the_draw_of_the_step(rule: str) -> None:
+def test_norm_is_skipped_always_or_by_the_draw_of_the_step(rule: str) -> None:
     x, f = l2_normalize(stream(1)), stream(2)
     alphas = torch.linspace(0.1, 0.6, 12)
 

@@ -17,7 +17,7 @@ def random(*shape: int) -> torch.Tensor:
 
 
 @given(st.integers(1, 40), st.sampled_from([2, 4, 10, 64]), st.sampled_from([10.0, 10_000.0, 500_000.0]))
-def test_it_multiplies_each_pair_by_a_complex_number_of_length_one(length: int, head_dim: int, base: float) -> None:
+def test_rotation_multiplies_each_pair_by_a_unit_complex_number(length: int, head_dim: int, base: float) -> None:
     x = random(2, 3, length, head_dim)
     ours = rotate(x, *rope_tables(length, head_dim, base=base))
     pairs = x.numpy().astype(np.float64).reshape(2, 3, length, head_dim // 2, 2)
@@ -27,21 +27,21 @@ def test_it_multiplies_each_pair_by_a_complex_number_of_length_one(length: int, 
     np.testing.assert_allclose(ours.numpy(), expected, atol=2e-6)
 
 
-def test_position_zero_is_left_alone_and_the_others_are_not() -> None:
+def test_position_zero_is_unchanged_and_other_positions_rotate() -> None:
     x = random(5, 8)
     y = rotate(x, *rope_tables(5, 8))
     assert torch.equal(y[0], x[0])
     assert (y[1:] - x[1:]).norm(dim=-1).min() > 0.1
 
 
-def test_lengths_are_kept() -> None:
+def test_rotation_preserves_lengths() -> None:
     x = random(4, 200, 32)
     y = rotate(x, *rope_tables(200, 32))
     torch.testing.assert_close(y.norm(dim=-1), x.norm(dim=-1), rtol=1e-6, atol=0)
 
 
 @given(st.integers(0, 900), st.integers(0, 900), st.integers(0, 100))
-def test_a_dot_product_depends_on_the_distance_only(here: int, there: int, shift: int) -> None:
+def test_dot_product_depends_only_on_the_distance(here: int, there: int, shift: int) -> None:
     cos, sin = rope_tables(1001, 16)
     q, k = random(2, 1, 16)
 
@@ -51,14 +51,14 @@ def test_a_dot_product_depends_on_the_distance_only(here: int, there: int, shift
     assert abs(score(here, there) - score(here + shift, there + shift)) < 1e-4
 
 
-def test_a_dot_product_does_depend_on_the_distance() -> None:
+def test_dot_product_changes_with_the_distance() -> None:
     cos, sin = rope_tables(10, 16)
     q = rotate(random(1, 16).expand(10, 16), cos, sin)
     scores = q @ q.T
     assert all((scores[0, 0] - scores[0, distance]).abs() > 0.01 for distance in range(1, 10))
 
 
-def test_the_result_is_float32_also_for_bfloat16() -> None:
+def test_result_is_float32_for_bfloat16_input() -> None:
     x = random(6, 8).bfloat16()
     assert torch.equal(rotate(x, *rope_tables(6, 8)), rotate(x.float(), *rope_tables(6, 8)))
 
@@ -70,7 +70,7 @@ def test_the_result_is_float32_also_for_bfloat16() -> None:
     factor=st.sampled_from([1.0, 1.5, 4.0, 32.0]),
     length=st.sampled_from([16, 96, 2048]),
 )
-def test_a_scaling_turns_by_the_angles_of_its_paper(
+def test_rope_scaling_uses_the_angles_of_its_paper(
     scaling: str, width: int, base: float, factor: float, length: int
 ) -> None:
     cos, sin = rope_tables(length, width, base=base, scaling=scaling, factor=factor)
@@ -80,20 +80,20 @@ def test_a_scaling_turns_by_the_angles_of_its_paper(
 
 
 @pytest.mark.parametrize("scaling", ROPE_SCALINGS)
-def test_a_factor_of_one_scales_nothing(scaling: str) -> None:
+def test_rope_factor_of_one_changes_nothing(scaling: str) -> None:
     plain, scaled = rope_tables(64, 16), rope_tables(64, 16, scaling=scaling, factor=1.0)
     assert all(torch.equal(a, b) for a, b in zip(plain, scaled, strict=True))
     assert attention_temperature(scaling, 1.0) == 1
 
 
-def test_linear_scaling_is_the_trained_positions_with_new_ones_in_between() -> None:
+def test_linear_scaling_interpolates_between_trained_positions() -> None:
     trained, extended = rope_tables(32, 16), rope_tables(128, 16, scaling="linear", factor=4.0)
     torch.testing.assert_close(extended[0][::4], trained[0])
     torch.testing.assert_close(extended[1][::4], trained[1])
 
 
 @pytest.mark.parametrize("scaling", ["ntk", "yarn"])
-def test_the_fastest_pair_is_left_alone_and_the_slowest_is_interpolated(scaling: str) -> None:
+def test_scaling_keeps_the_fastest_pair_and_interpolates_the_slowest(scaling: str) -> None:
     """In 1024 tokens the fastest pair turns 163 times, the slowest 0.03 times."""
     plain = rope_tables(8192, 32)
     scaled, squeezed = (rope_tables(8192, 32, scaling=name, factor=8.0) for name in (scaling, "linear"))
@@ -102,12 +102,12 @@ def test_the_fastest_pair_is_left_alone_and_the_slowest_is_interpolated(scaling:
         torch.testing.assert_close(table[:, -1], interpolated[:, -1], atol=1e-6, rtol=0)
 
 
-def test_only_yarn_sharpens_attention() -> None:
+def test_only_yarn_scales_attention_scores() -> None:
     assert attention_temperature("yarn", 16.0) == pytest.approx((1 + 0.1 * math.log(16)) ** 2)
     assert {attention_temperature(name, 16.0) for name in ROPE_SCALINGS if name != "yarn"} == {1.0}
 
 
-def test_the_official_variant_is_no_rotation() -> None:
+def test_official_rope_variant_is_not_a_rotation() -> None:
     """Its formula, spelled out per entry."""
     x, theta = random(5, 8), [10_000 ** (-2 * i / 8) for i in range(4)]
     y = nvidia_rotate(x, *rope_tables(5, 8))

@@ -43,14 +43,14 @@ def stages(found: Inspection) -> dict[str, Stage]:
 # ---- what is shown ---------------------------------------------------------------------------------------------------
 
 
-def test_every_stage_of_ngpt_comes_once_and_in_order() -> None:
+def test_ngpt_trace_has_every_stage_once_and_in_order() -> None:
     mlp = ["up", "into silu", "hidden", "answer"]
     block = [*(f"attention.{name}" for name in [*ATTENTION, "stream"]), *(f"mlp.{name}" for name in [*mlp, "stream"])]
     expected = ["embedding", *(f"{layer}.{name}" for layer in (0, 1) for name in block), "loss", "logits (apart)"]
     assert [stage.name for stage in look(model()).forward] == expected
 
 
-def test_every_stage_of_the_gpt_comes_once_and_in_order() -> None:
+def test_gpt_trace_has_every_stage_once_and_in_order() -> None:
     mlp = ["reads", "up", "into relu", "hidden", "answer", "stream"]
     block = [*(f"attention.{name}" for name in ["reads", *ATTENTION, "stream"]), *(f"mlp.{name}" for name in mlp)]
     found = look(model(residual="add", mlp="relu2", n_layer=1))
@@ -61,7 +61,7 @@ def test_every_stage_of_the_gpt_comes_once_and_in_order() -> None:
 
 
 @pytest.mark.parametrize("residual", ["lerp", "slerp", "add_normalize"])
-def test_the_stream_and_what_attention_compares_are_shown_to_be_on_the_sphere(residual: str) -> None:
+def test_trace_shows_stream_queries_and_keys_on_the_sphere(residual: str) -> None:
     found = stages(look(model(residual=residual)))
     on = {name for name, stage in found.items() if stage.sphere == "1"}
     assert on == {"embedding"} | {
@@ -72,12 +72,12 @@ def test_the_stream_and_what_attention_compares_are_shown_to_be_on_the_sphere(re
     assert found["0.attention.q"].shape == (2, 12, 2, 8) and found["1.mlp.hidden"].shape == (2, 12, 64)
 
 
-def test_a_ghost_norm_is_seen_as_a_stream_off_the_sphere() -> None:
+def test_trace_shows_a_ghost_norm_as_a_stream_off_the_sphere() -> None:
     found = stages(look(model(norm_every=2)))
     assert found["0.attention.stream"].sphere == "-" and found["0.mlp.stream"].sphere == "1"
 
 
-def test_the_gpt_lives_on_spheres_of_another_radius() -> None:
+def test_trace_shows_gpt_activations_on_spheres_of_another_radius() -> None:
     found = stages(look(model(residual="add", mlp="relu2")))
     assert {name for name, stage in found.items() if stage.sphere == "sqrt"} == {
         "embedding normalised", "final norm",
@@ -88,7 +88,7 @@ def test_the_gpt_lives_on_spheres_of_another_radius() -> None:
 
 
 @pytest.mark.parametrize("changes", [{}, {"residual": "add", "softcap": 5.0}, {"n_kv_head": 1, "norm_mode": "dotprod"}])
-def test_loss_and_logits_are_those_of_an_independent_model(changes: dict[str, object]) -> None:
+def test_traced_loss_and_logits_match_an_independent_model(changes: dict[str, object]) -> None:
     gpt = model(**changes)
     found = look(gpt)
     expected = numpy_logits(gpt.cfg, {name: value.numpy() for name, value in gpt.state_dict().items()}, IDX.numpy())
@@ -101,7 +101,7 @@ def test_loss_and_logits_are_those_of_an_independent_model(changes: dict[str, ob
     assert facts["peak"] == pytest.approx(np.abs(expected).max(), rel=1e-3)
 
 
-def test_a_scalar_lerp_turns_the_stream_by_the_angle_that_trigonometry_gives() -> None:
+def test_traced_angle_of_a_scalar_lerp_matches_trigonometry() -> None:
     """In the plane of x and f at an angle a, lerp ends at atan2(alpha sin a, 1 - alpha + alpha cos a)."""
     gpt = model(n_layer=1, alpha=0.3, alpha_kind="scalar")
     x = gpt.wte(IDX).detach()
@@ -116,7 +116,7 @@ def test_a_scalar_lerp_turns_the_stream_by_the_angle_that_trigonometry_gives() -
     assert shown == pytest.approx([float(expected.mean()), float(expected.min()), float(expected.max())], rel=1e-4)
 
 
-def test_angles_are_exact_from_the_tiniest_to_the_straight() -> None:
+def test_angles_are_accurate_from_tiny_to_180_degrees() -> None:
     degrees = torch.tensor([0.0, 1e-6, 0.5, 90.0, 179.9], dtype=torch.float64)
     radians = torch.deg2rad(degrees)
     turned = torch.stack([radians.cos(), radians.sin()], dim=-1) * 3
@@ -124,7 +124,7 @@ def test_angles_are_exact_from_the_tiniest_to_the_straight() -> None:
 
 
 @pytest.mark.parametrize("mode", ["dotprod", "ema"])
-def test_the_divisors_shown_are_those_that_training_reports(mode: str) -> None:
+def test_traced_divisors_match_those_reported_in_training(mode: str) -> None:
     gpt = model(norm_mode=mode)
     found = stages(look(gpt))
     for name, r in divisors(gpt, IDX).items():
@@ -135,7 +135,7 @@ def test_the_divisors_shown_are_those_that_training_reports(mode: str) -> None:
 # ---- scores ----------------------------------------------------------------------------------------------------------
 
 
-def test_score_facts_are_those_of_a_plain_loop() -> None:
+def test_attention_score_statistics_match_a_plain_loop() -> None:
     draws = np.random.default_rng(0)
     q, k = draws.normal(size=(2, 4, 5, 6)), draws.normal(size=(2, 2, 5, 6))  # two heads share a key
     visible, reads = [], []
@@ -150,7 +150,7 @@ def test_score_facts_are_those_of_a_plain_loop() -> None:
     assert facts["reads"] == pytest.approx(np.mean(reads), rel=1e-5) and facts["sees"] == 3
 
 
-def test_equal_keys_are_all_read_and_a_matching_one_alone() -> None:
+def test_equal_keys_share_attention_and_a_matching_key_gets_all_of_it() -> None:
     eye = torch.eye(4).view(1, 1, 4, 4)
     assert score_facts(eye, torch.zeros(1, 1, 4, 4), 1.0)["reads"] == pytest.approx(2.5)
     assert score_facts(eye, eye, 100.0)["reads"] == pytest.approx(1)
@@ -160,7 +160,7 @@ def test_equal_keys_are_all_read_and_a_matching_one_alone() -> None:
 
 
 @pytest.mark.parametrize("changes", [{}, {"residual": "add"}, {"norm_mode": "dotprod", "residual": "add_normalize"}])
-def test_afterwards_the_model_is_as_it_was(changes: dict[str, object]) -> None:
+def test_tracing_leaves_the_model_unchanged(changes: dict[str, object]) -> None:
     gpt, untouched = model(**changes).eval(), model(**changes).eval()
     turning = [block.attention.rotate for block in gpt.blocks]  # pyright: ignore[reportAttributeAccessIssue]
     look(gpt)
@@ -170,7 +170,7 @@ def test_afterwards_the_model_is_as_it_was(changes: dict[str, object]) -> None:
     assert all(parameter.grad is None for parameter in gpt.parameters())
 
 
-def test_a_pass_that_fails_leaves_no_hooks_behind() -> None:
+def test_failed_pass_leaves_no_hooks() -> None:
     gpt = model()
     with pytest.raises(ValueError, match="do not fit the model's block_size"):
         inspect_model(gpt, torch.zeros(1, 13, dtype=torch.int64), torch.zeros(1, 13, dtype=torch.int64))
@@ -183,7 +183,7 @@ def test_a_pass_that_fails_leaves_no_hooks_behind() -> None:
 
 
 @pytest.mark.parametrize("changes", [{}, {"residual": "add", "mlp": "relu2"}, {"norm_mode": "ema"}])
-def test_gradients_arrive_in_reverse_and_are_those_of_the_loss(changes: dict[str, object]) -> None:
+def test_traced_gradients_come_in_reverse_order_and_match_autograd(changes: dict[str, object]) -> None:
     gpt, plain = model(**changes), model(**changes).eval()
     found = look(gpt, backward=True)
     arrived = [stage.name for stage in found.backward]
@@ -198,7 +198,7 @@ def test_gradients_arrive_in_reverse_and_are_those_of_the_loss(changes: dict[str
             assert found.summary[f"grad_norm/{kind}"] == pytest.approx(expected, rel=1e-4)
 
 
-def test_the_embedding_stage_gets_the_gradient_that_its_rows_collect() -> None:
+def test_gradient_of_the_embedding_stage_matches_that_of_its_rows() -> None:
     gpt = model()
     idx = torch.arange(12).view(1, 12)  # each token once, so that no two gradients meet in a row
     found = {stage.name: stage for stage in inspect_model(gpt, idx, TARGETS[:1], backward=True).backward}
@@ -207,6 +207,6 @@ def test_the_embedding_stage_gets_the_gradient_that_its_rows_collect() -> None:
     assert found["embedding"].length == pytest.approx([float(rows.mean()), float(rows.min()), float(rows.max())])
 
 
-def test_half_precision_shows_in_the_types_and_not_in_the_stream() -> None:
+def test_trace_of_half_precision_shows_its_dtypes_and_a_float32_stream() -> None:
     found = stages(look(model(), dtype="bfloat16"))
     assert found["0.attention.q"].dtype == "bfloat16" and found["0.mlp.stream"].dtype == "float32"

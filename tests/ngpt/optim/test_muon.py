@@ -19,7 +19,7 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 
 @settings(deadline=None)
 @given(st.sampled_from(SHAPES), st.integers(0, 500), st.floats(1e-3, 1e3))
-def test_singular_values_end_near_one_and_singular_vectors_stay(
+def test_orthogonalization_brings_singular_values_near_one_and_keeps_singular_vectors(
     shape: tuple[int, int], seed: int, scale: float
 ) -> None:
     # Singular values between 1 and 0.1 of the largest: what is much smaller needs more than five iterations.
@@ -33,7 +33,7 @@ def test_singular_values_end_near_one_and_singular_vectors_stay(
     assert inner.diagonal().min() > 0.6 and off_diagonal.abs().max() < 1e-4
 
 
-def test_small_singular_values_grow_with_every_iteration() -> None:
+def test_small_singular_values_grow_in_every_iteration() -> None:
     u, _, vt = torch.linalg.svd(random(6, 6))
     matrix = u * torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, 1e-3]) @ vt
     smallest = [float(torch.linalg.svdvals(orthogonalize(matrix, steps=steps)).min()) for steps in range(6)]
@@ -41,18 +41,18 @@ def test_small_singular_values_grow_with_every_iteration() -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_batch_gives_what_its_matrices_give_one_by_one(shape: tuple[int, int]) -> None:
+def test_batch_gives_the_same_result_as_single_matrices(shape: tuple[int, int]) -> None:
     batch = random(2, 3, *shape)
     one_by_one = torch.stack([torch.stack([orthogonalize(matrix) for matrix in row]) for row in batch])
     torch.testing.assert_close(orthogonalize(batch), one_by_one, atol=1e-5, rtol=1e-5)
 
 
-def test_the_transpose_of_a_matrix_gives_the_transpose() -> None:
+def test_transposed_input_gives_the_transposed_result() -> None:
     matrix = random(9, 5)
     torch.testing.assert_close(orthogonalize(matrix.T), orthogonalize(matrix).T, atol=1e-6, rtol=0)
 
 
-def test_a_zero_matrix_stays_zero_and_the_dtype_is_kept() -> None:
+def test_zero_matrix_stays_zero_and_keeps_its_dtype() -> None:
     assert torch.equal(orthogonalize(torch.zeros(3, 4)), torch.zeros(3, 4))
     assert orthogonalize(random(3, 4).bfloat16()).dtype == torch.bfloat16
 
@@ -69,7 +69,7 @@ def set_gradients(group: list[torch.nn.Parameter], step: int) -> None:
 @pytest.mark.parametrize("nesterov", [True, False])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.3])
 @pytest.mark.parametrize("momentum", [0.95, 0.5])
-def test_it_takes_the_steps_of_torchs_muon(
+def test_steps_match_torch_muon(
     nesterov: bool, weight_decay: float, momentum: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)  # theirs would round on a CPU, too
@@ -89,14 +89,14 @@ def test_it_takes_the_steps_of_torchs_muon(
 
 
 @pytest.mark.parametrize(("shape", "length"), [((30, 6), 0.1 * 5**0.5), ((6, 30), 0.1), ((7, 7), 0.1)])
-def test_an_update_is_as_long_as_the_docstring_says(shape: tuple[int, int], length: float) -> None:
+def test_update_has_the_documented_length(shape: tuple[int, int], length: float) -> None:
     parameter = torch.nn.Parameter(torch.zeros(shape))
     parameter.grad = 1e-3 * random(*shape)
     Muon([parameter], lr=0.1).step()
     assert 0.7 * length < torch.linalg.matrix_norm(parameter.detach(), 2) < 1.3 * length
 
 
-def test_matrices_updated_together_move_as_if_each_were_alone() -> None:
+def test_matrices_updated_together_move_as_if_updated_separately() -> None:
     together, alone = parameters([(6, 9)] * 3), parameters([(6, 9)] * 3)
     optimizers = [Muon(together)] + [Muon([parameter]) for parameter in alone]
     for step in range(2):
@@ -108,7 +108,7 @@ def test_matrices_updated_together_move_as_if_each_were_alone() -> None:
         torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
 
 
-def test_a_matrix_without_a_gradient_is_left_alone() -> None:
+def test_matrix_without_a_gradient_is_unchanged() -> None:
     first, second = parameters([(4, 4), (4, 4)])
     first.grad = random(4, 4)
     before = second.detach().clone()
@@ -117,17 +117,17 @@ def test_a_matrix_without_a_gradient_is_left_alone() -> None:
 
 
 @pytest.mark.parametrize("shape", [(5,), (), (2, 3, 4)])
-def test_what_is_not_a_matrix_is_refused(shape: tuple[int, ...]) -> None:
+def test_parameter_that_is_not_a_matrix_is_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="matrices only"):
         Muon([torch.nn.Parameter(torch.zeros(2, 2)), torch.nn.Parameter(torch.zeros(shape))])
 
 
-def test_a_closure_is_refused() -> None:
+def test_closure_is_refused() -> None:
     with pytest.raises(ValueError, match="closure"):
         Muon(parameters([(2, 2)])).step(lambda: 0.0)
 
 
-def test_a_restored_optimizer_continues_bit_by_bit() -> None:
+def test_restored_optimizer_continues_bit_for_bit() -> None:
     straight, resumed = parameters([(6, 4), (4, 4)]), parameters([(6, 4), (4, 4)])
     first, second = Muon(straight, lr=0.3), Muon(resumed)
     for step in range(2):
@@ -144,7 +144,7 @@ def test_a_restored_optimizer_continues_bit_by_bit() -> None:
 
 
 @pytest.mark.parametrize("nesterov", [True, False])
-def test_under_autocast_it_takes_torchs_steps_in_bfloat16(nesterov: bool) -> None:
+def test_steps_under_autocast_match_torch_muon_in_bfloat16(nesterov: bool) -> None:
     shapes = [*SHAPES, (8, 8)]
     ours, theirs = parameters(shapes), parameters(shapes)
     how = {"lr": 0.1, "nesterov": nesterov, "weight_decay": 0.1}
@@ -159,7 +159,7 @@ def test_under_autocast_it_takes_torchs_steps_in_bfloat16(nesterov: bool) -> Non
         assert (mine - other).norm() < 0.03 * (other - initial).norm()
 
 
-def test_it_computes_in_bfloat16_under_autocast_only() -> None:
+def test_muon_computes_in_bfloat16_only_under_autocast() -> None:
     matrix = random(16, 24)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         rounded = orthogonalize(matrix)
@@ -169,7 +169,7 @@ def test_it_computes_in_bfloat16_under_autocast_only() -> None:
     assert not torch.equal(exact.bfloat16().float(), exact)
 
 
-def test_several_optimizers_at_once_each_take_their_own_step() -> None:
+def test_several_optimizers_stepped_together_match_separate_steps() -> None:
     settings = [
         {"lr": 0.02, "weight_decay": 0.1},
         {"lr": 0.05, "nesterov": False},

@@ -61,7 +61,7 @@ def kind_by_name(name: str) -> str:
 @pytest.mark.parametrize(("name", "residual"), FITTING)
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("kind", ["vector", "scalar"])
-def test_every_parameter_belongs_to_exactly_one_group_of_its_kind_and_moves(
+def test_every_parameter_is_in_exactly_one_group_of_its_kind_and_is_updated(
     name: str, residual: str, tied: bool, kind: str
 ) -> None:
     gpt = model(residual=residual, tied=tied, norm_gain=True, alpha_kind=kind, logit_scale_kind=kind)
@@ -77,13 +77,13 @@ def test_every_parameter_belongs_to_exactly_one_group_of_its_kind_and_moves(
     assert moved(gpt, name=name) == set(held)
 
 
-def test_a_baseline_without_any_scales_can_be_trained() -> None:
+def test_baseline_without_scales_can_be_trained() -> None:
     for name in ("adamw", "muon"):
         assert "scales" not in rates(model(residual="add"), name=name)
 
 
 @pytest.mark.parametrize("name", ON_SPHERE)
-def test_an_optimizer_on_the_sphere_refuses_a_model_without_one_and_says_what_would_do(name: str) -> None:
+def test_sphere_optimizer_refuses_a_plain_model_and_suggests_alternatives(name: str) -> None:
     expected = (
         f"optimizer {name} rotates weights on the sphere, and a model with residual rule add has none: "
         rf"choose another residual rule \({', '.join(sorted({*RESIDUAL_RULES} - {'add'}))}\) "
@@ -112,7 +112,7 @@ def rates(gpt: GPT, **settings: Any) -> dict[str, float]:
         ("geodesic_muon", {"matrices": 1.0, "embedding": 2.0, "head": 2.0, "scales": 2.0}),
     ],
 )
-def test_each_kind_has_lr_or_lr_other_unless_it_has_a_rate_of_its_own(name: str, expected: dict[str, float]) -> None:
+def test_each_kind_uses_lr_or_lr_other_unless_its_own_rate_is_set(name: str, expected: dict[str, float]) -> None:
     assert rates(model(), name=name, lr=1.0, lr_other=2.0) == expected
     assert rates(model(), name=name, lr=1.0) == dict.fromkeys(KINDS, 1.0)
     for kind in ("embedding", "head", "scales"):
@@ -121,7 +121,7 @@ def test_each_kind_has_lr_or_lr_other_unless_it_has_a_rate_of_its_own(name: str,
             assert given == expected | {kind: rate}
 
 
-def test_a_tied_head_has_the_embeddings_rate() -> None:
+def test_tied_head_uses_the_embedding_rate() -> None:
     tied = rates(model(tied=True), lr=1.0, lr_embedding=2.0, lr_head=3.0)
     assert tied == {"matrices": 1.0, "embedding": 2.0, "scales": 1.0}
 
@@ -137,7 +137,7 @@ AT_FOUR_TIMES_THE_WIDTH = {
 
 @pytest.mark.parametrize("rule", WIDTH_RULES)
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_width_rule_multiplies_adams_rates_and_leaves_muons_matrices(rule: str, name: str) -> None:
+def test_width_rule_scales_adam_rates_but_not_muon_rates(rule: str, name: str) -> None:
     given = {"name": name, "lr": 0.3, "lr_other": 0.3, "lr_head": 0.7, "width_rule": rule}
     factors = dict(AT_FOUR_TIMES_THE_WIDTH[rule])
     if "muon" in name:
@@ -148,14 +148,14 @@ def test_a_width_rule_multiplies_adams_rates_and_leaves_muons_matrices(rule: str
     assert rates(model(), base_width=16, **given) == pytest.approx(plain, rel=1e-12)
 
 
-def test_nanochats_rule_is_that_of_its_own_code_at_its_own_width() -> None:
+def test_nanochat_rule_matches_the_code_of_nanochat() -> None:
     wide = model(n_embd=1536, n_layer=1, residual="add")
     ours = rates(wide, name="muon", lr=0.02, lr_embedding=0.2, lr_head=0.004, width_rule="nanochat", base_width=768)
     scale = (1536 / 768) ** -0.5
     assert ours == pytest.approx({"matrices": 0.02, "embedding": 0.2 * scale, "head": 0.004 * scale})
 
 
-def test_a_width_rule_without_a_base_width_is_refused() -> None:
+def test_width_rule_without_a_base_width_is_refused() -> None:
     with pytest.raises(ConfigError, match="width_rule: width_rule mup needs base_width"):
         build(OptimConfig, {"width_rule": "mup"})
     with pytest.raises(ConfigError, match="unknown width rule 'mupp', did you mean 'mup'"):
@@ -163,7 +163,7 @@ def test_a_width_rule_without_a_base_width_is_refused() -> None:
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_adamw_takes_the_steps_of_torchs_adamw(weight_decay: float) -> None:
+def test_adamw_steps_match_torch_adamw(weight_decay: float) -> None:
     ours, theirs = model(), model()
     (optimizer,) = build_optimizers(
         ours, OptimConfig(lr=0.01, lr_other=0.03, weight_decay=weight_decay, betas=(0.8, 0.9))
@@ -192,14 +192,14 @@ def scales(gpt: GPT) -> set[str]:
     return {name for name, parameter in gpt.named_parameters() if parameter.ndim == 1}
 
 
-def test_lr_is_of_matrices_and_lr_other_of_scales_under_adamw() -> None:
+def test_adamw_uses_lr_for_matrices_and_lr_other_for_scales() -> None:
     every = {name for name, _ in model().named_parameters()}
     assert moved(model(), lr=0.1, lr_other=0.0) == every - scales(model())
     assert moved(model(), lr=0.0, lr_other=0.1) == scales(model())
     assert moved(model(), lr=0.1) == every
 
 
-def test_lr_is_of_the_blocks_matrices_and_lr_other_of_the_rest_under_muon() -> None:
+def test_muon_uses_lr_for_block_matrices_and_lr_other_for_the_rest() -> None:
     every = {name for name, _ in model().named_parameters()}
     inside = {name for name in every if name.startswith("blocks.")} - scales(model())
     assert len(inside) == 2 * 6
@@ -207,7 +207,7 @@ def test_lr_is_of_the_blocks_matrices_and_lr_other_of_the_rest_under_muon() -> N
     assert moved(model(), name="muon", lr=0.0, lr_other=0.1) == every - inside
 
 
-def test_muons_settings_reach_it() -> None:
+def test_muon_settings_are_passed_on() -> None:
     cfg = OptimConfig(name="muon", lr=0.3, momentum=0.7, nesterov=False, ns_steps=3, weight_decay=0.2)
     optimizer = build_optimizers(model(), cfg)[0]
     assert isinstance(optimizer, Muon)
@@ -216,7 +216,7 @@ def test_muons_settings_reach_it() -> None:
     assert {name: group[name] for name in expected} == expected
 
 
-def test_the_settings_of_the_optimizers_on_the_sphere_reach_them() -> None:
+def test_settings_of_the_sphere_optimizers_are_passed_on() -> None:
     cfg = OptimConfig(
         name="geodesic_muon", lr=0.3, momentum=0.7, nesterov=False, ns_steps=3, betas=(0.5, 0.6), eps=1e-4, lr_other=0.2
     )
@@ -238,7 +238,7 @@ def test_the_settings_of_the_optimizers_on_the_sphere_reach_them() -> None:
 
 
 @pytest.mark.parametrize("name", ON_SPHERE)
-def test_scales_take_the_steps_of_torchs_adamw_beside_weights_on_the_sphere(name: str) -> None:
+def test_scales_beside_sphere_weights_match_torch_adamw(name: str) -> None:
     ours, theirs = model(), model()
     optimizers = build_optimizers(ours, OptimConfig(name=name, lr=0.1, lr_scales=0.03, weight_decay=0.2))
     reference = torch.optim.AdamW(
@@ -255,7 +255,7 @@ def test_scales_take_the_steps_of_torchs_adamw_beside_weights_on_the_sphere(name
 
 
 @pytest.mark.parametrize("name", ON_SPHERE)
-def test_weights_stay_on_the_sphere_without_a_projection(name: str) -> None:
+def test_sphere_optimizers_need_no_projection(name: str) -> None:
     gpt = model()
     optimizers = build_optimizers(gpt, OptimConfig(name=name, lr=0.7, weight_decay=0.5))
     for step in range(50):
@@ -267,7 +267,7 @@ def test_weights_stay_on_the_sphere_without_a_projection(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_optimizers_restored_in_the_middle_end_where_undisturbed_ones_do(name: str, tmp_path: Path) -> None:
+def test_optimizers_restored_midway_end_like_uninterrupted_ones(name: str, tmp_path: Path) -> None:
     """Through a file and torch's safe loader, with the rates of a schedule."""
 
     def steps(gpt: GPT, optimizers: list[torch.optim.Optimizer], which: range) -> None:
@@ -296,7 +296,7 @@ def test_optimizers_restored_in_the_middle_end_where_undisturbed_ones_do(name: s
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_weight_decay_shrinks_matrices_only(name: str) -> None:
+def test_weight_decay_shrinks_only_matrices(name: str) -> None:
     gpt = model()
     before = snapshot(gpt)
     for parameter in gpt.parameters():
@@ -309,7 +309,7 @@ def test_weight_decay_shrinks_matrices_only(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_rates_are_multiples_of_those_at_the_start(name: str) -> None:
+def test_learning_rates_are_multiples_of_the_base_rates(name: str) -> None:
     optimizers = build_optimizers(model(), OptimConfig(name=name, lr=0.2, lr_other=0.4))
     for multiplier in (0.5, 0.25, 1.0):
         set_learning_rates(optimizers, multiplier)
@@ -329,7 +329,7 @@ def test_weight_decay_changes_nothing_on_the_sphere(name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "residual"), [(name, rule) for name, rule in FITTING if rule in ("lerp", "add")])
-def test_every_optimizer_learns_a_batch_by_heart(name: str, residual: str) -> None:
+def test_every_optimizer_overfits_a_single_batch(name: str, residual: str) -> None:
     gpt = model(residual=residual, logit_scale=5.0)
     idx = torch.randint(31, (4, 12), generator=torch.Generator().manual_seed(1))
     optimizers = build_optimizers(gpt, OptimConfig(name=name, lr=0.03))
@@ -354,10 +354,10 @@ def test_every_optimizer_learns_a_batch_by_heart(name: str, residual: str) -> No
         ({"betas": [0.9, True]}, "valid number"),
     ],
 )
-def test_impossible_settings_are_refused(settings: dict[str, object], message: str) -> None:
+def test_invalid_settings_are_refused(settings: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message.replace("?", r"\?")):
         build(OptimConfig, settings)
 
 
-def test_betas_may_be_a_list_as_yaml_has_it() -> None:
+def test_betas_can_be_a_list_as_in_yaml() -> None:
     assert build(OptimConfig, {"betas": [0.8, 0.9]}).betas == (0.8, 0.9)

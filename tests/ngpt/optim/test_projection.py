@@ -36,7 +36,7 @@ def state(gpt: GPT) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("residual", ["lerp", "slerp", "add_normalize"])
 @pytest.mark.parametrize("mlp", ["swiglu", "relu2"])
-def test_vectors_along_the_models_dimension_have_length_one_afterwards(residual: str, mlp: str) -> None:
+def test_projection_gives_unit_vectors_along_the_model_dimension(residual: str, mlp: str) -> None:
     gpt = disturbed(residual=residual, mlp=mlp)
     project_weights(gpt)
     seen = 0
@@ -52,7 +52,7 @@ def test_vectors_along_the_models_dimension_have_length_one_afterwards(residual:
     assert seen == 2 + 2 * 6
 
 
-def test_it_changes_lengths_only_and_no_scale() -> None:
+def test_projection_changes_only_lengths_and_no_scales() -> None:
     gpt = disturbed()
     before = state(gpt)
     project_weights(gpt)
@@ -65,7 +65,7 @@ def test_it_changes_lengths_only_and_no_scale() -> None:
             torch.testing.assert_close(tensor.double(), expected, atol=1e-6, rtol=0, msg=name)
 
 
-def test_a_second_projection_changes_next_to_nothing() -> None:
+def test_second_projection_changes_almost_nothing() -> None:
     gpt = disturbed()
     project_weights(gpt)
     once = state(gpt)
@@ -74,7 +74,7 @@ def test_a_second_projection_changes_next_to_nothing() -> None:
         torch.testing.assert_close(tensor, once[name], atol=2e-7, rtol=0, msg=name)
 
 
-def test_a_gpt_has_nothing_to_project() -> None:
+def test_gpt_has_nothing_to_project() -> None:
     gpt = disturbed(residual="add")
     before = state(gpt)
     project_weights(gpt)
@@ -82,7 +82,7 @@ def test_a_gpt_has_nothing_to_project() -> None:
 
 
 @pytest.mark.parametrize("n_kv_head", [1, 2])
-def test_shared_keys_and_values_are_projected_too_and_a_tied_head_once(n_kv_head: int) -> None:
+def test_shared_keys_and_values_are_projected_and_a_tied_head_only_once(n_kv_head: int) -> None:
     gpt = disturbed(n_head=4, n_kv_head=n_kv_head, tied=True)
     project_weights(gpt)
     for name in ("query", "key", "value"):
@@ -100,7 +100,7 @@ def batch_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.usefixtures("batch_bytes")
-def test_every_way_to_cut_the_weights_gives_bit_by_bit_what_one_weight_at_a_time_gives() -> None:
+def test_projection_in_batches_equals_one_weight_at_a_time_bit_for_bit() -> None:
     gpt, other = disturbed(n_kv_head=1), disturbed(n_kv_head=1)
     project_weights(gpt)
     for weight, dim in other.sphere_weights():
@@ -110,7 +110,7 @@ def test_every_way_to_cut_the_weights_gives_bit_by_bit_what_one_weight_at_a_time
 
 
 @pytest.mark.usefixtures("batch_bytes")
-def test_it_is_within_rounding_of_the_division_in_float64() -> None:
+def test_projection_matches_float64_division_within_rounding() -> None:
     gpt = disturbed()
     before = [(weight.detach().double().numpy().copy(), dim) for weight, dim in gpt.sphere_weights()]
     project_weights(gpt)
@@ -120,7 +120,7 @@ def test_it_is_within_rounding_of_the_division_in_float64() -> None:
         assert (np.abs(new - exact) <= 3 * np.spacing(np.abs(exact).astype(np.float32))).all()
 
 
-def test_a_vector_of_zeros_stays_one_and_weights_in_bfloat16_are_rounded_once() -> None:
+def test_zero_vector_stays_zero_and_bfloat16_weights_are_rounded_once() -> None:
     gpt = disturbed().bfloat16()
     with torch.no_grad():
         gpt.wte.weight[3] = 0
@@ -131,14 +131,14 @@ def test_a_vector_of_zeros_stays_one_and_weights_in_bfloat16_are_rounded_once() 
     assert not gpt.wte.weight[3].any()
 
 
-def test_weights_stay_where_they_are_in_memory() -> None:
+def test_projection_works_in_place() -> None:
     gpt = disturbed()
     before = [weight.data_ptr() for weight, _ in gpt.sphere_weights()]
     project_weights(gpt)
     assert [weight.data_ptr() for weight, _ in gpt.sphere_weights()] == before
 
 
-def test_the_weights_of_several_models_are_projected_as_those_of_each() -> None:
+def test_projecting_several_models_equals_projecting_each() -> None:
     several = [disturbed(), disturbed(mlp="relu2"), disturbed(n_layer=1)]
     project(entry for gpt in several for entry in gpt.sphere_weights())
     for gpt in several:

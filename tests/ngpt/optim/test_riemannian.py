@@ -49,7 +49,7 @@ def numpy_turn(point: np.ndarray, velocity: np.ndarray) -> np.ndarray:
 
 @settings(deadline=None, max_examples=50)
 @given(st.integers(2, 12), st.floats(1e-6, 30.0), st.integers(0, 500))
-def test_a_walk_is_a_rotation_matrix_and_carries_tangents_with_it(width: int, angle: float, seed: int) -> None:
+def test_walk_matches_a_rotation_matrix_and_transports_tangents(width: int, angle: float, seed: int) -> None:
     point = on_sphere(1, width, seed=seed, dtype=torch.float64).detach()
     velocity = tangent(point, random(1, width, seed=seed + 1), dim=1)
     velocity *= angle / velocity.norm()
@@ -63,7 +63,7 @@ def test_a_walk_is_a_rotation_matrix_and_carries_tangents_with_it(width: int, an
     assert float(moved.norm()) == pytest.approx(float(carried.norm()), rel=1e-12)
 
 
-def test_a_walk_of_no_length_stays_exactly_where_it_is() -> None:
+def test_walk_of_length_zero_does_not_move() -> None:
     point, carried = on_sphere(5, 4).detach(), random(5, 4, seed=1, dtype=torch.float32)
     for length in (0.0, 1e-30):
         velocity = torch.full((5, 4), length)
@@ -71,7 +71,7 @@ def test_a_walk_of_no_length_stays_exactly_where_it_is() -> None:
         assert torch.equal(transport(point, velocity, carried, dim=1), carried)
 
 
-def test_columns_are_walked_as_rows_of_the_transpose() -> None:
+def test_walk_along_columns_equals_walk_along_rows_of_the_transpose() -> None:
     point, velocity, carried = (random(6, 4, seed=seed) for seed in range(3))
     along = walk(point.T, velocity.T, dim=1), transport(point.T, velocity.T, carried.T, dim=1)
     torch.testing.assert_close(walk(point, velocity, dim=0), along[0].T, atol=1e-13, rtol=0)
@@ -90,7 +90,7 @@ def build(kind: Any, weights: list[torch.nn.Parameter], *, dim: int = 1, **optio
 @given(
     st.sampled_from(OPTIMIZERS), st.floats(-4, 1).map(lambda x: 10.0**x), st.sampled_from([0, 1]), st.integers(0, 99)
 )
-def test_vectors_stay_unit_for_a_thousand_steps_of_any_size(kind: Any, lr: float, dim: int, seed: int) -> None:
+def test_vectors_keep_unit_length_for_1000_steps_of_any_size(kind: Any, lr: float, dim: int, seed: int) -> None:
     weight = on_sphere(12, 8, dim=dim, seed=seed)
     optimizer = build(kind, [weight], dim=dim, lr=lr)
     generator = torch.Generator().manual_seed(seed)
@@ -102,7 +102,7 @@ def test_vectors_stay_unit_for_a_thousand_steps_of_any_size(kind: Any, lr: float
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 @pytest.mark.parametrize("dim", [0, 1])
-def test_columns_take_the_steps_of_rows(kind: Any, dim: int) -> None:
+def test_steps_along_columns_equal_steps_along_rows(kind: Any, dim: int) -> None:
     weight, other = on_sphere(9, 5, dim=dim), torch.nn.Parameter(on_sphere(9, 5, dim=dim).detach().T.contiguous())
     optimizers = build(kind, [weight], dim=dim, lr=0.3), build(kind, [other], dim=1 - dim, lr=0.3)
     for step in range(5):
@@ -115,7 +115,7 @@ def test_columns_take_the_steps_of_rows(kind: Any, dim: int) -> None:
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 @pytest.mark.parametrize("scale", [1e-3, 1e4])
-def test_the_size_of_the_gradients_does_not_matter(kind: Any, scale: float) -> None:
+def test_scaling_the_gradients_does_not_change_the_step(kind: Any, scale: float) -> None:
     plain, scaled = on_sphere(6, 4), on_sphere(6, 4)
     optimizers = [build(kind, [weight], lr=0.2) for weight in (plain, scaled)]
     for step in range(4):
@@ -126,7 +126,7 @@ def test_the_size_of_the_gradients_does_not_matter(kind: Any, scale: float) -> N
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_a_step_in_double_the_size_of_a_small_one_goes_twice_as_far(kind: Any) -> None:
+def test_doubling_a_small_learning_rate_doubles_the_distance(kind: Any) -> None:
     moves = []
     for lr in (1e-4, 2e-4):
         weight = on_sphere(6, 4)
@@ -138,7 +138,7 @@ def test_a_step_in_double_the_size_of_a_small_one_goes_twice_as_far(kind: Any) -
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_weights_updated_together_move_as_if_each_were_alone(kind: Any) -> None:
+def test_weights_updated_together_move_as_if_updated_separately(kind: Any) -> None:
     shapes = [(6, 9), (6, 9), (4, 4), (6, 9)]
     together, alone = [[on_sphere(*shape, seed=i) for i, shape in enumerate(shapes)] for _ in range(2)]
     optimizers = [build(kind, together, lr=0.2), *(build(kind, [weight], lr=0.2) for weight in alone)]
@@ -154,7 +154,7 @@ def test_weights_updated_together_move_as_if_each_were_alone(kind: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_a_weight_without_a_gradient_is_left_alone_and_a_gradient_of_zero_moves_nothing(kind: Any) -> None:
+def test_weight_with_no_gradient_or_a_zero_gradient_does_not_move(kind: Any) -> None:
     weights = [on_sphere(4, 3, seed=seed) for seed in range(2)]
     before = [weight.detach().clone() for weight in weights]
     weights[1].grad = torch.zeros(4, 3)
@@ -164,7 +164,7 @@ def test_a_weight_without_a_gradient_is_left_alone_and_a_gradient_of_zero_moves_
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_a_restored_optimizer_continues_bit_by_bit(kind: Any) -> None:
+def test_restored_optimizer_continues_bit_for_bit(kind: Any) -> None:
     straight, resumed = ([on_sphere(6, 4), on_sphere(6, 4, seed=1), on_sphere(3, 4)] for _ in range(2))
     first, second = build(kind, straight, lr=0.3), build(kind, resumed, lr=0.1)
 
@@ -189,7 +189,7 @@ def test_a_restored_optimizer_continues_bit_by_bit(kind: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", [*OPTIMIZERS, Muon])
-def test_a_step_never_reads_a_value_back_from_the_device(kind: Any) -> None:
+def test_step_never_copies_a_value_from_the_device(kind: Any) -> None:
     with FakeTensorMode():  # tensors without values: to ask for one is an error
         weights = [torch.nn.Parameter(torch.randn(6, 4)), torch.nn.Parameter(torch.randn(6, 4))]
         optimizer = build(kind, weights)
@@ -200,7 +200,7 @@ def test_a_step_never_reads_a_value_back_from_the_device(kind: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_wrong_use_is_refused(kind: Any) -> None:
+def test_invalid_use_is_refused(kind: Any) -> None:
     with pytest.raises(ValueError, match=r"groups of matrices with dim 0 or 1, got dim 1, shapes \[\(5,\)\]"):
         build(kind, [torch.nn.Parameter(torch.ones(5))])
     with pytest.raises(ValueError, match="got dim None"):
@@ -237,7 +237,7 @@ def numpy_geodesic_muon(
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("nesterov", [True, False])
 @pytest.mark.parametrize("lr", [0.02, 1.0])
-def test_geodesic_muon_takes_the_steps_of_explicit_rotation_matrices(
+def test_geodesic_muon_steps_match_explicit_rotation_matrices(
     shape: tuple[int, int], nesterov: bool, lr: float
 ) -> None:
     weight = on_sphere(*shape)
@@ -252,7 +252,7 @@ def test_geodesic_muon_takes_the_steps_of_explicit_rotation_matrices(
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_direction_is_near_that_of_the_exact_orthogonal_factor(shape: tuple[int, int]) -> None:
+def test_direction_is_close_to_the_exact_orthogonal_factor(shape: tuple[int, int]) -> None:
     weight, gradient = on_sphere(*shape), random(*shape, seed=3)
     before = weight.detach().double().numpy()
     u, _, vt = np.linalg.svd(gradient.numpy(), full_matrices=False)
@@ -265,7 +265,7 @@ def test_the_direction_is_near_that_of_the_exact_orthogonal_factor(shape: tuple[
 
 @pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize("shape", [(60, 20), (40, 40), (20, 60)])
-def test_lr_is_about_the_angle_by_which_vectors_turn(shape: tuple[int, int], dim: int) -> None:
+def test_lr_approximates_the_rotation_angle(shape: tuple[int, int], dim: int) -> None:
     weight = on_sphere(*shape, dim=dim)
     before = weight.detach().clone()
     weight.grad = random(*shape, seed=1, dtype=torch.float32)
@@ -274,7 +274,7 @@ def test_lr_is_about_the_angle_by_which_vectors_turn(shape: tuple[int, int], dim
     assert 0.07 < float(angles.square().mean().sqrt()) < 0.12
 
 
-def test_a_small_step_agrees_with_step_and_projection_to_second_order() -> None:
+def test_small_step_matches_step_and_projection_to_second_order() -> None:
     errors = []
     for lr in (0.1, 0.01):
         walked, projected = on_sphere(12, 8), on_sphere(12, 8)
@@ -302,7 +302,7 @@ def test_geodesic_muon_finds_the_nearest_orthonormal_vectors() -> None:
 
 @settings(deadline=None, max_examples=20)
 @given(st.integers(0, 500), st.floats(0.01, 3.0))
-def test_rotating_the_models_space_rotates_the_steps_of_geodesic_muon(seed: int, lr: float) -> None:
+def test_geodesic_muon_is_equivariant_under_rotation(seed: int, lr: float) -> None:
     q, _ = torch.linalg.qr(random(6, 6, seed=seed))
     plain = on_sphere(10, 6, dtype=torch.float64)
     turned = torch.nn.Parameter(plain.detach() @ q)
@@ -336,7 +336,7 @@ def numpy_riemannian_adamw(
 
 @pytest.mark.parametrize("lr", [1e-3, 0.3])
 @pytest.mark.parametrize("eps", [1e-8, 0.5])
-def test_riemannian_adamw_takes_the_steps_of_explicit_rotation_matrices(lr: float, eps: float) -> None:
+def test_riemannian_adamw_steps_match_explicit_rotation_matrices(lr: float, eps: float) -> None:
     weight = on_sphere(7, 5)
     gradients = [random(7, 5, seed=step) for step in range(6)]
     how = {"lr": lr, "betas": (0.8, 0.9), "eps": eps}
@@ -348,7 +348,7 @@ def test_riemannian_adamw_takes_the_steps_of_explicit_rotation_matrices(lr: floa
     np.testing.assert_allclose(weight.detach().numpy(), expected, atol=2e-5)
 
 
-def test_small_steps_agree_with_torchs_adamw_and_projection_while_the_sphere_is_nearly_flat() -> None:
+def test_small_steps_match_torch_adamw_and_projection_where_the_sphere_is_nearly_flat() -> None:
     """Gradients that are tangent where the walk starts, and a walk that stays near there."""
     differences = []
     for lr in (1e-3, 1e-4):
@@ -368,7 +368,7 @@ def test_small_steps_agree_with_torchs_adamw_and_projection_while_the_sphere_is_
     assert differences[0] < 0.02 and differences[1] < 0.15 * differences[0] + 1e-4
 
 
-def test_an_entry_of_the_direction_is_about_one_so_that_a_vector_turns_by_lr_times_the_root_of_its_length() -> None:
+def test_riemannian_adamw_rotation_angle_is_lr_times_the_root_of_the_dimension() -> None:
     weight = on_sphere(50, 400)
     before = weight.detach().clone()
     weight.grad = random(50, 400, seed=1, dtype=torch.float32)
@@ -377,7 +377,7 @@ def test_an_entry_of_the_direction_is_about_one_so_that_a_vector_turns_by_lr_tim
     np.testing.assert_allclose(angles.numpy(), 1e-3 * 400**0.5, rtol=0.02)
 
 
-def test_the_radial_part_of_a_gradient_does_nothing_to_riemannian_adamw() -> None:
+def test_riemannian_adamw_ignores_the_radial_part_of_a_gradient() -> None:
     ends = []
     for radial in (0.0, 7.0):
         weight = on_sphere(6, 4, dtype=torch.float64)
@@ -390,7 +390,7 @@ def test_the_radial_part_of_a_gradient_does_nothing_to_riemannian_adamw() -> Non
 
 
 @pytest.mark.parametrize("dim", [0, 1])
-def test_the_rayleigh_quotient_leads_every_vector_to_the_first_eigenvector(dim: int) -> None:
+def test_minimizing_the_rayleigh_quotient_finds_the_first_eigenvector(dim: int) -> None:
     factor = random(6, 6, seed=3)
     matrix = factor @ factor.T
     leading = np.linalg.eigh(matrix.numpy())[1][:, -1]
@@ -409,9 +409,7 @@ def test_the_rayleigh_quotient_leads_every_vector_to_the_first_eigenvector(dim: 
 
 @pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize("count", [1, 3])
-def test_in_blocks_that_fit_a_cache_it_takes_the_same_steps(
-    dim: int, count: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cache_sized_blocks_give_the_same_steps(dim: int, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     ends = []
     for block_bytes in (1, 130, 2**18):  # one vector at a time, some of them, all
         monkeypatch.setattr(geodesic, "BLOCK_BYTES", block_bytes)
@@ -428,7 +426,7 @@ def test_in_blocks_that_fit_a_cache_it_takes_the_same_steps(
             torch.testing.assert_close(one, two, atol=1e-6, rtol=0)
 
 
-def test_a_step_leaves_the_gradients_as_they_are() -> None:
+def test_step_does_not_change_the_gradients() -> None:
     for kind in OPTIMIZERS:
         weight = on_sphere(6, 4)
         weight.grad = random(6, 4, dtype=torch.float32)
