@@ -1,13 +1,10 @@
-"""What all configs share: the base class, errors with suggestions, overrides by dotted name, the content hash.
-
-Configs are frozen and strict. Each module defines the config of what it implements.
-"""
+"""What all configs share: the base class, errors with suggestions, overrides by dotted name, the content hash."""
 
 import difflib
 import hashlib
 import json
 import unicodedata
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from functools import cache
 from typing import Any, NamedTuple, TypeVar, dataclass_transform
 
@@ -76,10 +73,7 @@ def renamed_setting(default: Any, aliases: Mapping[str, str], **constraints: Any
 
 
 def one_of(table: Collection[str], what: str, *, aliases: Mapping[str, str] | None = None) -> pydantic.AfterValidator:
-    """Annotation for a field that names an entry of `table`; the error suggests the nearest entry.
-
-    An old name in `aliases` is read as its new one, see `renamed`.
-    """
+    """Annotation for a field that names an entry of `table`; reads `aliases` as `renamed_setting` describes them."""
 
     def check(name: str) -> str:
         name = (aliases or {}).get(name, name)
@@ -132,20 +126,14 @@ def settings(cls: type[Config]) -> dict[str, pydantic.fields.FieldInfo]:
 
 
 def resolve(cls: type[Config], name: str) -> str:
-    """The dotted name of a setting, given as such or as a unique last part.
-
-    Raises:
-        ConfigError: no setting has this name, or several end in it.
-    """
+    """The dotted name of a setting, given as such or as a unique last part; raises ConfigError if there is no such."""
     known = settings(cls)
     if name in known:
         return name
     leaves = [full for full in known if full.rpartition(".")[2] == name]
     if len(leaves) == 1:
         return leaves[0]
-    if leaves:
-        raise ConfigError(f"ambiguous setting, write one of {', '.join(leaves)}")
-    raise ConfigError(_unknown_setting(cls, name))
+    raise ConfigError(f"ambiguous setting, write one of {', '.join(leaves)}" if leaves else _unknown_setting(cls, name))
 
 
 def section_type(cls: type[Config], name: str) -> type[Config]:
@@ -156,11 +144,7 @@ def section_type(cls: type[Config], name: str) -> type[Config]:
 
 
 def build(cls: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
-    """A config from settings by full dotted name; the others keep their defaults.
-
-    Raises:
-        ConfigError: one problem per invalid value, located at its dotted name.
-    """
+    """A config from settings by full dotted name; raises ConfigError with one problem per invalid value."""
     tree: dict[str, Any] = {}
     for name, value in values.items():
         *sections, leaf = name.split(".")
@@ -175,11 +159,7 @@ def build(cls: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
 
 
 def override(config: ConfigT, changes: Mapping[str, Any]) -> ConfigT:
-    """`config` with some settings changed, given by dotted name or unique last part.
-
-    Raises:
-        ConfigError: all unknown names, or all invalid values.
-    """
+    """`config` with changes by dotted name or unique last part. A ConfigError has all unknown names or bad values."""
     problems, full = [], {}
     for name, value in changes.items():
         try:
@@ -192,9 +172,9 @@ def override(config: ConfigT, changes: Mapping[str, Any]) -> ConfigT:
 
 
 def flatten(config: Config) -> dict[str, Any]:
-    """Every setting's value by dotted name, as files and trial ids have it: a `renamed` value under its old name."""
+    """Every setting's value by dotted name, as files and trial ids have it: under the old name if it was renamed."""
     values: dict[str, Any] = {}
-    stored_as = _stored_as(type(config))
+    stored_as = _marks(type(config), "stored_as")
     for name, value in config:  # in the order of `settings`
         if isinstance(value, Config):
             values |= {f"{name}.{inner}": deeper for inner, deeper in flatten(value).items()}
@@ -203,30 +183,23 @@ def flatten(config: Config) -> dict[str, Any]:
     return values
 
 
-@cache
-def _stored_as(cls: type[Config]) -> dict[str, Mapping[str, Any]]:
-    """The old names of values, by field."""
-    marks: dict[str, Any] = {name: field.json_schema_extra or {} for name, field in cls.model_fields.items()}
-    return {name: mark["stored_as"] for name, mark in marks.items() if "stored_as" in mark}
-
-
 def is_identity(cls: type[Config], name: str) -> bool:
     """Whether a setting changes what is computed, not only where or how verbosely."""
-    extra = settings(cls)[name].json_schema_extra
-    return not isinstance(extra, dict) or bool(extra.get("identity", True))
+    return name not in _marks(cls, "identity")
 
 
 def identity_settings(config: Config) -> dict[str, Any]:
     """The settings that decide what a config computes, by dotted name; an `added_setting` only where it matters."""
-    left_out_at = _identity(type(config))
-    return {name: v for name, v in flatten(config).items() if name in left_out_at and v not in left_out_at[name]}
+    runtime, left_out_at = _marks(type(config), "identity"), _marks(type(config), "left_out_at")
+    values = flatten(config).items()
+    return {name: v for name, v in values if name not in runtime and v not in left_out_at.get(name, ())}
 
 
 @cache
-def _identity(cls: type[Config]) -> dict[str, Sequence[Any]]:
-    """The settings that decide what is computed, each with the values at which it is left out."""
-    marks: dict[str, Any] = {name: info.json_schema_extra or {} for name, info in settings(cls).items()}
-    return {name: mark.get("left_out_at", ()) for name, mark in marks.items() if is_identity(cls, name)}
+def _marks(cls: type[Config], mark: str) -> dict[str, Any]:
+    """What `runtime_setting`, `added_setting` and `renamed_setting` note at fields, by dotted name."""
+    extras = {name: field.json_schema_extra for name, field in settings(cls).items()}
+    return {name: extra[mark] for name, extra in extras.items() if isinstance(extra, dict) and mark in extra}
 
 
 def content_hash(config: Config, *, leave_out: Collection[str] = (), extra: Mapping[str, Any] | None = None) -> str:
@@ -238,17 +211,14 @@ def content_hash(config: Config, *, leave_out: Collection[str] = (), extra: Mapp
 
 def _explain(cls: type[Config], error: Any, given: Mapping[str, Any]) -> Problem:
     """Rewords one pydantic error."""
-    location: Location = tuple(part for part in error["loc"] if not _is_internal(part))
+    # Without the tags that pydantic adds for the branch of a union, such as `constrained-float`.
+    location: Location = tuple(part for part in error["loc"] if str(part).replace("_", "").isalnum())
     context = error.get("ctx", {})
     if error["type"] == "extra_forbidden":
         return Problem(location, _unknown_setting(cls, dotted_name(location)))
     if error["type"] in ("choice", "invalid"):
-        section = ".".join(map(str, location))
-        for field in context.get("fields", ()):
-            name = f"{section}.{field}" if section else field
-            if name in given:
-                return Problem((*location, field), context["text"])
-        return Problem(location, context["text"])
+        set_here = [field for field in context.get("fields", ()) if ".".join(map(str, (*location, field))) in given]
+        return Problem((*location, *set_here[:1]), context["text"])
     message = error["msg"][0].lower() + error["msg"][1:]
     return Problem(location, f"{message}, got {error['input']!r}" if error["type"] != "missing" else message)
 
@@ -262,8 +232,3 @@ def _unknown_setting(cls: type[Config], name: str) -> str:
     # A Cyrillic a looks like a Latin one.
     note = f" (it has {unicodedata.name(strange[0], 'a sign')}, U+{ord(strange[0]):04X}, in it)" if strange else ""
     return unknown_message("setting", name, near or known) + note
-
-
-def _is_internal(part: str | int) -> bool:
-    """Whether pydantic added this part, the tag of a union's branch such as `constrained-float`."""
-    return isinstance(part, str) and not part.replace("_", "").isalnum()

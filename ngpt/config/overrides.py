@@ -28,10 +28,8 @@ def named_settings(
     """The settings in a mapping of sections (`optim: {lr: 1}`), dotted names and unique last parts.
 
     A section may also be the path of a YAML file, relative to `folder`; settings written beside it override the file.
-
-    Returns:
-        The value and location of each setting, and a problem for each key that is unknown, given twice, or a section
-        without a mapping, up to `MOST_PROBLEMS`. Values are not checked.
+    There is a problem for each key that is unknown, given twice, or a section without a mapping, up to `MOST_PROBLEMS`.
+    Values are not checked.
     """
     from_files: Found = {}
     found: Found = {}
@@ -43,28 +41,25 @@ def named_settings(
         if len(problems) >= MOST_PROBLEMS:
             break
         location = (*at, key)
-        if key in sections and isinstance(value, str) and not value.endswith(SUFFIXES):
-            problems.append(
-                Problem(location, f"must be a mapping of settings or the path of a .yaml file, got {value!r}")
-            )
-            continue
-        if key in sections and isinstance(value, str):
-            # Not Path.expanduser, which raises for a user that does not exist.
-            part, wrong = _section_file(section_type(cls, key), folder / os.path.expanduser(value), location)
-            from_files |= {f"{key}.{name}": entry for name, entry in part.items()}
-            problems += wrong
-            continue
-        if key in sections:
-            part, wrong = named_settings(section_type(cls, key), value, location, folder=folder)
-            part = {f"{key}.{name}": entry for name, entry in part.items()}
-            problems += wrong
-        else:
+        part: Found = {}
+        wrong: list[Problem] = []
+        if key not in sections:
             try:
                 part = {resolve(cls, key): (value, location)}
             except ConfigError as error:
                 near = difflib.get_close_matches(key, sections, n=1) if isinstance(value, Mapping) else []
-                problems.append(Problem(location, unknown_message("section", key, near) if near else str(error)))
-                continue
+                wrong = [Problem(location, unknown_message("section", key, near) if near else str(error))]
+        elif not isinstance(value, str):
+            inner, wrong = named_settings(section_type(cls, key), value, location, folder=folder)
+            part = {f"{key}.{name}": entry for name, entry in inner.items()}
+        elif value.endswith(SUFFIXES):
+            # Not Path.expanduser, which raises for a user that does not exist.
+            inner, wrong = _section_file(section_type(cls, key), folder / os.path.expanduser(value), location)
+            from_files |= {f"{key}.{name}": entry for name, entry in inner.items()}
+        else:
+            message = f"must be a mapping of settings or the path of a .yaml file, got {value!r}"
+            wrong = [Problem(location, message)]
+        problems += wrong
         problems += [Problem(entry[1], f"{name} is given twice") for name, entry in part.items() if name in found]
         found |= part
     return from_files | found, problems
@@ -77,9 +72,8 @@ def _section_file(cls: type[Config], path: Path, at: Location) -> tuple[Found, l
     except YamlError as error:
         return {}, [Problem(at, str(error))]
     found, wrong = named_settings(cls, document.data, folder=path.parent)
-    return {name: (value, at) for name, (value, _) in found.items()}, [
-        Problem(at, document.describe(problem)) for problem in wrong
-    ]
+    problems = [Problem(at, document.describe(problem)) for problem in wrong]
+    return {name: (value, at) for name, (value, _) in found.items()}, problems
 
 
 def _state(path: Path) -> tuple[int, ...]:

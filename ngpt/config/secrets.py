@@ -1,8 +1,4 @@
-"""Keeps keys and passwords out of results, logs and trackers, which copy the campaign file and error messages.
-
-Secrets belong in the environment. A file with a secret is refused with its position, never its content, and error
-messages are redacted.
-"""
+"""Keeps keys and passwords out of results, logs and trackers, which copy the campaign file and error messages."""
 
 import os
 import re
@@ -51,11 +47,7 @@ def find_secrets(text: str, environ: Mapping[str, str] = os.environ) -> Iterator
 
 
 def refuse_secrets(text: str, source: str) -> None:
-    """Refuses a text with secrets that would be copied into the results. `source` is its name in messages.
-
-    Raises:
-        ConfigError: names the position of each secret, not its content.
-    """
+    """Raises ConfigError with the position of each secret in `text`, not its content; `source` is its name there."""
     problems = []
     for start, what in find_secrets(text):
         line, column = text.count("\n", 0, start) + 1, start - text.rfind("\n", 0, start)
@@ -74,5 +66,4 @@ def redact(text: str, environ: Mapping[str, str] = os.environ) -> str:
 
 
 def _values(environ: Mapping[str, str]) -> dict[str, str]:
-    """The secrets of the environment, by variable."""
     return {name: value for name, value in environ.items() if is_secret_name(name) and len(value) >= SHORTEST}

@@ -60,11 +60,7 @@ def reservoir(lengths: Lengths, *, seed: int, step: int, batch_size: int, block_
     return which, (drawn - np.concatenate([[0], ends])[which]) * block_size
 
 
-ORDERS: dict[str, Order] = {
-    "windows": windows,
-    "shards": shards,
-    "reservoir": reservoir,
-}
+ORDERS: dict[str, Order] = {"windows": windows, "shards": shards, "reservoir": reservoir}
 
 
 def _window_ends(lengths: Lengths, block_size: int) -> np.ndarray:

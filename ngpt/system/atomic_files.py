@@ -16,11 +16,7 @@ TEMPORARY = ".*.tmp"  # left behind by a process that was killed in `write_atomi
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
-    """Replaces the content of `path`; text is written as UTF-8.
-
-    Raises:
-        OSError: the folder is missing or not writable, or the disk is full. `path` keeps its old content.
-    """
+    """Replaces the content of `path`; text is written as UTF-8. After an OSError, `path` keeps its old content."""
     # A random name, opened exclusively, so that nobody can plant a link there.
     temp = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")  # as TEMPORARY has it
     try:
@@ -35,12 +31,7 @@ def write_atomic(path: Path, data: bytes | str) -> None:
 
 
 def write_json(path: Path, obj: Any) -> None:
-    """Replaces `path` by strict JSON with sorted keys.
-
-    Raises:
-        ValueError: `obj` holds a NaN or an infinity; nothing is written.
-        OSError: see `write_atomic`.
-    """
+    """Replaces `path` by strict JSON with sorted keys; raises ValueError for a NaN or an infinity."""
     write_atomic(path, json.dumps(obj, allow_nan=False, sort_keys=True, indent=1) + "\n")
 
 
@@ -48,9 +39,6 @@ class LineFile:
     """A file of lines, open for appending. A line is written completely or not at all, even on a full disk.
 
     Lines are not buffered: they survive the process once `append` returns, and a power loss once `sync` returns.
-
-    Raises:
-        OSError: the file cannot be created or opened.
     """
 
     def __init__(self, path: Path) -> None:
@@ -90,21 +78,13 @@ class LineFile:
         self._size += written
 
     def repair(self) -> None:
-        """Cuts off what a failed `append` has left.
-
-        Raises:
-            OSError: it cannot, so nothing can be appended.
-        """
+        """Cuts off what a failed `append` has left; raises OSError if it cannot."""
         if self._torn:
             self._file.truncate(self._size)
             self._torn = False
 
     def remove_last(self, line: str) -> None:
-        """Removes the newest line, which was `line`.
-
-        Raises:
-            OSError: the line may still be there.
-        """
+        """Removes the newest line, which was `line`; after an OSError it may still be there."""
         self._size, self._torn = self._size - len(f"{line}\n".encode()), True
         self.repair()
 
@@ -123,41 +103,31 @@ def commit_folder(temp: Path, final: Path) -> None:
     Raises:
         OSError: `final` is a folder that is not empty, or on another file system.
     """
-    for folder, _, names in os.walk(temp):
-        for name in names:
-            sync(Path(folder, name))
-        sync(Path(folder))
-    temp.rename(final)
-    try:
-        sync(final.parent)
-    except OSError:
-        final.rename(temp)
-        raise
+    for path in (*temp.rglob("*"), temp):
+        sync(path)
+    _rename(temp, final)
 
 
 def remove_folder(path: Path, *, aside_name: str) -> None:
-    """Removes a folder and its content. A crash leaves it complete, or renamed to `aside_name`.
-
-    Raises:
-        OSError: the disk failed.
-    """
+    """Removes a folder and its content. A crash leaves it complete, or renamed to `aside_name`."""
     aside = path.with_name(aside_name)
-    path.rename(aside)
-    try:
-        sync(path.parent)  # before any file is removed
-    except OSError:
-        aside.rename(path)
-        raise
+    _rename(path, aside)
     shutil.rmtree(aside)
     sync(path.parent)
 
 
-def make_folder(path: Path) -> None:
-    """Creates `path` and its missing parents and syncs their names to disk.
+def _rename(path: Path, target: Path) -> None:
+    """Renames within a folder; does not return before the new name is on disk, and takes it back if that fails."""
+    path.rename(target)
+    try:
+        sync(target.parent)
+    except OSError:
+        target.rename(path)
+        raise
 
-    Raises:
-        OSError: a parent is a file or not writable.
-    """
+
+def make_folder(path: Path) -> None:
+    """Creates `path` and its missing parents and syncs their names to disk."""
     missing = [folder for folder in path.parents if not folder.exists()]
     for folder in [*reversed(missing), path]:
         is_new = not folder.exists()

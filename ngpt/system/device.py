@@ -9,11 +9,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def pick_device(name: str) -> torch.device:
-    """The named device; `auto` is CUDA, then Apple's MPS, then the CPU.
-
-    Raises:
-        ConfigError: this machine does not have the device.
-    """
+    """The named device; `auto` is CUDA, then Apple's MPS, then the CPU. Raises ConfigError if it is not here."""
     here = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
         return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if here[kind]))

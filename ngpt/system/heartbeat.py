@@ -30,10 +30,7 @@ class Heartbeat:
 
 
 class HeartbeatWriter:
-    """Context manager that writes the heartbeat of a run and checks for stop requests.
-
-    Disk errors are ignored: a run does not fail because its heartbeat cannot be written.
-    """
+    """Context manager that writes the heartbeat of a run and checks for stop requests; ignores disk errors."""
 
     def __init__(self, folder: Path, *, began: int = 0) -> None:
         self._folder, self._began = folder, began
@@ -83,11 +80,7 @@ def read_heartbeat(folder: Path) -> Heartbeat | None:
 
 
 def request_stop(folder: Path) -> None:
-    """Asks the run in `folder` to save and stop.
-
-    Raises:
-        OSError: the folder is missing, or the disk is full.
-    """
+    """Asks the run in `folder` to save and stop."""
     (folder / STOP).touch()
 
 

@@ -7,11 +7,7 @@ from typing import Any
 
 
 def append_json_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Appends records to `path`, which is created with its folder. A torn last line is closed first.
-
-    Raises:
-        OSError: the disk is full or not writable.
-    """
+    """Appends records to `path`, which is created with its folder. A torn last line is closed first."""
     text = "".join(json.dumps(record) + "\n" for record in records)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_file() and not path.read_bytes().endswith(b"\n"):

@@ -29,28 +29,16 @@ Value = TypeVar("Value")
 
 
 def configure_allocator() -> None:
-    """Sets up CPU memory for large tensors: huge pages, returned to the system as soon as they are free."""
-    enable_huge_pages()
-    release_large_tensors()
+    """Sets up CPU memory for large tensors, unless the user has configured it. Call it before the first one.
 
-
-def release_large_tensors() -> None:
-    """Makes glibc map each tensor of at least 16 MiB separately, unless the user has configured malloc.
-
-    By default glibc raises this threshold after the first large free, up to 32 MiB, and then fragments its heap: the
-    13.7M recipe held 130 MB more than it used.
+    Torch requests 2 MiB pages from Linux: mapping 4 KiB pages anew in each step takes up to a fifth of it. And glibc
+    maps each tensor of at least 16 MiB separately and returns it when it is free. By default it raises this threshold
+    after the first large free, up to 32 MiB, and fragments its heap: the 13.7M recipe held 130 MB more than it used.
     """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None  # musl has none
     if mallopt is not None and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
         mallopt(_M_MMAP_THRESHOLD, _LARGE)
-
-
-def enable_huge_pages() -> None:
-    """Makes torch request 2 MiB pages from Linux for large CPU tensors, unless the user has decided.
-
-    With 4 KiB pages, mapping them anew in each step takes up to a fifth of it. Call it before the first large tensor.
-    """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def reset_peak_memory(device: torch.device) -> None:
@@ -76,9 +64,8 @@ def peak_memory(device: torch.device) -> int:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the error is a failed allocation on the device or the host."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(message in str(error) for message in _MESSAGES)
+    of_library = isinstance(error, RuntimeError) and any(message in str(error) for message in _MESSAGES)
+    return of_library or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
 def free_memory(device: torch.device) -> None:
@@ -91,11 +78,7 @@ def free_memory(device: torch.device) -> None:
 
 
 def retry_on_oom(attempt: Callable[[], Value], reduce_batch: Callable[[], bool], device: torch.device) -> Value:
-    """Returns the result of `attempt`; whenever memory runs out, calls `reduce_batch` and tries again.
-
-    Raises:
-        RuntimeError, MemoryError: out of memory, and `reduce_batch` returned False because it cannot go lower.
-    """
+    """The result of `attempt`. Whenever memory runs out, calls `reduce_batch`; raises if that returns False."""
     while True:
         try:
             return attempt()
