@@ -57,21 +57,16 @@ class YamlError(ConfigError):
 
 
 def read_yaml(path: Path) -> Document:
-    """Reads one YAML document.
-
-    Raises:
-        YamlError: missing, not a regular file, too large, not UTF-8, not YAML, or with duplicate keys or tags.
-    """
+    """Reads one YAML document; raises YamlError if it is missing, no regular file, too large, or not plain YAML."""
     try:
-        raw = _content(path)
+        text = _content(path).decode("utf-8")
     except YamlError:
         raise
-    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
-        raise YamlError(f"{printable(str(path))}: {getattr(error, 'strerror', None) or error}") from None
-    try:
-        return parse_yaml(raw.decode("utf-8"), path)
     except UnicodeDecodeError as error:
         raise YamlError(f"{path}: byte {error.start} is not UTF-8") from None
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
+        raise YamlError(f"{printable(str(path))}: {getattr(error, 'strerror', None) or error}") from None
+    return parse_yaml(text, path)
 
 
 def parse_yaml(text: str, path: Path) -> Document:
@@ -88,11 +83,7 @@ def parse_value(text: str) -> Any:
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:
-    """`optim.lr=1e-3` as a name and a value.
-
-    Raises:
-        ConfigError: the `=` or the name is missing, or the value is not YAML.
-    """
+    """`optim.lr=1e-3` as a name and a value; raises ConfigError if it is not NAME=VALUE with a YAML value."""
     name, equals, value = text.partition("=")
     if not (name.strip() and equals):
         raise ConfigError(f"--set {printable(text)}: expected NAME=VALUE")
@@ -116,17 +107,11 @@ class _BoundedComposer(Composer):
     nodes = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        """Composes and counts the next node.
-
-        Raises:
-            ComposerError: nested deeper than DEEPEST_NESTING, or more than MOST_NODES in the document.
-        """
+        """Composes and counts the next node."""
         self.nodes += 1
-        mark = self.parser.peek_event().start_mark
-        if self.depth > DEEPEST_NESTING:
-            raise ComposerError(None, None, TOO_DEEP, mark)
-        if self.nodes > MOST_NODES:
-            raise ComposerError(None, None, TOO_MANY, mark)
+        if self.depth > DEEPEST_NESTING or self.nodes > MOST_NODES:
+            problem = TOO_DEEP if self.depth > DEEPEST_NESTING else TOO_MANY
+            raise ComposerError(None, None, problem, self.parser.peek_event().start_mark)
         return super().compose_node(parent, index)
 
 
@@ -157,15 +142,9 @@ class _Reader:
         self.positions: dict[Location, Position] = {}
 
     def plain(self, node: Node, location: Location, depth: int) -> Any:
-        """The data of a node at `location`, `depth` levels deep.
-
-        Raises:
-            YamlError: too deep, too large, or not plain data.
-        """
-        if depth > DEEPEST_NESTING:  # checked again, since an alias may be inside its own node
-            raise self._error(node, TOO_DEEP)
-        if len(self.positions) > MOST_NODES:
-            raise self._error(node, TOO_MANY)
+        """The data of a node at `location`, `depth` levels deep; raises YamlError if it is not plain data."""
+        if depth > DEEPEST_NESTING or len(self.positions) > MOST_NODES:  # an alias may be inside its own node
+            raise self._error(node, TOO_DEEP if depth > DEEPEST_NESTING else TOO_MANY)
         # A mapping's value keeps the position of its key, which messages should point to.
         self.positions.setdefault(location, _position(node))
         if isinstance(node, MappingNode) and _kind(node) == "map":
@@ -205,7 +184,7 @@ class _Reader:
             if kind == "int":
                 return _integer(text)
             if kind == "float":
-                return _float(text)
+                return FLOATS[text.lower()] if text.lower() in FLOATS else float(text.replace("_", ""))
         except OverflowError:
             message = f"{printable(text, 40)} is too large, a whole number is at most {LARGEST_INTEGER}"
             raise self._error(node, message) from None
@@ -234,8 +213,3 @@ def _integer(text: str) -> int:
     if abs(value) > LARGEST_INTEGER:
         raise OverflowError
     return value
-
-
-def _float(text: str) -> float:
-    lowered = text.lower()
-    return FLOATS[lowered] if lowered in FLOATS else float(text.replace("_", ""))

@@ -26,12 +26,13 @@ from ngpt.data.text.documents import (
     read_text,
     text_size,
 )
-from ngpt.data.text.hub import HINT, download, downloads_folder, list_hub
+from ngpt.data.text.hub import HINT, download, list_hub
 from ngpt.data.text.progress import Log, silent
 from ngpt.data.text.python_docs import DOCSTRINGS_FORMAT, python_documents
 from ngpt.data.tokens.gpt2_bpe import VOCAB_SIZE
 from ngpt.data.tokens.shards import HEADER_BYTES, MAGIC
 from ngpt.system.atomic_files import write_json
+from ngpt.system.cache import cache_folder
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -235,7 +236,7 @@ def _is_published_fineweb(path: Path) -> bool:
 
 
 def _fetch_fineweb(names: Sequence[str], log: Log) -> list[Path]:
-    folder = downloads_folder() / "fineweb"
+    folder = cache_folder() / "downloads" / "fineweb"
     paths = [folder / name for name in names]
     if all(path.exists() for path in paths):
         return paths
@@ -247,7 +248,7 @@ def _fetch_fineweb(names: Sequence[str], log: Log) -> list[Path]:
 
 def _fetch_openwebtext(shards: int, log: Log) -> list[Path]:
     """The first files of the hub's list, which is kept so that downloaded files need no network."""
-    folder = downloads_folder() / "openwebtext"
+    folder = cache_folder() / "downloads" / "openwebtext"
     listing = folder / "listing.json"
     if listing.exists():
         paths = [folder / name for name in json.loads(listing.read_text(encoding="utf-8"))[:shards]]

@@ -25,17 +25,16 @@ SAMPLE, SAMPLE_EVERY = 1 << 16, 1 << 26  # bytes
 
 
 def find_files(path: Path) -> list[Path]:
-    """The file, or all files below a folder by name, without hidden ones.
-
-    Raises:
-        ConfigError: there are no files.
-    """
+    """The file, or all files below a folder by name, without hidden ones. Raises ConfigError if there are none."""
     if not path.exists():
         raise ConfigError(f"no such file: {path}")
-    files = [path] if path.is_file() else sorted(_visible_files(path))
-    if not files:
+    if path.is_file():
+        return [path]
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    visible = [file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+    if not visible:
         raise ConfigError(f"{path} has no files in it")
-    return files
+    return visible
 
 
 def holds_documents(path: Path) -> bool:
@@ -44,11 +43,7 @@ def holds_documents(path: Path) -> bool:
 
 
 def read_documents(files: Sequence[Path]) -> Iterator[str]:
-    """The non-empty documents of all files in order; a text file is one document.
-
-    Raises:
-        ConfigError: a file cannot be read, or has no text column.
-    """
+    """The non-empty documents of all files in order; a text file is one document. Raises ConfigError."""
     for path in files:
         if not holds_documents(path):
             texts = iter(["".join(read_text(path))])
@@ -65,11 +60,7 @@ def text_size(files: Sequence[Path]) -> int:
 
 
 def read_text(path: Path) -> Iterator[str]:
-    """A file in large pieces of whole lines, with unchanged line ends.
-
-    Raises:
-        ConfigError: it is not UTF-8.
-    """
+    """A file in large pieces of whole lines, with unchanged line ends. Raises ConfigError if it is not UTF-8."""
     with path.open(encoding="utf-8", newline="") as file:
         try:
             while piece := file.read(BLOCK):
@@ -79,11 +70,7 @@ def read_text(path: Path) -> Iterator[str]:
 
 
 def read_file(path: Path, *, most: int | None = None) -> bytes:
-    """The content of a file that the user named.
-
-    Raises:
-        ConfigError: the file is missing or larger than `most` bytes.
-    """
+    """The content of a file that the user named. Raises ConfigError if it is missing or larger than `most` bytes."""
     if not path.is_file():
         raise ConfigError(f"no such file: {path}")
     if most is not None and path.stat().st_size > most:
@@ -139,12 +126,6 @@ def _sampled(path: Path) -> str:
             file.seek(at)
             digest.update(file.read(SAMPLE))
     return digest.hexdigest()
-
-
-def _visible_files(folder: Path) -> Iterator[Path]:
-    for path in folder.rglob("*"):
-        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts):
-            yield path
 
 
 def _text_size(path: Path) -> int:
@@ -205,13 +186,11 @@ def _read_json_lines(path: Path) -> Iterator[str]:
 
 
 def _text_of(row: Any, path: Path, number: int) -> str:
-    text = row.get(COLUMN) if isinstance(row, dict) else None
-    if not isinstance(text, str):
-        if isinstance(row, dict) and COLUMN not in row:
-            found = f"it has {', '.join(row) or 'none'}"
-        else:
-            found = f"it is {row[COLUMN] if isinstance(row, dict) else row!r:.40}"
-        raise ConfigError(f"{path}, line {number} has no text under {COLUMN!r}; {found}")
+    if isinstance(row, dict) and COLUMN not in row:
+        raise ConfigError(f"{path}, line {number} has no text under {COLUMN!r}; it has {', '.join(row) or 'none'}")
+    text = row[COLUMN] if isinstance(row, dict) else row
+    if not isinstance(row, dict) or not isinstance(text, str):
+        raise ConfigError(f"{path}, line {number} has no text under {COLUMN!r}; it is {text!r:.40}")
     text.encode()  # ValueError for an escaped half of a surrogate pair, which is not valid UTF-8
     return text
 

@@ -20,7 +20,6 @@ from filelock import FileLock
 
 from ngpt.config.base import ConfigError, printable
 from ngpt.data.text.progress import Log, Meter
-from ngpt.system.cache import cache_folder
 
 PARALLEL_FILES = 4
 TIMEOUT = 15.0  # seconds without a byte
@@ -47,17 +46,8 @@ class HubFile:
         return self.path.replace("/", "-")
 
 
-def downloads_folder() -> Path:
-    """The folder of downloads: `$NGPT_CACHE/downloads`, by default under ~/.cache/ngpt."""
-    return cache_folder() / "downloads"
-
-
 def list_hub(dataset: str, *, revision: str = "main") -> list[HubFile]:
-    """The large files of a data set such as `kjj0/fineweb10B-gpt2`, sorted by path, with their published hashes.
-
-    Raises:
-        ConfigError: huggingface_hub is missing, the hub cannot be reached, or the data set does not exist.
-    """
+    """The large files of a data set such as `kjj0/fineweb10B-gpt2`, sorted by path; ConfigError if it has no list."""
     endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or None
     with _errors_of(f"the file list of {dataset}"):
         # Before the import, unless the user has decided: telemetry would ask the hub for a list of AI agents first.
@@ -82,11 +72,7 @@ def download(files: Sequence[HubFile], folder: Path, *, name: str, log: Log) -> 
     """Downloads files into `folder`, except those that are already there, and returns their paths.
 
     Of two processes that need the same files, one downloads them and the other waits. An interrupted download keeps
-    what it has, and the next one continues there.
-
-    Raises:
-        ConfigError: the hub cannot be reached, lacks a file, or sends something else than it publishes.
-        OSError: the disk is full or not writable.
+    what it has, and the next one continues there. Raises ConfigError if the hub does not send what it publishes.
     """
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / file.name for file in files]
@@ -135,7 +121,9 @@ def _download_file(file: HubFile, path: Path, stop: threading.Event, arrived: Ca
             os.fsync(out.fileno())
         if stop.is_set():
             return
-        if _sha256(part) == file.sha256:
+        with part.open("rb") as whole:
+            sha256 = hashlib.file_digest(whole, "sha256").hexdigest()
+        if sha256 == file.sha256:
             part.replace(path)
             return
         part.unlink()
@@ -185,8 +173,3 @@ def _resumed_bytes(missing: Sequence[tuple[HubFile, Path]]) -> int:
     """The bytes that earlier attempts have left."""
     parts = [(file, path.with_name(path.name + PART)) for file, path in missing]
     return sum(min(file.size, part.stat().st_size) for file, part in parts if part.exists())
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from datetime import timedelta
 
 Log = Callable[[str], None]
 
@@ -9,17 +10,16 @@ EVERY = 5.0  # seconds
 
 
 class Meter:
-    """Lines such as `openwebtext: 12,400,000 tokens, 1,240,000/s, 31 %, 0:22 to go`."""
+    """Lines such as `openwebtext: 12,400,000 tokens, 1,240,000/s, 31 %, 0:00:22 to go`."""
 
     def __init__(self, log: Log, name: str, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._log, self._name, self._clock = log, name, clock
         self._started = self._last = clock()
 
-    def update(self, done: int, unit: str, *, fraction: float | None, before: float = 0.0) -> None:
+    def update(self, done: int, unit: str, *, fraction: float, before: float = 0.0) -> None:
         """Logs a line if the last one is old enough.
 
-        `done` units are processed since the start. `fraction` of all work is done, None if unknown, of which `before`
-        was done before the start.
+        `done` units are processed since the start; `fraction` of all work is done, `before` of it before the start.
         """
         now = self._clock()
         if now - self._last < EVERY:
@@ -27,17 +27,11 @@ class Meter:
         self._last = now
         seconds = now - self._started
         line = f"{self._name}: {done:,} {unit}, {done / seconds:,.0f}/s"
-        if fraction is not None and before < fraction <= 1:
-            left = seconds * (1 - fraction) / (fraction - before)
-            line += f", {100 * fraction:.0f} %, {_clock_time(left)} to go"
+        if before < fraction <= 1:
+            left = timedelta(seconds=round(seconds * (1 - fraction) / (fraction - before)))
+            line += f", {100 * fraction:.0f} %, {left} to go"
         self._log(line)
 
 
 def silent(message: str, /) -> None:
     """A log that drops its messages."""
-
-
-def _clock_time(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

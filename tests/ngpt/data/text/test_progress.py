@@ -30,22 +30,21 @@ def test_a_line_every_few_seconds_has_rate_and_remaining_time() -> None:
         clock.now += 1
         meter.update(1000 * second, "tokens", fraction=second / 100)
     assert said == [
-        "docs: 5,000 tokens, 1,000/s, 5 %, 1:35 to go",
-        "docs: 10,000 tokens, 1,000/s, 10 %, 1:30 to go",
+        "docs: 5,000 tokens, 1,000/s, 5 %, 0:01:35 to go",
+        "docs: 10,000 tokens, 1,000/s, 10 %, 0:01:30 to go",
     ]
 
 
 @pytest.mark.parametrize(
     ("fraction", "before", "end"),
     [
-        (None, 0.0, "1,000/s"),
-        (0.75, 0.5, "1,000/s, 75 %, 0:10 to go"),  # a quarter took ten seconds
+        (0.75, 0.5, "1,000/s, 75 %, 0:00:10 to go"),  # a quarter took ten seconds
         (0.5, 0.5, "1,000/s"),
         (1.1, 0.0, "1,000/s"),  # an estimate that was too small
         (1 / 1001, 0.0, "1,000/s, 0 %, 2:46:40 to go"),
     ],
 )
-def test_the_remaining_time_is_shown_if_it_is_known(fraction: float | None, before: float, end: str) -> None:
+def test_the_remaining_time_is_shown_if_it_is_known(fraction: float, before: float, end: str) -> None:
     said: list[str] = []
     clock = Clock()
     meter = Meter(said.append, "docs", clock=clock)
