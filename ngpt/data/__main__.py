@@ -4,7 +4,6 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 from ngpt.system.cache import cache_folder
 from ngpt.system.cli import run_command
@@ -50,19 +49,18 @@ def _prepare(options: argparse.Namespace) -> int:
     from ngpt.config.base import build
     from ngpt.data.dataset import DataConfig, open_dataset, prepare
 
-    given = {
-        "corpus": options.corpus,
-        "tokenizer": options.tokenizer,
-        "path": options.source,
-        "val_fraction": options.val_fraction,
-        "shards": options.shards,
-        "on_corrupt": options.on_corrupt,
-    }
-    config = build(DataConfig, {name: value for name, value in given.items() if value is not None})
+    given = vars(options)
+    settings = {name: given[name] for name in DataConfig.model_fields if given.get(name) is not None}
+    config = build(DataConfig, settings)
     folder = prepare(config, out=options.out, log=_progress, workers=options.workers)
     manifest = open_dataset(DataConfig(corpus=str(folder))).manifest
     _progress(f"in {folder}")
-    print(json.dumps(manifest | {"folder": str(folder)}) if options.json else _table(manifest))
+    if options.json:
+        print(json.dumps(manifest | {"folder": str(folder)}))
+        return 0
+    for split, counts in manifest["splits"].items():
+        print(f"{split} has {counts['tokens']:,} tokens")
+    print(f"vocabulary has {manifest['vocab_size']:,} tokens")
     return 0
 
 
@@ -75,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("corpus", metavar="CORPUS", help="a name or a path, see below")
     parser.add_argument("--tokenizer", metavar="T", help="see below (default sentencepiece:2048; fineweb has its own)")
-    parser.add_argument("--from", dest="source", metavar="PATH", help="local copy of a corpus that is downloaded")
+    parser.add_argument("--from", dest="path", metavar="PATH", help="local copy of a corpus that is downloaded")
     parser.add_argument("--shards", type=_count, metavar="N", help="files to take of a corpus in parts (default 1)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to write; default: $NGPT_CACHE or ~/.cache/ngpt")
     parser.add_argument("--val-fraction", type=float, metavar="F", help="share of the validation split (default 0.1)")
@@ -89,11 +87,6 @@ def _count(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number from 1, got {text!r}")
     return int(text)
-
-
-def _table(manifest: dict[str, Any]) -> str:
-    lines = [f"{split} has {counts['tokens']:,} tokens" for split, counts in manifest["splits"].items()]
-    return "\n".join([*lines, f"vocabulary has {manifest['vocab_size']:,} tokens"])
 
 
 def _progress(message: str) -> None:

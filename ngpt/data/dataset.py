@@ -57,9 +57,8 @@ class DataConfig(Config, frozen=True):
     path: str | None = runtime_setting(None)  # local copy of a named corpus, instead of a download
     val_fraction: float = pydantic.Field(default=0.1, gt=0, lt=1)
     shards: Annotated[int, pydantic.Field(ge=1)] = 1  # number of files of a corpus that is published in parts
-    on_corrupt: Annotated[str, one_of(POLICIES, "policy")] = runtime_setting(
-        "skip"
-    )  # skip: log a bad shard and leave it out
+    # skip: log a bad shard and leave it out
+    on_corrupt: Annotated[str, one_of(POLICIES, "policy")] = runtime_setting("skip")
     order: Annotated[str, one_of(ORDERS, "order")] = "windows"
     reservoir: Annotated[int, pydantic.Field(ge=1)] = 4096  # windows in the buffer of order reservoir
 
@@ -80,11 +79,7 @@ class Dataset:
 
 
 def vocab_size(config: DataConfig) -> int:
-    """The size of the vocabulary; prepares nothing.
-
-    Raises:
-        ConfigError: unknown corpus, missing files, or a tokenizer that does not match existing shards.
-    """
+    """The size of the vocabulary; prepares nothing. ConfigError if the tokenizer does not match existing shards."""
     # The local copy and number of files of a named corpus do not matter here; `fingerprint` checks them.
     source = CORPORA[config.corpus](None, 1) if config.corpus in CORPORA else _locate(config)
     if isinstance(source, ShardCorpus):
@@ -99,9 +94,6 @@ def fingerprint(config: DataConfig) -> str:
 
     Independent of the machine, the location of the files, and the order of training (`order_settings`). Reads each file
     at most once per process; prepares and downloads nothing.
-
-    Raises:
-        ConfigError: unknown corpus, missing files.
     """
     check_shards(config)
     source = _locate(config)
@@ -113,11 +105,7 @@ def fingerprint(config: DataConfig) -> str:
 
 
 def check_shards(config: DataConfig) -> None:
-    """Checks `data.shards`.
-
-    Raises:
-        ConfigError: the corpus has fewer files, or is not published in parts.
-    """
+    """Raises ConfigError if `data.shards` exceeds the files of the corpus, or it is not published in parts."""
     if config.corpus in CORPORA:
         CORPORA[config.corpus](None, config.shards)
     elif config.shards != 1:
@@ -138,9 +126,8 @@ def prepare(config: DataConfig, *, out: Path | None = None, log: Log = silent, w
     Of two processes that need the same corpus, one prepares it and the other waits. `workers` threads tokenize.
 
     Raises:
-        ConfigError: unknown corpus, missing files, no network, other content in `out`, or a corrupt shard while
-            `on_corrupt` is fail.
-        OSError: the disk is full or not writable.
+        ConfigError: unknown corpus, missing files, no network, other content in `out`, or a corrupt shard that
+            `on_corrupt` forbids.
     """
     check_shards(config)
     source = _locate(config)
@@ -150,7 +137,8 @@ def prepare(config: DataConfig, *, out: Path | None = None, log: Log = silent, w
         final = source
     else:
         key = fingerprint(config)
-        final = out.absolute() if out else cache_folder() / f"{_folder_name(config)}-{key}"
+        name = re.sub(r"\W+", "-", Path(config.corpus).stem) or "corpus"
+        final = out.absolute() if out else cache_folder() / f"{name}-{key}"
         if not _is_done(final, key):
             final.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(final.parent / f".{final.name}.lock"):
@@ -165,11 +153,8 @@ def open_dataset(config: DataConfig, *, recheck: bool = False) -> Dataset:
     """The corpus as arrays, prepared if necessary. Shards are verified once, and again when they change.
 
     Shards that preparation found corrupt are left out and logged. `recheck` verifies all shards again, as a campaign
-    does when it starts: a disk may flip a bit without changing the time of the file.
-
-    Raises:
-        ConfigError: see `prepare`.
-        CorruptShardError: a file differs from the manifest.
+    does when it starts: a disk may flip a bit without changing the time of the file. Raises CorruptShardError if a file
+    differs from the manifest, and ConfigError like `prepare`.
     """
     folder = prepare(config, log=log.info)
     manifest = _read_manifest(folder)
@@ -182,14 +167,8 @@ def open_dataset(config: DataConfig, *, recheck: bool = False) -> Dataset:
 
     with ThreadPoolExecutor(READERS) as pool:  # checksums let other threads run
         splits = {split: tuple(pool.map(opened, counts["shards"])) for split, counts in manifest["splits"].items()}
-    return Dataset(
-        train=splits["train"],
-        val=splits["val"],
-        vocab_size=manifest["vocab_size"],
-        token_bytes=_open_token_bytes(folder, manifest),
-        manifest=manifest,
-        folder=folder,
-    )
+    sizes = _open_token_bytes(folder, manifest)
+    return Dataset(**splits, vocab_size=manifest["vocab_size"], token_bytes=sizes, manifest=manifest, folder=folder)
 
 
 Source = Corpus | ShardCorpus | Path  # a path: a folder of shards or of a prepared corpus
@@ -201,8 +180,7 @@ def _locate(config: DataConfig) -> Source:
         return CORPORA[config.corpus](Path(config.path).expanduser() if config.path else None, config.shards)
     path = Path(config.corpus).expanduser()
     if not path.exists():
-        known = unknown_message("corpus", config.corpus, CORPORA)
-        raise ConfigError(f"{known}; there is no such file or folder")
+        raise ConfigError(f"{unknown_message('corpus', config.corpus, CORPORA)}; there is no such file or folder")
     if config.path is not None:
         raise ConfigError("data.path (--from) is a local copy of a named corpus, and this corpus is a path itself")
     return path if _is_prepared(path) or (path.is_dir() and shard_paths(path)) else text_corpus(path)
@@ -234,11 +212,6 @@ def _shard_folder(config: DataConfig, manifest: dict[str, Any], folder: Path) ->
     return used
 
 
-def _folder_name(config: DataConfig) -> str:
-    """A name from letters, digits, `-` and `_` only."""
-    return re.sub(r"\W+", "-", Path(config.corpus).stem) or "corpus"
-
-
 def _is_done(folder: Path, key: str) -> bool:
     """Whether `folder` holds this corpus; raises ConfigError if it holds something else."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
@@ -258,8 +231,11 @@ def _fill(config: DataConfig, final: Path, key: str, log: Log, workers: int | No
         if stale != temp:
             shutil.rmtree(stale)
     temp.mkdir(exist_ok=True)
+    corpus = config.corpus if config.corpus in CORPORA else Path(config.corpus).expanduser().resolve().name
+    about = {"format": FORMAT, "corpus": corpus, "fingerprint": key, "val_fraction": config.val_fraction}
+    about["python"] = platform.python_version()
     try:
-        write_json(temp / MANIFEST, _about(config, key) | _make(config, temp, log, workers))
+        write_json(temp / MANIFEST, about | _make(config, temp, log, workers))
         commit_folder(temp, final)
         (final / PROGRESS_FILE).unlink(missing_ok=True)  # after the commit, since a kill may come in between
     finally:
@@ -270,34 +246,15 @@ def _fill(config: DataConfig, final: Path, key: str, log: Log, workers: int | No
 def _make(config: DataConfig, temp: Path, log: Log, workers: int | None) -> dict[str, Any]:
     """Fills the folder and returns its part of the manifest."""
     source = _locate(config)
-    tokenizer = _tokenizer(config, source)
+    how = {"tokenizer": _tokenizer(config, source), "val_fraction": config.val_fraction, "folder": temp, "log": log}
     if isinstance(source, Corpus):
         source.fetch(log)
-        how = {"val_fraction": config.val_fraction, "folder": temp, "log": log, "workers": workers}
-        return {"shard_folder": None} | tokenize(source, tokenizer=tokenizer, **how)
+        return {"shard_folder": None} | tokenize(source, **how, workers=workers)
     paths = source.fetch(log) if isinstance(source, ShardCorpus) else shard_paths(source)
-    made = index_shards(
-        paths,
-        vocab_size=vocab_size(config),
-        tokenizer=tokenizer,
-        val_fraction=config.val_fraction,
-        folder=temp,
-        log=log,
-    )
+    made = index_shards(paths, vocab_size=vocab_size(config), **how)
     if made["skipped"] and config.on_corrupt == "fail":
         raise _refusal(made["skipped"], "")
     return {"shard_folder": str(paths[0].parent.resolve())} | made
-
-
-def _about(config: DataConfig, key: str) -> dict[str, Any]:
-    named = config.corpus in CORPORA
-    return {
-        "format": FORMAT,
-        "corpus": config.corpus if named else Path(config.corpus).expanduser().resolve().name,
-        "fingerprint": key,
-        "val_fraction": config.val_fraction,
-        "python": platform.python_version(),
-    }
 
 
 def _refusal(skipped: Sequence[dict[str, str]], hint: str) -> ConfigError:

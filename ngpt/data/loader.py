@@ -50,20 +50,12 @@ def train_batch(
     """(idx, targets), int64 (B, T), of a step: windows of the train split in one of `ORDERS`.
 
     A window never crosses the end of a shard. Targets are idx shifted by one. `reservoir` is the buffer size in windows
-    of the order of that name.
-
-    Raises:
-        ConfigError: no shard holds a window of `block_size + 1` tokens.
+    of the order of that name. Raises ConfigError if no shard holds a window of `block_size + 1` tokens.
     """
     _require(dataset.train, "train", block_size)
-    which, first = ORDERS[order](
-        tuple(map(len, dataset.train)),
-        seed=seed,
-        step=step,
-        batch_size=batch_size,
-        block_size=block_size,
-        reservoir=reservoir,
-    )
+    lengths = tuple(map(len, dataset.train))
+    shape = {"batch_size": batch_size, "block_size": block_size}
+    which, first = ORDERS[order](lengths, seed=seed, step=step, **shape, reservoir=reservoir)
     tokens = np.empty((batch_size, block_size + 1), np.int64)
     span = np.arange(block_size + 1)
     for index in np.unique(which):
@@ -73,10 +65,9 @@ def train_batch(
 
 
 def eval_set(dataset: Dataset, *, tokens: int, batch_size: int, block_size: int) -> EvalSet:
-    """The first `tokens` tokens of the validation split as adjacent windows, or all of them if there are fewer.
+    """The first `tokens` tokens of the validation split as adjacent windows, or all if it has fewer.
 
-    Raises:
-        ConfigError: the train or validation split is shorter than a window.
+    Raises ConfigError if the train or validation split is shorter than a window.
     """
     _require(dataset.train, "train", block_size)
     _require(dataset.val, "validation", block_size)
@@ -110,7 +101,5 @@ def _batch(windows: np.ndarray) -> Batch:
 def _require(shards: tuple[np.ndarray, ...], split: str, block_size: int) -> None:
     longest = max((len(shard) for shard in shards), default=0)
     if longest <= block_size:
-        raise ConfigError(
-            f"block_size {block_size} needs {block_size + 1} tokens in a row, "
-            f"the {split} split has {longest}; take a larger corpus or a smaller block_size"
-        )
+        needed = f"block_size {block_size} needs {block_size + 1} tokens in a row, the {split} split has {longest}"
+        raise ConfigError(f"{needed}; take a larger corpus or a smaller block_size")

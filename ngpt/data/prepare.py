@@ -1,7 +1,7 @@
-"""Tokenizes text into a folder of shards, with the tokenizer and a manifest.
+"""Tokenizes text into a folder of shards.
 
-`tokenize` fills a temporary folder, which `ngpt.data.dataset.prepare` renames. It writes complete shards one by one
-and records in `progress.json` where in the text each ends, so a killed preparation continues with the next shard.
+Shards are written one by one, and `progress.json` records where in the text each ends, so a killed preparation
+continues with the next shard.
 """
 
 import hashlib
@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,8 @@ def tokenize(
 ) -> dict[str, Any]:
     """Writes the shards and tokenizer files of `corpus` into `folder` and returns their part of the manifest.
 
-    A sentencepiece vocabulary is trained on the train split only. Documents of a `separated` corpus start with the
-    tokenizer's mark (GPT-2's end of text, sentencepiece's start of text). `workers` threads encode, by default one per
-    core. Their number does not change the files. Intact shards of an interrupted call are kept.
+    A sentencepiece vocabulary is trained on the train split only. `workers` threads encode, by default one per core.
+    Their number does not change the files. Intact shards of an interrupted call are kept.
 
     Raises:
         ConfigError: a split is empty, or the tokenizer is not available.
@@ -78,14 +78,8 @@ def tokenize(
         n_tokens += len(ids)
         meter.update(n_tokens, "tokens", fraction=n_read / max(size, 1), before=n_skipped / max(size, 1))
     splits = {split: writer.close() for split, writer in writers.items()}
-    return {
-        "splits": splits,
-        "tokenizer": describe_tokenizer(tokenizer, loaded),
-        "vocab_size": loaded.vocab_size,
-        "token_bytes_crc32": write_token_bytes(folder, loaded.token_bytes() if progress.lossless else None),
-        "content_sha256": content.hexdigest(),
-        "skipped": [],
-    }
+    about = {"splits": splits, "vocab_size": loaded.vocab_size, "content_sha256": content.hexdigest(), "skipped": []}
+    return about | add_tokenizer(folder, tokenizer, loaded, loaded.token_bytes() if progress.lossless else None)
 
 
 def default_threads() -> int:
@@ -98,10 +92,9 @@ def default_threads() -> int:
 def encode_in_order(
     texts: Iterable[Text], tokenizer: Tokenizer, *, marked: bool, threads: int
 ) -> Iterator[tuple[str, np.ndarray, bool]]:
-    """Encodes texts of either split; `marked` texts start with the document mark, where the tokenizer has one.
+    """The split of each text, its ids (N,) uint16, and whether their bytes are those of the text.
 
-    Yields:
-        The split, the ids (N,) uint16, and whether their bytes are those of the text.
+    `marked` texts start with the document mark, where the tokenizer has one.
     """
     mark = np.array([tokenizer.document_mark] if marked and tokenizer.document_mark is not None else [], np.uint16)
     sizes = tokenizer.token_bytes()
@@ -142,18 +135,14 @@ def split_totals(entries: list[Entry], n_bytes: int | None) -> dict[str, Any]:
     return {"tokens": sum(entry["tokens"] for entry in entries), "bytes": n_bytes, "shards": entries}
 
 
-def describe_tokenizer(spec: str, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """A tokenizer in the manifest; None if that of existing shards is not available."""
-    return {"spec": spec, "sha256": tokenizer.sha256 if tokenizer else None}
-
-
-def write_token_bytes(folder: Path, sizes: np.ndarray | None) -> int | None:
-    """Writes the bytes per token, so that training does not need the tokenizer; returns their CRC32."""
-    if sizes is None:
-        return None
-    narrow = sizes.astype("<u2" if sizes.min() >= 0 else "<i2")
-    np.save(folder / TOKEN_BYTES_FILE, narrow)
-    return token_crc(narrow)
+def add_tokenizer(folder: Path, spec: str, tokenizer: Tokenizer | None, sizes: np.ndarray | None) -> dict[str, Any]:
+    """Writes the bytes per token, if known, so that training needs no tokenizer; returns its part of the manifest."""
+    crc = None
+    if sizes is not None:
+        narrow = sizes.astype("<u2" if sizes.min() >= 0 else "<i2")
+        np.save(folder / TOKEN_BYTES_FILE, narrow)
+        crc = token_crc(narrow)
+    return {"tokenizer": {"spec": spec, "sha256": tokenizer.sha256 if tokenizer else None}, "token_bytes_crc32": crc}
 
 
 def _provide_model(corpus: Corpus, tokenizer: str, val_fraction: float, folder: Path, log: Log) -> None:
@@ -211,14 +200,14 @@ class _Progress:
 
     def _sound(self, records: list[dict[str, Any]], vocab_size: int) -> list[dict[str, Any]]:
         """The records before the first shard that has changed."""
-        for index, record in enumerate(records):
-            try:
+        sound = []
+        with suppress(CorruptShardError):
+            for record in records:
                 shard = verify_shard(self._folder / record["entry"]["name"], vocab_size=vocab_size)
-            except CorruptShardError:
-                return records[:index]
-            if shard_entry(shard, 0, shard.tokens.size) != record["entry"]:
-                return records[:index]
-        return records
+                if shard_entry(shard, 0, shard.tokens.size) != record["entry"]:
+                    break
+                sound.append(record)
+        return sound
 
 
 class _SplitWriter:

@@ -4,13 +4,14 @@ import hashlib
 import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ngpt.config.base import ConfigError
-from ngpt.data.prepare import describe_tokenizer, shard_entry, split_totals, write_token_bytes
+from ngpt.data.prepare import add_tokenizer, shard_entry, split_totals
 from ngpt.data.text.progress import Log, Meter
 from ngpt.data.tokens.shards import CorruptShardError, Shard, read_shard, verify_shard
 from ngpt.data.tokens.tokenizer import MODEL_FILE, Tokenizer, load_tokenizer, parse_spec, tokenizer_vocab_size
@@ -26,9 +27,7 @@ def index_shards(
     """Verifies all shards, leaves them where they are, and returns their part of the manifest.
 
     A corrupt shard is logged and listed under `skipped`, so that all trials with this manifest leave out the same ones.
-
-    Raises:
-        ConfigError: a split has no intact shard, or the shards were made with another tokenizer.
+    Raises ConfigError if a split has no intact shard, or the shards were made with another tokenizer.
     """
     source = paths[0].parent
     loaded = _tokenizer_at_hand(tokenizer, source, log)
@@ -45,14 +44,9 @@ def index_shards(
         entries = [shard_entry(shard, first, stop) for shard, first, stop in parts]
         n_bytes = None if sizes is None else sum(_count_bytes(part, sizes) for part in parts)
         splits[split] = split_totals(entries, n_bytes)
-    return {
-        "splits": splits,
-        "tokenizer": describe_tokenizer(tokenizer, loaded),
-        "vocab_size": vocab_size,
-        "token_bytes_crc32": write_token_bytes(folder, sizes),
-        "content_sha256": hashlib.sha256(json.dumps(splits, sort_keys=True).encode()).hexdigest(),
-        "skipped": skipped,
-    }
+    content = hashlib.sha256(json.dumps(splits, sort_keys=True).encode()).hexdigest()
+    about = {"splits": splits, "vocab_size": vocab_size, "content_sha256": content, "skipped": skipped}
+    return about | add_tokenizer(folder, tokenizer, loaded, sizes)
 
 
 def shard_paths(folder: Path) -> list[Path]:
@@ -61,19 +55,12 @@ def shard_paths(folder: Path) -> list[Path]:
 
 
 def shard_vocab_size(folder: Path, tokenizer: str) -> int:
-    """The vocabulary size in the headers of the shards, or else that of the tokenizer.
-
-    Raises:
-        ConfigError: shards with different vocabularies, or a given tokenizer with another one.
-    """
+    """The vocabulary size in the headers of the shards, or else that of the tokenizer; ConfigError if they differ."""
     declared: dict[int, str] = {}
     for path in shard_paths(folder):
-        try:
-            size = read_shard(path).vocab_size
-        except CorruptShardError:  # reported when the folder is indexed
-            continue
-        if size is not None:
-            declared[size] = path.name
+        with suppress(CorruptShardError):  # reported when the folder is indexed
+            if (size := read_shard(path).vocab_size) is not None:
+                declared[size] = path.name
     if len(declared) > 1:
         found = ", ".join(f"{name} {size}" for size, name in declared.items())
         raise ConfigError(f"the shards of {folder} come from different tokenizers, by vocabulary: {found}")
@@ -83,11 +70,7 @@ def shard_vocab_size(folder: Path, tokenizer: str) -> int:
 
 
 def known_vocab_size(name: str, known: int, tokenizer: str) -> int:
-    """`known`, the vocabulary size of existing shards, after a check that `tokenizer` has the same.
-
-    Raises:
-        ConfigError: the tokenizer has another size.
-    """
+    """`known`, the vocabulary size of existing shards; ConfigError if `tokenizer` has another one."""
     # A size to train does not apply to existing shards; the other kinds name one vocabulary.
     if parse_spec(tokenizer)[0] != "sentencepiece" and (given := tokenizer_vocab_size(tokenizer)) != known:
         raise ConfigError(f"{name} has {known} tokens, data.tokenizer {tokenizer} {given}")

@@ -49,44 +49,27 @@ OPENWEBTEXT_REVISION = "refs/convert/parquet"  # the hub's own conversion
 
 @dataclass(frozen=True)
 class Corpus:
-    """Text to prepare.
+    """Text to prepare."""
 
-    Attributes:
-        name: for messages and folder names.
-        identity: the same exactly if the text is the same; cheap to compute.
-        documents: returns an iterator over the text from its start.
-        split_by: "document" assigns whole documents to a split by their hash, so that both splits hold the same kind of
-            text; "position" uses the end of the text for validation.
-        size: returns the approximate bytes of text.
-        separated: whether documents start with the tokenizer's document mark, or end with an empty line if it has none.
-        fetch: downloads the files that `documents` reads.
-    """
-
-    name: str
-    identity: str
-    documents: Callable[[], Iterator[str]]
-    split_by: Literal["document", "position"]
-    size: Callable[[], int]
-    separated: bool = False
-    fetch: Callable[[Log], object] = lambda log: None
+    name: str  # for messages and folder names
+    identity: str  # the same exactly if the text is the same; cheap to compute
+    documents: Callable[[], Iterator[str]]  # the text from its start
+    size: Callable[[], int]  # approximate bytes
+    # Whole documents go to a split by their hash, so that both hold the same kind of text; or its end is validation.
+    split_by: Literal["document", "position"] = "document"
+    separated: bool = False  # whether documents start with the tokenizer's mark, or else end with an empty line
+    fetch: Callable[[Log], object] = lambda log: None  # downloads the files that `documents` reads
 
 
 @dataclass(frozen=True)
 class ShardCorpus:
-    """A corpus that is published as shards of tokens.
+    """A corpus that is published as shards of tokens."""
 
-    Attributes:
-        name: for messages and folder names.
-        identity: the same before and after the download.
-        tokenizer: its tokenizer, as in `data.tokenizer`, which has `vocab_size` tokens.
-        fetch: returns the paths of the shards, after downloading missing ones.
-    """
-
-    name: str
-    identity: str
-    tokenizer: str
+    name: str  # for messages and folder names
+    identity: str  # the same before and after the download
+    tokenizer: str  # as in `data.tokenizer`
     vocab_size: int
-    fetch: Callable[[Log], Sequence[Path]]
+    fetch: Callable[[Log], Sequence[Path]]  # the paths of the shards, after downloading missing ones
 
 
 def python_docs(path: Path | None, shards: int) -> Corpus:
@@ -101,7 +84,6 @@ def python_docs(path: Path | None, shards: int) -> Corpus:
         name="python-docs",
         identity=f"python-docs:{DOCSTRINGS_FORMAT}:{platform.python_version()}",
         documents=lambda: iter(python_documents()),
-        split_by="document",
         size=lambda: sum(map(len, python_documents())),
     )
 
@@ -125,23 +107,18 @@ def fineweb(path: Path | None, shards: int) -> ShardCorpus:
 
     Another file is the validation split. The identity consists of the file names, so it is known before the download. A
     local folder has the same identity if its files are as long as the published ones, else one from their content.
-
-    Raises:
-        ConfigError: `shards` exceeds the published number, or the local folder lacks a file.
     """
     if shards > FINEWEB_SHARDS:
         raise ConfigError(f"data.shards {shards}: fineweb has {FINEWEB_SHARDS} training shards")
-    numbers = range(1, shards + 1)
-    names = ["fineweb_val_000000.bin", *(f"fineweb_train_{number:06d}.bin" for number in numbers)]
+    names = ["fineweb_val_000000.bin", *(f"fineweb_train_{number:06d}.bin" for number in range(1, shards + 1))]
     local = [path / name for name in names] if path is not None else []
     if missing := [file.name for file in local if not file.is_file()]:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ConfigError(f"{path} has no {missing[0]}{more}, which data.shards {shards} needs")
-    published = f"{FINEWEB}:{shards}"
-    whole = path is None or all(map(_is_published_fineweb, local))
+    whole = all(map(_is_published_fineweb, local))
     return ShardCorpus(
         name="fineweb",
-        identity=published if whole else f"shards:{shards_identity(local)}",
+        identity=f"{FINEWEB}:{shards}" if whole else f"shards:{shards_identity(local)}",
         tokenizer="gpt2",
         vocab_size=VOCAB_SIZE,
         fetch=lambda log: local or _fetch_fineweb(names, log),
@@ -154,16 +131,9 @@ def openwebtext(path: Path | None, shards: int) -> Corpus:
     Uses the first `shards` Parquet files of the hub, about 100,000 pages each, or all local files.
     """
     if path is not None:
-        return _document_corpus("openwebtext", path, find_files(path))
-    return Corpus(
-        name="openwebtext",
-        identity=f"{OPENWEBTEXT}:{shards}",
-        documents=lambda: read_documents(_fetch_openwebtext(shards, silent)),
-        split_by="document",
-        size=lambda: text_size(_fetch_openwebtext(shards, silent)),
-        separated=True,
-        fetch=lambda log: _fetch_openwebtext(shards, log),
-    )
+        files = find_files(path)
+        return _document_corpus("openwebtext", f"documents:{files_identity(path, files)}", lambda log: files)
+    return _document_corpus("openwebtext", f"{OPENWEBTEXT}:{shards}", lambda log: _fetch_openwebtext(shards, log))
 
 
 CORPORA: dict[str, Callable[[Path | None, int], Corpus | ShardCorpus]] = {
@@ -178,15 +148,13 @@ def text_corpus(path: Path) -> Corpus:
     """A corpus from a file, or from all files below a folder except hidden ones.
 
     Parquet and JSON-lines files make up the corpus if there are any; else all files are UTF-8 text.
-
-    Raises:
-        ConfigError: the folder has no files.
     """
     files = find_files(path)
+    name = path.resolve().stem
     if documents := [file for file in files if holds_documents(file)]:
-        return _document_corpus(path.resolve().stem, path, documents)
+        return _document_corpus(name, f"documents:{files_identity(path, documents)}", lambda log: documents)
     return Corpus(
-        name=path.resolve().stem,
+        name=name,
         identity=files_identity(path, files),
         documents=lambda: (piece for file in files for piece in read_text(file)),
         split_by="position",
@@ -209,14 +177,15 @@ def shards_identity(paths: Sequence[Path]) -> list[list[Any]]:
     return identity
 
 
-def _document_corpus(name: str, path: Path, files: list[Path]) -> Corpus:
+def _document_corpus(name: str, identity: str, fetch: Callable[[Log], list[Path]]) -> Corpus:
+    """A corpus of the documents in the files that `fetch` returns."""
     return Corpus(
         name=name,
-        identity=f"documents:{files_identity(path, files)}",
-        documents=lambda: read_documents(files),
-        split_by="document",
-        size=lambda: text_size(files),
+        identity=identity,
+        documents=lambda: read_documents(fetch(silent)),
+        size=lambda: text_size(fetch(silent)),
         separated=True,
+        fetch=fetch,
     )
 
 
@@ -264,18 +233,15 @@ def _fetch_openwebtext(shards: int, log: Log) -> list[Path]:
 
 @cache
 def _shakespeare_text(path: Path | None) -> str:
-    data = _download(SHAKESPEARE_URL) if path is None else read_file(path)
+    if path is not None:
+        data = read_file(path)
+    else:
+        try:
+            with urllib.request.urlopen(SHAKESPEARE_URL, timeout=DOWNLOAD_TIMEOUT) as response:
+                data = response.read()
+        except (OSError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
+            raise ConfigError(f"cannot download {SHAKESPEARE_URL} ({error}); {HINT}") from error
     if hashlib.sha256(data).hexdigest() != SHAKESPEARE_SHA256:
-        raise ConfigError(
-            f"{path or SHAKESPEARE_URL} is not tiny Shakespeare: its SHA-256 is not {SHAKESPEARE_SHA256[:12]}...; "
-            "a text of your own is a corpus by its path"
-        )
+        wrong = f"is not tiny Shakespeare: its SHA-256 is not {SHAKESPEARE_SHA256[:12]}..."
+        raise ConfigError(f"{path or SHAKESPEARE_URL} {wrong}; a text of your own is a corpus by its path")
     return data.decode()
-
-
-def _download(url: str) -> bytes:
-    try:
-        with urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT) as response:
-            return response.read()
-    except (OSError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
-        raise ConfigError(f"cannot download {url} ({error}); {HINT}") from error

@@ -48,9 +48,8 @@ def time_call(work: Callable[[], object], device: torch.device) -> float:
 
 def compare_times(ours: Sequence[float], reference: Sequence[float]) -> dict[str, float]:
     """`ms` and `reference_ms` are medians, `best_ms` is the minimum, `ratio` is `speed_ratio`."""
-    median, best, reference_median = statistics.median(ours), min(ours), statistics.median(reference)
-    times = {"ms": median * 1000, "best_ms": best * 1000, "reference_ms": reference_median * 1000}
-    return times | {"ratio": speed_ratio(ours, reference)}
+    seconds = {"ms": statistics.median(ours), "best_ms": min(ours), "reference_ms": statistics.median(reference)}
+    return {name: value * 1000 for name, value in seconds.items()} | {"ratio": speed_ratio(ours, reference)}
 
 
 def speed_ratio(ours: Sequence[float], reference: Sequence[float]) -> float:

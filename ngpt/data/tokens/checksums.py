@@ -18,19 +18,16 @@ from ngpt.system.cache import cache_folder
 FOLDER = "checked"  # under the cache
 SETTLED = 2.0  # seconds since the last change after which the times of a file are reliable
 
-Identity = list[str | int]
-
 
 def shard_crc(path: Path, *, recheck: bool = False) -> int:
-    """CRC32 of the tokens of a shard, from the cache unless the file has changed or `recheck` is set.
-
-    Raises:
-        CorruptShardError: the file is not a shard.
-    """
+    """CRC32 of the tokens of a shard, from the cache unless the file has changed or `recheck` is set."""
     path = path.resolve()
     before, record = _identity(path), _record(path)
-    if not recheck and (known := _known(record, before)) is not None:
-        return known
+    if not recheck:
+        with contextlib.suppress(OSError, ValueError, TypeError):  # no record, or a damaged one
+            kept, crc = json.loads(record.read_text(encoding="utf-8"))
+            if kept == before and isinstance(crc, int):
+                return crc
     crc = token_crc(read_shard(path).tokens)
     if _identity(path) == before and time.time() - _last_change(path) > SETTLED:
         with contextlib.suppress(OSError):  # then the next process reads the shard again
@@ -39,20 +36,11 @@ def shard_crc(path: Path, *, recheck: bool = False) -> int:
     return crc
 
 
-def _known(record: Path, identity: Identity) -> int | None:
-    try:
-        kept, crc = json.loads(record.read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
-        return None
-    return crc if kept == identity and isinstance(crc, int) else None
-
-
 def _record(path: Path) -> Path:
-    name = hashlib.sha256(os.fsencode(path)).hexdigest()[:24]
-    return cache_folder() / FOLDER / f"{name}.json"
+    return cache_folder() / FOLDER / f"{hashlib.sha256(os.fsencode(path)).hexdigest()[:24]}.json"
 
 
-def _identity(path: Path) -> Identity:
+def _identity(path: Path) -> list[str | int]:
     if not path.is_file():  # the reader reports it
         return [str(path)]
     state = path.stat()

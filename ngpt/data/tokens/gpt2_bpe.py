@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$
 
 
 class GPT2Tokenizer:
-    """GPT-2's byte-level BPE; special tokens in a text are plain text."""
+    """GPT-2's byte-level BPE, a `Tokenizer`; special tokens in a text are plain text."""
 
     name = "gpt2"
 
@@ -34,62 +33,43 @@ class GPT2Tokenizer:
         self.vocab_size: int = encoding.n_vocab
         self.document_mark: int | None = encoding.eot_token
         self._encoding = encoding
+        sizes = [len(encoding.decode_single_token_bytes(index)) for index in range(encoding.n_vocab)]
+        sizes[encoding.eot_token] = 0  # a mark has no text
+        self._token_bytes = np.array(sizes, dtype=np.int64)
 
     def encode(self, text: str) -> np.ndarray:
-        """The ids of `text`, (N,) uint16."""
         return self.encode_batch([text], threads=1)[0]
 
     def encode_batch(self, texts: Sequence[str], *, threads: int) -> list[np.ndarray]:
-        """The ids of each text, (N,) uint16, encoded in native threads."""
         encoded = self._encoding.encode_ordinary_batch(list(texts), num_threads=threads)
         return [np.array(ids, dtype=np.uint16) for ids in encoded]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`; bytes that are not UTF-8 become U+FFFD."""
         return self._encoding.decode([int(index) for index in ids])
 
     def token_bytes(self) -> np.ndarray:
-        """Bytes of each id, (50257,) int64; 0 for the document mark."""
         return self._token_bytes
-
-    @cached_property
-    def _token_bytes(self) -> np.ndarray:
-        encoding = self._encoding
-        sizes = [len(encoding.decode_single_token_bytes(index)) for index in range(self.vocab_size)]
-        sizes[encoding.eot_token] = 0  # a mark has no text
-        return np.array(sizes, dtype=np.int64)
 
 
 def load_gpt2(folder: Path | None) -> GPT2Tokenizer:
-    """Loads the tokenizer from a folder, or through tiktoken's download.
-
-    Raises:
-        ConfigError: tiktoken is not installed, no network, or files that are missing or inconsistent.
-    """
+    """Loads the tokenizer from a folder, or through tiktoken's download; raises ConfigError if it cannot."""
     try:
         import tiktoken
         from tiktoken.load import data_gym_to_mergeable_bpe_ranks
     except ModuleNotFoundError:
-        raise ConfigError(
-            "tokenizer gpt2 needs tiktoken: pip install 'ngpt-campaign[gpt2]', or take sentencepiece:SIZE"
-        ) from None
+        advice = "pip install 'ngpt-campaign[gpt2]', or take sentencepiece:SIZE"
+        raise ConfigError(f"tokenizer gpt2 needs tiktoken: {advice}") from None
     if folder is None:
         try:
             return GPT2Tokenizer(tiktoken.get_encoding("gpt2"), sha256=gpt2_identity(None))
         except OSError as error:  # includes the errors of requests
-            raise ConfigError(
-                f"cannot download the GPT-2 tokenizer ({type(error).__name__}); "
-                "pass a folder with encoder.json and vocab.bpe as gpt2:DIR"
-            ) from error
+            advice = "pass a folder with encoder.json and vocab.bpe as gpt2:DIR"
+            raise ConfigError(f"cannot download the GPT-2 tokenizer ({type(error).__name__}); {advice}") from error
     hashes = _hashes(folder)
+    merges, vocabulary = str(folder / "vocab.bpe"), str(folder / "encoder.json")
     try:
         # With the hashes, tiktoken uses its own cache only if it matches the files.
-        ranks = data_gym_to_mergeable_bpe_ranks(
-            vocab_bpe_file=str(folder / "vocab.bpe"),
-            encoder_json_file=str(folder / "encoder.json"),
-            vocab_bpe_hash=hashes["vocab.bpe"],
-            encoder_json_hash=hashes["encoder.json"],
-        )
+        ranks = data_gym_to_mergeable_bpe_ranks(merges, vocabulary, hashes["vocab.bpe"], hashes["encoder.json"])
     except (AssertionError, KeyError, ValueError):  # tiktoken's errors for inconsistent files
         raise ConfigError(f"encoder.json and vocab.bpe in {folder} are not a GPT-2 vocabulary") from None
     special = {SPECIAL: len(ranks)}
@@ -98,11 +78,7 @@ def load_gpt2(folder: Path | None) -> GPT2Tokenizer:
 
 
 def gpt2_vocab_size(folder: Path | None) -> int:
-    """The number of ids; does not need tiktoken.
-
-    Raises:
-        ConfigError: the folder has no readable encoder.json.
-    """
+    """The number of ids; does not need tiktoken. Raises ConfigError if the folder has no readable encoder.json."""
     if folder is None:
         return VOCAB_SIZE
     path = folder / "encoder.json"
@@ -113,11 +89,7 @@ def gpt2_vocab_size(folder: Path | None) -> int:
 
 
 def gpt2_identity(folder: Path | None) -> str:
-    """A hash of the two files, the same for a copy and the download; needs neither tiktoken nor network.
-
-    Raises:
-        ConfigError: a file is missing.
-    """
+    """A hash of the two files, the same for a copy and the download; needs neither tiktoken nor network."""
     hashes = FILES if folder is None else _hashes(folder)
     return hashlib.sha256("".join(hashes[name] for name in sorted(hashes)).encode()).hexdigest()
 

@@ -49,11 +49,7 @@ class Shard:
 
 
 def write_shard(path: Path, tokens: np.ndarray, *, vocab_size: int) -> Shard:
-    """Writes `tokens` (N,), integers in [0, vocab_size), atomically and returns the shard.
-
-    Raises:
-        ValueError: no tokens, not integers, not one-dimensional, or outside the vocabulary; nothing is written.
-    """
+    """Writes `tokens` (N,), integers in [0, vocab_size), atomically and returns the shard. ValueError for others."""
     if not 0 < vocab_size <= MAX_VOCAB:
         raise ValueError(f"a vocabulary of {vocab_size} does not fit uint16 tokens (1 to {MAX_VOCAB})")
     if tokens.ndim != 1 or tokens.size == 0 or not np.issubdtype(tokens.dtype, np.integer):
@@ -73,8 +69,7 @@ def read_shard(path: Path) -> Shard:
     """Maps a shard with or without a header. Checks the header and the size, not the tokens.
 
     Raises:
-        CorruptShardError: not a file, empty, an odd number of bytes, another version, a wrong length, or a damaged
-            header.
+        CorruptShardError: not a file, empty, another version, a wrong length, or a damaged header.
     """
     if not path.is_file():
         raise CorruptShardError(path, "is not a file")
@@ -95,22 +90,12 @@ def read_shard(path: Path) -> Shard:
         raise CorruptShardError(path, "is empty")
     offset = HEADER_BYTES if has_header else 0
     tokens = np.memmap(path, dtype="<u2", mode="r", offset=offset, shape=(count,))
-    checked = header is not None and header[5] != 0
-    return Shard(
-        path=path,
-        tokens=tokens,
-        vocab_size=int(header[4]) if header is not None and checked else None,
-        crc32=int(header[3]) if header is not None and checked else None,
-        has_header=has_header,
-    )
+    crc32, vocab_size = map(int, header[3:5]) if header is not None and header[5] != 0 else (None, None)
+    return Shard(path, tokens, vocab_size=vocab_size, crc32=crc32, has_header=has_header)
 
 
 def verify_shard(path: Path, *, vocab_size: int) -> Shard:
-    """Reads a whole shard and checks its CRC, if it has one, and every token against the vocabulary.
-
-    Raises:
-        CorruptShardError: see `read_shard`; a CRC mismatch, or a token outside the vocabulary.
-    """
+    """Reads a whole shard and checks its CRC, if it has one, and every token against the vocabulary."""
     shard = read_shard(path)
     if shard.crc32 is not None and token_crc(shard.tokens) != shard.crc32:
         raise CorruptShardError(path, "CRC mismatch: its tokens are not those that were written")
