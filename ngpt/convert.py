@@ -13,7 +13,7 @@ import math
 import re
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -47,20 +47,14 @@ class Layout:
     settings: Mapping[str, Any]
     half_split: tuple[str, ...] = ()  # weights whose rows are ordered for a rotation of half heads
 
-    def expected(self, layers: list[int]) -> dict[str, tuple[str, list[str]]]:
-        """Name in `GPT` and shape of each weight of a model with these layers, by official name."""
-        names = {name: (own, shape.split()) for name, (own, shape) in self.top.items()}
-        for n in layers:
-            for name, (own, shape) in self.layer.items():
-                names[f"transformer.h.{n}.{name}"] = f"blocks.{n}.{own}", shape.split()
-        return names
+    def expected(self, layers: list[int]) -> Table:
+        """The weights of a model with these layers."""
+        inner = [(n, name, own, shape) for n in layers for name, (own, shape) in self.layer.items()]
+        return self.top | {f"transformer.h.{n}.{name}": (f"blocks.{n}.{own}", shape) for n, name, own, shape in inner}
 
 
-EMBEDDING_AND_HEAD: Table = {
-    "transformer.wte.weight": ("wte.weight", "V D"),
-    "lm_head.weight": ("lm_head.weight", "V D"),
-}
-NVIDIA_MATRICES: Table = {
+EMBEDDING_AND_HEAD = {"transformer.wte.weight": ("wte.weight", "V D"), "lm_head.weight": ("lm_head.weight", "V D")}
+NVIDIA_MATRICES = {
     "query.weight": ("attention.query.weight", "D D"),
     "key.weight": ("attention.key.weight", "D D"),
     "value.weight": ("attention.value.weight", "D D"),
@@ -84,10 +78,7 @@ NVIDIA_GPT = Layout(
     "NVIDIA's GPT baseline",
     EMBEDDING_AND_HEAD | {"rmsnorm_f.weight": ("final_norm.weight", "D")},
     NVIDIA_MATRICES
-    | {
-        "rmsnorm_att.weight": ("attention_norm.weight", "D"),
-        "rmsnorm_mlp.weight": ("mlp_norm.weight", "D"),
-    },
+    | {"rmsnorm_att.weight": ("attention_norm.weight", "D"), "rmsnorm_mlp.weight": ("mlp_norm.weight", "D")},
     {"residual": "add", "mlp": "swiglu", "qk_norm": False, "embedding_norm": False, "norm_gain": True},
 )
 NANOCHAT = Layout(
@@ -107,10 +98,10 @@ NANOCHAT = Layout(
 
 
 def from_nvidia_ngpt(state: Mapping[str, Tensor], *, n_head: int, block_size: int, rope: str = "nvidia") -> GPT:
-    """The model with the weights of a state dict of NVIDIA/ngpt (at ed19eb2): nGPT, or its GPT baseline.
+    """The model of a state dict of NVIDIA/ngpt (at ed19eb2): nGPT or its GPT baseline, depending on the keys.
 
-    The keys tell which. Scales are stored as there: the effective value is stored * init * sqrt(n_embd), with init 0.05
-    for alpha and 1 for s_qk and s_z; s_uv is stored as is. The weights become float32 and are not projected.
+    Scales are stored as there: the effective value is stored * init * sqrt(n_embd), with init 0.05 for alpha and 1 for
+    s_qk and s_z; s_uv is stored as is. The weights become float32 and are not projected.
 
     Args:
         state: official name -> tensor; prefixes of torch.compile and DDP are stripped. Sizes are read off the shapes.
@@ -125,18 +116,12 @@ def from_nvidia_ngpt(state: Mapping[str, Tensor], *, n_head: int, block_size: in
 
 
 def from_nanochat(state: Mapping[str, Tensor], *, n_head: int, n_kv_head: int, block_size: int) -> GPT:
-    """The model with the weights of a state dict of karpathy/nanochat as of November 2025 (gpt.py at a83646e).
+    """The model of a state dict of karpathy/nanochat as of November 2025 (gpt.py at a83646e).
 
     nanochat turns the two halves of a head by -theta, `GPT` turns neighboring channels by +theta; reordering the rows
     of the query and key matrices makes them equal. nanochat rounds the tables of angles to bfloat16, `GPT` keeps
-    float32. Later versions have more weights (resid_lambdas, ...), which are refused by name.
-
-    Args:
-        state: as for `from_nvidia_ngpt`.
-        n_head, n_kv_head: heads of queries, and of keys and values.
-
-    Raises:
-        ConfigError: as `from_nvidia_ngpt`.
+    float32. Later versions have more weights (resid_lambdas, ...), which are refused by name. `n_head` counts query
+    heads, `n_kv_head` heads of keys and values; `state` and errors are as in `from_nvidia_ngpt`.
     """
     return _convert(state, NANOCHAT, {"n_head": n_head, "n_kv_head": n_kv_head, "block_size": block_size})
 
@@ -144,24 +129,32 @@ def from_nanochat(state: Mapping[str, Tensor], *, n_head: int, n_kv_head: int, b
 def _convert(state: Mapping[str, Tensor], layout: Layout, settings: Mapping[str, Any]) -> GPT:
     weights, problems = _strip_prefixes(state)
     layers = sorted({int(match[1]) for name in weights if (match := re.match(r"transformer\.h\.(\d+)\.", name))})
+    if not layers:
+        problems.append(Problem((), f"no layer of {layout.title}: the names would begin with transformer.h.0."))
+    elif gaps := sorted({*range(layers[-1])} - {*layers}):
+        present = ", ".join(map(str, layers))
+        problems.append(Problem((f"transformer.h.{gaps[0]}",), f"missing layer, there are {present}"))
     expected = layout.expected(layers)
-    problems += _wrong_layers(layers, layout) + _wrong_names(weights, expected, layout)
+    problems += _wrong_names(weights, expected, layout)
     sizes = _sizes(weights, expected)
     read = {"n_layer": len(layers) or 1, "vocab_size": sizes.get("V"), "n_embd": sizes.get("D")}
     if "D" in sizes and "F" in sizes:
         read["mlp_ratio"] = sizes["F"] / sizes["D"]
-    cfg, wrong = _config({**layout.settings, **settings, **read})
+    cfg = _config({**layout.settings, **settings, **read}, problems)
     if cfg is not None:
         sizes["C"] = cfg.kv_heads * cfg.head_dim
-    problems += wrong + _wrong_shapes(weights, expected, sizes)
+    for name, (_, symbols) in expected.items():
+        if name in weights and sizes.keys() >= {*symbols.split()}:
+            shape, right = tuple(weights[name].shape), tuple(sizes[symbol] for symbol in symbols.split())
+            if shape != right:
+                problems.append(Problem((name,), f"shape {shape}, expected {right}"))
     if problems or cfg is None:
         raise ConfigError(problems)
+    for name in weights:
+        if name.endswith(layout.half_split):
+            weights[name] = _interleave(weights[name], cfg.head_dim)
     model = GPT(cfg)
-    converted = {}
-    for name, (own, _) in expected.items():
-        half_split = name.endswith(layout.half_split)
-        converted[own] = _interleave(weights[name], cfg.head_dim) if half_split else weights[name]
-    model.load_state_dict(converted)
+    model.load_state_dict({own: weights[name] for name, (own, _) in expected.items()})
     return model
 
 
@@ -173,80 +166,54 @@ def _interleave(weight: Tensor, head_dim: int) -> Tensor:
 def _strip_prefixes(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[Problem]]:
     """The weights by name, without the prefixes of torch.compile (`_orig_mod.`) and DDP (`module.`)."""
     weights, problems = {}, []
-    for given, weight in state.items():
-        name = re.sub(r"^((_orig_mod|module)\.)+", "", given)
+    for full_name, weight in state.items():
+        name = re.sub(r"^((_orig_mod|module)\.)+", "", full_name)
         if name in weights:
             problems.append(Problem((name,), "is given twice, with and without a prefix"))
         weights[name] = weight
     return weights, problems
 
 
-def _wrong_layers(layers: list[int], layout: Layout) -> list[Problem]:
-    if not layers:
-        return [Problem((), f"no layer of {layout.title}: the names would begin with transformer.h.0.")]
-    gaps = sorted({*range(layers[-1])} - {*layers})
-    present = ", ".join(map(str, layers))
-    return [Problem((f"transformer.h.{gap}",), f"missing layer, there are {present}") for gap in gaps[:1]]
-
-
-def _wrong_names(weights: Mapping[str, Tensor], expected: Mapping[str, Any], layout: Layout) -> list[Problem]:
+def _wrong_names(weights: Mapping[str, Tensor], expected: Table, layout: Layout) -> list[Problem]:
     problems = []
-    for name in weights:
-        if name not in expected:
-            match = re.search(r"\.h\.(\d+)\.", name)
-            candidates = layout.expected([int(match[1])]) if match else layout.top
-            near = get_close_matches(name, list(candidates), n=1, cutoff=0.8)
-            hint = f", did you mean '{near[0]}'?" if near else ""
-            problems.append(Problem((name,), f"unknown weight, {layout.title} has none of this name{hint}"))
+    for name in (name for name in weights if name not in expected):
+        match = re.search(r"\.h\.(\d+)\.", name)
+        candidates = layout.expected([int(match[1])] if match else [])
+        near = get_close_matches(name, list(candidates), n=1, cutoff=0.8)
+        hint = f", did you mean '{near[0]}'?" if near else ""
+        problems.append(Problem((name,), f"unknown weight, {layout.title} has none of this name{hint}"))
     missing = [name for name in expected if name not in weights]
     return problems + [Problem((name,), f"missing weight of {layout.title}") for name in missing]
 
 
-def _sizes(weights: Mapping[str, Tensor], expected: Mapping[str, tuple[str, list[str]]]) -> dict[str, int]:
-    """V, D and F by majority of the weights, so a single wrong shape is the one that is reported."""
+def _sizes(weights: Mapping[str, Tensor], expected: Table) -> dict[str, int]:
+    """V, D, F and 2F by majority of the weights, so a single wrong shape is the one that is reported."""
     votes: dict[str, Counter[int]] = defaultdict(Counter)
-    for name, (_, symbols) in expected.items():
+    for name, (_, shape) in expected.items():
+        symbols = shape.split()
         if name in weights and weights[name].ndim == len(symbols):
             for symbol, size in zip(symbols, weights[name].shape, strict=True):
                 votes[symbol[-1]][size // 2 if symbol == "2F" else size] += 1
-    return {symbol: counter.most_common(1)[0][0] for symbol, counter in votes.items() if symbol != "C"}
+    sizes = {symbol: counter.most_common(1)[0][0] for symbol, counter in votes.items() if symbol != "C"}
+    return sizes | {f"2{symbol}": 2 * size for symbol, size in sizes.items() if symbol == "F"}
 
 
-def _config(settings: dict[str, Any]) -> tuple[ModelConfig | None, list[Problem]]:
-    """The config, None if it is impossible or has no width, and its problems, all at once."""
-    problems = []
-    if settings["rope"] not in ROPE_KINDS:
+def _config(settings: dict[str, Any], problems: list[Problem]) -> ModelConfig | None:
+    """The config, or None if it has no width or is impossible, for reasons that are added to `problems`."""
+    if settings["rope"] not in ROPE_KINDS:  # here, since `build` would report it without the problems of the heads
         problems.append(Problem(("rope",), unknown_message("rope", settings["rope"], ROPE_KINDS)))
         settings["rope"] = "rotary"
     if settings["n_embd"] is None:
-        return None, problems
+        return None
     try:
-        return build(ModelConfig, settings), problems
+        return build(ModelConfig, settings)
     except ConfigError as error:
-        return None, problems + error.problems
+        problems += error.problems
+        return None
 
 
-def _wrong_shapes(
-    weights: Mapping[str, Tensor], expected: Mapping[str, tuple[str, list[str]]], sizes: dict[str, int]
-) -> list[Problem]:
-    if "F" in sizes:
-        sizes = sizes | {"2F": 2 * sizes["F"]}
-    problems = []
-    for name, (_, symbols) in expected.items():
-        if name in weights and all(symbol in sizes for symbol in symbols):
-            given, right = tuple(weights[name].shape), tuple(sizes[symbol] for symbol in symbols)
-            if given != right:
-                problems.append(Problem((name,), f"shape {given}, expected {right}"))
-    return problems
-
-
-def read_nvidia(path: Path) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
-    """Reads `ckpt.pt` of NVIDIA/ngpt's train.py: its state dict and model settings. A bare state dict has no settings.
-
-    Raises:
-        ConfigError: unreadable, or the scales are stored with a base_scale other than 1/sqrt(n_embd).
-        OSError: it cannot be opened.
-    """
+def _read_nvidia(path: Path) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
+    """Weights and settings in `ckpt.pt` of NVIDIA/ngpt's train.py; a bare state dict has no settings."""
     loaded = _load(path)
     if not isinstance(loaded.get("model"), Mapping):
         return loaded, {}
@@ -258,32 +225,26 @@ def read_nvidia(path: Path) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
     return loaded["model"], {name: args[name] for name in known if name in args}
 
 
-def read_nanochat(path: Path) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
-    """Reads `model_STEP.pt` of nanochat, and the model settings from `meta_STEP.json` beside it if that exists.
-
-    Raises:
-        ConfigError: a file is unreadable, or has settings that nanochat of November 2025 does not have.
-        OSError: it cannot be opened.
-    """
+def _read_nanochat(path: Path) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
+    """Weights in nanochat's `model_STEP.pt`, and settings in `meta_STEP.json` beside it if that exists."""
     state = _load(path)
     meta = path.with_name(path.name.replace("model_", "meta_", 1)).with_suffix(".json")
     if meta == path or not meta.exists():
         return state, {}
     try:
-        given = json.loads(meta.read_text())["model_config"].items()
+        settings = json.loads(meta.read_text())["model_config"].items()
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{meta}: no model_config can be read: {error!r}") from None
     known = ("vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "sequence_len")
-    if later := [name for name, _ in given if name not in known]:
+    if later := [name for name, _ in settings if name not in known]:
         raise ConfigError(f"{meta}: nanochat as of November 2025 has no setting {', '.join(later)}")
-    return state, {"block_size" if name == "sequence_len" else name: value for name, value in given}
+    return state, {"block_size" if name == "sequence_len" else name: value for name, value in settings}
 
 
 def _load(path: Path) -> Mapping[str, Any]:
     # NVIDIA's checkpoints hold NumPy's random state, an array, which NumPy 1 pickled under another name.
-    reconstruct = np.empty(0).__reduce__()[0]
-    numbers = [np.ndarray, np.dtype, type(np.dtype(np.uint32)), reconstruct]
-    numbers.append((reconstruct, "numpy.core.multiarray._reconstruct"))
+    new = np.empty(0).__reduce__()[0]
+    numbers = [np.ndarray, np.dtype, type(np.dtype(np.uint32)), new, (new, "numpy.core.multiarray._reconstruct")]
     try:
         with path.open("rb") as file, torch.serialization.safe_globals(numbers):
             loaded = torch.load(file, weights_only=True, map_location="cpu")
@@ -297,22 +258,19 @@ def _load(path: Path) -> Mapping[str, Any]:
     return loaded
 
 
-SOURCES: dict[str, tuple[Callable[[Path], tuple[Mapping[str, Tensor], dict[str, Any]]], Callable[..., GPT]]] = {
-    "nvidia": (read_nvidia, from_nvidia_ngpt),
-    "nanochat": (read_nanochat, from_nanochat),
-}
+SOURCES = {"nvidia": (_read_nvidia, from_nvidia_ngpt), "nanochat": (_read_nanochat, from_nanochat)}
 
 
-def convert(source: str, path: Path, *, out: Path, tokenizer: str, given: Mapping[str, Any]) -> Path:
+def convert(source: str, path: Path, *, out: Path, tokenizer: str, options: Mapping[str, Any]) -> Path:
     """Converts an official checkpoint file into `out/checkpoints/step_0000000` and returns that folder.
 
     Args:
         source: an entry of `SOURCES`.
         tokenizer: the model's, `gpt2`, `gpt2:DIR` or `PATH.model`; kept in the checkpoint's identity.
-        given: keywords of the source's function; None: as in the file.
+        options: keywords of the source's function; None: as in the file.
 
     Raises:
-        ConfigError: the file is invalid, or contradicts itself, the tokenizer or what is given.
+        ConfigError: the file is invalid, or contradicts itself, the tokenizer or the options.
         OSError: the file cannot be read, or the checkpoint not written.
     """
     root = out / "checkpoints"
@@ -320,7 +278,7 @@ def convert(source: str, path: Path, *, out: Path, tokenizer: str, given: Mappin
         raise ConfigError(f"{out} holds checkpoints already, choose another folder")
     read, build_model = SOURCES[source]
     state, stated = read(path)
-    settings = {name: stated.get(name) if value is None else value for name, value in given.items()}
+    settings = {name: stated.get(name) if value is None else value for name, value in options.items()}
     if missing := [f"--{name.replace('_', '-')}" for name, value in settings.items() if value is None]:
         raise ConfigError(f"{path} does not state all settings of the model: give {' and '.join(missing)}")
     model = build_model(state, **settings)
@@ -348,10 +306,10 @@ def _tokenizer_spec(tokenizer: str, vocab_size: int) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     options = vars(_parser().parse_args(arguments))
-    source, path, out, tokenizer = (options.pop(name) for name in ("source", "checkpoint", "out", "tokenizer"))
+    source, path, out, tokenizer = map(options.pop, ("source", "checkpoint", "out", "tokenizer"))
 
     def command() -> int:
-        print(convert(source, path, out=out, tokenizer=tokenizer, given=options))
+        print(convert(source, path, out=out, tokenizer=tokenizer, options=options))
         return 0
 
     return run_command(command, path=out)

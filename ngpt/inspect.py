@@ -22,14 +22,13 @@ from ngpt.config.yaml_reader import parse_assignment
 from ngpt.data.dataset import open_dataset
 from ngpt.model.flops import flops_per_token, matrix_params
 from ngpt.model.gpt import GPT
-from ngpt.model.trace import Recorder, Stage, record_stages
+from ngpt.model.trace import Recorder, Stage, amplitude, record_stages
 from ngpt.optim.optimizers import parameters_by_kind
 from ngpt.system.cli import add_set_option, run_command
 from ngpt.system.device import mixed_precision, pick_device
 from ngpt.training.config import TrainConfig, read_config, resolved
 from ngpt.training.load_model import build_model, find_checkpoint, tokenizer_origin
 from ngpt.training.loop import read_batch
-from ngpt.training.tracker import finite_or_none
 
 
 @dataclass(frozen=True)
@@ -55,11 +54,10 @@ def inspect_model(
         model(idx, targets)
         with record_stages(model, recorder):
             loss = model(idx, targets)
-        recorder.see("loss", loss, {"ln_V": math.log(model.wte.num_embeddings)})
+        recorder.see("loss", loss, lambda: {"ln_V": math.log(model.wte.num_embeddings)})
         with torch.no_grad():  # training never holds all logits: compute them separately
             logits = model.logits(recorder.stream)
-        facts = {"sd": float(logits.std()), "peak": float(logits.abs().max())}
-        recorder.see("logits (apart)", logits, facts)
+        recorder.see("logits (apart)", logits, lambda: amplitude(logits))
     if backward:
         model.zero_grad(set_to_none=True)
         recorder.resume()
@@ -70,15 +68,16 @@ def inspect_model(
 def summary(model: GPT, loss: float) -> dict[str, Any]:
     """Loss, ln V, parameters by kind, FLOPs of a training token and, after a backward pass, gradient norms by kind."""
     groups = parameters_by_kind(model)
-    found: dict[str, Any] = {"loss": loss, "ln_V": math.log(model.wte.num_embeddings)}
-    found |= {"n_params": sum(p.numel() for p in model.parameters())}
-    found |= {f"n_params/{kind}": sum(p.numel() for p in members) for kind, members in groups.items()}
-    found |= {"matrix_params_per_token": matrix_params(model.cfg), "flops_per_token": flops_per_token(model.cfg)}
-    for kind, members in groups.items():
-        gradients = [p.grad.norm() for p in members if p.grad is not None]
-        if gradients:
-            found[f"grad_norm/{kind}"] = float(torch.stack(gradients).norm())
-    return found
+    norms = {kind: [p.grad.norm() for p in members if p.grad is not None] for kind, members in groups.items()}
+    return {
+        "loss": loss,
+        "ln_V": math.log(model.wte.num_embeddings),
+        "n_params": sum(p.numel() for p in model.parameters()),
+        **{f"n_params/{kind}": sum(p.numel() for p in members) for kind, members in groups.items()},
+        "matrix_params_per_token": matrix_params(model.cfg),
+        "flops_per_token": flops_per_token(model.cfg),
+        **{f"grad_norm/{kind}": float(torch.stack(each).norm()) for kind, each in norms.items() if each},
+    }
 
 
 def inspect(config: TrainConfig, *, checkpoint: Path | None = None, backward: bool = False) -> Inspection:
@@ -94,17 +93,19 @@ def inspect(config: TrainConfig, *, checkpoint: Path | None = None, backward: bo
         model = GPT(config.model, seed=config.seed).to(device)
         model.prepare_step(0, config.steps, seed=config.seed)
     else:
-        found = find_checkpoint(checkpoint)
-        here = dataset.manifest["tokenizer"]
-        if len({tokenizer_origin(found).sha256, here["sha256"]} - {None}) > 1:
-            text = f"{dataset.folder} was tokenized with another {here['spec']} than {found.path} was trained with"
-            raise ConfigError(f"{text}; choose the corpus and its tokenizer with --set data.corpus=... tokenizer=...")
-        wanted = flatten(config.model)
-        changes = {name: to for name, to in wanted.items() if found.identity.get(f"model.{name}") != to}
-        model = build_model(found, device=config.device, **changes)
+        trained = find_checkpoint(checkpoint)
+        tokenizer = dataset.manifest["tokenizer"]
+        if len({tokenizer_origin(trained).sha256, tokenizer["sha256"]} - {None}) > 1:
+            raise ConfigError(
+                f"{dataset.folder} was tokenized with another {tokenizer['spec']} than {trained.path} was trained with;"
+                " choose the corpus and its tokenizer with --set data.corpus=... tokenizer=..."
+            )
+        settings = flatten(config.model).items()
+        changes = {name: value for name, value in settings if trained.identity.get(f"model.{name}") != value}
+        model = build_model(trained, device=config.device, **changes)
     rows = config.micro_batch_size or config.batch_size
-    micro_batch = read_batch(config.model_copy(update={"batch_size": rows}), dataset, 0)
-    idx, targets = (part.to(device) for part in micro_batch)
+    batch = read_batch(config.model_copy(update={"batch_size": rows}), dataset, 0)
+    idx, targets = (part.to(device) for part in batch)
     return inspect_model(model, idx, targets, dtype=config.dtype, backward=backward)
 
 
@@ -115,10 +116,10 @@ def checkpoint_config(path: Path, assignments: list[str]) -> TrainConfig:
         ConfigError: no intact checkpoint; or neither it nor the assignments name the training data.
     """
     checkpoint = find_checkpoint(path)
-    given, problems = named_settings(TrainConfig, dict(map(parse_assignment, assignments)))
+    named, problems = named_settings(TrainConfig, dict(map(parse_assignment, assignments)))
     if problems:
         raise ConfigError(problems)
-    changes = {name: value for name, (value, _) in given.items()}
+    changes = {name: value for name, (value, _) in named.items()}
     settings = {name: value for name, value in checkpoint.identity.items() if not name.startswith("data.")}
     data = checkpoint.data.get("settings") or {}
     if not data and "data.corpus" not in changes:
@@ -131,59 +132,42 @@ def checkpoint_config(path: Path, assignments: list[str]) -> TrainConfig:
 
 def table(stages: list[Stage]) -> str:
     """A line per stage, at most 120 columns wide."""
-    header = ("stage", "shape", "length: mean min..max", "sphere", "type", "ms", "")
-    lines = [_line(*header)]
+    rows = [("stage", "shape", "length: mean min..max", "sphere", "type", "ms", "")]
     for stage in stages:
         mean, low, high = stage.length
         shape = "x".join(map(str, stage.shape)) or "1"
         length = f"{mean:8.3g} {low:.3g}..{high:.3g}"
         dtype = {"float32": "f32", "bfloat16": "bf16"}.get(stage.dtype, stage.dtype)
-        lines.append(_line(stage.name, shape, length, stage.sphere, dtype, f"{stage.ms:.2f}", _facts(stage.facts)))
-    return "\n".join(lines)
-
-
-def _line(name: str, shape: str, length: str, sphere: str, dtype: str, ms: str, facts: str) -> str:
-    return f"{name:22} {shape:13} {length:27} {sphere:6} {dtype:4} {ms:>6}  {facts}".rstrip()
+        rows.append((stage.name, shape, length, stage.sphere, dtype, f"{stage.ms:.2f}", _facts(stage.facts)))
+    return "\n".join("{:22} {:13} {:27} {:6} {:4} {:>6}  {}".format(*row).rstrip() for row in rows)
 
 
 def _facts(facts: dict[str, float]) -> str:
     """`degrees 3.1 (2.2..4.1)`: a fact with its smallest and largest value."""
     texts = []
-    for name, value in facts.items():
-        if name.endswith(("_min", "_max")):
-            continue
+    for name in (name for name in facts if not name.endswith(("_min", "_max"))):
         span = f" ({facts[f'{name}_min']:.2g}..{facts[f'{name}_max']:.2g})" if f"{name}_min" in facts else ""
-        texts.append(f"{name} {value:.3g}{span}")
+        texts.append(f"{name} {facts[name]:.3g}{span}")
     return " ".join(texts)
 
 
-def print_inspection(found: Inspection, *, as_json: bool) -> None:
+def print_inspection(inspection: Inspection, *, as_json: bool) -> None:
     """Prints one JSON object, or tables and one line per figure, to stdout."""
-    if as_json:
-        print(json.dumps(_strict(asdict(found)), allow_nan=False))
+    if as_json:  # strict JSON has no NaN and infinity: they become null
+        print(json.dumps(json.loads(json.dumps(asdict(inspection)), parse_constant=lambda _: None)))
         return
-    print(table(found.forward))
-    if found.backward:
-        print(f"\nbackward: the gradient of the loss for each stage, as it arrives\n{table(found.backward)}")
+    print(table(inspection.forward))
+    if inspection.backward:
+        print(f"\nbackward: the gradient of the loss for each stage, as it arrives\n{table(inspection.backward)}")
     print()
-    for name, value in found.summary.items():
+    for name, value in inspection.summary.items():
         print(f"{name:24} {value:.4g}" if isinstance(value, float) else f"{name:24} {value:,}")
-
-
-def _strict(found: Any) -> Any:
-    """The value with null for NaN and infinity, which strict JSON does not have."""
-    if isinstance(found, dict):
-        return {name: _strict(value) for name, value in found.items()}
-    if isinstance(found, list | tuple):
-        return [_strict(value) for value in found]
-    return finite_or_none(found) if isinstance(found, float) else found
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m ngpt.inspect",
-        description="Each stage of one pass on real data: shapes, lengths, times.",
+        prog="python -m ngpt.inspect", description="Each stage of one pass on real data: shapes, lengths, times."
     )
     start = parser.add_mutually_exclusive_group()
     start.add_argument("--config", type=Path, help="YAML file of settings; shows the untrained model")

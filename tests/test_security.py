@@ -295,9 +295,9 @@ def test_a_bomb_offered_for_conversion_never_runs(
     path.write_bytes(bomb)
     if writer != "pickle":
         torch.save({"model": Bomb(sign)}, path, _use_new_zipfile_serialization=writer == "torch")
-    given = {"n_head": 2, "n_kv_head": 2, "block_size": 8} if source == "nanochat" else {"n_head": 2, "block_size": 8}
+    options = {"n_head": 2, "block_size": 8} | ({"n_kv_head": 2} if source == "nanochat" else {})
     with pytest.raises(ConfigError, match="is not a checkpoint that can be read safely"):
-        convert(source, path, out=tmp_path / "out", tokenizer="gpt2", given=given)
+        convert(source, path, out=tmp_path / "out", tokenizer="gpt2", options=options)
     assert not sign.exists() and not (tmp_path / "out").exists()
 
 

@@ -130,12 +130,7 @@ def _times(gradient: Tensor | None, share: Tensor | None) -> Tensor | None:
 
 
 def _head_gradients(
-    grad_scaled: Tensor,
-    weight: Tensor,
-    scale: Tensor | None,
-    share: Tensor | None,
-    for_weight: bool,
-    for_scale: bool,
+    grad_scaled: Tensor, weight: Tensor, scale: Tensor | None, share: Tensor | None, for_weight: bool, for_scale: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of weight (V, D) and scale, times `share`, from that of scale * weight, transposed (D, V)."""
     grad_weight, grad_scale = grad_scaled.t().contiguous(), None

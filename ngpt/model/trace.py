@@ -8,7 +8,7 @@ import functools
 import itertools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ngpt.model.gpt import GPT, PreNormBlock, SphereBlock
-from ngpt.model.layers import MLP, Attention
+from ngpt.model.layers import Attention
 from ngpt.model.residual import Residual
 
+Facts = dict[str, float]
 SPHERE_TOLERANCE = 1e-3  # relative deviation of lengths that count as on a sphere
 
 
@@ -40,7 +41,7 @@ class Stage:
     length: tuple[float, float, float]
     sphere: str
     ms: float
-    facts: dict[str, float] = field(default_factory=dict)
+    facts: Facts = field(default_factory=dict)
 
 
 class Recorder:
@@ -65,25 +66,25 @@ class Recorder:
         _synchronize(self._device)
         self._since = time.perf_counter()
 
-    def see(self, name: str, x: Tensor, facts: dict[str, float] | None = None, *, of: Tensor | None = None) -> None:
+    def see(self, name: str, x: Tensor, facts: Callable[[], Facts] = dict, *, of: Tensor | None = None) -> None:
         """Adds a stage with result `x`. If `x` is a view made for display, `of` is the tensor that the pass uses."""
-        _synchronize(self._device)
         name, used = self.where + name, x if of is None else of
-        self.stages.append(_stage(name, x, time.perf_counter() - self._since, facts or {}))
+        self._add(self.stages, name, x, facts)
         if self._backward and used.requires_grad:
-            used.register_hook(functools.partial(self._see_gradient, name))
-        self.resume()
+            used.register_hook(lambda gradient: self._add(self.gradients, name, gradient))
 
-    def see_step(self, name: str, before: Tensor, after: Tensor, facts: dict[str, float] | None = None) -> None:
-        """Adds the residual stream after a sublayer, with the angle between before and after."""
-        with torch.no_grad():
-            turned = angles(before, after)
-        self.see(name, after, (facts or {}) | _spread("degrees", turned))
-        self.stream = after
+    def see_stream(
+        self, name: str, stream: Tensor, facts: Callable[[], Facts] = dict, *, before: Tensor | None = None
+    ) -> None:
+        """Adds a residual stream, with the angle between it and the stream `before`."""
+        self.see(name, stream, lambda: facts() | ({} if before is None else _spread("degrees", angles(before, stream))))
+        self.stream = stream
 
-    def _see_gradient(self, name: str, gradient: Tensor) -> None:
+    def _add(self, stages: list[Stage], name: str, x: Tensor, facts: Callable[[], Facts] = dict) -> None:
         _synchronize(self._device)
-        self.gradients.append(_stage(name, gradient, time.perf_counter() - self._since, {}))
+        ms = (time.perf_counter() - self._since) * 1000
+        with torch.no_grad():
+            stages.append(_stage(name, x, ms, facts()))
         self.resume()
 
 
@@ -93,7 +94,7 @@ def angles(a: Tensor, b: Tensor) -> Tensor:
     return torch.rad2deg(2 * torch.asin(((a - b).norm(dim=-1) / 2).clamp(max=1)))
 
 
-def score_facts(q: Tensor, k: Tensor, scale: float) -> dict[str, float]:
+def score_facts(q: Tensor, k: Tensor, scale: float) -> Facts:
     """Facts of causal attention scores scale * <q, k>, for q (B, H, T, K) and k (B, G, T, K), H a multiple of G."""
     time = q.shape[2]
     seen = torch.ones(time, time, dtype=torch.bool, device=q.device).tril()
@@ -109,21 +110,23 @@ def score_facts(q: Tensor, k: Tensor, scale: float) -> dict[str, float]:
     return {"sd": float(sd), "peak": float(peak.max()), "reads": float(reads.mean()), "sees": (time + 1) / 2}
 
 
-def _spread(name: str, values: Tensor) -> dict[str, float]:
+def amplitude(x: Tensor) -> Facts:
+    """Facts of logits and of the input of an activation."""
+    return {"sd": float(x.std()), "peak": float(x.abs().max())}
+
+
+def _spread(name: str, values: Tensor) -> Facts:
     return {name: float(values.mean()), f"{name}_min": float(values.min()), f"{name}_max": float(values.max())}
 
 
-def _stage(name: str, x: Tensor, seconds: float, facts: dict[str, float]) -> Stage:
+def _stage(name: str, x: Tensor, ms: float, facts: Facts) -> Stage:
     shown = x.detach().float()
     lengths = shown.norm(dim=-1) if shown.ndim else shown.abs()
     low, high = float(lengths.min()), float(lengths.max())
     radii = {"1": 1.0, "sqrt": math.sqrt(shown.shape[-1])} if shown.ndim else {}
-    sphere = [
-        radius for radius, size in radii.items() if max(abs(low - size), abs(high - size)) < SPHERE_TOLERANCE * size
-    ]
-    dtype = str(x.dtype).removeprefix("torch.")
-    length = (float(lengths.mean()), low, high)
-    return Stage(name, tuple(x.shape), dtype, length, sphere[0] if sphere else "-", seconds * 1000, facts)
+    on = [label for label, size in radii.items() if max(abs(low - size), abs(high - size)) < SPHERE_TOLERANCE * size]
+    length, dtype = (float(lengths.mean()), low, high), str(x.dtype).removeprefix("torch.")
+    return Stage(name, tuple(x.shape), dtype, length, on[0] if on else "-", ms, facts)
 
 
 def _synchronize(device: torch.device) -> None:
@@ -138,59 +141,89 @@ def _synchronize(device: torch.device) -> None:
 def record_stages(model: GPT, recorder: Recorder) -> Iterator[None]:
     """Passes each stage of the forward passes in the block to the recorder; removes its hooks afterwards."""
     with ExitStack() as undo:
-
-        def after(module: nn.Module, show: Any) -> None:
-            undo.callback(module.register_forward_hook(show).remove)
-
-        def before(module: nn.Module, show: Any) -> None:
-            undo.callback(module.register_forward_pre_hook(show).remove)
-
         undo.callback(setattr, recorder, "where", "")
-        after(model.wte, functools.partial(_show_embedding, recorder))
+        hooks = _Hooks(recorder, undo)
+        hooks.after(model.wte, lambda _, x: recorder.see_stream("embedding", x))
         for layer, block in enumerate(model.blocks):
             assert isinstance(block, SphereBlock | PreNormBlock)
-            before(block, functools.partial(_enter_block, recorder, layer))
-            after(block, functools.partial(_leave_block, recorder))
-            _watch_attention(block.attention, recorder, after, before, undo)
-            _watch_mlp(block.mlp, recorder, after, before)
-            for name in ("attention", "mlp"):
-                if isinstance(block, SphereBlock):
-                    after(getattr(block, f"{name}_residual"), functools.partial(_show_residual, recorder, name))
-                else:
-                    after(getattr(block, f"{name}_norm"), functools.partial(_show, recorder, f"{name}.reads"))
-            if isinstance(block, PreNormBlock):
-                before(block.mlp_norm, functools.partial(_show_sum, recorder, "attention"))
+            hooks.before(block, functools.partial(_enter_block, recorder, layer))
+            hooks.watch_attention(block.attention)
+            hooks.watch("mlp.up", block.mlp.up)
+            hooks.before(
+                block.mlp.down,
+                lambda x: recorder.see("mlp.hidden", x, lambda: {"zeros": float((x == 0).float().mean())}),
+            )
+            hooks.watch("mlp.answer", block.mlp)
+            if isinstance(block, SphereBlock):
+                hooks.watch_residual("attention.stream", block.attention_residual)
+                hooks.watch_residual("mlp.stream", block.mlp_residual)
+            else:
+                hooks.watch("attention.reads", block.attention_norm)
+                hooks.before(
+                    block.mlp_norm, lambda x: recorder.see_stream("attention.stream", x, before=recorder.stream)
+                )
+                hooks.watch("mlp.reads", block.mlp_norm)
+                hooks.after(block, lambda _, out: recorder.see_stream("mlp.stream", out[0], before=recorder.stream))
+            hooks.after(block, lambda *_: setattr(recorder, "where", ""))
         if model.normalizer is not None:
-            sublayers = itertools.cycle(("attention", "mlp"))
-            after(model.normalizer, functools.partial(_show_divisor, recorder, sublayers))
+            names = itertools.cycle(("attention.r", "mlp.r"))
+            hooks.after(
+                model.normalizer, lambda _, r: recorder.see(next(names), r.unsqueeze(-1), lambda: _spread("r", r))
+            )
         if model.final_norm is not None:
-            after(model.final_norm, functools.partial(_show_features, recorder))
+            hooks.after(model.final_norm, lambda _, x: recorder.see_stream("final norm", x))
         undo.enter_context(_Functions(recorder))
         recorder.resume()
         yield
 
 
-def _watch_attention(attention: Attention, recorder: Recorder, after: Any, before: Any, undo: ExitStack) -> None:
-    for letter, name in (("q", "query"), ("k", "key"), ("v", "value")):
-        split = functools.partial(_show_heads, recorder, f"attention.{letter}", attention.query.in_features)
-        after(getattr(attention, name), functools.partial(split, attention.n_head))
-    turning, names = attention.rotate, itertools.cycle("qk")
-
-    def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        turned = turning(x, cos, sin)
-        recorder.see(f"attention.{next(names)} rotated", turned)
-        return turned
-
-    attention.rotate = rotate
-    undo.callback(setattr, attention, "rotate", turning)
-    before(attention.out, functools.partial(_show_input, recorder, "attention.mixed"))
-    after(attention, functools.partial(_show, recorder, "attention.answer"))
+def _enter_block(recorder: Recorder, layer: int, x: Tensor) -> None:
+    if x is not recorder.stream:  # a GPT normalizes the embedding
+        recorder.see_stream("embedding normalised", x)
+    recorder.where = f"{layer}."
 
 
-def _watch_mlp(mlp: MLP, recorder: Recorder, after: Any, before: Any) -> None:
-    after(mlp.up, functools.partial(_show, recorder, "mlp.up"))
-    before(mlp.down, functools.partial(_show_input, recorder, "mlp.hidden"))
-    after(mlp, functools.partial(_show, recorder, "mlp.answer"))
+class _Hooks:
+    """Adds hooks, which `undo` removes. They get the first argument of a call and, `after` it, the output."""
+
+    def __init__(self, recorder: Recorder, undo: ExitStack) -> None:
+        self.recorder, self.undo = recorder, undo
+
+    def before(self, module: nn.Module, show: Callable[[Tensor], None]) -> None:
+        self.undo.callback(module.register_forward_pre_hook(lambda _, args: show(args[0])).remove)
+
+    def after(self, module: nn.Module, show: Callable[[Tensor, Any], None]) -> None:
+        self.undo.callback(module.register_forward_hook(lambda _, args, output: show(args[0], output)).remove)
+
+    def watch(self, name: str, module: nn.Module) -> None:
+        self.after(module, lambda _, output: self.recorder.see(name, output))
+
+    def watch_attention(self, attention: Attention) -> None:
+        def see_heads(letter: str, _: Tensor, output: Tensor) -> None:
+            width = attention.query.in_features // attention.n_head
+            self.recorder.see(f"attention.{letter}", output.unflatten(-1, (-1, width)), of=output)
+
+        for letter, linear in (("q", attention.query), ("k", attention.key), ("v", attention.value)):
+            self.after(linear, functools.partial(see_heads, letter))
+        rotate, letters = attention.rotate, itertools.cycle("qk")
+
+        def rotate_and_see(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+            rotated = rotate(x, cos, sin)
+            self.recorder.see(f"attention.{next(letters)} rotated", rotated)
+            return rotated
+
+        attention.rotate = rotate_and_see
+        self.undo.callback(setattr, attention, "rotate", rotate)
+        self.before(attention.out, lambda x: self.recorder.see("attention.mixed", x))
+        self.watch("attention.answer", attention)
+
+    def watch_residual(self, name: str, residual: Residual) -> None:
+        def see(x: Tensor, output: Tensor) -> None:
+            self.recorder.see_stream(
+                name, output, lambda: {"alpha": float(residual.sign(residual.alpha()).mean())}, before=x
+            )
+
+        self.after(residual, see)
 
 
 class _Functions(TorchFunctionMode):
@@ -202,66 +235,14 @@ class _Functions(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        see = self._recorder.see
         if func is F.scaled_dot_product_attention:
             q, k = args[:2]
-            with torch.no_grad():
-                facts = score_facts(q, k, kwargs["scale"])
-            self._recorder.see("attention.q used", q)
-            self._recorder.see("attention.k used", k, facts)
+            see("attention.q used", q)
+            see("attention.k used", k, lambda: score_facts(q, k, kwargs["scale"]))
         elif func in (F.silu, F.relu):
-            entering = args[0].detach()
-            facts = {"sd": float(entering.std()), "peak": float(entering.abs().max())}
-            self._recorder.see(f"mlp.into {func.__name__}", args[0], facts)
+            see(f"mlp.into {func.__name__}", args[0], lambda: amplitude(args[0]))
         output = func(*args, **kwargs)
         if func is F.linear and not isinstance(args[1], nn.Parameter) and self._recorder.where:  # scaled by s_uv
-            self._recorder.see("mlp.up", output)
+            see("mlp.up", output)
         return output
-
-
-def _show(recorder: Recorder, name: str, module: nn.Module, args: Any, output: Tensor) -> None:
-    recorder.see(name, output)
-
-
-def _show_input(recorder: Recorder, name: str, module: nn.Module, args: Any) -> None:
-    zeros = {"zeros": float((args[0] == 0).float().mean())} if name == "mlp.hidden" else {}
-    recorder.see(name, args[0], zeros)
-
-
-def _show_heads(recorder: Recorder, name: str, width: int, n_head: int, module: Any, args: Any, output: Tensor) -> None:
-    recorder.see(name, output.unflatten(-1, (-1, width // n_head)), of=output)
-
-
-def _show_embedding(recorder: Recorder, module: nn.Module, args: Any, output: Tensor) -> None:
-    recorder.see("embedding", output)
-    recorder.stream = output
-
-
-def _show_features(recorder: Recorder, module: nn.Module, args: Any, output: Tensor) -> None:
-    recorder.see("final norm", output)
-    recorder.stream = output
-
-
-def _enter_block(recorder: Recorder, layer: int, module: nn.Module, args: Any) -> None:
-    if args[0] is not recorder.stream:  # a GPT normalizes the embedding
-        recorder.see("embedding normalised", args[0])
-        recorder.stream = args[0]
-    recorder.where = f"{layer}."
-
-
-def _leave_block(recorder: Recorder, block: nn.Module, args: Any, output: tuple[Tensor, Tensor | None]) -> None:
-    if isinstance(block, PreNormBlock):
-        recorder.see_step("mlp.stream", recorder.stream, output[0])
-    recorder.where = ""
-
-
-def _show_sum(recorder: Recorder, name: str, module: nn.Module, args: Any) -> None:
-    recorder.see_step(f"{name}.stream", recorder.stream, args[0])
-
-
-def _show_residual(recorder: Recorder, name: str, residual: Residual, args: Any, output: Tensor) -> None:
-    alpha = float(residual.sign(residual.alpha()).detach().mean())
-    recorder.see_step(f"{name}.stream", args[0], output, {"alpha": alpha})
-
-
-def _show_divisor(recorder: Recorder, names: Iterator[str], module: nn.Module, args: Any, output: Tensor) -> None:
-    recorder.see(f"{next(names)}.r", output.unsqueeze(-1), _spread("r", output.detach()))

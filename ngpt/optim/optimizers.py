@@ -99,12 +99,7 @@ def nugpt(kind: str, ratio: float) -> float:
     return {"embedding": ratio**-0.5, "matrices": ratio**-0.75, "head": ratio**-0.75, "scales": 1.0}[kind]
 
 
-WIDTH_RULES: dict[str, Callable[[str, float], float]] = {
-    "none": none,
-    "nanochat": nanochat,
-    "mup": mup,
-    "nugpt": nugpt,
-}
+WIDTH_RULES: dict[str, Callable[[str, float], float]] = {"none": none, "nanochat": nanochat, "mup": mup, "nugpt": nugpt}
 
 
 # ---- settings ----------------------------------------------------------------------------------
