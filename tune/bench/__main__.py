@@ -9,6 +9,7 @@ from typing import Any
 
 import tune.bench
 from ngpt.config.base import ConfigError
+from ngpt.system.cli import add_set_option, run_command
 from ngpt.system.timing import print_figures
 from tune.bench.campaigns import campaign, scaling
 from tune.bench.packing import packing
@@ -24,15 +25,13 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     options = vars(_parser().parse_args(arguments))
     name, as_json = options.pop("name"), options.pop("json")
-    try:
-        figures = run_benchmark(
-            name, {option: value for option, value in options.items() if value not in (None, False, [])}
-        )
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 2
-    print_figures(figures, as_json=as_json)
-    return 0
+    given = {option: value for option, value in options.items() if value not in (None, False, [])}
+
+    def command() -> int:
+        print_figures(run_benchmark(name, given), as_json=as_json)
+        return 0
+
+    return run_command(command)
 
 
 def run_benchmark(name: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -63,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--workers", type=int, help="campaign, scaling: trials at once")
     parser.add_argument("--rounds", type=int, help="scaling: repetitions, with one and with several workers each")
     parser.add_argument("--config", type=Path, help="packing: YAML file of settings, as for ngpt.train")
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="packing: settings")
+    add_set_option(parser, help="packing: settings")
     return parser
 
 
