@@ -22,16 +22,10 @@ def has_cpu_attention() -> bool:
 
 @torch.library.custom_op("ngpt::causal_attention", mutates_args=(), device_types="cpu")
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Causal softmax(scale * q k^T) v on a CPU; differentiable once.
+    """Causal softmax(scale * q k^T) v (B, T, H, K) on a CPU, and the log-sum-exp of the scores (B, H, T).
 
-    Args:
-        q: (B, T, H, K) float32.
-        k: (B, T, G, K) float32, where H is a multiple of G: H / G heads share a key.
-        v: as k.
-        scale: of the scores, above 0.
-
-    Returns:
-        (B, T, H, K), and the log-sum-exp of the scores (B, H, T), which has no gradient.
+    q is (B, T, H, K); k and v are (B, T, G, K), where H / G heads share a key. All are float32, and scale is above 0.
+    Differentiable once, but for the log-sum-exp.
     """
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     out, log_sum = torch.empty_like(q), q.new_empty(q.shape[0], q.shape[2], q.shape[1])

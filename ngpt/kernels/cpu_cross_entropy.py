@@ -18,22 +18,13 @@ WIDTH_MULTIPLE = 32  # of D
 def cpu_cross_entropy(
     x: Tensor, weight: Tensor, scale: Tensor | None, targets: Tensor, *, rows: int, gradients: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None] | None:
-    """Mean cross-entropy of logits x @ (scale * weight).T, and its gradients for x, weight and scale.
+    """Mean cross-entropy of logits x @ (scale * weight).T, and float32 gradients for x, weight and scale, if wanted.
 
-    Products are in bfloat16 with float32 sums; everything else is in float32.
+    Products are in bfloat16 with float32 sums; everything else is in float32. x is (N, D) bfloat16, weight (V, D) and
+    scale (V,) or (1,) float32, targets (N, 1) int64. `rows` are processed at once, with exponentials in bfloat16.
 
-    Args:
-        x: (N, D) bfloat16.
-        weight: (V, D) float32.
-        scale: (V,) or (1,) float32, or None.
-        targets: (N, 1) int64.
-        rows: rows processed at once; their exponentials (rows, V) are held in bfloat16.
-        gradients: whether to compute them; if not, they are None.
-
-    Returns:
-        Loss (), and gradients (N, D), (V, D) and in the shape of scale, in float32. None if this kernel does not apply:
-        another processor, D not a multiple of 32, a target outside the vocabulary, or a logit that is not finite or
-        more than 69 above the target's.
+    Returns None if this kernel does not apply: another processor or dtype, D not a multiple of 32, a target outside the
+    vocabulary, or a logit that is not finite or more than 69 above the target's.
     """
     (n, width), vocabulary = x.shape, len(weight)
     factors = [weight] if scale is None else [weight, scale]

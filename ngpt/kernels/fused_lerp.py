@@ -1,9 +1,7 @@
 """The residual rule `lerp` as one Triton kernel forward and one backward, for uncompiled models on a GPU.
 
-Uncompiled, torch passes over the (B, T, D) stream once per operation of y = normalize(u + alpha * (h - u)), with u =
-normalize(x) and h = normalize(f), and keeps the intermediate results for the backward pass. The kernels
-(fused_lerp_triton.py) read x and f once and keep only them. Under torch.compile, Inductor fuses the plain formula
-together with its surroundings, so the kernels are not used there.
+Torch passes over the (B, T, D) stream once per operation and keeps the intermediate results for the backward pass. The
+kernels (fused_lerp_triton.py) read x and f once and keep only them. Under torch.compile, Inductor does the same.
 
 They have not run on a real GPU yet, only in Triton's interpreter, so they are off unless NGPT_FUSED_LERP=1 is set.
 Their first use on each device checks them against float64.
@@ -27,20 +25,18 @@ from ngpt.system.memory import is_out_of_memory
 log = logging.getLogger(__name__)
 SWITCH = "NGPT_FUSED_LERP"  # environment variable; 1 turns the kernels on
 MAX_WIDTH = 4096  # a row is held in the registers of one program
-DTYPES = (torch.float32, torch.bfloat16)
-CHECKED_TOKENS = 64
-# Largest accepted error, relative to the largest entry. A wrong kernel is far outside.
+# Dtypes of x and f, and the largest accepted error relative to the largest entry. A wrong kernel is far outside.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+CHECKED_TOKENS = 64
 
 
 def should_fuse(x: Tensor, f: Tensor, alpha: Tensor) -> bool:
-    """Whether `fused_lerp` replaces the torch formula: turned on, uncompiled, on a GPU where the kernels are
-    correct."""
+    """Whether `fused_lerp` replaces the torch formula: if turned on, uncompiled, on a GPU where it is correct."""
     # torch has no public test for vmap, which does not know the kernels.
     batched = torch._C._functorch.is_batchedtensor(x)  # pyright: ignore[reportAttributeAccessIssue]
     if torch.compiler.is_compiling() or batched or not x.is_cuda or os.environ.get(SWITCH) != "1":
         return False
-    return supports(x, f, alpha) and has_triton() and is_correct(x.device, x.shape[-1], x.dtype, f.dtype)
+    return supports(x, f, alpha) and is_correct(x.device, x.shape[-1], x.dtype, f.dtype)
 
 
 def supports(x: Tensor, f: Tensor, alpha: Tensor) -> bool:
@@ -51,25 +47,16 @@ def supports(x: Tensor, f: Tensor, alpha: Tensor) -> bool:
         and x.numel() > 0
         and width <= MAX_WIDTH
         and alpha.shape in ((width,), (1,), ())
-        and x.dtype in DTYPES
-        and f.dtype in DTYPES
+        and {x.dtype, f.dtype} <= TOLERANCE.keys()
         and alpha.dtype == torch.float32
         and x.device == f.device == alpha.device
     )
 
 
-@functools.cache
-def has_triton() -> bool:
-    """Whether Triton is installed; torch's CUDA builds depend on it."""
-    return importlib.util.find_spec("triton") is not None
-
-
 def fused_lerp(x: Tensor, f: Tensor, alpha: Tensor) -> Tensor:
     """`ngpt.model.residual.lerp` with its default norm: float32 in the shape of x; differentiable once for all three.
 
-    Args:
-        x, f: stream and branch, (..., D), float32 or bfloat16.
-        alpha: step length, float32 (D,), (1,) or ().
+    x and f are (..., D), float32 or bfloat16; alpha is float32 (D,), (1,) or ().
     """
     # A single number becomes a row with stride 0; autograd sums its gradient.
     return _Lerp.apply(x, f, alpha.expand(x.shape[-1]))  # pyright: ignore[reportReturnType]
@@ -101,11 +88,13 @@ def _rows(tensor: Tensor) -> Tensor:
 
 @functools.cache
 def is_correct(device: torch.device, width: int, x_dtype: torch.dtype, f_dtype: torch.dtype) -> bool:
-    """Whether the kernels build and agree with torch on this device; checked once per process and kind of operands.
+    """Whether Triton is installed (torch's CUDA builds depend on it) and the kernels agree with torch on this device.
 
-    Building needs a C compiler, Python's headers and a recent GPU besides Triton. If it fails, or the results are
-    wrong, a warning says why the torch formula is used.
+    Building them needs a C compiler, Python's headers and a recent GPU. If it fails, or the results are wrong, a
+    warning says why the torch formula is used. Checked once per process and kind of operands.
     """
+    if importlib.util.find_spec("triton") is None:
+        return False
     from triton.errors import TritonError  # pyright: ignore[reportMissingImports]
 
     try:
@@ -122,20 +111,19 @@ def is_correct(device: torch.device, width: int, x_dtype: torch.dtype, f_dtype: 
 
 
 def max_error(device: torch.device, width: int, x_dtype: torch.dtype, f_dtype: torch.dtype) -> float:
-    """Largest error of the value and gradients against torch in float64, relative to the largest entry; NaN if any
-    is."""
+    """Largest error of value and gradients against torch in float64, relative to the largest entry; NaN if any is."""
 
     def waves(phase: float, *shape: int) -> Tensor:  # drawing random numbers would change those of the run
         return torch.sin(phase * torch.arange(math.prod(shape), device=device)).view(shape)
 
-    tokens = CHECKED_TOKENS
-    inputs = waves(1.1, tokens, width).to(x_dtype), waves(1.7, tokens, width).to(f_dtype), waves(0.3, width).abs()
+    shape = CHECKED_TOKENS, width
+    inputs = waves(1.1, *shape).to(x_dtype), waves(1.7, *shape).to(f_dtype), waves(0.3, width).abs()
     results = []
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
         for formula, dtype in ((fused_lerp, None), (_reference_lerp, torch.float64)):
             leaves = [tensor.to(dtype or tensor.dtype, copy=True).requires_grad_() for tensor in inputs]
             y = formula(*leaves)
-            results.append([y.detach(), *torch.autograd.grad(y, leaves, waves(2.3, tokens, width).to(y.dtype))])
+            results.append([y.detach(), *torch.autograd.grad(y, leaves, waves(2.3, *shape).to(y.dtype))])
     errors = [(fused - exact).abs().max() / exact.abs().max() for fused, exact in zip(*results, strict=True)]
     return float(torch.stack(errors).max())
 

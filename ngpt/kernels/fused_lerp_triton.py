@@ -12,12 +12,11 @@ gradient is only divided by it. Applying this three times and the product rule t
     gh     = alpha * gz          gf = (gh - h (h . gh)) / |f|
     gu     = gz - alpha * gz     gx = (gu - u (u . gu)) / |x|
 
-Only x and f are kept for it; u, h and z are recomputed in registers, without memory traffic. For galpha, each program
-adds up its tokens in order and writes the sum; a second pass adds these sums. There are no atomic additions and the
-number of programs depends on the shape only, so the result is reproducible.
+Only x and f are kept for it; u, h and z are recomputed in registers. For galpha, each program adds up its tokens in
+order, and a second pass adds these sums: without atomic additions, and with a number of programs that depends on the
+shape only, the result is reproducible. Everything is computed in float32.
 
-Everything is computed in float32, whatever the dtypes of the operands. Importing this file needs Triton. To run the
-kernels on a CPU in Triton's interpreter, set TRITON_INTERPRET=1 before Triton is first imported.
+Importing this file needs Triton. To run it in Triton's interpreter, set TRITON_INTERPRET=1 before.
 """
 
 import math

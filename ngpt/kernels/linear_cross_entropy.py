@@ -1,12 +1,10 @@
 """Cross-entropy of a linear head without holding the (N, V) matrix of its logits in memory.
 
-The idea is Liger Kernel's fused linear cross-entropy (arXiv 2410.10989, section 3.2): process the rows in chunks and
-compute from the logits of a chunk both the loss and the gradients of the head's input and weight, so the logits can be
-discarded. The backward pass only multiplies. Two things differ from Liger: the softmax's divisor is applied to the
-(rows, D) factors instead of the (rows, V) chunk, which saves a pass over the logits, and the learned logit scale of
-nGPT is folded into the (V, D) weight.
-
-On some CPUs the whole compiled loss is one C++ kernel instead: cpu_cross_entropy.py.
+As in Liger Kernel's fused linear cross-entropy (arXiv 2410.10989, section 3.2), the rows are processed in chunks, and
+loss and gradients of a chunk are computed from its logits, which are then discarded. The backward pass only multiplies.
+Unlike in Liger, the softmax's divisor is applied to the (rows, D) factors instead of the (rows, V) chunk, which saves a
+pass over the logits, and nGPT's logit scale is folded into the (V, D) weight. On some CPUs the whole compiled loss is
+one C++ kernel instead: cpu_cross_entropy.py.
 """
 
 import ctypes
@@ -28,13 +26,9 @@ MIB = 2**20
 CHUNK_BYTES = {"cpu": 128 * MIB, "cuda": 256 * MIB}
 # Bytes of a block that is read again at once and should stay in a CPU's cache.
 BLOCK_BYTES = {"cpu": 2 * MIB, "cuda": 256 * MIB}
-# Rows of V numbers are padded to a multiple of this: tensor cores read aligned groups of 16 bytes, and GPT-2's rows of
-# 50257 tokens would start anywhere. The padding is never read.
+# Rows of V numbers are padded to a multiple of this, since tensor cores read aligned groups of 16 bytes.
 PITCH = {"cpu": 1, "cuda": 64}
 CPU_KERNEL_CHUNK_BYTES = {"cpu": 64 * MIB}  # bytes of a chunk of cpu_cross_entropy.py, counted in float32
-
-# (logits (R, V), softcap, whether gradients are wanted) -> peak and mass, see `_unnormalized_softmax`.
-Softmax = Callable[[Tensor, float | None, bool], tuple[Tensor, Tensor]]
 
 
 def linear_cross_entropy(
@@ -86,19 +80,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         softcap: float | None,
         compiled: bool,
     ) -> Tensor:
-        """x (N, D), targets (N, 1), the rest as in `linear_cross_entropy`. Computes the gradients too.
+        """Computes the gradients too, but leaves the last pass over the head's to `backward`, which scales it there.
 
-        The last pass over the head's gradient is left to `backward`, which scales it in the same pass.
+        x (N, D), targets (N, 1), the rest as in `linear_cross_entropy`.
         """
+        ctx.x_dtype, ctx.compiled = x.dtype, compiled
         results = _by_cpu_kernel(x, weight, scale, targets, softcap, gradients=True) if compiled else None
-        ctx.x_dtype, ctx.compiled, ctx.is_complete = x.dtype, compiled, results is not None
+        ctx.is_complete = results is not None
         if results is None:
             wanted = ctx.needs_input_grad[:3]
-            loss, *gradients = _by_chunks(x, weight, scale, targets, softcap, compiled=compiled, wanted=wanted)
-            ctx.save_for_backward(*gradients, weight, scale)
-        else:
-            loss, *gradients = results
-            ctx.save_for_backward(*gradients)
+            results = _by_chunks(x, weight, scale, targets, softcap, compiled=compiled, wanted=wanted)
+        loss, *gradients = results
+        ctx.save_for_backward(*gradients, *(() if ctx.is_complete else (weight, scale)))
         return loss
 
     @staticmethod
@@ -150,9 +143,8 @@ def _by_cpu_kernel(
     dtype, _ = _dtypes(x)
     if softcap is not None or x.device.type != "cpu" or dtype != torch.bfloat16:
         return None
-    weight, scale = weight.detach(), None if scale is None else scale.detach()
     rows = _rows(CPU_KERNEL_CHUNK_BYTES, x.device, len(weight))
-    return cpu_cross_entropy(x.detach().to(dtype), weight, scale, targets, rows=rows, gradients=gradients)
+    return cpu_cross_entropy(x.to(dtype), weight, scale, targets, rows=rows, gradients=gradients)
 
 
 def _by_chunks(
@@ -169,23 +161,20 @@ def _by_chunks(
     dtype, exact = _dtypes(x)
     weight, scale = weight.detach(), None if scale is None else scale.detach()
     (n, width), vocabulary, device = x.shape, weight.shape[0], x.device
-    for_x, for_weight, for_scale = wanted
-    needs_gradients = any(wanted)
+    for_x, needs_gradients = wanted[0], any(wanted)
     rows, pitch = min(n, _rows(CHUNK_BYTES, device, vocabulary)), PITCH.get(device.type, PITCH["cpu"])
     padded = -(-vocabulary // pitch) * pitch
     total = torch.zeros((), dtype=exact, device=device)
     grad_x = torch.empty(n, width, dtype=exact, device=device) if for_x else None
     # As (D, V): CPUs compute that product a quarter faster than (V, D).
-    grad_scaled = torch.zeros(width, padded, dtype=exact, device=device) if for_weight or for_scale else None
+    grad_scaled = torch.zeros(width, padded, dtype=exact, device=device) if any(wanted[1:]) else None
     buffer = torch.empty(rows, padded, dtype=dtype, device=device)
     row_numbers = torch.arange(rows, device=device)
     softmax = _compiled_softmax(buffer[:, :vocabulary], softcap, needs_gradients) if compiled else _softmax_by_blocks
     with torch.autocast(device.type, enabled=False), torch.no_grad():
-        if scale is None:
-            factor = weight.to(dtype)
-        else:
-            key = ("scaled", dtype, weight.shape, weight.dtype, scale.shape)
-            factor = (compile_for(key, _scaled) if compiled else _scaled)(weight, scale, dtype)
+        key = ("scaled", dtype, weight.shape, weight.dtype, None if scale is None else scale.shape)
+        scaled = compile_for(key, _scaled) if compiled and scale is not None else _scaled
+        factor = scaled(weight, scale, dtype)
         for start in range(0, n, rows):
             chunk, target = x[start : start + rows], targets[start : start + rows]
             logits = torch.mm(chunk.to(dtype), factor.t(), out=buffer[: len(chunk), :vocabulary])
@@ -198,7 +187,8 @@ def _by_chunks(
                 continue
             slope = logits  # overwritten in place
             # softmax - 1 at the target, times `mass` like the rest of the row; expm1 avoids cancellation.
-            at_target = torch.expm1(-losses) * mass * _cap_slope(target_logits, softcap)
+            cap_slope = 1.0 if softcap is None else 1 - (target_logits / softcap).square()
+            at_target = torch.expm1(-losses) * mass * cap_slope
             # Not scatter_, which on a CPU copies the whole bfloat16 chunk to float32 and back.
             slope[row_numbers[: len(chunk)], target[:, 0]] = at_target[:, 0].to(dtype)
             if grad_x is not None:
@@ -208,9 +198,8 @@ def _by_chunks(
     return total / n, grad_x, None if grad_scaled is None else grad_scaled[:, :vocabulary]
 
 
-def _scaled(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """scale * weight (V, D) in the dtype of the products."""
-    return (weight * scale[:, None]).to(dtype)
+def _scaled(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return (weight if scale is None else weight * scale[:, None]).to(dtype)
 
 
 def _dtypes(x: Tensor) -> tuple[torch.dtype, torch.dtype]:
@@ -230,11 +219,6 @@ def _rows(budget: dict[str, int], device: torch.device, vocabulary: int) -> int:
 
 def _cap(z: Tensor, softcap: float | None) -> Tensor:
     return z if softcap is None else torch.tanh(z / softcap) * softcap
-
-
-def _cap_slope(capped: Tensor, softcap: float | None) -> Tensor | float:
-    """The derivative of the cap at the logit whose capped value is `capped`."""
-    return 1.0 if softcap is None else 1 - (capped / softcap).square()
 
 
 def _unnormalized_softmax(z: Tensor, softcap: float | None, needs_gradients: bool) -> tuple[Tensor, Tensor]:
@@ -259,7 +243,7 @@ def _unnormalized_softmax(z: Tensor, softcap: float | None, needs_gradients: boo
     return peak, mass
 
 
-def _compiled_softmax(z: Tensor, softcap: float | None, needs_gradients: bool) -> Softmax:
+def _compiled_softmax(z: Tensor, softcap: float | None, needs_gradients: bool) -> Callable[..., tuple[Tensor, Tensor]]:
     """`_unnormalized_softmax` as one kernel for logits like z: C++ for bfloat16 on a CPU, else torch.compile."""
     by_cpp = z.device.type == "cpu" and z.dtype == torch.bfloat16 and softcap is None
     if by_cpp and (library := load_native("softmax")):
@@ -267,10 +251,8 @@ def _compiled_softmax(z: Tensor, softcap: float | None, needs_gradients: bool) -
     return compile_for(("softmax", softcap, needs_gradients, z.dtype, z.shape), _unnormalized_softmax)
 
 
-def _cpp_softmax(
-    library: ctypes.CDLL, z: Tensor, softcap: float | None, needs_gradients: bool
-) -> tuple[Tensor, Tensor]:
-    """`_unnormalized_softmax` by softmax.cpp."""
+def _cpp_softmax(library: ctypes.CDLL, z: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    """`_unnormalized_softmax` without softcap, by softmax.cpp."""
     rows, vocabulary = z.shape
     peak, mass = torch.empty(2, rows, 1).unbind()
     pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (z, peak, mass))

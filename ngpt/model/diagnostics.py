@@ -1,6 +1,7 @@
 """Measurements of a model in training: distance from the sphere, step lengths alpha, divisors r."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -50,12 +51,13 @@ def divisor_statistics(divisors: dict[str, Tensor]) -> dict[str, float]:
 @torch.no_grad()
 def effective_alphas(model: GPT) -> dict[str, Tensor]:
     """Effective alphas of each residual by name, 1-D; empty for a GPT."""
-    alphas = {}
-    for layer, block in enumerate(model.blocks):
-        if isinstance(block, SphereBlock):
-            for name, residual in (("attention", block.attention_residual), ("mlp", block.mlp_residual)):
-                alphas[f"alpha/{name}.{layer}"] = residual.sign(residual.alpha())
-    return alphas
+    residuals = [
+        (f"alpha/{name}.{layer}", residual)
+        for layer, block in enumerate(model.blocks)
+        if isinstance(block, SphereBlock)
+        for name, residual in (("attention", block.attention_residual), ("mlp", block.mlp_residual))
+    ]
+    return {name: residual.sign(residual.alpha()) for name, residual in residuals}
 
 
 @contextlib.contextmanager
@@ -74,8 +76,7 @@ def _count_restorer(model: GPT) -> Callable[[], object]:
     if model.normalizer is None:
         return lambda: None
     count = model.normalizer.replaced
-    before = count.clone()
-    return lambda: count.copy_(before)
+    return functools.partial(count.copy_, count.clone())
 
 
 def _outputs(model: GPT, idx: Tensor, kind: type[nn.Module]) -> list[Tensor]:

@@ -45,8 +45,6 @@ class SphereBlock(nn.Module):
         cache: KVCache | None,
     ) -> tuple[Tensor, Tensor | None]:
         """Stream (B, T, D) and, with a `normalizer`, divisor r (B, T) after the block."""
-        if normalizer is not None and r is None:
-            r = normalizer.start(x)
         f = self.attention(x, cos, sin, self.attention_residual.head_weights(), cache)
         if normalizer is not None and r is not None:
             r = normalizer(r, x, self.attention_residual.normalized_branch(f))
@@ -103,22 +101,19 @@ class GPT(nn.Module):
     def __init__(self, cfg: ModelConfig, *, seed: int = 0) -> None:
         super().__init__()
         if cfg.vocab_size is None:
-            raise ValueError(
-                "model.vocab_size is not set: take it from the tokenizer, see ngpt.training.config.resolved"
-            )
+            raise ValueError("model.vocab_size is not set: ngpt.training.config.resolved takes it from the tokenizer")
         self.cfg = cfg
         self.compiled, self._graph_key = False, ""
         self.wte = nn.Embedding(cfg.vocab_size, cfg.n_embd)
         block = SphereBlock if cfg.on_sphere else PreNormBlock
         self.blocks = nn.ModuleList(block(cfg, layer) for layer in range(cfg.n_layer))
-        self.normalizer = (
-            DotProdNormalizer(cfg.norm_mode, decay=cfg.norm_decay) if cfg.norm_mode != "baseline" else None
-        )
+        has_divisor = cfg.norm_mode != "baseline"
+        self.normalizer = DotProdNormalizer(cfg.norm_mode, decay=cfg.norm_decay) if has_divisor else None
         self.final_norm = None if cfg.on_sphere else _rms_norm(cfg)
         self.lm_head = None if cfg.tied else nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
         size = cfg.vocab_size if cfg.logit_scale_kind == "vector" else 1
-        s_z = Scale(size, init=cfg.logit_scale, scale=cfg.stored_scale or cfg.logit_scale) if cfg.on_sphere else None
-        self.s_z = s_z
+        scale = cfg.stored_scale or cfg.logit_scale
+        self.s_z = Scale(size, init=cfg.logit_scale, scale=scale) if cfg.on_sphere else None
         cos, sin = rope_tables(
             cfg.block_size, cfg.head_dim, base=cfg.rope_base, scaling=cfg.rope_scaling, factor=cfg.rope_factor
         )
@@ -134,10 +129,8 @@ class GPT(nn.Module):
         x = self.features(idx, cache)
         if targets is None:
             return self.logits(x)
-        s_z = None if self.s_z is None else self.s_z()
-        return linear_cross_entropy(
-            x, self.head_weight, targets, scale=s_z, softcap=self.cfg.softcap, compiled=self.compiled
-        )
+        scale, softcap = None if self.s_z is None else self.s_z(), self.cfg.softcap
+        return linear_cross_entropy(x, self.head_weight, targets, scale=scale, softcap=softcap, compiled=self.compiled)
 
     def compile_parts(self) -> None:
         """Compiles the blocks and the pass over the logits at their next call, which takes seconds."""
@@ -152,9 +145,8 @@ class GPT(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """Logits of `features` x (B, T, D): float32 (B, T, V)."""
-        s_z = self.s_z() if self.s_z is not None else None
         # Scales the (V, D) weight, which is far smaller than the (B, T, V) logits.
-        weight = self.head_weight if s_z is None else self.head_weight * s_z[:, None]
+        weight = self.head_weight if self.s_z is None else self.head_weight * self.s_z()[:, None]
         logits = F.linear(x, weight).float()
         return logits if self.cfg.softcap is None else self.cfg.softcap * torch.tanh(logits / self.cfg.softcap)
 
@@ -181,7 +173,8 @@ class GPT(nn.Module):
         if past + new > self.cfg.block_size:
             raise ValueError(f"{past + new} tokens do not fit the model's block_size of {self.cfg.block_size}")
         cos, sin = self.cos[past : past + new], self.sin[past : past + new]
-        x, r = self.wte(idx), None
+        x = self.wte(idx)
+        r = None if self.normalizer is None else self.normalizer.start(x)
         if self.cfg.embedding_norm and not self.cfg.on_sphere:
             x = rms_norm(x)
         yield x
@@ -192,10 +185,7 @@ class GPT(nn.Module):
             cache.length += new
 
     def prepare_step(self, step: int, total: int, *, seed: int) -> None:
-        """Applies the alpha schedule and draws the stochastic norms of a step, which counts from 0 to total - 1.
-
-        It depends on its arguments only, so a resumed run needs no state.
-        """
+        """Applies the alpha schedule and draws the stochastic norms of a step in 0 ... total - 1, without any state."""
         residuals = [module for module in self.modules() if isinstance(module, Residual)]
         if self.cfg.alpha_final is not None:
             assert isinstance(self.cfg.alpha, float)
@@ -208,10 +198,9 @@ class GPT(nn.Module):
                 residual.renormalized.fill_(bool(draw < self.cfg.norm_probability))
 
     def sphere_weights(self) -> Iterator[tuple[Tensor, int]]:
-        """Yields each matrix on the sphere and the dimension along which its vectors have length 1.
+        """Yields each matrix on the sphere and the dimension along which its vectors have length 1; none in a GPT.
 
-        That is the model's dimension D: rows of the embeddings and of matrices that read the stream, columns of
-        matrices that write to it. Scales are not on the sphere, and a GPT has no sphere weights.
+        Vectors are rows of the embeddings and of matrices that read the stream, columns of matrices that write to it.
         """
         if not self.cfg.on_sphere:
             return

@@ -88,15 +88,10 @@ class Attention(nn.Module):
             return causal_attention(*by_token, self.softmax_scale)[0].transpose(1, 2)
         slow = q.device.type == "cpu" and v.dtype == torch.bfloat16 and k.shape[2] <= FLOAT32_TOKENS
         dtype = torch.float32 if slow else v.dtype
-        return F.scaled_dot_product_attention(
-            q.to(dtype),
-            k.to(dtype),
-            v.to(dtype),
-            attn_mask=_causal_mask(past, q.shape[2], q.device) if past else None,
-            is_causal=not past,
-            scale=self.softmax_scale,
-            enable_gqa=self.n_kv_head != self.n_head,
-        )
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+        mask = _causal_mask(past, q.shape[2], q.device) if past else None
+        scale, gqa = self.softmax_scale, self.n_kv_head != self.n_head
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=not past, scale=scale, enable_gqa=gqa)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.query.in_features // self.n_head)).transpose(1, 2)

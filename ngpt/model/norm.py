@@ -2,8 +2,6 @@
 report 000, which shortens residual steps whose branches agree with the stream.
 """
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,17 +12,13 @@ from ngpt.config.base import unknown_message
 def l2_normalize(x: Tensor, dim: int = -1) -> Tensor:
     """`x` scaled to Euclidean length 1 along `dim`, in float32 (nGPT's Norm, arXiv 2410.01131, section 2.1).
 
-    The zero vector stays zero; in the official repository it becomes NaN. Float32, because a stream that is normalized
-    a hundred times in bfloat16 accumulates rounding errors.
+    The zero vector stays zero; in the official repository it becomes NaN. In bfloat16 rounding errors would accumulate.
     """
     return F.normalize(x.float(), dim=dim, eps=1e-12)
 
 
 def rms_norm(x: Tensor) -> Tensor:
-    """`x` scaled to root mean square 1 along the last dimension, in float32, without a learned gain.
-
-    It is nanochat's norm; eps is torch's default, the machine epsilon of float32.
-    """
+    """`x` scaled to root mean square 1 along the last dimension, in float32, without a gain; eps is torch's default."""
     return F.rms_norm(x.float(), (x.shape[-1],))
 
 
@@ -39,18 +33,11 @@ def dotprod(r: Tensor, dot: Tensor, decay: float) -> Tensor:
 
 
 def ema(r: Tensor, dot: Tensor, decay: float) -> Tensor:
-    """A moving average of 1 + <x, f>; source report 000, section 10, names an "EMA-decay variant" without a definition.
-
-    A branch at right angles to the stream leaves r at 1, and so does decay = 1.
-    """
+    """A moving average of 1 + <x, f>: what source report 000, section 10, may mean by its "EMA-decay variant"."""
     return decay * r + (1 - decay) * (1 + dot)
 
 
-NORM_MODES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
-    "baseline": baseline,
-    "dotprod": dotprod,
-    "ema": ema,
-}
+NORM_MODES = {"baseline": baseline, "dotprod": dotprod, "ema": ema}
 
 
 class DotProdNormalizer(nn.Module):

@@ -1,10 +1,9 @@
 """How a sublayer's output, the branch `f`, moves the residual stream `x`: the rules, and the step length alpha.
 
-A rule is a function (x, f, alpha, norm) -> x, with x and f of shape (B, T, D) and alpha broadcastable to it, and an
-entry in `RESIDUAL_RULES`. `norm` returns the result to the sphere. Alpha means different things: `lerp` and `slerp` go
-that fraction of the way to the *normalized* branch (0.05 turns the stream by about 3 degrees); `add_normalize` adds
-that multiple of the raw branch (0.15 at width 256 turns it by 2 to 3 degrees in attention, by 1 degree in an MLP, or by
-70 to 80 with s_uv).
+A rule is a function (x, f, alpha, norm) -> x in `RESIDUAL_RULES`, with x and f of shape (B, T, D), alpha broadcastable
+to it, and `norm` to return to the sphere. `lerp` and `slerp` go a fraction alpha of the way to the *normalized* branch
+(0.05 turns the stream by about 3 degrees); `add_normalize` adds that multiple of the raw branch (0.15 at width 256
+turns it by 2 to 3 degrees in attention, by 1 degree in an MLP, or by 70 to 80 with s_uv).
 """
 
 from collections.abc import Callable, Sequence
@@ -32,9 +31,8 @@ def lerp(x: Tensor, f: Tensor, alpha: Tensor, norm: Norm = l2_normalize) -> Tens
 def slerp(x: Tensor, f: Tensor, alpha: Tensor, norm: Norm = l2_normalize) -> Tensor:
     """The geodesic that `lerp` approximates: a fraction alpha of the angle to the normalized branch.
 
-    With one alpha for all channels the result has length 1; with one per channel `norm` is needed. If the branch points
-    along x or opposite to it, the direction of the turn is undefined; step and gradient stay finite there. Source:
-    arXiv 2410.01131, equation 6 (Shoemake 1985).
+    With one alpha per channel only `norm` gives length 1. If the branch points along x or opposite to it, step and
+    gradient stay finite. Source: arXiv 2410.01131, equation 6 (Shoemake 1985).
     """
     x, f = norm(x), l2_normalize(f)
     cosine = (x * f).sum(-1, keepdim=True)
@@ -51,7 +49,7 @@ def add_normalize(x: Tensor, f: Tensor, alpha: Tensor, norm: Norm = l2_normalize
 
 
 def add(x: Tensor, f: Tensor, alpha: Tensor, norm: Norm = l2_normalize) -> Tensor:
-    """The plain sum of a pre-norm transformer. It has no step length, and such a model has nothing on the sphere."""
+    """The plain sum of a pre-norm transformer, which has no step length and nothing on the sphere."""
     return x + f
 
 
@@ -76,12 +74,7 @@ def apply_residual(
     """One residual step of length alpha / r (source report 000, section 2.2); r = 1 is the plain rule bit for bit.
 
     The report divides the branch `f` by r, which has no effect under a rule that normalizes the branch; here r divides
-    the step. r is kept above `R_MIN`, since a divisor near or below zero would undo the residual.
-
-    Args:
-        x, f: stream and branch, (B, T, D).
-        r: the divisor, (B, T) or one number.
-        alpha: the step length, broadcastable to x.
+    the step. r, (B, T) or one number, is kept above `R_MIN`: a divisor near or below zero would undo the residual.
     """
     divisor = torch.as_tensor(r, dtype=torch.float32, device=x.device).clamp(min=R_MIN)
     return rule(x, f, torch.as_tensor(alpha, device=x.device) / divisor.unsqueeze(-1), norm)
@@ -92,8 +85,7 @@ class Scale(nn.Module):
 
     It is stored as `scale` and acts as `stored * init / scale`, so an optimizer step of size lr moves the effective
     value by `lr * init / scale`: with scale = 1/sqrt(n_embd) about as fast as the entries of a unit row. With
-    scale = init the stored value is the effective one. `init / scale` is a tensor, not a constant of the graph, so
-    trials that differ in `init` share compiled code. A scale that is not `learned` is a buffer, saved but not trained.
+    scale = init the stored value is the effective one. If not `learned`, it is a buffer, saved but not trained.
     """
 
     stored: Tensor
@@ -107,10 +99,10 @@ class Scale(nn.Module):
         else:
             self.register_buffer("stored", stored)
         self._ratio = init / scale
+        # A tensor, not a constant of the graph, so trials that differ in `init` share compiled code.
         self.register_buffer("ratio", torch.tensor(self._ratio), persistent=False)
 
     def forward(self) -> Tensor:
-        """The effective values, shape (size,)."""
         return self.stored * self.ratio
 
     def multiply(self, factor: float) -> None:
@@ -126,19 +118,15 @@ def spread_over_depth(values: float | Sequence[float], n_layer: int) -> list[flo
 
 
 class Residual(nn.Module):
-    """One residual connection: a rule and its alpha, learned per channel (`vector`), as one number (`scalar`) or per
-    attention head (`head`).
+    """One residual connection: a rule and its alphas.
 
     Source report 004 names alphas per head without a definition. Here the heads' parts of the branch are weighted by
     alpha over the mean alpha, and the mean is the step. With equal alphas this is the scalar rule; under
     `add_normalize` it is x + sum_h alpha_h f_h.
 
     Args:
-        rule: an entry of `RESIDUAL_RULES`.
-        size: number of alphas: n_embd, 1, or the number of heads.
+        size: number of alphas: n_embd, 1, or with `per_head` the number of heads.
         alpha: the initial step length; `scale` and `learned` as in `Scale`.
-        sign: an entry of `ALPHA_SIGNS`.
-        per_head: whether there is one alpha per head.
         renormalize: probability with which a training step returns the stream to the sphere at this sublayer.
             Evaluation always does, unless this is 0.
     """

@@ -1,14 +1,11 @@
 """Rotary position embedding (RoFormer, arXiv 2104.09864): position p turns each pair of channels by p * frequency.
 
-Pairs are interleaved, (x[2i], x[2i+1]), as in the paper. `rotary` is a true rotation: it keeps lengths, and dot
-products depend only on the distance of two positions. `nvidia` is what the official nGPT repository computes instead
-(its issue 10), for loading that repository's checkpoints.
-
-With a scaling, a model reads a context `factor` times as long as the one it was trained with.
+Pairs are interleaved, (x[2i], x[2i+1]), as in the paper. `rotary` is a true rotation; `nvidia` is what the official
+nGPT repository computes instead (its issue 10), for loading its checkpoints. With a scaling, a model reads a context
+`factor` times as long as the one it was trained with.
 """
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -27,10 +24,7 @@ def linear(frequencies: Tensor, factor: float, trained: float) -> Tensor:
 
 
 def ntk(frequencies: Tensor, factor: float, trained: float) -> Tensor:
-    """NTK-aware: a larger base, which interpolates the slowest pair and keeps the fastest.
-
-    Source: bloc97, reddit.com/r/LocalLLaMA/comments/14lz7j5; arXiv 2309.00071, section 3.1.
-    """
+    """NTK-aware: a larger base interpolates the slowest pair and keeps the fastest (arXiv 2309.00071, section 3.1)."""
     pairs = len(frequencies)
     exponents = torch.arange(pairs, dtype=frequencies.dtype) / max(1, pairs - 1)
     return frequencies * factor**-exponents
@@ -46,12 +40,7 @@ def yarn(frequencies: Tensor, factor: float, trained: float) -> Tensor:
     return frequencies * (kept + (1 - kept) / factor)
 
 
-ROPE_SCALINGS: dict[str, Callable[[Tensor, float, float], Tensor]] = {
-    "none": unscaled,
-    "linear": linear,
-    "ntk": ntk,
-    "yarn": yarn,
-}
+ROPE_SCALINGS = {"none": unscaled, "linear": linear, "ntk": ntk, "yarn": yarn}
 
 
 def attention_temperature(scaling: str, factor: float) -> float:
@@ -89,4 +78,4 @@ def nvidia_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack((-odd * second, even * first), dim=-1).flatten(-2)
 
 
-ROPE_KINDS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"rotary": rotate, "nvidia": nvidia_rotate}
+ROPE_KINDS = {"rotary": rotate, "nvidia": nvidia_rotate}

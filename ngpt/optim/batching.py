@@ -2,13 +2,18 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 Item = TypeVar("Item")
 Key = TypeVar("Key", bound=Hashable)
+
+
+def trained(group: dict[str, Any]) -> list[Tensor]:
+    """The parameters of an optimizer's group that have a gradient."""
+    return [parameter for parameter in group["params"] if parameter.grad is not None]
 
 
 def group_by(items: Iterable[Item], key: Callable[[Item], Key]) -> dict[Key, list[Item]]:
@@ -20,16 +25,13 @@ def group_by(items: Iterable[Item], key: Callable[[Item], Key]) -> dict[Key, lis
 
 
 def stack(tensors: Sequence[Tensor | None]) -> Tensor:
-    """Matrices of one shape as a batch (n, rows, columns). A single one, such as an embedding, is not copied."""
+    """Matrices of one shape as a batch (n, rows, columns). A single one is not copied."""
     present = [tensor for tensor in tensors if tensor is not None]
     assert len(present) == len(tensors), "an optimizer only steps parameters that have a gradient"
     return torch.stack(present) if len(present) > 1 else present[0].unsqueeze(0)
 
 
 def write_back(tensors: Sequence[Tensor], batch: Tensor) -> None:
-    """Copies a `stack` that was changed in place back into its tensors, in one launch.
-
-    A single tensor was not copied by `stack` and needs no copy.
-    """
+    """Copies a `stack` that was changed in place back into its tensors. A single one was not copied."""
     if len(tensors) > 1:
         torch._foreach_copy_(list(tensors), batch.unbind())  # pyright: ignore[reportPrivateImportUsage]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ngpt.optim.batching import group_by, stack
+from ngpt.optim.batching import group_by, stack, trained
 
 
 def orthogonalize(matrices: Tensor, *, steps: int = 5) -> Tensor:
@@ -38,7 +38,6 @@ class Muon(torch.optim.Optimizer):
     """Muon for matrices (2-D parameters); other parameters need another optimizer.
 
     Args:
-        params: the matrices, or groups of them.
         lr: step length; an update has spectral norm about lr * sqrt(max(1, rows / columns)).
         momentum: decay of the running gradient mean.
         nesterov: look ahead by one momentum step.
@@ -56,14 +55,8 @@ class Muon(torch.optim.Optimizer):
         ns_steps: int = 5,
         weight_decay: float = 0.0,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "nesterov": nesterov,
-            "ns_steps": ns_steps,
-            "weight_decay": weight_decay,
-        }
-        super().__init__(params, defaults)
+        settings = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "ns_steps": ns_steps}
+        super().__init__(params, settings | {"weight_decay": weight_decay})
         shapes = [tuple(p.shape) for group in self.param_groups for p in group["params"] if p.ndim != 2]
         if shapes:
             raise ValueError(f"Muon takes matrices only, got parameters of shape {shapes}")
@@ -94,7 +87,7 @@ def step_muons(optimizers: Iterable[Muon]) -> None:
         (optimizer, group, shape, parameters)
         for optimizer in optimizers
         for group in optimizer.param_groups
-        for shape, parameters in group_by(_trained(group), lambda parameter: tuple(parameter.shape)).items()
+        for shape, parameters in group_by(trained(group), lambda parameter: tuple(parameter.shape)).items()
     ]
     for (shape, ns_steps), batch in group_by(members, lambda member: (member[2], member[1]["ns_steps"])).items():
         rows, columns = shape
@@ -106,7 +99,3 @@ def step_muons(optimizers: Iterable[Muon]) -> None:
                 torch._foreach_mul_(parameters, 1 - shrinkage)  # pyright: ignore[reportPrivateImportUsage]
             own = list(itertools.islice(updates, len(parameters)))
             torch._foreach_add_(parameters, own, alpha=-size)  # pyright: ignore[reportPrivateImportUsage]
-
-
-def _trained(group: dict[str, Any]) -> list[Tensor]:
-    return [parameter for parameter in group["params"] if parameter.grad is not None]

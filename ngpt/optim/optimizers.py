@@ -7,7 +7,7 @@ Each parameter has one kind: `matrices` (2-D, in the blocks), `embedding` (wte),
 embedding) or `scales` (1-D: alpha, s_qk, s_uv, s_z, gains of norms).
 """
 
-from collections.abc import Callable, Collection
+import itertools
 from typing import Annotated, Any, Self
 
 import torch
@@ -32,13 +32,12 @@ Group = dict[str, Any]
 
 def adamw(model: GPT, cfg: "OptimConfig") -> list[torch.optim.Optimizer]:
     """AdamW for everything (arXiv 1711.05101): `lr` for matrices, embedding and head, `lr_other` for the scales."""
-    rates = _rates(model, cfg, lr_of=("matrices", "embedding", "head"), ruled=KINDS)
-    return _adamw(_groups(model, rates), cfg)
+    return _adamw(_groups(model, cfg), cfg)
 
 
 def muon(model: GPT, cfg: "OptimConfig") -> list[torch.optim.Optimizer]:
     """Muon at `lr` for the matrices of the blocks; AdamW at `lr_other` for embedding, head and scales."""
-    matrices, *rest = _groups(model, _rates(model, cfg, lr_of=("matrices",), ruled=KINDS[1:]))
+    matrices, *rest = _groups(model, cfg, muon=True)
     settings = {"momentum": cfg.momentum, "nesterov": cfg.nesterov, "ns_steps": cfg.ns_steps}
     return [Muon([matrices], weight_decay=cfg.weight_decay, **settings), *_adamw(rest, cfg)]
 
@@ -46,7 +45,7 @@ def muon(model: GPT, cfg: "OptimConfig") -> list[torch.optim.Optimizer]:
 def geodesic_muon(model: GPT, cfg: "OptimConfig") -> list[torch.optim.Optimizer]:
     """Geodesic Muon at `lr` for the matrices of the blocks; at `lr_other` Riemannian AdamW for embedding and head, and
     AdamW for the scales. No weight decay, which has no effect on the sphere."""
-    matrices, *rest = _groups(model, _rates(model, cfg, lr_of=("matrices",), ruled=KINDS[1:]))
+    matrices, *rest = _groups(model, cfg, muon=True)
     settings = {"momentum": cfg.momentum, "nesterov": cfg.nesterov, "ns_steps": cfg.ns_steps}
     return [GeodesicMuon(_by_dim(model, [matrices]), **settings), *_riemannian_adamw(model, rest, cfg)]
 
@@ -54,16 +53,10 @@ def geodesic_muon(model: GPT, cfg: "OptimConfig") -> list[torch.optim.Optimizer]
 def riemannian_adamw(model: GPT, cfg: "OptimConfig") -> list[torch.optim.Optimizer]:
     """Riemannian AdamW at `lr` for matrices, embedding and head; AdamW at `lr_other` for the scales. No weight
     decay, which has no effect on the sphere."""
-    rates = _rates(model, cfg, lr_of=("matrices", "embedding", "head"), ruled=KINDS)
-    return _riemannian_adamw(model, _groups(model, rates), cfg)
+    return _riemannian_adamw(model, _groups(model, cfg), cfg)
 
 
-OPTIMIZERS: dict[str, Callable[[GPT, "OptimConfig"], list[torch.optim.Optimizer]]] = {
-    "adamw": adamw,
-    "muon": muon,
-    "geodesic_muon": geodesic_muon,
-    "riemannian_adamw": riemannian_adamw,
-}
+OPTIMIZERS = {"adamw": adamw, "muon": muon, "geodesic_muon": geodesic_muon, "riemannian_adamw": riemannian_adamw}
 ON_SPHERE = ("geodesic_muon", "riemannian_adamw")  # these rotate unit vectors, so the model must have some
 
 
@@ -76,9 +69,8 @@ def none(kind: str, ratio: float) -> float:
 
 
 def nanochat(kind: str, ratio: float) -> float:
-    """1 / sqrt(ratio) for parameters with the width as a side, 1 for scales (karpathy/nanochat, gpt.py,
-    setup_optimizer, where base_width is 768). nanochat always trains the matrices with Muon; under AdamW they are
-    scaled like the rest."""
+    """1 / sqrt(ratio) for all but scales (karpathy/nanochat, gpt.py, setup_optimizer, where base_width is 768).
+    nanochat always trains the matrices with Muon; under AdamW they are scaled like the rest."""
     return 1.0 if kind == "scales" else ratio**-0.5
 
 
@@ -86,9 +78,8 @@ def mup(kind: str, ratio: float) -> float:
     """muP for Adam, the learning rates of Tensor Programs V (arXiv 2203.03466), table 3: 1 / ratio for matrices and
     head, whose fan-in grows with the width, 1 for embedding and scales.
 
-    That table has no multipliers in the model, unlike table 8 and the package `mup`, which divide the head's output by
-    the width and keep its rate. The rest of muP, initial variances and softmax scale, is not part of a rule for rates.
-    A tied head gets the embedding's factor, which muP allows in table 8 only.
+    Table 8 and the package `mup` divide the head's output by the width instead of its rate. Initial variances and
+    softmax scale are not part of a rule for rates. A tied head gets the embedding's factor, as in table 8 only.
     """
     return 1 / ratio if kind in ("matrices", "head") else 1.0
 
@@ -99,7 +90,7 @@ def nugpt(kind: str, ratio: float) -> float:
     return {"embedding": ratio**-0.5, "matrices": ratio**-0.75, "head": ratio**-0.75, "scales": 1.0}[kind]
 
 
-WIDTH_RULES: dict[str, Callable[[str, float], float]] = {"none": none, "nanochat": nanochat, "mup": mup, "nugpt": nugpt}
+WIDTH_RULES = {"none": none, "nanochat": nanochat, "mup": mup, "nugpt": nugpt}
 
 
 # ---- settings ----------------------------------------------------------------------------------
@@ -124,11 +115,6 @@ class OptimConfig(Config):
     nesterov: bool = True  # muon and geodesic_muon
     ns_steps: Annotated[int, Field(ge=1)] = 5  # muon and geodesic_muon: Newton-Schulz iterations
 
-    @property
-    def other_lr(self) -> float:
-        """The learning rate of the parameters that the optimizer is not named for."""
-        return self.lr if self.lr_other is None else self.lr_other
-
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.width_rule != "none" and self.base_width is None:
@@ -138,7 +124,7 @@ class OptimConfig(Config):
 
 
 def incompatibility(cfg: OptimConfig, model: ModelConfig) -> str | None:
-    """Why the optimizer cannot train this kind of model, as one sentence; None if it can."""
+    """Why the optimizer cannot train this kind of model; None if it can."""
     if model.on_sphere or cfg.name not in ON_SPHERE:
         return None
     rules = ", ".join(sorted(set(RESIDUAL_RULES) - {"add"}))
@@ -176,54 +162,40 @@ def set_learning_rates(optimizers: list[torch.optim.Optimizer], multiplier: floa
 
 def parameters_by_kind(model: GPT) -> dict[str, list[nn.Parameter]]:
     """The parameters of each kind, in the order of `KINDS`; a kind may be empty."""
-    found: dict[str, list[nn.Parameter]] = {kind: [] for kind in KINDS}
-    head = None if model.lm_head is None else model.lm_head.weight
+    parameters: dict[str, list[nn.Parameter]] = {kind: [] for kind in KINDS}
+    outer = {id(model.head_weight): "head", id(model.wte.weight): "embedding"}
     for name, parameter in model.named_parameters():
-        if parameter is model.wte.weight:
-            found["embedding"].append(parameter)
-        elif parameter is head:
-            found["head"].append(parameter)
-        elif parameter.ndim == 1:
-            found["scales"].append(parameter)
-        else:
-            assert parameter.ndim == 2 and name.startswith("blocks."), f"{name} is of none of the kinds {KINDS}"
-            found["matrices"].append(parameter)
-    return found
+        kind = outer.get(id(parameter), "scales" if parameter.ndim == 1 else "matrices")
+        is_matrix = parameter.ndim == 2 and name.startswith("blocks.")
+        assert kind != "matrices" or is_matrix, f"{name} is of none of the kinds {KINDS}"
+        parameters[kind].append(parameter)
+    return parameters
 
 
 # ---- groups ------------------------------------------------------------------------------------
 
 
-def _rates(model: GPT, cfg: OptimConfig, *, lr_of: Collection[str], ruled: Collection[str]) -> dict[str, float]:
-    """The rate of each kind: `lr` for those in `lr_of`, and the width rule's factor for those in `ruled`."""
+def _groups(model: GPT, cfg: OptimConfig, *, muon: bool = False) -> list[Group]:
+    """One torch group per kind that has parameters. Under Muon, `lr` is that of the matrices, without a width rule."""
+    other = cfg.lr if cfg.lr_other is None else cfg.lr_other
+    usual = {"matrices": cfg.lr, "embedding": other if muon else cfg.lr, "head": other if muon else cfg.lr}
     own = {"embedding": cfg.lr_embedding, "head": cfg.lr_head, "scales": cfg.lr_scales}
+    rates = usual | {"scales": other} | {kind: rate for kind, rate in own.items() if rate is not None}
     ratio = model.cfg.n_embd / (cfg.base_width or model.cfg.n_embd)
-    rates = {}
-    for kind in KINDS:
-        given = own.get(kind)
-        rate = given if given is not None else cfg.lr if kind in lr_of else cfg.other_lr
-        rates[kind] = rate * WIDTH_RULES[cfg.width_rule](kind, ratio) if kind in ruled else rate
-    return rates
-
-
-def _groups(model: GPT, rates: dict[str, float]) -> list[Group]:
-    """One torch group per kind that has parameters."""
-    return [
-        {"params": members, "kind": kind, "lr": rates[kind]}
-        for kind, members in parameters_by_kind(model).items()
-        if members
-    ]
+    for kind in KINDS[1:] if muon else KINDS:
+        rates[kind] *= WIDTH_RULES[cfg.width_rule](kind, ratio)
+    kinds = parameters_by_kind(model).items()
+    return [{"params": members, "kind": kind, "lr": rates[kind]} for kind, members in kinds if members]
 
 
 def _by_dim(model: GPT, groups: list[Group]) -> list[Group]:
     """The groups, split by the dimension along which their weights have length 1."""
     dims = {id(weight): dim for weight, dim in model.sphere_weights()}
-    divided = [
-        group | {"params": [p for p in group["params"] if dims[id(p)] == dim], "dim": dim}
-        for group in groups
-        for dim in (1, 0)
-    ]
-    return [group for group in divided if group["params"]]
+    split = []
+    for group, dim in itertools.product(groups, (1, 0)):
+        if members := [p for p in group["params"] if dims[id(p)] == dim]:
+            split.append(group | {"params": members, "dim": dim})
+    return split
 
 
 def _adamw(groups: list[Group], cfg: OptimConfig) -> list[torch.optim.Optimizer]:

@@ -8,28 +8,21 @@ from torch import Tensor
 from ngpt.model.gpt import GPT
 from ngpt.optim.batching import group_by, stack, write_back
 
-MIB = 2**20
-# Normalized at once: the second read should still find it in the cache.
-BATCH_BYTES = {"cpu": 4 * MIB, "cuda": 32 * MIB}
+BATCH_BYTES = {"cpu": 4 * 2**20, "cuda": 32 * 2**20}  # normalized at once, so the second read finds it in the cache
 
 
 def project_weights(model: GPT) -> None:
-    """Scales the vectors of each sphere weight to length 1, in float32 (normalize_matrices in NVIDIA/ngpt).
-
-    Runs after an optimizer step, every `project_every` steps. A GPT has nothing to project.
-    """
+    """Scales the vectors of each sphere weight to length 1, in float32 (normalize_matrices in NVIDIA/ngpt)."""
     project(model.sphere_weights())
 
 
 @torch.no_grad()
 def project(sphere_weights: Iterable[tuple[Tensor, int]]) -> None:
-    """Scales the vectors of matrices, along the dimension given with each, to length 1.
-
-    Works in place; small weights of one shape are one batch.
-    """
+    """Scales the vectors of matrices, along the dimension given with each, to length 1, in place."""
     for weights, dim in _batches(sphere_weights):
         batch = stack(weights)
-        for vectors in batch.split(_at_once(batch, dim), dim=-1 - dim):
+        at_once = max(1, _budget(batch) * batch.shape[-1 - dim] // batch.nbytes)
+        for vectors in batch.split(at_once, dim=-1 - dim):
             exact = torch.promote_types(vectors.dtype, torch.float32)
             length = torch.linalg.vector_norm(vectors, dim=dim - 2, keepdim=True, dtype=exact)
             vectors.div_(length.clamp_min_(1e-12))  # the zero vector stays zero, as in l2_normalize
@@ -43,11 +36,6 @@ def _batches(weights: Iterable[tuple[Tensor, int]]) -> Iterator[tuple[list[Tenso
         count = max(1, _budget(members[0]) // members[0].nbytes)
         for start in range(0, len(members), count):
             yield members[start : start + count], dim
-
-
-def _at_once(batch: Tensor, dim: int) -> int:
-    """How many vectors of each weight of the batch fit `BATCH_BYTES`."""
-    return max(1, _budget(batch) * batch.shape[-1 - dim] // batch.nbytes)
 
 
 def _budget(tensor: Tensor) -> int:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ngpt.model.norm import l2_normalize
-from ngpt.optim.batching import group_by, stack, write_back
+from ngpt.optim.batching import group_by, stack, trained, write_back
 from ngpt.optim.muon import orthogonalize
 
 BLOCK_BYTES = 2**18  # of each tensor that are updated at once on a CPU
@@ -52,8 +52,8 @@ def _polar(velocity: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 class GeodesicMuon(torch.optim.Optimizer):
     """Muon on the sphere: orthogonalized momentum, applied as an exact rotation of each unit vector.
 
-    The name comes from a source report ("exact manifold updates using rotation matrices"), which does not define it.
-    Muown (arXiv 2605.10797), AngularMuown (2606.23637) and Mano (2601.23000) are related. One step:
+    A source report names it ("exact manifold updates using rotation matrices") without a definition. Muown (arXiv
+    2605.10797), AngularMuown (2606.23637) and Mano (2601.23000) are related. One step:
 
         m = momentum * m + (1 - momentum) * gradient
         d = (1 - momentum) * gradient + momentum * m if nesterov, else m
@@ -62,22 +62,16 @@ class GeodesicMuon(torch.optim.Optimizer):
 
     N is the number of unit vectors of the weight, D their length. The N x D matrix U V^T has vectors of root mean
     square length sqrt(min(1, D / N)), so `lr` is about the root mean square angle in radians of a turn, whatever the
-    shape, less what the tangent part drops. Muon uses rows / columns of the stored weight instead; they differ only if
-    the unit vectors are the columns of a matrix that is not square.
+    shape, less what the tangent part drops. (Muon uses rows / columns of the stored weight instead of N / D.)
 
     As in Muon, the momentum is ambient; only the orthogonalized update is made tangent. In 400 steps of a model with 2
-    layers of width 64, at 3 rates with 2 seeds, tangent momentum was worse in all 6 pairs, by 0.13 nats on average,
-    whether it moved with the points by parallel transport or by projection. A likely reason: gradients are nearly of
-    low rank, the multiples of w that the tangent part subtracts have full rank, and orthogonalizing raises them to the
-    size of the rest. The cost of ambient momentum: a step need not descend a smooth loss. For example, a square W with
-    orthonormal rows and the gradient W A, A positive definite, does not move; nor does it under Muon with projection.
+    layers of width 64, at 3 rates with 2 seeds, tangent momentum was worse in all 6 pairs, by 0.13 nats on average. A
+    likely reason: gradients are nearly of low rank, the multiples of w that the tangent part subtracts have full rank,
+    and orthogonalizing raises them to the size of the rest. The cost: a step need not descend a smooth loss. A square W
+    with orthonormal rows and the gradient W A, A positive definite, does not move; nor under Muon with projection.
 
-    Args:
-        params: groups with the key `dim`, along which the weights (2-D, on the sphere) have length 1.
-        lr: see above.
-        momentum: decay of the running gradient mean.
-        nesterov: look ahead by one momentum step.
-        ns_steps: Newton-Schulz iterations.
+    Each group of `params` has the key `dim`, along which its weights (2-D, on the sphere) have length 1. The other
+    settings are those of `Muon`.
     """
 
     def __init__(
@@ -112,7 +106,7 @@ class GeodesicMuon(torch.optim.Optimizer):
 
 
 class RiemannianAdamW(torch.optim.Optimizer):
-    """AdamW on the sphere, after Becigneul and Ganea, Riemannian adaptive optimization methods (arXiv 1810.00760).
+    """AdamW on the sphere, after Becigneul and Ganea (arXiv 1810.00760).
 
         g = tangent part of the gradient             m = beta1 * m + (1 - beta1) * g
                                                      v = beta2 * v + (1 - beta2) * g^2, entry by entry
@@ -122,17 +116,12 @@ class RiemannianAdamW(torch.optim.Optimizer):
     An entry of t is about 1 if gradients agree from step to step, as in AdamW, so `lr` means the same: a vector turns
     by up to about lr * sqrt(D) radians, and a small step along tangent gradients is an AdamW step with projection.
 
-    Unlike in the paper, the second moment is per entry. The paper has one per vector, because a sphere has no preferred
-    coordinates and entries cannot be transported. The coordinates of the model do have meaning, since alpha acts on
-    each. So v stays in place while points and m move. In 400 steps of a model with 2 layers of width 64, at 4 rates
-    with 2 seeds, the loss was lower per entry in all 8 pairs, by 0.07 nats on average. The steps then depend on the
-    basis of the model's space, as Adam's do.
+    Unlike in the paper, the second moment is per entry and stays in place, while points and m move. The paper has one
+    per vector, because a sphere has no preferred coordinates and entries cannot be transported. But the coordinates of
+    the model have a meaning, since alpha acts on each: in 400 steps of a model with 2 layers of width 64, at 4 rates
+    with 2 seeds, the loss was lower per entry in all 8 pairs, by 0.07 nats on average.
 
-    Args:
-        params: groups with the key `dim`, along which the weights (2-D, on the sphere) have length 1.
-        lr: see above.
-        betas: decay of the first and the second moment.
-        eps: added to the root of the second moment.
+    Each group of `params` has the key `dim`, as for `GeodesicMuon`; `betas` and `eps` are Adam's.
     """
 
     def __init__(
@@ -174,10 +163,7 @@ def _turn(w: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, group: dict
 
 
 def _in_cache(tensors: Sequence[Tensor], dim: int) -> Iterator[tuple[Tensor, ...]]:
-    """The same vectors (along `dim`) of all tensors (n, rows, columns); on a CPU, as many at a time as fit its cache.
-
-    Otherwise each of some thirty operations would write a whole embedding to memory and read it back.
-    """
+    """The same vectors (along `dim`) of all tensors (n, rows, columns), as many at a time as fit a CPU's cache."""
     first, other = tensors[0], -1 - dim  # vectors are counted along the other dimension
     count = first.shape[other]
     if first.device.type == "cpu":
@@ -190,15 +176,13 @@ def _batches(
 ) -> Iterator[tuple[dict[str, Any], list[Tensor], list[dict[str, Any]]]]:
     """Group, weights and states that can be updated as one batch: of one group, one shape and one step count.
 
-    A new state has `step` 0 and the named moments at zero. Moments have the shape and dtype of their weight, as torch's
-    load_state_dict expects; `step` is a number on the host, so reading it does not wait for the device.
+    New moments are zero. `step` is a number on the host, so reading it does not wait for the device.
     """
     for group in optimizer.param_groups:
-        trained = [weight for weight in group["params"] if weight.grad is not None]
-        for weight in trained:
+        for weight in trained(group):
             if not optimizer.state[weight]:
                 optimizer.state[weight].update({"step": 0} | {name: torch.zeros_like(weight) for name in moments})
-        for weights in group_by(trained, lambda weight: (*weight.shape, optimizer.state[weight]["step"])).values():
+        for weights in group_by(trained(group), lambda w: (*w.shape, optimizer.state[w]["step"])).values():
             states = [optimizer.state[weight] for weight in weights]
             for state in states:
                 state["step"] += 1
@@ -209,7 +193,5 @@ def _check_groups(optimizer: torch.optim.Optimizer) -> None:
     for group in optimizer.param_groups:
         shapes = [tuple(weight.shape) for weight in group["params"] if weight.ndim != 2]
         if shapes or group.get("dim") not in (0, 1):
-            name = type(optimizer).__name__
-            raise ValueError(
-                f"{name} takes groups of matrices with dim 0 or 1, got dim {group.get('dim')}, shapes {shapes}"
-            )
+            text = f"takes groups of matrices with dim 0 or 1, got dim {group.get('dim')}, shapes {shapes}"
+            raise ValueError(f"{type(optimizer).__name__} {text}")

@@ -1,11 +1,9 @@
 """Learning-rate schedules, and which events are due at a step: pure functions of the step, so resuming needs no state.
 
-A schedule is a function (progress, cfg) -> multiplier, where progress runs from 0 to 1 after the warm-up, and an entry
-in `SCHEDULES`. All share the linear warm-up.
+A schedule is a function (progress, cfg) -> multiplier in `SCHEDULES`; progress runs from 0 to 1 after the warm-up.
 """
 
 import math
-from collections.abc import Callable
 from typing import Annotated
 
 from pydantic import Field
@@ -41,12 +39,7 @@ def logarithmic(progress: float, cfg: "ScheduleConfig") -> float:
     return cfg.final_ratio + (1 - cfg.final_ratio) * (1 - fall)
 
 
-SCHEDULES: dict[str, Callable[[float, "ScheduleConfig"], float]] = {
-    "constant": constant,
-    "cosine": cosine,
-    "trapezoid": trapezoid,
-    "logarithmic": logarithmic,
-}
+SCHEDULES = {"constant": constant, "cosine": cosine, "trapezoid": trapezoid, "logarithmic": logarithmic}
 
 
 class ScheduleConfig(Config):
