@@ -165,13 +165,10 @@ def _interleave(weight: Tensor, head_dim: int) -> Tensor:
 
 def _strip_prefixes(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[Problem]]:
     """The weights by name, without the prefixes of torch.compile (`_orig_mod.`) and DDP (`module.`)."""
-    weights, problems = {}, []
-    for full_name, weight in state.items():
-        name = re.sub(r"^((_orig_mod|module)\.)+", "", full_name)
-        if name in weights:
-            problems.append(Problem((name,), "is given twice, with and without a prefix"))
-        weights[name] = weight
-    return weights, problems
+    names = {full_name: re.sub(r"^((_orig_mod|module)\.)+", "", full_name) for full_name in state}
+    twice = [name for name, count in Counter(names.values()).items() for _ in range(count - 1)]
+    problems = [Problem((name,), "is given twice, with and without a prefix") for name in twice]
+    return {names[full_name]: weight for full_name, weight in state.items()}, problems
 
 
 def _wrong_names(weights: Mapping[str, Tensor], expected: Table, layout: Layout) -> list[Problem]:
@@ -305,22 +302,11 @@ def _tokenizer_spec(tokenizer: str, vocab_size: int) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    options = vars(_parser().parse_args(arguments))
-    source, path, out, tokenizer = map(options.pop, ("source", "checkpoint", "out", "tokenizer"))
-
-    def command() -> int:
-        print(convert(source, path, out=out, tokenizer=tokenizer, options=options))
-        return 0
-
-    return run_command(command, path=out)
-
-
-def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m ngpt.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     sources = parser.add_subparsers(dest="source", required=True, metavar="|".join(SOURCES))
-    nvidia, nanochat = (sources.add_parser(name) for name in SOURCES)
+    nvidia, nanochat = map(sources.add_parser, SOURCES)
     for each in (nvidia, nanochat):
         each.add_argument("checkpoint", type=Path, metavar="CKPT.pt")
         each.add_argument("--n-head", type=int, metavar="N", help="heads; default: as in the checkpoint")
@@ -330,7 +316,14 @@ def _parser() -> argparse.ArgumentParser:
     nvidia.add_argument("--tokenizer", default="gpt2", metavar="T", help="gpt2 (default), gpt2:DIR or PATH.model")
     nanochat.add_argument("--n-kv-head", type=int, metavar="G", help="heads of keys and values; default: likewise")
     nanochat.add_argument("--tokenizer", required=True, metavar="T", help="gpt2, gpt2:DIR or PATH.model")
-    return parser
+    options = vars(parser.parse_args(arguments))
+    source, path, out, tokenizer = map(options.pop, ("source", "checkpoint", "out", "tokenizer"))
+
+    def command() -> int:
+        print(convert(source, path, out=out, tokenizer=tokenizer, options=options))
+        return 0
+
+    return run_command(command, path=out)
 
 
 if __name__ == "__main__":

@@ -127,9 +127,6 @@ def checkpoint_config(path: Path, assignments: list[str]) -> TrainConfig:
     return override(build(TrainConfig, settings | {f"data.{name}": value for name, value in data.items()}), changes)
 
 
-# ---- the command line ------------------------------------------------------------------------------------------------
-
-
 def table(stages: list[Stage]) -> str:
     """A line per stage, at most 120 columns wide."""
     rows = [("stage", "shape", "length: mean min..max", "sphere", "type", "ms", "")]

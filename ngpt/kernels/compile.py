@@ -1,8 +1,7 @@
 """torch.compile for a process that trains many models in turn, and for later processes.
 
-Within a process, `compile_for` traces each graph once. Compiled code is cached on disk by its content (torch's
-AOTAutograd and Inductor caches, and Triton's), so other workers and later runs trace their graphs but compile nothing.
-torch keeps this cache in the temporary folder, which is emptied; `use_disk_cache` moves it to the cache folder.
+Within a process, `compile_for` traces each graph once. torch caches compiled code on disk by its content, so other
+workers and later runs trace their graphs but compile nothing; `use_disk_cache` keeps it in the cache folder.
 """
 
 import functools
@@ -28,13 +27,8 @@ def compile_for(key: Hashable, function: Callable[..., Any]) -> Callable[..., An
     graph break raises instead of running slowly.
     """
     use_disk_cache()
-    copy = types.FunctionType(
-        function.__code__.replace(),
-        function.__globals__,
-        function.__name__,
-        function.__defaults__,
-        function.__closure__,
-    )
+    parts = (getattr(function, f"__{part}__") for part in ("globals", "name", "defaults", "closure"))
+    copy = types.FunctionType(function.__code__.replace(), *parts)
     copy.__kwdefaults__ = function.__kwdefaults__
     return torch.compile(copy, fullgraph=True, dynamic=False)
 
@@ -42,8 +36,7 @@ def compile_for(key: Hashable, function: Callable[..., Any]) -> Callable[..., An
 def use_disk_cache() -> Path:
     """Makes this process and its children keep compiled code in the cache folder; returns the folder in use.
 
-    A folder that the user set in TORCHINDUCTOR_CACHE_DIR stays. torch sets that variable to its own default when it
-    loads, which does not count as set by the user.
+    A folder that the user set in TORCHINDUCTOR_CACHE_DIR stays; the temporary one that torch sets does not.
     """
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # loads the compiler: 1.5 seconds
 

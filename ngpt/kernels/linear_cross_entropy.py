@@ -100,7 +100,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx: Any, share: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         """`share` is the gradient of the loss: 1, or the micro-batch's share of the step."""
-        # On a CPU the comparison is free, and autograd then keeps the tensors as they are: one pass and one copy less.
+        # On a CPU the comparison is free and saves a pass and a copy.
         if share is not None and share.device.type == "cpu" and share == 1:
             share = None
         if ctx.is_complete:

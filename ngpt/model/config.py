@@ -106,8 +106,7 @@ class ModelConfig(Config, frozen=True):
             raise invalid_setting(f"rope_factor {self.rope_factor} needs a rope_scaling: {scalings}", "rope_factor")
         if self.alpha_final is not None and not isinstance(self.alpha, float):
             raise invalid_setting("alpha_final needs a single alpha to start from, not one per layer", "alpha_final")
-        defaults = {"norm_mode": "baseline", "norm_every": 1, "norm_probability": 1.0, "alpha_final": None}
-        for name, default in defaults.items():
-            if not self.on_sphere and getattr(self, name) != default:
+        for name in ("norm_mode", "norm_every", "norm_probability", "alpha_final"):
+            if not self.on_sphere and getattr(self, name) != type(self).model_fields[name].default:
                 raise invalid_setting(f"{name} needs a residual rule on the sphere, not `add`", name, "residual")
         return self

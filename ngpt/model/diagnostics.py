@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from ngpt.model.gpt import GPT, SphereBlock
+from ngpt.model.gpt import GPT
 from ngpt.model.norm import DotProdNormalizer
 from ngpt.model.residual import Residual
 
@@ -23,8 +23,7 @@ def weight_norm_error(model: GPT) -> float:
 def activation_norm_error(model: GPT, idx: Tensor) -> float:
     """Largest deviation from length 1 of the residual stream for tokens `idx` (B, T); 0 for a GPT.
 
-    Measured before the first sublayer and after each, where lazy projection and skipped norms show. With stochastic
-    norms in training mode, the draws of the last step apply.
+    Measured before the first sublayer and after each. In training mode, the last step's stochastic norms apply.
     """
     if not model.cfg.on_sphere:
         return 0.0
@@ -51,24 +50,21 @@ def divisor_statistics(divisors: dict[str, Tensor]) -> dict[str, float]:
 @torch.no_grad()
 def effective_alphas(model: GPT) -> dict[str, Tensor]:
     """Effective alphas of each residual by name, 1-D; empty for a GPT."""
-    residuals = [
-        (f"alpha/{name}.{layer}", residual)
-        for layer, block in enumerate(model.blocks)
-        if isinstance(block, SphereBlock)
-        for name, residual in (("attention", block.attention_residual), ("mlp", block.mlp_residual))
-    ]
-    return {name: residual.sign(residual.alpha()) for name, residual in residuals}
+    alphas = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Residual):
+            _, layer, attribute = name.split(".")  # blocks.0.attention_residual
+            alphas[f"alpha/{attribute.removesuffix('_residual')}.{layer}"] = module.sign(module.alpha())
+    return alphas
 
 
 @contextlib.contextmanager
 def restore_counts_on_error(model: GPT) -> Iterator[None]:
     """Restores the count of non-finite divisors r if the pass in the block fails, since it will be retried."""
-    restore = _count_restorer(model)
-    try:
+    with contextlib.ExitStack() as undo:
+        undo.callback(_count_restorer(model))
         yield
-    except BaseException:
-        restore()
-        raise
+        undo.pop_all()
 
 
 def _count_restorer(model: GPT) -> Callable[[], object]:
@@ -82,19 +78,12 @@ def _count_restorer(model: GPT) -> Callable[[], object]:
 def _outputs(model: GPT, idx: Tensor, kind: type[nn.Module]) -> list[Tensor]:
     """Outputs of the modules of type `kind` for tokens `idx`, one per call; non-finite divisors are not counted."""
     outputs: list[Tensor] = []
-
-    def record(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        outputs.append(output)
-
-    hooks = [module.register_forward_hook(record) for module in model.modules() if isinstance(module, kind)]
-    restore = _count_restorer(model)
-    try:
-        for _ in model.stream(idx):
-            pass
-    finally:
-        for hook in hooks:
-            hook.remove()
-        restore()
+    with contextlib.ExitStack() as undo:
+        undo.callback(_count_restorer(model))
+        for module in model.modules():
+            if isinstance(module, kind):
+                undo.callback(module.register_forward_hook(lambda *call: outputs.append(call[-1])).remove)
+        model.features_uncompiled(idx)
     return outputs
 
 

@@ -1,8 +1,8 @@
-"""The language model: blocks and the whole model. Attention and MLP are in layers.py, the settings in config.py.
+"""The language model. Attention and MLP are in layers.py, the settings in config.py.
 
-One class covers two families. With `residual: add` it is a pre-norm GPT as in nanochat (RMSNorm without gain, QK norm,
-relu^2, softcap, untied head). With any other rule it is nGPT (arXiv 2410.01131; NVIDIA/ngpt): the residual stream and
-the rows of all matrices live on the unit sphere, and learned scales s_qk, s_uv, s_z replace the norms.
+With `residual: add` it is a pre-norm GPT as in nanochat (RMSNorm without gain, QK norm, relu^2, softcap, untied head).
+With any other rule it is nGPT (arXiv 2410.01131; NVIDIA/ngpt): the residual stream and the rows of all matrices live on
+the unit sphere, and learned scales s_qk, s_uv, s_z replace the norms.
 
 Shapes: B batch, T time, D width (n_embd), H heads, G heads of keys and values (n_kv_head), K head width (D / H),
 F hidden width of the MLP, V vocabulary.
@@ -163,7 +163,6 @@ class GPT(nn.Module):
         return compile_for((self._graph_key, idx.shape), GPT.features_uncompiled)(self, idx, cache)
 
     def features_uncompiled(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
-        """`features` without compilation."""
         *_, x = self.stream(idx, cache)
         return x if self.final_norm is None else self.final_norm(x)
 

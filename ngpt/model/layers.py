@@ -1,7 +1,4 @@
-"""The sublayers of a block: attention, with the cache that generation needs, and MLP.
-
-Shapes as in gpt.py: B batch, T time, D width, H heads, G heads of keys and values, K head width, F hidden width.
-"""
+"""The sublayers of a block: attention, with the cache that generation needs, and MLP. Shapes as in gpt.py."""
 
 import torch
 import torch.nn.functional as F
@@ -89,17 +86,14 @@ class Attention(nn.Module):
         slow = q.device.type == "cpu" and v.dtype == torch.bfloat16 and k.shape[2] <= FLOAT32_TOKENS
         dtype = torch.float32 if slow else v.dtype
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-        mask = _causal_mask(past, q.shape[2], q.device) if past else None
+        mask = None
+        if past:  # which keys each new query may attend to
+            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(diagonal=past)
         scale, gqa = self.softmax_scale, self.n_kv_head != self.n_head
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=not past, scale=scale, enable_gqa=gqa)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.query.in_features // self.n_head)).transpose(1, 2)
-
-
-def _causal_mask(past: int, new: int, device: torch.device) -> Tensor:
-    """Which of the `past + new` keys each new query may attend to, (new, past + new)."""
-    return torch.ones(new, past + new, dtype=torch.bool, device=device).tril(diagonal=past)
 
 
 class MLP(nn.Module):

@@ -43,9 +43,9 @@ NORM_MODES = {"baseline": baseline, "dotprod": dotprod, "ema": ema}
 class DotProdNormalizer(nn.Module):
     """The divisor r of each token, updated at every sublayer of a forward pass (source report 000, section 2.2).
 
-    It starts at 1, changes by the norm mode's rule with the dot product of stream x and branch f, and divides the step:
-    alpha / r (see `ngpt.model.residual.apply_residual`). It is float32; the report says bfloat16, which cannot count
-    beyond 256. NaN becomes 1 and infinity the largest float of its sign; `replaced` counts both over all passes.
+    It starts at 1, changes by the norm mode's rule with the dot product of stream x and branch f, and divides the step
+    (see `ngpt.model.residual.apply_residual`). It is float32: the report's bfloat16 cannot count beyond 256. NaN
+    becomes 1 and infinity the largest float of its sign; `replaced` counts both over all passes.
     """
 
     replaced: Tensor

@@ -31,10 +31,8 @@ def ntk(frequencies: Tensor, factor: float, trained: float) -> Tensor:
 
 
 def yarn(frequencies: Tensor, factor: float, trained: float) -> Tensor:
-    """NTK by parts (YaRN, arXiv 2309.00071, section 3.2): interpolates the pairs that never complete a turn.
-
-    A pair that turns often within the `trained` context keeps its frequency; in between, the two are mixed.
-    """
+    """NTK by parts (YaRN, arXiv 2309.00071, section 3.2): keeps pairs that turn often within the `trained` context,
+    interpolates those that never complete a turn, and mixes the two in between."""
     turns = trained * frequencies / (2 * math.pi)
     kept = ((turns - YARN_SLOW) / (YARN_FAST - YARN_SLOW)).clamp(0, 1)
     return frequencies * (kept + (1 - kept) / factor)
@@ -51,10 +49,7 @@ def attention_temperature(scaling: str, factor: float) -> float:
 def rope_tables(
     length: int, head_dim: int, *, base: float = 10_000.0, scaling: str = "none", factor: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of the angles of each position, float32, each (length, head_dim / 2).
-
-    With a scaling, `length` is the extended context; the model was trained with length / factor.
-    """
+    """Cosine and sine of the angles of each position, float32 (length, head_dim / 2); trained with length / factor."""
     frequencies = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     frequencies = ROPE_SCALINGS[scaling](frequencies, factor, length / factor)
     angles = torch.outer(torch.arange(length, dtype=torch.float64), frequencies)
@@ -68,10 +63,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def nvidia_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The result of NVIDIA/ngpt's `apply_rotary_position_embeddings` for `x` (..., T, K), in float32. Not a rotation.
+    """What NVIDIA/ngpt's `apply_rotary_position_embeddings` computes for `x` (..., T, K), in float32: not a rotation.
 
-    That code interleaves sine and cosine in one table but uses its halves as sine and cosine, and it lacks the terms
-    that would make it a rotation.
+    That code interleaves sine and cosine in one table but uses its halves as sine and cosine, and lacks two terms.
     """
     first, second = torch.stack((sin, cos), dim=-1).flatten(-2).chunk(2, dim=-1)
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)

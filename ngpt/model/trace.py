@@ -134,9 +134,6 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-# ---- hooks -----------------------------------------------------------------------------------------------------------
-
-
 @contextmanager
 def record_stages(model: GPT, recorder: Recorder) -> Iterator[None]:
     """Passes each stage of the forward passes in the block to the recorder; removes its hooks afterwards."""

@@ -7,11 +7,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+Group = dict[str, Any]  # an entry of `Optimizer.param_groups`
 Item = TypeVar("Item")
 Key = TypeVar("Key", bound=Hashable)
 
 
-def trained(group: dict[str, Any]) -> list[Tensor]:
+def trained(group: Group) -> list[Tensor]:
     """The parameters of an optimizer's group that have a gradient."""
     return [parameter for parameter in group["params"] if parameter.grad is not None]
 

@@ -10,15 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ngpt.optim.batching import group_by, stack, trained
+from ngpt.optim.batching import Group, group_by, stack, trained
 
 
 def orthogonalize(matrices: Tensor, *, steps: int = 5) -> Tensor:
     """U V^T of each matrix's singular value decomposition U S V^T, approximately; (..., M, N) -> (..., M, N).
 
-    Newton-Schulz iteration with a quintic of maximal slope at zero. Singular values end between about 0.7 and 1.2
-    instead of at 1, which is harmless and saves iterations. In bfloat16, as in the original, on a GPU and under
-    autocast; else in float32.
+    Newton-Schulz iteration with a quintic of maximal slope at zero; singular values end between about 0.7 and 1.2. In
+    bfloat16, as in the original, on a GPU and under autocast; else in float32.
     """
     a, b, c = 3.4445, -4.7750, 2.0315  # source: KellerJordan/Muon, zeropower_via_newtonschulz5
     device = matrices.device.type
@@ -67,7 +66,7 @@ class Muon(torch.optim.Optimizer):
             raise ValueError("Muon does not take a closure")
         step_muons([self])
 
-    def directions(self, parameters: list[Tensor], group: dict[str, Any]) -> Sequence[Tensor]:
+    def directions(self, parameters: list[Tensor], group: Group) -> Sequence[Tensor]:
         """Updates the running means; returns the matrix to orthogonalize for each parameter."""
         for parameter in parameters:
             if "momentum" not in self.state[parameter]:

@@ -8,7 +8,7 @@ embedding) or `scales` (1-D: alpha, s_qk, s_uv, s_z, gains of norms).
 """
 
 import itertools
-from typing import Annotated, Any, Self
+from typing import Annotated, Self
 
 import torch
 from pydantic import Field, Strict, model_validator
@@ -18,16 +18,13 @@ from ngpt.config.base import Config, ConfigError, invalid_setting, one_of
 from ngpt.model.config import ModelConfig
 from ngpt.model.gpt import GPT
 from ngpt.model.residual import RESIDUAL_RULES
+from ngpt.optim.batching import Group
 from ngpt.optim.muon import Muon
 from ngpt.optim.riemannian import GeodesicMuon, RiemannianAdamW
 
 KINDS = ("matrices", "embedding", "head", "scales")
 Rate = Annotated[float, Field(ge=0)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
-Group = dict[str, Any]
-
-
-# ---- optimizers --------------------------------------------------------------------------------
 
 
 def adamw(model: GPT, cfg: "OptimConfig") -> list[torch.optim.Optimizer]:
@@ -60,9 +57,6 @@ OPTIMIZERS = {"adamw": adamw, "muon": muon, "geodesic_muon": geodesic_muon, "rie
 ON_SPHERE = ("geodesic_muon", "riemannian_adamw")  # these rotate unit vectors, so the model must have some
 
 
-# ---- width rules -------------------------------------------------------------------------------
-
-
 def none(kind: str, ratio: float) -> float:
     """Unchanged rates."""
     return 1.0
@@ -91,9 +85,6 @@ def nugpt(kind: str, ratio: float) -> float:
 
 
 WIDTH_RULES = {"none": none, "nanochat": nanochat, "mup": mup, "nugpt": nugpt}
-
-
-# ---- settings ----------------------------------------------------------------------------------
 
 
 class OptimConfig(Config):
@@ -127,20 +118,15 @@ def incompatibility(cfg: OptimConfig, model: ModelConfig) -> str | None:
     """Why the optimizer cannot train this kind of model; None if it can."""
     if model.on_sphere or cfg.name not in ON_SPHERE:
         return None
-    rules = ", ".join(sorted(set(RESIDUAL_RULES) - {"add"}))
-    others = ", ".join(sorted(set(OPTIMIZERS) - set(ON_SPHERE)))
-    return (
-        f"optimizer {cfg.name} rotates weights on the sphere, and a model with residual rule {model.residual} has "
-        f"none: choose another residual rule ({rules}) or another optimizer ({others})"
-    )
+    rules, optimizers = sorted(RESIDUAL_RULES.keys() - {"add"}), sorted(OPTIMIZERS.keys() - ON_SPHERE)
+    reason = f"rotates weights on the sphere, and a model with residual rule {model.residual} has none"
+    advice = f"choose another residual rule ({', '.join(rules)}) or another optimizer ({', '.join(optimizers)})"
+    return f"optimizer {cfg.name} {reason}: {advice}"
 
 
 def build_optimizers(model: GPT, cfg: OptimConfig) -> list[torch.optim.Optimizer]:
     """The configured optimizer for `model`. Each torch group has a `kind` of `KINDS` and a `base_lr`, which
-    `set_learning_rates` multiplies; the first group holds matrices.
-
-    Raises:
-        ConfigError: the optimizer rotates weights on the sphere, and the model has none.
+    `set_learning_rates` multiplies; the first group holds matrices. Raises a ConfigError if they are incompatible.
     """
     if reason := incompatibility(cfg, model.cfg):
         raise ConfigError(reason)
@@ -170,9 +156,6 @@ def parameters_by_kind(model: GPT) -> dict[str, list[nn.Parameter]]:
         assert kind != "matrices" or is_matrix, f"{name} is of none of the kinds {KINDS}"
         parameters[kind].append(parameter)
     return parameters
-
-
-# ---- groups ------------------------------------------------------------------------------------
 
 
 def _groups(model: GPT, cfg: OptimConfig, *, muon: bool = False) -> list[Group]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ngpt.model.norm import l2_normalize
-from ngpt.optim.batching import group_by, stack, trained, write_back
+from ngpt.optim.batching import Group, group_by, stack, trained, write_back
 from ngpt.optim.muon import orthogonalize
 
 BLOCK_BYTES = 2**18  # of each tensor that are updated at once on a CPU
@@ -76,7 +76,7 @@ class GeodesicMuon(torch.optim.Optimizer):
 
     def __init__(
         self,
-        params: Iterable[dict[str, Any]],
+        params: Iterable[Group],
         *,
         lr: float = 0.02,
         momentum: float = 0.95,
@@ -125,12 +125,7 @@ class RiemannianAdamW(torch.optim.Optimizer):
     """
 
     def __init__(
-        self,
-        params: Iterable[dict[str, Any]],
-        *,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.95),
-        eps: float = 1e-8,
+        self, params: Iterable[Group], *, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps})
         _check_groups(self)
@@ -149,8 +144,8 @@ class RiemannianAdamW(torch.optim.Optimizer):
                 write_back(tensors, batch)
 
 
-def _turn(w: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, group: dict[str, Any], *, steps: int) -> None:
-    """One update of RiemannianAdamW; weights and moments change in place, the gradient does not."""
+def _turn(w: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, group: Group, *, steps: int) -> None:
+    """One update of RiemannianAdamW; weights and moments change in place."""
     axis, (beta1, beta2) = group["dim"] - 2, group["betas"]
     points = l2_normalize(w, axis)
     gradient = tangent(points, gradient, dim=axis)
@@ -171,9 +166,7 @@ def _in_cache(tensors: Sequence[Tensor], dim: int) -> Iterator[tuple[Tensor, ...
     yield from zip(*(tensor.split(count, other) for tensor in tensors), strict=True)
 
 
-def _batches(
-    optimizer: torch.optim.Optimizer, *moments: str
-) -> Iterator[tuple[dict[str, Any], list[Tensor], list[dict[str, Any]]]]:
+def _batches(optimizer: torch.optim.Optimizer, *moments: str) -> Iterator[tuple[Group, list[Tensor], list[Group]]]:
     """Group, weights and states that can be updated as one batch: of one group, one shape and one step count.
 
     New moments are zero. `step` is a number on the host, so reading it does not wait for the device.
