@@ -9,7 +9,7 @@ from ngpt.training.config import TrainConfig
 
 def test_a_step_counts_the_tokens_of_every_run(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = iter([9.0, 2.0, 4.0, 3.0])
-    monkeypatch.setattr("ngpt.ensemble.throughput.timed", lambda work, device: (work(), next(seconds))[1])
+    monkeypatch.setattr("ngpt.ensemble.throughput.time_call", lambda work, device: (work(), next(seconds))[1])
     tokens = 3 * tiny.batch_size * tiny.model.block_size
     assert measure_step_together(tiny, 3, warmup=1, steps=3) == tokens / 3.0
 
