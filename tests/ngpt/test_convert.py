@@ -1,4 +1,4 @@
-"""Official models, converted: their numbers are those of the official code, and nothing else loads."""
+"""Converted official models give the numbers of the official code, and invalid files are refused."""
 
 import json
 from collections.abc import Callable
@@ -34,7 +34,7 @@ def official(golden: Golden, prefix: str = "w/") -> State:
 
 
 def converted(file: str, state: State) -> GPT:
-    """What `state` becomes: a model, or with official gradients in place of weights one that holds them."""
+    """The model converted from `state`. Official gradients in place of weights give a model that holds them."""
     *_, block_size = meta = read(file)["meta_config"].tolist()
     if file == "nanochat_gpt":
         return from_nanochat(state, n_head=meta[1], n_kv_head=meta[2], block_size=block_size)
@@ -46,7 +46,7 @@ def batch(golden: Golden) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.tensor(golden["idx"]), torch.tensor(golden["targets"])
 
 
-def error_of_logits(model: GPT, golden: Golden) -> float:
+def logits_error(model: GPT, golden: Golden) -> float:
     with torch.no_grad():
         return (model(batch(golden)[0]) - torch.tensor(golden["logits"])).abs().max().item()
 
@@ -55,7 +55,7 @@ def error_of_logits(model: GPT, golden: Golden) -> float:
 def test_logits_and_loss_match_the_official_code(file: str) -> None:
     golden = read(file)
     model = converted(file, official(golden))
-    assert error_of_logits(model, golden) < 1e-5
+    assert logits_error(model, golden) < 1e-5
     assert model(*batch(golden)).item() == pytest.approx(float(golden["loss"]), abs=1e-5)
 
 
@@ -84,8 +84,8 @@ def test_step_of_adamw_and_projection_matches_the_official_code(file: str, weigh
     for name, parameter in model.named_parameters():
         right, gradient = expected.get_parameter(name).detach(), gradients.get_parameter(name).detach().abs()
         assert (right - before[name]).abs().max() > 1e-4, name
-        # The first step of Adam is lr * g / (|g| + 1e-8): a g below that, which a golden file has wrong by up to 5 %
-        # (against float64), moves a weight by as much of lr.
+        # The first step of Adam is lr * g / (|g| + 1e-8). For |g| below 1e-8, golden files are wrong by up to 5 %
+        # (against float64), so the step is wrong by as much of lr.
         noisy = (gradient > 0) & (gradient < 1e-8)
         error = (parameter.detach() - right).abs()
         assert (error < torch.where(noisy, 3e-5, 1e-5)).all(), name
@@ -98,14 +98,14 @@ def test_comparison_detects_a_change_of_any_weight(file: str) -> None:
     for name, weight in official(golden).items():
         noise = torch.randn(weight.shape, generator=generator) * weight.std() * 0.3
         changed = converted(file, official(golden) | {name: weight + noise})
-        assert error_of_logits(changed, golden) > 1e-4, name
+        assert logits_error(changed, golden) > 1e-4, name
 
 
 def test_comparison_detects_another_rope_variant() -> None:
     for file, rope in (("nvidia_ngpt", "rotary"), ("nvidia_gpt_baseline", "rotary"), (FILES[1], "nvidia")):
         golden = read(file)
         model = from_nvidia_ngpt(official(golden), n_head=4, block_size=16, rope=rope)
-        assert error_of_logits(model, golden) > 1e-3
+        assert logits_error(model, golden) > 1e-3
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -137,7 +137,7 @@ def test_bfloat16_weights_become_equal_float32_weights(file: str) -> None:
 def test_prefixes_of_compile_and_ddp_are_removed(file: str, prefix: str) -> None:
     golden = read(file)
     state = {prefix + name: weight for name, weight in official(golden).items()}
-    assert error_of_logits(converted(file, state), golden) < 1e-5
+    assert logits_error(converted(file, state), golden) < 1e-5
 
 
 def without(*parts: str) -> Callable[[State], State]:
@@ -243,7 +243,7 @@ def test_invalid_numbers_of_heads_are_refused(n_head: int, n_kv_head: int, probl
 
 @pytest.fixture
 def tokenizer(tmp_path: Path) -> str:
-    """The spec of a vocabulary of 61 tokens in GPT-2's format."""
+    """The tokenizer setting for a vocabulary of 61 tokens in GPT-2's format."""
     folder = tmp_path / "vocabulary"
     folder.mkdir()
     (folder / "encoder.json").write_text(json.dumps({str(n): n for n in range(60)} | {"<|endoftext|>": 60}))
@@ -251,7 +251,7 @@ def tokenizer(tmp_path: Path) -> str:
 
 
 def nvidia_checkpoint(path: Path, file: str, **changes: Any) -> Path:
-    """As train.py of NVIDIA/ngpt saves it, NumPy's random state included."""
+    """Saves a checkpoint as train.py of NVIDIA/ngpt does, including NumPy's random state."""
     model = converted(file, official(read(file)))
     args = {"use_nGPT": int("ngpt" in file), "n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": 16}
     args |= {"base_scale": 1 / 32**0.5, "bias": False, "vocab_size": 61, "dropout": 0.0}
@@ -287,7 +287,7 @@ def test_command_writes_a_checkpoint_of_the_same_model(
     folder = Path(capsys.readouterr().out.strip())
     assert folder == tmp_path / "out" / "checkpoints" / "step_0000000"
     assert verify_checkpoint(folder).identity["data.tokenizer"] == tokenizer
-    assert error_of_logits(build_model(verify_checkpoint(folder)), read(file)) < 1e-5
+    assert logits_error(build_model(verify_checkpoint(folder)), read(file)) < 1e-5
 
 
 def test_bare_state_dict_requires_head_counts_and_block_size(
@@ -300,8 +300,7 @@ def test_bare_state_dict_requires_head_counts_and_block_size(
     assert "give --block-size and --n-kv-head" in capsys.readouterr().err
     assert main([*common, "--n-head", "4", "--n-kv-head", "2", "--block-size", "16"]) == 0
     assert (
-        error_of_logits(build_model(verify_checkpoint(Path(capsys.readouterr().out.strip()))), read("nanochat_gpt"))
-        < 1e-5
+        logits_error(build_model(verify_checkpoint(Path(capsys.readouterr().out.strip()))), read("nanochat_gpt")) < 1e-5
     )
 
 
@@ -359,8 +358,8 @@ def test_folder_with_checkpoints_is_not_overwritten(
     verify_checkpoint(folder)
 
 
-class Intruder:
-    """Pickles as a call that would write a file."""
+class FileCreatingPickle:
+    """Pickles as a call that creates a file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -379,7 +378,7 @@ def test_file_that_is_not_a_checkpoint_is_refused_and_never_executed(
         (lambda: path.write_bytes(b""), "not a checkpoint that can be read safely"),
         (lambda: path.write_bytes(b"junk"), "not a checkpoint that can be read safely"),
         (lambda: path.write_bytes(b"hello world"), "not a checkpoint that can be read safely"),
-        (lambda: torch.save({"model": Intruder(touched)}, path), "not a checkpoint that can be read safely"),
+        (lambda: torch.save({"model": FileCreatingPickle(touched)}, path), "not a checkpoint that can be read safely"),
         (lambda: torch.save([torch.zeros(3)], path), "holds a list, not weights by name"),
     ]
     for write, message in contents:

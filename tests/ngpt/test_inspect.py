@@ -1,4 +1,4 @@
-"""The inspect command, and docs/model-questions.md, whose commands and scripts run here."""
+"""The inspect command, and the commands and scripts of docs/model-questions.md."""
 
 import json
 import math
@@ -87,25 +87,25 @@ def test_user_error_gives_one_message(arguments: list[str], message: str, capsys
 # ---- the document ----------------------------------------------------------------------------------------------------
 
 
-def blocks(language: str) -> list[str]:
+def code_blocks(language: str) -> list[str]:
     text = DOCUMENT.read_text(encoding="utf-8")
     return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
 
 
 def commands() -> list[list[str]]:
-    lines = [line for block in blocks("bash") for line in block.splitlines()]
+    lines = [line for block in code_blocks("bash") for line in block.splitlines()]
     return [shlex.split(line, comments=True) for line in lines if line]
 
 
 def files() -> dict[str, str]:
-    """The files at the end of the document; each begins with `# name`."""
-    named = [(re.match(r"# (\w+\.\w+)", block), block) for block in [*blocks("yaml"), *blocks("python")]]
+    """The files at the end of the document, each of which begins with `# name`."""
+    named = [(re.match(r"# (\w+\.\w+)", block), block) for block in [*code_blocks("yaml"), *code_blocks("python")]]
     return {match[1]: block for match, block in named if match}
 
 
 @pytest.fixture
-def written(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the document's files, with a smaller corpus and one step of one seed instead of 150 of three."""
+def document_folder(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the files of the document, for a smaller corpus, one seed and one step."""
     for name, text in files().items():
         short = text.replace("python-docs", str(corpus)).replace("sentencepiece:1024", "sentencepiece:400")
         (tmp_path / name).write_text(short.replace("seeds=(1, 2, 3), steps=150", "seeds=(1,), steps=1"))
@@ -130,9 +130,9 @@ def test_document_answers_twelve_questions_and_its_files_are_tested() -> None:
 
 @pytest.mark.parametrize("command", commands(), ids=" ".join)
 def test_commands_of_the_document_run(
-    command: list[str], written: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+    command: list[str], document_folder: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of campaigns only the plan is made, which trains nothing; everything else is run, with two sequences."""
+    """Campaigns are only planned, which trains nothing. All other commands run with two sequences."""
     if command[1] == "run_campaign.py":
         assert run_campaign.main([*command[2:], "--plan"]) == 0
     else:
@@ -141,8 +141,10 @@ def test_commands_of_the_document_run(
 
 
 @pytest.mark.parametrize("name", ["changes.py", "facts.py"])
-def test_scripts_of_the_document_run(name: str, written: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    runpy.run_path(str(written / name))
+def test_scripts_of_the_document_run(name: str, document_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(document_folder / name))
     printed = capsys.readouterr().out.splitlines()
-    assert len(printed) == files()[name].count("print(") + {"changes.py": 3, "facts.py": 4}[name]  # loops print again
+    assert (
+        len(printed) == files()[name].count("print(") + {"changes.py": 3, "facts.py": 4}[name]
+    )  # loops print several times
     assert not any("nan" in line for line in printed)

@@ -1,4 +1,4 @@
-"""C++ kernels: built once per machine, with a fallback if there is no compiler."""
+"""Building of C++ kernels: once per machine, with a fallback if no compiler is found."""
 
 import ctypes
 import logging

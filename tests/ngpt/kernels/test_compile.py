@@ -1,4 +1,4 @@
-"""`compile_for` compiles once per key, and compiled code is reused by later processes."""
+"""`compile_for` compiles once per key, and later processes reuse the compiled code."""
 
 import json
 import os
@@ -24,7 +24,7 @@ def power(x: Tensor, exponent: int, *, negative: bool = False) -> Tensor:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("default")  # torch's compiler emits warnings of its own
+@pytest.mark.filterwarnings("default")  # from torch's compiler
 def test_one_function_can_be_compiled_for_more_keys_than_torch_allows() -> None:
     x = torch.arange(4.0)
     for exponent in range(12):
@@ -35,7 +35,7 @@ def test_one_function_can_be_compiled_for_more_keys_than_torch_allows() -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 def test_second_model_of_the_same_shape_compiles_nothing() -> None:
-    """Neither the seed nor a swept hyper-parameter changes the graph."""
+    """Seeds and swept hyperparameters do not change the graph."""
     idx = torch.randint(0, 64, (4, 17), generator=torch.Generator().manual_seed(1))
     changes: list[dict[str, Any]] = [{}, {}, {"alpha": 0.3}, {"alpha": (0.1, 0.3)}, {"logit_scale": 10.0}]
     changes += [{"rope_base": 500.0}, {"alpha": 0.1, "alpha_final": 0.3}]
@@ -102,7 +102,7 @@ print(json.dumps({
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="compiling for a CPU needs a C++ compiler")
 def test_second_process_reuses_compiled_code(corpus: Path, tmp_path: Path) -> None:
-    """With another seed and alpha, as in the next worker or a repeated campaign."""
+    """Another seed and alpha, as in the next worker or a repeated campaign."""
     kept = os.environ | {"NGPT_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
     kept.pop(CACHE_VARIABLE, None)
 

@@ -1,4 +1,4 @@
-"""The C++ cross-entropy against float64; skipped on processors that it does not support."""
+"""The C++ cross-entropy against float64. Skipped on unsupported processors."""
 
 import math
 from collections.abc import Callable
@@ -15,12 +15,12 @@ from ngpt.kernels.build import load_native
 from ngpt.kernels.cpu_cross_entropy import cpu_cross_entropy
 from ngpt.kernels.linear_cross_entropy import linear_cross_entropy
 
-WIDTH, VOCABULARY = 32, 113  # two panels of 48 and a third that is not full
-Walked = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
+WIDTH, VOCABULARY = 32, 113  # two full panels of 48 and a partial one
+Result = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def built() -> None:
+def require_kernel() -> None:
     if not hasattr(load_native("cpu_cross_entropy"), "cpu_cross_entropy"):
         pytest.skip("this processor has no AVX512_BF16, or has AMX")
 
@@ -28,7 +28,7 @@ def built() -> None:
 def inputs(
     n: int, *, vocabulary: int = VOCABULARY, width: int = WIDTH, scales: int = 0, seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """x in bfloat16, weight and scale in float32, and targets (N, 1), with logits of a few units."""
+    """x in bfloat16, weight and scale in float32, targets (N, 1). Logits are a few units large."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(n, width, generator=generator).bfloat16()
     weight = torch.randn(vocabulary, width, generator=generator) / 4
@@ -36,8 +36,8 @@ def inputs(
     return x, weight, scale, torch.randint(vocabulary, (n, 1), generator=generator)
 
 
-def walked(*given: Tensor | None, rows: int = 16) -> list[Tensor]:
-    """Loss and gradients; it must have fitted."""
+def run_kernel(*given: Tensor | None, rows: int = 16) -> list[Tensor]:
+    """Loss and gradients of the kernel, which must accept these inputs."""
     x, weight, scale, targets = given
     assert x is not None and weight is not None and targets is not None
     found = cpu_cross_entropy(x, weight, scale, targets, rows=rows, gradients=True)
@@ -46,7 +46,7 @@ def walked(*given: Tensor | None, rows: int = 16) -> list[Tensor]:
 
 
 def exact(x: Tensor, weight: Tensor, scale: Tensor | None, targets: Tensor) -> list[Tensor]:
-    """Loss and gradients in float64, of the factors as they are multiplied: in bfloat16."""
+    """Loss and gradients in float64, from the factors rounded to bfloat16 as in the kernel."""
     factor = (weight if scale is None else weight * scale[:, None]).bfloat16().double().requires_grad_()
     x = x.double().requires_grad_()
     value = F.cross_entropy(F.linear(x, factor), targets[:, 0])
@@ -57,29 +57,29 @@ def exact(x: Tensor, weight: Tensor, scale: Tensor | None, targets: Tensor) -> l
     return [value.detach(), for_x, for_factor * scale[:, None], for_scale]
 
 
-def far(found: Tensor, expected: Tensor) -> float:
-    """The length of the error as a part of the length of what is expected."""
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """The norm of the error, relative to the norm of the expected value."""
     return float((found.double() - expected).norm() / expected.norm())
 
 
-def either_way(values: Tensor) -> tuple[Tensor, Tensor]:
-    """In bfloat16, and by how much this may be more or less where the sums in float32 may have crossed a boundary."""
+def bfloat16_bounds(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Values in bfloat16, and their possible error where float32 sums may have crossed a rounding boundary."""
     upper, lower = ((values * (1 + side * 2**-15)).bfloat16().double() for side in (1, -1))
     return (upper + lower) / 2, (upper - lower).abs() / 2
 
 
-def rounded(x: Tensor, weight: Tensor, scale: Tensor | None, targets: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Gradients in float64 of exponentials and of shares of x in bfloat16, each with how far off it may be."""
+def rounded_gradients(x: Tensor, weight: Tensor, scale: Tensor | None, targets: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Gradients in float64 from exponentials and scaled x in bfloat16, each with its largest possible error."""
     factor = (weight if scale is None else weight * scale[:, None]).bfloat16().double()
     z = x.double() @ factor.T
     others = (z - z.gather(1, targets)).exp().scatter(1, targets, 0)
     total = others.sum(1, keepdim=True)
     share = 1 / ((1 + total) * len(x))
-    slope, slack = either_way(others)
+    slope, slack = bfloat16_bounds(others)
     for_x = (slope @ factor - total * factor[targets[:, 0]]) * share
     x_slack = ((slack + 2**-15 * slope) @ factor.abs() + 2**-15 * total * factor[targets[:, 0]].abs()) * share
-    slope, slack = either_way(others.scatter(1, targets, -total))
-    shares, shares_slack = either_way(x.double() * share)
+    slope, slack = bfloat16_bounds(others.scatter(1, targets, -total))
+    shares, shares_slack = bfloat16_bounds(x.double() * share)
     for_factor = slope.T @ shares
     size = slope.abs().T @ shares.abs()
     factor_slack = slack.T @ (shares.abs() + shares_slack) + slope.abs().T @ shares_slack + 2**-15 * size
@@ -112,9 +112,9 @@ def test_errors_stay_within_bfloat16_rounding(
     n: int, vocabulary: int, width: int, rows: int, scaled: str, seed: int
 ) -> None:
     given = inputs(n, vocabulary=vocabulary, width=width, scales=scales(scaled, vocabulary), seed=seed)
-    value, *gradients = walked(*given, rows=rows)
+    value, *gradients = run_kernel(*given, rows=rows)
     torch.testing.assert_close(value.double(), exact(*given)[0], rtol=1e-5, atol=1e-6)
-    for gradient, (reference, slack) in zip(gradients, rounded(*given), strict=True):
+    for gradient, (reference, slack) in zip(gradients, rounded_gradients(*given), strict=True):
         assert gradient.shape == reference.shape
         assert ((gradient - reference).abs() <= slack).all()
 
@@ -125,10 +125,10 @@ def test_loss_and_gradients_match_full_logits_in_float64(
     n: int, vocabulary: int, width: int, rows: int, scaled: str
 ) -> None:
     given = inputs(n, vocabulary=vocabulary, width=width, scales=scales(scaled, vocabulary))
-    found, expected = walked(*given, rows=rows), exact(*given)
+    found, expected = run_kernel(*given, rows=rows), exact(*given)
     torch.testing.assert_close(found[0].double(), expected[0], rtol=1e-5, atol=1e-6)
-    # The softmax is rounded to bfloat16, by 2^-8 at most, and so are the rows of x that it is multiplied with: of many
-    # such errors the length is less. The gradient of a scale is a sum over a row of weight and of its gradient.
+    # The softmax and the rows of x it is multiplied with are rounded to bfloat16, by at most 2^-8. The norm of many
+    # such errors is smaller. The gradient of a scale is a sum of products over a row of the weight and its gradient.
     lengths = [reference.norm() for reference in expected]
     lengths[3:] = [2 * lengths[2] * given[1].norm()] * len(lengths[3:])
     for gradient, reference, length in zip(found[1:], expected[1:], lengths[1:], strict=True):
@@ -139,17 +139,17 @@ def test_loss_is_the_same_without_gradients() -> None:
     x, weight, scale, targets = inputs(50, scales=VOCABULARY)
     alone = cpu_cross_entropy(x, weight, scale, targets, rows=16, gradients=False)
     assert alone is not None and alone[1:] == (None, None, None)
-    assert alone[0] == walked(x, weight, scale, targets)[0]
+    assert alone[0] == run_kernel(x, weight, scale, targets)[0]
 
 
 def test_small_loss_of_a_confident_model_stays_accurate() -> None:
     targets = torch.arange(32)[:, None]
     x, weight = torch.eye(32).bfloat16() * 4, torch.eye(32) * 4  # 16 at the target, 0 elsewhere
-    value, grad_x, _ = walked(x, weight, None, targets)  # there is no scale, and none of its gradient
+    value, grad_x, _ = run_kernel(x, weight, None, targets)  # without a scale, two gradients
     expected, gradient, _ = exact(x, weight, None, targets)
     assert float(expected) < 4e-6
     torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=0)
-    assert far(grad_x, gradient) < 2**-8
+    assert relative_error(grad_x, gradient) < 2**-8
 
 
 def test_results_do_not_depend_on_the_number_of_threads(set_threads: Callable[[int], None]) -> None:
@@ -157,7 +157,7 @@ def test_results_do_not_depend_on_the_number_of_threads(set_threads: Callable[[i
     results = []
     for count in (1, 2, 3):
         set_threads(count)
-        results.append(walked(*given, rows=64))
+        results.append(run_kernel(*given, rows=64))
     for other in results[1:]:
         assert all(torch.equal(one, two) for one, two in zip(results[0], other, strict=True))
 
@@ -185,7 +185,7 @@ def test_nonfinite_values_use_the_fallback(bad: float, where: str) -> None:
     assert scale is not None
     {"x": x, "weight": weight, "scale": scale}[where].view(-1)[11] = bad
     assert cpu_cross_entropy(x, weight, scale, targets, rows=8, gradients=True) is None
-    if where != "scale":  # whose product with the weight takes torch's compiler
+    if where != "scale":  # the product of scale and weight would need torch's compiler
         value = linear_cross_entropy(x, weight, targets[:, 0], compiled=True)
         assert not math.isfinite(value)
 
@@ -207,7 +207,7 @@ def test_unsupported_widths_and_dtypes_use_the_fallback() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # torch, when it loads inductor
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # from torch, when it loads inductor
 @pytest.mark.parametrize("share", [1.0, 0.25])
 def test_compiled_loss_uses_the_kernel_with_gradients_of_weight_and_scale(
     share: float, monkeypatch: pytest.MonkeyPatch
@@ -215,9 +215,9 @@ def test_compiled_loss_uses_the_kernel_with_gradients_of_weight_and_scale(
     x, weight, scale, targets = inputs(40, scales=VOCABULARY)
     assert scale is not None
     leaves = [x.float().requires_grad_(), weight.requires_grad_(), scale.requires_grad_()]
-    seen: list[Walked | None] = []
+    seen: list[Result | None] = []
 
-    def watched(*args: Tensor, rows: int, gradients: bool) -> Walked | None:
+    def watched(*args: Tensor, rows: int, gradients: bool) -> Result | None:
         seen.append(cpu_cross_entropy(*args, rows=rows, gradients=gradients))
         return seen[-1]
 
@@ -232,7 +232,7 @@ def test_compiled_loss_uses_the_kernel_with_gradients_of_weight_and_scale(
     (F.cross_entropy(logits, targets[:, 0]) * share).backward()
     for leaf, reference in zip(leaves, exact_leaves, strict=True):
         assert leaf.grad is not None and reference.grad is not None and leaf.grad.dtype == torch.float32
-        assert far(leaf.grad, reference.grad) < 2**-6
+        assert relative_error(leaf.grad, reference.grad) < 2**-6
 
 
 def test_fallback_is_used_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:

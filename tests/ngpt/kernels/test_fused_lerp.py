@@ -1,4 +1,4 @@
-"""When the residual step uses the GPU kernel and when torch; the kernels themselves: test_fused_lerp_triton.py."""
+"""When the residual step uses the GPU kernels and when torch. test_fused_lerp_triton.py tests the kernels."""
 
 import logging
 from typing import Any
@@ -25,7 +25,7 @@ def operands(
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float32),
     devices: tuple[str, ...] = ("cuda", "cuda", "cuda"),
 ) -> list[Tensor]:
-    """Fake tensors on a GPU, without memory."""
+    """Fake GPU tensors, which need no memory."""
     with FakeTensorMode():
         kinds = zip((x, x if f is None else f, alpha), dtypes, devices, strict=True)
         return [torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in kinds]
@@ -33,7 +33,7 @@ def operands(
 
 @pytest.fixture
 def checked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """A GPU machine with working kernels, turned on; the list holds the operands that they were checked for."""
+    """A machine whose kernels work and are enabled. The list holds the operands they were checked for."""
     operands: list[tuple[Any, ...]] = []
 
     def check(*operand: Any) -> bool:
@@ -76,7 +76,7 @@ def test_kernels_are_off_by_default(
         {"dtypes": (torch.float32, torch.float64, torch.float32)},
         {"dtypes": (torch.float32, torch.float32, torch.bfloat16)},
         {"f": (3, 8)},
-        {"alpha": (2, 3, 1)},  # divided by r of each token
+        {"alpha": (2, 3, 1)},  # divided by the r of each token
         {"alpha": (2, 3, 8)},
         {"x": (0, 3, 8)},
         {"x": (2, 3, MAX_WIDTH + 1), "alpha": (1,)},
@@ -107,7 +107,7 @@ def test_compiled_step_does_not_use_the_kernels(
 
 @pytest.fixture
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, ...]]:
-    """The operands that `lerp` passes to the kernels, on a machine where they are used whenever they can be."""
+    """The operands that `lerp` passes to the kernels, on a machine that uses them for all supported operands."""
     taken: list[tuple[Tensor, ...]] = []
 
     def take(*operand: Tensor) -> Tensor:

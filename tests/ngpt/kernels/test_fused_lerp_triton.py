@@ -1,4 +1,4 @@
-"""The Triton kernels against float64, on a GPU or in Triton's interpreter; skipped without Triton."""
+"""The Triton kernels against float64, on a GPU or in Triton's interpreter. Skipped without Triton."""
 
 import os
 import subprocess
@@ -21,13 +21,13 @@ from ngpt.model.gpt import GPT
 from tests.helpers.numpy_gpt import RULES
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-triton = pytest.importorskip("triton", minversion=None if DEVICE.type == "cuda" else "3.7")  # 3.6's: NumPy < 2.4
+triton = pytest.importorskip("triton", minversion=None if DEVICE.type == "cuda" else "3.7")  # 3.6 needs NumPy < 2.4
 
 from ngpt.kernels import fused_lerp_triton  # noqa: E402
 
 FLOATS, HALVES = torch.float32, torch.bfloat16
-FORWARD, BACKWARD = 1e-6, 1e-5  # of the largest entry of a row
-ROUNDING = 2.0**-7  # the same in bfloat16, which has 8 bits; a GPU rounds to the nearest, the interpreter truncates
+FORWARD, BACKWARD = 1e-6, 1e-5  # relative to the largest entry of a row
+ROUNDING = 2.0**-7  # as above, in bfloat16 (8 bits): a GPU rounds to nearest, the interpreter truncates
 
 
 def random(*shape: int, number: int = 0) -> Tensor:
@@ -38,8 +38,10 @@ def exact(x: Tensor, f: Tensor, alpha: Tensor) -> Tensor:
     return F.normalize(torch.lerp(F.normalize(x, dim=-1), F.normalize(f, dim=-1), alpha), dim=-1)
 
 
-def both_ways(formulation: object, tensors: list[Tensor], towards: Tensor, dtype: torch.dtype | None) -> list[Tensor]:
-    """The value and the gradients of three leaves, converted to `dtype` if it is given."""
+def value_and_gradients(
+    formulation: object, tensors: list[Tensor], towards: Tensor, dtype: torch.dtype | None
+) -> list[Tensor]:
+    """The value and the gradients of three leaves, converted to `dtype` unless it is None."""
     leaves = [tensor.detach().to(DEVICE, dtype or tensor.dtype, copy=True).requires_grad_() for tensor in tensors]
     y = formulation(*leaves)  # pyright: ignore[reportCallIssue]
     y.backward(towards.to(y))
@@ -47,15 +49,15 @@ def both_ways(formulation: object, tensors: list[Tensor], towards: Tensor, dtype
 
 
 def check(tensors: list[Tensor], towards: Tensor) -> None:
-    """Compares each row relative to its own largest entry: a zero vector's gradient is 1e12 times another's."""
+    """Compares each row relative to its largest entry, since the gradient of a zero vector is 1e12 times larger."""
     x, f, alpha = tensors
-    ours = both_ways(fused_lerp, tensors, towards, None)
-    expected = both_ways(exact, [x, f, alpha.expand(x.shape[-1])], towards, torch.float64)
+    actual = value_and_gradients(fused_lerp, tensors, towards, None)
+    expected = value_and_gradients(exact, [x, f, alpha.expand(x.shape[-1])], towards, torch.float64)
     sizes = [tensor.abs().amax(-1, keepdim=True) for tensor in expected]
     if alpha.numel() == 1:  # a sum over the channels, which may cancel
         sizes[3] = expected[3].abs().sum().expand(alpha.shape)
         expected[3] = expected[3].sum().expand(alpha.shape)
-    for result, reference, size, operand in zip(ours, expected, sizes, [None, *tensors], strict=True):
+    for result, reference, size, operand in zip(actual, expected, sizes, [None, *tensors], strict=True):
         assert result.dtype == (FLOATS if operand is None else operand.dtype)
         assert result.shape == reference.shape
         tolerance = FORWARD if operand is None else BACKWARD if operand.dtype == FLOATS else ROUNDING
@@ -116,14 +118,14 @@ def test_vector_shorter_than_eps_is_divided_by_eps() -> None:
 
 
 def test_gradients_match_finite_differences_of_the_formula() -> None:
-    """Against central differences of the NumPy formula, for x on the sphere, as the formula assumes, and any f."""
+    """Central differences of the NumPy formula, for x on the sphere, as the formula assumes, and any f."""
     x, f, alpha, towards = (
         F.normalize(random(1, 9)),
         random(1, 9, number=1),
         random(9, number=3).sigmoid(),
         random(1, 9, number=2),
     )
-    _, gx, *found = both_ways(fused_lerp, [x, f, alpha], towards, None)
+    _, gx, *found = value_and_gradients(fused_lerp, [x, f, alpha], towards, None)
     arrays = [x.double().numpy(), f.double().numpy(), alpha.double().numpy()]
 
     def value(at: list[np.ndarray]) -> float:
@@ -147,13 +149,13 @@ def test_gradients_of_alpha_are_summed_over_the_tokens_of_a_program(
         [random(tokens, 12), random(tokens, 12, number=1), random(12, number=3).sigmoid()],
         random(tokens, 12, number=2),
     )
-    alone = both_ways(fused_lerp, given, towards, None)
+    alone = value_and_gradients(fused_lerp, given, towards, None)
     monkeypatch.setattr(fused_lerp_triton, "BACKWARD_WARPS", 3)  # the last program has fewer tokens
     check(given, towards)
-    together = both_ways(fused_lerp, given, towards, None)
+    together = value_and_gradients(fused_lerp, given, towards, None)
     for one, other in zip(alone[:3], together[:3], strict=True):
         assert torch.equal(one, other)
-    assert torch.equal(together[3], both_ways(fused_lerp, given, towards, None)[3])
+    assert torch.equal(together[3], value_and_gradients(fused_lerp, given, towards, None)[3])
 
 
 def test_noncontiguous_tensors_are_read_correctly() -> None:
@@ -161,7 +163,9 @@ def test_noncontiguous_tensors_are_read_correctly() -> None:
     check([x.contiguous(), f.contiguous(), alpha.contiguous()], torch.ones(2, 3, 12))
     leaves = [tensor.to(DEVICE).requires_grad_() for tensor in (x, f, alpha)]
     fused_lerp(*leaves).sum().backward()  # the gradient of a sum is an expanded number
-    packed = both_ways(fused_lerp, [x.contiguous(), f.contiguous(), alpha.contiguous()], torch.ones(2, 3, 12), None)
+    packed = value_and_gradients(
+        fused_lerp, [x.contiguous(), f.contiguous(), alpha.contiguous()], torch.ones(2, 3, 12), None
+    )
     for leaf, expected in zip(leaves, packed[1:], strict=True):
         assert leaf.grad is not None and torch.equal(leaf.grad.cpu(), expected)
 
@@ -223,8 +227,8 @@ def test_model_has_the_same_loss_and_gradients_with_the_kernels(
         loss = model(idx[:, :-1], idx[:, 1:])
         loss.backward()
         outcomes.append([loss.detach(), *(parameter.grad for parameter in model.parameters())])
-    for plain, ours in zip(*outcomes, strict=True):
-        torch.testing.assert_close(ours, plain, atol=BACKWARD * float(plain.abs().max()), rtol=0)
+    for plain, actual in zip(*outcomes, strict=True):
+        torch.testing.assert_close(actual, plain, atol=BACKWARD * float(plain.abs().max()), rtol=0)
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="the other tests compile the kernels")

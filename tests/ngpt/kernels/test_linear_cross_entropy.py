@@ -1,4 +1,4 @@
-"""The chunked cross-entropy of a linear head against torch's plain one in float64."""
+"""The chunked cross-entropy of a linear head against torch's cross-entropy in float64."""
 
 import math
 from typing import Any
@@ -22,7 +22,7 @@ SCALES = {"no scale": None, "one scale": (1,), "a scale per entry": (VOCABULARY,
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks of 8 rows, walked in blocks of 2, so that small inputs cross the borders of both."""
+    """Chunks of 8 rows in blocks of 2, so that small inputs cross the borders of both."""
     monkeypatch.setitem(loss.CHUNK_BYTES, "cpu", 9 * 4 * VOCABULARY)
     monkeypatch.setitem(loss.BLOCK_BYTES, "cpu", 3 * 4 * VOCABULARY)
 
@@ -30,7 +30,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 def inputs(
     *shape: int, scale: tuple[int, ...] | None = None, seed: int = 0, **options: Any
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """x, weight and scale as leaves, and targets, with logits of a few units."""
+    """x, weight and scale as leaves, and targets. Logits are a few units large."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(*shape, WIDTH, generator=generator, **options)
     weight = torch.randn(VOCABULARY, WIDTH, generator=generator, **options)
@@ -42,7 +42,7 @@ def inputs(
 
 
 def plain(x: Tensor, weight: Tensor, scale: Tensor | None, targets: Tensor, softcap: float | None) -> Tensor:
-    """The definition, with all logits at once."""
+    """The definition, which computes all logits at once."""
     logits = F.linear(x, weight)
     logits = logits if scale is None else logits * scale
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
@@ -60,7 +60,7 @@ def exact(
 
 
 def assert_gradients(leaves: tuple[Tensor | None, ...], expected: list[Tensor], tolerance: float) -> None:
-    """The error of each gradient, as a vector, is at most `tolerance` of its length."""
+    """Asserts that the norm of each gradient's error is at most `tolerance` times the norm of the gradient."""
     for leaf, reference in zip([t for t in leaves if t is not None], expected, strict=True):
         assert leaf.grad is not None and leaf.grad.dtype == leaf.dtype and leaf.grad.shape == leaf.shape
         assert (leaf.grad - reference).norm() <= tolerance * reference.norm()
@@ -98,8 +98,8 @@ def test_gradients_match_finite_differences_in_float64(scale: tuple[int, ...] | 
 @pytest.mark.parametrize("how", ["autocast", "x is bfloat16"])
 def test_bfloat16_error_stays_within_rounding(how: str, softcap: float | None) -> None:
     x, weight, factor, targets = inputs(500, scale=(VOCABULARY,))
-    # Rounding is by at most 2^-8 of a value: of the operands, and of logits of some ten units, so that softmax is off
-    # by some 2^-6 where it matters most. One rounding more or less in the mean over 500 rows does not show.
+    # Rounding changes the operands and the logits by at most 2^-8. Logits are about ten units large, so the softmax is
+    # off by about 2^-6 where it matters most. One extra rounding in the mean over 500 rows is negligible.
     if how == "autocast":
         with torch.autocast("cpu", dtype=torch.bfloat16):
             value = linear_cross_entropy(x, weight, targets, scale=factor, softcap=softcap)
@@ -115,7 +115,10 @@ def test_bfloat16_error_stays_within_rounding(how: str, softcap: float | None) -
 
 def test_bfloat16_sum_over_many_chunks_keeps_small_terms() -> None:
     x, weight, _, targets = inputs(1)
-    x, targets = x.detach().expand(8192, WIDTH), targets.expand(8192)  # summed in bfloat16 this stops at 256 chunks
+    x, targets = (
+        x.detach().expand(8192, WIDTH),
+        targets.expand(8192),
+    )  # a sum in bfloat16 would stop growing at 256 chunks
     with torch.autocast("cpu", dtype=torch.bfloat16):
         linear_cross_entropy(x, weight, targets).backward()
     assert_gradients((weight,), exact(x, weight, None, targets, None)[1][1:], 2**-6)
@@ -134,8 +137,8 @@ def test_float16_is_refused() -> None:
         linear_cross_entropy(x.half(), weight, targets)
 
 
-class _Largest(TorchDispatchMode):
-    """Remembers the size of the largest tensor that an operation returned."""
+class _LargestTensor(TorchDispatchMode):
+    """Records the size of the largest tensor returned by an operation."""
 
     numel = 0
 
@@ -148,13 +151,13 @@ class _Largest(TorchDispatchMode):
 @pytest.mark.parametrize("softcap", [None, 15.0])
 def test_no_tensor_is_larger_than_a_chunk_or_a_gradient(softcap: float | None) -> None:
     x, weight, factor, targets = inputs(200, scale=(VOCABULARY,))
-    with _Largest() as largest:
+    with _LargestTensor() as largest:
         linear_cross_entropy(x, weight, targets, scale=factor, softcap=softcap).backward()
     assert largest.numel == max(8 * VOCABULARY, x.numel(), weight.numel())
 
 
-class _Products(TorchDispatchMode):
-    """Remembers where the rows of all factors and results of matrix products start."""
+class _ProductRows(TorchDispatchMode):
+    """Records where the rows of the factors and results of matrix products start."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -172,11 +175,11 @@ class _Products(TorchDispatchMode):
 def test_rows_of_matrix_products_start_at_multiples_of_the_pitch(
     autocast: bool, softcap: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on a GPU, where the products of a vocabulary of 50257 would be several times as slow."""
+    """On a GPU, unaligned products for a vocabulary of 50257 would be several times slower."""
     monkeypatch.setitem(loss.PITCH, "cpu", 16)
     monkeypatch.setitem(loss.BLOCK_BYTES, "cpu", 1 << 20)
     x, weight, factor, targets = inputs(21, scale=(VOCABULARY,))
-    with _Products() as products, torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+    with _ProductRows() as products, torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         value = linear_cross_entropy(x, weight, targets, scale=factor, softcap=softcap)
     value.backward()
     assert len(products.pitches) > 20 and all(pitch % 16 == 0 for pitch in products.pitches)
@@ -192,8 +195,8 @@ def test_micro_batch_gradients_add_up_to_those_of_the_batch() -> None:
     assert_gradients((x, weight, factor), exact(x, weight, factor, targets, None)[1], 2e-6)
 
 
-class _Passes(TorchDispatchMode):
-    """Counts the operations that return as many numbers as the head has."""
+class _HeadPasses(TorchDispatchMode):
+    """Counts the operations whose result is as large as the head."""
 
     def __init__(self, head: Tensor) -> None:
         super().__init__()
@@ -209,7 +212,7 @@ def test_accumulating_gradients_needs_no_extra_pass_over_the_head() -> None:
     x, weight, factor, targets = inputs(24, scale=(VOCABULARY,))
     counts = []
     for share in (1.0, 0.25):
-        with _Passes(weight) as passes:
+        with _HeadPasses(weight) as passes:
             (linear_cross_entropy(x, weight, targets, scale=factor) * share).backward()
         counts.append(passes.count)
     assert counts[0] == counts[1]
@@ -311,7 +314,7 @@ def test_compiled_kernel_gives_the_same_numbers(autocast: bool, softcap: float |
         results.append((value, x, weight, factor))
     (eager, *leaves), (value, *compiled_leaves) = results
     torch.testing.assert_close(value, eager, rtol=1e-6, atol=0)
-    # The same products on the same slopes; an exponential that differs in its last bit may be rounded the other way.
+    # The products and their operands are the same, but an exponential may differ in its last bit and round differently.
     assert_gradients(tuple(compiled_leaves), [leaf.grad for leaf in leaves], 2**-8 if autocast else 1e-6)
 
 
@@ -331,7 +334,7 @@ def test_loss_of_equal_logits_is_the_log_of_the_vocabulary_size(n: int, seed: in
 @given(st.integers(1, 40), seeds, st.floats(-100, 100))
 def test_adding_a_constant_to_all_logits_changes_nothing(n: int, seed: int, constant: float) -> None:
     x, weight, _, targets = inputs(n, seed=seed, dtype=torch.float64)
-    # A column of ones in x and of the constant in the weight adds it to every logit.
+    # A column of ones in x and one of the constant in the weight add the constant to every logit.
     longer = torch.cat([x.detach(), torch.ones(n, 1)], 1), torch.cat([weight, torch.full((VOCABULARY, 1), constant)], 1)
     expected = linear_cross_entropy(x.detach(), weight, targets)
     torch.testing.assert_close(linear_cross_entropy(*longer, targets), expected, rtol=1e-9, atol=1e-9)

@@ -1,4 +1,4 @@
-"""What is measured of a model in training: the drift off the sphere, step lengths, divisors."""
+"""Measurements of a model in training: its distance from the sphere, step lengths and divisors."""
 
 import numpy as np
 import pytest
@@ -53,7 +53,7 @@ def test_weight_error_is_that_of_the_worst_vector(name: str, vector: tuple[int |
     gpt = model()
     with torch.no_grad():
         gpt.get_parameter(name)[vector] *= factor
-        gpt.get_parameter("wte.weight")[0] *= 1.1  # smaller, so it must not be what is shown
+        gpt.get_parameter("wte.weight")[0] *= 1.1  # smaller, so it must not be reported
     assert weight_norm_error(gpt) == pytest.approx(0.25, abs=1e-6)
 
 
@@ -67,7 +67,7 @@ def test_activation_error_includes_the_embedding() -> None:
 
 @pytest.mark.parametrize("every", [2, 3, 100])
 def test_activation_error_includes_every_sublayer_without_a_norm(every: int) -> None:
-    """With every = 2 only the attentions do, so that nothing shows between the blocks."""
+    """With every = 2 only attention layers skip the norm, so the stream between blocks stays on the sphere."""
     ghost = model(norm_every=every, alpha=0.3)
     lengths = [1.0]
     for module in ghost.modules():
@@ -113,7 +113,7 @@ def test_reported_divisors_match_the_forward_pass(mode: str) -> None:
 def test_diagnostics_do_not_change_the_model(look: object) -> None:
     gpt = model(norm_mode="dotprod")
     with torch.no_grad():
-        gpt.wte.weight[IDX[0, 0]] = torch.nan  # so that there is something to count
+        gpt.wte.weight[IDX[0, 0]] = torch.nan  # so that divisors are replaced and counted
     assert gpt.normalizer is not None
     gpt(IDX)
     counted = int(gpt.normalizer.replaced)

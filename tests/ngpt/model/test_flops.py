@@ -1,4 +1,4 @@
-"""FLOPs and parameters against counts by hand, by nanochat, and by torch while the real model trains."""
+"""FLOPs and parameters against counts by hand, those of nanochat, and those of torch on the real model."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ NANOCHAT = GOLDEN / "nanochat_gpt.npz"
 
 
 def test_flops_and_parameters_match_a_count_by_hand() -> None:
-    # nGPT, 30.5M of the source reports: 6 layers of 256, 12 d^2 a layer with a plain MLP, untied head.
+    # The 30.5M nGPT of the source reports: 6 layers of width 256, 12 d^2 per layer with a plain MLP, untied head.
     cfg = build(ModelConfig, {"n_layer": 6, "n_head": 4, "n_embd": 256, "vocab_size": 50257, "mlp": "relu2"})
     assert matrix_params(cfg) == 6 * 12 * 256 * 256 + 50257 * 256 == 17_584_384
     assert flops_per_token(cfg) == 6 * 17_584_384 + 12 * 6 * 256 * 128
@@ -72,8 +72,8 @@ def test_flops_match_torch_over_forward_and_backward_of_the_real_model(
     choices = {"residual": residual, "mlp": mlp, "mlp_ratio": mlp_ratio, "n_kv_head": n_kv_head, "tied": tied}
     cfg = build(ModelConfig, SMALL | choices)
     model, idx = GPT(cfg), torch.zeros(2, 20, dtype=torch.int64)
-    # Torch has no formula for fused attention on a CPU. Unfused, it counts what we say: the full square of scores. Nor
-    # has it one for the in-place product in our own loss, so this is torch's loss on the logits.
+    # Torch has no formula for fused attention on a CPU. For unfused attention it counts the full square of scores, as
+    # ngpt does. It has no formula for the in-place product in ngpt's loss either, so this uses torch's loss.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         F.cross_entropy(model(idx).flatten(0, 1), idx.flatten()).backward()
     assert counter.get_total_flops() == idx.numel() * flops_per_token(cfg)

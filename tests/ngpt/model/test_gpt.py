@@ -1,4 +1,4 @@
-"""The model against its formulas in NumPy, and the properties that make it a language model on the sphere."""
+"""The model against its formulas in NumPy, and the properties of a language model on the sphere."""
 
 import gc
 import weakref
@@ -33,8 +33,8 @@ def tokens(batch: int = 3, time: int = 12, vocab: int = 31) -> torch.Tensor:
     return torch.randint(vocab, (batch, time), generator=torch.Generator().manual_seed(5))
 
 
-def shaken(**changes: object) -> GPT:
-    """A model that is nowhere special: matrices off the sphere, scales of many sizes, the alphas of both signs."""
+def perturbed(**changes: object) -> GPT:
+    """A model with generic weights: matrices off the sphere, scales of many sizes, alphas of both signs."""
     model, generator = GPT(tiny(**changes)), torch.Generator().manual_seed(11)
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point():
@@ -48,8 +48,8 @@ def shaken(**changes: object) -> GPT:
     return model.eval()
 
 
-def difference(model: GPT) -> float:
-    """The largest difference of its logits to those that NumPy computes in float64."""
+def max_error(model: GPT) -> float:
+    """The largest difference between the logits of the model and those of NumPy in float64."""
     idx = tokens(batch=2)
     weights = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
     expected = numpy_gpt.logits(model.cfg, weights, idx.numpy())
@@ -61,9 +61,9 @@ def difference(model: GPT) -> float:
 @pytest.mark.parametrize("alpha_kind", ALPHA_KINDS)
 @pytest.mark.parametrize("alpha_sign", ["abs", "free"])
 def test_ngpt_matches_its_formulas_in_float64(residual: str, norm_mode: str, alpha_kind: str, alpha_sign: str) -> None:
-    """With small steps: where r is near 0.1, alpha / r passes the answer and the formula itself loses digits."""
-    model = shaken(residual=residual, norm_mode=norm_mode, alpha_kind=alpha_kind, alpha_sign=alpha_sign, alpha=0.1)
-    assert difference(model) < 1e-5
+    """Steps are small: for r near 0.1, alpha / r would overshoot the output, where the formula itself is inaccurate."""
+    model = perturbed(residual=residual, norm_mode=norm_mode, alpha_kind=alpha_kind, alpha_sign=alpha_sign, alpha=0.1)
+    assert max_error(model) < 1e-5
 
 
 anything = {
@@ -97,23 +97,23 @@ plain = {"residual": st.just("add"), "embedding_norm": st.booleans(), "norm_gain
 
 @given(st.fixed_dictionaries(anything | sphere), scaling)
 def test_every_ngpt_setting_matches_its_formula(settings: dict[str, object], rope: dict[str, object]) -> None:
-    model = shaken(n_head=4, **settings, **rope)
+    model = perturbed(n_head=4, **settings, **rope)
     if settings["norm_mode"] == "baseline":
-        assert difference(model) < 2e-5
-    # Where a divisor r is small, alpha / r magnifies float32's rounding: whether the formula holds shows in float64.
+        assert max_error(model) < 2e-5
+    # A small divisor r magnifies float32 rounding in alpha / r, so the comparison uses float64.
     with mock.patch.object(torch.Tensor, "float", torch.Tensor.double):
-        assert difference(model.double()) < 2e-5
+        assert max_error(model.double()) < 2e-5
 
 
 @given(st.fixed_dictionaries(anything | plain), scaling)
 def test_every_gpt_setting_matches_its_formula(settings: dict[str, object], rope: dict[str, object]) -> None:
-    assert difference(shaken(n_head=4, **settings, **rope)) < 2e-5
+    assert max_error(perturbed(n_head=4, **settings, **rope)) < 2e-5
 
 
 @pytest.mark.parametrize("n_kv_head", [1, 2])
 @pytest.mark.parametrize("residual", RESIDUAL_RULES)
 def test_shared_keys_and_values_equal_copies_in_every_head(n_kv_head: int, residual: str) -> None:
-    shared, full = shaken(n_head=4, n_kv_head=n_kv_head, residual=residual), GPT(tiny(n_head=4, residual=residual))
+    shared, full = perturbed(n_head=4, n_kv_head=n_kv_head, residual=residual), GPT(tiny(n_head=4, residual=residual))
     state = shared.state_dict()
     for name, tensor in state.items():
         if name.endswith(("key.weight", "value.weight")):
@@ -126,7 +126,7 @@ def test_shared_keys_and_values_equal_copies_in_every_head(n_kv_head: int, resid
 @pytest.mark.parametrize("qk_norm", [True, False])
 @pytest.mark.parametrize("n_head", [2, 4, 8])
 def test_initial_attention_scores_of_ngpt_have_unit_spread_with_and_without_qk_norm(qk_norm: bool, n_head: int) -> None:
-    """Without QK norm 1/sqrt(K) would give a spread of 1/D, that is uniform attention, whatever the input."""
+    """Without QK norm, 1/sqrt(K) would give a spread of 1/D: uniform attention for every input."""
     model = GPT(tiny(n_layer=1, n_embd=256, n_head=n_head, qk_norm=qk_norm, vocab_size=500))
     block, x = model.blocks[0], model.wte.weight.detach().double().numpy()
     assert isinstance(block, SphereBlock)
@@ -147,19 +147,19 @@ def test_initial_attention_scores_of_ngpt_have_unit_spread_with_and_without_qk_n
 @pytest.mark.parametrize("alpha_kind", ALPHA_KINDS)
 @pytest.mark.parametrize("autocast", [False, True])
 def test_ema_with_decay_one_equals_the_baseline_bit_for_bit(residual: str, alpha_kind: str, autocast: bool) -> None:
-    baseline = shaken(residual=residual, alpha_kind=alpha_kind)
-    averaged = shaken(residual=residual, alpha_kind=alpha_kind, norm_mode="ema", norm_decay=1.0)
+    baseline = perturbed(residual=residual, alpha_kind=alpha_kind)
+    averaged = perturbed(residual=residual, alpha_kind=alpha_kind, norm_mode="ema", norm_decay=1.0)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         assert torch.equal(baseline(tokens()), averaged(tokens()))
 
 
 @pytest.mark.parametrize("rope_scaling", [name for name in ROPE_SCALINGS if name != "none"])
 def test_rope_factor_of_one_equals_no_scaling_bit_for_bit(rope_scaling: str) -> None:
-    assert torch.equal(shaken()(tokens()), shaken(rope_scaling=rope_scaling, rope_factor=1.0)(tokens()))
+    assert torch.equal(perturbed()(tokens()), perturbed(rope_scaling=rope_scaling, rope_factor=1.0)(tokens()))
 
 
 def test_norm_probability_one_and_norm_every_one_equal_the_plain_model_bit_for_bit() -> None:
-    plain, drawn = shaken(norm_every=1, norm_probability=1.0).train(), shaken(norm_probability=1 - 1e-12).train()
+    plain, drawn = perturbed(norm_every=1, norm_probability=1.0).train(), perturbed(norm_probability=1 - 1e-12).train()
     for model in (plain, drawn):
         model.prepare_step(3, 10, seed=4)
     assert torch.equal(plain(tokens()), drawn(tokens()))
@@ -173,7 +173,7 @@ def residuals(model: GPT) -> list[Residual]:
     ("norm_every", "due"), [(1, "111111"), (2, "010101"), (4, "000101"), (5, "000011"), (9, "000001")]
 )
 def test_ghost_norms_keep_every_kth_sublayer_and_the_last(norm_every: int, due: str) -> None:
-    model = shaken(n_layer=3, norm_every=norm_every)
+    model = perturbed(n_layer=3, norm_every=norm_every)
     lengths: list[bool] = []
     for residual in residuals(model):
         residual.register_forward_hook(
@@ -199,7 +199,7 @@ def test_draws_depend_only_on_the_seed_and_the_step() -> None:
 
 
 def test_micro_batches_of_a_step_share_their_norm_draws_and_evaluation_uses_all_norms() -> None:
-    model, idx = shaken(norm_probability=0.5).train(), tokens(batch=4)
+    model, idx = perturbed(norm_probability=0.5).train(), tokens(batch=4)
     whole = []
     for step in range(6):
         model.prepare_step(step, 6, seed=1)
@@ -207,14 +207,14 @@ def test_micro_batches_of_a_step_share_their_norm_draws_and_evaluation_uses_all_
         whole.append(model(idx))
         torch.testing.assert_close(parts, whole[-1], atol=1e-5, rtol=0)
     assert max((a - whole[0]).abs().max() for a in whole) > 1e-3
-    assert torch.equal(model.eval()(idx), shaken()(idx))
+    assert torch.equal(model.eval()(idx), perturbed()(idx))
 
 
 @pytest.mark.parametrize("alpha_kind", ALPHA_KINDS)
 @pytest.mark.parametrize("alpha_learned", [True, False])
 def test_alpha_schedule_is_linear_from_alpha_to_alpha_final(alpha_kind: str, alpha_learned: bool) -> None:
     model = GPT(tiny(alpha=0.15, alpha_final=0.20, alpha_kind=alpha_kind, alpha_learned=alpha_learned))
-    for step in (5, 0, 10, 2):  # in any order: it does not add up
+    for step in (5, 0, 10, 2):  # in any order, since steps do not accumulate
         model.prepare_step(step, 11, seed=0)
         for residual in residuals(model):
             assert residual.alpha().mean().item() == pytest.approx(0.15 + 0.05 * step / 10)
@@ -223,7 +223,7 @@ def test_alpha_schedule_is_linear_from_alpha_to_alpha_final(alpha_kind: str, alp
 
 
 def test_preparing_a_step_changes_nothing_without_a_schedule() -> None:
-    model = shaken(norm_mode="dotprod", norm_every=2).train()
+    model = perturbed(norm_mode="dotprod", norm_every=2).train()
     before = model(tokens())
     model.prepare_step(7, 10, seed=3)
     assert torch.equal(model(tokens()), before)
@@ -263,7 +263,7 @@ def test_tied_head_is_the_embedding() -> None:
 @pytest.mark.parametrize("changes", [{}, {"n_head": 4, "n_kv_head": 2, "alpha_kind": "head"}, {"residual": "add"}])
 def test_cached_generation_matches_one_full_pass(changes: dict[str, object]) -> None:
     mode = {} if "residual" in changes else {"norm_mode": "dotprod"}
-    model, idx = shaken(**changes, **mode), tokens(batch=2)
+    model, idx = perturbed(**changes, **mode), tokens(batch=2)
     cache = KVCache(model.cfg, 2, device=torch.device("cpu"))
     with torch.no_grad():
         parts = [model(part, cache=cache) for part in idx.split([5, 1, 4, 2], dim=1)]
@@ -282,9 +282,9 @@ EVERYTHING = {
 
 
 def check_compiled(backend: str, changes: dict[str, object]) -> None:
-    model, idx = shaken(**changes).train(), tokens()
+    model, idx = perturbed(**changes).train(), tokens()
     features = torch.compile(model.features, backend=backend, fullgraph=True, dynamic=False)
-    for step in range(3):  # what a step sets reaches the compiled code without compiling again
+    for step in range(3):  # the settings of a step reach the compiled code without a recompilation
         model.prepare_step(step, 3, seed=1)
         with torch.compiler.set_stance("default" if step == 0 else "fail_on_recompile"):
             compiled = features(idx)
@@ -304,7 +304,7 @@ def test_traced_model_gives_the_same_numbers_in_every_step() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # torch, when it loads inductor
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # from torch, when it loads inductor
 @pytest.mark.parametrize("changes", [{}, {"norm_mode": "dotprod"}, {"residual": "add"}, EVERYTHING])
 def test_compiled_model_gives_the_same_numbers_in_every_step(changes: dict[str, object]) -> None:
     check_compiled("inductor", changes)
@@ -328,7 +328,7 @@ def test_model_memory_is_freed_without_garbage_collection(compiled: bool) -> Non
 @pytest.mark.parametrize("mlp", ["swiglu", "relu2"])
 def test_later_tokens_do_not_change_earlier_logits(residual: str, mlp: str) -> None:
     model, idx = GPT(tiny(residual=residual, mlp=mlp)), tokens()
-    if residual == "add":  # its output matrices start at zero, which would hide everything
+    if residual == "add":  # output matrices start at zero, which would hide every difference
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(1))
     changed = idx.clone()
@@ -366,8 +366,10 @@ def test_loss_is_the_mean_cross_entropy_of_the_logits() -> None:
 def test_initial_loss_is_log_vocabulary_for_gpt_and_close_to_it_for_ngpt() -> None:
     gpt, ngpt = GPT(tiny(residual="add")), GPT(tiny())
     idx, targets = tokens(), tokens().roll(-1, dims=1)
-    assert gpt(idx, targets).item() == pytest.approx(np.log(31), abs=1e-6)  # zero head: uniform
-    assert ngpt(idx, targets).item() == pytest.approx(np.log(31), abs=0.2)  # unit logits: nearly
+    assert gpt(idx, targets).item() == pytest.approx(
+        np.log(31), abs=1e-6
+    )  # the head is zero, so the distribution is uniform
+    assert ngpt(idx, targets).item() == pytest.approx(np.log(31), abs=0.2)  # logits are small, so it is nearly uniform
 
 
 def test_softcap_bounds_the_logits() -> None:
@@ -392,7 +394,7 @@ def test_initial_weights_depend_on_the_seed() -> None:
 
 @pytest.mark.parametrize(
     "time", [12, FLOAT32_TOKENS, FLOAT32_TOKENS + 1]
-)  # short sequences have their attention in float32
+)  # attention over short sequences is computed in float32
 def test_bfloat16_forward_pass_stays_close_to_float32(time: int) -> None:
     model, idx = GPT(tiny(logit_scale=5.0, block_size=time)), tokens(time=time)
     targets = idx.roll(-1, dims=1)
@@ -441,7 +443,7 @@ def test_invalid_model_config_is_refused_with_the_reason(changes: dict[str, obje
 
 
 def test_old_name_of_add_normalize_is_read_and_written() -> None:
-    """Campaigns, records and checkpoints of version 1 say `seed`; a hash of then is the trial id of now."""
+    """Campaigns, records and checkpoints of version 1 use `seed`, and trial ids hash that name."""
     old, new = (
         build(TrainConfig, {"model.residual": name, "model.vocab_size": 64}) for name in ("seed", "add_normalize")
     )

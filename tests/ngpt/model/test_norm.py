@@ -1,4 +1,4 @@
-"""Normalisations and the running divisor r against NumPy in float64."""
+"""Normalizations and the running divisor r against NumPy in float64."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,7 @@ from hypothesis.extra.numpy import array_shapes, arrays
 
 from ngpt.model.norm import NORM_MODES, DotProdNormalizer, l2_normalize, rms_norm
 
-# Subnormal squares are lost in float32, so a component is zero or not tiny.
+# float32 loses subnormal squares, so each component is either zero or not tiny.
 component = st.floats(2**-10, 2**20, width=32) | st.just(0.0) | st.floats(-(2**20), -(2**-10), width=32)
 vectors = arrays(np.float32, array_shapes(min_dims=2, max_dims=3, max_side=6), elements=component)
 
@@ -50,15 +50,15 @@ def test_norms_are_computed_in_float32_for_every_input_dtype(normalize: Callable
         assert torch.equal(normalize(x), y)
 
 
-def answers(number: int, *, sublayers: int = 5) -> torch.Tensor:
-    """Streams and answers of some sublayers, (sublayers, 2, B, T, D)."""
+def sublayer_outputs(number: int, *, sublayers: int = 5) -> torch.Tensor:
+    """Streams and outputs of several sublayers, (sublayers, 2, B, T, D)."""
     return torch.randn(sublayers, 2, 2, 3, 8, generator=torch.Generator().manual_seed(number))
 
 
 @pytest.mark.parametrize("mode", NORM_MODES)
 @given(number=st.integers(0, 1000), decay=st.floats(0, 1))
 def test_divisor_matches_a_computation_by_hand(mode: str, number: int, decay: float) -> None:
-    normalizer, given = DotProdNormalizer(mode, decay=decay), answers(number)
+    normalizer, given = DotProdNormalizer(mode, decay=decay), sublayer_outputs(number)
     r = normalizer.start(given[0, 0])
     for x, answer in given:
         r = normalizer(r, x, answer)
@@ -76,7 +76,7 @@ def test_divisor_matches_a_computation_by_hand(mode: str, number: int, decay: fl
 
 
 def test_divisor_restarts_at_one_in_every_pass() -> None:
-    normalizer, given = DotProdNormalizer(), answers(1)
+    normalizer, given = DotProdNormalizer(), sublayer_outputs(1)
     x, answer = given[0]
     first = normalizer(normalizer.start(x), x, answer)
     normalizer(first, *given[1])
@@ -86,7 +86,7 @@ def test_divisor_restarts_at_one_in_every_pass() -> None:
 
 @given(st.integers(0, 1000))
 def test_average_with_decay_one_keeps_the_divisor_at_exactly_one(number: int) -> None:
-    normalizer, (x, answer) = DotProdNormalizer("ema", decay=1.0), answers(number)[0]
+    normalizer, (x, answer) = DotProdNormalizer("ema", decay=1.0), sublayer_outputs(number)[0]
     assert torch.equal(normalizer(normalizer.start(x), x, 1e6 * answer), torch.ones(2, 3))
 
 

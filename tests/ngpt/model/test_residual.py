@@ -1,4 +1,4 @@
-"""The residual rules against NumPy in float64, the divisor of their step, and the learned step length."""
+"""The residual rules against NumPy in float64, the divisor of the step, and the learned step length."""
 
 from collections.abc import Callable
 
@@ -27,8 +27,8 @@ from tests.helpers.numpy_gpt import slerp as exact_slerp
 Array = np.ndarray
 SPHERE_RULES = sorted(set(RESIDUAL_RULES) - {"add"})
 REFERENCES: dict[str, Callable[[Array, Array, Array], Array]] = {**RULES, "add": lambda x, f, alpha: x + f}
-OURS: dict[str, Callable[..., torch.Tensor]] = dict(RESIDUAL_RULES)
-GEODESIC = ["lerp", "slerp"]  # the rules that go a fraction of the way
+IMPLEMENTATIONS: dict[str, Callable[..., torch.Tensor]] = dict(RESIDUAL_RULES)
+GEODESIC = ["lerp", "slerp"]  # the rules that step a fraction of the way to the output
 
 
 def stream(number: int, *, scale: float = 1.0) -> torch.Tensor:
@@ -37,7 +37,7 @@ def stream(number: int, *, scale: float = 1.0) -> torch.Tensor:
 
 
 def angle(x: torch.Tensor, y: torch.Tensor) -> Array:
-    """The angle between vectors in float64, without the loss of accuracy that arccos has."""
+    """The angle between vectors in float64, accurate also where arccos is not."""
     a, b = (unit(tensor.detach().double().numpy()) for tensor in (x, y))
     return 2 * np.arctan2(np.linalg.norm(a - b, axis=-1), np.linalg.norm(a + b, axis=-1))
 
@@ -47,34 +47,36 @@ def angle(x: torch.Tensor, y: torch.Tensor) -> Array:
 def test_residual_rule_matches_its_formula(rule: str, number: int, scale: float, alpha: float) -> None:
     x, f = l2_normalize(stream(number)), stream(number + 1, scale=scale)
     alphas = alpha * torch.rand(12, generator=torch.Generator().manual_seed(number))
-    ours = OURS[rule](x, f, alphas)
+    actual = IMPLEMENTATIONS[rule](x, f, alphas)
     expected = REFERENCES[rule](*(tensor.double().numpy() for tensor in (x, f, alphas)))
-    np.testing.assert_allclose(ours.numpy(), expected, atol=1e-5, rtol=1e-5)
+    np.testing.assert_allclose(actual.numpy(), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("rule", SPHERE_RULES)
 def test_all_rules_except_add_end_on_the_sphere(rule: str) -> None:
-    y = OURS[rule](l2_normalize(stream(1)), stream(2, scale=7), torch.tensor(0.4))
+    y = IMPLEMENTATIONS[rule](l2_normalize(stream(1)), stream(2, scale=7), torch.tensor(0.4))
     torch.testing.assert_close(y.double().norm(dim=-1), torch.ones(3, 5).double(), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("rule", SPHERE_RULES)
 def test_step_of_length_zero_does_not_move_the_stream(rule: str) -> None:
     x = l2_normalize(stream(1))
-    torch.testing.assert_close(OURS[rule](x, stream(2), torch.tensor(0.0)), x, atol=1e-6, rtol=0)
+    torch.testing.assert_close(IMPLEMENTATIONS[rule](x, stream(2), torch.tensor(0.0)), x, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("rule", GEODESIC)
 def test_step_of_length_one_ends_at_the_normalized_output(rule: str) -> None:
     x, f = l2_normalize(stream(1)), stream(2)
-    torch.testing.assert_close(OURS[rule](x, f, torch.tensor(1.0)), l2_normalize(f), atol=1e-6, rtol=0)
+    torch.testing.assert_close(IMPLEMENTATIONS[rule](x, f, torch.tensor(1.0)), l2_normalize(f), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("rule", GEODESIC)
 @given(scale=st.floats(1e-3, 1e3), alpha=st.floats(0.01, 0.9))
 def test_only_add_normalize_depends_on_the_length_of_the_output(rule: str, scale: float, alpha: float) -> None:
     x, f, step = l2_normalize(stream(1)), stream(2), torch.tensor(alpha)
-    torch.testing.assert_close(OURS[rule](x, scale * f, step), OURS[rule](x, f, step), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        IMPLEMENTATIONS[rule](x, scale * f, step), IMPLEMENTATIONS[rule](x, f, step), atol=1e-5, rtol=0
+    )
     if abs(scale - 1) > 0.1:
         assert (add_normalize(x, scale * f, step) - add_normalize(x, f, step)).abs().max() > 1e-4
 
@@ -102,19 +104,19 @@ def test_slerp_turns_by_the_exact_fraction_of_the_angle_within_the_plane(number:
 def test_slerp_is_accurate_near_the_output_and_near_its_opposite(
     number: int, exponent: float, far: bool, alpha: float
 ) -> None:
-    """What float32 inputs leave undecided of the direction is left open: 1e-7 over the sine of the angle."""
+    """The tolerance is the error in direction due to float32 inputs: 1e-7 over the sine of the angle."""
     x = unit(stream(number).double().numpy())
     tangent = stream(number + 1).double().numpy()
     tangent = unit(tangent - (tangent * x).sum(-1, keepdims=True) * x)
     theta = 10**exponent
     f = np.cos(theta) * x * (-1 if far else 1) + np.sin(theta) * tangent
-    ours = slerp(torch.tensor(x, dtype=torch.float32), torch.tensor(f, dtype=torch.float32), torch.tensor(alpha))
+    actual = slerp(torch.tensor(x, dtype=torch.float32), torch.tensor(f, dtype=torch.float32), torch.tensor(alpha))
     turned = alpha * (np.pi - theta if far else theta)
     expected = np.cos(turned) * x + np.sin(turned) * tangent
     undecided = min(2.0, 4e-7 * (1 + np.sin(turned) / np.sin(theta)))
     if undecided < 0.1:
-        np.testing.assert_allclose(ours.numpy(), expected, atol=undecided)
-    assert ours.isfinite().all()
+        np.testing.assert_allclose(actual.numpy(), expected, atol=undecided)
+    assert actual.isfinite().all()
 
 
 def test_lerp_and_slerp_agree_for_small_steps_and_not_for_large_ones() -> None:
@@ -136,7 +138,7 @@ def test_undefined_direction_gives_a_finite_step_and_gradient(rule: str, answer:
     x = l2_normalize(stream(1))
     f = {"zero": torch.zeros_like(x), "stream": x.clone(), "opposite": -x}[answer].requires_grad_()
     x, step = x.clone().requires_grad_(), torch.full((12,), alpha, requires_grad=True)
-    y = OURS[rule](x, f, step)
+    y = IMPLEMENTATIONS[rule](x, f, step)
     y.square().sum().backward()
     for tensor in (y, x.grad, f.grad, step.grad):
         assert tensor is not None and tensor.isfinite().all()
@@ -150,9 +152,9 @@ def test_gradients_match_finite_differences_of_the_formula(rule: str, theta: flo
     x, other, towards = (unit(generator.normal(size=(1, 6))) for _ in range(3))
     other = unit(other - (other * x).sum() * x)
     given = [x, 2.5 * (np.cos(theta) * x + np.sin(theta) * other), generator.uniform(0.1, 0.6, 6)]
-    ours = [torch.tensor(array, dtype=torch.float32, requires_grad=True) for array in given]
-    (OURS[rule](*ours) * torch.tensor(towards)).sum().backward()
-    for position, tensor in enumerate(ours):
+    actual = [torch.tensor(array, dtype=torch.float32, requires_grad=True) for array in given]
+    (IMPLEMENTATIONS[rule](*actual) * torch.tensor(towards)).sum().backward()
+    for position, tensor in enumerate(actual):
         expected = np.zeros_like(given[position])
         for entry in np.ndindex(*expected.shape):
             either = []
@@ -176,7 +178,7 @@ def test_divisor_of_one_equals_the_plain_rule_bit_for_bit(
 ) -> None:
     x, f = l2_normalize(stream(1)), stream(2)
     divided = apply_residual(x, f, r, alpha=alpha, rule=RESIDUAL_RULES[rule])
-    assert torch.equal(divided, OURS[rule](x, f, alpha))
+    assert torch.equal(divided, IMPLEMENTATIONS[rule](x, f, alpha))
 
 
 @pytest.mark.parametrize("rule", SPHERE_RULES)
@@ -184,10 +186,10 @@ def test_divisor_of_one_equals_the_plain_rule_bit_for_bit(
 def test_divisor_shortens_the_step_of_its_token_and_is_bounded_away_from_zero(rule: str, number: int) -> None:
     x, f = l2_normalize(stream(number)), stream(number + 1)
     r = torch.empty(3, 5).uniform_(-1, 6, generator=torch.Generator().manual_seed(number))
-    ours = apply_residual(x, f, r, alpha=0.09, rule=RESIDUAL_RULES[rule])
+    actual = apply_residual(x, f, r, alpha=0.09, rule=RESIDUAL_RULES[rule])
     length = 0.09 / np.maximum(r.double().numpy(), 0.25)[..., None]
     expected = REFERENCES[rule](x.double().numpy(), f.double().numpy(), length)
-    np.testing.assert_allclose(ours.numpy(), expected, atol=1e-6)
+    np.testing.assert_allclose(actual.numpy(), expected, atol=1e-6)
     assert R_MIN == 0.25
 
 
@@ -202,7 +204,7 @@ def test_scale_starts_at_init_and_moves_by_lr_times_init_over_scale(init: float,
         parameter = Scale(3, init=init, scale=scale)
         torch.testing.assert_close(parameter(), torch.full((3,), init))
         parameter.stored.grad = torch.full((3,), gradient)
-        optimizer(parameter.parameters(), lr=0.01).step()  # Adam's first step has length lr whatever the gradient
+        optimizer(parameter.parameters(), lr=0.01).step()  # the first step of Adam has length lr for every gradient
         torch.testing.assert_close(parameter(), torch.full((3,), init + 0.01 * init / scale), rtol=1e-4, atol=0)
 
 
@@ -277,41 +279,41 @@ def heads(alphas: list[float], rule: str, sign: str) -> Residual:
     return residual
 
 
-def joined(residual: Residual, answers: torch.Tensor) -> torch.Tensor:
-    """The answer of attention whose heads contribute `answers` (H, B, T, D)."""
+def attention_output(residual: Residual, outputs: torch.Tensor) -> torch.Tensor:
+    """The output of attention whose heads contribute `outputs` (H, B, T, D)."""
     weights = residual.head_weights()
     assert weights is not None
-    return (weights.view(-1, 1, 1, 1) * answers).sum(0)
+    return (weights.view(-1, 1, 1, 1) * outputs).sum(0)
 
 
 @pytest.mark.parametrize("rule", SPHERE_RULES)
 def test_equal_alphas_per_head_match_a_single_alpha(rule: str) -> None:
-    residual, answers = heads([0.3, 0.3, 0.3], rule, "abs"), torch.stack([stream(n) for n in (2, 3, 4)])
+    residual, outputs = heads([0.3, 0.3, 0.3], rule, "abs"), torch.stack([stream(n) for n in (2, 3, 4)])
     x = l2_normalize(stream(1))
-    expected = REFERENCES[rule](x.double().numpy(), answers.double().numpy().sum(0), np.array(0.3))
-    np.testing.assert_allclose(residual(x, joined(residual, answers)).detach().numpy(), expected, atol=1e-6)
+    expected = REFERENCES[rule](x.double().numpy(), outputs.double().numpy().sum(0), np.array(0.3))
+    np.testing.assert_allclose(residual(x, attention_output(residual, outputs)).detach().numpy(), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("sign", ["abs", "free"])
 @given(alphas=st.lists(st.floats(-1, 1, width=32), min_size=2, max_size=3))
 def test_add_normalize_scales_the_output_of_each_head_by_its_alpha(sign: str, alphas: list[float]) -> None:
-    residual, answers = (
+    residual, outputs = (
         heads(alphas, "add_normalize", sign),
         torch.stack([stream(n) for n in range(2, 2 + len(alphas))]),
     )
     x = l2_normalize(stream(1))
     acting = np.abs(alphas) if sign == "abs" else alphas
-    added = sum(alpha * f for alpha, f in zip(acting, answers.double().numpy(), strict=True))
-    ours = residual(x, joined(residual, answers)).detach().numpy()
-    np.testing.assert_allclose(ours, unit(x.double().numpy() + added), atol=2e-5)
+    added = sum(alpha * f for alpha, f in zip(acting, outputs.double().numpy(), strict=True))
+    actual = residual(x, attention_output(residual, outputs)).detach().numpy()
+    np.testing.assert_allclose(actual, unit(x.double().numpy() + added), atol=2e-5)
 
 
 @pytest.mark.parametrize("rule", SPHERE_RULES)
 @pytest.mark.parametrize("sign", ["abs", "free"])
 def test_zero_alphas_in_all_heads_do_not_move_the_stream(rule: str, sign: str) -> None:
-    residual, answers = heads([0.0, 0.0], rule, sign), torch.stack([stream(2), stream(3)])
+    residual, outputs = heads([0.0, 0.0], rule, sign), torch.stack([stream(2), stream(3)])
     x = l2_normalize(stream(1))
-    y = residual(x, joined(residual, answers))
+    y = residual(x, attention_output(residual, outputs))
     torch.testing.assert_close(y, x, atol=1e-6, rtol=0)
     y[..., 0].sum().backward()
     assert residual.alpha.stored.grad is not None and residual.alpha.stored.grad.isfinite().all()
@@ -336,7 +338,7 @@ def test_norm_is_skipped_always_or_by_the_draw_of_the_step(rule: str) -> None:
         residual.renormalized.fill_(drawn)
         return residual(x, f).detach()
 
-    plain, ghost = OURS[rule](x, f, alphas), OURS[rule](x, f, alphas, lambda y: y)
+    plain, ghost = IMPLEMENTATIONS[rule](x, f, alphas), IMPLEMENTATIONS[rule](x, f, alphas, lambda y: y)
     assert (plain - ghost).abs().max() > 1e-3
     for drawn in (True, False):
         for training in (True, False):

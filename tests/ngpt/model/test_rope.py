@@ -1,4 +1,4 @@
-"""Rotary embedding is a rotation: of complex numbers, by an angle that is position times frequency."""
+"""Rotary embedding rotates complex numbers by the angle position times frequency."""
 
 import math
 
@@ -19,12 +19,12 @@ def random(*shape: int) -> torch.Tensor:
 @given(st.integers(1, 40), st.sampled_from([2, 4, 10, 64]), st.sampled_from([10.0, 10_000.0, 500_000.0]))
 def test_rotation_multiplies_each_pair_by_a_unit_complex_number(length: int, head_dim: int, base: float) -> None:
     x = random(2, 3, length, head_dim)
-    ours = rotate(x, *rope_tables(length, head_dim, base=base))
+    actual = rotate(x, *rope_tables(length, head_dim, base=base))
     pairs = x.numpy().astype(np.float64).reshape(2, 3, length, head_dim // 2, 2)
     frequencies = np.array([base ** (-2 * i / head_dim) for i in range(head_dim // 2)])
     turned = (pairs[..., 0] + 1j * pairs[..., 1]) * np.exp(1j * np.outer(np.arange(length), frequencies))
     expected = np.stack([turned.real, turned.imag], -1).reshape(x.shape)
-    np.testing.assert_allclose(ours.numpy(), expected, atol=2e-6)
+    np.testing.assert_allclose(actual.numpy(), expected, atol=2e-6)
 
 
 def test_position_zero_is_unchanged_and_other_positions_rotate() -> None:
@@ -108,7 +108,7 @@ def test_only_yarn_scales_attention_scores() -> None:
 
 
 def test_official_rope_variant_is_not_a_rotation() -> None:
-    """Its formula, spelled out per entry."""
+    """The expected value is its formula, written per entry."""
     x, theta = random(5, 8), [10_000 ** (-2 * i / 8) for i in range(4)]
     y = nvidia_rotate(x, *rope_tables(5, 8))
     for p in range(5):

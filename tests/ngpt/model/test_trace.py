@@ -1,4 +1,4 @@
-"""The opened box: what it shows is what happens, in order, and looking changes nothing."""
+"""The trace of a pass shows every stage in order with correct values, and does not change the model."""
 
 import math
 
@@ -24,14 +24,14 @@ ATTENTION = ["q", "k", "v", "q rotated", "k rotated", "q used", "k used", "mixed
 def model(**changes: object) -> GPT:
     plain = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 12, "vocab_size": 31}
     gpt = GPT(build(ModelConfig, plain | changes))
-    with torch.no_grad():  # what starts at zero would hide mistakes
+    with torch.no_grad():  # weights that start at zero would hide errors
         for parameter in gpt.parameters():
             if not parameter.any():
                 parameter.normal_(std=0.2, generator=torch.Generator().manual_seed(3))
     return gpt
 
 
-def look(gpt: GPT, *, backward: bool = False, dtype: str = "float32") -> Inspection:
+def trace(gpt: GPT, *, backward: bool = False, dtype: str = "float32") -> Inspection:
     return inspect_model(gpt, IDX, TARGETS, backward=backward, dtype=dtype)
 
 
@@ -40,20 +40,20 @@ def stages(found: Inspection) -> dict[str, Stage]:
     return {stage.name: stage for stage in found.forward}
 
 
-# ---- what is shown ---------------------------------------------------------------------------------------------------
+# ---- stages ----------------------------------------------------------------------------------------------------------
 
 
 def test_ngpt_trace_has_every_stage_once_and_in_order() -> None:
     mlp = ["up", "into silu", "hidden", "answer"]
     block = [*(f"attention.{name}" for name in [*ATTENTION, "stream"]), *(f"mlp.{name}" for name in [*mlp, "stream"])]
     expected = ["embedding", *(f"{layer}.{name}" for layer in (0, 1) for name in block), "loss", "logits (apart)"]
-    assert [stage.name for stage in look(model()).forward] == expected
+    assert [stage.name for stage in trace(model()).forward] == expected
 
 
 def test_gpt_trace_has_every_stage_once_and_in_order() -> None:
     mlp = ["reads", "up", "into relu", "hidden", "answer", "stream"]
     block = [*(f"attention.{name}" for name in ["reads", *ATTENTION, "stream"]), *(f"mlp.{name}" for name in mlp)]
-    found = look(model(residual="add", mlp="relu2", n_layer=1))
+    found = trace(model(residual="add", mlp="relu2", n_layer=1))
     ends = ["final norm", "loss", "logits (apart)"]
     assert [stage.name for stage in found.forward] == [
         "embedding", "embedding normalised", *(f"0.{name}" for name in block), *ends,
@@ -62,7 +62,7 @@ def test_gpt_trace_has_every_stage_once_and_in_order() -> None:
 
 @pytest.mark.parametrize("residual", ["lerp", "slerp", "add_normalize"])
 def test_trace_shows_stream_queries_and_keys_on_the_sphere(residual: str) -> None:
-    found = stages(look(model(residual=residual)))
+    found = stages(trace(model(residual=residual)))
     on = {name for name, stage in found.items() if stage.sphere == "1"}
     assert on == {"embedding"} | {
         f"{layer}.{name}"
@@ -73,12 +73,12 @@ def test_trace_shows_stream_queries_and_keys_on_the_sphere(residual: str) -> Non
 
 
 def test_trace_shows_a_ghost_norm_as_a_stream_off_the_sphere() -> None:
-    found = stages(look(model(norm_every=2)))
+    found = stages(trace(model(norm_every=2)))
     assert found["0.attention.stream"].sphere == "-" and found["0.mlp.stream"].sphere == "1"
 
 
 def test_trace_shows_gpt_activations_on_spheres_of_another_radius() -> None:
-    found = stages(look(model(residual="add", mlp="relu2")))
+    found = stages(trace(model(residual="add", mlp="relu2")))
     assert {name for name, stage in found.items() if stage.sphere == "sqrt"} == {
         "embedding normalised", "final norm",
         *(f"{layer}.{name}" for layer in (0, 1) for name in ("attention.reads", "mlp.reads")),
@@ -90,7 +90,7 @@ def test_trace_shows_gpt_activations_on_spheres_of_another_radius() -> None:
 @pytest.mark.parametrize("changes", [{}, {"residual": "add", "softcap": 5.0}, {"n_kv_head": 1, "norm_mode": "dotprod"}])
 def test_traced_loss_and_logits_match_an_independent_model(changes: dict[str, object]) -> None:
     gpt = model(**changes)
-    found = look(gpt)
+    found = trace(gpt)
     expected = numpy_logits(gpt.cfg, {name: value.numpy() for name, value in gpt.state_dict().items()}, IDX.numpy())
     wide = torch.from_numpy(expected)
     assert found.summary["loss"] == pytest.approx(
@@ -102,7 +102,7 @@ def test_traced_loss_and_logits_match_an_independent_model(changes: dict[str, ob
 
 
 def test_traced_angle_of_a_scalar_lerp_matches_trigonometry() -> None:
-    """In the plane of x and f at an angle a, lerp ends at atan2(alpha sin a, 1 - alpha + alpha cos a)."""
+    """If x and f are at an angle a, lerp turns x by atan2(alpha sin a, 1 - alpha + alpha cos a)."""
     gpt = model(n_layer=1, alpha=0.3, alpha_kind="scalar")
     x = gpt.wte(IDX).detach()
     with torch.no_grad():
@@ -110,7 +110,7 @@ def test_traced_angle_of_a_scalar_lerp_matches_trigonometry() -> None:
     cosine = (F.normalize(answer, dim=-1) * x).sum(-1).double()
     angle = torch.arccos(cosine)
     expected = torch.rad2deg(torch.atan2(0.3 * angle.sin(), 0.7 + 0.3 * angle.cos()))
-    facts = stages(look(gpt))["0.attention.stream"].facts
+    facts = stages(trace(gpt))["0.attention.stream"].facts
     assert facts["alpha"] == pytest.approx(0.3)
     shown = [facts["degrees"], facts["degrees_min"], facts["degrees_max"]]
     assert shown == pytest.approx([float(expected.mean()), float(expected.min()), float(expected.max())], rel=1e-4)
@@ -126,7 +126,7 @@ def test_angles_are_accurate_from_tiny_to_180_degrees() -> None:
 @pytest.mark.parametrize("mode", ["dotprod", "ema"])
 def test_traced_divisors_match_those_reported_in_training(mode: str) -> None:
     gpt = model(norm_mode=mode)
-    found = stages(look(gpt))
+    found = stages(trace(gpt))
     for name, r in divisors(gpt, IDX).items():
         sublayer, layer = name.removeprefix("r/").split(".")
         assert found[f"{layer}.{sublayer}.r"].facts["r"] == pytest.approx(float(r.mean()))
@@ -156,14 +156,14 @@ def test_equal_keys_share_attention_and_a_matching_key_gets_all_of_it() -> None:
     assert score_facts(eye, eye, 100.0)["reads"] == pytest.approx(1)
 
 
-# ---- looking changes nothing -----------------------------------------------------------------------------------------
+# ---- no side effects -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("changes", [{}, {"residual": "add"}, {"norm_mode": "dotprod", "residual": "add_normalize"}])
 def test_tracing_leaves_the_model_unchanged(changes: dict[str, object]) -> None:
     gpt, untouched = model(**changes).eval(), model(**changes).eval()
     turning = [block.attention.rotate for block in gpt.blocks]  # pyright: ignore[reportAttributeAccessIssue]
-    look(gpt)
+    trace(gpt)
     assert torch.equal(gpt(IDX), untouched(IDX))
     assert [block.attention.rotate for block in gpt.blocks] == turning  # pyright: ignore[reportAttributeAccessIssue]
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in gpt.modules())
@@ -185,7 +185,7 @@ def test_failed_pass_leaves_no_hooks() -> None:
 @pytest.mark.parametrize("changes", [{}, {"residual": "add", "mlp": "relu2"}, {"norm_mode": "ema"}])
 def test_traced_gradients_come_in_reverse_order_and_match_autograd(changes: dict[str, object]) -> None:
     gpt, plain = model(**changes), model(**changes).eval()
-    found = look(gpt, backward=True)
+    found = trace(gpt, backward=True)
     arrived = [stage.name for stage in found.backward]
     streams = [stage.name for stage in found.forward if stage.name.endswith("stream")]
     assert [name for name in arrived if name.endswith("stream")] == streams[::-1]
@@ -200,7 +200,7 @@ def test_traced_gradients_come_in_reverse_order_and_match_autograd(changes: dict
 
 def test_gradient_of_the_embedding_stage_matches_that_of_its_rows() -> None:
     gpt = model()
-    idx = torch.arange(12).view(1, 12)  # each token once, so that no two gradients meet in a row
+    idx = torch.arange(12).view(1, 12)  # each token once, so that every row collects a single gradient
     found = {stage.name: stage for stage in inspect_model(gpt, idx, TARGETS[:1], backward=True).backward}
     assert gpt.wte.weight.grad is not None
     rows = gpt.wte.weight.grad[:12].norm(dim=1)
@@ -208,5 +208,5 @@ def test_gradient_of_the_embedding_stage_matches_that_of_its_rows() -> None:
 
 
 def test_trace_of_half_precision_shows_its_dtypes_and_a_float32_stream() -> None:
-    found = stages(look(model(), dtype="bfloat16"))
+    found = stages(trace(model(), dtype="bfloat16"))
     assert found["0.attention.q"].dtype == "bfloat16" and found["0.mlp.stream"].dtype == "float32"

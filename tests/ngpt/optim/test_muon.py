@@ -22,13 +22,13 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 def test_orthogonalization_brings_singular_values_near_one_and_keeps_singular_vectors(
     shape: tuple[int, int], seed: int, scale: float
 ) -> None:
-    # Singular values between 1 and 0.1 of the largest: what is much smaller needs more than five iterations.
+    # Singular values are 0.1 to 1 times the largest. Much smaller ones would need more than five iterations.
     u, _, vt = torch.linalg.svd(random(*shape, seed=seed).double(), full_matrices=False)
     s = torch.linspace(1, 0.1, min(shape), dtype=torch.float64)
     result = orthogonalize((scale * u * s @ vt).float()).double()
     values = torch.linalg.svdvals(result)
     assert values.min() > 0.6 and values.max() < 1.3
-    inner = u.T @ result @ vt.T  # diagonal exactly if the singular vectors are the same
+    inner = u.T @ result @ vt.T  # diagonal if and only if the singular vectors are the same
     off_diagonal = inner - torch.diag(inner.diagonal())
     assert inner.diagonal().min() > 0.6 and off_diagonal.abs().max() < 1e-4
 
@@ -72,17 +72,17 @@ def set_gradients(group: list[torch.nn.Parameter], step: int) -> None:
 def test_steps_match_torch_muon(
     nesterov: bool, weight_decay: float, momentum: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)  # theirs would round on a CPU, too
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)  # torch's Muon would round on a CPU, too
     shapes = [*SHAPES, (8, 8)]
-    ours, theirs = parameters(shapes), parameters(shapes)
+    actual, reference_weights = parameters(shapes), parameters(shapes)
     how = {"lr": 0.1, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
-    optimizers = (Muon(ours, **how), torch.optim.Muon(theirs, adjust_lr_fn="original", **how))
-    start = [parameter.detach().clone() for parameter in ours]
+    optimizers = (Muon(actual, **how), torch.optim.Muon(reference_weights, adjust_lr_fn="original", **how))
+    start = [parameter.detach().clone() for parameter in actual]
     for step in range(4):
-        for group, optimizer in zip((ours, theirs), optimizers, strict=True):
+        for group, optimizer in zip((actual, reference_weights), optimizers, strict=True):
             set_gradients(group, step)
             optimizer.step()
-    for mine, other, initial in zip(ours, theirs, start, strict=True):
+    for mine, other, initial in zip(actual, reference_weights, start, strict=True):
         moved = (other - initial).norm()
         assert (mine - other).norm() < 1e-4 * moved
         assert moved > 0.2
@@ -146,16 +146,16 @@ def test_restored_optimizer_continues_bit_for_bit() -> None:
 @pytest.mark.parametrize("nesterov", [True, False])
 def test_steps_under_autocast_match_torch_muon_in_bfloat16(nesterov: bool) -> None:
     shapes = [*SHAPES, (8, 8)]
-    ours, theirs = parameters(shapes), parameters(shapes)
+    actual, reference_weights = parameters(shapes), parameters(shapes)
     how = {"lr": 0.1, "nesterov": nesterov, "weight_decay": 0.1}
-    optimizers = (Muon(ours, **how), torch.optim.Muon(theirs, adjust_lr_fn="original", **how))
-    start = [parameter.detach().clone() for parameter in ours]
+    optimizers = (Muon(actual, **how), torch.optim.Muon(reference_weights, adjust_lr_fn="original", **how))
+    start = [parameter.detach().clone() for parameter in actual]
     for step in range(4):
-        for group, optimizer in zip((ours, theirs), optimizers, strict=True):
+        for group, optimizer in zip((actual, reference_weights), optimizers, strict=True):
             set_gradients(group, step)
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 optimizer.step()
-    for mine, other, initial in zip(ours, theirs, start, strict=True):
+    for mine, other, initial in zip(actual, reference_weights, start, strict=True):
         assert (mine - other).norm() < 0.03 * (other - initial).norm()
 
 
@@ -191,5 +191,5 @@ def test_several_optimizers_stepped_together_match_separate_steps() -> None:
         for reference in references:
             reference.step()
     for own, copied, how in zip(owners, copies, settings, strict=True):
-        for parameter, other in zip(own, copied, strict=True):  # torch's iterates in bfloat16
+        for parameter, other in zip(own, copied, strict=True):  # torch iterates in bfloat16
             torch.testing.assert_close(parameter, other, atol=0.1 * how["lr"], rtol=0.02)

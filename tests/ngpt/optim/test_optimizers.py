@@ -1,4 +1,4 @@
-"""Who updates which parameter, how fast, and with what decay."""
+"""Which optimizer updates which parameter, at which rate and weight decay."""
 
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ def snapshot(gpt: GPT) -> dict[str, torch.Tensor]:
 
 
 def moved(gpt: GPT, **settings: Any) -> set[str]:
-    """The parameters that a step of the given optimizer changes."""
+    """The parameters that a step of this optimizer changes."""
     before = snapshot(with_gradients(gpt))
     for optimizer in build_optimizers(gpt, build(OptimConfig, settings)):
         optimizer.step()
@@ -52,7 +52,7 @@ def moved(gpt: GPT, **settings: Any) -> set[str]:
 
 
 def kind_by_name(name: str) -> str:
-    """What a parameter is, from its name alone: the code under test looks at shapes and modules instead."""
+    """The kind of a parameter by its name alone, whereas the code under test uses shapes and modules."""
     known = {"wte.weight": "embedding", "lm_head.weight": "head"}
     linear = ("query.weight", "key.weight", "value.weight", "out.weight", "up.weight", "down.weight")
     return known.get(name) or ("matrices" if name.endswith(linear) else "scales")
@@ -126,7 +126,7 @@ def test_tied_head_uses_the_embedding_rate() -> None:
     assert tied == {"matrices": 1.0, "embedding": 2.0, "scales": 1.0}
 
 
-# At four times the base width, worked out by hand: 4^(-1/2) = 0.5, 4^(-3/4) = 0.35355339, 4^(-1) = 0.25.
+# Worked out by hand for four times the base width: 4^(-1/2) = 0.5, 4^(-3/4) = 0.35355339, 4^(-1) = 0.25.
 AT_FOUR_TIMES_THE_WIDTH = {
     "none": {"matrices": 1.0, "embedding": 1.0, "head": 1.0, "scales": 1.0},
     "nanochat": {"matrices": 0.5, "embedding": 0.5, "head": 0.5, "scales": 1.0},
@@ -150,9 +150,9 @@ def test_width_rule_scales_adam_rates_but_not_muon_rates(rule: str, name: str) -
 
 def test_nanochat_rule_matches_the_code_of_nanochat() -> None:
     wide = model(n_embd=1536, n_layer=1, residual="add")
-    ours = rates(wide, name="muon", lr=0.02, lr_embedding=0.2, lr_head=0.004, width_rule="nanochat", base_width=768)
+    actual = rates(wide, name="muon", lr=0.02, lr_embedding=0.2, lr_head=0.004, width_rule="nanochat", base_width=768)
     scale = (1536 / 768) ** -0.5
-    assert ours == pytest.approx({"matrices": 0.02, "embedding": 0.2 * scale, "head": 0.004 * scale})
+    assert actual == pytest.approx({"matrices": 0.02, "embedding": 0.2 * scale, "head": 0.004 * scale})
 
 
 def test_width_rule_without_a_base_width_is_refused() -> None:
@@ -164,9 +164,9 @@ def test_width_rule_without_a_base_width_is_refused() -> None:
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_adamw_steps_match_torch_adamw(weight_decay: float) -> None:
-    ours, theirs = model(), model()
+    actual, reference_model = model(), model()
     (optimizer,) = build_optimizers(
-        ours, OptimConfig(lr=0.01, lr_other=0.03, weight_decay=weight_decay, betas=(0.8, 0.9))
+        actual, OptimConfig(lr=0.01, lr_other=0.03, weight_decay=weight_decay, betas=(0.8, 0.9))
     )
     reference = [
         torch.optim.AdamW(
@@ -175,16 +175,16 @@ def test_adamw_steps_match_torch_adamw(weight_decay: float) -> None:
             betas=(0.8, 0.9),
             weight_decay=weight_decay if parameter.ndim == 2 else 0.0,
         )
-        for parameter in theirs.parameters()
+        for parameter in reference_model.parameters()
     ]
     for step in range(5):
-        with_gradients(ours, step)
-        with_gradients(theirs, step)
+        with_gradients(actual, step)
+        with_gradients(reference_model, step)
         optimizer.step()
         for single in reference:
             single.step()
-    expected = snapshot(theirs)
-    for name, parameter in ours.named_parameters():
+    expected = snapshot(reference_model)
+    for name, parameter in actual.named_parameters():
         torch.testing.assert_close(parameter.detach(), expected[name], atol=1e-6, rtol=1e-5, msg=name)
 
 
@@ -239,18 +239,18 @@ def test_settings_of_the_sphere_optimizers_are_passed_on() -> None:
 
 @pytest.mark.parametrize("name", ON_SPHERE)
 def test_scales_beside_sphere_weights_match_torch_adamw(name: str) -> None:
-    ours, theirs = model(), model()
-    optimizers = build_optimizers(ours, OptimConfig(name=name, lr=0.1, lr_scales=0.03, weight_decay=0.2))
+    actual, reference_model = model(), model()
+    optimizers = build_optimizers(actual, OptimConfig(name=name, lr=0.1, lr_scales=0.03, weight_decay=0.2))
     reference = torch.optim.AdamW(
-        [p for p in theirs.parameters() if p.ndim == 1], lr=0.03, betas=(0.9, 0.95), weight_decay=0.0
+        [p for p in reference_model.parameters() if p.ndim == 1], lr=0.03, betas=(0.9, 0.95), weight_decay=0.0
     )
     for step in range(5):
-        with_gradients(ours, step)
-        with_gradients(theirs, step)
+        with_gradients(actual, step)
+        with_gradients(reference_model, step)
         for optimizer in [*optimizers, reference]:
             optimizer.step()
-    for scale in scales(ours):
-        mine, other = ours.get_parameter(scale), theirs.get_parameter(scale)
+    for scale in scales(actual):
+        mine, other = actual.get_parameter(scale), reference_model.get_parameter(scale)
         torch.testing.assert_close(mine, other, atol=1e-6, rtol=1e-5, msg=scale)
 
 
@@ -268,7 +268,7 @@ def test_sphere_optimizers_need_no_projection(name: str) -> None:
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_optimizers_restored_midway_end_like_uninterrupted_ones(name: str, tmp_path: Path) -> None:
-    """Through a file and torch's safe loader, with the rates of a schedule."""
+    """The state goes through a file and torch's safe loader. The rates follow a schedule."""
 
     def steps(gpt: GPT, optimizers: list[torch.optim.Optimizer], which: range) -> None:
         for step in which:

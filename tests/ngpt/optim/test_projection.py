@@ -1,4 +1,4 @@
-"""Projection keeps each matrix on the sphere along the model's dimension."""
+"""Projection normalizes each matrix along the model dimension."""
 
 import numpy as np
 import pytest
@@ -20,8 +20,8 @@ def model(**changes: object) -> GPT:
     return GPT(build(ModelConfig, plain | changes))
 
 
-def disturbed(**changes: object) -> GPT:
-    """All parameters off the sphere by a different factor each, with noise."""
+def perturbed(**changes: object) -> GPT:
+    """A model whose parameters are off the sphere, each by another factor and noise."""
     gpt, generator = model(**changes), torch.Generator().manual_seed(0)
     with torch.no_grad():
         for number, parameter in enumerate(gpt.parameters()):
@@ -37,7 +37,7 @@ def state(gpt: GPT) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("residual", ["lerp", "slerp", "add_normalize"])
 @pytest.mark.parametrize("mlp", ["swiglu", "relu2"])
 def test_projection_gives_unit_vectors_along_the_model_dimension(residual: str, mlp: str) -> None:
-    gpt = disturbed(residual=residual, mlp=mlp)
+    gpt = perturbed(residual=residual, mlp=mlp)
     project_weights(gpt)
     seen = 0
     for name, parameter in gpt.named_parameters():
@@ -45,7 +45,7 @@ def test_projection_gives_unit_vectors_along_the_model_dimension(residual: str, 
             (axis,) = [1 for end in ROWS if name.endswith(f"{end}.weight")] or [
                 0 for end in COLUMNS if name.endswith(f"{end}.weight")
             ]
-            assert parameter.shape[axis] == 16, name  # the model's dimension
+            assert parameter.shape[axis] == 16, name  # the model dimension
             lengths = parameter.detach().double().square().sum(axis).sqrt()
             torch.testing.assert_close(lengths, torch.ones_like(lengths), atol=1e-6, rtol=0, msg=name)
             seen += 1
@@ -53,7 +53,7 @@ def test_projection_gives_unit_vectors_along_the_model_dimension(residual: str, 
 
 
 def test_projection_changes_only_lengths_and_no_scales() -> None:
-    gpt = disturbed()
+    gpt = perturbed()
     before = state(gpt)
     project_weights(gpt)
     for name, tensor in state(gpt).items():
@@ -66,7 +66,7 @@ def test_projection_changes_only_lengths_and_no_scales() -> None:
 
 
 def test_second_projection_changes_almost_nothing() -> None:
-    gpt = disturbed()
+    gpt = perturbed()
     project_weights(gpt)
     once = state(gpt)
     project_weights(gpt)
@@ -75,7 +75,7 @@ def test_second_projection_changes_almost_nothing() -> None:
 
 
 def test_gpt_has_nothing_to_project() -> None:
-    gpt = disturbed(residual="add")
+    gpt = perturbed(residual="add")
     before = state(gpt)
     project_weights(gpt)
     assert all(torch.equal(tensor, before[name]) for name, tensor in state(gpt).items())
@@ -83,7 +83,7 @@ def test_gpt_has_nothing_to_project() -> None:
 
 @pytest.mark.parametrize("n_kv_head", [1, 2])
 def test_shared_keys_and_values_are_projected_and_a_tied_head_only_once(n_kv_head: int) -> None:
-    gpt = disturbed(n_head=4, n_kv_head=n_kv_head, tied=True)
+    gpt = perturbed(n_head=4, n_kv_head=n_kv_head, tied=True)
     project_weights(gpt)
     for name in ("query", "key", "value"):
         weight = gpt.get_parameter(f"blocks.1.attention.{name}.weight").detach()
@@ -94,14 +94,14 @@ def test_shared_keys_and_values_are_projected_and_a_tied_head_only_once(n_kv_hea
 
 @pytest.fixture(params=[64, 300, 1000, 2**22])
 def batch_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """From one vector at once, over blocks that do not divide a weight evenly, to all weights of a shape."""
+    """Batch sizes: one vector, blocks that do not divide a weight evenly, and all weights of a shape."""
     monkeypatch.setitem(projection.BATCH_BYTES, "cpu", request.param)
     return request.param
 
 
 @pytest.mark.usefixtures("batch_bytes")
 def test_projection_in_batches_equals_one_weight_at_a_time_bit_for_bit() -> None:
-    gpt, other = disturbed(n_kv_head=1), disturbed(n_kv_head=1)
+    gpt, other = perturbed(n_kv_head=1), perturbed(n_kv_head=1)
     project_weights(gpt)
     for weight, dim in other.sphere_weights():
         weight.detach().copy_(F.normalize(weight.detach(), dim=dim))
@@ -111,7 +111,7 @@ def test_projection_in_batches_equals_one_weight_at_a_time_bit_for_bit() -> None
 
 @pytest.mark.usefixtures("batch_bytes")
 def test_projection_matches_float64_division_within_rounding() -> None:
-    gpt = disturbed()
+    gpt = perturbed()
     before = [(weight.detach().double().numpy().copy(), dim) for weight, dim in gpt.sphere_weights()]
     project_weights(gpt)
     for (weight, _), (old, dim) in zip(gpt.sphere_weights(), before, strict=True):
@@ -121,7 +121,7 @@ def test_projection_matches_float64_division_within_rounding() -> None:
 
 
 def test_zero_vector_stays_zero_and_bfloat16_weights_are_rounded_once() -> None:
-    gpt = disturbed().bfloat16()
+    gpt = perturbed().bfloat16()
     with torch.no_grad():
         gpt.wte.weight[3] = 0
     expected = [F.normalize(weight.detach().float(), dim=dim).bfloat16() for weight, dim in gpt.sphere_weights()]
@@ -132,20 +132,20 @@ def test_zero_vector_stays_zero_and_bfloat16_weights_are_rounded_once() -> None:
 
 
 def test_projection_works_in_place() -> None:
-    gpt = disturbed()
+    gpt = perturbed()
     before = [weight.data_ptr() for weight, _ in gpt.sphere_weights()]
     project_weights(gpt)
     assert [weight.data_ptr() for weight, _ in gpt.sphere_weights()] == before
 
 
 def test_projecting_several_models_equals_projecting_each() -> None:
-    several = [disturbed(), disturbed(mlp="relu2"), disturbed(n_layer=1)]
+    several = [perturbed(), perturbed(mlp="relu2"), perturbed(n_layer=1)]
     project(entry for gpt in several for entry in gpt.sphere_weights())
     for gpt in several:
         for weight, dim in gpt.sphere_weights():
             lengths = np.linalg.norm(weight.detach().double().numpy(), axis=dim)
             np.testing.assert_allclose(lengths, 1, atol=1e-6)
-    alone = disturbed()
+    alone = perturbed()
     project_weights(alone)
     for name, tensor in state(alone).items():
         torch.testing.assert_close(state(several[0])[name], tensor)

@@ -1,4 +1,4 @@
-"""Steps on the sphere against NumPy, singular value decompositions and what must not depend on the coordinates."""
+"""Steps on the sphere against NumPy and singular value decompositions, and their invariances."""
 
 import io
 from typing import Any
@@ -23,7 +23,7 @@ def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> to
 
 
 def on_sphere(*shape: int, dim: int = 1, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.nn.Parameter:
-    x = random(*shape, seed=1000 + seed)  # not the numbers of a gradient, which would be radial
+    x = random(*shape, seed=1000 + seed)  # another seed than that of the gradient, which would be radial
     return torch.nn.Parameter((x / x.norm(dim=dim, keepdim=True)).to(dtype))
 
 
@@ -32,16 +32,16 @@ def norm_error(weight: torch.Tensor, dim: int) -> float:
 
 
 def numpy_tangent(points: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """For points in rows, one at a time."""
+    """The tangential part of each row at its point."""
     return np.stack([row - np.dot(row, point) * point for point, row in zip(points, x, strict=True)])
 
 
 def numpy_turn(point: np.ndarray, velocity: np.ndarray) -> np.ndarray:
-    """The rotation matrix (D, D) of the plane of `point` and `velocity` by the angle |velocity|; identity elsewhere."""
+    """The rotation matrix (D, D) by the angle |velocity| in the plane of `point` and `velocity`."""
     angle = np.linalg.norm(velocity)
     u = velocity / angle
     plane = np.outer(u, point) - np.outer(point, u)
-    return np.eye(len(point)) + np.sin(angle) * plane + (1 - np.cos(angle)) * plane @ plane  # Rodrigues
+    return np.eye(len(point)) + np.sin(angle) * plane + (1 - np.cos(angle)) * plane @ plane  # Rodrigues' formula
 
 
 # ---- the sphere --------------------------------------------------------------------------------
@@ -59,7 +59,7 @@ def test_walk_matches_a_rotation_matrix_and_transports_tangents(width: int, angl
     np.testing.assert_allclose(end[0].numpy(), turn @ point[0].numpy(), atol=1e-12)
     np.testing.assert_allclose(moved[0].numpy(), turn @ carried[0].numpy(), atol=1e-12)
     assert abs(float(end.norm()) - 1) < 1e-12
-    assert abs(float((end * moved).sum())) < 1e-12  # still a tangent, and as long as before
+    assert abs(float((end * moved).sum())) < 1e-12  # still tangential and of the same length
     assert float(moved.norm()) == pytest.approx(float(carried.norm()), rel=1e-12)
 
 
@@ -146,7 +146,9 @@ def test_weights_updated_together_move_as_if_updated_separately(kind: Any) -> No
         for i, pair in enumerate(zip(together, alone, strict=True)):
             for weight in pair:
                 weight.grad = random(*weight.shape, seed=10 * step + i, dtype=torch.float32)
-        together[1].grad = alone[1].grad = None if step == 0 else together[1].grad  # comes in later than the others
+        together[1].grad = alone[1].grad = (
+            None if step == 0 else together[1].grad
+        )  # gets its first gradient later than the others
         for optimizer in optimizers:
             optimizer.step()
     for one, other in zip(together, alone, strict=True):
@@ -190,7 +192,7 @@ def test_restored_optimizer_continues_bit_for_bit(kind: Any) -> None:
 
 @pytest.mark.parametrize("kind", [*OPTIMIZERS, Muon])
 def test_step_never_copies_a_value_from_the_device(kind: Any) -> None:
-    with FakeTensorMode():  # tensors without values: to ask for one is an error
+    with FakeTensorMode():  # meta tensors have no values, so reading one is an error
         weights = [torch.nn.Parameter(torch.randn(6, 4)), torch.nn.Parameter(torch.randn(6, 4))]
         optimizer = build(kind, weights)
         for _ in range(2):
@@ -213,7 +215,7 @@ def test_invalid_use_is_refused(kind: Any) -> None:
 
 
 def newton_schulz_by_svd(matrix: np.ndarray, steps: int) -> np.ndarray:
-    """What Newton-Schulz does, exactly: an odd polynomial acts on the singular values and leaves the vectors."""
+    """Newton-Schulz, computed exactly: an odd polynomial of the singular values, with the same singular vectors."""
     u, s, vt = np.linalg.svd(matrix, full_matrices=False)
     s = s / np.linalg.norm(s)
     for _ in range(steps):
@@ -224,7 +226,7 @@ def newton_schulz_by_svd(matrix: np.ndarray, steps: int) -> np.ndarray:
 def numpy_geodesic_muon(
     points: np.ndarray, gradients: list[np.ndarray], *, lr: float, momentum: float, nesterov: bool, steps: int
 ) -> np.ndarray:
-    """The docstring's formulas in float64, one vector (row) at a time, with explicit rotation matrices."""
+    """The formulas of the docstring in float64, one row at a time, with explicit rotation matrices."""
     running = np.zeros_like(points)
     for gradient in gradients:
         running = momentum * running + (1 - momentum) * gradient
@@ -286,7 +288,7 @@ def test_small_step_matches_step_and_projection_to_second_order() -> None:
         errors.append(float((walked.detach() - landed).norm()))
     assert (
         errors[0] < 0.1**2 * 12 and errors[1] < 0.02 * errors[0]
-    )  # a tenth of the step, a hundredth of the difference
+    )  # a ten times smaller step gives a hundred times smaller difference
 
 
 def test_geodesic_muon_finds_the_nearest_orthonormal_vectors() -> None:
@@ -321,7 +323,7 @@ def test_geodesic_muon_is_equivariant_under_rotation(seed: int, lr: float) -> No
 def numpy_riemannian_adamw(
     points: np.ndarray, gradients: list[np.ndarray], *, lr: float, betas: tuple[float, float], eps: float
 ) -> np.ndarray:
-    """The docstring's formulas in float64, one vector (row) at a time, with explicit rotation matrices."""
+    """The formulas of the docstring in float64, one row at a time, with explicit rotation matrices."""
     mean, square = np.zeros_like(points), np.zeros_like(points)
     for step, gradient in enumerate(gradients, start=1):
         g = numpy_tangent(points, gradient)
@@ -349,7 +351,7 @@ def test_riemannian_adamw_steps_match_explicit_rotation_matrices(lr: float, eps:
 
 
 def test_small_steps_match_torch_adamw_and_projection_where_the_sphere_is_nearly_flat() -> None:
-    """Gradients that are tangent where the walk starts, and a walk that stays near there."""
+    """Gradients are tangential at the start of the walk, which stays close to it."""
     differences = []
     for lr in (1e-3, 1e-4):
         walked, projected = on_sphere(6, 8), on_sphere(6, 8)

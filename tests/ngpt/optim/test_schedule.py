@@ -1,4 +1,4 @@
-"""Learning-rate schedules at their corners, against NumPy in between."""
+"""Learning-rate schedules at their corners, and against NumPy in between."""
 
 import numpy as np
 import pytest
@@ -25,10 +25,10 @@ def test_cosine_schedule_matches_a_half_wave_in_numpy() -> None:
 
 
 def test_trapezoid_is_one_and_then_falls_linearly() -> None:
-    ours = curve(10, name="trapezoid", decay_fraction=0.5, final_ratio=0.0)
-    np.testing.assert_allclose(ours, [1, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2], rtol=1e-12)
-    ours = curve(4, name="trapezoid", decay_fraction=1.0, final_ratio=0.5)
-    np.testing.assert_allclose(ours, [1, 0.875, 0.75, 0.625], rtol=1e-12)
+    actual = curve(10, name="trapezoid", decay_fraction=0.5, final_ratio=0.0)
+    np.testing.assert_allclose(actual, [1, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2], rtol=1e-12)
+    actual = curve(4, name="trapezoid", decay_fraction=1.0, final_ratio=0.5)
+    np.testing.assert_allclose(actual, [1, 0.875, 0.75, 0.625], rtol=1e-12)
 
 
 def test_trapezoid_without_decay_stays_at_one() -> None:
@@ -37,17 +37,17 @@ def test_trapezoid_without_decay_stays_at_one() -> None:
 
 
 def test_logarithmic_schedule_matches_log10_in_numpy() -> None:
-    ours = curve(40, name="logarithmic", log_steepness=9.0, final_ratio=0.1)
-    np.testing.assert_allclose(ours, 0.1 + 0.9 * (1 - np.log10(1 + 9 * np.arange(40) / 40)), rtol=1e-12)
+    actual = curve(40, name="logarithmic", log_steepness=9.0, final_ratio=0.1)
+    np.testing.assert_allclose(actual, 0.1 + 0.9 * (1 - np.log10(1 + 9 * np.arange(40) / 40)), rtol=1e-12)
 
 
 def test_logarithmic_schedule_is_linear_at_low_steepness_and_below_that_line_when_steep() -> None:
     line = 1 - np.arange(20) / 20
     np.testing.assert_allclose(curve(20, name="logarithmic", log_steepness=1e-9), line, rtol=1e-6)
     for steepness in (1.0, 9.0, 1e4):
-        ours = curve(20, name="logarithmic", log_steepness=steepness)
-        assert (np.array(ours[1:]) < line[1:]).all()
-        assert (np.diff(ours, n=2) > 0).all()  # it falls ever more slowly
+        actual = curve(20, name="logarithmic", log_steepness=steepness)
+        assert (np.array(actual[1:]) < line[1:]).all()
+        assert (np.diff(actual, n=2) > 0).all()  # convex: it falls more and more slowly
 
 
 def test_steepness_of_zero_is_refused() -> None:
