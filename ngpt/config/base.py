@@ -118,11 +118,16 @@ def settings(cls: type[Config]) -> dict[str, pydantic.fields.FieldInfo]:
     """Every setting of a config and its sub-configs by dotted name (`optim.lr`), in reading order."""
     found: dict[str, pydantic.fields.FieldInfo] = {}
     for name, field in cls.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Config):
-            found |= {f"{name}.{inner}": info for inner, info in settings(field.annotation).items()}
-        else:
-            found[name] = field
+        inner = settings(sections(cls)[name]) if name in sections(cls) else None
+        found |= {name: field} if inner is None else {f"{name}.{leaf}": info for leaf, info in inner.items()}
     return found
+
+
+@cache
+def sections(cls: type[Config]) -> dict[str, type[Config]]:
+    """The sub-configs of a config by name, such as `optim`."""
+    kinds = {name: field.annotation for name, field in cls.model_fields.items()}
+    return {name: kind for name, kind in kinds.items() if isinstance(kind, type) and issubclass(kind, Config)}
 
 
 def resolve(cls: type[Config], name: str) -> str:
@@ -134,13 +139,6 @@ def resolve(cls: type[Config], name: str) -> str:
     if len(leaves) == 1:
         return leaves[0]
     raise ConfigError(f"ambiguous setting, write one of {', '.join(leaves)}" if leaves else _unknown_setting(cls, name))
-
-
-def section_type(cls: type[Config], name: str) -> type[Config]:
-    """The config class of a section, such as `optim`."""
-    annotation = cls.model_fields[name].annotation
-    assert isinstance(annotation, type) and issubclass(annotation, Config)
-    return annotation
 
 
 def build(cls: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:

@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ngpt.config.base import Config, ConfigError, Location, Problem, resolve, section_type, settings, unknown_message
+from ngpt.config.base import Config, ConfigError, Location, Problem, resolve, sections, unknown_message
 from ngpt.config.yaml_reader import Document, YamlError, read_yaml
 
 MOST_PROBLEMS = 100  # reported at once
@@ -36,25 +36,25 @@ def named_settings(
     problems: list[Problem] = []
     if not isinstance(data, Mapping):
         return found, [Problem(at, f"must be a mapping of settings, got {data!r}")]
-    sections = {name.rpartition(".")[0] for name in settings(cls)} - {""}
+    inside = sections(cls)
     for key, value in data.items():
         if len(problems) >= MOST_PROBLEMS:
             break
         location = (*at, key)
         part: Found = {}
         wrong: list[Problem] = []
-        if key not in sections:
+        if key not in inside:
             try:
                 part = {resolve(cls, key): (value, location)}
             except ConfigError as error:
-                near = difflib.get_close_matches(key, sections, n=1) if isinstance(value, Mapping) else []
+                near = difflib.get_close_matches(key, inside, n=1) if isinstance(value, Mapping) else []
                 wrong = [Problem(location, unknown_message("section", key, near) if near else str(error))]
         elif not isinstance(value, str):
-            inner, wrong = named_settings(section_type(cls, key), value, location, folder=folder)
+            inner, wrong = named_settings(inside[key], value, location, folder=folder)
             part = {f"{key}.{name}": entry for name, entry in inner.items()}
         elif value.endswith(SUFFIXES):
             # Not Path.expanduser, which raises for a user that does not exist.
-            inner, wrong = _section_file(section_type(cls, key), folder / os.path.expanduser(value), location)
+            inner, wrong = _section_file(inside[key], folder / os.path.expanduser(value), location)
             from_files |= {f"{key}.{name}": entry for name, entry in inner.items()}
         else:
             message = f"must be a mapping of settings or the path of a .yaml file, got {value!r}"

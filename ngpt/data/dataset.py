@@ -23,7 +23,7 @@ from filelock import FileLock
 from ngpt.config.base import Config, ConfigError, invalid_setting, one_of, runtime_setting, unknown_message
 from ngpt.data.prepare import PROGRESS_FILE, TOKEN_BYTES_FILE, tokenize
 from ngpt.data.sampling import ORDERS
-from ngpt.data.shard_index import index_shards, known_vocab_size, shard_paths, shard_vocab_size
+from ngpt.data.shard_index import READERS, index_shards, known_vocab_size, shard_paths, shard_vocab_size
 from ngpt.data.sources import CORPORA, Corpus, ShardCorpus, shards_identity, text_corpus
 from ngpt.data.text.progress import Log, silent
 from ngpt.data.tokens.checksums import shard_crc
@@ -35,7 +35,6 @@ from ngpt.system.cache import cache_folder
 FORMAT = 1  # of the prepared folder; increase it when the same corpus gives other tokens
 MANIFEST = "manifest.json"
 POLICIES = ("skip", "fail")  # what to do about corrupt shards
-READERS = 4  # threads that check shards
 
 log = logging.getLogger(__name__)
 

@@ -79,16 +79,20 @@ def download(files: Sequence[HubFile], folder: Path, *, name: str, log: Log) -> 
     with FileLock(folder / ".lock"):
         missing = [(file, path) for file, path in zip(files, paths, strict=True) if not path.exists()]
         if missing:
-            _check_space(folder, missing)
+            parts = [(file, path.with_name(path.name + PART)) for file, path in missing]
             total = sum(file.size for file, _ in missing)
+            resumed = sum(min(file.size, part.stat().st_size) for file, part in parts if part.exists())
+            free = shutil.disk_usage(folder).free
+            if total - resumed > free:  # reported before the first byte, not after an hour
+                problem = f"{(total - resumed) / 1e9:.1f} GB to download, {free / 1e9:.1f} GB free"
+                raise OSError(errno.ENOSPC, problem, str(folder))
             log(f"{name}: downloading {len(missing)} file{'s' * (len(missing) > 1)}, {total / 1e6:,.1f} MB")
-            _download_in_parallel(missing, Meter(log, name))
+            _download_in_parallel(missing, Meter(log, name), total=total, resumed=resumed)
     return paths
 
 
-def _download_in_parallel(missing: Sequence[tuple[HubFile, Path]], meter: Meter) -> None:
+def _download_in_parallel(missing: Sequence[tuple[HubFile, Path]], meter: Meter, *, total: int, resumed: int) -> None:
     stop, lock = threading.Event(), threading.Lock()
-    total, resumed = sum(file.size for file, _ in missing), _resumed_bytes(missing)
     fresh = 0
 
     def arrived(count: int) -> None:
@@ -160,16 +164,3 @@ def _errors_of(what: str) -> Iterator[None]:
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(f"cannot download {what}: {printable(reason, LONGEST_REASON)}; {HINT}") from error
-
-
-def _check_space(folder: Path, missing: Sequence[tuple[HubFile, Path]]) -> None:
-    """Reports a full disk before the first byte, not after an hour."""
-    needed, free = sum(file.size for file, _ in missing) - _resumed_bytes(missing), shutil.disk_usage(folder).free
-    if needed > free:
-        raise OSError(errno.ENOSPC, f"{needed / 1e9:.1f} GB to download, {free / 1e9:.1f} GB free", str(folder))
-
-
-def _resumed_bytes(missing: Sequence[tuple[HubFile, Path]]) -> int:
-    """The bytes that earlier attempts have left."""
-    parts = [(file, path.with_name(path.name + PART)) for file, path in missing]
-    return sum(min(file.size, part.stat().st_size) for file, part in parts if part.exists())

@@ -77,21 +77,19 @@ def read_shard(path: Path) -> Shard:
     with path.open("rb") as file:
         start = file.read(HEADER_BYTES)
     header = np.frombuffer(start, "<u4") if len(start) == HEADER_BYTES else None
-    has_header = _is_header(path, start, header)
-    if has_header and header is not None:
-        count = int(header[2])
-        if size != HEADER_BYTES + 2 * count:
-            raise CorruptShardError(path, f"has {size} bytes, its header says {HEADER_BYTES + 2 * count}")
-    else:
-        header, count = None, size // 2
-        if size % 2:
-            raise CorruptShardError(path, f"has an odd number of bytes, {size}: not uint16 tokens")
+    if not _is_header(path, start, header):
+        header = None
+    offset = 0 if header is None else HEADER_BYTES
+    count = size // 2 if header is None else int(header[2])
+    if size % 2 and header is None:
+        raise CorruptShardError(path, f"has an odd number of bytes, {size}: not uint16 tokens")
+    if size != offset + 2 * count:
+        raise CorruptShardError(path, f"has {size} bytes, its header says {offset + 2 * count}")
     if count == 0:
         raise CorruptShardError(path, "is empty")
-    offset = HEADER_BYTES if has_header else 0
     tokens = np.memmap(path, dtype="<u2", mode="r", offset=offset, shape=(count,))
     crc32, vocab_size = map(int, header[3:5]) if header is not None and header[5] != 0 else (None, None)
-    return Shard(path, tokens, vocab_size=vocab_size, crc32=crc32, has_header=has_header)
+    return Shard(path, tokens, vocab_size=vocab_size, crc32=crc32, has_header=header is not None)
 
 
 def verify_shard(path: Path, *, vocab_size: int) -> Shard:
