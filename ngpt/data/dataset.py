@@ -122,11 +122,8 @@ def order_settings(config: DataConfig) -> dict[str, Any]:
 def prepare(config: DataConfig, *, out: Path | None = None, log: Log = silent, workers: int | None = None) -> Path:
     """Prepares the corpus unless it is prepared already, and returns its folder.
 
-    Of two processes that need the same corpus, one prepares it and the other waits. `workers` threads tokenize.
-
-    Raises:
-        ConfigError: unknown corpus, missing files, no network, other content in `out`, or a corrupt shard that
-            `on_corrupt` forbids.
+    Of two processes that need the same corpus, one prepares it and the other waits. `workers` threads tokenize. Raises
+    ConfigError for missing files, no network, other content in `out`, or a corrupt shard that `on_corrupt` forbids.
     """
     check_shards(config)
     source = _locate(config)

@@ -40,10 +40,8 @@ def tokenize(
     """Writes the shards and tokenizer files of `corpus` into `folder` and returns their part of the manifest.
 
     A sentencepiece vocabulary is trained on the train split only. `workers` threads encode, by default one per core.
-    Their number does not change the files. Intact shards of an interrupted call are kept.
-
-    Raises:
-        ConfigError: a split is empty, or the tokenizer is not available.
+    Their number does not change the files. Intact shards of an interrupted call are kept. Raises ConfigError if a split
+    is empty, or the tokenizer is not available.
     """
     _provide_model(corpus, tokenizer, val_fraction, folder, log)
     loaded = load_tokenizer(tokenizer, folder)
@@ -146,7 +144,6 @@ def add_tokenizer(folder: Path, spec: str, tokenizer: Tokenizer | None, sizes: n
 
 
 def _provide_model(corpus: Corpus, tokenizer: str, val_fraction: float, folder: Path, log: Log) -> None:
-    """Trains or copies a sentencepiece model into the folder."""
     kind, argument = parse_spec(tokenizer)
     path = folder / MODEL_FILE
     if kind == "model":

@@ -55,12 +55,7 @@ class LineFile:
                 raise
 
     def append(self, *lines: str) -> None:
-        """Appends all lines, or none if that fails.
-
-        Raises:
-            ValueError: a line contains a line break.
-            OSError: the disk is full or not writable; nothing was added.
-        """
+        """Appends all lines, or none if that raises OSError; a line may not contain a line break (ValueError)."""
         for line in lines:
             if "\n" in line or "\r" in line:
                 raise ValueError(f"a line may not contain a line break: {line!r}")
@@ -98,11 +93,7 @@ class LineFile:
 
 
 def commit_folder(temp: Path, final: Path) -> None:
-    """Renames the finished folder `temp` to `final`, which then exists with all its files on disk or not at all.
-
-    Raises:
-        OSError: `final` is a folder that is not empty, or on another file system.
-    """
+    """Renames the finished folder `temp` to `final`, which then exists with all its files on disk or not at all."""
     for path in (*temp.rglob("*"), temp):
         sync(path)
     _rename(temp, final)

@@ -66,11 +66,7 @@ def write_shard(path: Path, tokens: np.ndarray, *, vocab_size: int) -> Shard:
 
 
 def read_shard(path: Path) -> Shard:
-    """Maps a shard with or without a header. Checks the header and the size, not the tokens.
-
-    Raises:
-        CorruptShardError: not a file, empty, another version, a wrong length, or a damaged header.
-    """
+    """Maps a shard with or without a header. Checks header and size, not the tokens; raises CorruptShardError."""
     if not path.is_file():
         raise CorruptShardError(path, "is not a file")
     size = path.stat().st_size

@@ -130,8 +130,7 @@ class SentencePieceTokenizer:
 def load_tokenizer(spec: str, folder: Path | None) -> Tokenizer:
     """Loads the tokenizer `spec`. A sentencepiece model in `folder`, a prepared corpus, takes precedence.
 
-    Raises:
-        ConfigError: invalid spec, missing or unreadable files, tiktoken not installed, or no network for GPT-2's files.
+    Raises ConfigError for missing or unreadable files, without tiktoken, and without network for GPT-2's files.
     """
     kind, argument = parse_spec(spec)
     if kind == "gpt2":
