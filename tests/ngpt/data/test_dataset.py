@@ -1,4 +1,4 @@
-"""From a corpus to a prepared folder: splits, fingerprints, and what happens when it goes wrong."""
+"""Preparing and opening a corpus: splits, fingerprints, corrupt shards and errors."""
 
 import hashlib
 import json
@@ -50,7 +50,7 @@ def texts(dataset: Dataset, config: DataConfig) -> dict[str, str]:
     }
 
 
-def test_a_text_is_split_by_position_and_comes_back_whole(data: DataConfig, corpus: Path, dataset: Dataset) -> None:
+def test_a_text_is_split_by_position_and_decodes_unchanged(data: DataConfig, corpus: Path, dataset: Dataset) -> None:
     whole = corpus.read_text()
     split = texts(dataset, data)
     assert split["train"] == whole[: int(len(whole) * 0.9)] and split["val"] == whole[int(len(whole) * 0.9) :]
@@ -138,7 +138,7 @@ def test_leftovers_of_a_killed_preparation_are_removed(data: DataConfig, own_cac
     assert prepare(data) == final and final.is_dir() and not stale.exists()
 
 
-def test_of_two_processes_at_once_one_prepares_and_the_other_waits(corpus: Path, tmp_path: Path) -> None:
+def test_of_two_concurrent_processes_one_prepares_and_the_other_waits(corpus: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "ngpt.data", str(corpus), "--tokenizer", "sentencepiece:400", "--json"]
     env = os.environ | {"NGPT_CACHE": str(tmp_path)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -150,7 +150,7 @@ def test_of_two_processes_at_once_one_prepares_and_the_other_waits(corpus: Path,
     assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 1
 
 
-def test_the_fingerprint_follows_content_tokenizer_and_split_not_the_place(
+def test_the_fingerprint_depends_on_content_tokenizer_and_split_not_location(
     data: DataConfig, corpus: Path, tmp_path: Path
 ) -> None:
     copy = tmp_path / "elsewhere.txt"
@@ -163,7 +163,7 @@ def test_the_fingerprint_follows_content_tokenizer_and_split_not_the_place(
     assert fingerprint(moved) != fingerprint(data)
 
 
-def test_the_fingerprint_of_a_folder_follows_names_and_content(tmp_path: Path) -> None:
+def test_the_fingerprint_of_a_folder_depends_on_names_and_content(tmp_path: Path) -> None:
     folders = [tmp_path / name for name in "abc"]
     for folder, names in zip(folders, (("x", "y"), ("x", "y"), ("x", "z")), strict=True):
         folder.mkdir()
@@ -173,7 +173,7 @@ def test_the_fingerprint_of_a_folder_follows_names_and_content(tmp_path: Path) -
     assert a == b != c
 
 
-def test_the_fingerprint_of_a_model_follows_its_content(corpus: Path, dataset: Dataset, tmp_path: Path) -> None:
+def test_the_fingerprint_of_a_model_depends_on_its_content(corpus: Path, dataset: Dataset, tmp_path: Path) -> None:
     for name in ("a.model", "b.model"):
         shutil.copy(dataset.folder / "tokenizer.model", tmp_path / name)
     a, b = (DataConfig(corpus=str(corpus), tokenizer=str(tmp_path / name)) for name in ("a.model", "b.model"))
@@ -182,7 +182,7 @@ def test_the_fingerprint_of_a_model_follows_its_content(corpus: Path, dataset: D
     assert fingerprint(a) != fingerprint(b)
 
 
-def test_a_given_model_is_used_and_kept(corpus: Path, dataset: Dataset, tmp_path: Path, own_cache: Path) -> None:
+def test_a_given_model_is_used_and_copied(corpus: Path, dataset: Dataset, tmp_path: Path, own_cache: Path) -> None:
     model = tmp_path / "my.model"
     shutil.copy(dataset.folder / "tokenizer.model", model)
     again = open_dataset(DataConfig(corpus=str(corpus), tokenizer=str(model)))
@@ -222,7 +222,7 @@ def test_shards_stay_where_they_are_and_are_split_by_name(shards: Path, own_cach
     assert [path.name for path in dataset.folder.iterdir()] == ["manifest.json"]
 
 
-def test_moved_shards_are_the_same_corpus_and_found_in_their_new_place(
+def test_moved_shards_are_the_same_corpus_and_read_from_their_new_folder(
     shards: Path, tmp_path: Path, own_cache: Path
 ) -> None:
     before = DataConfig(corpus=str(shards))
@@ -235,7 +235,7 @@ def test_moved_shards_are_the_same_corpus_and_found_in_their_new_place(
     assert prepared.is_dir()
 
 
-def test_without_validation_shards_the_last_one_is_taken(shards: Path, own_cache: Path) -> None:
+def test_without_validation_shards_the_last_shard_is_validation(shards: Path, own_cache: Path) -> None:
     (shards / "a_val_0.bin").unlink()
     dataset = open_dataset(DataConfig(corpus=str(shards)))
     assert dataset.train[0][0] == 0 and dataset.val[0][0] == 100
@@ -290,7 +290,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("reason", DAMAGE)
-def test_every_kind_of_corrupt_shard_is_left_out_or_refused_as_the_policy_says(
+def test_every_kind_of_corrupt_shard_is_skipped_or_refused_by_policy(
     shards: Path, own_cache: Path, caplog: pytest.LogCaptureFixture, reason: str
 ) -> None:
     path = shards / "a_train_1.bin"
@@ -350,11 +350,11 @@ def test_a_model_that_is_too_small_for_the_shards_is_an_error_before_training(sh
         resolved(fineweb)
 
 
-def test_the_order_of_reading_belongs_to_the_run_not_to_the_corpus(data: DataConfig, dataset: Dataset) -> None:
+def test_the_order_of_reading_is_a_setting_of_the_run_not_of_the_corpus(data: DataConfig, dataset: Dataset) -> None:
     orders = [
         override(data, changes)
         for changes in (
-            {"reservoir": 7},  # of no use to this order
+            {"reservoir": 7},  # this order does not use it
             {"order": "shards", "reservoir": 7},
             {"order": "reservoir", "reservoir": 7},
             {"order": "reservoir", "reservoir": 8},
@@ -369,7 +369,7 @@ def test_the_order_of_reading_belongs_to_the_run_not_to_the_corpus(data: DataCon
     ]
 
 
-def test_fingerprints_stay_the_same_from_version_to_version() -> None:
+def test_fingerprints_do_not_change_between_versions() -> None:
     expected = {"shakespeare": "5ac8c1ca70f5", "fineweb": "bc20c1cb8925"}
     assert {name: fingerprint(DataConfig(corpus=name)) for name in expected} == expected
 
@@ -526,7 +526,7 @@ def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(
     assert captured.out == "" and captured.err.count("\n") == 1
 
 
-def test_a_place_that_cannot_be_written_is_exit_code_74(
+def test_an_unwritable_folder_is_exit_code_74(
     data: DataConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("")

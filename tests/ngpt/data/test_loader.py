@@ -16,7 +16,7 @@ lengths = st.lists(st.integers(1, 40), min_size=1, max_size=4)
 
 
 def dataset_of(train: list[int], val: list[int], *, sizes: bool = True) -> Dataset:
-    """Shards of the given lengths in which every token is another number, so that its value tells where it is from."""
+    """Shards of the given lengths in which all tokens differ, so that a value identifies its position."""
 
     def count_up(parts: list[int]) -> tuple[np.ndarray, ...]:
         ends = np.cumsum(parts)
@@ -51,9 +51,7 @@ def test_every_window_is_a_slice_of_one_shard_with_targets_shifted_by_one(
 
 @pytest.mark.parametrize("order", ["shards", "reservoir"])
 @given(parts=lengths, seed=st.integers(0, 2**31))
-def test_an_epoch_in_batches_is_the_text_once_with_every_target_where_the_next_window_starts(
-    order: str, parts: list[int], seed: int
-) -> None:
+def test_the_batches_of_an_epoch_cover_the_text_once(order: str, parts: list[int], seed: int) -> None:
     dataset = dataset_of([*parts, 13], [13])
     first_tokens = [int(shard[at]) for shard in dataset.train for at in range(0, len(shard) - 4, 4)]
     rows = [
@@ -77,13 +75,13 @@ def test_a_batch_depends_only_on_seed_and_step() -> None:
     assert batch(0, 1) != batch(1, 0)
 
 
-def test_batches_stay_the_same_from_version_to_version() -> None:
+def test_batches_do_not_change_between_versions() -> None:
     idx, _ = train_batch(dataset_of([500, 400], [50]), seed=1, step=2, batch_size=4, block_size=8)
     expected = np.random.default_rng([1, 2]).integers(492 + 392, size=4)
     assert idx[:, 0].tolist() == [first if first < 492 else first + 8 for first in expected]
 
 
-def test_every_window_is_as_likely_as_any_other() -> None:
+def test_all_windows_are_equally_likely() -> None:
     dataset = dataset_of([12, 5, 8], [50])
     drawn = [
         int(first)
@@ -142,7 +140,7 @@ def test_the_bytes_of_a_real_corpus_are_those_of_its_text(dataset: Dataset) -> N
 
 
 @pytest.mark.parametrize(("train", "val", "split"), [([16], [50], "train"), ([50], [16, 9], "validation")])
-def test_less_than_one_window_is_an_error_that_says_how_many_tokens_there_are(
+def test_less_than_one_window_is_an_error_that_names_the_number_of_tokens(
     train: list[int], val: list[int], split: str
 ) -> None:
     with pytest.raises(ConfigError, match=f"needs 17 tokens in a row, the {split} split has 16"):

@@ -1,4 +1,4 @@
-"""Tokenizing a corpus: documents with their marks, the same files from any number of processes, and after any kill."""
+"""Tokenizing a corpus: document marks, and the same files with any number of threads and after any kill."""
 
 import hashlib
 import json
@@ -135,7 +135,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
-def test_texts_come_back_encoded_in_order(llama: Tokenizer, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_texts_are_encoded_in_order(llama: Tokenizer, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preparation, "BATCH", 700)
     found = list(encode_in_order(TEXTS, llama, marked=True, threads=threads))
     expected = [(split, [1, *llama.encode(text).tolist()], True) for split, text in TEXTS]
@@ -172,7 +172,7 @@ def test_tokenizing_uses_every_core_except_in_a_ray_worker(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("countdown", [1, 5, 26, 100])
-def test_a_killed_preparation_is_continued_and_ends_as_an_undisturbed_one(
+def test_a_killed_preparation_continues_to_the_same_files(
     pages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, countdown: int
 ) -> None:
     monkeypatch.setattr(preparation, "SHARD_TOKENS", 2000)
@@ -195,14 +195,14 @@ def test_a_killed_preparation_is_continued_and_ends_as_an_undisturbed_one(
 
 
 def finished_shards(folder: Path) -> set[str]:
-    """By the record of the preparation, for which what is not in it is not finished."""
+    """Reads the progress file: shards that it does not list are not finished."""
     path = folder / "progress.json"
     records: Any = json.loads(path.read_text())["shards"] if path.exists() else {}
     return {record["entry"]["name"] for shards in records.values() for record in shards}
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "gone"])
-def test_a_shard_that_was_damaged_meanwhile_is_written_again(
+def test_a_damaged_shard_is_written_again_on_continuation(
     pages: Path, tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
     monkeypatch.setattr(preparation, "SHARD_TOKENS", 2000)
@@ -240,10 +240,10 @@ def test_a_preparation_with_another_vocabulary_or_shard_size_is_not_continued(
         assert sizes[:-1] == [size] * (len(sizes) - 1)
 
 
-def test_a_text_that_loses_bytes_is_remembered_over_an_interruption(
+def test_lost_bytes_are_remembered_across_an_interruption(
     corpus: Path, tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A model that folds double spaces: no bits per byte, also when the loss lies in a finished shard."""
+    """A model that folds double spaces has no bits per byte, even if only a finished shard has lost some."""
     model = write_llama(tmp_path / "folds.model", remove_extra_whitespaces=True, add_dummy_prefix=False)
     (tmp_path / "out").mkdir()
     monkeypatch.setattr(preparation, "SHARD_TOKENS", 2000)

@@ -1,4 +1,4 @@
-"""Epochs: every window once, the same for the same seed and step, and a shuffle buffer as the textbook has it."""
+"""Orders of windows: complete epochs, reproducible by seed and step, and a textbook shuffle buffer."""
 
 import random
 from collections import Counter
@@ -36,7 +36,7 @@ def rows(
 
 
 def all_windows(parts: tuple[int, ...], block_size: int) -> list[Window]:
-    """By counting, not by division."""
+    """An independent reference that counts instead of dividing."""
     return [
         (index, first)
         for index, length in enumerate(parts)
@@ -47,7 +47,7 @@ def all_windows(parts: tuple[int, ...], block_size: int) -> list[Window]:
 
 @epochs
 @given(parts=lengths, block_size=block_sizes, seed=st.integers(0, 2**31), batch_size=st.integers(1, 30))
-def test_an_epoch_has_every_window_exactly_once_and_so_has_the_next(
+def test_each_epoch_has_every_window_exactly_once(
     name: str, parts: tuple[int, ...], block_size: int, seed: int, batch_size: int
 ) -> None:
     expected = Counter(all_windows(parts, block_size))
@@ -82,7 +82,7 @@ def test_the_batch_size_cuts_the_stream_and_does_not_change_it(
 
 
 @epochs
-def test_seeds_and_epochs_have_orders_of_their_own(name: str) -> None:
+def test_each_seed_and_epoch_has_its_own_order(name: str) -> None:
     parts, size = (81, 41), 30
     one = rows(name, parts, seed=1, steps=range(2), batch_size=size, block_size=4)
     other = rows(name, parts, seed=2, steps=range(1), batch_size=size, block_size=4)
@@ -90,7 +90,7 @@ def test_seeds_and_epochs_have_orders_of_their_own(name: str) -> None:
     assert one[:size] != sorted(one[:size])
 
 
-def test_shards_come_whole_and_in_every_order() -> None:
+def test_shards_are_read_whole_and_in_every_order() -> None:
     parts = (9, 17, 13)  # 2, 4 and 3 windows of 4 tokens
     seen = set()
     for seed in range(60):
@@ -112,7 +112,7 @@ def test_the_windows_of_a_shard_are_shuffled_evenly() -> None:
 
 @given(total=st.integers(1, 80), size=st.integers(1, 100), seed=st.integers(0, 2**31), epoch=st.integers(0, 3))
 def test_the_reservoir_is_the_textbook_shuffle_buffer(total: int, size: int, seed: int, epoch: int) -> None:
-    """The buffer itself, with the same draws: fill it, then emit one and replace it, then empty it."""
+    """The reference is a loop over the buffer with the same draws: fill it, emit and replace, empty it."""
     stream = iter(range(total))
     buffer = [next(stream) for _ in range(min(size, total))]
     rng = np.random.default_rng([seed, epoch])
@@ -145,14 +145,14 @@ def test_a_reservoir_of_one_keeps_the_order_and_a_large_one_shuffles_everything(
     assert sum((count - 100) ** 2 / 100 for count in firsts.values()) < 36.1  # 14 degrees of freedom, p = 0.001
 
 
-def test_a_window_never_comes_more_than_a_reservoir_early() -> None:
+def test_a_window_is_drawn_at_most_one_reservoir_early() -> None:
     drawn = rows("reservoir", (2001,), seed=5, steps=range(20), batch_size=100, block_size=1, reservoir=50)
     early = [window - place for place, (_, window) in enumerate(drawn)]
     assert max(early) < 50 and np.mean(np.abs(early)) < 100
 
 
-def test_orders_stay_the_same_from_version_to_version() -> None:
-    """The draws of NumPy's default generator, spelt out."""
+def test_orders_do_not_change_between_versions() -> None:
+    """Spells out the draws of NumPy's default generator."""
     rng = np.random.default_rng
     turns = rng((4, 0)).permutation(2)
     expected = [(shard, 2 * window) for shard in turns for window in rng((4, 0, shard)).permutation((3, 2)[shard])]
@@ -160,7 +160,7 @@ def test_orders_stay_the_same_from_version_to_version() -> None:
 
 
 @epochs
-def test_a_run_that_was_stopped_and_resumed_reads_what_an_undisturbed_one_reads(
+def test_a_resumed_run_reads_the_same_windows_as_an_uninterrupted_one(
     name: str, tiny: TrainConfig, dataset: Dataset, tmp_path: Path
 ) -> None:
     config = override(tiny, {"data.order": name, "data.reservoir": 50, "checkpoint.every": 3, "eval_every": 3})
@@ -174,7 +174,7 @@ def test_a_run_that_was_stopped_and_resumed_reads_what_an_undisturbed_one_reads(
         list(train(override(config, {"data.order": "windows"}), tmp_path / "stopped", resume="latest", dataset=dataset))
 
 
-def test_an_epoch_of_a_real_size_is_a_permutation() -> None:
+def test_an_epoch_of_realistic_size_is_a_permutation() -> None:
     parts = tuple(random.Random(0).choices(range(10_000, 100_000), k=20))
     size = sum((length - 1) // 16 for length in parts)
     for name in ("shards", "reservoir"):

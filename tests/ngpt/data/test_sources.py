@@ -1,4 +1,4 @@
-"""The corpora that are published in parts, from a hub of our own and from local folders."""
+"""Corpora that are published in parts, from a local hub and from folders."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ PUBLISHED = 1024 + 200_000_000  # bytes of a shard of 100 million tokens
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("NGPT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")  # nobody there
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")  # no server listens there
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")
     monkeypatch.setattr(downloading, "FIRST_PAUSE", 0.0)
     return tmp_path / "cache"
@@ -49,7 +49,7 @@ def fineweb_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         yield hub
 
 
-def test_fineweb_is_downloaded_and_its_fingerprint_is_known_before(fineweb_hub: Hub) -> None:
+def test_the_fingerprint_of_fineweb_is_known_before_the_download(fineweb_hub: Hub) -> None:
     config = DataConfig(corpus="fineweb", shards=2)
     before = fingerprint(config), vocab_size(config)
     assert fineweb_hub.requests == [] and fineweb_hub.listed == 0
@@ -62,7 +62,7 @@ def test_fineweb_is_downloaded_and_its_fingerprint_is_known_before(fineweb_hub: 
     assert {path for path, _ in fineweb_hub.requests} == set(NAMES[:3])
 
 
-def test_more_shards_are_another_corpus_and_only_what_is_new_is_downloaded(fineweb_hub: Hub) -> None:
+def test_more_shards_are_another_corpus_and_only_new_files_are_downloaded(fineweb_hub: Hub) -> None:
     two, three = (DataConfig(corpus="fineweb", shards=count) for count in (2, 3))
     assert fingerprint(two) != fingerprint(three)
     open_dataset(two)
@@ -79,7 +79,7 @@ def test_a_deleted_download_is_fetched_again(fineweb_hub: Hub, own_cache: Path) 
     assert open_dataset(config).folder == folder and len(fineweb_hub.requests) == 4
 
 
-def test_a_download_that_has_changed_since_is_an_error_that_names_it(fineweb_hub: Hub, own_cache: Path) -> None:
+def test_a_changed_download_is_an_error_that_names_the_file(fineweb_hub: Hub, own_cache: Path) -> None:
     config = DataConfig(corpus="fineweb")
     folder = open_dataset(config).folder
     path = own_cache / "downloads" / "fineweb" / NAMES[1]
@@ -102,7 +102,7 @@ def test_a_local_copy_of_fineweb_needs_no_network(tmp_path: Path) -> None:
 def test_local_files_count_as_the_published_corpus_only_if_their_lengths_match(tmp_path: Path) -> None:
     published = fingerprint(DataConfig(corpus="fineweb", shards=2))
     for name in NAMES[:3]:
-        with (tmp_path / name).open("wb") as file:  # a hole: no space on the disk, nothing to read
+        with (tmp_path / name).open("wb") as file:  # a sparse file needs no disk space
             file.write(struct.pack("<3i", 20240520, 1, 100_000_000))
             file.truncate(PUBLISHED)
     config = DataConfig(corpus="fineweb", path=str(tmp_path), shards=2)
@@ -189,7 +189,7 @@ def test_openwebtext_takes_the_first_files_of_the_hub(openwebtext_hub: Hub, gpt2
     assert [path[-12:] for path, _ in openwebtext_hub.requests] == ["0000.parquet", "0001.parquet"]
 
 
-def test_openwebtext_that_was_downloaded_needs_no_network(
+def test_downloaded_openwebtext_needs_no_network(
     openwebtext_hub: Hub, gpt2: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepare(DataConfig(corpus="openwebtext", shards=2, tokenizer=f"gpt2:{gpt2}"))

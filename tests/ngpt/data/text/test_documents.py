@@ -1,4 +1,4 @@
-"""Documents from Parquet, JSON lines and text; what a file is known by."""
+"""Documents from Parquet, JSON lines and text, and the identity of files."""
 
 import gzip
 import json
@@ -43,7 +43,7 @@ def write(path: Path, texts: list[str]) -> Path:
 def test_documents_are_read_unchanged(tmp_path: Path, name: str) -> None:
     path = write(tmp_path / name, [TEXTS[0], "", *TEXTS[1:]])
     assert holds_documents(path)
-    assert list(read_documents([path])) == TEXTS  # an empty one is none
+    assert list(read_documents([path])) == TEXTS  # empty documents are dropped
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=30)
@@ -104,7 +104,7 @@ def test_a_file_that_cannot_be_read_is_named_with_the_reason_in_one_line(tmp_pat
         assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_place_without_files_is_an_error(tmp_path: Path) -> None:
+def test_a_folder_without_files_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="has no files in it"):
         find_files(tmp_path)
     with pytest.raises(ConfigError, match="no such file"):
@@ -123,7 +123,7 @@ def test_large_files_are_identified_by_length_edges_and_samples(
     assert len(seen) == 4
     copy = tmp_path / "b.jsonl"
     copy.write_bytes(path.read_bytes())
-    assert files_identity(copy, [copy]) in seen  # where it lies does not matter
+    assert files_identity(copy, [copy]) in seen  # the location does not matter
 
 
 def test_a_file_that_has_changed_is_read_again(tmp_path: Path) -> None:

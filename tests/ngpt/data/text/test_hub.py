@@ -1,4 +1,4 @@
-"""Downloads from a stand-in for the hub: resumed, checked by SHA-256, in parallel, one clear line when they fail."""
+"""Downloads from a local hub: resumed, checked by SHA-256, in parallel, with errors of one line."""
 
 import errno
 import shutil
@@ -127,7 +127,7 @@ def test_a_file_that_is_not_the_published_one_is_refused_and_removed(hub: Hub, t
     )  # the first copy may have been damaged on its way
 
 
-def test_a_busy_server_is_asked_again(hub: Hub, tmp_path: Path) -> None:
+def test_a_request_to_a_busy_server_is_retried(hub: Hub, tmp_path: Path) -> None:
     hub.faults["a.bin"] = [status(503), cut_after(10), status(429), status(500)]
     assert fetch(tmp_path)[0].read_bytes() == DATA
     hub.files["b.bin"] = b"b"
@@ -137,7 +137,7 @@ def test_a_busy_server_is_asked_again(hub: Hub, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("code", [401, 403, 404, 410])
-def test_a_file_that_is_missing_or_forbidden_is_asked_for_once(hub: Hub, tmp_path: Path, code: int) -> None:
+def test_a_request_for_a_missing_or_forbidden_file_is_not_retried(hub: Hub, tmp_path: Path, code: int) -> None:
     hub.faults["a.bin"] = [status(code)]
     with pytest.raises(ConfigError, match=rf"resolve/main/a\.bin: .*{code} .*--from PATH") as caught:
         fetch(tmp_path)
@@ -214,7 +214,7 @@ def test_a_killed_download_is_continued_by_the_next_process(hub: Hub, tmp_path: 
     assert hub.requests[-1] == ("a.bin", 2 * RANGE) and file_names(tmp_path) == {"a.bin"}
 
 
-def test_a_disk_that_is_too_small_is_reported_before_the_first_byte(hub: Hub, tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_before_the_first_byte(hub: Hub, tmp_path: Path) -> None:
     huge = shutil.disk_usage(tmp_path).free + 10**9
     with pytest.raises(OSError, match="GB to download") as caught:
         download([HubFile("huge", f"{hub.url}/cdn/huge", huge, "")], tmp_path, name="data", log=silent)

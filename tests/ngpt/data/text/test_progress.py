@@ -1,4 +1,4 @@
-"""Progress lines, by a clock that the test winds."""
+"""Progress lines, with a fake clock."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Which docstrings make up python-docs, and in which order."""
+"""The docstrings of python-docs and their order."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Checksums that are kept: a shard is read once, and again when anything tells that it has changed."""
+"""Cached checksums: a shard is read once, and again when it may have changed."""
 
 import os
 import time
@@ -17,7 +17,7 @@ LONG_AGO = time.time() - 1000
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
-    """The lengths of what was read, in a cache of its own."""
+    """The lengths of the shards that were read, with an empty cache."""
     found: list[int] = []
 
     def read(tokens: np.ndarray) -> int:
@@ -41,7 +41,7 @@ def test_a_shard_is_read_once_unless_a_recheck_is_requested(shard: Path, reads: 
     assert shard_crc(shard, recheck=True) == crc and len(reads) == 2
 
 
-def test_another_name_for_the_same_file_is_the_same_file(shard: Path, reads: list[int], tmp_path: Path) -> None:
+def test_a_link_shares_the_record_of_its_file(shard: Path, reads: list[int], tmp_path: Path) -> None:
     (tmp_path / "link.bin").symlink_to(shard)
     assert shard_crc(shard) == shard_crc(tmp_path / "link.bin") and len(reads) == 1
 

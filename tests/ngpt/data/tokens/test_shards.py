@@ -27,7 +27,7 @@ def public_shard(tokens: list[int], *, magic: int = 20240520, version: int = 1, 
 
 @in_one_folder
 @given(tokens=some_tokens)
-def test_tokens_come_back_as_they_were_written(tmp_path: Path, tokens: np.ndarray) -> None:
+def test_tokens_are_read_as_they_were_written(tmp_path: Path, tokens: np.ndarray) -> None:
     write_shard(tmp_path / "a.bin", tokens, vocab_size=65536)
     shard = verify_shard(tmp_path / "a.bin", vocab_size=65536)
     np.testing.assert_array_equal(shard.tokens, tokens)
@@ -70,7 +70,7 @@ def test_a_crc_of_zero_is_still_a_crc(tmp_path: Path) -> None:
 
 
 def forge_zero_crc(n: int) -> bytes:
-    """Two bytes and the four after them that bring the CRC to zero: solved over GF(2), where CRC is affine."""
+    """Six bytes with CRC 0: the last four are solved over GF(2), where CRC is affine."""
     start = n.to_bytes(2, "little")
     base = zlib.crc32(start + bytes(4))
     columns = [(zlib.crc32(start + (1 << bit).to_bytes(4, "little")) ^ base, 1 << bit) for bit in range(32)]

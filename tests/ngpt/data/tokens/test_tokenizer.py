@@ -68,8 +68,8 @@ def test_any_text_survives_a_gpt2_tokenizer_and_its_bytes_add_up(gpt2: Tokenizer
 
 
 @pytest.mark.parametrize("spaces", [0, 1])
-def test_a_space_survives_a_tokenizer_whose_text_had_hardly_any(tmp_path: Path, spaces: int) -> None:
-    """Genes, or Chinese: what is so rare gets no piece of its own."""
+def test_spaces_survive_a_tokenizer_trained_on_few_of_them(tmp_path: Path, spaces: int) -> None:
+    """As in genes or Chinese, spaces are too rare for a piece of their own."""
     train_sentencepiece(["ACGTTGCAAGCTA\n" * 1000 + " " * spaces], 290, tmp_path / "tokenizer.model")
     tokenizer = load_tokenizer("sentencepiece:290", tmp_path)
     assert len(tokenizer.encode("AC GT")) == len(tokenizer.encode("AC")) + 1 + len(tokenizer.encode("GT"))
@@ -143,7 +143,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReque
 
 
 @given(text=texts)
-def test_any_text_survives_a_model_like_llamas_and_its_bytes_add_up_with_the_mark(llama: Tokenizer, text: str) -> None:
+def test_any_text_survives_a_llama_model_and_its_bytes_add_up_with_the_mark(llama: Tokenizer, text: str) -> None:
     ids, sizes, mark = llama.encode(text), llama.token_bytes(), llama.document_mark
     assert sizes is not None and mark is not None and mark not in ids
     if text and "\u2581" not in text:  # sentencepiece's own sign for a space cannot be told from one
@@ -161,7 +161,7 @@ def test_the_mark_of_a_document_is_the_models_start_or_else_its_end(
     assert load_tokenizer(str(write_llama(tmp_path / "a.model", **options)), None).document_mark == mark
 
 
-def test_a_model_like_llamas_encodes_as_sentencepiece_does(tmp_path: Path) -> None:
+def test_a_llama_model_encodes_as_sentencepiece_does(tmp_path: Path) -> None:
     path = write_llama(tmp_path / "a.model")
     reference = sentencepiece.SentencePieceProcessor(model_file=str(path))
     tokenizer = load_tokenizer(str(path), None)
@@ -186,7 +186,7 @@ def test_special_tokens_in_a_text_are_plain_text(gpt2: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize("damage", ["encoder.json", "vocab.bpe"])
-def test_gpt2_files_that_do_not_belong_together_are_refused(gpt2_folder: Path, tmp_path: Path, damage: str) -> None:
+def test_inconsistent_gpt2_files_are_refused(gpt2_folder: Path, tmp_path: Path, damage: str) -> None:
     for name in ("encoder.json", "vocab.bpe"):
         (tmp_path / name).write_bytes((gpt2_folder / name).read_bytes())
     text = (tmp_path / damage).read_text()
