@@ -96,12 +96,13 @@ class Evidence:
         self, outcomes: Outcomes, claim: Claim, baseline: str, *, method: Any = "auto", goal: Any = "minimize"
     ) -> Judgement:
         """The verdicts on arms of a phase against any one of them."""
+        min_effect = self.min_effect_of(claim)
         return judge(
             outcomes,
             baseline=baseline,
             goal=goal,
             confidence=self.confidence,
-            min_effect=self.min_effect_of(claim),
+            min_effect=min_effect,
             metric=claim.metric,
             method=method,
         )

@@ -11,7 +11,7 @@ from ngpt.config.base import Location, Problem, flatten, unknown_message
 from ngpt.training.config import TrainConfig
 from tune import format as fmt
 from tune.claims.selectors import PLACES, Selector, describe, is_number, same, short
-from tune.spec.reading import Reading, collect
+from tune.spec.reading import Reading, collect, distinct
 from tune.spec.schema import Claim, Phase
 from tune.spec.sweeps import BASELINE
 
@@ -27,88 +27,77 @@ class PossibleArm:
 
     phase: str
     name: str
+    base: Mapping[str, Any]  # the campaign's
     fixed: Mapping[str, Any]
     inherited: Inherited
 
-    def values(self, setting: str, base: Mapping[str, Any]) -> Sequence[Any]:
-        """The values that the setting may have in this arm, as far as the file determines them."""
+    def values(self, setting: str) -> Sequence[Any] | None:
+        """The values that the setting may have in this arm; None if it may have any."""
         if setting in self.fixed:
             return [self.fixed[setting]]
-        return [base[setting], *(self.inherited or {}).get(setting, ())]
+        return None if self.inherited is None else [self.base[setting], *self.inherited.get(setting, ())]
 
-    def leaves_open(self, setting: str) -> bool:
-        """Whether the setting may have any value."""
-        return self.inherited is None and setting not in self.fixed
-
-    def may_match(self, selector: Selector, base: Mapping[str, Any]) -> bool:
+    def may_match(self, selector: Selector) -> bool:
         """Whether the selector may turn out to select this arm."""
-        if self.phase != selector.get("phase", self.phase):
+        if self.phase != selector.get("phase", self.phase) or self.name not in ("", selector.get("arm", self.name)):
             return False
-        if self.name and self.name != selector.get("arm", self.name):
-            return False
-        wanted = {name: value for name, value in selector.items() if name not in PLACES}
-        return all(
-            name in DERIVED or self.leaves_open(name) or any(same(value, own) for own in self.values(name, base))
-            for name, value in wanted.items()
-        )
+        wanted = {name: value for name, value in selector.items() if name not in (*PLACES, *DERIVED)}
+        possible = {name: self.values(name) for name in wanted}
+        return all(own is None or any(same(wanted[name], value) for value in own) for name, own in possible.items())
 
 
 def check_claims(claims: Mapping[int, Claim], phases: Sequence[Phase], base: TrainConfig) -> Reading[None]:
     """Checks that some phase can have the arms of each claim, and both sides of it together."""
-    if not claims:
-        return
-    known, arms = flatten(base), possible_arms(phases)
+    arms = possible_arms(phases, flatten(base)) if claims else []
     names = [phase.name for phase in phases]
     for i, claim in claims.items():
         at = ("claims", i)
-        if claim.phase is not None and claim.phase not in names:
+        if claim.phase not in (None, *names):
             yield Problem((*at, "phase"), unknown_message("phase", claim.phase, names))
             continue
         here = [arm for arm in arms if claim.phase in (None, arm.phase)]
-        sides, wrong = collect(_check_sides(claim, at, here, known, names))
+        sides, wrong = collect(_check_sides(claim, at, here, names))
         yield from wrong
         if wrong or sides is None:
             continue
         if len(sides) == 2 and not sides["left"] & sides["right"]:
             places = " and ".join(f"{side} in {fmt.listing(sorted(found))}" for side, found in sides.items())
             yield Problem(at, f"no phase has both sides: {places}")
-        elif claim.setting and not _varies(claim.setting, here, known):
+        elif claim.setting and not _varies(claim.setting, here):
             yield Problem((*at, "setting"), f"no phase varies {short(claim.setting)} over two numbers or more")
 
 
 def _check_sides(
-    claim: Claim, at: Location, arms: Sequence[PossibleArm], base: Mapping[str, Any], names: Sequence[str]
+    claim: Claim, at: Location, arms: Sequence[PossibleArm], names: Sequence[str]
 ) -> Reading[dict[str, set[str]]]:
     """The phases that may have the arms of each side of a claim."""
     found: dict[str, set[str]] = {}
     for side, selector in (("left", claim.left), ("right", claim.right)):
         if selector is None:
             continue
-        found[side] = {arm.phase for arm in arms if arm.may_match(selector, base)}
+        found[side] = {arm.phase for arm in arms if arm.may_match(selector)}
         phase = selector.get("phase", claim.phase)
-        if phase is not None and phase not in names:
+        if phase not in (None, *names):
             yield Problem((*at, side, "phase"), unknown_message("phase", phase, names))
         elif claim.phase not in (None, phase):
             yield Problem((*at, side, "phase"), f"the claim is about phase {claim.phase}")
         elif not found[side]:
-            yield Problem((*at, side), _explain_no_match(selector, phase, arms, base))
+            yield Problem((*at, side), _explain_no_match(selector, phase, arms))
     return found
 
 
-def possible_arms(phases: Sequence[Phase]) -> list[PossibleArm]:
+def possible_arms(phases: Sequence[Phase], base: Mapping[str, Any]) -> list[PossibleArm]:
     """The arms that phases, given in order of need, may have."""
     arms: list[PossibleArm] = []
     winners: dict[str, Inherited] = {}  # what each phase may hand on
     for phase in phases:
         own: list[PossibleArm] = []
-        handed_on: list[Inherited] = []
         for arm in (BASELINE, *phase.arms):
             inherited = _united([winners.get(name) for name in (phase.inherit, arm.inherit) if name])
-            fixed = {**phase.pinned, **arm.overrides}
-            own.append(PossibleArm(phase.name, arm.name, fixed, inherited))
-            handed_on.append({name: [value] for name, value in arm.overrides.items()})
+            own.append(PossibleArm(phase.name, arm.name, base, {**phase.pinned, **arm.overrides}, inherited))
         if not phase.arms:  # found by a search, or combined from winners
-            own.append(PossibleArm(phase.name, "", dict(phase.pinned), None))
+            own.append(PossibleArm(phase.name, "", base, phase.pinned, None))
+        handed_on = [{name: [value] for name, value in arm.overrides.items()} for arm in phase.arms]
         winners[phase.name] = _united([*(arm.inherited for arm in own), *handed_on])
         arms += own
     return arms
@@ -116,29 +105,24 @@ def possible_arms(phases: Sequence[Phase]) -> list[PossibleArm]:
 
 def _united(parts: Sequence[Inherited]) -> Inherited:
     """All values of each setting; None if any part is unknown."""
-    values: dict[str, list[Any]] = {}
-    for part in parts:
-        if part is None:
-            return None
-        for name, more in part.items():
-            seen = values.setdefault(name, [])
-            seen += [value for value in more if not any(same(value, other) for other in seen)]
-    return values
+    known = [part for part in parts if part is not None]
+    names = dict.fromkeys(name for part in known for name in part)
+    values = {name: distinct(value for part in known for value in part.get(name, ())) for name in names}
+    return values if len(known) == len(parts) else None
 
 
-def _varies(setting: str, arms: Iterable[PossibleArm], base: Mapping[str, Any]) -> bool:
+def _varies(setting: str, arms: Iterable[PossibleArm]) -> bool:
     """Whether some phase may have the setting at two numbers."""
     by_phase: dict[str, set[float]] = {}
     for arm in arms:
-        if arm.leaves_open(setting):
+        values = arm.values(setting)
+        if values is None:
             return True
-        by_phase.setdefault(arm.phase, set()).update(filter(is_number, arm.values(setting, base)))
+        by_phase.setdefault(arm.phase, set()).update(filter(is_number, values))
     return any(len(values) > 1 for values in by_phase.values())
 
 
-def _explain_no_match(
-    selector: Selector, phase: str | None, arms: Sequence[PossibleArm], base: Mapping[str, Any]
-) -> str:
+def _explain_no_match(selector: Selector, phase: str | None, arms: Sequence[PossibleArm]) -> str:
     """Why no arm of `phase`, or of any phase, can match a selector."""
     arms = [arm for arm in arms if phase in (None, arm.phase)]
     place = f"of phase {phase}" if phase else "of any phase"
@@ -147,18 +131,15 @@ def _explain_no_match(
         return unknown_message(f"arm {place}", selector["arm"], names)
     wanted = {name: value for name, value in selector.items() if name not in PLACES}
     facts = []
-    for name in wanted:
-        if not any(arm.may_match({name: wanted[name]}, base) for arm in arms):
-            facts.append(f"{short(name)} takes {_listed(value for arm in arms for value in arm.values(name, base))}")
+    for name, value in wanted.items():
+        if not any(arm.may_match({name: value}) for arm in arms):
+            facts.append(f"{short(name)} takes {_listed(v for arm in arms for v in arm.values(name) or ())}")
     together = f"; {'; '.join(facts)}" if facts else " all together" if len(selector) > 1 else ""
     return f"no arm {place} has {describe(wanted)}{together}"
 
 
 def _listed(values: Iterable[Any]) -> str:
     """Each value once, as the file writes it, numbers by size."""
-    distinct: list[Any] = []
-    for value in values:
-        distinct += [] if any(same(value, other) for other in distinct) else [value]
-    distinct.sort(key=lambda value: (not is_number(value), value if is_number(value) else 0))
-    shown = ", ".join(map(fmt.value, distinct[:MOST_VALUES]))
-    return shown + (f" and {len(distinct) - MOST_VALUES} more" if len(distinct) > MOST_VALUES else "")
+    shown = sorted(distinct(values), key=lambda value: (not is_number(value), value if is_number(value) else 0))
+    more = f" and {len(shown) - MOST_VALUES} more" if len(shown) > MOST_VALUES else ""
+    return ", ".join(map(fmt.value, shown[:MOST_VALUES])) + more

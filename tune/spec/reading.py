@@ -7,7 +7,7 @@ Values and problems go up together, from the YAML nodes to `load_campaign`, and 
 
 import os
 import re
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -94,6 +94,14 @@ def repeated(values: Sequence[Any]) -> Iterator[int]:
         if (key := comparable(value)) in seen:
             yield i
         seen.add(key)
+
+
+def distinct(values: Iterable[Any]) -> list[Any]:
+    """The first of each group of equal values."""
+    found: dict[Any, Any] = {}
+    for value in values:
+        found.setdefault(comparable(value), value)
+    return list(found.values())
 
 
 def comparable(value: Any) -> Any:
