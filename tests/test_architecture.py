@@ -51,7 +51,6 @@ UNTESTED: dict[str, str] = {
     "tune/storage/records.py": "test_state.py",
     "tune/spec/schema.py": "test_campaign.py",
     "tune/spec/phase_reader.py": "test_campaign.py",
-    "tune/spec/inheritance.py": "test_campaign.py",
     "tune/spec/validation.py": "test_campaign.py",
     "tune/spec/reading.py": "test_campaign.py",
     "tune/analysis/least_squares.py": "test_verdicts.py",

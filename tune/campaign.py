@@ -16,11 +16,10 @@ from ngpt.config.yaml_reader import parse_assignment, read_yaml
 from ngpt.training.config import TrainConfig
 from tune.claims.possible_arms import check_claims
 from tune.claims.reader import read_claims
-from tune.spec.inheritance import check_circles, check_configs, order_by_need
 from tune.spec.phase_reader import PhasesInFile, read_phases
 from tune.spec.reading import OPTION, LocatedSettings, Reading, check_name, collect, complete, read_seeds
 from tune.spec.schema import KINDS, Budget, Campaign, EarlyStop, Header, Metric, Resources
-from tune.spec.validation import ConfigChecker, check_early_stop
+from tune.spec.validation import ConfigChecker, check_circles, check_configs, check_early_stop, order_by_need
 
 TOP_KEYS = ("campaign", *Header.model_fields, "seeds", "base", "phases", *KINDS, "claims")
 SECTIONS = {"metric": Metric, "resources": Resources, "budget": Budget, "early_stop": EarlyStop}  # of the header
