@@ -131,10 +131,9 @@ def difference(claim: Claim, evidence: Evidence, transform: Transform = float) -
     sides = [dict.fromkeys(ids[side] for pairs in by_seed.values() for ids in pairs) for side in (0, 1)]
     left, right = ([evidence.trial(i, claim.metric, transform) for i in side] for side in sides)
     trials, n, place = [*sides[0], *sides[1]], len(by_seed), _place(pairs, len(by_seed)) + remark
-    if evidence.lost(left, right, n, claim.metric):
-        return Difference(inf, inf, inf, n, trials, place)
-    if evidence.lost(right, left, n, claim.metric):
-        return Difference(-inf, -inf, -inf, n, trials, place)
+    for loser, winner, end in ((left, right, inf), (right, left, -inf)):
+        if evidence.lost(loser, winner, n, claim.metric):
+            return Difference(end, end, end, n, trials, place)
     if problem := incomplete([*left, *right], claim.metric):
         return replace(problem, trials=trials)
     delta = _delta(claim, evidence, pairs, by_seed, transform)

@@ -31,15 +31,9 @@ from tune.storage.summaries import ClaimResult, Delta
 
 # The metrics that claims may be about, and which way is better.
 METRIC_GOALS: dict[str, Literal["minimize", "maximize"]] = {
-    **dict.fromkeys(LOSS_METRICS, "minimize"),
+    **dict.fromkeys((*LOSS_METRICS, "peak_memory_bytes", "n_params", "steps", "tokens"), "minimize"),
+    **dict.fromkeys(("weight_norm_error", "activation_norm_error", "r_replaced"), "minimize"),
     "tokens_per_second": "maximize",
-    "peak_memory_bytes": "minimize",
-    "n_params": "minimize",
-    "steps": "minimize",
-    "tokens": "minimize",
-    "weight_norm_error": "minimize",
-    "activation_norm_error": "minimize",
-    "r_replaced": "minimize",
 }
 DIRECTIONS = {"decreasing": 1.0, "increasing": -1.0}  # of the metric along a setting
 SLACK = 1 - 1e-9  # so that rounding does not make an effect of exactly min_effect too small
@@ -75,10 +69,8 @@ def ordered(claim: Claim, evidence: Evidence) -> ClaimVerdict:
     sentence, min_effect = _sentence(claim, found, "minus"), evidence.min_effect_of(claim)
     sign = 1.0 if claim.relation == "less" else -1.0
     low, high = sorted((sign * found.low, sign * found.high))
-    if high < 0 and _reaches(found.mean, min_effect):
-        return found.verdict("reproduced", sentence)
-    if low > 0 and _reaches(found.mean, min_effect):
-        return found.verdict("refuted", sentence)
+    if (high < 0 or low > 0) and _reaches(found.mean, min_effect):
+        return found.verdict("reproduced" if high < 0 else "refuted", sentence)
     if low > -min_effect * SLACK:
         text = f"{sentence}: if there is such an effect, it is less than min_effect {min_effect:g}"
         return found.verdict("refuted", text)
