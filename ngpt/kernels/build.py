@@ -1,7 +1,6 @@
-"""Builds the C++ kernels beside this file at first use and loads them.
+"""Builds the C++ kernels beside this file at first use and loads them from the cache folder.
 
-A library lies in the cache folder under a digest of its sources and of the compiler's flags as expanded on this
-machine, so machines with different processors can share the folder.
+The name of a library holds a digest of its sources and of the compiler's flags as expanded for this processor.
 """
 
 import ctypes

@@ -1,7 +1,6 @@
-"""Causal attention in C++ for compiled models on a CPU: cpu_attention.cpp.
+"""Causal attention in C++ for compiled models on a CPU: cpu_attention.cpp, in float32.
 
-It computes in float32 and is 2 to 3 times as fast as torch's attention in float32 or bfloat16 (docs/benchmarks.md). It
-is registered as a torch operation with a gradient, so compiled graphs can contain it.
+It is 2 to 3 times as fast as torch's (docs/benchmarks.md), and a torch operation that compiled graphs can contain.
 """
 
 import ctypes

@@ -1,7 +1,6 @@
 """Cross-entropy of the head and its gradients in C++ for CPUs with AVX512_BF16: cpu_cross_entropy.cpp.
 
-On these processors (AMD since Zen 4, Intel's Cooper Lake) it is 1.5 times as fast as oneDNN's products with a pass over
-the logits between them (docs/benchmarks.md).
+It is 1.5 times as fast as oneDNN's products with a pass over the logits between them (docs/benchmarks.md).
 """
 
 import ctypes

@@ -222,13 +222,11 @@ def _cap(z: Tensor, softcap: float | None) -> Tensor:
 
 
 def _unnormalized_softmax(z: Tensor, softcap: float | None, needs_gradients: bool) -> tuple[Tensor, Tensor]:
-    """Peak (R, 1) and mass (R, 1) of uncapped logits z (R, V); overwrites z by the slope.
+    """Peak = max y and mass = sum of exp(y - peak), (R, 1), of uncapped logits z (R, V) with capped logits y.
 
-    With capped logits y: peak = max y, mass = sum of exp(y - peak), slope = exp(y - peak) * dy/dz. Without gradients
-    there is no slope, and only peak + log(mass) is meaningful.
+    Overwrites z by the slope exp(y - peak) * dy/dz; without gradients only peak + log(mass) is meaningful.
     """
-    y = z.to(torch.promote_types(z.dtype, torch.float32))
-    cap_slope = None
+    y, cap_slope = z.to(torch.promote_types(z.dtype, torch.float32)), None
     if softcap is not None:
         y = y.div_(softcap).tanh_()
         cap_slope = 1 - y.square() if needs_gradients else None

@@ -4,10 +4,7 @@ from ngpt.model.config import ModelConfig
 
 
 def matrix_params(cfg: ModelConfig) -> int:
-    """Entries of the matrices that multiply each token: blocks and head. The embedding is a lookup.
-
-    A tied head counts too, since it is multiplied.
-    """
+    """Entries of the matrices that multiply each token: blocks and head, tied or not; the embedding is a lookup."""
     assert cfg.vocab_size is not None
     attention = 2 * cfg.n_embd + 2 * cfg.kv_heads * cfg.head_dim  # query and output, key and value
     mlp = cfg.hidden * (3 if cfg.mlp == "swiglu" else 2)

@@ -57,10 +57,7 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, head_weights: Tensor | None = None, cache: KVCache | None = None
     ) -> Tensor:
-        """Attends over x and, with a `cache`, over the earlier tokens in it; the cache is extended by x.
-
-        `cos` and `sin` (T, K / 2) belong to the positions of x. `head_weights` (H,) scale the outputs of the heads.
-        """
+        """Attends over x and the tokens in the `cache`, which x extends. `cos` and `sin` (T, K / 2) belong to x."""
         q, k, v = self._heads(self.query(x)), self._heads(self.key(x)), self._heads(self.value(x))  # (B, H or G, T, K)
         q, k = self.rotate(q, cos, sin), self.rotate(k, cos, sin)
         if self.s_qk is not None:

@@ -119,6 +119,10 @@ def _spread(name: str, values: Tensor) -> Facts:
     return {name: float(values.mean()), f"{name}_min": float(values.min()), f"{name}_max": float(values.max())}
 
 
+def _zeros(x: Tensor) -> float:
+    return float((x == 0).float().mean())
+
+
 def _stage(name: str, x: Tensor, ms: float, facts: Facts) -> Stage:
     shown = x.detach().float()
     lengths = shown.norm(dim=-1) if shown.ndim else shown.abs()
@@ -146,10 +150,7 @@ def record_stages(model: GPT, recorder: Recorder) -> Iterator[None]:
             hooks.before(block, functools.partial(_enter_block, recorder, layer))
             hooks.watch_attention(block.attention)
             hooks.watch("mlp.up", block.mlp.up)
-            hooks.before(
-                block.mlp.down,
-                lambda x: recorder.see("mlp.hidden", x, lambda: {"zeros": float((x == 0).float().mean())}),
-            )
+            hooks.before(block.mlp.down, lambda x: recorder.see("mlp.hidden", x, lambda: {"zeros": _zeros(x)}))
             hooks.watch("mlp.answer", block.mlp)
             if isinstance(block, SphereBlock):
                 hooks.watch_residual("attention.stream", block.attention_residual)
@@ -215,12 +216,10 @@ class _Hooks:
         self.watch("attention.answer", attention)
 
     def watch_residual(self, name: str, residual: Residual) -> None:
-        def see(x: Tensor, output: Tensor) -> None:
-            self.recorder.see_stream(
-                name, output, lambda: {"alpha": float(residual.sign(residual.alpha()).mean())}, before=x
-            )
+        def alpha() -> Facts:
+            return {"alpha": float(residual.sign(residual.alpha()).mean())}
 
-        self.after(residual, see)
+        self.after(residual, lambda x, output: self.recorder.see_stream(name, output, alpha, before=x))
 
 
 class _Functions(TorchFunctionMode):

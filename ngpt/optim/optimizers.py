@@ -1,10 +1,9 @@
 """Optimizers: which one updates which parameter, at which learning rate.
 
-An entry of `OPTIMIZERS` is a builder (model, cfg) -> list of torch optimizers that together hold every parameter once.
-An entry of `WIDTH_RULES` is a function (kind, ratio) -> factor that transfers learning rates from another width.
-
-Each parameter has one kind: `matrices` (2-D, in the blocks), `embedding` (wte), `head` (lm_head; a tied one is the
-embedding) or `scales` (1-D: alpha, s_qk, s_uv, s_z, gains of norms).
+`OPTIMIZERS` holds functions (model, cfg) -> torch optimizers that together hold every parameter once, `WIDTH_RULES`
+functions (kind, ratio) -> factor that transfer learning rates from another width. Each parameter has one kind:
+`matrices` (2-D, in the blocks), `embedding` (wte), `head` (lm_head; a tied one is the embedding) or `scales` (1-D:
+alpha, s_qk, s_uv, s_z, gains of norms).
 """
 
 import itertools
@@ -182,7 +181,6 @@ def _by_dim(model: GPT, groups: list[Group]) -> list[Group]:
 
 
 def _adamw(groups: list[Group], cfg: OptimConfig) -> list[torch.optim.Optimizer]:
-    """AdamW for the groups; an empty list without groups."""
     decayed = [group | {"weight_decay": 0.0 if group["kind"] == "scales" else cfg.weight_decay} for group in groups]
     return [torch.optim.AdamW(decayed, betas=cfg.betas, eps=cfg.eps, fused=True)] if decayed else []
 

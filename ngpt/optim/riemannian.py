@@ -1,9 +1,8 @@
 """Optimizers that move unit vectors along great circles: exact steps on the sphere instead of a step and a projection.
 
-The sphere is that of `GPT.sphere_weights`: each row of a weight (or column, as `dim` says) is a point on the unit
-sphere of the model's dimension D, and a weight with N of them a point on a product of N spheres. A step rotates each
-point by its own angle and never leaves the sphere, so there is nothing to project. Weight decay would act along the
-radius, which a rotation does not change; neither optimizer has it.
+Each row of a weight of `GPT.sphere_weights` (or column, depending on `dim`) is a point on the unit sphere of the
+model's dimension D. A step rotates each point by its own angle, so there is nothing to project. Weight decay would act
+along the radius, which a rotation does not change; neither optimizer has it.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence

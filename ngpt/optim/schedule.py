@@ -32,8 +32,7 @@ def trapezoid(progress: float, cfg: "ScheduleConfig") -> float:
 def logarithmic(progress: float, cfg: "ScheduleConfig") -> float:
     """1 - log(1 + k p) / log(1 + k), down to `final_ratio`: fast at first, then slower; k is `log_steepness`.
 
-    A small k is nearly a straight line; k = 9 is at 0.49 after a quarter of the way and at 0.26 after half. "Training
-    nGPT" (arXiv 2608.01284) uses logarithmic decay after 10 % of warm-up; the formula here is our own.
+    "Training nGPT" (arXiv 2608.01284) decays logarithmically after 10 % of warm-up; the formula here is our own.
     """
     fall = math.log1p(cfg.log_steepness * progress) / math.log1p(cfg.log_steepness)
     return cfg.final_ratio + (1 - cfg.final_ratio) * (1 - fall)
