@@ -1,4 +1,4 @@
-"""Early stopping: the rule of Ray Tune's ASHA, decisions that stay, and no verdict by values that do not compare."""
+"""Early stopping: the rule of Ray Tune's ASHA, decisions that survive a resume, no verdict for stopped arms."""
 
 import json
 from collections.abc import Iterator
@@ -50,7 +50,7 @@ def reach(asha: Asha, trial: str, step: int, value: float | None, **fields: Any)
     maximize=st.booleans(),
     results=st.lists(st.tuples(st.integers(0, 7), st.integers(0, 30)), max_size=80),
 )
-def test_it_decides_as_rays_asha_does(
+def test_decisions_match_the_asha_of_ray_tune(
     reduction: int, first: int, n_rungs: int, maximize: bool, results: list[tuple[int, int]]
 ) -> None:
     """Trials in any order, each evaluating at every multiple of `first`; a stopped one reports no more."""
@@ -82,7 +82,7 @@ def test_it_decides_as_rays_asha_does(
             at[name] = steps
 
 
-def test_the_first_at_a_rung_goes_on_and_later_ones_must_be_among_the_best_third() -> None:
+def test_the_first_trial_at_a_rung_continues_and_later_ones_must_be_in_the_best_third() -> None:
     asha = Asha(RULE, metric="val_loss", goal="minimize")
     assert not reach(asha, "a", 10, 5.0)
     assert reach(asha, "b", 10, 5.1)
@@ -93,21 +93,21 @@ def test_the_first_at_a_rung_goes_on_and_later_ones_must_be_among_the_best_third
     assert cutoff([], 3) is None
 
 
-def test_rungs_lie_before_the_end_each_so_many_times_as_far_as_the_last() -> None:
+def test_rungs_grow_by_the_reduction_factor_and_lie_before_the_end() -> None:
     assert [RULE.rungs(steps) for steps in (10, 11, 30, 31, 91)] == [[], [10], [10], [10, 30], [10, 30, 90]]
 
 
-def test_between_rungs_and_at_one_it_was_at_before_nothing_is_decided() -> None:
+def test_nothing_is_decided_between_rungs_or_twice_at_a_rung() -> None:
     asha = Asha(RULE, metric="val_loss", goal="minimize")
     fields: dict[str, Any] = {"trial_id": "a-s1", "phase": "p", "arm": "a", "seed": 1, "may_stop": True}
     assert asha.record_rung(step=9, value=5.0, total_steps=90, baseline_steps=90, **fields) is None
     reach(asha, "a", 10, 5.0)
     assert asha.record_rung(step=20, value=9.0, total_steps=90, baseline_steps=90, **fields) is None
     assert asha.record_rung(step=10, value=9.0, total_steps=90, baseline_steps=90, **fields) is None, (
-        "as after a resume"
+        "the same evaluation after a resume"
     )
     assert asha.record_rung(step=30, value=None, total_steps=90, baseline_steps=90, **fields) is None, (
-        "it is diverging and ends by itself"
+        "a diverging trial ends without a decision"
     )
 
 
@@ -120,14 +120,14 @@ def test_a_rung_is_a_share_of_the_training() -> None:
     assert event and (event["rung"], event["step"]) == (10, 5)
 
 
-def test_seeds_and_phases_are_apart() -> None:
+def test_seeds_and_phases_are_compared_separately() -> None:
     asha = Asha(RULE, metric="val_loss", goal="minimize")
     assert not reach(asha, "a", 10, 4.0)
     assert not reach(asha, "b", 10, 5.0, seed=2) and not reach(asha, "b", 10, 5.0, phase="q")
     assert reach(asha, "b", 10, 5.0)
 
 
-def test_what_may_not_be_stopped_counts_all_the_same() -> None:
+def test_a_trial_that_may_not_be_stopped_still_counts_for_others() -> None:
     asha = Asha(RULE, metric="val_loss", goal="minimize")
     reach(asha, "a", 10, 4.0)
     assert not reach(asha, "base", 10, 9.0, may_stop=False) and asha.stop_reason("p", "base") is None
@@ -179,7 +179,7 @@ def finish(file: Path, root: Path) -> CampaignSummary:
         return session.end()
 
 
-def test_a_search_ends_with_few_trials_at_full_length_and_says_so(file: Path, tmp_path: Path) -> None:
+def test_a_search_finishes_few_trials_and_warns_about_it(file: Path, tmp_path: Path) -> None:
     summary = finish(file, tmp_path / "r")
     find, check = summary.phases
     counts = find.trials
@@ -190,7 +190,7 @@ def test_a_search_ends_with_few_trials_at_full_length_and_says_so(file: Path, tm
     assert not any("ASHA" in text for text in check.warnings)
 
 
-def test_a_stopped_arm_ranks_behind_the_others_and_is_not_judged(file: Path, tmp_path: Path) -> None:
+def test_a_stopped_arm_ranks_last_without_a_verdict(file: Path, tmp_path: Path) -> None:
     find = finish(file, tmp_path / "r").phases[0]
     stopped = {record["arm"] for record in records(tmp_path / "r") if record["status"] == "stopped"}
     verdicts = {arm.arm: arm.verdict for arm in find.arms}
@@ -199,13 +199,13 @@ def test_a_stopped_arm_ranks_behind_the_others_and_is_not_judged(file: Path, tmp
     assert ranks == sorted(ranks), "behind all others"
     assert all(arm.delta is None for arm in find.arms if arm.verdict == "incomplete")
     assert verdicts[find.baseline] == "baseline" and find.winner not in stopped
-    # Eight comparisons were made, however many of them were finished: Holm multiplies the smallest p by eight.
+    # All eight comparisons count, finished or not: Holm multiplies the smallest p by eight.
     judged = [arm.delta for arm in find.arms if arm.delta]
     smallest = min(judged, key=lambda delta: delta.p or 0.0)
     assert smallest.p_holm == pytest.approx(min(1.0, 8 * (smallest.p or 0.0))) and len(judged) < 8
 
 
-def test_a_trial_that_was_never_begun_has_the_settings_of_its_record(file: Path, tmp_path: Path) -> None:
+def test_a_trial_that_never_started_has_its_settings_in_config_json(file: Path, tmp_path: Path) -> None:
     finish(file, tmp_path / "r")
     ended = records(tmp_path / "r")
     never = {record["trial_id"]: record["config"] for record in ended if not record["metrics"]["steps"]}
@@ -213,12 +213,12 @@ def test_a_trial_that_was_never_begun_has_the_settings_of_its_record(file: Path,
     assert {name: json.loads((folders / name / "config.json").read_text()) for name in never} == never != {}
 
 
-def test_a_trial_that_was_stopped_early_has_neither_failed_nor_diverged(file: Path, tmp_path: Path) -> None:
+def test_a_trial_that_was_stopped_early_does_not_count_as_unsuccessful(file: Path, tmp_path: Path) -> None:
     assert finish(file, tmp_path / "r").trials.stopped > 0
     assert read_snapshot(tmp_path / "r").unsuccessful == 0
 
 
-def test_a_record_says_where_it_stopped_and_why(file: Path, tmp_path: Path) -> None:
+def test_a_record_has_the_step_and_the_reason_of_an_early_stop(file: Path, tmp_path: Path) -> None:
     finish(file, tmp_path / "r")
     stopped = [record for record in records(tmp_path / "r") if record["status"] == "stopped"]
     for record in stopped:
@@ -236,10 +236,10 @@ def test_a_record_says_where_it_stopped_and_why(file: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("most", [1, 3, 7, 10])
-def test_an_interrupted_campaign_decides_as_an_undisturbed_one(file: Path, tmp_path: Path, most: int) -> None:
+def test_an_interrupted_campaign_makes_the_same_decisions(file: Path, tmp_path: Path, most: int) -> None:
     undisturbed = finish(file, tmp_path / "undisturbed")
     with session_on(file, tmp_path / "r") as session:
-        play(begun(session), most=most)  # and then it is killed
+        play(begun(session), most=most)  # then it is killed
     decided = [event for event in read_journal(tmp_path / "r" / "journal.jsonl") if event["event"] == RUNG_REACHED]
     assert finish(file, tmp_path / "r").phases[0].arms == undisturbed.phases[0].arms
     after = [event for event in read_journal(tmp_path / "r" / "journal.jsonl") if event["event"] == RUNG_REACHED]
@@ -251,10 +251,10 @@ def test_an_interrupted_campaign_decides_as_an_undisturbed_one(file: Path, tmp_p
     assert rebuild(tmp_path / "r").phases[0].winner == undisturbed.phases[0].winner
 
 
-def test_a_crash_between_the_decision_and_the_result_changes_nothing(
+def test_a_crash_between_decision_and_result_does_not_change_the_result(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The decision is journaled first; the trial that comes back to life ends at its next evaluation."""
+    """The decision is journaled first, so the resumed trial ends at its next evaluation."""
     with session_on(file, tmp_path / "r") as session:
         begun(session)
         ended = session.tell
@@ -271,7 +271,7 @@ def test_a_crash_between_the_decision_and_the_result_changes_nothing(
         session.end()
 
 
-def test_without_the_setting_what_was_stopped_is_trained_to_the_end(file: Path, tmp_path: Path) -> None:
+def test_without_early_stop_the_stopped_trials_are_trained_to_the_end(file: Path, tmp_path: Path) -> None:
     finish(file, tmp_path / "r")
     file.write_text(file.read_text().replace("early_stop:", "description: none\n# early_stop:"))
     with session_on(file, tmp_path / "r") as session:
@@ -282,7 +282,7 @@ def test_without_the_setting_what_was_stopped_is_trained_to_the_end(file: Path, 
     assert not any("ASHA" in warning for warning in summary.warnings)
 
 
-def test_without_the_setting_what_was_stopped_is_not_counted_as_done(file: Path, tmp_path: Path) -> None:
+def test_without_early_stop_the_stopped_trials_do_not_count_as_done(file: Path, tmp_path: Path) -> None:
     stopped = finish(file, tmp_path / "r").trials.stopped
     file.write_text(file.read_text().replace("early_stop:", "description: none\n# early_stop:"))
     assert estimate(load_campaign(file), tmp_path / "r").to_run == stopped > 0
@@ -291,7 +291,7 @@ def test_without_the_setting_what_was_stopped_is_not_counted_as_done(file: Path,
         assert session.snapshot().done == len(session.state.phases["find"].trial_ids) - stopped
 
 
-def test_a_trial_that_another_phase_must_have_is_not_stopped(tmp_path: Path, corpus: Path) -> None:
+def test_a_trial_that_another_phase_needs_is_not_stopped(tmp_path: Path, corpus: Path) -> None:
     phases = """
   - name: sweep
     vary: {alpha: [0.05, 0.1, 0.15, 0.2]}
@@ -303,7 +303,7 @@ early_stop: {reduction: 2, first: 2}
     assert summary.trials.stopped == 0 and summary.status == "finished"
 
 
-def test_a_later_phase_trains_on_what_a_search_has_stopped(tmp_path: Path, corpus: Path) -> None:
+def test_a_later_phase_finishes_the_trials_that_a_search_stopped(tmp_path: Path, corpus: Path) -> None:
     phases = """
   - name: find
     search: {method: random, trials: 4, seed: 0, space: {alpha: {choice: [0.05, 0.1, 0.15, 0.2]}}}
@@ -318,7 +318,7 @@ early_stop: {reduction: 2, first: 2}
     assert {arm.n for arm in last.arms} == {2}
 
 
-def test_a_budget_counts_only_what_was_begun(file: Path, tmp_path: Path) -> None:
+def test_a_budget_counts_only_trials_that_started(file: Path, tmp_path: Path) -> None:
     file.write_text(file.read_text() + "budget: {trials: 40}\n")
     finish(file, tmp_path / "r")
     begun_trials = {
@@ -328,11 +328,11 @@ def test_a_budget_counts_only_what_was_begun(file: Path, tmp_path: Path) -> None
     assert never and not never & begun_trials
 
 
-# ---- for real ------------------------------------------------------------------------------------------------------
+# ---- real training -------------------------------------------------------------------------------------------------
 
 
-def test_a_real_campaign_stops_what_falls_behind_and_can_be_read_by_others(tmp_path: Path, corpus: Path) -> None:
-    """Learning rates from useless to good; the worst of them fall behind by far more than the noise."""
+def test_a_real_campaign_stops_the_worst_learning_rates_and_resumes_unchanged(tmp_path: Path, corpus: Path) -> None:
+    """The worst of the learning rates fall behind by far more than the noise."""
     phases = """
   - name: find
     search: {method: random, trials: 6, seed: 3, space: {optim.lr: {log: [1e-5, 1e-1]}}}
@@ -344,7 +344,7 @@ early_stop: {reduction: 2, first: 3}
     by_id = {record["trial_id"]: record for record in records(tmp_path / "r")}
     for record in by_id.values():
         rows = read_metrics(tmp_path / "r" / "trials" / record["trial_id"] / "metrics.jsonl")
-        assert rows[-1]["step"] == record["metrics"]["steps"], "it trained that far and no further"
+        assert rows[-1]["step"] == record["metrics"]["steps"], "it trained exactly that far"
         if record["status"] == "stopped":
             assert (
                 record["metrics"]["steps"] in (3, 6) and record["metrics"]["tokens"] == record["metrics"]["steps"] * 64
@@ -355,7 +355,7 @@ early_stop: {reduction: 2, first: 3}
     assert train_all(file, tmp_path / "r").status == "finished" and losses(tmp_path / "r") == before
 
 
-# ---- mistakes ------------------------------------------------------------------------------------------------------
+# ---- invalid rules -------------------------------------------------------------------------------------------------
 
 FIND = "\n  - name: find\n    search: {method: random, trials: 3, seed: 0, space: {alpha: {uniform: [0.1, 0.5]}}}"
 
@@ -384,7 +384,7 @@ FIND = "\n  - name: find\n    search: {method: random, trials: 3, seed: 0, space
         (FIND, "asha", "early_stop: must be a mapping of settings, got 'asha'"),
     ],
 )
-def test_a_rule_that_cannot_work_is_a_mistake_of_the_file(
+def test_an_impossible_early_stop_rule_is_refused(
     tmp_path: Path, corpus: Path, phases: str, rule: str, message: str
 ) -> None:
     file = write_file(tmp_path, corpus, phases=f"{phases}\nearly_stop: {rule}\n", steps=8, every=2)

@@ -39,7 +39,7 @@ def simulated(
     effect: float = 0.0,
     baseline_seeds: int | None = None,
 ) -> Outcomes:
-    """Arms of one phase with sd 1 over seeds; `effect` is what arm1 truly adds to the baseline."""
+    """Arms of one phase with sd 1 over seeds; `effect` is the true difference of arm1 to the baseline."""
     width = baseline_seeds or n_seeds
     shared, own = rng.standard_normal((1, width)), rng.standard_normal((n_arms, width))
     y = 6 + math.sqrt(correlation) * shared + math.sqrt(1 - correlation) * own
@@ -80,7 +80,7 @@ def test_two_complete_arms_give_the_paired_t_test_of_scipy() -> None:
     assert_close(delta_of(judgement, "arm"), mean, interval.low, interval.high, np.asarray(reference)[1])
 
 
-def test_pooled_two_arms_give_the_two_sample_t_test_of_scipy_with_unequal_seeds_too() -> None:
+def test_two_pooled_arms_give_the_two_sample_t_test_of_scipy_also_with_unequal_seeds() -> None:
     a, b = [6.1, 6.4, 6.2, 6.6, 6.3], [5.9, 6.3, 6.1]
     judgement = judge(phase(base=a, arm=b), baseline="base", method="pooled")
     reference = stats.ttest_ind(b, a)
@@ -139,7 +139,7 @@ def test_holm_agrees_with_an_example_computed_by_hand() -> None:
     assert holm([]) == []
 
 
-def test_an_arms_mean_has_its_own_sd_and_the_interval_of_the_pooled_one_way_sd() -> None:
+def test_the_interval_of_a_mean_uses_the_pooled_one_way_sd() -> None:
     rows = {"base": [6.0, 6.2, 6.4], "x": [5.0, 5.1, 5.6], "y": [7.0, 7.0, 7.3]}
     sd = math.sqrt(np.mean([np.var(row, ddof=1) for row in rows.values()]))
     # Satterthwaite: 2 of the 6 degrees of freedom are those of the seeds, which have most of the variance here
@@ -159,7 +159,7 @@ def test_an_arms_mean_has_its_own_sd_and_the_interval_of_the_pooled_one_way_sd()
 
 
 @pytest.mark.parametrize(("n_arms", "n_seeds", "correlation"), [(12, 3, 0.99), (5, 4, 0.95), (2, 3, 0.8), (12, 3, 0.0)])
-def test_the_interval_of_a_mean_covers_it_also_where_a_seed_moves_all_arms_alike(
+def test_the_interval_of_a_mean_covers_it_even_if_seeds_move_all_arms_alike(
     n_arms: int, n_seeds: int, correlation: float
 ) -> None:
     rng = np.random.default_rng(7)
@@ -185,7 +185,7 @@ def test_the_interval_of_a_mean_covers_it_also_where_a_seed_moves_all_arms_alike
         (5, 3, 0.2, 5),
     ],
 )
-def test_without_effects_at_most_one_phase_in_twenty_has_a_false_verdict_and_intervals_cover(
+def test_without_effects_one_phase_in_twenty_has_a_false_verdict_and_intervals_cover(
     n_arms: int, n_seeds: int, correlation: float, baseline_seeds: int | None
 ) -> None:
     rng = np.random.default_rng(2026)
@@ -197,7 +197,7 @@ def test_without_effects_at_most_one_phase_in_twenty_has_a_false_verdict_and_int
         wrong += any(row.verdict in ("better", "worse") for row in judgement.arms)
         covered.append(np.mean([(d.ci_low or 0.0) <= 0 <= (d.ci_high or 0.0) for d in deltas]))
     assert wrong / 2000 <= 0.05 + SLACK
-    assert np.mean(covered) == pytest.approx(0.95, abs=SLACK)  # of single intervals, which are not adjusted
+    assert np.mean(covered) == pytest.approx(0.95, abs=SLACK)  # of single, unadjusted intervals
 
 
 def test_an_effect_of_three_sd_is_found_with_three_paired_seeds_in_twelve_arms() -> None:
@@ -220,7 +220,7 @@ def test_the_smallest_detectable_effect_is_found_in_four_of_five_phases() -> Non
     assert np.mean([run.arms[-1].verdict == "worse" for run in runs]) == pytest.approx(0.8, abs=0.04)
 
 
-def test_pairing_is_kept_where_it_helps_and_dropped_where_many_arms_show_that_it_does_not() -> None:
+def test_pairing_is_dropped_only_if_many_arms_show_no_correlation() -> None:
     rng = np.random.default_rng(13)
     paired = [judge(simulated(rng, 12, 3, 0.8), baseline="base").method for _ in range(50)]
     assert paired.count("paired") >= 48
@@ -230,7 +230,7 @@ def test_pairing_is_kept_where_it_helps_and_dropped_where_many_arms_show_that_it
     assert {judge(simulated(rng, 2, 3, 0.0), baseline="base").method for _ in range(50)} == {"paired"}
 
 
-def test_an_arm_that_scatters_far_more_than_the_others_is_named() -> None:
+def test_a_warning_names_an_arm_that_scatters_far_more_than_the_others() -> None:
     rng = np.random.default_rng(14)
     cells = simulated(rng, 8, 3, 0.5)
     assert not judge(cells, baseline="base").warnings
@@ -245,7 +245,7 @@ def test_an_arm_that_scatters_far_more_than_the_others_is_named() -> None:
 # --- planning ---------------------------------------------------------------------------------------------------
 
 
-def test_detectable_agrees_with_the_power_of_the_noncentral_t_distribution() -> None:
+def test_the_smallest_detectable_effect_agrees_with_the_noncentral_t_distribution() -> None:
     for method, df in (("paired", 22), ("pooled", 24)):
         effect = smallest_detectable_effect(3, 12, 0.02, method="paired" if method == "paired" else "pooled")
         assert effect is not None
@@ -253,7 +253,7 @@ def test_detectable_agrees_with_the_power_of_the_noncentral_t_distribution() -> 
         assert stats.nct.sf(critical, df, effect / (0.02 * math.sqrt(2 / 3))) == pytest.approx(0.8, abs=1e-5)
 
 
-def test_a_complete_phase_reports_what_detectable_says_before_it() -> None:
+def test_a_complete_phase_reports_the_smallest_detectable_effect_of_its_plan() -> None:
     judgement = judge(simulated(np.random.default_rng(2), 6, 4, 0.5), baseline="base")
     assert judgement.noise_sd is not None and judgement.method is not None
     planned = smallest_detectable_effect(4, 6, judgement.noise_sd, method=judgement.method)
@@ -271,12 +271,12 @@ def test_nothing_is_detectable_with_one_seed_or_one_arm() -> None:
     assert smallest_detectable_effect(3, 1, 0.02) is None
 
 
-# --- what takes part --------------------------------------------------------------------------------------------
+# --- which arms count -------------------------------------------------------------------------------------------
 
 BASE, GOOD, SAME = [6.00, 6.10, 6.20], [5.80, 5.91, 5.99], [6.01, 6.09, 6.21]
 
 
-def test_verdict_winner_and_sentence_of_a_plain_phase() -> None:
+def test_a_simple_phase_has_a_verdict_a_winner_and_a_sentence() -> None:
     judgement = judge(phase(base=BASE, good=GOOD, near=[5.82, 5.90, 6.01], same=SAME), baseline="base")
     assert verdicts(judgement) == {"good": "better", "near": "better", "base": "baseline", "same": "tie"}
     assert (judgement.winner, judgement.method, judgement.df) == ("good", "paired", 6)
@@ -287,7 +287,7 @@ def test_verdict_winner_and_sentence_of_a_plain_phase() -> None:
     )
 
 
-def test_without_a_better_arm_the_baseline_stays_and_says_what_could_have_been_seen() -> None:
+def test_without_a_better_arm_the_baseline_stays_and_the_detectable_effect_is_reported() -> None:
     judgement = judge(phase(base=BASE, same=SAME, bad=[6.5, 6.61, 6.7]), baseline="base")
     assert verdicts(judgement) == {"base": "baseline", "same": "tie", "bad": "worse"}
     assert judgement.winner == "base"
@@ -295,7 +295,7 @@ def test_without_a_better_arm_the_baseline_stays_and_says_what_could_have_been_s
     assert [row.arm for row in judgement.arms if row.tied_with_winner] == ["same"]
 
 
-def test_a_significant_effect_below_min_effect_is_a_tie_and_the_sentence_says_why() -> None:
+def test_a_significant_effect_below_min_effect_is_a_tie_and_the_sentence_explains_it() -> None:
     judgement = judge(phase(base=[6.0, 6.1, 6.2], arm=[5.9979, 6.0980, 6.1981]), baseline="base")
     delta = delta_of(judgement, "arm")
     assert delta.p_holm is not None and delta.p_holm < 0.05
@@ -349,7 +349,7 @@ def test_an_arm_with_a_lost_seed_is_ranked_last_and_never_wins(
     assert judgement.winner == "good"
 
 
-def test_lost_arms_are_ranked_incomplete_then_failed_then_diverged_even_without_any_value() -> None:
+def test_arms_that_lost_seeds_rank_incomplete_then_failed_then_diverged_even_without_values() -> None:
     cells = phase(base=BASE, good=GOOD)
     cells |= {
         "a": {1: TrialOutcome("diverged")},
@@ -363,7 +363,7 @@ def test_lost_arms_are_ranked_incomplete_then_failed_then_diverged_even_without_
     assert only.why == "no other arm finished all its seeds (1 diverged, 1 failed), so the baseline stays"
 
 
-def test_a_baseline_that_lost_a_seed_is_compared_by_the_rest_with_a_warning() -> None:
+def test_a_baseline_that_lost_a_seed_is_compared_by_its_other_seeds_with_a_warning() -> None:
     cells = phase(base=BASE, good=GOOD)
     cells["base"][3] = TrialOutcome("failed")
     judgement = judge(cells, baseline="base")
@@ -414,7 +414,7 @@ def test_arms_that_differ_by_a_constant_have_no_noise_left_after_pairing() -> No
     assert delta_of(judgement, "low").p == 0.0
 
 
-def test_bad_arguments_are_refused() -> None:
+def test_invalid_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match="baseline 'nobody'"):
         judge(phase(base=BASE), baseline="nobody")
     with pytest.raises(ValueError, match="confidence"):
@@ -449,7 +449,7 @@ def mapped(cells: Outcomes, scale: float, shift: float) -> Outcomes:
 
 @many
 @given(phases)
-def test_every_result_is_strict_json_whatever_happened_in_the_phase(cells: Outcomes) -> None:
+def test_every_judgement_is_strict_json(cells: Outcomes) -> None:
     judgement = judge(cells, baseline="base")
     json.dumps(dataclasses.asdict(judgement), allow_nan=False)
     assert sorted(row.arm for row in judgement.arms) == sorted(cells)
@@ -458,7 +458,7 @@ def test_every_result_is_strict_json_whatever_happened_in_the_phase(cells: Outco
 
 @many
 @given(phases, st.randoms(use_true_random=False))
-def test_the_order_of_arms_and_seeds_changes_nothing(cells: Outcomes, shuffler: random.Random) -> None:
+def test_the_order_of_arms_and_seeds_does_not_matter(cells: Outcomes, shuffler: random.Random) -> None:
     shuffled = {
         arm: dict(shuffler.sample(list(cells[arm].items()), len(cells[arm])))
         for arm in shuffler.sample(list(cells), len(cells))
@@ -475,7 +475,7 @@ def test_a_constant_added_to_all_values_changes_no_verdict(cells: Outcomes, shif
 
 @many
 @given(phases)
-def test_maximising_the_negated_values_mirrors_every_verdict(cells: Outcomes) -> None:
+def test_maximizing_the_negated_values_mirrors_every_verdict(cells: Outcomes) -> None:
     down = judge(cells, baseline="base")
     up = judge(mapped(cells, -1.0, 0.0), baseline="base", goal="maximize")
     assert [(row.arm, row.verdict, row.tied_with_winner) for row in up.arms] == [
@@ -486,7 +486,7 @@ def test_maximising_the_negated_values_mirrors_every_verdict(cells: Outcomes) ->
 
 @many
 @given(phases, st.lists(numbers, max_size=4), st.sampled_from(["diverged", "failed"]))
-def test_a_lost_arm_never_wins_and_never_changes_the_others(
+def test_an_arm_that_lost_a_seed_never_wins_or_changes_the_others(
     cells: Outcomes, values: list[float], status: Literal["diverged", "failed"]
 ) -> None:
     lost = {seed: TrialOutcome("finished", value) for seed, value in enumerate(values, 2)} | {1: TrialOutcome(status)}
@@ -497,8 +497,8 @@ def test_a_lost_arm_never_wins_and_never_changes_the_others(
 
 @many
 @given(st.lists(st.lists(numbers, min_size=3, max_size=3), min_size=2, max_size=5), st.integers(1, 3))
-def test_arms_that_were_stopped_early_are_comparisons_that_count(rows: list[list[float]], n: int) -> None:
-    """Against closed testing (Marcus et al. 1976) with Bonferroni, where a stopped arm has shown nothing: p = 1."""
+def test_arms_that_were_stopped_early_count_in_holms_correction(rows: list[list[float]], n: int) -> None:
+    """Compares with closed testing (Marcus et al. 1976) by Bonferroni, where a stopped arm has p = 1."""
     cells = phase(base=rows[0], **{f"arm{i}": row for i, row in enumerate(rows[1:])})
     stopped = {f"stopped{i}": {1: TrialOutcome("stopped"), 2: TrialOutcome("finished", 1.0)} for i in range(n)}
     alone, together = judge(cells, baseline="base"), judge(cells | stopped, baseline="base")

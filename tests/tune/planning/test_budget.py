@@ -1,4 +1,4 @@
-"""A budget stops a campaign between trials, says what it left out, and a larger one goes on where it stopped."""
+"""A budget stops a campaign between trials and counts the trials left out; a larger one resumes."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,21 +24,21 @@ pytestmark = pytest.mark.usefixtures("no_report")
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """A clock that moves by hand: `clock.now`, in seconds."""
+    """A clock that the test moves: `clock.now`, in seconds."""
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr("tune.session.session.time.monotonic", lambda: clock.now)
     return clock
 
 
 def with_budget(folder: Path, corpus: Path, budget: str) -> Path:
-    """A campaign of 4 trials in its first phase and, with that one's winner, 2 more in its second."""
+    """A campaign of 4 trials in its first phase and, with its winner, 2 more in the second."""
     path = write_file(folder, corpus)
     path.write_text(path.read_text() + f"budget: {budget}\n")
     return path
 
 
 def run(file: Path, root: Path) -> tuple[list[str], Session]:
-    """One session to its end; the trials it began."""
+    """Runs one session to its end; returns the trials that it started."""
     with session_on(file, root) as session:
         given_out = drive(begun(session))
         session.end()
@@ -48,7 +48,7 @@ def run(file: Path, root: Path) -> tuple[list[str], Session]:
 # ---- trials --------------------------------------------------------------------------------------------------------
 
 
-def test_no_more_trials_begin_than_the_budget_has_and_the_summary_says_what_is_left_out(
+def test_no_trial_starts_above_the_budget_and_the_summary_counts_the_ones_left_out(
     tmp_path: Path, corpus: Path
 ) -> None:
     trained, session = run(with_budget(tmp_path, corpus, "{trials: 3}"), tmp_path / "r")
@@ -60,14 +60,14 @@ def test_no_more_trials_begin_than_the_budget_has_and_the_summary_says_what_is_l
     assert summary["answer"]["winner"] is None
 
 
-def test_a_budget_of_just_the_trials_there_are_stops_nothing(tmp_path: Path, corpus: Path) -> None:
+def test_a_budget_equal_to_the_number_of_trials_stops_nothing(tmp_path: Path, corpus: Path) -> None:
     trained, session = run(with_budget(tmp_path, corpus, "{trials: 6, hours: 1}"), tmp_path / "r")
     assert (len(trained), session.state.status, session.state.left_out) == (6, "finished", {})
 
 
 @settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(budgets=st.lists(st.integers(1, 7), min_size=1, max_size=4))
-def test_larger_budgets_one_after_the_other_train_what_one_large_budget_trains(
+def test_growing_budgets_train_the_same_trials_as_one_large_budget(
     tmp_path_factory: pytest.TempPathFactory, corpus: Path, budgets: list[int]
 ) -> None:
     folder = tmp_path_factory.mktemp("budgets")
@@ -83,7 +83,7 @@ def test_larger_budgets_one_after_the_other_train_what_one_large_budget_trains(
     ]
 
 
-def test_a_trial_that_was_begun_before_is_finished_first_and_counts_once(tmp_path: Path, corpus: Path) -> None:
+def test_an_interrupted_trial_is_finished_first_and_counts_once(tmp_path: Path, corpus: Path) -> None:
     file = with_budget(tmp_path, corpus, "{trials: 2}")
     with session_on(file, tmp_path / "r") as session:
         begun(session)
@@ -98,7 +98,7 @@ def test_a_trial_that_was_begun_before_is_finished_first_and_counts_once(tmp_pat
         assert not again.has_work()
 
 
-def test_a_trial_whose_worker_died_under_a_used_up_budget_is_still_finished(
+def test_a_trial_is_retried_after_its_worker_dies_even_if_the_budget_is_used_up(
     tmp_path: Path, corpus: Path, clock: SimpleNamespace
 ) -> None:
     with session_on(with_budget(tmp_path, corpus, "{hours: 1}"), tmp_path / "r") as session:
@@ -118,7 +118,7 @@ def test_a_trial_whose_worker_died_under_a_used_up_budget_is_still_finished(
 # ---- hours ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_time_of_all_sessions_counts(tmp_path: Path, corpus: Path, clock: SimpleNamespace) -> None:
+def test_hours_count_over_all_sessions(tmp_path: Path, corpus: Path, clock: SimpleNamespace) -> None:
     file = with_budget(tmp_path, corpus, "{hours: 2}")
 
     def half_an_hour(spec):
@@ -130,7 +130,7 @@ def test_the_time_of_all_sessions_counts(tmp_path: Path, corpus: Path, clock: Si
         session.stop_requested = True
         session.end()
     assert read_state(tmp_path / "r").status == "interrupted"
-    clock.now += 1e6  # between sessions nothing counts
+    clock.now += 1e6  # time between sessions does not count
     with session_on(file, tmp_path / "r") as session:
         assert len(drive(begun(session), half_an_hour)) == 3
         session.end()
@@ -141,7 +141,7 @@ def test_the_time_of_all_sessions_counts(tmp_path: Path, corpus: Path, clock: Si
         assert not session.has_work()
 
 
-def test_hours_shorter_than_one_trial_are_refused_before_anything_is_written(
+def test_hours_too_few_for_one_trial_are_refused_before_anything_is_written(
     tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NGPT_CACHE", str(tmp_path / "cache"))  # without speeds measured by other tests
@@ -166,7 +166,7 @@ def test_hours_shorter_than_one_trial_are_refused_before_anything_is_written(
         ("3", "budget: must be a mapping of settings, got 3"),
     ],
 )
-def test_a_budget_of_nothing_is_a_mistake_of_the_file(tmp_path: Path, corpus: Path, budget: str, message: str) -> None:
+def test_an_invalid_budget_is_refused(tmp_path: Path, corpus: Path, budget: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_campaign(with_budget(tmp_path, corpus, budget))
     assert str(caught.value).endswith(message)
@@ -175,16 +175,16 @@ def test_a_budget_of_nothing_is_a_mistake_of_the_file(tmp_path: Path, corpus: Pa
 # ---- the rule itself -----------------------------------------------------------------------------------------------
 
 
-def test_a_budget_that_is_not_given_allows_everything() -> None:
+def test_without_a_budget_every_trial_may_start() -> None:
     assert budget_allows(Budget(), CampaignState(attempts={"a": 1}), "b", 1e12)
     assert (describe_budget(Budget()), describe_budget(Budget(trials=1, hours=2.5))) == ("", "1 trial, 2.5 hours")
 
 
-def test_what_is_left_out_is_counted_by_phase() -> None:
+def test_left_out_trials_are_counted_by_phase() -> None:
     assert left_out_sentence({"a": 1, "b": 3}) == "the budget was reached: left out 1 trial of a, 3 trials of b"
 
 
-def test_a_campaign_stopped_by_its_budget_ends_with_code_4_and_goes_on_with_a_larger_one(
+def test_a_campaign_stopped_by_its_budget_exits_with_code_4_and_resumes_with_a_larger_one(
     tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["--inline", "--out", str(tmp_path / "r")]

@@ -1,4 +1,4 @@
-"""A file that changed since its results began: what is the same is kept, what changes their meaning is refused."""
+"""A file that has changed since its first start: unchanged trials are kept, changes of their meaning are refused."""
 
 from pathlib import Path
 
@@ -30,7 +30,7 @@ def file(tmp_path: Path, corpus: Path) -> Path:
 
 
 def finish(file: Path, root: Path) -> None:
-    """Four trials, without training: two arms of two seeds."""
+    """Results of four trials without training: two arms with two seeds."""
     with session_on(file, root) as session:
         drive(begun(session))
         session.end()
@@ -47,7 +47,7 @@ def edit(file: Path, before: str, after: str) -> None:
     file.write_text(text.replace(before, after))
 
 
-def test_a_new_directory_and_one_without_results_have_no_changes(file: Path, root: Path) -> None:
+def test_a_directory_without_results_has_no_changes(file: Path, root: Path) -> None:
     assert changes(file, root) == Changes()
     with session_on(file, root) as session:
         begun(session)
@@ -65,14 +65,14 @@ def test_a_new_directory_and_one_without_results_have_no_changes(file: Path, roo
         ("[0.05, 0.4]", "[0.4, 0.05]"),
     ],
 )
-def test_what_decides_nothing_is_no_change(file: Path, root: Path, before: str, after: str) -> None:
+def test_settings_that_decide_nothing_are_not_changes(file: Path, root: Path, before: str, after: str) -> None:
     finish(file, root)
     edit(file, before, after)
     found = changes(file, root)
     assert (found.lines(), found.kept, found.new) == ([], 4, 0)
 
 
-def test_more_arms_and_seeds_are_new_trials_beside_the_kept_ones(file: Path, root: Path) -> None:
+def test_added_arms_and_seeds_are_new_trials_and_the_others_are_kept(file: Path, root: Path) -> None:
     finish(file, root)
     edit(file, "[0.05, 0.4]", "[0.05, 0.4, 0.2]")
     edit(file, "seeds: [1, 2]", "seeds: [1, 2, 3]")
@@ -82,7 +82,7 @@ def test_more_arms_and_seeds_are_new_trials_beside_the_kept_ones(file: Path, roo
         assert len(drive(begun(session))) == 5
 
 
-def test_a_seed_more_does_not_say_that_the_phases_after_it_are_trained_anew(tmp_path: Path, corpus: Path) -> None:
+def test_an_added_seed_does_not_report_later_phases_as_trained_anew(tmp_path: Path, corpus: Path) -> None:
     phases = PHASES.replace("[0.05, 0.4]", "[0.05, 0.2, 0.4]")
     file, root = write_file(tmp_path, corpus, phases=phases), tmp_path / "results" / "tiny"
     finish(file, root)
@@ -93,7 +93,7 @@ def test_a_seed_more_does_not_say_that_the_phases_after_it_are_trained_anew(tmp_
         assert len(drive(begun(session))) == 4
 
 
-def test_rules_that_make_another_winner_leave_something_to_train(tmp_path: Path, corpus: Path) -> None:
+def test_rules_that_choose_another_winner_leave_trials_to_train(tmp_path: Path, corpus: Path) -> None:
     file, root = write_file(tmp_path, corpus), tmp_path / "results" / "tiny"
     finish(file, root)
     edit(file, "seeds:", "min_effect: 3\nseeds:")
@@ -103,7 +103,7 @@ def test_rules_that_make_another_winner_leave_something_to_train(tmp_path: Path,
         assert len(drive(begun(session))) == 2
 
 
-def test_an_arm_that_is_taken_out_is_listed_and_stays_in_the_journal(file: Path, root: Path) -> None:
+def test_a_removed_arm_is_listed_and_stays_in_the_journal(file: Path, root: Path) -> None:
     finish(file, root)
     edit(file, "[0.05, 0.4]", "[0.05, 0.3]")
     found = changes(file, root)
@@ -119,7 +119,7 @@ def test_an_arm_that_is_taken_out_is_listed_and_stays_in_the_journal(file: Path,
         assert len(session.state.results) == 6
 
 
-def test_a_setting_of_the_base_makes_other_trials_of_the_same_arms(file: Path, root: Path) -> None:
+def test_a_changed_base_setting_trains_the_same_arms_anew(file: Path, root: Path) -> None:
     finish(file, root)
     found = changes(file, root, "optim.lr=0.02")
     assert found.settings == ("optim.lr: 0.01 -> 0.02",) and found.meaning == ()
@@ -139,7 +139,7 @@ def test_a_setting_of_the_base_makes_other_trials_of_the_same_arms(file: Path, r
         ("eval_tokens: 128", "eval_tokens: 64", "eval_tokens: 128 -> 64"),
     ],
 )
-def test_what_changes_the_meaning_of_results_is_refused_unless_it_is_allowed(
+def test_a_change_of_the_meaning_of_results_is_refused_unless_it_is_allowed(
     file: Path, root: Path, before: str, after: str, line: str
 ) -> None:
     finish(file, root)
@@ -152,7 +152,7 @@ def test_what_changes_the_meaning_of_results_is_refused_unless_it_is_allowed(
     check_changes(found, allowed=True)
 
 
-def test_other_data_are_another_meaning_and_the_same_data_elsewhere_are_not(
+def test_different_data_change_the_meaning_and_moved_data_do_not(
     file: Path, root: Path, corpus: Path, tmp_path: Path
 ) -> None:
     finish(file, root)
@@ -168,7 +168,7 @@ def test_other_data_are_another_meaning_and_the_same_data_elsewhere_are_not(
     assert len(changes(file, root, "data.val_fraction=0.2").meaning) == 1
 
 
-def test_a_start_of_an_older_version_is_compared_by_what_it_says(file: Path, root: Path) -> None:
+def test_a_journal_of_an_older_version_is_compared_by_the_fields_it_has(file: Path, root: Path) -> None:
     finish(file, root)
     with session_on(file, root) as session:
         for name in ("hold", "min_effect"):
@@ -183,7 +183,7 @@ def test_a_long_list_of_arms_is_cut() -> None:
     assert len(lines) == 10 and lines[-1] == "no longer part of the campaign: 12 more arms"
 
 
-def test_the_command_refuses_before_anything_is_written_and_goes_on_when_told_to(
+def test_the_command_refuses_before_anything_is_written_and_continues_when_allowed(
     tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file, root = write_file(tmp_path, corpus, phases=ONE_PHASE, seeds="[1]"), tmp_path / "r" / "tiny"
@@ -208,7 +208,7 @@ def test_the_command_refuses_before_anything_is_written_and_goes_on_when_told_to
     starts = [event for event in read_journal(root / "journal.jsonl") if event["event"] == "trial_started"]
     assert len(starts) == 3
 
-    assert run_campaign.main(command) == 0  # it has been allowed once
+    assert run_campaign.main(command) == 0  # the change was allowed before
     assert "changed since" not in capsys.readouterr().err
 
 

@@ -1,4 +1,4 @@
-"""Joining the better arms of earlier phases: in order of what they gained, one more in each arm."""
+"""Joining the better arms of earlier phases in order of their gains: each arm adds one."""
 
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ PHASES = """
   - name: steps_apart
     vary: {project_every: [3], logit_scale: [15.0], batch_size: [5]}
 """
-# What each change does to the loss; two seeds and hardly any noise show all of it.
+# The effect of each change on the loss; with hardly any noise, two seeds detect all of them.
 GAINS = {"project_every": {3: -0.3}, "logit_scale": {15.0: 0.2}, "batch_size": {5: -0.1}}
 
 
@@ -57,13 +57,13 @@ def run(file: Path, root: Path, *, most: int | None = None) -> list[TrialSpec]:
     return given_out
 
 
-def test_every_prefix_of_the_better_arms_is_an_arm_and_the_verdict_picks(file: Path, tmp_path: Path) -> None:
+def test_every_prefix_of_the_better_arms_is_an_arm_and_the_verdicts_pick_the_winner(file: Path, tmp_path: Path) -> None:
     run(file, tmp_path / "r")
     summary = strict((tmp_path / "r/joined/summary.json").read_text())
     arms = {arm["arm"]: arm["overrides"] for arm in summary["arms"]}
     best = {"project_every": 3}
     base = load_campaign(file).base.model.alpha
-    assert base < 0.4  # so that alpha=0.5 is the better one of two that gain, and 0.4 says nothing that is new
+    assert base < 0.4  # so alpha=0.5 gains more than 0.4, which changes the same setting
     order = [("project_every=3", best), ("alpha=0.5", {"model.alpha": 0.5}), ("batch_size=5", {"batch_size": 5})]
     order.sort(key=lambda item: -{"project_every=3": 0.3, "alpha=0.5": 0.5 - base, "batch_size=5": 0.1}[item[0]])
     names, joined = [], {}
@@ -88,14 +88,14 @@ def test_a_resumed_campaign_joins_the_same_arms(file: Path, tmp_path: Path) -> N
         ]
 
 
-def test_where_nothing_was_better_only_the_baseline_is_left(file: Path) -> None:
+def test_only_the_baseline_is_planned_if_no_arm_was_better(file: Path) -> None:
     campaign = load_campaign(file)
     phase = next(phase for phase in campaign.phases if phase.name == "joined")
     assert phase.needs == {"alpha", "steps_apart"}
     assert [arm.name for arm in plan_phase(campaign, phase, {}, {"alpha": [], "steps_apart": []}).arms] == ["baseline"]
 
 
-def test_an_arm_that_cannot_be_joined_is_left_out_and_the_next_one_is_tried(file: Path) -> None:
+def test_an_arm_that_cannot_be_joined_is_skipped_and_the_next_one_is_tried(file: Path) -> None:
     campaign = load_campaign(file)
     phase = next(phase for phase in campaign.phases if phase.name == "joined")
     heads, width = BetterArm("heads", {"model.n_head": 4}, 3.0), BetterArm("width", {"model.n_embd": 18}, 2.0)
@@ -104,7 +104,7 @@ def test_an_arm_that_cannot_be_joined_is_left_out_and_the_next_one_is_tried(file
     assert [arm.name for arm in planned.arms] == ["baseline", "heads", "heads + lr"]
 
 
-def test_what_the_phase_pins_is_not_joined(tmp_path: Path, corpus: Path) -> None:
+def test_settings_that_the_phase_pins_are_not_joined(tmp_path: Path, corpus: Path) -> None:
     phases = PHASES.replace("    seeds: [5, 6]\n", "    seeds: [5, 6]\n    set: {steps: 9}\n")
     campaign = load_campaign(write_file(tmp_path, corpus, phases=phases))
     phase = next(phase for phase in campaign.phases if phase.name == "joined")
@@ -125,9 +125,7 @@ FOUND = st.lists(ARMS, unique_by=lambda better: better.arm)
 
 
 @given(found=FOUND, order=st.randoms())
-def test_joins_grow_by_whole_arms_in_order_of_gain_and_do_not_depend_on_the_order_given(
-    found: list[BetterArm], order: Any
-) -> None:
+def test_joins_add_whole_arms_by_gain_in_any_order_of_the_input(found: list[BetterArm], order: Any) -> None:
     arms = join_better_arms(found)
     shuffled = list(found)
     order.shuffle(shuffled)
@@ -142,7 +140,7 @@ def test_joins_grow_by_whole_arms_in_order_of_gain_and_do_not_depend_on_the_orde
         assert dict(arm.overrides) == previous | dict(parts[-1].overrides)
         assert previous.keys().isdisjoint(parts[-1].overrides)
         previous = dict(arm.overrides)
-    for better in found:  # nothing that could still be added is forgotten
+    for better in found:  # no arm that could be added is missing
         assert not previous.keys().isdisjoint(better.overrides)
 
 
@@ -156,7 +154,7 @@ def test_joins_grow_by_whole_arms_in_order_of_gain_and_do_not_depend_on_the_orde
         ("{from: [last]}", "phases inherit in a circle: last -> joined -> last"),
     ],
 )
-def test_a_mistake_is_reported_with_its_place(tmp_path: Path, corpus: Path, written: str, message: str) -> None:
+def test_an_error_is_reported_with_its_location(tmp_path: Path, corpus: Path, written: str, message: str) -> None:
     phases = PHASES.replace("{from: [alpha, steps_apart]}", written)
     with pytest.raises(ConfigError) as caught:
         load_campaign(write_file(tmp_path, corpus, phases=phases))

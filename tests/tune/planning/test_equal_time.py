@@ -1,4 +1,4 @@
-"""`hold: seconds`: speeds are measured once, kept in the journal, and fix the steps of every arm from then on."""
+"""`hold: seconds`: speeds are measured once and kept in the journal; they determine the steps of every arm."""
 
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ def layers_cost_time(config: TrainConfig) -> float:
 
 
 def run(file: Path, root: Path, speed: Any, *, most: int | None = None) -> tuple[list[TrialSpec], list[str]]:
-    """One session, interrupted after `most` trials: what it trained, and what it said."""
+    """Runs one session, interrupted after `most` trials; returns what it trained and its messages."""
     said: list[str] = []
     with session_on(file, root, timer=speed) as session:
         session.message = said.append
@@ -57,7 +57,7 @@ def one_layer_wins(spec: TrialSpec) -> TrialResult:
     return TrialResult(**vars(result) | {"metrics": result.metrics | {"val_loss": loss}})
 
 
-def test_an_arm_that_is_slower_gets_fewer_steps_in_proportion(file: Path, tmp_path: Path) -> None:
+def test_a_slower_arm_gets_proportionally_fewer_steps(file: Path, tmp_path: Path) -> None:
     given_out, said = run(file, tmp_path / "r", layers_cost_time)
     steps = {(spec.phase, spec.arm): spec.config.steps for spec in given_out}
     assert steps == {
@@ -73,7 +73,7 @@ def test_an_arm_that_is_slower_gets_fewer_steps_in_proportion(file: Path, tmp_pa
     assert summary["base"] == {"model.n_layer": 1}
 
 
-def test_a_phase_may_hold_something_else_than_its_campaign(tmp_path: Path, corpus: Path) -> None:
+def test_a_phase_can_override_the_hold_of_its_campaign(tmp_path: Path, corpus: Path) -> None:
     phases = """
   - {name: tokens, vary: {batch_size: [2], n_layer: [4]}}
   - {name: steps, hold: steps, vary: {batch_size: [2], n_layer: [4]}}
@@ -88,12 +88,10 @@ def test_a_phase_may_hold_something_else_than_its_campaign(tmp_path: Path, corpu
         ("tokens", "n_layer=4"): 30,
         ("steps", "batch_size=2"): 30,
         ("seconds", "n_layer=4"): 15,
-    }  # an arm that a phase before had is not trained again
+    }  # an arm of an earlier phase is not trained again
 
 
-def test_speeds_are_measured_once_so_a_resumed_campaign_trains_what_an_undisturbed_one_does(
-    file: Path, tmp_path: Path
-) -> None:
+def test_speeds_are_measured_once_so_a_resumed_campaign_trains_the_same_trials(file: Path, tmp_path: Path) -> None:
     whole, _ = run(file, tmp_path / "whole", layers_cost_time)
     for most in (1, 5, 9):
         root = tmp_path / f"after-{most}"
@@ -109,7 +107,7 @@ def test_speeds_are_measured_once_so_a_resumed_campaign_trains_what_an_undisturb
         assert not events[0]["speeds"].keys() & events[1]["speeds"].keys()
 
 
-def test_before_anything_is_measured_the_flop_count_stands_in(file: Path) -> None:
+def test_flop_counts_are_used_until_speeds_are_measured(file: Path) -> None:
     phase = preview(load_campaign(file))[0]
     base, deep = (next(arm for arm in phase.arms if arm.name == name) for name in ("baseline", "n_layer=4"))
     work = [flops_per_token(arm.trials[0].config.model) for arm in (base, deep)]
@@ -122,7 +120,7 @@ def test_before_anything_is_measured_the_flop_count_stands_in(file: Path) -> Non
     other=st.integers(1, 64),
     speeds=st.tuples(st.floats(1, 1e7), st.floats(1, 1e7)),
 )
-def test_both_train_for_equally_long_up_to_half_a_step(
+def test_arm_and_baseline_train_equally_long_up_to_half_a_step(
     tiny: TrainConfig, steps: int, batch: int, other: int, speeds: tuple[float, float]
 ) -> None:
     reference = resolved(override(tiny, {"steps": steps, "batch_size": batch}))
@@ -148,13 +146,11 @@ def test_both_train_for_equally_long_up_to_half_a_step(
         ({"project_every": 7}, False),
     ],
 )
-def test_configs_that_take_equally_long_per_step_share_a_key(
-    tiny: TrainConfig, change: dict[str, Any], is_shared: bool
-) -> None:
+def test_configs_with_equal_step_times_share_a_key(tiny: TrainConfig, change: dict[str, Any], is_shared: bool) -> None:
     base = resolved(tiny)
     assert (step_time_key(override(base, change)) == step_time_key(base)) is is_shared
 
 
 def test_the_key_never_changes() -> None:
-    """Journals hold it, and the steps of a resumed campaign depend on it."""
+    """Journals contain it, and the steps of a resumed campaign depend on it."""
     assert step_time_key(TrainConfig()) == "a5c14fd5d8"

@@ -1,4 +1,4 @@
-"""A plan in the light of the journal: what it knows replaces what a plan had to guess."""
+"""Planning with the results in the journal, which replace guesses."""
 
 import json
 from dataclasses import replace
@@ -23,13 +23,13 @@ def file(tmp_path: Path, corpus: Path) -> Path:
 
 
 def after(file: Path, root: Path, *, most: int) -> CampaignState:
-    """What the journal says after so many trials; the longer alpha wins."""
+    """The state after `most` trials; the larger alpha wins."""
     with session_on(file, root) as session:
         drive(begun(session), most=most)
     return replay(read_journal(root / "journal.jsonl"))
 
 
-def test_a_planned_phase_is_read_back_as_it_was_written(file: Path) -> None:
+def test_a_planned_phase_survives_the_round_trip_through_the_journal(file: Path) -> None:
     (phase, _) = preview(load_campaign(file))
     written = json.loads(json.dumps(phase_planned_event(phase)))
     event = {"event": "phase_planned", "time": "2026-11-21T10:00:00.000+00:00", **written}
@@ -39,13 +39,13 @@ def test_a_planned_phase_is_read_back_as_it_was_written(file: Path) -> None:
     assert [(arm.name, arm.overrides) for arm in read.arms] == [(arm.name, arm.overrides) for arm in phase.arms]
 
 
-def test_before_anything_has_run_the_plan_is_the_preview(file: Path) -> None:
+def test_the_plan_equals_the_preview_before_anything_has_run(file: Path) -> None:
     campaign = load_campaign(file)
     assert expected_phases(campaign, CampaignState()) == preview(campaign)
     assert [known_result(campaign, CampaignState(), phase) for phase in preview(campaign)] == [None, None]
 
 
-def test_a_winner_that_is_known_takes_the_place_of_the_one_that_stood_in(tmp_path: Path, file: Path) -> None:
+def test_a_known_winner_replaces_the_guessed_one(tmp_path: Path, file: Path) -> None:
     state, campaign = after(file, tmp_path / "r", most=4), load_campaign(file)
     first, second = expected_phases(campaign, state)
     end = known_result(campaign, state, first)
@@ -53,7 +53,7 @@ def test_a_winner_that_is_known_takes_the_place_of_the_one_that_stood_in(tmp_pat
     assert second.base == {"model.alpha": 0.4} and known_result(campaign, state, second) is None
 
 
-def test_a_phase_that_has_changed_since_has_no_winner(tmp_path: Path, file: Path) -> None:
+def test_a_phase_that_has_changed_has_no_winner(tmp_path: Path, file: Path) -> None:
     state = after(file, tmp_path / "r", most=4)
     file.write_text(file.read_text().replace("[0.05, 0.4]", "[0.05, 0.3]"))
     campaign = load_campaign(file)
@@ -61,7 +61,7 @@ def test_a_phase_that_has_changed_since_has_no_winner(tmp_path: Path, file: Path
     assert known_result(campaign, state, first) is None and second.base == {"model.alpha": 0.3}
 
 
-def test_who_wins_is_judged_by_the_rules_of_now(tmp_path: Path, file: Path) -> None:
+def test_the_winner_is_judged_by_the_present_rules(tmp_path: Path, file: Path) -> None:
     state = after(file, tmp_path / "r", most=4)
     file.write_text(file.read_text().replace("seeds:", "min_effect: 3\nseeds:"))
     campaign = load_campaign(file)
@@ -69,7 +69,7 @@ def test_who_wins_is_judged_by_the_rules_of_now(tmp_path: Path, file: Path) -> N
     assert known_result(campaign, state, first) == ("alpha=0.05", []) and second.base == {"model.alpha": 0.05}
 
 
-def test_the_winner_of_last_time_stands_in_while_a_seed_that_was_added_is_trained(tmp_path: Path, file: Path) -> None:
+def test_the_last_winner_is_assumed_while_an_added_seed_is_trained(tmp_path: Path, file: Path) -> None:
     file.write_text(file.read_text().replace("[0.05, 0.4]", "[0.05, 0.2, 0.4]"))
     state = after(file, tmp_path / "r", most=6)
     file.write_text(file.read_text().replace("seeds: [1, 2]", "seeds: [1, 2, 3]"))
@@ -78,7 +78,9 @@ def test_the_winner_of_last_time_stands_in_while_a_seed_that_was_added_is_traine
     assert known_result(campaign, state, first) is None and second.base == {"model.alpha": 0.4}
 
 
-def test_what_was_stopped_early_is_to_be_trained_where_that_is_not_done(tmp_path: Path, file: Path) -> None:
+def test_a_trial_that_was_stopped_early_is_trained_by_a_phase_that_does_not_stop_early(
+    tmp_path: Path, file: Path
+) -> None:
     state, campaign = after(file, tmp_path / "r", most=4), load_campaign(file)
     trial_id = next(iter(state.results))
     assert has_result(campaign, state, "alpha", trial_id)
@@ -106,12 +108,12 @@ CHAIN = """
 """
 
 
-def test_what_nobody_can_plan_yet_is_expected_in_stages(tmp_path: Path, corpus: Path) -> None:
+def test_trials_that_cannot_be_planned_yet_are_expected_in_stages(tmp_path: Path, corpus: Path) -> None:
     file = write_file(tmp_path, corpus, phases=CHAIN)
     (short, *_), _, (long, *_), _ = [phase.arms for phase in preview(load_campaign(file))]
     of_short, of_long = trial_flops(short.trials[0].config), trial_flops(long.trials[0].config)
     assert of_long > 1.5 * of_short
-    # The baseline of `projection` is the winner that stands in: its trials are those of the first phase.
+    # The baseline of `projection` is the guessed winner, so its trials are those of the first phase.
     stages = expected_stages(load_campaign(file), after(file, tmp_path / "one", most=1))
     assert [[(some["phase"], some["trials"], some["work"]["flops"]) for some in stage] for stage in stages] == [
         [("projection", 2, of_short), ("long", 4, of_long)],
@@ -122,7 +124,7 @@ def test_what_nobody_can_plan_yet_is_expected_in_stages(tmp_path: Path, corpus: 
     assert state.expected_stages == expected_stages(load_campaign(file), state) == stages[1:]
 
 
-def test_what_optuna_has_not_proposed_yet_is_expected(tmp_path: Path, corpus: Path) -> None:
+def test_arms_that_optuna_has_not_proposed_yet_are_expected(tmp_path: Path, corpus: Path) -> None:
     pytest.importorskip("optuna")
     space = "space: {optim.lr: {log: [1e-3, 1e-1]}}"
     search = f"\n  - name: s\n    search: {{method: optuna, trials: 30, {space}}}\n"

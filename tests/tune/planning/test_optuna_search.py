@@ -1,4 +1,4 @@
-"""Optuna proposes batches; what it proposes depends on the scores and on nothing else, so a resume replays it."""
+"""Optuna's proposals depend on the scores only, so a resumed campaign repeats them."""
 
 import math
 import sys
@@ -54,7 +54,7 @@ def test_a_campaign_runs_batch_after_batch_and_resumes_to_the_same_arms(file: Pa
         assert run(file, root) == []
 
 
-def test_the_next_batch_waits_for_the_last_trial_of_the_one_before(file: Path, tmp_path: Path) -> None:
+def test_the_next_batch_waits_for_the_last_trial_of_the_previous_one(file: Path, tmp_path: Path) -> None:
     with session_on(file, tmp_path / "r") as session:
         begun(session)
         specs = []
@@ -69,7 +69,7 @@ def test_a_plan_counts_the_arms_that_are_not_known_yet(file: Path, tmp_path: Pat
     assert rows["tpe"].arms == 8
 
 
-def test_a_smoke_run_draws_a_batch_at_random(file: Path) -> None:
+def test_a_smoke_run_draws_one_random_batch(file: Path) -> None:
     phase = shrink_campaign(load_campaign(file)).phases[0]
     assert (phase.search, len(phase.arms)) == (None, 3)
 
@@ -86,7 +86,7 @@ def test_proposals_of_complete_batches_do_not_change_with_later_scores() -> None
     assert all(1e-4 <= arm.overrides["optim.lr"] <= 1e-1 for arm in second)
 
 
-def test_scores_steer_what_is_proposed() -> None:
+def test_proposals_follow_the_scores() -> None:
     search = Search("optuna", 60, 0, 4, SEARCH.space)
     scores: tuple[float, ...] = ()
     while len(arms := propose_arms(search, scores)) > len(scores):
@@ -94,13 +94,13 @@ def test_scores_steer_what_is_proposed() -> None:
     assert sum(scores[-20:]) < 0.6 * sum(scores[:10]) * 2  # in decades from the best; the first ten are random
 
 
-def test_an_arm_is_scored_by_its_mean_and_one_without_all_seeds_is_the_worst() -> None:
+def test_an_arm_is_scored_by_its_mean_and_ranks_last_without_all_seeds() -> None:
     assert arm_score([1.0, 2.0], "minimize") == 1.5
     assert arm_score([1.0, 2.0], "maximize") == -1.5
     assert arm_score([1.0, None], "maximize") == arm_score([None], "minimize") == math.inf
 
 
-def test_without_optuna_the_message_has_the_command(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_message_without_optuna_has_the_install_command(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(ConfigError) as caught:
         load_campaign(file)

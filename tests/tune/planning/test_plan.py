@@ -1,4 +1,4 @@
-"""From phases to trials: which configs are trained, under which id, from which seeds."""
+"""From phases to trials: their configs, ids and seeds."""
 
 import hashlib
 import io
@@ -68,7 +68,7 @@ def configs(planned: PlannedPhase) -> dict[str, TrainConfig]:
         ("runs: [{arm: x, lr: 1}, {arm: baseline}]", ["baseline", "x"]),
     ],
 )
-def test_a_phase_has_its_baseline_and_its_arms_each_with_every_seed(load: Load, sweep: str, names: list[str]) -> None:
+def test_a_phase_has_its_baseline_and_arms_with_every_seed(load: Load, sweep: str, names: list[str]) -> None:
     planned = plan(load(f"{BASE}seeds: [5, 6]\n{sweep}\n"))
     assert [arm.name for arm in planned.arms] == names
     assert planned.baseline == "baseline"
@@ -86,7 +86,7 @@ def test_a_phase_has_its_baseline_and_its_arms_each_with_every_seed(load: Load, 
         ("runs: [{arm: x, lr: 1}, {arm: as usual, alpha: 0.2}]", "as usual", 2),
     ],
 )
-def test_an_arm_that_equals_the_baseline_is_the_baseline_and_keeps_its_name(
+def test_an_arm_that_equals_the_baseline_replaces_it_and_keeps_its_name(
     load: Load, sweep: str, name: str, n_arms: int
 ) -> None:
     planned = plan(load(f"{BASE}{sweep}\n"))
@@ -95,7 +95,7 @@ def test_an_arm_that_equals_the_baseline_is_the_baseline_and_keeps_its_name(
     assert configs(planned)[name].model.alpha == 0.2
 
 
-def test_only_what_an_arm_changes_differs_from_the_base(load: Load) -> None:
+def test_an_arm_differs_from_the_base_only_in_its_own_changes(load: Load) -> None:
     campaign = load(f"{BASE}vary: {{lr: [0.5]}}\n")
     by_name = configs(plan(campaign))
     changed, base = flatten(by_name["lr=0.5"]), flatten(by_name["baseline"])
@@ -103,7 +103,7 @@ def test_only_what_an_arm_changes_differs_from_the_base(load: Load) -> None:
     assert base == flatten(campaign.base) | {"seed": 1, "model.vocab_size": 2048}
 
 
-def test_no_two_arms_of_a_phase_compute_the_same(load: Load) -> None:
+def test_duplicate_arms_of_a_phase_are_planned_once(load: Load) -> None:
     campaign = load(f"{BASE}phases:\n  - {{name: a, vary: {{lr: [1]}}}}\n  - name: b\n    runs:\n"
                     "      - {arm: x, inherit: a}\n      - {arm: y, lr: 1}\n")  # fmt: skip
     assert list(arms(plan(campaign, "b", a={"optim.lr": 1}))) == ["baseline", "x"]
@@ -113,7 +113,7 @@ def test_no_two_arms_of_a_phase_compute_the_same(load: Load) -> None:
 # ---- hold ----------------------------------------------------------------------------------------------------------
 
 
-def test_arms_that_hold_tokens_see_the_same_number_of_them(load: Load) -> None:
+def test_arms_that_hold_tokens_train_on_equally_many_tokens(load: Load) -> None:
     campaign = load(f"{BASE}hold: tokens\ngrid: {{batch_size: [1, 3, 16, 100, 2000], block_size: [8, 5]}}\n")
     for config in configs(plan(campaign)).values():
         per_step = config.batch_size * config.model.block_size
@@ -121,12 +121,12 @@ def test_arms_that_hold_tokens_see_the_same_number_of_them(load: Load) -> None:
         assert abs(config.steps * per_step - 10 * 16 * 8) <= per_step / 2 or config.steps == 1
 
 
-def test_arms_that_hold_steps_take_the_same_number_of_them(load: Load) -> None:
+def test_arms_that_hold_steps_train_equally_many_steps(load: Load) -> None:
     campaign = load(f"{BASE}hold: steps\ngrid: {{batch_size: [1, 3, 100], block_size: [8, 5]}}\n")
     assert {config.steps for config in configs(plan(campaign)).values()} == {10}
 
 
-def test_an_arm_that_changes_its_steps_gets_just_these(load: Load) -> None:
+def test_an_arm_that_sets_its_steps_keeps_them(load: Load) -> None:
     campaign = load(f"{BASE}runs: [{{arm: x, steps: 7}}, {{arm: y, steps: 7, batch_size: 2}}]\n")
     assert [config.steps for config in configs(plan(campaign)).values()] == [10, 7, 7]
 
@@ -155,7 +155,7 @@ phases:
         ("e", {"steps": 30}, {"baseline": 10, "winner": 30}),
     ],
 )
-def test_an_inherited_batch_size_keeps_the_tokens_and_inherited_steps_are_kept_unless_the_phase_sets_its_own(
+def test_an_inherited_batch_size_keeps_the_tokens_and_inherited_steps_stay_unless_pinned(
     load: Load, phase: str, winner: dict[str, Any], steps: dict[str, int]
 ) -> None:
     planned = plan(load(BASE + PINNED), phase, a=winner)
@@ -180,7 +180,7 @@ phases:
 """
 
 
-def test_a_phase_starts_from_the_winner_it_inherits_without_what_that_phase_had_set_for_itself(load: Load) -> None:
+def test_a_phase_inherits_a_winner_without_the_settings_that_its_phase_pinned(load: Load) -> None:
     campaign = load(BASE + CHAIN)
     b = plan(campaign, "b", a={"model.alpha": 0.5})
     assert b.base == {"model.alpha": 0.5, "steps": 20}
@@ -201,11 +201,11 @@ def test_an_arm_can_inherit_a_winner_of_its_own(load: Load) -> None:
 
 
 @pytest.mark.parametrize("winner", [{}, {"model.alpha": 0.2}])
-def test_a_winner_that_is_the_baseline_leaves_nothing_to_confirm(load: Load, winner: dict[str, Any]) -> None:
+def test_a_phase_that_confirms_a_baseline_has_no_arms_to_compare(load: Load, winner: dict[str, Any]) -> None:
     assert list(arms(plan(load(BASE + CHAIN), "confirm", b=winner))) == ["baseline"]
 
 
-def test_a_preview_takes_the_first_arm_for_the_winner_until_one_is_known(load: Load) -> None:
+def test_a_preview_assumes_that_the_first_arm_wins_until_a_winner_is_known(load: Load) -> None:
     campaign = load(BASE + CHAIN)
     guessed = {phase.name: phase for phase in preview(campaign)}
     assert guessed["c"].base == {"model.alpha": 0.5, "optim.lr": 1}
@@ -214,7 +214,7 @@ def test_a_preview_takes_the_first_arm_for_the_winner_until_one_is_known(load: L
     assert certain["c"].base == {"optim.lr": 2}
 
 
-def test_a_preview_holds_equal_what_each_phase_does(load: Load) -> None:
+def test_a_preview_applies_the_hold_of_each_phase(load: Load) -> None:
     phases = "phases:\n  - {name: a, vary: {batch_size: [8, 32]}}\n"
     phases += "  - {name: b, hold: steps, vary: {batch_size: [8, 32]}}\n"
     campaign = load(BASE + phases)
@@ -227,7 +227,7 @@ def test_a_preview_holds_equal_what_each_phase_does(load: Load) -> None:
 
 
 def fresh_campaign(load: Load, order: list[str], lists: str = "[1, 2]") -> Campaign:
-    """Phases `p0`, `p1`, ... with fresh seeds, many enough to overlap, in the given order."""
+    """Phases `p0`, `p1`, ... in the given order, with enough fresh seeds to overlap."""
     phases = "".join(f"  - {{name: {name}, seeds: fresh 300, vary: {{lr: [1]}}}}\n" for name in order)
     return load(f"{BASE}seeds: {lists}\nphases:\n  - {{name: first, vary: {{lr: [1]}}}}\n{phases}")
 
@@ -245,7 +245,7 @@ def test_no_two_phases_share_a_fresh_seed(load: Load) -> None:
     assert len({seed for found in seeds.values() for seed in found}) == 6 * 300
 
 
-def test_fresh_seeds_are_none_of_the_listed_ones(load: Load) -> None:
+def test_fresh_seeds_differ_from_all_listed_seeds(load: Load) -> None:
     listed = list(range(100, 1000, 3))
     seeds = all_fresh(fresh_campaign(load, NAMES, str(listed)))
     assert not {seed for found in seeds.values() for seed in found} & set(listed)
@@ -272,12 +272,12 @@ def id_of(config: TrainConfig) -> str:
     return trial_ids(config, [config.seed])[0]
 
 
-def test_the_id_of_a_fixed_config_is_what_it_always_was(tmp_path: Path) -> None:
-    # If this fails, finished trials of every user will be trained again: do it knowingly, and change the number here.
+def test_the_id_of_a_fixed_config_never_changes(tmp_path: Path) -> None:
+    # If this fails, every user's finished trials will be trained again.
     assert id_of(text_config(tmp_path)) == "0e10bfc090-s7"
 
 
-def test_an_id_is_a_hash_of_all_that_decides_a_run_and_the_seed(tmp_path: Path) -> None:
+def test_an_id_hashes_every_setting_that_decides_a_run_and_ends_with_the_seed(tmp_path: Path) -> None:
     config = text_config(tmp_path)
     text = hashlib.sha256(TEXT.encode()).hexdigest()
     data = json.dumps([1, f"sha256:{text}", "sentencepiece:300", 0.1])
@@ -291,7 +291,7 @@ def test_an_id_is_a_hash_of_all_that_decides_a_run_and_the_seed(tmp_path: Path) 
 
 
 def another(value: Any) -> Any:
-    """A different value of the same kind."""
+    """Another value of the same type."""
     if isinstance(value, bool):
         return not value
     if isinstance(value, str):
@@ -311,12 +311,12 @@ RUNTIME += [f"tracker.{name}" for name in settings(TrackerConfig)]
 
 
 @pytest.mark.parametrize("name", [name for name in settings(TrainConfig) if not name.startswith("data.")])
-def test_an_id_changes_with_each_setting_that_decides_what_is_computed(tmp_path: Path, name: str) -> None:
+def test_an_id_changes_with_every_setting_that_affects_the_computation(tmp_path: Path, name: str) -> None:
     config = text_config(tmp_path)
     assert (id_of(changed(config, name)) == id_of(config)) == (name in RUNTIME)
 
 
-def test_an_id_changes_with_the_content_the_tokenizer_and_the_split_of_the_data(tmp_path: Path) -> None:
+def test_an_id_changes_with_the_content_tokenizer_and_split_of_the_data(tmp_path: Path) -> None:
     config = text_config(tmp_path)
     others = [
         text_config(tmp_path, "other.txt", TEXT + "!"),
@@ -327,14 +327,14 @@ def test_an_id_changes_with_the_content_the_tokenizer_and_the_split_of_the_data(
     assert len({id_of(other) for other in [config, *others]}) == 5
 
 
-def test_an_id_changes_when_the_file_does(tmp_path: Path) -> None:
+def test_an_id_changes_with_the_data_file(tmp_path: Path) -> None:
     config = text_config(tmp_path)
     before = id_of(config)
     text_config(tmp_path, text=TEXT + "one more line\n")
     assert id_of(config) != before
 
 
-def test_an_id_does_not_depend_on_where_the_data_lie(
+def test_an_id_does_not_depend_on_the_location_of_the_data(
     tmp_path: Path, load: Load, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "deep/er").mkdir(parents=True)
@@ -372,7 +372,7 @@ WINNERS = {"a": {"model.alpha": 0.2}, "b": {"model.alpha": 0.2, "optim.lr": 0.1}
 
 
 def shuffled(data: Any, draw: st.DataObject, key: str = "") -> Any:
-    """The same in another order: keys, phases, runs, seeds and swept values; the columns of a zip alike."""
+    """The campaign with its keys, phases, runs, seeds and swept values reordered; zipped columns are reordered together."""
     if isinstance(data, dict):
         rows = draw.draw(st.permutations(range(2))) if key == "zip" else []
         items = draw.draw(st.permutations(list(data.items())))
@@ -397,7 +397,7 @@ def test_ids_survive_any_reordering_of_the_file(load: Load, draw: st.DataObject)
 # ---- size ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_work_of_a_trial_is_its_tokens_and_a_third_of_those_it_is_evaluated_on(load: Load) -> None:
+def test_the_work_of_a_trial_counts_evaluation_tokens_as_a_third(load: Load) -> None:
     campaign = load(f"{BASE}vary: {{lr: [1]}}\n")
     config = override(campaign.base, {"eval_every": 4, "eval_tokens": 300, "vocab_size": 50})
     assert trial_tokens(config) == 10 * 16 * 8
@@ -408,6 +408,6 @@ def test_the_work_of_a_trial_is_its_tokens_and_a_third_of_those_it_is_evaluated_
     assert trial_work(override(config, {"eval_every": 5})) == 1280 + 3 * 100  # at steps 0, 5 and 10
 
 
-def test_an_arm_is_at_least_one_step_long(load: Load) -> None:
+def test_an_arm_has_at_least_one_step(load: Load) -> None:
     campaign = replace(load(f"{BASE}vary: {{lr: [1]}}\n"), hold="tokens")
     assert arm_config(campaign, campaign.base, {"batch_size": 10**6}).steps == 1

@@ -1,4 +1,4 @@
-"""`--smoke`: the same campaign, arms and phases, with everything small."""
+"""`--smoke`: the same phases and arms with small sizes."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +28,7 @@ Load = Callable[[str], Campaign]
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
-def test_every_shipped_campaign_can_be_planned_when_it_is_shrunk(path: Path) -> None:
+def test_every_shipped_campaign_can_be_shrunk_and_planned(path: Path) -> None:
     campaign = load_campaign(path)
     small = shrink_campaign(campaign)
     assert [phase.name for phase in small.phases] == [phase.name for phase in campaign.phases]
@@ -44,7 +44,7 @@ def test_every_shipped_campaign_can_be_planned_when_it_is_shrunk(path: Path) -> 
             assert model.vocab_size is not None
 
 
-def test_sizes_are_cut_and_nothing_else(load: Load) -> None:
+def test_only_sizes_are_reduced(load: Load) -> None:
     campaign = load(BASE + "vary: {alpha: [0.1]}\n")
     before, after = flatten(campaign.base), flatten(shrink_campaign(campaign).base)
     assert {name: value for name, value in after.items() if value != before[name]} == {
@@ -61,7 +61,7 @@ def test_sizes_are_cut_and_nothing_else(load: Load) -> None:
     }
 
 
-def test_what_is_small_already_stays(load: Load) -> None:
+def test_small_values_are_kept(load: Load) -> None:
     text = (
         "campaign: c\nbase: {n_layer: 1, n_head: 2, n_embd: 8, block_size: 16, tokenizer: 'sentencepiece:300', "
         "vocab_size: 300, steps: 3, batch_size: 2, eval_every: 1, eval_tokens: 64}\n"
@@ -70,7 +70,7 @@ def test_what_is_small_already_stays(load: Load) -> None:
     )
     campaign = load(text)
     small = shrink_campaign(campaign)
-    assert small.base == override(campaign.base, {"vocab_size": None})  # which is 300 all the same
+    assert small.base == override(campaign.base, {"vocab_size": None})  # resolved to 300 all the same
     assert [arm.overrides for arm in small.phases[0].arms] == [{"steps": 2}, {"steps": 8}]
     assert (small.phases[0].pinned, small.phases[0].seeds) == ({"batch_size": 1}, (7,))
     assert small.phases[1].seeds == FreshSeeds(2)
@@ -85,7 +85,7 @@ def test_what_is_small_already_stays(load: Load) -> None:
         "vary: {tokenizer: ['sentencepiece:512', 'sentencepiece:8192', gpt2]}",
     ],
 )
-def test_whatever_sizes_vary_the_shrunk_arms_are_possible(load: Load, sweep: str) -> None:
+def test_shrunk_arms_are_valid_whichever_sizes_vary(load: Load, sweep: str) -> None:
     small = shrink_campaign(load(BASE + sweep))
     (phase,) = preview(small)
     for trial in phase.trials:
@@ -94,14 +94,14 @@ def test_whatever_sizes_vary_the_shrunk_arms_are_possible(load: Load, sweep: str
         assert trial.config.batch_size <= 4 and model.n_layer <= 2
 
 
-def test_two_phases_that_vary_what_depends_on_each_other_stay_possible(load: Load) -> None:
+def test_phases_that_vary_dependent_settings_stay_valid(load: Load) -> None:
     phases = "phases:\n  - {name: a, vary: {n_head: [4, 12]}}\n  - {name: b, inherit: a, vary: {n_embd: [768, 96]}}\n"
     small = shrink_campaign(load(BASE + phases))
     widths = {trial.config.model.n_embd for trial in preview(small)[1].trials}
     assert widths == {96}  # 12 heads of width 8
 
 
-def test_a_shrunk_campaign_of_many_numbers_of_heads_is_no_wider_than_the_whole_one(load: Load) -> None:
+def test_a_shrunk_campaign_with_many_head_counts_is_not_wider_than_the_original(load: Load) -> None:
     sweep = (
         "runs: [{arm: a, n_head: 11, n_embd: 22}, {arm: b, n_head: 13, n_embd: 26}, {arm: c, n_head: 7, n_embd: 14}]"
     )
