@@ -372,7 +372,7 @@ WINNERS = {"a": {"model.alpha": 0.2}, "b": {"model.alpha": 0.2, "optim.lr": 0.1}
 
 
 def shuffled(data: Any, draw: st.DataObject, key: str = "") -> Any:
-    """The campaign with its keys, phases, runs, seeds and swept values reordered; zipped columns are reordered together."""
+    """The campaign with keys, phases, runs, seeds and swept values reordered; zipped columns stay together."""
     if isinstance(data, dict):
         rows = draw.draw(st.permutations(range(2))) if key == "zip" else []
         items = draw.draw(st.permutations(list(data.items())))
