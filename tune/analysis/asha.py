@@ -59,12 +59,8 @@ class Asha:
     ) -> dict[str, Any] | None:
         """Returns the fields of a `rung_reached` event, or None if the trial has reached no new rung.
 
-        Args:
-            trial_id, phase, arm, seed: of the trial.
-            step: the step of this evaluation.
-            total_steps, baseline_steps: of the trial, and of its phase's baseline, which the rungs are given in.
-            value: the metric at this step; None for a trial that is diverging, which ends without a decision here.
-            may_stop: whether the trial may be stopped; otherwise its value only counts for others.
+        Rungs are given in `baseline_steps`, the trial has `total_steps`. `value` is the metric at `step`, None for a
+        trial that is diverging, which ends without a decision here. Unless it `may_stop`, it only counts for others.
         """
         passed = [rung for rung in self._rule.rungs(baseline_steps) if step * baseline_steps >= rung * total_steps]
         if not passed or value is None:

@@ -9,7 +9,7 @@ grid with holes) the settings are taken one at a time, and each share is correct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from tune.storage.summaries import PhaseSummary
 
@@ -88,6 +88,6 @@ def _codes(column: Sequence[Any]) -> list[int]:
     return [distinct.index(key) for key in keys]
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     """Whether a value is a number; booleans are not."""
     return isinstance(value, int | float) and not isinstance(value, bool)

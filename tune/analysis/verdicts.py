@@ -126,15 +126,10 @@ def judge(
             deltas[arm] = Delta(difference[arm])
         verdict = excluded.get(arm) or _verdict(deltas.get(arm), sign, alpha, min_effect * (1 - 1e-9))
         verdict = "baseline" if arm == baseline else verdict
-        arms.append(_arm_verdict(arm, sample, one_way, spread_df, confidence, deltas.get(arm), verdict))
-    arms.sort(
-        key=lambda arm: (
-            RANK_OF_EXCLUDED.get(arm.verdict, not arm.n),
-            sign * difference[arm.arm],
-            arm.arm != baseline,
-            arm.arm,
-        )
-    )
+        spread = _mean_sd_interval(sample, one_way, spread_df, confidence)
+        arms.append(ArmVerdict(arm, len(sample), *spread, deltas.get(arm), verdict, False))
+    arms.sort(key=lambda arm: (sign * difference[arm.arm], arm.arm != baseline, arm.arm))
+    arms.sort(key=lambda arm: RANK_OF_EXCLUDED.get(arm.verdict, not arm.n))
     winner = next((arm.arm for arm in arms if arm.verdict == "better"), baseline)
     if fit and chosen:
         contrasts = fit.contrasts(winner, confidence)
@@ -150,8 +145,7 @@ def smallest_detectable_effect(
 ) -> float | None:
     """The true effect that a phase of `n_arms`, baseline included, finds with 80 % power; None if it cannot find any.
 
-    `noise_sd` is `Judgement.noise_sd` of an earlier phase with the same method. The effect must pass Holm's first step
-    (`1 - confidence` divided by the number of comparisons), by the noncentral t distribution.
+    It passes Holm's first step by the noncentral t distribution. `noise_sd` is that of an earlier phase's judgement.
     """
     if n_seeds < 2 or n_arms < 2:
         return None
@@ -167,10 +161,7 @@ def holm(p: Sequence[float]) -> list[float]:
 
 
 def _finished_values(outcomes: Outcomes, baseline: str) -> tuple[Values, dict[str, Verdict], list[str]]:
-    """Finished values by arm, verdicts of arms that are not compared, and warnings.
-
-    All are sorted, so that no sum depends on the order of `outcomes`.
-    """
+    """Finished values by arm, verdicts of arms that are not compared, and warnings: all sorted, as are their sums."""
     values, excluded, warnings = Values(), dict[str, Verdict](), []
     for arm in sorted(outcomes, key=lambda name: (name != baseline, name)):
         statuses = {outcome.status for outcome in outcomes[arm].values()}
@@ -263,15 +254,9 @@ def _verdict(delta: Delta | None, sign: float, alpha: float, min_effect: float) 
     return "better" if sign * delta.mean < 0 else "worse"
 
 
-def _arm_verdict(
-    arm: str,
-    sample: dict[int, float],
-    one_way: LeastSquaresFit | None,
-    df: float,
-    confidence: float,
-    delta: Delta | None,
-    verdict: Verdict,
-) -> ArmVerdict:
+def _mean_sd_interval(
+    sample: dict[int, float], one_way: LeastSquaresFit | None, df: float, confidence: float
+) -> tuple[float | None, float | None, float | None, float | None]:
     from scipy.special import stdtrit
 
     n, mean, low, high = len(sample), fmean(sample.values() or [0.0]), None, None
@@ -279,7 +264,7 @@ def _arm_verdict(
     if n and one_way:
         half_width = sqrt(one_way.variance / n) * float(stdtrit(df, 0.5 + confidence / 2))
         low, high = mean - half_width, mean + half_width
-    return ArmVerdict(arm, n, mean if n else None, sd, low, high, delta, verdict, False)
+    return mean if n else None, sd, low, high
 
 
 def _why(arms: list[ArmVerdict], winner: str, metric: str, method: str | None, alpha: float, detectable: float) -> str:

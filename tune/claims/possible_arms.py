@@ -10,7 +10,8 @@ from typing import Any
 from ngpt.config.base import Location, Problem, flatten, unknown_message
 from ngpt.training.config import TrainConfig
 from tune import format as fmt
-from tune.claims.selectors import PLACES, Selector, describe, is_number, same, short
+from tune.analysis.importance import is_number
+from tune.claims.selectors import PLACES, Selector, describe, same, short
 from tune.spec.reading import Reading, collect, distinct
 from tune.spec.schema import Claim, Phase
 from tune.spec.sweeps import BASELINE

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any
 
 from ngpt.config.base import settings
 from ngpt.training.config import TrainConfig
@@ -49,11 +49,6 @@ def same(a: Any, b: Any) -> bool:
 def varied(arms: Iterable[ClaimArm]) -> set[str]:
     """The settings in which the arms of a phase may differ."""
     return {name for arm in arms for name in arm.overrides}
-
-
-def is_number(value: Any) -> TypeGuard[float]:
-    """Whether a value has an order."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def describe(selector: Selector | None) -> str:

@@ -143,11 +143,7 @@ def estimate(campaign: Campaign, root: Path, *, measure: bool = False) -> Estima
 
 
 def check_budget(campaign: Campaign, root: Path) -> None:
-    """Refuses a budget of hours in which not even the campaign's shortest trial would finish.
-
-    Raises:
-        ConfigError: with the time that a trial takes, and where that number comes from.
-    """
+    """Raises a ConfigError if not even the campaign's shortest trial would finish within the budget of hours."""
     hours = campaign.budget.hours
     if hours is None:
         return

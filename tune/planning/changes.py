@@ -47,11 +47,7 @@ class Changes:
 
 
 def find_changes(campaign: Campaign, state: CampaignState) -> Changes:
-    """Compares `campaign` with the journal's newest start and results. Settings of executors and views do not count.
-
-    Raises:
-        ConfigError: the corpus cannot be found.
-    """
+    """Compares `campaign` with the newest start and results. Raises a ConfigError if the corpus is missing."""
     results = {trial_id for trial_id, result in state.results.items() if result["status"] in DONE}
     if not state.campaign or not results:
         return Changes()
@@ -73,11 +69,7 @@ def find_changes(campaign: Campaign, state: CampaignState) -> Changes:
 
 
 def check_changes(changes: Changes, *, allowed: bool) -> None:
-    """Refuses changes of the meaning of results, unless they are `allowed`.
-
-    Raises:
-        ConfigError: with every such change, and what to do about it.
-    """
+    """Raises a ConfigError with every change of the meaning of results, unless they are `allowed`."""
     if changes.meaning and not allowed:
         what = "\n".join(f"  {line}" for line in changes.meaning)
         text = f"this file would change the meaning of existing results:\n{what}\n"

@@ -17,8 +17,8 @@ from tune.spec.schema import Campaign, FreshSeeds, Phase
 from tune.spec.search_space import random_arms
 from tune.spec.sweeps import BASELINE, ArmSpec
 from tune.storage.records import BetterArm, TrialOutcome
+from tune.storage.state import Overrides
 
-Overrides = Mapping[str, Any]
 NOTHING: Mapping[str, Any] = {}
 
 
@@ -91,11 +91,9 @@ def plan_phase(
     inherits are applied to the phase's base, except for settings that the phase pins with `set:`.
 
     Args:
-        campaign, phase: what to plan.
         winners: overrides of the winners of the phases that this one needs.
         better: the arms with the verdict `better` by phase, which a combining phase joins (tune/planning/combine.py).
-        outcome: of a trial by id. A search with optuna has the arms proposed so far: the next batch once all trials of
-            the batches before it have an outcome.
+        outcome: of a trial by id. Optuna proposes the next batch once all trials before it have an outcome.
         fill: adds random arms for those that optuna has not proposed yet.
     """
     campaign = replace(campaign, hold=phase.hold or campaign.hold)
@@ -150,8 +148,7 @@ def _plan_arms(
 def baseline_config(campaign: Campaign, inherited: Overrides, pinned: Overrides) -> TrainConfig:
     """A phase's baseline: the campaign's base with the overrides of the inherited winner and those the phase pins.
 
-    With `hold: tokens` an inherited batch size or context does not change the number of training tokens; with `hold:
-    seconds` an inherited setting that costs speed does not change the training time.
+    Inherited settings do not change what the campaign holds (steps, tokens or seconds).
     """
     changes = {name: value for name, value in inherited.items() if name not in pinned}
     return _hold_equal(campaign, override(campaign.base, pinned), changes)
@@ -160,9 +157,8 @@ def baseline_config(campaign: Campaign, inherited: Overrides, pinned: Overrides)
 def arm_config(campaign: Campaign, baseline: TrainConfig, changes: Overrides) -> TrainConfig:
     """An arm's complete config: the phase's `baseline` with the arm's own and inherited changes.
 
-    `hold: tokens` sets its steps so that it trains on as many tokens as the baseline, `hold: seconds` so that it trains
-    as long (tune/planning/equal_time.py). An arm that changes `steps`, or inherits from a winner that did, keeps its
-    steps: its tokens then differ, and the summary warns about that.
+    Its steps follow from `hold:`, unless the arm or a winner that it inherits changes `steps`. Then its tokens differ,
+    and the summary warns about that.
     """
     return resolved(_hold_equal(campaign, baseline, changes))
 

@@ -32,12 +32,7 @@ class ResultsLock:
         self._root, self._lock = root, FileLock(root / LOCK_FILE)
 
     def acquire(self) -> None:
-        """Acquires the lock, and removes temporary files of killed runs. Creates the directory if it is missing.
-
-        Raises:
-            ResultsLocked: another process has the lock.
-            OSError: the directory cannot be written.
-        """
+        """Acquires the lock, or raises `ResultsLocked`. Creates the directory, removes leftovers of killed runs."""
         make_folder(self._root)
         try:
             self._lock.acquire(
@@ -72,11 +67,7 @@ def is_locked(root: Path) -> bool:
 
 
 def refuse_if_running(root: Path) -> None:
-    """Checks, before anything is loaded, that `acquire` would not find another run.
-
-    Raises:
-        ResultsLocked: another process runs the campaign.
-    """
+    """Raises `ResultsLocked`, before anything is loaded, if another process runs the campaign."""
     if _holder(root) is not None and is_locked(root):
         raise _locked(root)
 

@@ -31,11 +31,7 @@ def is_path(name: object) -> bool:
 
 
 def read_inherited_winner(text: str) -> InheritedWinner:
-    """Reads the winner that `text`, RESULTS/CAMPAIGN/PHASE, names.
-
-    Raises:
-        ConfigError: something in that path is missing, there is no winner yet, or it has settings of another version.
-    """
+    """Reads the winner that `text`, RESULTS/CAMPAIGN/PHASE, names. Raises a ConfigError if it is missing or unknown."""
     # Not Path.expanduser, which raises for an unknown user; nor Path.is_dir, which raises for a path that is too long.
     root, name = Path(os.path.expanduser(text)).parent, Path(text).name
     if not os.path.isdir(root):

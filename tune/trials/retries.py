@@ -63,16 +63,11 @@ def give_up_reason(deaths: Sequence[WorkerDeath]) -> str | None:
 
 
 def dies_at_same_step(deaths: Sequence[WorkerDeath]) -> bool:
-    """Whether the last two attempts died at the same step, so that something there seems to kill the process.
-
-    Attempts that died before their first step do not count: starting takes longest, so most kills happen there.
-    """
-    if len(deaths) < 2:
+    """Whether the last two attempts died at the same step, after at least one (most kills happen at the start)."""
+    last = deaths[-2:]
+    if len(last) < 2 or any(death.cause == "ray_lost" for death in last):
         return False
-    before, last = deaths[-2:]
-    if "ray_lost" in (before.cause, last.cause):
-        return False
-    return before.made_progress and last.made_progress and before.step == last.step
+    return all(death.made_progress for death in last) and last[0].step == last[1].step
 
 
 def must_run_alone(deaths: Sequence[WorkerDeath]) -> bool:
@@ -88,9 +83,8 @@ def failure_cause(result: TrialResult) -> str | None:
         return None
     lines = (result.error or "").splitlines()
     exceptions = {line.partition(":")[0].rpartition(".")[2] for line in lines}
-    if exceptions & {"OutOfMemoryError", "MemoryError"}:
-        return "oom"
-    return "oom" if any(is_out_of_memory(RuntimeError(line)) for line in lines) else "code_error"
+    is_oom = exceptions & {"OutOfMemoryError", "MemoryError"} or any(is_out_of_memory(RuntimeError(x)) for x in lines)
+    return "oom" if is_oom else "code_error"
 
 
 def oom_kill_count() -> int:
