@@ -130,11 +130,7 @@ class _TrialProcess:
         child_pipe.close()
 
     def receive(self, timeout: float) -> dict[str, Any]:
-        """Returns the next answer of the process.
-
-        Raises:
-            CalibrationError: it failed, died, or did not answer within `timeout` seconds.
-        """
+        """The next answer. Raises CalibrationError if the process failed, died or is silent for `timeout` seconds."""
         if not self.pipe.poll(timeout):
             raise CalibrationError(f"no answer for {timeout:.0f} s")
         try:

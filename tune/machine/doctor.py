@@ -99,9 +99,8 @@ def _shared_memory(out: Path) -> Check:
 
 
 def _home(out: Path) -> Check:
-    home = Path.home()
-    writable = os.access(home, os.W_OK)
-    return Check("home", str(home), None if writable else "not writable: Ray stores its authentication token there")
+    problem = None if os.access(Path.home(), os.W_OK) else "not writable: Ray stores its authentication token there"
+    return Check("home", str(Path.home()), problem)
 
 
 def _open_files(out: Path) -> Check:

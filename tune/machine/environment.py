@@ -76,10 +76,8 @@ def git_state() -> dict[str, Any]:
 
 
 def busy_gpus() -> list[str]:
-    """A warning for each visible GPU of which other processes hold a tenth of the memory; none without a driver.
-
-    It asks nvidia-smi, since asking torch would create a CUDA context, which takes memory itself.
-    """
+    """A warning for each visible GPU of which other processes hold a tenth of the memory; none without a driver."""
+    # Asking torch would create a CUDA context, which takes memory itself.
     fields = "--query-gpu=index,memory.used,memory.total"
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     warnings = []

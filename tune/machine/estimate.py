@@ -102,7 +102,7 @@ def estimate(campaign: Campaign, root: Path, *, measure: bool = False) -> Estima
     state = replay(read_journal(root / "journal.jsonl"))
     campaign = replace(campaign, speeds=state.speeds)
     phases = expected_phases(campaign, state)
-    decided = _decided_phases(campaign, state, phases)
+    guessed = _guessed_phases(campaign, state, phases)
     workers = expected_workers(campaign)
     left = _trials_left(campaign, state, phases)
     to_run = {name: _with_group_sizes(configs, campaign, workers) for name, configs in left.items()}
@@ -120,7 +120,7 @@ def estimate(campaign: Campaign, root: Path, *, measure: bool = False) -> Estima
             disk_bytes=sum(_disk_bytes(config) for config, _ in to_run[phase.name]),
             seconds=sum(clock.seconds(*trial) for trial in to_run[phase.name]) / workers,
             smallest_detectable=noise and noise.smallest_effect(phase, campaign.confidence),
-            guessed=not _needed_phases(campaign, phase) <= decided,
+            guessed=phase.name in guessed,
         )
         for phase in phases
     ]
@@ -144,8 +144,7 @@ def estimate(campaign: Campaign, root: Path, *, measure: bool = False) -> Estima
 
 def check_budget(campaign: Campaign, root: Path) -> None:
     """Raises a ConfigError if not even the campaign's shortest trial would finish within the budget of hours."""
-    hours = campaign.budget.hours
-    if hours is None:
+    if (hours := campaign.budget.hours) is None:
         return
     state = replay(read_journal(root / "journal.jsonl"))
     campaign = replace(campaign, speeds=state.speeds)
@@ -172,29 +171,27 @@ def expected_workers(campaign: Campaign) -> int:
     return max(1, resources.workers or min(limits))
 
 
-def _needed_phases(campaign: Campaign, phase: PlannedPhase) -> set[str]:
-    """The phases whose winners a planned phase builds on."""
-    return next(p.needs for p in campaign.phases if p.name == phase.name)
-
-
-def _decided_phases(campaign: Campaign, state: CampaignState, phases: Sequence[PlannedPhase]) -> set[str]:
-    """The phases whose winners are known. A phase that was planned from a guess is not one of them."""
-    decided = set[str]()
+def _guessed_phases(campaign: Campaign, state: CampaignState, phases: Sequence[PlannedPhase]) -> set[str]:
+    """The phases that build on a winner that is not known yet."""
+    needs = {phase.name: phase.needs for phase in campaign.phases}
+    decided, guessed = set[str](), set[str]()
     for phase in phases:  # in order of need
-        if _needed_phases(campaign, phase) <= decided and known_result(campaign, state, phase):
+        if not needs[phase.name] <= decided:
+            guessed.add(phase.name)
+        elif known_result(campaign, state, phase):
             decided.add(phase.name)
-    return decided
+    return guessed
 
 
 def _trials_left(campaign: Campaign, state: CampaignState, phases: list[PlannedPhase]) -> dict[str, list[TrainConfig]]:
     """The configs of trials without a result by phase. A trial that two phases share belongs to the first."""
     seen = set[str]()
-    left: dict[str, list[TrainConfig]] = {phase.name: [] for phase in phases}
+    left: dict[str, list[TrainConfig]] = {}
     for phase in phases:
-        for trial in phase.trials:
-            if trial.trial_id not in seen and not has_result(campaign, state, phase.name, trial.trial_id):
-                seen.add(trial.trial_id)
-                left[phase.name].append(trial.config)
+        new = {trial.trial_id: trial.config for trial in phase.trials if trial.trial_id not in seen}
+        todo = {i: config for i, config in new.items() if not has_result(campaign, state, phase.name, i)}
+        seen |= todo.keys()
+        left[phase.name] = [*todo.values()]
     return left
 
 

@@ -71,8 +71,7 @@ def measure_for_equal_time(
 ) -> dict[str, float]:
     """Returns the speeds of the configs in `missing` by key: the fastest of several rounds, one config after another.
 
-    `base` is timed along with them. Where its speed is `known` from an earlier phase, perhaps of a busier machine, the
-    new speeds are scaled by the ratio, so that all speeds in the journal are comparable.
+    They are scaled so that `base` has the speed that is `known` from an earlier phase, perhaps of a busier machine.
     """
     base = resolved(base)
     base_key = step_time_key(base)

@@ -104,7 +104,5 @@ def expected_stages(campaign: Campaign, state: CampaignState) -> list[list[dict[
             if new := {trial_id for trial_id in ids if not has_result(campaign, state, phase.name, trial_id)}:
                 seen |= new
                 stages[stage_of[phase.name]][phase.name, _work(arm.trials[0].config)] += len(new)
-    return [
-        [{"phase": name, "trials": n, "work": asdict(work)} for (name, work), n in found.items()]
-        for _, found in sorted(stages.items())
-    ]
+    rows = [found.items() for _, found in sorted(stages.items())]
+    return [[{"phase": name, "trials": n, "work": asdict(work)} for (name, work), n in row] for row in rows]

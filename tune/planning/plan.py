@@ -1,5 +1,6 @@
 """Turns the phases of a campaign into arms and trials, by pure functions."""
 
+import contextlib
 import itertools
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -101,8 +102,13 @@ def plan_phase(
     if phase.search is None:
         to_join = [arm.without(phase.pinned) for name in phase.combine for arm in better[name]]
         baseline = baseline_config(campaign, winners[phase.inherit] if phase.inherit else {}, phase.pinned)
-        joined = join_better_arms(to_join, lambda changes: _is_valid(campaign, baseline, changes))
-        return _plan_arms(campaign, phase, winners, [*phase.arms, *joined])
+
+        def is_valid(changes: Overrides) -> bool:
+            with contextlib.suppress(ConfigError):
+                return bool(arm_config(campaign, baseline, changes))
+            return False
+
+        return _plan_arms(campaign, phase, winners, [*phase.arms, *join_better_arms(to_join, is_valid)])
     scores: list[float] = []
     while True:
         arms = propose_arms(phase.search, tuple(scores))
@@ -172,14 +178,6 @@ def _hold_equal(campaign: Campaign, baseline: TrainConfig, changes: Overrides) -
     if config.tokens_per_step == baseline.tokens_per_step:
         return config
     return override(config, {"steps": max(1, round(trial_tokens(baseline) / config.tokens_per_step))})
-
-
-def _is_valid(campaign: Campaign, baseline: TrainConfig, changes: Overrides) -> bool:
-    try:
-        arm_config(campaign, baseline, changes)
-    except ConfigError:
-        return False
-    return True
 
 
 def configs_to_time(campaign: Campaign, planned: PlannedPhase) -> dict[str, TrainConfig]:

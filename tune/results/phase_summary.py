@@ -4,8 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+from tune.analysis.importance import is_number
 from tune.analysis.verdicts import ArmVerdict, judge
-from tune.claims.selectors import is_number
 from tune.storage.records import TrialOutcome
 from tune.storage.state import ArmState, CampaignState, PhaseState
 from tune.storage.summaries import ArmSummary, Objective, PhaseNoise, PhaseSummary, Spread, TrialCounts, TrialRecord
