@@ -13,7 +13,6 @@ from ngpt.ensemble.train import ensemble_incompatibility
 from ngpt.training.tracker import resolve_tracker
 from tune.executors.local import run_inline
 from tune.executors.orphans import kill_marked
-from tune.executors.ray_process import RayReady
 from tune.executors.ray_supervisor import RaySupervisor
 from tune.machine import environment
 from tune.machine.estimate import check_budget
@@ -63,30 +62,24 @@ def launch(
     session = Session(campaign, root, command=command, environment=environment.describe(campaign.base.device))
     with session, contextlib.ExitStack() as stack:
         check_results(session, allow_change=allow_change)
-        executor, supervisor = ExecutorInfo(), None
+        supervisor = None
         has_work = session.has_work()
         if has_work:
             report_grouping(campaign)
             # Probed once: otherwise every trial would wait for a server that does not answer.
             mode = resolve_tracker(campaign.base.tracker, root / "trials" / "*", print_line).wandb
-            executor = ExecutorInfo(wandb_mode=mode)
+            session.executor = ExecutorInfo(wandb_mode=mode)
         # Tokenizing and starting Ray take seconds each and do not depend on each other.
         preparation = in_background(lambda: prepare_all(campaign, print_line))
         if has_work and not inline:
             if preparation.done():
                 preparation.result()
             supervisor = stack.enter_context(RaySupervisor(session, campaign.resources, address=address))
-            executor = with_ray(executor, wait_for_ray(supervisor, is_private=address is None))
+            wait_for_ray(supervisor, is_private=address is None)
         preparation.result()
-        # The GPUs of a running cluster may be on other machines, so their sharing is not measured here.
-        if (
-            supervisor
-            and address is None
-            and (sharing := choose_gpu_sharing(session.campaign, session.state, print_line))
-        ):
-            executor = with_ray(replace(executor, gpu_sharing=sharing), supervisor.share(sharing.trials_per_device))
-            print_line(f"{packing_fact(asdict(sharing))}; workers {executor.workers}")
-        session.begin(describe_data(campaign.base) | {"shards": check_all(campaign)}, executor)
+        if supervisor and address is None:  # the GPUs of a running cluster may be on other machines
+            share_gpus(session, supervisor)
+        session.begin(describe_data(campaign.base) | {"shards": check_all(campaign)})
         session.message = stack.enter_context(view(session.snapshot)).message
         supervisor.run() if supervisor else run_inline(session)
         return session.end(), session.stop_signal
@@ -113,7 +106,7 @@ def report_grouping(campaign: Campaign) -> None:
         print_line(f"trials are trained one by one, vectorise {size} has no effect: {reason}")
 
 
-def wait_for_ray(supervisor: RaySupervisor, *, is_private: bool) -> RayReady:
+def wait_for_ray(supervisor: RaySupervisor, *, is_private: bool) -> None:
     """Waits until Ray has started; prints its dashboard, its workers, and which GPUs are busy."""
     print_line("starting Ray ...")
     for line in environment.busy_gpus():
@@ -122,17 +115,14 @@ def wait_for_ray(supervisor: RaySupervisor, *, is_private: bool) -> RayReady:
     # The dashboard of a private Ray asks for a token; that of another cluster may ask for anything.
     token = "  (token: `ray get-auth-token`)" if is_private and ready.dashboard_url else ""
     print_line(f"dashboard {ready.dashboard_url or 'none'}  workers {ready.workers}{token}")
-    return ready
 
 
-def with_ray(executor: ExecutorInfo, ready: RayReady) -> ExecutorInfo:
-    """The executor with the workers and the dashboard of a Ray that has started."""
-    return replace(
-        executor,
-        workers=ready.workers,
-        trials_per_device=ready.trials_per_device,
-        dashboard_url=ready.dashboard_url,
-    )
+def share_gpus(session: Session, supervisor: RaySupervisor) -> None:
+    """Lets as many trials share each GPU as are fastest, if `gpus_per_trial` is auto."""
+    if sharing := choose_gpu_sharing(session.campaign, session.state, print_line):
+        ready = supervisor.share(sharing.trials_per_device)
+        session.executor = replace(session.executor, gpu_sharing=sharing)
+        print_line(f"{packing_fact(asdict(sharing))}; workers {ready.workers}")
 
 
 def in_background(call: Callable[[], Value]) -> Future[Value]:

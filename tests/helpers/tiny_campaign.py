@@ -87,7 +87,8 @@ def session_on(
 
 def begun(session: Session, **executor: Any) -> Session:
     """The session, begun with an executor that has these fields of `ExecutorInfo`."""
-    session.begin(describe_data(session.campaign.base), ExecutorInfo(**executor))
+    session.executor = ExecutorInfo(**executor)
+    session.begin(describe_data(session.campaign.base))
     return session
 
 

@@ -12,7 +12,8 @@ import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -26,14 +27,14 @@ from ray.tune.execution import class_cache
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
-from ray.tune.stopper import Stopper
 
 from ngpt.config.base import ConfigError
 from ngpt.system.heartbeat import request_stop
+from tune.executors.ray_process import SESSION_METHODS, RayReady
 from tune.executors.ray_trainable import PAUSED, UPDATES, TrialWorker
 from tune.machine.environment import short_temporary, usable_cpus
 from tune.spec.schema import Resources
-from tune.trials.trial import TrialResult, TrialSpec
+from tune.trials.trial import TrialSpec
 
 # No loggers and no snapshots of Ray Tune, and no signal handlers: see tune/executors/signals.py.
 RAY_ENVIRONMENT = {
@@ -63,20 +64,10 @@ class RemoteSession:
         self._connection = connection
         self.stop_requested = False  # as of the newest answer
 
-    def ask(self) -> list[TrialSpec]:
-        return self._call("ask")
-
-    def is_over(self) -> bool:
-        return self._call("is_over")
-
-    def should_stop(self, trial_id: str, interim: TrialResult) -> bool:
-        return self._call("should_stop", trial_id, interim)
-
-    def tell(self, trial_id: str, result: TrialResult) -> None:
-        self._call("tell", trial_id, result)
-
-    def worker_died(self, trial_id: str, cause: str) -> None:
-        self._call("worker_died", trial_id, cause)
+    def __getattr__(self, method: str) -> Callable[..., Any]:
+        if method not in SESSION_METHODS:
+            raise AttributeError(method)
+        return partial(self._call, method)
 
     def _call(self, *message: Any) -> Any:
         self._connection.send(message)
@@ -105,21 +96,14 @@ def run_tuner(session: RemoteSession, cluster: "RayCluster", root: Path) -> None
                 name="campaign",
                 storage_path=scratch,
                 verbose=0,
-                stop=EarlyStopper(searcher),
+                stop=searcher.should_stop,
                 checkpoint_config=ray.tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
             ),
         )
         tuner.fit()
 
 
-class NotPickled:
-    """Tune pickles what it receives, to restore from it. Nothing is restored, and a session cannot be pickled."""
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}
-
-
-class SessionSearcher(NotPickled, Searcher):
+class SessionSearcher(Searcher):
     """Feeds Tune with the trials of the session, and reports their results to it.
 
     A trial of Tune is one trial of the campaign, or a group that is trained together (tune/trials/trial_group.py).
@@ -130,6 +114,10 @@ class SessionSearcher(NotPickled, Searcher):
         self._session, self._cluster = session, cluster
         self._unfinished: dict[str, dict[str, TrialSpec]] = {}  # by Tune's trial id, then by the campaign's
         self._death_causes: dict[str, str] = {}  # by Tune's trial id
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tune pickles what it receives, to restore from it. Only the journal restores a campaign."""
+        return {}
 
     def suggest(self, trial_id: str) -> Any:
         """The next trials of one worker with their resources, to run as Tune's `trial_id`.
@@ -146,7 +134,7 @@ class SessionSearcher(NotPickled, Searcher):
         self._unfinished[trial_id] = {spec.trial_id: spec for spec in specs}
         return {"specs": specs, "resources": self._cluster.per_trial}
 
-    def should_stop(self, trial_id: str, report: dict[str, Any]) -> bool:
+    def should_stop(self, trial_id: str, report: Mapping[str, Any]) -> bool:
         """Passes a worker's report to the session; returns whether all of the worker's trials have ended."""
         unfinished = self._unfinished[trial_id]
         self._tell(unfinished, report)
@@ -160,7 +148,7 @@ class SessionSearcher(NotPickled, Searcher):
                     request_stop(spec.folder)
         return not unfinished
 
-    def _tell(self, unfinished: dict[str, TrialSpec], report: dict[str, Any]) -> None:
+    def _tell(self, unfinished: dict[str, TrialSpec], report: Mapping[str, Any]) -> None:
         for name, result in report[UPDATES].ended.items():
             if unfinished.pop(name, None):
                 self._session.tell(name, result)
@@ -179,10 +167,10 @@ class SessionSearcher(NotPickled, Searcher):
                 self._session.worker_died(name, cause)
 
     def save(self, checkpoint_path: str) -> None:
-        """Saves nothing: the journal holds the state."""
+        """Saves nothing, as `__getstate__`."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """Restores nothing: the journal holds the state."""
+        """Restores nothing."""
 
 
 class WarmWorkerScheduler(FIFOScheduler):
@@ -205,20 +193,6 @@ class WarmWorkerScheduler(FIFOScheduler):
         """Passes the error of a dead worker to the searcher, before its `on_trial_complete`."""
         # Tune keeps the exception of some deaths only; for a lack of memory there is only this file.
         self._searcher.worker_died(trial.trial_id, Path(trial.error_file).read_text() if trial.error_file else "")
-
-
-class EarlyStopper(NotPickled, Stopper):
-    """Tells Tune that a trial has ended because early stopping has dropped it."""
-
-    def __init__(self, searcher: SessionSearcher) -> None:
-        self._searcher = searcher
-
-    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        return self._searcher.should_stop(trial_id, result)
-
-    def stop_all(self) -> bool:
-        """Never: the searcher ends the run."""
-        return False
 
 
 def protect_token() -> None:
@@ -251,9 +225,7 @@ class RayCluster:
         if not self.address:
             children = psutil.Process().children()
             self.process_ids = tuple(child.pid for child in children if child.name() in ("raylet", "gcs_server"))
-            assert isinstance(context, ray._private.worker.RayContext), "only ray:// gives another kind"
-            folder = context.address_info["session_dir"]
-            self.folder = Path(folder) if folder else None
+            self.folder = Path(context.address_info["session_dir"])
         self.dashboard_url = f"http://{context.dashboard_url}" if context.dashboard_url else None
         try:
             self._count_workers()
@@ -266,7 +238,8 @@ class RayCluster:
         ray.shutdown()
 
     def _init_ray(self) -> Any:
-        private = {"num_cpus": self._cpus(), "include_dashboard": True, "dashboard_host": "127.0.0.1"}
+        cpus = max(usable_cpus(), (self.resources.workers or 1) * self.resources.cpus_per_trial)
+        private = {"num_cpus": cpus, "include_dashboard": True, "dashboard_host": "127.0.0.1"}
         umask = os.umask(0o077)  # Ray writes an authentication token
         on_sigterm = signal.getsignal(signal.SIGTERM)
         try:
@@ -292,21 +265,16 @@ class RayCluster:
         self.resources = self.resources.model_copy(update={"gpus_per_trial": share})
         self._count_workers()
 
-    @property
-    def trials_per_device(self) -> int:
-        """How many trials share a GPU, or the whole machine if they run on its CPU."""
-        share = self.per_trial["GPU"]
-        return max(1, min(self.workers, int(1 / share + 1e-6))) if share else self.workers
+    def ready(self) -> RayReady:
+        """The message that Ray has started."""
+        share = self.per_trial["GPU"]  # without one, all trials share the CPU
+        per_device = max(1, min(self.workers, int(1 / share + 1e-6))) if share else self.workers
+        return RayReady(self.workers, per_device, self.dashboard_url, self.process_ids, self.folder)
 
     def _count_workers(self) -> None:
         cluster = ray.cluster_resources()
         self.per_trial = self._resources_per_trial(cluster)
         self.workers = self._workers_that_fit(cluster)
-
-    def _cpus(self) -> int:
-        """All of the machine, or enough for the configured workers."""
-        wanted = (self.resources.workers or 1) * self.resources.cpus_per_trial
-        return max(usable_cpus(), wanted)
 
     def _resources_per_trial(self, cluster: Mapping[str, float]) -> dict[str, float]:
         share = self.resources.gpus_per_trial

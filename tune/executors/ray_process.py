@@ -23,6 +23,8 @@ from ngpt.config.base import ConfigError
 from tune.executors.orphans import kill_marked
 from tune.spec.schema import Resources
 
+SESSION_METHODS = ("ask", "is_over", "tell", "should_stop", "worker_died")  # that the process may call
+
 
 @dataclass(frozen=True)
 class RayReady:
@@ -58,8 +60,7 @@ def run_ray(connection: Connection, resources: Resources, address: str | None, r
         with RayCluster(resources, address=address) as cluster:
             command: tuple[Any, ...] = ()
             while command != ("run",):
-                url, ids = cluster.dashboard_url, cluster.process_ids
-                connection.send(RayReady(cluster.workers, cluster.trials_per_device, url, ids, cluster.folder))
+                connection.send(cluster.ready())
                 command = connection.recv()
                 if command[0] == "share":
                     cluster.share_gpus(*command[1:])

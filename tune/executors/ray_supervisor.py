@@ -11,7 +11,7 @@ import multiprocessing.resource_tracker
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -19,7 +19,7 @@ import psutil
 
 from ngpt.config.base import ConfigError
 from tune.executors.orphans import is_alive, kill_marked, mark_children, marked_processes
-from tune.executors.ray_process import RayExited, RayReady, run_ray
+from tune.executors.ray_process import SESSION_METHODS, RayExited, RayReady, run_ray
 from tune.executors.signals import stop_on_signal
 from tune.executors.watchdog import Watchdog
 from tune.session.session import ExecutorLost, Session
@@ -35,7 +35,6 @@ OOM_KILL_SECONDS = 30.0  # a worker that dies within this time after the kernel'
 MAX_REPLACEMENTS = 3  # of Ray in one run
 
 FINISHED = "finished"  # instead of the reason why Ray is lost
-SESSION_METHODS = ("ask", "is_over", "tell", "should_stop", "worker_died")  # that the child may call
 
 
 @dataclass
@@ -44,21 +43,13 @@ class RayProcess:
 
     process: Any  # multiprocessing has no public type for a spawned process
     connection: Connection
-    started_at: float
     ready: RayReady | None = None
     shares_gpus: bool = False  # whether it has received the "share" command
     services: dict[str, psutil.Process] = field(default_factory=dict)  # the processes of a private Ray itself, by name
 
 
 class RaySupervisor:
-    """Ray for a session, from `__enter__` to `__exit__`.
-
-    Args:
-        session: gives out trials and records their results.
-        resources: of each trial.
-        address: a running cluster to join; None starts a private Ray.
-        clock: seconds that never jump.
-    """
+    """Ray for a session, from `__enter__` to `__exit__`: a private one, or the running cluster at `address`."""
 
     def __init__(
         self,
@@ -119,7 +110,7 @@ class RaySupervisor:
             ExecutorLost: Ray died too often, or was not started by this run.
         """
         with stop_on_signal(self._session, before_exit=lambda: kill_marked(self._session.root)):
-            self._is_running, self._heard_at = True, self._clock()
+            self._is_running = True
             self._send_command()
             while (reason := self._handle_next()) is not FINISHED:
                 if reason and self._session.stop_requested:
@@ -139,7 +130,7 @@ class RaySupervisor:
             process.start()
         theirs.close()
         self._heard_at = self._clock()
-        self._ray = RayProcess(process, ours, self._heard_at)
+        self._ray = RayProcess(process, ours)
 
     def _kill(self, started: Sequence[psutil.Process]) -> None:
         """Kills the child, Ray and the workers: `started`, and everything with the mark of the results."""
@@ -156,10 +147,8 @@ class RaySupervisor:
         self._session.executor_lost(reason)
         self._killed_at.clear()
         if self._replacements == MAX_REPLACEMENTS:
-            text = (
-                f"Ray died {MAX_REPLACEMENTS + 1} times ({reason}); run `python run_campaign.py doctor` to find out why"
-            )
-            raise ExecutorLost(f"{text}, and the same command again to resume")
+            advice = "run `python run_campaign.py doctor` to find out why, and the same command again to resume"
+            raise ExecutorLost(f"Ray died {MAX_REPLACEMENTS + 1} times ({reason}); {advice}")
         self._replacements += 1
         count = f"{self._replacements} of at most {MAX_REPLACEMENTS}"
         self._session.message(f"Ray died ({reason}); starting a new one, {count}")
@@ -210,12 +199,15 @@ class RaySupervisor:
         except psutil.NoSuchProcess as gone:
             return f"its process {gone.pid} is gone"
         self._ray.ready = ready
+        facts = {name: getattr(ready, name) for name in ("workers", "trials_per_device", "dashboard_url")}
+        self._session.executor = replace(self._session.executor, **facts)
         if self._is_running:
             self._send_command()
         return None
 
     def _send_command(self) -> None:
         """Sends the next command to a child that is ready: to share the GPUs, if that was chosen, then to run."""
+        self._heard_at = self._clock()  # it has waited for this command, not this process for it
         if self._trials_per_gpu is not None and not self._ray.shares_gpus:
             self._ray.shares_gpus, self._ray.ready = True, None
             self._ray.connection.send(("share", self._trials_per_gpu))
@@ -254,7 +246,7 @@ class RaySupervisor:
         if self._ray.ready is None:
             if self._session.stop_requested:
                 return FINISHED
-            return "it did not start in time" if now - self._ray.started_at > START_TIMEOUT else None
+            return "it did not start in time" if now - self._heard_at > START_TIMEOUT else None
         if self._session.stop_requested:
             return self._stop_trials(now)
         if not self._session.state.running and now - self._heard_at > RESPONSE_TIMEOUT:

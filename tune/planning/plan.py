@@ -46,6 +46,11 @@ class PlannedTrial:
     overrides: Overrides  # relative to the campaign's base
     config: TrainConfig
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The fields that name the trial in the journal."""
+        return {"trial_id": self.trial_id, "phase": self.phase, "arm": self.arm, "seed": self.seed}
+
 
 @dataclass(frozen=True)
 class PlannedArm:

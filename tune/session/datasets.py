@@ -56,13 +56,12 @@ def check_unchanged(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
 
 def changed_shards(before: Mapping[str, Mapping[str, str]], now: Mapping[str, Mapping[str, str]]) -> list[str]:
     """The differences between two results of `check_all`, a line for each shard of the corpora in both."""
-    lines = []
-    for corpus in sorted(before.keys() & now.keys()):
-        old, new = before[corpus], now[corpus]
-        for name in sorted(old.keys() | new.keys()):
-            if old.get(name) != new.get(name):
-                lines.append(f"{corpus}: {name}: {old.get(name, 'missing')} -> {new.get(name, 'missing')}")
-    return lines
+    return [
+        f"{corpus}: {name}: {before[corpus].get(name, 'missing')} -> {now[corpus].get(name, 'missing')}"
+        for corpus in sorted(before.keys() & now.keys())
+        for name in sorted(before[corpus].keys() | now[corpus].keys())
+        if before[corpus].get(name) != now[corpus].get(name)
+    ]
 
 
 def _data_configs(campaign: Campaign) -> list[DataConfig]:
@@ -72,10 +71,8 @@ def _data_configs(campaign: Campaign) -> list[DataConfig]:
 
 def describe_data(config: TrainConfig) -> dict[str, Any]:
     """The training and evaluation data of a trial, with their hashes."""
-    dataset = open_dataset(config.data)
-    validation = eval_set(
-        dataset, tokens=config.eval_tokens, batch_size=config.batch_size, block_size=config.model.block_size
-    )
+    dataset, size, block_size = open_dataset(config.data), config.batch_size, config.model.block_size
+    validation = eval_set(dataset, tokens=config.eval_tokens, batch_size=size, block_size=block_size)
     manifest = dataset.manifest
     return {
         "corpus": manifest["corpus"],

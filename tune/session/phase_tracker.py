@@ -1,6 +1,6 @@
 """The phases of a campaign: plans each once the winners it needs are known, and closes it once its trials are done."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -25,14 +25,9 @@ from tune.storage.summaries import PhaseSummary
 class PhaseTracker:
     """The planned phases, and the summaries of those that are over. Nothing is planned before `advance`.
 
-    Args:
-        campaign: what to run; replaced by a copy with more speeds when these are measured.
-        root: the results directory, for the files of each phase that is over.
-        state: what the journal holds.
-        queue: receives the trials of each planned phase.
-        append: journals an event and applies it to `state` and to this tracker.
-        message: shows one line to people.
-        timer: times training steps, for `hold: seconds`.
+    It writes the files of each phase that is over into `root` and adds the trials of each planned phase to `queue`.
+    `append` journals an event and applies it to `state` and to this tracker; `message` shows one line to people;
+    `timer` times training steps, for `hold: seconds`. `campaign` is replaced when speeds are measured.
     """
 
     def __init__(
@@ -51,9 +46,8 @@ class PhaseTracker:
         self.summaries: dict[str, PhaseSummary] = {}
         self._root, self._state, self._queue = root, state, queue
         self._append, self._message, self._timer = append, message, timer
-        self._asha: Asha | None = None
-        if rule := campaign.early_stop:
-            self._asha = Asha(rule, metric=campaign.metric.name, goal=campaign.metric.goal)
+        rule, metric = campaign.early_stop, campaign.metric
+        self._asha = Asha(rule, metric=metric.name, goal=metric.goal) if rule else None
 
     def apply(self, event: Event) -> None:
         """Applies an event of the journal, once `state` has applied it."""
@@ -73,19 +67,14 @@ class PhaseTracker:
         phases = self._state.phases
         return len(phases) == len(self.campaign.phases) and all(phase.winner for phase in phases.values())
 
-    def missing_trials(self) -> Iterator[tuple[str, str]]:
-        """Phase and id of each trial to be trained, as far as the journal knows the winners.
-
-        A trial that several phases need is listed once, with the first of them.
-        """
-        seen = set[str]()
+    def missing_trials(self) -> dict[str, str]:
+        """The trials to be trained, each with the first phase that needs it, as far as the winners are known."""
+        missing: dict[str, str] = {}
         for phase in expected_phases(self.campaign, self._state):
             for trial in phase.trials:
-                if trial.trial_id not in seen and not has_result(
-                    self.campaign, self._state, phase.name, trial.trial_id
-                ):
-                    seen.add(trial.trial_id)
-                    yield phase.name, trial.trial_id
+                if not has_result(self.campaign, self._state, phase.name, trial.trial_id):
+                    missing.setdefault(trial.trial_id, phase.name)
+        return missing
 
     def report_rung(self, trial: PlannedTrial, metrics: Metrics) -> None:
         """Journals the rung of early stopping that a trial has reached with this evaluation, if it has."""
@@ -94,10 +83,7 @@ class PhaseTracker:
         phase = self.planned[trial.phase]
         steps = next(arm.trials[0].config.steps for arm in phase.arms if arm.name == phase.baseline)
         reached = self._asha.record_rung(
-            trial_id=trial.trial_id,
-            phase=trial.phase,
-            arm=trial.arm,
-            seed=trial.seed,
+            **trial.identity,
             step=int(metrics["steps"] or 0),
             total_steps=trial.config.steps,
             baseline_steps=steps,
@@ -136,10 +122,8 @@ class PhaseTracker:
 
     def _expected_stages(self) -> list[list[dict[str, Any]]]:
         """The trials that are expected and not planned yet."""
-        is_known = all(
-            phase.name in self.summaries or (phase.name in self.planned and not phase.search)
-            for phase in self.campaign.phases
-        )
+        open_phases = (phase for phase in self.campaign.phases if phase.name not in self.summaries)
+        is_known = all(phase.name in self.planned and not phase.search for phase in open_phases)
         return [] if is_known else expected_stages(self.campaign, self._state)
 
     def _plan(self, phase: Phase) -> None:
@@ -150,13 +134,13 @@ class PhaseTracker:
             for arm in planned.arms:
                 config = arm.trials[0].config
                 speed = fmt.count(self.campaign.speeds[step_time_key(config)])
-                self._message(
-                    f"phase {phase.name}: {arm.name} trains {speed} tokens/s, so it gets {config.steps} steps"
-                )
+                text = f"{arm.name} trains {speed} tokens/s, so it gets {config.steps} steps"
+                self._message(f"phase {phase.name}: {text}")
         self.planned[phase.name] = planned
         self._append("phase_planned", **phase_planned_event(planned))
         trials = list(planned.trials)
-        missing = [t for t in trials if t.trial_id not in self._queue and not self._is_settled(phase.name, t.trial_id)]
+        queued = self._queue.unfinished
+        missing = [t for t in trials if t.trial_id not in queued and not self._is_settled(phase.name, t.trial_id)]
         self._queue.add(missing)
         size = f"{fmt.counted(len(planned.arms), 'arm')} x {fmt.counted(len(planned.seeds), 'seed')}"
         base = f" on {settings_text(planned.base)}" if planned.base else ""
@@ -168,7 +152,6 @@ class PhaseTracker:
         return plan_phase(self.campaign, phase, self._winners(), better, self._state.outcome)
 
     def _measure_speeds(self, phase: PlannedPhase) -> None:
-        """Times each shape that was never timed, and journals the speeds."""
         if missing := configs_to_time(self.campaign, phase):
             shapes = fmt.counted(len(missing), "shape")
             self._message(f"phase {phase.name}: timing {shapes} of model, batch and optimizer")

@@ -1,8 +1,7 @@
 """One run of a campaign on one results directory: it holds the lock, the journal and the state.
 
-An executor asks for trials with `ask`, reports evaluations to `should_stop` and results to `tell`. The session does not
-know which executor it serves. A run that is killed loses only the steps since the newest checkpoints: the same command
-resumes it.
+An executor asks for trials with `ask`, reports evaluations to `should_stop` and results to `tell`. A run that is killed
+loses only the steps since the newest checkpoints: the same command resumes it.
 """
 
 import contextlib
@@ -61,12 +60,14 @@ class ExecutorInfo:
 
 
 class Session:
-    """Holds the lock of a results directory from `__enter__` to `__exit__`.
+    """Holds the lock of a results directory from `__enter__` to `__exit__`; touches nothing on disk before.
 
-    Attributes:
-        message: shows one line to people; the live view replaces it once it is open.
-        stop_requested: no trial starts any more.
-        stop_signal: the signal that requested the stop, or 0.
+    Args:
+        campaign: what to run.
+        root: the results directory.
+        command: how to start this run again, for people.
+        environment: versions and device, for the journal.
+        timer: times training steps for `hold: seconds`; None runs real ones.
     """
 
     def __init__(
@@ -78,24 +79,14 @@ class Session:
         environment: Mapping[str, Any],
         timer: Callable[..., Any] | None = None,
     ) -> None:
-        """Touches nothing on disk before `__enter__`.
-
-        Args:
-            campaign: what to run.
-            root: the results directory.
-            command: how to start this run again, for people.
-            environment: versions and device, for the journal.
-            timer: times training steps for `hold: seconds`; None runs real ones.
-        """
         self.root = root
-        self.message: Callable[[str], None] = lambda text: None
-        self.stop_requested = False
-        self.stop_signal = 0
-        self.executor = ExecutorInfo()
+        self.message: Callable[[str], None] = lambda text: None  # shows one line to people; the live view replaces it
+        self.stop_requested = False  # no trial starts any more
+        self.stop_signal = 0  # that requested the stop
+        self.executor = ExecutorInfo()  # set before `begin`; later only its dashboard changes
         self.environment = dict(environment)
-        self._command = command
+        self._initial_campaign, self._command = campaign, command
         self._timer = timer or partial(measure_tokens_per_second, threads=campaign.resources.cpus_per_trial)
-        self._initial_campaign = campaign
         self._started: float | None = None  # monotonic time of `begin`
         self._lock = ResultsLock(root)
 
@@ -117,21 +108,12 @@ class Session:
         try:
             self.journal = Journal(self.root / "journal.jsonl")
             self.state = replay(self.journal.events)
+            campaign, state = self._initial_campaign, self.state
             self._queue = TrialQueue(
-                self._initial_campaign,
-                self.state,
-                seconds_used=lambda: self.state.seconds + self._seconds(),
-                heartbeats=self.heartbeats,
+                campaign, state, seconds_used=lambda: state.seconds + self._seconds(), heartbeats=self.heartbeats
             )
-            self._phases = PhaseTracker(
-                self._initial_campaign,
-                self.root,
-                self.state,
-                self._queue,
-                append=self._append,
-                message=lambda text: self.message(text),
-                timer=self._timer,
-            )
+            calls = {"append": self._append, "message": lambda text: self.message(text), "timer": self._timer}
+            self._phases = PhaseTracker(campaign, self.root, state, self._queue, **calls)
             for event in self.journal.events:
                 self._phases.apply(event)
         except BaseException:
@@ -150,18 +132,13 @@ class Session:
         finally:
             self._lock.release()
 
-    def begin(self, data: Mapping[str, Any], executor: ExecutorInfo | None = None) -> None:
-        """Journals the start.
-
-        Args:
-            data: describes the corpora; they must be those of the existing results.
-            executor: what runs the trials; None is this process.
+    def begin(self, data: Mapping[str, Any]) -> None:
+        """Journals the start. `data` describes the corpora, which must be those of the existing results.
 
         Raises:
             ConfigError: a corpus has changed since the first trial here.
         """
         check_unchanged(self.state.campaign.get("data") or {}, data)
-        self.executor = executor or ExecutorInfo()
         write_atomic(self.root / "campaign.yaml", self.campaign.text)
         self._started = time.monotonic()
         base = flatten(self.campaign.base)
@@ -197,13 +174,13 @@ class Session:
             status = "interrupted"
         else:
             status = STOPPED_BY_BUDGET if self._queue.is_blocked() else "incomplete"
-        left_out: dict[str, int] = {}
+        left_out = Counter[str]()
         if status == STOPPED_BY_BUDGET:
-            missing = self._phases.missing_trials()
-            left_out = dict(Counter(phase for phase, trial_id in missing if trial_id not in self.state.results))
+            missing = self._phases.missing_trials().items()
+            left_out = Counter(phase for trial_id, phase in missing if trial_id not in self.state.results)
         for trial_id in self.state.running:
             heartbeat.clear_heartbeat(self._trial_folder(trial_id))
-        self._append("campaign_ended", status=status, seconds=self._seconds(), left_out=left_out)
+        self._append("campaign_ended", status=status, seconds=self._seconds(), left_out=dict(left_out))
         trials = {trial.trial_id: trial.config for phase in self._phases.planned.values() for trial in phase.trials}
         remember_speeds(self.campaign, self.state, trials)
         return write_campaign(self.root, self.state)
@@ -221,10 +198,10 @@ class Session:
 
     def tell(self, trial_id: str, result: TrialResult, *, cause: str | None = None) -> None:
         """Records the result of a trial; `cause` is why its process died, if it did."""
-        trial = self._queue.finish(trial_id)
+        trial = self._queue.unfinished.pop(trial_id)
         self._append(
             "trial_finished",
-            **_identity(trial),
+            **trial.identity,
             attempt=self.state.attempts.get(trial_id, 0),
             config=flatten(self._with_tracking(trial)),
             cause=failure_cause(result) if cause is None else cause,
@@ -236,7 +213,7 @@ class Session:
 
     def should_stop(self, trial_id: str, interim: TrialResult) -> bool:
         """Whether early stopping ends a trial at this evaluation; if so, `interim` is recorded as its result."""
-        trial = self._queue[trial_id]
+        trial = self._queue.unfinished[trial_id]
         self._phases.report_rung(trial, interim.metrics)
         if (reason := self._phases.stop_reason(trial)) is None:
             return False
@@ -248,9 +225,10 @@ class Session:
 
         `cause` is a key of `RETRY_RULES` in tune/trials/retries.py; `reason` replaces the text of that rule.
         """
-        trial, beat = self._queue[trial_id], heartbeat.read_heartbeat(self._trial_folder(trial_id))
+        trial, beat = self._queue.unfinished[trial_id], heartbeat.read_heartbeat(self._trial_folder(trial_id))
         death = WorkerDeath(cause, beat.step, beat.began) if beat else WorkerDeath(cause)
-        deaths = self._queue.record_death(trial_id, death)
+        deaths = self._queue.deaths[trial_id]
+        deaths.append(death)
         reason = reason or RETRY_RULES[cause].description
         attempt = self.state.attempts[trial_id]
         self._append("worker_died", trial_id=trial_id, attempt=attempt, cause=cause, step=death.step, reason=reason)
@@ -260,7 +238,7 @@ class Session:
         alone = ", with no other trial beside it" if must_run_alone(deaths) else ""
         text = f"worker died ({reason}); trying again from the newest checkpoint{alone}"
         self.message(f"{trial.phase}  {trial.arm} seed {trial.seed}  {text}")
-        self._queue.start_again(trial)
+        self._queue.waiting.appendleft(trial)
 
     def executor_lost(self, reason: str) -> None:
         """Restarts all running trials, whose workers are gone at once."""
@@ -276,7 +254,7 @@ class Session:
         """Whether any trial is left to train within the budget, as far as the journal knows the winners."""
         seconds = self.state.seconds + self.state.session_seconds()
         missing = self._phases.missing_trials()
-        return any(budget_allows(self.campaign.budget, self.state, trial_id, seconds) for _, trial_id in missing)
+        return any(budget_allows(self.campaign.budget, self.state, trial_id, seconds) for trial_id in missing)
 
     def request_stop(self, signal_number: int = 0) -> None:
         """Starts no more trials, and asks every running one to save and stop at its next step."""
@@ -295,13 +273,8 @@ class Session:
     def snapshot(self) -> Snapshot:
         """The data of the live view."""
         state = self.state.copy()  # the view is drawn by another thread
-        return take_snapshot(
-            self.root,
-            state,
-            running=not state.ended,
-            finished_phases=list(self._phases.summaries.values()),
-            dashboard_url=self.executor.dashboard_url,
-        )
+        summaries, url = list(self._phases.summaries.values()), self.executor.dashboard_url
+        return take_snapshot(self.root, state, running=not state.ended, finished_phases=summaries, dashboard_url=url)
 
     # ---- one trial -------------------------------------------------------------------------------------------------
 
@@ -310,14 +283,9 @@ class Session:
         folder = self._trial_folder(trial.trial_id)
         attempt = self.state.attempts.get(trial.trial_id, 0) + 1
         heartbeat.clear_heartbeat(folder)  # of an attempt that was killed
-        self._append(
-            "trial_started",
-            **_identity(trial),
-            steps=trial.config.steps,
-            attempt=attempt,
-        )
+        self._append("trial_started", **trial.identity, steps=trial.config.steps, attempt=attempt)
         return TrialSpec(
-            **_identity(trial),
+            **trial.identity,
             config=self._with_tracking(trial),
             folder=folder,
             threads=self.campaign.resources.cpus_per_trial,
@@ -328,7 +296,7 @@ class Session:
     def _drop_waiting(self) -> None:
         """Records waiting trials of arms that early stopping has dropped as stopped before their first step."""
         while trial := next((trial for trial in self._queue.waiting if self._phases.stop_reason(trial)), None):
-            self._queue.drop(trial)
+            self._queue.waiting.remove(trial)
             prepare_trial_folder(self._trial_folder(trial.trial_id), self._with_tracking(trial))
             reason = self._phases.stop_reason(trial)
             self.tell(trial.trial_id, TrialResult("stopped", {"steps": 0, "tokens": 0}, error=reason))
@@ -370,7 +338,3 @@ class Session:
         written = self.journal.append(event, elapsed=round(self._seconds(), 3), **fields)
         self.state.apply(written)
         self._phases.apply(written)
-
-
-def _identity(trial: PlannedTrial) -> dict[str, Any]:
-    return {"trial_id": trial.trial_id, "phase": trial.phase, "arm": trial.arm, "seed": trial.seed}

@@ -1,7 +1,7 @@
 """The trials that are not finished yet: which of them may start now, which start together, and which must run alone."""
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 
 from ngpt.ensemble.train import ensemble_incompatibility
 from ngpt.system.heartbeat import Heartbeat
@@ -18,10 +18,15 @@ class TrialQueue:
     """Trials in the order in which they start, within the budget of the campaign.
 
     Args:
-        campaign: what runs; its budget and `resources.vectorise` apply here.
+        campaign: its budget and `resources.vectorise` apply here.
         state: what the journal holds.
         seconds_used: returns the time spent on the campaign in all sessions.
         heartbeats: returns the attempt and the newest heartbeat of every running trial.
+
+    Attributes:
+        waiting: trials that have not started, or have to start again.
+        unfinished: all trials without a result, by id.
+        deaths: what each trial's workers died of in this session, by id.
     """
 
     def __init__(
@@ -34,29 +39,16 @@ class TrialQueue:
     ) -> None:
         self._budget, self._max_group = campaign.budget, campaign.resources.vectorise
         self._state, self._seconds_used, self._heartbeats = state, seconds_used, heartbeats
-        self._waiting: deque[PlannedTrial] = deque()
-        self._unfinished: dict[str, PlannedTrial] = {}  # waiting or running, by id
-        self._deaths: defaultdict[str, list[WorkerDeath]] = defaultdict(list)  # of workers, by trial id
+        self.waiting = deque[PlannedTrial]()
+        self.unfinished: dict[str, PlannedTrial] = {}
+        self.deaths = defaultdict[str, list[WorkerDeath]](list)
         self._leaders: dict[str, str] = {}  # the first trial of the group in which a trial was started
-
-    @property
-    def waiting(self) -> tuple[PlannedTrial, ...]:
-        """Trials that have not started, or have to start again."""
-        return tuple(self._waiting)
-
-    def __contains__(self, trial_id: str) -> bool:
-        """Whether a trial waits or runs."""
-        return trial_id in self._unfinished
-
-    def __getitem__(self, trial_id: str) -> PlannedTrial:
-        """The waiting or running trial with this id."""
-        return self._unfinished[trial_id]
 
     def add(self, trials: Iterable[PlannedTrial]) -> None:
         """Appends trials that wait for their first start."""
         for trial in trials:
-            self._unfinished[trial.trial_id] = trial
-            self._waiting.append(trial)
+            self.unfinished[trial.trial_id] = trial
+            self.waiting.append(trial)
 
     def start_next(self, start: Callable[[PlannedTrial], TrialSpec], *, workers: int) -> list[TrialSpec]:
         """Starts the next trial, and those to train together with it, as many as an equal share of `workers` allows.
@@ -67,48 +59,27 @@ class TrialQueue:
             start: journals a trial as started. The budget counts it before the next one is considered.
             workers: trials or groups that can run at once.
         """
-        first = next(filter(self._may_start, self._waiting), None)
+        first = next(filter(self._may_start, self.waiting), None)
         if first is None:
             return []
-        unharmed = [trial for trial in self._waiting if trial is not first and trial.trial_id not in self._deaths]
+        unharmed = [trial for trial in self.waiting if trial is not first and trial.trial_id not in self.deaths]
         size = 1
-        if self._max_group > 1 and first.trial_id not in self._deaths:
+        if self._max_group > 1 and first.trial_id not in self.deaths:
             size = group_size(len(unharmed) + 1, self._free_workers(workers), max_size=self._max_group)
-        started = [self._start(first, first, start)]
-        for trial in unharmed:
+        started: list[TrialSpec] = []
+        for trial in (first, *unharmed):
             if len(started) == size:
                 break
-            if self._may_start(trial) and ensemble_incompatibility([first.config, trial.config]) is None:
-                started.append(self._start(trial, first, start))
+            configs = [first.config, trial.config]
+            if trial is first or (self._may_start(trial) and ensemble_incompatibility(configs) is None):
+                self.waiting.remove(trial)
+                self._leaders[trial.trial_id] = first.trial_id
+                started.append(start(trial))
         return started
-
-    def start_again(self, trial: PlannedTrial) -> None:
-        """Puts a running trial first in the queue."""
-        self._waiting.appendleft(trial)
-
-    def drop(self, trial: PlannedTrial) -> None:
-        """Takes a waiting trial out of the queue; it is unfinished until `finish`."""
-        self._waiting.remove(trial)
-
-    def finish(self, trial_id: str) -> PlannedTrial:
-        """Forgets a trial that has a result."""
-        return self._unfinished.pop(trial_id)
-
-    def record_death(self, trial_id: str, death: WorkerDeath) -> Sequence[WorkerDeath]:
-        """Notes that a worker died under a trial; returns all such deaths of this session."""
-        self._deaths[trial_id].append(death)
-        return self._deaths[trial_id]
 
     def is_blocked(self) -> bool:
         """Whether trials wait, none runs and the budget lets none start."""
-        return bool(self._waiting) and not self._state.running and not any(map(self._may_start, self._waiting))
-
-    def _start(
-        self, trial: PlannedTrial, leader: PlannedTrial, start: Callable[[PlannedTrial], TrialSpec]
-    ) -> TrialSpec:
-        self._waiting.remove(trial)
-        self._leaders[trial.trial_id] = leader.trial_id
-        return start(trial)
+        return bool(self.waiting) and not self._state.running and not any(map(self._may_start, self.waiting))
 
     def _free_workers(self, workers: int) -> int:
         """Workers without a trial, or at least halfway through theirs; at least 1."""
@@ -120,9 +91,8 @@ class TrialQueue:
     def _may_start(self, trial: PlannedTrial) -> bool:
         if not self._has_room(trial):
             return False
-        if trial.trial_id in self._deaths:  # it had started before the budget was used up
-            return True
-        return budget_allows(self._budget, self._state, trial.trial_id, self._seconds_used())
+        had_started = trial.trial_id in self.deaths  # before the budget was used up
+        return had_started or budget_allows(self._budget, self._state, trial.trial_id, self._seconds_used())
 
     def _has_room(self, trial: PlannedTrial) -> bool:
         """Whether a trial may run beside those that run; after the machine ran out of memory, a trial runs alone."""
@@ -130,7 +100,7 @@ class TrialQueue:
             return False
         if self._is_alone(trial.trial_id):
             return not self._state.running
-        return not any(self._is_alone(other.trial_id) for other in self._waiting)
+        return not any(self._is_alone(other.trial_id) for other in self.waiting)
 
     def _is_alone(self, trial_id: str) -> bool:
-        return trial_id in self._deaths and must_run_alone(self._deaths[trial_id])
+        return trial_id in self.deaths and must_run_alone(self.deaths[trial_id])

@@ -1,6 +1,5 @@
 """Campaigns on Ray, as a user runs them: the numbers of `--inline`, warm workers, and every kind of kill."""
 
-import json
 import os
 import re
 import signal
@@ -20,7 +19,7 @@ from ngpt.config.base import ConfigError
 from ngpt.system.heartbeat import stop_requested
 from tests.helpers.real_run import SCRIPT, Run, left_over, start
 from tests.helpers.tiny_campaign import begun, losses, pretend, records, session_on, strict, train_all, write_file
-from tune.executors.ray_executor import EarlyStopper, RayCluster, SessionSearcher
+from tune.executors.ray_executor import RayCluster, SessionSearcher
 from tune.executors.ray_trainable import PAUSED, UPDATES
 from tune.spec.schema import Resources
 from tune.storage.journal import read_journal
@@ -329,12 +328,11 @@ def test_an_early_stopped_trial_is_recorded_once_and_is_not_a_dead_worker(tmp_pa
     cluster: Any = SimpleNamespace(workers=3, per_trial={})
     with session_on(write_file(tmp_path, corpus, phases=phases, seeds="[1]"), tmp_path / "tiny") as session:
         searcher = SessionSearcher(begun(session), cluster)
-        stops = EarlyStopper(searcher)
         specs = {name: searcher.suggest(name)["specs"][0] for name in "abc"}
         ended = []
         for i, (name, spec) in enumerate(specs.items()):
             interim = replace(pretend(spec, status="stopped"), metrics={"steps": 3, "tokens": 192, "val_loss": 5.0 + i})
-            ended += [name] if stops(name, {UPDATES: Updates(interim={spec.trial_id: interim})}) else []
+            ended += [name] if searcher.should_stop(name, {UPDATES: Updates(interim={spec.trial_id: interim})}) else []
         assert ended == ["b", "c"], "the later, the worse"
         for name in ended:
             searcher.on_trial_complete(name, {UPDATES: Updates()})
@@ -414,7 +412,6 @@ def test_tune_pickles_nothing_that_it_could_restore(small: Path, tmp_path: Path)
     with session_on(small, tmp_path / "tiny") as session:
         searcher = SessionSearcher(session, cluster)
         assert searcher.__getstate__() == {}
-        assert json.dumps(EarlyStopper(searcher).__getstate__()) == "{}"
 
 
 # ---- trials that are trained together ------------------------------------------------------------------------------
@@ -425,8 +422,7 @@ def test_a_dead_worker_counts_for_each_trial_of_its_group(tmp_path: Path, corpus
     with session_on(write_file(tmp_path, corpus, vectorise=3), tmp_path / "tiny") as session:
         searcher = SessionSearcher(begun(session), cluster)
         group = searcher.suggest("a")["specs"]
-        stops = EarlyStopper(searcher)
-        assert stops("a", {UPDATES: Updates(ended={group[1].trial_id: pretend(group[1])})}) is False
+        assert searcher.should_stop("a", {UPDATES: Updates(ended={group[1].trial_id: pretend(group[1])})}) is False
         searcher.on_trial_complete("a", None, error=True)
         died = [event["trial_id"] for event in session.journal.events if event["event"] == "worker_died"]
         assert sorted(died) == sorted([group[0].trial_id, group[2].trial_id])
@@ -443,14 +439,14 @@ def test_an_early_stopped_trial_of_a_group_is_recorded_and_its_worker_asked_to_d
     file = write_file(tmp_path, corpus, phases=phases, seeds="[1]", vectorise=3)
     with session_on(file, tmp_path / "tiny") as session:
         searcher = SessionSearcher(begun(session), cluster)
-        stops, group = EarlyStopper(searcher), searcher.suggest("a")["specs"]
+        group = searcher.suggest("a")["specs"]
         for spec in group:
             spec.folder.mkdir(parents=True)
         reached = {
             spec.trial_id: replace(pretend(spec), metrics={"steps": 3, "tokens": 192, "val_loss": 5.0 + i})
             for i, spec in enumerate(group)
         }
-        assert stops("a", {UPDATES: Updates(interim=reached)}) is False
+        assert searcher.should_stop("a", {UPDATES: Updates(interim=reached)}) is False
         assert [stop_requested(spec.folder) for spec in group] == [False, True, True]
         assert [session.state.results[spec.trial_id]["status"] for spec in group[1:]] == ["stopped"] * 2
         searcher.on_trial_complete("a", last_report({"specs": group}, pretend))

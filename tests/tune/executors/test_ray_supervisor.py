@@ -80,7 +80,7 @@ class PlayedSupervisor(RaySupervisor):
     def _start(self) -> None:
         ours, self.theirs = multiprocessing.Pipe()
         process = SimpleNamespace(join=lambda *_: None, kill=lambda: None, exitcode=1)
-        self._ray = RayProcess(process, ours, self.clock())
+        self._ray = RayProcess(process, ours)
         self.starts += 1
 
     def receive(self, message: Any) -> str | None:
