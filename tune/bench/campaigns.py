@@ -82,16 +82,13 @@ def scaling(
     time of the driver and of Ray's own processes over wall time, with several workers.
     """
     count = steps or steps_of(seconds)
-
-    def both() -> tuple[Figures, Figures]:
-        return run_tiny(trials, steps=count, workers=1), run_tiny(trials, steps=count, workers=workers)
-
-    ones, severals = zip(*(both() for _ in range(rounds)), strict=True)
+    runs = [run_tiny(trials, steps=count, workers=size) for _ in range(rounds) for size in (1, workers)]
+    ones, severals = runs[::2], runs[1::2]
 
     def total(group: Sequence[Figures], *names: str) -> float:
         return sum(run[name] for run in group for name in names)
 
-    speed = "tokens_per_second"
+    speed, command = "tokens_per_second", ("seconds", "startup_seconds")
     return {
         "trials": trials,
         "steps_per_trial": count,
@@ -100,8 +97,7 @@ def scaling(
         "one_worker_seconds": total(ones, "seconds") / rounds,
         "several_workers_seconds": total(severals, "seconds") / rounds,
         "speedup": total(ones, "seconds") / total(severals, "seconds"),
-        "speedup_with_startup": total(ones, "seconds", "startup_seconds")
-        / total(severals, "seconds", "startup_seconds"),
+        "speedup_with_startup": total(ones, *command) / total(severals, *command),
         "speedup_of_steps": workers * total(severals, speed) / total(ones, speed),
         "tokens_per_second_one_worker": total(ones, speed) / rounds,
         "tokens_per_second_of_each_of_several": total(severals, speed) / rounds,

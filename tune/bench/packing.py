@@ -10,7 +10,7 @@ from ngpt.data.dataset import prepare
 from ngpt.system.device import pick_device
 from ngpt.training.config import TrainConfig, read_config, resolved
 from tune.bench.campaigns import tiny_campaign
-from tune.machine.concurrency_benchmark import SECONDS, ThroughputPoint, measure_concurrent_trials
+from tune.machine.concurrency_benchmark import SECONDS, measure_concurrent_trials
 from tune.machine.environment import usable_cpus
 from tune.machine.gpu_sharing import TRIAL_COUNTS, fastest_point
 from tune.machine.throughput import device_key, remember_curve
@@ -53,12 +53,8 @@ def packing_of(config: TrainConfig, *, seconds: float = SECONDS) -> Figures:
         "best": best.trials,
         "tokens_per_second": best.tokens_per_second,
         "gain": best.tokens_per_second / curve[0].tokens_per_second,
-        "curve": [_row(point) for point in curve],
+        "curve": [asdict(point) | {"fits": point.fits} for point in curve],
         "device": device,
         "dtype": config.dtype,
         "compiled": config.compile,
     }
-
-
-def _row(point: ThroughputPoint) -> Figures:
-    return asdict(point) | {"fits": point.fits}

@@ -228,7 +228,7 @@ class RayCluster:
             self.folder = Path(context.address_info["session_dir"])
         self.dashboard_url = f"http://{context.dashboard_url}" if context.dashboard_url else None
         try:
-            self._count_workers()
+            self._count_workers(ray.cluster_resources())
         except BaseException:
             ray.shutdown()
             raise
@@ -263,7 +263,7 @@ class RayCluster:
         """Lets trials share each GPU. The share is rounded down to ten-thousandths, in which Ray counts."""
         share = int(10_000 / trials_per_gpu) / 10_000
         self.resources = self.resources.model_copy(update={"gpus_per_trial": share})
-        self._count_workers()
+        self._count_workers(ray.cluster_resources())
 
     def ready(self) -> RayReady:
         """The message that Ray has started."""
@@ -271,31 +271,21 @@ class RayCluster:
         per_device = max(1, min(self.workers, int(1 / share + 1e-6))) if share else self.workers
         return RayReady(self.workers, per_device, self.dashboard_url, self.process_ids, self.folder)
 
-    def _count_workers(self) -> None:
-        cluster = ray.cluster_resources()
-        self.per_trial = self._resources_per_trial(cluster)
-        self.workers = self._workers_that_fit(cluster)
-
-    def _resources_per_trial(self, cluster: Mapping[str, float]) -> dict[str, float]:
-        share = self.resources.gpus_per_trial
-        gpus = (1.0 if cluster.get("GPU") else 0.0) if share == "auto" else float(share)
-        # "GPU": 0 is explicit, since a trial that does not name it sees every GPU.
-        return {"CPU": float(self.resources.cpus_per_trial), "GPU": gpus}
-
-    def _workers_that_fit(self, cluster: Mapping[str, float]) -> int:
-        """How many trials the cluster can run at once.
+    def _count_workers(self, cluster: Mapping[str, float]) -> None:
+        """Sets what a trial needs, and how many trials the cluster can run at once.
 
         Raises:
             ConfigError: not even one, for which Ray would wait forever.
         """
-        share = self.per_trial["GPU"]
-        counts = [cluster.get("CPU", 1) // self.per_trial["CPU"]]
+        cpus, gpus, asked = float(self.resources.cpus_per_trial), cluster.get("GPU", 0), self.resources.gpus_per_trial
+        share = float(bool(gpus)) if asked == "auto" else float(asked)
+        self.per_trial = {"CPU": cpus, "GPU": share}  # 0 is explicit: a trial that does not name GPUs sees all of them
+        counts = [cluster.get("CPU", 1) // cpus]
         if share:
-            gpus = cluster.get("GPU", 0)
             # A share is of one GPU: two GPUs have room for 0.4 four times, not five.
             counts.append(int(gpus) * int(1 / share + 1e-6) if share < 1 else gpus // share)
         if min(counts) < 1:
-            available = f"{cluster.get('CPU', 0):g} CPUs and {cluster.get('GPU', 0):g} GPUs"
-            needed = f"{self.per_trial['CPU']:g} CPUs and {share:g} GPUs"
+            available = f"{cluster.get('CPU', 0):g} CPUs and {gpus:g} GPUs"
+            needed = f"{cpus:g} CPUs and {share:g} GPUs"
             raise ConfigError(f"resources: a trial needs {needed}, but this cluster has {available}")
-        return min(int(min(counts)), self.resources.workers or 1_000_000)
+        self.workers = min(int(min(counts)), self.resources.workers or 1_000_000)

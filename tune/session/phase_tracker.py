@@ -171,14 +171,8 @@ class PhaseTracker:
         summary = write_phase(self._root, self._state, self._state.phases[phase.name])
         assert summary.winner is not None, "all trials of the phase have ended"
         self.summaries[phase.name] = summary
-        self._append(
-            "phase_finished",
-            phase=phase.name,
-            winner=summary.winner,
-            winner_overrides=dict(inherited_overrides(phase, summary.winner)),
-            better=self._better(summary),
-            why=summary.why,
-        )
+        result = {"winner": summary.winner, "winner_overrides": dict(inherited_overrides(phase, summary.winner))}
+        self._append("phase_finished", phase=phase.name, **result, better=self._better(summary), why=summary.why)
         self._message(f"phase {phase.name}: {summary.why}")
 
     def _better(self, summary: PhaseSummary) -> list[dict[str, Any]]:

@@ -21,6 +21,7 @@ from ngpt.system import heartbeat
 from ngpt.system.atomic_files import write_atomic, write_json
 from ngpt.system.cli import EXIT_ERROR
 from ngpt.training.config import TrainConfig
+from tune import format as fmt
 from tune.machine.gpu_sharing import GpuSharing
 from tune.machine.throughput import measure_tokens_per_second, remember_speeds
 from tune.planning.budget import STOPPED_BY_BUDGET, budget_allows
@@ -37,7 +38,6 @@ from tune.storage.journal import Journal
 from tune.storage.lock import ResultsLock
 from tune.storage.state import replay
 from tune.storage.summaries import CampaignSummary
-from tune.terminal.live import trial_line
 from tune.trials.retries import RETRY_RULES, WorkerDeath, failure_cause, give_up_reason, must_run_alone
 from tune.trials.trial import TrialResult, TrialSpec, prepare_trial_folder
 
@@ -83,7 +83,7 @@ class Session:
         self.message: Callable[[str], None] = lambda text: None  # shows one line to people; the live view replaces it
         self.stop_requested = False  # no trial starts any more
         self.stop_signal = 0  # that requested the stop
-        self.executor = ExecutorInfo()  # set before `begin`; later only its dashboard changes
+        self.executor = ExecutorInfo()  # set before `begin`; a new Ray has a new dashboard
         self.environment = dict(environment)
         self._initial_campaign, self._command = campaign, command
         self._timer = timer or partial(measure_tokens_per_second, threads=campaign.resources.cpus_per_trial)
@@ -208,7 +208,7 @@ class Session:
             **asdict(result),
         )
         heartbeat.clear_heartbeat(self._trial_folder(trial_id))
-        self._show_result(trial, result)
+        self.message(trial_line(self.snapshot(), trial, result, self.campaign.metric.name))
         self._phases.advance()
 
     def should_stop(self, trial_id: str, interim: TrialResult) -> bool:
@@ -311,24 +311,6 @@ class Session:
     def _trial_folder(self, trial_id: str) -> Path:
         return (self.root / "trials" / trial_id).absolute()
 
-    def _show_result(self, trial: PlannedTrial, result: TrialResult) -> None:
-        snapshot = self.snapshot()
-        line = trial_line(
-            done=snapshot.done,
-            total=snapshot.total,
-            phase=trial.phase,
-            arm=trial.arm,
-            seed=trial.seed,
-            status=result.status,
-            metric=self.campaign.metric.name,
-            loss=result.metrics.get(self.campaign.metric.name),
-            tokens_per_second=result.metrics.get("tokens_per_second"),
-            seconds=result.seconds,
-            error=result.error.strip().splitlines()[-1] if result.error else None,
-            total_is_final=snapshot.total_is_final,
-        )
-        self.message(line)
-
     def _seconds(self) -> float:
         """Seconds since `begin`, by a clock that does not jump."""
         return 0.0 if self._started is None else time.monotonic() - self._started
@@ -338,3 +320,15 @@ class Session:
         written = self.journal.append(event, elapsed=round(self._seconds(), 3), **fields)
         self.state.apply(written)
         self._phases.apply(written)
+
+
+def trial_line(snapshot: Snapshot, trial: PlannedTrial, result: TrialResult, metric: str) -> str:
+    """A line for a trial that ended: `[12/29] alpha  alpha=0.15 seed 2  val_loss 4.3211  12.3k tok/s  4.1 s`."""
+    total, more = str(snapshot.total), "" if snapshot.total_is_final else "+"
+    parts = [f"[{snapshot.done:>{len(total)}}/{total}{more}] {trial.phase}", f"{trial.arm} seed {trial.seed}"]
+    if result.status != "finished":
+        parts.append(result.status + (f": {result.error.strip().splitlines()[-1]}" if result.error else ""))
+    loss, speed = result.metrics.get(metric), result.metrics.get("tokens_per_second")
+    parts += [f"{metric} {fmt.number(loss)}"] if loss is not None else []
+    parts += [f"{fmt.count(speed)} tok/s"] if speed is not None else []
+    return "  ".join(map(fmt.plain, [*parts, fmt.duration(result.seconds)]))

@@ -189,29 +189,3 @@ def open_console(snapshot: Callable[[], Snapshot]) -> LiveConsole | PlainConsole
     console = Console(stderr=True, highlight=False)
     live = sys.stderr.isatty() and not console.is_dumb_terminal
     return LiveConsole(snapshot, console) if live else PlainConsole()
-
-
-def trial_line(
-    *,
-    done: int,
-    total: int,
-    phase: str,
-    arm: str,
-    seed: int,
-    status: str = "finished",
-    metric: str = "val_loss",
-    loss: float | None = None,
-    tokens_per_second: float | None = None,
-    seconds: float | None = None,
-    error: str | None = None,
-    total_is_final: bool = True,
-) -> str:
-    """A line for a trial that ended: `[12/29] alpha  alpha=0.15 seed 2  val_loss 4.3211  12.3k tok/s  4.1 s`."""
-    width = len(str(total))
-    parts = [f"[{done:>{width}}/{total}{'' if total_is_final else '+'}] {phase}", f"{arm} seed {seed}"]
-    if status != "finished":
-        parts.append(status + (f": {error}" if error else ""))
-    parts += [f"{metric} {fmt.number(loss)}"] if loss is not None else []
-    parts += [f"{fmt.count(tokens_per_second)} tok/s"] if tokens_per_second is not None else []
-    parts += [fmt.duration(seconds)] if seconds is not None else []
-    return "  ".join(map(fmt.plain, parts))

@@ -390,21 +390,22 @@ def test_a_failed_trial_is_a_result_and_not_a_dead_worker(small: Path, tmp_path:
 )
 def test_there_are_as_many_workers_as_fit(asked: dict[str, Any], here: dict[str, float], workers: int) -> None:
     cluster = RayCluster(Resources.model_validate(asked))
-    cluster.per_trial = cluster._resources_per_trial(here)
-    assert cluster._workers_that_fit(here) == workers
+    cluster._count_workers(here)
+    assert cluster.workers == workers
 
 
 @pytest.mark.parametrize("asked", [{"gpus_per_trial": 1}, {"cpus_per_trial": 5}])
 def test_a_trial_that_fits_nowhere_is_an_error(asked: dict[str, Any]) -> None:
     cluster = RayCluster(Resources.model_validate(asked))
-    cluster.per_trial = cluster._resources_per_trial({"CPU": 4.0})
     with pytest.raises(ConfigError, match=r"a trial needs . CPUs and . GPUs, but this cluster has 4 CPUs and 0 GPUs"):
-        cluster._workers_that_fit({"CPU": 4.0})
+        cluster._count_workers({"CPU": 4.0})
 
 
-def test_the_gpu_share_of_a_trial_is_always_explicit() -> None:
-    assert RayCluster(Resources())._resources_per_trial({"CPU": 4.0}) == {"CPU": 1.0, "GPU": 0.0}
-    assert RayCluster(Resources())._resources_per_trial(GPUS) == {"CPU": 1.0, "GPU": 1.0}
+@pytest.mark.parametrize(("here", "share"), [({"CPU": 4.0}, 0.0), (GPUS, 1.0)])
+def test_the_gpu_share_of_a_trial_is_always_explicit(here: dict[str, float], share: float) -> None:
+    cluster = RayCluster(Resources())
+    cluster._count_workers(here)
+    assert cluster.per_trial == {"CPU": 1.0, "GPU": share}
 
 
 def test_tune_pickles_nothing_that_it_could_restore(small: Path, tmp_path: Path) -> None:

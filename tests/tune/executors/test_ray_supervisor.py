@@ -20,7 +20,14 @@ from tests.helpers.tiny_campaign import begun, losses, pretend, records, session
 from tune.executors import ray_supervisor
 from tune.executors.orphans import mark_children
 from tune.executors.ray_process import RayExited, RayReady
-from tune.executors.ray_supervisor import FINISHED, RESPONSE_TIMEOUT, SAVE_TIMEOUT, RayProcess, RaySupervisor
+from tune.executors.ray_supervisor import (
+    FINISHED,
+    RESPONSE_TIMEOUT,
+    SAVE_TIMEOUT,
+    START_TIMEOUT,
+    RayProcess,
+    RaySupervisor,
+)
 from tune.session.session import ExecutorLost, Session
 from tune.spec.schema import Resources
 from tune.storage.journal import read_journal
@@ -198,6 +205,21 @@ def test_every_replacement_of_ray_shares_the_gpus_before_it_runs(supervisor: Pla
     assert supervisor.theirs.recv() == ("share", 3) and supervisor._ray.ready is None
     supervisor.report_ready()
     assert supervisor.theirs.recv() == ("run",)
+
+
+def test_the_live_view_shows_the_dashboard_of_the_newest_ray(supervisor: PlayedSupervisor, session: Session) -> None:
+    assert session.snapshot().dashboard_url == "http://127.0.0.1:8265"
+    supervisor._replace("so")
+    supervisor.receive(RayReady(2, 2, "http://127.0.0.1:8266", (supervisor.raylet.pid,)))
+    assert session.snapshot().dashboard_url == "http://127.0.0.1:8266"
+
+
+def test_a_long_calibration_takes_no_time_from_ray_to_share_the_gpus(supervisor: PlayedSupervisor) -> None:
+    supervisor.clock.now += 2 * int(START_TIMEOUT)
+    supervisor._trials_per_gpu = 3
+    supervisor._send_command()
+    assert supervisor.health_after(5) is None
+    assert supervisor.health_after(int(START_TIMEOUT)) == "it did not start in time"
 
 
 Worker = Callable[[Any], subprocess.Popen[bytes]]

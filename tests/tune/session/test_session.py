@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -18,6 +20,7 @@ from tests.helpers import ROOT
 from tests.helpers.tiny_campaign import begun, drive, losses, next_trial, pretend, records, session_on, write_file
 from tune.results.summary import read_state
 from tune.session.datasets import describe_data
+from tune.session.session import trial_line
 from tune.storage.journal import JournalError, read_journal
 from tune.storage.lock import ResultsLocked
 from tune.trials.retries import RETRY_RULES
@@ -519,6 +522,17 @@ def test_every_event_is_one_line(root: Path, file: Path) -> None:
     assert lines[1].startswith("[1/8+] alpha  alpha=0.05 seed 1  val_loss 5.05")
     assert lines[2].startswith("[2/8+] alpha  alpha=0.4 seed 1  failed: ValueError: it broke")
     assert not any("\n" in line for line in lines)
+
+
+def test_a_trial_is_one_line_with_its_known_numbers() -> None:
+    view: Any = SimpleNamespace(done=12, total=29, total_is_final=True)
+    trial: Any = SimpleNamespace(phase="alpha", arm="alpha=0.15", seed=2)
+    result = TrialResult("finished", {"val_loss": 4.32111, "tokens_per_second": 12345.0}, seconds=4.12)
+    line = "[12/29] alpha  alpha=0.15 seed 2  val_loss 4.3211  12.3k tok/s  4.1 s"
+    assert trial_line(view, trial, result, "val_loss") == line
+    view.done, view.total_is_final, trial.arm = 3, False, "a\x1b[31m\nb"
+    failed = TrialResult("failed", error="Traceback\nout\tof", seconds=0.5)
+    assert trial_line(view, trial, failed, "val_loss") == "[ 3/29+] alpha  a b seed 2  failed: out of  0.5 s"
 
 
 # ---- groups of trials -----------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from tune.results.snapshot import Running, Snapshot
 from tune.storage.summaries import ArmSummary, CampaignSummary, Delta, PhaseSummary
 from tune.terminal import final_screen as screen
 from tune.terminal.final_screen import forest
-from tune.terminal.live import LiveConsole, PlainConsole, live_view, open_console, trial_line, words
+from tune.terminal.live import LiveConsole, PlainConsole, live_view, open_console, words
 
 Summary = dict[str, Any]
 DELTA = "-0.0349 [-0.0379, -0.0319]".replace("-", fmt.MINUS)
@@ -267,24 +267,6 @@ def test_hostile_names_are_printed_and_do_nothing(name: str) -> None:
 def test_screens_can_be_written_in_any_encoding(encoding: str) -> None:
     for view in (final_screen(campaign(phase("日本")), report=REPORT), live_view(snapshot(campaign="日本"))):
         assert "alpha=0.15" in "\n".join(printed(view, 120, encoding))
-
-
-def test_trial_line_is_one_line_with_the_numbers_that_there_are() -> None:
-    line = trial_line(
-        done=12,
-        total=29,
-        phase="alpha",
-        arm="alpha=0.15",
-        seed=2,
-        loss=4.32111,
-        tokens_per_second=12345.0,
-        seconds=4.12,
-    )
-    assert line == "[12/29] alpha  alpha=0.15 seed 2  val_loss 4.3211  12.3k tok/s  4.1 s"
-    bare = trial_line(
-        done=3, total=29, phase="p", arm="a\x1b[31m\nb", seed=1, status="failed", error="out\nof", total_is_final=False
-    )
-    assert bare == "[ 3/29+] p  a b seed 1  failed: out of"
 
 
 def test_plain_console_writes_a_line_for_each_event(capsys: pytest.CaptureFixture[str]) -> None:
