@@ -66,7 +66,6 @@ UNTESTED: dict[str, str] = {
     "tune/terminal/final_screen.py": "test_live.py",
     "tune/terminal/plan_view.py": "test_estimate.py",
     "tune/session/phase_tracker.py": "test_session.py",
-    "tune/session/trial_queue.py": "test_session.py",
     "tune/executors/ray_process.py": "test_ray_supervisor.py",
     "tune/bench/campaigns.py": "test_bench.py",
 }

@@ -42,8 +42,7 @@ def launch(
     """Trains what is missing in `root`; returns the campaign's summary and the signal that ended the run, or 0.
 
     Args:
-        campaign: what to run.
-        root: its results directory, created if needed.
+        root: the results directory, created if needed.
         command: how to start the run again, for people.
         inline: run in this process instead of on Ray.
         address: a running Ray cluster to join; None starts a private one.

@@ -4,19 +4,16 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from ngpt.data.dataset import prepare
 from ngpt.system.device import pick_device
 from ngpt.training.config import TrainConfig, read_config, resolved
-from tune.bench.campaigns import tiny_campaign
+from tune.bench.campaigns import Figures, tiny_campaign
 from tune.machine.concurrency_benchmark import SECONDS, measure_concurrent_trials
 from tune.machine.environment import usable_cpus
 from tune.machine.gpu_sharing import TRIAL_COUNTS, fastest_point
 from tune.machine.throughput import device_key, remember_curve
 from tune.planning.equal_time import step_time_key
-
-Figures = dict[str, Any]
 
 
 def packing(*, config: Path | None = None, set: Sequence[str] = (), seconds: float = SECONDS) -> Figures:

@@ -118,8 +118,6 @@ class RaySupervisor:
                 if reason:
                     self._replace(reason)
 
-    # ---- the child process -----------------------------------------------------------------------------------------
-
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
@@ -154,13 +152,8 @@ class RaySupervisor:
         self._session.message(f"Ray died ({reason}); starting a new one, {count}")
         self._start()
 
-    # ---- messages --------------------------------------------------------------------------------------------------
-
     def _handle_next(self) -> str | None:
-        """Checks Ray's health if that is due, and handles the next message, if one arrives soon.
-
-        Returns why Ray is lost, FINISHED at the end of the run, or None.
-        """
+        """Checks Ray's health and handles the next message; returns why Ray is lost, FINISHED at the end, or None."""
         now = self._clock()
         if now - self._checked_at >= HEALTH_CHECK_SECONDS:
             self._checked_at = now
@@ -186,9 +179,8 @@ class RaySupervisor:
         if name == "worker_died":
             if reason := self._dead_service():
                 return reason  # Ray has died, and its workers with it
-            answer = self._worker_died(*arguments)
-        else:
-            answer = getattr(self._session, name)(*arguments)
+            arguments = self._true_death(*arguments)
+        answer = getattr(self._session, name)(*arguments)
         self._ray.connection.send((answer, self._session.stop_requested))
         return None
 
@@ -214,14 +206,14 @@ class RaySupervisor:
         else:
             self._ray.connection.send(("run",))
 
-    def _worker_died(self, trial_id: str, cause: str) -> None:
-        """Adds what Ray cannot know: that the watchdog or the kernel has killed the worker."""
+    def _true_death(self, trial_id: str, cause: str) -> tuple[str, str]:
+        """Replaces Ray's cause of a death if the watchdog or the kernel has killed the worker."""
         self._count_oom_kills()
         if self._killed_at.pop(trial_id, None) is not None:
             cause = "hung"
         elif cause == "killed" and self._clock() - self._oom_killed_at < OOM_KILL_SECONDS:
             cause = "host_oom"
-        self._session.worker_died(trial_id, cause)
+        return trial_id, cause
 
     def _on_exit(self, message: RayExited) -> str | None:
         if message.error is None:
@@ -235,8 +227,6 @@ class RaySupervisor:
         if reason := self._dead_service():
             return reason
         raise RuntimeError(f"the driver of Ray failed:\n{message.error}")
-
-    # ---- health ----------------------------------------------------------------------------------------------------
 
     def _check_health(self) -> str | None:
         now = self._clock()

@@ -10,6 +10,7 @@ import torch
 from ray.util.metrics import Gauge
 
 from ngpt.system.heartbeat import HeartbeatWriter, clear_heartbeat, stop_requested
+from ngpt.training.state import Metrics
 from tune.trials.trial import TrialSpec
 from tune.trials.trial_group import Updates, run_trials
 
@@ -67,8 +68,8 @@ class TrialWorker(ray.tune.Trainable):
             self._run.close()  # which saves
             # The evaluation goes along: its step is saved and is not evaluated again.
             return {UPDATES: updates, PAUSED: True, "done": True}
-        for spec in self._unfinished.values():
-            self._show(spec, updates)
+        for trial_id in updates.interim.keys() & self._unfinished.keys():
+            self._show(self._unfinished[trial_id], updates.interim[trial_id].metrics)
         return {UPDATES: updates} | ({} if self._unfinished else {"done": True})
 
     def cleanup(self) -> None:
@@ -102,10 +103,8 @@ class TrialWorker(ray.tune.Trainable):
             clear_heartbeat(spec.folder)
         return updates
 
-    def _show(self, spec: TrialSpec, updates: Updates) -> None:
+    def _show(self, spec: TrialSpec, metrics: Metrics) -> None:
         """Sets the gauges of the dashboard."""
-        if (interim := updates.interim.get(spec.trial_id)) is None:
-            return
         for name, gauge in self._gauges.items():
-            if (value := interim.metrics.get(name)) is not None:
+            if (value := metrics.get(name)) is not None:
                 gauge.set(value, tags={"phase": spec.phase, "arm": spec.arm, "seed": str(spec.seed)})

@@ -26,9 +26,8 @@ class _Watched:
 class Watchdog:
     """Compares the heartbeats of all running trials with those it saw before.
 
-    Args:
-        stall_timeout: seconds without a step after which a trial hangs. None: 20 times its median step, and at least
-            ten minutes. A process always has ten minutes to start.
+    A trial hangs after `stall_timeout` seconds without a step; None: 20 times its median step, and at least ten
+    minutes. A process always has ten minutes to start.
     """
 
     def __init__(self, stall_timeout: float | None = None) -> None:
@@ -38,17 +37,17 @@ class Watchdog:
     def find_hung(self, beats: Mapping[str, tuple[int, Heartbeat | None]], now: float) -> dict[str, float]:
         """The trials that hang, with the seconds since their heartbeat last changed.
 
-        Args:
-            beats: the attempt and the newest heartbeat of every running trial.
-            now: seconds of a clock that does not jump.
+        `beats` holds the attempt and the newest heartbeat of every running trial.
         """
         self._trials = {trial_id: watched for trial_id, watched in self._trials.items() if trial_id in beats}
         for trial_id, (attempt, beat) in beats.items():
             watched = self._trials.get(trial_id)
             if watched is None or watched.attempt != attempt:
                 self._trials[trial_id] = _Watched(attempt, now, beat)
-            elif beat != watched.beat:
-                _update(watched, beat, now)
+            elif beat != (before := watched.beat):
+                if beat and before and beat.pid == before.pid and beat.step > before.step:
+                    watched.step_seconds.append((now - watched.changed_at) / (beat.step - before.step))
+                watched.beat, watched.changed_at = beat, now
         silent = {trial_id: now - watched.changed_at for trial_id, watched in self._trials.items()}
         return {trial_id: seconds for trial_id, seconds in silent.items() if seconds > self.timeout(trial_id)}
 
@@ -58,11 +57,3 @@ class Watchdog:
         if self._stall_timeout is not None:
             return self._stall_timeout if watched.beat else max(self._stall_timeout, MIN_TIMEOUT)
         return max(MIN_TIMEOUT, TIMEOUT_STEPS * median(watched.step_seconds)) if watched.step_seconds else MIN_TIMEOUT
-
-
-def _update(watched: _Watched, beat: Heartbeat | None, now: float) -> None:
-    before = watched.beat
-    if beat and before and beat.pid == before.pid and beat.step > before.step:
-        watched.step_seconds.append((now - watched.changed_at) / (beat.step - before.step))
-    watched.beat = beat
-    watched.changed_at = now

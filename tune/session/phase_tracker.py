@@ -59,7 +59,12 @@ class PhaseTracker:
         has_changed = False
         while self._advance_once():
             has_changed = True
-        if has_changed and (stages := self._expected_stages()) != self._state.expected_stages:
+        if not has_changed:
+            return
+        open_phases = (phase for phase in self.campaign.phases if phase.name not in self.summaries)
+        is_planned = all(phase.name in self.planned and not phase.search for phase in open_phases)
+        stages = [] if is_planned else expected_stages(self.campaign, self._state)
+        if stages != self._state.expected_stages:
             self._append("trials_expected", stages=stages)
 
     def has_all_winners(self) -> bool:
@@ -112,19 +117,15 @@ class PhaseTracker:
                 self._plan(phase)
                 has_changed = True
             planned = self.planned.get(phase.name)
-            if planned and phase.name not in self.summaries and self._is_complete(planned):
+            if planned is None or phase.name in self.summaries:
+                continue
+            if all(self._is_settled(phase.name, trial.trial_id) for trial in planned.trials):
                 if phase.search and len(self._expand(phase).arms) > len(planned.arms):
                     self._plan(phase)  # the next batch
                 else:
                     self._close(planned)
                 has_changed = True
         return has_changed
-
-    def _expected_stages(self) -> list[list[dict[str, Any]]]:
-        """The trials that are expected and not planned yet."""
-        open_phases = (phase for phase in self.campaign.phases if phase.name not in self.summaries)
-        is_known = all(phase.name in self.planned and not phase.search for phase in open_phases)
-        return [] if is_known else expected_stages(self.campaign, self._state)
 
     def _plan(self, phase: Phase) -> None:
         planned = self._expand(phase)
@@ -159,9 +160,6 @@ class PhaseTracker:
             self._append("speeds_measured", phase=phase.name, speeds=speeds)
             self.campaign = replace(self.campaign, speeds=self._state.speeds)
 
-    def _is_complete(self, phase: PlannedPhase) -> bool:
-        return all(self._is_settled(phase.name, trial.trial_id) for trial in phase.trials)
-
     def _is_settled(self, phase: str, trial_id: str) -> bool:
         """Whether a trial has a result that counts in a phase; `stopped` counts only where early stopping applies."""
         result = self._state.results.get(trial_id)
@@ -172,14 +170,11 @@ class PhaseTracker:
         assert summary.winner is not None, "all trials of the phase have ended"
         self.summaries[phase.name] = summary
         result = {"winner": summary.winner, "winner_overrides": dict(inherited_overrides(phase, summary.winner))}
-        self._append("phase_finished", phase=phase.name, **result, better=self._better(summary), why=summary.why)
-        self._message(f"phase {phase.name}: {summary.why}")
-
-    def _better(self, summary: PhaseSummary) -> list[dict[str, Any]]:
-        """The arms that are better than the baseline of their phase, for phases that combine them."""
         sign = 1 if self.campaign.metric.goal == "maximize" else -1
         deltas = [(arm, arm.delta) for arm in summary.arms if arm.verdict == "better"]
-        return [asdict(BetterArm(arm.arm, arm.overrides, sign * delta.mean)) for arm, delta in deltas if delta]
+        better = [asdict(BetterArm(arm.arm, arm.overrides, sign * delta.mean)) for arm, delta in deltas if delta]
+        self._append("phase_finished", phase=phase.name, **result, better=better, why=summary.why)
+        self._message(f"phase {phase.name}: {summary.why}")
 
     def _winners(self) -> dict[str, Mapping[str, Any]]:
         return {name: phase.winner_overrides for name, phase in self._state.phases.items() if phase.winner}

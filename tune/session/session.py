@@ -60,11 +60,9 @@ class ExecutorInfo:
 
 
 class Session:
-    """Holds the lock of a results directory from `__enter__` to `__exit__`; touches nothing on disk before.
+    """Holds the lock of the results directory `root` from `__enter__` to `__exit__`; touches nothing on disk before.
 
     Args:
-        campaign: what to run.
-        root: the results directory.
         command: how to start this run again, for people.
         environment: versions and device, for the journal.
         timer: times training steps for `hold: seconds`; None runs real ones.
@@ -94,8 +92,6 @@ class Session:
     def campaign(self) -> Campaign:
         """The campaign, with all speeds measured so far."""
         return self._phases.campaign
-
-    # ---- begin and end ---------------------------------------------------------------------------------------------
 
     def __enter__(self) -> "Session":
         """Takes the lock and reads the journal.
@@ -185,8 +181,6 @@ class Session:
         remember_speeds(self.campaign, self.state, trials)
         return write_campaign(self.root, self.state)
 
-    # ---- what an executor asks and tells ---------------------------------------------------------------------------
-
     def ask(self) -> list[TrialSpec]:
         """Starts the next trial, with those to train together with it; empty if none may start now."""
         if self.stop_requested:
@@ -275,8 +269,6 @@ class Session:
         state = self.state.copy()  # the view is drawn by another thread
         summaries, url = list(self._phases.summaries.values()), self.executor.dashboard_url
         return take_snapshot(self.root, state, running=not state.ended, finished_phases=summaries, dashboard_url=url)
-
-    # ---- one trial -------------------------------------------------------------------------------------------------
 
     def _start(self, trial: PlannedTrial) -> TrialSpec:
         """Journals the next attempt at a trial; returns what its worker needs."""

@@ -17,11 +17,8 @@ from tune.trials.trial_group import group_size
 class TrialQueue:
     """Trials in the order in which they start, within the budget of the campaign.
 
-    Args:
-        campaign: its budget and `resources.vectorise` apply here.
-        state: what the journal holds.
-        seconds_used: returns the time spent on the campaign in all sessions.
-        heartbeats: returns the attempt and the newest heartbeat of every running trial.
+    `seconds_used` returns the time spent on the campaign in all sessions, `heartbeats` the attempt and the newest
+    heartbeat of every running trial.
 
     Attributes:
         waiting: trials that have not started, or have to start again.

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -46,23 +45,6 @@ TWINS = """
   - name: second
     vary: {alpha: [0.05, 0.4], project_every: [3]}
 """
-
-
-@pytest.fixture(autouse=True)
-def no_report(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Skips the report, which takes half a second."""
-    monkeypatch.setattr("tune.report.html.write_report", lambda *_: None)
-    yield
-
-
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    return tmp_path / "results" / "tiny"
-
-
-@pytest.fixture
-def file(tmp_path: Path, corpus: Path) -> Path:
-    return write_file(tmp_path, corpus)
 
 
 def longer_alpha_wins(spec: TrialSpec) -> TrialResult:
@@ -254,27 +236,6 @@ def test_a_trial_that_kills_its_worker_twice_at_the_same_step_is_not_retried(roo
         assert (result["status"], result["cause"], result["attempt"]) == ("failed", "killed", 3)
         assert result["error"].startswith("killed: it died at step 5 twice")
         assert len(drive(session)) == 5, "the other trials are not affected"
-
-
-def test_a_trial_is_retried_once_alone_after_the_machine_ran_out_of_memory(root: Path, file: Path) -> None:
-    with session_on(file, root) as session:
-        begun(session)
-        first, second = next_trial(session), next_trial(session)
-        assert first and second
-        session.worker_died(first.trial_id, "host_oom")
-        assert next_trial(session) is None, "the second one still runs"
-        session.tell(second.trial_id, pretend(second))
-        alone = next_trial(session)
-        assert alone and alone.trial_id == first.trial_id
-        assert next_trial(session) is None, "it runs alone"
-        session.worker_died(first.trial_id, "host_oom")
-        result = session.state.results[first.trial_id]
-        assert (result["status"], result["cause"]) == ("failed", "host_oom")
-        assert (
-            result["error"]
-            == "host_oom: the machine had no memory left, 2 times, the last time as the only running trial"
-        )
-        assert next_trial(session) and next_trial(session), "then two run at a time again"
 
 
 def test_all_running_trials_are_retried_in_order_when_ray_dies(root: Path, file: Path) -> None:
@@ -533,68 +494,3 @@ def test_a_trial_is_one_line_with_its_known_numbers() -> None:
     view.done, view.total_is_final, trial.arm = 3, False, "a\x1b[31m\nb"
     failed = TrialResult("failed", error="Traceback\nout\tof", seconds=0.5)
     assert trial_line(view, trial, failed, "val_loss") == "[ 3/29+] alpha  a b seed 2  failed: out of  0.5 s"
-
-
-# ---- groups of trials -----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def together(tmp_path: Path, corpus: Path) -> Path:
-    return write_file(tmp_path, corpus, vectorise=3)
-
-
-def test_without_vectorise_every_group_is_a_single_trial(root: Path, file: Path) -> None:
-    with session_on(file, root) as session:
-        assert [len(begun(session).ask()) for _ in range(4)] == [1] * 4
-        assert session.ask() == []
-
-
-def test_a_group_holds_the_next_trial_and_those_after_it_with_the_same_graph(
-    tmp_path: Path, corpus: Path, root: Path
-) -> None:
-    phases = "\n  - name: a\n    vary: {alpha: [0.1, 0.2, 0.3], batch_size: [8]}\n"
-    with session_on(write_file(tmp_path, corpus, phases=phases, seeds="[1]", vectorise=3), root) as session:
-        groups = [begun(session).ask(), session.ask(), session.ask()]
-        assert [sorted(spec.config.batch_size for spec in group) for group in groups] == [[4, 4, 4], [4], [8]]
-        started = [event["trial_id"] for event in events(root, "trial_started")]
-        assert started == [spec.trial_id for group in groups for spec in group] == list(session.state.running)
-
-
-def test_waiting_trials_are_divided_among_the_workers(tmp_path: Path, corpus: Path, root: Path) -> None:
-    phases = "\n  - name: a\n    vary: {alpha: [0.1, 0.2, 0.3]}\n"
-    with session_on(write_file(tmp_path, corpus, phases=phases, seeds="[1, 2]", vectorise=8), root) as session:
-        begun(session, workers=3)
-        assert [len(session.ask()) for _ in range(4)] == [3, 3, 2, 0]
-
-
-@pytest.mark.parametrize(("step", "sizes"), [(2, [3, 3, 2]), (3, [3, 3, 1])])
-def test_a_worker_that_is_soon_free_gets_its_share(
-    tmp_path: Path, corpus: Path, root: Path, step: int, sizes: list[int]
-) -> None:
-    phases = "\n  - name: a\n    vary: {alpha: [0.1, 0.2, 0.3]}\n"
-    with session_on(write_file(tmp_path, corpus, phases=phases, seeds="[1, 2]", vectorise=3), root) as session:
-        begun(session, workers=2)
-        found = [session.ask(), session.ask()]
-        for spec in found[0]:
-            session.tell(spec.trial_id, pretend(spec))
-        for spec in found[1]:
-            spec.folder.mkdir(parents=True)
-            HeartbeatWriter(spec.folder, began=step).close()  # of 6
-        assert [len(group) for group in (*found, session.ask())] == sizes
-
-
-def test_a_budget_counts_every_trial_of_a_group(root: Path, together: Path) -> None:
-    together.write_text(together.read_text() + "budget: {trials: 2}\n")
-    with session_on(together, root) as session:
-        assert len(begun(session).ask()) == 2
-        assert session.ask() == []
-
-
-def test_trials_of_a_group_whose_worker_died_are_retried_one_by_one(root: Path, together: Path) -> None:
-    with session_on(together, root) as session:
-        group = begun(session).ask()
-        for spec in reversed(group):
-            session.worker_died(spec.trial_id, "killed")
-        again = [session.ask() for _ in group]
-        assert [[spec.trial_id for spec in specs] for specs in again] == [[spec.trial_id] for spec in group]
-        assert {spec.attempt for (spec,) in again} == {2}
