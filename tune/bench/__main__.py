@@ -25,26 +25,17 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     options = vars(_parser().parse_args(arguments))
     name, as_json = options.pop("name"), options.pop("json")
-    given = {option: value for option, value in options.items() if value not in (None, False, [])}
+    given = {option: value for option, value in options.items() if value not in (None, [])}
 
     def command() -> int:
-        print_figures(run_benchmark(name, given), as_json=as_json)
+        known = inspect.signature(BENCHMARKS[name]).parameters
+        for option in given.keys() - known.keys():
+            have = ", ".join(f"--{other}" for other in known)
+            raise ConfigError(f"--{option} is not an option of {name}, which has {have}")
+        print_figures(BENCHMARKS[name](**given), as_json=as_json)
         return 0
 
     return run_command(command)
-
-
-def run_benchmark(name: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Runs a benchmark with these options.
-
-    Raises:
-        ConfigError: the benchmark has no such option, or a setting is wrong.
-    """
-    known = inspect.signature(BENCHMARKS[name]).parameters
-    for option in options.keys() - known.keys():
-        have = ", ".join(f"--{other}" for other in known)
-        raise ConfigError(f"--{option} is not an option of {name}, which has {have}")
-    return BENCHMARKS[name](**options)
 
 
 def _parser() -> argparse.ArgumentParser:

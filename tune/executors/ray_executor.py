@@ -30,7 +30,6 @@ from ray.tune.search import Searcher
 
 from ngpt.config.base import ConfigError
 from ngpt.system.heartbeat import request_stop
-from tune.executors.ray_process import SESSION_METHODS, RayReady
 from tune.executors.ray_trainable import PAUSED, UPDATES, TrialWorker
 from tune.machine.environment import short_temporary, usable_cpus
 from tune.spec.schema import Resources
@@ -65,7 +64,7 @@ class RemoteSession:
         self.stop_requested = False  # as of the newest answer
 
     def __getattr__(self, method: str) -> Callable[..., Any]:
-        if method not in SESSION_METHODS:
+        if method.startswith("_"):  # Python itself asks for these
             raise AttributeError(method)
         return partial(self._call, method)
 
@@ -265,11 +264,11 @@ class RayCluster:
         self.resources = self.resources.model_copy(update={"gpus_per_trial": share})
         self._count_workers(ray.cluster_resources())
 
-    def ready(self) -> RayReady:
-        """The message that Ray has started."""
-        share = self.per_trial["GPU"]  # without one, all trials share the CPU
-        per_device = max(1, min(self.workers, int(1 / share + 1e-6))) if share else self.workers
-        return RayReady(self.workers, per_device, self.dashboard_url, self.process_ids, self.folder)
+    @property
+    def trials_per_device(self) -> int:
+        """How many trials share a GPU, or the whole machine if they run on its CPU."""
+        share = self.per_trial["GPU"]
+        return max(1, min(self.workers, int(1 / share + 1e-6))) if share else self.workers
 
     def _count_workers(self, cluster: Mapping[str, float]) -> None:
         """Sets what a trial needs, and how many trials the cluster can run at once.

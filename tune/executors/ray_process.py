@@ -23,8 +23,6 @@ from ngpt.config.base import ConfigError
 from tune.executors.orphans import kill_marked
 from tune.spec.schema import Resources
 
-SESSION_METHODS = ("ask", "is_over", "tell", "should_stop", "worker_died")  # that the process may call
-
 
 @dataclass(frozen=True)
 class RayReady:
@@ -60,7 +58,8 @@ def run_ray(connection: Connection, resources: Resources, address: str | None, r
         with RayCluster(resources, address=address) as cluster:
             command: tuple[Any, ...] = ()
             while command != ("run",):
-                connection.send(cluster.ready())
+                url, ids = cluster.dashboard_url, cluster.process_ids
+                connection.send(RayReady(cluster.workers, cluster.trials_per_device, url, ids, cluster.folder))
                 command = connection.recv()
                 if command[0] == "share":
                     cluster.share_gpus(*command[1:])

@@ -19,7 +19,7 @@ import psutil
 
 from ngpt.config.base import ConfigError
 from tune.executors.orphans import is_alive, kill_marked, mark_children, marked_processes
-from tune.executors.ray_process import SESSION_METHODS, RayExited, RayReady, run_ray
+from tune.executors.ray_process import RayExited, RayReady, run_ray
 from tune.executors.signals import stop_on_signal
 from tune.executors.watchdog import Watchdog
 from tune.session.session import ExecutorLost, Session
@@ -35,6 +35,7 @@ OOM_KILL_SECONDS = 30.0  # a worker that dies within this time after the kernel'
 MAX_REPLACEMENTS = 3  # of Ray in one run
 
 FINISHED = "finished"  # instead of the reason why Ray is lost
+SESSION_METHODS = ("ask", "is_over", "tell", "should_stop", "worker_died")  # that the child may call
 
 
 @dataclass
