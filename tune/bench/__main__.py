@@ -14,11 +14,7 @@ from ngpt.system.timing import print_figures
 from tune.bench.campaigns import campaign, scaling
 from tune.bench.packing import packing
 
-BENCHMARKS: dict[str, Callable[..., dict[str, Any]]] = {
-    "campaign": campaign,
-    "scaling": scaling,
-    "packing": packing,
-}
+BENCHMARKS: dict[str, Callable[..., dict[str, Any]]] = {"campaign": campaign, "scaling": scaling, "packing": packing}
 
 
 def main(arguments: list[str] | None = None) -> int:
