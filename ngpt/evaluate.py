@@ -99,8 +99,7 @@ def is_same_corpus(name: str, other: str) -> bool:
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m ngpt.evaluate",
-        description="The validation loss of a trained model, also on a longer context.",
+        prog="python -m ngpt.evaluate", description="The validation loss of a trained model, also on a longer context."
     )
     add_model_arguments(parser)
     parser.add_argument("--corpus", metavar="C", help="as for python -m ngpt.data; default: what it was trained on")

@@ -141,10 +141,7 @@ def optimizer(config: TrainConfig, *, seconds: float = 10.0) -> Figures:
             _project_one_by_one(other)
 
     on_sphere = config.optim.name in ON_SPHERE
-    contestants = {
-        "ours": lambda: step(optimizers, projected=False),
-        "plain": lambda: step(plain, projected=on_sphere),
-    }
+    contestants = {"ours": lambda: step(optimizers, projected=False), "plain": lambda: step(plain, projected=on_sphere)}
     times = take_turns(timers(contestants, device), seconds=seconds)
     moved, products = _optimizer_work(model, config.optim)
     return compare_times(times["ours"], times["plain"]) | _floor(config, device, moved, products, times["ours"])

@@ -26,7 +26,15 @@ from ngpt.ensemble.update import reduce_batches, update_together
 from ngpt.model.diagnostics import restore_counts_on_error
 from ngpt.system.memory import retry_on_oom
 from ngpt.training.config import TrainConfig, resolved
-from ngpt.training.loop import batch, count_step, open_segment, set_schedules, step_metrics, train_step
+from ngpt.training.loop import (
+    StepMetrics,
+    batch,
+    count_step,
+    set_schedules,
+    step_metrics,
+    train_run,
+    train_step,
+)
 from ngpt.training.run import Run, RunResult, set_up
 from ngpt.training.state import Metrics
 
@@ -40,7 +48,7 @@ FREE_SECTIONS = {"optim", "schedule", "nonfinite", "checkpoint", "tracker"}
 
 Event = Metrics | RunResult | Exception  # an evaluation, or how a run has ended
 Events = dict[int, Event]  # by the index of the run
-RunStep = Generator[Metrics | None, dict[str, float] | None, RunResult]  # see `_run_steps`
+RunLoop = Generator[Metrics | None, StepMetrics | None, RunResult]  # None: waits for the metrics of a step
 
 
 # ---- which runs --------------------------------------------------------------------------------
@@ -112,44 +120,39 @@ def train_together(
     if events:
         yield events
     with contextlib.ExitStack() as cleanup:
-        open_runs = {index: cleanup.enter_context(contextlib.closing(_run_steps(run))) for index, run in runs.items()}
-        yield from _train_in_rounds(runs, open_runs)
+        loops = {index: train_run(run, _receive_step) for index, run in runs.items()}
+        for loop in loops.values():
+            cleanup.enter_context(contextlib.closing(loop))
+        yield from _train_in_rounds(runs, loops)
 
 
-def _run_steps(run: Run) -> RunStep:
-    """The loop of one run, except for its steps: yields its evaluations, and None to be sent the metrics of a step."""
-    while True:
-        with open_segment(run) as segment:
-            while not segment.is_over:
-                yield from segment.prepare_step()
-                if not segment.is_over:
-                    metrics = yield None
-                    assert metrics is not None
-                    segment.finish_step(metrics)
-        if segment.result is not None:
-            return segment.result
+def _receive_step(_: Run) -> Generator[None, StepMetrics | None, StepMetrics]:
+    """Waits to be sent the metrics of a step."""
+    metrics = yield
+    assert metrics is not None
+    return metrics
 
 
 def _train_in_rounds(
-    runs: dict[int, Run], open_runs: dict[int, RunStep]
+    runs: dict[int, Run], loops: dict[int, RunLoop]
 ) -> Generator[Events, Collection[int] | None, None]:
-    """Takes a step for all runs at once, whenever every open run waits for one."""
+    """Takes a step for all runs at once, whenever every open run waits for one. Closes and removes loops that end."""
     stack: Stack | None = None
-    metrics: dict[int, dict[str, float]] = {}  # of the last step, until its run has received them
+    metrics: dict[int, StepMetrics] = {}  # of the last step, until its run has received them
     waiting: set[int] = set()
-    while open_runs:
+    while loops:
         events: Events = {}
-        for index in open_runs.keys() - waiting:
-            event = _advance(open_runs[index], metrics.pop(index, None))
+        for index in sorted(loops.keys() - waiting):
+            event = _advance(loops[index], metrics.pop(index, None))
             if event is None:
                 waiting.add(index)
             else:
                 events[index] = event
         if events:
-            stopped = (yield {index: events[index] for index in sorted(events)}) or ()
+            stopped = (yield events) or ()
             ended = {index for index, event in events.items() if not isinstance(event, dict)}
-            for index in {*stopped, *ended} & open_runs.keys():
-                open_runs.pop(index).close()
+            for index in {*stopped, *ended} & loops.keys():
+                loops.pop(index).close()
                 waiting.discard(index)
             continue
         members = [runs[index] for index in sorted(waiting)]
@@ -163,10 +166,10 @@ def _train_in_rounds(
         waiting.clear()
 
 
-def _advance(steps: RunStep, metrics: dict[str, float] | None) -> Event | None:
+def _advance(loop: RunLoop, metrics: StepMetrics | None) -> Event | None:
     """Continues a run to its next event, or returns None once it waits for a step."""
     try:
-        return steps.send(metrics)
+        return loop.send(metrics)
     except StopIteration as stop:
         return stop.value
     except Exception as error:  # reported as an event, like every error that ends a single run
@@ -176,7 +179,7 @@ def _advance(steps: RunStep, metrics: dict[str, float] | None) -> Event | None:
 # ---- a step ------------------------------------------------------------------------------------
 
 
-def train_step_together(stack: Stack, runs: Sequence[Run]) -> list[dict[str, float]]:
+def train_step_together(stack: Stack, runs: Sequence[Run]) -> list[StepMetrics]:
     """One optimizer update of each run, as `ngpt.training.loop.train_step`; returns the metrics of each.
 
     A gradient that is not finite is not applied, and does not reach another run's.

@@ -21,8 +21,7 @@ from ngpt.config.base import (
 )
 from ngpt.config.overrides import named_settings
 from ngpt.config.yaml_reader import parse_assignment, read_yaml
-from ngpt.data import dataset as corpora
-from ngpt.data.dataset import DataConfig
+from ngpt.data.dataset import DataConfig, vocab_size
 from ngpt.model.config import Count, ModelConfig
 from ngpt.optim.optimizers import OptimConfig, incompatibility
 from ngpt.optim.schedule import ScheduleConfig
@@ -76,7 +75,7 @@ def resolved(config: TrainConfig) -> TrainConfig:
     Raises:
         ConfigError: the model's vocabulary is smaller than that of the tokenizer.
     """
-    needed = corpora.vocab_size(config.data)
+    needed = vocab_size(config.data)
     given = config.model.vocab_size
     if given is not None and given < needed:
         raise ConfigError(f"model.vocab_size {given} is smaller than the {needed} tokens of the data")

@@ -1,15 +1,10 @@
-"""The train loop: one generator that yields the metrics of each evaluation.
+"""The train loop: a generator that yields the metrics of each evaluation. ngpt/ensemble/train.py drives several."""
 
-`Segment` holds what happens between two steps, and `train_step` is a step. ngpt/ensemble/train.py builds the loop for
-several runs from the same parts.
-"""
-
-import contextlib
 import logging
 import math
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import Any
+from typing import Never, TypeVar
 
 import torch
 from torch import Tensor
@@ -41,6 +36,11 @@ from ngpt.training.tracker import Tracker
 
 log = logging.getLogger(__name__)
 
+StepMetrics = dict[str, float]
+Waiting = TypeVar("Waiting")  # what a step yields while it waits for other runs
+Sent = TypeVar("Sent")  # what it is sent in answer
+StepTaker = Callable[[Run], Generator[Waiting, Sent, StepMetrics]]
+
 
 def train(
     config: TrainConfig, out_dir: Path, *, resume: str | None = None, dataset: Dataset | None = None
@@ -61,91 +61,64 @@ def train(
         RuntimeError, MemoryError: there is not enough memory for a single sequence, or `on_oom` is fail.
     """
     run = set_up(resolved(config), out_dir, resume=resume, dataset=dataset)
-    while (result := (yield from train_until_rollback(run))) is None:
+    return (yield from train_run(run, _step_alone))
+
+
+def train_run(run: Run, take_step: StepTaker[Waiting, Sent]) -> Generator[Metrics | Waiting, Sent, RunResult]:
+    """Trains a run to its end. Yields the metrics of each evaluation, and what `take_step` yields.
+
+    After a stop request the last metrics are yielded again before each step, so that the caller can close the loop.
+    """
+    while (result := (yield from _train_until_rollback(run, take_step))) is None:
         pass
     return result
 
 
-def train_until_rollback(run: Run) -> Generator[Metrics, None, RunResult | None]:
-    """Trains a run to its end and returns its result, or returns None once it has rolled back to an earlier step."""
-    with open_segment(run) as segment:
-        while not segment.is_over:
-            yield from segment.prepare_step()
-            if not segment.is_over:
-                segment.finish_step(train_step(run))
-        return segment.result
-
-
-# ---- between two steps -------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def open_segment(run: Run) -> Iterator["Segment"]:
-    """Opens the metrics and the heartbeat of a run at its current step. Metric rows after that step are dropped."""
-    tracker = Tracker(run.config.tracker, run.out_dir, settings=flatten(run.config), keep_until=run.state.step or None)
-    heartbeat = HeartbeatWriter(run.out_dir, began=run.state.step)
+def _train_until_rollback(
+    run: Run, take_step: StepTaker[Waiting, Sent]
+) -> Generator[Metrics | Waiting, Sent, RunResult | None]:
+    """The loop of `train_run`, which returns None once the run has rolled back to an earlier step."""
+    config, state, restarts, restored_step = run.config, run.state, run.restarts, run.state.step or None
+    tracker = Tracker(config.tracker, run.out_dir, settings=flatten(config), keep_until=restored_step)
+    heartbeat = HeartbeatWriter(run.out_dir, began=state.step)
     with tracker, heartbeat, checkpoint_on_stop(run, tracker, heartbeat):
         if skipped := run.dataset.manifest["skipped"]:
             tracker.note({"skipped_shards": [f"{shard['name']}: {shard['reason']}" for shard in skipped]})
-        yield Segment(run, tracker, heartbeat)
+        while True:
+            is_last = state.step == config.steps
+            if state.step != restored_step:  # a restored step has been evaluated and saved
+                if is_due(state.step, config.eval_every, last=is_last):
+                    histograms = evaluate_run(run, last=is_last)
+                    tracker.log(state.last_eval)
+                    tracker.log_histograms(state.step, histograms)
+                    yield state.last_eval
+                    if state.last_eval["val_loss"] is None:  # skipping a step would not help
+                        rolled_back = config.nonfinite.policy == "rollback" and handle_nonfinite(run)
+                        return None if rolled_back else result_of(run, "diverged")
+                if state.step and is_due(state.step, config.checkpoint.every, last=is_last):
+                    try_save_checkpoint(run, tracker, last=is_last)
+            if is_last:
+                return result_of(run, "finished")
+            heartbeat.beat(state.step)
+            if heartbeat.stop_requested():
+                yield state.last_eval
+
+            metrics = yield from take_step(run)
+
+            is_finite = all(map(math.isfinite, metrics.values()))
+            has_diverged = not is_finite and not handle_nonfinite(run)
+            if run.restarts != restarts:  # the step no longer counts
+                return None
+            if not is_finite or is_due(state.step, config.tracker.log_every, last=state.step == config.steps):
+                mean = {"train_loss": state.train_loss} if is_finite else {}
+                tracker.log(progress(run) | metrics | mean)
+            if has_diverged:
+                return result_of(run, "diverged")
 
 
-class Segment:
-    """A run from a start, a resume or a rollback to the next rollback, or to its end, which sets `result`."""
-
-    def __init__(self, run: Run, tracker: Tracker, heartbeat: HeartbeatWriter) -> None:
-        self.result: RunResult | None = None
-        self._run, self._tracker, self._heartbeat = run, tracker, heartbeat
-        self._restored_step = run.state.step or None
-        self._restarts = run.restarts
-
-    @property
-    def is_over(self) -> bool:
-        """Whether the run has ended or rolled back."""
-        return self.result is not None or self._run.restarts != self._restarts
-
-    def prepare_step(self) -> Generator[Metrics, Any, None]:
-        """Evaluates, saves and ends the run where that is due. Yields the metrics of an evaluation.
-
-        After a stop request it yields the last metrics again before each step, so that the caller can close the loop.
-        """
-        run, state, every = self._run, self._run.state, self._run.config.checkpoint.every
-        is_last = state.step == run.config.steps
-        if state.step != self._restored_step:  # a restored step has been evaluated and saved
-            if is_due(state.step, run.config.eval_every, last=is_last):
-                yield self._evaluate(is_last)
-                if state.last_eval["val_loss"] is None:  # skipping a step would not help
-                    if run.config.nonfinite.policy != "rollback" or not handle_nonfinite(run):
-                        self.result = result_of(run, "diverged")
-                    return
-            if state.step and is_due(state.step, every, last=is_last):
-                try_save_checkpoint(run, self._tracker, last=is_last)
-        if is_last:
-            self.result = result_of(run, "finished")
-            return
-        self._heartbeat.beat(state.step)
-        if self._heartbeat.stop_requested():
-            yield state.last_eval
-
-    def finish_step(self, metrics: dict[str, float]) -> None:
-        """Logs the metrics of a training step, and applies the policy if one of them is not finite."""
-        run, state = self._run, self._run.state
-        is_finite = all(math.isfinite(value) for value in metrics.values())
-        has_diverged = not is_finite and not handle_nonfinite(run)
-        if self.is_over:  # rolled back: this step no longer counts
-            return
-        if not is_finite or is_due(state.step, run.config.tracker.log_every, last=state.step == run.config.steps):
-            mean = {"train_loss": state.train_loss} if is_finite else {}
-            self._tracker.log(progress(run) | metrics | mean)
-        if has_diverged:
-            self.result = result_of(run, "diverged")
-
-    def _evaluate(self, is_last: bool) -> Metrics:
-        state = self._run.state
-        histograms = evaluate_run(self._run, last=is_last)
-        self._tracker.log(state.last_eval)
-        self._tracker.log_histograms(state.step, histograms)
-        return state.last_eval
+def _step_alone(run: Run) -> Generator[Never, None, StepMetrics]:
+    yield from ()
+    return train_step(run)
 
 
 def handle_nonfinite(run: Run) -> bool:
@@ -157,7 +130,7 @@ def handle_nonfinite(run: Run) -> bool:
 # ---- one step ----------------------------------------------------------------------------------
 
 
-def train_step(run: Run) -> dict[str, float]:
+def train_step(run: Run) -> StepMetrics:
     """One optimizer update; returns loss, gradient norm and learning rates. A gradient is only applied if it is finite.
 
     If memory runs out, the step is repeated with half the micro-batch.
@@ -187,7 +160,7 @@ def count_step(run: Run, loss: float) -> None:
     state.recent = [*state.recent, loss][-AVERAGED_STEPS:]
 
 
-def step_metrics(run: Run, loss: float, norm: float) -> dict[str, float]:
+def step_metrics(run: Run, loss: float, norm: float) -> StepMetrics:
     """Loss, gradient norm and the learning rate of each kind of parameter, by the name of its setting."""
     groups = [group for optimizer in run.optimizers for group in optimizer.param_groups]
     rates = {"lr" if group["kind"] == "matrices" else f"lr_{group['kind']}": group["lr"] for group in groups}

@@ -29,11 +29,7 @@ def halve_batch(state: TrainState) -> None:
     state.microbatch_halvings += 1
 
 
-ON_OOM: dict[str, Callable[[TrainState], None] | None] = {
-    "split": split,
-    "halve_batch": halve_batch,
-    "fail": None,
-}
+ON_OOM: dict[str, Callable[[TrainState], None] | None] = {"split": split, "halve_batch": halve_batch, "fail": None}
 
 
 def halved(size: int, times: int) -> int:
@@ -74,11 +70,7 @@ def rollback(state: TrainState, limit: int, rollback_to_checkpoint: Rollback) ->
 
 
 # Each policy returns whether the run continues.
-NONFINITE: dict[str, Callable[[TrainState, int, Rollback], bool]] = {
-    "fail": fail,
-    "skip": skip,
-    "rollback": rollback,
-}
+NONFINITE: dict[str, Callable[[TrainState, int, Rollback], bool]] = {"fail": fail, "skip": skip, "rollback": rollback}
 
 
 class NonfiniteConfig(Config):

@@ -3,18 +3,19 @@
 ngpt/training/loop.py takes its steps, ngpt/training/saving.py writes its checkpoints.
 """
 
+import contextlib
 import hashlib
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ngpt.config.base import ConfigError, identity_settings
-from ngpt.data import dataset as corpora
-from ngpt.data.dataset import DataConfig, Dataset, open_dataset
+from ngpt.data.dataset import DataConfig, Dataset, open_dataset, order_settings
 from ngpt.data.loader import EvalSet, eval_set
 from ngpt.data.tokens.tokenizer import MODEL_FILE, parse_spec
 from ngpt.model.gpt import GPT
@@ -72,27 +73,21 @@ class Clock:
 
     def __init__(self, state: TrainState, *, warmup: int) -> None:
         self._state, self._skip = state, warmup
-        self._tokens = 0
-        self._start = 0.0
 
-    def step(self, tokens: int) -> Self:
+    @contextlib.contextmanager
+    def step(self, tokens: int) -> Iterator[None]:
         """Times the `with` block as a training step of `tokens` tokens."""
-        self._tokens = tokens
-        return self
+        start = time.perf_counter()
+        yield
+        if self._skip:
+            self._skip -= 1
+            return
+        self._state.timed_seconds += time.perf_counter() - start
+        self._state.timed_tokens += tokens
 
     def discard_step(self) -> None:
         """Leaves out the current step, for instance because a part of it ran twice."""
         self._skip = max(self._skip, 1)
-
-    def __enter__(self) -> None:
-        self._start = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        if self._skip:
-            self._skip -= 1
-            return
-        self._state.timed_seconds += time.perf_counter() - self._start
-        self._state.timed_tokens += self._tokens
 
 
 # ---- start, restore, roll back -----------------------------------------------------------------
@@ -232,4 +227,4 @@ def identity(config: TrainConfig, dataset: Dataset) -> dict[str, Any]:
     """The settings that decide a run's results, by dotted name. The data count by their content, not by their path."""
     settings = {name: value for name, value in identity_settings(config).items() if not name.startswith("data.")}
     data = {"data.fingerprint": dataset.manifest["fingerprint"], "data.order": config.data.order}
-    return settings | rollback_settings(config) | data | corpora.order_settings(config.data)
+    return settings | rollback_settings(config) | data | order_settings(config.data)
