@@ -3,17 +3,16 @@
 python -m ngpt.generate runs/first --prompt "The file is" --temperature 0.8 --top-p 0.9
 python -m ngpt.generate results/quickstart/trials/ID --prompt-file - < draft.txt
 
-The continuation is streamed to stdout, one whole character at a time. The speed is printed on stderr. Several prompts
-or samples are computed together and printed one after another, each below a line with its number.
+The continuation is streamed to stdout, the speed goes to stderr. Several prompts or samples are computed together and
+printed one after another, each below a line with its number.
 """
 
 import argparse
 import sys
 import time
 from collections.abc import Iterator
-from itertools import groupby
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -109,74 +108,48 @@ def generate(
         window = torch.cat([window, new], dim=1)
 
 
-class TextStream:
-    """Turns tokens into text as they arrive. A character spread over several tokens waits for the last of them.
+class Continuation:
+    """One continuation of a prompt: its text that has not been printed yet, and whether it has ended.
 
-    Some tokenizers treat the start of a text differently, so new tokens are decoded after those shown last.
+    A character spread over several tokens waits for the last of them. Some tokenizers treat the start of a text
+    differently, so new tokens are decoded after those shown last.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: list[int]) -> None:
-        self._decode = tokenizer.decode
+    def __init__(self, prompt: list[int], tokenizer: Tokenizer, title: str = "") -> None:
+        self.prompt, self.unprinted, self.ended = prompt, title, False
+        self._decode, self._end_token = tokenizer.decode, tokenizer.document_mark
         self._shown, self._waiting = prompt[-1:], list[int]()
-
-    def add(self, token: int) -> str:
-        """The text that `token` completes; empty while a character is incomplete."""
-        self._waiting.append(token)
-        text = self._decode([*self._shown, *self._waiting])
-        return "" if text.endswith(REPLACEMENT) else self._take(text)
-
-    def close(self) -> str:
-        """The rest of the text. Bytes that never became a character are shown as U+FFFD."""
-        return self._take(self._decode([*self._shown, *self._waiting])) if self._waiting else ""
-
-    def _take(self, text: str) -> str:
-        before = self._decode(self._shown)
-        self._shown, self._waiting = self._waiting, []
-        return text[len(before) :]
-
-
-class Continuation:
-    """One continuation of a prompt: its text that has not been printed yet, and whether it has ended."""
-
-    def __init__(self, prompt: list[int], tokenizer: Tokenizer, title: str) -> None:
-        self.prompt, self.title = prompt, title
-        self.unprinted, self.ended = "", False
-        self._stream, self._end_token = TextStream(tokenizer, prompt), tokenizer.document_mark
 
     def add(self, token: int) -> None:
         """Adds a token. The document mark ends the text; later tokens are ignored."""
         if token == self._end_token:
             self.end()
         elif not self.ended:
-            self.unprinted += self._stream.add(token)
+            self._waiting.append(token)
+            self._show_waiting(even_incomplete=False)
 
     def end(self) -> None:
-        """Ends the text, if it has not ended yet."""
+        """Ends the text. Bytes that never became a character are shown as U+FFFD."""
         if not self.ended:
-            self.unprinted, self.ended = self.unprinted + self._stream.close(), True
+            self._show_waiting(even_incomplete=True)
+            self.ended = True
+
+    def _show_waiting(self, *, even_incomplete: bool) -> None:
+        text = self._decode([*self._shown, *self._waiting])
+        if even_incomplete or not text.endswith(REPLACEMENT):
+            self.unprinted += text[len(self._decode(self._shown)) :]
+            self._shown, self._waiting = self._waiting, []
 
 
-class Printer:
-    """Prints continuations in order: the first one as it grows, each later one once those before it have ended."""
-
-    def __init__(self, continuations: list[Continuation]) -> None:
-        self._remaining, self._has_titles = list(continuations), len(continuations) > 1
-        self._print_title()
-
-    def refresh(self) -> None:
-        """Prints the new text of the current continuation, and of later ones whose turn has come."""
-        while self._remaining:
-            current = self._remaining[0]
-            text, current.unprinted = current.unprinted, ""
-            print(text, end="\n" if current.ended else "", flush=True)
-            if not current.ended:
-                return
-            del self._remaining[0]
-            self._print_title()
-
-    def _print_title(self) -> None:
-        if self._has_titles and self._remaining:
-            print(self._remaining[0].title)
+def print_ready(continuations: list[Continuation]) -> None:
+    """Prints the new text of the first continuation, and of later ones once those before it have ended and left."""
+    while continuations:
+        current = continuations[0]
+        text, current.unprinted = current.unprinted, ""
+        print(text, end="\n" if current.ended else "", flush=True)
+        if not current.ended:
+            return
+        del continuations[0]
 
 
 def continue_prompts(loaded: LoadedModel, options: argparse.Namespace) -> int:
@@ -188,8 +161,9 @@ def continue_prompts(loaded: LoadedModel, options: argparse.Namespace) -> int:
     if tokenizer is None:
         raise ConfigError(f"{checkpoint.path} has no tokenizer: name it with --tokenizer")
     prompts = [encode_prompt(text, tokenizer) for text in read_prompts(options)]
+    title = "--- prompt {} of {}, sample {} of {}\n" if len(prompts) * options.samples > 1 else ""
     continuations = [
-        Continuation(prompt, tokenizer, f"--- prompt {p} of {len(prompts)}, sample {s} of {options.samples}")
+        Continuation(prompt, tokenizer, title.format(p, len(prompts), s, options.samples))
         for p, prompt in enumerate(prompts, start=1)
         for s in range(1, options.samples + 1)
     ]
@@ -199,16 +173,14 @@ def continue_prompts(loaded: LoadedModel, options: argparse.Namespace) -> int:
         generator.seed()
     else:
         generator.manual_seed(options.seed)
-    printer, count = Printer(continuations), 0
-    for _, group in groupby(sorted(continuations, key=_prompt_length), key=_prompt_length):
-        batch = list(group)
+    remaining, count = list(continuations), 0
+    for length in sorted({len(prompt) for prompt in prompts}):
+        batch = [each for each in continuations if len(each.prompt) == length]
         tokens = generate(
             model,
             torch.tensor([each.prompt for each in batch], device=device),
             options.max_tokens,
-            temperature=options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
+            **_sampling_of(options),
             generator=generator,
             cache=not options.no_cache,
             vocab_size=tokenizer.vocab_size,
@@ -217,26 +189,22 @@ def continue_prompts(loaded: LoadedModel, options: argparse.Namespace) -> int:
             for drawn in tokens:
                 for each, token in zip(batch, drawn.tolist(), strict=True):
                     each.add(token)
-                printer.refresh()
+                print_ready(remaining)
                 count += len(batch)
                 if all(each.ended for each in batch):
                     break
         for each in batch:
             each.end()
-        printer.refresh()
+        print_ready(remaining)
     return count
 
 
-def _prompt_length(continuation: Continuation) -> int:
-    return len(continuation.prompt)
+def _sampling_of(options: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(options, name) for name in Sampling.model_fields}
 
 
 def read_prompts(options: argparse.Namespace) -> list[str]:
-    """The prompts of the command line, then the one from the file. Without any, a single empty prompt.
-
-    Raises:
-        ConfigError: the file does not exist, or is not UTF-8.
-    """
+    """The prompts of the command line, then the one from the file. Without any, a single empty prompt."""
     prompts = list(options.prompt)
     if (source := options.prompt_file) is not None:
         try:
@@ -250,11 +218,7 @@ def read_prompts(options: argparse.Namespace) -> list[str]:
 
 
 def encode_prompt(text: str, tokenizer: Tokenizer) -> list[int]:
-    """The tokens of a prompt. An empty one becomes the document mark, or a newline if the tokenizer has no mark.
-
-    Raises:
-        ConfigError: the text cannot be encoded, or has no tokens.
-    """
+    """The tokens of a prompt. An empty one becomes the document mark, or a newline if the tokenizer has no mark."""
     try:
         text.encode()
     except UnicodeEncodeError:  # the command line held bytes that are not UTF-8
@@ -274,15 +238,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _generate(options: argparse.Namespace) -> int:
-    # Checks the sampling options before it loads the model.
-    build(Sampling, {name: getattr(options, name) for name in Sampling.model_fields})
-    loaded = load_model(
-        options.checkpoint,
-        best=options.best,
-        tokenizer=options.tokenizer,
-        device=options.device,
-        **parse_model_changes(options.set),
-    )
+    build(Sampling, _sampling_of(options))  # checks the options before it loads the model
+    where = {"best": options.best, "tokenizer": options.tokenizer, "device": options.device}
+    loaded = load_model(options.checkpoint, **where, **parse_model_changes(options.set))
     start = time.perf_counter()
     count = continue_prompts(loaded, options)
     seconds = time.perf_counter() - start

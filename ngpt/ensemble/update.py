@@ -7,8 +7,8 @@ from ngpt.optim.muon import Muon, step_muons
 from ngpt.optim.projection import project
 from ngpt.optim.schedule import is_due
 from ngpt.system.memory import is_out_of_memory
-from ngpt.training.loop import reduce_batch
-from ngpt.training.run import Run, rollback_with_smaller_batches
+from ngpt.training.recovery import reduce_batch, rollback_with_smaller_batches
+from ngpt.training.run import Run
 
 log = logging.getLogger(__name__)
 

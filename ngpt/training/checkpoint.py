@@ -60,17 +60,13 @@ def save_checkpoint(
 ) -> Path:
     """Commits `root/step_N`, then removes all checkpoints but the last `keep_last` and the best.
 
-    Args:
-        state: plain data and tensors, as `torch.load(weights_only=True)` accepts them.
-        val_loss: of these weights; None if they were not evaluated.
-        data, files: facts and files that other uses of the model need, by name.
+    `state` holds plain data and tensors, `data` and `files` what other uses of the model need, by name.
 
     Raises:
         OSError: the disk is full, or the step has been saved before. Older checkpoints are unchanged.
     """
     _sweep(root)
-    final = root / f"step_{step:07d}"
-    temp = root / f".tmp-{uuid.uuid4().hex}"
+    final, temp = root / f"step_{step:07d}", root / f".tmp-{uuid.uuid4().hex}"
     make_folder(root)
     temp.mkdir()
     try:
@@ -89,8 +85,7 @@ def save_checkpoint(
             "data": dict(data or {}),
             "files": {path.name: _digest(path) for path in sorted(temp.iterdir())},
         }
-        sealed = manifest | {"sha256": _seal(manifest)}
-        (temp / "MANIFEST.json").write_text(_manifest_text(sealed))
+        (temp / "MANIFEST.json").write_text(_manifest_text(manifest | {"sha256": _seal(manifest)}))
         commit_folder(temp, final)
     finally:
         shutil.rmtree(temp, ignore_errors=True)
@@ -101,10 +96,8 @@ def save_checkpoint(
 def newest_checkpoint(root: Path) -> Checkpoint | None:
     """The newest intact checkpoint under `root`. Only the process that trains there may call this.
 
-    Damaged checkpoints are renamed to `damaged-...`, and leftovers of killed processes are removed.
-
-    Raises:
-        ConfigError: it is intact, but this version cannot read its format.
+    Damaged checkpoints are renamed to `damaged-...`, and leftovers of killed processes are removed. An intact one of an
+    unknown format is a ConfigError.
     """
     _sweep(root)
     for path in reversed(checkpoint_folders(root)):
@@ -136,16 +129,11 @@ def verify_checkpoint(path: Path) -> Checkpoint:
     for name, digest in manifest["files"].items():
         if _digest(path / name) != digest:
             raise ValueError(f"{path / name}: size or SHA-256 differs from the manifest")
-    step, val_loss, identity = manifest["step"], manifest["val_loss"], manifest["identity"]
-    return Checkpoint(path, step, val_loss, identity, manifest.get("data", {}))
+    return Checkpoint(path, manifest["step"], manifest["val_loss"], manifest["identity"], manifest.get("data", {}))
 
 
 def load_checkpoint(checkpoint: Checkpoint, model: nn.Module, *, identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Loads the weights into `model` and returns the state that was saved with them.
-
-    Raises:
-        ConfigError: the checkpoint was made with other settings; names the first difference.
-    """
+    """Loads the weights into `model` and returns the state saved with them; raises ConfigError for other settings."""
     wanted = json.loads(json.dumps(identity))
     for name in [*wanted, *(checkpoint.identity.keys() - wanted.keys())]:
         saved, value = checkpoint.identity.get(name), wanted.get(name)

@@ -27,8 +27,17 @@ from ngpt.optim.optimizers import OptimConfig, incompatibility
 from ngpt.optim.schedule import ScheduleConfig
 from ngpt.system.device import DEVICES, DTYPES
 from ngpt.training.checkpoint import CheckpointConfig
-from ngpt.training.recovery import ON_OOM, NonfiniteConfig
 from ngpt.training.tracker import TrackerConfig
+
+ON_OOM = ("split", "halve_batch", "fail")
+NONFINITE = ("fail", "skip", "rollback")
+
+
+class NonfiniteConfig(Config):
+    """What to do about a loss or gradient that is not finite (ngpt/training/recovery.py). It is never applied."""
+
+    policy: Annotated[str, one_of(NONFINITE, "policy")] = added_setting("fail")
+    max: Annotated[int, Field(ge=1)] = added_setting(10)  # skipped steps or rollbacks before the run counts as diverged
 
 
 class TrainConfig(Config, frozen=True):
@@ -70,11 +79,7 @@ class TrainConfig(Config, frozen=True):
 
 
 def resolved(config: TrainConfig) -> TrainConfig:
-    """`config` with `model.vocab_size` filled in from the tokenizer.
-
-    Raises:
-        ConfigError: the model's vocabulary is smaller than that of the tokenizer.
-    """
+    """`config` with `model.vocab_size` filled in from the tokenizer. A smaller one than it needs is a ConfigError."""
     needed = vocab_size(config.data)
     given = config.model.vocab_size
     if given is not None and given < needed:
@@ -90,8 +95,7 @@ def rollback_settings(config: TrainConfig) -> dict[str, Any]:
 def read_config(path: Path | None, assignments: list[str]) -> TrainConfig:
     """Reads a config: defaults, overridden by the YAML file, overridden by `name=value` assignments.
 
-    Raises:
-        ConfigError: lists all errors, those of the file with their positions.
+    A ConfigError lists all errors, those of the file with their positions.
     """
     config = TrainConfig()
     if path is not None:

@@ -18,7 +18,7 @@ from ngpt.model.diagnostics import (
 from ngpt.model.gpt import GPT
 from ngpt.optim.projection import project_weights
 from ngpt.system.memory import retry_on_oom
-from ngpt.training.recovery import ON_OOM
+from ngpt.training.recovery import reduce_eval_batch
 from ngpt.training.run import Run, progress
 from ngpt.training.state import Metrics
 from ngpt.training.tracker import finite_or_none
@@ -81,12 +81,3 @@ def _replaced_divisors(run: Run) -> Metrics:
     if replaced > (run.state.last_eval.get("r_replaced") or 0):
         log.warning("step %d: %d divisors r were not finite and became 1", run.state.step, replaced)
     return {"r_replaced": replaced}
-
-
-def reduce_eval_batch(run: Run) -> bool:
-    """Halves the evaluation batch, which does not change the result; False if that is not possible or not allowed."""
-    if ON_OOM[run.config.on_oom] is None or run.eval_batch_size == 1:
-        return False
-    run.state.eval_halvings += 1
-    log.warning("step %d: out of memory in evaluation; now %d sequences", run.state.step, run.eval_batch_size)
-    return True

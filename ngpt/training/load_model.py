@@ -1,8 +1,4 @@
-"""Loads a model from a checkpoint, with its settings and its tokenizer.
-
-A checkpoint folder is self-contained. Settings that do not affect the weights can be changed when loading, for instance
-to read a longer context than in training.
-"""
+"""Loads a model from a checkpoint, with its settings and its tokenizer. A checkpoint folder is self-contained."""
 
 import argparse
 import logging
@@ -43,7 +39,6 @@ def load_model(
         path: a checkpoint (`step_...`), or the folder of a run or trial, which means its newest intact checkpoint.
         best: use the checkpoint with the lowest validation loss instead.
         tokenizer: spec of a tokenizer to use instead of the checkpoint's own.
-        device: as for `pick_device`.
         changes: model settings to change, such as `rope_scaling="yarn", rope_factor=4.0, block_size=512`.
 
     Raises:
@@ -56,11 +51,7 @@ def load_model(
 
 
 def find_checkpoint(path: Path, *, best: bool = False) -> Checkpoint:
-    """The checkpoint at `path`, or the newest intact one under it. Nothing is renamed or removed.
-
-    Raises:
-        ConfigError: there is no intact checkpoint, or this version cannot read its format.
-    """
+    """The checkpoint at `path`, or the newest (or best) intact one under it. Nothing is renamed or removed."""
     if not path.is_dir():
         raise ConfigError(f"{path}: {'a file, give the folder that it is in' if path.exists() else 'no such folder'}")
     root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
@@ -101,8 +92,7 @@ def build_model(checkpoint: Checkpoint, *, device: str = "cpu", **changes: Any) 
     if "vocab_size" not in settings:
         raise ConfigError(f"{checkpoint.path} does not hold the settings of its model")
     changed = {name.removeprefix("model."): value for name, value in changes.items()}
-    cfg = override(build(ModelConfig, settings), changed)
-    model = GPT(cfg)
+    model = GPT(override(build(ModelConfig, settings), changed))
     try:
         weights = safetensors.torch.load_file(checkpoint.path / "model.safetensors")
     except safetensors.SafetensorError as error:
@@ -141,11 +131,7 @@ def tokenizer_origin(checkpoint: Checkpoint) -> TokenizerOrigin:
 
 
 def checkpoint_tokenizer(checkpoint: Checkpoint, spec: str | None = None) -> Tokenizer | None:
-    """The tokenizer that `spec` names, or the checkpoint's own; None if training had the tokens only.
-
-    Raises:
-        ConfigError: the tokenizer is not available, or not the one that the model was trained with.
-    """
+    """The tokenizer that `spec` names, or the checkpoint's own; None if training had the tokens only."""
     origin, vocab_size = tokenizer_origin(checkpoint), checkpoint.identity["model.vocab_size"]
     if spec is not None:
         tokenizer = load_tokenizer(spec, None)
@@ -172,10 +158,6 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_model_changes(assignments: list[str]) -> dict[str, Any]:
-    """The changes of `load_model` that --set asks for. The prefix `model.` keeps them apart from other arguments.
-
-    Raises:
-        ConfigError: an assignment is not NAME=VALUE.
-    """
+    """The changes of `load_model` that --set asks for. The prefix `model.` keeps them apart from other arguments."""
     given = dict(map(parse_assignment, assignments))
     return {f"model.{name.removeprefix('model.')}": value for name, value in given.items()}

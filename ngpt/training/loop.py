@@ -20,14 +20,12 @@ from ngpt.system.heartbeat import HeartbeatWriter
 from ngpt.system.memory import is_out_of_memory, retry_on_oom
 from ngpt.training.config import TrainConfig, resolved
 from ngpt.training.evaluation import evaluate_run
-from ngpt.training.recovery import NONFINITE, ON_OOM
+from ngpt.training.recovery import handle_nonfinite, reduce_batch, rollback_with_smaller_batches
 from ngpt.training.run import (
     Run,
     RunResult,
     progress,
     result_of,
-    rollback_to_checkpoint,
-    rollback_with_smaller_batches,
     set_up,
 )
 from ngpt.training.saving import checkpoint_on_stop, try_save_checkpoint
@@ -51,7 +49,6 @@ def train(
     number of threads agree bit for bit, and so does a run that was stopped at any step and resumed.
 
     Args:
-        config: the settings of the run.
         out_dir: folder for `metrics.jsonl` and `checkpoints/`.
         resume: `"latest"` continues from the newest intact checkpoint in `out_dir`, if there is one.
         dataset: the opened corpus. If None, it is opened, and prepared if necessary.
@@ -119,12 +116,6 @@ def _train_until_rollback(
 def _step_alone(run: Run) -> Generator[Never, None, StepMetrics]:
     yield from ()
     return train_step(run)
-
-
-def handle_nonfinite(run: Run) -> bool:
-    """Applies the policy for a loss or gradient that is not finite; returns whether the run continues."""
-    policy = run.config.nonfinite
-    return NONFINITE[policy.policy](run.state, policy.max, lambda: rollback_to_checkpoint(run))
 
 
 # ---- one step ----------------------------------------------------------------------------------
@@ -240,16 +231,3 @@ def update(run: Run) -> None:
             raise
     log.warning("step %d: no memory for the optimizer; rolling back to the newest checkpoint", run.state.step)
     rollback_with_smaller_batches(run)
-
-
-def reduce_batch(run: Run) -> bool:
-    """Applies the policy for training that runs out of memory; False if it cannot reduce the batch."""
-    reduce, before = ON_OOM[run.config.on_oom], run.micro_batch_size
-    if reduce is None or before == 1:
-        return False
-    reduce(run.state)
-    run.model.zero_grad(set_to_none=True)
-    run.clock.discard_step()
-    now = f"{run.micro_batch_size}, in batches of {run.batch_size}"
-    log.warning("step %d: out of memory with micro-batches of %d; now %s", run.state.step, before, now)
-    return True

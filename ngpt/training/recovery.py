@@ -1,80 +1,80 @@
-"""What a run does when memory runs out (`ON_OOM`) and when a loss or gradient is not finite (`NONFINITE`).
+"""What a run does when memory runs out (`on_oom`) and when a loss or gradient is not finite (`nonfinite`).
 
-Each policy counts what it does in the `TrainState`, which is saved with every checkpoint. So a run that is killed and
-resumed continues as an undisturbed one would, and its result reports what happened.
+Everything done is counted in the `TrainState`, which is saved with every checkpoint. So a resumed run continues as an
+undisturbed one would, and its result reports what happened.
 """
 
 import logging
-from collections.abc import Callable
-from typing import Annotated
 
-from pydantic import Field
-
-from ngpt.config.base import Config, added_setting, one_of
+from ngpt.model.gpt import GPT
+from ngpt.optim.optimizers import build_optimizers
+from ngpt.system.memory import free_memory
+from ngpt.training.checkpoint import newest_checkpoint
+from ngpt.training.run import Run, restore
 from ngpt.training.state import TrainState
 
 log = logging.getLogger(__name__)
 
-# ---- out of memory ---------------------------------------------------------------------------------------------------
 
+def reduce_batch(run: Run) -> bool:
+    """Halves the micro-batch after training ran out of memory; False if that is not possible or not allowed.
 
-def split(state: TrainState) -> None:
-    """Halves the micro-batch. The batch stays the same, and so does its gradient but for rounding."""
-    state.microbatch_halvings += 1
-
-
-def halve_batch(state: TrainState) -> None:
-    """Halves batch and micro-batch for the rest of the run, which changes its result (source report 000, section 8)."""
-    state.batch_halvings += 1
-    state.microbatch_halvings += 1
-
-
-ON_OOM: dict[str, Callable[[TrainState], None] | None] = {"split": split, "halve_batch": halve_batch, "fail": None}
-
-
-def halved(size: int, times: int) -> int:
-    """`size` halved `times` times, rounded up: 5, 3, 2, 1, 1."""
-    return -(-size // 2**times)
-
-
-# ---- not finite ------------------------------------------------------------------------------------------------------
-
-Rollback = Callable[[], None]  # returns the run and its state to the newest checkpoint
-
-
-def fail(state: TrainState, limit: int, rollback_to_checkpoint: Rollback) -> bool:
-    """The run has diverged."""
-    return False
-
-
-def skip(state: TrainState, limit: int, rollback_to_checkpoint: Rollback) -> bool:
-    """Skips the step and continues with the next batch, at most `limit` times."""
-    state.skipped_steps += 1
-    state.recent.pop()  # a mean over a NaN would be NaN
-    return state.skipped_steps <= limit
-
-
-def rollback(state: TrainState, limit: int, rollback_to_checkpoint: Rollback) -> bool:
-    """Returns to the newest checkpoint and skips the batches seen since, at most `limit` times.
-
-    PaLM got around its loss spikes this way (arXiv 2204.02311, section 5.1). The same batches did no harm to other
-    weights.
+    The batch stays the same, and so does its gradient but for rounding, unless the policy is to halve the batch too.
     """
-    if state.rollbacks == limit:
+    before = run.micro_batch_size
+    if run.config.on_oom == "fail" or before == 1:
         return False
+    run.state.microbatch_halvings += 1
+    if run.config.on_oom == "halve_batch":  # which changes the result (source report 000, section 8)
+        run.state.batch_halvings += 1
+    run.model.zero_grad(set_to_none=True)
+    run.clock.discard_step()
+    now = f"{run.micro_batch_size}, in batches of {run.batch_size}"
+    log.warning("step %d: out of memory with micro-batches of %d; now %s", run.state.step, before, now)
+    return True
+
+
+def reduce_eval_batch(run: Run) -> bool:
+    """Halves the evaluation batch, which does not change the result; False if that is not possible or not allowed."""
+    if run.config.on_oom == "fail" or run.eval_batch_size == 1:
+        return False
+    run.state.eval_halvings += 1
+    log.warning("step %d: out of memory in evaluation; now %d sequences", run.state.step, run.eval_batch_size)
+    return True
+
+
+def handle_nonfinite(run: Run) -> bool:
+    """Skips the step or rolls back, as the policy says; returns whether the run continues."""
+    state, policy, limit = run.state, run.config.nonfinite.policy, run.config.nonfinite.max
+    if policy == "skip":
+        state.skipped_steps += 1
+        state.recent.pop()  # a mean over a NaN would be NaN
+        return state.skipped_steps <= limit
+    if policy == "fail" or state.rollbacks == limit:
+        return False
+    # PaLM got around its loss spikes by skipping the batches since the checkpoint (arXiv 2204.02311, section 5.1).
     count, next_batch = state.rollbacks + 1, state.step + state.skipped_batches
     log.warning("step %d: not finite; rolling back to the newest checkpoint (%d of %d)", state.step, count, limit)
-    rollback_to_checkpoint()
+    rollback_to_checkpoint(run)
     state.rollbacks, state.skipped_batches = count, next_batch - state.step
     return True
 
 
-# Each policy returns whether the run continues.
-NONFINITE: dict[str, Callable[[TrainState, int, Rollback], bool]] = {"fail": fail, "skip": skip, "rollback": rollback}
+def rollback_to_checkpoint(run: Run) -> None:
+    """Restores the newest intact checkpoint, or the start of the run if there is none."""
+    run.restarts += 1
+    run.model.zero_grad(set_to_none=True)
+    run.optimizers = build_optimizers(run.model, run.config.optim)  # without moments
+    free_memory(run.device)
+    if checkpoint := newest_checkpoint(run.out_dir / "checkpoints"):
+        restore(run, checkpoint)
+    else:
+        run.model.load_state_dict(GPT(run.config.model, seed=run.config.seed).state_dict())
+        run.state.restore(TrainState())
 
 
-class NonfiniteConfig(Config):
-    """What to do about a loss or gradient that is not finite. It is never applied."""
-
-    policy: Annotated[str, one_of(NONFINITE, "policy")] = added_setting("fail")
-    max: Annotated[int, Field(ge=1)] = added_setting(10)  # skipped steps or rollbacks before the run counts as diverged
+def rollback_with_smaller_batches(run: Run) -> None:
+    """Rolls back after memory ran out, and keeps the halvings that `reduce_batch` has decided on."""
+    microbatch_halvings, batch_halvings = run.state.microbatch_halvings, run.state.batch_halvings
+    rollback_to_checkpoint(run)
+    run.state.microbatch_halvings, run.state.batch_halvings = microbatch_halvings, batch_halvings

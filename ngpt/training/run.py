@@ -1,7 +1,4 @@
-"""One training run in memory: how it is set up, restored, rolled back, and summed up as a result.
-
-ngpt/training/loop.py takes its steps, ngpt/training/saving.py writes its checkpoints.
-"""
+"""One training run in memory: how it is set up, restored from a checkpoint, and summed up as a result."""
 
 import contextlib
 import hashlib
@@ -21,10 +18,9 @@ from ngpt.data.tokens.tokenizer import MODEL_FILE, parse_spec
 from ngpt.model.gpt import GPT
 from ngpt.optim.optimizers import build_optimizers
 from ngpt.system.device import mixed_precision, pick_device
-from ngpt.system.memory import configure_allocator, free_memory, peak_memory, reset_peak_memory
+from ngpt.system.memory import configure_allocator, peak_memory, reset_peak_memory
 from ngpt.training.checkpoint import Checkpoint, checkpoint_folders, load_checkpoint, newest_checkpoint
 from ngpt.training.config import TrainConfig, rollback_settings
-from ngpt.training.recovery import halved
 from ngpt.training.state import Metrics, TrainState
 from ngpt.training.tracker import finite_or_none
 
@@ -37,7 +33,7 @@ class Run:
     out_dir: Path
     device: torch.device
     dataset: Dataset
-    tokenizer_model: bytes | None  # written into each checkpoint, see `find_tokenizer_model`
+    tokenizer_model: bytes | None  # written into each checkpoint; read at the start, since the cache may change
     validation: EvalSet
     model: GPT
     optimizers: list[torch.optim.Optimizer]
@@ -68,6 +64,11 @@ class Run:
         return mixed_precision(self.device, self.config.dtype)
 
 
+def halved(size: int, times: int) -> int:
+    """`size` halved `times` times, rounded up: 5, 3, 2, 1, 1."""
+    return -(-size // 2**times)
+
+
 class Clock:
     """Adds the time of training steps to the state, except for the first `warmup` steps of the process."""
 
@@ -90,15 +91,11 @@ class Clock:
         self._skip = max(self._skip, 1)
 
 
-# ---- start, restore, roll back -----------------------------------------------------------------
+# ---- start and restore -------------------------------------------------------------------------
 
 
 def set_up(config: TrainConfig, out_dir: Path, *, resume: str | None, dataset: Dataset | None) -> Run:
-    """A run at its first step, or restored from the newest intact checkpoint in `out_dir` if `resume` is "latest".
-
-    Raises:
-        ConfigError: `out_dir` holds checkpoints and `resume` is None, or they belong to another config.
-    """
+    """A run at its first step, or restored from the newest intact checkpoint in `out_dir` if `resume` is "latest"."""
     if resume not in (None, "latest"):
         raise ConfigError(f"resume must be 'latest', got {resume!r}")
     if resume is None and checkpoint_folders(out_dir / "checkpoints"):
@@ -106,10 +103,8 @@ def set_up(config: TrainConfig, out_dir: Path, *, resume: str | None, dataset: D
     device = pick_device(config.device)
     configure_allocator()
     reset_peak_memory(device)
-    dataset = dataset or open_dataset(config.data)
-    validation = eval_set(
-        dataset, tokens=config.eval_tokens, batch_size=config.batch_size, block_size=config.model.block_size
-    )
+    dataset, length = dataset or open_dataset(config.data), config.model.block_size
+    validation = eval_set(dataset, tokens=config.eval_tokens, batch_size=config.batch_size, block_size=length)
     model = GPT(config.model, seed=config.seed).to(device)
     if config.compile:
         model.compile_parts()
@@ -139,26 +134,6 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
     run.state.restore(TrainState.from_saved(saved["progress"]))
 
 
-def rollback_to_checkpoint(run: Run) -> None:
-    """Restores the newest intact checkpoint, or the start of the run if there is none."""
-    run.restarts += 1
-    run.model.zero_grad(set_to_none=True)
-    run.optimizers = build_optimizers(run.model, run.config.optim)  # without moments
-    free_memory(run.device)
-    if checkpoint := newest_checkpoint(run.out_dir / "checkpoints"):
-        restore(run, checkpoint)
-    else:
-        run.model.load_state_dict(GPT(run.config.model, seed=run.config.seed).state_dict())
-        run.state.restore(TrainState())
-
-
-def rollback_with_smaller_batches(run: Run) -> None:
-    """Rolls back after memory ran out, and keeps the halvings that `reduce_batch` has decided on."""
-    microbatch_halvings, batch_halvings = run.state.microbatch_halvings, run.state.batch_halvings
-    rollback_to_checkpoint(run)
-    run.state.microbatch_halvings, run.state.batch_halvings = microbatch_halvings, batch_halvings
-
-
 # ---- results -----------------------------------------------------------------------------------
 
 
@@ -174,11 +149,10 @@ class RunResult:
 
 def progress(run: Run) -> Metrics:
     """The step, the tokens seen and the throughput (None until it has been measured)."""
-    state = run.state
-    dropped_tokens = state.dropped_sequences * run.config.model.block_size
+    state, config = run.state, run.config
     return {
         "step": state.step,
-        "tokens": state.step * run.config.tokens_per_step - dropped_tokens,
+        "tokens": state.step * config.tokens_per_step - state.dropped_sequences * config.model.block_size,
         "tokens_per_second": state.timed_tokens / state.timed_seconds if state.timed_seconds else None,
     }
 
@@ -209,10 +183,7 @@ def result_of(run: Run, status: str) -> RunResult:
 
 
 def find_tokenizer_model(config: DataConfig, dataset: Dataset) -> bytes | None:
-    """The sentencepiece model that made the tokens; None if it was another kind of tokenizer, or cannot be found.
-
-    It is read before the first step, so that a long run does not depend on what happens to the cache meanwhile.
-    """
+    """The sentencepiece model that made the tokens; None if it was another kind of tokenizer, or cannot be found."""
     made_with, shards = dataset.manifest["tokenizer"], dataset.manifest["shard_folder"]
     kind, argument = parse_spec(made_with["spec"])
     folders = [dataset.folder, Path(config.corpus).expanduser(), *([Path(shards)] if shards else [])]

@@ -8,9 +8,8 @@ from ngpt.config.base import flatten
 from ngpt.data.tokens.tokenizer import MODEL_FILE
 from ngpt.optim.schedule import is_due
 from ngpt.system.heartbeat import HeartbeatWriter
-from ngpt.system.memory import free_memory, is_out_of_memory
+from ngpt.system.memory import is_out_of_memory, retry_on_oom
 from ngpt.training.checkpoint import checkpoint_folders, save_checkpoint
-from ngpt.training.recovery import ON_OOM
 from ngpt.training.run import Run, identity
 from ngpt.training.tracker import Tracker
 
@@ -28,9 +27,8 @@ def checkpoint_on_stop(run: Run, tracker: Tracker, heartbeat: HeartbeatWriter) -
         yield
     except GeneratorExit:
         step, scores = run.state.step, run.state.last_eval
-        is_saved = step == 0 or any(
-            path.name == f"step_{step:07d}" for path in checkpoint_folders(run.out_dir / "checkpoints")
-        )
+        saved = [path.name for path in checkpoint_folders(run.out_dir / "checkpoints")]
+        is_saved = step == 0 or f"step_{step:07d}" in saved
         is_sound = scores.get("step") != step or scores["val_loss"] is not None
         is_allowed = run.config.nonfinite.policy != "rollback" or is_due(step, run.config.checkpoint.every)
         if heartbeat.stop_requested(now=True) and is_sound and is_allowed and not is_saved:
@@ -42,16 +40,19 @@ def try_save_checkpoint(run: Run, tracker: Tracker, *, last: bool) -> None:
     """Saves rows and state. A failed save is logged and skipped; the last one is retried once, then raises.
 
     If the disk refuses a checkpoint of a run that may roll back, it is retried and raises as well: where such a run can
-    roll back to decides its results. If memory runs out, any save is retried once.
-
-    Raises:
-        OSError: the disk refuses a checkpoint that the run needs.
-        RuntimeError, MemoryError: no memory for the last checkpoint, or for any one if `on_oom` is fail.
+    roll back to decides its results. If memory runs out, any save is retried once, unless `on_oom` is fail.
     """
     step = run.state.step
     is_required = last or run.config.nonfinite.policy == "rollback"
+    may_retry, attempts = run.config.on_oom != "fail", 0
+
+    def attempt() -> None:
+        nonlocal attempts
+        attempts += 1
+        save(run, tracker)
+
     try:
-        _save_retrying_once(run, tracker)
+        retry_on_oom(attempt, lambda: may_retry and attempts == 1, run.device)
     except OSError as error:
         reason = error.strerror or error
         if not is_required:
@@ -60,31 +61,15 @@ def try_save_checkpoint(run: Run, tracker: Tracker, *, last: bool) -> None:
         log.warning("step %d: the checkpoint was not saved (%s); trying once more", step, reason)
         save(run, tracker)
     except (RuntimeError, MemoryError) as error:
-        if last or not _may_retry(run, error):
+        if last or not may_retry or not is_out_of_memory(error):
             raise
         log.warning("step %d: no memory to save a checkpoint; the next one will be tried", step)
-
-
-def _save_retrying_once(run: Run, tracker: Tracker) -> None:
-    try:
-        save(run, tracker)
-        return
-    except (RuntimeError, MemoryError) as error:
-        if not _may_retry(run, error):
-            raise
-    free_memory(run.device)  # outside of `except`, since a traceback keeps tensors alive
-    save(run, tracker)
-
-
-def _may_retry(run: Run, error: Exception) -> bool:
-    return ON_OOM[run.config.on_oom] is not None and is_out_of_memory(error)
 
 
 def save(run: Run, tracker: Tracker) -> None:
     """Commits a checkpoint from which the run continues exactly, after all rows before it are on disk."""
     tracker.sync()
-    latest = run.state.last_eval
-    optimizers = [optimizer.state_dict() for optimizer in run.optimizers]
+    latest, optimizers = run.state.last_eval, [optimizer.state_dict() for optimizer in run.optimizers]
     save_checkpoint(
         run.out_dir / "checkpoints",
         model=run.model,

@@ -50,6 +50,6 @@ class TrainState:
 
     @classmethod
     def from_saved(cls, saved: Mapping[str, Any]) -> Self:
-        """The state that `to_saved` wrote, in this version or an earlier one."""
+        """The state that `to_saved` wrote."""
         names = {saved_as: name for name, saved_as in SAVED_AS.items()}
         return cls(**{names.get(name, name): value for name, value in saved.items()})

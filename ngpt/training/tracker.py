@@ -42,12 +42,7 @@ class TrackerConfig(Config):
 
 
 def resolve_tracker(cfg: TrackerConfig, folder: Path, report: Callable[[str], None] = print_line) -> TrackerConfig:
-    """`cfg` with the W&B mode `auto` replaced by the mode it stands for. Call it once, before the first run.
-
-    Args:
-        cfg: the settings as given.
-        folder: where the runs are, for messages; it may be a pattern.
-        report: called with a line that gives the mode and the reason.
+    """`cfg` with the W&B mode `auto` resolved, see `resolve_mode`. Call it once, before the first run.
 
     Raises:
         ConfigError: the mode is online and W&B cannot be reached, or TensorBoard is not installed.
@@ -68,16 +63,11 @@ class Histogram(NamedTuple):
 
 
 def histogram(values: "ArrayLike | Tensor") -> Histogram:
-    """`HISTOGRAM_BINS` equal bins from the smallest to the largest value.
-
-    Args:
-        values: numbers, or a tensor on any device. Values that are not finite in float32 are counted, not binned.
-    """
+    """`HISTOGRAM_BINS` equal bins over the values. Those that are not finite in float32 are counted, not binned."""
     import numpy as np
 
     detach = getattr(values, "detach", None)
-    plain = detach().float().cpu() if detach else values  # NumPy knows neither GPUs nor bfloat16
-    array = np.asarray(plain, dtype=np.float64)
+    array = np.asarray(detach().float().cpu() if detach else values, dtype=np.float64)  # NumPy lacks bfloat16
     kept = array[np.abs(array) <= FLOAT32_MAX]
     not_finite = array.size - kept.size
     if not kept.size:
@@ -92,15 +82,11 @@ def histogram(values: "ArrayLike | Tensor") -> Histogram:
 
 
 class RowFile:
-    """A file of rows that loses none: rows that a full disk refuses wait in memory for the next row, or for `sync`.
-
-    The file is created with the first row.
-    """
+    """A file of rows, created with the first. Rows that a full disk refuses wait for the next row, or for `sync`."""
 
     def __init__(self, path: Path) -> None:
-        self._path, self._file = path, None
+        self._path, self._file, self._synced = path, None, True
         self._waiting: list[str] = []
-        self._synced = True
 
     def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Appends rows without NaN or infinities. If the disk refuses them, that is logged as a warning."""
@@ -113,11 +99,7 @@ class RowFile:
                 log.warning("%s: %s; its rows wait in memory", self._path, error.strerror or error)
 
     def sync(self) -> None:
-        """Waits until all rows are on disk.
-
-        Raises:
-            OSError: the disk refuses them; they still wait in memory.
-        """
+        """Waits until all rows are on disk. If the disk refuses them, it raises, and they still wait in memory."""
         self._write()
         if self._file and not self._synced:
             self._file.sync()
@@ -141,14 +123,8 @@ class Tracker:
     """Appends rows of numbers to `metrics.jsonl` as strict JSON. Numbers that are not finite are written as null.
 
     A resumed run continues from step `keep_until`; later rows are dropped. Offline W&B runs go to `folder/wandb`,
-    TensorBoard's events to `folder/tensorboard`.
-
-    Other processes see whole rows only, and a killed run loses none. A full disk does not end the run: rows wait in
-    memory, and no checkpoint is saved before the rows that precede it (see `sync`).
-
-    Raises:
-        ModuleNotFoundError: TensorBoard is not installed; `resolve_tracker` reports that before the first run.
-        OSError: `folder` is not writable.
+    TensorBoard's events to `folder/tensorboard`. Other processes see whole rows only, and a killed run loses none. A
+    full disk does not end the run: rows wait in memory, and no checkpoint is saved before them (see `sync`).
     """
 
     def __init__(
@@ -160,23 +136,16 @@ class Tracker:
         if histograms.exists():
             _drop_after(keep_until, histograms)
         with contextlib.ExitStack() as stack:
-            self._metrics, self._histograms = RowFile(metrics), RowFile(histograms)
-            for rows in (self._metrics, self._histograms):
-                stack.callback(rows.close)
+            self._metrics = stack.enter_context(contextlib.closing(RowFile(metrics)))
+            self._histograms = stack.enter_context(contextlib.closing(RowFile(histograms)))
             self._writers: list[TensorBoard | WandbRun] = []
             if cfg.tensorboard:
                 self._writers.append(stack.enter_context(TensorBoard(folder / "tensorboard", keep_until)))
             mode = resolve_mode(cfg.wandb, folder) if cfg.wandb == "auto" else cfg.wandb
             if mode != "disabled":
-                run = WandbRun(
-                    folder,
-                    mode=mode,
-                    project=cfg.project,
-                    group=cfg.group,
-                    job_type=cfg.job_type,
-                    name=cfg.run_name or folder.name,
-                    config=dict(settings),
-                )
+                place = {"project": cfg.project, "group": cfg.group, "job_type": cfg.job_type}
+                name = cfg.run_name or folder.name
+                run = WandbRun(folder, mode=mode, name=name, config=dict(settings), **place)
                 self._writers.append(stack.enter_context(run))
             self._open = stack.pop_all()
 
@@ -200,11 +169,7 @@ class Tracker:
                 writer.log_histograms(step, shown)
 
     def sync(self) -> None:
-        """Waits until all rows are on disk, as they must be before a checkpoint is saved.
-
-        Raises:
-            OSError: the disk refuses them; the next row tries again.
-        """
+        """Waits until all rows are on disk, as they must be before a checkpoint; raises if the disk refuses them."""
         self._metrics.sync()
         self._histograms.sync()
 
@@ -227,10 +192,9 @@ class Tracker:
             self._open.__exit__(kind, error, trace)
 
     def _final_sync(self) -> None:
-        """Syncs, and retries once, since no later row will."""
         try:
             self.sync()
-        except OSError as error:
+        except OSError as error:  # no later row will try again
             log.warning("the last rows were not written (%s); trying once more", error.strerror or error)
             self.sync()
 
@@ -241,10 +205,7 @@ def finite_or_none(value: Any) -> Any:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a `metrics.jsonl` or `histograms.jsonl`; none if there is no file.
-
-    A half-written last line is ignored, and so are lines with zero bytes, which a power loss leaves behind.
-    """
+    """The rows of a file. A half-written last line, and lines with zero bytes after a power loss, are ignored."""
     if not path.is_file():
         return []
     *lines, _ = path.read_text(encoding="utf-8").split("\n")
@@ -257,8 +218,7 @@ def _drop_after(step: int | None, path: Path) -> None:
     Rows after the newest checkpoint were never synced, so a power loss may have damaged them.
     """
     content = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
-    lines = (content or "").split("\n")[:-1]
-    rows = [] if step is None else list(map(_row, lines))
+    rows = [] if step is None or content is None else list(map(_row, content.split("\n")[:-1]))
     if None in rows:
         log.warning("%s: dropped %d damaged lines", path, rows.count(None))
     kept = [row for row in rows if row is not None and step is not None and row["step"] <= step]
@@ -284,8 +244,7 @@ class TensorBoard:
     def __init__(self, folder: Path, keep_until: int | None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        purge = 0 if keep_until is None else keep_until + 1
-        self._writer = SummaryWriter(str(folder), purge_step=purge, flush_secs=10)
+        self._writer = SummaryWriter(str(folder), purge_step=0 if keep_until is None else keep_until + 1, flush_secs=10)
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Adds the numbers of a row as scalars."""
@@ -297,12 +256,7 @@ class TensorBoard:
         """Adds histograms by name. None of them may be empty."""
         for name, each in histograms.items():
             self._writer.add_histogram_raw(
-                name,
-                min=each.edges[0],
-                max=each.edges[-1],
-                num=sum(each.counts),
-                sum=each.total,
-                sum_squares=each.squares,
+                *(name, each.edges[0], each.edges[-1], sum(each.counts), each.total, each.squares),
                 bucket_limits=each.edges[1:],
                 bucket_counts=each.counts,
                 global_step=step,

@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 from urllib.parse import urlsplit
 
 from ngpt.config.base import ConfigError
@@ -36,14 +36,9 @@ def print_line(text: str) -> None:
 
 
 def resolve_mode(mode: str, folder: Path, report: Callable[[str], None] = print_line) -> str:
-    """The mode to use: online, offline or disabled. For `auto`, the choice and the reason go to `report`.
+    """The mode to use: online, offline or disabled. For `auto`, `report` is called with the choice and the reason.
 
-    Online needs a key, and a server that answers the probe.
-
-    Args:
-        mode: one of `WANDB_MODES`.
-        folder: where the runs are, for messages; it may be a pattern.
-        report: called with a line of text.
+    Online needs a key, and a server that answers the probe. `folder` appears in messages and may be a pattern.
 
     Raises:
         ConfigError: the mode is online, and there is no key or no server.
@@ -61,15 +56,14 @@ def resolve_mode(mode: str, folder: Path, report: Callable[[str], None] = print_
         report(f"W&B: {chosen}, as WANDB_MODE or wandb's settings file says")
         return chosen
     problem = (None if stored_key else key_problem(url)) or server_problem(url, timeout=PROBE_TIMEOUT)
-    if mode == "online":
-        if problem is not None:
-            raise ConfigError(f"tracker.wandb is online, but {problem}; set it to auto or offline")
-        return "online"
-    if problem is None:
+    if mode == "online" and problem is not None:
+        raise ConfigError(f"tracker.wandb is online, but {problem}; set it to auto or offline")
+    if problem is not None:
+        report(f"W&B: offline, since {problem}; {UPLOAD_HINT.format(folder)}")
+        return "offline"
+    if mode == "auto":
         report(f"W&B: online, {urlsplit(url).hostname} answers")
-        return "online"
-    report(f"W&B: offline, since {problem}; {UPLOAD_HINT.format(folder)}")
-    return "offline"
+    return "online"
 
 
 def server_problem(url: str, *, timeout: float) -> str | None:
@@ -99,11 +93,9 @@ def key_problem(url: str) -> str | None:
     """Why there is no API key for the server, or None if the environment or the netrc file has one."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return None
-    named = os.environ.get("NETRC")
-    host = urlsplit(url).netloc
+    named, host = os.environ.get("NETRC"), urlsplit(url).netloc
     hosts = PUBLIC_HOSTS if host in PUBLIC_HOSTS else (host,)
-    for name in [named] if named else ["~/.netrc", "~/_netrc"]:
-        path = Path(name).expanduser()
+    for path in map(Path.expanduser, map(Path, [named] if named else ["~/.netrc", "~/_netrc"])):
         try:
             entries = netrc.netrc(path)
         except FileNotFoundError:
@@ -116,11 +108,7 @@ def key_problem(url: str) -> str | None:
 
 
 class WandbRun:
-    """A run that collects numbers and histograms by step, and facts. Offline runs go to `folder/wandb`.
-
-    Raises:
-        wandb.Error: an offline run cannot be opened.
-    """
+    """A run that collects numbers and histograms by step, and facts. Offline runs go to `folder/wandb`."""
 
     server_lost = False  # for this process: one timeout is enough
 
@@ -130,8 +118,8 @@ class WandbRun:
 
         self._histogram: Any = wandb.Histogram
         self._known_metrics: set[str] = set()
-        options |= {"project": project, "group": group or None, "dir": folder}
-        options["id"] = run_id(folder, project=project, group=group)
+        id = run_id(folder, project=project, group=group)
+        options |= {"id": id, "project": project, "group": group or None, "dir": folder}
         if mode == "online" and not WandbRun.server_lost:
             try:
                 self._run = _start("online", options)
@@ -168,23 +156,14 @@ class WandbRun:
         self._run.finish(exit_code=0 if kind is None else 1)
 
 
-def _start(mode: str, options: Mapping[str, Any]) -> Any:
+def _start(mode: Literal["online", "offline"], options: Mapping[str, Any]) -> Any:
     """Opens a new run, or the one of an earlier attempt, which has the same id."""
     import wandb
 
     wandb.setup(settings=wandb.Settings(silent=True))  # otherwise it prints where it has found a key
-    return wandb.init(
-        mode="offline" if mode == "offline" else "online",
-        resume="allow",
-        reinit="create_new",
-        settings=wandb.Settings(
-            silent=True,
-            console="off",  # the campaign owns the terminal
-            init_timeout=INIT_TIMEOUT,
-            finish_timeout=UPLOAD_TIMEOUT,
-        ),
-        **options,
-    )
+    limits = {"init_timeout": INIT_TIMEOUT, "finish_timeout": UPLOAD_TIMEOUT}
+    settings = wandb.Settings(silent=True, console="off", **limits)  # the campaign owns the terminal
+    return wandb.init(mode=mode, resume="allow", reinit="create_new", settings=settings, **options)
 
 
 def run_id(folder: Path, *, project: str, group: str) -> str:

@@ -1,6 +1,7 @@
 """Generation: the cache does not change results, sampling follows its definition, and characters are shown whole."""
 
 import io
+import itertools
 import os
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import ngpt.generate
 from ngpt.config.base import ConfigError, build, override
 from ngpt.data.dataset import Dataset
 from ngpt.data.tokens.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
-from ngpt.generate import Continuation, Sampling, TextStream, encode_prompt, generate, main, probabilities
+from ngpt.generate import Continuation, Sampling, encode_prompt, generate, main, probabilities
 from ngpt.model.config import ModelConfig
 from ngpt.model.gpt import GPT
 from ngpt.model.layers import KVCache
@@ -262,8 +263,14 @@ def foreign(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 def streamed(tokenizer: Tokenizer, ids: list[int], prompt: list[int]) -> list[str]:
-    stream = TextStream(tokenizer, prompt)
-    return [*(stream.add(token) for token in ids), stream.close()]
+    """The text that each token completes, and the text that the end adds."""
+    continuation, lengths = Continuation(prompt, tokenizer), [0]
+    for token in ids:
+        continuation.add(token)
+        lengths.append(len(continuation.unprinted))
+    continuation.end()
+    lengths.append(len(continuation.unprinted))
+    return [continuation.unprinted[start:end] for start, end in itertools.pairwise(lengths)]
 
 
 tricky = st.sampled_from(["é", "日本", "\U0001f600", "e\u0301", "the ", "\n", "  ", "\u2581"])
@@ -302,7 +309,7 @@ def test_spaces_survive_a_tokenizer_that_strips_the_first_one(foreign: Tokenizer
 def test_the_document_mark_ends_a_text(foreign: Tokenizer) -> None:
     mark = foreign.document_mark
     assert mark is not None
-    continuation = Continuation(encode_prompt("", foreign), foreign, "")
+    continuation = Continuation(encode_prompt("", foreign), foreign)
     for token in [*map(int, foreign.encode("the dog")), mark, *map(int, foreign.encode("fox"))]:
         continuation.add(token)
     assert continuation.ended and continuation.unprinted == "the dog"

@@ -17,10 +17,9 @@ import ngpt.training.loop
 from ngpt.config.base import ConfigError, content_hash, flatten, override
 from ngpt.data.dataset import Dataset
 from ngpt.model.gpt import GPT
-from ngpt.training.config import TrainConfig
+from ngpt.training.config import NONFINITE, ON_OOM, TrainConfig
 from ngpt.training.loop import backward, train
-from ngpt.training.recovery import NONFINITE, ON_OOM, halved
-from ngpt.training.run import Run
+from ngpt.training.run import Run, halved
 from tests.helpers.tiny_run import LimitedMemory, rows, run, untimed, weight_difference, weights
 
 OPTIMIZERS = {"adamw": {}, "muon": {"optim.name": "muon", "optim.lr_other": 0.02}}
@@ -142,6 +141,7 @@ def test_a_single_sequence_that_does_not_fit_raises(watched: TrainConfig, datase
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # compiling takes minutes; on a busy machine more than the usual limit of five
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # raised while torch's compiler loads
 def test_a_compiled_run_may_use_more_batch_sizes_than_torch_recompiles(
     tiny: TrainConfig, dataset: Dataset, tmp_path: Path
