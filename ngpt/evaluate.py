@@ -38,10 +38,7 @@ def evaluate_checkpoint(
 ) -> dict[str, Any]:
     """`val_loss`, `val_bpb` and `perplexity` (per token), and the model and data that they belong to.
 
-    `eval_tokens` and `dtype` default to those of the training run.
-
-    Raises:
-        ConfigError: the corpus was tokenized differently, or is shorter than one window.
+    `eval_tokens` and `dtype` default to those of the training run. Another tokenizer's corpus is a ConfigError.
     """
     corpus_tokenizer = dataset.manifest["tokenizer"]
     hashes = {tokenizer_origin(checkpoint).sha256, corpus_tokenizer["sha256"]} - {None}
@@ -73,11 +70,7 @@ def evaluate_checkpoint(
 
 
 def data_config(checkpoint: Checkpoint, *, corpus: str | None, source: str | None, tokenizer: str | None) -> DataConfig:
-    """The named corpus, tokenized as the model needs it. The default is the corpus that the model was trained on.
-
-    Raises:
-        ConfigError: no corpus is named, and the checkpoint names none either.
-    """
+    """The named corpus, tokenized as the model needs it. The default is the corpus that the model was trained on."""
     settings = dict(checkpoint.data.get("settings") or {})
     if corpus is None and not settings:
         raise ConfigError(f"{checkpoint.path} does not say what it was trained on: name it with --corpus")

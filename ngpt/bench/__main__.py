@@ -45,21 +45,17 @@ def _benchmark(options: argparse.Namespace) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    described = [
-        f"  {name}: {(inspect.getdoc(function) or '').partition('Raises:')[0].strip()}"
-        for name, function in BENCHMARKS.items()
-    ]
-    always = "Every benchmark also returns device, dtype and threads."
+    texts = {name: (inspect.getdoc(benchmark) or "").partition("Raises:")[0] for name, benchmark in BENCHMARKS.items()}
+    described = "\n\n".join(f"  {name}: {text.strip()}" for name, text in texts.items())
     parser = argparse.ArgumentParser(
         prog="python -m ngpt.bench",
-        description="\n\n".join([inspect.getdoc(ngpt.bench) or "", *described, always]),
+        description=f"{ngpt.bench.__doc__}\n{described}\n\nEvery benchmark also returns device, dtype and threads.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("name", choices=BENCHMARKS)
     add_config_arguments(parser)
-    parser.add_argument(
-        "--compile", action="append_const", dest="set", const="compile=true", help="short for --set compile=true"
-    )
+    short = "short for --set compile=true"
+    parser.add_argument("--compile", action="append_const", dest="set", const="compile=true", help=short)
     parser.add_argument("--seconds", type=float, help="about how long to measure, after the warm-up")
     return parser
 

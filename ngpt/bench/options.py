@@ -20,11 +20,7 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def config_of(options: argparse.Namespace) -> TrainConfig:
-    """The configuration that the command line asks for; also sets the number of threads.
-
-    Raises:
-        ConfigError: a setting is wrong, or the device is not available.
-    """
+    """The configuration that the command line asks for; also sets the number of threads."""
     dtype = [f"dtype={options.dtype}"] if options.dtype else []
     config = read_config(options.config, [*options.set, *dtype])
     pick_device(config.device)

@@ -183,11 +183,8 @@ def loader(config: TrainConfig, *, seconds: float = 10.0) -> Figures:
     dataset = open_dataset(config.data)
     run = benchmark_run(config, dataset=dataset)
     rows, width = config.batch_size, config.model.block_size
-    counter = itertools.count(FAR_AHEAD)
+    numbers = itertools.count(FAR_AHEAD)
     shard, random = max(dataset.train, key=len), np.random.default_rng(config.seed)
-
-    def ours() -> object:
-        return read_batch(config, dataset, next(counter))
 
     def plain() -> object:  # karpathy/nanoGPT, train.py, get_batch
         starts = random.integers(len(shard) - width, size=rows)
@@ -195,13 +192,13 @@ def loader(config: TrainConfig, *, seconds: float = 10.0) -> Figures:
         y = torch.stack([torch.from_numpy(shard[i + 1 : i + 1 + width].astype(np.int64)) for i in starts])
         return x, y
 
-    contestants = {"ours": ours, "plain": plain, "step": lambda: train_step(run)}
+    ours = {"ours": lambda: read_batch(config, dataset, next(numbers))}
+    contestants = ours | {"plain": plain, "step": lambda: train_step(run)}
     times = take_turns(timers(contestants, run.device), seconds=seconds)
     figures = compare_times(times["ours"], times["plain"])
     step_ms = float(np.median(times["step"])) * 1000
-    used = {"step_ms": step_ms, "steps_ratio": step_ms / figures["ms"]}
-    tokens = rows * width
-    figures |= {"tokens_per_second": tokens / figures["ms"] * 1000} | used
+    tokens, ms = rows * width, figures["ms"]
+    figures |= {"tokens_per_second": tokens / ms * 1000, "step_ms": step_ms, "steps_ratio": step_ms / ms}
     moved = tokens * (shard.dtype.itemsize + 2 * np.dtype(np.int64).itemsize)
     return figures | _floor(config, torch.device("cpu"), moved, 0, times["ours"])
 

@@ -1,13 +1,11 @@
-"""K models of one graph as one program. Their weights are stacked, and each model holds views of its rows.
+"""K models of one graph as one program: their weights are stacked, and each model holds views of its rows.
 
-The forward pass is the model's own code under `torch.vmap` (PyTorch's "model ensembling"), so it exists only once. Only
-the loss is written out here. Because each model still holds its weights, its optimizer, evaluation and checkpoints work
-as for a single model.
+The forward pass is the model's own code under `torch.vmap` (PyTorch's "model ensembling"); only the loss is written out
+here. Optimizers, evaluation and checkpoints work on each model as usual.
 """
 
-import contextlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -70,9 +68,8 @@ class Stack:
         x = self._features(idx).flatten(1, 2)  # (K, N, D)
         cfg, targets = self.models[0].cfg, targets.flatten(1)
         head = self.weights["wte.weight" if cfg.tied else "lm_head.weight"]
-        scale = None
-        if cfg.on_sphere:
-            scale = self.weights["s_z.stored"] * self.buffers["s_z.ratio"][:, None]  # (K, V), or (K, 1)
+        # (K, V), or (K, 1)
+        scale = self.weights["s_z.stored"] * self.buffers["s_z.ratio"][:, None] if cfg.on_sphere else None
         if 4 * targets.numel() * head.shape[1] > MAX_BATCHED_LOGITS.get(x.device.type, MAX_BATCHED_LOGITS["cpu"]):
             scales = [None] * len(head) if scale is None else scale.unbind()
             each = zip(x.unbind(), head.unbind(), targets.unbind(), scales, strict=True)
@@ -85,7 +82,8 @@ class Stack:
 
     def _features(self, idx: Tensor) -> Tensor:
         """The input of the heads, (K, B, T, D)."""
-        with _no_fallback_warning():
+        with warnings.catch_warnings():  # torch has no batched CPU attention, so vmap calls it once per model
+            warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
             return torch.vmap(self._template.of)(self.weights, self.buffers, idx)
 
     @torch.no_grad()
@@ -118,11 +116,3 @@ class _Features(nn.Module):
         """The features (B, T, D) with these `weights` and `buffers` instead of the model's own."""
         named = {f"model.{name}": tensor for name, tensor in (weights | buffers).items()}
         return torch.func.functional_call(self, named, (idx,))
-
-
-@contextlib.contextmanager
-def _no_fallback_warning() -> Iterator[None]:
-    """Hides a warning: torch has no batched CPU attention, so vmap calls it once per model."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
-        yield

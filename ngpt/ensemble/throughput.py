@@ -13,18 +13,12 @@ from ngpt.training.throughput import benchmark_run
 
 
 def measure_step_together(config: TrainConfig, count: int, *, warmup: int = 5, steps: int = 20) -> float:
-    """Tokens per second of `count` runs of one graph together, from the median time of a step.
-
-    Raises:
-        ConfigError: such runs cannot be trained together.
-    """
+    """Tokens per second of `count` runs of one graph together, from the median time of a step."""
     config = resolved(config)
     runs = benchmark_runs(config, open_dataset(config.data), count)
     stack = Stack([run.model for run in runs])
-    times = [time_call(lambda: train_step_together(stack, runs), runs[0].device) for _ in range(warmup + steps)][
-        warmup:
-    ]
-    return count * config.tokens_per_step / statistics.median(times)
+    times = [time_call(lambda: train_step_together(stack, runs), runs[0].device) for _ in range(warmup + steps)]
+    return count * config.tokens_per_step / statistics.median(times[warmup:])
 
 
 def benchmark_runs(config: TrainConfig, dataset: Dataset, count: int) -> list[Run]:

@@ -4,8 +4,7 @@ This pays off if launching operations takes longer than computing them: small mo
 CPU. `python -m ngpt.bench vectorised` measures it for a shape on this machine.
 
 Only training steps are batched. Evaluations take 13 to 32 % of such trials, but batching them did not help: on a CPU,
-eight models took 1.13 s one by one and 1.14 s batched (2 x 32, 128 batches of 128 tokens), and 1.17 and 1.15 s in 16
-batches of 1,024.
+eight models (2 x 32, 128 batches of 128 tokens) took 1.13 s one by one and 1.14 s batched.
 
 Each run keeps its own folder, metrics, checkpoints and step count. `ngpt.training.loop.train` can resume it, and the
 other way round. Results differ from those of single runs by the rounding of batched products only.
@@ -38,8 +37,7 @@ from ngpt.training.loop import (
 from ngpt.training.run import Run, RunResult, set_up
 from ngpt.training.state import Metrics
 
-# Settings that may differ between runs of one graph, and sections of them. They reach the graph as tensors, or not at
-# all.
+# Settings, and sections of them, that may differ between runs of one graph: they reach it as tensors, or not at all.
 FREE_SETTINGS = {
     *("seed", "steps", "project_every", "eval_every", "eval_tokens", "data.order", "data.reservoir"),
     *("model.alpha", "model.alpha_final", "model.logit_scale", "model.scale_trick"),
@@ -64,19 +62,15 @@ def graph_settings(config: TrainConfig) -> dict[str, object]:
 
 
 def ensemble_incompatibility(configs: Sequence[TrainConfig]) -> str | None:
-    """Why the configs cannot be trained together, as one sentence, or None if they can.
-
-    Seeds, steps, optimizers and their rates, schedules, alpha, the logit scale, the projection period and all periods
-    of evaluation, logging and saving may differ. All other settings must be equal, so that the tensors fit one graph.
-    """
+    """Why the configs cannot be trained together, as one sentence, or None if they can."""
     for config in configs:
         if config.compile:
             return "compile is on: compiled steps are not batched over runs, which was not faster where it was measured"
         if config.on_oom == "halve_batch":
             return "on_oom is halve_batch: running out of memory would change the result of every run; use split"
-    graphs = [graph_settings(config) for config in configs]
-    for graph in graphs[1:]:
-        for name, value in graphs[0].items():
+    first, *others = map(graph_settings, configs)
+    for graph in others:
+        for name, value in first.items():
             if graph[name] != value:
                 return f"{name} differs, {value!r} and {graph[name]!r}: runs trained together share one graph"
     return None
@@ -196,11 +190,11 @@ def train_step_together(stack: Stack, runs: Sequence[Run]) -> list[StepMetrics]:
 
 
 def _gradients(stack: Stack, runs: Sequence[Run]) -> list[tuple[float, float]]:
-    """Fills all gradients, one micro-batch at a time, and clips them; returns each run's loss and unclipped norm.
-
-    As in `ngpt.training.loop.gradients`, this is the only place of a step that waits for a GPU.
-    """
-    idx, targets = _next_batches(runs)
+    """Fills all gradients, one micro-batch at a time, and clips them; returns each run's loss and unclipped norm."""
+    _make_batches(runs, ahead=0)
+    idx, targets = (
+        torch.stack(parts) for parts in zip(*(run.upcoming[1] for run in runs if run.upcoming), strict=True)
+    )
     with contextlib.ExitStack() as counts:
         for run in runs:
             counts.enter_context(restore_counts_on_error(run.model))
@@ -218,13 +212,6 @@ def _gradients(stack: Stack, runs: Sequence[Run]) -> list[tuple[float, float]]:
         numbers: list[list[float]] = torch.stack((total, norms)).tolist()
         stack.clip(numbers[1], [run.config.optim.grad_clip or math.inf for run in runs])
     return list(zip(*numbers, strict=True))
-
-
-def _next_batches(runs: Sequence[Run]) -> tuple[Tensor, Tensor]:
-    """(idx, targets) of the runs' next steps, (K, B, T)."""
-    _make_batches(runs, ahead=0)
-    idx, targets = zip(*(run.upcoming[1] for run in runs if run.upcoming), strict=True)
-    return torch.stack(idx), torch.stack(targets)
 
 
 def _make_batches(runs: Sequence[Run], *, ahead: int) -> None:

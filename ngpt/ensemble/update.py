@@ -40,5 +40,4 @@ def update_together(runs: Sequence[Run]) -> None:
 
 def reduce_batches(runs: Sequence[Run]) -> bool:
     """Applies every run's policy for running out of memory; returns whether any batch became smaller."""
-    reduced = [reduce_batch(run) for run in runs]
-    return any(reduced)
+    return any([reduce_batch(run) for run in runs])  # a list, so that none is left out

@@ -161,7 +161,7 @@ def _start(mode: Literal["online", "offline"], options: Mapping[str, Any]) -> An
     import wandb
 
     wandb.setup(settings=wandb.Settings(silent=True))  # otherwise it prints where it has found a key
-    limits = {"init_timeout": INIT_TIMEOUT, "finish_timeout": UPLOAD_TIMEOUT}
+    limits: dict[str, Any] = {"init_timeout": INIT_TIMEOUT, "finish_timeout": UPLOAD_TIMEOUT}
     settings = wandb.Settings(silent=True, console="off", **limits)  # the campaign owns the terminal
     return wandb.init(mode=mode, resume="allow", reinit="create_new", settings=settings, **options)
 
