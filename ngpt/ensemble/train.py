@@ -25,15 +25,7 @@ from ngpt.ensemble.update import reduce_batches, update_together
 from ngpt.model.diagnostics import restore_counts_on_error
 from ngpt.system.memory import retry_on_oom
 from ngpt.training.config import TrainConfig, resolved
-from ngpt.training.loop import (
-    StepMetrics,
-    batch,
-    count_step,
-    set_schedules,
-    step_metrics,
-    train_run,
-    train_step,
-)
+from ngpt.training.loop import StepMetrics, batch, count_step, set_schedules, step_metrics, train_run, train_step
 from ngpt.training.run import Run, RunResult, set_up
 from ngpt.training.state import Metrics
 
@@ -68,9 +60,9 @@ def ensemble_incompatibility(configs: Sequence[TrainConfig]) -> str | None:
             return "compile is on: compiled steps are not batched over runs, which was not faster where it was measured"
         if config.on_oom == "halve_batch":
             return "on_oom is halve_batch: running out of memory would change the result of every run; use split"
-    first, *others = map(graph_settings, configs)
-    for graph in others:
-        for name, value in first.items():
+    graphs = list(map(graph_settings, configs))
+    for graph in graphs[1:]:
+        for name, value in graphs[0].items():
             if graph[name] != value:
                 return f"{name} differs, {value!r} and {graph[name]!r}: runs trained together share one graph"
     return None
@@ -92,9 +84,7 @@ def train_together(
     checkpoint of another config ends one run and not the others. Runs whose indices are sent in answer to a yield are
     closed. The last run left trains alone.
 
-    Args:
-        configs, out_dirs, resume: for each run, as in `ngpt.training.loop.train`.
-        dataset: the opened corpus of all runs, or None to open it.
+    Arguments are those of `ngpt.training.loop.train`, for each run.
 
     Raises:
         ConfigError: the configs cannot be trained together, see `ensemble_incompatibility`.

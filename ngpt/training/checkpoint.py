@@ -2,8 +2,8 @@
 
     checkpoints/step_0001000/   model.safetensors  state.pt  MANIFEST.json  tokenizer.model (if there is one)
 
-`torch.load` does not notice a flipped bit inside a tensor, and a crash can truncate any file. So a folder is written
-under a temporary name, synced and then renamed, and it is only loaded if all digests match its manifest.
+A crash can truncate any file, and `torch.load` misses a flipped bit. So a folder is written under a temporary name,
+synced and then renamed, and it is only loaded if all digests match its manifest.
 """
 
 import hashlib
@@ -183,7 +183,6 @@ def _sweep(root: Path) -> None:
 
 
 def _retain(root: Path, keep_last: int) -> None:
-    """Removes all checkpoints but the last `keep_last` and the best."""
     losses: dict[Path, float | None] = {}
     for path in checkpoint_folders(root):
         try:

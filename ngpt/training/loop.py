@@ -21,13 +21,7 @@ from ngpt.system.memory import is_out_of_memory, retry_on_oom
 from ngpt.training.config import TrainConfig, resolved
 from ngpt.training.evaluation import evaluate_run
 from ngpt.training.recovery import handle_nonfinite, reduce_batch, rollback_with_smaller_batches
-from ngpt.training.run import (
-    Run,
-    RunResult,
-    progress,
-    result_of,
-    set_up,
-)
+from ngpt.training.run import Run, RunResult, progress, result_of, set_up
 from ngpt.training.saving import checkpoint_on_stop, try_save_checkpoint
 from ngpt.training.state import AVERAGED_STEPS, Metrics
 from ngpt.training.tracker import Tracker

@@ -1,7 +1,6 @@
 """Writes the metrics of a run to `metrics.jsonl`, and to Weights & Biases and TensorBoard if asked.
 
-Tracking never changes results: both packages are imported only if they are used, and no setting here is part of a
-trial's identity.
+Both packages are imported only if they are used. No setting here is part of a trial's identity.
 """
 
 import contextlib
@@ -11,8 +10,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from pydantic import Field
 
@@ -119,7 +117,7 @@ class RowFile:
             self._waiting.clear()
 
 
-class Tracker:
+class Tracker(contextlib.AbstractContextManager["Tracker"]):
     """Appends rows of numbers to `metrics.jsonl` as strict JSON. Numbers that are not finite are written as null.
 
     A resumed run continues from step `keep_until`; later rows are dropped. Offline W&B runs go to `folder/wandb`,
@@ -179,17 +177,12 @@ class Tracker:
         for writer in self._writers:
             writer.note(clean)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *details: Any) -> None:
         try:
             if kind is None:
                 self._final_sync()
         finally:
-            self._open.__exit__(kind, error, trace)
+            self._open.__exit__(kind, *details)
 
     def _final_sync(self) -> None:
         try:
@@ -238,7 +231,7 @@ def _line(row: Mapping[str, Any]) -> str:
     return json.dumps(row, allow_nan=False)
 
 
-class TensorBoard:
+class TensorBoard(contextlib.AbstractContextManager["TensorBoard"]):
     """Event files for `tensorboard --logdir`. Events of an interrupted attempt after `keep_until` are purged."""
 
     def __init__(self, folder: Path, keep_until: int | None) -> None:
@@ -266,9 +259,6 @@ class TensorBoard:
         """Adds facts about the whole run, each as JSON text."""
         for name, value in facts.items():
             self._writer.add_text(name, json.dumps(value, allow_nan=False))
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._writer.close()

@@ -4,6 +4,7 @@ wandb waits 15 to 90 s per run for a server that does not answer. So a campaign 
 run. A server that goes away later costs runs their online log, never their training.
 """
 
+import contextlib
 import hashlib
 import json
 import netrc
@@ -16,7 +17,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from ngpt.config.base import ConfigError
@@ -31,7 +32,7 @@ PUBLIC_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")  # one service; a key
 
 
 def print_line(text: str) -> None:
-    """Prints a line on stderr."""
+    """Prints to stderr."""
     print(text, file=sys.stderr, flush=True)
 
 
@@ -107,7 +108,7 @@ def key_problem(url: str) -> str | None:
     return f"no key for {urlsplit(url).hostname} is configured (wandb login, or WANDB_API_KEY)"
 
 
-class WandbRun:
+class WandbRun(contextlib.AbstractContextManager["WandbRun"]):
     """A run that collects numbers and histograms by step, and facts. Offline runs go to `folder/wandb`."""
 
     server_lost = False  # for this process: one timeout is enough
@@ -148,9 +149,6 @@ class WandbRun:
     def note(self, facts: Mapping[str, Any]) -> None:
         """Adds facts to the run's summary."""
         self._run.summary.update(dict(facts))
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._run.finish(exit_code=0 if kind is None else 1)
