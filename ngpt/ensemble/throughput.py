@@ -22,11 +22,7 @@ def measure_step_together(config: TrainConfig, count: int, *, warmup: int = 5, s
 
 
 def benchmark_runs(config: TrainConfig, dataset: Dataset, count: int) -> list[Run]:
-    """Runs of a resolved config that differ in their seeds and write nothing, see `benchmark_run`.
-
-    Raises:
-        ConfigError: such runs cannot be trained together.
-    """
+    """Runs of a resolved config that differ in their seeds and write nothing, see `benchmark_run`."""
     if reason := ensemble_incompatibility([config]):
         raise ConfigError(reason)
     return [benchmark_run(override(config, {"seed": config.seed + k}), dataset=dataset) for k in range(count)]

@@ -164,10 +164,7 @@ def _advance(loop: RunLoop, metrics: StepMetrics | None) -> Event | None:
 
 
 def train_step_together(stack: Stack, runs: Sequence[Run]) -> list[StepMetrics]:
-    """One optimizer update of each run, as `ngpt.training.loop.train_step`; returns the metrics of each.
-
-    A gradient that is not finite is not applied, and does not reach another run's.
-    """
+    """One optimizer update of each run, as `ngpt.training.loop.train_step`; returns the metrics of each."""
     with contextlib.ExitStack() as clocks:
         for run in runs:
             clocks.enter_context(run.clock.step(run.config.tokens_per_step))

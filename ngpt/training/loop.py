@@ -116,10 +116,7 @@ def _step_alone(run: Run) -> Generator[Never, None, StepMetrics]:
 
 
 def train_step(run: Run) -> StepMetrics:
-    """One optimizer update; returns loss, gradient norm and learning rates. A gradient is only applied if it is finite.
-
-    If memory runs out, the step is repeated with half the micro-batch.
-    """
+    """One optimizer update, if the gradient is finite; repeated with half the micro-batch if memory runs out."""
     with run.clock.step(run.batch_size * run.config.model.block_size):
         set_schedules(run)
         number = run.state.step + run.state.skipped_batches

@@ -104,7 +104,6 @@ class RowFile:
             self._synced = True
 
     def close(self) -> None:
-        """Closes the file. Rows that still wait in memory are lost."""
         if self._file:
             self._file.close()
 
@@ -240,13 +239,11 @@ class TensorBoard(contextlib.AbstractContextManager["TensorBoard"]):
         self._writer = SummaryWriter(str(folder), purge_step=0 if keep_until is None else keep_until + 1, flush_secs=10)
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """Adds the numbers of a row as scalars."""
         for name, value in row.items():
             if name != "step":
                 self._writer.add_scalar(name, value, int(row["step"]))
 
     def log_histograms(self, step: int, histograms: Mapping[str, Histogram]) -> None:
-        """Adds histograms by name. None of them may be empty."""
         for name, each in histograms.items():
             self._writer.add_histogram_raw(
                 *(name, each.edges[0], each.edges[-1], sum(each.counts), each.total, each.squares),
@@ -256,7 +253,6 @@ class TensorBoard(contextlib.AbstractContextManager["TensorBoard"]):
             )
 
     def note(self, facts: Mapping[str, Any]) -> None:
-        """Adds facts about the whole run, each as JSON text."""
         for name, value in facts.items():
             self._writer.add_text(name, json.dumps(value, allow_nan=False))
 
