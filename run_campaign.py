@@ -271,10 +271,11 @@ def compare(options: argparse.Namespace) -> int:
 def verify(options: argparse.Namespace) -> int:
     """Checks every file of a results directory and lists those that can be rebuilt; exits with 1 if any is wrong."""
     from tune.results import verify as checks
+    from tune.storage.summaries import to_json
 
     findings = checks.verify(options.results)
-    print(json.dumps(findings, indent=1, allow_nan=False) if options.json else checks.verify_text(findings))
-    return 0 if findings["intact"] else EXIT_ERROR
+    print(json.dumps(to_json(findings), indent=1, allow_nan=False) if options.json else checks.verify_text(findings))
+    return 0 if findings.intact else EXIT_ERROR
 
 
 def doctor(options: argparse.Namespace) -> int:

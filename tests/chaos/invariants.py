@@ -162,10 +162,8 @@ def check_finished(root: Path, world: World, undisturbed: Facts, told: Acknowled
         if differing := [key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key)]:
             broken.append(f"I6 {name} differ from the undisturbed run's: {', '.join(differing[:3])}")
     checked = verify(root)
-    for finding in checked["problems"]:
-        broken.append(f"I7 {finding['path']}: {finding['text']}")
-    for finding in checked["notes"]:  # leftover files
-        broken.append(f"I5 {finding['path']}: {finding['text']}")
+    broken += [f"I7 {problem.path}: {problem.text}" for problem in checked.problems]
+    broken += [f"I5 {note.path}: {note.text}" for note in checked.notes]  # leftover files
     return broken + [f"I9 {path} holds a secret" for path in secrets(root)]
 
 

@@ -31,7 +31,7 @@ from typing import Literal
 
 from tune.analysis.least_squares import ROUNDING, LeastSquaresFit, Values, fit_layouts
 from tune.storage.records import TrialOutcome
-from tune.storage.summaries import Delta
+from tune.storage.summaries import ArmSummary, Delta, Spread
 
 Method = Literal["paired", "pooled"]
 Outcomes = Mapping[str, Mapping[int, TrialOutcome]]  # arm -> seed -> outcome
@@ -44,27 +44,6 @@ RANK_OF_EXCLUDED = {"incomplete": 1, "failed": 2, "diverged": 3}  # after the ar
 
 
 @dataclass(frozen=True)
-class ArmVerdict:
-    """One arm: number of finished seeds, their mean and sample sd, and the comparison with the baseline.
-
-    The interval of the mean uses the spread of the one-way layout (all arms around their own means), so that one seed
-    has an interval too. Its degrees of freedom are Satterthwaite's (1946): where seeds move all arms alike, many arms
-    do not make up for few seeds. `tied_with_winner`: the unadjusted interval of arm minus winner contains 0; False for
-    the winner itself.
-    """
-
-    arm: str
-    n: int
-    mean: float | None
-    sd: float | None
-    ci_low: float | None
-    ci_high: float | None
-    delta: Delta | None
-    verdict: Verdict
-    tied_with_winner: bool
-
-
-@dataclass(frozen=True)
 class Judgement:
     """A phase: its arms, best first, and the noise they were judged by.
 
@@ -73,7 +52,7 @@ class Judgement:
     `smallest_detectable` is the true effect that passes Holm's first step and `min_effect` with 80 % power.
     """
 
-    arms: list[ArmVerdict]
+    arms: list[ArmSummary]  # without what their trials measured besides the metric
     winner: str
     why: str
     method: Method | None
@@ -126,8 +105,8 @@ def judge(
             deltas[arm] = Delta(difference[arm])
         verdict = excluded.get(arm) or _verdict(deltas.get(arm), sign, alpha, min_effect * (1 - 1e-9))
         verdict = "baseline" if arm == baseline else verdict
-        spread = _mean_sd_interval(sample, one_way, spread_df, confidence)
-        arms.append(ArmVerdict(arm, len(sample), *spread, deltas.get(arm), verdict, False))
+        score = _spread(sample, one_way, spread_df, confidence)
+        arms.append(ArmSummary(arm, n=len(sample), score=score, delta=deltas.get(arm), verdict=verdict))
     arms.sort(key=lambda arm: (sign * difference[arm.arm], arm.arm != baseline, arm.arm))
     arms.sort(key=lambda arm: RANK_OF_EXCLUDED.get(arm.verdict, not arm.n))
     winner = next((arm.arm for arm in arms if arm.verdict == "better"), baseline)
@@ -254,9 +233,13 @@ def _verdict(delta: Delta | None, sign: float, alpha: float, min_effect: float) 
     return "better" if sign * delta.mean < 0 else "worse"
 
 
-def _mean_sd_interval(
-    sample: dict[int, float], one_way: LeastSquaresFit | None, df: float, confidence: float
-) -> tuple[float | None, float | None, float | None, float | None]:
+def _spread(sample: dict[int, float], one_way: LeastSquaresFit | None, df: float, confidence: float) -> Spread:
+    """Mean and sd of an arm's seeds, and the interval of the mean.
+
+    The interval uses the spread of the one-way layout (all arms around their own means), so that one seed has an
+    interval too. Its degrees of freedom are Satterthwaite's (1946): where seeds move all arms alike, many arms do not
+    make up for few seeds.
+    """
     from scipy.special import stdtrit
 
     n, mean, low, high = len(sample), fmean(sample.values() or [0.0]), None, None
@@ -264,10 +247,10 @@ def _mean_sd_interval(
     if n and one_way:
         half_width = sqrt(one_way.variance / n) * float(stdtrit(df, 0.5 + confidence / 2))
         low, high = mean - half_width, mean + half_width
-    return mean if n else None, sd, low, high
+    return Spread(mean if n else None, sd, low, high)
 
 
-def _why(arms: list[ArmVerdict], winner: str, metric: str, method: str | None, alpha: float, detectable: float) -> str:
+def _why(arms: list[ArmSummary], winner: str, metric: str, method: str | None, alpha: float, detectable: float) -> str:
     """The result of the phase in one sentence; numbers to two digits of the interval's half-width."""
     others = [arm for arm in arms if arm.verdict != "baseline"]
     judged = [(arm, arm.delta) for arm in others if arm.delta and arm.delta.p is not None]

@@ -5,6 +5,7 @@ Plotly reads some HTML in its labels, so every name is escaped here.
 """
 
 import html
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from math import isfinite
 from statistics import fmean
@@ -41,6 +42,17 @@ def verdict_slug(verdict: str | None) -> str:
     return verdict.replace(" ", "-") if verdict in VERDICTS else "other"
 
 
+# Parts that several figures share.
+ABOVE = {"orientation": "h", "x": 0, "y": 1, "xanchor": "left", "yanchor": "bottom"}  # place of a legend
+MARGIN = {"l": 8, "r": 16, "t": 30, "b": 46}
+
+
+def marker(verdict: str, size: int) -> Figure:
+    """How the arms with a verdict are drawn."""
+    color = f"var(--{verdict_slug(verdict)})"
+    return {"color": color, "size": size, "symbol": MARKERS.get(verdict, "x"), "line": {"color": color, "width": 2}}
+
+
 def effect_figure(phase: PhaseSummary) -> Figure | None:
     """Each arm's difference from the baseline as a dot with its interval; None if nothing can be compared."""
     arms = [arm for n, arm in enumerate(phase.arms) if n < MOST_EFFECTS or arm.verdict == "baseline"]
@@ -55,13 +67,11 @@ def effect_figure(phase: PhaseSummary) -> Figure | None:
         data += [_interval_trace(verdict, placed)] if placed else []
         data += [_word_trace(verdict, unplaced)] if unplaced else []
     side = "better →" if phase.metric.goal == "maximize" else "← better"
+    title = f"{label(phase.metric.name, 40)} against the baseline   {side}"
     layout = {
         "height": 92 + 30 * len(arms),
-        "margin": {"l": 8, "r": 16, "t": 30, "b": 46},
-        "xaxis": {
-            "title": {"text": f"{label(phase.metric.name, 40)} against the baseline   {side}"},
-            "zeroline": True,
-        },
+        "margin": MARGIN,
+        "xaxis": {"title": {"text": title}, "zeroline": True},
         "yaxis": {
             "tickvals": [y for y, _ in rows],
             "ticktext": [label(arm.arm, 40) for _, arm in rows],
@@ -70,7 +80,7 @@ def effect_figure(phase: PhaseSummary) -> Figure | None:
             "showgrid": False,
         },
         "shapes": [_band(-phase.min_effect, phase.min_effect)] if phase.min_effect else [],
-        "legend": {"orientation": "h", "x": 0, "y": 1, "xanchor": "left", "yanchor": "bottom"},
+        "legend": ABOVE,
         "meta": {"kind": "effect", "short": [_short_label(arm) for _, arm in rows]},
     }
     return {"data": data, "layout": layout}
@@ -84,25 +94,18 @@ def _short_label(arm: ArmSummary) -> str:
 
 def _interval_trace(verdict: str, rows: list[tuple[int, ArmSummary]]) -> Figure:
     color = f"var(--{verdict_slug(verdict)})"
-    ends = []
-    for _, arm in rows:
-        delta = arm.delta or Delta(0)
-        low, high = delta.ci_low, delta.ci_high
-        ends.append((delta.mean, 0 if low is None else delta.mean - low, 0 if high is None else high - delta.mean))
+    deltas = [arm.delta or Delta(0) for _, arm in rows]
+    above = [0 if delta.ci_high is None else delta.ci_high - delta.mean for delta in deltas]
+    below = [0 if delta.ci_low is None else delta.mean - delta.ci_low for delta in deltas]
     error = {"type": "data", "symmetric": False, "color": color, "thickness": 2, "width": 0}
     return {
         "type": "scatter",
         "mode": "markers",
         "name": verdict,
-        "x": [mean for mean, _, _ in ends],
+        "x": [delta.mean for delta in deltas],
         "y": [y for y, _ in rows],
-        "error_x": error | {"array": [high for *_, high in ends], "arrayminus": [low for _, low, _ in ends]},
-        "marker": {
-            "color": color,
-            "size": 10,
-            "symbol": MARKERS.get(verdict, "x"),
-            "line": {"color": color, "width": 2},
-        },
+        "error_x": error | {"array": above, "arrayminus": below},
+        "marker": marker(verdict, 10),
         "hovertext": [f"{label(arm.arm)}<br>{label(_effect_words(arm))}" for _, arm in rows],
         "hoverinfo": "text",
     }
@@ -125,14 +128,11 @@ def _word_trace(verdict: str, rows: list[tuple[int, ArmSummary]]) -> Figure:
 
 
 def _effect_words(arm: ArmSummary) -> str:
-    words = f"{arm.verdict}: {effect(arm.delta)}"
-    if arm.delta is None or arm.delta.p_holm is None:
-        return words
-    return f"{words}, Holm p {fmt.p_value(arm.delta.p_holm)}"
+    p = arm.delta.p_holm if arm.delta else None
+    return f"{arm.verdict}: {effect(arm.delta)}" + ("" if p is None else f", Holm p {fmt.p_value(p)}")
 
 
 def _band(low: float, high: float) -> Figure:
-    """The differences that are too small to matter."""
     place = {"type": "rect", "xref": "x", "yref": "paper", "x0": low, "x1": high, "y0": 0, "y1": 1}
     return place | {"fillcolor": "var(--band)", "line": {"width": 0}, "layer": "below"}
 
@@ -154,10 +154,10 @@ class Point(NamedTuple):
 
 def curves_by_arm(curves: Iterable[CurveRow]) -> dict[tuple[str, str], list[CurveRow]]:
     """Groups the logged steps of all trials by phase and arm."""
-    found: dict[tuple[str, str], list[CurveRow]] = {}
+    found = defaultdict(list)
     for row in curves:
-        if row.get("step") is not None:
-            found.setdefault((row["phase"], row["arm"]), []).append(row)
+        if row["step"] is not None:
+            found[row["phase"], row["arm"]].append(row)
     return found
 
 
@@ -206,53 +206,49 @@ def _colors(phase: PhaseSummary) -> dict[str, str]:
 
 def _average(rows: Iterable[CurveRow], name: str) -> list[Point]:
     """Mean, lowest and highest value over the trials of an arm at each step, thinned to `MOST_POINTS` steps."""
-    steps: dict[int, dict[str, float]] = {}
+    steps: defaultdict[int, dict[str, float]] = defaultdict(dict)
     tokens: dict[int, float | None] = {}
     for row in rows:
-        value = row.get(name)
+        value = row[name]
         if value is not None and isfinite(value):
-            steps.setdefault(row["step"], {})[row["trial_id"]] = value  # a resumed trial logs a step again
-            tokens[row["step"]] = row.get("tokens")
+            steps[row["step"]][row["trial_id"]] = value  # a resumed trial logs a step again
+            tokens[row["step"]] = row["tokens"]
     order = sorted(steps)
-    if len(order) > MOST_POINTS:
-        last = len(order) - 1
+    if (last := len(order) - 1) >= MOST_POINTS:
         order = [order[round(i * last / (MOST_POINTS - 1))] for i in range(MOST_POINTS)]
-    every = [(step, list(steps[step].values())) for step in order]
+    every = [(step, steps[step].values()) for step in order]
     return [Point(step, tokens[step], fmean(seen), min(seen), max(seen), len(seen)) for step, seen in every]
+
+
+def _arm_trace(arm: str, x: Sequence[float], y: Sequence[float], color: str, width: int) -> Figure:
+    """The traces of an arm share a name and a group, so that a click hides all of them."""
+    shared = {"type": "scatter", "mode": "lines", "name": label(arm, 48), "legendgroup": label(arm, 48)}
+    return shared | {"x": x, "y": y, "line": {"color": color, "width": width}}
 
 
 def _line(
     arm: str, points: Sequence[Point], color: str, width: int, over_tokens: bool, *, what: str = "loss"
 ) -> Figure:
-    """One curve; the curves of an arm share a name and a group, so that a click hides all of them."""
     trials = max(point.trials for point in points)
     seeds = f"mean of {trials} seeds, %{{customdata[0]:.4f}} to %{{customdata[1]:.4f}}" if trials > 1 else "one seed"
     ranges = [[round(point.low, 5), round(point.high, 5)] for point in points]
-    return {
-        "type": "scatter",
-        "mode": "lines",
-        "name": label(arm, 48),
-        "legendgroup": label(arm, 48),
-        "x": [point.x(over_tokens) for point in points],
-        "y": [round(point.mean, 5) for point in points],
-        "line": {"color": color, "width": width},
-        "marker": {"color": color, "size": 5},
-        "showlegend": True,
-        "hovertemplate": f"%{{fullData.name}}<br>{what} %{{y:.4f}} at %{{x:.3s}}<br>{seeds}<extra></extra>",
-    } | ({"customdata": ranges} if trials > 1 else {})
+    x, y = [point.x(over_tokens) for point in points], [round(point.mean, 5) for point in points]
+    return (
+        _arm_trace(arm, x, y, color, width)
+        | {
+            "marker": {"color": color, "size": 5},
+            "showlegend": True,
+            "hovertemplate": f"%{{fullData.name}}<br>{what} %{{y:.4f}} at %{{x:.3s}}<br>{seeds}<extra></extra>",
+        }
+        | ({"customdata": ranges} if trials > 1 else {})
+    )
 
 
 def _band_over_seeds(arm: str, points: Sequence[Point], color: str, over_tokens: bool) -> Figure:
     """From the lowest to the highest seed of an arm, as one outline."""
     x = [point.x(over_tokens) for point in points]
-    return {
-        "type": "scatter",
-        "mode": "lines",
-        "name": label(arm, 48),
-        "legendgroup": label(arm, 48),
-        "x": x + x[::-1],
-        "y": [round(point.high, 5) for point in points] + [round(point.low, 5) for point in reversed(points)],
-        "line": {"color": color, "width": 0},
+    y = [round(point.high, 5) for point in points] + [round(point.low, 5) for point in reversed(points)]
+    return _arm_trace(arm, x + x[::-1], y, color, 0) | {
         "fill": "toself",
         "fillcolor": color,
         "showlegend": False,

@@ -8,7 +8,7 @@ import base64
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from tune.report.sweep_figures import MOST_BARS, parallel_figure, speed_figure
 from tune.storage.summaries import CampaignSummary, PhaseSummary
 
 Curves = Iterable[figures.CurveRow]
+
+FORMATS = ("sentence", "p_value", "number", "count", "counted", "claim_value")  # filters of the template
 
 
 def write_report(folder: Path, summary: CampaignSummary, curves: Curves) -> None:
@@ -62,21 +64,9 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    filters: dict[str, Callable[..., Any]] = {
-        "code": _code,
-        "slug": figures.verdict_slug,
-        "setting": fmt.value,
-        "sentence": fmt.sentence,
-        "p_value": fmt.p_value,
-        "number": fmt.number,
-        "count": fmt.count,
-        "counted": fmt.counted,
-        "claim_value": fmt.claim_value,
-        "fact": wording.fact,
-        "moment": wording.moment,
-        "effect": wording.effect,
-    }
-    environment.filters |= filters
+    environment.filters |= {"code": _code, "slug": figures.verdict_slug, "setting": fmt.value}
+    for module, names in {fmt: FORMATS, wording: ("fact", "moment", "effect")}.items():
+        environment.filters |= {name: getattr(module, name) for name in names}
     return environment
 
 
@@ -95,8 +85,7 @@ def _code(text: str) -> Markup:
 def _plots(phases: Sequence[PhaseSummary], curves: Curves) -> tuple[list[dict[str, Any]], list[figures.Figure]]:
     """For each phase the places of its plots in the list of all figures, and the notes below them."""
     rows = figures.curves_by_arm(curves)
-    plots: list[dict[str, Any]] = []
-    specs: list[figures.Figure] = []
+    plots, specs = [], []
     for phase in phases:
         drawn = {
             "effect": figures.effect_figure(phase),
@@ -130,18 +119,17 @@ def _effect_note(phase: PhaseSummary) -> str:
 
 
 def _has_intervals(phase: PhaseSummary) -> bool:
-    return any(arm.delta is not None and arm.delta.ci_low is not None for arm in phase.arms)
+    return any(arm.delta and arm.delta.ci_low is not None for arm in phase.arms)
 
 
 def _speed_note(phase: PhaseSummary) -> str:
     """Explains the labels and bars, which a crowded plot leaves out."""
-    parts = ["Right is faster."]
+    note = "Right is faster."
     if len(phase.arms) <= MOST_BARS:
-        parts.append("Numbers are ranks in the table.")
+        note += " Numbers are ranks in the table."
         if _has_intervals(phase):
-            interval = wording.interval_name(phase.confidence)
-            parts.append(f"Bars are {interval}s of the difference from the baseline.")
-    return " ".join([*parts, "Speed excludes compilation and warm-up."])
+            note += f" Bars are {wording.interval_name(phase.confidence)}s of the difference from the baseline."
+    return f"{note} Speed excludes compilation and warm-up."
 
 
 def _curve_note(phase: PhaseSummary) -> str:

@@ -7,26 +7,8 @@ import re
 from collections.abc import Iterable, Sequence
 
 from tune import format as fmt
+from tune.report import wording
 from tune.report.phase_graph import handovers
-from tune.report.wording import (
-    CLAIM_VERDICTS,
-    CLAIMS_NOTE,
-    VERDICTS,
-    claim_counts,
-    cost,
-    cost_facts,
-    effect,
-    fact,
-    importance_table,
-    interval_name,
-    mean_interval,
-    moment,
-    next_step,
-    noise,
-    trial_counts,
-    troubles,
-    went_wrong,
-)
 from tune.storage.summaries import CampaignSummary, PhaseSummary
 
 # Characters that start Markdown inside a line; an underscore between letters does not.
@@ -38,7 +20,8 @@ def render_markdown(summary: CampaignSummary) -> str:
     """Renders the report as GitHub-flavoured Markdown."""
     parts = [_answer(summary), *_handovers(summary), *map(_phase, summary.phases)]
     parts += [claims_markdown(summary)] if summary.claims else []
-    parts += [_problems(summary), _cost(summary), _sources(summary), f"## How to read this\n\n{_glossary(VERDICTS)}"]
+    parts += [_problems(summary), "## What it cost\n\n" + _list(wording.cost_facts(summary).items()), _sources(summary)]
+    parts += ["## How to read this", glossary(wording.VERDICTS)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -57,22 +40,26 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]], righ
 
 def _answer(summary: CampaignSummary) -> str:
     answer = summary.answer
-    facts = [("Question", summary.description)]
+    facts = [("Question", summary.description or "")]
     if answer.winner:
         arm = f"arm {fmt.plain(answer.winner)} of phase {fmt.plain(answer.phase)}"
         facts.append(("Winner", f"{fmt.settings(answer.overrides, 'as it is')} ({arm})"))
     if answer.delta:
         ties = summary.answer_phase.ties if summary.answer_phase else []
         facts += [
-            ("Effect", f"{effect(answer.delta)}, Holm p {fmt.p_value(answer.delta.p_holm)}"),
+            ("Effect", f"{wording.effect(answer.delta)}, Holm p {fmt.p_value(answer.delta.p_holm)}"),
             ("Ties with it", fmt.listing(map(fmt.plain, ties)) or "no other arm"),
             ("Fresh seeds", "confirmed" if answer.confirmed else "not confirmed yet"),
         ]
-    facts += [("Cost", cost(summary))]
-    listed = [f"- {name}: {cell(text)}" for name, text in facts if text]
-    listed.append(f"- Next: {next_step(summary)}")
-    warnings = [_warning(text) for text in summary.own_warnings]
-    return "\n\n".join([f"# {cell(summary.campaign)}", f"**{cell(answer.sentence)}**", "\n".join(listed), *warnings])
+    facts += [("Cost", wording.cost(summary))]
+    listed = _list((name, text) for name, text in facts if text)
+    listed += f"\n- Next: {wording.next_step(summary)}"
+    heading = [f"# {cell(summary.campaign)}", f"**{cell(answer.sentence)}**"]
+    return "\n\n".join([*heading, listed, *map(_warning, summary.own_warnings)])
+
+
+def _list(facts: Iterable[tuple[str, str]]) -> str:
+    return "\n".join(f"- {name}: {cell(text)}" for name, text in facts)
 
 
 def _warning(text: str) -> str:
@@ -80,15 +67,15 @@ def _warning(text: str) -> str:
 
 
 def _phase(phase: PhaseSummary) -> str:
-    header = ("#", "arm", "settings", "n", cell(phase.metric.name), "against the baseline")
+    header = ("#", "arm", "settings", "n", cell(phase.metric.name), "against the baseline", "Holm p", "verdict")
     rows = [
         (
             arm.rank,
             arm.arm,
             fmt.settings(arm.overrides, "as it is"),
             arm.n,
-            mean_interval(arm.score),
-            effect(arm.delta),
+            wording.mean_interval(arm.score),
+            wording.effect(arm.delta),
             fmt.p_value(arm.delta.p_holm if arm.delta else None),
             arm.verdict,
             fmt.count(arm.tokens_per_second),
@@ -96,18 +83,17 @@ def _phase(phase: PhaseSummary) -> str:
         )
         for arm in phase.arms
     ]
-    counts = f"{trial_counts(phase.trials)}, {fmt.counted(len(phase.seeds), 'seed')}"
+    counts = f"{wording.trial_counts(phase.trials)}, {fmt.counted(len(phase.seeds), 'seed')}"
     base = f"Base: {cell(fmt.settings(phase.base, 'as it is'))}."
     inherit = f" It starts from the winner of {cell(phase.inherit)}." if phase.inherit else ""
-    numbers = ("Holm p", "verdict", "tok/s", "bits/byte")
     parts = [
         f"## {cell(phase.phase)}",
         cell(fmt.sentence(phase.why)),
         f"{counts}. {base}{inherit}",
-        markdown_table((*header, *numbers), rows, right=("#", "n", "Holm p", "tok/s", "bits/byte")),
-        f"Mean over n seeds ± half of its {interval_name(phase.confidence)}. {cell(noise(phase))}",
+        markdown_table((*header, "tok/s", "bits/byte"), rows, right=("#", "n", "Holm p", "tok/s", "bits/byte")),
+        f"Mean over n seeds ± half of its {wording.interval_name(phase.confidence)}. {cell(wording.noise(phase))}",
     ]
-    if table := importance_table(phase):
+    if table := wording.importance_table(phase):
         listed = fmt.listing(f"{cell(name)} {share}" for name, share, _ in table.rows)
         parts.append(f"{cell(table.note)} {listed}.")
     return "\n\n".join([*parts, *map(_warning, phase.warnings)])
@@ -124,26 +110,17 @@ def claims_markdown(summary: CampaignSummary) -> str:
     if not claims:
         return "## Claims\n\nThe campaign names no claims."
     header = ("claim", "source", "what was said", "verdict", "observed", "n", "why")
-    rows = [
-        (
-            claim.id,
-            claim.source,
-            claim.says,
-            claim.verdict,
-            fmt.claim_value(claim.observed, claim.ci_low, claim.ci_high),
-            claim.n,
-            claim.why,
-        )
-        for claim in claims
-    ]
-    counts = claim_counts(claim.verdict for claim in claims)
+    values = [fmt.claim_value(claim.observed, claim.ci_low, claim.ci_high) for claim in claims]
+    rows = [(c.id, c.source, c.says, c.verdict, value, c.n, c.why) for c, value in zip(claims, values, strict=True)]
+    counts = wording.claim_counts(claim.verdict for claim in claims)
     parts = ["## Claims", f"{counts}.", markdown_table(header, rows, right=("n",))]
     trials = [f"- {cell(claim.id)}: {cell(', '.join(claim.trials))}" for claim in claims if claim.trials]
-    parts += ["Trials that they rest on:\n\n" + "\n".join(trials)] if trials else []
-    return "\n\n".join([*parts, _glossary(CLAIM_VERDICTS), CLAIMS_NOTE])
+    parts += ["Trials that they rest on:", "\n".join(trials)] if trials else []
+    return "\n\n".join([*parts, glossary(wording.CLAIM_VERDICTS), wording.CLAIMS_NOTE])
 
 
-def _glossary(meanings: dict[str, str]) -> str:
+def glossary(meanings: dict[str, str]) -> str:
+    """A list of words with their meanings."""
     return "\n".join(f"- **{word}**: {meaning}" for word, meaning in meanings.items())
 
 
@@ -151,18 +128,14 @@ def _problems(summary: CampaignSummary) -> str:
     text = "Every trial that has run ended with a finite loss."
     if summary.problems:
         header = ("phase", "arm", "seed", "status", "error", "trial_id")
-        rows = [(p.phase, p.arm, p.seed, p.status, went_wrong(p), p.trial_id) for p in summary.problems]
+        rows = [(p.phase, p.arm, p.seed, p.status, wording.went_wrong(p), p.trial_id) for p in summary.problems]
         text = markdown_table(header, rows)
-    listed = "\n".join(f"- {cell(text)}" for text in troubles(summary))
+    listed = "\n".join(f"- {cell(text)}" for text in wording.troubles(summary))
     return "\n\n".join(["## What went wrong", text, *([listed] if listed else [])])
 
 
-def _cost(summary: CampaignSummary) -> str:
-    return "## What it cost\n\n" + "\n".join(f"- {name}: {cell(text)}" for name, text in cost_facts(summary).items())
-
-
 def _sources(summary: CampaignSummary) -> str:
-    known = {"command": summary.command, "started": moment(summary.started_at)}
+    known = {"command": summary.command, "started": wording.moment(summary.started_at)}
     facts = [*known.items(), *{**summary.environment, **summary.data}.items()]
-    rows = [(name.replace("_", " "), fact(item)) for name, item in facts if item != {}]
+    rows = [(name.replace("_", " "), wording.fact(item)) for name, item in facts if item != {}]
     return f"## Where the numbers come from\n\n{markdown_table(('what', 'value'), rows)}"

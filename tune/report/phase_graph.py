@@ -44,8 +44,8 @@ def handovers(phases: Sequence[PhaseSummary]) -> list[Handover]:
     for i, phase in enumerate(phases):
         base = phase.base
         if phase.inherit is not None:
-            known = next((_winner_settings(p) for p in phases[:i] if p.phase == phase.inherit), None)
-            given = base if known is None else {k: v for k, v in known.items() if k in base and base[k] == v}
+            known = next((_winner_settings(p) for p in phases[:i] if p.phase == phase.inherit), base)
+            given = {name: value for name, value in known.items() if name in base and base[name] == value}
             found.append(Handover(phase.inherit, phase.phase, given))
         if phase.swept:
             continue
@@ -83,11 +83,8 @@ def inheritance_graph(phases: Sequence[PhaseSummary]) -> dict[str, Any] | None:
         return None
     names = [phase.phase for phase in phases]
     far = [edge for edge in given if edge.source in names and names.index(edge.target) - names.index(edge.source) > 1]
-    left = LANE * len(far) + 6
-    boxes: list[dict[str, Any]] = []
-    labels: list[dict[str, Any]] = []
-    arrows: list[str] = []
-    y = 2.0
+    left, y = LANE * len(far) + 6, 2.0
+    boxes, labels, arrows = [], [], []
     for i, phase in enumerate(phases):
         incoming = [edge for edge in given if edge.target == names[i]]
         top = y

@@ -10,7 +10,7 @@ from typing import Any
 
 from tune import format as fmt
 from tune.analysis.importance import is_number, sweep_axes
-from tune.report.figures import MARKERS, Figure, label, verdict_slug
+from tune.report.figures import ABOVE, MARGIN, Figure, label, marker, verdict_slug
 from tune.report.wording import VERDICTS, half_width, mean_interval
 from tune.storage.summaries import ArmSummary, PhaseSummary
 
@@ -40,15 +40,14 @@ def speed_figure(phase: PhaseSummary) -> Figure | None:
     arms = [arm for arm in phase.arms if arm.tokens_per_second is not None and arm.score.mean is not None]
     if len(arms) < 2:
         return None
-    points = [(arm.tokens_per_second or 0.0, arm.score.mean or 0.0) for arm in arms]
+    points = [(arm.tokens_per_second or 0.0, arm.score.mean or 0.0) for arm in arms]  # neither is None
     span = _speed_span([x for x, _ in points])
     ranks = [str(arm.rank or n) for n, arm in enumerate(arms, 1)]
     # A long name would have to lose its middle, which is what distinguishes it: the rank alone says more.
     plain = [fmt.plain(arm.arm) for arm in arms]
     names = [f"{r} {label(name)}" if len(name) <= LONGEST_LABEL else r for r, name in zip(ranks, plain, strict=True)]
-    marks = [("", "middle right")] * len(arms)
-    if len(arms) <= MOST_BARS:
-        marks = label_places(points, span, list(zip(names, ranks, strict=True)))
+    forms = list(zip(names, ranks, strict=True))
+    marks = label_places(points, span, forms) if len(arms) <= MOST_BARS else [("", SIDES[0])] * len(arms)
     data = []
     for verdict in VERDICTS:
         own = [i for i, arm in enumerate(arms) if arm.verdict == verdict]
@@ -58,11 +57,11 @@ def speed_figure(phase: PhaseSummary) -> Figure | None:
             data.append(trace | words | {"customdata": [ranks[i] if marks[i][0] else "" for i in own]})
     layout = {
         "height": 340,
-        "margin": {"l": 8, "r": 16, "t": 30, "b": 46},
+        "margin": MARGIN,
         "xaxis": {"title": {"text": "training tokens per second"}, "tickformat": "~s", "range": list(span)},
         "yaxis": {"title": {"text": label(phase.metric.name, 40)}, "automargin": True},
         "hovermode": "closest",
-        "legend": {"orientation": "h", "x": 0, "y": 1, "xanchor": "left", "yanchor": "bottom"},
+        "legend": ABOVE,
         "meta": {"kind": "speed"},
     }
     return {"data": data, "layout": layout}
@@ -111,10 +110,16 @@ def _apart(one: tuple[float, float, float, float], other: tuple[float, float, fl
     return one[1] <= other[0] or other[1] <= one[0] or one[3] <= other[2] or other[3] <= one[2]
 
 
+def _arm_words(arm: ArmSummary) -> str:
+    return f"{label(arm.arm)}<br>{mean_interval(arm.score)}"
+
+
 def _speed_trace(verdict: str, arms: Sequence[ArmSummary], *, bars: bool) -> Figure:
     """The arms of one verdict, each with the interval of its difference from the baseline."""
     color = f"var(--{verdict_slug(verdict)})"
     halves = [half_width(arm.delta) or 0 for arm in arms]
+    speeds = [f"{fmt.count(arm.tokens_per_second)} tok/s" for arm in arms]
+    words = [f"{_arm_words(arm)} at {speed}" for arm, speed in zip(arms, speeds, strict=True)]
     return {
         "type": "scatter",
         "mode": "markers+text",
@@ -122,17 +127,9 @@ def _speed_trace(verdict: str, arms: Sequence[ArmSummary], *, bars: bool) -> Fig
         "x": [round(arm.tokens_per_second or 0.0, 1) for arm in arms],
         "y": [arm.score.mean for arm in arms],
         "error_y": {"type": "data", "array": halves, "color": color, "thickness": 1, "width": 0, "visible": bars},
-        "marker": {
-            "color": color,
-            "size": 9,
-            "symbol": MARKERS.get(verdict, "x"),
-            "line": {"color": color, "width": 2},
-        },
+        "marker": marker(verdict, 9),
         "cliponaxis": False,
-        "hovertext": [
-            f"{label(arm.arm)}<br>{mean_interval(arm.score)} at {fmt.count(arm.tokens_per_second)} tok/s"
-            for arm in arms
-        ],
+        "hovertext": words,
         "hoverinfo": "text",
     }
 
@@ -152,32 +149,19 @@ def parallel_figure(phase: PhaseSummary) -> Figure | None:
         own = [i for i in range(len(arms)) if i * len(groups) // len(arms) == rank]
         look = {"name": name, "line": {"color": groups[name], "width": 1.2 if rank else 2.5}}
         data.append(_group_trace(own, arms, heights) | look | {"marker": {"color": groups[name], "size": 5}})
-    leaves = [label(name.rpartition(".")[2], 18) for name in axes]
+    names, span = [label(name.rpartition(".")[2], 18) for name in (*axes, phase.metric.name)], [-0.15, len(axes) + 0.3]
     notes = [note for x, scale in enumerate(scales) for note in _ticks(x, scale)]
+    line = {"color": "var(--soft)", "width": 1}
     upright = {"type": "line", "yref": "y", "y0": 0, "y1": 1, "layer": "below"}
     layout = {
         "height": 360,
         "margin": {"l": 24, "r": 48, "t": 30, "b": 40},
-        "xaxis": {
-            "tickvals": list(range(len(axes) + 1)),
-            "ticktext": [*leaves, label(phase.metric.name, 18)],
-            "range": [-0.15, len(axes) + 0.3],
-            "showgrid": False,
-        },
+        "xaxis": {"tickvals": list(range(len(names))), "ticktext": names, "range": span, "showgrid": False},
         "yaxis": {"visible": False, "range": [-0.06, 1.06]},
         "hovermode": "closest",
-        "shapes": [
-            upright | {"x0": x, "x1": x, "line": {"color": "var(--soft)", "width": 1}} for x in range(len(axes) + 1)
-        ],
+        "shapes": [upright | {"x0": x, "x1": x, "line": line} for x in range(len(axes) + 1)],
         "annotations": notes,
-        "legend": {
-            "orientation": "h",
-            "x": 0,
-            "y": 1,
-            "xanchor": "left",
-            "yanchor": "bottom",
-            "traceorder": "reversed",
-        },
+        "legend": ABOVE | {"traceorder": "reversed"},
         "meta": {"kind": "parallel"},
     }
     return {"data": data, "layout": layout}
@@ -194,7 +178,7 @@ class Scale:
     def of(cls, column: Sequence[Any]) -> "Scale":
         """Returns the scale for the values of a setting."""
         distinct = list({repr(value): value for value in column}.values())
-        numeric = all(is_number(value) for value in distinct)
+        numeric = all(map(is_number, distinct))
         distinct.sort(key=(lambda value: value) if numeric else repr)
         return cls(distinct, steps=not numeric or len(distinct) <= MOST_TICKS)
 
@@ -216,19 +200,10 @@ class Scale:
 
 
 def _ticks(x: int, scale: Scale) -> list[Figure]:
-    look = {
-        "x": x,
-        "showarrow": False,
-        "xanchor": "left",
-        "xshift": 4,
-        "bgcolor": "var(--paper)",
-        "font": {"color": "var(--soft)", "size": 11},
-    }
-    return [look | {"y": scale.place(value), "text": label(_tick(value), 14)} for value in scale.ticks()]
-
-
-def _tick(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else fmt.value(value)
+    place = {"x": x, "showarrow": False, "xanchor": "left", "xshift": 4}
+    look = place | {"bgcolor": "var(--paper)", "font": {"color": "var(--soft)", "size": 11}}
+    ticks = [(value, f"{value:.4g}" if isinstance(value, float) else fmt.value(value)) for value in scale.ticks()]
+    return [look | {"y": scale.place(value), "text": label(text, 14)} for value, text in ticks]
 
 
 def _group_trace(own: Sequence[int], arms: Sequence[ArmSummary], heights: Sequence[Sequence[float]]) -> Figure:
@@ -238,5 +213,5 @@ def _group_trace(own: Sequence[int], arms: Sequence[ArmSummary], heights: Sequen
     for i in own:
         x += [*range(len(heights)), None]
         y += [*(column[i] for column in heights), None]
-        words += [f"{label(arms[i].arm)}<br>{mean_interval(arms[i].score)}"] * (len(heights) + 1)
+        words += [_arm_words(arms[i])] * (len(heights) + 1)
     return {"type": "scatter", "mode": "lines+markers", "x": x, "y": y, "hovertext": words, "hoverinfo": "text"}

@@ -3,21 +3,14 @@
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, Literal, NamedTuple
 
 from tune import format as fmt
 from tune.analysis.importance import axis_importance, is_number, sweep_axes
 from tune.analysis.verdicts import smallest_detectable_effect
-from tune.storage.summaries import (
-    ArmSummary,
-    CampaignSummary,
-    Delta,
-    PhaseSummary,
-    Spread,
-    TrialCounts,
-    TrialProblem,
-)
+from tune.storage.summaries import ArmSummary, CampaignSummary, Delta, PhaseSummary, Spread, TrialCounts, TrialProblem
 
 # Every verdict on an arm, as the "how to read" section explains it.
 VERDICTS = {
@@ -86,12 +79,12 @@ def noise(phase: PhaseSummary) -> str:
     facts = phase.noise
     if facts.sd is None:
         return "Noise unknown: one seed gives no spread."
-    parts = [f"sd {fmt.number(facts.sd)}" + (f" ({fmt.plain(facts.method)})" if facts.method else "")]
+    text = f"Noise: sd {fmt.number(facts.sd)}" + (f" ({fmt.plain(facts.method)})" if facts.method else "")
     if facts.correlation is not None:
-        parts.append(f"correlation between arms over seeds {fmt.number(facts.correlation, 2)}")
+        text += f", correlation between arms over seeds {fmt.number(facts.correlation, 2)}"
     if facts.smallest_detectable is not None:
-        parts.append(f"smallest detectable effect {fmt.number(facts.smallest_detectable)}")
-    return f"Noise: {', '.join(parts)}."
+        text += f", smallest detectable effect {fmt.number(facts.smallest_detectable)}"
+    return f"{text}."
 
 
 def trial_counts(counts: TrialCounts) -> str:
@@ -104,8 +97,7 @@ def trial_counts(counts: TrialCounts) -> str:
 
 def campaign_counts(counts: TrialCounts) -> str:
     """`29 trials + 3 reused`: the total of a campaign counts a trial once, however many phases use it."""
-    own = TrialCounts(counts.total, counts.finished, counts.diverged, counts.failed, counts.stopped)
-    return trial_counts(own) + (f" + {counts.reused} reused" if counts.reused else "")
+    return trial_counts(replace(counts, reused=0)) + (f" + {counts.reused} reused" if counts.reused else "")
 
 
 def claim_counts(verdicts: Iterable[str]) -> str:
@@ -127,7 +119,7 @@ def is_named(arm: ArmSummary) -> bool:
 def varied(phase: PhaseSummary) -> dict[str, str]:
     """The settings that vary in a phase, with their values; for a search, the range that its arms cover."""
     if phase.swept:
-        return {name: ", ".join(map(fmt.value, values or ())) for name, values in phase.swept.items()}
+        return {name: ", ".join(map(fmt.value, values)) for name, values in phase.swept.items()}
     found = {}
     for name in sweep_axes(phase):
         values = [arm.overrides[name] for arm in phase.arms if arm.overrides]
@@ -149,10 +141,9 @@ class ImportanceTable(NamedTuple):
 
 def importance_table(phase: PhaseSummary) -> ImportanceTable | None:
     """The importance of each swept setting; None where it cannot be computed."""
-    found = axis_importance(phase)
-    if found is None:
+    if (found := axis_importance(phase)) is None:
         return None
-    shares = dict(found.shares) | ({} if found.rest is None else {"interactions and chance": found.rest})
+    shares = found.shares | ({} if found.rest is None else {"interactions and chance": found.rest})
     note = f"Share of the variance of {phase.metric.name} over {found.arms} arms that each setting explains: "
     rows = [(name, f"{share:.0%}", round(100 * share)) for name, share in shares.items()]
     return ImportanceTable(rows, f"{note}{found.method}.")
@@ -195,22 +186,18 @@ def cost(summary: CampaignSummary) -> str:
 def cost_facts(summary: CampaignSummary) -> dict[str, str]:
     """The cost of a campaign in words, by name; unknown numbers are left out."""
     spent = summary.cost
+    inside = f"({fmt.duration(spent.step_seconds)} inside training steps over wall time times slots)"
     facts = {
         "trials": campaign_counts(summary.trials),
         "training tokens": fmt.count(summary.tokens),
         "wall time": fmt.duration(summary.seconds),
         "time inside trials": fmt.duration(summary.trial_seconds),
+        "device hours": "" if spent.device_hours is None else f"{spent.device_hours:.3g}",
+        "trials at a time": f"at most {spent.slots}" if spent.slots else "",
+        "packing": packing_fact(summary.packing) if summary.packing else "",
+        "efficiency": "" if spent.efficiency is None else f"{spent.efficiency:.0%} {inside}",
     }
-    if spent.device_hours is not None:
-        facts["device hours"] = f"{spent.device_hours:.3g}"
-    if spent.slots:
-        facts["trials at a time"] = f"at most {spent.slots}"
-    if summary.packing:
-        facts["packing"] = packing_fact(summary.packing)
-    if spent.efficiency is not None:
-        inside = fmt.duration(spent.step_seconds)
-        facts["efficiency"] = f"{spent.efficiency:.0%} ({inside} inside training steps over wall time times slots)"
-    return facts
+    return {name: text for name, text in facts.items() if text}
 
 
 def packing_fact(packing: Mapping[str, Any]) -> str:
@@ -252,10 +239,8 @@ def next_step(summary: CampaignSummary) -> str:
     if answer.winner and answer.delta:
         if not answer.confirmed:
             return "Confirm it on fresh seeds: add a phase with `arm: winner` and `seeds: fresh 5`."
-    elif summary.phases:
-        more = _more_seeds(summary.answer_phase or summary.phases[-1])
-        if more:
-            return more
+    elif summary.phases and (more := _more_seeds(summary.answer_phase or summary.phases[-1])):
+        return more
     return "Try your own question: change `vary:` in the campaign file and run again. Finished trials are reused."
 
 
@@ -267,10 +252,12 @@ def _more_seeds(phase: PhaseSummary) -> str | None:
     if not phase.min_effect or not phase.noise.smallest_detectable or sd is None:
         return None
     method: Literal["paired", "pooled"] = "pooled" if phase.noise.method == "pooled" else "paired"
-    needed, arms, confidence = seeds, len(phase.arms), phase.confidence
-    while (
-        smallest_detectable_effect(needed, arms, sd, method=method, confidence=confidence) or 0.0
-    ) > phase.min_effect:
+
+    def detectable(seeds: int) -> float:
+        return smallest_detectable_effect(seeds, len(phase.arms), sd, method=method, confidence=phase.confidence) or 0.0
+
+    needed = seeds
+    while detectable(needed) > phase.min_effect:
         needed += 1 + needed // 20
     if needed == seeds:
         return None

@@ -25,7 +25,7 @@ def find_answer(state: CampaignState, phases: Sequence[PhaseSummary]) -> Answer:
     won = [phase for phase in judged if phase.winner != phase.baseline]
     is_over = state.status == "finished"
     if not won:
-        return Answer(_so_far(is_over, _no_answer(judged, is_over)) if judged else _no_answer(judged, is_over))
+        return Answer(_so_far(is_over or not judged, _no_answer(judged, is_over)))
     last = won[-1]
     arm = last.winning_arm
     assert arm is not None and arm.delta is not None, "a better arm has a difference from its baseline"
@@ -49,7 +49,6 @@ def find_answer(state: CampaignState, phases: Sequence[PhaseSummary]) -> Answer:
 
 
 def _no_answer(judged: Sequence[PhaseSummary], is_over: bool) -> str:
-    """Why no arm can be recommended."""
     arms = [arm for phase in judged for arm in phase.arms]
     if not judged:
         return "No phase has been completed yet, so there is no answer."
@@ -72,7 +71,6 @@ def _effect(phase: PhaseSummary, delta: Delta) -> str:
 
 
 def _inherits(overrides: Mapping[str, Any], winner: Mapping[str, Any]) -> bool:
-    """Whether an earlier winner has settings, and `overrides` contains them all."""
     return bool(winner) and {**overrides, **winner} == overrides
 
 
@@ -83,5 +81,4 @@ def _compares_again(phase: PhaseSummary, overrides: Mapping[str, Any]) -> bool:
 
 
 def _so_far(is_over: bool, sentence: str) -> str:
-    """Marks the sentence as provisional while the campaign is not over."""
     return sentence if is_over else f"So far, {sentence[0].lower()}{sentence[1:]}"

@@ -15,7 +15,7 @@ from ngpt.config.base import ConfigError
 from tune import format as fmt
 from tune.claims.relations import RELATIONS
 from tune.claims.selectors import describe, short
-from tune.report.markdown import cell, markdown_table
+from tune.report.markdown import cell, glossary, markdown_table
 from tune.report.wording import CLAIM_VERDICTS, CLAIMS_NOTE
 from tune.results.summary import own_claims, summarize_claims
 from tune.spec.schema import Claim
@@ -136,7 +136,7 @@ def question(claim: Claim) -> str:
 
 
 def _about(name: str, root: Path, state: CampaignState) -> LedgerCampaign:
-    rules = state.campaign
+    rules, data = state.campaign, state.campaign["data"]
     planned = {trial_id for phase in state.phases.values() for trial_id in phase.trial_ids}
     results = [result for trial_id, result in state.results.items() if trial_id in planned]
 
@@ -148,18 +148,14 @@ def _about(name: str, root: Path, state: CampaignState) -> LedgerCampaign:
         campaign=name,
         results=str(root),
         device=rules["environment"].get("device"),
-        corpus=rules["data"].get("corpus"),
-        corpus_tokens=rules["data"].get("train_tokens"),
-        n_params=ends(result["metrics"].get("n_params") for result in results),
-        steps=ends(result["metrics"].get("steps") for result in results),
-        tokens=ends(result["metrics"].get("tokens") for result in results),
+        corpus=data.get("corpus"),
+        corpus_tokens=data.get("train_tokens"),
+        **{name: ends(result["metrics"].get(name) for result in results) for name in ("n_params", "steps", "tokens")},
         seeds=sorted({seed for phase in state.phases.values() for seed in phase.seeds}),
         trials=len(results),
         dates=ends((result["started_at"] or "")[:10] for result in results),
-        confidence=rules["confidence"],
-        min_effect=rules["min_effect"],
         metric=rules["metric"]["name"],
-        command=rules["command"],
+        **{name: rules[name] for name in ("confidence", "min_effect", "command")},
     )
 
 
@@ -175,18 +171,20 @@ def total(ledger: Ledger) -> str:
 def ledger_markdown(ledger: Ledger, *, command: str = "") -> str:
     """Renders the ledger as a Markdown page; `command` is how it was made."""
     made = f" This page was written by `{fmt.plain(command)}`." if command else ""
+    lines = "\n".join(f"{fmt.plain(about.command)}    # {about.results}" for about in ledger.campaigns)
     parts = ["# Claims", f"**{total(ledger)}.**"]
     parts += [f"Sentences of earlier reports, each tested by trials that were run for it.{made}"]
-    parts += ["## The campaigns", _campaign_table(ledger.campaigns), _commands(ledger.campaigns)]
+    parts += ["## The campaigns", _campaign_table(ledger.campaigns)]
+    parts += [f"To run them again, and where their results are:\n\n```bash\n{lines}\n```"]
     for source in dict.fromkeys(entry.source for entry in ledger.claims):
         entries = [entry for entry in ledger.claims if entry.source == source]
         heading = f"Source {cell(source)}" if source else "Without a source"
         parts += [f"## {heading}", _claim_table(entries), "\n".join(map(_details, entries))]
-    meanings = "\n".join(f"- **{verdict}**: {meaning}" for verdict, meaning in CLAIM_VERDICTS.items())
     together = "Campaigns are judged separately. One that cannot decide does not outweigh one that can; if two "
     together += "decide differently, the claim is undecided."
     named = "A trial is named by its seed and by the first six digits of its id, as in its folder under `trials/`."
-    return "\n\n".join([*parts, "## How to read this", meanings, f"{CLAIMS_NOTE} {together}", named]) + "\n"
+    parts += ["## How to read this", glossary(CLAIM_VERDICTS), f"{CLAIMS_NOTE} {together}", named]
+    return "\n\n".join(parts) + "\n"
 
 
 def _claim_table(entries: Iterable[LedgerClaim]) -> str:
@@ -252,8 +250,3 @@ def _campaign_table(campaigns: Iterable[LedgerCampaign]) -> str:
 def _range(ends: Sequence[Any] | None, write: Callable[[Any], str]) -> str | None:
     """`0.8M`, or `13.7M to 52.8M`."""
     return " to ".join(dict.fromkeys(map(write, ends))) if ends else None
-
-
-def _commands(campaigns: Iterable[LedgerCampaign]) -> str:
-    lines = "\n".join(f"{fmt.plain(about.command)}    # {about.results}" for about in campaigns)
-    return f"To run them again, and where their results are:\n\n```bash\n{lines}\n```"

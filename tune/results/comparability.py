@@ -21,23 +21,15 @@ class Results:
     root: Path
     state: CampaignState
     base: Mapping[str, Any]
-
-    @property
-    def data(self) -> Mapping[str, Any]:
-        """Hashes, tokenizer and counts of the corpus, as `describe_data` returns them."""
-        return self.state.campaign["data"]
-
-    @property
-    def metric(self) -> Objective:
-        """What its arms are ranked by."""
-        return Objective(**self.state.campaign["metric"])
+    data: Mapping[str, Any]  # hashes, tokenizer and counts of the corpus, as `describe_data` returns them
+    metric: Objective  # that its arms are ranked by
 
 
 def read_results(root: Path) -> Results:
     """Reads the journal and the manifest of a results directory."""
     state = read_state(root)
     manifest = json.loads((root / "manifest.json").read_text(encoding="utf-8"))
-    return Results(root, state, manifest["base"])
+    return Results(root, state, manifest["base"], state.campaign["data"], Objective(**state.campaign["metric"]))
 
 
 def choose_objective(a: Results, b: Results, wanted: str | None) -> Objective:

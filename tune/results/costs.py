@@ -1,8 +1,5 @@
 """What a campaign used of the machine, and which trials had to be started again."""
 
-from collections.abc import Mapping
-from typing import Any
-
 from tune.storage.state import CampaignState
 from tune.storage.summaries import Cost, RetriedTrial
 
@@ -14,30 +11,25 @@ def campaign_cost(state: CampaignState) -> Cost:
     Efficiency is the time inside training steps (tokens over steady-state tokens per second) over wall time times
     slots, summed over the sessions; None if no trial has measured its speed.
     """
+    environment = state.campaign["environment"]
+    on_cpu = str(environment.get("device") or "").startswith("cpu")
+    devices = 1 if on_cpu else max(1, environment.get("gpus") or 1)
     planned = sorted({trial_id for phase in state.phases.values() for trial_id in phase.trial_ids})
     results = [state.results[trial_id] for trial_id in planned if trial_id in state.results]
     seconds = state.seconds + state.session_seconds()
     slot_seconds = state.slot_seconds + state.session_seconds() * max(1, state.campaign["workers"])
     timed = [result for result in results if result["metrics"].get("tokens_per_second")]
-    step_seconds = sum(map(_step_seconds, timed))
+    step_seconds = 0.0
+    for result in timed:  # trials that were trained together share their time
+        metrics, together = result["metrics"], result["provenance"].get("vectorised", 1)
+        step_seconds += metrics["tokens"] / metrics["tokens_per_second"] / together
     return Cost(
         slots=state.most_slots,
-        device_hours=seconds * _devices(state.campaign["environment"]) / 3600,
+        device_hours=seconds * devices / 3600,
         step_seconds=step_seconds if timed else None,
         efficiency=step_seconds / slot_seconds if timed and slot_seconds else None,
         retried=tuple(_retried(state, trial_id) for trial_id in planned if state.attempts.get(trial_id, 0) > 1),
     )
-
-
-def _step_seconds(result: Mapping[str, Any]) -> float:
-    """Seconds of a trial inside steps; trials that were trained together share them."""
-    metrics, together = result["metrics"], result["provenance"].get("vectorised", 1)
-    return metrics["tokens"] / metrics["tokens_per_second"] / together
-
-
-def _devices(environment: Mapping[str, Any]) -> int:
-    on_cpu = str(environment.get("device") or "").startswith("cpu")
-    return 1 if on_cpu else max(1, environment.get("gpus") or 1)
 
 
 def _retried(state: CampaignState, trial_id: str) -> RetriedTrial:

@@ -1,12 +1,10 @@
-"""How long a running campaign still takes: what its trials have taken per unit of their work, times the work left.
+"""Time left of a running campaign: the seconds per FLOP of its trials so far, by shape, times the FLOPs left.
 
-Work is what `--plan` counts: the arithmetic of a trial, evaluations included, and its shape of model and batch, since
-the same arithmetic takes longer in some shapes than in others. The journal has both for each arm of the plan, so that
-nothing of a plan is computed again when the view is drawn, and who only looks needs no torch.
+The journal has the shape and the FLOPs of each planned arm (`TrialWork`), so `status` does not need torch.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from heapq import heapreplace
 from typing import Any
@@ -24,7 +22,7 @@ class Pace:
     flops: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     def add(self, work: TrialWork, seconds: float, share: float) -> None:
-        """Counts a trial that has done this share of its work in so many seconds of its worker."""
+        """Counts a trial that has done `share` of its work in `seconds`."""
         if seconds > 0 and share > 0:
             self.seconds[work.shape] += seconds
             self.flops[work.shape] += work.flops * share
@@ -34,20 +32,19 @@ class Pace:
         return {shape: seconds / self.flops[shape] for shape, seconds in self.seconds.items()}
 
     def overall(self) -> float:
-        """Seconds per FLOP of all shapes together."""
+        """Seconds per FLOP over all shapes."""
         return sum(self.seconds.values()) / sum(self.flops.values())
 
 
 def seconds_left(state: CampaignState, running: Sequence[Running]) -> float | None:
-    """Seconds until the last trial ends, or None as long as nothing says how fast they are.
+    """Seconds until the last trial ends; None before any speed is known.
 
-    Workers take the running trials' rests, each at its own speed, then what is planned, in its order; then come the
-    phases that nobody can plan yet, in stages, since each waits for winners of the one before it. So a worker that
-    finds nothing to do waits.
+    Workers finish the running trials, each at its own speed, then take the planned ones in order. Phases that cannot be
+    planned yet follow in stages, since each waits for the winners of an earlier one.
 
-    A phase that stops trials early is expected to go on doing so: what waits in it counts for the share of their work
-    that its trials have done on average, the running ones taken as whole. Before it has stopped one, and in phases that
-    are not planned yet, all count as whole, so that this is then the longest that it can take.
+    Where a phase stops trials early, a waiting trial counts for the average share of its work that the trials of the
+    phase have done, running ones as whole. Before the first stop, and in phases that are not planned yet, all count as
+    whole.
     """
     works = {
         trial_id: arm.work
@@ -75,7 +72,7 @@ def seconds_left(state: CampaignState, running: Sequence[Running]) -> float | No
 
     shares = {name: _share_of_phase(phase, state, under_way) for name, phase in state.phases.items()}
     rests = [(own.get(i) or seconds(works[i])) * max(0.0, 1 - t.step / t.steps) for i, t in under_way.items()]
-    waiting = [seconds(works[i]) * shares[phase] for phase, i in _waiting(state, works) if i not in under_way]
+    waiting = [seconds(works[i]) * shares[phase] for i, phase in _waiting(state, works).items() if i not in under_way]
     left = _makespan([*rests, *waiting], workers)
     for stage in state.expected_stages:
         trials = ((TrialWork(**some["work"]), shares.get(some["phase"], 1.0), some["trials"]) for some in stage)
@@ -86,12 +83,10 @@ def seconds_left(state: CampaignState, running: Sequence[Running]) -> float | No
 def _paces(
     state: CampaignState, under_way: Mapping[str, Running], works: Mapping[str, TrialWork], own: Mapping[str, float]
 ) -> tuple[Pace, Pace]:
-    """How fast trials were in this session, the running ones included, and in those before it.
+    """The speed of the trials of this session, running ones included, and of earlier sessions.
 
-    Of the trials of a shape that ended in this session the later half counts: workers start and compile in the first
-    ones, and who else uses the machine changes. A trial that went on from a checkpoint does not say what a whole one
-    takes. One that ended early took its time for the steps that it made. Of trials that are trained together each takes
-    its share.
+    Only the later half of a shape's trials counts, since workers start and compile in the first ones. Trials that
+    resumed from a checkpoint do not count. Trials that are trained together share their time.
     """
     now, earlier = Pace(), Pace()
     ended: defaultdict[str, list[tuple[TrialWork, float, float]]] = defaultdict(list)
@@ -113,14 +108,12 @@ def _paces(
 
 
 def _share_done(result: Mapping[str, Any]) -> float:
-    """How much of its work a trial has done that has a result."""
-    if result["status"] == "finished":
-        return 1.0
-    return (result["metrics"].get("steps") or 0) / result["config"]["steps"]
+    is_whole = result["status"] == "finished"
+    return 1.0 if is_whole else (result["metrics"].get("steps") or 0) / result["config"]["steps"]
 
 
 def _share_of_phase(phase: PhaseState, state: CampaignState, under_way: Mapping[str, Running]) -> float:
-    """What a trial of a phase does of its work before early stopping ends it, on average."""
+    """The average share of its work that a trial of a phase does before early stopping ends it."""
     ended = [state.results[trial_id] for trial_id in phase.trial_ids if trial_id in state.results]
     stopped = [share for result in ended if result["status"] == "stopped" and (share := _share_done(result))]
     whole = sum(result["status"] != "stopped" for result in ended)
@@ -128,20 +121,18 @@ def _share_of_phase(phase: PhaseState, state: CampaignState, under_way: Mapping[
     return (sum(stopped) + whole) / (len(stopped) + whole) if stopped else 1.0
 
 
-def _waiting(state: CampaignState, works: Mapping[str, TrialWork]) -> Iterator[tuple[str, str]]:
-    """Phase and id of the planned trials that have no result yet, once each, in the order in which they are trained."""
-    seen = set[str]()
+def _waiting(state: CampaignState, works: Mapping[str, TrialWork]) -> dict[str, str]:
+    """The first phase of each planned trial without a result, in the order in which they are trained."""
+    phases: dict[str, str] = {}
     for phase in state.phases.values():
         for seed in phase.seeds:
             for arm in phase.arms:
-                trial_id = arm.trial_ids[seed]
-                if trial_id in works and trial_id not in state.results and trial_id not in seen:
-                    seen.add(trial_id)
-                    yield phase.name, trial_id
+                phases.setdefault(arm.trial_ids[seed], phase.name)
+    return {name: phase for name, phase in phases.items() if name in works and name not in state.results}
 
 
 def _makespan(trials: Iterable[float], workers: int) -> float:
-    """When the last of trials of these seconds ends, where each worker takes the next one as soon as it is free."""
+    """Seconds until the last trial ends, if each worker takes the next one as soon as it is free."""
     free_at = [0.0] * workers
     for seconds in trials:
         heapreplace(free_at, free_at[0] + seconds)

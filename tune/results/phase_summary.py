@@ -1,11 +1,12 @@
 """The trial records of a phase and its summary, as pure functions of the campaign's state."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
 from tune.analysis.importance import is_number
-from tune.analysis.verdicts import ArmVerdict, judge
+from tune.analysis.verdicts import judge
 from tune.storage.records import TrialOutcome
 from tune.storage.state import ArmState, CampaignState, PhaseState
 from tune.storage.summaries import ArmSummary, Objective, PhaseNoise, PhaseSummary, Spread, TrialCounts, TrialRecord
@@ -49,7 +50,7 @@ def summarize_phase(state: CampaignState, phase: PhaseState) -> PhaseSummary:
     losses = judgement  # the spread of an arm does not depend on goal and min_effect
     if metric.name != "val_loss":
         losses = judge(_outcomes(state, phase, "val_loss"), baseline=phase.baseline, confidence=rules["confidence"])
-    spreads = {arm.arm: _spread(arm) for arm in losses.arms}
+    spreads = {arm.arm: arm.score for arm in losses.arms}
     planned = {arm.name: arm for arm in phase.arms}
     ranked = enumerate(judgement.arms, 1)
     arms = tuple(_arm_summary(state, planned[own.arm], own, rank, spreads[own.arm]) for rank, own in ranked)
@@ -98,22 +99,13 @@ def _outcomes(state: CampaignState, phase: PhaseState, metric: str) -> dict[str,
     }
 
 
-def _spread(verdict: ArmVerdict) -> Spread:
-    return Spread(verdict.mean, verdict.sd, verdict.ci_low, verdict.ci_high)
-
-
-def _arm_summary(state: CampaignState, arm: ArmState, verdict: ArmVerdict, rank: int, val_loss: Spread) -> ArmSummary:
+def _arm_summary(state: CampaignState, arm: ArmState, judged: ArmSummary, rank: int, val_loss: Spread) -> ArmSummary:
     results = [state.results[i] for i in arm.trial_ids.values() if i in state.results]
     finished = [result for result in results if result["status"] == "finished"]
-    return ArmSummary(
-        arm=arm.name,
+    return replace(
+        judged,
         rank=rank,
         overrides=arm.overrides,
-        n=verdict.n,
-        score=_spread(verdict),
-        delta=verdict.delta,
-        verdict=verdict.verdict,
-        tied_with_winner=verdict.tied_with_winner,
         tokens=max((result["metrics"]["tokens"] for result in finished), default=None),
         seconds=mean(result["seconds"] for result in finished),
         trial_ids=tuple(arm.trial_ids.values()),

@@ -30,7 +30,7 @@ def take_snapshot(
     planned = [trial_id for phase in state.phases.values() for trial_id in phase.trial_ids]
     results = [state.results[trial_id] for trial_id in planned if trial_id in state.results]
     current = next((phase for phase in state.phases.values() if phase.winner is None), None)
-    elapsed = state.seconds + (_seconds_since(state.campaign["time"]) if running else state.session_seconds())
+    wall = (datetime.now(UTC) - datetime.fromisoformat(state.campaign["time"])).total_seconds()
     at_work = tuple(_running(root, event) for event in state.running.values()) if running else ()
     return Snapshot(
         campaign=state.campaign["campaign"],
@@ -43,7 +43,7 @@ def take_snapshot(
         total_is_final=len(state.phases) == len(expected),
         reused=sum(result["seq"] < state.campaign["seq"] for result in results),
         unsuccessful=sum(result["status"] in ("failed", "diverged") for result in results),
-        elapsed=elapsed,
+        elapsed=state.seconds + (wall if running else state.session_seconds()),
         eta=seconds_left(state, at_work) if running else None,
         running=at_work,
         best=_best(state, current) if current else None,
@@ -61,15 +61,9 @@ def _running(root: Path, event: Mapping[str, Any]) -> Running:
         return next((row[name] for row in reversed(rows) if row.get(name) is not None), None)
 
     return Running(
-        trial_id=event["trial_id"],
-        phase=event["phase"],
-        arm=event["arm"],
-        seed=event["seed"],
+        **{name: event[name] for name in ("trial_id", "phase", "arm", "seed", "steps")},
         step=max(newest("step") or 0, beat.step if beat else 0),
-        steps=event["steps"],
-        train_loss=newest("train_loss"),
-        val_loss=newest("val_loss"),
-        tokens_per_second=newest("tokens_per_second"),
+        **{name: newest(name) for name in ("train_loss", "val_loss", "tokens_per_second")},
     )
 
 
@@ -78,17 +72,10 @@ def _best(state: CampaignState, phase: PhaseState) -> tuple[str, float, int] | N
     scores = []
     for arm in phase.arms:
         values = [state.outcome(trial_id).value for trial_id in arm.trial_ids.values()]
-        known = [value for value in values if value is not None]
-        if known:
+        if known := [value for value in values if value is not None]:
             scores.append((arm.name, fmean(known), len(known)))
-    most = max((n for _, _, n in scores), default=0)
     sign = 1 if state.campaign["metric"]["goal"] == "minimize" else -1
-    leading = [score for score in scores if score[2] == most]
-    return min(leading, key=lambda score: sign * score[1]) if leading else None
-
-
-def _seconds_since(time: str) -> float:
-    return (datetime.now(UTC) - datetime.fromisoformat(time)).total_seconds()
+    return min(scores, key=lambda score: (-score[2], sign * score[1]), default=None)
 
 
 def read_snapshot(root: Path) -> Snapshot:

@@ -19,18 +19,9 @@ from tune.results.answer import find_answer
 from tune.results.costs import campaign_cost
 from tune.results.phase_summary import count_trials, phase_records, summarize_phase
 from tune.spec.schema import Claim
+from tune.storage import summaries
 from tune.storage.state import CampaignState, PhaseState, read_state
-from tune.storage.summaries import (
-    ArmSummary,
-    CampaignSummary,
-    ClaimResult,
-    Delta,
-    Objective,
-    PhaseSummary,
-    TrialProblem,
-    TrialRecord,
-    to_json,
-)
+from tune.storage.summaries import CampaignSummary, PhaseSummary, TrialProblem, TrialRecord, to_json
 
 # The derived files of a phase and of the campaign, the rows they are made from, and the file of their digests.
 DERIVED = ("trials.jsonl", "summary.json", "summary.parquet", "curves.parquet", "report.html", "report.md")
@@ -40,42 +31,28 @@ TRIAL_COLUMNS = {"phase": "string", "arm": "string", "trial_id": "string", "seed
 CURVE_COLUMNS = TRIAL_COLUMNS | {
     "step": "int64",
     "tokens": "int64",
-    "train_loss": "float64",
-    "val_loss": "float64",
-    "val_bpb": "float64",
-    "tokens_per_second": "float64",
-    "grad_norm": "float64",
-    "lr": "float64",
-    "lr_embedding": "float64",
-    "lr_head": "float64",
-    "lr_scales": "float64",
-    "r_mean": "float64",
-    "r_replaced": "float64",
-    "weight_norm_error": "float64",
-    "activation_norm_error": "float64",
+    **dict.fromkeys(("train_loss", "val_loss", "val_bpb", "tokens_per_second", "grad_norm"), "float64"),
+    **dict.fromkeys(("lr", "lr_embedding", "lr_head", "lr_scales", "r_mean", "r_replaced"), "float64"),
+    **dict.fromkeys(("weight_norm_error", "activation_norm_error"), "float64"),
 }
 
 
 def summarize_campaign(
     state: CampaignState, phases: Sequence[PhaseSummary], claims: Sequence[Claim] | None = None
 ) -> CampaignSummary:
-    """Summarizes a campaign from its state and the summaries of its phases, which are in order.
-
-    `claims` are judged instead of those of the campaign's own file.
-    """
+    """Summarizes a campaign from its phases, in order. `claims` are judged instead of those of its own file."""
     rules = state.campaign
     # Sorted, since the order of a set differs between processes, and so would the last digit of a sum.
     planned = sorted({trial_id for phase in state.phases.values() for trial_id in phase.trial_ids})
     results = [state.results[trial_id] for trial_id in planned if trial_id in state.results]
     statuses = [state.outcome(trial_id).status for trial_id in planned]
     warnings = [f"{phase.phase}: {warning}" for phase in phases for warning in phase.warnings]
-    if state.left_out:
-        warnings.append(left_out_sentence(state.left_out))
+    warnings += [left_out_sentence(state.left_out)] if state.left_out else []
     return CampaignSummary(
         campaign=rules["campaign"],
         description=rules["description"],
         status=state.status,
-        metric=Objective(**rules["metric"]),
+        metric=summaries.Objective(**rules["metric"]),
         answer=find_answer(state, phases),
         trials=count_trials(statuses, reused=sum(phase.trials.reused for phase in phases)),
         tokens=sum(result["metrics"].get("tokens") or 0 for result in results),
@@ -101,37 +78,29 @@ def own_claims(state: CampaignState) -> list[Claim]:
     return [Claim(**claim) for claim in state.campaign.get("claims", [])]
 
 
-def summarize_claims(state: CampaignState, claims: Sequence[Claim]) -> list[ClaimResult]:
+def summarize_claims(state: CampaignState, claims: Sequence[Claim]) -> list[summaries.ClaimResult]:
     """Judges `claims` by the trials so far."""
     rules, base = state.campaign, state.campaign.get("base", {})
     arms = []
     for phase in state.phases.values():
         for arm in phase.arms:
             configs = (state.results[i]["config"] for i in arm.trial_ids.values() if i in state.results)
-            known = base | dict(phase.base) | dict(arm.overrides) | next(configs, {})
+            known = {**base, **phase.base, **arm.overrides, **next(configs, {})}
             is_baseline = arm.name == phase.baseline
             arms.append(ClaimArm(phase.name, arm.name, is_baseline, arm.overrides, known, arm.trial_ids))
-    evidence = Evidence(
-        arms=arms,
-        outcome=state.outcome,
-        metric=rules["metric"]["name"],
-        goal=rules["metric"]["goal"],
-        confidence=rules["confidence"],
-        min_effect=rules["min_effect"],
-    )
-    return judge_claims(claims, evidence)
+    limits = {name: rules[name] for name in ("confidence", "min_effect")}
+    metric, goal = rules["metric"]["name"], rules["metric"]["goal"]
+    return judge_claims(claims, Evidence(arms=arms, outcome=state.outcome, metric=metric, goal=goal, **limits))
 
 
 def _problems(state: CampaignState) -> list[TrialProblem]:
-    """The trials that failed or diverged, each with its last error."""
+    """The trials that failed or diverged, each once, with its last error."""
+    records = (record for phase in state.phases.values() for record in phase_records(state, phase))
     problems: dict[str, TrialProblem] = {}
-    for phase in state.phases.values():
-        for record in phase_records(state, phase):
-            if record.status not in ("finished", "stopped"):
-                problem = TrialProblem(
-                    record.phase, record.arm, record.seed, record.trial_id, record.status, record.error
-                )
-                problems.setdefault(record.trial_id, problem)
+    for record in records:
+        if record.status not in ("finished", "stopped"):
+            facts = {name: getattr(record, name) for name in TrialProblem.__dataclass_fields__}
+            problems.setdefault(record.trial_id, TrialProblem(**facts))
     return list(problems.values())
 
 
@@ -159,10 +128,7 @@ def write_phase(root: Path, state: CampaignState, phase: PhaseState) -> PhaseSum
 
 
 def write_campaign(root: Path, state: CampaignState, claims: Sequence[Claim] | None = None) -> CampaignSummary:
-    """Writes all derived files of a results directory from its state, and returns the campaign's summary.
-
-    `claims` are judged instead of those of the campaign's own file.
-    """
+    """Writes all derived files of a results directory; `claims` are judged instead of those of its own file."""
     from tune.report.html import write_report
 
     phases = [write_phase(root, state, phase) for phase in state.phases.values()]
@@ -175,15 +141,12 @@ def write_campaign(root: Path, state: CampaignState, claims: Sequence[Claim] | N
 
 
 def rebuild(root: Path, claims: Sequence[Claim] | None = None) -> CampaignSummary:
-    """Rewrites all derived files of a results directory and returns the campaign's summary.
-
-    `claims` are judged instead of those of the campaign's own file, until the files are written again.
-    """
+    """Writes all derived files of a results directory again, as `write_campaign` does."""
     return write_campaign(root, read_state(root), claims)
 
 
 def _write_digests(root: Path, state: CampaignState) -> None:
-    """Writes the SHA-256 of each derived file and of its rows, so that `verify` can tell what was changed since."""
+    """Writes the SHA-256 of each derived file and of its rows, for `verify`."""
     trials = [root / "trials" / trial_id for phase in state.phases.values() for trial_id in phase.trial_ids]
     folders = [root, *(root / phase for phase in state.phases), *trials]
     paths = [path for folder in folders for name in (*DERIVED, *ROWS) if (path := folder / name).is_file()]
@@ -197,13 +160,13 @@ def sealed(digests: Mapping[str, str]) -> dict[str, str]:
     return {**digests, "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
-def _flat(arm: ArmSummary) -> dict[str, Any]:
+def _flat(arm: summaries.ArmSummary) -> dict[str, Any]:
     """An arm as one row: nested numbers get dotted column names, settings become JSON."""
     nested = ("score", "val_loss", "delta", "overrides", "trial_ids")
     row = {name: value for name, value in vars(arm).items() if name not in nested}
     for name in ("score", "val_loss"):
         row |= {f"{name}.{part}": value for part, value in vars(getattr(arm, name)).items()}
-    delta = vars(arm.delta) if arm.delta else dict.fromkeys(Delta.__dataclass_fields__)
+    delta = vars(arm.delta) if arm.delta else dict.fromkeys(summaries.Delta.__dataclass_fields__)
     row |= {f"delta.{part}": value for part, value in delta.items()}
     return row | {"overrides": json.dumps(arm.overrides), "trial_ids": list(arm.trial_ids)}
 
@@ -212,10 +175,7 @@ def _write_parquet(path: Path, rows: list[dict[str, Any]], columns: Mapping[str,
     import pyarrow
     import pyarrow.parquet
 
-    schema = None
-    if columns is not None:
-        fields = [pyarrow.field(name, pyarrow.type_for_alias(kind)) for name, kind in columns.items()]
-        schema = pyarrow.schema(fields)
+    schema = pyarrow.schema(list(columns.items())) if columns else None
     sink = pyarrow.BufferOutputStream()
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=schema), sink, write_page_checksum=True)
     write_atomic(path, sink.getvalue().to_pybytes())

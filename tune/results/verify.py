@@ -8,9 +8,9 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,26 @@ LEFTOVER = "of a process that was killed; safe to remove"
 
 @dataclass(frozen=True)
 class Issue:
-    """A problem with a file, or a note about it that is not a problem."""
+    """A problem with a file."""
 
     path: str  # relative to the results directory
     text: str
-    remedy: str | None = None
-    is_note: bool = False
+    remedy: str | None = None  # None if only a backup helps, or if it is a note
+
+
+class Note(Issue):
+    """What is unusual about a file and no problem."""
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Result of `verify`."""
+
+    results: str
+    intact: bool
+    checked: Mapping[str, int]  # number of files by kind
+    problems: list[Issue]
+    notes: list[Note]
 
 
 @dataclass
@@ -54,10 +68,8 @@ class Directory:
         return self.state.ended and not self.running
 
 
-def verify(root: Path) -> dict[str, Any]:
-    """Checks the results directory `root`: returns `intact`, `problems`, `notes` and the numbers of files `checked`.
-
-    Each problem has a `path`, a `text` and a `remedy`, which is None if only a backup helps.
+def verify(root: Path) -> Findings:
+    """Checks every file of the results directory `root`.
 
     Raises:
         ConfigError: there is no journal in `root`.
@@ -69,27 +81,21 @@ def verify(root: Path) -> dict[str, Any]:
     directory = Directory(root, events, replay(events), is_locked(root))
     directory.checked["events"] = len(events)
     if directory.running:
-        found.append(Issue("campaign.lock", "a run is working here; what it writes is not compared", is_note=True))
+        found.append(Note("campaign.lock", "a run is working here; what it writes is not compared"))
     if directory.state.campaign:
         # A damaged journal would make everything that follows from it look wrong.
-        sound = not any(not issue.is_note for issue in found)
-        for name, check in CHECKS.items():
-            if sound or name not in NEED_JOURNAL:
-                found += check(directory)
+        sound = all(isinstance(issue, Note) for issue in found)
+        checks = (check_heading, check_trials, check_checkpoints, check_derived) if sound else (check_checkpoints,)
+        for check in checks:
+            found += check(directory)
     elif not found:
-        found.append(Issue("journal.jsonl", "it holds no campaign", is_note=True))
-    found = list({each.path: each for each in reversed(found)}.values())[
-        ::-1
-    ]  # of several about one path the first is the cause
-    kinds = {kind: [_plain(each) for each in found if each.is_note == (kind == "notes")] for kind in KINDS}
-    return {"results": str(root), "intact": not kinds["problems"], "checked": directory.checked} | kinds
-
-
-KINDS = ("problems", "notes")
-
-
-def _plain(issue: Issue) -> dict[str, Any]:
-    return {name: value for name, value in asdict(issue).items() if name != "is_note"}
+        found.append(Note("journal.jsonl", "it holds no campaign"))
+    # Of several about one path the first is the cause.
+    causes = reversed({issue.path: issue for issue in reversed(found)}.values())
+    problems, notes = [], []
+    for issue in causes:
+        (notes if isinstance(issue, Note) else problems).append(issue)
+    return Findings(str(root), not problems, directory.checked, problems, notes)
 
 
 def read_events(root: Path) -> tuple[list[Event], list[Issue]]:
@@ -97,7 +103,7 @@ def read_events(root: Path) -> tuple[list[Event], list[Issue]]:
     raw = (root / "journal.jsonl").read_bytes()
     whole = intact_length(raw)
     events: list[Event] = []
-    found = []
+    found: list[Issue] = []
     for number, line in enumerate(raw[:whole].split(b"\n")[:-1], 1):
         event = parse_line(line)
         if event is None or event.get("seq") != number:
@@ -107,7 +113,7 @@ def read_events(root: Path) -> tuple[list[Event], list[Issue]]:
             events.append(event)
     if torn := len(raw) - whole:
         text = f"its last {torn} bytes are a line that a crash has cut off; the next run sets them aside"
-        found.append(Issue("journal.jsonl", text, is_note=True))
+        found.append(Note("journal.jsonl", text))
     return events, found
 
 
@@ -123,8 +129,8 @@ def check_heading(directory: Directory) -> Iterator[Issue]:
         yield Issue("manifest.json", problem, "the same command writes it anew")
     try:
         digest = _sha256(directory.root / "campaign.yaml")
-        same = digest == started.get("file_sha256", digest)
-        problem = None if same else "it is not the file that the campaign was started with"
+        changed = digest != started.get("file_sha256", digest)
+        problem = "it is not the file that the campaign was started with" if changed else None
     except OSError as error:
         problem = _reason(error)
     if problem:
@@ -146,32 +152,32 @@ def check_trials(directory: Directory) -> Iterator[Issue]:
         if problem:
             yield Issue(str(folder / "config.json"), problem, "the record in the journal has the settings")
         for name in ("metrics.jsonl", "histograms.jsonl"):
-            if (directory.root / folder / name).exists() or name == "metrics.jsonl":
-                yield from _check_rows(directory.root, folder / name, result)
+            path = directory.root / folder / name
+            if (path.exists() or name == "metrics.jsonl") and (problem := _rows_problem(path, result)):
+                yield Issue(str(folder / name), problem, ROWS_LOST)
     known = results.keys() | {event["trial_id"] for event in directory.events if event["event"] == "trial_started"}
     for path in sorted((directory.root / "trials").glob("*")):
         if path.name not in known:
-            yield Issue(f"trials/{path.name}", "no event of the journal is about it", is_note=True)
+            yield Note(f"trials/{path.name}", "no event of the journal is about it")
 
 
-def _check_rows(root: Path, path: Path, result: Mapping[str, Any]) -> Iterator[Issue]:
+def _rows_problem(path: Path, result: Mapping[str, Any]) -> str | None:
     try:
-        *lines, torn = (root / path).read_text(encoding="utf-8").split("\n")
+        *lines, torn = path.read_text(encoding="utf-8").split("\n")
         rows = [json.loads(line, parse_constant=_no_number) for line in lines]
         steps = [row["step"] for row in rows]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        yield Issue(str(path), _reason(error), ROWS_LOST)
-        return
+        return _reason(error)
     if result["status"] not in DONE:
-        return
+        return None
     if torn:
-        yield Issue(str(path), "its last line is cut off", ROWS_LOST)
-    elif steps != sorted(steps):
-        yield Issue(str(path), "its steps are out of order", ROWS_LOST)
-    elif path.name == "metrics.jsonl" and result["status"] == "finished":
-        last = next((row["val_loss"] for row in reversed(rows) if "val_loss" in row), None)
-        if last != result["metrics"].get("val_loss"):
-            yield Issue(str(path), "it does not end with the validation loss of the trial's record", ROWS_LOST)
+        return "its last line is cut off"
+    if steps != sorted(steps):
+        return "its steps are out of order"
+    last = next((row["val_loss"] for row in reversed(rows) if "val_loss" in row), None)
+    is_curve = path.name == "metrics.jsonl" and result["status"] == "finished"
+    is_wrong = is_curve and last != result["metrics"].get("val_loss")
+    return "it does not end with the validation loss of the trial's record" if is_wrong else None
 
 
 def check_checkpoints(directory: Directory) -> Iterator[Issue]:
@@ -189,7 +195,7 @@ def check_checkpoints(directory: Directory) -> Iterator[Issue]:
         root = path / "checkpoints"
         for leftover in [*root.glob("damaged-*"), *([] if directory.running else root.glob(".tmp-*"))]:
             what = "a checkpoint that was found damaged" if leftover.name.startswith("d") else "half a checkpoint"
-            yield Issue(str(leftover.relative_to(directory.root)), f"{what}; safe to remove", is_note=True)
+            yield Note(str(leftover.relative_to(directory.root)), f"{what}; safe to remove")
         status = directory.state.results.get(trial_id, {}).get("status")
         if status == "finished" and all(problems[folder] for folder in checkpoint_folders(root)):
             text = "the trial is finished and has no intact checkpoint: its result stands, its model is gone"
@@ -233,23 +239,18 @@ def check_derived(directory: Directory) -> Iterator[Issue]:
         expected = {str(path.relative_to(made)): path for path in sorted(made.rglob("*")) if path.is_file()}
         expected.pop(DIGESTS, None)
         directory.checked["derived"] = len(expected)
-        yield from _check_digests(directory, digests)
+        for name, digest in digests.items() if directory.whole else ():
+            path = directory.root / name
+            if name.startswith("trials/") and path.is_file() and _sha256(path) != digest:
+                yield Issue(name, "it is not as it was when the campaign ended", ROWS_LOST)
         for name, path in expected.items():
             there = directory.root / name
             if problem := _difference(path, there):
                 as_written = there.is_file() and _sha256(there) == digests.get(name)
-                text = "as it was written, by another version or with other claims" if as_written else problem
-                yield Issue(name, text, REBUILD, is_note=as_written)
+                note = Note(name, "as it was written, by another version or with other claims", REBUILD)
+                yield note if as_written else Issue(name, problem, REBUILD)
     for temporary in sorted(path for path in directory.root.rglob(".*.tmp") if not directory.running):
-        yield Issue(str(temporary.relative_to(directory.root)), LEFTOVER, is_note=True)
-
-
-def _check_digests(directory: Directory, digests: Mapping[str, Any]) -> Iterator[Issue]:
-    """Compares the rows of the trials with their digests from the end of the campaign."""
-    for name, digest in digests.items() if directory.whole else ():
-        path = directory.root / name
-        if name.startswith("trials/") and path.is_file() and _sha256(path) != digest:
-            yield Issue(name, "it is not as it was when the campaign ended", ROWS_LOST)
+        yield Note(str(temporary.relative_to(directory.root)), LEFTOVER)
 
 
 def _difference(made: Path, there: Path) -> str | None:
@@ -275,21 +276,11 @@ def _same_table(one: Path, other: Path) -> bool:
     return tables[0].equals(tables[1])
 
 
-CHECKS: dict[str, Callable[[Directory], Iterator[Issue]]] = {
-    "heading": check_heading,
-    "trials": check_trials,
-    "checkpoints": check_checkpoints,
-    "derived": check_derived,
-}
-NEED_JOURNAL = ("heading", "trials", "derived")
-
-
 def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _read_json(path: Path) -> tuple[Any, str | None]:
-    """Returns the content and None, or None and what is wrong."""
     try:
         return json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number), None
     except (OSError, ValueError) as error:
@@ -307,14 +298,12 @@ def _reason(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def verify_text(found: Mapping[str, Any]) -> str:
+def verify_text(found: Findings) -> str:
     """Formats the result of `verify` for people, with a line or two for each issue."""
     lines = []
-    for kind, label in (("problems", "problem"), ("notes", "note")):
-        for issue in found[kind]:
-            lines.append(f"{label:8} {issue['path']}: {issue['text']}")
-            if issue["remedy"]:
-                lines.append(f"{'':8} {issue['remedy']}")
-    checked = ", ".join(f"{n} {what.removesuffix('s') if n == 1 else what}" for what, n in found["checked"].items())
-    verdict = "intact" if found["intact"] else fmt.counted(len(found["problems"]), "problem")
-    return "\n".join([*lines, f"{found['results']}: {verdict}; checked {checked}"])
+    for issue in (*found.problems, *found.notes):
+        lines.append(f"{'note' if isinstance(issue, Note) else 'problem':8} {issue.path}: {issue.text}")
+        lines += [f"{'':8} {issue.remedy}"] if issue.remedy else []
+    checked = ", ".join(f"{n} {what.removesuffix('s') if n == 1 else what}" for what, n in found.checked.items())
+    verdict = "intact" if found.intact else fmt.counted(len(found.problems), "problem")
+    return "\n".join([*lines, f"{found.results}: {verdict}; checked {checked}"])

@@ -68,7 +68,7 @@ class ArmSummary:
     score: Spread = Spread()  # of the campaign's metric
     delta: Delta | None = None
     verdict: str = "incomplete"
-    tied_with_winner: bool = False
+    tied_with_winner: bool = False  # the unadjusted interval of arm minus winner contains 0
     val_bpb: float | None = None
     train_loss: float | None = None
     tokens_per_second: float | None = None
@@ -240,7 +240,7 @@ class CampaignSummary:
 
 
 def to_json(item: Any) -> Any:
-    """Returns dicts and lists in place of the types of this module, their fields in order."""
+    """Returns dicts and lists in place of dataclasses and tuples, fields in order."""
     if is_dataclass(item):
         return {name: to_json(value) for name, value in vars(item).items()}
     if isinstance(item, list | tuple):

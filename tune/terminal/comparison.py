@@ -59,16 +59,12 @@ def _fact(item: Any) -> str:
 def _arm_table(comparison: Comparison, width: int) -> Table:
     table = Table(box=RULED, width=width, padding=(0, 1, 0, 0))
     table.add_column("arm", ratio=1, overflow="fold")
-    table.add_column("n", justify="right")
-    table.add_column(f"A {comparison.metric.name}", justify="right")
-    table.add_column("B \u2212 A", no_wrap=True)
-    table.add_column("Holm p", justify="right")
-    table.add_column("tok/s", justify="right")
+    for name in ("n", f"A {comparison.metric.name}", "B \u2212 A", "Holm p", "tok/s"):
+        table.add_column(name, justify="left" if name == "B \u2212 A" else "right", no_wrap=name == "B \u2212 A")
     table.add_column("verdict", max_width=13)
     for arm in comparison.arms:
         name = arm.a[0] if arm.a[0] == arm.b[0] else f"{arm.a[0]} = {arm.b[0]}"
-        is_same = arm.identical and arm.delta is not None
-        ratio = arm.tokens_per_second.ratio
+        is_same, ratio = arm.identical and arm.delta is not None, arm.tokens_per_second.ratio
         table.add_row(
             words(name),
             str(arm.n.a) if arm.paired else f"{arm.n.a}+{arm.n.b}",

@@ -80,12 +80,17 @@ def phase_table(phase: PhaseSummary, *, width: int = 100) -> Table:
     if has_speed:
         table.add_column("tok/s", justify="right", no_wrap=True)
     if picture:
-        table.add_column(_picture_header(phase, arms, picture), no_wrap=True)
+        low, high = _span(arms)
+        is_up = phase.metric.goal == "maximize"
+        word, is_shown = ("→ better".rjust(picture), high > 0) if is_up else ("better ←", low < 0)
+        table.add_column(word if is_shown else "", no_wrap=True)
     for arm, row, marks in zip(arms, rows, forest(arms, picture), strict=True):
         style = VERDICT_STYLES.get(arm.verdict, "")
         cells = [words(arm.arm, "bold" if arm.arm == phase.winner else ""), *map(Text, row[:-1]), Text(row[-1], style)]
         cells += [Text(fmt.count(arm.tokens_per_second))] if has_speed else []
-        cells += [_picture(marks, style)] if picture else []
+        if picture:
+            cells.append(Text(marks, style))
+            cells[-1].highlight_regex("│", "not bold bright_black")  # the zero of the baseline, the same in every row
         table.add_row(*cells)
     if len(arms) < len(phase.arms):
         table.caption = Text(f"… and {len(phase.arms) - len(arms)} more in the report", style="dim")
@@ -94,9 +99,8 @@ def phase_table(phase: PhaseSummary, *, width: int = 100) -> Table:
 
 
 def _plain_table() -> Table:
-    return Table(
-        box=RULED, show_edge=False, padding=(0, 1, 0, 0), pad_edge=False, header_style="dim", border_style="dim"
-    )
+    look = {"header_style": "dim", "border_style": "dim"}
+    return Table(box=RULED, show_edge=False, padding=(0, 1, 0, 0), pad_edge=False, **look)
 
 
 def _width(*rows: Sequence[str]) -> int:
@@ -148,20 +152,6 @@ def forest(arms: Sequence[ArmSummary], width: int) -> list[str]:
     return rows
 
 
-def _picture(marks: str, style: str) -> Text:
-    text = Text(marks, style=style)
-    text.highlight_regex("│", "not bold bright_black")  # the zero of the baseline, the same in every row
-    return text
-
-
-def _picture_header(phase: PhaseSummary, arms: Sequence[ArmSummary], width: int) -> str:
-    """The word `better` on its side of the picture."""
-    low, high = _span(arms)
-    if phase.metric.goal == "maximize":
-        return "→ better".rjust(width) if high > 0 else ""
-    return "better ←" if low < 0 else ""
-
-
 # ---- claims and the answer -----------------------------------------------------------------------------------------
 
 
@@ -171,17 +161,14 @@ def claims_table(claims: Sequence[ClaimResult], *, width: int = 100) -> Table:
     names = [fmt.shorten(fmt.plain(claim.id), 20) for claim in claims]
     values = [fmt.claim_value(claim.observed, claim.ci_low, claim.ci_high) for claim in claims]
     room = width - max(len("claim"), *map(len, names)) - max(len("observed"), *map(len, values)) - len("reproduced") - 6
-    table.add_column("claim", no_wrap=True)
-    table.add_column("verdict", no_wrap=True)
-    if room >= 0:
-        table.add_column("observed", no_wrap=True)
-    if room >= 12:
+    shown = 4 if room >= 12 else 3 if room >= 0 else 2
+    for name in ("claim", "verdict", "observed")[:shown]:
+        table.add_column(name, no_wrap=True)
+    if shown == 4:
         table.add_column("what was said", no_wrap=True, overflow="ellipsis", max_width=room)
     for claim, name, value in zip(claims, names, values, strict=True):
-        cells = [words(name), words(claim.verdict, CLAIM_STYLES.get(claim.verdict, "dim"))]
-        cells += [Text(value)] if room >= 0 else []
-        cells += [words(claim.says or "")] if room >= 12 else []
-        table.add_row(*cells)
+        verdict = words(claim.verdict, CLAIM_STYLES.get(claim.verdict, "dim"))
+        table.add_row(*[words(name), verdict, Text(value), words(claim.says or "")][:shown])
     return table
 
 
@@ -207,11 +194,5 @@ def _answer_panel(summary: CampaignSummary, report: Path, width: int) -> Panel:
     rows.add_row("report", words(report))
     rows.add_row("next", Text(next_step(summary)))
     title = words(summary.campaign, "bold").append("  ").append_text(words(summary.status, "dim"))
-    return Panel(
-        Group(words(answer.sentence, "bold"), Text(), rows),
-        title=title,
-        title_align="left",
-        box=ROUNDED,
-        padding=(1, 2),
-        width=width,
-    )
+    content = Group(words(answer.sentence, "bold"), Text(), rows)
+    return Panel(content, title=title, title_align="left", box=ROUNDED, padding=(1, 2), width=width)

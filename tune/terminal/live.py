@@ -52,9 +52,8 @@ def live_view(snapshot: Snapshot, *, height: int = 24) -> RenderableType:
 def _live(snapshot: Snapshot, width: int, height: int) -> RenderableType:
     past = min(len(snapshot.phases), max(1, (height - 12) // 3))
     most = max(1, height - past - 9)
-    facts = Table.grid(
-        Column(style="dim", no_wrap=True, max_width=18), Column(ratio=1), padding=(0, 2, 0, 0), expand=True
-    )
+    label = Column(style="dim", no_wrap=True, max_width=18)
+    facts = Table.grid(label, Column(ratio=1), padding=(0, 2, 0, 0), expand=True)
     if snapshot.best:
         arm, loss, n = snapshot.best
         line = words(fmt.shorten(fmt.plain(arm), 36), "bold bright_blue")
@@ -75,8 +74,7 @@ def _line(text: Text) -> Text:
 
 
 def _header(snapshot: Snapshot) -> Text:
-    header = Text()
-    header.append_text(words(snapshot.campaign, "bold"))
+    header = Text().append_text(words(snapshot.campaign, "bold"))
     if snapshot.phase:
         header.append(f"   phase {snapshot.phase_number} of {snapshot.n_phases}   ", style="dim")
         header.append_text(words(snapshot.phase))
@@ -108,24 +106,15 @@ def _bar(done: int, total: int, width: int | None = None) -> ProgressBar:
 def _running_table(snapshot: Snapshot, width: int, most: int) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), expand=True, header_style="dim", pad_edge=False)
     table.add_column("training now", ratio=1, no_wrap=True, overflow="ellipsis")
-    for name in ("seed", "step"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("", width=8)
-    for name in ("train", "val", "tok/s"):
-        table.add_column(name, justify="right", no_wrap=True)
+    for name in ("seed", "step", "", "train", "val", "tok/s"):
+        table.add_column(name, justify="right", no_wrap=True, width=None if name else 8)
     names = max(width - 41 - max(len(f"{trial.step}/{trial.steps}") for trial in snapshot.running), 10)
     shown = snapshot.running if len(snapshot.running) <= most else snapshot.running[: most - 1]
     for trial in shown:
         name = trial.arm if trial.phase == snapshot.phase else f"{trial.phase}: {trial.arm}"
-        table.add_row(
-            words(fmt.shorten(fmt.plain(name), names)),
-            str(trial.seed),
-            f"{trial.step}/{trial.steps}",
-            _bar(trial.step, trial.steps, 8),
-            fmt.number(trial.train_loss),
-            fmt.number(trial.val_loss),
-            fmt.count(trial.tokens_per_second),
-        )
+        progress = f"{trial.step}/{trial.steps}", _bar(trial.step, trial.steps, 8)
+        numbers = fmt.number(trial.train_loss), fmt.number(trial.val_loss), fmt.count(trial.tokens_per_second)
+        table.add_row(words(fmt.shorten(fmt.plain(name), names)), str(trial.seed), *progress, *numbers)
     if len(shown) < len(snapshot.running):
         table.add_row(Text(f"… and {len(snapshot.running) - len(shown)} more", style="dim"))
     return table

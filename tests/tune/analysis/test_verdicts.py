@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from tune.analysis.verdicts import ArmVerdict, Judgement, holm, judge, smallest_detectable_effect
+from tune.analysis.verdicts import Judgement, holm, judge, smallest_detectable_effect
 from tune.storage.records import TrialOutcome
-from tune.storage.summaries import Delta
+from tune.storage.summaries import ArmSummary, Delta
 
 Outcomes = dict[str, dict[int, TrialOutcome]]
 SLACK = 3 * math.sqrt(0.05 * 0.95 / 2000)  # three Monte-Carlo standard errors of a 5 % rate over 2,000 phases
@@ -48,7 +48,7 @@ def simulated(
     return phase(**rows)
 
 
-def find(judgement: Judgement, arm: str) -> ArmVerdict:
+def find(judgement: Judgement, arm: str) -> ArmSummary:
     return next(row for row in judgement.arms if row.arm == arm)
 
 
@@ -150,9 +150,9 @@ def test_the_interval_of_a_mean_uses_the_pooled_one_way_sd() -> None:
     half = stats.t.ppf(0.975, df) * sd / math.sqrt(3)
     judgement = judge(phase(**rows), baseline="base")
     for arm, row in rows.items():
-        found = find(judgement, arm)
-        assert (found.n, found.mean, found.sd) == (3, pytest.approx(np.mean(row)), pytest.approx(np.std(row, ddof=1)))
-        assert (found.ci_low, found.ci_high) == (pytest.approx(np.mean(row) - half), pytest.approx(np.mean(row) + half))
+        found, score = find(judgement, arm), find(judgement, arm).score
+        assert (found.n, score.mean, score.sd) == (3, pytest.approx(np.mean(row)), pytest.approx(np.std(row, ddof=1)))
+        assert (score.ci_low, score.ci_high) == (pytest.approx(np.mean(row) - half), pytest.approx(np.mean(row) + half))
 
 
 # --- simulation -------------------------------------------------------------------------------------------------
@@ -165,7 +165,7 @@ def test_the_interval_of_a_mean_covers_it_even_if_seeds_move_all_arms_alike(
     rng = np.random.default_rng(7)
     covered = []
     for _ in range(1000):
-        base = find(judge(simulated(rng, n_arms, n_seeds, correlation), baseline="base"), "base")
+        base = find(judge(simulated(rng, n_arms, n_seeds, correlation), baseline="base"), "base").score
         assert base.ci_low is not None and base.ci_high is not None
         covered.append(base.ci_low <= 6 <= base.ci_high)
     assert 0.93 <= np.mean(covered) <= 0.97
@@ -308,7 +308,7 @@ def test_one_seed_per_arm_gives_no_claim_but_shows_the_difference() -> None:
     judgement = judge(phase(base=[6.0], arm=[5.0]), baseline="base")
     assert verdicts(judgement) == {"arm": "no claim", "base": "baseline"}
     assert find(judgement, "arm").delta == Delta(-1.0)
-    assert find(judgement, "arm").sd is None
+    assert find(judgement, "arm").score.sd is None
     assert judgement.why == "one seed per arm: no claim can be made, the baseline stays"
     assert (judgement.winner, judgement.method, judgement.noise_sd) == ("base", None, None)
 
@@ -317,7 +317,7 @@ def test_an_arm_with_one_seed_gets_no_claim_while_the_others_are_judged() -> Non
     judgement = judge(phase(base=BASE, good=GOOD, single=[5.0]), baseline="base")
     assert verdicts(judgement) == {"single": "no claim", "good": "better", "base": "baseline"}
     assert judgement.winner == "good"
-    assert find(judgement, "single").ci_low is not None  # the pooled sd gives one seed an interval
+    assert find(judgement, "single").score.ci_low is not None  # the pooled sd gives one seed an interval
 
 
 def test_a_baseline_with_one_seed_allows_no_claim() -> None:
@@ -345,7 +345,7 @@ def test_an_arm_with_a_lost_seed_is_ranked_last_and_never_wins(
     judgement = judge(cells, baseline="base")
     lost = judgement.arms[-1]
     assert (lost.arm, lost.verdict, lost.n, lost.delta, lost.tied_with_winner) == ("lost", verdict, 2, None, False)
-    assert lost.mean == pytest.approx(1.05) and lost.ci_low is not None
+    assert lost.score.mean == pytest.approx(1.05) and lost.score.ci_low is not None
     assert judgement.winner == "good"
 
 

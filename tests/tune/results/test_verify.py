@@ -5,7 +5,6 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -13,7 +12,7 @@ import run_campaign
 from ngpt.config.base import ConfigError
 from tests.helpers.tiny_campaign import train_all, write_file
 from tune.results.summary import rebuild, sealed
-from tune.results.verify import verify, verify_text
+from tune.results.verify import Issue, verify, verify_text
 
 
 @pytest.fixture(autouse=True)
@@ -65,19 +64,19 @@ def change(path: Path, old: str, new: str) -> None:
     path.write_text(text.replace(old, new, 1), encoding="utf-8")
 
 
-def problems(root: Path) -> dict[str, dict[str, Any]]:
+def problems(root: Path) -> dict[str, Issue]:
     found = verify(root)
-    assert found["intact"] == (not found["problems"])
-    return {finding["path"]: finding for finding in found["problems"]}
+    assert found.intact == (not found.problems)
+    return {finding.path: finding for finding in found.problems}
 
 
 def test_a_finished_campaign_is_intact_and_all_of_it_was_checked(finished: Path) -> None:
     found = verify(finished)
-    assert found["problems"] == found["notes"] == [] and found["intact"]
+    assert found.problems == found.notes == [] and found.intact
     events = len((finished / "journal.jsonl").read_text().splitlines())
     trials = len(list((finished / "trials").iterdir()))
     checkpoints = len(list(finished.glob("trials/*/checkpoints/step_*")))
-    assert found["checked"] == {"events": events, "trials": trials, "checkpoints": checkpoints, "derived": 5}
+    assert found.checked == {"events": events, "trials": trials, "checkpoints": checkpoints, "derived": 5}
     assert trials == 4 and checkpoints == 8
 
 
@@ -120,7 +119,7 @@ def test_one_flipped_bit_is_found_and_named(kind: str, root: Path) -> None:
     flip(path)
     found = problems(root)
     name = next(name for name in found if name.partition(":")[0] == place(root, path))
-    assert text in found[name]["text"] and (remedy or "") in (found[name]["remedy"] or "")
+    assert text in found[name].text and (remedy or "") in (found[name].remedy or "")
     assert len(found) == 1
 
 
@@ -131,7 +130,7 @@ def test_a_missing_file_is_found_and_named(kind: str, root: Path) -> None:
     found = problems(root)
     assert list(found) == [place(root, path)]
     if path.parent.name != "checkpoints" and "step_" not in path.parent.name:
-        assert "No such file" in found[place(root, path)]["text"]
+        assert "No such file" in found[place(root, path)].text
 
 
 def test_what_report_rebuilds_is_intact_again(root: Path) -> None:
@@ -151,9 +150,9 @@ def test_what_another_version_wrote_is_a_note_and_no_problem(root: Path) -> None
     digests["alpha/summary.json"] = hashlib.sha256((root / "alpha" / "summary.json").read_bytes()).hexdigest()
     (root / "derived.json").write_text(json.dumps(sealed(digests)))
     found = verify(root)
-    assert found["intact"]
-    (note,) = found["notes"]
-    assert note["path"] == "alpha/summary.json" and "by another version" in note["text"]
+    assert found.intact
+    (note,) = found.notes
+    assert note.path == "alpha/summary.json" and "by another version" in note.text
 
 
 def test_the_report_is_held_against_the_one_that_the_journal_gives(root: Path, with_report: None) -> None:
@@ -162,7 +161,7 @@ def test_the_report_is_held_against_the_one_that_the_journal_gives(root: Path, w
     (root / "report.md").unlink()
     found = problems(root)
     assert list(found) == ["report.html", "report.md"]
-    assert "not what the journal gives" in found["report.html"]["text"] and "rebuilds" in found["report.md"]["remedy"]
+    assert "not what the journal gives" in found["report.html"].text and "rebuilds" in found["report.md"].remedy
     rebuild(root)
     assert problems(root) == {}
 
@@ -173,11 +172,11 @@ def test_a_curve_that_was_changed_is_found(root: Path) -> None:
     rows[1]["train_loss"] += 1e-9
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     name = str(path.relative_to(root))
-    assert "not as it was when the campaign ended" in problems(root)[name]["text"]
+    assert "not as it was when the campaign ended" in problems(root)[name].text
     last = next(row for row in reversed(rows) if "val_loss" in row)
     last["val_loss"] += 1e-9
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert "does not end with the validation loss of the trial's record" in problems(root)[name]["text"]
+    assert "does not end with the validation loss of the trial's record" in problems(root)[name].text
 
 
 @pytest.mark.parametrize("row", ['{"step": 3, "train_loss": NaN}\n', '{"step": 3, "train', "[1]\n", "\xff\n"])
@@ -192,7 +191,7 @@ def test_a_trial_that_is_gone_is_found_once(root: Path) -> None:
     gone = trial(root)
     shutil.rmtree(gone)
     found = problems(root)
-    assert "the folder is missing" in found[f"trials/{gone.name}"]["text"]
+    assert "the folder is missing" in found[f"trials/{gone.name}"].text
     assert list(found) == [f"trials/{gone.name}"]
 
 
@@ -206,14 +205,14 @@ def test_a_finished_trial_without_an_intact_checkpoint_is_found(root: Path) -> N
     for folder in (trial(root) / "checkpoints").iterdir():
         flip(folder / "model.safetensors")
     found = problems(root)
-    assert "its result stands, its model is gone" in found[f"trials/{trial(root).name}/checkpoints"]["text"]
+    assert "its result stands, its model is gone" in found[f"trials/{trial(root).name}/checkpoints"].text
     assert len(found) == 3
 
 
 def test_a_checkpoint_under_another_name_is_found(root: Path) -> None:
     path = newest(root)
     path.rename(path.with_name("step_0000007"))
-    text = next(iter(problems(root).values()))["text"]
+    text = next(iter(problems(root).values())).text
     assert text == "its manifest says step 6"
 
 
@@ -223,7 +222,7 @@ def test_every_damaged_line_of_the_journal_is_named(root: Path) -> None:
     path.write_bytes(b"".join([*lines[:2], b"{}\n", *lines[3:5], lines[5].replace(b'"event"', b'"evemt"'), *lines[6:]]))
     assert list(problems(root)) == ["journal.jsonl:3", "journal.jsonl:6"]
     path.write_bytes(b"".join([*lines[:3], *lines[4:]]))
-    assert "has number 5, not 4" in problems(root)["journal.jsonl:4"]["text"]
+    assert "has number 5, not 4" in problems(root)["journal.jsonl:4"].text
 
 
 def test_what_a_crash_leaves_is_a_note_and_no_problem(root: Path) -> None:
@@ -234,8 +233,8 @@ def test_what_a_crash_leaves_is_a_note_and_no_problem(root: Path) -> None:
     (root / "alpha" / ".summary.json.0123.tmp").write_text("{")
     (root / "trials" / "0123456789-s1").mkdir()
     found = verify(root)
-    assert found["intact"]
-    noted = {note["path"].rpartition("/")[2] for note in found["notes"]}
+    assert found.intact
+    noted = {note.path.rpartition("/")[2] for note in found.notes}
     assert noted == {
         "journal.jsonl",
         ".tmp-0123",
@@ -253,7 +252,7 @@ def test_a_campaign_that_was_killed_is_intact(root: Path) -> None:
     path.write_text("".join(lines[: at + 1]))
     (root / "summary.json").unlink()
     found = verify(root)
-    assert found["problems"] == [] and found["checked"]["derived"] == 4
+    assert found.problems == [] and found.checked["derived"] == 4
 
 
 def test_a_place_without_a_campaign_is_an_error_of_the_user(tmp_path: Path) -> None:
