@@ -112,7 +112,6 @@ def _interval_trace(verdict: str, rows: list[tuple[int, ArmSummary]]) -> Figure:
 
 
 def _word_trace(verdict: str, rows: list[tuple[int, ArmSummary]]) -> Figure:
-    """Arms without a difference: their verdict is written in their row."""
     return {
         "type": "scatter",
         "mode": "text",
@@ -156,7 +155,7 @@ def curves_by_arm(curves: Iterable[CurveRow]) -> dict[tuple[str, str], list[Curv
     """Groups the logged steps of all trials by phase and arm."""
     found = defaultdict(list)
     for row in curves:
-        if row["step"] is not None:
+        if row.get("step") is not None:
             found[row["phase"], row["arm"]].append(row)
     return found
 
@@ -209,10 +208,10 @@ def _average(rows: Iterable[CurveRow], name: str) -> list[Point]:
     steps: defaultdict[int, dict[str, float]] = defaultdict(dict)
     tokens: dict[int, float | None] = {}
     for row in rows:
-        value = row[name]
+        value = row.get(name)
         if value is not None and isfinite(value):
             steps[row["step"]][row["trial_id"]] = value  # a resumed trial logs a step again
-            tokens[row["step"]] = row["tokens"]
+            tokens[row["step"]] = row.get("tokens")
     order = sorted(steps)
     if (last := len(order) - 1) >= MOST_POINTS:
         order = [order[round(i * last / (MOST_POINTS - 1))] for i in range(MOST_POINTS)]

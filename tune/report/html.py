@@ -123,7 +123,6 @@ def _has_intervals(phase: PhaseSummary) -> bool:
 
 
 def _speed_note(phase: PhaseSummary) -> str:
-    """Explains the labels and bars, which a crowded plot leaves out."""
     note = "Right is faster."
     if len(phase.arms) <= MOST_BARS:
         note += " Numbers are ranks in the table."

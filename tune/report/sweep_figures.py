@@ -115,7 +115,6 @@ def _arm_words(arm: ArmSummary) -> str:
 
 
 def _speed_trace(verdict: str, arms: Sequence[ArmSummary], *, bars: bool) -> Figure:
-    """The arms of one verdict, each with the interval of its difference from the baseline."""
     color = f"var(--{verdict_slug(verdict)})"
     halves = [half_width(arm.delta) or 0 for arm in arms]
     speeds = [f"{fmt.count(arm.tokens_per_second)} tok/s" for arm in arms]

@@ -38,10 +38,7 @@ CLAIMS_NOTE = (
 )
 
 # What to print for a trial that left no error message.
-ENDINGS = {
-    "diverged": "its loss became non-finite",
-    "stopped": "the campaign stopped before the trial ended",
-}
+ENDINGS = {"diverged": "its loss became non-finite", "stopped": "the campaign stopped before the trial ended"}
 
 
 # ---- numbers -------------------------------------------------------------------------------------------------------

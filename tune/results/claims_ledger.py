@@ -208,7 +208,6 @@ def _observed(found: ClaimInCampaign) -> str:
 
 
 def _details(entry: LedgerClaim) -> str:
-    """What came out for a claim, and the trials it rests on."""
     shown = _shown(entry)
     parts = []
     for found in shown:

@@ -261,7 +261,6 @@ def _about(side: Results) -> ComparedResults:
 
 
 def _code(arms: Mapping[str, ArmTrials]) -> dict[str, Any]:
-    """The versions of the code and the threads that the trials report."""
     known = [record.provenance for arm in arms.values() for record in arm.records.values()]
     return {
         name: ", ".join(sorted({str(provenance[name]) for provenance in known if name in provenance}))

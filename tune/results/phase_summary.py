@@ -156,7 +156,6 @@ def _edge_warnings(phase: PhaseState, chosen: ArmSummary) -> list[str]:
 
 
 def _provenance_warnings(records: Sequence[TrialRecord]) -> list[str]:
-    """Names what differs between trials that ran on different devices, code, data or numbers of neighbours."""
     found = []
     for name, what in {"device": "devices", "code_sha256": "versions of the code", "data_sha256": "data"}.items():
         different = {str(record.provenance.get(name)) for record in records}

@@ -254,7 +254,6 @@ def check_derived(directory: Directory) -> Iterator[Issue]:
 
 
 def _difference(made: Path, there: Path) -> str | None:
-    """What is wrong with a derived file, given the one made now."""
     source = "trials/*/metrics.jsonl" if made.name == "curves.parquet" else "the journal"
     try:
         if there.read_bytes() == made.read_bytes():

@@ -99,8 +99,9 @@ def phase_table(phase: PhaseSummary, *, width: int = 100) -> Table:
 
 
 def _plain_table() -> Table:
-    look = {"header_style": "dim", "border_style": "dim"}
-    return Table(box=RULED, show_edge=False, padding=(0, 1, 0, 0), pad_edge=False, **look)
+    return Table(
+        box=RULED, show_edge=False, padding=(0, 1, 0, 0), pad_edge=False, header_style="dim", border_style="dim"
+    )
 
 
 def _width(*rows: Sequence[str]) -> int:

@@ -121,7 +121,6 @@ def _running_table(snapshot: Snapshot, width: int, most: int) -> Table:
 
 
 def _winner(phase: PhaseSummary) -> Text:
-    """The winner of a finished phase on one line, with its effect."""
     arm = phase.winning_arm
     if arm is None:
         return Text("no winner")
