@@ -78,7 +78,7 @@ def known_vocab_size(name: str, known: int, tokenizer: str) -> int:
 
 
 def _verify(paths: Sequence[Path], vocab_size: int, log: Log) -> tuple[list[Shard], list[dict[str, str]]]:
-    """The intact shards, and the name and reason of each other one."""
+    """The intact shards, and the name and reason of all others."""
 
     def check(path: Path) -> Shard | CorruptShardError:
         try:

@@ -21,9 +21,9 @@ MAX_GRAPHS = 64  # per process; the least recently used is dropped
 
 @functools.lru_cache(maxsize=MAX_GRAPHS)
 def compile_for(key: Hashable, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns `function` compiled for static shapes, once per `key`: all that decides its graph besides the shapes.
+    """Returns `function` compiled for static shapes, once per `key`: everything except shapes that determines its graph.
 
-    torch counts compilations per code object and gives up after eight, so each key gets a code object of its own. A
+    torch counts compilations per code object and gives up after eight, so each key gets a separate code object. A
     graph break raises instead of running slowly.
     """
     use_disk_cache()

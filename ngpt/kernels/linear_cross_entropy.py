@@ -179,7 +179,7 @@ def _by_chunks(
             chunk, target = x[start : start + rows], targets[start : start + rows]
             logits = torch.mm(chunk.to(dtype), factor.t(), out=buffer[: len(chunk), :vocabulary])
             target_logits = _cap(logits.gather(1, target).to(exact), softcap)
-            is_full = len(chunk) == rows  # a shorter last chunk is not worth a compilation of its own
+            is_full = len(chunk) == rows  # a shorter last chunk is not worth a separate compilation
             peak, mass = (softmax if is_full else _softmax_by_blocks)(logits, softcap, needs_gradients)
             losses = peak - target_logits + mass.log()  # (rows, 1), in nats
             total += losses.sum()

@@ -31,7 +31,7 @@ Value = TypeVar("Value")
 def configure_allocator() -> None:
     """Sets up CPU memory for large tensors, unless the user has configured it. Call it before the first one.
 
-    Torch requests 2 MiB pages from Linux: mapping 4 KiB pages anew in each step takes up to a fifth of it. And glibc
+    Torch requests 2 MiB pages from Linux: mapping 4 KiB pages again in each step takes up to a fifth of it. And glibc
     maps each tensor of at least 16 MiB separately and returns it when it is free. By default it raises this threshold
     after the first large free, up to 32 MiB, and fragments its heap: the 13.7M recipe held 130 MB more than it used.
     """

@@ -206,7 +206,7 @@ def _noise_warnings(fit: LeastSquaresFit, values: Values) -> list[str]:
         if arm != first[i]:
             warnings.append(f"{arm}: every result equals that of {first[i]}; what varies has no effect")
     if not fit.variance:
-        warnings.append("no noise between seeds: does the seed reach the run? A p of 0 says no more than that")
+        warnings.append("no noise between seeds: does the seed reach the run? A p of 0 means only that")
     elif len(first) > 2:
         squares = (fit.residuals**2).sum(1)
         spare = np.array([len(values[first[i]]) - 1 for i in sorted(first)])

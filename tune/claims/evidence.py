@@ -52,7 +52,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Series:
-    """Arms along the values of a setting, with the outcomes to judge them by."""
+    """Arms along the values of a setting, with the outcomes used to judge them."""
 
     outcomes: Outcomes
     names: Sequence[str]  # in order of the values
@@ -146,7 +146,7 @@ def difference(claim: Claim, evidence: Evidence, transform: Transform = float) -
 def paired_arms(claim: Claim, arms: Sequence[ClaimArm]) -> tuple[list[Pair], str]:
     """The arms to compare, phase by phase: those equal in everything else that varies, or else all, with a remark.
 
-    An arm that the claim names is compared whatever else differs.
+    An arm that the claim names is compared even if other settings differ.
     """
     equal: list[Pair] = []
     other: dict[str, list[Pair]] = {}  # by what else they differ in

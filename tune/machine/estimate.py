@@ -219,7 +219,7 @@ def _clock(trials: Sequence[tuple[TrainConfig, int]], campaign: Campaign, *, mea
         return _Clock(speeds, rate, source)
     source = "measured just now" if measure else "from steps measured here before"
     if not all((step_time_key(config), together) in speeds for config, together in trials):
-        source += ", for trials at once as if one came after the other; --measure times real steps"
+        source += ", treating concurrent trials as sequential; --measure times real steps"
     return _Clock(speeds, None, source)
 
 

@@ -42,7 +42,7 @@ class Changes:
             kept, new = fmt.counted(self.kept, "result"), fmt.counted(self.new, "trial")
             verbs = ["is" if n == 1 else "are" for n in (self.kept, self.new)]
             found.append(f"{kept} {verbs[0]} kept, {new} {verbs[1]} new")
-        found += _listed("trained anew, as its settings have changed", self.changed)
+        found += _listed("retrained because its settings changed", self.changed)
         return found + _listed("no longer part of the campaign", self.gone)
 
 

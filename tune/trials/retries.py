@@ -1,7 +1,7 @@
 """The retry rules: what happens to a trial that did not end well, by cause.
 
 A retry continues from the trial's newest checkpoint, so it changes no result. Deaths are counted per run of the
-command: running it again starts the counts anew and tries failed trials again.
+command: running it again resets the counts and tries failed trials again.
 """
 
 from collections.abc import Sequence

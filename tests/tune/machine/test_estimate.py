@@ -248,7 +248,7 @@ def test_trials_at_once_in_a_worker_take_their_share_of_its_time(load: Load, tmp
     estimated = estimate(campaign, tmp_path / "results")
     assert (estimated.workers, estimated.together) == (1, 3)
     assert one_row(estimated, "a").seconds == pytest.approx(8 * 10.1)  # two groups of three, one of two
-    alone = "from steps measured here before, for trials at once as if one came after the other"
+    alone = "from steps measured here before, treating concurrent trials as sequential"
     assert estimated.seconds_source == f"{alone}; --measure times real steps"
     store(speeds_file, row(WORK / 4, campaign.base, device, 3) + row(WORK / 6, campaign.base, device, 2))
     estimated = estimate(campaign, tmp_path / "results")
