@@ -21,7 +21,7 @@ MAX_GRAPHS = 64  # per process; the least recently used is dropped
 
 @functools.lru_cache(maxsize=MAX_GRAPHS)
 def compile_for(key: Hashable, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns `function` compiled for static shapes, once per `key`: everything except shapes that determines its graph.
+    """Returns `function` compiled for static shapes, once per `key`: all that determines its graph but shapes.
 
     torch counts compilations per code object and gives up after eight, so each key gets a separate code object. A
     graph break raises instead of running slowly.

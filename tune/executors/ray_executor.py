@@ -143,7 +143,7 @@ class SessionSearcher(Searcher):
                 stopped.append(unfinished.pop(name))
         if unfinished:
             for spec in stopped:  # the worker looks for these requests before it continues with the others
-                with contextlib.suppress(OSError):  # on a full disk the trial runs to its end, and its result is ignored
+                with contextlib.suppress(OSError):  # on a full disk it runs to its end and its result is ignored
                     request_stop(spec.folder)
         return not unfinished
 
