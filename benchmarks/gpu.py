@@ -24,7 +24,7 @@ import psutil
 from ngpt.bench.parts import projection as time_projection
 from ngpt.data.dataset import prepare
 from ngpt.system.cli import run_command
-from ngpt.system.timing import print_figures
+from ngpt.system.timing import print_metrics
 from ngpt.training.config import TrainConfig, read_config, resolved
 from ngpt.training.throughput import measure_step
 from tune.bench.campaigns import run_timed
@@ -33,7 +33,7 @@ from tune.campaign import load_campaign
 from tune.report.wording import packing_fact
 from tune.spec.schema import Campaign
 
-Figures = dict[str, Any]
+BenchMetrics = dict[str, Any]
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 TEXT = ("data.corpus=python-docs", "data.tokenizer=sentencepiece:2048")
@@ -44,17 +44,17 @@ TIME_LIMIT = 590.0  # seconds for all parts
 
 @dataclass(frozen=True)
 class Part:
-    """One part of the benchmark, its time limit in seconds, and the target of one of its figures."""
+    """One part of the benchmark, its time limit in seconds, and the target of one of its metrics."""
 
-    measure: Callable[[bool], Figures]  # the argument: use tiny shapes
+    measure: Callable[[bool], BenchMetrics]  # the argument: use tiny shapes
     limit: float
-    figure: str
+    metric: str
     target: float
     is_maximum: bool = False  # whether the target is an upper bound
 
-    def meets(self, figures: Mapping[str, Any]) -> bool:
+    def meets(self, metrics: Mapping[str, Any]) -> bool:
         """Whether the figure reaches the target."""
-        value = figures[self.figure]
+        value = metrics[self.metric]
         return value <= self.target if self.is_maximum else value >= self.target
 
 
@@ -76,27 +76,27 @@ def experiments(tiny: bool) -> Campaign:
     return load_campaign(_experiment("seeds39.yaml"), (*TEXT, *((*TINY, "steps=2") if tiny else ())))
 
 
-def measure_single(tiny: bool) -> Figures:
+def measure_single(tiny: bool) -> BenchMetrics:
     """One trial of the production configuration."""
     return measure_step(_ready(production(tiny)), warmup=10, steps=10 if tiny else 200)
 
 
-def measure_packed(tiny: bool) -> Figures:
+def measure_packed(tiny: bool) -> BenchMetrics:
     """Several such trials at once."""
     return packing_of(_ready(production(tiny)), **({"seconds": 0.1} if tiny else {}))
 
 
-def measure_half_billion(tiny: bool) -> Figures:
+def measure_half_billion(tiny: bool) -> BenchMetrics:
     """One trial of the 0.5B model."""
     return measure_step(_ready(half_billion(tiny)), warmup=5, steps=5 if tiny else 30)
 
 
-def measure_projection(tiny: bool) -> Figures:
+def measure_projection(tiny: bool) -> BenchMetrics:
     """A projection after every step of the production configuration."""
     return time_projection(_ready(production(tiny)), seconds=0.1 if tiny else 10.0)
 
 
-def measure_experiments(tiny: bool) -> Figures:
+def measure_experiments(tiny: bool) -> BenchMetrics:
     """The 39 experiments as a campaign, from the call to the last record."""
     campaign = experiments(tiny)
     called = time.time()
@@ -130,15 +130,15 @@ def main(arguments: list[str] | None = None) -> int:
 
     def run_benchmark() -> int:
         part = PARTS.get(options.part)
-        figures = part.measure(options.tiny) if part else measure_all(tiny=options.tiny)
-        print_figures(figures, as_json=options.json)
+        metrics = part.measure(options.tiny) if part else measure_all(tiny=options.tiny)
+        print_metrics(metrics, as_json=options.json)
         return 0
 
     return run_command(run_benchmark)
 
 
-def measure_all(*, tiny: bool = False) -> Figures:
-    """Figures of all parts, by part; progress and targets go to stderr.
+def measure_all(*, tiny: bool = False) -> BenchMetrics:
+    """BenchMetrics of all parts, by part; progress and targets go to stderr.
 
     single (52.8M parameters, 48 x 128 tokens, one trial) and half_billion (0.5B, 8 x 1024): as `ngpt.bench step`.
     packed: as `tune.bench packing`. projection: as `ngpt.bench projection`. experiments (39 at 200 steps, as a
@@ -146,15 +146,15 @@ def measure_all(*, tiny: bool = False) -> Figures:
     figure, value, target, at_most, met. seconds: of everything.
     """
     start = time.monotonic()
-    figures: Figures = {}
+    metrics: BenchMetrics = {}
     for number, name in enumerate(PARTS, 1):
         part_start = time.monotonic()
         _print_line(f"gpu {number}/{len(PARTS)}: {name} ...")
         limit = min(PARTS[name].limit, TIME_LIMIT - (part_start - start))
-        figures[name] = _run_part(name, tiny, limit=limit)
+        metrics[name] = _run_part(name, tiny, limit=limit)
         seconds = time.monotonic() - part_start
-        _print_line(f"gpu {number}/{len(PARTS)}: {name} {_outcome(name, figures[name])}, {seconds:.0f} s")
-    return figures | {"targets": _targets(figures), "seconds": time.monotonic() - start}
+        _print_line(f"gpu {number}/{len(PARTS)}: {name} {_outcome(name, metrics[name])}, {seconds:.0f} s")
+    return metrics | {"targets": _targets(metrics), "seconds": time.monotonic() - start}
 
 
 def _ready(config: TrainConfig) -> TrainConfig:
@@ -167,7 +167,7 @@ def _experiment(name: str) -> Path:
     return EXPERIMENTS / name
 
 
-def _run_part(name: str, tiny: bool, *, limit: float) -> Figures:
+def _run_part(name: str, tiny: bool, *, limit: float) -> BenchMetrics:
     """Measures a part in its own process, whose memory is free afterwards and whose death is harmless."""
     if limit <= 0:
         return {"error": "no time was left for it"}
@@ -181,12 +181,12 @@ def _run_part(name: str, tiny: bool, *, limit: float) -> Figures:
             _kill(process)
         stdout.seek(0)
         stderr.seek(0)
-        figures, errors = stdout.read().decode(), stderr.read().decode(errors="replace")
+        metrics, errors = stdout.read().decode(), stderr.read().decode(errors="replace")
     if code is None:
         return {"error": f"not over after {limit:.0f} s", "stderr": errors[-2000:]}
     if code:
         return {"error": f"exit code {code}", "stderr": errors[-2000:]}
-    return json.loads(figures)
+    return json.loads(metrics)
 
 
 def _command(name: str, tiny: bool) -> list[str]:
@@ -203,13 +203,13 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _targets(found: Mapping[str, Figures]) -> Figures:
+def _targets(found: Mapping[str, BenchMetrics]) -> BenchMetrics:
     rows = {}
     for name, part in PARTS.items():
-        value = found[name].get(part.figure)
+        value = found[name].get(part.metric)
         met = value is not None and part.meets(found[name])
         rows[name] = {
-            "figure": part.figure,
+            "figure": part.metric,
             "value": value,
             "target": part.target,
             "at_most": part.is_maximum,
@@ -218,13 +218,13 @@ def _targets(found: Mapping[str, Figures]) -> Figures:
     return rows
 
 
-def _outcome(name: str, figures: Figures) -> str:
+def _outcome(name: str, metrics: BenchMetrics) -> str:
     """The figure and its target, or the error."""
-    if "error" in figures:
-        return f"failed ({figures['error']})"
+    if "error" in metrics:
+        return f"failed ({metrics['error']})"
     part = PARTS[name]
     target = f"{'at most' if part.is_maximum else 'at least'} {part.target:.4g}"
-    return f"{part.figure} {figures[part.figure]:.4g} ({target}: {'met' if part.meets(figures) else 'not met'})"
+    return f"{part.metric} {metrics[part.metric]:.4g} ({target}: {'met' if part.meets(metrics) else 'not met'})"
 
 
 def _print_line(line: str) -> None:

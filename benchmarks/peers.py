@@ -35,7 +35,7 @@ from ngpt.data.dataset import Dataset, open_dataset
 from ngpt.system.cli import run_command
 from ngpt.system.device import mixed_precision, pick_device
 from ngpt.system.memory import peak_memory, reset_peak_memory
-from ngpt.system.timing import print_figures, speed_ratio, take_turns, time_call
+from ngpt.system.timing import interleave, print_metrics, speed_ratio, time_call
 from ngpt.training.config import TrainConfig, resolved
 from ngpt.training.loop import read_batch, train_step
 from ngpt.training.throughput import benchmark_run, step_speed
@@ -47,7 +47,7 @@ Value = TypeVar("Value")
 def compare_with_peer(
     config: TrainConfig, peer: Path, *, modes: Sequence[str] = MODES, seconds: float = 30.0
 ) -> dict[str, Any]:
-    """Times both training steps on the same shape and data. Each contestant has its own process; they take turns.
+    """Times both training steps on the same shape and data. Each variant has its own process; they take turns.
 
     Returns the fields of the benchmark `step`, for the last of the modes, and ratio_eager and ratio_compiled (our
     tokens per second over the peer's, the median over the rounds), memory_ratio_eager and memory_ratio_compiled (our
@@ -59,7 +59,7 @@ def compare_with_peer(
     device = pick_device(config.device)
     open_dataset(config.data)  # prepares it once, rather than in four processes at once
     load_peer(peer)  # reports a wrong path before any process starts
-    contestants: dict[str, dict[str, Any]] = {}
+    variants: dict[str, dict[str, Any]] = {}
     with contextlib.ExitStack() as stack:
         spawn = multiprocessing.get_context("spawn")
         pools = {
@@ -70,24 +70,24 @@ def compare_with_peer(
         for name, pool in pools.items():
             side, mode = name.split("_")
             path = peer if side == "peer" else None
-            contestants[name] = pool.submit(_set_up, config, path, mode, torch.get_num_threads()).result()
+            variants[name] = pool.submit(_set_up, config, path, mode, torch.get_num_threads()).result()
         steps = {name: functools.partial(_result, pool, _timed_step) for name, pool in pools.items()}
-        times = take_turns(steps, seconds=seconds, warmup=3)
+        times = interleave(steps, seconds=seconds, warmup=3)
         for name, pool in pools.items():
-            contestants[name]["peak_memory_bytes"] = _result(pool, _peak_memory)
+            variants[name]["peak_memory_bytes"] = _result(pool, _peak_memory)
     for name, taken in times.items():
         median = statistics.median(taken)
         speed = {"tokens_per_second": config.tokens_per_step / median, "step_ms": median * 1000}
-        contestants[name] |= speed | {"best_ms": min(taken) * 1000}
+        variants[name] |= speed | {"best_ms": min(taken) * 1000}
     last = modes[-1]
-    figures = step_speed(config, device, statistics.median(times[f"ours_{last}"]))
-    figures |= {"compiled": last == "compiled", "peer": str(peer)}
+    metrics = step_speed(config, device, statistics.median(times[f"ours_{last}"]))
+    metrics |= {"compiled": last == "compiled", "peer": str(peer)}
     for mode in modes:
-        figures[f"ratio_{mode}"] = speed_ratio(times[f"ours_{mode}"], times[f"peer_{mode}"])
-        ours, theirs = (contestants[f"{side}_{mode}"]["peak_memory_bytes"] for side in ("ours", "peer"))
-        figures[f"memory_ratio_{mode}"] = ours / theirs
-    figures["peak_memory_bytes"] = contestants[f"ours_{last}"]["peak_memory_bytes"]
-    return figures | {"contestants": contestants}
+        metrics[f"ratio_{mode}"] = speed_ratio(times[f"ours_{mode}"], times[f"peer_{mode}"])
+        ours, theirs = (variants[f"{side}_{mode}"]["peak_memory_bytes"] for side in ("ours", "peer"))
+        metrics[f"memory_ratio_{mode}"] = ours / theirs
+    metrics["peak_memory_bytes"] = variants[f"ours_{last}"]["peak_memory_bytes"]
+    return metrics | {"contestants": variants}
 
 
 def load_peer(path: Path) -> ModuleType:
@@ -224,9 +224,9 @@ def _flash_attention() -> Iterator[None]:
         del sys.modules["flash_attn"]
 
 
-# ---- in a contestant's own process ---------------------------------------------------------------------------------
+# ---- in the process of one variant ----------------------------------------------------------------------------------
 
-_contestant: list[tuple[Callable[[], object], torch.device]] = []  # the step of this process, set by `_set_up`
+_variant: list[tuple[Callable[[], object], torch.device]] = []  # the step of this process, set by `_set_up`
 
 
 def _set_up(config: TrainConfig, peer: Path | None, mode: str, threads: int) -> dict[str, int]:
@@ -242,17 +242,17 @@ def _set_up(config: TrainConfig, peer: Path | None, mode: str, threads: int) -> 
     else:
         step, n_params = peer_step(peer, config, dataset, compiled=mode == "compiled")
     step()
-    _contestant.append((step, device))
+    _variant.append((step, device))
     return {"n_params": n_params, "start_memory_bytes": start}
 
 
 def _timed_step() -> float:
-    return time_call(*_contestant[0])
+    return time_call(*_variant[0])
 
 
 def _peak_memory() -> int:
     """Peak memory over three steps."""
-    step, device = _contestant[0]
+    step, device = _variant[0]
     reset_peak_memory(device)
     for _ in range(3):
         step()
@@ -280,8 +280,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _compare(options: argparse.Namespace) -> int:
     path = options.peer.expanduser().absolute()
-    figures = compare_with_peer(config_of(options), path, modes=options.modes, seconds=options.seconds)
-    print_figures(figures, as_json=options.json)
+    metrics = compare_with_peer(config_of(options), path, modes=options.modes, seconds=options.seconds)
+    print_metrics(metrics, as_json=options.json)
     return 0
 
 

@@ -13,7 +13,7 @@ from ngpt.bench.ensembles import vectorised
 from ngpt.bench.options import add_config_arguments, config_of
 from ngpt.config.base import ConfigError
 from ngpt.system.cli import run_command
-from ngpt.system.timing import print_figures
+from ngpt.system.timing import print_metrics
 from ngpt.training.throughput import measure_step
 
 BENCHMARKS: dict[str, Callable[..., dict[str, Any]]] = {
@@ -40,7 +40,7 @@ def _benchmark(options: argparse.Namespace) -> int:
     if options.seconds is not None and options.name == "step":
         raise ConfigError("--seconds belongs to the other benchmarks: step takes a fixed number of steps")
     budget = {} if options.seconds is None else {"seconds": options.seconds}
-    print_figures(BENCHMARKS[options.name](config, **budget), as_json=options.json)
+    print_metrics(BENCHMARKS[options.name](config, **budget), as_json=options.json)
     return 0
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from ngpt.config.base import override
-from ngpt.system.timing import compare_times, machine_info, take_turns, timers
+from ngpt.system.timing import compare_times, interleave, machine_info, timers
 from ngpt.training.checkpoint import checkpoint_folders
 from ngpt.training.config import TrainConfig, resolved
 from ngpt.training.loop import train_step
@@ -34,10 +34,10 @@ def checkpoint(config: TrainConfig, *, seconds: float = 10.0) -> dict[str, Any]:
 
         with Tracker(config.tracker, run.out_dir, settings={}) as tracker:
             works = {"step": lambda: train_step(run), "ours": lambda: save(run, tracker), "plain": plain_save}
-            times = take_turns(timers(works, run.device), seconds=seconds)
+            times = interleave(timers(works, run.device), seconds=seconds)
         newest = checkpoint_folders(run.out_dir / "checkpoints")[-1]
         size = sum(path.stat().st_size for path in newest.iterdir())
-    figures = compare_times(times["ours"], times["plain"])
+    metrics = compare_times(times["ours"], times["plain"])
     step_ms = float(np.median(times["step"])) * 1000
-    share = figures["ms"] / (config.checkpoint.every * step_ms)
-    return figures | {"saved_bytes": size, "step_ms": step_ms, "share": share} | machine_info(run.device, config.dtype)
+    share = metrics["ms"] / (config.checkpoint.every * step_ms)
+    return metrics | {"saved_bytes": size, "step_ms": step_ms, "share": share} | machine_info(run.device, config.dtype)

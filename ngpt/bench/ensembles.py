@@ -11,7 +11,7 @@ from ngpt.ensemble.stack import Stack
 from ngpt.ensemble.throughput import benchmark_runs
 from ngpt.ensemble.train import train_step_together
 from ngpt.system.device import pick_device
-from ngpt.system.timing import compare_times, machine_info, take_turns, timers
+from ngpt.system.timing import compare_times, interleave, machine_info, timers
 from ngpt.training.config import TrainConfig, resolved
 from ngpt.training.loop import train_step
 from ngpt.training.throughput import benchmark_run
@@ -49,13 +49,13 @@ def _compare(config: TrainConfig, dataset: Dataset, count: int, seconds: float) 
         for _ in range(count):
             train_step(single)
 
-    contestants = {"together": lambda: train_step_together(stack, runs), "one_by_one": one_by_one}
-    times = take_turns(timers(contestants, single.device), seconds=seconds)
-    figures, tokens = compare_times(times["together"], times["one_by_one"]), count * config.tokens_per_step
-    figures |= {"tokens_per_second": tokens / figures["ms"] * 1000}
-    figures |= {"reference_tokens_per_second": tokens / figures["reference_ms"] * 1000}
-    kept = _kept_bytes(contestants["together"])
-    return figures | {"kept_bytes": kept, "reference_kept_bytes": _kept_bytes(lambda: train_step(single))}
+    variants = {"together": lambda: train_step_together(stack, runs), "one_by_one": one_by_one}
+    times = interleave(timers(variants, single.device), seconds=seconds)
+    metrics, tokens = compare_times(times["together"], times["one_by_one"]), count * config.tokens_per_step
+    metrics |= {"tokens_per_second": tokens / metrics["ms"] * 1000}
+    metrics |= {"reference_tokens_per_second": tokens / metrics["reference_ms"] * 1000}
+    kept = _kept_bytes(variants["together"])
+    return metrics | {"kept_bytes": kept, "reference_kept_bytes": _kept_bytes(lambda: train_step(single))}
 
 
 def _kept_bytes(step: Callable[[], object]) -> int:

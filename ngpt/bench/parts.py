@@ -22,17 +22,17 @@ from ngpt.model.residual import lerp
 from ngpt.optim.optimizers import ON_SPHERE, OptimConfig, build_optimizers, parameters_by_kind
 from ngpt.optim.projection import project_weights
 from ngpt.system.device import DTYPES, mixed_precision, pick_device
-from ngpt.system.timing import compare_times, copy_bandwidth, gemm_flops, machine_info, take_turns, timers
+from ngpt.system.timing import compare_times, copy_bandwidth, gemm_flops, interleave, machine_info, timers
 from ngpt.training.config import TrainConfig, resolved
 from ngpt.training.loop import read_batch, train_step
 from ngpt.training.throughput import benchmark_run
 
-Figures = dict[str, Any]
+BenchMetrics = dict[str, Any]
 FLOAT = 4  # bytes; weights, gradients and moments are float32
 FAR_AHEAD = 10**6  # steps, so that no batch is the one that the training run reads
 
 
-def loss(config: TrainConfig, *, seconds: float = 10.0) -> Figures:
+def loss(config: TrainConfig, *, seconds: float = 10.0) -> BenchMetrics:
     """The fused head and loss forward and backward, against F.linear, the logit scale and F.cross_entropy.
 
     Returns ms, best_ms, reference_ms, ratio; difference (of the two losses, in nats); gemm_tflops; gemm_share (of that
@@ -67,16 +67,16 @@ def loss(config: TrainConfig, *, seconds: float = 10.0) -> Figures:
         return value.detach()
 
     difference = float((both_ways(ours) - both_ways(plain)).abs())
-    contestants = {"ours": lambda: both_ways(ours), "plain": lambda: both_ways(plain)}
-    times = take_turns(timers(contestants, device), seconds=seconds)
-    figures, ceiling = compare_times(times["ours"], times["plain"]), gemm_flops(device, DTYPES[config.dtype])
-    share = 6 * rows * model.n_embd * vocabulary / (figures["ms"] / 1000) / ceiling
+    variants = {"ours": lambda: both_ways(ours), "plain": lambda: both_ways(plain)}
+    times = interleave(timers(variants, device), seconds=seconds)
+    metrics, ceiling = compare_times(times["ours"], times["plain"]), gemm_flops(device, DTYPES[config.dtype])
+    share = 6 * rows * model.n_embd * vocabulary / (metrics["ms"] / 1000) / ceiling
     sizes = {"rows": rows, "vocab_size": vocabulary, "n_embd": model.n_embd, "compiled": config.compile}
     rates = {"difference": difference, "gemm_tflops": ceiling / 1e12, "gemm_share": share}
-    return figures | rates | sizes | machine_info(device, config.dtype)
+    return metrics | rates | sizes | machine_info(device, config.dtype)
 
 
-def residual(config: TrainConfig, *, seconds: float = 10.0) -> Figures:
+def residual(config: TrainConfig, *, seconds: float = 10.0) -> BenchMetrics:
     """One step of the residual rule lerp, forward and backward, against uncompiled F.normalize and additions.
 
     Returns ms, best_ms, reference_ms, ratio; kernel (inductor with --compile, else triton on a GPU that has it, else
@@ -105,15 +105,15 @@ def residual(config: TrainConfig, *, seconds: float = 10.0) -> Figures:
         return y.detach()
 
     difference = float((both_ways(step) - both_ways(plain)).abs().max())
-    contestants = {"ours": lambda: both_ways(step), "plain": lambda: both_ways(plain)}
-    times = take_turns(timers(contestants, device), seconds=seconds)
-    figures = compare_times(times["ours"], times["plain"])
-    figures |= {"kernel": kernel, "difference": difference, "rows": rows * length, "n_embd": width}
+    variants = {"ours": lambda: both_ways(step), "plain": lambda: both_ways(plain)}
+    times = interleave(timers(variants, device), seconds=seconds)
+    metrics = compare_times(times["ours"], times["plain"])
+    metrics |= {"kernel": kernel, "difference": difference, "rows": rows * length, "n_embd": width}
     moved = x.numel() * (5 * FLOAT + 3 * f.element_size())
-    return figures | _floor(config, device, moved, 0, times["ours"])
+    return metrics | _floor(config, device, moved, 0, times["ours"])
 
 
-def optimizer(config: TrainConfig, *, seconds: float = 10.0) -> Figures:
+def optimizer(config: TrainConfig, *, seconds: float = 10.0) -> BenchMetrics:
     """The optimizer `optim.name`, against torch.optim's, one tensor at a time.
 
     The reference is torch.optim.AdamW, with torch.optim.Muon for the matrices if the name contains muon. For optimizers
@@ -141,13 +141,13 @@ def optimizer(config: TrainConfig, *, seconds: float = 10.0) -> Figures:
             _project_one_by_one(other)
 
     on_sphere = config.optim.name in ON_SPHERE
-    contestants = {"ours": lambda: step(optimizers, projected=False), "plain": lambda: step(plain, projected=on_sphere)}
-    times = take_turns(timers(contestants, device), seconds=seconds)
+    variants = {"ours": lambda: step(optimizers, projected=False), "plain": lambda: step(plain, projected=on_sphere)}
+    times = interleave(timers(variants, device), seconds=seconds)
     moved, products = _optimizer_work(model, config.optim)
     return compare_times(times["ours"], times["plain"]) | _floor(config, device, moved, products, times["ours"])
 
 
-def projection(config: TrainConfig, *, seconds: float = 10.0) -> Figures:
+def projection(config: TrainConfig, *, seconds: float = 10.0) -> BenchMetrics:
     """Projection onto the sphere between real training steps, against one weight at a time, out of place.
 
     Returns ms, best_ms, reference_ms, ratio; step_ms (without projection) and share (of a projection in it, which is
@@ -158,21 +158,21 @@ def projection(config: TrainConfig, *, seconds: float = 10.0) -> Figures:
     if not config.model.on_sphere:
         raise ConfigError(f"a model of residual rule {config.model.residual} has nothing to project")
     run = benchmark_run(config, project_every=10**9)
-    contestants = {  # a step before each, so that both project weights as an optimizer leaves them
+    variants = {  # a step before each, so that both project weights as an optimizer leaves them
         "step": lambda: train_step(run),
         "ours": lambda: project_weights(run.model),
         "another": lambda: train_step(run),
         "plain": lambda: _project_one_by_one(run.model),
     }
-    times = take_turns(timers(contestants, run.device), seconds=seconds)
-    figures = compare_times(times["ours"], times["plain"])
+    times = interleave(timers(variants, run.device), seconds=seconds)
+    metrics = compare_times(times["ours"], times["plain"])
     step_ms = float(np.median(times["step"] + times["another"])) * 1000
-    figures |= {"step_ms": step_ms, "share": figures["ms"] / step_ms}
+    metrics |= {"step_ms": step_ms, "share": metrics["ms"] / step_ms}
     moved = 2 * sum(weight.nbytes for weight, _ in run.model.sphere_weights())
-    return figures | _floor(config, run.device, moved, 0, times["ours"])
+    return metrics | _floor(config, run.device, moved, 0, times["ours"])
 
 
-def loader(config: TrainConfig, *, seconds: float = 10.0) -> Figures:
+def loader(config: TrainConfig, *, seconds: float = 10.0) -> BenchMetrics:
     """Batches of training data, against nanoGPT's get_batch, and against the time of a training step.
 
     Returns ms, best_ms, reference_ms, ratio; tokens_per_second; step_ms and steps_ratio (step_ms over ms: how many
@@ -193,17 +193,17 @@ def loader(config: TrainConfig, *, seconds: float = 10.0) -> Figures:
         return x, y
 
     ours = {"ours": lambda: read_batch(config, dataset, next(numbers))}
-    contestants = ours | {"plain": plain, "step": lambda: train_step(run)}
-    times = take_turns(timers(contestants, run.device), seconds=seconds)
-    figures = compare_times(times["ours"], times["plain"])
+    variants = ours | {"plain": plain, "step": lambda: train_step(run)}
+    times = interleave(timers(variants, run.device), seconds=seconds)
+    metrics = compare_times(times["ours"], times["plain"])
     step_ms = float(np.median(times["step"])) * 1000
-    tokens, ms = rows * width, figures["ms"]
-    figures |= {"tokens_per_second": tokens / ms * 1000, "step_ms": step_ms, "steps_ratio": step_ms / ms}
+    tokens, ms = rows * width, metrics["ms"]
+    metrics |= {"tokens_per_second": tokens / ms * 1000, "step_ms": step_ms, "steps_ratio": step_ms / ms}
     moved = tokens * (shard.dtype.itemsize + 2 * np.dtype(np.int64).itemsize)
-    return figures | _floor(config, torch.device("cpu"), moved, 0, times["ours"])
+    return metrics | _floor(config, torch.device("cpu"), moved, 0, times["ours"])
 
 
-def generate(config: TrainConfig, *, seconds: float = 10.0) -> Figures:
+def generate(config: TrainConfig, *, seconds: float = 10.0) -> BenchMetrics:
     """Generation token by token with cached keys and values, against recomputing the window for each token.
 
     Returns ms, best_ms, reference_ms (each of `tokens` tokens), ratio; tokens_per_second and
@@ -220,21 +220,21 @@ def generate(config: TrainConfig, *, seconds: float = 10.0) -> Figures:
             for _ in continue_text(model, prompt, tokens, generator=torch.Generator().manual_seed(0), cache=cache):
                 pass
 
-    contestants = {"ours": lambda: work(cache=True), "plain": lambda: work(cache=False)}
-    times = take_turns(timers(contestants, device), seconds=seconds, warmup=1)
-    figures = compare_times(times["ours"], times["plain"])
-    figures |= {"tokens": tokens, "tokens_per_second": tokens / figures["ms"] * 1000}
-    figures |= {"reference_tokens_per_second": tokens / figures["reference_ms"] * 1000}
-    return figures | _floor(config, device, FLOAT * tokens * matrix_params(config.model), 0, times["ours"])
+    variants = {"ours": lambda: work(cache=True), "plain": lambda: work(cache=False)}
+    times = interleave(timers(variants, device), seconds=seconds, warmup=1)
+    metrics = compare_times(times["ours"], times["plain"])
+    metrics |= {"tokens": tokens, "tokens_per_second": tokens / metrics["ms"] * 1000}
+    metrics |= {"reference_tokens_per_second": tokens / metrics["reference_ms"] * 1000}
+    return metrics | _floor(config, device, FLOAT * tokens * matrix_params(config.model), 0, times["ours"])
 
 
-def _floor(config: TrainConfig, device: torch.device, moved: int, products: int, times: list[float]) -> Figures:
+def _floor(config: TrainConfig, device: torch.device, moved: int, products: int, times: list[float]) -> BenchMetrics:
     """The shortest possible time at the machine's rates, and the share of it in the median."""
     copying, multiplying = copy_bandwidth(device), gemm_flops(device, DTYPES[config.dtype])
     floor = moved / copying + products / multiplying
-    figures = {"moved_bytes": moved, "copy_gb_per_second": copying / 1e9, "gemm_tflops": multiplying / 1e12}
+    metrics = {"moved_bytes": moved, "copy_gb_per_second": copying / 1e9, "gemm_tflops": multiplying / 1e12}
     shares = {"floor_ms": floor * 1000, "floor_share": floor / float(np.median(times))}
-    return figures | shares | machine_info(device, config.dtype)
+    return metrics | shares | machine_info(device, config.dtype)
 
 
 @torch.no_grad()

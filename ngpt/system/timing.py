@@ -1,4 +1,4 @@
-"""Timing on a shared machine: contenders take turns, and results stand beside what the hardware can do."""
+"""Timing on a shared machine: variants are timed alternately, and compared with the limits of the hardware."""
 
 import functools
 import json
@@ -13,27 +13,27 @@ MIB = 2**20
 MIN_ROUNDS, MAX_ROUNDS = 3, 200
 
 
-def take_turns(
-    contenders: Mapping[str, Callable[[], float]], *, seconds: float, warmup: int = 2
+def interleave(
+    variants: Mapping[str, Callable[[], float]], *, seconds: float, warmup: int = 2
 ) -> dict[str, list[float]]:
-    """Calls each contender once per round and collects the seconds that it returns, so disturbances hit all alike.
+    """Calls each variant once per round and collects the seconds that it returns, so that noise affects all alike.
 
     Runs `warmup` untimed rounds, then between `MIN_ROUNDS` and `MAX_ROUNDS` rounds in about `seconds`.
     """
-    times: dict[str, list[float]] = {name: [] for name in contenders}
+    times: dict[str, list[float]] = {name: [] for name in variants}
     start = time.perf_counter()
-    for turn in range(-warmup, MAX_ROUNDS):
-        if turn >= MIN_ROUNDS and time.perf_counter() - start > seconds:
+    for round_number in range(-warmup, MAX_ROUNDS):
+        if round_number >= MIN_ROUNDS and time.perf_counter() - start > seconds:
             break
-        for name, contender in contenders.items():
-            taken = contender()
-            if turn >= 0:
+        for name, variant in variants.items():
+            taken = variant()
+            if round_number >= 0:
                 times[name].append(taken)
     return times
 
 
 def timers(works: Mapping[str, Callable[[], object]], device: torch.device) -> dict[str, Callable[[], float]]:
-    """Contenders for `take_turns` that time calls in this process."""
+    """Variants for `interleave` that time calls in this process."""
     return {name: functools.partial(time_call, work, device) for name, work in works.items()}
 
 
@@ -83,18 +83,18 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def print_figures(figures: dict[str, Any], *, as_json: bool) -> None:
-    """Prints one JSON object, or one line per figure."""
+def print_metrics(metrics: dict[str, Any], *, as_json: bool) -> None:
+    """Prints one JSON object, or one line per metric."""
     if as_json:
-        print(json.dumps(figures, allow_nan=False))
+        print(json.dumps(metrics, allow_nan=False))
         return
-    for name, value in _flatten(figures).items():
+    for name, value in _flatten(metrics).items():
         print(f"{name:34} {value:.4g}" if isinstance(value, float) else f"{name:34} {value}")
 
 
-def _flatten(figures: Mapping[str, Any]) -> dict[str, Any]:
+def _flatten(metrics: Mapping[str, Any]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
-    for name, value in figures.items():
+    for name, value in metrics.items():
         if isinstance(value, dict):
             flat |= {f"{name}.{key}": inner for key, inner in _flatten(value).items()}
         else:

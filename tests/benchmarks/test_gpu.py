@@ -28,7 +28,7 @@ def test_a_small_gpu_benchmark_returns_the_figures_of_its_targets(
     """All parts except the packed one and the campaign, which start processes."""
     monkeypatch.setattr(gpu, "TEXT", (f"data.corpus={corpus}", "data.tokenizer=sentencepiece:400"))
     for name in ("single", "half_billion", "projection"):
-        assert PARTS[name].figure in PARTS[name].measure(True), name
+        assert PARTS[name].metric in PARTS[name].measure(True), name
 
 
 def test_a_part_that_fails_leaves_an_error_and_the_others_continue(

@@ -10,7 +10,7 @@ from typing import Any
 import tune.bench
 from ngpt.config.base import ConfigError
 from ngpt.system.cli import add_set_option, run_command
-from ngpt.system.timing import print_figures
+from ngpt.system.timing import print_metrics
 from tune.bench.campaigns import campaign, scaling
 from tune.bench.packing import packing
 
@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
         for option in given.keys() - known.keys():
             have = ", ".join(f"--{other}" for other in known)
             raise ConfigError(f"--{option} is not an option of {name}, which has {have}")
-        print_figures(BENCHMARKS[name](**given), as_json=as_json)
+        print_metrics(BENCHMARKS[name](**given), as_json=as_json)
         return 0
 
     return run_command(command)

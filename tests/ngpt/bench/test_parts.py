@@ -16,7 +16,7 @@ from ngpt.training.config import TrainConfig
 MODEL = build(ModelConfig, {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 8, "vocab_size": 31, "mlp": "relu2"})
 
 
-def check_floor(figures: parts.Figures) -> None:
+def check_floor(figures: parts.BenchMetrics) -> None:
     assert figures["floor_share"] == pytest.approx(figures["floor_ms"] / figures["ms"])
     assert figures["floor_ms"] >= figures["moved_bytes"] / figures["copy_gb_per_second"] / 1e6 * 0.999
 

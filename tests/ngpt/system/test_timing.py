@@ -31,15 +31,15 @@ def test_contenders_take_turns_after_a_warmup_until_the_time_is_up(clock: Clock)
         calls.append(name)
         clock.pass_time(seconds)
 
-    contenders = {"a": lambda: work("a", 1.0), "b": lambda: work("b", 3.0)}
-    times = timing.take_turns(timing.timers(contenders, CPU), seconds=30.0, warmup=2)
+    variants = {"a": lambda: work("a", 1.0), "b": lambda: work("b", 3.0)}
+    times = timing.interleave(timing.timers(variants, CPU), seconds=30.0, warmup=2)
     assert calls == ["a", "b"] * (len(calls) // 2)
     assert times == {"a": [1.0] * 6, "b": [3.0] * 6}  # the eighth round, of which two were warm-up, ends at 32 s
 
 
 @pytest.mark.parametrize(("seconds", "rounds"), [(0.0, timing.MIN_ROUNDS), (1e9, timing.MAX_ROUNDS)])
 def test_the_number_of_rounds_is_bounded(seconds: float, rounds: int, clock: Clock) -> None:
-    times = timing.take_turns(timing.timers({"a": lambda: clock.pass_time(1.0)}, CPU), seconds=seconds)
+    times = timing.interleave(timing.timers({"a": lambda: clock.pass_time(1.0)}, CPU), seconds=seconds)
     assert len(times["a"]) == rounds
 
 
@@ -62,5 +62,5 @@ def test_the_copy_bandwidth_counts_bytes_read_and_written(monkeypatch: pytest.Mo
 
 
 def test_nested_figures_are_printed_with_dotted_names(capsys: pytest.CaptureFixture[str]) -> None:
-    timing.print_figures({"a": 1.0, "b": {"c": {"d": 2}}}, as_json=False)
+    timing.print_metrics({"a": 1.0, "b": {"c": {"d": 2}}}, as_json=False)
     assert [line.split() for line in capsys.readouterr().out.splitlines()] == [["a", "1"], ["b.c.d", "2"]]
