@@ -1,7 +1,7 @@
-"""`verify`: checks every file of a results directory, and says which of them can be rebuilt.
+"""`verify`: checks every file of a results directory and reports which damaged files can be rebuilt.
 
-The journal has a CRC for each line, and a checkpoint has digests. Records and curves have none: they follow from the
-journal and the trials' metrics, so they are made again elsewhere and compared. Nothing in the directory is changed.
+Journal lines carry a CRC and checkpoints carry digests. Records, summaries and curves are derived from the journal and
+the trials' metrics, so they are rebuilt in a temporary folder and compared. Nothing in the directory is changed.
 """
 
 import hashlib
@@ -23,9 +23,11 @@ from tune.storage.state import DONE, CampaignState, replay
 
 READERS = 4  # threads that check digests
 REBUILD = "python run_campaign.py report rebuilds it"
-AGAIN = "its record is in the journal; its curve and its model are gone"
-ROWS_LOST = "the result in the journal stands; the curve is damaged for good"
-LEFTOVER = "of a process that was killed; safe to remove"
+REWRITE = "run the campaign's command again to rewrite it"
+BACKUP = "it can only be restored from a backup"
+TRIAL_LOST = "its record is in the journal; its curve and its model are lost"
+ROWS_LOST = "the result in the journal stands; the curve cannot be repaired"
+LEFTOVER = "temporary file of a process that was killed; safe to remove"
 
 
 @dataclass(frozen=True)
@@ -34,11 +36,11 @@ class Issue:
 
     path: str  # relative to the results directory
     text: str
-    remedy: str | None = None  # None if only a backup helps, or if it is a note
+    remedy: str | None = None  # what to do; None if nothing needs to be done or nothing helps
 
 
 class Note(Issue):
-    """What is unusual about a file and no problem."""
+    """Something unusual about a file that is not a problem."""
 
 
 @dataclass(frozen=True)
@@ -54,17 +56,17 @@ class Findings:
 
 @dataclass
 class Directory:
-    """A results directory, as the checks read it."""
+    """A results directory and what its journal holds, as input to the checks."""
 
     root: Path
     events: list[Event]
     state: CampaignState
-    running: bool  # a process holds its lock
+    running: bool  # another process holds its lock
     checked: dict[str, int] = field(default_factory=dict)  # number of files by kind
 
     @property
-    def whole(self) -> bool:
-        """Whether the newest session has ended, so that all files are written."""
+    def is_complete(self) -> bool:
+        """Whether the newest session has ended, so that all its files have been written."""
         return self.state.ended and not self.running
 
 
@@ -73,7 +75,7 @@ def verify(root: Path) -> Findings:
 
     Raises:
         ConfigError: there is no journal in `root`.
-        OSError: it cannot be read.
+        OSError: a file cannot be read.
     """
     if not (root / "journal.jsonl").is_file():
         raise ConfigError(f"{root} is not a results directory: it has no journal.jsonl")
@@ -81,16 +83,22 @@ def verify(root: Path) -> Findings:
     directory = Directory(root, events, replay(events), is_locked(root))
     directory.checked["events"] = len(events)
     if directory.running:
-        found.append(Note("campaign.lock", "a run is working here; what it writes is not compared"))
+        found.append(
+            Note("campaign.lock", "a campaign is running here, so the files that it is still writing are not checked")
+        )
     if directory.state.campaign:
-        # A damaged journal would make everything that follows from it look wrong.
-        sound = all(isinstance(issue, Note) for issue in found)
-        checks = (check_heading, check_trials, check_checkpoints, check_derived) if sound else (check_checkpoints,)
+        # With a damaged journal, every file derived from it would look wrong.
+        is_journal_intact = all(isinstance(issue, Note) for issue in found)
+        checks = (
+            (check_heading, check_trials, check_checkpoints, check_derived)
+            if is_journal_intact
+            else (check_checkpoints,)
+        )
         for check in checks:
             found += check(directory)
     elif not found:
-        found.append(Note("journal.jsonl", "it holds no campaign"))
-    # Of several about one path the first is the cause.
+        found.append(Note("journal.jsonl", "it contains no campaign"))
+    # Only the first issue of each path is reported: later ones follow from it.
     causes = reversed({issue.path: issue for issue in reversed(found)}.values())
     problems, notes = [], []
     for issue in causes:
@@ -99,7 +107,7 @@ def verify(root: Path) -> Findings:
 
 
 def read_events(root: Path) -> tuple[list[Event], list[Issue]]:
-    """Reads all events before the first damaged line, and an issue for each damaged line."""
+    """Returns the events before the first damaged line, and an issue for each damaged line."""
     raw = (root / "journal.jsonl").read_bytes()
     whole = intact_length(raw)
     events: list[Event] = []
@@ -107,12 +115,12 @@ def read_events(root: Path) -> tuple[list[Event], list[Issue]]:
     for number, line in enumerate(raw[:whole].split(b"\n")[:-1], 1):
         event = parse_line(line)
         if event is None or event.get("seq") != number:
-            what = "does not match its CRC" if event is None else f"has number {event.get('seq')}, not {number}"
-            found.append(Issue(f"journal.jsonl:{number}", f"this line {what}", "only a backup has it"))
+            damage = "does not match its CRC" if event is None else f"has number {event.get('seq')}, not {number}"
+            found.append(Issue(f"journal.jsonl:{number}", f"this line {damage}", BACKUP))
         elif not found:
             events.append(event)
     if torn := len(raw) - whole:
-        text = f"its last {torn} bytes are a line that a crash has cut off; the next run sets them aside"
+        text = f"its last {torn} bytes are a line that a crash cut off; the next run moves them to journal.torn"
         found.append(Note("journal.jsonl", text))
     return events, found
 
@@ -122,19 +130,21 @@ def check_heading(directory: Directory) -> Iterator[Issue]:
     started = directory.state.campaign
     manifest, problem = _read_json(directory.root / "manifest.json")
     # Older versions journaled fewer fields and no digest of the file.
-    kept = {name: started[name] for name in ("campaign", "command", "environment", "data", "base") if name in started}
-    if problem is None and not (isinstance(manifest, dict) and manifest | kept == manifest):
-        problem = "it is not what the journal says of the newest start"
+    expected = {
+        name: started[name] for name in ("campaign", "command", "environment", "data", "base") if name in started
+    }
+    if problem is None and not (isinstance(manifest, dict) and manifest | expected == manifest):
+        problem = "it differs from the newest start in the journal"
     if problem:
-        yield Issue("manifest.json", problem, "the same command writes it anew")
+        yield Issue("manifest.json", problem, REWRITE)
     try:
         digest = _sha256(directory.root / "campaign.yaml")
         changed = digest != started.get("file_sha256", digest)
-        problem = "it is not the file that the campaign was started with" if changed else None
+        problem = "it differs from the campaign file of the newest start" if changed else None
     except OSError as error:
         problem = _reason(error)
     if problem:
-        yield Issue("campaign.yaml", problem, "the same command writes it anew")
+        yield Issue("campaign.yaml", problem, REWRITE)
 
 
 def check_trials(directory: Directory) -> Iterator[Issue]:
@@ -144,13 +154,13 @@ def check_trials(directory: Directory) -> Iterator[Issue]:
     for trial_id, result in results.items():
         folder = Path("trials", trial_id)
         if not (directory.root / folder).is_dir():
-            yield Issue(str(folder), "the folder is missing", AGAIN)
+            yield Issue(str(folder), "the folder is missing", TRIAL_LOST)
             continue
         config, problem = _read_json(directory.root / folder / "config.json")
         if problem is None and config != result["config"]:
-            problem = "its settings are not those of the trial's record"
+            problem = "its settings differ from the journal record"
         if problem:
-            yield Issue(str(folder / "config.json"), problem, "the record in the journal has the settings")
+            yield Issue(str(folder / "config.json"), problem, "the journal record has the correct settings")
         for name in ("metrics.jsonl", "histograms.jsonl"):
             path = directory.root / folder / name
             if (path.exists() or name == "metrics.jsonl") and (problem := _rows_problem(path, result)):
@@ -158,13 +168,13 @@ def check_trials(directory: Directory) -> Iterator[Issue]:
     known = results.keys() | {event["trial_id"] for event in directory.events if event["event"] == "trial_started"}
     for path in sorted((directory.root / "trials").glob("*")):
         if path.name not in known:
-            yield Note(f"trials/{path.name}", "no event of the journal is about it")
+            yield Note(f"trials/{path.name}", "it is not mentioned in the journal")
 
 
 def _rows_problem(path: Path, result: Mapping[str, Any]) -> str | None:
     try:
         *lines, torn = path.read_text(encoding="utf-8").split("\n")
-        rows = [json.loads(line, parse_constant=_no_number) for line in lines]
+        rows = [json.loads(line, parse_constant=_reject_constant) for line in lines]
         steps = [row["step"] for row in rows]
     except (OSError, ValueError, KeyError, TypeError) as error:
         return _reason(error)
@@ -177,29 +187,33 @@ def _rows_problem(path: Path, result: Mapping[str, Any]) -> str | None:
     last = next((row["val_loss"] for row in reversed(rows) if "val_loss" in row), None)
     is_curve = path.name == "metrics.jsonl" and result["status"] == "finished"
     is_wrong = is_curve and last != result["metrics"].get("val_loss")
-    return "it does not end with the validation loss of the trial's record" if is_wrong else None
+    return "its last validation loss differs from the journal record" if is_wrong else None
 
 
 def check_checkpoints(directory: Directory) -> Iterator[Issue]:
-    """Checks each checkpoint by its manifest; a finished trial must have an intact one."""
+    """Checks each checkpoint against its manifest; a finished trial must have an intact checkpoint."""
     trials = {path.name: path for path in sorted((directory.root / "trials").glob("*")) if path.is_dir()}
     folders = [folder for path in trials.values() for folder in checkpoint_folders(path / "checkpoints")]
     directory.checked["checkpoints"] = len(folders)
     with ThreadPoolExecutor(READERS) as pool:
         problems = dict(zip(folders, pool.map(_checkpoint_problem, folders), strict=True))
     for folder, problem in problems.items():
-        if problem and folder.exists():  # a running campaign removes old ones
-            remedy = "a resumed trial passes it over and uses the one before"
+        if problem and folder.exists():  # a running campaign deletes old checkpoints
+            remedy = "a resumed trial skips it and uses the previous checkpoint"
             yield Issue(str(folder.relative_to(directory.root)), problem, remedy)
     for trial_id, path in trials.items():
         root = path / "checkpoints"
         for leftover in [*root.glob("damaged-*"), *([] if directory.running else root.glob(".tmp-*"))]:
-            what = "a checkpoint that was found damaged" if leftover.name.startswith("d") else "half a checkpoint"
-            yield Note(str(leftover.relative_to(directory.root)), f"{what}; safe to remove")
+            kind = (
+                "a damaged checkpoint that was set aside"
+                if leftover.name.startswith("d")
+                else "an unfinished checkpoint"
+            )
+            yield Note(str(leftover.relative_to(directory.root)), f"{kind}; safe to remove")
         status = directory.state.results.get(trial_id, {}).get("status")
         if status == "finished" and all(problems[folder] for folder in checkpoint_folders(root)):
-            text = "the trial is finished and has no intact checkpoint: its result stands, its model is gone"
-            yield Issue(str(root.relative_to(directory.root)), text, "only a backup has it")
+            text = "the trial is finished but has no intact checkpoint: its result stands, its model is lost"
+            yield Issue(str(root.relative_to(directory.root)), text, BACKUP)
 
 
 def _checkpoint_problem(folder: Path) -> str | None:
@@ -211,62 +225,62 @@ def _checkpoint_problem(folder: Path) -> str | None:
 
 
 def check_derived(directory: Directory) -> Iterator[Issue]:
-    """Compares records, summaries, curves and the report with those that follow from the journal."""
+    """Rebuilds records, summaries, curves and the report from the journal and compares them with the files."""
     from tune.results.summary import DIGESTS, sealed, write_campaign, write_phase
 
     state = directory.state
     digests, problem = _read_json(directory.root / DIGESTS)
-    own = digests.pop("sha256", None) if isinstance(digests, dict) else None
-    if problem is None and (own is None or sealed(digests)["sha256"] != own):
+    own_digest = digests.pop("sha256", None) if isinstance(digests, dict) else None
+    if problem is None and (own_digest is None or sealed(digests)["sha256"] != own_digest):
         problem = "it does not match its own digest"
-    if directory.whole and problem:
+    if directory.is_complete and problem:
         yield Issue(DIGESTS, problem, REBUILD)
     digests = {} if problem else digests
     with tempfile.TemporaryDirectory() as name:
-        made = Path(name)
-        (made / "trials").symlink_to((directory.root / "trials").absolute())
+        rebuilt = Path(name)
+        (rebuilt / "trials").symlink_to((directory.root / "trials").absolute())
         try:
-            if directory.whole:
-                write_campaign(made, state)
-            else:  # the campaign's summary is written at its end
+            if directory.is_complete:
+                write_campaign(rebuilt, state)
+            else:  # the campaign summary is not written before the end
                 for phase in state.phases.values():
                     if phase.winner is not None:
-                        write_phase(made, state, phase)
-        # Metrics that cannot be read, or are no rows, are reported with their trial.
+                        write_phase(rebuilt, state, phase)
+        # `check_trials` reports the metrics files that cannot be read or parsed.
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            yield Issue(".", f"what follows from the journal cannot be made: {_reason(error)}", None)
+            yield Issue(".", f"the derived files cannot be rebuilt from the journal: {_reason(error)}")
             return
-        expected = {str(path.relative_to(made)): path for path in sorted(made.rglob("*")) if path.is_file()}
+        expected = {str(path.relative_to(rebuilt)): path for path in sorted(rebuilt.rglob("*")) if path.is_file()}
         expected.pop(DIGESTS, None)
         directory.checked["derived"] = len(expected)
-        for name, digest in digests.items() if directory.whole else ():
+        for name, digest in digests.items() if directory.is_complete else ():
             path = directory.root / name
             if name.startswith("trials/") and path.is_file() and _sha256(path) != digest:
-                yield Issue(name, "it is not as it was when the campaign ended", ROWS_LOST)
+                yield Issue(name, "it has changed since the campaign ended", ROWS_LOST)
         for name, path in expected.items():
-            there = directory.root / name
-            if problem := _difference(path, there):
-                as_written = there.is_file() and _sha256(there) == digests.get(name)
-                note = Note(name, "as it was written, by another version or with other claims", REBUILD)
-                yield note if as_written else Issue(name, problem, REBUILD)
+            actual = directory.root / name
+            if problem := _difference(path, actual):
+                is_unchanged = actual.is_file() and _sha256(actual) == digests.get(name)
+                note = Note(name, "unchanged, but written by another version or with other claims", REBUILD)
+                yield note if is_unchanged else Issue(name, problem, REBUILD)
     for temporary in sorted(path for path in directory.root.rglob(".*.tmp") if not directory.running):
         yield Note(str(temporary.relative_to(directory.root)), LEFTOVER)
 
 
-def _difference(made: Path, there: Path) -> str | None:
-    source = "trials/*/metrics.jsonl" if made.name == "curves.parquet" else "the journal"
+def _difference(rebuilt: Path, actual: Path) -> str | None:
+    source = "trials/*/metrics.jsonl" if rebuilt.name == "curves.parquet" else "the journal"
     try:
-        if there.read_bytes() == made.read_bytes():
+        if actual.read_bytes() == rebuilt.read_bytes():
             return None
-        if made.suffix == ".parquet" and _same_table(made, there):
+        if rebuilt.suffix == ".parquet" and _is_same_table(rebuilt, actual):
             return None
-    except (OSError, ValueError) as error:  # pyarrow's errors are both
+    except (OSError, ValueError) as error:  # pyarrow raises both
         return _reason(error)
-    return f"it is not what {source} gives, nor what was written: it was changed"
+    return f"it was changed: it matches neither {source} nor its recorded digest"
 
 
-def _same_table(one: Path, other: Path) -> bool:
-    """Whether two files hold the same table: another version of pyarrow may write other bytes."""
+def _is_same_table(one: Path, other: Path) -> bool:
+    """Whether two files of different pyarrow versions, whose bytes may differ, hold the same table."""
     from pyarrow import parquet
 
     if parquet.read_metadata(one).created_by == parquet.read_metadata(other).created_by:
@@ -281,28 +295,28 @@ def _sha256(path: Path) -> str:
 
 def _read_json(path: Path) -> tuple[Any, str | None]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number), None
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_reject_constant), None
     except (OSError, ValueError) as error:
         return None, _reason(error)
 
 
-def _no_number(name: str) -> float:
+def _reject_constant(name: str) -> float:
     raise ValueError(f"{name} is not JSON")
 
 
 def _reason(error: Exception) -> str:
-    """The error in one line, without the path, which the issue has."""
+    """Returns the error on one line, without the path, which the issue already names."""
     if isinstance(error, OSError) and error.errno:
         return os.strerror(error.errno)
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def verify_text(found: Findings) -> str:
-    """Formats the result of `verify` for people, with a line or two for each issue."""
+    """Formats the findings for the terminal, with one or two lines for each issue."""
     lines = []
     for issue in (*found.problems, *found.notes):
         lines.append(f"{'note' if isinstance(issue, Note) else 'problem':8} {issue.path}: {issue.text}")
         lines += [f"{'':8} {issue.remedy}"] if issue.remedy else []
-    checked = ", ".join(f"{n} {what.removesuffix('s') if n == 1 else what}" for what, n in found.checked.items())
+    checked = ", ".join(f"{n} {kind.removesuffix('s') if n == 1 else kind}" for kind, n in found.checked.items())
     verdict = "intact" if found.intact else fmt.counted(len(found.problems), "problem")
     return "\n".join([*lines, f"{found.results}: {verdict}; checked {checked}"])

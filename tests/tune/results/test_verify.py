@@ -92,18 +92,34 @@ def test_to_look_changes_nothing(root: Path) -> None:
 
 DAMAGE: dict[str, tuple[Callable[[Path], Path], str, str | None]] = {
     "a bit of the journal": (lambda root: root / "journal.jsonl", "does not match its CRC", "backup"),
-    "a bit of the manifest": (lambda root: root / "manifest.json", "", "the same command"),
-    "a bit of the campaign's file": (lambda root: root / "campaign.yaml", "not the file that", "the same command"),
-    "a bit of a trial's settings": (lambda root: trial(root) / "config.json", "", "journal has the settings"),
-    "a bit of a model": (lambda root: newest(root) / "model.safetensors", "model.safetensors", "the one before"),
-    "a bit of the moments": (lambda root: newest(root) / "state.pt", "state.pt", "the one before"),
-    "a bit of a checkpoint's manifest": (lambda root: newest(root) / "MANIFEST.json", "", "the one before"),
-    "a bit of the records": (lambda root: root / "alpha" / "trials.jsonl", "not what the journal gives", "report"),
-    "a bit of a phase's summary": (lambda root: root / "alpha" / "summary.json", "not what the journal", "report"),
+    "a bit of the manifest": (lambda root: root / "manifest.json", "", "command again"),
+    "a bit of the campaign's file": (
+        lambda root: root / "campaign.yaml",
+        "differs from the campaign file",
+        "command again",
+    ),
+    "a bit of a trial's settings": (
+        lambda root: trial(root) / "config.json",
+        "",
+        "journal record has the correct settings",
+    ),
+    "a bit of a model": (
+        lambda root: newest(root) / "model.safetensors",
+        "model.safetensors",
+        "the previous checkpoint",
+    ),
+    "a bit of the moments": (lambda root: newest(root) / "state.pt", "state.pt", "the previous checkpoint"),
+    "a bit of a checkpoint's manifest": (lambda root: newest(root) / "MANIFEST.json", "", "the previous checkpoint"),
+    "a bit of the records": (lambda root: root / "alpha" / "trials.jsonl", "matches neither the journal", "report"),
+    "a bit of a phase's summary": (
+        lambda root: root / "alpha" / "summary.json",
+        "matches neither the journal",
+        "report",
+    ),
     "a bit of the arms": (lambda root: root / "alpha" / "summary.parquet", "", "report"),
     "a bit of the curves": (lambda root: root / "alpha" / "curves.parquet", "", "report"),
     "a bit of the digests": (lambda root: root / "derived.json", "", "report"),
-    "a bit of the summary": (lambda root: root / "summary.json", "not what the journal", "report"),
+    "a bit of the summary": (lambda root: root / "summary.json", "matches neither the journal", "report"),
 }
 
 
@@ -161,7 +177,7 @@ def test_the_report_is_held_against_the_one_that_the_journal_gives(root: Path, w
     (root / "report.md").unlink()
     found = problems(root)
     assert list(found) == ["report.html", "report.md"]
-    assert "not what the journal gives" in found["report.html"].text and "rebuilds" in found["report.md"].remedy
+    assert "matches neither the journal" in found["report.html"].text and "rebuilds" in found["report.md"].remedy
     rebuild(root)
     assert problems(root) == {}
 
@@ -172,11 +188,11 @@ def test_a_curve_that_was_changed_is_found(root: Path) -> None:
     rows[1]["train_loss"] += 1e-9
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     name = str(path.relative_to(root))
-    assert "not as it was when the campaign ended" in problems(root)[name].text
+    assert "has changed since the campaign ended" in problems(root)[name].text
     last = next(row for row in reversed(rows) if "val_loss" in row)
     last["val_loss"] += 1e-9
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert "does not end with the validation loss of the trial's record" in problems(root)[name].text
+    assert "its last validation loss differs from the journal record" in problems(root)[name].text
 
 
 @pytest.mark.parametrize("row", ['{"step": 3, "train_loss": NaN}\n', '{"step": 3, "train', "[1]\n", "\xff\n"])
@@ -205,7 +221,7 @@ def test_a_finished_trial_without_an_intact_checkpoint_is_found(root: Path) -> N
     for folder in (trial(root) / "checkpoints").iterdir():
         flip(folder / "model.safetensors")
     found = problems(root)
-    assert "its result stands, its model is gone" in found[f"trials/{trial(root).name}/checkpoints"].text
+    assert "its result stands, its model is lost" in found[f"trials/{trial(root).name}/checkpoints"].text
     assert len(found) == 3
 
 
