@@ -117,7 +117,7 @@ class Continuation:
 
     def __init__(self, prompt: list[int], tokenizer: Tokenizer, title: str = "") -> None:
         self.prompt, self.unprinted, self.ended = prompt, title, False
-        self._decode, self._end_token = tokenizer.decode, tokenizer.document_mark
+        self._decode, self._end_token = tokenizer.decode, tokenizer.document_separator
         self._shown, self._waiting = prompt[-1:], list[int]()
 
     def add(self, token: int) -> None:
@@ -223,8 +223,8 @@ def encode_prompt(text: str, tokenizer: Tokenizer) -> list[int]:
         text.encode()
     except UnicodeEncodeError:  # the command line held bytes that are not UTF-8
         raise ConfigError(f"the prompt {text!r} is not UTF-8 text") from None
-    if not text and tokenizer.document_mark is not None:
-        return [tokenizer.document_mark]
+    if not text and tokenizer.document_separator is not None:
+        return [tokenizer.document_separator]
     ids = np.asarray(tokenizer.encode(text or "\n")).tolist()
     if not ids:
         raise ConfigError(f"{tokenizer.name} has no tokens for the prompt {text!r}: give another")

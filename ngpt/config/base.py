@@ -13,8 +13,8 @@ from pydantic_core import PydanticCustomError
 
 Location = tuple[str | int, ...]
 
-LONGEST_NAME = 200  # characters of a name or value that a message shows
-LONGEST_MESSAGE = 2000  # characters; the list of all settings is one of 1500
+MAX_NAME_LENGTH = 200  # characters of a name or value that a message shows
+MAX_MESSAGE_LENGTH = 2000  # characters; the list of all settings is one of 1500
 
 
 class Problem(NamedTuple):
@@ -28,7 +28,7 @@ class Problem(NamedTuple):
 
     def line(self) -> str:
         """The problem as a single line of bounded length, whatever the file contains."""
-        return str(self._replace(message=printable(self.message, LONGEST_MESSAGE)))
+        return str(self._replace(message=printable(self.message, MAX_MESSAGE_LENGTH)))
 
 
 class UserError(Exception):
@@ -93,7 +93,7 @@ def invalid_setting(message: str, *fields: str) -> PydanticCustomError:
 
 def unknown_message(what: str, name: object, options: Collection[str]) -> str:
     """`unknown corpus 'shakespear', did you mean 'shakespeare'?`, or the full list if nothing is similar."""
-    near = difflib.get_close_matches(str(name)[:LONGEST_NAME], list(options), n=1, cutoff=0.6)
+    near = difflib.get_close_matches(str(name)[:MAX_NAME_LENGTH], list(options), n=1, cutoff=0.6)
     hint = f", did you mean '{near[0]}'?" if near else f"; choose one of {', '.join(sorted(options))}"
     return f"unknown {what} {printable(repr(str(name)))}{hint}" if what != "setting" else f"unknown setting{hint}"
 
@@ -106,7 +106,7 @@ def dotted_name(location: Location) -> str:
     return text
 
 
-def printable(text: str, longest: int = LONGEST_NAME) -> str:
+def printable(text: str, longest: int = MAX_NAME_LENGTH) -> str:
     """User input as one printable line: other characters are escaped, the middle of a long text is cut."""
     if len(text) > longest:
         text = f"{text[: longest // 2]}…{text[-(longest // 2) :]}"
@@ -225,8 +225,8 @@ def _unknown_setting(cls: type[Config], name: str) -> str:
     """Compares dotted names with dotted names and last parts with last parts; the full list is always dotted."""
     known = settings(cls)
     alike = known if "." in name else {full.rpartition(".")[2] for full in known}
-    near = difflib.get_close_matches(name[:LONGEST_NAME], list(alike), n=1)
-    strange = [sign for sign in name[:LONGEST_NAME] if not sign.isascii()]
+    near = difflib.get_close_matches(name[:MAX_NAME_LENGTH], list(alike), n=1)
+    strange = [sign for sign in name[:MAX_NAME_LENGTH] if not sign.isascii()]
     # A Cyrillic a looks like a Latin one.
     note = f" (it has {unicodedata.name(strange[0], 'a sign')}, U+{ord(strange[0]):04X}, in it)" if strange else ""
     return unknown_message("setting", name, near or known) + note

@@ -16,7 +16,7 @@ from typing import Any
 from ngpt.config.base import Config, ConfigError, Location, Problem, resolve, sections, unknown_message
 from ngpt.config.yaml_reader import Document, YamlError, read_yaml
 
-MOST_PROBLEMS = 100  # reported at once
+MAX_PROBLEMS = 100  # reported at once
 SUFFIXES = (".yaml", ".yml")  # of a section's file; no other file is opened, so none can leak into a message
 
 Found = dict[str, tuple[Any, Location]]  # value and place of each setting by full dotted name
@@ -28,7 +28,7 @@ def named_settings(
     """The settings in a mapping of sections (`optim: {lr: 1}`), dotted names and unique last parts.
 
     A section may also be the path of a YAML file, relative to `folder`; settings written beside it override the file.
-    There is a problem for each key that is unknown, given twice, or a section without a mapping, up to `MOST_PROBLEMS`.
+    There is a problem for each key that is unknown, given twice, or a section without a mapping, up to `MAX_PROBLEMS`.
     Values are not checked.
     """
     from_files: Found = {}
@@ -38,7 +38,7 @@ def named_settings(
         return found, [Problem(at, f"must be a mapping of settings, got {data!r}")]
     inside = sections(cls)
     for key, value in data.items():
-        if len(problems) >= MOST_PROBLEMS:
+        if len(problems) >= MAX_PROBLEMS:
             break
         location = (*at, key)
         part: Found = {}

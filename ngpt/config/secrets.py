@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from ngpt.config.base import ConfigError
 
 HIDDEN = "***"
-SHORTEST = 12  # characters; shorter values, such as `disabled`, would match everywhere
+MIN_SECRET_LENGTH = 12  # characters; shorter values, such as `disabled`, would match everywhere
 ADVICE = "secrets do not belong into a file that is copied into the results; set them in the environment"
 
 # Names of variables and settings whose values are secrets.
@@ -66,4 +66,4 @@ def redact(text: str, environ: Mapping[str, str] = os.environ) -> str:
 
 
 def _values(environ: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in environ.items() if is_secret_name(name) and len(value) >= SHORTEST}
+    return {name: value for name, value in environ.items() if is_secret_name(name) and len(value) >= MIN_SECRET_LENGTH}

@@ -18,13 +18,13 @@ from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from ngpt.config.base import ConfigError, Location, Problem, printable
 
-LARGEST_FILE = 1 << 17  # bytes
-DEEPEST_NESTING = 50
-MOST_NODES = 20_000  # after expanding aliases; takes half a second to read
-LARGEST_INTEGER = 2**63 - 1  # larger ones fail later, when written or divided
+MAX_FILE_BYTES = 1 << 17  # bytes
+MAX_DEPTH = 50
+MAX_NODES = 20_000  # after expanding aliases; takes half a second to read
+MAX_INTEGER = 2**63 - 1  # larger ones fail later, when written or divided
 CONSTANTS = {"null": {"": None, "~": None, "null": None}, "bool": {"true": True, "false": False}}
-TOO_DEEP = f"nested too deeply, at most {DEEPEST_NESTING} levels are read"
-TOO_MANY = f"more than {MOST_NODES} values"
+TOO_DEEP = f"nested too deeply, at most {MAX_DEPTH} levels are read"
+TOO_MANY = f"more than {MAX_NODES} values"
 FLOATS = {".inf": math.inf, "+.inf": math.inf, "-.inf": -math.inf, ".nan": math.nan}
 # Control characters, surrogates, and marks that reorder text so that it looks like another.
 UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -95,9 +95,9 @@ def _content(path: Path) -> bytes:
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise YamlError(f"{path}: not a regular file")
-        raw = file.read(LARGEST_FILE + 1)
-    if len(raw) > LARGEST_FILE:
-        raise YamlError(f"{path}: too large, at most {LARGEST_FILE} bytes are read")
+        raw = file.read(MAX_FILE_BYTES + 1)
+    if len(raw) > MAX_FILE_BYTES:
+        raise YamlError(f"{path}: too large, at most {MAX_FILE_BYTES} bytes are read")
     return raw
 
 
@@ -109,8 +109,8 @@ class _BoundedComposer(Composer):
     def compose_node(self, parent: Any, index: Any) -> Any:
         """Composes and counts the next node."""
         self.nodes += 1
-        if self.depth > DEEPEST_NESTING or self.nodes > MOST_NODES:
-            problem = TOO_DEEP if self.depth > DEEPEST_NESTING else TOO_MANY
+        if self.depth > MAX_DEPTH or self.nodes > MAX_NODES:
+            problem = TOO_DEEP if self.depth > MAX_DEPTH else TOO_MANY
             raise ComposerError(None, None, problem, self.parser.peek_event().start_mark)
         return super().compose_node(parent, index)
 
@@ -143,8 +143,8 @@ class _Reader:
 
     def plain(self, node: Node, location: Location, depth: int) -> Any:
         """The data of a node at `location`, `depth` levels deep; raises YamlError if it is not plain data."""
-        if depth > DEEPEST_NESTING or len(self.positions) > MOST_NODES:  # an alias may be inside its own node
-            raise self._error(node, TOO_DEEP if depth > DEEPEST_NESTING else TOO_MANY)
+        if depth > MAX_DEPTH or len(self.positions) > MAX_NODES:  # an alias may be inside its own node
+            raise self._error(node, TOO_DEEP if depth > MAX_DEPTH else TOO_MANY)
         # A mapping's value keeps the position of its key, which messages should point to.
         self.positions.setdefault(location, _position(node))
         if isinstance(node, MappingNode) and _kind(node) == "map":
@@ -186,7 +186,7 @@ class _Reader:
             if kind == "float":
                 return FLOATS[text.lower()] if text.lower() in FLOATS else float(text.replace("_", ""))
         except OverflowError:
-            message = f"{printable(text, 40)} is too large, a whole number is at most {LARGEST_INTEGER}"
+            message = f"{printable(text, 40)} is too large, a whole number is at most {MAX_INTEGER}"
             raise self._error(node, message) from None
         except (KeyError, ValueError):
             raise self._error(node, f"{text[:40]!r} is not a value of the kind {kind!r}") from None
@@ -210,6 +210,6 @@ def _integer(text: str) -> int:
     prefixed = digits.lstrip("+-")[:2] in ("0b", "0o", "0x")
     # Python raises ValueError for decimals of more than 4300 digits.
     value = int(digits, 0) if prefixed else int(digits) if len(digits) < 100 else int(float(digits))
-    if abs(value) > LARGEST_INTEGER:
+    if abs(value) > MAX_INTEGER:
         raise OverflowError
     return value

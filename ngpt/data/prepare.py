@@ -30,7 +30,7 @@ SHARD_TOKENS = 100_000_000
 TOKEN_BYTES_FILE = "token_bytes.npy"
 PROGRESS_FILE = "progress.json"
 SPLITS = ("train", "val")
-BATCH, LARGE_BATCH = 1 << 20, 1 << 25  # characters to encode at once: at least, and at most if texts are large
+BATCH, MAX_BATCH = 1 << 20, 1 << 25  # characters to encode at once: at least, and at most if texts are large
 EMPTY_LINE = "\n\n"  # between documents if the tokenizer has no document mark
 
 
@@ -49,7 +49,7 @@ def tokenize(
     writers = {split: _SplitWriter(folder, split, loaded.vocab_size, progress) for split in SPLITS}
     content = hashlib.sha256()
     size, n_read, n_skipped, n_tokens = corpus.size(), 0, 0, 0
-    between = EMPTY_LINE if corpus.separated and loaded.document_mark is None else ""
+    between = EMPTY_LINE if corpus.separated and loaded.document_separator is None else ""
 
     def texts() -> Iterator[Text]:
         """Reads and hashes all texts, and yields those that are not in a finished shard."""
@@ -94,7 +94,9 @@ def encode_in_order(
 
     `marked` texts start with the document mark, where the tokenizer has one.
     """
-    mark = np.array([tokenizer.document_mark] if marked and tokenizer.document_mark is not None else [], np.uint16)
+    mark = np.array(
+        [tokenizer.document_separator] if marked and tokenizer.document_separator is not None else [], np.uint16
+    )
     sizes = tokenizer.token_bytes()
     for batch in _batches(texts, threads):
         encoded = tokenizer.encode_batch([text for _, text in batch], threads=threads)
@@ -110,7 +112,7 @@ def _batches(texts: Iterable[Text], threads: int) -> Iterator[list[Text]]:
     for split, text in texts:
         batch.append((split, text))
         size += len(text)
-        if size >= LARGE_BATCH or (size >= BATCH and len(batch) >= threads):
+        if size >= MAX_BATCH or (size >= BATCH and len(batch) >= threads):
             yield batch
             batch, size = [], 0
     if batch:

@@ -1,6 +1,6 @@
 """Campaign files that are harmful or wrong: the content of each, and what the answer must contain."""
 
-from ngpt.config.yaml_reader import LARGEST_FILE, MOST_NODES
+from ngpt.config.yaml_reader import MAX_FILE_BYTES, MAX_NODES
 
 NAME, SWEEP = "campaign: x\n", "vary: {alpha: [0.1, 0.2]}\n"
 HEAD = NAME + "seeds: [1]\n"
@@ -25,8 +25,8 @@ JOINED += "".join(
     f"  - {{name: c{i}, combine: {{from: [{listed(10, 'pN')}{''.join(f', c{j}' for j in range(i))}]}}}}\n"
     for i in range(20)
 )
-TOO_LARGE = f"too large, at most {LARGEST_FILE} bytes are read"
-TOO_MANY = f"more than {MOST_NODES} values"
+TOO_LARGE = f"too large, at most {MAX_FILE_BYTES} bytes are read"
+TOO_MANY = f"more than {MAX_NODES} values"
 TOO_DEEP = "nested too deeply, at most 50 levels are read"
 
 # By name: the content, and a part of the answer.
@@ -58,7 +58,7 @@ LARGE: dict[str, tuple[str | bytes, str]] = {
     "alias_of_100_kB": (f"*{'a' * 100_000}\n", "found undefined alias"),
     "tabs": ("\t" * 100_000, "cannot start any token"),
     "values": (f"[{listed(40_000, '1')}]\n", TOO_MANY),
-    "just_as_many_values": (f"[{listed(MOST_NODES - 1, '1')}]\n", "a campaign is a mapping"),
+    "just_as_many_values": (f"[{listed(MAX_NODES - 1, '1')}]\n", "a campaign is a mapping"),
     "aliases": (f"a: &a [1]\nb: [{listed(30_000, '*a')}]\n", TOO_MANY),
     "anchors": (f"campaign: [{listed(9_000, '&aN 1')}]\n", "cannot be the name of a campaign"),
     "unknown_keys": ("".join(f"k{i}: 1\n" for i in range(9_000)), "k0: unknown setting"),

@@ -307,7 +307,7 @@ def test_spaces_survive_a_tokenizer_that_strips_the_first_one(foreign: Tokenizer
 
 
 def test_the_document_mark_ends_a_text(foreign: Tokenizer) -> None:
-    mark = foreign.document_mark
+    mark = foreign.document_separator
     assert mark is not None
     continuation = Continuation(encode_prompt("", foreign), foreign)
     for token in [*map(int, foreign.encode("the dog")), mark, *map(int, foreign.encode("fox"))]:
@@ -316,7 +316,7 @@ def test_the_document_mark_ends_a_text(foreign: Tokenizer) -> None:
 
 
 def test_an_empty_prompt_is_the_document_mark_or_a_newline(lossless: Tokenizer, foreign: Tokenizer) -> None:
-    assert encode_prompt("", foreign) == [foreign.document_mark]
+    assert encode_prompt("", foreign) == [foreign.document_separator]
     assert lossless.decode(encode_prompt("", lossless)) == "\n"
     with pytest.raises(ConfigError, match="is not UTF-8 text"):
         encode_prompt("a\udcff", lossless)

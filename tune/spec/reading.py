@@ -2,7 +2,7 @@
 
     seeds = yield from read_seeds(raw, location)
 
-Values and problems go up together, from the YAML nodes to `load_campaign`, and reading ends at `MOST_PROBLEMS`.
+Values and problems go up together, from the YAML nodes to `load_campaign`, and reading ends at `MAX_PROBLEMS`.
 """
 
 import os
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ngpt.config.base import ConfigError, Location, Problem
-from ngpt.config.overrides import MOST_PROBLEMS
+from ngpt.config.overrides import MAX_PROBLEMS
 from ngpt.config.yaml_reader import Document
 from ngpt.data.sources import CORPORA
 from ngpt.data.tokens.tokenizer import parse_spec
@@ -30,9 +30,9 @@ LARGEST_SEED = 2**31 - 1
 
 
 def collect(reading: Reading[Value]) -> tuple[Value | None, list[Problem]]:
-    """Runs a reading and returns its value and problems; after MOST_PROBLEMS it stops, and the value is None."""
+    """Runs a reading and returns its value and problems; after MAX_PROBLEMS it stops, and the value is None."""
     problems: list[Problem] = []
-    while len(problems) < MOST_PROBLEMS:
+    while len(problems) < MAX_PROBLEMS:
         try:
             problems.append(next(reading))
         except StopIteration as end:
@@ -53,8 +53,8 @@ def complete(reading: Reading[Value | None], document: Document) -> Value:
     in_file = [problem for problem in problems if problem not in on_option]
     in_file.sort(key=lambda problem: document.position(problem.location))
     lines = [*map(document.describe, in_file), *map(Problem.line, on_option)]
-    if len(lines) >= MOST_PROBLEMS:
-        lines.append(f"{document.path}: these are the first {MOST_PROBLEMS} problems, the rest was not checked")
+    if len(lines) >= MAX_PROBLEMS:
+        lines.append(f"{document.path}: these are the first {MAX_PROBLEMS} problems, the rest was not checked")
     raise ConfigError("\n".join(dict.fromkeys(lines)))
 
 

@@ -19,8 +19,8 @@ PARQUET = ".parquet"
 JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 BLOCK = 1 << 22  # characters of a text file in memory at once
 ROWS = 1000  # of a Parquet file in memory at once
-SHRINKS = 3  # approximate compression ratio of English
-HASHED_WHOLE = 1 << 30  # bytes; larger files are identified by their edges and samples in between
+COMPRESSION_RATIO = 3  # approximate compression ratio of English
+MAX_HASHED_BYTES = 1 << 30  # bytes; larger files are identified by their edges and samples in between
 SAMPLE, SAMPLE_EVERY = 1 << 16, 1 << 26  # bytes
 
 
@@ -69,23 +69,24 @@ def read_text(path: Path) -> Iterator[str]:
             raise ConfigError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
 
 
-def read_file(path: Path, *, most: int | None = None) -> bytes:
-    """The content of a file that the user named. Raises ConfigError if it is missing or larger than `most` bytes."""
+def read_file(path: Path, *, max_bytes: int | None = None) -> bytes:
+    """The content of a file that the user named. Raises ConfigError if it is missing or larger than `max_bytes`."""
     if not path.is_file():
         raise ConfigError(f"no such file: {path}")
-    if most is not None and path.stat().st_size > most:
-        raise ConfigError(f"{path} is too large for what it should be: {path.stat().st_size} bytes, at most {most}")
+    size = path.stat().st_size
+    if max_bytes is not None and size > max_bytes:
+        raise ConfigError(f"{path} is too large: {size} bytes, at most {max_bytes} are read")
     return path.read_bytes()
 
 
 def files_identity(path: Path, files: Sequence[Path]) -> str:
     """A hash of the content of a file, or of the names and contents below a folder; independent of its location.
 
-    Documents of more than `HASHED_WHOLE` bytes in total are identified by size, edges and samples, since hashing a
+    Documents of more than `MAX_HASHED_BYTES` bytes in total are identified by size, edges and samples, since hashing a
     hundred gigabytes would take too long.
     """
     documents = any(map(holds_documents, files))
-    known_by = _sampled if documents and sum(file.stat().st_size for file in files) > HASHED_WHOLE else file_sha256
+    known_by = _sampled if documents and sum(file.stat().st_size for file in files) > MAX_HASHED_BYTES else file_sha256
     if path.is_file():
         return f"sha256:{known_by(path)}"
     names = [f"{file.relative_to(path).as_posix()}:{known_by(file)}" for file in files]
@@ -131,7 +132,7 @@ def _sampled(path: Path) -> str:
 def _text_size(path: Path) -> int:
     if not path.name.lower().endswith(PARQUET):
         size = path.stat().st_size
-        return size if path.suffix.lower() not in (".gz", ".zst") else SHRINKS * size
+        return size if path.suffix.lower() not in (".gz", ".zst") else COMPRESSION_RATIO * size
     with _parquet(path) as file:
         groups = [file.metadata.row_group(index) for index in range(file.metadata.num_row_groups)]
         columns = [group.column(index) for group in groups for index in range(group.num_columns)]

@@ -27,7 +27,7 @@ RETRIES = 5  # of one range
 FIRST_PAUSE = 1.0  # seconds before the first retry; doubles up to 8
 RANGE = 16 << 20  # bytes of a request; a killed process loses at most this much of a file
 PART = ".part"
-LONGEST_REASON = 300  # characters
+MAX_REASON_LENGTH = 300  # characters
 HINT = "pass a local copy with data.path (--from PATH)"
 
 
@@ -163,4 +163,4 @@ def _errors_of(what: str) -> Iterator[None]:
         raise ConfigError(f"cannot download {what}: run pip install 'ngpt-campaign[hf]', or {HINT}") from None
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ConfigError(f"cannot download {what}: {printable(reason, LONGEST_REASON)}; {HINT}") from error
+        raise ConfigError(f"cannot download {what}: {printable(reason, MAX_REASON_LENGTH)}; {HINT}") from error

@@ -12,7 +12,7 @@ from ngpt.config.base import ConfigError
 from ngpt.data.text.documents import read_file
 
 VOCAB_SIZE = 50257
-LARGEST_VOCABULARY = 1 << 26  # bytes of a tokenizer file; 250,000 tokens take 5 to 20 million
+MAX_VOCAB_FILE_BYTES = 1 << 26  # bytes of a tokenizer file; 250,000 tokens take 5 to 20 million
 SPECIAL = "<|endoftext|>"
 # SHA-256 as published in tiktoken_ext/openai_public.py.
 FILES = {
@@ -31,7 +31,7 @@ class GPT2Tokenizer:
     def __init__(self, encoding: Any, *, sha256: str) -> None:
         self.sha256 = sha256
         self.vocab_size: int = encoding.n_vocab
-        self.document_mark: int | None = encoding.eot_token
+        self.document_separator: int | None = encoding.eot_token
         self._encoding = encoding
         sizes = [len(encoding.decode_single_token_bytes(index)) for index in range(encoding.n_vocab)]
         sizes[encoding.eot_token] = 0  # a mark has no text
@@ -83,7 +83,7 @@ def gpt2_vocab_size(folder: Path | None) -> int:
         return VOCAB_SIZE
     path = folder / "encoder.json"
     try:
-        return len({SPECIAL, *json.loads(read_file(path, most=LARGEST_VOCABULARY))})
+        return len({SPECIAL, *json.loads(read_file(path, max_bytes=MAX_VOCAB_FILE_BYTES))})
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not a vocabulary: {error}") from None
 
@@ -95,4 +95,6 @@ def gpt2_identity(folder: Path | None) -> str:
 
 
 def _hashes(folder: Path) -> dict[str, str]:
-    return {name: hashlib.sha256(read_file(folder / name, most=LARGEST_VOCABULARY)).hexdigest() for name in FILES}
+    return {
+        name: hashlib.sha256(read_file(folder / name, max_bytes=MAX_VOCAB_FILE_BYTES)).hexdigest() for name in FILES
+    }

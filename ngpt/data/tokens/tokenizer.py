@@ -21,7 +21,7 @@ import numpy as np
 
 from ngpt.config.base import ConfigError, unknown_message
 from ngpt.data.text.documents import read_file
-from ngpt.data.tokens.gpt2_bpe import LARGEST_VOCABULARY, gpt2_identity, gpt2_vocab_size, load_gpt2
+from ngpt.data.tokens.gpt2_bpe import MAX_VOCAB_FILE_BYTES, gpt2_identity, gpt2_vocab_size, load_gpt2
 from ngpt.data.tokens.shards import MAX_VOCAB
 from ngpt.system.atomic_files import write_atomic
 
@@ -39,7 +39,7 @@ class Tokenizer(Protocol):
     name: str  # in messages
     vocab_size: int  # V: ids are 0 to V - 1
     sha256: str  # of the files of the vocabulary
-    document_mark: int | None  # the id that starts a document; None if the tokenizer has none
+    document_separator: int | None  # the id that starts a document; None if the tokenizer has none
 
     def encode(self, text: str) -> np.ndarray:
         """The ids of `text`, (N,) uint16; never the document mark."""
@@ -76,7 +76,7 @@ class SentencePieceTokenizer:
             raise ConfigError(f"{name} is not a sentencepiece model") from None
         self.vocab_size: int = self._model.vocab_size()
         marks = [index for index in (self._model.bos_id(), self._model.eos_id()) if index >= 0]
-        self.document_mark: int | None = marks[0] if marks else None
+        self.document_separator: int | None = marks[0] if marks else None
         self._pieces = [_piece_bytes(self._model, index) for index in range(self.vocab_size)]
         self._token_bytes = np.array([len(piece) for piece in self._pieces], dtype=np.int64)
         # A literal META would decode to a space, and a space to META if the training text had none. Both are encoded as
@@ -91,9 +91,9 @@ class SentencePieceTokenizer:
         encoded = self._join(self.encode(PROBE))
         self._lossless = encoded == PROBE.encode()
         # As in LLaMA, the first word of a text gets a space before it.
-        self._adds_space = encoded == b" " + PROBE.encode() and self.document_mark is not None
+        self._adds_space = encoded == b" " + PROBE.encode() and self.document_separator is not None
         if self._adds_space:
-            self._token_bytes[self.document_mark] = -1
+            self._token_bytes[self.document_separator] = -1
         # If no piece crosses a line end, lines can be encoded separately, which is four times as fast.
         self._by_line = self._lossless and not any(b"\n" in piece for piece in self._pieces if piece != b"\n")
 
@@ -141,7 +141,7 @@ def load_tokenizer(spec: str, folder: Path | None) -> Tokenizer:
             if kind == "sentencepiece":
                 raise ConfigError(f"{spec} is trained on a corpus: {folder or 'no folder'} has no {MODEL_FILE}")
             path = Path(os.path.expanduser(argument))
-        loaded = SentencePieceTokenizer(read_file(path, most=LARGEST_VOCABULARY), spec)
+        loaded = SentencePieceTokenizer(read_file(path, max_bytes=MAX_VOCAB_FILE_BYTES), spec)
     _check_vocab(loaded.name, loaded.vocab_size)
     return loaded
 
@@ -212,7 +212,7 @@ def tokenizer_identity(spec: str) -> str:
     if kind == "sentencepiece":
         return spec
     if kind == "model":
-        model = read_file(Path(os.path.expanduser(argument)), most=LARGEST_VOCABULARY)
+        model = read_file(Path(os.path.expanduser(argument)), max_bytes=MAX_VOCAB_FILE_BYTES)
         return f"model:{hashlib.sha256(model).hexdigest()}"
     return f"gpt2:{gpt2_identity(_path(argument))}"
 

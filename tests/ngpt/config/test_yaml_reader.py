@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from ngpt.config.base import ConfigError, Problem
 from ngpt.config.yaml_reader import (
-    LARGEST_FILE,
-    MOST_NODES,
+    MAX_FILE_BYTES,
+    MAX_NODES,
     Document,
     YamlError,
     parse_assignment,
@@ -202,15 +202,15 @@ def test_a_node_inside_of_itself_is_refused(text: str) -> None:
 
 
 def test_aliases_count_as_often_as_they_are_used() -> None:
-    ten, many = "[" + ", ".join("x" * 10) + "]", MOST_NODES // 11
+    ten, many = "[" + ", ".join("x" * 10) + "]", MAX_NODES // 11
     assert len(parse_value(f"[&a {ten}" + ", *a" * (many - 2) + "]")) == many - 1
-    assert f"more than {MOST_NODES} values" in refusal(f"[&a {ten}" + ", *a" * (many + 2) + "]")
+    assert f"more than {MAX_NODES} values" in refusal(f"[&a {ten}" + ", *a" * (many + 2) + "]")
 
 
 def test_an_alias_bomb_is_refused() -> None:
     levels = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     levels += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 20)]  # 10^20 values
-    assert f"more than {MOST_NODES} values" in refusal("\n".join(levels))
+    assert f"more than {MAX_NODES} values" in refusal("\n".join(levels))
 
 
 def test_a_file_is_read_with_its_path_in_every_message(tmp_path: Path) -> None:
@@ -237,10 +237,10 @@ def test_a_file_that_cannot_be_read_is_an_error_that_says_why(tmp_path: Path) ->
     path.write_bytes(b"a: \xff")
     with pytest.raises(YamlError, match=rf"^{path}: byte 3 is not UTF-8$"):
         read_yaml(path)
-    path.write_bytes(b"#" * (LARGEST_FILE + 1))
-    with pytest.raises(YamlError, match=rf"^{path}: too large, at most {LARGEST_FILE} bytes are read$"):
+    path.write_bytes(b"#" * (MAX_FILE_BYTES + 1))
+    with pytest.raises(YamlError, match=rf"^{path}: too large, at most {MAX_FILE_BYTES} bytes are read$"):
         read_yaml(path)
-    path.write_bytes(b"#" * LARGEST_FILE)
+    path.write_bytes(b"#" * MAX_FILE_BYTES)
     assert read_yaml(path).data is None
 
 

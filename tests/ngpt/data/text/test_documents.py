@@ -114,7 +114,7 @@ def test_a_folder_without_files_is_an_error(tmp_path: Path) -> None:
 def test_large_files_are_identified_by_length_edges_and_samples(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(documents, "HASHED_WHOLE", 1000)
+    monkeypatch.setattr(documents, "MAX_HASHED_BYTES", 1000)
     path = tmp_path / "a.jsonl"
     seen = set()
     for content in (b"x" * 5000, b"x" * 5001, b"y" + b"x" * 4999, b"x" * 4999 + b"y"):

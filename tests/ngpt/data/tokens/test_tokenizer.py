@@ -144,7 +144,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReque
 
 @given(text=texts)
 def test_any_text_survives_a_llama_model_and_its_bytes_add_up_with_the_mark(llama: Tokenizer, text: str) -> None:
-    ids, sizes, mark = llama.encode(text), llama.token_bytes(), llama.document_mark
+    ids, sizes, mark = llama.encode(text), llama.token_bytes(), llama.document_separator
     assert sizes is not None and mark is not None and mark not in ids
     if text and "\u2581" not in text:  # sentencepiece's own sign for a space cannot be told from one
         assert llama.decode(ids) == text
@@ -158,7 +158,7 @@ def test_any_text_survives_a_llama_model_and_its_bytes_add_up_with_the_mark(llam
 def test_the_mark_of_a_document_is_the_models_start_or_else_its_end(
     tmp_path: Path, options: dict[str, Any], mark: int | None
 ) -> None:
-    assert load_tokenizer(str(write_llama(tmp_path / "a.model", **options)), None).document_mark == mark
+    assert load_tokenizer(str(write_llama(tmp_path / "a.model", **options)), None).document_separator == mark
 
 
 def test_a_llama_model_encodes_as_sentencepiece_does(tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def test_a_llama_model_encodes_as_sentencepiece_does(tmp_path: Path) -> None:
 
 
 def test_document_marks_of_gpt2_and_trained_models(gpt2: Tokenizer, trained: Tokenizer) -> None:
-    assert gpt2.document_mark == 259 and trained.document_mark is None
+    assert gpt2.document_separator == 259 and trained.document_separator is None
 
 
 def test_a_folder_of_gpt2_files_is_read(gpt2: Tokenizer, gpt2_folder: Path) -> None:
