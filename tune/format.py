@@ -1,6 +1,6 @@
-"""Numbers and names as text for people.
+"""Formats numbers and names for reports and the terminal.
 
-A missing value is written as a dash. Minus signs are real minus signs; the terminal replaces what its encoding lacks.
+Missing values become a dash. Minus signs are U+2212; the terminal replaces characters that its encoding lacks.
 """
 
 import codecs
@@ -11,38 +11,39 @@ from typing import Any
 MISSING = "\u2013"  # en dash
 MINUS = "\u2212"  # as wide as a plus, so signs line up
 
-# Codec error handler that replaces what an encoding lacks, so no minus sign is lost: `text.encode("ascii", PORTABLE)`.
+# Codec error handler that replaces unencodable characters by ASCII, so that no minus sign is lost.
+# Usage: `text.encode("ascii", PORTABLE)`.
 PORTABLE = "ngpt-portable"
 ASCII = dict(zip(f"{MINUS}{MISSING}±·…●─│━╸╺←→", "--~|~o-|==-<>", strict=True))
 
 
-def _portable(error: UnicodeError) -> tuple[str, int]:
+def _replace_by_ascii(error: UnicodeError) -> tuple[str, int]:
     if not isinstance(error, UnicodeEncodeError):
         raise error
     return "".join(ASCII.get(char, "?") for char in error.object[error.start : error.end]), error.end
 
 
-codecs.register_error(PORTABLE, _portable)
+codecs.register_error(PORTABLE, _replace_by_ascii)
 
 _ESCAPES = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b[@-Z\\-_]?")
-_BREAKS = re.compile(r"[^\S ]+")  # tabs and line ends of every kind, but not spaces
-# C0 and C1 controls, and the marks that reorder or hide text (bidirectional overrides, zero width), lone surrogates.
+_BREAKS = re.compile(r"[^\S ]+")  # all whitespace except spaces
+# C0 and C1 controls, characters that reorder or hide text (bidirectional overrides, zero width), lone surrogates.
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
 
 
 def plain(text: object) -> str:
-    """Untrusted text on one line, without terminal escapes, control characters or marks that reorder it."""
+    """Returns untrusted text on one line, without terminal escapes, control or reordering characters."""
     return _CONTROLS.sub("", _BREAKS.sub(" ", _ESCAPES.sub("", str(text)))).strip()
 
 
 def sentence(text: object) -> str:
-    """Untrusted text that ends with a full stop, unless it already ends a sentence."""
+    """Returns untrusted text as a sentence: adds a period unless it ends with one, or with `!` or `?`."""
     words = plain(text or "")
     return words if not words or words[-1] in ".!?" else f"{words}."
 
 
 def shorten(text: str, width: int) -> str:
-    """Cuts the middle out of a long name, since names of arms differ at their ends."""
+    """Shortens a name to `width` by cutting its middle, since arm names differ at their ends."""
     if len(text) <= width:
         return text
     head = (width - 1) // 2
@@ -50,7 +51,7 @@ def shorten(text: str, width: int) -> str:
 
 
 def number(value: float | None, decimals: int = 4) -> str:
-    """A loss with four decimals; seeds never agree on more."""
+    """Formats a loss, by default with four decimals: noise between seeds is larger than the fifth."""
     if value is None:
         return MISSING
     text = f"{value:.{decimals}f}"
@@ -58,20 +59,20 @@ def number(value: float | None, decimals: int = 4) -> str:
 
 
 def signed(value: float | None) -> str:
-    """A difference, always with its sign."""
+    """Formats a difference with its sign."""
     text = number(value)
     return f"+{text}" if value is not None and float(f"{value:.4f}") > 0 else text
 
 
 def p_value(value: float | None) -> str:
-    """A probability with two digits, or `<0.001`."""
+    """Formats a p-value: `<0.001`, `0.012`, `0.34`."""
     if value is None:
         return MISSING
     return "<0.001" if value < 0.001 else f"{value:.3f}" if value < 0.1 else f"{value:.2f}"
 
 
 def count(value: float | None) -> str:
-    """Three digits of a count: 812, 12.3k, 4.19M, 1.20B."""
+    """Formats a count with three significant digits: `812`, `12.3k`, `4.19M`, `1.20B`."""
     if value is None:
         return MISSING
     unit = ""
@@ -84,7 +85,7 @@ def count(value: float | None) -> str:
 
 
 def size(amount: int) -> str:
-    """Bytes: `740 kB`, `2.1 GB`."""
+    """Formats a number of bytes: `740 kB`, `2.1 GB`."""
     for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if amount >= factor:
             return f"{amount / factor:.3g} {unit}"
@@ -92,7 +93,7 @@ def size(amount: int) -> str:
 
 
 def duration(seconds: float | None, *, tenths: bool = True) -> str:
-    """A time with its two leading units: 4.1 s (4 s without `tenths`), 1 m 23 s, 2 h 05 m, 3 d 4 h."""
+    """Formats a time by its two largest units: `4.1 s` (`4 s` without `tenths`), `1 m 23 s`, `2 h 05 m`, `3 d 4 h`."""
     if seconds is None:
         return MISSING
     if tenths and seconds < 59.95:
@@ -108,7 +109,7 @@ def duration(seconds: float | None, *, tenths: bool = True) -> str:
 
 
 def value(item: Any) -> str:
-    """A setting as YAML writes it."""
+    """Formats the value of a setting in YAML notation."""
     if item is None or isinstance(item, bool):
         return {None: "null", True: "true", False: "false"}[item]
     if isinstance(item, float):
@@ -121,12 +122,12 @@ def value(item: Any) -> str:
 
 
 def settings(overrides: Mapping[str, Any], empty: str = MISSING) -> str:
-    """Overrides as `name=value, name=value`."""
+    """Formats overrides as `name=value, name=value`."""
     return ", ".join(f"{plain(name)}={value(item)}" for name, item in overrides.items()) or empty
 
 
 def claim_value(observed: float | None, low: float | None = None, high: float | None = None) -> str:
-    """A measured value with its interval: `-0.0326 [-0.0379, -0.0282]`, `1.32e+08`; a sum of whole numbers: `39`."""
+    """Formats an observed value with its interval: `-0.0326 [-0.0379, -0.0282]`; without one `1.32e+08` or `39`."""
     if observed is None:
         return MISSING
     is_whole = low is None and observed and round(observed, 4) == round(observed)
@@ -139,13 +140,13 @@ def claim_value(observed: float | None, low: float | None = None, high: float | 
 
 
 def counted(number: int, noun: str) -> str:
-    """`1 trial`, `12 trials`."""
+    """Formats a number with its noun: `1 trial`, `12 trials`."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def listing(names: Iterable[str], most: int = 6) -> str:
-    """`a, b and c`, cut to `most` names; `a=1, b=2; a=3, b=4 and c` if a name has commas itself."""
+    """Lists at most `most` names: `a, b and c`. If a name contains commas, semicolons separate the names."""
     items = list(names)
-    gap = "; " if any("," in item for item in items) else ", "
+    separator = "; " if any("," in item for item in items) else ", "
     items = items[:most] + ([f"{len(items) - most} more"] if len(items) > most else [])
-    return f"{gap.join(items[:-1])} and {items[-1]}" if len(items) > 1 else "".join(items)
+    return f"{separator.join(items[:-1])} and {items[-1]}" if len(items) > 1 else "".join(items)

@@ -11,22 +11,22 @@ from tune.storage.summaries import Answer, Delta, PhaseSummary
 
 
 def settings_text(overrides: Mapping[str, Any]) -> str:
-    """Settings for a sentence: `alpha=0.2, project_every=10`, or `the base as it is`."""
+    """Formats settings for a sentence: `alpha=0.2, project_every=10`, or `the base as it is`."""
     return fmt.settings({short(name): value for name, value in overrides.items()}, "the base as it is")
 
 
 def find_answer(state: CampaignState, phases: Sequence[PhaseSummary]) -> Answer:
-    """Reads the answer from the last phase that found a better arm; `phases` are in order.
+    """Returns the answer of the last phase in which an arm beat the baseline; `phases` are in order.
 
-    It is confirmed if that phase ran on fresh seeds and compared what earlier phases had chosen. If a later phase
-    compared the same settings and found no gain, the answer is undecided.
+    The answer is confirmed if that phase used fresh seeds and its winner includes the winning settings of an earlier
+    phase. If a later phase tested the same settings again and found no gain, the answer is undecided.
     """
     judged = [phase for phase in phases if len(phase.arms) > 1 and state.phases[phase.phase].winner]
-    won = [phase for phase in judged if phase.winner != phase.baseline]
+    improved = [phase for phase in judged if phase.winner != phase.baseline]
     is_over = state.status == "finished"
-    if not won:
-        return Answer(_so_far(is_over or not judged, _no_answer(judged, is_over)))
-    last = won[-1]
+    if not improved:
+        return Answer(_prefix_so_far(is_over or not judged, _no_answer(judged, is_over)))
+    last = improved[-1]
     arm = last.winning_arm
     assert arm is not None and arm.delta is not None, "a better arm has a difference from its baseline"
     overrides = dict(state.phases[last.phase].winner_overrides)
@@ -34,10 +34,12 @@ def find_answer(state: CampaignState, phases: Sequence[PhaseSummary]) -> Answer:
     is_fresh = not {seed for phase in before for seed in phase.seeds} & set(last.seeds)
     confirmed = is_fresh and any(_inherits(overrides, state.phases[p.phase].winner_overrides) for p in before)
     how = "unseen " if confirmed else "paired " if last.noise.method == "paired" else ""
-    on_top = f", on top of {last.inherit}" if last.inherit and last.base else ""  # the effect is that of the arm alone
+    on_top = (
+        f", on top of {last.inherit}" if last.inherit and last.base else ""
+    )  # the effect excludes that of the inherited settings
     effect = f"{_effect(last, arm.delta)}, on {arm.n} {how}seeds{on_top}"
     later = [phase for phase in judged if phases.index(phase) > phases.index(last)]
-    refuting = [phase.phase for phase in later if _compares_again(phase, overrides)]
+    refuting = [phase.phase for phase in later if _tests_again(phase, overrides)]
     if refuting:
         sentence = f"Undecided: {settings_text(overrides)} {effect}, "
         sentence += f"but phase {', '.join(refuting)} does not confirm it."
@@ -45,7 +47,7 @@ def find_answer(state: CampaignState, phases: Sequence[PhaseSummary]) -> Answer:
         sentence = f"Use {settings_text(overrides)}: it {effect}."
         if later:
             sentence += f" Phase {', '.join(phase.phase for phase in later)} found nothing better."
-    return Answer(_so_far(is_over, sentence), last.phase, last.winner, overrides, arm.delta, confirmed)
+    return Answer(_prefix_so_far(is_over, sentence), last.phase, last.winner, overrides, arm.delta, confirmed)
 
 
 def _no_answer(judged: Sequence[PhaseSummary], is_over: bool) -> str:
@@ -61,7 +63,7 @@ def _no_answer(judged: Sequence[PhaseSummary], is_over: bool) -> str:
 
 
 def _effect(phase: PhaseSummary, delta: Delta) -> str:
-    """`lowers val_loss by 0.102, 95% interval 0.078 to 0.125`, with two digits of a small effect."""
+    """Formats an effect: `lowers val_loss by 0.102, 95% interval 0.078 to 0.125`; two digits if it is small."""
     digits = max(3, 1 - floor(log10(abs(delta.mean))))
     ends = sorted((abs(delta.ci_low or 0.0), abs(delta.ci_high or 0.0)))
     low, high = (f"{end:.{digits}f}" for end in ends)
@@ -74,11 +76,11 @@ def _inherits(overrides: Mapping[str, Any], winner: Mapping[str, Any]) -> bool:
     return bool(winner) and {**overrides, **winner} == overrides
 
 
-def _compares_again(phase: PhaseSummary, overrides: Mapping[str, Any]) -> bool:
-    """Whether a phase compares `overrides`, as one of its arms, with a baseline that lacks them."""
-    having = {arm.arm for arm in phase.arms if _inherits({**phase.base, **arm.overrides}, overrides)}
-    return bool(having) and phase.baseline not in having
+def _tests_again(phase: PhaseSummary, overrides: Mapping[str, Any]) -> bool:
+    """Whether a phase compares an arm that has all of `overrides` with a baseline that lacks them."""
+    tested = {arm.arm for arm in phase.arms if _inherits({**phase.base, **arm.overrides}, overrides)}
+    return bool(tested) and phase.baseline not in tested
 
 
-def _so_far(is_over: bool, sentence: str) -> str:
+def _prefix_so_far(is_over: bool, sentence: str) -> str:
     return sentence if is_over else f"So far, {sentence[0].lower()}{sentence[1:]}"

@@ -1,8 +1,8 @@
-"""The claims of several campaigns on one page: each claim once, by source, with what each campaign found.
+"""Lists the claims of several campaigns on one page, each claim once, with the result of each campaign.
 
 Claims with the same source, id and sentence are the same claim. Campaigns are judged separately and never pooled,
-since they differ in size, data or device. Their common verdict is that of the campaigns that could decide; if one
-reproduced a claim and another refuted it, it is undecided, and the page shows both.
+since they differ in size, data or device. The common verdict ignores campaigns that could not decide. If one campaign
+reproduced a claim and another refuted it, the claim is undecided and the page shows both.
 """
 
 import os
@@ -21,12 +21,12 @@ from tune.results.summary import own_claims, summarize_claims
 from tune.spec.schema import Claim
 from tune.storage.state import CampaignState, read_state
 
-SHORT_ID = 6  # digits of a trial's hash, for people
+SHORT_ID = 6  # hex digits of a trial id that the page shows
 
 
 @dataclass(frozen=True)
 class ClaimInCampaign:
-    """What one campaign found about a claim."""
+    """Result of one campaign for a claim."""
 
     campaign: str
     verdict: str
@@ -40,7 +40,7 @@ class ClaimInCampaign:
 
 @dataclass
 class LedgerClaim:
-    """A claim with the findings of all campaigns; `verdict` is their common one."""
+    """A claim with the results of all campaigns and their common verdict."""
 
     id: str
     source: str | None
@@ -52,7 +52,7 @@ class LedgerClaim:
 
 @dataclass(frozen=True)
 class LedgerCampaign:
-    """How a campaign was run: ranges over its trials, and the command that repeats it."""
+    """How a campaign was run: ranges over its trials, and the command that runs it again."""
 
     campaign: str
     results: str
@@ -73,7 +73,7 @@ class LedgerCampaign:
 
 @dataclass(frozen=True)
 class Ledger:
-    """All claims by source, the number of each verdict, and the campaigns."""
+    """All claims sorted by source, the number of claims per verdict, and the campaigns."""
 
     counts: Mapping[str, int]
     claims: Sequence[LedgerClaim]
@@ -81,10 +81,10 @@ class Ledger:
 
 
 def collect(roots: Sequence[Path], claims: Sequence[Claim] | None = None) -> Ledger:
-    """Collects the claims of several results directories, or judges `claims` by each of them.
+    """Judges the claims of several results directories, or `claims` with the trials of each directory.
 
     Raises:
-        ConfigError: a directory has no campaign, or there are no claims at all.
+        ConfigError: a directory has no campaign, or no directory has claims.
     """
     entries: dict[tuple[Any, ...], LedgerClaim] = {}
     campaigns: dict[str, LedgerCampaign] = {}
@@ -93,16 +93,16 @@ def collect(roots: Sequence[Path], claims: Sequence[Claim] | None = None) -> Led
         name = state.campaign["campaign"]
         if name in campaigns:  # the same campaign on another device, for example
             name = f"{name} in {root}"
-        campaigns[name] = _about(name, root, state)
+        campaigns[name] = _describe_campaign(name, root, state)
         judged = own_claims(state) if claims is None else claims
         for claim, result in zip(judged, summarize_claims(state, judged), strict=True):
             entry = LedgerClaim(claim.id, claim.source, claim.says, question(claim))
             entry = entries.setdefault((claim.source, claim.id, claim.says), entry)
-            kept = ("verdict", "observed", "ci_low", "ci_high", "n", "trials", "why")
-            entry.found.append(ClaimInCampaign(name, **{field: getattr(result, field) for field in kept}))
+            copied = ("verdict", "observed", "ci_low", "ci_high", "n", "trials", "why")
+            entry.found.append(ClaimInCampaign(name, **{field: getattr(result, field) for field in copied}))
     if not entries:
         raise ConfigError(f"no claims in {fmt.listing(map(str, roots))}; give a file that has some with --claims FILE")
-    # By source, those without one last; within a source as they were written.
+    # By source, claims without a source last; within a source in file order.
     ordered = sorted(entries.values(), key=lambda entry: (entry.source is None, entry.source or ""))
     for entry in ordered:
         entry.verdict = common_verdict([found.verdict for found in entry.found])
@@ -112,7 +112,7 @@ def collect(roots: Sequence[Path], claims: Sequence[Claim] | None = None) -> Led
 
 
 def common_verdict(verdicts: Collection[str]) -> str:
-    """The verdict of those that could decide; undecided if they disagree."""
+    """Returns the verdict of the campaigns that could decide; `undecided` if they disagree."""
     decided = {verdict for verdict in verdicts if verdict in ("reproduced", "refuted")}
     if len(decided) == 1:
         return decided.pop()
@@ -120,22 +120,23 @@ def common_verdict(verdicts: Collection[str]) -> str:
 
 
 def question(claim: Claim) -> str:
-    """What a claim asks of the records: `val_loss: alpha=0.28 below alpha=0.05`."""
-    left, right, about = describe(claim.left), describe(claim.right), f"{claim.value or 0:g} ± {claim.tolerance or 0:g}"
+    """Describes how a claim is tested: `val_loss: alpha=0.28 below alpha=0.05`."""
+    left, right = describe(claim.left), describe(claim.right)
+    expected = f"{claim.value or 0:g} ± {claim.tolerance or 0:g}"
     words = {
         "less": f"{left} below {right}",
         "greater": f"{left} above {right}",
         "equal": f"{left} within {claim.tolerance or 0:g} of {right}",
-        "ratio": f"{left} over {right} is {about}",
+        "ratio": f"{left} over {right} is {expected}",
         "best": f"{left} is the best of its phase",
         "monotone": f"{claim.direction} along {short(claim.setting or '')}",
-        "arithmetic": f"{claim.expression} is {about}",
+        "arithmetic": f"{claim.expression} is {expected}",
     }
     text = words[claim.relation]
     return f"{claim.metric}: {text}" if RELATIONS[claim.relation].trains else text
 
 
-def _about(name: str, root: Path, state: CampaignState) -> LedgerCampaign:
+def _describe_campaign(name: str, root: Path, state: CampaignState) -> LedgerCampaign:
     rules, data = state.campaign, state.campaign["data"]
     planned = {trial_id for phase in state.phases.values() for trial_id in phase.trial_ids}
     results = [result for trial_id, result in state.results.items() if trial_id in planned]
@@ -169,9 +170,9 @@ def total(ledger: Ledger) -> str:
 
 
 def ledger_markdown(ledger: Ledger, *, command: str = "") -> str:
-    """Renders the ledger as a Markdown page; `command` is how it was made."""
+    """Renders the ledger as a Markdown page that names the `command` that wrote it."""
     made = f" This page was written by `{fmt.plain(command)}`." if command else ""
-    lines = "\n".join(f"{fmt.plain(about.command)}    # {about.results}" for about in ledger.campaigns)
+    lines = "\n".join(f"{fmt.plain(campaign.command)}    # {campaign.results}" for campaign in ledger.campaigns)
     parts = ["# Claims", f"**{total(ledger)}.**"]
     parts += [f"Sentences of earlier reports, each tested by trials that were run for it.{made}"]
     parts += ["## The campaigns", _campaign_table(ledger.campaigns)]
@@ -180,15 +181,15 @@ def ledger_markdown(ledger: Ledger, *, command: str = "") -> str:
         entries = [entry for entry in ledger.claims if entry.source == source]
         heading = f"Source {cell(source)}" if source else "Without a source"
         parts += [f"## {heading}", _claim_table(entries), "\n".join(map(_details, entries))]
-    together = "Campaigns are judged separately. One that cannot decide does not outweigh one that can; if two "
-    together += "decide differently, the claim is undecided."
+    separately = "Campaigns are judged separately. One that cannot decide does not outweigh one that can; if two "
+    separately += "decide differently, the claim is undecided."
     named = "A trial is named by its seed and by the first six digits of its id, as in its folder under `trials/`."
-    parts += ["## How to read this", glossary(CLAIM_VERDICTS), f"{CLAIMS_NOTE} {together}", named]
+    parts += ["## How to read this", glossary(CLAIM_VERDICTS), f"{CLAIMS_NOTE} {separately}", named]
     return "\n\n".join(parts) + "\n"
 
 
 def _claim_table(entries: Iterable[LedgerClaim]) -> str:
-    """A row for each claim and each campaign with data on it; the claim itself is in its first row only."""
+    """Returns a row per claim and campaign with data; only the first row of a claim repeats its text."""
     rows = []
     for entry in entries:
         claim = (entry.id, entry.says, entry.tested)
@@ -201,7 +202,7 @@ def _claim_table(entries: Iterable[LedgerClaim]) -> str:
 
 
 def _observed(found: ClaimInCampaign) -> str:
-    """A value with its interval; a sum, which has none, with as many digits as it needs."""
+    """Formats a value with its interval; a value without an interval (arithmetic) gets six digits."""
     if found.observed is not None and found.ci_low is None:
         return f"{found.observed:.6g}"
     return fmt.claim_value(found.observed, found.ci_low, found.ci_high)
@@ -220,32 +221,35 @@ def _details(entry: LedgerClaim) -> str:
 
 
 def _shown(entry: LedgerClaim) -> list[ClaimInCampaign]:
-    """The campaigns that have data on a claim; if none has, the first one."""
-    telling = [found for found in entry.found if found.verdict != "no data"] or entry.found[:1]
-    return telling if any(found.trials for found in telling) else telling[:1]  # a sum is the same everywhere
+    """Returns the results of the campaigns that have data on a claim; the first result if no campaign has."""
+    informative = [found for found in entry.found if found.verdict != "no data"] or entry.found[:1]
+    return informative if any(found.trials for found in informative) else informative[:1]  # arithmetic: all are equal
 
 
 def _trials(trial_ids: Iterable[str]) -> str:
-    """`d70ab5 (seeds 1, 2, 3), f27752 (seeds 1, 2, 3)`: the seeds of an arm share the first part of their ids."""
+    """Formats trial ids by arm, since the seeds of an arm share a hash: `d70ab5 (seeds 1, 2, 3), f27752 (seed 1)`."""
     seeds: dict[str, list[str]] = {}
     for trial_id in trial_ids:
         arm, _, seed = trial_id.rpartition("-s")
         seeds.setdefault(arm[:SHORT_ID], []).append(seed)
-    return ", ".join(f"{cell(arm)} (seed{'s' * (len(own) > 1)} {', '.join(own)})" for arm, own in seeds.items())
+    return ", ".join(
+        f"{cell(arm)} (seed{'s' * (len(numbers) > 1)} {', '.join(numbers)})" for arm, numbers in seeds.items()
+    )
 
 
 def _campaign_table(campaigns: Iterable[LedgerCampaign]) -> str:
     header = ("campaign", "device", "data", "parameters", "steps", "tokens a trial", "seeds", "trials", "run on")
     rows = []
-    for about in campaigns:
-        corpus = Path(about.corpus or "").name or None  # of a path only the name says what it is
-        data = f"{corpus}, {fmt.count(about.corpus_tokens)} tokens" if corpus else None
-        sizes = [_range(ends, fmt.count) for ends in (about.n_params, about.steps, about.tokens)]
-        seeds = fmt.listing(map(str, about.seeds), most=8)
-        rows.append((about.campaign, about.device, data, *sizes, seeds, about.trials, _range(about.dates, str)))
+    for campaign in campaigns:
+        corpus = Path(campaign.corpus or "").name or None  # without the folders of a path
+        data = f"{corpus}, {fmt.count(campaign.corpus_tokens)} tokens" if corpus else None
+        sizes = [_range(ends, fmt.count) for ends in (campaign.n_params, campaign.steps, campaign.tokens)]
+        seeds = fmt.listing(map(str, campaign.seeds), most=8)
+        dates = _range(campaign.dates, str)
+        rows.append((campaign.campaign, campaign.device, data, *sizes, seeds, campaign.trials, dates))
     return markdown_table(header, rows, right=("trials",))
 
 
 def _range(ends: Sequence[Any] | None, write: Callable[[Any], str]) -> str | None:
-    """`0.8M`, or `13.7M to 52.8M`."""
+    """Formats a range: `13.7M to 52.8M`, or `0.8M` if its ends are written the same."""
     return " to ".join(dict.fromkeys(map(write, ends))) if ends else None

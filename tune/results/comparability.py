@@ -1,4 +1,4 @@
-"""Whether two results directories can be compared, by which metric, and why not."""
+"""Decides whether two results directories can be compared, and by which metric."""
 
 import json
 from collections.abc import Mapping
@@ -10,19 +10,23 @@ from ngpt.config.base import ConfigError, unknown_message
 from tune.storage.state import CampaignState, read_state
 from tune.storage.summaries import Objective
 
-GOALS = {"val_loss": "minimize", "val_bpb": "minimize", "train_loss": "minimize"}  # of metrics that every trial has
-PER_TOKEN = ("val_loss", "train_loss")  # comparable within one tokenizer only
+GOALS = {
+    "val_loss": "minimize",
+    "val_bpb": "minimize",
+    "train_loss": "minimize",
+}  # of the metrics that every trial logs
+PER_TOKEN = ("val_loss", "train_loss")  # comparable only with the same tokenizer
 
 
 @dataclass
 class Results:
-    """A results directory with what its journal and its manifest hold."""
+    """A results directory, with the contents of its journal and manifest."""
 
     root: Path
     state: CampaignState
     base: Mapping[str, Any]
     data: Mapping[str, Any]  # hashes, tokenizer and counts of the corpus, as `describe_data` returns them
-    metric: Objective  # that its arms are ranked by
+    metric: Objective  # ranks its arms
 
 
 def read_results(root: Path) -> Results:
@@ -33,7 +37,11 @@ def read_results(root: Path) -> Results:
 
 
 def choose_objective(a: Results, b: Results, wanted: str | None) -> Objective:
-    """The metric to compare by and its goal, on which both campaigns agree."""
+    """Returns the metric to compare by, with its goal.
+
+    Raises:
+        ConfigError: `wanted` is unknown, or the campaigns differ in their metrics or goals.
+    """
     own = {side.metric.name: side.metric.goal for side in (a, b)}
     if wanted is not None and wanted not in GOALS | own:
         raise ConfigError(f"--metric {wanted}: {unknown_message('metric', wanted, GOALS | own)}")
@@ -50,9 +58,12 @@ def choose_objective(a: Results, b: Results, wanted: str | None) -> Objective:
 
 
 def check_data(a: Results, b: Results, metric: str) -> None:
-    """Refuses losses over different tokens.
+    """Rejects comparisons of losses over different evaluation tokens.
 
-    Bits per byte compare across tokenizers, although the tokens differ, as long as the corpus is the same.
+    Bits per byte can be compared across tokenizers if the corpus is the same.
+
+    Raises:
+        ConfigError: the values of `metric` cannot be compared; the message gives the reason.
     """
     if a.data["eval_sha256"] == b.data["eval_sha256"]:
         return
@@ -78,7 +89,7 @@ def _has_bits_per_byte(*sides: Results) -> bool:
 
 
 def data_settings(a: Results, b: Results) -> set[str]:
-    """Settings of the data in which the two differ: their contents are compared by hashes instead."""
+    """Returns the data settings to ignore when arms are matched, since data are compared by their hashes."""
     differing = {name for name in a.base.keys() | b.base.keys() if a.base.get(name) != b.base.get(name)}
     ignored = {name for name in differing if name.startswith("data.")} | {"data.path"}
     return ignored if a.data["vocab_size"] == b.data["vocab_size"] else ignored | {"model.vocab_size"}

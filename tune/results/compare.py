@@ -1,7 +1,7 @@
-"""`compare`: two results directories side by side, with the difference of every arm that both have.
+"""`compare`: two results directories side by side, with the score difference of every arm that both have.
 
-Arms are matched by what their trials compute, not by name: by the settings of their records, without the seed. What
-cannot be compared is refused with the reason: losses over different tokens, for example, say nothing about arms.
+Arms are matched by the settings of their trials, without the seed, not by name. Comparisons that would be meaningless,
+such as losses over different tokens, are rejected with the reason.
 """
 
 import json
@@ -18,10 +18,10 @@ from tune.results.phase_summary import mean, phase_records
 from tune.storage.records import TrialOutcome
 from tune.storage.summaries import Delta, Objective, TrialRecord, to_json
 
-EXACT = ("val_loss", "val_bpb", "train_loss")  # equal in all digits: the same computation
+EXACT = ("val_loss", "val_bpb", "train_loss")  # if all are equal in every digit, two trials are identical
 IDENTICAL = "identical in every trial"
 
-Differing = Mapping[str, Sequence[Any]]  # [a, b] by name; null where one side lacks it
+Differing = Mapping[str, Sequence[Any]]  # name to [value in a, value in b]; None where one side lacks the name
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class ComparedResults:
 
 @dataclass(frozen=True)
 class Sides:
-    """A number of each side."""
+    """One number for each side."""
 
     a: float | None
     b: float | None
@@ -50,31 +50,31 @@ class Sides:
 
 @dataclass(frozen=True)
 class Throughput(Sides):
-    """Tokens per second; no ratio where the trials shared the machine differently."""
+    """Tokens per second. The ratio is None if the two sides ran different numbers of concurrent trials."""
 
-    ratio: float | None  # b over a
+    ratio: float | None  # b divided by a
 
 
 @dataclass(frozen=True)
 class ArmComparison:
-    """An arm that both sides have: `delta` is b minus a."""
+    """An arm that both sides have; `delta` is b minus a."""
 
     a: Sequence[str]  # its names, as phase/arm
     b: Sequence[str]
-    seeds: Sequence[int]  # that both sides ran
+    seeds: Sequence[int]  # run by both sides
     paired: bool
     n: Sides  # finished trials
-    score: Sides  # their mean
+    score: Sides  # mean over the finished trials
     delta: Delta | None
     identical: bool  # in every digit of every trial
-    lost: Sequence[str]  # such as `diverged in B`
+    lost: Sequence[str]  # trials that did not finish, such as `diverged in B`
     tokens_per_second: Throughput
     verdict: str = "no claim"
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What two results directories share, what differs, and the difference of each arm that both have."""
+    """Settings in which two results directories differ, and the comparison of each arm that both have."""
 
     a: ComparedResults
     b: ComparedResults
@@ -86,27 +86,27 @@ class Comparison:
     base: Differing
     code: Differing
     arms: Sequence[ArmComparison]
-    only_a: Sequence[Sequence[str]]  # names of arms
-    only_b: Sequence[Sequence[str]]
+    only_a: Sequence[Sequence[str]]  # names of each arm that b lacks
+    only_b: Sequence[Sequence[str]]  # names of each arm that a lacks
     throughput_note: str | None
 
 
 @dataclass
 class ArmTrials:
-    """The trials of one configuration in one results directory, in whichever phases they are."""
+    """The trials with the same settings in one results directory, over all phases."""
 
     names: list[str] = field(default_factory=list)  # phase/arm
     records: dict[int, TrialRecord] = field(default_factory=dict)  # by seed
 
 
 def compare(first: Path, second: Path, *, metric: str | None = None) -> Comparison:
-    """Compares two results directories: the differences are `second` minus `first`.
+    """Compares two results directories; all differences are `second` minus `first`.
 
-    Differences are paired over the seeds that both have finished; without shared seeds two samples are compared.
-    P-values are Holm-corrected over the arms. `metric` defaults to that of the campaigns.
+    Differences are paired by seed. Arms without shared seeds are compared as two independent samples. P-values are
+    Holm-corrected over the arms. `metric` defaults to the metric of the campaigns.
 
     Raises:
-        ConfigError: there is no campaign, or the two cannot be compared; the message says why and what can be.
+        ConfigError: a directory has no campaign, or the two cannot be compared; the message gives the reason.
         OSError: a file cannot be read.
     """
     a, b = read_results(first), read_results(second)
@@ -121,8 +121,8 @@ def compare(first: Path, second: Path, *, metric: str | None = None) -> Comparis
     shared = [(arm, right[key]) for key, arm in left.items() if key in right]
     arms = [_compare_arm(*sides, objective, confidence, with_ratio=note is None) for sides in shared]
     return Comparison(
-        a=_about(a),
-        b=_about(b),
+        a=_describe(a),
+        b=_describe(b),
         metric=objective,
         confidence=confidence,
         min_effect=min_effect,
@@ -141,7 +141,7 @@ def compare(first: Path, second: Path, *, metric: str | None = None) -> Comparis
 
 
 def _arms(side: Results, ignored: set[str]) -> dict[str, ArmTrials]:
-    """Arms by the settings that decide what their trials compute and that are not the default."""
+    """Groups trials by the non-default settings that determine their results, encoded as JSON."""
     defaults = {name: to_json(info.default) for name, info in settings(TrainConfig).items()}
     identity = {name for name in defaults if is_identity(TrainConfig, name)}
     arms: dict[str, ArmTrials] = {}
@@ -205,7 +205,7 @@ def _is_equal(a: TrialRecord, b: TrialRecord) -> bool:
 
 
 def _judge_all(arms: Sequence[ArmComparison], goal: str, alpha: float, min_effect: float) -> list[ArmComparison]:
-    """Corrects the p-values over all arms and adds the verdicts, of B against A."""
+    """Holm-corrects the p-values over all arms and adds the verdicts on B against A."""
     corrected = iter(holm([arm.delta.p for arm in arms if arm.delta and arm.delta.p is not None]))
     judged = []
     for arm in arms:
@@ -234,36 +234,36 @@ def _throughput(a: ArmTrials, b: ArmTrials, *, with_ratio: bool) -> Throughput:
 
 
 def _throughput_note(a: Results, b: Results) -> str | None:
-    """Why throughputs have no ratio: trials that share a device or a process are slower than others."""
-    at_once = []
+    """Explains a missing throughput ratio: speeds differ if the sides ran different numbers of concurrent trials."""
+    concurrency = []
     for side in (a, b):
         workers, results = side.state.campaign["workers"], side.state.results.values()
-        group = max((result["provenance"].get("vectorised", 1) for result in results), default=1)
-        at_once.append(f"{workers} x {group}" if group > 1 else f"{workers}")
-    if at_once[0] == at_once[1]:
+        group_size = max((result["provenance"].get("vectorised", 1) for result in results), default=1)
+        concurrency.append(f"{workers} x {group_size}" if group_size > 1 else f"{workers}")
+    if concurrency[0] == concurrency[1]:
         return None
-    return f"no throughput ratio: {at_once[0]} trials ran at a time in A, {at_once[1]} in B"
+    return f"no throughput ratio: {concurrency[0]} trials ran at a time in A, {concurrency[1]} in B"
 
 
 # ---- facts ---------------------------------------------------------------------------------------------------------
 
 
-def _about(side: Results) -> ComparedResults:
+def _describe(side: Results) -> ComparedResults:
     campaign = side.state.campaign
-    kept = ("campaign", "description", "metric", "data", "workers", "command")
+    copied = ("campaign", "description", "metric", "data", "workers", "command")
     return ComparedResults(
         results=str(side.root),
         status=side.state.status,
         started_at=side.state.started,
         environment=side.state.environment,
-        **{name: campaign[name] for name in kept},
+        **{name: campaign[name] for name in copied},
     )
 
 
 def _code(arms: Mapping[str, ArmTrials]) -> dict[str, Any]:
-    known = [record.provenance for arm in arms.values() for record in arm.records.values()]
+    provenances = [record.provenance for arm in arms.values() for record in arm.records.values()]
     return {
-        name: ", ".join(sorted({str(provenance[name]) for provenance in known if name in provenance}))
+        name: ", ".join(sorted({str(provenance[name]) for provenance in provenances if name in provenance}))
         for name in ("code_sha256", "threads")
     }
 

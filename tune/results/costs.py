@@ -1,4 +1,4 @@
-"""What a campaign used of the machine, and which trials had to be started again."""
+"""Machine time that a campaign used, and the trials that were started more than once."""
 
 from tune.storage.state import CampaignState
 from tune.storage.summaries import Cost, RetriedTrial
@@ -7,9 +7,9 @@ from tune.storage.summaries import Cost, RetriedTrial
 def campaign_cost(state: CampaignState) -> Cost:
     """Computes slots, device hours, efficiency and retried trials.
 
-    Device hours are the wall time of all sessions times the devices that were held (GPUs, or one for a CPU machine).
-    Efficiency is the time inside training steps (tokens over steady-state tokens per second) over wall time times
-    slots, summed over the sessions; None if no trial has measured its speed.
+    Device hours are the wall time of all sessions times the number of GPUs (one on a CPU machine). Efficiency is the
+    time inside training steps (tokens divided by steady-state tokens per second) divided by wall time times slots,
+    summed over the sessions; None if no trial has measured its speed.
     """
     environment = state.campaign["environment"]
     on_cpu = str(environment.get("device") or "").startswith("cpu")
@@ -20,9 +20,9 @@ def campaign_cost(state: CampaignState) -> Cost:
     slot_seconds = state.slot_seconds + state.session_seconds() * max(1, state.campaign["workers"])
     timed = [result for result in results if result["metrics"].get("tokens_per_second")]
     step_seconds = 0.0
-    for result in timed:  # trials that were trained together share their time
-        metrics, together = result["metrics"], result["provenance"].get("vectorised", 1)
-        step_seconds += metrics["tokens"] / metrics["tokens_per_second"] / together
+    for result in timed:  # the time of a vectorised group is divided among its trials
+        metrics, group_size = result["metrics"], result["provenance"].get("vectorised", 1)
+        step_seconds += metrics["tokens"] / metrics["tokens_per_second"] / group_size
     return Cost(
         slots=state.most_slots,
         device_hours=seconds * devices / 3600,
@@ -33,13 +33,13 @@ def campaign_cost(state: CampaignState) -> Cost:
 
 
 def _retried(state: CampaignState, trial_id: str) -> RetriedTrial:
-    """A trial whose worker died, that had failed, or that was running when the campaign was stopped."""
+    """Describes a trial that was started again because it failed, lost its worker, or was interrupted."""
     phase, arm, seed = next(
         (phase.name, arm.name, seed)
         for phase in state.phases.values()
         for arm in phase.arms
-        for seed, own in arm.trial_ids.items()
-        if own == trial_id
+        for seed, candidate in arm.trial_ids.items()
+        if candidate == trial_id
     )
     status = state.results[trial_id]["status"] if trial_id in state.results else "not finished yet"
     return RetriedTrial(phase, arm, seed, trial_id, state.attempts[trial_id], status)

@@ -1,4 +1,4 @@
-"""The trial records of a phase and its summary, as pure functions of the campaign's state."""
+"""Computes the trial records and the summary of a phase from the state of the campaign."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -12,8 +12,13 @@ from tune.storage.state import ArmState, CampaignState, PhaseState
 from tune.storage.summaries import ArmSummary, Objective, PhaseNoise, PhaseSummary, Spread, TrialCounts, TrialRecord
 
 ONLY_BASELINE = "there is nothing to compare: its only arm is the baseline itself"
-OF_RESULT = ("trial_id", "config", "status", "metrics", "error", "attempt", "started_at", "seconds", "provenance")
-AVERAGED = ("val_bpb", "train_loss", "tokens_per_second", "peak_memory_bytes")  # metrics of an arm
+RESULT_FIELDS = ("trial_id", "config", "status", "metrics", "error", "attempt", "started_at", "seconds", "provenance")
+AVERAGED = (
+    "val_bpb",
+    "train_loss",
+    "tokens_per_second",
+    "peak_memory_bytes",
+)  # metrics that an arm averages over its finished trials
 
 
 def phase_records(state: CampaignState, phase: PhaseState) -> list[TrialRecord]:
@@ -36,27 +41,27 @@ def _record(
         seed=seed,
         overrides={**phase.base, **arm.overrides},
         reused_from=None if result["phase"] == phase.name else result["phase"],
-        **{name: result[name] for name in OF_RESULT},
+        **{name: result[name] for name in RESULT_FIELDS},
     )
 
 
 def summarize_phase(state: CampaignState, phase: PhaseState) -> PhaseSummary:
-    """Ranks and judges the arms of a phase by the results so far."""
+    """Ranks and judges the arms of a phase from the results so far."""
     rules = state.campaign
     metric = Objective(**rules["metric"])
     limits = {name: rules[name] for name in ("confidence", "min_effect")}
     outcomes = _outcomes(state, phase, metric.name)
     judgement = judge(outcomes, baseline=phase.baseline, goal=rules["metric"]["goal"], metric=metric.name, **limits)
-    losses = judgement  # the spread of an arm does not depend on goal and min_effect
+    val_losses = judgement  # goal and min_effect do not affect the spreads
     if metric.name != "val_loss":
-        losses = judge(_outcomes(state, phase, "val_loss"), baseline=phase.baseline, confidence=rules["confidence"])
-    spreads = {arm.arm: arm.score for arm in losses.arms}
+        val_losses = judge(_outcomes(state, phase, "val_loss"), baseline=phase.baseline, confidence=rules["confidence"])
+    spreads = {arm.arm: arm.score for arm in val_losses.arms}
     planned = {arm.name: arm for arm in phase.arms}
     ranked = enumerate(judgement.arms, 1)
-    arms = tuple(_arm_summary(state, planned[own.arm], own, rank, spreads[own.arm]) for rank, own in ranked)
+    arms = tuple(_arm_summary(state, planned[arm.arm], arm, rank, spreads[arm.arm]) for rank, arm in ranked)
     statuses = [outcome.status for by_seed in outcomes.values() for outcome in by_seed.values()]
-    missing = statuses.count("missing")  # the phase has no winner before all its trials have ended
-    so_far = f"so far, after {len(statuses) - missing} of {len(statuses)} trials: " if missing else ""
+    missing = statuses.count("missing")  # a phase has no winner until all its trials have ended
+    prefix = f"so far, after {len(statuses) - missing} of {len(statuses)} trials: " if missing else ""
     records = phase_records(state, phase)
     trained_here = [record for record in records if record.reused_from is None]
     return PhaseSummary(
@@ -71,7 +76,7 @@ def summarize_phase(state: CampaignState, phase: PhaseState) -> PhaseSummary:
         arms=arms,
         baseline=phase.baseline,
         winner=None if missing else judgement.winner,
-        why=so_far + judgement.why if len(arms) > 1 else ONLY_BASELINE,
+        why=prefix + judgement.why if len(arms) > 1 else ONLY_BASELINE,
         noise=PhaseNoise(
             sd=judgement.noise_sd,
             method=judgement.method,
@@ -115,7 +120,7 @@ def _arm_summary(state: CampaignState, arm: ArmState, judged: ArmSummary, rank: 
 
 
 def mean(values: Iterable[float | None]) -> float | None:
-    """The mean of the values that are known; None without any."""
+    """Returns the mean of the values that are not None; None if there are no such values."""
     known = [value for value in values if value is not None]
     return fmean(known) if known else None
 
@@ -170,7 +175,7 @@ def _provenance_warnings(records: Sequence[TrialRecord]) -> list[str]:
 
 
 def recovery_warnings(arm: str, records: Sequence[TrialRecord]) -> list[str]:
-    """Names what made the trials of an arm deviate from their settings (ngpt/training/recovery.py)."""
+    """Returns warnings about recoveries that made trials of an arm deviate from their settings."""
     found = []
     if replaced := sum(record.metrics.get("r_replaced") or 0 for record in records):
         found.append(f"{arm}: {replaced:.0f} divisors r of its norm mode were not finite and became 1")

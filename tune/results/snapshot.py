@@ -1,4 +1,4 @@
-"""The state of a campaign at one moment, for the live view and `status`."""
+"""Progress of a campaign at one moment, for the live view and `status`."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from tune.storage.summaries import PhaseSummary
 
 @dataclass(frozen=True)
 class Running:
-    """One trial that is training now."""
+    """A trial that is training now."""
 
     trial_id: str
     phase: str
@@ -22,7 +22,7 @@ class Running:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What the live view shows: the state of a campaign at one moment."""
+    """Everything that the live view shows."""
 
     campaign: str
     status: str
@@ -34,10 +34,10 @@ class Snapshot:
     total_is_final: bool  # False while later phases may still add trials
     reused: int
     unsuccessful: int  # failed or diverged
-    elapsed: float
-    eta: float | None
+    elapsed: float  # seconds over all sessions
+    eta: float | None  # seconds until the last trial ends
     running: tuple[Running, ...]
     best: tuple[str, float, int] | None  # arm, mean loss, number of seeds
     metric: str
     dashboard_url: str | None
-    phases: tuple[PhaseSummary, ...]  # of the finished phases
+    phases: tuple[PhaseSummary, ...]  # finished phases only

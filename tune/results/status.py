@@ -1,4 +1,4 @@
-"""The progress of a campaign, read from its files: for the live view of its own process, and for `status`."""
+"""Reads the progress of a campaign from its files, for the live view and for `status`."""
 
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -24,14 +24,14 @@ def take_snapshot(
     finished_phases: Sequence[PhaseSummary],
     dashboard_url: str | None = None,
 ) -> Snapshot:
-    """Returns the current view; `finished_phases` are the summaries of the phases that have a winner."""
+    """Returns the current progress; `finished_phases` are the summaries of the phases that have a winner."""
     expected: dict[str, int] = state.campaign["expected_trials"]
     totals = expected | {phase.name: len(phase.trial_ids) for phase in state.phases.values()}
     planned = [trial_id for phase in state.phases.values() for trial_id in phase.trial_ids]
     results = [state.results[trial_id] for trial_id in planned if trial_id in state.results]
     current = next((phase for phase in state.phases.values() if phase.winner is None), None)
-    wall = (datetime.now(UTC) - datetime.fromisoformat(state.campaign["time"])).total_seconds()
-    at_work = tuple(_running(root, event) for event in state.running.values()) if running else ()
+    session_seconds = (datetime.now(UTC) - datetime.fromisoformat(state.campaign["time"])).total_seconds()
+    training = tuple(_running(root, event) for event in state.running.values()) if running else ()
     return Snapshot(
         campaign=state.campaign["campaign"],
         status="running" if running else state.status,
@@ -43,9 +43,9 @@ def take_snapshot(
         total_is_final=len(state.phases) == len(expected),
         reused=sum(result["seq"] < state.campaign["seq"] for result in results),
         unsuccessful=sum(result["status"] in ("failed", "diverged") for result in results),
-        elapsed=state.seconds + (wall if running else state.session_seconds()),
-        eta=seconds_left(state, at_work) if running else None,
-        running=at_work,
+        elapsed=state.seconds + (session_seconds if running else state.session_seconds()),
+        eta=seconds_left(state, training) if running else None,
+        running=training,
         best=_best(state, current) if current else None,
         metric=state.campaign["metric"]["name"],
         dashboard_url=dashboard_url,
@@ -68,7 +68,7 @@ def _running(root: Path, event: Mapping[str, Any]) -> Running:
 
 
 def _best(state: CampaignState, phase: PhaseState) -> tuple[str, float, int] | None:
-    """The best arm so far, among those with the most finished seeds."""
+    """Returns name, mean score and number of seeds of the best arm among those with the most finished seeds."""
     scores = []
     for arm in phase.arms:
         values = [state.outcome(trial_id).value for trial_id in arm.trial_ids.values()]
@@ -79,7 +79,7 @@ def _best(state: CampaignState, phase: PhaseState) -> tuple[str, float, int] | N
 
 
 def read_snapshot(root: Path) -> Snapshot:
-    """Returns the view of a results directory, from any process.
+    """Returns the progress of the campaign in a results directory; works from any process.
 
     Raises:
         ConfigError: there is no campaign in `root`.

@@ -1,6 +1,6 @@
-"""Writes the files that other tools read: records, ranked arms, curves, the campaign's summary and the report.
+"""Writes the derived files: trial records, ranked arms, curves, the campaign summary and the report.
 
-All of them are pure functions of the journal and of the trials' `metrics.jsonl`: `report` rebuilds them.
+They depend only on the journal and the trials' `metrics.jsonl`, so `report` can rebuild them.
 """
 
 import hashlib
@@ -23,9 +23,9 @@ from tune.storage import summaries
 from tune.storage.state import CampaignState, PhaseState, read_state
 from tune.storage.summaries import CampaignSummary, PhaseSummary, TrialProblem, TrialRecord, to_json
 
-# The derived files of a phase and of the campaign, the rows they are made from, and the file of their digests.
+# Names of the derived files, of the logs of a trial, and of the file that holds their digests.
 DERIVED = ("trials.jsonl", "summary.json", "summary.parquet", "curves.parquet", "report.html", "report.md")
-ROWS = ("metrics.jsonl", "histograms.jsonl")
+TRIAL_LOGS = ("metrics.jsonl", "histograms.jsonl")
 DIGESTS = "derived.json"
 TRIAL_COLUMNS = {"phase": "string", "arm": "string", "trial_id": "string", "seed": "int64"}
 CURVE_COLUMNS = TRIAL_COLUMNS | {
@@ -40,9 +40,9 @@ CURVE_COLUMNS = TRIAL_COLUMNS | {
 def summarize_campaign(
     state: CampaignState, phases: Sequence[PhaseSummary], claims: Sequence[Claim] | None = None
 ) -> CampaignSummary:
-    """Summarizes a campaign from its phases, in order. `claims` are judged instead of those of its own file."""
+    """Summarizes a campaign from its phases, in order; `claims` replace those of the campaign file."""
     rules = state.campaign
-    # Sorted, since the order of a set differs between processes, and so would the last digit of a sum.
+    # Sorted, because set order, and with it the rounding of sums, differs between processes.
     planned = sorted({trial_id for phase in state.phases.values() for trial_id in phase.trial_ids})
     results = [state.results[trial_id] for trial_id in planned if trial_id in state.results]
     statuses = [state.outcome(trial_id).status for trial_id in planned]
@@ -74,12 +74,12 @@ def summarize_campaign(
 
 
 def own_claims(state: CampaignState) -> list[Claim]:
-    """Returns the claims of the file that the campaign was run from."""
+    """Returns the claims in the file that the campaign was run from."""
     return [Claim(**claim) for claim in state.campaign.get("claims", [])]
 
 
 def summarize_claims(state: CampaignState, claims: Sequence[Claim]) -> list[summaries.ClaimResult]:
-    """Judges `claims` by the trials so far."""
+    """Judges `claims` from the trials so far."""
     rules, base = state.campaign, state.campaign.get("base", {})
     arms = []
     for phase in state.phases.values():
@@ -94,7 +94,7 @@ def summarize_claims(state: CampaignState, claims: Sequence[Claim]) -> list[summ
 
 
 def _problems(state: CampaignState) -> list[TrialProblem]:
-    """The trials that failed or diverged, each once, with its last error."""
+    """Lists each trial that failed or diverged once, with its last error."""
     records = (record for phase in state.phases.values() for record in phase_records(state, phase))
     problems: dict[str, TrialProblem] = {}
     for record in records:
@@ -105,7 +105,7 @@ def _problems(state: CampaignState) -> list[TrialProblem]:
 
 
 def curve_rows(root: Path, records: Iterable[TrialRecord]) -> list[dict[str, Any]]:
-    """Returns every logged step of every trial, at least one row for each."""
+    """Returns a row for each logged step of each trial; a trial without logged steps gets one empty row."""
     rows = []
     for record in records:
         trial = {name: getattr(record, name) for name in TRIAL_COLUMNS}
@@ -115,7 +115,7 @@ def curve_rows(root: Path, records: Iterable[TrialRecord]) -> list[dict[str, Any
 
 
 def write_phase(root: Path, state: CampaignState, phase: PhaseState) -> PhaseSummary:
-    """Writes a phase's four files and returns its summary."""
+    """Writes the four derived files of a phase and returns its summary."""
     folder = root / phase.name
     make_folder(folder)
     records, summary = phase_records(state, phase), summarize_phase(state, phase)
@@ -128,7 +128,7 @@ def write_phase(root: Path, state: CampaignState, phase: PhaseState) -> PhaseSum
 
 
 def write_campaign(root: Path, state: CampaignState, claims: Sequence[Claim] | None = None) -> CampaignSummary:
-    """Writes all derived files of a results directory; `claims` are judged instead of those of its own file."""
+    """Writes all derived files of a results directory; `claims` replace those of the campaign file."""
     from tune.report.html import write_report
 
     phases = [write_phase(root, state, phase) for phase in state.phases.values()]
@@ -141,27 +141,27 @@ def write_campaign(root: Path, state: CampaignState, claims: Sequence[Claim] | N
 
 
 def rebuild(root: Path, claims: Sequence[Claim] | None = None) -> CampaignSummary:
-    """Writes all derived files of a results directory again, as `write_campaign` does."""
+    """Rebuilds all derived files of a results directory from its journal, as `write_campaign` does."""
     return write_campaign(root, read_state(root), claims)
 
 
 def _write_digests(root: Path, state: CampaignState) -> None:
-    """Writes the SHA-256 of each derived file and of its rows, for `verify`."""
+    """Writes the SHA-256 of each derived file and trial log, for `verify`."""
     trials = [root / "trials" / trial_id for phase in state.phases.values() for trial_id in phase.trial_ids]
     folders = [root, *(root / phase for phase in state.phases), *trials]
-    paths = [path for folder in folders for name in (*DERIVED, *ROWS) if (path := folder / name).is_file()]
+    paths = [path for folder in folders for name in (*DERIVED, *TRIAL_LOGS) if (path := folder / name).is_file()]
     digests = {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
     write_json(root / DIGESTS, sealed(digests))
 
 
 def sealed(digests: Mapping[str, str]) -> dict[str, str]:
-    """Adds the digest of the digests themselves."""
+    """Returns `digests` with the SHA-256 of all of them under the key `sha256`."""
     text = json.dumps(dict(digests), sort_keys=True)
     return {**digests, "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def _flat(arm: summaries.ArmSummary) -> dict[str, Any]:
-    """An arm as one row: nested numbers get dotted column names, settings become JSON."""
+    """Flattens an arm to one row: nested numbers get dotted column names, settings become JSON."""
     nested = ("score", "val_loss", "delta", "overrides", "trial_ids")
     row = {name: value for name, value in vars(arm).items() if name not in nested}
     for name in ("score", "val_loss"):

@@ -1,10 +1,10 @@
-"""Results as types, with the fields of `trials.jsonl` and `summary.json` in the same order (see docs/results.md)."""
+"""Result types, with the fields of `trials.jsonl` and `summary.json` in file order (see docs/results.md)."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass
 from typing import Any
 
-Settings = Mapping[str, Any]  # values by dotted name
+Settings = Mapping[str, Any]  # dotted name to value
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,12 @@ class TrialRecord:
     started_at: str | None = None
     seconds: float = 0.0
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    reused_from: str | None = None  # the phase that trained it, if that is another one
+    reused_from: str | None = None  # the phase that trained it, if not this one
 
 
 @dataclass(frozen=True)
 class Objective:
-    """The metric that ranks the arms, and its goal: minimize or maximize."""
+    """The metric that ranks the arms, and whether to minimize or maximize it."""
 
     name: str = "val_loss"
     goal: str = "minimize"
@@ -48,7 +48,10 @@ class Spread:
 
 @dataclass(frozen=True)
 class Delta:
-    """Arm minus baseline: unadjusted interval, raw and Holm-corrected two-sided p; only the mean under `no claim`."""
+    """Difference arm minus baseline: unadjusted interval, raw and Holm-corrected two-sided p-value.
+
+    Without a spread to judge by (`no claim`), only the mean is set.
+    """
 
     mean: float
     ci_low: float | None = None
@@ -59,13 +62,13 @@ class Delta:
 
 @dataclass(frozen=True)
 class ArmSummary:
-    """One arm of a phase: its averages over the finished trials, and its verdict against the baseline."""
+    """An arm of a phase: averages over its finished trials, and its verdict against the baseline."""
 
     arm: str
     rank: int = 0
     overrides: Settings = field(default_factory=dict)  # relative to the phase's base
     n: int = 0  # finished seeds
-    score: Spread = Spread()  # of the campaign's metric
+    score: Spread = Spread()  # of the metric that ranks the arms
     delta: Delta | None = None
     verdict: str = "incomplete"
     tied_with_winner: bool = False  # the unadjusted interval of arm minus winner contains 0
@@ -81,7 +84,7 @@ class ArmSummary:
 
 @dataclass(frozen=True)
 class PhaseNoise:
-    """What the seeds of a phase say about chance, and the effect that 4 of 5 such phases would detect."""
+    """Noise between the seeds of a phase, and the smallest effect that it detects with 80 % power."""
 
     sd: float | None = None
     method: str | None = None  # paired | pooled
@@ -92,7 +95,7 @@ class PhaseNoise:
 
 @dataclass(frozen=True)
 class TrialCounts:
-    """Number of trials by how they ended."""
+    """Number of trials by final status."""
 
     total: int = 0
     finished: int = 0
@@ -104,7 +107,7 @@ class TrialCounts:
 
 @dataclass(frozen=True)
 class PhaseSummary:
-    """One phase: its arms, ranked and judged."""
+    """A phase with its arms, ranked and judged."""
 
     campaign: str = ""
     phase: str = ""
@@ -132,13 +135,13 @@ class PhaseSummary:
 
     @property
     def ties(self) -> list[str]:
-        """The arms that cannot be distinguished from the winner."""
+        """Names of the other arms that cannot be distinguished from the winner."""
         return [arm.arm for arm in self.arms if arm.tied_with_winner and arm.arm != self.winner]
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What to use, how much better it is, and whether fresh seeds confirm it."""
+    """The settings to use, their effect, and whether fresh seeds confirm it."""
 
     sentence: str = "There is no answer yet."
     phase: str | None = None
@@ -162,12 +165,12 @@ class RetriedTrial:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a campaign used of the machine."""
+    """Machine time that a campaign used."""
 
-    slots: int = 0
+    slots: int = 0  # largest number of concurrent trials
     device_hours: float | None = None
     step_seconds: float | None = None  # inside training steps
-    efficiency: float | None = None  # step_seconds over wall time times slots
+    efficiency: float | None = None  # step_seconds / (wall time * slots)
     retried: tuple[RetriedTrial, ...] = ()
 
 
@@ -185,7 +188,7 @@ class TrialProblem:
 
 @dataclass(frozen=True)
 class ClaimResult:
-    """A claim of an earlier report, judged by the trials of a campaign."""
+    """A claim of an earlier report, judged from the trials of a campaign."""
 
     id: str
     source: str | None = None
@@ -203,7 +206,7 @@ class ClaimResult:
 
 @dataclass(frozen=True)
 class CampaignSummary:
-    """A whole campaign: the answer, its phases, and where the numbers come from."""
+    """A whole campaign: its answer, phases, cost and provenance."""
 
     campaign: str = ""
     description: str | None = None
@@ -215,7 +218,7 @@ class CampaignSummary:
     seconds: float = 0.0  # wall time of all sessions
     trial_seconds: float = 0.0
     cost: Cost = Cost()
-    packing: Mapping[str, Any] | None = None  # how many trials shared a GPU, where that was measured
+    packing: Mapping[str, Any] | None = None  # how many trials shared a GPU, if that was measured
     started_at: str = ""
     environment: Mapping[str, Any] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)
@@ -224,23 +227,25 @@ class CampaignSummary:
     phases: tuple[PhaseSummary, ...] = ()
     claims: tuple[ClaimResult, ...] = ()
     problems: tuple[TrialProblem, ...] = ()
-    left_out: Mapping[str, int] = field(default_factory=dict)  # trials by phase, where a budget stopped the campaign
+    left_out: Mapping[str, int] = field(
+        default_factory=dict
+    )  # trials not run per phase, if a budget ended the campaign
     warnings: tuple[str, ...] = ()
 
     @property
     def answer_phase(self) -> PhaseSummary | None:
-        """The phase that the answer was read from."""
+        """The phase that gave the answer; None without an answer."""
         return next((phase for phase in self.phases if phase.phase == self.answer.phase), None)
 
     @property
     def own_warnings(self) -> list[str]:
-        """The warnings that no phase shows already."""
+        """Warnings of the campaign itself, without those of its phases."""
         shown = {f"{phase.phase}: {warning}" for phase in self.phases for warning in phase.warnings}
         return [warning for warning in self.warnings if warning not in shown]
 
 
 def to_json(item: Any) -> Any:
-    """Returns dicts and lists in place of dataclasses and tuples, fields in order."""
+    """Converts dataclasses to dicts, with fields in order, and tuples to lists."""
     if is_dataclass(item):
         return {name: to_json(value) for name, value in vars(item).items()}
     if isinstance(item, list | tuple):
