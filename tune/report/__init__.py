@@ -1,1 +1,1 @@
-"""The report as HTML and Markdown, and its figures."""
+"""Renders the report as HTML with figures, and as Markdown."""

@@ -1,7 +1,7 @@
-"""Plotly specifications of the effect plot and the loss curves of a phase.
+"""Plotly figures of a phase: the effect plot and the loss curves.
 
-Colours are names of CSS variables (`var(--better)`), which the page resolves for its light, dark and printed forms.
-Plotly reads some HTML in its labels, so every name is escaped here.
+Colours are CSS variables (`var(--better)`), which the page resolves for its light, dark and print styles. Plotly
+interprets some HTML in labels, so every name is escaped here.
 """
 
 import html
@@ -18,10 +18,10 @@ from tune.storage.summaries import ArmSummary, Delta, PhaseSummary
 Figure = dict[str, Any]
 CurveRow = Mapping[str, Any]  # a row of curves.parquet
 
-MOST_EFFECTS = 40  # arms in one effect plot; the table has all
-MOST_POINTS = 200  # of one curve
-MOST_BANDS = 3  # best arms with a band over their seeds; more would hide each other
-SERIES_COLORS = 7  # var(--s1) and on; further arms are drawn in grey
+MAX_EFFECTS = 40  # arms in one effect plot; the table lists all arms
+MAX_POINTS = 200  # steps plotted per curve
+MAX_BANDS = 3  # best arms that get a band over their seeds; more bands would overlap
+SERIES_COLORS = 7  # var(--s1) to var(--s7); further arms are grey
 MARKERS = {
     "baseline": "diamond",
     "better": "circle",
@@ -33,41 +33,41 @@ MARKERS = {
 
 
 def label(text: object, width: int = 200) -> str:
-    """Untrusted text for plotly: one line, shortened, without markup."""
+    """Returns untrusted text for plotly: one line, shortened, escaped."""
     return html.escape(fmt.shorten(fmt.plain(text), width), quote=False)
 
 
 def verdict_slug(verdict: str | None) -> str:
-    """The name of a verdict's colour and style class; `other` for anything else."""
+    """Returns the CSS name of a verdict; `other` if it is not in `VERDICTS`."""
     return verdict.replace(" ", "-") if verdict in VERDICTS else "other"
 
 
-# Parts that several figures share.
-ABOVE = {"orientation": "h", "x": 0, "y": 1, "xanchor": "left", "yanchor": "bottom"}  # place of a legend
+# Layout shared by several figures.
+ABOVE = {"orientation": "h", "x": 0, "y": 1, "xanchor": "left", "yanchor": "bottom"}  # legend above the plot
 MARGIN = {"l": 8, "r": 16, "t": 30, "b": 46}
 
 
 def marker(verdict: str, size: int) -> Figure:
-    """How the arms with a verdict are drawn."""
+    """Returns the plotly marker for arms with this verdict."""
     color = f"var(--{verdict_slug(verdict)})"
     return {"color": color, "size": size, "symbol": MARKERS.get(verdict, "x"), "line": {"color": color, "width": 2}}
 
 
 def effect_figure(phase: PhaseSummary) -> Figure | None:
-    """Each arm's difference from the baseline as a dot with its interval; None if nothing can be compared."""
-    arms = [arm for n, arm in enumerate(phase.arms) if n < MOST_EFFECTS or arm.verdict == "baseline"]
+    """Plots each arm's difference from the baseline with its interval; None if no arm has a difference."""
+    arms = [arm for n, arm in enumerate(phase.arms) if n < MAX_EFFECTS or arm.verdict == "baseline"]
     if not any(arm.delta for arm in arms):
         return None
     rows = list(enumerate(arms))
     data = []
     for verdict in VERDICTS:
-        own = [(y, arm) for y, arm in rows if arm.verdict == verdict]
-        placed = [(y, arm) for y, arm in own if verdict == "baseline" or arm.delta]
-        unplaced = [(y, arm) for y, arm in own if (y, arm) not in placed]
-        data += [_interval_trace(verdict, placed)] if placed else []
-        data += [_word_trace(verdict, unplaced)] if unplaced else []
-    side = "better →" if phase.metric.goal == "maximize" else "← better"
-    title = f"{label(phase.metric.name, 40)} against the baseline   {side}"
+        judged = [(y, arm) for y, arm in rows if arm.verdict == verdict]
+        with_delta = [(y, arm) for y, arm in judged if verdict == "baseline" or arm.delta]
+        without_delta = [(y, arm) for y, arm in judged if (y, arm) not in with_delta]
+        data += [_interval_trace(verdict, with_delta)] if with_delta else []
+        data += [_verdict_text_trace(verdict, without_delta)] if without_delta else []
+    direction = "better →" if phase.metric.goal == "maximize" else "← better"
+    title = f"{label(phase.metric.name, 40)} against the baseline   {direction}"
     layout = {
         "height": 92 + 30 * len(arms),
         "margin": MARGIN,
@@ -87,7 +87,7 @@ def effect_figure(phase: PhaseSummary) -> Figure | None:
 
 
 def _short_label(arm: ArmSummary) -> str:
-    """A label for a narrow screen: the values in place of a long name."""
+    """Returns a label for narrow screens, in which the values of the settings replace a long name."""
     name, values = fmt.plain(arm.arm), ", ".join(map(fmt.value, arm.overrides.values()))
     return label(values if len(name) > 15 and values else name, 15)
 
@@ -95,8 +95,8 @@ def _short_label(arm: ArmSummary) -> str:
 def _interval_trace(verdict: str, rows: list[tuple[int, ArmSummary]]) -> Figure:
     color = f"var(--{verdict_slug(verdict)})"
     deltas = [arm.delta or Delta(0) for _, arm in rows]
-    above = [0 if delta.ci_high is None else delta.ci_high - delta.mean for delta in deltas]
-    below = [0 if delta.ci_low is None else delta.mean - delta.ci_low for delta in deltas]
+    upper = [0 if delta.ci_high is None else delta.ci_high - delta.mean for delta in deltas]
+    lower = [0 if delta.ci_low is None else delta.mean - delta.ci_low for delta in deltas]
     error = {"type": "data", "symmetric": False, "color": color, "thickness": 2, "width": 0}
     return {
         "type": "scatter",
@@ -104,14 +104,14 @@ def _interval_trace(verdict: str, rows: list[tuple[int, ArmSummary]]) -> Figure:
         "name": verdict,
         "x": [delta.mean for delta in deltas],
         "y": [y for y, _ in rows],
-        "error_x": error | {"array": above, "arrayminus": below},
+        "error_x": error | {"array": upper, "arrayminus": lower},
         "marker": marker(verdict, 10),
-        "hovertext": [f"{label(arm.arm)}<br>{label(_effect_words(arm))}" for _, arm in rows],
+        "hovertext": [f"{label(arm.arm)}<br>{label(_effect_text(arm))}" for _, arm in rows],
         "hoverinfo": "text",
     }
 
 
-def _word_trace(verdict: str, rows: list[tuple[int, ArmSummary]]) -> Figure:
+def _verdict_text_trace(verdict: str, rows: list[tuple[int, ArmSummary]]) -> Figure:
     return {
         "type": "scatter",
         "mode": "text",
@@ -126,18 +126,18 @@ def _word_trace(verdict: str, rows: list[tuple[int, ArmSummary]]) -> Figure:
     }
 
 
-def _effect_words(arm: ArmSummary) -> str:
+def _effect_text(arm: ArmSummary) -> str:
     p = arm.delta.p_holm if arm.delta else None
     return f"{arm.verdict}: {effect(arm.delta)}" + ("" if p is None else f", Holm p {fmt.p_value(p)}")
 
 
 def _band(low: float, high: float) -> Figure:
-    place = {"type": "rect", "xref": "x", "yref": "paper", "x0": low, "x1": high, "y0": 0, "y1": 1}
-    return place | {"fillcolor": "var(--band)", "line": {"width": 0}, "layer": "below"}
+    shape = {"type": "rect", "xref": "x", "yref": "paper", "x0": low, "x1": high, "y0": 0, "y1": 1}
+    return shape | {"fillcolor": "var(--band)", "line": {"width": 0}, "layer": "below"}
 
 
 class Point(NamedTuple):
-    """An arm's curve at one step, over the trials that logged it."""
+    """Mean and range of an arm's loss at one step, over the trials that logged it."""
 
     step: int
     tokens: float | None
@@ -147,25 +147,28 @@ class Point(NamedTuple):
     trials: int
 
     def x(self, over_tokens: bool) -> float:
-        """The place on the axis: training tokens, or steps."""
+        """Returns the x coordinate: training tokens, or steps if tokens are unknown or not wanted."""
         return self.tokens if over_tokens and self.tokens is not None else self.step
 
 
 def curves_by_arm(curves: Iterable[CurveRow]) -> dict[tuple[str, str], list[CurveRow]]:
     """Groups the logged steps of all trials by phase and arm."""
-    found = defaultdict(list)
+    groups = defaultdict(list)
     for row in curves:
         if row.get("step") is not None:
-            found[row["phase"], row["arm"]].append(row)
-    return found
+            groups[row["phase"], row["arm"]].append(row)
+    return groups
 
 
 def curve_figure(phase: PhaseSummary, rows: Mapping[tuple[str, str], Sequence[CurveRow]]) -> Figure | None:
-    """Loss curves, averaged over the seeds of each arm: validation with markers and a band, training thin."""
+    """Plots the loss of each arm, averaged over its seeds; None without logged losses.
+
+    Validation curves have markers and the best arms a band over their seeds; training curves are thin.
+    """
     colors = _colors(phase)
-    banded = [*list(colors)[:MOST_BANDS], phase.baseline]
+    banded = [*list(colors)[:MAX_BANDS], phase.baseline]
     drawn: list[tuple[ArmSummary, list[Point], list[Point]]] = []
-    for arm in sorted(phase.arms, key=lambda arm: arm.arm in colors):  # grey curves first, behind the others
+    for arm in sorted(phase.arms, key=lambda arm: arm.arm in colors):  # grey curves are drawn first, behind the others
         logged = rows.get((phase.phase, arm.arm), ())
         val, train = _average(logged, "val_loss"), _average(logged, "train_loss")
         if val or train:
@@ -174,7 +177,7 @@ def curve_figure(phase: PhaseSummary, rows: Mapping[tuple[str, str], Sequence[Cu
         return None
     over_tokens = all(point.tokens is not None for _, val, train in drawn for point in val + train)
     data: list[Figure] = []
-    focus: list[tuple[float, float]] = []
+    points_in_focus: list[tuple[float, float]] = []
     for arm, val, train in drawn:
         main, color = val or train, colors.get(arm.arm)
         if color is None:
@@ -189,13 +192,13 @@ def curve_figure(phase: PhaseSummary, rows: Mapping[tuple[str, str], Sequence[Cu
             width = 3 if arm.arm == phase.winner else 2
             data.append(_line(arm.arm, val, color, width, over_tokens, what="val") | {"mode": "lines+markers"})
         if arm.verdict not in ("diverged", "failed"):
-            focus += [(point.x(over_tokens), y) for point in val + train for y in (point.low, point.high)]
-    names = sum(trace["showlegend"] for trace in data)
-    return {"data": data, "layout": _curve_layout(over_tokens, names, _late_range(focus))}
+            points_in_focus += [(point.x(over_tokens), y) for point in val + train for y in (point.low, point.high)]
+    n_names = sum(trace["showlegend"] for trace in data)
+    return {"data": data, "layout": _curve_layout(over_tokens, n_names, _late_range(points_in_focus))}
 
 
 def _colors(phase: PhaseSummary) -> dict[str, str]:
-    """The arms that get a colour: the winner, the best of the others, and the baseline."""
+    """Maps the coloured arms to their colours: winner, best other arms, and baseline; the rest is grey."""
     arms = [arm.arm for arm in phase.arms]
     special = (phase.baseline, phase.winner)
     ranked = [arm for arm in arms if arm == phase.winner != phase.baseline] + [a for a in arms if a not in special]
@@ -204,23 +207,23 @@ def _colors(phase: PhaseSummary) -> dict[str, str]:
 
 
 def _average(rows: Iterable[CurveRow], name: str) -> list[Point]:
-    """Mean, lowest and highest value over the trials of an arm at each step, thinned to `MOST_POINTS` steps."""
+    """Returns mean, minimum and maximum over the trials of an arm, at no more than `MAX_POINTS` steps."""
     steps: defaultdict[int, dict[str, float]] = defaultdict(dict)
     tokens: dict[int, float | None] = {}
     for row in rows:
         value = row.get(name)
         if value is not None and isfinite(value):
-            steps[row["step"]][row["trial_id"]] = value  # a resumed trial logs a step again
+            steps[row["step"]][row["trial_id"]] = value  # a resumed trial may log a step twice: the last row counts
             tokens[row["step"]] = row.get("tokens")
     order = sorted(steps)
-    if (last := len(order) - 1) >= MOST_POINTS:
-        order = [order[round(i * last / (MOST_POINTS - 1))] for i in range(MOST_POINTS)]
-    every = [(step, steps[step].values()) for step in order]
-    return [Point(step, tokens[step], fmean(seen), min(seen), max(seen), len(seen)) for step, seen in every]
+    if (last := len(order) - 1) >= MAX_POINTS:
+        order = [order[round(i * last / (MAX_POINTS - 1))] for i in range(MAX_POINTS)]
+    values_at = [(step, steps[step].values()) for step in order]
+    return [Point(step, tokens[step], fmean(y), min(y), max(y), len(y)) for step, y in values_at]
 
 
 def _arm_trace(arm: str, x: Sequence[float], y: Sequence[float], color: str, width: int) -> Figure:
-    """The traces of an arm share a name and a group, so that a click hides all of them."""
+    """Returns a trace; all traces of an arm share a legend group, so that one click hides them all."""
     shared = {"type": "scatter", "mode": "lines", "name": label(arm, 48), "legendgroup": label(arm, 48)}
     return shared | {"x": x, "y": y, "line": {"color": color, "width": width}}
 
@@ -244,7 +247,7 @@ def _line(
 
 
 def _band_over_seeds(arm: str, points: Sequence[Point], color: str, over_tokens: bool) -> Figure:
-    """From the lowest to the highest seed of an arm, as one outline."""
+    """Returns the band between the lowest and the highest seed of an arm, as one outline."""
     x = [point.x(over_tokens) for point in points]
     y = [round(point.high, 5) for point in points] + [round(point.low, 5) for point in reversed(points)]
     return _arm_trace(arm, x + x[::-1], y, color, 0) | {
@@ -256,15 +259,15 @@ def _band_over_seeds(arm: str, points: Sequence[Point], color: str, over_tokens:
 
 
 def _late_range(points: Sequence[tuple[float, float]]) -> list[float] | None:
-    """The range of the losses after the first quarter of the run, where arms differ."""
+    """Returns the y range of the losses after the first quarter of training, where differences show."""
     end = max((x for x, _ in points), default=0)
     late = [y for x, y in points if x >= 0.25 * end]
     low, high = min(late, default=0), max(late, default=0)
     return [low - 0.04 * (high - low), high + 0.04 * (high - low)] if high > low else None
 
 
-def _curve_layout(over_tokens: bool, names: int, focus: list[float] | None) -> Figure:
-    over = "training tokens" if over_tokens else "steps"
+def _curve_layout(over_tokens: bool, n_names: int, focus: list[float] | None) -> Figure:
+    x_name = "training tokens" if over_tokens else "steps"
     return {
         "height": 340,
         "margin": {"l": 8, "r": 16, "t": 12, "b": 30},
@@ -272,5 +275,5 @@ def _curve_layout(over_tokens: bool, names: int, focus: list[float] | None) -> F
         "yaxis": {"title": {"text": "loss, nats per token"}, "automargin": True},
         "hovermode": "closest",
         "legend": {"orientation": "h", "x": 0, "y": -0.11, "xanchor": "left", "yanchor": "top"},
-        "meta": {"kind": "curves", "focus": focus, "names": names, "over": over},
+        "meta": {"kind": "curves", "focus": focus, "names": n_names, "over": x_name},
     }

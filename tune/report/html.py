@@ -1,7 +1,7 @@
-"""Writes the report of a campaign twice: `report.html`, one page that works offline, and `report.md` for a repository.
+"""Writes the report of a campaign as `report.html`, one page that works offline, and as `report.md`.
 
-Both start with the answer, then show each phase, then what went wrong and where the numbers come from. Names and
-errors are untrusted text: jinja2 escapes them, and `finalize` strips their control characters.
+Both start with the answer, followed by the phases, problems and provenance. Names and errors are untrusted text: jinja2
+escapes them, and `_finalize` strips their control characters.
 """
 
 import base64
@@ -21,7 +21,7 @@ from tune import format as fmt
 from tune.report import figures, wording
 from tune.report.markdown import render_markdown
 from tune.report.phase_graph import inheritance_graph
-from tune.report.sweep_figures import MOST_BARS, parallel_figure, speed_figure
+from tune.report.sweep_figures import MAX_BARS, parallel_figure, speed_figure
 from tune.storage.summaries import CampaignSummary, PhaseSummary
 
 Curves = Iterable[figures.CurveRow]
@@ -30,13 +30,13 @@ FORMATS = ("sentence", "p_value", "number", "count", "counted", "claim_value")  
 
 
 def write_report(folder: Path, summary: CampaignSummary, curves: Curves) -> None:
-    """Writes `report.md` and `report.html` into `folder`, each replaced as a whole."""
+    """Writes `report.md` and `report.html` into `folder`, each atomically."""
     write_atomic(folder / "report.md", render_markdown(summary))
     write_atomic(folder / "report.html", render_html(summary, curves))
 
 
 def render_html(summary: CampaignSummary, curves: Curves) -> str:
-    """Renders one page with everything inlined; its security policy forbids any request."""
+    """Renders a self-contained page whose Content-Security-Policy forbids all requests."""
     plots, specs = _plots(summary.phases, curves)
     environment = _environment()
     page_js = (Path(__file__).parent / "report.js.j2").read_text(encoding="utf-8").strip()
@@ -71,25 +71,25 @@ def _environment() -> jinja2.Environment:
 
 
 def _finalize(item: Any) -> Any:
-    """What the template writes for a value: a dash for None, text without control characters."""
+    """Formats a value of the template: a dash for None, other values without control characters."""
     if isinstance(item, Markup):
         return item
     return fmt.MISSING if item is None else fmt.plain(item)
 
 
 def _code(text: str) -> Markup:
-    """Trusted words, with the parts between backticks as code."""
+    """Escapes `text` and marks up parts between backticks as code."""
     return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(Markup.escape(text))))
 
 
 def _plots(phases: Sequence[PhaseSummary], curves: Curves) -> tuple[list[dict[str, Any]], list[figures.Figure]]:
-    """For each phase the places of its plots in the list of all figures, and the notes below them."""
-    rows = figures.curves_by_arm(curves)
+    """Returns, per phase, the index of each plot in the figure list and its caption; and the figure list."""
+    curves_by_arm = figures.curves_by_arm(curves)
     plots, specs = [], []
     for phase in phases:
         drawn = {
             "effect": figures.effect_figure(phase),
-            "curves": figures.curve_figure(phase, rows),
+            "curves": figures.curve_figure(phase, curves_by_arm),
             "speed": speed_figure(phase),
             "parallel": parallel_figure(phase),
         }
@@ -114,7 +114,7 @@ def _effect_note(phase: PhaseSummary) -> str:
         note = "Dots are differences without an interval, so chance alone may explain them. Zero is the baseline."
     if phase.min_effect:
         note += f" Inside the shaded band (less than {phase.min_effect:g}) a difference is too small to matter."
-    more = len(phase.arms) - figures.MOST_EFFECTS
+    more = len(phase.arms) - figures.MAX_EFFECTS
     return note + (f" The {more} last-ranked arms are in the table only." if more > 1 else "")
 
 
@@ -124,7 +124,7 @@ def _has_intervals(phase: PhaseSummary) -> bool:
 
 def _speed_note(phase: PhaseSummary) -> str:
     note = "Right is faster."
-    if len(phase.arms) <= MOST_BARS:
+    if len(phase.arms) <= MAX_BARS:
         note += " Numbers are ranks in the table."
         if _has_intervals(phase):
             note += f" Bars are {wording.interval_name(phase.confidence)}s of the difference from the baseline."
@@ -133,14 +133,14 @@ def _speed_note(phase: PhaseSummary) -> str:
 
 def _curve_note(phase: PhaseSummary) -> str:
     note = "Mean over the seeds of an arm: validation with markers, training thin; "
-    note += f"the shade spans the seeds of the baseline and the best {figures.MOST_BANDS}."
+    note += f"the shade spans the seeds of the baseline and the best {figures.MAX_BANDS}."
     if len(phase.arms) > figures.SERIES_COLORS + 1:
         note += f" Grey: arms beyond the best {figures.SERIES_COLORS} and the baseline."
     return f"{note} Click a name to hide its curve."
 
 
 def _script_json(data: Any) -> str:
-    """JSON that cannot end its script element."""
+    """Returns JSON whose text cannot close the script element around it."""
     text = json.dumps(data, separators=(",", ":"), allow_nan=False)
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 

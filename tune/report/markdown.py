@@ -1,6 +1,6 @@
-"""The report as Markdown, for a pull request: the same content as the page, without its plots.
+"""Renders the report as Markdown: the same content as the HTML page, without its plots.
 
-Names and errors are untrusted text; `cell` removes their markup.
+Names and errors are untrusted text; `cell` escapes their markup.
 """
 
 import re
@@ -11,7 +11,7 @@ from tune.report import wording
 from tune.report.phase_graph import handovers
 from tune.storage.summaries import CampaignSummary, PhaseSummary
 
-# Characters that start Markdown inside a line; an underscore between letters does not.
+# Inline Markdown characters; an underscore between letters or digits is not markup.
 _MARKDOWN = re.compile(r"[\\`*\[\]~|$]|(?<![^\W_])_|_(?![^\W_])")
 _ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 
@@ -26,13 +26,13 @@ def render_markdown(summary: CampaignSummary) -> str:
 
 
 def cell(text: object) -> str:
-    """Untrusted text for Markdown, also inside a table: no markup, no HTML, one line."""
+    """Returns untrusted text on one line with Markdown and HTML escaped, also for use inside a table."""
     escaped = "".join(_ENTITIES.get(char, char) for char in fmt.plain(fmt.MISSING if text is None else text))
     return _MARKDOWN.sub(lambda match: f"\\{match[0]}", escaped) or fmt.MISSING
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]], right: Sequence[str] = ()) -> str:
-    """A Markdown table of untrusted text; the columns named in `right` are aligned to the right."""
+    """Returns a Markdown table of untrusted text; the columns named in `right` are right-aligned."""
     lines = [header, ["---:" if name in right else "---" for name in header]]
     lines += [[cell(item) for item in row] for row in rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -105,7 +105,7 @@ def _handovers(summary: CampaignSummary) -> list[str]:
 
 
 def claims_markdown(summary: CampaignSummary) -> str:
-    """The claims of a campaign: a table, the trials that each claim rests on, and how to read it."""
+    """Renders the claims of a campaign: a table, the trials behind each claim, and a glossary."""
     claims = summary.claims
     if not claims:
         return "## Claims\n\nThe campaign names no claims."
@@ -120,7 +120,7 @@ def claims_markdown(summary: CampaignSummary) -> str:
 
 
 def glossary(meanings: dict[str, str]) -> str:
-    """A list of words with their meanings."""
+    """Returns a Markdown list of words with their meanings."""
     return "\n".join(f"- **{word}**: {meaning}" for word, meaning in meanings.items())
 
 

@@ -1,4 +1,4 @@
-"""What each phase handed on to later ones, as facts and as boxes and arrows for an inline SVG."""
+"""Finds which settings each phase hands on to later phases, and lays them out as boxes and arrows for an SVG."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,14 +7,14 @@ from typing import Any
 from tune import format as fmt
 from tune.storage.summaries import PhaseSummary
 
-# Sizes in SVG units, about a pixel each; the picture is as wide as a phone.
+# Sizes in SVG units, about one pixel each; the graph fits the width of a phone.
 BOX_WIDTH, BOX_HEIGHT, LANE, GAP, LINE = 350, 46, 12, 22, 16
-MOST_CHARS = 46  # of one line of text in a box, whatever font the system has
+MAX_CHARS = 46  # per line of text, so that it fits a box in any system font
 
 
 @dataclass(frozen=True)
 class Handover:
-    """What the winner of `source` gave to `target`: to all of its arms, or to its one arm `arm`."""
+    """Settings that `target` inherits from the winner of `source`: in all of its arms, or only in `arm`."""
 
     source: str
     target: str
@@ -22,52 +22,52 @@ class Handover:
     arm: str | None = None
 
     def text(self) -> str:
-        """For people: `alpha: alpha=0.2`, or `projection to arm winner: ...`."""
-        who = fmt.plain(self.source) + (f" to arm {fmt.plain(self.arm)}" if self.arm else "")
-        return f"{who}: {self._short()}"
+        """Returns the source and its settings: `alpha: alpha=0.2`, or `projection to arm winner: ...`."""
+        source = fmt.plain(self.source) + (f" to arm {fmt.plain(self.arm)}" if self.arm else "")
+        return f"{source}: {self._settings_text()}"
 
     def label(self, *, near: bool) -> str:
-        """The label beside its arrow; the source needs no name if it is `near`, the box above."""
-        return self._short() if near else f"from {fmt.plain(self.source)}: {self._short()}"
+        """Returns the label of the arrow; it omits the source if that is the box above (`near`)."""
+        return self._settings_text() if near else f"from {fmt.plain(self.source)}: {self._settings_text()}"
 
-    def _short(self) -> str:
+    def _settings_text(self) -> str:
         short = {name.rpartition(".")[2]: value for name, value in self.settings.items()}
         return fmt.settings(short, "the base as it is")
 
 
 def handovers(phases: Sequence[PhaseSummary]) -> list[Handover]:
-    """Lists what was handed on, in the order of the phases; a source may be a phase of another campaign.
+    """Lists all handovers in phase order; a source may be a phase of another campaign.
 
-    An arm of a list of runs, or one that combines phases, inherits from the winners whose settings it contains.
+    Outside sweeps, an arm inherits from each earlier winner whose settings it contains.
     """
-    found: list[Handover] = []
+    edges: list[Handover] = []
     for i, phase in enumerate(phases):
         base = phase.base
         if phase.inherit is not None:
             known = next((_winner_settings(p) for p in phases[:i] if p.phase == phase.inherit), base)
-            given = {name: value for name, value in known.items() if name in base and base[name] == value}
-            found.append(Handover(phase.inherit, phase.phase, given))
+            inherited = {name: value for name, value in known.items() if name in base and base[name] == value}
+            edges.append(Handover(phase.inherit, phase.phase, inherited))
         if phase.swept:
             continue
         for arm in phase.arms:
             if arm.overrides and arm.arm != phase.baseline:
-                sources = {edge.source for edge in found if edge.target == phase.phase}
-                for giver in _givers({**base, **arm.overrides}, phases[:i]):
-                    if giver.phase not in sources:  # one arrow between two phases is enough
-                        found.append(Handover(giver.phase, phase.phase, _winner_settings(giver), arm.arm))
-    return found
+                sources = {edge.source for edge in edges if edge.target == phase.phase}
+                for source in _sources({**base, **arm.overrides}, phases[:i]):
+                    if source.phase not in sources:  # at most one arrow between two phases
+                        edges.append(Handover(source.phase, phase.phase, _winner_settings(source), arm.arm))
+    return edges
 
 
-def _givers(own: Mapping[str, Any], before: Sequence[PhaseSummary]) -> list[PhaseSummary]:
-    """The phases whose winning settings are all in `own`, without those that a later one of them includes."""
+def _sources(settings: Mapping[str, Any], before: Sequence[PhaseSummary]) -> list[PhaseSummary]:
+    """Returns the phases whose winning settings `settings` contains, except those that a later such phase includes."""
     found: list[PhaseSummary] = []
     covered: dict[str, Any] = {}
     for phase in reversed(before):
-        settings = _winner_settings(phase)
-        won = phase.winner not in (None, phase.baseline)
-        if won and {**own, **settings} == dict(own) and {**covered, **settings} != covered:
+        winning = _winner_settings(phase)
+        is_better = phase.winner not in (None, phase.baseline)
+        if is_better and {**settings, **winning} == dict(settings) and {**covered, **winning} != covered:
             found.insert(0, phase)
-            covered |= settings
+            covered |= winning
     return found
 
 
@@ -77,16 +77,16 @@ def _winner_settings(phase: PhaseSummary) -> dict[str, Any]:
 
 
 def inheritance_graph(phases: Sequence[PhaseSummary]) -> dict[str, Any] | None:
-    """Lays out boxes, arrows and labels, with the phases from top to bottom; None if nothing is handed on."""
-    given = handovers(phases)
-    if not given:
+    """Lays out phases from top to bottom with arrows and labels; None if no phase inherits settings."""
+    edges = handovers(phases)
+    if not edges:
         return None
     names = [phase.phase for phase in phases]
-    far = [edge for edge in given if edge.source in names and names.index(edge.target) - names.index(edge.source) > 1]
+    far = [edge for edge in edges if edge.source in names and names.index(edge.target) - names.index(edge.source) > 1]
     left, y = LANE * len(far) + 6, 2.0
     boxes, labels, arrows = [], [], []
     for i, phase in enumerate(phases):
-        incoming = [edge for edge in given if edge.target == names[i]]
+        incoming = [edge for edge in edges if edge.target == names[i]]
         top = y
         y += (GAP + LINE * len(incoming)) if i or incoming else 0
         near = any(edge.source not in names or edge.source == names[i - 1] for edge in incoming)
@@ -107,15 +107,15 @@ def inheritance_graph(phases: Sequence[PhaseSummary]) -> dict[str, Any] | None:
 
 
 def _result(phase: PhaseSummary) -> str:
-    """The result of a phase: `alpha=0.2 is better, -0.0525`."""
+    """Describes the result of a phase: `alpha=0.2 is better, -0.0525`."""
     winner = phase.winning_arm
     if winner is None:
         return "no winner yet"
     if winner.arm == phase.baseline:
         return "keeps its baseline"
     rest = " is better" + (f", {fmt.signed(winner.delta.mean)}" if winner.delta else "")
-    return _cut(winner.arm, MOST_CHARS - len(rest)) + rest
+    return _cut(winner.arm, MAX_CHARS - len(rest)) + rest
 
 
-def _cut(text: str, width: int = MOST_CHARS) -> str:
+def _cut(text: str, width: int = MAX_CHARS) -> str:
     return fmt.shorten(fmt.plain(text), width)

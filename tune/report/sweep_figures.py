@@ -1,7 +1,7 @@
-"""Plotly specifications of loss against speed, and of the parallel coordinates of a sweep over several settings.
+"""Plotly figures of a sweep: loss against speed, and parallel coordinates over several settings.
 
-Parallel coordinates are drawn with plain lines: plotly's own type needs WebGL and scripts made at run time, which the
-page's security policy forbids.
+Parallel coordinates are drawn as line plots, because plotly's `parcoords` needs WebGL and code generated at run time,
+which the Content-Security-Policy of the page forbids.
 """
 
 from collections.abc import Sequence
@@ -14,16 +14,16 @@ from tune.report.figures import ABOVE, MARGIN, Figure, label, marker, verdict_sl
 from tune.report.wording import VERDICTS, half_width, mean_interval
 from tune.storage.summaries import ArmSummary, PhaseSummary
 
-MOST_LINES = 400  # arms in parallel coordinates, best first
-MOST_BARS = 40  # arms up to which each has its interval and its label against speed
-LONGEST_LABEL = 26  # of a name beside its point
-LEAST_SPAN = 0.1  # of the mean speed: the shortest range of its axis
-# Size of the plot and of a character in pixels of a wide screen; a narrow one shows the ranks only.
-PLOT, CHAR = (940, 250), 7.2
+MAX_LINES = 400  # arms in parallel coordinates, best first
+MAX_BARS = 40  # with more arms, the speed plot has neither intervals nor labels
+MAX_LABEL = 26  # characters of a name beside its point
+MIN_SPEED_SPAN = 0.1  # smallest range of the speed axis, as a fraction of the mean speed
+# Pixels on a wide screen; narrow screens show only the ranks.
+PLOT_SIZE, CHAR_WIDTH = (940, 250), 7.2
 SIDES = ("middle right", "middle left", "top center", "bottom center")
-MOST_TICKS = 8  # values written at one axis
-WIDE_RANGE = 30  # largest over smallest value from which an axis is logarithmic
-# Groups of arms by rank, with their colours; fewer than `FEW` arms make two groups.
+MAX_TICKS = 8  # values written beside one axis
+WIDE_RANGE = 30  # an axis is logarithmic if its largest value is at least this many times the smallest
+# Groups of arms by rank, with their colours. Fewer than `MIN_ARMS_FOR_FIFTHS` arms are split into halves.
 FIFTHS = {
     "best fifth": "var(--s1)",
     "second": "var(--s6)",
@@ -32,27 +32,27 @@ FIFTHS = {
     "last fifth": "var(--s2)",
 }
 HALVES = {"better half": "var(--s1)", "other half": "var(--s5)"}
-FEW = 10  # arms
+MIN_ARMS_FOR_FIFTHS = 10
 
 
 def speed_figure(phase: PhaseSummary) -> Figure | None:
-    """Each arm's score over its tokens per second; None with fewer than two arms that have both."""
+    """Plots score against tokens per second; None if fewer than two arms have both."""
     arms = [arm for arm in phase.arms if arm.tokens_per_second is not None and arm.score.mean is not None]
     if len(arms) < 2:
         return None
     points = [(arm.tokens_per_second or 0.0, arm.score.mean or 0.0) for arm in arms]  # neither is None
     span = _speed_span([x for x, _ in points])
     ranks = [str(arm.rank or n) for n, arm in enumerate(arms, 1)]
-    # A long name would have to lose its middle, which is what distinguishes it: the rank alone says more.
+    # A shortened name would lose the part that distinguishes it, so long names are replaced by the rank.
     plain = [fmt.plain(arm.arm) for arm in arms]
-    names = [f"{r} {label(name)}" if len(name) <= LONGEST_LABEL else r for r, name in zip(ranks, plain, strict=True)]
+    names = [f"{r} {label(name)}" if len(name) <= MAX_LABEL else r for r, name in zip(ranks, plain, strict=True)]
     forms = list(zip(names, ranks, strict=True))
-    marks = label_places(points, span, forms) if len(arms) <= MOST_BARS else [("", SIDES[0])] * len(arms)
+    marks = label_places(points, span, forms) if len(arms) <= MAX_BARS else [("", SIDES[0])] * len(arms)
     data = []
     for verdict in VERDICTS:
         own = [i for i, arm in enumerate(arms) if arm.verdict == verdict]
         if own:
-            trace = _speed_trace(verdict, [arms[i] for i in own], bars=len(phase.arms) <= MOST_BARS)
+            trace = _speed_trace(verdict, [arms[i] for i in own], bars=len(phase.arms) <= MAX_BARS)
             words = {"text": [marks[i][0] for i in own], "textposition": [marks[i][1] for i in own]}
             data.append(trace | words | {"customdata": [ranks[i] if marks[i][0] else "" for i in own]})
     layout = {
@@ -68,29 +68,29 @@ def speed_figure(phase: PhaseSummary) -> Figure | None:
 
 
 def _speed_span(speeds: Sequence[float]) -> tuple[float, float]:
-    """The range of the axis, wide enough that timing noise does not look like a gain."""
+    """Returns the range of the speed axis, wide enough that timing noise does not look like a gain."""
     low, high = min(speeds), max(speeds)
-    half = max((high - low) * 0.6, LEAST_SPAN / 2 * (low + high) / 2)
+    half = max((high - low) * 0.6, MIN_SPEED_SPAN / 2 * (low + high) / 2)
     return round((low + high) / 2 - half, 1), round((low + high) / 2 + half, 1)
 
 
 def label_places(
     points: Sequence[tuple[float, float]], span: tuple[float, float], texts: Sequence[tuple[str, str]]
 ) -> list[tuple[str, str]]:
-    """Places a label beside each point so that nothing overlaps; earlier points choose first.
+    """Returns text and side of the label of each point, placed without overlaps; earlier points have priority.
 
-    `texts` holds a long and a short form of each label. If neither fits, the short one goes to the right.
+    `texts` holds a long and a short form of each label. If neither fits, the short form goes to the right.
     """
-    width, height = PLOT
+    width, height = PLOT_SIZE
     heights = [y for _, y in points]
-    tall = (max(heights) - min(heights)) * 1.4 or 1.0
-    spots = [((x - span[0]) / (span[1] - span[0]) * width, (y - min(heights)) / tall * height) for x, y in points]
-    taken = [(x - 7, x + 7, y - 7, y + 7) for x, y in spots]
+    y_range = (max(heights) - min(heights)) * 1.4 or 1.0
+    pixels = [((x - span[0]) / (span[1] - span[0]) * width, (y - min(heights)) / y_range * height) for x, y in points]
+    taken = [(x - 7, x + 7, y - 7, y + 7) for x, y in pixels]
     chosen = []
-    for (x, y), forms in zip(spots, texts, strict=True):
+    for (x, y), forms in zip(pixels, texts, strict=True):
         options = [(text, side, _label_box(x, y, text, side)) for text in forms for side in SIDES]
-        free = (option for option in options if option[2][0] >= 0 and option[2][1] <= width)
-        fits = (option for option in free if all(_apart(option[2], other) for other in taken))
+        inside = (option for option in options if option[2][0] >= 0 and option[2][1] <= width)
+        fits = (option for option in inside if all(_apart(option[2], other) for other in taken))
         text, side, box = next(fits, (forms[-1], SIDES[0], _label_box(x, y, forms[-1], SIDES[0])))
         taken.append(box)
         padding = "  " if side in SIDES[:2] else ""
@@ -99,57 +99,57 @@ def label_places(
 
 
 def _label_box(x: float, y: float, text: str, side: str) -> tuple[float, float, float, float]:
-    """Left, right, lower and upper edge in pixels."""
-    wide, (vertical, horizontal) = CHAR * len(text), side.split()
-    left = {"right": x + 8, "left": x - 8 - wide, "center": x - wide / 2}[horizontal]
+    """Returns left, right, lower and upper edge in pixels."""
+    text_width, (vertical, horizontal) = CHAR_WIDTH * len(text), side.split()
+    left = {"right": x + 8, "left": x - 8 - text_width, "center": x - text_width / 2}[horizontal]
     low = y + {"middle": -7, "top": 8, "bottom": -22}[vertical]
-    return left, left + wide, low, low + 14
+    return left, left + text_width, low, low + 14
 
 
 def _apart(one: tuple[float, float, float, float], other: tuple[float, float, float, float]) -> bool:
     return one[1] <= other[0] or other[1] <= one[0] or one[3] <= other[2] or other[3] <= one[2]
 
 
-def _arm_words(arm: ArmSummary) -> str:
+def _hover_text(arm: ArmSummary) -> str:
     return f"{label(arm.arm)}<br>{mean_interval(arm.score)}"
 
 
 def _speed_trace(verdict: str, arms: Sequence[ArmSummary], *, bars: bool) -> Figure:
     color = f"var(--{verdict_slug(verdict)})"
-    halves = [half_width(arm.delta) or 0 for arm in arms]
+    half_widths = [half_width(arm.delta) or 0 for arm in arms]
     speeds = [f"{fmt.count(arm.tokens_per_second)} tok/s" for arm in arms]
-    words = [f"{_arm_words(arm)} at {speed}" for arm, speed in zip(arms, speeds, strict=True)]
+    hover_texts = [f"{_hover_text(arm)} at {speed}" for arm, speed in zip(arms, speeds, strict=True)]
     return {
         "type": "scatter",
         "mode": "markers+text",
         "name": verdict,
         "x": [round(arm.tokens_per_second or 0.0, 1) for arm in arms],
         "y": [arm.score.mean for arm in arms],
-        "error_y": {"type": "data", "array": halves, "color": color, "thickness": 1, "width": 0, "visible": bars},
+        "error_y": {"type": "data", "array": half_widths, "color": color, "thickness": 1, "width": 0, "visible": bars},
         "marker": marker(verdict, 9),
         "cliponaxis": False,
-        "hovertext": words,
+        "hovertext": hover_texts,
         "hoverinfo": "text",
     }
 
 
 def parallel_figure(phase: PhaseSummary) -> Figure | None:
-    """A vertical axis for each swept setting and for the score, and a line for each arm; None for a single setting."""
+    """Plots a line per arm across an axis per swept setting and one for the score; None for a single setting."""
     axes = sweep_axes(phase)
-    arms = [arm for arm in phase.arms if arm.score.mean is not None and arm.overrides][:MOST_LINES]  # ranked
+    arms = [arm for arm in phase.arms if arm.score.mean is not None and arm.overrides][:MAX_LINES]  # ranked
     if len(axes) < 2 or len(arms) < 3:
         return None
     columns = [[arm.overrides[name] for arm in arms] for name in axes] + [[arm.score.mean for arm in arms]]
     scales = [Scale.of(column) for column in columns]
     heights = [[scale.place(value) for value in column] for scale, column in zip(scales, columns, strict=True)]
     data = []
-    groups = HALVES if len(arms) < FEW else FIFTHS
-    for rank, name in reversed(list(enumerate(groups))):  # the best on top
-        own = [i for i in range(len(arms)) if i * len(groups) // len(arms) == rank]
-        look = {"name": name, "line": {"color": groups[name], "width": 1.2 if rank else 2.5}}
-        data.append(_group_trace(own, arms, heights) | look | {"marker": {"color": groups[name], "size": 5}})
+    groups = HALVES if len(arms) < MIN_ARMS_FOR_FIFTHS else FIFTHS
+    for rank, name in reversed(list(enumerate(groups))):  # the best group is drawn last, on top
+        members = [i for i in range(len(arms)) if i * len(groups) // len(arms) == rank]
+        style = {"name": name, "line": {"color": groups[name], "width": 1.2 if rank else 2.5}}
+        data.append(_group_trace(members, arms, heights) | style | {"marker": {"color": groups[name], "size": 5}})
     names, span = [label(name.rpartition(".")[2], 18) for name in (*axes, phase.metric.name)], [-0.15, len(axes) + 0.3]
-    notes = [note for x, scale in enumerate(scales) for note in _ticks(x, scale)]
+    annotations = [note for x, scale in enumerate(scales) for note in _ticks(x, scale)]
     line = {"color": "var(--soft)", "width": 1}
     upright = {"type": "line", "yref": "y", "y0": 0, "y1": 1, "layer": "below"}
     layout = {
@@ -159,7 +159,7 @@ def parallel_figure(phase: PhaseSummary) -> Figure | None:
         "yaxis": {"visible": False, "range": [-0.06, 1.06]},
         "hovermode": "closest",
         "shapes": [upright | {"x0": x, "x1": x, "line": line} for x in range(len(axes) + 1)],
-        "annotations": notes,
+        "annotations": annotations,
         "legend": ABOVE | {"traceorder": "reversed"},
         "meta": {"kind": "parallel"},
     }
@@ -167,7 +167,7 @@ def parallel_figure(phase: PhaseSummary) -> Figure | None:
 
 
 class Scale:
-    """Maps values to 0..1: linearly, by logarithm, or in equal steps for words and for a few values."""
+    """Maps values to [0, 1]: on a linear or log scale, or in equal steps for text or few distinct values."""
 
     def __init__(self, values: Sequence[Any], *, steps: bool) -> None:
         self.values, self.steps = list(values), steps
@@ -179,7 +179,7 @@ class Scale:
         distinct = list({repr(value): value for value in column}.values())
         numeric = all(map(is_number, distinct))
         distinct.sort(key=(lambda value: value) if numeric else repr)
-        return cls(distinct, steps=not numeric or len(distinct) <= MOST_TICKS)
+        return cls(distinct, steps=not numeric or len(distinct) <= MAX_TICKS)
 
     def place(self, value: Any) -> float:
         """Returns the position of a value, from 0 to 1; 0.5 if it is the only one."""
@@ -187,30 +187,30 @@ class Scale:
             return 0.5
         if self.steps:
             return round([repr(known) for known in self.values].index(repr(value)) / (len(self.values) - 1), 4)
-        low, high, at = (log(x) if self.log else x for x in (self.values[0], self.values[-1], value))
-        return round((at - low) / (high - low), 4)
+        low, high, scaled = (log(x) if self.log else x for x in (self.values[0], self.values[-1], value))
+        return round((scaled - low) / (high - low), 4)
 
     def ticks(self) -> list[Any]:
-        """Returns the values to write beside the axis."""
+        """Returns the values to print beside the axis: all, or first, middle and last."""
         last = len(self.values) - 1
-        if last < MOST_TICKS:
+        if last < MAX_TICKS:
             return self.values
         return [self.values[0], self.values[last // 2], self.values[last]]
 
 
 def _ticks(x: int, scale: Scale) -> list[Figure]:
-    place = {"x": x, "showarrow": False, "xanchor": "left", "xshift": 4}
-    look = place | {"bgcolor": "var(--paper)", "font": {"color": "var(--soft)", "size": 11}}
+    position = {"x": x, "showarrow": False, "xanchor": "left", "xshift": 4}
+    style = position | {"bgcolor": "var(--paper)", "font": {"color": "var(--soft)", "size": 11}}
     ticks = [(value, f"{value:.4g}" if isinstance(value, float) else fmt.value(value)) for value in scale.ticks()]
-    return [look | {"y": scale.place(value), "text": label(text, 14)} for value, text in ticks]
+    return [style | {"y": scale.place(value), "text": label(text, 14)} for value, text in ticks]
 
 
-def _group_trace(own: Sequence[int], arms: Sequence[ArmSummary], heights: Sequence[Sequence[float]]) -> Figure:
+def _group_trace(members: Sequence[int], arms: Sequence[ArmSummary], heights: Sequence[Sequence[float]]) -> Figure:
     x: list[int | None] = []
     y: list[float | None] = []
-    words: list[str] = []
-    for i in own:
+    hover_texts: list[str] = []
+    for i in members:
         x += [*range(len(heights)), None]
         y += [*(column[i] for column in heights), None]
-        words += [_arm_words(arms[i])] * (len(heights) + 1)
-    return {"type": "scatter", "mode": "lines+markers", "x": x, "y": y, "hovertext": words, "hoverinfo": "text"}
+        hover_texts += [_hover_text(arms[i])] * (len(heights) + 1)
+    return {"type": "scatter", "mode": "lines+markers", "x": x, "y": y, "hovertext": hover_texts, "hoverinfo": "text"}

@@ -1,4 +1,4 @@
-"""Results in words: the phrases that the terminal, the page and its Markdown share."""
+"""Describes results in words, for the terminal, the HTML report and the Markdown report."""
 
 import re
 from collections import Counter
@@ -45,20 +45,20 @@ ENDINGS = {"diverged": "its loss became non-finite", "stopped": "the campaign st
 
 
 def half_width(spread: Spread | Delta | None) -> float | None:
-    """Half of a confidence interval, the number after a plus-minus sign."""
+    """Returns half the width of a confidence interval; None without an interval."""
     if spread is None or spread.ci_low is None or spread.ci_high is None:
         return None
     return (spread.ci_high - spread.ci_low) / 2
 
 
 def mean_interval(spread: Spread) -> str:
-    """`4.3211 ± 0.0123`: the mean over seeds and half of its confidence interval."""
+    """Formats a mean over seeds with half the width of its interval: `4.3211 ± 0.0123`."""
     half = half_width(spread)
     return fmt.number(spread.mean) + ("" if spread.mean is None or half is None else f" ± {fmt.number(half)}")
 
 
 def effect(delta: Delta | None) -> str:
-    """`-0.0123 [-0.0150, -0.0096]`: a difference from the baseline with its confidence interval."""
+    """Formats a difference from the baseline with its confidence interval: `-0.0123 [-0.0150, -0.0096]`."""
     if delta is None:
         return fmt.MISSING
     low, high = delta.ci_low, delta.ci_high
@@ -67,25 +67,25 @@ def effect(delta: Delta | None) -> str:
 
 
 def interval_name(confidence: float) -> str:
-    """`95 % interval`."""
+    """Names a confidence interval: `95 % interval`."""
     return f"{100 * confidence:g} % interval"
 
 
 def noise(phase: PhaseSummary) -> str:
-    """The spread between seeds of a phase, and the effect that it could detect."""
-    facts = phase.noise
-    if facts.sd is None:
+    """Describes the noise between the seeds of a phase and the smallest effect that it can detect."""
+    estimate = phase.noise
+    if estimate.sd is None:
         return "Noise unknown: one seed gives no spread."
-    text = f"Noise: sd {fmt.number(facts.sd)}" + (f" ({fmt.plain(facts.method)})" if facts.method else "")
-    if facts.correlation is not None:
-        text += f", correlation between arms over seeds {fmt.number(facts.correlation, 2)}"
-    if facts.smallest_detectable is not None:
-        text += f", smallest detectable effect {fmt.number(facts.smallest_detectable)}"
+    text = f"Noise: sd {fmt.number(estimate.sd)}" + (f" ({fmt.plain(estimate.method)})" if estimate.method else "")
+    if estimate.correlation is not None:
+        text += f", correlation between arms over seeds {fmt.number(estimate.correlation, 2)}"
+    if estimate.smallest_detectable is not None:
+        text += f", smallest detectable effect {fmt.number(estimate.smallest_detectable)}"
     return f"{text}."
 
 
 def trial_counts(counts: TrialCounts) -> str:
-    """`29 trials (27 finished, 2 diverged)`, or just `29 trials` if all of them finished."""
+    """Formats the trials of a phase: `29 trials (27 finished, 2 diverged)`; `29 trials` if all finished."""
     parts = [f"{getattr(counts, name)} {name}" for name in ("finished", "diverged", "failed", "stopped")]
     parts = [part for part in parts if not part.startswith("0 ")] if counts.finished != counts.total else []
     parts += [f"{counts.reused} reused"] if counts.reused else []
@@ -93,12 +93,12 @@ def trial_counts(counts: TrialCounts) -> str:
 
 
 def campaign_counts(counts: TrialCounts) -> str:
-    """`29 trials + 3 reused`: the total of a campaign counts a trial once, however many phases use it."""
+    """Formats the trials of a campaign, which counts shared trials once: `29 trials + 3 reused`."""
     return trial_counts(replace(counts, reused=0)) + (f" + {counts.reused} reused" if counts.reused else "")
 
 
 def claim_counts(verdicts: Iterable[str]) -> str:
-    """`2 reproduced, 1 refuted and 1 undecided`."""
+    """Formats the number of claims per verdict: `2 reproduced, 1 refuted and 1 undecided`."""
     counts = Counter(verdicts)
     return fmt.listing(f"{counts[verdict]} {verdict}" for verdict in CLAIM_VERDICTS if counts[verdict])
 
@@ -114,40 +114,41 @@ def is_named(arm: ArmSummary) -> bool:
 
 
 def varied(phase: PhaseSummary) -> dict[str, str]:
-    """The settings that vary in a phase, with their values; for a search, the range that its arms cover."""
+    """Maps each setting that varies in a phase to its values, or to their range if there are many."""
     if phase.swept:
         return {name: ", ".join(map(fmt.value, values)) for name, values in phase.swept.items()}
-    found = {}
+    texts = {}
     for name in sweep_axes(phase):
         values = [arm.overrides[name] for arm in phase.arms if arm.overrides]
         numeric = all(map(is_number, values))
         distinct = list(dict.fromkeys(map(fmt.value, sorted(values) if numeric else values)))
         if len(distinct) > 6 and numeric:
-            found[name] = f"{fmt.value(min(values))} to {fmt.value(max(values))}, {len(distinct)} values"
+            texts[name] = f"{fmt.value(min(values))} to {fmt.value(max(values))}, {len(distinct)} values"
         else:
-            found[name] = fmt.listing(distinct, most=8)
-    return found
+            texts[name] = fmt.listing(distinct, most=8)
+    return texts
 
 
 class ImportanceTable(NamedTuple):
-    """Rows of (setting, share, percent), and what they mean."""
+    """Rows of (setting, share as text, percent), and a note that explains them."""
 
     rows: list[tuple[str, str, int]]
     note: str
 
 
 def importance_table(phase: PhaseSummary) -> ImportanceTable | None:
-    """The importance of each swept setting; None where it cannot be computed."""
-    if (found := axis_importance(phase)) is None:
+    """Returns the importance of each swept setting; None if it cannot be computed."""
+    if (importance := axis_importance(phase)) is None:
         return None
-    shares = found.shares | ({} if found.rest is None else {"interactions and chance": found.rest})
-    note = f"Share of the variance of {phase.metric.name} over {found.arms} arms that each setting explains: "
+    rest = {} if importance.rest is None else {"interactions and chance": importance.rest}
+    shares = importance.shares | rest
+    note = f"Share of the variance of {phase.metric.name} over {importance.arms} arms that each setting explains: "
     rows = [(name, f"{share:.0%}", round(100 * share)) for name, share in shares.items()]
-    return ImportanceTable(rows, f"{note}{found.method}.")
+    return ImportanceTable(rows, f"{note}{importance.method}.")
 
 
 def went_wrong(problem: TrialProblem) -> str:
-    """The last error of a trial that did not finish, or how it ended."""
+    """Returns the last error of a trial that did not finish, or how it ended."""
     return fmt.plain(problem.error or ENDINGS.get(problem.status, fmt.MISSING))
 
 
@@ -155,14 +156,14 @@ def went_wrong(problem: TrialProblem) -> str:
 
 
 def fact(item: Any) -> str:
-    """A value of the environment or the data: whole numbers with separators."""
+    """Formats a value of the environment or the data; integers get thousands separators."""
     if item is None:
         return fmt.MISSING
     return f"{item:,}" if isinstance(item, int) and not isinstance(item, bool) else fmt.value(item)
 
 
 def moment(text: str) -> str:
-    """`2026-01-14 09:12 UTC` for an ISO time; anything else is returned as it is."""
+    """Formats an ISO time as `2026-01-14 09:12 UTC`; returns other text unchanged."""
     try:
         when = datetime.fromisoformat(text)
     except ValueError:
@@ -172,51 +173,54 @@ def moment(text: str) -> str:
 
 
 def cost(summary: CampaignSummary) -> str:
-    """Trials, tokens, wall time, and how many trials ran side by side, on one line."""
-    wall, work = summary.seconds, summary.trial_seconds
+    """Summarizes trials, tokens, wall time and concurrency on one line."""
+    wall, in_trials = summary.seconds, summary.trial_seconds
     parts = [campaign_counts(summary.trials), f"{fmt.count(summary.tokens)} tokens", f"{fmt.duration(wall)} wall time"]
-    if wall and work:
-        parts.append(f"{work / wall:.1f} trials at a time" if work > wall else f"{fmt.duration(work)} inside trials")
+    if wall and in_trials:
+        concurrency = f"{in_trials / wall:.1f} trials at a time"
+        parts.append(concurrency if in_trials > wall else f"{fmt.duration(in_trials)} inside trials")
     return " · ".join(parts)
 
 
 def cost_facts(summary: CampaignSummary) -> dict[str, str]:
-    """The cost of a campaign in words, by name; unknown numbers are left out."""
-    spent = summary.cost
-    inside = f"({fmt.duration(spent.step_seconds)} inside training steps over wall time times slots)"
+    """Returns the costs of a campaign as name and text, without those that are unknown."""
+    used = summary.cost
+    formula = f"({fmt.duration(used.step_seconds)} inside training steps over wall time times slots)"
     facts = {
         "trials": campaign_counts(summary.trials),
         "training tokens": fmt.count(summary.tokens),
         "wall time": fmt.duration(summary.seconds),
         "time inside trials": fmt.duration(summary.trial_seconds),
-        "device hours": "" if spent.device_hours is None else f"{spent.device_hours:.3g}",
-        "trials at a time": f"at most {spent.slots}" if spent.slots else "",
+        "device hours": "" if used.device_hours is None else f"{used.device_hours:.3g}",
+        "trials at a time": f"at most {used.slots}" if used.slots else "",
         "packing": packing_fact(summary.packing) if summary.packing else "",
-        "efficiency": "" if spent.efficiency is None else f"{spent.efficiency:.0%} {inside}",
+        "efficiency": "" if used.efficiency is None else f"{used.efficiency:.0%} {formula}",
     }
     return {name: text for name, text in facts.items() if text}
 
 
 def packing_fact(packing: Mapping[str, Any]) -> str:
-    """How many trials shared a device, why, and the measurements behind it."""
-    at_once = fmt.counted(packing["trials_per_device"], "trial")
-    text = f"{at_once} at once on each device ({fmt.plain(packing['why'])})"
+    """Describes how many trials shared a device, why, and the measured throughputs."""
+    trials = fmt.counted(packing["trials_per_device"], "trial")
+    text = f"{trials} at once on each device ({fmt.plain(packing['why'])})"
     curve = [f"{point['trials']}: {fmt.count(point['tokens_per_second'])}" for point in packing["curve"]]
     return f"{text}; total tokens/s by trials at once: {', '.join(curve)}" if curve else text
 
 
 def troubles(summary: CampaignSummary) -> list[str]:
-    """Retried trials, skipped shards and warnings, one sentence each."""
-    found = []
+    """Lists retried trials, skipped shards and the number of warnings, one sentence each."""
+    sentences = []
     for trial in summary.cost.retried:
-        place = f"{fmt.plain(trial.phase)}/{fmt.plain(trial.arm)} seed {trial.seed}"
-        found.append(f"{place} was started {trial.attempts} times; final status: {fmt.plain(trial.status)}.")
+        name = f"{fmt.plain(trial.phase)}/{fmt.plain(trial.arm)} seed {trial.seed}"
+        sentences.append(f"{name} was started {trial.attempts} times; final status: {fmt.plain(trial.status)}.")
     if skipped := summary.data.get("skipped_shards"):
-        found.append(f"{skipped} corrupt shard{'s were' if skipped > 1 else ' was'} skipped when the data were read.")
+        sentences.append(
+            f"{skipped} corrupt shard{'s were' if skipped > 1 else ' was'} skipped when the data were read."
+        )
     warned = [f"{len(phase.warnings)} in {fmt.plain(phase.phase)}" for phase in summary.phases if phase.warnings]
     if warned:
-        found.append(f"Warnings are listed with their phases: {fmt.listing(warned)}.")
-    return found
+        sentences.append(f"Warnings are listed with their phases: {fmt.listing(warned)}.")
+    return sentences
 
 
 # ---- the next step -------------------------------------------------------------------------------------------------
@@ -225,7 +229,7 @@ RESUME = "the same command again: it continues where it stopped and repeats noth
 
 
 def next_step(summary: CampaignSummary) -> str:
-    """The most useful thing to do after reading this summary, in one sentence."""
+    """Suggests the most useful next step in one sentence."""
     answer = summary.answer
     if summary.left_out:
         return f"Raise `budget:` and run {RESUME}"
@@ -242,7 +246,7 @@ def next_step(summary: CampaignSummary) -> str:
 
 
 def _more_seeds(phase: PhaseSummary) -> str | None:
-    """How many seeds an undecided phase needs; None if it could detect every effect that matters."""
+    """Says how many seeds a phase needs to detect `min_effect`; None if it has enough or this is unknown."""
     seeds, sd = len(phase.seeds), phase.noise.sd
     if seeds == 1:
         return "One seed carries no claim. Set `seeds: [1, 2, 3]` and run again. Finished trials are reused."

@@ -1,1 +1,1 @@
-"""What the terminal shows during and after a campaign."""
+"""Terminal views during and after a campaign."""

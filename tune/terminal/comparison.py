@@ -1,4 +1,4 @@
-"""The terminal view of `compare`: the facts that differ, then a row for each arm."""
+"""Terminal view of `compare`: what differs between the two directories, then a row for each arm."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -14,13 +14,13 @@ from tune.results.compare import IDENTICAL, Comparison
 from tune.terminal.final_screen import RULED
 from tune.terminal.live import Portable, words
 
-WIDEST = 120  # longer lines are hard to follow
+MAX_WIDTH = 120  # longer lines are hard to follow
 STYLES = {"B better": "bold bright_blue", "A better": "yellow", IDENTICAL: "bold"}
 
 
 def comparison_view(comparison: Comparison) -> RenderableType:
-    """Returns the text of `compare`, for 80 to 120 columns."""
-    return Portable(lambda width: _view(comparison, min(width, WIDEST)))
+    """Returns the view, laid out for 80 to 120 columns."""
+    return Portable(lambda width: _view(comparison, min(width, MAX_WIDTH)))
 
 
 def _view(comparison: Comparison, width: int) -> RenderableType:
@@ -51,7 +51,7 @@ def _view(comparison: Comparison, width: int) -> RenderableType:
 
 
 def _fact(item: Any) -> str:
-    """A value; hashes are cut to their first 12 digits."""
+    """Formats a value; hashes are cut to 12 digits."""
     text = fmt.MISSING if item is None else fmt.value(item)
     return text[:12] if len(text) in (40, 64) and not set(text) - set("0123456789abcdef") else text
 
@@ -95,8 +95,8 @@ def _remarks(comparison: Comparison) -> Iterator[str]:
             f"B \u2212 A with its {interval}, paired over shared seeds (n+n: no shared seeds). "
             f"An effect below {comparison.min_effect:g} is a tie."
         )
-    for side, names in (("A", comparison.only_a), ("B", comparison.only_b)):
-        if names:
-            yield f"Only in {side}: {fmt.listing((own[0] for own in names), most=8)}."
+    for side, arm_names in (("A", comparison.only_a), ("B", comparison.only_b)):
+        if arm_names:
+            yield f"Only in {side}: {fmt.listing((names[0] for names in arm_names), most=8)}."
     if comparison.throughput_note:
         yield f"{comparison.throughput_note}."

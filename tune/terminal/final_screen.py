@@ -1,4 +1,4 @@
-"""The last screen of a campaign: each phase as a table, the claims, then the answer and what to do next."""
+"""Final screen of a campaign: a table per phase, the claims, then the answer and the next step."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,19 +26,19 @@ VERDICT_STYLES = {
     "failed": "bold red",
 }
 CLAIM_STYLES = {"reproduced": "bold bright_blue", "refuted": "yellow"}
-MOST_ARMS = 12  # of a phase on this screen; the report has all
+MAX_ARMS = 12  # rows of a phase table; the report lists all arms
 
-WIDEST = 132  # longer lines are hard to follow
+MAX_WIDTH = 132  # longer lines are hard to follow
 GAP = 2  # between two columns
-NARROW = 16  # if names would get less than this, intervals move to a line of their own
-SPEED_WIDTH = 7  # of the column of speeds
-PICTURE_WIDTH = 13  # smallest width of the picture of the intervals
+MIN_NAME_WIDTH = 16  # if less is left for the names, intervals move to a second line
+SPEED_WIDTH = 7  # of the speed column
+MIN_PLOT_WIDTH = 13  # of the interval plot
 RULED = Box("    \n    \n ── \n    \n    \n    \n    \n    \n")  # one rule under the header, nothing else
 
 
 def final_screen(summary: CampaignSummary, *, report: Path) -> RenderableType:
-    """Returns the last screen of a campaign; `report` is the path it names."""
-    return Portable(lambda width: _screen(summary, report, min(width, WIDEST)))
+    """Returns the final screen of a campaign, which names the path `report`."""
+    return Portable(lambda width: _screen(summary, report, min(width, MAX_WIDTH)))
 
 
 def _screen(summary: CampaignSummary, report: Path, width: int) -> RenderableType:
@@ -65,32 +65,32 @@ def _phase_heading(phase: PhaseSummary) -> Text:
 
 
 def phase_table(phase: PhaseSummary, *, width: int = 100) -> Table:
-    """The arms of a phase, ranked. A wider terminal also shows the speed, then a picture of the intervals."""
-    arms = [arm for n, arm in enumerate(phase.arms) if n < MOST_ARMS or arm.verdict == "baseline"]
+    """Returns the ranked arms of a phase; wider terminals add speeds, then a plot of the intervals."""
+    arms = [arm for n, arm in enumerate(phase.arms) if n < MAX_ARMS or arm.verdict == "baseline"]
     header = ["n", fmt.plain(phase.metric.name), "against the baseline", "verdict"]
     rows = [[str(arm.n), mean_interval(arm.score), effect(arm.delta), fmt.plain(arm.verdict)] for arm in arms]
-    if width - _width(header, *rows) < NARROW:
+    if width - _width(header, *rows) < MIN_NAME_WIDTH:
         header[2] = header[2].replace(" ", "\n", 1)
         rows = [[text.replace(" \u00b1", "\n\u00b1").replace(" [", "\n[") for text in row] for row in rows]
-    name_width, has_speed, picture = _layout(arms, width - _width(header, *rows))
+    name_width, has_speed, plot_width = _layout(arms, width - _width(header, *rows))
     table = _plain_table()
     table.add_column("arm", max_width=name_width, overflow="fold")
     for name in header:
         table.add_column(Text(name), justify="right" if name == "n" else "left", no_wrap=True)
     if has_speed:
         table.add_column("tok/s", justify="right", no_wrap=True)
-    if picture:
+    if plot_width:
         low, high = _span(arms)
         is_up = phase.metric.goal == "maximize"
-        word, is_shown = ("→ better".rjust(picture), high > 0) if is_up else ("better ←", low < 0)
+        word, is_shown = ("→ better".rjust(plot_width), high > 0) if is_up else ("better ←", low < 0)
         table.add_column(word if is_shown else "", no_wrap=True)
-    for arm, row, marks in zip(arms, rows, forest(arms, picture), strict=True):
+    for arm, row, marks in zip(arms, rows, forest(arms, plot_width), strict=True):
         style = VERDICT_STYLES.get(arm.verdict, "")
         cells = [words(arm.arm, "bold" if arm.arm == phase.winner else ""), *map(Text, row[:-1]), Text(row[-1], style)]
         cells += [Text(fmt.count(arm.tokens_per_second))] if has_speed else []
-        if picture:
+        if plot_width:
             cells.append(Text(marks, style))
-            cells[-1].highlight_regex("│", "not bold bright_black")  # the zero of the baseline, the same in every row
+            cells[-1].highlight_regex("│", "not bold bright_black")  # the zero line of the baseline
         table.add_row(*cells)
     if len(arms) < len(phase.arms):
         table.caption = Text(f"… and {len(phase.arms) - len(arms)} more in the report", style="dim")
@@ -105,34 +105,34 @@ def _plain_table() -> Table:
 
 
 def _width(*rows: Sequence[str]) -> int:
-    """The width of the columns of these rows, each with the gap before it."""
+    """Returns the total width of the columns of `rows`, gaps included."""
     columns = zip(*rows, strict=True)
     return sum(GAP + max(len(line) for text in column for line in text.split("\n")) for column in columns)
 
 
 def _layout(arms: Sequence[ArmSummary], room: int) -> tuple[int, bool, int]:
-    """Width of the names, whether there is room for the speed, and the width of the picture (0 for none)."""
+    """Returns the width of the names, whether the speed fits, and the width of the interval plot (0 for none)."""
     names = [fmt.plain(arm.arm) for arm in arms]
     longest = max(map(len, names), default=0)
     longest_word = max((len(word) for name in names for word in name.split()), default=0)  # names wrap at spaces
-    needed = max(min(longest_word, 24), min(longest, NARROW))
+    needed = max(min(longest_word, 24), min(longest, MIN_NAME_WIDTH))
     has_speed = room - SPEED_WIDTH >= needed
     room -= SPEED_WIDTH if has_speed else 0
-    if room - PICTURE_WIDTH - GAP < needed:
+    if room - MIN_PLOT_WIDTH - GAP < needed:
         return max(room, 10), has_speed, 0
-    picture = max(PICTURE_WIDTH, min(33, room - GAP - min(longest, 36)))
-    return room - GAP - picture, has_speed, picture
+    plot_width = max(MIN_PLOT_WIDTH, min(33, room - GAP - min(longest, 36)))
+    return room - GAP - plot_width, has_speed, plot_width
 
 
 def _span(arms: Sequence[ArmSummary]) -> tuple[float, float]:
-    """The range that all intervals against the baseline cover, zero included."""
+    """Returns the range of all intervals against the baseline, including zero."""
     deltas = [arm.delta for arm in arms if arm.delta]
     ends = [end for delta in deltas for end in (delta.mean, delta.ci_low, delta.ci_high) if end is not None]
     return min([0.0, *ends]), max([0.0, *ends])
 
 
 def forest(arms: Sequence[ArmSummary], width: int) -> list[str]:
-    """Draws the intervals of all arms as text on one scale: `──●──  │`, with the baseline at the bar."""
+    """Draws the intervals of all arms as text on a common scale: `──●──  │`, where the bar is the baseline."""
     low, high = _span(arms)
     if width < 2 or low == high:
         return [" " * width] * len(arms)
@@ -157,19 +157,19 @@ def forest(arms: Sequence[ArmSummary], width: int) -> list[str]:
 
 
 def claims_table(claims: Sequence[ClaimResult], *, width: int = 100) -> Table:
-    """A line for each claim; a narrow terminal drops columns that the report has."""
+    """Returns a row per claim; narrow terminals omit columns, which the report has."""
     table = _plain_table()
     names = [fmt.shorten(fmt.plain(claim.id), 20) for claim in claims]
     values = [fmt.claim_value(claim.observed, claim.ci_low, claim.ci_high) for claim in claims]
     room = width - max(len("claim"), *map(len, names)) - max(len("observed"), *map(len, values)) - len("reproduced") - 6
-    shown = 4 if room >= 12 else 3 if room >= 0 else 2
-    for name in ("claim", "verdict", "observed")[:shown]:
+    n_columns = 4 if room >= 12 else 3 if room >= 0 else 2
+    for name in ("claim", "verdict", "observed")[:n_columns]:
         table.add_column(name, no_wrap=True)
-    if shown == 4:
+    if n_columns == 4:
         table.add_column("what was said", no_wrap=True, overflow="ellipsis", max_width=room)
     for claim, name, value in zip(claims, names, values, strict=True):
         verdict = words(claim.verdict, CLAIM_STYLES.get(claim.verdict, "dim"))
-        table.add_row(*[words(name), verdict, Text(value), words(claim.says or "")][:shown])
+        table.add_row(*[words(name), verdict, Text(value), words(claim.says or "")][:n_columns])
     return table
 
 

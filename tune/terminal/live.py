@@ -1,6 +1,6 @@
-"""The live view of a running campaign, and plain lines if stderr is no terminal.
+"""Live view of a running campaign, or plain lines if stderr is not a terminal.
 
-Names and errors are untrusted text: all of them go through `words`, which strips control characters and markup.
+Names and errors are untrusted text: all of them pass through `words`, which strips control characters and markup.
 """
 
 import contextlib
@@ -24,12 +24,12 @@ REFRESH_PER_SECOND = 3
 
 
 def words(text: object, style: str = "") -> Text:
-    """Untrusted text for the terminal, without control characters or markup."""
+    """Returns untrusted text for the terminal, without control characters or markup."""
     return Text(fmt.plain(text), style=style)
 
 
 class Portable:
-    """Renders what `build` returns for a width, and replaces characters that the terminal's encoding lacks."""
+    """Renders `build(width)` and replaces characters that the terminal's encoding lacks."""
 
     def __init__(self, build: Callable[[int], RenderableType]) -> None:
         self.build = build
@@ -40,8 +40,8 @@ class Portable:
             yield from segments
             return
         for text, style, control in segments:
-            known = text.encode(options.encoding, fmt.PORTABLE).decode(options.encoding)
-            yield Segment(known, style, control)
+            encodable = text.encode(options.encoding, fmt.PORTABLE).decode(options.encoding)
+            yield Segment(encodable, style, control)
 
 
 def live_view(snapshot: Snapshot, *, height: int = 24) -> RenderableType:
@@ -50,8 +50,8 @@ def live_view(snapshot: Snapshot, *, height: int = 24) -> RenderableType:
 
 
 def _live(snapshot: Snapshot, width: int, height: int) -> RenderableType:
-    past = min(len(snapshot.phases), max(1, (height - 12) // 3))
-    most = max(1, height - past - 9)
+    n_phases = min(len(snapshot.phases), max(1, (height - 12) // 3))
+    max_running = max(1, height - n_phases - 9)
     label = Column(style="dim", no_wrap=True, max_width=18)
     facts = Table.grid(label, Column(ratio=1), padding=(0, 2, 0, 0), expand=True)
     if snapshot.best:
@@ -59,12 +59,12 @@ def _live(snapshot: Snapshot, width: int, height: int) -> RenderableType:
         line = words(fmt.shorten(fmt.plain(arm), 36), "bold bright_blue")
         line.append(f"  {fmt.plain(snapshot.metric)} {fmt.number(loss)}  n={n}", style="default not bold")
         facts.add_row("best so far", _line(line))
-    for phase in snapshot.phases[-past:] if past else ():
+    for phase in snapshot.phases[-n_phases:] if n_phases else ():
         facts.add_row(_line(words(phase.phase)), _winner(phase))
     if snapshot.dashboard_url:
         facts.add_row("dashboard", _line(words(snapshot.dashboard_url)))
     idle = Text("no trial is training right now", style="dim")
-    training = _running_table(snapshot, width, most) if snapshot.running else idle
+    training = _running_table(snapshot, width, max_running) if snapshot.running else idle
     return Group(_header(snapshot), _progress(snapshot), Text(), training, Text(), facts)
 
 
@@ -103,18 +103,18 @@ def _bar(done: int, total: int, width: int | None = None) -> ProgressBar:
     return bar
 
 
-def _running_table(snapshot: Snapshot, width: int, most: int) -> Table:
+def _running_table(snapshot: Snapshot, width: int, max_rows: int) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), expand=True, header_style="dim", pad_edge=False)
     table.add_column("training now", ratio=1, no_wrap=True, overflow="ellipsis")
     for name in ("seed", "step", "", "train", "val", "tok/s"):
         table.add_column(name, justify="right", no_wrap=True, width=None if name else 8)
-    names = max(width - 41 - max(len(f"{trial.step}/{trial.steps}") for trial in snapshot.running), 10)
-    shown = snapshot.running if len(snapshot.running) <= most else snapshot.running[: most - 1]
+    name_width = max(width - 41 - max(len(f"{trial.step}/{trial.steps}") for trial in snapshot.running), 10)
+    shown = snapshot.running if len(snapshot.running) <= max_rows else snapshot.running[: max_rows - 1]
     for trial in shown:
         name = trial.arm if trial.phase == snapshot.phase else f"{trial.phase}: {trial.arm}"
         progress = f"{trial.step}/{trial.steps}", _bar(trial.step, trial.steps, 8)
         numbers = fmt.number(trial.train_loss), fmt.number(trial.val_loss), fmt.count(trial.tokens_per_second)
-        table.add_row(words(fmt.shorten(fmt.plain(name), names)), str(trial.seed), *progress, *numbers)
+        table.add_row(words(fmt.shorten(fmt.plain(name), name_width)), str(trial.seed), *progress, *numbers)
     if len(shown) < len(snapshot.running):
         table.add_row(Text(f"… and {len(snapshot.running) - len(shown)} more", style="dim"))
     return table
@@ -129,14 +129,14 @@ def _winner(phase: PhaseSummary) -> Text:
 
 
 class LiveConsole:
-    """Redraws `live_view` on stderr a few times a second while it is open, and removes it at the end."""
+    """Redraws `live_view` on stderr a few times a second, and erases it on exit."""
 
     def __init__(self, snapshot: Callable[[], Snapshot], console: Console | None = None) -> None:
         self.console = console or Console(stderr=True, highlight=False)
         self._live = Live(
             console=self.console,
-            # The empty last line is for the ^C that a terminal echoes: at the end of a full line it would wrap, and the
-            # next view would be drawn one line lower.
+            # The empty last line leaves room for the ^C that the terminal echoes: after a full line it would wrap, and
+            # the next view would be drawn one line lower.
             get_renderable=lambda: Group(live_view(snapshot(), height=self.console.height - 1), Text()),
             refresh_per_second=REFRESH_PER_SECOND,
             transient=True,
@@ -152,13 +152,13 @@ class LiveConsole:
             self._live.stop()
 
     def message(self, text: str) -> None:
-        """Prints one event above the view; does nothing once the terminal is gone."""
+        """Prints one event above the view; ignores a closed terminal."""
         with contextlib.suppress(OSError):
             self.console.print(words(text))
 
 
 class PlainConsole:
-    """The same interface for logs and pipes: one plain line for each event."""
+    """The interface of `LiveConsole` for logs and pipes: prints one plain line per event."""
 
     def __enter__(self) -> Self:
         return self
@@ -167,13 +167,13 @@ class PlainConsole:
         pass
 
     def message(self, text: str) -> None:
-        """Writes one event to stderr; if nobody reads it any more, the journal still has it."""
+        """Writes one event to stderr; ignores a closed pipe, since the journal has the event."""
         with contextlib.suppress(OSError):
             print(fmt.plain(text), file=sys.stderr, flush=True)
 
 
 def open_console(snapshot: Callable[[], Snapshot]) -> LiveConsole | PlainConsole:
-    """Returns a live view if stderr is a terminal that can move its cursor, else plain lines."""
+    """Returns a live view if stderr is a terminal with cursor control, otherwise plain lines."""
     console = Console(stderr=True, highlight=False)
     live = sys.stderr.isatty() and not console.is_dumb_terminal
     return LiveConsole(snapshot, console) if live else PlainConsole()

@@ -1,4 +1,4 @@
-"""The table that `--plan` prints."""
+"""Terminal view of `--plan`."""
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -9,7 +9,7 @@ from tune.machine.estimate import Estimate, PhaseEstimate
 
 
 def plan_view(estimated: Estimate) -> RenderableType:
-    """An estimate as a table with notes."""
+    """Returns the estimate as a table with notes."""
     table = Table(title=f"plan of {fmt.plain(estimated.campaign)}", title_justify="left", box=None, pad_edge=False)
     columns = ["phase", "arms", "seeds", "trials", "to run", "tokens", "disk", "time"]
     for name in columns + (["finds"] if estimated.noise else []):
@@ -29,14 +29,14 @@ def _sizes(row: PhaseEstimate | Estimate) -> list[str]:
 
 
 def _notes(estimated: Estimate) -> list[str]:
-    at_once = f"{fmt.counted(estimated.workers, 'trial')} at once"
+    concurrency = f"{fmt.counted(estimated.workers, 'trial')} at once"
     if estimated.together > 1:
-        at_once = f"{estimated.together} trials at once in each of {fmt.counted(estimated.workers, 'worker')}"
-    lines = [f"{at_once}; time {estimated.seconds_source}"]
+        concurrency = f"{estimated.together} trials at once in each of {fmt.counted(estimated.workers, 'worker')}"
+    lines = [f"{concurrency}; time {estimated.seconds_source}"]
     if shared := sum(row.trials for row in estimated.phases) - estimated.trials:
-        one = "1 trial of a later phase is the same as an earlier one and is trained once"
-        many = f"{shared} trials of later phases are the same as earlier ones and are trained once"
-        lines.append(one if shared == 1 else many)
+        singular = "1 trial of a later phase is the same as an earlier one and is trained once"
+        plural = f"{shared} trials of later phases are the same as earlier ones and are trained once"
+        lines.append(singular if shared == 1 else plural)
     if noise := estimated.noise:
         spread = f"a spread between seeds of {noise.sd:.2g}, {noise.source}"
         lines.append(f"finds: the smallest effect that 4 of 5 such phases would find, from {spread}")

@@ -16,7 +16,7 @@ import pytest
 from tests.helpers.summaries import from_json
 from tune import format as fmt
 from tune.report import figures, html, markdown
-from tune.report.figures import MOST_POINTS, curves_by_arm
+from tune.report.figures import MAX_POINTS, curves_by_arm
 from tune.report.markdown import cell
 from tune.report.wording import moment
 from tune.storage.summaries import CampaignSummary, PhaseSummary
@@ -387,7 +387,7 @@ def test_curves_are_thinned_and_keep_their_ends() -> None:
     figure = curve_figure(summary["phases"][0], curves_by_arm(curves(summary, steps=1001)))
     assert figure is not None
     lines = [trace for trace in figure["data"] if not trace.get("fill")]
-    assert max(len(trace["x"]) for trace in lines) == MOST_POINTS
+    assert max(len(trace["x"]) for trace in lines) == MAX_POINTS
     assert {trace["x"][-1] for trace in lines} == {1_000_000}
 
 

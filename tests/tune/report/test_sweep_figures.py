@@ -8,7 +8,7 @@ from typing import Any
 import plotly.graph_objects as go
 import pytest
 
-from tune.report.sweep_figures import MOST_LINES, Scale, parallel_figure, speed_figure
+from tune.report.sweep_figures import MAX_LINES, Scale, parallel_figure, speed_figure
 from tune.storage.summaries import ArmSummary, Delta, Objective, PhaseSummary, Spread
 
 
@@ -97,7 +97,7 @@ def test_a_search_of_a_thousand_arms_keeps_the_best() -> None:
     figure = parallel_figure(phase(*arms))
     assert figure is not None
     assert [trace["name"] for trace in figure["data"]][-1] == "best fifth"
-    assert sum(trace["x"].count(None) for trace in figure["data"]) == MOST_LINES
+    assert sum(trace["x"].count(None) for trace in figure["data"]) == MAX_LINES
 
 
 def test_a_wide_range_is_logarithmic_a_narrow_one_is_not() -> None:
