@@ -135,7 +135,7 @@ def test_a_campaign_with_a_secret_is_refused_without_repeating_it(
         options = ["--set", f"tracker.project={canary}"]
     assert run_campaign.main([str(file), "--inline", "--out", str(tmp_path / "r"), *options]) == 2
     said = capsys.readouterr().err
-    assert "secrets do not belong into a file" in said and canary not in said and "s3same" not in said
+    assert "secrets do not belong in a file" in said and canary not in said and "s3same" not in said
     assert not (tmp_path / "r").exists()
 
 

@@ -1,7 +1,7 @@
-"""Reads settings as people write them: sections, dotted names, unique last parts, and sections in separate files.
+"""Reads settings written as sections, dotted names, unique last parts, or sections in separate files.
 
 base:
-  model: models/30.5M.yaml     # a section as a file of its settings
+  model: models/30.5M.yaml     # a section in its own file
   alpha: 0.2                   # overrides the file
   optim: {name: muon}
 """
@@ -17,58 +17,58 @@ from ngpt.config.base import Config, ConfigError, Location, Problem, resolve, se
 from ngpt.config.yaml_reader import Document, YamlError, read_yaml
 
 MAX_PROBLEMS = 100  # reported at once
-SUFFIXES = (".yaml", ".yml")  # of a section's file; no other file is opened, so none can leak into a message
+SUFFIXES = (".yaml", ".yml")  # of section files; no other file is opened, so an error message cannot quote one
 
-Found = dict[str, tuple[Any, Location]]  # value and place of each setting by full dotted name
+Found = dict[str, tuple[Any, Location]]  # value and location of each setting by full dotted name
 
 
 def named_settings(
     cls: type[Config], data: Any, at: Location = (), *, folder: Path = Path()
 ) -> tuple[Found, list[Problem]]:
-    """The settings in a mapping of sections (`optim: {lr: 1}`), dotted names and unique last parts.
+    """Reads a mapping whose keys are sections (`optim: {lr: 1}`), dotted names or unique last parts.
 
-    A section may also be the path of a YAML file, relative to `folder`; settings written beside it override the file.
-    There is a problem for each key that is unknown, given twice, or a section without a mapping, up to `MAX_PROBLEMS`.
-    Values are not checked.
+    A section may also be the path of a YAML file, relative to `folder`; settings next to it override the file. Returns
+    the settings, and a problem for each key that is unknown, given twice, or a section without a mapping. Stops after
+    `MAX_PROBLEMS`. Values are not checked.
     """
     from_files: Found = {}
-    found: Found = {}
+    found: Found = {}  # outside files
     problems: list[Problem] = []
     if not isinstance(data, Mapping):
         return found, [Problem(at, f"must be a mapping of settings, got {data!r}")]
-    inside = sections(cls)
+    subconfigs = sections(cls)
     for key, value in data.items():
         if len(problems) >= MAX_PROBLEMS:
             break
         location = (*at, key)
-        part: Found = {}
+        added: Found = {}
         wrong: list[Problem] = []
-        if key not in inside:
+        if key not in subconfigs:
             try:
-                part = {resolve(cls, key): (value, location)}
+                added = {resolve(cls, key): (value, location)}
             except ConfigError as error:
-                near = difflib.get_close_matches(key, inside, n=1) if isinstance(value, Mapping) else []
+                near = difflib.get_close_matches(key, subconfigs, n=1) if isinstance(value, Mapping) else []
                 wrong = [Problem(location, unknown_message("section", key, near) if near else str(error))]
         elif not isinstance(value, str):
-            inner, wrong = named_settings(inside[key], value, location, folder=folder)
-            part = {f"{key}.{name}": entry for name, entry in inner.items()}
+            inner, wrong = named_settings(subconfigs[key], value, location, folder=folder)
+            added = {f"{key}.{name}": entry for name, entry in inner.items()}
         elif value.endswith(SUFFIXES):
             # Not Path.expanduser, which raises for a user that does not exist.
-            inner, wrong = _section_file(inside[key], folder / os.path.expanduser(value), location)
+            inner, wrong = _section_file(subconfigs[key], folder / os.path.expanduser(value), location)
             from_files |= {f"{key}.{name}": entry for name, entry in inner.items()}
         else:
             message = f"must be a mapping of settings or the path of a .yaml file, got {value!r}"
             wrong = [Problem(location, message)]
         problems += wrong
-        problems += [Problem(entry[1], f"{name} is given twice") for name, entry in part.items() if name in found]
-        found |= part
+        problems += [Problem(entry[1], f"{name} is given twice") for name, entry in added.items() if name in found]
+        found |= added
     return from_files | found, problems
 
 
 def _section_file(cls: type[Config], path: Path, at: Location) -> tuple[Found, list[Problem]]:
-    """The settings in a file, located where the file is named. Problems carry their place in the file."""
+    """Reads a section file. All settings get the location of its path; problems name the line in the file."""
     try:
-        document = _document(path, _state(path))
+        document = _document(path, _file_state(path))
     except YamlError as error:
         return {}, [Problem(at, str(error))]
     found, wrong = named_settings(cls, document.data, folder=path.parent)
@@ -76,7 +76,7 @@ def _section_file(cls: type[Config], path: Path, at: Location) -> tuple[Found, l
     return {name: (value, at) for name, (value, _) in found.items()}, problems
 
 
-def _state(path: Path) -> tuple[int, ...]:
+def _file_state(path: Path) -> tuple[int, ...]:
     try:
         state = path.stat()
     except (OSError, ValueError):
@@ -86,5 +86,5 @@ def _state(path: Path) -> tuple[int, ...]:
 
 @lru_cache(maxsize=64)
 def _document(path: Path, state: tuple[int, ...]) -> Document:
-    """Reads a file once while its `state` does not change, since many arms may name it."""
+    """Reads a file once for all arms that use it; a changed `state` misses the cache."""
     return read_yaml(path)

@@ -7,16 +7,16 @@ from collections.abc import Iterator, Mapping
 from ngpt.config.base import ConfigError
 
 HIDDEN = "***"
-MIN_SECRET_LENGTH = 12  # characters; shorter values, such as `disabled`, would match everywhere
-ADVICE = "secrets do not belong into a file that is copied into the results; set them in the environment"
+MIN_SECRET_LENGTH = 12  # characters; shorter values, such as `disabled`, also occur in ordinary text
+ADVICE = "secrets do not belong in a file that is copied into the results; set them in the environment"
 
 # Names of variables and settings whose values are secrets.
-_NAME = re.compile(
+_SECRET_NAME = re.compile(
     r"(?i)(api|access|secret|private|auth|account|encryption)[_-]?key|token|secret|passw(or)?d|credential"
 )
-_NOT = re.compile(r"(?i)(_path|_file|_dir|_url|tokenizer|tokens?_per|_tokens)$|^tokenizers_|tokens?_per_")
+_NOT_SECRET = re.compile(r"(?i)(_path|_file|_dir|_url|tokenizer|tokens?_per|_tokens)$|^tokenizers_|tokens?_per_")
 # Formats that providers document, and generic `name: value` pairs.
-_SHAPES = {
+_FORMATS = {
     "an AWS access key": r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b",
     "a Hugging Face token": r"\bhf_[A-Za-z0-9]{20,}\b",
     "a W&B key": r"\bwandb_v1_[A-Za-z0-9_]{20,}\b",
@@ -27,27 +27,27 @@ _SHAPES = {
     "a secret by its name": r"(?i)(?:(?:api|access|secret|auth)[_-]?key|auth[_-]?token|hf_token|secret|passw(?:or)?d)"
     r"[\"']?\s*[:=]\s*[\"']?[A-Za-z0-9_/+.-]{12,}",
 }
-_KNOWN = {what: re.compile(shape) for what, shape in _SHAPES.items()}
+_PATTERNS = {what: re.compile(pattern) for what, pattern in _FORMATS.items()}
 
 
 def is_secret_name(name: str) -> bool:
-    """Whether a setting or variable of this name would hold a secret: `wandb_api_key`, not `eval_tokens`."""
-    return bool(_NAME.search(name)) and not _NOT.search(name)
+    """Whether a setting or variable with this name holds a secret: `wandb_api_key` does, `eval_tokens` does not."""
+    return bool(_SECRET_NAME.search(name)) and not _NOT_SECRET.search(name)
 
 
 def find_secrets(text: str, environ: Mapping[str, str] = os.environ) -> Iterator[tuple[int, str]]:
-    """The positions of secrets in `text`, each with what it is: the value of a variable, or a known format."""
-    for name, value in _values(environ).items():
+    """Yields the position of each secret in `text` and what it is, such as `a GitHub token`."""
+    for name, value in _secret_values(environ).items():
         start = text.find(value)
         if start >= 0:
             yield start, f"the value of ${name}"
-    for what, shape in _KNOWN.items():
-        if found := shape.search(text):
+    for what, pattern in _PATTERNS.items():
+        if found := pattern.search(text):
             yield found.start(), what
 
 
 def refuse_secrets(text: str, source: str) -> None:
-    """Raises ConfigError with the position of each secret in `text`, not its content; `source` is its name there."""
+    """Raises ConfigError if `text` has secrets. The message has their positions in `source`, not their content."""
     problems = []
     for start, what in find_secrets(text):
         line, column = text.count("\n", 0, start) + 1, start - text.rfind("\n", 0, start)
@@ -57,13 +57,13 @@ def refuse_secrets(text: str, source: str) -> None:
 
 
 def redact(text: str, environ: Mapping[str, str] = os.environ) -> str:
-    """`text` without the secrets of the environment and everything in the format of a secret."""
-    for value in sorted(_values(environ).values(), key=len, reverse=True):
+    """Returns `text` with `***` in place of environment secrets and of everything in a known secret format."""
+    for value in sorted(_secret_values(environ).values(), key=len, reverse=True):
         text = text.replace(value, HIDDEN)
-    for shape in _KNOWN.values():
-        text = shape.sub(HIDDEN, text)
+    for pattern in _PATTERNS.values():
+        text = pattern.sub(HIDDEN, text)
     return text
 
 
-def _values(environ: Mapping[str, str]) -> dict[str, str]:
+def _secret_values(environ: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environ.items() if is_secret_name(name) and len(value) >= MIN_SECRET_LENGTH}

@@ -20,13 +20,13 @@ from ngpt.config.base import ConfigError, Location, Problem, printable
 
 MAX_FILE_BYTES = 1 << 17  # bytes
 MAX_DEPTH = 50
-MAX_NODES = 20_000  # after expanding aliases; takes half a second to read
+MAX_NODES = 20_000  # after expanding aliases; this many take half a second to read
 MAX_INTEGER = 2**63 - 1  # larger ones fail later, when written or divided
 CONSTANTS = {"null": {"": None, "~": None, "null": None}, "bool": {"true": True, "false": False}}
 TOO_DEEP = f"nested too deeply, at most {MAX_DEPTH} levels are read"
 TOO_MANY = f"more than {MAX_NODES} values"
 FLOATS = {".inf": math.inf, "+.inf": math.inf, "-.inf": -math.inf, ".nan": math.nan}
-# Control characters, surrogates, and marks that reorder text so that it looks like another.
+# Control characters, surrogates, and direction marks, which can make text look like other text.
 UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 Position = tuple[int, int]  # line and column, counted from 1
@@ -57,9 +57,9 @@ class YamlError(ConfigError):
 
 
 def read_yaml(path: Path) -> Document:
-    """Reads one YAML document; raises YamlError if it is missing, no regular file, too large, or not plain YAML."""
+    """Reads one YAML file. Raises YamlError if it is missing, not a regular file, too large, or not plain YAML."""
     try:
-        text = _content(path).decode("utf-8")
+        text = _read_bounded(path).decode("utf-8")
     except YamlError:
         raise
     except UnicodeDecodeError as error:
@@ -70,28 +70,28 @@ def read_yaml(path: Path) -> Document:
 
 
 def parse_yaml(text: str, path: Path) -> Document:
-    """The document in `text`; `path` is for messages. Raises YamlError like `read_yaml`."""
+    """Parses a YAML document; `path` is only used in messages. Raises YamlError like `read_yaml`."""
     node = _compose(text, path)
     reader = _Reader(path)
-    data = None if node is None else reader.plain(node, (), 0)
+    data = None if node is None else reader.convert(node, (), 0)
     return Document(path, data, reader.positions)
 
 
 def parse_value(text: str) -> Any:
-    """A value from the command line, read as in a YAML file: `1e-3`, `true`, `[1, 2]`."""
+    """Parses a value from the command line as in a YAML file: `1e-3`, `true`, `[1, 2]`."""
     return parse_yaml(text, Path("--set")).data
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:
-    """`optim.lr=1e-3` as a name and a value; raises ConfigError if it is not NAME=VALUE with a YAML value."""
+    """Splits `optim.lr=1e-3` into name and value. Raises ConfigError if it is not NAME=VALUE with a YAML value."""
     name, equals, value = text.partition("=")
     if not (name.strip() and equals):
         raise ConfigError(f"--set {printable(text)}: expected NAME=VALUE")
     return name.strip(), parse_value(value)
 
 
-def _content(path: Path) -> bytes:
-    """The content of a regular file. Does not block on a pipe or a device."""
+def _read_bounded(path: Path) -> bytes:
+    """Reads a regular file; rejects a pipe or a device without blocking on it."""
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise YamlError(f"{path}: not a regular file")
@@ -102,7 +102,7 @@ def _content(path: Path) -> bytes:
 
 
 class _BoundedComposer(Composer):
-    """Refuses deep or large documents as soon as they exceed the limit."""
+    """Rejects a document while it is read, as soon as it is too deep or too large."""
 
     nodes = 0
 
@@ -116,7 +116,7 @@ class _BoundedComposer(Composer):
 
 
 def _compose(text: str, path: Path) -> Node | None:
-    """The document as nodes. Turns every error of ruamel.yaml into a YamlError."""
+    """Parses a document into nodes. Converts every error of ruamel.yaml to a YamlError."""
     yaml = YAML(typ="safe", pure=True)
     yaml.Composer = _BoundedComposer
     yaml.composer.warn_double_anchors = False  # YAML lets a later anchor of the same name hide an earlier one
@@ -124,10 +124,10 @@ def _compose(text: str, path: Path) -> Node | None:
         return yaml.compose(text)
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
+        position = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
         problem = str(error.problem or error.context)
         text = problem if problem in (TOO_DEEP, TOO_MANY) else f"not valid YAML: {printable(problem)}"
-        raise YamlError(f"{path}{where}: {text}") from None
+        raise YamlError(f"{path}{position}: {text}") from None
     except YAMLError as error:
         raise YamlError(f"{path}: not valid YAML: {printable(str(error).splitlines()[0])}") from None
     except (ValueError, OverflowError) as error:  # a code point beyond Unicode, a version of 5000 digits
@@ -135,14 +135,14 @@ def _compose(text: str, path: Path) -> Node | None:
 
 
 class _Reader:
-    """Turns composed nodes into plain data and records their positions."""
+    """Converts nodes to plain data and records their positions."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.positions: dict[Location, Position] = {}
 
-    def plain(self, node: Node, location: Location, depth: int) -> Any:
-        """The data of a node at `location`, `depth` levels deep; raises YamlError if it is not plain data."""
+    def convert(self, node: Node, location: Location, depth: int) -> Any:
+        """Converts the node at `location`, `depth` levels deep. Raises YamlError if it is not plain data."""
         if depth > MAX_DEPTH or len(self.positions) > MAX_NODES:  # an alias may be inside its own node
             raise self._error(node, TOO_DEEP if depth > MAX_DEPTH else TOO_MANY)
         # A mapping's value keeps the position of its key, which messages should point to.
@@ -150,7 +150,7 @@ class _Reader:
         if isinstance(node, MappingNode) and _kind(node) == "map":
             return self._mapping(node, location, depth)
         if isinstance(node, SequenceNode) and _kind(node) == "seq":
-            return [self.plain(item, (*location, i), depth + 1) for i, item in enumerate(node.value)]
+            return [self.convert(item, (*location, i), depth + 1) for i, item in enumerate(node.value)]
         return self._scalar(node)
 
     def _mapping(self, node: MappingNode, location: Location, depth: int) -> dict[str, Any]:
@@ -160,7 +160,7 @@ class _Reader:
             if key in result:
                 raise self._error(key_node, f"duplicate key {printable(repr(key))}")
             self.positions[(*location, key)] = _position(key_node)
-            result[key] = self.plain(value_node, (*location, key), depth + 1)
+            result[key] = self.convert(value_node, (*location, key), depth + 1)
         return result
 
     def _key(self, node: Node) -> str:
@@ -174,8 +174,8 @@ class _Reader:
 
     def _scalar(self, node: Node) -> Any:
         kind, text = _kind(node), str(node.value)
-        if found := UNPRINTABLE.search(text):
-            raise self._error(node, f"the character U+{ord(found[0]):04X} is not read here")
+        if match := UNPRINTABLE.search(text):
+            raise self._error(node, f"the character U+{ord(match[0]):04X} is not allowed")
         if kind in ("str", "timestamp", "value"):
             return text
         try:
@@ -189,8 +189,8 @@ class _Reader:
             message = f"{printable(text, 40)} is too large, a whole number is at most {MAX_INTEGER}"
             raise self._error(node, message) from None
         except (KeyError, ValueError):
-            raise self._error(node, f"{text[:40]!r} is not a value of the kind {kind!r}") from None
-        raise self._error(node, f"the tag {printable(str(node.tag))} is not read here, only plain data")
+            raise self._error(node, f"{text[:40]!r} is not a value of type {kind!r}") from None
+        raise self._error(node, f"the tag {printable(str(node.tag))} is not supported, only plain data")
 
     def _error(self, node: Node, message: str) -> YamlError:
         line, column = _position(node)
@@ -207,9 +207,10 @@ def _kind(node: Node) -> str:
 
 def _integer(text: str) -> int:
     digits = text.replace("_", "")
-    prefixed = digits.lstrip("+-")[:2] in ("0b", "0o", "0x")
-    # Python raises ValueError for decimals of more than 4300 digits.
-    value = int(digits, 0) if prefixed else int(digits) if len(digits) < 100 else int(float(digits))
+    if digits.lstrip("+-")[:2] in ("0b", "0o", "0x"):
+        value = int(digits, 0)
+    else:  # via float, since int() raises ValueError for more than 4300 decimal digits
+        value = int(digits) if len(digits) < 100 else int(float(digits))
     if abs(value) > MAX_INTEGER:
         raise OverflowError
     return value

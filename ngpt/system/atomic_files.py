@@ -1,4 +1,4 @@
-"""Crash-safe writes: a reader finds the old content or the new content, never a part.
+"""Crash-safe writes: a reader finds the complete old content or the complete new content.
 
 As usual on POSIX file systems: write a temporary file in the same folder, fsync it, rename it over the target, fsync
 the folder.
@@ -16,9 +16,9 @@ TEMPORARY = ".*.tmp"  # left behind by a process that was killed in `write_atomi
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
-    """Replaces the content of `path`; text is written as UTF-8. After an OSError, `path` keeps its old content."""
-    # A random name, opened exclusively, so that nobody can plant a link there.
-    temp = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")  # as TEMPORARY has it
+    """Replaces the content of `path`; text is encoded as UTF-8. If that raises OSError, the old content remains."""
+    # A random name, opened exclusively, so that another user cannot put a symlink there first.
+    temp = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")  # matches TEMPORARY
     try:
         with temp.open("xb") as file:
             file.write(data.encode() if isinstance(data, str) else data)
@@ -31,14 +31,14 @@ def write_atomic(path: Path, data: bytes | str) -> None:
 
 
 def write_json(path: Path, obj: Any) -> None:
-    """Replaces `path` by strict JSON with sorted keys; raises ValueError for a NaN or an infinity."""
+    """Replaces `path` with strict JSON with sorted keys. Raises ValueError for NaN and infinity."""
     write_atomic(path, json.dumps(obj, allow_nan=False, sort_keys=True, indent=1) + "\n")
 
 
 class LineFile:
-    """A file of lines, open for appending. A line is written completely or not at all, even on a full disk.
+    """Appends lines to a file. A line is written completely or not at all, even on a full disk.
 
-    Lines are not buffered: they survive the process once `append` returns, and a power loss once `sync` returns.
+    Writes are unbuffered: lines survive a crash of the process once `append` returns, and a power loss after `sync`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -49,13 +49,13 @@ class LineFile:
         if is_new:
             try:
                 sync(path.parent)
-            except OSError:  # so that the next process syncs the folder
+            except OSError:  # removed, so that the next process creates it and syncs the folder
                 self._file.close()
                 path.unlink()
                 raise
 
     def append(self, *lines: str) -> None:
-        """Appends all lines, or none if that raises OSError; a line may not contain a line break (ValueError)."""
+        """Appends all lines, or none if that raises OSError. Raises ValueError for a line with a line break."""
         for line in lines:
             if "\n" in line or "\r" in line:
                 raise ValueError(f"a line may not contain a line break: {line!r}")
@@ -63,7 +63,7 @@ class LineFile:
         data = memoryview("".join(f"{line}\n" for line in lines).encode())
         written = 0
         try:
-            while written < len(data):  # a disk that fills up writes a part first
+            while written < len(data):  # a nearly full disk writes only a part
                 written += self._file.write(data[written:])
         except OSError:
             self._torn = True
@@ -73,13 +73,13 @@ class LineFile:
         self._size += written
 
     def repair(self) -> None:
-        """Cuts off what a failed `append` has left; raises OSError if it cannot."""
+        """Truncates the partial lines of a failed `append`; raises OSError if that fails."""
         if self._torn:
             self._file.truncate(self._size)
             self._torn = False
 
     def remove_last(self, line: str) -> None:
-        """Removes the newest line, which was `line`; after an OSError it may still be there."""
+        """Removes the last line, which must be `line`; if that raises OSError, it may still be there."""
         self._size, self._torn = self._size - len(f"{line}\n".encode()), True
         self.repair()
 
@@ -93,14 +93,14 @@ class LineFile:
 
 
 def commit_folder(temp: Path, final: Path) -> None:
-    """Renames the finished folder `temp` to `final`, which then exists with all its files on disk or not at all."""
+    """Syncs the folder `temp` and renames it to `final`, which is therefore either complete or absent."""
     for path in (*temp.rglob("*"), temp):
         sync(path)
     _rename(temp, final)
 
 
 def remove_folder(path: Path, *, aside_name: str) -> None:
-    """Removes a folder and its content. A crash leaves it complete, or renamed to `aside_name`."""
+    """Removes a folder and its content. After a crash it is complete, or it has the name `aside_name`."""
     aside = path.with_name(aside_name)
     _rename(path, aside)
     shutil.rmtree(aside)
@@ -108,7 +108,7 @@ def remove_folder(path: Path, *, aside_name: str) -> None:
 
 
 def _rename(path: Path, target: Path) -> None:
-    """Renames within a folder; does not return before the new name is on disk, and takes it back if that fails."""
+    """Renames within a folder and waits until the new name is on disk. Restores the old name if that fails."""
     path.rename(target)
     try:
         sync(target.parent)
@@ -128,7 +128,7 @@ def make_folder(path: Path) -> None:
 
 
 def remove_temporary_files(folder: Path) -> None:
-    """Removes temporary files of killed processes. Only for a folder that no other process writes to."""
+    """Removes temporary files of killed processes. No other process may be writing to `folder`."""
     for temp in folder.glob(TEMPORARY):
         temp.unlink(missing_ok=True)
 

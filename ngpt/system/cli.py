@@ -1,4 +1,4 @@
-"""What all commands share: exit codes, the `--set` option, and one message on stderr for an error of the user."""
+"""Exit codes, error handling and the `--set` option of all commands."""
 
 import argparse
 import os
@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 
 EXIT_ERROR = 1  # internal error
-EXIT_USAGE = 2  # usage, configuration or data
+EXIT_USAGE = 2  # wrong usage, configuration or data
 EXIT_BUSY = 3  # another run holds the results directory
 EXIT_UNSUCCESSFUL = 4  # done, but a trial failed or diverged
 EXIT_IO = 74  # EX_IOERR of sysexits.h
@@ -16,31 +16,31 @@ EXIT_INTERRUPTED = 130  # 128 + SIGINT
 def run_command(
     command: Callable[[], int], *, path: object = None, prints_only: bool = False, interrupted: str = ""
 ) -> int:
-    """Runs `command` and returns its exit code. What a user can mend is a message on stderr, never a traceback.
+    """Runs `command` and returns its exit code. Errors that the user can fix are printed to stderr without traceback.
 
     Args:
-        command: returns an exit code. A `UserError` ends it with the code of that error, an OSError with `EXIT_IO`;
-            other exceptions pass through.
-        path: what the message of an OSError without a file name blames, such as the output folder of a full disk.
-        prints_only: the command only prints, so it may end early, with exit code 0, when `head` closes the pipe.
+        command: returns an exit code. A `UserError` has its own exit code, an OSError has `EXIT_IO`; other exceptions
+            propagate.
+        path: named in the message of an OSError that has no file name, such as the output folder on a full disk.
+        prints_only: the command has no other effect than printing, so a closed pipe (`| head`) ends it with code 0.
         interrupted: message on Ctrl-C.
     """
     try:
         code = command()
-        sys.stdout.flush()  # here, where an error still decides the exit code
+        sys.stdout.flush()  # at exit, an error would no longer change the exit code
         return code
     except OSError as error:
         if prints_only and isinstance(error, BrokenPipeError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python flushes once more at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes again at exit
             return 0
-        blamed = error.filename or path
-        print(f"{blamed}: {error.strerror or error}" if blamed else error, file=sys.stderr)
+        failed_path = error.filename or path
+        print(f"{failed_path}: {error.strerror or error}" if failed_path else error, file=sys.stderr)
         return EXIT_IO
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         return EXIT_INTERRUPTED
     except Exception as error:
-        from ngpt.config.base import UserError  # loads pydantic, which --help can do without
+        from ngpt.config.base import UserError  # imports pydantic, which --help does not need
 
         if not isinstance(error, UserError):
             raise
@@ -49,5 +49,5 @@ def run_command(
 
 
 def add_set_option(parser: argparse.ArgumentParser, *, help: str = "change settings") -> None:
-    """Adds `--set NAME=VALUE [NAME=VALUE ...]`, which may be given several times, as `options.set`."""
+    """Adds `--set NAME=VALUE [NAME=VALUE ...]`, which may be repeated; the values are in `options.set`."""
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help=help)

@@ -1,10 +1,10 @@
 """Heartbeat and stop request of a run, as two files in its folder.
 
-    heartbeat    the process that trains, the step it began at, and its current step
-    stop         exists when another process wants the run to save and end at its next step
+    heartbeat    id of the training process, its first step and its current step
+    stop         exists if another process has asked the run to save and stop at its next step
 
-Files work between processes that share nothing else. The heartbeat is removed when the run ends, and stays if its
-process is killed.
+Files need no connection between the processes. The heartbeat is removed when the run ends; it remains if the process
+is killed.
 """
 
 import contextlib
@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Self
 
 HEARTBEAT, STOP = "heartbeat", "stop"
-HEARTBEAT_BYTES = 80  # fixed, so that each heartbeat overwrites the previous one completely
+HEARTBEAT_BYTES = 80  # padded, so that each heartbeat overwrites the previous one completely
 CHECK_EVERY = 1.0  # seconds between two checks for a stop request; each is a system call
 
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """Progress of the process `pid`, which began at step `began`."""
+    """Progress of the process `pid`, which started at step `began`."""
 
     pid: int
     began: int
@@ -30,7 +30,7 @@ class Heartbeat:
 
 
 class HeartbeatWriter:
-    """Context manager that writes the heartbeat of a run and checks for stop requests; ignores disk errors."""
+    """Context manager that writes the heartbeat of a run and checks for stop requests. Disk errors are ignored."""
 
     def __init__(self, folder: Path, *, began: int = 0) -> None:
         self._folder, self._began = folder, began
@@ -42,7 +42,7 @@ class HeartbeatWriter:
         self.beat(began)
 
     def beat(self, step: int) -> None:
-        """Writes the current step; takes some microseconds."""
+        """Writes the current step; takes a few microseconds."""
         if self._file is None:
             return
         text = f'{{"pid": {os.getpid()}, "began": {self._began}, "step": {step}}}'
@@ -51,14 +51,14 @@ class HeartbeatWriter:
             self._file.write(text.ljust(HEARTBEAT_BYTES).encode())
 
     def stop_requested(self, *, now: bool = False) -> bool:
-        """Whether this run should stop, as of the last second or `now`."""
+        """Whether this run should stop. Checks at most once a second, or immediately if `now`."""
         if not self._stop_requested and (now or time.monotonic() - self._last_check >= CHECK_EVERY):
             self._stop_requested = stop_requested(self._folder)
             self._last_check = time.monotonic()
         return self._stop_requested
 
     def close(self) -> None:
-        """Closes the heartbeat file and keeps it, for another writer to continue."""
+        """Closes the heartbeat file without removing it, so that another writer can take over."""
         if self._file is not None:
             self._file.close()
 
@@ -72,7 +72,7 @@ class HeartbeatWriter:
 
 
 def read_heartbeat(folder: Path) -> Heartbeat | None:
-    """The newest heartbeat in a run's folder; None if it is missing or unreadable."""
+    """Returns the last heartbeat in a run's folder; None if it is missing or unreadable."""
     try:
         return Heartbeat(**json.loads((folder / HEARTBEAT).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):

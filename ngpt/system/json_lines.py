@@ -1,4 +1,4 @@
-"""JSON-lines files in the cache, one record a line: a torn or damaged line costs one measurement, never an error."""
+"""JSON-lines files in the cache. A damaged line loses one measurement and is not an error."""
 
 import json
 from collections.abc import Collection, Iterable, Mapping
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def append_json_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Appends records to `path`, which is created with its folder. A torn last line is closed first."""
+    """Appends records to `path`, creating it and its folder. Starts a new line if the last one is incomplete."""
     text = "".join(json.dumps(record) + "\n" for record in records)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_file() and not path.read_bytes().endswith(b"\n"):
@@ -17,7 +17,7 @@ def append_json_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
 
 
 def read_json_lines(path: Path, *, fields: Collection[str]) -> list[dict[str, Any]]:
-    """The records of `path` that have all of `fields`, oldest first. Lines that cannot be read are skipped."""
+    """Returns the records that have all of `fields`, oldest first; none if `path` is missing. Skips damaged lines."""
     if not path.is_file():
         return []
     records = []

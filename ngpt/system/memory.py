@@ -1,4 +1,4 @@
-"""Peak memory per run, allocator settings, and retries with smaller batches when memory runs out."""
+"""Peak memory per run, allocator settings, and retries with smaller batches after running out of memory."""
 
 import ctypes
 import gc
@@ -10,47 +10,48 @@ from typing import TypeVar
 
 import torch
 
-_CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+_CLEAR_REFS, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
-# Messages of libraries that raise a plain RuntimeError; torch's CUDA allocator has its own class.
-_MESSAGES = (
+# In the messages of a plain RuntimeError; torch's CUDA allocator raises OutOfMemoryError.
+_OOM_MESSAGES = (
     "DefaultCPUAllocator: can't allocate memory",
     "DefaultCPUAllocator: not enough memory",  # on Windows
     "CUDA error: out of memory",  # outside torch's allocator
     "CUDA driver error: out of memory",
-    "Triton Error [CUDA]: out of memory",  # for the code of a kernel
+    "Triton Error [CUDA]: out of memory",  # when loading a kernel
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
     "MPS backend out of memory",
     "std::bad_alloc",
 )
-_LARGE, _M_MMAP_THRESHOLD = 16 * 2**20, -3  # bytes; mallopt(3)
+_M_MMAP_THRESHOLD = -3  # option of mallopt(3)
+_MMAP_BYTES = 16 * 2**20
 Value = TypeVar("Value")
 
 
 def configure_allocator() -> None:
-    """Sets up CPU memory for large tensors, unless the user has configured it. Call it before the first one.
+    """Configures CPU memory for large tensors, unless the user has. Call it before creating the first tensor.
 
-    Torch requests 2 MiB pages from Linux: mapping 4 KiB pages again in each step takes up to a fifth of it. And glibc
-    maps each tensor of at least 16 MiB separately and returns it when it is free. By default it raises this threshold
-    after the first large free, up to 32 MiB, and fragments its heap: the 13.7M recipe held 130 MB more than it used.
+    Makes torch request 2 MiB pages from Linux, since mapping 4 KiB pages takes up to a fifth of each step. Makes glibc
+    map each tensor of at least 16 MiB separately and unmap it when it is freed. By default glibc raises this threshold
+    up to 32 MiB and fragments its heap: the 13.7M recipe held 130 MB more than it used.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None  # musl has none
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None  # musl has no mallopt
     if mallopt is not None and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
-        mallopt(_M_MMAP_THRESHOLD, _LARGE)
+        mallopt(_M_MMAP_THRESHOLD, _MMAP_BYTES)
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Starts a new measurement. On a CPU it needs Linux; elsewhere the peak stays that of the whole process."""
+    """Resets `peak_memory`. Without CUDA or Linux it has no effect, so the peak is that of the whole process."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    elif _CLEAR.exists():
-        _CLEAR.write_text("5")  # proc(5): resets the peak resident set size
+    elif _CLEAR_REFS.exists():
+        _CLEAR_REFS.write_text("5")  # proc(5): resets the peak resident set size
 
 
 def peak_memory(device: torch.device) -> int:
-    """Peak bytes: of tensors on CUDA, else the resident set of the process, including Python and torch."""
+    """Returns peak bytes: of tensors on CUDA, else of the resident set of the process, with Python and torch."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if _STATUS.exists():
@@ -64,12 +65,12 @@ def peak_memory(device: torch.device) -> int:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the error is a failed allocation on the device or the host."""
-    of_library = isinstance(error, RuntimeError) and any(message in str(error) for message in _MESSAGES)
-    return of_library or isinstance(error, torch.OutOfMemoryError | MemoryError)
+    is_known = isinstance(error, RuntimeError) and any(message in str(error) for message in _OOM_MESSAGES)
+    return is_known or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
 def free_memory(device: torch.device) -> None:
-    """Returns unused memory to the system. Call it outside `except`: a traceback keeps the tensors of its frames."""
+    """Releases unused memory. Call it outside `except`, where the traceback keeps tensors alive."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -78,7 +79,10 @@ def free_memory(device: torch.device) -> None:
 
 
 def retry_on_oom(attempt: Callable[[], Value], reduce_batch: Callable[[], bool], device: torch.device) -> Value:
-    """The result of `attempt`. Whenever memory runs out, calls `reduce_batch`; raises if that returns False."""
+    """Calls `attempt` until it fits in memory, and returns its result.
+
+    After each out-of-memory error it calls `reduce_batch`, and raises the error if that returns False.
+    """
     while True:
         try:
             return attempt()

@@ -32,40 +32,40 @@ def interleave(
     return times
 
 
-def timers(works: Mapping[str, Callable[[], object]], device: torch.device) -> dict[str, Callable[[], float]]:
-    """Variants for `interleave` that time calls in this process."""
-    return {name: functools.partial(time_call, work, device) for name, work in works.items()}
+def timers(functions: Mapping[str, Callable[[], object]], device: torch.device) -> dict[str, Callable[[], float]]:
+    """Returns variants for `interleave` that time the functions in this process."""
+    return {name: functools.partial(time_call, function, device) for name, function in functions.items()}
 
 
-def time_call(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds that `work` takes, including its kernels on the device."""
+def time_call(function: Callable[[], object], device: torch.device) -> float:
+    """Returns the seconds that one call takes, including its kernels on the device."""
     synchronize(device)
     start = time.perf_counter()
-    work()
+    function()
     synchronize(device)
     return time.perf_counter() - start
 
 
-def compare_times(ours: Sequence[float], reference: Sequence[float]) -> dict[str, float]:
-    """`ms` and `reference_ms` are medians, `best_ms` is the minimum, `ratio` is `speed_ratio`."""
-    seconds = {"ms": statistics.median(ours), "best_ms": min(ours), "reference_ms": statistics.median(reference)}
-    return {name: value * 1000 for name, value in seconds.items()} | {"ratio": speed_ratio(ours, reference)}
+def compare_times(times: Sequence[float], reference: Sequence[float]) -> dict[str, float]:
+    """Returns the medians `ms` and `reference_ms`, the minimum `best_ms`, and `ratio`, which is `speed_ratio`."""
+    seconds = {"ms": statistics.median(times), "best_ms": min(times), "reference_ms": statistics.median(reference)}
+    return {name: value * 1000 for name, value in seconds.items()} | {"ratio": speed_ratio(times, reference)}
 
 
-def speed_ratio(ours: Sequence[float], reference: Sequence[float]) -> float:
-    """How many times as fast: the median over the rounds of reference over ours."""
-    return statistics.median(other / own for own, other in zip(ours, reference, strict=True))
+def speed_ratio(times: Sequence[float], reference: Sequence[float]) -> float:
+    """Returns the speedup over the reference: the median over rounds of reference time / time."""
+    return statistics.median(base / own for own, base in zip(times, reference, strict=True))
 
 
 def gemm_flops(device: torch.device, dtype: torch.dtype, *, size: int | None = None) -> float:
-    """FLOP/s of a square matrix product, the best of six: the upper limit for a training step."""
+    """Measures the FLOP/s of a square matrix product, best of six: an upper limit for a training step."""
     n = size or (8192 if device.type == "cuda" else 1024)
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     return 2 * n**3 / min(time_call(lambda: torch.mm(a, b), device) for _ in range(6))
 
 
 def copy_bandwidth(device: torch.device, *, size: int | None = None) -> float:
-    """Bytes/s, read plus written, of copying a tensor larger than any cache: the best of six."""
+    """Measures memory bandwidth in bytes/s, read plus written: the best of six copies of a large tensor."""
     n = size or (1024 * MIB if device.type == "cuda" else 128 * MIB)
     source = torch.ones(n // 4, device=device)
     target = torch.zeros_like(source)
@@ -73,12 +73,12 @@ def copy_bandwidth(device: torch.device, *, size: int | None = None) -> float:
 
 
 def machine_info(device: torch.device, dtype: str) -> dict[str, Any]:
-    """The fields of every benchmark: device, dtype, threads."""
+    """Returns the fields that all benchmarks report: device, dtype, threads."""
     return {"device": str(device), "dtype": dtype, "threads": torch.get_num_threads()}
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits for a GPU to finish its work; does nothing on a CPU."""
+    """Waits for CUDA kernels to finish; does nothing on other devices."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

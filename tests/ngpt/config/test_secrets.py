@@ -78,6 +78,6 @@ def test_a_file_with_a_secret_is_refused_with_its_position_but_not_its_content(m
     monkeypatch.setenv("HF_TOKEN", ENVIRONMENT["HF_TOKEN"])
     with pytest.raises(ConfigError) as caught:
         refuse_secrets(f"campaign: x\n# {ENVIRONMENT['HF_TOKEN']}\n", "x.yaml")
-    assert str(caught.value).startswith("x.yaml:2:3: the value of $HF_TOKEN: secrets do not belong into a file")
+    assert str(caught.value).startswith("x.yaml:2:3: the value of $HF_TOKEN: secrets do not belong in a file")
     assert "canary" not in str(caught.value)
     refuse_secrets("campaign: x\n", "x.yaml")

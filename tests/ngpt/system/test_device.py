@@ -22,7 +22,7 @@ def test_auto_picks_the_fastest_available_device(
         if there[name]:
             assert pick_device(name).type == name
         else:
-            with pytest.raises(ConfigError, match=f"device '{name}' is not available here; this machine has cpu"):
+            with pytest.raises(ConfigError, match=f"device '{name}' is not available; this machine has cpu"):
                 pick_device(name)
     assert set(there) == set(DEVICES) - {"auto"}
 
