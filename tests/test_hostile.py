@@ -149,7 +149,7 @@ def test_a_damaged_journal_of_another_campaign_is_a_reported_problem(
     journal.append("campaign_started", expected_trials={"p": 1})
     journal.append("phase_finished", phase="p", winner_overrides=["model.alpha"])
     journal.close()
-    assert "is not one of this version" in answer(file, tmp_path / "results", capsys)
+    assert "was written by an incompatible version" in answer(file, tmp_path / "results", capsys)
     (other / "journal.jsonl").write_bytes(b"[" * 100_000 + b"\n")
     assert "does not match its CRC" in answer(file, tmp_path / "results", capsys)
 

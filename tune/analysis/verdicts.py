@@ -1,25 +1,26 @@
 """Verdicts: which arms of a phase differ from its baseline by more than noise, and by how much.
 
-A value is arm effect + seed effect + noise: the two-way layout without replication (Fisher 1925), fitted by least
-squares as an incomplete block design with seeds as blocks (Yates 1936), so arms may lack seeds. The noise is pooled
-over all arms: 12 arms with 3 seeds leave 22 degrees of freedom, where a single paired test has 2. With two complete
-arms this is the paired t test (Student 1908); without seed effects ("pooled") it is the two-sample t test. P-values are
-corrected after Holm (1979).
+Each value is modeled as arm effect + seed effect + noise: the two-way layout without replication (Fisher 1925), fitted
+by least squares as an incomplete block design with seeds as blocks (Yates 1936), so arms may lack seeds. The noise is
+pooled over all arms: 12 arms with 3 seeds leave 22 degrees of freedom, where a single paired test has 2. With two
+complete arms this is the paired t test (Student 1908); without seed effects ("pooled") it is the two-sample t test.
+P-values are corrected by Holm's method (1979).
 
-Only arms that finished all their seeds, at least two, are compared. Other arms would be judged by their surviving
-seeds: they get no delta and do not affect the others. Arms that were stopped early count as comparisons with p = 1 in
-Holm's correction, since they were compared before the end and dropped. The baseline takes part with the seeds that it
-finished. A seed that an arm was not planned with (five baseline repeats, three seeds per arm) makes the design
-unbalanced, not incomplete. Arms that are equal bit for bit count once in the noise. Without noise a nonzero delta has p
-0 and an interval of one point; a delta of 0 has p 1.
+Only arms that finished all their seeds, at least two, are compared. Judging the others by their surviving seeds would
+be biased: they get no delta and do not affect the other arms. Arms that were stopped early count as comparisons with
+p = 1 in Holm's correction, since they were compared before the end and dropped. The baseline is compared with the seeds
+that it finished. A seed that an arm was not planned with (five baseline repeats, three seeds per arm) makes the design
+unbalanced, not incomplete. Arms with bit-identical values count once in the noise. If there is no noise, a nonzero
+delta has p 0 and an interval of width 0; a delta of 0 has p 1.
 
-Pairing is valid whatever the correlation of the arms over seeds; pooling gains some degrees of freedom where there is
-none. But choosing the method by the same data adds errors: with 2 arms x 5 seeds and no effects, 6.8 % of phases have a
-false verdict if a measured correlation <= 0 means pooled. From five arms on, the slack in Holm's correction absorbs
-this. So `auto` pools arms that share too few seeds to be paired, and five or more arms whose correlation is between 0
-and half of its lowest possible value, -1 / (arms - 1). Below that it may be truly negative, and pooled intervals would
-be too narrow. Simulated without effects, 4.4 % of phases of 5 x 8 and 3.8 % of 12 x 3 have a false verdict. A `method`
-that is fixed beforehand is valid for any number of arms.
+Pairing is valid for any correlation of the arms over seeds; pooling gains some degrees of freedom if there is no
+correlation. But choosing the method from the same data adds false positives: with 2 arms x 5 seeds and no effects,
+6.8 % of phases have a false verdict if they are pooled whenever the measured correlation is <= 0. With five or more
+arms, the slack in Holm's correction absorbs this. So `auto` pools arms that share too few seeds to be paired, and five
+or more arms whose correlation is between 0 and half of its lowest possible value, -1 / (arms - 1). Below that, the true
+correlation may be negative, and pooled intervals would be too narrow. In simulations without true effects, 4.4 % of
+phases with 5 arms x 8 seeds and 3.8 % with 12 x 3 have a false verdict. A `method` that is fixed beforehand is valid
+for any number of arms.
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,7 +38,7 @@ Method = Literal["paired", "pooled"]
 Outcomes = Mapping[str, Mapping[int, TrialOutcome]]  # arm -> seed -> outcome
 Verdict = Literal["baseline", "better", "worse", "tie", "diverged", "failed", "incomplete", "no claim"]
 
-MIN_ARMS_TO_POOL = 5  # from which on the data may choose the method
+MIN_ARMS_TO_POOL = 5  # with fewer arms, `auto` does not choose by the correlation
 MAX_VALUE = 1e100  # squares of larger values overflow
 POWER_QUANTILE = 0.84  # standard normal quantile of 80 % power
 RANK_OF_EXCLUDED = {"incomplete": 1, "failed": 2, "diverged": 3}  # after the arms that finished
@@ -45,14 +46,14 @@ RANK_OF_EXCLUDED = {"incomplete": 1, "failed": 2, "diverged": 3}  # after the ar
 
 @dataclass(frozen=True)
 class Judgement:
-    """A phase: its arms, best first, and the noise they were judged by.
+    """The verdicts on a phase: its arms, best first, and the noise that they were compared with.
 
-    `noise_sd` and `df` belong to `method`, or to the one-way layout if nothing is compared (method None). `correlation`
-    is the intraclass correlation of the arms over seeds: the share of the variance that pairing removes.
+    `noise_sd` and `df` belong to `method`, or to the one-way layout if no arms are compared (method None).
+    `correlation` is the intraclass correlation of the arms over seeds: the share of the variance that pairing removes.
     `smallest_detectable` is the true effect that passes Holm's first step and `min_effect` with 80 % power.
     """
 
-    arms: list[ArmSummary]  # without what their trials measured besides the metric
+    arms: list[ArmSummary]  # without measurements other than the metric
     winner: str
     why: str
     method: Method | None
@@ -73,10 +74,10 @@ def judge(
     metric: str = "val_loss",
     method: Method | Literal["auto"] = "auto",
 ) -> Judgement:
-    """Compares every arm of a phase with its baseline; the module's docstring describes the method.
+    """Compares every arm of a phase with its baseline; the module docstring describes the method.
 
     An arm is `better` or `worse` if its Holm-corrected p is below `1 - confidence` and its delta, in units of the
-    metric, is at least `min_effect`; otherwise it is a `tie`. `metric` names the values in sentences.
+    metric, is at least `min_effect`; otherwise it is a `tie`. `metric` is the name of the values in messages.
     """
     if baseline not in outcomes or not 0 < confidence < 1:
         raise ValueError(f"baseline {baseline!r} must be one of {sorted(outcomes)}, 0 < confidence={confidence} < 1")
@@ -98,7 +99,7 @@ def judge(
 
     spread_df = _spread_df(one_way, two_way) if one_way else 0.0
     level = fmean(values[baseline].values() or [0.0])
-    arms, difference = [], {}  # to the baseline, for the order of the arms
+    arms, difference = [], {}  # arm mean minus baseline mean, to sort the arms
     for arm, sample in values.items():
         difference[arm] = deltas[arm].mean if arm in deltas else fmean(sample.values() or [level]) - level
         if arm not in {baseline, *deltas, *excluded} and values[baseline]:
@@ -122,9 +123,9 @@ def judge(
 def smallest_detectable_effect(
     n_seeds: int, n_arms: int, noise_sd: float, *, method: Method = "paired", confidence: float = 0.95
 ) -> float | None:
-    """The true effect that a phase of `n_arms`, baseline included, finds with 80 % power; None if it cannot find any.
+    """The true effect that a phase of `n_arms`, baseline included, detects with 80 % power; None if there is none.
 
-    It passes Holm's first step by the noncentral t distribution. `noise_sd` is that of an earlier phase's judgement.
+    Such an effect passes Holm's first step, by the noncentral t distribution. `noise_sd` comes from an earlier phase.
     """
     if n_seeds < 2 or n_arms < 2:
         return None
@@ -133,14 +134,17 @@ def smallest_detectable_effect(
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """Holm's step-down correction: the k-th smallest of m p-values times m - k + 1, never decreasing, at most 1."""
+    """Holm's step-down correction: multiplies the k-th smallest of m p-values by m - k + 1; monotone, at most 1."""
     order = sorted(range(len(p)), key=p.__getitem__)
-    steps = accumulate((min(1.0, (len(p) - k) * p[i]) for k, i in enumerate(order)), max)
-    return [adjusted for _, adjusted in sorted(zip(order, steps, strict=True))]
+    adjusted = accumulate((min(1.0, (len(p) - k) * p[i]) for k, i in enumerate(order)), max)
+    return [value for _, value in sorted(zip(order, adjusted, strict=True))]
 
 
 def _finished_values(outcomes: Outcomes, baseline: str) -> tuple[Values, dict[str, Verdict], list[str]]:
-    """Finished values by arm, verdicts of arms that are not compared, and warnings: all sorted, as are their sums."""
+    """Returns the finished values by arm, the verdicts of arms that are not compared, and warnings.
+
+    All are sorted, so that floating-point sums do not depend on the order in which trials finished.
+    """
     values, excluded, warnings = Values(), dict[str, Verdict](), []
     for arm in sorted(outcomes, key=lambda name: (name != baseline, name)):
         statuses = {outcome.status for outcome in outcomes[arm].values()}
@@ -162,7 +166,7 @@ def _intraclass_correlation(one_way: LeastSquaresFit | None, two_way: LeastSquar
 
 
 def _choose_method(method: str, two_way: LeastSquaresFit | None, correlation: float | None) -> Method:
-    """Paired, unless that is impossible, not wanted, or of no use by the correlation of enough arms."""
+    """Chooses `paired` unless it is impossible, not requested, or `auto` finds no correlation among enough arms."""
     if two_way is None or method == "pooled":
         return "pooled"
     n_arms = len(two_way.effects)
@@ -174,7 +178,7 @@ def _choose_method(method: str, two_way: LeastSquaresFit | None, correlation: fl
 def _deltas(
     fit: LeastSquaresFit, baseline: str, confidence: float, n_stopped: int, min_effect: float
 ) -> tuple[dict[str, Delta], float]:
-    """The deltas of all compared arms, and the smallest detectable effect; `n_stopped` arms were stopped early."""
+    """The deltas of all compared arms, and the smallest detectable effect. `n_stopped` counts arms stopped early."""
     contrasts = {arm: contrast for arm, contrast in fit.contrasts(baseline, confidence).items() if arm != baseline}
     adjusted = holm([contrast.p for contrast in contrasts.values()] + [1.0] * n_stopped)
     deltas = {
@@ -182,12 +186,12 @@ def _deltas(
         for (arm, c), p_holm in zip(contrasts.items(), adjusted[: len(contrasts)], strict=True)
     }
     se = max(contrast.standard_error for contrast in contrasts.values())
-    significant = se * _noncentrality(fit.df, (1 - confidence) / (len(contrasts) + n_stopped))
-    return deltas, max(significant, min_effect + POWER_QUANTILE * se)
+    detectable = se * _noncentrality(fit.df, (1 - confidence) / (len(contrasts) + n_stopped))
+    return deltas, max(detectable, min_effect + POWER_QUANTILE * se)
 
 
 def _spread_df(one_way: LeastSquaresFit, two_way: LeastSquaresFit | None) -> float:
-    """Satterthwaite's degrees of freedom of the one-way variance, as the sum of a seed and a residual part."""
+    """Satterthwaite's degrees of freedom of the one-way variance, which is the sum of a seed and a residual part."""
     if two_way is None or not one_way.variance:
         return one_way.df
     total, residual = (float((fit.residuals**2).sum()) for fit in (one_way, two_way))
@@ -195,7 +199,7 @@ def _spread_df(one_way: LeastSquaresFit, two_way: LeastSquaresFit | None) -> flo
 
 
 def _noise_warnings(fit: LeastSquaresFit, values: Values) -> list[str]:
-    """Unequal seeds, equal arms, no noise, an arm that scatters more than the rest (F test, Bonferroni, 1 %)."""
+    """Warns of unequal seeds, identical arms, no noise, and arms with larger variance (F test, Bonferroni, 1 %)."""
     import numpy as np
     from scipy.special import fdtrc
 
@@ -209,17 +213,17 @@ def _noise_warnings(fit: LeastSquaresFit, values: Values) -> list[str]:
         warnings.append("no noise between seeds: does the seed reach the run? A p of 0 means only that")
     elif len(first) > 2:
         squares = (fit.residuals**2).sum(1)
-        spare = np.array([len(values[first[i]]) - 1 for i in sorted(first)])
-        df = fit.df * spare / spare.sum()  # each arm's part of the degrees of freedom
+        arm_df = np.array([len(values[first[i]]) - 1 for i in sorted(first)])
+        df = fit.df * arm_df / arm_df.sum()  # each arm's share of the degrees of freedom
         ratio = squares / df * (fit.df - df) / np.maximum(squares.sum() - squares, ROUNDING * squares.sum())
-        for i in np.flatnonzero((fdtrc(spare, fit.df - df, ratio) * len(first) < 0.01) & (spare > 1)).tolist():
-            times = f"{sqrt(ratio[i]):.1f} times as much as the other arms"
-            warnings.append(f"{first[i]} scatters {times}: its own interval is too narrow, theirs are too wide")
+        for i in np.flatnonzero((fdtrc(arm_df, fit.df - df, ratio) * len(first) < 0.01) & (arm_df > 1)).tolist():
+            factor = f"{sqrt(ratio[i]):.1f} times as much as the other arms"
+            warnings.append(f"{first[i]} scatters {factor}: its own interval is too narrow, theirs are too wide")
     return warnings
 
 
 def _noncentrality(df: int, alpha: float) -> float:
-    """The true effect, in standard errors, that is significant with 80 % power (ignoring the far tail)."""
+    """The true effect, in standard errors, that is significant with 80 % power (neglecting the opposite tail)."""
     from scipy.special import nctdtrinc, stdtrit
 
     return float(nctdtrinc(df, 0.2, -stdtrit(df, alpha / 2)))
@@ -234,11 +238,11 @@ def _verdict(delta: Delta | None, sign: float, alpha: float, min_effect: float) 
 
 
 def _spread(sample: dict[int, float], one_way: LeastSquaresFit | None, df: float, confidence: float) -> Spread:
-    """Mean and sd of an arm's seeds, and the interval of the mean.
+    """Mean and standard deviation of an arm over its seeds, and the confidence interval of the mean.
 
-    The interval uses the spread of the one-way layout (all arms around their own means), so that one seed has an
-    interval too. Its degrees of freedom are Satterthwaite's (1946): where seeds move all arms alike, many arms do not
-    make up for few seeds.
+    The interval uses the pooled variance of the one-way layout (all arms around their own means), so that an arm with
+    one seed has an interval too. `df` are Satterthwaite's degrees of freedom (1946): if seeds shift all arms alike,
+    many arms do not make up for few seeds.
     """
     from scipy.special import stdtrit
 
@@ -251,14 +255,14 @@ def _spread(sample: dict[int, float], one_way: LeastSquaresFit | None, df: float
 
 
 def _why(arms: list[ArmSummary], winner: str, metric: str, method: str | None, alpha: float, detectable: float) -> str:
-    """The result of the phase in one sentence; numbers to two digits of the interval's half-width."""
+    """The result of the phase in one sentence, rounded to two digits of the interval's half-width."""
     others = [arm for arm in arms if arm.verdict != "baseline"]
     judged = [(arm, arm.delta) for arm in others if arm.delta and arm.delta.p is not None]
     if not judged:
         verdicts = [arm.verdict for arm in others]
         counts = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in sorted(set(verdicts)))
         if "no claim" not in verdicts:
-            return f"no other arm finished all its seeds ({counts or 'there is none'}), so the baseline stays"
+            return f"no other arm finished all its seeds ({counts or 'there are no others'}), so the baseline stays"
         why = "a comparison needs two seeds of both" if any(arm.n > 1 for arm in arms) else "one seed per arm"
         return f"{why}: no claim can be made, the baseline stays"
     best, delta = next((pair for pair in judged if pair[0].arm == winner), judged[0])

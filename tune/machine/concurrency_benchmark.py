@@ -1,4 +1,4 @@
-"""Measures the throughput and memory of several trial processes that share one device, as a campaign's workers do."""
+"""Measures throughput and memory of several trial processes that share one device, like the workers of a campaign."""
 
 import multiprocessing
 import signal
@@ -21,30 +21,30 @@ from ngpt.training.throughput import benchmark_run
 from tune import format as fmt
 from tune.machine.environment import total_memory
 
-SECONDS = 1.5  # of training with each number of trials
-MIN_STEPS = 3  # in that time
-WARMUP_STEPS = 5  # of a new process, after which its memory has its final size
-RESERVED_MEMORY = 0.1  # share of the device's memory left to what the calibration does not see
-WORTHWHILE = 0.95  # share of the highest throughput so far; below it, more trials are not tried
-ANSWER_TIMEOUT = 300.0  # seconds for a process to import torch, to compile and to warm up
-START_DELAY = 0.2  # seconds from the command to train until all processes start
+SECONDS = 1.5  # training time per number of trials
+MIN_STEPS = 3  # trained even if that takes longer
+WARMUP_STEPS = 5  # of a new process; then its memory has reached its final size
+RESERVED_MEMORY = 0.1  # share of device memory kept free for peaks that the calibration misses
+MIN_SPEED_RATIO = 0.95  # share of the highest throughput so far; below it, larger counts are not measured
+ANSWER_TIMEOUT = 300.0  # seconds a process may take to import torch, compile and warm up
+START_DELAY = 0.2  # seconds between the command to train and the common start
 
 Log = Callable[[str], None]
 
 
 class CalibrationError(Exception):
-    """A trial could not be measured; the message says why."""
+    """A trial could not be measured."""
 
 
 @dataclass(frozen=True)
 class ThroughputPoint:
-    """Throughput and memory of `trials` trials at once on one device."""
+    """Throughput and memory of `trials` concurrent trials on one device."""
 
     trials: int
     threads: int  # of each trial
-    tokens_per_second: float  # of all trials together
-    memory_bytes: int  # of each, on average: what is in use on a GPU over the trials; on a CPU the peak of a process
-    room: int  # how many such trials fit into memory, less `RESERVED_MEMORY`
+    tokens_per_second: float  # sum over all trials
+    memory_bytes: int  # per trial: used GPU memory divided by the trials; on a CPU the peak of one process
+    room: int  # number of such trials that fit into memory, with `RESERVED_MEMORY` kept free
 
     @property
     def fits(self) -> bool:
@@ -61,39 +61,39 @@ def measure_concurrent_trials(
     is_enough: Callable[[Sequence[ThroughputPoint]], bool] = lambda curve: False,
     log: Log = lambda line: None,
 ) -> list[ThroughputPoint]:
-    """Measures a point for each of `counts`, in rising order, until more trials are not faster or do not fit.
+    """Measures one point for each of `counts`, which are increasing, until more trials are slower or do not fit.
 
-    The corpus of `config` must be prepared. `threads` of a trial depend on the number of trials. `is_enough` is called
-    after each point, and ends the measurement if true.
+    The corpus of `config` must be prepared. `threads` maps the number of trials to the threads of each. The measurement
+    ends early if `is_enough` returns True for the points so far.
 
     Raises:
-        CalibrationError: the first count could not be measured.
+        CalibrationError: the first point could not be measured.
     """
     curve: list[ThroughputPoint] = []
     counts = list(counts)
     with _process_pool(resolved(config)) as measure:
         for count in counts:
-            least_speed = WORTHWHILE * max((point.tokens_per_second for point in curve), default=0.0)
-            if curve and (count > curve[-1].room or curve[-1].tokens_per_second < least_speed or is_enough(curve)):
+            min_speed = MIN_SPEED_RATIO * max((point.tokens_per_second for point in curve), default=0.0)
+            if curve and (count > curve[-1].room or curve[-1].tokens_per_second < min_speed or is_enough(curve)):
                 break
-            # The first process starts alone, so that the others find what it compiles. Then all start at once.
+            # The first process starts alone to fill the compile cache; then all others start at once.
             n_processes = max(other for other in counts if other <= curve[-1].room) if curve else count
             try:
                 point = measure(count, n_processes, threads(count), seconds)
             except CalibrationError as error:
                 if not curve:
                     raise
-                log(f"{count} at once: {error}")
+                log(f"{count} concurrent: {error}")
                 break
             curve.append(point)
             speed, memory = fmt.count(point.tokens_per_second), fmt.size(point.memory_bytes)
-            log(f"{count} at once: {speed} tokens/s in all, {memory} of memory each")
+            log(f"{count} concurrent: {speed} tokens/s in total, {memory} of memory each")
     return curve
 
 
 @contextmanager
 def _process_pool(config: TrainConfig) -> Iterator[Callable[[int, int, int, float], ThroughputPoint]]:
-    """A function that trains with the first `count` processes of a pool, which it lets grow to `n_processes` first."""
+    """Yields a function that grows a pool to `n_processes` and measures training in its first `count` processes."""
     processes: list[_TrialProcess] = []
 
     def measure(count: int, n_processes: int, threads: int, seconds: float) -> ThroughputPoint:
@@ -101,9 +101,9 @@ def _process_pool(config: TrainConfig) -> Iterator[Callable[[int, int, int, floa
         processes.extend(new)
         for process in new:
             process.receive(ANSWER_TIMEOUT)
-        start = time.monotonic() + START_DELAY
+        start_time = time.monotonic() + START_DELAY
         for process in processes[:count]:
-            process.pipe.send((start, seconds, threads))
+            process.pipe.send((start_time, seconds, threads))
         timeout = START_DELAY + 10 * seconds + ANSWER_TIMEOUT
         answers = [process.receive(timeout) for process in processes[:count]]
         in_use = max(answer["in_use"] for answer in answers) // len(processes)
@@ -120,7 +120,7 @@ def _process_pool(config: TrainConfig) -> Iterator[Callable[[int, int, int, floa
 
 
 class _TrialProcess:
-    """One process with a model that is ready to train."""
+    """A child process that holds a model ready to train."""
 
     def __init__(self, config: TrainConfig, threads: int) -> None:
         context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
@@ -130,7 +130,7 @@ class _TrialProcess:
         child_pipe.close()
 
     def receive(self, timeout: float) -> dict[str, Any]:
-        """The next answer. Raises CalibrationError if the process failed, died or is silent for `timeout` seconds."""
+        """Waits for the next answer. Raises CalibrationError if the process fails, dies or needs over `timeout` s."""
         if not self.pipe.poll(timeout):
             raise CalibrationError(f"no answer for {timeout:.0f} s")
         try:
@@ -149,20 +149,20 @@ class _TrialProcess:
 
 
 def _train_on_command(config: TrainConfig, threads: int, pipe: Connection) -> None:
-    """The body of a process: sets up a run, and trains each time the parent sends a command."""
+    """Main function of a child process: sets up a run, then trains each time the parent sends a command."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles it
     try:
         torch.set_num_threads(threads)
-        # A smaller batch after running out of memory would be a different measurement.
+        # Shrinking the batch after running out of memory would change what is measured.
         run = benchmark_run(override(config, {"on_oom": "fail"}))
         for _ in range(WARMUP_STEPS):
             train_step(run)
         pipe.send({})
         while True:
-            start, seconds, threads = pipe.recv()
+            start_time, seconds, threads = pipe.recv()
             torch.set_num_threads(threads)
             reset_peak_memory(run.device)
-            time.sleep(max(0.0, start - time.monotonic()))
+            time.sleep(max(0.0, start_time - time.monotonic()))
             steps, started = 0, time.monotonic()
             while steps < MIN_STEPS or time.monotonic() < started + seconds:
                 train_step(run)
@@ -178,7 +178,7 @@ def _train_on_command(config: TrainConfig, threads: int, pipe: Connection) -> No
 
 
 def _memory(device: torch.device) -> dict[str, int]:
-    """Bytes: the `peak` of this process, `in_use` on a GPU by all processes, and the device's `total`."""
+    """In bytes: the `peak` of this process, the GPU memory `in_use` by all processes, and the device's `total`."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return {"peak": torch.cuda.max_memory_reserved(device), "in_use": total - free, "total": total}

@@ -1,4 +1,4 @@
-"""The checks of `doctor`: everything about this machine that decides whether a campaign can run."""
+"""The checks of `doctor`: whether a campaign can run on this machine."""
 
 import os
 import platform
@@ -16,12 +16,12 @@ from tune.machine.environment import PACKAGES, cpu_model, short_temporary, total
 MIN_DISK = 2 << 30  # bytes
 MIN_SHARED_MEMORY = 256 << 20  # bytes
 MIN_RAY_DISK = 64 << 20  # bytes
-COMPILED_FOLDERS = ("compiled", "native")  # in the cache, by ngpt/kernels/compile.py and build.py; they only grow
+COMPILED_FOLDERS = ("compiled", "native")  # in the cache, filled by ngpt/kernels/compile.py and build.py; never emptied
 
 
 @dataclass(frozen=True)
 class Check:
-    """One line of `doctor`: a fact, and the problem it causes, if any."""
+    """One line of `doctor`: a fact, and the problem with it, if any."""
 
     name: str
     value: str
@@ -29,7 +29,7 @@ class Check:
 
 
 def run_checks(out: Path) -> list[Check]:
-    """Runs every check for a campaign with results in `out`. Writes nothing."""
+    """Runs all checks for a campaign with results in `out`. Writes nothing."""
     return [check(out) for check in CHECKS]
 
 
@@ -51,7 +51,7 @@ def _device(out: Path) -> Check:
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         return Check("device", ", ".join(names))
-    problem = "there is an NVIDIA driver, but this torch was built without CUDA: reinstall torch"
+    problem = "an NVIDIA driver is installed, but this torch was built without CUDA: reinstall torch"
     cpu = f"CPU: {cpu_model()}, {usable_cpus()} usable cores, {total_memory() / 2**30:.0f} GiB"
     return Check("device", cpu, problem if shutil.which("nvidia-smi") else None)
 
@@ -83,7 +83,7 @@ def _ray(out: Path) -> Check:
     folder = Path(os.environ.get("RAY_TMPDIR") or short_temporary(), "ray")
     existing = _nearest_existing(folder)
     free = shutil.disk_usage(existing).free
-    problem = "Ray's logs and sockets need more: set TMPDIR to a folder with room" if free < MIN_RAY_DISK else None
+    problem = "Ray's logs and sockets need more: set TMPDIR to a folder with space" if free < MIN_RAY_DISK else None
     if not os.access(existing, os.W_OK):
         problem = "not writable: set TMPDIR to another folder"
     return Check("Ray's files", f"{folder} ({free / 2**20:.0f} MiB free)", problem)

@@ -1,4 +1,4 @@
-"""Facts about the machine and its software, for the manifest, the report and `doctor`."""
+"""Describes the machine and its software, for the manifest, the report and `doctor`."""
 
 import importlib.metadata
 import os
@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = ("torch", "ray", "numpy", "sentencepiece", "pyarrow", "pydantic", "wandb")
-BUSY_SHARE = 0.1  # of a GPU's memory; an idle GPU with a display or its driver uses less
-MAX_TEMPORARY_BYTES = 35  # of TMPDIR: with /ray/session_DATE_PID/sockets/plasma_store a socket's path may have 103
+BUSY_SHARE = 0.1  # of a GPU's memory; a display or the driver alone uses less
+MAX_TEMPORARY_BYTES = 35  # of TMPDIR; the path with /ray/session_DATE_PID/sockets/plasma_store may have 103
 
 
 def describe(device: str = "auto") -> dict[str, Any]:
-    """Versions, device, host and the commit of the code, as flat scalars."""
+    """Versions, device, host and git commit, as a flat dict of scalars."""
     import torch
 
     from ngpt.system.device import pick_device
@@ -47,13 +47,13 @@ def usable_cpus() -> int:
 
 
 def short_temporary() -> str:
-    """TMPDIR, or /tmp if the paths of Ray's sockets below TMPDIR would be too long for the system."""
+    """TMPDIR, or /tmp if TMPDIR would make the paths of Ray's sockets too long for the system."""
     folder = os.environ.get("TMPDIR") or "/tmp"
     return folder if len(os.fsencode(folder)) <= MAX_TEMPORARY_BYTES else "/tmp"
 
 
 def total_memory() -> int:
-    """Bytes of main memory."""
+    """The size of main memory in bytes."""
     import psutil
 
     return psutil.virtual_memory().total
@@ -68,7 +68,7 @@ def cpu_model() -> str:
 
 
 def git_state() -> dict[str, Any]:
-    """The commit of the checkout with this code, and whether files differ from it; None outside a checkout."""
+    """The git commit of this code, and whether tracked files differ from it; None outside a checkout."""
     git = ["git", "-C", str(Path(__file__).parent)]
     commit = _output(*git, "rev-parse", "HEAD")
     changed = _output(*git, "status", "--porcelain", "--untracked-files=no") if commit else None
@@ -76,8 +76,8 @@ def git_state() -> dict[str, Any]:
 
 
 def busy_gpus() -> list[str]:
-    """A warning for each visible GPU of which other processes hold a tenth of the memory; none without a driver."""
-    # Asking torch would create a CUDA context, which takes memory itself.
+    """A warning for each visible GPU with a tenth of its memory in use; empty without an NVIDIA driver."""
+    # torch would create a CUDA context, which uses GPU memory itself.
     fields = "--query-gpu=index,memory.used,memory.total"
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     warnings = []
@@ -93,7 +93,7 @@ def busy_gpus() -> list[str]:
 
 
 def _output(*command: str, timeout: float | None = None) -> str | None:
-    """What a command prints; None if it fails."""
+    """The output of a command; None if it fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=timeout)
     except (OSError, subprocess.SubprocessError):

@@ -1,4 +1,4 @@
-"""`--plan`: how many trials a campaign trains, how much disk they need and how long they take. Starts nothing."""
+"""`--plan`: estimates how many trials a campaign trains, the disk space they need and how long they take."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,28 +21,28 @@ from tune.spec.schema import Campaign
 from tune.storage.journal import read_journal
 from tune.storage.state import CampaignState, replay
 
-STARTUP_SECONDS = 8.0  # interpreter, Ray, first import of torch in the workers
-SECONDS_PER_TRIAL = 0.1  # besides training and evaluation
-EFFICIENCY = 0.25  # share of the matrix-product rate that a small eager step reaches, where none was measured
+STARTUP_SECONDS = 8.0  # start of Python and Ray, and the first import of torch in the workers
+SECONDS_PER_TRIAL = 0.1  # overhead besides training and evaluation
+EFFICIENCY = 0.25  # assumed FLOP rate of an unmeasured small eager step, as a share of that of a large matrix product
 
 
 @dataclass(frozen=True)
 class Noise:
-    """The spread of the metric between seeds, and where that number comes from."""
+    """The spread of the metric between seeds, and its source."""
 
     sd: float
     method: Method
-    source: str
+    source: str  # for display
 
     def smallest_effect(self, phase: PlannedPhase, confidence: float) -> float | None:
-        """The effect that 4 of 5 such phases would find."""
+        """The smallest effect that a phase detects with 80 % power; None if it cannot detect any."""
         sizes = len(phase.seeds), len(phase.arms)
         return smallest_detectable_effect(*sizes, self.sd, method=self.method, confidence=confidence)
 
 
 @dataclass(frozen=True)
 class PhaseEstimate:
-    """One phase. `to_run` and all fields after it count only trials without a result."""
+    """Estimate for one phase. `to_run`, `tokens`, `disk_bytes` and `seconds` only count trials without a result."""
 
     phase: str
     inherit: str | None
@@ -53,24 +53,24 @@ class PhaseEstimate:
     tokens: int
     disk_bytes: int
     seconds: float
-    smallest_detectable: float | None  # effect that 4 of 5 such phases would find; None without a known noise
-    guessed: bool  # whether the phase builds on a winner that is not known yet
+    smallest_detectable: float | None  # effect detected with 80 % power; None if the noise is unknown
+    guessed: bool  # whether the phase depends on a winner that is not known yet
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A whole campaign: what `--plan --json` prints."""
+    """Estimate for a whole campaign; `--plan --json` prints it."""
 
     campaign: str
     results: str
     phases: list[PhaseEstimate]
-    trials: int  # a trial that two phases share counts once
+    trials: int  # trials shared by several phases count once
     to_run: int
     tokens: int
     disk_bytes: int
     seconds: float
     workers: int
-    together: int  # trials that train at the same time in one worker
+    together: int  # number of trials that train concurrently in one worker
     noise: Noise | None
     budget: str
     seconds_source: str
@@ -78,26 +78,26 @@ class Estimate:
 
 @dataclass(frozen=True)
 class _Clock:
-    """Turns trials into seconds: by measured speeds, and by a FLOP rate where a shape has none."""
+    """Predicts training times from measured speeds, or from a FLOP rate for shapes without one."""
 
-    speeds: Mapping[tuple[str, int], float]  # by `step_time_key` and trials that train together
+    speeds: Mapping[tuple[str, int], float]  # tokens per second, by (`step_time_key`, concurrent trials in a worker)
     flop_rate: float | None  # None if every trial has a measured speed
-    source: str  # where the times come from, for people
+    source: str  # where the times come from, for display
 
-    def seconds(self, config: TrainConfig, together: int) -> float:
-        """A trial's share of its worker's time."""
-        if (speed := _known_speed(self.speeds, config, together)) is not None:
+    def seconds(self, config: TrainConfig, n_concurrent: int) -> float:
+        """Estimated worker seconds per trial if `n_concurrent` trials share the worker."""
+        if (speed := _known_speed(self.speeds, config, n_concurrent)) is not None:
             return SECONDS_PER_TRIAL + trial_work(config) / speed
         assert self.flop_rate is not None
         return SECONDS_PER_TRIAL + trial_flops(config) / self.flop_rate
 
 
 def estimate(campaign: Campaign, root: Path, *, measure: bool = False) -> Estimate:
-    """Estimates trials, tokens, disk and time of a campaign, without the trials that have a result in `root`.
+    """Estimates the tokens, disk space and time that a campaign needs for the trials without a result in `root`.
 
-    Without a measured speed of a shape on this device, its time comes from the FLOP count and a matrix product timed
-    now. `measure` first times a few real steps of each shape. Trials that train together in one worker (`vectorise`)
-    have speeds of their own; where none was measured, they are assumed to take as long as one after another.
+    If no speed was measured for a shape on this device, its time is estimated from the FLOP count and the timing of a
+    matrix product. `measure` first times a few real steps of each shape. Trials that train concurrently in one worker
+    (`vectorise`) have speeds of their own; without one, they are assumed to take as long as sequential trials.
     """
     state = replay(read_journal(root / "journal.jsonl"))
     campaign = replace(campaign, speeds=state.speeds)
@@ -135,7 +135,7 @@ def estimate(campaign: Campaign, root: Path, *, measure: bool = False) -> Estima
         disk_bytes=sum(row.disk_bytes for row in rows),
         seconds=sum(row.seconds for row in rows) + (STARTUP_SECONDS if n_to_run else 0.0),
         workers=workers,
-        together=max((together for trials in to_run.values() for _, together in trials), default=1),
+        together=max((n_concurrent for trials in to_run.values() for _, n_concurrent in trials), default=1),
         noise=noise,
         budget=describe_budget(campaign.budget),
         seconds_source=clock.source,
@@ -143,7 +143,7 @@ def estimate(campaign: Campaign, root: Path, *, measure: bool = False) -> Estima
 
 
 def check_budget(campaign: Campaign, root: Path) -> None:
-    """Raises a ConfigError if not even the campaign's shortest trial would finish within the budget of hours."""
+    """Raises ConfigError if even the campaign's shortest trial takes longer than the budget allows."""
     if (hours := campaign.budget.hours) is None:
         return
     state = replay(read_journal(root / "journal.jsonl"))
@@ -159,7 +159,7 @@ def check_budget(campaign: Campaign, root: Path) -> None:
 
 
 def expected_workers(campaign: Campaign) -> int:
-    """The number of trials that this machine would run at once."""
+    """The number of workers that this machine would run concurrently."""
     resources = campaign.resources
     limits = [usable_cpus() // resources.cpus_per_trial]
     if pick_device(campaign.base.device).type == "cuda":
@@ -172,10 +172,10 @@ def expected_workers(campaign: Campaign) -> int:
 
 
 def _guessed_phases(campaign: Campaign, state: CampaignState, phases: Sequence[PlannedPhase]) -> set[str]:
-    """The phases that build on a winner that is not known yet."""
+    """The names of phases that depend on a winner that is not known yet."""
     needs = {phase.name: phase.needs for phase in campaign.phases}
     decided, guessed = set[str](), set[str]()
-    for phase in phases:  # in order of need
+    for phase in phases:  # a phase comes after those that it needs
         if not needs[phase.name] <= decided:
             guessed.add(phase.name)
         elif known_result(campaign, state, phase):
@@ -184,7 +184,7 @@ def _guessed_phases(campaign: Campaign, state: CampaignState, phases: Sequence[P
 
 
 def _trials_left(campaign: Campaign, state: CampaignState, phases: list[PlannedPhase]) -> dict[str, list[TrainConfig]]:
-    """The configs of trials without a result by phase. A trial that two phases share belongs to the first."""
+    """Configs of trials without a result, by phase. A trial shared by several phases is listed in the first."""
     seen = set[str]()
     left: dict[str, list[TrainConfig]] = {}
     for phase in phases:
@@ -196,7 +196,7 @@ def _trials_left(campaign: Campaign, state: CampaignState, phases: list[PlannedP
 
 
 def _with_group_sizes(configs: list[TrainConfig], campaign: Campaign, workers: int) -> list[tuple[TrainConfig, int]]:
-    """Each trial with the number of trials that train together in its worker, itself included."""
+    """Pairs each trial with the number of trials that train concurrently in its worker, including itself."""
     if campaign.resources.vectorise == 1:
         return [(config, 1) for config in configs]
     from tune.trials.trial_group import expected_groups
@@ -206,7 +206,7 @@ def _with_group_sizes(configs: list[TrainConfig], campaign: Campaign, workers: i
 
 
 def _clock(trials: Sequence[tuple[TrainConfig, int]], campaign: Campaign, *, measure: bool = False) -> _Clock:
-    """The clock for trials, each with the number of trials that train together in its worker."""
+    """Looks up speeds for pairs of a trial and the number of trials that train concurrently in its worker."""
     threads = campaign.resources.cpus_per_trial
     if measure:
         measure_speeds(trials, threads)
@@ -217,8 +217,8 @@ def _clock(trials: Sequence[tuple[TrainConfig, int]], campaign: Campaign, *, mea
         share = "" if n_missing == len(trials) else f" for {n_missing} of {len(trials)} trials"
         source = f"estimated from the FLOP count{share} at {rate / 1e9:.0f} GFLOP/s; --measure times real steps"
         return _Clock(speeds, rate, source)
-    source = "measured just now" if measure else "from steps measured here before"
-    if not all((step_time_key(config), together) in speeds for config, together in trials):
+    source = "measured just now" if measure else "from steps measured earlier on this machine"
+    if not all((step_time_key(config), n_concurrent) in speeds for config, n_concurrent in trials):
         source += ", treating concurrent trials as sequential; --measure times real steps"
     return _Clock(speeds, None, source)
 
@@ -232,16 +232,16 @@ def _flop_rate(campaign: Campaign) -> float:
     return gemm_flops(pick_device(campaign.base.device), DTYPES[campaign.base.dtype]) * EFFICIENCY
 
 
-def _known_speed(speeds: Mapping[tuple[str, int], float], config: TrainConfig, together: int) -> float | None:
-    """Tokens per second of this many such trials at once, or of one if that is all that was measured."""
+def _known_speed(speeds: Mapping[tuple[str, int], float], config: TrainConfig, n_concurrent: int) -> float | None:
+    """Tokens per second of `n_concurrent` such trials, or of a single one if only that was measured."""
     key = step_time_key(config)
-    return speeds.get((key, together), speeds.get((key, 1)))
+    return speeds.get((key, n_concurrent), speeds.get((key, 1)))
 
 
 def _noise(campaign: Campaign, state: CampaignState) -> Noise | None:
-    """The noise that the file gives, or that of the newest finished phase."""
+    """The noise given in the campaign file, or measured in the last finished phase."""
     if campaign.noise is not None:
-        return Noise(campaign.noise, "paired", "as the campaign says")
+        return Noise(campaign.noise, "paired", "given in the campaign file")
     metric = campaign.metric.name
     for phase in (phase for phase in reversed(state.phases.values()) if phase.winner is not None):
         outcomes = {arm.name: {s: state.outcome(i, metric) for s, i in arm.trial_ids.items()} for arm in phase.arms}
@@ -252,7 +252,7 @@ def _noise(campaign: Campaign, state: CampaignState) -> Noise | None:
 
 
 def _disk_bytes(config: TrainConfig) -> int:
-    """Bytes of a trial: checkpoints (weights and up to two moments, float32) and metrics."""
+    """Disk space of a trial: checkpoints (weights and up to two moments, float32) and metrics."""
     assert config.model.vocab_size is not None
     params = matrix_params(config.model) + config.model.vocab_size * config.model.n_embd
     saves = -(-config.steps // config.checkpoint.every)

@@ -1,9 +1,9 @@
 """Chooses how many trials share a GPU, by measuring which number trains the most tokens per second.
 
-A small model leaves most of a GPU idle between its kernels, and a second trial fills the gaps. In a short calibration
-(tune/machine/concurrency_benchmark.py), 1, 2, 3, 4, 6, ... trials take real steps at once; the curve is stored for the
-next campaign with the same model shape. Sharing does not change what a trial computes, but slows it: tokens per second
-only compare between records with the same `packed`.
+A small model leaves a GPU idle between kernels, and more trials fill the gaps. In a short calibration
+(tune/machine/concurrency_benchmark.py), 1, 2, 3, 4, 6, ... trials train concurrently for some real steps; the curve is
+stored for later campaigns with the same model shape. Sharing does not change the results of a trial, but slows it down:
+tokens per second are only comparable between records with the same `packed`.
 """
 
 from collections import Counter
@@ -25,9 +25,9 @@ from tune.planning.plan import trial_flops, trial_tokens
 from tune.spec.schema import Campaign, Resources
 from tune.storage.state import DONE, CampaignState
 
-TRIAL_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # trials at once that are tried, in this order
-EQUALLY_FAST = 0.99  # share of the highest throughput; the fewest trials that reach it are chosen
-MIN_TRAINING_SECONDS = 90.0  # of one trial at a time on each device; a shorter campaign does not repay a calibration
+TRIAL_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # numbers of concurrent trials to measure, in this order
+EQUALLY_FAST = 0.99  # share of the highest throughput; the smallest number of trials that reaches it is chosen
+MIN_TRAINING_SECONDS = 90.0  # with one trial per device; in a shorter campaign, calibrating costs more than it saves
 
 Log = Callable[[str], None]
 
@@ -40,13 +40,13 @@ class GpuSharing:
     why: str
     device: str
     curve: tuple[ThroughputPoint, ...] = ()
-    measured_at: str | None = None  # UTC; None if nothing was measured
+    measured_at: str | None = None  # UTC; None if there was no measurement
 
 
 def fastest_point(curve: Sequence[ThroughputPoint], *, max_trials: int) -> ThroughputPoint:
     """The point with the highest throughput that fits into memory and has at most `max_trials` trials.
 
-    Of equally fast points it is the one with the fewest trials. If none fits, it is the first of `curve`: one trial.
+    Among equally fast points, returns the one with the fewest trials; if none fits, the first point (one trial).
     """
     fitting = [point for point in curve if point.fits and point.trials <= max_trials] or list(curve[:1])
     fastest = max(point.tokens_per_second for point in fitting)
@@ -54,9 +54,9 @@ def fastest_point(curve: Sequence[ThroughputPoint], *, max_trials: int) -> Throu
 
 
 def choose_gpu_sharing(campaign: Campaign, state: CampaignState, log: Log) -> GpuSharing | None:
-    """Chooses how many trials of a campaign share each GPU; None on a CPU and where the file fixes the number.
+    """Chooses how many trials share each GPU; None on a CPU or if the campaign file fixes the number.
 
-    It measures unless the shape is known, or the trials left to train take less time than a calibration.
+    Measures, unless a curve of this shape is stored or the remaining trials take too little time.
     """
     if campaign.resources.gpus_per_trial != "auto" or pick_device(campaign.base.device).type != "cuda":
         return None
@@ -66,10 +66,10 @@ def choose_gpu_sharing(campaign: Campaign, state: CampaignState, log: Log) -> Gp
 
 
 def known_trials_per_device(campaign: Campaign) -> int:
-    """The number that `choose_gpu_sharing` takes if a stored measurement decides it, else 1."""
+    """The number of trials per GPU by a stored measurement, or 1 if there is none. Measures nothing."""
     configs = _trials_left(campaign, CampaignState())
-    main = _dominant_config(configs)
-    known = known_curve(device_key(main, campaign.resources.cpus_per_trial), step_time_key(main), max_trials=1)
+    dominant = _dominant_config(configs)
+    known = known_curve(device_key(dominant, campaign.resources.cpus_per_trial), step_time_key(dominant), max_trials=1)
     max_trials = _max_trials(campaign.resources, len(configs), torch.cuda.device_count())
     return fastest_point(known.curve, max_trials=max_trials).trials if known else 1
 
@@ -79,12 +79,12 @@ def choose_trials_per_device(
 ) -> GpuSharing | None:
     """Chooses how many of the trials `configs` share each of `devices`; None if `max_trials` is 1.
 
-    The shape with the largest share of the arithmetic decides the speed; the trial with the largest steps the memory.
+    Speed is measured for the shape with the most FLOPs in total, memory for the trial with the most FLOPs per step.
     """
     if max_trials < 2:
         return None
-    main = _dominant_config(configs)
-    device, shape = device_key(main, threads), step_time_key(main)
+    dominant = _dominant_config(configs)
+    device, shape = device_key(dominant, threads), step_time_key(dominant)
     if known := known_curve(device, shape, max_trials=max_trials):
         why = f"measured on {known.measured_at[:10]}"
     else:
@@ -93,55 +93,55 @@ def choose_trials_per_device(
         def is_too_short(curve: Sequence[ThroughputPoint]) -> bool:
             return len(curve) == 1 and tokens < MIN_TRAINING_SECONDS * curve[0].tokens_per_second
 
-        log("measuring how many trials at once are fastest ...")
+        log("measuring how many concurrent trials are fastest ...")
         counts = [count for count in TRIAL_COUNTS if count <= max_trials]
         try:
             curve = measure_concurrent_trials(
-                main, counts=counts, threads=lambda _: threads, is_enough=is_too_short, log=log
+                dominant, counts=counts, threads=lambda _: threads, is_enough=is_too_short, log=log
             )
         except CalibrationError as error:  # the trials will fail for the same reason, each with its own record
             return GpuSharing(1, f"not measured: {error}", device)
         if is_too_short(curve):
             seconds = fmt.duration(tokens / curve[0].tokens_per_second)
-            why = f"not measured: on their own the trials take {seconds} of training"
+            why = f"not measured: run sequentially, the trials take only {seconds}"
             return GpuSharing(1, why, device, tuple(curve))
         known = remember_curve(device, shape, curve, max_trials=max_trials)
         why = "measured at the start of this campaign"
-    room = _room_for_the_largest(configs, main, threads, log)
+    room = _room_for_largest(configs, dominant, threads, log)
     best = fastest_point(known.curve, max_trials=min(max_trials, room))
     why = f"{best.tokens_per_second / known.curve[0].tokens_per_second:.2f} x the tokens/s of one, {why}"
     return GpuSharing(best.trials, why, device, tuple(known.curve), known.measured_at)
 
 
 def _max_trials(resources: Resources, trials: int, devices: int) -> int:
-    """How many trials on a device the number of trials, workers and CPUs allows."""
+    """The largest number of trials per device that the trials, workers and CPUs allow."""
     slots = min(resources.workers or trials, trials)
     return min(-(-slots // devices), usable_cpus() // (resources.cpus_per_trial * devices))
 
 
 def _trials_left(campaign: Campaign, state: CampaignState) -> list[TrainConfig]:
-    """The trials without a result, as far as the winners of phases are known."""
+    """Configs of all expected trials without a result."""
     trials = {trial.trial_id: trial.config for phase in expected_phases(campaign, state) for trial in phase.trials}
     return [config for i, config in trials.items() if i not in state.results or state.results[i]["status"] not in DONE]
 
 
 def _dominant_config(configs: Sequence[TrainConfig]) -> TrainConfig:
-    """The first config of the shape with the most arithmetic."""
+    """The first config of the shape with the most FLOPs in total."""
     flops = Counter[str]()
     for config in configs:
         flops[step_time_key(config)] += round(trial_flops(config))
     return next(config for config in configs if step_time_key(config) == flops.most_common(1)[0][0])
 
 
-def _room_for_the_largest(configs: Sequence[TrainConfig], main: TrainConfig, threads: int, log: Log) -> int:
-    """How many trials with the largest steps fit on a device together."""
+def _room_for_largest(configs: Sequence[TrainConfig], dominant: TrainConfig, threads: int, log: Log) -> int:
+    """The number of concurrent trials with the most FLOPs per step that fit into the memory of a device."""
 
     def flops_per_step(config: TrainConfig) -> float:
         rows = config.micro_batch_size or config.batch_size
         return rows * config.model.block_size * flops_per_token(config.model)
 
     largest = max(configs, key=flops_per_step)
-    if flops_per_step(largest) <= flops_per_step(main):
+    if flops_per_step(largest) <= flops_per_step(dominant):
         return TRIAL_COUNTS[-1]
     device, shape = device_key(largest, threads), step_time_key(largest)
     known = known_curve(device, shape, max_trials=1)

@@ -1,7 +1,8 @@
-"""Measures how fast training steps run on this machine, and keeps the results in the cache for later plans.
+"""Measures how fast training steps run on this machine, and stores the results in the cache for later plans.
 
-One file in the cache holds the tokens per second of shapes, and the curves of tokens per second over the number of
-trials that share a device (tune/machine/gpu_sharing.py), by device and `step_time_key`. Unreadable lines are skipped.
+One file in the cache holds the tokens per second of each model shape, and curves of throughput over the number of
+trials that share a device (tune/machine/gpu_sharing.py), keyed by device and `step_time_key`. Unreadable lines are
+skipped.
 """
 
 import contextlib
@@ -22,11 +23,11 @@ from tune.storage.state import CampaignState
 from tune.trials.trial import describe_machine
 
 STORE = "speeds.jsonl"  # in the cache
-ROUNDS = 3  # of timing for `hold: seconds`
+ROUNDS = 3  # of timing, for `hold: seconds`
 
 
 class SpeedRecord(pydantic.BaseModel):
-    """Training tokens per second of trials of one shape; of all of them where several train together in a process."""
+    """Training tokens per second of one shape, summed over the `together` trials that share a process."""
 
     device: str
     shape: str  # `step_time_key`
@@ -35,11 +36,11 @@ class SpeedRecord(pydantic.BaseModel):
 
 
 class CurveRecord(pydantic.BaseModel):
-    """Throughput of one shape by the number of trials that share a device."""
+    """Throughput of one shape for different numbers of trials that share a device."""
 
     device: str
     shape: str  # `step_time_key`
-    max_trials: int  # the measurement stops there, or earlier when more trials are not faster or do not fit
+    max_trials: int  # the measurement stops here, or earlier if more trials are slower or do not fit
     measured_at: str  # UTC
     curve: Annotated[list[ThroughputPoint], pydantic.Field(min_length=1)]
 
@@ -48,13 +49,13 @@ Record = TypeVar("Record", SpeedRecord, CurveRecord)
 
 
 def device_key(config: TrainConfig, threads: int) -> str:
-    """The host, device, torch version and threads that a measurement holds for."""
-    about = describe_machine(config.device, threads)
-    return f"{about['host']} {about['device']} torch {about['torch']} {threads} threads"
+    """The host, device, torch version and threads for which a measurement is valid, as a key."""
+    machine = describe_machine(config.device, threads)
+    return f"{machine['host']} {machine['device']} torch {machine['torch']} {threads} threads"
 
 
 def measure_tokens_per_second(config: TrainConfig, *, threads: int, together: int = 1) -> float:
-    """Times real training steps; returns the median rate of all trials that train `together` in this process."""
+    """Times real training steps of `together` trials in this process; returns the median of their total rate."""
     import torch
 
     from ngpt.ensemble.throughput import measure_step_together
@@ -69,9 +70,10 @@ def measure_tokens_per_second(config: TrainConfig, *, threads: int, together: in
 def measure_for_equal_time(
     base: TrainConfig, missing: Mapping[str, TrainConfig], known: Speeds, measure: Callable[[TrainConfig], float]
 ) -> dict[str, float]:
-    """Returns the speeds of the configs in `missing` by key: the fastest of several rounds, one config after another.
+    """Returns the speed of each config in `missing`, by key: the fastest of several rounds over all configs.
 
-    They are scaled so that `base` has the speed that is `known` from an earlier phase, perhaps of a busier machine.
+    If the speed of `base` is `known` from an earlier phase, the new speeds are scaled to agree with it, since the load
+    on the machine may have changed.
     """
     base = resolved(base)
     base_key = step_time_key(base)
@@ -83,7 +85,7 @@ def measure_for_equal_time(
 
 
 def measure_speeds(trials: Iterable[tuple[TrainConfig, int]], threads: int) -> None:
-    """Times and stores each shape once. A trial comes with the number of trials that train together in its process."""
+    """Times each shape once and stores its speed. `trials` pairs a config with the number of trials per process."""
     shapes = {(step_time_key(config), together): config for config, together in trials}
     records = []
     for (shape, together), config in shapes.items():
@@ -94,32 +96,32 @@ def measure_speeds(trials: Iterable[tuple[TrainConfig, int]], threads: int) -> N
 
 
 def remember_speeds(campaign: Campaign, state: CampaignState, configs: Mapping[str, TrainConfig]) -> None:
-    """Stores the speed of each shape that this session trained, as whole trials in one attempt, by `configs` by id."""
+    """Stores the speeds of shapes whose trials finished in this session at the first attempt. `configs` are by id."""
     device = device_key(campaign.base, campaign.resources.cpus_per_trial)
     speeds = {}
     for trial_id, config in configs.items():
         result = state.results.get(trial_id)
         if result is None or result["status"] != "finished" or result["attempt"] != 1 or result["seconds"] <= 0:
             continue
-        is_alone = result["provenance"].get("vectorised", 1) == 1  # in its process
-        if is_alone and result["time"] >= state.campaign["time"]:
+        was_alone = result["provenance"].get("vectorised", 1) == 1  # in its process
+        if was_alone and result["time"] >= state.campaign["time"]:
             speeds[step_time_key(config)] = trial_work(config) / result["seconds"]
     _append(SpeedRecord(device=device, shape=name, together=1, tokens_per_second=x) for name, x in speeds.items())
 
 
 def known_speeds(device: str) -> dict[tuple[str, int], float]:
-    """The newest tokens per second on a device, by `step_time_key` and number of trials that train together."""
+    """The newest tokens per second on a device, by (`step_time_key`, number of trials that share the process)."""
     return {(r.shape, r.together): r.tokens_per_second for r in _read(SpeedRecord) if r.device == device}
 
 
 def known_curve(device: str, shape: str, *, max_trials: int) -> CurveRecord | None:
-    """The newest curve of this device and shape that was measured up to `max_trials` trials or more."""
+    """The newest curve of this device and shape that was measured with a limit of at least `max_trials`."""
     matching = (r for r in _read(CurveRecord) if (r.device, r.shape) == (device, shape) and r.max_trials >= max_trials)
     return next(reversed(list(matching)), None)
 
 
 def remember_curve(device: str, shape: str, curve: list[ThroughputPoint], *, max_trials: int) -> CurveRecord:
-    """Stores a curve for later campaigns on this machine."""
+    """Stores a new curve for later campaigns on this machine, and returns its record."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
     record = CurveRecord(device=device, shape=shape, max_trials=max_trials, measured_at=now, curve=curve)
     _append([record])
@@ -135,5 +137,5 @@ def _read(kind: type[Record]) -> Iterator[Record]:
 
 def _append(records: Iterable[SpeedRecord | CurveRecord]) -> None:
     if rows := [record.model_dump() for record in records]:
-        with contextlib.suppress(OSError):  # a cache that cannot be written only costs a later plan its speeds
+        with contextlib.suppress(OSError):  # without a writable cache, later plans only lack speeds
             append_json_lines(cache_folder() / STORE, rows)

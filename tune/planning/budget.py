@@ -1,7 +1,8 @@
-"""`budget:`: how many trials a campaign may start, and how many hours it may take, over all its sessions.
+"""`budget:` limits the number of trials that a campaign starts and the hours that it takes, over all sessions.
 
-At the budget, running trials are finished and no new one starts; a larger budget continues. All trials that were ever
-started in the results directory count, and the whole time of all sessions, evaluations and waiting included.
+When the budget is reached, running trials finish and no new ones start; a larger budget continues the campaign. Every
+trial ever started in the results directory counts, as does the total time of all sessions, including evaluations and
+waiting.
 """
 
 from collections.abc import Mapping
@@ -13,19 +14,19 @@ STOPPED_BY_BUDGET = "stopped by budget"
 
 
 def budget_allows(budget: Budget, state: CampaignState, trial_id: str, seconds: float) -> bool:
-    """Whether a trial may start after `seconds` of all sessions. A trial that is started again counts once."""
+    """Whether a trial may start when all sessions have taken `seconds`. A trial that is retried counts once."""
     if budget.hours is not None and seconds >= budget.hours * 3600:
         return False
     return budget.trials is None or trial_id in state.attempts or len(state.attempts) < budget.trials
 
 
 def describe_budget(budget: Budget) -> str:
-    """The budget as text, like `5 trials, 2 hours`; empty without a budget."""
+    """The budget as text, like `5 trials, 2 hours`; empty if there is none."""
     parts = {"trials": budget.trials, "hours": budget.hours}
     return ", ".join(f"{value:g} {name[:-1] if value == 1 else name}" for name, value in parts.items() if value)
 
 
 def left_out_sentence(left_out: Mapping[str, int]) -> str:
-    """The number of trials per phase that a budget left out, as a sentence."""
+    """A sentence with the number of trials per phase that the budget left out."""
     listed = ", ".join(f"{count} trial{'s' * (count != 1)} of {phase}" for phase, count in left_out.items())
     return f"the budget was reached: left out {listed}"

@@ -1,8 +1,8 @@
-"""Lists how a campaign file differs from the results it continues, and refuses changes of their meaning.
+"""Lists how a campaign file differs from its existing results, and rejects changes that alter their meaning.
 
-Trials are identified by what they compute, so most changes are harmless: unchanged trials are kept, new ones are
-trained. But a table whose metric, confidence, data or evaluation tokens were changed after the numbers were seen is a
-different experiment under the same name. That needs `--allow-change`.
+A trial id is a hash of what the trial computes, so most changes are harmless: unchanged trials are kept, new ones are
+trained. But changing the metric, confidence, data or evaluation tokens after seeing the results makes a different
+experiment under the same name. That needs `--allow-change`.
 """
 
 import json
@@ -19,35 +19,35 @@ from tune.spec.schema import Campaign
 from tune.storage.state import DONE, CampaignState
 
 FLAG = "--allow-change"
-JUDGES = ("metric", "confidence", "min_effect", "hold")  # fields of `campaign_started`: how arms are compared
-MEASURES = ("eval_tokens",)  # settings that decide on what, besides the data, which are identified by their content
+JUDGING_FIELDS = ("metric", "confidence", "min_effect", "hold")  # fields of `campaign_started`: how arms are compared
+EVALUATION_SETTINGS = ("eval_tokens",)  # what arms are evaluated on, in addition to the data
 MAX_LISTED_ARMS = 8
 
 
 @dataclass(frozen=True)
 class Changes:
-    """The differences between a results directory and the file that continues it; empty for a new directory."""
+    """The differences between a results directory and the current campaign file; empty for a new directory."""
 
-    meaning: tuple[str, ...] = ()  # changes of the meaning of results, as `name: before -> now`
-    settings: tuple[str, ...] = ()  # other changes of base settings
-    kept: int = 0  # results that are still part of the campaign
-    new: int = 0  # trials that were not part of it before
-    changed: tuple[str, ...] = ()  # arms whose results do not count, since their trials have changed
-    gone: tuple[str, ...] = ()  # arms whose results do not count, since the file no longer has them
+    meaning: tuple[str, ...] = ()  # changes that alter the meaning of results, as `name: before -> now`
+    settings: tuple[str, ...] = ()  # other changed base settings
+    kept: int = 0  # number of results that are still part of the campaign
+    new: int = 0  # number of trials that were not part of it before
+    changed: tuple[str, ...] = ()  # arms whose results are unused because their settings changed
+    gone: tuple[str, ...] = ()  # arms whose results are unused because the file dropped them
 
     def lines(self) -> list[str]:
-        """The differences as messages; none if nothing has changed."""
-        found = [f"changed since the last start: {line}" for line in (*self.meaning, *self.settings)]
-        if self.changed or self.gone or found:
+        """The differences as messages; empty if nothing has changed."""
+        lines = [f"changed since the last start: {line}" for line in (*self.meaning, *self.settings)]
+        if self.changed or self.gone or lines:
             kept, new = fmt.counted(self.kept, "result"), fmt.counted(self.new, "trial")
             verbs = ["is" if n == 1 else "are" for n in (self.kept, self.new)]
-            found.append(f"{kept} {verbs[0]} kept, {new} {verbs[1]} new")
-        found += _listed("retrained because its settings changed", self.changed)
-        return found + _listed("no longer part of the campaign", self.gone)
+            lines.append(f"{kept} {verbs[0]} kept, {new} {verbs[1]} new")
+        lines += _listed("retrained because its settings changed", self.changed)
+        return lines + _listed("no longer part of the campaign", self.gone)
 
 
 def find_changes(campaign: Campaign, state: CampaignState) -> Changes:
-    """Compares `campaign` with the newest start and results. Raises a ConfigError if the corpus is missing."""
+    """Compares `campaign` with the last start and its results. Raises ConfigError if the corpus is missing."""
     results = {trial_id for trial_id, result in state.results.items() if result["status"] in DONE}
     if not state.campaign or not results:
         return Changes()
@@ -69,10 +69,10 @@ def find_changes(campaign: Campaign, state: CampaignState) -> Changes:
 
 
 def check_changes(changes: Changes, *, allowed: bool) -> None:
-    """Raises a ConfigError with every change of the meaning of results, unless they are `allowed`."""
+    """Raises ConfigError with all changes that alter the meaning of results, unless they are `allowed`."""
     if changes.meaning and not allowed:
-        what = "\n".join(f"  {line}" for line in changes.meaning)
-        text = f"this file would change the meaning of existing results:\n{what}\n"
+        lines = "\n".join(f"  {line}" for line in changes.meaning)
+        text = f"this file would change the meaning of existing results:\n{lines}\n"
         raise ConfigError(f"{text}choose another --out to keep both, undo the change, or use {FLAG} to continue anyway")
 
 
@@ -88,27 +88,27 @@ def judging_rules(campaign: Campaign) -> dict[str, Any]:
 
 def _meaning(campaign: Campaign, state: CampaignState) -> Iterator[str]:
     before, now = state.campaign, judging_rules(campaign)
-    for name in JUDGES:
+    for name in JUDGING_FIELDS:
         yield from _differences(name, before.get(name), now[name])
     base = flatten(campaign.base)
-    for name in MEASURES:
+    for name in EVALUATION_SETTINGS:
         yield from _differences(name, before["base"].get(name), base[name])
     if before["data"]["fingerprint"] != (key := fingerprint(campaign.base.data)):
-        sides = ((before["base"], before["data"]["fingerprint"]), (base, key))
-        texts = [f"{fmt.plain(s['data.corpus'])} by {fmt.plain(s['data.tokenizer'])} ({found})" for s, found in sides]
+        versions = ((before["base"], before["data"]["fingerprint"]), (base, key))
+        texts = [f"{fmt.plain(s['data.corpus'])} by {fmt.plain(s['data.tokenizer'])} ({sha})" for s, sha in versions]
         yield f"data: {' -> '.join(texts)}"
 
 
 def _settings(campaign: Campaign, state: CampaignState) -> Iterator[str]:
-    """Base settings that decide what is computed. A setting that an older version did not have had its default."""
+    """Yields changed base settings that affect results. A setting missing in an older journal had its default."""
     before, default = state.campaign["base"], flatten(TrainConfig())
     for name, value in flatten(campaign.base).items():
-        if name not in MEASURES and not name.startswith("data.") and is_identity(TrainConfig, name):
+        if name not in EVALUATION_SETTINGS and not name.startswith("data.") and is_identity(TrainConfig, name):
             yield from _differences(name, before.get(name, _as_json(default[name])), value)
 
 
 def _differences(name: str, before: Any, now: Any) -> Iterator[str]:
-    """A line for each difference; a value that only one side has is not one."""
+    """Yields a line per changed value, recursing into dicts; ignores values that only one side has."""
     now = _as_json(now)
     if isinstance(before, dict) and isinstance(now, dict):
         for key in before.keys() & now.keys():
@@ -118,10 +118,10 @@ def _differences(name: str, before: Any, now: Any) -> Iterator[str]:
 
 
 def _as_json(value: Any) -> Any:
-    """A value as the journal stores it, with lists for tuples."""
+    """Converts a value to the form in the journal (tuples become lists)."""
     return json.loads(json.dumps(value))
 
 
-def _listed(what: str, arms: tuple[str, ...]) -> list[str]:
-    more = [f"{what}: {len(arms) - MAX_LISTED_ARMS} more arms"] if len(arms) > MAX_LISTED_ARMS else []
-    return [f"{what}: {arm}" for arm in arms[:MAX_LISTED_ARMS]] + more
+def _listed(title: str, arms: tuple[str, ...]) -> list[str]:
+    more = [f"{title}: {len(arms) - MAX_LISTED_ARMS} more arms"] if len(arms) > MAX_LISTED_ARMS else []
+    return [f"{title}: {arm}" for arm in arms[:MAX_LISTED_ARMS]] + more

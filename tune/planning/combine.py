@@ -1,11 +1,11 @@
-"""`combine: {from: [alpha, optimisation]}`: joins the arms that were better in earlier phases, greedily.
+"""`combine: {from: [alpha, optimisation]}`: greedily joins the arms that were better in earlier phases.
 
-The better arms are sorted by their gain over their own baselines. Each prefix of that order is an arm, named like
-`alpha=0.28 + project_every=7`. An arm is skipped if it changes a setting that a better arm has changed, or cannot be
-joined to those before it (for example a width that the number of heads does not divide).
+The better arms are sorted by their gain over their own baselines. Each prefix of that order becomes an arm, named like
+`alpha=0.28 + project_every=7`. An arm is skipped if it changes a setting that an arm before it has changed, or if the
+joined config is invalid (for example a width that the number of heads does not divide).
 
-All prefixes are planned at once, so they run in parallel, and the plan is a pure function of the verdicts in the
-journal. Only an arm's own changes are joined, not what its phase inherited.
+All prefixes are planned at once, so they can run in parallel, and the plan depends only on the verdicts in the journal.
+Only an arm's own overrides are joined, not those that its phase inherited.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +18,7 @@ from tune.storage.records import BetterArm
 def join_better_arms(
     better_arms: Sequence[BetterArm], is_valid: Callable[[Mapping[str, Any]], bool] = lambda overrides: True
 ) -> list[ArmSpec]:
-    """The arms of a combining phase: each adds an arm to those before it. Joins that are not `is_valid` are skipped."""
+    """The arms of a combining phase, each adding one better arm to the previous ones if the result `is_valid`."""
     arms: list[ArmSpec] = []
     names: list[str] = []
     overrides: dict[str, Any] = {}

@@ -1,13 +1,13 @@
-"""`hold: seconds`: gives every arm of a phase the number of steps that takes as long as its baseline.
+"""`hold: seconds`: gives every arm of a phase as many steps as fit into the training time of its baseline.
 
-A trial that stops by the clock ends at a different step each time. Here the shapes of a phase are timed beforehand
-(tune/machine/throughput.py), and the speeds are kept in the journal: a resumed campaign keeps its steps and trial ids.
-An arm's steps are those of its baseline times the ratio of the two speeds, or of the FLOP counts until speeds are
-measured (`--plan`).
+A trial that is stopped by a timer ends at a different step each time. Instead, the model shapes of a phase are timed
+beforehand (tune/machine/throughput.py), and the speeds are stored in the journal, so a resumed campaign keeps its steps
+and trial ids. An arm gets the steps of its baseline times the ratio of their speeds, or of their FLOP counts until
+speeds are measured (`--plan`).
 
-"Equal time" is time inside training steps, without evaluations, checkpoints and start-up, for a trial that has the
-device to itself; use `workers: 1` for an exact comparison. The time of a step is a median, so work done in one step of
-ten, such as a projection every 10 steps, is not counted.
+"Equal time" is time inside training steps, without evaluations, checkpoints and startup, for a trial that has the
+device to itself; use `workers: 1` for an exact comparison. The time per step is a median, so work done only in some
+steps, such as a projection every 10 steps, is not counted.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from ngpt.config.base import content_hash, settings
 from ngpt.model.flops import flops_per_token
 from ngpt.training.config import TrainConfig, resolved
 
-# The time of a step depends on these settings and on all of `model.` except the free ones.
+# Step time depends on these settings and on all `model.` settings except `FREE_SETTINGS`.
 STEP_TIME_SETTINGS = (
     *("batch_size", "micro_batch_size", "dtype", "compile"),
     *("optim.name", "optim.ns_steps", "project_every"),
@@ -28,7 +28,7 @@ Speeds = Mapping[str, float]  # training tokens per second by `step_time_key`
 
 
 def step_time_key(config: TrainConfig) -> str:
-    """A hash that resolved configs share if their steps take equally long. Measured speeds are stored under it."""
+    """A hash that is equal for resolved configs whose steps take equally long; the key of measured speeds."""
     return _hash(config.model_copy(update={"seed": 0}))
 
 
@@ -39,7 +39,7 @@ def _hash(config: TrainConfig) -> str:
 
 
 def steps_of_equal_time(baseline: TrainConfig, config: TrainConfig, speeds: Speeds) -> int:
-    """Returns the steps in which `config` trains for as long as `baseline` does, at least one."""
+    """The number of steps, at least one, in which `config` takes as long as `baseline`."""
     config, baseline = resolved(config), resolved(baseline)
     key, baseline_key = step_time_key(config), step_time_key(baseline)
     if key == baseline_key:

@@ -1,4 +1,4 @@
-"""Plans a campaign with the results in its journal: which winners are known, and which trials are still expected."""
+"""Plans a campaign using the results in its journal: known winners, and trials still to be planned."""
 
 from collections import Counter, defaultdict
 from dataclasses import asdict, replace
@@ -14,7 +14,7 @@ from tune.storage.state import DONE, CampaignState
 
 
 def phase_planned_event(phase: PlannedPhase) -> dict[str, Any]:
-    """The fields of `phase_planned`."""
+    """The fields of a `phase_planned` event."""
     return {
         "phase": phase.name,
         "inherit": phase.inherit,
@@ -39,18 +39,18 @@ def _work(config: TrainConfig) -> TrialWork:
 
 
 def has_result(campaign: Campaign, state: CampaignState, phase: str, trial_id: str) -> bool:
-    """Whether a trial has a result for a phase. One that was stopped early counts only in phases that stop early."""
+    """Whether a trial has a result that counts in a phase. Stopped trials only count in phases with early stopping."""
     status = state.results[trial_id]["status"] if trial_id in state.results else None
     return status in DONE and (status != "stopped" or stops_early(campaign, phase))
 
 
 def stops_early(campaign: Campaign, phase: str) -> bool:
-    """Whether a phase stops trials early."""
+    """Whether a phase uses early stopping."""
     return campaign.early_stop is not None and next(p.stops_early for p in campaign.phases if p.name == phase)
 
 
 def known_result(campaign: Campaign, state: CampaignState, phase: PlannedPhase) -> PhaseResult | None:
-    """The result of a phase by the campaign's present rules; None while it has trials to train."""
+    """Judges a phase by the rules in the current campaign file; None while some of its trials have no result."""
     if not all(has_result(campaign, state, phase.name, trial.trial_id) for trial in phase.trials):
         return None
     name, overrides = campaign.metric.name, {arm.name: arm.overrides for arm in phase.arms}
@@ -67,10 +67,10 @@ def known_result(campaign: Campaign, state: CampaignState, phase: PlannedPhase) 
 
 
 def expected_phases(campaign: Campaign, state: CampaignState) -> list[PlannedPhase]:
-    """Plans all phases from the results in the journal.
+    """Plans all phases, using the results in the journal.
 
-    Where a winner is not known, the last one is assumed if the phase still has that arm, since adding a seed rarely
-    changes it. Otherwise the winner is guessed (see `preview`).
+    If the winner of a phase is not known, the winner in the journal is assumed if the phase still has that arm, since
+    adding a seed rarely changes it. Otherwise the winner is guessed (see `preview`).
     """
     return preview(
         campaign, lambda phase: known_result(campaign, state, phase) or _last_result(state, phase), state.outcome
@@ -78,31 +78,31 @@ def expected_phases(campaign: Campaign, state: CampaignState) -> list[PlannedPha
 
 
 def _last_result(state: CampaignState, phase: PlannedPhase) -> PhaseResult | None:
-    """The result of the phase in the journal, reduced to arms that it still has."""
-    past, arms = state.phases.get(phase.name), {arm.name: arm.overrides for arm in phase.arms}
-    if past is None or past.winner not in arms:
+    """The last result of the phase in the journal, without arms that it no longer has; None if the winner is gone."""
+    last, arms = state.phases.get(phase.name), {arm.name: arm.overrides for arm in phase.arms}
+    if last is None or last.winner not in arms:
         return None
-    better = [replace(arm, overrides=arms[arm.arm]) for arm in past.better if arm.arm in arms]
-    return PhaseResult(past.winner, better)
+    better = [replace(arm, overrides=arms[arm.arm]) for arm in last.better if arm.arm in arms]
+    return PhaseResult(last.winner, better)
 
 
 def expected_stages(campaign: Campaign, state: CampaignState) -> list[list[dict[str, Any]]]:
-    """The number and work of trials that are expected but not planned yet. A trial of several phases counts once.
+    """For each stage, the number of trials still to be planned and their compute cost, by phase and kind of trial.
 
-    The first stage has the arms that optuna has not proposed yet in planned phases; each later stage needs winners of
-    the stage before it.
+    The first stage has the arms that optuna has yet to propose in planned phases; each later stage needs winners of the
+    stage before it. A trial that several phases share counts once.
     """
     seen = {trial_id for phase in state.phases.values() for trial_id in phase.trial_ids}
     needs = {phase.name: phase.needs for phase in campaign.phases}
-    over = {phase.name for phase in state.phases.values() if phase.winner is not None}
+    decided = {phase.name for phase in state.phases.values() if phase.winner is not None}
     stage_of: dict[str, int] = {}
     stages: defaultdict[int, Counter[tuple[str, TrialWork]]] = defaultdict(Counter)
     for phase in expected_phases(campaign, state):
-        stage_of[phase.name] = max((stage_of[name] + 1 for name in needs[phase.name] - over), default=0)
+        stage_of[phase.name] = max((stage_of[name] + 1 for name in needs[phase.name] - decided), default=0)
         for arm in phase.arms:
             ids = {trial.trial_id for trial in arm.trials} - seen
             if new := {trial_id for trial_id in ids if not has_result(campaign, state, phase.name, trial_id)}:
                 seen |= new
                 stages[stage_of[phase.name]][phase.name, _work(arm.trials[0].config)] += len(new)
-    rows = [found.items() for _, found in sorted(stages.items())]
+    rows = [counts.items() for _, counts in sorted(stages.items())]
     return [[{"phase": name, "trials": n, "work": asdict(work)} for (name, work), n in row] for row in rows]

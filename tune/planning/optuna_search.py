@@ -1,8 +1,8 @@
-"""Search with optuna's TPE sampler (Bergstra et al. 2011), reproducible from results alone.
+"""Search with optuna's TPE sampler (Bergstra et al. 2011), reproducible from the journal alone.
 
-Optuna (extra `search`) proposes a batch of `parallel` arms, made different by the constant liar (Ginsbourger et al.
-2010), and gets their scores when the batch is done. No study is stored: it is replayed from the scores in the journal.
-A trial that failed, and succeeds after a resume, changes the proposals after its batch.
+Optuna (extra `search`) proposes a batch of `parallel` arms, kept apart by the constant liar heuristic (Ginsbourger et
+al. 2010), and is told their scores when the batch is done. No study is stored: it is replayed from the scores in the
+journal. If a trial failed but succeeds after a resume, the proposals after its batch change.
 """
 
 import math
@@ -16,9 +16,9 @@ from tune.spec.sweeps import ArmSpec
 
 @lru_cache(maxsize=256)
 def propose_arms(search: Search, scores: tuple[float, ...]) -> tuple[ArmSpec, ...]:
-    """The arms of all batches with scores and of the next batch, at most `search.trials`.
+    """Replays all completed batches and proposes the next; returns the arms of all, at most `search.trials`.
 
-    `scores` has a number for each arm of the complete batches: lower is better, infinite if it diverged or failed.
+    `scores` has one number per arm of the completed batches: lower is better, infinite if it diverged or failed.
     """
     import optuna
 
@@ -31,15 +31,15 @@ def propose_arms(search: Search, scores: tuple[float, ...]) -> tuple[ArmSpec, ..
         batch = [study.ask(distributions) for _ in range(min(search.parallel, search.trials - len(arms)))]
         known = scores[len(arms) :]
         for trial in batch:
-            drawn = [(d, trial.params[d.setting]) for d in search.space]
-            arms.append(search.arm([d.values[x] if d.kind == "choice" else d.rounded(x) for d, x in drawn]))
+            sampled = [(d, trial.params[d.setting]) for d in search.space]
+            arms.append(search.arm([d.values[x] if d.kind == "choice" else d.rounded(x) for d, x in sampled]))
         for trial, score in zip(batch, known, strict=False):
             study.tell(trial, score)
     return tuple(arms)
 
 
 def arm_score(values: Sequence[float | None], goal: str) -> float:
-    """The mean over the seeds, with the sign for minimizing; infinite if a seed has no value."""
+    """The mean over the seeds, negated if `goal` is maximize; infinite if a seed has no value."""
     known = [value for value in values if value is not None]
     if len(known) < len(values):
         return math.inf

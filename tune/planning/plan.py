@@ -1,4 +1,4 @@
-"""Turns the phases of a campaign into arms and trials, by pure functions."""
+"""Plans the arms and trials of each phase of a campaign. All functions are pure."""
 
 import contextlib
 import itertools
@@ -31,13 +31,13 @@ class PhaseResult(NamedTuple):
 
 
 def unknown_outcome(trial_id: str) -> TrialOutcome:
-    """The outcome of any trial before a campaign has run."""
+    """The outcome of every trial before a campaign has run."""
     return TrialOutcome("missing")
 
 
 @dataclass(frozen=True)
 class PlannedTrial:
-    """One arm with one seed: a complete config that is trained once."""
+    """One arm with one seed: a complete config to train once."""
 
     trial_id: str
     phase: str
@@ -48,13 +48,13 @@ class PlannedTrial:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The fields that name the trial in the journal."""
+        """The fields that identify the trial in the journal."""
         return {"trial_id": self.trial_id, "phase": self.phase, "arm": self.arm, "seed": self.seed}
 
 
 @dataclass(frozen=True)
 class PlannedArm:
-    """One setting of what a phase varies, with a trial for each seed."""
+    """One variant of a phase, with a trial for each seed."""
 
     name: str
     overrides: Overrides  # relative to the phase's base
@@ -63,12 +63,12 @@ class PlannedArm:
 
 @dataclass(frozen=True)
 class PlannedPhase:
-    """A phase whose base is known, with all its arms; the baseline comes first."""
+    """A phase whose base is known, with all its arms, baseline first."""
 
     name: str
     inherit: str | None
     base: Overrides  # of all arms, relative to the campaign's base
-    pinned: Overrides  # the part of `base` that is this phase's own (`set:`) and is not inherited
+    pinned: Overrides  # the part of `base` that this phase sets itself (`set:`)
     baseline: str
     arms: tuple[PlannedArm, ...]
     seeds: tuple[int, ...]
@@ -76,7 +76,7 @@ class PlannedPhase:
 
     @property
     def trials(self) -> Iterator[PlannedTrial]:
-        """All trials, seed by seed, so that every arm has a first result early."""
+        """All trials, seed by seed, so that every arm gets a first result early."""
         for i in range(len(self.seeds)):
             for arm in self.arms:
                 yield arm.trials[i]
@@ -93,14 +93,14 @@ def plan_phase(
 ) -> PlannedPhase:
     """Plans the trials of `phase`.
 
-    An arm that equals the baseline is trained once, under the arm's name. The overrides of a winner that an arm
-    inherits are applied to the phase's base, except for settings that the phase pins with `set:`.
+    An arm that equals the baseline replaces it and keeps the name of the arm. If an arm inherits a winner of its own,
+    the winner's overrides are applied to the phase's base, except for settings that the phase pins with `set:`.
 
     Args:
         winners: overrides of the winners of the phases that this one needs.
-        better: the arms with the verdict `better` by phase, which a combining phase joins (tune/planning/combine.py).
-        outcome: of a trial by id. Optuna proposes the next batch once all trials before it have an outcome.
-        fill: adds random arms for those that optuna has not proposed yet.
+        better: arms with the verdict `better`, by phase; a combining phase joins them (tune/planning/combine.py).
+        outcome: maps a trial id to its outcome. Optuna proposes the next batch once all earlier trials have one.
+        fill: adds random arms in place of those that optuna has not proposed yet.
     """
     campaign = replace(campaign, hold=phase.hold or campaign.hold)
     winners = {**winners, **{path: winner.overrides for path, winner in campaign.inherited.items()}}
@@ -119,16 +119,16 @@ def plan_phase(
         arms = propose_arms(phase.search, tuple(scores))
         planned = [_plan_arms(campaign, phase, winners, [arm]).arms[-1] for arm in arms[len(scores) :]]
         outcomes = [[outcome(trial.trial_id) for trial in arm.trials] for arm in planned]
-        if len(arms) == phase.search.trials or any(one.status == "missing" for row in outcomes for one in row):
+        if len(arms) == phase.search.trials or any(result.status == "missing" for row in outcomes for result in row):
             rest = random_arms(phase.search)[len(arms) :] if fill else []
             return _plan_arms(campaign, phase, winners, [*arms, *rest])
-        scores += [arm_score([one.value for one in row], campaign.metric.goal) for row in outcomes]
+        scores += [arm_score([result.value for result in row], campaign.metric.goal) for row in outcomes]
 
 
 def _plan_arms(
     campaign: Campaign, phase: Phase, winners: Mapping[str, Overrides], specs: Sequence[ArmSpec]
 ) -> PlannedPhase:
-    """Plans the trials of these arms and of the baseline."""
+    """Plans the trials of the baseline and of the arms `specs`."""
     inherited = dict(winners[phase.inherit]) if phase.inherit else {}
     base = inherited | dict(phase.pinned)
     seeds = phase.seeds if isinstance(phase.seeds, tuple) else fresh_seeds(campaign, phase)
@@ -137,13 +137,13 @@ def _plan_arms(
     arms = {resolved_baseline: PlannedArm(BASELINE.name, {}, ())}
     for arm in specs:
         winner = winners[arm.inherit] if arm.inherit else {}
-        start = {name: value for name, value in winner.items() if name not in phase.pinned}
-        changes = start | dict(arm.overrides)
-        has_new_data = any(name.startswith("data.") for name in changes)  # then the vocabulary is not known
+        inherited_by_arm = {name: value for name, value in winner.items() if name not in phase.pinned}
+        changes = inherited_by_arm | dict(arm.overrides)
+        has_new_data = any(name.startswith("data.") for name in changes)  # with a vocabulary of its own
         config = arm_config(campaign, baseline if has_new_data else resolved_baseline, changes)
-        changed = {k: v for k, v in start.items() if k not in base or base[k] != v} | dict(arm.overrides)
+        new = {k: v for k, v in inherited_by_arm.items() if k not in base or base[k] != v}
         if config not in arms or (arms[config].name == BASELINE.name and not arm.inherit):
-            arms[config] = PlannedArm(arm.name, changed, ())
+            arms[config] = PlannedArm(arm.name, new | dict(arm.overrides), ())
     planned = []
     for config, arm in arms.items():
         overrides = base | dict(arm.overrides)
@@ -157,19 +157,19 @@ def _plan_arms(
 
 
 def baseline_config(campaign: Campaign, inherited: Overrides, pinned: Overrides) -> TrainConfig:
-    """A phase's baseline: the campaign's base with the overrides of the inherited winner and those the phase pins.
+    """A phase's baseline: the campaign's base with the inherited winner's overrides and the settings the phase pins.
 
-    Inherited settings do not change what the campaign holds (steps, tokens or seconds).
+    Inherited settings do not change what `hold:` keeps equal (steps, tokens or seconds).
     """
     changes = {name: value for name, value in inherited.items() if name not in pinned}
     return _hold_equal(campaign, override(campaign.base, pinned), changes)
 
 
 def arm_config(campaign: Campaign, baseline: TrainConfig, changes: Overrides) -> TrainConfig:
-    """An arm's complete config: the phase's `baseline` with the arm's own and inherited changes.
+    """An arm's complete config: `baseline` with the arm's own and inherited overrides.
 
-    Its steps follow from `hold:`, unless the arm or a winner that it inherits changes `steps`. Then its tokens differ,
-    and the summary warns about that.
+    Its steps follow from `hold:`, unless the overrides set `steps`. Then its tokens differ from those of other arms,
+    and the summary warns about it.
     """
     return resolved(_hold_equal(campaign, baseline, changes))
 
@@ -186,16 +186,16 @@ def _hold_equal(campaign: Campaign, baseline: TrainConfig, changes: Overrides) -
 
 
 def configs_to_time(campaign: Campaign, planned: PlannedPhase) -> dict[str, TrainConfig]:
-    """The configs, by `step_time_key`, that `hold: seconds` needs in this phase and whose speeds are not known."""
+    """The configs whose speeds `hold: seconds` needs in this phase and does not know yet, by `step_time_key`."""
     own = resolved(override(campaign.base, planned.pinned))
     configs = [own, *(arm.trials[0].config for arm in planned.arms)]
     return {key: config for config in configs if (key := step_time_key(config)) not in campaign.speeds}
 
 
 def trial_ids(config: TrainConfig, seeds: Iterable[int]) -> list[str]:
-    """For each seed, a hash of what is computed and of the data's content: the same on every machine, in any order.
+    """The trial id for each seed: a hash of the settings that affect the result, and of the contents of the data.
 
-    The location of the data does not matter: corpus, path and tokenizer enter by the fingerprint of their content.
+    Corpus and tokenizer enter as a hash of their contents, so ids do not depend on paths, machine or the YAML's order.
     """
     data = {name for name in settings(TrainConfig) if name.startswith("data.")}
     extra = {"data": fingerprint(config.data)} | order_settings(config.data) | rollback_settings(config)
@@ -204,9 +204,9 @@ def trial_ids(config: TrainConfig, seeds: Iterable[int]) -> list[str]:
 
 
 def fresh_seeds(campaign: Campaign, phase: Phase) -> tuple[int, ...]:
-    """Seeds that no other phase of the campaign has, independent of the order of the phases.
+    """Chooses seeds that no other phase of the campaign uses, independent of the order of the phases.
 
-    Phases choose in alphabetical order: each takes the first unused seeds from a number that its name determines.
+    Phases choose in alphabetical order. Each takes the first unused seeds, starting from a hash of its name.
     """
     used = {seed for other in campaign.phases if isinstance(other.seeds, tuple) for seed in other.seeds}
     chosen: dict[str, tuple[int, ...]] = {}
@@ -224,10 +224,10 @@ def preview(
     result: Callable[[PlannedPhase], PhaseResult | None] = lambda phase: None,
     outcome: Callable[[str], TrialOutcome] = unknown_outcome,
 ) -> list[PlannedPhase]:
-    """Plans all phases before they have run.
+    """Plans all phases, also those whose earlier phases have no result yet.
 
-    Where the `result` of a phase is not known, its first arm besides the baseline counts as the winner and the only
-    better arm. Arms that optuna has not proposed yet are replaced by random arms of the same space.
+    If the `result` of a phase is None, its first arm after the baseline is assumed to be the winner and the only better
+    arm. Arms that optuna has not proposed yet are replaced by random arms from the same space.
     """
     winners: dict[str, Overrides] = {}
     better: dict[str, Sequence[BetterArm]] = {}
@@ -243,10 +243,10 @@ def preview(
 
 
 def inherited_overrides(phase: PlannedPhase, winner: str) -> Overrides:
-    """The overrides that a later phase inherits from the arm `winner`: all but those that this phase pins itself."""
+    """The overrides that a later phase inherits from the arm `winner`, without those that this phase pins."""
     arm = next(arm for arm in phase.arms if arm.name == winner)
-    kept = {name: value for name, value in phase.base.items() if name not in phase.pinned}
-    return kept | dict(arm.overrides)
+    unpinned = {name: value for name, value in phase.base.items() if name not in phase.pinned}
+    return unpinned | dict(arm.overrides)
 
 
 def trial_tokens(config: TrainConfig) -> int:
@@ -255,11 +255,11 @@ def trial_tokens(config: TrainConfig) -> int:
 
 
 def trial_work(config: TrainConfig) -> float:
-    """The cost of a trial in training tokens; an evaluation token costs a third of one."""
+    """The cost of a trial in training tokens; an evaluation token counts as a third of a training token."""
     evaluations = 2 + (config.steps - 1) // config.eval_every
     return trial_tokens(config) + config.eval_tokens * evaluations / 3
 
 
 def trial_flops(config: TrainConfig) -> float:
-    """FLOPs of one trial, evaluations included."""
+    """FLOPs of one trial, including evaluations."""
     return trial_work(config) * flops_per_token(config.model)

@@ -1,4 +1,4 @@
-"""`--smoke`: shrinks a campaign to a tiny model, few steps and two seeds, to test in a minute that its file runs."""
+"""`--smoke`: shrinks a campaign to a tiny model, few steps and two seeds, to check in a minute that it runs."""
 
 import math
 from collections.abc import Mapping
@@ -10,11 +10,11 @@ from ngpt.data.tokens.tokenizer import parse_spec
 from tune.spec.schema import Campaign, FreshSeeds, Phase
 from tune.spec.search_space import random_arms
 
-# Upper limits; smaller values of a campaign are kept.
-LIMITS = {
+# Smaller values in a campaign are kept.
+MAX_VALUES = {
     "steps": 8,
     "batch_size": 4,
-    "micro_batch_size": 1,  # which divides every batch
+    "micro_batch_size": 1,  # divides every batch size
     "eval_every": 4,
     "eval_tokens": 256,
     "model.n_layer": 2,
@@ -22,42 +22,45 @@ LIMITS = {
     "schedule.warmup_steps": 2,
 }
 HEAD_DIM = 8
-VOCAB_SIZE = 512  # of a tokenizer that is trained
-SEEDS = 2
+MAX_VOCAB_SIZE = 512  # of a trained tokenizer
+MAX_SEEDS = 2
 
 
 def shrink_campaign(campaign: Campaign) -> Campaign:
-    """The campaign with every size limited. Arms that differ only in a size may become equal."""
-    limits = LIMITS | {"model.n_embd": _width(campaign)}
+    """Limits every size in the campaign. Arms that differ only in a size may become equal."""
+    limits = MAX_VALUES | {"model.n_embd": _width(campaign)}
     kind, size = parse_spec(campaign.base.data.tokenizer)
-    small = kind == "sentencepiece" and int(size) > VOCAB_SIZE
-    settings = flatten(campaign.base) | ({"data.tokenizer": f"sentencepiece:{VOCAB_SIZE}"} if small else {})
+    needs_smaller_vocab = kind == "sentencepiece" and int(size) > MAX_VOCAB_SIZE
+    settings = flatten(campaign.base)
+    if needs_smaller_vocab:
+        settings["data.tokenizer"] = f"sentencepiece:{MAX_VOCAB_SIZE}"
     base = override(campaign.base, _limited(settings, limits))
     return replace(campaign, base=base, phases=tuple(_shrunk_phase(phase, limits) for phase in campaign.phases))
 
 
 def _width(campaign: Campaign) -> int:
-    """A model width that every number of heads in the campaign divides into heads of even size."""
+    """A model width that gives an even head size for every number of heads in the campaign."""
     arms = [arm for phase in campaign.phases for arm in (*phase.arms, *(phase.search.probes() if phase.search else ()))]
-    given = [flatten(campaign.base), *(p.pinned for p in campaign.phases), *(arm.overrides for arm in arms)]
-    heads = {settings["model.n_head"] for settings in given if "model.n_head" in settings}
+    settings = [flatten(campaign.base), *(p.pinned for p in campaign.phases), *(arm.overrides for arm in arms)]
+    heads = {values["model.n_head"] for values in settings if "model.n_head" in values}
     common = math.lcm(*heads)
     return common * max(2, 2 * math.ceil(max(heads) * HEAD_DIM / common / 2))
 
 
 def _shrunk_phase(phase: Phase, limits: Mapping[str, int]) -> Phase:
-    """The phase with every size limited; a batch of random arms replaces a search."""
+    """Limits every size in the phase; replaces a search by one batch of random arms."""
     arms = (*phase.arms, *(random_arms(phase.search)[: phase.search.parallel] if phase.search else ()))
+    seeds = phase.seeds
     return replace(
         phase,
         search=None,
         pinned=_limited(phase.pinned, limits),
         arms=tuple(replace(arm, overrides=_limited(arm.overrides, limits)) for arm in arms),
-        seeds=FreshSeeds(min(phase.seeds.n, SEEDS)) if isinstance(phase.seeds, FreshSeeds) else phase.seeds[:SEEDS],
+        seeds=FreshSeeds(min(seeds.n, MAX_SEEDS)) if isinstance(seeds, FreshSeeds) else seeds[:MAX_SEEDS],
     )
 
 
 def _limited(settings: Mapping[str, Any], limits: Mapping[str, int]) -> dict[str, Any]:
-    """The settings within their limits. The vocabulary is the tokenizer's, without the padding that a preset adds."""
+    """Caps settings at their limits. The vocabulary size becomes the tokenizer's, without padding by a preset."""
     limited = {n: min(x, limits[n]) if n in limits and x is not None else x for n, x in settings.items()}
     return limited | ({"model.vocab_size": None} if "model.vocab_size" in settings else {})

@@ -24,7 +24,7 @@ def campaign_cost(state: CampaignState) -> Cost:
         metrics, group_size = result["metrics"], result["provenance"].get("vectorised", 1)
         step_seconds += metrics["tokens"] / metrics["tokens_per_second"] / group_size
     return Cost(
-        slots=state.most_slots,
+        slots=state.max_slots,
         device_hours=seconds * devices / 3600,
         step_seconds=step_seconds if timed else None,
         efficiency=step_seconds / slot_seconds if timed and slot_seconds else None,

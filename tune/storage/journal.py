@@ -1,10 +1,10 @@
-"""The append-only journal of a campaign: one event a line with the CRC of the bytes before it, synced to disk.
+"""The append-only journal of a campaign: one event per line, with the CRC of the bytes before it.
 
     {"seq": 7, "time": "2026-11-21T10:00:00+00:00", "event": "trial_finished", ..., "crc": "1c291ca3"}
 
-A crash can only tear the last line: it ends early, or has zeros where a block never reached the disk. Opening the
-journal for writing moves a torn tail to `journal.torn`, reading ignores it. Any other line that does not match its CRC
-is damage and raises.
+Each event is synced to disk. A crash can only tear the last line: it is cut off, or has zeros where a block never
+reached the disk. Opening the journal for writing moves a torn line to `journal.torn`; reading ignores it. Any other
+line that does not match its CRC raises JournalError.
 """
 
 import errno
@@ -22,7 +22,7 @@ CRC_FIELD_LENGTH = len(', "crc": "1c291ca3"}')
 
 
 class JournalError(OSError):
-    """The journal is damaged in a way that a crash does not explain."""
+    """The journal is damaged in a way that a crash cannot explain."""
 
 
 class Journal:
@@ -42,14 +42,14 @@ class Journal:
         """Adds an event and returns it once it is on disk.
 
         Raises:
-            OSError: the disk failed. Nothing can be appended after that: two events might get one number.
+            OSError: writing failed. All later calls raise it again, since two events might get the same number.
         """
         if self._failure is not None:
             raise self._failure
         header = {"seq": len(self.events) + 1, "time": datetime.now(UTC).isoformat(timespec="milliseconds")}
         text = json.dumps(header | {"event": event} | fields, allow_nan=False)
         self._write(text[:-1] + _crc_field(text.encode()[:-1]).decode())
-        # Decoded again, so that it equals what a reader sees and shares nothing with the caller.
+        # Decoded again, so that the event equals what a reader gets and shares no objects with the caller.
         self.events.append(json.loads(text))
         return self.events[-1]
 
@@ -59,7 +59,7 @@ class Journal:
             try:
                 self._file.sync()
             except OSError:
-                with suppress(OSError):  # else the next start finds an event that is true but had no consequences
+                with suppress(OSError):  # otherwise a resume would read an event that was reported as failed
                     self._file.remove_last(line)
                 raise
             if not self._path.exists():  # otherwise all further events would be lost without an error
@@ -75,10 +75,10 @@ class Journal:
 
 
 def read_journal(path: Path) -> list[Event]:
-    """All events, in order, without a torn last line.
+    """Reads all events in order; ignores a torn last line.
 
     Raises:
-        JournalError: a line before the last does not match its CRC or its number.
+        JournalError: a line before the last does not match its CRC or its sequence number.
     """
     if not path.is_file():
         return []
@@ -87,13 +87,13 @@ def read_journal(path: Path) -> list[Event]:
     for number, line in enumerate(raw[: intact_length(raw)].split(b"\n")[:-1], 1):
         event = parse_line(line)
         if event is None or event["seq"] != number:
-            raise JournalError(f"{path}:{number}: this line does not match its CRC or its number; the file was changed")
+            raise JournalError(f"{path}:{number}: this line does not match its CRC or sequence number; it was edited")
         events.append(event)
     return events
 
 
 def parse_line(line: bytes) -> Event | None:
-    """The event in a line without its newline, or None if it does not match its CRC."""
+    """Parses a line without its newline; returns None if it does not match its CRC."""
     try:
         record = json.loads(line)
         crc = record.pop("crc", None)
@@ -105,12 +105,12 @@ def parse_line(line: bytes) -> Event | None:
     return record if crc == f"{zlib.crc32(json.dumps(record, sort_keys=True).encode()):08x}" else None
 
 
-def _crc_field(start: bytes) -> bytes:
-    return f', "crc": "{zlib.crc32(start):08x}"}}'.encode()
+def _crc_field(payload: bytes) -> bytes:
+    return f', "crc": "{zlib.crc32(payload):08x}"}}'.encode()
 
 
 def intact_length(raw: bytes) -> int:
-    """The number of bytes before a torn tail. No line that was written whole contains a zero byte."""
+    """The number of bytes before a torn last line. A complete line contains no zero byte."""
     end = raw.rfind(b"\n") + 1
     last = raw[:end].rfind(b"\n", 0, end - 1) + 1
     return last if b"\0" in raw[last:end] else end

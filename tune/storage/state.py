@@ -1,4 +1,4 @@
-"""The state of a campaign, rebuilt from its journal. Imports no plans and configs, so `status` does not load torch."""
+"""State of a campaign, rebuilt from its journal. Imports neither plans nor configs, so `status` does not load torch."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -12,23 +12,23 @@ from tune.storage.records import BetterArm, TrialOutcome, TrialWork
 
 Overrides = Mapping[str, Any]  # settings by dotted name
 
-GPU_SHARING_FIELDS = ("trials_per_device", "why", "device", "curve", "measured_at")  # of tune/machine/gpu_sharing.py
-DONE = ("finished", "diverged", "stopped")  # statuses that are results: such a trial is not run again
+GPU_SHARING_FIELDS = ("trials_per_device", "why", "device", "curve", "measured_at")  # of `GpuSharing`
+DONE = ("finished", "diverged", "stopped")  # statuses that count as results; such a trial is not run again
 
 
 @dataclass(frozen=True)
 class ArmState:
-    """An arm in the journal: its settings and the trial of each seed."""
+    """An arm in the journal."""
 
     name: str
     overrides: Overrides  # relative to the phase's base
-    trial_ids: Mapping[int, str]
-    work: TrialWork | None = None  # of each trial; missing in older journals
+    trial_ids: Mapping[int, str]  # by seed
+    work: TrialWork | None = None  # cost of each trial; missing in older journals
 
 
 @dataclass
 class PhaseState:
-    """A phase in the journal: its plan, and its winner once all its trials are over."""
+    """A phase in the journal: its plan, and its winner once all its trials have ended."""
 
     name: str
     inherit: str | None
@@ -43,7 +43,7 @@ class PhaseState:
 
     @classmethod
     def from_event(cls, event: Event) -> "PhaseState":
-        """The phase of a `phase_planned` event."""
+        """The phase that a `phase_planned` event describes."""
         arms = [
             ArmState(arm["arm"], arm["overrides"], dict(arm["trials"]), arm.get("work") and TrialWork(**arm["work"]))
             for arm in event["arms"]
@@ -53,49 +53,49 @@ class PhaseState:
 
     @property
     def trial_ids(self) -> list[str]:
-        """The trials of all arms and seeds, in the order of the plan."""
+        """The trial ids of all arms and seeds, in planned order."""
         return [trial_id for arm in self.arms for trial_id in arm.trial_ids.values()]
 
 
 @dataclass
 class CampaignState:
-    """A campaign so far."""
+    """Everything the journal says about a campaign so far."""
 
     campaign: dict[str, Any] = field(default_factory=dict)  # the newest `campaign_started`
     phases: dict[str, PhaseState] = field(default_factory=dict)
     results: dict[str, dict[str, Any]] = field(default_factory=dict)  # newest result by trial id
     running: dict[str, Event] = field(default_factory=dict)  # `trial_started` of trials without a result, by trial id
-    expected_stages: list[list[dict[str, Any]]] = field(default_factory=list)  # trials that are not planned yet
-    attempts: dict[str, int] = field(default_factory=dict)
+    expected_stages: list[list[dict[str, Any]]] = field(default_factory=list)  # trials still to be planned, per stage
+    attempts: dict[str, int] = field(default_factory=dict)  # number of the newest attempt, by trial id
     speeds: dict[str, float] = field(default_factory=dict)  # measured once, for `hold: seconds`
     gpu_sharing: dict[str, Any] = field(default_factory=dict)  # empty unless the number of trials per GPU was chosen
     status: str = "incomplete"
-    started: str = ""  # time of the first start
+    started: str = ""  # start of the first session
     trained_on: dict[str, Any] = field(default_factory=dict)  # environment of the newest session that started a trial
-    seconds: float = 0.0  # of all sessions that are over
-    slot_seconds: float = 0.0  # the same, each session times its number of workers
-    most_slots: int = 1  # largest number of workers of a session
-    newest: str = ""  # time of the newest event; only for people, since clocks jump
-    elapsed: float | None = None  # seconds of the newest session up to that event; missing in older journals
-    left_out: dict[str, int] = field(default_factory=dict)  # trials by phase, where a budget stopped the campaign
-    ended: bool = True  # whether the newest session has ended; a killed one has not
+    seconds: float = 0.0  # total duration of all ended sessions
+    slot_seconds: float = 0.0  # the same, each session multiplied by its number of workers
+    max_slots: int = 1  # largest number of workers in any session
+    newest: str = ""  # time of the newest event; only for display, since clocks jump
+    elapsed: float | None = None  # seconds from the session start to that event; missing in older journals
+    left_out: dict[str, int] = field(default_factory=dict)  # number of trials that a budget left out, by phase
+    ended: bool = True  # whether the newest session has ended; False if it was killed
 
     @property
     def environment(self) -> dict[str, Any]:
-        """The environment of the results. A session that starts no trial does not change it."""
+        """The environment that the trials ran in. A session that starts no trial does not change it."""
         return self.trained_on or self.campaign["environment"]
 
     def outcome(self, trial_id: str, metric: str | None = None) -> TrialOutcome:
-        """The outcome of a trial by the campaign's metric, or by another one."""
+        """The outcome of a trial, with the value of `metric` (by default the campaign's metric)."""
         result = self.results.get(trial_id)
         if result is None:
             return TrialOutcome("missing")
-        if result["status"] == "stopped":  # its metrics are of fewer steps than those of the others
+        if result["status"] == "stopped":  # its metrics come from fewer steps than those of finished trials
             return TrialOutcome("stopped")
         return TrialOutcome(result["status"], result["metrics"].get(metric or self.campaign["metric"]["name"]))
 
     def session_seconds(self) -> float:
-        """The duration of the newest session up to its newest event; 0 if it has ended."""
+        """Seconds from the start of the newest session to its newest event; 0 if the session has ended."""
         if self.ended:
             return 0.0
         if self.elapsed is not None:
@@ -143,14 +143,14 @@ class CampaignState:
         self.newest, self.elapsed = event["time"], event.get("elapsed")
 
     def _start_session(self, event: Event) -> None:
-        self._add_session(self.session_seconds())  # of a session that was killed
+        self._add_session(self.session_seconds())  # nonzero if the previous session was killed
         self.started = self.started or event["time"]
-        self.most_slots = max(self.most_slots, event.get("workers", 1))
+        self.max_slots = max(self.max_slots, event.get("workers", 1))
         self.campaign, self.phases, self.running, self.expected_stages = event, {}, {}, []
         self.status, self.ended, self.left_out = "incomplete", False, {}
-        # Failed trials are retried. Trials that were stopped early count while the campaign stops trials early.
-        kept = DONE if event.get("stops_early", True) else [status for status in DONE if status != "stopped"]
-        self.results = {i: result for i, result in self.results.items() if result["status"] in kept}
+        # Failed trials are retried. Trials that were stopped early only count if this session stops early too.
+        counted = DONE if event.get("stops_early", True) else [status for status in DONE if status != "stopped"]
+        self.results = {i: result for i, result in self.results.items() if result["status"] in counted}
 
     def _add_session(self, seconds: float) -> None:
         self.seconds += seconds
@@ -158,7 +158,7 @@ class CampaignState:
 
 
 def replay(events: Iterable[Event]) -> CampaignState:
-    """The state after all of `events`."""
+    """Rebuilds the state from all events."""
     state = CampaignState()
     for event in events:
         state.apply(event)

@@ -1,6 +1,6 @@
 """`inherit: results/phase3/optimisation`: reads the winner of a phase in another results directory.
 
-Its overrides, which are applied to this file's own base, are read together with the file and kept in the manifest.
+Its overrides are applied to the base of this campaign. They are read with the campaign file and kept in the manifest.
 """
 
 import os
@@ -22,17 +22,17 @@ class InheritedWinner:
     phase: str
     winner: str
     overrides: dict[str, Any]  # by full dotted name
-    finished_at: str  # UTC
+    finished_at: str  # when the phase finished, UTC
 
 
 def is_path(name: object) -> bool:
-    """Whether `inherit:` names a results directory with a phase; the name of a phase has no slash."""
+    """Whether the value of `inherit:` is a path to a phase in another results directory; phase names have no slash."""
     return isinstance(name, str) and "/" in name
 
 
 def read_inherited_winner(text: str) -> InheritedWinner:
-    """Reads the winner that `text`, RESULTS/CAMPAIGN/PHASE, names. Raises a ConfigError if it is missing or unknown."""
-    # Not Path.expanduser, which raises for an unknown user; nor Path.is_dir, which raises for a path that is too long.
+    """Reads the winner of the phase at `text` (RESULTS/CAMPAIGN/PHASE). Raises ConfigError if there is no winner."""
+    # Path.expanduser would raise for an unknown user, Path.is_dir for a path that is too long.
     root, name = Path(os.path.expanduser(text)).parent, Path(text).name
     if not os.path.isdir(root):
         raise ConfigError(f"there is no results directory {str(root)!r}; expected RESULTS/CAMPAIGN/PHASE")
@@ -41,7 +41,7 @@ def read_inherited_winner(text: str) -> InheritedWinner:
     except OSError as error:
         raise ConfigError(str(error)) from None
     except (AttributeError, KeyError, TypeError):
-        raise ConfigError(f"the journal of {str(root)!r} is not one of this version") from None
+        raise ConfigError(f"the journal of {str(root)!r} was written by an incompatible version") from None
 
 
 def _winner(events: Sequence[Event], text: str, root: Path, name: str) -> InheritedWinner:

@@ -1,7 +1,7 @@
-"""The retry rules: what happens to a trial that did not end well, by cause.
+"""Retry rules: how often a trial that failed is retried, by the cause of the failure.
 
-A retry continues from the trial's newest checkpoint, so it changes no result. Deaths are counted per run of the
-command: running it again resets the counts and tries failed trials again.
+A retry continues from the trial's newest checkpoint, so it does not change the result. Deaths are counted per session:
+running the command again resets the counts and retries failed trials.
 """
 
 from collections.abc import Sequence
@@ -18,15 +18,15 @@ VMSTAT = Path("/proc/vmstat")
 class RetryRule:
     """How often a trial is retried after deaths of one kind."""
 
-    kind: str  # deaths of one kind are counted together
+    kind: str  # causes of the same kind share one count
     retries: int
-    description: str  # of the death, for messages and records
-    alone: bool = False  # whether the retry runs without any other trial beside it
+    description: str  # of the cause, for messages and records
+    alone: bool = False  # whether no other trial runs during the retry
 
 
 RETRY_RULES: dict[str, RetryRule] = {
     "diverged": RetryRule("result", 0, "its loss or a gradient was not finite"),  # counts as a result
-    "oom": RetryRule("result", 0, "no memory for a single sequence"),  # the train loop has already split the batch
+    "oom": RetryRule("result", 0, "not enough memory for a single sequence"),  # the batch was already split
     "code_error": RetryRule("result", 0, "an exception in the trial"),  # a retry would raise it again
     "host_oom": RetryRule("memory", 1, "the machine had no memory left", alone=True),
     "killed": RetryRule("process", 3, "its process was killed or crashed"),
@@ -40,8 +40,8 @@ class WorkerDeath:
     """The death of a process that ran a trial."""
 
     cause: str
-    step: int | None = None  # the last one, where known
-    first_step: int | None = None  # the one that the attempt started from, where known
+    step: int | None = None  # the last step, if known
+    first_step: int | None = None  # the step at which the attempt started, if known
 
     @property
     def made_progress(self) -> bool:
@@ -50,7 +50,7 @@ class WorkerDeath:
 
 
 def give_up_reason(deaths: Sequence[WorkerDeath]) -> str | None:
-    """Why a trial with these deaths is not retried; None if it is."""
+    """Why a trial that died this often is not retried; None if it is retried."""
     newest = deaths[-1]
     rule = RETRY_RULES[newest.cause]
     if dies_at_same_step(deaths):
@@ -63,7 +63,10 @@ def give_up_reason(deaths: Sequence[WorkerDeath]) -> str | None:
 
 
 def dies_at_same_step(deaths: Sequence[WorkerDeath]) -> bool:
-    """Whether the last two attempts died at the same step, after at least one (most kills happen at the start)."""
+    """Whether the last two attempts died at the same step.
+
+    Attempts that died before training a step do not count: most kills happen at startup and say nothing about a step.
+    """
     last = deaths[-2:]
     if len(last) < 2 or any(death.cause == "ray_lost" for death in last):
         return False
@@ -71,12 +74,12 @@ def dies_at_same_step(deaths: Sequence[WorkerDeath]) -> bool:
 
 
 def must_run_alone(deaths: Sequence[WorkerDeath]) -> bool:
-    """Whether the next attempt runs without any other trial beside it."""
+    """Whether no other trial may run during the next attempt."""
     return any(RETRY_RULES[death.cause].alone for death in deaths)
 
 
 def failure_cause(result: TrialResult) -> str | None:
-    """The entry of `RETRY_RULES` for a trial that ended on its own; None if it ended well."""
+    """The key in `RETRY_RULES` for a trial whose process survived; None if it finished or was stopped."""
     if result.status == "diverged":
         return "diverged"
     if result.status != "failed":
@@ -88,7 +91,7 @@ def failure_cause(result: TrialResult) -> str | None:
 
 
 def oom_kill_count() -> int:
-    """The number of processes that the kernel's OOM killer has ended since the machine started; 0 if unknown."""
+    """The number of processes that the kernel's OOM killer has killed since boot; 0 if unknown."""
     if not VMSTAT.exists():
         return 0
     lines = (line.split() for line in VMSTAT.read_text().splitlines())

@@ -1,4 +1,4 @@
-"""Runs one trial: the same code under Ray, inline and in tests. An exception in training becomes a failed result."""
+"""Runs one trial, with the same code under Ray, inline and in tests. An exception becomes a failed result."""
 
 import contextlib
 import functools
@@ -29,9 +29,9 @@ from ngpt.training.loop import train
 from ngpt.training.run import RunResult
 from ngpt.training.state import Metrics
 
-CUDA_CONTEXT_BYTES = 768 << 20  # memory that a process uses on a GPU in addition to its tensors
+CUDA_CONTEXT_BYTES = 768 << 20  # GPU memory that a process uses in addition to its tensors
 SOURCE_SUFFIXES = {".py", ".cpp", ".h"}
-MAX_ERROR_LENGTH = 4000  # characters of a traceback, from its end, that a record keeps
+MAX_ERROR_LENGTH = 4000  # characters; a record keeps the end of a longer traceback
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,11 @@ class TrialSpec:
     folder: Path
     threads: int
     attempt: int
-    packed: int = 1  # trials that share its device, this one included
+    packed: int = 1  # number of trials that share its device, including itself
 
     @property
     def name(self) -> str:
-        """The trial in messages, like `alpha/alpha=0.28 seed 1`."""
+        """Display name, like `alpha/alpha=0.28 seed 1`."""
         return f"{self.phase}/{self.arm} seed {self.seed}"
 
 
@@ -67,7 +67,7 @@ class TrialResult:
 
 
 class Attempt:
-    """The results of an attempt at a trial that starts now. `marks` are added to their provenance."""
+    """Builds the results of one attempt at a trial, which starts now. `marks` are added to their provenance."""
 
     def __init__(self, spec: TrialSpec, **marks: Any) -> None:
         self._spec, self._marks = spec, marks
@@ -75,13 +75,13 @@ class Attempt:
 
     def result(self, run: RunResult, error: str | None = None) -> TrialResult:
         """The result of a run that has ended."""
-        place = {"pid": os.getpid(), "packed": self._spec.packed} | self._marks
-        provenance = run.data | describe_machine(self._spec.config.device, self._spec.threads) | place
+        process = {"pid": os.getpid(), "packed": self._spec.packed} | self._marks
+        provenance = run.data | describe_machine(self._spec.config.device, self._spec.threads) | process
         seconds = time.perf_counter() - self._start
         return TrialResult(run.status, run.metrics, error, self._started_at, seconds, provenance)
 
     def interim(self, evaluation: Metrics, dataset: Dataset) -> TrialResult:
-        """The result of a trial that is stopped at an evaluation. The parameters are not counted yet."""
+        """The result if the trial is stopped at this evaluation. `n_params` is not known yet."""
         metrics = {name: value for name, value in evaluation.items() if name != "step"} | {
             "steps": evaluation["step"],
             "peak_memory_bytes": peak_memory(pick_device(self._spec.config.device)),
@@ -90,9 +90,9 @@ class Attempt:
         return self.result(RunResult("stopped", 0, metrics, {"data_sha256": dataset.manifest["content_sha256"]}))
 
     def failure(self, exception: Exception) -> TrialResult:
-        """The result of a trial that raised. Its traceback, without secrets, is written to `error.txt` as well."""
+        """The result of a trial that raised. The traceback, with secrets redacted, is also written to `error.txt`."""
         text = redact("".join(traceback.format_exception(exception)))
-        with contextlib.suppress(OSError):  # the disk may be full; the record has the error as well
+        with contextlib.suppress(OSError):  # the disk may be full; the record also has the error
             write_atomic(self._spec.folder / "error.txt", text)
         return self.result(RunResult("failed", 0), text[-MAX_ERROR_LENGTH:])
 
@@ -100,7 +100,7 @@ class Attempt:
 def run_trial(spec: TrialSpec, **marks: Any) -> Generator[TrialResult, None, TrialResult]:
     """Trains a trial from the newest intact checkpoint in `spec.folder`, if there is one. Never raises.
 
-    Yields at each evaluation the result that the trial has if it is stopped there; returns the final result.
+    At each evaluation, yields the result that counts if the trial is stopped there. Returns the final result.
     """
     torch.set_num_threads(spec.threads)
     attempt = Attempt(spec, **marks)
@@ -124,40 +124,40 @@ def run_trial(spec: TrialSpec, **marks: Any) -> Generator[TrialResult, None, Tri
 
 @functools.cache
 def freeze_loaded_objects() -> None:
-    """Excludes all objects of a process from garbage collection, once, after its first trial.
+    """Excludes all objects that exist after the first trial of a process from garbage collection.
 
-    Every trial begins with a collection, which needs 0.1 s or more for the half a million objects of torch and Ray.
+    Every trial starts with a collection, which would take 0.1 s or more for the half million objects of torch and Ray.
     """
     gc.collect()
     gc.freeze()
 
 
 def limit_gpu_memory(device: torch.device, packed: int) -> None:
-    """Limits this process to its share of a GPU with `packed` trials, so that it cannot take memory from the others."""
+    """Limits this process to 1/`packed` of the GPU memory, so that it cannot take memory from the other trials."""
     if device.type == "cuda" and packed > 1:
         total = torch.cuda.mem_get_info(device)[1]
-        # For the current GPU: unlike other torch functions, this one does not accept `cuda` without a number.
+        # Uses the current GPU: unlike other torch functions, this one does not accept `cuda` without an index.
         torch.cuda.set_per_process_memory_fraction(max(0.01, 1 / packed - CUDA_CONTEXT_BYTES / total))
 
 
 def prepare_trial_folder(folder: Path, config: TrainConfig) -> None:
-    """Creates a trial's folder with the files that every trial has, however early it ends."""
+    """Creates a trial's folder with the files that every trial has, even if it fails immediately."""
     make_folder(folder)
     remove_temporary_files(folder)
-    with contextlib.suppress(OSError):  # a transient fault: the tracker creates the file as well
+    with contextlib.suppress(OSError):  # not fatal: the tracker also creates the file
         (folder / "metrics.jsonl").touch()  # `write_json` syncs the folder
     write_json(folder / "config.json", flatten(config))
 
 
 @functools.lru_cache(maxsize=8)
 def open_cached_dataset(config: DataConfig) -> Dataset:
-    """A corpus, which stays mapped in the worker from trial to trial."""
+    """Opens a corpus and keeps it mapped for later trials in this worker."""
     return open_dataset(config)
 
 
 @functools.cache
 def describe_machine(device: str, threads: int) -> dict[str, Any]:
-    """Device, threads, host, versions and code: the part of a result's provenance that its numbers may depend on."""
+    """Device, threads, host, versions and code hash: the part of the provenance that can affect the numbers."""
     kind = pick_device(device)
     name = torch.cuda.get_device_name(kind) if kind.type == "cuda" else f"{kind.type} {platform.machine()}"
     versions = {"torch": str(torch.__version__), "python": platform.python_version()}
@@ -166,7 +166,7 @@ def describe_machine(device: str, threads: int) -> dict[str, Any]:
 
 @functools.cache
 def code_hash(folder: Path | None = None) -> str:
-    """Digest of the library's Python and C++ sources; all trials of a phase should have the same."""
+    """Hash of the library's Python and C++ sources; all trials of a phase should share it."""
     folder = folder or Path(ngpt.__path__[0])
     digest = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.suffix in SOURCE_SUFFIXES):

@@ -1,7 +1,7 @@
-"""Trains several trials that share a graph at once in one process (`resources: {vectorise: K}`).
+"""Trains several trials with the same graph concurrently in one process (`resources: {vectorise: K}`).
 
-Each trial keeps its own folder, checkpoints and record. `vectorised` in its provenance is the number of trials in its
-group; its tokens per second are those of one trial among them.
+Each trial keeps its own folder, checkpoints and record. `vectorised` in its provenance is the size of its group; its
+tokens per second are its own, not those of the whole group.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Updates:
-    """Results since the last yield, by trial id: `interim` of running trials, `ended` of those that have ended."""
+    """Results since the last yield, by trial id: `interim` for running trials, `ended` for trials that have ended."""
 
     interim: dict[str, TrialResult] = field(default_factory=dict)
     ended: dict[str, TrialResult] = field(default_factory=dict)
@@ -42,20 +42,20 @@ Trials = Generator[Updates, Collection[str] | None, None]
 
 
 def group_size(waiting: int, workers: int, *, max_size: int) -> int:
-    """How many of the waiting trials one of `workers` free workers takes, so that each of the others gets as many."""
+    """The number of trials that one worker takes when `workers` free workers share the waiting trials evenly."""
     return min(max_size, -(-waiting // max(1, workers)))
 
 
 def expected_groups(configs: Sequence[TrainConfig], *, workers: int, max_size: int) -> list[list[int]]:
-    """The groups, as indices into `configs`, that train if all workers always become free at the same time."""
+    """Predicts the groups, as indices into `configs`, assuming that all workers always become free simultaneously."""
     graphs = [None if ensemble_incompatibility([config]) else repr(graph_settings(config)) for config in configs]
     waiting = list(range(len(configs)))
     groups: list[list[int]] = []
     while waiting:
         for free_workers in range(min(workers, len(waiting)), 0, -1):
             first, size = waiting[0], group_size(len(waiting), free_workers, max_size=max_size)
-            fitting = (index for index in waiting[1:] if graphs[first] is not None and graphs[index] == graphs[first])
-            groups.append([first, *itertools.islice(fitting, size - 1)])
+            same_graph = (i for i in waiting[1:] if graphs[first] is not None and graphs[i] == graphs[first])
+            groups.append([first, *itertools.islice(same_graph, size - 1)])
             waiting = [index for index in waiting if index not in groups[-1]]
             if not waiting:
                 break
@@ -63,10 +63,10 @@ def expected_groups(configs: Sequence[TrainConfig], *, workers: int, max_size: i
 
 
 def run_trials(specs: Sequence[TrialSpec]) -> Trials:
-    """Trains all trials at once, each from the newest intact checkpoint in its folder. Never raises.
+    """Trains all trials concurrently, each from the newest intact checkpoint in its folder. Never raises.
 
-    Ends when each trial has ended or was stopped: send trial ids in answer to a yield to stop these trials there. If
-    all trials fail together, for example without memory, those that are left are trained one after another.
+    Ends when every trial has ended or was stopped. To stop trials, send their ids in response to a yield. If an error,
+    such as running out of memory, ends the whole group, the remaining trials are trained sequentially.
     """
     if len(specs) == 1:
         yield from _run_alone(specs[0])
@@ -78,21 +78,21 @@ def run_trials(specs: Sequence[TrialSpec]) -> Trials:
         limit_gpu_memory(device, specs[0].packed)
         yield from _train_group(specs, running)
     except Exception:
-        # An error in the common step ends all trials; alone, each gets a result of its own.
+        # An error in the shared step ends all trials; when they run alone, each gets its own result.
         names = ", ".join(spec.name for spec in running.values())
         log.warning("%d trials failed together and continue one by one: %s", len(running), names, exc_info=True)
     finally:
         free_memory(device)
     for spec in running.values():
-        with contextlib.suppress(OSError):  # its folder may be the cause of the failure
-            HeartbeatWriter(spec.folder).close()  # tells the watchdog which process the trial waits in
+        with contextlib.suppress(OSError):  # the folder may have caused the failure
+            HeartbeatWriter(spec.folder).close()  # tells the watchdog which process the trial belongs to
     for spec in running.values():
-        # Its time is not that of a trial that was alone from the start.
+        # `vectorised` marks its time as not comparable with that of a trial that always ran alone.
         yield from _run_alone(spec, vectorised=len(specs))
 
 
 def _train_group(specs: Sequence[TrialSpec], running: dict[int, TrialSpec]) -> Trials:
-    """Trains `specs` at once; removes each from `running` when it has ended or was stopped."""
+    """Trains `specs` concurrently; removes each from `running` when it has ended or was stopped."""
     attempts = [Attempt(spec, vectorised=len(specs)) for spec in specs]
     dataset = open_cached_dataset(specs[0].config.data)
     for spec in specs:

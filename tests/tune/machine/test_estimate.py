@@ -190,7 +190,7 @@ def test_time_comes_from_the_speed_that_this_device_has_shown(load: Load, tmp_pa
     campaign = load("seeds: [1, 2]\nresources: {workers: 4}\nvary: {alpha: [0.1]}\n")
     store(speeds_file, row(WORK / 10, campaign.base, device_of(campaign)))
     estimated = estimate(campaign, tmp_path / "results")
-    assert estimated.seconds_source == "from steps measured here before"
+    assert estimated.seconds_source == "from steps measured earlier on this machine"
     assert one_row(estimated, "main").seconds == pytest.approx(4 * (10 + 0.1) / 4)
     assert estimated.seconds == pytest.approx(10.1 + 8)
     assert estimated.workers == 4
@@ -229,7 +229,7 @@ def test_measuring_times_each_shape_once_and_is_remembered(
     expected = 4 * (WORK / 256 + 0.1) + 2 * ((320 + 3 * 16) / 512 + 0.1)
     assert one_row(estimated, "main").seconds == pytest.approx(expected)
     again = estimate(campaign, tmp_path / "results")
-    assert again == replace(estimated, seconds_source="from steps measured here before")
+    assert again == replace(estimated, seconds_source="from steps measured earlier on this machine")
 
 
 def test_measuring_runs_real_steps(load: Load, tmp_path: Path, speeds_file: Path) -> None:
@@ -248,12 +248,12 @@ def test_trials_at_once_in_a_worker_take_their_share_of_its_time(load: Load, tmp
     estimated = estimate(campaign, tmp_path / "results")
     assert (estimated.workers, estimated.together) == (1, 3)
     assert one_row(estimated, "a").seconds == pytest.approx(8 * 10.1)  # two groups of three, one of two
-    alone = "from steps measured here before, treating concurrent trials as sequential"
+    alone = "from steps measured earlier on this machine, treating concurrent trials as sequential"
     assert estimated.seconds_source == f"{alone}; --measure times real steps"
     store(speeds_file, row(WORK / 4, campaign.base, device, 3) + row(WORK / 6, campaign.base, device, 2))
     estimated = estimate(campaign, tmp_path / "results")
     assert one_row(estimated, "a").seconds == pytest.approx(6 * 4.1 + 2 * 6.1)
-    assert estimated.seconds_source == "from steps measured here before"
+    assert estimated.seconds_source == "from steps measured earlier on this machine"
     assert "3 trials at once in each of 1 worker; time from" in shown(estimated)
 
 
@@ -366,12 +366,12 @@ def power(effect: float, *, sd: float, seeds: int, arms: int) -> float:
 
 def test_a_plan_says_the_smallest_effect_that_each_phase_would_find(load: Load, tmp_path: Path) -> None:
     estimated = estimate(load(f"noise: 0.02\n{PHASES}"), tmp_path)
-    assert estimated.noise == Noise(0.02, "paired", "as the campaign says")
+    assert estimated.noise == Noise(0.02, "paired", "given in the campaign file")
     least = one_row(estimated, "a").smallest_detectable
     assert power(least, sd=0.02, seeds=2, arms=3) == pytest.approx(0.8, abs=0.01)
     text = shown(estimated)
     assert "finds" in text and f"{least:.2g}" in text
-    assert "from a spread between seeds of 0.02, as the campaign says" in text
+    assert "from a spread between seeds of 0.02, given in the campaign file" in text
 
 
 def test_the_noise_is_that_of_the_newest_phase_that_has_finished_here(load: Load, write: Write) -> None:

@@ -54,7 +54,7 @@ def test_each_session_counts_with_the_slots_that_it_had() -> None:
     again = state()
     for event in (later, {"event": "campaign_ended", "status": "finished", "seconds": 4.0}):
         again.apply(event | {"time": "2026-11-22T10:00:00+00:00"})
-    assert (again.seconds, again.slot_seconds, again.most_slots) == (24.0, 20 * 2 + 4 * 1, 2)
+    assert (again.seconds, again.slot_seconds, again.max_slots) == (24.0, 20 * 2 + 4 * 1, 2)
     # The phases of a campaign are planned again in each session; what was trained before is known.
     again.phases = state().phases
     found = campaign_cost(again)
