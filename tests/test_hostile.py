@@ -74,7 +74,7 @@ def test_the_list_of_problems_is_cut_at_a_hundred(tmp_path: Path, capsys: pytest
     path = write(tmp_path, f"{HEAD}base: {{{listed(150, 'kN: 1')}}}\n{SWEEP}")
     lines = answer(path, tmp_path / "results", capsys).splitlines()
     assert len(lines) == MAX_PROBLEMS + 1 and lines[99].startswith(f"{path}:3:")
-    assert lines[-1] == f"{path}: these are the first {MAX_PROBLEMS} problems, the rest was not checked"
+    assert lines[-1] == f"{path}: only the first {MAX_PROBLEMS} problems are listed; the rest was not checked"
 
 
 # ---- not a regular file ----------------------------------------------------------------------------------------------
@@ -176,7 +176,7 @@ def test_a_damaged_journal_of_another_campaign_is_a_reported_problem(
         ("alpha=.nan", "should be a finite number, got nan"),
         ("model=/dev/zero", "must be a mapping of settings or the path of a .yaml file"),
         ("model={n_layer: 2, n_layer: 3}", "duplicate key 'n_layer'"),
-        ("seed=3", "seeds belong to the campaign file"),
+        ("seed=3", "--set cannot change seeds"),
         ("data.corpus=" + "a" * 5000, "File name too long"),
         ("k" * 100_000 + "=3", "unknown setting"),
     ],

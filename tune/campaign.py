@@ -1,7 +1,7 @@
-"""Reads a campaign file and checks all of it: every mistake is answered with file, line, column and advice.
+"""Reads and validates a campaign file; each mistake is reported with file, line, column and advice.
 
-One way: YAML nodes, then types (tune/spec/schema.py), the arms of each phase (tune/spec/phase_reader.py), complete
-configs (tune/spec/validation.py), problems.
+The YAML nodes become typed settings (tune/spec/schema.py), then the arms of each phase (tune/spec/phase_reader.py).
+Finally, every config that the campaign may train is built and checked (tune/spec/validation.py).
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,24 +19,23 @@ from tune.claims.reader import read_claims
 from tune.spec.phase_reader import PhasesInFile, read_phases
 from tune.spec.reading import OPTION, LocatedSettings, Reading, check_name, collect, complete, read_seeds
 from tune.spec.schema import KINDS, Budget, Campaign, EarlyStop, Header, Metric, Resources
-from tune.spec.validation import ConfigChecker, check_circles, check_configs, check_early_stop, order_by_need
+from tune.spec.validation import ConfigChecker, check_cycles, check_configs, check_early_stop, in_dependency_order
 
 TOP_KEYS = ("campaign", *Header.model_fields, "seeds", "base", "phases", *KINDS, "claims")
-SECTIONS = {"metric": Metric, "resources": Resources, "budget": Budget, "early_stop": EarlyStop}  # of the header
-SEEDS = (1, 2, 3)  # of a campaign that gives none
+HEADER_SECTIONS = {"metric": Metric, "resources": Resources, "budget": Budget, "early_stop": EarlyStop}
+DEFAULT_SEEDS = (1, 2, 3)
 
-
-# A campaign file as types, before its configs are checked; None is a part with problems.
+# A parsed campaign file before its configs are checked; None marks a part with problems.
 Draft = tuple[Header | None, TrainConfig | None, ConfigChecker, PhasesInFile]
 
 
 def load_campaign(path: Path, assignments: Sequence[str] = ()) -> Campaign:
-    """Reads and checks a campaign file; `assignments` are `--set` options, `name=value`, and change the base.
+    """Reads and checks a campaign file, with its base changed by the `--set` options `name=value` in `assignments`.
 
-    Paths in it are relative to the working directory and become absolute.
+    Paths in the file are relative to the working directory and become absolute.
 
     Raises:
-        ConfigError: everything that is wrong, one line each, with path, line and column.
+        ConfigError: the file has mistakes; the message has one line for each, with path, line and column.
     """
     document = read_yaml(path)
     text = path.read_text(encoding="utf-8")
@@ -48,7 +47,7 @@ def load_campaign(path: Path, assignments: Sequence[str] = ()) -> Campaign:
 
 
 def _read(data: Any, assignments: Sequence[str], folder: Path) -> Reading[Campaign | None]:
-    """The campaign in the plain data of a file in `folder`; None if anything is wrong with it."""
+    """Builds the campaign from the parsed YAML of a file in `folder`; returns None if there is any problem."""
     if not isinstance(data, dict):
         yield Problem((), "a campaign is a mapping with at least `campaign:` and `phases:` (or `vary:`)")
         return None
@@ -64,7 +63,7 @@ def _read(data: Any, assignments: Sequence[str], folder: Path) -> Reading[Campai
     claims = (yield from read_claims(data["claims"], folder)) if "claims" in data else {}
     if wrong or wrong_configs or header is None or base is None:
         return None
-    phases = order_by_need(file.phases)
+    phases = in_dependency_order(file.phases)
     yield from check_claims(claims, phases, base)
     return Campaign(
         name=data["campaign"],
@@ -79,7 +78,6 @@ def _read(data: Any, assignments: Sequence[str], folder: Path) -> Reading[Campai
 
 
 def _read_draft(data: Mapping[str, Any], assignments: Sequence[str], folder: Path) -> Reading[Draft]:
-    """The header, the base and the phases."""
     for key in data:
         if key not in TOP_KEYS:
             yield Problem((key,), unknown_message("setting", key, TOP_KEYS))
@@ -88,22 +86,22 @@ def _read_draft(data: Mapping[str, Any], assignments: Sequence[str], folder: Pat
     else:
         yield from check_name(data["campaign"], ("campaign",), "campaign")
     header = yield from _read_header(data)
-    seeds = (yield from read_seeds(data["seeds"], ("seeds",))) if "seeds" in data else SEEDS
-    given = yield from _read_base(data.get("base", {}), folder)
-    checker = ConfigChecker(given, (yield from _read_options(assignments)))
+    seeds = (yield from read_seeds(data["seeds"], ("seeds",))) if "seeds" in data else DEFAULT_SEEDS
+    base_settings = yield from _read_base(data.get("base", {}), folder)
+    checker = ConfigChecker(base_settings, (yield from _read_options(assignments)))
     base = yield from checker.check()
     file = yield from read_phases(data, seeds, folder)
-    yield from check_circles(file)
+    yield from check_cycles(file)
     return header, base, checker, file
 
 
 def _read_header(data: Mapping[str, Any]) -> Reading[Header | None]:
     values: dict[str, Any] = {}
     for key in (key for key in Header.model_fields if key in data):
-        if key not in SECTIONS or data[key] == {}:
+        if key not in HEADER_SECTIONS or data[key] == {}:
             values[key] = data[key]
             continue
-        found, wrong = named_settings(SECTIONS[key], data[key], (key,))
+        found, wrong = named_settings(HEADER_SECTIONS[key], data[key], (key,))
         yield from wrong
         values |= {f"{key}.{name}": value for name, (value, _) in found.items()}
     try:
@@ -116,18 +114,18 @@ def _read_header(data: Mapping[str, Any]) -> Reading[Header | None]:
 def _read_base(data: Any, folder: Path) -> Reading[LocatedSettings]:
     if isinstance(data, dict):
         for key in (misplaced := [key for key in data if key in TOP_KEYS]):
-            yield Problem(("base", key), f"`{key}:` belongs to the top of the file, not into `base:`")
+            yield Problem(("base", key), f"`{key}:` is a top-level key of the campaign file: move it out of `base:`")
         data = {key: value for key, value in data.items() if key not in misplaced}
     given, wrong = named_settings(TrainConfig, data, ("base",), folder=folder)
     yield from wrong
     if "seed" in given:
         _, at = given.pop("seed")
-        yield Problem(at, "seeds belong to the campaign: write `seeds: [1, 2, 3]` at the top")
+        yield Problem(at, "the seed is not set in `base:`: write `seeds: [1, 2, 3]` at the top level of the file")
     return given
 
 
 def _read_options(assignments: Sequence[str]) -> Reading[LocatedSettings]:
-    """The settings of `--set`, each located at its own text; a later one beats an earlier one."""
+    """The settings given by `--set`, each with the argument it came from; later ones override earlier ones."""
     given: dict[str, tuple[Any, Location]] = {}
     for text in assignments:
         shown = f"{text.partition('=')[0]}=..." if is_secret_name(text.partition("=")[0]) else text
@@ -139,12 +137,13 @@ def _read_options(assignments: Sequence[str]) -> Reading[LocatedSettings]:
             continue
         top = name.partition(".")[0]
         if top in TOP_KEYS and top != "base":
-            yield Problem(at, f"`{top}:` belongs to the campaign file, at its top; {OPTION} changes the base")
+            advice = f"{OPTION} only changes settings under `base:`"
+            yield Problem(at, f"`{top}:` is a top-level key of the campaign file; {advice}")
             continue
         found, wrong = named_settings(TrainConfig, {name: value})
         given |= {setting: (value, at) for setting, (value, _) in found.items()}
         yield from (Problem(at, problem.message) for problem in wrong)
     if "seed" in given:
         _, at = given.pop("seed")
-        yield Problem(at, "seeds belong to the campaign file: write `seeds: [1, 2, 3]` at its top")
+        yield Problem(at, f"{OPTION} cannot change seeds: write `seeds: [1, 2, 3]` at the top level of the file")
     return given

@@ -270,7 +270,7 @@ SMALL: dict[str, tuple[str | bytes, str]] = {
     ),
     "combine_itself": (
         phases("{name: a, combine: {from: [a]}}"),
-        "2:37: phases[0].combine.from[0]: phases inherit in a circle: a -> a",
+        "2:37: phases[0].combine.from[0]: phases inherit from each other in a cycle: a -> a",
     ),
     "confidence_above_one": (
         NAME + "confidence: 1.5\n" + SWEEP,
@@ -526,7 +526,7 @@ SMALL: dict[str, tuple[str | bytes, str]] = {
     ),
     "phase_inherits_itself": (
         phases("{name: a, inherit: a, vary: {alpha: [0.1]}}"),
-        "2:20: phases[0].inherit: phases inherit in a circle: a -> a",
+        "2:20: phases[0].inherit: phases inherit from each other in a cycle: a -> a",
     ),
     "phase_journal": (
         phases("{name: journal.jsonl, vary: {alpha: [0.1]}}"),
@@ -560,7 +560,7 @@ SMALL: dict[str, tuple[str | bytes, str]] = {
             "  - {name: a, inherit: b, vary: {alpha: [0.1]}}\n"
             "  - {name: b, inherit: a, vary: {alpha: [0.2]}}\n"
         ),
-        "3:15: phases[0].inherit: phases inherit in a circle: a -> b -> a",
+        "3:15: phases[0].inherit: phases inherit from each other in a cycle: a -> b -> a",
     ),
     "product_of_10_to_12_arms": (
         NAME + "phases:\n  - name: p\n    grid:\n" + "".join(f"      {axis}: [{THOUSANDTHS}]\n" for axis in AXES),
@@ -584,23 +584,23 @@ SMALL: dict[str, tuple[str | bytes, str]] = {
     ),
     "search_bounds_infinite": (
         NAME + "search: {trials: 3, space: {lr: {log: [1e-3, .inf]}}}\n",
-        "2:34: search.space.lr.log: the low end must be below the high one, got [0.001, inf]",
+        "2:34: search.space.lr.log: the low end must be below the high end, got [0.001, inf]",
     ),
     "search_bounds_nan": (
         NAME + "search: {trials: 3, space: {lr: {uniform: [.nan, .nan]}}}\n",
-        "2:34: search.space.lr.uniform: the low end must be below the high one, got [nan, nan]",
+        "2:34: search.space.lr.uniform: the low end must be below the high end, got [nan, nan]",
     ),
     "search_bounds_reversed": (
         NAME + "search: {trials: 3, space: {alpha: {uniform: [0.5, 0.1]}}}\n",
-        "2:37: search.space.alpha.uniform: the low end must be below the high one, got [0.5, 0.1]",
+        "2:37: search.space.alpha.uniform: the low end must be below the high end, got [0.5, 0.1]",
     ),
     "search_choice_of_mappings": (
         NAME + "search: {trials: 3, space: {lr: {choice: [{a: 1}]}}}\n",
-        "2:43: search.space.lr.choice[0]: a choice is between values, got {'a': 1}",
+        "2:43: search.space.lr.choice[0]: a choice cannot be a mapping, got {'a': 1}",
     ),
     "search_log_of_zero": (
         NAME + "search: {trials: 3, space: {lr: {log: [0, 1]}}}\n",
-        "2:34: search.space.lr.log: a logarithmic interval lies above 0, got [0, 1]",
+        "2:34: search.space.lr.log: a logarithmic interval must lie above 0, got [0, 1]",
     ),
     "search_negative": (
         NAME + "search: {trials: -3, space: {lr: {log: [1e-3, 1]}}}\n",
@@ -616,7 +616,7 @@ SMALL: dict[str, tuple[str | bytes, str]] = {
     ),
     "search_too_many_of_few": (
         NAME + "search: {trials: 100, space: {n_layer: {choice: [2, 4]}}}\n",
-        "2:10: search.trials: 100 different arms were asked for, found 2",
+        "2:10: search.trials: 100 distinct arms requested, but the search space yields only 2",
     ),
     "search_unknown_method": (
         NAME + "search: {method: __import__('os'), trials: 3, space: {lr: {log: [1e-3, 1]}}}\n",

@@ -272,13 +272,13 @@ WRONG: dict[str, tuple[str, list[str]]] = {
     "settings of the campaign in base": (
         f"campaign: small\nbase: {{«seeds: [3], steps: 5, «hold: steps}}\n{PHASE}",
         [
-            "base.seeds: `seeds:` belongs to the top of the file, not into `base:`",
-            "base.hold: `hold:` belongs to the top of the file, not into `base:`",
+            "base.seeds: `seeds:` is a top-level key of the campaign file: move it out of `base:`",
+            "base.hold: `hold:` is a top-level key of the campaign file: move it out of `base:`",
         ],
     ),
     "seed in base": (
         f"campaign: small\nbase: {{«seed: 3}}\n{PHASE}",
-        ["base.seed: seeds belong to the campaign: write `seeds: [1, 2, 3]` at the top"],
+        ["base.seed: the seed is not set in `base:`: write `seeds: [1, 2, 3]` at the top level of the file"],
     ),
     "runtime settings swept": (
         f"{GOOD}grid: {{«tracker.log_every: [1, 2], «device: [cpu, cuda]}}\n",
@@ -343,7 +343,7 @@ WRONG: dict[str, tuple[str, list[str]]] = {
         "  - name: b\n    inherit: a\n    vary: {n_embd: [32, «20]}\n",
         [
             "phases[1].vary.n_embd[1]: n_embd 20 / n_head 4 gives heads of odd width 5; rotary embedding needs an even "
-            "width (after model.n_head=4 has won)"
+            "width (if model.n_head=4 wins the earlier phase)"
         ],
     ),
     "impossible model only if two earlier phases end so": (
@@ -351,7 +351,7 @@ WRONG: dict[str, tuple[str, list[str]]] = {
         "  - name: c\n    inherit: a\n    runs: [{arm: x, inherit: b}]\n",
         [
             "phases[1].vary.n_embd[1]: n_embd 20 / n_head 4 gives heads of odd width 5; rotary embedding needs an even "
-            "width (after model.n_head=4, model.n_embd=20 has won)"
+            "width (if model.n_head=4, model.n_embd=20 wins the earlier phase)"
         ],
     ),
     "micro-batches that do not fit": (
@@ -424,25 +424,25 @@ WRONG: dict[str, tuple[str, list[str]]] = {
     ),
     "a phase that inherits from itself": (
         f"{GOOD}{PHASE}    «inherit: a\n",
-        ["phases[0].inherit: phases inherit in a circle: a -> a"],
+        ["phases[0].inherit: phases inherit from each other in a cycle: a -> a"],
     ),
-    "two phases in a circle": (
+    "two phases in a cycle": (
         f"{GOOD}{PHASE}    «inherit: b\n  - {{name: b, runs: [{{arm: x, inherit: a}}]}}\n",
-        ["phases[0].inherit: phases inherit in a circle: a -> b -> a"],
+        ["phases[0].inherit: phases inherit from each other in a cycle: a -> b -> a"],
     ),
-    "three phases in a circle": (
+    "three phases in a cycle": (
         f"{GOOD}phases:\n  - {{name: x, vary: {{lr: [1]}}}}\n  - {{name: a, vary: {{lr: [1]}}, «inherit: b}}\n"
         "  - {name: b, vary: {lr: [1]}, inherit: c}\n  - {name: c, vary: {lr: [1]}, inherit: a}\n",
-        ["phases[1].inherit: phases inherit in a circle: a -> b -> c -> a"],
+        ["phases[1].inherit: phases inherit from each other in a cycle: a -> b -> c -> a"],
     ),
     "a circle that another phase leads into": (
         f"{GOOD}phases:\n  - {{name: x, vary: {{lr: [1]}}, inherit: b}}\n"
         "  - {name: a, vary: {lr: [1]}, «inherit: b}\n  - {name: b, vary: {lr: [1]}, inherit: a}\n",
-        ["phases[1].inherit: phases inherit in a circle: a -> b -> a"],
+        ["phases[1].inherit: phases inherit from each other in a cycle: a -> b -> a"],
     ),
     "the only phase inherits from itself": (
         f"{GOOD}runs: [{{arm: x, «inherit: main}}]\n",
-        ["runs[0].inherit: phases inherit in a circle: main -> main"],
+        ["runs[0].inherit: phases inherit from each other in a cycle: main -> main"],
     ),
     # ---- seeds
     "wrong seeds": (
@@ -685,11 +685,11 @@ def test_set_can_replace_a_wrong_value_of_the_file(folder: Path) -> None:
         ("=3", "--set =3: expected NAME=VALUE"),
         ("betas=[0.9", "--set betas=[0.9: 1:5: not valid YAML: expected ',' or ']', but got '<stream end>'"),
         ("betas=[0.9, 2]", "--set betas=[0.9, 2][1]: input should be less than 1, got 2"),
-        ("seed=3", "--set seed=3: seeds belong to the campaign file: write `seeds: [1, 2, 3]` at its top"),
-        ("seeds=[3]", "--set seeds=[3]: `seeds:` belongs to the campaign file, at its top; --set changes the base"),
+        ("seed=3", "--set seed=3: --set cannot change seeds: write `seeds: [1, 2, 3]` at the top level of the file"),
+        ("seeds=[3]", "--set seeds=[3]: `seeds:` is a top-level key of the campaign file; --set only changes settings under `base:`"),
         (
             "resources.workers=2",
-            "--set resources.workers=2: `resources:` belongs to the campaign file, at its top; --set changes the base",
+            "--set resources.workers=2: `resources:` is a top-level key of the campaign file; --set only changes settings under `base:`",
         ),
     ],
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The phases of a campaign file: names, seeds and arms of each, and the phases whose winners they start from."""
+"""Reads the phases of a campaign file: their names, seeds and arms, and the phases whose winners they inherit."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -21,31 +21,31 @@ from tune.spec.reading import (
     repeated,
     with_absolute_paths,
 )
-from tune.spec.schema import HOLDS, KINDS, MOST_TRIALS, FreshSeeds, Phase
+from tune.spec.schema import HOLDS, KINDS, MAX_TRIALS, FreshSeeds, Phase
 from tune.spec.search_space import Search, random_arms, read_search
 from tune.spec.sweeps import BASELINE, SWEEPS, ArmSpec, Axis, count
 from tune.storage.winners import InheritedWinner, is_path, read_inherited_winner
 
 PHASE_KEYS = ("name", "inherit", "set", "seeds", "hold", *KINDS)
-# What a results directory holds besides a folder for each phase.
+# File and folder names in a results directory that a phase folder must not take.
 RESERVED = re.compile(r"(?i)trials|(campaign|manifest|journal|summary|report)\.\w+")
-MOST_PHASES = 100  # each inherits from earlier ones, and what it may start from is found by recursion
-MOST_SEEDS = 9999  # of `fresh N`
+MAX_PHASES = 100  # bounds the recursion through phases that inherit from each other
+MAX_SEEDS = 9999  # largest N of `fresh N`
 
-Sweep = tuple[list[ArmSpec], dict[str, tuple[Any, ...]]]  # arms, and the values of each swept setting
+Sweep = tuple[list[ArmSpec], dict[str, tuple[Any, ...]]]  # the arms, and the values of each swept setting by name
 
 
 @dataclass(frozen=True)
 class PhasesInFile:
-    """The phases of a file that could be read, and how they refer to others."""
+    """The phases of a file that could be read, and their references to other phases and results directories."""
 
     phases: Sequence[Phase]
-    references: Mapping[tuple[str, str], Location]  # where a phase first names another one
+    references: Mapping[tuple[str, str], Location]  # where a phase first refers to another, by both names
     winners: Mapping[str, tuple[InheritedWinner, Location]]  # of other results directories, by path
 
 
 def read_phases(data: Mapping[str, Any], seeds: tuple[int, ...], folder: Path) -> Reading[PhasesInFile]:
-    """The phases in the data of a campaign file in `folder`; `seeds` are those of phases without their own."""
+    """Reads the phases of a campaign file in `folder`; a phase without `seeds:` gets `seeds`."""
     raw_phases = yield from _raw_phases(data)
     names = [str(raw["name"]) for raw, _ in raw_phases if isinstance(raw, dict) and "name" in raw]
     reader = _PhaseReader(names, seeds, folder)
@@ -57,7 +57,7 @@ def read_phases(data: Mapping[str, Any], seeds: tuple[int, ...], folder: Path) -
 
 
 def _raw_phases(data: Mapping[str, Any]) -> Reading[list[tuple[Any, Location]]]:
-    """The phases with their locations; a file without `phases:` is a single phase named main."""
+    """The unparsed phases with their locations; a file without `phases:` has a single phase named main."""
     short = {key: data[key] for key in KINDS if key in data}
     if "phases" not in data:
         if not short:
@@ -68,8 +68,8 @@ def _raw_phases(data: Mapping[str, Any]) -> Reading[list[tuple[Any, Location]]]:
     phases = data["phases"]
     if not isinstance(phases, list) or not phases:
         yield Problem(("phases",), f"expected a list of phases, got {phases!r}")
-    elif len(phases) > MOST_PHASES:
-        yield Problem(("phases",), f"{len(phases)} phases; a campaign has at most {MOST_PHASES}")
+    elif len(phases) > MAX_PHASES:
+        yield Problem(("phases",), f"{len(phases)} phases; a campaign has at most {MAX_PHASES}")
     else:
         return [(raw, ("phases", i)) for i, raw in enumerate(phases)]
     return []
@@ -77,7 +77,7 @@ def _raw_phases(data: Mapping[str, Any]) -> Reading[list[tuple[Any, Location]]]:
 
 @dataclass
 class _PhaseReader:
-    """Reads one phase after another; keeps what spans them."""
+    """Reads the phases one by one and collects their references, names and total number of trials."""
 
     names: Sequence[str]  # of all phases of the file
     seeds: tuple[int, ...]
@@ -88,7 +88,7 @@ class _PhaseReader:
     _used_names: set[str] = field(default_factory=set)
 
     def read(self, raw: Any, at: Location) -> Reading[Phase | None]:
-        """The phase; if there are problems, as much of it as makes sense, or None."""
+        """Reads one phase; after a problem, the phase may lack its faulty parts, or be None."""
         if not isinstance(raw, dict):
             yield Problem(at, f"a phase is a mapping, got {raw!r}")
             return None
@@ -120,10 +120,10 @@ class _PhaseReader:
             arms, swept = listed or ([], {})
             yield from wrong or _check_distinct(arms)
         arms = tuple(replace(arm, overrides=with_absolute_paths(arm.overrides)) for arm in arms)
-        settled = with_absolute_paths({name: value for name, (value, _) in pinned.items()})
+        pinned_values = with_absolute_paths({name: value for name, (value, _) in pinned.items()})
         origins = {name: location for name, (_, location) in pinned.items()}
-        stops_early = kind == "search"  # also if its arms are drawn here
-        return Phase(name, inherit, settled, arms, seeds, swept, combine, search, hold, stops_early, origins)
+        stops_early = kind == "search"  # random or optuna
+        return Phase(name, inherit, pinned_values, arms, seeds, swept, combine, search, hold, stops_early, origins)
 
     def _name(self, raw: Mapping[str, Any], at: Location) -> Reading[str]:
         if "name" not in raw:
@@ -141,13 +141,13 @@ class _PhaseReader:
     def _seeds(self, raw: Mapping[str, Any], at: Location) -> Reading[tuple[int, ...] | FreshSeeds]:
         if "seeds" not in raw:
             return self.seeds
-        text = raw["seeds"]
-        if not isinstance(text, str):
-            return (yield from read_seeds(text, (*at, "seeds")))
-        match = re.fullmatch(r"fresh +([0-9]{1,9})", text)
-        if match and 1 <= int(match[1]) <= MOST_SEEDS:
+        seeds = raw["seeds"]
+        if not isinstance(seeds, str):
+            return (yield from read_seeds(seeds, (*at, "seeds")))
+        match = re.fullmatch(r"fresh +([0-9]{1,9})", seeds)
+        if match and 1 <= int(match[1]) <= MAX_SEEDS:
             return FreshSeeds(int(match[1]))
-        yield Problem((*at, "seeds"), f"expected `fresh N` with N from 1 to {MOST_SEEDS}, or a list, got {text!r}")
+        yield Problem((*at, "seeds"), f"expected `fresh N` with N from 1 to {MAX_SEEDS}, or a list, got {seeds!r}")
         return ()
 
     def _inherit(self, name: str, raw: Mapping[str, Any], at: Location) -> Reading[str | None]:
@@ -168,7 +168,7 @@ class _PhaseReader:
         return inherit
 
     def _settings(self, data: Any, at: Location) -> Reading[LocatedSettings]:
-        """Settings that arms or phases may differ in, by full name."""
+        """Reads settings that may vary between arms or phases, by full dotted name."""
         found, wrong = named_settings(TrainConfig, data, at, folder=self.folder)
         yield from wrong
         for name, (_, location) in found.items():
@@ -179,14 +179,14 @@ class _PhaseReader:
         return found
 
     def _count(self, size: str, n_arms: int, n_seeds: int, at: Location) -> Reading[bool]:
-        """Adds the trials of a phase; False, and a problem, if the campaign becomes too large to plan."""
+        """Adds the trials of a phase to the total; reports a problem and returns False if they exceed MAX_TRIALS."""
         n = n_arms * n_seeds
-        if self._n_trials + n <= MOST_TRIALS:
+        if self._n_trials + n <= MAX_TRIALS:
             self._n_trials += n
             return True
         before = f" after {self._n_trials} in other phases" if self._n_trials else ""
         text = f"{size} arms x {n_seeds} seeds = {n if n < 10**6 else format(n, '.3g')} trials{before}"
-        yield Problem(at, f"{text}; a campaign has at most {MOST_TRIALS}")
+        yield Problem(at, f"{text}; a campaign has at most {MAX_TRIALS}")
         return False
 
     def _listed_arms(self, phase: str, kind: str, data: Any, at: Location, n_seeds: int) -> Reading[Sweep]:
@@ -195,8 +195,8 @@ class _PhaseReader:
             yield from self._count(str(len(arms)), len(arms), n_seeds, at)
             return arms, {}
         axes = yield from self._axes(kind, data, at)
-        fits = axes and (yield from self._count(_size(kind, axes), count(kind, axes), n_seeds, at))
-        return SWEEPS[kind](axes) if fits else [], {axis.setting: axis.values for axis in axes}
+        is_small_enough = axes and (yield from self._count(_size(kind, axes), count(kind, axes), n_seeds, at))
+        return SWEEPS[kind](axes) if is_small_enough else [], {axis.setting: axis.values for axis in axes}
 
     def _axes(self, kind: str, data: Any, at: Location) -> Reading[list[Axis]]:
         if not isinstance(data, dict) or not data:
@@ -236,7 +236,7 @@ class _PhaseReader:
         if not isinstance(raw, dict) or "arm" not in raw:
             yield Problem(at, "a run is a mapping with `arm:`, its name, and the settings it changes")
             return None
-        named = yield from check_name(raw["arm"], (*at, "arm"), "arm")
+        is_valid_name = yield from check_name(raw["arm"], (*at, "arm"), "arm")
         changes = yield from self._settings({key: raw[key] for key in raw if key not in ("arm", "inherit")}, at)
         inherit = yield from self._inherit(phase, raw, at)
         if raw["arm"] == BASELINE.name and (changes or inherit):
@@ -244,10 +244,10 @@ class _PhaseReader:
             yield Problem((*at, "arm"), text)
         origins = {name: location for name, (_, location) in changes.items()} | {"arm": at}
         overrides = {name: value for name, (value, _) in changes.items()}
-        return ArmSpec(raw["arm"], overrides, inherit, origins) if named else None
+        return ArmSpec(raw["arm"], overrides, inherit, origins) if is_valid_name else None
 
     def _search(self, data: Any, at: Location, n_seeds: int) -> Reading[tuple[list[ArmSpec], Search | None]]:
-        """The arms of a random search, which are drawn here; those of other searches are proposed during the run."""
+        """Reads a search. A random search becomes a list of arms at once; optuna proposes its arms during the run."""
         search = yield from read_search(data, at, self._settings)
         if search is None or not (yield from self._count(str(search.trials), search.trials, n_seeds, at)):
             return [], None
@@ -258,7 +258,10 @@ class _PhaseReader:
             return [], None
         arms = random_arms(search)
         if len(arms) < search.trials:
-            yield Problem((*at, "trials"), f"{search.trials} different arms were asked for, found {len(arms)}")
+            yield Problem(
+                (*at, "trials"),
+                f"{search.trials} distinct arms requested, but the search space yields only {len(arms)}",
+            )
         return arms, None
 
     def _combine(self, name: str, data: Any, at: Location) -> Reading[tuple[str, ...]]:
@@ -280,6 +283,7 @@ class _PhaseReader:
 
 
 def _check_distinct(arms: Sequence[ArmSpec]) -> Reading[None]:
+    """Reports arms that change the same settings to the same values as an earlier arm."""
     first: dict[Any, ArmSpec] = {}
     for arm in arms:
         twin = first.setdefault(comparable([arm.inherit, *sorted(arm.overrides.items())]), arm)
@@ -289,13 +293,13 @@ def _check_distinct(arms: Sequence[ArmSpec]) -> Reading[None]:
 
 
 def _label(setting: str, location: Location) -> str:
-    """The name as written, or the full one if that says too little, as `name` within `optim:` does."""
+    """The setting's name as written, or its full name if the short one is ambiguous, such as `name` in `optim:`."""
     written = str(location[-1])
-    alike = [name for name in settings(TrainConfig) if name.rpartition(".")[2] == written]
-    return written if len(alike) == 1 or "." in written else setting
+    candidates = [name for name in settings(TrainConfig) if name.rpartition(".")[2] == written]
+    return written if len(candidates) == 1 or "." in written else setting
 
 
 def _size(kind: str, axes: Sequence[Axis]) -> str:
-    """The number of arms as `(30 x 50)`."""
+    """The number of arms as text, such as `(30 x 50)` for a grid."""
     sign = {"grid": " x ", "vary": " + "}.get(kind)
     return f"({sign.join(str(len(axis.values)) for axis in axes)})" if sign and axes[1:] else str(count(kind, axes))

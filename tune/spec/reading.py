@@ -1,8 +1,8 @@
-"""How a campaign file is read: a reader yields each problem that it finds, then returns its value.
+"""Readers of a campaign file: generators that yield each problem they find, then return the value they read.
 
     seeds = yield from read_seeds(raw, location)
 
-Values and problems go up together, from the YAML nodes to `load_campaign`, and reading ends at `MAX_PROBLEMS`.
+Problems propagate through `yield from` up to `load_campaign`. Reading stops after `MAX_PROBLEMS`.
 """
 
 import os
@@ -20,17 +20,17 @@ from ngpt.model.residual import RESIDUAL_ALIASES
 from tune import format as fmt
 
 Value = TypeVar("Value")
-Reading = Generator[Problem, None, Value]  # `Reading[None]` is a check
-LocatedSettings = Mapping[str, tuple[Any, Location]]  # by full dotted name: the value, and where it was written
+Reading = Generator[Problem, None, Value]  # `Reading[None]` only checks
+LocatedSettings = Mapping[str, tuple[Any, Location]]  # by full dotted name: the value and its location
 
-OPTION = "--set"  # the first word of a location on the command line
+OPTION = "--set"  # a location that starts with it is a command line argument
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 ARM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._=,:+-]{0,79}")
-LARGEST_SEED = 2**31 - 1
+MAX_SEED = 2**31 - 1
 
 
 def collect(reading: Reading[Value]) -> tuple[Value | None, list[Problem]]:
-    """Runs a reading and returns its value and problems; after MAX_PROBLEMS it stops, and the value is None."""
+    """Runs a reader and returns its value and problems; stops after MAX_PROBLEMS, and the value is then None."""
     problems: list[Problem] = []
     while len(problems) < MAX_PROBLEMS:
         try:
@@ -41,10 +41,11 @@ def collect(reading: Reading[Value]) -> tuple[Value | None, list[Problem]]:
 
 
 def complete(reading: Reading[Value | None], document: Document) -> Value:
-    """The value of a reading without problems.
+    """Runs a reader and returns its value.
 
     Raises:
-        ConfigError: a line per problem with path, line and column, in file order; those of `--set` options come last.
+        ConfigError: there are problems; the message has one line for each, with path, line and column, in file order,
+            then those of `--set` options.
     """
     value, problems = collect(reading)
     if not problems and value is not None:
@@ -54,12 +55,14 @@ def complete(reading: Reading[Value | None], document: Document) -> Value:
     in_file.sort(key=lambda problem: document.position(problem.location))
     lines = [*map(document.describe, in_file), *map(Problem.line, on_option)]
     if len(lines) >= MAX_PROBLEMS:
-        lines.append(f"{document.path}: these are the first {MAX_PROBLEMS} problems, the rest was not checked")
+        lines.append(
+            f"{document.path}: these are the first {MAX_PROBLEMS} problems, the rest of the file was not checked"
+        )
     raise ConfigError("\n".join(dict.fromkeys(lines)))
 
 
 def check_name(name: Any, at: Location, what: str) -> Reading[bool]:
-    """Whether `name` is valid for a campaign, phase or claim, or, with more characters allowed, for an arm."""
+    """Checks the name of a campaign, phase, claim or arm; arm names may be longer and have more characters."""
     pattern, longest, also = (ARM_NAME, 80, " ' ', '=', ',', ':', '+',") if what == "arm" else (NAME, 64, "")
     if isinstance(name, str) and pattern.fullmatch(name) and ".." not in name:
         return True
@@ -70,7 +73,7 @@ def check_name(name: Any, at: Location, what: str) -> Reading[bool]:
 
 
 def read_seeds(data: Any, at: Location) -> Reading[tuple[int, ...]]:
-    """A list of seeds; an empty tuple if any of them is wrong."""
+    """Reads a list of seeds; returns an empty tuple if any seed is invalid."""
     if not isinstance(data, list):
         yield Problem(at, f"expected a list of seeds such as [1, 2, 3], got {data!r}")
         return ()
@@ -78,8 +81,8 @@ def read_seeds(data: Any, at: Location) -> Reading[tuple[int, ...]]:
         yield Problem(at, "the list of seeds is empty")
     seen: set[int] = set()
     for i, seed in enumerate(data):
-        if type(seed) is not int or not 0 <= seed <= LARGEST_SEED:
-            yield Problem((*at, i), f"a seed is a whole number from 0 to {LARGEST_SEED}, got {seed!r}")
+        if type(seed) is not int or not 0 <= seed <= MAX_SEED:
+            yield Problem((*at, i), f"a seed is a whole number from 0 to {MAX_SEED}, got {seed!r}")
         elif seed in seen:
             yield Problem((*at, i), f"seed {seed} is listed twice")
         else:
@@ -97,7 +100,7 @@ def repeated(values: Sequence[Any]) -> Iterator[int]:
 
 
 def distinct(values: Iterable[Any]) -> list[Any]:
-    """The first of each group of equal values."""
+    """Drops values equal to an earlier one."""
     found: dict[Any, Any] = {}
     for value in values:
         found.setdefault(comparable(value), value)
@@ -105,24 +108,24 @@ def distinct(values: Iterable[Any]) -> list[Any]:
 
 
 def comparable(value: Any) -> Any:
-    """A key that is equal for equal values: 1 and 1.0 are the same, 1 and true are not, lists and tuples are."""
+    """A hashable key for comparing values: 1 equals 1.0 but not true, and a list equals a tuple of the same items."""
     if isinstance(value, list | tuple):
         return tuple(map(comparable, value))
     if isinstance(value, str):
-        return RESIDUAL_ALIASES.get(value, value)  # two names of one residual rule; no other setting has either
+        return RESIDUAL_ALIASES.get(value, value)  # unambiguous: no other setting has such a value
     return repr(value) if isinstance(value, bool | dict) else value
 
 
 def with_absolute_paths(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings with the paths among them made absolute, because Ray changes the working directory of its workers.
+    """Makes the paths among settings absolute, because Ray changes the working directory of its workers.
 
-    Names of corpora, kinds of tokenizers and whatever is not a path stay as they are.
+    Other values, such as the name of a corpus or `gpt2`, are unchanged.
     """
     return {name: PATHS[name](value) if name in PATHS and value else value for name, value in values.items()}
 
 
 def _corpus(value: Any) -> Any:
-    """A name in CORPORA wins over a folder of that name; what is neither stays, to be reported as it was written."""
+    """A name in CORPORA takes precedence over a folder; a value that is neither is unchanged, and rejected later."""
     if not isinstance(value, str) or value in CORPORA:
         return value
     return _absolute(value) if value.startswith("~") or os.path.exists(value) else value

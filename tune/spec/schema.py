@@ -1,4 +1,4 @@
-"""The types of a campaign that has been read and checked (tune/campaign.py)."""
+"""The types of a validated campaign, as tune/campaign.py builds it."""
 
 import math
 from collections.abc import Mapping
@@ -16,59 +16,60 @@ from tune.storage.winners import InheritedWinner, is_path
 
 LOSS_METRICS = ("val_loss", "val_bpb", "train_loss")
 GOALS = ("minimize", "maximize")
-STOPPERS = ("asha",)  # how trials may be stopped early
-HOLDS = ("tokens", "steps", "seconds")  # what may be equal between arms
-KINDS = (*SWEEPS, "runs", "combine", "search")  # of phases; each has exactly one
-MOST_TRIALS = 10_000  # of a campaign
+EARLY_STOP_METHODS = ("asha",)
+HOLDS = ("tokens", "steps", "seconds")  # quantities that can be kept equal between arms
+KINDS = (*SWEEPS, "runs", "combine", "search")  # kinds of phases; each phase has exactly one
+MAX_TRIALS = 10_000  # per campaign
 
 
-def _share(value: Any) -> Any:
-    """GPUs per trial: `auto`, or a positive number."""
+def _gpus_per_trial(value: Any) -> Any:
+    """Accepts `auto` or a positive number."""
     if value != "auto" and (isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf):
         raise invalid_setting(f"expected `auto` or a number above 0, got {value!r}")
     return value
 
 
 class Metric(Config):
-    """The metric that arms are compared by."""
+    """The metric by which arms are compared."""
 
     name: Annotated[str, one_of(LOSS_METRICS, "metric")] = "val_loss"
     goal: Annotated[str, one_of(GOALS, "goal")] = "minimize"
 
 
 class Resources(Config):
-    """The share of the machine that a trial gets."""
+    """CPUs and GPUs per trial, and how many trials train concurrently."""
 
     cpus_per_trial: Annotated[int, Field(ge=1)] = 1  # threads
-    gpus_per_trial: Annotated[Any, PlainValidator(_share)] = "auto"  # auto: measured
-    workers: Annotated[int, Field(ge=1)] | None = None  # processes that train at once; null: as many as fit
-    vectorise: Annotated[int, Field(ge=1)] = 1  # trials of one graph that a process trains at once
+    gpus_per_trial: Annotated[Any, PlainValidator(_gpus_per_trial)] = "auto"  # auto: measured
+    workers: Annotated[int, Field(ge=1)] | None = None  # concurrent training processes; null: as many as fit
+    vectorise: Annotated[int, Field(ge=1)] = 1  # trials with the same graph that one process trains as a batch
     # seconds without a step after which a trial counts as hung; null: 20 median steps, at least ten minutes
     stall_timeout: Annotated[float, Field(gt=0)] | None = None
 
 
 class Budget(Config):
-    """Limits after which no trial starts, counted over all sessions (tune/planning/budget.py)."""
+    """Limits on the total over all sessions, after which no trial is started (tune/planning/budget.py)."""
 
     trials: Annotated[int, Field(ge=1)] | None = None
     hours: Annotated[float, Field(gt=0)] | None = None
 
 
 class EarlyStop(Config):
-    """When a search stops a trial early (tune/analysis/asha.py)."""
+    """When a search stops trials early (tune/analysis/asha.py)."""
 
-    method: Annotated[str, one_of(STOPPERS, "method")] = "asha"
-    reduction: Annotated[int, Field(ge=2)] = 3  # 1 in 3 trials continues at a rung; the next rung is 3 times as far
-    first: Annotated[int, Field(ge=1)]  # rung, in steps of the baseline
+    method: Annotated[str, one_of(EARLY_STOP_METHODS, "method")] = "asha"
+    # 3: at each rung, 1 in 3 trials continues, and the next rung is at 3 times the steps
+    reduction: Annotated[int, Field(ge=2)] = 3
+    first: Annotated[int, Field(ge=1)]  # step of the first rung, for the baseline
 
     def rungs(self, steps: int) -> list[int]:
-        """The steps at which trials are compared, before the end at `steps`."""
+        """The steps at which trials are compared, all before the last step, `steps`."""
         rungs = (self.first * self.reduction**i for i in count())
         return list(takewhile(lambda rung: rung < steps, rungs))
 
 
 class Header(Config):
-    """The settings of the campaign itself: all of the file but names, seeds, base, phases and claims."""
+    """The campaign-wide settings: all top-level keys except its name, seeds, base, phases and claims."""
 
     description: str | None = None
     metric: Metric = Metric()
@@ -76,7 +77,7 @@ class Header(Config):
     confidence: Annotated[float, Field(ge=0.5, lt=1)] = 0.95
     min_effect: Annotated[float, Field(ge=0)] = 0.005
     resources: Resources = Resources()
-    noise: Annotated[float, Field(gt=0)] | None = None  # sd of the metric between seeds, for --plan
+    noise: Annotated[float, Field(gt=0)] | None = None  # standard deviation of the metric between seeds, for --plan
     budget: Budget = Budget()
     early_stop: EarlyStop | None = None
 
@@ -90,19 +91,19 @@ class FreshSeeds:
 
 @dataclass(frozen=True)
 class Phase:
-    """A baseline and the arms that are compared with it."""
+    """A baseline and the arms compared with it."""
 
     name: str
-    inherit: str | None  # the phase whose winner is the base here; a path is one of another results directory
-    pinned: Mapping[str, Any]  # `set:`, the settings of all arms, by dotted name
-    arms: tuple[ArmSpec, ...]  # without the baseline, unless it was listed
+    inherit: str | None  # the phase whose winner is the base of this one; may be a path in another results directory
+    pinned: Mapping[str, Any]  # the settings in `set:`, which apply to all arms, by dotted name
+    arms: tuple[ArmSpec, ...]  # without the baseline, unless the file lists it
     seeds: tuple[int, ...] | FreshSeeds
-    swept: Mapping[str, tuple[Any, ...]]  # the axes, by dotted name
-    combine: tuple[str, ...] = ()  # the phases whose better arms are joined
-    search: Search | None = None  # from which optuna proposes arms, batch by batch
-    hold: str | None = None  # what is equal between the arms; None: as in the campaign
+    swept: Mapping[str, tuple[Any, ...]]  # the values of each axis, by dotted name
+    combine: tuple[str, ...] = ()  # the phases whose better arms are combined
+    search: Search | None = None  # set if optuna proposes the arms, batch by batch
+    hold: str | None = None  # the quantity kept equal between arms; None: the campaign's
     stops_early: bool = False  # whether `early_stop:` applies
-    origins: Mapping[str, Location] = field(default_factory=dict, compare=False)  # of `pinned` in the YAML
+    origins: Mapping[str, Location] = field(default_factory=dict, compare=False)  # where each pinned setting is written
 
     @property
     def needs(self) -> set[str]:
@@ -113,21 +114,21 @@ class Phase:
 
 @dataclass(frozen=True)
 class Claim:
-    """A sentence of an earlier report that the records can decide (tune/claims/relations.py).
+    """A statement of an earlier report that the recorded trials can test (tune/claims/relations.py).
 
-    `left` and `right` select arms, by values of dotted settings and by the names of `arm` and `phase`.
+    `left` and `right` select arms by the values of their settings (dotted names) and by the keys `arm` and `phase`.
     """
 
     id: str
     relation: str
-    source: str | None = None  # the report that says so
+    source: str | None = None  # the report that states it
     says: str | None = None
     metric: str = "val_loss"
     phase: str | None = None  # None: all
     left: Mapping[str, Any] | None = None
     right: Mapping[str, Any] | None = None
-    setting: str | None = None  # the varied one, by dotted name
-    direction: str | None = None  # of the metric along `setting`
+    setting: str | None = None  # dotted name of the setting that varies
+    direction: str | None = None  # how the metric changes as `setting` grows
     value: float | None = None
     tolerance: float | None = None
     expression: str | None = None
@@ -135,12 +136,12 @@ class Claim:
 
 @dataclass(frozen=True)
 class Campaign:
-    """A checked campaign file: names are resolved, values have the right type, phases are in order of need."""
+    """A validated campaign: names are resolved, values are typed, and phases come after those they depend on."""
 
     name: str
     description: str | None
     metric: Metric
-    hold: str  # what is equal between arms: tokens | steps | seconds
+    hold: str  # the quantity kept equal between arms: tokens | steps | seconds
     confidence: float
     min_effect: float  # in units of the metric
     base: TrainConfig
@@ -149,10 +150,10 @@ class Campaign:
     budget: Budget
     early_stop: EarlyStop | None
     phases: tuple[Phase, ...]
-    text: str  # the file as given
+    text: str  # the text of the file
     assignments: tuple[str, ...]  # --set
-    # winners of other results directories, by path
+    # winners inherited from other results directories, by path
     inherited: Mapping[str, InheritedWinner] = field(default_factory=dict)
-    # measured, for `hold: seconds` (tune/planning/equal_time.py)
+    # measured speeds, for `hold: seconds` (tune/planning/equal_time.py)
     speeds: Mapping[str, float] = field(default_factory=dict)
     claims: tuple[Claim, ...] = ()

@@ -2,9 +2,9 @@
 
     space: {optim.lr: {log: [1e-4, 1e-2]}, alpha: {uniform: [0.05, 0.5]}, n_layer: {choice: [4, 6]}}
 
-Random arms are a pure function of the space and the seed. Each value has its own random number, drawn from the seed,
-the setting's name and the arm's index, so neither the order of the settings nor a larger `trials` changes an arm.
-Values are rounded to four digits, as in the arm's name. Optuna's part is in tune/planning/optuna_search.py.
+Random arms are a pure function of the space and the seed: the random number behind each value is seeded by the search's
+seed, the setting's name and the arm's index, so neither the order of the settings nor a larger `trials` changes an arm.
+Values are rounded to four digits, as in the arm's name. tune/planning/optuna_search.py runs the Optuna search.
 """
 
 import random
@@ -19,21 +19,21 @@ from tune.spec.sweeps import ArmSpec, Axis
 
 METHODS = ("random", "optuna")
 KEYS = ("method", "trials", "space", "seed", "parallel")
-PARALLEL = 4  # arms per batch of optuna
-DIGITS = 4
-LARGEST_BOUND = 1e300  # of an interval
+PARALLEL = 4  # default number of arms per batch that optuna proposes
+DIGITS = 4  # significant digits of a value drawn from an interval
+MAX_BOUND = 1e300  # magnitude of an interval's ends
 
 SettingsReader = Callable[[Any, Location], Reading[LocatedSettings]]
 
 
 @dataclass(frozen=True)
 class Dimension:
-    """One setting and what its values are drawn from: a `log` or `uniform` interval, or a `choice`."""
+    """A setting with the distribution of its values: a `log` or `uniform` interval, or a `choice`."""
 
     label: str
     setting: str
     kind: str
-    values: tuple[Any, ...]  # low and high, or what to choose from
+    values: tuple[Any, ...]  # low and high, or the choices
     location: Location
 
     @property
@@ -42,19 +42,19 @@ class Dimension:
         return "int" in kinds and "float" not in kinds
 
     def at(self, share: float) -> Any:
-        """The value at the quantile `share`, in [0, 1)."""
+        """The value at quantile `share` in [0, 1)."""
         if self.kind == "choice":
             return self.values[int(share * len(self.values))]
         low, high = self.values
         if self.is_whole and self.kind == "uniform":
             return low + int(share * (high - low + 1))
-        if self.is_whole:  # as in optuna: the ends are as likely as the whole numbers next to them
+        if self.is_whole:  # as in optuna: makes the ends as likely as their neighbors
             low, high = low - 0.5, high + 0.5
         exact = low * (high / low) ** share if self.kind == "log" else low + share * (high - low)
         return self.rounded(exact)
 
     def rounded(self, exact: Any) -> Any:
-        """A drawn value as an arm has it: with a few digits, within the bounds."""
+        """Rounds a drawn value to an integer or to DIGITS digits and clips it to the interval."""
         if self.kind == "choice":
             return exact
         low, high = self.values
@@ -64,30 +64,30 @@ class Dimension:
 
 @dataclass(frozen=True)
 class Search:
-    """A checked `search:`."""
+    """The validated `search:` section of a phase."""
 
     method: str
-    trials: int  # arms
+    trials: int  # number of arms
     seed: int
     parallel: int  # arms per batch
-    space: tuple[Dimension, ...]  # by name of the setting
+    space: tuple[Dimension, ...]  # sorted by setting name
 
     def arm(self, values: Sequence[Any]) -> ArmSpec:
-        """The arm with these values, one for each dimension."""
+        """The arm with the given values, one per dimension in the order of `space`."""
         chosen = list(zip(self.space, values, strict=True))
         names = (Axis(d.label, d.setting, (value,), d.location).names[0] for d, value in chosen)
         overrides = {d.setting: value for d, value in chosen}
         return ArmSpec(", ".join(names), overrides, origins={d.setting: d.location for d in self.space})
 
     def probes(self) -> Iterator[ArmSpec]:
-        """An arm for each end of an interval and for each choice: if these are possible, any draw is."""
+        """One arm per interval end and per choice; if these configs are valid, so is every drawn arm."""
         for d in self.space:
             for i, value in enumerate(d.values):
                 yield ArmSpec(f"{d.label}={value}", {d.setting: value}, origins={d.setting: (*d.location, d.kind, i)})
 
 
 def random_arms(search: Search) -> list[ArmSpec]:
-    """`search.trials` distinct arms; fewer if 100 draws per arm do not find as many in a small space."""
+    """Draws `search.trials` distinct arms; returns fewer if a small space does not yield them in 100 draws per arm."""
     arms: dict[str, ArmSpec] = {}
     for i in range(100 * search.trials):
         shares = [random.Random(f"{search.seed}/{d.setting}/{i}").random() for d in search.space]
@@ -99,7 +99,7 @@ def random_arms(search: Search) -> list[ArmSpec]:
 
 
 def read_search(data: Any, at: Location, read_settings: SettingsReader) -> Reading[Search | None]:
-    """The search in `data`; None if anything is wrong with it."""
+    """Reads a `search:` section; returns None if there is any problem."""
     if not isinstance(data, dict):
         yield Problem(at, f"expected a mapping with {', '.join(KEYS)}, got {data!r}")
         return None
@@ -108,15 +108,15 @@ def read_search(data: Any, at: Location, read_settings: SettingsReader) -> Readi
     if not isinstance(data.get("space"), dict) or not data["space"]:
         yield Problem((*at, "space"), "nothing varies: give `space:` with at least one setting")
         return None
-    space, wrong_space = collect(_read_space(data["space"], (*at, "space"), read_settings))
-    yield from wrong_space
-    if wrong or wrong_space or numbers is None or space is None:
+    space, space_problems = collect(_read_space(data["space"], (*at, "space"), read_settings))
+    yield from space_problems
+    if wrong or space_problems or numbers is None or space is None:
         return None
     return Search(data.get("method", "random"), **numbers, space=space)
 
 
 def _read_numbers(data: dict[str, Any], at: Location) -> Reading[dict[str, int]]:
-    """The settings of a search but its space; checks the names of all of them."""
+    """The integer settings of a search; also checks the method and the names of all keys."""
     for key in data:
         if key not in KEYS:
             yield Problem((*at, key), unknown_message("setting", key, KEYS))
@@ -155,28 +155,28 @@ def _read_dimension(setting: str, data: Any, at: Location) -> Reading[Dimension 
             yield Problem(where, "the list of values is empty")
         for i, value in enumerate(values):
             if isinstance(value, dict):
-                yield Problem((*where, i), f"a choice is between values, got {value!r}")
+                yield Problem((*where, i), f"a choice cannot be a mapping, got {value!r}")
         for i in repeated(values):
             yield Problem((*where, i), f"{values[i]!r} is listed twice")
-    elif wrong := _wrong_interval(dimension):
-        yield Problem(where, wrong)
+    elif problem := _interval_problem(dimension):
+        yield Problem(where, problem)
     return dimension
 
 
 def _frozen(value: Any) -> Any:
-    """Lists as tuples, so that a search is hashable."""
+    """Converts lists to tuples, so that a search is hashable."""
     return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
-def _wrong_interval(dimension: Dimension) -> str | None:
+def _interval_problem(dimension: Dimension) -> str | None:
     values = dimension.values
     if len(values) != 2 or any(isinstance(v, bool) or not isinstance(v, int | float) for v in values):
         return f"an interval is two numbers, the low and the high end, got {list(values)!r}"
     low, high = values
-    if not (-LARGEST_BOUND <= low < high <= LARGEST_BOUND):
-        return f"the low end must be below the high one, got [{low!r}, {high!r}]"
+    if not (-MAX_BOUND <= low < high <= MAX_BOUND):
+        return f"the low end must be below the high end, got [{low!r}, {high!r}]"
     if dimension.is_whole and (type(low) is not int or type(high) is not int):
         return f"{dimension.setting} takes whole numbers, got [{low!r}, {high!r}]"
     if dimension.kind == "log" and low <= 0:
-        return f"a logarithmic interval lies above 0, got [{low!r}, {high!r}]"
+        return f"a logarithmic interval must lie above 0, got [{low!r}, {high!r}]"
     return None

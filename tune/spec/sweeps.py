@@ -1,6 +1,6 @@
-"""Sweeps: the arms of a phase from its axes, one variable at a time, in every combination, or side by side.
+"""Sweeps build the arms of a phase from its axes: one variable at a time, every combination, or zipped.
 
-A sweep is a function (axes) -> arms and one entry in `SWEEPS`.
+To add a sweep, write a function (axes) -> arms and add it to `SWEEPS`.
 """
 
 import itertools
@@ -17,7 +17,7 @@ from tune import format as fmt
 
 @dataclass(frozen=True)
 class Axis:
-    """One setting and its values. `label` is the name as it was written."""
+    """A setting and its values. `label` is the setting's name as shown in the names of arms."""
 
     label: str
     setting: str
@@ -26,21 +26,21 @@ class Axis:
 
     @cached_property
     def names(self) -> list[str]:
-        """`label=value` for each value, with all digits where the short form is not unique."""
+        """`label=value` for each value; values that look the same when rounded are written with all digits."""
         short = [fmt.value(value) for value in self.values]
-        seen = Counter(short)
-        texts = (repr(value) if seen[text] > 1 else text for value, text in zip(self.values, short, strict=True))
+        counts = Counter(short)
+        texts = (repr(value) if counts[text] > 1 else text for value, text in zip(self.values, short, strict=True))
         return [f"{self.label}={text}" for text in texts]
 
 
 @dataclass(frozen=True)
 class ArmSpec:
-    """An arm as the file gives it. `overrides` are relative to the phase's base."""
+    """An arm as defined in the file. `overrides` are relative to the phase's base."""
 
     name: str
     overrides: Mapping[str, Any] = field(default_factory=dict)
-    inherit: str | None = None  # the phase whose winner is its base
-    origins: Mapping[str, Location] = field(default_factory=dict, compare=False)  # of overrides in the YAML
+    inherit: str | None = None  # the phase whose winner is the arm's base
+    origins: Mapping[str, Location] = field(default_factory=dict, compare=False)  # where each override is written
 
 
 BASELINE = ArmSpec("baseline")
@@ -57,7 +57,7 @@ def grid(axes: Sequence[Axis]) -> list[ArmSpec]:
 
 
 def side_by_side(axes: Sequence[Axis]) -> list[ArmSpec]:
-    """The first values of all axes together, then the second values, and so on."""
+    """Zips the axes: the first arm has the first value of every axis, the second arm the second values, and so on."""
     return [_arm(points) for points in zip(*_points(axes), strict=True)]
 
 
@@ -65,7 +65,7 @@ SWEEPS: dict[str, Callable[[Sequence[Axis]], list[ArmSpec]]] = {"vary": vary, "g
 
 
 def count(kind: str, axes: Sequence[Axis]) -> int:
-    """The number of arms of a sweep; those of a grid are not built for it, as there may be any number."""
+    """The number of arms of a sweep. A grid is counted without building its arms, because it may be huge."""
     return math.prod(len(axis.values) for axis in axes) if kind == "grid" else len(SWEEPS[kind](axes))
 
 

@@ -1,7 +1,7 @@
-"""Checks of phases, and of every config that the campaign may train.
+"""Checks the phases, and builds every config that the campaign may train.
 
-What a phase inherits is known only during the run. So each arm of an earlier phase is taken for its winner in turn: a
-mistake shows before anything is trained. Each problem is reported where the value to blame was written.
+Which settings a phase inherits is known only during the run. To find mistakes before anything is trained, each arm of
+an earlier phase is assumed to win in turn. Each problem is reported at the value that causes it.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,30 +19,30 @@ from tune.spec.reading import LocatedSettings, Reading, with_absolute_paths
 from tune.spec.schema import EarlyStop, Phase
 from tune.spec.sweeps import BASELINE, ArmSpec
 
-MOST_COMBINATIONS = 10_000  # of arms that inherit and ways in which earlier phases may end; a second at most
-MOST_JOINED = 100  # arms of a combining phase that another one joins
+MAX_COMBINATIONS = 10_000  # of an inheriting arm and possible earlier winners; they take a second at most to check
+MAX_JOINED = 100  # arms of a combining phase that are considered when another phase joins it
 
 Phases = Mapping[str, Phase]  # by name, or by path in another results directory
 
 
 class ConfigChecker:
-    """Builds configs on top of one base: `given` in the file, and the command line's `options`, which beat it.
+    """Builds configs from one base: the settings `given` in the file, overridden by the command line's `options`.
 
-    A value is blamed once, even if it makes a hundred arms impossible, and a corpus is looked up once.
+    A value is reported once, even if it makes a hundred arms invalid, and a corpus is looked up once.
     """
 
     def __init__(self, given: LocatedSettings, options: LocatedSettings) -> None:
         self._given, self._options = given, options
-        self._blamed: set[Location] = set()
+        self._reported: set[Location] = set()
         self._looked_up: set[str] = set()
 
     def check(
         self, changes: LocatedSettings | None = None, *, start: LocatedSettings | None = None, note: str = ""
     ) -> Reading[TrainConfig | None]:
-        """Checks the base or, given `changes`, the base with `start`, if any, and then them; returns a sound config.
+        """Builds and checks the base, or the base with `start` and then `changes` applied; returns a valid config.
 
-        What is possible without the changes and impossible with them is blamed on the changes. What is wrong with the
-        base itself is a problem of the base only. `note` is added to messages.
+        If the changes make a valid config invalid, the problem is reported at the changes. Mistakes of the base itself
+        are reported only when the base is checked. `note` is appended to messages.
         """
         base = {**self._given, **self._options}
         below, above = (self._given, self._options) if changes is None else (base, {**(start or {}), **changes})
@@ -57,39 +57,39 @@ class ConfigChecker:
                 if name not in own and culprit:
                     name, rest = culprit, ()
                 if changes is None or culprit or name in own:
-                    yield from self._blame_setting(given, name, rest, problem.message + note)
+                    yield from self._report_setting(given, name, rest, problem.message + note)
         fits = yield from self._check_data({**base, **(start or {})}, changes or {}, note)
         return config if fits else None
 
-    def _blame_setting(self, given: LocatedSettings, name: str, rest: Location, message: str) -> Reading[None]:
-        """Blames the value of a setting, or the item of it that `rest` leads to."""
+    def _report_setting(self, given: LocatedSettings, name: str, rest: Location, message: str) -> Reading[None]:
+        """Reports a problem at the value of a setting, or at the item of a list that `rest` points to."""
         value, location = given.get(name, (None, ("base",)))
         if len(rest) == 1 and isinstance(value, list) and rest[0] in range(len(value)):
             value, location = value[int(rest[0])], (*location, *rest)
         elif rest and message.startswith("field required"):
             message = message.replace("field required", f"value {int(rest[0]) + 1} is missing", 1)
-        yield from self._blame(location, message + _advice(message, value))
+        yield from self._report(location, message + _advice(message, value))
 
-    def _blame(self, location: Location, message: str) -> Reading[None]:
-        if location not in self._blamed:
-            self._blamed.add(location)
+    def _report(self, location: Location, message: str) -> Reading[None]:
+        if location not in self._reported:
+            self._reported.add(location)
             yield Problem(location, message)
 
     def _check_data(self, base: LocatedSettings, changes: LocatedSettings, note: str) -> Reading[bool]:
-        """Whether corpus and tokenizer exist and fit the model; each combination is looked up once."""
+        """Checks that corpus and tokenizer exist and fit the model; each combination is looked up once."""
         given = {name: entry for name, entry in {**base, **changes}.items() if name in DATA_SETTINGS}
         key = repr(sorted((name, value) for name, (value, _) in given.items()))
-        if key in self._looked_up or not _is_possible(given):
+        if key in self._looked_up or not _is_valid(given):
             return True
         self._looked_up.add(key)
         config = build(TrainConfig, _values(given))
         for name, look_up in DATA_CHECKS.items():
             try:
                 look_up(config)
-            except (ConfigError, OSError) as error:  # OSError: a path that is too long or not readable
-                # Blame the setting itself or else the nearest one that corpus and tokenizer depend on.
+            except (ConfigError, OSError) as error:  # OSError: the path is too long or unreadable
+                # Report it at the setting, or if the file does not set it, at another one that the lookup depends on.
                 written = [layer[key] for layer in (changes, base) for key in (name, *DATA_CHECKS) if key in layer]
-                yield from self._blame(written[0][1] if written else ("base",), f"{error}{note}")
+                yield from self._report(written[0][1] if written else ("base",), f"{error}{note}")
                 return False
         return True
 
@@ -100,7 +100,7 @@ def _vocab_size(config: TrainConfig) -> int:
     return corpora.vocab_size(config.data)
 
 
-# The setting to blame, and what to look up for it; a later check needs what the earlier ones look up.
+# For each setting, the check that fails if its value is wrong; later checks rely on the earlier ones.
 DATA_CHECKS: dict[str, Callable[[TrainConfig], object]] = {
     "data.tokenizer": lambda config: tokenizer_vocab_size(config.data.tokenizer),
     "data.corpus": _vocab_size,
@@ -111,20 +111,21 @@ DATA_CHECKS: dict[str, Callable[[TrainConfig], object]] = {
 DATA_SETTINGS = (*DATA_CHECKS, "data.val_fraction")
 
 
-def check_circles(file: PhasesInFile) -> Reading[None]:
-    """Phases that inherit from each other."""
+def check_cycles(file: PhasesInFile) -> Reading[None]:
+    """Reports phases that inherit from each other in a cycle."""
     graph = {phase.name: sorted(phase.needs) for phase in file.phases}
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
-        circle = error.args[1][:0:-1]  # each phase inherits from the next one, the last from the first
-        first = min(range(len(circle)), key=lambda i: list(graph).index(circle[i]))
-        circle = [*circle[first:], *circle[: first + 1]]
-        yield Problem(file.references[circle[0], circle[1]], f"phases inherit in a circle: {' -> '.join(circle)}")
+        cycle = error.args[1][:0:-1]  # each phase inherits from the next one, the last from the first
+        first = min(range(len(cycle)), key=lambda i: list(graph).index(cycle[i]))
+        cycle = [*cycle[first:], *cycle[: first + 1]]
+        message = f"phases inherit from each other in a cycle: {' -> '.join(cycle)}"
+        yield Problem(file.references[cycle[0], cycle[1]], message)
 
 
-def order_by_need(phases: Sequence[Phase]) -> tuple[Phase, ...]:
-    """Phases without circles, each after those it needs, otherwise as written."""
+def in_dependency_order(phases: Sequence[Phase]) -> tuple[Phase, ...]:
+    """Sorts phases without cycles: each comes after those it depends on, otherwise in the order of the file."""
     done: dict[str, Phase] = {}
     while len(done) < len(phases):
         phase = next(phase for phase in phases if phase.name not in done and phase.needs <= done.keys())
@@ -133,81 +134,83 @@ def order_by_need(phases: Sequence[Phase]) -> tuple[Phase, ...]:
 
 
 def check_configs(checker: ConfigChecker, file: PhasesInFile, *, inherited: bool) -> Reading[None]:
-    """Builds every config that the campaign may train; without `inherited`, only those on top of the plain base."""
+    """Builds every config that the campaign may train; without `inherited`, only those that inherit no winner."""
     for phase in file.phases:
         for arm in _arms(phase):
             yield from checker.check(_located(phase) | _located(arm))
     if not inherited:
         return
     phases = {phase.name: phase for phase in file.phases}
-    for path, (winner, at) in file.winners.items():  # as the only arm of a phase
+    for path, (winner, at) in file.winners.items():  # as a phase with a single arm
         arm = ArmSpec("winner", winner.overrides, origins=dict.fromkeys(winner.overrides, at))
         phases[path] = Phase(path, None, {}, (arm,), (), {})
     for phase in file.phases:
         inheriting = ((arm, start) for arm in _arms(phase) for start in _starts(phase, arm, phases) if start)
-        for arm, start in islice(inheriting, MOST_COMBINATIONS // len(file.phases)):
+        for arm, start in islice(inheriting, MAX_COMBINATIONS // len(file.phases)):
             values = fmt.settings({name: value for name, (value, _) in start.items()})
             changes = _located(phase) | _located(arm)
-            yield from checker.check(changes, start=start, note=f" (after {values} has won)")
+            yield from checker.check(changes, start=start, note=f" (if {values} wins the earlier phase)")
 
 
 def check_early_stop(rule: EarlyStop, phases: Iterable[Phase], *, base: TrainConfig, hold: str) -> Reading[None]:
-    """Checks that the rule can stop a trial, at the steps that it names, in each phase that searches."""
+    """Checks that each phase with a search trains past the first rung, evaluates there and compares equal steps."""
     at, searching = ("early_stop",), [phase for phase in phases if phase.stops_early]
     if not searching:
-        yield Problem(at, "only phases with `search:` can stop trials early, and this campaign has none")
+        yield Problem(at, "only phases with `search:` can stop trials early, and no phase has one")
     for phase in searching:
         settled = {"steps": base.steps, "eval_every": base.eval_every} | dict(phase.pinned)
         steps, every, first = settled["steps"], settled["eval_every"], (*at, "first")
         if (phase.hold or hold) == "seconds":
-            text = f"phase {phase.name} holds seconds, so that its arms have no steps in common to compare at"
-            yield Problem(at, f"{text}; hold tokens or steps there")
+            text = f"phase {phase.name} holds seconds, so its arms cannot be compared at the same step"
+            yield Problem(at, f"{text}; use `hold: tokens` or `hold: steps` there")
         elif rule.first >= steps:
-            yield Problem(first, f"{rule.first} is not before the end: phase {phase.name} trains {steps} steps")
+            yield Problem(
+                first, f"must be less than {steps}, the steps that phase {phase.name} trains, got {rule.first}"
+            )
         elif rule.first % every:
             text = f"phase {phase.name} evaluates every {every} steps, so not at step {rule.first}"
             yield Problem(first, f"{text}; use a multiple of {every}, or another eval_every")
 
 
 def _arms(phase: Phase) -> Iterator[ArmSpec]:
-    """The arms of a phase; for arms that a search will propose, the ends of its space."""
+    """The arms of a phase; for a search that proposes its arms during the run, the limits of its space."""
     yield from (BASELINE, *phase.arms)
     yield from phase.search.probes() if phase.search else ()
 
 
 def _located(part: Phase | ArmSpec) -> dict[str, tuple[Any, Location]]:
-    """What an arm or `set:` changes, with the place of each setting."""
+    """The settings that an arm or `set:` changes, each with its location in the file."""
     changes = part.pinned if isinstance(part, Phase) else part.overrides
     return {name: (value, part.origins.get(name, ())) for name, value in changes.items()}
 
 
 def _starts(phase: Phase, arm: ArmSpec, phases: Phases) -> Iterator[LocatedSettings]:
-    """What an arm may start from: each possible winner of the phases that its phase and the arm itself inherit from."""
+    """The settings an arm may inherit: one mapping per combination of winners its phase and it may inherit from."""
     for outer in _winners(phase.inherit, phases):
         for inner in _winners(arm.inherit, phases):
             yield {**outer, **inner}
 
 
 def _winners(name: str | None, phases: Phases) -> Iterator[LocatedSettings]:
-    """What each arm of a phase would hand on if it won; without a phase, nothing."""
+    """For each arm of phase `name`, the settings that others inherit if it wins; one empty mapping without a name."""
     if name is None:
         yield {}
         return
     phase = phases[name]
     for arm in chain(_arms(phase), _joined(phase, phases, {})):  # lazily: the joined arms may be too many to list
         for start in _starts(phase, arm, phases):
-            kept = {setting: value for setting, value in start.items() if setting not in phase.pinned}
-            yield kept | _located(arm)
+            inherited = {setting: value for setting, value in start.items() if setting not in phase.pinned}
+            yield inherited | _located(arm)
 
 
 def _joined(phase: Phase, phases: Phases, known: dict[str, tuple[ArmSpec, ...]]) -> Iterator[ArmSpec]:
-    """Arms that a combining phase may get: at most one of each phase that it joins.
+    """The arms that a combining phase may have: each merges one arm, or the baseline, of every phase it combines.
 
-    A joined phase that combines others itself contributes MOST_JOINED arms, kept in `known`.
+    A source phase that combines others itself contributes at most MAX_JOINED arms, which are cached in `known`.
     """
     for name in phase.combine:
         if name not in known:
-            known[name] = tuple(islice(_joined(phases[name], phases, known), MOST_JOINED))
+            known[name] = tuple(islice(_joined(phases[name], phases, known), MAX_JOINED))
     sources = [(BASELINE, *phases[name].arms, *known[name]) for name in phase.combine]
     for chosen in product(*sources) if sources else ():
         overrides = {name: value for arm in chosen for name, value in arm.overrides.items()}
@@ -220,16 +223,16 @@ def _values(given: LocatedSettings) -> dict[str, Any]:
 
 
 def _culprit(base: LocatedSettings, changes: LocatedSettings) -> str | None:
-    """The first of the changes that makes a config impossible which is possible without them."""
+    """Applies the changes one by one; returns the first that makes a valid config invalid, if any."""
     given = dict(base)
-    for name in (None, *changes):  # None: without any
+    for name in (None, *changes):  # None: the base without changes
         given |= {name: changes[name]} if name else {}
-        if not _is_possible(given):
+        if not _is_valid(given):
             return name
     return None
 
 
-def _is_possible(given: LocatedSettings) -> bool:
+def _is_valid(given: LocatedSettings) -> bool:
     try:
         build(TrainConfig, _values(given))
     except ConfigError:
@@ -238,7 +241,7 @@ def _is_possible(given: LocatedSettings) -> bool:
 
 
 def _split(location: Location) -> tuple[str, Location]:
-    """The setting in a location that `build` reports, and the place inside its value."""
+    """Splits a location reported by `build` into the setting's name and the path inside its value."""
     for end in range(len(location), 0, -1):
         if (name := dotted_name(location[:end])) in settings(TrainConfig):
             return name, location[end:]

@@ -151,7 +151,7 @@ def test_joins_add_whole_arms_by_gain_in_any_order_of_the_input(found: list[Bett
         ("{from: [alpha, alpha]}", "phases[1].combine.from[1]: phase 'alpha' is listed twice"),
         ("{from: []}", "phases[1].combine: expected `{from: [PHASE, ...]}`, the phases to join, got {'from': []}"),
         ("[alpha]", "phases[1].combine: expected `{from: [PHASE, ...]}`, the phases to join, got ['alpha']"),
-        ("{from: [last]}", "phases inherit in a circle: last -> joined -> last"),
+        ("{from: [last]}", "phases inherit from each other in a cycle: last -> joined -> last"),
     ],
 )
 def test_an_error_is_reported_with_its_location(tmp_path: Path, corpus: Path, written: str, message: str) -> None:

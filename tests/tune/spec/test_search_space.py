@@ -99,12 +99,12 @@ def test_whole_numbers_of_a_log_interval_are_drawn_by_their_share_of_it(
 @pytest.mark.parametrize(
     ("space", "message"),
     [
-        ("{alpha: {uniform: [0.5, 0.1]}}", "6:19: search.space.alpha.uniform: the low end must be below the high one"),
+        ("{alpha: {uniform: [0.5, 0.1]}}", "6:19: search.space.alpha.uniform: the low end must be below the high end"),
         (
             "{alpha: {uniform: [1, 1]}}",
-            "search.space.alpha.uniform: the low end must be below the high one, got [1",
+            "search.space.alpha.uniform: the low end must be below the high end, got [1",
         ),
-        ("{lr: {log: [0, 1]}}", "search.space.lr.log: a logarithmic interval lies above 0, got [0, 1]"),
+        ("{lr: {log: [0, 1]}}", "search.space.lr.log: a logarithmic interval must lie above 0, got [0, 1]"),
         (
             "{lr: {log: [1e-3]}}",
             "search.space.lr.log: an interval is two numbers, the low and the high end, got [",
@@ -121,7 +121,7 @@ def test_whole_numbers_of_a_log_interval_are_drawn_by_their_share_of_it(
         ("{lr: [0, 1]}", "search.space.lr: expected {uniform: [LOW, HIGH]}"),
         ("{lrr: {log: [1, 2]}}", "search.space.lrr: unknown setting, did you mean 'lr'?"),
         ("{}", "search.space: nothing varies: give `space:` with at least one setting"),
-        ("{n_layer: {choice: [4, 6]}}", "search.trials: 8 different arms were asked for, found 2"),
+        ("{n_layer: {choice: [4, 6]}}", "search.trials: 8 distinct arms requested, but the search space yields only 2"),
     ],
 )
 def test_an_impossible_space_is_reported_with_its_place(tmp_path: Path, space: str, message: str) -> None:
