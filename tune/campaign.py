@@ -19,7 +19,7 @@ from tune.claims.reader import read_claims
 from tune.spec.phase_reader import PhasesInFile, read_phases
 from tune.spec.reading import OPTION, LocatedSettings, Reading, check_name, collect, complete, read_seeds
 from tune.spec.schema import KINDS, Budget, Campaign, EarlyStop, Header, Metric, Resources
-from tune.spec.validation import ConfigChecker, check_cycles, check_configs, check_early_stop, in_dependency_order
+from tune.spec.validation import ConfigChecker, check_configs, check_cycles, check_early_stop, in_dependency_order
 
 TOP_KEYS = ("campaign", *Header.model_fields, "seeds", "base", "phases", *KINDS, "claims")
 HEADER_SECTIONS = {"metric": Metric, "resources": Resources, "budget": Budget, "early_stop": EarlyStop}

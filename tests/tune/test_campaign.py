@@ -686,10 +686,12 @@ def test_set_can_replace_a_wrong_value_of_the_file(folder: Path) -> None:
         ("betas=[0.9", "--set betas=[0.9: 1:5: not valid YAML: expected ',' or ']', but got '<stream end>'"),
         ("betas=[0.9, 2]", "--set betas=[0.9, 2][1]: input should be less than 1, got 2"),
         ("seed=3", "--set seed=3: --set cannot change seeds: write `seeds: [1, 2, 3]` at the top level of the file"),
-        ("seeds=[3]", "--set seeds=[3]: `seeds:` is a top-level key of the campaign file; --set only changes settings under `base:`"),
+        ("seeds=[3]", "--set seeds=[3]: `seeds:` is a top-level key of the campaign file; "
+ "--set only changes settings under `base:`"),
         (
             "resources.workers=2",
-            "--set resources.workers=2: `resources:` is a top-level key of the campaign file; --set only changes settings under `base:`",
+            "--set resources.workers=2: `resources:` is a top-level key of the campaign file; "
+ "--set only changes settings under `base:`",
         ),
     ],
 )  # fmt: skip

@@ -7,27 +7,27 @@ from collections.abc import Callable
 
 from ngpt.config.base import ConfigError
 
-MOST_CHARACTERS = 200
+MAX_CHARACTERS = 200
 OPERATORS: dict[type[ast.operator], Callable[[float, float], float]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
     ast.Div: operator.truediv,
-    ast.Pow: math.pow,  # of floats: a huge power overflows at once instead of growing to a million digits
+    ast.Pow: math.pow,  # on floats, so that a huge power overflows instead of becoming an integer of a million digits
 }
 SIGNS: dict[type[ast.unaryop], Callable[[float], float]] = {ast.UAdd: operator.pos, ast.USub: operator.neg}
 
 
 def evaluate(text: str | float) -> float:
-    """The value of an expression or number.
+    """Evaluates an expression or a number.
 
     Raises:
-        ConfigError: it is not such an expression, or has no finite value.
+        ConfigError: `text` is neither, or its value is not finite.
     """
     if isinstance(text, bool) or not isinstance(text, str | int | float):
         raise ConfigError(f"expected a number or an expression such as `110e3 * 20 * 60`, got {text!r}")
-    if len(str(text)) > MOST_CHARACTERS:
-        raise ConfigError(f"an expression has at most {MOST_CHARACTERS} characters, got {len(str(text))}")
+    if len(str(text)) > MAX_CHARACTERS:
+        raise ConfigError(f"an expression has at most {MAX_CHARACTERS} characters, got {len(str(text))}")
     try:
         value = _value(ast.parse(text.strip(), mode="eval").body, text) if isinstance(text, str) else float(text)
     except (SyntaxError, ValueError, MemoryError, RecursionError):  # ValueError: a null byte, or the root of -1

@@ -1,4 +1,4 @@
-"""The trials behind a claim: which arms are paired, and their difference with its interval."""
+"""Finds the arms and trials that a claim compares, and estimates their difference with a confidence interval."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,12 +16,12 @@ from tune.storage.records import TrialOutcome
 from tune.storage.summaries import Delta
 
 Pair = tuple[ClaimArm, ClaimArm]
-Transform = Callable[[float], float]  # of the metric: `float` or `log`
+Transform = Callable[[float], float]  # applied to the metric: `float` (identity) or `log`
 
 
 @dataclass(frozen=True)
 class ClaimVerdict:
-    """What the records show about a claim, and the trials that show it."""
+    """The verdict on a claim, its reason, and the numbers and trials behind it."""
 
     verdict: Literal["reproduced", "refuted", "undecided", "no data"]
     why: str
@@ -37,7 +37,7 @@ ONE_SEED = ClaimVerdict("undecided", "n=1: one seed has no spread to judge by")
 
 @dataclass(frozen=True)
 class Difference:
-    """Left minus right; infinite if one side lost by divergence. `place` names seeds and phases in the sentence."""
+    """Left minus right; infinite if one side lost by divergence. `place` reads like `on 3 seeds of phase alpha`."""
 
     mean: float
     low: float
@@ -52,10 +52,10 @@ class Difference:
 
 @dataclass(frozen=True)
 class Series:
-    """Arms along the values of a setting, with the outcomes used to judge them."""
+    """Arms that differ in one numeric setting, sorted by its value, with the outcomes used to judge them."""
 
     outcomes: Outcomes
-    names: Sequence[str]  # in order of the values
+    names: Sequence[str]  # of the arms, in the order of `values`
     values: Sequence[float]
     method: str
     n: int  # seeds
@@ -65,7 +65,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Evidence:
-    """All arms with the outcomes of their trials, and the campaign's rules of judging."""
+    """All arms with the outcomes of their trials, and the campaign's settings for judging them."""
 
     arms: Sequence[ClaimArm]
     outcome: Callable[[str, str], TrialOutcome]  # (trial id, metric)
@@ -82,11 +82,14 @@ class Evidence:
         return [arm for arm in self.arms if arm.phase == phase]
 
     def outcomes(self, arms: Iterable[ClaimArm], metric: str, transform: Transform = float) -> Outcomes:
-        """The outcomes of arms, by name and seed."""
+        """The outcomes of the arms' trials, by arm name and seed."""
         return {arm.name: {seed: self.trial(i, metric, transform) for seed, i in arm.trial_ids.items()} for arm in arms}
 
     def trial(self, trial_id: str, metric: str, transform: Transform = float) -> TrialOutcome:
-        """The outcome of a trial; its value is None if it is missing, at least MAX_VALUE, or has no logarithm."""
+        """The outcome of a trial with its value transformed.
+
+        The value is None if it is missing, not below MAX_VALUE in magnitude, or not positive when `transform` is log.
+        """
         outcome = self.outcome(trial_id, metric)
         value = outcome.value
         if value is None or abs(value) >= MAX_VALUE or (transform is log and value <= 0):
@@ -96,7 +99,7 @@ class Evidence:
     def judge(
         self, outcomes: Outcomes, claim: Claim, baseline: str, *, method: Any = "auto", goal: Any = "minimize"
     ) -> Judgement:
-        """The verdicts on arms of a phase against any one of them."""
+        """Judges the arms of a phase against one of them, `baseline`."""
         min_effect = self.min_effect_of(claim)
         return judge(
             outcomes,
@@ -109,21 +112,24 @@ class Evidence:
         )
 
     def deltas(self, outcomes: Outcomes, claim: Claim, baseline: str, method: str) -> dict[str, Delta]:
-        """The differences of arms from one of them, by name."""
+        """The differences of the arms from `baseline`, by arm name."""
         judgement = self.judge(outcomes, claim, baseline, method=method)
         return {arm.arm: arm.delta for arm in judgement.arms if arm.delta}
 
     def lost(self, loser: Iterable[TrialOutcome], winner: Iterable[TrialOutcome], n: int, metric: str) -> bool:
-        """Whether all of one side diverged and none of the other, over enough seeds (see tune/claims/relations.py)."""
+        """Whether all `loser` trials diverged and all `winner` trials finished, on enough seeds to exclude chance.
+
+        tune/claims/relations.py explains the bound on that probability. Applies to losses only.
+        """
         statuses = {outcome.status for outcome in loser}, {outcome.status for outcome in winner}
         is_unlikely = 4.0**-n <= (1 - self.confidence) / 2
         return metric in LOSS_METRICS and statuses == ({"diverged"}, {"finished"}) and is_unlikely
 
 
 def difference(claim: Claim, evidence: Evidence, transform: Transform = float) -> Difference | ClaimVerdict:
-    """Left minus right of the transformed metric, with its interval; or the verdict that explains its absence."""
+    """Left minus right of the transformed metric, with its interval; a verdict if it cannot be computed."""
     pairs, remark = paired_arms(claim, evidence.arms)
-    by_seed: dict[int, dict[tuple[str, str], None]] = {}  # each pair of trials once, even if phases share it
+    by_seed: dict[int, dict[tuple[str, str], None]] = {}  # dicts as ordered sets: phases may share a pair of trials
     for left, right in pairs:
         for seed in sorted(left.trial_ids.keys() & right.trial_ids.keys()):
             by_seed.setdefault(seed, {})[left.trial_ids[seed], right.trial_ids[seed]] = None
@@ -144,41 +150,42 @@ def difference(claim: Claim, evidence: Evidence, transform: Transform = float) -
 
 
 def paired_arms(claim: Claim, arms: Sequence[ClaimArm]) -> tuple[list[Pair], str]:
-    """The arms to compare, phase by phase: those equal in everything else that varies, or else all, with a remark.
+    """The pairs of a left and a right arm to compare within each phase, and a remark for the sentence.
 
-    An arm that the claim names is compared even if other settings differ.
+    The arms of a pair have equal values of all other settings that vary in their phase, unless the claim selects one of
+    them by name. If there is no such pair, all pairs are compared, and the remark names the other settings that differ.
     """
     equal: list[Pair] = []
-    other: dict[str, list[Pair]] = {}  # by what else they differ in
+    unequal: dict[str, list[Pair]] = {}  # by the other settings that differ
     left_of, right_of = claim.left or {}, claim.right or {}
     for phase in dict.fromkeys(arm.phase for arm in arms):
-        here = [arm for arm in arms if arm.phase == phase]
-        else_varied = varied(here) - left_of.keys() - right_of.keys()
-        right = [arm for arm in here if matches(right_of, arm)]
-        for pair in ((a, b) for a in here if matches(left_of, a) for b in right if a is not b):
-            differing = [name for name in else_varied if not same(*(arm.settings.get(name) for arm in pair))]
+        in_phase = [arm for arm in arms if arm.phase == phase]
+        other_settings = varied(in_phase) - left_of.keys() - right_of.keys()
+        right = [arm for arm in in_phase if matches(right_of, arm)]
+        for pair in ((a, b) for a in in_phase if matches(left_of, a) for b in right if a is not b):
+            differing = [name for name in other_settings if not same(*(arm.settings.get(name) for arm in pair))]
             if not differing or "arm" in left_of or "arm" in right_of:
                 equal.append(pair)
             else:
-                other.setdefault(fmt.listing(map(short, sorted(differing))), []).append(pair)
-    if equal or not other:
+                unequal.setdefault(fmt.listing(map(short, sorted(differing))), []).append(pair)
+    if equal or not unequal:
         return equal, ""
-    return [pair for pairs in other.values() for pair in pairs], f", which also differ in {' or '.join(other)}"
+    return [pair for pairs in unequal.values() for pair in pairs], f", which also differ in {' or '.join(unequal)}"
 
 
 def series_along(claim: Claim, evidence: Evidence) -> Series | None:
-    """The arms along `claim.setting` that are equal in everything else; None if there are none.
+    """A row of arms that differ only in `claim.setting`; None if no phase has such a row.
 
-    Several such rows are averaged seed by seed, those with the most values.
+    If there are several rows, those with the same values as the longest are averaged seed by seed.
     """
     setting, rows = claim.setting or "", list[dict[float, ClaimArm]]()
     for phase in dict.fromkeys(arm.phase for arm in evidence.arms):
-        here = [arm for arm in evidence.in_phase(phase) if matches(claim.left or {}, arm)]
-        groups: dict[str, dict[float, ClaimArm]] = {}
-        for arm in here:
-            value, rest = arm.settings.get(setting), sorted(varied(here) - {setting})
+        arms = [arm for arm in evidence.in_phase(phase) if matches(claim.left or {}, arm)]
+        groups: dict[str, dict[float, ClaimArm]] = {}  # by the values of all other settings
+        for arm in arms:
+            value, other_settings = arm.settings.get(setting), sorted(varied(arms) - {setting})
             if is_number(value):
-                groups.setdefault(repr([arm.settings.get(name) for name in rest]), {})[value] = arm
+                groups.setdefault(repr([arm.settings.get(name) for name in other_settings]), {})[value] = arm
         rows += [dict(sorted(group.items())) for group in groups.values() if len(group) > 1]
     if not rows:
         return None
@@ -201,7 +208,7 @@ def series_along(claim: Claim, evidence: Evidence) -> Series | None:
 
 
 def incomplete(outcomes: Sequence[TrialOutcome], metric: str) -> ClaimVerdict | None:
-    """The verdict if trials have not finished or lack the metric; None if all values are there."""
+    """The verdict if trials have not finished or lack the metric; None if every trial has a value."""
     unfinished = Counter(outcome.status for outcome in outcomes if outcome.status != "finished")
     if unfinished:
         counts = ", ".join(f"{n} {status}" for status, n in sorted(unfinished.items()))
@@ -220,7 +227,7 @@ def _delta(
     by_seed: Mapping[int, Mapping[tuple[str, str], None]],
     transform: Transform,
 ) -> Delta:
-    """One pair of arms is judged by the noise of its phase, several by the averages of each seed."""
+    """Left minus right. A single pair is judged with the noise of its phase; several are first averaged per seed."""
     distinct = {tuple(tuple(arm.trial_ids.values()) for arm in pair) for pair in pairs}
     if len(distinct) == 1:
         left, right = (arm.name for arm in pairs[0])
@@ -239,14 +246,14 @@ def _delta(
 
 
 def _averaged(arms: Sequence[ClaimArm], evidence: Evidence, metric: str) -> dict[int, TrialOutcome]:
-    """The outcome of each seed, averaged over the arms that ran it."""
+    """The outcome per seed, averaged over the arms that have a trial with it."""
     seeds = sorted({seed for arm in arms for seed in arm.trial_ids})
     ids = {seed: dict.fromkeys(arm.trial_ids[seed] for arm in arms if seed in arm.trial_ids) for seed in seeds}
     return {seed: _mean([evidence.trial(i, metric) for i in trials]) for seed, trials in ids.items()}
 
 
 def _mean(outcomes: Sequence[TrialOutcome]) -> TrialOutcome:
-    """The mean of finished trials, or else the first outcome without a value."""
+    """The mean of the outcomes if all have a value; otherwise the first one without a value."""
     values = [outcome.value for outcome in outcomes if outcome.value is not None]
     if len(values) == len(outcomes):
         return TrialOutcome("finished", fmean(values))
@@ -254,7 +261,7 @@ def _mean(outcomes: Sequence[TrialOutcome]) -> TrialOutcome:
 
 
 def _place(pairs: Sequence[Pair], n: int) -> str:
-    """`on 3 seeds of phase alpha`."""
+    """The seeds and phases of a comparison as text, such as `on 3 seeds of phase alpha`."""
     phases = list(dict.fromkeys(arm.phase for pair in pairs for arm in pair))
     return f"on {n} seed{'' if n == 1 else 's'} of phase{'' if len(phases) == 1 else 's'} {fmt.listing(phases)}"
 

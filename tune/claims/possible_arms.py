@@ -1,6 +1,6 @@
-"""Checks before training that the arms of each claim can exist: which settings may the arms of a phase have?
+"""Checks before training that each claim selects arms that may exist.
 
-What a phase inherits is known only during the run, so an arm may have any value that an earlier phase could hand on.
+Which settings a phase inherits is known only during the run, so an arm may have any value that an earlier phase offers.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,44 +11,46 @@ from ngpt.config.base import Location, Problem, flatten, unknown_message
 from ngpt.training.config import TrainConfig
 from tune import format as fmt
 from tune.analysis.importance import is_number
-from tune.claims.selectors import PLACES, Selector, describe, same, short
+from tune.claims.selectors import NAME_KEYS, Selector, describe, same, short
 from tune.spec.reading import Reading, collect, distinct
 from tune.spec.schema import Claim, Phase
 from tune.spec.sweeps import BASELINE
 
-DERIVED = ("steps", "model.vocab_size")  # a plan may change them, so only the trial knows them
-MOST_VALUES = 8  # that a message lists
+DERIVED = ("steps", "model.vocab_size")  # not checked here: the planner may change them per trial
+MAX_LISTED = 8  # values in a message
 
-Inherited = Mapping[str, Sequence[Any]] | None  # values by setting; None: unknown before the run
+Inherited = Mapping[str, Sequence[Any]] | None  # possible values by setting; None: unknown before the run
 
 
 @dataclass(frozen=True)
 class PossibleArm:
-    """An arm as far as the file determines it; without a name it stands for arms known only during the run."""
+    """What the file determines about an arm; an empty name represents all arms that are created during the run."""
 
     phase: str
     name: str
-    base: Mapping[str, Any]  # the campaign's
-    fixed: Mapping[str, Any]
+    base: Mapping[str, Any]  # the settings of the campaign's base
+    fixed: Mapping[str, Any]  # set by the phase or the arm
     inherited: Inherited
 
     def values(self, setting: str) -> Sequence[Any] | None:
-        """The values that the setting may have in this arm; None if it may have any."""
+        """The possible values of a setting in this arm; None if it may have any value."""
         if setting in self.fixed:
             return [self.fixed[setting]]
         return None if self.inherited is None else [self.base[setting], *self.inherited.get(setting, ())]
 
     def may_match(self, selector: Selector) -> bool:
-        """Whether the selector may turn out to select this arm."""
+        """Whether the selector may select this arm once all its settings are known."""
         if self.phase != selector.get("phase", self.phase) or self.name not in ("", selector.get("arm", self.name)):
             return False
-        wanted = {name: value for name, value in selector.items() if name not in (*PLACES, *DERIVED)}
+        wanted = {name: value for name, value in selector.items() if name not in (*NAME_KEYS, *DERIVED)}
         possible = {name: self.values(name) for name in wanted}
-        return all(own is None or any(same(wanted[name], value) for value in own) for name, own in possible.items())
+        return all(
+            values is None or any(same(wanted[name], value) for value in values) for name, values in possible.items()
+        )
 
 
 def check_claims(claims: Mapping[int, Claim], phases: Sequence[Phase], base: TrainConfig) -> Reading[None]:
-    """Checks that some phase can have the arms of each claim, and both sides of it together."""
+    """Checks that both sides of each claim may exist in one phase, and that its `setting` varies there."""
     arms = possible_arms(phases, flatten(base)) if claims else []
     names = [phase.name for phase in phases]
     for i, claim in claims.items():
@@ -56,22 +58,22 @@ def check_claims(claims: Mapping[int, Claim], phases: Sequence[Phase], base: Tra
         if claim.phase not in (None, *names):
             yield Problem((*at, "phase"), unknown_message("phase", claim.phase, names))
             continue
-        here = [arm for arm in arms if claim.phase in (None, arm.phase)]
-        sides, wrong = collect(_check_sides(claim, at, here, names))
+        candidates = [arm for arm in arms if claim.phase in (None, arm.phase)]
+        sides, wrong = collect(_check_sides(claim, at, candidates, names))
         yield from wrong
         if wrong or sides is None:
             continue
         if len(sides) == 2 and not sides["left"] & sides["right"]:
             places = " and ".join(f"{side} in {fmt.listing(sorted(found))}" for side, found in sides.items())
             yield Problem(at, f"no phase has both sides: {places}")
-        elif claim.setting and not _varies(claim.setting, here):
-            yield Problem((*at, "setting"), f"no phase varies {short(claim.setting)} over two numbers or more")
+        elif claim.setting and not _varies(claim.setting, candidates):
+            yield Problem((*at, "setting"), f"no phase has two or more numeric values of {short(claim.setting)}")
 
 
 def _check_sides(
     claim: Claim, at: Location, arms: Sequence[PossibleArm], names: Sequence[str]
 ) -> Reading[dict[str, set[str]]]:
-    """The phases that may have the arms of each side of a claim."""
+    """Checks the sides of a claim; returns for each the phases that may have arms it selects."""
     found: dict[str, set[str]] = {}
     for side, selector in (("left", claim.left), ("right", claim.right)):
         if selector is None:
@@ -88,24 +90,24 @@ def _check_sides(
 
 
 def possible_arms(phases: Sequence[Phase], base: Mapping[str, Any]) -> list[PossibleArm]:
-    """The arms that phases, given in order of need, may have."""
+    """The arms that the phases may have; each phase must come after those it depends on."""
     arms: list[PossibleArm] = []
-    winners: dict[str, Inherited] = {}  # what each phase may hand on
+    winners: dict[str, Inherited] = {}  # the settings that others may inherit from each phase
     for phase in phases:
         own: list[PossibleArm] = []
         for arm in (BASELINE, *phase.arms):
-            inherited = _united([winners.get(name) for name in (phase.inherit, arm.inherit) if name])
+            inherited = _union([winners.get(name) for name in (phase.inherit, arm.inherit) if name])
             own.append(PossibleArm(phase.name, arm.name, base, {**phase.pinned, **arm.overrides}, inherited))
-        if not phase.arms:  # found by a search, or combined from winners
+        if not phase.arms:  # created during the run, by a search or by combining
             own.append(PossibleArm(phase.name, "", base, phase.pinned, None))
-        handed_on = [{name: [value] for name, value in arm.overrides.items()} for arm in phase.arms]
-        winners[phase.name] = _united([*(arm.inherited for arm in own), *handed_on])
+        offered = [{name: [value] for name, value in arm.overrides.items()} for arm in phase.arms]
+        winners[phase.name] = _union([*(arm.inherited for arm in own), *offered])
         arms += own
     return arms
 
 
-def _united(parts: Sequence[Inherited]) -> Inherited:
-    """All values of each setting; None if any part is unknown."""
+def _union(parts: Sequence[Inherited]) -> Inherited:
+    """The possible values of each setting in any part; None if a part is unknown."""
     known = [part for part in parts if part is not None]
     names = dict.fromkeys(name for part in known for name in part)
     values = {name: distinct(value for part in known for value in part.get(name, ())) for name in names}
@@ -113,7 +115,7 @@ def _united(parts: Sequence[Inherited]) -> Inherited:
 
 
 def _varies(setting: str, arms: Iterable[PossibleArm]) -> bool:
-    """Whether some phase may have the setting at two numbers."""
+    """Whether the setting may have two or more numeric values in some phase."""
     by_phase: dict[str, set[float]] = {}
     for arm in arms:
         values = arm.values(setting)
@@ -130,7 +132,7 @@ def _explain_no_match(selector: Selector, phase: str | None, arms: Sequence[Poss
     names = list(dict.fromkeys(arm.name for arm in arms if arm.name))
     if selector.get("arm", BASELINE.name) not in names:
         return unknown_message(f"arm {place}", selector["arm"], names)
-    wanted = {name: value for name, value in selector.items() if name not in PLACES}
+    wanted = {name: value for name, value in selector.items() if name not in NAME_KEYS}
     facts = []
     for name, value in wanted.items():
         if not any(arm.may_match({name: value}) for arm in arms):
@@ -140,7 +142,7 @@ def _explain_no_match(selector: Selector, phase: str | None, arms: Sequence[Poss
 
 
 def _listed(values: Iterable[Any]) -> str:
-    """Each value once, as the file writes it, numbers by size."""
+    """The distinct values as text: sorted numbers first, then the rest, at most MAX_LISTED of them."""
     shown = sorted(distinct(values), key=lambda value: (not is_number(value), value if is_number(value) else 0))
-    more = f" and {len(shown) - MOST_VALUES} more" if len(shown) > MOST_VALUES else ""
-    return ", ".join(map(fmt.value, shown[:MOST_VALUES])) + more
+    more = f" and {len(shown) - MAX_LISTED} more" if len(shown) > MAX_LISTED else ""
+    return ", ".join(map(fmt.value, shown[:MAX_LISTED])) + more

@@ -16,20 +16,21 @@ from ngpt.training.config import TrainConfig
 from tune import format as fmt
 from tune.claims.arithmetic import evaluate
 from tune.claims.relations import DIRECTIONS, METRIC_GOALS, RELATIONS
-from tune.claims.selectors import PLACES, same
+from tune.claims.selectors import NAME_KEYS, same
 from tune.spec.reading import Reading, check_name, collect, complete, with_absolute_paths
 from tune.spec.schema import Claim
 
-COMMON = ("id", "relation", "source", "says")
-ABOUT_TRIALS = ("metric", "phase")
+COMMON_FIELDS = ("id", "relation", "source", "says")  # fields of every claim
+TRIAL_FIELDS = ("metric", "phase")
 
 
 def load_claims(path: Path) -> tuple[Claim, ...]:
-    """The claims of a file, for a campaign that ran without them; keys other than `claims:` are ignored.
+    """Reads the claims of a file for a campaign that ran without them; keys other than `claims:` are ignored.
+
+    A claim about an arm that does not exist is no error here; its verdict will be `no data`.
 
     Raises:
-        ConfigError: what is wrong with them, one line each. An arm that does not exist is no error here; the claim then
-            has `no data`.
+        ConfigError: claims are invalid; the message has one line per problem.
     """
     document = read_yaml(path)
     data = document.data if isinstance(document.data, dict) else {}
@@ -37,7 +38,7 @@ def load_claims(path: Path) -> tuple[Claim, ...]:
 
 
 def read_claims(data: Any, folder: Path) -> Reading[dict[int, Claim]]:
-    """The claims that have no problems, by their place in the list."""
+    """Reads a list of claims; returns the valid ones by their index in the list."""
     if not isinstance(data, list):
         yield Problem(("claims",), f"expected a list of claims, got {data!r}")
         return {}
@@ -57,7 +58,7 @@ def read_claims(data: Any, folder: Path) -> Reading[dict[int, Claim]]:
 
 
 def _read_claim(raw: Any, at: Location, folder: Path) -> Reading[dict[str, Any]]:
-    """The fields of one claim, by name."""
+    """Reads the fields of one claim, by name."""
     if not isinstance(raw, dict):
         yield Problem(at, f"a claim is a mapping with `id:` and `relation:`, got {raw!r}")
         return {}
@@ -73,7 +74,7 @@ def _read_claim(raw: Any, at: Location, folder: Path) -> Reading[dict[str, Any]]
         yield Problem((*at, "relation"), unknown_message("relation", name, RELATIONS))
         return {}
     relation = RELATIONS[name]
-    allowed = (*COMMON, *relation.needs, *relation.allows, *(ABOUT_TRIALS if relation.trains else ()))
+    allowed = (*COMMON_FIELDS, *relation.needs, *relation.allows, *(TRIAL_FIELDS if relation.uses_trials else ()))
     for key in raw:
         if key in FIELDS and key not in allowed:
             yield Problem((*at, key), f"`{key}:` does not apply to the relation `{name}`")
@@ -98,19 +99,19 @@ def _read_claim(raw: Any, at: Location, folder: Path) -> Reading[dict[str, Any]]
 
 
 def _read_selector(raw: Any, at: Location, folder: Path) -> Reading[dict[str, Any]]:
-    """Settings by full name, and the names of an arm and a phase."""
+    """Reads a selector: settings by full name, and the keys `arm` and `phase`."""
     if not isinstance(raw, dict) or not raw:
         yield Problem(at, f"expected the settings of an arm, such as {{alpha: 0.28}}, or {{arm: NAME}}, got {raw!r}")
         return {}
-    names = {key: value for key, value in raw.items() if key in PLACES}
+    names = {key: value for key, value in raw.items() if key in NAME_KEYS}
     for key, value in names.items():
         if not isinstance(value, str):
             yield Problem((*at, key), f"expected the name of {'an arm' if key == 'arm' else 'a phase'}, got {value!r}")
-    rest = {key: value for key, value in raw.items() if key not in PLACES}
+    rest = {key: value for key, value in raw.items() if key not in NAME_KEYS}
     found, wrong = named_settings(TrainConfig, rest, at, folder=folder)
     yield from wrong
     if "seed" in found:
-        yield Problem(found["seed"][1], "a claim is about all seeds of its arms")
+        yield Problem(found["seed"][1], "a claim covers all seeds of its arms: leave out `seed:`")
     return names | with_absolute_paths({name: value for name, (value, _) in found.items()})
 
 

@@ -1,20 +1,21 @@
-"""Decides the claims of a campaign: each is reproduced, refuted, undecided or without data.
+"""Judges the claims of a campaign; the verdict is `reproduced`, `refuted`, `undecided` or `no data`.
 
 A claim compares the arms that its `left` and `right` select by their complete settings, in every phase that has both.
-Arms are paired if they are equal in everything else that varies in their phase. If no two are, all are paired, and the
-sentence names what else differs. One pair of arms is judged like an arm and the baseline of its phase
-(tune/analysis/verdicts.py: seed by seed, with the noise pooled over the phase). With several pairs, each seed's
-differences are averaged first: the t interval over seeds (Student 1908) stays right if phases share trials or a seed
-acts alike in all of them.
+Two arms are paired if all other settings that vary in their phase are equal. If there is no such pair, all arms are
+paired, and the verdict's text names the other settings that differ. A single pair is judged like an arm and the
+baseline of its phase (tune/analysis/verdicts.py: seed by seed, with the noise pooled over the phase). With several
+pairs, the differences are first averaged per seed, so the t interval over seeds (Student 1908) remains valid if phases
+share trials or a seed has the same effect in all of them.
 
-`confidence` is the campaign's; `min_effect` applies to the campaign's metric and is 0 for others. A wrong `less` or
-`greater` is reproduced in at most (1 - confidence) / 2 of cases, 2.5 % by default, and a right one with an effect of
-`min_effect` is refuted as rarely. Claims are not corrected against each other: of forty wrong claims, one may well be
-reproduced. Surviving seeds alone decide nothing: with one seed, or an unfinished trial, a claim is undecided. For a
-loss, a side loses if all of its seeds diverged and none of the other's, and if chance would do this in less than
-(1 - confidence) / 2 of cases: 4 ** -seeds, since p (1 - p) <= 1 / 4; that is three seeds at 95 %.
+`confidence` is the campaign's; `min_effect` applies to the campaign's metric and is 0 for others. A false `less` or
+`greater` is reproduced with a probability of at most (1 - confidence) / 2, 2.5 % by default, and a true one with an
+effect of `min_effect` is refuted just as rarely. There is no correction for multiple claims: of forty false claims, one
+may well be reproduced. A claim is undecided if it has only one seed, or if a trial is unfinished: the surviving seeds
+would be a biased sample. For a loss, a side loses if all of its seeds diverged, all seeds of the other side finished,
+and chance does this with a probability of at most (1 - confidence) / 2. With divergence probability p, it is
+(p (1 - p)) ** seeds <= 4 ** -seeds; three seeds are enough at 95 %.
 
-A relation is a function (claim, evidence) -> verdict and one entry in `RELATIONS`, with the fields that it needs.
+To add a relation, write a function (claim, evidence) -> verdict and add it to `RELATIONS` with the fields it needs.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,28 +30,33 @@ from tune.claims.selectors import ClaimArm, describe, matches, short
 from tune.spec.schema import LOSS_METRICS, Claim
 from tune.storage.summaries import ClaimResult, Delta
 
-# The metrics that claims may be about, and which way is better.
+# The metrics that claims may compare, and whether lower or higher is better.
 METRIC_GOALS: dict[str, Literal["minimize", "maximize"]] = {
     **dict.fromkeys((*LOSS_METRICS, "peak_memory_bytes", "n_params", "steps", "tokens"), "minimize"),
     **dict.fromkeys(("weight_norm_error", "activation_norm_error", "r_replaced"), "minimize"),
     "tokens_per_second": "maximize",
 }
-DIRECTIONS = {"decreasing": 1.0, "increasing": -1.0}  # of the metric along a setting
-SLACK = 1 - 1e-9  # so that rounding does not make an effect of exactly min_effect too small
-PRECEDENCE = ("refuted", "undecided", "no data", "reproduced")  # the first of the verdicts of several phases decides
+DIRECTIONS = {"decreasing": 1.0, "increasing": -1.0}  # factors that make a change in the claimed direction negative
+SLACK = 1 - 1e-9  # relative tolerance, so that an effect of exactly min_effect passes despite rounding
+PRECEDENCE = (
+    "refuted",
+    "undecided",
+    "no data",
+    "reproduced",
+)  # of verdicts in several phases, the earliest here wins
 
 
 def judge_claims(claims: Sequence[Claim], evidence: Evidence) -> list[ClaimResult]:
-    """Judges each claim by the arms of its phase, or of all phases; an infinite number becomes None."""
+    """Judges each claim by the arms of its phase, or of all phases; infinite numbers become None."""
     results = []
     for claim in claims:
         relation = RELATIONS[claim.relation]
-        here = [arm for arm in evidence.arms if claim.phase in (None, arm.phase)]
-        found = relation.decide(claim, replace(evidence, arms=here))
-        metric = claim.metric if relation.trains else None
-        numbers = [_finite(value) for value in (found.observed, found.ci_low, found.ci_high)]
-        about = (claim.id, claim.source, claim.says, claim.relation, metric, found.verdict)
-        results.append(ClaimResult(*about, *numbers, n=found.n, trials=tuple(found.trials), why=found.why))
+        arms = [arm for arm in evidence.arms if claim.phase in (None, arm.phase)]
+        verdict = relation.judge(claim, replace(evidence, arms=arms))
+        metric = claim.metric if relation.uses_trials else None
+        numbers = [_finite(value) for value in (verdict.observed, verdict.ci_low, verdict.ci_high)]
+        fields = (claim.id, claim.source, claim.says, claim.relation, metric, verdict.verdict, *numbers)
+        results.append(ClaimResult(*fields, n=verdict.n, trials=tuple(verdict.trials), why=verdict.why))
     return results
 
 
@@ -58,10 +64,11 @@ def _finite(value: float | None) -> float | None:
     return value if value is not None and isfinite(value) else None
 
 
-def ordered(claim: Claim, evidence: Evidence) -> ClaimVerdict:
-    """`less` is reproduced if the interval of left minus right lies below 0, and the mean `min_effect` or more below.
+def judge_order(claim: Claim, evidence: Evidence) -> ClaimVerdict:
+    """Judges `less`, and `greater` with the signs reversed, by the interval of left minus right.
 
-    Refuted if it lies above -`min_effect`: left is worse, or the two are equivalent. `greater` is its mirror image.
+    `less` is reproduced if the interval lies below 0 and the mean is at most -`min_effect`. It is refuted if the
+    interval lies above -`min_effect`: left is greater, or the difference is negligible.
     """
     found = difference(claim, evidence)
     if isinstance(found, ClaimVerdict):
@@ -78,8 +85,8 @@ def ordered(claim: Claim, evidence: Evidence) -> ClaimVerdict:
     return found.verdict("undecided", f"{sentence}, {reason}")
 
 
-def equal(claim: Claim, evidence: Evidence) -> ClaimVerdict:
-    """The interval of left minus right lies within +-tolerance (reproduced) or wholly outside (refuted).
+def judge_equal(claim: Claim, evidence: Evidence) -> ClaimVerdict:
+    """Reproduced if the interval of left minus right lies within +-tolerance, refuted if it lies entirely outside.
 
     Two one-sided tests at (1 - confidence) / 2 each (Schuirmann 1987).
     """
@@ -87,10 +94,10 @@ def equal(claim: Claim, evidence: Evidence) -> ClaimVerdict:
     return found if isinstance(found, ClaimVerdict) else _within(claim, found, _sentence(claim, found, "minus"), 0.0)
 
 
-def ratio(claim: Claim, evidence: Evidence) -> ClaimVerdict:
-    """The interval of left over right lies within value +-tolerance (reproduced) or wholly outside (refuted).
+def judge_ratio(claim: Claim, evidence: Evidence) -> ClaimVerdict:
+    """Reproduced if the interval of left over right lies within value +-tolerance, refuted if it lies entirely outside.
 
-    The ratio is the geometric mean over seeds, its interval that of the difference of logarithms.
+    The ratio is the geometric mean over seeds. Its interval comes from the difference of the logarithms.
     """
     found = difference(claim, evidence, log)
     if isinstance(found, ClaimVerdict):
@@ -99,31 +106,33 @@ def ratio(claim: Claim, evidence: Evidence) -> ClaimVerdict:
     return _within(claim, found, _sentence(claim, found, "over"), claim.value or 0.0)
 
 
-def best(claim: Claim, evidence: Evidence) -> ClaimVerdict:
-    """Left beats every other arm of its phase by the Holm-corrected p and `min_effect`; refuted if one beats it.
+def judge_best(claim: Claim, evidence: Evidence) -> ClaimVerdict:
+    """Reproduced if the left arm is better than every other arm of its phase, refuted if any other arm is better.
 
-    Every phase in which `left` selects one of several arms is judged: reproduced if all agree, refuted if one refutes.
+    Better means a significant Holm-corrected p and a difference of at least `min_effect`. Each phase in which `left`
+    selects one of several arms is judged; the claim is refuted if one phase refutes it, reproduced if all reproduce it.
     """
-    found: list[ClaimVerdict] = []
+    verdicts: list[ClaimVerdict] = []
     for phase in dict.fromkeys(arm.phase for arm in evidence.arms):
         arms = evidence.in_phase(phase)
         chosen = [arm for arm in arms if matches(claim.left or {}, arm)]
         if len(chosen) == 1 < len(arms):
-            found.append(_best_of(claim, evidence, chosen[0], arms))
+            verdicts.append(_judge_best_in_phase(claim, evidence, chosen[0], arms))
         elif 1 < len(chosen) < len(arms):
-            text = f"{len(chosen)} arms of phase {phase} are {describe(claim.left)}; a claim of the best selects one"
-            found.append(ClaimVerdict("undecided", text))
-    if not found:
+            text = f"{len(chosen)} arms of phase {phase} are {describe(claim.left)}; `best` needs `left` to select one"
+            verdicts.append(ClaimVerdict("undecided", text))
+    if not verdicts:
         return ClaimVerdict("no data", f"no phase so far compares {describe(claim.left)} with another arm")
-    return min(found, key=lambda verdict: PRECEDENCE.index(verdict.verdict))
+    return min(verdicts, key=lambda verdict: PRECEDENCE.index(verdict.verdict))
 
 
-def monotone(claim: Claim, evidence: Evidence) -> ClaimVerdict:
-    """The metric falls (`decreasing`) or rises along the values of a setting, among arms equal in everything else.
+def judge_monotone(claim: Claim, evidence: Evidence) -> ClaimVerdict:
+    """Judges whether the metric falls (`decreasing`) or rises with a setting, among arms equal in everything else.
 
-    Reproduced if the interval of each step to the next value excludes 0 in that direction, and the whole change is at
-    least `min_effect`: every step must pass, which needs no correction (intersection-union test, Berger 1982). Refuted
-    if two values differ by `min_effect` in the other direction, after Holm over all pairs of values.
+    Reproduced if, from each value to the next, the interval of the change excludes 0 in the claimed direction, and the
+    total change is at least `min_effect`. Every step must pass, so no correction is needed (intersection-union test,
+    Berger 1982). Refuted if any two values differ significantly (Holm over all pairs) and by at least `min_effect` in
+    the opposite direction.
     """
     series = series_along(claim, evidence)
     if series is None:
@@ -158,8 +167,8 @@ def monotone(claim: Claim, evidence: Evidence) -> ClaimVerdict:
     return ClaimVerdict(verdict, sentence + reason, whole.mean, whole.ci_low, whole.ci_high, series.n, series.trials)
 
 
-def arithmetic(claim: Claim, evidence: Evidence) -> ClaimVerdict:
-    """The expression has the value, within the tolerance; no trial is needed."""
+def judge_arithmetic(claim: Claim, evidence: Evidence) -> ClaimVerdict:
+    """Checks that the expression equals the value within the tolerance; no trials are needed."""
     result, value, tolerance = evaluate(claim.expression or ""), claim.value or 0.0, claim.tolerance or 0.0
     sentence = f"{claim.expression} = {result:.6g}, the claim says {value:.6g} +- {tolerance:.6g}"
     return ClaimVerdict("reproduced" if abs(result - value) <= tolerance else "refuted", sentence, observed=result)
@@ -167,27 +176,27 @@ def arithmetic(claim: Claim, evidence: Evidence) -> ClaimVerdict:
 
 @dataclass(frozen=True)
 class Relation:
-    """How a claim is decided, and the fields that it needs and allows."""
+    """The function that judges a claim, and the fields that the claim needs and allows."""
 
-    decide: Callable[[Claim, Evidence], ClaimVerdict]
+    judge: Callable[[Claim, Evidence], ClaimVerdict]
     needs: tuple[str, ...]
     allows: tuple[str, ...] = ()
-    trains: bool = True  # whether it is about trials, so that it may have `metric` and `phase`
+    uses_trials: bool = True  # if so, a claim may also have `metric` and `phase`
 
 
 RELATIONS = {
-    "less": Relation(ordered, ("left", "right")),
-    "greater": Relation(ordered, ("left", "right")),
-    "equal": Relation(equal, ("left", "right", "tolerance")),
-    "best": Relation(best, ("left",)),
-    "monotone": Relation(monotone, ("setting", "direction"), ("left",)),
-    "ratio": Relation(ratio, ("left", "right", "value", "tolerance")),
-    "arithmetic": Relation(arithmetic, ("value", "expression", "tolerance"), trains=False),
+    "less": Relation(judge_order, ("left", "right")),
+    "greater": Relation(judge_order, ("left", "right")),
+    "equal": Relation(judge_equal, ("left", "right", "tolerance")),
+    "best": Relation(judge_best, ("left",)),
+    "monotone": Relation(judge_monotone, ("setting", "direction"), ("left",)),
+    "ratio": Relation(judge_ratio, ("left", "right", "value", "tolerance")),
+    "arithmetic": Relation(judge_arithmetic, ("value", "expression", "tolerance"), uses_trials=False),
 }
 
 
 def _within(claim: Claim, found: Difference, sentence: str, value: float) -> ClaimVerdict:
-    """Equivalence: where the interval lies relative to `value` +- tolerance."""
+    """Judges equivalence: whether the interval lies within `value` +- tolerance."""
     low, high = value - (claim.tolerance or 0.0), value + (claim.tolerance or 0.0)
     if low <= found.low and found.high <= high:
         verdict, position = "reproduced", "all of it within"
@@ -198,7 +207,7 @@ def _within(claim: Claim, found: Difference, sentence: str, value: float) -> Cla
     return found.verdict(verdict, f"{sentence}, {position} [{low:.6g}, {high:.6g}]")
 
 
-def _best_of(claim: Claim, evidence: Evidence, chosen: ClaimArm, arms: Sequence[ClaimArm]) -> ClaimVerdict:
+def _judge_best_in_phase(claim: Claim, evidence: Evidence, chosen: ClaimArm, arms: Sequence[ClaimArm]) -> ClaimVerdict:
     outcomes, n = evidence.outcomes(arms, claim.metric), len(chosen.trial_ids)
     own = list(outcomes[chosen.name].values())
     others = {name: list(row.values()) for name, row in outcomes.items() if name != chosen.name}
@@ -212,9 +221,9 @@ def _best_of(claim: Claim, evidence: Evidence, chosen: ClaimArm, arms: Sequence[
     goal = evidence.goal if claim.metric == evidence.metric else METRIC_GOALS[claim.metric]
     judgement = evidence.judge(outcomes, claim, chosen.name, goal=goal)
     ranked = [arm for arm in judgement.arms if arm.arm != chosen.name]
-    out = {name for name, row in others.items() if evidence.lost(row, own, n, claim.metric)}
-    not_beaten = {arm.arm: arm.verdict for arm in ranked if arm.verdict != "worse" and arm.arm not in out}
-    numbers = (None, None, None)
+    diverged = {name for name, row in others.items() if evidence.lost(row, own, n, claim.metric)}
+    not_beaten = {arm.arm: arm.verdict for arm in ranked if arm.verdict != "worse" and arm.arm not in diverged}
+    numbers = (None, None, None)  # chosen minus the best other arm, with its interval
     for arm in ranked:
         if arm.delta and arm.delta.ci_low is not None and arm.delta.ci_high is not None:
             numbers = (-arm.delta.mean, -arm.delta.ci_high, -arm.delta.ci_low)
@@ -230,7 +239,7 @@ def _best_of(claim: Claim, evidence: Evidence, chosen: ClaimArm, arms: Sequence[
 
 
 def _sentence(claim: Claim, found: Difference, operator: str) -> str:
-    """`alpha=0.28 minus alpha=0.05: val_loss -0.03 [-0.04, -0.02] on 3 seeds of phase alpha`."""
+    """For example `alpha=0.28 minus alpha=0.05: val_loss -0.03 [-0.04, -0.02] on 3 seeds of phase alpha`."""
     if found.mean in (inf, -inf) or (operator == "over" and found.mean == 0):
         loser, winner = (claim.left, claim.right) if found.mean > 0 else (claim.right, claim.left)
         return f"{describe(loser)} diverged with every seed, {describe(winner)} with none, {found.place}"
@@ -243,7 +252,7 @@ def _reaches(effect: float, min_effect: float) -> bool:
 
 
 def _upper(delta: Delta, sign: float) -> float:
-    """The end of an interval that is nearer to the wrong direction."""
+    """The upper end of the interval, after `sign` has made the claimed direction negative."""
     return max(sign * end if end is not None else inf for end in (delta.ci_low, delta.ci_high))
 
 

@@ -1,4 +1,4 @@
-"""How a claim selects arms: by phase, by name, or by their complete settings."""
+"""Selects the arms of a claim by phase, name and settings."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -10,25 +10,25 @@ from tune import format as fmt
 from tune.spec.reading import comparable
 from tune.spec.sweeps import BASELINE
 
-PLACES = ("arm", "phase")  # the keys of a selector that are not settings
+NAME_KEYS = ("arm", "phase")  # the keys of a selector that are not settings
 
 Selector = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class ClaimArm:
-    """An arm of a phase with its complete settings and the trial of each seed."""
+    """An arm of a phase with all its settings and its trial ids by seed."""
 
     phase: str
     name: str
     is_baseline: bool
     overrides: Mapping[str, Any]  # relative to the phase's base
-    settings: Mapping[str, Any]  # all of them
+    settings: Mapping[str, Any]  # complete, by dotted name
     trial_ids: Mapping[int, str]
 
 
 def matches(selector: Selector, arm: ClaimArm) -> bool:
-    """Whether the selector selects the arm."""
+    """Whether the arm has the phase, name and settings of the selector; `baseline` matches any baseline."""
     names = (arm.name, BASELINE.name) if arm.is_baseline else (arm.name,)
     return (
         selector.get("phase", arm.phase) == arm.phase
@@ -36,7 +36,7 @@ def matches(selector: Selector, arm: ClaimArm) -> bool:
         and all(
             name in arm.settings and same(arm.settings[name], value)
             for name, value in selector.items()
-            if name not in PLACES
+            if name not in NAME_KEYS
         )
     )
 
@@ -52,7 +52,7 @@ def varied(arms: Iterable[ClaimArm]) -> set[str]:
 
 
 def describe(selector: Selector | None) -> str:
-    """A side of a claim as text: `alpha=0.28`, `the arm winner of phase confirm`."""
+    """A selector as text, such as `alpha=0.28` or `the arm winner of phase confirm`."""
     given = dict(selector or {})
     arm, phase = given.pop("arm", None), given.pop("phase", None)
     parts = [f"the arm {arm}"] if arm else []
@@ -61,6 +61,6 @@ def describe(selector: Selector | None) -> str:
 
 
 def short(name: str) -> str:
-    """The last part of a setting's name, if it is unique."""
+    """The last part of a setting's name if it is unique, otherwise the full name."""
     leaf = name.rpartition(".")[2]
     return leaf if sum(full.rpartition(".")[2] == leaf for full in settings(TrainConfig)) == 1 else name

@@ -133,7 +133,7 @@ def question(claim: Claim) -> str:
         "arithmetic": f"{claim.expression} is {expected}",
     }
     text = words[claim.relation]
-    return f"{claim.metric}: {text}" if RELATIONS[claim.relation].trains else text
+    return f"{claim.metric}: {text}" if RELATIONS[claim.relation].uses_trials else text
 
 
 def _describe_campaign(name: str, root: Path, state: CampaignState) -> LedgerCampaign:

@@ -258,10 +258,8 @@ class _PhaseReader:
             return [], None
         arms = random_arms(search)
         if len(arms) < search.trials:
-            yield Problem(
-                (*at, "trials"),
-                f"{search.trials} distinct arms requested, but the search space yields only {len(arms)}",
-            )
+            message = f"{search.trials} distinct arms requested, but the search space yields only {len(arms)}"
+            yield Problem((*at, "trials"), message)
         return arms, None
 
     def _combine(self, name: str, data: Any, at: Location) -> Reading[tuple[str, ...]]:

@@ -55,9 +55,7 @@ def complete(reading: Reading[Value | None], document: Document) -> Value:
     in_file.sort(key=lambda problem: document.position(problem.location))
     lines = [*map(document.describe, in_file), *map(Problem.line, on_option)]
     if len(lines) >= MAX_PROBLEMS:
-        lines.append(
-            f"{document.path}: these are the first {MAX_PROBLEMS} problems, the rest of the file was not checked"
-        )
+        lines.append(f"{document.path}: only the first {MAX_PROBLEMS} problems are listed; the rest was not checked")
     raise ConfigError("\n".join(dict.fromkeys(lines)))
 
 

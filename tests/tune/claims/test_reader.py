@@ -85,7 +85,7 @@ WRONG: dict[str, tuple[str, list[str]]] = {
     ),
     "a seed as a side": (
         "{id: x, relation: best, left: {«seed: 1}}",
-        ["claims[0].left.seed: a claim is about all seeds of its arms"],
+        ["claims[0].left.seed: a claim covers all seeds of its arms: leave out `seed:`"],
     ),
     "a side that is a word": (
         "{id: x, relation: best, «left: baseline}",
@@ -125,7 +125,7 @@ WRONG: dict[str, tuple[str, list[str]]] = {
     ),
     "a setting that does not vary": (
         "{id: x, relation: monotone, «setting: n_layer, direction: decreasing}",
-        ["claims[0].setting: no phase varies n_layer over two numbers or more"],
+        ["claims[0].setting: no phase has two or more numeric values of n_layer"],
     ),
     "all of several mistakes, each in its place": (
         "{id: x, relation: less, «left: {alpha: 0.28}, right: {alpha: 0.05}}\n  - «{id: y, relation: best}\n"
