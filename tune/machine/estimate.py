@@ -241,7 +241,7 @@ def _known_speed(speeds: Mapping[tuple[str, int], float], config: TrainConfig, n
 def _noise(campaign: Campaign, state: CampaignState) -> Noise | None:
     """The noise given in the campaign file, or measured in the last finished phase."""
     if campaign.noise is not None:
-        return Noise(campaign.noise, "paired", "given in the campaign file")
+        return Noise(campaign.noise, "paired", "set by `noise:`")
     metric = campaign.metric.name
     for phase in (phase for phase in reversed(state.phases.values()) if phase.winner is not None):
         outcomes = {arm.name: {s: state.outcome(i, metric) for s, i in arm.trial_ids.items()} for arm in phase.arms}

@@ -366,12 +366,12 @@ def power(effect: float, *, sd: float, seeds: int, arms: int) -> float:
 
 def test_a_plan_says_the_smallest_effect_that_each_phase_would_find(load: Load, tmp_path: Path) -> None:
     estimated = estimate(load(f"noise: 0.02\n{PHASES}"), tmp_path)
-    assert estimated.noise == Noise(0.02, "paired", "given in the campaign file")
+    assert estimated.noise == Noise(0.02, "paired", "set by `noise:`")
     least = one_row(estimated, "a").smallest_detectable
     assert power(least, sd=0.02, seeds=2, arms=3) == pytest.approx(0.8, abs=0.01)
     text = shown(estimated)
     assert "finds" in text and f"{least:.2g}" in text
-    assert "from a spread between seeds of 0.02, given in the campaign file" in text
+    assert "from a spread between seeds of 0.02, set by `noise:`" in text
 
 
 def test_the_noise_is_that_of_the_newest_phase_that_has_finished_here(load: Load, write: Write) -> None:
