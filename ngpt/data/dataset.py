@@ -55,7 +55,7 @@ class DataConfig(Config, frozen=True):
     tokenizer: Annotated[str, pydantic.AfterValidator(_tokenizer_spec)] = "sentencepiece:2048"
     path: str | None = runtime_setting(None)  # local copy of a named corpus, instead of a download
     val_fraction: float = pydantic.Field(default=0.1, gt=0, lt=1)
-    shards: Annotated[int, pydantic.Field(ge=1)] = 1  # number of files of a corpus that is published in parts
+    shards: Annotated[int, pydantic.Field(ge=1)] = 1  # number of files, for a corpus that is published in parts
     # skip: log a bad shard and leave it out
     on_corrupt: Annotated[str, one_of(POLICIES, "policy")] = runtime_setting("skip")
     order: Annotated[str, one_of(ORDERS, "order")] = "windows"
@@ -78,7 +78,7 @@ class Dataset:
 
 
 def vocab_size(config: DataConfig) -> int:
-    """The size of the vocabulary; prepares nothing. ConfigError if the tokenizer does not match existing shards."""
+    """Returns the vocabulary size without preparing. ConfigError if the tokenizer does not match existing shards."""
     # The local copy and number of files of a named corpus do not matter here; `fingerprint` checks them.
     source = CORPORA[config.corpus](None, 1) if config.corpus in CORPORA else _locate(config)
     if isinstance(source, ShardCorpus):
@@ -89,7 +89,7 @@ def vocab_size(config: DataConfig) -> int:
 
 
 def fingerprint(config: DataConfig) -> str:
-    """Twelve hex digits that identify the tokens: content of the corpus, tokenizer and split.
+    """Returns twelve hex digits that identify the tokens: content of the corpus, tokenizer and split.
 
     Independent of the machine, the location of the files, and the order of training (`order_settings`). Reads each file
     at most once per process; prepares and downloads nothing.
@@ -104,7 +104,7 @@ def fingerprint(config: DataConfig) -> str:
 
 
 def check_shards(config: DataConfig) -> None:
-    """Raises ConfigError if `data.shards` exceeds the files of the corpus, or it is not published in parts."""
+    """Raises ConfigError if `data.shards` exceeds the number of files, or the corpus is not published in parts."""
     if config.corpus in CORPORA:
         CORPORA[config.corpus](None, config.shards)
     elif config.shards != 1:
@@ -112,7 +112,7 @@ def check_shards(config: DataConfig) -> None:
 
 
 def order_settings(config: DataConfig) -> dict[str, Any]:
-    """The settings that decide the order of training on a corpus, by dotted name; empty for the default order."""
+    """Returns the settings that determine the order of windows, by dotted name; empty for the default order."""
     if config.order == "windows":
         return {}
     settings = {"data.order": config.order}
@@ -123,7 +123,7 @@ def prepare(config: DataConfig, *, out: Path | None = None, log: Log = silent, w
     """Prepares the corpus unless it is prepared already, and returns its folder.
 
     Of two processes that need the same corpus, one prepares it and the other waits. `workers` threads tokenize. Raises
-    ConfigError for missing files, no network, other content in `out`, or a corrupt shard that `on_corrupt` forbids.
+    ConfigError for missing files, no network, another corpus in `out`, or a corrupt shard if `on_corrupt` is "fail".
     """
     check_shards(config)
     source = _locate(config)
@@ -146,7 +146,7 @@ def prepare(config: DataConfig, *, out: Path | None = None, log: Log = silent, w
 
 
 def open_dataset(config: DataConfig, *, recheck: bool = False) -> Dataset:
-    """The corpus as arrays, prepared if necessary. Shards are verified once, and again when they change.
+    """Opens the corpus as arrays and prepares it if necessary. Shards are verified once, and again if they change.
 
     Shards that preparation found corrupt are left out and logged. `recheck` verifies all shards again, as a campaign
     does when it starts: a disk may flip a bit without changing the time of the file. Raises CorruptShardError if a file
@@ -171,7 +171,6 @@ Source = Corpus | ShardCorpus | Path  # a path: a folder of shards or of a prepa
 
 
 def _locate(config: DataConfig) -> Source:
-    """Where the corpus comes from."""
     if config.corpus in CORPORA:
         return CORPORA[config.corpus](Path(config.path).expanduser() if config.path else None, config.shards)
     path = Path(config.corpus).expanduser()
@@ -187,13 +186,13 @@ def _is_prepared(path: Path) -> bool:
 
 
 def _tokenizer(config: DataConfig, source: Source) -> str:
-    """The tokenizer. Published shards have their own, so they ignore a size to train."""
+    """Returns the tokenizer spec. Published shards have their own tokenizer, so they ignore sentencepiece:SIZE."""
     is_size = parse_spec(config.tokenizer)[0] == "sentencepiece"
     return source.tokenizer if isinstance(source, ShardCorpus) and is_size else config.tokenizer
 
 
 def _shard_folder(config: DataConfig, manifest: dict[str, Any], folder: Path) -> Path:
-    """The current folder of the shards, which may have moved; downloads that were deleted are fetched again."""
+    """Returns the current folder of the shards, which may have moved. Downloads deleted shards again."""
     if manifest["shard_folder"] is None:
         return folder
     source = _locate(config)
@@ -201,15 +200,15 @@ def _shard_folder(config: DataConfig, manifest: dict[str, Any], folder: Path) ->
         return Path(manifest["shard_folder"]) if _is_prepared(source) else source
     if config.path is not None:
         return Path(config.path).expanduser()
-    used = Path(manifest["shard_folder"])
+    recorded = Path(manifest["shard_folder"])
     entries = [entry for counts in manifest["splits"].values() for entry in counts["shards"]]
-    if isinstance(source, ShardCorpus) and not all((used / entry["name"]).is_file() for entry in entries):
+    if isinstance(source, ShardCorpus) and not all((recorded / entry["name"]).is_file() for entry in entries):
         return source.fetch(log.info)[0].parent
-    return used
+    return recorded
 
 
 def _is_done(folder: Path, key: str) -> bool:
-    """Whether `folder` holds this corpus; raises ConfigError if it holds something else."""
+    """Whether `folder` contains this corpus; raises ConfigError if it contains anything else."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
     if not _is_prepared(folder) or _read_manifest(folder)["fingerprint"] != key:
@@ -218,9 +217,9 @@ def _is_done(folder: Path, key: str) -> bool:
 
 
 def _fill(config: DataConfig, final: Path, key: str, log: Log, workers: int | None) -> None:
-    """Prepares in a temporary folder, then renames it. The caller holds the lock.
+    """Prepares the corpus in a temporary folder and renames it. The caller holds the lock.
 
-    Continues in the temporary folder of a killed process, whose name has the same fingerprint.
+    A killed process leaves a temporary folder with the same fingerprint in its name; this continues in it.
     """
     temp = final.with_name(f".tmp-{final.name}-{key}")
     for stale in final.parent.glob(f".tmp-{final.name}-*"):
@@ -240,7 +239,7 @@ def _fill(config: DataConfig, final: Path, key: str, log: Log, workers: int | No
 
 
 def _make(config: DataConfig, temp: Path, log: Log, workers: int | None) -> dict[str, Any]:
-    """Fills the folder and returns its part of the manifest."""
+    """Fills the folder and returns the manifest entries about it."""
     source = _locate(config)
     how = {"tokenizer": _tokenizer(config, source), "val_fraction": config.val_fraction, "folder": temp, "log": log}
     if isinstance(source, Corpus):
@@ -254,8 +253,8 @@ def _make(config: DataConfig, temp: Path, log: Log, workers: int | None) -> dict
 
 
 def _refusal(skipped: Sequence[dict[str, str]], hint: str) -> ConfigError:
-    found = ", ".join(f"{entry['name']} {entry['reason']}" for entry in skipped)
-    return ConfigError(f"{len(skipped)} corrupt shards, and data.on_corrupt is fail: {found}{hint}")
+    reasons = ", ".join(f"{entry['name']} {entry['reason']}" for entry in skipped)
+    return ConfigError(f"{len(skipped)} corrupt shards, and data.on_corrupt is fail: {reasons}{hint}")
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
@@ -270,7 +269,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _open_shard(path: Path, entry: dict[str, Any], folder: Path, *, recheck: bool) -> np.ndarray:
-    """The tokens of a shard that belong to the split, checked against the manifest."""
+    """Checks a shard against the manifest and returns the part of its tokens that is in the split."""
     shard = read_shard(path)
     if path.stat().st_size != entry["size"] or shard_crc(path, recheck=recheck) != entry["crc32"]:
         raise CorruptShardError(path, f"differs from the manifest; remove {folder} to prepare it again")

@@ -1,7 +1,7 @@
 """Training batches as a pure function of (seed, step), and the fixed validation tokens of all trials.
 
-So a resumed run reads the same tokens as an undisturbed one without a saved position, and paired arms see the same
-data in the same order. The order of the windows is in sampling.py.
+So a resumed run reads the same tokens as an uninterrupted one without saving a position, and paired arms see the same
+data in the same order. sampling.py computes the order of the windows.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ class EvalSet:
     sha256: str
 
     def cut(self, rows: int) -> "EvalSet":
-        """The same tokens in batches of at most `rows` windows."""
+        """Returns the same tokens in batches of at most `rows` windows."""
         parts = [zip(idx.split(rows), targets.split(rows), strict=True) for idx, targets in self.batches]
         return replace(self, batches=[part for batch in parts for part in batch])
 
@@ -47,10 +47,10 @@ def train_batch(
     order: str = "windows",
     reservoir: int = 4096,
 ) -> Batch:
-    """(idx, targets), int64 (B, T), of a step: windows of the train split in one of `ORDERS`.
+    """Returns the batch of a step as (idx, targets), int64 (B, T): windows of the train split in one of `ORDERS`.
 
-    A window never crosses the end of a shard. Targets are idx shifted by one. `reservoir` is the buffer size in windows
-    of the order of that name. Raises ConfigError if no shard holds a window of `block_size + 1` tokens.
+    A window never crosses the end of a shard. Targets are idx shifted by one. `reservoir` is the buffer size, in
+    windows, of the order with that name. Raises ConfigError if no shard holds a window of `block_size + 1` tokens.
     """
     _require(dataset.train, "train", block_size)
     lengths = tuple(map(len, dataset.train))
@@ -65,7 +65,7 @@ def train_batch(
 
 
 def eval_set(dataset: Dataset, *, tokens: int, batch_size: int, block_size: int) -> EvalSet:
-    """The first `tokens` tokens of the validation split as adjacent windows, or all if it has fewer.
+    """Returns the first `tokens` tokens of the validation split, or all if it has fewer, as adjacent windows.
 
     Raises ConfigError if the train or validation split is shorter than a window.
     """
@@ -83,13 +83,13 @@ def eval_set(dataset: Dataset, *, tokens: int, batch_size: int, block_size: int)
 
 
 def _first_windows(shards: tuple[np.ndarray, ...], count: int, block_size: int) -> np.ndarray:
-    """At most `count` windows of block_size + 1 tokens, int64; each starts at the last token of the previous one."""
-    found = []
+    """Returns (N, block_size + 1) int64, N <= `count`; each window starts at the last token of the previous one."""
+    parts = []
     for shard in shards:
         starts = np.arange(min(count, (len(shard) - 1) // block_size)) * block_size
-        found.append(shard[starts[:, None] + np.arange(block_size + 1)].astype(np.int64))
+        parts.append(shard[starts[:, None] + np.arange(block_size + 1)].astype(np.int64))
         count -= len(starts)
-    return np.concatenate(found)
+    return np.concatenate(parts)
 
 
 def _batch(windows: np.ndarray) -> Batch:
@@ -101,5 +101,5 @@ def _batch(windows: np.ndarray) -> Batch:
 def _require(shards: tuple[np.ndarray, ...], split: str, block_size: int) -> None:
     longest = max((len(shard) for shard in shards), default=0)
     if longest <= block_size:
-        needed = f"block_size {block_size} needs {block_size + 1} tokens in a row, the {split} split has {longest}"
-        raise ConfigError(f"{needed}; take a larger corpus or a smaller block_size")
+        needed = f"block_size {block_size} needs {block_size + 1} consecutive tokens, the {split} split has {longest}"
+        raise ConfigError(f"{needed}; use a larger corpus or a smaller block_size")

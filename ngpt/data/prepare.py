@@ -1,7 +1,7 @@
 """Tokenizes text into a folder of shards.
 
-Shards are written one by one, and `progress.json` records where in the text each ends, so a killed preparation
-continues with the next shard.
+Shards are written one by one. `progress.json` records where in the text each shard ends, so a killed preparation
+continues with the next one.
 """
 
 import hashlib
@@ -30,17 +30,17 @@ SHARD_TOKENS = 100_000_000
 TOKEN_BYTES_FILE = "token_bytes.npy"
 PROGRESS_FILE = "progress.json"
 SPLITS = ("train", "val")
-BATCH, MAX_BATCH = 1 << 20, 1 << 25  # characters to encode at once: at least, and at most if texts are large
-EMPTY_LINE = "\n\n"  # between documents if the tokenizer has no document mark
+BATCH, MAX_BATCH = 1 << 20, 1 << 25  # characters per batch: the usual minimum, and the limit if texts are large
+EMPTY_LINE = "\n\n"  # after each document if the tokenizer has no document separator
 
 
 def tokenize(
     corpus: Corpus, *, tokenizer: str, val_fraction: float, folder: Path, log: Log, workers: int | None = None
 ) -> dict[str, Any]:
-    """Writes the shards and tokenizer files of `corpus` into `folder` and returns their part of the manifest.
+    """Writes the shards and tokenizer files of `corpus` into `folder` and returns the manifest entries about them.
 
-    A sentencepiece vocabulary is trained on the train split only. `workers` threads encode, by default one per core.
-    Their number does not change the files. Intact shards of an interrupted call are kept. Raises ConfigError if a split
+    A sentencepiece vocabulary is trained on the train split only. `workers` threads encode, by default one per core;
+    their number does not change the files. Intact shards of an interrupted call are kept. Raises ConfigError if a split
     is empty, or the tokenizer is not available.
     """
     _provide_model(corpus, tokenizer, val_fraction, folder, log)
@@ -49,14 +49,14 @@ def tokenize(
     writers = {split: _SplitWriter(folder, split, loaded.vocab_size, progress) for split in SPLITS}
     content = hashlib.sha256()
     size, n_read, n_skipped, n_tokens = corpus.size(), 0, 0, 0
-    between = EMPTY_LINE if corpus.separated and loaded.document_separator is None else ""
+    ending = EMPTY_LINE if corpus.separated and loaded.document_separator is None else ""
 
     def texts() -> Iterator[Text]:
         """Reads and hashes all texts, and yields those that are not in a finished shard."""
         nonlocal n_read, n_skipped
         for split, text in _split(corpus, val_fraction):
             content.update(text.encode())
-            text += between
+            text += ending
             n_bytes = len(text.encode())
             n_read += n_bytes
             if writers[split].wants(n_bytes):
@@ -65,12 +65,12 @@ def tokenize(
                 n_skipped += n_bytes
 
     threads = workers or default_threads()
-    kept = f", {progress.n_shards} shards are there already" if progress.n_shards else ""
-    log(f"{corpus.name}: tokenizing{f' in {threads} threads' if threads > 1 else ''}{kept}")
+    resumed = f", {progress.n_shards} shards are already done" if progress.n_shards else ""
+    log(f"{corpus.name}: tokenizing{f' in {threads} threads' if threads > 1 else ''}{resumed}")
     meter = Meter(log, corpus.name)
     for split, ids, lossless in encode_in_order(texts(), loaded, marked=corpus.separated, threads=threads):
         if progress.lossless and not lossless:
-            log(f"{tokenizer} does not keep this text as it is: no bits per byte")
+            log(f"{tokenizer} changes this text: no bits per byte")
             progress.lossless = False
         writers[split].add(ids)
         n_tokens += len(ids)
@@ -81,7 +81,7 @@ def tokenize(
 
 
 def default_threads() -> int:
-    """One thread per available core, but a single one in a Ray worker, which shares the cores."""
+    """Returns the number of available cores, but 1 in a Ray worker, since workers share the cores."""
     if Path(getattr(sys.modules["__main__"], "__file__", None) or "").name == "default_worker.py":
         return 1
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -90,23 +90,23 @@ def default_threads() -> int:
 def encode_in_order(
     texts: Iterable[Text], tokenizer: Tokenizer, *, marked: bool, threads: int
 ) -> Iterator[tuple[str, np.ndarray, bool]]:
-    """The split of each text, its ids (N,) uint16, and whether their bytes are those of the text.
+    """Yields the split of each text, its ids (N,) uint16, and whether they decode to as many bytes as the text has.
 
-    `marked` texts start with the document mark, where the tokenizer has one.
+    `marked` texts start with the document separator token, if the tokenizer has one.
     """
-    mark = np.array(
+    prefix = np.array(
         [tokenizer.document_separator] if marked and tokenizer.document_separator is not None else [], np.uint16
     )
     sizes = tokenizer.token_bytes()
     for batch in _batches(texts, threads):
         encoded = tokenizer.encode_batch([text for _, text in batch], threads=threads)
-        for (split, text), unmarked in zip(batch, encoded, strict=True):
-            ids = np.concatenate([mark, unmarked])
+        for (split, text), text_ids in zip(batch, encoded, strict=True):
+            ids = np.concatenate([prefix, text_ids])
             yield split, ids, sizes is not None and int(sizes[ids].sum()) == len(text.encode())
 
 
 def _batches(texts: Iterable[Text], threads: int) -> Iterator[list[Text]]:
-    """Groups texts so that all threads are busy and memory stays small."""
+    """Groups texts into batches that occupy all threads but need little memory."""
     batch: list[Text] = []
     size = 0
     for split, text in texts:
@@ -120,7 +120,7 @@ def _batches(texts: Iterable[Text], threads: int) -> Iterator[list[Text]]:
 
 
 def shard_entry(shard: Shard, first: int, stop: int) -> Entry:
-    """A shard in the manifest. The CRC covers all its tokens, even if the split uses a part."""
+    """Returns the manifest entry of a shard whose tokens [first, stop) are in the split. The CRC covers all tokens."""
     return {
         "name": shard.path.name,
         "size": shard.path.stat().st_size,
@@ -131,12 +131,12 @@ def shard_entry(shard: Shard, first: int, stop: int) -> Entry:
 
 
 def split_totals(entries: list[Entry], n_bytes: int | None) -> dict[str, Any]:
-    """A split in the manifest."""
+    """Returns the manifest entry of a split."""
     return {"tokens": sum(entry["tokens"] for entry in entries), "bytes": n_bytes, "shards": entries}
 
 
 def add_tokenizer(folder: Path, spec: str, tokenizer: Tokenizer | None, sizes: np.ndarray | None) -> dict[str, Any]:
-    """Writes the bytes per token, if known, so that training needs no tokenizer; returns its part of the manifest."""
+    """Writes the bytes per token, if known, so that training needs no tokenizer. Returns the manifest entries."""
     crc = None
     if sizes is not None:
         narrow = sizes.astype("<u2" if sizes.min() >= 0 else "<i2")
@@ -157,7 +157,7 @@ def _provide_model(corpus: Corpus, tokenizer: str, val_fraction: float, folder: 
 
 
 def _split(corpus: Corpus, val_fraction: float) -> Iterator[Text]:
-    """(split, text) in the order of the corpus."""
+    """Yields (split, text) in corpus order."""
     if corpus.split_by == "document":
         for text in corpus.documents():
             draw = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) / 2**64
@@ -165,16 +165,16 @@ def _split(corpus: Corpus, val_fraction: float) -> Iterator[Text]:
         return
     cut = int(sum(map(len, corpus.documents())) * (1 - val_fraction))  # characters, as nanoGPT counts
     for text in corpus.documents():
-        here = min(max(cut, 0), len(text))
+        local_cut = min(max(cut, 0), len(text))
         cut -= len(text)
-        yield from (pair for pair in (("train", text[:here]), ("val", text[here:])) if pair[1])
+        yield from (pair for pair in (("train", text[:local_cut]), ("val", text[local_cut:])) if pair[1])
 
 
 class _Progress:
     """The finished shards of each split, recorded on disk, including those of an interrupted process.
 
-    A record holds the entry of the shard, the number of texts that end in it or before, and the number of tokens of the
-    next text that it holds.
+    A record has the manifest entry of the shard, the number of texts that end in this or an earlier shard, and the
+    number of tokens that it contains of the next text.
     """
 
     def __init__(self, folder: Path, tokenizer: Tokenizer) -> None:
@@ -186,10 +186,10 @@ class _Progress:
             before = json.loads((folder / PROGRESS_FILE).read_text(encoding="utf-8"))
             if before["key"] == self._key:
                 self.lossless = before["lossless"]
-                self.shards = {split: self._sound(before["shards"][split], tokenizer.vocab_size) for split in SPLITS}
+                self.shards = {split: self._intact(before["shards"][split], tokenizer.vocab_size) for split in SPLITS}
         self.n_shards = sum(map(len, self.shards.values()))
         kept = {record["entry"]["name"] for records in self.shards.values() for record in records}
-        for path in folder.iterdir():  # what a killed process was writing, too
+        for path in folder.iterdir():  # including partial files of a killed process
             if path.name not in kept | {MODEL_FILE}:
                 path.unlink()
 
@@ -197,16 +197,16 @@ class _Progress:
         self.shards[split].append({"entry": entry, "texts": n_texts, "tokens": n_tokens})
         write_json(self._folder / PROGRESS_FILE, {"key": self._key, "lossless": self.lossless, "shards": self.shards})
 
-    def _sound(self, records: list[dict[str, Any]], vocab_size: int) -> list[dict[str, Any]]:
-        """The records before the first shard that has changed."""
-        sound = []
+    def _intact(self, records: list[dict[str, Any]], vocab_size: int) -> list[dict[str, Any]]:
+        """Returns the records up to the first shard that is missing, damaged or changed."""
+        intact = []
         with suppress(CorruptShardError):
             for record in records:
                 shard = verify_shard(self._folder / record["entry"]["name"], vocab_size=vocab_size)
                 if shard_entry(shard, 0, shard.tokens.size) != record["entry"]:
                     break
-                sound.append(record)
-        return sound
+                intact.append(record)
+        return intact
 
 
 class _SplitWriter:
@@ -224,7 +224,7 @@ class _SplitWriter:
         self._n_waiting = 0
 
     def wants(self, n_bytes: int) -> bool:
-        """Counts the next text of the split. False if finished shards hold all of it, so that it is not encoded."""
+        """Counts the next text. Returns False if finished shards contain all of it, so that it need not be encoded."""
         self._n_bytes += n_bytes
         self._n_seen += 1
         return self._n_seen > self._n_finished

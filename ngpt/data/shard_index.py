@@ -24,20 +24,20 @@ Part = tuple[Shard, int, int]  # the tokens [first, stop) of a shard
 def index_shards(
     paths: Sequence[Path], *, vocab_size: int, tokenizer: str, val_fraction: float, folder: Path, log: Log
 ) -> dict[str, Any]:
-    """Verifies all shards, leaves them where they are, and returns their part of the manifest.
+    """Verifies shards without moving them, and returns the manifest entries about them.
 
     A corrupt shard is logged and listed under `skipped`, so that all trials with this manifest leave out the same ones.
     Raises ConfigError if a split has no intact shard, or the shards were made with another tokenizer.
     """
     source = paths[0].parent
-    loaded = _tokenizer_at_hand(tokenizer, source, log)
+    loaded = _load_if_available(tokenizer, source, log)
     if loaded is not None and loaded.vocab_size != vocab_size:
         raise ConfigError(f"{source} has {vocab_size} tokens, its tokenizer {tokenizer} {loaded.vocab_size}")
     sizes = loaded.token_bytes() if loaded else None
     sound, skipped = _verify(paths, vocab_size, log)
     if not sound:
         first = skipped[0]
-        hint = f"; is data.tokenizer {tokenizer} theirs?" if "vocabulary" in first["reason"] else ""
+        hint = f"; were the shards made with data.tokenizer {tokenizer}?" if "vocabulary" in first["reason"] else ""
         raise ConfigError(f"{source} has no sound shard: {first['name']} {first['reason']}{hint}")
     splits = {}
     for split, parts in _assign(paths, sound, val_fraction).items():
@@ -50,12 +50,12 @@ def index_shards(
 
 
 def shard_paths(folder: Path) -> list[Path]:
-    """The shards of a folder by name."""
+    """Returns the shards of a folder, sorted by name."""
     return sorted(folder.glob("*.bin"))
 
 
 def shard_vocab_size(folder: Path, tokenizer: str) -> int:
-    """The vocabulary size in the headers of the shards, or else that of the tokenizer; ConfigError if they differ."""
+    """Returns the vocabulary size from the shard headers, else from the tokenizer. ConfigError if they differ."""
     declared: dict[int, str] = {}
     for path in shard_paths(folder):
         with suppress(CorruptShardError):  # reported when the folder is indexed
@@ -70,15 +70,15 @@ def shard_vocab_size(folder: Path, tokenizer: str) -> int:
 
 
 def known_vocab_size(name: str, known: int, tokenizer: str) -> int:
-    """`known`, the vocabulary size of existing shards; ConfigError if `tokenizer` has another one."""
-    # A size to train does not apply to existing shards; the other kinds name one vocabulary.
+    """Returns `known`, the vocabulary size of existing shards. ConfigError if that of `tokenizer` differs."""
+    # sentencepiece:SIZE would train a tokenizer, which does not apply to existing shards.
     if parse_spec(tokenizer)[0] != "sentencepiece" and (given := tokenizer_vocab_size(tokenizer)) != known:
         raise ConfigError(f"{name} has {known} tokens, data.tokenizer {tokenizer} {given}")
     return known
 
 
 def _verify(paths: Sequence[Path], vocab_size: int, log: Log) -> tuple[list[Shard], list[dict[str, str]]]:
-    """The intact shards, and the name and reason of all others."""
+    """Returns the intact shards, and the names of all others with the reason."""
 
     def check(path: Path) -> Shard | CorruptShardError:
         try:
@@ -102,7 +102,7 @@ def _verify(paths: Sequence[Path], vocab_size: int, log: Log) -> tuple[list[Shar
 
 
 def _assign(paths: Sequence[Path], shards: list[Shard], val_fraction: float) -> dict[str, list[Part]]:
-    """Assigns shards to splits. Validation is the shards named so, else the last one, else the end of the only one."""
+    """Assigns shards to splits. Validation: shards named "val", else the last one, else the end of the only one."""
     whole = [(shard, 0, shard.tokens.size) for shard in shards]
     val = [part for part in whole if "val" in part[0].path.name]
     train = [part for part in whole if "val" not in part[0].path.name]
@@ -124,11 +124,11 @@ def _assign(paths: Sequence[Path], shards: list[Shard], val_fraction: float) -> 
 def _count_bytes(part: Part, sizes: np.ndarray) -> int:
     shard, first, stop = part
     chunk = 1 << 22  # tokens: looking up all 100M of a shard at once would take 800 MB
-    return sum(int(sizes[shard.tokens[at : min(at + chunk, stop)]].sum()) for at in range(first, stop, chunk))
+    return sum(int(sizes[shard.tokens[start : min(start + chunk, stop)]].sum()) for start in range(first, stop, chunk))
 
 
-def _tokenizer_at_hand(spec: str, folder: Path, log: Log) -> Tokenizer | None:
-    """The tokenizer of existing shards if it is available; training works without it."""
+def _load_if_available(spec: str, folder: Path, log: Log) -> Tokenizer | None:
+    """Loads the tokenizer of existing shards, or returns None if it is missing; training works without it."""
     if parse_spec(spec)[0] == "sentencepiece" and not (folder / MODEL_FILE).is_file():
         return None
     try:

@@ -412,7 +412,7 @@ def test_a_shard_that_breaks_after_preparation_is_an_error_not_left_out(shards: 
 
 def test_tokens_of_another_tokenizer_are_refused_with_a_hint(tmp_path: Path, own_cache: Path) -> None:
     np.array([1, 50256] * 20, dtype=np.uint16).tofile(tmp_path / "train.bin")
-    with pytest.raises(ConfigError, match=r"50256 is out of vocabulary.*is data\.tokenizer sentencepiece:2048"):
+    with pytest.raises(ConfigError, match=r"50256 is out of vocabulary.*made with data\.tokenizer sentencepiece:2048"):
         prepare(DataConfig(corpus=str(tmp_path)))
 
 

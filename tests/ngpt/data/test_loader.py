@@ -143,10 +143,10 @@ def test_the_bytes_of_a_real_corpus_are_those_of_its_text(dataset: Dataset) -> N
 def test_less_than_one_window_is_an_error_that_names_the_number_of_tokens(
     train: list[int], val: list[int], split: str
 ) -> None:
-    with pytest.raises(ConfigError, match=f"needs 17 tokens in a row, the {split} split has 16"):
+    with pytest.raises(ConfigError, match=f"needs 17 consecutive tokens, the {split} split has 16"):
         eval_set(dataset_of(train, val), tokens=32, batch_size=2, block_size=16)
 
 
 def test_training_on_less_than_one_window_is_an_error() -> None:
-    with pytest.raises(ConfigError, match="needs 17 tokens"):
+    with pytest.raises(ConfigError, match="needs 17 consecutive tokens"):
         train_batch(dataset_of([16, 4], [50]), seed=0, step=0, batch_size=2, block_size=16)

@@ -190,7 +190,7 @@ def test_a_killed_preparation_continues_to_the_same_files(
     assert prepare(config, out=out, log=said.append) == out
     assert content(out) == content(straight)
     assert {name: (out / name).stat().st_mtime_ns for name in finished} == before
-    assert any(f"{len(finished)} shards are there already" in line for line in said) == bool(finished)
+    assert any(f"{len(finished)} shards are already done" in line for line in said) == bool(finished)
     assert [path.name for path in out.parent.iterdir() if path.is_dir()] == ["out"]
 
 
@@ -221,7 +221,7 @@ def test_a_damaged_shard_is_written_again_on_continuation(
     made = tokenize(corpus, folder=tmp_path / "broken", log=said.append, **how)
     assert content(tmp_path / "broken") == content(tmp_path / "straight")
     whole_val = sum(entry["tokens"] == 2000 for entry in made["splits"]["val"]["shards"])
-    assert f", {3 + whole_val} shards are there already" in said[0]
+    assert f", {3 + whole_val} shards are already done" in said[0]
     assert made["splits"]["train"]["tokens"] == sum(entry["tokens"] for entry in made["splits"]["train"]["shards"])
 
 

@@ -66,7 +66,7 @@ def test_a_step_does_not_need_the_steps_before_it(
     how = {"seed": seed, "batch_size": 3, "block_size": block_size}
     straight = rows(name, parts, steps=range(step, step + 4), **how)
     order._shuffled.cache_clear()
-    order._streamed.cache_clear()
+    order._shuffle_stream.cache_clear()
     assert rows(name, parts, steps=range(step + 2, step + 4), **how) == straight[6:]
 
 
