@@ -36,19 +36,19 @@ Table = dict[str, tuple[str, str]]  # official name -> name in `GPT`, shape
 
 @dataclass(frozen=True)
 class Layout:
-    """The weights of an official state dict, and the settings with which `GPT` computes the same.
+    """Weight names and shapes of an official state dict, and the settings that make `GPT` equivalent.
 
-    Sizes: V vocabulary, D width, F hidden width of the MLP, C width of all keys (n_kv_head * K).
+    Sizes: V vocabulary, D width, F hidden width of the MLP, C total width of the keys (n_kv_head * head width).
     """
 
     title: str
     top: Table
     layer: Table  # names after "transformer.h.N."
     settings: Mapping[str, Any]
-    half_split: tuple[str, ...] = ()  # weights whose rows are ordered for a rotation of half heads
+    half_split: tuple[str, ...] = ()  # weights for a RoPE that pairs the two halves of a head
 
     def expected(self, layers: list[int]) -> Table:
-        """The weights of a model with these layers."""
+        """Returns the weights of a model with these layers."""
         inner = [(n, name, own, shape) for n in layers for name, (own, shape) in self.layer.items()]
         return self.top | {f"transformer.h.{n}.{name}": (f"blocks.{n}.{own}", shape) for n, name, own, shape in inner}
 
@@ -98,15 +98,15 @@ NANOCHAT = Layout(
 
 
 def from_nvidia_ngpt(state: Mapping[str, Tensor], *, n_head: int, block_size: int, rope: str = "nvidia") -> GPT:
-    """The model of a state dict of NVIDIA/ngpt (at ed19eb2): nGPT or its GPT baseline, depending on the keys.
+    """Builds the model of a state dict of NVIDIA/ngpt (at ed19eb2), nGPT or its GPT baseline depending on the keys.
 
-    Scales are stored as there: the effective value is stored * init * sqrt(n_embd), with init 0.05 for alpha and 1 for
-    s_qk and s_z; s_uv is stored as is. The weights become float32 and are not projected.
+    Scales keep their stored values: the effective value is stored * init * sqrt(n_embd), with init 0.05 for alpha and 1
+    for s_qk and s_z; s_uv is stored as is. Weights are converted to float32 and not projected.
 
     Args:
-        state: official name -> tensor; prefixes of torch.compile and DDP are stripped. Sizes are read off the shapes.
-        n_head: must be right: other divisors of n_embd load too, and give nonsense.
-        rope: `nvidia` for the repository's own (its issue 10), `rotary` for a copy with a true rotation.
+        state: official name -> tensor; prefixes of torch.compile and DDP are stripped. Sizes come from the shapes.
+        n_head: must match the training run; a wrong divisor of n_embd loads without error but computes nonsense.
+        rope: `nvidia` for the repository's own RoPE (its issue 10), `rotary` for a fork with a true rotation.
 
     Raises:
         ConfigError: lists each weight that is unknown, missing or of the wrong shape, and each impossible setting.
@@ -116,12 +116,13 @@ def from_nvidia_ngpt(state: Mapping[str, Tensor], *, n_head: int, block_size: in
 
 
 def from_nanochat(state: Mapping[str, Tensor], *, n_head: int, n_kv_head: int, block_size: int) -> GPT:
-    """The model of a state dict of karpathy/nanochat as of November 2025 (gpt.py at a83646e).
+    """Builds the model of a state dict of karpathy/nanochat as of November 2025 (gpt.py at a83646e).
 
-    nanochat turns the two halves of a head by -theta, `GPT` turns neighboring channels by +theta; reordering the rows
-    of the query and key matrices makes them equal. nanochat rounds the tables of angles to bfloat16, `GPT` keeps
-    float32. Later versions have more weights (resid_lambdas, ...), which are refused by name. `n_head` counts query
-    heads, `n_kv_head` heads of keys and values; `state` and errors are as in `from_nvidia_ngpt`.
+    nanochat's RoPE pairs the two halves of a head and rotates by -theta; `GPT` pairs adjacent channels and rotates by
+    +theta. Reordering the rows of the query and key matrices makes them equivalent. nanochat rounds its sine and cosine
+    tables to bfloat16, `GPT` keeps float32. Later versions have more weights (resid_lambdas, ...), which are rejected
+    with an error that names them. `n_head` counts query heads, `n_kv_head` key/value heads; `state` and errors are as
+    in `from_nvidia_ngpt`.
     """
     return _convert(state, NANOCHAT, {"n_head": n_head, "n_kv_head": n_kv_head, "block_size": block_size})
 
@@ -130,10 +131,10 @@ def _convert(state: Mapping[str, Tensor], layout: Layout, settings: Mapping[str,
     weights, problems = _strip_prefixes(state)
     layers = sorted({int(match[1]) for name in weights if (match := re.match(r"transformer\.h\.(\d+)\.", name))})
     if not layers:
-        problems.append(Problem((), f"no layer of {layout.title}: the names would begin with transformer.h.0."))
+        problems.append(Problem((), f"no layer of {layout.title} found: its names start with transformer.h.0."))
     elif gaps := sorted({*range(layers[-1])} - {*layers}):
         present = ", ".join(map(str, layers))
-        problems.append(Problem((f"transformer.h.{gaps[0]}",), f"missing layer, there are {present}"))
+        problems.append(Problem((f"transformer.h.{gaps[0]}",), f"missing layer; present layers: {present}"))
     expected = layout.expected(layers)
     problems += _wrong_names(weights, expected, layout)
     sizes = _sizes(weights, expected)
@@ -159,15 +160,15 @@ def _convert(state: Mapping[str, Tensor], layout: Layout, settings: Mapping[str,
 
 
 def _interleave(weight: Tensor, head_dim: int) -> Tensor:
-    """Turns rows (x1, x2) of each head, in halves, into pairs (x2, x1): x1 cos + x2 sin is then a turn by +theta."""
+    """Reorders the rows of each head from halves (x1, x2) to adjacent pairs (x2, x1), which rotate by +theta."""
     return weight.unflatten(0, (-1, 2, head_dim // 2)).flip(1).transpose(1, 2).flatten(0, 2)
 
 
 def _strip_prefixes(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[Problem]]:
-    """The weights by name, without the prefixes of torch.compile (`_orig_mod.`) and DDP (`module.`)."""
+    """Strips the prefixes of torch.compile (`_orig_mod.`) and DDP (`module.`); reports names that then collide."""
     names = {full_name: re.sub(r"^((_orig_mod|module)\.)+", "", full_name) for full_name in state}
-    twice = [name for name, count in Counter(names.values()).items() for _ in range(count - 1)]
-    problems = [Problem((name,), "is given twice, with and without a prefix") for name in twice]
+    duplicates = [name for name, count in Counter(names.values()).items() for _ in range(count - 1)]
+    problems = [Problem((name,), "is given twice, with and without a prefix") for name in duplicates]
     return {names[full_name]: weight for full_name, weight in state.items()}, problems
 
 
@@ -178,13 +179,13 @@ def _wrong_names(weights: Mapping[str, Tensor], expected: Table, layout: Layout)
         candidates = layout.expected([int(match[1])] if match else [])
         near = get_close_matches(name, list(candidates), n=1, cutoff=0.8)
         hint = f", did you mean '{near[0]}'?" if near else ""
-        problems.append(Problem((name,), f"unknown weight, {layout.title} has none of this name{hint}"))
+        problems.append(Problem((name,), f"unknown weight, {layout.title} has no weight of this name{hint}"))
     missing = [name for name in expected if name not in weights]
     return problems + [Problem((name,), f"missing weight of {layout.title}") for name in missing]
 
 
 def _sizes(weights: Mapping[str, Tensor], expected: Table) -> dict[str, int]:
-    """V, D, F and 2F by majority of the weights, so a single wrong shape is the one that is reported."""
+    """Infers V, D, F and 2F by majority vote over the weights, so that a single wrong shape is reported as such."""
     votes: dict[str, Counter[int]] = defaultdict(Counter)
     for name, (_, shape) in expected.items():
         symbols = shape.split()
@@ -196,8 +197,8 @@ def _sizes(weights: Mapping[str, Tensor], expected: Table) -> dict[str, int]:
 
 
 def _config(settings: dict[str, Any], problems: list[Problem]) -> ModelConfig | None:
-    """The config, or None if it has no width or is impossible, for reasons that are added to `problems`."""
-    if settings["rope"] not in ROPE_KINDS:  # here, since `build` would report it without the problems of the heads
+    """Builds the config; returns None if the width is unknown or, after adding to `problems`, if it is invalid."""
+    if settings["rope"] not in ROPE_KINDS:  # checked here, since `build` would then not report problems with the heads
         problems.append(Problem(("rope",), unknown_message("rope", settings["rope"], ROPE_KINDS)))
         settings["rope"] = "rotary"
     if settings["n_embd"] is None:
@@ -210,7 +211,7 @@ def _config(settings: dict[str, Any], problems: list[Problem]) -> ModelConfig | 
 
 
 def _read_nvidia(path: Path) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
-    """Weights and settings in `ckpt.pt` of NVIDIA/ngpt's train.py; a bare state dict has no settings."""
+    """Reads weights and settings from the `ckpt.pt` of NVIDIA/ngpt's train.py; a bare state dict has no settings."""
     loaded = _load(path)
     if not isinstance(loaded.get("model"), Mapping):
         return loaded, {}
@@ -223,7 +224,7 @@ def _read_nvidia(path: Path) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
 
 
 def _read_nanochat(path: Path) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
-    """Weights in nanochat's `model_STEP.pt`, and settings in `meta_STEP.json` beside it if that exists."""
+    """Reads weights from nanochat's `model_STEP.pt` and, if it exists, settings from `meta_STEP.json` beside it."""
     state = _load(path)
     meta = path.with_name(path.name.replace("model_", "meta_", 1)).with_suffix(".json")
     if meta == path or not meta.exists():
@@ -231,15 +232,15 @@ def _read_nanochat(path: Path) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
     try:
         settings = json.loads(meta.read_text())["model_config"].items()
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{meta}: no model_config can be read: {error!r}") from None
+        raise ConfigError(f"{meta}: cannot read model_config: {error!r}") from None
     known = ("vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "sequence_len")
-    if later := [name for name, _ in settings if name not in known]:
-        raise ConfigError(f"{meta}: nanochat as of November 2025 has no setting {', '.join(later)}")
+    if unknown := [name for name, _ in settings if name not in known]:
+        raise ConfigError(f"{meta}: nanochat as of November 2025 has no setting {', '.join(unknown)}")
     return state, {"block_size" if name == "sequence_len" else name: value for name, value in settings}
 
 
 def _load(path: Path) -> Mapping[str, Any]:
-    # NVIDIA's checkpoints hold NumPy's random state, an array, which NumPy 1 pickled under another name.
+    # NVIDIA's checkpoints contain NumPy's random state, an array that NumPy 1 pickled under another module name.
     new = np.empty(0).__reduce__()[0]
     numbers = [np.ndarray, np.dtype, type(np.dtype(np.uint32)), new, (new, "numpy.core.multiarray._reconstruct")]
     try:
@@ -247,7 +248,7 @@ def _load(path: Path) -> Mapping[str, Any]:
             loaded = torch.load(file, weights_only=True, map_location="cpu")
     except (OSError, MemoryError):
         raise
-    except Exception as error:  # the first bytes of a file that is no pickle decide which error is raised
+    except Exception as error:  # which error is raised for a non-pickle depends on its first bytes
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise ConfigError(f"{path} is not a checkpoint that can be read safely: {reason}") from None
     if not isinstance(loaded, Mapping):
@@ -262,33 +263,35 @@ def convert(source: str, path: Path, *, out: Path, tokenizer: str, options: Mapp
     """Converts an official checkpoint file into `out/checkpoints/step_0000000` and returns that folder.
 
     Args:
-        source: an entry of `SOURCES`.
-        tokenizer: the model's, `gpt2`, `gpt2:DIR` or `PATH.model`; kept in the checkpoint's identity.
-        options: keywords of the source's function; None: as in the file.
+        source: a key of `SOURCES`.
+        tokenizer: the model's tokenizer, `gpt2`, `gpt2:DIR` or `PATH.model`; saved in the checkpoint's identity.
+        options: keyword arguments of the source's build function; None values are read from the file.
 
     Raises:
-        ConfigError: the file is invalid, or contradicts itself, the tokenizer or the options.
-        OSError: the file cannot be read, or the checkpoint not written.
+        ConfigError: the file is invalid or inconsistent with itself, the tokenizer or the options.
+        OSError: the file cannot be read, or the checkpoint cannot be written.
     """
     root = out / "checkpoints"
     if checkpoint_folders(root):
-        raise ConfigError(f"{out} holds checkpoints already, choose another folder")
+        raise ConfigError(f"{out} already contains checkpoints, choose another folder")
     read, build_model = SOURCES[source]
-    state, stated = read(path)
-    settings = {name: stated.get(name) if value is None else value for name, value in options.items()}
+    state, file_settings = read(path)
+    settings = {name: file_settings.get(name) if value is None else value for name, value in options.items()}
     if missing := [f"--{name.replace('_', '-')}" for name, value in settings.items() if value is None]:
         raise ConfigError(f"{path} does not state all settings of the model: give {' and '.join(missing)}")
     model = build_model(state, **settings)
     values = flatten(model.cfg)
-    if wrong := [f"{name} is {value}, not {values[name]}" for name, value in stated.items() if value != values[name]]:
-        raise ConfigError(f"{path} contradicts its weights or the options: it states {', '.join(wrong)}")
+    if mismatches := [
+        f"{name} is {value}, not {values[name]}" for name, value in file_settings.items() if value != values[name]
+    ]:
+        raise ConfigError(f"{path} does not match its weights or the options: it states {', '.join(mismatches)}")
     identity = {f"model.{name}": value for name, value in values.items()}
     identity["data.tokenizer"] = _tokenizer_spec(tokenizer, values["vocab_size"])
     return save_checkpoint(root, model=model, state={}, step=0, val_loss=None, identity=identity, keep_last=1)
 
 
 def _tokenizer_spec(tokenizer: str, vocab_size: int) -> str:
-    """The spec with an absolute path, so the checkpoint works from any folder."""
+    """Returns the spec with an absolute path, so that the checkpoint works from any folder."""
     kind, argument = parse_spec(tokenizer)
     if kind == "sentencepiece":
         raise ConfigError(f"{tokenizer} would be trained on a corpus; an official model needs gpt2 or PATH.model")
@@ -301,7 +304,7 @@ def _tokenizer_spec(tokenizer: str, vocab_size: int) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Runs the command line and returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m ngpt.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -314,7 +317,7 @@ def main(arguments: list[str] | None = None) -> int:
         each.add_argument("--out", type=Path, required=True, metavar="DIR", help="output folder")
     nvidia.add_argument("--rope", default="nvidia", choices=ROPE_KINDS, help="default: nvidia")
     nvidia.add_argument("--tokenizer", default="gpt2", metavar="T", help="gpt2 (default), gpt2:DIR or PATH.model")
-    nanochat.add_argument("--n-kv-head", type=int, metavar="G", help="heads of keys and values; default: likewise")
+    nanochat.add_argument("--n-kv-head", type=int, metavar="G", help="key/value heads; default: as in the checkpoint")
     nanochat.add_argument("--tokenizer", required=True, metavar="T", help="gpt2, gpt2:DIR or PATH.model")
     options = vars(parser.parse_args(arguments))
     source, path, out, tokenizer = map(options.pop, ("source", "checkpoint", "out", "tokenizer"))

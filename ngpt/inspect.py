@@ -1,4 +1,4 @@
-"""Shows each stage of a forward pass on a real batch, in order: shape, vector lengths, time and facts.
+"""Shows the shape, vector lengths, time and statistics of each intermediate result of a pass on a real batch.
 
 python -m ngpt.inspect --set residual=add_normalize alpha=0.15 --backward
 python -m ngpt.inspect --checkpoint runs/first
@@ -33,7 +33,7 @@ from ngpt.training.loop import read_batch
 
 @dataclass(frozen=True)
 class Inspection:
-    """One pass: its stages, the stages of its gradients in the order of arrival, and the model's cost."""
+    """Stages of a forward pass, gradients in backward order, and a summary of loss and cost."""
 
     forward: list[Stage]
     backward: list[Stage]
@@ -43,9 +43,9 @@ class Inspection:
 def inspect_model(
     model: GPT, idx: Tensor, targets: Tensor, *, dtype: str = "float32", backward: bool = False
 ) -> Inspection:
-    """Records one pass of `model` on tokens idx and targets (B, T), after a pass to warm up.
+    """Records one pass of `model` on idx and targets (B, T), after a warm-up pass.
 
-    The model is left in evaluation mode and, with `backward`, with the gradients of the mean loss.
+    Leaves the model in evaluation mode and, with `backward`, with gradients of the mean loss.
     """
     model.eval()
     device = model.wte.weight.device
@@ -54,10 +54,10 @@ def inspect_model(
         model(idx, targets)
         with record_stages(model, recorder):
             loss = model(idx, targets)
-        recorder.see("loss", loss, lambda: {"ln_V": math.log(model.wte.num_embeddings)})
-        with torch.no_grad():  # training never holds all logits: compute them separately
+        recorder.record("loss", loss, lambda: {"ln_V": math.log(model.wte.num_embeddings)})
+        with torch.no_grad():  # the fused loss never materializes all logits, so compute them separately
             logits = model.logits(recorder.stream)
-        recorder.see("logits (apart)", logits, lambda: amplitude(logits))
+        recorder.record("logits (apart)", logits, lambda: amplitude(logits))
     if backward:
         model.zero_grad(set_to_none=True)
         recorder.resume()
@@ -66,7 +66,7 @@ def inspect_model(
 
 
 def summary(model: GPT, loss: float) -> dict[str, Any]:
-    """Loss, ln V, parameters by kind, FLOPs of a training token and, after a backward pass, gradient norms by kind."""
+    """Returns loss, ln V, parameter counts, FLOPs per token and, after a backward pass, gradient norms by kind."""
     groups = parameters_by_kind(model)
     norms = {kind: [p.grad.norm() for p in members if p.grad is not None] for kind, members in groups.items()}
     return {
@@ -81,10 +81,10 @@ def summary(model: GPT, loss: float) -> dict[str, Any]:
 
 
 def inspect(config: TrainConfig, *, checkpoint: Path | None = None, backward: bool = False) -> Inspection:
-    """Inspects the untrained model of a config, or that of a checkpoint, on the first training batch.
+    """Inspects the untrained model of a config, or the model of a checkpoint, on the first training batch.
 
     Raises:
-        ConfigError: the data do not fit the model, or the checkpoint was trained with another tokenizer.
+        ConfigError: the data do not fit the model, or the checkpoint was trained with a different tokenizer.
     """
     config = resolved(config)
     device = pick_device(config.device)
@@ -110,10 +110,10 @@ def inspect(config: TrainConfig, *, checkpoint: Path | None = None, backward: bo
 
 
 def checkpoint_config(path: Path, assignments: list[str]) -> TrainConfig:
-    """The settings of a checkpoint, changed by `name=value` assignments.
+    """Returns the settings of a checkpoint, overridden by `name=value` assignments.
 
     Raises:
-        ConfigError: no intact checkpoint; or neither it nor the assignments name the training data.
+        ConfigError: there is no intact checkpoint, or neither it nor the assignments name the training data.
     """
     checkpoint = find_checkpoint(path)
     named, problems = named_settings(TrainConfig, dict(map(parse_assignment, assignments)))
@@ -128,7 +128,7 @@ def checkpoint_config(path: Path, assignments: list[str]) -> TrainConfig:
 
 
 def table(stages: list[Stage]) -> str:
-    """A line per stage, at most 120 columns wide."""
+    """Formats one line per stage, at most 120 columns wide."""
     rows = [("stage", "shape", "length: mean min..max", "sphere", "type", "ms", "")]
     for stage in stages:
         mean, low, high = stage.length
@@ -140,7 +140,7 @@ def table(stages: list[Stage]) -> str:
 
 
 def _facts(facts: dict[str, float]) -> str:
-    """`degrees 3.1 (2.2..4.1)`: a fact with its smallest and largest value."""
+    """Formats each fact with its minimum and maximum, if any, as in `degrees 3.1 (2.2..4.1)`."""
     texts = []
     for name in (name for name in facts if not name.endswith(("_min", "_max"))):
         span = f" ({facts[f'{name}_min']:.2g}..{facts[f'{name}_max']:.2g})" if f"{name}_min" in facts else ""
@@ -149,26 +149,30 @@ def _facts(facts: dict[str, float]) -> str:
 
 
 def print_inspection(inspection: Inspection, *, as_json: bool) -> None:
-    """Prints one JSON object, or tables and one line per figure, to stdout."""
-    if as_json:  # strict JSON has no NaN and infinity: they become null
+    """Prints one JSON object, or tables followed by one line per summary value, to stdout."""
+    if as_json:  # strict JSON has no NaN or infinity, so they become null
         print(json.dumps(json.loads(json.dumps(asdict(inspection)), parse_constant=lambda _: None)))
         return
     print(table(inspection.forward))
     if inspection.backward:
-        print(f"\nbackward: the gradient of the loss for each stage, as it arrives\n{table(inspection.backward)}")
+        print(
+            f"\nbackward: the gradient of the loss for each stage, in the order computed\n{table(inspection.backward)}"
+        )
     print()
     for name, value in inspection.summary.items():
         print(f"{name:24} {value:.4g}" if isinstance(value, float) else f"{name:24} {value:,}")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Runs the command line and returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m ngpt.inspect", description="Each stage of one pass on real data: shapes, lengths, times."
     )
-    start = parser.add_mutually_exclusive_group()
-    start.add_argument("--config", type=Path, help="YAML file of settings; shows the untrained model")
-    start.add_argument("--checkpoint", type=Path, metavar="PATH", help="a trained model: a checkpoint, run or trial")
+    model_source = parser.add_mutually_exclusive_group()
+    model_source.add_argument("--config", type=Path, help="YAML file of settings; shows the untrained model")
+    model_source.add_argument(
+        "--checkpoint", type=Path, metavar="PATH", help="a trained model: a checkpoint, run or trial"
+    )
     add_set_option(parser)
     parser.add_argument("--backward", action="store_true", help="show the gradients too")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")

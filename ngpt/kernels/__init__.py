@@ -1,1 +1,1 @@
-"""Compiled code: the loss of the head, attention, the fused residual, and how they are built."""
+"""Compiled kernels: cross-entropy of the head, attention and the fused residual; and how they are built."""

@@ -1,6 +1,6 @@
 """Builds the C++ kernels beside this file at first use and loads them from the cache folder.
 
-The name of a library holds a digest of its sources and of the compiler's flags as expanded for this processor.
+A library's file name contains a hash of its sources and of the compiler flags that -march=native expands to here.
 """
 
 import ctypes
@@ -23,12 +23,12 @@ log = logging.getLogger(__name__)
 
 @functools.cache
 def load_native(name: str) -> ctypes.CDLL | None:
-    """Returns the library built from `name`.cpp, or None, with a warning, if it cannot be built."""
+    """Builds `name`.cpp if needed and loads it; logs a warning and returns None if it cannot be built."""
     source, compiler = Path(__file__).with_name(f"{name}.cpp"), os.environ.get("CXX", "g++")
     try:
         expanded = subprocess.run([compiler, *FLAGS, "-E", "-###", source], capture_output=True, check=True).stderr
-        parts = [part.read_bytes() for part in (source, *sorted(source.parent.glob("*.h")))]
-        digest = hashlib.sha256(b"\0".join([*parts, expanded])).hexdigest()[:16]
+        contents = [file.read_bytes() for file in (source, *sorted(source.parent.glob("*.h")))]
+        digest = hashlib.sha256(b"\0".join([*contents, expanded])).hexdigest()[:16]
         target = cache_folder() / "native" / f"{name}-{digest}.so"
         if not target.exists():
             _build(compiler, source, target)
@@ -41,7 +41,7 @@ def load_native(name: str) -> ctypes.CDLL | None:
 
 def _build(compiler: str, source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    temp = target.with_suffix(f".{uuid.uuid4().hex}.tmp")  # unique: another process may build the same library
+    temp = target.with_suffix(f".{uuid.uuid4().hex}.tmp")  # unique, since another process may build the same library
     try:
         subprocess.run([compiler, *FLAGS, "-o", temp, source], capture_output=True, check=True)
         temp.replace(target)

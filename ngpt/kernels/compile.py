@@ -1,7 +1,7 @@
-"""torch.compile for a process that trains many models in turn, and for later processes.
+"""torch.compile for processes that train many models one after another.
 
-Within a process, `compile_for` traces each graph once. torch caches compiled code on disk by its content, so other
-workers and later runs trace their graphs but compile nothing; `use_disk_cache` keeps it in the cache folder.
+Within a process, `compile_for` traces each graph once. Across processes, torch's disk cache is keyed by graph content,
+so other workers and later runs trace their graphs but compile nothing. `use_disk_cache` puts it in the cache folder.
 """
 
 import functools
@@ -21,24 +21,24 @@ MAX_GRAPHS = 64  # per process; the least recently used is dropped
 
 @functools.lru_cache(maxsize=MAX_GRAPHS)
 def compile_for(key: Hashable, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns `function` compiled for static shapes, once per `key`: all that determines its graph but shapes.
+    """Returns `function` compiled for static shapes, with one compiled function per `key`.
 
-    torch counts compilations per code object and gives up after eight, so each key gets a separate code object. A
-    graph break raises instead of running slowly.
+    The key must contain everything except shapes that determines the graph. torch counts compilations per code object
+    and gives up after eight, so each key gets a copy of the code object. A graph break raises an error.
     """
     use_disk_cache()
-    parts = (getattr(function, f"__{part}__") for part in ("globals", "name", "defaults", "closure"))
-    copy = types.FunctionType(function.__code__.replace(), *parts)
+    attributes = (getattr(function, f"__{name}__") for name in ("globals", "name", "defaults", "closure"))
+    copy = types.FunctionType(function.__code__.replace(), *attributes)
     copy.__kwdefaults__ = function.__kwdefaults__
     return torch.compile(copy, fullgraph=True, dynamic=False)
 
 
 def use_disk_cache() -> Path:
-    """Makes this process and its children keep compiled code in the cache folder; returns the folder in use.
+    """Points torch's compile cache at the project's cache folder, for this process and its children; returns the path.
 
-    A folder that the user set in TORCHINDUCTOR_CACHE_DIR stays; the temporary one that torch sets does not.
+    A folder that the user set in TORCHINDUCTOR_CACHE_DIR is kept. torch's temporary default is replaced.
     """
-    from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # loads the compiler: 1.5 seconds
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # imported here because it takes 1.5 seconds
 
     if os.environ.get(CACHE_VARIABLE) in (None, "", default_cache_dir()):
         os.environ[CACHE_VARIABLE] = str(cache_folder() / "compiled")

@@ -1,9 +1,9 @@
-// Causal attention in float32, forward and backward, for sequences whose scores fit a core's cache: see
+// Causal attention in float32, forward and backward, for sequences whose score matrix fits in a core's cache: see
 // cpu_attention.py.
 //
-// One task handles one head of one sequence: it copies q, k and v into dense matrices and multiplies those in tiles,
-// skipping what lies above the diagonal. torch's kernel calls a library for the product of each block; for a few
-// hundred tokens the calls cost more than the products.
+// Each task handles one head of one sequence. It copies q, k and v into dense matrices and multiplies them in tiles,
+// skipping tiles above the diagonal. torch's kernel calls a matrix library for each block; for a few hundred tokens
+// these calls cost more than the arithmetic.
 
 #include <algorithm>
 #include <cmath>
@@ -22,13 +22,13 @@ constexpr int64_t LANES = 8;
 constexpr int64_t LANES = 4;
 #endif
 constexpr int64_t TILE_COLUMNS = 2 * LANES;
-constexpr int64_t TILE_ROWS = 6;  // 12 sums, 2 factors and 1 broadcast value fit 16 registers
+constexpr int64_t TILE_ROWS = 6;  // 12 accumulators, 2 operands and 1 broadcast value fit in 16 registers
 
 typedef float Lanes __attribute__((vector_size(LANES * sizeof(float)), aligned(alignof(float))));
 
 int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
-// Zero-padded to whole tiles, with enough columns for a tile that starts on the diagonal.
+// A row-major matrix, zero-padded to whole tiles, with room for a tile that starts on the diagonal.
 struct Matrix {
     int64_t stride;
     std::vector<float> entries;
@@ -39,7 +39,7 @@ struct Matrix {
     float* row(int64_t number) { return entries.data() + number * stride; }
 };
 
-// One head of one sequence in q, k or v (B, T, heads, K).
+// A view of one head of one sequence in q, k or v (B, T, heads, K).
 struct Head {
     const float* first;
     int64_t step, tokens, width;
@@ -54,8 +54,8 @@ struct Head {
     }
 };
 
-// out (TILE_ROWS, columns) = a (TILE_ROWS, depth) @ b[from : from + depth], with columns rounded up to TILE_COLUMNS.
-// The strides of a may be those of a transposed matrix.
+// Computes out (TILE_ROWS, columns) = a (TILE_ROWS, depth) @ b[from : from + depth], with columns rounded up to a
+// multiple of TILE_COLUMNS. Swapping the strides of a transposes it.
 inline void multiply(
     const float* a, int64_t row_stride, int64_t column_stride, int64_t depth, Matrix& b, int64_t from, int64_t columns,
     float* out, int64_t out_stride
@@ -79,19 +79,19 @@ inline void multiply(
     }
 }
 
-// Replaces scores[0 .. count) by softmax(scale * scores); returns the log-sum-exp.
+// Replaces scores[0 .. count) by softmax(scale * scores); returns the log-sum-exp of scale * scores.
 inline float softmax(float* scores, int64_t count, float scale) {
-    float largest = -std::numeric_limits<float>::infinity(), total = 0.0f;
-#pragma omp simd reduction(max : largest)
-    for (int64_t j = 0; j < count; ++j) largest = scores[j] > largest ? scores[j] : largest;
+    float row_max = -std::numeric_limits<float>::infinity(), total = 0.0f;
+#pragma omp simd reduction(max : row_max)
+    for (int64_t j = 0; j < count; ++j) row_max = scores[j] > row_max ? scores[j] : row_max;
 #pragma omp simd reduction(+ : total)
     for (int64_t j = 0; j < count; ++j) {
-        scores[j] = fast_exp((scores[j] - largest) * scale);
+        scores[j] = fast_exp((scores[j] - row_max) * scale);
         total += scores[j];
     }
     const float inverse = 1.0f / total;
     for (int64_t j = 0; j < count; ++j) scores[j] *= inverse;
-    return largest * scale + std::log(total);
+    return row_max * scale + std::log(total);
 }
 
 inline float dot(const float* a, const float* b, int64_t count) {
@@ -103,11 +103,11 @@ inline float dot(const float* a, const float* b, int64_t count) {
 
 }  // namespace
 
-// q and out are (B, T, H, K), k and v (B, T, G, K) with H a multiple of G; scale > 0. log_sum (B, H, T), the
-// log-sum-exp of the scores, is for the backward pass.
+// Computes out (B, T, H, K) from q (B, T, H, K) and k and v (B, T, G, K), with H a multiple of G and scale > 0. Also
+// writes log_sum_exp (B, H, T), the log-sum-exp of the scaled scores, for the backward pass.
 extern "C" void attention_forward(
     const float* q, const float* k, const float* v, float scale, int64_t B, int64_t H, int64_t G, int64_t T, int64_t K,
-    float* out, float* log_sum
+    float* out, float* log_sum_exp
 ) {
 #pragma omp parallel
     {
@@ -124,7 +124,7 @@ extern "C" void attention_forward(
                 multiply(queries.row(i), queries.stride, 1, K, keys, 0, end, scores.row(0), scores.stride);
                 for (int64_t token = i; token < end; ++token) {
                     float* row = scores.row(token - i);
-                    log_sum[task * T + token] = softmax(row, token + 1, scale);
+                    log_sum_exp[task * T + token] = softmax(row, token + 1, scale);
                     std::fill(row + token + 1, row + end, 0.0f);
                 }
                 multiply(scores.row(0), scores.stride, 1, end, values, 0, K, mixed.row(0), mixed.stride);
@@ -135,9 +135,9 @@ extern "C" void attention_forward(
     }
 }
 
-// Gradients of q, k and v from `grad`, that of out; shapes as in the forward pass.
+// Computes the gradients of q, k and v from `grad`, the gradient of out; shapes as in the forward pass.
 extern "C" void attention_backward(
-    const float* q, const float* k, const float* v, const float* out, const float* log_sum, const float* grad, float scale,
+    const float* q, const float* k, const float* v, const float* out, const float* log_sum_exp, const float* grad, float scale,
     int64_t B, int64_t H, int64_t G, int64_t T, int64_t K, float* grad_q, float* grad_k, float* grad_v
 ) {
 #pragma omp parallel
@@ -162,10 +162,10 @@ extern "C" void attention_backward(
                     for (int64_t token = i; token < end; ++token) {
                         float *weight = weights.row(token), *score_grad = score_grads.row(token);
                         const float mean_grad = dot(out + first + token * H * K, grads.row(token), K);
-                        const float log_total = log_sum[(sequence * H + head) * T + token];
+                        const float row_log_sum_exp = log_sum_exp[(sequence * H + head) * T + token];
 #pragma omp simd
                         for (int64_t j = 0; j <= token; ++j) {
-                            weight[j] = fast_exp(weight[j] * scale - log_total);
+                            weight[j] = fast_exp(weight[j] * scale - row_log_sum_exp);
                             score_grad[j] = weight[j] * (score_grad[j] - mean_grad) * scale;
                         }
                         std::fill(weight + token + 1, weight + end, 0.0f);
@@ -180,8 +180,8 @@ extern "C" void attention_backward(
                     for (int64_t j = 0; j < T; j += TILE_ROWS) {
                         multiply(by_token.row(j) + j, 1, by_token.stride, T - j, rows, j, K, mixed.row(0), mixed.stride);
                         for (int64_t token = j; token < std::min(j + TILE_ROWS, T); ++token) {
-                            float* at = to + first_key + token * G * K;
-                            for (int64_t d = 0; d < K; ++d) at[d] = (is_first ? 0.0f : at[d]) + mixed.row(token - j)[d];
+                            float* sum = to + first_key + token * G * K;
+                            for (int64_t d = 0; d < K; ++d) sum[d] = (is_first ? 0.0f : sum[d]) + mixed.row(token - j)[d];
                         }
                     }
                 };

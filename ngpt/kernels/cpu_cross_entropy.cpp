@@ -1,13 +1,13 @@
 // Cross-entropy of a linear head and its gradients on a CPU with AVX512_BF16 (products of pairs of bfloat16): see
 // cpu_cross_entropy.py.
 //
-// The three matrix products and the softmax run while a tile is in registers or cache. Of the logits, only the
-// exponentials of a few hundred rows are ever in memory, in bfloat16: the weight's gradient needs a row's whole sum
-// first. oneDNN passes over these logits five times and packs them twice; this code writes and reads them once.
+// The three matrix products and the softmax run while a tile is in registers or cache. Logits are never stored; only
+// the exponentials of a few hundred rows are, in bfloat16, since the weight gradient needs each row's complete sum.
+// oneDNN passes over the logits five times and packs them twice; this code writes and reads the exponentials once.
 //
-// Exponentials are relative to the logit of the row's target: e^(z - z_target). The largest logit would be safer, but
-// is known only at the end. The target's needs no second pass and gives the loss as log1p(sum of the others), which keeps
-// all digits where the model is confident. A row whose sum exceeds LIMIT is left to the slower path.
+// Exponentials are relative to the target's logit: e^(z - z_target). Subtracting the row maximum would be safer, but it
+// is known only after a full pass. With the target's logit the loss is log1p(sum over the other entries), which stays
+// accurate when the model is confident. If a row's sum exceeds LIMIT, the caller falls back to the slower path.
 
 #if defined(__AVX512BF16__) && defined(__AVX512BW__) && !defined(__AMX_BF16__)  // with AMX, oneDNN is faster still
 
@@ -23,17 +23,17 @@ namespace {
 
 using bf16 = uint16_t;
 
-constexpr int LANES = 16;    // float32 of a register
+constexpr int LANES = 16;    // float32 numbers per register
 constexpr int PANEL = 48;    // vocabulary entries per tile: three registers
 constexpr int ROWS = 8;      // rows of x per tile
 constexpr int ENTRIES = 12;  // vocabulary entries per tile of the weight's gradient
 constexpr int WIDTH = 32;    // columns per tile of both gradients
-constexpr int BLOCK = 4 * PANEL;   // vocabulary entries between two additions to the gradient of x
-constexpr int64_t CACHED = 32768;  // numbers of that gradient that fit a core's cache beside the rest
-constexpr int64_t LINE = 64;       // bytes of a cache line
+constexpr int BLOCK = 4 * PANEL;   // vocabulary entries accumulated before adding to the gradient of x
+constexpr int64_t CACHED = 32768;  // entries of the gradient of x that fit in a core's cache beside the tiles
+constexpr int64_t LINE = 64;       // bytes per cache line
 constexpr float LIMIT = 1e30f;
 constexpr float LOG2_E = 1.44269504088896341f;
-constexpr float MASKED = -1e30f;  // a logit whose exponential is 0; minus infinity would give NaN
+constexpr float MASKED = -1e30f;  // replaces masked logits, since its exponential is 0; minus infinity would give NaN
 
 inline int64_t ceil_div(int64_t whole, int64_t parts) { return (whole + parts - 1) / parts; }
 
@@ -45,26 +45,26 @@ inline __m512bh broadcast_pair(const bf16* from) {
     return (__m512bh)_mm512_set1_epi32(both);
 }
 
-// Prefetches cache lines. Without it the products wait for main memory, since the processor cannot predict tiles.
+// Prefetches cache lines. Without it the products wait for memory: hardware prefetchers do not follow the tiles.
 inline void prefetch(const char* from, int64_t lines) {
     for (int64_t line = 0; line < lines; ++line) _mm_prefetch(from + line * LINE, _MM_HINT_T1);
 }
 
-// 2^x with a relative error below 3e-7; NaN stays NaN. The polynomial is that of fast_exp.h.
+// Returns 2^x with a relative error below 3e-7; NaN stays NaN. Uses the polynomial of fast_exp.h.
 inline __m512 power_of_two(__m512 x) {
     const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    const __m512 rest = _mm512_sub_ps(x, whole);
+    const __m512 fraction = _mm512_sub_ps(x, whole);
     __m512 value = _mm512_set1_ps(1.32187e-3f);
-    value = _mm512_fmadd_ps(value, rest, _mm512_set1_ps(9.67170e-3f));
-    value = _mm512_fmadd_ps(value, rest, _mm512_set1_ps(5.550893e-2f));
-    value = _mm512_fmadd_ps(value, rest, _mm512_set1_ps(2.4022238e-1f));
-    value = _mm512_fmadd_ps(value, rest, _mm512_set1_ps(6.9314686e-1f));
-    value = _mm512_fmadd_ps(value, rest, _mm512_set1_ps(1.0f));
+    value = _mm512_fmadd_ps(value, fraction, _mm512_set1_ps(9.67170e-3f));
+    value = _mm512_fmadd_ps(value, fraction, _mm512_set1_ps(5.550893e-2f));
+    value = _mm512_fmadd_ps(value, fraction, _mm512_set1_ps(2.4022238e-1f));
+    value = _mm512_fmadd_ps(value, fraction, _mm512_set1_ps(6.9314686e-1f));
+    value = _mm512_fmadd_ps(value, fraction, _mm512_set1_ps(1.0f));
     return _mm512_scalef_ps(value, whole);
 }
 
-// The weight, and scale * weight packed in bfloat16 in the two orders that the products read: by_columns has pairs of
-// columns together (panels, D / 2, PANEL, 2), by_entries pairs of entries (V / 2, D, 2). The last panel is zero-padded.
+// The weight, and scale * weight packed in bfloat16 in the two layouts that the products read: by_columns interleaves
+// pairs of columns (panels, D / 2, PANEL, 2), by_entries pairs of entries (V / 2, D, 2). The last panel is zero-padded.
 struct Weight {
     const float *values, *scale;  // (V, D); (V), (1) or null
     int64_t scales, vocabulary, width;
@@ -78,12 +78,12 @@ struct Weight {
     }
 };
 
-// ROWS rows of x with their targets.
+// A tile of ROWS rows of x with their targets and running sums.
 struct Rows {
-    std::vector<bf16> x;                         // (D / 2, ROWS, 2): pairs of columns together
-    int64_t target[ROWS];                        // -PANEL, which is in no panel, for a padding row
-    float target_z[ROWS];                        // logits of the targets, times log2(e)
-    alignas(LINE) float sums[ROWS][LANES] = {};  // exponentials of all entries but the target, per lane
+    std::vector<bf16> x;                         // (D / 2, ROWS, 2): pairs of columns interleaved
+    int64_t target[ROWS];                        // -PANEL, which lies in no panel, for padding rows
+    float target_z[ROWS];                        // target logits, times log2(e)
+    alignas(LINE) float sums[ROWS][LANES] = {};  // per lane: sum of exponentials without the target's
 
     Rows(const bf16* from, const int64_t* targets, int64_t filled, const Weight& weight) : x(weight.width * ROWS) {
         const int64_t width = weight.width;
@@ -102,9 +102,9 @@ struct Rows {
     }
 };
 
-// Adds the exponentials (ROWS, PANEL) of the entries from `start` to the sums; they are 0 at the target. With
-// gradients, also writes them to `by_rows`, with rows BLOCK apart, and to `zipped` (ROWS / 2, PANEL, 2), with pairs of
-// rows together.
+// Computes the exponentials (ROWS, PANEL) of the panel whose first entry is `start`, with 0 at the target, and adds
+// them to the sums. With gradients, also writes them to `by_rows`, with row stride BLOCK, and to `zipped`
+// (ROWS / 2, PANEL, 2), with pairs of rows interleaved.
 template <bool gradients>
 inline void add_exponentials(
     Rows& rows, const Weight& weight, const bf16* panel, int64_t start, bf16* by_rows, bf16* zipped
@@ -136,15 +136,15 @@ inline void add_exponentials(
             const int64_t first = start + part * LANES, left = weight.vocabulary - first;
             __m512 value[2];
 #pragma GCC unroll 2
-            for (int one = 0; one < 2; ++one) {
-                __m512 logit = z[row + one][part];
-                const int64_t at = rows.target[row + one] - first;
-                if (__builtin_expect(at >= 0 && at < LANES, 0))
-                    logit = _mm512_mask_mov_ps(logit, __mmask16(1u << at), masked);
+            for (int i = 0; i < 2; ++i) {
+                __m512 logit = z[row + i][part];
+                const int64_t lane = rows.target[row + i] - first;
+                if (__builtin_expect(lane >= 0 && lane < LANES, 0))
+                    logit = _mm512_mask_mov_ps(logit, __mmask16(1u << lane), masked);
                 if (__builtin_expect(left < LANES, 0))
                     logit = _mm512_mask_mov_ps(logit, __mmask16(left > 0 ? 0xffffu << left : 0xffffu), masked);
-                value[one] = power_of_two(_mm512_fmsub_ps(logit, log2_e, _mm512_set1_ps(rows.target_z[row + one])));
-                sum[one] = _mm512_add_ps(sum[one], value[one]);
+                value[i] = power_of_two(_mm512_fmsub_ps(logit, log2_e, _mm512_set1_ps(rows.target_z[row + i])));
+                sum[i] = _mm512_add_ps(sum[i], value[i]);
             }
             if (!gradients) continue;
             const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(value[1], value[0]);
@@ -158,8 +158,8 @@ inline void add_exponentials(
     }
 }
 
-// out (count, WIDTH) = or, with `add`, += a (count, 2 * pairs) @ b (2 * pairs, WIDTH). Rows of out are `width` apart;
-// b is (pairs, width, 2). Meanwhile prefetches the memory at `ahead`, `per_pair` bytes for each pair.
+// Computes out (count, WIDTH) = a (count, 2 * pairs) @ b (2 * pairs, WIDTH), or out += with `add`. out has row stride
+// `width`; b is stored as (pairs, width, 2). Meanwhile prefetches memory from `ahead`, `per_pair` bytes for each pair.
 template <int count, int row_stride, int pair_stride>
 inline void multiply(
     const bf16* a, const bf16* b, int64_t width, int64_t pairs, float* out, bool add, const char* ahead, int64_t per_pair
@@ -183,44 +183,44 @@ inline void multiply(
     }
     for (int row = 0; row < count; ++row)
         for (int part = 0; part < parts; ++part) {
-            float* at = out + row * width + part * LANES;
-            _mm512_storeu_ps(at, add ? _mm512_add_ps(_mm512_loadu_ps(at), sum[row][part]) : sum[row][part]);
+            float* to = out + row * width + part * LANES;
+            _mm512_storeu_ps(to, add ? _mm512_add_ps(_mm512_loadu_ps(to), sum[row][part]) : sum[row][part]);
         }
 }
 
-// Rows of x that are processed at once, padded to a multiple of ROWS.
+// Rows of x that are processed together, padded to a multiple of ROWS.
 struct Chunk {
     const bf16* x;  // (rows, D)
     const int64_t* target;
     int64_t start, rows, padded;
-    std::vector<bf16> scaled;  // x / ((1 + others) N) as (padded / 2, D, 2); padding is 0
+    std::vector<bf16> scaled;  // x / ((1 + others) N) stored as (padded / 2, D, 2); zero in padding rows
 
     Chunk(const bf16* all, const int64_t* targets, int64_t start, int64_t rows, int64_t width)
         : x(all + start * width), target(targets + start), start(start), rows(rows),
           padded(ceil_div(rows, ROWS) * ROWS), scaled(padded * width) {}
 };
 
-// Output buffers. The gradients are those of the mean loss; the last four are null if only the loss is wanted.
+// Output buffers. Gradients are of the mean loss; all buffers but `others` are null if only the loss is needed.
 struct Results {
-    float* others;       // (N): sum of e^(z - z_target) over all entries but the target
+    float* others;       // (N): sum of e^(z - z_target) over all entries except the target
     float* grad_x;       // (N, D)
     float* grad_weight;  // (V, D)
     float* grad_scale;   // (V)
-    bf16* slope;  // (panels, chunk rows / 2, PANEL, 2): the exponentials of a chunk, and -others at the target
+    bf16* grad_logits;  // (panels, padded / 2, PANEL, 2): a chunk's exponentials, with -others at the target
 };
 
-// Computes the sums, the slope and the gradient of x for tiles `first` to `last` of a chunk. Returns false if a sum
-// exceeds LIMIT or is NaN.
+// Computes the sums, the logit gradients and the gradient of x for tiles [first, last) of a chunk. Returns false if a
+// sum exceeds LIMIT or is NaN.
 bool process_rows(Chunk& chunk, int64_t first, int64_t last, int64_t n, const Weight& weight, const Results& results) {
     const int64_t width = weight.width, count = last - first;
-    const bool gradients = results.slope != nullptr;
+    const bool gradients = results.grad_logits != nullptr;
     std::vector<Rows> tiles;
     for (int64_t row = first * ROWS; row < last * ROWS; row += ROWS)
         tiles.emplace_back(chunk.x + row * width, chunk.target + row, chunk.rows - row, weight);
     std::vector<float> grad(gradients ? count * ROWS * width : 0);
     std::vector<bf16> by_rows(gradients ? count * ROWS * BLOCK : 0);
     const int64_t panel_bytes = PANEL * width * sizeof(bf16);
-    const int64_t lines = ceil_div(panel_bytes / LINE, count);  // of the next panel, per tile of this one
+    const int64_t lines = ceil_div(panel_bytes / LINE, count);  // of the next panel to prefetch per tile
     for (int64_t begin = 0; begin < weight.panels(); begin += BLOCK / PANEL) {
         const int64_t end = std::min<int64_t>(begin + BLOCK / PANEL, weight.panels());
         for (int64_t number = begin; number < end; ++number)
@@ -230,7 +230,7 @@ bool process_rows(Chunk& chunk, int64_t first, int64_t last, int64_t n, const We
                     add_exponentials<true>(
                         tiles[tile], weight, weight.panel(number), number * PANEL,
                         &by_rows[tile * ROWS * BLOCK + (number - begin) * PANEL],
-                        results.slope + (number * chunk.padded + (first + tile) * ROWS) * PANEL
+                        results.grad_logits + (number * chunk.padded + (first + tile) * ROWS) * PANEL
                     );
                 else
                     add_exponentials<false>(tiles[tile], weight, weight.panel(number), number * PANEL, nullptr, nullptr);
@@ -254,7 +254,7 @@ bool process_rows(Chunk& chunk, int64_t first, int64_t last, int64_t n, const We
         results.others[chunk.start + row] = others;
         if (!gradients) continue;
         const int64_t slot = (target / PANEL * chunk.padded + row / 2 * 2) * PANEL + target % PANEL * 2 + row % 2;
-        results.slope[slot] = to_bfloat16(-others);
+        results.grad_logits[slot] = to_bfloat16(-others);
         const float share = 1.0f / ((1.0f + others) * float(n)), scale = weight.scale_of(target);
         const float* from = &grad[(row - first * ROWS) * width];
         for (int64_t d = 0; d < width; ++d) {
@@ -265,34 +265,34 @@ bool process_rows(Chunk& chunk, int64_t first, int64_t last, int64_t n, const We
     return in_range;
 }
 
-// Adds the contribution of a chunk to one panel of the weight's gradient; after the `last` chunk applies the scale.
+// Adds a chunk's contribution to one panel of the weight gradient; after the `last` chunk also applies the scale.
 void process_panel(const Chunk& chunk, int64_t number, bool last, const Weight& weight, const Results& results) {
     const int64_t width = weight.width, pairs = chunk.padded / 2, left = weight.vocabulary - number * PANEL;
-    const bf16* slope = results.slope + number * chunk.padded * PANEL;
+    const bf16* grad_logits = results.grad_logits + number * chunk.padded * PANEL;
     float* const result = results.grad_weight + number * PANEL * width;
-    std::vector<float> edge;  // for the last panel: the result ends with the vocabulary
+    std::vector<float> edge;  // padded copy of the last panel, whose result ends at the vocabulary
     if (left < PANEL) {
         edge.assign(PANEL * width, 0.0f);
         if (chunk.start) std::copy(result, result + left * width, edge.begin());
     }
     float* const out = left < PANEL ? edge.data() : result;
     const int64_t per_pair = ceil_div(PANEL * 2 * sizeof(bf16), PANEL / ENTRIES * width / WIDTH);
-    const char* ahead = (const char*)(slope + chunk.padded * PANEL);
+    const char* ahead = (const char*)(grad_logits + chunk.padded * PANEL);
     for (int64_t column = 0; column < width; column += WIDTH)
         for (int64_t entry = 0; entry < PANEL; entry += ENTRIES, ahead += pairs * per_pair)
             multiply<ENTRIES, 2, PANEL * 2>(
-                slope + entry * 2, &chunk.scaled[column * 2], width, pairs, out + entry * width + column,
+                grad_logits + entry * 2, &chunk.scaled[column * 2], width, pairs, out + entry * width + column,
                 chunk.start > 0, ahead, per_pair
             );
     if (last && weight.scale)
         for (int64_t entry = number * PANEL; entry < number * PANEL + std::min<int64_t>(PANEL, left); ++entry) {
-            float* of_entry = out + (entry - number * PANEL) * width;
+            float* entry_grad = out + (entry - number * PANEL) * width;
             const float *values = weight.values + entry * width, factor = weight.scale_of(entry);
             float product = 0.0f;
 #pragma omp simd reduction(+ : product)
             for (int64_t d = 0; d < width; ++d) {
-                product += of_entry[d] * values[d];
-                of_entry[d] *= factor;
+                product += entry_grad[d] * values[d];
+                entry_grad[d] *= factor;
             }
             results.grad_scale[entry] = product;
         }
@@ -329,20 +329,21 @@ void pack(const Weight& weight, bool gradients) {
 
 }  // namespace
 
-// For logits x @ (scale * weight)^T with x (N, D) in bfloat16, D a multiple of 32, weight (V, D) and scale (V), (1) or
-// null. Work space: `packed` (2, panels * PANEL, D), whose second half is unused without gradients, and `slope`
-// (panels * PANEL, rows_at_once), null without gradients. For the outputs see Results.
-// Returns 0; or 1, with invalid results, if a target is outside the vocabulary or a sum exceeds LIMIT or is NaN.
+// Computes the cross-entropy of logits x @ (scale * weight)^T and its gradients, for x (N, D) in bfloat16, D a multiple
+// of 32, weight (V, D) and scale (V), (1) or null. Results describes the outputs. Workspace: `packed`
+// (2, panels * PANEL, D), whose second half is unused without gradients, and `grad_logits` (panels * PANEL, rows_at_once),
+// null without gradients.
+// Returns 0 on success, or 1 if a target is outside the vocabulary or a sum exceeds LIMIT or is NaN.
 extern "C" int cpu_cross_entropy(
     const bf16* x, const int64_t* target, const float* values, const float* scale, int64_t scales, int64_t n, int64_t width,
-    int64_t vocabulary, int64_t rows_at_once, bf16* packed, bf16* slope, float* others, float* grad_x, float* grad_weight,
+    int64_t vocabulary, int64_t rows_at_once, bf16* packed, bf16* grad_logits, float* others, float* grad_x, float* grad_weight,
     float* grad_scale
 ) {
-    if (std::any_of(target, target + n, [=](int64_t one) { return one < 0 || one >= vocabulary; })) return 1;
+    if (std::any_of(target, target + n, [=](int64_t entry) { return entry < 0 || entry >= vocabulary; })) return 1;
     bf16* by_entries = packed + ceil_div(vocabulary, PANEL) * PANEL * width;
     const Weight weight{values, scale, scales, vocabulary, width, packed, by_entries};
-    pack(weight, slope != nullptr);
-    const Results results{others, grad_x, grad_weight, grad_scale, slope};
+    pack(weight, grad_logits != nullptr);
+    const Results results{others, grad_x, grad_weight, grad_scale, grad_logits};
     for (int64_t start = 0; start < n; start += rows_at_once) {
         Chunk chunk(x, target, start, std::min(rows_at_once, n - start), width);
         const int64_t tiles = chunk.padded / ROWS, cached = std::max<int64_t>(1, CACHED / width / ROWS);
@@ -355,7 +356,7 @@ extern "C" int cpu_cross_entropy(
             if (first < last) in_range = process_rows(chunk, first, last, n, weight, results) && in_range;
         }
         if (!in_range) return 1;
-        if (!slope) continue;
+        if (!grad_logits) continue;
 #pragma omp parallel for schedule(static)
         for (int64_t number = 0; number < weight.panels(); ++number)
             process_panel(chunk, number, start + chunk.rows == n, weight, results);

@@ -1,10 +1,11 @@
 """The residual rule `lerp` as one Triton kernel forward and one backward, for uncompiled models on a GPU.
 
-Torch passes over the (B, T, D) stream once per operation and keeps the intermediate results for the backward pass. The
-kernels (fused_lerp_triton.py) read x and f once and keep only them. Under torch.compile, Inductor does the same.
+Eager torch reads and writes the (B, T, D) stream once per operation and saves intermediate results for the backward
+pass. The kernels (fused_lerp_triton.py) read x and f once and save only those. Under torch.compile, Inductor fuses the
+operations itself.
 
-They have not run on a real GPU yet, only in Triton's interpreter, so they are off unless NGPT_FUSED_LERP=1 is set.
-Their first use on each device checks them against float64.
+The kernels have only run in Triton's interpreter, not on a GPU yet, so they are off unless NGPT_FUSED_LERP=1 is set.
+The first use on each device checks them against float64.
 """
 
 import functools
@@ -24,17 +25,17 @@ from ngpt.system.memory import is_out_of_memory
 
 log = logging.getLogger(__name__)
 SWITCH = "NGPT_FUSED_LERP"  # environment variable; 1 turns the kernels on
-MAX_WIDTH = 4096  # a row is held in the registers of one program
-# Dtypes of x and f, and the largest accepted error relative to the largest entry. A wrong kernel is far outside.
+MAX_WIDTH = 4096  # one program holds a whole row in registers
+# Supported dtypes of x and f, and the error, relative to the largest entry, at which a kernel counts as wrong.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 CHECKED_TOKENS = 64
 
 
 def should_fuse(x: Tensor, f: Tensor, alpha: Tensor) -> bool:
-    """Whether `fused_lerp` replaces the torch formula: if turned on, uncompiled, on a GPU where it is correct."""
-    # torch has no public test for vmap, which does not know the kernels.
-    batched = torch._C._functorch.is_batchedtensor(x)  # pyright: ignore[reportAttributeAccessIssue]
-    if torch.compiler.is_compiling() or batched or not x.is_cuda or os.environ.get(SWITCH) != "1":
+    """Whether to use `fused_lerp`: it must be switched on, and run uncompiled on a GPU where it is correct."""
+    # The kernels do not support vmap, and torch has no public function to detect it.
+    is_vmapped = torch._C._functorch.is_batchedtensor(x)  # pyright: ignore[reportAttributeAccessIssue]
+    if torch.compiler.is_compiling() or is_vmapped or not x.is_cuda or os.environ.get(SWITCH) != "1":
         return False
     return supports(x, f, alpha) and is_correct(x.device, x.shape[-1], x.dtype, f.dtype)
 
@@ -54,11 +55,11 @@ def supports(x: Tensor, f: Tensor, alpha: Tensor) -> bool:
 
 
 def fused_lerp(x: Tensor, f: Tensor, alpha: Tensor) -> Tensor:
-    """`ngpt.model.residual.lerp` with its default norm: float32 in the shape of x; differentiable once for all three.
+    """Computes `ngpt.model.residual.lerp` with its default norm in float32; differentiable once for all inputs.
 
-    x and f are (..., D), float32 or bfloat16; alpha is float32 (D,), (1,) or ().
+    x and f are (..., D), float32 or bfloat16; alpha is float32 (D,), (1,) or (). The result has the shape of x.
     """
-    # A single number becomes a row with stride 0; autograd sums its gradient.
+    # A single alpha is expanded to a row with stride 0; autograd sums its gradient.
     return _Lerp.apply(x, f, alpha.expand(x.shape[-1]))  # pyright: ignore[reportReturnType]
 
 
@@ -88,10 +89,10 @@ def _rows(tensor: Tensor) -> Tensor:
 
 @functools.cache
 def is_correct(device: torch.device, width: int, x_dtype: torch.dtype, f_dtype: torch.dtype) -> bool:
-    """Whether Triton is installed (torch's CUDA builds depend on it) and the kernels agree with torch on this device.
+    """Whether Triton is installed (CUDA builds of torch include it) and the kernels agree with torch on this device.
 
-    Building them needs a C compiler, Python's headers and a recent GPU. If it fails, or the results are wrong, a
-    warning says why the torch formula is used. Checked once per process and kind of operands.
+    Building them needs a C compiler, Python's headers and a recent GPU. If the build fails or the results are wrong,
+    logs a warning. Checked once per process, device, width and dtypes.
     """
     if importlib.util.find_spec("triton") is None:
         return False
@@ -102,18 +103,18 @@ def is_correct(device: torch.device, width: int, x_dtype: torch.dtype, f_dtype: 
     except (TritonError, RuntimeError, OSError, subprocess.SubprocessError) as reason:
         if is_out_of_memory(reason):
             raise
-        log.warning("residual steps run without the fused kernel, which cannot be built here: %s", reason)
+        log.warning("residual steps run without the fused kernel, which cannot be built on this machine: %s", reason)
         return False
     if error < max(TOLERANCE[x_dtype], TOLERANCE[f_dtype]):  # false for NaN
         return True
-    log.warning("residual steps run without the fused kernel: on %s its error is %.1g", device, error)
+    log.warning("residual steps run without the fused kernel, whose error on %s is %.1g", device, error)
     return False
 
 
 def max_error(device: torch.device, width: int, x_dtype: torch.dtype, f_dtype: torch.dtype) -> float:
-    """Largest error of value and gradients against torch in float64, relative to the largest entry; NaN if any is."""
+    """Returns the largest error of output and gradients against float64, relative to the largest entry; may be NaN."""
 
-    def waves(phase: float, *shape: int) -> Tensor:  # drawing random numbers would change those of the run
+    def waves(phase: float, *shape: int) -> Tensor:  # not random numbers, which would advance the run's generator
         return torch.sin(phase * torch.arange(math.prod(shape), device=device)).view(shape)
 
     shape = CHECKED_TOKENS, width

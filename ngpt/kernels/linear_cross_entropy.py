@@ -1,10 +1,10 @@
-"""Cross-entropy of a linear head without holding the (N, V) matrix of its logits in memory.
+"""Cross-entropy of a linear head without materializing the (N, V) logits.
 
-As in Liger Kernel's fused linear cross-entropy (arXiv 2410.10989, section 3.2), the rows are processed in chunks, and
-loss and gradients of a chunk are computed from its logits, which are then discarded. The backward pass only multiplies.
-Unlike in Liger, the softmax's divisor is applied to the (rows, D) factors instead of the (rows, V) chunk, which saves a
-pass over the logits, and nGPT's logit scale is folded into the (V, D) weight. On some CPUs the whole compiled loss is
-one C++ kernel instead: cpu_cross_entropy.py.
+As in Liger Kernel's fused linear cross-entropy (arXiv 2410.10989, section 3.2), rows are processed in chunks: the
+forward pass computes a chunk's logits, its loss and its gradients, then discards the logits. The backward pass only
+rescales the gradients. Unlike in Liger, the softmax denominator divides the (rows, D) operands instead of the (rows, V)
+chunk, which saves a pass over the logits, and nGPT's logit scale is folded into the (V, D) weight. On some CPUs the
+compiled loss is a single C++ kernel instead (cpu_cross_entropy.py).
 """
 
 import ctypes
@@ -22,13 +22,13 @@ from ngpt.kernels.compile import compile_for
 from ngpt.kernels.cpu_cross_entropy import cpu_cross_entropy
 
 MIB = 2**20
-# Bytes of a chunk of logits, counted in float32: large enough for efficient products, small beside the model.
+# Bytes per chunk of logits, counted as float32: large enough for efficient products, small compared with the model.
 CHUNK_BYTES = {"cpu": 128 * MIB, "cuda": 256 * MIB}
-# Bytes of a block that is read again at once and should stay in a CPU's cache.
+# Bytes per block that is read twice in succession and should stay in a CPU's cache.
 BLOCK_BYTES = {"cpu": 2 * MIB, "cuda": 256 * MIB}
-# Rows of V numbers are padded to a multiple of this, since tensor cores read aligned groups of 16 bytes.
+# The vocabulary dimension is padded to a multiple of this, since tensor cores read aligned groups of 16 bytes.
 PITCH = {"cpu": 1, "cuda": 64}
-CPU_KERNEL_CHUNK_BYTES = {"cpu": 64 * MIB}  # bytes of a chunk of cpu_cross_entropy.py, counted in float32
+CPU_KERNEL_CHUNK_BYTES = {"cpu": 64 * MIB}  # bytes per chunk in cpu_cross_entropy.py, counted as float32
 
 
 def linear_cross_entropy(
@@ -40,24 +40,24 @@ def linear_cross_entropy(
     softcap: float | None = None,
     compiled: bool = False,
 ) -> Tensor:
-    """Mean cross-entropy in nats of logits = cap(scale * (x @ weight.T)) against targets, a scalar.
+    """Returns the mean cross-entropy in nats of logits cap(scale * (x @ weight.T)) against targets, a scalar.
 
-    Products are in bfloat16 if x is, or under autocast; softmax, loss and sums over chunks are in float32. If x is
-    float64, so is everything. Differentiable once, for x, weight and scale; under `torch.no_grad()` no gradients are
-    computed. No target is ignored: -100 is out of range too.
+    Matrix products are bfloat16 if x is bfloat16 or under bfloat16 autocast; softmax, loss and sums over chunks are
+    float32. If x is float64, everything is. Differentiable once, for x, weight and scale. There is no ignore index:
+    a target of -100 is out of range.
 
     Args:
         x: (..., D).
         weight: (V, D).
-        targets: (...) int64 in [0, V); another value raises an error on a CPU and a device-side assertion on a GPU.
+        targets: (...) int64 in [0, V); other values raise an error on a CPU and a device-side assertion on a GPU.
         scale: (V,) or (1,), nGPT's s_z (arXiv 2410.01131, section 2.1).
         softcap: c of cap(z) = c * tanh(z / c) (Gemma 2, arXiv 2408.00118, section 2); None: cap(z) = z.
-        compiled: run the pass over the logits as one kernel, in C++ or by torch.compile; building it takes seconds.
+        compiled: fuse the pass over the logits into a kernel, in C++ or by torch.compile; building it takes seconds.
     """
     vocabulary, width = weight.shape
     if x.shape[-1] != width or x.shape[:-1] != targets.shape or targets.numel() == 0:
         raise ValueError(
-            f"x (..., D), weight (V, D) and targets (...) do not fit together, or are empty: "
+            f"shapes of x (..., D), weight (V, D) and targets (...) do not fit together, or targets is empty: "
             f"got {tuple(x.shape)}, {tuple(weight.shape)} and {tuple(targets.shape)}"
         )
     if scale is not None and scale.shape not in ((vocabulary,), (1,)):
@@ -65,8 +65,8 @@ def linear_cross_entropy(
     x, targets = x.reshape(-1, width), targets.reshape(-1, 1)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, scale)):
         return _LinearCrossEntropy.apply(x, weight, scale, targets, softcap, compiled)  # pyright: ignore[reportReturnType]
-    results = _by_cpu_kernel(x, weight, scale, targets, softcap, gradients=False) if compiled else None
-    return (results or _by_chunks(x, weight, scale, targets, softcap, compiled=compiled))[0]
+    results = _cpu_kernel_loss(x, weight, scale, targets, softcap, gradients=False) if compiled else None
+    return (results or _chunked_loss(x, weight, scale, targets, softcap, compiled=compiled))[0]
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -80,16 +80,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         softcap: float | None,
         compiled: bool,
     ) -> Tensor:
-        """Computes the gradients too, but leaves the last pass over the head's to `backward`, which scales it there.
+        """Computes the loss and the gradients, but leaves the last pass over the weight gradient to `backward`.
 
-        x (N, D), targets (N, 1), the rest as in `linear_cross_entropy`.
+        x is (N, D), targets (N, 1); the rest as in `linear_cross_entropy`.
         """
         ctx.x_dtype, ctx.compiled = x.dtype, compiled
-        results = _by_cpu_kernel(x, weight, scale, targets, softcap, gradients=True) if compiled else None
+        results = _cpu_kernel_loss(x, weight, scale, targets, softcap, gradients=True) if compiled else None
         ctx.is_complete = results is not None
         if results is None:
-            wanted = ctx.needs_input_grad[:3]
-            results = _by_chunks(x, weight, scale, targets, softcap, compiled=compiled, wanted=wanted)
+            needs_grad = ctx.needs_input_grad[:3]
+            results = _chunked_loss(x, weight, scale, targets, softcap, compiled=compiled, needs_grad=needs_grad)
         loss, *gradients = results
         ctx.save_for_backward(*gradients, *(() if ctx.is_complete else (weight, scale)))
         return loss
@@ -97,49 +97,57 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, share: Tensor | None
+        ctx: Any, grad_loss: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        """`share` is the gradient of the loss: 1, or the micro-batch's share of the step."""
-        # On a CPU the comparison is free and saves a pass and a copy.
-        if share is not None and share.device.type == "cpu" and share == 1:
-            share = None
+        """Multiplies the gradients by `grad_loss`: 1, or less if the step has several micro-batches."""
+        # On a CPU the comparison does not synchronize, and skipping the multiplication saves a pass and a copy.
+        if grad_loss is not None and grad_loss.device.type == "cpu" and grad_loss == 1:
+            grad_loss = None
         if ctx.is_complete:
-            grad_x, grad_weight, grad_scale = (_times(gradient, share) for gradient in ctx.saved_tensors)
+            grad_x, grad_weight, grad_scale = (_scale_by(gradient, grad_loss) for gradient in ctx.saved_tensors)
         else:
             grad_x, grad_scaled, weight, scale = ctx.saved_tensors
             weight, scale = weight.detach(), None if scale is None else scale.detach()
-            grad_x, grad_weight, grad_scale = _times(grad_x, share), None, None
+            grad_x, grad_weight, grad_scale = _scale_by(grad_x, grad_loss), None, None
             _, for_weight, for_scale, *_ = ctx.needs_input_grad
             if grad_scaled is not None:
                 shapes = weight.shape, weight.dtype, getattr(scale, "shape", None)
-                key = ("head", for_weight, for_scale, share is None, grad_scaled.dtype, *shapes)
+                key = ("head", for_weight, for_scale, grad_loss is None, grad_scaled.dtype, *shapes)
                 finish = compile_for(key, _head_gradients) if ctx.compiled else _head_gradients
-                grad_weight, grad_scale = finish(grad_scaled, weight, scale, share, for_weight, for_scale)
+                grad_weight, grad_scale = finish(grad_scaled, weight, scale, grad_loss, for_weight, for_scale)
         return None if grad_x is None else grad_x.to(ctx.x_dtype), grad_weight, grad_scale, None, None, None
 
 
-def _times(gradient: Tensor | None, share: Tensor | None) -> Tensor | None:
-    return gradient if gradient is None or share is None else gradient * share
+def _scale_by(gradient: Tensor | None, grad_loss: Tensor | None) -> Tensor | None:
+    return gradient if gradient is None or grad_loss is None else gradient * grad_loss
 
 
 def _head_gradients(
-    grad_scaled: Tensor, weight: Tensor, scale: Tensor | None, share: Tensor | None, for_weight: bool, for_scale: bool
+    grad_scaled: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    grad_loss: Tensor | None,
+    for_weight: bool,
+    for_scale: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of weight (V, D) and scale, times `share`, from that of scale * weight, transposed (D, V)."""
+    """Returns the gradients of weight (V, D) and scale, times `grad_loss`.
+
+    `grad_scaled` is the gradient of scale * weight, transposed (D, V).
+    """
     grad_weight, grad_scale = grad_scaled.t().contiguous(), None
     if for_scale and scale is not None:
-        grad_scale = _times((grad_weight * weight).sum(1).sum_to_size(scale.shape).to(scale.dtype), share)
-    factor = share if scale is None else _times(scale, share)
+        grad_scale = _scale_by((grad_weight * weight).sum(1).sum_to_size(scale.shape).to(scale.dtype), grad_loss)
+    factor = grad_loss if scale is None else _scale_by(scale, grad_loss)
     if factor is not None:
         grad_weight.mul_(factor.view(-1, 1))
-    # Compiled code may leave the gradient in (D, V) order, and autograd would copy it.
+    # Compiled code may return the gradient with a (D, V) memory layout, which autograd would copy.
     return grad_weight.to(weight.dtype).contiguous() if for_weight else None, grad_scale
 
 
-def _by_cpu_kernel(
+def _cpu_kernel_loss(
     x: Tensor, weight: Tensor, scale: Tensor | None, targets: Tensor, softcap: float | None, *, gradients: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None] | None:
-    """The loss and its gradients for x, weight and scale by `cpu_cross_entropy`; None if it does not apply."""
+    """Returns the loss and its gradients for x, weight and scale from the C++ kernel; None if it does not apply."""
     dtype, _ = _dtypes(x)
     if softcap is not None or x.device.type != "cpu" or dtype != torch.bfloat16:
         return None
@@ -147,7 +155,7 @@ def _by_cpu_kernel(
     return cpu_cross_entropy(x.to(dtype), weight, scale, targets, rows=rows, gradients=gradients)
 
 
-def _by_chunks(
+def _chunked_loss(
     x: Tensor,
     weight: Tensor,
     scale: Tensor | None,
@@ -155,55 +163,58 @@ def _by_chunks(
     softcap: float | None,
     *,
     compiled: bool,
-    wanted: tuple[bool, bool, bool] = (False, False, False),
+    needs_grad: tuple[bool, bool, bool] = (False, False, False),
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The loss and, if wanted, its gradients for x and for scale * weight, transposed (D, V)."""
-    dtype, exact = _dtypes(x)
+    """Returns the loss and its gradients for x and for scale * weight, the latter transposed (D, V).
+
+    `needs_grad` tells which of x, weight and scale need a gradient; gradients that are not needed are None.
+    """
+    dtype, accum_dtype = _dtypes(x)
     weight, scale = weight.detach(), None if scale is None else scale.detach()
     (n, width), vocabulary, device = x.shape, weight.shape[0], x.device
-    for_x, needs_gradients = wanted[0], any(wanted)
+    for_x, needs_gradients = needs_grad[0], any(needs_grad)
     rows, pitch = min(n, _rows(CHUNK_BYTES, device, vocabulary)), PITCH.get(device.type, PITCH["cpu"])
     padded = -(-vocabulary // pitch) * pitch
-    total = torch.zeros((), dtype=exact, device=device)
-    grad_x = torch.empty(n, width, dtype=exact, device=device) if for_x else None
-    # As (D, V): CPUs compute that product a quarter faster than (V, D).
-    grad_scaled = torch.zeros(width, padded, dtype=exact, device=device) if any(wanted[1:]) else None
+    total = torch.zeros((), dtype=accum_dtype, device=device)
+    grad_x = torch.empty(n, width, dtype=accum_dtype, device=device) if for_x else None
+    # Transposed, since CPUs compute the (D, V) product a quarter faster than the (V, D) one.
+    grad_scaled = torch.zeros(width, padded, dtype=accum_dtype, device=device) if any(needs_grad[1:]) else None
     buffer = torch.empty(rows, padded, dtype=dtype, device=device)
     row_numbers = torch.arange(rows, device=device)
     softmax = _compiled_softmax(buffer[:, :vocabulary], softcap, needs_gradients) if compiled else _softmax_by_blocks
     with torch.autocast(device.type, enabled=False), torch.no_grad():
         key = ("scaled", dtype, weight.shape, weight.dtype, None if scale is None else scale.shape)
-        scaled = compile_for(key, _scaled) if compiled and scale is not None else _scaled
-        factor = scaled(weight, scale, dtype)
+        scale_weight = compile_for(key, _scale_weight) if compiled and scale is not None else _scale_weight
+        scaled_weight = scale_weight(weight, scale, dtype)
         for start in range(0, n, rows):
             chunk, target = x[start : start + rows], targets[start : start + rows]
-            logits = torch.mm(chunk.to(dtype), factor.t(), out=buffer[: len(chunk), :vocabulary])
-            target_logits = _cap(logits.gather(1, target).to(exact), softcap)
+            logits = torch.mm(chunk.to(dtype), scaled_weight.t(), out=buffer[: len(chunk), :vocabulary])
+            target_logits = _cap(logits.gather(1, target).to(accum_dtype), softcap)
             is_full = len(chunk) == rows  # a shorter last chunk is not worth a separate compilation
-            peak, mass = (softmax if is_full else _softmax_by_blocks)(logits, softcap, needs_gradients)
-            losses = peak - target_logits + mass.log()  # (rows, 1), in nats
+            row_max, exp_sum = (softmax if is_full else _softmax_by_blocks)(logits, softcap, needs_gradients)
+            losses = row_max - target_logits + exp_sum.log()  # (rows, 1), in nats
             total += losses.sum()
             if not needs_gradients:
                 continue
-            slope = logits  # overwritten in place
-            # softmax - 1 at the target, times `mass` like the rest of the row; expm1 avoids cancellation.
-            cap_slope = 1.0 if softcap is None else 1 - (target_logits / softcap).square()
-            at_target = torch.expm1(-losses) * mass * cap_slope
-            # Not scatter_, which on a CPU copies the whole bfloat16 chunk to float32 and back.
-            slope[row_numbers[: len(chunk)], target[:, 0]] = at_target[:, 0].to(dtype)
+            grad_logits = logits  # softmax overwrote them in place
+            # At the target: (softmax - 1) * exp_sum, as the row is unnormalized; expm1 avoids cancellation.
+            cap_grad = 1.0 if softcap is None else 1 - (target_logits / softcap).square()
+            grad_target = torch.expm1(-losses) * exp_sum * cap_grad
+            # scatter_ on a CPU would copy the whole bfloat16 chunk to float32 and back.
+            grad_logits[row_numbers[: len(chunk)], target[:, 0]] = grad_target[:, 0].to(dtype)
             if grad_x is not None:
-                torch.div(slope @ factor, mass * n, out=grad_x[start : start + rows])
+                torch.div(grad_logits @ scaled_weight, exp_sum * n, out=grad_x[start : start + rows])
             if grad_scaled is not None:
-                _add_product(grad_scaled, (chunk / (mass * n)).to(dtype).t(), buffer[: len(chunk)])
+                _add_product(grad_scaled, (chunk / (exp_sum * n)).to(dtype).t(), buffer[: len(chunk)])
     return total / n, grad_x, None if grad_scaled is None else grad_scaled[:, :vocabulary]
 
 
-def _scaled(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _scale_weight(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     return (weight if scale is None else weight * scale[:, None]).to(dtype)
 
 
 def _dtypes(x: Tensor) -> tuple[torch.dtype, torch.dtype]:
-    """The dtype of the matrix products, and that of everything else."""
+    """Returns the dtype of the matrix products and the dtype of everything else."""
     autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
     if dtype not in (torch.bfloat16, torch.float32, torch.float64):
@@ -212,7 +223,7 @@ def _dtypes(x: Tensor) -> tuple[torch.dtype, torch.dtype]:
 
 
 def _rows(budget: dict[str, int], device: torch.device, vocabulary: int) -> int:
-    """The largest power of two of rows whose logits in float32 fit the budget; batches are powers of two too."""
+    """Returns how many rows of float32 logits fit the budget, as a power of two, which divides most batch sizes."""
     rows = budget.get(device.type, budget["cpu"]) // (4 * vocabulary)
     return 2 ** int(math.log2(max(1, rows)))
 
@@ -222,51 +233,54 @@ def _cap(z: Tensor, softcap: float | None) -> Tensor:
 
 
 def _unnormalized_softmax(z: Tensor, softcap: float | None, needs_gradients: bool) -> tuple[Tensor, Tensor]:
-    """Peak = max y and mass = sum of exp(y - peak), (R, 1), of uncapped logits z (R, V) with capped logits y.
+    """Returns row_max = max y and exp_sum = sum exp(y - row_max), both (R, 1), for y = cap(z) and logits z (R, V).
 
-    Overwrites z by the slope exp(y - peak) * dy/dz; without gradients only peak + log(mass) is meaningful.
+    Overwrites z with exp(y - row_max) * dy/dz. Without gradients, z is undefined afterwards and only
+    row_max + log(exp_sum) is meaningful.
     """
-    y, cap_slope = z.to(torch.promote_types(z.dtype, torch.float32)), None
+    y, cap_grad = z.to(torch.promote_types(z.dtype, torch.float32)), None
     if softcap is not None:
         y = y.div_(softcap).tanh_()
-        cap_slope = 1 - y.square() if needs_gradients else None
+        cap_grad = 1 - y.square() if needs_gradients else None
         y.mul_(softcap)
-    if not needs_gradients:  # torch's fused kernel is faster for the sum alone
-        log_mass = y[:, :1] - torch.log_softmax(y, -1)[:, :1]
-        return log_mass, torch.ones_like(log_mass)
-    peak = y.amax(-1, keepdim=True)
-    y.sub_(peak).exp_()
-    mass = y.sum(-1, keepdim=True)
-    z.copy_(y if cap_slope is None else y.mul_(cap_slope))
-    return peak, mass
+    if not needs_gradients:  # torch's fused kernel is faster if only the log-sum-exp is needed
+        log_sum_exp = y[:, :1] - torch.log_softmax(y, -1)[:, :1]
+        return log_sum_exp, torch.ones_like(log_sum_exp)
+    row_max = y.amax(-1, keepdim=True)
+    y.sub_(row_max).exp_()
+    exp_sum = y.sum(-1, keepdim=True)
+    z.copy_(y if cap_grad is None else y.mul_(cap_grad))
+    return row_max, exp_sum
 
 
 def _compiled_softmax(z: Tensor, softcap: float | None, needs_gradients: bool) -> Callable[..., tuple[Tensor, Tensor]]:
-    """`_unnormalized_softmax` as one kernel for logits like z: C++ for bfloat16 on a CPU, else torch.compile."""
-    by_cpp = z.device.type == "cpu" and z.dtype == torch.bfloat16 and softcap is None
-    if by_cpp and (library := load_native("softmax")):
+    """Returns `_unnormalized_softmax` as one kernel for the shape of z: C++ for bfloat16 on a CPU, else compiled."""
+    has_cpp_kernel = z.device.type == "cpu" and z.dtype == torch.bfloat16 and softcap is None
+    if has_cpp_kernel and (library := load_native("softmax")):
         return functools.partial(_cpp_softmax, library)
     return compile_for(("softmax", softcap, needs_gradients, z.dtype, z.shape), _unnormalized_softmax)
 
 
 def _cpp_softmax(library: ctypes.CDLL, z: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    """`_unnormalized_softmax` without softcap, by softmax.cpp."""
+    """`_unnormalized_softmax` without softcap, computed by softmax.cpp."""
     rows, vocabulary = z.shape
-    peak, mass = torch.empty(2, rows, 1).unbind()
-    pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (z, peak, mass))
+    row_max, exp_sum = torch.empty(2, rows, 1).unbind()
+    pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (z, row_max, exp_sum))
     library.unnormalized_softmax(*pointers, ctypes.c_int64(rows), ctypes.c_int64(vocabulary))
-    return peak, mass
+    return row_max, exp_sum
 
 
 def _softmax_by_blocks(z: Tensor, softcap: float | None, needs_gradients: bool) -> tuple[Tensor, Tensor]:
-    """`_unnormalized_softmax` on a few rows at a time."""
+    """`_unnormalized_softmax`, computed in blocks of rows that fit in the cache."""
     blocks = z.split(_rows(BLOCK_BYTES, z.device, z.shape[1]))
-    peaks, masses = zip(*(_unnormalized_softmax(block, softcap, needs_gradients) for block in blocks), strict=True)
-    return torch.cat(peaks), torch.cat(masses)
+    row_maxes, exp_sums = zip(
+        *(_unnormalized_softmax(block, softcap, needs_gradients) for block in blocks), strict=True
+    )
+    return torch.cat(row_maxes), torch.cat(exp_sums)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b; the product of bfloat16 matrices is rounded, the sum is not."""
+    """Adds a @ b to total. The product of bfloat16 matrices is rounded to bfloat16; the sum is not."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
         return

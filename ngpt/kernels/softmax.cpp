@@ -1,16 +1,17 @@
-// Softmax without its division, over rows of bfloat16 logits, in place: see `_unnormalized_softmax` in
+// Softmax without the final division, over rows of bfloat16 logits, in place: see `_unnormalized_softmax` in
 // linear_cross_entropy.py.
 //
-// It is twice as fast as the code of torch.compile. It reads a row once for the peak and once for the rest, while the
-// compiler stores the exponentials in float32 too; and e^x is only as exact as bfloat16 logits can use.
+// It is twice as fast as what torch.compile generates. It reads each row twice, for the maximum and for the
+// exponentials, and does not store the exponentials in float32 as compiled code does. e^x is only as accurate as
+// bfloat16 can represent.
 
 #include <limits>
 
 #include "fast_exp.h"
 
-// logits (rows, width) become e^(logit - peak). peak (rows) is the largest logit, mass (rows) the sum of the
-// exponentials in float32.
-extern "C" void unnormalized_softmax(uint16_t* logits, float* peak, float* mass, int64_t rows, int64_t width) {
+// Replaces logits (rows, width) by e^(logit - row_max). row_max (rows) is the largest logit of each row and exp_sum
+// (rows) the sum of its exponentials, both in float32.
+extern "C" void unnormalized_softmax(uint16_t* logits, float* row_max, float* exp_sum, int64_t rows, int64_t width) {
 #pragma omp parallel for schedule(static)
     for (int64_t row = 0; row < rows; ++row) {
         uint16_t* entries = logits + row * width;
@@ -27,7 +28,7 @@ extern "C" void unnormalized_softmax(uint16_t* logits, float* peak, float* mass,
             sum += value;
             entries[i] = to_bfloat16(value);
         }
-        peak[row] = largest;
-        mass[row] = sum;
+        row_max[row] = largest;
+        exp_sum[row] = sum;
     }
 }

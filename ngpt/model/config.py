@@ -1,4 +1,4 @@
-"""The settings of a model, and which of them fit together."""
+"""The settings of a model, with checks that they are compatible."""
 
 from typing import Annotated, Self
 
@@ -14,7 +14,7 @@ SCALE_KINDS = ("vector", "scalar")
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
 OnePerLayer = Annotated[tuple[Positive, ...], Field(min_length=1), Strict(False)]
-# A discriminated union, so a wrong number is one error and not one per branch.
+# A discriminated union, so that an invalid value gives one error instead of one per member of the union.
 Alpha = Annotated[
     Annotated[Positive, Tag("one-number")] | Annotated[OnePerLayer, Tag("one-per-layer")],
     Discriminator(lambda value: "one-per-layer" if isinstance(value, list | tuple) else "one-number"),
@@ -26,46 +26,48 @@ class ModelConfig(Config, frozen=True):
 
     n_layer: Count = 4
     n_head: Count = 4
-    n_kv_head: Count | None = None  # heads of keys and values; null: n_head, 1: multi-query, else grouped-query
+    n_kv_head: Count | None = None  # key/value heads; null: n_head; 1: multi-query; otherwise grouped-query
     n_embd: Count = 128
-    block_size: Count = 128  # tokens of context and of a training sequence
-    vocab_size: Annotated[int, Field(ge=2)] | None = None  # null: that of the tokenizer
+    block_size: Count = 128  # context length and training sequence length, in tokens
+    vocab_size: Annotated[int, Field(ge=2)] | None = None  # null: the tokenizer's
     tied: bool = False  # the head shares the embedding's matrix
     mlp: Annotated[str, one_of(MLP_KINDS, "MLP kind")] = "swiglu"
     mlp_ratio: Positive = 4.0  # hidden width of the MLP / n_embd
     qk_norm: bool = True
-    softmax_scale: Positive | None = None  # of attention scores; null: see Attention
+    softmax_scale: Positive | None = None  # multiplies the attention scores; null: see Attention
     softcap: Positive | None = None  # logits become softcap * tanh(logits / softcap)
     rope: Annotated[str, one_of(ROPE_KINDS, "rope")] = "rotary"
     rope_base: Positive = 10_000.0
     rope_scaling: Annotated[str, one_of(ROPE_SCALINGS, "rope scaling")] = "none"
-    rope_factor: Annotated[float, Field(ge=1)] = 1.0  # block_size / context that the model was trained with
+    rope_factor: Annotated[float, Field(ge=1)] = 1.0  # block_size / context length of the original training
     residual: Annotated[str, one_of(RESIDUAL_RULES, "residual rule", aliases=RESIDUAL_ALIASES)] = renamed_setting(
         "lerp", RESIDUAL_ALIASES
     )
 
     # nGPT only; no effect under `residual: add`:
-    alpha: Alpha = 0.05  # initial step length of the residuals, or several values spread over the depth
-    alpha_final: Positive | None = None  # alpha moves linearly to this over the run; null: no schedule
+    alpha: Alpha = 0.05  # initial step size of the residuals, or several values spread over the depth
+    alpha_final: Positive | None = None  # alpha changes linearly to this over the run; null: no schedule
     alpha_kind: Annotated[str, one_of(ALPHA_KINDS, "alpha kind")] = "vector"
     alpha_learned: bool = True
     alpha_sign: Annotated[str, one_of(ALPHA_SIGNS, "alpha sign")] = "abs"
     logit_scale: Positive = 1.0  # initial s_z
     logit_scale_kind: Annotated[str, one_of(SCALE_KINDS, "logit scale kind")] = "vector"
     s_uv: bool = True  # learned scale of the MLP's hidden units, times sqrt(n_embd)
-    scale_trick: bool = True  # store alpha, s_qk and s_z as 1/sqrt(n_embd), see Scale
-    norm_mode: Annotated[str, one_of(NORM_MODES, "norm mode")] = "baseline"  # what divides the residual step
+    scale_trick: bool = True  # store alpha, s_qk and s_z at 1/sqrt(n_embd), see Scale
+    norm_mode: Annotated[str, one_of(NORM_MODES, "norm mode")] = "baseline"  # rule for the divisor of the residual step
     norm_decay: Annotated[float, Field(ge=0, le=1)] = 0.9  # decay of norm mode `ema`
-    norm_every: Count = 1  # ghost norms: return to the sphere every this many sublayers, and at the last
-    norm_probability: Annotated[float, Field(gt=0, le=1)] = 1.0  # stochastic norms: the same at random, in training
+    norm_every: Count = 1  # ghost norms: renormalize after every norm_every sublayers and after the last
+    norm_probability: Annotated[float, Field(gt=0, le=1)] = (
+        1.0  # stochastic norms: in training, renormalize with this probability
+    )
 
     # GPT only; no effect under the other rules:
-    embedding_norm: bool = True  # normalize the stream after the embedding
-    norm_gain: bool = False  # learned gain in each RMSNorm of the stream
+    embedding_norm: bool = True  # normalize the embedding output
+    norm_gain: bool = False  # learned gain in each RMSNorm of the residual stream
 
     @property
     def on_sphere(self) -> bool:
-        """Whether the residual stream and the matrices have unit length: under every rule but `add`."""
+        """Whether the residual stream and the weight vectors have unit length, as under every rule but `add`."""
         return self.residual != "add"
 
     @property
@@ -83,7 +85,7 @@ class ModelConfig(Config, frozen=True):
 
     @property
     def stored_scale(self) -> float | None:
-        """The stored value of alpha, s_qk and s_z; None: the effective one."""
+        """Initial stored value of alpha, s_qk and s_z; None: equal to the effective value."""
         return self.n_embd**-0.5 if self.scale_trick else None
 
     @model_validator(mode="after")

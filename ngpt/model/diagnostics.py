@@ -1,4 +1,4 @@
-"""Measurements of a model in training: distance from the sphere, step lengths alpha, divisors r."""
+"""Diagnostics of a model in training: deviation from the sphere, residual step sizes alpha and divisors r."""
 
 import contextlib
 import functools
@@ -14,16 +14,17 @@ from ngpt.model.residual import Residual
 
 @torch.no_grad()
 def weight_norm_error(model: GPT) -> float:
-    """Largest deviation from length 1 of the vectors of the sphere weights; 0 for a GPT."""
+    """Largest deviation from unit length of any vector in the sphere weights; 0 for a GPT."""
     errors = [_deviation(weight, dim) for weight, dim in model.sphere_weights()]
     return float(torch.stack(errors).max()) if errors else 0.0
 
 
 @torch.no_grad()
 def activation_norm_error(model: GPT, idx: Tensor) -> float:
-    """Largest deviation from length 1 of the residual stream for tokens `idx` (B, T); 0 for a GPT.
+    """Largest deviation from unit length of the residual stream for tokens `idx` (B, T); 0 for a GPT.
 
-    Measured before the first sublayer and after each. In training mode, the last step's stochastic norms apply.
+    The stream is measured before the first sublayer and after each sublayer. In training mode, the stochastic norms
+    drawn for the current step apply.
     """
     if not model.cfg.on_sphere:
         return 0.0
@@ -32,7 +33,7 @@ def activation_norm_error(model: GPT, idx: Tensor) -> float:
 
 @torch.no_grad()
 def divisors(model: GPT, idx: Tensor) -> dict[str, Tensor]:
-    """Divisor r (B, T) after each sublayer for tokens `idx` (B, T), by name; empty in norm mode `baseline`."""
+    """Returns the divisor r (B, T) after each sublayer, by name, for tokens `idx` (B, T); empty for mode `baseline`."""
     if model.normalizer is None:
         return {}
     names = (f"r/{sublayer}.{layer}" for layer in range(len(model.blocks)) for sublayer in ("attention", "mlp"))
@@ -40,7 +41,7 @@ def divisors(model: GPT, idx: Tensor) -> dict[str, Tensor]:
 
 
 def divisor_statistics(divisors: dict[str, Tensor]) -> dict[str, float]:
-    """`r_mean`, `r_min` and `r_max` over all tokens and sublayers; empty without divisors."""
+    """Returns `r_mean`, `r_min` and `r_max` over all tokens and sublayers; empty if there are no divisors."""
     if not divisors:
         return {}
     r = torch.stack(list(divisors.values()))
@@ -49,7 +50,7 @@ def divisor_statistics(divisors: dict[str, Tensor]) -> dict[str, float]:
 
 @torch.no_grad()
 def effective_alphas(model: GPT) -> dict[str, Tensor]:
-    """Effective alphas of each residual by name, 1-D; empty for a GPT."""
+    """Returns the effective alphas (1-D) of each residual, by name; empty for a GPT."""
     alphas = {}
     for name, module in model.named_modules():
         if isinstance(module, Residual):
@@ -60,7 +61,7 @@ def effective_alphas(model: GPT) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def restore_counts_on_error(model: GPT) -> Iterator[None]:
-    """Restores the count of non-finite divisors r if the pass in the block fails, since it will be retried."""
+    """Restores the count of non-finite divisors if the with block raises, so that a retry does not count them twice."""
     with contextlib.ExitStack() as undo:
         undo.callback(_count_restorer(model))
         yield
@@ -68,7 +69,7 @@ def restore_counts_on_error(model: GPT) -> Iterator[None]:
 
 
 def _count_restorer(model: GPT) -> Callable[[], object]:
-    """A function that sets the count of non-finite divisors back to its present value."""
+    """Returns a function that resets the count of non-finite divisors to its current value."""
     if model.normalizer is None:
         return lambda: None
     count = model.normalizer.replaced
@@ -76,7 +77,10 @@ def _count_restorer(model: GPT) -> Callable[[], object]:
 
 
 def _outputs(model: GPT, idx: Tensor, kind: type[nn.Module]) -> list[Tensor]:
-    """Outputs of the modules of type `kind` for tokens `idx`, one per call; non-finite divisors are not counted."""
+    """Runs the model on `idx` and returns the output of each call of a module of type `kind`.
+
+    The count of non-finite divisors does not change.
+    """
     outputs: list[Tensor] = []
     with contextlib.ExitStack() as undo:
         undo.callback(_count_restorer(model))

@@ -4,7 +4,7 @@ from ngpt.model.config import ModelConfig
 
 
 def matrix_params(cfg: ModelConfig) -> int:
-    """Entries of the matrices that multiply each token: blocks and head, tied or not; the embedding is a lookup."""
+    """Number of matrix entries that multiply each token: blocks and head, but not the embedding lookup."""
     assert cfg.vocab_size is not None
     attention = 2 * cfg.n_embd + 2 * cfg.kv_heads * cfg.head_dim  # query and output, key and value
     mlp = cfg.hidden * (3 if cfg.mlp == "swiglu" else 2)
@@ -12,10 +12,10 @@ def matrix_params(cfg: ModelConfig) -> int:
 
 
 def flops_per_token(cfg: ModelConfig) -> int:
-    """FLOPs to train on one token: forward and backward of all matrix products.
+    """FLOPs per training token, forward and backward.
 
-    6 per matrix entry (one multiply-add forward, two backward), and 12 * n_layer * n_embd * block_size for attention
-    scores and mixing, not halved for causality: the count of PaLM (arXiv 2204.02311, appendix B) and nanochat (gpt.py,
-    estimate_flops). Sharing keys and values between heads saves matrix entries, but no scores.
+    6 per matrix entry (one multiply-add forward, two backward), plus 12 * n_layer * n_embd * block_size for attention
+    scores and weighted values, not halved for causality. This follows PaLM (arXiv 2204.02311, appendix B) and nanochat
+    (gpt.py, estimate_flops). Grouped-query attention saves matrix entries, but no score computation.
     """
     return 6 * matrix_params(cfg) + 12 * cfg.n_layer * cfg.n_embd * cfg.block_size

@@ -1,11 +1,11 @@
 """The language model. Attention and MLP are in layers.py, the settings in config.py.
 
 With `residual: add` it is a pre-norm GPT as in nanochat (RMSNorm without gain, QK norm, relu^2, softcap, untied head).
-With any other rule it is nGPT (arXiv 2410.01131; NVIDIA/ngpt): the residual stream and the rows of all matrices live on
-the unit sphere, and learned scales s_qk, s_uv, s_z replace the norms.
+With any other rule it is nGPT (arXiv 2410.01131; NVIDIA/ngpt): the residual stream and the weight vectors lie on the
+unit sphere, and learned scales s_qk, s_uv and s_z replace the norm layers.
 
-Shapes: B batch, T time, D width (n_embd), H heads, G heads of keys and values (n_kv_head), K head width (D / H),
-F hidden width of the MLP, V vocabulary.
+Shapes: B batch, T tokens, D width (n_embd), H heads, G key/value heads (n_kv_head), K head width (D / H), F hidden
+width of the MLP, V vocabulary.
 """
 
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ from ngpt.model.rope import rope_tables
 
 
 class SphereBlock(nn.Module):
-    """An nGPT block: attention and MLP read the stream without a norm; each moves it along the sphere."""
+    """nGPT block: attention and MLP read the stream without a norm, and each moves it along the sphere."""
 
     def __init__(self, cfg: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class SphereBlock(nn.Module):
         r: Tensor | None,
         cache: KVCache | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Stream (B, T, D) and, with a `normalizer`, divisor r (B, T) after the block."""
+        """Returns the stream (B, T, D) and the divisor r (B, T), or None without a `normalizer`, after the block."""
         f = self.attention(x, cos, sin, self.attention_residual.head_weights(), cache)
         if normalizer is not None and r is not None:
             r = normalizer(r, x, self.attention_residual.normalized_branch(f))
@@ -56,7 +56,7 @@ class SphereBlock(nn.Module):
 
 
 def _residual(cfg: ModelConfig, sublayer: int, *, n_head: int | None) -> Residual:
-    """The residual of one of the 2 * n_layer sublayers. With alphas per head, an MLP gets a single one."""
+    """Builds the residual of one of the 2 * n_layer sublayers. With per-head alphas, an MLP gets a single alpha."""
     alpha = spread_over_depth(cfg.alpha, cfg.n_layer)[sublayer // 2]
     sizes = {"vector": cfg.n_embd, "scalar": 1, "head": n_head or 1}
     renormalizes = (sublayer + 1) % cfg.norm_every == 0 or sublayer == 2 * cfg.n_layer - 1
@@ -73,7 +73,7 @@ def _residual(cfg: ModelConfig, sublayer: int, *, n_head: int | None) -> Residua
 
 
 class PreNormBlock(nn.Module):
-    """A GPT block: attention and MLP read the normalized stream and add to it."""
+    """Pre-norm GPT block: attention and MLP read the normalized stream and add to it."""
 
     def __init__(self, cfg: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -88,12 +88,12 @@ class PreNormBlock(nn.Module):
 
 
 def _rms_norm(cfg: ModelConfig) -> nn.RMSNorm:
-    # With a gain as in NVIDIA's GPT baseline; without as in nanochat, whose eps is torch's default.
+    # With gain as in NVIDIA's GPT baseline; without gain as in nanochat, which uses torch's default eps.
     return nn.RMSNorm(cfg.n_embd, eps=1e-6 if cfg.norm_gain else None, elementwise_affine=cfg.norm_gain)
 
 
 class GPT(nn.Module):
-    """The language model. `seed` determines the initial weights, which are the same on every device."""
+    """GPT or nGPT language model. `seed` determines the initial weights, independently of the device."""
 
     cos: Tensor
     sin: Tensor
@@ -101,7 +101,7 @@ class GPT(nn.Module):
     def __init__(self, cfg: ModelConfig, *, seed: int = 0) -> None:
         super().__init__()
         if cfg.vocab_size is None:
-            raise ValueError("model.vocab_size is not set: ngpt.training.config.resolved takes it from the tokenizer")
+            raise ValueError("model.vocab_size is not set: ngpt.training.config.resolved sets it from the tokenizer")
         self.cfg = cfg
         self.compiled, self._graph_key = False, ""
         self.wte = nn.Embedding(cfg.vocab_size, cfg.n_embd)
@@ -122,9 +122,9 @@ class GPT(nn.Module):
         self._initialize(torch.Generator().manual_seed(seed))
 
     def forward(self, idx: Tensor, targets: Tensor | None = None, *, cache: KVCache | None = None) -> Tensor:
-        """Logits (B, T, V) for token ids `idx` (B, T), or with `targets` (B, T) the mean cross-entropy in nats.
+        """Returns logits (B, T, V) for token ids `idx` (B, T), or with `targets` (B, T) the mean cross-entropy in nats.
 
-        With a `cache`, `idx` continues the tokens in it and is appended to them.
+        With a `cache`, `idx` continues the cached tokens and is appended to the cache.
         """
         x = self.features(idx, cache)
         if targets is None:
@@ -133,10 +133,10 @@ class GPT(nn.Module):
         return linear_cross_entropy(x, self.head_weight, targets, scale=scale, softcap=softcap, compiled=self.compiled)
 
     def compile_parts(self) -> None:
-        """Compiles the blocks and the pass over the logits at their next call, which takes seconds."""
-        # These settings reach the graph as tensors, so trials that differ in them share compiled code.
-        tensors = ("alpha", "alpha_final", "logit_scale", "rope_base")
-        self._graph_key = repr(self.cfg.model_copy(update=dict.fromkeys(tensors)))
+        """Turns on compilation: the blocks and the loss are compiled on their next call, which takes seconds."""
+        # These settings enter the graph as tensors, so models that differ only in them share compiled code.
+        tensor_settings = ("alpha", "alpha_final", "logit_scale", "rope_base")
+        self._graph_key = repr(self.cfg.model_copy(update=dict.fromkeys(tensor_settings)))
         if self.wte.weight.device.type == "cpu" and has_cpu_attention():
             for module in self.modules():
                 if isinstance(module, Attention):
@@ -144,8 +144,8 @@ class GPT(nn.Module):
         self.compiled = True
 
     def logits(self, x: Tensor) -> Tensor:
-        """Logits of `features` x (B, T, D): float32 (B, T, V)."""
-        # Scales the (V, D) weight, which is far smaller than the (B, T, V) logits.
+        """Returns the float32 logits (B, T, V) of features x (B, T, D)."""
+        # Scale the (V, D) weight, which is far smaller than the (B, T, V) logits.
         weight = self.head_weight if self.s_z is None else self.head_weight * self.s_z()[:, None]
         logits = F.linear(x, weight).float()
         return logits if self.cfg.softcap is None else self.cfg.softcap * torch.tanh(logits / self.cfg.softcap)
@@ -156,10 +156,10 @@ class GPT(nn.Module):
         return self.wte.weight if self.lm_head is None else self.lm_head.weight
 
     def features(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
-        """The input of the head, (B, T, D): the stream after the last block, normalized in a GPT."""
+        """Returns the input of the head (B, T, D): the stream after the last block, normalized in a GPT."""
         if not self.compiled:
             return self.features_uncompiled(idx, cache)
-        # One key per shape: a run that halves its batches after running out of memory would exceed torch's limit.
+        # One key per shape, since a run that repeatedly halves its batch would exceed torch's recompilation limit.
         return compile_for((self._graph_key, idx.shape), GPT.features_uncompiled)(self, idx, cache)
 
     def features_uncompiled(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
@@ -167,7 +167,7 @@ class GPT(nn.Module):
         return x if self.final_norm is None else self.final_norm(x)
 
     def stream(self, idx: Tensor, cache: KVCache | None = None) -> Iterator[Tensor]:
-        """The residual stream (B, T, D) before the first block and after each."""
+        """Yields the residual stream (B, T, D) before the first block and after each block."""
         past, new = cache.length if cache else 0, idx.shape[1]
         if past + new > self.cfg.block_size:
             raise ValueError(f"{past + new} tokens do not fit the model's block_size of {self.cfg.block_size}")
@@ -184,7 +184,10 @@ class GPT(nn.Module):
             cache.length += new
 
     def prepare_step(self, step: int, total: int, *, seed: int) -> None:
-        """Applies the alpha schedule and draws the stochastic norms of a step in 0 ... total - 1, without any state."""
+        """Applies the alpha schedule and draws the stochastic norms for `step`, in 0 ... total - 1.
+
+        Both are pure functions of the arguments, so a resumed run needs no extra state.
+        """
         residuals = [module for module in self.modules() if isinstance(module, Residual)]
         if self.cfg.alpha_final is not None:
             assert isinstance(self.cfg.alpha, float)
@@ -197,9 +200,10 @@ class GPT(nn.Module):
                 residual.renormalized.fill_(bool(draw < self.cfg.norm_probability))
 
     def sphere_weights(self) -> Iterator[tuple[Tensor, int]]:
-        """Yields each matrix on the sphere and the dimension along which its vectors have length 1; none in a GPT.
+        """Yields each matrix on the sphere with the dimension along which its vectors have unit length.
 
-        Vectors are rows of the embeddings and of matrices that read the stream, columns of matrices that write to it.
+        The vectors are rows in embedding, head and matrices that read the stream, and columns in matrices that write to
+        it. A GPT has no such matrices.
         """
         if not self.cfg.on_sphere:
             return
@@ -215,9 +219,9 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def _initialize(self, generator: torch.Generator) -> None:
-        """nGPT: N(0, 1/D), projected onto the sphere. GPT: as in nanochat (gpt.py, init_weights).
+        """Draws nGPT weights from N(0, 1/D) and normalizes them; draws GPT weights as in nanochat's init_weights.
 
-        A tied GPT cannot have nanochat's zero head; it uses N(0, 0.02^2) as in GPT-2.
+        A tied GPT cannot use nanochat's zero-initialized head; it uses N(0, 0.02^2) as in GPT-2.
         """
         if self.cfg.on_sphere:
             for weight, dim in self.sphere_weights():
@@ -230,5 +234,5 @@ class GPT(nn.Module):
                 rows, columns = module.weight.shape
                 std = min(1.0, (rows / columns) ** 0.5) / columns**0.5
                 module.weight.normal_(std=std, generator=generator)
-                if name.endswith(("out", "down", "lm_head")):  # so each block starts as the identity
+                if name.endswith(("out", "down", "lm_head")):  # blocks start as the identity, logits as 0
                     module.weight.zero_()

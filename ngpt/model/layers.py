@@ -1,4 +1,4 @@
-"""The sublayers of a block: attention, with the cache that generation needs, and MLP. Shapes as in gpt.py."""
+"""The sublayers of a block, attention and MLP, and the KV cache for generation. gpt.py defines the shape letters."""
 
 import torch
 import torch.nn.functional as F
@@ -10,19 +10,19 @@ from ngpt.model.norm import l2_normalize, rms_norm
 from ngpt.model.residual import Scale
 from ngpt.model.rope import ROPE_KINDS, attention_temperature
 
-FLOAT32_TOKENS = 256  # up to this length torch's CPU attention is up to 3 times slower in bfloat16 than in float32
+FLOAT32_TOKENS = 256  # below this length torch's CPU attention is up to 3 times slower in bfloat16 than float32
 
 
 class KVCache:
-    """Keys and values (B, G, T, K) of the previous tokens for each layer, so generation does not recompute them."""
+    """Keys and values (B, G, T, K) of previous tokens in each layer, so that generation does not recompute them."""
 
     def __init__(self, cfg: ModelConfig, batch: int, *, device: torch.device) -> None:
         shape = (cfg.n_layer, 2, batch, cfg.kv_heads, cfg.block_size, cfg.head_dim)
         self._entries = torch.zeros(shape, device=device)
-        self.length = 0  # tokens; the model increases it at the end of a forward pass
+        self.length = 0  # cached tokens; the model increases it at the end of a forward pass
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Appends `k` and `v` (B, G, new, K) of one layer; returns those of all tokens."""
+        """Appends `k` and `v` (B, G, new, K) to a layer's cache; returns the keys and values of all tokens so far."""
         stop = self.length + k.shape[2]
         keys, values = self._entries[layer]
         keys[:, :, self.length : stop], values[:, :, self.length : stop] = k, v
@@ -30,11 +30,11 @@ class KVCache:
 
 
 class Attention(nn.Module):
-    """Causal self-attention with rotary positions, (B, T, D) -> (B, T, D).
+    """Causal self-attention with rotary position embeddings, (B, T, D) -> (B, T, D).
 
-    nGPT normalizes q and k per head after the rotation, scales them by s_qk and multiplies the scores by sqrt(K).
-    Without QK norm, its unit rows give q and k of length sqrt(K / D), and D / sqrt(K) gives scores of the same spread.
-    The GPT normalizes q and k by their root mean square; it divides the scores by sqrt(K) either way.
+    nGPT normalizes q and k per head after RoPE, scales them by s_qk and multiplies the scores by sqrt(K). Without QK
+    norm, q and k of nGPT have length about sqrt(K / D), and a factor of D / sqrt(K) gives scores of the same spread.
+    The GPT applies RMSNorm to q and k (with QK norm) and divides the scores by sqrt(K).
     """
 
     def __init__(self, cfg: ModelConfig, layer: int) -> None:
@@ -57,11 +57,11 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, head_weights: Tensor | None = None, cache: KVCache | None = None
     ) -> Tensor:
-        """Attends over x and the tokens in the `cache`, which x extends. `cos` and `sin` (T, K / 2) belong to x."""
+        """Attends over the cached tokens and x, and appends x to the `cache`. `cos` and `sin` are (T, K / 2)."""
         q, k, v = self._heads(self.query(x)), self._heads(self.key(x)), self._heads(self.value(x))  # (B, H or G, T, K)
         q, k = self.rotate(q, cos, sin), self.rotate(k, cos, sin)
         if self.s_qk is not None:
-            # The paper scales both q and k by s_qk. Only the product matters, and several heads may share a key.
+            # The paper scales both q and k by s_qk. Scaling q by s_qk^2 is equivalent, also if heads share keys.
             q, k = self.s_qk().square().view(self.n_head, 1, -1) * l2_normalize(q), l2_normalize(k)
         elif self.qk_norm:
             q, k = rms_norm(q), rms_norm(k)
@@ -76,12 +76,12 @@ class Attention(nn.Module):
         return self.out(mixed.transpose(1, 2).flatten(2))
 
     def _mix(self, q: Tensor, k: Tensor, v: Tensor, past: int) -> Tensor:
-        """Causal softmax(scale * q k^T) v, (B, H, T, K), of tokens that follow `past` earlier ones."""
+        """Returns causal softmax(scale * q k^T) v, (B, H, T, K), for queries that follow `past` cached tokens."""
         if self.use_cpu_kernel and not past and q.shape[2] <= MAX_TOKENS:
-            by_token = (part.transpose(1, 2).float() for part in (q, k, v))  # (B, T, heads, K), contiguous
-            return causal_attention(*by_token, self.softmax_scale)[0].transpose(1, 2)
-        slow = q.device.type == "cpu" and v.dtype == torch.bfloat16 and k.shape[2] <= FLOAT32_TOKENS
-        dtype = torch.float32 if slow else v.dtype
+            inputs = (part.transpose(1, 2).float() for part in (q, k, v))  # (B, T, H or G, K), contiguous
+            return causal_attention(*inputs, self.softmax_scale)[0].transpose(1, 2)
+        bfloat16_is_slow = q.device.type == "cpu" and v.dtype == torch.bfloat16 and k.shape[2] <= FLOAT32_TOKENS
+        dtype = torch.float32 if bfloat16_is_slow else v.dtype
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         mask = None
         if past:  # which keys each new query may attend to
@@ -94,10 +94,10 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU, `u * silu(v)`, or `relu(u)^2`, between two matrices: (B, T, D) -> (B, T, D).
+    """MLP with SwiGLU, `u * silu(gate)`, or `relu(u)^2`, (B, T, D) -> (B, T, D).
 
-    nGPT scales the hidden units by s_uv * sqrt(D): unit rows times a unit vector give values of about 1/sqrt(D), where
-    silu is almost linear.
+    nGPT scales the hidden units by s_uv * sqrt(D). Otherwise they would be about 1/sqrt(D), the dot product of unit
+    vectors, where silu is almost linear.
     """
 
     def __init__(self, cfg: ModelConfig) -> None:
@@ -111,7 +111,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         scale = None if self.s_uv is None else self.s_uv() * self.gain
-        # (B, T, F), or 2F with the gate in the second half. Scaling the weight is cheaper than scaling the result.
+        # (B, T, F), or (B, T, 2F) with the gate in the second half. Scaling the weight is cheaper than the output.
         hidden = self.up(x) if scale is None else F.linear(x, self.up.weight * scale[:, None])
         if self.gated:
             u, gate = hidden.chunk(2, dim=-1)

@@ -1,5 +1,6 @@
-"""Normalizations in float32: to length 1 (nGPT), to root mean square 1 (GPT), and the running divisor r of source
-report 000, which shortens residual steps whose branches agree with the stream.
+"""Float32 normalizations: L2 norm (nGPT), RMS norm (GPT), and the running divisor r of source report 000.
+
+The divisor shortens residual steps whose branches point along the stream.
 """
 
 import torch
@@ -10,20 +11,21 @@ from ngpt.config.base import unknown_message
 
 
 def l2_normalize(x: Tensor, dim: int = -1) -> Tensor:
-    """`x` scaled to Euclidean length 1 along `dim`, in float32 (nGPT's Norm, arXiv 2410.01131, section 2.1).
+    """Scales `x` to unit Euclidean length along `dim`, in float32 (nGPT's Norm, arXiv 2410.01131, section 2.1).
 
-    The zero vector stays zero; in the official repository it becomes NaN. In bfloat16 rounding errors would accumulate.
+    The zero vector stays zero; in the official repository it becomes NaN. In bfloat16, rounding errors
+    would accumulate over the layers.
     """
     return F.normalize(x.float(), dim=dim, eps=1e-12)
 
 
 def rms_norm(x: Tensor) -> Tensor:
-    """`x` scaled to root mean square 1 along the last dimension, in float32, without a gain; eps is torch's default."""
+    """Scales `x` to root mean square 1 along the last dimension, in float32, without gain and with torch's eps."""
     return F.rms_norm(x.float(), (x.shape[-1],))
 
 
 def baseline(r: Tensor, dot: Tensor, decay: float) -> Tensor:
-    """The plain residual: r stays 1."""
+    """Leaves r at 1, as in a residual step without divisor."""
     return r
 
 
@@ -33,7 +35,7 @@ def dotprod(r: Tensor, dot: Tensor, decay: float) -> Tensor:
 
 
 def ema(r: Tensor, dot: Tensor, decay: float) -> Tensor:
-    """A moving average of 1 + <x, f>: what source report 000, section 10, may mean by its "EMA-decay variant"."""
+    """Averages 1 + <x, f> exponentially, our reading of the "EMA-decay variant" in source report 000, section 10."""
     return decay * r + (1 - decay) * (1 + dot)
 
 
@@ -41,11 +43,12 @@ NORM_MODES = {"baseline": baseline, "dotprod": dotprod, "ema": ema}
 
 
 class DotProdNormalizer(nn.Module):
-    """The divisor r of each token, updated at every sublayer of a forward pass (source report 000, section 2.2).
+    """Divisor r of each token, updated at every sublayer of a forward pass (source report 000, section 2.2).
 
-    It starts at 1, changes by the norm mode's rule with the dot product of stream x and branch f, and divides the step
-    (see `ngpt.model.residual.apply_residual`). It is float32: the report's bfloat16 cannot count beyond 256. NaN
-    becomes 1 and infinity the largest float of its sign; `replaced` counts both over all passes.
+    r starts at 1. The norm mode updates it with the dot product of stream x and branch f, and
+    `ngpt.model.residual.apply_residual` divides the step by it. It is float32, since the report's bfloat16 cannot
+    represent consecutive integers above 256. NaN becomes 1 and infinity the largest float of the same sign; `replaced`
+    counts both over all passes.
     """
 
     replaced: Tensor
@@ -58,11 +61,11 @@ class DotProdNormalizer(nn.Module):
         self.register_buffer("replaced", torch.zeros((), dtype=torch.int64))
 
     def start(self, x: Tensor) -> Tensor:
-        """r before the first sublayer: ones of shape (B, T) for a stream x of shape (B, T, D)."""
+        """Returns r before the first sublayer: ones of shape (B, T) for a stream x (B, T, D)."""
         return torch.ones(x.shape[:-1], dtype=torch.float32, device=x.device)
 
     def forward(self, r: Tensor, x: Tensor, f: Tensor) -> Tensor:
-        """r (B, T) after a sublayer with stream `x` and branch `f`, both (B, T, D)."""
+        """Returns the updated r (B, T) for a sublayer with stream `x` and branch `f`, both (B, T, D)."""
         dot = (x.float() * f.float()).sum(-1)
         r = NORM_MODES[self.mode](r, dot, self.decay)
         self.replaced += (~r.isfinite()).sum()

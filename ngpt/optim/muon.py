@@ -1,6 +1,6 @@
-"""Muon: momentum, with each matrix replaced by the nearest semi-orthogonal one.
+"""Muon: momentum whose update is replaced by the nearest semi-orthogonal matrix.
 
-Source: Keller Jordan, kellerjordan.github.io/posts/muon; equal to torch.optim.Muon with `adjust_lr_fn="original"`.
+Source: Keller Jordan, kellerjordan.github.io/posts/muon. Equivalent to torch.optim.Muon with `adjust_lr_fn="original"`.
 """
 
 import itertools
@@ -14,10 +14,10 @@ from ngpt.optim.batching import Group, group_by, stack, trained
 
 
 def orthogonalize(matrices: Tensor, *, steps: int = 5) -> Tensor:
-    """U V^T of each matrix's singular value decomposition U S V^T, approximately; (..., M, N) -> (..., M, N).
+    """Returns approximately U V^T for each matrix with singular value decomposition U S V^T, (..., M, N).
 
-    Newton-Schulz iteration with a quintic of maximal slope at zero; singular values end between about 0.7 and 1.2. In
-    bfloat16, as in the original, on a GPU and under autocast; else in float32.
+    Uses a Newton-Schulz iteration with a quintic polynomial of maximal slope at zero, after which singular values lie
+    between about 0.7 and 1.2. Runs in bfloat16, as in the original, on a GPU and under autocast, else in float32.
     """
     a, b, c = 3.4445, -4.7750, 2.0315  # source: KellerJordan/Muon, zeropower_via_newtonschulz5
     device = matrices.device.type
@@ -28,20 +28,20 @@ def orthogonalize(matrices: Tensor, *, steps: int = 5) -> Tensor:
     x = (x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)).to(dtype)
     for _ in range(steps):
         gram = x @ x.mT
-        # a x + (b gram + c gram^2) x, with each sum fused into a product
+        # a x + (b gram + c gram^2) x, with each addition fused into a matrix product
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x.mT if tall else x).to(matrices.dtype).reshape(matrices.shape)
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon for matrices (2-D parameters); other parameters need another optimizer.
+    """Muon, for 2-D parameters only.
 
     Args:
-        lr: step length; an update has spectral norm about lr * sqrt(max(1, rows / columns)).
-        momentum: decay of the running gradient mean.
-        nesterov: look ahead by one momentum step.
-        ns_steps: Newton-Schulz iterations.
-        weight_decay: decoupled, per step lr * weight_decay.
+        lr: learning rate; an update has spectral norm about lr * sqrt(max(1, rows / columns)).
+        momentum: decay rate of the exponential moving average of gradients.
+        nesterov: use Nesterov momentum.
+        ns_steps: number of Newton-Schulz iterations.
+        weight_decay: decoupled; a step scales the weights by 1 - lr * weight_decay.
     """
 
     def __init__(
@@ -61,40 +61,42 @@ class Muon(torch.optim.Optimizer):
             raise ValueError(f"Muon takes matrices only, got parameters of shape {shapes}")
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update. Matrices of equal shape are orthogonalized as one batch."""
+        """Updates the parameters; matrices of equal shape are orthogonalized as one batch."""
         if closure is not None:
             raise ValueError("Muon does not take a closure")
         step_muons([self])
 
     def directions(self, parameters: list[Tensor], group: Group) -> Sequence[Tensor]:
-        """Updates the running means; returns the matrix to orthogonalize for each parameter."""
+        """Updates the momentum and returns, per parameter, the matrix to orthogonalize."""
         for parameter in parameters:
             if "momentum" not in self.state[parameter]:
                 self.state[parameter]["momentum"] = torch.zeros_like(parameter)
-        means = [self.state[parameter]["momentum"] for parameter in parameters]
+        momenta = [self.state[parameter]["momentum"] for parameter in parameters]
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        torch._foreach_lerp_(means, gradients, 1 - group["momentum"])  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])  # pyright: ignore[reportPrivateImportUsage]
         if not group["nesterov"]:
-            return means
-        return torch._foreach_lerp(gradients, means, group["momentum"])  # pyright: ignore[reportPrivateImportUsage]
+            return momenta
+        return torch._foreach_lerp(gradients, momenta, group["momentum"])  # pyright: ignore[reportPrivateImportUsage]
 
 
 @torch.no_grad()
 def step_muons(optimizers: Iterable[Muon]) -> None:
-    """One update of each optimizer. Matrices of equal shape are orthogonalized as one batch across optimizers."""
-    members = [
+    """Steps several Muon optimizers; matrices of equal shape are orthogonalized as one batch across optimizers."""
+    entries = [
         (optimizer, group, shape, parameters)
         for optimizer in optimizers
         for group in optimizer.param_groups
         for shape, parameters in group_by(trained(group), lambda parameter: tuple(parameter.shape)).items()
     ]
-    for (shape, ns_steps), batch in group_by(members, lambda member: (member[2], member[1]["ns_steps"])).items():
+    for (shape, ns_steps), batch in group_by(entries, lambda entry: (entry[2], entry[1]["ns_steps"])).items():
         rows, columns = shape
-        ahead = [d for optimizer, group, _, parameters in batch for d in optimizer.directions(parameters, group)]
-        updates = iter(orthogonalize(stack(ahead), steps=ns_steps).unbind())
+        momentum_updates = [
+            d for optimizer, group, _, parameters in batch for d in optimizer.directions(parameters, group)
+        ]
+        updates = iter(orthogonalize(stack(momentum_updates), steps=ns_steps).unbind())
         for _, group, _, parameters in batch:
-            size = group["lr"] * max(1.0, rows / columns) ** 0.5
+            step_size = group["lr"] * max(1.0, rows / columns) ** 0.5
             if shrinkage := group["lr"] * group["weight_decay"]:
                 torch._foreach_mul_(parameters, 1 - shrinkage)  # pyright: ignore[reportPrivateImportUsage]
-            own = list(itertools.islice(updates, len(parameters)))
-            torch._foreach_add_(parameters, own, alpha=-size)  # pyright: ignore[reportPrivateImportUsage]
+            own_updates = list(itertools.islice(updates, len(parameters)))
+            torch._foreach_add_(parameters, own_updates, alpha=-step_size)  # pyright: ignore[reportPrivateImportUsage]

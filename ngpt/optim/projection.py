@@ -1,4 +1,4 @@
-"""Projection of nGPT's matrices onto the sphere, every N steps."""
+"""Projects nGPT's matrices onto the sphere after optimizer steps."""
 
 from collections.abc import Iterable, Iterator
 
@@ -8,21 +8,24 @@ from torch import Tensor
 from ngpt.model.gpt import GPT
 from ngpt.optim.batching import group_by, stack, write_back
 
-BATCH_BYTES = {"cpu": 4 * 2**20, "cuda": 32 * 2**20}  # normalized at once, so the second read finds it in the cache
+BATCH_BYTES = {
+    "cpu": 4 * 2**20,
+    "cuda": 32 * 2**20,
+}  # normalized together; small enough that the second read hits the cache
 
 
 def project_weights(model: GPT) -> None:
-    """Scales the vectors of each sphere weight to length 1, in float32 (normalize_matrices in NVIDIA/ngpt)."""
+    """Normalizes the vectors of all sphere weights in place, in float32 (normalize_matrices in NVIDIA/ngpt)."""
     project(model.sphere_weights())
 
 
 @torch.no_grad()
 def project(sphere_weights: Iterable[tuple[Tensor, int]]) -> None:
-    """Scales the vectors of matrices, along the dimension given with each, to length 1, in place."""
+    """Normalizes the vectors of (matrix, dimension) pairs to unit length in place."""
     for weights, dim in _batches(sphere_weights):
         batch = stack(weights)
-        at_once = max(1, _budget(batch) * batch.shape[-1 - dim] // batch.nbytes)
-        for vectors in batch.split(at_once, dim=-1 - dim):
+        split_size = max(1, _budget(batch) * batch.shape[-1 - dim] // batch.nbytes)
+        for vectors in batch.split(split_size, dim=-1 - dim):
             exact = torch.promote_types(vectors.dtype, torch.float32)
             length = torch.linalg.vector_norm(vectors, dim=dim - 2, keepdim=True, dtype=exact)
             vectors.div_(length.clamp_min_(1e-12))  # the zero vector stays zero, as in l2_normalize
@@ -30,7 +33,7 @@ def project(sphere_weights: Iterable[tuple[Tensor, int]]) -> None:
 
 
 def _batches(weights: Iterable[tuple[Tensor, int]]) -> Iterator[tuple[list[Tensor], int]]:
-    """Weights of one shape, dtype and dimension, as many as fit `BATCH_BYTES` and at least one."""
+    """Yields lists of weights of equal shape, dtype and dimension that fit `BATCH_BYTES`, or one larger weight."""
     for (_, _, dim), group in group_by(weights, lambda item: (item[0].shape, item[0].dtype, item[1])).items():
         members = [weight for weight, _ in group]
         count = max(1, _budget(members[0]) // members[0].nbytes)

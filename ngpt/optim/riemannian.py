@@ -1,8 +1,8 @@
-"""Optimizers that move unit vectors along great circles: exact steps on the sphere instead of a step and a projection.
+"""Optimizers that move unit vectors along great circles, so that no projection onto the sphere is needed.
 
-Each row of a weight of `GPT.sphere_weights` (or column, depending on `dim`) is a point on the unit sphere of the
-model's dimension D. A step rotates each point by its own angle, so there is nothing to project. Weight decay would act
-along the radius, which a rotation does not change; neither optimizer has it.
+Each row (or column, depending on `dim`) of a weight in `GPT.sphere_weights` is a point on a unit sphere. A step rotates
+each point by an angle of its own. Neither optimizer has weight decay, which acts along the radius and is removed by
+normalization.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,18 +15,18 @@ from ngpt.model.norm import l2_normalize
 from ngpt.optim.batching import Group, group_by, stack, trained, write_back
 from ngpt.optim.muon import orthogonalize
 
-BLOCK_BYTES = 2**18  # of each tensor that are updated at once on a CPU
+BLOCK_BYTES = 2**18  # per tensor, for the block that a CPU updates at a time
 
 
 def tangent(points: Tensor, x: Tensor, *, dim: int) -> Tensor:
-    """The part of `x` at right angles to the unit vectors `points` (along `dim`): x - <x, p> p, same shape."""
+    """Projects `x` onto the tangent spaces at the unit vectors `points` (along `dim`): x - <x, p> p, same shape."""
     return torch.addcmul(x, points, (points * x).sum(dim, keepdim=True), value=-1)
 
 
 def walk(points: Tensor, velocity: Tensor, *, dim: int) -> Tensor:
-    """The end of great circles from unit vectors `points` (along `dim`) along the tangents `velocity`, same shape.
+    """Exponential map of the sphere: follows great circles from unit vectors `points` along tangents `velocity`.
 
-    p cos(a) + u sin(a) with the angle a = |velocity| and u = velocity / a: the exponential map of the sphere (Absil,
+    Returns p cos(a) + u sin(a), of the same shape, with angle a = |velocity| along `dim` and u = velocity / a (Absil,
     Mahony, Sepulchre, Optimization Algorithms on Matrix Manifolds, section 5.4).
     """
     direction, angle = _polar(velocity, dim)
@@ -34,9 +34,9 @@ def walk(points: Tensor, velocity: Tensor, *, dim: int) -> Tensor:
 
 
 def transport(points: Tensor, velocity: Tensor, carried: Tensor, *, dim: int) -> Tensor:
-    """Parallel transport of the tangents `carried` along the `walk` from `points` by `velocity` (same, section 8.1).
+    """Parallel-transports the tangents `carried` along `walk(points, velocity)` (same source, section 8.1).
 
-    The part along the walk turns with it and the rest stays, so lengths and angles between tangents are kept.
+    The component along the great circle rotates with it and the rest is unchanged, which preserves lengths and angles.
     """
     direction, angle = _polar(velocity, dim)
     along = (carried * direction).sum(dim, keepdim=True)
@@ -45,31 +45,32 @@ def transport(points: Tensor, velocity: Tensor, carried: Tensor, *, dim: int) ->
 
 def _polar(velocity: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     angle = torch.linalg.vector_norm(velocity, dim=dim, keepdim=True)
-    return velocity / angle.clamp_min(1e-12), angle  # the direction of a zero velocity does not matter
+    return velocity / angle.clamp_min(1e-12), angle  # the direction is irrelevant for zero velocity
 
 
 class GeodesicMuon(torch.optim.Optimizer):
     """Muon on the sphere: orthogonalized momentum, applied as an exact rotation of each unit vector.
 
-    A source report names it ("exact manifold updates using rotation matrices") without a definition. Muown (arXiv
+    A source report mentions it ("exact manifold updates using rotation matrices") without defining it. Muown (arXiv
     2605.10797), AngularMuown (2606.23637) and Mano (2601.23000) are related. One step:
 
         m = momentum * m + (1 - momentum) * gradient
         d = (1 - momentum) * gradient + momentum * m if nesterov, else m
-        t = tangent part of orthogonalize(d)         a = lr * sqrt(max(1, N / D)) * |t|, for each vector
+        t = tangent component of orthogonalize(d)    a = lr * sqrt(max(1, N / D)) * |t|, for each vector
         w = w cos(a) - t / |t| sin(a)
 
-    N is the number of unit vectors of the weight, D their length. The N x D matrix U V^T has vectors of root mean
-    square length sqrt(min(1, D / N)), so `lr` is about the root mean square angle in radians of a turn, whatever the
-    shape, less what the tangent part drops. (Muon uses rows / columns of the stored weight instead of N / D.)
+    N is the number of unit vectors of the weight, D their dimension. The vectors of the N x D matrix U V^T have root
+    mean square length sqrt(min(1, D / N)), so for any shape `lr` is about the root mean square rotation angle in
+    radians, less what the tangent projection removes. (Muon uses rows / columns of the stored weight instead of N / D.)
 
-    As in Muon, the momentum is ambient; only the orthogonalized update is made tangent. In 400 steps of a model with 2
-    layers of width 64, at 3 rates with 2 seeds, tangent momentum was worse in all 6 pairs, by 0.13 nats on average. A
-    likely reason: gradients are nearly of low rank, the multiples of w that the tangent part subtracts have full rank,
-    and orthogonalizing raises them to the size of the rest. The cost: a step need not descend a smooth loss. A square W
-    with orthonormal rows and the gradient W A, A positive definite, does not move; nor under Muon with projection.
+    As in Muon, the momentum is kept in the ambient space; only the orthogonalized update is projected onto the tangent
+    space. Tangent momentum was worse in all 6 comparisons (2 layers, width 64, 400 steps, 3 rates, 2 seeds), by 0.13
+    nats on average. A likely reason: gradients have nearly low rank, the multiples of w that a tangent projection
+    subtracts have full rank, and orthogonalization raises both to the same size. The drawback: a step is not always a
+    descent direction. A square W with orthonormal rows and gradient W A, A positive definite, does not move; this also
+    holds for Muon with projection.
 
-    Each group of `params` has the key `dim`, along which its weights (2-D, on the sphere) have length 1. The other
+    Each parameter group needs the key `dim`, the dimension along which its 2-D weights have unit length. The other
     settings are those of `Muon`.
     """
 
@@ -87,40 +88,43 @@ class GeodesicMuon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update. Weights of equal shape are one batch."""
+        """Updates the weights; weights of equal shape are one batch."""
         if closure is not None:
             raise ValueError("GeodesicMuon does not take a closure")
         for group, weights, states in _batches(self, "momentum"):
-            axis, momentum = group["dim"] - 2, group["momentum"]  # from the end, since the batch comes first
+            axis, momentum = (
+                group["dim"] - 2,
+                group["momentum"],
+            )  # counted from the end, since the batch dimension comes first
             batch, running = stack(weights), stack([state["momentum"] for state in states])
-            points = l2_normalize(batch, axis)  # else rounding errors add up to 7e-5 in 10 000 steps
+            points = l2_normalize(batch, axis)  # without this, rounding errors reach 7e-5 in 10 000 steps
             gradient = stack([weight.grad for weight in weights])
             running.lerp_(gradient, 1 - momentum)
-            ahead = gradient.lerp(running, momentum) if group["nesterov"] else running
-            update = tangent(points, orthogonalize(ahead, steps=group["ns_steps"]), dim=axis)
+            direction = gradient.lerp(running, momentum) if group["nesterov"] else running
+            update = tangent(points, orthogonalize(direction, steps=group["ns_steps"]), dim=axis)
             length, count = points.shape[axis], points.shape[-3 - axis]
-            size = group["lr"] * max(1.0, count / length) ** 0.5
-            write_back(weights, batch.copy_(walk(points, -size * update, dim=axis)))
+            step_size = group["lr"] * max(1.0, count / length) ** 0.5
+            write_back(weights, batch.copy_(walk(points, -step_size * update, dim=axis)))
             write_back([state["momentum"] for state in states], running)
 
 
 class RiemannianAdamW(torch.optim.Optimizer):
     """AdamW on the sphere, after Becigneul and Ganea (arXiv 1810.00760).
 
-        g = tangent part of the gradient             m = beta1 * m + (1 - beta1) * g
+        g = tangent component of the gradient        m = beta1 * m + (1 - beta1) * g
                                                      v = beta2 * v + (1 - beta2) * g^2, entry by entry
         t = tangent part of m^ / (sqrt(v^) + eps)    a = lr * |t|, for each vector; ^ is Adam's bias correction
-        w = w cos(a) - t / |t| sin(a)                m = parallel transport of m along this turn
+        w = w cos(a) - t / |t| sin(a)                m = parallel transport of m along this rotation
 
-    An entry of t is about 1 if gradients agree from step to step, as in AdamW, so `lr` means the same: a vector turns
-    by up to about lr * sqrt(D) radians, and a small step along tangent gradients is an AdamW step with projection.
+    As in AdamW, an entry of t is about 1 if successive gradients agree, so `lr` has the same meaning: a vector rotates
+    by up to about lr * sqrt(D) radians, and a small step along tangent gradients equals an AdamW step with projection.
 
-    Unlike in the paper, the second moment is per entry and stays in place, while points and m move. The paper has one
-    per vector, because a sphere has no preferred coordinates and entries cannot be transported. But the coordinates of
-    the model have a meaning, since alpha acts on each: in 400 steps of a model with 2 layers of width 64, at 4 rates
-    with 2 seeds, the loss was lower per entry in all 8 pairs, by 0.07 nats on average.
+    Unlike in the paper, the second moment is per entry and is not transported. The paper keeps one per vector, since a
+    sphere has no preferred coordinates and entries cannot be transported. The coordinates of nGPT do have a meaning,
+    since each has its own alpha. A second moment per entry gave a lower loss in all 8 comparisons (2 layers, width 64,
+    400 steps, 4 rates, 2 seeds), by 0.07 nats on average.
 
-    Each group of `params` has the key `dim`, as for `GeodesicMuon`; `betas` and `eps` are Adam's.
+    Each parameter group needs the key `dim`, as for `GeodesicMuon`; `betas` and `eps` are Adam's.
     """
 
     def __init__(
@@ -131,20 +135,20 @@ class RiemannianAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update. Weights of equal shape are one batch."""
+        """Updates the weights; weights of equal shape are one batch."""
         if closure is not None:
             raise ValueError("RiemannianAdamW does not take a closure")
         for group, weights, states in _batches(self, "mean", "square"):
             means, squares = ([state[name] for state in states] for name in ("mean", "square"))
-            whole = [stack(tensors) for tensors in (weights, [w.grad for w in weights], means, squares)]
-            for w, gradient, mean, square in _in_cache(whole, group["dim"]):
-                _turn(w, gradient, mean, square, group, steps=states[0]["step"])
-            for tensors, batch in zip((weights, means, squares), (whole[0], *whole[2:]), strict=True):
+            stacked = [stack(tensors) for tensors in (weights, [w.grad for w in weights], means, squares)]
+            for w, gradient, mean, square in _in_cache(stacked, group["dim"]):
+                _update(w, gradient, mean, square, group, steps=states[0]["step"])
+            for tensors, batch in zip((weights, means, squares), (stacked[0], *stacked[2:]), strict=True):
                 write_back(tensors, batch)
 
 
-def _turn(w: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, group: Group, *, steps: int) -> None:
-    """One update of RiemannianAdamW; weights and moments change in place."""
+def _update(w: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, group: Group, *, steps: int) -> None:
+    """Applies one RiemannianAdamW update to weights and moments in place."""
     axis, (beta1, beta2) = group["dim"] - 2, group["betas"]
     points = l2_normalize(w, axis)
     gradient = tangent(points, gradient, dim=axis)
@@ -157,8 +161,8 @@ def _turn(w: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, group: Grou
 
 
 def _in_cache(tensors: Sequence[Tensor], dim: int) -> Iterator[tuple[Tensor, ...]]:
-    """The same vectors (along `dim`) of all tensors (n, rows, columns), as many at a time as fit a CPU's cache."""
-    first, other = tensors[0], -1 - dim  # vectors are counted along the other dimension
+    """Yields matching blocks of the vectors (along `dim`) of all tensors (n, rows, columns), sized for CPU caches."""
+    first, other = tensors[0], -1 - dim  # the dimension that counts the vectors
     count = first.shape[other]
     if first.device.type == "cpu":
         count = max(1, BLOCK_BYTES * count // max(1, first.nbytes))
@@ -166,9 +170,10 @@ def _in_cache(tensors: Sequence[Tensor], dim: int) -> Iterator[tuple[Tensor, ...
 
 
 def _batches(optimizer: torch.optim.Optimizer, *moments: str) -> Iterator[tuple[Group, list[Tensor], list[Group]]]:
-    """Group, weights and states that can be updated as one batch: of one group, one shape and one step count.
+    """Yields (group, weights, states) with weights of one group, shape and step count, which form a batch.
 
-    New moments are zero. `step` is a number on the host, so reading it does not wait for the device.
+    Initializes missing moments to zero and increments `step`, an int, since reading a tensor would synchronize the
+    device.
     """
     for group in optimizer.param_groups:
         for weight in trained(group):

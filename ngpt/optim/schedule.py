@@ -1,6 +1,6 @@
-"""Learning-rate schedules, and which events are due at a step: pure functions of the step, so resuming needs no state.
+"""Learning-rate schedules and periodic events, as pure functions of the step, so that resuming needs no state.
 
-A schedule is a function (progress, cfg) -> multiplier in `SCHEDULES`; progress runs from 0 to 1 after the warm-up.
+A schedule is a function (progress, cfg) -> multiplier in `SCHEDULES`; progress goes from 0 to 1 after warm-up.
 """
 
 import math
@@ -14,45 +14,45 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 def constant(progress: float, cfg: "ScheduleConfig") -> float:
-    """The full learning rate throughout."""
+    """Keeps the full learning rate."""
     return 1.0
 
 
 def cosine(progress: float, cfg: "ScheduleConfig") -> float:
-    """Half a cosine from 1 to `final_ratio` (SGDR, arXiv 1608.03983, without restarts)."""
+    """Cosine decay from 1 to `final_ratio` (SGDR, arXiv 1608.03983, without restarts)."""
     return cfg.final_ratio + (1 - cfg.final_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def trapezoid(progress: float, cfg: "ScheduleConfig") -> float:
-    """Full until the last `decay_fraction` of the run, then linearly to `final_ratio` (warm-up, stable, decay)."""
-    left = (1 - progress) / cfg.decay_fraction if cfg.decay_fraction else 1.0
-    return cfg.final_ratio + (1 - cfg.final_ratio) * min(1.0, left)
+    """Warm-up, stable, decay: 1 until the last `decay_fraction` of the steps, then linear to `final_ratio`."""
+    remaining = (1 - progress) / cfg.decay_fraction if cfg.decay_fraction else 1.0
+    return cfg.final_ratio + (1 - cfg.final_ratio) * min(1.0, remaining)
 
 
 def logarithmic(progress: float, cfg: "ScheduleConfig") -> float:
-    """1 - log(1 + k p) / log(1 + k), down to `final_ratio`: fast at first, then slower; k is `log_steepness`.
+    """Decays as 1 - log(1 + k p) / log(1 + k), rescaled to end at `final_ratio`, with k = `log_steepness`.
 
-    "Training nGPT" (arXiv 2608.01284) decays logarithmically after 10 % of warm-up; the formula here is our own.
+    "Training nGPT" (arXiv 2608.01284) uses logarithmic decay after 10 % of warm-up; this formula is our own.
     """
-    fall = math.log1p(cfg.log_steepness * progress) / math.log1p(cfg.log_steepness)
-    return cfg.final_ratio + (1 - cfg.final_ratio) * (1 - fall)
+    decay = math.log1p(cfg.log_steepness * progress) / math.log1p(cfg.log_steepness)
+    return cfg.final_ratio + (1 - cfg.final_ratio) * (1 - decay)
 
 
 SCHEDULES = {"constant": constant, "cosine": cosine, "trapezoid": trapezoid, "logarithmic": logarithmic}
 
 
 class ScheduleConfig(Config):
-    """How all learning rates change over the run, as a multiple of those in `optim`."""
+    """Learning-rate schedule, a multiplier of all rates in `optim`."""
 
     name: Annotated[str, one_of(SCHEDULES, "schedule")] = "cosine"
     warmup_steps: Annotated[int, Field(ge=0)] = 0  # linear, from lr / warmup_steps at the first step
-    final_ratio: Share = 0.0  # of the learning rate at the end
+    final_ratio: Share = 0.0  # final learning rate / peak learning rate
     decay_fraction: Share = 0.2  # of the steps after the warm-up; `trapezoid` only
-    log_steepness: Annotated[float, Field(gt=0)] = 9.0  # how much faster it falls at first; `logarithmic` only
+    log_steepness: Annotated[float, Field(gt=0)] = 9.0  # larger values decay faster at first; `logarithmic` only
 
 
 def lr_multiplier(step: int, total: int, cfg: ScheduleConfig) -> float:
-    """The factor of the learning rates in step `step` of `total`, counted from 0."""
+    """Returns the multiplier of the learning rates at `step`, in 0 ... total - 1."""
     if step < cfg.warmup_steps:
         return (step + 1) / cfg.warmup_steps
     progress = (step - cfg.warmup_steps) / max(1, total - cfg.warmup_steps)
@@ -60,5 +60,5 @@ def lr_multiplier(step: int, total: int, cfg: ScheduleConfig) -> float:
 
 
 def is_due(step: int, every: int, *, last: bool = False) -> bool:
-    """Whether an event that happens every `every` steps is due at `step`; at the `last` step it always is."""
+    """Whether an event that occurs every `every` steps is due at `step`; it always is at the `last` step."""
     return last or step % every == 0

@@ -161,13 +161,13 @@ WRONG: list[tuple[str, Callable[[State], State], list[str]]] = [
     (
         "nanochat_gpt",
         shaped("resid_lambdas", 2),
-        ["resid_lambdas: unknown weight, nanochat's GPT has none of this name"],
+        ["resid_lambdas: unknown weight, nanochat's GPT has no weight of this name"],
     ),
     (
         "nvidia_ngpt",
         renamed("h.1.query", "h.1.querry"),
         [
-            "transformer.h.1.querry.weight: unknown weight, NVIDIA's nGPT has none of this name, "
+            "transformer.h.1.querry.weight: unknown weight, NVIDIA's nGPT has no weight of this name, "
             "did you mean 'transformer.h.1.query.weight'?",
             "transformer.h.1.query.weight: missing weight of NVIDIA's nGPT",
         ],
@@ -177,9 +177,9 @@ WRONG: list[tuple[str, Callable[[State], State], list[str]]] = [
         shaped("module.sz", 61),
         ["sz: is given twice, with and without a prefix"],
     ),
-    ("nvidia_ngpt", renamed("h.1.", "h.2."), ["transformer.h.1: missing layer, there are 0, 2"]),
-    ("nanochat_gpt", renamed("h.0.", "h.7."), ["transformer.h.0: missing layer, there are 1, 7"]),
-    ("nanochat_gpt", without(".h."), ["no layer of nanochat's GPT: the names would begin with transformer.h.0."]),
+    ("nvidia_ngpt", renamed("h.1.", "h.2."), ["transformer.h.1: missing layer; present layers: 0, 2"]),
+    ("nanochat_gpt", renamed("h.0.", "h.7."), ["transformer.h.0: missing layer; present layers: 1, 7"]),
+    ("nanochat_gpt", without(".h."), ["no layer of nanochat's GPT found: its names start with transformer.h.0."]),
     ("nvidia_ngpt", shaped("sz", 60), ["sz: shape (60,), expected (61,)"]),
     (
         "nvidia_ngpt",
@@ -217,7 +217,7 @@ def test_all_problems_are_reported_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
         from_nvidia_ngpt(state, n_head=3, block_size=16, rope="rotrary")
     message = str(caught.value)
-    assert "transformer.h.2: missing layer, there are 0, 1, 3" in message
+    assert "transformer.h.2: missing layer; present layers: 0, 1, 3" in message
     assert "lm_head.bias: unknown weight" in message
     assert "transformer.h.0.attn_alpha: missing weight" in message
     assert "transformer.h.3.suv: missing weight" in message
@@ -354,7 +354,7 @@ def test_folder_with_checkpoints_is_not_overwritten(
     assert main(command) == 0
     folder = Path(capsys.readouterr().out.strip())
     assert main(command) == 2
-    assert "holds checkpoints already" in capsys.readouterr().err
+    assert "already contains checkpoints" in capsys.readouterr().err
     verify_checkpoint(folder)
 
 

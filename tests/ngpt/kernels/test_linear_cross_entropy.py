@@ -285,7 +285,7 @@ def test_target_outside_the_vocabulary_is_an_error(target: int, compiled: bool) 
     [
         ((4, WIDTH + 1), (4,), None, "do not fit together"),
         ((4, WIDTH), (2, 2), None, "do not fit together"),
-        ((0, WIDTH), (0,), None, "are empty"),
+        ((0, WIDTH), (0,), None, "targets is empty"),
         ((4, WIDTH), (4,), (2,), "scale has shape"),
     ],
 )

@@ -85,7 +85,7 @@ def test_baseline_without_scales_can_be_trained() -> None:
 @pytest.mark.parametrize("name", ON_SPHERE)
 def test_sphere_optimizer_refuses_a_plain_model_and_suggests_alternatives(name: str) -> None:
     expected = (
-        f"optimizer {name} rotates weights on the sphere, and a model with residual rule add has none: "
+        f"optimizer {name} rotates unit vectors, but a model with residual rule add has no weights on the sphere: "
         rf"choose another residual rule \({', '.join(sorted({*RESIDUAL_RULES} - {'add'}))}\) "
         rf"or another optimizer \({', '.join(sorted({*OPTIMIZERS} - {'geodesic_muon', 'riemannian_adamw'}))}\)"
     )
