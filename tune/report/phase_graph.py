@@ -60,15 +60,15 @@ def handovers(phases: Sequence[PhaseSummary]) -> list[Handover]:
 
 def _sources(settings: Mapping[str, Any], before: Sequence[PhaseSummary]) -> list[PhaseSummary]:
     """Returns the phases whose winning settings `settings` contains, except those that a later such phase includes."""
-    found: list[PhaseSummary] = []
+    sources: list[PhaseSummary] = []
     covered: dict[str, Any] = {}
     for phase in reversed(before):
         winning = _winner_settings(phase)
         is_better = phase.winner not in (None, phase.baseline)
         if is_better and {**settings, **winning} == dict(settings) and {**covered, **winning} != covered:
-            found.insert(0, phase)
+            sources.insert(0, phase)
             covered |= winning
-    return found
+    return sources
 
 
 def _winner_settings(phase: PhaseSummary) -> dict[str, Any]:

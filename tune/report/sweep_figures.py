@@ -50,11 +50,11 @@ def speed_figure(phase: PhaseSummary) -> Figure | None:
     marks = label_places(points, span, forms) if len(arms) <= MAX_BARS else [("", SIDES[0])] * len(arms)
     data = []
     for verdict in VERDICTS:
-        own = [i for i, arm in enumerate(arms) if arm.verdict == verdict]
-        if own:
-            trace = _speed_trace(verdict, [arms[i] for i in own], bars=len(phase.arms) <= MAX_BARS)
-            words = {"text": [marks[i][0] for i in own], "textposition": [marks[i][1] for i in own]}
-            data.append(trace | words | {"customdata": [ranks[i] if marks[i][0] else "" for i in own]})
+        indices = [i for i, arm in enumerate(arms) if arm.verdict == verdict]
+        if indices:
+            trace = _speed_trace(verdict, [arms[i] for i in indices], bars=len(phase.arms) <= MAX_BARS)
+            texts = {"text": [marks[i][0] for i in indices], "textposition": [marks[i][1] for i in indices]}
+            data.append(trace | texts | {"customdata": [ranks[i] if marks[i][0] else "" for i in indices]})
     layout = {
         "height": 340,
         "margin": MARGIN,

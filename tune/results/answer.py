@@ -55,11 +55,11 @@ def _no_answer(judged: Sequence[PhaseSummary], is_over: bool) -> str:
     if not judged:
         return "No phase has been completed yet, so there is no answer."
     if not any(arm.n for arm in arms):
-        return "No trial has finished well, so there is no answer."
+        return "No trial has finished successfully, so there is no answer."
     if all(any(arm.verdict == "no claim" for arm in phase.arms) for phase in judged):
         return "One seed carries no claim: no arm can be called better than its baseline."
-    which = "any phase" if is_over else "any phase that is over"
-    return f"No arm of {which} is better than its baseline beyond the noise: keep the base."
+    phases = "any phase" if is_over else "any completed phase"
+    return f"No arm of {phases} is better than its baseline beyond the noise: keep the base."
 
 
 def _effect(phase: PhaseSummary, delta: Delta) -> str:

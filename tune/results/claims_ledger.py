@@ -105,7 +105,7 @@ def collect(roots: Sequence[Path], claims: Sequence[Claim] | None = None) -> Led
     # By source, claims without a source last; within a source in file order.
     ordered = sorted(entries.values(), key=lambda entry: (entry.source is None, entry.source or ""))
     for entry in ordered:
-        entry.verdict = common_verdict([found.verdict for found in entry.found])
+        entry.verdict = common_verdict([result.verdict for result in entry.found])
     verdicts = [entry.verdict for entry in ordered]
     counts = {verdict: verdicts.count(verdict) for verdict in CLAIM_VERDICTS}
     return Ledger(counts, ordered, list(campaigns.values()))
@@ -193,37 +193,37 @@ def _claim_table(entries: Iterable[LedgerClaim]) -> str:
     rows = []
     for entry in entries:
         claim = (entry.id, entry.says, entry.tested)
-        for found in _shown(entry):
-            where = found.campaign if found.trials else None
-            rows.append((*claim, found.verdict, _observed(found), found.n or None, where))
+        for result in _shown(entry):
+            where = result.campaign if result.trials else None
+            rows.append((*claim, result.verdict, _observed(result), result.n or None, where))
             claim = ("″", "″", "″")
     header = ("claim", "what was said", "tested as", "verdict", "observed", "seeds", "campaign")
     return markdown_table(header, rows, right=("seeds",))
 
 
-def _observed(found: ClaimInCampaign) -> str:
+def _observed(result: ClaimInCampaign) -> str:
     """Formats a value with its interval; a value without an interval (arithmetic) gets six digits."""
-    if found.observed is not None and found.ci_low is None:
-        return f"{found.observed:.6g}"
-    return fmt.claim_value(found.observed, found.ci_low, found.ci_high)
+    if result.observed is not None and result.ci_low is None:
+        return f"{result.observed:.6g}"
+    return fmt.claim_value(result.observed, result.ci_low, result.ci_high)
 
 
 def _details(entry: LedgerClaim) -> str:
     shown = _shown(entry)
     parts = []
-    for found in shown:
-        where = f"in {cell(found.campaign)}, " if len(shown) > 1 else ""
-        parts.append(f"{where}{cell(fmt.sentence(found.why))}")
-        parts += [f"Trials: {_trials(found.trials)}."] if found.trials else []
-    if {found.verdict for found in shown} >= {"reproduced", "refuted"}:
+    for result in shown:
+        where = f"in {cell(result.campaign)}, " if len(shown) > 1 else ""
+        parts.append(f"{where}{cell(fmt.sentence(result.why))}")
+        parts += [f"Trials: {_trials(result.trials)}."] if result.trials else []
+    if {result.verdict for result in shown} >= {"reproduced", "refuted"}:
         parts.append("The campaigns disagree, so it is undecided.")
     return f"- **{cell(entry.id)}**: {' '.join(parts)}"
 
 
 def _shown(entry: LedgerClaim) -> list[ClaimInCampaign]:
     """Returns the results of the campaigns that have data on a claim; the first result if no campaign has."""
-    informative = [found for found in entry.found if found.verdict != "no data"] or entry.found[:1]
-    return informative if any(found.trials for found in informative) else informative[:1]  # arithmetic: all are equal
+    informative = [result for result in entry.found if result.verdict != "no data"] or entry.found[:1]
+    return informative if any(result.trials for result in informative) else informative[:1]  # arithmetic: all are equal
 
 
 def _trials(trial_ids: Iterable[str]) -> str:

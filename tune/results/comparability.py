@@ -42,10 +42,10 @@ def choose_objective(a: Results, b: Results, wanted: str | None) -> Objective:
     Raises:
         ConfigError: `wanted` is unknown, or the campaigns differ in their metrics or goals.
     """
-    own = {side.metric.name: side.metric.goal for side in (a, b)}
-    if wanted is not None and wanted not in GOALS | own:
-        raise ConfigError(f"--metric {wanted}: {unknown_message('metric', wanted, GOALS | own)}")
-    if wanted is None and len(own) > 1:
+    goals_by_metric = {side.metric.name: side.metric.goal for side in (a, b)}
+    if wanted is not None and wanted not in GOALS | goals_by_metric:
+        raise ConfigError(f"--metric {wanted}: {unknown_message('metric', wanted, GOALS | goals_by_metric)}")
+    if wanted is None and len(goals_by_metric) > 1:
         raise ConfigError(
             f"not comparable: {a.root} ranks by {a.metric.name} and {b.root} by {b.metric.name}; "
             f"choose one with --metric, such as --metric val_bpb"

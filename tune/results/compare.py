@@ -229,7 +229,7 @@ def _verdict(arm: ArmComparison, goal: str, alpha: float, min_effect: float) -> 
 
 
 def _throughput(a: ArmTrials, b: ArmTrials, *, with_ratio: bool) -> Throughput:
-    left, right = (mean(own.metrics.get("tokens_per_second") for own in arm.records.values()) for arm in (a, b))
+    left, right = (mean(record.metrics.get("tokens_per_second") for record in arm.records.values()) for arm in (a, b))
     return Throughput(left, right, right / left if with_ratio and left and right is not None else None)
 
 

@@ -131,60 +131,64 @@ def mean(values: Iterable[float | None]) -> float | None:
 def _warnings(
     phase: PhaseState, arms: Sequence[ArmSummary], winner: str, records: Sequence[TrialRecord], statuses: Sequence[str]
 ) -> list[str]:
-    found: list[str] = []
+    warnings: list[str] = []
     if stopped := statuses.count("stopped"):
         text = f"stopped early by ASHA: {stopped} of {len(statuses)} trials; which ones depends on the order in which "
         text += "they ran. Their arms are listed last and not judged; the p-values of the others are corrected for "
-        found.append(text + "them, too")
+        warnings.append(text + "them, too")
     chosen = next(arm for arm in arms if arm.arm == winner)
     if winner != phase.baseline:
-        found += _edge_warnings(phase, chosen)
+        warnings += _edge_warnings(phase, chosen)
     tokens = {arm.arm: arm.tokens for arm in arms if arm.tokens is not None}
     if len(set(tokens.values())) > 1:
         listed = ", ".join(f"{name} {count}" for name, count in tokens.items())
-        found.append(f"the arms saw different numbers of training tokens: {listed}")
-    found += _provenance_warnings([record for record in records if record.error is None])
+        warnings.append(f"the arms saw different numbers of training tokens: {listed}")
+    warnings += _provenance_warnings([record for record in records if record.error is None])
     for arm in arms:
-        found += recovery_warnings(arm.arm, [record for record in records if record.arm == arm.arm])
-    return found
+        warnings += recovery_warnings(arm.arm, [record for record in records if record.arm == arm.arm])
+    return warnings
 
 
 def _edge_warnings(phase: PhaseState, chosen: ArmSummary) -> list[str]:
-    found = []
+    warnings = []
     for setting, values in phase.swept.items():
         numbers = sorted(filter(is_number, values))
         value = chosen.overrides.get(setting)
         if len(numbers) > 2 and value in (numbers[0], numbers[-1]):
             end = "lower" if value == numbers[0] else "upper"
-            found.append(f"the winner is at the {end} end of the range of {setting}; the best value may lie beyond it")
-    return found
+            warnings.append(
+                f"the winner is at the {end} end of the range of {setting}; the best value may lie beyond it"
+            )
+    return warnings
 
 
 def _provenance_warnings(records: Sequence[TrialRecord]) -> list[str]:
-    found = []
+    warnings = []
     for name, what in {"device": "devices", "code_sha256": "versions of the code", "data_sha256": "data"}.items():
         different = {str(record.provenance.get(name)) for record in records}
         if len(different) > 1:
-            found.append(f"its trials come from different {what}: {', '.join(sorted(different))}")
+            warnings.append(f"its trials come from different {what}: {', '.join(sorted(different))}")
     for name, where in {"packed": "on a device", "vectorised": "in a process"}.items():
         numbers = {record.provenance.get(name, 1) for record in records}
         if len(numbers) > 1:
             counts = " and ".join(map(str, sorted(numbers)))
-            found.append(f"its trials ran {counts} at a time {where}: their tokens per second do not compare")
-    return found
+            warnings.append(f"its trials ran {counts} at a time {where}: their tokens per second cannot be compared")
+    return warnings
 
 
 def recovery_warnings(arm: str, records: Sequence[TrialRecord]) -> list[str]:
     """Returns warnings about recoveries that made trials of an arm deviate from their settings."""
-    found = []
+    warnings = []
     if replaced := sum(record.metrics.get("r_replaced") or 0 for record in records):
-        found.append(f"{arm}: {replaced:.0f} divisors r of its norm mode were not finite and became 1")
+        warnings.append(f"{arm}: {replaced:.0f} divisors r of its norm mode were not finite and became 1")
     sizes = [(record.metrics.get("batch_size"), record.config.get("batch_size")) for record in records]
-    halved = [f"{size} for {planned}" for size, planned in sizes if size and planned and size < planned]
+    halved = [f"{size} instead of {planned}" for size, planned in sizes if size and planned and size < planned]
     if halved:
-        text = f"{len(halved)} of its trials had no memory for their batch and halved it"
-        found.append(f"{arm}: {text} ({', '.join(sorted(set(halved)))})")
-    for name, what in {"skipped_steps": "steps were skipped", "rollbacks": "times a trial went back"}.items():
+        text = (
+            f"{len(halved)} of its trials ran out of memory and halved {'its' if len(halved) == 1 else 'their'} batch"
+        )
+        warnings.append(f"{arm}: {text} ({', '.join(sorted(set(halved)))})")
+    for name, what in {"skipped_steps": "skipped steps", "rollbacks": "rollbacks to a checkpoint"}.items():
         if count := sum(record.metrics.get(name) or 0 for record in records):
-            found.append(f"{arm}: {count:.0f} {what}, for a loss or gradient that was not finite")
-    return found
+            warnings.append(f"{arm}: {count:.0f} {what}, because a loss or gradient was not finite")
+    return warnings

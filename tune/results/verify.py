@@ -79,27 +79,27 @@ def verify(root: Path) -> Findings:
     """
     if not (root / "journal.jsonl").is_file():
         raise ConfigError(f"{root} is not a results directory: it has no journal.jsonl")
-    events, found = read_events(root)
+    events, issues = read_events(root)
     directory = Directory(root, events, replay(events), is_locked(root))
     directory.checked["events"] = len(events)
     if directory.running:
-        found.append(
+        issues.append(
             Note("campaign.lock", "a campaign is running here, so the files that it is still writing are not checked")
         )
     if directory.state.campaign:
         # With a damaged journal, every file derived from it would look wrong.
-        is_journal_intact = all(isinstance(issue, Note) for issue in found)
+        is_journal_intact = all(isinstance(issue, Note) for issue in issues)
         checks = (
             (check_heading, check_trials, check_checkpoints, check_derived)
             if is_journal_intact
             else (check_checkpoints,)
         )
         for check in checks:
-            found += check(directory)
-    elif not found:
-        found.append(Note("journal.jsonl", "it contains no campaign"))
+            issues += check(directory)
+    elif not issues:
+        issues.append(Note("journal.jsonl", "it contains no campaign"))
     # Only the first issue of each path is reported: later ones follow from it.
-    causes = reversed({issue.path: issue for issue in reversed(found)}.values())
+    causes = reversed({issue.path: issue for issue in reversed(issues)}.values())
     problems, notes = [], []
     for issue in causes:
         (notes if isinstance(issue, Note) else problems).append(issue)
@@ -111,18 +111,18 @@ def read_events(root: Path) -> tuple[list[Event], list[Issue]]:
     raw = (root / "journal.jsonl").read_bytes()
     whole = intact_length(raw)
     events: list[Event] = []
-    found: list[Issue] = []
+    issues: list[Issue] = []
     for number, line in enumerate(raw[:whole].split(b"\n")[:-1], 1):
         event = parse_line(line)
         if event is None or event.get("seq") != number:
             damage = "does not match its CRC" if event is None else f"has number {event.get('seq')}, not {number}"
-            found.append(Issue(f"journal.jsonl:{number}", f"this line {damage}", BACKUP))
-        elif not found:
+            issues.append(Issue(f"journal.jsonl:{number}", f"this line {damage}", BACKUP))
+        elif not issues:
             events.append(event)
     if torn := len(raw) - whole:
         text = f"its last {torn} bytes are a line that a crash cut off; the next run moves them to journal.torn"
-        found.append(Note("journal.jsonl", text))
-    return events, found
+        issues.append(Note("journal.jsonl", text))
+    return events, issues
 
 
 def check_heading(directory: Directory) -> Iterator[Issue]:
@@ -311,12 +311,12 @@ def _reason(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def verify_text(found: Findings) -> str:
+def verify_text(findings: Findings) -> str:
     """Formats the findings for the terminal, with one or two lines for each issue."""
     lines = []
-    for issue in (*found.problems, *found.notes):
+    for issue in (*findings.problems, *findings.notes):
         lines.append(f"{'note' if isinstance(issue, Note) else 'problem':8} {issue.path}: {issue.text}")
         lines += [f"{'':8} {issue.remedy}"] if issue.remedy else []
-    checked = ", ".join(f"{n} {kind.removesuffix('s') if n == 1 else kind}" for kind, n in found.checked.items())
-    verdict = "intact" if found.intact else fmt.counted(len(found.problems), "problem")
-    return "\n".join([*lines, f"{found.results}: {verdict}; checked {checked}"])
+    checked = ", ".join(f"{n} {kind.removesuffix('s') if n == 1 else kind}" for kind, n in findings.checked.items())
+    verdict = "intact" if findings.intact else fmt.counted(len(findings.problems), "problem")
+    return "\n".join([*lines, f"{findings.results}: {verdict}; checked {checked}"])

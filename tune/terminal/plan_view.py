@@ -19,7 +19,7 @@ def plan_view(estimated: Estimate) -> RenderableType:
         finds = [fmt.MISSING if effect is None else f"{effect:.2g}"] if estimated.noise else []
         name = fmt.plain(row.phase) + (" *" if row.guessed else "")
         table.add_row(Text(name), str(row.arms), str(row.seeds), *_sizes(row), *finds)
-    table.add_row("in all", "", "", *_sizes(estimated))
+    table.add_row("total", "", "", *_sizes(estimated))
     return Group(table, Text(), *(Text(fmt.plain(line)) for line in _notes(estimated)))
 
 

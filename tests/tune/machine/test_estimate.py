@@ -296,7 +296,7 @@ def test_the_plan_shows_every_phase_and_where_its_time_comes_from(load: Load, tm
     assert lines[0] == "plan of c"
     assert any(line.startswith("a 3 2 6 6 1.92k ") for line in lines)
     assert any(line.startswith("b * 3 2 6 4 1.28k ") for line in lines)
-    assert any(line.startswith("in all 10 10 3.20k ") for line in lines)
+    assert any(line.startswith("total 10 10 3.20k ") for line in lines)
     assert "2 trials of later phases are the same as earlier ones and are trained once" in lines
     assert any(line.startswith("2 trials at once; time estimated from the FLOP count at 1 GFLOP/s") for line in lines)
     assert any(line.startswith("* starts from a winner that is not known yet") for line in lines)

@@ -176,4 +176,4 @@ def test_a_phase_with_unequally_shared_devices_warns_that_speeds_do_not_compare(
             assert spec is not None
             session.tell(spec.trial_id, result(spec, packed))
         (warning,) = session.end().phases[0].warnings
-    assert warning == f"its trials ran 1 and 4 at a time {where}: their tokens per second do not compare"
+    assert warning == f"its trials ran 1 and 4 at a time {where}: their tokens per second cannot be compared"

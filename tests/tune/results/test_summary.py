@@ -315,7 +315,7 @@ def test_of_a_campaign_that_is_not_over_nothing_is_said_for_good(
         drive(begun(session), lambda spec: pretend(spec, gain=gain), most=7)  # the first phase and one more trial
         session.stop_requested = True
         summary = session.end()
-    begins = "So far, use alpha=0.4: it lowers" if gain else "So far, no arm of any phase that is over is better"
+    begins = "So far, use alpha=0.4: it lowers" if gain else "So far, no arm of any completed phase is better"
     assert summary.answer.sentence.startswith(begins)
     over, begun_only = summary.phases
     assert over.winner == ("alpha=0.4" if gain else "alpha=0.05") and not over.why.startswith("so far")
@@ -324,7 +324,7 @@ def test_of_a_campaign_that_is_not_over_nothing_is_said_for_good(
 
 def test_where_nothing_finished_there_is_no_answer(judged: Judged) -> None:
     answer = judged(CONFIRM, lambda spec: pretend(spec, status="failed")).answer
-    assert answer.sentence == "No trial has finished well, so there is no answer."
+    assert answer.sentence == "No trial has finished successfully, so there is no answer."
 
 
 def test_before_the_first_phase_is_over_there_is_no_answer(tmp_path: Path, corpus: Path, no_report: None) -> None:
@@ -416,9 +416,9 @@ def test_an_arm_whose_trials_deviated_from_their_settings_is_marked() -> None:
     halved, shaky = record(batch_size=24), record(batch_size=48, skipped_steps=3, rollbacks=1)
     assert recovery_warnings("a", [plain, older]) == []
     assert recovery_warnings("a", [plain, halved]) == [
-        "a: 1 of its trials had no memory for their batch and halved it (24 for 48)"
+        "a: 1 of its trials ran out of memory and halved its batch (24 instead of 48)"
     ]
     assert recovery_warnings("a", [shaky, shaky]) == [
-        "a: 6 steps were skipped, for a loss or gradient that was not finite",
-        "a: 2 times a trial went back, for a loss or gradient that was not finite",
+        "a: 6 skipped steps, because a loss or gradient was not finite",
+        "a: 2 rollbacks to a checkpoint, because a loss or gradient was not finite",
     ]
