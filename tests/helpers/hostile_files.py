@@ -553,7 +553,7 @@ SMALL: dict[str, tuple[str | bytes, str]] = {
         "2:44: phases[1].name: two phases are named 'P'",
     ),
     "phase_up": (phases("{name: .., vary: {alpha: [0.1]}}"), "2:11: phases[0].name: '..'" + PHASE_NAME),
-    "phases_inherit_in_a_circle": (
+    "phases_inherit_in_a_cycle": (
         NAME
         + (
             "phases:\n"

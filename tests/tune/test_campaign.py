@@ -435,7 +435,7 @@ WRONG: dict[str, tuple[str, list[str]]] = {
         "  - {name: b, vary: {lr: [1]}, inherit: c}\n  - {name: c, vary: {lr: [1]}, inherit: a}\n",
         ["phases[1].inherit: phases inherit from each other in a cycle: a -> b -> c -> a"],
     ),
-    "a circle that another phase leads into": (
+    "a cycle that another phase leads into": (
         f"{GOOD}phases:\n  - {{name: x, vary: {{lr: [1]}}, inherit: b}}\n"
         "  - {name: a, vary: {lr: [1]}, «inherit: b}\n  - {name: b, vary: {lr: [1]}, inherit: a}\n",
         ["phases[1].inherit: phases inherit from each other in a cycle: a -> b -> a"],

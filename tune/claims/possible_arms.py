@@ -74,19 +74,19 @@ def _check_sides(
     claim: Claim, at: Location, arms: Sequence[PossibleArm], names: Sequence[str]
 ) -> Reading[dict[str, set[str]]]:
     """Checks the sides of a claim; returns for each the phases that may have arms it selects."""
-    found: dict[str, set[str]] = {}
+    phases: dict[str, set[str]] = {}
     for side, selector in (("left", claim.left), ("right", claim.right)):
         if selector is None:
             continue
-        found[side] = {arm.phase for arm in arms if arm.may_match(selector)}
+        phases[side] = {arm.phase for arm in arms if arm.may_match(selector)}
         phase = selector.get("phase", claim.phase)
         if phase not in (None, *names):
             yield Problem((*at, side, "phase"), unknown_message("phase", phase, names))
         elif claim.phase not in (None, phase):
             yield Problem((*at, side, "phase"), f"the claim is about phase {claim.phase}")
-        elif not found[side]:
+        elif not phases[side]:
             yield Problem((*at, side), _explain_no_match(selector, phase, arms))
-    return found
+    return phases
 
 
 def possible_arms(phases: Sequence[Phase], base: Mapping[str, Any]) -> list[PossibleArm]:

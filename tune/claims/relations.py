@@ -38,12 +38,7 @@ METRIC_GOALS: dict[str, Literal["minimize", "maximize"]] = {
 }
 DIRECTIONS = {"decreasing": 1.0, "increasing": -1.0}  # factors that make a change in the claimed direction negative
 SLACK = 1 - 1e-9  # relative tolerance, so that an effect of exactly min_effect passes despite rounding
-PRECEDENCE = (
-    "refuted",
-    "undecided",
-    "no data",
-    "reproduced",
-)  # of verdicts in several phases, the earliest here wins
+PRECEDENCE = ("refuted", "undecided", "no data", "reproduced")  # the earliest one decides if phases differ
 
 
 def judge_claims(claims: Sequence[Claim], evidence: Evidence) -> list[ClaimResult]:
@@ -70,19 +65,19 @@ def judge_order(claim: Claim, evidence: Evidence) -> ClaimVerdict:
     `less` is reproduced if the interval lies below 0 and the mean is at most -`min_effect`. It is refuted if the
     interval lies above -`min_effect`: left is greater, or the difference is negligible.
     """
-    found = difference(claim, evidence)
-    if isinstance(found, ClaimVerdict):
-        return found
-    sentence, min_effect = _sentence(claim, found, "minus"), evidence.min_effect_of(claim)
+    result = difference(claim, evidence)
+    if isinstance(result, ClaimVerdict):
+        return result
+    sentence, min_effect = _sentence(claim, result, "minus"), evidence.min_effect_of(claim)
     sign = 1.0 if claim.relation == "less" else -1.0
-    low, high = sorted((sign * found.low, sign * found.high))
-    if (high < 0 or low > 0) and _reaches(found.mean, min_effect):
-        return found.verdict("reproduced" if high < 0 else "refuted", sentence)
+    low, high = sorted((sign * result.low, sign * result.high))
+    if (high < 0 or low > 0) and _reaches(result.mean, min_effect):
+        return result.verdict("reproduced" if high < 0 else "refuted", sentence)
     if low > -min_effect * SLACK:
         text = f"{sentence}: if there is such an effect, it is less than min_effect {min_effect:g}"
-        return found.verdict("refuted", text)
+        return result.verdict("refuted", text)
     reason = f"less than min_effect {min_effect:g}" if high < 0 else "which contains 0"
-    return found.verdict("undecided", f"{sentence}, {reason}")
+    return result.verdict("undecided", f"{sentence}, {reason}")
 
 
 def judge_equal(claim: Claim, evidence: Evidence) -> ClaimVerdict:
@@ -90,8 +85,10 @@ def judge_equal(claim: Claim, evidence: Evidence) -> ClaimVerdict:
 
     Two one-sided tests at (1 - confidence) / 2 each (Schuirmann 1987).
     """
-    found = difference(claim, evidence)
-    return found if isinstance(found, ClaimVerdict) else _within(claim, found, _sentence(claim, found, "minus"), 0.0)
+    result = difference(claim, evidence)
+    if isinstance(result, ClaimVerdict):
+        return result
+    return _within(claim, result, _sentence(claim, result, "minus"), 0.0)
 
 
 def judge_ratio(claim: Claim, evidence: Evidence) -> ClaimVerdict:
@@ -99,11 +96,11 @@ def judge_ratio(claim: Claim, evidence: Evidence) -> ClaimVerdict:
 
     The ratio is the geometric mean over seeds. Its interval comes from the difference of the logarithms.
     """
-    found = difference(claim, evidence, log)
-    if isinstance(found, ClaimVerdict):
-        return replace(found, observed=None if found.observed is None else exp(found.observed))
-    found = replace(found, mean=exp(found.mean), low=exp(found.low), high=exp(found.high))
-    return _within(claim, found, _sentence(claim, found, "over"), claim.value or 0.0)
+    result = difference(claim, evidence, log)
+    if isinstance(result, ClaimVerdict):
+        return replace(result, observed=None if result.observed is None else exp(result.observed))
+    result = replace(result, mean=exp(result.mean), low=exp(result.low), high=exp(result.high))
+    return _within(claim, result, _sentence(claim, result, "over"), claim.value or 0.0)
 
 
 def judge_best(claim: Claim, evidence: Evidence) -> ClaimVerdict:
@@ -169,9 +166,9 @@ def judge_monotone(claim: Claim, evidence: Evidence) -> ClaimVerdict:
 
 def judge_arithmetic(claim: Claim, evidence: Evidence) -> ClaimVerdict:
     """Checks that the expression equals the value within the tolerance; no trials are needed."""
-    result, value, tolerance = evaluate(claim.expression or ""), claim.value or 0.0, claim.tolerance or 0.0
-    sentence = f"{claim.expression} = {result:.6g}, the claim says {value:.6g} +- {tolerance:.6g}"
-    return ClaimVerdict("reproduced" if abs(result - value) <= tolerance else "refuted", sentence, observed=result)
+    computed, value, tolerance = evaluate(claim.expression or ""), claim.value or 0.0, claim.tolerance or 0.0
+    sentence = f"{claim.expression} = {computed:.6g}, the claim says {value:.6g} +- {tolerance:.6g}"
+    return ClaimVerdict("reproduced" if abs(computed - value) <= tolerance else "refuted", sentence, observed=computed)
 
 
 @dataclass(frozen=True)
@@ -195,16 +192,16 @@ RELATIONS = {
 }
 
 
-def _within(claim: Claim, found: Difference, sentence: str, value: float) -> ClaimVerdict:
+def _within(claim: Claim, result: Difference, sentence: str, value: float) -> ClaimVerdict:
     """Judges equivalence: whether the interval lies within `value` +- tolerance."""
     low, high = value - (claim.tolerance or 0.0), value + (claim.tolerance or 0.0)
-    if low <= found.low and found.high <= high:
+    if low <= result.low and result.high <= high:
         verdict, position = "reproduced", "all of it within"
-    elif found.high < low or found.low > high:
+    elif result.high < low or result.low > high:
         verdict, position = "refuted", "all of it outside"
     else:
         verdict, position = "undecided", "partly within"
-    return found.verdict(verdict, f"{sentence}, {position} [{low:.6g}, {high:.6g}]")
+    return result.verdict(verdict, f"{sentence}, {position} [{low:.6g}, {high:.6g}]")
 
 
 def _judge_best_in_phase(claim: Claim, evidence: Evidence, chosen: ClaimArm, arms: Sequence[ClaimArm]) -> ClaimVerdict:
@@ -238,13 +235,13 @@ def _judge_best_in_phase(claim: Claim, evidence: Evidence, chosen: ClaimArm, arm
     return ClaimVerdict("reproduced", f"{sentence}; it beats all {len(others)} others", *numbers, n, trials)
 
 
-def _sentence(claim: Claim, found: Difference, operator: str) -> str:
+def _sentence(claim: Claim, result: Difference, operator: str) -> str:
     """For example `alpha=0.28 minus alpha=0.05: val_loss -0.03 [-0.04, -0.02] on 3 seeds of phase alpha`."""
-    if found.mean in (inf, -inf) or (operator == "over" and found.mean == 0):
-        loser, winner = (claim.left, claim.right) if found.mean > 0 else (claim.right, claim.left)
-        return f"{describe(loser)} diverged with every seed, {describe(winner)} with none, {found.place}"
-    values = _interval(found.mean, found.low, found.high)
-    return f"{describe(claim.left)} {operator} {describe(claim.right)}: {claim.metric} {values} {found.place}"
+    if result.mean in (inf, -inf) or (operator == "over" and result.mean == 0):
+        loser, winner = (claim.left, claim.right) if result.mean > 0 else (claim.right, claim.left)
+        return f"{describe(loser)} diverged with every seed, {describe(winner)} with none, {result.place}"
+    values = _interval(result.mean, result.low, result.high)
+    return f"{describe(claim.left)} {operator} {describe(claim.right)}: {claim.metric} {values} {result.place}"
 
 
 def _reaches(effect: float, min_effect: float) -> bool:

@@ -104,9 +104,9 @@ class _PhaseReader:
             yield Problem((*at, "hold"), unknown_message("quantity to hold", hold, HOLDS))
         kinds = [kind for kind in KINDS if kind in raw]
         if len(kinds) != 1:
-            found = f"got {' and '.join(kinds)}" if kinds else "got none"
+            given = f"got {' and '.join(kinds)}" if kinds else "got none"
             where = (*at, kinds[1]) if kinds else at
-            yield Problem(where, f"a phase has exactly one of {', '.join(KINDS)}; {found}")
+            yield Problem(where, f"a phase has exactly one of {', '.join(KINDS)}; {given}")
             return None
         kind, where = kinds[0], (*at, kinds[0])
         n_seeds = seeds.n if isinstance(seeds, FreshSeeds) else len(seeds)
@@ -169,14 +169,14 @@ class _PhaseReader:
 
     def _settings(self, data: Any, at: Location) -> Reading[LocatedSettings]:
         """Reads settings that may vary between arms or phases, by full dotted name."""
-        found, wrong = named_settings(TrainConfig, data, at, folder=self.folder)
+        located, wrong = named_settings(TrainConfig, data, at, folder=self.folder)
         yield from wrong
-        for name, (_, location) in found.items():
+        for name, (_, location) in located.items():
             if name == "seed":
                 yield Problem(location, "seeds are not swept: every arm runs all of `seeds:`")
             elif not is_identity(TrainConfig, name):
                 yield Problem(location, f"{name} does not change what is computed: set it in `base:`")
-        return found
+        return located
 
     def _count(self, size: str, n_arms: int, n_seeds: int, at: Location) -> Reading[bool]:
         """Adds the trials of a phase to the total; reports a problem and returns False if they exceed MAX_TRIALS."""
@@ -267,17 +267,17 @@ class _PhaseReader:
         if not isinstance(sources, list) or not sources:
             yield Problem(at, f"expected `{{from: [PHASE, ...]}}`, the phases to join, got {data!r}")
             return ()
-        found: list[str] = []
+        names: list[str] = []
         for i, source in enumerate(sources):
             where = (*at, "from", i)
             if not isinstance(source, str) or source not in self.names:
                 yield Problem(where, unknown_message("phase", source, self.names))
-            elif source in found:
+            elif source in names:
                 yield Problem(where, f"phase {source!r} is listed twice")
             else:
-                found.append(source)
+                names.append(source)
                 self.references.setdefault((name, source), where)
-        return tuple(found)
+        return tuple(names)
 
 
 def _check_distinct(arms: Sequence[ArmSpec]) -> Reading[None]:

@@ -99,10 +99,10 @@ def repeated(values: Sequence[Any]) -> Iterator[int]:
 
 def distinct(values: Iterable[Any]) -> list[Any]:
     """Drops values equal to an earlier one."""
-    found: dict[Any, Any] = {}
+    first: dict[Any, Any] = {}
     for value in values:
-        found.setdefault(comparable(value), value)
-    return list(found.values())
+        first.setdefault(comparable(value), value)
+    return list(first.values())
 
 
 def comparable(value: Any) -> Any:

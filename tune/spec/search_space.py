@@ -133,10 +133,10 @@ def _read_numbers(data: dict[str, Any], at: Location) -> Reading[dict[str, int]]
 
 
 def _read_space(data: Any, at: Location, read_settings: SettingsReader) -> Reading[tuple[Dimension, ...]]:
-    found = yield from read_settings(data, at)
+    entries = yield from read_settings(data, at)
     space: list[Dimension] = []
-    for name in sorted(found):
-        dimension = yield from _read_dimension(name, *found[name])
+    for name in sorted(entries):
+        dimension = yield from _read_dimension(name, *entries[name])
         space += [dimension] if dimension else []
     return tuple(space)
 
