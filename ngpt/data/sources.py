@@ -52,12 +52,12 @@ class Corpus:
     """Text to prepare."""
 
     name: str  # for messages and folder names
-    identity: str  # the same exactly if the text is the same; cheap to compute
+    identity: str  # equal if and only if the text is equal; cheap to compute
     documents: Callable[[], Iterator[str]]  # the text from its start
     size: Callable[[], int]  # approximate bytes
-    # Whole documents go to a split by their hash, so that both hold the same kind of text; or its end is validation.
+    # document: by the hash of each document, so that both splits have the same kind of text; position: the end is val.
     split_by: Literal["document", "position"] = "document"
-    separated: bool = False  # whether documents start with the tokenizer's mark, or else end with an empty line
+    separated: bool = False  # whether to add the document separator token, or an empty line if there is none
     fetch: Callable[[Log], object] = lambda log: None  # downloads the files that `documents` reads
 
 
@@ -89,7 +89,7 @@ def python_docs(path: Path | None, shards: int) -> Corpus:
 
 
 def shakespeare(path: Path | None, shards: int) -> Corpus:
-    """Tiny Shakespeare, 1.1 MB, from its home in karpathy/char-rnn or a local copy; split as nanoGPT splits it."""
+    """Tiny Shakespeare, 1.1 MB, from karpathy/char-rnn or a local copy; split as in nanoGPT."""
     _is_whole("shakespeare", shards)
     if path is not None:
         read_file(path)
@@ -163,7 +163,7 @@ def text_corpus(path: Path) -> Corpus:
 
 
 def shards_identity(paths: Sequence[Path]) -> list[list[Any]]:
-    """Names, sizes and headers, and the two ends of shards without a CRC."""
+    """Returns names, sizes and headers, and checksums of both ends of shards without a CRC."""
     identity = []
     for path in paths:
         if not path.is_file():  # a dangling link, reported when the shards are verified
@@ -195,7 +195,7 @@ def _is_whole(name: str, shards: int) -> None:
 
 
 def _is_published_fineweb(path: Path) -> bool:
-    """Whether name, length and header are those of the published file. The content is checked on opening."""
+    """Whether size and header match the published file. The content is checked when it is opened."""
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(4)

@@ -25,7 +25,7 @@ SAMPLE, SAMPLE_EVERY = 1 << 16, 1 << 26  # bytes
 
 
 def find_files(path: Path) -> list[Path]:
-    """The file, or all files below a folder by name, without hidden ones. Raises ConfigError if there are none."""
+    """Returns the file, or all non-hidden files below a folder, sorted. Raises ConfigError if there are none."""
     if not path.exists():
         raise ConfigError(f"no such file: {path}")
     if path.is_file():
@@ -38,12 +38,12 @@ def find_files(path: Path) -> list[Path]:
 
 
 def holds_documents(path: Path) -> bool:
-    """Whether the name is that of a Parquet or JSON-lines file."""
+    """Whether the file has the extension of a Parquet or JSON-lines file."""
     return path.name.lower().endswith((PARQUET, *JSON_LINES))
 
 
 def read_documents(files: Sequence[Path]) -> Iterator[str]:
-    """The non-empty documents of all files in order; a text file is one document. Raises ConfigError."""
+    """Yields the non-empty documents of all files; a text file is one document. ConfigError if it is unreadable."""
     for path in files:
         if not holds_documents(path):
             texts = iter(["".join(read_text(path))])
@@ -55,12 +55,12 @@ def read_documents(files: Sequence[Path]) -> Iterator[str]:
 
 
 def text_size(files: Sequence[Path]) -> int:
-    """The approximate bytes of text in the files; reads only the footer of a Parquet file."""
+    """Estimates the bytes of text in the files; of a Parquet file it reads only the footer."""
     return sum(map(_text_size, files))
 
 
 def read_text(path: Path) -> Iterator[str]:
-    """A file in large pieces of whole lines, with unchanged line ends. Raises ConfigError if it is not UTF-8."""
+    """Yields a file in large pieces of whole lines, with unchanged line ends. ConfigError if it is not UTF-8."""
     with path.open(encoding="utf-8", newline="") as file:
         try:
             while piece := file.read(BLOCK):
@@ -70,7 +70,7 @@ def read_text(path: Path) -> Iterator[str]:
 
 
 def read_file(path: Path, *, max_bytes: int | None = None) -> bytes:
-    """The content of a file that the user named. Raises ConfigError if it is missing or larger than `max_bytes`."""
+    """Reads a file that the user named. Raises ConfigError if it is missing or larger than `max_bytes`."""
     if not path.is_file():
         raise ConfigError(f"no such file: {path}")
     size = path.stat().st_size

@@ -42,12 +42,12 @@ class HubFile:
 
     @property
     def name(self) -> str:
-        """Its name in the folder of downloads: the whole path, without folders."""
+        """The file name in the download folder: the path with `-` instead of `/`."""
         return self.path.replace("/", "-")
 
 
 def list_hub(dataset: str, *, revision: str = "main") -> list[HubFile]:
-    """The large files of a data set such as `kjj0/fineweb10B-gpt2`, sorted by path; ConfigError if it has no list."""
+    """Lists the large files of a data set such as `kjj0/fineweb10B-gpt2` by path. ConfigError if that fails."""
     endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or None
     with _errors_of(f"the file list of {dataset}"):
         # Before the import, unless the user has decided: telemetry would ask the hub for a list of AI agents first.
@@ -135,7 +135,7 @@ def _download_file(file: HubFile, path: Path, stop: threading.Event, arrived: Ca
 
 
 def _read_range(file: HubFile, start: int) -> bytes:
-    """The bytes of `file` from `start`: at least one, at most `RANGE`, or all where the server ignores ranges."""
+    """Reads 1 to `RANGE` bytes of `file` from `start`, or all the rest if the server ignores ranges."""
     with _errors_of(file.url):
         from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
 
@@ -156,7 +156,7 @@ def _read_range(file: HubFile, start: int) -> bytes:
 
 @contextmanager
 def _errors_of(what: str) -> Iterator[None]:
-    """Turns whatever the library and its HTTP client raise into a ConfigError of one line."""
+    """Converts every error of the library and its HTTP client to a one-line ConfigError."""
     try:
         yield
     except ImportError:

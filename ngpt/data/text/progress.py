@@ -17,9 +17,9 @@ class Meter:
         self._started = self._last = clock()
 
     def update(self, done: int, unit: str, *, fraction: float, before: float = 0.0) -> None:
-        """Logs a line if the last one is old enough.
+        """Logs a line if the last one is at least `EVERY` seconds old.
 
-        `done` units are processed since the start; `fraction` of all work is done, `before` of it before the start.
+        `done` units were processed since the start. `fraction` of all work is done; `before` was done before the start.
         """
         now = self._clock()
         if now - self._last < EVERY:
@@ -34,4 +34,4 @@ class Meter:
 
 
 def silent(message: str, /) -> None:
-    """A log that drops its messages."""
+    """Discards a log message."""

@@ -17,7 +17,7 @@ DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 @cache
 def python_documents() -> tuple[str, ...]:
-    """Topics, then modules sorted by path, each ending with an empty line. Repeated texts are kept once."""
+    """Returns topics, then modules sorted by path, each ending with an empty line. Repeated texts appear once."""
     from pydoc_data.topics import topics
 
     documents = [topics[name].strip() + "\n\n" for name in sorted(topics)]
@@ -50,7 +50,7 @@ def _module_docstrings(path: Path) -> Iterator[str]:
 
 
 def _docstrings(node: ast.AST) -> Iterator[str]:
-    """The docstrings of a module, class or function and of its members, in reading order."""
+    """Yields the docstrings of a module, class or function and of its members, in source order."""
     if isinstance(node, DOCUMENTED) and (text := (ast.get_docstring(node) or "").strip()):
         yield text
     for child in getattr(node, "body", ()):

@@ -34,7 +34,7 @@ class GPT2Tokenizer:
         self.document_separator: int | None = encoding.eot_token
         self._encoding = encoding
         sizes = [len(encoding.decode_single_token_bytes(index)) for index in range(encoding.n_vocab)]
-        sizes[encoding.eot_token] = 0  # a mark has no text
+        sizes[encoding.eot_token] = 0  # the document separator has no text
         self._token_bytes = np.array(sizes, dtype=np.int64)
 
     def encode(self, text: str) -> np.ndarray:
@@ -78,7 +78,7 @@ def load_gpt2(folder: Path | None) -> GPT2Tokenizer:
 
 
 def gpt2_vocab_size(folder: Path | None) -> int:
-    """The number of ids; does not need tiktoken. Raises ConfigError if the folder has no readable encoder.json."""
+    """Returns the vocabulary size without tiktoken. ConfigError if the folder has no readable encoder.json."""
     if folder is None:
         return VOCAB_SIZE
     path = folder / "encoder.json"
@@ -89,7 +89,7 @@ def gpt2_vocab_size(folder: Path | None) -> int:
 
 
 def gpt2_identity(folder: Path | None) -> str:
-    """A hash of the two files, the same for a copy and the download; needs neither tiktoken nor network."""
+    """Hashes the two files, without tiktoken or network; a local copy and the download have the same hash."""
     hashes = FILES if folder is None else _hashes(folder)
     return hashlib.sha256("".join(hashes[name] for name in sorted(hashes)).encode()).hexdigest()
 

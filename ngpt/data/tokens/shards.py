@@ -105,7 +105,7 @@ def token_crc(tokens: np.ndarray) -> int:
 
 
 def _is_header(path: Path, start: bytes, header: np.ndarray | None) -> bool:
-    """Whether the file starts with a header. Raises CorruptShardError if it is damaged."""
+    """Whether the file starts with a header. Raises CorruptShardError if the header is damaged."""
     if start[:4] != MAGIC.to_bytes(4, "little"):
         # Otherwise a flipped bit in the magic number would turn the header into 512 random tokens.
         if header is not None and header[5] != 0 and header[5] == _header_check(header):
@@ -123,6 +123,6 @@ def _is_header(path: Path, start: bytes, header: np.ndarray | None) -> bool:
 
 
 def _header_check(header: np.ndarray) -> int:
-    """The value of word 5: an odd number that depends on words 0 to 4, with the correct magic number."""
+    """Returns the value of word 5: an odd checksum of words 0 to 4, assuming the correct magic number."""
     words = np.array([MAGIC, *header[1:5]], "<u4")
     return zlib.crc32(words.tobytes()) | 1

@@ -39,10 +39,10 @@ class Tokenizer(Protocol):
     name: str  # in messages
     vocab_size: int  # V: ids are 0 to V - 1
     sha256: str  # of the files of the vocabulary
-    document_separator: int | None  # the id that starts a document; None if the tokenizer has none
+    document_separator: int | None  # id of the token that starts a document; None if there is no such token
 
     def encode(self, text: str) -> np.ndarray:
-        """The ids of `text`, (N,) uint16; never the document mark."""
+        """Returns the ids of `text`, (N,) uint16, without the document separator."""
         ...
 
     def encode_batch(self, texts: Sequence[str], *, threads: int) -> list[np.ndarray]:
@@ -56,7 +56,7 @@ class Tokenizer(Protocol):
     def token_bytes(self) -> np.ndarray | None:
         """UTF-8 bytes of each id, (V,) int64; None if the tokenizer changes text.
 
-        A document mark has 0 bytes, or -1 to compensate for the space that some models put before a text.
+        The document separator has 0 bytes, or -1 to offset the space that some models add before a text.
         """
         ...
 
@@ -197,7 +197,7 @@ def parse_spec(spec: str) -> tuple[str, str]:
 
 
 def tokenizer_vocab_size(spec: str) -> int:
-    """The number of ids, from the spec or a file; trains and downloads nothing. Raises ConfigError."""
+    """Returns the vocabulary size without training or downloading. Raises ConfigError for a bad spec or file."""
     kind, argument = parse_spec(spec)
     if kind == "sentencepiece":
         return int(argument)
@@ -207,7 +207,7 @@ def tokenizer_vocab_size(spec: str) -> int:
 
 
 def tokenizer_identity(spec: str) -> str:
-    """The tokenizer's part of a cache key: depends on the vocabulary, not on the location of its files."""
+    """Returns the tokenizer's part of a cache key. It depends on the vocabulary, not on the location of its files."""
     kind, argument = parse_spec(spec)
     if kind == "sentencepiece":
         return spec
@@ -237,7 +237,7 @@ def _piece_bytes(model: Any, index: int) -> bytes:
 
 
 def _sample(texts: Iterable[str]) -> list[str]:
-    """At most SAMPLE_BLOCKS blocks, drawn uniformly in one pass."""
+    """Samples at most SAMPLE_BLOCKS blocks uniformly in one pass."""
     sample: list[str] = []
     rng = random.Random(0)
     for index, block in enumerate(_blocks(texts)):
@@ -261,7 +261,7 @@ def _blocks(texts: Iterable[str]) -> Iterator[str]:
 
 
 def _explain(error: RuntimeError, vocab_size: int) -> Exception:
-    """Turns the trainer's two errors about the size into ConfigErrors; others are internal."""
+    """Converts the trainer's two errors about the vocabulary size to ConfigErrors; returns others unchanged."""
     spec, text = f"sentencepiece:{vocab_size}", str(error)
     if needed := re.search(r"smaller than required_chars\. \d+ vs (\d+)", text):
         return ConfigError(f"{spec} is too small for the corpus' characters: take at least {needed[1]}")
