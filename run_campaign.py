@@ -33,15 +33,15 @@ SMOKE = "-smoke"  # suffix of the results directory of --smoke
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command and returns its exit code; user errors are one message on stderr."""
-    given = sys.argv[1:] if arguments is None else arguments
-    verb = VERBS.get(given[0] if given else "")
-    options = verb_parser(given[0]).parse_args(given[1:]) if verb else run_parser().parse_args(given)
+    """Runs one command and returns its exit code; prints user errors on stderr without a traceback."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    verb = VERBS.get(arguments[0] if arguments else "")
+    options = verb_parser(arguments[0]).parse_args(arguments[1:]) if verb else run_parser().parse_args(arguments)
 
     from tune.format import PORTABLE
 
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors=PORTABLE)  # for terminals without characters such as the minus sign
+        sys.stdout.reconfigure(errors=PORTABLE)  # for terminals that cannot print characters such as the minus sign
     try:
         return run_command(
             lambda: (verb or run)(options),
@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run_parser() -> argparse.ArgumentParser:
-    """Options of `run_campaign.py CAMPAIGN.yaml`."""
+    """Returns the parser of `run_campaign.py CAMPAIGN.yaml`."""
     parser = argparse.ArgumentParser(
         prog="run_campaign.py",
         description=__doc__,
@@ -66,13 +66,13 @@ def run_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("campaign", type=Path, help="campaign file, or a verb: " + ", ".join(VERBS))
     parser.add_argument(
-        "--set", action="append", default=[], metavar="NAME=VALUE", help="change a setting of the base; repeatable"
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="change a setting under `base`; repeatable"
     )
     parser.add_argument("--plan", action="store_true", help="print trials, tokens, disk and time; start nothing")
     parser.add_argument("--measure", action="store_true", help="with --plan: time a few real steps first")
     parser.add_argument("--inline", action="store_true", help="run in this process, without Ray; same numbers")
-    parser.add_argument("--smoke", action="store_true", help="same campaign with a tiny model and few steps")
-    parser.add_argument("--out", type=Path, default=Path("results"), metavar="DIR", help="folder of all results")
+    parser.add_argument("--smoke", action="store_true", help="same campaign with a tiny model and a few steps")
+    parser.add_argument("--out", type=Path, default=Path("results"), metavar="DIR", help="folder for all results")
     parser.add_argument("--address", help="join a running Ray cluster; default: a private one on this machine")
     allow = "resume even if the file changes the meaning of existing results: metric, confidence, data, ..."
     parser.add_argument("--allow-change", action="store_true", help=allow)
@@ -81,11 +81,11 @@ def run_parser() -> argparse.ArgumentParser:
 
 
 def verb_parser(verb: str) -> argparse.ArgumentParser:
-    """Options of a verb."""
+    """Returns the parser of `run_campaign.py VERB`."""
     parser = argparse.ArgumentParser(prog=f"run_campaign.py {verb}", description=VERBS[verb].__doc__)
     results = "a results directory, such as results/quickstart"
     if verb == "doctor":
-        parser.add_argument("--out", type=Path, default=Path("results"), metavar="DIR", help="folder of all results")
+        parser.add_argument("--out", type=Path, default=Path("results"), metavar="DIR", help="folder for all results")
     elif verb == "compare":
         parser.add_argument("results", type=Path, help=results)
         parser.add_argument("other", type=Path, help="the results directory to compare it with")
@@ -131,33 +131,33 @@ def run(options: argparse.Namespace) -> int:
 
 
 def refuse_second_run(options: argparse.Namespace) -> None:
-    """Checks the lock of the campaign before torch is loaded, which takes seconds.
+    """Checks the lock of the campaign before importing torch, which takes seconds.
 
     Raises:
         ResultsLocked: another process runs the campaign.
-        ConfigError: the file cannot be read.
+        ConfigError: the campaign file cannot be read.
     """
     from ngpt.config.yaml_reader import read_yaml
     from tune.storage.lock import refuse_if_running
 
     data = read_yaml(options.campaign).data
     name = data.get("campaign") if isinstance(data, dict) else None
-    is_valid = isinstance(name, str) and Path(name).name == name  # otherwise load_campaign reports what is wrong
+    is_valid = isinstance(name, str) and Path(name).name == name  # otherwise load_campaign reports the error
     if is_valid and not options.plan:
         refuse_if_running((options.out / f"{name}{SMOKE if options.smoke else ''}").absolute())
 
 
 def exit_on_signals() -> None:
-    """Makes SIGTERM and SIGHUP unwind the stack before and after the trials, so that Ray and the lock are released."""
+    """Makes SIGTERM and SIGHUP raise SystemExit before and after the trials, so that Ray and the lock are released."""
     from tune.executors.signals import stop_signals
 
-    if threading.current_thread() is threading.main_thread():  # others must not set handlers
+    if threading.current_thread() is threading.main_thread():  # other threads cannot set handlers
         for number in {*stop_signals()} - {signal.SIGINT}:
             signal.signal(number, lambda number, _: sys.exit(128 + number))
 
 
 def show_end(summary: Any, signal_number: int, root: Path, options: argparse.Namespace) -> int:
-    """Prints the last screen and returns the exit code."""
+    """Prints the final screen and returns the exit code."""
     from tune.executors.signals import HANGUP
     from tune.terminal.final_screen import final_screen
 
@@ -171,18 +171,18 @@ def show_end(summary: Any, signal_number: int, root: Path, options: argparse.Nam
     except OSError:
         if signal_number != HANGUP:
             raise
-        devnull = os.open(os.devnull, os.O_WRONLY)  # the terminal is closed, and Python flushes both streams at exit
+        devnull = os.open(os.devnull, os.O_WRONLY)  # the terminal is closed, but Python flushes both streams at exit
         for stream in (1, 2):
             os.dup2(devnull, stream)
     if signal_number:
         return 128 + signal_number
-    # Trials left out by the budget count too: after a 0, a script may rely on all results.
+    # Trials left out by the budget count too: exit code 0 promises that every trial finished.
     unsuccessful = summary.trials.failed + summary.trials.diverged + len(summary.left_out)
     return EXIT_UNSUCCESSFUL if unsuccessful else 0
 
 
 def show(options: argparse.Namespace, data: Any, view: Callable[[], Any]) -> None:
-    """Prints `data` as JSON with --json, otherwise a view for people."""
+    """Prints `data` as JSON with --json, otherwise as text for the terminal."""
     from rich.console import Console
 
     from tune.storage.summaries import to_json
@@ -194,7 +194,7 @@ def show(options: argparse.Namespace, data: Any, view: Callable[[], Any]) -> Non
 
 
 def plan(campaign: Any, root: Path, options: argparse.Namespace) -> int:
-    """Prints the plan; starts nothing."""
+    """Prints the plan without starting any trial."""
     from tune.machine.estimate import estimate
     from tune.terminal.plan_view import plan_view
 
@@ -214,7 +214,7 @@ def status(options: argparse.Namespace) -> int:
 
 
 def report(options: argparse.Namespace) -> int:
-    """Rebuilds every derived file of a results directory from its journal; with --claims, prints their ledger."""
+    """Rebuilds every derived file of a results directory from its journal; with --claims, prints the claims ledger."""
     from tune.results.summary import rebuild
     from tune.terminal.final_screen import final_screen
 
@@ -232,7 +232,7 @@ def claims(options: argparse.Namespace) -> int:
 
 
 def load_claims_option(options: argparse.Namespace) -> Any:
-    """The claims of --claims FILE, or None."""
+    """Returns the claims from --claims FILE, or None without this option."""
     from tune.claims.reader import load_claims
 
     return None if options.claims is None else load_claims(options.claims)

@@ -72,7 +72,7 @@ def test_a_campaign_run_twice_trains_nothing_the_second_time(
     second = capsys.readouterr()
     assert losses(tmp_path / "r" / "tiny") == before
     assert (first.err.count(" seed "), second.err.count(" seed ")) == (6, 0)
-    assert "4 trials, 4 of them known already" in second.err
+    assert "4 trials, 4 of them already done" in second.err
     assert tables(first.out) == tables(second.out) != []
 
 

@@ -1,4 +1,4 @@
-"""One run of a campaign from start to end: lock, corpora, executor, live view, trials, files."""
+"""Runs a campaign: locks the results, prepares the corpora, starts the executor and the live view, trains."""
 
 import contextlib
 import sys
@@ -39,11 +39,11 @@ def launch(
     allow_change: bool = False,
     view: Callable[[Callable[[], Snapshot]], contextlib.AbstractContextManager] = open_console,
 ) -> tuple[CampaignSummary, int]:
-    """Trains what is missing in `root`; returns the campaign's summary and the signal that ended the run, or 0.
+    """Trains the trials missing in `root`; returns the campaign's summary and the signal that ended the run, or 0.
 
     Args:
         root: the results directory, created if needed.
-        command: how to start the run again, for people.
+        command: shell command that resumes the run, for messages and records.
         inline: run in this process instead of on Ray.
         address: a running Ray cluster to join; None starts a private one.
         allow_change: continue even if the campaign changes the meaning of existing results (tune/planning/changes.py).
@@ -65,10 +65,10 @@ def launch(
         has_work = session.has_work()
         if has_work:
             report_grouping(campaign)
-            # Probed once: otherwise every trial would wait for a server that does not answer.
+            # Checked once here; otherwise every trial would wait for an unreachable tracking server.
             mode = resolve_tracker(campaign.base.tracker, root / "trials" / "*", print_line).wandb
             session.executor = ExecutorInfo(wandb_mode=mode)
-        # Tokenizing and starting Ray take seconds each and do not depend on each other.
+        # Tokenizing and starting Ray take seconds each and are independent, so they overlap.
         preparation = in_background(lambda: prepare_all(campaign, print_line))
         if has_work and not inline:
             if preparation.done():
@@ -85,7 +85,7 @@ def launch(
 
 
 def check_results(session: Session, *, allow_change: bool) -> None:
-    """Kills processes left by a killed run and prints what has changed since the existing results.
+    """Kills processes left over from a killed run and prints what has changed since the existing results.
 
     Raises:
         ConfigError: the campaign changes the meaning of existing results.
@@ -99,25 +99,25 @@ def check_results(session: Session, *, allow_change: bool) -> None:
 
 
 def report_grouping(campaign: Campaign) -> None:
-    """Prints why `vectorise` has no effect, if it has none."""
+    """Prints why `vectorise` has no effect, if trials cannot be trained as groups."""
     size = campaign.resources.vectorise
     if size > 1 and (reason := ensemble_incompatibility([campaign.base])):
-        print_line(f"trials are trained one by one, vectorise {size} has no effect: {reason}")
+        print_line(f"vectorise: {size} has no effect, trials are trained one at a time: {reason}")
 
 
 def wait_for_ray(supervisor: RaySupervisor, *, is_private: bool) -> None:
-    """Waits until Ray has started; prints its dashboard, its workers, and which GPUs are busy."""
+    """Waits until Ray has started; prints the busy GPUs, the dashboard URL and the number of workers."""
     print_line("starting Ray ...")
     for line in environment.busy_gpus():
         print_line(line)
     ready = supervisor.wait()
-    # The dashboard of a private Ray asks for a token; that of another cluster may ask for anything.
+    # The dashboard of a private Ray requires this token; another cluster may require a different login.
     token = "  (token: `ray get-auth-token`)" if is_private and ready.dashboard_url else ""
     print_line(f"dashboard {ready.dashboard_url or 'none'}  workers {ready.workers}{token}")
 
 
 def share_gpus(session: Session, supervisor: RaySupervisor) -> None:
-    """Lets as many trials share each GPU as are fastest, if `gpus_per_trial` is auto."""
+    """If `gpus_per_trial` is auto, lets the fastest number of trials share each GPU."""
     if sharing := choose_gpu_sharing(session.campaign, session.state, print_line):
         ready = supervisor.share(sharing.trials_per_device)
         session.executor = replace(session.executor, gpu_sharing=sharing)
@@ -125,7 +125,7 @@ def share_gpus(session: Session, supervisor: RaySupervisor) -> None:
 
 
 def in_background(call: Callable[[], Value]) -> Future[Value]:
-    """Runs a call in a daemon thread, which an interrupted run does not wait for."""
+    """Runs `call` in a daemon thread, so that an interrupted run does not wait for it."""
     future: Future[Value] = Future()
 
     def work() -> None:
@@ -139,5 +139,5 @@ def in_background(call: Callable[[], Value]) -> Future[Value]:
 
 
 def print_line(text: str) -> None:
-    """Prints a line on stderr, before the live view is open."""
+    """Prints a line on stderr, before the live view opens."""
     print(text, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Benchmarks of campaigns: what they cost besides training, and how fast many trials are: `python -m tune.bench NAME`.
+"""Benchmarks of campaign overhead, parallel speedup and device sharing: `python -m tune.bench NAME`.
 
-They run real campaigns and real training steps, in a temporary folder.
+They run real campaigns and real training steps in a temporary folder.
 """

@@ -18,37 +18,37 @@ BENCHMARKS: dict[str, Callable[..., dict[str, Any]]] = {"campaign": campaign, "s
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Runs a benchmark from the command line and returns the exit code."""
     options = vars(_parser().parse_args(arguments))
     name, as_json = options.pop("name"), options.pop("json")
-    given = {option: value for option, value in options.items() if value not in (None, [])}
+    given_options = {option: value for option, value in options.items() if value not in (None, [])}
 
     def command() -> int:
-        known = inspect.signature(BENCHMARKS[name]).parameters
-        for option in given.keys() - known.keys():
-            have = ", ".join(f"--{other}" for other in known)
-            raise ConfigError(f"--{option} is not an option of {name}, which has {have}")
-        print_metrics(BENCHMARKS[name](**given), as_json=as_json)
+        parameters = inspect.signature(BENCHMARKS[name]).parameters
+        for option in given_options.keys() - parameters.keys():
+            allowed = ", ".join(f"--{parameter}" for parameter in parameters)
+            raise ConfigError(f"{name} has no option --{option}; its options are {allowed}")
+        print_metrics(BENCHMARKS[name](**given_options), as_json=as_json)
         return 0
 
     return run_command(command)
 
 
 def _parser() -> argparse.ArgumentParser:
-    described = [f"  {name}: {inspect.getdoc(function)}" for name, function in BENCHMARKS.items()]
+    descriptions = [f"  {name}: {inspect.getdoc(function)}" for name, function in BENCHMARKS.items()]
     parser = argparse.ArgumentParser(
         prog="python -m tune.bench",
-        description="\n\n".join([inspect.getdoc(tune.bench) or "", *described]),
+        description="\n\n".join([inspect.getdoc(tune.bench) or "", *descriptions]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("name", choices=BENCHMARKS)
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     parser.add_argument("--trials", type=int, help="campaign, scaling: number of trials")
-    parser.add_argument("--seconds", type=float, help="of training, per trial; packing: per point")
-    parser.add_argument("--steps", type=int, help="campaign, scaling: per trial, instead of --seconds")
-    parser.add_argument("--workers", type=int, help="campaign, scaling: trials at once")
-    parser.add_argument("--rounds", type=int, help="scaling: repetitions, with one and with several workers each")
-    parser.add_argument("--config", type=Path, help="packing: YAML file of settings, as for ngpt.train")
+    parser.add_argument("--seconds", type=float, help="training time per trial; packing: per point of the curve")
+    parser.add_argument("--steps", type=int, help="campaign, scaling: steps per trial, instead of --seconds")
+    parser.add_argument("--workers", type=int, help="campaign, scaling: number of concurrent trials")
+    parser.add_argument("--rounds", type=int, help="scaling: number of repetitions; each runs one worker, then several")
+    parser.add_argument("--config", type=Path, help="packing: YAML file with settings, as for ngpt.train")
     add_set_option(parser, help="packing: settings")
     return parser
 

@@ -1,4 +1,4 @@
-"""Measures how many trials sharing one device are fastest: the calibration of `gpus_per_trial: auto`."""
+"""Measures how many trials should share one device, as `gpus_per_trial: auto` does."""
 
 import tempfile
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from pathlib import Path
 from ngpt.data.dataset import prepare
 from ngpt.system.device import pick_device
 from ngpt.training.config import TrainConfig, read_config, resolved
-from tune.bench.campaigns import Figures, tiny_campaign
+from tune.bench.campaigns import Metrics, tiny_campaign
 from tune.machine.concurrency_benchmark import SECONDS, measure_concurrent_trials
 from tune.machine.environment import usable_cpus
 from tune.machine.gpu_sharing import TRIAL_COUNTS, fastest_point
@@ -16,13 +16,14 @@ from tune.machine.throughput import device_key, remember_curve
 from tune.planning.equal_time import step_time_key
 
 
-def packing(*, config: Path | None = None, set: Sequence[str] = (), seconds: float = SECONDS) -> Figures:
-    """Finds how many trials, each in its own process, train the most tokens per second on this device.
+def packing(*, config: Path | None = None, set: Sequence[str] = (), seconds: float = SECONDS) -> Metrics:
+    """Finds how many concurrent trials, each in its own process, train the most tokens per second on this device.
 
-    config, set: the trial, as for ngpt.train; default: the tiny one of `campaign`. seconds: of training per point.
-    On a CPU the cores are divided among the trials, at most one trial per core. Returns best (trials at once),
-    tokens_per_second (of all of them), gain (over one trial) and the curve: trials, threads, tokens_per_second,
-    memory_bytes (of each), room (how many such trials the memory holds), fits. Campaigns reuse the curve of a GPU.
+    config, set: settings of the trial, as for ngpt.train; by default, the tiny trial of `campaign`. seconds: training
+    time per point of the curve. On a CPU the trials divide the cores, with at most one trial per core. Returns best
+    (number of concurrent trials), tokens_per_second (their total), gain (relative to one trial) and the curve: trials,
+    threads, tokens_per_second, memory_bytes (per trial), room (number of such trials that fit in memory) and fits.
+    The curve of a GPU is cached for campaigns.
     """
     if config is None and not set:
         with tempfile.TemporaryDirectory(prefix="ngpt-bench-") as folder:
@@ -33,8 +34,8 @@ def packing(*, config: Path | None = None, set: Sequence[str] = (), seconds: flo
     return packing_of(resolved(trial), seconds=seconds)
 
 
-def packing_of(config: TrainConfig, *, seconds: float = SECONDS) -> Figures:
-    """The figures of `packing` for a resolved config."""
+def packing_of(config: TrainConfig, *, seconds: float = SECONDS) -> Metrics:
+    """Returns the results of `packing` for a resolved config."""
     cpus, on_gpu = usable_cpus(), pick_device(config.device).type == "cuda"
     counts = [count for count in TRIAL_COUNTS if count <= cpus]
 

@@ -1,4 +1,4 @@
-"""The executor without Ray: one trial, or group of trials, after another in this process."""
+"""The executor without Ray: runs trials, or groups of trials, one after another in this process."""
 
 import contextlib
 
@@ -8,7 +8,7 @@ from tune.trials.trial_group import run_trials
 
 
 def run_inline(session: Session) -> None:
-    """Runs every trial in this process, where a debugger can follow it; the numbers are the same as on Ray."""
+    """Runs every trial in this process, so that a debugger can follow it; the numbers are the same as on Ray."""
     with stop_on_signal(session):
         while specs := session.ask():
             with contextlib.closing(run_trials(specs)) as run:

@@ -1,9 +1,9 @@
-"""Finds and kills the processes that a campaign has started, also those that outlive it.
+"""Finds and kills the processes that a campaign has started, including those that outlived it.
 
-Ray starts a dozen processes and one worker per slot. Some outlive a killed parent for a minute, and such a worker would
-keep writing into the results. A list of process ids misses those started last, and ids are reused. So everything that a
-campaign starts inherits an environment variable with the path of its results. Only the holder of the results' lock may
-kill what carries that mark.
+Ray starts a dozen processes and one worker per slot. Some outlive a killed parent by up to a minute, and a worker would
+keep writing into the results meanwhile. A list of process ids would miss the newest processes, and ids are reused. So
+every process that a campaign starts inherits an environment variable that holds the path of its results. Only the
+process that holds the lock of the results may kill processes with this mark.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ KILL_TIMEOUT = 10.0  # seconds for killed processes to disappear
 
 @contextlib.contextmanager
 def mark_children(root: Path) -> Iterator[None]:
-    """Marks every process started in this block, and all that those start, as belonging to the results in `root`."""
+    """Marks every process started in this block, and its descendants, as belonging to the results in `root`."""
     os.environ[RESULTS_VARIABLE] = str(root.resolve())
     try:
         yield
@@ -29,10 +29,10 @@ def mark_children(root: Path) -> Iterator[None]:
 
 
 def marked_processes(root: Path) -> list[psutil.Process]:
-    """The living processes of this user with the mark of `root`, and their descendants, without this process.
+    """Returns the live processes of this user marked with `root`, and their descendants, except this process.
 
-    A process may overwrite its environment with its title, as those of Ray's dashboard do. It is then found as a
-    descendant, for as long as its parent lives.
+    A process that overwrites its environment with its title, as Ray's dashboard does, is found as a descendant while
+    its parent lives.
     """
     mark, found = str(root.resolve()), dict[int, psutil.Process]()
     for process in psutil.process_iter():
@@ -44,28 +44,29 @@ def marked_processes(root: Path) -> list[psutil.Process]:
 
 
 def kill_marked(root: Path, also: Iterable[psutil.Process] = ()) -> int:
-    """Kills every process with the mark of `root` and waits until they are gone; returns how many there were.
+    """Kills every process marked with `root`, waits until they are gone and returns their number.
 
-    `also` are further processes to kill: those found while their parents were alive.
+    `also` lists more processes to kill: descendants found earlier, whose parents may have died since.
     """
     killed = 0
-    known = list(also)
-    while processes := {*marked_processes(root), *filter(is_alive, known)}:  # again, for those that were starting
-        known.clear()
+    others = list(also)
+    # Repeats until it finds none, to catch processes that were starting.
+    while processes := {*marked_processes(root), *filter(is_alive, others)}:
+        others.clear()
         for process in processes:
-            with contextlib.suppress(psutil.NoSuchProcess):  # psutil does not confuse it with a later one of that id
+            with contextlib.suppress(psutil.NoSuchProcess):  # also raised if the process id was reused
                 process.kill()
         killed += len(processes)
         deadline = time.monotonic() + KILL_TIMEOUT
         while any(map(is_alive, processes)):
-            if time.monotonic() > deadline:  # stuck in the kernel, behind a dead disk or driver
+            if time.monotonic() > deadline:  # stuck in the kernel, waiting for a dead disk or driver
                 return killed
             time.sleep(0.02)
     return killed
 
 
 def is_alive(process: psutil.Process) -> bool:
-    """Whether a process runs: neither gone, nor a zombie, nor replaced by another one with its id."""
+    """Returns whether a process is running: it has not exited, is no zombie, and its id was not reused."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:

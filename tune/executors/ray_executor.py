@@ -1,8 +1,7 @@
 """The executor on Ray: trials in parallel on warm workers. It runs in its own process (tune/executors/ray_process.py).
 
-The whole campaign is a single `Tuner.fit`, fed by a searcher that asks the session for the next trial. So workers stay
-warm from the first trial to the last, across phases. Ray stores nothing: its files go to a temporary folder, and the
-journal holds everything needed to resume.
+The whole campaign is a single `Tuner.fit` whose searcher asks the session for the next trial. So workers stay warm from
+the first trial to the last, across phases. Ray's files go to a temporary folder: only the journal is needed to resume.
 """
 
 import contextlib
@@ -35,7 +34,7 @@ from tune.machine.environment import short_temporary, usable_cpus
 from tune.spec.schema import Resources
 from tune.trials.trial import TrialSpec
 
-# No loggers and no snapshots of Ray Tune, and no signal handlers: see tune/executors/signals.py.
+# Turns off the loggers and snapshots of Ray Tune, and its signal handler (tune/executors/signals.py replaces it).
 RAY_ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
@@ -45,11 +44,11 @@ RAY_ENVIRONMENT = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TQDM_PATCH_PRINT": "0",
-    "RAY_prestart_worker_first_driver": "0",  # idle workers that no trial would use
+    "RAY_prestart_worker_first_driver": "0",  # it would start idle workers that no trial uses
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
-OUT_OF_MEMORY = "due to the node running low on memory"  # in the error of a worker killed by Ray's memory monitor
-SCRATCH_PREFIX = ".tune-"  # of Tune's temporary folder in the results directory
+OUT_OF_MEMORY = "due to the node running low on memory"  # in Ray's error when its memory monitor kills a worker
+SCRATCH_PREFIX = ".tune-"  # names Tune's temporary folder in the results directory
 
 
 class RayNotStarted(Exception):
@@ -57,29 +56,29 @@ class RayNotStarted(Exception):
 
 
 class RemoteSession:
-    """The session in the parent process: each method calls the one of the same name in tune/session/session.py."""
+    """Forwards method calls to the `Session` in the parent process."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self.stop_requested = False  # as of the newest answer
+        self.stop_requested = False  # as of the latest reply
 
     def __getattr__(self, method: str) -> Callable[..., Any]:
-        if method.startswith("_"):  # Python itself asks for these
+        if method.startswith("_"):  # looked up by Python itself, for example to pickle
             raise AttributeError(method)
         return partial(self._call, method)
 
     def _call(self, *message: Any) -> Any:
         self._connection.send(message)
-        answer, self.stop_requested = self._connection.recv()
-        return answer
+        value, self.stop_requested = self._connection.recv()
+        return value
 
 
 def run_tuner(session: RemoteSession, cluster: "RayCluster", root: Path) -> None:
-    """Runs every trial of the session, as many at once as the started cluster has room for."""
-    # Tune would pass AWS credentials to its workers in a way that Ray logs. They inherit the environment anyway.
+    """Runs every trial of the session, as many concurrently as the cluster has room for."""
+    # Tune would pass AWS credentials to workers in a way that Ray logs. Workers inherit the environment anyway.
     class_cache.ENV_VARS_TO_PROPAGATE -= {name for name in class_cache.ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")}
-    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(cluster.workers)  # all workers start at once
-    for stale in root.glob(f"{SCRATCH_PREFIX}*"):  # of a killed run: a living one would hold the lock
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(cluster.workers)  # lets all workers start at once
+    for stale in root.glob(f"{SCRATCH_PREFIX}*"):  # left over from a killed run, since this run holds the lock
         shutil.rmtree(stale)
     searcher = SessionSearcher(session, cluster)
     with tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX, dir=root, ignore_cleanup_errors=True) as scratch:
@@ -103,25 +102,25 @@ def run_tuner(session: RemoteSession, cluster: "RayCluster", root: Path) -> None
 
 
 class SessionSearcher(Searcher):
-    """Feeds Tune with the trials of the session, and reports their results to it.
+    """Feeds the session's trials to Tune and reports their results to the session.
 
-    A trial of Tune is one trial of the campaign, or a group that is trained together (tune/trials/trial_group.py).
+    A Tune trial is one trial of the campaign, or a group trained in one process (tune/trials/trial_group.py).
     """
 
     def __init__(self, session: RemoteSession, cluster: "RayCluster") -> None:
         super().__init__(metric="training_iteration", mode="max")
         self._session, self._cluster = session, cluster
-        self._unfinished: dict[str, dict[str, TrialSpec]] = {}  # by Tune's trial id, then by the campaign's
-        self._death_causes: dict[str, str] = {}  # by Tune's trial id
+        self._unfinished: dict[str, dict[str, TrialSpec]] = {}  # by Tune trial id, then by campaign trial id
+        self._death_causes: dict[str, str] = {}  # by Tune trial id
 
     def __getstate__(self) -> dict[str, Any]:
-        """Nothing: Tune pickles what it receives, to restore from it. Only the journal restores a campaign."""
+        """Returns nothing: Tune pickles its searcher to restore it, but only the journal restores a campaign."""
         return {}
 
     def suggest(self, trial_id: str) -> Any:
-        """The next trials of one worker with their resources, to run as Tune's `trial_id`.
+        """Returns the specs and resources of the next trial or group, which Tune runs as `trial_id`.
 
-        None while a phase waits for the winner of another one; FINISHED after the last phase.
+        Returns None if no trial can start yet, and FINISHED if none will start any more.
         """
         if self._session.stop_requested:
             return Searcher.FINISHED
@@ -142,8 +141,8 @@ class SessionSearcher(Searcher):
             if name in unfinished and self._session.should_stop(name, interim):
                 stopped.append(unfinished.pop(name))
         if unfinished:
-            for spec in stopped:  # the worker looks for these requests before it continues with the others
-                with contextlib.suppress(OSError):  # on a full disk it runs to its end and its result is ignored
+            for spec in stopped:  # the worker checks these requests before it continues the other trials
+                with contextlib.suppress(OSError):  # on a full disk the trial runs to its end; its result is ignored
                     request_stop(spec.folder)
         return not unfinished
 
@@ -153,11 +152,11 @@ class SessionSearcher(Searcher):
                 self._session.tell(name, result)
 
     def worker_died(self, trial_id: str, error: str) -> None:
-        """Notes Ray's error for a dead worker; `on_trial_complete` follows."""
+        """Stores the cause of a worker's death, given Ray's error; Tune calls `on_trial_complete` next."""
         self._death_causes[trial_id] = "host_oom" if OUT_OF_MEMORY in error else "killed"
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Trials without a result have died with their worker, unless they were to save and stop."""
+        """Reports the trials that died with their worker: those without a result that were not asked to stop."""
         unfinished, cause = self._unfinished.pop(trial_id), self._death_causes.pop(trial_id, "killed")
         if result and UPDATES in result:
             self._tell(unfinished, result)
@@ -166,17 +165,17 @@ class SessionSearcher(Searcher):
                 self._session.worker_died(name, cause)
 
     def save(self, checkpoint_path: str) -> None:
-        """Saves nothing, as `__getstate__`."""
+        """Saves nothing, like `__getstate__`."""
 
     def restore(self, checkpoint_path: str) -> None:
         """Restores nothing."""
 
 
 class WarmWorkerScheduler(FIFOScheduler):
-    """First come, first served; keeps every worker while a phase waits for the last trials of another.
+    """First in, first out; keeps idle workers alive while a phase waits for the last trials of another.
 
-    By default Tune keeps a worker only for a trial that already waits, so all but one would die at the end of each
-    phase, and importing torch again costs seconds. No public setting changes that.
+    By default Tune keeps an idle worker only if another trial is already waiting, so all but one would exit at the end
+    of each phase, and a new worker takes seconds to import torch. No public setting changes that.
     """
 
     def __init__(self, workers: int, searcher: SessionSearcher) -> None:
@@ -184,41 +183,41 @@ class WarmWorkerScheduler(FIFOScheduler):
         self._unreserved_workers, self._searcher = workers, searcher
 
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
-        """Reserves the workers with the first trial: Tune's cache counts them by their resources."""
+        """Reserves all workers when the first trial is added, since Tune caches workers by their resources."""
         tune_controller._actor_cache.increase_max(trial.placement_group_factory, by=self._unreserved_workers)
         self._unreserved_workers = 0
 
     def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
-        """Passes the error of a dead worker to the searcher, before its `on_trial_complete`."""
-        # Tune keeps the exception of some deaths only; for a lack of memory there is only this file.
+        """Passes Ray's error for a dead worker to the searcher, before Tune calls its `on_trial_complete`."""
+        # Tune keeps the exception only for some deaths; an out-of-memory kill is described only in this file.
         self._searcher.worker_died(trial.trial_id, Path(trial.error_file).read_text() if trial.error_file else "")
 
 
 def protect_token() -> None:
-    """Makes Ray's authentication token readable by its owner only; another program may have written it openly."""
+    """Makes Ray's authentication token readable only by its owner, in case it was created with open permissions."""
     path = Path.home() / ".ray" / "auth_token"
     if path.is_file() and path.stat().st_mode & 0o077:
         path.chmod(0o600)
 
 
 class RayCluster:
-    """A private Ray on this machine, or the running one at `address`, from `__enter__` to `__exit__`."""
+    """Context manager that starts a private Ray on this machine, or joins the running cluster at `address`."""
 
     def __init__(self, resources: Resources, *, address: str | None = None) -> None:
         self.resources, self.address = resources, address
         self.dashboard_url: str | None = None
-        self.process_ids: tuple[int, ...] = ()  # of a private Ray itself
+        self.process_ids: tuple[int, ...] = ()  # raylet and GCS server of a private Ray
         self.folder: Path | None = None  # logs and sockets of a private Ray
 
     def __enter__(self) -> "RayCluster":
         os.environ.update(RAY_ENVIRONMENT | {"TMPDIR": short_temporary()})
         if not self.address:
-            # Without it a new Ray asks for its token, whatever the shell has set.
+            # With this variable unset, a new Ray requires its token; the shell may have turned that off.
             os.environ.pop("RAY_AUTH_MODE", None)
-        # No public setting binds Ray's own processes to the loopback where it may span machines.
+        # Where Ray may span machines, no public setting binds its own processes to the loopback interface.
         ray._private.ray_constants.ENABLE_RAY_CLUSTER = bool(self.address)
         context = self._init_ray()
-        # Ray reports dead workers with tracebacks, and those of the raylet go to stdout.
+        # Silences tracebacks of dead workers; those from the raylet would go to stdout.
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
         ray._private.worker._worker_logs_enabled = False
         if not self.address:
@@ -251,7 +250,7 @@ class RayCluster:
             )
             protect_token()
             return context
-        except Exception as error:  # of many kinds: no space, no home directory, a busy machine
+        except Exception as error:  # many types: no disk space, no home directory, a busy machine
             raise RayNotStarted(str(error).strip()) from error
         finally:
             os.umask(umask)
@@ -259,29 +258,30 @@ class RayCluster:
                 signal.signal(signal.SIGTERM, on_sigterm)
 
     def share_gpus(self, trials_per_gpu: int) -> None:
-        """Lets trials share each GPU. The share is rounded down to ten-thousandths, in which Ray counts."""
+        """Lets trials share each GPU. Ray counts resources in ten-thousandths, so the share is rounded down."""
         share = int(10_000 / trials_per_gpu) / 10_000
         self.resources = self.resources.model_copy(update={"gpus_per_trial": share})
         self._count_workers(ray.cluster_resources())
 
     @property
     def trials_per_device(self) -> int:
-        """How many trials share a GPU, or the whole machine if they run on its CPU."""
+        """Number of trials that share a GPU, or the whole machine if they run on its CPU."""
         share = self.per_trial["GPU"]
         return max(1, min(self.workers, int(1 / share + 1e-6))) if share else self.workers
 
     def _count_workers(self, cluster: Mapping[str, float]) -> None:
-        """Sets what a trial needs, and how many trials the cluster can run at once.
+        """Sets the resources per trial and the number of trials that the cluster can run concurrently.
 
         Raises:
-            ConfigError: not even one, for which Ray would wait forever.
+            ConfigError: the cluster has no room for even one trial; Ray would wait forever.
         """
-        cpus, gpus, asked = float(self.resources.cpus_per_trial), cluster.get("GPU", 0), self.resources.gpus_per_trial
-        share = float(bool(gpus)) if asked == "auto" else float(asked)
-        self.per_trial = {"CPU": cpus, "GPU": share}  # 0 is explicit: a trial that does not name GPUs sees all of them
+        cpus, gpus = float(self.resources.cpus_per_trial), cluster.get("GPU", 0)
+        requested = self.resources.gpus_per_trial
+        share = float(bool(gpus)) if requested == "auto" else float(requested)
+        self.per_trial = {"CPU": cpus, "GPU": share}  # an explicit 0, since without a GPU entry a trial sees all GPUs
         counts = [cluster.get("CPU", 1) // cpus]
         if share:
-            # A share is of one GPU: two GPUs have room for 0.4 four times, not five.
+            # A trial cannot be split between GPUs: at 0.4 GPUs each, two GPUs fit four trials, not five.
             counts.append(int(gpus) * int(1 / share + 1e-6) if share < 1 else gpus // share)
         if min(counts) < 1:
             available = f"{cluster.get('CPU', 0):g} CPUs and {gpus:g} GPUs"

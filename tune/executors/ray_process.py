@@ -1,13 +1,13 @@
 """The process that runs Ray, a child of the campaign's process (tune/executors/ray_supervisor.py).
 
-It sends one of these messages:
+It sends these messages:
 
-    RayReady         Ray has started; the answer is a command: ("share", trials per GPU), which leads to another
-                     RayReady, or ("run",)
-    (name, *args)    calls a method of the session; the answer is (return value, whether the run is to stop)
-    RayExited        all trials have run, or something failed
+    RayReady         Ray has started. The reply is a command: either ("share", trials per GPU), after which another
+                     RayReady is sent, or ("run",).
+    (name, *args)    Calls a method of the session. The reply is (return value, whether a stop was requested).
+    RayExited        All trials have run, or an error occurred.
 
-It keeps no state of the campaign, so it may die at any moment, and under Ray it sometimes does.
+Ray sometimes kills this process, so it holds no campaign state and may die at any moment.
 """
 
 import os
@@ -26,12 +26,12 @@ from tune.spec.schema import Resources
 
 @dataclass(frozen=True)
 class RayReady:
-    """Ray has started, or shares its GPUs as commanded."""
+    """Ray has started, or has carried out a "share" command."""
 
-    workers: int  # trials at once
+    workers: int  # trials or groups that can run concurrently
     trials_per_device: int
     dashboard_url: str | None
-    process_ids: tuple[int, ...] = ()  # of a private Ray itself
+    process_ids: tuple[int, ...] = ()  # raylet and GCS server of a private Ray
     folder: Path | None = None  # logs and sockets of a private Ray
 
 
@@ -41,16 +41,16 @@ class RayExited:
 
     error: str | None = None
     is_config_error: bool = False
-    is_start_error: bool = False  # whether `error` is Ray's own message that it could not start
+    is_start_error: bool = False  # `error` is Ray's own message that it could not start
 
 
 def run_ray(connection: Connection, resources: Resources, address: str | None, root: Path) -> None:
-    """The body of the process: starts Ray, runs the trials of the session at the other end, shuts Ray down.
+    """Main function of the process: starts Ray, runs the trials of the parent's session, shuts Ray down.
 
-    When the parent dies, the process kills everything with the mark of `root` and exits.
+    When the parent dies, the process kills every process marked with `root` and exits.
     """
-    os.setsid()  # Ctrl-C in the terminal reaches only the campaign, which lets the workers save
-    os.dup2(2, 1)  # stdout is for data
+    os.setsid()  # Ctrl-C in the terminal reaches only the parent, which lets the workers save
+    os.dup2(2, 1)  # redirects stdout to stderr: the parent's stdout is for data
     threading.Thread(target=_exit_with_parent, args=(root,), daemon=True).start()
     from tune.executors.ray_executor import RayCluster, RayNotStarted, RemoteSession, run_tuner
 
@@ -65,7 +65,7 @@ def run_ray(connection: Connection, resources: Resources, address: str | None, r
                     cluster.share_gpus(*command[1:])
             run_tuner(RemoteSession(connection), cluster, root)
             connection.send(RayExited())
-    except (EOFError, BrokenPipeError, ConnectionResetError):  # the campaign has replaced this process
+    except (EOFError, BrokenPipeError, ConnectionResetError):  # the parent has closed the connection
         return
     except RayNotStarted as error:
         connection.send(RayExited(str(error), is_start_error=True))

@@ -1,8 +1,8 @@
-"""Runs Ray in a child process, serves it the trials of the session, and replaces it when it dies.
+"""Runs Ray in a child process, serves it the session's trials, and restarts it when it dies.
 
-When a part of Ray dies, `Tuner.fit` may hang, and Ray may end the process that runs it. So the child keeps no state: it
-calls this process, which holds the lock, the journal and the signal handlers, for every trial and every result. Ray is
-replaced by killing everything that the child has started; the trials then continue from their checkpoints.
+When a part of Ray dies, `Tuner.fit` may hang, and Ray may kill the process that runs it. So the child holds no state:
+for every trial and every result it calls this process, which holds the lock, the journal and the signal handlers. To
+restart Ray, this process kills everything that the child has started; the trials then resume from their checkpoints.
 """
 
 import math
@@ -26,31 +26,31 @@ from tune.session.session import ExecutorLost, Session
 from tune.spec.schema import Resources
 from tune.trials.retries import oom_kill_count
 
-HEALTH_CHECK_SECONDS = 1.0  # between two checks of Ray's processes and of the heartbeats
+HEALTH_CHECK_SECONDS = 1.0  # between checks of Ray's processes and the heartbeats
 START_TIMEOUT = 300.0  # seconds for Ray to start
 RESPONSE_TIMEOUT = 60.0  # seconds for Ray to notice a dead worker, or to ask for work when it has none
-SAVE_TIMEOUT = 60.0  # seconds for running trials to save when the run is to stop
+SAVE_TIMEOUT = 60.0  # seconds for running trials to save after a stop was requested
 EXIT_TIMEOUT = 20.0  # seconds for the child process to exit
-OOM_KILL_SECONDS = 30.0  # a worker that dies within this time after the kernel's OOM killer acted was its victim
-MAX_REPLACEMENTS = 3  # of Ray in one run
+OOM_KILL_SECONDS = 30.0  # a worker that dies this soon after an OOM kill counts as its victim
+MAX_REPLACEMENTS = 3  # of Ray, in one run
 
-FINISHED = "finished"  # instead of the reason why Ray is lost
-SESSION_METHODS = ("ask", "is_over", "tell", "should_stop", "worker_died")  # that the child may call
+FINISHED = "finished"  # returned instead of a reason why Ray must be replaced
+SESSION_METHODS = ("ask", "is_over", "tell", "should_stop", "worker_died")  # the methods that the child may call
 
 
 @dataclass
 class RayProcess:
     """The child that runs Ray (tune/executors/ray_process.py), and the connection to it."""
 
-    process: Any  # multiprocessing has no public type for a spawned process
+    process: Any  # multiprocessing has no public type for spawned processes
     connection: Connection
     ready: RayReady | None = None
     shares_gpus: bool = False  # whether it has received the "share" command
-    services: dict[str, psutil.Process] = field(default_factory=dict)  # the processes of a private Ray itself, by name
+    services: dict[str, psutil.Process] = field(default_factory=dict)  # raylet and GCS server of a private Ray, by name
 
 
 class RaySupervisor:
-    """Ray for a session, from `__enter__` to `__exit__`: a private one, or the running cluster at `address`."""
+    """Context manager that runs the trials of a session on a private Ray, or on the cluster at `address`."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class RaySupervisor:
         self._replacements = 0
         self._trials_per_gpu: int | None = None  # set once Ray has started
         self._is_running = False
-        self._killed_at: dict[str, float] = {}  # by trial: its hung worker was killed, and Ray has not reported that
+        self._killed_at: dict[str, float] = {}  # by trial: when its hung worker was killed; until Ray reports it
         self._oom_kills = oom_kill_count()
         self._oom_killed_at = -math.inf
         self._checked_at = self._heard_at = clock()
@@ -76,20 +76,20 @@ class RaySupervisor:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        started = marked_processes(self._session.root)  # before any of them has lost its parent
+        started = marked_processes(self._session.root)  # found now, while their parents are alive
         self._ray.connection.close()  # the child then shuts Ray down
         if kind is None:
             self._ray.process.join(EXIT_TIMEOUT)
         self._kill(started)
         ready = self._ray.ready
-        if kind is None and ready and ready.folder:  # after an error, Ray's logs may tell why
+        if kind is None and ready and ready.folder:  # after an error, Ray's logs may explain it
             shutil.rmtree(ready.folder, ignore_errors=True)
 
     def wait(self) -> RayReady:
         """Waits until Ray has started.
 
         Raises:
-            ConfigError: the cluster has no room for a trial.
+            ConfigError: the cluster has no room for even one trial.
             ExecutorLost: Ray does not start.
         """
         while self._ray.ready is None:
@@ -99,7 +99,7 @@ class RaySupervisor:
         return self._ray.ready
 
     def share(self, trials_per_gpu: int) -> RayReady:
-        """Lets trials share each GPU, also under every later replacement of Ray; raises as `wait`."""
+        """Lets trials share each GPU, also whenever Ray is replaced later; raises the same errors as `wait`."""
         self._trials_per_gpu = trials_per_gpu
         self._send_command()
         return self.wait()
@@ -108,7 +108,7 @@ class RaySupervisor:
         """Runs every trial; replaces Ray when it dies.
 
         Raises:
-            ExecutorLost: Ray died too often, or was not started by this run.
+            ExecutorLost: Ray died too often, or the cluster at `address` is lost.
         """
         with stop_on_signal(self._session, before_exit=lambda: kill_marked(self._session.root)):
             self._is_running = True
@@ -121,18 +121,18 @@ class RaySupervisor:
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
-        ours, theirs = context.Pipe()
-        multiprocessing.resource_tracker.ensure_running()  # now, since it belongs to this process and gets no mark
-        arguments = (theirs, self._resources, self._address, self._session.root)
+        parent_end, child_end = context.Pipe()
+        multiprocessing.resource_tracker.ensure_running()  # started before `mark_children`, so that it is not marked
+        arguments = (child_end, self._resources, self._address, self._session.root)
         process = context.Process(target=run_ray, args=arguments, name="ray driver", daemon=True)
         with mark_children(self._session.root):
             process.start()
-        theirs.close()
+        child_end.close()
         self._heard_at = self._clock()
-        self._ray = RayProcess(process, ours)
+        self._ray = RayProcess(process, parent_end)
 
     def _kill(self, started: Sequence[psutil.Process]) -> None:
-        """Kills the child, Ray and the workers: `started`, and everything with the mark of the results."""
+        """Kills the child, `started`, and every process marked with the results: Ray and the workers."""
         self._ray.connection.close()
         self._ray.process.kill()
         self._ray.process.join(EXIT_TIMEOUT)
@@ -154,7 +154,10 @@ class RaySupervisor:
         self._start()
 
     def _handle_next(self) -> str | None:
-        """Checks Ray's health and handles the next message; returns why Ray is lost, FINISHED at the end, or None."""
+        """Checks Ray's health and handles the next message.
+
+        Returns why Ray must be replaced, FINISHED at the end, or None.
+        """
         now = self._clock()
         if now - self._checked_at >= HEALTH_CHECK_SECONDS:
             self._checked_at = now
@@ -179,36 +182,36 @@ class RaySupervisor:
         assert name in SESSION_METHODS, name
         if name == "worker_died":
             if reason := self._dead_service():
-                return reason  # Ray has died, and its workers with it
-            arguments = self._true_death(*arguments)
-        answer = getattr(self._session, name)(*arguments)
-        self._ray.connection.send((answer, self._session.stop_requested))
+                return reason  # the worker died because Ray did
+            arguments = self._correct_cause(*arguments)
+        value = getattr(self._session, name)(*arguments)
+        self._ray.connection.send((value, self._session.stop_requested))
         return None
 
     def _on_ready(self, ready: RayReady) -> str | None:
         try:
             services = [psutil.Process(pid) for pid in ready.process_ids]
             self._ray.services = {service.name(): service for service in services}
-        except psutil.NoSuchProcess as gone:
-            return f"its process {gone.pid} is gone"
+        except psutil.NoSuchProcess as error:
+            return f"its process {error.pid} is gone"
         self._ray.ready = ready
-        facts = {name: getattr(ready, name) for name in ("workers", "trials_per_device", "dashboard_url")}
-        self._session.executor = replace(self._session.executor, **facts)
+        properties = {name: getattr(ready, name) for name in ("workers", "trials_per_device", "dashboard_url")}
+        self._session.executor = replace(self._session.executor, **properties)
         if self._is_running:
             self._send_command()
         return None
 
     def _send_command(self) -> None:
-        """Sends the next command to a child that is ready: to share the GPUs, if that was chosen, then to run."""
-        self._heard_at = self._clock()  # it has waited for this command, not this process for it
+        """Sends a child that is ready its next command: "share" once, if GPUs are to be shared, then "run"."""
+        self._heard_at = self._clock()  # the child was waiting for this command
         if self._trials_per_gpu is not None and not self._ray.shares_gpus:
             self._ray.shares_gpus, self._ray.ready = True, None
             self._ray.connection.send(("share", self._trials_per_gpu))
         else:
             self._ray.connection.send(("run",))
 
-    def _true_death(self, trial_id: str, cause: str) -> tuple[str, str]:
-        """Replaces Ray's cause of a death if the watchdog or the kernel has killed the worker."""
+    def _correct_cause(self, trial_id: str, cause: str) -> tuple[str, str]:
+        """Corrects the cause of death if the watchdog or the kernel killed the worker."""
         self._count_oom_kills()
         if self._killed_at.pop(trial_id, None) is not None:
             cause = "hung"
@@ -249,7 +252,7 @@ class RaySupervisor:
         return None if dead is None else f"its process {dead} is gone"
 
     def _stop_trials(self, now: float) -> str | None:
-        """Asks running trials to save and stop; gives up on those that take too long."""
+        """Asks running trials to save and stop; returns a reason if they take too long."""
         if self._save_deadline is None:
             self._save_deadline = now + SAVE_TIMEOUT
             self._session.message("stopping: running trials save their progress; a second signal stops them at once")
@@ -260,7 +263,7 @@ class RaySupervisor:
         beats = self._session.heartbeats()
         self._killed_at = {trial_id: at for trial_id, at in self._killed_at.items() if trial_id in beats}
         hung, killed = self._watchdog.find_hung(beats, now), set[int]()
-        # Trials trained together hang together: one that only waits for the others in its process does not hang.
+        # A group shares one process: a trial does not hang while another one in its process makes progress.
         busy = {beat.pid for trial_id, (_, beat) in beats.items() if beat and trial_id not in hung}
         for trial_id, seconds in hung.items():
             beat = beats[trial_id][1]
@@ -268,7 +271,7 @@ class RaySupervisor:
                 continue
             if trial_id in self._killed_at:
                 if now - self._killed_at[trial_id] > RESPONSE_TIMEOUT:
-                    return f"it has not noticed that the worker of {trial_id} is gone"
+                    return f"it has not noticed that the worker of {trial_id} died"
                 continue
             self._killed_at[trial_id] = now
             if beat and beat.pid in killed:

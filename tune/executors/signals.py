@@ -1,4 +1,4 @@
-"""What SIGINT, SIGTERM and SIGHUP do while trials run, in both executors."""
+"""Handles SIGINT, SIGTERM and SIGHUP while trials run, in both executors."""
 
 import contextlib
 import os
@@ -10,14 +10,15 @@ from types import FrameType
 
 from tune.session.session import Session
 
-HANGUP: int | None = getattr(signal, "SIGHUP", None)  # Windows has none
+HANGUP: int | None = getattr(signal, "SIGHUP", None)  # None on Windows, which has no SIGHUP
 
 
 @contextlib.contextmanager
 def stop_on_signal(session: Session, *, before_exit: Callable[[], object] = lambda: None) -> Iterator[None]:
-    """On the first signal, running trials save and stop at their next step; a second one exits at once.
+    """On the first signal, running trials save and stop at their next step; a second signal exits at once.
 
-    `before_exit` runs before such an exit. Outside the main thread, where Python allows no handlers, nothing changes.
+    `before_exit` runs before an immediate exit. Outside the main thread, where Python allows no signal handlers, this
+    does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -26,7 +27,7 @@ def stop_on_signal(session: Session, *, before_exit: Callable[[], object] = lamb
     def handle(number: int, frame: FrameType | None) -> None:
         if not session.stop_requested:
             session.request_stop(number)
-        elif number != HANGUP:  # a closed terminal may send SIGHUP twice, the second time through its shell
+        elif number != HANGUP:  # closing a terminal may send SIGHUP twice, once from its shell
             before_exit()
             _report_exit()
             os._exit(128 + number)
@@ -40,16 +41,16 @@ def stop_on_signal(session: Session, *, before_exit: Callable[[], object] = lamb
 
 
 def stop_signals() -> list[int]:
-    """SIGINT and SIGTERM, and SIGHUP unless it is ignored, as under `nohup`."""
+    """Returns SIGINT, SIGTERM and, unless it is ignored as under `nohup`, SIGHUP."""
     if HANGUP is None or signal.getsignal(HANGUP) == signal.SIG_IGN:
         return [signal.SIGINT, signal.SIGTERM]
     return [signal.SIGINT, signal.SIGTERM, HANGUP]
 
 
 def _report_exit() -> None:
-    """Prints that the run exits at once, and shows the cursor, which the live view has hidden.
+    """Prints that the run exits at once, and shows the cursor again, which the live view hides.
 
-    It uses no stream object: the interrupted code may hold its lock.
+    Writes to the file descriptor, since the interrupted code may hold the lock of `sys.stderr`.
     """
     cursor = "\x1b[?25h" if sys.stderr.isatty() else ""
     with contextlib.suppress(OSError):  # the terminal may be closed

@@ -1,6 +1,6 @@
-"""Finds running trials that hang: their processes live, but make no more steps.
+"""Finds trials that hang: the process is alive but makes no progress.
 
-A deadlock, a file system that does not answer or a GPU that fell off the bus kills nothing. So every trial writes a
+A deadlock, an unresponsive file system or a GPU that fell off the bus does not end the process. So every trial writes a
 heartbeat (ngpt/system/heartbeat.py), and a trial whose heartbeat does not change for too long is killed and retried.
 """
 
@@ -11,8 +11,8 @@ from statistics import median
 
 from ngpt.system.heartbeat import Heartbeat
 
-MIN_TIMEOUT = 600.0  # seconds: compilation, a long evaluation, a slow disk
-TIMEOUT_STEPS = 20  # median steps after which a trial hangs, if they take longer than that
+MIN_TIMEOUT = 600.0  # seconds, to allow for compilation, a long evaluation or a slow disk
+TIMEOUT_STEPS = 20  # a timeout of this many median steps, if that is longer
 
 
 @dataclass
@@ -24,10 +24,10 @@ class _Watched:
 
 
 class Watchdog:
-    """Compares the heartbeats of all running trials with those it saw before.
+    """Compares the heartbeats of all running trials with those of the previous call.
 
-    A trial hangs after `stall_timeout` seconds without a step; None: 20 times its median step, and at least ten
-    minutes. A process always has ten minutes to start.
+    A trial hangs if it makes no step for `stall_timeout` seconds. The default timeout is 20 times its median step time,
+    and at least ten minutes. A process always has at least ten minutes to start.
     """
 
     def __init__(self, stall_timeout: float | None = None) -> None:
@@ -35,9 +35,9 @@ class Watchdog:
         self._trials: dict[str, _Watched] = {}
 
     def find_hung(self, beats: Mapping[str, tuple[int, Heartbeat | None]], now: float) -> dict[str, float]:
-        """The trials that hang, with the seconds since their heartbeat last changed.
+        """Returns the seconds since the last change of the heartbeat for every trial that hangs, by trial id.
 
-        `beats` holds the attempt and the newest heartbeat of every running trial.
+        `beats` holds the attempt number and newest heartbeat of every running trial.
         """
         self._trials = {trial_id: watched for trial_id, watched in self._trials.items() if trial_id in beats}
         for trial_id, (attempt, beat) in beats.items():
@@ -52,7 +52,7 @@ class Watchdog:
         return {trial_id: seconds for trial_id, seconds in silent.items() if seconds > self.timeout(trial_id)}
 
     def timeout(self, trial_id: str) -> float:
-        """Seconds that a watched trial may go without a change of its heartbeat."""
+        """Returns how many seconds the heartbeat of a watched trial may stay unchanged."""
         watched = self._trials[trial_id]
         if self._stall_timeout is not None:
             return self._stall_timeout if watched.beat else max(self._stall_timeout, MIN_TIMEOUT)

@@ -1,4 +1,4 @@
-"""The corpora of a campaign: prepared and checked before the first trial, and described in its results."""
+"""Prepares and checks the corpora of a campaign before its first trial, and describes them for the results."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,35 +12,35 @@ from tune.spec.schema import Campaign
 
 
 def prepare_all(campaign: Campaign, log: Callable[[str], None]) -> None:
-    """Prepares every corpus of the campaign, as far as it is known before the first winner."""
+    """Prepares every corpus that the campaign is known to use before its first phase has a winner."""
     for config in _data_configs(campaign):
         prepare(config, log=log)
 
 
 def check_all(campaign: Campaign) -> dict[str, Any]:
-    """Reads every shard of every corpus of the campaign again, and describes the shards for `changed_shards`.
+    """Rereads every shard of every corpus of the campaign and describes the shards for `changed_shards`.
 
-    By corpus with its tokenizer and split: size and CRC32 of each shard, or why it is left out. Corpora that
-    are prepared from text are covered by their fingerprint instead.
+    Returns the size and CRC32 of each shard, or why it was skipped, by corpus (with tokenizer and split) and shard
+    name. Corpora prepared from text are not included: their fingerprint covers them.
 
     Raises:
         CorruptShardError: a shard has changed since the corpus was prepared.
     """
-    described = {}
+    descriptions = {}
     for config in _data_configs(campaign):
         manifest = open_dataset(config, recheck=True).manifest
         if manifest["shard_folder"] is None:
             continue
         entries = [entry for counts in manifest["splits"].values() for entry in counts["shards"]]
         intact = {entry["name"]: f"{entry['size']} bytes, CRC32 {entry['crc32']:08x}" for entry in entries}
-        left_out = {shard["name"]: f"left out, {shard['reason']}" for shard in manifest["skipped"]}
-        how = f"tokenizer {config.tokenizer}, val_fraction {config.val_fraction}, {config.shards} files"
-        described[f"{config.corpus} ({how})"] = dict(sorted((intact | left_out).items()))
-    return described
+        skipped = {shard["name"]: f"left out, {shard['reason']}" for shard in manifest["skipped"]}
+        details = f"tokenizer {config.tokenizer}, val_fraction {config.val_fraction}, {config.shards} files"
+        descriptions[f"{config.corpus} ({details})"] = dict(sorted((intact | skipped).items()))
+    return descriptions
 
 
 def check_unchanged(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Compares descriptions of the data, of the existing results and of this run.
+    """Compares the data descriptions of the existing results (`before`) and of this run (`now`).
 
     Raises:
         ConfigError: a corpus has changed since the first trial.
@@ -55,7 +55,7 @@ def check_unchanged(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
 
 
 def changed_shards(before: Mapping[str, Mapping[str, str]], now: Mapping[str, Mapping[str, str]]) -> list[str]:
-    """The differences between two results of `check_all`, a line for each shard of the corpora in both."""
+    """Returns one line per shard that differs between two results of `check_all`, for the corpora in both."""
     return [
         f"{corpus}: {name}: {before[corpus].get(name, 'missing')} -> {now[corpus].get(name, 'missing')}"
         for corpus in sorted(before.keys() & now.keys())
@@ -70,9 +70,9 @@ def _data_configs(campaign: Campaign) -> list[DataConfig]:
 
 
 def describe_data(config: TrainConfig) -> dict[str, Any]:
-    """The training and evaluation data of a trial, with their hashes."""
-    dataset, size, block_size = open_dataset(config.data), config.batch_size, config.model.block_size
-    validation = eval_set(dataset, tokens=config.eval_tokens, batch_size=size, block_size=block_size)
+    """Returns names, sizes and hashes of a trial's tokenizer, training data and evaluation data."""
+    dataset, block_size = open_dataset(config.data), config.model.block_size
+    validation = eval_set(dataset, tokens=config.eval_tokens, batch_size=config.batch_size, block_size=block_size)
     manifest = dataset.manifest
     return {
         "corpus": manifest["corpus"],

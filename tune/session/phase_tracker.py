@@ -1,4 +1,4 @@
-"""The phases of a campaign: plans each once the winners it needs are known, and closes it once its trials are done."""
+"""Plans each phase once the winners it needs are known, and closes it once its trials are done."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
@@ -23,11 +23,11 @@ from tune.storage.summaries import PhaseSummary
 
 
 class PhaseTracker:
-    """The planned phases, and the summaries of those that are over. Nothing is planned before `advance`.
+    """Tracks planned and closed phases of a campaign. Nothing is planned before the first `advance`.
 
-    It writes the files of each phase that is over into `root` and adds the trials of each planned phase to `queue`.
-    `append` journals an event and applies it to `state` and to this tracker; `message` shows one line to people;
-    `timer` times training steps, for `hold: seconds`. `campaign` is replaced when speeds are measured.
+    When a phase is planned, its trials are added to `queue`; when it is closed, its files are written into `root`.
+    `append` journals an event and applies it to `state` and to this tracker. `message` prints one line for the user.
+    `timer` measures training speed for `hold: seconds`; the new speeds are then part of `campaign`.
     """
 
     def __init__(
@@ -50,12 +50,12 @@ class PhaseTracker:
         self._asha = Asha(rule, metric=metric.name, goal=metric.goal) if rule else None
 
     def apply(self, event: Event) -> None:
-        """Applies an event of the journal, once `state` has applied it."""
+        """Applies a journal event that `state` has already applied."""
         if self._asha:
             self._asha.apply(event)
 
     def advance(self) -> None:
-        """Closes phases whose trials are all done and plans those that have become possible, until neither happens."""
+        """Closes phases whose trials are all done and plans those whose winners are known, until nothing changes."""
         has_changed = False
         while self._advance_once():
             has_changed = True
@@ -68,12 +68,12 @@ class PhaseTracker:
             self._append("trials_expected", stages=stages)
 
     def has_all_winners(self) -> bool:
-        """Whether every phase is over."""
+        """Returns whether every phase is closed."""
         phases = self._state.phases
         return len(phases) == len(self.campaign.phases) and all(phase.winner for phase in phases.values())
 
     def missing_trials(self) -> dict[str, str]:
-        """The trials to be trained, each with the first phase that needs it, as far as the winners are known."""
+        """Returns the first phase that needs each trial still to be trained, by trial id, given the known winners."""
         missing: dict[str, str] = {}
         for phase in expected_phases(self.campaign, self._state):
             for trial in phase.trials:
@@ -82,16 +82,16 @@ class PhaseTracker:
         return missing
 
     def report_rung(self, trial: PlannedTrial, metrics: Metrics) -> None:
-        """Journals the rung of early stopping that a trial has reached with this evaluation, if it has."""
+        """Journals the early-stopping rung that a trial has reached with this evaluation, if any."""
         if self._asha is None or not stops_early(self.campaign, trial.phase):
             return
         phase = self.planned[trial.phase]
-        steps = next(arm.trials[0].config.steps for arm in phase.arms if arm.name == phase.baseline)
+        baseline_steps = next(arm.trials[0].config.steps for arm in phase.arms if arm.name == phase.baseline)
         reached = self._asha.record_rung(
             **trial.identity,
             step=int(metrics["steps"] or 0),
             total_steps=trial.config.steps,
-            baseline_steps=steps,
+            baseline_steps=baseline_steps,
             value=metrics.get(self.campaign.metric.name),
             may_stop=self._may_stop(trial),
         )
@@ -99,16 +99,16 @@ class PhaseTracker:
             self._append(RUNG_REACHED, **reached)
 
     def stop_reason(self, trial: PlannedTrial) -> str | None:
-        """Why early stopping ends a trial; None if it does not."""
+        """Returns why early stopping ends a trial, or None if it does not."""
         dropped = self._asha and self._asha.stop_reason(trial.phase, trial.arm)
         return f"its arm fell behind: {dropped}" if dropped and self._may_stop(trial) else None
 
     def _may_stop(self, trial: PlannedTrial) -> bool:
-        """Whether early stopping may end a trial: never the baseline, nor a trial that another phase needs in full."""
+        """Returns False for trials of the baseline, and for those that a phase without early stopping also needs."""
         if not stops_early(self.campaign, trial.phase) or trial.arm == self.planned[trial.phase].baseline:
             return False
-        others = (phase for phase in self.planned.values() if not stops_early(self.campaign, phase.name))
-        return not any(other.trial_id == trial.trial_id for phase in others for other in phase.trials)
+        full_phases = (phase for phase in self.planned.values() if not stops_early(self.campaign, phase.name))
+        return not any(other.trial_id == trial.trial_id for phase in full_phases for other in phase.trials)
 
     def _advance_once(self) -> bool:
         has_changed = False
@@ -145,8 +145,8 @@ class PhaseTracker:
         self._queue.add(missing)
         size = f"{fmt.counted(len(planned.arms), 'arm')} x {fmt.counted(len(planned.seeds), 'seed')}"
         base = f" on {settings_text(planned.base)}" if planned.base else ""
-        known = f", {len(trials) - len(missing)} of them known already" if len(missing) < len(trials) else ""
-        self._message(f"phase {phase.name}: {size} = {fmt.counted(len(trials), 'trial')}{base}{known}")
+        done = f", {len(trials) - len(missing)} of them already done" if len(missing) < len(trials) else ""
+        self._message(f"phase {phase.name}: {size} = {fmt.counted(len(trials), 'trial')}{base}{done}")
 
     def _expand(self, phase: Phase) -> PlannedPhase:
         better = {name: done.better for name, done in self._state.phases.items() if done.winner}
@@ -154,14 +154,14 @@ class PhaseTracker:
 
     def _measure_speeds(self, phase: PlannedPhase) -> None:
         if missing := configs_to_time(self.campaign, phase):
-            shapes = fmt.counted(len(missing), "shape")
-            self._message(f"phase {phase.name}: timing {shapes} of model, batch and optimizer")
+            count = fmt.counted(len(missing), "combination")
+            self._message(f"phase {phase.name}: timing {count} of model, batch size and optimizer")
             speeds = measure_for_equal_time(self.campaign.base, missing, self.campaign.speeds, self._timer)
             self._append("speeds_measured", phase=phase.name, speeds=speeds)
             self.campaign = replace(self.campaign, speeds=self._state.speeds)
 
     def _is_settled(self, phase: str, trial_id: str) -> bool:
-        """Whether a trial has a result that counts in a phase; `stopped` counts only where early stopping applies."""
+        """Returns whether a trial has a result; `stopped` counts only if the phase uses early stopping."""
         result = self._state.results.get(trial_id)
         return result is not None and (result["status"] != "stopped" or stops_early(self.campaign, phase))
 

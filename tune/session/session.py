@@ -1,4 +1,4 @@
-"""One run of a campaign on one results directory: it holds the lock, the journal and the state.
+"""A session is one run of a campaign in one results directory; it holds the lock, the journal and the state.
 
 An executor asks for trials with `ask`, reports evaluations to `should_stop` and results to `tell`. A run that is killed
 loses only the steps since the newest checkpoints: the same command resumes it.
@@ -43,29 +43,31 @@ from tune.trials.trial import TrialResult, TrialSpec, prepare_trial_folder
 
 
 class ExecutorLost(UserError):
-    """The executor is gone and is not replaced. Running the same command again resumes the campaign."""
+    """The executor died and is not restarted. Running the same command again resumes the campaign."""
 
     exit_code = EXIT_ERROR
 
 
 @dataclass(frozen=True)
 class ExecutorInfo:
-    """What the session has to know about the executor that runs its trials."""
+    """Properties of the executor that runs the trials of a session."""
 
-    workers: int = 1  # trials or groups at once
+    workers: int = 1  # trials or groups that run concurrently
     trials_per_device: int = 1
     dashboard_url: str | None = None
-    gpu_sharing: GpuSharing | None = None  # how `trials_per_device` was chosen, where it was measured
-    wandb_mode: str | None = None  # of every trial; None keeps the mode of the campaign file
+    gpu_sharing: GpuSharing | None = None  # the measurement that chose `trials_per_device`, if there was one
+    wandb_mode: str | None = None  # for every trial; None keeps the mode from the campaign file
 
 
 class Session:
-    """Holds the lock of the results directory `root` from `__enter__` to `__exit__`; touches nothing on disk before.
+    """Context manager that locks the results directory `root` and runs a campaign there.
+
+    Nothing on disk changes before `__enter__`.
 
     Args:
-        command: how to start this run again, for people.
-        environment: versions and device, for the journal.
-        timer: times training steps for `hold: seconds`; None runs real ones.
+        command: shell command that resumes this run, for messages and records.
+        environment: software versions and device, recorded in the journal.
+        timer: measures training speed for `hold: seconds`; None runs real training steps.
     """
 
     def __init__(
@@ -78,10 +80,10 @@ class Session:
         timer: Callable[..., Any] | None = None,
     ) -> None:
         self.root = root
-        self.message: Callable[[str], None] = lambda text: None  # shows one line to people; the live view replaces it
-        self.stop_requested = False  # no trial starts any more
-        self.stop_signal = 0  # that requested the stop
-        self.executor = ExecutorInfo()  # set before `begin`; a new Ray has a new dashboard
+        self.message: Callable[[str], None] = lambda text: None  # prints a line; the live view replaces it
+        self.stop_requested = False  # if true, no more trials start
+        self.stop_signal = 0  # the signal that requested the stop, or 0
+        self.executor = ExecutorInfo()  # set before `begin`, and again whenever Ray is restarted
         self.environment = dict(environment)
         self._initial_campaign, self._command = campaign, command
         self._timer = timer or partial(measure_tokens_per_second, threads=campaign.resources.cpus_per_trial)
@@ -90,7 +92,7 @@ class Session:
 
     @property
     def campaign(self) -> Campaign:
-        """The campaign, with all speeds measured so far."""
+        """The campaign, including all speeds measured so far."""
         return self._phases.campaign
 
     def __enter__(self) -> "Session":
@@ -108,8 +110,8 @@ class Session:
             self._queue = TrialQueue(
                 campaign, state, seconds_used=lambda: state.seconds + self._seconds(), heartbeats=self.heartbeats
             )
-            calls = {"append": self._append, "message": lambda text: self.message(text), "timer": self._timer}
-            self._phases = PhaseTracker(campaign, self.root, state, self._queue, **calls)
+            callbacks = {"append": self._append, "message": lambda text: self.message(text), "timer": self._timer}
+            self._phases = PhaseTracker(campaign, self.root, state, self._queue, **callbacks)
             for event in self.journal.events:
                 self._phases.apply(event)
         except BaseException:
@@ -122,17 +124,17 @@ class Session:
             is_crash = isinstance(error, Exception) and not isinstance(error, ExecutorLost)
             if is_crash and self._started is not None:
                 text = redact("".join(traceback.format_exception(error)))
-                with contextlib.suppress(OSError):  # it may be this very error, which propagates anyway
+                with contextlib.suppress(OSError):  # a full disk may be the crash itself, which propagates anyway
                     self._append("crash", error=text[-4000:])
             self.journal.close()
         finally:
             self._lock.release()
 
     def begin(self, data: Mapping[str, Any]) -> None:
-        """Journals the start. `data` describes the corpora, which must be those of the existing results.
+        """Journals the start of this run, after checking that the corpora described by `data` are unchanged.
 
         Raises:
-            ConfigError: a corpus has changed since the first trial here.
+            ConfigError: a corpus has changed since the first run in this directory.
         """
         check_unchanged(self.state.campaign.get("data") or {}, data)
         write_atomic(self.root / "campaign.yaml", self.campaign.text)
@@ -163,7 +165,7 @@ class Session:
         write_json(self.root / "manifest.json", manifest)
 
     def end(self) -> CampaignSummary:
-        """Journals the end, writes all derived files and returns the campaign's summary."""
+        """Journals the end of this run, writes all derived files and returns the campaign's summary."""
         if self._phases.has_all_winners():
             status = "finished"
         elif self.stop_requested:
@@ -182,7 +184,7 @@ class Session:
         return write_campaign(self.root, self.state)
 
     def ask(self) -> list[TrialSpec]:
-        """Starts the next trial, with those to train together with it; empty if none may start now."""
+        """Starts the next trial or group and returns its specs; returns an empty list if none may start now."""
         if self.stop_requested:
             return []
         if not self._queue.waiting:
@@ -191,7 +193,7 @@ class Session:
         return self._queue.start_next(self._start, workers=self.executor.workers)
 
     def tell(self, trial_id: str, result: TrialResult, *, cause: str | None = None) -> None:
-        """Records the result of a trial; `cause` is why its process died, if it did."""
+        """Records the result of a trial; `cause` is the cause of death if its worker died."""
         trial = self._queue.unfinished.pop(trial_id)
         self._append(
             "trial_finished",
@@ -206,7 +208,7 @@ class Session:
         self._phases.advance()
 
     def should_stop(self, trial_id: str, interim: TrialResult) -> bool:
-        """Whether early stopping ends a trial at this evaluation; if so, `interim` is recorded as its result."""
+        """Returns whether early stopping ends a trial at this evaluation; if so, records `interim` as its result."""
         trial = self._queue.unfinished[trial_id]
         self._phases.report_rung(trial, interim.metrics)
         if (reason := self._phases.stop_reason(trial)) is None:
@@ -215,9 +217,9 @@ class Session:
         return True
 
     def worker_died(self, trial_id: str, cause: str, reason: str | None = None) -> None:
-        """Restarts a trial whose process ended without a result from its checkpoint, or records it as failed.
+        """Requeues a trial whose worker died, or records it as failed if it has used up its retries.
 
-        `cause` is a key of `RETRY_RULES` in tune/trials/retries.py; `reason` replaces the text of that rule.
+        `cause` is a key of `RETRY_RULES` in tune/trials/retries.py; `reason` replaces the description of that rule.
         """
         trial, beat = self._queue.unfinished[trial_id], heartbeat.read_heartbeat(self._trial_folder(trial_id))
         death = WorkerDeath(cause, beat.step, beat.began) if beat else WorkerDeath(cause)
@@ -229,52 +231,52 @@ class Session:
         if error := give_up_reason(deaths):
             self.tell(trial_id, TrialResult("failed", error=error), cause=cause)
             return
-        alone = ", with no other trial beside it" if must_run_alone(deaths) else ""
-        text = f"worker died ({reason}); trying again from the newest checkpoint{alone}"
+        alone = ", with no other trial running" if must_run_alone(deaths) else ""
+        text = f"worker died ({reason}); retrying from the newest checkpoint{alone}"
         self.message(f"{trial.phase}  {trial.arm} seed {trial.seed}  {text}")
         self._queue.waiting.appendleft(trial)
 
     def executor_lost(self, reason: str) -> None:
-        """Restarts all running trials, whose workers are gone at once."""
+        """Journals that the executor died with all its workers, and requeues all running trials."""
         self._append("executor_lost", reason=reason)
         for trial_id in reversed(list(self.state.running)):
             self.worker_died(trial_id, "ray_lost")
 
     def is_over(self) -> bool:
-        """Whether every phase has its winner, or the budget is used up and no trial is running."""
+        """Returns whether every phase has its winner, or the budget is used up and no trial is running."""
         return self._phases.has_all_winners() or self._queue.is_blocked()
 
     def has_work(self) -> bool:
-        """Whether any trial is left to train within the budget, as far as the journal knows the winners."""
+        """Returns whether any trial is left to train within the budget, given the winners known so far."""
         seconds = self.state.seconds + self.state.session_seconds()
         missing = self._phases.missing_trials()
         return any(budget_allows(self.campaign.budget, self.state, trial_id, seconds) for trial_id in missing)
 
     def request_stop(self, signal_number: int = 0) -> None:
-        """Starts no more trials, and asks every running one to save and stop at its next step."""
+        """Stops starting trials and asks every running trial to save and stop at its next step."""
         self.stop_requested, self.stop_signal = True, signal_number or self.stop_signal
         for trial_id in list(self.state.running):
-            with contextlib.suppress(OSError):  # its folder does not exist yet, or the disk is full: it does not save
+            with contextlib.suppress(OSError):  # no folder yet, or a full disk: this trial stops without saving
                 heartbeat.request_stop(self._trial_folder(trial_id))
 
     def heartbeats(self) -> dict[str, tuple[int, heartbeat.Heartbeat | None]]:
-        """The attempt and the newest heartbeat of every running trial."""
+        """Returns the attempt number and newest heartbeat of every running trial, by trial id."""
         return {
             trial_id: (event["attempt"], heartbeat.read_heartbeat(self._trial_folder(trial_id)))
             for trial_id, event in self.state.running.items()
         }
 
     def snapshot(self) -> Snapshot:
-        """The data of the live view."""
-        state = self.state.copy()  # the view is drawn by another thread
+        """Returns the data that the live view shows."""
+        state = self.state.copy()  # another thread draws the view
         summaries, url = list(self._phases.summaries.values()), self.executor.dashboard_url
         return take_snapshot(self.root, state, running=not state.ended, finished_phases=summaries, dashboard_url=url)
 
     def _start(self, trial: PlannedTrial) -> TrialSpec:
-        """Journals the next attempt at a trial; returns what its worker needs."""
+        """Journals the next attempt at a trial and returns the spec for its worker."""
         folder = self._trial_folder(trial.trial_id)
         attempt = self.state.attempts.get(trial.trial_id, 0) + 1
-        heartbeat.clear_heartbeat(folder)  # of an attempt that was killed
+        heartbeat.clear_heartbeat(folder)  # left over from a killed attempt
         self._append("trial_started", **trial.identity, steps=trial.config.steps, attempt=attempt)
         return TrialSpec(
             **trial.identity,
@@ -286,7 +288,7 @@ class Session:
         )
 
     def _drop_waiting(self) -> None:
-        """Records waiting trials of arms that early stopping has dropped as stopped before their first step."""
+        """Records waiting trials as stopped at step 0 if early stopping has dropped their arms."""
         while trial := next((trial for trial in self._queue.waiting if self._phases.stop_reason(trial)), None):
             self._queue.waiting.remove(trial)
             prepare_trial_folder(self._trial_folder(trial.trial_id), self._with_tracking(trial))
@@ -294,30 +296,30 @@ class Session:
             self.tell(trial.trial_id, TrialResult("stopped", {"steps": 0, "tokens": 0}, error=reason))
 
     def _with_tracking(self, trial: PlannedTrial) -> TrainConfig:
-        """The config of a trial with its place in the campaign, for W&B; it changes nothing that is computed."""
-        place = {"group": self.campaign.name, "job_type": trial.phase, "run_name": f"{trial.arm} seed {trial.seed}"}
+        """Returns the trial's config with its W&B group, job type, run name and mode; the training is unaffected."""
+        labels = {"group": self.campaign.name, "job_type": trial.phase, "run_name": f"{trial.arm} seed {trial.seed}"}
         mode = self.executor.wandb_mode or self.campaign.base.tracker.wandb
-        tracker = trial.config.tracker.model_copy(update=place | {"wandb": mode})
+        tracker = trial.config.tracker.model_copy(update=labels | {"wandb": mode})
         return trial.config.model_copy(update={"tracker": tracker})
 
     def _trial_folder(self, trial_id: str) -> Path:
         return (self.root / "trials" / trial_id).absolute()
 
     def _seconds(self) -> float:
-        """Seconds since `begin`, by a clock that does not jump."""
+        """Returns the seconds since `begin` on the monotonic clock."""
         return 0.0 if self._started is None else time.monotonic() - self._started
 
     def _append(self, event: str, **fields: Any) -> None:
-        # Wall clocks jump: events are ordered by line, and durations come from `elapsed`.
+        # Wall clocks can jump, so the order of lines orders the events, and durations come from `elapsed`.
         written = self.journal.append(event, elapsed=round(self._seconds(), 3), **fields)
         self.state.apply(written)
         self._phases.apply(written)
 
 
 def trial_line(snapshot: Snapshot, trial: PlannedTrial, result: TrialResult, metric: str) -> str:
-    """A line for a trial that ended: `[12/29] alpha  alpha=0.15 seed 2  val_loss 4.3211  12.3k tok/s  4.1 s`."""
-    total, more = str(snapshot.total), "" if snapshot.total_is_final else "+"
-    parts = [f"[{snapshot.done:>{len(total)}}/{total}{more}] {trial.phase}", f"{trial.arm} seed {trial.seed}"]
+    """Formats the line for an ended trial: `[12/29] alpha  alpha=0.15 seed 2  val_loss 4.3211  12.3k tok/s  4.1 s`."""
+    total, plus = str(snapshot.total), "" if snapshot.total_is_final else "+"
+    parts = [f"[{snapshot.done:>{len(total)}}/{total}{plus}] {trial.phase}", f"{trial.arm} seed {trial.seed}"]
     if result.status != "finished":
         parts.append(result.status + (f": {result.error.strip().splitlines()[-1]}" if result.error else ""))
     loss, speed = result.metrics.get(metric), result.metrics.get("tokens_per_second")

@@ -1,4 +1,4 @@
-"""The trials that are not finished yet: which of them may start now, which start together, and which must run alone."""
+"""Decides which unfinished trials may start now, which train as a group, and which must run alone."""
 
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping
@@ -15,15 +15,15 @@ from tune.trials.trial_group import group_size
 
 
 class TrialQueue:
-    """Trials in the order in which they start, within the budget of the campaign.
+    """Unfinished trials in start order, within the budget of the campaign.
 
-    `seconds_used` returns the time spent on the campaign in all sessions, `heartbeats` the attempt and the newest
-    heartbeat of every running trial.
+    `seconds_used` returns the time spent on the campaign in all sessions. `heartbeats` returns the attempt number and
+    newest heartbeat of every running trial.
 
     Attributes:
-        waiting: trials that have not started, or have to start again.
+        waiting: trials that have to start or restart.
         unfinished: all trials without a result, by id.
-        deaths: what each trial's workers died of in this session, by id.
+        deaths: the worker deaths of each trial in this session, by id.
     """
 
     def __init__(
@@ -34,37 +34,38 @@ class TrialQueue:
         seconds_used: Callable[[], float],
         heartbeats: Callable[[], Mapping[str, tuple[int, Heartbeat | None]]],
     ) -> None:
-        self._budget, self._max_group = campaign.budget, campaign.resources.vectorise
+        self._budget, self._max_group_size = campaign.budget, campaign.resources.vectorise
         self._state, self._seconds_used, self._heartbeats = state, seconds_used, heartbeats
         self.waiting = deque[PlannedTrial]()
         self.unfinished: dict[str, PlannedTrial] = {}
         self.deaths = defaultdict[str, list[WorkerDeath]](list)
-        self._leaders: dict[str, str] = {}  # the first trial of the group in which a trial was started
+        self._leaders: dict[str, str] = {}  # trial id -> id of the first trial in its group
 
     def add(self, trials: Iterable[PlannedTrial]) -> None:
-        """Appends trials that wait for their first start."""
+        """Appends trials that have not started yet."""
         for trial in trials:
             self.unfinished[trial.trial_id] = trial
             self.waiting.append(trial)
 
     def start_next(self, start: Callable[[PlannedTrial], TrialSpec], *, workers: int) -> list[TrialSpec]:
-        """Starts the next trial, and those to train together with it, as many as an equal share of `workers` allows.
+        """Starts the next trial, or group of trials to train in one process, and returns its specs.
 
-        A trial that has lost a worker runs in a process of its own, so that it cannot cost other trials theirs.
+        Groups are sized to divide the waiting trials equally among the free workers. A trial whose worker has died
+        runs in a process of its own, so that it cannot crash other trials.
 
         Args:
-            start: journals a trial as started. The budget counts it before the next one is considered.
-            workers: trials or groups that can run at once.
+            start: journals a trial as started, so that the budget counts it before the next trial is considered.
+            workers: number of trials or groups that can run concurrently.
         """
         first = next(filter(self._may_start, self.waiting), None)
         if first is None:
             return []
-        unharmed = [trial for trial in self.waiting if trial is not first and trial.trial_id not in self.deaths]
+        companions = [trial for trial in self.waiting if trial is not first and trial.trial_id not in self.deaths]
         size = 1
-        if self._max_group > 1 and first.trial_id not in self.deaths:
-            size = group_size(len(unharmed) + 1, self._free_workers(workers), max_size=self._max_group)
+        if self._max_group_size > 1 and first.trial_id not in self.deaths:
+            size = group_size(len(companions) + 1, self._free_workers(workers), max_size=self._max_group_size)
         started: list[TrialSpec] = []
-        for trial in (first, *unharmed):
+        for trial in (first, *companions):
             if len(started) == size:
                 break
             configs = [first.config, trial.config]
@@ -75,11 +76,11 @@ class TrialQueue:
         return started
 
     def is_blocked(self) -> bool:
-        """Whether trials wait, none runs and the budget lets none start."""
+        """Returns whether trials are waiting, none is running and the budget allows none to start."""
         return bool(self.waiting) and not self._state.running and not any(map(self._may_start, self.waiting))
 
     def _free_workers(self, workers: int) -> int:
-        """Workers without a trial, or at least halfway through theirs; at least 1."""
+        """Returns the number of workers that are idle or at least halfway through their trials; at least 1."""
         beats = {trial_id: beat for trial_id, (_, beat) in self._heartbeats().items()}
         steps = {trial_id: event["steps"] for trial_id, event in self._state.running.items()}
         early = [trial_id for trial_id, beat in beats.items() if beat is None or 2 * beat.step < steps[trial_id]]
@@ -88,16 +89,16 @@ class TrialQueue:
     def _may_start(self, trial: PlannedTrial) -> bool:
         if not self._has_room(trial):
             return False
-        had_started = trial.trial_id in self.deaths  # before the budget was used up
-        return had_started or budget_allows(self._budget, self._state, trial.trial_id, self._seconds_used())
+        is_restart = trial.trial_id in self.deaths  # the budget allowed its first start
+        return is_restart or budget_allows(self._budget, self._state, trial.trial_id, self._seconds_used())
 
     def _has_room(self, trial: PlannedTrial) -> bool:
-        """Whether a trial may run beside those that run; after the machine ran out of memory, a trial runs alone."""
-        if any(map(self._is_alone, self._state.running)):
+        """Returns whether a trial may run now; one that ran out of host memory runs alone, before the other trials."""
+        if any(map(self._must_run_alone, self._state.running)):
             return False
-        if self._is_alone(trial.trial_id):
+        if self._must_run_alone(trial.trial_id):
             return not self._state.running
-        return not any(self._is_alone(other.trial_id) for other in self.waiting)
+        return not any(self._must_run_alone(other.trial_id) for other in self.waiting)
 
-    def _is_alone(self, trial_id: str) -> bool:
+    def _must_run_alone(self, trial_id: str) -> bool:
         return trial_id in self.deaths and must_run_alone(self.deaths[trial_id])

@@ -83,7 +83,7 @@ def test_the_campaign_benchmark_measures_a_real_campaign_on_ray(capsys: pytest.C
 def test_an_option_of_another_benchmark_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["campaign", "--rounds", "3"]) == 2
     said = capsys.readouterr().err
-    assert said == "--rounds is not an option of campaign, which has --trials, --seconds, --steps, --workers\n"
+    assert said == "campaign has no option --rounds; its options are --trials, --seconds, --steps, --workers\n"
 
 
 @pytest.mark.slow

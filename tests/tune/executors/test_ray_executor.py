@@ -217,7 +217,7 @@ def test_a_killed_worker_is_replaced_and_its_trial_retried(disturbed: DisturbedR
     again = [e for e in events if e["event"] == "trial_started" and e["trial_id"] == died[0]["trial_id"]]
     assert again[1]["attempt"] == 2 and again[1]["seq"] > died[0]["seq"]
     assert (died[0]["cause"], died[0]["attempt"]) == ("killed", 1)
-    assert "worker died (its process was killed or crashed); trying again from the newest" in disturbed.stderr
+    assert "worker died (its process was killed or crashed); retrying from the newest" in disturbed.stderr
     assert "Traceback" not in disturbed.stderr and "ERROR" not in disturbed.stderr
 
 

@@ -470,7 +470,7 @@ def test_a_phase_is_announced_with_its_size_and_its_base(tmp_path: Path, corpus:
         session.message = lines.append
         drive(begun(session))
     assert "phase a: 2 arms x 1 seed = 2 trials" in lines
-    assert "phase b: 3 arms x 1 seed = 3 trials on alpha=0.05, 1 of them known already" in lines
+    assert "phase b: 3 arms x 1 seed = 3 trials on alpha=0.05, 1 of them already done" in lines
 
 
 def test_every_event_is_one_line(root: Path, file: Path) -> None:
