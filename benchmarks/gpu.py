@@ -1,9 +1,9 @@
-"""Measures what one GPU reaches, in under ten minutes: `python -m benchmarks.gpu --json`.
+"""Benchmarks one GPU in under ten minutes: `python -m benchmarks.gpu --json`.
 
 Each part runs in its own process with a time limit; if one fails or is killed, its entry is an error and the others
 continue. The shapes are those of experiments/: the production configuration of the source reports (52.8M parameters,
-48 x 128 tokens), the 0.5B model of the paper (8 x 1024), and the 39 experiments of the source reports. The text is the
-documentation of Python, which needs no network; the speed does not depend on it.
+48 x 128 tokens), the 0.5B model of the paper (8 x 1024), and the 39 experiments of the source reports. The corpus is
+the Python documentation, which needs no download; it does not affect the speed.
 """
 
 import argparse
@@ -72,37 +72,37 @@ def half_billion(tiny: bool) -> TrainConfig:
 
 
 def experiments(tiny: bool) -> Campaign:
-    """The 39 experiments of 200 steps, not compiled: compilation would take longer than the training."""
+    """The 39 experiments of 200 steps, uncompiled, because compilation would take longer than training."""
     return load_campaign(_experiment("seeds39.yaml"), (*TEXT, *((*TINY, "steps=2") if tiny else ())))
 
 
 def measure_single(tiny: bool) -> BenchMetrics:
     """One trial of the production configuration."""
-    return measure_step(_ready(production(tiny)), warmup=10, steps=10 if tiny else 200)
+    return measure_step(_prepared(production(tiny)), warmup=10, steps=10 if tiny else 200)
 
 
 def measure_packed(tiny: bool) -> BenchMetrics:
-    """Several such trials at once."""
-    return packing_of(_ready(production(tiny)), **({"seconds": 0.1} if tiny else {}))
+    """Several concurrent trials of the production configuration."""
+    return packing_of(_prepared(production(tiny)), **({"seconds": 0.1} if tiny else {}))
 
 
 def measure_half_billion(tiny: bool) -> BenchMetrics:
     """One trial of the 0.5B model."""
-    return measure_step(_ready(half_billion(tiny)), warmup=5, steps=5 if tiny else 30)
+    return measure_step(_prepared(half_billion(tiny)), warmup=5, steps=5 if tiny else 30)
 
 
 def measure_projection(tiny: bool) -> BenchMetrics:
     """A projection after every step of the production configuration."""
-    return time_projection(_ready(production(tiny)), seconds=0.1 if tiny else 10.0)
+    return time_projection(_prepared(production(tiny)), seconds=0.1 if tiny else 10.0)
 
 
 def measure_experiments(tiny: bool) -> BenchMetrics:
-    """The 39 experiments as a campaign, from the call to the last record."""
+    """The 39 experiments as a campaign, from start-up to the last record."""
     campaign = experiments(tiny)
-    called = time.time()
+    start = time.time()
     with tempfile.TemporaryDirectory(prefix="ngpt-bench-") as folder:
         times, summary = run_timed(campaign, Path(folder) / "results")
-    seconds = time.time() - called
+    seconds = time.time() - start
     packing = summary.packing and packing_fact(summary.packing)
     return {"seconds": seconds, "trials": vars(summary.trials), "packing": packing, "times": times}
 
@@ -117,7 +117,7 @@ PARTS: dict[str, Part] = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Runs the command line; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu",
         description=f"{__doc__}\n{inspect.getdoc(measure_all)}",
@@ -157,7 +157,7 @@ def measure_all(*, tiny: bool = False) -> BenchMetrics:
     return metrics | {"targets": _targets(metrics), "seconds": time.monotonic() - start}
 
 
-def _ready(config: TrainConfig) -> TrainConfig:
+def _prepared(config: TrainConfig) -> TrainConfig:
     """The config with its corpus prepared and its vocabulary known."""
     prepare(config.data, log=lambda line: None)
     return resolved(config)
@@ -168,7 +168,7 @@ def _experiment(name: str) -> Path:
 
 
 def _run_part(name: str, tiny: bool, *, limit: float) -> BenchMetrics:
-    """Measures a part in its own process, whose memory is free afterwards and whose death is harmless."""
+    """Measures a part in its own process, so that its memory is freed and a crash does not stop the benchmark."""
     if limit <= 0:
         return {"error": "no time was left for it"}
     with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
@@ -183,7 +183,7 @@ def _run_part(name: str, tiny: bool, *, limit: float) -> BenchMetrics:
         stderr.seek(0)
         metrics, errors = stdout.read().decode(), stderr.read().decode(errors="replace")
     if code is None:
-        return {"error": f"not over after {limit:.0f} s", "stderr": errors[-2000:]}
+        return {"error": f"timed out after {limit:.0f} s", "stderr": errors[-2000:]}
     if code:
         return {"error": f"exit code {code}", "stderr": errors[-2000:]}
     return json.loads(metrics)
@@ -194,20 +194,20 @@ def _command(name: str, tiny: bool) -> list[str]:
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """Kills a process with everything that it has started."""
+    """Kills a process and all its descendants."""
     with contextlib.suppress(psutil.NoSuchProcess):
-        family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-        for member in family:
+        processes = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+        for each in processes:
             with contextlib.suppress(psutil.NoSuchProcess):
-                member.kill()
+                each.kill()
     process.wait()
 
 
-def _targets(found: Mapping[str, BenchMetrics]) -> BenchMetrics:
+def _targets(metrics: Mapping[str, BenchMetrics]) -> BenchMetrics:
     rows = {}
     for name, part in PARTS.items():
-        value = found[name].get(part.metric)
-        met = value is not None and part.meets(found[name])
+        value = metrics[name].get(part.metric)
+        met = value is not None and part.meets(metrics[name])
         rows[name] = {
             "figure": part.metric,
             "value": value,
@@ -219,7 +219,7 @@ def _targets(found: Mapping[str, BenchMetrics]) -> BenchMetrics:
 
 
 def _outcome(name: str, metrics: BenchMetrics) -> str:
-    """The figure and its target, or the error."""
+    """Describes the metric and its target, or the error, in one line."""
     if "error" in metrics:
         return f"failed ({metrics['error']})"
     part = PARTS[name]

@@ -1,4 +1,4 @@
-"""The training step of this library against that of a public implementation.
+"""Compares the speed of this library's training step with that of a public implementation.
 
 python -m benchmarks.peers nanoGPT/model.py --set model=experiments/models/13.7M.yaml batch_size=16 --json
 
@@ -47,7 +47,7 @@ Value = TypeVar("Value")
 def compare_with_peer(
     config: TrainConfig, peer: Path, *, modes: Sequence[str] = MODES, seconds: float = 30.0
 ) -> dict[str, Any]:
-    """Times both training steps on the same shape and data. Each variant has its own process; they take turns.
+    """Times both training steps on the same shape and data, in alternation, each variant in its own process.
 
     Returns the fields of the benchmark `step`, for the last of the modes, and ratio_eager and ratio_compiled (our
     tokens per second over the peer's, the median over the rounds), memory_ratio_eager and memory_ratio_compiled (our
@@ -57,7 +57,7 @@ def compare_with_peer(
     """
     config = resolved(config)
     device = pick_device(config.device)
-    open_dataset(config.data)  # prepares it once, rather than in four processes at once
+    open_dataset(config.data)  # prepares the corpus once, rather than in all processes concurrently
     load_peer(peer)  # reports a wrong path before any process starts
     variants: dict[str, dict[str, Any]] = {}
     with contextlib.ExitStack() as stack:
@@ -91,7 +91,7 @@ def compare_with_peer(
 
 
 def load_peer(path: Path) -> ModuleType:
-    """The module at `path`. Its attention is torch's if flash_attn is not installed.
+    """Imports the module at `path`. If flash_attn is not installed, torch's attention replaces it.
 
     Raises:
         ConfigError: the file does not exist, or does not define GPT and GPTConfig.
@@ -105,24 +105,24 @@ def load_peer(path: Path) -> ModuleType:
     module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses and the compiler look it up there
     with _flash_attention():
         spec.loader.exec_module(module)
-    missing = [wanted for wanted in ("GPT", "GPTConfig") if not hasattr(module, wanted)]
+    missing = [name for name in ("GPT", "GPTConfig") if not hasattr(module, name)]
     if missing:
         raise ConfigError(f"{path} does not define {' and '.join(missing)}, as nanoGPT's model.py does")
     return module
 
 
 def peer_step(path: Path, config: TrainConfig, dataset: Dataset, *, compiled: bool) -> tuple[Callable[[], Tensor], int]:
-    """One training step of the implementation at `path`, as its own train.py takes it, and its number of parameters.
+    """Returns a function that takes a training step as the peer's own train.py does, and the number of parameters.
 
     Shape, data, learning rate, weight decay, clipping and autocast follow `config`; the optimizer is the peer's own.
-    The step returns the loss without waiting for it.
+    The function returns the loss without waiting for the GPU.
 
     Raises:
-        ConfigError: `load_peer` refuses the file, or it keeps weights in bfloat16 and the config computes in float32.
+        ConfigError: `load_peer` rejects the file, or the peer has bfloat16 weights and the config computes in float32.
     """
     device, module = pick_device(config.device), load_peer(path)
     torch.manual_seed(config.seed)
-    with contextlib.redirect_stdout(sys.stderr):  # both print their size
+    with contextlib.redirect_stdout(sys.stderr):  # nanoGPT and nGPT print their size
         model: Any = module.GPT(peer_config(module, config)).to(device)
         optim = config.optim
         optimizer = model.configure_optimizers(optim.weight_decay, optim.lr, optim.betas, device.type)
@@ -156,7 +156,7 @@ def peer_step(path: Path, config: TrainConfig, dataset: Dataset, *, compiled: bo
 
 
 def peer_config(module: ModuleType, config: TrainConfig) -> Any:
-    """The peer's GPTConfig for the shape of `config`, without biases and dropout; NVIDIA's with nGPT switched on."""
+    """Builds the peer's GPTConfig for the shape of `config`, without biases and dropout, and with nGPT if supported."""
     shape = {name: getattr(config.model, name) for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")}
     options = {"bias": False, "dropout": 0.0, "use_nGPT": 1, "base_scale": config.model.n_embd**-0.5}
     known = {field.name for field in dataclasses.fields(module.GPTConfig)}
@@ -191,16 +191,16 @@ def flash_attn_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
 ) -> Tensor:
-    """flash_attn's function of this name, computed by torch; q, k, v and the result are (B, T, H, K).
+    """Implements flash_attn's function of this name with torch; q, k, v and the result are (B, T, H, K).
 
     Raises:
-        NotImplementedError: a window or alibi slopes were asked for.
+        NotImplementedError: a window or alibi slopes were requested.
     """
     if tuple(window_size) != (-1, -1) or alibi_slopes is not None:
         raise NotImplementedError("torch's attention has neither windows nor alibi slopes")
     heads_first = (tensor.transpose(1, 2) for tensor in (q, k, v))
-    mixed = F.scaled_dot_product_attention(*heads_first, dropout_p=dropout_p, is_causal=causal, scale=softmax_scale)
-    return mixed.transpose(1, 2)
+    output = F.scaled_dot_product_attention(*heads_first, dropout_p=dropout_p, is_causal=causal, scale=softmax_scale)
+    return output.transpose(1, 2)
 
 
 def flash_attn_qkvpacked_func(qkv: Tensor, **options: Any) -> Tensor:
@@ -211,7 +211,7 @@ def flash_attn_qkvpacked_func(qkv: Tensor, **options: Any) -> Tensor:
 
 @contextlib.contextmanager
 def _flash_attention() -> Iterator[None]:
-    """Lets `import flash_attn` find the two functions above, if the package is not installed."""
+    """Makes `import flash_attn` return the two functions above, if the package is not installed."""
     if importlib.util.find_spec("flash_attn") is not None:
         yield
         return
@@ -230,11 +230,11 @@ _variant: list[tuple[Callable[[], object], torch.device]] = []  # the step of th
 
 
 def _set_up(config: TrainConfig, peer: Path | None, mode: str, threads: int) -> dict[str, int]:
-    """Sets up our training step, or the peer's, and takes the first one, which may compile."""
+    """Sets up our training step, or the peer's, and takes the first step, which may compile."""
     torch.set_num_threads(threads)
     device, dataset = pick_device(config.device), open_dataset(config.data)
     reset_peak_memory(device)
-    start = peak_memory(device)
+    start_memory = peak_memory(device)
     if peer is None:
         run = benchmark_run(config, dataset=dataset, compile=mode == "compiled")
         n_params = sum(parameter.numel() for parameter in run.model.parameters())
@@ -243,7 +243,7 @@ def _set_up(config: TrainConfig, peer: Path | None, mode: str, threads: int) -> 
         step, n_params = peer_step(peer, config, dataset, compiled=mode == "compiled")
     step()
     _variant.append((step, device))
-    return {"n_params": n_params, "start_memory_bytes": start}
+    return {"n_params": n_params, "start_memory_bytes": start_memory}
 
 
 def _timed_step() -> float:
@@ -251,7 +251,7 @@ def _timed_step() -> float:
 
 
 def _peak_memory() -> int:
-    """Peak memory over three steps."""
+    """Returns the peak memory over three steps."""
     step, device = _variant[0]
     reset_peak_memory(device)
     for _ in range(3):
@@ -264,7 +264,7 @@ def _result(pool: ProcessPoolExecutor, function: Callable[[], Value]) -> Value:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Runs the command line; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.peers",
         description=f"{__doc__}\n{inspect.getdoc(compare_with_peer)}",

@@ -30,15 +30,16 @@ from ngpt.training.load_model import (
 )
 from ngpt.training.tracker import finite_or_none
 
-EVAL_TOKENS = 16_384  # if neither the command line nor the checkpoint names a number
+EVAL_TOKENS = 16_384  # if neither the command line nor the checkpoint sets a number
 
 
 def evaluate_checkpoint(
     model: GPT, checkpoint: Checkpoint, dataset: Dataset, *, eval_tokens: int | None, dtype: str | None
 ) -> dict[str, Any]:
-    """`val_loss`, `val_bpb` and `perplexity` (per token), and the model and data that they belong to.
+    """Returns `val_loss`, `val_bpb` and `perplexity` (per token), and describes the model and data behind them.
 
-    `eval_tokens` and `dtype` default to those of the training run. Another tokenizer's corpus is a ConfigError.
+    `eval_tokens` and `dtype` default to those of the training run. Raises ConfigError if the corpus was tokenized with
+    another tokenizer than the model's.
     """
     corpus_tokenizer = dataset.manifest["tokenizer"]
     hashes = {tokenizer_origin(checkpoint).sha256, corpus_tokenizer["sha256"]} - {None}
@@ -48,11 +49,11 @@ def evaluate_checkpoint(
             f"trained with; leave out --tokenizer, or prepare the corpus with the checkpoint's {MODEL_FILE}"
         )
     identity, block_size = checkpoint.identity, model.cfg.block_size
-    # As many tokens in a pass as fitted in training. A converted model has no training run.
-    rows = identity.get("micro_batch_size") or identity.get("batch_size") or 1
-    rows = max(1, rows * identity["model.block_size"] // block_size)
+    # A pass has as many tokens as in training, which are known to fit. A converted model has no training run.
+    trained_rows = identity.get("micro_batch_size") or identity.get("batch_size") or 1
+    batch_size = max(1, trained_rows * identity["model.block_size"] // block_size)
     tokens = eval_tokens or identity.get("eval_tokens") or EVAL_TOKENS
-    data = eval_set(dataset, tokens=tokens, batch_size=rows, block_size=block_size)
+    data = eval_set(dataset, tokens=tokens, batch_size=batch_size, block_size=block_size)
     autocast = mixed_precision(next(model.parameters()).device, dtype or identity.get("dtype", "float32"))
     scores = {name: finite_or_none(value) for name, value in evaluate(model, data, autocast=autocast).items()}
     loss = scores["val_loss"]
@@ -70,7 +71,7 @@ def evaluate_checkpoint(
 
 
 def data_config(checkpoint: Checkpoint, *, corpus: str | None, source: str | None, tokenizer: str | None) -> DataConfig:
-    """The named corpus, tokenized as the model needs it. The default is the corpus that the model was trained on."""
+    """Returns the config of `corpus` with the model's tokenizer. The default is the corpus of the training run."""
     settings = dict(checkpoint.data.get("settings") or {})
     if corpus is None and not settings:
         raise ConfigError(f"{checkpoint.path} does not say what it was trained on: name it with --corpus")
@@ -78,19 +79,19 @@ def data_config(checkpoint: Checkpoint, *, corpus: str | None, source: str | Non
         saved_tokenizer = checkpoint.path / MODEL_FILE
         spec = str(saved_tokenizer) if saved_tokenizer.is_file() else tokenizer_origin(checkpoint).spec
         settings = {"corpus": corpus} | ({"tokenizer": spec} if spec else {})
-    given = {"path": source, "tokenizer": tokenizer}
-    return build(DataConfig, settings | {name: value for name, value in given.items() if value is not None})
+    overrides = {"path": source, "tokenizer": tokenizer}
+    return build(DataConfig, settings | {name: value for name, value in overrides.items() if value is not None})
 
 
 def is_same_corpus(name: str, other: str) -> bool:
-    """Whether two names mean the same corpus. Paths are compared after resolving them, names in `CORPORA` literally."""
+    """Whether two names mean the same corpus. Paths are resolved first; names in `CORPORA` are compared literally."""
     if CORPORA.keys() & {name, other}:
         return name == other
     return os.path.realpath(os.path.expanduser(name)) == os.path.realpath(os.path.expanduser(other))
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Runs the command line; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m ngpt.evaluate", description="The validation loss of a trained model, also on a longer context."
     )
@@ -111,11 +112,11 @@ def _evaluate(options: argparse.Namespace) -> int:
     model = build_model(checkpoint, device=options.device, **parse_model_changes(options.set))
     config = data_config(checkpoint, corpus=options.corpus, source=options.source, tokenizer=options.tokenizer)
     dataset = open_dataset(config)
-    figures = evaluate_checkpoint(model, checkpoint, dataset, eval_tokens=options.eval_tokens, dtype=options.dtype)
+    metrics = evaluate_checkpoint(model, checkpoint, dataset, eval_tokens=options.eval_tokens, dtype=options.dtype)
     if options.json:
-        print(json.dumps(figures, allow_nan=False))
+        print(json.dumps(metrics, allow_nan=False))
         return 0
-    for name, value in figures.items():
+    for name, value in metrics.items():
         print(f"{name:18} {value:.6g}" if isinstance(value, float) else f"{name:18} {value}")
     return 0
 

@@ -1,10 +1,10 @@
-"""Text from a checkpoint.
+"""Generates text with a trained model.
 
 python -m ngpt.generate runs/first --prompt "The file is" --temperature 0.8 --top-p 0.9
 python -m ngpt.generate results/quickstart/trials/ID --prompt-file - < draft.txt
 
-The continuation is streamed to stdout, the speed goes to stderr. Several prompts or samples are computed together and
-printed one after another, each below a line with its number.
+The continuation is streamed to stdout, the speed goes to stderr. Several prompts or samples are batched, and printed
+one after another, each below a line with its number.
 """
 
 import argparse
@@ -28,11 +28,11 @@ from ngpt.system.cli import run_command
 from ngpt.system.device import mixed_precision
 from ngpt.training.load_model import LoadedModel, add_model_arguments, load_model, parse_model_changes
 
-REPLACEMENT = "\ufffd"  # what decoding makes of bytes that are not, or not yet, valid UTF-8
+REPLACEMENT = "\ufffd"  # decoded from bytes that are not, or not yet, valid UTF-8
 
 
 class Sampling(Config):
-    """How the next token is drawn, see `probabilities`."""
+    """How the next token is sampled, see `probabilities`."""
 
     temperature: Annotated[float, Field(ge=0)] = 1.0
     top_k: Count | None = None
@@ -40,11 +40,11 @@ class Sampling(Config):
 
 
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
-    """The distribution (B, V) of the next token for logits (B, V). At temperature 0 the most probable token is certain.
+    """Returns the distribution (B, V) of the next token for logits (B, V). Temperature 0 means greedy decoding.
 
-    The temperature is applied first. Then the `top_k` most probable tokens are kept, and of those the nucleus: the
-    fewest tokens whose probability reaches `top_p`, at least one (Holtzman et al., arXiv 1904.09751). All others get 0.
-    Ties are broken by the lower id.
+    The temperature is applied first, then `top_k`, then `top_p`: nucleus sampling, which keeps the smallest set of most
+    probable tokens whose total probability reaches `top_p` (Holtzman et al., arXiv 1904.09751). All other tokens get 0.
+    In a tie, the lower id comes first.
     """
     if sampling.temperature == 0:
         return torch.zeros_like(logits).scatter(-1, logits.argmax(-1, keepdim=True), 1.0)
@@ -77,72 +77,72 @@ def generate(
 ) -> Iterator[Tensor]:
     """Yields the next token of every row, (B,) int64, `max_tokens` times.
 
-    Of a prompt longer than `block_size` the last tokens are read. When the context is full, its newer half is read in
-    again and the older half is dropped, with or without a cache. Single tokens cannot be dropped from a cache, because
-    the keys and values of later tokens depend on them.
+    A prompt longer than `block_size` is truncated to its last tokens. When the context is full, its older half is
+    dropped and the newer half is encoded again, with or without a cache. Dropping tokens from the cache is not enough,
+    because the keys and values of later tokens depend on them.
 
     Args:
         model: in evaluation mode.
         idx: the prompts, (B, T) int64 with T >= 1, on the model's device.
         temperature, top_k, top_p: see `probabilities`.
-        generator: draws the tokens; a CPU generator draws the same ones on every device.
-        cache: whether to keep keys and values. Without, each token computes the whole window again.
-        vocab_size: ids from this one on are never drawn, for a tokenizer smaller than the model's vocabulary.
+        generator: a CPU generator samples the same tokens on every device.
+        cache: whether to cache keys and values. Otherwise each token recomputes the whole context.
+        vocab_size: ids at or above it are never sampled, for a tokenizer smaller than the model's vocabulary.
 
     Raises:
-        ConfigError: the temperature is negative, or no token is left to draw from.
+        ConfigError: `temperature`, `top_k` or `top_p` is out of range.
     """
     sampling = build(Sampling, {"temperature": temperature, "top_k": top_k, "top_p": top_p})
     size = model.cfg.block_size
-    window, new, kept = idx[:, -size:], idx, None
+    context, new, kv_cache = idx[:, -size:], idx, None
     for _ in range(max_tokens):
-        if window.shape[1] > size:
-            window, kept = window[:, -max(1, size // 2) :], None
-        if kept is None:
-            kept, new = KVCache(model.cfg, len(idx), device=idx.device) if cache else None, window
-        x = model.features(new, kept)[:, -1:]  # only the last position goes through the head
+        if context.shape[1] > size:
+            context, kv_cache = context[:, -max(1, size // 2) :], None
+        if kv_cache is None:
+            kv_cache, new = KVCache(model.cfg, len(idx), device=idx.device) if cache else None, context
+        x = model.features(new, kv_cache)[:, -1:]  # only the last position goes through the head
         p = probabilities(model.logits(x)[:, -1, :vocab_size], sampling)
-        drawn = torch.multinomial(p if generator is None else p.to(generator.device), 1, generator=generator)
-        new = drawn.to(idx.device)
+        sampled = torch.multinomial(p if generator is None else p.to(generator.device), 1, generator=generator)
+        new = sampled.to(idx.device)
         yield new[:, 0]
-        window = torch.cat([window, new], dim=1)
+        context = torch.cat([context, new], dim=1)
 
 
 class Continuation:
-    """One continuation of a prompt: its text that has not been printed yet, and whether it has ended.
+    """One continuation of a prompt, decoded while it is generated.
 
-    A character spread over several tokens waits for the last of them. Some tokenizers treat the start of a text
-    differently, so new tokens are decoded after those shown last.
+    A character that spans several tokens is added to the text with its last token. Some tokenizers decode the start of
+    a text differently, so new tokens are decoded together with those decoded last.
     """
 
     def __init__(self, prompt: list[int], tokenizer: Tokenizer, title: str = "") -> None:
         self.prompt, self.unprinted, self.ended = prompt, title, False
         self._decode, self._end_token = tokenizer.decode, tokenizer.document_separator
-        self._shown, self._waiting = prompt[-1:], list[int]()
+        self._decoded, self._pending = prompt[-1:], list[int]()  # tokens
 
     def add(self, token: int) -> None:
-        """Adds a token. The document mark ends the text; later tokens are ignored."""
+        """Adds a token. The document separator token ends the text; later tokens are ignored."""
         if token == self._end_token:
             self.end()
         elif not self.ended:
-            self._waiting.append(token)
-            self._show_waiting(even_incomplete=False)
+            self._pending.append(token)
+            self._decode_pending(allow_incomplete=False)
 
     def end(self) -> None:
-        """Ends the text. Bytes that never became a character are shown as U+FFFD."""
+        """Ends the text. Bytes of an incomplete character become U+FFFD."""
         if not self.ended:
-            self._show_waiting(even_incomplete=True)
+            self._decode_pending(allow_incomplete=True)
             self.ended = True
 
-    def _show_waiting(self, *, even_incomplete: bool) -> None:
-        text = self._decode([*self._shown, *self._waiting])
-        if even_incomplete or not text.endswith(REPLACEMENT):
-            self.unprinted += text[len(self._decode(self._shown)) :]
-            self._shown, self._waiting = self._waiting, []
+    def _decode_pending(self, *, allow_incomplete: bool) -> None:
+        text = self._decode([*self._decoded, *self._pending])
+        if allow_incomplete or not text.endswith(REPLACEMENT):
+            self.unprinted += text[len(self._decode(self._decoded)) :]
+            self._decoded, self._pending = self._pending, []
 
 
 def print_ready(continuations: list[Continuation]) -> None:
-    """Prints the new text of the first continuation, and of later ones once those before it have ended and left."""
+    """Prints the new text of the first continuation; once that has ended, removes it and goes on to the next."""
     while continuations:
         current = continuations[0]
         text, current.unprinted = current.unprinted, ""
@@ -153,7 +153,7 @@ def print_ready(continuations: list[Continuation]) -> None:
 
 
 def continue_prompts(loaded: LoadedModel, options: argparse.Namespace) -> int:
-    """Prints continuations of every prompt, as the command line asks for; returns how many tokens were computed.
+    """Prints the continuations that the command line asks for; returns the number of generated tokens.
 
     Prompts of equal length form one batch, which is exact and needs no padding.
     """
@@ -186,8 +186,8 @@ def continue_prompts(loaded: LoadedModel, options: argparse.Namespace) -> int:
             vocab_size=tokenizer.vocab_size,
         )
         with mixed_precision(device, options.dtype or checkpoint.identity.get("dtype", "float32")):
-            for drawn in tokens:
-                for each, token in zip(batch, drawn.tolist(), strict=True):
+            for sampled in tokens:
+                for each, token in zip(batch, sampled.tolist(), strict=True):
                     each.add(token)
                 print_ready(remaining)
                 count += len(batch)
@@ -204,7 +204,7 @@ def _sampling_of(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def read_prompts(options: argparse.Namespace) -> list[str]:
-    """The prompts of the command line, then the one from the file. Without any, a single empty prompt."""
+    """Returns the prompts of --prompt, then the one of --prompt-file; one empty prompt if neither is given."""
     prompts = list(options.prompt)
     if (source := options.prompt_file) is not None:
         try:
@@ -218,7 +218,7 @@ def read_prompts(options: argparse.Namespace) -> list[str]:
 
 
 def encode_prompt(text: str, tokenizer: Tokenizer) -> list[int]:
-    """The tokens of a prompt. An empty one becomes the document mark, or a newline if the tokenizer has no mark."""
+    """Encodes a prompt. An empty one becomes the document separator token, or a newline if the tokenizer has none."""
     try:
         text.encode()
     except UnicodeEncodeError:  # the command line held bytes that are not UTF-8
@@ -232,15 +232,15 @@ def encode_prompt(text: str, tokenizer: Tokenizer) -> list[int]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Runs the command line; returns the exit code."""
     options = _parser().parse_args(arguments)
     return run_command(lambda: _generate(options), path=options.checkpoint, prints_only=True)
 
 
 def _generate(options: argparse.Namespace) -> int:
     build(Sampling, _sampling_of(options))  # checks the options before it loads the model
-    where = {"best": options.best, "tokenizer": options.tokenizer, "device": options.device}
-    loaded = load_model(options.checkpoint, **where, **parse_model_changes(options.set))
+    source = {"best": options.best, "tokenizer": options.tokenizer, "device": options.device}
+    loaded = load_model(options.checkpoint, **source, **parse_model_changes(options.set))
     start = time.perf_counter()
     count = continue_prompts(loaded, options)
     seconds = time.perf_counter() - start
@@ -256,9 +256,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="text to continue; repeatable")
     parser.add_argument("--prompt-file", metavar="FILE", help="read a prompt from a file; - is stdin")
     parser.add_argument("--max-tokens", type=_at_least_one, default=200, metavar="N", help="default 200")
-    parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0 takes the most probable token")
-    parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K most probable tokens")
-    parser.add_argument("--top-p", type=float, metavar="P", help="draw from the fewest tokens whose mass reaches P")
+    parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0 means greedy decoding")
+    parser.add_argument("--top-k", type=int, metavar="K", help="sample from the K most probable tokens")
+    nucleus = "sample from the smallest set of most probable tokens whose total probability reaches P"
+    parser.add_argument("--top-p", type=float, metavar="P", help=nucleus)
     parser.add_argument("--seed", type=_seed, metavar="S", help="the same seed gives the same text")
     parser.add_argument("--samples", type=_at_least_one, default=1, metavar="N", help="continuations of each prompt")
     parser.add_argument("--no-cache", action="store_true", help="recompute keys and values for every token")

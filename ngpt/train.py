@@ -23,7 +23,7 @@ __all__ = ["TrainConfig", "train"]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Runs the command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m ngpt.train", description="Train one model.")
     parser.add_argument("--config", type=Path, help="YAML file of settings")
     add_set_option(parser)
@@ -46,7 +46,7 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def print_progress(run: Generator[Metrics, None, RunResult]) -> RunResult:
-    """Trains to the end, and prints a line on stderr for each evaluation."""
+    """Trains to the end, and prints a line to stderr for each evaluation."""
     while True:
         try:
             metrics = next(run)

@@ -245,7 +245,8 @@ def resealed(folder: Path) -> Path:
     manifest = json.loads((folder / "MANIFEST.json").read_text())
     del manifest["sha256"]
     manifest["files"] = {name: checkpoint._digest(folder / name) for name in manifest["files"]}
-    (folder / "MANIFEST.json").write_text(json.dumps(manifest | {"sha256": checkpoint._seal(manifest)}, indent=1))
+    manifest["sha256"] = checkpoint._manifest_digest(manifest)
+    (folder / "MANIFEST.json").write_text(json.dumps(manifest, indent=1))
     return folder
 
 

@@ -1,5 +1,5 @@
 """Benchmarks of one training run on this machine: `python -m ngpt.bench NAME --json`.
 
-Each part is timed in turns with a plain torch formulation of it, and beside a ceiling of the machine: the rate of a
-large matrix product, or of a copy. So metrics can be compared between machines, and they hold on a busy one.
+Each part is timed in alternation with a plain torch formulation, and compared with a hardware limit: the rate of a
+large matrix product, or of a copy. So results can be compared between machines, even busy ones.
 """

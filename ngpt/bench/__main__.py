@@ -30,7 +30,7 @@ BENCHMARKS: dict[str, Callable[..., dict[str, Any]]] = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Runs the command line; returns the exit code."""
     options = _parser().parse_args(arguments)
     return run_command(lambda: _benchmark(options))
 
@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _benchmark(options: argparse.Namespace) -> int:
     config = config_of(options)
     if options.seconds is not None and options.name == "step":
-        raise ConfigError("--seconds belongs to the other benchmarks: step takes a fixed number of steps")
+        raise ConfigError("--seconds does not apply to the benchmark step: step takes a fixed number of steps")
     budget = {} if options.seconds is None else {"seconds": options.seconds}
     print_metrics(BENCHMARKS[options.name](config, **budget), as_json=options.json)
     return 0
@@ -46,16 +46,16 @@ def _benchmark(options: argparse.Namespace) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     texts = {name: (inspect.getdoc(benchmark) or "").partition("Raises:")[0] for name, benchmark in BENCHMARKS.items()}
-    described = "\n\n".join(f"  {name}: {text.strip()}" for name, text in texts.items())
+    descriptions = "\n\n".join(f"  {name}: {text.strip()}" for name, text in texts.items())
     parser = argparse.ArgumentParser(
         prog="python -m ngpt.bench",
-        description=f"{ngpt.bench.__doc__}\n{described}\n\nEvery benchmark also returns device, dtype and threads.",
+        description=f"{ngpt.bench.__doc__}\n{descriptions}\n\nEvery benchmark also returns device, dtype and threads.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("name", choices=BENCHMARKS)
     add_config_arguments(parser)
-    short = "short for --set compile=true"
-    parser.add_argument("--compile", action="append_const", dest="set", const="compile=true", help=short)
+    shorthand = "short for --set compile=true"
+    parser.add_argument("--compile", action="append_const", dest="set", const="compile=true", help=shorthand)
     parser.add_argument("--seconds", type=float, help="about how long to measure, after the warm-up")
     return parser
 

@@ -1,4 +1,4 @@
-"""The cost of a checkpoint."""
+"""Measures the cost of a checkpoint."""
 
 import tempfile
 from pathlib import Path
@@ -18,10 +18,10 @@ from ngpt.training.tracker import Tracker
 
 
 def checkpoint(config: TrainConfig, *, seconds: float = 10.0) -> dict[str, Any]:
-    """A checkpoint with digests, syncs and the removal of old ones, against torch.save of the same state.
+    """Compares a checkpoint (with digests, syncs and the removal of old ones) with torch.save of the same state.
 
-    Returns ms, best_ms, reference_ms, ratio; saved_bytes; step_ms (of a training step) and share (of the training time
-    that goes into checkpoints, with one every `checkpoint.every` steps).
+    Returns ms, best_ms, reference_ms, ratio; saved_bytes; step_ms (of a training step) and share (checkpoint time over
+    training time, with one checkpoint every `checkpoint.every` steps).
     """
     config = override(resolved(config), {"tracker.wandb": "disabled"})
     run = benchmark_run(config)
@@ -33,8 +33,8 @@ def checkpoint(config: TrainConfig, *, seconds: float = 10.0) -> dict[str, Any]:
             torch.save({"model": run.model.state_dict(), "optimizers": optimizers}, run.out_dir / "plain.pt")
 
         with Tracker(config.tracker, run.out_dir, settings={}) as tracker:
-            works = {"step": lambda: train_step(run), "ours": lambda: save(run, tracker), "plain": plain_save}
-            times = interleave(timers(works, run.device), seconds=seconds)
+            variants = {"step": lambda: train_step(run), "ours": lambda: save(run, tracker), "plain": plain_save}
+            times = interleave(timers(variants, run.device), seconds=seconds)
         newest = checkpoint_folders(run.out_dir / "checkpoints")[-1]
         size = sum(path.stat().st_size for path in newest.iterdir())
     metrics = compare_times(times["ours"], times["plain"])

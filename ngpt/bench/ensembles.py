@@ -1,4 +1,4 @@
-"""Several runs trained as one program, against the same runs one after another."""
+"""Compares batched training of several runs with training them sequentially."""
 
 from collections.abc import Callable
 from typing import Any
@@ -21,11 +21,11 @@ WORTH_IT = 1.1  # ratios up to here are within the noise of this benchmark
 
 
 def vectorised(config: TrainConfig, *, seconds: float = 40.0) -> dict[str, Any]:
-    """Whole steps of K runs of one graph as one program, against K steps of single runs one after another.
+    """Compares one batched step of K runs of one graph with K sequential steps of single runs.
 
     Returns under at_once, for each K: ms and reference_ms (of one step of all K runs), best_ms, ratio,
     tokens_per_second and reference_tokens_per_second (summed over the runs), and kept_bytes and reference_kept_bytes
-    (what a step keeps for its backward pass, which is most of the memory it needs). K = 1 shows what batching costs.
+    (saved for the backward pass, which is most of the memory of a step). K = 1 shows the overhead of batching.
     Also returns best (the K above 1 with the highest ratio), ratio (of that K) and worth_it (whether it exceeds 1.1).
 
     Raises:
@@ -45,21 +45,21 @@ def _compare(config: TrainConfig, dataset: Dataset, count: int, seconds: float) 
     single = benchmark_run(config, dataset=dataset)
     stack = Stack([run.model for run in runs])
 
-    def one_by_one() -> None:  # steps of one run, whose weights stay in the cache, as in a real single run
+    def sequential() -> None:  # steps of one run, so that its weights stay in the CPU cache, as in real training
         for _ in range(count):
             train_step(single)
 
-    variants = {"together": lambda: train_step_together(stack, runs), "one_by_one": one_by_one}
+    variants = {"batched": lambda: train_step_together(stack, runs), "sequential": sequential}
     times = interleave(timers(variants, single.device), seconds=seconds)
-    metrics, tokens = compare_times(times["together"], times["one_by_one"]), count * config.tokens_per_step
+    metrics, tokens = compare_times(times["batched"], times["sequential"]), count * config.tokens_per_step
     metrics |= {"tokens_per_second": tokens / metrics["ms"] * 1000}
     metrics |= {"reference_tokens_per_second": tokens / metrics["reference_ms"] * 1000}
-    kept = _kept_bytes(variants["together"])
-    return metrics | {"kept_bytes": kept, "reference_kept_bytes": _kept_bytes(lambda: train_step(single))}
+    batched, single_step = _saved_bytes(variants["batched"]), _saved_bytes(lambda: train_step(single))
+    return metrics | {"kept_bytes": batched, "reference_kept_bytes": single_step}
 
 
-def _kept_bytes(step: Callable[[], object]) -> int:
-    """Bytes that autograd saves in a forward pass. Exact, while a process's peak depends on its allocator."""
+def _saved_bytes(step: Callable[[], object]) -> int:
+    """Counts the bytes that autograd saves for the backward pass. Peak memory would also depend on the allocator."""
     saved: dict[int, int] = {}
 
     def save(tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The options that all benchmarks of a training configuration have."""
+"""The command-line options shared by all benchmarks of a training configuration."""
 
 import argparse
 from pathlib import Path
@@ -20,7 +20,7 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def config_of(options: argparse.Namespace) -> TrainConfig:
-    """The configuration that the command line asks for; also sets the number of threads."""
+    """Reads the training config from the command line; also sets the number of threads."""
     dtype = [f"dtype={options.dtype}"] if options.dtype else []
     config = read_config(options.config, [*options.set, *dtype])
     pick_device(config.device)

@@ -1,4 +1,4 @@
-"""The parts of a training step, each against the plain torch formulation that it replaces."""
+"""Times the parts of a training step, each against the plain torch formulation that it replaces."""
 
 import copy
 import itertools
@@ -28,15 +28,15 @@ from ngpt.training.loop import read_batch, train_step
 from ngpt.training.throughput import benchmark_run
 
 BenchMetrics = dict[str, Any]
-FLOAT = 4  # bytes; weights, gradients and moments are float32
-FAR_AHEAD = 10**6  # steps, so that no batch is the one that the training run reads
+FLOAT_BYTES = 4  # weights, gradients and moments are float32
+FIRST_BATCH = 10**6  # for the loader benchmark: far beyond the batches that its training run reads
 
 
 def loss(config: TrainConfig, *, seconds: float = 10.0) -> BenchMetrics:
-    """The fused head and loss forward and backward, against F.linear, the logit scale and F.cross_entropy.
+    """Fused head and loss, forward and backward, against F.linear, the logit scale and F.cross_entropy.
 
-    Returns ms, best_ms, reference_ms, ratio; difference (of the two losses, in nats); gemm_tflops; gemm_share (of that
-    rate, reached by the three matrix products of forward and backward).
+    Returns ms, best_ms, reference_ms, ratio; difference (of the two losses, in nats); gemm_tflops; gemm_share (the
+    share of that rate that the three matrix products of forward and backward reach).
     """
     config = resolved(config)
     device, model = pick_device(config.device), config.model
@@ -60,14 +60,14 @@ def loss(config: TrainConfig, *, seconds: float = 10.0) -> BenchMetrics:
         logits = logits if model.softcap is None else model.softcap * torch.tanh(logits / model.softcap)
         return F.cross_entropy(logits.float(), targets)
 
-    def both_ways(formulation: Callable[[], Tensor]) -> Tensor:
+    def forward_backward(formulation: Callable[[], Tensor]) -> Tensor:
         with mixed_precision(device, config.dtype):
             value = formulation()
         torch.autograd.grad(value, leaves)
         return value.detach()
 
-    difference = float((both_ways(ours) - both_ways(plain)).abs())
-    variants = {"ours": lambda: both_ways(ours), "plain": lambda: both_ways(plain)}
+    difference = float((forward_backward(ours) - forward_backward(plain)).abs())
+    variants = {"ours": lambda: forward_backward(ours), "plain": lambda: forward_backward(plain)}
     times = interleave(timers(variants, device), seconds=seconds)
     metrics, ceiling = compare_times(times["ours"], times["plain"]), gemm_flops(device, DTYPES[config.dtype])
     share = 6 * rows * model.n_embd * vocabulary / (metrics["ms"] / 1000) / ceiling
@@ -89,7 +89,8 @@ def residual(config: TrainConfig, *, seconds: float = 10.0) -> BenchMetrics:
     rows, length = config.micro_batch_size or config.batch_size, config.model.block_size
     generator = torch.Generator().manual_seed(config.seed)
     shapes = [(rows, length, width)] * 3 + [(width,)]
-    x, f, towards, alpha = (F.normalize(torch.randn(shape, generator=generator), dim=-1).to(device) for shape in shapes)
+    random = (torch.randn(shape, generator=generator) for shape in shapes)
+    x, f, grad_output, alpha = (F.normalize(tensor, dim=-1).to(device) for tensor in random)
     f = f.to(DTYPES[config.dtype])  # the dtype of a matrix product's output
     leaves = [leaf.requires_grad_() for leaf in (x, f, alpha)]
     kernel = "inductor" if config.compile else "triton" if should_fuse(x, f, alpha) else "torch"
@@ -99,28 +100,28 @@ def residual(config: TrainConfig, *, seconds: float = 10.0) -> BenchMetrics:
         x, f = F.normalize(x, dim=-1), F.normalize(f.float(), dim=-1)
         return F.normalize(x + alpha * (f - x), dim=-1)
 
-    def both_ways(formulation: Callable[..., Tensor]) -> Tensor:
+    def forward_backward(formulation: Callable[..., Tensor]) -> Tensor:
         y = formulation(x, f, alpha)
-        torch.autograd.grad(y, leaves, towards)
+        torch.autograd.grad(y, leaves, grad_output)
         return y.detach()
 
-    difference = float((both_ways(step) - both_ways(plain)).abs().max())
-    variants = {"ours": lambda: both_ways(step), "plain": lambda: both_ways(plain)}
+    difference = float((forward_backward(step) - forward_backward(plain)).abs().max())
+    variants = {"ours": lambda: forward_backward(step), "plain": lambda: forward_backward(plain)}
     times = interleave(timers(variants, device), seconds=seconds)
     metrics = compare_times(times["ours"], times["plain"])
     metrics |= {"kernel": kernel, "difference": difference, "rows": rows * length, "n_embd": width}
-    moved = x.numel() * (5 * FLOAT + 3 * f.element_size())
-    return metrics | _floor(config, device, moved, 0, times["ours"])
+    moved_bytes = x.numel() * (5 * FLOAT_BYTES + 3 * f.element_size())
+    return metrics | _floor(config, device, moved_bytes, 0, times["ours"])
 
 
 def optimizer(config: TrainConfig, *, seconds: float = 10.0) -> BenchMetrics:
     """The optimizer `optim.name`, against torch.optim's, one tensor at a time.
 
     The reference is torch.optim.AdamW, with torch.optim.Muon for the matrices if the name contains muon. For optimizers
-    that move weights along the sphere, the reference includes a projection weight by weight. Returns ms, best_ms,
+    that move weights along the sphere, the reference also projects the weights, one at a time. Returns ms, best_ms,
     reference_ms, ratio; moved_bytes (parameters, gradients and moments, each once); copy_gb_per_second and gemm_tflops
-    (of this machine); floor_ms (the bytes at the first rate plus Newton-Schulz products at the second); floor_share
-    (floor_ms over ms; 1 is the limit).
+    (of this machine); floor_ms (time for the bytes at the first rate plus the Newton-Schulz products at the second);
+    floor_share (floor_ms over ms; 1 is the limit).
     """
     config = resolved(config)
     device = pick_device(config.device)
@@ -131,49 +132,49 @@ def optimizer(config: TrainConfig, *, seconds: float = 10.0) -> BenchMetrics:
     other = copy.deepcopy(model)
     for own, copied in zip(model.parameters(), other.parameters(), strict=True):
         copied.grad = None if own.grad is None else own.grad.clone()
-    optimizers, plain = build_optimizers(model, config.optim), _one_by_one(other, config.optim)
+    optimizers, plain = build_optimizers(model, config.optim), _reference_optimizers(other, config.optim)
 
-    def step(members: list[torch.optim.Optimizer], *, projected: bool) -> None:
+    def step(optimizers: list[torch.optim.Optimizer], *, project: bool) -> None:
         with mixed_precision(device, config.dtype):
-            for member in members:
-                member.step()
-        if projected:
-            _project_one_by_one(other)
+            for optimizer in optimizers:
+                optimizer.step()
+        if project:
+            _project_individually(other)
 
     on_sphere = config.optim.name in ON_SPHERE
-    variants = {"ours": lambda: step(optimizers, projected=False), "plain": lambda: step(plain, projected=on_sphere)}
+    variants = {"ours": lambda: step(optimizers, project=False), "plain": lambda: step(plain, project=on_sphere)}
     times = interleave(timers(variants, device), seconds=seconds)
-    moved, products = _optimizer_work(model, config.optim)
-    return compare_times(times["ours"], times["plain"]) | _floor(config, device, moved, products, times["ours"])
+    moved_bytes, flops = _optimizer_work(model, config.optim)
+    return compare_times(times["ours"], times["plain"]) | _floor(config, device, moved_bytes, flops, times["ours"])
 
 
 def projection(config: TrainConfig, *, seconds: float = 10.0) -> BenchMetrics:
-    """Projection onto the sphere between real training steps, against one weight at a time, out of place.
+    """Projection onto the sphere between real training steps, against F.normalize of one weight at a time.
 
-    Returns ms, best_ms, reference_ms, ratio; step_ms (without projection) and share (of a projection in it, which is
-    the cost of `project_every: 1`); moved_bytes (each weight read and written once), copy_gb_per_second, floor_ms (the
+    Returns ms, best_ms, reference_ms, ratio; step_ms (without projection) and share (ms over step_ms, the overhead of
+    `project_every: 1`); moved_bytes (each weight read and written once), copy_gb_per_second, floor_ms (time for the
     bytes at that rate) and floor_share (floor_ms over ms; 1 is the limit).
     """
     config = resolved(config)
     if not config.model.on_sphere:
         raise ConfigError(f"a model of residual rule {config.model.residual} has nothing to project")
     run = benchmark_run(config, project_every=10**9)
-    variants = {  # a step before each, so that both project weights as an optimizer leaves them
+    variants = {  # a step before each projection, so that both project weights that were just updated
         "step": lambda: train_step(run),
         "ours": lambda: project_weights(run.model),
-        "another": lambda: train_step(run),
-        "plain": lambda: _project_one_by_one(run.model),
+        "second_step": lambda: train_step(run),
+        "plain": lambda: _project_individually(run.model),
     }
     times = interleave(timers(variants, run.device), seconds=seconds)
     metrics = compare_times(times["ours"], times["plain"])
-    step_ms = float(np.median(times["step"] + times["another"])) * 1000
+    step_ms = float(np.median(times["step"] + times["second_step"])) * 1000
     metrics |= {"step_ms": step_ms, "share": metrics["ms"] / step_ms}
-    moved = 2 * sum(weight.nbytes for weight, _ in run.model.sphere_weights())
-    return metrics | _floor(config, run.device, moved, 0, times["ours"])
+    moved_bytes = 2 * sum(weight.nbytes for weight, _ in run.model.sphere_weights())
+    return metrics | _floor(config, run.device, moved_bytes, 0, times["ours"])
 
 
 def loader(config: TrainConfig, *, seconds: float = 10.0) -> BenchMetrics:
-    """Batches of training data, against nanoGPT's get_batch, and against the time of a training step.
+    """Loading a training batch, against nanoGPT's get_batch, and against the duration of a training step.
 
     Returns ms, best_ms, reference_ms, ratio; tokens_per_second; step_ms and steps_ratio (step_ms over ms: how many
     times faster than needed); moved_bytes (tokens read, inputs and targets written), copy_gb_per_second, floor_ms and
@@ -183,7 +184,7 @@ def loader(config: TrainConfig, *, seconds: float = 10.0) -> BenchMetrics:
     dataset = open_dataset(config.data)
     run = benchmark_run(config, dataset=dataset)
     rows, width = config.batch_size, config.model.block_size
-    numbers = itertools.count(FAR_AHEAD)
+    numbers = itertools.count(FIRST_BATCH)
     shard, random = max(dataset.train, key=len), np.random.default_rng(config.seed)
 
     def plain() -> object:  # karpathy/nanoGPT, train.py, get_batch
@@ -199,14 +200,14 @@ def loader(config: TrainConfig, *, seconds: float = 10.0) -> BenchMetrics:
     step_ms = float(np.median(times["step"])) * 1000
     tokens, ms = rows * width, metrics["ms"]
     metrics |= {"tokens_per_second": tokens / ms * 1000, "step_ms": step_ms, "steps_ratio": step_ms / ms}
-    moved = tokens * (shard.dtype.itemsize + 2 * np.dtype(np.int64).itemsize)
-    return metrics | _floor(config, torch.device("cpu"), moved, 0, times["ours"])
+    moved_bytes = tokens * (shard.dtype.itemsize + 2 * np.dtype(np.int64).itemsize)
+    return metrics | _floor(config, torch.device("cpu"), moved_bytes, 0, times["ours"])
 
 
 def generate(config: TrainConfig, *, seconds: float = 10.0) -> BenchMetrics:
-    """Generation token by token with cached keys and values, against recomputing the window for each token.
+    """Generation with cached keys and values, against recomputing the context for each token.
 
-    Returns ms, best_ms, reference_ms (each of `tokens` tokens), ratio; tokens_per_second and
+    Returns ms, best_ms, reference_ms (each for `tokens` tokens), ratio; tokens_per_second and
     reference_tokens_per_second; moved_bytes (every matrix read once per token), copy_gb_per_second, floor_ms and
     floor_share as for `projection`.
     """
@@ -215,57 +216,58 @@ def generate(config: TrainConfig, *, seconds: float = 10.0) -> BenchMetrics:
     model = GPT(config.model, seed=config.seed).to(device).eval()
     prompt = torch.zeros(1, max(1, config.model.block_size - tokens - 1), dtype=torch.int64, device=device)
 
-    def work(*, cache: bool) -> None:
+    def generate_tokens(*, cache: bool) -> None:
         with mixed_precision(device, config.dtype):
             for _ in continue_text(model, prompt, tokens, generator=torch.Generator().manual_seed(0), cache=cache):
                 pass
 
-    variants = {"ours": lambda: work(cache=True), "plain": lambda: work(cache=False)}
+    variants = {"ours": lambda: generate_tokens(cache=True), "plain": lambda: generate_tokens(cache=False)}
     times = interleave(timers(variants, device), seconds=seconds, warmup=1)
     metrics = compare_times(times["ours"], times["plain"])
     metrics |= {"tokens": tokens, "tokens_per_second": tokens / metrics["ms"] * 1000}
     metrics |= {"reference_tokens_per_second": tokens / metrics["reference_ms"] * 1000}
-    return metrics | _floor(config, device, FLOAT * tokens * matrix_params(config.model), 0, times["ours"])
+    moved_bytes = FLOAT_BYTES * tokens * matrix_params(config.model)
+    return metrics | _floor(config, device, moved_bytes, 0, times["ours"])
 
 
-def _floor(config: TrainConfig, device: torch.device, moved: int, products: int, times: list[float]) -> BenchMetrics:
-    """The shortest possible time at the machine's rates, and the share of it in the median."""
-    copying, multiplying = copy_bandwidth(device), gemm_flops(device, DTYPES[config.dtype])
-    floor = moved / copying + products / multiplying
-    metrics = {"moved_bytes": moved, "copy_gb_per_second": copying / 1e9, "gemm_tflops": multiplying / 1e12}
+def _floor(config: TrainConfig, device: torch.device, moved_bytes: int, flops: int, times: list[float]) -> BenchMetrics:
+    """Returns the minimum time for this traffic and these FLOPs on the machine, and its share of the median time."""
+    bandwidth, flops_per_second = copy_bandwidth(device), gemm_flops(device, DTYPES[config.dtype])
+    floor = moved_bytes / bandwidth + flops / flops_per_second
+    rates = {"copy_gb_per_second": bandwidth / 1e9, "gemm_tflops": flops_per_second / 1e12}
     shares = {"floor_ms": floor * 1000, "floor_share": floor / float(np.median(times))}
-    return metrics | shares | machine_info(device, config.dtype)
+    return {"moved_bytes": moved_bytes} | rates | shares | machine_info(device, config.dtype)
 
 
 @torch.no_grad()
-def _project_one_by_one(model: GPT) -> None:
+def _project_individually(model: GPT) -> None:
     for weight, dim in model.sphere_weights():
         weight.copy_(F.normalize(weight.float(), dim=dim))
 
 
-def _one_by_one(model: GPT, cfg: OptimConfig) -> list[torch.optim.Optimizer]:
-    """torch.optim's own optimizers without fusion."""
-    members = parameters_by_kind(model)
+def _reference_optimizers(model: GPT, cfg: OptimConfig) -> list[torch.optim.Optimizer]:
+    """Builds torch.optim's own optimizers, which update one tensor at a time."""
+    by_kind = parameters_by_kind(model)
     adam = {"lr": cfg.lr, "betas": cfg.betas, "eps": cfg.eps, "weight_decay": cfg.weight_decay}
     if "muon" not in cfg.name:
         return [torch.optim.AdamW(model.parameters(), foreach=False, **adam)]
-    rest = [parameter for kind, group in members.items() if kind != "matrices" for parameter in group]
-    how = {"momentum": cfg.momentum, "nesterov": cfg.nesterov, "ns_steps": cfg.ns_steps, "adjust_lr_fn": "original"}
-    muon = torch.optim.Muon(members["matrices"], lr=cfg.lr, weight_decay=cfg.weight_decay, **how)
+    rest = [parameter for kind, group in by_kind.items() if kind != "matrices" for parameter in group]
+    options = {"momentum": cfg.momentum, "nesterov": cfg.nesterov, "ns_steps": cfg.ns_steps, "adjust_lr_fn": "original"}
+    muon = torch.optim.Muon(by_kind["matrices"], lr=cfg.lr, weight_decay=cfg.weight_decay, **options)
     return [muon, torch.optim.AdamW(rest, foreach=False, **adam)]
 
 
 def _optimizer_work(model: GPT, cfg: OptimConfig) -> tuple[int, int]:
-    """Bytes that a step has to move, and FLOPs of its matrix products.
+    """Returns the bytes that a step reads and writes, and the FLOPs of its matrix products.
 
     Adam reads parameter, gradient and two moments, and writes all but the gradient. Muon has one moment.
     """
-    moved = products = 0
+    moved_bytes = flops = 0
     for kind, parameters in parameters_by_kind(model).items():
-        by_muon = kind == "matrices" and "muon" in cfg.name
-        moved += sum(parameter.numel() for parameter in parameters) * FLOAT * (5 if by_muon else 7)
-        if by_muon:
+        is_muon = kind == "matrices" and "muon" in cfg.name
+        moved_bytes += sum(parameter.numel() for parameter in parameters) * FLOAT_BYTES * (5 if is_muon else 7)
+        if is_muon:
             for parameter in parameters:
                 short, long = sorted(parameter.shape)
-                products += cfg.ns_steps * (4 * short**2 * long + 2 * short**3)
-    return moved, products
+                flops += cfg.ns_steps * (4 * short**2 * long + 2 * short**3)
+    return moved_bytes, flops

@@ -1,7 +1,7 @@
-"""K models of one graph as one program: their weights are stacked, and each model holds views of its rows.
+"""Trains K models of one graph as one program: their weights are stacked, and each model holds views of its rows.
 
-The forward pass is the model's own code under `torch.vmap` (PyTorch's "model ensembling"); only the loss is written out
-here. Optimizers, evaluation and checkpoints work on each model as usual.
+The forward pass is the model's own code under `torch.vmap` (PyTorch's "model ensembling"); only the loss is
+reimplemented here. Optimizers, evaluation and checkpoints work on each model as usual.
 """
 
 import warnings
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ngpt.kernels.linear_cross_entropy import MIB, linear_cross_entropy
 from ngpt.model.gpt import GPT
 
-SHARED_BUFFERS = ("cos", "sin")  # decided by the graph, so equal in all models
+SHARED_BUFFERS = ("cos", "sin")  # RoPE tables, which are equal in all models of one graph
 # Bytes of the float32 logits of all models. Above this, one model at a time is faster.
 MAX_BATCHED_LOGITS = {"cpu": 8 * MIB, "cuda": 1024 * MIB}
 
@@ -41,7 +41,7 @@ class Stack:
 
     @torch.no_grad()
     def _stacked(self, name: str) -> Tensor:
-        """Stacks the models' parameters or buffers of one name, and replaces them by views."""
+        """Stacks a parameter or buffer of all models, and replaces it by a view in each of them."""
         owner, _, leaf = name.rpartition(".")
         holders = [model.get_submodule(owner) for model in self.models]
         stacked = torch.stack([getattr(holder, leaf) for holder in holders])
@@ -64,7 +64,7 @@ class Stack:
             parameter.grad = self._gradients[name][row]
 
     def losses(self, idx: Tensor, targets: Tensor) -> Tensor:
-        """The mean cross-entropy of each model in nats, (K,), for `idx` and `targets` (K, B, T)."""
+        """Returns each model's mean cross-entropy in nats, (K,), for `idx` and `targets` (K, B, T)."""
         x = self._features(idx).flatten(1, 2)  # (K, N, D)
         cfg, targets = self.models[0].cfg, targets.flatten(1)
         head = self.weights["wte.weight" if cfg.tied else "lm_head.weight"]
@@ -81,23 +81,23 @@ class Stack:
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets).mean(1)
 
     def _features(self, idx: Tensor) -> Tensor:
-        """The input of the heads, (K, B, T, D)."""
+        """Returns the inputs of the language-model heads, (K, B, T, D)."""
         with warnings.catch_warnings():  # torch has no batched CPU attention, so vmap calls it once per model
             warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
-            return torch.vmap(self._template.of)(self.weights, self.buffers, idx)
+            return torch.vmap(self._template.call_with)(self.weights, self.buffers, idx)
 
     @torch.no_grad()
     def norms(self) -> Tensor:
-        """The global norm of each model's gradients, (K,)."""
+        """Returns the global norm of each model's gradients, (K,)."""
         gradients = self._gradients.values()
         norms = torch.stack([torch.linalg.vector_norm(each.flatten(1), dim=1) for each in gradients])
         return torch.linalg.vector_norm(norms, dim=0)
 
     @torch.no_grad()
     def clip(self, norms: Sequence[float], limits: Sequence[float]) -> None:
-        """Clips each model's gradients, of global norm `norms`, as `torch.nn.utils.clip_grad_norm_` does for one."""
+        """Clips each model's gradients, whose global norms are given, as `torch.nn.utils.clip_grad_norm_` does."""
         for row, (norm, limit) in enumerate(zip(norms, limits, strict=True)):
-            if norm > limit:  # otherwise clipping would pass over all gradients to multiply them by 1
+            if norm > limit:  # otherwise clipping would multiply all gradients by 1
                 own = [gradient[row] for gradient in self._gradients.values()]
                 torch._foreach_mul_(own, limit / (norm + 1e-6))  # pyright: ignore[reportPrivateImportUsage]
 
@@ -112,7 +112,7 @@ class _Features(nn.Module):
     def forward(self, idx: Tensor) -> Tensor:
         return self.model.features_uncompiled(idx)
 
-    def of(self, weights: dict[str, Tensor], buffers: dict[str, Tensor], idx: Tensor) -> Tensor:
-        """The features (B, T, D) with these `weights` and `buffers` instead of the model's own."""
+    def call_with(self, weights: dict[str, Tensor], buffers: dict[str, Tensor], idx: Tensor) -> Tensor:
+        """Returns the features (B, T, D) with these `weights` and `buffers` instead of the model's own."""
         named = {f"model.{name}": tensor for name, tensor in (weights | buffers).items()}
         return torch.func.functional_call(self, named, (idx,))

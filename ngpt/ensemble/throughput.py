@@ -1,4 +1,4 @@
-"""Timed training steps of several runs together."""
+"""Times batched training steps of several runs."""
 
 import statistics
 
@@ -13,7 +13,7 @@ from ngpt.training.throughput import benchmark_run
 
 
 def measure_step_together(config: TrainConfig, count: int, *, warmup: int = 5, steps: int = 20) -> float:
-    """Tokens per second of `count` runs of one graph together, from the median time of a step."""
+    """Returns the total tokens per second of `count` runs trained as one program, from the median step time."""
     config = resolved(config)
     runs = benchmark_runs(config, open_dataset(config.data), count)
     stack = Stack([run.model for run in runs])
@@ -22,7 +22,7 @@ def measure_step_together(config: TrainConfig, count: int, *, warmup: int = 5, s
 
 
 def benchmark_runs(config: TrainConfig, dataset: Dataset, count: int) -> list[Run]:
-    """Runs of a resolved config that differ in their seeds and write nothing, see `benchmark_run`."""
+    """Sets up runs of a resolved config that differ in their seeds, see `benchmark_run`."""
     if reason := ensemble_incompatibility([config]):
         raise ConfigError(reason)
     return [benchmark_run(override(config, {"seed": config.seed + k}), dataset=dataset) for k in range(count)]

@@ -1,13 +1,13 @@
 """Trains several runs of one graph in one process, as a single batched program.
 
-This pays off if launching operations takes longer than computing them: small models on a GPU, and very small steps on a
-CPU. `python -m ngpt.bench vectorised` measures it for a shape on this machine.
+This pays off where launching kernels takes longer than computing them: for small models on a GPU, and for very small
+steps on a CPU. `python -m ngpt.bench vectorised` measures it for a given shape on this machine.
 
 Only training steps are batched. Evaluations take 13 to 32 % of such trials, but batching them did not help: on a CPU,
-eight models (2 x 32, 128 batches of 128 tokens) took 1.13 s one by one and 1.14 s batched.
+eight models (2 x 32, 128 batches of 128 tokens) took 1.13 s sequentially and 1.14 s batched.
 
-Each run keeps its own folder, metrics, checkpoints and step count. `ngpt.training.loop.train` can resume it, and the
-other way round. Results differ from those of single runs by the rounding of batched products only.
+Each run has its own folder, metrics, checkpoints and step count. `ngpt.training.loop.train` can resume it, and vice
+versa. Results differ from those of single runs only by rounding in batched matrix products.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from ngpt.training.loop import StepMetrics, batch, count_step, set_schedules, st
 from ngpt.training.run import Run, RunResult, set_up
 from ngpt.training.state import Metrics
 
-# Settings, and sections of them, that may differ between runs of one graph: they reach it as tensors, or not at all.
+# Settings and sections that may differ between runs of one graph: they enter it as tensors, or not at all.
 FREE_SETTINGS = {
     *("seed", "steps", "project_every", "eval_every", "eval_tokens", "data.order", "data.reservoir"),
     *("model.alpha", "model.alpha_final", "model.logit_scale", "model.scale_trick"),
@@ -45,7 +45,7 @@ RunLoop = Generator[Metrics | None, StepMetrics | None, RunResult]  # None: wait
 
 
 def graph_settings(config: TrainConfig) -> dict[str, object]:
-    """The settings that runs must share to be trained together, by dotted name."""
+    """Returns the settings that runs must share to be trained together, by dotted name."""
     return {
         name: value
         for name, value in flatten(config).items()
@@ -78,17 +78,17 @@ def train_together(
     resume: str | None = None,
     dataset: Dataset | None = None,
 ) -> Generator[Events, Collection[int] | None, None]:
-    """Trains a model for each config; yields what has happened since the last yield, by the index of the run.
+    """Trains a model for each config; yields the events since the last yield, by the index of the run.
 
-    An event is the metrics of an evaluation, a run's result, or the exception that has ended a run. A full disk or a
-    checkpoint of another config ends one run and not the others. Runs whose indices are sent in answer to a yield are
-    closed. The last run left trains alone.
+    An event is the metrics of an evaluation, a run's result, or the exception that ended a run. A full disk or a
+    checkpoint of another config ends only the run concerned. To close runs, send their indices in reply to a yield. The
+    last remaining run takes unbatched steps.
 
-    Arguments are those of `ngpt.training.loop.train`, for each run.
+    Arguments are as in `ngpt.training.loop.train`, for each run.
 
     Raises:
         ConfigError: the configs cannot be trained together, see `ensemble_incompatibility`.
-        RuntimeError, MemoryError: a step has failed, which ends all runs. Each can resume from its checkpoints.
+        RuntimeError, MemoryError: a step failed, which ends all runs. Each can resume from its checkpoints.
     """
     if reason := ensemble_incompatibility(configs):
         raise ConfigError(reason)
@@ -120,9 +120,9 @@ def _receive_step(_: Run) -> Generator[None, StepMetrics | None, StepMetrics]:
 def _train_in_rounds(
     runs: dict[int, Run], loops: dict[int, RunLoop]
 ) -> Generator[Events, Collection[int] | None, None]:
-    """Takes a step for all runs at once, whenever every open run waits for one. Closes and removes loops that end."""
+    """Takes a batched step whenever every open run waits for one. Closes and removes loops that end."""
     stack: Stack | None = None
-    metrics: dict[int, StepMetrics] = {}  # of the last step, until its run has received them
+    metrics: dict[int, StepMetrics] = {}  # of the last step, until they are sent to their runs
     waiting: set[int] = set()
     while loops:
         events: Events = {}
@@ -151,7 +151,7 @@ def _train_in_rounds(
 
 
 def _advance(loop: RunLoop, metrics: StepMetrics | None) -> Event | None:
-    """Continues a run to its next event, or returns None once it waits for a step."""
+    """Continues a run until its next event, which it returns, or until it waits for a step (None)."""
     try:
         return loop.send(metrics)
     except StopIteration as stop:
@@ -164,7 +164,7 @@ def _advance(loop: RunLoop, metrics: StepMetrics | None) -> Event | None:
 
 
 def train_step_together(stack: Stack, runs: Sequence[Run]) -> list[StepMetrics]:
-    """One optimizer update of each run, as `ngpt.training.loop.train_step`; returns the metrics of each."""
+    """Takes one step of every run, like `ngpt.training.loop.train_step`; returns the metrics of each."""
     with contextlib.ExitStack() as clocks:
         for run in runs:
             clocks.enter_context(run.clock.step(run.config.tokens_per_step))
@@ -177,8 +177,8 @@ def train_step_together(stack: Stack, runs: Sequence[Run]) -> list[StepMetrics]:
 
 
 def _gradients(stack: Stack, runs: Sequence[Run]) -> list[tuple[float, float]]:
-    """Fills all gradients, one micro-batch at a time, and clips them; returns each run's loss and unclipped norm."""
-    _make_batches(runs, ahead=0)
+    """Accumulates the gradients over micro-batches and clips them; returns each run's loss and norm before clipping."""
+    _prefetch_batches(runs, steps_ahead=0)
     idx, targets = (
         torch.stack(parts) for parts in zip(*(run.upcoming[1] for run in runs if run.upcoming), strict=True)
     )
@@ -195,19 +195,19 @@ def _gradients(stack: Stack, runs: Sequence[Run]) -> list[tuple[float, float]]:
             (losses.sum() * share).backward()
             total += losses.detach() * share
         norms = stack.norms()
-        _make_batches(runs, ahead=1)  # while a GPU computes
+        _prefetch_batches(runs, steps_ahead=1)  # while the GPU computes
         numbers: list[list[float]] = torch.stack((total, norms)).tolist()
         stack.clip(numbers[1], [run.config.optim.grad_clip or math.inf for run in runs])
     return list(zip(*numbers, strict=True))
 
 
-def _make_batches(runs: Sequence[Run], *, ahead: int) -> None:
-    """Sets each run's upcoming batch to that of `ahead` steps from now. Runs that read the same batch share it."""
-    made: dict[object, tuple[Tensor, Tensor]] = {}
+def _prefetch_batches(runs: Sequence[Run], *, steps_ahead: int) -> None:
+    """Loads the batch that each run needs `steps_ahead` steps from now. Runs that read the same batch share it."""
+    batches: dict[object, tuple[Tensor, Tensor]] = {}
     for run in runs:
-        data, number = run.config.data, run.state.step + run.state.skipped_batches + ahead
+        data, number = run.config.data, run.state.step + run.state.skipped_batches + steps_ahead
         if run.upcoming is None or run.upcoming[0] != number:
             key = run.config.seed, number, data.order, data.reservoir
-            if key not in made:
-                made[key] = batch(run, number)
-            run.upcoming = number, made[key]
+            if key not in batches:
+                batches[key] = batch(run, number)
+            run.upcoming = number, batches[key]

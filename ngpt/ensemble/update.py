@@ -1,4 +1,4 @@
-"""Optimizer steps and projections of several runs at once. Tensors of equal shape form one batch across runs."""
+"""Batches the optimizer steps and projections of several runs, across tensors of equal shape."""
 
 import logging
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 
 def update_together(runs: Sequence[Run]) -> None:
-    """As `ngpt.training.loop.update` for several runs, each with its own optimizers and projection period.
+    """Like `ngpt.training.loop.update`, for several runs, each with its own optimizers and projection period.
 
     If memory runs out, all runs roll back to their newest checkpoints and continue with smaller micro-batches.
     """
@@ -39,5 +39,5 @@ def update_together(runs: Sequence[Run]) -> None:
 
 
 def reduce_batches(runs: Sequence[Run]) -> bool:
-    """Applies every run's policy for running out of memory; returns whether any batch became smaller."""
-    return any([reduce_batch(run) for run in runs])  # a list, so that none is left out
+    """Reduces the batch of every run whose `on_oom` policy allows it; returns whether any batch became smaller."""
+    return any([reduce_batch(run) for run in runs])  # a list, because `any` stops at the first success

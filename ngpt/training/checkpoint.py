@@ -1,4 +1,4 @@
-"""Checkpoints: folders that appear whole or not at all, with a digest of each file. The last few and the best are kept.
+"""Checkpoint folders, committed atomically and verified by SHA-256. A run keeps the last few and the best.
 
     checkpoints/step_0001000/   model.safetensors  state.pt  MANIFEST.json  tokenizer.model (if there is one)
 
@@ -42,8 +42,8 @@ class Checkpoint:
     path: Path
     step: int
     val_loss: float | None
-    identity: dict[str, Any]  # the settings that decide the result, by dotted name
-    data: dict[str, Any]  # settings of the corpus and its tokenizer, for other uses of the model
+    identity: dict[str, Any]  # the settings that affect the results, by dotted name
+    data: dict[str, Any]  # settings of the corpus and its tokenizer, for evaluation and generation
 
 
 def save_checkpoint(
@@ -60,12 +60,12 @@ def save_checkpoint(
 ) -> Path:
     """Commits `root/step_N`, then removes all checkpoints but the last `keep_last` and the best.
 
-    `state` holds plain data and tensors, `data` and `files` what other uses of the model need, by name.
+    `state` (plain data and tensors) is for resuming; `data` and `files`, by name, are for evaluation and generation.
 
     Raises:
         OSError: the disk is full, or the step has been saved before. Older checkpoints are unchanged.
     """
-    _sweep(root)
+    _remove_leftovers(root)
     final, temp = root / f"step_{step:07d}", root / f".tmp-{uuid.uuid4().hex}"
     make_folder(root)
     temp.mkdir()
@@ -85,21 +85,21 @@ def save_checkpoint(
             "data": dict(data or {}),
             "files": {path.name: _digest(path) for path in sorted(temp.iterdir())},
         }
-        (temp / "MANIFEST.json").write_text(_manifest_text(manifest | {"sha256": _seal(manifest)}))
+        (temp / "MANIFEST.json").write_text(_manifest_text(manifest | {"sha256": _manifest_digest(manifest)}))
         commit_folder(temp, final)
     finally:
         shutil.rmtree(temp, ignore_errors=True)
-    _retain(root, keep_last)
+    _remove_old(root, keep_last)
     return final
 
 
 def newest_checkpoint(root: Path) -> Checkpoint | None:
-    """The newest intact checkpoint under `root`. Only the process that trains there may call this.
+    """Returns the newest intact checkpoint under `root`, or None. Only the process that trains there may call this.
 
-    Damaged checkpoints are renamed to `damaged-...`, and leftovers of killed processes are removed. An intact one of an
-    unknown format is a ConfigError.
+    Damaged checkpoints are renamed to `damaged-...`, and leftovers of killed processes are removed. Raises ConfigError
+    if the newest intact checkpoint has an unknown format.
     """
-    _sweep(root)
+    _remove_leftovers(root)
     for path in reversed(checkpoint_folders(root)):
         try:
             return verify_checkpoint(path)
@@ -111,17 +111,17 @@ def newest_checkpoint(root: Path) -> Checkpoint | None:
 
 
 def checkpoint_folders(root: Path) -> list[Path]:
-    """The checkpoints under `root`, oldest first, without a check for damage."""
+    """Returns the checkpoint folders under `root`, oldest first, without verifying them."""
     steps = {path: path.name.removeprefix("step_") for path in root.glob("step_*")}
     return sorted((path for path, step in steps.items() if step.isdecimal()), key=lambda path: int(steps[path]))
 
 
 def verify_checkpoint(path: Path) -> Checkpoint:
-    """Checks every file against the manifest.
+    """Checks every file of a checkpoint against its manifest.
 
     Raises:
-        OSError, ValueError: a file is missing, or differs from what was written.
-        ConfigError: it is intact, but this version cannot read its format.
+        OSError, ValueError: a file is missing or damaged.
+        ConfigError: the checkpoint is intact, but this version cannot read its format.
     """
     manifest = _read_manifest(path)
     if manifest["format"] != FORMAT:
@@ -133,10 +133,10 @@ def verify_checkpoint(path: Path) -> Checkpoint:
 
 
 def load_checkpoint(checkpoint: Checkpoint, model: nn.Module, *, identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Loads the weights into `model` and returns the state saved with them; raises ConfigError for other settings."""
-    wanted = json.loads(json.dumps(identity))
-    for name in [*wanted, *(checkpoint.identity.keys() - wanted.keys())]:
-        saved, value = checkpoint.identity.get(name), wanted.get(name)
+    """Loads the weights into `model` and returns the saved state; raises ConfigError if the saved identity differs."""
+    expected = json.loads(json.dumps(identity))
+    for name in [*expected, *(checkpoint.identity.keys() - expected.keys())]:
+        saved, value = checkpoint.identity.get(name), expected.get(name)
         if saved != value:
             raise ConfigError(f"{checkpoint.path} was made with {name} = {saved!r}, this run has {value!r}")
     model.load_state_dict(safetensors.torch.load_file(checkpoint.path / "model.safetensors"))
@@ -152,8 +152,9 @@ def _digest(path: Path) -> dict[str, Any]:
 def _read_manifest(path: Path) -> dict[str, Any]:
     text = (path / "MANIFEST.json").read_text()
     manifest = json.loads(text)
-    as_written = isinstance(manifest, dict) and text == _manifest_text(manifest)  # no other notation of a number
-    if not as_written or manifest.pop("sha256", None) != _seal(manifest):
+    # The text is compared too: a flipped bit can change the notation of a number but not its value.
+    is_unchanged = isinstance(manifest, dict) and text == _manifest_text(manifest)
+    if not is_unchanged or manifest.pop("sha256", None) != _manifest_digest(manifest):
         raise ValueError(f"{path / 'MANIFEST.json'}: not as it was written")
     return manifest
 
@@ -162,8 +163,8 @@ def _manifest_text(manifest: Mapping[str, Any]) -> str:
     return json.dumps(manifest, indent=1, allow_nan=False)
 
 
-def _seal(manifest: Mapping[str, Any]) -> str:
-    """The digest of the manifest itself. Without it, a flipped bit could turn step 300 into step 100."""
+def _manifest_digest(manifest: Mapping[str, Any]) -> str:
+    """The digest of the manifest itself, since a flipped bit could turn step 300 into step 100."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
@@ -173,8 +174,8 @@ def _set_aside(path: Path, error: Exception) -> None:
     log.warning("checkpoint %s is damaged (%s); set aside as %s", path, error, aside.name)
 
 
-def _sweep(root: Path) -> None:
-    """Removes leftovers of a process that was killed while it saved or removed a checkpoint."""
+def _remove_leftovers(root: Path) -> None:
+    """Removes the files of a process that was killed while it saved or removed a checkpoint."""
     for stale in root.glob(".tmp-*"):
         try:
             shutil.rmtree(stale)
@@ -182,21 +183,21 @@ def _sweep(root: Path) -> None:
             log.warning("%s cannot be removed: %s", stale, error)
 
 
-def _retain(root: Path, keep_last: int) -> None:
+def _remove_old(root: Path, keep_last: int) -> None:
     losses: dict[Path, float | None] = {}
     for path in checkpoint_folders(root):
         try:
             losses[path] = _read_manifest(path)["val_loss"]
         except (OSError, ValueError) as error:
             _set_aside(path, error)
-    kept = set(list(losses)[-keep_last:])
+    to_keep = set(list(losses)[-keep_last:])
     if scored := [(loss, path) for path, loss in losses.items() if loss is not None]:
-        kept.add(min(scored)[1])
+        to_keep.add(min(scored)[1])
     for path in losses:
-        if path not in kept:
+        if path not in to_keep:
             try:
-                # It is renamed first: with its own name and some files missing, it would look damaged.
+                # The folder is renamed first: under its own name, with some files missing, it would look damaged.
                 remove_folder(path, aside_name=f".tmp-{uuid.uuid4().hex}")
             except OSError as error:  # the new checkpoint is saved; the next save tries again
                 log.warning("the old checkpoint %s cannot be removed: %s", path, error)
-                _sweep(root)
+                _remove_leftovers(root)

@@ -34,7 +34,7 @@ NONFINITE = ("fail", "skip", "rollback")
 
 
 class NonfiniteConfig(Config):
-    """What to do about a loss or gradient that is not finite (ngpt/training/recovery.py). It is never applied."""
+    """Policy for steps whose loss or gradient is not finite, which is never applied (ngpt/training/recovery.py)."""
 
     policy: Annotated[str, one_of(NONFINITE, "policy")] = added_setting("fail")
     max: Annotated[int, Field(ge=1)] = added_setting(10)  # skipped steps or rollbacks before the run counts as diverged
@@ -50,10 +50,10 @@ class TrainConfig(Config, frozen=True):
     project_every: Count = 1  # steps between projections onto the sphere
     eval_every: Count = 50  # steps; the first and the last step are always evaluated
     eval_tokens: Count = 16_384  # from the start of the validation split, the same for every trial
-    # if memory runs out: split the micro-batch; halve the batch too, which changes the result (source report 000); fail
+    # if memory runs out: split the micro-batch, halve the batch too (changes the result; source report 000), or fail
     on_oom: Annotated[str, one_of(ON_OOM, "policy")] = added_setting("split", same_as_default=("fail",))
     dtype: Annotated[str, one_of(DTYPES, "dtype")] = "float32"  # of matrix products; weights and norms stay float32
-    compile: bool = False  # blocks and loss with torch.compile, which takes half a minute and pays off in long runs
+    compile: bool = False  # torch.compile for blocks and loss; takes half a minute, so it pays off in long runs only
     device: Annotated[str, one_of(DEVICES, "device")] = runtime_setting("auto")
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
@@ -79,23 +79,23 @@ class TrainConfig(Config, frozen=True):
 
 
 def resolved(config: TrainConfig) -> TrainConfig:
-    """`config` with `model.vocab_size` filled in from the tokenizer. A smaller one than it needs is a ConfigError."""
+    """Fills in `model.vocab_size` from the tokenizer; raises ConfigError if the configured one is too small for it."""
     needed = vocab_size(config.data)
-    given = config.model.vocab_size
-    if given is not None and given < needed:
-        raise ConfigError(f"model.vocab_size {given} is smaller than the {needed} tokens of the data")
-    return override(config, {"model.vocab_size": needed}) if given is None else config
+    configured = config.model.vocab_size
+    if configured is not None and configured < needed:
+        raise ConfigError(f"model.vocab_size {configured} is smaller than the {needed} tokens of the data")
+    return override(config, {"model.vocab_size": needed}) if configured is None else config
 
 
 def rollback_settings(config: TrainConfig) -> dict[str, Any]:
-    """The settings that decide where a run rolls back to, by dotted name; empty for other policies than rollback."""
+    """Returns the settings that determine where a run can roll back to, by dotted name; empty if it never does."""
     return {"checkpoint.every": config.checkpoint.every} if config.nonfinite.policy == "rollback" else {}
 
 
 def read_config(path: Path | None, assignments: list[str]) -> TrainConfig:
     """Reads a config: defaults, overridden by the YAML file, overridden by `name=value` assignments.
 
-    A ConfigError lists all errors, those of the file with their positions.
+    Raises a ConfigError that lists all errors, those in the file with their positions.
     """
     config = TrainConfig()
     if path is not None:
@@ -115,7 +115,7 @@ def read_config(path: Path | None, assignments: list[str]) -> TrainConfig:
 
 
 def located(problem: Problem, given: Mapping[str, tuple[Any, Location]]) -> Problem:
-    """A problem at `optim.betas[0]`, relocated to where the file sets `betas`, which may be a bare name."""
+    """Moves a problem at `optim.betas[0]` to where the file sets `betas`, with or without the prefix `optim`."""
     location = problem.location
     for end in range(len(location), 0, -1):
         name = dotted_name(location[:end])

@@ -1,4 +1,4 @@
-"""Evaluation of a run: validation loss, distance from the sphere, step lengths alpha and divisors r."""
+"""Evaluates a run: validation loss, distance from the sphere, step lengths alpha and divisors r."""
 
 import logging
 import math
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 @torch.no_grad()
 def evaluate(model: GPT, eval_set: EvalSet, *, autocast: torch.autocast) -> dict[str, float | None]:
-    """`val_loss` (nats per token) and `val_bpb` (bits per byte; None if the bytes of the corpus are not known)."""
+    """Returns `val_loss` (nats per token) and `val_bpb` (bits per byte; None if the bytes per token are unknown)."""
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
@@ -36,20 +36,20 @@ def evaluate(model: GPT, eval_set: EvalSet, *, autocast: torch.autocast) -> dict
         losses = [model(idx.to(device), targets.to(device)) for idx, targets in eval_set.batches]
     model.train(was_training)
     counts = [targets.numel() for _, targets in eval_set.batches]
-    # Summed in float64 on the CPU, which MPS does not have, after a single transfer.
+    # A single transfer, then a float64 sum on the CPU, because MPS has no float64.
     nats = sum(loss * n for loss, n in zip(torch.stack(losses).tolist(), counts, strict=True))
     bpb = nats / math.log(2) / eval_set.n_bytes if eval_set.n_bytes else None
     return {"val_loss": nats / eval_set.n_tokens, "val_bpb": bpb}
 
 
 def evaluate_run(run: Run, *, last: bool) -> dict[str, Tensor]:
-    """Evaluates into `state.last_eval`; returns the alphas and divisors by name, for histograms.
+    """Stores the metrics in `state.last_eval`; returns the alphas and divisors by name, for histograms.
 
     At the last step the weights are projected, after the distance from the sphere has been measured. Numbers that are
-    not finite become None. If memory runs out, a pass is repeated with half as many sequences.
+    not finite become None. If memory runs out, the evaluation is repeated with half the batch size.
     """
     distance, r = retry_on_oom(lambda: _distance_and_divisors(run), lambda: reduce_eval_batch(run), run.device)
-    if last:  # the finished model lies on the sphere, however rarely it was projected
+    if last:  # the final weights lie on the sphere, whatever `project_every` is
         project_weights(run.model)
     scores = retry_on_oom(lambda: _validation_scores(run), lambda: reduce_eval_batch(run), run.device)
     metrics = progress(run) | {"train_loss": run.state.train_loss} | scores | distance | _replaced_divisors(run)
@@ -63,7 +63,7 @@ def _validation_scores(run: Run) -> Metrics:
 
 
 def _distance_and_divisors(run: Run) -> tuple[Metrics, dict[str, Tensor]]:
-    """The distance of weights and activations from the sphere, and the divisors by name, on one validation sequence."""
+    """Returns the distance of weights and activations from the sphere, and the divisors, on one validation sequence."""
     idx = run.validation.batches[0][0][:1].to(run.device)
     r = divisors(run.model, idx)
     distance: Metrics = {
@@ -74,7 +74,7 @@ def _distance_and_divisors(run: Run) -> tuple[Metrics, dict[str, Tensor]]:
 
 
 def _replaced_divisors(run: Run) -> Metrics:
-    """`r_replaced`: how many divisors were not finite so far. A higher number than last time is logged as a warning."""
+    """Returns `r_replaced`, the number of divisors so far that were not finite; logs a warning if it has grown."""
     if run.model.normalizer is None:
         return {}
     replaced = int(run.model.normalizer.replaced)

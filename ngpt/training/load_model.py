@@ -1,4 +1,4 @@
-"""Loads a model from a checkpoint, with its settings and its tokenizer. A checkpoint folder is self-contained."""
+"""Loads a model, its settings and its tokenizer from a checkpoint folder, which is self-contained."""
 
 import argparse
 import logging
@@ -51,7 +51,7 @@ def load_model(
 
 
 def find_checkpoint(path: Path, *, best: bool = False) -> Checkpoint:
-    """The checkpoint at `path`, or the newest (or best) intact one under it. Nothing is renamed or removed."""
+    """Finds the checkpoint at `path`, or the newest (or best) intact one under it, without changing any file."""
     if not path.is_dir():
         raise ConfigError(f"{path}: {'a file, give the folder that it is in' if path.exists() else 'no such folder'}")
     root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
@@ -63,20 +63,20 @@ def find_checkpoint(path: Path, *, best: bool = False) -> Checkpoint:
         hint = f"; give {which} {trials[0]}" if trials else ""
         raise ConfigError(f"{path} has no checkpoints{hint}")
     intact: list[Checkpoint] = []
-    damage: list[Exception] = []
+    errors: list[Exception] = []
     for folder in reversed(folders):
         try:
             intact.append(verify_checkpoint(folder))
         except ConfigError:
             raise
         except (OSError, ValueError) as error:
-            damage.append(error)
+            errors.append(error)
         if intact and not best:
             break
     if not intact:
-        raise ConfigError(f"{path} has no intact checkpoint: {damage[0]}")
-    if damage:
-        log.warning("skipped a damaged checkpoint: %s", damage[0])
+        raise ConfigError(f"{path} has no intact checkpoint: {errors[0]}")
+    if errors:
+        log.warning("skipped a damaged checkpoint: %s", errors[0])
     if not best:
         return intact[0]
     scored = [(checkpoint.val_loss, checkpoint) for checkpoint in intact if checkpoint.val_loss is not None]
@@ -86,7 +86,7 @@ def find_checkpoint(path: Path, *, best: bool = False) -> Checkpoint:
 
 
 def build_model(checkpoint: Checkpoint, *, device: str = "cpu", **changes: Any) -> GPT:
-    """The model of a checkpoint, in evaluation mode. Arguments and errors are those of `load_model`."""
+    """Builds the model of a checkpoint, in evaluation mode. Arguments and errors are as in `load_model`."""
     identity = checkpoint.identity
     settings = {name.removeprefix("model."): value for name, value in identity.items() if name.startswith("model.")}
     if "vocab_size" not in settings:
@@ -99,39 +99,39 @@ def build_model(checkpoint: Checkpoint, *, device: str = "cpu", **changes: Any) 
         raise ConfigError(f"{checkpoint.path}: cannot read model.safetensors: {error}") from None
     _check_shapes(model, weights, checkpoint.path, changes)
     model.load_state_dict(weights)
-    # As in its last step. A converted model has taken none.
+    # Scheduled values are those of the last training step. A converted model has not been trained here.
     model.prepare_step(max(0, checkpoint.step - 1), identity.get("steps", 1), seed=identity.get("seed", 0))
     return model.to(pick_device(device)).eval()
 
 
 def _check_shapes(model: GPT, weights: Mapping[str, Tensor], path: Path, changes: Mapping[str, object]) -> None:
     """Raises a ConfigError that names the first weight whose shape differs."""
-    needed = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     saved = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    for name in sorted(needed.keys() | saved.keys()):
-        if needed.get(name) != saved.get(name):
-            given = ", ".join(f"{setting}={value}" for setting, value in changes.items()) or "this version's model"
-            one, other = needed.get(name, "missing"), saved.get(name, "missing")
-            raise ConfigError(f"{given} does not fit {path}: {name} would be {one}, in the checkpoint it is {other}")
+    for name in sorted(expected.keys() | saved.keys()):
+        if expected.get(name) != saved.get(name):
+            cause = ", ".join(f"{setting}={value}" for setting, value in changes.items()) or "this version's model"
+            shapes = f"{expected.get(name, 'missing')}, in the checkpoint it is {saved.get(name, 'missing')}"
+            raise ConfigError(f"{cause} does not fit {path}: {name} would be {shapes}")
 
 
 class TokenizerOrigin(NamedTuple):
-    """The tokenizer that a model was trained with, as far as it is known."""
+    """Spec and hash of the tokenizer that a model was trained with; None where unknown."""
 
     spec: str | None
     sha256: str | None
 
 
 def tokenizer_origin(checkpoint: Checkpoint) -> TokenizerOrigin:
-    """What a checkpoint records about its tokenizer. Converted checkpoints record the spec only."""
-    if (described := checkpoint.data.get("tokenizer")) is None:
+    """Reads the origin of the tokenizer from a checkpoint. Converted checkpoints record the spec only."""
+    if (record := checkpoint.data.get("tokenizer")) is None:
         return TokenizerOrigin(checkpoint.identity.get("data.tokenizer"), None)
     # Without a hash, the run trained on shards whose tokenizer is unknown, and the spec is an unused default.
-    return TokenizerOrigin(described["spec"] if described["sha256"] else None, described["sha256"])
+    return TokenizerOrigin(record["spec"] if record["sha256"] else None, record["sha256"])
 
 
 def checkpoint_tokenizer(checkpoint: Checkpoint, spec: str | None = None) -> Tokenizer | None:
-    """The tokenizer that `spec` names, or the checkpoint's own; None if training had the tokens only."""
+    """Loads the tokenizer that `spec` names, or the checkpoint's own; None if the run trained on tokens only."""
     origin, vocab_size = tokenizer_origin(checkpoint), checkpoint.identity["model.vocab_size"]
     if spec is not None:
         tokenizer = load_tokenizer(spec, None)
@@ -148,7 +148,7 @@ def checkpoint_tokenizer(checkpoint: Checkpoint, spec: str | None = None) -> Tok
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments that name a model. `parse_model_changes` reads those of --set."""
+    """Adds the arguments that select a model. `parse_model_changes` parses the values of --set."""
     folder = "folder of a checkpoint, or of a run or trial, which means its newest intact checkpoint"
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help=folder)
     parser.add_argument("--best", action="store_true", help="use the checkpoint with the lowest validation loss")
@@ -158,6 +158,6 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_model_changes(assignments: list[str]) -> dict[str, Any]:
-    """The changes of `load_model` that --set asks for. The prefix `model.` keeps them apart from other arguments."""
-    given = dict(map(parse_assignment, assignments))
-    return {f"model.{name.removeprefix('model.')}": value for name, value in given.items()}
+    """Parses --set into the `changes` of `load_model`, prefixed with `model.` to avoid clashes with its parameters."""
+    settings = dict(map(parse_assignment, assignments))
+    return {f"model.{name.removeprefix('model.')}": value for name, value in settings.items()}

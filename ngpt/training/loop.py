@@ -1,4 +1,4 @@
-"""The train loop: a generator that yields the metrics of each evaluation. ngpt/ensemble/train.py drives several."""
+"""The training loop: a generator that yields the metrics of each evaluation. ngpt/ensemble/train.py drives several."""
 
 import logging
 import math
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 StepMetrics = dict[str, float]
 Waiting = TypeVar("Waiting")  # what a step yields while it waits for other runs
-Sent = TypeVar("Sent")  # what it is sent in answer
+Sent = TypeVar("Sent")  # the reply that it receives
 StepTaker = Callable[[Run], Generator[Waiting, Sent, StepMetrics]]
 
 
@@ -39,26 +39,26 @@ def train(
 ) -> Generator[Metrics, None, RunResult]:
     """Trains one model; yields its metrics at each evaluation and returns the result.
 
-    Weights and the order of the data depend on (seed, step) only. So two runs of one config on one CPU with the same
-    number of threads agree bit for bit, and so does a run that was stopped at any step and resumed.
+    Initial weights and data order depend only on the seed and the step. So two runs of one config on one CPU with the
+    same number of threads agree bit for bit, and so does a run that was stopped at any step and resumed.
 
     Args:
         out_dir: folder for `metrics.jsonl` and `checkpoints/`.
         resume: `"latest"` continues from the newest intact checkpoint in `out_dir`, if there is one.
-        dataset: the opened corpus. If None, it is opened, and prepared if necessary.
+        dataset: the opened corpus. If None, the corpus of the config is opened, and prepared if necessary.
 
     Raises:
         ConfigError: the data do not fit the model, or the checkpoint belongs to another config.
-        RuntimeError, MemoryError: there is not enough memory for a single sequence, or `on_oom` is fail.
+        RuntimeError, MemoryError: memory ran out, and `on_oom` is fail or the micro-batch is already one sequence.
     """
     run = set_up(resolved(config), out_dir, resume=resume, dataset=dataset)
-    return (yield from train_run(run, _step_alone))
+    return (yield from train_run(run, _single_step))
 
 
 def train_run(run: Run, take_step: StepTaker[Waiting, Sent]) -> Generator[Metrics | Waiting, Sent, RunResult]:
     """Trains a run to its end. Yields the metrics of each evaluation, and what `take_step` yields.
 
-    After a stop request the last metrics are yielded again before each step, so that the caller can close the loop.
+    After a stop request, it yields the last metrics again before each step, so that the caller can close the generator.
     """
     while (result := (yield from _train_until_rollback(run, take_step))) is None:
         pass
@@ -68,7 +68,7 @@ def train_run(run: Run, take_step: StepTaker[Waiting, Sent]) -> Generator[Metric
 def _train_until_rollback(
     run: Run, take_step: StepTaker[Waiting, Sent]
 ) -> Generator[Metrics | Waiting, Sent, RunResult | None]:
-    """The loop of `train_run`, which returns None once the run has rolled back to an earlier step."""
+    """Trains until the run ends or rolls back to an earlier step; returns None if it has rolled back."""
     config, state, restarts, restored_step = run.config, run.state, run.restarts, run.state.step or None
     tracker = Tracker(config.tracker, run.out_dir, settings=flatten(config), keep_until=restored_step)
     heartbeat = HeartbeatWriter(run.out_dir, began=state.step)
@@ -98,7 +98,7 @@ def _train_until_rollback(
 
             is_finite = all(map(math.isfinite, metrics.values()))
             has_diverged = not is_finite and not handle_nonfinite(run)
-            if run.restarts != restarts:  # the step no longer counts
+            if run.restarts != restarts:  # rolled back, so the metrics of this step are dropped
                 return None
             if not is_finite or is_due(state.step, config.tracker.log_every, last=state.step == config.steps):
                 mean = {"train_loss": state.train_loss} if is_finite else {}
@@ -107,7 +107,7 @@ def _train_until_rollback(
                 return result_of(run, "diverged")
 
 
-def _step_alone(run: Run) -> Generator[Never, None, StepMetrics]:
+def _single_step(run: Run) -> Generator[Never, None, StepMetrics]:
     yield from ()
     return train_step(run)
 
@@ -116,7 +116,7 @@ def _step_alone(run: Run) -> Generator[Never, None, StepMetrics]:
 
 
 def train_step(run: Run) -> StepMetrics:
-    """One optimizer update, if the gradient is finite; repeated with half the micro-batch if memory runs out."""
+    """Takes one step. Applies only finite gradients; retries with half the micro-batch if memory runs out."""
     with run.clock.step(run.batch_size * run.config.model.block_size):
         set_schedules(run)
         number = run.state.step + run.state.skipped_batches
@@ -128,14 +128,14 @@ def train_step(run: Run) -> StepMetrics:
 
 
 def set_schedules(run: Run) -> None:
-    """Sets what changes from step to step without being learned: learning rates, alpha, stochastic norms."""
+    """Sets the scheduled values of the next step: learning rates, alpha and stochastic norms."""
     config, step = run.config, run.state.step
     run.model.prepare_step(step, config.steps, seed=config.seed)
     set_learning_rates(run.optimizers, lr_multiplier(step, config.steps, config.schedule))
 
 
 def count_step(run: Run, loss: float) -> None:
-    """Counts a step in the state, before its update is applied."""
+    """Updates the counters of the state, before the weights are updated."""
     state = run.state
     state.step += 1
     state.dropped_sequences += run.config.batch_size - run.batch_size
@@ -143,33 +143,33 @@ def count_step(run: Run, loss: float) -> None:
 
 
 def step_metrics(run: Run, loss: float, norm: float) -> StepMetrics:
-    """Loss, gradient norm and the learning rate of each kind of parameter, by the name of its setting."""
+    """Returns loss, gradient norm, and the learning rate of each parameter group under the name of its setting."""
     groups = [group for optimizer in run.optimizers for group in optimizer.param_groups]
     rates = {"lr" if group["kind"] == "matrices" else f"lr_{group['kind']}": group["lr"] for group in groups}
     return {"train_loss": loss, "grad_norm": norm} | rates
 
 
 def gradients(run: Run, number: int) -> tuple[float, float]:
-    """Fills and clips the gradients of batch `number`; returns its loss, and the gradient norm before clipping.
+    """Computes and clips the gradients of batch `number`; returns the loss, and the gradient norm before clipping.
 
-    This is the only place of a step that waits for a GPU: no gradient may be applied before it is known to be finite.
+    Only here does a step wait for the GPU: no gradient may be applied before it is known to be finite.
     """
     idx, targets = run.upcoming[1] if run.upcoming and run.upcoming[0] == number else batch(run, number)
     with restore_counts_on_error(run.model):
-        # A halved batch is the first half of the full one, so that the order of the data stays the same.
+        # A halved batch is the first half of the full batch, so that the data order does not change.
         loss = backward(run, idx[: run.batch_size], targets[: run.batch_size])
-        given = [parameter.grad for parameter in run.model.parameters() if parameter.grad is not None]
-        total = torch.nn.utils.get_total_norm(given)
-        run.upcoming = number + 1, batch(run, number + 1)  # made while a GPU computes
-        loss, norm = torch.stack((loss, total)).tolist()
-        largest = run.config.optim.grad_clip or math.inf
-        if norm > largest:  # otherwise clipping would pass over all gradients to multiply them by 1
-            torch.nn.utils.clip_grads_with_norm_(run.model.parameters(), largest, total)
+        grads = [parameter.grad for parameter in run.model.parameters() if parameter.grad is not None]
+        total_norm = torch.nn.utils.get_total_norm(grads)
+        run.upcoming = number + 1, batch(run, number + 1)  # prefetched while the GPU computes
+        loss, norm = torch.stack((loss, total_norm)).tolist()
+        max_norm = run.config.optim.grad_clip or math.inf
+        if norm > max_norm:  # otherwise clipping would multiply all gradients by 1
+            torch.nn.utils.clip_grads_with_norm_(run.model.parameters(), max_norm, total_norm)
         return loss, norm
 
 
 def batch(run: Run, number: int) -> tuple[Tensor, Tensor]:
-    """Tokens and targets (B, T) of batch `number`, on the device."""
+    """Returns tokens and targets (B, T) of batch `number`, on the device."""
     parts = read_batch(run.config, run.dataset, number)
     if run.device.type == "cuda":  # a copy overlaps with computation only if it starts from pinned memory
         parts = (part.pin_memory() for part in parts)
@@ -178,7 +178,7 @@ def batch(run: Run, number: int) -> tuple[Tensor, Tensor]:
 
 
 def read_batch(config: TrainConfig, dataset: Dataset, number: int) -> Batch:
-    """Tokens and targets (B, T) of batch `number`, int64, in the configured order."""
+    """Returns tokens and targets (B, T) of batch `number` in the configured data order, int64 on the CPU."""
     return train_batch(
         dataset,
         seed=config.seed,
@@ -191,7 +191,7 @@ def read_batch(config: TrainConfig, dataset: Dataset, number: int) -> Batch:
 
 
 def backward(run: Run, idx: Tensor, targets: Tensor) -> Tensor:
-    """Fills the gradients of the mean loss over a batch, one micro-batch at a time, and returns that loss."""
+    """Accumulates the gradients of the mean loss over a batch, one micro-batch at a time; returns that loss."""
     run.model.zero_grad(set_to_none=True)
     total = torch.zeros((), device=run.device)
     size = run.micro_batch_size
@@ -205,9 +205,9 @@ def backward(run: Run, idx: Tensor, targets: Tensor) -> Tensor:
 
 
 def update(run: Run) -> None:
-    """Applies the optimizers' steps, and projects the weights if that is due.
+    """Steps the optimizers, and projects the weights if a projection is due.
 
-    An optimizer in which memory runs out has changed some weights and not others, so the step cannot be repeated. The
+    An optimizer that runs out of memory may have updated only some of the weights, so the step cannot be repeated. The
     run then rolls back to its newest checkpoint and continues with a smaller micro-batch.
     """
     try:

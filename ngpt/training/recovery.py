@@ -1,7 +1,7 @@
-"""What a run does when memory runs out (`on_oom`) and when a loss or gradient is not finite (`nonfinite`).
+"""Recovery of a run that runs out of memory (`on_oom`), or whose loss or gradient is not finite (`nonfinite`).
 
-Everything done is counted in the `TrainState`, which is saved with every checkpoint. So a resumed run continues as an
-undisturbed one would, and its result reports what happened.
+Each recovery is counted in the `TrainState`, which is saved with every checkpoint. So a resumed run continues as an
+uninterrupted one would, and its result reports the counts.
 """
 
 import logging
@@ -17,15 +17,15 @@ log = logging.getLogger(__name__)
 
 
 def reduce_batch(run: Run) -> bool:
-    """Halves the micro-batch after training ran out of memory; False if that is not possible or not allowed.
+    """Halves the micro-batch after training ran out of memory; False if it is one sequence or `on_oom` is fail.
 
-    The batch stays the same, and so does its gradient but for rounding, unless the policy is to halve the batch too.
+    The batch stays the same, and its gradient too up to rounding, unless `on_oom` is halve_batch.
     """
     before = run.micro_batch_size
     if run.config.on_oom == "fail" or before == 1:
         return False
     run.state.microbatch_halvings += 1
-    if run.config.on_oom == "halve_batch":  # which changes the result (source report 000, section 8)
+    if run.config.on_oom == "halve_batch":  # changes the result (source report 000, section 8)
         run.state.batch_halvings += 1
     run.model.zero_grad(set_to_none=True)
     run.clock.discard_step()
@@ -35,7 +35,7 @@ def reduce_batch(run: Run) -> bool:
 
 
 def reduce_eval_batch(run: Run) -> bool:
-    """Halves the evaluation batch, which does not change the result; False if that is not possible or not allowed."""
+    """Halves the batch size of evaluation; False if it is one sequence or `on_oom` is fail. Results do not change."""
     if run.config.on_oom == "fail" or run.eval_batch_size == 1:
         return False
     run.state.eval_halvings += 1
@@ -44,7 +44,7 @@ def reduce_eval_batch(run: Run) -> bool:
 
 
 def handle_nonfinite(run: Run) -> bool:
-    """Skips the step or rolls back, as the policy says; returns whether the run continues."""
+    """Skips the step or rolls back, depending on `nonfinite.policy`; returns whether the run continues."""
     state, policy, limit = run.state, run.config.nonfinite.policy, run.config.nonfinite.max
     if policy == "skip":
         state.skipped_steps += 1
@@ -52,7 +52,7 @@ def handle_nonfinite(run: Run) -> bool:
         return state.skipped_steps <= limit
     if policy == "fail" or state.rollbacks == limit:
         return False
-    # PaLM got around its loss spikes by skipping the batches since the checkpoint (arXiv 2204.02311, section 5.1).
+    # As PaLM did after loss spikes, skips the batches since the checkpoint (arXiv 2204.02311, section 5.1).
     count, next_batch = state.rollbacks + 1, state.step + state.skipped_batches
     log.warning("step %d: not finite; rolling back to the newest checkpoint (%d of %d)", state.step, count, limit)
     rollback_to_checkpoint(run)
@@ -61,10 +61,10 @@ def handle_nonfinite(run: Run) -> bool:
 
 
 def rollback_to_checkpoint(run: Run) -> None:
-    """Restores the newest intact checkpoint, or the start of the run if there is none."""
+    """Restores the newest intact checkpoint, or restarts the run if it has no checkpoint."""
     run.restarts += 1
     run.model.zero_grad(set_to_none=True)
-    run.optimizers = build_optimizers(run.model, run.config.optim)  # without moments
+    run.optimizers = build_optimizers(run.model, run.config.optim)  # resets the moments
     free_memory(run.device)
     if checkpoint := newest_checkpoint(run.out_dir / "checkpoints"):
         restore(run, checkpoint)
@@ -74,7 +74,7 @@ def rollback_to_checkpoint(run: Run) -> None:
 
 
 def rollback_with_smaller_batches(run: Run) -> None:
-    """Rolls back after memory ran out, and keeps the halvings that `reduce_batch` has decided on."""
+    """Rolls back after memory ran out, but keeps the batch sizes that `reduce_batch` has halved."""
     microbatch_halvings, batch_halvings = run.state.microbatch_halvings, run.state.batch_halvings
     rollback_to_checkpoint(run)
     run.state.microbatch_halvings, run.state.batch_halvings = microbatch_halvings, batch_halvings

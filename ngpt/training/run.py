@@ -1,4 +1,4 @@
-"""One training run in memory: how it is set up, restored from a checkpoint, and summed up as a result."""
+"""A training run in memory: setting it up, restoring it from a checkpoint, and its results."""
 
 import contextlib
 import hashlib
@@ -27,40 +27,40 @@ from ngpt.training.tracker import finite_or_none
 
 @dataclass
 class Run:
-    """One training run in memory."""
+    """Model, data, optimizers and state of a training run."""
 
     config: TrainConfig
     out_dir: Path
     device: torch.device
     dataset: Dataset
-    tokenizer_model: bytes | None  # written into each checkpoint; read at the start, since the cache may change
+    tokenizer_model: bytes | None  # saved in each checkpoint; read at the start, since the file may change
     validation: EvalSet
     model: GPT
     optimizers: list[torch.optim.Optimizer]
     state: TrainState
     clock: "Clock"
-    upcoming: tuple[int, tuple[Tensor, Tensor]] | None = None  # number and tokens of a batch that was made ahead
+    upcoming: tuple[int, tuple[Tensor, Tensor]] | None = None  # number, tokens and targets of the prefetched batch
     restarts: int = 0  # rollbacks in this process
 
     @property
     def batch_size(self) -> int:
-        """Sequences in a step: as configured, halved each time memory ran out if the policy is to halve it."""
+        """Sequences per step: as configured, halved each time memory ran out if `on_oom` is halve_batch."""
         return max(1, self.config.batch_size >> self.state.batch_halvings)
 
     @property
     def micro_batch_size(self) -> int:
-        """Sequences in one pass of training: as configured, halved each time memory ran out."""
+        """Sequences per forward pass in training: as configured, halved each time memory ran out."""
         configured = self.config.micro_batch_size or self.config.batch_size
         return min(self.batch_size, halved(configured, self.state.microbatch_halvings))
 
     @property
     def eval_batch_size(self) -> int:
-        """Sequences in one pass of evaluation: those of training, halved each time memory ran out here."""
+        """Sequences per forward pass in evaluation: the micro-batch, halved each time evaluation ran out of memory."""
         return halved(self.micro_batch_size, self.state.eval_halvings)
 
     @property
     def autocast(self) -> torch.autocast:
-        """A context in which matrix products have the precision of `config.dtype`."""
+        """A context manager that computes matrix products in `config.dtype`."""
         return mixed_precision(self.device, self.config.dtype)
 
 
@@ -70,7 +70,7 @@ def halved(size: int, times: int) -> int:
 
 
 class Clock:
-    """Adds the time of training steps to the state, except for the first `warmup` steps of the process."""
+    """Adds the duration of training steps to the state, without the first `warmup` steps of the process."""
 
     def __init__(self, state: TrainState, *, warmup: int) -> None:
         self._state, self._skip = state, warmup
@@ -87,7 +87,7 @@ class Clock:
         self._state.timed_tokens += tokens
 
     def discard_step(self) -> None:
-        """Leaves out the current step, for instance because a part of it ran twice."""
+        """Excludes the current step from the timing, for instance because a part of it ran twice."""
         self._skip = max(self._skip, 1)
 
 
@@ -95,7 +95,7 @@ class Clock:
 
 
 def set_up(config: TrainConfig, out_dir: Path, *, resume: str | None, dataset: Dataset | None) -> Run:
-    """A run at its first step, or restored from the newest intact checkpoint in `out_dir` if `resume` is "latest"."""
+    """Sets up a run at step 0, or restored from the newest intact checkpoint in `out_dir` if `resume` is "latest"."""
     if resume not in (None, "latest"):
         raise ConfigError(f"resume must be 'latest', got {resume!r}")
     if resume is None and checkpoint_folders(out_dir / "checkpoints"):
@@ -127,7 +127,7 @@ def set_up(config: TrainConfig, out_dir: Path, *, resume: str | None, dataset: D
 
 
 def restore(run: Run, checkpoint: Checkpoint) -> None:
-    """Loads weights, moments and state from a checkpoint."""
+    """Loads weights, optimizer moments and state from a checkpoint."""
     saved = load_checkpoint(checkpoint, run.model, identity=identity(run.config, run.dataset))
     for optimizer, moments in zip(run.optimizers, saved["optimizers"], strict=True):
         optimizer.load_state_dict(moments)
@@ -148,7 +148,7 @@ class RunResult:
 
 
 def progress(run: Run) -> Metrics:
-    """The step, the tokens seen and the throughput (None until it has been measured)."""
+    """Returns the step, the tokens seen and the throughput (None until it has been measured)."""
     state, config = run.state, run.config
     return {
         "step": state.step,
@@ -158,7 +158,7 @@ def progress(run: Run) -> Metrics:
 
 
 def result_of(run: Run, status: str) -> RunResult:
-    """The result of a run that ends here. A diverged run has no validation loss: its last finite one would flatter."""
+    """Returns the result of a run that ends now. A diverged run gets no validation loss: a finite one would mislead."""
     metrics = run.state.last_eval | progress(run) | {"steps": run.state.step, "train_loss": run.state.train_loss}
     del metrics["step"]
     if status == "diverged":
@@ -179,23 +179,23 @@ def result_of(run: Run, status: str) -> RunResult:
     return RunResult(status, run.state.step, {name: finite_or_none(value) for name, value in metrics.items()}, data)
 
 
-# ---- what a checkpoint says about its run ------------------------------------------------------
+# ---- metadata of checkpoints -------------------------------------------------------------------
 
 
 def find_tokenizer_model(config: DataConfig, dataset: Dataset) -> bytes | None:
-    """The sentencepiece model that made the tokens; None if it was another kind of tokenizer, or cannot be found."""
-    made_with, shards = dataset.manifest["tokenizer"], dataset.manifest["shard_folder"]
-    kind, argument = parse_spec(made_with["spec"])
+    """Reads the sentencepiece model that tokenized the corpus; None for other tokenizers, or if the file is missing."""
+    tokenizer, shards = dataset.manifest["tokenizer"], dataset.manifest["shard_folder"]
+    kind, argument = parse_spec(tokenizer["spec"])
     folders = [dataset.folder, Path(config.corpus).expanduser(), *([Path(shards)] if shards else [])]
     named = [Path(argument).expanduser()] if kind == "model" else []
     for path in [*(folder / MODEL_FILE for folder in folders), *named]:
-        if path.is_file() and hashlib.sha256(model := path.read_bytes()).hexdigest() == made_with["sha256"]:
+        if path.is_file() and hashlib.sha256(model := path.read_bytes()).hexdigest() == tokenizer["sha256"]:
             return model
     return None
 
 
 def identity(config: TrainConfig, dataset: Dataset) -> dict[str, Any]:
-    """The settings that decide a run's results, by dotted name. The data count by their content, not by their path."""
+    """Returns the settings that affect the results, by dotted name, with a hash of the corpus instead of its path."""
     settings = {name: value for name, value in identity_settings(config).items() if not name.startswith("data.")}
     data = {"data.fingerprint": dataset.manifest["fingerprint"], "data.order": config.data.order}
     return settings | rollback_settings(config) | data | order_settings(config.data)

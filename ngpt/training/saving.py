@@ -1,4 +1,4 @@
-"""When a run saves a checkpoint, and what happens if it cannot."""
+"""Saves the checkpoints of a run, and handles failed saves."""
 
 import contextlib
 import logging
@@ -18,10 +18,10 @@ log = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def checkpoint_on_stop(run: Run, tracker: Tracker, heartbeat: HeartbeatWriter) -> Iterator[None]:
-    """Saves a checkpoint when the block is closed after a stop request, so that the run can resume from this step.
+    """Saves a checkpoint when the generator is closed after a stop request, so that the run can resume from this step.
 
-    It does not if a checkpoint would change later results: one of a diverged state, or one between the regular
-    checkpoints of a run that may roll back.
+    It saves none that could change later results: not of a diverged state, and not between the regular checkpoints of a
+    run that may roll back to them.
     """
     try:
         yield
@@ -29,18 +29,18 @@ def checkpoint_on_stop(run: Run, tracker: Tracker, heartbeat: HeartbeatWriter) -
         step, scores = run.state.step, run.state.last_eval
         saved = [path.name for path in checkpoint_folders(run.out_dir / "checkpoints")]
         is_saved = step == 0 or f"step_{step:07d}" in saved
-        is_sound = scores.get("step") != step or scores["val_loss"] is not None
+        has_diverged = scores.get("step") == step and scores["val_loss"] is None
         is_allowed = run.config.nonfinite.policy != "rollback" or is_due(step, run.config.checkpoint.every)
-        if heartbeat.stop_requested(now=True) and is_sound and is_allowed and not is_saved:
+        if heartbeat.stop_requested(now=True) and is_allowed and not has_diverged and not is_saved:
             try_save_checkpoint(run, tracker, last=False)
         raise
 
 
 def try_save_checkpoint(run: Run, tracker: Tracker, *, last: bool) -> None:
-    """Saves rows and state. A failed save is logged and skipped; the last one is retried once, then raises.
+    """Saves metric rows and a checkpoint. A failed save is logged and skipped; the last is retried once, then raises.
 
-    If the disk refuses a checkpoint of a run that may roll back, it is retried and raises as well: where such a run can
-    roll back to decides its results. If memory runs out, any save is retried once, unless `on_oom` is fail.
+    A run that may roll back retries and raises after every disk error, because its results depend on the checkpoints it
+    can roll back to. If memory runs out, any save is retried once, unless `on_oom` is fail.
     """
     step = run.state.step
     is_required = last or run.config.nonfinite.policy == "rollback"
@@ -67,15 +67,15 @@ def try_save_checkpoint(run: Run, tracker: Tracker, *, last: bool) -> None:
 
 
 def save(run: Run, tracker: Tracker) -> None:
-    """Commits a checkpoint from which the run continues exactly, after all rows before it are on disk."""
+    """Syncs the metric rows, then commits a checkpoint from which the run continues exactly."""
     tracker.sync()
-    latest, optimizers = run.state.last_eval, [optimizer.state_dict() for optimizer in run.optimizers]
+    scores, optimizers = run.state.last_eval, [optimizer.state_dict() for optimizer in run.optimizers]
     save_checkpoint(
         run.out_dir / "checkpoints",
         model=run.model,
         state={"progress": run.state.to_saved(), "optimizers": optimizers},
         step=run.state.step,
-        val_loss=latest["val_loss"] if latest.get("step") == run.state.step else None,
+        val_loss=scores["val_loss"] if scores.get("step") == run.state.step else None,
         identity=identity(run.config, run.dataset),
         data={"settings": flatten(run.config.data), "tokenizer": run.dataset.manifest["tokenizer"]},
         files={} if run.tokenizer_model is None else {MODEL_FILE: run.tokenizer_model},

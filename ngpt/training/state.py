@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
-# Fields whose name in a checkpoint differs: the format is that of the first version.
+# Fields that have another name in checkpoints, whose format has not changed since the first version.
 SAVED_AS = {
     "microbatch_halvings": "splits",
     "eval_halvings": "eval_splits",
@@ -20,24 +20,24 @@ Metrics = dict[str, float | None]
 
 @dataclass
 class TrainState:
-    """What a run has to remember between steps. All fields are written to checkpoints."""
+    """Counters and recent metrics of a run. All fields are written to checkpoints."""
 
     step: int = 0  # optimizer updates so far
     recent: list[float] = field(default_factory=list)  # losses of the last `AVERAGED_STEPS` steps
-    timed_tokens: int = 0  # in steps after the warm-up of the process
+    timed_tokens: int = 0  # in timed steps, which follow the warm-up of each process
     timed_seconds: float = 0.0
     last_eval: Metrics = field(default_factory=dict)
-    microbatch_halvings: int = 0  # of the micro-batch, each because memory ran out in training
-    eval_halvings: int = 0  # of the evaluation batch
-    batch_halvings: int = 0  # of the batch itself
-    dropped_sequences: int = 0  # left out of halved batches
-    skipped_steps: int = 0  # steps not taken because a loss or gradient was not finite
-    rollbacks: int = 0  # for the same reason
-    skipped_batches: int = 0  # by those rollbacks: step s reads batch s + skipped_batches
+    microbatch_halvings: int = 0  # times the micro-batch was halved because training ran out of memory
+    eval_halvings: int = 0  # the same for the evaluation batch
+    batch_halvings: int = 0  # the same for the whole batch, if `on_oom` is halve_batch
+    dropped_sequences: int = 0  # not trained on, because the batch was halved
+    skipped_steps: int = 0  # steps without an update, because a loss or gradient was not finite
+    rollbacks: int = 0  # rollbacks for the same reason
+    skipped_batches: int = 0  # batches that rollbacks skipped: step s reads batch s + skipped_batches
 
     @property
     def train_loss(self) -> float | None:
-        """Mean over the last steps, independent of how often rows are logged; None before the first step."""
+        """Mean over the last `AVERAGED_STEPS` steps, however often rows are logged; None before the first step."""
         return sum(self.recent) / len(self.recent) if self.recent else None
 
     def restore(self, other: "TrainState") -> None:
@@ -45,11 +45,11 @@ class TrainState:
         vars(self).update(vars(other))
 
     def to_saved(self) -> dict[str, Any]:
-        """The fields as a checkpoint holds them."""
+        """Returns the fields under their names in checkpoints."""
         return {SAVED_AS.get(name, name): value for name, value in asdict(self).items()}
 
     @classmethod
     def from_saved(cls, saved: Mapping[str, Any]) -> Self:
-        """The state that `to_saved` wrote."""
+        """The inverse of `to_saved`."""
         names = {saved_as: name for name, saved_as in SAVED_AS.items()}
         return cls(**{names.get(name, name): value for name, value in saved.items()})

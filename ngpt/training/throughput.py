@@ -1,4 +1,4 @@
-"""Timed training steps: tokens per second, and their share of what a large matrix product reaches."""
+"""Times training steps: tokens per second, and the share of the FLOP/s of a large matrix product."""
 
 import statistics
 import tempfile
@@ -17,13 +17,13 @@ from ngpt.training.config import TrainConfig, resolved
 from ngpt.training.loop import train_step
 from ngpt.training.run import Run, set_up
 
-ENDLESS = 100_000  # steps in a schedule, more than any benchmark takes
+SCHEDULE_STEPS = 100_000  # more than any benchmark takes
 
 
 def measure_step(
     config: TrainConfig, *, dataset: Dataset | None = None, warmup: int = 5, steps: int = 20
 ) -> dict[str, Any]:
-    """Whole training steps: data, forward, backward, optimizer, projection.
+    """Times whole training steps: data, forward, backward, optimizer, projection.
 
     Returns tokens_per_second and step_ms (medians), gemm_tflops (the rate of a large matrix product), mfu (the share of
     that rate that the model's FLOPs reach), peak_memory_bytes, device, dtype, compiled and threads.
@@ -35,13 +35,13 @@ def measure_step(
 
 
 def benchmark_run(config: TrainConfig, *, dataset: Dataset | None = None, **changes: Any) -> Run:
-    """A run of a resolved config that writes nothing and whose schedule does not end; `changes` override settings."""
+    """Sets up a run of a resolved config that writes nothing and has a long schedule; `changes` override settings."""
     with tempfile.TemporaryDirectory() as folder:
-        return set_up(override(config, {"steps": ENDLESS} | changes), Path(folder), resume=None, dataset=dataset)
+        return set_up(override(config, {"steps": SCHEDULE_STEPS} | changes), Path(folder), resume=None, dataset=dataset)
 
 
 def step_speed(config: TrainConfig, device: torch.device, seconds: float) -> dict[str, Any]:
-    """The speed of a step that took `seconds`, and of a large matrix product measured now."""
+    """Returns the speed of a step that took `seconds`, and of a large matrix product, which is measured now."""
     rate, ceiling = config.tokens_per_step / seconds, gemm_flops(device, DTYPES[config.dtype])
     return {
         "tokens_per_second": rate,

@@ -40,7 +40,7 @@ class TrackerConfig(Config):
 
 
 def resolve_tracker(cfg: TrackerConfig, folder: Path, report: Callable[[str], None] = print_line) -> TrackerConfig:
-    """`cfg` with the W&B mode `auto` resolved, see `resolve_mode`. Call it once, before the first run.
+    """Resolves the W&B mode `auto`, see `resolve_mode`. Call it once, before the first run.
 
     Raises:
         ConfigError: the mode is online and W&B cannot be reached, or TensorBoard is not installed.
@@ -51,9 +51,9 @@ def resolve_tracker(cfg: TrackerConfig, folder: Path, report: Callable[[str], No
 
 
 class Histogram(NamedTuple):
-    """Counts of finite values between `edges`, of which there is one more. Empty if there are no finite values."""
+    """Counts of the finite values per bin, and the edges of the bins. Both lists are empty without finite values."""
 
-    edges: list[float]
+    edges: list[float]  # one more than `counts`
     counts: list[int]
     not_finite: int
     total: float  # sum of the finite values
@@ -61,43 +61,43 @@ class Histogram(NamedTuple):
 
 
 def histogram(values: "ArrayLike | Tensor") -> Histogram:
-    """`HISTOGRAM_BINS` equal bins over the values. Those that are not finite in float32 are counted, not binned."""
+    """Sorts values into `HISTOGRAM_BINS` bins of equal width. Those not finite in float32 are counted separately."""
     import numpy as np
 
     detach = getattr(values, "detach", None)
     array = np.asarray(detach().float().cpu() if detach else values, dtype=np.float64)  # NumPy lacks bfloat16
-    kept = array[np.abs(array) <= FLOAT32_MAX]
-    not_finite = array.size - kept.size
-    if not kept.size:
+    finite = array[np.abs(array) <= FLOAT32_MAX]
+    not_finite = array.size - finite.size
+    if not finite.size:
         return Histogram([], [], not_finite, 0.0, 0.0)
-    low, high = float(kept.min()), float(kept.max())
+    low, high = float(finite.min()), float(finite.max())
     # The range is at least a thousandth of the values, so that rounding noise falls into one bin.
     middle = (low + high) / 2
     half = max(abs(low), abs(high), 1e-6) * 5e-4
     low, high = min(low, middle - half), max(high, middle + half)
-    counts, edges = np.histogram(kept, bins=HISTOGRAM_BINS, range=(low, high))
-    return Histogram(edges.tolist(), counts.tolist(), not_finite, float(kept.sum()), float(kept @ kept))
+    counts, edges = np.histogram(finite, bins=HISTOGRAM_BINS, range=(low, high))
+    return Histogram(edges.tolist(), counts.tolist(), not_finite, float(finite.sum()), float(finite @ finite))
 
 
 class RowFile:
-    """A file of rows, created with the first. Rows that a full disk refuses wait for the next row, or for `sync`."""
+    """A file of JSON lines, created with its first row. If a write fails, the next `add` or `sync` tries again."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._file, self._synced = path, None, True
-        self._waiting: list[str] = []
+        self._unwritten: list[str] = []
 
     def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Appends rows without NaN or infinities. If the disk refuses them, that is logged as a warning."""
-        waited = bool(self._waiting)
-        self._waiting += map(_line, rows)
+        """Appends rows without NaN or infinities. If the write fails, logs a warning and keeps the rows in memory."""
+        is_first_failure = not self._unwritten
+        self._unwritten += map(_line, rows)
         try:
             self._write()
         except OSError as error:
-            if not waited:
+            if is_first_failure:
                 log.warning("%s: %s; its rows wait in memory", self._path, error.strerror or error)
 
     def sync(self) -> None:
-        """Waits until all rows are on disk. If the disk refuses them, it raises, and they still wait in memory."""
+        """Writes and syncs all rows. If that fails, raises OSError and keeps the rows in memory."""
         self._write()
         if self._file and not self._synced:
             self._file.sync()
@@ -108,12 +108,12 @@ class RowFile:
             self._file.close()
 
     def _write(self) -> None:
-        if self._waiting and self._file is None:
+        if self._unwritten and self._file is None:
             self._file = LineFile(self._path)
-        if self._waiting and self._file:
+        if self._unwritten and self._file:
             self._synced = False
-            self._file.append(*self._waiting)
-            self._waiting.clear()
+            self._file.append(*self._unwritten)
+            self._unwritten.clear()
 
 
 class Tracker(contextlib.AbstractContextManager["Tracker"]):
@@ -121,7 +121,7 @@ class Tracker(contextlib.AbstractContextManager["Tracker"]):
 
     A resumed run continues from step `keep_until`; later rows are dropped. Offline W&B runs go to `folder/wandb`,
     TensorBoard's events to `folder/tensorboard`. Other processes see whole rows only, and a killed run loses none. A
-    full disk does not end the run: rows wait in memory, and no checkpoint is saved before them (see `sync`).
+    full disk does not end the run: rows are kept in memory, and must be written before a checkpoint (see `sync`).
     """
 
     def __init__(
@@ -140,14 +140,14 @@ class Tracker(contextlib.AbstractContextManager["Tracker"]):
                 self._writers.append(stack.enter_context(TensorBoard(folder / "tensorboard", keep_until)))
             mode = resolve_mode(cfg.wandb, folder) if cfg.wandb == "auto" else cfg.wandb
             if mode != "disabled":
-                place = {"project": cfg.project, "group": cfg.group, "job_type": cfg.job_type}
+                labels = {"project": cfg.project, "group": cfg.group, "job_type": cfg.job_type}
                 name = cfg.run_name or folder.name
-                run = WandbRun(folder, mode=mode, name=name, config=dict(settings), **place)
+                run = WandbRun(folder, mode=mode, name=name, config=dict(settings), **labels)
                 self._writers.append(stack.enter_context(run))
             self._open = stack.pop_all()
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """Adds a row: a `step`, and numbers or None by name."""
+        """Appends a row: a `step`, and metrics by name, which may be None."""
         clean = {name: finite_or_none(value) for name, value in row.items()}
         self._metrics.add([clean])
         numbers = {name: value for name, value in clean.items() if value is not None}
@@ -155,23 +155,23 @@ class Tracker(contextlib.AbstractContextManager["Tracker"]):
             writer.log(numbers)
 
     def log_histograms(self, step: int, values: Mapping[str, "ArrayLike | Tensor"]) -> None:
-        """Adds the distribution of each array or tensor, as a row in `histograms.jsonl`."""
-        found = {name: histogram(array) for name, array in values.items()}
+        """Appends a histogram of each array or tensor to `histograms.jsonl`."""
+        histograms = {name: histogram(array) for name, array in values.items()}
         self._histograms.add(
             {"step": step, "name": name, "edges": each.edges, "counts": each.counts, "not_finite": each.not_finite}
-            for name, each in found.items()
+            for name, each in histograms.items()
         )
-        if shown := {name: each for name, each in found.items() if each.counts}:
+        if nonempty := {name: each for name, each in histograms.items() if each.counts}:
             for writer in self._writers:
-                writer.log_histograms(step, shown)
+                writer.log_histograms(step, nonempty)
 
     def sync(self) -> None:
-        """Waits until all rows are on disk, as they must be before a checkpoint; raises if the disk refuses them."""
+        """Writes and syncs all rows, as is necessary before a checkpoint; raises OSError if that fails."""
         self._metrics.sync()
         self._histograms.sync()
 
     def note(self, facts: Mapping[str, Any]) -> None:
-        """Adds facts about the whole run, such as skipped shards. Values are plain JSON."""
+        """Records facts about the whole run, such as skipped shards. Values are plain JSON."""
         clean = {name: finite_or_none(value) for name, value in facts.items()}
         for writer in self._writers:
             writer.note(clean)
@@ -192,12 +192,12 @@ class Tracker(contextlib.AbstractContextManager["Tracker"]):
 
 
 def finite_or_none(value: Any) -> Any:
-    """`value`, or None if it is a NaN or an infinity."""
+    """Returns `value`, or None if it is a NaN or an infinity."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file. A half-written last line, and lines with zero bytes after a power loss, are ignored."""
+    """Reads the rows of a file. Ignores a half-written last line, and lines with zero bytes from a power loss."""
     if not path.is_file():
         return []
     *lines, _ = path.read_text(encoding="utf-8").split("\n")
@@ -214,8 +214,8 @@ def _drop_after(step: int | None, path: Path) -> None:
     if None in rows:
         log.warning("%s: dropped %d damaged lines", path, rows.count(None))
     kept = [row for row in rows if row is not None and step is not None and row["step"] <= step]
-    if (wanted := "".join(f"{_line(row)}\n" for row in kept)) != content:  # a write costs two syncs
-        write_atomic(path, wanted)
+    if (new_content := "".join(f"{_line(row)}\n" for row in kept)) != content:  # a write costs two syncs
+        write_atomic(path, new_content)
 
 
 def _row(line: str) -> dict[str, Any] | None:

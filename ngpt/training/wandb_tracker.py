@@ -1,7 +1,7 @@
-"""Weights & Biases: which mode to use, and one run.
+"""Weights & Biases: chooses the mode, and logs a run.
 
 wandb waits 15 to 90 s per run for a server that does not answer. So a campaign probes the server once, before its first
-run. A server that goes away later costs runs their online log, never their training.
+run. If the server fails later, new runs are logged offline and training continues.
 """
 
 import contextlib
@@ -37,9 +37,9 @@ def print_line(text: str) -> None:
 
 
 def resolve_mode(mode: str, folder: Path, report: Callable[[str], None] = print_line) -> str:
-    """The mode to use: online, offline or disabled. For `auto`, `report` is called with the choice and the reason.
+    """Returns the mode to use: online, offline or disabled. For `auto`, passes the choice and its reason to `report`.
 
-    Online needs a key, and a server that answers the probe. `folder` appears in messages and may be a pattern.
+    Online needs an API key and a server that answers the probe. `folder` appears in messages and may be a pattern.
 
     Raises:
         ConfigError: the mode is online, and there is no key or no server.
@@ -109,9 +109,9 @@ def key_problem(url: str) -> str | None:
 
 
 class WandbRun(contextlib.AbstractContextManager["WandbRun"]):
-    """A run that collects numbers and histograms by step, and facts. Offline runs go to `folder/wandb`."""
+    """A run in W&B. Offline runs are stored in `folder/wandb`."""
 
-    server_lost = False  # for this process: one timeout is enough
+    server_lost = False  # shared by all runs of the process, so that only one waits for the timeout
 
     def __init__(self, folder: Path, *, mode: str, project: str, group: str, **options: Any) -> None:
         """`options` go to `wandb.init`, such as `name` and `config`."""
@@ -133,7 +133,7 @@ class WandbRun(contextlib.AbstractContextManager["WandbRun"]):
         self._run = _start("offline", options)
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """Adds the numbers of one `step`."""
+        """Logs metrics by name, and their `step`."""
         # wandb's own step only grows, while a resumed run repeats steps, so `step` is the axis of each metric. They are
         # defined one by one, since the pattern `*` does not match a slash.
         for name in row.keys() - self._known_metrics - {"step"}:
@@ -142,9 +142,9 @@ class WandbRun(contextlib.AbstractContextManager["WandbRun"]):
         self._run.log(dict(row))
 
     def log_histograms(self, step: int, histograms: Mapping[str, Any]) -> None:
-        """Adds histograms by name. Each has `counts` and one more `edges`."""
-        shown = {name: self._histogram(np_histogram=(each.counts, each.edges)) for name, each in histograms.items()}
-        self.log({"step": step} | shown)
+        """Logs histograms by name. Each has `counts`, and `edges` with one more entry."""
+        row = {name: self._histogram(np_histogram=(each.counts, each.edges)) for name, each in histograms.items()}
+        self.log({"step": step} | row)
 
     def note(self, facts: Mapping[str, Any]) -> None:
         """Adds facts to the run's summary."""
@@ -155,20 +155,20 @@ class WandbRun(contextlib.AbstractContextManager["WandbRun"]):
 
 
 def _start(mode: Literal["online", "offline"], options: Mapping[str, Any]) -> Any:
-    """Opens a new run, or the one of an earlier attempt, which has the same id."""
+    """Starts a run, or resumes the run of an earlier attempt, which has the same id."""
     import wandb
 
-    wandb.setup(settings=wandb.Settings(silent=True))  # otherwise it prints where it has found a key
+    wandb.setup(settings=wandb.Settings(silent=True))  # otherwise it prints where it found the API key
     limits: dict[str, Any] = {"init_timeout": INIT_TIMEOUT, "finish_timeout": UPLOAD_TIMEOUT}
     settings = wandb.Settings(silent=True, console="off", **limits)  # the campaign owns the terminal
     return wandb.init(mode=mode, resume="allow", reinit="create_new", settings=settings, **options)
 
 
 def run_id(folder: Path, *, project: str, group: str) -> str:
-    """The W&B id of a run, the same for every attempt at it, on any machine and path.
+    """Returns the W&B id of a run, which is the same for every attempt, on any machine and path.
 
-    In a campaign (`group`) the folder is named after the trial, which may belong to other campaigns as well. A run
-    outside campaigns draws an id once and keeps it in its folder.
+    In a campaign (`group`), the folder is named after the trial. A trial can be shared by several campaigns, so project
+    and group are hashed too. A run outside a campaign generates an id and stores it in its folder.
     """
     if group:
         return hashlib.sha256(json.dumps([project, group, folder.name]).encode()).hexdigest()[:16]

@@ -48,7 +48,7 @@ def test_a_part_that_fails_leaves_an_error_and_the_others_continue(
     figures = gpu.measure_all()
     assert figures["answers"] == {"seconds": 3.0}
     assert figures["dies"]["error"] == "exit code -9"
-    assert figures["hangs"]["error"] == "not over after 0 s"
+    assert figures["hangs"]["error"] == "timed out after 0 s"
     assert "no such kernel" in figures["breaks"]["stderr"]
     assert {name: row["met"] for name, row in figures["targets"].items()} == {
         "answers": True, "dies": False, "hangs": False, "breaks": False

@@ -60,7 +60,7 @@ def test_the_reference_optimizer_takes_the_same_steps(name: str, tolerance: floa
     model = GPT(MODEL)
     other, start = copy.deepcopy(model), copy.deepcopy(model)
     cfg = OptimConfig(name=name, lr=0.01)
-    optimizers = [build_optimizers(model, cfg), parts._one_by_one(other, cfg)]
+    optimizers = [build_optimizers(model, cfg), parts._reference_optimizers(other, cfg)]
     generator = torch.Generator().manual_seed(0)
     for _ in range(3):
         for one, two in zip(model.parameters(), other.parameters(), strict=True):

@@ -275,7 +275,7 @@ def reseal(path: Path, **changes: Any) -> None:
     manifest = json.loads((path / "MANIFEST.json").read_text()) | changes
     del manifest["sha256"]
     manifest["files"] = {name: checkpoint._digest(path / name) for name in manifest["files"]}
-    manifest["sha256"] = checkpoint._seal(manifest)
+    manifest["sha256"] = checkpoint._manifest_digest(manifest)
     (path / "MANIFEST.json").write_text(json.dumps(manifest, indent=1))
 
 
