@@ -49,10 +49,10 @@ def test_a_small_run_after_a_large_one_reports_its_own_peak() -> None:
 # In a process of its own: torch looks once. `hg` says that the kernel was asked for huge pages, see proc_pid_smaps(5).
 PAGES = """
 import sys, torch
-from ngpt.system.memory import ask_for_huge_pages
+from ngpt.system.memory import configure_allocator
 
 if sys.argv[1] == "huge":
-    ask_for_huge_pages()
+    configure_allocator()
 tensor = torch.ones(100_000_000, dtype=torch.uint8)
 middle, holds_it = tensor.data_ptr() + len(tensor) // 2, False
 for line in open("/proc/self/smaps"):
