@@ -63,7 +63,7 @@ def test_a_run_reports_why_vectorise_has_no_effect(
     monkeypatch.setattr("tune.launch.run_inline", lambda session: None)  # what comes before it is asked
     launch(campaign, tmp_path / "out", command="again", inline=True, view=lambda snapshot: recorder([]))
     said = capsys.readouterr().err
-    assert ("vectorise 2 has no effect: compile is on" in said) == bool(reason)
+    assert ("vectorise: 2 has no effect, trials are trained one at a time: compile is on" in said) == bool(reason)
 
 
 def test_a_corpus_that_cannot_be_prepared_is_an_error_before_any_trial(
