@@ -28,7 +28,7 @@ def test_a_second_trial_runs_beside_the_first_and_both_are_counted(tiny: TrainCo
     # A process that trains holds at least the interpreter and torch, and fits on a machine that runs tests.
     assert all(50e6 < point.memory_bytes < total_memory() for point in curve)
     assert all(point.room == int(total_memory() * (1 - RESERVED_MEMORY) / point.memory_bytes) for point in curve)
-    assert [line.split(":")[0] for line in lines] == ["1 at once", "2 at once"]
+    assert [line.split(":")[0] for line in lines] == ["1 concurrent", "2 concurrent"]
 
 
 @pytest.mark.slow
