@@ -66,7 +66,9 @@ def none(kind: str, ratio: float) -> float:
 
 
 def nanochat(kind: str, ratio: float) -> float:
-    """1 / sqrt(ratio) for all kinds but scales (karpathy/nanochat, gpt.py, setup_optimizer, with base_width 768).
+    """Multiplies the rates of all parameters but scales by 1 / sqrt(width ratio). base_width is 768 in the source.
+
+    Source: karpathy/nanochat, gpt.py, setup_optimizer.
 
     nanochat always trains the matrices with Muon; under AdamW they get the same factor here.
     """

@@ -138,10 +138,10 @@ def run_timed(campaign: Campaign, root: Path) -> tuple[Metrics, CampaignSummary]
 
 
 def times_of(events: Sequence[Mapping[str, Any]]) -> Metrics:
-    """Splits the time of a campaign into phases, each summed over all workers; `seconds` is the wall time.
+    """Splits the time of a campaign into parts, each summed over all worker processes; `seconds` is the wall time.
 
-    `began` is the timestamp of the first trial's start. A worker is a process. The step time of a trial is its tokens
-    over its `tokens_per_second`.
+    `began` is the time of the first trial's start. The step time of a trial is its token count divided by its
+    `tokens_per_second`.
     """
     finished = [event for event in events if event["event"] == "trial_finished"]
     began, ended = min(_time(e) for e in events if e["event"] == "trial_started"), max(map(_time, finished))

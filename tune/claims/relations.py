@@ -205,6 +205,7 @@ def _within(claim: Claim, result: Difference, sentence: str, value: float) -> Cl
 
 
 def _judge_best_in_phase(claim: Claim, evidence: Evidence, chosen: ClaimArm, arms: Sequence[ClaimArm]) -> ClaimVerdict:
+    """Judges whether the chosen arm is better than every other arm of its phase."""
     outcomes, n = evidence.outcomes(arms, claim.metric), len(chosen.trial_ids)
     own = list(outcomes[chosen.name].values())
     others = {name: list(row.values()) for name, row in outcomes.items() if name != chosen.name}
