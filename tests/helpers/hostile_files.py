@@ -662,12 +662,12 @@ SMALL: dict[str, tuple[str | bytes, str]] = {
     ),
     "seeds_fresh_billion": (
         phases("{name: p, seeds: fresh 999999999, vary: {alpha: [0.1]}}"),
-        "2:20: phases[0].seeds: expected `fresh N` with N from 1 to 9999, or a list, got 'fresh 999999999'",
+        "2:20: phases[0].seeds: expected `fresh`, `fresh N` with N from 1 to 9999, or a list, got 'fresh 999999999'",
     ),
     "seeds_fresh_digits": (
         phases("{name: p, seeds: fresh " + "9" * 5000 + ", vary: {alpha: [0.1]}}"),
         (
-            "2:20: phases[0].seeds: expected `fresh N` with N from 1 to 9999, or a list, got 'fresh "
+            "2:20: phases[0].seeds: expected `fresh`, `fresh N` with N from 1 to 9999, or a list, got 'fresh "
             "9999999999999999999999999999999999999999999"
         ),
     ),

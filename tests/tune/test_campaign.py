@@ -471,7 +471,7 @@ WRONG: dict[str, tuple[str, list[str]]] = {
             for i, text in enumerate(["fresh 0", "fresh x", "frsh 3", "fresh -1", "fresh 10000"])
         ),
         [
-            f"phases[{i}].seeds: expected `fresh N` with N from 1 to 9999, or a list, got '{text}'"
+            f"phases[{i}].seeds: expected `fresh`, `fresh N` with N from 1 to 9999, or a list, got '{text}'"
             for i, text in enumerate(["fresh 0", "fresh x", "frsh 3", "fresh -1", "fresh 10000"])
         ],
     ),

@@ -14,7 +14,7 @@ from ngpt.training.config import TrainConfig, resolved, rollback_settings
 from tune.planning.combine import join_better_arms
 from tune.planning.equal_time import step_time_key, steps_of_equal_time
 from tune.planning.optuna_search import arm_score, propose_arms
-from tune.spec.schema import Campaign, FreshSeeds, Phase
+from tune.spec.schema import FEWEST_FRESH, Campaign, FreshSeeds, Phase
 from tune.spec.search_space import random_arms
 from tune.spec.sweeps import BASELINE, ArmSpec
 from tune.storage.records import BetterArm, TrialOutcome
@@ -214,7 +214,7 @@ def fresh_seeds(campaign: Campaign, phase: Phase) -> tuple[int, ...]:
         if isinstance(other.seeds, FreshSeeds):
             start = 100 + zlib.crc32(other.name.encode()) % 900
             unused = (seed for seed in itertools.count(start) if seed not in used)
-            chosen[other.name] = tuple(itertools.islice(unused, other.seeds.n))
+            chosen[other.name] = tuple(itertools.islice(unused, other.seeds.n or FEWEST_FRESH))
             used.update(chosen[other.name])
     return chosen[phase.name]
 

@@ -56,7 +56,7 @@ def _shrunk_phase(phase: Phase, limits: Mapping[str, int]) -> Phase:
         search=None,
         pinned=_limited(phase.pinned, limits),
         arms=tuple(replace(arm, overrides=_limited(arm.overrides, limits)) for arm in arms),
-        seeds=FreshSeeds(min(seeds.n, MAX_SEEDS)) if isinstance(seeds, FreshSeeds) else seeds[:MAX_SEEDS],
+        seeds=FreshSeeds(min(seeds.most, MAX_SEEDS)) if isinstance(seeds, FreshSeeds) else seeds[:MAX_SEEDS],
     )
 
 

@@ -109,7 +109,7 @@ class _PhaseReader:
             yield Problem(where, f"a phase has exactly one of {', '.join(KINDS)}; {given}")
             return None
         kind, where = kinds[0], (*at, kinds[0])
-        n_seeds = seeds.n if isinstance(seeds, FreshSeeds) else len(seeds)
+        n_seeds = seeds.most if isinstance(seeds, FreshSeeds) else len(seeds)
         arms, swept, combine, search = list[ArmSpec](), {}, (), None
         if kind == "combine":
             combine = yield from self._combine(name, raw[kind], where)
@@ -144,10 +144,13 @@ class _PhaseReader:
         seeds = raw["seeds"]
         if not isinstance(seeds, str):
             return (yield from read_seeds(seeds, (*at, "seeds")))
+        if seeds.strip() == "fresh":
+            return FreshSeeds()
         match = re.fullmatch(r"fresh +([0-9]{1,9})", seeds)
         if match and 1 <= int(match[1]) <= MAX_SEEDS:
             return FreshSeeds(int(match[1]))
-        yield Problem((*at, "seeds"), f"expected `fresh N` with N from 1 to {MAX_SEEDS}, or a list, got {seeds!r}")
+        allowed = f"`fresh`, `fresh N` with N from 1 to {MAX_SEEDS}, or a list"
+        yield Problem((*at, "seeds"), f"expected {allowed}, got {seeds!r}")
         return ()
 
     def _inherit(self, name: str, raw: Mapping[str, Any], at: Location) -> Reading[str | None]:

@@ -20,6 +20,7 @@ EARLY_STOP_METHODS = ("asha",)
 HOLDS = ("tokens", "steps", "seconds")  # quantities that can be kept equal between arms
 KINDS = (*SWEEPS, "runs", "combine", "search")  # kinds of phases; each phase has exactly one
 MAX_TRIALS = 10_000  # per campaign
+FEWEST_FRESH, MOST_FRESH = 4, 30  # number of seeds that `seeds: fresh` chooses from
 
 
 def _gpus_per_trial(value: Any) -> Any:
@@ -84,9 +85,17 @@ class Header(Config):
 
 @dataclass(frozen=True)
 class FreshSeeds:
-    """`seeds: fresh N`: N seeds that no other phase of the campaign uses."""
+    """`seeds: fresh N`: N seeds that no campaign of this results folder has looked at.
 
-    n: int
+    `seeds: fresh` (n is None) takes as many as find the effect again with 80 % power, `FEWEST_FRESH` to `MOST_FRESH`.
+    """
+
+    n: int | None = None
+
+    @property
+    def most(self) -> int:
+        """The largest number of seeds that the phase may get."""
+        return MOST_FRESH if self.n is None else self.n
 
 
 @dataclass(frozen=True)
