@@ -54,6 +54,8 @@ def evaluate_run(run: Run, *, last: bool) -> dict[str, Tensor]:
     scores = retry_on_oom(lambda: _validation_scores(run), lambda: reduce_eval_batch(run), run.device)
     metrics = progress(run) | {"train_loss": run.state.train_loss} | scores | distance | _replaced_divisors(run)
     run.state.last_eval = {name: finite_or_none(value) for name, value in metrics.items()}
+    if run.state.step == 0:
+        run.state.initial_val_loss = run.state.last_eval["val_loss"]
     return effective_alphas(run.model) | r
 
 

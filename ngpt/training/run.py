@@ -170,6 +170,7 @@ def result_of(run: Run, status: str) -> RunResult:
         "micro_batch_size": run.micro_batch_size,
         "skipped_steps": run.state.skipped_steps,
         "rollbacks": run.state.rollbacks,
+        "initial_val_loss": run.state.initial_val_loss,
     }
     data = {
         "data_sha256": run.dataset.manifest["content_sha256"],

@@ -21,7 +21,8 @@ VERDICTS = {
     "tie": "Neither: the data cannot distinguish it from the baseline, or the difference is too small to matter.",
     "no claim": "One seed only: a number, but no spread to judge it by.",
     "incomplete": "Some of its seeds have not finished, or were stopped early, so it is not judged.",
-    "diverged": "At least one seed ended with a non-finite loss. That is a result, and it ranks last.",
+    "diverged": "At least one seed ended with a loss that is not finite, or more than twice an untrained model's. That "
+    "is a result, and it ranks last.",
     "failed": "At least one trial ended with an error, which is listed under what went wrong.",
 }
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from tune import format as fmt
 from tune.claims.selectors import short
-from tune.storage.state import CampaignState
-from tune.storage.summaries import Answer, Delta, PhaseSummary
+from tune.storage.state import CampaignState, PhaseState
+from tune.storage.summaries import Answer, ArmSummary, Delta, PhaseSummary
 
 
 def settings_text(overrides: Mapping[str, Any]) -> str:
@@ -29,7 +29,7 @@ def find_answer(state: CampaignState, phases: Sequence[PhaseSummary]) -> Answer:
     last = improved[-1]
     arm = last.winning_arm
     assert arm is not None and arm.delta is not None, "a better arm has a difference from its baseline"
-    overrides = dict(state.phases[last.phase].winner_overrides)
+    overrides = _inherited_overrides(state.phases[last.phase], arm)
     before = phases[: phases.index(last)]
     is_fresh = not {seed for phase in before for seed in phase.seeds} & set(last.seeds)
     confirmed = is_fresh and any(_inherits(overrides, state.phases[p.phase].winner_overrides) for p in before)
@@ -48,6 +48,18 @@ def find_answer(state: CampaignState, phases: Sequence[PhaseSummary]) -> Answer:
         if later:
             sentence += f" Phase {', '.join(phase.phase for phase in later)} found nothing better."
     return Answer(_prefix_so_far(is_over, sentence), last.phase, last.winner, overrides, arm.delta, confirmed)
+
+
+def _inherited_overrides(phase: PhaseState, arm: ArmSummary) -> dict[str, Any]:
+    """Returns what a later phase inherits from `arm`, relative to the campaign's base.
+
+    The journal says it for the winner at that time. If the rules of this version make another arm the winner, the
+    settings of its base that are handed on stay, and those of the arm are exchanged.
+    """
+    if phase.winner == arm.arm:
+        return dict(phase.winner_overrides)
+    handed_on = {name: value for name, value in phase.base.items() if name in phase.winner_overrides}
+    return handed_on | dict(arm.overrides)
 
 
 def _no_answer(judged: Sequence[PhaseSummary], is_over: bool) -> str:

@@ -34,6 +34,7 @@ from tune.session.datasets import check_unchanged
 from tune.session.phase_tracker import PhaseTracker
 from tune.session.trial_queue import TrialQueue
 from tune.spec.schema import Campaign
+from tune.storage.divergence import explosion
 from tune.storage.journal import Journal
 from tune.storage.lock import ResultsLock
 from tune.storage.state import replay
@@ -195,6 +196,8 @@ class Session:
     def tell(self, trial_id: str, result: TrialResult, *, cause: str | None = None) -> None:
         """Records the result of a trial; `cause` is the cause of death if its worker died."""
         trial = self._queue.unfinished.pop(trial_id)
+        if result.status == "finished" and (reason := explosion(flatten(trial.config), result.metrics)):
+            result = replace(result, status="diverged", error=reason)
         self._append(
             "trial_finished",
             **trial.identity,

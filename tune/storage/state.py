@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ngpt.config.base import ConfigError
+from tune.storage.divergence import with_divergence
 from tune.storage.journal import Event, read_journal
 from tune.storage.records import BetterArm, TrialOutcome, TrialWork
 
@@ -63,7 +64,7 @@ class CampaignState:
 
     campaign: dict[str, Any] = field(default_factory=dict)  # the newest `campaign_started`
     phases: dict[str, PhaseState] = field(default_factory=dict)
-    results: dict[str, dict[str, Any]] = field(default_factory=dict)  # newest result by trial id
+    results: dict[str, Mapping[str, Any]] = field(default_factory=dict)  # newest result by trial id
     running: dict[str, Event] = field(default_factory=dict)  # `trial_started` of trials without a result, by trial id
     expected_stages: list[list[dict[str, Any]]] = field(default_factory=list)  # trials still to be planned, per stage
     attempts: dict[str, int] = field(default_factory=dict)  # number of the newest attempt, by trial id
@@ -90,8 +91,8 @@ class CampaignState:
         result = self.results.get(trial_id)
         if result is None:
             return TrialOutcome("missing")
-        if result["status"] == "stopped":  # its metrics come from fewer steps than those of finished trials
-            return TrialOutcome("stopped")
+        if result["status"] != "finished":  # metrics of a stopped trial come from fewer steps, others mislead
+            return TrialOutcome(result["status"])
         return TrialOutcome(result["status"], result["metrics"].get(metric or self.campaign["metric"]["name"]))
 
     def session_seconds(self) -> float:
@@ -129,7 +130,7 @@ class CampaignState:
                 self.trained_on = self.campaign.get("environment", {})
             case "trial_finished":
                 self.running.pop(event["trial_id"], None)
-                self.results[event["trial_id"]] = event
+                self.results[event["trial_id"]] = with_divergence(event)
             case "worker_died":
                 self.running.pop(event["trial_id"], None)
             case "phase_finished":
