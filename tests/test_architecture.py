@@ -53,6 +53,7 @@ UNTESTED: dict[str, str] = {
     "tune/spec/phase_reader.py": "test_campaign.py",
     "tune/spec/validation.py": "test_campaign.py",
     "tune/spec/reading.py": "test_campaign.py",
+    "tune/spec/seeds.py": "test_campaign.py",
     "tune/analysis/least_squares.py": "test_verdicts.py",
     "tune/claims/evidence.py": "test_relations.py",
     "tune/claims/possible_arms.py": "test_reader.py",

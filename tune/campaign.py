@@ -18,7 +18,8 @@ from tune.claims.possible_arms import check_claims
 from tune.claims.reader import read_claims
 from tune.spec.phase_reader import PhasesInFile, read_phases
 from tune.spec.reading import OPTION, LocatedSettings, Reading, check_name, collect, complete, read_seeds
-from tune.spec.schema import KINDS, Budget, Campaign, EarlyStop, Header, Metric, Resources
+from tune.spec.schema import KINDS, Budget, Campaign, EarlyStop, Header, Metric, Resources, SeedRule
+from tune.spec.seeds import read_seed_rule
 from tune.spec.validation import ConfigChecker, check_configs, check_cycles, check_early_stop, in_dependency_order
 
 TOP_KEYS = ("campaign", *Header.model_fields, "seeds", "base", "phases", *KINDS, "claims")
@@ -86,13 +87,18 @@ def _read_draft(data: Mapping[str, Any], assignments: Sequence[str], folder: Pat
     else:
         yield from check_name(data["campaign"], ("campaign",), "campaign")
     header = yield from _read_header(data)
-    seeds = (yield from read_seeds(data["seeds"], ("seeds",))) if "seeds" in data else DEFAULT_SEEDS
+    seeds = (yield from _campaign_seeds(data["seeds"])) if "seeds" in data else DEFAULT_SEEDS
     base_settings = yield from _read_base(data.get("base", {}), folder)
     checker = ConfigChecker(base_settings, (yield from _read_options(assignments)))
     base = yield from checker.check()
     file = yield from read_phases(data, seeds, folder)
     yield from check_cycles(file)
     return header, base, checker, file
+
+
+def _campaign_seeds(data: Any) -> Reading[SeedRule]:
+    """Reads the seeds of all phases that have none of their own; only a phase can have `fresh N`."""
+    return (yield from (read_seed_rule if isinstance(data, dict) else read_seeds)(data, ("seeds",)))
 
 
 def _read_header(data: Mapping[str, Any]) -> Reading[Header | None]:

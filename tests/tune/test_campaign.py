@@ -25,7 +25,7 @@ from tests.helpers.marked_text import unmarked
 from tune.campaign import load_campaign
 from tune.planning.plan import preview
 from tune.spec.reading import with_absolute_paths
-from tune.spec.schema import Campaign, FreshSeeds, Metric, Resources
+from tune.spec.schema import Campaign, FreshSeeds, Metric, Resources, UntilDecided
 from tune.spec.sweeps import SWEEPS, ArmSpec, Axis
 
 GOOD = """\
@@ -475,6 +475,43 @@ WRONG: dict[str, tuple[str, list[str]]] = {
             for i, text in enumerate(["fresh 0", "fresh x", "frsh 3", "fresh -1", "fresh 10000"])
         ],
     ),
+    "seeds until decided, with mistakes": (
+        f"{GOOD}seeds: {{until: decided, «start: 1, «most: many, «fersh: true}}\nphases:\n"
+        "  - {name: a, seeds: {until: decided, start: 5, «most: 4}, vary: {lr: [1.0]}}\n"
+        "  - {name: b, seeds: {until: decided, «start: 40}, vary: {lr: [1.0]}}\n"
+        "  - {name: c, «seeds: {start: 3}, vary: {lr: [1.0]}}\n"
+        "  - {name: d, seeds: {«until: decide, «fresh: 3}, vary: {lr: [1.0]}}\n",
+        [
+            "seeds.start: expected a whole number from 2 to 1000, got 1",
+            "seeds.most: expected a whole number from 2 to 1000, got 'many'",
+            "seeds.fersh: unknown setting, did you mean 'fresh'?",
+            "phases[0].seeds.most: must be at least `start`, which is 5, got 4",
+            "phases[1].seeds.start: must be at most `most`, which is 30, got 40",
+            "phases[2].seeds: `until: decided` is missing: write `{until: decided, start: 3, most: 30}`",
+            "phases[3].seeds.until: unknown condition 'decide', did you mean 'decided'?",
+            "phases[3].seeds.fresh: expected true or false, got 3",
+        ],
+    ),
+    "seeds until decided, and a search that is stopped early": (
+        f"{GOOD}seeds: {{until: decided}}\n«early_stop: {{first: 2}}\n"
+        "search: {method: random, trials: 3, space: {lr: {log: [1e-3, 1e-1]}}}\n",
+        [
+            "early_stop: phase main gives seeds until its arms are decided, which stops arms by itself; "
+            "remove `early_stop:`, or list the seeds of that phase"
+        ],
+    ),
+    "seeds until decided, and arms that optuna proposes": (
+        f"{GOOD}seeds: {{until: decided}}\n"
+        "search: {«method: optuna, trials: 3, space: {lr: {log: [1e-3, 1e-1]}}}\n",
+        [
+            "search.method: optuna proposes arms by their results on all seeds, so `until: decided` cannot be combined "
+            "with it; use `method: random`, or a list of seeds"
+        ],
+    ),
+    "too many trials, if no arm is decided": (
+        f"{GOOD}seeds: {{until: decided, most: 1000}}\n«vary: {{alpha: {[i / 100 for i in range(1, 12)]}}}\n",
+        ["vary: 11 arms x 1000 seeds = 11000 trials; a campaign has at most 10000"],
+    ),
     # ---- YAML
     "duplicate keys": (
         f"{GOOD}vary:\n  alpha: [0.1]\n  «alpha: [0.2]\n",
@@ -599,6 +636,13 @@ def test_a_new_sweep_is_a_function_and_an_entry(folder: Path, monkeypatch: pytes
     ]
     seeds = ", ".join(map(str, range(3000)))
     assert "phases[0].ends: 4 arms x 3000 seeds = 12000 trials" in complaint(f"{file}    seeds: [{seeds}]\n")
+
+
+def test_seeds_until_decided_have_defaults_and_hold_for_the_campaign_or_for_one_phase() -> None:
+    phases = "phases:\n  - {name: a, vary: {lr: [1.0]}}\n"
+    phases += "  - {name: b, seeds: {until: decided, start: 2, most: 8, fresh: true}, vary: {lr: [1.0]}}\n"
+    campaign = load(f"{GOOD}seeds: {{until: decided}}\n{phases}")
+    assert [phase.seeds for phase in campaign.phases] == [UntilDecided(3, 30), UntilDecided(2, 8, fresh=True)]
 
 
 # ---- what a valid file means -----------------------------------------------------------------------------------------

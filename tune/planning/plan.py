@@ -14,7 +14,7 @@ from ngpt.training.config import TrainConfig, resolved, rollback_settings
 from tune.planning.combine import join_better_arms
 from tune.planning.equal_time import step_time_key, steps_of_equal_time
 from tune.planning.optuna_search import arm_score, propose_arms
-from tune.spec.schema import FEWEST_FRESH, Campaign, FreshSeeds, Phase
+from tune.spec.schema import FEWEST_FRESH, Campaign, Phase, SeedRule, UntilDecided
 from tune.spec.search_space import random_arms
 from tune.spec.sweeps import BASELINE, ArmSpec
 from tune.storage.records import BetterArm, TrialOutcome
@@ -131,7 +131,7 @@ def _plan_arms(
     """Plans the trials of the baseline and of the arms `specs`."""
     inherited = dict(winners[phase.inherit]) if phase.inherit else {}
     base = inherited | dict(phase.pinned)
-    seeds = phase.seeds if isinstance(phase.seeds, tuple) else fresh_seeds(campaign, phase)
+    seeds = phase_seeds(campaign, phase)
     baseline = baseline_config(campaign, inherited, phase.pinned)
     resolved_baseline = resolved(baseline)
     arms = {resolved_baseline: PlannedArm(BASELINE.name, {}, ())}
@@ -203,18 +203,32 @@ def trial_ids(config: TrainConfig, seeds: Iterable[int]) -> list[str]:
     return [f"{identity}-s{seed}" for seed in seeds]
 
 
+def phase_seeds(campaign: Campaign, phase: Phase) -> tuple[int, ...]:
+    """The seeds of a phase, in the order in which they are used; all that `until: decided` may use."""
+    fixed = _fixed_seeds(phase.seeds)
+    return fresh_seeds(campaign, phase) if fixed is None else fixed
+
+
+def _fixed_seeds(rule: SeedRule) -> tuple[int, ...] | None:
+    """The seeds that follow from the file alone; None if they are to be fresh."""
+    if isinstance(rule, UntilDecided) and not rule.fresh:
+        return tuple(range(1, rule.most + 1))
+    return rule if isinstance(rule, tuple) else None
+
+
 def fresh_seeds(campaign: Campaign, phase: Phase) -> tuple[int, ...]:
     """Chooses seeds that no other phase of the campaign uses, independent of the order of the phases.
 
     Phases choose in alphabetical order. Each takes the first unused seeds, starting from a hash of its name.
     """
-    used = {seed for other in campaign.phases if isinstance(other.seeds, tuple) for seed in other.seeds}
+    used = {seed for other in campaign.phases for seed in _fixed_seeds(other.seeds) or ()}
     chosen: dict[str, tuple[int, ...]] = {}
     for other in sorted(campaign.phases, key=lambda other: other.name):
-        if isinstance(other.seeds, FreshSeeds):
+        if not isinstance(other.seeds, tuple) and _fixed_seeds(other.seeds) is None:
             start = 100 + zlib.crc32(other.name.encode()) % 900
             unused = (seed for seed in itertools.count(start) if seed not in used)
-            chosen[other.name] = tuple(itertools.islice(unused, other.seeds.n or FEWEST_FRESH))
+            n = other.seeds.most if isinstance(other.seeds, UntilDecided) else other.seeds.n or FEWEST_FRESH
+            chosen[other.name] = tuple(itertools.islice(unused, n))
             used.update(chosen[other.name])
     return chosen[phase.name]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from ngpt.config.base import flatten, override
 from ngpt.data.tokens.tokenizer import parse_spec
-from tune.spec.schema import Campaign, FreshSeeds, Phase
+from tune.spec.schema import Campaign, FreshSeeds, Phase, SeedRule, UntilDecided
 from tune.spec.search_space import random_arms
 
 # Smaller values in a campaign are kept.
@@ -50,14 +50,19 @@ def _width(campaign: Campaign) -> int:
 def _shrunk_phase(phase: Phase, limits: Mapping[str, int]) -> Phase:
     """Limits every size in the phase; replaces a search by one batch of random arms."""
     arms = (*phase.arms, *(random_arms(phase.search)[: phase.search.parallel] if phase.search else ()))
-    seeds = phase.seeds
     return replace(
         phase,
         search=None,
         pinned=_limited(phase.pinned, limits),
         arms=tuple(replace(arm, overrides=_limited(arm.overrides, limits)) for arm in arms),
-        seeds=FreshSeeds(min(seeds.most, MAX_SEEDS)) if isinstance(seeds, FreshSeeds) else seeds[:MAX_SEEDS],
+        seeds=_fewer_seeds(phase.seeds),
     )
+
+
+def _fewer_seeds(seeds: SeedRule) -> SeedRule:
+    if isinstance(seeds, UntilDecided):  # one round
+        return replace(seeds, start=min(seeds.start, MAX_SEEDS), most=min(seeds.most, MAX_SEEDS))
+    return FreshSeeds(min(seeds.most, MAX_SEEDS)) if isinstance(seeds, FreshSeeds) else seeds[:MAX_SEEDS]
 
 
 def _limited(settings: Mapping[str, Any], limits: Mapping[str, int]) -> dict[str, Any]:

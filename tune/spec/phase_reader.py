@@ -17,12 +17,12 @@ from tune.spec.reading import (
     check_name,
     collect,
     comparable,
-    read_seeds,
     repeated,
     with_absolute_paths,
 )
-from tune.spec.schema import HOLDS, KINDS, MAX_TRIALS, FreshSeeds, Phase
+from tune.spec.schema import HOLDS, KINDS, MAX_TRIALS, Phase, SeedRule, UntilDecided, count_seeds
 from tune.spec.search_space import Search, random_arms, read_search
+from tune.spec.seeds import read_seed_rule
 from tune.spec.sweeps import BASELINE, SWEEPS, ArmSpec, Axis, count
 from tune.storage.winners import InheritedWinner, is_path, read_inherited_winner
 
@@ -30,7 +30,6 @@ PHASE_KEYS = ("name", "inherit", "set", "seeds", "hold", *KINDS)
 # File and folder names in a results directory that a phase folder must not take.
 RESERVED = re.compile(r"(?i)trials|(campaign|manifest|journal|summary|report)\.\w+")
 MAX_PHASES = 100  # bounds the recursion through phases that inherit from each other
-MAX_SEEDS = 9999  # largest N of `fresh N`
 
 Sweep = tuple[list[ArmSpec], dict[str, tuple[Any, ...]]]  # the arms, and the values of each swept setting by name
 
@@ -44,7 +43,7 @@ class PhasesInFile:
     winners: Mapping[str, tuple[InheritedWinner, Location]]  # of other results directories, by path
 
 
-def read_phases(data: Mapping[str, Any], seeds: tuple[int, ...], folder: Path) -> Reading[PhasesInFile]:
+def read_phases(data: Mapping[str, Any], seeds: SeedRule, folder: Path) -> Reading[PhasesInFile]:
     """Reads the phases of a campaign file in `folder`; a phase without `seeds:` gets `seeds`."""
     raw_phases = yield from _raw_phases(data)
     names = [str(raw["name"]) for raw, _ in raw_phases if isinstance(raw, dict) and "name" in raw]
@@ -80,7 +79,7 @@ class _PhaseReader:
     """Reads the phases one by one and collects their references, names and total number of trials."""
 
     names: Sequence[str]  # of all phases of the file
-    seeds: tuple[int, ...]
+    seeds: SeedRule
     folder: Path
     references: dict[tuple[str, str], Location] = field(default_factory=dict)
     winners: dict[str, tuple[InheritedWinner, Location]] = field(default_factory=dict)
@@ -109,7 +108,7 @@ class _PhaseReader:
             yield Problem(where, f"a phase has exactly one of {', '.join(KINDS)}; {given}")
             return None
         kind, where = kinds[0], (*at, kinds[0])
-        n_seeds = seeds.most if isinstance(seeds, FreshSeeds) else len(seeds)
+        n_seeds = count_seeds(seeds)
         arms, swept, combine, search = list[ArmSpec](), {}, (), None
         if kind == "combine":
             combine = yield from self._combine(name, raw[kind], where)
@@ -123,6 +122,9 @@ class _PhaseReader:
         pinned_values = with_absolute_paths({name: value for name, (value, _) in pinned.items()})
         origins = {name: location for name, (_, location) in pinned.items()}
         stops_early = kind == "search"  # random or optuna
+        if search and isinstance(seeds, UntilDecided):
+            text = "optuna proposes arms by their results on all seeds, so `until: decided` cannot be combined with it"
+            yield Problem((*where, "method"), f"{text}; use `method: random`, or a list of seeds")
         return Phase(name, inherit, pinned_values, arms, seeds, swept, combine, search, hold, stops_early, origins)
 
     def _name(self, raw: Mapping[str, Any], at: Location) -> Reading[str]:
@@ -138,20 +140,8 @@ class _PhaseReader:
             self._used_names.add(name.lower())
         return str(name)
 
-    def _seeds(self, raw: Mapping[str, Any], at: Location) -> Reading[tuple[int, ...] | FreshSeeds]:
-        if "seeds" not in raw:
-            return self.seeds
-        seeds = raw["seeds"]
-        if not isinstance(seeds, str):
-            return (yield from read_seeds(seeds, (*at, "seeds")))
-        if seeds.strip() == "fresh":
-            return FreshSeeds()
-        match = re.fullmatch(r"fresh +([0-9]{1,9})", seeds)
-        if match and 1 <= int(match[1]) <= MAX_SEEDS:
-            return FreshSeeds(int(match[1]))
-        allowed = f"`fresh`, `fresh N` with N from 1 to {MAX_SEEDS}, or a list"
-        yield Problem((*at, "seeds"), f"expected {allowed}, got {seeds!r}")
-        return ()
+    def _seeds(self, raw: Mapping[str, Any], at: Location) -> Reading[SeedRule]:
+        return (yield from read_seed_rule(raw["seeds"], (*at, "seeds"))) if "seeds" in raw else self.seeds
 
     def _inherit(self, name: str, raw: Mapping[str, Any], at: Location) -> Reading[str | None]:
         inherit, where = raw.get("inherit"), (*at, "inherit")

@@ -99,6 +99,23 @@ class FreshSeeds:
 
 
 @dataclass(frozen=True)
+class UntilDecided:
+    """`seeds: {until: decided, ...}`: rounds of seeds, until every arm is decided (tune/analysis/sequential.py)."""
+
+    start: int = 3  # seeds of the first round
+    most: int = 30
+    fresh: bool = False  # whether to use seeds that no other phase of the campaign uses
+
+
+SeedRule = tuple[int, ...] | FreshSeeds | UntilDecided
+
+
+def count_seeds(rule: SeedRule) -> int:
+    """The number of seeds of each arm, or the largest number if it is not fixed."""
+    return len(rule) if isinstance(rule, tuple) else rule.most
+
+
+@dataclass(frozen=True)
 class Phase:
     """A baseline and the arms compared with it."""
 
@@ -106,7 +123,7 @@ class Phase:
     inherit: str | None  # the phase whose winner is the base of this one; may be a path in another results directory
     pinned: Mapping[str, Any]  # the settings in `set:`, which apply to all arms, by dotted name
     arms: tuple[ArmSpec, ...]  # without the baseline, unless the file lists it
-    seeds: tuple[int, ...] | FreshSeeds
+    seeds: SeedRule
     swept: Mapping[str, tuple[Any, ...]]  # the values of each axis, by dotted name
     combine: tuple[str, ...] = ()  # the phases whose better arms are combined
     search: Search | None = None  # set if optuna proposes the arms, batch by batch

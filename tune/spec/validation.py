@@ -16,7 +16,7 @@ from ngpt.training.config import TrainConfig, resolved
 from tune import format as fmt
 from tune.spec.phase_reader import PhasesInFile
 from tune.spec.reading import LocatedSettings, Reading, with_absolute_paths
-from tune.spec.schema import EarlyStop, Phase
+from tune.spec.schema import EarlyStop, Phase, UntilDecided
 from tune.spec.sweeps import BASELINE, ArmSpec
 
 MAX_COMBINATIONS = 10_000  # of an inheriting arm and possible earlier winners; they take a second at most to check
@@ -160,7 +160,10 @@ def check_early_stop(rule: EarlyStop, phases: Iterable[Phase], *, base: TrainCon
     for phase in searching:
         settled = {"steps": base.steps, "eval_every": base.eval_every} | dict(phase.pinned)
         steps, every, first = settled["steps"], settled["eval_every"], (*at, "first")
-        if (phase.hold or hold) == "seconds":
+        if isinstance(phase.seeds, UntilDecided):
+            text = f"phase {phase.name} gives seeds until its arms are decided, which stops arms by itself"
+            yield Problem(at, f"{text}; remove `early_stop:`, or list the seeds of that phase")
+        elif (phase.hold or hold) == "seconds":
             text = f"phase {phase.name} holds seconds, so its arms cannot be compared at the same step"
             yield Problem(at, f"{text}; use `hold: tokens` or `hold: steps` there")
         elif rule.first >= steps:
