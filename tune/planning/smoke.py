@@ -35,7 +35,8 @@ def shrink_campaign(campaign: Campaign) -> Campaign:
     if needs_smaller_vocab:
         settings["data.tokenizer"] = f"sentencepiece:{MAX_VOCAB_SIZE}"
     base = override(campaign.base, _limited(settings, limits))
-    return replace(campaign, base=base, phases=tuple(_shrunk_phase(phase, limits) for phase in campaign.phases))
+    phases = tuple(_shrunk_phase(phase, limits) for phase in campaign.phases)
+    return replace(campaign, base=base, phases=phases, smoke=True)
 
 
 def _width(campaign: Campaign) -> int:

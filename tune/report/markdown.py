@@ -54,7 +54,7 @@ def _answer(summary: CampaignSummary) -> str:
     facts += [("Cost", wording.cost(summary))]
     listed = _list((name, text) for name, text in facts if text)
     listed += f"\n- Next: {wording.next_step(summary)}"
-    heading = [f"# {cell(summary.campaign)}", f"**{cell(answer.sentence)}**"]
+    heading = [f"# {cell(summary.title)}", f"**{cell(answer.sentence)}**"]
     return "\n\n".join([*heading, listed, *map(_warning, summary.own_warnings)])
 
 

@@ -238,6 +238,8 @@ def next_step(summary: CampaignSummary) -> str:
         return f"Run {RESUME}"
     if summary.trials.failed:
         return "See in the report what failed. The same command tries those trials again and repeats nothing else."
+    if summary.smoke:
+        return "It runs. For an answer, run the same command without `--smoke`."
     if answer.winner and answer.delta:
         if not answer.confirmed:
             return "Confirm it on fresh seeds: add a phase with `arm: winner` and `seeds: fresh 5`."

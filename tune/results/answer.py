@@ -10,6 +10,9 @@ from tune.storage.state import CampaignState, PhaseState
 from tune.storage.summaries import Answer, ArmSummary, Delta, PhaseSummary
 
 
+SMOKE = "SMOKE: a tiny model and a few steps show whether the campaign runs, and nothing else."
+
+
 def settings_text(overrides: Mapping[str, Any]) -> str:
     """Formats settings for a sentence: `alpha=0.2, project_every=10`, or `the base as it is`."""
     return fmt.settings({short(name): value for name, value in overrides.items()}, "the base as it is")
@@ -19,8 +22,10 @@ def find_answer(state: CampaignState, phases: Sequence[PhaseSummary]) -> Answer:
     """Returns the answer of the last phase in which an arm beat the baseline; `phases` are in order.
 
     The answer is confirmed if that phase used fresh seeds and its winner includes the winning settings of an earlier
-    phase. If a later phase tested the same settings again and found no gain, the answer is undecided.
+    phase. If a later phase tested the same settings again and found no gain, the answer is undecided. A smoke run answers nothing.
     """
+    if state.is_smoke:
+        return Answer(SMOKE)
     judged = [phase for phase in phases if len(phase.arms) > 1 and state.phases[phase.phase].winner]
     improved = [phase for phase in judged if phase.winner != phase.baseline]
     is_over = state.status == "finished"

@@ -90,7 +90,7 @@ def collect(roots: Sequence[Path], claims: Sequence[Claim] | None = None) -> Led
     campaigns: dict[str, LedgerCampaign] = {}
     for root in dict.fromkeys(map(Path, map(os.path.normpath, roots))):  # `results/a/` is `results/a`
         state = read_state(root)
-        name = state.campaign["campaign"]
+        name = f"SMOKE {state.campaign['campaign']}" if state.is_smoke else state.campaign["campaign"]
         if name in campaigns:  # the same campaign on another device, for example
             name = f"{name} in {root}"
         campaigns[name] = _describe_campaign(name, root, state)

@@ -61,6 +61,7 @@ def summarize_phase(state: CampaignState, phase: PhaseState) -> PhaseSummary:
     arms = tuple(_arm_summary(state, planned[arm.arm], arm, rank, spreads[arm.arm]) for rank, arm in ranked)
     statuses = [outcome.status for by_seed in outcomes.values() for outcome in by_seed.values()]
     missing = statuses.count("missing")  # a phase has no winner until all its trials have ended
+    smoke = "SMOKE: " if state.is_smoke else ""
     prefix = f"so far, after {len(statuses) - missing} of {len(statuses)} trials: " if missing else ""
     records = phase_records(state, phase)
     trained_here = [record for record in records if record.reused_from is None]
@@ -76,7 +77,7 @@ def summarize_phase(state: CampaignState, phase: PhaseState) -> PhaseSummary:
         arms=arms,
         baseline=phase.baseline,
         winner=None if missing else judgement.winner,
-        why=prefix + judgement.why if len(arms) > 1 else ONLY_BASELINE,
+        why=smoke + prefix + judgement.why if len(arms) > 1 else ONLY_BASELINE,
         noise=PhaseNoise(
             sd=judgement.noise_sd,
             method=judgement.method,

@@ -41,3 +41,4 @@ class Snapshot:
     metric: str
     dashboard_url: str | None
     phases: tuple[PhaseSummary, ...]  # finished phases only
+    smoke: bool = False  # started with `--smoke`

@@ -50,6 +50,7 @@ def take_snapshot(
         metric=state.campaign["metric"]["name"],
         dashboard_url=dashboard_url,
         phases=tuple(finished_phases),
+        smoke=state.is_smoke,
     )
 
 

@@ -23,6 +23,8 @@ from tune.storage import summaries
 from tune.storage.state import CampaignState, PhaseState, read_state
 from tune.storage.summaries import CampaignSummary, PhaseSummary, TrialProblem, TrialRecord, to_json
 
+SMOKE_CLAIM = "SMOKE: a tiny model and a few steps decide no claim"
+
 # Names of the derived files, of the logs of a trial, and of the file that holds their digests.
 DERIVED = ("trials.jsonl", "summary.json", "summary.parquet", "curves.parquet", "report.html", "report.md")
 TRIAL_LOGS = ("metrics.jsonl", "histograms.jsonl")
@@ -70,6 +72,7 @@ def summarize_campaign(
         problems=tuple(_problems(state)),
         left_out=dict(state.left_out),
         warnings=tuple(warnings),
+        smoke=state.is_smoke,
     )
 
 
@@ -79,7 +82,12 @@ def own_claims(state: CampaignState) -> list[Claim]:
 
 
 def summarize_claims(state: CampaignState, claims: Sequence[Claim]) -> list[summaries.ClaimResult]:
-    """Judges `claims` from the trials so far."""
+    """Judges `claims` from the trials so far; a smoke run decides none of them."""
+    if state.is_smoke:
+        return [
+            summaries.ClaimResult(claim.id, claim.source, claim.says, claim.relation, claim.metric, why=SMOKE_CLAIM)
+            for claim in claims
+        ]
     rules, base = state.campaign, state.campaign.get("base", {})
     arms = []
     for phase in state.phases.values():

@@ -154,6 +154,7 @@ class Session:
             data=dict(data),
             base=base,
             stops_early=self.campaign.early_stop is not None,
+            smoke=self.campaign.smoke,
             claims=[asdict(claim) for claim in self.campaign.claims],
             expected_trials={phase.name: len(list(phase.trials)) for phase in preview(self.campaign)},
         )

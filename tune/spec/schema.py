@@ -183,3 +183,4 @@ class Campaign:
     # measured speeds, for `hold: seconds` (tune/planning/equal_time.py)
     speeds: Mapping[str, float] = field(default_factory=dict)
     claims: tuple[Claim, ...] = ()
+    smoke: bool = False  # shrunk by `--smoke`: its results answer nothing

@@ -86,6 +86,11 @@ class CampaignState:
         """The environment that the trials ran in. A session that starts no trial does not change it."""
         return self.trained_on or self.campaign["environment"]
 
+    @property
+    def is_smoke(self) -> bool:
+        """Whether the campaign ran with `--smoke`; older journals say so only in the command."""
+        return self.campaign.get("smoke", "--smoke" in self.campaign.get("command", "").split())
+
     def outcome(self, trial_id: str, metric: str | None = None) -> TrialOutcome:
         """The outcome of a trial, with the value of `metric` (by default the campaign's metric)."""
         result = self.results.get(trial_id)

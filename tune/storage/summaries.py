@@ -231,6 +231,12 @@ class CampaignSummary:
         default_factory=dict
     )  # trials not run per phase, if a budget ended the campaign
     warnings: tuple[str, ...] = ()
+    smoke: bool = False  # ran with `--smoke`, so it answers nothing
+
+    @property
+    def title(self) -> str:
+        """The name of the campaign, marked if it ran with `--smoke`."""
+        return f"SMOKE {self.campaign}" if self.smoke else self.campaign
 
     @property
     def answer_phase(self) -> PhaseSummary | None:

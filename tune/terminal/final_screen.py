@@ -194,6 +194,6 @@ def _answer_panel(summary: CampaignSummary, report: Path, width: int) -> Panel:
         rows.add_row("problems", Text(text, "magenta"))
     rows.add_row("report", words(report))
     rows.add_row("next", Text(next_step(summary)))
-    title = words(summary.campaign, "bold").append("  ").append_text(words(summary.status, "dim"))
+    title = words(summary.title, "bold").append("  ").append_text(words(summary.status, "dim"))
     content = Group(words(answer.sentence, "bold"), Text(), rows)
     return Panel(content, title=title, title_align="left", box=ROUNDED, padding=(1, 2), width=width)

@@ -74,7 +74,8 @@ def _line(text: Text) -> Text:
 
 
 def _header(snapshot: Snapshot) -> Text:
-    header = Text().append_text(words(snapshot.campaign, "bold"))
+    header = Text("SMOKE ", "bold yellow") if snapshot.smoke else Text()
+    header.append_text(words(snapshot.campaign, "bold"))
     if snapshot.phase:
         header.append(f"   phase {snapshot.phase_number} of {snapshot.n_phases}   ", style="dim")
         header.append_text(words(snapshot.phase))
