@@ -67,6 +67,7 @@ class Readings:
     df: "np.ndarray"  # (4, R, A)
     gross: "np.ndarray"  # (R, A), arms that scatter grossly
     arm_variance: "np.ndarray"  # (R, A), of one trial around its arm and seed, from the arm's own residuals
+    moderated: "np.ndarray"  # (2, R, A), the same variance moderated by the other arms, and its degrees of freedom
     pooled_variance: "np.ndarray"  # (R,), without arms that scatter grossly
     pooled_df: "np.ndarray"  # (R,)
 
@@ -88,19 +89,50 @@ class Readings:
         return self.standard_error * stdtrit(self.df, 0.5 + confidence / 2)
 
 
+class Variance(NamedTuple):
+    """An estimated variance and its degrees of freedom."""
+
+    value: float
+    df: float
+
+
+@dataclass(frozen=True)
+class ArmNoise:
+    """The noise of one trial of an arm around the means of its arm and its seed."""
+
+    sd: float  # from the arm's own residuals
+    moderated: Variance  # by the other arms
+    is_gross: bool  # scatters so much that the others are judged without it
+    ratio: float | None  # `sd` divided by that of the other arms, if that is unusual
+
+
 @dataclass(frozen=True)
 class Comparison:
     """The arms of a phase compared with one of them."""
 
     contrasts: dict[str, Contrast]  # of all other arms
     method: Method
-    noise_sd: float  # of one trial, pooled over the arms that do not scatter grossly
-    df: int  # of `noise_sd`
+    pooled: Variance  # of one trial, over the arms that do not scatter grossly
+    seeds: Variance  # of the effect that a seed has on all arms alike; 0 if arms are not paired
     correlation: float | None  # of the arms over seeds: the share of the variance that pairing removes
-    arm_sd: dict[str, float]  # of one trial, from the arm's own residuals
-    gross: tuple[str, ...]  # arms that scatter grossly
+    noise: dict[str, ArmNoise]  # of each arm
     same_as: dict[str, str]  # arms whose values are bit-identical to those of an earlier arm
     prior: NoisePrior | None  # of the differences, for a later phase that compares the same kind of arms
+
+    def mean_half_width(self, arm: str, n: int, confidence: float) -> float:
+        """Half the width of the confidence interval of an arm's mean over `n` seeds, which vary like the phase's seeds.
+
+        The degrees of freedom are Satterthwaite's (1946): if seeds shift all arms alike, many arms do not make up for
+        few seeds. An arm that was not compared has the pooled noise.
+        """
+        from scipy.special import stdtrit
+
+        own = self.noise[arm].moderated if arm in self.noise else self.pooled
+        total = self.seeds.value + own.value
+        if not total:
+            return 0.0
+        df = total**2 / sum(part.value**2 / part.df for part in (self.seeds, own) if part.value)
+        return (total / n) ** 0.5 * float(stdtrit(df, 0.5 + confidence / 2))
 
 
 def compare_arms(
@@ -132,17 +164,20 @@ def compare_arms(
     read = read_noise if chosen == "paired" else read_unpaired_noise
     readings = read(y[None], present, k, prior=prior, rounding=rounding)
     n = (present & present[k]).sum(1) if chosen == "paired" else present.sum(1)
-    of_arm = dict(zip(arms, _contrasts(readings, n, confidence), strict=True))
-    one_way, two_way = one_way_variance(y[None], present), readings.pooled_variance
-    is_correlated = chosen == "paired" and len(arms) > 1 and not readings.gross.any() and one_way[0] > 0
+    contrasts = dict(zip(arms, _contrasts(readings, n, confidence), strict=True))
+    noise = dict(zip(arms, _arm_noise(readings, present.sum(1) - 1), strict=True))
+    pooled = Variance(float(readings.pooled_variance[0]), float(readings.pooled_df[0]))
+    kept = ~readings.gross[0]
+    total = float(one_way_variance(y[None, kept], present[kept])[0])
+    is_paired = chosen == "paired" and kept.sum() > 1
+    by_seed = max(total - pooled.value, 0.0) if is_paired else 0.0
     return Comparison(
-        contrasts={arm: of_arm[twin[arm]] for arm in values if arm != baseline},
+        contrasts={arm: contrasts[twin[arm]] for arm in values if arm != baseline},
         method=chosen,
-        noise_sd=float(two_way[0]) ** 0.5,
-        df=int(readings.pooled_df[0]),
-        correlation=float(np.clip(1 - two_way[0] / one_way[0], -1, 1)) if is_correlated else None,
-        arm_sd={arm: float(readings.arm_variance[0, arms.index(twin[arm])]) ** 0.5 for arm in values},
-        gross=tuple(arm for arm in values if readings.gross[0, arms.index(twin[arm])]),
+        pooled=pooled,
+        seeds=Variance(by_seed if by_seed > rounding**2 else 0.0, max(len(seeds) - 1.0, 1.0)),
+        correlation=min(max(1 - pooled.value / total, -1.0), 1.0) if is_paired and total else None,
+        noise={arm: noise[twin[arm]] for arm in values},
         same_as={arm: first for arm, first in twin.items() if arm != first},
         prior=_prior_of(y[None], present, k, readings) if chosen == "paired" else None,
     )
@@ -167,7 +202,8 @@ def read_noise(
     gross = gross_scatterers(residuals, present, reference, rounding)
     if prior is not None:
         gross |= (variance > _f_quantile(GROSS, n - 1, prior.df) * prior.variance) & (np.arange(len(n)) != reference)
-    readings = _empty_readings(difference, gross, arm_variances(residuals, present.sum(1) - 1))
+    arm_df = present.sum(1) - 1
+    readings = _empty_readings(difference, gross, arm_variances(residuals, arm_df), arm_df)
     readings.standard_error[OWN], readings.df[OWN] = np.sqrt(variance / n), n - 1
     for pattern in np.unique(gross, axis=0):  # the phases in which the same arms scatter grossly
         rows, kept = np.flatnonzero((gross == pattern).all(1)), np.flatnonzero(~pattern)
@@ -177,7 +213,7 @@ def read_noise(
         readings.pooled_variance[rows], readings.pooled_df[rows] = pooled, df
         at = np.ix_(rows, kept)
         if len(kept) > 1:
-            readings.arm_variance[at] = arm_variances(residuals, present[kept].sum(1) - 1)
+            readings.arm_variance[at] = readings.moderated[0][at] = arm_variances(residuals, present[kept].sum(1) - 1)
         if len(kept) < 3 and (prior is None or len(kept) < 2):
             continue  # the own differences are all there is
         own, own_df, k = variance[at], n[kept] - 1, int(np.flatnonzero(kept == reference)[0])
@@ -202,7 +238,9 @@ def read_noise(
         arm_df = present[kept].sum(1) - 1
         of_arm = readings.arm_variance[at]
         of_arm, arm_df = _moderate(of_arm, arm_df, *fit_prior(of_arm, arm_df))
-        _put(readings, ARM, at, *_sum_with(k, of_arm / n[kept], np.minimum(arm_df, df)))
+        arm_df = np.minimum(arm_df, df)
+        readings.moderated[np.ix_(np.arange(2), rows, kept)] = of_arm, arm_df
+        _put(readings, ARM, at, *_sum_with(k, of_arm / n[kept], arm_df))
     return readings
 
 
@@ -223,7 +261,7 @@ def read_unpaired_noise(
     others = np.stack([np.median(variance[:, arms != a], axis=1) for a in arms], axis=1)
     gross = variance > _f_quantile(GROSS, n - 1, n.sum() - len(n) - (n - 1)) * others
     gross &= (arms != reference) & (len(n) > 2)
-    readings = _empty_readings(difference, gross, variance)
+    readings = _empty_readings(difference, gross, variance, n - 1)
     _put(readings, OWN, ..., *_sum_with(reference, variance / n, n - 1))
     for pattern in np.unique(gross, axis=0):
         rows, kept = np.flatnonzero((gross == pattern).all(1)), np.flatnonzero(~pattern)
@@ -235,8 +273,9 @@ def read_unpaired_noise(
             _put(readings, POOLED, at, pooled[:, None] * (1 / n[kept] + 1 / n[reference]), df)
         if len(kept) > 2:
             of_arm, arm_df = _moderate(variance[at], n[kept] - 1, *fit_prior(variance[at], n[kept] - 1))
-            k = int(np.flatnonzero(kept == reference)[0])
-            _put(readings, ARM, at, *_sum_with(k, of_arm / n[kept], np.minimum(arm_df, df)))
+            k, arm_df = int(np.flatnonzero(kept == reference)[0]), np.minimum(arm_df, df)
+            readings.moderated[np.ix_(np.arange(2), rows, kept)] = of_arm, arm_df
+            _put(readings, ARM, at, *_sum_with(k, of_arm / n[kept], arm_df))
             readings.standard_error[OWN][at] = np.nan
     return readings
 
@@ -434,23 +473,44 @@ def _contrasts(readings: Readings, n: "np.ndarray", confidence: float) -> list[C
     p, half_width = readings.p()[:, 0], readings.half_width(confidence)[:, 0]
     widest = np.lexsort((half_width, np.nan_to_num(p, nan=-1.0)), axis=0)[-1]  # of equal p-values, the widest interval
     arms = np.arange(p.shape[1])
-    columns = (
-        readings.difference[0],
-        readings.standard_error[widest, 0, arms],
-        half_width[widest, arms],
-        p[widest, arms],
-        readings.df[widest, 0, arms],
-    )
-    rows = zip(*(column.tolist() for column in columns), widest.tolist(), n.tolist(), strict=True)
-    return [Contrast(*numbers, READINGS[reading], count) for *numbers, reading, count in rows]
+    error, df = readings.standard_error[widest, 0, arms], readings.df[widest, 0, arms]
+    numbers = np.stack([readings.difference[0], error, half_width[widest, arms], p[widest, arms], df], axis=1)
+    return [
+        Contrast(*row, reading=READINGS[reading], n=count)
+        for row, reading, count in zip(numbers.tolist(), widest.tolist(), n.tolist(), strict=True)
+    ]
 
 
-def _empty_readings(difference: "np.ndarray", gross: "np.ndarray", arm_variance: "np.ndarray") -> Readings:
+def _arm_noise(readings: Readings, df: "np.ndarray") -> list[ArmNoise]:
+    """The noise of each arm of a single phase. Its ratio to the other arms is unusual by an F test at 5 %.
+
+    Two arms cannot be told apart.
+    """
     import numpy as np
 
-    shape = (len(READINGS), *difference.shape)
-    numbers = np.full(shape, np.nan), np.full(shape, np.nan)
-    return Readings(difference, *numbers, gross, arm_variance, np.zeros(shape[1]), np.zeros(shape[1]))
+    variance, gross, arms = readings.arm_variance[0], readings.gross[0], np.arange(len(df))
+    noise = []
+    for arm in arms:
+        used = ~gross & (arms != arm)
+        others = float((variance[used] * df[used]).sum() / df[used].sum()) if used.any() and len(arms) > 2 else 0.0
+        ratio = float(variance[arm] / others) ** 0.5 if others else 1.0
+        low, high = (float(_f_quantile(q, df[arm], df[used].sum())) ** 0.5 for q in (1 - UNUSUAL, UNUSUAL))
+        is_unusual = gross[arm] or ratio > max(UNUSUAL_RATIO, high) or ratio < min(1 / UNUSUAL_RATIO, low)
+        moderated = Variance(*readings.moderated[:, 0, arm].tolist())
+        noise.append(ArmNoise(float(variance[arm]) ** 0.5, moderated, bool(gross[arm]), ratio if is_unusual else None))
+    return noise
+
+
+def _empty_readings(
+    difference: "np.ndarray", gross: "np.ndarray", arm_variance: "np.ndarray", arm_df: "np.ndarray"
+) -> Readings:
+    """Readings without noise of the differences; the variance of the arms is not moderated."""
+    import numpy as np
+
+    error, df = np.full((2, len(READINGS), *difference.shape), np.nan)
+    moderated = np.stack([arm_variance, np.broadcast_to(arm_df, arm_variance.shape)]).astype(float)
+    pooled_variance, pooled_df = np.zeros((2, len(difference)))
+    return Readings(difference, error, df, gross, arm_variance, moderated, pooled_variance, pooled_df)
 
 
 def _put(readings: Readings, reading: int, at: Any, squared_error: "np.ndarray", df: Any) -> None:

@@ -7,7 +7,7 @@ arms, and `min_effect`. The noise of phases is simulated once for each design; a
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
-from tune.analysis.noise import Method, read_noise, read_unpaired_noise
+from tune.analysis.noise import Method, NoisePrior, read_noise, read_unpaired_noise
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,6 +27,7 @@ class Design(NamedTuple):
     method: Method = "paired"
     confidence: float = 0.95
     min_effect: float = 0.0
+    prior_df: float | None = None  # of the noise of earlier phases, if it is borrowed
 
 
 def power(effect: float, n_seeds: int, design: Design) -> float:
@@ -73,26 +74,29 @@ def _needed_effect(n_seeds: int, design: Design) -> "np.ndarray":
     import numpy as np
 
     level = 1 - (1 - design.confidence) / (design.n_arms - 1)
-    error, half_width = _simulate(n_seeds, min(design.n_arms, SIMULATED_ARMS), design.method, level)
+    error, half_width = _simulate(n_seeds, min(design.n_arms, SIMULATED_ARMS), design.method, level, design.prior_df)
     return np.maximum(half_width * design.sd, design.min_effect) - error * design.sd
 
 
 def _room_for_equivalence(n_seeds: int, design: Design) -> "np.ndarray":
     """How far a true effect may lie from 0 so that the interval lies within the minimal effect, (PHASES,)."""
     arms = min(design.n_arms, SIMULATED_ARMS)
-    error, half_width = _simulate(n_seeds, arms, design.method, design.confidence)
+    error, half_width = _simulate(n_seeds, arms, design.method, design.confidence, design.prior_df)
     return design.min_effect - half_width * design.sd - error * design.sd
 
 
 @lru_cache(maxsize=256)
-def _simulate(n_seeds: int, n_arms: int, method: Method, confidence: float) -> tuple["np.ndarray", "np.ndarray"]:
+def _simulate(
+    n_seeds: int, n_arms: int, method: Method, confidence: float, prior_df: float | None
+) -> tuple["np.ndarray", "np.ndarray"]:
     """Errors of an arm's difference and half-widths of its interval, (PHASES,), for noise with standard deviation 1."""
     import numpy as np
 
     n = min(n_seeds, SIMULATED_SEEDS)
     y = np.random.default_rng(0).normal(size=(PHASES, n_arms, n))
     read = read_noise if method == "paired" else read_unpaired_noise
-    readings = read(y, np.ones(y.shape[1:], dtype=bool), 0)
+    prior = None if prior_df is None else NoisePrior(prior_df, 2.0)
+    readings = read(y, np.ones(y.shape[1:], dtype=bool), 0, prior=prior)
     half_width = np.nanmax(readings.half_width(confidence)[:, :, 1], axis=0)
     scale = (n / n_seeds) ** 0.5
     return readings.difference[:, 1] * scale, half_width * scale

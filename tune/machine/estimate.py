@@ -9,7 +9,9 @@ from ngpt.model.flops import matrix_params
 from ngpt.system.device import DTYPES, pick_device
 from ngpt.training.config import TrainConfig
 from tune import format as fmt
-from tune.analysis.verdicts import Method, judge, smallest_detectable_effect
+from tune.analysis.noise import Method
+from tune.analysis.power import Design, smallest_detectable
+from tune.analysis.verdicts import judge
 from tune.machine.environment import usable_cpus
 from tune.machine.gpu_sharing import known_trials_per_device
 from tune.machine.throughput import device_key, known_speeds, measure_speeds
@@ -34,10 +36,10 @@ class Noise:
     method: Method
     source: str  # for display
 
-    def smallest_effect(self, phase: PlannedPhase, confidence: float) -> float | None:
+    def smallest_effect(self, phase: PlannedPhase, campaign: Campaign) -> float | None:
         """The smallest effect that a phase detects with 80 % power; None if it cannot detect any."""
-        sizes = len(phase.seeds), len(phase.arms)
-        return smallest_detectable_effect(*sizes, self.sd, method=self.method, confidence=confidence)
+        design = Design(len(phase.arms), self.sd, self.method, campaign.confidence, campaign.min_effect)
+        return smallest_detectable(len(phase.seeds), design)
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ def estimate(campaign: Campaign, root: Path, *, measure: bool = False) -> Estima
             tokens=sum(trial_tokens(config) for config, _ in to_run[phase.name]),
             disk_bytes=sum(_disk_bytes(config) for config, _ in to_run[phase.name]),
             seconds=sum(clock.seconds(*trial) for trial in to_run[phase.name]) / workers,
-            smallest_detectable=noise and noise.smallest_effect(phase, campaign.confidence),
+            smallest_detectable=noise and noise.smallest_effect(phase, campaign),
             guessed=phase.name in guessed,
         )
         for phase in phases
@@ -246,8 +248,8 @@ def _noise(campaign: Campaign, state: CampaignState) -> Noise | None:
     for phase in (phase for phase in reversed(state.phases.values()) if phase.winner is not None):
         outcomes = {arm.name: {s: state.outcome(i, metric) for s, i in arm.trial_ids.items()} for arm in phase.arms}
         judgement = judge(outcomes, baseline=phase.baseline, confidence=campaign.confidence)
-        if judgement.noise_sd and judgement.method:
-            return Noise(judgement.noise_sd, judgement.method, f"measured in phase {phase.name}")
+        if judgement.noise.sd and judgement.noise.method:
+            return Noise(judgement.noise.sd, judgement.noise.method, f"measured in phase {phase.name}")
     return None
 
 

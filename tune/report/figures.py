@@ -26,7 +26,8 @@ MARKERS = {
     "baseline": "diamond",
     "better": "circle",
     "worse": "square",
-    "tie": "circle-open",
+    "equivalent": "diamond-open",
+    "undecided": "circle-open",
     "no claim": "circle-open",
     "incomplete": "circle-open",
 }

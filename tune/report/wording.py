@@ -5,11 +5,11 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from tune import format as fmt
 from tune.analysis.importance import axis_importance, is_number, sweep_axes
-from tune.analysis.verdicts import smallest_detectable_effect
+from tune.analysis.power import MAX_SEEDS
 from tune.storage.summaries import ArmSummary, CampaignSummary, Delta, PhaseSummary, Spread, TrialCounts, TrialProblem
 
 # Every verdict on an arm, as the "how to read" section explains it.
@@ -18,7 +18,9 @@ VERDICTS = {
     "better": "Improves on the baseline: the corrected p is below one minus the confidence, and the effect is at least "
     "the smallest one that matters.",
     "worse": "Loses to the baseline, by the same two tests.",
-    "tie": "Neither: the data cannot distinguish it from the baseline, or the difference is too small to matter.",
+    "equivalent": "Its interval lies within plus or minus the smallest effect that matters: what varies makes no "
+    "difference that matters.",
+    "undecided": "None of these: the interval is too wide to tell. The report says how many seeds would decide it.",
     "no claim": "One seed only: a number, but no spread to judge it by.",
     "incomplete": "Some of its seeds have not finished, or were stopped early, so it is not judged.",
     "diverged": "At least one seed ended with a loss that is not finite, or more than twice an untrained model's. That "
@@ -243,26 +245,21 @@ def next_step(summary: CampaignSummary) -> str:
     if answer.winner and answer.delta:
         if not answer.confirmed:
             return "Confirm it on fresh seeds: add a phase with `arm: winner` and `seeds: fresh 5`."
-    elif summary.phases and (more := _more_seeds(summary.answer_phase or summary.phases[-1])):
+    elif summary.phases and (more := _more_seeds(summary.phases[-1])):
         return more
     return "Try your own question: change `vary:` in the campaign file and run again. Finished trials are reused."
 
 
 def _more_seeds(phase: PhaseSummary) -> str | None:
-    """Says how many seeds a phase needs to detect `min_effect`; None if it has enough or this is unknown."""
-    seeds, sd = len(phase.seeds), phase.noise.sd
-    if seeds == 1:
+    """Says how many seeds would decide the arms of a phase; None if all are decided."""
+    if len(phase.seeds) == 1:
         return "One seed carries no claim. Set `seeds: [1, 2, 3]` and run again. Finished trials are reused."
-    if not phase.min_effect or not phase.noise.smallest_detectable or sd is None:
+    undecided = [arm for arm in phase.arms if arm.verdict == "undecided"]
+    needed = [arm.seeds_to_decide for arm in undecided if arm.seeds_to_decide]
+    if not undecided:
         return None
-    method: Literal["paired", "pooled"] = "pooled" if phase.noise.method == "pooled" else "paired"
-
-    def detectable(seeds: int) -> float:
-        return smallest_detectable_effect(seeds, len(phase.arms), sd, method=method, confidence=phase.confidence) or 0.0
-
-    needed = seeds
-    while detectable(needed) > phase.min_effect:
-        needed += 1 + needed // 20
-    if needed == seeds:
-        return None
-    return f"An effect as small as {phase.min_effect:g} needs about {needed} seeds. Finished trials are reused."
+    text = f"{fmt.counted(len(undecided), 'arm')} of {fmt.plain(phase.phase)} undecided"
+    if not needed:
+        return f"{text}; {MAX_SEEDS:,} seeds would not be enough to decide."
+    of_all = f" {len(needed)} of them" if len(needed) < len(undecided) else ""
+    return f"{text}: about {max(needed)} seeds would decide{of_all}. Finished trials are reused."

@@ -182,7 +182,7 @@ def _compare_arm(
         goal="maximize" if metric.goal == "maximize" else "minimize",
         confidence=confidence,
         metric=metric.name,
-        method="paired" if shared else "pooled",
+        method="paired" if shared else "unpaired",
     )
     delta = next(arm.delta for arm in judgement.arms if arm.arm == "b")
     scores = [mean(outcome.value for outcome in finished[name].values()) for name in "ab"]
@@ -223,9 +223,10 @@ def _verdict(arm: ArmComparison, goal: str, alpha: float, min_effect: float) -> 
     delta = arm.delta
     if delta is None or delta.p_holm is None:
         return "no claim"
-    if delta.p_holm >= alpha or abs(delta.mean) < min_effect * (1 - 1e-9):
-        return "tie"
-    return "B better" if (delta.mean < 0) == (goal == "minimize") else "A better"
+    if delta.p_holm < alpha and abs(delta.mean) >= min_effect * (1 - 1e-9) and delta.mean:
+        return "B better" if (delta.mean < 0) == (goal == "minimize") else "A better"
+    is_within = max(-(delta.ci_low or 0.0), delta.ci_high or 0.0) <= min_effect * (1 + 1e-9)
+    return "equivalent" if is_within else "undecided"
 
 
 def _throughput(a: ArmTrials, b: ArmTrials, *, with_ratio: bool) -> Throughput:

@@ -9,7 +9,7 @@ from tune.analysis.importance import is_number
 from tune.analysis.verdicts import judge
 from tune.storage.records import TrialOutcome
 from tune.storage.state import ArmState, CampaignState, PhaseState
-from tune.storage.summaries import ArmSummary, Objective, PhaseNoise, PhaseSummary, Spread, TrialCounts, TrialRecord
+from tune.storage.summaries import ArmSummary, Objective, PhaseSummary, Spread, TrialCounts, TrialRecord
 
 ONLY_BASELINE = "there is nothing to compare: its only arm is the baseline itself"
 RESULT_FIELDS = ("trial_id", "config", "status", "metrics", "error", "attempt", "started_at", "seconds", "provenance")
@@ -78,13 +78,7 @@ def summarize_phase(state: CampaignState, phase: PhaseState) -> PhaseSummary:
         baseline=phase.baseline,
         winner=None if missing else judgement.winner,
         why=smoke + prefix + judgement.why if len(arms) > 1 else ONLY_BASELINE,
-        noise=PhaseNoise(
-            sd=judgement.noise_sd,
-            method=judgement.method,
-            correlation=judgement.correlation,
-            df=judgement.df,
-            smallest_detectable=judgement.smallest_detectable,
-        ),
+        noise=judgement.noise,
         warnings=(*judgement.warnings, *_warnings(phase, arms, judgement.winner, records, statuses)),
         trials=count_trials(statuses, reused=len(records) - len(trained_here)),
         tokens=sum(record.metrics.get("tokens") or 0 for record in trained_here),

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass
-from typing import Any
+from typing import Any, Literal
 
 Settings = Mapping[str, Any]  # dotted name to value
 
@@ -58,6 +58,8 @@ class Delta:
     ci_high: float | None = None
     p: float | None = None
     p_holm: float | None = None
+    df: float | None = None  # degrees of freedom of the interval
+    reading: str | None = None  # of the noise, that gave interval and p: pooled | moderated | arm | own
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,10 @@ class ArmSummary:
     overrides: Settings = field(default_factory=dict)  # relative to the phase's base
     n: int = 0  # finished seeds
     score: Spread = Spread()  # of the metric that ranks the arms
+    noise_sd: float | None = None  # of one trial of this arm, around the means of its arm and its seed
     delta: Delta | None = None
     verdict: str = "incomplete"
+    seeds_to_decide: int | None = None  # of an undecided arm, with 80 % power; None if 1,000 would not do
     tied_with_winner: bool = False  # the unadjusted interval of arm minus winner contains 0
     val_bpb: float | None = None
     train_loss: float | None = None
@@ -87,7 +91,7 @@ class PhaseNoise:
     """Noise between the seeds of a phase, and the smallest effect that it detects with 80 % power."""
 
     sd: float | None = None
-    method: str | None = None  # paired | pooled
+    method: Literal["paired", "unpaired"] | None = None
     correlation: float | None = None  # between arms, over seeds
     df: float | None = None
     smallest_detectable: float | None = None

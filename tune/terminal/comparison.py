@@ -93,7 +93,7 @@ def _remarks(comparison: Comparison) -> Iterator[str]:
         interval = interval_name(comparison.confidence)
         yield (
             f"B \u2212 A with its {interval}, paired over shared seeds (n+n: no shared seeds). "
-            f"An effect below {comparison.min_effect:g} is a tie."
+            f"`equivalent` means an interval within +-{comparison.min_effect:g}."
         )
     for side, arm_names in (("A", comparison.only_a), ("B", comparison.only_b)):
         if arm_names:

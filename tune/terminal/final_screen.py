@@ -19,7 +19,8 @@ VERDICT_STYLES = {
     "baseline": "bold",
     "better": "bold bright_blue",
     "worse": "yellow",
-    "tie": "dim",
+    "equivalent": "bright_cyan",
+    "undecided": "dim",
     "no claim": "dim",
     "incomplete": "dim",
     "diverged": "magenta",
@@ -185,7 +186,7 @@ def _answer_panel(summary: CampaignSummary, report: Path, width: int) -> Panel:
         rows.add_row("effect", Text(effect(answer.delta)))
         rows.add_row("fresh seeds", Text("confirmed" if answer.confirmed else "not confirmed yet"))
     if phase and phase.ties:
-        rows.add_row("ties with", words(fmt.listing(map(fmt.plain, phase.ties))))
+        rows.add_row("close to it", words(fmt.listing(map(fmt.plain, phase.ties))))
     rows.add_row("cost", Text(cost(summary)))
     for warning in summary.own_warnings:
         rows.add_row("warning", words(warning, "yellow"))
