@@ -31,7 +31,7 @@ READINGS = ("pooled", "moderated", "arm", "own")
 POOLED, MODERATED, ARM, OWN = range(4)
 ROUNDING = 1e-12  # spreads and differences below this fraction of the largest value are rounding errors
 GROSS = 0.999  # quantile of F above which an arm scatters grossly
-UNUSUAL = 0.95  # quantile of F above which a spread that differs is named
+UNUSUAL = 0.05  # share of phases with equal noise in which an arm is named for its spread
 UNUSUAL_RATIO = 2.0  # standard deviations that differ by less are not named
 CERTAIN_DF = 1e6  # degrees of freedom of a prior whose variances do not differ by more than chance
 
@@ -482,23 +482,40 @@ def _contrasts(readings: Readings, n: "np.ndarray", confidence: float) -> list[C
 
 
 def _arm_noise(readings: Readings, df: "np.ndarray") -> list[ArmNoise]:
-    """The noise of each arm of a single phase. Its ratio to the other arms is unusual by an F test at 5 %.
+    """The noise of each arm of a single phase.
 
-    Two arms cannot be told apart.
+    A ratio to the other arms is unusual if it is above 2 or below a half, and more than chance by an F test at 5 %,
+    corrected for the number of arms. Two arms cannot be told apart.
     """
     import numpy as np
 
     variance, gross, arms = readings.arm_variance[0], readings.gross[0], np.arange(len(df))
+    tail = UNUSUAL / len(arms)
     noise = []
     for arm in arms:
         used = ~gross & (arms != arm)
         others = float((variance[used] * df[used]).sum() / df[used].sum()) if used.any() and len(arms) > 2 else 0.0
         ratio = float(variance[arm] / others) ** 0.5 if others else 1.0
-        low, high = (float(_f_quantile(q, df[arm], df[used].sum())) ** 0.5 for q in (1 - UNUSUAL, UNUSUAL))
+        own_df = df[arm] / _loss_of_df(len(arms))
+        low, high = (float(_f_quantile(q, own_df, df[used].sum())) ** 0.5 for q in (tail, 1 - tail))
         is_unusual = gross[arm] or ratio > max(UNUSUAL_RATIO, high) or ratio < min(1 / UNUSUAL_RATIO, low)
         moderated = Variance(*readings.moderated[:, 0, arm].tolist())
         noise.append(ArmNoise(float(variance[arm]) ** 0.5, moderated, bool(gross[arm]), ratio if is_unusual else None))
     return noise
+
+
+def _loss_of_df(arms: int) -> float:
+    """How many times as variable the estimates of `arm_variances` are as sample variances, if all arms are alike.
+
+    It follows from the covariance of the residuals, 1 - 1/A on the diagonal and -1/A beside it.
+    """
+    if arms < 3:
+        return 1.0
+    own, other, k = (1 - 1 / arms) ** 2, 1 / arms**2, 1 / (arms * (arms - 1))
+    others = arms - 1
+    variance = (1 - k) ** 2 * own + k**2 * others * own
+    variance += k**2 * others * (others - 1) * other - 2 * (1 - k) * k * others * other
+    return variance / (1 - 2 / arms) ** 2
 
 
 def _empty_readings(
