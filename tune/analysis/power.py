@@ -58,7 +58,8 @@ def seeds_to_decide(effect: float, design: Design) -> int | None:
     def is_enough(n_seeds: int) -> bool:
         if differs:
             return power(effect, n_seeds, design) >= POWER
-        return float((_room_for_equivalence(n_seeds, design) >= abs(effect)).mean()) >= POWER
+        error, half_width = _noise(n_seeds, design, design.confidence)
+        return float((abs(effect + error) + half_width <= design.min_effect).mean()) >= POWER
 
     if not is_enough(MAX_SEEDS):
         return None
@@ -73,30 +74,25 @@ def _needed_effect(n_seeds: int, design: Design) -> "np.ndarray":
     """The smallest true effect that each of the simulated phases would find, (PHASES,)."""
     import numpy as np
 
-    level = 1 - (1 - design.confidence) / (design.n_arms - 1)
-    error, half_width = _simulate(n_seeds, min(design.n_arms, SIMULATED_ARMS), design.method, level, design.prior_df)
-    return np.maximum(half_width * design.sd, design.min_effect) - error * design.sd
+    error, half_width = _noise(n_seeds, design, 1 - (1 - design.confidence) / (design.n_arms - 1))
+    return np.maximum(half_width, design.min_effect) - error
 
 
-def _room_for_equivalence(n_seeds: int, design: Design) -> "np.ndarray":
-    """How far a true effect may lie from 0 so that the interval lies within the minimal effect, (PHASES,)."""
-    arms = min(design.n_arms, SIMULATED_ARMS)
-    error, half_width = _simulate(n_seeds, arms, design.method, design.confidence, design.prior_df)
-    return design.min_effect - half_width * design.sd - error * design.sd
+def _noise(n_seeds: int, design: Design, confidence: float) -> tuple["np.ndarray", "np.ndarray"]:
+    """Errors of an arm's difference and half-widths of its interval, (PHASES,)."""
+    n = min(n_seeds, SIMULATED_SEEDS)
+    numbers = _simulate(n, min(design.n_arms, SIMULATED_ARMS), design.method, confidence, design.prior_df)
+    error, half_width = numbers * (design.sd * (n / n_seeds) ** 0.5)
+    return error, half_width
 
 
 @lru_cache(maxsize=256)
-def _simulate(
-    n_seeds: int, n_arms: int, method: Method, confidence: float, prior_df: float | None
-) -> tuple["np.ndarray", "np.ndarray"]:
-    """Errors of an arm's difference and half-widths of its interval, (PHASES,), for noise with standard deviation 1."""
+def _simulate(n_seeds: int, n_arms: int, method: Method, confidence: float, prior_df: float | None) -> "np.ndarray":
+    """Errors and half-widths (2, PHASES) for noise with standard deviation 1."""
     import numpy as np
 
-    n = min(n_seeds, SIMULATED_SEEDS)
-    y = np.random.default_rng(0).normal(size=(PHASES, n_arms, n))
+    y = np.random.default_rng(0).normal(size=(PHASES, n_arms, n_seeds))
     read = read_noise if method == "paired" else read_unpaired_noise
     prior = None if prior_df is None else NoisePrior(prior_df, 2.0)
     readings = read(y, np.ones(y.shape[1:], dtype=bool), 0, prior=prior)
-    half_width = np.nanmax(readings.half_width(confidence)[:, :, 1], axis=0)
-    scale = (n / n_seeds) ** 0.5
-    return readings.difference[:, 1] * scale, half_width * scale
+    return np.stack([readings.difference[:, 1], np.nanmax(readings.half_width(confidence)[:, :, 1], axis=0)])
