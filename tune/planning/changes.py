@@ -15,6 +15,7 @@ from ngpt.data.dataset import fingerprint
 from ngpt.training.config import TrainConfig
 from tune import format as fmt
 from tune.planning.forecast import expected_phases
+from tune.planning.optuna_search import optuna_version
 from tune.spec.schema import Campaign
 from tune.storage.state import DONE, CampaignState
 
@@ -34,6 +35,7 @@ class Changes:
     new: int = 0  # number of trials that were not part of it before
     changed: tuple[str, ...] = ()  # arms whose results are unused because their settings changed
     gone: tuple[str, ...] = ()  # arms whose results are unused because the file dropped them
+    notes: tuple[str, ...] = ()  # other differences that the user should know
 
     def lines(self) -> list[str]:
         """The differences as messages; empty if nothing has changed."""
@@ -43,7 +45,7 @@ class Changes:
             verbs = ["is" if n == 1 else "are" for n in (self.kept, self.new)]
             lines.append(f"{kept} {verbs[0]} kept, {new} {verbs[1]} new")
         lines += _listed("retrained because its settings changed", self.changed)
-        return lines + _listed("no longer part of the campaign", self.gone)
+        return lines + _listed("no longer part of the campaign", self.gone) + list(self.notes)
 
 
 def find_changes(campaign: Campaign, state: CampaignState) -> Changes:
@@ -65,6 +67,7 @@ def find_changes(campaign: Campaign, state: CampaignState) -> Changes:
         new=len(trials - set().union(*before.values())),
         changed=tuple(text for arm, text in counts.items() if arm in now),
         gone=tuple(text for arm, text in counts.items() if arm not in now),
+        notes=tuple(_optuna_notes(campaign, state)),
     )
 
 
@@ -105,6 +108,16 @@ def _settings(campaign: Campaign, state: CampaignState) -> Iterator[str]:
     for name, value in flatten(campaign.base).items():
         if name not in EVALUATION_SETTINGS and not name.startswith("data.") and is_identity(TrainConfig, name):
             yield from _differences(name, before.get(name, _as_json(default[name])), value)
+
+
+def _optuna_notes(campaign: Campaign, state: CampaignState) -> Iterator[str]:
+    """Yields a line per search that another version of optuna began, and whose arms are replayed from the journal."""
+    now = optuna_version()
+    for phase in campaign.phases:
+        record = state.searches.get(phase.name)
+        if phase.search and record and record.question == phase.question and record.optuna not in (None, now):
+            kept = fmt.counted(len(record.proposed), "arm")
+            yield f"optuna {record.optuna} -> {now}: phase {phase.name} keeps its {kept}; new ones may differ"
 
 
 def _differences(name: str, before: Any, now: Any) -> Iterator[str]:

@@ -7,9 +7,10 @@ from typing import Any
 from ngpt.training.config import TrainConfig
 from tune.analysis.verdicts import judge
 from tune.planning.equal_time import step_time_key
+from tune.planning.optuna_search import optuna_version
 from tune.planning.plan import PhaseResult, PlannedPhase, preview, trial_flops, trial_work
 from tune.spec.schema import Campaign
-from tune.storage.records import BetterArm, TrialWork
+from tune.storage.records import BetterArm, SearchRecord, TrialWork
 from tune.storage.state import DONE, CampaignState
 
 
@@ -22,6 +23,7 @@ def phase_planned_event(phase: PlannedPhase) -> dict[str, Any]:
         "baseline": phase.baseline,
         "seeds": list(phase.seeds),
         "swept": {name: list(values) for name, values in phase.swept.items()},
+        "search": _search_record(phase),
         "arms": [
             {
                 "arm": arm.name,
@@ -32,6 +34,13 @@ def phase_planned_event(phase: PlannedPhase) -> dict[str, Any]:
             for arm in phase.arms
         ],
     }
+
+
+def _search_record(phase: PlannedPhase) -> dict[str, Any] | None:
+    """The question of a search and, for optuna, the fields of a `SearchRecord`; None if the file lists the arms."""
+    if phase.question is None or phase.proposed is None:
+        return None if phase.question is None else {"question": dict(phase.question)}
+    return asdict(SearchRecord([dict(arm) for arm in phase.proposed], dict(phase.question), optuna_version()))
 
 
 def _work(config: TrainConfig) -> TrialWork:
@@ -73,7 +82,10 @@ def expected_phases(campaign: Campaign, state: CampaignState) -> list[PlannedPha
     adding a seed rarely changes it. Otherwise the winner is guessed (see `preview`).
     """
     return preview(
-        campaign, lambda phase: known_result(campaign, state, phase) or _last_result(state, phase), state.outcome
+        campaign,
+        lambda phase: known_result(campaign, state, phase) or _last_result(state, phase),
+        state.outcome,
+        state.searches,
     )
 
 

@@ -13,11 +13,11 @@ from ngpt.model.flops import flops_per_token
 from ngpt.training.config import TrainConfig, resolved, rollback_settings
 from tune.planning.combine import join_better_arms
 from tune.planning.equal_time import step_time_key, steps_of_equal_time
-from tune.planning.optuna_search import arm_score, propose_arms
+from tune.planning.optuna_search import arm_score, propose_arms, reusable_arms
 from tune.spec.schema import FEWEST_FRESH, Campaign, Phase, SeedRule, UntilDecided
 from tune.spec.search_space import random_arms
 from tune.spec.sweeps import BASELINE, ArmSpec
-from tune.storage.records import BetterArm, TrialOutcome
+from tune.storage.records import BetterArm, SearchRecord, TrialOutcome
 from tune.storage.state import Overrides
 
 NOTHING: Mapping[str, Any] = {}
@@ -73,6 +73,8 @@ class PlannedPhase:
     arms: tuple[PlannedArm, ...]
     seeds: tuple[int, ...]
     swept: Mapping[str, tuple[Any, ...]]
+    question: Mapping[str, Any] | None = None  # of its search, see `Search.question`
+    proposed: tuple[Overrides, ...] | None = None  # by optuna so far, in order; None if the file determines the arms
 
     @property
     def trials(self) -> Iterator[PlannedTrial]:
@@ -89,6 +91,7 @@ def plan_phase(
     better: Mapping[str, Sequence[BetterArm]] = NOTHING,
     outcome: Callable[[str], TrialOutcome] = unknown_outcome,
     *,
+    record: SearchRecord | None = None,
     fill: bool = False,
 ) -> PlannedPhase:
     """Plans the trials of `phase`.
@@ -100,6 +103,7 @@ def plan_phase(
         winners: overrides of the winners of the phases that this one needs.
         better: arms with the verdict `better`, by phase; a combining phase joins them (tune/planning/combine.py).
         outcome: maps a trial id to its outcome. Optuna proposes the next batch once all earlier trials have one.
+        record: what the journal says of the phase's search. Arms that optuna has proposed are kept.
         fill: adds random arms in place of those that optuna has not proposed yet.
     """
     campaign = replace(campaign, hold=phase.hold or campaign.hold)
@@ -114,14 +118,37 @@ def plan_phase(
             return False
 
         return _plan_arms(campaign, phase, winners, [*phase.arms, *join_better_arms(to_join, is_valid)])
+    given = reusable_arms(phase.search, record)
+    if record is None or record.question is not None:
+        return _plan_search(campaign, phase, winners, outcome, given, fill=fill)
+    # An older journal lacks arms that equal an earlier one, so the replay is more exact if it gives the same arms.
+    planned = _plan_search(campaign, phase, winners, outcome, (), fill=fill)
+    if {phase.search.arm(values).name for values in given} <= {arm.name for arm in planned.arms}:
+        return planned
+    return _plan_search(campaign, phase, winners, outcome, given, fill=fill)
+
+
+def _plan_search(
+    campaign: Campaign,
+    phase: Phase,
+    winners: Mapping[str, Overrides],
+    outcome: Callable[[str], TrialOutcome],
+    given: tuple[tuple[Any, ...], ...],
+    *,
+    fill: bool,
+) -> PlannedPhase:
+    """Plans a phase whose arms optuna proposes; `given` are the values of those that it has proposed already."""
+    search = phase.search
+    assert search is not None
     scores: list[float] = []
     while True:
-        arms = propose_arms(phase.search, tuple(scores))
+        arms = propose_arms(search, tuple(scores), given)
         planned = [_plan_arms(campaign, phase, winners, [arm]).arms[-1] for arm in arms[len(scores) :]]
         outcomes = [[outcome(trial.trial_id) for trial in arm.trials] for arm in planned]
-        if len(arms) == phase.search.trials or any(result.status == "missing" for row in outcomes for result in row):
-            rest = random_arms(phase.search)[len(arms) :] if fill else []
-            return _plan_arms(campaign, phase, winners, [*arms, *rest])
+        if len(arms) == search.trials or any(result.status == "missing" for row in outcomes for result in row):
+            proposed = tuple(arm.overrides for arm in arms)
+            rest = random_arms(search)[len(arms) :] if fill else []
+            return replace(_plan_arms(campaign, phase, winners, [*arms, *rest]), proposed=proposed)
         scores += [arm_score([result.value for result in row], campaign.metric.goal) for row in outcomes]
 
 
@@ -153,7 +180,8 @@ def _plan_arms(
         ]
         planned.append(replace(arm, trials=tuple(trials)))
     pinned, baseline_name = dict(phase.pinned), planned[0].name
-    return PlannedPhase(phase.name, phase.inherit, base, pinned, baseline_name, tuple(planned), seeds, phase.swept)
+    asked = (phase.inherit, base, pinned, baseline_name, tuple(planned), seeds, phase.swept, phase.question)
+    return PlannedPhase(phase.name, *asked)
 
 
 def baseline_config(campaign: Campaign, inherited: Overrides, pinned: Overrides) -> TrainConfig:
@@ -237,17 +265,20 @@ def preview(
     campaign: Campaign,
     result: Callable[[PlannedPhase], PhaseResult | None] = lambda phase: None,
     outcome: Callable[[str], TrialOutcome] = unknown_outcome,
+    records: Mapping[str, SearchRecord] | None = None,
 ) -> list[PlannedPhase]:
     """Plans all phases, also those whose earlier phases have no result yet.
 
     If the `result` of a phase is None, its first arm after the baseline is assumed to be the winner and the only better
-    arm. Arms that optuna has not proposed yet are replaced by random arms from the same space.
+    arm. Arms that optuna has not proposed yet are replaced by random arms from the same space; `records` are what the
+    journal says of each search.
     """
     winners: dict[str, Overrides] = {}
     better: dict[str, Sequence[BetterArm]] = {}
     phases = []
     for phase in campaign.phases:
-        planned = plan_phase(campaign, phase, winners, better, outcome, fill=True)
+        record = (records or {}).get(phase.name)
+        planned = plan_phase(campaign, phase, winners, better, outcome, record=record, fill=True)
         guess = [BetterArm(arm.name, arm.overrides, 0.0) for arm in planned.arms[1:2]]  # the baseline comes first
         guessed = PhaseResult(guess[0].arm if guess else planned.baseline, guess)
         winner, better[phase.name] = result(planned) or guessed

@@ -54,6 +54,7 @@ def _shrunk_phase(phase: Phase, limits: Mapping[str, int]) -> Phase:
     return replace(
         phase,
         search=None,
+        question=None,
         pinned=_limited(phase.pinned, limits),
         arms=tuple(replace(arm, overrides=_limited(arm.overrides, limits)) for arm in arms),
         seeds=_fewer_seeds(phase.seeds),

@@ -2,15 +2,18 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from math import log
 from statistics import fmean
 from typing import Any
 
+from tune import format as fmt
 from tune.analysis.importance import is_number
 from tune.analysis.verdicts import judge
 from tune.storage.records import TrialOutcome
 from tune.storage.state import ArmState, CampaignState, PhaseState
 from tune.storage.summaries import ArmSummary, Objective, PhaseSummary, Spread, TrialCounts, TrialRecord
 
+EDGE = 0.1  # share of a search's range, at either end, in which the winner gets a warning
 ONLY_BASELINE = "there is nothing to compare: its only arm is the baseline itself"
 RESULT_FIELDS = ("trial_id", "config", "status", "metrics", "error", "attempt", "started_at", "seconds", "provenance")
 AVERAGED = (
@@ -154,7 +157,25 @@ def _edge_warnings(phase: PhaseState, chosen: ArmSummary) -> list[str]:
             warnings.append(
                 f"the winner is at the {end} end of the range of {setting}; the best value may lie beyond it"
             )
+    for setting, axis in phase.space.items():
+        value = chosen.overrides.get(setting)
+        if (
+            axis["kind"] == "choice"
+            or not is_number(value)
+            or (axis["whole"] and axis["values"][1] - axis["values"][0] < 2)
+        ):
+            continue
+        if end := _edge_of_range(value, *axis["values"], is_log=axis["kind"] == "log"):
+            low, high = map(fmt.value, axis["values"])
+            text = f"the winner's {setting} = {fmt.value(value)} is in the {end} tenth of the range [{low}, {high}]"
+            warnings.append(f"{text}; the best value may lie beyond it")
     return warnings
+
+
+def _edge_of_range(value: float, low: float, high: float, *, is_log: bool) -> str | None:
+    """Returns `lower` or `upper` if the value lies in that tenth of the range of a search, on its own scale."""
+    share = log(value / low) / log(high / low) if is_log else (value - low) / (high - low)
+    return "lower" if share <= EDGE else "upper" if share >= 1 - EDGE else None
 
 
 def _provenance_warnings(records: Sequence[TrialRecord]) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from ngpt.system.atomic_files import make_folder, write_atomic, write_json
 from ngpt.training.tracker import read_metrics
+from tune import format as fmt
 from tune.claims.evidence import Evidence
 from tune.claims.relations import judge_claims
 from tune.claims.selectors import ClaimArm
@@ -50,6 +51,7 @@ def summarize_campaign(
     statuses = [state.outcome(trial_id).status for trial_id in planned]
     warnings = [f"{phase.phase}: {warning}" for phase in phases for warning in phase.warnings]
     warnings += [left_out_sentence(state.left_out)] if state.left_out else []
+    warnings += [orphans_sentence(orphans)] if (orphans := state.orphans()) else []
     return CampaignSummary(
         campaign=rules["campaign"],
         description=rules["description"],
@@ -74,6 +76,13 @@ def summarize_campaign(
         warnings=tuple(warnings),
         smoke=state.is_smoke,
     )
+
+
+def orphans_sentence(orphans: Sequence[Mapping[str, Any]]) -> str:
+    """Says which results of the journal no arm of the campaign has, and that `verify` lists them."""
+    names = list(dict.fromkeys(f"{fmt.plain(result['phase'])}/{fmt.plain(result['arm'])}" for result in orphans))
+    which = f"{fmt.counted(len(orphans), 'trial')} of {fmt.listing(names, most=4)}"
+    return f"the journal has results that no arm of this campaign uses: {which}; `verify` lists them"
 
 
 def own_claims(state: CampaignState) -> list[Claim]:

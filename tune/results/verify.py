@@ -166,6 +166,15 @@ def check_trials(directory: Directory) -> Iterator[Issue]:
             if (path.exists() or name == "metrics.jsonl") and (problem := _rows_problem(path, result)):
                 yield Issue(str(folder / name), problem, ROWS_LOST)
     known = results.keys() | {event["trial_id"] for event in directory.events if event["event"] == "trial_started"}
+    orphans: dict[tuple[str, str], list[str]] = {}
+    for result in directory.state.orphans():
+        orphans.setdefault((result["phase"], result["arm"]), []).append(result["trial_id"])
+    for (phase, arm), trial_ids in orphans.items():
+        more = f", and {len(trial_ids) - 1} more of the same arm" if len(trial_ids) > 1 else ""
+        text = (
+            f"no summary shows this trial{more}: the campaign has no arm {fmt.plain(arm)!r} of phase {fmt.plain(phase)}"
+        )
+        yield Note(f"trials/{trial_ids[0]}", f"{text} with these settings any more")
     for path in sorted((directory.root / "trials").glob("*")):
         if path.name not in known:
             yield Note(f"trials/{path.name}", "it is not mentioned in the journal")

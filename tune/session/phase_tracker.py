@@ -150,7 +150,8 @@ class PhaseTracker:
 
     def _expand(self, phase: Phase) -> PlannedPhase:
         better = {name: done.better for name, done in self._state.phases.items() if done.winner}
-        return plan_phase(self.campaign, phase, self._winners(), better, self._state.outcome)
+        record = self._state.searches.get(phase.name)
+        return plan_phase(self.campaign, phase, self._winners(), better, self._state.outcome, record=record)
 
     def _measure_speeds(self, phase: PlannedPhase) -> None:
         if missing := configs_to_time(self.campaign, phase):

@@ -32,6 +32,7 @@ RESERVED = re.compile(r"(?i)trials|(campaign|manifest|journal|summary|report)\.\
 MAX_PHASES = 100  # bounds the recursion through phases that inherit from each other
 
 Sweep = tuple[list[ArmSpec], dict[str, tuple[Any, ...]]]  # the arms, and the values of each swept setting by name
+FoundSearch = tuple[list[ArmSpec], Search | None, Mapping[str, Any] | None]
 
 
 @dataclass(frozen=True)
@@ -109,11 +110,11 @@ class _PhaseReader:
             return None
         kind, where = kinds[0], (*at, kinds[0])
         n_seeds = count_seeds(seeds)
-        arms, swept, combine, search = list[ArmSpec](), {}, (), None
+        arms, swept, combine, search, question = list[ArmSpec](), {}, (), None, None
         if kind == "combine":
             combine = yield from self._combine(name, raw[kind], where)
         elif kind == "search":
-            arms, search = yield from self._search(raw[kind], where, n_seeds)
+            arms, search, question = yield from self._search(raw[kind], where, n_seeds)
         else:
             listed, wrong = collect(self._listed_arms(name, kind, raw[kind], where, n_seeds))
             arms, swept = listed or ([], {})
@@ -125,7 +126,9 @@ class _PhaseReader:
         if search and isinstance(seeds, UntilDecided):
             text = "optuna proposes arms by their results on all seeds, so `until: decided` cannot be combined with it"
             yield Problem((*where, "method"), f"{text}; use `method: random`, or a list of seeds")
-        return Phase(name, inherit, pinned_values, arms, seeds, swept, combine, search, hold, stops_early, origins)
+        return Phase(
+            name, inherit, pinned_values, arms, seeds, swept, combine, search, hold, stops_early, origins, question
+        )
 
     def _name(self, raw: Mapping[str, Any], at: Location) -> Reading[str]:
         if "name" not in raw:
@@ -239,21 +242,24 @@ class _PhaseReader:
         overrides = {name: value for name, (value, _) in changes.items()}
         return ArmSpec(raw["arm"], overrides, inherit, origins) if is_valid_name else None
 
-    def _search(self, data: Any, at: Location, n_seeds: int) -> Reading[tuple[list[ArmSpec], Search | None]]:
-        """Reads a search. A random search becomes a list of arms at once; optuna proposes its arms during the run."""
+    def _search(self, data: Any, at: Location, n_seeds: int) -> Reading[FoundSearch]:
+        """Reads a search. A random search becomes a list of arms at once; optuna proposes its arms during the run.
+
+        Returns the arms of a random search, the search if it is optuna's, and its question.
+        """
         search = yield from read_search(data, at, self._settings)
         if search is None or not (yield from self._count(str(search.trials), search.trials, n_seeds, at)):
-            return [], None
+            return [], None, None
         if search.method == "optuna":
             if find_spec("optuna"):
-                return [], search
+                return [], search, search.question
             yield Problem((*at, "method"), "the package optuna is not installed: pip install 'ngpt-campaign[search]'")
-            return [], None
+            return [], None, None
         arms = random_arms(search)
         if len(arms) < search.trials:
             message = f"{search.trials} distinct arms requested, but the search space yields only {len(arms)}"
             yield Problem((*at, "trials"), message)
-        return arms, None
+        return arms, None, search.question
 
     def _combine(self, name: str, data: Any, at: Location) -> Reading[tuple[str, ...]]:
         sources = data.get("from") if isinstance(data, dict) and set(data) == {"from"} else None

@@ -130,6 +130,7 @@ class Phase:
     hold: str | None = None  # the quantity kept equal between arms; None: the campaign's
     stops_early: bool = False  # whether `early_stop:` applies
     origins: Mapping[str, Location] = field(default_factory=dict, compare=False)  # where each pinned setting is written
+    question: Mapping[str, Any] | None = None  # of its search, optuna or random; see `Search.question`
 
     @property
     def needs(self) -> set[str]:

@@ -7,8 +7,9 @@ seed, the setting's name and the arm's index, so neither the order of the settin
 Values are rounded to four digits, as in the arm's name. tune/planning/optuna_search.py runs the Optuna search.
 """
 
+import json
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +42,13 @@ class Dimension:
         kinds = str(settings(TrainConfig)[self.setting].annotation)
         return "int" in kinds and "float" not in kinds
 
+    def contains(self, value: Any) -> bool:
+        """Whether a search may draw this value."""
+        if self.kind == "choice":
+            return value in self.values
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return is_number and self.values[0] <= value <= self.values[1]
+
     def at(self, share: float) -> Any:
         """The value at quantile `share` in [0, 1)."""
         if self.kind == "choice":
@@ -71,6 +79,18 @@ class Search:
     seed: int
     parallel: int  # arms per batch
     space: tuple[Dimension, ...]  # sorted by setting name
+
+    @property
+    def question(self) -> dict[str, Any]:
+        """What the search asks, as in the journal. A larger `trials` or another `parallel` asks the same."""
+        kinds = {d.setting: {"kind": d.kind, "values": list(d.values), "whole": d.is_whole} for d in self.space}
+        return json.loads(json.dumps({"method": self.method, "seed": self.seed, "space": kinds}))
+
+    def values_of(self, overrides: Mapping[str, Any]) -> tuple[Any, ...] | None:
+        """The values of an arm in the order of `space`, the inverse of `arm`; None if they lie outside the space."""
+        values = tuple(_frozen(overrides.get(d.setting)) for d in self.space)
+        is_inside = all(d.contains(value) for d, value in zip(self.space, values, strict=True))
+        return values if is_inside and len(overrides) == len(self.space) else None
 
     def arm(self, values: Sequence[Any]) -> ArmSpec:
         """The arm with the given values, one per dimension in the order of `space`."""

@@ -1,6 +1,6 @@
 """Value types for trials and arms that several packages share."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -24,6 +24,19 @@ class BetterArm:
     def without(self, settings: Collection[str]) -> "BetterArm":
         """A copy of the arm without overrides of `settings`."""
         return replace(self, overrides={name: v for name, v in self.overrides.items() if name not in settings})
+
+
+@dataclass(frozen=True)
+class SearchRecord:
+    """What the journal says of a search: its question, and the arms that were proposed, in order.
+
+    Journals of older versions say neither `question` nor `optuna`; `proposed` then lacks arms that equal an earlier one
+    or the baseline.
+    """
+
+    proposed: Sequence[Mapping[str, Any]]  # overrides of each arm
+    question: Mapping[str, Any] | None = None  # see `Search.question`; None: not recorded
+    optuna: str | None = None  # its version
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 from ngpt.config.base import ConfigError
 from tune.storage.divergence import with_divergence
 from tune.storage.journal import Event, read_journal
-from tune.storage.records import BetterArm, TrialOutcome, TrialWork
+from tune.storage.records import BetterArm, SearchRecord, TrialOutcome, TrialWork
 
 Overrides = Mapping[str, Any]  # settings by dotted name
 
@@ -38,6 +38,7 @@ class PhaseState:
     arms: list[ArmState]
     seeds: list[int]
     swept: Mapping[str, list[Any]]
+    space: Mapping[str, Any] = field(default_factory=dict)  # of a search, see `Search.question`; empty in old journals
     winner: str | None = None  # known once the phase is finished
     winner_overrides: Overrides = field(default_factory=dict)
     better: list[BetterArm] = field(default_factory=list)  # known with the winner
@@ -50,7 +51,8 @@ class PhaseState:
             for arm in event["arms"]
         ]
         plan = {name: event[name] for name in ("inherit", "base", "baseline", "seeds", "swept")}
-        return cls(name=event["phase"], arms=arms, **plan)
+        space = ((event.get("search") or {}).get("question") or {}).get("space", {})
+        return cls(name=event["phase"], arms=arms, space=space, **plan)
 
     @property
     def trial_ids(self) -> list[str]:
@@ -70,6 +72,7 @@ class CampaignState:
     attempts: dict[str, int] = field(default_factory=dict)  # number of the newest attempt, by trial id
     speeds: dict[str, float] = field(default_factory=dict)  # measured once, for `hold: seconds`
     gpu_sharing: dict[str, Any] = field(default_factory=dict)  # empty unless the number of trials per GPU was chosen
+    searches: dict[str, SearchRecord] = field(default_factory=dict)  # newest by phase, of earlier sessions too
     status: str = "incomplete"
     started: str = ""  # start of the first session
     trained_on: dict[str, Any] = field(default_factory=dict)  # environment of the newest session that started a trial
@@ -100,6 +103,18 @@ class CampaignState:
             return TrialOutcome(result["status"])
         return TrialOutcome(result["status"], result["metrics"].get(metric or self.campaign["metric"]["name"]))
 
+    def orphans(self) -> list[Mapping[str, Any]]:
+        """The results of trials that no arm of the campaign has any more, so that no summary shows them.
+
+        They are left over when the file drops an arm or changes its settings. A phase without a winner may still plan
+        its trials, and so may a phase that is not planned yet.
+        """
+        planned = {trial_id for phase in self.phases.values() for trial_id in phase.trial_ids}
+        is_open = {name for name in self.campaign.get("expected_trials", {}) if name not in self.phases}
+        is_open |= {phase.name for phase in self.phases.values() if phase.winner is None}
+        done = [result for result in self.results.values() if result["status"] in DONE]
+        return [result for result in done if result["trial_id"] not in planned and result["phase"] not in is_open]
+
     def session_seconds(self) -> float:
         """Seconds from the start of the newest session to its newest event; 0 if the session has ended."""
         if self.ended:
@@ -127,6 +142,7 @@ class CampaignState:
                     rest = ([row for row in stage if row["phase"] != event["phase"]] for stage in self.expected_stages)
                     self.expected_stages = [stage for stage in rest if stage]
                 self.phases[event["phase"]] = PhaseState.from_event(event)
+                self._record_search(event)
             case "trials_expected":
                 self.expected_stages = event["stages"]
             case "trial_started":
@@ -147,6 +163,15 @@ class CampaignState:
                 self._add_session(event["seconds"])
                 self.left_out = event.get("left_out", {})
         self.newest, self.elapsed = event["time"], event.get("elapsed")
+
+    def _record_search(self, event: Event) -> None:
+        proposed = [arm["overrides"] for arm in event["arms"] if arm["overrides"]]
+        search = event.get("search", {"proposed": proposed})
+        if search is None or "proposed" not in search:  # the file lists the arms, or draws them at random
+            self.searches.pop(event["phase"], None)
+        else:
+            fields = SearchRecord.__dataclass_fields__
+            self.searches[event["phase"]] = SearchRecord(**{name: x for name, x in search.items() if name in fields})
 
     def _start_session(self, event: Event) -> None:
         self._add_session(self.session_seconds())  # nonzero if the previous session was killed

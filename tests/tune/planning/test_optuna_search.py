@@ -2,17 +2,23 @@
 
 import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import optuna
 import pytest
 
 from ngpt.config.base import ConfigError
+from ngpt.system.atomic_files import write_atomic
 from tests.helpers.tiny_campaign import begun, drive, next_trial, records, session_on, strict, write_file
 from tune.campaign import load_campaign
 from tune.machine.estimate import estimate
-from tune.planning.optuna_search import arm_score, propose_arms
+from tune.planning import changes
+from tune.planning.optuna_search import arm_score, propose_arms, reusable_arms
 from tune.planning.smoke import shrink_campaign
 from tune.spec.search_space import Dimension, Search
+from tune.storage.journal import Journal, read_journal
+from tune.storage.records import SearchRecord
 
 PHASES = """
   - name: tpe
@@ -106,3 +112,76 @@ def test_the_message_without_optuna_has_the_install_command(file: Path, monkeypa
         load_campaign(file)
     assert str(caught.value).endswith("the package optuna is not installed: pip install 'ngpt-campaign[search]'")
     assert ":18:7: phases[0].search.method: " in str(caught.value)
+
+
+# ---- another version of optuna -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def another_optuna(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Makes optuna propose other arms for the same seed, as another version of it does."""
+    sampler = optuna.samplers.TPESampler
+    monkeypatch.setattr(optuna.samplers, "TPESampler", lambda seed, **kw: sampler(seed=seed + 1000, **kw))
+    monkeypatch.setattr(changes, "optuna_version", lambda: "99.0")
+    propose_arms.cache_clear()
+    yield
+    propose_arms.cache_clear()
+
+
+@pytest.mark.parametrize("journal", ["this version", "an older version"])
+def test_arms_of_another_optuna_are_kept_and_none_is_dropped(
+    file: Path, tmp_path: Path, journal: str, request: pytest.FixtureRequest
+) -> None:
+    root = tmp_path / "r"
+    propose_arms.cache_clear()
+    first = run(file, root, most=11)  # the first batch of 8 trials, and 3 of the second
+    if journal == "an older version":
+        drop_search(root / "journal.jsonl")
+    request.getfixturevalue("another_optuna")
+    with session_on(file, root) as session:
+        lines = changes.find_changes(session.campaign, session.state).lines()
+        more = [spec.trial_id for spec in drive(begun(session))]
+        summary = session.end()
+    expected = [f"optuna {optuna.__version__} -> 99.0: phase tpe keeps its 6 arms; new ones may differ"]
+    assert lines == (expected if journal == "this version" else [])
+    assert not set(first) & set(more)
+    assert set(first) < {trial_id for arm in summary.phases[0].arms for trial_id in arm.trial_ids}
+    assert len(summary.phases[0].arms) == 1 + 7
+    assert summary.warnings == () or not any("no arm" in warning for warning in summary.warnings)
+    assert run(file, root) == []  # the arms that the other version proposed are kept in turn
+
+
+def drop_search(path: Path) -> None:
+    """Rewrites a journal as a version wrote it that did not record searches."""
+    events = read_journal(path)
+    write_atomic(path, "")
+    old = Journal(path)
+    for event in events:
+        fields = {name: value for name, value in event.items() if name not in ("seq", "time", "event", "search")}
+        old.append(event["event"], **fields)
+    old.close()
+
+
+@pytest.mark.usefixtures("another_optuna")
+def test_the_next_proposals_know_the_scores_of_the_given_arms() -> None:
+    search = Search("optuna", 40, 0, 4, SEARCH.space)
+    given = tuple((round(10 ** (-4 + 3 * i / 15), 6),) for i in range(16))
+    scores = tuple(abs(math.log10(value / 1e-2)) for (value,) in given)
+    arms = propose_arms(search, scores, given)
+    assert [arm.overrides["optim.lr"] for arm in arms[:16]] == [value for (value,) in given]
+    for _ in range(5):
+        given = tuple((arm.overrides["optim.lr"],) for arm in arms)
+        scores = tuple(abs(math.log10(value / 1e-2)) for (value,) in given)
+        arms = propose_arms(search, scores, given)
+    proposed = [abs(math.log10(arm.overrides["optim.lr"] / 1e-2)) for arm in arms[16:]]
+    assert sum(proposed) / len(proposed) < 0.6  # a uniform draw from the space is 0.83 decades away on average
+
+
+def test_a_search_with_another_question_starts_anew() -> None:
+    record = SearchRecord([{"optim.lr": 1e-3}, {"optim.lr": 2e-2}], SEARCH.question, "5.0")
+    assert reusable_arms(SEARCH, record) == ((1e-3,), (2e-2,))
+    narrower = Search("optuna", 12, 0, 4, (Dimension("lr", "optim.lr", "log", (1e-4, 1e-2), ()),))
+    assert reusable_arms(narrower, record) == ()
+    assert reusable_arms(Search("optuna", 12, 1, 4, SEARCH.space), record) == ()
+    assert reusable_arms(Search("optuna", 20, 0, 2, SEARCH.space), record) == ((1e-3,), (2e-2,))
+    assert reusable_arms(narrower, SearchRecord(record.proposed)) == ((1e-3,),)

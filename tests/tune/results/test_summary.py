@@ -26,8 +26,9 @@ from tests.helpers.tiny_campaign import (
     write_file,
 )
 from tune.results.answer import settings_text
-from tune.results.phase_summary import recovery_warnings
+from tune.results.phase_summary import _edge_of_range, recovery_warnings
 from tune.results.summary import rebuild
+from tune.spec import phase_reader
 from tune.storage.journal import read_journal
 from tune.storage.summaries import CampaignSummary, TrialCounts, TrialRecord
 from tune.trials.trial import TrialResult, TrialSpec
@@ -422,3 +423,29 @@ def test_an_arm_whose_trials_deviated_from_their_settings_is_marked() -> None:
         "a: 6 skipped steps, because a loss or gradient was not finite",
         "a: 2 rollbacks to a checkpoint, because a loss or gradient was not finite",
     ]
+
+
+SPACE = """
+  - name: draw
+    search:
+      trials: 3
+      space: {alpha: {KIND: [0.1, 0.6]}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "alphas", "end"),
+    [("uniform", (0.2, 0.3, 0.56), "upper"), ("uniform", (0.2, 0.3, 0.54), None), ("log", (0.2, 0.3, 0.51), "upper")],
+)
+def test_a_winner_near_the_end_of_a_search_space_is_warned_about(
+    judged: Judged, monkeypatch: pytest.MonkeyPatch, kind: str, alphas: tuple[float, ...], end: str | None
+) -> None:
+    monkeypatch.setattr(phase_reader, "random_arms", lambda search: [search.arm([alpha]) for alpha in alphas])
+    warnings = judged(SPACE.replace("KIND", kind), pretend).phases[0].warnings
+    text = f"the winner's model.alpha = {alphas[-1]} is in the {end} tenth of the range [0.1, 0.6]"
+    assert [w for w in warnings if "range" in w] == ([f"{text}; the best value may lie beyond it"] if end else [])
+
+
+def test_both_ends_of_a_range_of_whole_numbers_are_its_edges() -> None:
+    assert [_edge_of_range(value, 1, 8, is_log=False) for value in (1, 2, 7, 8)] == ["lower", None, None, "upper"]
+    assert [_edge_of_range(value, 1, 64, is_log=True) for value in (1, 2, 32, 64)] == ["lower", None, None, "upper"]

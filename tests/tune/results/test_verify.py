@@ -291,3 +291,19 @@ def test_the_command_says_it_by_its_exit_code_and_as_json(root: Path, capsys: py
     found = json.loads(capsys.readouterr().out)
     assert [problem["path"] for problem in found["problems"]] == ["alpha/trials.jsonl"] and not found["intact"]
     assert run_campaign.main(["verify", str(root / "alpha")]) == 2
+
+
+def test_a_result_that_no_arm_has_any_more_is_named_here_and_in_the_summary(tmp_path: Path, corpus: Path) -> None:
+    phases = "\n  - name: after\n    vary: {project_every: [3]}\n"
+    root = tmp_path / "r"
+    train_all(write_file(tmp_path, corpus, phases=phases), root)
+    assert verify(root).notes == []
+    summary = train_all(write_file(tmp_path, corpus, phases=phases.replace("3", "4")), root)
+    findings = verify(root)
+    assert findings.intact
+    text = "no summary shows this trial, and 1 more of the same arm: the campaign has no arm 'project_every=3' of phase"
+    assert [note.text.startswith(text) for note in findings.notes] == [True]
+    assert summary.warnings == (
+        "the journal has results that no arm of this campaign uses: 2 trials of after/project_every=3; "
+        "`verify` lists them",
+    )
