@@ -112,7 +112,7 @@ def judge(
             ArmSummary(
                 arm,
                 n=len(sample),
-                score=_spread(arm, sample, comparison, values, confidence),
+                score=_spread(arm, sample, comparison, compared, confidence),
                 noise_sd=comparison.noise[arm].sd if comparison and arm in comparison.noise else None,
                 delta=deltas.get(arm),
                 verdict=verdict,
@@ -213,7 +213,7 @@ def _noise_warnings(comparison: Comparison, values: Values, method: str) -> list
         warnings.append("the arms ran different seeds: a delta is the mean over the seeds that both arms have")
     for arm, first in comparison.same_as.items():
         warnings.append(f"{arm}: every result equals that of {first}; what varies has no effect")
-    if not comparison.pooled.value:
+    if not comparison.pooled.value and len(comparison.same_as) < len(comparison.contrasts):
         warnings.append("no noise between seeds: does the seed reach the run? A p of 0 means only that")
     for arm, noise in comparison.noise.items():
         if noise.ratio is None or arm in comparison.same_as:
@@ -238,11 +238,11 @@ def _verdict(delta: Delta | None, rules: _Rules, baseline_lost: str | None) -> V
 
 
 def _spread(
-    arm: str, sample: Mapping[int, float], comparison: Comparison | None, values: Values, confidence: float
+    arm: str, sample: Mapping[int, float], comparison: Comparison | None, compared: Values, confidence: float
 ) -> Spread:
     """Mean and standard deviation of an arm over its seeds, and the confidence interval of the mean.
 
-    Without a comparison, the standard deviation is pooled over all arms that have one.
+    Without a comparison, the standard deviation is pooled over the arms that could be compared.
     """
     n = len(sample)
     if not n:
@@ -250,8 +250,8 @@ def _spread(
     mean, half_width = fmean(sample.values()), None
     if comparison:
         half_width = comparison.mean_half_width(arm, n, confidence)
-    elif df := sum(len(other) - 1 for other in values.values() if other):
-        half_width = _pooled_half_width(values, df, n, confidence)
+    elif df := sum(len(other) - 1 for other in compared.values()):
+        half_width = _pooled_half_width(compared, df, n, confidence)
     low, high = (None, None) if half_width is None else (mean - half_width, mean + half_width)
     return Spread(mean, _sd(list(sample.values())) if n > 1 else None, low, high)
 
@@ -259,7 +259,7 @@ def _spread(
 def _pooled_half_width(values: Values, df: int, n: int, confidence: float) -> float:
     from scipy.special import stdtrit
 
-    squares = fsum(_sd(list(sample.values())) ** 2 * (len(sample) - 1) for sample in values.values() if len(sample) > 1)
+    squares = fsum(_sd(list(sample.values())) ** 2 * (len(sample) - 1) for sample in values.values())
     return sqrt(squares / df / n) * float(stdtrit(df, 0.5 + confidence / 2))
 
 

@@ -11,7 +11,7 @@ from tune.analysis.verdicts import judge
 from tune.storage.records import TrialOutcome
 
 
-def share_found(effect: float, n_seeds: int, design: Design, phases: int = 300) -> float:
+def share_found(effect: float, n_seeds: int, design: Design, phases: int = 120) -> float:
     """The share of simulated phases in which `judge` finds the effect of one arm."""
     rng = np.random.default_rng(13)
     found = 0
@@ -33,7 +33,7 @@ def test_the_smallest_detectable_effect_is_found_in_four_of_five_phases(
     design = Design(n_arms, 0.1, min_effect=min_effect)
     effect = smallest_detectable(n_seeds, design)
     assert effect is not None
-    assert share_found(effect, n_seeds, design) == pytest.approx(0.8, abs=0.08)
+    assert share_found(effect, n_seeds, design) == pytest.approx(0.8, abs=0.13)
 
 
 def test_for_two_arms_the_power_is_that_of_the_noncentral_t_distribution() -> None:
@@ -57,7 +57,7 @@ def test_the_seeds_that_decide_an_effect_give_it_the_power_of_80_percent() -> No
     n = seeds_to_decide(0.1, design)
     assert n is not None
     assert power(0.1, n, design) >= 0.8 > power(0.1, n - 1, design)
-    assert share_found(0.1, n, design, phases=150) == pytest.approx(0.8, abs=0.12)
+    assert share_found(0.1, n, design) == pytest.approx(0.8, abs=0.12)
 
 
 def test_an_effect_below_min_effect_is_decided_by_an_interval_that_lies_inside() -> None:
