@@ -76,6 +76,10 @@ def run_parser() -> argparse.ArgumentParser:
     parser.add_argument("--address", help="join a running Ray cluster; default: a private one on this machine")
     allow = "resume even if the file changes the meaning of existing results: metric, confidence, data, ..."
     parser.add_argument("--allow-change", action="store_true", help=allow)
+    retrain = "train these arms anew if other code trained them; without names, all such trials"
+    parser.add_argument("--retrain", nargs="*", metavar="ARM", help=retrain)
+    keep = "reuse results although the code has changed since, and mark it in the report"
+    parser.add_argument("--keep", action="store_true", help=keep)
     parser.add_argument("--json", action="store_true", help="print the summary, or the plan, as JSON on stdout")
     return parser
 
@@ -126,6 +130,8 @@ def run(options: argparse.Namespace) -> int:
         inline=options.inline,
         address=options.address,
         allow_change=options.allow_change,
+        retrain=options.retrain,
+        keep=options.keep,
     )
     return show_end(summary, signal_number, root, options)
 
@@ -198,7 +204,7 @@ def plan(campaign: Any, root: Path, options: argparse.Namespace) -> int:
     from tune.machine.estimate import estimate
     from tune.terminal.plan_view import plan_view
 
-    estimated = estimate(campaign, root, measure=options.measure)
+    estimated = estimate(campaign, root, measure=options.measure, retrain=options.retrain, keep=options.keep)
     show(options, estimated, lambda: plan_view(estimated))
     return 0
 

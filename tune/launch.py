@@ -3,7 +3,7 @@
 import contextlib
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,6 +18,7 @@ from tune.machine import environment
 from tune.machine.estimate import check_budget
 from tune.machine.gpu_sharing import choose_gpu_sharing
 from tune.planning.changes import check_changes, find_changes
+from tune.planning.code_changes import decide, find_code_changes
 from tune.report.wording import packing_fact
 from tune.results.snapshot import Snapshot
 from tune.session.datasets import check_all, describe_data, prepare_all
@@ -37,6 +38,8 @@ def launch(
     inline: bool = False,
     address: str | None = None,
     allow_change: bool = False,
+    retrain: Sequence[str] | None = None,
+    keep: bool = False,
     view: Callable[[Callable[[], Snapshot]], contextlib.AbstractContextManager] = open_console,
 ) -> tuple[CampaignSummary, int]:
     """Trains the trials missing in `root`; returns the campaign's summary and the signal that ended the run, or 0.
@@ -47,20 +50,23 @@ def launch(
         inline: run in this process instead of on Ray.
         address: a running Ray cluster to join; None starts a private one.
         allow_change: continue even if the campaign changes the meaning of existing results (tune/planning/changes.py).
+        retrain: arms whose trials are trained anew if other code trained them; an empty list means all, None none.
+        keep: reuse trials of other code, and mark it in the report.
         view: makes the context manager that shows progress and has a `message` method.
 
     Raises:
         ResultsLocked: another process runs on `root`.
         CorruptShardError: a shard has changed since it was first used.
         ConfigError: the budget is too small, a corpus cannot be prepared or has changed, the campaign changes the
-            meaning of existing results, or the tracker cannot be used as configured.
+            meaning of existing results, other code trained some of them and neither `retrain` nor `keep` says what
+            to do with them, or the tracker cannot be used as configured.
         OSError: the disk is full or the files are not accessible.
         ExecutorLost: Ray died too often, or a cluster that this run did not start is gone.
     """
     check_budget(campaign, root)
     session = Session(campaign, root, command=command, environment=environment.describe(campaign.base.device))
     with session, contextlib.ExitStack() as stack:
-        check_results(session, allow_change=allow_change)
+        check_results(session, allow_change=allow_change, retrain=retrain, keep=keep)
         supervisor = None
         has_work = session.has_work()
         if has_work:
@@ -84,17 +90,23 @@ def launch(
         return session.end(), session.stop_signal
 
 
-def check_results(session: Session, *, allow_change: bool) -> None:
+def check_results(
+    session: Session, *, allow_change: bool = False, retrain: Sequence[str] | None = None, keep: bool = False
+) -> None:
     """Kills processes left over from a killed run and prints what has changed since the existing results.
 
     Raises:
-        ConfigError: the campaign changes the meaning of existing results.
+        ConfigError: the campaign changes the meaning of existing results, or other code trained some of them and
+            nothing says what to do with them.
     """
     if killed := kill_marked(session.root):
         print_line(f"killed {killed} processes left over from a killed run")
     changes = find_changes(session.campaign, session.state)
     check_changes(changes, allowed=allow_change)
-    for line in changes.lines():
+    code_changes = find_code_changes(session.campaign, session.state, session.root, session.code)
+    decision = decide(code_changes, retrain=retrain, keep=keep)
+    session.apply_code(decision)
+    for line in (*changes.lines(), *decision.lines):
         print_line(line)
 
 

@@ -107,6 +107,14 @@ def remove_folder(path: Path, *, aside_name: str) -> None:
     sync(path.parent)
 
 
+def move_folder(path: Path, target: Path) -> None:
+    """Moves a folder within a file system, creates missing parents, and waits until both names are on disk."""
+    make_folder(target.parent)
+    path.rename(target)
+    sync(target.parent)
+    sync(path.parent)
+
+
 def _rename(path: Path, target: Path) -> None:
     """Renames within a folder and waits until the new name is on disk. Restores the old name if that fails."""
     path.rename(target)

@@ -64,7 +64,9 @@ class Module:
     definitions: dict[str, Definition] = field(default_factory=dict)
     imported: dict[str, Reference] = field(default_factory=dict)
     tables: dict[str, list[str]] = field(default_factory=dict)  # keys of each dict with literal text as keys
-    choices: dict[str, set[str]] = field(default_factory=dict)  # settings declared as `one_of(TABLE)`, by table
+    texts: dict[str, dict[str, str]] = field(default_factory=dict)  # those of them that have only texts as values
+    # Settings declared as `one_of(TABLE, aliases=ALIASES)`, by table: setting and name of the aliases, or "".
+    choices: dict[str, set[tuple[str, str]]] = field(default_factory=dict)
 
 
 class Code:
@@ -76,7 +78,7 @@ class Code:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._folder, self._root = folder, folder.parent
+        self.folder, self._root = folder, folder.parent
         self._modules: dict[str, Module | None] = {}
         self._reached: dict[tuple[bool, Choices | None], set[Key]] = {}
 
@@ -92,7 +94,11 @@ class Code:
     def digest(self) -> str:
         """Sixteen hex digits that identify this version of the code; moving a definition does not change them."""
         parts = {
-            (name, digest, *sorted(f"{other}={table[other]}" for other in self._used_names(file, name) if other in table))
+            (
+                name,
+                digest,
+                *sorted(f"{other}={table[other]}" for other in self._used_names(file, name) if other in table),
+            )
             for file, table in self.meanings.items()
             for name, digest in table.items()
             if file.endswith(NATIVE_SUFFIXES) or name in self._file(file).definitions
@@ -172,11 +178,19 @@ class Code:
         home, table = self._home(path, name)
         module = self._module(home)
         keys = module.tables.get(table, []) if module else []
-        fields = {field for other in self._modules.values() if other for field in other.choices.get(table, ())}
-        named = {value for field, value in chosen or () if field in fields and value in keys}
+        named = self._named_entries(table, chosen or frozenset()) & set(keys)
         if named and name not in user.iterated:
             keys = [key for key in keys if key in named or (name, key) in user.lookups]
         yield from ((home, f"{table}[{key}]") for key in keys)
+
+    def _named_entries(self, table: str, chosen: Choices) -> set[str]:
+        """The entries of a table that settings name, by the fields that are declared as one of its entries."""
+        modules = [module for module in self._modules.values() if module]
+        named = set[str]()
+        for field_name, aliases in (choice for module in modules for choice in module.choices.get(table, ())):
+            renamed = next((module.texts[aliases] for module in modules if aliases in module.texts), {})
+            named |= {renamed.get(value, value) for setting, value in chosen if setting == field_name}
+        return named
 
     def _home(self, path: str, name: str) -> Reference:
         """The module that defines what `name` means in a module, and its name there."""
@@ -229,7 +243,7 @@ class Code:
         return (path, ALL) if self._is_own(path) and self._file_of(path) else used
 
     def _is_own(self, path: str) -> bool:
-        return path.partition(".")[0] == self._folder.name
+        return path.partition(".")[0] == self.folder.name
 
     def _source(self, path: str) -> Path | None:
         """The file of a module of the package; None if there is none, or it is ignored."""
@@ -263,6 +277,9 @@ def read_module(file: str, text: str) -> Module:
         elif (table := _read_table(statement)) is not None:
             name, entries = table
             module.tables[name] = list(entries)
+            texts = {key: value.value for key, value in entries.items() if isinstance(value, ast.Constant)}
+            if len(texts) == len(entries) and all(isinstance(text, str) for text in texts.values()):
+                module.texts[name] = {key: str(text) for key, text in texts.items()}
             module.definitions |= {f"{name}[{key}]": define([value]) for key, value in entries.items()}
             module.definitions[name] = Definition(_digest("table"))
         elif not _is_text(statement) and not _is_type_checking(statement):
@@ -404,8 +421,9 @@ def _read_choices(node: ast.ClassDef, module: Module) -> None:
         if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
             for call in ast.walk(line.annotation):
                 match call:
-                    case ast.Call(func=ast.Name(id="one_of"), args=[ast.Name(id=table), *_]):
-                        module.choices.setdefault(table, set()).add(line.target.id)
+                    case ast.Call(func=ast.Name(id="one_of"), args=[ast.Name(id=table), *_], keywords=keywords):
+                        names = [item.value.id for item in keywords if isinstance(item.value, ast.Name)]
+                        module.choices.setdefault(table, set()).add((line.target.id, "".join(names)))
 
 
 def _native_sources(folder: Path) -> list[Path]:

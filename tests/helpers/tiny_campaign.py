@@ -7,6 +7,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
+from ngpt.system.code_digest import Code, current_code
 from tune.campaign import load_campaign
 from tune.executors.local import run_inline
 from tune.machine import environment
@@ -77,12 +78,17 @@ def write_file(
 
 
 def session_on(
-    file: Path, root: Path, assignments: tuple[str, ...] = (), *, timer: Callable[..., Any] | None = None
+    file: Path,
+    root: Path,
+    assignments: tuple[str, ...] = (),
+    *,
+    timer: Callable[..., Any] | None = None,
+    code: Code | None = None,
 ) -> Session:
     """A session that has not taken its lock yet."""
     campaign = load_campaign(file, assignments)
     about = environment.describe("cpu")
-    return Session(campaign, root, command="the same command", environment=about, timer=timer)
+    return Session(campaign, root, command="the same command", environment=about, timer=timer, code=code)
 
 
 def begun(session: Session, **executor: Any) -> Session:
@@ -118,7 +124,7 @@ def pretend(spec: TrialSpec, *, status: str = "finished", gain: float = 1.0) -> 
         metrics |= {"val_loss": None, "val_bpb": None}
     if status == "failed":
         return TrialResult("failed", error="Traceback ...\nValueError: it broke", seconds=0.5)
-    about = {"device": "cpu", "code_sha256": "c0de", "data_sha256": "da7a"}
+    about = {"device": "cpu", "code_sha256": current_code().digest, "data_sha256": "da7a"}
     return TrialResult(status, metrics, started_at="2026-11-21T00:00:00.000+00:00", seconds=2.0, provenance=about)
 
 

@@ -34,7 +34,7 @@ class Asha:
     def __init__(self, rule: EarlyStop, *, metric: str, goal: str) -> None:
         self._rule, self._metric, self._sign = rule, metric, 1.0 if goal == "maximize" else -1.0
         self._values: dict[tuple[str, int, int], dict[str, float]] = {}  # by (phase, seed, rung), then by trial id
-        self._stop_reasons: dict[tuple[str, str], str] = {}  # by (phase, arm)
+        self._stop_reasons: dict[tuple[str, str], tuple[str, str]] = {}  # trial id and reason, by (phase, arm)
 
     def apply(self, event: Event) -> None:
         """Updates the state with a journal event."""
@@ -42,7 +42,17 @@ class Asha:
             rung = (event["phase"], event["seed"], event["rung"])
             self._values.setdefault(rung, {})[event["trial_id"]] = event["value"]
             if event["stops"]:
-                self._stop_reasons.setdefault((event["phase"], event["arm"]), event["why"])
+                self._stop_reasons.setdefault((event["phase"], event["arm"]), (event["trial_id"], event["why"]))
+        elif event["event"] == "trials_discarded":
+            self._forget(event["trial_ids"])
+
+    def _forget(self, trial_ids: Sequence[str]) -> None:
+        """Drops trials that are trained anew."""
+        for values in self._values.values():
+            for trial_id in trial_ids:
+                values.pop(trial_id, None)
+        reasons = self._stop_reasons.items()
+        self._stop_reasons = {arm: reason for arm, reason in reasons if reason[0] not in trial_ids}
 
     def record_rung(
         self,
@@ -78,7 +88,7 @@ class Asha:
 
     def stop_reason(self, phase: str, arm: str) -> str | None:
         """Why an arm was stopped; None if it was not."""
-        return self._stop_reasons.get((phase, arm))
+        return self._stop_reasons[phase, arm][1] if (phase, arm) in self._stop_reasons else None
 
 
 def cutoff(rewards: Sequence[float], reduction: int) -> float | None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ngpt.config.base import ConfigError
 from ngpt.model.flops import matrix_params
+from ngpt.system.code_digest import current_code
 from ngpt.system.device import DTYPES, pick_device
 from ngpt.training.config import TrainConfig
 from tune import format as fmt
@@ -16,6 +17,7 @@ from tune.machine.environment import usable_cpus
 from tune.machine.gpu_sharing import known_trials_per_device
 from tune.machine.throughput import device_key, known_speeds, measure_speeds
 from tune.planning.budget import describe_budget
+from tune.planning.code_changes import decide, find_code_changes
 from tune.planning.equal_time import step_time_key
 from tune.planning.forecast import expected_phases, has_result, known_result
 from tune.planning.plan import PlannedPhase, trial_flops, trial_tokens, trial_work
@@ -76,6 +78,7 @@ class Estimate:
     noise: Noise | None
     budget: str
     seconds_source: str
+    code: list[str]  # what is to be said about trials of other code
 
 
 @dataclass(frozen=True)
@@ -94,14 +97,25 @@ class _Clock:
         return SECONDS_PER_TRIAL + trial_flops(config) / self.flop_rate
 
 
-def estimate(campaign: Campaign, root: Path, *, measure: bool = False) -> Estimate:
+def estimate(
+    campaign: Campaign,
+    root: Path,
+    *,
+    measure: bool = False,
+    retrain: Sequence[str] | None = None,
+    keep: bool = False,
+) -> Estimate:
     """Estimates the tokens, disk space and time that a campaign needs for the trials without a result in `root`.
 
     If no speed was measured for a shape on this device, its time is estimated from the FLOP count and the timing of a
     matrix product. `measure` first times a few real steps of each shape. Trials that train concurrently in one worker
     (`vectorise`) have speeds of their own; without one, they are assumed to take as long as sequential trials.
+    `retrain` and `keep` are the options of the run, which decide about trials of other code.
     """
     state = replay(read_journal(root / "journal.jsonl"))
+    discarded, code_lines = _code_decision(campaign, state, root, retrain=retrain, keep=keep)
+    for trial_id in discarded:
+        state.results.pop(trial_id, None)
     campaign = replace(campaign, speeds=state.speeds)
     phases = expected_phases(campaign, state)
     guessed = _guessed_phases(campaign, state, phases)
@@ -141,7 +155,18 @@ def estimate(campaign: Campaign, root: Path, *, measure: bool = False) -> Estima
         noise=noise,
         budget=describe_budget(campaign.budget),
         seconds_source=clock.source,
+        code=code_lines,
     )
+
+
+def _code_decision(
+    campaign: Campaign, state: CampaignState, root: Path, *, retrain: Sequence[str] | None, keep: bool
+) -> tuple[Sequence[str], list[str]]:
+    """The trials of other code that the run would train anew, and what it would say about such trials."""
+    changes = find_code_changes(campaign, state, root, current_code())
+    decision = decide(changes, retrain=retrain, keep=True)
+    stops = decision.versions and not keep
+    return decision.discarded, changes.lines() if stops else list(decision.lines)
 
 
 def check_budget(campaign: Campaign, root: Path) -> None:

@@ -1,5 +1,6 @@
 """Computes the trial records and the summary of a phase from the state of the campaign."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from math import log
@@ -82,7 +83,7 @@ def summarize_phase(state: CampaignState, phase: PhaseState) -> PhaseSummary:
         winner=None if missing else judgement.winner,
         why=smoke + prefix + judgement.why if len(arms) > 1 else ONLY_BASELINE,
         noise=judgement.noise,
-        warnings=(*judgement.warnings, *_warnings(phase, arms, judgement.winner, records, statuses)),
+        warnings=(*judgement.warnings, *_warnings(state, phase, arms, judgement.winner, records, statuses)),
         trials=count_trials(statuses, reused=len(records) - len(trained_here)),
         tokens=sum(record.metrics.get("tokens") or 0 for record in trained_here),
         seconds=sum(record.seconds for record in trained_here),
@@ -127,7 +128,12 @@ def mean(values: Iterable[float | None]) -> float | None:
 
 
 def _warnings(
-    phase: PhaseState, arms: Sequence[ArmSummary], winner: str, records: Sequence[TrialRecord], statuses: Sequence[str]
+    state: CampaignState,
+    phase: PhaseState,
+    arms: Sequence[ArmSummary],
+    winner: str,
+    records: Sequence[TrialRecord],
+    statuses: Sequence[str],
 ) -> list[str]:
     warnings: list[str] = []
     if stopped := statuses.count("stopped"):
@@ -141,7 +147,8 @@ def _warnings(
     if len(set(tokens.values())) > 1:
         listed = ", ".join(f"{name} {count}" for name, count in tokens.items())
         warnings.append(f"the arms saw different numbers of training tokens: {listed}")
-    warnings += _provenance_warnings([record for record in records if record.error is None])
+    counted = [record for record in records if record.error is None]
+    warnings += _provenance_warnings(counted) + code_warnings(state, counted)
     for arm in arms:
         warnings += recovery_warnings(arm.arm, [record for record in records if record.arm == arm.arm])
     return warnings
@@ -180,7 +187,7 @@ def _edge_of_range(value: float, low: float, high: float, *, is_log: bool) -> st
 
 def _provenance_warnings(records: Sequence[TrialRecord]) -> list[str]:
     warnings = []
-    for name, what in {"device": "devices", "code_sha256": "versions of the code", "data_sha256": "data"}.items():
+    for name, what in {"device": "devices", "data_sha256": "data"}.items():
         different = {str(record.provenance.get(name)) for record in records}
         if len(different) > 1:
             warnings.append(f"its trials come from different {what}: {', '.join(sorted(different))}")
@@ -189,6 +196,26 @@ def _provenance_warnings(records: Sequence[TrialRecord]) -> list[str]:
         if len(numbers) > 1:
             counts = " and ".join(map(str, sorted(numbers)))
             warnings.append(f"its trials ran {counts} at a time {where}: their tokens per second cannot be compared")
+    return warnings
+
+
+def code_warnings(state: CampaignState, records: Sequence[TrialRecord]) -> list[str]:
+    """Returns warnings about trials of a phase that other code has computed than that of the newest run."""
+    of = f"of its {fmt.counted(len(records), 'trial')}"
+    warnings = []
+    tables = {"trained by other code than that of the newest run, and kept": state.kept_code}
+    tables["begun by other code and continued by that of the newest run"] = state.mixed_code
+    for what, table in tables.items():
+        changed = [table[record.trial_id] for record in records if record.trial_id in table]
+        if changed:
+            files = ", ".join(sorted({name for names in changed for name in names}))
+            warnings.append(f"{len(changed)} {of} {'was' if len(changed) == 1 else 'were'} {what}: {files}")
+    versions = Counter(str(record.provenance.get("code_sha256")) for record in records)
+    unknown = {version: n for version, n in versions.items() if version not in state.code_versions}
+    if unknown and len(versions) > 1:
+        warnings.append(
+            f"the code of {sum(unknown.values())} {of} is not known and may differ: {', '.join(sorted(unknown))}"
+        )
     return warnings
 
 

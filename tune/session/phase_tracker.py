@@ -44,6 +44,7 @@ class PhaseTracker:
         self.campaign = replace(campaign, speeds=state.speeds)
         self.planned: dict[str, PlannedPhase] = {}
         self.summaries: dict[str, PhaseSummary] = {}
+        self.unusable: frozenset[str] = frozenset()  # trials of other code, to train anew if a phase needs them
         self._root, self._state, self._queue = root, state, queue
         self._append, self._message, self._timer = append, message, timer
         rule, metric = campaign.early_stop, campaign.metric
@@ -137,6 +138,7 @@ class PhaseTracker:
                 speed = fmt.count(self.campaign.speeds[step_time_key(config)])
                 text = f"{arm.name} trains {speed} tokens/s, so it gets {config.steps} steps"
                 self._message(f"phase {phase.name}: {text}")
+        self._discard_unusable(planned)
         self.planned[phase.name] = planned
         self._append("phase_planned", **phase_planned_event(planned))
         trials = list(planned.trials)
@@ -152,6 +154,16 @@ class PhaseTracker:
         better = {name: done.better for name, done in self._state.phases.items() if done.winner}
         record = self._state.searches.get(phase.name)
         return plan_phase(self.campaign, phase, self._winners(), better, self._state.outcome, record=record)
+
+    def _discard_unusable(self, planned: PlannedPhase) -> None:
+        """Discards trials of other code that nobody knew this phase would need."""
+        needed = [trial.trial_id for trial in planned.trials if trial.trial_id in self.unusable]
+        self.unusable -= frozenset(needed)
+        if needed:
+            self._append("trials_discarded", trial_ids=needed, reason="their code has changed")
+            self._message(
+                f"phase {planned.name}: other code trained {fmt.counted(len(needed), 'trial')} of it; trained anew"
+            )
 
     def _measure_speeds(self, phase: PlannedPhase) -> None:
         if missing := configs_to_time(self.campaign, phase):

@@ -9,7 +9,7 @@ import hashlib
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,14 +18,16 @@ from typing import Any
 from ngpt.config.base import UserError, flatten
 from ngpt.config.secrets import redact
 from ngpt.system import heartbeat
-from ngpt.system.atomic_files import write_atomic, write_json
+from ngpt.system.atomic_files import move_folder, write_atomic, write_json
 from ngpt.system.cli import EXIT_ERROR
+from ngpt.system.code_digest import Code, current_code
 from ngpt.training.config import TrainConfig
 from tune import format as fmt
 from tune.machine.gpu_sharing import GpuSharing
 from tune.machine.throughput import measure_tokens_per_second, remember_speeds
 from tune.planning.budget import STOPPED_BY_BUDGET, budget_allows
 from tune.planning.changes import judging_rules
+from tune.planning.code_changes import CodeDecision, named
 from tune.planning.plan import PlannedTrial, preview
 from tune.results.snapshot import Snapshot
 from tune.results.status import take_snapshot
@@ -41,6 +43,8 @@ from tune.storage.state import replay
 from tune.storage.summaries import CampaignSummary
 from tune.trials.retries import RETRY_RULES, WorkerDeath, failure_cause, give_up_reason, must_run_alone
 from tune.trials.trial import TrialResult, TrialSpec, prepare_trial_folder
+
+DISCARDED = "discarded"  # folder of the files of trials that were trained anew
 
 
 class ExecutorLost(UserError):
@@ -69,6 +73,7 @@ class Session:
         command: shell command that resumes this run, for messages and records.
         environment: software versions and device, recorded in the journal.
         timer: measures training speed for `hold: seconds`; None runs real training steps.
+        code: the code that trains; None for that of this process.
     """
 
     def __init__(
@@ -79,14 +84,17 @@ class Session:
         command: str,
         environment: Mapping[str, Any],
         timer: Callable[..., Any] | None = None,
+        code: Code | None = None,
     ) -> None:
         self.root = root
+        self.code = code or current_code()
         self.message: Callable[[str], None] = lambda text: None  # prints a line; the live view replaces it
         self.stop_requested = False  # if true, no more trials start
         self.stop_signal = 0  # the signal that requested the stop, or 0
         self.executor = ExecutorInfo()  # set before `begin`, and again whenever Ray is restarted
         self.environment = dict(environment)
         self._initial_campaign, self._command = campaign, command
+        self._code_decision = CodeDecision()
         self._timer = timer or partial(measure_tokens_per_second, threads=campaign.resources.cpus_per_trial)
         self._started: float | None = None  # monotonic time of `begin`
         self._lock = ResultsLock(root)
@@ -131,6 +139,13 @@ class Session:
         finally:
             self._lock.release()
 
+    def apply_code(self, decision: CodeDecision) -> None:
+        """Applies what was decided about trials of other code; `begin` journals it."""
+        self._code_decision = decision
+        for trial_id in decision.discarded:
+            self.state.results.pop(trial_id, None)
+        self._phases.unusable |= decision.unneeded
+
     def begin(self, data: Mapping[str, Any]) -> None:
         """Journals the start of this run, after checking that the corpora described by `data` are unchanged.
 
@@ -153,11 +168,13 @@ class Session:
             environment=self.environment,
             data=dict(data),
             base=base,
+            code_sha256=self.code.digest,
             stops_early=self.campaign.early_stop is not None,
             smoke=self.campaign.smoke,
             claims=[asdict(claim) for claim in self.campaign.claims],
             expected_trials={phase.name: len(list(phase.trials)) for phase in preview(self.campaign)},
         )
+        self._journal_code()
         if self.executor.gpu_sharing is not None:
             self._append("packing_chosen", **asdict(self.executor.gpu_sharing))
         manifest = {name: self.state.campaign[name] for name in ("campaign", "command", "environment", "data")}
@@ -199,6 +216,7 @@ class Session:
         trial = self._queue.unfinished.pop(trial_id)
         if result.status == "finished" and (reason := explosion(flatten(trial.config), result.metrics)):
             result = replace(result, status="diverged", error=reason)
+        self._note_edited_code(trial, result)
         self._append(
             "trial_finished",
             **trial.identity,
@@ -280,8 +298,10 @@ class Session:
         """Journals the next attempt at a trial and returns the spec for its worker."""
         folder = self._trial_folder(trial.trial_id)
         attempt = self.state.attempts.get(trial.trial_id, 0) + 1
+        self._set_aside(trial.trial_id)
         heartbeat.clear_heartbeat(folder)  # left over from a killed attempt
-        self._append("trial_started", **trial.identity, steps=trial.config.steps, attempt=attempt)
+        steps, code = trial.config.steps, self.code.digest
+        self._append("trial_started", **trial.identity, steps=steps, attempt=attempt, code_sha256=code)
         return TrialSpec(
             **trial.identity,
             config=self._with_tracking(trial),
@@ -295,9 +315,49 @@ class Session:
         """Records waiting trials as stopped at step 0 if early stopping has dropped their arms."""
         while trial := next((trial for trial in self._queue.waiting if self._phases.stop_reason(trial)), None):
             self._queue.waiting.remove(trial)
+            self._set_aside(trial.trial_id)
             prepare_trial_folder(self._trial_folder(trial.trial_id), self._with_tracking(trial))
             reason = self._phases.stop_reason(trial)
             self.tell(trial.trial_id, TrialResult("stopped", {"steps": 0, "tokens": 0}, error=reason))
+
+    def _journal_code(self) -> None:
+        """Journals the version of the code, and what happens to trials of other versions."""
+        if self.code.digest not in self.state.code_versions:
+            self._append("code_version", code_sha256=self.code.digest, files=self.code.meanings)
+        decision = self._code_decision
+        if decision.discarded:
+            self._append("trials_discarded", trial_ids=list(decision.discarded), reason="their code has changed")
+        is_new = decision.versions or decision.continued.keys() - self.state.mixed_code.keys()
+        if is_new or decision.kept != self.state.kept_code:
+            self._append_kept(decision.kept, continued=decision.continued, versions=decision.versions)
+
+    def _note_edited_code(self, trial: PlannedTrial, result: TrialResult) -> None:
+        """Marks a trial whose code differs, because a file was edited and its worker replaced while the session ran."""
+        version = result.provenance.get("code_sha256")
+        if version is None or version == self.code.digest:
+            return
+        if version not in self.state.code_versions and (edited := Code(self.code.folder)).digest == version:
+            self._append("code_version", code_sha256=version, files=edited.meanings)
+        before, together = self.state.code_versions.get(version), "vectorised" in result.provenance
+        changed = named(self.code.changed(before, flatten(trial.config), together=together)) if before else []
+        if changed:
+            self._append_kept({**self.state.kept_code, trial.trial_id: changed})
+
+    def _append_kept(
+        self,
+        trials: Mapping[str, list[str]],
+        *,
+        continued: Mapping[str, list[str]] | None = None,
+        versions: Sequence[str] = (),
+    ) -> None:
+        fields = {"code_sha256": self.code.digest, "versions": list(versions)}
+        self._append("code_kept", **fields, trials=dict(trials), continued=dict(continued or {}))
+
+    def _set_aside(self, trial_id: str) -> None:
+        """Moves the files of a discarded trial away, before the event that it starts anew."""
+        number, folder = self.state.discarded.get(trial_id), self._trial_folder(trial_id)
+        if number is not None and folder.is_dir():
+            move_folder(folder, self.root.absolute() / DISCARDED / f"{trial_id}-{number}")
 
     def _with_tracking(self, trial: PlannedTrial) -> TrainConfig:
         """Returns the trial's config with its W&B group, job type, run name and mode; the training is unaffected."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ngpt.config.base import ConfigError
+from ngpt.system.code_digest import Meanings
 from tune.storage.divergence import with_divergence
 from tune.storage.journal import Event, read_journal
 from tune.storage.records import BetterArm, SearchRecord, TrialOutcome, TrialWork
@@ -83,6 +84,14 @@ class CampaignState:
     elapsed: float | None = None  # seconds from the session start to that event; missing in older journals
     left_out: dict[str, int] = field(default_factory=dict)  # number of trials that a budget left out, by phase
     ended: bool = True  # whether the newest session has ended; False if it was killed
+    # The versions of the code (ngpt/system/code_digest.py): the digests of its definitions, by version.
+    code_versions: dict[str, Meanings] = field(default_factory=dict)
+    code_of_start: dict[str, str | None] = field(default_factory=dict)  # version that began the newest attempt
+    # Trials that count although their code differs from that of the newest session: what differs, by trial id.
+    kept_code: dict[str, list[str]] = field(default_factory=dict)
+    mixed_code: dict[str, list[str]] = field(default_factory=dict)  # continued from a checkpoint of other code
+    accepted_code: dict[tuple[str, str], str] = field(default_factory=dict)  # when --keep was given; (before, now)
+    discarded: dict[str, int] = field(default_factory=dict)  # trials to train anew; number of the event that said so
 
     @property
     def environment(self) -> dict[str, Any]:
@@ -145,12 +154,21 @@ class CampaignState:
                 self._record_search(event)
             case "trials_expected":
                 self.expected_stages = event["stages"]
+            case "code_version":
+                self.code_versions[event["code_sha256"]] = event["files"]
+            case "code_kept":
+                self._keep_code(event)
+            case "trials_discarded":
+                self._discard(event)
             case "trial_started":
+                self.discarded.pop(event["trial_id"], None)
+                self.code_of_start[event["trial_id"]] = event.get("code_sha256")
                 self.running[event["trial_id"]] = event
                 self.attempts[event["trial_id"]] = event["attempt"]
                 self.trained_on = self.campaign.get("environment", {})
             case "trial_finished":
                 self.running.pop(event["trial_id"], None)
+                self.discarded.pop(event["trial_id"], None)
                 self.results[event["trial_id"]] = with_divergence(event)
             case "worker_died":
                 self.running.pop(event["trial_id"], None)
@@ -182,6 +200,19 @@ class CampaignState:
         # Failed trials are retried. Trials that were stopped early only count if this session stops early too.
         counted = DONE if event.get("stops_early", True) else [status for status in DONE if status != "stopped"]
         self.results = {i: result for i, result in self.results.items() if result["status"] in counted}
+
+    def _keep_code(self, event: Event) -> None:
+        self.kept_code = event["trials"]
+        self.mixed_code = self.mixed_code | event["continued"]
+        for before in event["versions"]:
+            self.accepted_code.setdefault((before, event["code_sha256"]), event["time"])
+
+    def _discard(self, event: Event) -> None:
+        """Forgets trials whose old results, checkpoints and attempts do not count any more."""
+        for trial_id in event["trial_ids"]:
+            for table in (self.results, self.attempts, self.code_of_start, self.kept_code, self.mixed_code):
+                table.pop(trial_id, None)
+            self.discarded[trial_id] = event["seq"]
 
     def _add_session(self, seconds: float) -> None:
         self.seconds += seconds

@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import gc
-import hashlib
 import os
 import platform
 import socket
@@ -17,11 +16,11 @@ from typing import Any
 
 import torch
 
-import ngpt
 from ngpt.config.base import flatten
 from ngpt.config.secrets import redact
 from ngpt.data.dataset import DataConfig, Dataset, open_dataset
 from ngpt.system.atomic_files import make_folder, remove_temporary_files, write_atomic, write_json
+from ngpt.system.code_digest import current_code
 from ngpt.system.device import pick_device
 from ngpt.system.memory import peak_memory
 from ngpt.training.config import TrainConfig
@@ -30,7 +29,6 @@ from ngpt.training.run import RunResult
 from ngpt.training.state import Metrics
 
 CUDA_CONTEXT_BYTES = 768 << 20  # GPU memory that a process uses in addition to its tensors
-SOURCE_SUFFIXES = {".py", ".cpp", ".h"}
 MAX_ERROR_LENGTH = 4000  # characters; a record keeps the end of a longer traceback
 
 
@@ -157,18 +155,9 @@ def open_cached_dataset(config: DataConfig) -> Dataset:
 
 @functools.cache
 def describe_machine(device: str, threads: int) -> dict[str, Any]:
-    """Device, threads, host, versions and code hash: the part of the provenance that can affect the numbers."""
+    """Device, threads, host, versions and code digest: the part of the provenance that can affect the numbers."""
     kind = pick_device(device)
     name = torch.cuda.get_device_name(kind) if kind.type == "cuda" else f"{kind.type} {platform.machine()}"
     versions = {"torch": str(torch.__version__), "python": platform.python_version()}
-    return {"device": name, "threads": threads, "host": socket.gethostname(), **versions, "code_sha256": code_hash()}
-
-
-@functools.cache
-def code_hash(folder: Path | None = None) -> str:
-    """Hash of the library's Python and C++ sources; all trials of a phase should share it."""
-    folder = folder or Path(ngpt.__path__[0])
-    digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.suffix in SOURCE_SUFFIXES):
-        digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:16]
+    code = {"code_sha256": current_code().digest}
+    return {"device": name, "threads": threads, "host": socket.gethostname(), **versions, **code}

@@ -30,6 +30,7 @@ def _half(x):
 
 
 RULES = {"lerp": lerp, "slerp": slerp}
+OLD = {"chord": "lerp"}
 """
 FILES = {
     "__init__.py": "",
@@ -39,7 +40,8 @@ FILES = {
     "def train(c: C):\n    return math.floor(RULES[c.rule](1))\n\n\ndef unused():\n    return 0\n",
     "data/dataset.py": "def open_dataset():\n    return 1\n",
     "rules.py": RULES,
-    "config.py": 'from ngpt.rules import RULES\n\n\nclass C:\n    rule: Annotated[str, one_of(RULES, "rule")] = "lerp"\n',
+    "config.py": "from ngpt.rules import OLD, RULES\n\n\nclass C:\n"
+    "    rule: Annotated[str, one_of(RULES, 'rule', aliases=OLD)] = 'lerp'\n",
     "ensemble/__init__.py": "",
     "ensemble/train.py": "from ngpt.training.loop import train\n\n\ndef train_together():\n    return [train()]\n",
 }
@@ -80,6 +82,8 @@ def test_an_edit_concerns_the_runs_that_reach_it(edit: Edit) -> None:
     assert changed(old, edit(before="x * 2", after="x * 3"), "lerp") == {}
     assert changed(old, edit(before="x * 2", after="x * 3"), "slerp") == {"ngpt/rules.py": ["slerp"]}
     assert changed(old, edit(before="x / 2", after="x / 3"), "slerp") == {}
+    assert changed(old, edit(before="x * 2", after="x * 3"), "chord") == {}  # the old name of lerp
+    assert changed(old, edit(before="x / 2", after="x / 3"), "chord") == {"ngpt/rules.py": ["_half"]}
     assert changed(old, edit(before="x / 2", after="x / 3"), "a rule without an entry") == {"ngpt/rules.py": ["_half"]}
 
 
@@ -121,10 +125,14 @@ def test_the_place_of_a_definition_does_not_count(edit: Edit) -> None:
     slerp, half = (f"def {name}(x):\n" for name in ("slerp", "_half"))
     parts = RULES.partition(slerp)[0], slerp + RULES.partition(slerp)[2].partition(half)[0], half
     rest = RULES.partition(half)[2]
-    reordered = edit(**{"rules.py": parts[1] + half + rest.partition("RULES")[0] + parts[0] + "RULES" + rest.partition("RULES")[2]})
+    reordered = edit(
+        **{"rules.py": parts[1] + half + rest.partition("RULES")[0] + parts[0] + "RULES" + rest.partition("RULES")[2]}
+    )
     moved = edit(
         **{
-            "rules.py": RULES.replace("def _half(x):\n    return x / 2\n", "").replace("\ndef", "from ngpt.low import _half\n\n\ndef", 1),
+            "rules.py": RULES.replace("def _half(x):\n    return x / 2\n", "").replace(
+                "\ndef", "from ngpt.low import _half\n\n\ndef", 1
+            ),
             "low.py": "def _half(x):\n    return x / 2\n",
         }
     )
@@ -146,7 +154,9 @@ def test_two_definitions_of_one_name_are_told_apart(edit: Edit) -> None:
     more = {"other.py": "def scale(x):\n    return x\n", "rules.py": RULES.replace("x / 2", "scale(x)")}
     more["more.py"] = "def scale(x):\n    return 3 * x\n\n\ndef use(x):\n    return scale(x)\n"
     loop = FILES["training/loop.py"].replace("unused", "also").replace("math.floor", "also() or math.floor")
-    more["training/loop.py"] = loop.replace("return 0", "return use(0)").replace("import math", "import math\nfrom ngpt.more import use")
+    more["training/loop.py"] = loop.replace("return 0", "return use(0)").replace(
+        "import math", "import math\nfrom ngpt.more import use"
+    )
     old = edit(**{**more, "rules.py": "from ngpt.other import scale\n" + more["rules.py"]})
     new = edit(**{**more, "rules.py": "from ngpt.more import scale\n" + more["rules.py"]})
     assert old.digest != new.digest

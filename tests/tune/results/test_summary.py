@@ -377,9 +377,7 @@ def test_divisors_that_were_not_finite_are_warned_about(judged: Judged) -> None:
     assert shown.count("divisors") == 1
 
 
-@pytest.mark.parametrize(
-    ("fact", "word"), [("device", "devices"), ("code_sha256", "versions of the code"), ("data_sha256", "data")]
-)
+@pytest.mark.parametrize(("fact", "word"), [("device", "devices"), ("data_sha256", "data")])
 def test_trials_from_different_worlds_are_warned_about(judged: Judged, fact: str, word: str) -> None:
     def result_of(spec: TrialSpec) -> TrialResult:
         result = pretend(spec)
@@ -389,6 +387,15 @@ def test_trials_from_different_worlds_are_warned_about(judged: Judged, fact: str
     found = warnings(judged(SWEEP, result_of))
     assert f"alpha: its trials come from different {word}: another, " in found
     assert found.count("come from different") == 1
+
+
+def test_trials_whose_code_is_not_known_are_warned_about_beside_others(judged: Judged) -> None:
+    def result_of(spec: TrialSpec) -> TrialResult:
+        result = pretend(spec)
+        return replace(result, provenance=result.provenance | ({"code_sha256": "c0de"} if spec.seed == 3 else {}))
+
+    found = warnings(judged(SWEEP, result_of))
+    assert "alpha: the code of 3 of its 9 trials is not known and may differ: c0de" in found
 
 
 def test_another_metric_ranks_and_judges_while_the_loss_stays_the_loss(

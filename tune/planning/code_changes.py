@@ -1,0 +1,228 @@
+"""Finds results that other code computed than the code that would run now, and applies `--retrain` and `--keep`.
+
+Code is part of a result: an edited formula makes the old numbers those of another experiment. So nothing that other
+code computed is reused in silence. The run stops and names the files; `--retrain` trains such trials anew, `--keep`
+reuses them and marks it in the report. What counts as other code is decided for each trial by its settings, see
+ngpt/system/code_digest.py. A checkpoint of an unfinished trial counts like a result.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ngpt.config.base import ConfigError, flatten, unknown_message
+from ngpt.system.code_digest import Code
+from ngpt.training.checkpoint import checkpoint_folders
+from tune import format as fmt
+from tune.planning.forecast import expected_phases
+from tune.planning.plan import PlannedPhase
+from tune.spec.schema import Campaign
+from tune.storage.journal import read_journal
+from tune.storage.state import DONE, CampaignState, replay
+
+RETRAIN, KEEP = "--retrain", "--keep"
+MAX_LISTED_ARMS = 4
+
+
+@dataclass(frozen=True)
+class OldTrial:
+    """A trial that other code, or code that is not known, has computed, or has begun if it is not a result."""
+
+    trial_id: str
+    arms: tuple[str, ...]  # `phase/arm` of each arm that needs it; empty if the campaign does not need it now
+    version: str | None  # of the code that computed it
+    changed: tuple[str, ...]  # what differs, as `ngpt/model/residual.py (lerp)`; empty if that is not known
+    is_result: bool
+
+
+@dataclass(frozen=True)
+class CodeChanges:
+    """The trials in a results directory that other code has computed than the version `now`."""
+
+    now: str
+    arms: tuple[str, ...] = ()  # all arms of the campaign, as `phase/arm`
+    differing: tuple[OldTrial, ...] = ()
+    accepted: tuple[OldTrial, ...] = ()  # they differ, but `--keep` has accepted that in an earlier run
+    unknown: tuple[OldTrial, ...] = ()
+    unneeded: tuple[OldTrial, ...] = ()  # they differ, and no phase needs them, as far as is known now
+    inherited: tuple[str, ...] = ()  # a line for each inherited winner that other code has chosen
+
+    def lines(self) -> list[str]:
+        """What `--plan` says about trials of other code."""
+        lines = [f"other code: {line}" for line in _summaries(self.differing)]
+        if lines:
+            lines.append(f"the run stops because of them, unless {RETRAIN} or {KEEP} is given")
+        return [*lines, *self.remarks(self.unknown, self.accepted)]
+
+    def remarks(self, unknown: Sequence[OldTrial], accepted: Sequence[OldTrial]) -> list[str]:
+        """What is told each time about trials that are reused without a question."""
+        lines = []
+        if unknown:
+            text = "an earlier version of this program, or another machine, trained them"
+            lines.append(f"the code of {_trials(unknown)} is not known: {text}")
+        lines += [f"reused although the code differs, since {KEEP} was given before: {s}" for s in _summaries(accepted)]
+        return [*lines, *self.inherited]
+
+
+@dataclass(frozen=True)
+class CodeDecision:
+    """What a run does with trials of other code."""
+
+    discarded: tuple[str, ...] = ()  # trained anew
+    kept: Mapping[str, list[str]] = field(default_factory=dict)  # reused results: what differs, by trial id
+    continued: Mapping[str, list[str]] = field(default_factory=dict)  # the same of checkpoints
+    versions: tuple[str, ...] = ()  # of the code of the trials that `--keep` accepts in this run
+    unneeded: frozenset[str] = frozenset()  # trials to train anew if a phase turns out to need them
+    lines: tuple[str, ...] = ()
+
+
+def find_code_changes(campaign: Campaign, state: CampaignState, root: Path, code: Code) -> CodeChanges:
+    """Compares the code behind each result and checkpoint in `root` with `code`.
+
+    Raises:
+        ConfigError: the corpus is missing.
+    """
+    if not state.results and not state.code_of_start:
+        return CodeChanges(code.digest)
+    phases = expected_phases(campaign, state)
+    arms, settings = _needed(phases)
+    found = defaultdict[str, list[OldTrial]](list)
+    for trial_id, result in state.results.items():
+        if result["status"] in DONE:
+            version, together = result["provenance"].get("code_sha256"), "vectorised" in result["provenance"]
+            kind, changed = _compare(state, code, version, result.get("config", {}), together=together)
+            found[kind].append(OldTrial(trial_id, arms.get(trial_id, ()), version, changed, True))
+    for trial_id, version in state.code_of_start.items():
+        is_done = state.results.get(trial_id, {}).get("status") in DONE
+        if not is_done and checkpoint_folders(root / "trials" / trial_id / "checkpoints"):
+            kind, changed = _compare(state, code, version, settings.get(trial_id, {}), together=True)
+            found[kind].append(OldTrial(trial_id, arms.get(trial_id, ()), version, changed, False))
+    return CodeChanges(
+        now=code.digest,
+        arms=tuple(f"{phase.name}/{arm.name}" for phase in phases for arm in phase.arms),
+        differing=tuple(trial for trial in found["differs"] if trial.arms),
+        accepted=tuple(found["accepted"]),
+        unknown=tuple(trial for trial in found["unknown"] if trial.arms),
+        unneeded=tuple(trial for trial in found["differs"] if not trial.arms),
+        inherited=tuple(_inherited(campaign, code)),
+    )
+
+
+def decide(changes: CodeChanges, *, retrain: Sequence[str] | None, keep: bool) -> CodeDecision:
+    """Decides what happens to trials of other code.
+
+    Args:
+        retrain: None without `--retrain`; the arms to train anew, as `arm` or `phase/arm`; empty means all that differ.
+        keep: whether `--keep` is given.
+
+    Raises:
+        ConfigError: trials of other code are neither trained anew nor kept, or `retrain` names an unknown arm.
+    """
+    _check_arms(retrain or (), changes.arms)
+    known = (*changes.differing, *changes.accepted)
+    discarded = [
+        trial
+        for trial in (*known, *changes.unknown)
+        if retrain is not None and trial.arms and _is_named(trial, retrain)
+    ]
+    gone = {trial.trial_id for trial in discarded}
+    differing, accepted, unknown, unneeded = (
+        [trial for trial in trials if trial.trial_id not in gone]
+        for trials in (changes.differing, changes.accepted, changes.unknown, changes.unneeded)
+    )
+    if differing and not keep:
+        listed = "\n".join(f"  {line}" for line in _summaries(differing))
+        advice = f"train them anew with {RETRAIN} [ARM ...], keep them with {KEEP} (marked in the report)"
+        text = f"the code has changed since these trials were trained:\n{listed}\n"
+        raise ConfigError(f"{text}{advice}, undo the change, or choose another --out")
+    new = [*differing, *unneeded] if keep else []
+    reused = [*new, *accepted]
+    lines = [f"trained anew: {line}" for line in _summaries(discarded)]
+    if retrain is not None and not discarded:
+        lines.append(f"{RETRAIN}: no trial {'of these arms ' if retrain else ''}was trained by other code")
+    lines += [f"kept although the code differs: {line}" for line in _summaries(new)]
+    return CodeDecision(
+        discarded=tuple(trial.trial_id for trial in discarded),
+        kept={trial.trial_id: list(trial.changed) for trial in reused if trial.is_result},
+        continued={trial.trial_id: list(trial.changed) for trial in reused if not trial.is_result},
+        versions=tuple(sorted({trial.version for trial in new if trial.version})),
+        unneeded=frozenset() if keep else frozenset(trial.trial_id for trial in unneeded),
+        lines=(*lines, *changes.remarks(unknown, accepted)),
+    )
+
+
+def _compare(
+    state: CampaignState, code: Code, version: str | None, settings: Mapping[str, Any], *, together: bool
+) -> tuple[str, tuple[str, ...]]:
+    """Whether a version of the code is the same for a trial, differs, is accepted or unknown; and what differs."""
+    if version == code.digest:
+        return "same", ()
+    if version is None or version not in state.code_versions:
+        return "unknown", ()
+    changed = named(code.changed(state.code_versions[version], settings, together=together))
+    if not changed:
+        return "same", ()
+    return "accepted" if (version, code.digest) in state.accepted_code else "differs", tuple(changed)
+
+
+def named(changed: Mapping[str, Sequence[str]]) -> list[str]:
+    """Names changed code: `ngpt/model/residual.py (lerp, slerp)`."""
+    return [f"{file} ({', '.join(names)})" if names[0][0] != "(" else file for file, names in changed.items()]
+
+
+def _needed(phases: Iterable[PlannedPhase]) -> tuple[dict[str, tuple[str, ...]], dict[str, dict[str, Any]]]:
+    """The arms, as `phase/arm`, and the settings of every trial that the campaign needs, by trial id."""
+    arms, settings = defaultdict[str, list[str]](list), {}
+    for phase in phases:
+        for trial in phase.trials:
+            arms[trial.trial_id].append(f"{phase.name}/{trial.arm}")
+            settings.setdefault(trial.trial_id, flatten(trial.config))
+    return {trial_id: tuple(names) for trial_id, names in arms.items()}, settings
+
+
+def _check_arms(names: Iterable[str], arms: Sequence[str]) -> None:
+    short = [arm.partition("/")[2] for arm in arms]
+    for name in names if arms else ():
+        if name not in arms and name not in short:
+            message = unknown_message("arm", name, sorted({*arms, *short} if "/" in name else {*short}))
+            raise ConfigError(f"{RETRAIN}: {message}")
+
+
+def _is_named(trial: OldTrial, names: Sequence[str]) -> bool:
+    return not names or any(name in (arm, arm.partition("/")[2]) for arm in trial.arms for name in names)
+
+
+def _summaries(trials: Iterable[OldTrial]) -> Iterator[str]:
+    """A line for each set of changes: `ngpt/model/residual.py (lerp): 4 results of alpha/alpha=0.4`."""
+    groups = defaultdict[str, list[OldTrial]](list)
+    for trial in trials:
+        groups[", ".join(trial.changed) or "code that is not known"].append(trial)
+    for changed, group in groups.items():
+        arms = Counter(fmt.plain(trial.arms[0]) for trial in group if trial.arms)
+        of = f" of {fmt.listing(arms, MAX_LISTED_ARMS)}" if arms else " that no arm needs now"
+        yield f"{changed}: {_trials(group)}{of}"
+
+
+def _trials(trials: Sequence[OldTrial]) -> str:
+    counts = {"result": sum(trial.is_result for trial in trials), "checkpoint": sum(not t.is_result for t in trials)}
+    texts = {noun: fmt.counted(count, noun) for noun, count in counts.items() if count}
+    return " and ".join(
+        f"{text} of an unfinished trial" if noun == "checkpoint" else text for noun, text in texts.items()
+    )
+
+
+def _inherited(campaign: Campaign, code: Code) -> Iterator[str]:
+    """Winners of other results directories are settings, not numbers; that other code has chosen them is told."""
+    for path in campaign.inherited:
+        root, name = Path(path).expanduser().parent, Path(path).name
+        state = replay(read_journal(root / "journal.jsonl"))
+        phase = state.phases.get(name)
+        results = [state.results[i] for i in phase.trial_ids if i in state.results] if phase else []
+        changed: dict[str, None] = {}
+        for result in results:
+            version, together = result["provenance"].get("code_sha256"), "vectorised" in result["provenance"]
+            changed |= dict.fromkeys(_compare(state, code, version, result.get("config", {}), together=together)[1])
+        if changed:
+            yield f"inherit: {fmt.plain(path)} was decided by other code: {', '.join(changed)}"
