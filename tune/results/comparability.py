@@ -7,14 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from ngpt.config.base import ConfigError, unknown_message
+from tune.spec.schema import LOSS_METRICS
 from tune.storage.state import CampaignState, read_state
 from tune.storage.summaries import Objective
 
-GOALS = {
-    "val_loss": "minimize",
-    "val_bpb": "minimize",
-    "train_loss": "minimize",
-}  # of the metrics that every trial logs
+GOALS: dict[str, str] = dict.fromkeys(LOSS_METRICS, "minimize")  # of the metrics that every trial logs
 PER_TOKEN = ("val_loss", "train_loss")  # comparable only with the same tokenizer
 
 
