@@ -100,13 +100,12 @@ class Evidence:
         self, outcomes: Outcomes, claim: Claim, baseline: str, *, method: Any = "auto", goal: Any = "minimize"
     ) -> Judgement:
         """Judges the arms of a phase against one of them, `baseline`."""
-        min_effect = self.min_effect_of(claim)
         return judge(
             outcomes,
             baseline=baseline,
             goal=goal,
             confidence=self.confidence,
-            min_effect=min_effect,
+            min_effect=self.min_effect_of(claim),
             metric=claim.metric,
             method=method,
         )

@@ -140,7 +140,7 @@ def parallel_figure(phase: PhaseSummary) -> Figure | None:
     if len(axes) < 2 or len(arms) < 3:
         return None
     columns = [[arm.overrides[name] for arm in arms] for name in axes] + [[arm.score.mean for arm in arms]]
-    scales = [Scale.of(column) for column in columns]
+    scales = [Scale(column) for column in columns]
     heights = [[scale.place(value) for value in column] for scale, column in zip(scales, columns, strict=True)]
     data = []
     groups = HALVES if len(arms) < MIN_ARMS_FOR_FIFTHS else FIFTHS
@@ -169,17 +169,12 @@ def parallel_figure(phase: PhaseSummary) -> Figure | None:
 class Scale:
     """Maps values to [0, 1]: on a linear or log scale, or in equal steps for text or few distinct values."""
 
-    def __init__(self, values: Sequence[Any], *, steps: bool) -> None:
-        self.values, self.steps = list(values), steps
-        self.log = not steps and self.values[0] > 0 and self.values[-1] / self.values[0] >= WIDE_RANGE
-
-    @classmethod
-    def of(cls, column: Sequence[Any]) -> "Scale":
-        """Returns the scale for the values of a setting."""
-        distinct = list({repr(value): value for value in column}.values())
+    def __init__(self, column: Sequence[Any]) -> None:
+        distinct = {repr(value): value for value in column}.values()
         numeric = all(map(is_number, distinct))
-        distinct.sort(key=(lambda value: value) if numeric else repr)
-        return cls(distinct, steps=not numeric or len(distinct) <= MAX_TICKS)
+        self.values: list[Any] = sorted(distinct) if numeric else sorted(distinct, key=repr)
+        self.steps = not numeric or len(self.values) <= MAX_TICKS
+        self.log = not self.steps and self.values[0] > 0 and self.values[-1] / self.values[0] >= WIDE_RANGE
 
     def place(self, value: Any) -> float:
         """Returns the position of a value, from 0 to 1; 0.5 if it is the only one."""
