@@ -10,7 +10,8 @@ from typing import Any, Literal
 from tune import format as fmt
 from tune.analysis.importance import is_number
 from tune.analysis.verdicts import MAX_VALUE, Judgement, Outcomes, judge
-from tune.claims.selectors import ClaimArm, describe, matches, same, short, varied
+from tune.claims.selectors import ClaimArm, describe, matches, same, varied
+from tune.spec.reading import short
 from tune.spec.schema import LOSS_METRICS, Claim
 from tune.storage.records import TrialOutcome
 from tune.storage.summaries import Delta

@@ -1,11 +1,9 @@
 """Judges the claims of a campaign; the verdict is `reproduced`, `refuted`, `undecided` or `no data`.
 
-A claim compares the arms that its `left` and `right` select by their complete settings, in every phase that has both.
-Two arms are paired if all other settings that vary in their phase are equal. If there is no such pair, all arms are
-paired, and the verdict's text names the other settings that differ. A single pair is judged like an arm and the
-baseline of its phase (tune/analysis/verdicts.py: seed by seed, with the noise pooled over the phase). With several
-pairs, the differences are first averaged per seed, so the t interval over seeds (Student 1908) remains valid if phases
-share trials or a seed has the same effect in all of them.
+A claim compares the arms that its `left` and `right` select by their complete settings, in every phase that has both;
+`paired_arms` pairs them. A single pair is judged like an arm and the baseline of its phase (tune/analysis/verdicts.py:
+seed by seed, with the noise pooled over the phase). With several pairs, the differences are first averaged per seed, so
+the t interval over seeds (Student 1908) remains valid if phases share trials or a seed has the same effect in all.
 
 `confidence` is the campaign's; `min_effect` applies to the campaign's metric and is 0 for others. A false `less` or
 `greater` is reproduced with a probability of at most (1 - confidence) / 2, 2.5 % by default, and a true one with an
@@ -26,7 +24,8 @@ from typing import Literal
 from tune.analysis.verdicts import holm
 from tune.claims.arithmetic import evaluate
 from tune.claims.evidence import ONE_SEED, ClaimVerdict, Difference, Evidence, difference, incomplete, series_along
-from tune.claims.selectors import ClaimArm, describe, matches, short
+from tune.claims.selectors import ClaimArm, describe, matches
+from tune.spec.reading import short
 from tune.spec.schema import LOSS_METRICS, Claim
 from tune.storage.summaries import ClaimResult, Delta
 

@@ -4,10 +4,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ngpt.config.base import settings
-from ngpt.training.config import TrainConfig
 from tune import format as fmt
-from tune.spec.reading import comparable
+from tune.spec.reading import comparable, short
 from tune.spec.sweeps import BASELINE
 
 NAME_KEYS = ("arm", "phase")  # the keys of a selector that are not settings
@@ -58,9 +56,3 @@ def describe(selector: Selector | None) -> str:
     parts = [f"the arm {arm}"] if arm else []
     parts += [fmt.settings({short(name): value for name, value in given.items()})] if given else []
     return (" with ".join(parts) or "any arm") + (f" of phase {phase}" if phase else "")
-
-
-def short(name: str) -> str:
-    """The last part of a setting's name if it is unique, otherwise the full name."""
-    leaf = name.rpartition(".")[2]
-    return leaf if sum(full.rpartition(".")[2] == leaf for full in settings(TrainConfig)) == 1 else name

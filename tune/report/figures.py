@@ -235,27 +235,17 @@ def _line(
     seeds = f"mean of {trials} seeds, %{{customdata[0]:.4f}} to %{{customdata[1]:.4f}}" if trials > 1 else "one seed"
     ranges = [[round(point.low, 5), round(point.high, 5)] for point in points]
     x, y = [point.x(over_tokens) for point in points], [round(point.mean, 5) for point in points]
-    return (
-        _arm_trace(arm, x, y, color, width)
-        | {
-            "marker": {"color": color, "size": 5},
-            "showlegend": True,
-            "hovertemplate": f"%{{fullData.name}}<br>{what} %{{y:.4f}} at %{{x:.3s}}<br>{seeds}<extra></extra>",
-        }
-        | ({"customdata": ranges} if trials > 1 else {})
-    )
+    trace = _arm_trace(arm, x, y, color, width) | {"marker": {"color": color, "size": 5}, "showlegend": True}
+    trace["hovertemplate"] = f"%{{fullData.name}}<br>{what} %{{y:.4f}} at %{{x:.3s}}<br>{seeds}<extra></extra>"
+    return trace | {"customdata": ranges} if trials > 1 else trace
 
 
 def _band_over_seeds(arm: str, points: Sequence[Point], color: str, over_tokens: bool) -> Figure:
     """Returns the band between the lowest and the highest seed of an arm, as one outline."""
     x = [point.x(over_tokens) for point in points]
     y = [round(point.high, 5) for point in points] + [round(point.low, 5) for point in reversed(points)]
-    return _arm_trace(arm, x + x[::-1], y, color, 0) | {
-        "fill": "toself",
-        "fillcolor": color,
-        "showlegend": False,
-        "hoverinfo": "skip",
-    }
+    style = {"fill": "toself", "fillcolor": color, "showlegend": False, "hoverinfo": "skip"}
+    return _arm_trace(arm, x + x[::-1], y, color, 0) | style
 
 
 def _late_range(points: Sequence[tuple[float, float]]) -> list[float] | None:

@@ -18,7 +18,9 @@ _ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 
 def render_markdown(summary: CampaignSummary) -> str:
     """Renders the report as GitHub-flavoured Markdown."""
-    parts = [_answer(summary), *_handovers(summary), *map(_phase, summary.phases)]
+    edges = [f"- {cell(edge.target)} starts from {cell(edge.text())}" for edge in handovers(summary.phases)]
+    parts = [_answer(summary), *(["## What the phases handed on", "\n".join(edges)] if edges else [])]
+    parts += map(_phase, summary.phases)
     parts += [claims_markdown(summary)] if summary.claims else []
     parts += [_problems(summary), "## What it cost\n\n" + _list(wording.cost_facts(summary).items()), _sources(summary)]
     parts += ["## How to read this", glossary(wording.VERDICTS)]
@@ -97,11 +99,6 @@ def _phase(phase: PhaseSummary) -> str:
         listed = fmt.listing(f"{cell(name)} {share}" for name, share, _ in table.rows)
         parts.append(f"{cell(table.note)} {listed}.")
     return "\n\n".join([*parts, *map(_warning, phase.warnings)])
-
-
-def _handovers(summary: CampaignSummary) -> list[str]:
-    lines = [f"- {cell(edge.target)} starts from {cell(edge.text())}" for edge in handovers(summary.phases)]
-    return ["## What the phases handed on\n\n" + "\n".join(lines)] if lines else []
 
 
 def claims_markdown(summary: CampaignSummary) -> str:

@@ -14,10 +14,11 @@ from typing import Any
 from ngpt.config.base import ConfigError
 from tune import format as fmt
 from tune.claims.relations import RELATIONS
-from tune.claims.selectors import describe, short
+from tune.claims.selectors import describe
 from tune.report.markdown import cell, glossary, markdown_table
 from tune.report.wording import CLAIM_VERDICTS, CLAIMS_NOTE
 from tune.results.summary import own_claims, summarize_claims
+from tune.spec.reading import short
 from tune.spec.schema import Claim
 from tune.storage.state import CampaignState, read_state
 
@@ -139,9 +140,6 @@ def _describe_campaign(name: str, root: Path, state: CampaignState) -> dict[str,
         "metric": rules["metric"]["name"],
         "command": rules["command"],
     }
-
-
-# ---- the page ------------------------------------------------------------------------------------------------------
 
 
 def total(ledger: Ledger) -> str:

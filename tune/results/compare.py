@@ -121,9 +121,6 @@ def compare(first: Path, second: Path, *, metric: str | None = None) -> Comparis
     )
 
 
-# ---- arms ----------------------------------------------------------------------------------------------------------
-
-
 def _arms(side: Results, ignored: set[str]) -> dict[str, ArmTrials]:
     """Groups trials by the non-default settings that determine their results, encoded as JSON."""
     defaults = {name: to_json(info.default) for name, info in settings(TrainConfig).items()}
@@ -228,9 +225,6 @@ def _throughput_note(a: Results, b: Results) -> str | None:
     if concurrency[0] == concurrency[1]:
         return None
     return f"no throughput ratio: {concurrency[0]} trials ran at a time in A, {concurrency[1]} in B"
-
-
-# ---- facts ---------------------------------------------------------------------------------------------------------
 
 
 def _describe(side: Results) -> dict[str, Any]:
