@@ -83,8 +83,7 @@ def summary(model: GPT, loss: float) -> dict[str, Any]:
 def inspect(config: TrainConfig, *, checkpoint: Path | None = None, backward: bool = False) -> Inspection:
     """Inspects the untrained model of a config, or the model of a checkpoint, on the first training batch.
 
-    Raises:
-        ConfigError: the data do not fit the model, or the checkpoint was trained with a different tokenizer.
+    Raises ConfigError if the data do not fit the model or the checkpoint was trained with a different tokenizer.
     """
     config = resolved(config)
     device = pick_device(config.device)
@@ -112,8 +111,7 @@ def inspect(config: TrainConfig, *, checkpoint: Path | None = None, backward: bo
 def checkpoint_config(path: Path, assignments: list[str]) -> TrainConfig:
     """Returns the settings of a checkpoint, overridden by `name=value` assignments.
 
-    Raises:
-        ConfigError: there is no intact checkpoint, or neither it nor the assignments name the training data.
+    Raises ConfigError if there is no intact checkpoint, or neither it nor the assignments name the training data.
     """
     checkpoint = find_checkpoint(path)
     named, problems = named_settings(TrainConfig, dict(map(parse_assignment, assignments)))
@@ -155,9 +153,8 @@ def print_inspection(inspection: Inspection, *, as_json: bool) -> None:
         return
     print(table(inspection.forward))
     if inspection.backward:
-        print(
-            f"\nbackward: the gradient of the loss for each stage, in the order computed\n{table(inspection.backward)}"
-        )
+        print("\nbackward: the gradient of the loss for each stage, in the order computed")
+        print(table(inspection.backward))
     print()
     for name, value in inspection.summary.items():
         print(f"{name:24} {value:.4g}" if isinstance(value, float) else f"{name:24} {value:,}")
@@ -170,9 +167,8 @@ def main(arguments: list[str] | None = None) -> int:
     )
     model_source = parser.add_mutually_exclusive_group()
     model_source.add_argument("--config", type=Path, help="YAML file of settings; shows the untrained model")
-    model_source.add_argument(
-        "--checkpoint", type=Path, metavar="PATH", help="a trained model: a checkpoint, run or trial"
-    )
+    trained = "a trained model: a checkpoint, run or trial"
+    model_source.add_argument("--checkpoint", type=Path, metavar="PATH", help=trained)
     add_set_option(parser)
     parser.add_argument("--backward", action="store_true", help="show the gradients too")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")

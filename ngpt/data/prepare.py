@@ -1,7 +1,6 @@
 """Tokenizes text into a folder of shards.
 
-Shards are written one by one. `progress.json` records where in the text each shard ends, so a killed preparation
-continues with the next one.
+`progress.json` records where in the text each shard ends, so a killed preparation continues with the next shard.
 """
 
 import hashlib
@@ -157,7 +156,6 @@ def _provide_model(corpus: Corpus, tokenizer: str, val_fraction: float, folder: 
 
 
 def _split(corpus: Corpus, val_fraction: float) -> Iterator[Text]:
-    """Yields (split, text) in corpus order."""
     if corpus.split_by == "document":
         for text in corpus.documents():
             draw = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) / 2**64

@@ -93,10 +93,7 @@ def rollback_settings(config: TrainConfig) -> dict[str, Any]:
 
 
 def read_config(path: Path | None, assignments: list[str]) -> TrainConfig:
-    """Reads a config: defaults, overridden by the YAML file, overridden by `name=value` assignments.
-
-    Raises a ConfigError that lists all errors, those in the file with their positions.
-    """
+    """Reads defaults, overridden by a YAML file and then by `name=value` assignments. ConfigError lists all errors."""
     config = TrainConfig()
     if path is not None:
         document = read_yaml(path)

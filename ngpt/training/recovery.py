@@ -1,10 +1,10 @@
 """Recovery of a run that runs out of memory (`on_oom`), or whose loss or gradient is not finite (`nonfinite`).
 
-Each recovery is counted in the `TrainState`, which is saved with every checkpoint. So a resumed run continues as an
-uninterrupted one would, and its result reports the counts.
+Each recovery is counted in the `TrainState`, so a resumed run continues as an uninterrupted one would.
 """
 
 import logging
+from collections.abc import Sequence
 
 from ngpt.model.gpt import GPT
 from ngpt.optim.optimizers import build_optimizers
@@ -32,6 +32,11 @@ def reduce_batch(run: Run) -> bool:
     now = f"{run.micro_batch_size}, in batches of {run.batch_size}"
     log.warning("step %d: out of memory with micro-batches of %d; now %s", run.state.step, before, now)
     return True
+
+
+def reduce_batches(runs: Sequence[Run]) -> bool:
+    """Reduces the batch of every run whose `on_oom` policy allows it; returns whether any batch became smaller."""
+    return any([reduce_batch(run) for run in runs])  # a list, because `any` stops at the first success
 
 
 def reduce_eval_batch(run: Run) -> bool:

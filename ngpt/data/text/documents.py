@@ -1,7 +1,4 @@
-"""Reads local files: plain text, and documents in Parquet or (compressed) JSON lines.
-
-A document is a string in the column `text`, as in the public corpora.
-"""
+"""Reads local files: plain text, and documents in the column `text` of Parquet or (compressed) JSON lines."""
 
 import hashlib
 import io
