@@ -58,7 +58,6 @@ def read_claims(data: Any, folder: Path) -> Reading[dict[int, Claim]]:
 
 
 def _read_claim(raw: Any, at: Location, folder: Path) -> Reading[dict[str, Any]]:
-    """Reads the fields of one claim, by name."""
     if not isinstance(raw, dict):
         yield Problem(at, f"a claim is a mapping with `id:` and `relation:`, got {raw!r}")
         return {}

@@ -112,18 +112,10 @@ def _interval_trace(verdict: str, rows: list[tuple[int, ArmSummary]]) -> Figure:
 
 
 def _verdict_text_trace(verdict: str, rows: list[tuple[int, ArmSummary]]) -> Figure:
-    return {
-        "type": "scatter",
-        "mode": "text",
-        "name": verdict,
-        "x": [0] * len(rows),
-        "y": [y for y, _ in rows],
-        "text": [f"  {verdict}"] * len(rows),
-        "textposition": "middle right",
-        "textfont": {"color": f"var(--{verdict_slug(verdict)})"},
-        "showlegend": False,
-        "hoverinfo": "skip",
-    }
+    trace = {"type": "scatter", "mode": "text", "name": verdict, "showlegend": False, "hoverinfo": "skip"}
+    texts = {"text": [f"  {verdict}"] * len(rows), "textposition": "middle right"}
+    style = {"textfont": {"color": f"var(--{verdict_slug(verdict)})"}}
+    return trace | texts | style | {"x": [0] * len(rows), "y": [y for y, _ in rows]}
 
 
 def _effect_text(arm: ArmSummary) -> str:

@@ -104,8 +104,6 @@ def _phase(phase: PhaseSummary) -> str:
 def claims_markdown(summary: CampaignSummary) -> str:
     """Renders the claims of a campaign: a table, the trials behind each claim, and a glossary."""
     claims = summary.claims
-    if not claims:
-        return "## Claims\n\nThe campaign names no claims."
     header = ("claim", "source", "what was said", "verdict", "observed", "n", "why")
     values = [fmt.claim_value(claim.observed, claim.ci_low, claim.ci_high) for claim in claims]
     rows = [(c.id, c.source, c.says, c.verdict, value, c.n, c.why) for c, value in zip(claims, values, strict=True)]

@@ -24,14 +24,8 @@ SIDES = ("middle right", "middle left", "top center", "bottom center")
 MAX_TICKS = 8  # values written beside one axis
 WIDE_RANGE = 30  # an axis is logarithmic if its largest value is at least this many times the smallest
 # Groups of arms by rank, with their colours. Fewer than `MIN_ARMS_FOR_FIFTHS` arms are split into halves.
-FIFTHS = {
-    "best fifth": "var(--s1)",
-    "second": "var(--s6)",
-    "third": "var(--faint)",
-    "fourth": "var(--s5)",
-    "last fifth": "var(--s2)",
-}
-HALVES = {"better half": "var(--s1)", "other half": "var(--s5)"}
+FIFTHS = {"best fifth": "s1", "second": "s6", "third": "faint", "fourth": "s5", "last fifth": "s2"}
+HALVES = {"better half": "s1", "other half": "s5"}
 MIN_ARMS_FOR_FIFTHS = 10
 
 
@@ -146,8 +140,9 @@ def parallel_figure(phase: PhaseSummary) -> Figure | None:
     groups = HALVES if len(arms) < MIN_ARMS_FOR_FIFTHS else FIFTHS
     for rank, name in reversed(list(enumerate(groups))):  # the best group is drawn last, on top
         members = [i for i in range(len(arms)) if i * len(groups) // len(arms) == rank]
-        style = {"name": name, "line": {"color": groups[name], "width": 1.2 if rank else 2.5}}
-        data.append(_group_trace(members, arms, heights) | style | {"marker": {"color": groups[name], "size": 5}})
+        color = f"var(--{groups[name]})"
+        style = {"name": name, "line": {"color": color, "width": 1.2 if rank else 2.5}}
+        data.append(_group_trace(members, arms, heights) | style | {"marker": {"color": color, "size": 5}})
     names, span = [label(name.rpartition(".")[2], 18) for name in (*axes, phase.metric.name)], [-0.15, len(axes) + 0.3]
     annotations = [note for x, scale in enumerate(scales) for note in _ticks(x, scale)]
     line = {"color": "var(--soft)", "width": 1}

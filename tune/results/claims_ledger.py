@@ -7,12 +7,13 @@ reproduced a claim and another refuted it, the claim is undecided and the page s
 
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from ngpt.config.base import ConfigError
 from tune import format as fmt
+from tune.claims.evidence import ClaimVerdict
 from tune.claims.relations import RELATIONS
 from tune.claims.selectors import describe
 from tune.report.markdown import cell, glossary, markdown_table
@@ -25,18 +26,11 @@ from tune.storage.state import CampaignState, read_state
 SHORT_ID = 6  # hex digits of a trial id that the page shows
 
 
-@dataclass(frozen=True)
-class ClaimInCampaign:
-    """Result of one campaign for a claim."""
+@dataclass(frozen=True, kw_only=True)
+class ClaimInCampaign(ClaimVerdict):
+    """The verdict of one campaign on a claim."""
 
     campaign: str
-    verdict: str
-    observed: float | None
-    ci_low: float | None
-    ci_high: float | None
-    n: int  # seeds
-    trials: Sequence[str]
-    why: str
 
 
 @dataclass
@@ -78,8 +72,8 @@ def collect(roots: Sequence[Path], claims: Sequence[Claim] | None = None) -> Led
         for claim, result in zip(judged, summarize_claims(state, judged), strict=True):
             entry = LedgerClaim(claim.id, claim.source, claim.says, question(claim))
             entry = entries.setdefault((claim.source, claim.id, claim.says), entry)
-            copied = ("verdict", "observed", "ci_low", "ci_high", "n", "trials", "why")
-            entry.found.append(ClaimInCampaign(name, **{field: getattr(result, field) for field in copied}))
+            verdict = {field.name: getattr(result, field.name) for field in fields(ClaimVerdict)}
+            entry.found.append(ClaimInCampaign(campaign=name, **verdict))
     if not entries:
         raise ConfigError(f"no claims in {fmt.listing(map(str, roots))}; give a file that has some with --claims FILE")
     # By source, claims without a source last; within a source in file order.

@@ -25,13 +25,8 @@ def seconds_left(state: CampaignState, running: Sequence[Running]) -> float | No
     that the phase's ended and running trials complete, where running trials count as complete. Until the first trial
     is stopped, waiting trials are expected to run to the end.
     """
-    works = {
-        trial_id: arm.work
-        for phase in state.phases.values()
-        for arm in phase.arms
-        if arm.work
-        for trial_id in arm.trial_ids.values()
-    }
+    phases = state.phases.values()
+    works = {i: arm.work for phase in phases for arm in phase.arms if arm.work for i in arm.trial_ids.values()}
     under_way = {trial.trial_id: trial for trial in running if trial.trial_id in works}
     workers = max(1, state.campaign["workers"])
     per_worker = max(1.0, len(under_way) / workers)  # trials that share one worker
@@ -48,7 +43,7 @@ def seconds_left(state: CampaignState, running: Sequence[Running]) -> float | No
     def seconds(work: TrialWork) -> float:
         return work.flops * rates.get(work.shape, rates[None])
 
-    shares = {name: _share_of_phase(phase, state, under_way) for name, phase in state.phases.items()}
+    shares = {phase.name: _share_of_phase(phase, state, under_way) for phase in phases}
     running_left = [
         (full_seconds.get(i) or seconds(works[i])) * max(0.0, 1 - trial.step / trial.steps)
         for i, trial in under_way.items()

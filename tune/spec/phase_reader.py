@@ -284,7 +284,6 @@ class _PhaseReader:
 
 
 def _check_distinct(arms: Sequence[ArmSpec]) -> Reading[None]:
-    """Reports arms that change the same settings to the same values as an earlier arm."""
     first: dict[Any, ArmSpec] = {}
     for arm in arms:
         twin = first.setdefault(comparable([arm.inherit, *sorted(arm.overrides.items())]), arm)

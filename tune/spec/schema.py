@@ -23,7 +23,6 @@ MAX_TRIALS = 10_000  # per campaign
 
 
 def _gpus_per_trial(value: Any) -> Any:
-    """Accepts `auto` or a positive number."""
     if value != "auto" and (isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf):
         raise invalid_setting(f"expected `auto` or a number above 0, got {value!r}")
     return value
