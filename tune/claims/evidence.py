@@ -87,10 +87,7 @@ class Evidence:
         return {arm.name: {seed: self.trial(i, metric, transform) for seed, i in arm.trial_ids.items()} for arm in arms}
 
     def trial(self, trial_id: str, metric: str, transform: Transform = float) -> TrialOutcome:
-        """The outcome of a trial with its value transformed.
-
-        The value is None if it is missing, not below MAX_VALUE in magnitude, or not positive when `transform` is log.
-        """
+        """The outcome of a trial; its transformed value is None if it is missing, MAX_VALUE or more, or has no log."""
         outcome = self.outcome(trial_id, metric)
         value = outcome.value
         if value is None or abs(value) >= MAX_VALUE or (transform is log and value <= 0):
@@ -263,7 +260,7 @@ def _mean(outcomes: Sequence[TrialOutcome]) -> TrialOutcome:
 def _place(pairs: Sequence[Pair], n: int) -> str:
     """The seeds and phases of a comparison as text, such as `on 3 seeds of phase alpha`."""
     phases = list(dict.fromkeys(arm.phase for pair in pairs for arm in pair))
-    return f"on {n} seed{'' if n == 1 else 's'} of phase{'' if len(phases) == 1 else 's'} {fmt.listing(phases)}"
+    return f"on {fmt.counted(n, 'seed')} of phase{'' if len(phases) == 1 else 's'} {fmt.listing(phases)}"
 
 
 def _explain_no_pairs(claim: Claim, arms: Sequence[ClaimArm]) -> str:

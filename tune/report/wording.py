@@ -205,9 +205,8 @@ def troubles(summary: CampaignSummary) -> list[str]:
         name = f"{fmt.plain(trial.phase)}/{fmt.plain(trial.arm)} seed {trial.seed}"
         sentences.append(f"{name} was started {trial.attempts} times; final status: {fmt.plain(trial.status)}.")
     if skipped := summary.data.get("skipped_shards"):
-        sentences.append(
-            f"{skipped} corrupt shard{'s were' if skipped > 1 else ' was'} skipped when the data were read."
-        )
+        shards = f"{skipped} corrupt shards were" if skipped > 1 else f"{skipped} corrupt shard was"
+        sentences.append(f"{shards} skipped when the data were read.")
     warned = [f"{len(phase.warnings)} in {fmt.plain(phase.phase)}" for phase in summary.phases if phase.warnings]
     if warned:
         sentences.append(f"Warnings are listed with their phases: {fmt.listing(warned)}.")
