@@ -28,15 +28,10 @@ class ClaimArm:
 def matches(selector: Selector, arm: ClaimArm) -> bool:
     """Whether the arm has the phase, name and settings of the selector; `baseline` matches any baseline."""
     names = (arm.name, BASELINE.name) if arm.is_baseline else (arm.name,)
-    return (
-        selector.get("phase", arm.phase) == arm.phase
-        and selector.get("arm", arm.name) in names
-        and all(
-            name in arm.settings and same(arm.settings[name], value)
-            for name, value in selector.items()
-            if name not in NAME_KEYS
-        )
-    )
+    if selector.get("phase", arm.phase) != arm.phase or selector.get("arm", arm.name) not in names:
+        return False
+    wanted = {name: value for name, value in selector.items() if name not in NAME_KEYS}
+    return all(name in arm.settings and same(arm.settings[name], value) for name, value in wanted.items())
 
 
 def same(a: Any, b: Any) -> bool:

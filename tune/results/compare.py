@@ -124,17 +124,12 @@ def compare(first: Path, second: Path, *, metric: str | None = None) -> Comparis
 def _arms(side: Results, ignored: set[str]) -> dict[str, ArmTrials]:
     """Groups trials by the non-default settings that determine their results, encoded as JSON."""
     defaults = {name: to_json(info.default) for name, info in settings(TrainConfig).items()}
-    identity = {name for name in defaults if is_identity(TrainConfig, name)}
+    skipped = {*ignored, "seed"} | {name for name in defaults if not is_identity(TrainConfig, name)}
     arms: dict[str, ArmTrials] = {}
     for phase in side.state.phases.values():
         for record in phase_records(side.state, phase):
-            config = {
-                name: value
-                for name, value in record.config.items()
-                if name != "seed"
-                and name not in ignored
-                and (name not in defaults or (name in identity and value != defaults[name]))
-            }
+            config = {name: value for name, value in record.config.items() if name not in skipped}
+            config = {name: value for name, value in config.items() if name not in defaults or value != defaults[name]}
             arm = arms.setdefault(json.dumps(config, sort_keys=True), ArmTrials())
             name = f"{phase.name}/{record.arm}"
             if name not in arm.names:
