@@ -92,9 +92,8 @@ def is_same_corpus(name: str, other: str) -> bool:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m ngpt.evaluate", description="The validation loss of a trained model, also on a longer context."
-    )
+    about = "The validation loss of a trained model, also on a longer context."
+    parser = argparse.ArgumentParser(prog="python -m ngpt.evaluate", description=about)
     add_model_arguments(parser)
     parser.add_argument("--corpus", metavar="C", help="as for python -m ngpt.data; default: what it was trained on")
     parser.add_argument("--tokenizer", metavar="T", help="of the corpus, if it is not the checkpoint's own")

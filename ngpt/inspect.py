@@ -81,10 +81,7 @@ def summary(model: GPT, loss: float) -> dict[str, Any]:
 
 
 def inspect(config: TrainConfig, *, checkpoint: Path | None = None, backward: bool = False) -> Inspection:
-    """Inspects the untrained model of a config, or the model of a checkpoint, on the first training batch.
-
-    Raises ConfigError if the data do not fit the model or the checkpoint was trained with a different tokenizer.
-    """
+    """Inspects the model of a config or checkpoint on the first training batch; ConfigError if the data do not fit."""
     config = resolved(config)
     device = pick_device(config.device)
     dataset = open_dataset(config.data)
@@ -109,10 +106,7 @@ def inspect(config: TrainConfig, *, checkpoint: Path | None = None, backward: bo
 
 
 def checkpoint_config(path: Path, assignments: list[str]) -> TrainConfig:
-    """Returns the settings of a checkpoint, overridden by `name=value` assignments.
-
-    Raises ConfigError if there is no intact checkpoint, or neither it nor the assignments name the training data.
-    """
+    """Returns the settings of a checkpoint, overridden by `name=value`; ConfigError if it or its data are unknown."""
     checkpoint = find_checkpoint(path)
     named, problems = named_settings(TrainConfig, dict(map(parse_assignment, assignments)))
     if problems:
@@ -162,9 +156,8 @@ def print_inspection(inspection: Inspection, *, as_json: bool) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line and returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m ngpt.inspect", description="Each stage of one pass on real data: shapes, lengths, times."
-    )
+    about = "Each stage of one pass on real data: shapes, lengths, times."
+    parser = argparse.ArgumentParser(prog="python -m ngpt.inspect", description=about)
     model_source = parser.add_mutually_exclusive_group()
     model_source.add_argument("--config", type=Path, help="YAML file of settings; shows the untrained model")
     trained = "a trained model: a checkpoint, run or trial"

@@ -93,9 +93,8 @@ def encode_in_order(
 
     `marked` texts start with the document separator token, if the tokenizer has one.
     """
-    prefix = np.array(
-        [tokenizer.document_separator] if marked and tokenizer.document_separator is not None else [], np.uint16
-    )
+    separator = tokenizer.document_separator if marked else None
+    prefix = np.array([] if separator is None else [separator], np.uint16)
     sizes = tokenizer.token_bytes()
     for batch in _batches(texts, threads):
         encoded = tokenizer.encode_batch([text for _, text in batch], threads=threads)

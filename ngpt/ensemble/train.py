@@ -167,9 +167,8 @@ def train_step_together(stack: Stack, runs: Sequence[Run]) -> list[StepMetrics]:
 def _gradients(stack: Stack, runs: Sequence[Run]) -> list[tuple[float, float]]:
     """Accumulates the gradients over micro-batches and clips them; returns each run's loss and norm before clipping."""
     _prefetch_batches(runs, steps_ahead=0)
-    idx, targets = (
-        torch.stack(parts) for parts in zip(*(run.upcoming[1] for run in runs if run.upcoming), strict=True)
-    )
+    batches = [run.upcoming[1] for run in runs if run.upcoming]
+    idx, targets = (torch.stack(parts) for parts in zip(*batches, strict=True))
     with contextlib.ExitStack() as counts:
         for run in runs:
             counts.enter_context(restore_counts_on_error(run.model))

@@ -145,32 +145,29 @@ def record_stages(model: GPT, recorder: Recorder) -> Iterator[None]:
     with ExitStack() as stack:
         stack.callback(setattr, recorder, "prefix", "")
         hooks = _Hooks(recorder, stack)
-        hooks.after(model.wte, lambda _, x: recorder.record_stream("embedding", x))
+        record, record_stream = recorder.record, recorder.record_stream
+        hooks.after(model.wte, lambda _, x: record_stream("embedding", x))
         for layer, block in enumerate(model.blocks):
             assert isinstance(block, SphereBlock | PreNormBlock)
             hooks.before(block, functools.partial(_enter_block, recorder, layer))
             hooks.record_attention(block.attention)
             hooks.record_output("mlp.up", block.mlp.up)
-            hooks.before(block.mlp.down, lambda x: recorder.record("mlp.hidden", x, lambda: {"zeros": _zeros(x)}))
+            hooks.before(block.mlp.down, lambda x: record("mlp.hidden", x, lambda: {"zeros": _zeros(x)}))
             hooks.record_output("mlp.answer", block.mlp)
             if isinstance(block, SphereBlock):
                 hooks.record_residual("attention.stream", block.attention_residual)
                 hooks.record_residual("mlp.stream", block.mlp_residual)
             else:
                 hooks.record_output("attention.reads", block.attention_norm)
-                hooks.before(
-                    block.mlp_norm, lambda x: recorder.record_stream("attention.stream", x, before=recorder.stream)
-                )
+                hooks.before(block.mlp_norm, lambda x: record_stream("attention.stream", x, before=recorder.stream))
                 hooks.record_output("mlp.reads", block.mlp_norm)
-                hooks.after(block, lambda _, out: recorder.record_stream("mlp.stream", out[0], before=recorder.stream))
+                hooks.after(block, lambda _, out: record_stream("mlp.stream", out[0], before=recorder.stream))
             hooks.after(block, lambda *_: setattr(recorder, "prefix", ""))
         if model.normalizer is not None:
             names = itertools.cycle(("attention.r", "mlp.r"))
-            hooks.after(
-                model.normalizer, lambda _, r: recorder.record(next(names), r.unsqueeze(-1), lambda: _spread("r", r))
-            )
+            hooks.after(model.normalizer, lambda _, r: record(next(names), r.unsqueeze(-1), lambda: _spread("r", r)))
         if model.final_norm is not None:
-            hooks.after(model.final_norm, lambda _, x: recorder.record_stream("final norm", x))
+            hooks.after(model.final_norm, lambda _, x: record_stream("final norm", x))
         stack.enter_context(_Functions(recorder))
         recorder.resume()
         yield

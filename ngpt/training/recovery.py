@@ -17,10 +17,7 @@ log = logging.getLogger(__name__)
 
 
 def reduce_batch(run: Run) -> bool:
-    """Halves the micro-batch after training ran out of memory; False if it is one sequence or `on_oom` is fail.
-
-    The batch stays the same, and its gradient too up to rounding, unless `on_oom` is halve_batch.
-    """
+    """Halves the micro-batch, and the batch if `on_oom` is halve_batch; False at one sequence or if it is fail."""
     before = run.micro_batch_size
     if run.config.on_oom == "fail" or before == 1:
         return False

@@ -38,10 +38,7 @@ class TrackerConfig(Config):
 
 
 def resolve_tracker(cfg: TrackerConfig, folder: Path, report: Callable[[str], None] = print_line) -> TrackerConfig:
-    """Resolves the W&B mode `auto`, see `resolve_mode`. Call it once, before the first run.
-
-    Raises ConfigError if the mode is online and W&B cannot be reached, or if TensorBoard is not installed.
-    """
+    """Resolves the W&B mode `auto`, once before the first run; ConfigError if W&B or TensorBoard is not available."""
     if cfg.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise ConfigError("tracker.tensorboard needs a package: pip install 'ngpt-campaign[tensorboard]'")
     return cfg.model_copy(update={"wandb": resolve_mode(cfg.wandb, folder, report)})

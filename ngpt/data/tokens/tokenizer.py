@@ -112,10 +112,7 @@ Tokenizer = SentencePieceTokenizer | GPT2Tokenizer
 
 
 def load_tokenizer(spec: str, folder: Path | None) -> Tokenizer:
-    """Loads the tokenizer `spec`. A sentencepiece model in `folder`, a prepared corpus, takes precedence.
-
-    Raises ConfigError for missing or unreadable files, without tiktoken, and without network for GPT-2's files.
-    """
+    """Loads a tokenizer, first a sentencepiece model in `folder` of a prepared corpus. ConfigError if it cannot."""
     kind, argument = parse_spec(spec)
     if kind == "gpt2":
         loaded: Tokenizer = load_gpt2(_path(argument))
