@@ -101,15 +101,13 @@ def from_nvidia_ngpt(state: Mapping[str, Tensor], *, n_head: int, block_size: in
     """Builds the model of a state dict of NVIDIA/ngpt (at ed19eb2), nGPT or its GPT baseline depending on the keys.
 
     Scales keep their stored values: the effective value is stored * init * sqrt(n_embd), with init 0.05 for alpha and 1
-    for s_qk and s_z; s_uv is stored as is. Weights are converted to float32 and not projected.
+    for s_qk and s_z; s_uv is stored as is. Weights are converted to float32 and not projected. Raises ConfigError that
+    lists each weight that is unknown, missing or of the wrong shape, and each impossible setting.
 
     Args:
         state: official name -> tensor; prefixes of torch.compile and DDP are stripped. Sizes come from the shapes.
         n_head: must match the training run; a wrong divisor of n_embd loads without error but computes nonsense.
         rope: `nvidia` for the repository's own RoPE (its issue 10), `rotary` for a fork with a true rotation.
-
-    Raises:
-        ConfigError: lists each weight that is unknown, missing or of the wrong shape, and each impossible setting.
     """
     layout = NVIDIA_GPT if any("rmsnorm_" in name for name in state) else NVIDIA_NGPT
     return _convert(state, layout, {"n_head": n_head, "block_size": block_size, "rope": rope})
@@ -262,14 +260,13 @@ SOURCES = {"nvidia": (_read_nvidia, from_nvidia_ngpt), "nanochat": (_read_nanoch
 def convert(source: str, path: Path, *, out: Path, tokenizer: str, options: Mapping[str, Any]) -> Path:
     """Converts an official checkpoint file into `out/checkpoints/step_0000000` and returns that folder.
 
+    Raises ConfigError if the file is invalid or inconsistent with itself, the tokenizer or the options, and OSError if
+    it cannot be read or the checkpoint cannot be written.
+
     Args:
         source: a key of `SOURCES`.
         tokenizer: the model's tokenizer, `gpt2`, `gpt2:DIR` or `PATH.model`; saved in the checkpoint's identity.
         options: keyword arguments of the source's build function; None values are read from the file.
-
-    Raises:
-        ConfigError: the file is invalid or inconsistent with itself, the tokenizer or the options.
-        OSError: the file cannot be read, or the checkpoint cannot be written.
     """
     root = out / "checkpoints"
     if checkpoint_folders(root):
@@ -281,9 +278,8 @@ def convert(source: str, path: Path, *, out: Path, tokenizer: str, options: Mapp
         raise ConfigError(f"{path} does not state all settings of the model: give {' and '.join(missing)}")
     model = build_model(state, **settings)
     values = flatten(model.cfg)
-    if mismatches := [
-        f"{name} is {value}, not {values[name]}" for name, value in file_settings.items() if value != values[name]
-    ]:
+    stated = file_settings.items()
+    if mismatches := [f"{name} is {value}, not {values[name]}" for name, value in stated if value != values[name]]:
         raise ConfigError(f"{path} does not match its weights or the options: it states {', '.join(mismatches)}")
     identity = {f"model.{name}": value for name, value in values.items()}
     identity["data.tokenizer"] = _tokenizer_spec(tokenizer, values["vocab_size"])

@@ -5,7 +5,6 @@ python -m ngpt.evaluate runs/first --set block_size=512 rope_scaling=yarn rope_f
 """
 
 import argparse
-import json
 import math
 import os
 import sys
@@ -19,6 +18,7 @@ from ngpt.data.tokens.tokenizer import MODEL_FILE
 from ngpt.model.gpt import GPT
 from ngpt.system.cli import run_command
 from ngpt.system.device import mixed_precision
+from ngpt.system.timing import print_metrics
 from ngpt.training.checkpoint import Checkpoint
 from ngpt.training.evaluation import evaluate
 from ngpt.training.load_model import (
@@ -92,9 +92,8 @@ def is_same_corpus(name: str, other: str) -> bool:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m ngpt.evaluate", description="The validation loss of a trained model, also on a longer context."
-    )
+    about = "The validation loss of a trained model, also on a longer context."
+    parser = argparse.ArgumentParser(prog="python -m ngpt.evaluate", description=about)
     add_model_arguments(parser)
     parser.add_argument("--corpus", metavar="C", help="as for python -m ngpt.data; default: what it was trained on")
     parser.add_argument("--tokenizer", metavar="T", help="of the corpus, if it is not the checkpoint's own")
@@ -113,11 +112,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     config = data_config(checkpoint, corpus=options.corpus, source=options.source, tokenizer=options.tokenizer)
     dataset = open_dataset(config)
     metrics = evaluate_checkpoint(model, checkpoint, dataset, eval_tokens=options.eval_tokens, dtype=options.dtype)
-    if options.json:
-        print(json.dumps(metrics, allow_nan=False))
-        return 0
-    for name, value in metrics.items():
-        print(f"{name:18} {value:.6g}" if isinstance(value, float) else f"{name:18} {value}")
+    print_metrics(metrics, as_json=options.json, width=18, digits=6)
     return 0
 
 

@@ -84,13 +84,10 @@ def generate(
     Args:
         model: in evaluation mode.
         idx: the prompts, (B, T) int64 with T >= 1, on the model's device.
-        temperature, top_k, top_p: see `probabilities`.
+        temperature, top_k, top_p: see `probabilities`; ConfigError if one is out of range.
         generator: a CPU generator samples the same tokens on every device.
         cache: whether to cache keys and values. Otherwise each token recomputes the whole context.
         vocab_size: ids at or above it are never sampled, for a tokenizer smaller than the model's vocabulary.
-
-    Raises:
-        ConfigError: `temperature`, `top_k` or `top_p` is out of range.
     """
     sampling = build(Sampling, {"temperature": temperature, "top_k": top_k, "top_p": top_p})
     size = model.cfg.block_size
@@ -153,10 +150,7 @@ def print_ready(continuations: list[Continuation]) -> None:
 
 
 def continue_prompts(loaded: LoadedModel, options: argparse.Namespace) -> int:
-    """Prints the continuations that the command line asks for; returns the number of generated tokens.
-
-    Prompts of equal length form one batch, which is exact and needs no padding.
-    """
+    """Prints the continuations that the command line asks for; returns the number of generated tokens."""
     model, tokenizer, checkpoint = loaded
     if tokenizer is None:
         raise ConfigError(f"{checkpoint.path} has no tokenizer: name it with --tokenizer")
@@ -174,7 +168,7 @@ def continue_prompts(loaded: LoadedModel, options: argparse.Namespace) -> int:
     else:
         generator.manual_seed(options.seed)
     remaining, count = list(continuations), 0
-    for length in sorted({len(prompt) for prompt in prompts}):
+    for length in sorted({len(prompt) for prompt in prompts}):  # prompts of equal length need no padding
         batch = [each for each in continuations if len(each.prompt) == length]
         tokens = generate(
             model,

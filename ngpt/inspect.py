@@ -81,11 +81,7 @@ def summary(model: GPT, loss: float) -> dict[str, Any]:
 
 
 def inspect(config: TrainConfig, *, checkpoint: Path | None = None, backward: bool = False) -> Inspection:
-    """Inspects the untrained model of a config, or the model of a checkpoint, on the first training batch.
-
-    Raises:
-        ConfigError: the data do not fit the model, or the checkpoint was trained with a different tokenizer.
-    """
+    """Inspects the model of a config or checkpoint on the first training batch; ConfigError if the data do not fit."""
     config = resolved(config)
     device = pick_device(config.device)
     dataset = open_dataset(config.data)
@@ -110,11 +106,7 @@ def inspect(config: TrainConfig, *, checkpoint: Path | None = None, backward: bo
 
 
 def checkpoint_config(path: Path, assignments: list[str]) -> TrainConfig:
-    """Returns the settings of a checkpoint, overridden by `name=value` assignments.
-
-    Raises:
-        ConfigError: there is no intact checkpoint, or neither it nor the assignments name the training data.
-    """
+    """Returns the settings of a checkpoint, overridden by `name=value`; ConfigError if it or its data are unknown."""
     checkpoint = find_checkpoint(path)
     named, problems = named_settings(TrainConfig, dict(map(parse_assignment, assignments)))
     if problems:
@@ -155,9 +147,8 @@ def print_inspection(inspection: Inspection, *, as_json: bool) -> None:
         return
     print(table(inspection.forward))
     if inspection.backward:
-        print(
-            f"\nbackward: the gradient of the loss for each stage, in the order computed\n{table(inspection.backward)}"
-        )
+        print("\nbackward: the gradient of the loss for each stage, in the order computed")
+        print(table(inspection.backward))
     print()
     for name, value in inspection.summary.items():
         print(f"{name:24} {value:.4g}" if isinstance(value, float) else f"{name:24} {value:,}")
@@ -165,14 +156,12 @@ def print_inspection(inspection: Inspection, *, as_json: bool) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line and returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m ngpt.inspect", description="Each stage of one pass on real data: shapes, lengths, times."
-    )
+    about = "Each stage of one pass on real data: shapes, lengths, times."
+    parser = argparse.ArgumentParser(prog="python -m ngpt.inspect", description=about)
     model_source = parser.add_mutually_exclusive_group()
     model_source.add_argument("--config", type=Path, help="YAML file of settings; shows the untrained model")
-    model_source.add_argument(
-        "--checkpoint", type=Path, metavar="PATH", help="a trained model: a checkpoint, run or trial"
-    )
+    trained = "a trained model: a checkpoint, run or trial"
+    model_source.add_argument("--checkpoint", type=Path, metavar="PATH", help=trained)
     add_set_option(parser)
     parser.add_argument("--backward", action="store_true", help="show the gradients too")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")

@@ -1,7 +1,6 @@
 """Runs a campaign: locks the results, prepares the corpora, starts the executor and the live view, trains."""
 
 import contextlib
-import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -9,8 +8,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TypeVar
 
+from ngpt.data.text.progress import Log
 from ngpt.ensemble.train import ensemble_incompatibility
 from ngpt.training.tracker import resolve_tracker
+from ngpt.training.wandb_tracker import print_line
 from tune.executors.local import run_inline
 from tune.executors.orphans import kill_marked
 from tune.executors.ray_supervisor import RaySupervisor
@@ -40,7 +41,7 @@ def launch(
     allow_change: bool = False,
     retrain: Sequence[str] | None = None,
     keep: bool = False,
-    view: Callable[[Callable[[], Snapshot]], contextlib.AbstractContextManager] = open_console,
+    view: Callable[[Callable[[], Snapshot]], contextlib.AbstractContextManager[Log]] = open_console,
 ) -> tuple[CampaignSummary, int]:
     """Trains the trials missing in `root`; returns the campaign's summary and the signal that ended the run, or 0.
 
@@ -52,7 +53,7 @@ def launch(
         allow_change: continue even if the campaign changes the meaning of existing results (tune/planning/changes.py).
         retrain: arms whose trials are trained anew if other code trained them; an empty list means all, None none.
         keep: reuse trials of other code, and mark it in the report.
-        view: makes the context manager that shows progress and has a `message` method.
+        view: makes the context manager that shows progress; entering it gives a function that prints an event.
 
     Raises:
         ResultsLocked: another process runs on `root`.
@@ -85,7 +86,7 @@ def launch(
         if supervisor and address is None:  # the GPUs of a running cluster may be on other machines
             share_gpus(session, supervisor)
         session.begin(describe_data(campaign.base) | {"shards": check_all(campaign)})
-        session.message = stack.enter_context(view(session.snapshot)).message
+        session.message = stack.enter_context(view(session.snapshot))
         supervisor.run() if supervisor else run_inline(session)
         return session.end(), session.stop_signal
 
@@ -148,8 +149,3 @@ def in_background(call: Callable[[], Value]) -> Future[Value]:
 
     threading.Thread(target=work, daemon=True).start()
     return future
-
-
-def print_line(text: str) -> None:
-    """Prints a line on stderr, before the live view opens."""
-    print(text, file=sys.stderr, flush=True)

@@ -8,7 +8,6 @@ from typing import Any
 
 import ngpt.bench
 from ngpt.bench import parts
-from ngpt.bench.checkpoints import checkpoint
 from ngpt.bench.ensembles import vectorised
 from ngpt.bench.options import add_config_arguments, config_of
 from ngpt.config.base import ConfigError
@@ -24,7 +23,7 @@ BENCHMARKS: dict[str, Callable[..., dict[str, Any]]] = {
     "projection": parts.projection,
     "loader": parts.loader,
     "generate": parts.generate,
-    "checkpoint": checkpoint,
+    "checkpoint": parts.checkpoint,
     "vectorised": vectorised,
 }
 

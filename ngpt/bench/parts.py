@@ -1,8 +1,10 @@
-"""Times the parts of a training step, each against the plain torch formulation that it replaces."""
+"""Times the parts of a training step and a checkpoint, each against the plain torch formulation that it replaces."""
 
 import copy
 import itertools
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ngpt.config.base import ConfigError
+from ngpt.config.base import ConfigError, override
 from ngpt.data.dataset import open_dataset
 from ngpt.generate import generate as continue_text
 from ngpt.kernels.compile import compile_for
@@ -23,9 +25,12 @@ from ngpt.optim.optimizers import ON_SPHERE, OptimConfig, build_optimizers, para
 from ngpt.optim.projection import project_weights
 from ngpt.system.device import DTYPES, mixed_precision, pick_device
 from ngpt.system.timing import compare_times, copy_bandwidth, gemm_flops, interleave, machine_info, timers
+from ngpt.training.checkpoint import checkpoint_folders
 from ngpt.training.config import TrainConfig, resolved
 from ngpt.training.loop import read_batch, train_step
+from ngpt.training.saving import save
 from ngpt.training.throughput import benchmark_run
+from ngpt.training.tracker import Tracker
 
 BenchMetrics = dict[str, Any]
 FLOAT_BYTES = 4  # weights, gradients and moments are float32
@@ -230,6 +235,32 @@ def generate(config: TrainConfig, *, seconds: float = 10.0) -> BenchMetrics:
     return metrics | _floor(config, device, moved_bytes, 0, times["ours"])
 
 
+def checkpoint(config: TrainConfig, *, seconds: float = 10.0) -> BenchMetrics:
+    """Compares a checkpoint (with digests, syncs and the removal of old ones) with torch.save of the same state.
+
+    Returns ms, best_ms, reference_ms, ratio; saved_bytes; step_ms (of a training step) and share (checkpoint time over
+    training time, with one checkpoint every `checkpoint.every` steps).
+    """
+    config = override(resolved(config), {"tracker.wandb": "disabled"})
+    run = benchmark_run(config)
+    with tempfile.TemporaryDirectory() as folder:
+        run.out_dir = Path(folder)
+
+        def plain_save() -> None:
+            optimizers = [optimizer.state_dict() for optimizer in run.optimizers]
+            torch.save({"model": run.model.state_dict(), "optimizers": optimizers}, run.out_dir / "plain.pt")
+
+        with Tracker(config.tracker, run.out_dir, settings={}) as tracker:
+            variants = {"step": lambda: train_step(run), "ours": lambda: save(run, tracker), "plain": plain_save}
+            times = interleave(timers(variants, run.device), seconds=seconds)
+        newest = checkpoint_folders(run.out_dir / "checkpoints")[-1]
+        size = sum(path.stat().st_size for path in newest.iterdir())
+    metrics = compare_times(times["ours"], times["plain"])
+    step_ms = float(np.median(times["step"])) * 1000
+    share = metrics["ms"] / (config.checkpoint.every * step_ms)
+    return metrics | {"saved_bytes": size, "step_ms": step_ms, "share": share} | machine_info(run.device, config.dtype)
+
+
 def _floor(config: TrainConfig, device: torch.device, moved_bytes: int, flops: int, times: list[float]) -> BenchMetrics:
     """Returns the minimum time for this traffic and these FLOPs on the machine, and its share of the median time."""
     bandwidth, flops_per_second = copy_bandwidth(device), gemm_flops(device, DTYPES[config.dtype])
@@ -258,10 +289,7 @@ def _reference_optimizers(model: GPT, cfg: OptimConfig) -> list[torch.optim.Opti
 
 
 def _optimizer_work(model: GPT, cfg: OptimConfig) -> tuple[int, int]:
-    """Returns the bytes that a step reads and writes, and the FLOPs of its matrix products.
-
-    Adam reads parameter, gradient and two moments, and writes all but the gradient. Muon has one moment.
-    """
+    """Returns the bytes that a step reads and writes, with two moments or one for Muon, and its matrix FLOPs."""
     moved_bytes = flops = 0
     for kind, parameters in parameters_by_kind(model).items():
         is_muon = kind == "matrices" and "muon" in cfg.name

@@ -62,10 +62,7 @@ def runtime_setting(default: Any, **constraints: Any) -> Any:
 
 
 def added_setting(default: Any, *, same_as_default: Collection[Any] = (), **constraints: Any) -> Any:
-    """Declares a field that is newer than some trial ids.
-
-    To keep those ids, `content_hash` ignores the field at its default and at each value in `same_as_default`.
-    """
+    """Declares a field newer than some trial ids; `content_hash` ignores it at its default and at `same_as_default`."""
     return pydantic.Field(default, json_schema_extra={"left_out_at": [default, *same_as_default]}, **constraints)
 
 
@@ -163,10 +160,7 @@ def build(cls: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
 
 
 def override(config: ConfigT, changes: Mapping[str, Any]) -> ConfigT:
-    """Returns `config` with `changes` by dotted name or unique last part.
-
-    Raises ConfigError with all unknown names or, if there are none, with all invalid values.
-    """
+    """Returns `config` with `changes` by dotted name or unique last part; ConfigError lists all mistakes in them."""
     problems, full = [], {}
     for name, value in changes.items():
         try:
@@ -237,8 +231,6 @@ def _unknown_setting(cls: type[Config], name: str) -> str:
     candidates = known if "." in name else {full.rpartition(".")[2] for full in known}
     near = difflib.get_close_matches(name[:MAX_NAME_LENGTH], list(candidates), n=1)
     note = ""
-    if foreign := [
-        char for char in name[:MAX_NAME_LENGTH] if not char.isascii()
-    ]:  # a Cyrillic a looks like a Latin one
+    if foreign := [char for char in name[:MAX_NAME_LENGTH] if not char.isascii()]:  # a Cyrillic a looks like a Latin a
         note = f" (it contains {unicodedata.name(foreign[0], 'a character')}, U+{ord(foreign[0]):04X})"
     return unknown_message("setting", name, near or known) + note

@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ngpt.config.base import Config, ConfigError, Location, Problem, resolve, sections, unknown_message
+from ngpt.config.base import Config, ConfigError, Location, Problem, dotted_name, resolve, sections, unknown_message
 from ngpt.config.yaml_reader import Document, YamlError, read_yaml
 
 MAX_PROBLEMS = 100  # reported at once
@@ -63,6 +63,16 @@ def named_settings(
         problems += [Problem(entry[1], f"{name} is given twice") for name, entry in added.items() if name in found]
         found |= added
     return from_files | found, problems
+
+
+def located(problem: Problem, given: Found) -> Problem:
+    """Moves a problem at `optim.betas[0]` to where the file sets `betas`, with or without the prefix `optim`."""
+    location = problem.location
+    for end in range(len(location), 0, -1):
+        name = dotted_name(location[:end])
+        if name in given:
+            return Problem((*given[name][1], *location[end:]), problem.message)
+    return problem
 
 
 def _section_file(cls: type[Config], path: Path, at: Location) -> tuple[Found, list[Problem]]:

@@ -107,7 +107,6 @@ class _BoundedComposer(Composer):
     nodes = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        """Composes and counts the next node."""
         self.nodes += 1
         if self.depth > MAX_DEPTH or self.nodes > MAX_NODES:
             problem = TOO_DEEP if self.depth > MAX_DEPTH else TOO_MANY

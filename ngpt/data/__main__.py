@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from ngpt.system.cache import cache_folder
-from ngpt.system.cli import run_command
+from ngpt.system.cli import print_line, run_command
 
 EXPLANATION = """\
 CORPUS
@@ -52,9 +52,9 @@ def _prepare(options: argparse.Namespace) -> int:
     given = vars(options)
     settings = {name: given[name] for name in DataConfig.model_fields if given.get(name) is not None}
     config = build(DataConfig, settings)
-    folder = prepare(config, out=options.out, log=_progress, workers=options.workers)
+    folder = prepare(config, out=options.out, log=print_line, workers=options.workers)
     manifest = open_dataset(DataConfig(corpus=str(folder))).manifest
-    _progress(f"in {folder}")
+    print_line(f"in {folder}")
     if options.json:
         print(json.dumps(manifest | {"folder": str(folder)}))
         return 0
@@ -87,10 +87,6 @@ def _count(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number from 1, got {text!r}")
     return int(text)
-
-
-def _progress(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -217,10 +217,7 @@ def _is_done(folder: Path, key: str) -> bool:
 
 
 def _fill(config: DataConfig, final: Path, key: str, log: Log, workers: int | None) -> None:
-    """Prepares the corpus in a temporary folder and renames it. The caller holds the lock.
-
-    A killed process leaves a temporary folder with the same fingerprint in its name; this continues in it.
-    """
+    """Fills a temporary folder, or that of a killed process, and renames it to `final`. The caller holds the lock."""
     temp = final.with_name(f".tmp-{final.name}-{key}")
     for stale in final.parent.glob(f".tmp-{final.name}-*"):
         if stale != temp:

@@ -65,10 +65,7 @@ def train_batch(
 
 
 def eval_set(dataset: Dataset, *, tokens: int, batch_size: int, block_size: int) -> EvalSet:
-    """Returns the first `tokens` tokens of the validation split, or all if it has fewer, as adjacent windows.
-
-    Raises ConfigError if the train or validation split is shorter than a window.
-    """
+    """Returns the first `tokens` validation tokens as adjacent windows; ConfigError if a split has no whole window."""
     _require(dataset.train, "train", block_size)
     _require(dataset.val, "validation", block_size)
     windows = _first_windows(dataset.val, max(1, tokens // block_size), block_size)

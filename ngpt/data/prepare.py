@@ -1,7 +1,6 @@
 """Tokenizes text into a folder of shards.
 
-Shards are written one by one. `progress.json` records where in the text each shard ends, so a killed preparation
-continues with the next one.
+`progress.json` records where in the text each shard ends, so a killed preparation continues with the next shard.
 """
 
 import hashlib
@@ -94,9 +93,8 @@ def encode_in_order(
 
     `marked` texts start with the document separator token, if the tokenizer has one.
     """
-    prefix = np.array(
-        [tokenizer.document_separator] if marked and tokenizer.document_separator is not None else [], np.uint16
-    )
+    separator = tokenizer.document_separator if marked else None
+    prefix = np.array([] if separator is None else [separator], np.uint16)
     sizes = tokenizer.token_bytes()
     for batch in _batches(texts, threads):
         encoded = tokenizer.encode_batch([text for _, text in batch], threads=threads)
@@ -157,7 +155,6 @@ def _provide_model(corpus: Corpus, tokenizer: str, val_fraction: float, folder: 
 
 
 def _split(corpus: Corpus, val_fraction: float) -> Iterator[Text]:
-    """Yields (split, text) in corpus order."""
     if corpus.split_by == "document":
         for text in corpus.documents():
             draw = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) / 2**64

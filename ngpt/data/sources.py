@@ -1,7 +1,6 @@
-"""The named corpora, and local files as a corpus.
+"""The named corpora, and local files as a corpus. To add a corpus, write a function and add it to `CORPORA`.
 
 A corpus is a generator of documents or a list of existing shards, with an identity that is known without reading them.
-To add a corpus, write a function and add it to `CORPORA`.
 """
 
 import hashlib
@@ -73,10 +72,7 @@ class ShardCorpus:
 
 
 def python_docs(path: Path | None, shards: int) -> Corpus:
-    """The documentation in the running Python: language topics and standard library docstrings; needs no network.
-
-    A document is a topic or a module. About 2 MB of technical English.
-    """
+    """The documentation in the running Python, 2 MB; a document is a language topic or the docstrings of a module."""
     _is_whole("python-docs", shards)
     if path is not None:
         raise ConfigError("python-docs is read from Python itself: leave out data.path (--from)")
@@ -126,10 +122,7 @@ def fineweb(path: Path | None, shards: int) -> ShardCorpus:
 
 
 def openwebtext(path: Path | None, shards: int) -> Corpus:
-    """OpenWebText, 8 million web pages, from the hub or from local Parquet, JSON-lines or text files.
-
-    Uses the first `shards` Parquet files of the hub, about 100,000 pages each, or all local files.
-    """
+    """OpenWebText, 8 million web pages: `shards` Parquet files of the hub, 100,000 pages each, or all local files."""
     if path is not None:
         files = find_files(path)
         return _document_corpus("openwebtext", f"documents:{files_identity(path, files)}", lambda log: files)
@@ -145,10 +138,7 @@ CORPORA: dict[str, Callable[[Path | None, int], Corpus | ShardCorpus]] = {
 
 
 def text_corpus(path: Path) -> Corpus:
-    """A corpus from a file, or from all files below a folder except hidden ones.
-
-    Parquet and JSON-lines files make up the corpus if there are any; else all files are UTF-8 text.
-    """
+    """A corpus from a file or folder: its Parquet and JSON-lines files, else all files as text, without hidden ones."""
     files = find_files(path)
     name = path.resolve().stem
     if documents := [file for file in files if holds_documents(file)]:
@@ -178,7 +168,6 @@ def shards_identity(paths: Sequence[Path]) -> list[list[Any]]:
 
 
 def _document_corpus(name: str, identity: str, fetch: Callable[[Log], list[Path]]) -> Corpus:
-    """A corpus of the documents in the files that `fetch` returns."""
     return Corpus(
         name=name,
         identity=identity,

@@ -1,7 +1,6 @@
 """Trains K models of one graph as one program: their weights are stacked, and each model holds views of its rows.
 
-The forward pass is the model's own code under `torch.vmap` (PyTorch's "model ensembling"); only the loss is
-reimplemented here. Optimizers, evaluation and checkpoints work on each model as usual.
+The forward pass is the model's own code under `torch.vmap`; only the loss is reimplemented here.
 """
 
 import warnings

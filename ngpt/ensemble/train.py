@@ -3,8 +3,7 @@
 This pays off where launching kernels takes longer than computing them: for small models on a GPU, and for very small
 steps on a CPU. `python -m ngpt.bench vectorised` measures it for a given shape on this machine.
 
-Only training steps are batched. Evaluations take 13 to 32 % of such trials, but batching them did not help: on a CPU,
-eight models (2 x 32, 128 batches of 128 tokens) took 1.13 s sequentially and 1.14 s batched.
+Only training steps are batched; batching evaluations did not help (docs/benchmarks.md).
 
 Each run has its own folder, metrics, checkpoints and step count. `ngpt.training.loop.train` can resume it, and vice
 versa. Results differ from those of single runs only by rounding in batched matrix products.
@@ -21,13 +20,13 @@ from torch import Tensor
 from ngpt.config.base import ConfigError, flatten
 from ngpt.data.dataset import Dataset
 from ngpt.ensemble.stack import Stack
-from ngpt.ensemble.update import reduce_batches, update_together
 from ngpt.model.diagnostics import restore_counts_on_error
 from ngpt.system.memory import retry_on_oom
 from ngpt.training.config import TrainConfig, resolved
-from ngpt.training.loop import StepMetrics, batch, count_step, set_schedules, step_metrics, train_run, train_step
+from ngpt.training.loop import batch, count_step, set_schedules, step_metrics, train_run, train_step, update
+from ngpt.training.recovery import reduce_batches
 from ngpt.training.run import Run, RunResult, set_up
-from ngpt.training.state import Metrics
+from ngpt.training.state import Metrics, StepMetrics
 
 # Settings and sections that may differ between runs of one graph: they enter it as tensors, or not at all.
 FREE_SETTINGS = {
@@ -39,9 +38,6 @@ FREE_SECTIONS = {"optim", "schedule", "nonfinite", "checkpoint", "tracker"}
 Event = Metrics | RunResult | Exception  # an evaluation, or how a run has ended
 Events = dict[int, Event]  # by the index of the run
 RunLoop = Generator[Metrics | None, StepMetrics | None, RunResult]  # None: waits for the metrics of a step
-
-
-# ---- which runs --------------------------------------------------------------------------------
 
 
 def graph_settings(config: TrainConfig) -> dict[str, object]:
@@ -68,9 +64,6 @@ def ensemble_incompatibility(configs: Sequence[TrainConfig]) -> str | None:
     return None
 
 
-# ---- the loop ----------------------------------------------------------------------------------
-
-
 def train_together(
     configs: Sequence[TrainConfig],
     out_dirs: Sequence[Path],
@@ -82,13 +75,10 @@ def train_together(
 
     An event is the metrics of an evaluation, a run's result, or the exception that ended a run. A full disk or a
     checkpoint of another config ends only the run concerned. To close runs, send their indices in reply to a yield. The
-    last remaining run takes unbatched steps.
+    last remaining run takes unbatched steps. Arguments are as in `ngpt.training.loop.train`, for each run.
 
-    Arguments are as in `ngpt.training.loop.train`, for each run.
-
-    Raises:
-        ConfigError: the configs cannot be trained together, see `ensemble_incompatibility`.
-        RuntimeError, MemoryError: a step failed, which ends all runs. Each can resume from its checkpoints.
+    Raises ConfigError if the configs cannot be trained together, see `ensemble_incompatibility`. A step that fails with
+    RuntimeError or MemoryError ends all runs; each can resume from its checkpoints.
     """
     if reason := ensemble_incompatibility(configs):
         raise ConfigError(reason)
@@ -160,9 +150,6 @@ def _advance(loop: RunLoop, metrics: StepMetrics | None) -> Event | None:
         return error
 
 
-# ---- a step ------------------------------------------------------------------------------------
-
-
 def train_step_together(stack: Stack, runs: Sequence[Run]) -> list[StepMetrics]:
     """Takes one step of every run, like `ngpt.training.loop.train_step`; returns the metrics of each."""
     with contextlib.ExitStack() as clocks:
@@ -172,16 +159,16 @@ def train_step_together(stack: Stack, runs: Sequence[Run]) -> list[StepMetrics]:
         computed = retry_on_oom(lambda: _gradients(stack, runs), lambda: reduce_batches(runs), runs[0].device)
         for run, (loss, _) in zip(runs, computed, strict=True):
             count_step(run, loss)
-        update_together([run for run, numbers in zip(runs, computed, strict=True) if all(map(math.isfinite, numbers))])
+        if finite := [run for run, numbers in zip(runs, computed, strict=True) if all(map(math.isfinite, numbers))]:
+            update(finite)
     return [step_metrics(run, loss, norm) for run, (loss, norm) in zip(runs, computed, strict=True)]
 
 
 def _gradients(stack: Stack, runs: Sequence[Run]) -> list[tuple[float, float]]:
     """Accumulates the gradients over micro-batches and clips them; returns each run's loss and norm before clipping."""
     _prefetch_batches(runs, steps_ahead=0)
-    idx, targets = (
-        torch.stack(parts) for parts in zip(*(run.upcoming[1] for run in runs if run.upcoming), strict=True)
-    )
+    batches = [run.upcoming[1] for run in runs if run.upcoming]
+    idx, targets = (torch.stack(parts) for parts in zip(*batches, strict=True))
     with contextlib.ExitStack() as counts:
         for run in runs:
             counts.enter_context(restore_counts_on_error(run.model))

@@ -34,10 +34,7 @@ def compile_for(key: Hashable, function: Callable[..., Any]) -> Callable[..., An
 
 
 def use_disk_cache() -> Path:
-    """Points torch's compile cache at the project's cache folder, for this process and its children; returns the path.
-
-    A folder that the user set in TORCHINDUCTOR_CACHE_DIR is kept. torch's temporary default is replaced.
-    """
+    """Points torch's compile cache at our cache folder, unless TORCHINDUCTOR_CACHE_DIR is set; returns the path."""
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # imported here because it takes 1.5 seconds
 
     if os.environ.get(CACHE_VARIABLE) in (None, "", default_cache_dir()):

@@ -89,10 +89,9 @@ def _rows(tensor: Tensor) -> Tensor:
 
 @functools.cache
 def is_correct(device: torch.device, width: int, x_dtype: torch.dtype, f_dtype: torch.dtype) -> bool:
-    """Whether Triton is installed (CUDA builds of torch include it) and the kernels agree with torch on this device.
+    """Whether Triton is installed, as with CUDA builds of torch, and the kernels agree with torch on this device.
 
-    Building them needs a C compiler, Python's headers and a recent GPU. If the build fails or the results are wrong,
-    logs a warning. Checked once per process, device, width and dtypes.
+    If the build fails (it needs a C compiler, Python's headers and a recent GPU) or a result is wrong, logs a warning.
     """
     if importlib.util.find_spec("triton") is None:
         return False

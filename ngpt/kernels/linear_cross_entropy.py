@@ -80,10 +80,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         softcap: float | None,
         compiled: bool,
     ) -> Tensor:
-        """Computes the loss and the gradients, but leaves the last pass over the weight gradient to `backward`.
-
-        x is (N, D), targets (N, 1); the rest as in `linear_cross_entropy`.
-        """
+        """Computes the loss of x (N, D) and the gradients, but leaves the last pass over the weight's to `backward`."""
         ctx.x_dtype, ctx.compiled = x.dtype, compiled
         results = _cpu_kernel_loss(x, weight, scale, targets, softcap, gradients=True) if compiled else None
         ctx.is_complete = results is not None
@@ -109,12 +106,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_x, grad_scaled, weight, scale = ctx.saved_tensors
             weight, scale = weight.detach(), None if scale is None else scale.detach()
             grad_x, grad_weight, grad_scale = _scale_by(grad_x, grad_loss), None, None
-            _, for_weight, for_scale, *_ = ctx.needs_input_grad
             if grad_scaled is not None:
-                shapes = weight.shape, weight.dtype, getattr(scale, "shape", None)
-                key = ("head", for_weight, for_scale, grad_loss is None, grad_scaled.dtype, *shapes)
+                for_scale, shapes = ctx.needs_input_grad[2], (weight.shape, weight.dtype, getattr(scale, "shape", None))
+                key = ("head", for_scale, grad_loss is None, grad_scaled.dtype, *shapes)
                 finish = compile_for(key, _head_gradients) if ctx.compiled else _head_gradients
-                grad_weight, grad_scale = finish(grad_scaled, weight, scale, grad_loss, for_weight, for_scale)
+                grad_weight, grad_scale = finish(grad_scaled, weight, scale, grad_loss, for_scale)
         return None if grad_x is None else grad_x.to(ctx.x_dtype), grad_weight, grad_scale, None, None, None
 
 
@@ -123,17 +119,9 @@ def _scale_by(gradient: Tensor | None, grad_loss: Tensor | None) -> Tensor | Non
 
 
 def _head_gradients(
-    grad_scaled: Tensor,
-    weight: Tensor,
-    scale: Tensor | None,
-    grad_loss: Tensor | None,
-    for_weight: bool,
-    for_scale: bool,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Returns the gradients of weight (V, D) and scale, times `grad_loss`.
-
-    `grad_scaled` is the gradient of scale * weight, transposed (D, V).
-    """
+    grad_scaled: Tensor, weight: Tensor, scale: Tensor | None, grad_loss: Tensor | None, for_scale: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Returns `grad_loss` times the gradients of weight (V, D) and scale, given that of (scale * weight).T (D, V)."""
     grad_weight, grad_scale = grad_scaled.t().contiguous(), None
     if for_scale and scale is not None:
         grad_scale = _scale_by((grad_weight * weight).sum(1).sum_to_size(scale.shape).to(scale.dtype), grad_loss)
@@ -141,7 +129,7 @@ def _head_gradients(
     if factor is not None:
         grad_weight.mul_(factor.view(-1, 1))
     # Compiled code may return the gradient with a (D, V) memory layout, which autograd would copy.
-    return grad_weight.to(weight.dtype).contiguous() if for_weight else None, grad_scale
+    return grad_weight.to(weight.dtype).contiguous(), grad_scale
 
 
 def _cpu_kernel_loss(
@@ -273,9 +261,8 @@ def _cpp_softmax(library: ctypes.CDLL, z: Tensor, *_: object) -> tuple[Tensor, T
 def _softmax_by_blocks(z: Tensor, softcap: float | None, needs_gradients: bool) -> tuple[Tensor, Tensor]:
     """`_unnormalized_softmax`, computed in blocks of rows that fit in the cache."""
     blocks = z.split(_rows(BLOCK_BYTES, z.device, z.shape[1]))
-    row_maxes, exp_sums = zip(
-        *(_unnormalized_softmax(block, softcap, needs_gradients) for block in blocks), strict=True
-    )
+    parts = [_unnormalized_softmax(block, softcap, needs_gradients) for block in blocks]
+    row_maxes, exp_sums = zip(*parts, strict=True)
     return torch.cat(row_maxes), torch.cat(exp_sums)
 
 

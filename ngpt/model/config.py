@@ -57,9 +57,7 @@ class ModelConfig(Config, frozen=True):
     norm_mode: Annotated[str, one_of(NORM_MODES, "norm mode")] = "baseline"  # rule for the divisor of the residual step
     norm_decay: Annotated[float, Field(ge=0, le=1)] = 0.9  # decay of norm mode `ema`
     norm_every: Count = 1  # ghost norms: renormalize after every norm_every sublayers and after the last
-    norm_probability: Annotated[float, Field(gt=0, le=1)] = (
-        1.0  # stochastic norms: in training, renormalize with this probability
-    )
+    norm_probability: Annotated[float, Field(gt=0, le=1)] = 1.0  # stochastic norms: of renormalizing in training
 
     # GPT only; no effect under the other rules:
     embedding_norm: bool = True  # normalize the embedding output
@@ -91,9 +89,8 @@ class ModelConfig(Config, frozen=True):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.n_embd % self.n_head:
-            raise invalid_setting(
-                f"n_embd {self.n_embd} cannot be divided into n_head {self.n_head} heads", "n_head", "n_embd"
-            )
+            text = f"n_embd {self.n_embd} cannot be divided into n_head {self.n_head} heads"
+            raise invalid_setting(text, "n_head", "n_embd")
         if self.head_dim % 2:
             text = f"n_embd {self.n_embd} / n_head {self.n_head} gives heads of odd width {self.head_dim}"
             raise invalid_setting(f"{text}; rotary embedding needs an even width", "n_head", "n_embd")

@@ -21,10 +21,9 @@ def weight_norm_error(model: GPT) -> float:
 
 @torch.no_grad()
 def activation_norm_error(model: GPT, idx: Tensor) -> float:
-    """Largest deviation from unit length of the residual stream for tokens `idx` (B, T); 0 for a GPT.
+    """Largest deviation from unit length of the stream for tokens `idx` (B, T), before and after each sublayer.
 
-    The stream is measured before the first sublayer and after each sublayer. In training mode, the stochastic norms
-    drawn for the current step apply.
+    0 for a GPT. In training mode, the stochastic norms drawn for the current step apply.
     """
     if not model.cfg.on_sphere:
         return 0.0
@@ -77,10 +76,7 @@ def _count_restorer(model: GPT) -> Callable[[], object]:
 
 
 def _outputs(model: GPT, idx: Tensor, kind: type[nn.Module]) -> list[Tensor]:
-    """Runs the model on `idx` and returns the output of each call of a module of type `kind`.
-
-    The count of non-finite divisors does not change.
-    """
+    """Returns the outputs of all modules of type `kind` for `idx`, without counting non-finite divisors."""
     outputs: list[Tensor] = []
     with contextlib.ExitStack() as undo:
         undo.callback(_count_restorer(model))

@@ -184,10 +184,7 @@ class GPT(nn.Module):
             cache.length += new
 
     def prepare_step(self, step: int, total: int, *, seed: int) -> None:
-        """Applies the alpha schedule and draws the stochastic norms for `step`, in 0 ... total - 1.
-
-        Both are pure functions of the arguments, so a resumed run needs no extra state.
-        """
+        """Applies the alpha schedule and draws the stochastic norms of `step`, in 0 ... total - 1; keeps no state."""
         residuals = [module for module in self.modules() if isinstance(module, Residual)]
         if self.cfg.alpha_final is not None:
             assert isinstance(self.cfg.alpha, float)

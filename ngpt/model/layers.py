@@ -96,8 +96,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """MLP with SwiGLU, `u * silu(gate)`, or `relu(u)^2`, (B, T, D) -> (B, T, D).
 
-    nGPT scales the hidden units by s_uv * sqrt(D). Otherwise they would be about 1/sqrt(D), the dot product of unit
-    vectors, where silu is almost linear.
+    nGPT scales the hidden units by s_uv * sqrt(D), since silu is almost linear for a dot product of unit vectors.
     """
 
     def __init__(self, cfg: ModelConfig) -> None:

@@ -1,7 +1,4 @@
-"""Float32 normalizations: L2 norm (nGPT), RMS norm (GPT), and the running divisor r of source report 000.
-
-The divisor shortens residual steps whose branches point along the stream.
-"""
+"""Float32 normalizations: L2 (nGPT), RMS (GPT), and the divisor r, which shortens steps along the stream."""
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +10,7 @@ from ngpt.config.base import unknown_message
 def l2_normalize(x: Tensor, dim: int = -1) -> Tensor:
     """Scales `x` to unit Euclidean length along `dim`, in float32 (nGPT's Norm, arXiv 2410.01131, section 2.1).
 
-    The zero vector stays zero; in the official repository it becomes NaN. In bfloat16, rounding errors
-    would accumulate over the layers.
+    The zero vector stays zero; in the official repository it becomes NaN.
     """
     return F.normalize(x.float(), dim=dim, eps=1e-12)
 

@@ -52,10 +52,7 @@ def attention_temperature(scaling: str, factor: float) -> float:
 def rope_tables(
     length: int, head_dim: int, *, base: float = 10_000.0, scaling: str = "none", factor: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Returns the cosines and sines of the angles, each float32 (length, head_dim / 2).
-
-    The model was trained with a context of length / factor.
-    """
+    """Returns cosines and sines, float32 (length, head_dim / 2), for a model trained on length / factor tokens."""
     frequencies = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     frequencies = ROPE_SCALINGS[scaling](frequencies, factor, length / factor)
     angles = torch.outer(torch.arange(length, dtype=torch.float64), frequencies)
@@ -71,8 +68,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def nvidia_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Computes NVIDIA/ngpt's `apply_rotary_position_embeddings` for `x` (..., T, K), in float32; it is no rotation.
 
-    That code interleaves sine and cosine in one table, but then reads its halves as sine and cosine, and omits two of
-    the four terms.
+    That code reads the halves of a table of interleaved sines and cosines, and omits two of the four terms.
     """
     first, second = torch.stack((sin, cos), dim=-1).flatten(-2).chunk(2, dim=-1)
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)

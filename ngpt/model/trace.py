@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from ngpt.model.gpt import GPT, PreNormBlock, SphereBlock
 from ngpt.model.layers import Attention
 from ngpt.model.residual import Residual
+from ngpt.system.timing import synchronize
 
 Facts = dict[str, float]
 SPHERE_TOLERANCE = 1e-3  # relative deviation of vector lengths that still counts as on a sphere
@@ -66,7 +67,7 @@ class Recorder:
 
     def resume(self) -> None:
         """Starts timing the next stage."""
-        _synchronize(self._device)
+        synchronize(self._device)
         self._stage_start = time.perf_counter()
 
     def record(self, name: str, x: Tensor, facts: Callable[[], Facts] = dict, *, of: Tensor | None = None) -> None:
@@ -86,7 +87,7 @@ class Recorder:
         self.stream = stream
 
     def _add(self, stages: list[Stage], name: str, x: Tensor, facts: Callable[[], Facts] = dict) -> None:
-        _synchronize(self._device)
+        synchronize(self._device)
         ms = (time.perf_counter() - self._stage_start) * 1000
         with torch.no_grad():
             stages.append(_stage(name, x, ms, facts()))
@@ -94,11 +95,8 @@ class Recorder:
 
 
 def angles(a: Tensor, b: Tensor) -> Tensor:
-    """Returns the angles in degrees between vectors of `a` and `b` (..., D), in float64.
-
-    They are computed from the chord, which is accurate for small angles.
-    """
-    a, b = F.normalize(a.detach().cpu().double(), dim=-1), F.normalize(b.detach().cpu().double(), dim=-1)
+    """Returns the angles in degrees between vectors of `a` and `b` (..., D), in float64; accurate for small angles."""
+    a, b = (F.normalize(vectors.detach().cpu().double(), dim=-1) for vectors in (a, b))
     return torch.rad2deg(2 * torch.asin(((a - b).norm(dim=-1) / 2).clamp(max=1)))
 
 
@@ -107,9 +105,7 @@ def score_facts(q: Tensor, k: Tensor, scale: float) -> Facts:
     tokens = q.shape[2]
     causal = torch.ones(tokens, tokens, dtype=torch.bool, device=q.device).tril()
     parts = []
-    for queries, keys in zip(
-        q.float(), k.float(), strict=True
-    ):  # one sequence at a time, since its scores (H, T, T) are large
+    for queries, keys in zip(q.float(), k.float(), strict=True):  # one by one, since the scores (H, T, T) are large
         scores = scale * queries @ keys.repeat_interleave(len(queries) // len(keys), 0).mT
         log_weights = scores.masked_fill(~causal, -math.inf).log_softmax(-1).masked_fill(~causal, 0)
         entropy = -(log_weights.exp() * causal * log_weights).sum(-1)
@@ -143,43 +139,35 @@ def _stage(name: str, x: Tensor, ms: float, facts: Facts) -> Stage:
     return Stage(name, tuple(x.shape), dtype, length, spheres[0] if spheres else "-", ms, facts)
 
 
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 @contextmanager
 def record_stages(model: GPT, recorder: Recorder) -> Iterator[None]:
     """Records the stages of forward passes inside the with block; removes the hooks afterwards."""
     with ExitStack() as stack:
         stack.callback(setattr, recorder, "prefix", "")
         hooks = _Hooks(recorder, stack)
-        hooks.after(model.wte, lambda _, x: recorder.record_stream("embedding", x))
+        record, record_stream = recorder.record, recorder.record_stream
+        hooks.after(model.wte, lambda _, x: record_stream("embedding", x))
         for layer, block in enumerate(model.blocks):
             assert isinstance(block, SphereBlock | PreNormBlock)
             hooks.before(block, functools.partial(_enter_block, recorder, layer))
             hooks.record_attention(block.attention)
             hooks.record_output("mlp.up", block.mlp.up)
-            hooks.before(block.mlp.down, lambda x: recorder.record("mlp.hidden", x, lambda: {"zeros": _zeros(x)}))
+            hooks.before(block.mlp.down, lambda x: record("mlp.hidden", x, lambda: {"zeros": _zeros(x)}))
             hooks.record_output("mlp.answer", block.mlp)
             if isinstance(block, SphereBlock):
                 hooks.record_residual("attention.stream", block.attention_residual)
                 hooks.record_residual("mlp.stream", block.mlp_residual)
             else:
                 hooks.record_output("attention.reads", block.attention_norm)
-                hooks.before(
-                    block.mlp_norm, lambda x: recorder.record_stream("attention.stream", x, before=recorder.stream)
-                )
+                hooks.before(block.mlp_norm, lambda x: record_stream("attention.stream", x, before=recorder.stream))
                 hooks.record_output("mlp.reads", block.mlp_norm)
-                hooks.after(block, lambda _, out: recorder.record_stream("mlp.stream", out[0], before=recorder.stream))
+                hooks.after(block, lambda _, out: record_stream("mlp.stream", out[0], before=recorder.stream))
             hooks.after(block, lambda *_: setattr(recorder, "prefix", ""))
         if model.normalizer is not None:
             names = itertools.cycle(("attention.r", "mlp.r"))
-            hooks.after(
-                model.normalizer, lambda _, r: recorder.record(next(names), r.unsqueeze(-1), lambda: _spread("r", r))
-            )
+            hooks.after(model.normalizer, lambda _, r: record(next(names), r.unsqueeze(-1), lambda: _spread("r", r)))
         if model.final_norm is not None:
-            hooks.after(model.final_norm, lambda _, x: recorder.record_stream("final norm", x))
+            hooks.after(model.final_norm, lambda _, x: record_stream("final norm", x))
         stack.enter_context(_Functions(recorder))
         recorder.resume()
         yield
@@ -192,10 +180,7 @@ def _enter_block(recorder: Recorder, layer: int, x: Tensor) -> None:
 
 
 class _Hooks:
-    """Registers hooks, which `stack` removes.
-
-    `before` hooks receive the first argument of the call, `after` hooks that argument and the output.
-    """
+    """Registers hooks, which `stack` removes: `before` hooks get the first argument, `after` hooks also the output."""
 
     def __init__(self, recorder: Recorder, stack: ExitStack) -> None:
         self.recorder, self.stack = recorder, stack

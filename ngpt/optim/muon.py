@@ -90,10 +90,8 @@ def step_muons(optimizers: Iterable[Muon]) -> None:
     ]
     for (shape, ns_steps), batch in group_by(entries, lambda entry: (entry[2], entry[1]["ns_steps"])).items():
         rows, columns = shape
-        momentum_updates = [
-            d for optimizer, group, _, parameters in batch for d in optimizer.directions(parameters, group)
-        ]
-        updates = iter(orthogonalize(stack(momentum_updates), steps=ns_steps).unbind())
+        directions = [optimizer.directions(parameters, group) for optimizer, group, _, parameters in batch]
+        updates = iter(orthogonalize(stack([*itertools.chain(*directions)]), steps=ns_steps).unbind())
         for _, group, _, parameters in batch:
             step_size = group["lr"] * max(1.0, rows / columns) ** 0.5
             if shrinkage := group["lr"] * group["weight_decay"]:

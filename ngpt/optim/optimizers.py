@@ -39,20 +39,14 @@ def muon(model: GPT, cfg: "OptimConfig") -> list[torch.optim.Optimizer]:
 
 
 def geodesic_muon(model: GPT, cfg: "OptimConfig") -> list[torch.optim.Optimizer]:
-    """Geodesic Muon at `lr` for matrices; at `lr_other`, Riemannian AdamW for embedding and head and AdamW for scales.
-
-    There is no weight decay, since it has no effect on the sphere.
-    """
+    """Geodesic Muon at `lr` for matrices; at `lr_other`, Riemannian AdamW for embedding and head, AdamW for scales."""
     matrices, *rest = _groups(model, cfg, muon=True)
     settings = {"momentum": cfg.momentum, "nesterov": cfg.nesterov, "ns_steps": cfg.ns_steps}
     return [GeodesicMuon(_by_dim(model, [matrices]), **settings), *_riemannian_adamw(model, rest, cfg)]
 
 
 def riemannian_adamw(model: GPT, cfg: "OptimConfig") -> list[torch.optim.Optimizer]:
-    """Riemannian AdamW at `lr` for matrices, embedding and head; AdamW at `lr_other` for scales.
-
-    There is no weight decay, since it has no effect on the sphere.
-    """
+    """Riemannian AdamW at `lr` for matrices, embedding and head; AdamW at `lr_other` for scales."""
     return _riemannian_adamw(model, _groups(model, cfg), cfg)
 
 
@@ -68,9 +62,8 @@ def none(kind: str, ratio: float) -> float:
 def nanochat(kind: str, ratio: float) -> float:
     """Multiplies the rates of all parameters but scales by 1 / sqrt(width ratio). base_width is 768 in the source.
 
-    Source: karpathy/nanochat, gpt.py, setup_optimizer.
-
-    nanochat always trains the matrices with Muon; under AdamW they get the same factor here.
+    Source: karpathy/nanochat, gpt.py, setup_optimizer, which always trains the matrices with Muon; under AdamW they get
+    the same factor here.
     """
     return 1.0 if kind == "scales" else ratio**-0.5
 
@@ -86,10 +79,7 @@ def mup(kind: str, ratio: float) -> float:
 
 
 def nugpt(kind: str, ratio: float) -> float:
-    """nuGPT for nGPT under Adam (arXiv 2604.27077): ratio^(-1/2) for the embedding, ratio^(-3/4) for matrices and head.
-
-    Scales keep their rate; the model decides how they are stored.
-    """
+    """nuGPT for nGPT under Adam (arXiv 2604.27077): ratio^(-1/2) for the embedding, ratio^(-3/4) for matrices, head."""
     return {"embedding": ratio**-0.5, "matrices": ratio**-0.75, "head": ratio**-0.75, "scales": 1.0}[kind]
 
 
@@ -136,21 +126,17 @@ def incompatibility(cfg: OptimConfig, model: ModelConfig) -> str | None:
 def build_optimizers(model: GPT, cfg: OptimConfig) -> list[torch.optim.Optimizer]:
     """Builds the configured torch optimizers for `model`; the first group of the first one holds matrices.
 
-    Each parameter group has a `kind`, one of `KINDS`, and a `base_lr`, which `set_learning_rates` multiplies.
-
-    Raises:
-        ConfigError: the optimizer cannot train this model.
+    Each parameter group has a `kind`, one of `KINDS`, and a `base_lr`, which `set_learning_rates` multiplies. Raises
+    ConfigError if the optimizer cannot train this model.
     """
     if reason := incompatibility(cfg, model.cfg):
         raise ConfigError(reason)
     optimizers = OPTIMIZERS[cfg.name](model, cfg)
-    optimized = [id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
-    assert sorted(optimized) == sorted(map(id, model.parameters())), (
-        f"{cfg.name} must optimize every parameter exactly once"
-    )
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["base_lr"] = group["lr"]
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    optimized = sorted(id(parameter) for group in groups for parameter in group["params"])
+    assert optimized == sorted(map(id, model.parameters())), f"{cfg.name} must optimize every parameter exactly once"
+    for group in groups:
+        group["base_lr"] = group["lr"]
     return optimizers
 
 

@@ -8,10 +8,8 @@ from torch import Tensor
 from ngpt.model.gpt import GPT
 from ngpt.optim.batching import group_by, stack, write_back
 
-BATCH_BYTES = {
-    "cpu": 4 * 2**20,
-    "cuda": 32 * 2**20,
-}  # normalized together; small enough that the second read hits the cache
+# Normalized together; small enough that the second read hits the cache.
+BATCH_BYTES = {"cpu": 4 * 2**20, "cuda": 32 * 2**20}
 
 
 def project_weights(model: GPT) -> None:

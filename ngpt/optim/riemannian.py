@@ -1,8 +1,7 @@
 """Optimizers that move unit vectors along great circles, so that no projection onto the sphere is needed.
 
-Each row (or column, depending on `dim`) of a weight in `GPT.sphere_weights` is a point on a unit sphere. A step rotates
-each point by an angle of its own. Neither optimizer has weight decay, which acts along the radius and is removed by
-normalization.
+Each row (or column, depending on `dim`) of a weight in `GPT.sphere_weights` is a point on a unit sphere, which a step
+rotates by an angle of its own. Weight decay acts along the radius, so it has no effect and there is none.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -64,11 +63,8 @@ class GeodesicMuon(torch.optim.Optimizer):
     radians, less what the tangent projection removes. (Muon uses rows / columns of the stored weight instead of N / D.)
 
     As in Muon, the momentum is kept in the ambient space; only the orthogonalized update is projected onto the tangent
-    space. Tangent momentum was worse in all 6 comparisons (2 layers, width 64, 400 steps, 3 rates, 2 seeds), by 0.13
-    nats on average. A likely reason: gradients have nearly low rank, the multiples of w that a tangent projection
-    subtracts have full rank, and orthogonalization raises both to the same size. The drawback: a step is not always a
-    descent direction. A square W with orthonormal rows and gradient W A, A positive definite, does not move; this also
-    holds for Muon with projection.
+    space, which gave a lower loss than tangent momentum (docs/benchmarks.md). So a step is not always a descent
+    direction: a square W with orthonormal rows and gradient W A, A positive definite, does not move.
 
     Each parameter group needs the key `dim`, the dimension along which its 2-D weights have unit length. The other
     settings are those of `Muon`.
@@ -92,15 +88,12 @@ class GeodesicMuon(torch.optim.Optimizer):
         if closure is not None:
             raise ValueError("GeodesicMuon does not take a closure")
         for group, weights, states in _batches(self, "momentum"):
-            axis, momentum = (
-                group["dim"] - 2,
-                group["momentum"],
-            )  # counted from the end, since the batch dimension comes first
+            axis = group["dim"] - 2  # counted from the end, since the batch dimension comes first
             batch, running = stack(weights), stack([state["momentum"] for state in states])
             points = l2_normalize(batch, axis)  # without this, rounding errors reach 7e-5 in 10 000 steps
             gradient = stack([weight.grad for weight in weights])
-            running.lerp_(gradient, 1 - momentum)
-            direction = gradient.lerp(running, momentum) if group["nesterov"] else running
+            running.lerp_(gradient, 1 - group["momentum"])
+            direction = gradient.lerp(running, group["momentum"]) if group["nesterov"] else running
             update = tangent(points, orthogonalize(direction, steps=group["ns_steps"]), dim=axis)
             length, count = points.shape[axis], points.shape[-3 - axis]
             step_size = group["lr"] * max(1.0, count / length) ** 0.5
@@ -120,9 +113,8 @@ class RiemannianAdamW(torch.optim.Optimizer):
     by up to about lr * sqrt(D) radians, and a small step along tangent gradients equals an AdamW step with projection.
 
     Unlike in the paper, the second moment is per entry and is not transported. The paper keeps one per vector, since a
-    sphere has no preferred coordinates and entries cannot be transported. The coordinates of nGPT do have a meaning,
-    since each has its own alpha. A second moment per entry gave a lower loss in all 8 comparisons (2 layers, width 64,
-    400 steps, 4 rates, 2 seeds), by 0.07 nats on average.
+    sphere has no preferred coordinates; those of nGPT have a meaning, since each has its own alpha, and one moment per
+    entry gave a lower loss (docs/benchmarks.md).
 
     Each parameter group needs the key `dim`, as for `GeodesicMuon`; `betas` and `eps` are Adam's.
     """
@@ -170,11 +162,7 @@ def _in_cache(tensors: Sequence[Tensor], dim: int) -> Iterator[tuple[Tensor, ...
 
 
 def _batches(optimizer: torch.optim.Optimizer, *moments: str) -> Iterator[tuple[Group, list[Tensor], list[Group]]]:
-    """Yields (group, weights, states) with weights of one group, shape and step count, which form a batch.
-
-    Initializes missing moments to zero and increments `step`, an int, since reading a tensor would synchronize the
-    device.
-    """
+    """Yields (group, weights, states) with weights of one group, shape and step count; adds missing moments."""
     for group in optimizer.param_groups:
         for weight in trained(group):
             if not optimizer.state[weight]:

@@ -1,7 +1,6 @@
 """Crash-safe writes: a reader finds the complete old content or the complete new content.
 
-As usual on POSIX file systems: write a temporary file in the same folder, fsync it, rename it over the target, fsync
-the folder.
+As usual on POSIX: write a temporary file in the same folder, fsync it, rename it over the target, fsync the folder.
 """
 
 import json

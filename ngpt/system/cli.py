@@ -48,6 +48,11 @@ def run_command(
         return error.exit_code
 
 
+def print_line(text: str) -> None:
+    """Prints to stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
 def add_set_option(parser: argparse.ArgumentParser, *, help: str = "change settings") -> None:
     """Adds `--set NAME=VALUE [NAME=VALUE ...]`, which may be repeated; the values are in `options.set`."""
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help=help)

@@ -79,10 +79,7 @@ def free_memory(device: torch.device) -> None:
 
 
 def retry_on_oom(attempt: Callable[[], Value], reduce_batch: Callable[[], bool], device: torch.device) -> Value:
-    """Calls `attempt` until it fits in memory, and returns its result.
-
-    After each out-of-memory error it calls `reduce_batch`, and raises the error if that returns False.
-    """
+    """Returns the result of `attempt`. If memory runs out, tries again if `reduce_batch` returns True, else raises."""
     while True:
         try:
             return attempt()

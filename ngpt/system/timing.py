@@ -83,13 +83,13 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def print_metrics(metrics: dict[str, Any], *, as_json: bool) -> None:
-    """Prints one JSON object, or one line per metric."""
+def print_metrics(metrics: dict[str, Any], *, as_json: bool, width: int = 34, digits: int = 4) -> None:
+    """Prints one JSON object, or one line per metric, with names of `width` columns."""
     if as_json:
         print(json.dumps(metrics, allow_nan=False))
         return
     for name, value in _flatten(metrics).items():
-        print(f"{name:34} {value:.4g}" if isinstance(value, float) else f"{name:34} {value}")
+        print(f"{name:{width}} {value:.{digits}g}" if isinstance(value, float) else f"{name:{width}} {value}")
 
 
 def _flatten(metrics: Mapping[str, Any]) -> dict[str, Any]:

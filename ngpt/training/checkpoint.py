@@ -61,9 +61,7 @@ def save_checkpoint(
     """Commits `root/step_N`, then removes all checkpoints but the last `keep_last` and the best.
 
     `state` (plain data and tensors) is for resuming; `data` and `files`, by name, are for evaluation and generation.
-
-    Raises:
-        OSError: the disk is full, or the step has been saved before. Older checkpoints are unchanged.
+    Raises OSError if the disk is full or the step has been saved before; older checkpoints are then unchanged.
     """
     _remove_leftovers(root)
     final, temp = root / f"step_{step:07d}", root / f".tmp-{uuid.uuid4().hex}"
@@ -117,12 +115,7 @@ def checkpoint_folders(root: Path) -> list[Path]:
 
 
 def verify_checkpoint(path: Path) -> Checkpoint:
-    """Checks every file of a checkpoint against its manifest.
-
-    Raises:
-        OSError, ValueError: a file is missing or damaged.
-        ConfigError: the checkpoint is intact, but this version cannot read its format.
-    """
+    """Checks every file against the manifest; OSError or ValueError if one is bad, ConfigError for another format."""
     manifest = _read_manifest(path)
     if manifest["format"] != FORMAT:
         raise ConfigError(f"{path}: checkpoint format {manifest['format']!r}, this version reads {FORMAT}")

@@ -1,6 +1,5 @@
 """The settings of a training run, read from defaults, a YAML file and `name=value` assignments."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -9,17 +8,14 @@ from pydantic import Field, model_validator
 from ngpt.config.base import (
     Config,
     ConfigError,
-    Location,
-    Problem,
     added_setting,
     build,
-    dotted_name,
     invalid_setting,
     one_of,
     override,
     runtime_setting,
 )
-from ngpt.config.overrides import named_settings
+from ngpt.config.overrides import located, named_settings
 from ngpt.config.yaml_reader import parse_assignment, read_yaml
 from ngpt.data.dataset import DataConfig, vocab_size
 from ngpt.model.config import Count, ModelConfig
@@ -93,10 +89,7 @@ def rollback_settings(config: TrainConfig) -> dict[str, Any]:
 
 
 def read_config(path: Path | None, assignments: list[str]) -> TrainConfig:
-    """Reads a config: defaults, overridden by the YAML file, overridden by `name=value` assignments.
-
-    Raises a ConfigError that lists all errors, those in the file with their positions.
-    """
+    """Reads defaults, overridden by a YAML file and then by `name=value` assignments. ConfigError lists all errors."""
     config = TrainConfig()
     if path is not None:
         document = read_yaml(path)
@@ -112,13 +105,3 @@ def read_config(path: Path | None, assignments: list[str]) -> TrainConfig:
     if problems:
         raise ConfigError(problems)
     return override(config, {name: value for name, (value, _) in given.items()})
-
-
-def located(problem: Problem, given: Mapping[str, tuple[Any, Location]]) -> Problem:
-    """Moves a problem at `optim.betas[0]` to where the file sets `betas`, with or without the prefix `optim`."""
-    location = problem.location
-    for end in range(len(location), 0, -1):
-        name = dotted_name(location[:end])
-        if name in given:
-            return Problem((*given[name][1], *location[end:]), problem.message)
-    return problem

@@ -7,14 +7,7 @@ import torch
 from torch import Tensor
 
 from ngpt.data.loader import EvalSet
-from ngpt.model.diagnostics import (
-    activation_norm_error,
-    divisor_statistics,
-    divisors,
-    effective_alphas,
-    restore_counts_on_error,
-    weight_norm_error,
-)
+from ngpt.model import diagnostics
 from ngpt.model.gpt import GPT
 from ngpt.optim.projection import project_weights
 from ngpt.system.memory import retry_on_oom
@@ -56,23 +49,23 @@ def evaluate_run(run: Run, *, last: bool) -> dict[str, Tensor]:
     run.state.last_eval = {name: finite_or_none(value) for name, value in metrics.items()}
     if run.state.step == 0:
         run.state.initial_val_loss = run.state.last_eval["val_loss"]
-    return effective_alphas(run.model) | r
+    return diagnostics.effective_alphas(run.model) | r
 
 
 def _validation_scores(run: Run) -> Metrics:
-    with restore_counts_on_error(run.model):
+    with diagnostics.restore_counts_on_error(run.model):
         return evaluate(run.model, run.validation.cut(run.eval_batch_size), autocast=run.autocast)
 
 
 def _distance_and_divisors(run: Run) -> tuple[Metrics, dict[str, Tensor]]:
     """Returns the distance of weights and activations from the sphere, and the divisors, on one validation sequence."""
     idx = run.validation.batches[0][0][:1].to(run.device)
-    r = divisors(run.model, idx)
+    r = diagnostics.divisors(run.model, idx)
     distance: Metrics = {
-        "weight_norm_error": weight_norm_error(run.model),
-        "activation_norm_error": activation_norm_error(run.model, idx),
+        "weight_norm_error": diagnostics.weight_norm_error(run.model),
+        "activation_norm_error": diagnostics.activation_norm_error(run.model, idx),
     }
-    return distance | divisor_statistics(r), r
+    return distance | diagnostics.divisor_statistics(r), r
 
 
 def _replaced_divisors(run: Run) -> Metrics:

@@ -35,15 +35,14 @@ def load_model(
 ) -> LoadedModel:
     """Loads a model from safetensors, without unpickling anything.
 
+    Raises ConfigError if there is no intact checkpoint, if a setting is unknown or does not fit the weights, or if the
+    tokenizer is not available or not the one that the model was trained with.
+
     Args:
         path: a checkpoint (`step_...`), or the folder of a run or trial, which means its newest intact checkpoint.
         best: use the checkpoint with the lowest validation loss instead.
         tokenizer: spec of a tokenizer to use instead of the checkpoint's own.
         changes: model settings to change, such as `rope_scaling="yarn", rope_factor=4.0, block_size=512`.
-
-    Raises:
-        ConfigError: there is no intact checkpoint; a setting is unknown or does not fit the weights; or the tokenizer
-            is not available, or not the one that the model was trained with.
     """
     checkpoint = find_checkpoint(path, best=best)
     model = build_model(checkpoint, device=device, **changes)

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Never, TypeVar
 
@@ -13,22 +13,22 @@ from ngpt.config.base import flatten
 from ngpt.data.dataset import Dataset
 from ngpt.data.loader import Batch, train_batch
 from ngpt.model.diagnostics import restore_counts_on_error
+from ngpt.optim.muon import Muon, step_muons
 from ngpt.optim.optimizers import set_learning_rates
-from ngpt.optim.projection import project_weights
+from ngpt.optim.projection import project
 from ngpt.optim.schedule import is_due, lr_multiplier
 from ngpt.system.heartbeat import HeartbeatWriter
 from ngpt.system.memory import is_out_of_memory, retry_on_oom
 from ngpt.training.config import TrainConfig, resolved
 from ngpt.training.evaluation import evaluate_run
-from ngpt.training.recovery import handle_nonfinite, reduce_batch, rollback_with_smaller_batches
+from ngpt.training.recovery import handle_nonfinite, reduce_batch, reduce_batches, rollback_with_smaller_batches
 from ngpt.training.run import Run, RunResult, progress, result_of, set_up
 from ngpt.training.saving import checkpoint_on_stop, try_save_checkpoint
-from ngpt.training.state import AVERAGED_STEPS, Metrics
+from ngpt.training.state import AVERAGED_STEPS, Metrics, StepMetrics
 from ngpt.training.tracker import Tracker
 
 log = logging.getLogger(__name__)
 
-StepMetrics = dict[str, float]
 Waiting = TypeVar("Waiting")  # what a step yields while it waits for other runs
 Sent = TypeVar("Sent")  # the reply that it receives
 StepTaker = Callable[[Run], Generator[Waiting, Sent, StepMetrics]]
@@ -40,16 +40,14 @@ def train(
     """Trains one model; yields its metrics at each evaluation and returns the result.
 
     Initial weights and data order depend only on the seed and the step. So two runs of one config on one CPU with the
-    same number of threads agree bit for bit, and so does a run that was stopped at any step and resumed.
+    same number of threads agree bit for bit, and so does a run that was stopped at any step and resumed. Raises
+    ConfigError if the data do not fit the model or the checkpoint belongs to another config, and RuntimeError or
+    MemoryError if memory runs out and `on_oom` is fail or the micro-batch is already one sequence.
 
     Args:
         out_dir: folder for `metrics.jsonl` and `checkpoints/`.
         resume: `"latest"` continues from the newest intact checkpoint in `out_dir`, if there is one.
         dataset: the opened corpus. If None, the corpus of the config is opened, and prepared if necessary.
-
-    Raises:
-        ConfigError: the data do not fit the model, or the checkpoint belongs to another config.
-        RuntimeError, MemoryError: memory ran out, and `on_oom` is fail or the micro-batch is already one sequence.
     """
     run = set_up(resolved(config), out_dir, resume=resume, dataset=dataset)
     return (yield from train_run(run, _single_step))
@@ -112,9 +110,6 @@ def _single_step(run: Run) -> Generator[Never, None, StepMetrics]:
     return train_step(run)
 
 
-# ---- one step ----------------------------------------------------------------------------------
-
-
 def train_step(run: Run) -> StepMetrics:
     """Takes one step. Applies only finite gradients; retries with half the micro-batch if memory runs out."""
     with run.clock.step(run.batch_size * run.config.model.block_size):
@@ -123,7 +118,7 @@ def train_step(run: Run) -> StepMetrics:
         loss, norm = retry_on_oom(lambda: gradients(run, number), lambda: reduce_batch(run), run.device)
         count_step(run, loss)
         if math.isfinite(loss) and math.isfinite(norm):
-            update(run)
+            update([run])
     return step_metrics(run, loss, norm)
 
 
@@ -204,21 +199,25 @@ def backward(run: Run, idx: Tensor, targets: Tensor) -> Tensor:
     return total
 
 
-def update(run: Run) -> None:
-    """Steps the optimizers, and projects the weights if a projection is due.
+def update(runs: Sequence[Run]) -> None:
+    """Steps the optimizers of runs of one graph, and projects the weights of each run whose projection is due.
 
-    An optimizer that runs out of memory may have updated only some of the weights, so the step cannot be repeated. The
-    run then rolls back to its newest checkpoint and continues with a smaller micro-batch.
+    An optimizer that runs out of memory may have updated some of the weights already, so the step cannot be repeated.
+    All runs then roll back to their newest checkpoints and continue with smaller micro-batches.
     """
+    optimizers = [optimizer for run in runs for optimizer in run.optimizers]
     try:
-        with run.autocast:  # for Muon's matrix products
-            for optimizer in run.optimizers:
-                optimizer.step()
-        if is_due(run.state.step, run.config.project_every):
-            project_weights(run.model)
+        with runs[0].autocast:  # for Muon's matrix products
+            step_muons(optimizer for optimizer in optimizers if isinstance(optimizer, Muon))
+            for optimizer in optimizers:
+                if not isinstance(optimizer, Muon):
+                    optimizer.step()
+        due = [run.model for run in runs if is_due(run.state.step, run.config.project_every)]
+        project(entry for model in due for entry in model.sphere_weights())
         return
     except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error) or not reduce_batch(run):
+        if not is_out_of_memory(error) or not reduce_batches(runs):
             raise
-    log.warning("step %d: no memory for the optimizer; rolling back to the newest checkpoint", run.state.step)
-    rollback_with_smaller_batches(run)
+    for run in runs:
+        log.warning("step %d: no memory for the optimizer; rolling back to the newest checkpoint", run.state.step)
+        rollback_with_smaller_batches(run)

@@ -1,10 +1,10 @@
 """Recovery of a run that runs out of memory (`on_oom`), or whose loss or gradient is not finite (`nonfinite`).
 
-Each recovery is counted in the `TrainState`, which is saved with every checkpoint. So a resumed run continues as an
-uninterrupted one would, and its result reports the counts.
+Each recovery is counted in the `TrainState`, so a resumed run continues as an uninterrupted one would.
 """
 
 import logging
+from collections.abc import Sequence
 
 from ngpt.model.gpt import GPT
 from ngpt.optim.optimizers import build_optimizers
@@ -17,10 +17,7 @@ log = logging.getLogger(__name__)
 
 
 def reduce_batch(run: Run) -> bool:
-    """Halves the micro-batch after training ran out of memory; False if it is one sequence or `on_oom` is fail.
-
-    The batch stays the same, and its gradient too up to rounding, unless `on_oom` is halve_batch.
-    """
+    """Halves the micro-batch, and the batch if `on_oom` is halve_batch; False at one sequence or if it is fail."""
     before = run.micro_batch_size
     if run.config.on_oom == "fail" or before == 1:
         return False
@@ -32,6 +29,11 @@ def reduce_batch(run: Run) -> bool:
     now = f"{run.micro_batch_size}, in batches of {run.batch_size}"
     log.warning("step %d: out of memory with micro-batches of %d; now %s", run.state.step, before, now)
     return True
+
+
+def reduce_batches(runs: Sequence[Run]) -> bool:
+    """Reduces the batch of every run whose `on_oom` policy allows it; returns whether any batch became smaller."""
+    return any([reduce_batch(run) for run in runs])  # a list, because `any` stops at the first success
 
 
 def reduce_eval_batch(run: Run) -> bool:

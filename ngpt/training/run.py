@@ -91,9 +91,6 @@ class Clock:
         self._skip = max(self._skip, 1)
 
 
-# ---- start and restore -------------------------------------------------------------------------
-
-
 def set_up(config: TrainConfig, out_dir: Path, *, resume: str | None, dataset: Dataset | None) -> Run:
     """Sets up a run at step 0, or restored from the newest intact checkpoint in `out_dir` if `resume` is "latest"."""
     if resume not in (None, "latest"):
@@ -132,9 +129,6 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
     for optimizer, moments in zip(run.optimizers, saved["optimizers"], strict=True):
         optimizer.load_state_dict(moments)
     run.state.restore(TrainState.from_saved(saved["progress"]))
-
-
-# ---- results -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -178,9 +172,6 @@ def result_of(run: Run, status: str) -> RunResult:
         "eval_tokens": run.validation.n_tokens,
     }
     return RunResult(status, run.state.step, {name: finite_or_none(value) for name, value in metrics.items()}, data)
-
-
-# ---- metadata of checkpoints -------------------------------------------------------------------
 
 
 def find_tokenizer_model(config: DataConfig, dataset: Dataset) -> bytes | None:

@@ -20,8 +20,7 @@ log = logging.getLogger(__name__)
 def checkpoint_on_stop(run: Run, tracker: Tracker, heartbeat: HeartbeatWriter) -> Iterator[None]:
     """Saves a checkpoint when the generator is closed after a stop request, so that the run can resume from this step.
 
-    It saves none that could change later results: not of a diverged state, and not between the regular checkpoints of a
-    run that may roll back to them.
+    It saves none that could change later results: of a diverged state, or between the checkpoints of a policy rollback.
     """
     try:
         yield

@@ -16,6 +16,7 @@ SAVED_AS = {
 AVERAGED_STEPS = 10  # in the reported training loss
 
 Metrics = dict[str, float | None]
+StepMetrics = dict[str, float]
 
 
 @dataclass

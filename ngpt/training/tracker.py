@@ -1,7 +1,4 @@
-"""Writes the metrics of a run to `metrics.jsonl`, and to Weights & Biases and TensorBoard if asked.
-
-Both packages are imported only if they are used. No setting here is part of a trial's identity.
-"""
+"""Writes the metrics of a run to `metrics.jsonl`, and to Weights & Biases and TensorBoard, imported if used."""
 
 import contextlib
 import importlib.util
@@ -16,7 +13,8 @@ from pydantic import Field
 
 from ngpt.config.base import Config, ConfigError, one_of, runtime_setting
 from ngpt.system.atomic_files import LineFile, make_folder, write_atomic
-from ngpt.training.wandb_tracker import WANDB_MODES, WandbRun, print_line, resolve_mode
+from ngpt.system.cli import print_line
+from ngpt.training.wandb_tracker import WANDB_MODES, WandbRun, resolve_mode
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -40,11 +38,7 @@ class TrackerConfig(Config):
 
 
 def resolve_tracker(cfg: TrackerConfig, folder: Path, report: Callable[[str], None] = print_line) -> TrackerConfig:
-    """Resolves the W&B mode `auto`, see `resolve_mode`. Call it once, before the first run.
-
-    Raises:
-        ConfigError: the mode is online and W&B cannot be reached, or TensorBoard is not installed.
-    """
+    """Resolves the W&B mode `auto`, once before the first run; ConfigError if W&B or TensorBoard is not available."""
     if cfg.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise ConfigError("tracker.tensorboard needs a package: pip install 'ngpt-campaign[tensorboard]'")
     return cfg.model_copy(update={"wandb": resolve_mode(cfg.wandb, folder, report)})
@@ -205,10 +199,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _drop_after(step: int | None, path: Path) -> None:
-    """Drops the rows after `step`, or all rows if it is None; creates the file if it is missing.
-
-    Rows after the newest checkpoint were never synced, so a power loss may have damaged them.
-    """
+    """Drops the rows after `step` (None: all), which a power loss may have damaged; creates a missing file."""
     content = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
     rows = [] if step is None or content is None else list(map(_row, content.split("\n")[:-1]))
     if None in rows:

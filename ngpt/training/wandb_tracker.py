@@ -9,7 +9,6 @@ import hashlib
 import json
 import netrc
 import os
-import sys
 import threading
 import urllib.error
 import urllib.request
@@ -22,6 +21,7 @@ from urllib.parse import urlsplit
 
 from ngpt.config.base import ConfigError
 from ngpt.system.atomic_files import write_atomic
+from ngpt.system.cli import print_line
 
 WANDB_MODES = ("auto", "online", "offline", "disabled")
 PROBE_TIMEOUT = 2.5  # seconds
@@ -31,18 +31,11 @@ UPLOAD_HINT = "upload later with: wandb sync {}/wandb/offline-run-*"
 PUBLIC_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")  # one service; a key may be stored under either name
 
 
-def print_line(text: str) -> None:
-    """Prints to stderr."""
-    print(text, file=sys.stderr, flush=True)
-
-
 def resolve_mode(mode: str, folder: Path, report: Callable[[str], None] = print_line) -> str:
     """Returns the mode to use: online, offline or disabled. For `auto`, passes the choice and its reason to `report`.
 
-    Online needs an API key and a server that answers the probe. `folder` appears in messages and may be a pattern.
-
-    Raises:
-        ConfigError: the mode is online, and there is no key or no server.
+    Online needs an API key and a server that answers the probe, else raises ConfigError. `folder` appears in messages
+    and may be a pattern.
     """
     if mode not in ("auto", "online"):
         return mode

@@ -5,7 +5,6 @@ import json
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -30,15 +29,15 @@ vary: {{alpha: [0.05, 0.2]}}
 
 
 @contextlib.contextmanager
-def recorder(lines: list[str]) -> Iterator[SimpleNamespace]:
-    yield SimpleNamespace(message=lines.append)
+def recorder(lines: list[str]) -> Iterator[Callable[[str], None]]:
+    yield lines.append
 
 
 def test_an_inline_run_trains_everything_and_reports_it_line_by_line(corpus: Path, tmp_path: Path) -> None:
     path, lines = tmp_path / "tiny.yaml", []
     path.write_text(TINY.format(corpus=corpus))
 
-    def view(snapshot: Callable[[], Snapshot]) -> contextlib.AbstractContextManager:
+    def view(snapshot: Callable[[], Snapshot]) -> contextlib.AbstractContextManager[Callable[[str], None]]:
         assert snapshot().status == "running"
         return recorder(lines)
 
@@ -105,13 +104,13 @@ def test_a_campaign_with_nothing_left_to_train_does_not_start_ray(
 
 
 TRACKED = """
-import contextlib, json, os, types
+import contextlib, json, os
 from pathlib import Path
 from ngpt.config.base import ConfigError
 from tune.campaign import load_campaign
 from tune.storage.journal import read_journal
 from tune.launch import launch
-quiet = lambda snapshot: contextlib.nullcontext(types.SimpleNamespace(message=lambda text: None))
+quiet = lambda snapshot: contextlib.nullcontext(lambda text: None)
 for mode in ("online", "auto", "auto"):
     campaign = load_campaign(Path("tiny.yaml"), (f"tracker.wandb={mode}", "tracker.log_every=1"))
     try:

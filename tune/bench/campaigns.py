@@ -4,16 +4,16 @@ import contextlib
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import torch
 
+from ngpt.data.text.progress import Log
 from ngpt.training.throughput import measure_step
 from tune.campaign import load_campaign
 from tune.launch import launch
@@ -130,11 +130,19 @@ def run_tiny(trials: int, *, steps: int, workers: int) -> Metrics:
 
 def run_timed(campaign: Campaign, root: Path) -> tuple[Metrics, CampaignSummary]:
     """Runs a campaign without a live view; returns its times (those of `times_of` and two more) and its summary."""
-    services = ServiceTime()
+    service_seconds = 0.0
+
+    @contextlib.contextmanager
+    def view(snapshot: object) -> Iterator[Log]:
+        nonlocal service_seconds
+        before = service_cpu_seconds()
+        yield lambda text: None
+        service_seconds = sum(now - before.get(process, 0.0) for process, now in service_cpu_seconds().items())
+
     call_time = time.time()
-    summary, _ = launch(campaign, root, command="tune.bench", view=services.view)
+    summary, _ = launch(campaign, root, command="tune.bench", view=view)
     times = times_of(read_journal(root / "journal.jsonl"))
-    return times | {"startup_seconds": times.pop("began") - call_time, "service_cpu_seconds": services.seconds}, summary
+    return times | {"startup_seconds": times.pop("began") - call_time, "service_cpu_seconds": service_seconds}, summary
 
 
 def times_of(events: Sequence[Mapping[str, Any]]) -> Metrics:
@@ -173,28 +181,13 @@ def _time(event: Mapping[str, Any]) -> float:
     return datetime.fromisoformat(event["time"]).timestamp()
 
 
-class ServiceTime:
-    """Measures the CPU seconds of the driver and of Ray's own processes while a campaign runs."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
-    @contextlib.contextmanager
-    def view(self, snapshot: Callable[[], Any]) -> Iterator[SimpleNamespace]:
-        """Replaces the live view of `launch`: shows nothing, and measures while it is open."""
-        before = self._cpu_seconds()
-        yield SimpleNamespace(message=lambda text: None)
-        after = self._cpu_seconds()
-        self.seconds = sum(seconds - before.get(process, 0.0) for process, seconds in after.items())
-
-    @staticmethod
-    def _cpu_seconds() -> dict[tuple[int, float], float]:
-        """Returns the CPU seconds so far of each process, by its id and start time."""
-        cpu_seconds = {}
-        for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
-            with contextlib.suppress(psutil.Error):  # the process has just ended
-                name = process.name()  # the title of a worker names its trial after `ray::`
-                if not name.startswith("ray::") or name.startswith(AGENT_TITLES):
-                    times = process.cpu_times()
-                    cpu_seconds[process.pid, process.create_time()] = times.user + times.system
-        return cpu_seconds
+def service_cpu_seconds() -> dict[tuple[int, float], float]:
+    """Returns the CPU seconds so far of the driver and each of Ray's own processes, by process id and start time."""
+    cpu_seconds = {}
+    for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
+        with contextlib.suppress(psutil.Error):  # the process has just ended
+            name = process.name()  # the title of a worker names its trial after `ray::`
+            if not name.startswith("ray::") or name.startswith(AGENT_TITLES):
+                times = process.cpu_times()
+                cpu_seconds[process.pid, process.create_time()] = times.user + times.system
+    return cpu_seconds

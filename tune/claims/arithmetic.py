@@ -29,9 +29,10 @@ def evaluate(text: str | float) -> float:
     if len(str(text)) > MAX_CHARACTERS:
         raise ConfigError(f"an expression has at most {MAX_CHARACTERS} characters, got {len(str(text))}")
     try:
-        value = _value(ast.parse(text.strip(), mode="eval").body, text) if isinstance(text, str) else float(text)
-    except (SyntaxError, ValueError, MemoryError, RecursionError):  # ValueError: a null byte, or the root of -1
-        raise _not_an_expression(text) from None
+        value = _value(ast.parse(text.strip(), mode="eval").body) if isinstance(text, str) else float(text)
+    except (SyntaxError, ValueError, MemoryError, RecursionError):  # ValueError: from `_value`, or a null byte
+        advice = "use numbers, + - * / ** and parentheses, such as `110e3 * 20 * 60`"
+        raise ConfigError(f"{text!r} is not an arithmetic expression: {advice}") from None
     except (OverflowError, ZeroDivisionError):
         raise ConfigError(f"{text!r} has no finite value") from None
     if not math.isfinite(value):
@@ -39,17 +40,12 @@ def evaluate(text: str | float) -> float:
     return value
 
 
-def _value(node: ast.expr, text: str) -> float:
+def _value(node: ast.expr) -> float:
     match node:
         case ast.Constant(value=int() | float() as number) if not isinstance(number, bool):
             return float(number)
         case ast.BinOp(left, op, right) if type(op) in OPERATORS:
-            return OPERATORS[type(op)](_value(left, text), _value(right, text))
+            return OPERATORS[type(op)](_value(left), _value(right))
         case ast.UnaryOp(op, operand) if type(op) in SIGNS:
-            return SIGNS[type(op)](_value(operand, text))
-    raise _not_an_expression(text)
-
-
-def _not_an_expression(text: object) -> ConfigError:
-    advice = "use numbers, + - * / ** and parentheses, such as `110e3 * 20 * 60`"
-    return ConfigError(f"{text!r} is not an arithmetic expression: {advice}")
+            return SIGNS[type(op)](_value(operand))
+    raise ValueError("not arithmetic")

@@ -10,7 +10,8 @@ from typing import Any, Literal
 from tune import format as fmt
 from tune.analysis.importance import is_number
 from tune.analysis.verdicts import MAX_VALUE, Judgement, Outcomes, judge
-from tune.claims.selectors import ClaimArm, describe, matches, same, short, varied
+from tune.claims.selectors import ClaimArm, describe, matches, same, varied
+from tune.spec.reading import short
 from tune.spec.schema import LOSS_METRICS, Claim
 from tune.storage.records import TrialOutcome
 from tune.storage.summaries import Delta
@@ -86,10 +87,7 @@ class Evidence:
         return {arm.name: {seed: self.trial(i, metric, transform) for seed, i in arm.trial_ids.items()} for arm in arms}
 
     def trial(self, trial_id: str, metric: str, transform: Transform = float) -> TrialOutcome:
-        """The outcome of a trial with its value transformed.
-
-        The value is None if it is missing, not below MAX_VALUE in magnitude, or not positive when `transform` is log.
-        """
+        """The outcome of a trial; its transformed value is None if it is missing, MAX_VALUE or more, or has no log."""
         outcome = self.outcome(trial_id, metric)
         value = outcome.value
         if value is None or abs(value) >= MAX_VALUE or (transform is log and value <= 0):
@@ -100,13 +98,12 @@ class Evidence:
         self, outcomes: Outcomes, claim: Claim, baseline: str, *, method: Any = "auto", goal: Any = "minimize"
     ) -> Judgement:
         """Judges the arms of a phase against one of them, `baseline`."""
-        min_effect = self.min_effect_of(claim)
         return judge(
             outcomes,
             baseline=baseline,
             goal=goal,
             confidence=self.confidence,
-            min_effect=min_effect,
+            min_effect=self.min_effect_of(claim),
             metric=claim.metric,
             method=method,
         )
@@ -263,7 +260,7 @@ def _mean(outcomes: Sequence[TrialOutcome]) -> TrialOutcome:
 def _place(pairs: Sequence[Pair], n: int) -> str:
     """The seeds and phases of a comparison as text, such as `on 3 seeds of phase alpha`."""
     phases = list(dict.fromkeys(arm.phase for pair in pairs for arm in pair))
-    return f"on {n} seed{'' if n == 1 else 's'} of phase{'' if len(phases) == 1 else 's'} {fmt.listing(phases)}"
+    return f"on {fmt.counted(n, 'seed')} of phase{'' if len(phases) == 1 else 's'} {fmt.listing(phases)}"
 
 
 def _explain_no_pairs(claim: Claim, arms: Sequence[ClaimArm]) -> str:

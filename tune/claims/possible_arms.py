@@ -11,8 +11,8 @@ from ngpt.config.base import Location, Problem, flatten, unknown_message
 from ngpt.training.config import TrainConfig
 from tune import format as fmt
 from tune.analysis.importance import is_number
-from tune.claims.selectors import NAME_KEYS, Selector, describe, same, short
-from tune.spec.reading import Reading, collect, distinct
+from tune.claims.selectors import NAME_KEYS, Selector, describe, same
+from tune.spec.reading import Reading, collect, distinct, short
 from tune.spec.schema import Claim, Phase
 from tune.spec.sweeps import BASELINE
 

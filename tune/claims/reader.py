@@ -58,7 +58,6 @@ def read_claims(data: Any, folder: Path) -> Reading[dict[int, Claim]]:
 
 
 def _read_claim(raw: Any, at: Location, folder: Path) -> Reading[dict[str, Any]]:
-    """Reads the fields of one claim, by name."""
     if not isinstance(raw, dict):
         yield Problem(at, f"a claim is a mapping with `id:` and `relation:`, got {raw!r}")
         return {}
@@ -80,10 +79,8 @@ def _read_claim(raw: Any, at: Location, folder: Path) -> Reading[dict[str, Any]]
             yield Problem((*at, key), f"`{key}:` does not apply to the relation `{name}`")
         elif key not in allowed:
             yield Problem((*at, key), unknown_message("setting", key, allowed))
-    for key in relation.needs:
-        if key not in raw:
-            needed = f"the relation `{name}` needs {fmt.listing(relation.needs)}"
-            yield Problem(at, f"`{key}:` is missing: {needed}")
+    for key in (key for key in relation.needs if key not in raw):
+        yield Problem(at, f"`{key}:` is missing: the relation `{name}` needs {fmt.listing(relation.needs)}")
     fields = {key: raw[key] for key in ("id", "relation") if key in raw}
     for key in (key for key in raw if key in allowed and key not in fields):
         if key in SELECTORS:

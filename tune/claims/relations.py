@@ -1,11 +1,9 @@
 """Judges the claims of a campaign; the verdict is `reproduced`, `refuted`, `undecided` or `no data`.
 
-A claim compares the arms that its `left` and `right` select by their complete settings, in every phase that has both.
-Two arms are paired if all other settings that vary in their phase are equal. If there is no such pair, all arms are
-paired, and the verdict's text names the other settings that differ. A single pair is judged like an arm and the
-baseline of its phase (tune/analysis/verdicts.py: seed by seed, with the noise pooled over the phase). With several
-pairs, the differences are first averaged per seed, so the t interval over seeds (Student 1908) remains valid if phases
-share trials or a seed has the same effect in all of them.
+A claim compares the arms that its `left` and `right` select by their complete settings, in every phase that has both;
+`paired_arms` pairs them. A single pair is judged like an arm and the baseline of its phase (tune/analysis/verdicts.py:
+seed by seed, with the noise pooled over the phase). With several pairs, the differences are first averaged per seed, so
+the t interval over seeds (Student 1908) remains valid if phases share trials or a seed has the same effect in all.
 
 `confidence` is the campaign's; `min_effect` applies to the campaign's metric and is 0 for others. A false `less` or
 `greater` is reproduced with a probability of at most (1 - confidence) / 2, 2.5 % by default, and a true one with an
@@ -26,7 +24,8 @@ from typing import Literal
 from tune.analysis.verdicts import holm
 from tune.claims.arithmetic import evaluate
 from tune.claims.evidence import ONE_SEED, ClaimVerdict, Difference, Evidence, difference, incomplete, series_along
-from tune.claims.selectors import ClaimArm, describe, matches, short
+from tune.claims.selectors import ClaimArm, describe, matches
+from tune.spec.reading import short
 from tune.spec.schema import LOSS_METRICS, Claim
 from tune.storage.summaries import ClaimResult, Delta
 
@@ -49,14 +48,11 @@ def judge_claims(claims: Sequence[Claim], evidence: Evidence) -> list[ClaimResul
         arms = [arm for arm in evidence.arms if claim.phase in (None, arm.phase)]
         verdict = relation.judge(claim, replace(evidence, arms=arms))
         metric = claim.metric if relation.uses_trials else None
-        numbers = [_finite(value) for value in (verdict.observed, verdict.ci_low, verdict.ci_high)]
+        numbers = (verdict.observed, verdict.ci_low, verdict.ci_high)
+        numbers = [number if number is not None and isfinite(number) else None for number in numbers]
         fields = (claim.id, claim.source, claim.says, claim.relation, metric, verdict.verdict, *numbers)
         results.append(ClaimResult(*fields, n=verdict.n, trials=tuple(verdict.trials), why=verdict.why))
     return results
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and isfinite(value) else None
 
 
 def judge_order(claim: Claim, evidence: Evidence) -> ClaimVerdict:
@@ -68,7 +64,7 @@ def judge_order(claim: Claim, evidence: Evidence) -> ClaimVerdict:
     result = difference(claim, evidence)
     if isinstance(result, ClaimVerdict):
         return result
-    sentence, min_effect = _sentence(claim, result, "minus"), evidence.min_effect_of(claim)
+    sentence, min_effect = _sentence(claim, result), evidence.min_effect_of(claim)
     sign = 1.0 if claim.relation == "less" else -1.0
     low, high = sorted((sign * result.low, sign * result.high))
     if (high < 0 or low > 0) and _reaches(result.mean, min_effect):
@@ -80,27 +76,28 @@ def judge_order(claim: Claim, evidence: Evidence) -> ClaimVerdict:
     return result.verdict("undecided", f"{sentence}, {reason}")
 
 
-def judge_equal(claim: Claim, evidence: Evidence) -> ClaimVerdict:
-    """Reproduced if the interval of left minus right lies within +-tolerance, refuted if it lies entirely outside.
+def judge_equivalence(claim: Claim, evidence: Evidence) -> ClaimVerdict:
+    """Judges `equal` (left minus right lies within +-tolerance) and `ratio` (left over right, value +-tolerance).
 
-    Two one-sided tests at (1 - confidence) / 2 each (Schuirmann 1987).
+    Reproduced if the interval lies within these bounds, refuted if it lies entirely outside: two one-sided tests at
+    (1 - confidence) / 2 each (Schuirmann 1987). The ratio is the geometric mean over seeds. Its interval comes from
+    the difference of the logarithms.
     """
-    result = difference(claim, evidence)
+    is_ratio = claim.relation == "ratio"
+    result = difference(claim, evidence, log if is_ratio else float)
     if isinstance(result, ClaimVerdict):
-        return result
-    return _within(claim, result, _sentence(claim, result, "minus"), 0.0)
-
-
-def judge_ratio(claim: Claim, evidence: Evidence) -> ClaimVerdict:
-    """Reproduced if the interval of left over right lies within value +-tolerance, refuted if it lies entirely outside.
-
-    The ratio is the geometric mean over seeds. Its interval comes from the difference of the logarithms.
-    """
-    result = difference(claim, evidence, log)
-    if isinstance(result, ClaimVerdict):
-        return replace(result, observed=None if result.observed is None else exp(result.observed))
-    result = replace(result, mean=exp(result.mean), low=exp(result.low), high=exp(result.high))
-    return _within(claim, result, _sentence(claim, result, "over"), claim.value or 0.0)
+        return replace(result, observed=exp(result.observed)) if is_ratio and result.observed is not None else result
+    if is_ratio:
+        result = replace(result, mean=exp(result.mean), low=exp(result.low), high=exp(result.high))
+    value, tolerance = claim.value or 0.0, claim.tolerance or 0.0
+    low, high = value - tolerance, value + tolerance
+    if low <= result.low and result.high <= high:
+        verdict, position = "reproduced", "all of it within"
+    elif result.high < low or result.low > high:
+        verdict, position = "refuted", "all of it outside"
+    else:
+        verdict, position = "undecided", "partly within"
+    return result.verdict(verdict, f"{_sentence(claim, result)}, {position} [{low:.6g}, {high:.6g}]")
 
 
 def judge_best(claim: Claim, evidence: Evidence) -> ClaimVerdict:
@@ -149,7 +146,7 @@ def judge_monotone(claim: Claim, evidence: Evidence) -> ClaimVerdict:
         if p < 1 - evidence.confidence and sign * delta.mean > 0 and _reaches(delta.mean, min_effect)
     ]
     steps = [pairs[i, i + 1] for i in range(len(series.names) - 1)]
-    passed = sum(_upper(step, sign) < 0 for step in steps)
+    passed = sum(all(end is not None and sign * end < 0 for end in (step.ci_low, step.ci_high)) for step in steps)
     whole = pairs[0, len(series.names) - 1]
     sentence = f"{claim.metric} changes by {_interval(whole.mean, whole.ci_low, whole.ci_high)} {series.place}"
     sentence = f"from {short(claim.setting or '')}={series.values[0]:g} to {series.values[-1]:g} {sentence}"
@@ -184,28 +181,15 @@ class Relation:
 RELATIONS = {
     "less": Relation(judge_order, ("left", "right")),
     "greater": Relation(judge_order, ("left", "right")),
-    "equal": Relation(judge_equal, ("left", "right", "tolerance")),
+    "equal": Relation(judge_equivalence, ("left", "right", "tolerance")),
     "best": Relation(judge_best, ("left",)),
     "monotone": Relation(judge_monotone, ("setting", "direction"), ("left",)),
-    "ratio": Relation(judge_ratio, ("left", "right", "value", "tolerance")),
+    "ratio": Relation(judge_equivalence, ("left", "right", "value", "tolerance")),
     "arithmetic": Relation(judge_arithmetic, ("value", "expression", "tolerance"), uses_trials=False),
 }
 
 
-def _within(claim: Claim, result: Difference, sentence: str, value: float) -> ClaimVerdict:
-    """Judges equivalence: whether the interval lies within `value` +- tolerance."""
-    low, high = value - (claim.tolerance or 0.0), value + (claim.tolerance or 0.0)
-    if low <= result.low and result.high <= high:
-        verdict, position = "reproduced", "all of it within"
-    elif result.high < low or result.low > high:
-        verdict, position = "refuted", "all of it outside"
-    else:
-        verdict, position = "undecided", "partly within"
-    return result.verdict(verdict, f"{sentence}, {position} [{low:.6g}, {high:.6g}]")
-
-
 def _judge_best_in_phase(claim: Claim, evidence: Evidence, chosen: ClaimArm, arms: Sequence[ClaimArm]) -> ClaimVerdict:
-    """Judges whether the chosen arm is better than every other arm of its phase."""
     outcomes, n = evidence.outcomes(arms, claim.metric), len(chosen.trial_ids)
     own = list(outcomes[chosen.name].values())
     others = {name: list(row.values()) for name, row in outcomes.items() if name != chosen.name}
@@ -236,8 +220,9 @@ def _judge_best_in_phase(claim: Claim, evidence: Evidence, chosen: ClaimArm, arm
     return ClaimVerdict("reproduced", f"{sentence}; it beats all {len(others)} others", *numbers, n, trials)
 
 
-def _sentence(claim: Claim, result: Difference, operator: str) -> str:
+def _sentence(claim: Claim, result: Difference) -> str:
     """For example `alpha=0.28 minus alpha=0.05: val_loss -0.03 [-0.04, -0.02] on 3 seeds of phase alpha`."""
+    operator = "over" if claim.relation == "ratio" else "minus"
     if result.mean in (inf, -inf) or (operator == "over" and result.mean == 0):
         loser, winner = (claim.left, claim.right) if result.mean > 0 else (claim.right, claim.left)
         return f"{describe(loser)} diverged with every seed, {describe(winner)} with none, {result.place}"
@@ -247,11 +232,6 @@ def _sentence(claim: Claim, result: Difference, operator: str) -> str:
 
 def _reaches(effect: float, min_effect: float) -> bool:
     return abs(effect) >= min_effect * SLACK
-
-
-def _upper(delta: Delta, sign: float) -> float:
-    """The upper end of the interval, after `sign` has made the claimed direction negative."""
-    return max(sign * end if end is not None else inf for end in (delta.ci_low, delta.ci_high))
 
 
 def _interval(mean: float | None, low: float | None, high: float | None) -> str:

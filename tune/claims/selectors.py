@@ -4,10 +4,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ngpt.config.base import settings
-from ngpt.training.config import TrainConfig
 from tune import format as fmt
-from tune.spec.reading import comparable
+from tune.spec.reading import comparable, short
 from tune.spec.sweeps import BASELINE
 
 NAME_KEYS = ("arm", "phase")  # the keys of a selector that are not settings
@@ -30,15 +28,10 @@ class ClaimArm:
 def matches(selector: Selector, arm: ClaimArm) -> bool:
     """Whether the arm has the phase, name and settings of the selector; `baseline` matches any baseline."""
     names = (arm.name, BASELINE.name) if arm.is_baseline else (arm.name,)
-    return (
-        selector.get("phase", arm.phase) == arm.phase
-        and selector.get("arm", arm.name) in names
-        and all(
-            name in arm.settings and same(arm.settings[name], value)
-            for name, value in selector.items()
-            if name not in NAME_KEYS
-        )
-    )
+    if selector.get("phase", arm.phase) != arm.phase or selector.get("arm", arm.name) not in names:
+        return False
+    wanted = {name: value for name, value in selector.items() if name not in NAME_KEYS}
+    return all(name in arm.settings and same(arm.settings[name], value) for name, value in wanted.items())
 
 
 def same(a: Any, b: Any) -> bool:
@@ -58,9 +51,3 @@ def describe(selector: Selector | None) -> str:
     parts = [f"the arm {arm}"] if arm else []
     parts += [fmt.settings({short(name): value for name, value in given.items()})] if given else []
     return (" with ".join(parts) or "any arm") + (f" of phase {phase}" if phase else "")
-
-
-def short(name: str) -> str:
-    """The last part of a setting's name if it is unique, otherwise the full name."""
-    leaf = name.rpartition(".")[2]
-    return leaf if sum(full.rpartition(".")[2] == leaf for full in settings(TrainConfig)) == 1 else name

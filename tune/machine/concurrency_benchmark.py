@@ -4,8 +4,8 @@ import multiprocessing
 import signal
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ngpt.config.base import override
+from ngpt.data.text.progress import Log
 from ngpt.system.memory import is_out_of_memory, peak_memory, reset_peak_memory
 from ngpt.system.timing import synchronize
 from ngpt.training.config import TrainConfig, resolved
@@ -28,8 +29,6 @@ RESERVED_MEMORY = 0.1  # share of device memory kept free for peaks that the cal
 MIN_SPEED_RATIO = 0.95  # share of the highest throughput so far; below it, larger counts are not measured
 ANSWER_TIMEOUT = 300.0  # seconds a process may take to import torch, compile and warm up
 START_DELAY = 0.2  # seconds between the command to train and the common start
-
-Log = Callable[[str], None]
 
 
 class CalibrationError(Exception):
@@ -70,16 +69,23 @@ def measure_concurrent_trials(
         CalibrationError: the first point could not be measured.
     """
     curve: list[ThroughputPoint] = []
-    counts = list(counts)
-    with _process_pool(resolved(config)) as measure:
+    counts, config = list(counts), resolved(config)
+    processes: list[_TrialProcess] = []
+    with ExitStack() as stack:
         for count in counts:
             min_speed = MIN_SPEED_RATIO * max((point.tokens_per_second for point in curve), default=0.0)
             if curve and (count > curve[-1].room or curve[-1].tokens_per_second < min_speed or is_enough(curve)):
                 break
             # The first process starts alone to fill the compile cache; then all others start at once.
             n_processes = max(other for other in counts if other <= curve[-1].room) if curve else count
+            new = [_TrialProcess(config, threads(count)) for _ in range(n_processes - len(processes))]
+            processes += new
+            for process in new:
+                stack.callback(process.kill)
             try:
-                point = measure(count, n_processes, threads(count), seconds)
+                for process in new:
+                    process.receive(ANSWER_TIMEOUT)
+                point = _measure(processes, count, threads(count), seconds)
             except CalibrationError as error:
                 if not curve:
                     raise
@@ -91,32 +97,18 @@ def measure_concurrent_trials(
     return curve
 
 
-@contextmanager
-def _process_pool(config: TrainConfig) -> Iterator[Callable[[int, int, int, float], ThroughputPoint]]:
-    """Yields a function that grows a pool to `n_processes` and measures training in its first `count` processes."""
-    processes: list[_TrialProcess] = []
-
-    def measure(count: int, n_processes: int, threads: int, seconds: float) -> ThroughputPoint:
-        new = [_TrialProcess(config, threads) for _ in range(n_processes - len(processes))]
-        processes.extend(new)
-        for process in new:
-            process.receive(ANSWER_TIMEOUT)
-        start_time = time.monotonic() + START_DELAY
-        for process in processes[:count]:
-            process.pipe.send((start_time, seconds, threads))
-        timeout = START_DELAY + 10 * seconds + ANSWER_TIMEOUT
-        answers = [process.receive(timeout) for process in processes[:count]]
-        in_use = max(answer["in_use"] for answer in answers) // len(processes)
-        memory_bytes = max(in_use, *(answer["peak"] for answer in answers))
-        room = int(answers[0]["total"] * (1 - RESERVED_MEMORY) / memory_bytes)
-        speed = sum(answer["tokens"] / answer["seconds"] for answer in answers)
-        return ThroughputPoint(count, threads, speed, memory_bytes, room)
-
-    try:
-        yield measure
-    finally:
-        for process in processes:
-            process.kill()
+def _measure(processes: list["_TrialProcess"], count: int, threads: int, seconds: float) -> ThroughputPoint:
+    """Measures training in the first `count` processes."""
+    start_time = time.monotonic() + START_DELAY
+    for process in processes[:count]:
+        process.pipe.send((start_time, seconds, threads))
+    timeout = START_DELAY + 10 * seconds + ANSWER_TIMEOUT
+    answers = [process.receive(timeout) for process in processes[:count]]
+    in_use = max(answer["in_use"] for answer in answers) // len(processes)
+    memory_bytes = max(in_use, *(answer["peak"] for answer in answers))
+    room = int(answers[0]["total"] * (1 - RESERVED_MEMORY) / memory_bytes)
+    speed = sum(answer["tokens"] / answer["seconds"] for answer in answers)
+    return ThroughputPoint(count, threads, speed, memory_bytes, room)
 
 
 class _TrialProcess:

@@ -5,7 +5,7 @@ import platform
 import shlex
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,33 +30,31 @@ class Check:
 
 def run_checks(out: Path) -> list[Check]:
     """Runs all checks for a campaign with results in `out`. Writes nothing."""
-    return [check(out) for check in CHECKS]
+    return [check for checks in CHECKS for check in checks(out)]
 
 
-def _python(out: Path) -> Check:
+def _software(out: Path) -> Iterator[Check]:
     problem = None if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed"
-    return Check("python", platform.python_version(), problem)
-
-
-def _packages(out: Path) -> Check:
+    yield Check("python", platform.python_version(), problem)
     versions = {name: version(name) for name in PACKAGES}
     missing = [name for name, number in versions.items() if number is None]
     problem = f"not installed: {', '.join(missing)}; run pip install -e ." if missing else None
-    return Check("packages", ", ".join(f"{name} {number}" for name, number in versions.items() if number), problem)
+    yield Check("packages", ", ".join(f"{name} {number}" for name, number in versions.items() if number), problem)
 
 
-def _device(out: Path) -> Check:
+def _device(out: Path) -> Iterator[Check]:
     import torch
 
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-        return Check("device", ", ".join(names))
+        yield Check("device", ", ".join(names))
+        return
     problem = "an NVIDIA driver is installed, but this torch was built without CUDA: reinstall torch"
     cpu = f"CPU: {cpu_model()}, {usable_cpus()} usable cores, {total_memory() / 2**30:.0f} GiB"
-    return Check("device", cpu, problem if shutil.which("nvidia-smi") else None)
+    yield Check("device", cpu, problem if shutil.which("nvidia-smi") else None)
 
 
-def _disk(out: Path) -> Check:
+def _results(out: Path) -> Iterator[Check]:
     folder = _nearest_existing(out.absolute())
     free = shutil.disk_usage(folder).free
     problem = f"less than {MIN_DISK >> 30} GiB free" if free < MIN_DISK else None
@@ -64,64 +62,51 @@ def _disk(out: Path) -> Check:
         problem = f"{folder} is not a folder"
     elif not os.access(folder, os.W_OK):
         problem = f"{folder} is not writable"
-    return Check("results", f"{out} ({free / 2**30:.1f} GiB free)", problem)
+    yield Check("results", f"{out} ({free / 2**30:.1f} GiB free)", problem)
 
 
-def _cache(out: Path) -> Check:
+def _cache(out: Path) -> Iterator[Check]:
     writable = os.access(_nearest_existing(cache_folder()), os.W_OK)
-    return Check("corpora", str(cache_folder()), None if writable else "not writable: set NGPT_CACHE to another folder")
-
-
-def _compiled_code(out: Path) -> Check:
+    yield Check("corpora", str(cache_folder()), None if writable else "not writable: set NGPT_CACHE to another folder")
     folders = [folder for name in COMPILED_FOLDERS if (folder := cache_folder() / name).is_dir()]
     size = sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())
     removal = f"; to empty it: {shlex.join(['rm', '-r', *map(str, folders)])}" if folders else ""
-    return Check("compiled code", f"{fmt.size(size)}{removal}")
+    yield Check("compiled code", f"{fmt.size(size)}{removal}")
 
 
-def _ray(out: Path) -> Check:
+def _ray(out: Path) -> Iterator[Check]:
     folder = Path(os.environ.get("RAY_TMPDIR") or short_temporary(), "ray")
     existing = _nearest_existing(folder)
     free = shutil.disk_usage(existing).free
     problem = "Ray's logs and sockets need more: set TMPDIR to a folder with space" if free < MIN_RAY_DISK else None
     if not os.access(existing, os.W_OK):
         problem = "not writable: set TMPDIR to another folder"
-    return Check("Ray's files", f"{folder} ({free / 2**20:.0f} MiB free)", problem)
+    yield Check("Ray's files", f"{folder} ({free / 2**20:.0f} MiB free)", problem)
+    shared = Path("/dev/shm")
+    if shared.exists():
+        free = shutil.disk_usage(shared).free
+        problem = "Ray needs more: mount a larger /dev/shm, or use --inline" if free < MIN_SHARED_MEMORY else None
+        yield Check("shared memory", f"{free / 2**20:.0f} MiB free in /dev/shm", problem)
+    else:
+        yield Check("shared memory", "not used on this platform")
 
 
-def _shared_memory(out: Path) -> Check:
-    folder = Path("/dev/shm")
-    if not folder.exists():
-        return Check("shared memory", "not used on this platform")
-    free = shutil.disk_usage(folder).free
-    problem = "Ray needs more: mount a larger /dev/shm, or use --inline" if free < MIN_SHARED_MEMORY else None
-    return Check("shared memory", f"{free / 2**20:.0f} MiB free in /dev/shm", problem)
-
-
-def _home(out: Path) -> Check:
+def _user(out: Path) -> Iterator[Check]:
     problem = None if os.access(Path.home(), os.W_OK) else "not writable: Ray stores its authentication token there"
-    return Check("home", str(Path.home()), problem)
-
-
-def _open_files(out: Path) -> Check:
+    yield Check("home", str(Path.home()), problem)
     if sys.platform == "win32":
-        return Check("open files", "no limit known")
-    import resource
+        yield Check("open files", "no limit known")
+    else:
+        import resource
 
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return Check("open files", str(soft), "fewer than 1024: raise it with ulimit -n 4096" if soft < 1024 else None)
-
-
-def _wandb(out: Path) -> Check:
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        yield Check("open files", str(soft), "fewer than 1024: raise it with ulimit -n 4096" if soft < 1024 else None)
     has_key = "WANDB_API_KEY" in os.environ or Path("~/.netrc").expanduser().exists()
-    return Check("W&B", "a key is set" if has_key else "no key; tracker.wandb works offline")
+    yield Check("W&B", "a key is set" if has_key else "no key; tracker.wandb works offline")
 
 
 def _nearest_existing(path: Path) -> Path:
     return next(folder for folder in (path, *path.parents) if folder.exists())
 
 
-CHECKS: list[Callable[[Path], Check]] = [
-    *(_python, _packages, _device, _disk, _cache, _compiled_code),
-    *(_ray, _shared_memory, _home, _open_files, _wandb),
-]
+CHECKS: list[Callable[[Path], Iterator[Check]]] = [_software, _device, _results, _cache, _ray, _user]

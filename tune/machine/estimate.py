@@ -4,10 +4,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from ngpt.config.base import ConfigError
 from ngpt.model.flops import matrix_params
 from ngpt.system.code_digest import current_code
 from ngpt.system.device import DTYPES, pick_device
+from ngpt.system.timing import gemm_flops
 from ngpt.training.config import TrainConfig
 from tune import format as fmt
 from tune.analysis.noise import Method
@@ -24,6 +27,7 @@ from tune.planning.plan import PlannedPhase, trial_flops, trial_tokens, trial_wo
 from tune.spec.schema import Campaign
 from tune.storage.journal import read_journal
 from tune.storage.state import CampaignState, replay
+from tune.trials.trial_group import expected_groups
 
 STARTUP_SECONDS = 8.0  # start of Python and Ray, and the first import of torch in the workers
 SECONDS_PER_TRIAL = 0.1  # overhead besides training and evaluation
@@ -57,7 +61,7 @@ class PhaseEstimate:
     tokens: int
     disk_bytes: int
     seconds: float
-    smallest_detectable: float | None  # effect detected with 80 % power; None if the noise is unknown
+    smallest_detectable: float | None  # effect detected with 80 % power; None if there is none or the noise is unknown
     guessed: bool  # whether the phase depends on a winner that is not known yet
 
 
@@ -180,9 +184,9 @@ def check_budget(campaign: Campaign, root: Path) -> None:
     clock = _clock([(config, 1) for config in configs], campaign)
     seconds = min(clock.seconds(config, 1) for config in configs)
     if hours * 3600 < seconds:
-        needed = f"one trial takes about {fmt.duration(seconds)} ({clock.source})"
-        text = f"{hours:g} hours are {fmt.duration(hours * 3600)}, and {needed}"
-        raise ConfigError(f"budget.hours: {text}; give at least {seconds / 3600:.2g}, or shorten the trials")
+        text = f"{hours:g} hours are {fmt.duration(hours * 3600)}, and one trial takes about {fmt.duration(seconds)}"
+        advice = f"give at least {seconds / 3600:.2g}, or shorten the trials"
+        raise ConfigError(f"budget.hours: {text} ({clock.source}); {advice}")
 
 
 def expected_workers(campaign: Campaign) -> int:
@@ -190,8 +194,6 @@ def expected_workers(campaign: Campaign) -> int:
     resources = campaign.resources
     limits = [usable_cpus() // resources.cpus_per_trial]
     if pick_device(campaign.base.device).type == "cuda":
-        import torch
-
         share, gpus = resources.gpus_per_trial, torch.cuda.device_count()
         per_gpu = known_trials_per_device(campaign) if share == "auto" else int(1 / float(share) + 1e-9)
         limits.append(gpus * per_gpu if per_gpu else int(gpus / float(share)))
@@ -212,22 +214,18 @@ def _guessed_phases(campaign: Campaign, state: CampaignState, phases: Sequence[P
 
 def _trials_left(campaign: Campaign, state: CampaignState, phases: list[PlannedPhase]) -> dict[str, list[TrainConfig]]:
     """Configs of trials without a result, by phase. A trial shared by several phases is listed in the first."""
-    seen = set[str]()
-    left: dict[str, list[TrainConfig]] = {}
+    todo: dict[str, tuple[str, TrainConfig]] = {}  # first phase and config, by trial id
     for phase in phases:
-        new = {trial.trial_id: trial.config for trial in phase.trials if trial.trial_id not in seen}
-        todo = {i: config for i, config in new.items() if not has_result(campaign, state, phase.name, i)}
-        seen |= todo.keys()
-        left[phase.name] = [*todo.values()]
-    return left
+        for trial in phase.trials:
+            if not has_result(campaign, state, phase.name, trial.trial_id):
+                todo.setdefault(trial.trial_id, (phase.name, trial.config))
+    return {phase.name: [config for first, config in todo.values() if first == phase.name] for phase in phases}
 
 
 def _with_group_sizes(configs: list[TrainConfig], campaign: Campaign, workers: int) -> list[tuple[TrainConfig, int]]:
     """Pairs each trial with the number of trials that train concurrently in its worker, including itself."""
     if campaign.resources.vectorise == 1:
         return [(config, 1) for config in configs]
-    from tune.trials.trial_group import expected_groups
-
     groups = expected_groups(configs, workers=workers, max_size=campaign.resources.vectorise)
     return [(configs[index], len(group)) for group in groups for index in group]
 
@@ -240,7 +238,8 @@ def _clock(trials: Sequence[tuple[TrainConfig, int]], campaign: Campaign, *, mea
     speeds = known_speeds(device_key(campaign.base, threads)) if trials else {}
     n_missing = sum(_known_speed(speeds, *trial) is None for trial in trials)
     if n_missing:
-        rate = _flop_rate(campaign)
+        torch.set_num_threads(threads)
+        rate = EFFICIENCY * gemm_flops(pick_device(campaign.base.device), DTYPES[campaign.base.dtype])
         share = "" if n_missing == len(trials) else f" for {n_missing} of {len(trials)} trials"
         source = f"estimated from the FLOP count{share} at {rate / 1e9:.0f} GFLOP/s; --measure times real steps"
         return _Clock(speeds, rate, source)
@@ -248,15 +247,6 @@ def _clock(trials: Sequence[tuple[TrainConfig, int]], campaign: Campaign, *, mea
     if not all((step_time_key(config), n_concurrent) in speeds for config, n_concurrent in trials):
         source += ", treating concurrent trials as sequential; --measure times real steps"
     return _Clock(speeds, None, source)
-
-
-def _flop_rate(campaign: Campaign) -> float:
-    import torch
-
-    from ngpt.system.timing import gemm_flops
-
-    torch.set_num_threads(campaign.resources.cpus_per_trial)
-    return gemm_flops(pick_device(campaign.base.device), DTYPES[campaign.base.dtype]) * EFFICIENCY
 
 
 def _known_speed(speeds: Mapping[tuple[str, int], float], config: TrainConfig, n_concurrent: int) -> float | None:

@@ -1,17 +1,17 @@
 """Chooses how many trials share a GPU, by measuring which number trains the most tokens per second.
 
-A small model leaves a GPU idle between kernels, and more trials fill the gaps. In a short calibration
-(tune/machine/concurrency_benchmark.py), 1, 2, 3, 4, 6, ... trials train concurrently for some real steps; the curve is
-stored for later campaigns with the same model shape. Sharing does not change the results of a trial, but slows it down:
-tokens per second are only comparable between records with the same `packed`.
+A small model leaves a GPU idle between kernels, and more trials fill the gaps. A short calibration measures real steps
+(tune/machine/concurrency_benchmark.py). Sharing does not change the results of a trial, but slows it down: tokens per
+second are only comparable between records with the same `packed`.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from ngpt.data.text.progress import Log
 from ngpt.model.flops import flops_per_token
 from ngpt.system.device import pick_device
 from ngpt.training.config import TrainConfig
@@ -28,8 +28,6 @@ from tune.storage.state import DONE, CampaignState
 TRIAL_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # numbers of concurrent trials to measure, in this order
 EQUALLY_FAST = 0.99  # share of the highest throughput; the smallest number of trials that reaches it is chosen
 MIN_TRAINING_SECONDS = 90.0  # with one trial per device; in a shorter campaign, calibrating costs more than it saves
-
-Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)

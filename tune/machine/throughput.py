@@ -1,8 +1,7 @@
 """Measures how fast training steps run on this machine, and stores the results in the cache for later plans.
 
-One file in the cache holds the tokens per second of each model shape, and curves of throughput over the number of
-trials that share a device (tune/machine/gpu_sharing.py), keyed by device and `step_time_key`. Unreadable lines are
-skipped.
+One file holds the tokens per second of each model shape, and curves of throughput over the number of trials that share
+a device (tune/machine/gpu_sharing.py). Unreadable lines are skipped.
 """
 
 import contextlib
@@ -11,10 +10,13 @@ from datetime import UTC, datetime
 from typing import Annotated, TypeVar
 
 import pydantic
+import torch
 
+from ngpt.ensemble.throughput import measure_step_together
 from ngpt.system.cache import cache_folder
 from ngpt.system.json_lines import append_json_lines, read_json_lines
 from ngpt.training.config import TrainConfig, resolved
+from ngpt.training.throughput import measure_step
 from tune.machine.concurrency_benchmark import ThroughputPoint
 from tune.planning.equal_time import Speeds, step_time_key
 from tune.planning.plan import trial_work
@@ -56,11 +58,6 @@ def device_key(config: TrainConfig, threads: int) -> str:
 
 def measure_tokens_per_second(config: TrainConfig, *, threads: int, together: int = 1) -> float:
     """Times real training steps of `together` trials in this process; returns the median of their total rate."""
-    import torch
-
-    from ngpt.ensemble.throughput import measure_step_together
-    from ngpt.training.throughput import measure_step
-
     torch.set_num_threads(threads)
     if together > 1:
         return measure_step_together(config, together, warmup=3, steps=10)

@@ -21,6 +21,7 @@ CurveRow = Mapping[str, Any]  # a row of curves.parquet
 MAX_EFFECTS = 40  # arms in one effect plot; the table lists all arms
 MAX_POINTS = 200  # steps plotted per curve
 MAX_BANDS = 3  # best arms that get a band over their seeds; more bands would overlap
+LOSSES = ("val_loss", "train_loss")  # that have curves
 SERIES_COLORS = 7  # var(--s1) to var(--s7); further arms are grey
 MARKERS = {
     "baseline": "diamond",
@@ -69,6 +70,8 @@ def effect_figure(phase: PhaseSummary) -> Figure | None:
         data += [_verdict_text_trace(verdict, without_delta)] if without_delta else []
     direction = "better →" if phase.metric.goal == "maximize" else "← better"
     title = f"{label(phase.metric.name, 40)} against the baseline   {direction}"
+    band = {"type": "rect", "xref": "x", "yref": "paper", "y0": 0, "y1": 1, "layer": "below"}
+    band |= {"fillcolor": "var(--band)", "line": {"width": 0}}
     layout = {
         "height": 92 + 30 * len(arms),
         "margin": MARGIN,
@@ -80,7 +83,7 @@ def effect_figure(phase: PhaseSummary) -> Figure | None:
             "automargin": True,
             "showgrid": False,
         },
-        "shapes": [_band(-phase.min_effect, phase.min_effect)] if phase.min_effect else [],
+        "shapes": [band | {"x0": -phase.min_effect, "x1": phase.min_effect}] if phase.min_effect else [],
         "legend": ABOVE,
         "meta": {"kind": "effect", "short": [_short_label(arm) for _, arm in rows]},
     }
@@ -113,18 +116,10 @@ def _interval_trace(verdict: str, rows: list[tuple[int, ArmSummary]]) -> Figure:
 
 
 def _verdict_text_trace(verdict: str, rows: list[tuple[int, ArmSummary]]) -> Figure:
-    return {
-        "type": "scatter",
-        "mode": "text",
-        "name": verdict,
-        "x": [0] * len(rows),
-        "y": [y for y, _ in rows],
-        "text": [f"  {verdict}"] * len(rows),
-        "textposition": "middle right",
-        "textfont": {"color": f"var(--{verdict_slug(verdict)})"},
-        "showlegend": False,
-        "hoverinfo": "skip",
-    }
+    trace = {"type": "scatter", "mode": "text", "name": verdict, "showlegend": False, "hoverinfo": "skip"}
+    texts = {"text": [f"  {verdict}"] * len(rows), "textposition": "middle right"}
+    style = {"textfont": {"color": f"var(--{verdict_slug(verdict)})"}}
+    return trace | texts | style | {"x": [0] * len(rows), "y": [y for y, _ in rows]}
 
 
 def _effect_text(arm: ArmSummary) -> str:
@@ -132,24 +127,14 @@ def _effect_text(arm: ArmSummary) -> str:
     return f"{arm.verdict}: {effect(arm.delta)}" + ("" if p is None else f", Holm p {fmt.p_value(p)}")
 
 
-def _band(low: float, high: float) -> Figure:
-    shape = {"type": "rect", "xref": "x", "yref": "paper", "x0": low, "x1": high, "y0": 0, "y1": 1}
-    return shape | {"fillcolor": "var(--band)", "line": {"width": 0}, "layer": "below"}
-
-
 class Point(NamedTuple):
     """Mean and range of an arm's loss at one step, over the trials that logged it."""
 
-    step: int
-    tokens: float | None
+    x: float  # training tokens, or the step if tokens are unknown
     mean: float
     low: float
     high: float
     trials: int
-
-    def x(self, over_tokens: bool) -> float:
-        """Returns the x coordinate: training tokens, or steps if tokens are unknown or not wanted."""
-        return self.tokens if over_tokens and self.tokens is not None else self.step
 
 
 def curves_by_arm(curves: Iterable[CurveRow]) -> dict[tuple[str, str], list[CurveRow]]:
@@ -168,34 +153,31 @@ def curve_figure(phase: PhaseSummary, rows: Mapping[tuple[str, str], Sequence[Cu
     """
     colors = _colors(phase)
     banded = [*list(colors)[:MAX_BANDS], phase.baseline]
-    drawn: list[tuple[ArmSummary, list[Point], list[Point]]] = []
-    for arm in sorted(phase.arms, key=lambda arm: arm.arm in colors):  # grey curves are drawn first, behind the others
-        logged = rows.get((phase.phase, arm.arm), ())
-        val, train = _average(logged, "val_loss"), _average(logged, "train_loss")
-        if val or train:
-            drawn.append((arm, val, train))
-    if not drawn:
-        return None
-    over_tokens = all(point.tokens is not None for _, val, train in drawn for point in val + train)
+    logged = {arm.arm: rows.get((phase.phase, arm.arm), ()) for arm in phase.arms}
+    with_loss = [row for group in logged.values() for row in group if any(row.get(loss) is not None for loss in LOSSES)]
+    axis = "tokens" if all(row.get("tokens") is not None for row in with_loss) else "step"
     data: list[Figure] = []
     points_in_focus: list[tuple[float, float]] = []
-    for arm, val, train in drawn:
+    for arm in sorted(phase.arms, key=lambda arm: arm.arm in colors):  # grey curves are drawn first, behind the others
+        val, train = (_average(logged[arm.arm], loss, axis) for loss in LOSSES)
         main, color = val or train, colors.get(arm.arm)
+        if not main:
+            continue
         if color is None:
-            data.append(_line(arm.arm, main, "var(--faint)", 1, over_tokens) | {"showlegend": False})
+            data.append(_line(arm.arm, main, "var(--faint)", 1) | {"showlegend": False})
             continue
         if main[0].trials > 1 and arm.arm in banded:
-            data.append(_band_over_seeds(arm.arm, main, color, over_tokens))
+            data.append(_band_over_seeds(arm.arm, main, color))
         if train:
-            line = _line(arm.arm, train, color, 1, over_tokens, what="train")
+            line = _line(arm.arm, train, color, 1, what="train")
             data.append(line | {"opacity": 0.55, "showlegend": not val})
         if val:
             width = 3 if arm.arm == phase.winner else 2
-            data.append(_line(arm.arm, val, color, width, over_tokens, what="val") | {"mode": "lines+markers"})
+            data.append(_line(arm.arm, val, color, width, what="val") | {"mode": "lines+markers"})
         if arm.verdict not in ("diverged", "failed"):
-            points_in_focus += [(point.x(over_tokens), y) for point in val + train for y in (point.low, point.high)]
+            points_in_focus += [(point.x, y) for point in val + train for y in (point.low, point.high)]
     n_names = sum(trace["showlegend"] for trace in data)
-    return {"data": data, "layout": _curve_layout(over_tokens, n_names, _late_range(points_in_focus))}
+    return {"data": data, "layout": _curve_layout(axis, n_names, _late_range(points_in_focus))} if data else None
 
 
 def _colors(phase: PhaseSummary) -> dict[str, str]:
@@ -207,20 +189,20 @@ def _colors(phase: PhaseSummary) -> dict[str, str]:
     return colors | {arm: "var(--baseline)" for arm in arms if arm == phase.baseline}
 
 
-def _average(rows: Iterable[CurveRow], name: str) -> list[Point]:
+def _average(rows: Iterable[CurveRow], loss: str, axis: str) -> list[Point]:
     """Returns mean, minimum and maximum over the trials of an arm, at no more than `MAX_POINTS` steps."""
     steps: defaultdict[int, dict[str, float]] = defaultdict(dict)
-    tokens: dict[int, float | None] = {}
+    x: dict[int, float] = {}
     for row in rows:
-        value = row.get(name)
+        value = row.get(loss)
         if value is not None and isfinite(value):
             steps[row["step"]][row["trial_id"]] = value  # a resumed trial may log a step twice: the last row counts
-            tokens[row["step"]] = row.get("tokens")
+            x[row["step"]] = row[axis]
     order = sorted(steps)
     if (last := len(order) - 1) >= MAX_POINTS:
         order = [order[round(i * last / (MAX_POINTS - 1))] for i in range(MAX_POINTS)]
     values_at = [(step, steps[step].values()) for step in order]
-    return [Point(step, tokens[step], fmean(y), min(y), max(y), len(y)) for step, y in values_at]
+    return [Point(x[step], fmean(y), min(y), max(y), len(y)) for step, y in values_at]
 
 
 def _arm_trace(arm: str, x: Sequence[float], y: Sequence[float], color: str, width: int) -> Figure:
@@ -229,34 +211,22 @@ def _arm_trace(arm: str, x: Sequence[float], y: Sequence[float], color: str, wid
     return shared | {"x": x, "y": y, "line": {"color": color, "width": width}}
 
 
-def _line(
-    arm: str, points: Sequence[Point], color: str, width: int, over_tokens: bool, *, what: str = "loss"
-) -> Figure:
+def _line(arm: str, points: Sequence[Point], color: str, width: int, *, what: str = "loss") -> Figure:
     trials = max(point.trials for point in points)
     seeds = f"mean of {trials} seeds, %{{customdata[0]:.4f}} to %{{customdata[1]:.4f}}" if trials > 1 else "one seed"
     ranges = [[round(point.low, 5), round(point.high, 5)] for point in points]
-    x, y = [point.x(over_tokens) for point in points], [round(point.mean, 5) for point in points]
-    return (
-        _arm_trace(arm, x, y, color, width)
-        | {
-            "marker": {"color": color, "size": 5},
-            "showlegend": True,
-            "hovertemplate": f"%{{fullData.name}}<br>{what} %{{y:.4f}} at %{{x:.3s}}<br>{seeds}<extra></extra>",
-        }
-        | ({"customdata": ranges} if trials > 1 else {})
-    )
+    x, y = [point.x for point in points], [round(point.mean, 5) for point in points]
+    trace = _arm_trace(arm, x, y, color, width) | {"marker": {"color": color, "size": 5}, "showlegend": True}
+    trace["hovertemplate"] = f"%{{fullData.name}}<br>{what} %{{y:.4f}} at %{{x:.3s}}<br>{seeds}<extra></extra>"
+    return trace | {"customdata": ranges} if trials > 1 else trace
 
 
-def _band_over_seeds(arm: str, points: Sequence[Point], color: str, over_tokens: bool) -> Figure:
+def _band_over_seeds(arm: str, points: Sequence[Point], color: str) -> Figure:
     """Returns the band between the lowest and the highest seed of an arm, as one outline."""
-    x = [point.x(over_tokens) for point in points]
+    x = [point.x for point in points]
     y = [round(point.high, 5) for point in points] + [round(point.low, 5) for point in reversed(points)]
-    return _arm_trace(arm, x + x[::-1], y, color, 0) | {
-        "fill": "toself",
-        "fillcolor": color,
-        "showlegend": False,
-        "hoverinfo": "skip",
-    }
+    style = {"fill": "toself", "fillcolor": color, "showlegend": False, "hoverinfo": "skip"}
+    return _arm_trace(arm, x + x[::-1], y, color, 0) | style
 
 
 def _late_range(points: Sequence[tuple[float, float]]) -> list[float] | None:
@@ -267,8 +237,8 @@ def _late_range(points: Sequence[tuple[float, float]]) -> list[float] | None:
     return [low - 0.04 * (high - low), high + 0.04 * (high - low)] if high > low else None
 
 
-def _curve_layout(over_tokens: bool, n_names: int, focus: list[float] | None) -> Figure:
-    x_name = "training tokens" if over_tokens else "steps"
+def _curve_layout(axis: str, n_names: int, focus: list[float] | None) -> Figure:
+    x_name = "training tokens" if axis == "tokens" else "steps"
     return {
         "height": 340,
         "margin": {"l": 8, "r": 16, "t": 12, "b": 30},

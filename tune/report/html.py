@@ -41,7 +41,8 @@ def render_html(summary: CampaignSummary, curves: Curves) -> str:
     environment = _environment()
     page_js = (Path(__file__).parent / "report.js.j2").read_text(encoding="utf-8").strip()
     plotly_js = get_plotlyjs() if specs else ""
-    hashes = [_script_hash(script) for script in (page_js, plotly_js) if script]
+    digests = [hashlib.sha256(script.encode()).digest() for script in (page_js, plotly_js) if script]
+    hashes = [f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests]
     return environment.get_template("report.html.j2").render(
         summary=summary,
         ties=fmt.listing(map(fmt.plain, summary.answer_phase.ties)) if summary.answer_phase else "",
@@ -143,8 +144,3 @@ def _script_json(data: Any) -> str:
     """Returns JSON whose text cannot close the script element around it."""
     text = json.dumps(data, separators=(",", ":"), allow_nan=False)
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
-
-
-def _script_hash(script: str) -> str:
-    digest = hashlib.sha256(script.encode()).digest()
-    return f"'sha256-{base64.b64encode(digest).decode()}'"

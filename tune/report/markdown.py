@@ -18,7 +18,9 @@ _ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 
 def render_markdown(summary: CampaignSummary) -> str:
     """Renders the report as GitHub-flavoured Markdown."""
-    parts = [_answer(summary), *_handovers(summary), *map(_phase, summary.phases)]
+    edges = [f"- {cell(edge.target)} starts from {cell(edge.text())}" for edge in handovers(summary.phases)]
+    parts = [_answer(summary), *(["## What the phases handed on", "\n".join(edges)] if edges else [])]
+    parts += map(_phase, summary.phases)
     parts += [claims_markdown(summary)] if summary.claims else []
     parts += [_problems(summary), "## What it cost\n\n" + _list(wording.cost_facts(summary).items()), _sources(summary)]
     parts += ["## How to read this", glossary(wording.VERDICTS)]
@@ -99,16 +101,9 @@ def _phase(phase: PhaseSummary) -> str:
     return "\n\n".join([*parts, *map(_warning, phase.warnings)])
 
 
-def _handovers(summary: CampaignSummary) -> list[str]:
-    lines = [f"- {cell(edge.target)} starts from {cell(edge.text())}" for edge in handovers(summary.phases)]
-    return ["## What the phases handed on\n\n" + "\n".join(lines)] if lines else []
-
-
 def claims_markdown(summary: CampaignSummary) -> str:
     """Renders the claims of a campaign: a table, the trials behind each claim, and a glossary."""
     claims = summary.claims
-    if not claims:
-        return "## Claims\n\nThe campaign names no claims."
     header = ("claim", "source", "what was said", "verdict", "observed", "n", "why")
     values = [fmt.claim_value(claim.observed, claim.ci_low, claim.ci_high) for claim in claims]
     rows = [(c.id, c.source, c.says, c.verdict, value, c.n, c.why) for c, value in zip(claims, values, strict=True)]

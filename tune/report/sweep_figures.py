@@ -24,14 +24,8 @@ SIDES = ("middle right", "middle left", "top center", "bottom center")
 MAX_TICKS = 8  # values written beside one axis
 WIDE_RANGE = 30  # an axis is logarithmic if its largest value is at least this many times the smallest
 # Groups of arms by rank, with their colours. Fewer than `MIN_ARMS_FOR_FIFTHS` arms are split into halves.
-FIFTHS = {
-    "best fifth": "var(--s1)",
-    "second": "var(--s6)",
-    "third": "var(--faint)",
-    "fourth": "var(--s5)",
-    "last fifth": "var(--s2)",
-}
-HALVES = {"better half": "var(--s1)", "other half": "var(--s5)"}
+FIFTHS = {"best fifth": "s1", "second": "s6", "third": "faint", "fourth": "s5", "last fifth": "s2"}
+HALVES = {"better half": "s1", "other half": "s5"}
 MIN_ARMS_FOR_FIFTHS = 10
 
 
@@ -140,14 +134,15 @@ def parallel_figure(phase: PhaseSummary) -> Figure | None:
     if len(axes) < 2 or len(arms) < 3:
         return None
     columns = [[arm.overrides[name] for arm in arms] for name in axes] + [[arm.score.mean for arm in arms]]
-    scales = [Scale.of(column) for column in columns]
+    scales = [Scale(column) for column in columns]
     heights = [[scale.place(value) for value in column] for scale, column in zip(scales, columns, strict=True)]
     data = []
     groups = HALVES if len(arms) < MIN_ARMS_FOR_FIFTHS else FIFTHS
     for rank, name in reversed(list(enumerate(groups))):  # the best group is drawn last, on top
         members = [i for i in range(len(arms)) if i * len(groups) // len(arms) == rank]
-        style = {"name": name, "line": {"color": groups[name], "width": 1.2 if rank else 2.5}}
-        data.append(_group_trace(members, arms, heights) | style | {"marker": {"color": groups[name], "size": 5}})
+        color = f"var(--{groups[name]})"
+        style = {"name": name, "line": {"color": color, "width": 1.2 if rank else 2.5}}
+        data.append(_group_trace(members, arms, heights) | style | {"marker": {"color": color, "size": 5}})
     names, span = [label(name.rpartition(".")[2], 18) for name in (*axes, phase.metric.name)], [-0.15, len(axes) + 0.3]
     annotations = [note for x, scale in enumerate(scales) for note in _ticks(x, scale)]
     line = {"color": "var(--soft)", "width": 1}
@@ -169,17 +164,12 @@ def parallel_figure(phase: PhaseSummary) -> Figure | None:
 class Scale:
     """Maps values to [0, 1]: on a linear or log scale, or in equal steps for text or few distinct values."""
 
-    def __init__(self, values: Sequence[Any], *, steps: bool) -> None:
-        self.values, self.steps = list(values), steps
-        self.log = not steps and self.values[0] > 0 and self.values[-1] / self.values[0] >= WIDE_RANGE
-
-    @classmethod
-    def of(cls, column: Sequence[Any]) -> "Scale":
-        """Returns the scale for the values of a setting."""
-        distinct = list({repr(value): value for value in column}.values())
+    def __init__(self, column: Sequence[Any]) -> None:
+        distinct = {repr(value): value for value in column}.values()
         numeric = all(map(is_number, distinct))
-        distinct.sort(key=(lambda value: value) if numeric else repr)
-        return cls(distinct, steps=not numeric or len(distinct) <= MAX_TICKS)
+        self.values: list[Any] = sorted(distinct) if numeric else sorted(distinct, key=repr)
+        self.steps = not numeric or len(self.values) <= MAX_TICKS
+        self.log = not self.steps and self.values[0] > 0 and self.values[-1] / self.values[0] >= WIDE_RANGE
 
     def place(self, value: Any) -> float:
         """Returns the position of a value, from 0 to 1; 0.5 if it is the only one."""

@@ -44,9 +44,6 @@ CLAIMS_NOTE = (
 ENDINGS = {"diverged": "its loss became non-finite", "stopped": "the campaign stopped before the trial ended"}
 
 
-# ---- numbers -------------------------------------------------------------------------------------------------------
-
-
 def half_width(spread: Spread | Delta | None) -> float | None:
     """Returns half the width of a confidence interval; None without an interval."""
     if spread is None or spread.ci_low is None or spread.ci_high is None:
@@ -106,9 +103,6 @@ def claim_counts(verdicts: Iterable[str]) -> str:
     return fmt.listing(f"{counts[verdict]} {verdict}" for verdict in CLAIM_VERDICTS if counts[verdict])
 
 
-# ---- arms and phases -----------------------------------------------------------------------------------------------
-
-
 def is_named(arm: ArmSummary) -> bool:
     """Whether the name of an arm contains all of its settings."""
     name = fmt.plain(arm.arm)
@@ -153,9 +147,6 @@ def importance_table(phase: PhaseSummary) -> ImportanceTable | None:
 def went_wrong(problem: TrialProblem) -> str:
     """Returns the last error of a trial that did not finish, or how it ended."""
     return fmt.plain(problem.error or ENDINGS.get(problem.status, fmt.MISSING))
-
-
-# ---- the campaign --------------------------------------------------------------------------------------------------
 
 
 def fact(item: Any) -> str:
@@ -217,16 +208,13 @@ def troubles(summary: CampaignSummary) -> list[str]:
         name = f"{fmt.plain(trial.phase)}/{fmt.plain(trial.arm)} seed {trial.seed}"
         sentences.append(f"{name} was started {trial.attempts} times; final status: {fmt.plain(trial.status)}.")
     if skipped := summary.data.get("skipped_shards"):
-        sentences.append(
-            f"{skipped} corrupt shard{'s were' if skipped > 1 else ' was'} skipped when the data were read."
-        )
+        shards = f"{skipped} corrupt shards were" if skipped > 1 else f"{skipped} corrupt shard was"
+        sentences.append(f"{shards} skipped when the data were read.")
     warned = [f"{len(phase.warnings)} in {fmt.plain(phase.phase)}" for phase in summary.phases if phase.warnings]
     if warned:
         sentences.append(f"Warnings are listed with their phases: {fmt.listing(warned)}.")
     return sentences
 
-
-# ---- the next step -------------------------------------------------------------------------------------------------
 
 RESUME = "the same command again: it continues where it stopped and repeats nothing."
 

@@ -7,35 +7,30 @@ reproduced a claim and another refuted it, the claim is undecided and the page s
 
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from ngpt.config.base import ConfigError
 from tune import format as fmt
+from tune.claims.evidence import ClaimVerdict
 from tune.claims.relations import RELATIONS
-from tune.claims.selectors import describe, short
+from tune.claims.selectors import describe
 from tune.report.markdown import cell, glossary, markdown_table
 from tune.report.wording import CLAIM_VERDICTS, CLAIMS_NOTE
 from tune.results.summary import own_claims, summarize_claims
+from tune.spec.reading import short
 from tune.spec.schema import Claim
 from tune.storage.state import CampaignState, read_state
 
 SHORT_ID = 6  # hex digits of a trial id that the page shows
 
 
-@dataclass(frozen=True)
-class ClaimInCampaign:
-    """Result of one campaign for a claim."""
+@dataclass(frozen=True, kw_only=True)
+class ClaimInCampaign(ClaimVerdict):
+    """The verdict of one campaign on a claim."""
 
     campaign: str
-    verdict: str
-    observed: float | None
-    ci_low: float | None
-    ci_high: float | None
-    n: int  # seeds
-    trials: Sequence[str]
-    why: str
 
 
 @dataclass
@@ -51,33 +46,12 @@ class LedgerClaim:
 
 
 @dataclass(frozen=True)
-class LedgerCampaign:
-    """How a campaign was run: ranges over its trials, and the command that runs it again."""
-
-    campaign: str
-    results: str
-    device: str | None
-    corpus: str | None
-    corpus_tokens: int | None
-    n_params: Sequence[int] | None  # smallest and largest
-    steps: Sequence[int] | None
-    tokens: Sequence[int] | None
-    seeds: Sequence[int]
-    trials: int
-    dates: Sequence[str] | None  # first and last
-    confidence: float
-    min_effect: float
-    metric: str
-    command: str
-
-
-@dataclass(frozen=True)
 class Ledger:
     """All claims sorted by source, the number of claims per verdict, and the campaigns."""
 
     counts: Mapping[str, int]
     claims: Sequence[LedgerClaim]
-    campaigns: Sequence[LedgerCampaign]
+    campaigns: Sequence[Mapping[str, Any]]  # see `_describe_campaign`
 
 
 def collect(roots: Sequence[Path], claims: Sequence[Claim] | None = None) -> Ledger:
@@ -87,7 +61,7 @@ def collect(roots: Sequence[Path], claims: Sequence[Claim] | None = None) -> Led
         ConfigError: a directory has no campaign, or no directory has claims.
     """
     entries: dict[tuple[Any, ...], LedgerClaim] = {}
-    campaigns: dict[str, LedgerCampaign] = {}
+    campaigns: dict[str, dict[str, Any]] = {}
     for root in dict.fromkeys(map(Path, map(os.path.normpath, roots))):  # `results/a/` is `results/a`
         state = read_state(root)
         name = f"SMOKE {state.campaign['campaign']}" if state.is_smoke else state.campaign["campaign"]
@@ -98,8 +72,8 @@ def collect(roots: Sequence[Path], claims: Sequence[Claim] | None = None) -> Led
         for claim, result in zip(judged, summarize_claims(state, judged), strict=True):
             entry = LedgerClaim(claim.id, claim.source, claim.says, question(claim))
             entry = entries.setdefault((claim.source, claim.id, claim.says), entry)
-            copied = ("verdict", "observed", "ci_low", "ci_high", "n", "trials", "why")
-            entry.found.append(ClaimInCampaign(name, **{field: getattr(result, field) for field in copied}))
+            verdict = {field.name: getattr(result, field.name) for field in fields(ClaimVerdict)}
+            entry.found.append(ClaimInCampaign(campaign=name, **verdict))
     if not entries:
         raise ConfigError(f"no claims in {fmt.listing(map(str, roots))}; give a file that has some with --claims FILE")
     # By source, claims without a source last; within a source in file order.
@@ -136,7 +110,8 @@ def question(claim: Claim) -> str:
     return f"{claim.metric}: {text}" if RELATIONS[claim.relation].uses_trials else text
 
 
-def _describe_campaign(name: str, root: Path, state: CampaignState) -> LedgerCampaign:
+def _describe_campaign(name: str, root: Path, state: CampaignState) -> dict[str, Any]:
+    """Returns how a campaign was run: the smallest and largest values of its trials, and the command to repeat it."""
     rules, data = state.campaign, state.campaign["data"]
     planned = {trial_id for phase in state.phases.values() for trial_id in phase.trial_ids}
     results = [result for trial_id, result in state.results.items() if trial_id in planned]
@@ -145,22 +120,20 @@ def _describe_campaign(name: str, root: Path, state: CampaignState) -> LedgerCam
         known = sorted(value for value in values if value)
         return [known[0], known[-1]] if known else None
 
-    return LedgerCampaign(
-        campaign=name,
-        results=str(root),
-        device=rules["environment"].get("device"),
-        corpus=data.get("corpus"),
-        corpus_tokens=data.get("train_tokens"),
+    return {
+        "campaign": name,
+        "results": str(root),
+        "device": rules["environment"].get("device"),
+        "corpus": data.get("corpus"),
+        "corpus_tokens": data.get("train_tokens"),
         **{name: ends(result["metrics"].get(name) for result in results) for name in ("n_params", "steps", "tokens")},
-        seeds=sorted({seed for phase in state.phases.values() for seed in phase.seeds}),
-        trials=len(results),
-        dates=ends((result["started_at"] or "")[:10] for result in results),
-        metric=rules["metric"]["name"],
-        **{name: rules[name] for name in ("confidence", "min_effect", "command")},
-    )
-
-
-# ---- the page ------------------------------------------------------------------------------------------------------
+        "seeds": sorted({seed for phase in state.phases.values() for seed in phase.seeds}),
+        "trials": len(results),
+        "dates": ends((result["started_at"] or "")[:10] for result in results),
+        **{name: rules[name] for name in ("confidence", "min_effect")},
+        "metric": rules["metric"]["name"],
+        "command": rules["command"],
+    }
 
 
 def total(ledger: Ledger) -> str:
@@ -172,7 +145,7 @@ def total(ledger: Ledger) -> str:
 def ledger_markdown(ledger: Ledger, *, command: str = "") -> str:
     """Renders the ledger as a Markdown page that names the `command` that wrote it."""
     made = f" This page was written by `{fmt.plain(command)}`." if command else ""
-    lines = "\n".join(f"{fmt.plain(campaign.command)}    # {campaign.results}" for campaign in ledger.campaigns)
+    lines = "\n".join(f"{fmt.plain(campaign['command'])}    # {campaign['results']}" for campaign in ledger.campaigns)
     parts = ["# Claims", f"**{total(ledger)}.**"]
     parts += [f"Sentences of earlier reports, each tested by trials that were run for it.{made}"]
     parts += ["## The campaigns", _campaign_table(ledger.campaigns)]
@@ -237,16 +210,15 @@ def _trials(trial_ids: Iterable[str]) -> str:
     )
 
 
-def _campaign_table(campaigns: Iterable[LedgerCampaign]) -> str:
+def _campaign_table(campaigns: Iterable[Mapping[str, Any]]) -> str:
     header = ("campaign", "device", "data", "parameters", "steps", "tokens a trial", "seeds", "trials", "run on")
     rows = []
     for campaign in campaigns:
-        corpus = Path(campaign.corpus or "").name or None  # without the folders of a path
-        data = f"{corpus}, {fmt.count(campaign.corpus_tokens)} tokens" if corpus else None
-        sizes = [_range(ends, fmt.count) for ends in (campaign.n_params, campaign.steps, campaign.tokens)]
-        seeds = fmt.listing(map(str, campaign.seeds), most=8)
-        dates = _range(campaign.dates, str)
-        rows.append((campaign.campaign, campaign.device, data, *sizes, seeds, campaign.trials, dates))
+        corpus = Path(campaign["corpus"] or "").name or None  # without the folders of a path
+        data = f"{corpus}, {fmt.count(campaign['corpus_tokens'])} tokens" if corpus else None
+        sizes = [_range(campaign[name], fmt.count) for name in ("n_params", "steps", "tokens")]
+        seeds, dates = fmt.listing(map(str, campaign["seeds"]), most=8), _range(campaign["dates"], str)
+        rows.append((campaign["campaign"], campaign["device"], data, *sizes, seeds, campaign["trials"], dates))
     return markdown_table(header, rows, right=("trials",))
 
 

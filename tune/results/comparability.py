@@ -7,14 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from ngpt.config.base import ConfigError, unknown_message
+from tune.spec.schema import LOSS_METRICS
 from tune.storage.state import CampaignState, read_state
 from tune.storage.summaries import Objective
 
-GOALS = {
-    "val_loss": "minimize",
-    "val_bpb": "minimize",
-    "train_loss": "minimize",
-}  # of the metrics that every trial logs
+GOALS: dict[str, str] = dict.fromkeys(LOSS_METRICS, "minimize")  # of the metrics that every trial logs
 PER_TOKEN = ("val_loss", "train_loss")  # comparable only with the same tokenizer
 
 
@@ -46,10 +43,8 @@ def choose_objective(a: Results, b: Results, wanted: str | None) -> Objective:
     if wanted is not None and wanted not in GOALS | goals_by_metric:
         raise ConfigError(f"--metric {wanted}: {unknown_message('metric', wanted, GOALS | goals_by_metric)}")
     if wanted is None and len(goals_by_metric) > 1:
-        raise ConfigError(
-            f"not comparable: {a.root} ranks by {a.metric.name} and {b.root} by {b.metric.name}; "
-            f"choose one with --metric, such as --metric val_bpb"
-        )
+        text = f"{a.root} ranks by {a.metric.name} and {b.root} by {b.metric.name}"
+        raise ConfigError(f"not comparable: {text}; choose one with --metric, such as --metric val_bpb")
     name = wanted or a.metric.name
     goals = [side.metric.goal for side in (a, b) if side.metric.name == name]
     if len(set(goals)) > 1:
@@ -75,17 +70,13 @@ def check_data(a: Results, b: Results, metric: str) -> None:
         reason = f"the evaluation tokens differ: {' and '.join(counts)}; run one of them again with the other's data"
     elif metric in PER_TOKEN:
         names = f"{a.data['tokenizer']} and {b.data['tokenizer']}"
-        advice = "; bits per byte can be compared: --metric val_bpb" if _has_bits_per_byte(a, b) else ""
+        logged = [[result["metrics"].get("val_bpb") for result in side.state.results.values()] for side in (a, b)]
+        have_bits = all(any(value is not None for value in values) for values in logged)
+        advice = "; bits per byte can be compared: --metric val_bpb" if have_bits else ""
         reason = f"the tokenizers differ ({names}), and {metric} is a loss per token{advice}"
     else:
         return
     raise ConfigError(f"not comparable: {reason}")
-
-
-def _has_bits_per_byte(*sides: Results) -> bool:
-    return all(
-        any(result["metrics"].get("val_bpb") is not None for result in side.state.results.values()) for side in sides
-    )
 
 
 def data_settings(a: Results, b: Results) -> set[str]:

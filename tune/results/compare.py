@@ -15,29 +15,13 @@ from ngpt.training.config import TrainConfig
 from tune.analysis.verdicts import holm, judge
 from tune.results.comparability import Results, check_data, choose_objective, data_settings, read_results
 from tune.results.phase_summary import mean, phase_records
+from tune.spec.schema import LOSS_METRICS
 from tune.storage.records import TrialOutcome
 from tune.storage.summaries import Delta, Objective, TrialRecord, to_json
 
-EXACT = ("val_loss", "val_bpb", "train_loss")  # if all are equal in every digit, two trials are identical
 IDENTICAL = "identical in every trial"
 
 Differing = Mapping[str, Sequence[Any]]  # name to [value in a, value in b]; None where one side lacks the name
-
-
-@dataclass(frozen=True)
-class ComparedResults:
-    """One of the two results directories."""
-
-    results: str
-    status: str
-    started_at: str
-    environment: Mapping[str, Any]
-    campaign: str
-    description: str | None
-    metric: Mapping[str, str]
-    data: Mapping[str, Any]
-    workers: int
-    command: str
 
 
 @dataclass(frozen=True)
@@ -76,8 +60,8 @@ class ArmComparison:
 class Comparison:
     """Settings in which two results directories differ, and the comparison of each arm that both have."""
 
-    a: ComparedResults
-    b: ComparedResults
+    a: Mapping[str, Any]  # facts about the first results directory, such as its campaign, status and command
+    b: Mapping[str, Any]
     metric: Objective
     confidence: float
     min_effect: float
@@ -137,23 +121,15 @@ def compare(first: Path, second: Path, *, metric: str | None = None) -> Comparis
     )
 
 
-# ---- arms ----------------------------------------------------------------------------------------------------------
-
-
 def _arms(side: Results, ignored: set[str]) -> dict[str, ArmTrials]:
     """Groups trials by the non-default settings that determine their results, encoded as JSON."""
     defaults = {name: to_json(info.default) for name, info in settings(TrainConfig).items()}
-    identity = {name for name in defaults if is_identity(TrainConfig, name)}
+    skipped = {*ignored, "seed"} | {name for name in defaults if not is_identity(TrainConfig, name)}
     arms: dict[str, ArmTrials] = {}
     for phase in side.state.phases.values():
         for record in phase_records(side.state, phase):
-            config = {
-                name: value
-                for name, value in record.config.items()
-                if name != "seed"
-                and name not in ignored
-                and (name not in defaults or (name in identity and value != defaults[name]))
-            }
+            config = {name: value for name, value in record.config.items() if name not in skipped}
+            config = {name: value for name, value in config.items() if name not in defaults or value != defaults[name]}
             arm = arms.setdefault(json.dumps(config, sort_keys=True), ArmTrials())
             name = f"{phase.name}/{record.arm}"
             if name not in arm.names:
@@ -201,7 +177,8 @@ def _compare_arm(
 
 
 def _is_equal(a: TrialRecord, b: TrialRecord) -> bool:
-    return a.status == b.status != "failed" and all(a.metrics.get(name) == b.metrics.get(name) for name in EXACT)
+    """Whether two trials ended alike, with losses that are equal in every digit."""
+    return a.status == b.status != "failed" and all(a.metrics.get(name) == b.metrics.get(name) for name in LOSS_METRICS)
 
 
 def _judge_all(arms: Sequence[ArmComparison], goal: str, alpha: float, min_effect: float) -> list[ArmComparison]:
@@ -246,19 +223,10 @@ def _throughput_note(a: Results, b: Results) -> str | None:
     return f"no throughput ratio: {concurrency[0]} trials ran at a time in A, {concurrency[1]} in B"
 
 
-# ---- facts ---------------------------------------------------------------------------------------------------------
-
-
-def _describe(side: Results) -> ComparedResults:
-    campaign = side.state.campaign
-    copied = ("campaign", "description", "metric", "data", "workers", "command")
-    return ComparedResults(
-        results=str(side.root),
-        status=side.state.status,
-        started_at=side.state.started,
-        environment=side.state.environment,
-        **{name: campaign[name] for name in copied},
-    )
+def _describe(side: Results) -> dict[str, Any]:
+    state, copied = side.state, ("campaign", "description", "metric", "data", "workers", "command")
+    facts = {"results": str(side.root), "status": state.status, "started_at": state.started}
+    return facts | {"environment": state.environment} | {name: state.campaign[name] for name in copied}
 
 
 def _code(arms: Mapping[str, ArmTrials]) -> dict[str, Any]:

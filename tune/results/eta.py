@@ -5,7 +5,6 @@ The journal records the shape and the FLOPs of each planned arm (`TrialWork`), s
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from heapq import heapreplace
 from typing import Any
 
@@ -13,27 +12,7 @@ from tune.results.snapshot import Running
 from tune.storage.records import TrialWork
 from tune.storage.state import DONE, CampaignState, PhaseState
 
-
-@dataclass
-class Speed:
-    """Training seconds and FLOPs so far, by model shape."""
-
-    seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
-    flops: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
-
-    def add(self, work: TrialWork, seconds: float, share: float) -> None:
-        """Adds a trial that has completed the fraction `share` of its work in `seconds`."""
-        if seconds > 0 and share > 0:
-            self.seconds[work.shape] += seconds
-            self.flops[work.shape] += work.flops * share
-
-    def rates(self) -> dict[str, float]:
-        """Returns seconds per FLOP for each shape."""
-        return {shape: seconds / self.flops[shape] for shape, seconds in self.seconds.items()}
-
-    def overall(self) -> float:
-        """Returns seconds per FLOP over all shapes."""
-        return sum(self.seconds.values()) / sum(self.flops.values())
+Sample = tuple[TrialWork, float, float]  # a trial, its training seconds so far, and the fraction of its work done
 
 
 def seconds_left(state: CampaignState, running: Sequence[Running]) -> float | None:
@@ -46,13 +25,8 @@ def seconds_left(state: CampaignState, running: Sequence[Running]) -> float | No
     that the phase's ended and running trials complete, where running trials count as complete. Until the first trial
     is stopped, waiting trials are expected to run to the end.
     """
-    works = {
-        trial_id: arm.work
-        for phase in state.phases.values()
-        for arm in phase.arms
-        if arm.work
-        for trial_id in arm.trial_ids.values()
-    }
+    phases = state.phases.values()
+    works = {i: arm.work for phase in phases for arm in phase.arms if arm.work for i in arm.trial_ids.values()}
     under_way = {trial.trial_id: trial for trial in running if trial.trial_id in works}
     workers = max(1, state.campaign["workers"])
     per_worker = max(1.0, len(under_way) / workers)  # trials that share one worker
@@ -61,16 +35,15 @@ def seconds_left(state: CampaignState, running: Sequence[Running]) -> float | No
         for trial_id, trial in under_way.items()
         if trial.tokens_per_second
     }
-    now, earlier = _measure_speeds(state, under_way, works, full_seconds)
-    if not (now.seconds or earlier.seconds):
+    now, earlier = _samples(state, under_way, works, full_seconds)
+    rates = _rates(earlier) | _rates(now)
+    if not rates:
         return None
-    rates = earlier.rates() | now.rates()
-    overall = (now if now.seconds else earlier).overall()
 
     def seconds(work: TrialWork) -> float:
-        return work.flops * rates.get(work.shape, overall)
+        return work.flops * rates.get(work.shape, rates[None])
 
-    shares = {name: _share_of_phase(phase, state, under_way) for name, phase in state.phases.items()}
+    shares = {phase.name: _share_of_phase(phase, state, under_way) for phase in phases}
     running_left = [
         (full_seconds.get(i) or seconds(works[i])) * max(0.0, 1 - trial.step / trial.steps)
         for i, trial in under_way.items()
@@ -83,34 +56,42 @@ def seconds_left(state: CampaignState, running: Sequence[Running]) -> float | No
     return left
 
 
-def _measure_speeds(
+def _rates(samples: Iterable[Sample]) -> dict[str | None, float]:
+    """Returns the seconds per FLOP of each shape, and under None those of all shapes together."""
+    totals: defaultdict[str | None, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for work, seconds, share in samples:
+        for shape in (work.shape, None) if seconds > 0 and share > 0 else ():
+            totals[shape][0] += seconds
+            totals[shape][1] += work.flops * share
+    return {shape: seconds / flops for shape, (seconds, flops) in totals.items()}
+
+
+def _samples(
     state: CampaignState,
     under_way: Mapping[str, Running],
     works: Mapping[str, TrialWork],
     full_seconds: Mapping[str, float],
-) -> tuple[Speed, Speed]:
-    """Returns the speed of this session, running trials included, and that of earlier sessions.
+) -> tuple[list[Sample], list[Sample]]:
+    """Returns the trials that show the speed of this session, running ones included, and that of earlier sessions.
 
     Of the trials that ended in this session, only the later half for each shape is used, since the first ones include
     worker startup and compilation. Trials that needed a second attempt are ignored. The time of a vectorised group is
     divided among its trials.
     """
-    now, earlier = Speed(), Speed()
-    ended: defaultdict[str, list[tuple[TrialWork, float, float]]] = defaultdict(list)
+    earlier: list[Sample] = []
+    ended: defaultdict[str, list[Sample]] = defaultdict(list)
     for trial_id, result in state.results.items():
         if trial_id in works and result["status"] in DONE and result["attempt"] == 1:
             seconds = result["seconds"] / result["provenance"].get("vectorised", 1)
             sample = works[trial_id], seconds, _share_done(result)
             if result["seq"] < state.campaign["seq"]:
-                earlier.add(*sample)
+                earlier.append(sample)
             else:
                 ended[works[trial_id].shape].append(sample)
-    for samples in ended.values():
-        for sample in samples[len(samples) // 2 :]:
-            now.add(*sample)
+    now = [sample for samples in ended.values() for sample in samples[len(samples) // 2 :]]
     for trial_id, seconds in full_seconds.items():
         share = min(1.0, under_way[trial_id].step / under_way[trial_id].steps)
-        now.add(works[trial_id], share * seconds, share)
+        now.append((works[trial_id], share * seconds, share))
     return now, earlier
 
 

@@ -83,26 +83,20 @@ def verify(root: Path) -> Findings:
     directory = Directory(root, events, replay(events), is_locked(root))
     directory.checked["events"] = len(events)
     if directory.running:
-        issues.append(
-            Note("campaign.lock", "a campaign is running here, so the files that it is still writing are not checked")
-        )
+        text = "a campaign is running here, so the files that it is still writing are not checked"
+        issues.append(Note("campaign.lock", text))
     if directory.state.campaign:
         # With a damaged journal, every file derived from it would look wrong.
-        is_journal_intact = all(isinstance(issue, Note) for issue in issues)
-        checks = (
-            (check_heading, check_trials, check_checkpoints, check_derived)
-            if is_journal_intact
-            else (check_checkpoints,)
-        )
+        is_intact = all(isinstance(issue, Note) for issue in issues)
+        checks = (check_heading, check_trials, check_checkpoints, check_derived) if is_intact else (check_checkpoints,)
         for check in checks:
             issues += check(directory)
     elif not issues:
         issues.append(Note("journal.jsonl", "it contains no campaign"))
     # Only the first issue of each path is reported: later ones follow from it.
-    causes = reversed({issue.path: issue for issue in reversed(issues)}.values())
-    problems, notes = [], []
-    for issue in causes:
-        (notes if isinstance(issue, Note) else problems).append(issue)
+    causes = list({issue.path: issue for issue in reversed(issues)}.values())[::-1]
+    problems = [issue for issue in causes if not isinstance(issue, Note)]
+    notes = [issue for issue in causes if isinstance(issue, Note)]
     return Findings(str(root), not problems, directory.checked, problems, notes)
 
 
@@ -129,10 +123,9 @@ def check_heading(directory: Directory) -> Iterator[Issue]:
     """Compares `manifest.json` and `campaign.yaml` with the newest start of the campaign."""
     started = directory.state.campaign
     manifest, problem = _read_json(directory.root / "manifest.json")
+    fields = ("campaign", "command", "environment", "data", "base")
     # Older versions journaled fewer fields and no digest of the file.
-    expected = {
-        name: started[name] for name in ("campaign", "command", "environment", "data", "base") if name in started
-    }
+    expected = {name: started[name] for name in fields if name in started}
     if problem is None and not (isinstance(manifest, dict) and manifest | expected == manifest):
         problem = "it differs from the newest start in the journal"
     if problem:
@@ -213,11 +206,8 @@ def check_checkpoints(directory: Directory) -> Iterator[Issue]:
     for trial_id, path in trials.items():
         root = path / "checkpoints"
         for leftover in [*root.glob("damaged-*"), *([] if directory.running else root.glob(".tmp-*"))]:
-            kind = (
-                "a damaged checkpoint that was set aside"
-                if leftover.name.startswith("d")
-                else "an unfinished checkpoint"
-            )
+            is_damaged = leftover.name.startswith("damaged-")
+            kind = "a damaged checkpoint that was set aside" if is_damaged else "an unfinished checkpoint"
             yield Note(str(leftover.relative_to(directory.root)), f"{kind}; safe to remove")
         status = directory.state.results.get(trial_id, {}).get("status")
         if status == "finished" and all(problems[folder] for folder in checkpoint_folders(root)):

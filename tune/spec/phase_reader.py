@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ngpt.config.base import ConfigError, Location, Problem, is_identity, settings, unknown_message
+from ngpt.config.base import ConfigError, Location, Problem, is_identity, unknown_message
 from ngpt.config.overrides import named_settings
 from ngpt.training.config import TrainConfig
 from tune import format as fmt
@@ -18,6 +18,7 @@ from tune.spec.reading import (
     collect,
     comparable,
     repeated,
+    short,
     with_absolute_paths,
 )
 from tune.spec.schema import HOLDS, KINDS, MAX_TRIALS, Phase, SeedRule, UntilDecided, count_seeds
@@ -206,7 +207,9 @@ class _PhaseReader:
             elif not values:
                 yield Problem(location, "the list of values is empty")
             else:
-                axes.append(Axis(_label(setting, location), setting, tuple(values), location))
+                written = str(location[-1])
+                label = written if "." in written else short(setting)  # in full if it is ambiguous, as `name` is
+                axes.append(Axis(label, setting, tuple(values), location))
                 for i in repeated(values) if kind != "zip" else ():
                     yield Problem((*location, i), f"{fmt.value(values[i])} is listed twice")
         if kind == "zip" and len({len(axis.values) for axis in axes}) > 1:
@@ -280,20 +283,12 @@ class _PhaseReader:
 
 
 def _check_distinct(arms: Sequence[ArmSpec]) -> Reading[None]:
-    """Reports arms that change the same settings to the same values as an earlier arm."""
     first: dict[Any, ArmSpec] = {}
     for arm in arms:
         twin = first.setdefault(comparable([arm.inherit, *sorted(arm.overrides.items())]), arm)
         if twin is not arm:
             where = arm.origins.get("arm") or next(iter(arm.origins.values()))
             yield Problem(where, f"the arm {arm.name!r} changes the same settings in the same way as {twin.name!r}")
-
-
-def _label(setting: str, location: Location) -> str:
-    """The setting's name as written, or its full name if the short one is ambiguous, such as `name` in `optim:`."""
-    written = str(location[-1])
-    candidates = [name for name in settings(TrainConfig) if name.rpartition(".")[2] == written]
-    return written if len(candidates) == 1 or "." in written else setting
 
 
 def _size(kind: str, axes: Sequence[Axis]) -> str:

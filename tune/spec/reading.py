@@ -11,12 +11,13 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ngpt.config.base import ConfigError, Location, Problem
+from ngpt.config.base import ConfigError, Location, Problem, settings
 from ngpt.config.overrides import MAX_PROBLEMS
 from ngpt.config.yaml_reader import Document
 from ngpt.data.sources import CORPORA
 from ngpt.data.tokens.tokenizer import parse_spec
 from ngpt.model.residual import RESIDUAL_ALIASES
+from ngpt.training.config import TrainConfig
 from tune import format as fmt
 
 Value = TypeVar("Value")
@@ -112,6 +113,12 @@ def comparable(value: Any) -> Any:
     if isinstance(value, str):
         return RESIDUAL_ALIASES.get(value, value)  # unambiguous: no other setting has such a value
     return repr(value) if isinstance(value, bool | dict) else value
+
+
+def short(setting: str) -> str:
+    """The last part of a setting's name if it is unique, otherwise the full name."""
+    leaf = setting.rpartition(".")[2]
+    return leaf if sum(full.rpartition(".")[2] == leaf for full in settings(TrainConfig)) == 1 else setting
 
 
 def with_absolute_paths(values: Mapping[str, Any]) -> dict[str, Any]:

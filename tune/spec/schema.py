@@ -24,7 +24,6 @@ FEWEST_FRESH, MOST_FRESH = 4, 30  # number of seeds that `seeds: fresh` chooses 
 
 
 def _gpus_per_trial(value: Any) -> Any:
-    """Accepts `auto` or a positive number."""
     if value != "auto" and (isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf):
         raise invalid_setting(f"expected `auto` or a number above 0, got {value!r}")
     return value

@@ -120,19 +120,25 @@ def random_arms(search: Search) -> list[ArmSpec]:
 
 def read_search(data: Any, at: Location, read_settings: SettingsReader) -> Reading[Search | None]:
     """Reads a `search:` section; returns None if there is any problem."""
+    search, wrong = collect(_read_search(data, at, read_settings))
+    yield from wrong
+    return None if wrong else search
+
+
+def _read_search(data: Any, at: Location, read_settings: SettingsReader) -> Reading[Search | None]:
     if not isinstance(data, dict):
         yield Problem(at, f"expected a mapping with {', '.join(KEYS)}, got {data!r}")
         return None
-    numbers, wrong = collect(_read_numbers(data, at))
-    yield from wrong
+    numbers = yield from _read_numbers(data, at)
     if not isinstance(data.get("space"), dict) or not data["space"]:
         yield Problem((*at, "space"), "nothing varies: give `space:` with at least one setting")
         return None
-    space, space_problems = collect(_read_space(data["space"], (*at, "space"), read_settings))
-    yield from space_problems
-    if wrong or space_problems or numbers is None or space is None:
-        return None
-    return Search(data.get("method", "random"), **numbers, space=space)
+    entries = yield from read_settings(data["space"], (*at, "space"))
+    space: list[Dimension] = []
+    for name in sorted(entries):
+        dimension = yield from _read_dimension(name, *entries[name])
+        space += [dimension] if dimension else []
+    return Search(data.get("method", "random"), **numbers, space=tuple(space))
 
 
 def _read_numbers(data: dict[str, Any], at: Location) -> Reading[dict[str, int]]:
@@ -150,15 +156,6 @@ def _read_numbers(data: dict[str, Any], at: Location) -> Reading[dict[str, int]]
             where = (*at, name) if name in data else at
             yield Problem(where, f"`{name}:` is a whole number of at least {lowest}, got {value!r}")
     return numbers
-
-
-def _read_space(data: Any, at: Location, read_settings: SettingsReader) -> Reading[tuple[Dimension, ...]]:
-    entries = yield from read_settings(data, at)
-    space: list[Dimension] = []
-    for name in sorted(entries):
-        dimension = yield from _read_dimension(name, *entries[name])
-        space += [dimension] if dimension else []
-    return tuple(space)
 
 
 def _read_dimension(setting: str, data: Any, at: Location) -> Reading[Dimension | None]:

@@ -167,9 +167,8 @@ def check_early_stop(rule: EarlyStop, phases: Iterable[Phase], *, base: TrainCon
             text = f"phase {phase.name} holds seconds, so its arms cannot be compared at the same step"
             yield Problem(at, f"{text}; use `hold: tokens` or `hold: steps` there")
         elif rule.first >= steps:
-            yield Problem(
-                first, f"must be less than {steps}, the steps that phase {phase.name} trains, got {rule.first}"
-            )
+            text = f"must be less than {steps}, the steps that phase {phase.name} trains, got {rule.first}"
+            yield Problem(first, text)
         elif rule.first % every:
             text = f"phase {phase.name} evaluates every {every} steps, so not at step {rule.first}"
             yield Problem(first, f"{text}; use a multiple of {every}, or another eval_every")

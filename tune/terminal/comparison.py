@@ -28,8 +28,8 @@ def _view(comparison: Comparison, width: int) -> RenderableType:
     sides = [Column(name, ratio=1, overflow="fold") for name in "AB"]
     table = Table(Column("", style="dim"), *sides, box=RULED, width=width)
     for name in ("results", "campaign", "status", "workers"):
-        table.add_row(name, *(words(_fact(getattr(side, name))) for side in (a, b)))
-    table.add_row("started at", *(words(f"{side.started_at[:16].replace('T', ' ')} UTC") for side in (a, b)))
+        table.add_row(name, *(words(_fact(side[name])) for side in (a, b)))
+    table.add_row("started at", *(words(f"{side['started_at'][:16].replace('T', ' ')} UTC") for side in (a, b)))
     sections = {
         "Environment": comparison.environment,
         "Trials": comparison.code,

@@ -5,8 +5,7 @@ Names and errors are untrusted text: all of them pass through `words`, which str
 
 import contextlib
 import sys
-from collections.abc import Callable
-from typing import Self
+from collections.abc import Callable, Iterator
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
@@ -15,6 +14,7 @@ from rich.segment import Segment
 from rich.table import Column, Table
 from rich.text import Text
 
+from ngpt.data.text.progress import Log
 from tune import format as fmt
 from tune.report.wording import effect
 from tune.results.snapshot import Snapshot
@@ -129,52 +129,42 @@ def _winner(phase: PhaseSummary) -> Text:
     return _line(line.append("  baseline kept" if arm.verdict == "baseline" else f"  {effect(arm.delta)}", style="dim"))
 
 
-class LiveConsole:
-    """Redraws `live_view` on stderr a few times a second, and erases it on exit."""
+def open_console(snapshot: Callable[[], Snapshot]) -> contextlib.AbstractContextManager[Log]:
+    """Returns a live view if stderr is a terminal with cursor control, otherwise plain lines.
 
-    def __init__(self, snapshot: Callable[[], Snapshot], console: Console | None = None) -> None:
-        self.console = console or Console(stderr=True, highlight=False)
-        self._live = Live(
-            console=self.console,
-            # The empty last line leaves room for the ^C that the terminal echoes: after a full line it would wrap, and
-            # the next view would be drawn one line lower.
-            get_renderable=lambda: Group(live_view(snapshot(), height=self.console.height - 1), Text()),
-            refresh_per_second=REFRESH_PER_SECOND,
-            transient=True,
-            redirect_stdout=False,  # stdout is for data
-        )
-
-    def __enter__(self) -> Self:
-        self._live.start(refresh=True)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(OSError):
-            self._live.stop()
-
-    def message(self, text: str) -> None:
-        """Prints one event above the view; ignores a closed terminal."""
-        with contextlib.suppress(OSError):
-            self.console.print(words(text))
-
-
-class PlainConsole:
-    """The interface of `LiveConsole` for logs and pipes: prints one plain line per event."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def message(self, text: str) -> None:
-        """Writes one event to stderr; ignores a closed pipe, since the journal has the event."""
-        with contextlib.suppress(OSError):
-            print(fmt.plain(text), file=sys.stderr, flush=True)
-
-
-def open_console(snapshot: Callable[[], Snapshot]) -> LiveConsole | PlainConsole:
-    """Returns a live view if stderr is a terminal with cursor control, otherwise plain lines."""
+    Entering it gives a function that prints one event and ignores a closed terminal, since the journal has the event.
+    """
     console = Console(stderr=True, highlight=False)
-    live = sys.stderr.isatty() and not console.is_dumb_terminal
-    return LiveConsole(snapshot, console) if live else PlainConsole()
+    is_live = sys.stderr.isatty() and not console.is_dumb_terminal
+    return live_console(snapshot, console) if is_live else contextlib.nullcontext(print_plainly)
+
+
+@contextlib.contextmanager
+def live_console(snapshot: Callable[[], Snapshot], console: Console) -> Iterator[Log]:
+    """Redraws `live_view` a few times a second and erases it on exit; yields a function that prints above it."""
+
+    def message(text: str) -> None:
+        with contextlib.suppress(OSError):
+            console.print(words(text))
+
+    live = Live(
+        console=console,
+        # The empty last line leaves room for the ^C that the terminal echoes: after a full line it would wrap, and the
+        # next view would be drawn one line lower.
+        get_renderable=lambda: Group(live_view(snapshot(), height=console.height - 1), Text()),
+        refresh_per_second=REFRESH_PER_SECOND,
+        transient=True,
+        redirect_stdout=False,  # stdout is for data
+    )
+    live.start(refresh=True)
+    try:
+        yield message
+    finally:
+        with contextlib.suppress(OSError):
+            live.stop()
+
+
+def print_plainly(text: str) -> None:
+    """Prints one event as a line on stderr."""
+    with contextlib.suppress(OSError):
+        print(fmt.plain(text), file=sys.stderr, flush=True)

@@ -43,11 +43,6 @@ class WorkerDeath:
     step: int | None = None  # the last step, if known
     first_step: int | None = None  # the step at which the attempt started, if known
 
-    @property
-    def made_progress(self) -> bool:
-        """Whether the attempt trained at least one step."""
-        return self.step is not None and self.first_step is not None and self.step > self.first_step
-
 
 def give_up_reason(deaths: Sequence[WorkerDeath]) -> str | None:
     """Why a trial that died this often is not retried; None if it is retried."""
@@ -70,7 +65,9 @@ def dies_at_same_step(deaths: Sequence[WorkerDeath]) -> bool:
     last = deaths[-2:]
     if len(last) < 2 or any(death.cause == "ray_lost" for death in last):
         return False
-    return all(death.made_progress for death in last) and last[0].step == last[1].step
+    steps = [(death.first_step, death.step) for death in last]
+    have_trained = all(first is not None and step is not None and step > first for first, step in steps)
+    return have_trained and last[0].step == last[1].step
 
 
 def must_run_alone(deaths: Sequence[WorkerDeath]) -> bool:

@@ -1,7 +1,4 @@
-"""Reads local files: plain text, and documents in Parquet or (compressed) JSON lines.
-
-A document is a string in the column `text`, as in the public corpora.
-"""
+"""Reads local files: plain text, and documents in the column `text` of Parquet or (compressed) JSON lines."""
 
 import hashlib
 import io
@@ -80,11 +77,7 @@ def read_file(path: Path, *, max_bytes: int | None = None) -> bytes:
 
 
 def files_identity(path: Path, files: Sequence[Path]) -> str:
-    """A hash of the content of a file, or of the names and contents below a folder; independent of its location.
-
-    Documents of more than `MAX_HASHED_BYTES` bytes in total are identified by size, edges and samples, since hashing a
-    hundred gigabytes would take too long.
-    """
+    """A hash of a file, or of the names and contents below a folder, from samples above `MAX_HASHED_BYTES`."""
     documents = any(map(holds_documents, files))
     known_by = _sampled if documents and sum(file.stat().st_size for file in files) > MAX_HASHED_BYTES else file_sha256
     if path.is_file():

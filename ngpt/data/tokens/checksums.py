@@ -1,7 +1,6 @@
-"""CRC32 of shards, cached between processes for as long as a file does not change.
+"""CRC32 of shards, cached between processes while path, size, inode, mtime and ctime of the file stay the same.
 
-A file is unchanged if path, size, inode, mtime and ctime are the same. These times are coarse, so nothing is cached for
-a file that has just changed (the "racy git" problem).
+These times are coarse, so nothing is cached for a file that has just changed (the "racy git" problem).
 """
 
 import contextlib

@@ -24,7 +24,7 @@ PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$
 
 
 class GPT2Tokenizer:
-    """GPT-2's byte-level BPE, a `Tokenizer`; special tokens in a text are plain text."""
+    """GPT-2's byte-level BPE, with the methods of `SentencePieceTokenizer`; special tokens in a text are plain text."""
 
     name = "gpt2"
 

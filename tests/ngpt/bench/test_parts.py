@@ -107,3 +107,11 @@ def test_generation_is_measured_in_tokens(tiny: TrainConfig) -> None:
     assert figures["tokens_per_second"] == pytest.approx(8000 / figures["ms"])
     assert figures["reference_tokens_per_second"] == pytest.approx(8000 / figures["reference_ms"])
     check_floor(figures)
+
+
+def test_a_checkpoint_is_compared_with_a_plain_save_and_with_the_steps_between_two(tiny: TrainConfig) -> None:
+    figures = parts.checkpoint(override(tiny, {"checkpoint.every": 50}), seconds=0)
+    assert figures["share"] == pytest.approx(figures["ms"] / (50 * figures["step_ms"]))
+    assert figures["best_ms"] <= figures["ms"] and figures["ratio"] > 0
+    weights = 4 * 2 * 400 * 16  # embedding and head alone, float32
+    assert figures["saved_bytes"] > 3 * weights  # with Adam's two moments

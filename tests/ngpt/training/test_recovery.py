@@ -81,7 +81,7 @@ def test_an_optimizer_out_of_memory_rolls_the_run_back(
     real, broken = ngpt.training.loop.train_step, []
 
     def failing_step_of(each: Run) -> Callable[[], None]:
-        step = each.optimizers[0].step
+        step = each.optimizers[-1].step
 
         def step_halfway() -> None:
             step()
@@ -94,7 +94,7 @@ def test_an_optimizer_out_of_memory_rolls_the_run_back(
     def record(each: Run) -> dict[str, float]:
         if each.state.step == failing_step and not broken:
             broken.append(each.state.step)
-            each.optimizers[0].step = failing_step_of(each)  # type: ignore[method-assign]
+            each.optimizers[-1].step = failing_step_of(each)  # type: ignore[method-assign]
         return real(each)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -370,8 +370,9 @@ def test_an_evaluation_that_is_not_finite_rolls_the_run_back(
     """The weights after a step may be infinite although its gradient was not."""
     real, broken = ngpt.training.loop.update, []
 
-    def update(each: Run) -> None:
-        real(each)
+    def update(runs: list[Run]) -> None:
+        real(runs)
+        (each,) = runs
         if each.state.step == 4 and not broken:
             broken.append(True)
             with torch.no_grad():

@@ -511,7 +511,6 @@ def test_the_reports_and_the_final_screen_show_the_ledger(tmp_path: Path, corpus
     page = render_html(summary, [])
     assert page.count('<section id="claims">') == 1
     assert all(f">{verdict}</span>" in page for verdict in EXPECTED.values())
-    assert claims_markdown(CampaignSummary()) == "## Claims\n\nThe campaign names no claims."
     assert '<section id="claims">' not in render_html(replace(summary, claims=()), [])
 
 

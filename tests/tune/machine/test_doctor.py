@@ -21,7 +21,7 @@ def check(name: str, out: Path) -> Check:
 
 def test_every_check_has_a_name_and_a_value(tmp_path: Path) -> None:
     checks = run_checks(tmp_path)
-    assert len({check.name for check in checks}) == len(checks) == len(doctor.CHECKS)
+    assert len({check.name for check in checks}) == len(checks) >= len(doctor.CHECKS)
     assert all(check.value for check in checks)
 
 

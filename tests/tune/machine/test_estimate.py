@@ -12,8 +12,6 @@ import pytest
 import scipy.stats
 from rich.console import Console
 
-import ngpt.system.timing
-import ngpt.training.throughput
 import run_campaign
 from ngpt.config.base import override
 from ngpt.training.config import TrainConfig
@@ -59,7 +57,7 @@ def load(tmp_path: Path, corpus: Path) -> Load:
 def speeds_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where measured speeds are kept, in a cache of this test's own; a matrix product takes no time here."""
     monkeypatch.setenv("NGPT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(ngpt.system.timing, "gemm_flops", lambda *_: 4e9)
+    monkeypatch.setattr("tune.machine.estimate.gemm_flops", lambda *_: 4e9)
     return tmp_path / "cache" / "speeds.jsonl"
 
 
@@ -220,7 +218,7 @@ def test_measuring_times_each_shape_once_and_is_remembered(
         measured.append(config)
         return {"tokens_per_second": 64.0 * config.batch_size}
 
-    monkeypatch.setattr(ngpt.training.throughput, "measure_step", step)
+    monkeypatch.setattr("tune.machine.throughput.measure_step", step)
     campaign = load("seeds: [1, 2]\nresources: {workers: 1}\nvary: {batch_size: [4, 8], alpha: [0.1]}\n")
     estimated = estimate(campaign, tmp_path / "results", measure=True)
     assert sorted(config.batch_size for config in measured) == [4, 8]

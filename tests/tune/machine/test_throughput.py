@@ -99,8 +99,8 @@ def test_each_shape_is_timed_once_per_number_of_trials_in_a_process(
         timed.append((config.batch_size, count))
         return 10.0 * count
 
-    monkeypatch.setattr("ngpt.training.throughput.measure_step", alone)
-    monkeypatch.setattr("ngpt.ensemble.throughput.measure_step_together", together)
+    monkeypatch.setattr("tune.machine.throughput.measure_step", alone)
+    monkeypatch.setattr("tune.machine.throughput.measure_step_together", together)
     base, wide = campaign.base, override(campaign.base, {"batch_size": 8})
     measure_speeds([(base, 1), (override(base, {"seed": 2}), 1), (base, 3), (wide, 3)], threads=1)
     assert sorted(timed) == [(4, 1), (4, 3), (8, 3)]

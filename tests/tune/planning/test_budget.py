@@ -11,7 +11,7 @@ import run_campaign
 from ngpt.config.base import ConfigError
 from tests.helpers.tiny_campaign import begun, drive, next_trial, pretend, records, session_on, strict, write_file
 from tune.campaign import load_campaign
-from tune.machine.estimate import check_budget
+from tune.machine.estimate import EFFICIENCY, check_budget
 from tune.planning.budget import STOPPED_BY_BUDGET, budget_allows, describe_budget, left_out_sentence
 from tune.results.summary import read_state
 from tune.session.session import Session
@@ -145,7 +145,7 @@ def test_hours_too_few_for_one_trial_are_refused_before_anything_is_written(
     tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NGPT_CACHE", str(tmp_path / "cache"))  # without speeds measured by other tests
-    monkeypatch.setattr("tune.machine.estimate._flop_rate", lambda campaign: 1e6)
+    monkeypatch.setattr("tune.machine.estimate.gemm_flops", lambda *_: 1e6 / EFFICIENCY)
     file = with_budget(tmp_path, corpus, "{hours: 1e-3}")
     assert run_campaign.main([str(file), "--inline", "--out", str(tmp_path / "r")]) == 2
     message = capsys.readouterr().err

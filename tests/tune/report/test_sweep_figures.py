@@ -101,17 +101,17 @@ def test_a_search_of_a_thousand_arms_keeps_the_best() -> None:
 
 
 def test_a_wide_range_is_logarithmic_a_narrow_one_is_not() -> None:
-    wide = Scale.of([1e-4, 1e-2, 1.0, *(3e-4 * k for k in range(1, 9))])
+    wide = Scale([1e-4, 1e-2, 1.0, *(3e-4 * k for k in range(1, 9))])
     assert wide.log and wide.place(1e-2) == pytest.approx(0.5)
-    narrow = Scale.of([1.0 + k / 10 for k in range(11)])
+    narrow = Scale([1.0 + k / 10 for k in range(11)])
     assert not narrow.log and narrow.place(1.5) == pytest.approx(0.5)
     assert len(wide.ticks()) == len(narrow.ticks()) == 3
 
 
 def test_few_values_and_words_stand_in_equal_steps() -> None:
-    assert [Scale.of([100, 1, 10]).place(x) for x in (1, 10, 100)] == [0, 0.5, 1]
-    assert [Scale.of([None, "a", True]).place(x) for x in ("a", None, True)] == [0, 0.5, 1]
-    assert Scale.of([3, 3]).place(3) == 0.5
+    assert [Scale([100, 1, 10]).place(x) for x in (1, 10, 100)] == [0, 0.5, 1]
+    assert [Scale([None, "a", True]).place(x) for x in ("a", None, True)] == [0, 0.5, 1]
+    assert Scale([3, 3]).place(3) == 0.5
 
 
 def test_plotly_knows_the_figures_and_no_name_is_markup() -> None:

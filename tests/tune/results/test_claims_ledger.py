@@ -84,10 +84,10 @@ def test_a_campaign_says_on_what_it_was_run_and_how_to_repeat_it(run: Any) -> No
     root = run("one")
     (about,) = collect([root]).campaigns
     start = next(e for e in read_journal(root / "journal.jsonl") if e["event"] == "campaign_started")
-    assert (about.campaign, about.device) == ("one", start["environment"]["device"])
-    assert (about.command, about.seeds, about.trials) == ("the same command", [1, 2, 3], 9)
-    assert (about.n_params, about.steps, about.tokens) == ([1000, 1000], [6, 6], [384, 384])
-    assert about.dates == ["2026-11-21", "2026-11-21"]
+    assert (about["campaign"], about["device"]) == ("one", start["environment"]["device"])
+    assert (about["command"], about["seeds"], about["trials"]) == ("the same command", [1, 2, 3], 9)
+    assert (about["n_params"], about["steps"], about["tokens"]) == ([1000, 1000], [6, 6], [384, 384])
+    assert about["dates"] == ["2026-11-21", "2026-11-21"]
     page = ledger_markdown(collect([root]), command="python run_campaign.py claims one")
     row = next(line for line in page.splitlines() if line.startswith("| one |"))
     for fact in ("1.00k", "| 6 |", "384", "1, 2 and 3", "2026-11-21", "tokens"):
@@ -135,7 +135,7 @@ def test_a_campaign_that_was_run_twice_is_told_apart_by_its_folder(run: Any, tmp
     run("one").rename(tmp_path / "again")
     second = run("one")
     again = tmp_path / "again"
-    names = [about.campaign for about in collect([second, again, Path(f"{first}/")]).campaigns]
+    names = [about["campaign"] for about in collect([second, again, Path(f"{first}/")]).campaigns]
     assert names == ["one", f"one in {again}"], "a folder that is named twice counts once"
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from tune.results.compare import ArmComparison, ComparedResults, Comparison, Sides, Throughput
+from tune.results.compare import ArmComparison, Comparison, Sides, Throughput
 from tune.storage.summaries import Delta, Objective
 from tune.terminal.comparison import comparison_view
 
@@ -30,21 +30,11 @@ def row(name: str = "alpha/alpha=0.05", **more: Any) -> ArmComparison:
 
 
 def comparison(*rows: ArmComparison) -> Comparison:
-    side = ComparedResults(
-        results="results/x",
-        status="finished",
-        started_at="2026-11-21T06:10:33.669+00:00",
-        environment={},
-        campaign="x",
-        description=None,
-        metric={"name": "val_loss", "goal": "minimize"},
-        data={},
-        workers=2,
-        command="python run_campaign.py x.yaml",
-    )
+    started_at = "2026-11-21T06:10:33.669+00:00"
+    side = {"results": "results/x", "status": "finished", "started_at": started_at, "campaign": "x", "workers": 2}
     return Comparison(
         a=side,
-        b=replace(side, campaign="y"),
+        b=side | {"campaign": "y"},
         metric=Objective(),
         confidence=0.95,
         min_effect=0.005,

@@ -17,7 +17,7 @@ from tune.results.snapshot import Running, Snapshot
 from tune.storage.summaries import ArmSummary, CampaignSummary, Delta, PhaseSummary
 from tune.terminal import final_screen as screen
 from tune.terminal.final_screen import forest
-from tune.terminal.live import LiveConsole, PlainConsole, live_view, open_console, words
+from tune.terminal.live import live_console, live_view, open_console, print_plainly, words
 
 Summary = dict[str, Any]
 DELTA = "-0.0349 [-0.0379, -0.0319]".replace("-", fmt.MINUS)
@@ -270,9 +270,8 @@ def test_screens_can_be_written_in_any_encoding(encoding: str) -> None:
 
 
 def test_plain_console_writes_a_line_for_each_event(capsys: pytest.CaptureFixture[str]) -> None:
-    with PlainConsole() as console:
-        console.message("one \x1b[31mred\x1b[0m [bold]thing[/]")
-        console.message("two\nlines")
+    print_plainly("one \x1b[31mred\x1b[0m [bold]thing[/]")
+    print_plainly("two\nlines")
     out, err = capsys.readouterr()
     assert (out, err) == ("", "one red [bold]thing[/]\ntwo lines\n")
 
@@ -282,22 +281,23 @@ def test_lines_that_nobody_reads_any_more_end_no_campaign(monkeypatch: pytest.Mo
     with os.fdopen(writer, "wb", buffering=0) as raw:
         monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(raw, write_through=True))
         os.close(reader)
-        with PlainConsole() as console:
-            console.message("one")
+        print_plainly("one")
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # the thread that draws may end
 def test_a_terminal_that_is_gone_ends_no_campaign() -> None:
     master, slave = os.openpty()
     terminal = os.fdopen(slave, "w")
-    with terminal, LiveConsole(snapshot, Console(file=terminal, force_terminal=True, width=80, height=24)) as console:
+    console = Console(file=terminal, force_terminal=True, width=80, height=24)
+    with terminal, live_console(snapshot, console) as message:
         os.close(master)
-        console.message("one")
+        message("one")
 
 
 def test_console_is_plain_where_stderr_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", io.StringIO())
-    assert isinstance(open_console(snapshot), PlainConsole)
+    with open_console(snapshot) as message:
+        assert message is print_plainly
 
 
 def test_console_is_live_on_a_terminal_that_can_redraw(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -305,11 +305,14 @@ def test_console_is_live_on_a_terminal_that_can_redraw(monkeypatch: pytest.Monke
         def isatty(self) -> bool:
             return True
 
-    monkeypatch.setattr(sys, "stderr", Terminal())
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setenv("TERM", "xterm-256color")
-    assert isinstance(open_console(snapshot), LiveConsole)
+    with open_console(snapshot):
+        assert "phase 2 of 3" in terminal.getvalue()
     monkeypatch.setenv("TERM", "dumb")
-    assert isinstance(open_console(snapshot), PlainConsole)
+    with open_console(snapshot) as message:
+        assert message is print_plainly
 
 
 def test_live_console_draws_the_snapshot_and_prints_messages_above_it() -> None:
@@ -320,8 +323,8 @@ def test_live_console_draws_the_snapshot_and_prints_messages_above_it() -> None:
         seen.append(1)
         return snapshot(done=len(seen))
 
-    with LiveConsole(state, Console(file=stream, force_terminal=True, width=80, height=24)) as console:
-        console.message("trial [red]t1[/] done")
+    with live_console(state, Console(file=stream, force_terminal=True, width=80, height=24)) as message:
+        message("trial [red]t1[/] done")
     text = stream.getvalue()
     assert seen and "phase 2 of 3" in text
     assert text.index("trial [red]t1[/] done") > 0
@@ -329,12 +332,12 @@ def test_live_console_draws_the_snapshot_and_prints_messages_above_it() -> None:
 
 def test_what_a_terminal_echoes_at_the_cursor_does_not_break_the_view() -> None:
     stream = io.StringIO()
-    with LiveConsole(snapshot, Console(file=stream, force_terminal=True, width=80, height=24)):
+    with live_console(snapshot, Console(file=stream, force_terminal=True, width=80, height=24)):
         drawn = stream.getvalue()
     assert Text.from_ansi(drawn).plain.endswith("\n")  # the cursor is on a line of its own, with room for ^C
 
 
 def test_live_console_leaves_stdout_alone(capsys: pytest.CaptureFixture[str]) -> None:
-    with LiveConsole(snapshot, Console(file=io.StringIO(), force_terminal=True, width=80, height=24)):
+    with live_console(snapshot, Console(file=io.StringIO(), force_terminal=True, width=80, height=24)):
         print("data")
     assert capsys.readouterr().out == "data\n"
