@@ -5,8 +5,10 @@ the syntax trees. Comments, docstrings, formatting and the order and place of de
 does, also a renamed helper or another error message. Tables of choices, such as `RESIDUAL_RULES`, are followed only to
 the entry that a run's settings name, so an edited rule concerns the runs that use it, and a new rule none.
 
-Nothing is imported or run, so this takes a fraction of a second and no torch. A lookup by a computed name
-(`getattr(module, name)`) is followed to the whole module. C++ sources count as a whole, without comments.
+Nothing is imported or run, so this takes a fraction of a second and no torch. A module that is used as a value, as in
+`getattr(module, name)`, is followed as a whole. C++ sources count as a whole, without comments. Files outside of the
+package count as other libraries do: only by the name that is imported. Plug-ins, once there are any, get in as one more
+entry `(module, ALL)` for each file.
 """
 
 import ast
@@ -262,6 +264,15 @@ class Code:
 def current_code() -> Code:
     """The code of this process, as its files were at the first call."""
     return Code(Path(ngpt.__path__[0]))
+
+
+def read_code(folder: Path) -> Code | None:
+    """The code in a package as its files are now; None if they cannot be read, as in the middle of an edit."""
+    code = Code(folder)
+    try:
+        return code if code.digest else None
+    except (OSError, SyntaxError):
+        return None
 
 
 # ---- one file ------------------------------------------------------------------------------------------------------

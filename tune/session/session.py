@@ -20,7 +20,7 @@ from ngpt.config.secrets import redact
 from ngpt.system import heartbeat
 from ngpt.system.atomic_files import move_folder, write_atomic, write_json
 from ngpt.system.cli import EXIT_ERROR
-from ngpt.system.code_digest import Code, current_code
+from ngpt.system.code_digest import Code, current_code, read_code
 from ngpt.training.config import TrainConfig
 from tune import format as fmt
 from tune.machine.gpu_sharing import GpuSharing
@@ -336,8 +336,10 @@ class Session:
         version = result.provenance.get("code_sha256")
         if version is None or version == self.code.digest:
             return
-        if version not in self.state.code_versions and (edited := Code(self.code.folder)).digest == version:
-            self._append("code_version", code_sha256=version, files=edited.meanings)
+        if version not in self.state.code_versions:
+            edited = read_code(self.code.folder)
+            if edited is not None and edited.digest == version:
+                self._append("code_version", code_sha256=version, files=edited.meanings)
         before, together = self.state.code_versions.get(version), "vectorised" in result.provenance
         changed = named(self.code.changed(before, flatten(trial.config), together=together)) if before else []
         if changed:

@@ -68,7 +68,8 @@ class Attempt:
     """Builds the results of one attempt at a trial, which starts now. `marks` are added to their provenance."""
 
     def __init__(self, spec: TrialSpec, **marks: Any) -> None:
-        self._spec, self._marks = spec, marks
+        # Read before the training, since a file may be edited meanwhile.
+        self._spec, self._marks = spec, {"code_sha256": current_code().digest} | marks
         self._started_at, self._start = datetime.now(UTC).isoformat(timespec="milliseconds"), time.perf_counter()
 
     def result(self, run: RunResult, error: str | None = None) -> TrialResult:
@@ -155,9 +156,8 @@ def open_cached_dataset(config: DataConfig) -> Dataset:
 
 @functools.cache
 def describe_machine(device: str, threads: int) -> dict[str, Any]:
-    """Device, threads, host, versions and code digest: the part of the provenance that can affect the numbers."""
+    """Device, threads, host and versions: the part of the provenance that can affect the numbers."""
     kind = pick_device(device)
     name = torch.cuda.get_device_name(kind) if kind.type == "cuda" else f"{kind.type} {platform.machine()}"
     versions = {"torch": str(torch.__version__), "python": platform.python_version()}
-    code = {"code_sha256": current_code().digest}
-    return {"device": name, "threads": threads, "host": socket.gethostname(), **versions, **code}
+    return {"device": name, "threads": threads, "host": socket.gethostname(), **versions}

@@ -11,6 +11,7 @@ from ngpt.system.atomic_files import (
     LineFile,
     commit_folder,
     make_folder,
+    move_folder,
     remove_folder,
     remove_temporary_files,
     write_atomic,
@@ -227,6 +228,15 @@ def test_a_folder_is_made_with_its_parents_and_each_name_is_synced(
     assert synced == [str(tmp_path), str(tmp_path / "a"), str(tmp_path / "a" / "b")]
     make_folder(tmp_path / "a" / "b")
     assert len(synced) == 3
+
+
+def test_a_moved_folder_has_its_new_place_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "trials" / "one").mkdir(parents=True)
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.readlink(f"/proc/self/fd/{descriptor}")))
+    move_folder(tmp_path / "trials" / "one", tmp_path / "discarded" / "one-7")
+    assert (os.listdir(tmp_path / "trials"), os.listdir(tmp_path / "discarded")) == ([], ["one-7"])
+    assert synced[-2:] == [str(tmp_path / "discarded"), str(tmp_path / "trials")]
 
 
 def test_a_file_where_a_folder_should_be_is_an_error(tmp_path: Path) -> None:

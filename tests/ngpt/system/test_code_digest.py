@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ngpt.config.base import flatten, override
-from ngpt.system.code_digest import Code, current_code, define, strip_cpp
+from ngpt.system.code_digest import Code, current_code, define, read_code, strip_cpp
 from ngpt.training.config import TrainConfig
 from tests.helpers import ROOT
 
@@ -214,6 +214,13 @@ def test_text_counts_the_same_however_it_is_split() -> None:
     parts = ([ast.Constant("a"), ast.Constant("b")], [ast.Constant("ab")])
     one, other = (define([ast.JoinedStr([*part, ast.FormattedValue(ast.Name("x"), -1)])]) for part in parts)
     assert one.digest == other.digest
+
+
+def test_a_file_in_the_middle_of_an_edit_has_no_digest(edit: Edit) -> None:
+    whole, half = edit(), edit(before="x / 2", after="x /")
+    found = read_code(whole.folder)
+    assert found is not None and found.digest == whole.digest
+    assert read_code(half.folder) is None
 
 
 # ---- the real package ----------------------------------------------------------------------------------------------

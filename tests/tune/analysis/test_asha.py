@@ -42,6 +42,16 @@ def reach(asha: Asha, trial: str, step: int, value: float | None, **fields: Any)
     return bool(event and event["stops"])
 
 
+def test_trials_that_are_trained_anew_are_forgotten() -> None:
+    """Neither their values nor the decision that they fell behind remain, so the rung is theirs again."""
+    asha = Asha(EarlyStop(first=10, reduction=2), metric="val_loss", goal="minimize")
+    assert [reach(asha, trial, 10, value) for trial, value in {"a": 1.0, "b": 3.0}.items()] == [False, True]
+    assert asha.stop_reason("p", "b") is not None
+    asha.apply({"event": "trials_discarded", "trial_ids": ["a-s1", "b-s1"]})
+    assert asha.stop_reason("p", "b") is None
+    assert [reach(asha, trial, 10, value) for trial, value in {"b": 3.0, "a": 4.0}.items()] == [False, True]
+
+
 @settings(deadline=None)
 @given(
     reduction=st.integers(2, 4),

@@ -56,6 +56,18 @@ def other(edited: Callable[[str, str], Code]) -> Code:
     return edited("sine * tangent)", "sine * tangent * 1.01)")
 
 
+@pytest.fixture(scope="module")
+def edited_ensemble(tmp_path_factory: pytest.TempPathFactory) -> Code:
+    """Code that trains several runs together in another way."""
+    package = tmp_path_factory.mktemp("copy") / "ngpt"
+    shutil.copytree(ROOT / "ngpt", package, ignore=shutil.ignore_patterns("__pycache__"))
+    path = package / "ensemble" / "train.py"
+    text = path.read_text()
+    assert text.count("    if reason := ensemble_incompatibility(configs):\n") == 1
+    path.write_text(text.replace("    if reason := ensemble_incompatibility(configs):\n", "    if reason := None:\n"))
+    return Code(package)
+
+
 @pytest.fixture
 def file(tmp_path: Path, corpus: Path) -> Path:
     return write_file(tmp_path, corpus, phases=RULES)
@@ -317,6 +329,30 @@ def test_kept_trials_can_be_trained_anew_later(file: Path, root: Path, other: Co
     run(file, root, other, keep=True)
     again = run(file, root, other, retrain=[])
     assert again.arms == ["rule/residual=slerp"] * 2 and again.warnings == []
+
+
+def test_a_winner_that_other_code_has_chosen_is_told(
+    file: Path, root: Path, tmp_path: Path, corpus: Path, other: Code
+) -> None:
+    run(file, root, gain=slerp_wins)
+    phases = f"\n  - name: later\n    inherit: {root}/rule\n    vary: {{project_every: [1, 3]}}\n"
+    later = write_file(tmp_path, corpus, phases=phases)
+    out = tmp_path / "later"
+    assert run(later, out).lines == ()
+    shutil.rmtree(out)
+    run(later, out, other)
+    line = f"inherit: {root}/rule was decided by other code: {SLERP}"
+    assert run(later, out, other).lines == (line,)
+
+
+def test_the_ensemble_concerns_only_trials_that_it_trained(
+    file: Path, root: Path, tmp_path: Path, edited_ensemble: Code
+) -> None:
+    run(file, root)
+    assert run(file, root, edited_ensemble).lines == ()
+    run(file, tmp_path / "together", provenance={"vectorised": 2})
+    with pytest.raises(ConfigError, match=r"ngpt/ensemble/train\.py \(train_together\): 4 results"):
+        run(file, tmp_path / "together", edited_ensemble)
 
 
 # ---- code that is not known, unfinished trials ---------------------------------------------------------------------

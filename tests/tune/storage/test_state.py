@@ -22,6 +22,19 @@ def check_replay(session: Session) -> None:
     assert replay(read_journal(session.root / "journal.jsonl")) == session.state
 
 
+def test_discarded_trials_leave_no_trace_until_they_start_again(tmp_path: Path, file: Path) -> None:
+    with session_on(file, tmp_path / "r") as session:
+        first, second = drive(begun(session), most=2)
+        session.journal.append("trials_discarded", trial_ids=[first.trial_id], reason="")
+        event = session.journal.append("code_kept", code_sha256="b", versions=["a"], trials={}, continued={})
+    state = replay(read_journal(tmp_path / "r" / "journal.jsonl"))
+    assert (list(state.results), list(state.attempts)) == ([second.trial_id], [second.trial_id])
+    assert state.discarded == {first.trial_id: event["seq"] - 1}
+    assert state.accepted_code == {("a", "b"): event["time"]}
+    state.apply({"event": "trial_started", "time": "", "trial_id": first.trial_id, "attempt": 1})
+    assert state.discarded == {} and state.attempts[first.trial_id] == 1
+
+
 def test_a_replayed_journal_equals_the_live_state_at_every_moment(tmp_path: Path, file: Path) -> None:
     with session_on(file, tmp_path / "r") as session:
         check_replay(begun(session))
