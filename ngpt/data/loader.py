@@ -23,13 +23,15 @@ class EvalSet:
     """The validation tokens: `batches` of (idx, targets), int64 (B, T); the last batch may be smaller.
 
     `n_tokens` counts the targets and `n_bytes` their UTF-8 bytes (None without the tokenizer). `sha256` identifies the
-    tokens independently of the batch size.
+    tokens independently of the batch size. `starts` (n_tokens,) marks the targets that start a document, which are the
+    tokens without text (None without the tokenizer).
     """
 
     batches: list[Batch]
     n_tokens: int
     n_bytes: int | None
     sha256: str
+    starts: np.ndarray | None = None
 
     def cut(self, rows: int) -> "EvalSet":
         """Returns the same tokens in batches of at most `rows` windows."""
@@ -76,6 +78,7 @@ def eval_set(dataset: Dataset, *, tokens: int, batch_size: int, block_size: int)
         n_tokens=targets.size,
         n_bytes=None if sizes is None else int(sizes[targets].sum()),
         sha256=hashlib.sha256(windows.astype("<u2").tobytes()).hexdigest(),
+        starts=None if sizes is None else (sizes[targets] <= 0).ravel(),
     )
 
 

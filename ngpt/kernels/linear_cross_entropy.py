@@ -69,6 +69,27 @@ def linear_cross_entropy(
     return (results or _chunked_loss(x, weight, scale, targets, softcap, compiled=compiled))[0]
 
 
+@torch.no_grad()
+def token_losses(
+    x: Tensor, weight: Tensor, targets: Tensor, *, scale: Tensor | None = None, softcap: float | None = None
+) -> Tensor:
+    """Returns the cross-entropy of each token in nats, (N,) for targets with N elements, without gradients.
+
+    Arguments are as in `linear_cross_entropy`, whose result is the mean up to rounding.
+    """
+    x, targets = x.reshape(-1, x.shape[-1]), targets.reshape(-1, 1)
+    dtype, accum_dtype = _dtypes(x)
+    with torch.autocast(x.device.type, enabled=False):
+        scaled_weight, losses = _scale_weight(weight, scale, dtype), []
+        size = _rows(CHUNK_BYTES, x.device, len(weight))
+        for chunk, target in zip(x.split(size), targets.split(size), strict=True):
+            logits = chunk.to(dtype) @ scaled_weight.t()
+            target_logits = _cap(logits.gather(1, target).to(accum_dtype), softcap)
+            row_max, exp_sum = _softmax_by_blocks(logits, softcap, False)
+            losses.append((row_max - target_logits + exp_sum.log())[:, 0])
+    return torch.cat(losses)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ngpt.kernels.compile import compile_for
 from ngpt.kernels.cpu_attention import has_cpu_attention
-from ngpt.kernels.linear_cross_entropy import linear_cross_entropy
+from ngpt.kernels.linear_cross_entropy import linear_cross_entropy, token_losses
 from ngpt.model.config import ModelConfig
 from ngpt.model.layers import MLP, Attention, KVCache
 from ngpt.model.norm import DotProdNormalizer, l2_normalize, rms_norm
@@ -129,8 +129,17 @@ class GPT(nn.Module):
         x = self.features(idx, cache)
         if targets is None:
             return self.logits(x)
+        return self.loss(x, targets)
+
+    def loss(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Returns the mean cross-entropy in nats of features x (B, T, D) against targets (B, T)."""
         scale, softcap = None if self.s_z is None else self.s_z(), self.cfg.softcap
         return linear_cross_entropy(x, self.head_weight, targets, scale=scale, softcap=softcap, compiled=self.compiled)
+
+    def token_losses(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Returns the cross-entropy of each token in nats, (B * T,), without gradients; arguments as in `loss`."""
+        scale = None if self.s_z is None else self.s_z()
+        return token_losses(x, self.head_weight, targets, scale=scale, softcap=self.cfg.softcap)
 
     def compile_parts(self) -> None:
         """Turns on compilation: the blocks and the loss are compiled on their next call, which takes seconds."""

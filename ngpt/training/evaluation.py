@@ -14,25 +14,40 @@ from ngpt.system.memory import retry_on_oom
 from ngpt.training.recovery import reduce_eval_batch
 from ngpt.training.run import Run, progress
 from ngpt.training.state import Metrics
+from ngpt.training.text_blocks import sum_over_blocks
 from ngpt.training.tracker import finite_or_none
 
 log = logging.getLogger(__name__)
 
 
 @torch.no_grad()
-def evaluate(model: GPT, eval_set: EvalSet, *, autocast: torch.autocast) -> dict[str, float | None]:
-    """Returns `val_loss` (nats per token) and `val_bpb` (bits per byte; None if the bytes per token are unknown)."""
+def evaluate(
+    model: GPT, eval_set: EvalSet, *, autocast: torch.autocast, by_token: list[Tensor] | None = None
+) -> dict[str, float | None]:
+    """Returns `val_loss` (nats per token) and `val_bpb` (bits per byte; None if the bytes per token are unknown).
+
+    If `by_token` is a list, the losses of all tokens are appended to it, batch by batch; this takes one more pass
+    through the head and changes no number.
+    """
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
     with autocast:
-        losses = [model(idx.to(device), targets.to(device)) for idx, targets in eval_set.batches]
+        losses = [_loss(model, idx.to(device), targets.to(device), by_token) for idx, targets in eval_set.batches]
     model.train(was_training)
     counts = [targets.numel() for _, targets in eval_set.batches]
     # A single transfer, then a float64 sum on the CPU, because MPS has no float64.
     nats = sum(loss * n for loss, n in zip(torch.stack(losses).tolist(), counts, strict=True))
     bpb = nats / math.log(2) / eval_set.n_bytes if eval_set.n_bytes else None
     return {"val_loss": nats / eval_set.n_tokens, "val_bpb": bpb}
+
+
+def _loss(model: GPT, idx: Tensor, targets: Tensor, by_token: list[Tensor] | None) -> Tensor:
+    if by_token is None:
+        return model(idx, targets)
+    x = model.features(idx)
+    by_token.append(model.token_losses(x, targets))
+    return model.loss(x, targets)
 
 
 def evaluate_run(run: Run, *, last: bool) -> dict[str, Tensor]:
@@ -44,7 +59,7 @@ def evaluate_run(run: Run, *, last: bool) -> dict[str, Tensor]:
     distance, r = retry_on_oom(lambda: _distance_and_divisors(run), lambda: reduce_eval_batch(run), run.device)
     if last:  # the final weights lie on the sphere, whatever `project_every` is
         project_weights(run.model)
-    scores = retry_on_oom(lambda: _validation_scores(run), lambda: reduce_eval_batch(run), run.device)
+    scores = retry_on_oom(lambda: _validation_scores(run, last=last), lambda: reduce_eval_batch(run), run.device)
     metrics = progress(run) | {"train_loss": run.state.train_loss} | scores | distance | _replaced_divisors(run)
     run.state.last_eval = {name: finite_or_none(value) for name, value in metrics.items()}
     if run.state.step == 0:
@@ -52,9 +67,15 @@ def evaluate_run(run: Run, *, last: bool) -> dict[str, Tensor]:
     return diagnostics.effective_alphas(run.model) | r
 
 
-def _validation_scores(run: Run) -> Metrics:
+def _validation_scores(run: Run, *, last: bool) -> Metrics:
+    """Evaluates the run; at the last step, also stores the loss of each block of the text in the state."""
+    by_token: list[Tensor] | None = [] if last else None
     with diagnostics.restore_counts_on_error(run.model):
-        return evaluate(run.model, run.validation.cut(run.eval_batch_size), autocast=run.autocast)
+        scores = evaluate(run.model, run.validation.cut(run.eval_batch_size), autocast=run.autocast, by_token=by_token)
+    if by_token:
+        losses = torch.cat(by_token).cpu().double().numpy()
+        run.state.eval_blocks = sum_over_blocks(losses, run.validation.starts)
+    return scores
 
 
 def _distance_and_divisors(run: Run) -> tuple[Metrics, dict[str, Tensor]]:

@@ -139,6 +139,7 @@ class RunResult:
     steps: int
     metrics: Metrics = field(default_factory=dict)
     data: dict[str, str | int] = field(default_factory=dict)  # hashes of the corpus and of the evaluation tokens
+    eval_blocks: dict[str, Any] | None = None  # of a finished run, see ngpt/training/text_blocks.py
 
 
 def progress(run: Run) -> Metrics:
@@ -171,7 +172,9 @@ def result_of(run: Run, status: str) -> RunResult:
         "eval_sha256": run.validation.sha256,
         "eval_tokens": run.validation.n_tokens,
     }
-    return RunResult(status, run.state.step, {name: finite_or_none(value) for name, value in metrics.items()}, data)
+    blocks = run.state.eval_blocks if status == "finished" else None
+    metrics = {name: finite_or_none(value) for name, value in metrics.items()}
+    return RunResult(status, run.state.step, metrics, data, blocks)
 
 
 def find_tokenizer_model(config: DataConfig, dataset: Dataset) -> bytes | None:

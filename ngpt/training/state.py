@@ -29,6 +29,7 @@ class TrainState:
     timed_seconds: float = 0.0
     last_eval: Metrics = field(default_factory=dict)
     initial_val_loss: float | None = None  # at step 0; None in checkpoints of older versions
+    eval_blocks: dict[str, Any] | None = None  # see ngpt/training/text_blocks.py; None before the last evaluation
     microbatch_halvings: int = 0  # times the micro-batch was halved because training ran out of memory
     eval_halvings: int = 0  # the same for the evaluation batch
     batch_halvings: int = 0  # the same for the whole batch, if `on_oom` is halve_batch

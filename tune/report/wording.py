@@ -81,7 +81,18 @@ def noise(phase: PhaseSummary) -> str:
         text += f", correlation between arms over seeds {fmt.number(estimate.correlation, 2)}"
     if estimate.smallest_detectable is not None:
         text += f", smallest detectable effect {fmt.number(estimate.smallest_detectable)}"
-    return f"{text}."
+    return f"{text}.{_text_error(phase)}"
+
+
+def _text_error(phase: PhaseSummary) -> str:
+    """Describes the uncertainty of the evaluation text, which the intervals over seeds do not cover."""
+    errors = [arm.text_se for arm in phase.arms if arm.text_se is not None]
+    if not errors:
+        return ""
+    size = " to ".join(dict.fromkeys((fmt.number(min(errors)), fmt.number(max(errors)))))
+    return (
+        f" The choice of the evaluation text adds a standard error of {size} to the differences, beside that of seeds."
+    )
 
 
 def trial_counts(counts: TrialCounts) -> str:

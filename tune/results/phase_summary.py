@@ -9,6 +9,7 @@ from typing import Any
 
 from tune import format as fmt
 from tune.analysis.importance import is_number
+from tune.analysis.text_error import text_standard_error
 from tune.analysis.verdicts import judge
 from tune.storage.records import TrialOutcome
 from tune.storage.state import ArmState, CampaignState, PhaseState
@@ -61,8 +62,12 @@ def summarize_phase(state: CampaignState, phase: PhaseState) -> PhaseSummary:
         val_losses = judge(_outcomes(state, phase, "val_loss"), baseline=phase.baseline, confidence=rules["confidence"])
     spreads = {arm.arm: arm.score for arm in val_losses.arms}
     planned = {arm.name: arm for arm in phase.arms}
+    text_errors = _text_errors(state, phase, metric.name)
     ranked = enumerate(judgement.arms, 1)
-    arms = tuple(_arm_summary(state, planned[arm.arm], arm, rank, spreads[arm.arm]) for rank, arm in ranked)
+    arms = tuple(
+        _arm_summary(state, planned[arm.arm], arm, rank, spreads[arm.arm], text_errors.get(arm.arm))
+        for rank, arm in ranked
+    )
     statuses = [outcome.status for by_seed in outcomes.values() for outcome in by_seed.values()]
     missing = statuses.count("missing")  # a phase has no winner until all its trials have ended
     smoke = "SMOKE: " if state.is_smoke else ""
@@ -103,7 +108,29 @@ def _outcomes(state: CampaignState, phase: PhaseState, metric: str) -> dict[str,
     }
 
 
-def _arm_summary(state: CampaignState, arm: ArmState, judged: ArmSummary, rank: int, val_loss: Spread) -> ArmSummary:
+def _text_errors(state: CampaignState, phase: PhaseState, metric: str) -> dict[str, float | None]:
+    """Returns the standard error of each arm's difference from the baseline due to the evaluation text, by name.
+
+    A loss in bits per byte of one text is the loss in nats per token times a constant. There is none for `train_loss`.
+    """
+    finished = {
+        arm.name: [r for i in arm.trial_ids.values() if (r := state.results.get(i)) and r["status"] == "finished"]
+        for arm in phase.arms
+    }
+    blocks = {name: [r["eval_blocks"] for r in row if r.get("eval_blocks")] for name, row in finished.items()}
+    texts = {r["provenance"].get("eval_sha256") for row in finished.values() for r in row}
+    factors = [
+        r["metrics"][metric] / r["metrics"]["val_loss"] for r in finished[phase.baseline] if r["metrics"].get(metric)
+    ]
+    if metric == "train_loss" or len(texts) > 1 or not factors:
+        return {}
+    errors = {name: text_standard_error(row, blocks[phase.baseline]) for name, row in blocks.items()}
+    return {name: None if error is None else error * factors[0] for name, error in errors.items()}
+
+
+def _arm_summary(
+    state: CampaignState, arm: ArmState, judged: ArmSummary, rank: int, val_loss: Spread, text_se: float | None
+) -> ArmSummary:
     results = [state.results[i] for i in arm.trial_ids.values() if i in state.results]
     finished = [result for result in results if result["status"] == "finished"]
     return replace(
@@ -114,6 +141,7 @@ def _arm_summary(state: CampaignState, arm: ArmState, judged: ArmSummary, rank: 
         seconds=mean(result["seconds"] for result in finished),
         trial_ids=tuple(arm.trial_ids.values()),
         val_loss=val_loss,
+        text_se=text_se if judged.delta else None,
         **{name: mean(result["metrics"].get(name) for result in finished) for name in AVERAGED},
     )
 

@@ -84,6 +84,7 @@ class ArmSummary:
     seconds: float | None = None
     trial_ids: tuple[str, ...] = ()
     val_loss: Spread = Spread()
+    text_se: float | None = None  # standard error of delta.mean from the evaluation text; None in older results
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,7 @@ class TrialResult:
     started_at: str | None = None  # UTC
     seconds: float = 0.0
     provenance: dict[str, Any] = field(default_factory=dict)
+    eval_blocks: dict[str, Any] | None = None  # loss by block of the evaluation text, see ngpt/training/text_blocks.py
 
 
 class Attempt:
@@ -77,7 +78,7 @@ class Attempt:
         process = {"pid": os.getpid(), "packed": self._spec.packed} | self._marks
         provenance = run.data | describe_machine(self._spec.config.device, self._spec.threads) | process
         seconds = time.perf_counter() - self._start
-        return TrialResult(run.status, run.metrics, error, self._started_at, seconds, provenance)
+        return TrialResult(run.status, run.metrics, error, self._started_at, seconds, provenance, run.eval_blocks)
 
     def interim(self, evaluation: Metrics, dataset: Dataset) -> TrialResult:
         """The result if the trial is stopped at this evaluation. `n_params` is not known yet."""

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable
@@ -26,10 +27,11 @@ from tests.helpers.tiny_campaign import (
     write_file,
 )
 from tune.results.answer import settings_text
-from tune.results.phase_summary import _edge_of_range, recovery_warnings
+from tune.results.phase_summary import _edge_of_range, _text_errors, recovery_warnings
 from tune.results.summary import rebuild
 from tune.spec import phase_reader
 from tune.storage.journal import read_journal
+from tune.storage.state import read_state
 from tune.storage.summaries import CampaignSummary, TrialCounts, TrialRecord
 from tune.trials.trial import TrialResult, TrialSpec
 
@@ -430,6 +432,23 @@ def test_an_arm_whose_trials_deviated_from_their_settings_is_marked() -> None:
         "a: 6 skipped steps, because a loss or gradient was not finite",
         "a: 2 rollbacks to a checkpoint, because a loss or gradient was not finite",
     ]
+
+
+def test_the_text_has_a_standard_error_beside_that_of_the_seeds(trained: Path) -> None:
+    blocks = {e["trial_id"]: e["eval_blocks"] for e in read_journal(trained / "journal.jsonl") if "eval_blocks" in e}
+    phase = strict((trained / "alpha/summary.json").read_text())
+    base = next(arm for arm in phase["arms"] if arm["verdict"] == "baseline")
+    assert base["text_se"] is None
+    for arm in phase["arms"]:
+        if arm is not base:
+            nats = [
+                [sum(blocks[i]["nats"][b] for i in side["trial_ids"]) / 2 for b in range(21)] for side in (arm, base)
+            ]
+            per_block = [(x - y) / 6 for x, y in zip(*nats, strict=True)]  # 21 blocks of 6 tokens, and one of 2
+            assert arm["text_se"] == pytest.approx(statistics.stdev(per_block) / 21**0.5, rel=0.2)
+    assert "The choice of the evaluation text adds a standard error of" in (trained / "report.md").read_text()
+    without = replace(read_state(trained), results={})
+    assert _text_errors(without, without.phases["alpha"], "val_loss") == {}
 
 
 SPACE = """
