@@ -7,6 +7,7 @@
     python run_campaign.py compare results/one results/other        compare two campaigns, arm by arm
     python run_campaign.py claims results/one results/other         collect the tested claims on one page
     python run_campaign.py verify results/quickstart                check every file against its checksum
+    python run_campaign.py judge table.csv                          compare arms in a table of your own
     python run_campaign.py doctor                                   check this machine for problems
 
 Exit codes: 0 all trials finished; 1 internal error, or Ray died too often; 2 usage or configuration; 3 another run
@@ -88,7 +89,14 @@ def verb_parser(verb: str) -> argparse.ArgumentParser:
     """Returns the parser of `run_campaign.py VERB`."""
     parser = argparse.ArgumentParser(prog=f"run_campaign.py {verb}", description=VERBS[verb].__doc__)
     results = "a results directory, such as results/quickstart"
-    if verb == "doctor":
+    if verb == "judge":
+        parser.add_argument("table", type=Path, help="CSV or TSV file with the columns arm, seed and value")
+        parser.add_argument("--baseline", metavar="ARM", help="default: the arm named baseline or base, or the first")
+        parser.add_argument("--goal", default="minimize", help="minimize (default) or maximize")
+        parser.add_argument("--confidence", type=float, default=0.95, help="default: 0.95")
+        effect = "smallest difference that matters, in units of the value; default: 0.005"
+        parser.add_argument("--min-effect", type=float, default=0.005, help=effect)
+    elif verb == "doctor":
         parser.add_argument("--out", type=Path, default=Path("results"), metavar="DIR", help="folder for all results")
     elif verb == "compare":
         parser.add_argument("results", type=Path, help=results)
@@ -284,6 +292,21 @@ def verify(options: argparse.Namespace) -> int:
     return 0 if findings.intact else EXIT_ERROR
 
 
+def judge(options: argparse.Namespace) -> int:
+    """Compare the arms of a table with its baseline over seeds, as campaigns do."""
+    from tune.api import default_baseline, judge, read_values
+
+    values = read_values(options.table)
+    baseline = options.baseline or default_baseline(list(values))
+    limits = {"goal": options.goal, "confidence": options.confidence, "min_effect": options.min_effect}
+    judged = judge(values, baseline=baseline, **limits)
+    if options.json:
+        show(options, judged, lambda: None)
+    else:
+        print(judged)
+    return 0
+
+
 def doctor(options: argparse.Namespace) -> int:
     """Checks versions, devices, disk and limits of this machine; exits with 1 if there is a problem."""
     from dataclasses import asdict
@@ -301,7 +324,15 @@ def doctor(options: argparse.Namespace) -> int:
     return EXIT_ERROR if any(check.problem for check in checks) else 0
 
 
-VERBS = {"status": status, "report": report, "compare": compare, "claims": claims, "verify": verify, "doctor": doctor}
+VERBS = {
+    "status": status,
+    "report": report,
+    "compare": compare,
+    "claims": claims,
+    "verify": verify,
+    "judge": judge,
+    "doctor": doctor,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -54,7 +54,6 @@ UNTESTED: dict[str, str] = {
     "tune/spec/validation.py": "test_campaign.py",
     "tune/spec/reading.py": "test_campaign.py",
     "tune/spec/seeds.py": "test_campaign.py",
-    "tune/analysis/least_squares.py": "test_verdicts.py",
     "tune/claims/evidence.py": "test_relations.py",
     "tune/claims/possible_arms.py": "test_reader.py",
     "tune/claims/selectors.py": "test_relations.py",
@@ -77,6 +76,7 @@ PUBLIC = {
     "ngpt.model": ("GPT", "ModelConfig"),
     "ngpt.train": ("TrainConfig", "train"),
     "ngpt.convert": ("from_nvidia_ngpt", "from_nanochat"),
+    "tune": ("judge",),
 }
 DOCUMENTS = [*(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "SECURITY")), *sorted(ROOT.glob("docs/*.md"))]
 EXAMPLES = {"changes.py", "facts.py", "lab.py", "model.py"}  # files that documents show, or that other projects have

@@ -103,11 +103,6 @@ def judge(
             deltas[arm] = Delta(difference[arm])
         verdict = excluded.get(arm) or _verdict(deltas.get(arm), rules, excluded.get(baseline))
         verdict = "baseline" if arm == baseline else verdict
-        needed = None
-        if verdict == "undecided" and comparison and design:
-            contrast = comparison.contrasts[arm]
-            own_sd = contrast.standard_error * sqrt(contrast.n / 2)
-            needed = seeds_to_decide(contrast.difference, design._replace(sd=own_sd))
         arms.append(
             ArmSummary(
                 arm,
@@ -116,7 +111,7 @@ def judge(
                 noise_sd=comparison.noise[arm].sd if comparison and arm in comparison.noise else None,
                 delta=deltas.get(arm),
                 verdict=verdict,
-                seeds_to_decide=needed,
+                seeds_to_decide=_seeds_to_decide(arm, comparison, design) if verdict == "undecided" else None,
             )
         )
     arms.sort(key=lambda arm: (rules.sign * difference[arm.arm], arm.arm != baseline, arm.arm))
@@ -189,6 +184,15 @@ def _design(comparison: Comparison, n_stopped: int, rules: _Rules, prior: NoiseP
     )
 
 
+def _seeds_to_decide(arm: str, comparison: Comparison | None, design: Design | None) -> int | None:
+    """The seeds that would decide an arm if its effect and its noise are as estimated."""
+    if comparison is None or design is None:
+        return None
+    contrast = comparison.contrasts[arm]
+    own_sd = contrast.standard_error * sqrt(contrast.n / 2)
+    return seeds_to_decide(contrast.difference, design._replace(sd=own_sd))
+
+
 def _phase_noise(comparison: Comparison | None, design: Design | None, baseline: Mapping[int, float]) -> PhaseNoise:
     """The noise of a phase; without a comparison, the standard deviation of the baseline over its seeds."""
     if comparison is None or design is None:
@@ -218,7 +222,8 @@ def _noise_warnings(comparison: Comparison, values: Values, method: str) -> list
     for arm, noise in comparison.noise.items():
         if noise.ratio is None or arm in comparison.same_as:
             continue
-        text = f"{arm} scatters {noise.ratio:.2g} times as much as the other arms"
+        ratio = f"{noise.ratio:.2g}" if noise.ratio < 10 else f"{noise.ratio:.0f}"
+        text = f"{arm} scatters {ratio} times as much as the other arms"
         warnings.append(
             f"{text}; only its own seeds judge it, and the others are judged without it" if noise.is_gross else text
         )
