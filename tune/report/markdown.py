@@ -79,7 +79,7 @@ def _phase(phase: PhaseSummary) -> str:
             wording.mean_interval(arm.score),
             wording.effect(arm.delta),
             fmt.p_value(arm.delta.p_holm if arm.delta else None),
-            arm.verdict,
+            wording.verdict(arm),
             fmt.count(arm.tokens_per_second),
             fmt.number(arm.val_bpb),
         )

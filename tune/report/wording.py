@@ -20,7 +20,8 @@ VERDICTS = {
     "worse": "Loses to the baseline, by the same two tests.",
     "equivalent": "Its interval lies within plus or minus the smallest effect that matters: what varies makes no "
     "difference that matters.",
-    "undecided": "None of these: the interval is too wide to tell. The report says how many seeds would decide it.",
+    "undecided": "The interval is too wide to tell. With the seeds that it names, four of five phases would decide, if "
+    "the true effect is as measured.",
     "no claim": "One seed only: a number, but no spread to judge it by.",
     "incomplete": "Some of its seeds have not finished, or were stopped early, so it is not judged.",
     "diverged": "At least one seed ended with a loss that is not finite, or more than twice an untrained model's. That "
@@ -112,6 +113,11 @@ def claim_counts(verdicts: Iterable[str]) -> str:
     """Formats the number of claims per verdict: `2 reproduced, 1 refuted and 1 undecided`."""
     counts = Counter(verdicts)
     return fmt.listing(f"{counts[verdict]} {verdict}" for verdict in CLAIM_VERDICTS if counts[verdict])
+
+
+def verdict(arm: ArmSummary) -> str:
+    """Returns the verdict on an arm, with the seeds that would decide it if it has none: `undecided, about 9 seeds`."""
+    return f"{arm.verdict}, about {arm.seeds_to_decide} seeds" if arm.seeds_to_decide else arm.verdict
 
 
 def is_named(arm: ArmSummary) -> bool:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Group, RenderableType
+from rich.constrain import Constrain
 from rich.padding import Padding
 from rich.table import Column, Table
 from rich.text import Text
@@ -46,7 +47,7 @@ def _view(comparison: Comparison, width: int) -> RenderableType:
         parts.append(words(f"The same in both: {fmt.listing(same)}.", "dim"))
     if comparison.arms:
         parts += [Text(), _arm_table(comparison, width)]
-    parts += [Padding(words(remark), (1, 0, 0, 0)) for remark in _remarks(comparison)]
+    parts += [Constrain(Padding(words(remark), (1, 0, 0, 0)), width) for remark in _remarks(comparison)]
     return Group(*parts)
 
 

@@ -11,7 +11,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from tune import format as fmt
-from tune.report.wording import claim_counts, cost, effect, mean_interval, next_step, noise, trial_counts
+from tune.report.wording import claim_counts, cost, effect, mean_interval, next_step, noise, trial_counts, verdict
 from tune.storage.summaries import ArmSummary, CampaignSummary, ClaimResult, PhaseSummary
 from tune.terminal.live import Portable, words
 
@@ -68,12 +68,7 @@ def _phase_heading(phase: PhaseSummary) -> Text:
 def phase_table(phase: PhaseSummary, *, width: int = 100) -> Table:
     """Returns the ranked arms of a phase; wider terminals add speeds, then a plot of the intervals."""
     arms = [arm for n, arm in enumerate(phase.arms) if n < MAX_ARMS or arm.verdict == "baseline"]
-    header = ["n", fmt.plain(phase.metric.name), "against the baseline", "verdict"]
-    rows = [[str(arm.n), mean_interval(arm.score), effect(arm.delta), fmt.plain(arm.verdict)] for arm in arms]
-    if width - _width(header, *rows) < MIN_NAME_WIDTH:
-        header[2] = header[2].replace(" ", "\n", 1)
-        rows = [[text.replace(" \u00b1", "\n\u00b1").replace(" [", "\n[") for text in row] for row in rows]
-    name_width, has_speed, plot_width = _layout(arms, width - _width(header, *rows))
+    header, rows, (name_width, has_speed, plot_width) = _fit(phase.metric.name, arms, width)
     table = _plain_table()
     table.add_column("arm", max_width=name_width, overflow="fold")
     for name in header:
@@ -97,6 +92,24 @@ def phase_table(phase: PhaseSummary, *, width: int = 100) -> Table:
         table.caption = Text(f"… and {len(phase.arms) - len(arms)} more in the report", style="dim")
         table.caption_justify = "left"
     return table
+
+
+def _fit(
+    metric: str, arms: Sequence[ArmSummary], width: int
+) -> tuple[list[str], list[list[str]], tuple[int, bool, int]]:
+    """Returns header and rows of the columns after the name, as long as there is room for, and their `_layout`."""
+    header = ["n", fmt.plain(metric), "against the baseline", "verdict"]
+    rows = [[str(arm.n), mean_interval(arm.score), effect(arm.delta), fmt.plain(arm.verdict)] for arm in arms]
+    if width - _width(header, *rows) < MIN_NAME_WIDTH:
+        header[2] = header[2].replace(" ", "\n", 1)
+        rows = [[text.replace(" \u00b1", "\n\u00b1").replace(" [", "\n[") for text in row] for row in rows]
+    layout = _layout(arms, width - _width(header, *rows))
+    long = [[*row[:-1], fmt.plain(verdict(arm))] for arm, row in zip(arms, rows, strict=True)]
+    long_layout = _layout(arms, width - _width(header, *long))
+    costs_a_column = long_layout[1:] < (layout[1], min(layout[2], 1))
+    if costs_a_column or long_layout[0] < min(layout[0], MIN_NAME_WIDTH):
+        return header, rows, layout
+    return header, long, long_layout
 
 
 def _plain_table() -> Table:
@@ -169,8 +182,7 @@ def claims_table(claims: Sequence[ClaimResult], *, width: int = 100) -> Table:
     if n_columns == 4:
         table.add_column("what was said", no_wrap=True, overflow="ellipsis", max_width=room)
     for claim, name, value in zip(claims, names, values, strict=True):
-        verdict = words(claim.verdict, CLAIM_STYLES.get(claim.verdict, "dim"))
-        table.add_row(*[words(name), verdict, Text(value), words(claim.says or "")][:n_columns])
+        table.add_row(*[words(name), words(claim.verdict, CLAIM_STYLES.get(claim.verdict, "dim")), Text(value), words(claim.says or "")][:n_columns])
     return table
 
 
@@ -186,7 +198,7 @@ def _answer_panel(summary: CampaignSummary, report: Path, width: int) -> Panel:
         rows.add_row("effect", Text(effect(answer.delta)))
         rows.add_row("fresh seeds", Text("confirmed" if answer.confirmed else "not confirmed yet"))
     if phase and phase.ties:
-        rows.add_row("close to it", words(fmt.listing(map(fmt.plain, phase.ties))))
+        rows.add_row("not distinguishable", words(fmt.listing(map(fmt.plain, phase.ties))))
     rows.add_row("cost", Text(cost(summary)))
     for warning in summary.own_warnings:
         rows.add_row("warning", words(warning, "yellow"))

@@ -305,9 +305,16 @@ def test_every_number_of_an_arm_is_in_both_tables() -> None:
 
 def test_winner_and_ties_are_named_with_the_effect() -> None:
     text = Page(render_html(campaign(), [])).text
-    assert "Ties with it alpha=0.28" in text
+    assert "Not distinguishable from it alpha=0.28" in text
     assert DELTA in text
     assert "not confirmed yet" in text
+
+
+def test_the_tables_say_how_many_seeds_an_undecided_arm_needs() -> None:
+    summary = campaign(phase(arms=[arm("a", 4.4, "undecided", 0.01, seeds_to_decide=9), arm("b", 4.4, "baseline")]))
+    verdicts = [row[6].strip() for row in Page(render_html(summary, [])).rows if len(row) == 9]
+    assert verdicts == ["verdict", "undecided about 9 seeds", "baseline"]
+    assert "| undecided, about 9 seeds |" in render_markdown(summary)
 
 
 def test_what_there_is_none_of_is_not_listed() -> None:
@@ -443,7 +450,7 @@ def test_a_grid_has_its_settings_their_importance_and_the_inheritance_in_both_re
 
 
 def test_the_words_below_a_plot_say_what_is_in_it() -> None:
-    many = [arm(f"alpha={i}", 4.3 + i / 100, "tie", 0.01 + i / 100, rank=i) for i in range(1, 50)]
+    many = [arm(f"alpha={i}", 4.3 + i / 100, "undecided", 0.01 + i / 100, rank=i) for i in range(1, 50)]
     lone = [arm("alpha=0", 4.4, "baseline"), arm("alpha=1", 4.3, "no claim", -0.1, n=1)]
     lone[1]["delta"] |= {"ci_low": None, "ci_high": None, "p": None, "p_holm": None}
     phases = (phase(), phase(arms=many), phase(arms=lone))

@@ -15,7 +15,9 @@ from tune.storage.summaries import ArmSummary, Delta, Objective, PhaseSummary, S
 def arm(name: str, score: float | None, speed: float | None = 1e4, **overrides: Any) -> ArmSummary:
     spread = Spread(score, ci_low=score and score - 0.1, ci_high=score and score + 0.1)
     delta = Delta(0.0, -0.05, 0.05)
-    return ArmSummary(name, overrides=overrides, tokens_per_second=speed, verdict="tie", score=spread, delta=delta)
+    return ArmSummary(
+        name, overrides=overrides, tokens_per_second=speed, verdict="undecided", score=spread, delta=delta
+    )
 
 
 def phase(*arms: ArmSummary) -> PhaseSummary:

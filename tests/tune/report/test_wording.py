@@ -1,11 +1,9 @@
 """The phrases of the reports: only what the summary knows, and nothing twice."""
 
 from dataclasses import replace
-from math import sqrt
 from typing import Any
 
 import pytest
-from scipy.stats import nct, t
 
 from tune import format as fmt
 from tune.report.wording import (
@@ -18,6 +16,7 @@ from tune.report.wording import (
     noise,
     trial_counts,
     varied,
+    verdict,
     went_wrong,
 )
 from tune.storage.summaries import (
@@ -143,15 +142,24 @@ def test_the_next_step_fits_the_state_of_the_campaign() -> None:
     assert "Raise `budget:`" in next_step(replace(campaign(), left_out={"a": 1}))
 
 
-def test_without_a_winner_the_next_step_names_the_seeds_that_would_show_one() -> None:
-    undecided: dict[str, Any] = {"winner": None, "delta": None}
+def test_without_a_winner_the_next_step_names_the_seeds_that_would_decide() -> None:
+    none: dict[str, Any] = {"winner": None, "delta": None, "phase": None}
 
-    def power(n: int) -> float:
-        """Of a paired t test of n seeds, for an effect of 0.005."""
-        return float(nct.sf(t.ppf(0.975, n - 1), n - 1, 0.005 / (0.004 * sqrt(2 / n))))
+    def step(*seeds: int | None) -> str:
+        arms = tuple(ArmSummary(str(i), verdict="undecided", seeds_to_decide=n) for i, n in enumerate(seeds))
+        summary = campaign(**none)
+        phase = replace(summary.phases[0], arms=(ArmSummary("y", verdict="baseline"), *arms))
+        return next_step(replace(summary, phases=(phase,)))
 
-    assert power(12) < 0.8 < power(13)  # more seeds also measure the noise better: two have one degree of freedom
-    assert "about 13 seeds" in next_step(campaign(**undecided))
-    assert "about 13 seeds" in next_step(campaign(**undecided, phase=None)), "of the last phase"
-    assert "about" not in next_step(campaign(seeds=13, **undecided))
-    assert "One seed carries no claim" in next_step(campaign(seeds=1, **undecided))
+    assert step(13).startswith("1 arm of a undecided: about 13 seeds would decide.")
+    assert "2 arms of a undecided: about 13 seeds would decide." in step(9, 13)
+    assert "about 9 seeds would decide 1 of them." in step(9, None)
+    assert "1,000 seeds would not be enough" in step(None)
+    assert "change `vary:`" in step(), "all arms are decided"
+    assert "One seed carries no claim" in next_step(campaign(seeds=1, **none))
+
+
+def test_an_undecided_arm_says_how_many_seeds_it_needs() -> None:
+    assert verdict(ArmSummary("x", verdict="undecided", seeds_to_decide=9)) == "undecided, about 9 seeds"
+    assert verdict(ArmSummary("x", verdict="undecided")) == "undecided"
+    assert verdict(ArmSummary("x", verdict="equivalent")) == "equivalent"

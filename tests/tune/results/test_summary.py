@@ -152,9 +152,9 @@ def test_the_parquet_rows_are_the_arms(trained: Path) -> None:
         for row, arm in zip(rows, arms, strict=True):
             assert json.loads(row["overrides"]) == arm["overrides"]
             assert spread(row, "val_loss") == arm["val_loss"]
-            delta = arm["delta"] or dict.fromkeys(("mean", "ci_low", "ci_high", "p", "p_holm"))
+            delta = arm["delta"] or dict.fromkeys(("mean", "ci_low", "ci_high", "p", "p_holm", "df", "reading"))
             assert spread(row, "delta") == delta
-            for name in ("n", "rank", "verdict", "tokens", "tokens_per_second", "trial_ids"):
+            for name in ("n", "rank", "verdict", "noise_sd", "seeds_to_decide", "tokens", "trial_ids"):
                 assert row[name] == arm[name]
 
 

@@ -48,14 +48,14 @@ def arm(name: str, verdict: str, mean: float | None, delta: float | None = None)
     return {"arm": name, "n": 3, "score": spread, "delta": effect if delta else None, "verdict": verdict} | {
         "overrides": {},
         "tokens_per_second": mean and 41234.0,
-        "tied_with_winner": verdict == "tie",
+        "tied_with_winner": verdict == "undecided",
     }
 
 
 def phase(name: str = "alpha", **more: Any) -> Summary:
     arms = [
         arm("alpha=0.15", "better", 4.3771, -0.0349),
-        arm("alpha=0.28", "tie", 4.3794, -0.0326),
+        arm("alpha=0.28", "undecided", 4.3794, -0.0326),
         arm("baseline", "baseline", 4.412),
         arm("alpha=0.6", "diverged", None),
     ]
@@ -166,10 +166,10 @@ def test_final_screen_fits_its_width_and_says_every_number(width: int) -> None:
     assert "Use alpha=0.15." in text
 
 
-@pytest.mark.parametrize("width", [60, 66])
+@pytest.mark.parametrize("width", [61, 66])
 def test_a_narrow_final_screen_still_says_which_arm_has_which_number(width: int) -> None:
     names = ["alpha=0.1696, optim.lr=0.009307", "alpha=0.3152, optim.lr=0.006957", "baseline"]
-    verdicts = [("better", -0.0349), ("tie", -0.0326), ("baseline", None)]
+    verdicts = [("better", -0.0349), ("undecided", -0.0326), ("baseline", None)]
     arms = [arm(name, verdict, 9.4312, delta) for name, (verdict, delta) in zip(names, verdicts, strict=True)]
     lines = printed(phase_table(phase(arms=arms), width=width), width)
     assert max(map(len, lines)) <= width
@@ -186,9 +186,17 @@ def test_a_long_name_is_worth_more_than_the_speed() -> None:
     assert "tok/s" not in lines[0] and any("an arm of eight" in line for line in lines)
 
 
+def test_the_seeds_that_an_undecided_arm_needs_are_shown_where_there_is_room() -> None:
+    needs = phase(arms=[arm("a", "undecided", 4.3794, -0.0326) | {"seeds_to_decide": 9}, arm("b", "baseline", 4.412)])
+    assert "undecided, about 9 seeds" in printed(phase_table(needs, width=120), 120)[2]
+    narrow = printed(phase_table(needs, width=70), 70)
+    assert any("undecided" in line for line in narrow) and not any("seeds" in line for line in narrow)
+
+
 def test_final_screen_ends_with_the_answer_the_report_and_what_to_do_next() -> None:
     text = " ".join(printed(final_screen(campaign(), report=REPORT), 120))
-    order = ["is better by", "Use alpha=0.15.", "ties with", "12 trials", "two torch versions", str(REPORT), "fresh 5"]
+    order = ["is better by", "Use alpha=0.15.", "not distinguishable", "12 trials", "two torch versions"]
+    order += [str(REPORT), "fresh 5"]
     places = [text.rindex(part) for part in order]
     assert places == sorted(places)
     assert text.count("edge of the range") == 1
