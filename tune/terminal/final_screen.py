@@ -107,7 +107,8 @@ def _fit(
     long = [[*row[:-1], fmt.plain(verdict(arm))] for arm, row in zip(arms, rows, strict=True)]
     long_layout = _layout(arms, width - _width(header, *long))
     costs_a_column = long_layout[1:] < (layout[1], min(layout[2], 1))
-    if costs_a_column or long_layout[0] < min(layout[0], MIN_NAME_WIDTH):
+    longest = max((len(fmt.plain(arm.arm)) for arm in arms), default=0)
+    if costs_a_column or long_layout[0] < min(layout[0], longest, MIN_NAME_WIDTH):
         return header, rows, layout
     return header, long, long_layout
 
@@ -182,7 +183,14 @@ def claims_table(claims: Sequence[ClaimResult], *, width: int = 100) -> Table:
     if n_columns == 4:
         table.add_column("what was said", no_wrap=True, overflow="ellipsis", max_width=room)
     for claim, name, value in zip(claims, names, values, strict=True):
-        table.add_row(*[words(name), words(claim.verdict, CLAIM_STYLES.get(claim.verdict, "dim")), Text(value), words(claim.says or "")][:n_columns])
+        table.add_row(
+            *[
+                words(name),
+                words(claim.verdict, CLAIM_STYLES.get(claim.verdict, "dim")),
+                Text(value),
+                words(claim.says or ""),
+            ][:n_columns]
+        )
     return table
 
 
