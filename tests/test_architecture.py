@@ -62,6 +62,7 @@ UNTESTED: dict[str, str] = {
     "tune/results/answer.py": "test_summary.py",
     "tune/results/comparability.py": "test_compare.py",
     "tune/results/phase_summary.py": "test_summary.py",
+    "tune/results/seed_notes.py": "test_fresh_seeds.py",
     "tune/results/snapshot.py": "test_status.py",
     "tune/terminal/final_screen.py": "test_live.py",
     "tune/terminal/plan_view.py": "test_estimate.py",

@@ -16,6 +16,7 @@ from ngpt.config.yaml_reader import parse_assignment, read_yaml
 from ngpt.training.config import TrainConfig
 from tune.claims.possible_arms import check_claims
 from tune.claims.reader import read_claims
+from tune.spec.inherited_seeds import shift_inherited_seeds
 from tune.spec.phase_reader import PhasesInFile, read_phases
 from tune.spec.reading import OPTION, LocatedSettings, Reading, check_name, collect, complete, read_seeds
 from tune.spec.schema import KINDS, Budget, Campaign, EarlyStop, Header, Metric, Resources, SeedRule
@@ -64,14 +65,15 @@ def _read(data: Any, assignments: Sequence[str], folder: Path) -> Reading[Campai
     claims = (yield from read_claims(data["claims"], folder)) if "claims" in data else {}
     if wrong or wrong_configs or header is None or base is None:
         return None
-    phases = in_dependency_order(file.phases)
+    inherited = {path: winner for path, (winner, _) in file.winners.items()}
+    phases = shift_inherited_seeds(in_dependency_order(file.phases), inherited)
     yield from check_claims(claims, phases, base)
     return Campaign(
         name=data["campaign"],
         base=base,
         phases=phases,
         claims=tuple(claims.values()),
-        inherited={path: winner for path, (winner, _) in file.winners.items()},
+        inherited=inherited,
         text="",
         assignments=(),
         **dict(header),

@@ -16,11 +16,13 @@ from tune.session.session import ExecutorInfo, Session
 from tune.storage.summaries import CampaignSummary
 from tune.trials.trial import TrialResult, TrialSpec
 
+# `projection` lists its seeds, so that the trials of its baseline are those that won `alpha`.
 PHASES = """
   - name: alpha
     vary: {alpha: [0.05, 0.4]}
   - name: projection
     inherit: alpha
+    seeds: SEEDS
     grid: {project_every: [1, 3]}
 """
 
@@ -65,8 +67,8 @@ def write_file(
     vectorise: int = 1,
 ) -> Path:
     """Writes `tiny.yaml` into `folder`; `every` is the steps between evaluations, and between checkpoints."""
-    words = {"RATE": lr, "CHECKPOINT": checkpoint, "LOG": str(log_every), "EVERY": str(every)}
-    words |= {"CORPUS": str(corpus), "SEEDS": seeds, "STEPS": str(steps), "PHASES": phases}
+    words = {"PHASES": phases, "RATE": lr, "CHECKPOINT": checkpoint, "LOG": str(log_every), "EVERY": str(every)}
+    words |= {"CORPUS": str(corpus), "SEEDS": seeds, "STEPS": str(steps)}
     text = FILE
     for word, value in words.items():
         text = text.replace(word, value)

@@ -12,9 +12,15 @@ from ngpt.config.base import ConfigError
 from ngpt.system.cli import add_set_option, run_command
 from ngpt.system.timing import print_metrics
 from tune.bench.campaigns import campaign, scaling
+from tune.bench.confirmations import confirmations
 from tune.bench.packing import packing
 
-BENCHMARKS: dict[str, Callable[..., dict[str, Any]]] = {"campaign": campaign, "scaling": scaling, "packing": packing}
+BENCHMARKS: dict[str, Callable[..., dict[str, Any]]] = {
+    "campaign": campaign,
+    "scaling": scaling,
+    "packing": packing,
+    "confirmations": confirmations,
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -47,7 +53,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, help="training time per trial; packing: per point of the curve")
     parser.add_argument("--steps", type=int, help="campaign, scaling: steps per trial, instead of --seconds")
     parser.add_argument("--workers", type=int, help="campaign, scaling: number of concurrent trials")
-    parser.add_argument("--rounds", type=int, help="scaling: number of repetitions; each runs one worker, then several")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        help="scaling: repetitions of one worker, then several; confirmations: simulated campaigns",
+    )
     parser.add_argument("--config", type=Path, help="packing: YAML file with settings, as for ngpt.train")
     add_set_option(parser, help="packing: settings")
     return parser

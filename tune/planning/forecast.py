@@ -5,12 +5,14 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from ngpt.training.config import TrainConfig
+from tune.analysis.noise import NoisePrior
 from tune.analysis.verdicts import judge
 from tune.planning.equal_time import step_time_key
 from tune.planning.optuna_search import optuna_version
 from tune.planning.plan import PhaseResult, PlannedPhase, preview, trial_flops, trial_work
+from tune.spec.inherited_seeds import keep_shift
 from tune.spec.schema import Campaign
-from tune.storage.records import BetterArm, SearchRecord, TrialWork
+from tune.storage.records import BetterArm, FreshDraw, SearchRecord, TrialWork
 from tune.storage.state import DONE, CampaignState
 
 
@@ -22,6 +24,7 @@ def phase_planned_event(phase: PlannedPhase) -> dict[str, Any]:
         "base": dict(phase.base),
         "baseline": phase.baseline,
         "seeds": list(phase.seeds),
+        "fresh": _draw_fields(phase.fresh) if phase.fresh else None,
         "swept": {name: list(values) for name, values in phase.swept.items()},
         "search": _search_record(phase),
         "arms": [
@@ -41,6 +44,11 @@ def _search_record(phase: PlannedPhase) -> dict[str, Any] | None:
     if phase.question is None or phase.proposed is None:
         return None if phase.question is None else {"question": dict(phase.question)}
     return asdict(SearchRecord([dict(arm) for arm in phase.proposed], dict(phase.question), optuna_version()))
+
+
+def _draw_fields(draw: FreshDraw) -> dict[str, Any]:
+    """The fields of a draw, without its seeds, which the event has anyway."""
+    return {name: value for name, value in asdict(draw).items() if name != "seeds"}
 
 
 def _work(config: TrainConfig) -> TrialWork:
@@ -67,8 +75,9 @@ def known_result(campaign: Campaign, state: CampaignState, phase: PlannedPhase) 
         {arm.name: {trial.seed: state.outcome(trial.trial_id, name) for trial in arm.trials} for arm in phase.arms},
         baseline=phase.baseline,
         goal="maximize" if campaign.metric.goal == "maximize" else "minimize",
-        confidence=campaign.confidence,
+        confidence=(phase.fresh and phase.fresh.confidence) or campaign.confidence,
         min_effect=campaign.min_effect,
+        prior=NoisePrior(*phase.fresh.prior) if phase.fresh and phase.fresh.prior else None,
     )
     deltas = {arm.arm: arm.delta for arm in judgement.arms if arm.verdict == "better"}
     better = [BetterArm(arm, overrides[arm], abs(delta.mean)) for arm, delta in deltas.items() if delta]
@@ -81,12 +90,17 @@ def expected_phases(campaign: Campaign, state: CampaignState) -> list[PlannedPha
     If the winner of a phase is not known, the winner in the journal is assumed if the phase still has that arm, since
     adding a seed rarely changes it. Otherwise the winner is guessed (see `preview`).
     """
-    return preview(
-        campaign,
-        lambda phase: known_result(campaign, state, phase) or _last_result(state, phase),
-        state.outcome,
-        state.searches,
-    )
+
+    def result(phase: PlannedPhase) -> PhaseResult | None:
+        return known_result(campaign, state, phase) or _last_result(state, phase)
+
+    return preview(with_shifts_of(campaign, state), result, state.outcome, state.searches, state.draws)
+
+
+def with_shifts_of(campaign: Campaign, state: CampaignState) -> Campaign:
+    """The campaign with the seeds that this results directory gave to phases without `seeds:`; see `keep_shift`."""
+    phases = (keep_shift(phase, state.last_seeds.get(phase.name, ())) for phase in campaign.phases)
+    return replace(campaign, phases=tuple(phases))
 
 
 def _last_result(state: CampaignState, phase: PlannedPhase) -> PhaseResult | None:

@@ -1,8 +1,6 @@
 """Plans the arms and trials of each phase of a campaign. All functions are pure."""
 
 import contextlib
-import itertools
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -14,13 +12,15 @@ from ngpt.training.config import TrainConfig, resolved, rollback_settings
 from tune.planning.combine import join_better_arms
 from tune.planning.equal_time import step_time_key, steps_of_equal_time
 from tune.planning.optuna_search import arm_score, propose_arms, reusable_arms
-from tune.spec.schema import FEWEST_FRESH, Campaign, Phase, SeedRule, UntilDecided
+from tune.planning.seeds import content_of, find_draw, phase_seeds
+from tune.spec.schema import Campaign, Phase
 from tune.spec.search_space import random_arms
 from tune.spec.sweeps import BASELINE, ArmSpec
-from tune.storage.records import BetterArm, SearchRecord, TrialOutcome
+from tune.storage.records import BetterArm, FreshDraw, SearchRecord, TrialOutcome
 from tune.storage.state import Overrides
 
 NOTHING: Mapping[str, Any] = {}
+NO_DRAWS: Mapping[tuple[str, str], FreshDraw] = {}
 
 
 class PhaseResult(NamedTuple):
@@ -75,6 +75,12 @@ class PlannedPhase:
     swept: Mapping[str, tuple[Any, ...]]
     question: Mapping[str, Any] | None = None  # of its search, see `Search.question`
     proposed: tuple[Overrides, ...] | None = None  # by optuna so far, in order; None if the file determines the arms
+    fresh: FreshDraw | None = None  # how `seeds: fresh` was drawn; None for other phases and before the draw
+
+    @property
+    def identities(self) -> list[str]:
+        """What each arm computes: its trial ids without the seed, baseline first."""
+        return [arm.trials[0].trial_id.rpartition("-s")[0] for arm in self.arms]
 
     @property
     def trials(self) -> Iterator[PlannedTrial]:
@@ -90,6 +96,7 @@ def plan_phase(
     winners: Mapping[str, Overrides],
     better: Mapping[str, Sequence[BetterArm]] = NOTHING,
     outcome: Callable[[str], TrialOutcome] = unknown_outcome,
+    draws: Mapping[tuple[str, str], FreshDraw] = NO_DRAWS,
     *,
     record: SearchRecord | None = None,
     fill: bool = False,
@@ -103,11 +110,33 @@ def plan_phase(
         winners: overrides of the winners of the phases that this one needs.
         better: arms with the verdict `better`, by phase; a combining phase joins them (tune/planning/combine.py).
         outcome: maps a trial id to its outcome. Optuna proposes the next batch once all earlier trials have one.
+        draws: the seeds drawn for phases with `seeds: fresh`, by phase and content; without one, they are provisional.
         record: what the journal says of the phase's search. Arms that optuna has proposed are kept.
         fill: adds random arms in place of those that optuna has not proposed yet.
     """
     campaign = replace(campaign, hold=phase.hold or campaign.hold)
     winners = {**winners, **{path: winner.overrides for path, winner in campaign.inherited.items()}}
+    rest: dict[str, Any] = {"winners": winners, "better": better, "outcome": outcome, "record": record, "fill": fill}
+    planned = _plan_with_seeds(campaign, phase.with_seeds(phase_seeds(campaign, phase)), **rest)
+    if phase.known_seeds is not None:
+        return planned
+    draw = find_draw(draws, campaign, phase.name, content_of(phase, planned.identities))
+    if draw is None:
+        return planned
+    return replace(_plan_with_seeds(campaign, phase.with_seeds(draw.seeds), **rest), fresh=draw)
+
+
+def _plan_with_seeds(
+    campaign: Campaign,
+    phase: Phase,
+    *,
+    winners: Mapping[str, Overrides],
+    better: Mapping[str, Sequence[BetterArm]],
+    outcome: Callable[[str], TrialOutcome],
+    record: SearchRecord | None,
+    fill: bool,
+) -> PlannedPhase:
+    """Plans the trials of a phase whose seeds and winners are known."""
     if phase.search is None:
         to_join = [arm.without(phase.pinned) for name in phase.combine for arm in better[name]]
         baseline = baseline_config(campaign, winners[phase.inherit] if phase.inherit else {}, phase.pinned)
@@ -158,7 +187,8 @@ def _plan_arms(
     """Plans the trials of the baseline and of the arms `specs`."""
     inherited = dict(winners[phase.inherit]) if phase.inherit else {}
     base = inherited | dict(phase.pinned)
-    seeds = phase_seeds(campaign, phase)
+    seeds = phase.known_seeds
+    assert seeds is not None, "fresh seeds are resolved before"
     baseline = baseline_config(campaign, inherited, phase.pinned)
     resolved_baseline = resolved(baseline)
     arms = {resolved_baseline: PlannedArm(BASELINE.name, {}, ())}
@@ -231,41 +261,12 @@ def trial_ids(config: TrainConfig, seeds: Iterable[int]) -> list[str]:
     return [f"{identity}-s{seed}" for seed in seeds]
 
 
-def phase_seeds(campaign: Campaign, phase: Phase) -> tuple[int, ...]:
-    """The seeds of a phase, in the order in which they are used; all that `until: decided` may use."""
-    fixed = _fixed_seeds(phase.seeds)
-    return fresh_seeds(campaign, phase) if fixed is None else fixed
-
-
-def _fixed_seeds(rule: SeedRule) -> tuple[int, ...] | None:
-    """The seeds that follow from the file alone; None if they are to be fresh."""
-    if isinstance(rule, UntilDecided) and not rule.fresh:
-        return tuple(range(1, rule.most + 1))
-    return rule if isinstance(rule, tuple) else None
-
-
-def fresh_seeds(campaign: Campaign, phase: Phase) -> tuple[int, ...]:
-    """Chooses seeds that no other phase of the campaign uses, independent of the order of the phases.
-
-    Phases choose in alphabetical order. Each takes the first unused seeds, starting from a hash of its name.
-    """
-    used = {seed for other in campaign.phases for seed in _fixed_seeds(other.seeds) or ()}
-    chosen: dict[str, tuple[int, ...]] = {}
-    for other in sorted(campaign.phases, key=lambda other: other.name):
-        if not isinstance(other.seeds, tuple) and _fixed_seeds(other.seeds) is None:
-            start = 100 + zlib.crc32(other.name.encode()) % 900
-            unused = (seed for seed in itertools.count(start) if seed not in used)
-            n = other.seeds.most if isinstance(other.seeds, UntilDecided) else other.seeds.n or FEWEST_FRESH
-            chosen[other.name] = tuple(itertools.islice(unused, n))
-            used.update(chosen[other.name])
-    return chosen[phase.name]
-
-
 def preview(
     campaign: Campaign,
     result: Callable[[PlannedPhase], PhaseResult | None] = lambda phase: None,
     outcome: Callable[[str], TrialOutcome] = unknown_outcome,
     records: Mapping[str, SearchRecord] | None = None,
+    draws: Mapping[tuple[str, str], FreshDraw] = NO_DRAWS,
 ) -> list[PlannedPhase]:
     """Plans all phases, also those whose earlier phases have no result yet.
 
@@ -278,7 +279,7 @@ def preview(
     phases = []
     for phase in campaign.phases:
         record = (records or {}).get(phase.name)
-        planned = plan_phase(campaign, phase, winners, better, outcome, record=record, fill=True)
+        planned = plan_phase(campaign, phase, winners, better, outcome, draws, record=record, fill=True)
         guess = [BetterArm(arm.name, arm.overrides, 0.0) for arm in planned.arms[1:2]]  # the baseline comes first
         guessed = PhaseResult(guess[0].arm if guess else planned.baseline, guess)
         winner, better[phase.name] = result(planned) or guessed

@@ -50,6 +50,7 @@ def _answer(summary: CampaignSummary) -> str:
         ties = summary.answer_phase.ties if summary.answer_phase else []
         facts += [
             ("Effect", f"{wording.effect(answer.delta)}, Holm p {fmt.p_value(answer.delta.p_holm)}"),
+            ("After allowing for selection", wording.selection(answer.shrunken)),
             ("Not distinguishable from it", fmt.listing(map(fmt.plain, ties)) or "no other arm"),
             ("Fresh seeds", "confirmed" if answer.confirmed else "not confirmed yet"),
         ]

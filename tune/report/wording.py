@@ -249,10 +249,15 @@ def next_step(summary: CampaignSummary) -> str:
         return "It runs. For an answer, run the same command without `--smoke`."
     if answer.winner and answer.delta:
         if not answer.confirmed:
-            return "Confirm it on fresh seeds: add a phase with `arm: winner` and `seeds: fresh 5`."
+            return "Confirm it on fresh seeds: add a phase with `arm: winner` and `seeds: fresh`."
     elif summary.phases and (more := _more_seeds(summary.phases[-1])):
         return more
     return "Try your own question: change `vary:` in the campaign file and run again. Finished trials are reused."
+
+
+def selection(shrunken: float | None) -> str:
+    """Formats the effect of a winner after allowing for its selection; empty if there is nothing to allow for."""
+    return "" if shrunken is None else f"about {shrunken:+.2g}, as the best of several arms is partly lucky"
 
 
 def _more_seeds(phase: PhaseSummary) -> str | None:

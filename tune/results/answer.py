@@ -36,13 +36,15 @@ def find_answer(state: CampaignState, phases: Sequence[PhaseSummary]) -> Answer:
     assert arm is not None and arm.delta is not None, "a better arm has a difference from its baseline"
     overrides = _inherited_overrides(state.phases[last.phase], arm)
     before = phases[: phases.index(last)]
-    is_fresh = not {seed for phase in before for seed in phase.seeds} & set(last.seeds)
-    confirmed = is_fresh and any(_inherits(overrides, state.phases[p.phase].winner_overrides) for p in before)
+    confirmed = any(_inherits(overrides, winner) for winner in _confirmed_winners(state, last, before))
     how = "unseen " if confirmed else "paired " if last.noise.method == "paired" else ""
     on_top = (
         f", on top of {last.inherit}" if last.inherit and last.base else ""
     )  # the effect excludes that of the inherited settings
     effect = f"{_effect(last, arm.delta)}, on {arm.n} {how}seeds{on_top}"
+    shrunken = None if confirmed else arm.shrunken
+    if shrunken is not None:
+        effect += f" (about {abs(shrunken):.2g} after allowing for selection; confirm it)"
     later = [phase for phase in judged if phases.index(phase) > phases.index(last)]
     refuting = [phase.phase for phase in later if _tests_again(phase, overrides)]
     if refuting:
@@ -52,7 +54,19 @@ def find_answer(state: CampaignState, phases: Sequence[PhaseSummary]) -> Answer:
         sentence = f"Use {settings_text(overrides)}: it {effect}."
         if later:
             sentence += f" Phase {', '.join(phase.phase for phase in later)} found nothing better."
-    return Answer(_prefix_so_far(is_over, sentence), last.phase, last.winner, overrides, arm.delta, confirmed)
+    return Answer(_prefix_so_far(is_over, sentence), last.phase, last.winner, overrides, arm.delta, confirmed, shrunken)
+
+
+def _confirmed_winners(
+    state: CampaignState, last: PhaseSummary, before: Sequence[PhaseSummary]
+) -> Sequence[Mapping[str, Any]]:
+    """Returns the overrides of the winners that the phase `last` tests on seeds that nobody has looked at."""
+    phase = state.phases[last.phase]
+    if phase.tells_fresh:
+        return phase.fresh.confirms if phase.fresh and phase.fresh.question else ()
+    # Older journals: seeds that no earlier phase of the campaign has used.
+    is_fresh = not {seed for earlier in before for seed in earlier.seeds} & set(last.seeds)
+    return [state.phases[earlier.phase].winner_overrides for earlier in before] if is_fresh else []
 
 
 def _inherited_overrides(phase: PhaseState, arm: ArmSummary) -> dict[str, Any]:

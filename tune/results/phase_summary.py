@@ -9,8 +9,11 @@ from typing import Any
 
 from tune import format as fmt
 from tune.analysis.importance import is_number
+from tune.analysis.noise import NoisePrior
+from tune.analysis.selection import shrunken_delta
 from tune.analysis.text_error import text_standard_error
 from tune.analysis.verdicts import judge
+from tune.results.seed_notes import is_confirmation, seed_warnings
 from tune.storage.records import TrialOutcome
 from tune.storage.state import ArmState, CampaignState, PhaseState
 from tune.storage.summaries import ArmSummary, Objective, PhaseSummary, Spread, TrialCounts, TrialRecord
@@ -54,12 +57,15 @@ def summarize_phase(state: CampaignState, phase: PhaseState) -> PhaseSummary:
     """Ranks and judges the arms of a phase from the results so far."""
     rules = state.campaign
     metric = Objective(**rules["metric"])
-    limits = {name: rules[name] for name in ("confidence", "min_effect")}
+    confidence = (phase.fresh and phase.fresh.confidence) or rules["confidence"]
+    limits = {"confidence": confidence, "min_effect": rules["min_effect"]}
     outcomes = _outcomes(state, phase, metric.name)
-    judgement = judge(outcomes, baseline=phase.baseline, goal=rules["metric"]["goal"], metric=metric.name, **limits)
+    prior = NoisePrior(*phase.fresh.prior) if phase.fresh and phase.fresh.prior else None
+    goal = rules["metric"]["goal"]
+    judgement = judge(outcomes, baseline=phase.baseline, goal=goal, metric=metric.name, **limits, prior=prior)
     val_losses = judgement  # goal and min_effect do not affect the spreads
     if metric.name != "val_loss":
-        val_losses = judge(_outcomes(state, phase, "val_loss"), baseline=phase.baseline, confidence=rules["confidence"])
+        val_losses = judge(_outcomes(state, phase, "val_loss"), baseline=phase.baseline, confidence=confidence)
     spreads = {arm.arm: arm.score for arm in val_losses.arms}
     planned = {arm.name: arm for arm in phase.arms}
     text_errors = _text_errors(state, phase, metric.name)
@@ -68,6 +74,9 @@ def summarize_phase(state: CampaignState, phase: PhaseState) -> PhaseSummary:
         _arm_summary(state, planned[arm.arm], arm, rank, spreads[arm.arm], text_errors.get(arm.arm))
         for rank, arm in ranked
     )
+    if not is_confirmation(phase):
+        shrunken = shrunken_delta(arms, judgement.winner, goal=goal, **limits)
+        arms = tuple(replace(arm, shrunken=shrunken) if arm.arm == judgement.winner else arm for arm in arms)
     statuses = [outcome.status for by_seed in outcomes.values() for outcome in by_seed.values()]
     missing = statuses.count("missing")  # a phase has no winner until all its trials have ended
     smoke = "SMOKE: " if state.is_smoke else ""
@@ -88,7 +97,12 @@ def summarize_phase(state: CampaignState, phase: PhaseState) -> PhaseSummary:
         winner=None if missing else judgement.winner,
         why=smoke + prefix + judgement.why if len(arms) > 1 else ONLY_BASELINE,
         noise=judgement.noise,
-        warnings=(*judgement.warnings, *_warnings(state, phase, arms, judgement.winner, records, statuses)),
+        confirmation=phase.fresh.look if phase.fresh else 0,
+        warnings=(
+            *judgement.warnings,
+            *seed_warnings(state, phase),
+            *_warnings(state, phase, arms, judgement.winner, records, statuses),
+        ),
         trials=count_trials(statuses, reused=len(records) - len(trained_here)),
         tokens=sum(record.metrics.get("tokens") or 0 for record in trained_here),
         seconds=sum(record.seconds for record in trained_here),

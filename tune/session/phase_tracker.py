@@ -10,14 +10,22 @@ from tune import format as fmt
 from tune.analysis.asha import RUNG_REACHED, Asha
 from tune.machine.throughput import measure_for_equal_time
 from tune.planning.equal_time import step_time_key
-from tune.planning.forecast import expected_phases, expected_stages, has_result, phase_planned_event, stops_early
+from tune.planning.forecast import (
+    expected_phases,
+    expected_stages,
+    has_result,
+    phase_planned_event,
+    stops_early,
+    with_shifts_of,
+)
 from tune.planning.plan import PlannedPhase, PlannedTrial, configs_to_time, inherited_overrides, plan_phase
 from tune.results.answer import settings_text
 from tune.results.summary import write_phase
+from tune.session.fresh_seeds import SeedKeeper
 from tune.session.trial_queue import TrialQueue
 from tune.spec.schema import Campaign, Phase
 from tune.storage.journal import Event
-from tune.storage.records import BetterArm
+from tune.storage.records import BetterArm, FreshDraw
 from tune.storage.state import CampaignState
 from tune.storage.summaries import PhaseSummary
 
@@ -41,12 +49,14 @@ class PhaseTracker:
         message: Callable[[str], None],
         timer: Callable[..., Any],
     ) -> None:
-        self.campaign = replace(campaign, speeds=state.speeds)
+        self.campaign = replace(with_shifts_of(campaign, state), speeds=state.speeds)
         self.planned: dict[str, PlannedPhase] = {}
         self.summaries: dict[str, PhaseSummary] = {}
         self.unusable: frozenset[str] = frozenset()  # trials of other code, to train anew if a phase needs them
         self._root, self._state, self._queue = root, state, queue
         self._append, self._message, self._timer = append, message, timer
+        self._seeds = SeedKeeper(root, state, message=message)
+        self._draws: dict[tuple[str, str], FreshDraw] = {}  # of this session; the journal has those of earlier ones
         rule, metric = campaign.early_stop, campaign.metric
         self._asha = Asha(rule, metric=metric.name, goal=metric.goal) if rule else None
 
@@ -138,9 +148,16 @@ class PhaseTracker:
                 speed = fmt.count(self.campaign.speeds[step_time_key(config)])
                 text = f"{arm.name} trains {speed} tokens/s, so it gets {config.steps} steps"
                 self._message(f"phase {phase.name}: {text}")
+        seen = ()
+        if phase.known_seeds is None:
+            draw = self._seeds.draw(self.campaign, phase, planned, self.summaries)
+            self._draws[phase.name, draw.content] = draw
+            planned = self._expand(phase)
+        else:
+            seen = self._seeds.record_listed(self.campaign, phase, planned)
         self._discard_unusable(planned)
         self.planned[phase.name] = planned
-        self._append("phase_planned", **phase_planned_event(planned))
+        self._append("phase_planned", **phase_planned_event(planned), seen=list(seen))
         trials = list(planned.trials)
         queued = self._queue.unfinished
         missing = [t for t in trials if t.trial_id not in queued and not self._is_settled(phase.name, t.trial_id)]
@@ -153,7 +170,8 @@ class PhaseTracker:
     def _expand(self, phase: Phase) -> PlannedPhase:
         better = {name: done.better for name, done in self._state.phases.items() if done.winner}
         record = self._state.searches.get(phase.name)
-        return plan_phase(self.campaign, phase, self._winners(), better, self._state.outcome, record=record)
+        draws = {**self._state.draws, **self._draws}
+        return plan_phase(self.campaign, phase, self._winners(), better, self._state.outcome, draws, record=record)
 
     def _discard_unusable(self, planned: PlannedPhase) -> None:
         """Discards trials of other code that nobody knew this phase would need."""

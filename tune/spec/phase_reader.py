@@ -127,9 +127,8 @@ class _PhaseReader:
         if search and isinstance(seeds, UntilDecided):
             text = "optuna proposes arms by their results on all seeds, so `until: decided` cannot be combined with it"
             yield Problem((*where, "method"), f"{text}; use `method: random`, or a list of seeds")
-        return Phase(
-            name, inherit, pinned_values, arms, seeds, swept, combine, search, hold, stops_early, origins, question
-        )
+        kind_of_phase = (swept, combine, search, hold, stops_early, origins, question)
+        return Phase(name, inherit, pinned_values, arms, seeds, *kind_of_phase, "seeds" in raw)
 
     def _name(self, raw: Mapping[str, Any], at: Location) -> Reading[str]:
         if "name" not in raw:

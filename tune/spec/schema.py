@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count, takewhile
 from typing import Annotated, Any
 
@@ -10,6 +10,7 @@ from pydantic import Field, PlainValidator
 
 from ngpt.config.base import Config, Location, invalid_setting, one_of
 from ngpt.training.config import TrainConfig
+from tune.spec.reading import MAX_SEED
 from tune.spec.search_space import Search
 from tune.spec.sweeps import SWEEPS, ArmSpec
 from tune.storage.winners import InheritedWinner, is_path
@@ -130,12 +131,31 @@ class Phase:
     stops_early: bool = False  # whether `early_stop:` applies
     origins: Mapping[str, Location] = field(default_factory=dict, compare=False)  # where each pinned setting is written
     question: Mapping[str, Any] | None = None  # of its search, optuna or random; see `Search.question`
+    has_own_seeds: bool = False  # whether the phase has `seeds:`; otherwise they are the campaign's
+    seed_shift: int = 0  # added to the seeds of a phase that starts from a winner (tune/spec/inherited_seeds.py)
+
+    @property
+    def known_seeds(self) -> tuple[int, ...] | None:
+        """The seeds that follow from the file alone, all that `until: decided` may use; None if they are fresh."""
+        if isinstance(self.seeds, tuple):
+            return tuple((seed + self.seed_shift) % (MAX_SEED + 1) for seed in self.seeds)
+        if isinstance(self.seeds, UntilDecided) and not self.seeds.fresh:
+            return tuple(range(1 + self.seed_shift, 1 + self.seed_shift + self.seeds.most))
+        return None
+
+    def with_seeds(self, seeds: tuple[int, ...]) -> "Phase":
+        """The phase with a list of seeds, which are not shifted any more."""
+        return replace(self, seeds=seeds, seed_shift=0)
+
+    @property
+    def sources(self) -> set[str]:
+        """The phases whose results this one uses; those in other results directories by their paths."""
+        return {name for name in (self.inherit, *self.combine, *(arm.inherit for arm in self.arms)) if name}
 
     @property
     def needs(self) -> set[str]:
         """The phases whose winners must be known before this one can start."""
-        named = (self.inherit, *self.combine, *(arm.inherit for arm in self.arms))
-        return {name for name in named if name and not is_path(name)}
+        return {name for name in self.sources if not is_path(name)}
 
 
 @dataclass(frozen=True)

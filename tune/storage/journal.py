@@ -47,10 +47,10 @@ class Journal:
         if self._failure is not None:
             raise self._failure
         header = {"seq": len(self.events) + 1, "time": datetime.now(UTC).isoformat(timespec="milliseconds")}
-        text = json.dumps(header | {"event": event} | fields, allow_nan=False)
-        self._write(text[:-1] + _crc_field(text.encode()[:-1]).decode())
+        line = line_with_crc(header | {"event": event} | fields)
+        self._write(line)
         # Decoded again, so that the event equals what a reader gets and shares no objects with the caller.
-        self.events.append(json.loads(text))
+        self.events.append({name: value for name, value in json.loads(line).items() if name != "crc"})
         return self.events[-1]
 
     def _write(self, line: str) -> None:
@@ -90,6 +90,12 @@ def read_journal(path: Path) -> list[Event]:
             raise JournalError(f"{path}:{number}: this line does not match its CRC or sequence number; it was edited")
         events.append(event)
     return events
+
+
+def line_with_crc(record: Event) -> str:
+    """The line of a record, without its newline: JSON with the CRC of the bytes before it as the last field."""
+    text = json.dumps(record, allow_nan=False)
+    return text[:-1] + _crc_field(text.encode()[:-1]).decode()
 
 
 def parse_line(line: bytes) -> Event | None:

@@ -40,6 +40,20 @@ class SearchRecord:
 
 
 @dataclass(frozen=True)
+class FreshDraw:
+    """The seeds drawn for a phase with `seeds: fresh`, and which confirmation of its question it is."""
+
+    content: str  # digest of what the phase trains
+    seeds: tuple[int, ...]
+    question: str | None = None  # None: the phase confirms no winner
+    look: int = 0  # 1 for the first confirmation of the question; 0: none
+    confidence: float | None = None  # at which this look is judged; None: the campaign's
+    confirms: tuple[Mapping[str, Any], ...] = ()  # overrides of the winners that are confirmed
+    recorded: bool = True  # whether the seeds are in the ledger
+    prior: tuple[float, float] | None = None  # noise borrowed from earlier phases: df, variance of a difference
+
+
+@dataclass(frozen=True)
 class TrialWork:
     """Compute cost of one trial, including its evaluations."""
 

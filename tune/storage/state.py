@@ -10,11 +10,13 @@ from ngpt.config.base import ConfigError
 from ngpt.system.code_digest import Meanings
 from tune.storage.divergence import with_divergence
 from tune.storage.journal import Event, read_journal
-from tune.storage.records import BetterArm, SearchRecord, TrialOutcome, TrialWork
+from tune.storage.records import BetterArm, FreshDraw, SearchRecord, TrialOutcome, TrialWork
+from tune.storage.seed_ledger import plan_content
 
 Overrides = Mapping[str, Any]  # settings by dotted name
 
 GPU_SHARING_FIELDS = ("trials_per_device", "why", "device", "curve", "measured_at")  # of `GpuSharing`
+MIN_OLD_FRESH_SEED = 100  # smallest fresh seed of the versions before the ledger
 DONE = ("finished", "diverged", "stopped")  # statuses that count as results; such a trial is not run again
 
 
@@ -43,6 +45,9 @@ class PhaseState:
     winner: str | None = None  # known once the phase is finished
     winner_overrides: Overrides = field(default_factory=dict)
     better: list[BetterArm] = field(default_factory=list)  # known with the winner
+    fresh: FreshDraw | None = None  # how `seeds: fresh` was drawn; None for other phases
+    seen: tuple[int, ...] = ()  # listed seeds of a phase that confirms a winner, which were looked at before
+    tells_fresh: bool = True  # False in journals that do not say how seeds were chosen
 
     @classmethod
     def from_event(cls, event: Event) -> "PhaseState":
@@ -53,6 +58,12 @@ class PhaseState:
         ]
         plan = {name: event[name] for name in ("inherit", "base", "baseline", "seeds", "swept")}
         space = ((event.get("search") or {}).get("question") or {}).get("space", {})
+        fresh = event.get("fresh")
+        if fresh is not None:
+            prior = fresh.get("prior")
+            lists = {"seeds": tuple(event["seeds"]), "confirms": tuple(fresh["confirms"])}
+            fresh = FreshDraw(**{**fresh, **lists, "prior": tuple(prior) if prior else None})
+        plan |= {"fresh": fresh, "seen": tuple(event.get("seen", ())), "tells_fresh": "fresh" in event}
         return cls(name=event["phase"], arms=arms, space=space, **plan)
 
     @property
@@ -71,6 +82,8 @@ class CampaignState:
     running: dict[str, Event] = field(default_factory=dict)  # `trial_started` of trials without a result, by trial id
     expected_stages: list[list[dict[str, Any]]] = field(default_factory=list)  # trials still to be planned, per stage
     attempts: dict[str, int] = field(default_factory=dict)  # number of the newest attempt, by trial id
+    draws: dict[tuple[str, str], FreshDraw] = field(default_factory=dict)  # of all sessions, by phase and content
+    last_seeds: dict[str, list[int]] = field(default_factory=dict)  # of the newest plan of each phase
     speeds: dict[str, float] = field(default_factory=dict)  # measured once, for `hold: seconds`
     gpu_sharing: dict[str, Any] = field(default_factory=dict)  # empty unless the number of trials per GPU was chosen
     searches: dict[str, SearchRecord] = field(default_factory=dict)  # newest by phase, of earlier sessions too
@@ -150,7 +163,7 @@ class CampaignState:
                 if event["phase"] not in self.phases:
                     rest = ([row for row in stage if row["phase"] != event["phase"]] for stage in self.expected_stages)
                     self.expected_stages = [stage for stage in rest if stage]
-                self.phases[event["phase"]] = PhaseState.from_event(event)
+                self._add_phase(PhaseState.from_event(event))
                 self._record_search(event)
             case "trials_expected":
                 self.expected_stages = event["stages"]
@@ -190,6 +203,17 @@ class CampaignState:
         else:
             fields = SearchRecord.__dataclass_fields__
             self.searches[event["phase"]] = SearchRecord(**{name: x for name, x in search.items() if name in fields})
+
+    def _add_phase(self, phase: PhaseState) -> None:
+        others = {seed for other in self.phases.values() if other.name != phase.name for seed in other.seeds}
+        self.phases[phase.name], self.last_seeds[phase.name] = phase, phase.seeds
+        draw = phase.fresh
+        if not phase.tells_fresh and min(phase.seeds) >= MIN_OLD_FRESH_SEED and not others & set(phase.seeds):
+            # An older version did not say so, but these are its fresh seeds: the trials that used them still count.
+            identities = [next(iter(arm.trial_ids.values())).rpartition("-s")[0] for arm in phase.arms]
+            draw = FreshDraw(plan_content(identities, len(phase.seeds)), tuple(phase.seeds), recorded=False)
+        if draw is not None:
+            self.draws[phase.name, draw.content] = draw
 
     def _start_session(self, event: Event) -> None:
         self._add_session(self.session_seconds())  # nonzero if the previous session was killed

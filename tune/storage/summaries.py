@@ -73,6 +73,7 @@ class ArmSummary:
     score: Spread = Spread()  # of the metric that ranks the arms
     noise_sd: float | None = None  # of one trial of this arm, around the means of its arm and its seed
     delta: Delta | None = None
+    shrunken: float | None = None  # the winner's difference after allowing for its selection; None if confirmed
     verdict: str = "incomplete"
     seeds_to_decide: int | None = None  # of an undecided arm, with 80 % power; None if 1,000 would not do
     tied_with_winner: bool = False  # the unadjusted interval of arm minus winner contains 0
@@ -127,6 +128,7 @@ class PhaseSummary:
     baseline: str | None = None
     winner: str | None = None
     why: str = ""
+    confirmation: int = 0  # 1 if it is the first confirmation of its question, and so on; 0 if it is none
     noise: PhaseNoise = PhaseNoise()
     warnings: tuple[str, ...] = ()
     trials: TrialCounts = TrialCounts()
@@ -154,6 +156,7 @@ class Answer:
     overrides: Settings = field(default_factory=dict)  # relative to the campaign's base
     delta: Delta | None = None
     confirmed: bool = False
+    shrunken: float | None = None  # the difference after allowing for selection; None if confirmed
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ class InheritedWinner:
     winner: str
     overrides: dict[str, Any]  # by full dotted name
     finished_at: str  # when the phase finished, UTC
+    seeds: tuple[int, ...] = ()  # of all phases that had started there
 
 
 def is_path(name: object) -> bool:
@@ -59,4 +60,6 @@ def _winner(events: Sequence[Event], text: str, root: Path, name: str) -> Inheri
     if unknown_settings := sorted(overrides.keys() - settings(TrainConfig).keys()):
         names = ", ".join(unknown_settings)
         raise ConfigError(f"the winner of {text!r} uses settings that this version does not have: {names}")
-    return InheritedWinner(newest[0]["campaign"], name, ends[-1]["winner"], overrides, ends[-1]["time"])
+    planned = (event["seeds"] for event in newest if event["event"] == "phase_planned")
+    seeds = tuple(sorted(set[int]().union(*planned)))
+    return InheritedWinner(newest[0]["campaign"], name, ends[-1]["winner"], overrides, ends[-1]["time"], seeds)

@@ -11,7 +11,17 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from tune import format as fmt
-from tune.report.wording import claim_counts, cost, effect, mean_interval, next_step, noise, trial_counts, verdict
+from tune.report.wording import (
+    claim_counts,
+    cost,
+    effect,
+    mean_interval,
+    next_step,
+    noise,
+    selection,
+    trial_counts,
+    verdict,
+)
 from tune.storage.summaries import ArmSummary, CampaignSummary, ClaimResult, PhaseSummary
 from tune.terminal.live import Portable, words
 
@@ -204,6 +214,8 @@ def _answer_panel(summary: CampaignSummary, report: Path, width: int) -> Panel:
         rows.add_row("arm" if answer.overrides else "winner", arm)
     if answer.delta:
         rows.add_row("effect", Text(effect(answer.delta)))
+        if answer.shrunken is not None:
+            rows.add_row("selection", Text(selection(answer.shrunken)))
         rows.add_row("fresh seeds", Text("confirmed" if answer.confirmed else "not confirmed yet"))
     if phase and phase.ties:
         rows.add_row("not distinguishable", words(fmt.listing(map(fmt.plain, phase.ties))))

@@ -63,7 +63,7 @@ def test_a_phase_that_has_changed_has_no_winner(tmp_path: Path, file: Path) -> N
 
 def test_the_winner_is_judged_by_the_present_rules(tmp_path: Path, file: Path) -> None:
     state = after(file, tmp_path / "r", most=4)
-    file.write_text(file.read_text().replace("seeds:", "min_effect: 3\nseeds:"))
+    file.write_text(file.read_text().replace("seeds:", "min_effect: 3\nseeds:", 1))
     campaign = load_campaign(file)
     first, second = expected_phases(campaign, state)
     assert known_result(campaign, state, first) == ("alpha=0.05", []) and second.base == {"model.alpha": 0.05}
@@ -113,10 +113,10 @@ def test_trials_that_cannot_be_planned_yet_are_expected_in_stages(tmp_path: Path
     (short, *_), _, (long, *_), _ = [phase.arms for phase in preview(load_campaign(file))]
     of_short, of_long = trial_flops(short.trials[0].config), trial_flops(long.trials[0].config)
     assert of_long > 1.5 * of_short
-    # The baseline of `projection` is the guessed winner, so its trials are those of the first phase.
+    # The baseline of `projection` is the guessed winner, trained again on other seeds than those of the first phase.
     stages = expected_stages(load_campaign(file), after(file, tmp_path / "one", most=1))
     assert [[(some["phase"], some["trials"], some["work"]["flops"]) for some in stage] for stage in stages] == [
-        [("projection", 2, of_short), ("long", 4, of_long)],
+        [("projection", 2, of_short), ("projection", 2, of_short), ("long", 4, of_long)],
         [("confirm", 3, of_short)],
     ]
     state = after(file, tmp_path / "four", most=4)  # alpha is over, and the two phases after it are planned

@@ -21,7 +21,6 @@ from ngpt.training.tracker import TrackerConfig
 from tune.planning.plan import (
     PlannedPhase,
     arm_config,
-    fresh_seeds,
     inherited_overrides,
     plan_phase,
     preview,
@@ -162,8 +161,16 @@ def test_an_inherited_batch_size_keeps_the_tokens_and_inherited_steps_stay_unles
     assert {name: config.steps for name, config in configs(planned).items()} == steps
 
 
-def test_a_baseline_that_inherits_is_the_trial_that_won(load: Load) -> None:
+def test_a_baseline_that_inherits_computes_what_won_on_other_seeds(load: Load) -> None:
     campaign = load(BASE + PINNED)
+    first = plan(campaign, "a")
+    second = plan(campaign, "b", a=inherited_overrides(first, "batch_size=4"))
+    assert second.identities[0] == first.identities[1]
+    assert (first.seeds, second.seeds) == ((1, 2, 3), (1001, 1002, 1003))
+
+
+def test_seeds_that_an_inheriting_phase_lists_are_used_as_they_are(load: Load) -> None:
+    campaign = load(BASE + PINNED.replace("{name: b,", "{name: b, seeds: [1, 2, 3],"))
     first = plan(campaign, "a")
     second = plan(campaign, "b", a=inherited_overrides(first, "batch_size=4"))
     assert [trial.trial_id for trial in second.arms[0].trials] == [trial.trial_id for trial in first.arms[1].trials]
@@ -221,40 +228,6 @@ def test_a_preview_applies_the_hold_of_each_phase(load: Load) -> None:
     assert preview(campaign) == [plan_phase(campaign, phase, {}) for phase in campaign.phases]
     assert preview(campaign)[0].arms[-1].trials[0].config.steps < campaign.base.steps
     assert preview(campaign)[1].arms[-1].trials[0].config.steps == campaign.base.steps
-
-
-# ---- seeds ---------------------------------------------------------------------------------------------------------
-
-
-def fresh_campaign(load: Load, order: list[str], lists: str = "[1, 2]") -> Campaign:
-    """Phases `p0`, `p1`, ... in the given order, with enough fresh seeds to overlap."""
-    phases = "".join(f"  - {{name: {name}, seeds: fresh 300, vary: {{lr: [1]}}}}\n" for name in order)
-    return load(f"{BASE}seeds: {lists}\nphases:\n  - {{name: first, vary: {{lr: [1]}}}}\n{phases}")
-
-
-def all_fresh(campaign: Campaign) -> dict[str, tuple[int, ...]]:
-    return {phase.name: fresh_seeds(campaign, phase) for phase in campaign.phases if phase.name != "first"}
-
-
-NAMES = [f"p{i}" for i in range(6)]
-
-
-def test_no_two_phases_share_a_fresh_seed(load: Load) -> None:
-    seeds = all_fresh(fresh_campaign(load, NAMES))
-    assert [len(found) for found in seeds.values()] == [300] * 6
-    assert len({seed for found in seeds.values() for seed in found}) == 6 * 300
-
-
-def test_fresh_seeds_differ_from_all_listed_seeds(load: Load) -> None:
-    listed = list(range(100, 1000, 3))
-    seeds = all_fresh(fresh_campaign(load, NAMES, str(listed)))
-    assert not {seed for found in seeds.values() for seed in found} & set(listed)
-
-
-@hypothesis_settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(order=st.permutations(NAMES))
-def test_fresh_seeds_do_not_depend_on_the_order_of_the_phases(load: Load, order: list[str]) -> None:
-    assert all_fresh(fresh_campaign(load, order)) == all_fresh(fresh_campaign(load, NAMES))
 
 
 # ---- ids -----------------------------------------------------------------------------------------------------------

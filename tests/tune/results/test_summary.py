@@ -243,7 +243,8 @@ def test_a_winner_that_unseen_seeds_agree_with_is_confirmed(judged: Judged) -> N
 
 def test_without_a_phase_on_unseen_seeds_the_winner_is_not_confirmed(judged: Judged) -> None:
     answer = judged(CONFIRM.partition("  - name: confirm")[0], pretend).answer
-    assert "on 3 paired seeds. Phase projection found nothing better." in answer.sentence
+    assert "on 3 paired seeds (about 0." in answer.sentence
+    assert "after allowing for selection; confirm it). Phase projection found nothing better." in answer.sentence
     assert (answer.phase, answer.confirmed, answer.overrides) == ("alpha", False, {"model.alpha": 0.6})
 
 
@@ -252,7 +253,7 @@ def test_an_effect_on_top_of_an_earlier_winner_says_so(judged: Judged) -> None:
     chained += "  - name: b\n    vary: {alpha: [0.05, 0.2]}\n  - name: c\n    inherit: b\n    vary: {alpha: [0.4]}\n"
     answer = judged(chained, pretend).answer
     assert answer.delta.mean == pytest.approx(-0.2, abs=1e-3)  # not the 0.35 by which it is better than the base
-    assert answer.sentence.endswith("on 3 paired seeds, on top of b.")
+    assert "on 3 paired seeds, on top of b (about 0.2 after allowing for selection" in answer.sentence
     assert "on top" not in judged(chained.replace("inherit: b", "seeds: [1, 2]"), pretend).answer.sentence
 
 
@@ -295,10 +296,8 @@ def test_a_small_effect_is_told_with_two_digits_and_a_high_confidence_as_it_is(
     with session_on(file, tmp_path / "tiny") as session:
         drive(begun(session), result)
         sentence = session.end().answer.sentence
-    assert (
-        sentence
-        == "Use alpha=0.4: it lowers val_loss by 0.00030, 99.8% interval 0.00029 to 0.00031, on 3 paired seeds."
-    )
+    effect = "Use alpha=0.4: it lowers val_loss by 0.00030, 99.8% interval 0.00029 to 0.00031, on 3 paired seeds"
+    assert sentence == f"{effect} (about 0.0003 after allowing for selection; confirm it)."
 
 
 def test_one_seed_gives_no_answer_about_noise(tmp_path: Path, corpus: Path, no_report: None) -> None:
