@@ -3,17 +3,25 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from ngpt.system.code_digest import Code
+from tests.chaos.invariants import Facts, facts
+from tests.chaos.operations import Fault, Watch, read_log
+from tests.chaos.world import Ran, World, clear, world
 from tests.helpers import ROOT
 from tests.helpers.tiny_campaign import records, write_file
 from tune.results.verify import verify
+from tune.session import session
 from tune.storage.journal import read_journal
+from tune.trials import trial
 
 RULES = "\n  - name: rule\n    vary: {residual: [slerp, lerp]}\n"
 FORMULA = "torch.cos(alpha * angle) * x"
@@ -101,3 +109,72 @@ def test_an_edited_formula_between_two_runs(checkout: Checkout) -> None:
     assert mark in (checkout.results / "report.html").read_text()
     assert mark in (checkout.results / "summary.json").read_text()
     assert verify(checkout.results).intact
+
+
+# ---- killed on the way ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class EditedWorld(World):
+    """A world whose runs believe that the formula of `lerp` was edited, and get `--retrain`."""
+
+    code: Code | None = None
+
+    def command(self, out: Path, *options: str) -> list[str]:
+        return [*super().command(out, *options), "--retrain"]
+
+    def inside(self, out: Path, fault: Fault | None) -> Callable[[], None]:
+        """What a run does first: it takes the other code for its own, and hits the fault."""
+
+        def prepare() -> None:
+            for module in (session, trial):
+                module.current_code = lambda: self.code  # type: ignore[assignment]
+            if fault is not None:
+                Watch(out, out.with_suffix(".log"), fault).install()
+
+        return prepare
+
+
+def retrained(made: EditedWorld, out: Path, fault: Fault | None) -> Ran:
+    """Copies the results of the first code to `out` and runs there."""
+    shutil.copytree(made.reference, out / "tiny")
+    return made.run(out, made.inside(out, fault))
+
+
+def killed_everywhere(every: int) -> Iterator[tuple[int, list[str]]]:
+    """Kills the run that trains anew before each `every`-th operation, runs again, and yields what is wrong then."""
+    with world(phases="\n  - name: alpha\n    vary: {alpha: [0.05, 0.4]}\n") as plain:
+        package = plain.folder / "copy" / "ngpt"
+        shutil.copytree(ROOT / "ngpt", package, ignore=shutil.ignore_patterns("__pycache__"))
+        rule = package / "model" / "residual.py"
+        rule.write_text(rule.read_text().replace("norm(x + alpha * (f - x))", "norm(x + 2 * alpha * (f - x))"))
+        made = EditedWorld(plain.folder, plain.file, plain.every, plain.reference, Code(package))
+        undisturbed, out = facts(made.reference), made.folder / "again"  # the formula only looks edited
+        never = Fault("kill", -1)
+        assert retrained(made, out, never).code == 0
+        operations = read_log(out.with_suffix(".log"))
+        assert any("discarded" in operation.to for operation in operations)
+        clear(out)
+        for at in range(0, len(operations), every):
+            ran = retrained(made, out, Fault("kill", at))
+            again = made.run(out, made.inside(out, None))
+            broken = [] if ran.code == -signal.SIGKILL else [f"the first run ended with {ran.code}"]
+            broken += [] if again.code == 0 else [f"the second run ended with {again.code}: {again.err}"]
+            found, root = facts(out / "tiny"), out / "tiny"
+            broken += [name for name in ("records", "phases", "rows", "weights") if getattr(found, name) != getattr(undisturbed, name)]
+            broken += [issue.path for issue in verify(root).problems]
+            broken += [] if len(list((root / "discarded").iterdir())) == 2 else ["the old files are not in `discarded`"]
+            yield at, [f"{operations[at].kind} {operations[at].path}: {text}" for text in broken]
+            clear(out)
+
+
+def test_a_kill_while_trials_are_trained_anew_changes_no_result() -> None:
+    tried = dict(killed_everywhere(every=29))
+    assert len(tried) > 5 and [broken for broken in tried.values() if broken] == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_a_kill_before_any_operation_while_trials_are_trained_anew_changes_no_result() -> None:
+    tried = dict(killed_everywhere(every=1))
+    assert len(tried) > 100 and [broken for broken in tried.values() if broken] == []
