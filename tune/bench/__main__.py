@@ -14,13 +14,16 @@ from ngpt.system.timing import print_metrics
 from tune.bench.campaigns import campaign, scaling
 from tune.bench.confirmations import confirmations
 from tune.bench.packing import packing
+from tune.bench.verdicts import verdict_table, verdicts
 
 BENCHMARKS: dict[str, Callable[..., dict[str, Any]]] = {
     "campaign": campaign,
     "scaling": scaling,
     "packing": packing,
     "confirmations": confirmations,
+    "verdicts": verdicts,
 }
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"verdicts": verdict_table}  # what is not one line a metric
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -34,7 +37,11 @@ def main(arguments: list[str] | None = None) -> int:
         for option in given_options.keys() - parameters.keys():
             allowed = ", ".join(f"--{parameter}" for parameter in parameters)
             raise ConfigError(f"{name} has no option --{option}; its options are {allowed}")
-        print_metrics(BENCHMARKS[name](**given_options), as_json=as_json)
+        metrics = BENCHMARKS[name](**given_options)
+        if name in TABLES and not as_json:
+            print(TABLES[name](metrics))
+        else:
+            print_metrics(metrics, as_json=as_json)
         return 0
 
     return run_command(command)
@@ -58,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         help="scaling: repetitions of one worker, then several; confirmations: simulated campaigns",
     )
+    parser.add_argument("--phases", type=int, help="verdicts: simulated phases for each share")
     parser.add_argument("--config", type=Path, help="packing: YAML file with settings, as for ngpt.train")
     add_set_option(parser, help="packing: settings")
     return parser
