@@ -6,7 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 from ngpt.data.text.progress import Log
 from ngpt.ensemble.train import ensemble_incompatibility
@@ -26,8 +26,6 @@ from tune.session.session import ExecutorInfo, Session
 from tune.spec.schema import Campaign
 from tune.storage.summaries import CampaignSummary
 from tune.terminal.live import open_console
-
-Value = TypeVar("Value")
 
 
 def launch(
@@ -86,10 +84,9 @@ def launch(
 
 
 def check_results(session: Session, *, allow_change: bool) -> None:
-    """Kills processes left over from a killed run and prints what has changed since the existing results.
+    """Kills processes left over from a killed run and prints the changes since the existing results.
 
-    Raises:
-        ConfigError: the campaign changes the meaning of existing results.
+    Raises ConfigError if the campaign changes the meaning of these results.
     """
     if killed := kill_marked(session.root):
         print_line(f"killed {killed} processes left over from a killed run")
@@ -125,9 +122,9 @@ def share_gpus(session: Session, supervisor: RaySupervisor) -> None:
         print_line(f"{packing_fact(asdict(sharing))}; workers {ready.workers}")
 
 
-def in_background(call: Callable[[], Value]) -> Future[Value]:
+def in_background(call: Callable[[], Any]) -> Future[Any]:
     """Runs `call` in a daemon thread, so that an interrupted run does not wait for it."""
-    future: Future[Value] = Future()
+    future: Future[Any] = Future()
 
     def work() -> None:
         try:

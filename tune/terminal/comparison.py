@@ -1,5 +1,6 @@
 """Terminal view of `compare`: what differs between the two directories, then a row for each arm."""
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -86,15 +87,11 @@ def _remarks(comparison: Comparison) -> Iterator[str]:
         size = f"{fmt.counted(len(arms), 'arm')}, {fmt.counted(trials, 'trial')}"
         yield f"Identical in every trial: {size}, equal in every digit."
     else:
-        verdicts = [arm.verdict for arm in arms]
-        counts = fmt.listing(f"{verdicts.count(verdict)} {verdict}" for verdict in dict.fromkeys(verdicts))
+        counts = fmt.listing(f"{n} {verdict}" for verdict, n in Counter(arm.verdict for arm in arms).items())
         metric = comparison.metric
         yield f"{fmt.counted(len(arms), 'arm')} compared by {metric.name} ({metric.goal}): {counts}."
-        interval = interval_name(comparison.confidence)
-        yield (
-            f"B \u2212 A with its {interval}, paired over shared seeds (n+n: no shared seeds). "
-            f"An effect below {comparison.min_effect:g} is a tie."
-        )
+        interval = f"{interval_name(comparison.confidence)}, paired over shared seeds (n+n: no shared seeds)"
+        yield f"B \u2212 A with its {interval}. An effect below {comparison.min_effect:g} is a tie."
     for side, arm_names in (("A", comparison.only_a), ("B", comparison.only_b)):
         if arm_names:
             yield f"Only in {side}: {fmt.listing((names[0] for names in arm_names), most=8)}."
