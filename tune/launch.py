@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 from ngpt.data.text.progress import Log
 from ngpt.ensemble.train import ensemble_incompatibility
@@ -27,8 +27,6 @@ from tune.session.session import ExecutorInfo, Session
 from tune.spec.schema import Campaign
 from tune.storage.summaries import CampaignSummary
 from tune.terminal.live import open_console
-
-Value = TypeVar("Value")
 
 
 def launch(
@@ -137,9 +135,9 @@ def share_gpus(session: Session, supervisor: RaySupervisor) -> None:
         print_line(f"{packing_fact(asdict(sharing))}; workers {ready.workers}")
 
 
-def in_background(call: Callable[[], Value]) -> Future[Value]:
+def in_background(call: Callable[[], Any]) -> Future[Any]:
     """Runs `call` in a daemon thread, so that an interrupted run does not wait for it."""
-    future: Future[Value] = Future()
+    future: Future[Any] = Future()
 
     def work() -> None:
         try:

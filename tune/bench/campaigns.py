@@ -109,23 +109,23 @@ def steps_within(seconds: float) -> int:
     """Returns how many steps of a tiny trial take about `seconds` on one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory(prefix="ngpt-bench-") as folder:
-        metrics = measure_step(tiny_campaign(Path(folder), 2, steps=1, workers=1).base, warmup=20, steps=100)
+    metrics = measure_step(tiny_campaign(2, steps=1, workers=1).base, warmup=20, steps=100)
     torch.set_num_threads(threads)
     return max(1, round(seconds * 1000 / metrics["step_ms"]))
 
 
-def tiny_campaign(folder: Path, trials: int, *, steps: int, workers: int) -> Campaign:
-    """Returns a campaign of `trials` trials, rounded down to an even number; writes its file into `folder`."""
-    path = folder / "bench.yaml"
-    path.write_text(TINY.format(seeds=list(range(1, trials // 2 + 1)), steps=steps, workers=workers))
-    return load_campaign(path)
+def tiny_campaign(trials: int, *, steps: int, workers: int) -> Campaign:
+    """Returns a campaign of `trials` trials, rounded down to an even number."""
+    with tempfile.TemporaryDirectory(prefix="ngpt-bench-") as folder:
+        path = Path(folder, "bench.yaml")
+        path.write_text(TINY.format(seeds=list(range(1, trials // 2 + 1)), steps=steps, workers=workers))
+        return load_campaign(path)
 
 
 def run_tiny(trials: int, *, steps: int, workers: int) -> Metrics:
     """Runs a campaign of tiny trials and returns its times, as `run_timed` does."""
     with tempfile.TemporaryDirectory(prefix="ngpt-bench-") as folder:
-        return run_timed(tiny_campaign(Path(folder), trials, steps=steps, workers=workers), Path(folder) / "results")[0]
+        return run_timed(tiny_campaign(trials, steps=steps, workers=workers), Path(folder, "results"))[0]
 
 
 def run_timed(campaign: Campaign, root: Path) -> tuple[Metrics, CampaignSummary]:

@@ -1,6 +1,5 @@
 """Measures how many trials should share one device, as `gpus_per_trial: auto` does."""
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -25,11 +24,7 @@ def packing(*, config: Path | None = None, set: Sequence[str] = (), seconds: flo
     threads, tokens_per_second, memory_bytes (per trial), room (number of such trials that fit in memory) and fits.
     The curve of a GPU is cached for campaigns.
     """
-    if config is None and not set:
-        with tempfile.TemporaryDirectory(prefix="ngpt-bench-") as folder:
-            trial = tiny_campaign(Path(folder), 2, steps=1, workers=1).base
-    else:
-        trial = read_config(config, list(set))
+    trial = read_config(config, list(set)) if config or set else tiny_campaign(2, steps=1, workers=1).base
     prepare(trial.data, log=lambda line: None)
     return packing_of(resolved(trial), seconds=seconds)
 

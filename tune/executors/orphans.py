@@ -1,9 +1,8 @@
 """Finds and kills the processes that a campaign has started, including those that outlived it.
 
-Ray starts a dozen processes and one worker per slot. Some outlive a killed parent by up to a minute, and a worker would
-keep writing into the results meanwhile. A list of process ids would miss the newest processes, and ids are reused. So
-every process that a campaign starts inherits an environment variable that holds the path of its results. Only the
-process that holds the lock of the results may kill processes with this mark.
+Some of Ray's processes outlive a killed parent by up to a minute, and a worker would keep writing into the results. A
+list of process ids would miss the newest processes, and ids are reused. So every process that a campaign starts
+inherits a mark, a variable with the path of its results. Only the process that holds their lock may kill by this mark.
 """
 
 import contextlib

@@ -263,12 +263,6 @@ class RayCluster:
         self.resources = self.resources.model_copy(update={"gpus_per_trial": share})
         self._count_workers(ray.cluster_resources())
 
-    @property
-    def trials_per_device(self) -> int:
-        """Number of trials that share a GPU, or the whole machine if they run on its CPU."""
-        share = self.per_trial["GPU"]
-        return max(1, min(self.workers, int(1 / share + 1e-6))) if share else self.workers
-
     def _count_workers(self, cluster: Mapping[str, float]) -> None:
         """Sets the resources per trial and the number of trials that the cluster can run concurrently.
 
@@ -280,11 +274,14 @@ class RayCluster:
         share = float(bool(gpus)) if requested == "auto" else float(requested)
         self.per_trial = {"CPU": cpus, "GPU": share}  # an explicit 0, since without a GPU entry a trial sees all GPUs
         counts = [cluster.get("CPU", 1) // cpus]
+        per_gpu = int(1 / share + 1e-6) if share else 0
         if share:
             # A trial cannot be split between GPUs: at 0.4 GPUs each, two GPUs fit four trials, not five.
-            counts.append(int(gpus) * int(1 / share + 1e-6) if share < 1 else gpus // share)
+            counts.append(int(gpus) * per_gpu if share < 1 else gpus // share)
         if min(counts) < 1:
             available = f"{cluster.get('CPU', 0):g} CPUs and {gpus:g} GPUs"
             needed = f"{cpus:g} CPUs and {share:g} GPUs"
             raise ConfigError(f"resources: a trial needs {needed}, but this cluster has {available}")
         self.workers = min(int(min(counts)), self.resources.workers or 1_000_000)
+        # The trials that share a GPU, or the whole machine if they run on its CPU.
+        self.trials_per_device = max(1, min(self.workers, per_gpu)) if share else self.workers

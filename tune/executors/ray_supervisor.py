@@ -154,10 +154,7 @@ class RaySupervisor:
         self._start()
 
     def _handle_next(self) -> str | None:
-        """Checks Ray's health and handles the next message.
-
-        Returns why Ray must be replaced, FINISHED at the end, or None.
-        """
+        """Handles the next message; returns why Ray must be replaced, FINISHED at the end, or None."""
         now = self._clock()
         if now - self._checked_at >= HEALTH_CHECK_SECONDS:
             self._checked_at = now

@@ -10,7 +10,6 @@ import torch
 from ray.util.metrics import Gauge
 
 from ngpt.system.heartbeat import HeartbeatWriter, clear_heartbeat, stop_requested
-from ngpt.training.state import Metrics
 from tune.trials.trial import TrialSpec
 from tune.trials.trial_group import Updates, run_trials
 
@@ -69,7 +68,10 @@ class TrialWorker(ray.tune.Trainable):
             # Includes the last evaluation, since it is not repeated after the saved step.
             return {UPDATES: updates, PAUSED: True, "done": True}
         for trial_id in updates.interim.keys() & self._unfinished.keys():
-            self._show(self._unfinished[trial_id], updates.interim[trial_id].metrics)
+            spec, metrics = self._unfinished[trial_id], updates.interim[trial_id].metrics
+            for name, gauge in self._gauges.items():
+                if metrics.get(name) is not None:
+                    gauge.set(metrics[name], tags={"phase": spec.phase, "arm": spec.arm, "seed": str(spec.seed)})
         return {UPDATES: updates} | ({} if self._unfinished else {"done": True})
 
     def cleanup(self) -> None:
@@ -102,9 +104,3 @@ class TrialWorker(ray.tune.Trainable):
         for spec in dropped.values():
             clear_heartbeat(spec.folder)
         return updates
-
-    def _show(self, spec: TrialSpec, metrics: Metrics) -> None:
-        """Sets the dashboard's gauges for a trial."""
-        for name, gauge in self._gauges.items():
-            if (value := metrics.get(name)) is not None:
-                gauge.set(value, tags={"phase": spec.phase, "arm": spec.arm, "seed": str(spec.seed)})

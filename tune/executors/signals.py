@@ -29,7 +29,10 @@ def stop_on_signal(session: Session, *, before_exit: Callable[[], object] = lamb
             session.request_stop(number)
         elif number != HANGUP:  # closing a terminal may send SIGHUP twice, once from its shell
             before_exit()
-            _report_exit()
+            show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""  # the live view hides it
+            with contextlib.suppress(OSError):  # the terminal may be closed
+                # The interrupted code may hold the lock of `sys.stderr`.
+                os.write(2, f"{show_cursor}\nstopped at once; run the same command again to resume\n".encode())
             os._exit(128 + number)
 
     previous = {number: signal.signal(number, handle) for number in stop_signals()}
@@ -45,13 +48,3 @@ def stop_signals() -> list[int]:
     if HANGUP is None or signal.getsignal(HANGUP) == signal.SIG_IGN:
         return [signal.SIGINT, signal.SIGTERM]
     return [signal.SIGINT, signal.SIGTERM, HANGUP]
-
-
-def _report_exit() -> None:
-    """Prints that the run exits at once, and shows the cursor again, which the live view hides.
-
-    Writes to the file descriptor, since the interrupted code may hold the lock of `sys.stderr`.
-    """
-    cursor = "\x1b[?25h" if sys.stderr.isatty() else ""
-    with contextlib.suppress(OSError):  # the terminal may be closed
-        os.write(2, f"{cursor}\nstopped at once; run the same command again to resume\n".encode())

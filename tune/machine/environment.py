@@ -20,6 +20,9 @@ def describe(device: str = "auto") -> dict[str, Any]:
     from ngpt.system.device import pick_device
 
     kind = pick_device(device)
+    git = ["git", "-C", str(Path(__file__).parent)]
+    commit = _output(*git, "rev-parse", "HEAD")
+    changed = _output(*git, "status", "--porcelain", "--untracked-files=no") if commit else None
     return {
         "device": torch.cuda.get_device_name(kind) if kind.type == "cuda" else f"{kind.type} ({cpu_model()})",
         "gpus": torch.cuda.device_count(),
@@ -29,7 +32,8 @@ def describe(device: str = "auto") -> dict[str, Any]:
         "platform": platform.platform(),
         "python": platform.python_version(),
         **{name: version(name) for name in PACKAGES},
-        **git_state(),
+        "git_commit": commit,  # None outside a checkout
+        "git_dirty": None if changed is None else bool(changed),  # whether tracked files differ from the commit
     }
 
 
@@ -65,14 +69,6 @@ def cpu_model() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.processor() or platform.machine())
-
-
-def git_state() -> dict[str, Any]:
-    """The git commit of this code, and whether tracked files differ from it; None outside a checkout."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    commit = _output(*git, "rev-parse", "HEAD")
-    changed = _output(*git, "status", "--porcelain", "--untracked-files=no") if commit else None
-    return {"git_commit": commit, "git_dirty": None if changed is None else bool(changed)}
 
 
 def busy_gpus() -> list[str]:

@@ -1,6 +1,6 @@
 """`--plan`: estimates how many trials a campaign trains, the disk space they need and how long they take."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -85,20 +85,38 @@ class Estimate:
     code: list[str]  # what is to be said about trials of other code
 
 
-@dataclass(frozen=True)
 class _Clock:
-    """Predicts training times from measured speeds, or from a FLOP rate for shapes without one."""
+    """Predicts training times from measured speeds, or from a FLOP rate for shapes without one.
 
-    speeds: Mapping[tuple[str, int], float]  # tokens per second, by (`step_time_key`, concurrent trials in a worker)
-    flop_rate: float | None  # None if every trial has a measured speed
-    source: str  # where the times come from, for display
+    `trials` pairs each config with the number of trials that train concurrently in its worker. `measure` first times a
+    few real steps of each shape. `source` says where the times come from.
+    """
+
+    def __init__(self, trials: Sequence[tuple[TrainConfig, int]], campaign: Campaign, *, measure: bool = False) -> None:
+        base, threads = campaign.base, campaign.resources.cpus_per_trial
+        if measure:
+            measure_speeds(trials, threads)
+        self._speeds = known_speeds(device_key(base, threads)) if trials else {}
+        self.source = "measured just now" if measure else "from steps measured earlier on this machine"
+        if n_missing := sum(self._known_speed(*trial) is None for trial in trials):
+            torch.set_num_threads(threads)
+            self._flop_rate = EFFICIENCY * gemm_flops(pick_device(base.device), DTYPES[base.dtype])
+            share = "" if n_missing == len(trials) else f" for {n_missing} of {len(trials)} trials"
+            rate = f"{self._flop_rate / 1e9:.0f} GFLOP/s"
+            self.source = f"estimated from the FLOP count{share} at {rate}; --measure times real steps"
+        elif not all((step_time_key(config), n_concurrent) in self._speeds for config, n_concurrent in trials):
+            self.source += ", treating concurrent trials as sequential; --measure times real steps"
 
     def seconds(self, config: TrainConfig, n_concurrent: int) -> float:
         """Estimated worker seconds per trial if `n_concurrent` trials share the worker."""
-        if (speed := _known_speed(self.speeds, config, n_concurrent)) is not None:
-            return SECONDS_PER_TRIAL + trial_work(config) / speed
-        assert self.flop_rate is not None
-        return SECONDS_PER_TRIAL + trial_flops(config) / self.flop_rate
+        speed = self._known_speed(config, n_concurrent)
+        seconds = trial_flops(config) / self._flop_rate if speed is None else trial_work(config) / speed
+        return SECONDS_PER_TRIAL + seconds
+
+    def _known_speed(self, config: TrainConfig, n_concurrent: int) -> float | None:
+        """Tokens per second of `n_concurrent` such trials, or of a single one if only that was measured."""
+        key = step_time_key(config)
+        return self._speeds.get((key, n_concurrent), self._speeds.get((key, 1)))
 
 
 def estimate(
@@ -126,7 +144,7 @@ def estimate(
     workers = expected_workers(campaign)
     left = _trials_left(campaign, state, phases)
     to_run = {name: _with_group_sizes(configs, campaign, workers) for name, configs in left.items()}
-    clock = _clock([trial for trials in to_run.values() for trial in trials], campaign, measure=measure)
+    clock = _Clock([trial for trials in to_run.values() for trial in trials], campaign, measure=measure)
     noise = _noise(campaign, state)
     rows = [
         PhaseEstimate(
@@ -181,7 +199,7 @@ def check_budget(campaign: Campaign, root: Path) -> None:
     campaign = replace(campaign, speeds=state.speeds)
     phases = expected_phases(campaign, state)
     configs = {trial.config for phase in phases for trial in phase.trials if trial.seed == phase.seeds[0]}
-    clock = _clock([(config, 1) for config in configs], campaign)
+    clock = _Clock([(config, 1) for config in configs], campaign)
     seconds = min(clock.seconds(config, 1) for config in configs)
     if hours * 3600 < seconds:
         text = f"{hours:g} hours are {fmt.duration(hours * 3600)}, and one trial takes about {fmt.duration(seconds)}"
@@ -228,31 +246,6 @@ def _with_group_sizes(configs: list[TrainConfig], campaign: Campaign, workers: i
         return [(config, 1) for config in configs]
     groups = expected_groups(configs, workers=workers, max_size=campaign.resources.vectorise)
     return [(configs[index], len(group)) for group in groups for index in group]
-
-
-def _clock(trials: Sequence[tuple[TrainConfig, int]], campaign: Campaign, *, measure: bool = False) -> _Clock:
-    """Looks up speeds for pairs of a trial and the number of trials that train concurrently in its worker."""
-    threads = campaign.resources.cpus_per_trial
-    if measure:
-        measure_speeds(trials, threads)
-    speeds = known_speeds(device_key(campaign.base, threads)) if trials else {}
-    n_missing = sum(_known_speed(speeds, *trial) is None for trial in trials)
-    if n_missing:
-        torch.set_num_threads(threads)
-        rate = EFFICIENCY * gemm_flops(pick_device(campaign.base.device), DTYPES[campaign.base.dtype])
-        share = "" if n_missing == len(trials) else f" for {n_missing} of {len(trials)} trials"
-        source = f"estimated from the FLOP count{share} at {rate / 1e9:.0f} GFLOP/s; --measure times real steps"
-        return _Clock(speeds, rate, source)
-    source = "measured just now" if measure else "from steps measured earlier on this machine"
-    if not all((step_time_key(config), n_concurrent) in speeds for config, n_concurrent in trials):
-        source += ", treating concurrent trials as sequential; --measure times real steps"
-    return _Clock(speeds, None, source)
-
-
-def _known_speed(speeds: Mapping[tuple[str, int], float], config: TrainConfig, n_concurrent: int) -> float | None:
-    """Tokens per second of `n_concurrent` such trials, or of a single one if only that was measured."""
-    key = step_time_key(config)
-    return speeds.get((key, n_concurrent), speeds.get((key, 1)))
 
 
 def _noise(campaign: Campaign, state: CampaignState) -> Noise | None:

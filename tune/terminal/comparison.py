@@ -1,5 +1,6 @@
 """Terminal view of `compare`: what differs between the two directories, then a row for each arm."""
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -87,8 +88,7 @@ def _remarks(comparison: Comparison) -> Iterator[str]:
         size = f"{fmt.counted(len(arms), 'arm')}, {fmt.counted(trials, 'trial')}"
         yield f"Identical in every trial: {size}, equal in every digit."
     else:
-        verdicts = [arm.verdict for arm in arms]
-        counts = fmt.listing(f"{verdicts.count(verdict)} {verdict}" for verdict in dict.fromkeys(verdicts))
+        counts = fmt.listing(f"{n} {verdict}" for verdict, n in Counter(arm.verdict for arm in arms).items())
         metric = comparison.metric
         yield f"{fmt.counted(len(arms), 'arm')} compared by {metric.name} ({metric.goal}): {counts}."
         interval = interval_name(comparison.confidence)

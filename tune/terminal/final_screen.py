@@ -38,7 +38,6 @@ VERDICT_STYLES = {
 }
 CLAIM_STYLES = {"reproduced": "bold bright_blue", "refuted": "yellow"}
 MAX_ARMS = 12  # rows of a phase table; the report lists all arms
-
 MAX_WIDTH = 132  # longer lines are hard to follow
 GAP = 2  # between two columns
 MIN_NAME_WIDTH = 16  # if less is left for the names, intervals move to a second line
@@ -55,7 +54,10 @@ def final_screen(summary: CampaignSummary, *, report: Path) -> RenderableType:
 def _screen(summary: CampaignSummary, report: Path, width: int) -> RenderableType:
     parts: list[RenderableType] = []
     for phase in summary.phases:
-        parts += [Text(), _phase_heading(phase), Padding(phase_table(phase, width=width - 2), (0, 0, 1, 2))]
+        facts = [trial_counts(phase.trials), fmt.counted(len(phase.seeds), "seed")]
+        facts += [f"on top of {phase.inherit}"] if phase.inherit else []
+        heading = words(phase.phase, "bold").append("   ").append_text(words(" · ".join(facts), "dim not bold"))
+        parts += [Text(), heading, Padding(phase_table(phase, width=width - 2), (0, 0, 1, 2))]
         remarks = [words(fmt.sentence(phase.why), "italic"), words(noise(phase), "dim")]
         remarks += [words(f"Warning: {fmt.sentence(warning)}", "yellow") for warning in phase.warnings]
         parts += [Padding(remark, (0, 0, 0, 2)) for remark in remarks if remark.plain]
@@ -64,15 +66,6 @@ def _screen(summary: CampaignSummary, report: Path, width: int) -> RenderableTyp
         heading = words("claims", "bold").append(f"   {counts}", style="dim not bold")
         parts += [Text(), heading, Padding(claims_table(summary.claims, width=width - 2), (0, 0, 0, 2))]
     return Group(*parts, Text(), _answer_panel(summary, report, width))
-
-
-def _phase_heading(phase: PhaseSummary) -> Text:
-    facts = [trial_counts(phase.trials), fmt.counted(len(phase.seeds), "seed")]
-    facts += [f"on top of {phase.inherit}"] if phase.inherit else []
-    return words(phase.phase, "bold").append("   ").append_text(words(" · ".join(facts), "dim not bold"))
-
-
-# ---- the arms of a phase -------------------------------------------------------------------------------------------
 
 
 def phase_table(phase: PhaseSummary, *, width: int = 100) -> Table:
@@ -176,9 +169,6 @@ def forest(arms: Sequence[ArmSummary], width: int) -> list[str]:
             row[place(delta.mean if delta else 0)] = "●"
         rows.append("".join(row))
     return rows
-
-
-# ---- claims and the answer -----------------------------------------------------------------------------------------
 
 
 def claims_table(claims: Sequence[ClaimResult], *, width: int = 100) -> Table:

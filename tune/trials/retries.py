@@ -89,7 +89,5 @@ def failure_cause(result: TrialResult) -> str | None:
 
 def oom_kill_count() -> int:
     """The number of processes that the kernel's OOM killer has killed since boot; 0 if unknown."""
-    if not VMSTAT.exists():
-        return 0
-    lines = (line.split() for line in VMSTAT.read_text().splitlines())
-    return next((int(value) for name, value in lines if name == "oom_kill"), 0)
+    lines = VMSTAT.read_text().splitlines() if VMSTAT.exists() else []
+    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)

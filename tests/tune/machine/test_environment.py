@@ -9,7 +9,7 @@ import torch
 from ray._private.utils import validate_socket_filepath
 
 from tune.machine import environment
-from tune.machine.environment import describe, git_state, version
+from tune.machine.environment import describe, version
 
 
 def test_a_machine_is_described_in_flat_scalars() -> None:
@@ -30,13 +30,15 @@ def test_the_commit_is_that_of_the_checkout_with_the_code(monkeypatch: pytest.Mo
     folder = Path(environment.__file__).parent
     head = subprocess.run(["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True)
     expected = head.stdout.strip() if head.returncode == 0 else None
-    assert git_state()["git_commit"] == expected
-    assert git_state()["git_dirty"] in ((True, False) if expected else (None,))
+    facts = describe("cpu")
+    assert facts["git_commit"] == expected
+    assert facts["git_dirty"] in ((True, False) if expected else (None,))
 
 
 def test_without_git_there_is_no_commit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
-    assert git_state() == {"git_commit": None, "git_dirty": None}
+    facts = describe("cpu")
+    assert facts["git_commit"] is None and facts["git_dirty"] is None
 
 
 def test_no_secret_of_the_environment_is_in_the_description(monkeypatch: pytest.MonkeyPatch) -> None:
