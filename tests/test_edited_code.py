@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from ngpt.system.code_digest import Code
-from tests.chaos.invariants import Facts, facts
+from tests.chaos.invariants import facts
 from tests.chaos.operations import Fault, Watch, read_log
 from tests.chaos.world import Ran, World, clear, world
 from tests.helpers import ROOT
@@ -161,7 +161,11 @@ def killed_everywhere(every: int) -> Iterator[tuple[int, list[str]]]:
             broken = [] if ran.code == -signal.SIGKILL else [f"the first run ended with {ran.code}"]
             broken += [] if again.code == 0 else [f"the second run ended with {again.code}: {again.err}"]
             found, root = facts(out / "tiny"), out / "tiny"
-            broken += [name for name in ("records", "phases", "rows", "weights") if getattr(found, name) != getattr(undisturbed, name)]
+            broken += [
+                name
+                for name in ("records", "phases", "rows", "weights")
+                if getattr(found, name) != getattr(undisturbed, name)
+            ]
             broken += [issue.path for issue in verify(root).problems]
             broken += [] if len(list((root / "discarded").iterdir())) == 2 else ["the old files are not in `discarded`"]
             yield at, [f"{operations[at].kind} {operations[at].path}: {text}" for text in broken]

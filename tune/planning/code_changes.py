@@ -88,16 +88,16 @@ def find_code_changes(campaign: Campaign, state: CampaignState, root: Path, code
         return CodeChanges(code.digest)
     phases = expected_phases(campaign, state)
     arms, settings = _needed(phases)
-    found = defaultdict[str, list[OldTrial]](list)
+    compare, found = _Comparer(state, code), defaultdict[str, list[OldTrial]](list)
     for trial_id, result in state.results.items():
         if result["status"] in DONE:
-            version, together = result["provenance"].get("code_sha256"), "vectorised" in result["provenance"]
-            kind, changed = _compare(state, code, version, result.get("config", {}), together=together)
+            version = result["provenance"].get("code_sha256")
+            kind, changed = compare.of_result(result)
             found[kind].append(OldTrial(trial_id, arms.get(trial_id, ()), version, changed, True))
     for trial_id, version in state.code_of_start.items():
         is_done = state.results.get(trial_id, {}).get("status") in DONE
         if not is_done and checkpoint_folders(root / "trials" / trial_id / "checkpoints"):
-            kind, changed = _compare(state, code, version, settings.get(trial_id, {}), together=True)
+            kind, changed = compare(version, settings.get(trial_id, {}), together=True)
             found[kind].append(OldTrial(trial_id, arms.get(trial_id, ()), version, changed, False))
     return CodeChanges(
         now=code.digest,
@@ -153,18 +153,34 @@ def decide(changes: CodeChanges, *, retrain: Sequence[str] | None, keep: bool) -
     )
 
 
-def _compare(
-    state: CampaignState, code: Code, version: str | None, settings: Mapping[str, Any], *, together: bool
-) -> tuple[str, tuple[str, ...]]:
-    """Whether a version of the code is the same for a trial, differs, is accepted or unknown; and what differs."""
-    if version == code.digest:
-        return "same", ()
-    if version is None or version not in state.code_versions:
-        return "unknown", ()
-    changed = named(code.changed(state.code_versions[version], settings, together=together))
-    if not changed:
-        return "same", ()
-    return "accepted" if (version, code.digest) in state.accepted_code else "differs", tuple(changed)
+class _Comparer:
+    """Compares versions of the code in a journal with the code that would run now, for the settings of trials."""
+
+    def __init__(self, state: CampaignState, code: Code) -> None:
+        self._state, self._code = state, code
+        self._known: dict[tuple[str, bool, frozenset[tuple[str, str]]], tuple[str, ...]] = {}
+
+    def __call__(
+        self, version: str | None, settings: Mapping[str, Any], *, together: bool
+    ) -> tuple[str, tuple[str, ...]]:
+        """Whether a version is the same for a trial, differs, is accepted or unknown; and what differs."""
+        if version == self._code.digest:
+            return "same", ()
+        if version is None or version not in self._state.code_versions:
+            return "unknown", ()
+        texts = frozenset((name, value) for name, value in settings.items() if isinstance(value, str))
+        key = (version, together, texts)
+        if key not in self._known:
+            before = self._state.code_versions[version]
+            self._known[key] = tuple(named(self._code.changed(before, settings, together=together)))
+        if not (changed := self._known[key]):
+            return "same", ()
+        return "accepted" if (version, self._code.digest) in self._state.accepted_code else "differs", changed
+
+    def of_result(self, result: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
+        """The same for a result in the journal."""
+        version, together = result["provenance"].get("code_sha256"), "vectorised" in result["provenance"]
+        return self(version, result.get("config", {}), together=together)
 
 
 def named(changed: Mapping[str, Sequence[str]]) -> list[str]:
@@ -220,9 +236,7 @@ def _inherited(campaign: Campaign, code: Code) -> Iterator[str]:
         state = replay(read_journal(root / "journal.jsonl"))
         phase = state.phases.get(name)
         results = [state.results[i] for i in phase.trial_ids if i in state.results] if phase else []
-        changed: dict[str, None] = {}
-        for result in results:
-            version, together = result["provenance"].get("code_sha256"), "vectorised" in result["provenance"]
-            changed |= dict.fromkeys(_compare(state, code, version, result.get("config", {}), together=together)[1])
+        compare = _Comparer(state, code)
+        changed = dict.fromkeys(name for result in results for name in compare.of_result(result)[1])
         if changed:
             yield f"inherit: {fmt.plain(path)} was decided by other code: {', '.join(changed)}"
