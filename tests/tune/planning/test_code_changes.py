@@ -283,13 +283,14 @@ def test_a_trial_that_a_later_phase_turns_out_to_need_is_not_reused_either(
 ) -> None:
     """The phase after `rule` had slerp as its base once; when it has it again, the old trials are of other code."""
     file = write_file(tmp_path, corpus, phases=CHAIN)
-    assert run(file, root, gain=slerp_wins).arms[4:] == ["projection/project_every=3"] * 2
+    later = run(file, root, gain=slerp_wins).arms[4:]
+    assert {arm.partition("/")[0] for arm in later} == {"projection"}
     file.write_text(file.read_text().replace("[slerp, lerp]", "[slerp, lerp, add_normalize]"))
     second = run(file, root, gain=lambda spec: 2.0 + 1e-3 * spec.seed)  # add_normalize wins
-    assert second.arms == ["rule/residual=add_normalize"] * 2 + ["projection/project_every=3"] * 2
+    assert second.arms == ["rule/residual=add_normalize"] * 2 + later
     third = run(file, root, other, retrain=[], gain=lambda spec: 3 * slerp_wins(spec))
-    assert third.arms == ["rule/residual=slerp"] * 2 + ["projection/project_every=3"] * 2
-    assert "phase projection: other code trained 2 trials of it; trained anew" in third.messages
+    assert third.arms == ["rule/residual=slerp"] * 2 + later
+    assert f"phase projection: other code trained {len(later)} trials of it; trained anew" in third.messages
 
 
 # ---- keep ----------------------------------------------------------------------------------------------------------
