@@ -135,10 +135,10 @@ def estimate(
     `retrain` and `keep` are the options of the run, which decide about trials of other code.
     """
     state = replay(read_journal(root / "journal.jsonl"))
+    campaign = replace(campaign, speeds=state.speeds)
     discarded, code_lines = _code_decision(campaign, state, root, retrain=retrain, keep=keep)
     for trial_id in discarded:
         state.results.pop(trial_id, None)
-    campaign = replace(campaign, speeds=state.speeds)
     phases = expected_phases(campaign, state)
     guessed = _guessed_phases(campaign, state, phases)
     workers = expected_workers(campaign)
