@@ -17,6 +17,7 @@ from tune.storage.summaries import ArmSummary
 GRID = 301  # points of the integral
 MIN_ARMS_TO_SHRINK = 3  # fewer arms say too little about their spread
 REACH = 6.0  # standard errors beyond the centres
+STEPS = 2  # more steps scatter more than they correct
 
 
 def shrunken_effect(
@@ -45,21 +46,27 @@ def shrunken_effect(
     centres = _shrunken(observed, float(variances.mean()))
     sd, baseline_sd = np.sqrt(variances), sqrt(baseline_variance)
 
-    low, high = float(np.min(centres - REACH * sd)), float(np.max(centres + REACH * sd))
-    x = np.linspace(low, high, GRID)[:, None]
-    z = (x - centres) / sd
-    log_cdf = np.log(np.maximum(ndtr(z), 1e-300))
-    # The density of arm i at x where all other arms are below it.
-    is_best = np.exp(-z * z / 2 + log_cdf.sum(1, keepdims=True) - log_cdf) / sd
-    # The baseline is a normal variable w with mean 0; the arm passes if x - w exceeds the threshold.
-    margin = (x - threshold) / baseline_sd
-    passes = ndtr(margin)
-    luck_of_baseline = baseline_sd * np.exp(-margin * margin / 2) / sqrt(2 * np.pi)  # -E[w; it passes]
-    chance = float((passes * is_best).sum())
-    if not chance > 0:
-        return 0.0  # far below the threshold, so that all of the effect is luck
-    excess = float((((x - centres) * passes + luck_of_baseline) * is_best).sum()) / chance
-    return min(max(effects[winner] - excess, 0.0), max(effects[winner], 0.0))
+    estimate = effects[winner]
+    for _ in range(STEPS):
+        low, high = float(np.min(centres - REACH * sd)), float(np.max(centres + REACH * sd))
+        x = np.linspace(low, high, GRID)[:, None]
+        z = (x - centres) / sd
+        log_cdf = np.log(np.maximum(ndtr(z), 1e-300))
+        # The density of arm i at x where all other arms are below it.
+        is_best = np.exp(-z * z / 2 + log_cdf.sum(1, keepdims=True) - log_cdf) / sd
+        # The baseline is a normal variable w with mean 0; the arm passes if x - w exceeds the threshold.
+        margin = (x - threshold) / baseline_sd
+        passes = ndtr(margin)
+        luck_of_baseline = baseline_sd * np.exp(-margin * margin / 2) / sqrt(2 * np.pi)  # -E[w; it passes]
+        chance = float((passes * is_best).sum())
+        if not chance > 0:
+            return 0.0  # far below the threshold, so that all of the effect is luck
+        excess = float((((x - centres) * passes + luck_of_baseline) * is_best).sum()) / chance
+        estimate = effects[winner] - excess
+        # The baseline's luck has raised all effects alike: move the centres towards the estimate.
+        expected = float((centres * passes * is_best).sum()) / chance
+        centres = centres - (expected - estimate) / 2
+    return min(max(estimate, 0.0), max(effects[winner], 0.0))
 
 
 def _shrunken(effects, variance: float):  # type: ignore[no-untyped-def]

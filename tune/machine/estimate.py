@@ -24,6 +24,7 @@ from tune.planning.code_changes import decide, find_code_changes
 from tune.planning.equal_time import step_time_key
 from tune.planning.forecast import expected_phases, has_result, known_result
 from tune.planning.plan import PlannedPhase, trial_flops, trial_tokens, trial_work
+from tune.planning.seeds import describe_seeds
 from tune.spec.schema import Campaign
 from tune.storage.journal import read_journal
 from tune.storage.state import CampaignState, replay
@@ -63,6 +64,7 @@ class PhaseEstimate:
     seconds: float
     smallest_detectable: float | None  # effect detected with 80 % power; None if there is none or the noise is unknown
     guessed: bool  # whether the phase depends on a winner that is not known yet
+    which_seeds: str = ""  # such as `1001, 1002 and 1003`, or that they are not drawn yet
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,7 @@ def estimate(
     left = _trials_left(campaign, state, phases)
     to_run = {name: _with_group_sizes(configs, campaign, workers) for name, configs in left.items()}
     clock = _Clock([trial for trials in to_run.values() for trial in trials], campaign, measure=measure)
-    noise = _noise(campaign, state)
+    noise, of_file = _noise(campaign, state), {phase.name: phase for phase in campaign.phases}
     rows = [
         PhaseEstimate(
             phase=phase.name,
@@ -159,6 +161,7 @@ def estimate(
             seconds=sum(clock.seconds(*trial) for trial in to_run[phase.name]) / workers,
             smallest_detectable=noise and noise.smallest_effect(phase, campaign),
             guessed=phase.name in guessed,
+            which_seeds=describe_seeds(of_file[phase.name], phase.seeds, is_drawn=phase.fresh is not None),
         )
         for phase in phases
     ]

@@ -17,7 +17,8 @@ from typing import Any
 
 from ngpt.config.base import override
 from ngpt.data.dataset import fingerprint
-from tune.spec.schema import FEWEST_FRESH, Campaign, Phase, UntilDecided
+from tune import format as fmt
+from tune.spec.schema import FEWEST_FRESH, MOST_FRESH, Campaign, Phase, UntilDecided
 from tune.storage.records import FreshDraw
 from tune.storage.seed_ledger import plan_content
 
@@ -84,6 +85,14 @@ def number_of_fresh(phase: Phase) -> int | None:
     """How many fresh seeds the phase asks for; None if that depends on the effect that was found."""
     assert not isinstance(phase.seeds, tuple)
     return phase.seeds.most if isinstance(phase.seeds, UntilDecided) else phase.seeds.n
+
+
+def describe_seeds(phase: Phase, seeds: Sequence[int], *, is_drawn: bool) -> str:
+    """The seeds of a phase as text for a plan; fresh seeds are not known before they are drawn."""
+    if phase.known_seeds is not None or is_drawn:
+        return fmt.listing(map(str, seeds), most=6)
+    n = number_of_fresh(phase)
+    return f"{n or f'{FEWEST_FRESH} to {MOST_FRESH}'} fresh ones, drawn when the phase starts"
 
 
 def find_draw(

@@ -37,6 +37,8 @@ def _notes(estimated: Estimate) -> list[str]:
         singular = "1 trial of a later phase is the same as an earlier one and is trained once"
         plural = f"{shared} trials of later phases are the same as earlier ones and are trained once"
         lines.append(singular if shared == 1 else plural)
+    seeds = "; ".join(f"{row.phase} {row.which_seeds}" for row in estimated.phases if row.which_seeds)
+    lines += [f"seeds: {seeds}"] if seeds else []
     if noise := estimated.noise:
         spread = f"a spread between seeds of {noise.sd:.2g}, {noise.source}"
         lines.append(f"finds: the smallest effect that 4 of 5 such phases would find, from {spread}")

@@ -32,7 +32,7 @@ seeds: [1, 2]
 resources: {workers: 2}
 phases:
   - {name: a, vary: {alpha: [0.1, 0.2]}}
-  - {name: b, inherit: a, vary: {batch_size: [2, 8]}}
+  - {name: b, inherit: a, seeds: [1, 2], vary: {batch_size: [2, 8]}}
 """
 
 Load = Callable[[str], Campaign]
@@ -391,3 +391,17 @@ def test_without_a_noise_a_plan_promises_nothing(load: Load, tmp_path: Path) -> 
     estimated = estimate(load(PHASES), tmp_path)
     assert estimated.noise is None and one_row(estimated, "a").smallest_detectable is None
     assert "finds" not in shown(estimated)
+
+
+def test_a_plan_names_the_seeds_of_each_phase_or_says_that_they_are_not_drawn(load: Load, tmp_path: Path) -> None:
+    phases = "seeds: [1, 2]\nphases:\n  - {name: a, vary: {alpha: [0.1, 0.2]}}\n"
+    phases += "  - {name: b, inherit: a, vary: {lr: [0.1]}}\n  - {name: c, seeds: fresh 3, vary: {lr: [0.2]}}\n"
+    phases += "  - {name: d, seeds: fresh, runs: [{arm: winner, inherit: b}]}\n"
+    estimated = estimate(load(phases), tmp_path / "results")
+    assert [row.which_seeds for row in estimated.phases] == [
+        "1 and 2",
+        "1001 and 1002",
+        "3 fresh ones, drawn when the phase starts",
+        "4 to 30 fresh ones, drawn when the phase starts",
+    ]
+    assert "seeds: a 1 and 2; b 1001 and 1002; c 3 fresh ones" in " ".join(shown(estimated).split())
