@@ -1,7 +1,7 @@
 """Gives a phase that starts from the winner of another phase seeds that did not choose this winner.
 
 A winner is partly lucky on the seeds of its phase. If it were the baseline of the next phase with the same trials, its
-luck would be in every difference: with eight equal good arms, 10 % of such phases have a false `worse`
+luck would be in every difference: with eight equal good arms, 7 % of such phases have a false `worse`
 (docs/statistics-seeds.md). So a phase without `seeds:` that uses another phase adds a multiple of `SHIFT` to the seeds
 of the campaign. Seeds that a phase lists itself are used as they are.
 """
