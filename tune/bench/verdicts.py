@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from itertools import product
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from tune.analysis.noise import read_noise
@@ -49,16 +50,17 @@ def verdicts(phases: int = 10_000) -> dict[str, Any]:
 
 
 def verdict_table(metrics: Mapping[str, Any]) -> str:
-    """Formats what `verdicts` returns: a row for each design, with the largest share over the correlations."""
+    """Formats what `verdicts` returns: a row for each design, with the mean over the correlations."""
     worlds = metrics["error"]
     rows: list[tuple[str, ...]] = [("arms x seeds", *worlds, "finds 2 sd", "finds 3 sd")]
     for design, found in metrics["power"].items():
-        shares = [max(by_correlation[design].values()) for by_correlation in worlds.values()] + [*found.values()]
+        shares = [fmean(by_correlation[design].values()) for by_correlation in worlds.values()] + [*found.values()]
         rows.append((design, *(f"{share:.3f}" for share in shares)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(text.rjust(width) for text, width in zip(row, widths, strict=True)) for row in rows]
     held = "all limits hold" if metrics["limits_held"] else "LIMITS BROKEN\n" + "\n".join(metrics["broken"])
-    title = f"share of {metrics['phases']:,} phases without an effect that have a verdict better or worse, by world"
+    n = len(CORRELATIONS) * metrics["phases"]
+    title = f"share of {n:,} phases without an effect that have a verdict better or worse, by world"
     return "\n".join([title, *lines, held])
 
 
