@@ -46,6 +46,7 @@ class Difference:
     n: int  # seeds
     trials: Sequence[str]
     place: str
+    df: float | None = None  # degrees of freedom of the interval
 
     def verdict(self, verdict: Literal["reproduced", "refuted", "undecided"], why: str) -> ClaimVerdict:
         return ClaimVerdict(verdict, why, self.mean, self.low, self.high, self.n, self.trials)
@@ -108,10 +109,19 @@ class Evidence:
             method=method,
         )
 
-    def deltas(self, outcomes: Outcomes, claim: Claim, baseline: str, method: str) -> dict[str, Delta]:
-        """The differences of the arms from `baseline`, by arm name."""
-        judgement = self.judge(outcomes, claim, baseline, method=method)
-        return {arm.arm: arm.delta for arm in judgement.arms if arm.delta}
+    def deltas(
+        self, outcomes: Outcomes, claim: Claim, names: Sequence[str], method: str
+    ) -> dict[tuple[str, str], Delta]:
+        """The differences between the arms `names`: (a, b) -> a minus b.
+
+        The noise of a difference is read from the differences of all arms from one of the two. The reading of the two
+        with the larger p-value counts, so that the sides of a claim can be swapped.
+        """
+        found: dict[tuple[str, str], Delta] = {}
+        for baseline in names:
+            judgement = self.judge(outcomes, claim, baseline, method=method)
+            found |= {(arm.arm, baseline): arm.delta for arm in judgement.arms if arm.delta and arm.arm in names}
+        return {(a, b): max(delta, _negated(found[b, a]), key=_caution) for (a, b), delta in found.items()}
 
     def lost(self, loser: Iterable[TrialOutcome], winner: Iterable[TrialOutcome], n: int, metric: str) -> bool:
         """Whether all `loser` trials diverged and all `winner` trials finished, on enough seeds to exclude chance.
@@ -143,7 +153,7 @@ def difference(claim: Claim, evidence: Evidence, transform: Transform = float) -
     delta = _delta(claim, evidence, pairs, by_seed, transform)
     if delta.ci_low is None or delta.ci_high is None:
         return replace(ONE_SEED, observed=delta.mean, n=n, trials=trials)
-    return Difference(delta.mean, delta.ci_low, delta.ci_high, n, trials, place)
+    return Difference(delta.mean, delta.ci_low, delta.ci_high, n, trials, place, delta.df)
 
 
 def paired_arms(claim: Claim, arms: Sequence[ClaimArm]) -> tuple[list[Pair], str]:
@@ -239,7 +249,17 @@ def _delta(
             }
             for side, name in enumerate((left, right))
         }
-    return evidence.deltas(outcomes, claim, right, method)[left]
+    return evidence.deltas(outcomes, claim, (left, right), method)[left, right]
+
+
+def _negated(delta: Delta) -> Delta:
+    low, high = (None if end is None else 0.0 - end for end in (delta.ci_high, delta.ci_low))
+    return replace(delta, mean=0.0 - delta.mean, ci_low=low, ci_high=high)
+
+
+def _caution(delta: Delta) -> tuple[float, float]:
+    """Sorts estimates of the same difference: by p-value, then by the width of the interval."""
+    return (inf if delta.p is None else delta.p), (delta.ci_high or 0.0) - (delta.ci_low or 0.0)
 
 
 def _averaged(arms: Sequence[ClaimArm], evidence: Evidence, metric: str) -> dict[int, TrialOutcome]:

@@ -2,7 +2,7 @@
 
 A claim compares the arms that its `left` and `right` select by their complete settings, in every phase that has both;
 `paired_arms` pairs them. A single pair is judged like an arm and the baseline of its phase (tune/analysis/verdicts.py:
-seed by seed, with the noise pooled over the phase). With several pairs, the differences are first averaged per seed, so
+seed by seed, with the noise that the phase shows). With several pairs, the differences are first averaged per seed, so
 the t interval over seeds (Student 1908) remains valid if phases share trials or a seed has the same effect in all.
 
 `confidence` is the campaign's; `min_effect` applies to the campaign's metric and is 0 for others. A false `less` or
@@ -18,16 +18,18 @@ To add a relation, write a function (claim, evidence) -> verdict and add it to `
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from math import exp, inf, isfinite, log
+from itertools import combinations
+from math import exp, inf, isfinite, log, sqrt
 from typing import Literal
 
+from tune.analysis.power import MAX_SEEDS, Design, seeds_to_decide
 from tune.analysis.verdicts import holm
 from tune.claims.arithmetic import evaluate
 from tune.claims.evidence import ONE_SEED, ClaimVerdict, Difference, Evidence, difference, incomplete, series_along
 from tune.claims.selectors import ClaimArm, describe, matches
 from tune.spec.reading import short
 from tune.spec.schema import LOSS_METRICS, Claim
-from tune.storage.summaries import ClaimResult, Delta
+from tune.storage.summaries import ClaimResult
 
 # The metrics that claims may compare, and whether lower or higher is better.
 METRIC_GOALS: dict[str, Literal["minimize", "maximize"]] = {
@@ -73,7 +75,11 @@ def judge_order(claim: Claim, evidence: Evidence) -> ClaimVerdict:
         text = f"{sentence}: if there is such an effect, it is less than min_effect {min_effect:g}"
         return result.verdict("refuted", text)
     reason = f"less than min_effect {min_effect:g}" if high < 0 else "which contains 0"
-    return result.verdict("undecided", f"{sentence}, {reason}")
+    if sign * result.mean <= -min_effect:
+        needed = _seeds_to_decide(result, result.mean, min_effect, evidence)
+    else:
+        needed = _seeds_to_decide(result, sign * result.mean + min_effect, 0.0, evidence)
+    return result.verdict("undecided", f"{sentence}, {reason}; {needed}")
 
 
 def judge_equivalence(claim: Claim, evidence: Evidence) -> ClaimVerdict:
@@ -87,6 +93,7 @@ def judge_equivalence(claim: Claim, evidence: Evidence) -> ClaimVerdict:
     result = difference(claim, evidence, log if is_ratio else float)
     if isinstance(result, ClaimVerdict):
         return replace(result, observed=exp(result.observed)) if is_ratio and result.observed is not None else result
+    estimate = result  # for a ratio, of its logarithm
     if is_ratio:
         result = replace(result, mean=exp(result.mean), low=exp(result.low), high=exp(result.high))
     value, tolerance = claim.value or 0.0, claim.tolerance or 0.0
@@ -97,7 +104,11 @@ def judge_equivalence(claim: Claim, evidence: Evidence) -> ClaimVerdict:
         verdict, position = "refuted", "all of it outside"
     else:
         verdict, position = "undecided", "partly within"
-    return result.verdict(verdict, f"{_sentence(claim, result)}, {position} [{low:.6g}, {high:.6g}]")
+    text = f"{_sentence(claim, result)}, {position} [{low:.6g}, {high:.6g}]"
+    if verdict == "undecided":
+        bounds = (log(low) if low > 0 else -inf, log(high)) if is_ratio else (low, high)
+        text = f"{text}; {_seeds_to_locate(estimate, *bounds, evidence)}"
+    return result.verdict(verdict, text)
 
 
 def judge_best(claim: Claim, evidence: Evidence) -> ClaimVerdict:
@@ -135,10 +146,8 @@ def judge_monotone(claim: Claim, evidence: Evidence) -> ClaimVerdict:
     if problem := incomplete(outcomes, claim.metric) or (ONE_SEED if series.n < 2 else None):
         return replace(problem, n=series.n, trials=series.trials)
     sign, min_effect = DIRECTIONS[claim.direction or "decreasing"], evidence.min_effect_of(claim)
-    pairs: dict[tuple[int, int], Delta] = {}
-    for i, name in enumerate(series.names):
-        deltas = evidence.deltas(series.outcomes, claim, name, series.method)
-        pairs |= {(i, j): deltas[series.names[j]] for j in range(i + 1, len(series.names))}
+    deltas = evidence.deltas(series.outcomes, claim, series.names, series.method)
+    pairs = {(i, j): deltas[series.names[j], series.names[i]] for i, j in combinations(range(len(series.names)), 2)}
     corrected = holm([1.0 if delta.p is None else delta.p for delta in pairs.values()])
     wrong = [
         f"from {series.values[i]:g} to {series.values[j]:g}"
@@ -215,9 +224,32 @@ def _judge_best_in_phase(claim: Claim, evidence: Evidence, chosen: ClaimArm, arm
     if better := [name for name, verdict in not_beaten.items() if verdict == "better"]:
         return ClaimVerdict("refuted", f"{sentence}; {better[0]} is better", *numbers, n, trials)
     if not_beaten:
-        listed = ", ".join(f"{name} ({verdict})" for name, verdict in list(not_beaten.items())[:3])
+        needed = {arm.arm: f", about {arm.seeds_to_decide} seeds" for arm in ranked if arm.seeds_to_decide}
+        listed = ", ".join(f"{name} ({verdict}{needed.get(name, '')})" for name, verdict in [*not_beaten.items()][:3])
         return ClaimVerdict("undecided", f"{sentence}; not beaten: {listed}", *numbers, n, trials)
     return ClaimVerdict("reproduced", f"{sentence}; it beats all {len(others)} others", *numbers, n, trials)
+
+
+def _seeds_to_locate(result: Difference, low: float, high: float, evidence: Evidence) -> str:
+    """Says how many seeds would show whether the true value lies in [low, high]; `low` may be -inf."""
+    center, room = (low + high) / 2, (high - low) / 2
+    if isfinite(low) and abs(result.mean - center) < room:
+        return _seeds_to_decide(result, result.mean - center, room, evidence)
+    distance = result.mean - high if result.mean > center else low - result.mean
+    return _seeds_to_decide(result, distance, 0.0, evidence)
+
+
+def _seeds_to_decide(result: Difference, effect: float, min_effect: float, evidence: Evidence) -> str:
+    """Says how many seeds would tell `effect` from 0, or if it is smaller than `min_effect`, from +-`min_effect`."""
+    from scipy.special import stdtrit
+
+    needed = None
+    if result.df:
+        standard_error = (result.high - result.low) / 2 / float(stdtrit(result.df, 0.5 + evidence.confidence / 2))
+        sd = standard_error * sqrt(result.n / 2)
+        needed = seeds_to_decide(effect, Design(2, sd, confidence=evidence.confidence, min_effect=min_effect))
+    count = f"{MAX_SEEDS:,}" if needed is None else f"about {max(needed, result.n + 1)}"
+    return f"{count} seeds would {'not ' if needed is None else ''}decide it"
 
 
 def _sentence(claim: Claim, result: Difference) -> str:
