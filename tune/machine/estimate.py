@@ -122,12 +122,7 @@ class _Clock:
 
 
 def estimate(
-    campaign: Campaign,
-    root: Path,
-    *,
-    measure: bool = False,
-    retrain: Sequence[str] | None = None,
-    keep: bool = False,
+    campaign: Campaign, root: Path, *, measure: bool = False, retrain: Sequence[str] | None = None, keep: bool = False
 ) -> Estimate:
     """Estimates the tokens, disk space and time that a campaign needs for the trials without a result in `root`.
 
