@@ -107,7 +107,9 @@ def claims_markdown(summary: CampaignSummary) -> str:
     claims = summary.claims
     header = ("claim", "source", "what was said", "verdict", "observed", "n", "why")
     values = [fmt.claim_value(claim.observed, claim.ci_low, claim.ci_high) for claim in claims]
-    rows = [(c.id, c.source, c.says, c.verdict, value, c.n, c.why) for c, value in zip(claims, values, strict=True)]
+    rows = [
+        (c.id, c.source, c.says, c.verdict_at_scale, value, c.n, c.why) for c, value in zip(claims, values, strict=True)
+    ]
     counts = wording.claim_counts(claim.verdict for claim in claims)
     parts = ["## Claims", f"{counts}.", markdown_table(header, rows, right=("n",))]
     trials = [f"- {cell(claim.id)}: {cell(', '.join(claim.trials))}" for claim in claims if claim.trials]

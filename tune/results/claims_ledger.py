@@ -31,6 +31,7 @@ class ClaimInCampaign(ClaimVerdict):
     """The verdict of one campaign on a claim."""
 
     campaign: str
+    verdict_at_scale: str
 
 
 @dataclass
@@ -73,7 +74,7 @@ def collect(roots: Sequence[Path], claims: Sequence[Claim] | None = None) -> Led
             entry = LedgerClaim(claim.id, claim.source, claim.says, question(claim))
             entry = entries.setdefault((claim.source, claim.id, claim.says), entry)
             verdict = {field.name: getattr(result, field.name) for field in fields(ClaimVerdict)}
-            entry.found.append(ClaimInCampaign(campaign=name, **verdict))
+            entry.found.append(ClaimInCampaign(campaign=name, verdict_at_scale=result.verdict_at_scale, **verdict))
     if not entries:
         raise ConfigError(f"no claims in {fmt.listing(map(str, roots))}; give a file that has some with --claims FILE")
     # By source, claims without a source last; within a source in file order.
@@ -168,7 +169,7 @@ def _claim_table(entries: Iterable[LedgerClaim]) -> str:
         claim = (entry.id, entry.says, entry.tested)
         for result in _shown(entry):
             where = result.campaign if result.trials else None
-            rows.append((*claim, result.verdict, _observed(result), result.n or None, where))
+            rows.append((*claim, result.verdict_at_scale, _observed(result), result.n or None, where))
             claim = ("″", "″", "″")
     header = ("claim", "what was said", "tested as", "verdict", "observed", "seeds", "campaign")
     return markdown_table(header, rows, right=("seeds",))

@@ -6,6 +6,7 @@ They depend only on the journal and the trials' `metrics.jsonl`, so `report` can
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,19 @@ def summarize_claims(state: CampaignState, claims: Sequence[Claim]) -> list[summ
             arms.append(ClaimArm(phase.name, arm.name, is_baseline, arm.overrides, known, arm.trial_ids))
     limits = {name: rules[name] for name in ("confidence", "min_effect")}
     metric, goal = rules["metric"]["name"], rules["metric"]["goal"]
-    return judge_claims(claims, Evidence(arms=arms, outcome=state.outcome, metric=metric, goal=goal, **limits))
+    results = judge_claims(claims, Evidence(arms=arms, outcome=state.outcome, metric=metric, goal=goal, **limits))
+    return [replace(result, scale=_scale(state, result.trials)) for result in results]
+
+
+def _scale(state: CampaignState, trials: Iterable[str]) -> str | None:
+    """The parameters and steps of trials: `1.31M parameters, 120 to 200 steps`; None without trials."""
+    metrics = [state.results[trial_id]["metrics"] for trial_id in trials if trial_id in state.results]
+    parts = []
+    for name, noun in {"n_params": "parameters", "steps": "steps"}.items():
+        ends = sorted(number for one in metrics if (number := one.get(name)))
+        texts = dict.fromkeys(fmt.count(number) for number in (*ends[:1], *ends[-1:]))
+        parts += [f"{' to '.join(texts)} {noun}"] if ends else []
+    return ", ".join(parts) or None
 
 
 def _problems(state: CampaignState) -> list[TrialProblem]:

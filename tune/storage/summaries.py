@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass
 from typing import Any, Literal
 
+DECIDED = ("reproduced", "refuted")  # verdicts on claims that hold for the scale of their trials
 Settings = Mapping[str, Any]  # dotted name to value
 
 
@@ -210,6 +211,12 @@ class ClaimResult:
     n: int = 0  # seeds
     trials: tuple[str, ...] = ()
     why: str = ""
+    scale: str | None = None  # parameters and steps of its trials: `1.31M parameters, 200 steps`
+
+    @property
+    def verdict_at_scale(self) -> str:
+        """The verdict; with its scale if the claim is decided: `refuted at 1.31M parameters, 200 steps`."""
+        return f"{self.verdict} at {self.scale}" if self.scale and self.verdict in DECIDED else self.verdict
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,8 @@ def _screen(summary: CampaignSummary, report: Path, width: int) -> RenderableTyp
         parts += [Padding(remark, (0, 0, 0, 2)) for remark in remarks if remark.plain]
     if summary.claims:
         counts = claim_counts(claim.verdict for claim in summary.claims)
+        scales = dict.fromkeys(claim.scale for claim in summary.claims if claim.scale)
+        counts += f", at {fmt.listing(scales, most=1)}" if scales else ""
         heading = words("claims", "bold").append(f"   {counts}", style="dim not bold")
         parts += [Text(), heading, Padding(claims_table(summary.claims, width=width - 2), (0, 0, 0, 2))]
     return Group(*parts, Text(), _answer_panel(summary, report, width))

@@ -505,11 +505,14 @@ def test_a_campaign_ends_with_its_claims_ledger(tmp_path: Path, corpus: Path) ->
     written = strict((tmp_path / "tiny" / "summary.json").read_text())
     assert written["claims"] == to_json(summary.claims)
     fields = ["id", "source", "says", "relation", "metric", "verdict", "observed", "ci_low", "ci_high", "n", "trials"]
-    assert all(sorted(entry) == sorted([*fields, "why"]) for entry in written["claims"])
+    assert all(sorted(entry) == sorted([*fields, "why", "scale"]) for entry in written["claims"])
     done = {e["trial_id"] for e in read_journal(tmp_path / "tiny" / "journal.jsonl") if e["event"] == "trial_finished"}
     rests = {entry["id"]: entry["trials"] for entry in written["claims"]}
     assert all(set(trials) <= done for trials in rests.values()) and len(rests["longer"]) == 6
     assert len(rests["best"]) == 9 and rests["tokens"] == []
+    decided = next(entry for entry in summary.claims if entry.id == "longer")
+    assert decided.verdict_at_scale == f"{decided.verdict} at 1.00k parameters, 6 steps"
+    assert next(entry for entry in summary.claims if entry.id == "tokens").scale is None
     assert rebuild(tmp_path / "tiny").claims == summary.claims
 
 
@@ -535,7 +538,7 @@ def test_the_reports_and_the_final_screen_show_the_ledger(tmp_path: Path, corpus
     rows = [line for line in ledger.splitlines() if line.startswith("| ")]
     assert len(rows) == 2 + len(EXPECTED)
     for entry, line in zip(summary.claims, rows[2:], strict=True):
-        assert f"| {entry.verdict} |" in line
+        assert f"| {entry.verdict_at_scale} |" in line
         assert not entry.trials or f"- {entry.id}: {', '.join(entry.trials)}" in ledger
     assert "\\[red\\]0.2\\[/\\] is \\| best" in ledger and "not corrected for their number" in ledger.replace("\n", " ")
     page = render_html(summary, [])
