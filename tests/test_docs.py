@@ -131,7 +131,7 @@ def test_the_changelog_names_modules_that_exist() -> None:
 def test_the_campaign_file_page_names_every_key() -> None:
     keys = {*TOP_KEYS, *PHASE_KEYS, *RELATIONS, *METRIC_GOALS}
     keys |= {*settings(Resources), *settings(EarlyStop), *(field.name for field in fields(Claim))}
-    keys |= {"trials", "hours", "method", "space", "seed", "parallel"}  # of `budget:` and `search:`
+    keys |= {"trials", "hours", "method", "space", "seed", "parallel", "confirm"}  # of `budget:` and `search:`
     assert keys - words_in_code(CAMPAIGN_FILE) == set()
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from ngpt.training.config import TrainConfig
 from tune.analysis.noise import NoisePrior
 from tune.analysis.verdicts import judge
+from tune.planning.confirmation import best_arm
 from tune.planning.equal_time import step_time_key
 from tune.planning.optuna_search import optuna_version
 from tune.planning.plan import PhaseResult, PlannedPhase, preview, trial_flops, trial_work
@@ -27,6 +28,7 @@ def phase_planned_event(phase: PlannedPhase) -> dict[str, Any]:
         "fresh": _draw_fields(phase.fresh) if phase.fresh else None,
         "swept": {name: list(values) for name, values in phase.swept.items()},
         "search": _search_record(phase),
+        "confirms": phase.confirms,
         "arms": [
             {
                 "arm": arm.name,
@@ -81,7 +83,8 @@ def known_result(campaign: Campaign, state: CampaignState, phase: PlannedPhase) 
     )
     deltas = {arm.arm: arm.delta for arm in judgement.arms if arm.verdict == "better"}
     better = [BetterArm(arm, overrides[arm], abs(delta.mean)) for arm, delta in deltas.items() if delta]
-    return PhaseResult(judgement.winner, better)
+    best = best_arm(judgement.arms, overrides, winner=judgement.winner, baseline=phase.baseline)
+    return PhaseResult(judgement.winner, better, best)
 
 
 def expected_phases(campaign: Campaign, state: CampaignState) -> list[PlannedPhase]:
@@ -109,7 +112,8 @@ def _last_result(state: CampaignState, phase: PlannedPhase) -> PhaseResult | Non
     if last is None or last.winner not in arms:
         return None
     better = [replace(arm, overrides=arms[arm.arm]) for arm in last.better if arm.arm in arms]
-    return PhaseResult(last.winner, better)
+    best = last.best if last.best and last.best.arm in arms else next(iter(better), None)
+    return PhaseResult(last.winner, better, best)
 
 
 def expected_stages(campaign: Campaign, state: CampaignState) -> list[list[dict[str, Any]]]:

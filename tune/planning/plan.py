@@ -28,6 +28,7 @@ class PhaseResult(NamedTuple):
 
     winner: str
     better: Sequence[BetterArm]
+    best: BetterArm | None = None  # the arm that a confirmation compares again
 
 
 def unknown_outcome(trial_id: str) -> TrialOutcome:
@@ -74,6 +75,7 @@ class PlannedPhase:
     seeds: tuple[int, ...]
     swept: Mapping[str, tuple[Any, ...]]
     question: Mapping[str, Any] | None = None  # of its search, see `Search.question`
+    confirms: str | None = None  # the search phase whose best arm it compares again
     proposed: tuple[Overrides, ...] | None = None  # by optuna so far, in order; None if the file determines the arms
     fresh: FreshDraw | None = None  # how `seeds: fresh` was drawn; None for other phases and before the draw
 
@@ -99,6 +101,7 @@ def plan_phase(
     draws: Mapping[tuple[str, str], FreshDraw] = NO_DRAWS,
     *,
     record: SearchRecord | None = None,
+    best: BetterArm | None = None,
     fill: bool = False,
 ) -> PlannedPhase:
     """Plans the trials of `phase`.
@@ -112,11 +115,13 @@ def plan_phase(
         outcome: maps a trial id to its outcome. Optuna proposes the next batch once all earlier trials have one.
         draws: the seeds drawn for phases with `seeds: fresh`, by phase and content; without one, they are provisional.
         record: what the journal says of the phase's search. Arms that optuna has proposed are kept.
+        best: the arm that the phase confirms, if it is a confirmation (see `seeds_to_confirm`).
         fill: adds random arms in place of those that optuna has not proposed yet.
     """
     campaign = replace(campaign, hold=phase.hold or campaign.hold)
     winners = {**winners, **{path: winner.overrides for path, winner in campaign.inherited.items()}}
     rest: dict[str, Any] = {"winners": winners, "better": better, "outcome": outcome, "record": record, "fill": fill}
+    rest |= {"best": best}
     planned = _plan_with_seeds(campaign, phase.with_seeds(phase_seeds(campaign, phase)), **rest)
     if phase.known_seeds is not None:
         return planned
@@ -124,6 +129,14 @@ def plan_phase(
     if draw is None:
         return planned
     return replace(_plan_with_seeds(campaign, phase.with_seeds(draw.seeds), **rest), fresh=draw)
+
+
+def seeds_to_confirm(phase: Phase, best: BetterArm | None, searched: Sequence[int]) -> Phase:
+    """The phase, with a single seed of those that were `searched` if it has nothing to confirm.
+
+    It then has the baseline alone, whose trial is done already.
+    """
+    return phase if phase.confirms is None or best else phase.with_seeds(tuple(searched[:1]))
 
 
 def _plan_with_seeds(
@@ -134,9 +147,13 @@ def _plan_with_seeds(
     better: Mapping[str, Sequence[BetterArm]],
     outcome: Callable[[str], TrialOutcome],
     record: SearchRecord | None,
+    best: BetterArm | None,
     fill: bool,
 ) -> PlannedPhase:
     """Plans the trials of a phase whose seeds and winners are known."""
+    if phase.confirms is not None:
+        specs = [ArmSpec(best.arm, best.overrides)] if best else []
+        return replace(_plan_arms(campaign, phase, winners, specs), confirms=phase.confirms)
     if phase.search is None:
         to_join = [arm.without(phase.pinned) for name in phase.combine for arm in better[name]]
         baseline = baseline_config(campaign, winners[phase.inherit] if phase.inherit else {}, phase.pinned)
@@ -276,13 +293,16 @@ def preview(
     """
     winners: dict[str, Overrides] = {}
     better: dict[str, Sequence[BetterArm]] = {}
+    best: dict[str | None, BetterArm | None] = {}
     phases = []
     for phase in campaign.phases:
         record = (records or {}).get(phase.name)
-        planned = plan_phase(campaign, phase, winners, better, outcome, draws, record=record, fill=True)
+        chosen = best.get(phase.confirms)
+        phase = seeds_to_confirm(phase, chosen, next((p.seeds for p in phases if p.name == phase.confirms), ()))
+        planned = plan_phase(campaign, phase, winners, better, outcome, draws, record=record, best=chosen, fill=True)
         guess = [BetterArm(arm.name, arm.overrides, 0.0) for arm in planned.arms[1:2]]  # the baseline comes first
-        guessed = PhaseResult(guess[0].arm if guess else planned.baseline, guess)
-        winner, better[phase.name] = result(planned) or guessed
+        guessed = PhaseResult(guess[0].arm if guess else planned.baseline, guess, next(iter(guess), None))
+        winner, better[phase.name], best[phase.name] = result(planned) or guessed
         winners[phase.name] = inherited_overrides(planned, winner)
         phases.append(planned)
     return phases

@@ -21,8 +21,8 @@ def find_answer(state: CampaignState, phases: Sequence[PhaseSummary]) -> Answer:
     """Returns the answer of the last phase in which an arm beat the baseline; `phases` are in order.
 
     The answer is confirmed if that phase used fresh seeds and its winner includes the winning settings of an earlier
-    phase. If a later phase tested the same settings again and found no gain, the answer is undecided. A smoke run has
-    no answer.
+    phase, or is the best arm of a search. If a later phase tested the same settings again and found no gain, the answer
+    is undecided. A smoke run has no answer.
     """
     if state.is_smoke:
         return Answer(SMOKE)

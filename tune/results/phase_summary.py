@@ -19,7 +19,10 @@ from tune.storage.state import ArmState, CampaignState, PhaseState
 from tune.storage.summaries import ArmSummary, Objective, PhaseSummary, Spread, TrialCounts, TrialRecord
 
 EDGE = 0.1  # share of a search's range, at either end, in which the winner gets a warning
-ONLY_BASELINE = "there is nothing to compare: its only arm is the baseline itself"
+ALONE = {  # why a phase has only a baseline, by whether it confirms a search
+    True: "no arm of the search has a better mean than the baseline, so there is nothing to confirm",
+    False: "there is nothing to compare: its only arm is the baseline itself",
+}
 RESULT_FIELDS = ("trial_id", "config", "status", "metrics", "error", "attempt", "started_at", "seconds", "provenance")
 AVERAGED = (
     "val_bpb",
@@ -95,7 +98,7 @@ def summarize_phase(state: CampaignState, phase: PhaseState) -> PhaseSummary:
         arms=arms,
         baseline=phase.baseline,
         winner=None if missing else judgement.winner,
-        why=smoke + prefix + judgement.why if len(arms) > 1 else ONLY_BASELINE,
+        why=smoke + prefix + judgement.why if len(arms) > 1 else ALONE[phase.confirms is not None],
         noise=judgement.noise,
         confirmation=phase.fresh.look if phase.fresh else 0,
         warnings=(

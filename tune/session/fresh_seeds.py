@@ -7,7 +7,7 @@ from typing import Any
 
 from tune import format as fmt
 from tune.analysis.power import POWER, Design, power
-from tune.planning.plan import PlannedPhase, trial_work
+from tune.planning.plan import PlannedPhase, inherited_overrides, trial_work
 from tune.planning.seeds import (
     content_of,
     draw_seeds,
@@ -143,6 +143,8 @@ def winners_to_confirm(
     winners = {name: done.winner_overrides for name, done in state.phases.items() if done.winner}
     winners |= {path: winner.overrides for path, winner in campaign.inherited.items()}
     found = [dict(winners[arm.inherit]) for arm in phase.arms if arm.inherit in winners]
+    if phase.confirms and (best := state.phases[phase.confirms].best):
+        found.append(dict(inherited_overrides(planned, planned.baseline)) | dict(best.overrides))
     return tuple(one for one in found if one and not one.items() <= dict(planned.base).items())
 
 
@@ -178,6 +180,8 @@ def phases_of_winners(
     """For each arm of `phase` with a winner of its own: the finished phases that led to this winner, newest first."""
     inherit = {other.name: other.inherit or "" for other in campaign.phases}
     found: dict[str, list[PhaseSummary]] = {}
+    if phase.confirms and phase.confirms in summaries:
+        found[phase.confirms] = [summaries[phase.confirms]]
     for arm in phase.arms:
         name = arm.inherit or ""
         while name in summaries and name != phase.inherit:

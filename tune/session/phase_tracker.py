@@ -9,6 +9,7 @@ from ngpt.training.state import Metrics
 from tune import format as fmt
 from tune.analysis.asha import RUNG_REACHED, Asha
 from tune.machine.throughput import measure_for_equal_time
+from tune.planning.confirmation import best_arm
 from tune.planning.equal_time import step_time_key
 from tune.planning.forecast import (
     expected_phases,
@@ -18,7 +19,14 @@ from tune.planning.forecast import (
     stops_early,
     with_shifts_of,
 )
-from tune.planning.plan import PlannedPhase, PlannedTrial, configs_to_time, inherited_overrides, plan_phase
+from tune.planning.plan import (
+    PlannedPhase,
+    PlannedTrial,
+    configs_to_time,
+    inherited_overrides,
+    plan_phase,
+    seeds_to_confirm,
+)
 from tune.results.answer import settings_text
 from tune.results.summary import write_phase
 from tune.session.fresh_seeds import SeedKeeper
@@ -139,6 +147,9 @@ class PhaseTracker:
         return has_changed
 
     def _plan(self, phase: Phase) -> None:
+        if phase.confirms:
+            searched = self._state.phases[phase.confirms]
+            phase = seeds_to_confirm(phase, searched.best, searched.seeds)
         planned = self._expand(phase)
         if (phase.hold or self.campaign.hold) == "seconds":
             self._measure_speeds(planned)
@@ -171,7 +182,8 @@ class PhaseTracker:
         better = {name: done.better for name, done in self._state.phases.items() if done.winner}
         record = self._state.searches.get(phase.name)
         draws = {**self._state.draws, **self._draws}
-        return plan_phase(self.campaign, phase, self._winners(), better, self._state.outcome, draws, record=record)
+        options = {"record": record, "best": self._state.phases[phase.confirms].best if phase.confirms else None}
+        return plan_phase(self.campaign, phase, self._winners(), better, self._state.outcome, draws, **options)
 
     def _discard_unusable(self, planned: PlannedPhase) -> None:
         """Discards trials of other code that nobody knew this phase would need."""
@@ -204,6 +216,9 @@ class PhaseTracker:
         sign = 1 if self.campaign.metric.goal == "maximize" else -1
         deltas = [(arm, arm.delta) for arm in summary.arms if arm.verdict == "better"]
         better = [asdict(BetterArm(arm.arm, arm.overrides, sign * delta.mean)) for arm, delta in deltas if delta]
+        overrides = {arm.arm: arm.overrides for arm in summary.arms}
+        best = best_arm(summary.arms, overrides, winner=summary.winner, baseline=phase.baseline)
+        result["best"] = asdict(best) if best and phase.question else None
         self._append("phase_finished", phase=phase.name, **result, better=better, why=summary.why)
         self._message(f"phase {phase.name}: {summary.why}")
 

@@ -11,6 +11,7 @@ from ngpt.config.base import ConfigError, Location, Problem, is_identity, unknow
 from ngpt.config.overrides import named_settings
 from ngpt.training.config import TrainConfig
 from tune import format as fmt
+from tune.spec.confirmation import confirmation_of, is_confirmed_by, read_confirm
 from tune.spec.reading import (
     LocatedSettings,
     Reading,
@@ -54,7 +55,7 @@ def read_phases(data: Mapping[str, Any], seeds: SeedRule, folder: Path) -> Readi
     for raw, at in raw_phases:
         phase = yield from reader.read(raw, at)
         phases += [phase] if phase else []
-    return PhasesInFile(phases, reader.references, reader.winners)
+    return PhasesInFile((yield from reader.with_confirmations(phases)), reader.references, reader.winners)
 
 
 def _raw_phases(data: Mapping[str, Any]) -> Reading[list[tuple[Any, Location]]]:
@@ -85,6 +86,7 @@ class _PhaseReader:
     folder: Path
     references: dict[tuple[str, str], Location] = field(default_factory=dict)
     winners: dict[str, tuple[InheritedWinner, Location]] = field(default_factory=dict)
+    _confirm: dict[str, tuple[SeedRule, Location]] = field(default_factory=dict)  # seeds of confirmations, by search
     _n_trials: int = 0
     _used_names: set[str] = field(default_factory=set)
 
@@ -116,6 +118,8 @@ class _PhaseReader:
             combine = yield from self._combine(name, raw[kind], where)
         elif kind == "search":
             arms, search, question = yield from self._search(raw[kind], where, n_seeds)
+            if confirm := (yield from read_confirm(raw[kind], where, seeds)):
+                self._confirm[name] = confirm, where
         else:
             listed, wrong = collect(self._listed_arms(name, kind, raw[kind], where, n_seeds))
             arms, swept = listed or ([], {})
@@ -129,6 +133,22 @@ class _PhaseReader:
             yield Problem((*where, "method"), f"{text}; use `method: random`, or a list of seeds")
         kind_of_phase = (swept, combine, search, hold, stops_early, origins, question)
         return Phase(name, inherit, pinned_values, arms, seeds, *kind_of_phase, "seeds" in raw)
+
+    def with_confirmations(self, phases: Sequence[Phase]) -> Reading[list[Phase]]:
+        """Adds the confirmation of each search after its phase, unless another phase confirms it."""
+        all_phases: list[Phase] = []
+        for phase in phases:
+            all_phases.append(phase)
+            rule, at = self._confirm.get(phase.name, ((), ()))
+            if not rule or phase.question is None or is_confirmed_by(phase, phases):
+                continue
+            added = confirmation_of(phase, rule)
+            if added.name.lower() in self._used_names:
+                text = f"its confirmation would be named {added.name!r} like another phase"
+                yield Problem(at, f"{text}; rename that phase, or write `confirm: false` here")
+            if (yield from self._count("2", 2, count_seeds(rule), at)):
+                all_phases.append(added)
+        return all_phases
 
     def _name(self, raw: Mapping[str, Any], at: Location) -> Reading[str]:
         if "name" not in raw:

@@ -132,6 +132,7 @@ class Phase:
     origins: Mapping[str, Location] = field(default_factory=dict, compare=False)  # where each pinned setting is written
     question: Mapping[str, Any] | None = None  # of its search, optuna or random; see `Search.question`
     has_own_seeds: bool = False  # whether the phase has `seeds:`; otherwise they are the campaign's
+    confirms: str | None = None  # the search phase whose best arm this phase compares again, on fresh seeds
     seed_shift: int = 0  # added to the seeds of a phase that starts from a winner (tune/spec/inherited_seeds.py)
 
     @property
@@ -150,7 +151,11 @@ class Phase:
     @property
     def sources(self) -> set[str]:
         """The phases whose results this one uses; those in other results directories by their paths."""
-        return {name for name in (self.inherit, *self.combine, *(arm.inherit for arm in self.arms)) if name}
+        return {name for name in self._named if name}
+
+    @property
+    def _named(self) -> tuple[str | None, ...]:
+        return (self.inherit, self.confirms, *self.combine, *(arm.inherit for arm in self.arms))
 
     @property
     def needs(self) -> set[str]:

@@ -19,7 +19,7 @@ from tune.spec.reading import LocatedSettings, Reading, collect, repeated
 from tune.spec.sweeps import ArmSpec, Axis
 
 METHODS = ("random", "optuna")
-KEYS = ("method", "trials", "space", "seed", "parallel")
+KEYS = ("method", "trials", "space", "seed", "parallel", "confirm")
 PARALLEL = 4  # default number of arms per batch that optuna proposes
 DIGITS = 4  # significant digits of a value drawn from an interval
 MAX_BOUND = 1e300  # magnitude of an interval's ends

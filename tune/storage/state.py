@@ -45,6 +45,8 @@ class PhaseState:
     winner: str | None = None  # known once the phase is finished
     winner_overrides: Overrides = field(default_factory=dict)
     better: list[BetterArm] = field(default_factory=list)  # known with the winner
+    best: BetterArm | None = None  # of a search, known with the winner: the arm to confirm, if any
+    confirms: str | None = None  # the search phase whose best arm it compares again on fresh seeds
     fresh: FreshDraw | None = None  # how `seeds: fresh` was drawn; None for other phases
     seen: tuple[int, ...] = ()  # listed seeds of a phase that confirms a winner, which were looked at before
     tells_fresh: bool = True  # False in journals that do not say how seeds were chosen
@@ -64,7 +66,7 @@ class PhaseState:
             lists = {"seeds": tuple(event["seeds"]), "confirms": tuple(fresh["confirms"])}
             fresh = FreshDraw(**{**fresh, **lists, "prior": tuple(prior) if prior else None})
         plan |= {"fresh": fresh, "seen": tuple(event.get("seen", ())), "tells_fresh": "fresh" in event}
-        return cls(name=event["phase"], arms=arms, space=space, **plan)
+        return cls(name=event["phase"], arms=arms, space=space, confirms=event.get("confirms"), **plan)
 
     @property
     def trial_ids(self) -> list[str]:
@@ -189,6 +191,7 @@ class CampaignState:
                 phase = self.phases[event["phase"]]
                 phase.winner, phase.winner_overrides = event["winner"], event["winner_overrides"]
                 phase.better = [BetterArm(**arm) for arm in event.get("better", [])]
+                phase.best = BetterArm(**event["best"]) if event.get("best") else None
             case "campaign_ended":
                 self.status, self.ended, self.running = event["status"], True, {}
                 self._add_session(event["seconds"])

@@ -152,7 +152,7 @@ def test_a_trial_that_may_not_be_stopped_still_counts_for_others() -> None:
 
 SEARCH = """
   - name: find
-    search: {method: random, trials: 8, seed: 0, space: {alpha: {uniform: [0.05, 0.5]}}}
+    search: {method: random, confirm: false, trials: 8, seed: 0, space: {alpha: {uniform: [0.05, 0.5]}}}
   - name: check
     inherit: find
     vary: {project_every: [3]}
@@ -306,7 +306,7 @@ def test_a_trial_that_another_phase_needs_is_not_stopped(tmp_path: Path, corpus:
   - name: sweep
     vary: {alpha: [0.05, 0.1, 0.15, 0.2]}
   - name: find
-    search: {method: random, trials: 4, seed: 0, space: {alpha: {choice: [0.05, 0.1, 0.15, 0.2]}}}
+    search: {method: random, confirm: false, trials: 4, seed: 0, space: {alpha: {choice: [0.05, 0.1, 0.15, 0.2]}}}
 early_stop: {reduction: 2, first: 2}
 """
     summary = finish(write_file(tmp_path, corpus, phases=phases, steps=8, every=2), tmp_path / "r")
@@ -316,7 +316,7 @@ early_stop: {reduction: 2, first: 2}
 def test_a_later_phase_finishes_the_trials_that_a_search_stopped(tmp_path: Path, corpus: Path) -> None:
     phases = """
   - name: find
-    search: {method: random, trials: 4, seed: 0, space: {alpha: {choice: [0.05, 0.1, 0.15, 0.2]}}}
+    search: {method: random, confirm: false, trials: 4, seed: 0, space: {alpha: {choice: [0.05, 0.1, 0.15, 0.2]}}}
   - name: all
     vary: {alpha: [0.05, 0.1, 0.15, 0.2]}
     inherit: find
@@ -345,7 +345,7 @@ def test_a_real_campaign_stops_the_worst_learning_rates_and_resumes_unchanged(tm
     """The worst of the learning rates fall behind by far more than the noise."""
     phases = """
   - name: find
-    search: {method: random, trials: 6, seed: 3, space: {optim.lr: {log: [1e-5, 1e-1]}}}
+    search: {method: random, confirm: false, trials: 6, seed: 3, space: {optim.lr: {log: [1e-5, 1e-1]}}}
 early_stop: {reduction: 2, first: 3}
 """
     file = write_file(tmp_path, corpus, phases=phases, seeds="[1]", steps=12, every=3)
@@ -367,7 +367,8 @@ early_stop: {reduction: 2, first: 3}
 
 # ---- invalid rules -------------------------------------------------------------------------------------------------
 
-FIND = "\n  - name: find\n    search: {method: random, trials: 3, seed: 0, space: {alpha: {uniform: [0.1, 0.5]}}}"
+SPACE = "{alpha: {uniform: [0.1, 0.5]}}"
+FIND = f"\n  - name: find\n    search: {{method: random, confirm: false, trials: 3, seed: 0, space: {SPACE}}}"
 
 
 @pytest.mark.parametrize(

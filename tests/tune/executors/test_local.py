@@ -160,7 +160,7 @@ def test_a_stopped_group_resumes_each_trial_where_it_was(
 
 
 def test_early_stopping_ends_one_trial_of_a_group_and_the_others_continue(tmp_path: Path, corpus: Path) -> None:
-    search = "{method: random, trials: 7, seed: 3, space: {optim.lr: {log: [1e-5, 1e-1]}}}"
+    search = "{method: random, confirm: false, trials: 7, seed: 3, space: {optim.lr: {log: [1e-5, 1e-1]}}}"
     phases = f"\n  - name: find\n    search: {search}\nearly_stop: {{reduction: 2, first: 3}}\n"
     file = vectorised(write_file(tmp_path, corpus, phases=phases, seeds="[1]", steps=12, every=3))
     assert train_all(file, tmp_path / "out").status == "finished"

@@ -323,7 +323,7 @@ def test_the_error_of_ray_tells_whether_it_killed_a_worker_for_lack_of_memory(
 
 
 def test_an_early_stopped_trial_is_recorded_once_and_is_not_a_dead_worker(tmp_path: Path, corpus: Path) -> None:
-    search = "{method: random, trials: 2, seed: 0, space: {alpha: {uniform: [0.1, 0.5]}}}"
+    search = "{method: random, confirm: false, trials: 2, seed: 0, space: {alpha: {uniform: [0.1, 0.5]}}}"
     phases = f"\n  - name: find\n    search: {search}\nearly_stop: {{reduction: 2, first: 3}}\n"
     cluster: Any = SimpleNamespace(workers=3, per_trial={})
     with session_on(write_file(tmp_path, corpus, phases=phases, seeds="[1]"), tmp_path / "tiny") as session:
@@ -346,7 +346,7 @@ def test_an_early_stopped_trial_is_recorded_once_and_is_not_a_dead_worker(tmp_pa
 @pytest.mark.slow
 def test_early_stopping_on_ray_ends_trials_and_keeps_the_workers(tmp_path: Path, corpus: Path) -> None:
     """Learning rates from useless to good in a real campaign; a stopped trial makes room for the next."""
-    search = "{method: random, trials: 8, seed: 3, space: {optim.lr: {log: [1e-5, 1e-1]}}}"
+    search = "{method: random, confirm: false, trials: 8, seed: 3, space: {optim.lr: {log: [1e-5, 1e-1]}}}"
     phases = f"\n  - name: find\n    search: {search}\nearly_stop: {{reduction: 2, first: 3}}\n"
     run = start(write_file(tmp_path, corpus, phases=phases, seeds="[1]", steps=24, every=3), tmp_path / "out")
     try:
@@ -434,7 +434,7 @@ def test_a_dead_worker_counts_for_each_trial_of_its_group(tmp_path: Path, corpus
 def test_an_early_stopped_trial_of_a_group_is_recorded_and_its_worker_asked_to_drop_it(
     tmp_path: Path, corpus: Path
 ) -> None:
-    search = "{method: random, trials: 2, seed: 0, space: {alpha: {uniform: [0.1, 0.5]}}}"
+    search = "{method: random, confirm: false, trials: 2, seed: 0, space: {alpha: {uniform: [0.1, 0.5]}}}"
     phases = f"\n  - name: find\n    search: {search}\nearly_stop: {{reduction: 2, first: 3}}\n"
     cluster: Any = SimpleNamespace(workers=1, per_trial={})
     file = write_file(tmp_path, corpus, phases=phases, seeds="[1]", vectorise=3)

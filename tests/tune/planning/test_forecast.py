@@ -66,7 +66,8 @@ def test_the_winner_is_judged_by_the_present_rules(tmp_path: Path, file: Path) -
     file.write_text(file.read_text().replace("seeds:", "min_effect: 3\nseeds:", 1))
     campaign = load_campaign(file)
     first, second = expected_phases(campaign, state)
-    assert known_result(campaign, state, first) == ("alpha=0.05", []) and second.base == {"model.alpha": 0.05}
+    result = known_result(campaign, state, first)
+    assert result and (result.winner, result.better) == ("alpha=0.05", []) and second.base == {"model.alpha": 0.05}
 
 
 def test_the_last_winner_is_assumed_while_an_added_seed_is_trained(tmp_path: Path, file: Path) -> None:
@@ -127,7 +128,7 @@ def test_trials_that_cannot_be_planned_yet_are_expected_in_stages(tmp_path: Path
 def test_arms_that_optuna_has_not_proposed_yet_are_expected(tmp_path: Path, corpus: Path) -> None:
     pytest.importorskip("optuna")
     space = "space: {optim.lr: {log: [1e-3, 1e-1]}}"
-    search = f"\n  - name: s\n    search: {{method: optuna, trials: 30, {space}}}\n"
+    search = f"\n  - name: s\n    search: {{method: optuna, confirm: false, trials: 30, {space}}}\n"
     state = after(write_file(tmp_path, corpus, phases=search), tmp_path / "r", most=1)
     n = len(state.phases["s"].arms)
     assert 1 < n < 31

@@ -24,6 +24,7 @@ PHASES = """
   - name: tpe
     search:
       method: optuna
+      confirm: false
       trials: 7
       parallel: 3
       space: {alpha: {uniform: [0.05, 0.5]}, optim.lr: {log: [1e-3, 1e-1]}, batch_size: {choice: [3, 4]}}

@@ -19,6 +19,7 @@ from ngpt.config.base import build, flatten, is_identity, override, settings
 from ngpt.training.config import TrainConfig
 from ngpt.training.tracker import TrackerConfig
 from tune.planning.plan import (
+    PhaseResult,
     PlannedPhase,
     arm_config,
     inherited_overrides,
@@ -216,7 +217,7 @@ def test_a_preview_assumes_that_the_first_arm_wins_until_a_winner_is_known(load:
     campaign = load(BASE + CHAIN)
     guessed = {phase.name: phase for phase in preview(campaign)}
     assert guessed["c"].base == {"model.alpha": 0.5, "optim.lr": 1}
-    known = {"a": ("baseline", ()), "b": ("lr=2", ())}
+    known = {"a": PhaseResult("baseline", ()), "b": PhaseResult("lr=2", ())}
     certain = {phase.name: phase for phase in preview(campaign, lambda phase: known.get(phase.name))}
     assert certain["c"].base == {"optim.lr": 2}
 

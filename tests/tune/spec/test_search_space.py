@@ -21,6 +21,7 @@ base: {n_layer: 1, n_head: 2, n_embd: 16, block_size: 8, steps: 10, batch_size: 
 search:
   trials: TRIALS
   space: SPACE
+  confirm: false
 """
 SPACE = "{optim.lr: {log: [1e-4, 1e-2]}, alpha: {uniform: [0.05, 0.5]}, n_layer: {choice: [4, 6]}}"
 

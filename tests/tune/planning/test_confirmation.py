@@ -1,0 +1,126 @@
+"""The best arm of a search is compared with the baseline again, and that decides the answer."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.tiny_campaign import begun, drive, pretend, session_on, write_file
+from tune.campaign import load_campaign
+from tune.machine.estimate import estimate
+from tune.planning.confirmation import best_arm
+from tune.storage.records import BetterArm
+from tune.storage.summaries import ArmSummary, CampaignSummary, Delta
+from tune.trials.trial import TrialResult, TrialSpec
+
+PHASES = """
+  - name: tune
+    set: {project_every: 2}
+    search: {trials: 3, space: {alpha: {choice: [0.1, 0.2, 0.3]}}}
+  - name: after
+    inherit: tune
+    vary: {project_every: [3]}
+"""
+
+Run = Callable[[Callable[[TrialSpec], TrialResult]], CampaignSummary]
+
+
+@pytest.fixture
+def run(tmp_path: Path, corpus: Path, no_report: None) -> Run:
+    """Runs a campaign with results of a function; may be called again to resume it."""
+    file = write_file(tmp_path, corpus, phases=PHASES, seeds="[1, 2, 3]")
+
+    def run(result_of: Callable[[TrialSpec], TrialResult]) -> CampaignSummary:
+        with session_on(file, tmp_path / "tiny") as session:
+            drive(begun(session), result_of)
+            return session.end()
+
+    return run
+
+
+def with_loss(spec: TrialSpec, loss: float) -> TrialResult:
+    result = pretend(spec)
+    return replace(result, metrics=result.metrics | {"val_loss": loss})
+
+
+def wobble(spec: TrialSpec) -> float:
+    """Noise of mean 0 that differs between the arms."""
+    return 0.02 * (spec.seed * (2 + round(spec.config.model.alpha * 20)) % 5 - 2)
+
+
+def test_a_plan_shows_it(tmp_path: Path, corpus: Path) -> None:
+    campaign = load_campaign(write_file(tmp_path, corpus, phases=PHASES, seeds="[1, 2, 3]"))
+    rows = {row.phase: row for row in estimate(campaign, tmp_path / "tiny").phases}
+    assert list(rows) == ["tune", "tune-confirm", "after"]
+    row = rows["tune-confirm"]
+    assert (row.arms, row.seeds, row.trials, row.guessed) == (2, 4, 8, True)
+
+
+def test_a_winner_that_holds_on_fresh_seeds_is_confirmed(run: Run) -> None:
+    summary = run(pretend)
+    search, confirmation, _ = summary.phases
+    assert [arm.arm for arm in confirmation.arms] == ["alpha=0.3", "baseline"]
+    assert confirmation.base == search.base == {"project_every": 2}
+    assert not set(confirmation.seeds) & set(search.seeds)
+    assert (summary.answer.phase, summary.answer.confirmed) == ("tune-confirm", True)
+    assert summary.answer.sentence.startswith("Use alpha=0.3: it lowers val_loss by ")
+    assert " unseen seeds" in summary.answer.sentence
+
+
+def test_a_resume_trains_nothing_again(run: Run) -> None:
+    first = run(pretend)
+    again = run(lambda spec: pytest.fail(f"{spec.name} was trained again"))
+    assert again.answer == first.answer and len(again.phases) == 3
+
+
+def test_a_winner_that_fresh_seeds_do_not_show_is_no_answer(run: Run) -> None:
+    def lucky(spec: TrialSpec) -> TrialResult:
+        gain = spec.config.model.alpha if spec.seed <= 3 else 0.0
+        return with_loss(spec, 5.0 - gain + 0.1 * wobble(spec))
+
+    answer = run(lucky).answer
+    assert answer.sentence.startswith("Undecided: alpha=0.3 lowers val_loss by ")
+    assert "but phase tune-confirm does not confirm it" in answer.sentence
+
+
+def test_the_best_arm_is_confirmed_even_if_the_search_could_not_tell(run: Run) -> None:
+    def unclear(spec: TrialSpec) -> TrialResult:
+        noise = wobble(spec) * (20 if spec.phase == "tune" else 0.1)
+        return with_loss(
+            spec, 5.0 - 0.05 * (spec.config.model.alpha == 0.2) + noise - 0.3 * (spec.config.model.alpha == 0.2)
+        )
+
+    summary = run(unclear)
+    assert summary.phases[0].winner == "baseline"
+    assert summary.phases[1].winner == "alpha=0.2"
+    assert (summary.answer.overrides, summary.answer.confirmed) == ({"model.alpha": 0.2}, True)
+
+
+def test_without_an_arm_above_the_baseline_nothing_is_trained(run: Run) -> None:
+    trained = []
+
+    def worse(spec: TrialSpec) -> TrialResult:
+        trained.append(spec.phase)
+        return with_loss(spec, 5.0 + (spec.config.model.alpha if spec.arm != "baseline" else 0.0) + wobble(spec) / 100)
+
+    summary = run(worse)
+    assert "tune-confirm" not in trained
+    assert summary.phases[1].why == (
+        "no arm of the search has a better mean than the baseline, so there is nothing to confirm"
+    )
+
+
+def test_the_winner_comes_before_an_arm_of_a_better_mean() -> None:
+    arms = [
+        ArmSummary("a", verdict="undecided", delta=Delta(-0.3)),
+        ArmSummary("b", verdict="better", delta=Delta(-0.2)),
+        ArmSummary("baseline", verdict="baseline"),
+        ArmSummary("c", verdict="diverged"),
+    ]
+    overrides = {arm.arm: {"x": arm.arm} for arm in arms}
+    best = best_arm(arms, overrides, winner="b", baseline="baseline")
+    assert best == BetterArm("b", {"x": "b"}, 0.2)
+    best = best_arm(arms, overrides, winner="baseline", baseline="baseline")
+    assert best == BetterArm("a", {"x": "a"}, 0.3)
+    assert best_arm(arms[2:], overrides, winner="baseline", baseline="baseline") is None
