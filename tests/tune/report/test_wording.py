@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from tune import format as fmt
+from tune.report.markdown import render_markdown
 from tune.report.wording import (
     campaign_counts,
     cost,
@@ -14,6 +15,7 @@ from tune.report.wording import (
     mean_interval,
     next_step,
     noise,
+    selection,
     trial_counts,
     varied,
     verdict,
@@ -135,11 +137,19 @@ def campaign(seeds: int = 2, **answer: Any) -> CampaignSummary:
 
 
 def test_the_next_step_fits_the_state_of_the_campaign() -> None:
-    assert "fresh 5" in next_step(campaign())
+    assert "`seeds: fresh`" in next_step(campaign())
     assert "change `vary:`" in next_step(campaign(confirmed=True))
     assert "Run the same command again" in next_step(replace(campaign(), status="interrupted"))
     assert "tries those trials again" in next_step(replace(campaign(), trials=TrialCounts(failed=1)))
     assert "Raise `budget:`" in next_step(replace(campaign(), left_out={"a": 1}))
+
+
+def test_the_effect_after_selection_is_shown_until_the_winner_is_confirmed() -> None:
+    assert selection(-0.0812) == "about -0.081, as the best of several arms is partly lucky"
+    assert selection(None) == ""
+    shown = render_markdown(campaign(shrunken=-0.08))
+    assert "- After allowing for selection: about -0.08, as the best of several arms is partly lucky" in shown
+    assert "selection" not in render_markdown(campaign(confirmed=True)).partition("## ")[0]
 
 
 def test_without_a_winner_the_next_step_names_the_seeds_that_would_decide() -> None:

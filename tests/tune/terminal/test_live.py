@@ -196,7 +196,7 @@ def test_the_seeds_that_an_undecided_arm_needs_are_shown_where_there_is_room() -
 def test_final_screen_ends_with_the_answer_the_report_and_what_to_do_next() -> None:
     text = " ".join(printed(final_screen(campaign(), report=REPORT), 120))
     order = ["is better by", "Use alpha=0.15.", "not distinguishable", "12 trials", "two torch versions"]
-    order += [str(REPORT), "fresh 5"]
+    order += [str(REPORT), "seeds: fresh"]
     places = [text.rindex(part) for part in order]
     assert places == sorted(places)
     assert text.count("edge of the range") == 1
