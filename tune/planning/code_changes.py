@@ -3,7 +3,8 @@
 Code is part of a result: an edited formula makes the old numbers those of another experiment. So nothing that other
 code computed is reused in silence. The run stops and names the files; `--retrain` trains such trials anew, `--keep`
 reuses them and marks it in the report. What counts as other code is decided for each trial by its settings, see
-ngpt/system/code_digest.py. A checkpoint of an unfinished trial counts like a result.
+ngpt/system/code_digest.py. A checkpoint of an unfinished trial counts like a result. `--retrain` also gives back the
+curve and the model of a trial whose folder was removed.
 """
 
 from collections import Counter, defaultdict
@@ -23,6 +24,7 @@ from tune.storage.journal import read_journal
 from tune.storage.state import DONE, CampaignState, replay
 
 RETRAIN, KEEP = "--retrain", "--keep"
+LOST = "its folder is gone"
 MAX_LISTED_ARMS = 4
 
 
@@ -46,6 +48,7 @@ class CodeChanges:
     differing: tuple[OldTrial, ...] = ()
     accepted: tuple[OldTrial, ...] = ()  # they differ, but `--keep` has accepted that in an earlier run
     unknown: tuple[OldTrial, ...] = ()
+    lost: tuple[OldTrial, ...] = ()  # the code is the same, but the trial's folder is gone
     unneeded: tuple[OldTrial, ...] = ()  # they differ, and no phase needs them, as far as is known now
     inherited: tuple[str, ...] = ()  # a line for each inherited winner that other code has chosen
 
@@ -93,6 +96,8 @@ def find_code_changes(campaign: Campaign, state: CampaignState, root: Path, code
         if result["status"] in DONE:
             version = result["provenance"].get("code_sha256")
             kind, changed = compare.of_result(result)
+            if kind == "same" and not (root / "trials" / trial_id).is_dir():
+                kind, changed = "lost", (LOST,)
             found[kind].append(OldTrial(trial_id, arms.get(trial_id, ()), version, changed, True))
     for trial_id, version in state.code_of_start.items():
         is_done = state.results.get(trial_id, {}).get("status") in DONE
@@ -105,6 +110,7 @@ def find_code_changes(campaign: Campaign, state: CampaignState, root: Path, code
         differing=tuple(trial for trial in found["differs"] if trial.arms),
         accepted=tuple(found["accepted"]),
         unknown=tuple(trial for trial in found["unknown"] if trial.arms),
+        lost=tuple(trial for trial in found["lost"] if trial.arms),
         unneeded=tuple(trial for trial in found["differs"] if not trial.arms),
         inherited=tuple(_inherited(campaign, code)),
     )
@@ -121,12 +127,8 @@ def decide(changes: CodeChanges, *, retrain: Sequence[str] | None, keep: bool) -
         ConfigError: trials of other code are neither trained anew nor kept, or `retrain` names an unknown arm.
     """
     _check_arms(retrain or (), changes.arms)
-    known = (*changes.differing, *changes.accepted)
-    discarded = [
-        trial
-        for trial in (*known, *changes.unknown)
-        if retrain is not None and trial.arms and _is_named(trial, retrain)
-    ]
+    retrainable = (*changes.differing, *changes.accepted, *changes.unknown, *changes.lost)
+    discarded = [trial for trial in retrainable if retrain is not None and _is_named(trial, retrain)]
     gone = {trial.trial_id for trial in discarded}
     differing, accepted, unknown, unneeded = (
         [trial for trial in trials if trial.trial_id not in gone]
@@ -207,7 +209,9 @@ def _check_arms(names: Iterable[str], arms: Sequence[str]) -> None:
 
 
 def _is_named(trial: OldTrial, names: Sequence[str]) -> bool:
-    return not names or any(name in (arm, arm.partition("/")[2]) for arm in trial.arms for name in names)
+    """Whether an arm of the trial is among `names`, which may be empty for all; a trial without an arm is not."""
+    wanted = [arm for arm in trial.arms if not names or arm in names or arm.partition("/")[2] in names]
+    return bool(wanted)
 
 
 def _summaries(trials: Iterable[OldTrial]) -> Iterator[str]:

@@ -25,7 +25,7 @@ READERS = 4  # threads that check digests
 REBUILD = "python run_campaign.py report rebuilds it"
 REWRITE = "run the campaign's command again to rewrite it"
 BACKUP = "it can only be restored from a backup"
-TRIAL_LOST = "its record is in the journal; its curve and its model are lost"
+TRIAL_LOST = "its record is in the journal; its curve and its model are lost, unless --retrain trains it anew"
 ROWS_LOST = "the result in the journal stands; the curve cannot be repaired"
 LEFTOVER = "temporary file of a process that was killed; safe to remove"
 

@@ -326,7 +326,7 @@ class Session:
             self._append("code_version", code_sha256=self.code.digest, files=self.code.meanings)
         decision = self._code_decision
         if decision.discarded:
-            self._append("trials_discarded", trial_ids=list(decision.discarded), reason="their code has changed")
+            self._append("trials_discarded", trial_ids=list(decision.discarded), reason="--retrain")
         is_new = decision.versions or decision.continued.keys() - self.state.mixed_code.keys()
         if is_new or decision.kept != self.state.kept_code:
             self._append_kept(decision.kept, continued=decision.continued, versions=decision.versions)

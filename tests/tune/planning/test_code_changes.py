@@ -293,6 +293,17 @@ def test_a_trial_that_a_later_phase_turns_out_to_need_is_not_reused_either(
     assert f"phase projection: other code trained {len(later)} trials of it; trained anew" in third.messages
 
 
+def test_retrain_gives_back_a_trial_whose_folder_was_removed(file: Path, root: Path) -> None:
+    run(file, root)
+    lost = next(event["trial_id"] for event in events(root, "trial_finished") if event["arm"] == "residual=lerp")
+    shutil.rmtree(root / "trials" / lost)
+    assert run(file, root).arms == []
+    again = run(file, root, retrain=[])
+    assert again.arms == ["rule/residual=lerp"]
+    assert again.lines == ("trained anew: its folder is gone: 1 result of rule/residual=lerp",)
+    assert run(file, root, retrain=[]).arms == [] and (root / "trials" / lost).is_dir()
+
+
 # ---- keep ----------------------------------------------------------------------------------------------------------
 
 
