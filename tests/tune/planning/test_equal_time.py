@@ -65,6 +65,7 @@ def test_a_slower_arm_gets_proportionally_fewer_steps(file: Path, tmp_path: Path
         ("size", "n_layer=1"): 60,
         ("size", "n_layer=4"): 15,
         ("size", "alpha=0.3"): 30,
+        ("width", "baseline"): 60,  # one layer again, on other seeds
         ("width", "batch_size=2"): 120,  # half of the tokens in a step, on top of one layer
         ("width", "optim.name=muon"): 30,
     }
