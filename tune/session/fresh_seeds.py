@@ -162,7 +162,7 @@ def seeds_to_find_again(
     effect the number is FEWEST_FRESH, and it is never above MOST_FRESH.
     """
     needed = [FEWEST_FRESH]
-    n_arms = 1 + sum(bool(arm.inherit or arm.overrides) for arm in phase.arms)
+    n_arms = 1 + bool(phase.confirms) + sum(bool(arm.inherit or arm.overrides) for arm in phase.arms)
     for summaries in found.values():
         winners = [summary.winning_arm for summary in summaries]
         effect = abs(sum(winner.shrunken or 0.0 for winner in winners if winner))

@@ -63,6 +63,7 @@ def test_a_winner_that_holds_on_fresh_seeds_is_confirmed(run: Run) -> None:
     assert [arm.arm for arm in confirmation.arms] == ["alpha=0.3", "baseline"]
     assert confirmation.base == search.base == {"project_every": 2}
     assert not set(confirmation.seeds) & set(search.seeds)
+    assert len(confirmation.seeds) == 4  # enough for an effect far above the noise
     assert (summary.answer.phase, summary.answer.confirmed) == ("tune-confirm", True)
     assert summary.answer.sentence.startswith("Use alpha=0.3: it lowers val_loss by ")
     assert " unseen seeds" in summary.answer.sentence

@@ -66,7 +66,7 @@ def test_a_smoke_run_decides_no_claim(smoked: Path) -> None:
     (claim,) = rebuild(smoked).claims
     assert (claim.verdict, claim.why) == ("no data", "SMOKE: a tiny model and a few steps decide no claim")
     ledger = collect([smoked])
-    assert (ledger.claims[0].verdict, ledger.campaigns[0].campaign) == ("no data", "SMOKE tiny")
+    assert (ledger.claims[0].verdict, ledger.campaigns[0]["campaign"]) == ("no data", "SMOKE tiny")
 
 
 def test_an_older_journal_is_known_by_its_command(smoked: Path) -> None:
