@@ -638,7 +638,7 @@ def test_a_new_sweep_is_a_function_and_an_entry(folder: Path, monkeypatch: pytes
     assert "phases[0].ends: 4 arms x 3000 seeds = 12000 trials" in complaint(f"{file}    seeds: [{seeds}]\n")
 
 
-def test_seeds_until_decided_have_defaults_and_hold_for_the_campaign_or_for_one_phase() -> None:
+def test_seeds_until_decided_have_defaults_and_hold_for_the_campaign_or_for_one_phase(folder: Path) -> None:
     phases = "phases:\n  - {name: a, vary: {lr: [1.0]}}\n"
     phases += "  - {name: b, seeds: {until: decided, start: 2, most: 8, fresh: true}, vary: {lr: [1.0]}}\n"
     campaign = load(f"{GOOD}seeds: {{until: decided}}\n{phases}")

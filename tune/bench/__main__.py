@@ -14,6 +14,7 @@ from ngpt.system.timing import print_metrics
 from tune.bench.campaigns import campaign, scaling
 from tune.bench.confirmations import confirmations
 from tune.bench.packing import packing
+from tune.bench.sequential import sequential
 from tune.bench.verdicts import verdict_table, verdicts
 
 BENCHMARKS: dict[str, Callable[..., dict[str, Any]]] = {
@@ -21,6 +22,7 @@ BENCHMARKS: dict[str, Callable[..., dict[str, Any]]] = {
     "scaling": scaling,
     "packing": packing,
     "confirmations": confirmations,
+    "sequential": sequential,
     "verdicts": verdicts,
 }
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"verdicts": verdict_table}  # what is not one line a metric
@@ -56,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("name", choices=BENCHMARKS)
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
-    parser.add_argument("--trials", type=int, help="campaign, scaling: number of trials")
+    parser.add_argument("--trials", type=int, help="campaign, scaling: number of trials; sequential: of phases")
     parser.add_argument("--seconds", type=float, help="training time per trial; packing: per point of the curve")
     parser.add_argument("--steps", type=int, help="campaign, scaling: steps per trial, instead of --seconds")
     parser.add_argument("--workers", type=int, help="campaign, scaling: number of concurrent trials")
@@ -66,6 +68,9 @@ def _parser() -> argparse.ArgumentParser:
         help="scaling: repetitions of one worker, then several; confirmations: simulated campaigns",
     )
     parser.add_argument("--phases", type=int, help="verdicts: simulated phases for each share")
+    parser.add_argument("--arms", type=int, help="sequential: number of arms, baseline included")
+    parser.add_argument("--start", type=int, help="sequential: seeds of the first round")
+    parser.add_argument("--most", type=int, help="sequential: largest number of seeds of an arm")
     parser.add_argument("--config", type=Path, help="packing: YAML file with settings, as for ngpt.train")
     add_set_option(parser, help="packing: settings")
     return parser

@@ -46,7 +46,7 @@ class Noise:
     def smallest_effect(self, phase: PlannedPhase, campaign: Campaign) -> float | None:
         """The smallest effect that a phase detects with 80 % power; None if it cannot detect any."""
         design = Design(len(phase.arms), self.sd, self.method, campaign.confidence, campaign.min_effect)
-        return smallest_detectable(len(phase.seeds), design)
+        return smallest_detectable(phase.most_seeds or len(phase.seeds), design)
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ class PhaseEstimate:
     disk_bytes: int
     seconds: float
     smallest_detectable: float | None  # effect detected with 80 % power; None if there is none or the noise is unknown
+    most_trials: int | None  # if no arm is decided early; None if the number of trials is fixed
     guessed: bool  # whether the phase depends on a winner that is not known yet
     which_seeds: str = ""  # such as `1001, 1002 and 1003`, or that they are not drawn yet
 
@@ -75,6 +76,7 @@ class Estimate:
     results: str
     phases: list[PhaseEstimate]
     trials: int  # trials shared by several phases count once
+    most_trials: int | None  # of all phases, if no arm is decided early; None if the number is fixed
     to_run: int
     tokens: int
     disk_bytes: int
@@ -149,7 +151,8 @@ def estimate(
             inherit=phase.inherit,
             arms=len(phase.arms),
             seeds=len(phase.seeds),
-            trials=len(phase.arms) * len(phase.seeds),
+            trials=len(list(phase.trials)),
+            most_trials=phase.most_trials if phase.most_trials > len(list(phase.trials)) else None,
             to_run=len(to_run[phase.name]),
             tokens=sum(trial_tokens(config) for config, _ in to_run[phase.name]),
             disk_bytes=sum(_disk_bytes(config) for config, _ in to_run[phase.name]),
@@ -161,11 +164,14 @@ def estimate(
         for phase in phases
     ]
     n_to_run = sum(row.to_run for row in rows)
+    n_trials = len({trial.trial_id for phase in phases for trial in phase.trials})
+    more = [row.most_trials - row.trials for row in rows if row.most_trials]
     return Estimate(
         campaign=campaign.name,
         results=str(root),
         phases=rows,
-        trials=len({trial.trial_id for phase in phases for trial in phase.trials}),
+        trials=n_trials,
+        most_trials=n_trials + sum(more) if more else None,
         to_run=n_to_run,
         tokens=sum(row.tokens for row in rows),
         disk_bytes=sum(row.disk_bytes for row in rows),

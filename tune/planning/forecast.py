@@ -6,15 +6,16 @@ from typing import Any
 
 from ngpt.training.config import TrainConfig
 from tune.analysis.noise import NoisePrior
-from tune.analysis.verdicts import judge
+from tune.analysis.sequential import judge_by_looks
 from tune.planning.confirmation import best_arm
 from tune.planning.equal_time import step_time_key
 from tune.planning.optuna_search import optuna_version
 from tune.planning.plan import PhaseResult, PlannedPhase, preview, trial_flops, trial_work
 from tune.spec.inherited_seeds import keep_shift
 from tune.spec.schema import Campaign
-from tune.storage.records import BetterArm, FreshDraw, SearchRecord, TrialWork
+from tune.storage.records import BetterArm, SearchRecord, TrialWork
 from tune.storage.state import DONE, CampaignState
+from tune.storage.summaries import to_json
 
 
 def phase_planned_event(phase: PlannedPhase) -> dict[str, Any]:
@@ -25,10 +26,11 @@ def phase_planned_event(phase: PlannedPhase) -> dict[str, Any]:
         "base": dict(phase.base),
         "baseline": phase.baseline,
         "seeds": list(phase.seeds),
-        "fresh": _draw_fields(phase.fresh) if phase.fresh else None,
+        "fresh": _draw_fields(phase) if phase.fresh else None,
         "swept": {name: list(values) for name, values in phase.swept.items()},
         "search": _search_record(phase),
         "confirms": phase.confirms,
+        **({"most_seeds": phase.most_seeds, "looks": to_json(phase.looks)} if phase.most_seeds else {}),
         "arms": [
             {
                 "arm": arm.name,
@@ -48,9 +50,11 @@ def _search_record(phase: PlannedPhase) -> dict[str, Any] | None:
     return asdict(SearchRecord([dict(arm) for arm in phase.proposed], dict(phase.question), optuna_version()))
 
 
-def _draw_fields(draw: FreshDraw) -> dict[str, Any]:
-    """The fields of a draw, without its seeds, which the event has anyway."""
-    return {name: value for name, value in asdict(draw).items() if name != "seeds"}
+def _draw_fields(phase: PlannedPhase) -> dict[str, Any]:
+    """The fields of a draw, without its seeds if the event has them anyway; a phase in rounds has not used all yet."""
+    assert phase.fresh is not None
+    is_known = phase.most_seeds is None
+    return {name: value for name, value in asdict(phase.fresh).items() if name != "seeds" or not is_known}
 
 
 def _work(config: TrainConfig) -> TrialWork:
@@ -73,8 +77,9 @@ def known_result(campaign: Campaign, state: CampaignState, phase: PlannedPhase) 
     if not all(has_result(campaign, state, phase.name, trial.trial_id) for trial in phase.trials):
         return None
     name, overrides = campaign.metric.name, {arm.name: arm.overrides for arm in phase.arms}
-    judgement = judge(
+    judgement = judge_by_looks(
         {arm.name: {trial.seed: state.outcome(trial.trial_id, name) for trial in arm.trials} for arm in phase.arms},
+        phase.looks,
         baseline=phase.baseline,
         goal="maximize" if campaign.metric.goal == "maximize" else "minimize",
         confidence=(phase.fresh and phase.fresh.confidence) or campaign.confidence,

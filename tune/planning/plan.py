@@ -9,14 +9,16 @@ from ngpt.config.base import ConfigError, content_hash, override, settings
 from ngpt.data.dataset import fingerprint, order_settings
 from ngpt.model.flops import flops_per_token
 from ngpt.training.config import TrainConfig, resolved, rollback_settings
+from tune.analysis.noise import NoisePrior
+from tune.analysis.sequential import SequentialRule, replay_looks
 from tune.planning.combine import join_better_arms
 from tune.planning.equal_time import step_time_key, steps_of_equal_time
 from tune.planning.optuna_search import arm_score, propose_arms, reusable_arms
 from tune.planning.seeds import content_of, find_draw, phase_seeds
-from tune.spec.schema import Campaign, Phase
+from tune.spec.schema import Campaign, Phase, UntilDecided
 from tune.spec.search_space import random_arms
 from tune.spec.sweeps import BASELINE, ArmSpec
-from tune.storage.records import BetterArm, FreshDraw, SearchRecord, TrialOutcome
+from tune.storage.records import BetterArm, FreshDraw, Look, SearchRecord, TrialOutcome
 from tune.storage.state import Overrides
 
 NOTHING: Mapping[str, Any] = {}
@@ -78,6 +80,8 @@ class PlannedPhase:
     confirms: str | None = None  # the search phase whose best arm it compares again
     proposed: tuple[Overrides, ...] | None = None  # by optuna so far, in order; None if the file determines the arms
     fresh: FreshDraw | None = None  # how `seeds: fresh` was drawn; None for other phases and before the draw
+    most_seeds: int | None = None  # the largest number of seeds of an arm, with `until: decided`
+    looks: tuple[Look, ...] = ()  # with `until: decided`: one after each complete round of seeds
 
     @property
     def identities(self) -> list[str]:
@@ -89,7 +93,15 @@ class PlannedPhase:
         """All trials, seed by seed, so that every arm gets a first result early."""
         for i in range(len(self.seeds)):
             for arm in self.arms:
-                yield arm.trials[i]
+                yield from arm.trials[i : i + 1]
+
+    @property
+    def most_trials(self) -> int:
+        """The number of trials if no arm is decided before its seeds are used up."""
+        if self.most_seeds is None:
+            return sum(len(arm.trials) for arm in self.arms)
+        runs_on = [arm.name for arm in self.arms] if not self.looks else self.looks[-1].runs_on
+        return sum(self.most_seeds if arm.name in runs_on else len(arm.trials) for arm in self.arms)
 
 
 def plan_phase(
@@ -112,7 +124,8 @@ def plan_phase(
     Args:
         winners: overrides of the winners of the phases that this one needs.
         better: arms with the verdict `better`, by phase; a combining phase joins them (tune/planning/combine.py).
-        outcome: maps a trial id to its outcome. Optuna proposes the next batch once all earlier trials have one.
+        outcome: maps a trial id to its outcome. Optuna proposes the next batch once all earlier trials have one, and
+            `until: decided` gives the next seeds.
         draws: the seeds drawn for phases with `seeds: fresh`, by phase and content; without one, they are provisional.
         record: what the journal says of the phase's search. Arms that optuna has proposed are kept.
         best: the arm that the phase confirms, if it is a confirmation (see `seeds_to_confirm`).
@@ -123,12 +136,13 @@ def plan_phase(
     rest: dict[str, Any] = {"winners": winners, "better": better, "outcome": outcome, "record": record, "fill": fill}
     rest |= {"best": best}
     planned = _plan_with_seeds(campaign, phase.with_seeds(phase_seeds(campaign, phase)), **rest)
-    if phase.known_seeds is not None:
-        return planned
-    draw = find_draw(draws, campaign, phase.name, content_of(phase, planned.identities))
-    if draw is None:
-        return planned
-    return replace(_plan_with_seeds(campaign, phase.with_seeds(draw.seeds), **rest), fresh=draw)
+    if phase.known_seeds is None:
+        draw = find_draw(draws, campaign, phase.name, content_of(phase, planned.identities))
+        if draw is not None:
+            planned = replace(_plan_with_seeds(campaign, phase.with_seeds(draw.seeds), **rest), fresh=draw)
+    if isinstance(phase.seeds, UntilDecided):
+        return _rounds_so_far(campaign, phase.seeds, planned, outcome)
+    return planned
 
 
 def seeds_to_confirm(phase: Phase, best: BetterArm | None, searched: Sequence[int]) -> Phase:
@@ -229,6 +243,26 @@ def _plan_arms(
     pinned, baseline_name = dict(phase.pinned), planned[0].name
     asked = (phase.inherit, base, pinned, baseline_name, tuple(planned), seeds, phase.swept, phase.question)
     return PlannedPhase(phase.name, *asked)
+
+
+def _rounds_so_far(
+    campaign: Campaign, seeds: UntilDecided, full: PlannedPhase, outcome: Callable[[str], TrialOutcome]
+) -> PlannedPhase:
+    """The rounds of seeds that the outcomes allow; `full` has all seeds for every arm."""
+    draw = full.fresh
+    rule = SequentialRule(
+        seeds.start,
+        seeds.most,
+        (draw and draw.confidence) or campaign.confidence,
+        campaign.min_effect,
+        goal="maximize" if campaign.metric.goal == "maximize" else "minimize",
+        prior=NoisePrior(*draw.prior) if draw and draw.prior else None,
+    )
+    ids = {arm.name: [trial.trial_id for trial in arm.trials] for arm in full.arms}
+    looks, n_seeds = replay_looks(ids, full.seeds, full.baseline, rule, outcome)
+    arms = tuple(replace(arm, trials=arm.trials[: n_seeds[arm.name]]) for arm in full.arms)
+    used = full.seeds[: max(n_seeds.values())]
+    return replace(full, arms=arms, seeds=used, most_seeds=seeds.most, looks=tuple(looks))
 
 
 def baseline_config(campaign: Campaign, inherited: Overrides, pinned: Overrides) -> TrainConfig:

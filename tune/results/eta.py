@@ -116,7 +116,8 @@ def _waiting(state: CampaignState, works: Mapping[str, TrialWork]) -> dict[str, 
     for phase in state.phases.values():
         for seed in phase.seeds:
             for arm in phase.arms:
-                phases.setdefault(arm.trial_ids[seed], phase.name)
+                if seed in arm.trial_ids:
+                    phases.setdefault(arm.trial_ids[seed], phase.name)
     return {i: phase for i, phase in phases.items() if i in works and i not in state.results}
 
 

@@ -11,6 +11,7 @@ from tune import format as fmt
 from tune.analysis.importance import is_number
 from tune.analysis.noise import NoisePrior
 from tune.analysis.selection import shrunken_delta
+from tune.analysis.sequential import is_over, judge_by_looks
 from tune.analysis.text_error import text_standard_error
 from tune.analysis.verdicts import judge
 from tune.results.seed_notes import is_confirmation, seed_warnings
@@ -38,7 +39,7 @@ def phase_records(state: CampaignState, phase: PhaseState) -> list[TrialRecord]:
         _record(state, phase, arm, seed, result)
         for seed in phase.seeds
         for arm in phase.arms
-        if (result := state.results.get(arm.trial_ids[seed])) is not None
+        if seed in arm.trial_ids and (result := state.results.get(arm.trial_ids[seed])) is not None
     ]
 
 
@@ -64,8 +65,8 @@ def summarize_phase(state: CampaignState, phase: PhaseState) -> PhaseSummary:
     limits = {"confidence": confidence, "min_effect": rules["min_effect"]}
     outcomes = _outcomes(state, phase, metric.name)
     prior = NoisePrior(*phase.fresh.prior) if phase.fresh and phase.fresh.prior else None
-    goal = rules["metric"]["goal"]
-    judgement = judge(outcomes, baseline=phase.baseline, goal=goal, metric=metric.name, **limits, prior=prior)
+    goal, rule = rules["metric"]["goal"], {"baseline": phase.baseline, "metric": metric.name, "prior": prior, **limits}
+    judgement = judge_by_looks(outcomes, phase.looks, goal=goal, **rule)
     val_losses = judgement  # goal and min_effect do not affect the spreads
     if metric.name != "val_loss":
         val_losses = judge(_outcomes(state, phase, "val_loss"), baseline=phase.baseline, confidence=confidence)
@@ -78,7 +79,7 @@ def summarize_phase(state: CampaignState, phase: PhaseState) -> PhaseSummary:
         for rank, arm in ranked
     )
     if not is_confirmation(phase):
-        shrunken = shrunken_delta(arms, judgement.winner, goal=goal, **limits)
+        shrunken = shrunken_delta(arms, judgement.winner, goal=goal, **_level(phase, limits))
         arms = tuple(replace(arm, shrunken=shrunken) if arm.arm == judgement.winner else arm for arm in arms)
     statuses = [outcome.status for by_seed in outcomes.values() for outcome in by_seed.values()]
     missing = statuses.count("missing")  # a phase has no winner until all its trials have ended
@@ -97,7 +98,7 @@ def summarize_phase(state: CampaignState, phase: PhaseState) -> PhaseSummary:
         swept=phase.swept,
         arms=arms,
         baseline=phase.baseline,
-        winner=None if missing else judgement.winner,
+        winner=None if missing or (phase.most_seeds and not is_over(phase.looks)) else judgement.winner,
         why=smoke + prefix + judgement.why if len(arms) > 1 else ALONE[phase.confirms is not None],
         noise=judgement.noise,
         confirmation=phase.fresh.look if phase.fresh else 0,
@@ -109,6 +110,8 @@ def summarize_phase(state: CampaignState, phase: PhaseState) -> PhaseSummary:
         trials=count_trials(statuses, reused=len(records) - len(trained_here)),
         tokens=sum(record.metrics.get("tokens") or 0 for record in trained_here),
         seconds=sum(record.seconds for record in trained_here),
+        most_seeds=phase.most_seeds,
+        looks=tuple(phase.looks),
     )
 
 
@@ -116,6 +119,11 @@ def count_trials(statuses: Sequence[str], *, reused: int) -> TrialCounts:
     """Counts trials by how they ended; `reused` of them were trained by an earlier phase."""
     counts = {name: statuses.count(name) for name in ("finished", "diverged", "failed", "stopped")}
     return TrialCounts(total=len(statuses), **counts, reused=reused)
+
+
+def _level(phase: PhaseState, limits: dict[str, Any]) -> dict[str, Any]:
+    """The limits by which a winner was chosen: with `until: decided`, at the level of the last look."""
+    return limits | {"confidence": 1 - phase.looks[-1].level} if phase.looks else limits
 
 
 def _outcomes(state: CampaignState, phase: PhaseState, metric: str) -> dict[str, dict[int, TrialOutcome]]:

@@ -31,7 +31,7 @@ class Snapshot:
     n_phases: int
     done: int
     total: int
-    total_is_final: bool  # False while later phases may still add trials
+    total_is_final: bool  # False while later phases, or rounds of seeds, may still add trials
     reused: int
     unsuccessful: int  # failed or diverged
     elapsed: float  # seconds over all sessions
@@ -41,4 +41,6 @@ class Snapshot:
     metric: str
     dashboard_url: str | None
     phases: tuple[PhaseSummary, ...]  # finished phases only
+    most: int | None = None  # the total if no arm is decided early; None if no seeds depend on looks
+    look: str | None = None  # what the last look at the current phase decided
     smoke: bool = False  # started with `--smoke`

@@ -8,6 +8,7 @@ from typing import Any
 
 from ngpt.system.heartbeat import read_heartbeat
 from ngpt.training.tracker import read_metrics
+from tune.analysis.sequential import look_text
 from tune.results.eta import seconds_left
 from tune.results.phase_summary import summarize_phase
 from tune.results.snapshot import Running, Snapshot
@@ -27,6 +28,10 @@ def take_snapshot(
     """Returns the current progress; `finished_phases` are the summaries of the phases that have a winner."""
     expected: dict[str, int] = state.campaign["expected_trials"]
     totals = expected | {phase.name: len(phase.trial_ids) for phase in state.phases.values()}
+    limits = expected | state.campaign.get("most_trials", {})
+    limits |= {
+        name: len(phase.trial_ids) if phase.winner else phase.most_trials for name, phase in state.phases.items()
+    }
     planned = [trial_id for phase in state.phases.values() for trial_id in phase.trial_ids]
     results = [state.results[trial_id] for trial_id in planned if trial_id in state.results]
     current = next((phase for phase in state.phases.values() if phase.winner is None), None)
@@ -40,7 +45,7 @@ def take_snapshot(
         n_phases=len(expected),
         done=len(results),
         total=sum(totals.values()),
-        total_is_final=len(state.phases) == len(expected),
+        total_is_final=len(state.phases) == len(expected) and limits == totals,
         reused=sum(result["seq"] < state.campaign["seq"] for result in results),
         unsuccessful=sum(result["status"] in ("failed", "diverged") for result in results),
         elapsed=state.seconds + (session_seconds if running else state.session_seconds()),
@@ -50,6 +55,8 @@ def take_snapshot(
         metric=state.campaign["metric"]["name"],
         dashboard_url=dashboard_url,
         phases=tuple(finished_phases),
+        most=sum(limits.values()) if limits != totals else None,
+        look=look_text(current.looks[-1]) if current and current.looks else None,
         smoke=state.is_smoke,
     )
 

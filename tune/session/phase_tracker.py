@@ -8,6 +8,7 @@ from typing import Any
 from ngpt.training.state import Metrics
 from tune import format as fmt
 from tune.analysis.asha import RUNG_REACHED, Asha
+from tune.analysis.sequential import look_text
 from tune.machine.throughput import measure_for_equal_time
 from tune.planning.confirmation import best_arm
 from tune.planning.equal_time import step_time_key
@@ -139,12 +140,19 @@ class PhaseTracker:
             if planned is None or phase.name in self.summaries:
                 continue
             if all(self._is_settled(phase.name, trial.trial_id) for trial in planned.trials):
-                if phase.search and len(self._expand(phase).arms) > len(planned.arms):
-                    self._plan(phase)  # the next batch
+                if self._has_more(phase, planned):
+                    self._plan(phase)
                 else:
                     self._close(planned)
                 has_changed = True
         return has_changed
+
+    def _has_more(self, phase: Phase, planned: PlannedPhase) -> bool:
+        """Returns whether the results lead to another batch of arms, or to a look at the arms."""
+        if not phase.search and planned.most_seeds is None:
+            return False
+        expanded = self._expand(phase)
+        return len(expanded.arms) > len(planned.arms) or len(expanded.looks) > len(planned.looks)
 
     def _plan(self, phase: Phase) -> None:
         if phase.confirms:
@@ -173,10 +181,14 @@ class PhaseTracker:
         queued = self._queue.unfinished
         missing = [t for t in trials if t.trial_id not in queued and not self._is_settled(phase.name, t.trial_id)]
         self._queue.add(missing)
+        if planned.looks:
+            self._message(f"phase {phase.name}: {look_text(planned.looks[-1])}")
+            return
         size = f"{fmt.counted(len(planned.arms), 'arm')} x {fmt.counted(len(planned.seeds), 'seed')}"
         base = f" on {settings_text(planned.base)}" if planned.base else ""
         done = f", {len(trials) - len(missing)} of them already done" if len(missing) < len(trials) else ""
-        self._message(f"phase {phase.name}: {size} = {fmt.counted(len(trials), 'trial')}{base}{done}")
+        most = f", at most {planned.most_trials}, decided after each round" if planned.most_seeds else ""
+        self._message(f"phase {phase.name}: {size} = {fmt.counted(len(trials), 'trial')}{most}{base}{done}")
 
     def _expand(self, phase: Phase) -> PlannedPhase:
         better = {name: done.better for name, done in self._state.phases.items() if done.winner}

@@ -155,7 +155,7 @@ class Session:
         check_unchanged(self.state.campaign.get("data") or {}, data)
         write_atomic(self.root / "campaign.yaml", self.campaign.text)
         self._started = time.monotonic()
-        base = flatten(self.campaign.base)
+        base, expected = flatten(self.campaign.base), preview(self.campaign)
         self._append(
             "campaign_started",
             campaign=self.campaign.name,
@@ -172,7 +172,8 @@ class Session:
             stops_early=self.campaign.early_stop is not None,
             smoke=self.campaign.smoke,
             claims=[asdict(claim) for claim in self.campaign.claims],
-            expected_trials={phase.name: len(list(phase.trials)) for phase in preview(self.campaign)},
+            expected_trials={phase.name: len(list(phase.trials)) for phase in expected},
+            most_trials={phase.name: phase.most_trials for phase in expected if phase.most_seeds},
         )
         self._journal_code()
         if self.executor.gpu_sharing is not None:

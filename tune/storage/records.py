@@ -13,6 +13,44 @@ class TrialOutcome:
     value: float | None = None
 
 
+Decision = Literal[
+    "better", "worse", "equivalent", "dropped", "futile", "undecided", "diverged", "failed", "incomplete"
+]
+
+
+@dataclass(frozen=True)
+class ArmLook:
+    """An arm at a look (tune/analysis/sequential.py). Without a comparison only `n`, `decision` and `why` are set."""
+
+    arm: str
+    n: int  # seeds
+    delta: float | None = None  # arm minus baseline
+    ci_low: float | None = None  # repeated confidence interval
+    ci_high: float | None = None
+    p: float | None = None  # two-sided, of this look alone
+    p_corrected: float | None = None  # over looks and arms; to be compared with 1 - confidence
+    decision: Decision | None = None  # None: the arm is open
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a round of seeds showed about each arm that was open or ran along, and what was decided."""
+
+    number: int  # from 1
+    seeds: int
+    level: float  # two-sided nominal level of one comparison; 1 minus the confidence of the intervals
+    leader: str  # the arm with the best mean so far, which may be the baseline
+    arms: tuple[ArmLook, ...]  # without the baseline
+    runs_on: tuple[str, ...] = ()  # arms that get more seeds: the open ones, the baseline, and a leader that is better
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Look":
+        """The look that a `phase_planned` event describes."""
+        arms = tuple(ArmLook(**arm) for arm in data["arms"])
+        return cls(**{**data, "arms": arms, "runs_on": tuple(data["runs_on"])})
+
+
 @dataclass(frozen=True)
 class BetterArm:
     """An arm with the verdict `better`; `gain` is its improvement over the baseline, in units of the metric."""

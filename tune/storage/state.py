@@ -10,7 +10,7 @@ from ngpt.config.base import ConfigError
 from ngpt.system.code_digest import Meanings
 from tune.storage.divergence import with_divergence
 from tune.storage.journal import Event, read_journal
-from tune.storage.records import BetterArm, FreshDraw, SearchRecord, TrialOutcome, TrialWork
+from tune.storage.records import BetterArm, FreshDraw, Look, SearchRecord, TrialOutcome, TrialWork
 from tune.storage.seed_ledger import plan_content
 
 Overrides = Mapping[str, Any]  # settings by dotted name
@@ -50,6 +50,8 @@ class PhaseState:
     fresh: FreshDraw | None = None  # how `seeds: fresh` was drawn; None for other phases
     seen: tuple[int, ...] = ()  # listed seeds of a phase that confirms a winner, which were looked at before
     tells_fresh: bool = True  # False in journals that do not say how seeds were chosen
+    most_seeds: int | None = None  # the largest number of seeds of an arm, with `until: decided`
+    looks: list[Look] = field(default_factory=list)  # with `until: decided`: one after each complete round of seeds
 
     @classmethod
     def from_event(cls, event: Event) -> "PhaseState":
@@ -63,15 +65,25 @@ class PhaseState:
         fresh = event.get("fresh")
         if fresh is not None:
             prior = fresh.get("prior")
-            lists = {"seeds": tuple(event["seeds"]), "confirms": tuple(fresh["confirms"])}
+            lists = {"seeds": tuple(fresh.get("seeds", event["seeds"])), "confirms": tuple(fresh["confirms"])}
             fresh = FreshDraw(**{**fresh, **lists, "prior": tuple(prior) if prior else None})
         plan |= {"fresh": fresh, "seen": tuple(event.get("seen", ())), "tells_fresh": "fresh" in event}
-        return cls(name=event["phase"], arms=arms, space=space, confirms=event.get("confirms"), **plan)
+        looks = [Look.from_json(look) for look in event.get("looks", [])]
+        rounds = {"most_seeds": event.get("most_seeds"), "looks": looks}
+        return cls(name=event["phase"], arms=arms, space=space, confirms=event.get("confirms"), **plan, **rounds)
 
     @property
     def trial_ids(self) -> list[str]:
         """The trial ids of all arms and seeds, in planned order."""
         return [trial_id for arm in self.arms for trial_id in arm.trial_ids.values()]
+
+    @property
+    def most_trials(self) -> int:
+        """The number of trials if no arm is decided before its seeds are used up."""
+        if self.most_seeds is None:
+            return len(self.trial_ids)
+        runs_on = {arm.name for arm in self.arms} if not self.looks else self.looks[-1].runs_on
+        return sum(self.most_seeds if arm.name in runs_on else len(arm.trial_ids) for arm in self.arms)
 
 
 @dataclass

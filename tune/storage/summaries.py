@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass
 from typing import Any, Literal
 
+from tune.storage.records import Look
+
 DECIDED = ("reproduced", "refuted")  # verdicts on claims that hold for the scale of their trials
 Settings = Mapping[str, Any]  # dotted name to value
 
@@ -76,6 +78,7 @@ class ArmSummary:
     delta: Delta | None = None
     shrunken: float | None = None  # the winner's difference after allowing for its selection; None if confirmed
     verdict: str = "incomplete"
+    decision: str | None = None  # with `until: decided`: when and why it got no more seeds
     seeds_to_decide: int | None = None  # of an undecided arm, with 80 % power; None if 1,000 would not do
     tied_with_winner: bool = False  # the unadjusted interval of arm minus winner contains 0
     val_bpb: float | None = None
@@ -135,6 +138,13 @@ class PhaseSummary:
     trials: TrialCounts = TrialCounts()
     tokens: int = 0
     seconds: float = 0.0
+    most_seeds: int | None = None  # with `until: decided`: the largest number of seeds of an arm
+    looks: tuple[Look, ...] = ()  # with `until: decided`: one after each round of seeds
+
+    @property
+    def fixed_trials(self) -> int | None:
+        """The number of trials that `most_seeds` seeds for every arm would take; None without `until: decided`."""
+        return None if self.most_seeds is None else self.most_seeds * len(self.arms)
 
     @property
     def winning_arm(self) -> ArmSummary | None:

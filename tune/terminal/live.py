@@ -50,8 +50,9 @@ def live_view(snapshot: Snapshot, *, height: int = 24) -> RenderableType:
 
 
 def _live(snapshot: Snapshot, width: int, height: int) -> RenderableType:
-    n_phases = min(len(snapshot.phases), max(1, (height - 12) // 3))
-    max_running = max(1, height - n_phases - 9)
+    n_looks = (snapshot.most is not None) + bool(snapshot.look)  # lines about rounds of seeds
+    n_phases = min(len(snapshot.phases), max(1, (height - 12 - n_looks) // 3))
+    max_running = max(1, height - n_phases - n_looks - 9)
     label = Column(style="dim", no_wrap=True, max_width=18)
     facts = Table.grid(label, Column(ratio=1), padding=(0, 2, 0, 0), expand=True)
     if snapshot.best:
@@ -59,6 +60,11 @@ def _live(snapshot: Snapshot, width: int, height: int) -> RenderableType:
         line = words(fmt.shorten(fmt.plain(arm), 36), "bold bright_blue")
         line.append(f"  {fmt.plain(snapshot.metric)} {fmt.number(loss)}  n={n}", style="default not bold")
         facts.add_row("best so far", _line(line))
+    if snapshot.most is not None:
+        text = f"between {snapshot.total} and {snapshot.most}, decided after each round of seeds"
+        facts.add_row("trials", _line(Text(text)))
+    if snapshot.look:
+        facts.add_row("last look", _line(words(snapshot.look)))
     for phase in snapshot.phases[-n_phases:] if n_phases else ():
         facts.add_row(_line(words(phase.phase)), _winner(phase))
     if snapshot.dashboard_url:

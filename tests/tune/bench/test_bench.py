@@ -11,6 +11,7 @@ from tune.bench import __main__ as command
 from tune.bench import campaigns
 from tune.bench.campaigns import campaign, scaling, service_cpu_seconds, times_of
 from tune.bench.packing import packing
+from tune.bench.sequential import WORLDS, sequential
 
 
 def event(name: str, second: float, pid: int = 1, step_seconds: float = 5.0) -> dict[str, Any]:
@@ -95,3 +96,13 @@ def test_packing_on_a_cpu_divides_the_cores(monkeypatch: pytest.MonkeyPatch, cor
     speeds = {point["trials"]: point["tokens_per_second"] for point in figures["curve"]}
     assert figures["tokens_per_second"] == speeds[figures["best"]]
     assert figures["gain"] == pytest.approx(speeds[figures["best"]] / speeds[1])
+
+
+def test_simulated_looks_have_a_row_for_each_world_and_for_fixed_designs() -> None:
+    found = sequential(trials=2, arms=6, start=3, most=4)
+    fixed = found.pop("fixed")
+    assert list(found) == list(WORLDS)
+    assert list(fixed) == ["18", "48", "60", "72", "84", "96", "120"]
+    for world, row in found.items():
+        assert 18 <= row["trials"] <= 24
+        assert (row["power"] is None) == world.startswith("none")
