@@ -63,7 +63,7 @@ class PhaseEstimate:
     disk_bytes: int
     seconds: float
     smallest_detectable: float | None  # effect detected with 80 % power; None if there is none or the noise is unknown
-    most_trials: int | None  # if no arm is decided early; None if the number of trials is fixed
+    most_trials: int  # if no arm is decided early (`until: decided`); otherwise the same as `trials`
     guessed: bool  # whether the phase depends on a winner that is not known yet
     which_seeds: str = ""  # such as `1001, 1002 and 1003`, or that they are not drawn yet
 
@@ -76,7 +76,7 @@ class Estimate:
     results: str
     phases: list[PhaseEstimate]
     trials: int  # trials shared by several phases count once
-    most_trials: int | None  # of all phases, if no arm is decided early; None if the number is fixed
+    most_trials: int  # if no arm is decided early
     to_run: int
     tokens: int
     disk_bytes: int
@@ -145,14 +145,15 @@ def estimate(
     to_run = {name: _with_group_sizes(configs, campaign, workers) for name, configs in left.items()}
     clock = _Clock([trial for trials in to_run.values() for trial in trials], campaign, measure=measure)
     noise, of_file = _noise(campaign, state), {phase.name: phase for phase in campaign.phases}
-    rows = [
-        PhaseEstimate(
+
+    def row(phase: PlannedPhase) -> PhaseEstimate:
+        return PhaseEstimate(
             phase=phase.name,
             inherit=phase.inherit,
             arms=len(phase.arms),
             seeds=len(phase.seeds),
             trials=len(list(phase.trials)),
-            most_trials=phase.most_trials if phase.most_trials > len(list(phase.trials)) else None,
+            most_trials=phase.most_trials,
             to_run=len(to_run[phase.name]),
             tokens=sum(trial_tokens(config) for config, _ in to_run[phase.name]),
             disk_bytes=sum(_disk_bytes(config) for config, _ in to_run[phase.name]),
@@ -161,17 +162,16 @@ def estimate(
             guessed=phase.name in guessed,
             which_seeds=describe_seeds(of_file[phase.name], phase.seeds, is_drawn=phase.fresh is not None),
         )
-        for phase in phases
-    ]
+
+    rows = [row(phase) for phase in phases]
     n_to_run = sum(row.to_run for row in rows)
     n_trials = len({trial.trial_id for phase in phases for trial in phase.trials})
-    more = [row.most_trials - row.trials for row in rows if row.most_trials]
     return Estimate(
         campaign=campaign.name,
         results=str(root),
         phases=rows,
         trials=n_trials,
-        most_trials=n_trials + sum(more) if more else None,
+        most_trials=n_trials + sum(row.most_trials - row.trials for row in rows),
         to_run=n_to_run,
         tokens=sum(row.tokens for row in rows),
         disk_bytes=sum(row.disk_bytes for row in rows),

@@ -19,6 +19,7 @@ from plotly.offline import get_plotlyjs
 from ngpt.system.atomic_files import write_atomic
 from tune import format as fmt
 from tune.report import figures, wording
+from tune.report.look_figure import look_figure
 from tune.report.markdown import render_markdown
 from tune.report.phase_graph import inheritance_graph
 from tune.report.sweep_figures import MAX_BARS, parallel_figure, speed_figure
@@ -93,6 +94,7 @@ def _plots(phases: Sequence[PhaseSummary], curves: Curves) -> tuple[list[dict[st
             "curves": figures.curve_figure(phase, curves_by_arm),
             "speed": speed_figure(phase),
             "parallel": parallel_figure(phase),
+            "looks": look_figure(phase),
         }
         plot: dict[str, Any] = {
             "effect_note": _effect_note(phase),

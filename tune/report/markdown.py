@@ -86,7 +86,7 @@ def _phase(phase: PhaseSummary) -> str:
         )
         for arm in phase.arms
     ]
-    counts = f"{wording.trial_counts(phase.trials)}, {fmt.counted(len(phase.seeds), 'seed')}"
+    counts = f"{wording.trial_counts(phase.trials)}, {wording.seed_counts(phase)}"
     base = f"Base: {cell(fmt.settings(phase.base, 'as it is'))}."
     inherit = f" It starts from the winner of {cell(phase.inherit)}." if phase.inherit else ""
     parts = [
@@ -96,6 +96,9 @@ def _phase(phase: PhaseSummary) -> str:
         markdown_table((*header, "tok/s", "bits/byte"), rows, right=("#", "n", "Holm p", "tok/s", "bits/byte")),
         f"Mean over n seeds ± half of its {wording.interval_name(phase.confidence)}. {cell(wording.noise(phase))}",
     ]
+    if rounds := wording.rounds(phase):
+        decisions = "\n".join(f"- {cell(line)}" for line in rounds.decisions)
+        parts += [f"{cell(rounds.saving)} {cell(rounds.note)}", decisions]
     if table := wording.importance_table(phase):
         listed = fmt.listing(f"{cell(name)} {share}" for name, share, _ in table.rows)
         parts.append(f"{cell(table.note)} {listed}.")

@@ -104,6 +104,38 @@ def trial_counts(counts: TrialCounts) -> str:
     return fmt.counted(counts.total, "trial") + (f" ({', '.join(parts)})" if parts else "")
 
 
+def seed_counts(phase: PhaseSummary) -> str:
+    """Formats the number of seeds of a phase's arms: `3 seeds`, `3 to 12 seeds`."""
+    sizes = sorted({len(arm.trial_ids) for arm in phase.arms if arm.trial_ids})
+    if phase.most_seeds is None or len(sizes) < 2:
+        return fmt.counted(len(phase.seeds), "seed")
+    return f"{sizes[0]} to {sizes[-1]} seeds"
+
+
+class Rounds(NamedTuple):
+    """What `until: decided` did in a phase, in words."""
+
+    saving: str
+    note: str
+    decisions: list[str]  # one line for each arm: what was decided, and when
+
+
+def rounds(phase: PhaseSummary) -> Rounds | None:
+    """Describes the looks at a phase; None without looks."""
+    if not phase.looks or phase.fixed_trials is None:
+        return None
+    total, fixed = phase.trials.total, phase.fixed_trials
+    looks = fmt.listing((str(look.seeds) for look in phase.looks), most=len(phase.looks))
+    every = f"{phase.most_seeds} seeds for every arm would be {fixed}"
+    plan = "planned so far" if phase.looks[-1].runs_on else f"{1 - total / fixed:.0%} saved"
+    saving = f"Decided in rounds, after {looks} seeds: {total} of {fixed} trials, {plan} ({every})."
+    note = "Intervals hold at all looks together. An arm that stops when its effect looks largest is overestimated, on "
+    note += "average by 0.2 to 0.3 standard deviations of a trial"
+    note += f" (up to {fmt.number(0.3 * phase.noise.sd)} here)" if phase.noise.sd else ""
+    decisions = [f"{fmt.plain(arm.arm)}: {fmt.plain(arm.decision)}" for arm in phase.arms if arm.decision]
+    return Rounds(saving, f"{note}: confirm a winner on fresh seeds.", decisions)
+
+
 def campaign_counts(counts: TrialCounts) -> str:
     """Formats the trials of a campaign, which counts shared trials once: `29 trials + 3 reused`."""
     return trial_counts(replace(counts, reused=0)) + (f" + {counts.reused} reused" if counts.reused else "")
@@ -265,6 +297,10 @@ def _more_seeds(phase: PhaseSummary) -> str | None:
     if len(phase.seeds) == 1:
         return "One seed carries no claim. Set `seeds: [1, 2, 3]` and run again. Finished trials are reused."
     undecided = [arm for arm in phase.arms if arm.verdict == "undecided"]
+    if phase.most_seeds is not None:
+        used_up = [arm for arm in undecided if arm.n >= phase.most_seeds]
+        text = f"undecided after {phase.most_seeds} seeds: raise `most:` and run again. Finished trials are reused."
+        return f"{fmt.counted(len(used_up), 'arm')} of {fmt.plain(phase.phase)} {text}" if used_up else None
     needed = [arm.seeds_to_decide for arm in undecided if arm.seeds_to_decide]
     if not undecided:
         return None

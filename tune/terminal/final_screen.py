@@ -18,6 +18,8 @@ from tune.report.wording import (
     mean_interval,
     next_step,
     noise,
+    rounds,
+    seed_counts,
     selection,
     trial_counts,
     verdict,
@@ -54,11 +56,16 @@ def final_screen(summary: CampaignSummary, *, report: Path) -> RenderableType:
 def _screen(summary: CampaignSummary, report: Path, width: int) -> RenderableType:
     parts: list[RenderableType] = []
     for phase in summary.phases:
-        facts = [trial_counts(phase.trials), fmt.counted(len(phase.seeds), "seed")]
+        facts = [trial_counts(phase.trials), seed_counts(phase)]
         facts += [f"on top of {phase.inherit}"] if phase.inherit else []
         heading = words(phase.phase, "bold").append("   ").append_text(words(" · ".join(facts), "dim not bold"))
         parts += [Text(), heading, Padding(phase_table(phase, width=width - 2), (0, 0, 1, 2))]
         remarks = [words(fmt.sentence(phase.why), "italic"), words(noise(phase), "dim")]
+        if in_rounds := rounds(phase):
+            remarks += [
+                words(in_rounds.saving, "dim"),
+                *(words(line, "dim") for line in in_rounds.decisions[:MAX_ARMS]),
+            ]
         remarks += [words(f"Warning: {fmt.sentence(warning)}", "yellow") for warning in phase.warnings]
         parts += [Padding(remark, (0, 0, 0, 2)) for remark in remarks if remark.plain]
     if summary.claims:

@@ -39,7 +39,7 @@ def _notes(estimated: Estimate) -> list[str]:
         lines.append(singular if shared == 1 else plural)
     seeds = "; ".join(f"{row.phase} {row.which_seeds}" for row in estimated.phases if row.which_seeds)
     lines += [f"seeds: {seeds}"] if seeds else []
-    for row in (row for row in estimated.phases if row.most_trials):
+    for row in (row for row in estimated.phases if row.most_trials > row.trials):
         text = f"{row.phase}: between {row.trials} and {row.most_trials} trials, decided after each round of seeds"
         lines.append(f"{text}; tokens, disk and time are those of the next round")
     if noise := estimated.noise:

@@ -42,7 +42,7 @@ def root(tmp_path: Path) -> Path:
 def noisy(spec: TrialSpec, sd: float = 0.1) -> TrialResult:
     """A result whose noise is about as large as the effect of the best alpha, so that it takes several looks."""
     result = pretend(spec, gain=0.0)
-    best = 1.7 * sd if spec.config.model.alpha == 0.2 else 0.0
+    best = 2.5 * sd if spec.config.model.alpha == 0.2 else 0.0
     noise = random.Random(zlib.crc32(f"{spec.config.model.alpha} {spec.seed}".encode())).gauss(0, sd)
     loss = 5.0 + 0.3 * spec.seed - best + noise
     return replace(result, metrics=result.metrics | {"val_loss": loss, "val_bpb": loss / 2, "train_loss": loss})
