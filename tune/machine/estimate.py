@@ -1,8 +1,9 @@
 """`--plan`: estimates how many trials a campaign trains, the disk space they need and how long they take."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -145,25 +146,17 @@ def estimate(
     to_run = {name: _with_group_sizes(configs, campaign, workers) for name, configs in left.items()}
     clock = _Clock([trial for trials in to_run.values() for trial in trials], campaign, measure=measure)
     noise, of_file = _noise(campaign, state), {phase.name: phase for phase in campaign.phases}
-
-    def row(phase: PlannedPhase) -> PhaseEstimate:
-        return PhaseEstimate(
-            phase=phase.name,
-            inherit=phase.inherit,
-            arms=len(phase.arms),
-            seeds=len(phase.seeds),
-            trials=len(list(phase.trials)),
-            most_trials=phase.most_trials,
-            to_run=len(to_run[phase.name]),
-            tokens=sum(trial_tokens(config) for config, _ in to_run[phase.name]),
-            disk_bytes=sum(_disk_bytes(config) for config, _ in to_run[phase.name]),
-            seconds=sum(clock.seconds(*trial) for trial in to_run[phase.name]) / workers,
+    rows = [
+        _phase_estimate(
+            phase,
+            to_run[phase.name],
+            lambda trial: clock.seconds(*trial) / workers,
             smallest_detectable=noise and noise.smallest_effect(phase, campaign),
             guessed=phase.name in guessed,
             which_seeds=describe_seeds(of_file[phase.name], phase.seeds, is_drawn=phase.fresh is not None),
         )
-
-    rows = [row(phase) for phase in phases]
+        for phase in phases
+    ]
     n_to_run = sum(row.to_run for row in rows)
     n_trials = len({trial.trial_id for phase in phases for trial in phase.trials})
     return Estimate(
@@ -182,6 +175,27 @@ def estimate(
         budget=describe_budget(campaign.budget),
         seconds_source=clock.source,
         code=code_lines,
+    )
+
+
+def _phase_estimate(
+    phase: PlannedPhase,
+    to_run: Sequence[tuple[TrainConfig, int]],
+    seconds: Callable[[tuple[TrainConfig, int]], float],
+    **fields: Any,
+) -> PhaseEstimate:
+    return PhaseEstimate(
+        phase=phase.name,
+        inherit=phase.inherit,
+        arms=len(phase.arms),
+        seeds=len(phase.seeds),
+        trials=len(list(phase.trials)),
+        most_trials=phase.most_trials,
+        to_run=len(to_run),
+        tokens=sum(trial_tokens(config) for config, _ in to_run),
+        disk_bytes=sum(_disk_bytes(config) for config, _ in to_run),
+        seconds=sum(map(seconds, to_run)),
+        **fields,
     )
 
 
