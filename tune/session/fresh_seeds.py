@@ -73,11 +73,14 @@ class SeedKeeper:
         own |= {seed for draw in self._state.draws.values() for seed in draw.seeds}
         own |= {seed for other in campaign.phases for seed in other.known_seeds or ()}
 
+        def effects_at(look: int) -> list[tuple[float, Design]]:
+            level, prior_df = level_of_look(alpha, look), prior[0] if prior else None
+            return effects_to_find_again(campaign, phase, found, level=level, prior_df=prior_df)
+
         def choose(seen: Collection[int], look: int) -> tuple[int, ...]:
             if old:
                 return old.seeds
-            level, prior_df = level_of_look(alpha, look), prior[0] if prior else None
-            n = n_fresh or seeds_to_find_again(campaign, phase, found, level=level, prior_df=prior_df)
+            n = n_fresh or seeds_to_find_again(effects_at(look))
             return draw_seeds(content, n, own | set(seen))
 
         entry = self._entry(
@@ -101,6 +104,9 @@ class SeedKeeper:
             entry, is_recorded = self._entry(campaign, phase, seeds=choose((), look), look=look), False
         if old:
             return old
+        for effect, design in effects_at(entry.look) if n_fresh is None else ():
+            chance = f"{100 * power(effect, len(entry.seeds), design):.0f} % power"
+            self._message(f"phase {phase.name}: {len(entry.seeds)} seeds find {effect:.2g} again with {chance}")
         confidence = round(1 - level_of_look(alpha, entry.look), 12) if entry.look > 1 else None
         return FreshDraw(content, entry.seeds, question, entry.look, confidence, confirms, is_recorded, prior)
 
@@ -148,30 +154,35 @@ def winners_to_confirm(
     return tuple(one for one in found if one and not one.items() <= dict(planned.base).items())
 
 
-def seeds_to_find_again(
+def effects_to_find_again(
     campaign: Campaign,
     phase: Phase,
     found: Mapping[str, Sequence[PhaseSummary]],
     *,
     level: float,
     prior_df: float | None,
-) -> int:
-    """The seeds with which `phase` finds the effects of its winners again with 80 % power at `level`.
+) -> list[tuple[float, Design]]:
+    """The effects of the winners that `phase` confirms at `level`, each with the design of the confirmation.
 
-    Effects are those after allowing for selection; a winner that has inherited another has both. Without a measured
-    effect the number is FEWEST_FRESH, and it is never above MOST_FRESH.
+    Effects are those after allowing for selection; a winner that has inherited another has both. A winner without a
+    measured effect is left out.
     """
-    needed = [FEWEST_FRESH]
+    effects = []
     n_arms = 1 + bool(phase.confirms) + sum(bool(arm.inherit or arm.overrides) for arm in phase.arms)
     for summaries in found.values():
         winners = [summary.winning_arm for summary in summaries]
         effect = abs(sum(winner.shrunken or 0.0 for winner in winners if winner))
         sds = [summary.noise.sd for summary in summaries if summary.noise.sd]
         if effect and sds:
-            design = Design(n_arms, max(sds), "paired", 1 - level, campaign.min_effect, prior_df)
-            sizes = range(FEWEST_FRESH, MOST_FRESH)
-            needed.append(next((n for n in sizes if power(effect, n, design) >= POWER), MOST_FRESH))
-    return max(needed)
+            effects.append((effect, Design(n_arms, max(sds), "paired", 1 - level, campaign.min_effect, prior_df)))
+    return effects
+
+
+def seeds_to_find_again(effects: Sequence[tuple[float, Design]]) -> int:
+    """The seeds that find each effect with 80 % power, from FEWEST_FRESH (also without effects) to MOST_FRESH."""
+    sizes = range(FEWEST_FRESH, MOST_FRESH)
+    needed = [next((n for n in sizes if power(effect, n, design) >= POWER), MOST_FRESH) for effect, design in effects]
+    return max(needed, default=FEWEST_FRESH)
 
 
 def phases_of_winners(
