@@ -324,7 +324,7 @@ early_stop: {reduction: 2, first: 2}
 """
     file = write_file(tmp_path, corpus, phases=phases, steps=8, every=2)
     last = finish(file, tmp_path / "r").phases[-1]
-    assert {arm.verdict for arm in last.arms} <= {"baseline", "better", "worse", "tie"}
+    assert {arm.verdict for arm in last.arms} <= {"baseline", "better", "worse", "equivalent", "undecided"}
     assert {arm.n for arm in last.arms} == {2}
 
 

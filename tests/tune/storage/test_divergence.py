@@ -82,7 +82,7 @@ def test_a_journal_that_calls_it_finished_is_read_by_the_same_rule(tmp_path: Pat
         fields = {name: value for name, value in event.items() if name not in ("seq", "time", "event")}
         if event.get("status") == "diverged":
             fields |= {"status": "finished", "error": None}
-        if event["event"] == "phase_finished":  # the tie that the exploded trial made of the others
+        if event["event"] == "phase_finished":  # the exploded trial hid the effect of the others
             fields |= {"winner": "baseline", "winner_overrides": {}, "better": []}
         old.append(event["event"], **fields)
     old.close()
