@@ -358,3 +358,15 @@ def test_order_of_the_rows_does_not_matter(n: int, seed: int) -> None:
     value = linear_cross_entropy(x, weight, targets, scale=factor)
     shuffled = linear_cross_entropy(x[order], weight, targets[order], scale=factor)
     torch.testing.assert_close(shuffled, value, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_the_loss_of_each_token_is_torchs(softcap: float | None) -> None:
+    x, weight, scale, targets = inputs(3, 7, scale=(VOCABULARY,))
+    assert scale is not None
+    logits = x.flatten(0, 1) @ (weight * scale[:, None]).T
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    expected = F.cross_entropy(logits, targets.flatten(), reduction="none")
+    found = loss.token_losses(x, weight, targets, scale=scale, softcap=softcap)
+    torch.testing.assert_close(found, expected.detach())
+    assert not found.requires_grad
