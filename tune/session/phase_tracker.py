@@ -27,6 +27,7 @@ from tune.planning.plan import (
     inherited_overrides,
     plan_phase,
     seeds_to_confirm,
+    unknown_outcome,
 )
 from tune.results.answer import settings_text
 from tune.results.summary import write_phase
@@ -34,7 +35,7 @@ from tune.session.fresh_seeds import SeedKeeper
 from tune.session.trial_queue import TrialQueue
 from tune.spec.schema import Campaign, Phase
 from tune.storage.journal import Event
-from tune.storage.records import BetterArm, FreshDraw
+from tune.storage.records import BetterArm, FreshDraw, TrialOutcome
 from tune.storage.state import CampaignState
 from tune.storage.summaries import PhaseSummary
 
@@ -195,7 +196,11 @@ class PhaseTracker:
         record = self._state.searches.get(phase.name)
         draws = {**self._state.draws, **self._draws}
         options = {"record": record, "best": self._state.phases[phase.confirms].best if phase.confirms else None}
-        return plan_phase(self.campaign, phase, self._winners(), better, self._state.outcome, draws, **options)
+        return plan_phase(self.campaign, phase, self._winners(), better, self._outcome, draws, **options)
+
+    def _outcome(self, trial_id: str) -> TrialOutcome:
+        """The outcome of a trial; those of other code do not count before they are trained anew."""
+        return unknown_outcome(trial_id) if trial_id in self.unusable else self._state.outcome(trial_id)
 
     def _discard_unusable(self, planned: PlannedPhase) -> None:
         """Discards trials of other code that nobody knew this phase would need."""

@@ -304,6 +304,27 @@ def test_retrain_gives_back_a_trial_whose_folder_was_removed(file: Path, root: P
     assert run(file, root, retrain=[]).arms == [] and (root / "trials" / lost).is_dir()
 
 
+def test_a_look_between_rounds_does_not_read_results_of_other_code(
+    tmp_path: Path, corpus: Path, root: Path, other: Code
+) -> None:
+    """The rounds of the second phase were run on slerp once. On slerp again, they begin with the first round."""
+    rounds = "{until: decided, start: 3, most: 6}"
+    phases = f"{RULES}  - name: later\n    inherit: rule\n    seeds: {rounds}\n    vary: {{project_every: [1, 3]}}\n"
+    file = write_file(tmp_path, corpus, phases=phases)
+
+    def undecided(spec: TrialSpec) -> float:
+        return slerp_wins(spec) + (0.01 * (spec.seed % 3) if spec.config.project_every == 3 else 0.0)
+
+    first = run(file, root, gain=undecided).arms[4:]
+    file.write_text(file.read_text().replace("[slerp, lerp]", "[slerp, lerp, add_normalize]"))
+    run(file, root, gain=lambda spec: 2.0 + 1e-3 * spec.seed)  # add_normalize wins
+    third = run(file, root, other, retrain=[], gain=lambda spec: 3 * undecided(spec))
+    assert third.arms[:2] == ["rule/residual=slerp"] * 2
+    assert third.arms[2:] == first and len(first) > 6  # more than the first round
+    told = [message for message in third.messages if "other code trained" in message]
+    assert told[0] == "phase later: other code trained 6 trials of it; trained anew" and len(told) > 1
+
+
 # ---- keep ----------------------------------------------------------------------------------------------------------
 
 
