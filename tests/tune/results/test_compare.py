@@ -107,6 +107,15 @@ def test_the_difference_is_the_paired_t_interval_over_shared_seeds(make: Make) -
     assert row.verdict == "A better"
 
 
+def test_sides_that_differ_by_less_than_min_effect_are_equivalent_only_if_the_interval_says_so(make: Make) -> None:
+    quiet, noisy = {1: 0.001, 2: 0.002, 3: 0.0015}, {1: -0.02, 2: 0.02, 3: 0.001}
+    for shifts, verdict in ((quiet, "equivalent"), (noisy, "undecided")):
+        interval: Any = stats.ttest_1samp(list(shifts.values()), 0.0).confidence_interval(0.95)
+        assert (max(-interval.low, interval.high) < 0.005) == (verdict == "equivalent")
+        found = compare(make(), make(lambda spec, shifts=shifts: shifts[spec.seed]))
+        assert [row.verdict for row in found.arms] == [verdict] * 2
+
+
 def test_without_shared_seeds_two_samples_are_compared(make: Make) -> None:
     a, b = make(seeds="[1, 2, 3]"), make(seeds="[4, 5, 6]")
     row = compare(a, b).arms[0]
