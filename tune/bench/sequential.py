@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from tune.analysis.noise import compare_arms
 from tune.analysis.sequential import SequentialRule, last_looks, replay_looks
-from tune.analysis.verdicts import judge
+from tune.analysis.verdicts import holm
 from tune.bench.campaigns import Metrics
 from tune.storage.records import TrialOutcome
 
@@ -107,9 +108,8 @@ def fixed_power(effect: float, n_seeds: int, design: Design, *, phases: int, see
     rng, found = np.random.default_rng(seed), 0
     for _ in range(phases):
         rows = values(rng, "same", effect, design)
-        outcomes = {
-            f"arm {i}": {s: TrialOutcome("finished", x) for s, x in row[:n_seeds]} for i, row in enumerate(rows)
-        }
-        arms = judge(outcomes, baseline="arm 0", min_effect=0.0).arms
-        found += any(arm.arm == f"arm {GOOD_ARM}" and arm.verdict == "better" for arm in arms)
+        known = {f"arm {i}": dict(row[:n_seeds]) for i, row in enumerate(rows)}
+        contrasts = compare_arms(known, "arm 0").contrasts
+        corrected = dict(zip(contrasts, holm([contrast.p for contrast in contrasts.values()]), strict=True))
+        found += corrected[f"arm {GOOD_ARM}"] < 0.05 and contrasts[f"arm {GOOD_ARM}"].difference < 0
     return found / phases
