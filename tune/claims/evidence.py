@@ -3,14 +3,14 @@
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import inf, log
-from statistics import fmean
+from math import fsum, inf, log, sqrt
+from statistics import fmean, stdev
 from typing import Any, Literal
 
 from tune import format as fmt
 from tune.analysis.importance import is_number
 from tune.analysis.verdicts import MAX_VALUE, Judgement, Outcomes, judge
-from tune.claims.selectors import ClaimArm, describe, matches, same, varied
+from tune.claims.selectors import ClaimArm, Selector, describe, matches, same, varied
 from tune.spec.reading import short
 from tune.spec.schema import LOSS_METRICS, Claim
 from tune.storage.records import TrialOutcome
@@ -154,6 +154,40 @@ def difference(claim: Claim, evidence: Evidence, transform: Transform = float) -
     if delta.ci_low is None or delta.ci_high is None:
         return replace(ONE_SEED, observed=delta.mean, n=n, trials=trials)
     return Difference(delta.mean, delta.ci_low, delta.ci_high, n, trials, place, delta.df)
+
+
+def weighted_sum(
+    claim: Claim, evidence: Evidence, terms: Sequence[tuple[Selector, float]]
+) -> Difference | ClaimVerdict:
+    """The sum of weight times metric of the arms that `terms` select, with the t interval over seeds (Student 1908).
+
+    It is computed per seed, so that effects of a seed on all arms cancel if the weights add up to 0. An arm that is
+    selected in several phases counts with its mean. Only phases that have an arm for every term count.
+    """
+    phases = [evidence.in_phase(phase) for phase in dict.fromkeys(arm.phase for arm in evidence.arms)]
+    found = [[[arm for arm in arms if matches(selector, arm)] for selector, _ in terms] for arms in phases]
+    found = [selected for selected in found if all(selected)]
+    if not found:
+        missing = [selector for selector, _ in terms if not any(matches(selector, arm) for arm in evidence.arms)]
+        wanted = fmt.listing([describe(selector) for selector in missing or [selector for selector, _ in terms]])
+        return ClaimVerdict(
+            "no data", f"no arm so far is {wanted}" if missing else f"no phase so far has all of {wanted}"
+        )
+    arms = [[arm for selected in found for arm in selected[i]] for i in range(len(terms))]
+    trials = list(dict.fromkeys(i for side in arms for arm in side for i in arm.trial_ids.values()))
+    by_term = [_averaged(side, evidence, claim.metric) for side in arms]
+    seeds = [seed for seed in by_term[0] if all(seed in outcomes for outcomes in by_term)]
+    if problem := incomplete([outcomes[seed] for outcomes in by_term for seed in seeds], claim.metric):
+        return replace(problem, trials=trials)
+    sums = [fsum(w * (o[seed].value or 0.0) for o, (_, w) in zip(by_term, terms, strict=True)) for seed in seeds]
+    n, mean = len(seeds), fmean(sums)
+    if n < 2:
+        return replace(ONE_SEED, observed=mean, n=n, trials=trials)
+    from scipy.special import stdtrit
+
+    half = float(stdtrit(n - 1, 0.5 + evidence.confidence / 2)) * stdev(sums) / sqrt(n)
+    place = _place([(arm, arm) for side in arms for arm in side], n)
+    return Difference(mean, mean - half, mean + half, n, trials, place, n - 1)
 
 
 def paired_arms(claim: Claim, arms: Sequence[ClaimArm]) -> tuple[list[Pair], str]:

@@ -63,9 +63,9 @@ def check_claims(claims: Mapping[int, Claim], phases: Sequence[Phase], base: Tra
         yield from wrong
         if wrong or sides is None:
             continue
-        if len(sides) == 2 and not sides["left"] & sides["right"]:
+        if len(sides) > 1 and not set.intersection(*sides.values()):
             places = " and ".join(f"{side} in {fmt.listing(sorted(found))}" for side, found in sides.items())
-            yield Problem(at, f"no phase has both sides: {places}")
+            yield Problem(at, f"no phase has {'both' if len(sides) == 2 else 'all'} sides: {places}")
         elif claim.setting and not _varies(claim.setting, candidates):
             yield Problem((*at, "setting"), f"no phase has two or more numeric values of {short(claim.setting)}")
 
@@ -75,17 +75,19 @@ def _check_sides(
 ) -> Reading[dict[str, set[str]]]:
     """Checks the sides of a claim; returns for each the phases that may have arms it selects."""
     phases: dict[str, set[str]] = {}
-    for side, selector in (("left", claim.left), ("right", claim.right)):
+    parts = {f"parts[{i}]": (("parts", i), part) for i, part in enumerate(claim.parts or ())}
+    sides = {"left": (("left",), claim.left), "right": (("right",), claim.right)} | parts
+    for side, (key, selector) in sides.items():
         if selector is None:
             continue
         phases[side] = {arm.phase for arm in arms if arm.may_match(selector)}
         phase = selector.get("phase", claim.phase)
         if phase not in (None, *names):
-            yield Problem((*at, side, "phase"), unknown_message("phase", phase, names))
+            yield Problem((*at, *key, "phase"), unknown_message("phase", phase, names))
         elif claim.phase not in (None, phase):
-            yield Problem((*at, side, "phase"), f"the claim is about phase {claim.phase}")
+            yield Problem((*at, *key, "phase"), f"the claim is about phase {claim.phase}")
         elif not phases[side]:
-            yield Problem((*at, side), _explain_no_match(selector, phase, arms))
+            yield Problem((*at, *key), _explain_no_match(selector, phase, arms))
     return phases
 
 

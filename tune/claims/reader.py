@@ -86,6 +86,9 @@ def _read_claim(raw: Any, at: Location, folder: Path) -> Reading[dict[str, Any]]
         if key in SELECTORS:
             fields[key] = yield from _read_selector(raw[key], (*at, key), folder)
             continue
+        if key == "parts":
+            fields[key] = yield from _read_parts(raw[key], (*at, key), folder)
+            continue
         try:
             fields[key] = READERS[key](raw[key])
         except ConfigError as error:
@@ -110,6 +113,17 @@ def _read_selector(raw: Any, at: Location, folder: Path) -> Reading[dict[str, An
     if "seed" in found:
         yield Problem(found["seed"][1], "a claim covers all seeds of its arms: leave out `seed:`")
     return names | with_absolute_paths({name: value for name, (value, _) in found.items()})
+
+
+def _read_parts(raw: Any, at: Location, folder: Path) -> Reading[tuple[dict[str, Any], ...]]:
+    """Reads the single changes that an arm joins, as a list of selectors."""
+    if not isinstance(raw, list) or len(raw) < 2:
+        yield Problem(at, f"expected a list of two or more arms, such as [{{arm: A}}, {{arm: B}}], got {raw!r}")
+        return ()
+    parts: list[dict[str, Any]] = []
+    for i, part in enumerate(raw):
+        parts.append((yield from _read_selector(part, (*at, i), folder)))
+    return tuple(parts)
 
 
 def _text(value: Any) -> str:
@@ -151,4 +165,4 @@ READERS: dict[str, Callable[[Any], Any]] = {
     "expression": _expression,
 }
 SELECTORS = ("left", "right")
-FIELDS = ("id", "relation", *READERS, *SELECTORS)
+FIELDS = ("id", "relation", *READERS, *SELECTORS, "parts")

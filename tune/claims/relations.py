@@ -4,6 +4,7 @@ A claim compares the arms that its `left` and `right` select by their complete s
 `paired_arms` pairs them. A single pair is judged like an arm and the baseline of its phase (tune/analysis/verdicts.py:
 seed by seed, with the noise that the phase shows). With several pairs, the differences are first averaged per seed, so
 the t interval over seeds (Student 1908) remains valid if phases share trials or a seed has the same effect in all.
+`below`, `above` and `synergy` use the t interval over the seeds of the arms they name, and no other arm.
 
 `confidence` is the campaign's; `min_effect` applies to the campaign's metric and is 0 for others. A false `less` or
 `greater` is reproduced with a probability of at most (1 - confidence) / 2, 2.5 % by default, and a true one with an
@@ -22,10 +23,20 @@ from itertools import combinations
 from math import exp, inf, isfinite, log, sqrt
 from typing import Literal
 
+from tune import format as fmt
 from tune.analysis.power import MAX_SEEDS, Design, seeds_to_decide
 from tune.analysis.verdicts import holm
 from tune.claims.arithmetic import evaluate
-from tune.claims.evidence import ONE_SEED, ClaimVerdict, Difference, Evidence, difference, incomplete, series_along
+from tune.claims.evidence import (
+    ONE_SEED,
+    ClaimVerdict,
+    Difference,
+    Evidence,
+    difference,
+    incomplete,
+    series_along,
+    weighted_sum,
+)
 from tune.claims.selectors import ClaimArm, describe, matches
 from tune.spec.reading import short
 from tune.spec.schema import LOSS_METRICS, Claim
@@ -34,7 +45,7 @@ from tune.storage.summaries import ClaimResult
 # The metrics that claims may compare, and whether lower or higher is better.
 METRIC_GOALS: dict[str, Literal["minimize", "maximize"]] = {
     **dict.fromkeys((*LOSS_METRICS, "peak_memory_bytes", "n_params", "steps", "tokens"), "minimize"),
-    **dict.fromkeys(("weight_norm_error", "activation_norm_error", "r_replaced"), "minimize"),
+    **dict.fromkeys(("weight_norm_error", "activation_norm_error", "r_mean", "r_replaced"), "minimize"),
     "tokens_per_second": "maximize",
 }
 DIRECTIONS = {"decreasing": 1.0, "increasing": -1.0}  # factors that make a change in the claimed direction negative
@@ -66,15 +77,57 @@ def judge_order(claim: Claim, evidence: Evidence) -> ClaimVerdict:
     result = difference(claim, evidence)
     if isinstance(result, ClaimVerdict):
         return result
-    sentence, min_effect = _sentence(claim, result), evidence.min_effect_of(claim)
     sign = 1.0 if claim.relation == "less" else -1.0
+    return _judge_sign(result, sign, _sentence(claim, result), evidence.min_effect_of(claim), evidence)
+
+
+def judge_level(claim: Claim, evidence: Evidence) -> ClaimVerdict:
+    """Judges `below` and `above`: the mean of the left arm over seeds against `value`, by its t interval."""
+    result = weighted_sum(claim, evidence, [(claim.left or {}, 1.0)])
+    if isinstance(result, ClaimVerdict):
+        return result
+    value, values = claim.value or 0.0, _interval(result.mean, result.low, result.high)
+    sentence = f"{describe(claim.left)}: {claim.metric} {values} {result.place}"
+    excess = replace(result, mean=result.mean - value, low=result.low - value, high=result.high - value)
+    sign = 1.0 if claim.relation == "below" else -1.0
+    verdict = _judge_sign(excess, sign, sentence, 0.0, evidence, border=value)
+    return replace(verdict, observed=result.mean, ci_low=result.low, ci_high=result.high)
+
+
+def judge_synergy(claim: Claim, evidence: Evidence) -> ClaimVerdict:
+    """Judges whether `left`, which joins the changes of `parts`, gains more over `right` than they do together.
+
+    The number is gain of left minus sum of the gains of the parts: the interaction of a factorial experiment. It is
+    positive if left does better than the sum.
+    """
+    parts, worse = claim.parts or (), 1.0 if _goal(claim, evidence) == "minimize" else -1.0
+    terms = [
+        (claim.left or {}, -worse),
+        *((part, worse) for part in parts),
+        (claim.right or {}, worse * (1 - len(parts))),
+    ]
+    result = weighted_sum(claim, evidence, terms)
+    if isinstance(result, ClaimVerdict):
+        return result
+    names = fmt.listing([describe(part) for part in parts])
+    values = _interval(result.mean, result.low, result.high)
+    sentence = (
+        f"gain of {describe(claim.left)} minus the sum of the gains of {names}: {claim.metric} {values} {result.place}"
+    )
+    return _judge_sign(result, -1.0, sentence, evidence.min_effect_of(claim), evidence)
+
+
+def _judge_sign(
+    result: Difference, sign: float, sentence: str, min_effect: float, evidence: Evidence, *, border: float = 0.0
+) -> ClaimVerdict:
+    """Judges whether `sign` times a number minus `border` is below 0, by its interval and by at least `min_effect`."""
     low, high = sorted((sign * result.low, sign * result.high))
     if (high < 0 or low > 0) and _reaches(result.mean, min_effect):
         return result.verdict("reproduced" if high < 0 else "refuted", sentence)
     if low > -min_effect * SLACK:
         text = f"{sentence}: if there is such an effect, it is less than min_effect {min_effect:g}"
         return result.verdict("refuted", text)
-    reason = f"less than min_effect {min_effect:g}" if high < 0 else "which contains 0"
+    reason = f"less than min_effect {min_effect:g}" if high < 0 else f"which contains {border:g}"
     if sign * result.mean <= -min_effect:
         needed = _seeds_to_decide(result, result.mean, min_effect, evidence)
     else:
@@ -191,6 +244,9 @@ RELATIONS = {
     "less": Relation(judge_order, ("left", "right")),
     "greater": Relation(judge_order, ("left", "right")),
     "equal": Relation(judge_equivalence, ("left", "right", "tolerance")),
+    "below": Relation(judge_level, ("left", "value")),
+    "above": Relation(judge_level, ("left", "value")),
+    "synergy": Relation(judge_synergy, ("left", "right", "parts")),
     "best": Relation(judge_best, ("left",)),
     "monotone": Relation(judge_monotone, ("setting", "direction"), ("left",)),
     "ratio": Relation(judge_equivalence, ("left", "right", "value", "tolerance")),
@@ -209,8 +265,7 @@ def _judge_best_in_phase(claim: Claim, evidence: Evidence, chosen: ClaimArm, arm
         return ClaimVerdict("refuted", text, n=n, trials=trials)
     if problem := incomplete(own, claim.metric) or (ONE_SEED if n < 2 else None):
         return replace(problem, n=n, trials=trials)
-    goal = evidence.goal if claim.metric == evidence.metric else METRIC_GOALS[claim.metric]
-    judgement = evidence.judge(outcomes, claim, chosen.name, goal=goal)
+    judgement = evidence.judge(outcomes, claim, chosen.name, goal=_goal(claim, evidence))
     ranked = [arm for arm in judgement.arms if arm.arm != chosen.name]
     diverged = {name for name, row in others.items() if evidence.lost(row, own, n, claim.metric)}
     not_beaten = {arm.arm: arm.verdict for arm in ranked if arm.verdict != "worse" and arm.arm not in diverged}
@@ -228,6 +283,10 @@ def _judge_best_in_phase(claim: Claim, evidence: Evidence, chosen: ClaimArm, arm
         listed = ", ".join(f"{name} ({verdict}{needed.get(name, '')})" for name, verdict in [*not_beaten.items()][:3])
         return ClaimVerdict("undecided", f"{sentence}; not beaten: {listed}", *numbers, n, trials)
     return ClaimVerdict("reproduced", f"{sentence}; it beats all {len(others)} others", *numbers, n, trials)
+
+
+def _goal(claim: Claim, evidence: Evidence) -> Literal["minimize", "maximize"]:
+    return evidence.goal if claim.metric == evidence.metric else METRIC_GOALS[claim.metric]
 
 
 def _seeds_to_locate(result: Difference, low: float, high: float, evidence: Evidence) -> str:

@@ -1,7 +1,7 @@
 """The types of a validated campaign, as tune/campaign.py builds it."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count, takewhile
 from typing import Annotated, Any
@@ -167,7 +167,8 @@ class Phase:
 class Claim:
     """A statement of an earlier report that the recorded trials can test (tune/claims/relations.py).
 
-    `left` and `right` select arms by the values of their settings (dotted names) and by the keys `arm` and `phase`.
+    `left`, `right` and `parts` select arms by the values of their settings (dotted names) and by the keys `arm` and
+    `phase`.
     """
 
     id: str
@@ -178,6 +179,7 @@ class Claim:
     phase: str | None = None  # None: all
     left: Mapping[str, Any] | None = None
     right: Mapping[str, Any] | None = None
+    parts: Sequence[Mapping[str, Any]] | None = None  # the single changes that `left` joins
     setting: str | None = None  # dotted name of the setting that varies
     direction: str | None = None  # how the metric changes as `setting` grows
     value: float | None = None

@@ -29,7 +29,7 @@ phases:
 claims:
 """
 LESS = "left: {alpha: 0.15}, right: {alpha: 0.05}, relation: less"
-KNOWN = "choose one of less, greater, equal, best, monotone, ratio, arithmetic"
+KNOWN = "choose one of less, greater, equal, below, above, synergy, best, monotone, ratio, arithmetic"
 
 WRONG: dict[str, tuple[str, list[str]]] = {
     "an unknown relation": (
@@ -96,6 +96,21 @@ WRONG: dict[str, tuple[str, list[str]]] = {
     "the same on both sides": (
         "{id: x, relation: less, left: {alpha: 0.15}, «right: {alpha: 0.15}}",
         ["claims[0].right: left and right are the same"],
+    ),
+    "one part alone": (
+        "{id: x, relation: synergy, left: {alpha: 0.15}, right: {alpha: 0.05}, «parts: [{lr: 0.1}]}",
+        [
+            "claims[0].parts: expected a list of two or more arms, such as [{arm: A}, {arm: B}], got [{'lr': 0.1}]",
+        ],
+    ),
+    "an unknown setting of a part": (
+        "{id: x, relation: synergy, left: {alpha: 0.15}, right: {alpha: 0.05}, parts: [{arm: a}, {«alhpa: 1}]}",
+        ["claims[0].parts[1].alhpa: unknown setting, did you mean 'alpha'?"],
+    ),
+    "a part that no arm is": (
+        "{id: x, relation: synergy, phase: c, left: {arm: winner}, right: {arm: baseline}, "
+        "parts: [{arm: winner}, «{arm: winer}]}",
+        ["claims[0].parts[1]: unknown arm of phase c 'winer', did you mean 'winner'?"],
     ),
     "a claim that is a word": ("«x", ["claims[0]: a claim is a mapping with `id:` and `relation:`, got 'x'"]),
     # ---- arms that do not exist

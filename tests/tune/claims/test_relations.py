@@ -291,10 +291,69 @@ def test_arithmetic_needs_no_trial() -> None:
     assert decide("arithmetic", proof, **fields | {"value": 131e6, "tolerance": 1e6}).verdict == "reproduced"
 
 
+@pytest.mark.parametrize(
+    ("relation", "value", "verdict"),
+    [
+        ("below", 4.3, "reproduced"),
+        ("below", 3.7, "refuted"),
+        ("below", 4.05, "undecided"),
+        ("above", 3.7, "reproduced"),
+        ("above", 4.3, "refuted"),
+    ],
+)
+def test_an_arm_is_compared_with_a_number_by_the_t_interval_of_its_mean(
+    relation: str, value: float, verdict: str
+) -> None:
+    values = [3.9, 4.0, 4.11, 4.02]
+    entry = decide(relation, two(values, SAME), right=None, value=value)
+    expected = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert interval(entry) == pytest.approx((expected.low, expected.high), rel=1e-9)
+    assert entry.verdict == verdict and entry.observed == pytest.approx(np.mean(values)) and entry.n == 4
+    assert ("which contains 4.05" in entry.why) == (verdict == "undecided")
+
+
+def test_values_that_do_not_scatter_are_decided_by_two_seeds() -> None:
+    proof = two([0.0, 0.0], [0.0, 0.0], metric="r_replaced")
+    assert decide("below", proof, metric="r_replaced", right=None, value=0.5).verdict == "reproduced"
+    assert decide("above", proof, metric="r_replaced", right=None, value=0.5).verdict == "refuted"
+
+
+def joined(interaction: float, *, goal: str = "minimize") -> ClaimResult:
+    """Two changes with gains of 0.1 and 0.2, joined: 0.3 plus `interaction`. Seeds act on all arms."""
+    sign = -1 if goal == "minimize" else 1
+    noise, level = np.random.default_rng(5).normal(0, 0.002, (4, 4)), np.array([4.0, 4.3, 3.8, 4.1])
+    gains = {"baseline": 0.0, "a": 0.1, "b": 0.2, "both": 0.3 + interaction}
+    rows = {name: (level + sign * gain + noise[i]).tolist() for i, (name, gain) in enumerate(gains.items())}
+    proof = evidence({"p": {name: ({"x": name}, row) for name, row in rows.items()}}, min_effect=0.005, goal=goal)
+    sides = {"left": {"arm": "both"}, "right": {"arm": "baseline"}, "parts": ({"arm": "a"}, {"arm": "b"})}
+    entry = decide("synergy", proof, **sides)
+    y = {name: np.array(row) for name, row in rows.items()}
+    expected = stats.ttest_1samp(sign * (y["both"] - y["a"] - y["b"] + y["baseline"]), 0).confidence_interval(0.95)
+    assert interval(entry) == pytest.approx((expected.low, expected.high), rel=1e-6)
+    return entry
+
+
+@pytest.mark.parametrize("goal", ["minimize", "maximize"])
+def test_synergy_is_the_gain_beyond_the_sum_of_the_single_gains(goal: str) -> None:
+    assert joined(0.05, goal=goal).verdict == "reproduced"
+    assert joined(-0.05, goal=goal).verdict == "refuted"
+    assert joined(0.0, goal=goal).verdict in ("refuted", "undecided")
+    assert "gain of the arm both minus the sum of the gains of the arm a and the arm b" in joined(0.0).why
+
+
+def test_synergy_needs_all_its_arms_in_one_phase() -> None:
+    arms = {name: ({"x": name}, SAME) for name in ("baseline", "a", "b", "both")}
+    sides = {"left": {"arm": "both"}, "right": {"arm": "a"}, "parts": ({"arm": "b"}, {"arm": "c"})}
+    entry = decide("synergy", evidence({"p": arms}), **sides)
+    assert (entry.verdict, entry.why) == ("no data", "no arm so far is the arm c")
+    apart = {"p": arms, "q": {"c": ({"x": "c"}, SAME)}}
+    assert "no phase so far has all of" in decide("synergy", evidence(apart), **sides).why
+
+
 # ---- what is not judged ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("relation", ["less", "greater", "equal", "best", "ratio"])
+@pytest.mark.parametrize("relation", ["less", "greater", "equal", "best", "ratio", "below", "above"])
 def test_one_seed_decides_nothing(relation: str) -> None:
     entry = decide(relation, two([1.0], [2.0]), tolerance=9.0, value=1.0)
     assert entry.verdict == "undecided" and "n=1" in entry.why and entry.n == 1
@@ -568,7 +627,8 @@ def test_the_entries_of_every_relation_are_strict_json() -> None:
     fields = {"value": 1.0, "tolerance": 1.0, "expression": "1 + 1", "setting": "alpha", "direction": "decreasing"}
     for relation in RELATIONS:
         for proof in (evidence({}), two(BETTER, SAME), two(["diverged"] * 3, SAME), two([1.0], ["failed"])):
-            entry = judge_claims([Claim("x", relation, left=LEFT, right=RIGHT, **fields)], proof)[0]
+            claim = Claim("x", relation, left=LEFT, right=RIGHT, parts=(LEFT, RIGHT), **fields)
+            entry = judge_claims([claim], proof)[0]
             json.dumps(to_json(entry), allow_nan=False)
             assert entry.verdict in ("reproduced", "refuted", "undecided", "no data") and entry.why
 
@@ -576,7 +636,7 @@ def test_the_entries_of_every_relation_are_strict_json() -> None:
 def test_every_metric_that_a_claim_may_name_is_recorded(tmp_path: Path, corpus: Path) -> None:
     """Each record has these by contract; drift and divisors exist only if the model has them."""
     metrics = pretend(begun_spec(tmp_path, corpus)).metrics
-    assert set(METRIC_GOALS) - set(metrics) == {"weight_norm_error", "activation_norm_error", "r_replaced"}
+    assert set(METRIC_GOALS) - set(metrics) == {"weight_norm_error", "activation_norm_error", "r_mean", "r_replaced"}
 
 
 def begun_spec(folder: Path, corpus: Path) -> TrialSpec:

@@ -142,12 +142,16 @@ def test_a_campaign_that_was_run_twice_is_told_apart_by_its_folder(run: Any, tmp
 def test_every_relation_can_be_told_in_words() -> None:
     fields: dict[str, Any] = {"value": 1.5, "tolerance": 0.1, "expression": "1 + 1", "setting": "model.alpha"}
     sides: dict[str, Any] = {"left": {"model.alpha": 0.4}, "right": {"arm": "baseline"}, "direction": "decreasing"}
+    sides["parts"] = ({"arm": "a"}, {"arm": "b"})
     told = {relation: question(Claim("x", relation, **fields, **sides)) for relation in RELATIONS}
     assert told == {
         "less": "val_loss: alpha=0.4 below the arm baseline",
         "greater": "val_loss: alpha=0.4 above the arm baseline",
         "equal": "val_loss: alpha=0.4 within 0.1 of the arm baseline",
         "ratio": "val_loss: alpha=0.4 over the arm baseline is 1.5 ± 0.1",
+        "below": "val_loss: alpha=0.4 below 1.5",
+        "above": "val_loss: alpha=0.4 above 1.5",
+        "synergy": "val_loss: alpha=0.4 gains more than the sum of the arm a and the arm b",
         "best": "val_loss: alpha=0.4 is the best of its phase",
         "monotone": "val_loss: decreasing along alpha",
         "arithmetic": "1 + 1 is 1.5 ± 0.1",
