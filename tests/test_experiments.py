@@ -8,8 +8,11 @@ import pytest
 
 import run_campaign
 from tune.campaign import load_campaign
+from tune.claims.evidence import Evidence
+from tune.claims.relations import judge_claims
 from tune.planning.plan import preview
 from tune.spec.sweeps import BASELINE
+from tune.storage.records import TrialOutcome
 
 EXPERIMENTS = sorted((Path(__file__).parent.parent / "experiments").glob("*.yaml"))
 SLOW = ("baseline", "campaign", "features", "open_questions", "optimizers", "phase4", "seeds39")  # many trials
@@ -57,6 +60,17 @@ def test_the_settings_in_a_header_are_accepted(path: Path) -> None:
     settings = re.findall(r"--set ([\w.]+=[\w./:-]+)", header(path))
     local = [setting for setting in settings if not setting.startswith("data.path=") and not setting.endswith(":DIR")]
     assert load_campaign(path, local)
+
+
+def test_the_sums_of_the_source_reports_that_do_not_hold_are_those_in_the_findings() -> None:
+    """Each is a paragraph of docs/findings.md, section "Sums"."""
+    sums = [claim for path in EXPERIMENTS for claim in load_campaign(path).claims if claim.relation == "arithmetic"]
+    nothing = Evidence([], lambda *_: TrialOutcome("missing", None), "val_loss", "minimize", 0.95, 0.005)
+    results = judge_claims(sums, nothing)
+    assert {result.id for result in results if result.verdict == "refuted"} == {
+        *("18B-tokens", "flops-of-pilot", "five-minutes", "13.7M-parameters", "305-percent", "phase1-loss"),
+        *("cumulative-sum", "phase4-steps", "more-than-the-sum", "batch-gain-twice"),
+    }
 
 
 @every
