@@ -147,9 +147,17 @@ def claim_counts(verdicts: Iterable[str]) -> str:
     return fmt.listing(f"{counts[verdict]} {verdict}" for verdict in CLAIM_VERDICTS if counts[verdict])
 
 
+def seeds_needed(arm: ArmSummary) -> str:
+    """Returns how many seeds would decide an undecided arm; empty for others, and if seeds were added until decided."""
+    if arm.seeds_to_decide:
+        return f"about {arm.seeds_to_decide} seeds"
+    is_open = arm.verdict == "undecided" and arm.delta and not arm.decision
+    return f"over {MAX_SEEDS:,} seeds" if is_open else ""
+
+
 def verdict(arm: ArmSummary) -> str:
     """Returns the verdict on an arm, with the seeds that would decide it if it has none: `undecided, about 9 seeds`."""
-    return f"{arm.verdict}, about {arm.seeds_to_decide} seeds" if arm.seeds_to_decide else arm.verdict
+    return ", ".join(filter(None, (arm.verdict, seeds_needed(arm))))
 
 
 def is_named(arm: ArmSummary) -> bool:

@@ -171,5 +171,6 @@ def test_without_a_winner_the_next_step_names_the_seeds_that_would_decide() -> N
 
 def test_an_undecided_arm_says_how_many_seeds_it_needs() -> None:
     assert verdict(ArmSummary("x", verdict="undecided", seeds_to_decide=9)) == "undecided, about 9 seeds"
-    assert verdict(ArmSummary("x", verdict="undecided")) == "undecided"
+    assert verdict(ArmSummary("x", verdict="undecided", delta=Delta(0.005))) == "undecided, over 1,000 seeds"
+    assert verdict(ArmSummary("x", verdict="undecided", delta=Delta(0.005), decision="after 30 seeds")) == "undecided"
     assert verdict(ArmSummary("x", verdict="equivalent")) == "equivalent"
