@@ -49,7 +49,7 @@ def evaluate_checkpoint(
             f"trained with; leave out --tokenizer, or prepare the corpus with the checkpoint's {MODEL_FILE}"
         )
     identity, block_size = checkpoint.identity, model.cfg.block_size
-    # A pass has as many tokens as in training, which are known to fit. A converted model has no training run.
+    # As many tokens at once as in training, which fit into memory. A converted model has no training run.
     trained_rows = identity.get("micro_batch_size") or identity.get("batch_size") or 1
     batch_size = max(1, trained_rows * identity["model.block_size"] // block_size)
     tokens = eval_tokens or identity.get("eval_tokens") or EVAL_TOKENS
@@ -58,7 +58,7 @@ def evaluate_checkpoint(
     scores = {name: finite_or_none(value) for name, value in evaluate(model, data, autocast=autocast).items()}
     loss = scores["val_loss"]
     return scores | {
-        "perplexity": math.exp(loss) if loss is not None and loss < 700 else None,
+        "perplexity": math.exp(loss) if loss is not None and loss < 700 else None,  # exp(710) overflows
         "checkpoint": str(checkpoint.path),
         "step": checkpoint.step,
         "block_size": block_size,

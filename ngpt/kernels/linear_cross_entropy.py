@@ -117,7 +117,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad_loss: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        """Multiplies the gradients by `grad_loss`: 1, or less if the step has several micro-batches."""
+        """Multiplies the gradients by `grad_loss`: 1, or less if the step has several micro-batches.
+
+        If `forward` used the C++ kernel, it has computed all of them (`is_complete`). Otherwise those of weight and
+        scale are computed here from `grad_scaled`, the gradient of their product.
+        """
         # On a CPU the comparison does not synchronize, and skipping the multiplication saves a pass and a copy.
         if grad_loss is not None and grad_loss.device.type == "cpu" and grad_loss == 1:
             grad_loss = None

@@ -32,7 +32,10 @@ def activation_norm_error(model: GPT, idx: Tensor) -> float:
 
 @torch.no_grad()
 def divisors(model: GPT, idx: Tensor) -> dict[str, Tensor]:
-    """Returns the divisor r (B, T) after each sublayer, by name, for tokens `idx` (B, T); empty for mode `baseline`."""
+    """Returns the divisor r (B, T) after each sublayer, by name, for tokens `idx` (B, T).
+
+    Empty for norm_mode `baseline`, which has no divisor.
+    """
     if model.normalizer is None:
         return {}
     names = (f"r/{sublayer}.{layer}" for layer in range(len(model.blocks)) for sublayer in ("attention", "mlp"))

@@ -74,12 +74,13 @@ def campaign(
 def scaling(
     *, trials: int = 20, seconds: float = 5.0, steps: int | None = None, workers: int = 2, rounds: int = 1
 ) -> Metrics:
-    """Measures how much faster `workers` finish a campaign than one worker; each round runs both.
+    """Measures how much faster several workers finish a campaign than one worker; each round runs both.
 
-    speedup: ratio of the wall times from the start of the first trial to the end of the last. speedup_with_startup:
-    ratio of the wall times of the whole command. speedup_of_steps: ratio of the tokens per second in training steps,
-    the limit set by the machine. All are ratios of sums over the rounds, since the speed of a shared machine drifts.
-    service_cpu_share: CPU time of the driver and of Ray's own processes over wall time, with several workers.
+    Each of the `trials` trains for about `seconds`, or for `steps` steps. speedup: ratio of the wall times from the
+    start of the first trial to the end of the last. speedup_with_startup: ratio of the wall times of the whole command.
+    speedup_of_steps: ratio of the tokens per second of all workers in training steps, which is the speedup that this
+    machine would allow without overhead. All are ratios of sums over the rounds, since the speed of a shared machine
+    drifts. service_cpu_share: CPU time of the driver and of Ray's own processes over wall time, with several workers.
     """
     steps = steps or steps_within(seconds)
     runs = [run_tiny(trials, steps=steps, workers=size) for _ in range(rounds) for size in (1, workers)]

@@ -257,28 +257,29 @@ class RaySupervisor:
         return "not all trials have saved in time" if now > self._save_deadline else None
 
     def _kill_hung_workers(self, now: float) -> str | None:
+        """Kills the workers of hung trials; returns why Ray must be replaced if this fails or Ray does not notice."""
         beats = self._session.heartbeats()
         self._killed_at = {trial_id: at for trial_id, at in self._killed_at.items() if trial_id in beats}
-        hung, killed = self._watchdog.find_hung(beats, now), set[int]()
-        # A group shares one process: a trial does not hang while another one in its process makes progress.
-        busy = {beat.pid for trial_id, (_, beat) in beats.items() if beat and trial_id not in hung}
+        hung, killed_pids = self._watchdog.find_hung(beats, now), set[int]()
+        # Trials that train together share a process: none of them hangs as long as one of them makes progress.
+        busy_pids = {beat.pid for trial_id, (_, beat) in beats.items() if beat and trial_id not in hung}
         for trial_id, seconds in hung.items():
             beat = beats[trial_id][1]
-            if beat and beat.pid in busy:
+            if beat and beat.pid in busy_pids:
                 continue
             if trial_id in self._killed_at:
                 if now - self._killed_at[trial_id] > RESPONSE_TIMEOUT:
                     return f"it has not noticed that the worker of {trial_id} died"
                 continue
             self._killed_at[trial_id] = now
-            if beat and beat.pid in killed:
+            if beat and beat.pid in killed_pids:
                 continue
             workers = [process for process in marked_processes(self._session.root) if beat and process.pid == beat.pid]
             if not workers:
                 return f"{trial_id} has made no progress for {seconds:.0f} s, and its worker was not found"
             self._session.message(f"{trial_id} has made no progress for {seconds:.0f} s: killing its worker")
             workers[0].kill()
-            killed.add(workers[0].pid)
+            killed_pids.add(workers[0].pid)
         return None
 
     def _count_oom_kills(self) -> None:

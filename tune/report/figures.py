@@ -176,8 +176,8 @@ def curve_figure(phase: PhaseSummary, rows: Mapping[tuple[str, str], Sequence[Cu
             data.append(_line(arm.arm, val, color, width, what="val") | {"mode": "lines+markers"})
         if arm.verdict not in ("diverged", "failed"):
             points_in_focus += [(point.x, y) for point in val + train for y in (point.low, point.high)]
-    n_names = sum(trace["showlegend"] for trace in data)
-    return {"data": data, "layout": _curve_layout(axis, n_names, _late_range(points_in_focus))} if data else None
+    n_in_legend = sum(trace["showlegend"] for trace in data)
+    return {"data": data, "layout": _curve_layout(axis, n_in_legend, _late_range(points_in_focus))} if data else None
 
 
 def _colors(phase: PhaseSummary) -> dict[str, str]:
@@ -237,7 +237,7 @@ def _late_range(points: Sequence[tuple[float, float]]) -> list[float] | None:
     return [low - 0.04 * (high - low), high + 0.04 * (high - low)] if high > low else None
 
 
-def _curve_layout(axis: str, n_names: int, focus: list[float] | None) -> Figure:
+def _curve_layout(axis: str, n_in_legend: int, focus: list[float] | None) -> Figure:
     x_name = "training tokens" if axis == "tokens" else "steps"
     return {
         "height": 340,
@@ -246,5 +246,5 @@ def _curve_layout(axis: str, n_names: int, focus: list[float] | None) -> Figure:
         "yaxis": {"title": {"text": "loss, nats per token"}, "automargin": True},
         "hovermode": "closest",
         "legend": {"orientation": "h", "x": 0, "y": -0.11, "xanchor": "left", "yanchor": "top"},
-        "meta": {"kind": "curves", "focus": focus, "names": n_names, "over": x_name},
+        "meta": {"kind": "curves", "focus": focus, "names": n_in_legend, "over": x_name},
     }

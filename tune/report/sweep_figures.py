@@ -73,7 +73,8 @@ def label_places(
 ) -> list[tuple[str, str]]:
     """Returns text and side of the label of each point, placed without overlaps; earlier points have priority.
 
-    `texts` holds a long and a short form of each label. If neither fits, the short form goes to the right.
+    `span` is the range of the x axis. `texts` holds a long and a short form of each label. If neither fits, the short
+    form goes to the right.
     """
     width, height = PLOT_SIZE
     heights = [y for _, y in points]

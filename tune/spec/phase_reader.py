@@ -121,18 +121,30 @@ class _PhaseReader:
             if confirm := (yield from read_confirm(raw[kind], where, seeds)):
                 self._confirm[name] = confirm, where
         else:
-            listed, wrong = collect(self._listed_arms(name, kind, raw[kind], where, n_seeds))
+            listed, problems = collect(self._listed_arms(name, kind, raw[kind], where, n_seeds))
             arms, swept = listed or ([], {})
-            yield from wrong or _check_distinct(arms)
+            yield from problems or _check_distinct(arms)
         arms = tuple(replace(arm, overrides=with_absolute_paths(arm.overrides)) for arm in arms)
         pinned_values = with_absolute_paths({name: value for name, (value, _) in pinned.items()})
         origins = {name: location for name, (_, location) in pinned.items()}
-        stops_early = kind == "search"  # random or optuna
         if search and isinstance(seeds, UntilDecided):
             text = "optuna proposes arms by their results on all seeds, so `until: decided` cannot be combined with it"
             yield Problem((*where, "method"), f"{text}; use `method: random`, or a list of seeds")
-        kind_of_phase = (swept, combine, search, hold, stops_early, origins, question)
-        return Phase(name, inherit, pinned_values, arms, seeds, *kind_of_phase, "seeds" in raw)
+        return Phase(
+            name,
+            inherit,
+            pinned_values,
+            arms,
+            seeds,
+            swept,
+            combine=combine,
+            search=search,
+            hold=hold,
+            stops_early=kind == "search",  # random or optuna; `search` is set only for optuna
+            origins=origins,
+            question=question,
+            has_own_seeds="seeds" in raw,
+        )
 
     def with_confirmations(self, phases: Sequence[Phase]) -> Reading[list[Phase]]:
         """Adds the confirmation of each search after its phase, unless another phase confirms it."""

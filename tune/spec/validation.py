@@ -76,7 +76,10 @@ class ConfigChecker:
             yield Problem(location, message)
 
     def _check_data(self, base: LocatedSettings, changes: LocatedSettings, note: str) -> Reading[bool]:
-        """Checks that corpus and tokenizer exist and fit the model; each combination is looked up once."""
+        """Checks that corpus and tokenizer exist and fit the model; returns False if it reports a problem.
+
+        Each combination is looked up once.
+        """
         given = {name: entry for name, entry in {**base, **changes}.items() if name in DATA_SETTINGS}
         key = repr(sorted((name, value) for name, (value, _) in given.items()))
         if key in self._looked_up or not _is_valid(given):
@@ -88,8 +91,9 @@ class ConfigChecker:
                 look_up(config)
             except (ConfigError, OSError) as error:  # OSError: the path is too long or unreadable
                 # Report it at the setting, or if the file does not set it, at another one that the lookup depends on.
-                written = [layer[key] for layer in (changes, base) for key in (name, *DATA_CHECKS) if key in layer]
-                yield from self._report(written[0][1] if written else ("base",), f"{error}{note}")
+                names = (name, *DATA_CHECKS)
+                locations = [layer[setting][1] for layer in (changes, base) for setting in names if setting in layer]
+                yield from self._report(locations[0] if locations else ("base",), f"{error}{note}")
                 return False
         return True
 
@@ -225,7 +229,10 @@ def _values(given: LocatedSettings) -> dict[str, Any]:
 
 
 def _culprit(base: LocatedSettings, changes: LocatedSettings) -> str | None:
-    """Applies the changes one by one; returns the first that makes a valid config invalid, if any."""
+    """Applies the changes one by one and returns the first that makes the config invalid.
+
+    None if there is none, or if the base is invalid already.
+    """
     given = dict(base)
     for name in (None, *changes):  # None: the base without changes
         given |= {name: changes[name]} if name else {}

@@ -56,17 +56,18 @@ class SeedLedger:
         self.damaged: list[int] = []  # line numbers that could not be read, known after the first call
 
     def enter(self, entry: SeedEntry, draw: Draw) -> tuple[SeedEntry, bool]:
-        """Returns the entry of this campaign, phase and content, and whether it is new.
+        """Returns the ledger's entry of this campaign, phase and content, and whether this call has added it.
 
-        A new entry gets the seeds that `draw` returns for the seeds already in the ledger for its family, and its look.
-        If it has a question, its look is one more than the number of earlier entries with this question. The caller may
-        crash at any time and ask again: nothing is drawn or counted twice.
+        A new entry gets the seeds `draw(seen, look)`, where `seen` are all seeds of its family in the ledger. Its look
+        is the number of entries with its question, itself included, or 0 if it has no question. The caller may crash at
+        any time and ask again: nothing is drawn or counted twice.
         """
         with self._locked():
             entries, end = self._read()
             for known in entries:
                 is_same = (known.campaign, known.content) == (entry.campaign, entry.content)
-                if is_same and (known.phase == entry.phase or known.seeds == entry.seeds):  # or renamed since
+                # The same seeds under another name: the phase has been renamed.
+                if is_same and (known.phase == entry.phase or known.seeds == entry.seeds):
                     return known, False
             seen = {seed for known in entries if known.family == entry.family for seed in known.seeds}
             look = 1 + sum(known.question == entry.question for known in entries) if entry.question else 0

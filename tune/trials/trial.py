@@ -145,7 +145,7 @@ def prepare_trial_folder(folder: Path, config: TrainConfig) -> None:
     make_folder(folder)
     remove_temporary_files(folder)
     with contextlib.suppress(OSError):  # not fatal: the tracker also creates the file
-        (folder / "metrics.jsonl").touch()  # `write_json` syncs the folder
+        (folder / "metrics.jsonl").touch()  # not synced here: `write_json` syncs the folder
     write_json(folder / "config.json", flatten(config))
 
 
