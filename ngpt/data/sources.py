@@ -73,7 +73,7 @@ class ShardCorpus:
 
 def python_docs(path: Path | None, shards: int) -> Corpus:
     """The documentation in the running Python, 2 MB; a document is a language topic or the docstrings of a module."""
-    _is_whole("python-docs", shards)
+    _require_one_shard("python-docs", shards)
     if path is not None:
         raise ConfigError("python-docs is read from Python itself: leave out data.path (--from)")
     return Corpus(
@@ -86,9 +86,9 @@ def python_docs(path: Path | None, shards: int) -> Corpus:
 
 def shakespeare(path: Path | None, shards: int) -> Corpus:
     """Tiny Shakespeare, 1.1 MB, from karpathy/char-rnn or a local copy; split as in nanoGPT."""
-    _is_whole("shakespeare", shards)
+    _require_one_shard("shakespeare", shards)
     if path is not None:
-        read_file(path)
+        read_file(path)  # raises ConfigError now, rather than when the text is used
     return Corpus(
         name="shakespeare",
         identity=f"sha256:{SHAKESPEARE_SHA256}",
@@ -178,7 +178,7 @@ def _document_corpus(name: str, identity: str, fetch: Callable[[Log], list[Path]
     )
 
 
-def _is_whole(name: str, shards: int) -> None:
+def _require_one_shard(name: str, shards: int) -> None:
     if shards != 1:
         raise ConfigError(f"data.shards {shards}: {name} does not come in parts; fineweb and openwebtext do")
 
