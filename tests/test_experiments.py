@@ -15,7 +15,20 @@ from tune.spec.sweeps import BASELINE
 from tune.storage.records import TrialOutcome
 
 EXPERIMENTS = sorted((Path(__file__).parent.parent / "experiments").glob("*.yaml"))
-SLOW = ("baseline", "campaign", "features", "open_questions", "optimizers", "phase4", "seeds39")  # many trials
+SLOW = (
+    *(
+        "baseline",
+        "campaign",
+        "dotprod_pilot",
+        "features",
+        "open_questions",
+        "optimizers",
+        "phase2",
+        "phase4",
+        "presets",
+    ),
+    "seeds39",
+)  # many trials
 SMOKED = [pytest.param(path, marks=pytest.mark.slow if path.stem in SLOW else ()) for path in EXPERIMENTS]
 every = pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
 

@@ -192,6 +192,7 @@ def disturbed(folder: Path, file: Path) -> Iterator[DisturbedRun]:
             run.end()
 
 
+@pytest.mark.slow
 def test_the_losses_after_every_kind_of_kill_equal_those_of_an_undisturbed_run(
     disturbed: DisturbedRun, inline: dict[Any, Any]
 ) -> None:
@@ -200,6 +201,7 @@ def test_the_losses_after_every_kind_of_kill_equal_those_of_an_undisturbed_run(
     assert (disturbed.summary["status"], disturbed.summary["trials"]["finished"]) == ("finished", 6)
 
 
+@pytest.mark.slow
 def test_no_finished_trial_is_trained_again(disturbed: DisturbedRun) -> None:
     finished: set[str] = set()
     for event in read_journal(disturbed.root / "journal.jsonl"):
@@ -210,6 +212,7 @@ def test_no_finished_trial_is_trained_again(disturbed: DisturbedRun) -> None:
     assert len(finished) == 6
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_replaced_and_its_trial_retried(disturbed: DisturbedRun) -> None:
     events = read_journal(disturbed.root / "journal.jsonl")
     died = [event for event in events if event["event"] == "worker_died"]
@@ -221,12 +224,14 @@ def test_a_killed_worker_is_replaced_and_its_trial_retried(disturbed: DisturbedR
     assert "Traceback" not in disturbed.stderr and "ERROR" not in disturbed.stderr
 
 
+@pytest.mark.slow
 def test_ctrl_c_exits_with_130_a_summary_and_the_command_that_resumes(disturbed: DisturbedRun) -> None:
     assert disturbed.interrupted == 130
     assert disturbed.stderr.splitlines()[-1].startswith("interrupted; to resume: python run_campaign.py ")
     assert "interrupted" in disturbed.stdout and "\x1b" not in disturbed.stdout
 
 
+@pytest.mark.slow
 def test_no_process_outlives_a_run_that_was_interrupted_or_killed(disturbed: DisturbedRun) -> None:
     assert (disturbed.after_interrupt, disturbed.after_kill) == ([], [])
     assert not list(disturbed.root.glob(".tune-*"))
