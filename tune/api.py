@@ -2,7 +2,7 @@
 
 import csv
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -14,6 +14,7 @@ from tune.analysis.verdicts import judge as judge_outcomes
 from tune.storage.records import TrialOutcome
 
 COLUMNS = ("arm", "seed", "value")  # of a table to judge
+MAX_DECIMALS = 8  # of printed values; smaller differences are written with an exponent
 BASELINES = ("baseline", "base")  # names of the baseline, if none is given
 
 
@@ -30,7 +31,7 @@ class JudgedArm:
     ci_high: float | None
     p: float | None  # two-sided, not corrected
     p_holm: float | None  # corrected for the number of arms; decides the verdict
-    verdict: str  # better | worse | equivalent | undecided | no claim | incomplete | baseline
+    verdict: str  # better | worse | equivalent | undecided | no claim | diverged | incomplete | baseline
     seeds_to_decide: int | None  # of an undecided arm, with 80 % power; None if 1,000 would not do
 
 
@@ -46,12 +47,13 @@ class Judged:
 
     def __str__(self) -> str:
         rows = [("arm", "n", "mean", "delta", "interval", "p", "Holm p", "verdict")]
+        number, signed = _formats(self.arms)
         for arm in self.arms:
-            interval = "" if arm.ci_low is None else f"[{fmt.signed(arm.ci_low)}, {fmt.signed(arm.ci_high)}]"
-            delta = "" if arm.delta is None else fmt.signed(arm.delta)
+            interval = "" if arm.ci_low is None else f"[{signed(arm.ci_low)}, {signed(arm.ci_high)}]"
+            delta = "" if arm.delta is None else signed(arm.delta)
             p, p_holm = ("" if p is None else f"{p:.2g}" for p in (arm.p, arm.p_holm))
             verdict = arm.verdict + (f", about {arm.seeds_to_decide} seeds" if arm.seeds_to_decide else "")
-            rows.append((fmt.plain(arm.arm), f"{arm.n}", fmt.number(arm.mean), delta, interval, p, p_holm, verdict))
+            rows.append((fmt.plain(arm.arm), f"{arm.n}", number(arm.mean), delta, interval, p, p_holm, verdict))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         warnings = [f"Warning: {fmt.sentence(fmt.plain(warning))}" for warning in self.warnings]
@@ -69,7 +71,8 @@ def judge(
     """Compares arms with a baseline over seeds, as campaigns do (docs/statistics.md).
 
     Args:
-        values: arm to seed to value. None or NaN marks a run without a result; its arm is `incomplete`.
+        values: arm to seed to value. None or NaN marks a run without a result; its arm is `incomplete`. An infinite
+            value marks a run that diverged, and so its arm.
         baseline: the arm that the others are compared with.
         goal: whether small or large values are better.
         confidence: of the intervals, and one minus the error rate of all verdicts together.
@@ -122,12 +125,14 @@ def read_values(path: Path) -> dict[str, dict[int, float | None]]:
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            lines = list(csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ","))
+            lines = list(csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ","))
     except (UnicodeDecodeError, csv.Error) as error:
         raise ConfigError(f"{path}: not a table of text: {error}") from None
     header = [name.strip().lower() for name in lines[0]] if lines else []
     if missing := [name for name in COLUMNS if name not in header]:
         raise ConfigError(f"{path}:1: the first line lacks {fmt.listing(missing)}; it names the columns arm,seed,value")
+    if twice := [name for name in COLUMNS if header.count(name) > 1]:
+        raise ConfigError(f"{path}:1: the first line names the column {twice[0]} twice")
     columns = [header.index(name) for name in COLUMNS]
     cells: dict[str, dict[str, float | None]] = {}
     for number, row in enumerate(lines[1:], 2):
@@ -135,6 +140,8 @@ def read_values(path: Path) -> dict[str, dict[int, float | None]]:
             continue
         if len(row) <= max(columns):
             raise ConfigError(f"{path}:{number}: {len(row)} of {len(header)} columns")
+        if any(cell.strip() for cell in row[len(header) :]):
+            raise ConfigError(f"{path}:{number}: {len(row)} cells in {len(header)} columns; quote cells with commas")
         arm, seed, text = (row[i].strip() for i in columns)
         try:
             value = float(text) if text else None
@@ -156,6 +163,20 @@ def default_baseline(arms: Sequence[str]) -> str:
     return next((arm for arm in arms if arm.lower() in BASELINES), arms[0])
 
 
+def _formats(arms: Sequence[JudgedArm]) -> tuple[Callable[[float | None], str], Callable[[float | None], str]]:
+    """How to write values and differences: four decimals, or as many as the narrowest interval needs."""
+    widths = [arm.ci_high - arm.ci_low for arm in arms if arm.ci_low is not None and arm.ci_high is not None]
+    sizes = [size for size in (*widths, *(abs(arm.delta or 0.0) for arm in arms)) if size]
+    decimals = max(4, 2 - math.floor(math.log10(min(sizes)))) if sizes else 4
+    if decimals <= MAX_DECIMALS:
+        return (lambda value: fmt.number(value, decimals)), (lambda value: fmt.signed(value, decimals))
+
+    def number(value: float | None) -> str:
+        return fmt.MISSING if value is None else f"{value:.6g}".replace("-", fmt.MINUS)
+
+    return number, lambda value: f"+{number(value)}" if value and value > 0 else number(value)
+
+
 def _numbered(seeds: set[str]) -> dict[str, int]:
     try:
         numbers = {seed: int(seed) for seed in seeds}
@@ -171,4 +192,6 @@ def _outcome(arm: str, seed: int, value: Any) -> TrialOutcome:
         number = float(value)
     except (TypeError, ValueError):
         raise ConfigError(f"{arm}: the value of seed {seed} is not a number: {value!r}") from None
+    if math.isinf(number):
+        return TrialOutcome("diverged")
     return TrialOutcome("missing") if math.isnan(number) else TrialOutcome("finished", number)

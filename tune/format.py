@@ -58,10 +58,10 @@ def number(value: float | None, decimals: int = 4) -> str:
     return text.replace("-", MINUS) if float(text) else text.lstrip("-")
 
 
-def signed(value: float | None) -> str:
+def signed(value: float | None, decimals: int = 4) -> str:
     """Formats a difference with its sign."""
-    text = number(value)
-    return f"+{text}" if value is not None and float(f"{value:.4f}") > 0 else text
+    text = number(value, decimals)
+    return f"+{text}" if value is not None and float(f"{value:.{decimals}f}") > 0 else text
 
 
 def p_value(value: float | None) -> str:

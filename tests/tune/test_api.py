@@ -34,6 +34,36 @@ def test_a_run_without_a_result_makes_its_arm_incomplete() -> None:
         assert {arm.arm: arm.verdict for arm in judged.arms} == {"base": "baseline", "wide": "incomplete"}
 
 
+def test_an_infinite_value_is_a_run_that_diverged() -> None:
+    judged = judge({"base": BASE, "wide": {**WIDE, 3: math.inf}}, baseline="base")
+    assert judged.arms[-1].verdict == "diverged"
+    lost = judge({"base": {**BASE, 4: math.inf}, "bad": {seed: x + 0.1 for seed, x in WIDE.items()}}, baseline="base")
+    assert "worse" not in {arm.verdict for arm in lost.arms}  # the baseline is better only without its worst seed
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1e-3, 1.0, 1e9])
+def test_the_table_shows_differences_of_any_size(scale: float) -> None:
+    values = {arm: {seed: x * scale for seed, x in row.items()} for arm, row in (("base", BASE), ("wide", WIDE))}
+    row = str(judge(values, baseline="base", min_effect=0.0)).splitlines()[1].replace("\u2212", "-").split()
+    assert row[0] == "wide"
+    assert float(row[2]) == pytest.approx(4.9056667 * scale, rel=1e-3)
+    assert float(row[3]) == pytest.approx(-0.0976667 * scale, rel=0.01)
+    assert len(row[3]) <= 16
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-90])
+def test_arms_without_noise_beside_one_that_scatters_are_judged(scale: float) -> None:
+    rows = {"base": (5.0, 5.0), "a": (5.1, 5.1), "b": (4.9, 4.9), "wild": (8.7, 4.8)}
+    values = {arm: {1: scale * first, 2: scale * second} for arm, (first, second) in rows.items()}
+    judged = judge(values, baseline="base", min_effect=0.0)
+    assert {arm.arm: arm.verdict for arm in judged.arms}["b"] == "better"
+
+
+def test_the_sentence_counts_the_seeds_that_both_arms_have() -> None:
+    judged = judge({"base": BASE, "wide": {1: 4.90, 2: 4.932, 7: 4.9, 8: 4.9}}, baseline="base")
+    assert "(2 paired seeds, " in judged.why
+
+
 def test_the_printed_table_has_a_row_for_each_arm_and_the_result_in_a_sentence() -> None:
     text = str(judge({"base": BASE, "wide": WIDE, "same": BASE}, baseline="base"))
     rows = text.splitlines()
@@ -96,6 +126,8 @@ def test_seeds_may_have_names(tmp_path: Path) -> None:
         ("arm,seed,value\na,1,two\n", ":2: value 'two' is not a number"),
         ("arm,seed,value\na,1\n", ":2: 2 of 3 columns"),
         ("arm,seed,value\n,1,2\n", ":2: the arm is empty"),
+        ("arm,seed,value\nlr=1,2,3,1,5\n", ":2: 5 cells in 3 columns; quote cells with commas"),
+        ("arm,seed,value,Value\na,1,2,3\n", ":1: the first line names the column value twice"),
     ],
 )
 def test_a_wrong_table_is_answered_with_its_line(tmp_path: Path, text: str, message: str) -> None:

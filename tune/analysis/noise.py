@@ -131,7 +131,7 @@ class Comparison:
         total = self.seeds.value + own.value
         if not total:
             return 0.0
-        df = total**2 / sum(part.value**2 / part.df for part in (self.seeds, own) if part.value)
+        df = 1 / sum((part.value / total) ** 2 / part.df for part in (self.seeds, own) if part.value)
         return (total / n) ** 0.5 * float(stdtrit(df, 0.5 + confidence / 2))
 
 

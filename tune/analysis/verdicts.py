@@ -122,7 +122,8 @@ def judge(
         tied = {arm for arm, contrast in others.items() if abs(contrast.difference) <= contrast.half_width}
         arms = [replace(arm, tied_with_winner=arm.arm in tied - {winner}) for arm in arms]
     noise = _phase_noise(comparison, design, values[baseline])
-    why = _why(arms, winner, noise, rules)
+    pairs = {arm: contrast.n for arm, contrast in comparison.contrasts.items()} if comparison else {}
+    why = _why(arms, winner, noise, rules, pairs)
     return Judgement(arms, winner, why, noise, warnings, comparison.prior if comparison else None)
 
 
@@ -144,7 +145,8 @@ def _finished_values(outcomes: Outcomes, baseline: str) -> tuple[Values, dict[st
         finished = {seed: o.value for seed, o in sorted(outcomes[arm].items()) if o.status == "finished"}
         values[arm] = {seed: float(x) for seed, x in finished.items() if x is not None and abs(x) < MAX_VALUE}  # no NaN
         if unusable := sorted(finished.keys() - values[arm].keys()):
-            warnings.append(f"{arm}: finished without a finite value with seeds {unusable}, taken as missing")
+            text = f"finished without a finite value below {MAX_VALUE:g} with seeds {unusable}, taken as missing"
+            warnings.append(f"{arm}: {text}")
         if len(values[arm]) < len(outcomes[arm]) or not outcomes[arm]:
             excluded[arm] = "diverged" if "diverged" in statuses else "failed" if "failed" in statuses else "incomplete"
     if baseline in excluded and values[baseline]:
@@ -273,7 +275,7 @@ def _sd(sample: Sequence[float]) -> float:
     return sqrt(fsum((x - mean) ** 2 for x in sample) / (len(sample) - 1))
 
 
-def _why(arms: list[ArmSummary], winner: str, noise: PhaseNoise, rules: _Rules) -> str:
+def _why(arms: list[ArmSummary], winner: str, noise: PhaseNoise, rules: _Rules, n_compared: Mapping[str, int]) -> str:
     """The result of the phase in one sentence, rounded to two digits of the interval's half-width."""
     others = [arm for arm in arms if arm.verdict != "baseline"]
     judged = [(arm, arm.delta) for arm in others if arm.delta and arm.delta.p is not None]
@@ -285,7 +287,8 @@ def _why(arms: list[ArmSummary], winner: str, noise: PhaseNoise, rules: _Rules) 
         why = "a comparison needs two seeds of both" if any(arm.n > 1 for arm in arms) else "one seed per arm"
         return f"{why}: no claim can be made, the baseline stays"
     best, delta = next((pair for pair in judged if pair[0].arm == winner), judged[0])
-    seeds = f"{best.n} paired seeds" if noise.method == "paired" else f"{best.n} seeds, unpaired"
+    n = n_compared[best.arm]  # seeds; the arm or the baseline may have more
+    seeds = f"{n} paired seeds" if noise.method == "paired" else f"{n} seeds, unpaired"
     low, high, p = delta.ci_low or 0.0, delta.ci_high or 0.0, delta.p_holm or 0.0
     digits = min(max(1 - floor(log10((high - low) / 2 or abs(delta.mean) / 10 or 1.0)), 0), 12)
     verb, low, high = ("raises", low, high) if delta.mean > 0 else ("lowers", 0.0 - high, 0.0 - low)

@@ -6,7 +6,7 @@ experiment under the same name. That needs `--allow-change`.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,17 +34,19 @@ class Changes:
     kept: int = 0  # number of results that are still part of the campaign
     new: int = 0  # number of trials that were not part of it before
     changed: tuple[str, ...] = ()  # arms whose results are unused because their settings changed
+    reseeded: tuple[str, ...] = ()  # arms with results that are unused because their phase has other seeds
     gone: tuple[str, ...] = ()  # arms whose results are unused because the file dropped them
     notes: tuple[str, ...] = ()  # other differences that the user should know
 
     def lines(self) -> list[str]:
         """The differences as messages; empty if nothing has changed."""
         lines = [f"changed since the last start: {line}" for line in (*self.meaning, *self.settings)]
-        if self.changed or self.gone or lines:
+        if self.changed or self.reseeded or self.gone or lines:
             kept, new = fmt.counted(self.kept, "result"), fmt.counted(self.new, "trial")
             verbs = ["is" if n == 1 else "are" for n in (self.kept, self.new)]
             lines.append(f"{kept} {verbs[0]} kept, {new} {verbs[1]} new")
         lines += _listed("retrained because its settings changed", self.changed)
+        lines += _listed("not used, since the phase has other seeds now", self.reseeded)
         return lines + _listed("no longer part of the campaign", self.gone) + list(self.notes)
 
 
@@ -54,18 +56,22 @@ def find_changes(campaign: Campaign, state: CampaignState) -> Changes:
     if not state.campaign or not results:
         return Changes()
     planned = state.phases.values()
-    before = {(phase.name, arm.name): set(arm.trial_ids.values()) for phase in planned for arm in phase.arms}
+    before = {(phase.name, arm.name): arm.trial_ids for phase in planned for arm in phase.arms}
     phases = expected_phases(campaign, state)
-    now = {(phase.name, arm.name) for phase in phases for arm in phase.arms}
-    trials = {trial.trial_id for phase in phases for trial in phase.trials}
-    lost = {arm: n for arm, ids in before.items() if (n := len(ids & results - trials))}
+    now = {(phase.name, arm.name): dict[int, str]() for phase in phases for arm in phase.arms}
+    for phase in phases:
+        for trial in phase.trials:
+            now[phase.name, trial.arm][trial.seed] = trial.trial_id
+    trials = {trial_id for ids in now.values() for trial_id in ids.values()}
+    lost = {arm: n for arm, ids in before.items() if (n := len({*ids.values()} & results - trials))}
     counts = {arm: f"{fmt.plain(arm[0])}/{fmt.plain(arm[1])} ({fmt.counted(n, 'result')})" for arm, n in lost.items()}
     return Changes(
         meaning=tuple(_meaning(campaign, state)),
         settings=tuple(_settings(campaign, state)),
         kept=len(results & trials),
-        new=len(trials - set().union(*before.values())),
-        changed=tuple(text for arm, text in counts.items() if arm in now),
+        new=len(trials - set().union(*(ids.values() for ids in before.values()))),
+        changed=tuple(text for arm, text in counts.items() if arm in now and _is_other(before[arm], now[arm])),
+        reseeded=tuple(text for arm, text in counts.items() if arm in now and not _is_other(before[arm], now[arm])),
         gone=tuple(text for arm, text in counts.items() if arm not in now),
         notes=tuple(_optuna_notes(campaign, state)),
     )
@@ -87,6 +93,11 @@ def judging_rules(campaign: Campaign) -> dict[str, Any]:
         "min_effect": campaign.min_effect,
         "hold": {phase.name: phase.hold or campaign.hold for phase in campaign.phases},
     }
+
+
+def _is_other(before: Mapping[int, str], now: Mapping[int, str]) -> bool:
+    """Whether an arm computes something else with a seed that it has kept; both are trial ids by seed."""
+    return any(now.get(seed, trial_id) != trial_id for seed, trial_id in before.items())
 
 
 def _meaning(campaign: Campaign, state: CampaignState) -> Iterator[str]:

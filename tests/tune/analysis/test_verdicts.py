@@ -296,7 +296,7 @@ def test_a_finished_seed_without_a_usable_value_counts_as_missing(value: float |
     cells["arm"][2] = TrialOutcome("finished", value)
     judgement = judge(cells, baseline="base")
     assert find(judgement, "arm").verdict == "incomplete"
-    assert judgement.warnings == ["arm: finished without a finite value with seeds [2], taken as missing"]
+    assert judgement.warnings == ["arm: finished without a finite value below 1e+100 with seeds [2], taken as missing"]
 
 
 def test_arms_that_are_equal_bit_for_bit_do_not_count_twice_in_the_noise() -> None:

@@ -73,6 +73,18 @@ def test_settings_that_decide_nothing_are_not_changes(file: Path, root: Path, be
     assert (found.lines(), found.kept, found.new) == ([], 4, 0)
 
 
+@pytest.mark.parametrize("after", ["seeds: [2]", "seeds: [2, 3]", "seeds: [3, 4]"])
+def test_results_of_seeds_that_the_phase_gives_up_are_not_said_to_be_retrained(
+    file: Path, root: Path, after: str
+) -> None:
+    finish(file, root)
+    edit(file, "seeds: [1, 2]", after)
+    found = changes(file, root)
+    n = "2 results" if "2" not in after else "1 result"
+    assert (found.changed, found.gone) == ((), ())
+    assert f"not used, since the phase has other seeds now: alpha/alpha=0.4 ({n})" in found.lines()
+
+
 def test_added_arms_and_seeds_are_new_trials_and_the_others_are_kept(file: Path, root: Path) -> None:
     finish(file, root)
     edit(file, "[0.05, 0.4]", "[0.05, 0.4, 0.2]")
