@@ -232,15 +232,19 @@ class Code:
         if path not in self._modules:
             file = self._source(path)
             module = None if file is None else read_module(self._name(file), file.read_text(encoding="utf-8"))
-            if module is not None:
-                module.imported = {name: self._resolve(used) for name, used in module.imported.items()}
+            if module is not None and file is not None:
+                package = path if file.name == "__init__.py" else path.rpartition(".")[0]
+                module.imported = {name: self._resolve(used, package) for name, used in module.imported.items()}
                 for definition in module.definitions.values():
-                    definition.imports = list(map(self._resolve, definition.imports))
+                    definition.imports = [self._resolve(used, package) for used in definition.imports]
             self._modules[path] = module
         return self._modules[path]
 
-    def _resolve(self, used: Reference) -> Reference:
-        """An imported name; if it is a module of the package, all of that module."""
+    def _resolve(self, used: Reference, package: str) -> Reference:
+        """A name that a module in `package` imports; if it is itself a module of ours, all of that module."""
+        if level := len(used[0]) - len(used[0].lstrip(".")):  # a relative import
+            parents = package.split(".")
+            used = ".".join([*parents[: len(parents) - level + 1], *filter(None, [used[0][level:]])]), used[1]
         path = ".".join(used)
         return (path, ALL) if self._is_own(path) and self._file_of(path) else used
 
@@ -280,11 +284,16 @@ def read_code(folder: Path) -> Code | None:
 
 def read_module(file: str, text: str) -> Module:
     """Reads the definitions, imports, tables and declared choices of a source file."""
-    module = Module(file)
+    module, whole = Module(file), list[Reference]()  # modules of which every name counts
     statements: dict[str, list[ast.stmt]] = {}
     for statement in ast.parse(text, file).body:
         if isinstance(statement, ast.Import | ast.ImportFrom):
-            module.imported |= imported_names(statement)
+            names = imported_names(statement)
+            # `import *` does not say what it binds, and `import a.b` binds `a`, as `import a.c` does.
+            whole += [used for name, used in module.imported.items() if names.get(name, used) != used]
+            if ALL in names:
+                whole.append((names.pop(ALL)[0], ALL))
+            module.imported |= names
         elif (table := _read_table(statement)) is not None:
             name, entries = table
             module.tables[name] = list(entries)
@@ -298,6 +307,7 @@ def read_module(file: str, text: str) -> Module:
                 statements.setdefault(name, []).append(statement)
     module.definitions |= {name: define(parts) for name, parts in statements.items()}
     _read_effects(module, statements)
+    module.definitions[EFFECTS].imports += whole
     for node in (node for parts in statements.values() for node in parts if isinstance(node, ast.ClassDef)):
         _read_choices(node, module)
     return module
@@ -311,9 +321,10 @@ def define(parts: Iterable[ast.AST]) -> Definition:
 
 
 def imported_names(statement: ast.Import | ast.ImportFrom) -> dict[str, Reference]:
-    """What an import binds: name to module and name there."""
+    """What an import binds: name to module and name there. A relative import has the dots before its module."""
     if isinstance(statement, ast.ImportFrom):
-        return {alias.asname or alias.name: (statement.module or "", alias.name) for alias in statement.names}
+        path = "." * statement.level + (statement.module or "")
+        return {alias.asname or alias.name: (path, alias.name) for alias in statement.names}
     return {alias.asname or alias.name.partition(".")[0]: (alias.name, ALL) for alias in statement.names}
 
 

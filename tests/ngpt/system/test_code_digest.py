@@ -163,6 +163,29 @@ def test_two_definitions_of_one_name_are_told_apart(edit: Edit) -> None:
     assert changed(old, new) == {"ngpt/rules.py": ["scale"]}
 
 
+@pytest.mark.parametrize(
+    ("imports", "name"),
+    [
+        ("from ngpt.low.mine import half", "half"),
+        ("from .low.mine import half", "half"),
+        ("from .low import mine", "mine.half"),
+        ("from ngpt.low.mine import *", "half"),
+        ("import ngpt.low.mine\nimport ngpt.config", "ngpt.low.mine.half"),
+    ],
+)
+def test_every_way_to_import_code_is_followed(edit: Edit, imports: str, name: str) -> None:
+    user = RULES.replace("_half(x) + 1", f"{name}(x) + 1").replace("\ndef", f"{imports}\n\n\ndef", 1)
+    for rules in (
+        user,
+        user.replace(f"{imports}\n", "").replace("    return", f"    {imports.splitlines()[0]}\n    return"),
+    ):
+        if "*" in imports and imports not in rules.partition("def")[0]:
+            continue  # not allowed in a function
+        files = {"rules.py": rules, "low/__init__.py": ""}
+        old, new = (edit(**files, **{"low/mine.py": f"def half(x):\n    return x / {k}\n"}) for k in (2, 3))
+        assert changed(old, new) == {"ngpt/low/mine.py": ["half"]}
+
+
 def test_code_that_nothing_reaches_does_not_count(edit: Edit) -> None:
     old = edit()
     assert old.digest == edit("training/loop.py", "return 0", "return 9").digest
