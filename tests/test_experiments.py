@@ -21,6 +21,7 @@ SLOW = (
         "campaign",
         "dotprod_pilot",
         "features",
+        "flagship",
         "open_questions",
         "optimizers",
         "phase2",

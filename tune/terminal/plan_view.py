@@ -37,11 +37,14 @@ def _notes(estimated: Estimate) -> list[str]:
         singular = "1 trial of a later phase is the same as an earlier one and is trained once"
         plural = f"{shared} trials of later phases are the same as earlier ones and are trained once"
         lines.append(singular if shared == 1 else plural)
-    seeds = "; ".join(f"{row.phase} {row.which_seeds}" for row in estimated.phases if row.which_seeds)
+    by_seeds: dict[str, list[str]] = {}
+    for row in estimated.phases:
+        by_seeds.setdefault(row.which_seeds, []).append(row.phase)
+    seeds = "; ".join(f"{fmt.listing(phases)} {which}" for which, phases in by_seeds.items() if which)
     lines += [f"seeds: {seeds}"] if seeds else []
-    for row in (row for row in estimated.phases if row.most_trials > row.trials):
-        text = f"{row.phase}: between {row.trials} and {row.most_trials} trials, decided after each round of seeds"
-        lines.append(f"{text}; tokens, disk and time are those of the next round")
+    open_ended = [row for row in estimated.phases if row.most_trials > row.trials]
+    if ranges := "; ".join(f"{row.phase} {row.trials} to {row.most_trials} trials" for row in open_ended):
+        lines.append(f"seeds until decided: {ranges}; tokens, disk and time are those of the next round")
     if noise := estimated.noise:
         spread = f"a spread between seeds of {noise.sd:.2g}, {noise.source}"
         lines.append(f"finds: the smallest effect that 4 of 5 such phases would find, from {spread}")
