@@ -79,9 +79,19 @@ def _shrunken(effects, variance: float):  # type: ignore[no-untyped-def]
 
 
 def shrunken_delta(
-    arms: Sequence[ArmSummary], winner: str, *, goal: str, confidence: float, min_effect: float
+    arms: Sequence[ArmSummary],
+    winner: str,
+    *,
+    goal: str,
+    confidence: float,
+    min_effect: float,
+    most_seeds: int | None = None,
 ) -> float | None:
-    """The delta of the winner of a judged phase after allowing for its selection; None if no arm was better."""
+    """The delta of the winner of a judged phase after allowing for its selection; None if no arm was better.
+
+    `most_seeds` are those that the winner could have had with `until: decided`. It stops at the look that it passes, so
+    its effect is always just above the threshold of this look; what selects it is that it passes by the last one.
+    """
     from scipy.special import stdtrit
 
     sign = 1.0 if goal == "maximize" else -1.0
@@ -95,6 +105,7 @@ def shrunken_delta(
     }
     # Holm's first step, which the best arm has to pass
     quantile = float(stdtrit(deltas[winner].df, 1 - (1 - confidence) / 2 / len(deltas)))
-    threshold = max(errors[winner] * quantile, min_effect)
+    share = 1.0 if most_seeds is None else min(1.0, chosen.n / most_seeds)
+    threshold = max(errors[winner] * quantile * sqrt(share), min_effect)
     effects = {arm: sign * delta.mean for arm, delta in deltas.items()}
     return sign * shrunken_effect(effects, winner, standard_errors=errors, threshold=threshold)

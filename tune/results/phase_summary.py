@@ -79,7 +79,9 @@ def summarize_phase(state: CampaignState, phase: PhaseState) -> PhaseSummary:
         for rank, arm in ranked
     )
     if not is_confirmation(phase):
-        shrunken = shrunken_delta(arms, judgement.winner, goal=goal, **_level(phase, limits))
+        shrunken = shrunken_delta(
+            arms, judgement.winner, goal=goal, most_seeds=phase.most_seeds, **_level(phase, limits)
+        )
         arms = tuple(replace(arm, shrunken=shrunken) if arm.arm == judgement.winner else arm for arm in arms)
     statuses = [outcome.status for by_seed in outcomes.values() for outcome in by_seed.values()]
     missing = statuses.count("missing")  # a phase has no winner until all its trials have ended

@@ -215,7 +215,10 @@ def borrowed_noise(summaries: Iterable[PhaseSummary]) -> tuple[float, float] | N
         winner = summary.winning_arm
         delta = winner.delta if winner else None
         if winner and delta and delta.df and delta.ci_low is not None and delta.ci_high is not None:
-            error = (delta.ci_high - delta.ci_low) / 2 / float(stdtrit(delta.df, 0.5 + summary.confidence / 2))
+            # With `until: decided` the interval is that of the last look at the arm, at the level of this look.
+            levels = [look.level for look in summary.looks if winner.arm in {row.arm for row in look.arms}]
+            level = levels[-1] if levels else 1 - summary.confidence
+            error = (delta.ci_high - delta.ci_low) / 2 / float(stdtrit(delta.df, 1 - level / 2))
             dfs.append(delta.df)
             variances.append(error**2 * winner.n)
     return (BORROWED_WEIGHT * min(dfs), max(variances)) if dfs and max(variances) > 0 else None

@@ -64,3 +64,11 @@ def test_a_delta_keeps_its_sign_and_only_a_better_arm_has_an_estimate() -> None:
     assert shrunken is not None and -0.5 < shrunken < -0.4
     assert shrunken_delta(arms, "baseline", goal="minimize", **limits) is None
     assert shrunken_delta([arm("a", -0.5, "undecided")], "a", goal="minimize", **limits) is None
+
+
+def test_an_arm_that_could_have_had_more_seeds_was_selected_less_strictly() -> None:
+    arms, limits = [arm("a", -0.12, "better")], {"goal": "minimize", "confidence": 0.95, "min_effect": 0.005}
+    fixed, rounds = (shrunken_delta(arms, "a", **limits, most_seeds=n) for n in (None, 30))
+    assert fixed == shrunken_delta(arms, "a", **limits, most_seeds=3)
+    assert fixed is not None and fixed > -0.10  # just above the threshold of 0.1
+    assert rounds == pytest.approx(-0.12, abs=0.005)  # far above that of 30 seeds

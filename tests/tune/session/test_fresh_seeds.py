@@ -12,6 +12,7 @@ from tests.helpers.tiny_campaign import begun, drive, next_trial, pretend, sessi
 from tune.results.summary import rebuild
 from tune.session.fresh_seeds import borrowed_noise
 from tune.storage.journal import read_journal
+from tune.storage.records import ArmLook, Look
 from tune.storage.seed_ledger import LEDGER_FILE, SeedLedger
 from tune.storage.summaries import ArmSummary, CampaignSummary, Delta, PhaseSummary
 from tune.trials.trial import TrialResult, TrialSpec
@@ -208,6 +209,15 @@ def test_of_several_phases_the_noisiest_and_the_smallest_is_borrowed() -> None:
     found = borrowed_noise([phase(2.228139, 10, 3), phase(2 * 2.776445, 4, 5)])
     assert found == pytest.approx((4 / 3, 4 * 5), rel=1e-5)
     assert borrowed_noise([PhaseSummary(winner="a")]) is None
+
+
+def test_noise_is_borrowed_from_the_interval_of_a_look_at_the_level_of_this_look() -> None:
+    delta = Delta(-5.0, -5.0 - 3.169273, -5.0 + 3.169273, 1e-3, 1e-3, df=10)  # t(0.995, 10) = 3.169273
+    row = ArmLook("a", 3, -5.0, decision="better")
+    looks = (Look(1, 3, 0.01, "a", (row,), ("b", "c")), Look(2, 4, 0.005, "a", (ArmLook("c", 4),), ()))
+    arms = (ArmSummary("a", n=3, delta=delta, verdict="better"),)
+    found = borrowed_noise([PhaseSummary(arms=arms, winner="a", baseline="b", looks=looks)])
+    assert found == pytest.approx((10 / 3, 3.0), rel=1e-5)
 
 
 def test_the_answer_shows_a_shrunken_effect_until_it_is_confirmed(tmp_path: Path, corpus: Path, root: Path) -> None:
