@@ -76,7 +76,7 @@ def noise(phase: PhaseSummary) -> str:
     """Describes the noise between the seeds of a phase and the smallest effect that it can detect."""
     estimate = phase.noise
     if estimate.sd is None:
-        return "Noise unknown: one seed gives no spread."
+        return "Noise unknown: it takes two finished seeds of the baseline."
     text = f"Noise: sd {fmt.number(estimate.sd)}" + (f" ({fmt.plain(estimate.method)})" if estimate.method else "")
     if estimate.correlation is not None:
         text += f", correlation between arms over seeds {fmt.number(estimate.correlation, 2)}"

@@ -30,7 +30,7 @@ def find_answer(state: CampaignState, phases: Sequence[PhaseSummary]) -> Answer:
     improved = [phase for phase in judged if phase.winner != phase.baseline]
     is_over = state.status == "finished"
     if not improved:
-        return Answer(_prefix_so_far(is_over or not judged, _no_answer(judged, is_over)))
+        return Answer(_prefix_so_far(is_over or not judged, _no_answer(state, judged, is_over)))
     last = improved[-1]
     arm = last.winning_arm
     assert arm is not None and arm.delta is not None, "a better arm has a difference from its baseline"
@@ -81,16 +81,29 @@ def _inherited_overrides(phase: PhaseState, arm: ArmSummary) -> dict[str, Any]:
     return handed_on | dict(arm.overrides)
 
 
-def _no_answer(judged: Sequence[PhaseSummary], is_over: bool) -> str:
+def _no_answer(state: CampaignState, judged: Sequence[PhaseSummary], is_over: bool) -> str:
     arms = [arm for phase in judged for arm in phase.arms]
     if not judged:
         return "No phase has been completed yet, so there is no answer."
     if not any(arm.n for arm in arms):
         return "No trial has finished successfully, so there is no answer."
+    if without := [
+        phase.phase for phase in judged if not any(arm.n for arm in phase.arms if arm.arm == phase.baseline)
+    ]:
+        return f"The baseline of phase {', '.join(without)} has no result, so no arm can be compared with it."
     if all(any(arm.verdict == "no claim" for arm in phase.arms) for phase in judged):
         return "One seed carries no claim: no arm can be called better than its baseline."
     phases = "any phase" if is_over else "any completed phase"
-    return f"No arm of {phases} is better than its baseline beyond the noise: keep the base."
+    sentence = f"No arm of {phases} is better than its baseline beyond the noise"
+    if unstable := [phase.phase for phase in judged if _baseline_diverged(state, phase)]:
+        return f"{sentence}, but the baseline of phase {', '.join(unstable)} diverged with some seeds."
+    return f"{sentence}: keep the base."
+
+
+def _baseline_diverged(state: CampaignState, phase: PhaseSummary) -> bool:
+    """Whether the baseline of a phase diverged with a seed."""
+    baseline = next(arm for arm in state.phases[phase.phase].arms if arm.name == phase.baseline)
+    return any(state.outcome(i, phase.metric.name).status == "diverged" for i in baseline.trial_ids.values())
 
 
 def _effect(phase: PhaseSummary, delta: Delta) -> str:

@@ -235,7 +235,8 @@ class PhaseTracker:
         better = [asdict(BetterArm(arm.arm, arm.overrides, sign * delta.mean)) for arm, delta in deltas if delta]
         overrides = {arm.arm: arm.overrides for arm in summary.arms}
         best = best_arm(summary.arms, overrides, winner=summary.winner, baseline=phase.baseline)
-        result["best"] = asdict(best) if best and phase.question else None
+        is_confirmed = phase.name in {other.confirms for other in self.campaign.phases}  # `--smoke` has no searches
+        result["best"] = asdict(best) if best and (phase.question or is_confirmed) else None
         self._append("phase_finished", phase=phase.name, **result, better=better, why=summary.why)
         self._message(f"phase {phase.name}: {summary.why}")
 

@@ -8,8 +8,12 @@ import pytest
 
 from tests.helpers.tiny_campaign import begun, drive, pretend, session_on, write_file
 from tune.campaign import load_campaign
+from tune.machine import environment
 from tune.machine.estimate import estimate
 from tune.planning.confirmation import best_arm
+from tune.planning.smoke import shrink_campaign
+from tune.session.datasets import describe_data
+from tune.session.session import Session
 from tune.storage.records import BetterArm
 from tune.storage.summaries import ArmSummary, CampaignSummary, Delta
 from tune.trials.trial import TrialResult, TrialSpec
@@ -125,3 +129,14 @@ def test_the_winner_comes_before_an_arm_of_a_better_mean() -> None:
     best = best_arm(arms, overrides, winner="baseline", baseline="baseline")
     assert best == BetterArm("a", {"x": "a"}, 0.3)
     assert best_arm(arms[2:], overrides, winner="baseline", baseline="baseline") is None
+
+
+def test_a_smoke_run_goes_through_the_confirmation(tmp_path: Path, corpus: Path, no_report: None) -> None:
+    campaign = shrink_campaign(load_campaign(write_file(tmp_path, corpus, phases=PHASES, seeds="[1, 2, 3]")))
+    with Session(campaign, tmp_path / "tiny-smoke", command="c", environment=environment.describe("cpu")) as session:
+        session.begin(describe_data(campaign.base))
+        drive(session)
+        summary = session.end()
+    phase = next(phase for phase in summary.phases if phase.phase == "tune-confirm")
+    assert [arm.n for arm in phase.arms] == [2, 2]
+    assert phase.why.startswith("SMOKE: ")

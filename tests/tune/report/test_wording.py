@@ -121,7 +121,7 @@ def test_the_total_of_a_campaign_does_not_contain_what_its_phases_share() -> Non
 def test_the_noise_of_a_phase_is_one_sentence() -> None:
     text = "Noise: sd 0.0041 (paired), correlation between arms over seeds 0.87, smallest detectable effect 0.0063."
     assert noise(PhaseSummary(noise=PhaseNoise(0.0041, "paired", 0.87, 8, 0.0063))) == text
-    assert noise(PhaseSummary()) == "Noise unknown: one seed gives no spread."
+    assert noise(PhaseSummary()) == "Noise unknown: it takes two finished seeds of the baseline."
 
 
 def campaign(seeds: int = 2, **answer: Any) -> CampaignSummary:

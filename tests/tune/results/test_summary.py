@@ -283,6 +283,22 @@ def test_where_nothing_is_better_the_base_stays(judged: Judged) -> None:
     assert (answer.winner, answer.overrides, answer.delta, answer.confirmed) == (None, {}, None, False)
 
 
+@pytest.mark.parametrize(
+    ("seeds", "sentence"),
+    [
+        ({1}, "No arm of any phase is better than its baseline beyond the noise, but the baseline of phase a diverged"),
+        ({1, 2, 3}, "The baseline of phase a has no result, so no arm can be compared with it."),
+    ],
+)
+def test_nobody_is_told_to_keep_a_base_that_diverged(judged: Judged, seeds: set[int], sentence: str) -> None:
+    def result_of(spec: TrialSpec) -> TrialResult:
+        is_lost = spec.config.model.alpha < 0.1 and spec.seed in seeds
+        return pretend(spec, status="diverged" if is_lost else "finished", gain=0.0)
+
+    answer = judged("\n  - name: a\n    vary: {alpha: [0.2, 0.4]}\n", result_of).answer
+    assert answer.sentence.startswith(sentence) and "keep the base" not in answer.sentence
+
+
 def test_a_small_effect_is_told_with_two_digits_and_a_high_confidence_as_it_is(
     tmp_path: Path, corpus: Path, no_report: None
 ) -> None:
