@@ -1,6 +1,7 @@
 """Exit codes, error handling and the `--set` option of all commands."""
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Callable
@@ -30,9 +31,11 @@ def run_command(
         sys.stdout.flush()  # at exit, an error would no longer change the exit code
         return code
     except OSError as error:
-        if prints_only and isinstance(error, BrokenPipeError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes again at exit
-            return 0
+        if isinstance(error, BrokenPipeError):
+            with contextlib.suppress(OSError):  # stdout may have been replaced by an object without a file
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes again at exit
+            if prints_only:
+                return 0
         failed_path = error.filename or path
         print(f"{failed_path}: {error.strerror or error}" if failed_path else error, file=sys.stderr)
         return EXIT_IO

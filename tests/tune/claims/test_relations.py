@@ -452,7 +452,7 @@ def test_swapping_the_sides_or_the_relation_swaps_the_verdict(a: Any, b: Any, c:
 
 # ---- how often it is wrong -------------------------------------------------------------------------------------------
 
-CLAIMS = 600  # simulated for each rate
+SIMULATED = 600  # simulated for each rate
 
 
 def simulate(relation: str, means: Sequence[float], n: int, *, seeds: int = 3, **fields: Any) -> dict[str, int]:
@@ -470,32 +470,32 @@ SIDES: dict[str, Any] = {"left": {"alpha": 0.1}, "right": {"alpha": 0.0}}
 
 @pytest.mark.parametrize("others", [0, 2])
 def test_less_without_a_difference_is_reproduced_in_at_most_one_of_forty(others: int) -> None:
-    ended = simulate("less", [4.0, 4.0, 3.9, 4.3][: 2 + others], CLAIMS, **SIDES)
+    ended = simulate("less", [4.0, 4.0, 3.9, 4.3][: 2 + others], SIMULATED, **SIDES)
     for wrong in ("reproduced", "refuted"):
-        assert at_most(ended[wrong], CLAIMS, 0.025), ended
-    assert ended["undecided"] > 0.92 * CLAIMS
+        assert at_most(ended[wrong], SIMULATED, 0.025), ended
+    assert ended["undecided"] > 0.92 * SIMULATED
 
 
 def test_equal_at_the_edge_of_its_tolerance_is_reproduced_in_at_most_one_of_forty() -> None:
-    ended = simulate("equal", [4.0, 4.03], CLAIMS, tolerance=0.03, **SIDES)
-    assert at_most(ended["reproduced"], CLAIMS, 0.025) and at_most(ended["refuted"], CLAIMS, 0.025), ended
+    ended = simulate("equal", [4.0, 4.03], SIMULATED, tolerance=0.03, **SIDES)
+    assert at_most(ended["reproduced"], SIMULATED, 0.025) and at_most(ended["refuted"], SIMULATED, 0.025), ended
 
 
 def test_monotone_with_a_flat_step_is_reproduced_in_at_most_one_of_forty() -> None:
-    ended = simulate("monotone", [4.1, 4.0, 4.0], CLAIMS, setting="alpha", direction="decreasing")
-    assert at_most(ended["reproduced"], CLAIMS, 0.025) and at_most(ended["refuted"], CLAIMS, 0.025), ended
+    ended = simulate("monotone", [4.1, 4.0, 4.0], SIMULATED, setting="alpha", direction="decreasing")
+    assert at_most(ended["reproduced"], SIMULATED, 0.025) and at_most(ended["refuted"], SIMULATED, 0.025), ended
 
 
 def test_one_of_two_equally_good_arms_is_rarely_the_best() -> None:
-    ended = simulate("best", [4.0, 4.0, 4.2], CLAIMS, left={"alpha": 0.0})
-    assert at_most(ended["reproduced"], CLAIMS, 0.025) and at_most(ended["refuted"], CLAIMS, 0.025), ended
+    ended = simulate("best", [4.0, 4.0, 4.2], SIMULATED, left={"alpha": 0.0})
+    assert at_most(ended["reproduced"], SIMULATED, 0.025) and at_most(ended["refuted"], SIMULATED, 0.025), ended
 
 
 def test_a_seed_effect_that_repeats_does_not_make_a_claim_more_certain() -> None:
     """Each seed has the same difference in every context, so averaging over contexts adds no information."""
     rng = np.random.default_rng(5)
     wrong = 0
-    for _ in range(CLAIMS):
+    for _ in range(SIMULATED):
         own = rng.normal(0, 0.1, 3)
         arms = {
             f"{a} {k}": ({"alpha": a, "k": k}, (4 + own * (a == 0.28) + rng.normal(0, 0.001, 3)).tolist())
@@ -503,7 +503,7 @@ def test_a_seed_effect_that_repeats_does_not_make_a_claim_more_certain() -> None
             for k in (1, 2)
         }
         wrong += decide("less", evidence({"p": arms})).verdict == "reproduced"
-    assert at_most(wrong, CLAIMS, 0.025), wrong
+    assert at_most(wrong, SIMULATED, 0.025), wrong
 
 
 @pytest.mark.parametrize(
