@@ -59,6 +59,20 @@ def test_arms_without_noise_beside_one_that_scatters_are_judged(scale: float) ->
     assert {arm.arm: arm.verdict for arm in judged.arms}["b"] == "better"
 
 
+def test_a_baseline_that_diverged_leaves_nothing_to_be_decided_by_more_seeds() -> None:
+    bad = {seed: x + 0.1 for seed, x in BASE.items()} | {2: 5.131, 4: 5.1}
+    judged = judge({"base": {**BASE, 4: math.inf}, "bad": bad}, baseline="base")
+    assert (judged.arms[-1].verdict, judged.arms[-1].seeds_to_decide) == ("undecided", None)
+    assert "beyond the noise" in judged.why and judged.why.endswith("with a baseline that diverged it is undecided")
+
+
+def test_rounded_values_that_differ_alike_get_a_warning_of_their_own() -> None:
+    rounded = judge({"base": {1: 0.90, 2: 0.91}, "wide": {1: 0.91, 2: 0.92}}, baseline="base")
+    assert rounded.warnings[0].startswith("every seed gives the same differences")
+    constant = judge({"base": {1: 0.9, 2: 0.9}, "wide": {1: 0.8, 2: 0.8}}, baseline="base")
+    assert constant.warnings[0].startswith("no noise between seeds")
+
+
 def test_the_sentence_counts_the_seeds_that_both_arms_have() -> None:
     judged = judge({"base": BASE, "wide": {1: 4.90, 2: 4.932, 7: 4.9, 8: 4.9}}, baseline="base")
     assert "(2 paired seeds, " in judged.why

@@ -95,13 +95,14 @@ def judge(
     deltas = _deltas(comparison, n_stopped) if comparison else {}
     design = _design(comparison, n_stopped, rules, prior) if comparison else None
 
+    is_biased = excluded.get(baseline) == "diverged"  # in favor of the baseline
     level = fmean(values[baseline].values() or [0.0])
     arms, difference = [], {}  # arm mean minus baseline mean, to sort the arms
     for arm, sample in values.items():
         difference[arm] = deltas[arm].mean if arm in deltas else fmean(sample.values() or [level]) - level
         if arm not in {baseline, *deltas, *excluded} and values[baseline]:
             deltas[arm] = Delta(difference[arm])
-        verdict = excluded.get(arm) or _verdict(deltas.get(arm), rules, excluded.get(baseline))
+        verdict = excluded.get(arm) or _verdict(deltas.get(arm), rules, is_biased)
         verdict = "baseline" if arm == baseline else verdict
         arms.append(
             ArmSummary(
@@ -111,7 +112,9 @@ def judge(
                 noise_sd=comparison.noise[arm].sd if comparison and arm in comparison.noise else None,
                 delta=deltas.get(arm),
                 verdict=verdict,
-                seeds_to_decide=_seeds_to_decide(arm, comparison, design) if verdict == "undecided" else None,
+                seeds_to_decide=_seeds_to_decide(arm, comparison, design)
+                if verdict == "undecided" and not is_biased
+                else None,
             )
         )
     arms.sort(key=lambda arm: (rules.sign * difference[arm.arm], arm.arm != baseline, arm.arm))
@@ -123,7 +126,7 @@ def judge(
         arms = [replace(arm, tied_with_winner=arm.arm in tied - {winner}) for arm in arms]
     noise = _phase_noise(comparison, design, values[baseline])
     pairs = {arm: contrast.n for arm, contrast in comparison.contrasts.items()} if comparison else {}
-    why = _why(arms, winner, noise, rules, pairs)
+    why = _why(arms, winner, noise, rules, pairs, is_biased)
     return Judgement(arms, winner, why, noise, warnings, comparison.prior if comparison else None)
 
 
@@ -187,12 +190,13 @@ def _design(comparison: Comparison, n_stopped: int, rules: _Rules, prior: NoiseP
 
 
 def _seeds_to_decide(arm: str, comparison: Comparison | None, design: Design | None) -> int | None:
-    """The seeds that would decide an arm if its effect and its noise are as estimated."""
+    """The seeds that would decide an undecided arm if its effect and its noise are as estimated: more than it has."""
     if comparison is None or design is None:
         return None
     contrast = comparison.contrasts[arm]
     own_sd = contrast.standard_error * sqrt(contrast.n / 2)
-    return seeds_to_decide(contrast.difference, design._replace(sd=own_sd))
+    needed = seeds_to_decide(contrast.difference, design._replace(sd=own_sd))
+    return needed and max(needed, contrast.n + 1)
 
 
 def _phase_noise(comparison: Comparison | None, design: Design | None, baseline: Mapping[int, float]) -> PhaseNoise:
@@ -220,7 +224,11 @@ def _noise_warnings(comparison: Comparison, values: Values, method: str) -> list
     for arm, first in comparison.same_as.items():
         warnings.append(f"{arm}: every result equals that of {first}; what varies has no effect")
     if not comparison.pooled.value and len(comparison.same_as) < len(comparison.contrasts):
-        warnings.append("no noise between seeds: does the seed reach the run? A p of 0 means only that")
+        if all(len(set(sample.values())) == 1 for sample in values.values()):
+            warnings.append("no noise between seeds: does the seed reach the run? A p of 0 means only that")
+        else:
+            text = "every seed gives the same differences, to rounding: a p of 0 means only that"
+            warnings.append(f"{text}. Give the values with more digits, or more seeds")
     for arm, noise in comparison.noise.items():
         if noise.ratio is None or arm in comparison.same_as:
             continue
@@ -232,12 +240,11 @@ def _noise_warnings(comparison: Comparison, values: Values, method: str) -> list
     return warnings
 
 
-def _verdict(delta: Delta | None, rules: _Rules, baseline_lost: str | None) -> Verdict:
+def _verdict(delta: Delta | None, rules: _Rules, is_biased: bool) -> Verdict:
     if delta is None or delta.p_holm is None or delta.ci_low is None or delta.ci_high is None:
         return "no claim"
     least = rules.min_effect * (1 - 1e-9)
     is_worse = rules.sign * delta.mean > 0
-    is_biased = baseline_lost == "diverged"  # in favor of the baseline
     if delta.p_holm < rules.alpha and abs(delta.mean) >= least and delta.mean:
         return ("undecided" if is_biased else "worse") if is_worse else "better"
     is_within = max(-delta.ci_low, delta.ci_high) <= rules.min_effect * (1 + 1e-9)
@@ -275,7 +282,14 @@ def _sd(sample: Sequence[float]) -> float:
     return sqrt(fsum((x - mean) ** 2 for x in sample) / (len(sample) - 1))
 
 
-def _why(arms: list[ArmSummary], winner: str, noise: PhaseNoise, rules: _Rules, n_compared: Mapping[str, int]) -> str:
+def _why(
+    arms: list[ArmSummary],
+    winner: str,
+    noise: PhaseNoise,
+    rules: _Rules,
+    n_compared: Mapping[str, int],
+    is_biased: bool,
+) -> str:
     """The result of the phase in one sentence, rounded to two digits of the interval's half-width."""
     others = [arm for arm in arms if arm.verdict != "baseline"]
     judged = [(arm, arm.delta) for arm in others if arm.delta and arm.delta.p is not None]
@@ -296,8 +310,9 @@ def _why(arms: list[ArmSummary], winner: str, noise: PhaseNoise, rules: _Rules, 
     text = f"{best.arm} {verb} {rules.metric} by {abs(delta.mean):.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
     text += f" ({seeds}, Holm p {p:.2g})"
     if best.arm != winner:
-        bar = "by min_effect" if p < rules.alpha and best.verdict != "worse" else "beyond the noise"
-        return f"no arm is better than the baseline {bar}, so the baseline stays; {text}; {_outlook(best, noise)}"
+        bar = "by min_effect" if p < rules.alpha and rules.sign * delta.mean < 0 else "beyond the noise"
+        outlook = "with a baseline that diverged it is undecided" if is_biased else _outlook(best, noise)
+        return f"no arm is better than the baseline {bar}, so the baseline stays; {text}; {outlook}"
     tied = [arm.arm for arm, _ in judged if arm.tied_with_winner]
     separator = "; " if any("," in name for name in tied) else ", "  # a name may contain a list
     names = separator.join(tied[:3]) + (f" and {len(tied) - 3} more" if len(tied) > 3 else "")
