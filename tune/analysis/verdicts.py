@@ -59,6 +59,7 @@ class _Rules:
     confidence: float
     min_effect: float
     metric: str
+    is_biased: bool  # in favor of the baseline, which diverged with some seeds
 
     @property
     def alpha(self) -> float:
@@ -84,8 +85,9 @@ def judge(
     """
     if baseline not in outcomes or not 0 < confidence < 1:
         raise ValueError(f"baseline {baseline!r} must be one of {sorted(outcomes)}, 0 < confidence={confidence} < 1")
-    rules = _Rules({"minimize": 1.0, "maximize": -1.0}[goal], confidence, min_effect, metric)
     values, excluded, warnings = _finished_values(outcomes, baseline)
+    is_biased, sign = excluded.get(baseline) == "diverged", {"minimize": 1.0, "maximize": -1.0}[goal]
+    rules = _Rules(sign, confidence, min_effect, metric, is_biased)
     compared = {a: v for a, v in values.items() if len(v) > 1 and (a == baseline or a not in excluded)}
     comparison = None
     if baseline in compared and len(compared) > 1:
@@ -95,14 +97,13 @@ def judge(
     deltas = _deltas(comparison, n_stopped) if comparison else {}
     design = _design(comparison, n_stopped, rules, prior) if comparison else None
 
-    is_biased = excluded.get(baseline) == "diverged"  # in favor of the baseline
     level = fmean(values[baseline].values() or [0.0])
     arms, difference = [], {}  # arm mean minus baseline mean, to sort the arms
     for arm, sample in values.items():
         difference[arm] = deltas[arm].mean if arm in deltas else fmean(sample.values() or [level]) - level
         if arm not in {baseline, *deltas, *excluded} and values[baseline]:
             deltas[arm] = Delta(difference[arm])
-        verdict = excluded.get(arm) or _verdict(deltas.get(arm), rules, is_biased)
+        verdict = excluded.get(arm) or _verdict(deltas.get(arm), rules)
         verdict = "baseline" if arm == baseline else verdict
         arms.append(
             ArmSummary(
@@ -112,9 +113,7 @@ def judge(
                 noise_sd=comparison.noise[arm].sd if comparison and arm in comparison.noise else None,
                 delta=deltas.get(arm),
                 verdict=verdict,
-                seeds_to_decide=_seeds_to_decide(arm, comparison, design)
-                if verdict == "undecided" and not is_biased
-                else None,
+                seeds_to_decide=_seeds_to_decide(arm, comparison, design, rules) if verdict == "undecided" else None,
             )
         )
     arms.sort(key=lambda arm: (rules.sign * difference[arm.arm], arm.arm != baseline, arm.arm))
@@ -125,8 +124,7 @@ def judge(
         tied = {arm for arm, contrast in others.items() if abs(contrast.difference) <= contrast.half_width}
         arms = [replace(arm, tied_with_winner=arm.arm in tied - {winner}) for arm in arms]
     noise = _phase_noise(comparison, design, values[baseline])
-    pairs = {arm: contrast.n for arm, contrast in comparison.contrasts.items()} if comparison else {}
-    why = _why(arms, winner, noise, rules, pairs, is_biased)
+    why = _why(arms, winner, noise, rules, comparison)
     return Judgement(arms, winner, why, noise, warnings, comparison.prior if comparison else None)
 
 
@@ -189,9 +187,9 @@ def _design(comparison: Comparison, n_stopped: int, rules: _Rules, prior: NoiseP
     )
 
 
-def _seeds_to_decide(arm: str, comparison: Comparison | None, design: Design | None) -> int | None:
+def _seeds_to_decide(arm: str, comparison: Comparison | None, design: Design | None, rules: _Rules) -> int | None:
     """The seeds that would decide an undecided arm if its effect and its noise are as estimated: more than it has."""
-    if comparison is None or design is None:
+    if comparison is None or design is None or rules.is_biased:
         return None
     contrast = comparison.contrasts[arm]
     own_sd = contrast.standard_error * sqrt(contrast.n / 2)
@@ -240,15 +238,15 @@ def _noise_warnings(comparison: Comparison, values: Values, method: str) -> list
     return warnings
 
 
-def _verdict(delta: Delta | None, rules: _Rules, is_biased: bool) -> Verdict:
+def _verdict(delta: Delta | None, rules: _Rules) -> Verdict:
     if delta is None or delta.p_holm is None or delta.ci_low is None or delta.ci_high is None:
         return "no claim"
     least = rules.min_effect * (1 - 1e-9)
     is_worse = rules.sign * delta.mean > 0
     if delta.p_holm < rules.alpha and abs(delta.mean) >= least and delta.mean:
-        return ("undecided" if is_biased else "worse") if is_worse else "better"
+        return ("undecided" if rules.is_biased else "worse") if is_worse else "better"
     is_within = max(-delta.ci_low, delta.ci_high) <= rules.min_effect * (1 + 1e-9)
-    return "equivalent" if is_within and not is_biased else "undecided"
+    return "equivalent" if is_within and not rules.is_biased else "undecided"
 
 
 def _spread(
@@ -282,18 +280,11 @@ def _sd(sample: Sequence[float]) -> float:
     return sqrt(fsum((x - mean) ** 2 for x in sample) / (len(sample) - 1))
 
 
-def _why(
-    arms: list[ArmSummary],
-    winner: str,
-    noise: PhaseNoise,
-    rules: _Rules,
-    n_compared: Mapping[str, int],
-    is_biased: bool,
-) -> str:
+def _why(arms: list[ArmSummary], winner: str, noise: PhaseNoise, rules: _Rules, comparison: Comparison | None) -> str:
     """The result of the phase in one sentence, rounded to two digits of the interval's half-width."""
     others = [arm for arm in arms if arm.verdict != "baseline"]
     judged = [(arm, arm.delta) for arm in others if arm.delta and arm.delta.p is not None]
-    if not judged:
+    if not judged or comparison is None:
         verdicts = [arm.verdict for arm in others]
         counts = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in sorted(set(verdicts)))
         if "no claim" not in verdicts:
@@ -301,7 +292,7 @@ def _why(
         why = "a comparison needs two seeds of both" if any(arm.n > 1 for arm in arms) else "one seed per arm"
         return f"{why}: no claim can be made, the baseline stays"
     best, delta = next((pair for pair in judged if pair[0].arm == winner), judged[0])
-    n = n_compared[best.arm]  # seeds; the arm or the baseline may have more
+    n = comparison.contrasts[best.arm].n  # seeds; the arm or the baseline may have more
     seeds = f"{n} paired seeds" if noise.method == "paired" else f"{n} seeds, unpaired"
     low, high, p = delta.ci_low or 0.0, delta.ci_high or 0.0, delta.p_holm or 0.0
     digits = min(max(1 - floor(log10((high - low) / 2 or abs(delta.mean) / 10 or 1.0)), 0), 12)
@@ -311,7 +302,7 @@ def _why(
     text += f" ({seeds}, Holm p {p:.2g})"
     if best.arm != winner:
         bar = "by min_effect" if p < rules.alpha and rules.sign * delta.mean < 0 else "beyond the noise"
-        outlook = "with a baseline that diverged it is undecided" if is_biased else _outlook(best, noise)
+        outlook = "with a baseline that diverged it is undecided" if rules.is_biased else _outlook(best, noise)
         return f"no arm is better than the baseline {bar}, so the baseline stays; {text}; {outlook}"
     tied = [arm.arm for arm, _ in judged if arm.tied_with_winner]
     separator = "; " if any("," in name for name in tied) else ", "  # a name may contain a list
