@@ -658,7 +658,7 @@ SMALL: dict[str, tuple[str | bytes, str]] = {
     ),
     "seeds_fresh_at_top": (
         NAME + "seeds: fresh 5\n" + SWEEP,
-        "2:1: seeds: expected a list of seeds such as [1, 2, 3], got 'fresh 5'",
+        "2:1: seeds: expected a list of seeds such as [1, 2, 3], got 'fresh 5'; fresh seeds are those of a phase",
     ),
     "seeds_fresh_billion": (
         phases("{name: p, seeds: fresh 999999999, vary: {alpha: [0.1]}}"),

@@ -74,7 +74,8 @@ def check_name(name: Any, at: Location, what: str) -> Reading[bool]:
 def read_seeds(data: Any, at: Location) -> Reading[tuple[int, ...]]:
     """Reads a list of seeds; returns an empty tuple if any seed is invalid."""
     if not isinstance(data, list):
-        yield Problem(at, f"expected a list of seeds such as [1, 2, 3], got {data!r}")
+        hint = "; fresh seeds are those of a phase" if isinstance(data, str) and data.startswith("fresh") else ""
+        yield Problem(at, f"expected a list of seeds such as [1, 2, 3], got {data!r}{hint}")
         return ()
     if not data:
         yield Problem(at, "the list of seeds is empty")
