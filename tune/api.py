@@ -71,8 +71,8 @@ def judge(
     """Compares arms with a baseline over seeds, as campaigns do (docs/statistics.md).
 
     Args:
-        values: arm to seed to value. None or NaN marks a run without a result; its arm is `incomplete`. An infinite
-            value marks a run that diverged, and so its arm.
+        values: arm to seed to value. None marks a run without a result; its arm is `incomplete`. NaN or an infinite
+            value marks a run that diverged.
         baseline: the arm that the others are compared with.
         goal: whether small or large values are better.
         confidence: of the intervals, and one minus the error rate of all verdicts together.
@@ -116,7 +116,7 @@ def judge(
 def read_values(path: Path) -> dict[str, dict[int, float | None]]:
     """Reads a table with the columns arm, seed and value: comma-separated, or tab-separated in a `.tsv` file.
 
-    Other columns are ignored. An empty value, or NaN, is None. Seeds that are not whole numbers are numbered in
+    Other columns are ignored. An empty value is None. Seeds that are not whole numbers are numbered in
     sorted order.
 
     Raises:
@@ -192,6 +192,6 @@ def _outcome(arm: str, seed: int, value: Any) -> TrialOutcome:
         number = float(value)
     except (TypeError, ValueError):
         raise ConfigError(f"{arm}: the value of seed {seed} is not a number: {value!r}") from None
-    if math.isinf(number):
+    if not math.isfinite(number):
         return TrialOutcome("diverged")
-    return TrialOutcome("missing") if math.isnan(number) else TrialOutcome("finished", number)
+    return TrialOutcome("finished", number)

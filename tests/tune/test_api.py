@@ -28,10 +28,10 @@ def test_two_arms_are_judged_by_the_paired_t_test() -> None:
     assert [arm.verdict for arm in judged.arms] == ["better", "baseline"]
 
 
-def test_a_run_without_a_result_makes_its_arm_incomplete() -> None:
-    for missing in (None, math.nan):
+def test_a_run_without_a_result_makes_its_arm_incomplete_and_nan_diverged() -> None:
+    for missing, expected in ((None, "incomplete"), (math.nan, "diverged")):
         judged = judge({"base": BASE, "wide": {**WIDE, 3: missing}}, baseline="base")
-        assert {arm.arm: arm.verdict for arm in judged.arms} == {"base": "baseline", "wide": "incomplete"}
+        assert {arm.arm: arm.verdict for arm in judged.arms} == {"base": "baseline", "wide": expected}
 
 
 def test_an_infinite_value_is_a_run_that_diverged() -> None:
