@@ -178,7 +178,7 @@ def test_a_kill_while_trials_are_trained_anew_changes_no_result() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
-def test_a_kill_before_any_operation_while_trials_are_trained_anew_changes_no_result() -> None:
-    tried = dict(killed_everywhere(every=1))
-    assert len(tried) > 100 and [broken for broken in tried.values() if broken] == []
+@pytest.mark.timeout(1800)
+def test_kills_throughout_a_run_that_trains_anew_change_no_result() -> None:
+    tried = dict(killed_everywhere(every=4))  # `every=1`, five minutes, has passed too
+    assert len(tried) > 40 and [broken for broken in tried.values() if broken] == []
