@@ -218,6 +218,7 @@ def test_an_interrupt_and_a_lost_ray_are_one_line(
     assert capsys.readouterr().err in ("interrupted; run the same command again to resume\n", "Ray died\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["ask", "tell", "snapshot", "end", "begin"])
 def test_an_internal_error_anywhere_exits_with_1_and_the_same_command_resumes(
     where: str, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -111,6 +111,7 @@ def test_holm_agrees_with_an_example_computed_by_hand() -> None:
 # --- simulation -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("n_arms", "n_seeds", "correlation"), [(12, 3, 0.99), (5, 4, 0.95), (2, 3, 0.8), (12, 3, 0.0)])
 def test_the_interval_of_a_mean_covers_it_even_if_seeds_move_all_arms_alike(
     n_arms: int, n_seeds: int, correlation: float

@@ -468,6 +468,7 @@ def simulate(relation: str, means: Sequence[float], n: int, *, seeds: int = 3, *
 SIDES: dict[str, Any] = {"left": {"alpha": 0.1}, "right": {"alpha": 0.0}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("others", [0, 2])
 def test_less_without_a_difference_is_reproduced_in_at_most_one_of_forty(others: int) -> None:
     ended = simulate("less", [4.0, 4.0, 3.9, 4.3][: 2 + others], SIMULATED, **SIDES)
@@ -476,21 +477,25 @@ def test_less_without_a_difference_is_reproduced_in_at_most_one_of_forty(others:
     assert ended["undecided"] > 0.92 * SIMULATED
 
 
+@pytest.mark.slow
 def test_equal_at_the_edge_of_its_tolerance_is_reproduced_in_at_most_one_of_forty() -> None:
     ended = simulate("equal", [4.0, 4.03], SIMULATED, tolerance=0.03, **SIDES)
     assert at_most(ended["reproduced"], SIMULATED, 0.025) and at_most(ended["refuted"], SIMULATED, 0.025), ended
 
 
+@pytest.mark.slow
 def test_monotone_with_a_flat_step_is_reproduced_in_at_most_one_of_forty() -> None:
     ended = simulate("monotone", [4.1, 4.0, 4.0], SIMULATED, setting="alpha", direction="decreasing")
     assert at_most(ended["reproduced"], SIMULATED, 0.025) and at_most(ended["refuted"], SIMULATED, 0.025), ended
 
 
+@pytest.mark.slow
 def test_one_of_two_equally_good_arms_is_rarely_the_best() -> None:
     ended = simulate("best", [4.0, 4.0, 4.2], SIMULATED, left={"alpha": 0.0})
     assert at_most(ended["reproduced"], SIMULATED, 0.025) and at_most(ended["refuted"], SIMULATED, 0.025), ended
 
 
+@pytest.mark.slow
 def test_a_seed_effect_that_repeats_does_not_make_a_claim_more_certain() -> None:
     """Each seed has the same difference in every context, so averaging over contexts adds no information."""
     rng = np.random.default_rng(5)

@@ -46,6 +46,7 @@ def run_with_signal(file: Path, root: Path, number: int, *, after: int) -> tuple
         return session.end(), session
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("after", [0, 3, 5])
 def test_a_signal_stops_the_run_and_the_next_run_resumes_it(
