@@ -82,7 +82,7 @@ def test_the_printed_table_has_a_row_for_each_arm_and_the_result_in_a_sentence()
     text = str(judge({"base": BASE, "wide": WIDE, "same": BASE}, baseline="base"))
     rows = text.splitlines()
     assert [row.split()[0] for row in rows[:4]] == ["arm", "wide", "base", "same"]
-    assert "equivalent" in rows[3] and "Wide lowers the value by 0.0977" in text.replace("wide lowers", "Wide lowers")
+    assert "equivalent" in rows[3] and "wide lowers the value by 0.0977" in text
 
 
 @pytest.mark.parametrize(

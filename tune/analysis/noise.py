@@ -59,7 +59,7 @@ class Contrast(NamedTuple):
 class Readings:
     """The noise of all arms of R phases with the same layout, by each reading; NaN where a reading does not apply.
 
-    The arm of the reference has difference 0 and standard error 0.
+    The entries of the reference itself have no meaning, but for its variances.
     """
 
     difference: "np.ndarray"  # (R, A), arm minus reference
@@ -218,19 +218,13 @@ def read_noise(
             continue  # the own differences are all there is
         own, own_df, k = variance[at], n[kept] - 1, int(np.flatnonzero(kept == reference)[0])
         others = kept != reference
-        d0, s0 = (
-            fit_prior(own[:, others], own_df[others])
-            if prior is None
-            else (np.full(len(rows), number) for number in prior)
-        )
-        moderated, moderated_df = _moderate(own, own_df, d0, s0)
-        _put(
-            readings,
-            MODERATED,
-            at,
-            moderated / n[kept],
-            np.minimum(moderated_df, df) if prior is None else moderated_df,
-        )
+        if prior is None:
+            moderated, moderated_df = _moderate(own, own_df, *fit_prior(own[:, others], own_df[others]))
+            moderated_df = np.minimum(moderated_df, df)
+        else:
+            borrowed = (np.full(len(rows), number) for number in prior)
+            moderated, moderated_df = _moderate(own, own_df, *borrowed)
+        _put(readings, MODERATED, at, moderated / n[kept], moderated_df)
         readings.standard_error[OWN][at] = np.nan
         if len(kept) < 3:
             continue

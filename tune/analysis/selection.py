@@ -11,8 +11,12 @@ studies (Ferguson et al. 2013); Zhong and Prentice (2008) treat the selection by
 
 from collections.abc import Mapping, Sequence
 from math import sqrt
+from typing import TYPE_CHECKING
 
 from tune.storage.summaries import ArmSummary
+
+if TYPE_CHECKING:
+    import numpy as np
 
 GRID = 301  # points of the integral
 MIN_ARMS_TO_SHRINK = 3  # fewer arms say too little about their spread
@@ -69,7 +73,7 @@ def shrunken_effect(
     return min(max(estimate, 0.0), max(effects[winner], 0.0))
 
 
-def _shrunken(effects, variance: float):  # type: ignore[no-untyped-def]
+def _shrunken(effects: "np.ndarray", variance: float) -> "np.ndarray":
     """The effects, shrunk to their mean by the share of their spread that noise of this variance explains."""
     if len(effects) < MIN_ARMS_TO_SHRINK:
         return effects

@@ -96,7 +96,6 @@ def nominal_levels(sizes: tuple[int, ...], alpha: float) -> tuple[float, ...]:
     x, mass, earlier, levels, spent = np.zeros(1), np.ones(1), 0.0, list[float](), 0.0
     for share in shares:
         step, target = sqrt(share - earlier), spent_alpha(share, alpha) - spent
-
         bound = _boundary(x, mass, step, sqrt(share), target)
         levels.append(2 * float(ndtr(-bound)))
         inside = bound * sqrt(share) * unit
@@ -211,6 +210,7 @@ class _Looking:
         return -self.sign * self.contrasts[arm].difference
 
     def look(self) -> Look:
+        """The decisions on the open arms, and the arms that get more seeds."""
         rows = [self._row(arm, *self._decide(arm)) for arm in self.open]
         if self.leader not in (self.baseline, *self.open):  # runs along although it is decided
             rows.append(self._row(self.leader, self.known[self.leader].decision, self.known[self.leader].why))

@@ -162,7 +162,7 @@ def test_the_sentence_says_how_many_seeds_would_decide_the_best_arm() -> None:
     assert find(judgement, "arm").verdict == "undecided" and needed and needed > 3
     assert judgement.why.endswith(f"about {needed} seeds would decide it")
     hopeless = judge(phase(base=[6.0, 6.1, 6.2], arm=[5.0, 7.2, 6.1]), baseline="base", min_effect=0.0)
-    assert "seeds would decide it" in hopeless.why or hopeless.why.endswith("it cannot be decided with 1,000 seeds")
+    assert hopeless.why.endswith("it cannot be decided with 1,000 seeds")  # no difference, and any would matter
 
 
 # --- planning ---------------------------------------------------------------------------------------------------
