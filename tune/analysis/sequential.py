@@ -22,7 +22,7 @@ Dropping and futility cannot cause a false `better`, they only cost power; so th
 most degrees of freedom. The baseline always continues. So does a leader that is already `better`, because the others
 are compared with it.
 
-An effect is overestimated if its comparison stops when it looks largest: by 0.2 to 0.3 standard deviations of one trial
+An effect is overestimated if its comparison stops when it looks largest: by 0.1 to 0.3 standard deviations of one trial
 in simulations (`python -m tune.bench sequential`). A confirmation on fresh seeds shows the true size.
 """
 

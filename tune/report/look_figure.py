@@ -22,7 +22,7 @@ def look_figure(phase: PhaseSummary) -> Figure | None:
     band |= {"y1": phase.min_effect, "fillcolor": "var(--band)", "line": {"width": 0}, "layer": "below"}
     layout = {
         "height": 360,
-        "margin": {"l": 8, "r": 16, "t": 12, "b": 46},
+        "margin": {"l": 8, "r": 16, "t": 40, "b": 46},
         "xaxis": {
             "title": {"text": "seeds at the look"},
             "tickvals": list(range(len(phase.looks))),
@@ -37,7 +37,7 @@ def look_figure(phase: PhaseSummary) -> Figure | None:
         },
         "shapes": [band] if phase.min_effect else [],
         "hovermode": "closest",
-        "legend": {"orientation": "h", "x": 0, "y": -0.2, "xanchor": "left", "yanchor": "top"},
+        "legend": {"orientation": "h", "x": 0, "y": 1.02, "xanchor": "left", "yanchor": "bottom"},
         "meta": {"kind": "looks"},
     }
     return {"data": data, "layout": layout}

@@ -130,7 +130,7 @@ def rounds(phase: PhaseSummary) -> Rounds | None:
     plan = "planned so far" if phase.looks[-1].runs_on else f"{1 - total / fixed:.0%} saved"
     saving = f"Decided in rounds, after {looks} seeds: {total} of {fixed} trials, {plan} ({every})."
     note = "Intervals hold at all looks together. An arm that stops when its effect looks largest is overestimated, on "
-    note += "average by 0.2 to 0.3 standard deviations of a trial"
+    note += "average by 0.1 to 0.3 standard deviations of a trial"
     note += f" (up to {fmt.number(0.3 * phase.noise.sd)} here)" if phase.noise.sd else ""
     decisions = [f"{fmt.plain(arm.arm)}: {fmt.plain(arm.decision)}" for arm in phase.arms if arm.decision]
     return Rounds(saving, f"{note}: confirm a winner on fresh seeds.", decisions)
