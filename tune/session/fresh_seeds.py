@@ -25,8 +25,8 @@ from tune.storage.summaries import PhaseSummary
 BORROWED_WEIGHT = 1 / 3  # of the degrees of freedom; `python -m tune.bench confirmations` shows what it costs
 
 
-class SeedKeeper:
-    """Keeps the ledger beside the results directory `root` for one session.
+class SeedAllocator:
+    """Allocates the seeds of phases, and enters them in the ledger beside the results directory `root`.
 
     A ledger that cannot be read or written does not stop the campaign: `message` says so in one line, and fresh seeds
     then differ from all that this campaign has used.

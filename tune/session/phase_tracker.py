@@ -31,7 +31,7 @@ from tune.planning.plan import (
 )
 from tune.results.answer import settings_text
 from tune.results.summary import write_phase
-from tune.session.fresh_seeds import SeedKeeper
+from tune.session.fresh_seeds import SeedAllocator
 from tune.session.trial_queue import TrialQueue
 from tune.spec.schema import Campaign, Phase
 from tune.storage.journal import Event
@@ -65,7 +65,7 @@ class PhaseTracker:
         self.unusable: frozenset[str] = frozenset()  # trials of other code, to train anew if a phase needs them
         self._root, self._state, self._queue = root, state, queue
         self._append, self._message, self._timer = append, message, timer
-        self._seeds = SeedKeeper(root, state, message=message)
+        self._seeds = SeedAllocator(root, state, message=message)
         self._draws: dict[tuple[str, str], FreshDraw] = {}  # of this session; the journal has those of earlier ones
         rule, metric = campaign.early_stop, campaign.metric
         self._asha = Asha(rule, metric=metric.name, goal=metric.goal) if rule else None
