@@ -68,6 +68,8 @@ def launch(
         check_results(session, allow_change=allow_change, retrain=retrain, keep=keep)
         supervisor = None
         has_work = session.has_work()
+        if has_work and (problem := environment.git_problem()):
+            print_line(f"the results will not name the commit of this code: {problem}")
         if has_work:
             report_grouping(campaign)
             # Checked once here; otherwise every trial would wait for an unreachable tracking server.

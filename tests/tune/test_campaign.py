@@ -301,6 +301,10 @@ WRONG: dict[str, tuple[str, list[str]]] = {
         f"{GOOD}runs: [{{arm: x, alpha: 0.1}}, {{«arm: x, alpha: 0.2}}]\n",
         ["runs[1].arm: two arms are named 'x'"],
     ),
+    "two arms whose names differ by a space": (
+        f"{GOOD}runs: [{{arm: a  b, alpha: 0.1}}, {{«arm: 'a b ', alpha: 0.2}}]\n",
+        ["runs[1].arm: two arms are named 'a b'"],
+    ),
     "two equal arms": (
         f"{GOOD}runs:\n  - {{arm: x, alpha: 1}}\n  - «{{arm: y, model: {{alpha: 1.0}}}}\n",
         ["runs[1]: the arm 'y' changes the same settings in the same way as 'x'"],

@@ -11,7 +11,16 @@ from pathlib import Path
 
 from ngpt.system.cache import cache_folder
 from tune import format as fmt
-from tune.machine.environment import PACKAGES, cpu_model, short_temporary, total_memory, usable_cpus, version
+from tune.machine.environment import (
+    PACKAGES,
+    commit,
+    cpu_model,
+    git_problem,
+    short_temporary,
+    total_memory,
+    usable_cpus,
+    version,
+)
 
 MIN_DISK = 2 << 30  # bytes
 MIN_SHARED_MEMORY = 256 << 20  # bytes
@@ -40,6 +49,8 @@ def _software(out: Path) -> Iterator[Check]:
     missing = [name for name, number in versions.items() if number is None]
     problem = f"not installed: {', '.join(missing)}; run pip install -e ." if missing else None
     yield Check("packages", ", ".join(f"{name} {number}" for name, number in versions.items() if number), problem)
+    problem = git_problem()
+    yield Check("commit", "unknown" if problem else commit() or "none: not a git checkout", problem)
 
 
 def _device(out: Path) -> Iterator[Check]:

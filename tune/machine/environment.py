@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = ("torch", "ray", "numpy", "sentencepiece", "pyarrow", "pydantic", "wandb")
+GIT = ("git", "-C", str(Path(__file__).parent))
 BUSY_SHARE = 0.1  # of a GPU's memory; a display or the driver alone uses less
 MAX_TEMPORARY_BYTES = 35  # of TMPDIR; the path with /ray/session_DATE_PID/sockets/plasma_store may have 103
 
@@ -20,9 +21,7 @@ def describe(device: str = "auto") -> dict[str, Any]:
     from ngpt.system.device import pick_device
 
     kind = pick_device(device)
-    git = ["git", "-C", str(Path(__file__).parent)]
-    commit = _output(*git, "rev-parse", "HEAD")
-    changed = _output(*git, "status", "--porcelain", "--untracked-files=no") if commit else None
+    changed = _output(*GIT, "status", "--porcelain", "--untracked-files=no") if commit() else None
     return {
         "device": torch.cuda.get_device_name(kind) if kind.type == "cuda" else f"{kind.type} ({cpu_model()})",
         "gpus": torch.cuda.device_count(),
@@ -32,9 +31,26 @@ def describe(device: str = "auto") -> dict[str, Any]:
         "platform": platform.platform(),
         "python": platform.python_version(),
         **{name: version(name) for name in PACKAGES},
-        "git_commit": commit,  # None outside a checkout
+        "git_commit": commit(),
         "git_dirty": None if changed is None else bool(changed),  # whether tracked files differ from the commit
     }
+
+
+def commit() -> str | None:
+    """The git commit of this code; None outside a checkout, or if git refuses (see `git_problem`)."""
+    # Only if git tracks this file: an installed copy may lie inside the checkout of another project.
+    return _output(*GIT, "rev-parse", "HEAD") if _output(*GIT, "ls-files", Path(__file__).name) else None
+
+
+def git_problem() -> str | None:
+    """Why git cannot tell the commit of this code, in git's own words; None if it can, or without a checkout."""
+    if not any((folder / ".git").exists() for folder in Path(__file__).parents):
+        return None
+    try:
+        done = subprocess.run([*GIT, "rev-parse", "HEAD"], capture_output=True, text=True)
+    except OSError as error:
+        return str(error)
+    return " ".join(done.stderr.split()) or f"git exits with {done.returncode}" if done.returncode else None
 
 
 def version(package: str) -> str | None:

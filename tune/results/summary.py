@@ -31,13 +31,37 @@ SMOKE_CLAIM = "SMOKE: a tiny model and a few steps decide no claim"
 DERIVED = ("trials.jsonl", "summary.json", "summary.parquet", "curves.parquet", "report.html", "report.md")
 TRIAL_LOGS = ("metrics.jsonl", "histograms.jsonl")
 DIGESTS = "derived.json"
-TRIAL_COLUMNS = {"phase": "string", "arm": "string", "trial_id": "string", "seed": "int64"}
+# Columns have one type in every phase and campaign, also where no arm has a value, so that tables can be concatenated.
+PLACE = {"campaign": "string", "phase": "string"}
+TRIAL_COLUMNS = PLACE | {"arm": "string", "trial_id": "string", "seed": "int64"}
 CURVE_COLUMNS = TRIAL_COLUMNS | {
     "step": "int64",
     "tokens": "int64",
     **dict.fromkeys(("train_loss", "val_loss", "val_bpb", "tokens_per_second", "grad_norm"), "float64"),
     **dict.fromkeys(("lr", "lr_embedding", "lr_head", "lr_scales", "r_mean", "r_replaced"), "float64"),
     **dict.fromkeys(("weight_norm_error", "activation_norm_error"), "float64"),
+}
+SPREAD_COLUMNS = dict.fromkeys(("mean", "sd", "ci_low", "ci_high"), "float64")
+DELTA_COLUMNS = dict.fromkeys(("mean", "ci_low", "ci_high", "p", "p_holm", "df"), "float64") | {"reading": "string"}
+ARM_COLUMNS = PLACE | {
+    "arm": "string",
+    "rank": "int64",
+    "n": "int64",
+    **{f"score.{name}": kind for name, kind in SPREAD_COLUMNS.items()},
+    "noise_sd": "float64",
+    **{f"delta.{name}": kind for name, kind in DELTA_COLUMNS.items()},
+    "shrunken": "float64",
+    "verdict": "string",
+    "decision": "string",
+    "seeds_to_decide": "int64",
+    "tied_with_winner": "bool",
+    **dict.fromkeys(("val_bpb", "train_loss", "tokens_per_second", "peak_memory_bytes"), "float64"),
+    "tokens": "int64",
+    "seconds": "float64",
+    **{f"val_loss.{name}": kind for name, kind in SPREAD_COLUMNS.items()},
+    "text_se": "float64",
+    "overrides": "string",  # JSON
+    "trial_ids": "list<string>",
 }
 
 
@@ -151,7 +175,7 @@ def write_phase(root: Path, state: CampaignState, phase: PhaseState) -> PhaseSum
     records, summary = phase_records(state, phase), summarize_phase(state, phase)
     lines = (json.dumps(to_json(record), allow_nan=False) + "\n" for record in records)
     write_atomic(folder / "trials.jsonl", "".join(lines))
-    _write_parquet(folder / "summary.parquet", [_flat(arm) for arm in summary.arms])
+    _write_parquet(folder / "summary.parquet", [_arm_row(summary, arm) for arm in summary.arms], ARM_COLUMNS)
     _write_parquet(folder / "curves.parquet", curve_rows(root, records), CURVE_COLUMNS)
     write_json(folder / "summary.json", to_json(summary))
     return summary
@@ -190,22 +214,21 @@ def sealed(digests: Mapping[str, str]) -> dict[str, str]:
     return {**digests, "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
-def _flat(arm: summaries.ArmSummary) -> dict[str, Any]:
-    """Flattens an arm to one row: nested numbers get dotted column names, settings become JSON."""
-    nested = ("score", "val_loss", "delta", "overrides", "trial_ids")
-    row = {name: value for name, value in vars(arm).items() if name not in nested}
-    for name in ("score", "val_loss"):
-        row |= {f"{name}.{part}": value for part, value in vars(getattr(arm, name)).items()}
-    delta = vars(arm.delta) if arm.delta else dict.fromkeys(summaries.Delta.__dataclass_fields__)
-    row |= {f"delta.{part}": value for part, value in delta.items()}
-    return row | {"overrides": json.dumps(arm.overrides), "trial_ids": list(arm.trial_ids)}
+def _arm_row(phase: PhaseSummary, arm: summaries.ArmSummary) -> dict[str, Any]:
+    """Flattens an arm to one row of `ARM_COLUMNS`: nested numbers have dotted names, settings are JSON."""
+    values = to_json(arm)
+    for name in ("score", "val_loss", "delta"):
+        values |= {f"{name}.{part}": value for part, value in (values[name] or {}).items()}
+    values |= {"campaign": phase.campaign, "phase": phase.phase, "overrides": json.dumps(arm.overrides)}
+    return {name: values.get(name) for name in ARM_COLUMNS}
 
 
-def _write_parquet(path: Path, rows: list[dict[str, Any]], columns: Mapping[str, str] | None = None) -> None:
+def _write_parquet(path: Path, rows: list[dict[str, Any]], columns: Mapping[str, str]) -> None:
     import pyarrow
     import pyarrow.parquet
 
-    schema = pyarrow.schema(list(columns.items())) if columns else None
+    strings = pyarrow.list_(pyarrow.string())
+    schema = pyarrow.schema([(name, strings if kind == "list<string>" else kind) for name, kind in columns.items()])
     sink = pyarrow.BufferOutputStream()
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=schema), sink, write_page_checksum=True)
     write_atomic(path, sink.getvalue().to_pybytes())

@@ -257,7 +257,7 @@ class _PhaseReader:
         for i, raw in enumerate(data):
             arm = yield from self._run(phase, raw, (*at, i))
             arms += [arm] if arm else []
-        names = [arm.name for arm in arms]
+        names = [" ".join(arm.name.split()) for arm in arms]  # `wide` and `wide ` look the same in every table
         for i in repeated(names):
             yield Problem((*arms[i].origins["arm"], "arm"), f"two arms are named {names[i]!r}")
         return arms

@@ -1,6 +1,7 @@
 """Facts about the machine: flat scalars without secrets, and warnings about GPUs that others use."""
 
 import json
+import os
 import subprocess
 from pathlib import Path
 
@@ -39,6 +40,32 @@ def test_without_git_there_is_no_commit(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("PATH", "/nowhere")
     facts = describe("cpu")
     assert facts["git_commit"] is None and facts["git_dirty"] is None
+
+
+def git(folder: Path, *arguments: str) -> None:
+    identity = ("-c", "user.name=a", "-c", "user.email=a@b.c")
+    subprocess.run(["git", "-C", str(folder), *identity, *arguments], check=True, capture_output=True)
+
+
+def test_the_code_of_another_projects_checkout_has_no_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    git(tmp_path, "init")
+    git(tmp_path, "commit", "--allow-empty", "--message", "their own")
+    monkeypatch.setattr(environment, "GIT", ("git", "-C", str(tmp_path)))  # as for a package in its virtual environment
+    assert environment.commit() is None
+    (tmp_path / "environment.py").touch()
+    git(tmp_path, "add", "environment.py")
+    assert len(environment.commit() or "") == 40
+
+
+def test_a_git_that_refuses_the_folder_is_quoted_with_its_advice(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not (Path(environment.__file__).parents[2] / ".git").exists():
+        pytest.skip("the code under test is not a checkout")
+    assert environment.git_problem() is None
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")  # git's own switch for its dubious-ownership check
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
+    problem = environment.git_problem() or ""
+    assert "dubious ownership" in problem and "safe.directory" in problem and "\n" not in problem
+    assert environment.commit() is None
 
 
 def test_no_secret_of_the_environment_is_in_the_description(monkeypatch: pytest.MonkeyPatch) -> None:

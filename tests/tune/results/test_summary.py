@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -32,7 +33,7 @@ from tune.results.summary import rebuild
 from tune.spec import phase_reader
 from tune.storage.journal import read_journal
 from tune.storage.state import read_state
-from tune.storage.summaries import CampaignSummary, TrialCounts, TrialRecord
+from tune.storage.summaries import ArmSummary, CampaignSummary, TrialCounts, TrialRecord
 from tune.trials.trial import TrialResult, TrialSpec
 
 RECORD_FIELDS = {"campaign", "phase", "arm", "trial_id", "seed", "overrides", "config", "status", "metrics", "error"}
@@ -156,6 +157,15 @@ def test_the_parquet_rows_are_the_arms(trained: Path) -> None:
             assert spread(row, "delta") == delta
             for name in ("n", "rank", "verdict", "noise_sd", "seeds_to_decide", "tokens", "trial_ids"):
                 assert row[name] == arm[name]
+
+
+def test_the_parquet_files_of_all_phases_are_one_table(trained: Path) -> None:
+    for name in ("summary.parquet", "curves.parquet"):
+        schemas = [pq.read_schema(trained / phase / name) for phase in ("alpha", "projection")]
+        assert schemas[0] == schemas[1] and not any(pa.types.is_null(kind) for kind in schemas[0].types)
+    arms = pa.concat_tables([pq.read_table(trained / phase / "summary.parquet") for phase in ("alpha", "projection")])
+    assert {(row["campaign"], row["phase"]) for row in arms.to_pylist()} == {("tiny", "alpha"), ("tiny", "projection")}
+    assert {name.partition(".")[0] for name in arms.column_names} == {"campaign", "phase", *ArmSummary.__dataclass_fields__}
 
 
 def test_curves_have_every_logged_step_of_every_trial_also_of_reused_ones(trained: Path) -> None:
