@@ -4,6 +4,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from hypothesis import settings
 from ngpt.config.base import build
 from ngpt.data.dataset import DataConfig, Dataset, open_dataset
 from ngpt.training.config import TrainConfig
+from tests.helpers import fake_gpus as fakes
 from tests.helpers.tiny_campaign import write_corpus
 from tune.campaign import load_campaign
 from tune.spec.schema import Campaign
@@ -108,6 +110,17 @@ def load(tmp_path: Path) -> Callable[[str], Campaign]:
         return load_campaign(path)
 
     return read
+
+
+@pytest.fixture
+def fake_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., fakes.FakeGpus]:
+    """Gives this process, and those that it starts, GPUs that do not exist; takes the fields of `FakeMachine`."""
+
+    def install(**properties: Any) -> fakes.FakeGpus:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        return fakes.install(fakes.create(tmp_path / "gpus", **properties), monkeypatch)
+
+    return install
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import torch
 
 from ngpt.config.base import ConfigError
+from ngpt.system import gpus
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -10,13 +11,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 def pick_device(name: str) -> torch.device:
     """Returns the named device; `auto` prefers CUDA, then Apple's MPS. Raises ConfigError if it is not available."""
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    available = {"cpu": True, "cuda": gpus.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
-        return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if available[kind]))
+        name = next(kind for kind in ("cuda", "mps", "cpu") if available[kind])
     if not available[name]:
         choices = ", ".join(kind for kind, present in available.items() if present)
         raise ConfigError(f"device {name!r} is not available; this machine has {choices}")
-    return torch.device(name)
+    return gpus.current() if name == "cuda" else torch.device(name)
 
 
 def mixed_precision(device: torch.device, dtype: str) -> torch.autocast:

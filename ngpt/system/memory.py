@@ -10,6 +10,8 @@ from typing import TypeVar
 
 import torch
 
+from ngpt.system import gpus
+
 _CLEAR_REFS, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 # In the messages of a plain RuntimeError; torch's CUDA allocator raises OutOfMemoryError.
@@ -44,16 +46,16 @@ def configure_allocator() -> None:
 
 def reset_peak_memory(device: torch.device) -> None:
     """Resets `peak_memory`. Without CUDA or Linux it has no effect, so the peak is that of the whole process."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    if gpus.is_gpu(device):
+        gpus.reset_peaks(device)
     elif _CLEAR_REFS.exists():
         _CLEAR_REFS.write_text("5")  # proc(5): resets the peak resident set size
 
 
 def peak_memory(device: torch.device) -> int:
     """Returns peak bytes: of tensors on CUDA, else of the resident set of the process, with Python and torch."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+    if gpus.is_gpu(device):
+        return gpus.peak_allocated(device)
     if _STATUS.exists():
         line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) * 1024
@@ -72,8 +74,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 def free_memory(device: torch.device) -> None:
     """Releases unused memory. Call it outside `except`, where the traceback keeps tensors alive."""
     gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    if gpus.is_gpu(device):
+        gpus.release_unused()
     elif device.type == "mps":
         torch.mps.empty_cache()
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from ngpt.system import gpus
+
 MIB = 2**20
 MIN_ROUNDS, MAX_ROUNDS = 3, 200
 
@@ -79,8 +81,8 @@ def machine_info(device: torch.device, dtype: str) -> dict[str, Any]:
 
 def synchronize(device: torch.device) -> None:
     """Waits for CUDA kernels to finish; does nothing on other devices."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if gpus.is_gpu(device):
+        gpus.synchronize(device)
 
 
 def print_metrics(metrics: dict[str, Any], *, as_json: bool, width: int = 34, digits: int = 4) -> None:

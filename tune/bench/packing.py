@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ngpt.data.dataset import prepare
+from ngpt.system import gpus
 from ngpt.system.device import pick_device
 from ngpt.training.config import TrainConfig, read_config, resolved
 from tune.bench.campaigns import Metrics, tiny_campaign
@@ -31,7 +32,7 @@ def packing(*, config: Path | None = None, set: Sequence[str] = (), seconds: flo
 
 def packing_of(config: TrainConfig, *, seconds: float = SECONDS) -> Metrics:
     """Returns the results of `packing` for a resolved config."""
-    cpus, on_gpu = usable_cpus(), pick_device(config.device).type == "cuda"
+    cpus, on_gpu = usable_cpus(), gpus.is_gpu(pick_device(config.device))
     counts = [count for count in TRIAL_COUNTS if count <= cpus]
 
     def threads(count: int) -> int:

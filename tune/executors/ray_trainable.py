@@ -6,9 +6,9 @@ from typing import Any
 
 import ray._private.worker
 import ray.tune
-import torch
 from ray.util.metrics import Gauge
 
+from ngpt.system import gpus
 from ngpt.system.heartbeat import HeartbeatWriter, clear_heartbeat, stop_requested
 from tune.trials.trial import TrialSpec
 from tune.trials.trial_group import Updates, run_trials
@@ -49,7 +49,7 @@ class TrialWorker(ray.tune.Trainable):
         After a failure on a GPU it cannot: a CUDA error persists in the process, and GPU memory may stay allocated.
         """
         self._run.close()
-        if self._has_failed and torch.cuda.is_initialized():
+        if self._has_failed and gpus.is_in_use():
             return False
         self._begin(new_config["specs"])
         return True

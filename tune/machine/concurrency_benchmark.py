@@ -14,6 +14,7 @@ import torch
 
 from ngpt.config.base import override
 from ngpt.data.text.progress import Log
+from ngpt.system import gpus
 from ngpt.system.memory import is_out_of_memory, peak_memory, reset_peak_memory
 from ngpt.system.timing import synchronize
 from ngpt.training.config import TrainConfig, resolved
@@ -171,7 +172,7 @@ def _train_on_command(config: TrainConfig, threads: int, pipe: Connection) -> No
 
 def _memory(device: torch.device) -> dict[str, int]:
     """In bytes: the `peak` of this process, the GPU memory `in_use` by all processes, and the device's `total`."""
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        return {"peak": torch.cuda.max_memory_reserved(device), "in_use": total - free, "total": total}
+    if gpus.is_gpu(device):
+        free, total = gpus.memory(device)
+        return {"peak": gpus.peak_reserved(device), "in_use": total - free, "total": total}
     return {"peak": peak_memory(device), "in_use": 0, "total": total_memory()}

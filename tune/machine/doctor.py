@@ -54,10 +54,10 @@ def _software(out: Path) -> Iterator[Check]:
 
 
 def _device(out: Path) -> Iterator[Check]:
-    import torch
+    from ngpt.system import gpus
 
-    if torch.cuda.is_available():
-        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    if gpus.is_available():
+        names = [gpus.name(i) for i in range(gpus.count())]
         yield Check("device", ", ".join(names))
         return
     problem = "an NVIDIA driver is installed, but this torch was built without CUDA: reinstall torch"

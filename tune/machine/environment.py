@@ -16,15 +16,14 @@ MAX_TEMPORARY_BYTES = 35  # of TMPDIR; the path with /ray/session_DATE_PID/socke
 
 def describe(device: str = "auto") -> dict[str, Any]:
     """Versions, device, host and git commit, as a flat dict of scalars."""
-    import torch
-
+    from ngpt.system import gpus
     from ngpt.system.device import pick_device
 
     kind = pick_device(device)
     changed = _output(*GIT, "status", "--porcelain", "--untracked-files=no") if commit() else None
     return {
-        "device": torch.cuda.get_device_name(kind) if kind.type == "cuda" else f"{kind.type} ({cpu_model()})",
-        "gpus": torch.cuda.device_count(),
+        "device": gpus.name(kind) if gpus.is_gpu(kind) else f"{kind.type} ({cpu_model()})",
+        "gpus": gpus.count(),
         "cpus": usable_cpus(),
         "memory_bytes": total_memory(),
         "host": socket.gethostname(),

@@ -9,6 +9,7 @@ import torch
 
 from ngpt.config.base import ConfigError
 from ngpt.model.flops import matrix_params
+from ngpt.system import gpus
 from ngpt.system.code_digest import current_code
 from ngpt.system.device import DTYPES, pick_device
 from ngpt.system.timing import gemm_flops
@@ -229,10 +230,10 @@ def expected_workers(campaign: Campaign) -> int:
     """The number of workers that this machine would run concurrently."""
     resources = campaign.resources
     limits = [usable_cpus() // resources.cpus_per_trial]
-    if pick_device(campaign.base.device).type == "cuda":
-        share, gpus = resources.gpus_per_trial, torch.cuda.device_count()
+    if gpus.is_gpu(pick_device(campaign.base.device)):
+        share, n_gpus = resources.gpus_per_trial, gpus.count()
         per_gpu = known_trials_per_device(campaign) if share == "auto" else int(1 / float(share) + 1e-9)
-        limits.append(gpus * per_gpu if per_gpu else int(gpus / float(share)))
+        limits.append(n_gpus * per_gpu if per_gpu else int(n_gpus / float(share)))
     return max(1, resources.workers or min(limits))
 
 

@@ -9,10 +9,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from ngpt.data.text.progress import Log
 from ngpt.model.flops import flops_per_token
+from ngpt.system import gpus
 from ngpt.system.device import pick_device
 from ngpt.training.config import TrainConfig
 from tune import format as fmt
@@ -56,9 +55,9 @@ def choose_gpu_sharing(campaign: Campaign, state: CampaignState, log: Log) -> Gp
 
     Measures, unless a curve of this shape is stored or the remaining trials take too little time.
     """
-    if campaign.resources.gpus_per_trial != "auto" or pick_device(campaign.base.device).type != "cuda":
+    if campaign.resources.gpus_per_trial != "auto" or not gpus.is_gpu(pick_device(campaign.base.device)):
         return None
-    configs, devices = _trials_left(campaign, state), torch.cuda.device_count()
+    configs, devices = _trials_left(campaign, state), gpus.count()
     max_trials, threads = _max_trials(campaign.resources, len(configs), devices), campaign.resources.cpus_per_trial
     return choose_trials_per_device(configs, max_trials=max_trials, devices=devices, threads=threads, log=log)
 
@@ -68,7 +67,7 @@ def known_trials_per_device(campaign: Campaign) -> int:
     configs = _trials_left(campaign, CampaignState())
     dominant = _dominant_config(configs)
     known = known_curve(device_key(dominant, campaign.resources.cpus_per_trial), step_time_key(dominant), max_trials=1)
-    max_trials = _max_trials(campaign.resources, len(configs), torch.cuda.device_count())
+    max_trials = _max_trials(campaign.resources, len(configs), gpus.count())
     return fastest_point(known.curve, max_trials=max_trials).trials if known else 1
 
 

@@ -19,6 +19,7 @@ import torch
 from ngpt.config.base import flatten
 from ngpt.config.secrets import redact
 from ngpt.data.dataset import DataConfig, Dataset, open_dataset
+from ngpt.system import gpus
 from ngpt.system.atomic_files import make_folder, remove_temporary_files, write_atomic, write_json
 from ngpt.system.code_digest import current_code
 from ngpt.system.device import pick_device
@@ -134,10 +135,9 @@ def freeze_loaded_objects() -> None:
 
 def limit_gpu_memory(device: torch.device, packed: int) -> None:
     """Limits this process to 1/`packed` of the GPU memory, so that it cannot take memory from the other trials."""
-    if device.type == "cuda" and packed > 1:
-        total = torch.cuda.mem_get_info(device)[1]
-        # Uses the current GPU: unlike other torch functions, this one does not accept `cuda` without an index.
-        torch.cuda.set_per_process_memory_fraction(max(0.01, 1 / packed - CUDA_CONTEXT_BYTES / total))
+    if gpus.is_gpu(device) and packed > 1:
+        total = gpus.memory(device)[1]
+        gpus.limit_memory(max(0.01, 1 / packed - CUDA_CONTEXT_BYTES / total))
 
 
 def prepare_trial_folder(folder: Path, config: TrainConfig) -> None:
@@ -159,6 +159,6 @@ def open_cached_dataset(config: DataConfig) -> Dataset:
 def describe_machine(device: str, threads: int) -> dict[str, Any]:
     """Device, threads, host and versions: the part of the provenance that can affect the numbers."""
     kind = pick_device(device)
-    name = torch.cuda.get_device_name(kind) if kind.type == "cuda" else f"{kind.type} {platform.machine()}"
+    name = gpus.name(kind) if gpus.is_gpu(kind) else f"{kind.type} {platform.machine()}"
     versions = {"torch": str(torch.__version__), "python": platform.python_version()}
     return {"device": name, "threads": threads, "host": socket.gethostname(), **versions}

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import ray.tune
-import torch
 
 from ngpt.config.base import override
 from ngpt.system.heartbeat import Heartbeat, clear_heartbeat, read_heartbeat, request_stop, stop_requested
@@ -86,7 +85,7 @@ def test_a_trial_replaced_before_its_end_is_closed(worker: TrialWorker, spec: Tr
 def test_a_process_is_not_reused_after_a_failure_on_a_gpu(
     worker: TrialWorker, spec: TrialSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpu: bool, usable: bool
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: gpu)
+    monkeypatch.setattr("ngpt.system.gpus.is_in_use", lambda: gpu)
     broken = override(spec.config, {"data.corpus": str(tmp_path / "nowhere.txt")})
     assert worker.reset_config({"specs": [replace(spec, config=broken)]})
     assert result(steps(worker)[-1]).status == "failed"
