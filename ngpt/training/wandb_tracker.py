@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from ngpt.config.base import ConfigError
+from ngpt.config.base import ConfigError, dotted_name
 from ngpt.system.atomic_files import write_atomic
 from ngpt.system.cli import print_line
 
@@ -28,21 +28,36 @@ PROBE_TIMEOUT = 2.5  # seconds
 INIT_TIMEOUT = 20.0  # seconds to open a run; wandb's default is 90
 UPLOAD_TIMEOUT = 60.0  # seconds for the last upload of a run; by default wandb waits forever
 UPLOAD_HINT = "upload later with: wandb sync {}/wandb/offline-run-*"
+# With these variables wandb ignores or refuses the id, project and mode that a run is started with.
+OVERRULED = ("WANDB_SWEEP_ID", "WANDB_SWEEP_PARAM_PATH", "WANDB_LAUNCH", "WANDB_MODE")
 PUBLIC_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")  # one service; a key may be stored under either name
 
 
 def resolve_mode(mode: str, folder: Path, report: Callable[[str], None] = print_line) -> str:
     """Returns the mode to use: online, offline or disabled. For `auto`, passes the choice and its reason to `report`.
 
-    Online needs an API key and a server that answers the probe, else raises ConfigError. `folder` appears in messages
-    and may be a pattern.
+    WANDB_DISABLED=true disables every mode. Online needs an API key and a server that answers the probe. `folder`
+    appears in messages and may be a pattern.
+
+    Raises:
+        ConfigError: `mode` is online and there is no key or no server, or wandb refuses its environment variables or
+            settings files.
     """
+    if mode != "disabled" and os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes", "on"):
+        report("W&B: disabled, as WANDB_DISABLED says")
+        return "disabled"
     if mode not in ("auto", "online"):
         return mode
+    import pydantic
     import wandb
 
-    # Includes wandb's own settings files. The teardown drops its cache, which would hide later changes.
-    settings = wandb.setup(settings=wandb.Settings(silent=True)).settings
+    try:
+        # Includes wandb's own settings files. The teardown drops its cache, which would hide later changes.
+        settings = wandb.setup(settings=wandb.Settings(silent=True)).settings
+    except pydantic.ValidationError as error:
+        wrong = "; ".join(f"{dotted_name(item['loc'])} {item['input']!r}: {item['msg']}" for item in error.errors())
+        text = f"wandb refuses its WANDB_ variables or its settings file: {wrong}"
+        raise ConfigError(f"{text}; mend it, or set tracker.wandb to offline or disabled") from None
     url, default_mode, stored_key = settings.base_url, settings.mode, settings.api_key
     wandb.teardown()
     if mode == "auto" and default_mode in ("disabled", "offline", "dryrun"):
@@ -151,10 +166,14 @@ def _start(mode: Literal["online", "offline"], options: Mapping[str, Any]) -> An
     """Starts a run, or resumes the run of an earlier attempt, which has the same id."""
     import wandb
 
-    wandb.setup(settings=wandb.Settings(silent=True))  # otherwise it prints where it found the API key
-    limits: dict[str, Any] = {"init_timeout": INIT_TIMEOUT, "finish_timeout": UPLOAD_TIMEOUT}
-    settings = wandb.Settings(silent=True, console="off", **limits)  # the campaign owns the terminal
-    return wandb.init(mode=mode, resume="allow", reinit="create_new", settings=settings, **options)
+    overruled = {name: os.environ.pop(name) for name in OVERRULED if name in os.environ}
+    try:
+        wandb.setup(settings=wandb.Settings(silent=True))  # otherwise it prints where it found the API key
+        limits: dict[str, Any] = {"init_timeout": INIT_TIMEOUT, "finish_timeout": UPLOAD_TIMEOUT}
+        settings = wandb.Settings(silent=True, console="off", **limits)  # the campaign owns the terminal
+        return wandb.init(mode=mode, resume="allow", reinit="create_new", settings=settings, **options)
+    finally:
+        os.environ.update(overruled)
 
 
 def run_id(folder: Path, *, project: str, group: str) -> str:

@@ -171,6 +171,9 @@ def test_auto_is_online_with_key_and_server_and_otherwise_reports_why_not(tmp_pa
         key = {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": url}
         unreachable = key | {"WANDB_BASE_URL": closed}
         default = "as WANDB_MODE or wandb's settings file says"
+        refused = "wandb refuses its WANDB_ variables or its settings file: mode 'bogus': Input should be 'online', "
+        refused += "'offline', 'shared', 'disabled', 'dryrun' or 'run'; "
+        refused += "mend it, or set tracker.wandb to offline or disabled"
         keyless = "no key for 127.0.0.1 is configured (wandb login, or WANDB_API_KEY)"
         cases = [
             ("auto", key, ["online", "W&B: online, 127.0.0.1 answers"]),
@@ -182,6 +185,10 @@ def test_auto_is_online_with_key_and_server_and_otherwise_reports_why_not(tmp_pa
             ("auto", key | {"WANDB_MODE": "disabled"}, ["disabled", f"W&B: disabled, {default}"]),
             ("auto", key | {"WANDB_CONFIG_DIR": str(settings.parent)}, ["offline", f"W&B: offline, {default}"]),
             ("online", key | {"WANDB_MODE": "offline"}, ["online"]),
+            ("online", key | {"WANDB_DISABLED": "true"}, ["disabled", "W&B: disabled, as WANDB_DISABLED says"]),
+            ("offline", {"WANDB_DISABLED": "true"}, ["disabled", "W&B: disabled, as WANDB_DISABLED says"]),
+            ("auto", key | {"WANDB_DISABLED": "false"}, ["online", "W&B: online, 127.0.0.1 answers"]),
+            ("auto", key | {"WANDB_MODE": "bogus"}, [refused]),
         ]  # fmt: skip
         given = json.dumps([case[:2] for case in cases])
         done = python(CHOOSE, tmp_path, CASES=given)
@@ -259,7 +266,8 @@ with WandbRun(folder, mode=mode, **options) as run:
 
 def test_an_online_run_sends_its_id_its_steps_and_its_settings(tmp_path: Path) -> None:
     with serving(FakeServer) as url:
-        done = python(ONLINE, tmp_path, WANDB_API_KEY=KEY, WANDB_BASE_URL=url)
+        foreign = {"WANDB_SWEEP_ID": "abcd1234", "WANDB_MODE": "offline", "WANDB_RUN_ID": "x", "WANDB_PROJECT": "y"}
+        done = python(ONLINE, tmp_path, WANDB_API_KEY=KEY, WANDB_BASE_URL=url, **foreign)
     assert (done.stdout, done.stderr) == ("", "")
     upserts = [asked["variables"] for asked in FakeServer.graphql if "upsertBucket" in asked["query"]]
     first = upserts[0]
