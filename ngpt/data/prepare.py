@@ -5,7 +5,6 @@
 
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -21,6 +20,7 @@ from ngpt.data.text.progress import Log, Meter
 from ngpt.data.tokens.shards import CorruptShardError, Shard, token_crc, verify_shard, write_shard
 from ngpt.data.tokens.tokenizer import MODEL_FILE, Tokenizer, load_tokenizer, parse_spec, train_sentencepiece
 from ngpt.system.atomic_files import write_atomic, write_json
+from ngpt.system.cgroups import usable_cpus
 
 Entry = dict[str, Any]  # one shard in the manifest
 Text = tuple[str, str]  # split, text
@@ -83,7 +83,7 @@ def default_threads() -> int:
     """Returns the number of available cores, but 1 in a Ray worker, since workers share the cores."""
     if Path(getattr(sys.modules["__main__"], "__file__", None) or "").name == "default_worker.py":
         return 1
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return usable_cpus()
 
 
 def encode_in_order(

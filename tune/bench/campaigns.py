@@ -14,10 +14,10 @@ import psutil
 import torch
 
 from ngpt.data.text.progress import Log
+from ngpt.system.cgroups import usable_cpus
 from ngpt.training.throughput import measure_step
 from tune.campaign import load_campaign
 from tune.launch import launch
-from tune.machine.environment import usable_cpus
 from tune.spec.schema import Campaign
 from tune.storage.journal import read_journal
 from tune.storage.summaries import CampaignSummary

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from ngpt.data.dataset import prepare
 from ngpt.system import gpus
+from ngpt.system.cgroups import usable_cpus
 from ngpt.system.device import pick_device
 from ngpt.training.config import TrainConfig, read_config, resolved
 from tune.bench.campaigns import Metrics, tiny_campaign
 from tune.machine.concurrency_benchmark import SECONDS, measure_concurrent_trials
-from tune.machine.environment import usable_cpus
 from tune.machine.gpu_sharing import TRIAL_COUNTS, fastest_point
 from tune.machine.throughput import device_key, remember_curve
 from tune.planning.equal_time import step_time_key

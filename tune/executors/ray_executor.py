@@ -28,9 +28,10 @@ from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
 from ngpt.config.base import ConfigError
+from ngpt.system.cgroups import usable_cpus
 from ngpt.system.heartbeat import request_stop
 from tune.executors.ray_trainable import PAUSED, UPDATES, TrialWorker
-from tune.machine.environment import short_temporary, usable_cpus
+from tune.machine.environment import short_temporary
 from tune.spec.schema import Resources
 from tune.trials.trial import TrialSpec
 

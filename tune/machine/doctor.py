@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ngpt.system.cache import cache_folder
+from ngpt.system.cgroups import cpu_quota, usable_cpus
 from tune import format as fmt
 from tune.machine.environment import (
     PACKAGES,
@@ -18,7 +19,6 @@ from tune.machine.environment import (
     git_problem,
     short_temporary,
     total_memory,
-    usable_cpus,
     version,
 )
 
@@ -61,7 +61,11 @@ def _device(out: Path) -> Iterator[Check]:
         yield Check("device", ", ".join(names))
         return
     problem = "an NVIDIA driver is installed, but this torch was built without CUDA: reinstall torch"
-    cpu = f"CPU: {cpu_model()}, {usable_cpus()} usable cores, {total_memory() / 2**30:.0f} GiB"
+    quota = cpu_quota()
+    cores = fmt.counted(usable_cpus(), "usable core") + (
+        "" if quota is None else f" (a control group allows {quota:g})"
+    )
+    cpu = f"CPU: {cpu_model()}, {cores}, {total_memory() / 2**30:.0f} GiB"
     yield Check("device", cpu, problem if shutil.which("nvidia-smi") else None)
 
 

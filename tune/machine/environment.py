@@ -5,8 +5,11 @@ import os
 import platform
 import socket
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
+
+from ngpt.system.cgroups import memory_limit, usable_cpus
 
 PACKAGES = ("torch", "ray", "numpy", "sentencepiece", "pyarrow", "pydantic", "wandb")
 GIT = ("git", "-C", str(Path(__file__).parent))
@@ -60,11 +63,6 @@ def version(package: str) -> str | None:
         return None
 
 
-def usable_cpus() -> int:
-    """The number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def short_temporary() -> str:
     """TMPDIR, or /tmp if TMPDIR would make the paths of Ray's sockets too long for the system."""
     folder = os.environ.get("TMPDIR") or "/tmp"
@@ -72,10 +70,10 @@ def short_temporary() -> str:
 
 
 def total_memory() -> int:
-    """The size of main memory in bytes."""
+    """The size of main memory in bytes, or less if a control group limits it."""
     import psutil
 
-    return psutil.virtual_memory().total
+    return min(psutil.virtual_memory().total, memory_limit() or sys.maxsize)
 
 
 def cpu_model() -> str:

@@ -10,6 +10,7 @@ import torch
 from ngpt.config.base import ConfigError
 from ngpt.model.flops import matrix_params
 from ngpt.system import gpus
+from ngpt.system.cgroups import usable_cpus
 from ngpt.system.code_digest import current_code
 from ngpt.system.device import DTYPES, pick_device
 from ngpt.system.timing import gemm_flops
@@ -18,7 +19,6 @@ from tune import format as fmt
 from tune.analysis.noise import Method
 from tune.analysis.power import Design, smallest_detectable
 from tune.analysis.verdicts import judge
-from tune.machine.environment import usable_cpus
 from tune.machine.gpu_sharing import known_trials_per_device
 from tune.machine.throughput import device_key, known_speeds, measure_speeds
 from tune.planning.budget import describe_budget

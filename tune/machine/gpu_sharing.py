@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from ngpt.data.text.progress import Log
 from ngpt.model.flops import flops_per_token
 from ngpt.system import gpus
+from ngpt.system.cgroups import usable_cpus
 from ngpt.system.device import pick_device
 from ngpt.training.config import TrainConfig
 from tune import format as fmt
 from tune.machine.concurrency_benchmark import CalibrationError, ThroughputPoint, measure_concurrent_trials
-from tune.machine.environment import usable_cpus
 from tune.machine.throughput import device_key, known_curve, remember_curve
 from tune.planning.equal_time import step_time_key
 from tune.planning.forecast import expected_phases
