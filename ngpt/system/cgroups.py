@@ -57,12 +57,9 @@ def _folders(controller: str) -> Iterator[Path]:
         left, _, right = line.partition(" - ")
         root, mount = map(_unescaped, left.split()[3:5])
         kind, _, options = right.split(maxsplit=2)
+        is_mounted = kind == "cgroup2" or (kind == "cgroup" and controller in re.split("[ ,]", options))
         path = paths.get("" if kind == "cgroup2" else controller)
-        if (
-            path is None
-            or kind not in ("cgroup", "cgroup2")
-            or (kind == "cgroup" and controller not in _names(options))
-        ):
+        if not is_mounted or path is None:
             continue
         # A container may see its own group as the root of the mount, under the path that it has on the host.
         inside = PurePosixPath(path).relative_to(root) if PurePosixPath(path).is_relative_to(root) else PurePosixPath()
