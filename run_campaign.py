@@ -12,7 +12,7 @@
 
 Exit codes: 0 all trials finished; 1 internal error, or Ray died too often; 2 usage or configuration; 3 another run
 holds the results; 4 finished, but some trials failed, diverged or were left out by the budget; 74 input or output;
-129 terminal closed; 130 interrupted; 143 terminated.
+129 terminal closed; 130 interrupted; 138, 140 SIGUSR1, SIGUSR2 of a batch system; 143 terminated.
 """
 
 import argparse
@@ -163,7 +163,7 @@ def refuse_second_run(options: argparse.Namespace) -> None:
 
 def exit_on_signals() -> None:
     """Makes SIGTERM and SIGHUP raise SystemExit before and after the trials, so that Ray and the lock are released."""
-    from tune.executors.signals import stop_signals
+    from ngpt.system.signals import stop_signals
 
     if threading.current_thread() is threading.main_thread():  # other threads cannot set handlers
         for number in {*stop_signals()} - {signal.SIGINT}:
@@ -172,7 +172,7 @@ def exit_on_signals() -> None:
 
 def show_end(summary: Any, signal_number: int, root: Path, options: argparse.Namespace) -> int:
     """Prints the final screen and returns the exit code."""
-    from tune.executors.signals import HANGUP
+    from ngpt.system.signals import HANGUP
     from tune.terminal.final_screen import final_screen
 
     report = root / "report.html"

@@ -26,7 +26,7 @@ def test_a_second_signal_exits_at_once(
     is_terminal: bool,
 ) -> None:
     codes: list[int] = []
-    monkeypatch.setattr("tune.executors.signals.os._exit", codes.append)
+    monkeypatch.setattr("ngpt.system.signals.os._exit", codes.append)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
     with session_on(file, tmp_path / "tiny") as session, stop_on_signal(session):
         signal.raise_signal(signal.SIGINT)
@@ -41,7 +41,7 @@ def test_a_second_signal_exits_at_once(
 def test_a_closed_terminal_may_send_its_signal_twice(
     tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tune.executors.signals.os._exit", lambda code: pytest.fail(f"ended with {code}"))
+    monkeypatch.setattr("ngpt.system.signals.os._exit", lambda code: pytest.fail(f"ended with {code}"))
     with session_on(file, tmp_path / "tiny") as session, stop_on_signal(session):
         signal.raise_signal(signal.SIGHUP)
         signal.raise_signal(signal.SIGHUP)
