@@ -14,10 +14,12 @@ CORPUS
   shakespeare   tiny Shakespeare, 1.1 MB, from karpathy/char-rnn, or --from FILE
   fineweb       FineWeb10B, tokenized with GPT-2's BPE: --shards N files of 100 million tokens (200 MB each, 103 in
                 all) and one for validation, from kjj0/fineweb10B-gpt2 on the hub, or --from DIR
-  openwebtext   --shards N Parquet files of the hub's Skylion007/openwebtext, or --from a file or folder of .parquet,
-                .jsonl, .jsonl.gz, .jsonl.zst (with a column "text") or .txt (a document each)
-  PATH          a text file; a folder of text files; Parquet or JSON lines as above; a folder of GPT-2 .bin shards,
-                in which names with "val" are the validation split; a folder that this command has filled
+  openwebtext   --shards N Parquet files of the hub's Skylion007/openwebtext, or --from a file or folder of documents
+                as below, or .txt (a document each)
+  PATH          documents: Parquet, Arrow (also a data set saved by save_to_disk), JSON lines, a JSON array of objects,
+                recognised whatever the suffix, with the text in the column "text" or --text-column;
+                a text file; a folder of text files; a folder of GPT-2 .bin shards, in which names with "val" are the
+                validation split; a folder that this command has filled. JSON and text may be .gz, .zst, .bz2 or .xz
 
 TOKENIZER
   sentencepiece:SIZE   trained on the train split, once; byte-level fallback, loses nothing
@@ -74,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("corpus", metavar="CORPUS", help="a name or a path, see below")
     parser.add_argument("--tokenizer", metavar="T", help="see below (default sentencepiece:2048; fineweb has its own)")
     parser.add_argument("--from", dest="path", metavar="PATH", help="local copy of a corpus that is downloaded")
+    parser.add_argument("--text-column", metavar="C", help="column of the documents (default text); a.b is b inside a")
     parser.add_argument("--shards", type=_count, metavar="N", help="files to take of a corpus in parts (default 1)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to write; default: $NGPT_CACHE or ~/.cache/ngpt")
     parser.add_argument("--val-fraction", type=float, metavar="F", help="share of the validation split (default 0.1)")

@@ -20,11 +20,20 @@ import numpy as np
 import pydantic
 from filelock import FileLock
 
-from ngpt.config.base import Config, ConfigError, invalid_setting, one_of, runtime_setting, unknown_message
+from ngpt.config.base import (
+    Config,
+    ConfigError,
+    added_setting,
+    invalid_setting,
+    one_of,
+    runtime_setting,
+    unknown_message,
+)
 from ngpt.data.prepare import PROGRESS_FILE, TOKEN_BYTES_FILE, tokenize
 from ngpt.data.sampling import ORDERS
 from ngpt.data.shard_index import READERS, index_shards, known_vocab_size, shard_paths, shard_vocab_size
 from ngpt.data.sources import CORPORA, Corpus, ShardCorpus, shards_identity, text_corpus
+from ngpt.data.text.documents import COLUMN
 from ngpt.data.text.progress import Log, silent
 from ngpt.data.tokens.checksums import shard_crc
 from ngpt.data.tokens.shards import CorruptShardError, read_shard, token_crc
@@ -60,6 +69,8 @@ class DataConfig(Config, frozen=True):
     on_corrupt: Annotated[str, one_of(POLICIES, "policy")] = runtime_setting("skip")
     order: Annotated[str, one_of(ORDERS, "order")] = "windows"
     reservoir: Annotated[int, pydantic.Field(ge=1)] = 4096  # windows in the buffer of order reservoir
+    # column of the documents, where it is not called so; `a.b` is `b` inside `a`
+    text_column: Annotated[str, pydantic.Field(min_length=1)] = added_setting(COLUMN)
 
 
 @dataclass(frozen=True)
@@ -172,13 +183,24 @@ Source = Corpus | ShardCorpus | Path  # a path: a folder of shards or of a prepa
 
 def _locate(config: DataConfig) -> Source:
     if config.corpus in CORPORA:
+        _require_default_column(config, config.corpus)
         return CORPORA[config.corpus](Path(config.path).expanduser() if config.path else None, config.shards)
     path = Path(config.corpus).expanduser()
     if not path.exists():
         raise ConfigError(f"{unknown_message('corpus', config.corpus, CORPORA)}; there is no such file or folder")
     if config.path is not None:
         raise ConfigError("data.path (--from) is a local copy of a named corpus, and this corpus is a path itself")
-    return path if _is_prepared(path) or (path.is_dir() and shard_paths(path)) else text_corpus(path)
+    if _is_prepared(path):
+        return path
+    if path.is_dir() and shard_paths(path):
+        _require_default_column(config, "a folder of shards")
+        return path
+    return text_corpus(path, config.text_column)
+
+
+def _require_default_column(config: DataConfig, what: str) -> None:
+    if config.text_column != COLUMN:
+        raise ConfigError(f"data.text_column {config.text_column} is for documents of your own, not for {what}")
 
 
 def _is_prepared(path: Path) -> bool:

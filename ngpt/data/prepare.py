@@ -76,6 +76,10 @@ def tokenize(
         meter.update(n_tokens, "tokens", fraction=n_read / max(size, 1), before=n_skipped / max(size, 1))
     splits = {split: writer.close() for split, writer in writers.items()}
     about = {"splits": splits, "vocab_size": loaded.vocab_size, "content_sha256": content.hexdigest(), "skipped": []}
+    if corpus.separated:
+        about["left_out"] = dict(sorted(corpus.left_out.items())) | {"files": list(corpus.files_left_out)}
+        for reason, count in sorted(corpus.left_out.items()):
+            log(f"{corpus.name}: {count:,} document{'s' * (count > 1)} left out: {reason}")
     return about | add_tokenizer(folder, tokenizer, loaded, loaded.token_bytes() if progress.lossless else None)
 
 

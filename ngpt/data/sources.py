@@ -8,23 +8,27 @@ import http.client
 import json
 import platform
 import urllib.request
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from ngpt.config.base import ConfigError
+from ngpt.config.base import ConfigError, printable
 from ngpt.data.text.documents import (
+    COLUMN,
     edges_crc,
     files_identity,
     find_files,
-    holds_documents,
+    has_byte_order_mark,
     read_documents,
     read_file,
     read_text,
+    select_files,
     text_size,
 )
+from ngpt.data.text.formats import format_of
 from ngpt.data.text.hub import HINT, download, list_hub
 from ngpt.data.text.progress import Log, silent
 from ngpt.data.text.python_docs import DOCSTRINGS_FORMAT, python_documents
@@ -58,6 +62,8 @@ class Corpus:
     split_by: Literal["document", "position"] = "document"
     separated: bool = False  # whether to add the document separator token, or an empty line if there is none
     fetch: Callable[[Log], object] = lambda log: None  # downloads the files that `documents` reads
+    files_left_out: Sequence[str] = ()  # files beside the documents
+    left_out: Counter[str] = field(default_factory=Counter)  # documents without text by reason, once all were read
 
 
 @dataclass(frozen=True)
@@ -137,15 +143,26 @@ CORPORA: dict[str, Callable[[Path | None, int], Corpus | ShardCorpus]] = {
 }
 
 
-def text_corpus(path: Path) -> Corpus:
-    """A corpus from a file or folder: its Parquet and JSON-lines files, else all files as text, without hidden ones."""
+def text_corpus(path: Path, column: str = COLUMN) -> Corpus:
+    """A corpus from a file or folder: its documents under `column`, else all files as text, without hidden ones."""
     files = find_files(path)
     name = path.resolve().stem
-    if documents := [file for file in files if holds_documents(file)]:
-        return _document_corpus(name, f"documents:{files_identity(path, documents)}", lambda log: documents)
+    documents, _, left_out = select_files(files, column)
+    if documents:
+        identity = f"documents:{files_identity(path, documents)}"
+        names = [file.relative_to(path).as_posix() for file in left_out]
+
+        def fetch(log: Log) -> list[Path]:
+            log(_describe_documents(name, documents, names))
+            return documents
+
+        return _document_corpus(name, identity, fetch, column, files_left_out=names)
+    if column != COLUMN:
+        raise ConfigError(f"data.text_column {column} is for documents (JSON, Parquet or Arrow), and {path} is text")
     return Corpus(
         name=name,
-        identity=files_identity(path, files),
+        # A text was another one when its byte order mark was part of it.
+        identity=("without-bom:" if any(map(has_byte_order_mark, files)) else "") + files_identity(path, files),
         documents=lambda: (piece for file in files for piece in read_text(file)),
         split_by="position",
         size=lambda: text_size(files),
@@ -167,15 +184,41 @@ def shards_identity(paths: Sequence[Path]) -> list[list[Any]]:
     return identity
 
 
-def _document_corpus(name: str, identity: str, fetch: Callable[[Log], list[Path]]) -> Corpus:
+def _document_corpus(
+    name: str,
+    identity: str,
+    fetch: Callable[[Log], list[Path]],
+    column: str = COLUMN,
+    *,
+    files_left_out: Sequence[str] = (),
+) -> Corpus:
+    left_out: Counter[str] = Counter()
+
+    def documents() -> Iterator[str]:
+        left_out.clear()
+        return read_documents(fetch(silent), column, left_out)
+
     return Corpus(
         name=name,
-        identity=identity,
-        documents=lambda: read_documents(fetch(silent)),
-        size=lambda: text_size(fetch(silent)),
+        identity=identity if column == COLUMN else f"{identity}:{column}",
+        documents=documents,
+        size=lambda: text_size(fetch(silent), column),
         separated=True,
         fetch=fetch,
+        files_left_out=files_left_out,
+        left_out=left_out,
     )
+
+
+def _describe_documents(name: str, documents: Sequence[Path], files_left_out: Sequence[str]) -> str:
+    """What is read of a folder, in one line."""
+    kinds = Counter(format_of(file).kind.replace("_", " ") for file in documents)
+    found = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+    line = f"{name}: documents from {len(documents)} file{'s' * (len(documents) > 1)} ({found})"
+    if not files_left_out:
+        return line
+    shown, more = files_left_out[:3], len(files_left_out) - 3
+    return f"{line}; left out: {printable(', '.join(shown))}{f' and {more} more' if more > 0 else ''}"
 
 
 def _require_one_shard(name: str, shards: int) -> None:

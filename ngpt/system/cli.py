@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -26,6 +27,8 @@ def run_command(
         prints_only: the command has no other effect than printing, so a closed pipe (`| head`) ends it with code 0.
         interrupted: message on Ctrl-C.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="replace")  # a model may write characters that the terminal cannot show
     try:
         code = command()
         sys.stdout.flush()  # at exit, an error would no longer change the exit code

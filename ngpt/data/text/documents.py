@@ -1,24 +1,44 @@
-"""Reads local files: plain text, and documents in the column `text` of Parquet or (compressed) JSON lines."""
+"""Chooses and reads local files: plain text, and documents in a column of Parquet, Arrow or JSON."""
 
 import hashlib
 import io
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from ngpt.config.base import ConfigError
+from ngpt.data.text.formats import FileFormat, Format, format_of
+from ngpt.data.text.json_documents import missing_column, read_json_array, read_json_lines, read_json_object
+from ngpt.data.text.streams import BOM, compression_of, open_stream, read_head, utf8_error
+from ngpt.data.text.tables import parquet_text_size, read_arrow, read_parquet
 
 COLUMN = "text"
-PARQUET = ".parquet"
-JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 BLOCK = 1 << 22  # characters of a text file in memory at once
-ROWS = 1000  # of a Parquet file in memory at once
 COMPRESSION_RATIO = 3  # approximate compression ratio of English
 MAX_HASHED_BYTES = 1 << 30  # bytes; larger files are identified by their edges and samples in between
 SAMPLE, SAMPLE_EVERY = 1 << 16, 1 << 26  # bytes
+DATASET_STATE = "state.json"  # lists the Arrow files of a data set that `datasets` saved
+DERIVED_ARROW = "cache-"  # how `datasets` names the results of `map` and `filter` beside the data
+
+READERS: dict[Format, Callable[[Path, str], Iterator[str | None]]] = {
+    "parquet": read_parquet,
+    "arrow": read_arrow,
+    "json_lines": read_json_lines,
+    "json_array": read_json_array,
+    "json_object": read_json_object,
+}
+
+
+class Selection(NamedTuple):
+    """The files of a corpus: documents, or else text. `left_out` are files beside documents that hold none."""
+
+    documents: list[Path]
+    texts: list[Path]
+    left_out: list[Path]
 
 
 def find_files(path: Path) -> list[Path]:
@@ -35,35 +55,71 @@ def find_files(path: Path) -> list[Path]:
 
 
 def holds_documents(path: Path) -> bool:
-    """Whether the file has the extension of a Parquet or JSON-lines file."""
-    return path.name.lower().endswith((PARQUET, *JSON_LINES))
+    """Whether the file holds documents, by its name or its content, and is not one text."""
+    return format_of(path).kind != "text"
 
 
-def read_documents(files: Sequence[Path]) -> Iterator[str]:
-    """Yields the non-empty documents of all files; a text file is one document. ConfigError if it is unreadable."""
+def select_files(files: Sequence[Path], column: str = COLUMN) -> Selection:
+    """Tells documents from text among the files of a corpus.
+
+    Files beside documents, such as a README, are left out. JSON objects without the column are files like
+    `package.json`: left out beside documents, and text among texts. ConfigError if it is not clear what is meant.
+    """
+    formats = {file: format_of(file) for file in files}
+    documents = [file for file, found in formats.items() if found.by_name or _holds(found, column)]
+    if not documents:
+        for file, found in formats.items():
+            if found.kind != "text" and (found.is_table or len(files) == 1):
+                raise missing_column(file, column, sorted(found.columns or ()))
+        return Selection([], list(files), [])
+    unnamed = {file.suffix.lower(): file for file in documents if not formats[file].by_name}
+    for file, found in formats.items():
+        if found.kind == "text" and (other := unnamed.get(file.suffix.lower())) is not None:
+            raise ConfigError(f"{other} holds documents and {file} text: move them to different folders")
+    chosen = _drop_derived(documents)
+    return Selection(chosen, [], [file for file in files if file not in set(chosen)])
+
+
+def read_documents(files: Sequence[Path], column: str = COLUMN, left_out: Counter[str] | None = None) -> Iterator[str]:
+    """Yields the non-empty documents of all files; a text file is one document. ConfigError if it is unreadable.
+
+    `left_out` counts the others: `null`, without a text, and `empty`.
+    """
     for path in files:
-        if not holds_documents(path):
-            texts = iter(["".join(read_text(path))])
-        elif path.name.lower().endswith(PARQUET):
-            texts = _read_parquet(path)
-        else:
-            texts = _read_json_lines(path)
-        yield from (text for text in texts if text)
+        kind = format_of(path).kind
+        texts = iter(["".join(read_text(path))]) if kind == "text" else READERS[kind](path, column)
+        for text in texts:
+            if text:
+                yield text
+            elif left_out is not None:
+                left_out["null" if text is None else "empty"] += 1
 
 
-def text_size(files: Sequence[Path]) -> int:
+def text_size(files: Sequence[Path], column: str = COLUMN) -> int:
     """Estimates the bytes of text in the files; of a Parquet file it reads only the footer."""
-    return sum(map(_text_size, files))
+    return sum(_text_size(file, column) for file in files)
 
 
 def read_text(path: Path) -> Iterator[str]:
-    """Yields a file in large pieces of whole lines, with unchanged line ends. ConfigError if it is not UTF-8."""
-    with path.open(encoding="utf-8", newline="") as file:
+    """Yields a file in large pieces of whole lines, with unchanged line ends and without a byte order mark.
+
+    ConfigError if it is not UTF-8, or holds zero bytes as binary files and UTF-16 do.
+    """
+    with open_stream(path) as stream:
+        file = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
         try:
             while piece := file.read(BLOCK):
-                yield piece + file.readline()
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+                piece += file.readline()
+                if "\0" in piece:
+                    raise ConfigError(f"{path} is not a text file: it has zero bytes in it")
+                yield piece
+        except UnicodeDecodeError:
+            raise utf8_error(path) from None
+
+
+def has_byte_order_mark(path: Path) -> bool:
+    """Whether a file starts with U+FEFF, which `read_text` drops."""
+    return read_head(path, len(BOM)) == BOM
 
 
 def read_file(path: Path, *, max_bytes: int | None = None) -> bytes:
@@ -122,72 +178,48 @@ def _sampled(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _text_size(path: Path) -> int:
-    if not path.name.lower().endswith(PARQUET):
-        size = path.stat().st_size
-        return size if path.suffix.lower() not in (".gz", ".zst") else COMPRESSION_RATIO * size
-    with _parquet(path) as file:
-        groups = [file.metadata.row_group(index) for index in range(file.metadata.num_row_groups)]
-        columns = [group.column(index) for group in groups for index in range(group.num_columns)]
-        return sum(column.total_uncompressed_size for column in columns if column.path_in_schema == COLUMN)
+def _text_size(path: Path, column: str) -> int:
+    if format_of(path).kind == "parquet":
+        return parquet_text_size(path, column)
+    return path.stat().st_size * (1 if compression_of(path) is None else COMPRESSION_RATIO)
 
 
-def _read_parquet(path: Path) -> Iterator[str]:
-    import pyarrow
-
-    with _parquet(path) as file:
-        try:
-            for batch in file.iter_batches(batch_size=ROWS, columns=[COLUMN]):
-                yield from (text for text in batch.column(0).to_pylist() if text is not None)
-        except (pyarrow.ArrowException, OSError) as error:
-            raise ConfigError(f"{path} cannot be read: {_one_line(error)}") from None
+def _holds(found: FileFormat, column: str) -> bool:
+    """Whether documents were recognised by their content, with the column."""
+    return found.kind != "text" and found.has_column(column)
 
 
-def _parquet(path: Path) -> Any:
-    import pyarrow
-    import pyarrow.parquet
+def _drop_derived(documents: Sequence[Path]) -> list[Path]:
+    """Leaves out Arrow files that `datasets` keeps beside those of a data set. ConfigError if one of these is missing.
 
+    They hold rows of it once more, as `map` and `filter` returned them.
+    """
+    arrow = [file for file in documents if format_of(file).kind == "arrow"]
+    listed: dict[Path, set[str] | None] = {folder: _data_files(folder) for folder in {file.parent for file in arrow}}
+    for folder, names in listed.items():
+        if missing := sorted((names or set()) - {file.name for file in arrow if file.parent == folder}):
+            raise ConfigError(f"{folder} has no {missing[0]}, which its {DATASET_STATE} names")
+
+    def is_derived(file: Path) -> bool:
+        if (names := listed.get(file.parent)) is not None:
+            return file.name not in names
+        return file.name.startswith(DERIVED_ARROW)
+
+    arrow_files = set(arrow)
+    kept = [file for file in documents if file not in arrow_files or not is_derived(file)]
+    return kept or list(documents)
+
+
+def _data_files(folder: Path) -> set[str] | None:
+    """The names of the Arrow files of a data set that was saved in `folder`; None if none was."""
+    path = folder / DATASET_STATE
+    if not path.is_file():
+        return None
     try:
-        file = pyarrow.parquet.ParquetFile(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ConfigError(f"{path} is not a Parquet file: {_one_line(error)}") from None
-    schema = file.schema_arrow
-    if COLUMN not in schema.names:
-        file.close()
-        raise ConfigError(f"{path} has no column {COLUMN!r}; it has {', '.join(schema.names) or 'none'}")
-    kind = schema.field(COLUMN).type
-    of_text = (pyarrow.types.is_string, pyarrow.types.is_large_string, pyarrow.types.is_null)  # null: all are missing
-    if not any(is_one(kind) for is_one in of_text):
-        file.close()
-        raise ConfigError(f"the column {COLUMN!r} of {path} holds {kind}, not text")
-    return file
-
-
-def _read_json_lines(path: Path) -> Iterator[str]:
-    import pyarrow
-
-    compression = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix.lower())
-    number = 0
-    try:
-        with pyarrow.input_stream(str(path), compression=compression) as stream:
-            for number, line in enumerate(io.BufferedReader(stream), start=1):
-                if line.strip():
-                    yield _text_of(json.loads(line), path, number)
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"{path}, line {number or 1}: {_one_line(error)}") from None
-
-
-def _text_of(row: Any, path: Path, number: int) -> str:
-    if isinstance(row, dict) and COLUMN not in row:
-        raise ConfigError(f"{path}, line {number} has no text under {COLUMN!r}; it has {', '.join(row) or 'none'}")
-    text = row[COLUMN] if isinstance(row, dict) else row
-    if not isinstance(row, dict) or not isinstance(text, str):
-        raise ConfigError(f"{path}, line {number} has no text under {COLUMN!r}; it is {text!r:.40}")
-    text.encode()  # ValueError for an escaped half of a surrogate pair, which is not valid UTF-8
-    return text
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+        state = json.loads(path.read_bytes())
+        names = {str(file["filename"]) for file in state["_data_files"]}
+    except (ValueError, TypeError, KeyError, RecursionError):  # of another program
+        return None
+    if state.get("_indices_data_files"):
+        raise ConfigError(f"{folder} holds a selection of its rows; save it again with a newer version of datasets")
+    return names

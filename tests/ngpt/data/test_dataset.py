@@ -1,5 +1,6 @@
 """Preparing and opening a corpus: splits, fingerprints, corrupt shards and errors."""
 
+import gzip
 import hashlib
 import json
 import os
@@ -10,6 +11,7 @@ import urllib.error
 import urllib.request
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,6 +26,7 @@ from ngpt.data.text import python_docs as docstrings
 from ngpt.data.tokens.shards import CorruptShardError, write_shard
 from ngpt.data.tokens.tokenizer import load_tokenizer
 from ngpt.training.config import TrainConfig, resolved
+from tests.helpers.vocabularies import write_gpt2
 
 
 @pytest.fixture
@@ -100,6 +103,62 @@ def test_a_folder_of_texts_is_read_by_name_with_its_line_ends(tmp_path: Path, ow
     split = texts(open_dataset(config), config)
     in_order = b"".join((folder / name).read_bytes() for name in ("a.md", "b.txt", "sub/c.txt"))
     assert (split["train"] + split["val"]).encode() == in_order
+
+
+ROWS = [{"body": {"text": f"Page {number} of the book.\n" * 9}, "text": f"{number}. "} for number in range(60)]
+
+
+@pytest.fixture
+def gpt2(tmp_path: Path) -> str:
+    return f"gpt2:{write_gpt2(tmp_path / 'gpt2')}"
+
+
+def prepared(path: Path, gpt2: str, **settings: Any) -> dict[str, Any]:
+    return open_dataset(DataConfig(corpus=str(path), tokenizer=gpt2, **settings)).manifest
+
+
+def test_documents_are_the_same_corpus_in_every_layout_of_json(tmp_path: Path, own_cache: Path, gpt2: str) -> None:
+    lines = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+    (tmp_path / "a.jsonl").write_bytes(lines)
+    (tmp_path / "a.json").write_bytes(lines)
+    (tmp_path / "a.ndjson").write_bytes(b"\xef\xbb\xbf" + lines)
+    (tmp_path / "array.json.gz").write_bytes(gzip.compress(json.dumps(ROWS, indent=1).encode()))
+    names = ("a.jsonl", "a.json", "a.ndjson", "array.json.gz")
+    manifests = [prepared(tmp_path / name, gpt2) for name in names]
+    assert len({manifest["content_sha256"] for manifest in manifests}) == 1
+    assert sum(split["bytes"] for split in manifests[0]["splits"].values()) == sum(len(row["text"]) for row in ROWS)
+    nested = prepared(tmp_path / "a.jsonl", gpt2, text_column="body.text")
+    assert nested["fingerprint"] != manifests[0]["fingerprint"]
+    assert sum(split["bytes"] for split in nested["splits"].values()) == sum(len(row["body"]["text"]) for row in ROWS)
+
+
+def test_what_is_left_out_of_documents_is_said_and_counted(
+    tmp_path: Path, own_cache: Path, gpt2: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "docs"
+    folder.mkdir()
+    rows = [*ROWS, {"text": None}, {"text": ""}, {"text": None}]
+    (folder / "a.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "README.md").write_text("about")
+    assert main([str(folder), "--tokenizer", gpt2, "--json"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["left_out"] == {"null": 2, "empty": 1, "files": ["README.md"]}
+    assert "docs: documents from 1 file (1 json lines); left out: README.md\n" in captured.err
+    assert "docs: 2 documents left out: null\n" in captured.err
+
+
+def test_a_byte_order_mark_is_not_learnt(tmp_path: Path, own_cache: Path, gpt2: str) -> None:
+    config = DataConfig(corpus=str(tmp_path / "a.txt"), tokenizer=gpt2)
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + b"one two\n" * 90)
+    assert texts(open_dataset(config), config)["train"].startswith("one two\n")
+
+
+@pytest.mark.parametrize("corpus", ["python-docs", "shards", "a.txt"])
+def test_a_text_column_is_refused_where_there_are_no_columns(corpus: str, shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one")
+    name = corpus if corpus == "python-docs" else str(tmp_path / corpus)
+    with pytest.raises(ConfigError, match=r"data\.text_column body is for documents"):
+        fingerprint(DataConfig(corpus=name, text_column="body"))
 
 
 def test_long_texts_are_cut_into_shards_and_lose_nothing(

@@ -1,6 +1,7 @@
 """What every command does with errors, interrupts and closed pipes."""
 
 import argparse
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,13 @@ def fails_with(error: BaseException):
         raise error
 
     return command
+
+
+def test_characters_that_the_terminal_cannot_show_are_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="cp1252", newline="\n"))
+    assert run_command(lambda: print("caf\u00e9 \u65e5 \ud800") or 0) == 0
+    assert shown.getvalue() == b"caf\xe9 ? ?\n"
 
 
 def test_the_exit_code_of_a_command_is_passed_on() -> None:

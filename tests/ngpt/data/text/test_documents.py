@@ -1,20 +1,31 @@
 """Documents from Parquet, JSON lines and text, and the identity of files."""
 
+import bz2
 import gzip
 import json
+import lzma
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pyarrow
+import pyarrow.ipc
 import pyarrow.parquet
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ngpt.config.base import ConfigError
-from ngpt.data.text import documents
-from ngpt.data.text.documents import files_identity, find_files, holds_documents, read_documents, text_size
+from ngpt.data.text import documents, json_documents
+from ngpt.data.text.documents import (
+    files_identity,
+    find_files,
+    holds_documents,
+    read_documents,
+    select_files,
+    text_size,
+)
 
 TEXTS = ["one\n", "\r\n two \u2028 three", "caf\u00e9 \U0001f600" * 50, '"quoted"\\n']
 
@@ -25,21 +36,52 @@ def write_parquet(path: Path, texts: list[Any], *, column: str = "text", rows: i
     return path
 
 
+COMPRESS: dict[str, Any] = {
+    ".gz": gzip.compress,
+    ".zst": lambda data: bytes(pyarrow.compress(data, codec="zstd", asbytes=True)),
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+}
+
+
 def write_json_lines(path: Path, texts: list[str]) -> Path:
     data = "".join(json.dumps({"meta": {}, "text": text}) + "\n" for text in texts).encode()
-    if path.suffix == ".gz":
-        data = gzip.compress(data)
-    elif path.suffix == ".zst":
-        data = bytes(pyarrow.compress(data, codec="zstd", asbytes=True))
-    path.write_bytes(data)
+    path.write_bytes(COMPRESS.get(path.suffix, bytes)(data))
+    return path
+
+
+def write_arrow(path: Path, texts: list[Any], *, rows: int = 2, kind: Any = pyarrow.ipc.new_stream) -> Path:
+    table = pyarrow.table({"id": list(range(len(texts))), "text": pyarrow.array(texts, pyarrow.string())})
+    with kind(str(path), table.schema) as writer:
+        writer.write_table(table, max_chunksize=rows)
     return path
 
 
 def write(path: Path, texts: list[str]) -> Path:
-    return write_parquet(path, texts) if path.suffix == ".parquet" else write_json_lines(path, texts)
+    """Writes documents in the format of the name; `array` and `pretty` in it are layouts of JSON."""
+    if path.suffix == ".parquet":
+        return write_parquet(path, texts)
+    if path.suffix in (".arrow", ".feather"):
+        return write_arrow(
+            path, texts, kind=pyarrow.ipc.new_file if path.suffix == ".feather" else pyarrow.ipc.new_stream
+        )
+    if "array" not in path.name:
+        return write_json_lines(path, texts)
+    indent = 2 if "pretty" in path.name else None
+    path.write_bytes(
+        COMPRESS.get(path.suffix, bytes)(json.dumps([{"text": text} for text in texts], indent=indent).encode())
+    )
+    return path
 
 
-@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl", "a.jsonl.gz", "a.JSONL.zst"])
+NAMES = [
+    *("a.parquet", "a.arrow", "a.feather"),
+    *("a.jsonl", "a.jsonl.gz", "a.JSONL.zst", "a.ndjson", "a.json", "a.json.gz", "a.json.xz", "a.ndjson.bz2"),
+    *("a.txt", "a.txt.zst", "a", "array.json", "array_pretty.json.gz", "array_pretty.txt"),
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_documents_are_read_unchanged(tmp_path: Path, name: str) -> None:
     path = write(tmp_path / name, [TEXTS[0], "", *TEXTS[1:]])
     assert holds_documents(path)
@@ -50,7 +92,8 @@ def test_documents_are_read_unchanged(tmp_path: Path, name: str) -> None:
 @given(texts=st.lists(st.text(max_size=20), max_size=6))
 def test_every_format_holds_the_same_documents(tmp_path: Path, texts: list[str]) -> None:
     texts = [text.encode(errors="ignore").decode() for text in texts]
-    for name in ("a.parquet", "a.jsonl", "a.jsonl.gz", "a.jsonl.zst"):
+    # The name says what it is, since no text at all is also no JSON.
+    for name in ("a.parquet", "a.arrow", "a.jsonl", "a.jsonl.zst", "array.json", "array_pretty.json.gz"):
         assert list(read_documents([write(tmp_path / name, texts)])) == [text for text in texts if text]
 
 
@@ -87,16 +130,30 @@ def test_a_file_that_cannot_be_read_is_named_with_the_reason_in_one_line(tmp_pat
         (broken(tmp_path / "a.parquet", b"nothing"), "is not a Parquet file"),
         (broken(tmp_path / "b.parquet", whole[:-9]), "is not a Parquet file"),
         (broken(tmp_path / "c.parquet", bytes(middle)), "cannot be read"),
-        (write_parquet(tmp_path / "d.parquet", ["a"], column="body"), "no column 'text'; it has id, body, meta"),
+        (
+            write_parquet(tmp_path / "d.parquet", ["a"], column="body"),
+            "has no text under 'text'; it has id, body, meta.text",
+        ),
         (write_parquet(tmp_path / "e.parquet", [1]), "holds int64, not text"),
-        (broken(tmp_path / "a.jsonl", b'{"text": "a"}\n\n{"text": '), "line 3: "),
+        (broken(tmp_path / "a.jsonl", b'{"text": "a"}\n\n{"text": '), "line 3 is not JSON: "),
         (broken(tmp_path / "b.jsonl", b'{"body": "a"}\n'), "line 1 has no text under 'text'; it has body"),
         (broken(tmp_path / "c.jsonl", b'{"text": 7}\n'), "line 1 has no text under 'text'; it is 7"),
-        (broken(tmp_path / "d.jsonl", b'["text"]\n'), "line 1 has no text under 'text'; it is \\['text'\\]"),
-        (broken(tmp_path / "e.jsonl", b'{"text": "\xff"}\n'), "line 1: "),
-        (broken(tmp_path / "f.jsonl", b'{"text": "a"}\n{"text": "\\ud800"}\n'), "line 2: .*surrogates not allowed"),
-        (broken(tmp_path / "a.jsonl.gz", b"plain"), "line 1: "),
-        (broken(tmp_path / "a.txt", b"\xff"), "is not UTF-8 text"),
+        (broken(tmp_path / "d.jsonl", b'["text"]\n'), "item 1 has no text under 'text'; it is 'text'"),
+        (broken(tmp_path / "e.jsonl", b'{"text": "\xff"}\n'), "line 1 is not UTF-8 text: .* at byte 10 of the file"),
+        (broken(tmp_path / "g.jsonl", b'{"text": "a"}\n{"text": ' + b"[" * 100_000), "line 2 is nested too deeply"),
+        (broken(tmp_path / "a.json", b'[{"text": "a"}, {"text": ' + b"[" * 100_000), "item 2 is nested too deeply"),
+        (broken(tmp_path / "b.json", b'[{"text": "a"},\n {"text": "b"'), "item 2: "),
+        (broken(tmp_path / "c.json", b'[{"text": "a"}, ]'), "item 2: "),
+        (broken(tmp_path / "d.json", b'[{"text": "a"} {"text": "b"}]'), "item 1: no comma after it"),
+        (broken(tmp_path / "e.json", b'[{"text": "a"}]\n[{"text": "b"}]'), "goes on after the end of its array"),
+        (broken(tmp_path / "f.json", b'{\n "text": "a",\n "meta": }'), "is not JSON: .* line 3"),
+        (broken(tmp_path / "f.jsonl", b'{"text": "a"}\n{"text": "\\ud800"}\n'), "line 2 is not valid text: surrogates not allowed"),
+        (broken(tmp_path / "a.jsonl.gz", b"plain"), "not compressed as its name says"),
+        (broken(tmp_path / "a.txt", b"\xff"), "is not UTF-8 text: .* at byte 0"),
+        (broken(tmp_path / "b.txt", b"\xff\xfea\0b\0"), "is UTF-16 text"),
+        (broken(tmp_path / "c.txt", "a tarball".encode("utf-16-le")), "has zero bytes in it"),
+        (broken(tmp_path / "a.arrow", write_arrow(tmp_path / "x", ["a"] * 9).read_bytes()[:-8]), "is incomplete"),
+        (broken(tmp_path / "b.arrow", b"nothing that ends well" + b"\xff\xff\xff\xff\0\0\0\0"), "cannot be read"),
     ]
     for path, reason in cases:
         with pytest.raises(ConfigError, match=reason) as caught:
@@ -133,3 +190,180 @@ def test_a_file_that_has_changed_is_read_again(tmp_path: Path) -> None:
     path.write_text("two")
     os.utime(path, ns=(1, 1))
     assert files_identity(path, [path]) != before
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_a_compressed_file_that_ends_early_is_an_error_and_not_a_shorter_corpus(tmp_path: Path, suffix: str) -> None:
+    path = write_json_lines(tmp_path / f"a.jsonl{suffix}", [os.urandom(50).hex() for _ in range(2000)])
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(ConfigError, match=r"a\.jsonl.*cannot be decompressed: "):
+        list(read_documents([path]))
+
+
+def test_compressed_parts_that_were_joined_are_read_to_the_end(tmp_path: Path) -> None:
+    for suffix, compress in COMPRESS.items():
+        path = tmp_path / f"a.txt{suffix}"
+        path.write_bytes(compress(b"one\n") + compress(b"two\n"))
+        assert list(read_documents([path])) == ["one\ntwo\n"]
+
+
+def test_a_zstd_window_above_128_megabytes_is_read(tmp_path: Path) -> None:
+    """One raw block in a frame with the header of `zstd --long=28`, see RFC 8878."""
+    text = b'{"text": "far away"}\n'
+    block = (1 | len(text) << 3).to_bytes(3, "little") + text  # the last block, raw
+    path = broken(tmp_path / "a.jsonl.zst", b"\x28\xb5\x2f\xfd" + bytes([0, (28 - 10) << 3]) + block)
+    with pytest.raises(OSError), pyarrow.input_stream(str(path), compression="zstd") as stream:
+        stream.read()
+    assert list(read_documents([path])) == ["far away"]
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    mark = b"\xef\xbb\xbf"
+    for name, content in (("a.txt", b"one"), ("a.jsonl", b'{"text": "one"}'), ("a.json", b' [{"text": "one"}]')):
+        assert list(read_documents([broken(tmp_path / name, mark + content)])) == ["one"]
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_a_bad_byte_is_counted_from_the_start_of_the_file(tmp_path: Path, suffix: str) -> None:
+    data = b"\xef\xbb\xbf" + "caf\u00e9\n".encode() * 1_000_000
+    for at in (3, 4_194_303, 5_999_999):  # around the block of text that is read at once
+        path = tmp_path / f"a.txt{suffix}"
+        path.write_bytes(COMPRESS.get(suffix, bytes)(data[:at] + b"\xff" + data[at:]))
+        with pytest.raises(ConfigError, match=rf"is not UTF-8 text: .* at byte {at}\b"):
+            list(read_documents([path]))
+
+
+KINDS = {
+    "dictionary": pyarrow.dictionary(pyarrow.int32(), pyarrow.string()),
+    "string_view": pyarrow.string_view(),
+    "large_string": pyarrow.large_string(),
+    "binary": pyarrow.binary(),
+    "large_binary": pyarrow.large_binary(),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_type_of_text_in_a_column_is_read(tmp_path: Path, name: str) -> None:
+    texts = ["one", None, "caf\u00e9", "", "one"]
+    table = pyarrow.table({"text": pyarrow.array(texts, pyarrow.string()).cast(KINDS[name])})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=2)
+    with pyarrow.ipc.new_stream(str(tmp_path / "a.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    for path in (tmp_path / "a.parquet", tmp_path / "a.arrow"):
+        left_out: Counter[str] = Counter()
+        assert list(read_documents([path], left_out=left_out)) == ["one", "caf\u00e9", "one"]
+        assert left_out == {"null": 1, "empty": 1}
+
+
+def test_a_nested_column_is_named_with_dots_and_a_name_with_a_dot_comes_first(tmp_path: Path) -> None:
+    rows = [{"a": {"b": "one", "c": 1}}, {"a": None}, {"a": {"b": None, "c": 2}}, {"a": {"b": "two", "c": 3}}]
+    table = pyarrow.Table.from_pylist(rows)
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name in ("a.parquet", "a.jsonl"):
+        left_out: Counter[str] = Counter()
+        assert list(read_documents([tmp_path / name], "a.b", left_out)) == ["one", "two"] and left_out == {"null": 2}
+        with pytest.raises(ConfigError, match=r"'text'; it has a\.b, a\.c; data\.text_column"):
+            list(read_documents([tmp_path / name]))
+    dotted = table.append_column("a.b", [["three", "four", None, "five"]])
+    pyarrow.parquet.write_table(dotted, tmp_path / "b.parquet")
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in dotted.to_pylist()))
+    for name in ("b.parquet", "b.jsonl"):
+        assert list(read_documents([tmp_path / name], "a.b")) == ["three", "four", "five"]
+
+
+def test_text_that_is_not_utf_8_is_named_with_its_row(tmp_path: Path) -> None:
+    raw = pyarrow.array([b"first"] * 2999 + [b"caf\xe9"], pyarrow.binary())
+    column = pyarrow.Array.from_buffers(pyarrow.string(), 3000, raw.buffers())
+    for name, values in (("a.parquet", column), ("b.parquet", raw)):
+        pyarrow.parquet.write_table(pyarrow.table({"text": values}), tmp_path / name, row_group_size=700)
+        with pytest.raises(ConfigError, match=rf"{name}, row 3000 is not UTF-8 text: .* at byte 3 of the value$"):
+            list(read_documents([tmp_path / name]))
+
+
+def save_to_disk(folder: Path, files: dict[str, list[str]]) -> Path:
+    """The layout of `datasets.Dataset.save_to_disk`."""
+    folder.mkdir(parents=True)
+    for name, texts in files.items():
+        write_arrow(folder / name, texts)
+    state = {"_data_files": [{"filename": name} for name in files], "_indices_data_files": None, "_split": "train"}
+    (folder / "state.json").write_text(json.dumps(state, indent=2))
+    (folder / "dataset_info.json").write_text(json.dumps({"features": {"text": {"dtype": "string"}}}, indent=2))
+    return folder
+
+
+def test_a_data_set_that_was_saved_to_disk_is_read_without_what_is_derived_from_it(tmp_path: Path) -> None:
+    folder = save_to_disk(
+        tmp_path / "set", {"data-00000-of-00002.arrow": ["a", "b", "c"], "data-00001-of-00002.arrow": ["d"]}
+    )
+    write_arrow(folder / "cache-6f1e.arrow", ["A", "B", "C"])
+    (tmp_path / "set" / "dataset_dict.json").write_text('{"splits": ["train"]}')
+    documents, texts, left_out = select_files(find_files(folder))
+    assert list(read_documents(documents)) == ["a", "b", "c", "d"] and texts == []
+    assert [path.name for path in left_out] == [
+        "cache-6f1e.arrow",
+        "dataset_dict.json",
+        "dataset_info.json",
+        "state.json",
+    ]
+    (folder / "data-00001-of-00002.arrow").unlink()
+    with pytest.raises(ConfigError, match=r"has no data-00001-of-00002\.arrow, which its state\.json names"):
+        select_files(find_files(folder))
+
+
+def choose(folder: Path, files: dict[str, str], column: str = "text") -> tuple[list[str], list[str], list[str]]:
+    for name, content in files.items():
+        (folder / name).write_text(content)
+    documents, texts, left_out = select_files(find_files(folder), column)
+    return [file.name for file in documents], [file.name for file in texts], [file.name for file in left_out]
+
+
+ROW, OTHER = '{"text": "a"}\n', '{"body": "a"}\n'
+
+
+@pytest.mark.parametrize(
+    ("files", "chosen"),
+    [
+        ({"a.jsonl": ROW, "README.md": "about"}, (["a.jsonl"], [], ["README.md"])),
+        ({"a.json": ROW, "info.json": OTHER, "b.json": f"[{ROW}]"}, (["a.json", "b.json"], [], ["info.json"])),
+        ({"a.txt": ROW * 2, "b.txt": ROW}, (["a.txt", "b.txt"], [], [])),
+        (
+            {"a.py": "x = {}", "package.json": OTHER, "b.json": '{\n"x": 1}'},
+            ([], ["a.py", "b.json", "package.json"], []),
+        ),
+        ({"a.txt": '{"text": "a"} is an example\n'}, ([], ["a.txt"], [])),
+        ({"a.txt": ROW + "said the file\n"}, ([], ["a.txt"], [])),
+        ({"a.txt": "[{...}] is how\n"}, ([], ["a.txt"], [])),
+    ],
+)
+def test_documents_are_told_from_texts_and_from_files_about_them(
+    tmp_path: Path, files: dict[str, str], chosen: tuple[list[str], list[str], list[str]]
+) -> None:
+    assert choose(tmp_path, files) == chosen
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"a.txt": ROW, "b.txt": "text"}, r"a\.txt holds documents and .*b\.txt text: move them"),
+        (
+            {"a.json": OTHER * 2, "README.md": "about"},
+            r"a\.json has no text under 'text'; it has body; data\.text_column",
+        ),
+        ({"a.txt": OTHER}, r"a\.txt has no text under 'text'; it has body"),
+        ({"a.json": '{\n "version": 1,\n "data": []}'}, r"a\.json has no text under 'text'; it has data, version"),
+    ],
+)
+def test_files_that_may_be_meant_as_documents_or_as_text_are_refused(
+    tmp_path: Path, files: dict[str, str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        choose(tmp_path, files)
+
+
+def test_an_array_of_large_objects_is_read_piece_by_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json_documents, "PIECE", 7)
+    texts = ["caf\u00e9 " * number for number in range(1, 40)]
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([{"text": text} for text in texts], indent=1), encoding="utf-8")
+    assert list(read_documents([path])) == texts
