@@ -16,39 +16,45 @@ holds the results; 4 finished, but some trials failed, diverged or were left out
 """
 
 import argparse
+import contextlib
 import io
 import json
 import os
 import shlex
-import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ngpt.system.cli import EXIT_ERROR, EXIT_UNSUCCESSFUL, run_command
+from ngpt.system.cli import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_UNSUCCESSFUL, run_command
 
 SMOKE = "-smoke"  # suffix of the results directory of --smoke
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Runs one command and returns its exit code; prints user errors on stderr without a traceback."""
+def main(arguments: list[str] | None = None, *, stop: threading.Event | None = None) -> int:
+    """Runs one command and returns its exit code; prints user errors on stderr without a traceback.
+
+    Args:
+        arguments: those of the command line; None takes them from `sys.argv`. Another program, such as a notebook,
+            passes a list; its process then goes on after a second signal, which raises KeyboardInterrupt.
+        stop: once another thread sets it, a running campaign saves and stops, and the exit code is 130.
+    """
+    owns_process = arguments is None
     arguments = sys.argv[1:] if arguments is None else arguments
     verb = VERBS.get(arguments[0] if arguments else "")
     options = verb_parser(arguments[0]).parse_args(arguments[1:]) if verb else run_parser().parse_args(arguments)
 
-    from tune.format import PORTABLE
-
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors=PORTABLE)  # for terminals that cannot print characters such as the minus sign
+    options.command = shlex.join(["python", "run_campaign.py", *arguments])
+    options.stop, options.owns_process = stop, owns_process
     try:
-        return run_command(
-            lambda: (verb or run)(options),
-            prints_only=verb is not None,
-            interrupted="interrupted; run the same command again to resume" if verb is None else "interrupted",
-        )
+        with portable_stdout():
+            return run_command(
+                lambda: (verb or run)(options),
+                prints_only=verb is not None,
+                interrupted="interrupted; run the same command again to resume" if verb is None else "interrupted",
+            )
     except Exception as error:  # a bug; the journal of a campaign records it as `crash`
         from ngpt.config.secrets import redact
 
@@ -56,6 +62,24 @@ def main(arguments: list[str] | None = None) -> int:
         resume = "" if verb else "; finished trials are saved: run the same command again to resume"
         print(f"internal error{resume}", file=sys.stderr)
         return EXIT_ERROR
+
+
+@contextlib.contextmanager
+def portable_stdout() -> Iterator[None]:
+    """Replaces characters that the terminal cannot print, such as the minus sign."""
+    from tune.format import PORTABLE
+
+    stream = sys.stdout
+    if not isinstance(stream, io.TextIOWrapper):
+        yield
+        return
+    errors = stream.errors
+    stream.reconfigure(errors=PORTABLE)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError, OSError):  # closed, or a closed pipe
+            stream.reconfigure(errors=errors)
 
 
 def run_parser() -> argparse.ArgumentParser:
@@ -128,20 +152,23 @@ def run(options: argparse.Namespace) -> int:
     if options.plan:
         return plan(campaign, root, options)
 
+    from tune.executors.signals import exit_on_signals
     from tune.launch import launch
 
-    exit_on_signals()
-    summary, signal_number = launch(
-        campaign,
-        root,
-        command=shlex.join(["python", "run_campaign.py", *sys.argv[1:]]),
-        inline=options.inline,
-        address=options.address,
-        allow_change=options.allow_change,
-        retrain=options.retrain,
-        keep=options.keep,
-    )
-    return show_end(summary, signal_number, root, options)
+    with exit_on_signals():
+        summary, signal_number = launch(
+            campaign,
+            root,
+            command=options.command,
+            inline=options.inline,
+            address=options.address,
+            allow_change=options.allow_change,
+            retrain=options.retrain,
+            keep=options.keep,
+            stop=options.stop,
+            owns_process=options.owns_process,
+        )
+        return show_end(summary, signal_number, root, options)
 
 
 def refuse_second_run(options: argparse.Namespace) -> None:
@@ -161,15 +188,6 @@ def refuse_second_run(options: argparse.Namespace) -> None:
         refuse_if_running((options.out / f"{name}{SMOKE if options.smoke else ''}").absolute())
 
 
-def exit_on_signals() -> None:
-    """Makes SIGTERM and SIGHUP raise SystemExit before and after the trials, so that Ray and the lock are released."""
-    from ngpt.system.signals import stop_signals
-
-    if threading.current_thread() is threading.main_thread():  # other threads cannot set handlers
-        for number in {*stop_signals()} - {signal.SIGINT}:
-            signal.signal(number, lambda number, _: sys.exit(128 + number))
-
-
 def show_end(summary: Any, signal_number: int, root: Path, options: argparse.Namespace) -> int:
     """Prints the final screen and returns the exit code."""
     from ngpt.system.signals import HANGUP
@@ -180,7 +198,7 @@ def show_end(summary: Any, signal_number: int, root: Path, options: argparse.Nam
         report = report.relative_to(Path.cwd())
     try:
         show(options, summary, lambda: final_screen(summary, report=report))
-        if signal_number:
+        if signal_number or summary.status == "interrupted":
             print(f"interrupted; to resume: {summary.command}", file=sys.stderr)
     except OSError:
         if signal_number != HANGUP:
@@ -190,6 +208,8 @@ def show_end(summary: Any, signal_number: int, root: Path, options: argparse.Nam
             os.dup2(devnull, stream)
     if signal_number:
         return 128 + signal_number
+    if summary.status == "interrupted":  # by another thread
+        return EXIT_INTERRUPTED
     # Trials left out by the budget count too: exit code 0 promises that every trial finished.
     unsuccessful = summary.trials.failed + summary.trials.diverged + len(summary.left_out)
     return EXIT_UNSUCCESSFUL if unsuccessful else 0
@@ -259,8 +279,7 @@ def show_ledger(results: list[Path], claims: Any, options: argparse.Namespace, *
     from tune.storage.summaries import to_json
 
     ledger = collect(results, claims)
-    command = shlex.join(["python", "run_campaign.py", *sys.argv[1:]])
-    page = ledger_markdown(ledger, command=command)
+    page = ledger_markdown(ledger, command=options.command)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(out, page)

@@ -1,15 +1,22 @@
 """The command line: exit codes, one message per mistake, JSON for programs, plain text for people."""
 
+import asyncio
+import gc
 import io
+import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 import run_campaign
 from ngpt.system.heartbeat import read_heartbeat
@@ -18,7 +25,7 @@ from tune.session.session import ExecutorLost
 from tune.storage.journal import read_journal
 
 SCRIPT = Path(__file__).parents[1] / "run_campaign.py"
-pytestmark = pytest.mark.usefixtures("signals")  # `run` handles them from then on
+pytestmark = pytest.mark.usefixtures("signals")
 
 
 @pytest.fixture
@@ -281,6 +288,61 @@ def test_a_signal_before_the_first_trial_leaves_no_lock(
     assert not (tmp_path / "tiny" / "campaign.pid").exists()
     with session_on(file, tmp_path / "tiny") as session:
         assert session.journal.events == []
+
+
+# ---- called by another program -----------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_the_process_of_its_caller_as_it_was(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, set_threads: Callable[[int], None], no_report: None
+) -> None:
+    """As in a notebook: another program's arguments and handlers, and an event loop that runs."""
+    phases = "\n  - name: alpha\n    vary: {alpha: [0.05, 0.4]}\n"
+    file = write_file(tmp_path, corpus, phases=phases, seeds="[1]", steps=1)
+    claim = "{id: x, says: longer is better, relation: less, left: {alpha: 0.4}, right: {alpha: 0.05}}"
+    file.write_text(f"claims: [{claim}]\n{file.read_text()}")
+    monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "kernel.json"])
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="backslashreplace"))
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    for number in numbers:
+        signal.signal(number, lambda *_: None)
+    set_threads(2)
+
+    def process() -> list[object]:
+        handlers = [signal.getsignal(number) for number in numbers]
+        return [*handlers, *sys.argv, sys.stdout.errors, os.getcwd(), torch.get_num_threads(), gc.get_freeze_count()]
+
+    async def cell() -> int:
+        return run_campaign.main(arguments)
+
+    arguments = [str(file), "--inline", "--out", str(tmp_path)]
+    before = process()
+    assert asyncio.run(cell()) == 0
+    assert process() == before
+    command = json.loads((tmp_path / "tiny" / "manifest.json").read_text())["command"]
+    assert shlex.split(command) == ["python", "run_campaign.py", *arguments]
+    assert run_campaign.main(["claims", str(tmp_path / "tiny"), "--out", str(tmp_path / "ledger.md")]) == 0
+    assert "ipykernel" not in (tmp_path / "ledger.md").read_text()
+
+
+def test_another_thread_stops_a_run_and_the_command_it_is_told_resumes_it(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["host"])
+    stop, codes = threading.Event(), list[int]()
+    arguments = [str(file), "--inline", "--out", str(tmp_path), "--set", "steps=1000000"]
+    thread = threading.Thread(target=lambda: codes.append(run_campaign.main(arguments, stop=stop)), daemon=True)
+    thread.start()
+    while not any((beat := read_heartbeat(trial)) and beat.step > 2 for trial in tmp_path.glob("tiny/trials/*")):
+        assert thread.is_alive()
+        time.sleep(0.01)
+    stop.set()
+    thread.join(timeout=120)
+    assert codes == [130]
+    assert read_journal(tmp_path / "tiny" / "journal.jsonl")[-1]["status"] == "interrupted"
+    assert list(tmp_path.glob("tiny/trials/*/checkpoints/step_*"))
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == f"interrupted; to resume: {shlex.join(['python', 'run_campaign.py', *arguments])}"
 
 
 # ---- verbs ---------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from concurrent.futures import wait as wait_for_futures
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from ngpt.training.wandb_tracker import print_line
 from tune.executors.local import run_inline
 from tune.executors.orphans import kill_marked
 from tune.executors.ray_supervisor import RaySupervisor
+from tune.executors.signals import POLL_SECONDS, StoppedEarly, stop_on_event
 from tune.machine import environment
 from tune.machine.estimate import check_budget
 from tune.machine.gpu_sharing import choose_gpu_sharing
@@ -40,8 +42,13 @@ def launch(
     retrain: Sequence[str] | None = None,
     keep: bool = False,
     view: Callable[[Callable[[], Snapshot]], contextlib.AbstractContextManager[Log]] = open_console,
+    stop: threading.Event | None = None,
+    owns_process: bool = False,
 ) -> tuple[CampaignSummary, int]:
     """Trains the trials missing in `root`; returns the campaign's summary and the signal that ended the run, or 0.
+
+    May be called from any thread, also below a running event loop. In the main thread it handles SIGINT, SIGTERM and
+    SIGHUP while trials run, and then restores the previous handlers.
 
     Args:
         root: the results directory, created if needed.
@@ -52,6 +59,9 @@ def launch(
         retrain: arms whose trials are trained anew if other code trained them; an empty list means all, None none.
         keep: reuse trials of other code, and mark it in the report.
         view: makes the context manager that shows progress; entering it gives a function that prints an event.
+        stop: once another thread sets it, running trials save and stop at their next step, as after a first signal.
+        owns_process: whether a second signal exits the process at once; otherwise it raises KeyboardInterrupt or
+            SystemExit.
 
     Raises:
         ResultsLocked: another process runs on `root`.
@@ -61,10 +71,11 @@ def launch(
             to do with them, or the tracker cannot be used as configured.
         OSError: the disk is full or the files are not accessible.
         ExecutorLost: Ray died too often, or a cluster that this run did not start is gone.
+        StoppedEarly: `stop` was set before a trial could start.
     """
     check_budget(campaign, root)
     session = Session(campaign, root, command=command, environment=environment.describe(campaign.base.device))
-    with session, contextlib.ExitStack() as stack:
+    with session, stop_on_event(session, stop), contextlib.ExitStack() as stack:
         check_results(session, allow_change=allow_change, retrain=retrain, keep=keep)
         supervisor = None
         has_work = session.has_work()
@@ -80,14 +91,15 @@ def launch(
         if has_work and not inline:
             if preparation.done():
                 preparation.result()
-            supervisor = stack.enter_context(RaySupervisor(session, campaign.resources, address=address))
+            supervisor = RaySupervisor(session, campaign.resources, address=address, owns_process=owns_process)
+            stack.enter_context(supervisor)
             wait_for_ray(supervisor, is_private=address is None)
-        preparation.result()
+        wait_for_preparation(preparation, session)
         if supervisor and address is None:  # the GPUs of a running cluster may be on other machines
             share_gpus(session, supervisor)
         session.begin(describe_data(campaign.base) | {"shards": check_all(campaign)})
         session.message = stack.enter_context(view(session.snapshot))
-        supervisor.run() if supervisor else run_inline(session)
+        supervisor.run() if supervisor else run_inline(session, owns_process=owns_process)
         return session.end(), session.stop_signal
 
 
@@ -127,6 +139,14 @@ def wait_for_ray(supervisor: RaySupervisor, *, is_private: bool) -> None:
     # The dashboard of a private Ray requires this token; another cluster may require a different login.
     token = "  (token: `ray get-auth-token`)" if is_private and ready.dashboard_url else ""
     print_line(f"dashboard {ready.dashboard_url or 'none'}  workers {ready.workers}{token}")
+
+
+def wait_for_preparation(preparation: Future[Any], session: Session) -> None:
+    """Waits until the corpora are prepared; raises the error of their preparation, or StoppedEarly."""
+    while not wait_for_futures([preparation], POLL_SECONDS).done:
+        if session.stop_requested:
+            raise StoppedEarly
+    preparation.result()
 
 
 def share_gpus(session: Session, supervisor: RaySupervisor) -> None:

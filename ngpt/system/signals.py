@@ -5,8 +5,11 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
+from typing import Any
+
+Handler = Callable[[int, FrameType | None], Any]
 
 HANGUP: int | None = getattr(signal, "SIGHUP", None)  # None on Windows, which has no SIGHUP
 # Batch systems announce the end of a job with one of these: Slurm's `--signal=USR1@60`, submitit, Grid Engine.
@@ -31,9 +34,6 @@ def call_on_signal(first: Callable[[int], object], insists: Callable[[int], obje
     closing a terminal may send SIGHUP twice, once from its shell. Restores the previous handlers at the end. Outside
     the main thread, where Python allows no signal handlers, this does nothing.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     last = 0
 
     def call(number: int, frame: FrameType | None) -> None:
@@ -44,12 +44,24 @@ def call_on_signal(first: Callable[[int], object], insists: Callable[[int], obje
         elif before not in WARNINGS and number not in (HANGUP, *WARNINGS):
             insists(number)
 
-    previous = {number: signal.signal(number, call) for number in stop_signals()}
+    with handlers(dict.fromkeys(stop_signals(), call)):
+        yield
+
+
+@contextlib.contextmanager
+def handlers(new: Mapping[int, Handler]) -> Iterator[None]:
+    """Sets signal handlers and restores the previous ones; does nothing outside the main thread."""
+    previous: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        # A handler that was not set by Python is None here. It could not be restored, so it stays.
+        previous = {number: old for number in new if (old := signal.getsignal(number)) is not None}
+    for number in previous:
+        signal.signal(number, new[number])
     try:
         yield
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for number, old in previous.items():
+            signal.signal(number, old)
 
 
 def exit_at_once(number: int, message: str) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from ngpt.config.base import ConfigError
 from tests.helpers.wandb_file import python
 from tune.campaign import load_campaign
+from tune.executors.signals import StoppedEarly
 from tune.launch import in_background, launch
 from tune.results.snapshot import Snapshot
 from tune.storage.journal import read_journal
@@ -81,6 +83,24 @@ def test_a_corpus_that_cannot_be_prepared_is_an_error_before_any_trial(
     monkeypatch.undo()
     summary, _ = launch(load_campaign(path), tmp_path / "out", command="", inline=True)  # the lock is free again
     assert summary.status == "finished"
+
+
+def test_a_stop_before_the_first_trial_ends_the_wait_and_leaves_no_lock(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, stop, prepared = tmp_path / "tiny.yaml", threading.Event(), threading.Event()
+    path.write_text(TINY.format(corpus=corpus))
+
+    def prepare(*_: object) -> None:
+        stop.set()
+        prepared.wait(60)
+
+    monkeypatch.setattr("tune.launch.prepare_all", prepare)
+    with pytest.raises(StoppedEarly, match="run the same command again"):
+        launch(load_campaign(path), tmp_path / "out", command="", inline=True, stop=stop)
+    prepared.set()
+    assert read_journal(tmp_path / "out" / "journal.jsonl") == []
+    assert not (tmp_path / "out" / "campaign.pid").exists()
 
 
 def test_a_background_call_returns_its_result_or_raises_its_error() -> None:

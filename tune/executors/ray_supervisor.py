@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -20,8 +21,9 @@ import psutil
 from ngpt.config.base import ConfigError
 from tune.executors.orphans import is_alive, kill_marked, mark_children, marked_processes
 from tune.executors.ray_process import RayExited, RayReady, run_ray
-from tune.executors.signals import stop_on_signal
+from tune.executors.signals import StoppedEarly, stop_on_signal
 from tune.executors.watchdog import Watchdog
+from tune.machine.spawn import hide_main_module
 from tune.session.session import ExecutorLost, Session
 from tune.spec.schema import Resources
 from tune.trials.retries import oom_kill_count
@@ -58,9 +60,11 @@ class RaySupervisor:
         resources: Resources,
         *,
         address: str | None = None,
+        owns_process: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._session, self._resources, self._address, self._clock = session, resources, address, clock
+        self._owns_process = owns_process  # whether a second signal exits this process
         self._watchdog = Watchdog(resources.stall_timeout)
         self._replacements = 0
         self._trials_per_gpu: int | None = None  # set once Ray has started
@@ -91,9 +95,12 @@ class RaySupervisor:
         Raises:
             ConfigError: the cluster has no room for even one trial.
             ExecutorLost: Ray does not start.
+            StoppedEarly: a stop was requested.
         """
         while self._ray.ready is None:
             if reason := self._handle_next():
+                if self._session.stop_requested:
+                    raise StoppedEarly
                 advice = "run `python run_campaign.py doctor` to find out why; --inline runs without Ray"
                 raise ExecutorLost(f"Ray did not start: {reason}\n{advice}")
         return self._ray.ready
@@ -110,7 +117,8 @@ class RaySupervisor:
         Raises:
             ExecutorLost: Ray died too often, or the cluster at `address` is lost.
         """
-        with stop_on_signal(self._session, before_exit=lambda: kill_marked(self._session.root)):
+        kill = partial(kill_marked, self._session.root)
+        with stop_on_signal(self._session, before_exit=kill, owns_process=self._owns_process):
             self._is_running = True
             self._send_command()
             while (reason := self._handle_next()) is not FINISHED:
@@ -125,7 +133,7 @@ class RaySupervisor:
         multiprocessing.resource_tracker.ensure_running()  # started before `mark_children`, so that it is not marked
         arguments = (child_end, self._resources, self._address, self._session.root)
         process = context.Process(target=run_ray, args=arguments, name="ray driver", daemon=True)
-        with mark_children(self._session.root):
+        with mark_children(self._session.root), hide_main_module():
             process.start()
         child_end.close()
         self._heard_at = self._clock()

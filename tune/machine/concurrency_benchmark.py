@@ -22,6 +22,7 @@ from ngpt.training.loop import train_step
 from ngpt.training.throughput import benchmark_run
 from tune import format as fmt
 from tune.machine.environment import total_memory
+from tune.machine.spawn import hide_main_module
 
 SECONDS = 1.5  # training time per number of trials
 MIN_STEPS = 3  # trained even if that takes longer
@@ -119,7 +120,8 @@ class _TrialProcess:
         context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
         self.pipe, child_pipe = context.Pipe()
         self._process = context.Process(target=_train_on_command, args=(config, threads, child_pipe), daemon=True)
-        self._process.start()
+        with hide_main_module():
+            self._process.start()
         child_pipe.close()
 
     def receive(self, timeout: float) -> dict[str, Any]:

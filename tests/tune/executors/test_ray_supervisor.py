@@ -28,6 +28,7 @@ from tune.executors.ray_supervisor import (
     RayProcess,
     RaySupervisor,
 )
+from tune.executors.signals import StoppedEarly
 from tune.session.session import ExecutorLost, Session
 from tune.spec.schema import Resources
 from tune.storage.journal import read_journal
@@ -173,6 +174,17 @@ def test_a_failed_start_of_ray_is_reported_at_first_and_retried_later(
     first.theirs.send(failed)
     with pytest.raises(ExecutorLost, match=r"(?s)Ray did not start: the current node timed out.*doctor.*--inline"):
         first.wait()
+
+
+def test_a_stop_while_ray_starts_is_no_failed_start(
+    session: Session, sleepers: Callable[[], subprocess.Popen[bytes]]
+) -> None:
+    supervisor = PlayedSupervisor(session, sleepers())
+    supervisor._start()
+    session.request_stop()
+    supervisor.clock.now += 2
+    with pytest.raises(StoppedEarly):
+        supervisor.wait()
 
 
 def test_ray_is_replaced_three_times_and_then_the_run_ends_with_advice(
