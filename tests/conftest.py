@@ -17,6 +17,7 @@ from tests.helpers import fake_gpus as fakes
 from tests.helpers.tiny_campaign import write_corpus
 from tune.campaign import load_campaign
 from tune.spec.schema import Campaign
+from tune.trials.trial import describe_machine
 
 if not torch.cuda.is_available():
     # Where Triton is installed without a GPU its kernels run in its interpreter. It reads this when it is first
@@ -113,14 +114,16 @@ def load(tmp_path: Path) -> Callable[[str], Campaign]:
 
 
 @pytest.fixture
-def fake_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., fakes.FakeGpus]:
+def fake_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., fakes.FakeGpus]]:
     """Gives this process, and those that it starts, GPUs that do not exist; takes the fields of `FakeMachine`."""
 
     def install(**properties: Any) -> fakes.FakeGpus:
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         return fakes.install(fakes.create(tmp_path / "gpus", **properties), monkeypatch)
 
-    return install
+    describe_machine.cache_clear()  # it remembers the devices of this process
+    yield install
+    describe_machine.cache_clear()
 
 
 @pytest.fixture

@@ -16,7 +16,8 @@ def pick_device(name: str) -> torch.device:
         name = next(kind for kind in ("cuda", "mps", "cpu") if available[kind])
     if not available[name]:
         choices = ", ".join(kind for kind, present in available.items() if present)
-        raise ConfigError(f"device {name!r} is not available; this machine has {choices}")
+        reason = f": {gpus.why_unavailable()}" if name == "cuda" else ""
+        raise ConfigError(f"device {name!r} is not available; this machine has {choices}{reason}")
     return gpus.current() if name == "cuda" else torch.device(name)
 
 

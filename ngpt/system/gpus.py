@@ -3,7 +3,18 @@
 Which kernel suits a tensor is another question: the code that chooses one reads the device of the tensor.
 """
 
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
 import torch
+
+# Where the drivers of NVIDIA and AMD show themselves.
+DRIVERS = (Path("/proc/driver/nvidia/version"), Path("/dev/kfd"))
+# By which variables a process is given some of the GPUs, or none.
+VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+HIDING = ("", "-1")  # values that show none
 
 
 def is_available() -> bool:
@@ -14,6 +25,46 @@ def is_available() -> bool:
 def is_built() -> bool:
     """Whether this torch was built for GPUs of NVIDIA (CUDA) or AMD (ROCm)."""
     return torch.version.cuda is not None or torch.version.hip is not None
+
+
+def has_driver() -> bool:
+    """Whether this machine has a GPU driver, whether or not torch can use it."""
+    return any(path.exists() for path in DRIVERS) or shutil.which("nvidia-smi") is not None
+
+
+def why_unavailable() -> str:
+    """Why torch can use no GPU, as a clause."""
+    if not is_built():
+        return "this torch is built without CUDA"
+    if not has_driver():
+        return "no GPU driver is installed"
+    for variable in VISIBLE:
+        if (value := os.environ.get(variable)) is not None:
+            effect = "hides every GPU" if value.strip() in HIDING else "names no GPU that torch can use"
+            return f"{variable} is {value!r}, which {effect}"
+    return "the GPU driver does not work with this torch"
+
+
+def is_hidden() -> bool:
+    """Whether a variable hides all GPUs from this process: it is empty or -1."""
+    return any(os.environ.get(variable, "0").strip() in HIDING for variable in VISIBLE)
+
+
+def select(gpus: Sequence[tuple[str, str]], visible: str | None) -> list[str]:
+    """The indices of the GPUs, given as (index, UUID), that CUDA shows a process with CUDA_VISIBLE_DEVICES=`visible`.
+
+    CUDA reads the list up to its first entry that names no GPU, so an empty text and `-1` hide all of them. A UUID may
+    be shortened. A slice of a GPU (MIG) is no entry of `gpus`.
+    """
+    if visible is None:
+        return [index for index, _ in gpus]
+    chosen: list[str] = []
+    for entry in map(str.strip, visible.split(",")):
+        named = [i for i, uuid in gpus if entry == i or (entry.startswith("GPU-") and uuid.startswith(entry))]
+        if len(named) != 1:
+            break
+        chosen += named
+    return chosen
 
 
 def count() -> int:

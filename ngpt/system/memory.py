@@ -3,6 +3,7 @@
 import ctypes
 import gc
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,17 +15,16 @@ from ngpt.system import gpus
 
 _CLEAR_REFS, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
-# In the messages of a plain RuntimeError; torch's CUDA allocator raises OutOfMemoryError.
-_OOM_MESSAGES = (
-    "DefaultCPUAllocator: can't allocate memory",
-    "DefaultCPUAllocator: not enough memory",  # on Windows
-    "CUDA error: out of memory",  # outside torch's allocator
-    "CUDA driver error: out of memory",
-    "Triton Error [CUDA]: out of memory",  # when loading a kernel
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_ALLOC_FAILED",
-    "MPS backend out of memory",
-    "std::bad_alloc",
+# In the messages of a RuntimeError. Torch's own allocator raises OutOfMemoryError, but drivers and libraries do not.
+_OOM_MESSAGE = re.compile(
+    r"DefaultCPUAllocator: (can't allocate|not enough) memory"  # on Linux, on Windows
+    r"|\b(CUDA|HIP|XPU|MPS backend)( driver)?( error:)? out of memory"
+    r"|Triton Error \[\w+\]: .*out of memory"  # when loading a kernel
+    r"|CUDA_ERROR_OUT_OF_MEMORY|cudaErrorMemoryAllocation|hipErrorOutOfMemory"
+    # A library creates its handle, which needs memory, at the first call; without it, it is not initialized.
+    r"|(CU|HIP|ROC)(BLAS|DNN|SOLVER|SPARSE|FFT)_STATUS_(\w*ALLOC(ATION)?_FAILED|NOT_INITIALIZED)"
+    r"|rocblas_status_memory_error|miopenStatus(AllocFailed|NotInitialized)"
+    r"|std::bad_alloc"
 )
 _M_MMAP_THRESHOLD = -3  # option of mallopt(3)
 _MMAP_BYTES = 16 * 2**20
@@ -66,9 +66,14 @@ def peak_memory(device: torch.device) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the error is a failed allocation on the device or the host."""
-    is_known = isinstance(error, RuntimeError) and any(message in str(error) for message in _OOM_MESSAGES)
-    return is_known or isinstance(error, torch.OutOfMemoryError | MemoryError)
+    """Whether the error, or one that it wraps, is a failed allocation on the device or the host."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    if isinstance(error, RuntimeError) and _OOM_MESSAGE.search(str(error)):
+        return True
+    # The compiler raises its errors without a cause, and keeps the original one in this attribute.
+    wrapped = getattr(error, "inner_exception", None) or error.__cause__
+    return isinstance(wrapped, BaseException) and is_out_of_memory(wrapped)
 
 
 def free_memory(device: torch.device) -> None:

@@ -60,13 +60,16 @@ def _device(out: Path) -> Iterator[Check]:
         names = [gpus.name(i) for i in range(gpus.count())]
         yield Check("device", ", ".join(names))
         return
-    problem = "an NVIDIA driver is installed, but this torch was built without CUDA: reinstall torch"
     quota = cpu_quota()
     cores = fmt.counted(usable_cpus(), "usable core") + (
         "" if quota is None else f" (a control group allows {quota:g})"
     )
     cpu = f"CPU: {cpu_model()}, {cores}, {total_memory() / 2**30:.0f} GiB"
-    yield Check("device", cpu, problem if shutil.which("nvidia-smi") else None)
+    reason, problem = gpus.why_unavailable(), None
+    if gpus.has_driver() and not gpus.is_hidden():
+        advice = "" if gpus.is_built() else "; reinstall torch with CUDA"
+        problem = f"a GPU driver is installed, but {reason}{advice}"
+    yield Check("device", f"{cpu}; no GPU: {reason}", problem)
 
 
 def _results(out: Path) -> Iterator[Check]:

@@ -85,14 +85,20 @@ def cpu_model() -> str:
 
 
 def busy_gpus() -> list[str]:
-    """A warning for each visible GPU with a tenth of its memory in use; empty without an NVIDIA driver."""
+    """A warning for each visible GPU with a tenth of its memory in use; empty without an NVIDIA driver.
+
+    A slice of a GPU (MIG) gets none, since the driver reports the memory of all slices together.
+    """
+    from ngpt.system import gpus
+
     # torch would create a CUDA context, which uses GPU memory itself.
-    fields = "--query-gpu=index,memory.used,memory.total"
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    fields = "--query-gpu=index,uuid,memory.used,memory.total"
+    text = _output("nvidia-smi", fields, "--format=csv,noheader,nounits", timeout=10) or ""
+    rows = [cells for line in text.splitlines() if len(cells := [cell.strip() for cell in line.split(",")]) == 4]
+    visible = gpus.select([(index, uuid) for index, uuid, *_ in rows], os.environ.get("CUDA_VISIBLE_DEVICES"))
     warnings = []
-    for row in (_output("nvidia-smi", fields, "--format=csv,noheader,nounits", timeout=10) or "").splitlines():
-        index, *sizes = (cell.strip() for cell in row.split(","))
-        if len(sizes) != 2 or not all(map(str.isdecimal, sizes)) or (visible and index not in visible.split(",")):
+    for index, _, *sizes in rows:
+        if index not in visible or not all(map(str.isdecimal, sizes)):
             continue
         used, total = map(int, sizes)
         if used >= BUSY_SHARE * total:

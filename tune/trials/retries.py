@@ -82,7 +82,9 @@ def failure_cause(result: TrialResult) -> str | None:
     if result.status != "failed":
         return None
     lines = (result.error or "").splitlines()
-    exceptions = {line.partition(":")[0].rpartition(".")[2] for line in lines}
+    # An error of the compiler names the one that it wraps: `torch._inductor.exc.InductorError: MemoryError: `.
+    exceptions = {part.rpartition(".")[2] for line in lines for part in line.split(":")[:2]}
+    exceptions = {name.strip() for name in exceptions}
     is_oom = exceptions & {"OutOfMemoryError", "MemoryError"} or any(is_out_of_memory(RuntimeError(x)) for x in lines)
     return "oom" if is_oom else "code_error"
 

@@ -29,7 +29,8 @@ from ngpt.training.loop import train
 from ngpt.training.run import RunResult
 from ngpt.training.state import Metrics
 
-CUDA_CONTEXT_BYTES = 768 << 20  # GPU memory that a process uses in addition to its tensors
+# GPU memory that a process uses in addition to its tensors, at most this share of its part of the GPU.
+CUDA_CONTEXT_BYTES, CUDA_CONTEXT_SHARE = 768 << 20, 0.25
 MAX_ERROR_LENGTH = 4000  # characters; a record keeps the end of a longer traceback
 
 
@@ -134,10 +135,22 @@ def freeze_loaded_objects() -> None:
 
 
 def limit_gpu_memory(device: torch.device, packed: int) -> None:
-    """Limits this process to 1/`packed` of the GPU memory, so that it cannot take memory from the other trials."""
-    if gpus.is_gpu(device) and packed > 1:
+    """Limits this process to 1/`packed` of the GPU memory, so that it cannot take memory from the other trials.
+
+    A process that runs one trial after another may have had another limit before.
+    """
+    if gpus.is_gpu(device):
         total = gpus.memory(device)[1]
-        gpus.limit_memory(max(0.01, 1 / packed - CUDA_CONTEXT_BYTES / total))
+        gpus.limit_memory(1.0 if packed == 1 else tensor_bytes(total, packed) / total)
+
+
+def tensor_bytes(total: int, packed: int) -> int:
+    """The bytes of tensors that each of `packed` trials may hold on a GPU of `total` bytes.
+
+    The rule by which trials are packed (tune/machine/concurrency_benchmark.py) allows no more.
+    """
+    share = total / packed
+    return int(share - min(CUDA_CONTEXT_BYTES, share * CUDA_CONTEXT_SHARE))
 
 
 def prepare_trial_folder(folder: Path, config: TrainConfig) -> None:

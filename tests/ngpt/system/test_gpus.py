@@ -1,13 +1,16 @@
 """The fake GPUs behave as GPUs do, in this process and in those that it starts."""
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from ngpt.config.base import override
+from ngpt.config.base import ConfigError, override
 from ngpt.data.dataset import Dataset
 from ngpt.system import gpus
 from ngpt.system.device import pick_device
@@ -16,6 +19,7 @@ from ngpt.training.config import TrainConfig, resolved
 from ngpt.training.loop import train_step
 from ngpt.training.throughput import benchmark_run
 from tests.helpers.fake_gpus import GIB, FakeGpus
+from tune.machine import doctor
 from tune.machine.environment import busy_gpus
 
 Install = Callable[..., FakeGpus]
@@ -87,3 +91,61 @@ def test_a_broken_context_stays_broken(fake_gpus: Install) -> None:
     for attempt in (fake.break_context, lambda: gpus.synchronize(pick_device("cuda"))):
         with pytest.raises(RuntimeError, match="device-side assert"):
             attempt()
+
+
+UUIDS = [("0", "GPU-aa11-22"), ("1", "GPU-aa33-44"), ("2", "GPU-bb55-66")]
+
+
+@pytest.mark.parametrize(
+    ("visible", "chosen"),
+    [
+        (None, ["0", "1", "2"]),
+        ("", []),
+        ("-1", []),
+        ("2,0", ["2", "0"]),
+        (" 1 , 0", ["1", "0"]),
+        ("GPU-bb55-66,GPU-aa11-22", ["2", "0"]),
+        ("GPU-bb", ["2"]),  # a UUID may be shortened
+        ("GPU-aa", []),  # but not so far
+        ("0,7,1", ["0"]),  # what follows an unknown entry is not read
+        ("MIG-1c3b0e4f-6a1f-5a8e-b3a5-0b5f2f1c8c11", []),
+        ("MIG-GPU-aa11-22/1/0", []),
+        ("NoDevFiles", []),
+    ],
+)
+def test_visible_gpus_are_read_as_cuda_reads_them(visible: str | None, chosen: list[str]) -> None:
+    assert gpus.select(UUIDS, visible) == chosen
+
+
+@pytest.mark.parametrize(
+    ("machine", "visible", "reason", "problem"),
+    [
+        ({"torch_has_cuda": False}, None, "this torch is built without CUDA", "; reinstall torch with CUDA"),
+        ({"count": 0}, None, "the GPU driver does not work with this torch", ""),
+        ({}, "", "CUDA_VISIBLE_DEVICES is '', which hides every GPU", None),
+        ({}, "-1", "CUDA_VISIBLE_DEVICES is '-1', which hides every GPU", None),
+        ({}, "GPU-x", "CUDA_VISIBLE_DEVICES is 'GPU-x', which names no GPU that torch can use", ""),
+        (None, None, "no GPU driver is installed", None),
+    ],
+)
+def test_a_gpu_that_torch_cannot_use_is_told_with_its_reason(
+    fake_gpus: Install,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    machine: dict[str, Any] | None,
+    visible: str | None,
+    reason: str,
+    problem: str | None,
+) -> None:
+    fake_gpus(**({"count": 0} if machine is None else machine))
+    monkeypatch.setattr(gpus, "DRIVERS", ())
+    if machine is None:
+        monkeypatch.setenv("PATH", "/nowhere")
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert gpus.why_unavailable() == reason
+    with pytest.raises(ConfigError, match=rf"'cuda' is not available; this machine has cpu: {re.escape(reason)}$"):
+        pick_device("cuda")
+    (check,) = doctor._device(tmp_path)
+    assert check.value.endswith(f"; no GPU: {reason}")
+    assert check.problem == (None if problem is None else f"a GPU driver is installed, but {reason}{problem}")

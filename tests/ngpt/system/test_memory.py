@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.exc import BackendCompilerFailed
+from torch._inductor.exc import InductorError
 
 from ngpt.system.memory import (
     configure_allocator,
@@ -132,6 +134,15 @@ def shortage(words: str) -> Exception:
     return RuntimeError(f"[enforce fail at alloc_cpu.cpp:127] err == 0. {words} allocate 8 bytes. Error code 12")
 
 
+def compiler() -> None:
+    """Stands for the backend of torch.compile."""
+
+
+def caused_by(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
 @pytest.mark.parametrize(
     ("error", "is_one"),
     [
@@ -139,8 +150,26 @@ def shortage(words: str) -> Exception:
         (MemoryError(), True),
         (shortage("DefaultCPUAllocator: can't allocate memory: you tried to"), True),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx(handle)`"), False),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_BAD_PARAM"), False),
+        (RuntimeError("cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate(handle)`"), True),
+        (RuntimeError("HIP out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 64 GiB"), True),
+        (RuntimeError("HIP error: out of memory"), True),
+        (RuntimeError("CUDA error: HIPBLAS_STATUS_ALLOC_FAILED when calling `hipblasCreate(handle)`"), True),
         (RuntimeError("Triton Error [CUDA]: out of memory"), True),
+        (RuntimeError("Triton Error [HIP]:  Code: 2, Messsage: out of memory"), True),
         (RuntimeError("CUDA driver error: out of memory"), True),
+        (BackendCompilerFailed(compiler, torch.OutOfMemoryError("CUDA out of memory."), None), True),
+        (BackendCompilerFailed(compiler, MemoryError(), None), True),
+        (BackendCompilerFailed(compiler, ValueError("no such operator"), None), False),
+        (InductorError(RuntimeError("Triton Error [CUDA]: out of memory"), None), True),
+        (InductorError(BackendCompilerFailed(compiler, MemoryError(), None), None), True),
+        (caused_by(RuntimeError("the step failed"), MemoryError()), True),
+        (caused_by(RuntimeError("the step failed"), KeyError("wte")), False),
         (RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"), False),
         (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),

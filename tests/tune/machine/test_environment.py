@@ -94,14 +94,16 @@ def fake_driver(folder: Path, output: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_each_visible_gpu_that_others_hold_gets_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_driver(tmp_path, "0, 1024, 143771\n1, 87040, 143771\n2, [N/A], [N/A]\n3, 71680, 143771", monkeypatch)
+    rows = ["0, GPU-a0, 1024, 143771", "1, GPU-b1, 87040, 143771", "2, GPU-c2, [N/A], [N/A]"]
+    fake_driver(tmp_path, "\n".join([*rows, "3, GPU-d3, 71680, 143771"]), monkeypatch)
     lines = environment.busy_gpus()
     assert [line.partition(";")[0] for line in lines] == [
         "GPU 1: 85.0 of 140.4 GiB are held by other processes",
         "GPU 3: 70.0 of 140.4 GiB are held by other processes",
     ]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,3")
-    assert [line[:5] for line in environment.busy_gpus()] == ["GPU 3"]
+    for visible, busy in {"0,3": ["GPU 3"], "GPU-b1,GPU-a0": ["GPU 1"], "": [], "MIG-GPU-b1/1/0": []}.items():
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert [line[:5] for line in environment.busy_gpus()] == busy
 
 
 def test_without_a_driver_or_a_gpu_there_is_no_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
