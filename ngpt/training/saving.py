@@ -68,6 +68,11 @@ def try_save_checkpoint(run: Run, tracker: Tracker, *, last: bool) -> None:
 def save(run: Run, tracker: Tracker) -> None:
     """Syncs the metric rows, then commits a checkpoint from which the run continues exactly."""
     tracker.sync()
+    save_run(run)
+
+
+def save_run(run: Run) -> None:
+    """Commits a checkpoint of the run, without its metric rows."""
     scores, optimizers = run.state.last_eval, [optimizer.state_dict() for optimizer in run.optimizers]
     save_checkpoint(
         run.out_dir / "checkpoints",

@@ -241,7 +241,7 @@ def counting(gpus: FakeGpus, forward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(forward)
     def counted(self: Any, idx: Any, *args: Any, **kwargs: Any) -> Any:
-        if gpus.is_in_use() and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and gpus.is_in_use():
             # A group of trials is one pass through `torch.vmap`, which hides the number of trials.
             whole = idx
             while torch._C._functorch.is_batchedtensor(whole):
@@ -283,7 +283,9 @@ def environment(machine: FakeMachine) -> dict[str, str]:
 def replacements(gpus: FakeGpus) -> Iterator[tuple[str, Callable[[ModuleType], Sequence[tuple[Any, str, Any]]]]]:
     """For each module to be changed: what is set on it, as (object, name, value)."""
     yield "ngpt.system.gpus", lambda module: [(module, name, getattr(gpus, name)) for name in FUNCTIONS]
-    yield "ngpt.model.gpt", lambda module: [(module.GPT, "forward", counting(gpus, module.GPT.forward))]
+    # A group of trials, or an evaluation by token, does not go through `forward`.
+    names = ("forward", "features_uncompiled")
+    yield "ngpt.model.gpt", lambda module: [(module.GPT, x, counting(gpus, getattr(module.GPT, x))) for x in names]
 
 
 def install(machine: FakeMachine, patch: Any) -> FakeGpus:

@@ -1,32 +1,39 @@
 """Measures throughput and memory of several trial processes that share one device, like the workers of a campaign."""
 
+import contextlib
 import multiprocessing
 import signal
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ngpt.config.base import override
 from ngpt.data.text.progress import Log
+from ngpt.ensemble.throughput import steps_together
 from ngpt.system import gpus
 from ngpt.system.memory import is_out_of_memory, peak_memory, reset_peak_memory
 from ngpt.system.timing import synchronize
 from ngpt.training.config import TrainConfig, resolved
-from ngpt.training.loop import train_step
-from ngpt.training.throughput import benchmark_run
+from ngpt.training.evaluation import evaluate_run
+from ngpt.training.run import Run
+from ngpt.training.saving import save_run
 from tune import format as fmt
 from tune.machine.environment import total_memory
 from tune.machine.spawn import hide_main_module
+from tune.trials.trial import tensor_bytes
 
 SECONDS = 1.5  # training time per number of trials
 MIN_STEPS = 3  # trained even if that takes longer
-WARMUP_STEPS = 5  # of a new process; then its memory has reached its final size
+WARMUP_STEPS = 5  # of a new process; then the memory of its steps has reached its final size
+EVAL_BATCHES = 2  # in the evaluation; more of them need no more memory
 RESERVED_MEMORY = 0.1  # share of device memory kept free for peaks that the calibration misses
 MIN_SPEED_RATIO = 0.95  # share of the highest throughput so far; below it, larger counts are not measured
 ANSWER_TIMEOUT = 300.0  # seconds a process may take to import torch, compile and warm up
@@ -39,13 +46,13 @@ class CalibrationError(Exception):
 
 @dataclass(frozen=True)
 class ThroughputPoint:
-    """Throughput and memory of `trials` concurrent trials on one device."""
+    """Throughput and memory of `trials` concurrent processes on one device, each of which trains a trial or a group."""
 
     trials: int
-    threads: int  # of each trial
-    tokens_per_second: float  # sum over all trials
-    memory_bytes: int  # per trial: used GPU memory divided by the trials; on a CPU the peak of one process
-    room: int  # number of such trials that fit into memory, with `RESERVED_MEMORY` kept free
+    threads: int  # of each process
+    tokens_per_second: float  # sum over all processes
+    memory_bytes: int  # per process: used GPU memory divided by the processes; on a CPU the peak of one process
+    room: int  # number of such processes that fit into memory, see `room_for`
 
     @property
     def fits(self) -> bool:
@@ -58,14 +65,16 @@ def measure_concurrent_trials(
     *,
     counts: Iterable[int],
     threads: Callable[[int], int],
+    together: int = 1,
     seconds: float = SECONDS,
     is_enough: Callable[[Sequence[ThroughputPoint]], bool] = lambda curve: False,
     log: Log = lambda line: None,
 ) -> list[ThroughputPoint]:
     """Measures one point for each of `counts`, which are increasing, until more trials are slower or do not fit.
 
-    The corpus of `config` must be prepared. `threads` maps the number of trials to the threads of each. The measurement
-    ends early if `is_enough` returns True for the points so far.
+    The corpus of `config` must be prepared. `threads` maps the number of processes to the threads of each, and each
+    trains `together` trials (`vectorise`). Its memory includes that of an evaluation and of a checkpoint. The
+    measurement ends early if `is_enough` returns True for the points so far.
 
     Raises:
         CalibrationError: the first point could not be measured.
@@ -80,7 +89,7 @@ def measure_concurrent_trials(
                 break
             # The first process starts alone to fill the compile cache; then all others start at once.
             n_processes = max(other for other in counts if other <= curve[-1].room) if curve else count
-            new = [_TrialProcess(config, threads(count)) for _ in range(n_processes - len(processes))]
+            new = [_TrialProcess(config, threads(count), together) for _ in range(n_processes - len(processes))]
             processes += new
             for process in new:
                 stack.callback(process.kill)
@@ -103,23 +112,38 @@ def _measure(processes: list["_TrialProcess"], count: int, threads: int, seconds
     """Measures training in the first `count` processes."""
     start_time = time.monotonic() + START_DELAY
     for process in processes[:count]:
-        process.pipe.send((start_time, seconds, threads))
+        # Saving takes no GPU memory that depends on the other processes, so it is enough if the first one saves, once.
+        process.pipe.send((start_time, seconds, threads, len(processes) == 1))
     timeout = START_DELAY + 10 * seconds + ANSWER_TIMEOUT
     answers = [process.receive(timeout) for process in processes[:count]]
     in_use = max(answer["in_use"] for answer in answers) // len(processes)
-    memory_bytes = max(in_use, *(answer["peak"] for answer in answers))
-    room = int(answers[0]["total"] * (1 - RESERVED_MEMORY) / memory_bytes)
+    peak = max(answer["peak"] for answer in answers)
+    memory_bytes = max(in_use, peak)
+    room = room_for(memory_bytes, tensors=peak, total=answers[0]["total"], has_limit=answers[0]["has_limit"])
     speed = sum(answer["tokens"] / answer["seconds"] for answer in answers)
     return ThroughputPoint(count, threads, speed, memory_bytes, room)
 
 
-class _TrialProcess:
-    """A child process that holds a model ready to train."""
+def room_for(memory_bytes: int, *, tensors: int, total: int, has_limit: bool) -> int:
+    """The number of processes that fit into `total` bytes, with `RESERVED_MEMORY` kept free.
 
-    def __init__(self, config: TrainConfig, threads: int) -> None:
+    Each uses `memory_bytes`, of which `tensors` are those of torch. If `has_limit`, the processes of a campaign are
+    limited (`tensor_bytes`), and no more fit than the limit lets run.
+    """
+    room = int(total * (1 - RESERVED_MEMORY) / memory_bytes)
+    while has_limit and room > 1 and tensors > tensor_bytes(total, room):
+        room -= 1
+    return room
+
+
+class _TrialProcess:
+    """A child process that holds the models of a trial or of a group, ready to train."""
+
+    def __init__(self, config: TrainConfig, threads: int, together: int) -> None:
         context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
         self.pipe, child_pipe = context.Pipe()
-        self._process = context.Process(target=_train_on_command, args=(config, threads, child_pipe), daemon=True)
+        arguments = (config, threads, together, child_pipe)
+        self._process = context.Process(target=_train_on_command, args=arguments, daemon=True)
         with hide_main_module():
             self._process.start()
         child_pipe.close()
@@ -143,28 +167,33 @@ class _TrialProcess:
         self.pipe.close()
 
 
-def _train_on_command(config: TrainConfig, threads: int, pipe: Connection) -> None:
-    """Main function of a child process: sets up a run, then trains each time the parent sends a command."""
+def _train_on_command(config: TrainConfig, threads: int, together: int, pipe: Connection) -> None:
+    """Main function of a child process: sets up its runs, then trains each time the parent sends a command."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles it
     try:
         torch.set_num_threads(threads)
+        eval_tokens = min(config.eval_tokens, EVAL_BATCHES * config.tokens_per_step)
         # Shrinking the batch after running out of memory would change what is measured.
-        run = benchmark_run(override(config, {"on_oom": "fail"}))
+        runs, take_step = steps_together(override(config, {"on_oom": "fail", "eval_tokens": eval_tokens}), together)
+        device = runs[0].device
         for _ in range(WARMUP_STEPS):
-            train_step(run)
+            take_step()
         pipe.send({})
         while True:
-            start_time, seconds, threads = pipe.recv()
+            start_time, seconds, threads, save = pipe.recv()
             torch.set_num_threads(threads)
-            reset_peak_memory(run.device)
+            reset_peak_memory(device)
+            synchronize(device)
             time.sleep(max(0.0, start_time - time.monotonic()))
             steps, started = 0, time.monotonic()
             while steps < MIN_STEPS or time.monotonic() < started + seconds:
-                train_step(run)
+                take_step()
                 steps += 1
-            synchronize(run.device)
+            synchronize(device)
             elapsed = time.monotonic() - started
-            pipe.send({"tokens": steps * config.tokens_per_step, "seconds": elapsed, **_memory(run.device)})
+            _evaluate_and_save(runs[0], save=save)
+            tokens = together * steps * config.tokens_per_step
+            pipe.send({"tokens": tokens, "seconds": elapsed, **_memory(device)})
     except EOFError:
         return
     except Exception as error:  # sent to the parent, which raises it
@@ -172,9 +201,23 @@ def _train_on_command(config: TrainConfig, threads: int, pipe: Connection) -> No
         pipe.send({"error": "out of memory" if is_out_of_memory(error) else last})
 
 
-def _memory(device: torch.device) -> dict[str, int]:
-    """In bytes: the `peak` of this process, the GPU memory `in_use` by all processes, and the device's `total`."""
+def _evaluate_and_save(run: Run, *, save: bool) -> None:
+    """Evaluates a run as at its end, and saves it, for the memory that this takes. A group does this one by one."""
+    evaluate_run(run, last=False)
+    evaluate_run(run, last=True)
+    if not save:
+        return
+    with contextlib.suppress(OSError), tempfile.TemporaryDirectory() as folder:  # a full disk is the campaign's problem
+        run.out_dir = Path(folder)
+        save_run(run)
+
+
+def _memory(device: torch.device) -> dict[str, Any]:
+    """In bytes: the `peak` of this process, the GPU memory `in_use` by all processes, and the device's `total`.
+
+    `has_limit` says whether trials on this device are limited to their share of it.
+    """
     if gpus.is_gpu(device):
         free, total = gpus.memory(device)
-        return {"peak": gpus.peak_reserved(device), "in_use": total - free, "total": total}
-    return {"peak": peak_memory(device), "in_use": 0, "total": total_memory()}
+        return {"peak": gpus.peak_reserved(device), "in_use": total - free, "total": total, "has_limit": True}
+    return {"peak": peak_memory(device), "in_use": 0, "total": total_memory(), "has_limit": False}

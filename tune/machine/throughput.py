@@ -14,6 +14,7 @@ import torch
 
 from ngpt.ensemble.throughput import measure_step_together
 from ngpt.system.cache import cache_folder
+from ngpt.system.code_digest import current_code
 from ngpt.system.json_lines import append_json_lines, read_json_lines
 from ngpt.training.config import TrainConfig, resolved
 from ngpt.training.throughput import measure_step
@@ -38,10 +39,12 @@ class SpeedRecord(pydantic.BaseModel):
 
 
 class CurveRecord(pydantic.BaseModel):
-    """Throughput of one shape for different numbers of trials that share a device."""
+    """Throughput of one shape for different numbers of processes that share a device."""
 
     device: str
     shape: str  # `step_time_key`
+    together: pydantic.PositiveInt  # trials that each process trains as a group
+    code: str  # digest of the code that was measured
     max_trials: int  # the measurement stops here, or earlier if more trials are slower or do not fit
     measured_at: str  # UTC
     curve: Annotated[list[ThroughputPoint], pydantic.Field(min_length=1)]
@@ -111,16 +114,30 @@ def known_speeds(device: str) -> dict[tuple[str, int], float]:
     return {(r.shape, r.together): r.tokens_per_second for r in _read(SpeedRecord) if r.device == device}
 
 
-def known_curve(device: str, shape: str, *, max_trials: int) -> CurveRecord | None:
-    """The newest curve of this device and shape that was measured with a limit of at least `max_trials`."""
-    matching = (r for r in _read(CurveRecord) if (r.device, r.shape) == (device, shape) and r.max_trials >= max_trials)
-    return next(reversed(list(matching)), None)
+def known_curve(device: str, shape: str, *, max_trials: int, together: int = 1) -> CurveRecord | None:
+    """The newest curve of this device, shape and group size that was measured up to at least `max_trials` processes.
+
+    Curves of other code do not count: its trials may need other memory, or train at another speed.
+    """
+    key = (device, shape, together, current_code().digest)
+    matching = (r for r in _read(CurveRecord) if (r.device, r.shape, r.together, r.code) == key)
+    return next((r for r in reversed(list(matching)) if r.max_trials >= max_trials), None)
 
 
-def remember_curve(device: str, shape: str, curve: list[ThroughputPoint], *, max_trials: int) -> CurveRecord:
+def remember_curve(
+    device: str, shape: str, curve: list[ThroughputPoint], *, max_trials: int, together: int = 1
+) -> CurveRecord:
     """Stores a new curve for later campaigns on this machine, and returns its record."""
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    record = CurveRecord(device=device, shape=shape, max_trials=max_trials, measured_at=now, curve=curve)
+    now, code = datetime.now(UTC).isoformat(timespec="seconds"), current_code().digest
+    record = CurveRecord(
+        device=device,
+        shape=shape,
+        together=together,
+        code=code,
+        max_trials=max_trials,
+        measured_at=now,
+        curve=curve,
+    )
     _append([record])
     return record
 

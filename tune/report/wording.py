@@ -252,10 +252,13 @@ def cost_facts(summary: CampaignSummary) -> dict[str, str]:
 
 def packing_fact(packing: Mapping[str, Any]) -> str:
     """Describes how many trials shared a device, why, and the measured throughputs."""
-    trials = fmt.counted(packing["trials_per_device"], "trial")
+    together = packing.get("together", 1)  # journals of older versions lack it
+    trials = fmt.counted(packing["trials_per_device"], "trial" if together == 1 else "group")
+    trials += "" if together == 1 else f" of {together} trials"
     text = f"{trials} at once on each device ({fmt.plain(packing['why'])})"
     curve = [f"{point['trials']}: {fmt.count(point['tokens_per_second'])}" for point in packing["curve"]]
-    return f"{text}; total tokens/s by trials at once: {', '.join(curve)}" if curve else text
+    what = "trials" if together == 1 else "groups"
+    return f"{text}; total tokens/s by {what} at once: {', '.join(curve)}" if curve else text
 
 
 def troubles(summary: CampaignSummary) -> list[str]:

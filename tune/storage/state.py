@@ -15,7 +15,7 @@ from tune.storage.seed_ledger import plan_content
 
 Overrides = Mapping[str, Any]  # settings by dotted name
 
-GPU_SHARING_FIELDS = ("trials_per_device", "why", "device", "curve", "measured_at")  # of `GpuSharing`
+GPU_SHARING_FIELDS = ("trials_per_device", "why", "device", "curve", "measured_at", "together")  # of `GpuSharing`
 MIN_OLD_FRESH_SEED = 100  # smallest fresh seed of the versions before the ledger
 DONE = ("finished", "diverged", "stopped")  # statuses that count as results; such a trial is not run again
 

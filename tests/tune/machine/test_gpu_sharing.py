@@ -2,8 +2,10 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -12,14 +14,22 @@ from hypothesis import strategies as st
 from ngpt.config.base import override
 from ngpt.data.dataset import prepare
 from ngpt.training.config import TrainConfig, resolved
+from tests.helpers.fake_gpus import FakeGpus
 from tests.helpers.tiny_campaign import begun, next_trial, pretend, session_on, train_all, write_file
 from tune.machine import gpu_sharing, throughput
 from tune.machine.concurrency_benchmark import ThroughputPoint
-from tune.machine.gpu_sharing import GpuSharing, choose_gpu_sharing, choose_trials_per_device, fastest_point
-from tune.machine.throughput import device_key, remember_curve
+from tune.machine.gpu_sharing import (
+    GpuSharing,
+    GroupSizes,
+    choose_gpu_sharing,
+    choose_trials_per_device,
+    fastest_point,
+    known_trials_per_device,
+)
+from tune.machine.throughput import device_key, known_curve, remember_curve
 from tune.planning.equal_time import step_time_key
 from tune.report.markdown import render_markdown
-from tune.report.wording import cost_facts
+from tune.report.wording import cost_facts, packing_fact
 from tune.spec.schema import Campaign
 from tune.storage.journal import read_journal
 from tune.storage.state import CampaignState, replay
@@ -114,6 +124,60 @@ def test_the_memory_of_the_largest_trial_limits_the_number(tiny: TrainConfig) ->
     for configs, trials in (([common] * 9, 4), ([common] * 9 + [largest], 2)):
         chosen = choose_trials_per_device(configs, max_trials=4, devices=1, threads=1, log=silent)
         assert chosen and chosen.trials_per_device == trials
+
+
+def test_a_curve_belongs_to_its_code_and_its_group_size(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    remember_curve("device", "shape", curve(1, 2), max_trials=4, together=8)
+    assert known_curve("device", "shape", max_trials=4, together=8)
+    assert known_curve("device", "shape", max_trials=4) is None
+    monkeypatch.setattr(throughput, "current_code", lambda: SimpleNamespace(digest="edited"))
+    assert known_curve("device", "shape", max_trials=4, together=8) is None
+
+
+def test_a_curve_of_an_older_version_is_not_used(own_store: Path) -> None:
+    record = remember_curve("device", "shape", curve(1, 2), max_trials=4).model_dump()
+    own_store.write_text(json.dumps({name: record[name] for name in record if name not in ("code", "together")}))
+    assert known_curve("device", "shape", max_trials=4) is None
+
+
+def test_groups_are_as_large_as_every_device_having_a_worker_allows(tiny: TrainConfig) -> None:
+    small, compiled, wide = tiny, override(tiny, {"compile": True}), override(tiny, {"model.n_embd": 32})
+    configs = [override(small, {"seed": seed}) for seed in range(20)] + [compiled] * 3 + [wide] * 4
+    groups = GroupSizes(configs, devices=2, max_size=8)
+    assert [groups.of(config) for config in (small, compiled, wide)] == [8, 1, 2]
+    assert groups.count == 3 + 3 + 2
+
+
+def test_vectorised_trials_are_measured_as_groups(
+    load: Callable[[str], Campaign],
+    corpus: Path,
+    fake_gpus: Callable[..., FakeGpus],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = "n_layer: 1, n_head: 2, n_embd: 16, block_size: 8, vocab_size: 400"
+    data = f"corpus: '{corpus}', tokenizer: 'sentencepiece:400'"
+    campaign = load(
+        f"campaign: c\nbase: {{{model}, {data}, steps: 100000}}\nresources: {{vectorise: 8}}\n"
+        "seeds: [1, 2, 3, 4, 5, 6, 7, 8]\nvary: {alpha: [0.1, 0.2, 0.3]}\n"
+    )
+    fake_gpus(count=2)
+    measured: list[dict[str, Any]] = []
+
+    def measure(config: TrainConfig, **arguments: Any) -> list[ThroughputPoint]:
+        measured.append(arguments)
+        return curve(100, 150)
+
+    monkeypatch.setattr(gpu_sharing, "usable_cpus", lambda: 64)
+    monkeypatch.setattr(gpu_sharing, "measure_concurrent_trials", measure)
+    sharing = choose_gpu_sharing(campaign, CampaignState(), silent)
+    assert sharing and (sharing.trials_per_device, sharing.together) == (2, 8)
+    (arguments,) = measured
+    assert (arguments["together"], arguments["counts"]) == (8, [1, 2])  # 32 trials are 4 groups on 2 GPUs
+    assert packing_fact(asdict(sharing)).startswith("2 groups of 8 trials at once on each device (1.50 x")
+    assert known_trials_per_device(campaign) == 2
+    monkeypatch.setattr(gpu_sharing, "measure_concurrent_trials", None)  # nothing is measured again
+    again = choose_gpu_sharing(campaign, CampaignState(), silent)
+    assert again and again.trials_per_device == 2
 
 
 def test_one_trial_has_nothing_to_share_with(tiny: TrainConfig) -> None:
