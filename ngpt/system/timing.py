@@ -80,9 +80,11 @@ def machine_info(device: torch.device, dtype: str) -> dict[str, Any]:
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits for CUDA kernels to finish; does nothing on other devices."""
+    """Waits for the kernels of a GPU to finish; on a CPU there is nothing to wait for."""
     if gpus.is_gpu(device):
         gpus.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 def print_metrics(metrics: dict[str, Any], *, as_json: bool, width: int = 34, digits: int = 4) -> None:

@@ -3,8 +3,9 @@
 import contextlib
 import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from ngpt.data.loader import EvalSet, eval_set
 from ngpt.data.tokens.tokenizer import MODEL_FILE, parse_spec
 from ngpt.model.gpt import GPT
 from ngpt.optim.optimizers import build_optimizers
+from ngpt.optim.schedule import is_due
 from ngpt.system.device import mixed_precision, pick_device
 from ngpt.system.memory import configure_allocator, peak_memory, reset_peak_memory
+from ngpt.system.timing import synchronize
 from ngpt.training.checkpoint import Checkpoint, checkpoint_folders, load_checkpoint, newest_checkpoint
 from ngpt.training.config import TrainConfig, rollback_settings
 from ngpt.training.state import Metrics, TrainState
@@ -70,16 +73,29 @@ def halved(size: int, times: int) -> int:
 
 
 class Clock:
-    """Adds the duration of training steps to the state, without the first `warmup` steps of the process."""
+    """Adds the duration of training steps to the state, without the first `warmup` steps of the process.
 
-    def __init__(self, state: TrainState, *, warmup: int) -> None:
-        self._state, self._skip = state, warmup
+    A step ends before the GPU has run all of its kernels, and the next step waits for them. So only the last step
+    before `is_read` waits itself: then all steps so far are timed to their end, and no step waits in vain.
+    """
+
+    def __init__(
+        self,
+        state: TrainState,
+        device: torch.device,
+        *,
+        warmup: int,
+        is_read: Callable[[int], bool] = lambda step: True,
+    ) -> None:
+        self._state, self._device, self._skip, self._is_read = state, device, warmup, is_read
 
     @contextlib.contextmanager
     def step(self, tokens: int) -> Iterator[None]:
         """Times the `with` block as a training step of `tokens` tokens."""
         start = time.perf_counter()
         yield
+        if self._skip or self._is_read(self._state.step):
+            synchronize(self._device)
         if self._skip:
             self._skip -= 1
             return
@@ -89,6 +105,12 @@ class Clock:
     def discard_step(self) -> None:
         """Excludes the current step from the timing, for instance because a part of it ran twice."""
         self._skip = max(self._skip, 1)
+
+
+def reads_clock(config: TrainConfig, step: int) -> bool:
+    """Whether the throughput is read after `step`, or the device is used for something else than training."""
+    periods = (config.tracker.log_every, config.eval_every, config.checkpoint.every)
+    return any(is_due(step, every, last=step == config.steps) for every in periods)
 
 
 def set_up(config: TrainConfig, out_dir: Path, *, resume: str | None, dataset: Dataset | None) -> Run:
@@ -116,7 +138,7 @@ def set_up(config: TrainConfig, out_dir: Path, *, resume: str | None, dataset: D
         model=model,
         optimizers=build_optimizers(model, config.optim),
         state=state,
-        clock=Clock(state, warmup=min(5, config.steps // 2)),
+        clock=Clock(state, device, warmup=min(5, config.steps // 2), is_read=partial(reads_clock, config)),
     )
     if resume and (checkpoint := newest_checkpoint(out_dir / "checkpoints")):
         restore(run, checkpoint)

@@ -7,20 +7,24 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+import ngpt.ensemble.train
 import ngpt.training.loop
+import ngpt.training.run
 import ngpt.training.saving
 from ngpt.config.base import ConfigError, flatten, override
 from ngpt.data.dataset import Dataset
 from ngpt.data.loader import train_batch
+from ngpt.ensemble.train import train_together
 from ngpt.training.checkpoint import checkpoint_folders
 from ngpt.training.config import TrainConfig
 from ngpt.training.loop import train
-from ngpt.training.run import Clock
+from ngpt.training.run import Clock, RunResult
 from ngpt.training.state import TrainState
 from tests.helpers.tiny_run import AWKWARD, MODELS, assert_equal_weights, rows, run, untimed, watch, weights
 
@@ -221,7 +225,7 @@ def test_a_checkpoint_has_the_validation_loss_of_its_own_weights(
 
 def test_the_clock_leaves_out_warmup_and_discarded_steps() -> None:
     state = TrainState()
-    clock = Clock(state, warmup=2)
+    clock = Clock(state, torch.device("cpu"), warmup=2)
     for tokens in (1, 10, 100):
         with clock.step(tokens):
             pass
@@ -230,3 +234,55 @@ def test_the_clock_leaves_out_warmup_and_discarded_steps() -> None:
     with clock.step(10_000):
         pass
     assert state.timed_tokens == 10_100 and state.timed_seconds > 0
+
+
+class DeviceQueue:
+    """A GPU whose kernels take seconds of a clock that stands still unless somebody waits for them."""
+
+    def __init__(self) -> None:
+        self.now = self.busy_until = 0.0
+
+    def launch(self, seconds: float) -> None:
+        self.busy_until = max(self.busy_until, self.now) + seconds
+
+    def wait(self, *_: object) -> None:
+        self.now = max(self.now, self.busy_until)
+
+
+@pytest.mark.parametrize("together", [1, 2])
+def test_throughput_includes_the_kernels_that_are_still_queued(
+    tiny: TrainConfig, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, together: int
+) -> None:
+    """A step waits for its gradients, 4 s, but not for its update, 2 s. An evaluation takes 100 s."""
+    queue = DeviceQueue()
+
+    def gradients(*arguments: Any) -> Any:
+        queue.launch(4)
+        queue.wait()
+        return [(1.0, 1.0)] * together if together > 1 else (1.0, 1.0)
+
+    def evaluate(run: Any, *, last: bool) -> Any:
+        queue.launch(100)
+        queue.wait()
+        return real_evaluation(run, last=last)
+
+    real_evaluation = ngpt.training.loop.evaluate_run
+    monkeypatch.setattr(ngpt.training.loop, "evaluate_run", evaluate)
+    for module in (ngpt.training.loop, ngpt.ensemble.train):
+        monkeypatch.setattr(module, "update", lambda runs: queue.launch(2))
+    monkeypatch.setattr(ngpt.training.loop, "gradients", gradients)
+    monkeypatch.setattr(ngpt.ensemble.train, "_gradients", gradients)
+    monkeypatch.setattr(ngpt.training.run, "time", SimpleNamespace(perf_counter=lambda: queue.now))
+    monkeypatch.setattr(ngpt.training.run, "synchronize", queue.wait)
+    config = override(tiny, {"tracker.log_every": 2, "eval_every": 3, "checkpoint.every": 5})
+    folders = [tmp_path / str(i) for i in range(together)]
+    if together == 1:
+        results = [run(config, folders[0], dataset)]
+    else:
+        configs = [override(config, {"seed": seed}) for seed in range(together)]
+        events = [event for update in train_together(configs, folders, dataset=dataset) for event in update.values()]
+        results = [event for event in events if isinstance(event, RunResult)]
+    assert [result.metrics["tokens_per_second"] for result in results] == [4 * 16 / 6] * together
+    for folder in folders:
+        lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+        assert {line["tokens_per_second"] for line in lines} == {None, 4 * 16 / 6}
