@@ -14,15 +14,21 @@ FLOAT32_TOKENS = 256  # below this length torch's CPU attention is up to 3 times
 
 
 class KVCache:
-    """Keys and values (B, G, T, K) of previous tokens in each layer, so that generation does not recompute them."""
+    """Keys and values (B, G, T, K) of previous tokens in each layer, so that generation does not recompute them.
+
+    They are kept in the dtype of the first step: bfloat16 under autocast, which is half the memory of float32.
+    """
 
     def __init__(self, cfg: ModelConfig, batch: int, *, device: torch.device) -> None:
-        shape = (cfg.n_layer, 2, batch, cfg.kv_heads, cfg.block_size, cfg.head_dim)
-        self._entries = torch.zeros(shape, device=device)
+        self._shape = (cfg.n_layer, 2, batch, cfg.kv_heads, cfg.block_size, cfg.head_dim)
+        self._device = device
+        self._entries: Tensor | None = None
         self.length = 0  # cached tokens; the model increases it at the end of a forward pass
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Appends `k` and `v` (B, G, new, K) to a layer's cache; returns the keys and values of all tokens so far."""
+        if self._entries is None:
+            self._entries = torch.zeros(self._shape, dtype=v.dtype, device=self._device)
         stop = self.length + k.shape[2]
         keys, values = self._entries[layer]
         keys[:, :, self.length : stop], values[:, :, self.length : stop] = k, v

@@ -270,6 +270,18 @@ def test_cached_generation_matches_one_full_pass(changes: dict[str, object]) -> 
         torch.testing.assert_close(torch.cat(parts, dim=1), model(idx), atol=1e-5, rtol=0)
 
 
+def test_cached_keys_and_values_have_the_dtype_of_the_step() -> None:
+    model, idx = perturbed(), tokens(batch=2)
+    cache = KVCache(model.cfg, 2, device=torch.device("cpu"))
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        for part in idx.split([5, 1, 4, 2], dim=1):
+            model(part, cache=cache)
+    cache.length -= 1
+    new = torch.zeros(2, model.cfg.kv_heads, 1, model.cfg.head_dim, dtype=torch.bfloat16)
+    keys, values = cache.extend(0, new.float(), new)  # normalized keys are float32 also under autocast
+    assert (keys.dtype, values.dtype) == (torch.bfloat16, torch.bfloat16)
+
+
 EVERYTHING = {
     "residual": "slerp",
     "norm_mode": "dotprod",
