@@ -2,12 +2,15 @@
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from benchmarks import gpu
 from benchmarks.gpu import PARTS, Part, experiments, half_billion, production
+from tests.helpers.fake_gpus import FakeGpus
+from tune.bench import __main__ as tune_bench
 from tune.planning.plan import preview
 
 
@@ -60,10 +63,17 @@ def test_a_part_that_fails_leaves_an_error_and_the_others_continue(
 
 
 @pytest.mark.slow
-def test_the_whole_gpu_benchmark_runs_at_a_small_size(capsys: pytest.CaptureFixture[str]) -> None:
-    assert gpu.main(["--tiny", "--json"]) == 0
+@pytest.mark.parametrize("count", [0, 2])
+def test_the_whole_gpu_benchmark_runs_at_a_small_size(
+    capsys: pytest.CaptureFixture[str], fake_gpus: Callable[..., FakeGpus], count: int
+) -> None:
+    """On a CPU, and on two GPUs that do not exist, as `python -m tune.bench gpu`."""
+    fake_gpus(count=count)
+    assert tune_bench.main(["gpu", "--tiny", "--json"]) == 0
     figures = json.loads(capsys.readouterr().out)
     errors = {name: figures[name] for name in PARTS if "error" in figures[name]}
     assert errors == {}
     assert figures["experiments"]["trials"]["finished"] >= 39
     assert all(row["value"] is not None for row in figures["targets"].values())
+    assert ("Fake GPU" in figures["packed"]["device"]) is bool(count)
+    assert bool(figures["experiments"]["packing"]) is bool(count)

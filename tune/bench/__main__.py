@@ -1,6 +1,7 @@
 """The command `python -m tune.bench NAME`."""
 
 import argparse
+import importlib
 import inspect
 import sys
 from collections.abc import Callable
@@ -17,10 +18,24 @@ from tune.bench.packing import packing
 from tune.bench.sequential import sequential
 from tune.bench.verdicts import verdict_table, verdicts
 
+
+def gpu(*, tiny: bool = False) -> dict[str, Any]:
+    """Benchmarks one GPU with the shapes of experiments/, in under ten minutes; only in a checkout.
+
+    The same as `python -m benchmarks.gpu`, whose --help has the fields. tiny: shapes that take seconds on a CPU.
+    """
+    try:
+        module = importlib.import_module("benchmarks.gpu")
+    except ModuleNotFoundError:
+        raise ConfigError("gpu needs the shapes of a checkout, which are not installed: run it there") from None
+    return module.measure_all(tiny=tiny)
+
+
 BENCHMARKS: dict[str, Callable[..., dict[str, Any]]] = {
     "campaign": campaign,
     "scaling": scaling,
     "packing": packing,
+    "gpu": gpu,
     "confirmations": confirmations,
     "sequential": sequential,
     "verdicts": verdicts,
@@ -32,7 +47,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs a benchmark from the command line and returns the exit code."""
     options = vars(_parser().parse_args(arguments))
     name, as_json = options.pop("name"), options.pop("json")
-    given_options = {option: value for option, value in options.items() if value not in (None, [])}
+    given_options = {
+        option: value for option, value in options.items() if value is not None and value is not False and value != []
+    }
 
     def command() -> int:
         parameters = inspect.signature(BENCHMARKS[name]).parameters
@@ -72,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--start", type=int, help="sequential: seeds of the first round")
     parser.add_argument("--most", type=int, help="sequential: largest number of seeds of an arm")
     parser.add_argument("--config", type=Path, help="packing: YAML file with settings, as for ngpt.train")
+    parser.add_argument("--tiny", action="store_true", help="gpu: tiny shapes, as a test")
     add_set_option(parser, help="packing: settings")
     return parser
 
