@@ -30,13 +30,20 @@ from ngpt.training.load_model import (
 )
 from ngpt.training.tracker import finite_or_none
 
+SPLITS = ("train", "val", "test")
 EVAL_TOKENS = 16_384  # if neither the command line nor the checkpoint sets a number
 
 
 def evaluate_checkpoint(
-    model: GPT, checkpoint: Checkpoint, dataset: Dataset, *, eval_tokens: int | None, dtype: str | None
+    model: GPT,
+    checkpoint: Checkpoint,
+    dataset: Dataset,
+    *,
+    eval_tokens: int | None,
+    dtype: str | None,
+    split: str = "val",
 ) -> dict[str, Any]:
-    """Returns `val_loss`, `val_bpb` and `perplexity` (per token), and describes the model and data behind them.
+    """Returns `val_loss`, `val_bpb` and `perplexity` (per token) of a split, and describes model and data behind them.
 
     `eval_tokens` and `dtype` default to those of the training run. Raises ConfigError if the corpus was tokenized with
     another tokenizer than the model's.
@@ -53,7 +60,7 @@ def evaluate_checkpoint(
     trained_rows = identity.get("micro_batch_size") or identity.get("batch_size") or 1
     batch_size = max(1, trained_rows * identity["model.block_size"] // block_size)
     tokens = eval_tokens or identity.get("eval_tokens") or EVAL_TOKENS
-    data = eval_set(dataset, tokens=tokens, batch_size=batch_size, block_size=block_size)
+    data = eval_set(dataset, tokens=tokens, batch_size=batch_size, block_size=block_size, split=split)
     autocast = mixed_precision(next(model.parameters()).device, dtype or identity.get("dtype", "float32"))
     scores = {name: finite_or_none(value) for name, value in evaluate(model, data, autocast=autocast).items()}
     loss = scores["val_loss"]
@@ -65,6 +72,7 @@ def evaluate_checkpoint(
         "rope_scaling": model.cfg.rope_scaling,
         "rope_factor": model.cfg.rope_factor,
         "trained_on_corpus": identity.get("data.fingerprint") == dataset.manifest["fingerprint"],
+        "split": split,
         "eval_tokens": data.n_tokens,
         "eval_sha256": data.sha256,
     }
@@ -98,7 +106,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--corpus", metavar="C", help="as for python -m ngpt.data; default: what it was trained on")
     parser.add_argument("--tokenizer", metavar="T", help="of the corpus, if it is not the checkpoint's own")
     parser.add_argument("--from", dest="source", metavar="PATH", help="local copy of a corpus that is downloaded")
-    parser.add_argument("--eval-tokens", type=int, metavar="N", help="of the validation split; default: as in training")
+    splits = "of the corpus (default val); test is what files are named for, nothing is trained on it"
+    parser.add_argument("--split", choices=SPLITS, default="val", help=splits)
+    parser.add_argument("--eval-tokens", type=int, metavar="N", help="of the split; default: as in training")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)
     return run_command(lambda: _evaluate(options), path=options.checkpoint)
@@ -111,7 +121,8 @@ def _evaluate(options: argparse.Namespace) -> int:
     model = build_model(checkpoint, device=options.device, **parse_model_changes(options.set))
     config = data_config(checkpoint, corpus=options.corpus, source=options.source, tokenizer=options.tokenizer)
     dataset = open_dataset(config)
-    metrics = evaluate_checkpoint(model, checkpoint, dataset, eval_tokens=options.eval_tokens, dtype=options.dtype)
+    how: dict[str, Any] = {"eval_tokens": options.eval_tokens, "dtype": options.dtype, "split": options.split}
+    metrics = evaluate_checkpoint(model, checkpoint, dataset, **how)
     print_metrics(metrics, as_json=options.json, width=18, digits=6)
     return 0
 

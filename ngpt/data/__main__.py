@@ -18,8 +18,19 @@ CORPUS
                 as below, or .txt (a document each)
   PATH          documents: Parquet, Arrow (also a data set saved by save_to_disk), JSON lines, a JSON array of objects,
                 recognised whatever the suffix, with the text in the column "text" or --text-column;
-                a text file; a folder of text files; a folder of GPT-2 .bin shards, in which names with "val" are the
-                validation split; a folder that this command has filled. JSON and text may be .gz, .zst, .bz2 or .xz
+                a text file; a folder of text files; token files, see below; a folder that this command has filled.
+                JSON and text may be .gz, .zst, .bz2 or .xz
+
+SPLITS
+  Files and folders are assigned to splits by the words of their names: train, training; val, valid, validation, dev;
+  test. So train.bin, wiki.valid.txt, train-00000-of-00005.parquet and data/test/0.jsonl are read as published. The
+  test split is never trained on; python -m ngpt.evaluate --split test scores it. Files that are named for no split
+  are trained on. Without files for validation, val_fraction takes it from what is trained on. --splits fraction
+  ignores the names.
+
+TOKEN FILES
+  .bin of llm.c (versions 1 and 7), of modded-nanogpt and of Megatron (with its .idx), .npy, and bare uint16 as nanoGPT
+  writes it. Bare files that look wider than 16 bits are refused unless --token-dtype says what they hold.
 
 TOKENIZER
   sentencepiece:SIZE   trained on the train split, once; byte-level fallback, loses nothing
@@ -80,6 +91,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--shards", type=_count, metavar="N", help="files to take of a corpus in parts (default 1)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to write; default: $NGPT_CACHE or ~/.cache/ngpt")
     parser.add_argument("--val-fraction", type=float, metavar="F", help="share of the validation split (default 0.1)")
+    parser.add_argument("--splits", metavar="S", help="names (default) or fraction, see above")
+    widths = "width of token files without a header: uint16, uint32, int32, int64, ..."
+    parser.add_argument("--token-dtype", metavar="D", help=widths)
     parser.add_argument("--workers", type=_count, metavar="N", help="threads that tokenize (default: one per core)")
     parser.add_argument("--on-corrupt", metavar="P", help="skip (default) or fail")
     parser.add_argument("--json", action="store_true", help="print the manifest as one JSON object")

@@ -31,11 +31,24 @@ from ngpt.config.base import (
 )
 from ngpt.data.prepare import PROGRESS_FILE, TOKEN_BYTES_FILE, tokenize
 from ngpt.data.sampling import ORDERS
-from ngpt.data.shard_index import READERS, index_shards, known_vocab_size, shard_paths, shard_vocab_size
+from ngpt.data.shard_index import (
+    READERS,
+    check_recorded_splits,
+    choose_shards,
+    formats_to_record,
+    index_shards,
+    known_vocab_size,
+    resolve_splits,
+    shard_paths,
+    shard_vocab_size,
+    splits_to_record,
+)
 from ngpt.data.sources import CORPORA, Corpus, ShardCorpus, shards_identity, text_corpus
+from ngpt.data.splits import MODES, SplitFiles, split_files
 from ngpt.data.text.documents import COLUMN
 from ngpt.data.text.progress import Log, silent
 from ngpt.data.tokens.checksums import shard_crc
+from ngpt.data.tokens.formats import BARE_DTYPES, KNOWN_WITHOUT_RECORD
 from ngpt.data.tokens.shards import CorruptShardError, read_shard, token_crc
 from ngpt.data.tokens.tokenizer import parse_spec, tokenizer_identity, tokenizer_vocab_size
 from ngpt.system.atomic_files import commit_folder, write_json
@@ -71,12 +84,17 @@ class DataConfig(Config, frozen=True):
     reservoir: Annotated[int, pydantic.Field(ge=1)] = 4096  # windows in the buffer of order reservoir
     # column of the documents, where it is not called so; `a.b` is `b` inside `a`
     text_column: Annotated[str, pydantic.Field(min_length=1)] = added_setting(COLUMN)
+    # names: files named train, val or test are these splits; fraction: val_fraction alone decides
+    splits: Annotated[str, one_of(MODES, "way to split")] = added_setting("names")
+    # width of token files without a header; null: uint16 unless the content contradicts
+    token_dtype: Annotated[str, one_of(BARE_DTYPES, "dtype")] | None = added_setting(None)
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A corpus ready to train on: the tokens of each split, one read-only memory-mapped uint16 array per shard.
+    """A corpus ready to train on: the tokens of each split, one read-only memory-mapped array of integers per shard.
 
+    `test` is empty unless files are named for it; nothing is trained on it.
     `token_bytes` (V,) int64 is the number of UTF-8 bytes of each token; None without the tokenizer.
     """
 
@@ -86,6 +104,7 @@ class Dataset:
     token_bytes: np.ndarray | None
     manifest: dict[str, Any]
     folder: Path
+    test: tuple[np.ndarray, ...] = ()
 
 
 def vocab_size(config: DataConfig) -> int:
@@ -96,7 +115,9 @@ def vocab_size(config: DataConfig) -> int:
         return known_vocab_size(source.name, source.vocab_size, config.tokenizer)
     if isinstance(source, Corpus):
         return tokenizer_vocab_size(config.tokenizer)
-    return _read_manifest(source)["vocab_size"] if _is_prepared(source) else shard_vocab_size(source, config.tokenizer)
+    if _is_prepared(source):
+        return _read_manifest(source)["vocab_size"]
+    return shard_vocab_size(source, config.tokenizer, config.token_dtype)
 
 
 def fingerprint(config: DataConfig) -> str:
@@ -105,12 +126,35 @@ def fingerprint(config: DataConfig) -> str:
     Independent of the machine, the location of the files, and the order of training (`order_settings`). Reads each file
     at most once per process; prepares and downloads nothing.
     """
+    return _fingerprints(config)[0]
+
+
+def _fingerprints(config: DataConfig) -> tuple[str, str]:
+    """Returns the fingerprint, and that of versions that knew one width of tokens and less about names.
+
+    Both are equal unless other splits or formats are read now.
+    """
     check_shards(config)
     source = _locate(config)
     if isinstance(source, Path) and _is_prepared(source):
-        return _read_manifest(source)["fingerprint"]
-    content = shards_identity(shard_paths(source)) if isinstance(source, Path) else source.identity
+        recorded = _read_manifest(source)["fingerprint"]
+        return recorded, recorded
+    added: dict[str, Any] = {}
+    if isinstance(source, Path):
+        files = choose_shards(source, config.splits)
+        paths = sorted([*files.train, *files.val, *files.test])
+        content: Any = shards_identity(paths, files.root)
+        added = {"splits": splits_to_record(files), "formats": formats_to_record(files, config.token_dtype)}
+    else:
+        content = source.identity
+        if isinstance(source, Corpus) and source.held_out and source.files:
+            added = {"splits": source.files.names()}
+    added = {name: value for name, value in added.items() if value}
     identity = [FORMAT, content, tokenizer_identity(_tokenizer(config, source)), config.val_fraction]
+    return _hash([*identity, added] if added else identity), _hash(identity)
+
+
+def _hash(identity: list[Any]) -> str:
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
 
 
@@ -141,12 +185,15 @@ def prepare(config: DataConfig, *, out: Path | None = None, log: Log = silent, w
     if isinstance(source, Path) and _is_prepared(source):
         if out is not None:
             raise ConfigError(f"{source} is prepared already: there is nothing to write to {out}")
+        check_recorded_splits(_read_manifest(source), source)
         final = source
     else:
-        key = fingerprint(config)
+        key, earlier = _fingerprints(config)
         name = re.sub(r"\W+", "-", Path(config.corpus).stem) or "corpus"
         final = out.absolute() if out else cache_folder() / f"{name}-{key}"
         if not _is_done(final, key):
+            if key != earlier and _is_prepared(before := cache_folder() / f"{name}-{earlier}"):
+                log(f"{before} has other splits or another width of tokens: {config.corpus} is prepared anew")
             final.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(final.parent / f".{final.name}.lock"):
                 if not _is_done(final, key):  # another process may have prepared it meanwhile
@@ -166,11 +213,14 @@ def open_dataset(config: DataConfig, *, recheck: bool = False) -> Dataset:
     folder = prepare(config, log=log.info)
     manifest = _read_manifest(folder)
     shards = _shard_folder(config, manifest, folder)
+    if "test" in manifest["splits"]:
+        log.warning("%s: %s", manifest["corpus"], manifest["chosen"])
     for skipped in manifest["skipped"]:
         log.warning("corrupt shard left out: %s %s", shards / skipped["name"], skipped["reason"])
 
     def opened(entry: dict[str, Any]) -> np.ndarray:
-        return _open_shard(shards / entry["name"], entry, folder, recheck=recheck)
+        bare_dtype = config.token_dtype or manifest.get("token_dtype")
+        return _open_shard(shards / entry["name"], entry, folder, bare_dtype=bare_dtype, recheck=recheck)
 
     with ThreadPoolExecutor(READERS) as pool:  # checksums let other threads run
         splits = {split: tuple(pool.map(opened, counts["shards"])) for split, counts in manifest["splits"].items()}
@@ -184,6 +234,8 @@ Source = Corpus | ShardCorpus | Path  # a path: a folder of shards or of a prepa
 def _locate(config: DataConfig) -> Source:
     if config.corpus in CORPORA:
         _require_default_column(config, config.corpus)
+        if config.splits != "names" or config.token_dtype is not None:
+            raise ConfigError(f"data.splits and data.token_dtype are for a path, not for {config.corpus}")
         return CORPORA[config.corpus](Path(config.path).expanduser() if config.path else None, config.shards)
     path = Path(config.corpus).expanduser()
     if not path.exists():
@@ -192,10 +244,10 @@ def _locate(config: DataConfig) -> Source:
         raise ConfigError("data.path (--from) is a local copy of a named corpus, and this corpus is a path itself")
     if _is_prepared(path):
         return path
-    if path.is_dir() and shard_paths(path):
-        _require_default_column(config, "a folder of shards")
+    if shard_paths(path):
+        _require_default_column(config, "token files")
         return path
-    return text_corpus(path, config.text_column)
+    return text_corpus(path, config.text_column, config.splits)
 
 
 def _require_default_column(config: DataConfig, what: str) -> None:
@@ -219,7 +271,9 @@ def _shard_folder(config: DataConfig, manifest: dict[str, Any], folder: Path) ->
         return folder
     source = _locate(config)
     if isinstance(source, Path):
-        return Path(manifest["shard_folder"]) if _is_prepared(source) else source
+        if _is_prepared(source):
+            return Path(manifest["shard_folder"])
+        return source if source.is_dir() else source.parent
     if config.path is not None:
         return Path(config.path).expanduser()
     recorded = Path(manifest["shard_folder"])
@@ -263,12 +317,35 @@ def _make(config: DataConfig, temp: Path, log: Log, workers: int | None) -> dict
     how = {"tokenizer": _tokenizer(config, source), "val_fraction": config.val_fraction, "folder": temp, "log": log}
     if isinstance(source, Corpus):
         source.fetch(log)
-        return {"shard_folder": None} | tokenize(source, **how, workers=workers)
-    paths = source.fetch(log) if isinstance(source, ShardCorpus) else shard_paths(source)
-    made = index_shards(paths, vocab_size=vocab_size(config), **how)
+        described: dict[str, Any] = {}
+        if source.files is not None:
+            part = "of its documents" if source.split_by == "document" else "of it, at its end"
+            described = _describe(source.files, f"{config.val_fraction:g} {part}")
+            if sum(map(len, described["files"].values())) > 1:
+                log(f"{source.name}: {described['chosen']}")
+        return {"shard_folder": None} | described | tokenize(source, **how, workers=workers)
+    if isinstance(source, ShardCorpus):
+        paths = source.fetch(log)
+        files = split_files(paths[0].parent, paths)
+    else:
+        files = choose_shards(source, config.splits)
+    made = index_shards(files, vocab_size=vocab_size(config), **how, bare_dtype=config.token_dtype)
     if made["skipped"] and config.on_corrupt == "fail":
         raise _refusal(made["skipped"], "")
-    return {"shard_folder": str(paths[0].parent.resolve())} | made
+    entries = [entry for counts in made["splits"].values() for entry in counts["shards"]]
+    resolved = resolve_splits(files, [files.root / entry["name"] for entry in entries])
+    described = _describe(resolved, f"{config.val_fraction:g} of it, at its end")
+    log(f"{files.root.name}: {described['chosen']}")
+    if config.token_dtype is not None:
+        described["token_dtype"] = config.token_dtype
+    return {"shard_folder": str(files.root.resolve())} | described | made
+
+
+def _describe(files: SplitFiles, val_fraction: str) -> dict[str, Any]:
+    """Returns the manifest entries about the files of the splits; `val_fraction` says how val is made of train."""
+    ignored = [files.name(path) for path in files.ignored]
+    names = files.names() | ({"not read": ignored} if ignored else {})
+    return {"files": names, "chosen": files.describe(val_fraction)}
 
 
 def _refusal(skipped: Sequence[dict[str, str]], hint: str) -> ConfigError:
@@ -287,10 +364,14 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _open_shard(path: Path, entry: dict[str, Any], folder: Path, *, recheck: bool) -> np.ndarray:
+def _open_shard(
+    path: Path, entry: dict[str, Any], folder: Path, *, bare_dtype: str | None, recheck: bool
+) -> np.ndarray:
     """Checks a shard against the manifest and returns the part of its tokens that is in the split."""
-    shard = read_shard(path)
-    if path.stat().st_size != entry["size"] or shard_crc(path, recheck=recheck) != entry["crc32"]:
+    shard = read_shard(path, bare_dtype)
+    same_format = shard.format == entry["format"] if "format" in entry else shard.format in KNOWN_WITHOUT_RECORD
+    same_size = same_format and path.stat().st_size == entry["size"]
+    if not same_size or shard_crc(path, bare_dtype=bare_dtype, recheck=recheck) != entry["crc32"]:
         raise CorruptShardError(path, f"differs from the manifest; remove {folder} to prepare it again")
     return np.asarray(shard.tokens)[entry["first"] : entry["first"] + entry["tokens"]]
 

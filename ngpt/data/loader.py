@@ -14,6 +14,7 @@ from torch import Tensor
 from ngpt.config.base import ConfigError
 from ngpt.data.dataset import Dataset
 from ngpt.data.sampling import ORDERS
+from ngpt.data.tokens.formats import token_dtype
 
 Batch = tuple[Tensor, Tensor]
 
@@ -66,18 +67,21 @@ def train_batch(
     return _batch(tokens)
 
 
-def eval_set(dataset: Dataset, *, tokens: int, batch_size: int, block_size: int) -> EvalSet:
-    """Returns the first `tokens` validation tokens as adjacent windows; ConfigError if a split has no whole window."""
+def eval_set(dataset: Dataset, *, tokens: int, batch_size: int, block_size: int, split: str = "val") -> EvalSet:
+    """Returns the first `tokens` tokens of a split as adjacent windows; ConfigError if a split has no whole window."""
+    shards = {"train": dataset.train, "val": dataset.val, "test": dataset.test}[split]
+    if not shards:
+        raise ConfigError(f"{dataset.folder} has no {split} split; it has {' and '.join(dataset.manifest['splits'])}")
     _require(dataset.train, "train", block_size)
-    _require(dataset.val, "validation", block_size)
-    windows = _first_windows(dataset.val, max(1, tokens // block_size), block_size)
+    _require(shards, "validation" if split == "val" else split, block_size)
+    windows = _first_windows(shards, max(1, tokens // block_size), block_size)
     targets = windows[:, 1:]
     sizes = dataset.token_bytes
     return EvalSet(
         batches=[_batch(windows[row : row + batch_size]) for row in range(0, len(windows), batch_size)],
         n_tokens=targets.size,
         n_bytes=None if sizes is None else int(sizes[targets].sum()),
-        sha256=hashlib.sha256(windows.astype("<u2").tobytes()).hexdigest(),
+        sha256=hashlib.sha256(windows.astype(token_dtype(dataset.vocab_size)).tobytes()).hexdigest(),
         starts=None if sizes is None else (sizes[targets] <= 0).ravel(),
     )
 

@@ -17,6 +17,7 @@ from ngpt.config.base import ConfigError
 from ngpt.data.sources import Corpus
 from ngpt.data.text.documents import read_file
 from ngpt.data.text.progress import Log, Meter
+from ngpt.data.tokens.formats import KNOWN_WITHOUT_RECORD, token_dtype
 from ngpt.data.tokens.shards import CorruptShardError, Shard, token_crc, verify_shard, write_shard
 from ngpt.data.tokens.tokenizer import MODEL_FILE, Tokenizer, load_tokenizer, parse_spec, train_sentencepiece
 from ngpt.system.atomic_files import write_atomic, write_json
@@ -28,7 +29,7 @@ Text = tuple[str, str]  # split, text
 SHARD_TOKENS = 100_000_000
 TOKEN_BYTES_FILE = "token_bytes.npy"
 PROGRESS_FILE = "progress.json"
-SPLITS = ("train", "val")
+SPLITS = ("train", "val")  # and test, if files are named for it
 BATCH, MAX_BATCH = 1 << 20, 1 << 25  # characters per batch: the usual minimum, and the limit if texts are large
 EMPTY_LINE = "\n\n"  # after each document if the tokenizer has no document separator
 
@@ -45,7 +46,8 @@ def tokenize(
     _provide_model(corpus, tokenizer, val_fraction, folder, log)
     loaded = load_tokenizer(tokenizer, folder)
     progress = _Progress(folder, loaded)
-    writers = {split: _SplitWriter(folder, split, loaded.vocab_size, progress) for split in SPLITS}
+    split_names = [*SPLITS, *(split for split in corpus.held_out if split not in SPLITS)]
+    writers = {split: _SplitWriter(folder, split, loaded.vocab_size, progress) for split in split_names}
     content = hashlib.sha256()
     size, n_read, n_skipped, n_tokens = corpus.size(), 0, 0, 0
     ending = EMPTY_LINE if corpus.separated and loaded.document_separator is None else ""
@@ -74,7 +76,11 @@ def tokenize(
         writers[split].add(ids)
         n_tokens += len(ids)
         meter.update(n_tokens, "tokens", fraction=n_read / max(size, 1), before=n_skipped / max(size, 1))
-    splits = {split: writer.close() for split, writer in writers.items()}
+    reason = f"too little text for data.val_fraction {val_fraction}"
+    splits = {
+        split: writer.close("its files hold no text" if split in corpus.held_out else reason)
+        for split, writer in writers.items()
+    }
     about = {"splits": splits, "vocab_size": loaded.vocab_size, "content_sha256": content.hexdigest(), "skipped": []}
     if corpus.separated:
         about["left_out"] = dict(sorted(corpus.left_out.items())) | {"files": list(corpus.files_left_out)}
@@ -93,12 +99,12 @@ def default_threads() -> int:
 def encode_in_order(
     texts: Iterable[Text], tokenizer: Tokenizer, *, marked: bool, threads: int
 ) -> Iterator[tuple[str, np.ndarray, bool]]:
-    """Yields the split of each text, its ids (N,) uint16, and whether they decode to as many bytes as the text has.
+    """Yields the split of each text, its ids (N,), and whether they decode to as many bytes as the text has.
 
     `marked` texts start with the document separator token, if the tokenizer has one.
     """
     separator = tokenizer.document_separator if marked else None
-    prefix = np.array([] if separator is None else [separator], np.uint16)
+    prefix = np.array([] if separator is None else [separator], token_dtype(tokenizer.vocab_size))
     sizes = tokenizer.token_bytes()
     for batch in _batches(texts, threads):
         encoded = tokenizer.encode_batch([text for _, text in batch], threads=threads)
@@ -121,14 +127,15 @@ def _batches(texts: Iterable[Text], threads: int) -> Iterator[list[Text]]:
         yield batch
 
 
-def shard_entry(shard: Shard, first: int, stop: int) -> Entry:
+def shard_entry(shard: Shard, first: int, stop: int, root: Path | None = None) -> Entry:
     """Returns the manifest entry of a shard whose tokens [first, stop) are in the split. The CRC covers all tokens."""
     return {
-        "name": shard.path.name,
+        "name": shard.path.relative_to(root).as_posix() if root else shard.path.name,
         "size": shard.path.stat().st_size,
-        "crc32": shard.crc32 if shard.crc32 is not None else token_crc(shard.tokens),
+        "crc32": shard.crc32 if shard.crc32 is not None else token_crc(shard.words),
         "first": first,
         "tokens": stop - first,
+        **({} if shard.format in KNOWN_WITHOUT_RECORD else {"format": shard.format}),
     }
 
 
@@ -159,11 +166,23 @@ def _provide_model(corpus: Corpus, tokenizer: str, val_fraction: float, folder: 
 
 
 def _split(corpus: Corpus, val_fraction: float) -> Iterator[Text]:
-    if corpus.split_by == "document":
-        for text in corpus.documents():
-            draw = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) / 2**64
-            yield ("val" if draw < val_fraction else "train"), text
-        return
+    """Yields all texts with their splits: what falls under `val_fraction`, then what is held out."""
+    if "val" in corpus.held_out:
+        yield from (("train", text) for text in corpus.documents())
+    elif corpus.split_by == "document":
+        yield from ((_drawn_split(text, val_fraction), text) for text in corpus.documents())
+    else:
+        yield from _split_by_position(corpus, val_fraction)
+    for split, documents in corpus.held_out.items():
+        yield from ((split, text) for text in documents())
+
+
+def _drawn_split(text: str, val_fraction: float) -> str:
+    draw = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) / 2**64
+    return "val" if draw < val_fraction else "train"
+
+
+def _split_by_position(corpus: Corpus, val_fraction: float) -> Iterator[Text]:
     cut = int(sum(map(len, corpus.documents())) * (1 - val_fraction))  # characters, as nanoGPT counts
     for text in corpus.documents():
         local_cut = min(max(cut, 0), len(text))
@@ -182,12 +201,13 @@ class _Progress:
         self._folder = folder
         self._key = [SHARD_TOKENS, tokenizer.sha256]
         self.lossless = tokenizer.token_bytes() is not None
-        self.shards: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
+        self.shards: dict[str, list[dict[str, Any]]] = {}
         if (folder / PROGRESS_FILE).is_file():
             before = json.loads((folder / PROGRESS_FILE).read_text(encoding="utf-8"))
             if before["key"] == self._key:
                 self.lossless = before["lossless"]
-                self.shards = {split: self._intact(before["shards"][split], tokenizer.vocab_size) for split in SPLITS}
+                records = before["shards"].items()
+                self.shards = {split: self._intact(entries, tokenizer.vocab_size) for split, entries in records}
         self.n_shards = sum(map(len, self.shards.values()))
         kept = {record["entry"]["name"] for records in self.shards.values() for record in records}
         for path in folder.iterdir():  # including partial files of a killed process
@@ -195,7 +215,7 @@ class _Progress:
                 path.unlink()
 
     def add(self, split: str, entry: Entry, n_texts: int, n_tokens: int) -> None:
-        self.shards[split].append({"entry": entry, "texts": n_texts, "tokens": n_tokens})
+        self.shards.setdefault(split, []).append({"entry": entry, "texts": n_texts, "tokens": n_tokens})
         write_json(self._folder / PROGRESS_FILE, {"key": self._key, "lossless": self.lossless, "shards": self.shards})
 
     def _intact(self, records: list[dict[str, Any]], vocab_size: int) -> list[dict[str, Any]]:
@@ -215,8 +235,9 @@ class _SplitWriter:
 
     def __init__(self, folder: Path, split: str, vocab_size: int, progress: _Progress) -> None:
         self._folder, self._split, self._vocab_size, self._progress = folder, split, vocab_size, progress
-        last = progress.shards[split][-1] if progress.shards[split] else {"texts": 0, "tokens": 0}
-        self._entries: list[Entry] = [record["entry"] for record in progress.shards[split]]
+        finished = progress.shards.get(split, [])
+        last = finished[-1] if finished else {"texts": 0, "tokens": 0}
+        self._entries: list[Entry] = [record["entry"] for record in finished]
         self._n_seen = 0  # texts
         self._n_added = self._n_finished = last["texts"]
         self._n_dropped = last["tokens"]  # of the next text, in finished shards
@@ -242,11 +263,12 @@ class _SplitWriter:
             n_tokens = 0 if whole else len(ids) - self._n_waiting
             self._progress.add(self._split, self._entries[-1], self._n_added if whole else self._n_added - 1, n_tokens)
 
-    def close(self) -> dict[str, Any]:
+    def close(self, reason: str) -> dict[str, Any]:
+        """Writes the last shard and returns the manifest entry. ConfigError with `reason` if there is no text."""
         if self._n_waiting:
             self._write(self._n_waiting)
         if not self._entries:
-            raise ConfigError(f"the {self._split} split is empty: too little text for this data.val_fraction")
+            raise ConfigError(f"the {self._split} split is empty: {reason}")
         return split_totals(self._entries, self._n_bytes)
 
     def _write(self, count: int) -> None:

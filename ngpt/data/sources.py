@@ -9,13 +9,14 @@ import json
 import platform
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
 from ngpt.config.base import ConfigError, printable
+from ngpt.data.splits import SplitFiles, split_files
 from ngpt.data.text.documents import (
     COLUMN,
     edges_crc,
@@ -32,8 +33,8 @@ from ngpt.data.text.formats import format_of
 from ngpt.data.text.hub import HINT, download, list_hub
 from ngpt.data.text.progress import Log, silent
 from ngpt.data.text.python_docs import DOCSTRINGS_FORMAT, python_documents
+from ngpt.data.tokens.formats import HEADER_BYTES, MAGIC, NPY_MAGIC, TOKEN_SUFFIXES
 from ngpt.data.tokens.gpt2_bpe import VOCAB_SIZE
-from ngpt.data.tokens.shards import HEADER_BYTES, MAGIC
 from ngpt.system.atomic_files import write_json
 from ngpt.system.cache import cache_folder
 
@@ -56,7 +57,7 @@ class Corpus:
 
     name: str  # for messages and folder names
     identity: str  # equal if and only if the text is equal; cheap to compute
-    documents: Callable[[], Iterator[str]]  # the text from its start
+    documents: Callable[[], Iterator[str]]  # the text from its start, without what is held out
     size: Callable[[], int]  # approximate bytes
     # document: by the hash of each document, so that both splits have the same kind of text; position: the end is val.
     split_by: Literal["document", "position"] = "document"
@@ -64,6 +65,9 @@ class Corpus:
     fetch: Callable[[Log], object] = lambda log: None  # downloads the files that `documents` reads
     files_left_out: Sequence[str] = ()  # files beside the documents
     left_out: Counter[str] = field(default_factory=Counter)  # documents without text by reason, once all were read
+    # The text of the splits `val` and `test` if files are named for them; with `val`, all documents are trained on.
+    held_out: Mapping[str, Callable[[], Iterator[str]]] = field(default_factory=dict)
+    files: SplitFiles | None = None  # the files of a local folder
 
 
 @dataclass(frozen=True)
@@ -131,7 +135,8 @@ def openwebtext(path: Path | None, shards: int) -> Corpus:
     """OpenWebText, 8 million web pages: `shards` Parquet files of the hub, 100,000 pages each, or all local files."""
     if path is not None:
         files = find_files(path)
-        return _document_corpus("openwebtext", f"documents:{files_identity(path, files)}", lambda log: files)
+        identity = f"documents:{files_identity(path, files)}"
+        return _document_corpus("openwebtext", identity, lambda log: files, chosen=_choose(path, files, "names"))
     return _document_corpus("openwebtext", f"{OPENWEBTEXT}:{shards}", lambda log: _fetch_openwebtext(shards, log))
 
 
@@ -143,8 +148,11 @@ CORPORA: dict[str, Callable[[Path | None, int], Corpus | ShardCorpus]] = {
 }
 
 
-def text_corpus(path: Path, column: str = COLUMN) -> Corpus:
-    """A corpus from a file or folder: its documents under `column`, else all files as text, without hidden ones."""
+def text_corpus(path: Path, column: str = COLUMN, splits: str = "names") -> Corpus:
+    """A corpus from a file or folder: its documents under `column`, else all files as text, without hidden ones.
+
+    `splits` is as in `data.splits`.
+    """
     files = find_files(path)
     name = path.resolve().stem
     documents, _, left_out = select_files(files, column)
@@ -156,32 +164,56 @@ def text_corpus(path: Path, column: str = COLUMN) -> Corpus:
             log(_describe_documents(name, documents, names))
             return documents
 
-        return _document_corpus(name, identity, fetch, column, files_left_out=names)
+        chosen = _choose(path, documents, splits)
+        return _document_corpus(name, identity, fetch, column, files_left_out=names, chosen=chosen)
     if column != COLUMN:
         raise ConfigError(f"data.text_column {column} is for documents (JSON, Parquet or Arrow), and {path} is text")
+    if tokens := [file for file in files if file.suffix.lower() in TOKEN_SUFFIXES]:
+        found = f"{len(tokens)} token files, such as {tokens[0]}" if len(tokens) > 1 else f"a token file, {tokens[0]}"
+        raise ConfigError(f"{path} would be read as text, but holds {found}; name the folder or file of one of both")
+    chosen = _choose(path, files, splits)
+
+    def read(files: Sequence[Path]) -> Iterator[str]:
+        return (piece for file in files for piece in read_text(file))
+
     return Corpus(
         name=name,
         # A text was another one when its byte order mark was part of it.
         identity=("without-bom:" if any(map(has_byte_order_mark, files)) else "") + files_identity(path, files),
-        documents=lambda: (piece for file in files for piece in read_text(file)),
+        documents=lambda: read(chosen.train),
         split_by="position",
         size=lambda: text_size(files),
+        held_out=_held_out(chosen, read),
+        files=chosen,
     )
 
 
-def shards_identity(paths: Sequence[Path]) -> list[list[Any]]:
-    """Returns names, sizes and headers, and checksums of both ends of shards without a CRC."""
+def shards_identity(paths: Sequence[Path], root: Path | None = None) -> list[list[Any]]:
+    """Returns names below `root`, sizes and headers, and checksums of both ends of shards without a CRC."""
     identity = []
     for path in paths:
+        name = path.relative_to(root).as_posix() if root else path.name
         if not path.is_file():  # a dangling link, reported when the shards are verified
-            identity.append([path.name])
+            identity.append([name])
             continue
         with path.open("rb") as file:
             start = file.read(HEADER_BYTES)
-        has_crc = len(start) == HEADER_BYTES and any(start[20:24])
+        has_crc = len(start) == HEADER_BYTES and any(start[20:24]) and not start.startswith(NPY_MAGIC)
         edges = [] if has_crc else edges_crc(path, EDGE)
-        identity.append([path.name, path.stat().st_size, start[:24].hex(), *edges])
+        identity.append([name, path.stat().st_size, start[:24].hex(), *edges])
     return identity
+
+
+def _choose(path: Path, files: Sequence[Path], splits: str) -> SplitFiles:
+    """Assigns the files of a folder to splits. A file that is named itself is taken whatever its name says."""
+    return split_files(path, files, mode=splits) if path.is_dir() else split_files(path.parent, files, mode="fraction")
+
+
+def _held_out(
+    chosen: SplitFiles, read: Callable[[Sequence[Path]], Iterator[str]]
+) -> dict[str, Callable[[], Iterator[str]]]:
+    held_out = {"val": chosen.val, "test": chosen.test}
+    return {split: partial(read, files) for split, files in held_out.items() if files}
 
 
 def _document_corpus(
@@ -191,12 +223,17 @@ def _document_corpus(
     column: str = COLUMN,
     *,
     files_left_out: Sequence[str] = (),
+    chosen: SplitFiles | None = None,
 ) -> Corpus:
+    """A corpus of files that hold documents, with the splits that local ones are named for."""
     left_out: Counter[str] = Counter()
 
+    def read(files: Sequence[Path]) -> Iterator[str]:
+        return read_documents(files, column, left_out)
+
     def documents() -> Iterator[str]:
-        left_out.clear()
-        return read_documents(fetch(silent), column, left_out)
+        left_out.clear()  # what is held out is read, and counted, afterwards
+        return read(chosen.train if chosen else fetch(silent))
 
     return Corpus(
         name=name,
@@ -207,6 +244,8 @@ def _document_corpus(
         fetch=fetch,
         files_left_out=files_left_out,
         left_out=left_out,
+        held_out=_held_out(chosen, read) if chosen else {},
+        files=chosen,
     )
 
 

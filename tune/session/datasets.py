@@ -35,6 +35,8 @@ def check_all(campaign: Campaign) -> dict[str, Any]:
         intact = {entry["name"]: f"{entry['size']} bytes, CRC32 {entry['crc32']:08x}" for entry in entries}
         skipped = {shard["name"]: f"left out, {shard['reason']}" for shard in manifest["skipped"]}
         details = f"tokenizer {config.tokenizer}, val_fraction {config.val_fraction}, {config.shards} files"
+        if config.splits != "names" or config.token_dtype is not None:
+            details += f", splits by {config.splits}, token_dtype {config.token_dtype}"
         descriptions[f"{config.corpus} ({details})"] = dict(sorted((intact | skipped).items()))
     return descriptions
 

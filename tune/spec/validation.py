@@ -112,7 +112,7 @@ DATA_CHECKS: dict[str, Callable[[TrainConfig], object]] = {
     "data.path": lambda config: corpora.fingerprint(config.data),
     "model.vocab_size": resolved,
 }
-DATA_SETTINGS = (*DATA_CHECKS, "data.val_fraction", "data.text_column")
+DATA_SETTINGS = (*DATA_CHECKS, "data.val_fraction", "data.splits", "data.token_dtype", "data.text_column")
 
 
 def check_cycles(file: PhasesInFile) -> Reading[None]:

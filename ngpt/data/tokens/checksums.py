@@ -18,7 +18,7 @@ FOLDER = "checked"  # under the cache
 SETTLED = 2.0  # seconds since the last change after which the times of a file are reliable
 
 
-def shard_crc(path: Path, *, recheck: bool = False) -> int:
+def shard_crc(path: Path, *, bare_dtype: str | None = None, recheck: bool = False) -> int:
     """CRC32 of the tokens of a shard, from the cache unless the file has changed or `recheck` is set."""
     path = path.resolve()
     before, record = _identity(path), _record(path)
@@ -27,7 +27,7 @@ def shard_crc(path: Path, *, recheck: bool = False) -> int:
             kept, crc = json.loads(record.read_text(encoding="utf-8"))
             if kept == before and isinstance(crc, int):
                 return crc
-    crc = token_crc(read_shard(path).tokens)
+    crc = token_crc(read_shard(path, bare_dtype).words)
     if _identity(path) == before and time.time() - _last_change(path) > SETTLED:
         with contextlib.suppress(OSError):  # then the next process reads the shard again
             record.parent.mkdir(parents=True, exist_ok=True)

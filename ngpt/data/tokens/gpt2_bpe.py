@@ -10,6 +10,7 @@ import numpy as np
 
 from ngpt.config.base import ConfigError
 from ngpt.data.text.documents import read_file
+from ngpt.data.tokens.formats import token_dtype
 
 VOCAB_SIZE = 50257
 MAX_VOCAB_FILE_BYTES = 1 << 26  # bytes of a tokenizer file; 250,000 tokens take 5 to 20 million
@@ -42,7 +43,7 @@ class GPT2Tokenizer:
 
     def encode_batch(self, texts: Sequence[str], *, threads: int) -> list[np.ndarray]:
         encoded = self._encoding.encode_ordinary_batch(list(texts), num_threads=threads)
-        return [np.array(ids, dtype=np.uint16) for ids in encoded]
+        return [np.array(ids, dtype=token_dtype(self.vocab_size)) for ids in encoded]
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._encoding.decode([int(index) for index in ids])

@@ -20,6 +20,7 @@ import numpy as np
 
 from ngpt.config.base import ConfigError, unknown_message
 from ngpt.data.text.documents import read_file
+from ngpt.data.tokens.formats import token_dtype
 from ngpt.data.tokens.gpt2_bpe import MAX_VOCAB_FILE_BYTES, GPT2Tokenizer, gpt2_identity, gpt2_vocab_size, load_gpt2
 from ngpt.data.tokens.shards import MAX_VOCAB
 from ngpt.system.atomic_files import write_atomic
@@ -72,7 +73,7 @@ class SentencePieceTokenizer:
         self._by_line = self._lossless and not any(b"\n" in piece for piece in self._pieces if piece != b"\n")
 
     def encode(self, text: str) -> np.ndarray:
-        """Returns the ids of `text`, (N,) uint16, without the document separator."""
+        """Returns the ids of `text`, (N,) as `token_dtype` says, without the document separator."""
         return self.encode_batch([text], threads=1)[0]
 
     def encode_batch(self, texts: Sequence[str], *, threads: int) -> list[np.ndarray]:
@@ -81,7 +82,7 @@ class SentencePieceTokenizer:
         flat = [part for text in parts for part in text if part not in self._spelt]
         encoded = iter(self._model.encode(flat, num_threads=threads))
         ids = ((self._spelt[part] if part in self._spelt else next(encoded) for part in text) for text in parts)
-        return [np.fromiter(chain.from_iterable(text), dtype=np.uint16) for text in ids]
+        return [np.fromiter(chain.from_iterable(text), dtype=token_dtype(self.vocab_size)) for text in ids]
 
     def _parts(self, text: str) -> Iterator[str]:
         """Splits text into characters that are encoded as bytes, and the lines or text between them."""
@@ -204,7 +205,7 @@ def _path(argument: str) -> Path | None:
 
 def _check_vocab(name: str, size: int) -> None:
     if not 1 <= size <= MAX_VOCAB:
-        raise ConfigError(f"{name} has {size} tokens; tokens are stored in 16 bits, so 1 to {MAX_VOCAB} is possible")
+        raise ConfigError(f"{name} has {size} tokens; a vocabulary has 1 to {MAX_VOCAB}")
 
 
 def _piece_bytes(model: Any, index: int) -> bytes:

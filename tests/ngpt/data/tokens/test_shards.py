@@ -167,7 +167,7 @@ def test_the_error_can_be_pickled(tmp_path: Path) -> None:
     [
         (np.array([0, 300]), 300, "token id 300"),
         (np.array([-1, 3]), 300, "token id -1"),
-        (np.array([65536]), 70000, "does not fit uint16"),
+        (np.array([5]), (1 << 31) + 1, "does not fit 31 bits"),
         (np.array([], dtype=np.uint16), 300, "integers in a row"),
         (np.array([[1]]), 300, "integers in a row"),
         (np.array([1.0]), 300, "integers in a row"),
