@@ -46,7 +46,6 @@ UNTESTED: dict[str, str] = {
     "ngpt/model/config.py": "test_gpt.py",
     "ngpt/model/layers.py": "test_gpt.py",
     "ngpt/optim/batching.py": "test_muon.py",
-    "ngpt/system/cache.py": "test_sources.py",
     "ngpt/training/state.py": "test_recovery.py",
     "tune/storage/records.py": "test_state.py",
     "tune/spec/schema.py": "test_campaign.py",

@@ -1,5 +1,6 @@
 """Builds the C++ kernels beside this file at first use and loads them from the cache folder.
 
+The folder is one that only this user can write (ngpt/system/cache.py), since what is loaded there runs as this user.
 A library's file name contains a hash of its sources and of the compiler flags that -march=native expands to here.
 """
 
@@ -12,7 +13,7 @@ import subprocess
 import uuid
 from pathlib import Path
 
-from ngpt.system.cache import cache_folder
+from ngpt.system.cache import code_folder
 
 FLAGS = (
     *("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"),
@@ -29,7 +30,7 @@ def load_native(name: str) -> ctypes.CDLL | None:
         expanded = subprocess.run([compiler, *FLAGS, "-E", "-###", source], capture_output=True, check=True).stderr
         contents = [file.read_bytes() for file in (source, *sorted(source.parent.glob("*.h")))]
         digest = hashlib.sha256(b"\0".join([*contents, expanded])).hexdigest()[:16]
-        target = cache_folder() / "native" / f"{name}-{digest}.so"
+        target = code_folder("native") / f"{name}-{digest}.so"
         if not target.exists():
             _build(compiler, source, target)
         return ctypes.CDLL(str(target))
@@ -40,10 +41,10 @@ def load_native(name: str) -> ctypes.CDLL | None:
 
 
 def _build(compiler: str, source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
     temp = target.with_suffix(f".{uuid.uuid4().hex}.tmp")  # unique, since another process may build the same library
     try:
         subprocess.run([compiler, *FLAGS, "-o", temp, source], capture_output=True, check=True)
+        temp.chmod(temp.stat().st_mode & ~0o022)  # with a umask of 0, code_folder would not trust it again
         temp.replace(target)
     finally:
         temp.unlink(missing_ok=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ngpt.system.cache import cache_folder
+from ngpt.system.cache import code_folder
 
 CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 MAX_GRAPHS = 64  # per process; the least recently used is dropped
@@ -35,8 +35,12 @@ def compile_for(key: Hashable, function: Callable[..., Any]) -> Callable[..., An
 
 def use_disk_cache() -> Path:
     """Points torch's compile cache at our cache folder, unless TORCHINDUCTOR_CACHE_DIR is set; returns the path."""
-    from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # imported here because it takes 1.5 seconds
+    given = os.environ.get(CACHE_VARIABLE)
+    if given:
+        from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # takes 1.5 seconds to import
 
-    if os.environ.get(CACHE_VARIABLE) in (None, "", default_cache_dir()):
-        os.environ[CACHE_VARIABLE] = str(cache_folder() / "compiled")
+        if given == default_cache_dir():  # set by torch, in /tmp and with a name that everybody knows
+            given = None
+    if not given:
+        os.environ[CACHE_VARIABLE] = str(code_folder("compiled"))
     return Path(os.environ[CACHE_VARIABLE])

@@ -1,9 +1,77 @@
 """The cache folder for everything that runs share: corpora, downloads, compiled code, measured speeds."""
 
+import atexit
+import contextlib
+import functools
+import logging
 import os
+import tempfile
 from pathlib import Path
+
+from ngpt.config.base import ConfigError
+from ngpt.system.permissions import PrivateFolder, insecure_content, insecure_part
+
+ADVICE = "set NGPT_CACHE to a folder that only you can write"
+CODE_FOLDERS = ("compiled", "native")  # filled by ngpt/kernels/compile.py and build.py; never emptied
+DEFAULT = "~/.cache/ngpt"
+log = logging.getLogger(__name__)
 
 
 def cache_folder() -> Path:
-    """Returns `$NGPT_CACHE`, or ~/.cache/ngpt if it is not set."""
-    return Path(os.environ.get("NGPT_CACHE") or "~/.cache/ngpt").expanduser().absolute()
+    """Returns `$NGPT_CACHE`, or ~/.cache/ngpt if it is not set.
+
+    Raises:
+        ConfigError: neither exists, since this user has no home directory.
+    """
+    try:
+        return Path(os.environ.get("NGPT_CACHE") or DEFAULT).expanduser().absolute()
+    except RuntimeError:
+        raise ConfigError(f"there is no home directory for the cache: {ADVICE}") from None
+
+
+def cache_advice(path: str | bytes | os.PathLike[str]) -> str:
+    """What to do about a file that cannot be written, for its message: empty unless it belongs to the cache."""
+    with contextlib.suppress(ConfigError):
+        cache, failed = cache_folder(), Path(os.fsdecode(path)).absolute()
+        created = [cache] if os.environ.get("NGPT_CACHE") else [cache, cache.parent, cache.parent.parent]  # up to home
+        if failed in created or failed.is_relative_to(cache):
+            return f"; the cache is {cache}: {ADVICE}"
+    return ""
+
+
+def code_folder(name: str) -> Path:
+    """Returns the folder `name` of the cache, for code that this user's processes write, load and run.
+
+    Whoever can write there can run code as this user. So if anybody else can, or this process cannot, the reason is
+    logged and a temporary folder for this process alone is returned instead.
+    """
+    return _code_folder(cache_folder() / name)
+
+
+def code_folder_problem(folder: Path) -> str | None:
+    """Says why code in `folder` of the cache cannot be trusted or written; None if it can. Writes nothing."""
+    try:
+        if reason := insecure_part(folder, with_contents=True) or insecure_content(folder):
+            return reason
+        existing = next(path for path in (folder, *folder.parents) if path.exists())
+    except OSError as error:
+        return f"{error.filename or folder}: {error.strerror}"
+    return None if os.access(existing, os.W_OK | os.X_OK) else f"{existing} is not writable"
+
+
+@functools.cache
+def _code_folder(folder: Path) -> Path:
+    reason = code_folder_problem(folder)
+    if reason is None:
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(mode=0o700, exist_ok=True)
+            reason = code_folder_problem(folder)  # somebody else may have made it meanwhile
+        except OSError as error:
+            reason = f"{error.filename or folder}: {error.strerror}"
+    if reason is None:
+        return folder
+    temporary = PrivateFolder(Path(tempfile.gettempdir()))
+    atexit.register(temporary.remove)
+    log.warning("%s: compiled code is not kept; %s", reason, ADVICE)
+    return temporary.path

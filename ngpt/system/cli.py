@@ -39,8 +39,12 @@ def run_command(
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes again at exit
             if prints_only:
                 return 0
+        from ngpt.system.cache import cache_advice  # imports pydantic, which --help does not need
+
         failed_path = error.filename or path
-        print(f"{failed_path}: {error.strerror or error}" if failed_path else error, file=sys.stderr)
+        text = f"{failed_path}: {error.strerror or error}" if failed_path else str(error)
+        advice = cache_advice(error.filename) if isinstance(error.filename, (str, bytes)) else ""
+        print(f"{text}{advice}", file=sys.stderr)
         return EXIT_IO
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)

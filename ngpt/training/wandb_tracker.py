@@ -104,7 +104,8 @@ def key_problem(url: str) -> str | None:
         return None
     named, host = os.environ.get("NETRC"), urlsplit(url).netloc
     hosts = PUBLIC_HOSTS if host in PUBLIC_HOSTS else (host,)
-    for path in map(Path.expanduser, map(Path, [named] if named else ["~/.netrc", "~/_netrc"])):
+    # Not Path.expanduser, which raises without a home directory.
+    for path in map(Path, map(os.path.expanduser, [named] if named else ["~/.netrc", "~/_netrc"])):
         try:
             entries = netrc.netrc(path)
         except FileNotFoundError:

@@ -3,6 +3,7 @@
 import ctypes
 import logging
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from ngpt.kernels import build as native
 from ngpt.kernels.build import load_native
+from ngpt.system import cache
 
 numbers = st.floats(-300, 300, allow_nan=False)
 
@@ -22,9 +24,11 @@ numbers = st.floats(-300, 300, allow_nan=False)
 @pytest.fixture
 def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("NGPT_CACHE", str(tmp_path))
-    load_native.cache_clear()
+    for cached in (load_native, cache._code_folder):
+        cached.cache_clear()
     yield tmp_path
-    load_native.cache_clear()
+    for cached in (load_native, cache._code_folder):
+        cached.cache_clear()
 
 
 def softmax(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -57,12 +61,38 @@ def test_nan_and_infinity_propagate(bad: float) -> None:
     assert mass.isfinite().tolist() == [True, False, True]
 
 
+def test_a_library_built_under_any_umask_is_trusted_again(empty_cache: Path) -> None:
+    before = os.umask(0)
+    try:
+        assert load_native("softmax") is not None
+    finally:
+        os.umask(before)
+    assert cache.code_folder_problem(empty_cache / "native") is None
+
+
 def test_library_is_built_once(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_native("softmax") is not None
     assert [path.suffix for path in (empty_cache / "native").iterdir()] == [".so"]
     load_native.cache_clear()
     monkeypatch.setattr(native, "_build", lambda *arguments: pytest.fail("built again"))
     assert load_native("softmax") is not None
+
+
+@pytest.mark.parametrize("place", ["native", "library"])
+def test_a_library_that_others_could_have_written_is_not_loaded_but_built_again(
+    place: str, empty_cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert load_native("softmax") is not None
+    (library,) = (empty_cache / "native").iterdir()
+    (library if place == "library" else library.parent).chmod(0o777)
+    loaded: list[Path] = []
+    monkeypatch.setattr(ctypes, "CDLL", lambda path: loaded.append(Path(path)))
+    for cached in (load_native, cache._code_folder):
+        cached.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        load_native("softmax")
+    assert [path.name for path in loaded] == [library.name] and loaded[0].parent != library.parent
+    assert "can be written by other users (mode 0777): compiled code is not kept" in caplog.text
 
 
 @pytest.mark.usefixtures("empty_cache")

@@ -67,6 +67,17 @@ def test_compiled_code_goes_to_the_cache_folder_unless_the_user_sets_another(
     assert use_disk_cache() == tmp_path / "own"
 
 
+def test_compiled_code_that_others_could_have_written_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("NGPT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv(CACHE_VARIABLE, "")
+    (tmp_path / "cache" / "compiled").mkdir(parents=True)
+    (tmp_path / "cache").chmod(0o777)
+    assert not use_disk_cache().is_relative_to(tmp_path)
+    assert os.environ[CACHE_VARIABLE] == str(use_disk_cache())
+
+
 def test_default_folder_of_torch_does_not_count_as_set_by_the_user(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
