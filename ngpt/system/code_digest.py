@@ -27,7 +27,7 @@ ENTRIES = (("ngpt.training.loop", "train"), ("ngpt.data.dataset", "open_dataset"
 ENSEMBLE_ENTRIES = (("ngpt.ensemble.train", "train_together"),)
 # Files that only store, show, download or time, so that no number depends on them.
 IGNORED = (
-    *(f"ngpt/system/{name}.py" for name in ("atomic_files", "cache", "cli", "code_digest", "heartbeat", "json_lines")),
+    *(f"ngpt/system/{name}.py" for name in ("atomic_files", "cache", "cli", "code_digest", "heartbeat", "permissions")),
     *("ngpt/system/timing.py", "ngpt/config/secrets.py", "ngpt/config/yaml_reader.py", "ngpt/config/overrides.py"),
     *("ngpt/data/text/hub.py", "ngpt/data/text/progress.py", "ngpt/training/wandb_tracker.py"),
     *(f"ngpt/training/tracker.py:{name}" for name in ("Tracker", "TrackerConfig", "resolve_tracker")),

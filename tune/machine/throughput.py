@@ -15,10 +15,10 @@ import torch
 from ngpt.ensemble.throughput import measure_step_together
 from ngpt.system.cache import cache_folder
 from ngpt.system.code_digest import current_code
-from ngpt.system.json_lines import append_json_lines, read_json_lines
 from ngpt.training.config import TrainConfig, resolved
 from ngpt.training.throughput import measure_step
 from tune.machine.concurrency_benchmark import ThroughputPoint
+from tune.machine.json_lines import append_json_lines, read_json_lines
 from tune.planning.equal_time import Speeds, step_time_key
 from tune.planning.plan import trial_work
 from tune.spec.schema import Campaign

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from ngpt.system.json_lines import append_json_lines, read_json_lines
+from tune.machine.json_lines import append_json_lines, read_json_lines
 
 
 def test_records_come_back_in_order(tmp_path: Path) -> None:
