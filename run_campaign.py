@@ -16,19 +16,17 @@ holds the results; 4 finished, but some trials failed, diverged or were left out
 """
 
 import argparse
-import contextlib
-import io
 import json
 import os
 import shlex
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ngpt.system.cli import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_UNSUCCESSFUL, run_command
+from ngpt.system.cli import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_UNSUCCESSFUL, encode_stdout, run_command
 
 SMOKE = "-smoke"  # suffix of the results directory of --smoke
 
@@ -46,10 +44,12 @@ def main(arguments: list[str] | None = None, *, stop: threading.Event | None = N
     verb = VERBS.get(arguments[0] if arguments else "")
     options = verb_parser(arguments[0]).parse_args(arguments[1:]) if verb else run_parser().parse_args(arguments)
 
+    from tune.format import PORTABLE
+
     options.command = shlex.join(["python", "run_campaign.py", *arguments])
     options.stop, options.owns_process = stop, owns_process
     try:
-        with portable_stdout():
+        with encode_stdout(PORTABLE):  # for terminals that cannot print characters such as the minus sign
             return run_command(
                 lambda: (verb or run)(options),
                 prints_only=verb is not None,
@@ -62,24 +62,6 @@ def main(arguments: list[str] | None = None, *, stop: threading.Event | None = N
         resume = "" if verb else "; finished trials are saved: run the same command again to resume"
         print(f"internal error{resume}", file=sys.stderr)
         return EXIT_ERROR
-
-
-@contextlib.contextmanager
-def portable_stdout() -> Iterator[None]:
-    """Replaces characters that the terminal cannot print, such as the minus sign."""
-    from tune.format import PORTABLE
-
-    stream = sys.stdout
-    if not isinstance(stream, io.TextIOWrapper):
-        yield
-        return
-    errors = stream.errors
-    stream.reconfigure(errors=PORTABLE)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(ValueError, OSError):  # closed, or a closed pipe
-            stream.reconfigure(errors=errors)
 
 
 def run_parser() -> argparse.ArgumentParser:

@@ -5,7 +5,7 @@ import contextlib
 import io
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 EXIT_ERROR = 1  # internal error
 EXIT_USAGE = 2  # wrong usage, configuration or data
@@ -27,11 +27,10 @@ def run_command(
         prints_only: the command has no other effect than printing, so a closed pipe (`| head`) ends it with code 0.
         interrupted: message on Ctrl-C.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
-        sys.stdout.reconfigure(errors="replace")  # a model may write characters that the terminal cannot show
     try:
-        code = command()
-        sys.stdout.flush()  # at exit, an error would no longer change the exit code
+        with encode_stdout("replace"):  # a model may write characters that the terminal cannot show
+            code = command()
+            sys.stdout.flush()  # at exit, an error would no longer change the exit code
         return code
     except OSError as error:
         if isinstance(error, BrokenPipeError):
@@ -56,6 +55,25 @@ def run_command(
             raise
         print(error, file=sys.stderr)
         return error.exit_code
+
+
+@contextlib.contextmanager
+def encode_stdout(errors: str) -> Iterator[None]:
+    """Handles characters that stdout cannot encode as `errors` says, if they would raise otherwise."""
+    stream = sys.stdout
+    before = stream.errors if isinstance(stream, io.TextIOWrapper) else None
+    if not isinstance(stream, io.TextIOWrapper) or before not in (
+        "strict",
+        "surrogateescape",
+    ):  # the latter with LANG=C
+        yield
+        return
+    stream.reconfigure(errors=errors)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError, OSError):  # closed, or a closed pipe
+            stream.reconfigure(errors=before)
 
 
 def print_line(text: str) -> None:

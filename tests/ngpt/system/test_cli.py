@@ -32,6 +32,20 @@ def test_characters_that_the_terminal_cannot_show_are_replaced(monkeypatch: pyte
     assert shown.getvalue() == b"caf\xe9 ? ?\n"
 
 
+@pytest.mark.parametrize(
+    ("errors", "shown"), [("strict", b"?"), ("surrogateescape", b"?"), ("backslashreplace", b"\\u65e5")]
+)
+def test_stdout_handles_such_characters_as_before_once_the_command_is_over(
+    monkeypatch: pytest.MonkeyPatch, errors: str, shown: bytes
+) -> None:
+    """The process may be that of another program."""
+    written = io.BytesIO()
+    stdout = io.TextIOWrapper(written, encoding="ascii", errors=errors)
+    monkeypatch.setattr(sys, "stdout", stdout)
+    assert run_command(lambda: print("\u65e5", end="") or 0) == 0
+    assert (written.getvalue(), stdout.errors) == (shown, errors)
+
+
 def test_the_exit_code_of_a_command_is_passed_on() -> None:
     assert run_command(lambda: 4) == 4
 
