@@ -239,7 +239,9 @@ def _locate(config: DataConfig) -> Source:
         return CORPORA[config.corpus](Path(config.path).expanduser() if config.path else None, config.shards)
     path = Path(config.corpus).expanduser()
     if not path.exists():
-        raise ConfigError(f"{unknown_message('corpus', config.corpus, CORPORA)}; there is no such file or folder")
+        beside = path.with_name(f"{path.name}.bin")  # Megatron names its files by their prefix
+        hint = f"; did you mean {beside}?" if beside.is_file() else ""
+        raise ConfigError(f"{unknown_message('corpus', config.corpus, CORPORA)}; there is no such file or folder{hint}")
     if config.path is not None:
         raise ConfigError("data.path (--from) is a local copy of a named corpus, and this corpus is a path itself")
     if _is_prepared(path):

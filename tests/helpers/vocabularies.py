@@ -2,6 +2,7 @@
 
 import io
 import json
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +11,23 @@ import sentencepiece
 ENGLISH = "the quick brown fox jumps over the lazy dog\n    and then it sleeps\nwhile the dog thinks of the fox\n" * 20
 
 
-def write_gpt2(folder: Path) -> Path:
-    """A vocabulary in the format of the GPT-2 release: 256 bytes, three merges and the special token, 259."""
+def write_gpt2(folder: Path, *, vocab_size: int = 260) -> Path:
+    """A vocabulary in the format of the GPT-2 release: 256 bytes, merges (three by default), the special token last."""
     folder.mkdir(parents=True, exist_ok=True)
     printable = [byte for byte in range(256) if chr(byte).isprintable() and byte != 32]
     others = [byte for byte in range(256) if byte not in printable]
     letters = [chr(byte) for byte in printable] + [chr(256 + index) for index in range(len(others))]
     space = chr(256 + others.index(32))
-    merges = [("t", "h"), ("th", "e"), (space, "the")]
-    vocabulary = [*letters, *("".join(pair) for pair in merges), "<|endoftext|>"]
+    merges = {"th": ("t", "h"), "the": ("th", "e"), f"{space}the": (space, "the")}
+    firsts = sorted(letters, key="t".find, reverse=True)  # so that merges of three letters begin with t
+    pairs = [(first, second) for first in firsts for second in letters]
+    for left, right in chain(pairs, ((f"{first}{second}", third) for first, second in pairs for third in letters)):
+        if len(letters) + len(merges) + 1 >= vocab_size:
+            break
+        merges.setdefault(left + right, (left, right))
+    vocabulary = [*letters, *merges, "<|endoftext|>"]
     (folder / "encoder.json").write_text(json.dumps({piece: index for index, piece in enumerate(vocabulary)}))
-    (folder / "vocab.bpe").write_text("\n".join(["#version: 0.2", *map(" ".join, merges), ""]))
+    (folder / "vocab.bpe").write_text("\n".join(["#version: 0.2", *map(" ".join, merges.values()), ""]))
     return folder
 
 

@@ -2,14 +2,19 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from ngpt import evaluate, generate
 from ngpt.config.base import override
+from ngpt.data.dataset import DataConfig, open_dataset
 from ngpt.train import main
 from ngpt.training.config import TrainConfig
 from tests.helpers.tiny_run import untimed
+from tests.helpers.vocabularies import ENGLISH, write_gpt2
 
 
 def test_the_result_is_one_json_object_on_stdout(
@@ -104,3 +109,33 @@ def test_an_unknown_norm_mode_lists_the_choices(
         override(tiny, {"norm_mode": "dotprd"})
     assert main(["--norm-mode", "dotprd", "--out", str(tmp_path)]) == 2
     assert capsys.readouterr().err == f"model.norm_mode: {message}\n"
+
+
+@pytest.mark.slow
+def test_a_vocabulary_of_128k_trains_resumes_evaluates_and_generates(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = f"gpt2:{write_gpt2(tmp_path / 'bpe', vocab_size=1 << 17)}"
+    (tmp_path / "corpus").mkdir()
+    for split in ("train", "val", "test"):
+        (tmp_path / "corpus" / f"{split}.txt").write_text(f"{split}: {ENGLISH}" + "tea\ntop\n" * 20)  # ids above 65,535
+    data = [f"data.corpus={tmp_path / 'corpus'}", f"data.tokenizer={tokenizer}"]
+    model = ["n_layer=1", "n_embd=8", "n_head=2", "block_size=16", "device=cpu"]
+    run = ["steps=4", "batch_size=2", "eval_tokens=64", "checkpoint.every=2"]
+    out = tmp_path / "out"
+    assert main(["--set", *data, *model, *run, "--out", str(out)]) == 0
+    whole = json.loads(capsys.readouterr().out)
+    shutil.rmtree(out / "checkpoints" / "step_0000004")
+    assert main(["--set", *data, *model, *run, "--out", str(out), "--resume", "latest"]) == 0
+    assert untimed(json.loads(capsys.readouterr().out)) == untimed(whole)
+    dataset = open_dataset(DataConfig(corpus=str(tmp_path / "corpus"), tokenizer=tokenizer))
+    assert dataset.vocab_size == 1 << 17 and dataset.train[0].dtype == np.uint32 and dataset.train[0].max() > 1 << 16
+    capsys.readouterr()
+    scores = {}
+    for split in ("val", "test"):
+        assert evaluate.main([str(out), "--device", "cpu", "--split", split, "--json"]) == 0
+        scores[split] = json.loads(capsys.readouterr().out)
+    assert scores["val"]["val_loss"] == pytest.approx(whole["val_loss"]) and scores["val"]["split"] == "val"
+    assert scores["test"]["eval_sha256"] != scores["val"]["eval_sha256"] and scores["test"]["val_loss"] > 0
+    assert generate.main([str(out), "--device", "cpu", "--prompt", "the dog", "--max-tokens", "5"]) == 0
+    assert "5 tokens in" in capsys.readouterr().err

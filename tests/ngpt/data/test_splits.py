@@ -303,6 +303,37 @@ def test_a_corpus_that_was_prepared_with_other_splits_is_prepared_anew_and_never
         open_dataset(config_of(old))
 
 
+def test_wide_tokens_that_were_read_as_narrow_ones_before_are_not_read_so_again(
+    tmp_path: Path, own_cache: Path
+) -> None:
+    folder = tmp_path / "wide"
+    folder.mkdir()
+    for name in ("train.bin", "val.bin"):
+        (np.arange(1, 1001) % 250).astype("<u4").tofile(folder / name)
+    misread = prepare(config_of(folder, token_dtype="uint16"))
+    manifest = json.loads((misread / "manifest.json").read_text())
+    del manifest["token_dtype"]
+    (misread / "manifest.json").write_text(json.dumps(manifest))
+    for corpus in (folder, misread):
+        with pytest.raises(ConfigError, match=r"train\.bin has no header and looks like 32-bit tokens"):
+            open_dataset(config_of(corpus))
+    found = open_dataset(config_of(folder, token_dtype="uint32"))
+    assert found.folder != misread and ids_of(found)["train"] == (np.arange(1, 1001) % 250).tolist()
+
+
+def test_a_manifest_knows_the_format_of_its_files(tmp_path: Path) -> None:
+    for name in ("train", "val"):
+        write_megatron(tmp_path / f"{name}.bin", [np.arange(10), np.arange(30)], "<i4")
+    dataset = open_dataset(config_of(tmp_path))
+    assert {entry["format"] for entry in dataset.manifest["splits"]["train"]["shards"]} == {"Megatron int32"}
+    assert dataset.manifest["files"] == {"train": ["train.bin"], "val": ["val.bin"]}
+    (tmp_path / "val.idx").unlink()  # then it would be an array of 16 bits
+    with pytest.raises(ConfigError, match="looks like 32-bit"):
+        open_dataset(config_of(dataset.folder))
+    with pytest.raises(ConfigError, match=r"no such file or folder; did you mean .*val\.bin\?"):
+        open_dataset(config_of(tmp_path / "val"))
+
+
 # ---- random folders --------------------------------------------------------------------------------------------------
 
 NAMED = {
@@ -324,14 +355,16 @@ def random_names(draw: random.Random, suffixes: Sequence[str], *, nested: bool) 
     return names
 
 
-def write_random_tokens(folder: Path, draw: random.Random) -> Written:
+def write_random_tokens(
+    folder: Path, draw: random.Random, *, count: int = 100, distance: int = 1000, vocab_size: int = 100_000
+) -> Written:
     """Token files of random formats with random names; each number occurs once in the folder."""
     written: Written = {}
     nested = draw.random() < 0.3
     for index, (name, split) in enumerate(random_names(draw, [".bin", ".bin", ".npy"], nested=nested).items()):
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        ids = np.random.default_rng(draw.randrange(1 << 32)).permutation(100) + 1000 * index
+        ids = np.random.default_rng(draw.randrange(1 << 32)).permutation(count) + distance * index
         kind = draw.choice(["uint16", "llm.c", "llama", "megatron", "own", "wide", "garbage", "npy"])
         if path.suffix == ".npy" or kind == "npy":
             with path.open("wb") as file:
@@ -345,7 +378,7 @@ def write_random_tokens(folder: Path, draw: random.Random) -> Written:
         elif kind == "megatron":
             write_megatron(path, [ids[:30], ids[30:]], draw.choice(["<u2", "<i4", "<i8"]))
         elif kind == "own":
-            write_shard(path, ids, vocab_size=100_000)
+            write_shard(path, ids, vocab_size=vocab_size)
         else:
             path.write_bytes(b"\x1f\x8b\x08" + bytes(200))
         written[name] = (split, ids.tolist())
@@ -376,7 +409,19 @@ def _write_numbered(
     return written
 
 
-WRITERS = {"tokens": write_random_tokens, "documents": write_random_documents, "texts": write_random_texts}
+def write_random_mixture(folder: Path, draw: random.Random) -> Written:
+    written = write_random_tokens(folder, draw, count=40, distance=40, vocab_size=300) if draw.random() < 0.5 else {}
+    if draw.random() < 0.7:
+        written |= write_random_documents(folder, draw)
+    return written | write_random_texts(folder, draw) if draw.random() < 0.5 or not written else written
+
+
+WRITERS = {
+    "tokens": write_random_tokens,
+    "documents": write_random_documents,
+    "texts": write_random_texts,
+    "mixture": write_random_mixture,
+}
 
 
 @pytest.mark.parametrize("kind", WRITERS)
@@ -401,16 +446,16 @@ def test_each_token_of_a_random_folder_is_in_the_split_that_the_manifest_says(
     assert recorded.keys() <= written.keys() and not recorded.keys() & not_read
     assert written.keys() <= recorded.keys() | not_read
     has_val = any(split == "val" for split in recorded.values())
-    if kind == "tokens":
+    if manifest["shard_folder"] is not None:
         found = ids_of(dataset)
     else:
         texts = texts_of(dataset, model)
-        if kind == "texts" and not has_val:  # a document may be cut
+        if "left_out" not in manifest and not has_val:  # a document may be cut
             texts["train"] += texts.pop("val")
         found = {split: numbers_in(text) for split, text in texts.items()}
     where = {number: split for split, numbers in found.items() for number in numbers}
     assert len(where) == sum(map(len, found.values())), "a token is in two splits"
-    assert where.keys() == {number for name in recorded for number in written[name][1]}
+    assert where.keys() == {number for name in recorded for number in written[name][1]}, "a file is left out, or read"
     named_val = any(written[name][0] == "val" for name in recorded)
     for name, split in recorded.items():
         intended, numbers = written[name]
