@@ -22,7 +22,7 @@ NAMES = {path: path.relative_to(ROOT).as_posix() for path in SOURCES}
 # The wings, bottom first: a file imports from its own wing and from those before it.
 WINGS = (
     *("ngpt/config", "ngpt/system", "ngpt/data/text", "ngpt/data/tokens", "ngpt/data", "ngpt/kernels", "ngpt/model"),
-    *("ngpt/optim", "ngpt/training", "ngpt/ensemble", "ngpt", "ngpt/bench"),
+    *("ngpt/optim", "ngpt/training", "ngpt/ensemble", "ngpt/runs", "ngpt", "ngpt/bench"),
     *("tune/storage", "tune/trials", "tune/spec", "tune/analysis", "tune/claims", "tune/planning", "tune/report"),
     *("tune/machine", "tune/results", "tune/terminal", "tune/session", "tune/executors", "tune", "tune/bench", "."),
 )

@@ -11,7 +11,7 @@ import json
 import logging
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,6 +25,7 @@ from ngpt.config.base import Config, ConfigError, runtime_setting
 from ngpt.system.atomic_files import commit_folder, make_folder, remove_folder
 
 FORMAT = 1
+WEIGHTS = "model.safetensors"
 log = logging.getLogger(__name__)
 
 
@@ -44,6 +45,7 @@ class Checkpoint:
     val_loss: float | None
     identity: dict[str, Any]  # the settings that affect the results, by dotted name
     data: dict[str, Any]  # settings of the corpus and its tokenizer, for evaluation and generation
+    weights_sha256: str = ""  # of `model.safetensors`
 
 
 def save_checkpoint(
@@ -69,7 +71,7 @@ def save_checkpoint(
     temp.mkdir()
     try:
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-        (temp / "model.safetensors").write_bytes(safetensors.torch.save(weights))
+        (temp / WEIGHTS).write_bytes(safetensors.torch.save(weights))
         # Given a path, torch reports a full disk as a RuntimeError. The buffer joins its writes of a few kilobytes.
         with (temp / "state.pt").open("wb", buffering=1 << 20) as file:
             torch.save(dict(state), file)
@@ -122,19 +124,33 @@ def verify_checkpoint(path: Path) -> Checkpoint:
     for name, digest in manifest["files"].items():
         if _digest(path / name) != digest:
             raise ValueError(f"{path / name}: size or SHA-256 differs from the manifest")
-    return Checkpoint(path, manifest["step"], manifest["val_loss"], manifest["identity"], manifest.get("data", {}))
+    weights, facts = manifest["files"][WEIGHTS]["sha256"], (manifest["step"], manifest["val_loss"])
+    return Checkpoint(path, *facts, manifest["identity"], manifest.get("data", {}), weights)
 
 
-def load_checkpoint(checkpoint: Checkpoint, model: nn.Module, *, identity: Mapping[str, Any]) -> dict[str, Any]:
+def load_checkpoint(
+    checkpoint: Checkpoint, model: nn.Module, *, identity: Mapping[str, Any], leave_out: Collection[str] = ()
+) -> dict[str, Any]:
     """Loads the weights into `model` and returns the saved state; raises ConfigError if the saved identity differs."""
-    expected = json.loads(json.dumps(identity))
-    for name in [*expected, *(checkpoint.identity.keys() - expected.keys())]:
-        saved, value = checkpoint.identity.get(name), expected.get(name)
-        if saved != value:
-            raise ConfigError(f"{checkpoint.path} was made with {name} = {saved!r}, this run has {value!r}")
-    model.load_state_dict(safetensors.torch.load_file(checkpoint.path / "model.safetensors"))
+    check_identity(checkpoint, identity, leave_out=leave_out)
+    model.load_state_dict(safetensors.torch.load_file(checkpoint.path / WEIGHTS))
     device = next(model.parameters()).device
     return torch.load(checkpoint.path / "state.pt", weights_only=True, map_location=device)
+
+
+def check_identity(checkpoint: Checkpoint, identity: Mapping[str, Any], *, leave_out: Collection[str] = ()) -> None:
+    """Raises ConfigError if the saved identity differs in anything but the names to leave out."""
+    expected = json.loads(json.dumps(identity))
+    for name in [*expected, *(checkpoint.identity.keys() - expected.keys())]:
+        if name not in leave_out:
+            check_setting(checkpoint, name, expected.get(name))
+
+
+def check_setting(checkpoint: Checkpoint, name: str, value: Any) -> None:
+    """Raises ConfigError if a run has another value of a setting than the run that saved the checkpoint."""
+    if (saved := checkpoint.identity.get(name)) != value:
+        hint = "to train its weights with other settings, start a new run with --init-from"
+        raise ConfigError(f"{checkpoint.path} was made with {name} = {saved!r}, this run has {value!r}; {hint}")
 
 
 def _digest(path: Path) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """The settings of a training run, read from defaults, a YAML file and `name=value` assignments."""
 
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -18,15 +20,19 @@ from ngpt.config.base import (
 from ngpt.config.overrides import located, named_settings
 from ngpt.config.yaml_reader import parse_assignment, read_yaml
 from ngpt.data.dataset import DataConfig, vocab_size
+from ngpt.data.sources import CORPORA
+from ngpt.data.tokens.tokenizer import parse_spec
 from ngpt.model.config import Count, ModelConfig
 from ngpt.optim.optimizers import OptimConfig, incompatibility
 from ngpt.optim.schedule import ScheduleConfig
 from ngpt.system.device import DEVICES, DTYPES
 from ngpt.training.checkpoint import CheckpointConfig
+from ngpt.training.load_model import weights_digest
 from ngpt.training.tracker import TrackerConfig
 
 ON_OOM = ("split", "halve_batch", "fail")
 NONFINITE = ("fail", "skip", "rollback")
+LOCATIONS = ("init_from",)  # settings that say where something is; another one holds the digest of it
 
 
 class NonfiniteConfig(Config):
@@ -40,6 +46,8 @@ class TrainConfig(Config, frozen=True):
     """All settings of a run. Each section is defined in the file that implements it."""
 
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0  # initial weights and order of the data
+    init_from: str | None = added_setting(None)  # run, trial or checkpoint whose weights a new run starts from
+    init_sha256: str | None = added_setting(None)  # digest of these weights; filled in, or given to insist on it
     steps: Count = 200  # optimizer updates
     batch_size: Count = 16  # sequences per step
     micro_batch_size: Count | None = None  # sequences in one pass; null: the whole batch
@@ -75,7 +83,13 @@ class TrainConfig(Config, frozen=True):
 
 
 def resolved(config: TrainConfig) -> TrainConfig:
-    """Fills in `model.vocab_size` from the tokenizer; raises ConfigError if the configured one is too small for it."""
+    """Fills in what follows from data and files: `model.vocab_size` from the tokenizer, `init_sha256` from the weights.
+
+    Raises ConfigError if the configured vocabulary is too small, or the weights do not exist.
+    """
+    digest = config.init_from and (config.init_sha256 or weights_digest(config.init_from))
+    if digest != config.init_sha256:
+        config = config.model_copy(update={"init_sha256": digest})
     needed = vocab_size(config.data)
     configured = config.model.vocab_size
     if configured is not None and configured < needed:
@@ -88,9 +102,12 @@ def rollback_settings(config: TrainConfig) -> dict[str, Any]:
     return {"checkpoint.every": config.checkpoint.every} if config.nonfinite.policy == "rollback" else {}
 
 
-def read_config(path: Path | None, assignments: list[str]) -> TrainConfig:
-    """Reads defaults, overridden by a YAML file and then by `name=value` assignments. ConfigError lists all errors."""
-    config = TrainConfig()
+def read_config(path: Path | None, assignments: list[str], *, start: TrainConfig | None = None) -> TrainConfig:
+    """Reads defaults, overridden by a YAML file and then by `name=value` assignments. ConfigError lists all errors.
+
+    Without a file, `start` replaces the defaults.
+    """
+    config = start or TrainConfig()
     if path is not None:
         document = read_yaml(path)
         given, problems = named_settings(TrainConfig, document.data, folder=path.parent)
@@ -105,3 +122,41 @@ def read_config(path: Path | None, assignments: list[str]) -> TrainConfig:
     if problems:
         raise ConfigError(problems)
     return override(config, {name: value for name, (value, _) in given.items()})
+
+
+def with_absolute_paths(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Makes the paths among settings absolute: Ray changes the working directory, and a run may resume in another.
+
+    Other values, such as the name of a corpus or `gpt2`, are unchanged.
+    """
+    return {name: PATHS[name](value) if name in PATHS and value else value for name, value in values.items()}
+
+
+def _corpus(value: Any) -> Any:
+    """A name in CORPORA takes precedence over a folder; a value that is neither is unchanged, and rejected later."""
+    if not isinstance(value, str) or value in CORPORA:
+        return value
+    return _absolute(value) if value.startswith("~") or os.path.exists(value) else value
+
+
+def _tokenizer(value: Any) -> Any:
+    try:
+        kind, argument = parse_spec(value) if isinstance(value, str) else ("", "")
+    except ConfigError:
+        return value
+    if kind == "model":
+        return _absolute(argument)
+    return f"gpt2:{_absolute(argument)}" if kind == "gpt2" and argument else value
+
+
+def _absolute(value: Any) -> Any:
+    # Path.expanduser would raise for an unknown user.
+    return str(Path(os.path.expanduser(value)).absolute()) if isinstance(value, str) else value
+
+
+PATHS: dict[str, Callable[[Any], Any]] = {
+    "data.corpus": _corpus,
+    "data.path": _absolute,
+    "data.tokenizer": _tokenizer,
+    "init_from": _absolute,
+}

@@ -1,6 +1,8 @@
 """Loads a model, its settings and its tokenizer from a checkpoint folder, which is self-contained."""
 
 import argparse
+import contextlib
+import functools
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +19,7 @@ from ngpt.model.config import ModelConfig
 from ngpt.model.gpt import GPT
 from ngpt.system.cli import add_set_option
 from ngpt.system.device import DEVICES, DTYPES, pick_device
-from ngpt.training.checkpoint import Checkpoint, checkpoint_folders, verify_checkpoint
+from ngpt.training.checkpoint import WEIGHTS, Checkpoint, checkpoint_folders, verify_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -103,13 +105,49 @@ def build_model(checkpoint: Checkpoint, *, device: str = "cpu", **changes: Any) 
     return model.to(pick_device(device)).eval()
 
 
+@functools.cache
+def weights_digest(path: str) -> str:
+    """Returns the SHA-256 of the weights that `init_from` means now. A process looks once, so that they stay the same.
+
+    Raises ConfigError if there is no intact checkpoint.
+    """
+    return find_checkpoint(Path(path).expanduser()).weights_sha256
+
+
+def load_initial_weights(model: GPT, path: str, sha256: str | None, tokenizer: Mapping[str, Any]) -> None:
+    """Loads the weights at `path` into the model of a new run: the newest ones, or those with this digest.
+
+    Raises ConfigError if they do not exist, do not fit the model, or belong to another tokenizer (a manifest's entry).
+    """
+    checkpoint = _find_weights(Path(path).expanduser(), sha256)
+    hashes = {tokenizer_origin(checkpoint).sha256, tokenizer["sha256"]} - {None}
+    if len(hashes) > 1:
+        text = f"was trained with another {tokenizer_origin(checkpoint).spec} than the {tokenizer['spec']} of the data"
+        raise ConfigError(f"init_from: {checkpoint.path} {text}")
+    weights = safetensors.torch.load_file(checkpoint.path / WEIGHTS)
+    _check_shapes(model, weights, checkpoint.path, {})
+    model.load_state_dict(weights)
+
+
+def _find_weights(path: Path, sha256: str | None) -> Checkpoint:
+    """Finds the newest checkpoint at `path`, or the one whose weights have this digest: a run may have gone on."""
+    newest = find_checkpoint(path)
+    if sha256 in (None, newest.weights_sha256):
+        return newest
+    for folder in reversed(checkpoint_folders(newest.path.parent)):
+        with contextlib.suppress(OSError, ValueError):  # damaged
+            if (checkpoint := verify_checkpoint(folder)).weights_sha256 == sha256:
+                return checkpoint
+    raise ConfigError(f"init_from: {path} has no weights with SHA-256 {sha256}")
+
+
 def _check_shapes(model: GPT, weights: Mapping[str, Tensor], path: Path, changes: Mapping[str, object]) -> None:
     """Raises a ConfigError that names the first weight whose shape differs."""
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     saved = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     for name in sorted(expected.keys() | saved.keys()):
         if expected.get(name) != saved.get(name):
-            cause = ", ".join(f"{setting}={value}" for setting, value in changes.items()) or "this version's model"
+            cause = ", ".join(f"{setting}={value}" for setting, value in changes.items()) or "the model"
             shapes = f"{expected.get(name, 'missing')}, in the checkpoint it is {saved.get(name, 'missing')}"
             raise ConfigError(f"{cause} does not fit {path}: {name} would be {shapes}")
 

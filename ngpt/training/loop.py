@@ -46,7 +46,8 @@ def train(
 
     Args:
         out_dir: folder for `metrics.jsonl` and `checkpoints/`.
-        resume: `"latest"` continues from the newest intact checkpoint in `out_dir`, if there is one.
+        resume: `"latest"` continues from the newest intact checkpoint in `out_dir`, if there is one. `"extend"` does
+            the same for a run with other `steps` than planned, whose schedules are stretched to them from there on.
         dataset: the opened corpus. If None, the corpus of the config is opened, and prepared if necessary.
     """
     run = set_up(resolved(config), out_dir, resume=resume, dataset=dataset)

@@ -6,11 +6,10 @@ Each recovery is counted in the `TrainState`, so a resumed run continues as an u
 import logging
 from collections.abc import Sequence
 
-from ngpt.model.gpt import GPT
 from ngpt.optim.optimizers import build_optimizers
 from ngpt.system.memory import free_memory
 from ngpt.training.checkpoint import newest_checkpoint
-from ngpt.training.run import Run, restore
+from ngpt.training.run import Run, initial_model, restore
 from ngpt.training.state import TrainState
 
 log = logging.getLogger(__name__)
@@ -71,7 +70,7 @@ def rollback_to_checkpoint(run: Run) -> None:
     if checkpoint := newest_checkpoint(run.out_dir / "checkpoints"):
         restore(run, checkpoint)
     else:
-        run.model.load_state_dict(GPT(run.config.model, seed=run.config.seed).state_dict())
+        run.model.load_state_dict(initial_model(run.config, run.dataset).state_dict())
         run.state.restore(TrainState())
 
 

@@ -22,10 +22,19 @@ from ngpt.optim.schedule import is_due
 from ngpt.system.device import mixed_precision, pick_device
 from ngpt.system.memory import configure_allocator, peak_memory, reset_peak_memory
 from ngpt.system.timing import synchronize
-from ngpt.training.checkpoint import Checkpoint, checkpoint_folders, load_checkpoint, newest_checkpoint
-from ngpt.training.config import TrainConfig, rollback_settings
+from ngpt.training.checkpoint import (
+    Checkpoint,
+    check_setting,
+    checkpoint_folders,
+    load_checkpoint,
+    newest_checkpoint,
+)
+from ngpt.training.config import LOCATIONS, TrainConfig, rollback_settings
+from ngpt.training.load_model import load_initial_weights
 from ngpt.training.state import Metrics, TrainState
 from ngpt.training.tracker import finite_or_none
+
+HISTORY = ("steps", "extended")  # of a checkpoint's identity: these may differ from the run's, see `set_up`
 
 
 @dataclass
@@ -114,17 +123,19 @@ def reads_clock(config: TrainConfig, step: int) -> bool:
 
 
 def set_up(config: TrainConfig, out_dir: Path, *, resume: str | None, dataset: Dataset | None) -> Run:
-    """Sets up a run at step 0, or restored from the newest intact checkpoint in `out_dir` if `resume` is "latest"."""
-    if resume not in (None, "latest"):
-        raise ConfigError(f"resume must be 'latest', got {resume!r}")
-    if resume is None and checkpoint_folders(out_dir / "checkpoints"):
-        raise ConfigError(f"{out_dir} holds checkpoints of an earlier run: resume it, or choose another folder")
+    """Sets up a run at step 0, or restored from the newest intact checkpoint in `out_dir`, see `train`."""
+    if resume not in (None, "latest", "extend"):
+        raise ConfigError(f"resume must be 'latest' or 'extend', got {resume!r}")
+    if resume is None:
+        refuse_earlier_run(out_dir)
     device = pick_device(config.device)
     configure_allocator()
     reset_peak_memory(device)
+    checkpoint = newest_checkpoint(out_dir / "checkpoints") if resume else None
     dataset, length = dataset or open_dataset(config.data), config.model.block_size
     validation = eval_set(dataset, tokens=config.eval_tokens, batch_size=config.batch_size, block_size=length)
-    model = GPT(config.model, seed=config.seed).to(device)
+    # A resumed run does not need its initial weights, which may be gone.
+    model = (GPT(config.model, seed=config.seed) if checkpoint else initial_model(config, dataset)).to(device)
     if config.compile:
         model.compile_parts()
     state = TrainState()
@@ -140,17 +151,38 @@ def set_up(config: TrainConfig, out_dir: Path, *, resume: str | None, dataset: D
         state=state,
         clock=Clock(state, device, warmup=min(5, config.steps // 2), is_read=partial(reads_clock, config)),
     )
-    if resume and (checkpoint := newest_checkpoint(out_dir / "checkpoints")):
+    if checkpoint:
+        if resume == "latest":
+            check_setting(checkpoint, "steps", config.steps)
         restore(run, checkpoint)
+        if (planned := checkpoint.identity["steps"]) != config.steps:
+            state.extended = [*state.extended, (state.step, planned)]
     return run
 
 
+def refuse_earlier_run(folder: Path) -> None:
+    """Raises ConfigError if a new run would write into the folder of an earlier one."""
+    if checkpoint_folders(folder / "checkpoints"):
+        raise ConfigError(f"{folder} holds checkpoints of an earlier run: resume it, or choose another folder")
+
+
+def initial_model(config: TrainConfig, dataset: Dataset) -> GPT:
+    """Returns the model at step 0: with random weights, or with those of `init_from`."""
+    model = GPT(config.model, seed=config.seed)
+    if config.init_from is not None:
+        load_initial_weights(model, config.init_from, config.init_sha256, dataset.manifest["tokenizer"])
+    return model
+
+
 def restore(run: Run, checkpoint: Checkpoint) -> None:
-    """Loads weights, optimizer moments and state from a checkpoint."""
-    saved = load_checkpoint(checkpoint, run.model, identity=identity(run.config, run.dataset))
+    """Loads weights, optimizer moments and state from a checkpoint, whose planned steps may be others."""
+    expected = identity(run.config, run.dataset.manifest["fingerprint"])
+    saved = load_checkpoint(checkpoint, run.model, identity=expected, leave_out=HISTORY)
     for optimizer, moments in zip(run.optimizers, saved["optimizers"], strict=True):
         optimizer.load_state_dict(moments)
+    extended = run.state.extended  # a rollback may restore a checkpoint from before
     run.state.restore(TrainState.from_saved(saved["progress"]))
+    run.state.extended = extended or run.state.extended
 
 
 @dataclass(frozen=True)
@@ -211,8 +243,13 @@ def find_tokenizer_model(config: DataConfig, dataset: Dataset) -> bytes | None:
     return None
 
 
-def identity(config: TrainConfig, dataset: Dataset) -> dict[str, Any]:
-    """Returns the settings that affect the results, by dotted name, with a hash of the corpus instead of its path."""
-    settings = {name: value for name, value in identity_settings(config).items() if not name.startswith("data.")}
-    data = {"data.fingerprint": dataset.manifest["fingerprint"], "data.order": config.data.order}
+def identity(config: TrainConfig, fingerprint: str) -> dict[str, Any]:
+    """Returns the settings that affect the results, by dotted name, with hashes instead of paths: of the corpus,
+    its fingerprint."""
+    settings = {
+        name: value
+        for name, value in identity_settings(config).items()
+        if not name.startswith("data.") and name not in LOCATIONS
+    }
+    data = {"data.fingerprint": fingerprint, "data.order": config.data.order}
     return settings | rollback_settings(config) | data | order_settings(config.data)

@@ -74,13 +74,15 @@ def save(run: Run, tracker: Tracker) -> None:
 def save_run(run: Run) -> None:
     """Commits a checkpoint of the run, without its metric rows."""
     scores, optimizers = run.state.last_eval, [optimizer.state_dict() for optimizer in run.optimizers]
+    extended = run.state.extended
     save_checkpoint(
         run.out_dir / "checkpoints",
         model=run.model,
         state={"progress": run.state.to_saved(), "optimizers": optimizers},
         step=run.state.step,
         val_loss=scores["val_loss"] if scores.get("step") == run.state.step else None,
-        identity=identity(run.config, run.dataset),
+        identity=identity(run.config, run.dataset.manifest["fingerprint"])
+        | ({"extended": extended} if extended else {}),
         data={"settings": flatten(run.config.data), "tokenizer": run.dataset.manifest["tokenizer"]},
         files={} if run.tokenizer_model is None else {MODEL_FILE: run.tokenizer_model},
         keep_last=run.config.checkpoint.keep_last,

@@ -37,6 +37,8 @@ class TrainState:
     skipped_steps: int = 0  # steps without an update, because a loss or gradient was not finite
     rollbacks: int = 0  # rollbacks for the same reason
     skipped_batches: int = 0  # batches that rollbacks skipped: step s reads batch s + skipped_batches
+    # (step, steps planned until then) of each resume with other `steps`, whose schedules are stretched from there
+    extended: list[tuple[int, int]] = field(default_factory=list)
 
     @property
     def train_loss(self) -> float | None:

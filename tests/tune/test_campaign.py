@@ -21,10 +21,10 @@ from ngpt.data.sources import CORPORA
 from ngpt.model.residual import RESIDUAL_RULES
 from ngpt.optim.optimizers import OPTIMIZERS
 from ngpt.optim.schedule import SCHEDULES
+from ngpt.training.config import with_absolute_paths
 from tests.helpers.marked_text import unmarked
 from tune.campaign import load_campaign
 from tune.planning.plan import preview
-from tune.spec.reading import with_absolute_paths
 from tune.spec.schema import Campaign, FreshSeeds, Metric, Resources, UntilDecided
 from tune.spec.sweeps import SWEEPS, ArmSpec, Axis
 

@@ -12,12 +12,12 @@ from typing import Any
 from ngpt.config.base import ConfigError, Location, Problem, resolve, unknown_message
 from ngpt.config.overrides import named_settings
 from ngpt.config.yaml_reader import read_yaml
-from ngpt.training.config import TrainConfig
+from ngpt.training.config import TrainConfig, with_absolute_paths
 from tune import format as fmt
 from tune.claims.arithmetic import evaluate
 from tune.claims.relations import DIRECTIONS, METRIC_GOALS, RELATIONS
 from tune.claims.selectors import NAME_KEYS, same
-from tune.spec.reading import Reading, check_name, collect, complete, with_absolute_paths
+from tune.spec.reading import Reading, check_name, collect, complete
 from tune.spec.schema import Claim
 
 COMMON_FIELDS = ("id", "relation", "source", "says")  # fields of every claim

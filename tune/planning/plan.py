@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from ngpt.config.base import ConfigError, content_hash, override, settings
 from ngpt.data.dataset import fingerprint, order_settings
 from ngpt.model.flops import flops_per_token
-from ngpt.training.config import TrainConfig, resolved, rollback_settings
+from ngpt.training.config import LOCATIONS, TrainConfig, resolved, rollback_settings
 from tune.analysis.noise import NoisePrior
 from tune.analysis.sequential import SequentialRule, replay_looks
 from tune.planning.combine import join_better_arms
@@ -227,8 +227,9 @@ def _plan_arms(
         winner = winners[arm.inherit] if arm.inherit else {}
         inherited_by_arm = {name: value for name, value in winner.items() if name not in phase.pinned}
         changes = inherited_by_arm | dict(arm.overrides)
-        has_new_data = any(name.startswith("data.") for name in changes)  # with a vocabulary of its own
-        config = arm_config(campaign, baseline if has_new_data else resolved_baseline, changes)
+        # With a vocabulary or initial weights of its own, which are to be filled in.
+        is_resolved = not any(name.startswith(("data.", "init_")) for name in changes)
+        config = arm_config(campaign, resolved_baseline if is_resolved else baseline, changes)
         new = {k: v for k, v in inherited_by_arm.items() if k not in base or base[k] != v}
         if config not in arms or (arms[config].name == BASELINE.name and not arm.inherit):
             arms[config] = PlannedArm(arm.name, new | dict(arm.overrides), ())
@@ -308,7 +309,7 @@ def trial_ids(config: TrainConfig, seeds: Iterable[int]) -> list[str]:
     """
     data = {name for name in settings(TrainConfig) if name.startswith("data.")}
     extra = {"data": fingerprint(config.data)} | order_settings(config.data) | rollback_settings(config)
-    identity = content_hash(config, leave_out=data | {"seed"}, extra=extra)
+    identity = content_hash(config, leave_out=data | {"seed", *LOCATIONS}, extra=extra)
     return [f"{identity}-s{seed}" for seed in seeds]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from ngpt.config.base import ConfigError, Location, Problem, is_identity, unknown_message
 from ngpt.config.overrides import named_settings
-from ngpt.training.config import TrainConfig
+from ngpt.training.config import TrainConfig, with_absolute_paths
 from tune import format as fmt
 from tune.spec.confirmation import confirmation_of, is_confirmed_by, read_confirm
 from tune.spec.reading import (
@@ -20,7 +20,6 @@ from tune.spec.reading import (
     comparable,
     repeated,
     short,
-    with_absolute_paths,
 )
 from tune.spec.schema import HOLDS, KINDS, MAX_TRIALS, Phase, SeedRule, UntilDecided, count_seeds
 from tune.spec.search_space import Search, random_arms, read_search

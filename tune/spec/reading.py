@@ -5,17 +5,13 @@
 Problems propagate through `yield from` up to `load_campaign`. Reading stops after `MAX_PROBLEMS`.
 """
 
-import os
 import re
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from ngpt.config.base import ConfigError, Location, Problem, settings
 from ngpt.config.overrides import MAX_PROBLEMS
 from ngpt.config.yaml_reader import Document
-from ngpt.data.sources import CORPORA
-from ngpt.data.tokens.tokenizer import parse_spec
 from ngpt.model.residual import RESIDUAL_ALIASES
 from ngpt.training.config import TrainConfig
 from tune import format as fmt
@@ -120,36 +116,3 @@ def short(setting: str) -> str:
     """The last part of a setting's name if it is unique, otherwise the full name."""
     leaf = setting.rpartition(".")[2]
     return leaf if sum(full.rpartition(".")[2] == leaf for full in settings(TrainConfig)) == 1 else setting
-
-
-def with_absolute_paths(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Makes the paths among settings absolute, because Ray changes the working directory of its workers.
-
-    Other values, such as the name of a corpus or `gpt2`, are unchanged.
-    """
-    return {name: PATHS[name](value) if name in PATHS and value else value for name, value in values.items()}
-
-
-def _corpus(value: Any) -> Any:
-    """A name in CORPORA takes precedence over a folder; a value that is neither is unchanged, and rejected later."""
-    if not isinstance(value, str) or value in CORPORA:
-        return value
-    return _absolute(value) if value.startswith("~") or os.path.exists(value) else value
-
-
-def _tokenizer(value: Any) -> Any:
-    try:
-        kind, argument = parse_spec(value) if isinstance(value, str) else ("", "")
-    except ConfigError:
-        return value
-    if kind == "model":
-        return _absolute(argument)
-    return f"gpt2:{_absolute(argument)}" if kind == "gpt2" and argument else value
-
-
-def _absolute(value: Any) -> Any:
-    # Path.expanduser would raise for an unknown user.
-    return str(Path(os.path.expanduser(value)).absolute()) if isinstance(value, str) else value
-
-
-PATHS: dict[str, Callable[[Any], Any]] = {"data.corpus": _corpus, "data.path": _absolute, "data.tokenizer": _tokenizer}

@@ -12,10 +12,10 @@ from typing import Any
 from ngpt.config.base import ConfigError, Location, Problem, build, dotted_name, settings
 from ngpt.data import dataset as corpora
 from ngpt.data.tokens.tokenizer import tokenizer_vocab_size
-from ngpt.training.config import TrainConfig, resolved
+from ngpt.training.config import TrainConfig, resolved, with_absolute_paths
 from tune import format as fmt
 from tune.spec.phase_reader import PhasesInFile
-from tune.spec.reading import LocatedSettings, Reading, with_absolute_paths
+from tune.spec.reading import LocatedSettings, Reading
 from tune.spec.schema import EarlyStop, Phase, UntilDecided
 from tune.spec.sweeps import BASELINE, ArmSpec
 

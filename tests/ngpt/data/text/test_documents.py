@@ -147,7 +147,10 @@ def test_a_file_that_cannot_be_read_is_named_with_the_reason_in_one_line(tmp_pat
         (broken(tmp_path / "d.json", b'[{"text": "a"} {"text": "b"}]'), "item 1: no comma after it"),
         (broken(tmp_path / "e.json", b'[{"text": "a"}]\n[{"text": "b"}]'), "goes on after the end of its array"),
         (broken(tmp_path / "f.json", b'{\n "text": "a",\n "meta": }'), "is not JSON: .* line 3"),
-        (broken(tmp_path / "f.jsonl", b'{"text": "a"}\n{"text": "\\ud800"}\n'), "line 2 is not valid text: surrogates not allowed"),
+        (
+            broken(tmp_path / "f.jsonl", b'{"text": "a"}\n{"text": "\\ud800"}\n'),
+            "line 2 is not valid text: surrogates not allowed",
+        ),
         (broken(tmp_path / "a.jsonl.gz", b"plain"), "not compressed as its name says"),
         (broken(tmp_path / "a.txt", b"\xff"), "is not UTF-8 text: .* at byte 0"),
         (broken(tmp_path / "b.txt", b"\xff\xfea\0b\0"), "is UTF-16 text"),
