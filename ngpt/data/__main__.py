@@ -71,8 +71,8 @@ def _prepare(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(manifest | {"folder": str(folder)}))
         return 0
-    for split, counts in manifest["splits"].items():
-        print(f"{split} has {counts['tokens']:,} tokens")
+    for split in sorted(manifest["splits"], key=("train", "val", "test").index):
+        print(f"{split} has {manifest['splits'][split]['tokens']:,} tokens")
     print(f"vocabulary has {manifest['vocab_size']:,} tokens")
     return 0
 

@@ -77,11 +77,10 @@ def shard_paths(source: Path) -> list[Path]:
         return []
     folders = {path: path.relative_to(source).parts[:-1] for path in find_files(source)}
     for suffix in SUFFIXES:
-        found = [path for path in folders if path.suffix == suffix and path.name != TOKEN_BYTES_FILE]
-        if of_splits := [path for path in found if any(map(is_split_folder, folders[path]))]:
-            _require_one_corpus(source, [folders[path] for path in of_splits])
-            return of_splits
-    arrays = [path for path in found if not folders[path]]
+        if found := [path for path in folders if path.suffix == suffix and any(map(is_split_folder, folders[path]))]:
+            _require_one_corpus(source, [folders[path] for path in found])
+            return found
+    arrays = [path for path in sorted(source.glob("*.npy")) if path in folders and path.name != TOKEN_BYTES_FILE]
     return [] if arrays and any(_holds_text(path) for path in folders if path not in set(arrays)) else arrays
 
 
