@@ -13,6 +13,7 @@ EXIT_BUSY = 3  # another run holds the results directory
 EXIT_UNSUCCESSFUL = 4  # done, but a trial failed or diverged
 EXIT_IO = 74  # EX_IOERR of sysexits.h
 EXIT_INTERRUPTED = 130  # 128 + SIGINT
+RAISING = ("strict", "surrogateescape")  # ways of stdout to handle what it cannot encode; the latter with LANG=C
 
 
 def run_command(
@@ -62,10 +63,7 @@ def encode_stdout(errors: str) -> Iterator[None]:
     """Handles characters that stdout cannot encode as `errors` says, if they would raise otherwise."""
     stream = sys.stdout
     before = stream.errors if isinstance(stream, io.TextIOWrapper) else None
-    if not isinstance(stream, io.TextIOWrapper) or before not in (
-        "strict",
-        "surrogateescape",
-    ):  # the latter with LANG=C
+    if not isinstance(stream, io.TextIOWrapper) or before not in RAISING:
         yield
         return
     stream.reconfigure(errors=errors)
