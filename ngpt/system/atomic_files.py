@@ -3,9 +3,11 @@
 As usual on POSIX: write a temporary file in the same folder, fsync it, rename it over the target, fsync the folder.
 """
 
+import errno
 import json
 import os
 import shutil
+import stat
 import uuid
 from contextlib import suppress
 from pathlib import Path
@@ -138,6 +140,14 @@ def remove_temporary_files(folder: Path) -> None:
     """Removes temporary files of killed processes. No other process may be writing to `folder`."""
     for temp in folder.glob(TEMPORARY):
         temp.unlink(missing_ok=True)
+
+
+def read_regular(path: Path) -> bytes:
+    """Reads a file that may come from somebody else. Raises OSError for a pipe or a device, without waiting for it."""
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        return file.read()
 
 
 def sync(path: Path) -> None:

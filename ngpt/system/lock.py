@@ -3,6 +3,7 @@
 This module imports almost nothing, so a second process is refused before torch is loaded.
 """
 
+import errno
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -12,7 +13,7 @@ import psutil
 from filelock import FileLock, Timeout
 
 from ngpt.config.base import UserError
-from ngpt.system.atomic_files import make_folder, remove_temporary_files, write_atomic
+from ngpt.system.atomic_files import make_folder, read_regular, remove_temporary_files, write_atomic
 from ngpt.system.cli import EXIT_BUSY
 
 ACQUIRE_TIMEOUT = 1.0  # seconds to wait if no process id is known: `status` locks the file for a moment
@@ -38,6 +39,8 @@ class FolderLock:
         """Creates the folder, locks it and removes temporary files of killed processes, or raises `FolderLocked`."""
         folder, name = self._folder, self._name
         make_folder(folder)
+        if (path := _lock_file(folder, name)).is_symlink():  # others may have made the folder
+            raise OSError(errno.ELOOP, "it is a link, and a run would write to its target", str(path))
         try:
             self._lock.acquire(
                 timeout=ACQUIRE_TIMEOUT, poll_interval=0.05, cancel_check=lambda: _holder(folder, name) is not None
@@ -46,7 +49,7 @@ class FolderLock:
             raise _locked_error(folder, name) from None
         try:
             write_atomic(_pid_file(folder, name), f"{os.getpid()}\n")
-            for each in (folder, *(path for path in folder.iterdir() if path.is_dir())):
+            for each in (folder, *(path for path in folder.iterdir() if path.is_dir() and not path.is_symlink())):
                 remove_temporary_files(each)
         except BaseException:
             self.release()
@@ -67,14 +70,25 @@ class FolderLock:
 
 
 def is_locked(folder: Path, name: str) -> bool:
-    """Whether a live process holds the lock."""
-    if not _lock_file(folder, name).exists():
+    """Whether a live process holds the lock. Needs no write permission, follows no link and changes nothing."""
+    import fcntl  # not on Windows
+
+    try:
+        # A shared lock needs no write access, and conflicts with the exclusive lock of a run.
+        descriptor = os.open(_lock_file(folder, name), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except PermissionError:
+        return _holder(folder, name) is not None
+    except OSError:  # there is none, or a link is in its place
         return False
     try:
-        with FileLock(_lock_file(folder, name)).acquire(timeout=0):
-            return False
-    except Timeout:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
         return True
+    except OSError:  # a file system without locks
+        return _holder(folder, name) is not None
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def refuse_if_locked(folder: Path, name: str) -> None:
@@ -93,8 +107,8 @@ def _pid_file(folder: Path, name: str) -> Path:
 
 def _holder(folder: Path, name: str) -> int | None:
     """The id of the process that wrote the id file; None if it is unknown or the process has died."""
-    with suppress(OSError, ValueError):  # the file is missing, or being replaced
-        pid = int(_pid_file(folder, name).read_text())
+    with suppress(OSError, ValueError, OverflowError):  # the file is missing, being replaced, or somebody else's
+        pid = int(read_regular(_pid_file(folder, name)))
         return pid if psutil.pid_exists(pid) else None
     return None
 

@@ -62,3 +62,53 @@ os.kill(os.getpid(), signal.SIGKILL)
 def test_looking_for_a_lock_creates_nothing(tmp_path: Path) -> None:
     refuse_if_locked(tmp_path / "none", "run")
     assert not is_locked(tmp_path / "none", "run") and not (tmp_path / "none").exists()
+
+
+def test_looking_for_a_lock_needs_no_right_to_write_and_opens_no_link(tmp_path: Path) -> None:
+    folder, victim = tmp_path / "results", tmp_path / "bashrc"
+    running = FolderLock(folder, "run")
+    running.acquire()
+    (folder / "run.lock").chmod(0o444)
+    assert is_locked(folder, "run")
+    running.release()
+    assert not is_locked(folder, "run")
+    victim.write_text("alias ll='ls -l'\n")
+    (folder / "run.lock").unlink()
+    (folder / "run.lock").symlink_to(victim)
+    assert not is_locked(folder, "run")
+    with pytest.raises(OSError, match="it is a link"):
+        FolderLock(folder, "run").acquire()
+    assert victim.read_text() == "alias ll='ls -l'\n"
+    for name in ("run.lock", "run.pid"):  # a plain open would wait for a writer
+        (folder / name).unlink(missing_ok=True)
+        os.mkfifo(folder / name)
+    refuse_if_locked(folder, "run")
+    assert not is_locked(folder, "run")
+
+
+def test_a_lock_that_may_not_be_read_is_judged_by_the_process_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run.lock").touch()
+    open_any = os.open
+
+    def open_others(path: Path, *more: int) -> int:
+        if str(path).endswith(".lock"):
+            raise PermissionError(13, "Permission denied")
+        return open_any(path, *more)
+
+    monkeypatch.setattr(os, "open", open_others)
+    assert not is_locked(tmp_path, "run")
+    (tmp_path / "run.pid").write_text(f"{os.getpid()}\n")
+    assert is_locked(tmp_path, "run")
+    (tmp_path / "run.pid").write_text("9" * 40)
+    assert not is_locked(tmp_path, "run")
+
+
+def test_temporary_files_behind_a_link_stay(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / ".mine.tmp").touch()
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "alpha").symlink_to(tmp_path / "elsewhere")
+    with FolderLock(tmp_path / "results", "run"):
+        assert (tmp_path / "elsewhere" / ".mine.tmp").exists()
