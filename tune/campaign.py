@@ -22,6 +22,7 @@ from tune.spec.reading import OPTION, LocatedSettings, Reading, check_name, coll
 from tune.spec.schema import KINDS, Budget, Campaign, EarlyStop, Header, Metric, Resources, SeedRule
 from tune.spec.seeds import read_seed_rule
 from tune.spec.validation import ConfigChecker, check_configs, check_cycles, check_early_stop, in_dependency_order
+from tune.storage.names import RESERVED_BESIDE
 
 TOP_KEYS = ("campaign", *Header.model_fields, "seeds", "base", "phases", *KINDS, "claims")
 HEADER_SECTIONS = {"metric": Metric, "resources": Resources, "budget": Budget, "early_stop": EarlyStop}
@@ -86,8 +87,11 @@ def _read_draft(data: Mapping[str, Any], assignments: Sequence[str], folder: Pat
             yield Problem((key,), unknown_message("setting", key, TOP_KEYS))
     if "campaign" not in data:
         yield Problem((), "`campaign:` is missing: give the campaign a name")
-    else:
-        yield from check_name(data["campaign"], ("campaign",), "campaign")
+    elif not (yield from check_name(data["campaign"], ("campaign",), "campaign")):
+        pass  # said already
+    elif RESERVED_BESIDE.fullmatch(data["campaign"]):
+        text = f"{data['campaign']!r} is reserved: the folder of the results uses this name itself"
+        yield Problem(("campaign",), text)
     header = yield from _read_header(data)
     seeds = (yield from _campaign_seeds(data["seeds"])) if "seeds" in data else DEFAULT_SEEDS
     base_settings = yield from _read_base(data.get("base", {}), folder)

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from ngpt.system.atomic_files import read_regular
+
 HEARTBEAT, STOP = "heartbeat", "stop"
 HEARTBEAT_BYTES = 80  # padded, so that each heartbeat overwrites the previous one completely
 CHECK_EVERY = 1.0  # seconds between two checks for a stop request; each is a system call
@@ -74,9 +76,10 @@ class HeartbeatWriter:
 def read_heartbeat(folder: Path) -> Heartbeat | None:
     """Returns the last heartbeat in a run's folder; None if it is missing or unreadable."""
     try:
-        return Heartbeat(**json.loads((folder / HEARTBEAT).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        beat = Heartbeat(**json.loads(read_regular(folder / HEARTBEAT)))
+    except (OSError, ValueError, TypeError, RecursionError):
         return None
+    return beat if all(type(number) is int for number in vars(beat).values()) else None
 
 
 def request_stop(folder: Path) -> None:

@@ -6,10 +6,12 @@ A crash can truncate any file, and `torch.load` misses a flipped bit. So a folde
 synced and then renamed, and it is only loaded if all digests match its manifest.
 """
 
+import errno
 import hashlib
 import json
 import logging
 import shutil
+import stat
 import uuid
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -22,7 +24,7 @@ from pydantic import Field
 from torch import nn
 
 from ngpt.config.base import Config, ConfigError, runtime_setting
-from ngpt.system.atomic_files import commit_folder, make_folder, remove_folder
+from ngpt.system.atomic_files import commit_folder, make_folder, read_regular, remove_folder
 
 FORMAT = 1
 WEIGHTS = "model.safetensors"
@@ -122,6 +124,8 @@ def verify_checkpoint(path: Path) -> Checkpoint:
     if manifest["format"] != FORMAT:
         raise ConfigError(f"{path}: checkpoint format {manifest['format']!r}, this version reads {FORMAT}")
     for name, digest in manifest["files"].items():
+        if Path(name).name != name:
+            raise ValueError(f"{path}: its manifest names a file of another folder")
         if _digest(path / name) != digest:
             raise ValueError(f"{path / name}: size or SHA-256 differs from the manifest")
     weights, facts = manifest["files"][WEIGHTS]["sha256"], (manifest["step"], manifest["val_loss"])
@@ -154,15 +158,22 @@ def check_setting(checkpoint: Checkpoint, name: str, value: Any) -> None:
 
 
 def _digest(path: Path) -> dict[str, Any]:
+    if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for, and a device be read without end
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
-    text = (path / "MANIFEST.json").read_text()
-    manifest = json.loads(text)
+    text = read_regular(path / "MANIFEST.json").decode()
+    try:
+        manifest = json.loads(text)
+    except RecursionError:
+        raise ValueError(f"{path / 'MANIFEST.json'}: nested too deeply") from None
     # The text is compared too: a flipped bit can change the notation of a number but not its value.
-    is_unchanged = isinstance(manifest, dict) and text == _manifest_text(manifest)
+    is_unchanged = (
+        isinstance(manifest, dict) and isinstance(manifest.get("files"), dict) and text == _manifest_text(manifest)
+    )
     if not is_unchanged or manifest.pop("sha256", None) != _manifest_digest(manifest):
         raise ValueError(f"{path / 'MANIFEST.json'}: not as it was written")
     return manifest

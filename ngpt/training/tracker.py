@@ -191,11 +191,21 @@ def finite_or_none(value: Any) -> Any:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Reads the rows of a file. Ignores a half-written last line, and lines with zero bytes from a power loss."""
+    """Reads the rows of a file. Ignores a half-written last line, and damaged lines."""
+    return read_rows(path)[0]
+
+
+def read_rows(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The rows of a file, and the number of lines that are none; lines with zero bytes from a power loss are ignored.
+
+    Numbers that are not finite become None. A half-written last line is ignored.
+    """
     if not path.is_file():
-        return []
-    *lines, _ = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines if "\0" not in line]
+        return [], 0
+    *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    rows = [_row(line) for line in lines if "\0" not in line]
+    intact = [row for row in rows if row is not None]
+    return intact, len(rows) - len(intact)
 
 
 def _drop_after(step: int | None, path: Path) -> None:
@@ -211,10 +221,10 @@ def _drop_after(step: int | None, path: Path) -> None:
 
 def _row(line: str) -> dict[str, Any] | None:
     try:
-        row = json.loads(line)
-    except ValueError:
+        row = json.loads(line, parse_constant=lambda _: None)
+    except (ValueError, RecursionError):
         return None
-    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+    return row if isinstance(row, dict) and type(row.get("step")) is int and 0 <= row["step"] < 2**63 else None
 
 
 def _line(row: Mapping[str, Any]) -> str:

@@ -480,6 +480,10 @@ SMALL: dict[str, tuple[str | bytes, str]] = {
         "campaign: <script>alert(1)</script>\n" + SWEEP,
         "1:1: campaign: '<script>alert(1)</script>'" + CAMPAIGN_NAME,
     ),
+    "name_ledger": (
+        "campaign: seeds.jsonl\n" + SWEEP,
+        "1:1: campaign: 'seeds.jsonl' is reserved: the folder of the results uses this name itself",
+    ),
     "name_long": (
         "campaign: " + "a" * 300 + "\n" + SWEEP,
         "1:1: campaign: 'aaaaaaaaaaaaaaaaaaa\u2026aaaaaaaaaaaaaaaaaaaa'" + CAMPAIGN_NAME,
@@ -531,6 +535,14 @@ SMALL: dict[str, tuple[str | bytes, str]] = {
     "phase_journal": (
         phases("{name: journal.jsonl, vary: {alpha: [0.1]}}"),
         "2:11: phases[0].name: 'journal.jsonl' is reserved: the results directory uses this name itself",
+    ),
+    "phase_derived": (
+        phases("{name: Derived.json, vary: {alpha: [0.1]}}"),
+        "2:11: phases[0].name: 'Derived.json' is reserved: the results directory uses this name itself",
+    ),
+    "phase_discarded": (
+        phases("{name: discarded, vary: {alpha: [0.1]}}"),
+        "2:11: phases[0].name: 'discarded' is reserved: the results directory uses this name itself",
     ),
     "phase_lock": (
         phases("{name: campaign.lock, vary: {alpha: [0.1]}}"),

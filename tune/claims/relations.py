@@ -23,6 +23,7 @@ from itertools import combinations
 from math import exp, inf, isfinite, log, sqrt
 from typing import Literal
 
+from ngpt.config.base import ConfigError
 from tune import format as fmt
 from tune.analysis.power import MAX_SEEDS, Design, seeds_to_decide
 from tune.analysis.verdicts import holm
@@ -57,15 +58,32 @@ def judge_claims(claims: Sequence[Claim], evidence: Evidence) -> list[ClaimResul
     """Judges each claim by the arms of its phase, or of all phases; infinite numbers become None."""
     results = []
     for claim in claims:
-        relation = RELATIONS[claim.relation]
+        relation = RELATIONS.get(claim.relation)
         arms = [arm for arm in evidence.arms if claim.phase in (None, arm.phase)]
-        verdict = relation.judge(claim, replace(evidence, arms=arms))
-        metric = claim.metric if relation.uses_trials else None
+        problem = _unjudgeable(claim)
+        verdict = relation.judge(claim, replace(evidence, arms=arms)) if relation and not problem else None
+        verdict = verdict or ClaimVerdict("no data", problem)
+        metric = claim.metric if relation and relation.uses_trials else None
         numbers = (verdict.observed, verdict.ci_low, verdict.ci_high)
         numbers = [number if number is not None and isfinite(number) else None for number in numbers]
         fields = (claim.id, claim.source, claim.says, claim.relation, metric, verdict.verdict, *numbers)
         results.append(ClaimResult(*fields, n=verdict.n, trials=tuple(verdict.trials), why=verdict.why))
     return results
+
+
+def _unjudgeable(claim: Claim) -> str:
+    """Why a claim from a journal, perhaps of another version, cannot be judged; empty if it can."""
+    if claim.relation not in RELATIONS:
+        return f"this version does not know the relation {fmt.plain(claim.relation)!r}"
+    if missing := [name for name in RELATIONS[claim.relation].needs if getattr(claim, name) is None]:
+        return f"the claim lacks {fmt.listing(missing)}"
+    if claim.metric not in METRIC_GOALS or claim.direction not in (None, *DIRECTIONS):
+        return "this version does not know its metric or direction"
+    try:
+        evaluate(claim.expression or 0)
+    except ConfigError as error:
+        return str(error)
+    return ""
 
 
 def judge_order(claim: Claim, evidence: Evidence) -> ClaimVerdict:
@@ -145,10 +163,10 @@ def judge_equivalence(claim: Claim, evidence: Evidence) -> ClaimVerdict:
     is_ratio = claim.relation == "ratio"
     result = difference(claim, evidence, log if is_ratio else float)
     if isinstance(result, ClaimVerdict):
-        return replace(result, observed=exp(result.observed)) if is_ratio and result.observed is not None else result
+        return replace(result, observed=_exp(result.observed)) if is_ratio and result.observed is not None else result
     estimate = result  # for a ratio, of its logarithm
     if is_ratio:
-        result = replace(result, mean=exp(result.mean), low=exp(result.low), high=exp(result.high))
+        result = replace(result, mean=_exp(result.mean), low=_exp(result.low), high=_exp(result.high))
     value, tolerance = claim.value or 0.0, claim.tolerance or 0.0
     low, high = value - tolerance, value + tolerance
     if low <= result.low and result.high <= high:
@@ -159,7 +177,7 @@ def judge_equivalence(claim: Claim, evidence: Evidence) -> ClaimVerdict:
         verdict, position = "undecided", "partly within"
     text = f"{_sentence(claim, result)}, {position} [{low:.6g}, {high:.6g}]"
     if verdict == "undecided":
-        bounds = (log(low) if low > 0 else -inf, log(high)) if is_ratio else (low, high)
+        bounds = (log(low) if low > 0 else -inf, log(high) if high > 0 else -inf) if is_ratio else (low, high)
         text = f"{text}; {_seeds_to_locate(estimate, *bounds, evidence)}"
     return result.verdict(verdict, text)
 
@@ -319,6 +337,11 @@ def _sentence(claim: Claim, result: Difference) -> str:
         return f"{describe(loser)} diverged with every seed, {describe(winner)} with none, {result.place}"
     values = _interval(result.mean, result.low, result.high)
     return f"{describe(claim.left)} {operator} {describe(claim.right)}: {claim.metric} {values} {result.place}"
+
+
+def _exp(x: float) -> float:
+    """The exponential, without overflow."""
+    return exp(min(x, 700.0))
 
 
 def _reaches(effect: float, min_effect: float) -> bool:

@@ -28,8 +28,7 @@ from tune.planning.forecast import expected_phases, has_result, known_result
 from tune.planning.plan import PlannedPhase, trial_flops, trial_tokens, trial_work
 from tune.planning.seeds import describe_seeds
 from tune.spec.schema import Campaign
-from tune.storage.journal import read_journal
-from tune.storage.state import CampaignState, replay
+from tune.storage.state import CampaignState, read_replayed
 from tune.trials.trial_group import expected_groups
 
 STARTUP_SECONDS = 8.0  # start of Python and Ray, and the first import of torch in the workers
@@ -135,7 +134,7 @@ def estimate(
     (`vectorise`) have speeds of their own; without one, they are assumed to take as long as sequential trials.
     `retrain` and `keep` are the options of the run, which decide about trials of other code.
     """
-    state = replay(read_journal(root / "journal.jsonl"))
+    state = read_replayed(root)
     campaign = replace(campaign, speeds=state.speeds)
     discarded, code_lines = _code_decision(campaign, state, root, retrain=retrain, keep=keep)
     for trial_id in discarded:
@@ -214,7 +213,7 @@ def check_budget(campaign: Campaign, root: Path) -> None:
     """Raises ConfigError if even the campaign's shortest trial takes longer than the budget allows."""
     if (hours := campaign.budget.hours) is None:
         return
-    state = replay(read_journal(root / "journal.jsonl"))
+    state = read_replayed(root)
     campaign = replace(campaign, speeds=state.speeds)
     phases = expected_phases(campaign, state)
     configs = {trial.config for phase in phases for trial in phase.trials if trial.seed == phase.seeds[0]}

@@ -101,21 +101,23 @@ def _is_other(before: Mapping[int, str], now: Mapping[int, str]) -> bool:
 
 
 def _meaning(campaign: Campaign, state: CampaignState) -> Iterator[str]:
-    before, now = state.campaign, judging_rules(campaign)
+    before, now, settings = state.campaign, judging_rules(campaign), state.campaign.get("base", {})
     for name in JUDGING_FIELDS:
         yield from _differences(name, before.get(name), now[name])
     base = flatten(campaign.base)
     for name in EVALUATION_SETTINGS:
-        yield from _differences(name, before["base"].get(name), base[name])
+        yield from _differences(name, settings.get(name), base[name])
     if before["data"]["fingerprint"] != (key := fingerprint(campaign.base.data)):
-        versions = ((before["base"], before["data"]["fingerprint"]), (base, key))
+        data = before["data"]
+        then = {"data.corpus": data["corpus"], "data.tokenizer": data["tokenizer"], **settings}
+        versions = ((then, data["fingerprint"]), (base, key))
         texts = [f"{fmt.plain(s['data.corpus'])} by {fmt.plain(s['data.tokenizer'])} ({sha})" for s, sha in versions]
         yield f"data: {' -> '.join(texts)}"
 
 
 def _settings(campaign: Campaign, state: CampaignState) -> Iterator[str]:
     """Yields changed base settings that affect results. A setting missing in an older journal had its default."""
-    before, default = state.campaign["base"], flatten(TrainConfig())
+    before, default = state.campaign.get("base", {}), flatten(TrainConfig())
     for name, value in flatten(campaign.base).items():
         if name not in EVALUATION_SETTINGS and not name.startswith("data.") and is_identity(TrainConfig, name):
             yield from _differences(name, before.get(name, _as_json(default[name])), value)

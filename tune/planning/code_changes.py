@@ -20,8 +20,7 @@ from tune import format as fmt
 from tune.planning.forecast import expected_phases
 from tune.planning.plan import PlannedPhase
 from tune.spec.schema import Campaign
-from tune.storage.journal import read_journal
-from tune.storage.state import DONE, CampaignState, replay
+from tune.storage.state import DONE, CampaignState, read_replayed
 
 RETRAIN, KEEP = "--retrain", "--keep"
 LOST = "its folder is gone"
@@ -57,15 +56,16 @@ class CodeChanges:
         lines = [f"other code: {line}" for line in _summaries(self.differing)]
         if lines:
             lines.append(f"the run stops because of them, unless {RETRAIN} or {KEEP} is given")
-        return [*lines, *self.remarks(self.unknown, self.accepted)]
+        return [*lines, *self.remarks(self.unknown, self.accepted, self.lost)]
 
-    def remarks(self, unknown: Sequence[OldTrial], accepted: Sequence[OldTrial]) -> list[str]:
+    def remarks(self, unknown: Sequence[OldTrial], accepted: Sequence[OldTrial], lost: Sequence[OldTrial]) -> list[str]:
         """What is told each time about trials that are reused without a question."""
         lines = []
         if unknown:
             text = "an earlier version of this program, or another machine, trained them"
             lines.append(f"the code of {_trials(unknown)} is not known: {text}")
         lines += [f"reused although the code differs, since {KEEP} was given before: {s}" for s in _summaries(accepted)]
+        lines += [f"{line}; the result counts, and {RETRAIN} trains it anew" for line in _summaries(lost)]
         return [*lines, *self.inherited]
 
 
@@ -130,9 +130,9 @@ def decide(changes: CodeChanges, *, retrain: Sequence[str] | None, keep: bool) -
     retrainable = (*changes.differing, *changes.accepted, *changes.unknown, *changes.lost)
     discarded = [trial for trial in retrainable if retrain is not None and _is_named(trial, retrain)]
     gone = {trial.trial_id for trial in discarded}
-    differing, accepted, unknown, unneeded = (
+    differing, accepted, unknown, unneeded, lost = (
         [trial for trial in trials if trial.trial_id not in gone]
-        for trials in (changes.differing, changes.accepted, changes.unknown, changes.unneeded)
+        for trials in (changes.differing, changes.accepted, changes.unknown, changes.unneeded, changes.lost)
     )
     if differing and not keep:
         listed = "\n".join(f"  {line}" for line in _summaries(differing))
@@ -151,7 +151,7 @@ def decide(changes: CodeChanges, *, retrain: Sequence[str] | None, keep: bool) -
         continued={trial.trial_id: list(trial.changed) for trial in reused if not trial.is_result},
         versions=tuple(sorted({trial.version for trial in new if trial.version})),
         unneeded=frozenset() if keep else frozenset(trial.trial_id for trial in unneeded),
-        lines=(*lines, *changes.remarks(unknown, accepted)),
+        lines=(*lines, *changes.remarks(unknown, accepted, lost)),
     )
 
 
@@ -237,7 +237,7 @@ def _inherited(campaign: Campaign, code: Code) -> Iterator[str]:
     """Winners of other results directories are settings, not numbers; that other code has chosen them is told."""
     for path in campaign.inherited:
         root, name = Path(path).expanduser().parent, Path(path).name
-        state = replay(read_journal(root / "journal.jsonl"))
+        state = read_replayed(root)
         phase = state.phases.get(name)
         results = [state.results[i] for i in phase.trial_ids if i in state.results] if phase else []
         compare = _Comparer(state, code)

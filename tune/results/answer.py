@@ -27,7 +27,7 @@ def find_answer(state: CampaignState, phases: Sequence[PhaseSummary]) -> Answer:
     if state.is_smoke:
         return Answer(SMOKE)
     judged = [phase for phase in phases if len(phase.arms) > 1 and state.phases[phase.phase].winner]
-    improved = [phase for phase in judged if phase.winner != phase.baseline]
+    improved = [phase for phase in judged if phase.winner not in (None, phase.baseline)]
     is_over = state.status == "finished"
     if not improved:
         return Answer(_prefix_so_far(is_over or not judged, _no_answer(state, judged, is_over)))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ngpt.config.base import ConfigError, unknown_message
+from ngpt.system.atomic_files import read_regular
 from tune.spec.schema import LOSS_METRICS
 from tune.storage.state import CampaignState, read_state
 from tune.storage.summaries import Objective
@@ -27,10 +28,20 @@ class Results:
 
 
 def read_results(root: Path) -> Results:
-    """Reads the journal and the manifest of a results directory."""
+    """Reads the journal of a results directory, and the manifest if the journal is of an old version."""
     state = read_state(root)
-    manifest = json.loads((root / "manifest.json").read_text(encoding="utf-8"))
-    return Results(root, state, manifest["base"], state.campaign["data"], Objective(**state.campaign["metric"]))
+    base = state.campaign["base"] if "base" in state.campaign else _base_in_manifest(root / "manifest.json")
+    return Results(root, state, base, state.campaign["data"], Objective(**state.campaign["metric"]))
+
+
+def _base_in_manifest(path: Path) -> Mapping[str, Any]:
+    try:
+        base = json.loads(read_regular(path))["base"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        base = None
+    if not isinstance(base, dict):
+        raise ConfigError(f"{path}: it has no settings under `base`")
+    return base
 
 
 def choose_objective(a: Results, b: Results, wanted: str | None) -> Objective:

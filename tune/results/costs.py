@@ -22,7 +22,7 @@ def campaign_cost(state: CampaignState) -> Cost:
     step_seconds = 0.0
     for result in timed:  # the time of a vectorised group is divided among its trials
         metrics, group_size = result["metrics"], result["provenance"].get("vectorised", 1)
-        step_seconds += metrics["tokens"] / metrics["tokens_per_second"] / group_size
+        step_seconds += (metrics.get("tokens") or 0) / metrics["tokens_per_second"] / group_size
     return Cost(
         slots=state.max_slots,
         device_hours=seconds * devices / 3600,

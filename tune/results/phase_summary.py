@@ -164,7 +164,7 @@ def _arm_summary(
         judged,
         rank=rank,
         overrides=arm.overrides,
-        tokens=max((result["metrics"]["tokens"] for result in finished), default=None),
+        tokens=max((n for result in finished if (n := result["metrics"].get("tokens")) is not None), default=None),
         seconds=mean(result["seconds"] for result in finished),
         trial_ids=tuple(arm.trial_ids.values()),
         val_loss=val_loss,
@@ -236,6 +236,7 @@ def _edge_warnings(phase: PhaseState, chosen: ArmSummary) -> list[str]:
 
 def _edge_of_range(value: float, low: float, high: float, *, is_log: bool) -> str | None:
     """Returns `lower` or `upper` if the value lies in that tenth of the range of a search, on its own scale."""
+    value = min(max(value, low), high)  # an end may be rounded
     share = log(value / low) / log(high / low) if is_log else (value - low) / (high - low)
     return "lower" if share <= EDGE else "upper" if share >= 1 - EDGE else None
 
@@ -251,6 +252,10 @@ def _provenance_warnings(records: Sequence[TrialRecord]) -> list[str]:
         if len(numbers) > 1:
             counts = " and ".join(map(str, sorted(numbers)))
             warnings.append(f"its trials ran {counts} at a time {where}: their tokens per second cannot be compared")
+    copied = Counter(str(origin) for record in records if (origin := record.provenance.get("copied_from")))
+    for origin, n in copied.items():
+        text = f"{n} of its {fmt.counted(len(records), 'trial')} continued files that the campaign {origin} had made"
+        warnings.append(f"{text}, so they were trained there, at least in part")
     return warnings
 
 

@@ -8,10 +8,12 @@ from typing import Any
 
 from ngpt.system.heartbeat import read_heartbeat
 from ngpt.training.tracker import read_metrics
+from tune.analysis.importance import is_number
 from tune.analysis.sequential import look_text
 from tune.results.eta import seconds_left
 from tune.results.phase_summary import summarize_phase
 from tune.results.snapshot import Running, Snapshot
+from tune.storage.events import MAX_NUMBER
 from tune.storage.lock import is_locked
 from tune.storage.state import CampaignState, PhaseState, read_state
 from tune.storage.summaries import PhaseSummary
@@ -66,7 +68,8 @@ def _running(root: Path, event: Mapping[str, Any]) -> Running:
     rows, beat = read_metrics(folder / "metrics.jsonl"), read_heartbeat(folder)
 
     def newest(name: str) -> Any:
-        return next((row[name] for row in reversed(rows) if row.get(name) is not None), None)
+        numbers = (row[name] for row in reversed(rows) if is_number(row.get(name)))
+        return next((number for number in numbers if abs(number) <= MAX_NUMBER), None)
 
     return Running(
         **{name: event[name] for name in ("trial_id", "phase", "arm", "seed", "steps")},
@@ -96,5 +99,5 @@ def read_snapshot(root: Path) -> Snapshot:
     finished = [phase for phase in state.phases.values() if phase.winner is not None]
     summaries = [summarize_phase(state, phase) for phase in finished]
     running = is_locked(root)
-    url = state.campaign["dashboard_url"] if running else None
+    url = state.campaign.get("dashboard_url") if running else None
     return take_snapshot(root, state, running=running, finished_phases=summaries, dashboard_url=url)

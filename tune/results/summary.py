@@ -3,6 +3,7 @@
 They depend only on the journal and the trials' `metrics.jsonl`, so `report` can rebuild them.
 """
 
+import errno
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ngpt.system.atomic_files import make_folder, write_atomic, write_json
-from ngpt.training.tracker import read_metrics
+from ngpt.training.tracker import read_metrics, read_rows
 from tune import format as fmt
 from tune.claims.evidence import Evidence
 from tune.claims.relations import judge_claims
@@ -22,6 +23,7 @@ from tune.results.costs import campaign_cost
 from tune.results.phase_summary import count_trials, phase_records, summarize_phase
 from tune.spec.schema import Claim
 from tune.storage import summaries
+from tune.storage.events import MAX_NUMBER
 from tune.storage.state import CampaignState, PhaseState, read_state
 from tune.storage.summaries import CampaignSummary, PhaseSummary, TrialProblem, TrialRecord, to_json
 
@@ -66,7 +68,11 @@ ARM_COLUMNS = PLACE | {
 
 
 def summarize_campaign(
-    state: CampaignState, phases: Sequence[PhaseSummary], claims: Sequence[Claim] | None = None
+    state: CampaignState,
+    phases: Sequence[PhaseSummary],
+    claims: Sequence[Claim] | None = None,
+    *,
+    file_warnings: Sequence[str] = (),
 ) -> CampaignSummary:
     """Summarizes a campaign from its phases, in order; `claims` replace those of the campaign file."""
     rules = state.campaign
@@ -77,6 +83,7 @@ def summarize_campaign(
     warnings = [f"{phase.phase}: {warning}" for phase in phases for warning in phase.warnings]
     warnings += [left_out_sentence(state.left_out)] if state.left_out else []
     warnings += [orphans_sentence(orphans)] if (orphans := state.orphans()) else []
+    warnings += file_warnings
     return CampaignSummary(
         campaign=rules["campaign"],
         description=rules["description"],
@@ -159,18 +166,56 @@ def _problems(state: CampaignState) -> list[TrialProblem]:
 
 
 def curve_rows(root: Path, records: Iterable[TrialRecord]) -> list[dict[str, Any]]:
-    """Returns a row for each logged step of each trial; a trial without logged steps gets one empty row."""
+    """Returns a row for each logged step of each trial; a trial without logged steps gets one empty row.
+
+    Values that do not fit their column are left out, since the files of trials may come from somebody else.
+    """
     rows = []
+    columns = {name: kind for name, kind in CURVE_COLUMNS.items() if name not in TRIAL_COLUMNS}
     for record in records:
         trial = {name: getattr(record, name) for name in TRIAL_COLUMNS}
         logged = read_metrics(root / "trials" / record.trial_id / "metrics.jsonl")
-        rows += [trial | {name: row.get(name) for name in CURVE_COLUMNS if name not in trial} for row in logged or [{}]]
+        rows += [
+            trial | {name: _number(row.get(name), kind) for name, kind in columns.items()} for row in logged or [{}]
+        ]
     return rows
 
 
+def _number(value: Any, kind: str) -> Any:
+    if type(value) not in (int, float) or not abs(value) <= MAX_NUMBER:
+        return None
+    if kind == "int64":
+        return int(value) if value == int(value) and abs(value) < 2**63 else None
+    return value
+
+
+def file_warnings(root: Path, state: CampaignState) -> list[str]:
+    """Returns warnings about trials in the summary whose folder is gone or whose curve has damaged lines."""
+    planned = dict.fromkeys(trial_id for phase in state.phases.values() for trial_id in phase.trial_ids)
+    lost, damaged = [], []
+    for trial_id in (trial_id for trial_id in planned if trial_id in state.results):
+        folder = root / "trials" / trial_id
+        if not folder.is_dir():
+            lost.append(f"trials/{trial_id}")
+        elif read_rows(folder / "metrics.jsonl")[1]:
+            damaged.append(f"trials/{trial_id}/metrics.jsonl")
+    texts = {"their folders are gone, and their curves and models with them": lost}
+    texts["they have damaged lines, which the curves leave out"] = damaged
+    advice = "the command of the campaign with --retrain trains them anew"
+    return [f"{fmt.listing(names, most=4)}: {text}; {advice}" for text, names in texts.items() if names]
+
+
 def write_phase(root: Path, state: CampaignState, phase: PhaseState) -> PhaseSummary:
-    """Writes the four derived files of a phase and returns its summary."""
+    """Writes the four derived files of a phase and returns its summary.
+
+    Raises:
+        OSError: the folder cannot be written, or a link is in its place.
+    """
     folder = root / phase.name
+    if folder.is_symlink():  # the results may come from somebody else
+        raise OSError(
+            errno.ELOOP, "it is a link, and a phase is only written inside the results directory", str(folder)
+        )
     make_folder(folder)
     records, summary = phase_records(state, phase), summarize_phase(state, phase)
     lines = (json.dumps(to_json(record), allow_nan=False) + "\n" for record in records)
@@ -186,7 +231,7 @@ def write_campaign(root: Path, state: CampaignState, claims: Sequence[Claim] | N
     from tune.report.html import write_report
 
     phases = [write_phase(root, state, phase) for phase in state.phases.values()]
-    summary = summarize_campaign(state, phases, claims)
+    summary = summarize_campaign(state, phases, claims, file_warnings=file_warnings(root, state))
     write_json(root / "summary.json", to_json(summary))
     curves = [row for phase in state.phases.values() for row in curve_rows(root, phase_records(state, phase))]
     write_report(root, summary, curves)

@@ -15,17 +15,19 @@ from pathlib import Path
 from typing import Any
 
 from ngpt.config.base import ConfigError
+from ngpt.system.atomic_files import read_regular
 from ngpt.training.checkpoint import checkpoint_folders, verify_checkpoint
 from tune import format as fmt
-from tune.storage.journal import Event, intact_length, parse_line
+from tune.storage.journal import Event, JournalError, intact_length, parse_lines
 from tune.storage.lock import is_locked
 from tune.storage.state import DONE, CampaignState, replay
 
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, RecursionError)  # of files that anybody may have written
 READERS = 4  # threads that check digests
 REBUILD = "python run_campaign.py report rebuilds it"
 REWRITE = "run the campaign's command again to rewrite it"
 BACKUP = "it can only be restored from a backup"
-TRIAL_LOST = "its record is in the journal; its curve and its model are lost, unless --retrain trains it anew"
+TRIAL_LOST = "its record is in the journal; the command of the campaign with --retrain trains it anew"
 ROWS_LOST = "the result in the journal stands; the curve cannot be repaired"
 LEFTOVER = "temporary file of a process that was killed; safe to remove"
 
@@ -80,7 +82,14 @@ def verify(root: Path) -> Findings:
     if not (root / "journal.jsonl").is_file():
         raise ConfigError(f"{root} is not a results directory: it has no journal.jsonl")
     events, issues = read_events(root)
-    directory = Directory(root, events, replay(events), is_locked(root))
+    try:
+        state = replay(events)
+    except JournalError as error:  # the first line that does not fit those before it
+        where, _, text = str(error).partition(": ")
+        issues.append(Issue(where, text, BACKUP))
+        events = events[: int(where.rpartition(":")[2]) - 1]
+        state = replay(events)
+    directory = Directory(root, events, state, is_locked(root))
     directory.checked["events"] = len(events)
     if directory.running:
         text = "a campaign is running here, so the files that it is still writing are not checked"
@@ -102,15 +111,13 @@ def verify(root: Path) -> Findings:
 
 def read_events(root: Path) -> tuple[list[Event], list[Issue]]:
     """Returns the events before the first damaged line, and an issue for each damaged line."""
-    raw = (root / "journal.jsonl").read_bytes()
+    raw = read_regular(root / "journal.jsonl")
     whole = intact_length(raw)
     events: list[Event] = []
     issues: list[Issue] = []
-    for number, line in enumerate(raw[:whole].split(b"\n")[:-1], 1):
-        event = parse_line(line)
-        if event is None or event.get("seq") != number:
-            damage = "does not match its CRC" if event is None else f"has number {event.get('seq')}, not {number}"
-            issues.append(Issue(f"journal.jsonl:{number}", f"this line {damage}", BACKUP))
+    for number, event, problem in parse_lines(raw):
+        if event is None:
+            issues.append(Issue(f"journal.jsonl:{number}", f"this line {problem}", BACKUP))
         elif not issues:
             events.append(event)
     if torn := len(raw) - whole:
@@ -168,6 +175,10 @@ def check_trials(directory: Directory) -> Iterator[Issue]:
             f"no summary shows this trial{more}: the campaign has no arm {fmt.plain(arm)!r} of phase {fmt.plain(phase)}"
         )
         yield Note(f"trials/{trial_ids[0]}", f"{text} with these settings any more")
+    for name in directory.state.dropped_phases():
+        if (directory.root / name).is_dir():
+            text = "the campaign has no phase of this name any more, so its tables are old"
+            yield Note(name, text, "the next run moves the folder to discarded/")
     for path in sorted((directory.root / "trials").glob("*")):
         if path.name not in known:
             yield Note(f"trials/{path.name}", "it is not mentioned in the journal")
@@ -175,16 +186,17 @@ def check_trials(directory: Directory) -> Iterator[Issue]:
 
 def _rows_problem(path: Path, result: Mapping[str, Any]) -> str | None:
     try:
-        *lines, torn = path.read_text(encoding="utf-8").split("\n")
+        *lines, torn = read_regular(path).decode().split("\n")
         rows = [json.loads(line, parse_constant=_reject_constant) for line in lines]
         steps = [row["step"] for row in rows]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        is_ordered = steps == sorted(steps)
+    except UNREADABLE as error:
         return _reason(error)
     if result["status"] not in DONE:
         return None
     if torn:
         return "its last line is cut off"
-    if steps != sorted(steps):
+    if not is_ordered:
         return "its steps are out of order"
     last = next((row["val_loss"] for row in reversed(rows) if "val_loss" in row), None)
     is_curve = path.name == "metrics.jsonl" and result["status"] == "finished"
@@ -218,7 +230,7 @@ def check_checkpoints(directory: Directory) -> Iterator[Issue]:
 def _checkpoint_problem(folder: Path) -> str | None:
     try:
         step = verify_checkpoint(folder).step
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except UNREADABLE as error:
         return _reason(error)
     return None if folder.name == f"step_{step:07d}" else f"its manifest says step {step}"
 
@@ -269,7 +281,7 @@ def check_derived(directory: Directory) -> Iterator[Issue]:
 def _difference(rebuilt: Path, actual: Path) -> str | None:
     source = "trials/*/metrics.jsonl" if rebuilt.name == "curves.parquet" else "the journal"
     try:
-        if actual.read_bytes() == rebuilt.read_bytes():
+        if read_regular(actual) == rebuilt.read_bytes():
             return None
         if rebuilt.suffix == ".parquet" and _is_same_table(rebuilt, actual):
             return None
@@ -282,20 +294,21 @@ def _is_same_table(one: Path, other: Path) -> bool:
     """Whether two files of different pyarrow versions, whose bytes may differ, hold the same table."""
     from pyarrow import parquet
 
-    if parquet.read_metadata(one).created_by == parquet.read_metadata(other).created_by:
+    ours, theirs = parquet.read_metadata(one), parquet.read_metadata(other)
+    if ours.created_by == theirs.created_by or ours.num_rows != theirs.num_rows:
         return False
     tables = [parquet.read_table(path, page_checksum_verification=True) for path in (one, other)]
     return tables[0].equals(tables[1])
 
 
 def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return hashlib.sha256(read_regular(path)).hexdigest()
 
 
 def _read_json(path: Path) -> tuple[Any, str | None]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_reject_constant), None
-    except (OSError, ValueError) as error:
+        return json.loads(read_regular(path), parse_constant=_reject_constant), None
+    except (OSError, ValueError, RecursionError) as error:
         return None, _reason(error)
 
 
@@ -306,7 +319,7 @@ def _reject_constant(name: str) -> float:
 def _reason(error: Exception) -> str:
     """Returns the error on one line, without the path, which the issue already names."""
     if isinstance(error, OSError) and error.errno:
-        return os.strerror(error.errno)
+        return error.strerror or os.strerror(error.errno)
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 

@@ -37,12 +37,12 @@ from tune.session.phase_tracker import PhaseTracker
 from tune.session.trial_queue import TrialQueue
 from tune.spec.schema import Campaign
 from tune.storage.divergence import explosion
-from tune.storage.journal import Journal
+from tune.storage.journal import JOURNAL, Journal
 from tune.storage.lock import ResultsLock
 from tune.storage.state import replay
 from tune.storage.summaries import CampaignSummary
 from tune.trials.retries import RETRY_RULES, WorkerDeath, failure_cause, give_up_reason, must_run_alone
-from tune.trials.trial import TrialResult, TrialSpec, prepare_trial_folder
+from tune.trials.trial import TrialResult, TrialSpec, origin_of, prepare_trial_folder
 
 DISCARDED = "discarded"  # folder of the files of trials that were trained anew
 
@@ -112,9 +112,11 @@ class Session:
             OSError: the directory cannot be written, or its journal is damaged.
         """
         self._lock.acquire()
-        try:
-            self.journal = Journal(self.root / "journal.jsonl")
-            self.state = replay(self.journal.events)
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._lock.release)
+            self.journal = Journal(self.root / JOURNAL)
+            undo.callback(self.journal.close)
+            self.state = replay(self.journal.events, self.root / JOURNAL)
             campaign, state = self._initial_campaign, self.state
             self._queue = TrialQueue(
                 campaign, state, seconds_used=lambda: state.seconds + self._seconds(), heartbeats=self.heartbeats
@@ -123,9 +125,7 @@ class Session:
             self._phases = PhaseTracker(campaign, self.root, state, self._queue, **callbacks)
             for event in self.journal.events:
                 self._phases.apply(event)
-        except BaseException:
-            self._lock.release()
-            raise
+            undo.pop_all()
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
@@ -201,6 +201,7 @@ class Session:
         self._append("campaign_ended", status=status, seconds=self._seconds(), left_out=dict(left_out))
         trials = {trial.trial_id: trial.config for phase in self._phases.planned.values() for trial in phase.trials}
         remember_speeds(self.campaign, self.state, trials)
+        self._set_aside_dropped_phases()
         return write_campaign(self.root, self.state)
 
     def ask(self) -> list[TrialSpec]:
@@ -217,6 +218,8 @@ class Session:
         trial = self._queue.unfinished.pop(trial_id)
         if result.status == "finished" and (reason := explosion(flatten(trial.config), result.metrics)):
             result = replace(result, status="diverged", error=reason)
+        if origin := self.state.copied.get(trial_id):
+            result = replace(result, provenance=result.provenance | {"copied_from": origin})
         self._note_edited_code(trial, result)
         self._append(
             "trial_finished",
@@ -301,8 +304,11 @@ class Session:
         attempt = self.state.attempts.get(trial.trial_id, 0) + 1
         self._set_aside(trial.trial_id)
         heartbeat.clear_heartbeat(folder)  # left over from a killed attempt
-        steps, code = trial.config.steps, self.code.digest
-        self._append("trial_started", **trial.identity, steps=steps, attempt=attempt, code_sha256=code)
+        started = {"steps": trial.config.steps, "attempt": attempt, "code_sha256": self.code.digest}
+        if attempt == 1 and (origin := origin_of(folder)):
+            started["copied_from"] = origin
+            self.message(f"{trial.phase}  {trial.arm} seed {trial.seed}  continues files of the campaign {origin}")
+        self._append("trial_started", **trial.identity, **started)
         return TrialSpec(
             **trial.identity,
             config=self._with_tracking(trial),
@@ -361,6 +367,17 @@ class Session:
         number, folder = self.state.discarded.get(trial_id), self._trial_folder(trial_id)
         if number is not None and folder.is_dir():
             move_folder(folder, self.root.absolute() / DISCARDED / f"{trial_id}-{number}")
+
+    def _set_aside_dropped_phases(self) -> None:
+        """Moves the folders of phases that the campaign has no more to `discarded/`.
+
+        Otherwise whoever reads the tables of all phases would count their arms twice.
+        """
+        for name in self.state.dropped_phases():
+            folder, aside = self.root / name, f"{DISCARDED}/{name}-{self.state.campaign['seq']}"
+            if folder.is_dir() and not folder.is_symlink():
+                move_folder(folder, self.root / aside)
+                self.message(f"the campaign has no phase {name} any more; its files are in {aside}")
 
     def _with_tracking(self, trial: PlannedTrial) -> TrainConfig:
         """Returns the trial's config with its W&B group, job type, run name and mode; the training is unaffected."""

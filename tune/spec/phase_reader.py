@@ -1,6 +1,5 @@
 """Reads the phases of a campaign file: their names, seeds and arms, and the phases whose winners they inherit."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
@@ -25,11 +24,10 @@ from tune.spec.schema import HOLDS, KINDS, MAX_TRIALS, Phase, SeedRule, UntilDec
 from tune.spec.search_space import Search, random_arms, read_search
 from tune.spec.seeds import read_seed_rule
 from tune.spec.sweeps import BASELINE, SWEEPS, ArmSpec, Axis, count
+from tune.storage.names import RESERVED
 from tune.storage.winners import InheritedWinner, is_path, read_inherited_winner
 
 PHASE_KEYS = ("name", "inherit", "set", "seeds", "hold", *KINDS)
-# File and folder names in a results directory that a phase folder must not take.
-RESERVED = re.compile(r"(?i)trials|(campaign|manifest|journal|summary|report)\.\w+")
 MAX_PHASES = 100  # bounds the recursion through phases that inherit from each other
 
 Sweep = tuple[list[ArmSpec], dict[str, tuple[Any, ...]]]  # the arms, and the values of each swept setting by name

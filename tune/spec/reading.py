@@ -15,15 +15,14 @@ from ngpt.config.yaml_reader import Document
 from ngpt.model.residual import RESIDUAL_ALIASES
 from ngpt.training.config import TrainConfig
 from tune import format as fmt
+from tune.storage.names import MAX_SEED, NAME
 
 Value = TypeVar("Value")
 Reading = Generator[Problem, None, Value]  # `Reading[None]` only checks
 LocatedSettings = Mapping[str, tuple[Any, Location]]  # by full dotted name: the value and its location
 
 OPTION = "--set"  # a location that starts with it is a command line argument
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 ARM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._=,:+-]{0,79}")
-MAX_SEED = 2**31 - 1
 
 
 def collect(reading: Reading[Value]) -> tuple[Value | None, list[Problem]]:

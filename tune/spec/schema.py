@@ -10,9 +10,9 @@ from pydantic import Field, PlainValidator
 
 from ngpt.config.base import Config, Location, invalid_setting, one_of
 from ngpt.training.config import TrainConfig
-from tune.spec.reading import MAX_SEED
 from tune.spec.search_space import Search
 from tune.spec.sweeps import SWEEPS, ArmSpec
+from tune.storage.names import MAX_SEED
 from tune.storage.winners import InheritedWinner, is_path
 
 LOSS_METRICS = ("val_loss", "val_bpb", "train_loss")

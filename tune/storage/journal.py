@@ -10,19 +10,23 @@ line that does not match its CRC raises JournalError.
 import errno
 import json
 import zlib
+from collections.abc import Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from ngpt.config.base import printable
 from ngpt.system.atomic_files import LineFile, write_atomic
+from tune.storage.events import event_problem
 
+JOURNAL = "journal.jsonl"
 Event = dict[str, Any]
 CRC_FIELD_LENGTH = len(', "crc": "1c291ca3"}')
 
 
 class JournalError(OSError):
-    """The journal is damaged in a way that a crash cannot explain."""
+    """The journal is damaged in a way that a crash cannot explain, or holds what no campaign writes."""
 
 
 class Journal:
@@ -43,14 +47,18 @@ class Journal:
 
         Raises:
             OSError: writing failed. All later calls raise it again, since two events might get the same number.
+            ValueError: no reader would accept the event.
         """
         if self._failure is not None:
             raise self._failure
         header = {"seq": len(self.events) + 1, "time": datetime.now(UTC).isoformat(timespec="milliseconds")}
         line = line_with_crc(header | {"event": event} | fields)
-        self._write(line)
         # Decoded again, so that the event equals what a reader gets and shares no objects with the caller.
-        self.events.append({name: value for name, value in json.loads(line).items() if name != "crc"})
+        decoded = {name: value for name, value in json.loads(line).items() if name != "crc"}
+        if problem := event_problem(decoded):
+            raise ValueError(f"this event could not be read again: {problem}")
+        self._write(line)
+        self.events.append(decoded)
         return self.events[-1]
 
     def _write(self, line: str) -> None:
@@ -78,18 +86,31 @@ def read_journal(path: Path) -> list[Event]:
     """Reads all events in order; ignores a torn last line.
 
     Raises:
-        JournalError: a line before the last does not match its CRC or its sequence number.
+        JournalError: a line before the last does not match its CRC or its number, or its event has wrong fields.
     """
     if not path.is_file():
         return []
     raw = path.read_bytes()
     events: list[Event] = []
-    for number, line in enumerate(raw[: intact_length(raw)].split(b"\n")[:-1], 1):
-        event = parse_line(line)
-        if event is None or event["seq"] != number:
-            raise JournalError(f"{path}:{number}: this line does not match its CRC or sequence number; it was edited")
+    for number, event, problem in parse_lines(raw):
+        if event is None:
+            raise JournalError(f"{path}:{number}: this line {problem}")
         events.append(event)
     return events
+
+
+def parse_lines(raw: bytes) -> Iterator[tuple[int, Event | None, str]]:
+    """The lines before a torn one, with their numbers: the event, or None and what is wrong with the line."""
+    for number, line in enumerate(raw[: intact_length(raw)].split(b"\n")[:-1], 1):
+        event = parse_line(line)
+        if event is None:
+            yield number, None, "does not match its CRC; it was edited"
+        elif event.get("seq") != number:
+            yield number, None, f"has number {printable(repr(event.get('seq')), 40)}, not {number}"
+        elif problem := event_problem(event):
+            yield number, None, f"is not an event that this version can read: {problem}"
+        else:
+            yield number, event, ""
 
 
 def line_with_crc(record: Event) -> str:
@@ -107,8 +128,10 @@ def parse_line(line: bytes) -> Event | None:
         return None
     if line[-CRC_FIELD_LENGTH:] == _crc_field(line[:-CRC_FIELD_LENGTH]):
         return record
-    # The first version wrote the CRC of the event with sorted keys.
-    return record if crc == f"{zlib.crc32(json.dumps(record, sort_keys=True).encode()):08x}" else None
+    try:  # the first version wrote the CRC of the event with sorted keys
+        return record if crc == f"{zlib.crc32(json.dumps(record, sort_keys=True).encode()):08x}" else None
+    except RecursionError:
+        return None
 
 
 def _crc_field(payload: bytes) -> bytes:

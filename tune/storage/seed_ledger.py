@@ -47,6 +47,15 @@ def plan_content(identities: Iterable[str], n_seeds: int | None) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def _checked(entry: SeedEntry) -> SeedEntry:
+    """The entry; TypeError if a field of it has another type, since anybody may have written the line."""
+    texts = (entry.campaign, entry.phase, entry.family, entry.content, entry.file_sha256, entry.time)
+    are_right = all(isinstance(text, str) for text in (*texts, entry.question or ""))
+    if not are_right or any(type(number) is not int or number < 0 for number in (entry.look, *entry.seeds)):
+        raise TypeError("not an entry of the ledger")
+    return entry
+
+
 class SeedLedger:
     """The ledger in one results folder. Every method raises OSError if the file cannot be read or written."""
 
@@ -109,7 +118,7 @@ class SeedLedger:
             record = parse_line(line)
             try:
                 known = {name: value for name, value in (record or {}).items() if name in names}
-                entries.append(SeedEntry(**{**known, "seeds": tuple(known["seeds"])}))
+                entries.append(_checked(SeedEntry(**{**known, "seeds": tuple(known["seeds"])})))
             except (KeyError, TypeError):
                 self.damaged.append(number)
         return entries, end

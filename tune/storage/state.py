@@ -9,7 +9,7 @@ from typing import Any
 from ngpt.config.base import ConfigError
 from ngpt.system.code_digest import Meanings
 from tune.storage.divergence import with_divergence
-from tune.storage.journal import Event, read_journal
+from tune.storage.journal import JOURNAL, Event, JournalError, read_journal
 from tune.storage.records import BetterArm, FreshDraw, Look, SearchRecord, TrialOutcome, TrialWork
 from tune.storage.seed_ledger import plan_content
 
@@ -118,6 +118,7 @@ class CampaignState:
     kept_code: dict[str, list[str]] = field(default_factory=dict)
     mixed_code: dict[str, list[str]] = field(default_factory=dict)  # continued from a checkpoint of other code
     accepted_code: dict[tuple[str, str], str] = field(default_factory=dict)  # when --keep was given; (before, now)
+    copied: dict[str, str] = field(default_factory=dict)  # trials begun from files of another campaign: its name, by id
     discarded: dict[str, int] = field(default_factory=dict)  # trials to train anew; number of the event that said so
 
     @property
@@ -137,7 +138,8 @@ class CampaignState:
             return TrialOutcome("missing")
         if result["status"] != "finished":  # metrics of a stopped trial come from fewer steps, others mislead
             return TrialOutcome(result["status"])
-        return TrialOutcome(result["status"], result["metrics"].get(metric or self.campaign["metric"]["name"]))
+        metric = metric or self.campaign.get("metric", {}).get("name")  # a cut journal may lack its first line
+        return TrialOutcome(result["status"], result["metrics"].get(metric))
 
     def orphans(self) -> list[Mapping[str, Any]]:
         """The results of trials that no arm of the campaign has any more, so that no summary shows them.
@@ -150,6 +152,10 @@ class CampaignState:
         is_open |= {phase.name for phase in self.phases.values() if phase.winner is None}
         done = [result for result in self.results.values() if result["status"] in DONE]
         return [result for result in done if result["trial_id"] not in planned and result["phase"] not in is_open]
+
+    def dropped_phases(self) -> list[str]:
+        """The phases of earlier sessions that the campaign does not have any more."""
+        return [name for name in self.last_seeds if name not in self.campaign.get("expected_trials", {})]
 
     def session_seconds(self) -> float:
         """Seconds from the start of the newest session to its newest event; 0 if the session has ended."""
@@ -192,6 +198,8 @@ class CampaignState:
                 self.code_of_start[event["trial_id"]] = event.get("code_sha256")
                 self.running[event["trial_id"]] = event
                 self.attempts[event["trial_id"]] = event["attempt"]
+                if event.get("copied_from"):
+                    self.copied[event["trial_id"]] = event["copied_from"]
                 self.trained_on = self.campaign.get("environment", {})
             case "trial_finished":
                 self.running.pop(event["trial_id"], None)
@@ -200,7 +208,9 @@ class CampaignState:
             case "worker_died":
                 self.running.pop(event["trial_id"], None)
             case "phase_finished":
-                phase = self.phases[event["phase"]]
+                phase = self.phases.get(event["phase"])
+                if phase is None or event["winner"] not in {arm.name for arm in phase.arms}:
+                    raise ValueError("phase_finished: there is no such phase, or it has no such arm")
                 phase.winner, phase.winner_overrides = event["winner"], event["winner_overrides"]
                 phase.better = [BetterArm(**arm) for arm in event.get("better", [])]
                 phase.best = BetterArm(**event["best"]) if event.get("best") else None
@@ -248,8 +258,9 @@ class CampaignState:
 
     def _discard(self, event: Event) -> None:
         """Forgets trials whose old results, checkpoints and attempts do not count any more."""
+        code = (self.code_of_start, self.kept_code, self.mixed_code)
         for trial_id in event["trial_ids"]:
-            for table in (self.results, self.attempts, self.code_of_start, self.kept_code, self.mixed_code):
+            for table in (self.results, self.attempts, self.copied, *code):
                 table.pop(trial_id, None)
             self.discarded[trial_id] = event["seq"]
 
@@ -258,12 +269,29 @@ class CampaignState:
         self.slot_seconds += seconds * max(1, self.campaign.get("workers", 1))
 
 
-def replay(events: Iterable[Event]) -> CampaignState:
-    """Rebuilds the state from all events."""
+def replay(events: Iterable[Event], path: Path = Path(JOURNAL)) -> CampaignState:
+    """Rebuilds the state from all events, which were read from the journal `path`.
+
+    Raises:
+        JournalError: an event does not fit those before it.
+    """
     state = CampaignState()
     for event in events:
-        state.apply(event)
+        try:
+            state.apply(event)
+        except ValueError as error:
+            raise JournalError(f"{path}:{event['seq']}: this line does not fit those before it: {error}") from None
     return state
+
+
+def read_replayed(root: Path) -> CampaignState:
+    """The state that the journal in `root` describes; empty if there is none.
+
+    Raises:
+        JournalError: the journal is damaged, or holds what no campaign writes.
+    """
+    path = root / JOURNAL
+    return replay(read_journal(path), path)
 
 
 def read_state(root: Path) -> CampaignState:
@@ -271,8 +299,9 @@ def read_state(root: Path) -> CampaignState:
 
     Raises:
         ConfigError: `root` has no campaign.
+        JournalError: the journal is damaged, or holds what no campaign writes.
     """
-    state = replay(read_journal(root / "journal.jsonl"))
+    state = read_replayed(root)
     if not state.campaign:
         raise ConfigError(f"{root} is not a results directory: it has no journal.jsonl with a campaign in it")
     return state

@@ -11,7 +11,7 @@ from typing import Any
 
 from ngpt.config.base import ConfigError, settings, unknown_message
 from ngpt.training.config import TrainConfig
-from tune.storage.journal import Event, read_journal
+from tune.storage.journal import JOURNAL, Event, read_journal
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,9 @@ def read_inherited_winner(text: str) -> InheritedWinner:
     if not os.path.isdir(root):
         raise ConfigError(f"there is no results directory {str(root)!r}; expected RESULTS/CAMPAIGN/PHASE")
     try:
-        return _winner(read_journal(root / "journal.jsonl"), text, root, name)
+        return _winner(read_journal(root / JOURNAL), text, root, name)
     except OSError as error:
         raise ConfigError(str(error)) from None
-    except (AttributeError, KeyError, TypeError):
-        raise ConfigError(f"the journal of {str(root)!r} was written by an incompatible version") from None
 
 
 def _winner(events: Sequence[Event], text: str, root: Path, name: str) -> InheritedWinner:

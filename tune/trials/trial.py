@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import gc
+import json
 import os
 import platform
 import socket
@@ -16,14 +17,15 @@ from typing import Any
 
 import torch
 
-from ngpt.config.base import flatten
+from ngpt.config.base import flatten, printable
 from ngpt.config.secrets import redact
 from ngpt.data.dataset import DataConfig, Dataset, open_dataset
 from ngpt.system import gpus
-from ngpt.system.atomic_files import make_folder, remove_temporary_files, write_atomic, write_json
+from ngpt.system.atomic_files import make_folder, read_regular, remove_temporary_files, write_atomic, write_json
 from ngpt.system.code_digest import current_code
 from ngpt.system.device import pick_device
 from ngpt.system.memory import peak_memory
+from ngpt.training.checkpoint import checkpoint_folders
 from ngpt.training.config import TrainConfig
 from ngpt.training.loop import train
 from ngpt.training.run import RunResult
@@ -151,6 +153,17 @@ def tensor_bytes(total: int, packed: int) -> int:
     """
     share = total / packed
     return int(share - min(CUDA_CONTEXT_BYTES, share * CUDA_CONTEXT_SHARE))
+
+
+def origin_of(folder: Path) -> str | None:
+    """The campaign that made the checkpoints in the folder of a trial that was never started; None without any."""
+    if not checkpoint_folders(folder / "checkpoints"):
+        return None
+    try:
+        name = json.loads(read_regular(folder / "config.json"))["tracker.group"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        name = None
+    return printable(name) if name and isinstance(name, str) else "unknown"
 
 
 def prepare_trial_folder(folder: Path, config: TrainConfig) -> None:

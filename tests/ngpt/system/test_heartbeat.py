@@ -105,9 +105,20 @@ def test_a_heartbeat_follows_the_run_and_stays_after_a_kill(tmp_path: Path) -> N
     assert read_heartbeat(tmp_path) is None
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b'{"pid": 3}', b"[]", b"\xff\xfe", b'{"pid": 1, "x": 2}'])
+UNREADABLE = (
+    *(b"", b"{", b'{"pid": 3}', b"[]", b"\xff\xfe", b'{"pid": 1, "x": 2}', b"[" * 100_000),
+    b'{"pid": 1, "began": 0, "step": "3"}',
+)
+
+
+@pytest.mark.parametrize("content", UNREADABLE)
 def test_an_unreadable_heartbeat_is_none(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "heartbeat").write_bytes(content)
+    assert read_heartbeat(tmp_path) is None
+
+
+def test_a_pipe_in_the_place_of_a_heartbeat_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "heartbeat")
     assert read_heartbeat(tmp_path) is None
 
 

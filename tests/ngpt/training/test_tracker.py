@@ -22,6 +22,7 @@ from ngpt.training.tracker import (
     finite_or_none,
     histogram,
     read_metrics,
+    read_rows,
     resolve_tracker,
 )
 from tests.helpers.wandb_file import named, python, records
@@ -243,6 +244,15 @@ def test_histograms_have_their_own_file_and_are_dropped_like_rows(tmp_path: Path
     assert rows(path) == read_metrics(path) == [*first[:4], last]
     track(tmp_path, 1)  # a new run drops them
     assert rows(path) == []
+
+
+def test_damaged_lines_are_counted_and_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    damaged = ("{", "[1]", "3", '{"step": "3"}', '{"step": true}', '{"step": -1}', '{"loss": 1}', "[" * 100_000, "\xff")
+    text = "".join(f"{line}\n" for line in ('{"step": 1, "val_loss": NaN}', *damaged, '{"step": 2}', "\0\0"))
+    path.write_bytes(text.encode("latin-1") + b'{"step": 3')
+    assert read_rows(path) == ([{"step": 1, "val_loss": None}, {"step": 2}], len(damaged))
+    assert read_metrics(path) == read_rows(path)[0]
 
 
 # ---- Weights & Biases ----------------------------------------------------------------------------------------------

@@ -651,3 +651,29 @@ def begun_spec(folder: Path, corpus: Path) -> TrialSpec:
         spec = next_trial(begun(session))
         assert spec is not None
         return spec
+
+
+UNJUDGEABLE = {
+    "an unknown relation": (Claim("a", "better-than"), "does not know the relation 'better-than'"),
+    "an unknown metric": (Claim("a", "best", left={"alpha": 1}, metric="speed"), "does not know its metric"),
+    "an unknown direction": (
+        Claim("a", "monotone", setting="x", direction="up"),
+        "does not know its metric or direction",
+    ),
+    "no sides": (Claim("a", "less"), "the claim lacks left and right"),
+    "no expression": (Claim("a", "arithmetic", value=1.0, tolerance=0.0, expression="__import__('os')"), "is not an"),
+}
+
+
+@pytest.mark.parametrize("kind", UNJUDGEABLE)
+def test_a_claim_of_another_version_or_of_somebody_else_has_no_data(kind: str) -> None:
+    claim, why = UNJUDGEABLE[kind]
+    (result,) = judge_claims([claim], evidence({"alpha": {"baseline": ({}, [5.0, 5.1])}}))
+    assert result.verdict == "no data" and why in result.why
+
+
+def test_a_ratio_beyond_all_numbers_is_judged_without_an_overflow() -> None:
+    claim = Claim("a", "ratio", left=LEFT, right=RIGHT, value=1.0, tolerance=0.5)
+    row = {"left": (LEFT, [1e60, 1e50]), "right": (RIGHT, [1e-60, 1e-30])}
+    (result,) = judge_claims([claim], evidence({"alpha": {"baseline": ({}, [1.0, 1.0]), **row}}))
+    assert result.verdict in ("refuted", "undecided")

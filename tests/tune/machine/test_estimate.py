@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 import run_campaign
-from ngpt.config.base import override
+from ngpt.config.base import flatten, override
 from ngpt.training.config import TrainConfig
 from ngpt.training.loop import train
 from tune.analysis.noise import compare_arms
@@ -93,7 +93,10 @@ def ended(
     """The event of a trial's end."""
     return {
         "event": "trial_finished",
-        "trial_id": trial.trial_id,
+        **trial.identity,
+        "config": flatten(trial.config),
+        "error": None,
+        "started_at": None,
         "status": status,
         "attempt": attempt,
         "seconds": seconds,

@@ -297,7 +297,11 @@ def test_retrain_gives_back_a_trial_whose_folder_was_removed(file: Path, root: P
     run(file, root)
     lost = next(event["trial_id"] for event in events(root, "trial_finished") if event["arm"] == "residual=lerp")
     shutil.rmtree(root / "trials" / lost)
-    assert run(file, root).arms == []
+    kept = run(file, root)
+    assert kept.arms == []
+    assert kept.lines == (
+        "its folder is gone: 1 result of rule/residual=lerp; the result counts, and --retrain trains it anew",
+    )
     again = run(file, root, retrain=[])
     assert again.arms == ["rule/residual=lerp"]
     assert again.lines == ("trained anew: its folder is gone: 1 result of rule/residual=lerp",)

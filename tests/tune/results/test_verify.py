@@ -2,17 +2,24 @@
 
 import hashlib
 import json
+import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from pyarrow import parquet
 
 import run_campaign
 from ngpt.config.base import ConfigError
-from tests.helpers.tiny_campaign import train_all, write_file
+from tests.helpers.forged_journal import write_forged
+from tests.helpers.other_user import read_only_copy
+from tests.helpers.tiny_campaign import begun, drive, session_on, train_all, write_file
 from tune.results.summary import rebuild, sealed
 from tune.results.verify import Issue, verify, verify_text
+from tune.storage.journal import read_journal
 
 
 @pytest.fixture(autouse=True)
@@ -307,3 +314,150 @@ def test_a_result_that_no_arm_has_any_more_is_named_here_and_in_the_summary(tmp_
         "the journal has results that no arm of this campaign uses: 2 trials of after/project_every=3; "
         "`verify` lists them",
     )
+
+
+# ---- results of somebody else ----------------------------------------------------------------------------------------
+
+
+def test_looking_at_results_needs_no_right_to_write(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    claim = Path(tempfile.mkdtemp()) / "claims.yaml"  # the folders of pytest are closed to other users
+    claim.parent.chmod(0o755)
+    claim.write_text("claims:\n  - {id: a, relation: less, left: {alpha: 0.4}, right: {alpha: 0.05}}\n")
+
+    def codes(results: Path) -> dict[str, int]:
+        commands = {"status": [], "verify": [], "compare": [str(results)], "claims": ["--claims", str(claim)]}
+        return {verb: run_campaign.main([verb, str(results), *more]) for verb, more in commands.items()}
+
+    expected = dict.fromkeys(("status", "verify", "compare", "claims"), 0)
+    assert codes(root) == expected
+    with read_only_copy(root) as copy:
+        assert not os.access(copy, os.W_OK, effective_ids=True)
+        assert codes(copy) == expected
+    shutil.rmtree(claim.parent)
+
+
+PIPES = (
+    *("campaign.lock", "campaign.yaml", "manifest.json", "derived.json", "alpha/summary.json", "alpha/curves.parquet"),
+    *("trials/*/config.json", "trials/*/metrics.jsonl", "trials/*/checkpoints/*/MANIFEST.json"),
+    "trials/*/checkpoints/*/model.safetensors",
+)
+
+
+@pytest.mark.parametrize("name", PIPES)
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(name: str, root: Path) -> None:
+    path = min(root.glob(name))
+    path.unlink()
+    os.mkfifo(path)
+    found = problems(root)
+    assert name == "campaign.lock" or any("not a regular file" in issue.text for issue in found.values())
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "derived.json", "trials/*/config.json", "trials/*/metrics.jsonl"])
+def test_json_that_is_nested_too_deeply_is_a_problem(name: str, root: Path) -> None:
+    path = min(root.glob(name))
+    path.write_text("[" * 200_000 + "\n")
+    assert str(path.relative_to(root)) in problems(root)
+
+
+@pytest.mark.parametrize("files", [{"/dev/zero": {}}, {"../../config.json": {}}, ["model.safetensors"]])
+def test_a_checkpoint_that_names_files_elsewhere_is_a_problem(files: Any, root: Path) -> None:
+    path = newest(root) / "MANIFEST.json"
+    manifest = json.loads(path.read_text()) | {"files": files}
+    del manifest["sha256"]
+    manifest["sha256"] = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    path.write_text(json.dumps(manifest, indent=1))
+    text = problems(root)[str(newest(root).relative_to(root))].text
+    assert "names a file of another folder" in text or "not as it was written" in text
+
+
+def forge(root: Path, event: str, **fields: Any) -> int:
+    """Changes fields of the first such event, with right CRCs; returns its line number."""
+    events = read_journal(root / "journal.jsonl")
+    changed = next(one for one in events if one["event"] == event)
+    changed |= fields
+    write_forged(root / "journal.jsonl", events)
+    return changed["seq"]
+
+
+@pytest.mark.parametrize("name", ["/abs/path", "../../../x", "../other/alpha", "derived.json"])
+def test_a_phase_that_leads_elsewhere_is_refused_by_every_command(
+    name: str, root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    number = forge(root, "phase_planned", phase=name)
+    before = {path: path.read_bytes() for path in root.parent.rglob("*") if path.is_file()}
+    for command in (["status"], ["report"], ["compare", str(root)], ["claims"]):
+        assert run_campaign.main([command[0], str(root), *command[1:]]) == 74
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"{root}/journal.jsonl:{number}: ") and "cannot be a folder of the results" in line
+    assert run_campaign.main(["verify", str(root)]) == 1
+    assert "cannot be a folder of the results" in problems(root)[f"journal.jsonl:{number}"].text
+    assert {path: path.read_bytes() for path in root.parent.rglob("*") if path.is_file()} == before
+
+
+def test_an_event_that_does_not_fit_is_a_problem(root: Path) -> None:
+    number = forge(root, "phase_finished", winner="nobody")
+    assert "does not fit those before it" in problems(root)[f"journal.jsonl:{number}"].text
+
+
+def test_a_link_in_the_place_of_a_phase_is_not_followed(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    shutil.rmtree(root / "alpha")
+    (root / "alpha").symlink_to(tmp_path / "elsewhere")
+    victim = tmp_path / "bashrc"
+    victim.write_text("mine\n")
+    (root / "summary.json").unlink()
+    (root / "summary.json").symlink_to(victim)
+    assert run_campaign.main(["report", str(root)]) == 74
+    assert "it is a link, and a phase is only written inside the results directory" in capsys.readouterr().err
+    (root / "alpha").unlink()
+    assert run_campaign.main(["report", str(root)]) == 0
+    assert list((tmp_path / "elsewhere").iterdir()) == [] and victim.read_text() == "mine\n"
+
+
+# ---- what is gone, and what is old -----------------------------------------------------------------------------------
+
+
+def test_report_warns_of_a_trial_that_is_gone_and_of_damaged_lines(root: Path) -> None:
+    shutil.rmtree(trial(root))
+    other = trial(root)
+    with (other / "metrics.jsonl").open("a") as file:
+        file.write('{"step": \n')
+    gone, damaged = rebuild(root).warnings
+    assert "their folders are gone" in gone and "--retrain trains them anew" in gone
+    assert damaged.startswith(f"trials/{other.name}/metrics.jsonl: they have damaged lines")
+    assert set(problems(root)) == {issue for issue in problems(root) if issue.startswith("trials/")}
+
+
+def test_the_files_of_a_phase_that_was_renamed_are_set_aside(tmp_path: Path, corpus: Path) -> None:
+    phases = "\n  - name: before\n    vary: {alpha: [0.4]}\n"
+    root = tmp_path / "r"
+    train_all(write_file(tmp_path, corpus, phases=phases, seeds="[1]"), root)
+    (root / "mine").mkdir()
+    with session_on(
+        write_file(tmp_path, corpus, phases=phases.replace("before", "after"), seeds="[1]"), root
+    ) as session:
+        drive(begun(session))
+        session.message = (lines := list[str]()).append
+        session.end()
+    (aside,) = (root / "discarded").iterdir()
+    assert aside.name.startswith("before-") and (aside / "summary.json").is_file()
+    assert lines == [f"the campaign has no phase before any more; its files are in discarded/{aside.name}"]
+    assert [path.parent.name for path in root.glob("*/summary.parquet")] == ["after"]
+    assert (root / "mine").is_dir() and verify(root).problems == verify(root).notes == []
+    (root / "before").mkdir()  # as an older version left it
+    (note,) = verify(root).notes
+    assert (
+        note.path == "before" and "no phase of this name any more" in note.text and "discarded/" in (note.remedy or "")
+    )
+
+
+def test_values_of_a_curve_that_do_not_fit_their_column_are_left_out(root: Path) -> None:
+    path = trial(root) / "metrics.jsonl"
+    wrong = {"tokens": 1.5, "val_loss": "5", "val_bpb": True, "lr": 1e308, "grad_norm": 10**400, "r_mean": [1.0]}
+    path.write_text(json.dumps({"step": 1, "train_loss": 4.5, **wrong}) + "\n")
+    rebuild(root)
+    rows = parquet.read_table(root / "alpha" / "curves.parquet").to_pylist()
+    (row,) = (row for row in rows if row["trial_id"] == path.parent.name)
+    assert row["train_loss"] == 4.5 and all(row[name] is None for name in wrong)

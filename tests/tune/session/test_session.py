@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,14 +17,24 @@ from hypothesis import strategies as st
 from ngpt.config.base import ConfigError
 from ngpt.system.heartbeat import Heartbeat, HeartbeatWriter, request_stop, stop_requested
 from tests.helpers import ROOT
-from tests.helpers.tiny_campaign import begun, drive, losses, next_trial, pretend, records, session_on, write_file
+from tests.helpers.tiny_campaign import (
+    begun,
+    drive,
+    losses,
+    next_trial,
+    pretend,
+    records,
+    session_on,
+    train_all,
+    write_file,
+)
 from tune.results.summary import read_state
 from tune.session.datasets import describe_data
 from tune.session.session import trial_line
 from tune.storage.journal import JournalError, read_journal
 from tune.storage.lock import ResultsLocked
 from tune.trials.retries import RETRY_RULES
-from tune.trials.trial import TrialResult, TrialSpec
+from tune.trials.trial import TrialResult, TrialSpec, origin_of
 
 pytestmark = pytest.mark.usefixtures("no_report")
 
@@ -494,3 +505,35 @@ def test_a_trial_is_one_line_with_its_known_numbers() -> None:
     view.done, view.total_is_final, trial.arm = 3, False, "a\x1b[31m\nb"
     failed = TrialResult("failed", error="Traceback\nout\tof", seconds=0.5)
     assert trial_line(view, trial, failed, "val_loss") == "[ 3/29+] alpha  a b seed 2  failed: out of  0.5 s"
+
+
+def test_trials_copied_from_another_campaign_say_where_they_were_trained(
+    root: Path, file: Path, tmp_path: Path
+) -> None:
+    """Their checkpoints fit, since a trial's id is what it computes."""
+    other = tmp_path / "results" / "other"
+    train_all(file, root)
+    shutil.copytree(root / "trials", other / "trials")
+    copied = max((other / "trials").iterdir())
+    shutil.rmtree(copied / "checkpoints")
+    file.write_text(file.read_text().replace("campaign: tiny", "campaign: other"))
+    summary = train_all(file, other)
+    origins = {record["trial_id"]: record["provenance"].get("copied_from") for record in records(other)}
+    assert origins.pop(copied.name) is None and set(origins.values()) == {"tiny"}
+    n = sum(
+        record["provenance"].get("copied_from") == "tiny" for record in records(other) if record["phase"] == "alpha"
+    )
+    warnings = next(phase.warnings for phase in summary.phases if phase.phase == "alpha")
+    assert any(f"{n} of its" in text and "files that the campaign tiny had made" in text for text in warnings)
+    assert not any("copied_from" in record["provenance"] for record in records(root))
+
+
+def test_the_origin_of_copied_files_is_read_with_care(tmp_path: Path) -> None:
+    assert origin_of(tmp_path) is None
+    (tmp_path / "checkpoints" / "step_0000003").mkdir(parents=True)
+    assert origin_of(tmp_path) == "unknown"
+    for text in ('{"tracker.group": 3}', "[" * 100_000, "\x00", '{"tracker.group": ""}', "[]"):
+        (tmp_path / "config.json").write_text(text)
+        assert origin_of(tmp_path) == "unknown"
+    (tmp_path / "config.json").write_text('{"tracker.group": "a\\nb"}')
+    assert origin_of(tmp_path) == r"a\nb"
