@@ -47,8 +47,7 @@ def launch(
 ) -> tuple[CampaignSummary, int]:
     """Trains the trials missing in `root`; returns the campaign's summary and the signal that ended the run, or 0.
 
-    May be called from any thread, also below a running event loop. In the main thread it handles SIGINT, SIGTERM and
-    SIGHUP while trials run, and then restores the previous handlers.
+    Works in any thread; in the main thread, it handles the stop signals while trials run (tune/executors/signals.py).
 
     Args:
         root: the results directory, created if needed.
@@ -60,15 +59,13 @@ def launch(
         keep: reuse trials of other code, and mark it in the report.
         view: makes the context manager that shows progress; entering it gives a function that prints an event.
         stop: once another thread sets it, running trials save and stop at their next step, as after a first signal.
-        owns_process: whether a second signal exits the process at once; otherwise it raises KeyboardInterrupt or
-            SystemExit.
+        owns_process: whether a second signal exits the process; otherwise it raises KeyboardInterrupt or SystemExit.
 
     Raises:
         ResultsLocked: another process runs on `root`.
         CorruptShardError: a shard has changed since it was first used.
-        ConfigError: the budget is too small, a corpus cannot be prepared or has changed, the campaign changes the
-            meaning of existing results, other code trained some of them and neither `retrain` nor `keep` says what
-            to do with them, or the tracker cannot be used as configured.
+        ConfigError: the budget is too small, a corpus or the tracker cannot be used as configured, or existing results
+            have another meaning, corpus or code, and no argument says what to do with them.
         OSError: the disk is full or the files are not accessible.
         ExecutorLost: Ray died too often, or a cluster that this run did not start is gone.
         StoppedEarly: `stop` was set before a trial could start.
@@ -78,22 +75,15 @@ def launch(
     with session, stop_on_event(session, stop), contextlib.ExitStack() as stack:
         check_results(session, allow_change=allow_change, retrain=retrain, keep=keep)
         supervisor = None
-        has_work = session.has_work()
-        if has_work and (problem := environment.git_problem()):
-            print_line(f"the results will not name the commit of this code: {problem}")
-        if has_work:
-            report_grouping(campaign)
-            # Checked once here; otherwise every trial would wait for an unreachable tracking server.
-            mode = resolve_tracker(campaign.base.tracker, root / "trials" / "*", print_line).wandb
-            session.executor = ExecutorInfo(wandb_mode=mode)
+        if has_work := session.has_work():
+            check_surroundings(session)
         # Tokenizing and starting Ray take seconds each and are independent, so they overlap.
         preparation = in_background(lambda: prepare_all(campaign, print_line))
         if has_work and not inline:
             if preparation.done():
                 preparation.result()
             supervisor = RaySupervisor(session, campaign.resources, address=address, owns_process=owns_process)
-            stack.enter_context(supervisor)
-            wait_for_ray(supervisor, is_private=address is None)
+            wait_for_ray(stack.enter_context(supervisor), is_private=address is None)
         wait_for_preparation(preparation, session)
         if supervisor and address is None:  # the GPUs of a running cluster may be on other machines
             share_gpus(session, supervisor)
@@ -121,6 +111,17 @@ def check_results(
     session.apply_code(decision)
     for line in (*changes.lines(), *decision.lines):
         print_line(line)
+
+
+def check_surroundings(session: Session) -> None:
+    """Prints what will be missing in the results, and settles how trials use the tracking server."""
+    campaign = session.campaign
+    if problem := environment.git_problem():
+        print_line(f"the results will not name the commit of this code: {problem}")
+    report_grouping(campaign)
+    # Checked once here; otherwise every trial would wait for an unreachable tracking server.
+    mode = resolve_tracker(campaign.base.tracker, session.root / "trials" / "*", print_line).wandb
+    session.executor = ExecutorInfo(wandb_mode=mode)
 
 
 def report_grouping(campaign: Campaign) -> None:

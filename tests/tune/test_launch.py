@@ -61,7 +61,7 @@ def test_a_run_reports_why_vectorise_has_no_effect(
     path = tmp_path / "tiny.yaml"
     path.write_text(TINY.format(corpus=corpus) + "resources: {vectorise: 2}\n")
     campaign = load_campaign(path, ["compile=true"] if reason else [])
-    monkeypatch.setattr("tune.launch.run_inline", lambda session: None)  # what comes before it is asked
+    monkeypatch.setattr("tune.launch.run_inline", lambda session, **_: None)  # what comes before it is asked
     launch(campaign, tmp_path / "out", command="again", inline=True, view=lambda snapshot: recorder([]))
     said = capsys.readouterr().err
     assert ("vectorise: 2 has no effect, trials are trained one at a time: compile is on" in said) == bool(reason)
