@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ngpt.config.base import ConfigError, Problem, build, flatten, unknown_message
-from ngpt.data.tokens.tokenizer import parse_spec, tokenizer_vocab_size
+from ngpt.data.tokens.tokenizer import parse_spec, tokenizer_vocab_size, with_path
 from ngpt.model.config import ModelConfig
 from ngpt.model.gpt import GPT
 from ngpt.model.rope import ROPE_KINDS
@@ -265,7 +265,7 @@ def convert(source: str, path: Path, *, out: Path, tokenizer: str, options: Mapp
 
     Args:
         source: a key of `SOURCES`.
-        tokenizer: the model's tokenizer, `gpt2`, `gpt2:DIR` or `PATH.model`; saved in the checkpoint's identity.
+        tokenizer: the model's tokenizer, such as `gpt2` or `PATH.model`; saved in the checkpoint's identity.
         options: keyword arguments of the source's build function; None values are read from the file.
     """
     root = out / "checkpoints"
@@ -288,15 +288,11 @@ def convert(source: str, path: Path, *, out: Path, tokenizer: str, options: Mapp
 
 def _tokenizer_spec(tokenizer: str, vocab_size: int) -> str:
     """Returns the spec with an absolute path, so that the checkpoint works from any folder."""
-    kind, argument = parse_spec(tokenizer)
-    if kind == "sentencepiece":
-        raise ConfigError(f"{tokenizer} would be trained on a corpus; an official model needs gpt2 or PATH.model")
+    if parse_spec(tokenizer)[0] == "sentencepiece":
+        raise ConfigError(f"{tokenizer} would be trained on a corpus; an official model needs its own, such as gpt2")
     if (needed := tokenizer_vocab_size(tokenizer)) > vocab_size:
         raise ConfigError(f"{tokenizer} has {needed} tokens, the model has {vocab_size}")
-    if not argument:
-        return tokenizer
-    path = str(Path(argument).expanduser().resolve())
-    return path if kind == "model" else f"{kind}:{path}"
+    return with_path(tokenizer, Path.resolve)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -312,9 +308,9 @@ def main(arguments: list[str] | None = None) -> int:
         each.add_argument("--block-size", type=int, metavar="T", help="context; default: as in the checkpoint")
         each.add_argument("--out", type=Path, required=True, metavar="DIR", help="output folder")
     nvidia.add_argument("--rope", default="nvidia", choices=ROPE_KINDS, help="default: nvidia")
-    nvidia.add_argument("--tokenizer", default="gpt2", metavar="T", help="gpt2 (default), gpt2:DIR or PATH.model")
+    nvidia.add_argument("--tokenizer", default="gpt2", metavar="T", help="as for python -m ngpt.data; default: gpt2")
     nanochat.add_argument("--n-kv-head", type=int, metavar="G", help="key/value heads; default: as in the checkpoint")
-    nanochat.add_argument("--tokenizer", required=True, metavar="T", help="gpt2, gpt2:DIR or PATH.model")
+    nanochat.add_argument("--tokenizer", required=True, metavar="T", help="as for python -m ngpt.data")
     options = vars(parser.parse_args(arguments))
     source, path, out, tokenizer = map(options.pop, ("source", "checkpoint", "out", "tokenizer"))
 

@@ -14,7 +14,6 @@ from ngpt.config.base import ConfigError, build
 from ngpt.data.dataset import DataConfig, Dataset, open_dataset
 from ngpt.data.loader import eval_set
 from ngpt.data.sources import CORPORA
-from ngpt.data.tokens.tokenizer import MODEL_FILE
 from ngpt.model.gpt import GPT
 from ngpt.system.cli import run_command
 from ngpt.system.device import mixed_precision
@@ -26,6 +25,7 @@ from ngpt.training.load_model import (
     build_model,
     find_checkpoint,
     parse_model_changes,
+    saved_tokenizer,
     tokenizer_origin,
 )
 from ngpt.training.tracker import finite_or_none
@@ -53,7 +53,7 @@ def evaluate_checkpoint(
     if dataset.vocab_size > model.wte.num_embeddings or len(hashes) > 1:
         raise ConfigError(
             f"{dataset.folder} was tokenized with another {corpus_tokenizer['spec']} than {checkpoint.path} was "
-            f"trained with; leave out --tokenizer, or prepare the corpus with the checkpoint's {MODEL_FILE}"
+            "trained with; leave out --tokenizer, or prepare the corpus with the tokenizer in the checkpoint"
         )
     identity, block_size = checkpoint.identity, model.cfg.block_size
     # As many tokens at once as in training, which fit into memory. A converted model has no training run.
@@ -84,8 +84,7 @@ def data_config(checkpoint: Checkpoint, *, corpus: str | None, source: str | Non
     if corpus is None and not settings:
         raise ConfigError(f"{checkpoint.path} does not say what it was trained on: name it with --corpus")
     if corpus is not None and not (settings and is_same_corpus(corpus, settings["corpus"])):
-        saved_tokenizer = checkpoint.path / MODEL_FILE
-        spec = str(saved_tokenizer) if saved_tokenizer.is_file() else tokenizer_origin(checkpoint).spec
+        spec = saved_tokenizer(checkpoint) or tokenizer_origin(checkpoint).spec
         settings = {"corpus": corpus} | ({"tokenizer": spec} if spec else {})
     overrides = {"path": source, "tokenizer": tokenizer}
     return build(DataConfig, settings | {name: value for name, value in overrides.items() if value is not None})

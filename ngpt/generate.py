@@ -245,7 +245,7 @@ def _generate(options: argparse.Namespace) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m ngpt.generate", description="Continue text with a trained model.")
     add_model_arguments(parser)
-    tokenizers = "PATH.model, gpt2 or gpt2:DIR, if the checkpoint does not have its own"
+    tokenizers = "as for python -m ngpt.data, if the checkpoint does not have its own"
     parser.add_argument("--tokenizer", metavar="SPEC", help=tokenizers)
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="text to continue; repeatable")
     parser.add_argument("--prompt-file", metavar="FILE", help="read a prompt from a file; - is stdin")

@@ -35,10 +35,15 @@ TOKEN FILES
 TOKENIZER
   sentencepiece:SIZE   trained on the train split, once; byte-level fallback, loses nothing
   PATH.model           a sentencepiece model, such as LLaMA's
+  tokenizer.json       a tokenizer of Hugging Face's tokenizers (extra hf); hf:DIR is the tokenizer.json in DIR, or its
+                       vocab.json with merges.txt
   gpt2, gpt2:DIR       GPT-2's BPE through tiktoken (extra gpt2), downloaded, or DIR with encoder.json and vocab.bpe
+  tiktoken:NAME        an encoding of tiktoken, downloaded: r50k_base, p50k_base, cl100k_base, o200k_base
+  tiktoken:NAME:FILE   the same, or llama3 or qwen, from a file of ranks; FILE.tiktoken alone if it is a published one
 
-Documents start with the tokenizer's mark: <|endoftext|> of GPT-2, or a model's start of text. A tokenizer without one
-ends them with an empty line. Whole documents go to either split by their hash; of a plain text, the end is validation.
+Documents start with the tokenizer's mark: <|endoftext|> of GPT-2, a model's start of text, or what its post-processor
+puts before a text. A tokenizer without one ends them with an empty line. Special tokens in a text are plain text.
+Whole documents go to either split by their hash; of a plain text, the end is validation.
 
 Downloads from the hub need huggingface_hub (extra hf). They are kept in $NGPT_CACHE/downloads (default ~/.cache/ngpt),
 resumed after an interruption, and checked against the published SHA-256. HF_ENDPOINT names another hub. An interrupted

@@ -15,11 +15,17 @@ import numpy as np
 
 from ngpt.config.base import ConfigError
 from ngpt.data.sources import Corpus
-from ngpt.data.text.documents import read_file
 from ngpt.data.text.progress import Log, Meter
-from ngpt.data.tokens.formats import KNOWN_WITHOUT_RECORD, token_dtype
+from ngpt.data.tokens.formats import KNOWN_WITHOUT_RECORD
 from ngpt.data.tokens.shards import CorruptShardError, Shard, token_crc, verify_shard, write_shard
-from ngpt.data.tokens.tokenizer import MODEL_FILE, Tokenizer, load_tokenizer, parse_spec, train_sentencepiece
+from ngpt.data.tokens.tokenizer import (
+    MODEL_FILES,
+    Tokenizer,
+    load_tokenizer,
+    parse_spec,
+    read_model,
+    train_sentencepiece,
+)
 from ngpt.system.atomic_files import write_atomic, write_json
 from ngpt.system.cgroups import usable_cpus
 
@@ -104,12 +110,12 @@ def encode_in_order(
     `marked` texts start with the document separator token, if the tokenizer has one.
     """
     separator = tokenizer.document_separator if marked else None
-    prefix = np.array([] if separator is None else [separator], token_dtype(tokenizer.vocab_size))
+    prefix = [] if separator is None else [separator]
     sizes = tokenizer.token_bytes()
     for batch in _batches(texts, threads):
         encoded = tokenizer.encode_batch([text for _, text in batch], threads=threads)
         for (split, text), text_ids in zip(batch, encoded, strict=True):
-            ids = np.concatenate([prefix, text_ids])
+            ids = np.concatenate([np.array(prefix, text_ids.dtype), text_ids])
             yield split, ids, sizes is not None and int(sizes[ids].sum()) == len(text.encode())
 
 
@@ -156,9 +162,9 @@ def add_tokenizer(folder: Path, spec: str, tokenizer: Tokenizer | None, sizes: n
 
 def _provide_model(corpus: Corpus, tokenizer: str, val_fraction: float, folder: Path, log: Log) -> None:
     kind, argument = parse_spec(tokenizer)
-    path = folder / MODEL_FILE
-    if kind == "model":
-        write_atomic(path, read_file(Path(argument).expanduser()))
+    path = folder / MODEL_FILES.get(kind, "")
+    if (content := read_model(tokenizer)) is not None:
+        write_atomic(path, content)
     elif kind == "sentencepiece" and not path.is_file():  # it exists after an interrupted preparation
         log(f"{corpus.name}: training {tokenizer}")
         train_texts = (text for split, text in _split(corpus, val_fraction) if split == "train")
@@ -211,7 +217,7 @@ class _Progress:
         self.n_shards = sum(map(len, self.shards.values()))
         kept = {record["entry"]["name"] for records in self.shards.values() for record in records}
         for path in folder.iterdir():  # including partial files of a killed process
-            if path.name not in kept | {MODEL_FILE}:
+            if path.name not in kept | set(MODEL_FILES.values()):
                 path.unlink()
 
     def add(self, split: str, entry: Entry, n_texts: int, n_tokens: int) -> None:

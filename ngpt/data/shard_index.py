@@ -19,7 +19,14 @@ from ngpt.data.text.formats import format_of
 from ngpt.data.text.progress import Log, Meter
 from ngpt.data.tokens.formats import KNOWN_WITHOUT_RECORD, find_layout
 from ngpt.data.tokens.shards import CorruptShardError, Shard, read_shard, verify_shard
-from ngpt.data.tokens.tokenizer import MODEL_FILE, Tokenizer, load_tokenizer, parse_spec, tokenizer_vocab_size
+from ngpt.data.tokens.tokenizer import (
+    MODEL_FILE,
+    Tokenizer,
+    load_tokenizer,
+    names_file,
+    parse_spec,
+    tokenizer_vocab_size,
+)
 
 SUFFIXES = (".bin", ".npy")  # in this order: a folder with .bin files is read for them alone
 READERS = 4  # threads; checksums release the interpreter lock
@@ -241,7 +248,7 @@ def _load_if_available(spec: str, folder: Path, log: Log) -> Tokenizer | None:
     try:
         return load_tokenizer(spec, folder)
     except ConfigError as error:
-        if spec != "gpt2":
+        if names_file(spec):
             raise
         log(f"no bits per byte: {error}")
         return None

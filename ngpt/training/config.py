@@ -21,7 +21,7 @@ from ngpt.config.overrides import located, named_settings
 from ngpt.config.yaml_reader import parse_assignment, read_yaml
 from ngpt.data.dataset import DataConfig, vocab_size
 from ngpt.data.sources import CORPORA
-from ngpt.data.tokens.tokenizer import parse_spec
+from ngpt.data.tokens.tokenizer import with_path
 from ngpt.model.config import Count, ModelConfig
 from ngpt.optim.optimizers import OptimConfig, incompatibility
 from ngpt.optim.schedule import ScheduleConfig
@@ -141,12 +141,9 @@ def _corpus(value: Any) -> Any:
 
 def _tokenizer(value: Any) -> Any:
     try:
-        kind, argument = parse_spec(value) if isinstance(value, str) else ("", "")
+        return with_path(value, Path.absolute) if isinstance(value, str) else value
     except ConfigError:
         return value
-    if kind == "model":
-        return _absolute(argument)
-    return f"gpt2:{_absolute(argument)}" if kind == "gpt2" and argument else value
 
 
 def _absolute(value: Any) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ngpt.config.base import ConfigError, build, override
 from ngpt.config.yaml_reader import parse_assignment
-from ngpt.data.tokens.tokenizer import MODEL_FILE, Tokenizer, load_tokenizer
+from ngpt.data.tokens.tokenizer import MODEL_FILE, MODEL_FILES, Tokenizer, load_tokenizer, parse_spec, with_path
 from ngpt.model.config import ModelConfig
 from ngpt.model.gpt import GPT
 from ngpt.system.cli import add_set_option
@@ -165,6 +165,16 @@ def tokenizer_origin(checkpoint: Checkpoint) -> TokenizerOrigin:
         return TokenizerOrigin(checkpoint.identity.get("data.tokenizer"), None)
     # Without a hash, the run trained on shards whose tokenizer is unknown, and the spec is an unused default.
     return TokenizerOrigin(record["spec"] if record["sha256"] else None, record["sha256"])
+
+
+def saved_tokenizer(checkpoint: Checkpoint) -> str | None:
+    """The spec of the tokenizer file in a checkpoint; None if it has none."""
+    spec = tokenizer_origin(checkpoint).spec
+    kind = parse_spec(spec)[0] if spec else "sentencepiece"
+    path = checkpoint.path / MODEL_FILES.get(kind, "")
+    if spec is None or not path.is_file():
+        return None
+    return str(path) if kind == "sentencepiece" else with_path(spec, lambda _: path)
 
 
 def checkpoint_tokenizer(checkpoint: Checkpoint, spec: str | None = None) -> Tokenizer | None:

@@ -1,7 +1,6 @@
 """A training run in memory: setting it up, restoring it from a checkpoint, and its results."""
 
 import contextlib
-import hashlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from torch import Tensor
 from ngpt.config.base import ConfigError, identity_settings
 from ngpt.data.dataset import DataConfig, Dataset, open_dataset, order_settings
 from ngpt.data.loader import EvalSet, eval_set
-from ngpt.data.tokens.tokenizer import MODEL_FILE, parse_spec
+from ngpt.data.tokens.tokenizer import MODEL_FILES, model_sha256, parse_spec, read_model
 from ngpt.model.gpt import GPT
 from ngpt.optim.optimizers import build_optimizers
 from ngpt.optim.schedule import is_due
@@ -232,14 +231,17 @@ def result_of(run: Run, status: str) -> RunResult:
 
 
 def find_tokenizer_model(config: DataConfig, dataset: Dataset) -> bytes | None:
-    """Reads the sentencepiece model that tokenized the corpus; None for other tokenizers, or if the file is missing."""
+    """Reads the file of the tokenizer of a corpus, as checkpoints keep it; None if it has none, or it is missing."""
     tokenizer, shards = dataset.manifest["tokenizer"], dataset.manifest["shard_folder"]
-    kind, argument = parse_spec(tokenizer["spec"])
+    spec = tokenizer["spec"]
+    if (name := MODEL_FILES.get(parse_spec(spec)[0])) is None:
+        return None
     folders = [dataset.folder, Path(config.corpus).expanduser(), *([Path(shards)] if shards else [])]
-    named = [Path(argument).expanduser()] if kind == "model" else []
-    for path in [*(folder / MODEL_FILE for folder in folders), *named]:
-        if path.is_file() and hashlib.sha256(model := path.read_bytes()).hexdigest() == tokenizer["sha256"]:
-            return model
+    readers = [(folder / name).read_bytes for folder in folders if (folder / name).is_file()]
+    for read in [*readers, lambda: read_model(spec)]:
+        with contextlib.suppress(ConfigError):  # the file that the spec names may be gone
+            if (content := read()) is not None and model_sha256(spec, content) == tokenizer["sha256"]:
+                return content
     return None
 
 

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Iterator
 
 from ngpt.config.base import flatten
-from ngpt.data.tokens.tokenizer import MODEL_FILE
+from ngpt.data.tokens.tokenizer import MODEL_FILES, parse_spec
 from ngpt.optim.schedule import is_due
 from ngpt.system.heartbeat import HeartbeatWriter
 from ngpt.system.memory import is_out_of_memory, retry_on_oom
@@ -84,6 +84,13 @@ def save_run(run: Run) -> None:
         identity=identity(run.config, run.dataset.manifest["fingerprint"])
         | ({"extended": extended} if extended else {}),
         data={"settings": flatten(run.config.data), "tokenizer": run.dataset.manifest["tokenizer"]},
-        files={} if run.tokenizer_model is None else {MODEL_FILE: run.tokenizer_model},
+        files=_tokenizer_files(run),
         keep_last=run.config.checkpoint.keep_last,
     )
+
+
+def _tokenizer_files(run: Run) -> dict[str, bytes]:
+    """The file of the tokenizer by its name in a checkpoint; empty if it has none."""
+    if run.tokenizer_model is None:
+        return {}
+    return {MODEL_FILES[parse_spec(run.dataset.manifest["tokenizer"]["spec"])[0]]: run.tokenizer_model}

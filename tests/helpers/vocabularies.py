@@ -1,5 +1,6 @@
 """Small tokenizers of the kinds that people bring along."""
 
+import base64
 import io
 import json
 from itertools import chain
@@ -9,6 +10,11 @@ from typing import Any
 import sentencepiece
 
 ENGLISH = "the quick brown fox jumps over the lazy dog\n    and then it sleeps\nwhile the dog thinks of the fox\n" * 20
+
+
+# Tokens of a byte-level BPE with their ranks.
+MERGES = [b"th", b"the", b" the", b"00", b"\n\n", b"'s", b"'S", b"ab", b" \n", b"\r\n", b"  "]
+RANKS = {bytes([byte]): byte for byte in range(256)} | {token: 256 + index for index, token in enumerate(MERGES)}
 
 
 def write_gpt2(folder: Path, *, vocab_size: int = 260) -> Path:
@@ -47,4 +53,10 @@ def write_llama(path: Path, *, model_type: str = "bpe", vocab_size: int = 330, *
     train: Any = sentencepiece.SentencePieceTrainer.train
     train(sentence_iterator=iter(ENGLISH.splitlines()), model_writer=model, **(settings | options))
     path.write_bytes(model.getvalue())
+    return path
+
+
+def write_ranks(path: Path, ranks: dict[bytes, int] = RANKS) -> Path:
+    """A file of tiktoken ranks: a token in base64 and its rank on each line."""
+    path.write_bytes(b"".join(base64.b64encode(token) + f" {rank}\n".encode() for token, rank in ranks.items()))
     return path

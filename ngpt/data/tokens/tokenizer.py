@@ -1,4 +1,4 @@
-"""Tokenizers: a sentencepiece model trained on the corpus, a given model, or GPT-2's BPE.
+"""Tokenizers: a sentencepiece model trained on the corpus, or a given one of any family.
 
 Every tokenizer knows the number of UTF-8 bytes of each id. They add up to the bytes of the text exactly, which makes
 bits per byte comparable between tokenizers.
@@ -11,7 +11,7 @@ import io
 import os
 import random
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,27 @@ import numpy as np
 from ngpt.config.base import ConfigError, unknown_message
 from ngpt.data.text.documents import read_file
 from ngpt.data.tokens.formats import token_dtype
-from ngpt.data.tokens.gpt2_bpe import MAX_VOCAB_FILE_BYTES, GPT2Tokenizer, gpt2_identity, gpt2_vocab_size, load_gpt2
+from ngpt.data.tokens.gpt2_bpe import gpt2_identity, gpt2_vocab_size, load_gpt2
+from ngpt.data.tokens.hf_tokenizer import TOKENIZER_JSON, HFTokenizer, parse_tokenizer_json, read_hf, vocab_size_of
 from ngpt.data.tokens.shards import MAX_VOCAB
+from ngpt.data.tokens.tiktoken_bpe import (
+    MAX_VOCAB_FILE_BYTES,
+    RANKS_FILE,
+    TiktokenTokenizer,
+    check_argument,
+    load_tiktoken,
+    looks_like_ranks,
+    ranks_path,
+    tiktoken_sha256,
+    tiktoken_vocab_size,
+)
 from ngpt.system.atomic_files import write_atomic
 
 MODEL_FILE = "tokenizer.model"
+# By kind of spec: the file that a prepared corpus and a checkpoint keep, so that they need no other.
+MODEL_FILES = {"sentencepiece": MODEL_FILE, "model": MODEL_FILE, "hf": TOKENIZER_JSON, "tiktoken": RANKS_FILE}
 META = "\u2581"  # how sentencepiece writes a space
+SPECS = ("sentencepiece:SIZE", "PATH.model", "gpt2", "gpt2:DIR", "tokenizer.json", "hf:DIR", "tiktoken:NAME")
 SAMPLE_BLOCK = 4096  # characters
 SAMPLE_BLOCKS = 512  # so training uses at most 2 MB of text
 # What tokenizers tend to lose: leading and double spaces, line ends, ligatures, unknown characters.
@@ -48,7 +63,8 @@ class SentencePieceTokenizer:
         try:
             self._model.LoadFromSerializedProto(model)  # the constructor accepts an empty model
         except RuntimeError:
-            raise ConfigError(f"{name} is not a sentencepiece model") from None
+            hint = f": it is a file of tiktoken ranks, write tiktoken:llama3:{name}" if looks_like_ranks(model) else ""
+            raise ConfigError(f"{name} is not a sentencepiece model{hint}") from None
         self.vocab_size: int = self._model.vocab_size()
         marks = [index for index in (self._model.bos_id(), self._model.eos_id()) if index >= 0]
         self.document_separator: int | None = marks[0] if marks else None
@@ -109,23 +125,57 @@ class SentencePieceTokenizer:
         return b"".join(self._pieces[index] for index in ids)
 
 
-Tokenizer = SentencePieceTokenizer | GPT2Tokenizer
+Tokenizer = SentencePieceTokenizer | TiktokenTokenizer | HFTokenizer
 
 
 def load_tokenizer(spec: str, folder: Path | None) -> Tokenizer:
-    """Loads a tokenizer, first a sentencepiece model in `folder` of a prepared corpus. ConfigError if it cannot."""
+    """Loads a tokenizer, first from its file in `folder` of a prepared corpus. ConfigError if it cannot."""
     kind, argument = parse_spec(spec)
+    kept = folder / MODEL_FILES[kind] if folder and kind in MODEL_FILES else None
+    content = read_file(kept, max_bytes=MAX_VOCAB_FILE_BYTES) if kept and kept.is_file() else read_model(spec)
     if kind == "gpt2":
         loaded: Tokenizer = load_gpt2(_path(argument))
+    elif kind == "tiktoken":
+        loaded = load_tiktoken(argument, content)
+    elif content is None:
+        raise ConfigError(f"{spec} is trained on a corpus: {folder or 'no folder'} has no {MODEL_FILE}")
     else:
-        path = folder / MODEL_FILE if folder else None
-        if path is None or not path.is_file():
-            if kind == "sentencepiece":
-                raise ConfigError(f"{spec} is trained on a corpus: {folder or 'no folder'} has no {MODEL_FILE}")
-            path = Path(os.path.expanduser(argument))
-        loaded = SentencePieceTokenizer(read_file(path, max_bytes=MAX_VOCAB_FILE_BYTES), spec)
+        loaded = HFTokenizer(content, spec, PROBE) if kind == "hf" else SentencePieceTokenizer(content, spec)
     _check_vocab(loaded.name, loaded.vocab_size)
     return loaded
+
+
+def read_model(spec: str) -> bytes | None:
+    """Reads the file that a spec names, as a prepared corpus keeps it; None if it names none."""
+    kind, argument = parse_spec(spec)
+    if kind == "hf":
+        return read_hf(Path(os.path.expanduser(argument)))
+    path = _file(kind, argument)
+    return None if path is None else read_file(path, max_bytes=MAX_VOCAB_FILE_BYTES)
+
+
+def model_sha256(spec: str, content: bytes) -> str:
+    """The `sha256` of the tokenizer that has this file."""
+    kind, argument = parse_spec(spec)
+    return tiktoken_sha256(argument, content) if kind == "tiktoken" else hashlib.sha256(content).hexdigest()
+
+
+def with_path(spec: str, change: Callable[[Path], Path]) -> str:
+    """Returns a spec whose path, if it has one, is changed, for example made absolute. ConfigError for a bad spec."""
+    kind, argument = parse_spec(spec)
+    if kind == "tiktoken":
+        path = ranks_path(argument)
+        return spec if path is None else f"tiktoken:{argument.partition(':')[0]}:{change(path)}"
+    if kind == "sentencepiece" or not argument:
+        return spec
+    path = str(change(Path(os.path.expanduser(argument))))
+    return path if kind == "model" else f"{kind}:{path}"
+
+
+def names_file(spec: str) -> bool:
+    """Whether a spec has the path of a file or folder."""
+    kind, argument = parse_spec(spec)
+    return kind in ("model", "hf") or (kind == "gpt2" and argument != "") or _file(kind, argument) is not None
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int, path: Path) -> None:
@@ -166,16 +216,36 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, path: Path) -> No
 
 
 def parse_spec(spec: str) -> tuple[str, str]:
-    """`("sentencepiece", "2048")`, `("model", "PATH.model")`, `("gpt2", "")` or `("gpt2", "DIR")`; else ConfigError."""
+    """Returns kind and argument of a spec; ConfigError for another.
+
+    | spec | kind, argument |
+    |---|---|
+    | `sentencepiece:2048` | sentencepiece, 2048 |
+    | `PATH.model` | model, PATH.model |
+    | `gpt2`, `gpt2:DIR` | gpt2, empty or DIR |
+    | `PATH.json`, `hf:PATH` | hf, PATH of a file or folder |
+    | `tiktoken:NAME`, `tiktoken:NAME:FILE`, `FILE.tiktoken` | tiktoken, `NAME`, `NAME:FILE` or `:FILE` |
+    """
     kind, _, argument = spec.partition(":")
-    if spec == "gpt2" or (kind == "gpt2" and argument):
+    if spec == "gpt2" or (kind in ("gpt2", "hf") and argument):
+        return kind, argument
+    if kind == "tiktoken" and argument:
+        check_argument(argument)
         return kind, argument
     if kind == "sentencepiece" and re.fullmatch(r"[0-9]{1,9}", argument):
         _check_vocab(spec, int(argument))
         return kind, argument
     if spec.endswith(".model"):
         return "model", spec
-    raise ConfigError(unknown_message("tokenizer", spec, ("sentencepiece:SIZE", "PATH.model", "gpt2", "gpt2:DIR")))
+    if spec.endswith(".json"):
+        return "hf", spec
+    if spec.endswith(".tiktoken"):
+        return "tiktoken", f":{spec}"
+    if spec.endswith(".pkl"):
+        raise ConfigError(f"{spec} is a pickle, which could run any code when it is read; give its tokenizer.json")
+    if os.path.isdir(os.path.expanduser(spec)):
+        raise ConfigError(f"{spec} is a folder: write hf:{spec} or gpt2:{spec}, or name a file in it")
+    raise ConfigError(unknown_message("tokenizer", spec, SPECS))
 
 
 def tokenizer_vocab_size(spec: str) -> int:
@@ -185,7 +255,14 @@ def tokenizer_vocab_size(spec: str) -> int:
         return int(argument)
     if kind == "model":
         return load_tokenizer(spec, None).vocab_size
-    return gpt2_vocab_size(_path(argument))
+    if kind == "gpt2":
+        size = gpt2_vocab_size(_path(argument))
+    elif kind == "hf":
+        size = vocab_size_of(parse_tokenizer_json(read_hf(Path(os.path.expanduser(argument))), spec))
+    else:
+        size = tiktoken_vocab_size(argument, read_model(spec))
+    _check_vocab(spec, size)
+    return size
 
 
 def tokenizer_identity(spec: str) -> str:
@@ -193,10 +270,17 @@ def tokenizer_identity(spec: str) -> str:
     kind, argument = parse_spec(spec)
     if kind == "sentencepiece":
         return spec
+    if kind == "gpt2":
+        return f"gpt2:{gpt2_identity(_path(argument))}"
+    if kind == "tiktoken":
+        return f"tiktoken:{tiktoken_sha256(argument, read_model(spec))}"
+    return f"{kind}:{hashlib.sha256(read_model(spec) or b'').hexdigest()}"
+
+
+def _file(kind: str, argument: str) -> Path | None:
     if kind == "model":
-        model = read_file(Path(os.path.expanduser(argument)), max_bytes=MAX_VOCAB_FILE_BYTES)
-        return f"model:{hashlib.sha256(model).hexdigest()}"
-    return f"gpt2:{gpt2_identity(_path(argument))}"
+        return Path(os.path.expanduser(argument))
+    return ranks_path(argument) if kind == "tiktoken" else None
 
 
 def _path(argument: str) -> Path | None:

@@ -18,11 +18,18 @@ from ngpt.model.config import ModelConfig
 from ngpt.model.gpt import GPT
 from ngpt.training.checkpoint import save_checkpoint, verify_checkpoint
 from ngpt.training.config import TrainConfig, resolved
-from ngpt.training.load_model import find_checkpoint, load_model, parse_model_changes, tokenizer_origin
+from ngpt.training.load_model import (
+    find_checkpoint,
+    load_model,
+    parse_model_changes,
+    saved_tokenizer,
+    tokenizer_origin,
+)
 from ngpt.training.loop import train, train_step
 from ngpt.training.run import Run, set_up
 from ngpt.training.saving import save
 from ngpt.training.tracker import Tracker
+from tests.helpers.vocabularies import write_gpt2, write_ranks
 
 
 def finish(config: TrainConfig, out: Path, dataset: Dataset | None = None) -> Path:
@@ -244,6 +251,26 @@ def test_a_tokenizer_given_by_path_is_saved_in_the_checkpoint(
     tokenizer = load_model(tmp_path / "run").tokenizer
     assert tokenizer is not None
     assert np.array_equal(tokenizer.encode("a file"), load_tokenizer(data.tokenizer, dataset.folder).encode("a file"))
+
+
+@pytest.mark.parametrize("kind", ["hf", "tiktoken:cl100k_base"])  # the ids of the latter need 32 bits
+def test_a_tokenizer_of_another_library_is_saved_in_the_checkpoint(
+    kind: str, tiny: TrainConfig, tmp_path: Path
+) -> None:
+    if kind == "hf":
+        given = write_gpt2(tmp_path / "given")
+        (given / "encoder.json").rename(given / "vocab.json")
+        (given / "vocab.bpe").rename(given / "merges.txt")
+    else:
+        given = write_ranks(tmp_path / "given.tiktoken")
+    before = load_tokenizer(f"{kind}:{given}", None)
+    finish(override(tiny, {"data.tokenizer": f"{kind}:{given}", "steps": 1}), tmp_path / "run")
+    shutil.rmtree(given) if given.is_dir() else given.unlink()
+    loaded = load_model(tmp_path / "run")
+    assert loaded.tokenizer is not None and loaded.tokenizer.sha256 == before.sha256
+    assert np.array_equal(loaded.tokenizer.encode("the file"), before.encode("the file"))
+    spec = saved_tokenizer(loaded.checkpoint)
+    assert spec is not None and load_tokenizer(spec, None).sha256 == before.sha256
 
 
 def test_the_tokenizer_in_a_checkpoint_is_not_part_of_its_identity(trained: Path) -> None:
