@@ -13,7 +13,7 @@ import numpy as np
 
 from ngpt.config.base import ConfigError
 from ngpt.data.prepare import TOKEN_BYTES_FILE, add_tokenizer, shard_entry, split_totals
-from ngpt.data.splits import SplitFiles, is_split_folder, split_files
+from ngpt.data.splits import SplitFiles, is_split_folder, split_files, split_of
 from ngpt.data.text.documents import find_files
 from ngpt.data.text.formats import format_of
 from ngpt.data.text.progress import Log, Meter
@@ -29,6 +29,8 @@ from ngpt.data.tokens.tokenizer import (
 )
 
 SUFFIXES = (".bin", ".npy")  # in this order: a folder with .bin files is read for them alone
+BESIDE_TOKENS = (".json", ".model", ".pkl", ".yaml", ".yml")  # suffixes of files that describe tokens
+ABOUT = ("readme", "license")
 READERS = 4  # threads; checksums release the interpreter lock
 
 Part = tuple[Shard, int, int]  # the tokens [first, stop) of a shard
@@ -74,7 +76,8 @@ def shard_paths(source: Path) -> list[Path]:
     """Returns the token files of a folder, sorted by name, or the file that `source` is; empty if it holds none.
 
     These are its `.bin` files, else `.bin` or `.npy` files in folders named for splits, as in `data/train/0.bin`, else
-    its `.npy` files unless there are texts, too. Raises ConfigError if folders of splits belong to several corpora.
+    its `.npy` files unless texts beside them are the corpus. Raises ConfigError if folders of splits belong to several
+    corpora.
     """
     if source.is_file():
         return [source] if source.suffix in SUFFIXES else []
@@ -88,12 +91,15 @@ def shard_paths(source: Path) -> list[Path]:
             _require_one_corpus(source, [folders[path] for path in found])
             return found
     arrays = [path for path in sorted(source.glob("*.npy")) if path in folders and path.name != TOKEN_BYTES_FILE]
-    return [] if arrays and any(_holds_text(path) for path in folders if path not in set(arrays)) else arrays
+    return arrays if _are_tokens(arrays, [path for path in folders if path not in set(arrays)]) else []
 
 
-def _holds_text(path: Path) -> bool:
-    found = format_of(path)
-    return path.suffix == ".txt" if found.kind == "text" else found.is_table
+def _are_tokens(arrays: Sequence[Path], others: Sequence[Path]) -> bool:
+    """Whether `.npy` files are a corpus, rather than labels or embeddings of the texts beside them."""
+    if not arrays or any(found.kind != "text" and found.is_table for found in map(format_of, others)):
+        return False
+    texts = [path for path in others if path.suffix not in BESIDE_TOKENS and path.stem.lower() not in ABOUT]
+    return not texts or all(split_of(path.name) for path in arrays)
 
 
 def choose_shards(source: Path, splits: str) -> SplitFiles:

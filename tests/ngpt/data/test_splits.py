@@ -240,7 +240,7 @@ def test_a_file_is_taken_whatever_its_name_says_and_a_folder_of_it_is_not(tmp_pa
         open_dataset(config_of(tmp_path, model))
 
 
-def test_a_token_file_is_a_corpus_and_never_read_as_text(tmp_path: Path) -> None:
+def test_a_token_file_is_a_corpus_and_never_read_as_text(tmp_path: Path, model: Path) -> None:
     ids = np.arange(100) % 90  # as bytes, this is valid UTF-8
     ids.astype("<u2").tofile(tmp_path / "test.bin")
     found = ids_of(open_dataset(config_of(tmp_path / "test.bin")))
@@ -248,8 +248,16 @@ def test_a_token_file_is_a_corpus_and_never_read_as_text(tmp_path: Path) -> None
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text("text")
     np.save(tmp_path / "texts" / "b.npy", ids)
-    with pytest.raises(ConfigError, match=r"would be read as text, but holds a token file, .*b\.npy"):
-        open_dataset(config_of(tmp_path / "texts"))
+    for name in ("a.txt", "a.md"):
+        (tmp_path / "texts" / "a.txt").rename(tmp_path / "texts" / name)
+        with pytest.raises(ConfigError, match=r"would be read as text, but holds a token file, .*b\.npy"):
+            open_dataset(config_of(tmp_path / "texts"))
+        (tmp_path / "texts" / name).rename(tmp_path / "texts" / "a.txt")
+    (tmp_path / "texts" / "a.txt").rename(tmp_path / "texts" / "README.md")
+    assert ids_of(open_dataset(config_of(tmp_path / "texts")))["train"] == ids[:90].tolist()
+    write_json_lines(tmp_path / "texts" / "docs.jsonl", range(100))
+    found = documents_of(open_dataset(config_of(tmp_path / "texts", model)), model)
+    assert sorted(found["train"] + found["val"]) == list(range(100))
 
 
 # ---- what was prepared before ----------------------------------------------------------------------------------------
