@@ -20,11 +20,15 @@ KILL_TIMEOUT = 10.0  # seconds for killed processes to disappear
 @contextlib.contextmanager
 def mark_children(root: Path) -> Iterator[None]:
     """Marks every process started in this block, and its descendants, as belonging to the results in `root`."""
+    before = os.environ.get(RESULTS_VARIABLE)  # set if this process was started by another campaign
     os.environ[RESULTS_VARIABLE] = str(root.resolve())
     try:
         yield
     finally:
-        del os.environ[RESULTS_VARIABLE]
+        if before is None:
+            del os.environ[RESULTS_VARIABLE]
+        else:
+            os.environ[RESULTS_VARIABLE] = before
 
 
 def marked_processes(root: Path) -> list[psutil.Process]:

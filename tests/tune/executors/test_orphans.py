@@ -44,6 +44,19 @@ def bystander(tmp_path: Path) -> Iterator[psutil.Process]:
         process.kill()
 
 
+@pytest.mark.parametrize("mark", [None, "/results/of/another/campaign"])
+def test_the_mark_of_this_process_is_restored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mark: str | None
+) -> None:
+    """A campaign may be started by a process of another one."""
+    monkeypatch.delenv(RESULTS_VARIABLE, raising=False)
+    if mark is not None:
+        monkeypatch.setenv(RESULTS_VARIABLE, mark)
+    with mark_children(tmp_path):
+        assert os.environ[RESULTS_VARIABLE] == str(tmp_path.resolve())
+    assert os.environ.get(RESULTS_VARIABLE) == mark
+
+
 def test_marked_processes_and_their_orphans_are_killed_and_no_others(
     tmp_path: Path, bystander: psutil.Process, popen: Callable[..., subprocess.Popen[bytes]]
 ) -> None:
