@@ -11,6 +11,8 @@ from typing import Any
 
 from ngpt.data.text.progress import Log
 from ngpt.ensemble.train import ensemble_incompatibility
+from ngpt.kernels.compile import check_compiler
+from ngpt.system.device import pick_device
 from ngpt.training.tracker import resolve_tracker
 from ngpt.training.wandb_tracker import print_line
 from tune.executors.local import run_inline
@@ -22,6 +24,7 @@ from tune.machine.estimate import check_budget
 from tune.machine.gpu_sharing import choose_gpu_sharing
 from tune.planning.changes import check_changes, find_changes
 from tune.planning.code_changes import decide, find_code_changes
+from tune.planning.plan import preview
 from tune.report.wording import packing_fact
 from tune.results.snapshot import Snapshot
 from tune.session.datasets import check_all, describe_data, prepare_all
@@ -76,7 +79,7 @@ def launch(
         check_results(session, allow_change=allow_change, retrain=retrain, keep=keep)
         supervisor = None
         if has_work := session.has_work():
-            check_surroundings(session)
+            check_surroundings(session, is_here=address is None)
         # Tokenizing and starting Ray take seconds each and are independent, so they overlap.
         preparation = in_background(lambda: prepare_all(campaign, print_line))
         if has_work and not inline:
@@ -113,19 +116,29 @@ def check_results(
         print_line(line)
 
 
-def check_surroundings(session: Session) -> None:
-    """Prints what will be missing in the results, and settles how trials use the tracking server."""
+def check_surroundings(session: Session, *, is_here: bool) -> None:
+    """Prints what will be missing in the results, and settles how trials use the tracking server.
+
+    Raises:
+        ConfigError: the trials cannot be trained, or tracked as configured, on this machine (`is_here`).
+    """
     campaign = session.campaign
     if problem := environment.git_problem():
         print_line(f"the results will not name the commit of this code: {problem}")
-    report_grouping(campaign)
+    check_training(campaign, is_here=is_here)
     # Checked once here; otherwise every trial would wait for an unreachable tracking server.
     mode = resolve_tracker(campaign.base.tracker, session.root / "trials" / "*", print_line).wandb
     session.executor = ExecutorInfo(wandb_mode=mode)
 
 
-def report_grouping(campaign: Campaign) -> None:
-    """Prints why `vectorise` has no effect, if trials cannot be trained as groups."""
+def check_training(campaign: Campaign, *, is_here: bool) -> None:
+    """Prints why `vectorise` has no effect, if trials cannot be trained as groups.
+
+    Raises:
+        ConfigError: a trial needs a compiler that this machine, on which the trials run if `is_here`, does not have.
+    """
+    if is_here and any(trial.config.compile for phase in preview(campaign) for trial in phase.trials):
+        check_compiler(pick_device(campaign.base.device))
     size = campaign.resources.vectorise
     if size > 1 and (reason := ensemble_incompatibility([campaign.base])):
         print_line(f"vectorise: {size} has no effect, trials are trained one at a time: {reason}")

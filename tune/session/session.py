@@ -405,7 +405,7 @@ def trial_line(snapshot: Snapshot, trial: PlannedTrial, result: TrialResult, met
     total, plus = str(snapshot.total), "" if snapshot.total_is_final else "+"
     parts = [f"[{snapshot.done:>{len(total)}}/{total}{plus}] {trial.phase}", f"{trial.arm} seed {trial.seed}"]
     if result.status != "finished":
-        parts.append(result.status + (f": {result.error.strip().splitlines()[-1]}" if result.error else ""))
+        parts.append(result.status + (f": {fmt.reason(result.error)}" if result.error else ""))
     loss, speed = result.metrics.get(metric), result.metrics.get("tokens_per_second")
     parts += [f"{metric} {fmt.number(loss)}"] if loss is not None else []
     parts += [f"{fmt.count(speed)} tok/s"] if speed is not None else []

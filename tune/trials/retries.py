@@ -81,7 +81,7 @@ def failure_cause(result: TrialResult) -> str | None:
         return "diverged"
     if result.status != "failed":
         return None
-    lines = (result.error or "").splitlines()
+    lines = f"{result.error or ''}\n{result.traceback or ''}".splitlines()  # a cause may be in the traceback only
     # An error of the compiler names the one that it wraps: `torch._inductor.exc.InductorError: MemoryError: `.
     exceptions = {part.rpartition(".")[2] for line in lines for part in line.split(":")[:2]}
     exceptions = {name.strip() for name in exceptions}
