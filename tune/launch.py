@@ -22,6 +22,7 @@ from tune.executors.signals import POLL_SECONDS, StoppedEarly, stop_on_event
 from tune.machine import environment
 from tune.machine.estimate import check_budget
 from tune.machine.gpu_sharing import choose_gpu_sharing
+from tune.machine.placement import NO_GPU, device_notes
 from tune.planning.changes import check_changes, find_changes
 from tune.planning.code_changes import decide, find_code_changes
 from tune.planning.plan import preview
@@ -126,6 +127,8 @@ def check_surroundings(session: Session, *, is_here: bool) -> None:
     if problem := environment.git_problem():
         print_line(f"the results will not name the commit of this code: {problem}")
     check_training(campaign, is_here=is_here)
+    if is_here:
+        report_devices(campaign)
     # Checked once here; otherwise every trial would wait for an unreachable tracking server.
     mode = resolve_tracker(campaign.base.tracker, session.root / "trials" / "*", print_line).wandb
     session.executor = ExecutorInfo(wandb_mode=mode)
@@ -144,11 +147,17 @@ def check_training(campaign: Campaign, *, is_here: bool) -> None:
         print_line(f"vectorise: {size} has no effect, trials are trained one at a time: {reason}")
 
 
-def wait_for_ray(supervisor: RaySupervisor, *, is_private: bool) -> None:
-    """Waits until Ray has started; prints the busy GPUs, the dashboard URL and the number of workers."""
-    print_line("starting Ray ...")
-    for line in environment.busy_gpus():
+def report_devices(campaign: Campaign) -> None:
+    """Prints which GPUs of this machine others hold or no trial uses."""
+    device = campaign.base.device
+    busy = [] if device in NO_GPU else environment.busy_gpus()
+    for line in (*device_notes(campaign.resources, device=device), *busy):
         print_line(line)
+
+
+def wait_for_ray(supervisor: RaySupervisor, *, is_private: bool) -> None:
+    """Waits until Ray has started; prints the dashboard URL and the number of workers."""
+    print_line("starting Ray ...")
     ready = supervisor.wait()
     # The dashboard of a private Ray requires this token; another cluster may require a different login.
     token = "  (token: `ray get-auth-token`)" if is_private and ready.dashboard_url else ""

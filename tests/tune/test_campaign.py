@@ -212,7 +212,7 @@ WRONG: dict[str, tuple[str, list[str]]] = {
     "unknown share of a GPU": (
         f"{GOOD}resources: {{«gpus_per_trial: atuo, «workers: 0}}\n{PHASE}",
         [
-            "resources.gpus_per_trial: expected `auto` or a number above 0, got 'atuo'",
+            "resources.gpus_per_trial: expected `auto`, 0 or a number above 0, got 'atuo'",
             "resources.workers: input should be greater than or equal to 1, got 0",
         ],
     ),

@@ -131,7 +131,8 @@ class RaySupervisor:
         context = multiprocessing.get_context("spawn")
         parent_end, child_end = context.Pipe()
         multiprocessing.resource_tracker.ensure_running()  # started before `mark_children`, so that it is not marked
-        arguments = (child_end, self._resources, self._address, self._session.root)
+        device = self._session.campaign.base.device
+        arguments = (child_end, self._resources, device, self._address, self._session.root)
         process = context.Process(target=run_ray, args=arguments, name="ray driver", daemon=True)
         with mark_children(self._session.root), hide_main_module():
             process.start()
@@ -200,7 +201,8 @@ class RaySupervisor:
         except psutil.NoSuchProcess as error:
             return f"its process {error.pid} is gone"
         self._ray.ready = ready
-        properties = {name: getattr(ready, name) for name in ("workers", "trials_per_device", "dashboard_url")}
+        names = ("workers", "trials_per_device", "n_gpus", "dashboard_url")
+        properties = {name: getattr(ready, name) for name in names}
         self._session.executor = replace(self._session.executor, **properties)
         if self._is_running:
             self._send_command()

@@ -25,8 +25,8 @@ FEWEST_FRESH, MOST_FRESH = 4, 30  # number of seeds that `seeds: fresh` chooses 
 
 
 def _gpus_per_trial(value: Any) -> Any:
-    if value != "auto" and (isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf):
-        raise invalid_setting(f"expected `auto` or a number above 0, got {value!r}")
+    if value != "auto" and (isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf):
+        raise invalid_setting(f"expected `auto`, 0 or a number above 0, got {value!r}")
     return value
 
 
@@ -41,7 +41,7 @@ class Resources(Config):
     """CPUs and GPUs per trial, and how many trials train concurrently."""
 
     cpus_per_trial: Annotated[int, Field(ge=1)] = 1  # threads
-    gpus_per_trial: Annotated[Any, PlainValidator(_gpus_per_trial)] = "auto"  # auto: measured
+    gpus_per_trial: Annotated[Any, PlainValidator(_gpus_per_trial)] = "auto"  # auto: measured; 0: on the CPU
     workers: Annotated[int, Field(ge=1)] | None = None  # concurrent training processes; null: as many as fit
     vectorise: Annotated[int, Field(ge=1)] = 1  # trials with the same graph that one process trains as a batch
     # seconds without a step after which a trial counts as hung; null: 20 median steps, at least ten minutes

@@ -30,6 +30,7 @@ RETRY_RULES: dict[str, RetryRule] = {
     "code_error": RetryRule("result", 0, "an exception in the trial"),  # a retry would raise it again
     "host_oom": RetryRule("memory", 1, "the machine had no memory left", alone=True),
     "killed": RetryRule("process", 3, "its process was killed or crashed"),
+    "gpu_error": RetryRule("process", 3, "an error on the GPU ended the process of its group"),
     "hung": RetryRule("process", 3, "it made no progress"),
     "ray_lost": RetryRule("process", 3, "Ray died while it ran"),
 }

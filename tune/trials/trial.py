@@ -48,7 +48,7 @@ class TrialSpec:
     folder: Path
     threads: int
     attempt: int
-    packed: int = 1  # number of trials that share its device, including itself
+    packed: int = 1  # number of trials that may share its device, including itself
 
     @property
     def name(self) -> str:
@@ -192,5 +192,6 @@ def describe_machine(device: str, threads: int) -> dict[str, Any]:
     """Device, threads, host and versions: the part of the provenance that can affect the numbers."""
     kind = pick_device(device)
     name = gpus.name(kind) if gpus.is_gpu(kind) else f"{kind.type} {platform.machine()}"
+    place = {"gpu": gpus.visible_ids()[0]} if gpus.is_gpu(kind) else {}
     versions = {"torch": str(torch.__version__), "python": platform.python_version()}
-    return {"device": name, "threads": threads, "host": socket.gethostname(), **versions}
+    return {"device": name, "threads": threads, "host": socket.gethostname(), **place, **versions}

@@ -17,13 +17,14 @@ from ngpt.training.config import TrainConfig
 from ngpt.training.loop import train
 from tune.analysis.noise import compare_arms
 from tune.campaign import load_campaign
-from tune.machine.estimate import Estimate, Noise, PhaseEstimate, estimate, expected_workers
+from tune.machine.estimate import Estimate, Noise, PhaseEstimate, estimate, expected_placement
 from tune.machine.throughput import device_key, known_speeds
 from tune.planning.equal_time import step_time_key
 from tune.planning.forecast import phase_planned_event
 from tune.planning.plan import PlannedPhase, PlannedTrial, inherited_overrides, plan_phase, preview
 from tune.spec.schema import Campaign
 from tune.storage.journal import Journal
+from tune.storage.state import CampaignState
 from tune.terminal.plan_view import plan_view
 
 SHAPE = "n_layer: 1, n_head: 2, n_embd: 16, block_size: 8, vocab_size: 400"
@@ -276,10 +277,13 @@ def test_what_cannot_be_trained_at_once_is_not_expected_to_be(load: Load, tmp_pa
 
 
 def test_as_many_trials_run_at_once_as_there_are_cpus_for_them(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tune.machine.estimate.usable_cpus", lambda: 8)
+    monkeypatch.setattr("tune.machine.placement.usable_cpus", lambda: 8)
     for resources, workers in [("cpus_per_trial: 1", 8), ("cpus_per_trial: 3", 2), ("cpus_per_trial: 9", 1)]:
-        assert expected_workers(load(f"resources: {{{resources}}}\nvary: {{lr: [1]}}\n")) == workers
-    assert expected_workers(load("resources: {workers: 5}\nvary: {lr: [1]}\n")) == 5
+        assert (
+            expected_placement(load(f"resources: {{{resources}}}\nvary: {{lr: [1]}}\n"), CampaignState()).workers
+            == workers
+        )
+    assert expected_placement(load("resources: {workers: 5}\nvary: {lr: [1]}\n"), CampaignState()).workers == 5
 
 
 # ---- on the screen -------------------------------------------------------------------------------------------------
