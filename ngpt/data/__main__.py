@@ -16,6 +16,9 @@ CORPUS
                 all) and one for validation, from kjj0/fineweb10B-gpt2 on the hub, or --from DIR
   openwebtext   --shards N Parquet files of the hub's Skylion007/openwebtext, or --from a file or folder of documents
                 as below, or .txt (a document each)
+  hf://OWNER/NAME[@REVISION][/SUBSET][:SPLIT]
+                a data set of the Hugging Face hub: Parquet, Arrow, JSON or text files, with the subsets and splits that
+                it declares, else by the names of its files; it stays the commit that it was at the first use
   PATH          documents: Parquet, Arrow (also a data set saved by save_to_disk), JSON lines, a JSON array of objects,
                 recognised whatever the suffix, with the text in the column "text" or --text-column;
                 a text file; a folder of text files; token files, see below; a folder that this command has filled.
