@@ -90,7 +90,8 @@ def run_trials(specs: Sequence[TrialSpec]) -> Trials:
         names = ", ".join(spec.name for spec in running.values())
         log.warning("%d trials failed together and continue one by one: %s", len(running), names, exc_info=True)
     finally:
-        free_memory(device)
+        with contextlib.suppress(RuntimeError):  # of a GPU that has become unusable
+            free_memory(device)
     for spec in running.values():
         with contextlib.suppress(OSError):  # the folder may have caused the failure
             HeartbeatWriter(spec.folder).close()  # tells the watchdog which process the trial belongs to

