@@ -31,9 +31,10 @@ from ray.tune.search import Searcher
 from ngpt.system import gpus
 from ngpt.system.heartbeat import request_stop
 from tune.executors.gpu_slots import GpuSlots
+from tune.executors.ray_folder import TEMPORARY, TOKEN_FILE, TOKEN_PATH_VARIABLE, TOKEN_VARIABLE
 from tune.executors.ray_trainable import GPU, PAUSED, UNUSABLE, UPDATES, TrialWorker
-from tune.machine.environment import short_temporary
 from tune.machine.placement import place, this_machine
+from tune.machine.ray_limits import OBJECT_STORE, ray_root
 from tune.spec.schema import Resources
 from tune.trials.trial import TrialSpec
 from tune.trials.trial_group import GpuUnusable
@@ -57,6 +58,13 @@ SCRATCH_PREFIX = ".tune-"  # names Tune's temporary folder in the results direct
 
 class RayNotStarted(Exception):
     """Ray did not start; the message is Ray's own."""
+
+
+def current_umask() -> int:
+    """The modes that this process takes from new files, which can only be read by changing it."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    return umask
 
 
 class RemoteSession:
@@ -116,13 +124,14 @@ class SessionSearcher(Searcher):
         self._session, self._cluster = session, cluster
         self._unfinished: dict[str, dict[str, TrialSpec]] = {}  # by Tune trial id, then by campaign trial id
         self._death_causes: dict[str, str] = {}  # by Tune trial id
+        self._umask = current_umask()
 
     def __getstate__(self) -> dict[str, Any]:
         """Returns nothing: Tune pickles its searcher to restore it, but only the journal restores a campaign."""
         return {}
 
     def suggest(self, trial_id: str) -> Any:
-        """Returns the specs and resources of the next trial or group, which Tune runs as `trial_id`.
+        """Returns the config of the next trial or group, which Tune runs as `trial_id`.
 
         Returns None if no trial can start yet, and FINISHED if none will start any more.
         """
@@ -134,7 +143,8 @@ class SessionSearcher(Searcher):
         if not specs:
             return Searcher.FINISHED if self._session.is_over() or self._session.stop_requested else None
         self._unfinished[trial_id] = {spec.trial_id: spec for spec in specs}
-        return {"specs": specs, "resources": self._cluster.per_trial, "gpu_slots": self._cluster.gpu_slots}
+        config = {"specs": specs, "resources": self._cluster.per_trial, "umask": self._umask}
+        return config | {"gpu_slots": self._cluster.gpu_slots}
 
     def should_stop(self, trial_id: str, report: Mapping[str, Any]) -> bool:
         """Passes a worker's report to the session; returns whether all of the worker's trials have ended."""
@@ -230,27 +240,24 @@ class WarmWorkerScheduler(FIFOScheduler):
         self._searcher.worker_died(trial.trial_id, Path(trial.error_file).read_text() if trial.error_file else "")
 
 
-def protect_token() -> None:
-    """Makes Ray's authentication token readable only by its owner, in case it was created with open permissions."""
-    path = Path.home() / ".ray" / "auth_token"
-    if path.is_file() and path.stat().st_mode & 0o077:
-        path.chmod(0o600)
-
-
 class RayCluster:
-    """Context manager that starts a private Ray on this machine, or joins the running cluster at `address`."""
+    """Context manager that starts a private Ray with files in `folder`, or joins the running cluster at `address`."""
 
-    def __init__(self, resources: Resources, *, device: str = "auto", address: str | None = None) -> None:
-        self.resources, self.device, self.address = resources, device, address
+    def __init__(
+        self, resources: Resources, *, device: str = "auto", address: str | None = None, folder: Path | None = None
+    ) -> None:
+        self.resources, self.device, self.address, self.folder = resources, device, address, folder
         self.dashboard_url: str | None = None
         self.process_ids: tuple[int, ...] = ()  # raylet and GCS server of a private Ray
-        self.folder: Path | None = None  # logs and sockets of a private Ray
 
     def __enter__(self) -> "RayCluster":
-        os.environ.update(RAY_ENVIRONMENT | {"TMPDIR": short_temporary()})
+        os.environ.update(RAY_ENVIRONMENT | {"TMPDIR": str(ray_root())})
         if not self.address:
             # With this variable unset, a new Ray requires its token; the shell may have turned that off.
             os.environ.pop("RAY_AUTH_MODE", None)
+        if self.folder:
+            os.environ.pop(TOKEN_VARIABLE, None)
+            os.environ[TOKEN_PATH_VARIABLE] = str(self.folder / TOKEN_FILE)
         # Where Ray may span machines, no public setting binds its own processes to the loopback interface.
         ray._private.ray_constants.ENABLE_RAY_CLUSTER = bool(self.address)
         context = self._init_ray()
@@ -260,7 +267,6 @@ class RayCluster:
         if not self.address:
             children = psutil.Process().children()
             self.process_ids = tuple(child.pid for child in children if child.name() in ("raylet", "gcs_server"))
-            self.folder = Path(context.address_info["session_dir"])
         self.dashboard_url = f"http://{context.dashboard_url}" if context.dashboard_url else None
         try:
             self._count_workers(ray.cluster_resources())
@@ -275,23 +281,21 @@ class RayCluster:
     def _init_ray(self) -> Any:
         here = this_machine(self.resources, device=self.device)
         private: dict[str, Any] = {"num_cpus": here["CPU"], "num_gpus": here["GPU"]}
-        private |= {"include_dashboard": True, "dashboard_host": "127.0.0.1"}
-        umask = os.umask(0o077)  # Ray writes an authentication token
+        private |= {"include_dashboard": True, "dashboard_host": "127.0.0.1", "object_store_memory": OBJECT_STORE}
+        if self.folder:
+            private["_temp_dir"] = str(self.folder / TEMPORARY)
         on_sigterm = signal.getsignal(signal.SIGTERM)
         try:
-            context = ray.init(
+            return ray.init(
                 address=self.address or "local",
                 logging_level=logging.ERROR,
                 log_to_driver=False,
                 configure_logging=True,
                 **({} if self.address else private),
             )
-            protect_token()
-            return context
         except Exception as error:  # many types: no disk space, no home directory, a busy machine
             raise RayNotStarted(str(error).strip()) from error
         finally:
-            os.umask(umask)
             if threading.current_thread() is threading.main_thread():  # Ray's own handler would exit silently
                 signal.signal(signal.SIGTERM, on_sigterm)
 

@@ -42,6 +42,8 @@ class TrialWorker(ray.tune.Trainable):
 
     def setup(self, config: dict[str, Any]) -> None:
         """Begins the first trials; Tune calls it once per process."""
+        if "umask" in config:  # a cluster's may differ from that of the run, which the results belong to
+            os.umask(config["umask"])
         tags = ("phase", "arm", "seed")
         self._gauges = {name: Gauge(f"ngpt_{name}", text, tag_keys=tags) for name, text in GAUGES.items()}
         slots: GpuSlots | None = config.get("gpu_slots")

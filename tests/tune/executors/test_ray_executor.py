@@ -21,8 +21,9 @@ from ngpt.system.heartbeat import stop_requested
 from tests.helpers.fake_gpus import GIB, FakeGpus
 from tests.helpers.real_run import SCRIPT, Run, left_over, start
 from tests.helpers.tiny_campaign import begun, losses, pretend, records, session_on, strict, train_all, write_file
-from tune.executors.ray_executor import RayCluster, SessionSearcher, WarmWorkerScheduler
+from tune.executors.ray_executor import RayCluster, SessionSearcher, WarmWorkerScheduler, current_umask
 from tune.executors.ray_trainable import GPU, PAUSED, UNUSABLE, UPDATES
+from tune.machine.ray_limits import ray_root
 from tune.spec.schema import Resources
 from tune.storage.journal import read_journal
 from tune.trials.trial import TrialResult, TrialSpec
@@ -63,6 +64,9 @@ class ObservedRun:
     titles: list[str]
     listeners: list[tuple[str, int]]
     status: dict[str, Any]
+    session: Path  # the folder of Ray's sockets and logs
+    session_names: set[str]  # of what was in it, and of its sockets
+    private_mode: int  # of the folder around it
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +81,11 @@ def observed(folder: Path, file: Path) -> Iterator[ObservedRun]:
         listeners = [(socket.laddr.ip, socket.laddr.port) for socket in sockets if socket.status == psutil.CONN_LISTEN]
         command = [sys.executable, str(SCRIPT), "status", str(run.root), "--json"]
         status = strict(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-        yield ObservedRun(run, run.wait(), family, commands, titles, listeners, status)
+        options = {word for words in commands for word in words if word.startswith("--session-dir=")}
+        (session,) = (Path(option.partition("=")[2]) for option in options)
+        names = {path.name for path in (*session.iterdir(), *(session / "sockets").iterdir())}
+        mode = session.parents[1].stat().st_mode & 0o7777
+        yield ObservedRun(run, run.wait(), family, commands, titles, listeners, status, session, names, mode)
     finally:
         run.end()
 
@@ -105,6 +113,25 @@ def test_every_process_listens_on_the_loopback_only(observed: ObservedRun) -> No
     assert url is not None and int(url[1]) in {port for _, port in observed.listeners}
     assert len(observed.listeners) > 8, "GCS, raylet, dashboard, agents, driver and workers"
     assert {address for address, _ in observed.listeners} <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+
+
+def test_rays_files_are_in_a_folder_that_only_its_user_can_enter(observed: ObservedRun) -> None:
+    private = observed.session.parents[1]
+    assert (private.parent, observed.private_mode) == (ray_root(), 0o700)
+    assert {"sockets", "logs", "runtime_resources", "raylet", "plasma_store"} <= observed.session_names
+    longest = max((name for name in observed.session_names if name.startswith("dash_")), key=len, default="")
+    assert len(longest) <= len("dash_TaskEventsHead"), "the longest root of sockets is too long for this version of Ray"
+    assert not private.exists()
+
+
+def test_workers_give_files_the_modes_that_the_run_gives_its_own(observed: ObservedRun) -> None:
+    umask = current_umask()
+    wrong = {
+        str(path.relative_to(observed.run.root)): f"{mode:04o}"
+        for path in observed.run.root.rglob("*")
+        if (mode := path.stat().st_mode & 0o7777) != (0o777 if path.is_dir() else 0o666) & ~umask
+    }
+    assert wrong == {}
 
 
 def test_status_shows_the_run_from_another_terminal(observed: ObservedRun) -> None:
