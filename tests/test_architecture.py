@@ -35,7 +35,8 @@ RESERVED = {
     "wandb": {"ngpt/training/wandb_tracker.py"},
     "torch.utils.tensorboard": {"ngpt/training/tracker.py"},
     "sentencepiece": {"ngpt/data/tokens/tokenizer.py"},
-    "tiktoken": {"ngpt/data/tokens/gpt2_bpe.py"},
+    "tiktoken": {"ngpt/data/tokens/gpt2_bpe.py", "ngpt/data/tokens/tiktoken_bpe.py"},
+    "tokenizers": {"ngpt/data/tokens/hf_tokenizer.py"},
     "huggingface_hub": {"ngpt/data/text/hub.py"},
     "optuna": {"tune/planning/optuna_search.py"},
 }

@@ -5,7 +5,6 @@ import gzip
 import json
 import lzma
 import os
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ngpt.config.base import ConfigError
-from ngpt.data.text import documents, json_documents
+from ngpt.data.text import documents
 from ngpt.data.text.documents import (
     files_identity,
     find_files,
@@ -195,93 +194,10 @@ def test_a_file_that_has_changed_is_read_again(tmp_path: Path) -> None:
     assert files_identity(path, [path]) != before
 
 
-@pytest.mark.parametrize("suffix", COMPRESS)
-def test_a_compressed_file_that_ends_early_is_an_error_and_not_a_shorter_corpus(tmp_path: Path, suffix: str) -> None:
-    path = write_json_lines(tmp_path / f"a.jsonl{suffix}", [os.urandom(50).hex() for _ in range(2000)])
-    path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(ConfigError, match=r"a\.jsonl.*cannot be decompressed: "):
-        list(read_documents([path]))
-
-
-def test_compressed_parts_that_were_joined_are_read_to_the_end(tmp_path: Path) -> None:
-    for suffix, compress in COMPRESS.items():
-        path = tmp_path / f"a.txt{suffix}"
-        path.write_bytes(compress(b"one\n") + compress(b"two\n"))
-        assert list(read_documents([path])) == ["one\ntwo\n"]
-
-
-def test_a_zstd_window_above_128_megabytes_is_read(tmp_path: Path) -> None:
-    """One raw block in a frame with the header of `zstd --long=28`, see RFC 8878."""
-    text = b'{"text": "far away"}\n'
-    block = (1 | len(text) << 3).to_bytes(3, "little") + text  # the last block, raw
-    path = broken(tmp_path / "a.jsonl.zst", b"\x28\xb5\x2f\xfd" + bytes([0, (28 - 10) << 3]) + block)
-    with pytest.raises(OSError), pyarrow.input_stream(str(path), compression="zstd") as stream:
-        stream.read()
-    assert list(read_documents([path])) == ["far away"]
-
-
 def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
     mark = b"\xef\xbb\xbf"
     for name, content in (("a.txt", b"one"), ("a.jsonl", b'{"text": "one"}'), ("a.json", b' [{"text": "one"}]')):
         assert list(read_documents([broken(tmp_path / name, mark + content)])) == ["one"]
-
-
-@pytest.mark.parametrize("suffix", ["", ".gz"])
-def test_a_bad_byte_is_counted_from_the_start_of_the_file(tmp_path: Path, suffix: str) -> None:
-    data = b"\xef\xbb\xbf" + "caf\u00e9\n".encode() * 1_000_000
-    for at in (3, 4_194_303, 5_999_999):  # around the block of text that is read at once
-        path = tmp_path / f"a.txt{suffix}"
-        path.write_bytes(COMPRESS.get(suffix, bytes)(data[:at] + b"\xff" + data[at:]))
-        with pytest.raises(ConfigError, match=rf"is not UTF-8 text: .* at byte {at}\b"):
-            list(read_documents([path]))
-
-
-KINDS = {
-    "dictionary": pyarrow.dictionary(pyarrow.int32(), pyarrow.string()),
-    "string_view": pyarrow.string_view(),
-    "large_string": pyarrow.large_string(),
-    "binary": pyarrow.binary(),
-    "large_binary": pyarrow.large_binary(),
-}
-
-
-@pytest.mark.parametrize("name", KINDS)
-def test_every_type_of_text_in_a_column_is_read(tmp_path: Path, name: str) -> None:
-    texts = ["one", None, "caf\u00e9", "", "one"]
-    table = pyarrow.table({"text": pyarrow.array(texts, pyarrow.string()).cast(KINDS[name])})
-    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=2)
-    with pyarrow.ipc.new_stream(str(tmp_path / "a.arrow"), table.schema) as writer:
-        writer.write_table(table)
-    for path in (tmp_path / "a.parquet", tmp_path / "a.arrow"):
-        left_out: Counter[str] = Counter()
-        assert list(read_documents([path], left_out=left_out)) == ["one", "caf\u00e9", "one"]
-        assert left_out == {"null": 1, "empty": 1}
-
-
-def test_a_nested_column_is_named_with_dots_and_a_name_with_a_dot_comes_first(tmp_path: Path) -> None:
-    rows = [{"a": {"b": "one", "c": 1}}, {"a": None}, {"a": {"b": None, "c": 2}}, {"a": {"b": "two", "c": 3}}]
-    table = pyarrow.Table.from_pylist(rows)
-    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for name in ("a.parquet", "a.jsonl"):
-        left_out: Counter[str] = Counter()
-        assert list(read_documents([tmp_path / name], "a.b", left_out)) == ["one", "two"] and left_out == {"null": 2}
-        with pytest.raises(ConfigError, match=r"'text'; it has a\.b, a\.c; data\.text_column"):
-            list(read_documents([tmp_path / name]))
-    dotted = table.append_column("a.b", [["three", "four", None, "five"]])
-    pyarrow.parquet.write_table(dotted, tmp_path / "b.parquet")
-    (tmp_path / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in dotted.to_pylist()))
-    for name in ("b.parquet", "b.jsonl"):
-        assert list(read_documents([tmp_path / name], "a.b")) == ["three", "four", "five"]
-
-
-def test_text_that_is_not_utf_8_is_named_with_its_row(tmp_path: Path) -> None:
-    raw = pyarrow.array([b"first"] * 2999 + [b"caf\xe9"], pyarrow.binary())
-    column = pyarrow.Array.from_buffers(pyarrow.string(), 3000, raw.buffers())
-    for name, values in (("a.parquet", column), ("b.parquet", raw)):
-        pyarrow.parquet.write_table(pyarrow.table({"text": values}), tmp_path / name, row_group_size=700)
-        with pytest.raises(ConfigError, match=rf"{name}, row 3000 is not UTF-8 text: .* at byte 3 of the value$"):
-            list(read_documents([tmp_path / name]))
 
 
 def save_to_disk(folder: Path, files: dict[str, list[str]]) -> Path:
@@ -362,11 +278,3 @@ def test_files_that_may_be_meant_as_documents_or_as_text_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         choose(tmp_path, files)
-
-
-def test_an_array_of_large_objects_is_read_piece_by_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(json_documents, "PIECE", 7)
-    texts = ["caf\u00e9 " * number for number in range(1, 40)]
-    path = tmp_path / "a.json"
-    path.write_text(json.dumps([{"text": text} for text in texts], indent=1), encoding="utf-8")
-    assert list(read_documents([path])) == texts
