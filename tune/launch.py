@@ -22,7 +22,7 @@ from tune.executors.ray_folder import check_machine
 from tune.executors.ray_supervisor import RaySupervisor
 from tune.executors.signals import POLL_SECONDS, StoppedEarly, stop_on_event
 from tune.machine import environment
-from tune.machine.estimate import check_budget
+from tune.machine.estimate import check_budget, slow_dtype
 from tune.machine.gpu_sharing import choose_gpu_sharing
 from tune.machine.placement import NO_GPU, device_notes, place, this_machine
 from tune.planning.changes import check_changes, find_changes
@@ -162,10 +162,11 @@ def report_environment() -> None:
 
 
 def report_devices(campaign: Campaign) -> None:
-    """Prints which GPUs of this machine others hold or no trial uses."""
+    """Prints which GPUs of this machine others hold or no trial uses, and which dtype it only emulates."""
     device = campaign.base.device
     busy = [] if device in NO_GPU else environment.busy_gpus()
-    for line in (*device_notes(campaign.resources, device=device), *busy):
+    emulated = slow_dtype(campaign, (trial.config for phase in preview(campaign) for trial in phase.trials))
+    for line in (*device_notes(campaign.resources, device=device), *busy, *filter(None, [emulated])):
         print_line(line)
 
 

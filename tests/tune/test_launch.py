@@ -68,6 +68,18 @@ def test_a_run_reports_why_vectorise_has_no_effect(
     assert ("vectorise: 2 has no effect, trials are trained one at a time: compile is on" in said) == bool(reason)
 
 
+def test_a_run_says_that_a_dtype_is_only_emulated(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY.format(corpus=corpus).replace("alpha: [0.05, 0.2]", "dtype: [bfloat16]"))
+    monkeypatch.setattr("ngpt.system.timing.bfloat16_slowdown", lambda: 39.6)
+    monkeypatch.setattr("tune.launch.run_inline", lambda session: None)
+    launch(load_campaign(path), tmp_path / "out", command="again", inline=True, view=lambda snapshot: recorder([]))
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "bfloat16" in line]
+    assert line == "bfloat16 is emulated on this CPU: 40 x slower than float32; set dtype: float32"
+
+
 def test_a_corpus_that_cannot_be_prepared_is_an_error_before_any_trial(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -52,7 +52,10 @@ def _software(out: Path) -> Iterator[Check]:
 
 
 def _device(out: Path) -> Iterator[Check]:
+    import torch
+
     from ngpt.system import gpus
+    from ngpt.system.timing import bfloat16_slowdown, slow_dtype_note
 
     if gpus.is_available():
         names = [gpus.name(i) for i in range(gpus.count())]
@@ -68,6 +71,8 @@ def _device(out: Path) -> Iterator[Check]:
         advice = "" if gpus.is_built() else "; reinstall torch with CUDA"
         problem = f"a GPU driver is installed, but {reason}{advice}"
     yield Check("device", f"{cpu}; no GPU: {reason}", problem)
+    note = slow_dtype_note(torch.device("cpu"), "bfloat16")  # no problem, since it is not the default
+    yield Check("bfloat16", note or f"{1 / bfloat16_slowdown():.2g} x the speed of float32")
 
 
 def _results(out: Path) -> Iterator[Check]:
@@ -119,7 +124,7 @@ def _user(out: Path) -> Iterator[Check]:
 
 
 def _nearest_existing(path: Path) -> Path:
-    return next(folder for folder in (path, *path.parents) if folder.exists())
+    return next(folder for folder in (path, *path.parents) if os.path.exists(folder))  # False if it may not be read
 
 
 CHECKS: list[Callable[[Path], Iterator[Check]]] = [_software, _device, _results, _cache, _ray, _user]

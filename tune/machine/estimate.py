@@ -1,6 +1,6 @@
 """`--plan`: estimates how many trials a campaign trains, the disk space they need and how long they take."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from ngpt.config.base import ConfigError
 from ngpt.model.flops import matrix_params
 from ngpt.system.code_digest import current_code
 from ngpt.system.device import DTYPES, pick_device
-from ngpt.system.timing import gemm_flops
+from ngpt.system.timing import gemm_flops, slow_dtype_note
 from ngpt.training.config import TrainConfig
 from tune import format as fmt
 from tune.analysis.noise import Method
@@ -88,6 +88,7 @@ class Estimate:
     seconds_source: str
     code: list[str]  # what is to be said about trials of other code
     devices: list[str]  # what is to be said about GPUs that are not used
+    slow_dtype: str | None = None  # a dtype that this machine only emulates
 
 
 class _Clock:
@@ -107,7 +108,7 @@ class _Clock:
             torch.set_num_threads(threads)
             self._flop_rate = EFFICIENCY * gemm_flops(pick_device(base.device), DTYPES[base.dtype])
             share = "" if n_missing == len(trials) else f" for {n_missing} of {len(trials)} trials"
-            rate = f"{self._flop_rate / 1e9:.0f} GFLOP/s"
+            rate = f"{self._flop_rate / 1e9:.3g} GFLOP/s"
             self.source = f"estimated from the FLOP count{share} at {rate}; --measure times real steps"
         elif not all((step_time_key(config), n_concurrent) in self._speeds for config, n_concurrent in trials):
             self.source += ", treating concurrent trials as sequential; --measure times real steps"
@@ -176,6 +177,7 @@ def estimate(
         seconds_source=clock.source,
         code=code_lines,
         devices=device_notes(campaign.resources, device=campaign.base.device),
+        slow_dtype=slow_dtype(campaign, (config for trials in to_run.values() for config, _ in trials)),
     )
 
 
@@ -224,6 +226,13 @@ def check_budget(campaign: Campaign, root: Path) -> None:
         text = f"{hours:g} hours are {fmt.duration(hours * 3600)}, and one trial takes about {fmt.duration(seconds)}"
         advice = f"give at least {seconds / 3600:.2g}, or shorten the trials"
         raise ConfigError(f"budget.hours: {text} ({clock.source}); {advice}")
+
+
+def slow_dtype(campaign: Campaign, configs: Iterable[TrainConfig]) -> str | None:
+    """A line about a dtype of these trials that this machine only emulates, or None."""
+    device = pick_device(campaign.base.device)
+    notes = (slow_dtype_note(device, dtype) for dtype in {config.dtype for config in configs})
+    return next(filter(None, notes), None)
 
 
 def expected_placement(campaign: Campaign, state: CampaignState) -> Placement:

@@ -21,6 +21,7 @@ from filelock import FileLock
 
 from ngpt.config.base import ConfigError, printable
 from ngpt.data.text.progress import Log, Meter
+from ngpt.system.atomic_files import naming
 
 PARALLEL_FILES = 4
 TIMEOUT = 15.0  # seconds without a byte
@@ -143,7 +144,7 @@ def _download_in_parallel(missing: Sequence[tuple[HubFile, Path]], meter: Meter,
 def _download_file(file: HubFile, path: Path, stop: threading.Event, arrived: Callable[[int], None]) -> None:
     part = path.with_name(path.name + PART)
     for _ in range(2):  # a partial file may be of an older version: once more from the start
-        with part.open("ab") as out:
+        with naming(part), part.open("ab") as out:
             while out.tell() < file.size and not stop.is_set():
                 data = _read_range(file, out.tell())
                 out.write(data)

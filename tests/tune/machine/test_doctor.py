@@ -51,6 +51,21 @@ def test_the_size_of_compiled_code_is_shown_with_the_command_that_removes_it(
     assert [path.name for path in cache.iterdir()] == ["corpus"]
 
 
+@pytest.mark.parametrize(
+    ("slowdown", "value"),
+    [
+        (40.4, "bfloat16 is emulated on this CPU: 40 x slower than float32; set dtype: float32"),
+        (0.5, "2 x the speed of float32"),
+    ],
+)
+def test_a_cpu_that_only_emulates_bfloat16_is_shown(
+    slowdown: float, value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ngpt.system.gpus.is_available", lambda: False)
+    monkeypatch.setattr("ngpt.system.timing.bfloat16_slowdown", lambda: slowdown)
+    assert check("bfloat16", tmp_path) == Check("bfloat16", value)
+
+
 def test_a_full_disk_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1 << 40, 1 << 40, 1 << 30))
     assert check("results", tmp_path).problem == "less than 2 GiB free"

@@ -206,6 +206,17 @@ def test_without_a_measured_speed_time_comes_from_the_flop_count_and_says_so(loa
     assert one_row(estimated, "main").seconds == pytest.approx(2 * (flops / 1e9 + 0.1))
 
 
+def test_a_plan_says_that_a_dtype_is_only_emulated_and_shows_small_rates(
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tune.machine.estimate.gemm_flops", lambda *_: 1.8e9)
+    monkeypatch.setattr("ngpt.system.timing.bfloat16_slowdown", lambda: 39.6)
+    note = "bfloat16 is emulated on this CPU: 40 x slower than float32; set dtype: float32"
+    page = shown(estimate(load("vary: {dtype: [bfloat16]}\n"), tmp_path / "results"))
+    assert note in page and "at 0.45 GFLOP/s" in page
+    assert estimate(load("vary: {alpha: [0.1]}\n"), tmp_path / "results").slow_dtype is None
+
+
 def test_a_speed_holds_for_one_shape_only(load: Load, tmp_path: Path, speeds_file: Path) -> None:
     campaign = load("seeds: [1]\nvary: {batch_size: [4, 8], alpha: [0.1]}\n")
     store(speeds_file, row(100.0, campaign.base, device_of(campaign)))
