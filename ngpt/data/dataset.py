@@ -79,11 +79,12 @@ class DataConfig(Config, frozen=True):
     tokenizer: Annotated[str, pydantic.AfterValidator(_tokenizer_spec)] = "sentencepiece:2048"
     path: str | None = runtime_setting(None)  # local copy of a named corpus, instead of a download
     val_fraction: float = pydantic.Field(default=0.1, gt=0, lt=1)
-    shards: Annotated[int, pydantic.Field(ge=1)] = 1  # number of files, for a corpus that is published in parts
+    # number of files, for a corpus that is published in parts
+    shards: Annotated[int, pydantic.Field(ge=1, le=10**6)] = 1
     # skip: log a bad shard and leave it out
     on_corrupt: Annotated[str, one_of(POLICIES, "policy")] = runtime_setting("skip")
     order: Annotated[str, one_of(ORDERS, "order")] = "windows"
-    reservoir: Annotated[int, pydantic.Field(ge=1)] = 4096  # windows in the buffer of order reservoir
+    reservoir: Annotated[int, pydantic.Field(ge=1, le=10**7)] = 4096  # windows in the buffer of order reservoir
     # column of the documents, where it is not called so; `a.b` is `b` inside `a`
     text_column: Annotated[str, pydantic.Field(min_length=1)] = added_setting(COLUMN)
     # names: files named train, val or test are these splits; fraction: val_fraction alone decides

@@ -103,7 +103,7 @@ class OptimConfig(Config):
     lr_head: Rate | None = None  # of the head, likewise; not used when it is tied to the embedding
     lr_scales: Rate | None = None  # of the scales, likewise
     width_rule: Annotated[str, one_of(WIDTH_RULES, "width rule")] = "none"  # scales Adam's rates, not Muon's
-    base_width: Annotated[int, Field(ge=1)] | None = None  # n_embd at which the rates above were tuned
+    base_width: Annotated[int, Field(ge=1, le=2**20)] | None = None  # n_embd at which the rates above were tuned
     betas: Annotated[tuple[Decay, Decay], Strict(False)] = (0.9, 0.95)
     eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Rate = 0.0  # decoupled; adamw and muon only; scales are not decayed
@@ -112,7 +112,7 @@ class OptimConfig(Config):
     )
     momentum: Decay = 0.95  # muon and geodesic_muon
     nesterov: bool = True  # muon and geodesic_muon
-    ns_steps: Annotated[int, Field(ge=1)] = 5  # muon and geodesic_muon: Newton-Schulz iterations
+    ns_steps: Annotated[int, Field(ge=1, le=1000)] = 5  # muon and geodesic_muon: Newton-Schulz iterations
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
