@@ -5,6 +5,7 @@ import gzip
 import json
 import lzma
 import os
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ngpt.config.base import ConfigError
-from ngpt.data.text import documents
+from ngpt.data.text import documents, json_documents, streams, tables
 from ngpt.data.text.documents import (
     files_identity,
     find_files,
@@ -278,3 +279,88 @@ def test_files_that_may_be_meant_as_documents_or_as_text_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         choose(tmp_path, files)
+
+
+# ---- small files with a large content --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_limit(monkeypatch: pytest.MonkeyPatch) -> int:
+    """A limit of one mebibyte, so that a test needs little time; the real one is 64."""
+    limit = 1 << 20
+    for module in (streams, json_documents, tables, documents):
+        monkeypatch.setattr(module, "MAX_DOCUMENT", limit)
+    return limit
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.jsonl.bz2", "a.jsonl.xz", "a.json.gz", "a.ndjson"])
+def test_a_line_that_is_too_long_is_refused_before_it_fills_the_memory(
+    name: str, tmp_path: Path, small_limit: int
+) -> None:
+    line = b'{"text": "' + b"x" * (40 * small_limit) + b'"}\n'
+    (tmp_path / name).write_bytes(COMPRESS.get(Path(name).suffix, bytes)(b'{"text": "a"}\n' + line))
+    del line
+    texts = read_documents([tmp_path / name])
+    tracemalloc.start()
+    try:
+        assert next(texts) == "a"
+        with pytest.raises(ConfigError) as caught:
+            next(texts)
+        assert tracemalloc.get_traced_memory()[1] < 16 * small_limit
+    finally:
+        tracemalloc.stop()
+    assert str(caught.value) == f"{tmp_path / name}, line 2 is too large: a document has at most 1 MiB"
+
+
+def test_an_item_of_an_array_and_a_whole_object_are_bounded(tmp_path: Path, small_limit: int) -> None:
+    text = "x" * (3 * small_limit)
+    (tmp_path / "array.json").write_text(json.dumps([{"text": "a"}, {"text": text}]))
+    (tmp_path / "object.json").write_text(json.dumps({"text": text}, indent=1))
+    with pytest.raises(ConfigError, match=r"array\.json, item 2 is too large"):
+        list(json_documents.read_json_array(tmp_path / "array.json", "text"))
+    with pytest.raises(ConfigError, match=r"object\.json is too large"):
+        list(json_documents.read_json_object(tmp_path / "object.json", "text"))
+
+
+@pytest.mark.parametrize("name", ["deep.jsonl", "deep.json"])
+def test_deep_nesting_is_one_line_with_its_place(name: str, tmp_path: Path) -> None:
+    deep = '{"text": "b", "meta": ' + "[" * 200_000 + "]" * 200_000 + "}"
+    content = f"[{deep}]" if name.endswith(".json") else f'{{"text": "a"}}\n{deep}\n'
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ConfigError, match=r"deep\.jsonl?, (line 2|item 1) is nested too deeply$"):
+        list(read_documents([tmp_path / name]))
+
+
+def test_a_text_that_is_one_document_is_bounded_and_a_corpus_of_one_line_is_not(
+    tmp_path: Path, small_limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.txt").write_text("x" * (3 * small_limit))
+    with pytest.raises(ConfigError, match=r"a\.txt is too large: a document has at most 1 MiB"):
+        list(read_documents([tmp_path / "a.txt"]))
+    monkeypatch.setattr(documents, "BLOCK", small_limit // 2)
+    monkeypatch.setattr(documents, "MAX_LINE", small_limit)
+    pieces = list(documents.read_text(tmp_path / "a.txt"))
+    assert sum(map(len, pieces)) == 3 * small_limit and max(map(len, pieces)) <= 2 * small_limit
+
+
+def test_a_long_text_that_many_rows_repeat_is_in_memory_once(tmp_path: Path) -> None:
+    repeated = pyarrow.array(["x" * 1_000_000]).dictionary_encode().take(pyarrow.array([0] * 2000))
+    table = pyarrow.table({"text": repeated})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", store_schema=False)  # so that it is read as a string
+    before = pyarrow.total_allocated_bytes()
+    texts = read_documents([tmp_path / "a.parquet"])
+    assert len(next(texts)) == 1_000_000
+    assert pyarrow.total_allocated_bytes() - before < 100_000_000  # of two billion
+
+
+def test_a_value_of_a_table_is_bounded(tmp_path: Path, small_limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    huge = "x" * (2 * small_limit)
+    with pytest.raises(ConfigError, match=r"a\.parquet, row 2 is too large"):
+        list(read_documents([write_parquet(tmp_path / "a.parquet", ["a", huge, "b", "c"], rows=4)]))
+    with pytest.raises(ConfigError, match=r"a\.arrow, row 2 is too large"):
+        list(read_documents([write_arrow(tmp_path / "a.arrow", ["a", huge, "b"])]))
+    monkeypatch.setattr(tables, "MAX_UNPACKED", small_limit)
+    with pytest.raises(ConfigError, match=r"b\.parquet: [\d,]+ bytes of column 'text' unpack to [\d,]+: not a text"):
+        path = tmp_path / "b.parquet"
+        pyarrow.parquet.write_table(pyarrow.table({"text": ["a", huge, "b", "c"]}), path, compression="zstd")
+        list(read_documents([path]))
