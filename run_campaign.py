@@ -21,12 +21,20 @@ import os
 import shlex
 import sys
 import threading
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ngpt.system.cli import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_UNSUCCESSFUL, encode_stdout, run_command
+from ngpt.config.visible import visible
+from ngpt.system.cli import (
+    EXIT_ERROR,
+    EXIT_INTERRUPTED,
+    EXIT_UNSUCCESSFUL,
+    ArgumentParser,
+    encode_stdout,
+    print_line,
+    run_command,
+)
 
 SMOKE = "-smoke"  # suffix of the results directory of --smoke
 
@@ -48,25 +56,20 @@ def main(arguments: list[str] | None = None, *, stop: threading.Event | None = N
 
     options.command = shlex.join(["python", "run_campaign.py", *arguments])
     options.stop, options.owns_process = stop, owns_process
-    try:
-        with encode_stdout(PORTABLE):  # for terminals that cannot print characters such as the minus sign
-            return run_command(
-                lambda: (verb or run)(options),
-                prints_only=verb is not None,
-                interrupted="interrupted; run the same command again to resume" if verb is None else "interrupted",
-            )
-    except Exception as error:  # a bug; the journal of a campaign records it as `crash`
-        from ngpt.config.secrets import redact
-
-        print(redact("".join(traceback.format_exception(error))), file=sys.stderr, end="")
-        resume = "" if verb else "; finished trials are saved: run the same command again to resume"
-        print(f"internal error{resume}", file=sys.stderr)
-        return EXIT_ERROR
+    resume = "" if verb else "run the same command again to resume"
+    with encode_stdout(PORTABLE):  # for terminals that cannot print characters such as the minus sign
+        return run_command(
+            lambda: (verb or run)(options),
+            path=getattr(options, "out", None),
+            prints_only=verb is not None,
+            interrupted=f"interrupted; {resume}" if resume else "interrupted",
+            crashed=f"internal error; finished trials are saved: {resume}" if resume else "internal error",
+        )
 
 
 def run_parser() -> argparse.ArgumentParser:
     """Returns the parser of `run_campaign.py CAMPAIGN.yaml`."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="run_campaign.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -93,7 +96,7 @@ def run_parser() -> argparse.ArgumentParser:
 
 def verb_parser(verb: str) -> argparse.ArgumentParser:
     """Returns the parser of `run_campaign.py VERB`."""
-    parser = argparse.ArgumentParser(prog=f"run_campaign.py {verb}", description=VERBS[verb].__doc__)
+    parser = ArgumentParser(prog=f"run_campaign.py {verb}", description=VERBS[verb].__doc__)
     results = "a results directory, such as results/quickstart"
     if verb == "judge":
         parser.add_argument("table", type=Path, help="CSV or TSV file with the columns arm, seed and value")
@@ -181,7 +184,7 @@ def show_end(summary: Any, signal_number: int, root: Path, options: argparse.Nam
     try:
         show(options, summary, lambda: final_screen(summary, report=report))
         if signal_number or summary.status == "interrupted":
-            print(f"interrupted; to resume: {summary.command}", file=sys.stderr)
+            print_line(f"interrupted; to resume: {summary.command}")
     except OSError:
         if signal_number != HANGUP:
             raise
@@ -201,12 +204,14 @@ def show(options: argparse.Namespace, data: Any, view: Callable[[], Any]) -> Non
     """Prints `data` as JSON with --json, otherwise as text for the terminal."""
     from rich.console import Console
 
+    from ngpt.system.atomic_files import naming
     from tune.storage.summaries import to_json
 
     if options.json:
         print(json.dumps(to_json(data), indent=1, allow_nan=False))
         return
-    Console(highlight=False).print(view())
+    with naming("stdout"):
+        Console(highlight=False).print(view())
 
 
 def plan(campaign: Any, root: Path, options: argparse.Namespace) -> int:
@@ -265,11 +270,11 @@ def show_ledger(results: list[Path], claims: Any, options: argparse.Namespace, *
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(out, page)
-        print(f"{out}: {total(ledger)}", file=sys.stderr)
+        print_line(f"{out}: {total(ledger)}")
     if options.json:
         print(json.dumps(to_json(ledger), indent=1, allow_nan=False))
     elif out is None:
-        print(page, end="")
+        print(visible(page, keep="\n"), end="")
     return 0
 
 
@@ -289,7 +294,10 @@ def verify(options: argparse.Namespace) -> int:
     from tune.storage.summaries import to_json
 
     findings = checks.verify(options.results)
-    print(json.dumps(to_json(findings), indent=1, allow_nan=False) if options.json else checks.verify_text(findings))
+    if options.json:
+        print(json.dumps(to_json(findings), indent=1, allow_nan=False))
+    else:
+        print(visible(checks.verify_text(findings), keep="\n"))
     return 0 if findings.intact else EXIT_ERROR
 
 
@@ -304,7 +312,7 @@ def judge(options: argparse.Namespace) -> int:
     if options.json:
         show(options, judged, lambda: None)
     else:
-        print(judged)
+        print(visible(judged, keep="\n"))
     return 0
 
 
@@ -319,9 +327,9 @@ def doctor(options: argparse.Namespace) -> int:
         print(json.dumps([asdict(check) for check in checks], indent=1))
     else:
         for check in checks:
-            print(f"{'problem' if check.problem else 'ok':8}{check.name:16}{check.value}")
+            print(visible(f"{'problem' if check.problem else 'ok':8}{check.name:16}{check.value}"))
             if check.problem:
-                print(f"{'':24}{check.problem}")
+                print(visible(f"{'':24}{check.problem}"))
     return EXIT_ERROR if any(check.problem for check in checks) else 0
 
 

@@ -24,11 +24,12 @@ import torch
 from torch import Tensor
 
 from ngpt.config.base import ConfigError, Problem, build, flatten, unknown_message
+from ngpt.config.visible import visible
 from ngpt.data.tokens.tokenizer import parse_spec, tokenizer_vocab_size, with_path
 from ngpt.model.config import ModelConfig
 from ngpt.model.gpt import GPT
 from ngpt.model.rope import ROPE_KINDS
-from ngpt.system.cli import run_command
+from ngpt.system.cli import ArgumentParser, run_command
 from ngpt.training.checkpoint import checkpoint_folders, save_checkpoint
 
 Table = dict[str, tuple[str, str]]  # official name -> name in `GPT`, shape
@@ -297,7 +298,7 @@ def _tokenizer_spec(tokenizer: str, vocab_size: int) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line and returns the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m ngpt.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     sources = parser.add_subparsers(dest="source", required=True, metavar="|".join(SOURCES))
@@ -315,7 +316,7 @@ def main(arguments: list[str] | None = None) -> int:
     source, path, out, tokenizer = map(options.pop, ("source", "checkpoint", "out", "tokenizer"))
 
     def command() -> int:
-        print(convert(source, path, out=out, tokenizer=tokenizer, options=options))
+        print(visible(convert(source, path, out=out, tokenizer=tokenizer, options=options)))
         return 0
 
     return run_command(command, path=out)

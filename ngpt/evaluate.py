@@ -15,9 +15,9 @@ from ngpt.data.dataset import DataConfig, Dataset, open_dataset
 from ngpt.data.loader import eval_set
 from ngpt.data.sources import CORPORA
 from ngpt.model.gpt import GPT
-from ngpt.system.cli import run_command
+from ngpt.system.cli import ArgumentParser, print_line, run_command
 from ngpt.system.device import mixed_precision
-from ngpt.system.timing import print_metrics
+from ngpt.system.timing import print_metrics, slow_dtype_note
 from ngpt.training.checkpoint import Checkpoint
 from ngpt.training.evaluation import evaluate
 from ngpt.training.load_model import (
@@ -31,6 +31,7 @@ from ngpt.training.load_model import (
 from ngpt.training.tracker import finite_or_none
 
 SPLITS = ("train", "val", "test")
+MAX_EVAL_TOKENS = 10**9
 EVAL_TOKENS = 16_384  # if neither the command line nor the checkpoint sets a number
 
 
@@ -61,7 +62,11 @@ def evaluate_checkpoint(
     batch_size = max(1, trained_rows * identity["model.block_size"] // block_size)
     tokens = eval_tokens or identity.get("eval_tokens") or EVAL_TOKENS
     data = eval_set(dataset, tokens=tokens, batch_size=batch_size, block_size=block_size, split=split)
-    autocast = mixed_precision(next(model.parameters()).device, dtype or identity.get("dtype", "float32"))
+    device = next(model.parameters()).device
+    dtype = dtype or str(identity.get("dtype", "float32"))
+    if note := slow_dtype_note(device, dtype, advice="choose --dtype float32"):
+        print_line(note)
+    autocast = mixed_precision(device, dtype)
     scores = {name: finite_or_none(value) for name, value in evaluate(model, data, autocast=autocast).items()}
     loss = scores["val_loss"]
     return scores | {
@@ -100,7 +105,7 @@ def is_same_corpus(name: str, other: str) -> bool:
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     about = "The validation loss of a trained model, also on a longer context."
-    parser = argparse.ArgumentParser(prog="python -m ngpt.evaluate", description=about)
+    parser = ArgumentParser(prog="python -m ngpt.evaluate", description=about)
     add_model_arguments(parser)
     parser.add_argument("--corpus", metavar="C", help="as for python -m ngpt.data; default: what it was trained on")
     parser.add_argument("--tokenizer", metavar="T", help="of the corpus, if it is not the checkpoint's own")
@@ -114,8 +119,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    if options.eval_tokens is not None and options.eval_tokens < 1:
-        raise ConfigError(f"--eval-tokens must be at least 1, got {options.eval_tokens}")
+    if options.eval_tokens is not None and not 1 <= options.eval_tokens <= MAX_EVAL_TOKENS:
+        limits = f"at least 1 and at most {MAX_EVAL_TOKENS:,}"
+        raise ConfigError(f"--eval-tokens must be {limits}, got {options.eval_tokens}")
     checkpoint = find_checkpoint(options.checkpoint, best=options.best)
     model = build_model(checkpoint, device=options.device, **parse_model_changes(options.set))
     config = data_config(checkpoint, corpus=options.corpus, source=options.source, tokenizer=options.tokenizer)

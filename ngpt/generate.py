@@ -20,14 +20,17 @@ from pydantic import Field
 from torch import Tensor
 
 from ngpt.config.base import Config, ConfigError, build
+from ngpt.config.visible import visible
 from ngpt.data.tokens.tokenizer import Tokenizer
 from ngpt.model.config import Count
 from ngpt.model.gpt import GPT
 from ngpt.model.layers import KVCache
-from ngpt.system.cli import run_command
+from ngpt.system.cli import ArgumentParser, print_line, run_command, whole_number
 from ngpt.system.device import mixed_precision
+from ngpt.system.timing import slow_dtype_note
 from ngpt.training.load_model import LoadedModel, add_model_arguments, load_model, parse_model_changes
 
+LAYOUT = "\n\t\xa0\u2002\u2003\u2009\u202f\u3000"  # what text is laid out with: harmless on a terminal
 REPLACEMENT = "\ufffd"  # decoded from bytes that are not, or not yet, valid UTF-8
 
 
@@ -139,11 +142,15 @@ class Continuation:
 
 
 def print_ready(continuations: list[Continuation]) -> None:
-    """Prints the new text of the first continuation; once that has ended, removes it and goes on to the next."""
+    """Prints the new text of the first continuation; once that has ended, removes it and goes on to the next.
+
+    A terminal gets the text in visible form, since a model generates what it was trained on. A file gets it raw.
+    """
     while continuations:
         current = continuations[0]
         text, current.unprinted = current.unprinted, ""
-        print(text, end="\n" if current.ended else "", flush=True)
+        shown = visible(text, keep=LAYOUT) if sys.stdout.isatty() else text
+        print(shown, end="\n" if current.ended else "", flush=True)
         if not current.ended:
             return
         del continuations[0]
@@ -167,6 +174,9 @@ def continue_prompts(loaded: LoadedModel, options: argparse.Namespace) -> int:
         generator.seed()
     else:
         generator.manual_seed(options.seed)
+    dtype = options.dtype or checkpoint.identity.get("dtype", "float32")
+    if note := slow_dtype_note(device, dtype, advice="choose --dtype float32"):
+        print_line(note)
     remaining, count = list(continuations), 0
     for length in sorted({len(prompt) for prompt in prompts}):  # prompts of equal length need no padding
         batch = [each for each in continuations if len(each.prompt) == length]
@@ -179,7 +189,7 @@ def continue_prompts(loaded: LoadedModel, options: argparse.Namespace) -> int:
             cache=not options.no_cache,
             vocab_size=tokenizer.vocab_size,
         )
-        with mixed_precision(device, options.dtype or checkpoint.identity.get("dtype", "float32")):
+        with mixed_precision(device, dtype):
             for sampled in tokens:
                 for each, token in zip(batch, sampled.tolist(), strict=True):
                     each.add(token)
@@ -238,38 +248,30 @@ def _generate(options: argparse.Namespace) -> int:
     start = time.perf_counter()
     count = continue_prompts(loaded, options)
     seconds = time.perf_counter() - start
-    print(f"{count} tokens in {seconds:.2f} s: {count / seconds:.0f} tokens/s", file=sys.stderr)
+    print_line(f"{count} tokens in {seconds:.2f} s: {count / seconds:.0f} tokens/s")
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m ngpt.generate", description="Continue text with a trained model.")
+    parser = ArgumentParser(prog="python -m ngpt.generate", description="Continue text with a trained model.")
     add_model_arguments(parser)
     tokenizers = "as for python -m ngpt.data, if the checkpoint does not have its own"
     parser.add_argument("--tokenizer", metavar="SPEC", help=tokenizers)
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="text to continue; repeatable")
     parser.add_argument("--prompt-file", metavar="FILE", help="read a prompt from a file; - is stdin")
-    parser.add_argument("--max-tokens", type=_at_least_one, default=200, metavar="N", help="default 200")
+    parser.add_argument("--max-tokens", type=whole_number(1, 10**9), default=200, metavar="N", help="default 200")
     parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0 means greedy decoding")
     parser.add_argument("--top-k", type=int, metavar="K", help="sample from the K most probable tokens")
     nucleus = "sample from the smallest set of most probable tokens whose total probability reaches P"
     parser.add_argument("--top-p", type=float, metavar="P", help=nucleus)
-    parser.add_argument("--seed", type=_seed, metavar="S", help="the same seed gives the same text")
-    parser.add_argument("--samples", type=_at_least_one, default=1, metavar="N", help="continuations of each prompt")
+    parser.add_argument(
+        "--seed", type=whole_number(0, 2**63 - 1), metavar="S", help="the same seed gives the same text"
+    )
+    parser.add_argument(
+        "--samples", type=whole_number(1, 10_000), default=1, metavar="N", help="continuations of each prompt"
+    )
     parser.add_argument("--no-cache", action="store_true", help="recompute keys and values for every token")
     return parser
-
-
-def _at_least_one(text: str) -> int:
-    if not (text.isdecimal() and int(text) >= 1):
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
-    return int(text)
-
-
-def _seed(text: str) -> int:
-    if not (text.isdecimal() and int(text) < 2**63):
-        raise argparse.ArgumentTypeError(f"must be a whole number from 0 to 2^63 - 1, got {text!r}")
-    return int(text)
 
 
 if __name__ == "__main__":

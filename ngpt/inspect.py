@@ -4,7 +4,6 @@ python -m ngpt.inspect --set residual=add_normalize alpha=0.15 --backward
 python -m ngpt.inspect --checkpoint runs/first
 """
 
-import argparse
 import json
 import math
 import sys
@@ -18,13 +17,14 @@ from torch import Tensor
 
 from ngpt.config.base import ConfigError, build, flatten, override
 from ngpt.config.overrides import named_settings
+from ngpt.config.visible import visible
 from ngpt.config.yaml_reader import parse_assignment
 from ngpt.data.dataset import open_dataset
 from ngpt.model.flops import flops_per_token, matrix_params
 from ngpt.model.gpt import GPT
 from ngpt.model.trace import Recorder, Stage, amplitude, record_stages
 from ngpt.optim.optimizers import parameters_by_kind
-from ngpt.system.cli import add_set_option, run_command
+from ngpt.system.cli import ArgumentParser, add_set_option, run_command
 from ngpt.system.device import mixed_precision, pick_device
 from ngpt.training.config import TrainConfig, read_config, resolved
 from ngpt.training.load_model import build_model, find_checkpoint, tokenizer_origin
@@ -145,19 +145,19 @@ def print_inspection(inspection: Inspection, *, as_json: bool) -> None:
     if as_json:  # strict JSON has no NaN or infinity, so they become null
         print(json.dumps(json.loads(json.dumps(asdict(inspection)), parse_constant=lambda _: None)))
         return
-    print(table(inspection.forward))
+    print(visible(table(inspection.forward), keep="\n"))
     if inspection.backward:
         print("\nbackward: the gradient of the loss for each stage, in the order computed")
-        print(table(inspection.backward))
+        print(visible(table(inspection.backward), keep="\n"))
     print()
     for name, value in inspection.summary.items():
-        print(f"{name:24} {value:.4g}" if isinstance(value, float) else f"{name:24} {value:,}")
+        print(visible(f"{name:24} {value:.4g}" if isinstance(value, float) else f"{name:24} {value:,}"))
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line and returns the exit code."""
     about = "Each stage of one pass on real data: shapes, lengths, times."
-    parser = argparse.ArgumentParser(prog="python -m ngpt.inspect", description=about)
+    parser = ArgumentParser(prog="python -m ngpt.inspect", description=about)
     model_source = parser.add_mutually_exclusive_group()
     model_source.add_argument("--config", type=Path, help="YAML file of settings; shows the untrained model")
     trained = "a trained model: a checkpoint, run or trial"

@@ -29,9 +29,11 @@ from ngpt.runs.folder import (
     write_config_file,
 )
 from ngpt.runs.stopping import Stopped, StopRequest
-from ngpt.system.cli import EXIT_UNSUCCESSFUL, add_set_option, print_line, run_command
+from ngpt.system.cli import EXIT_UNSUCCESSFUL, ArgumentParser, add_set_option, print_line, run_command
+from ngpt.system.device import pick_device
 from ngpt.system.heartbeat import clear_heartbeat
 from ngpt.system.lock import FolderLock
+from ngpt.system.timing import slow_dtype_note
 from ngpt.training.config import TrainConfig, read_config, resolved, with_absolute_paths
 from ngpt.training.loop import train
 from ngpt.training.run import RunResult
@@ -49,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     about, _, epilog = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m ngpt.train",
         description=about,
         epilog=epilog,
@@ -87,6 +89,8 @@ def _train(options: argparse.Namespace) -> int:
         write_config_file(out, config)
         for line in (*lines, *(() if is_new else start_lines(config, out, checkpoint))):
             print_line(line)
+        if note := slow_dtype_note(pick_device(config.device), config.dtype):
+            print_line(note)
         run = train(config.model_copy(update={"tracker": tracker}), out, resume=None if is_new else "extend")
         result = print_progress(run, stop)
         clear_heartbeat(out)

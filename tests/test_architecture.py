@@ -35,7 +35,8 @@ RESERVED = {
     "wandb": {"ngpt/training/wandb_tracker.py"},
     "torch.utils.tensorboard": {"ngpt/training/tracker.py"},
     "sentencepiece": {"ngpt/data/tokens/tokenizer.py"},
-    "tiktoken": {"ngpt/data/tokens/gpt2_bpe.py"},
+    "tiktoken": {"ngpt/data/tokens/gpt2_bpe.py", "ngpt/data/tokens/tiktoken_bpe.py"},
+    "tokenizers": {"ngpt/data/tokens/hf_tokenizer.py"},
     "huggingface_hub": {"ngpt/data/text/hub.py"},
     "optuna": {"tune/planning/optuna_search.py"},
 }
@@ -153,6 +154,32 @@ def test_wings_import_one_way() -> None:
             if WINGS.index(other) > WINGS.index(wing):
                 upward.append(f"{NAMES[path]}:{used.line} imports {target}")
     assert upward == []
+
+
+def is_shown_safely(value: ast.expr) -> bool:
+    """Whether a printed expression is a constant, JSON, in visible form, or a text of constants and numbers."""
+    if isinstance(value, ast.Call):
+        name = value.func.attr if isinstance(value.func, ast.Attribute) else getattr(value.func, "id", "")
+        return name in ("visible", "plain", "dumps")
+    if isinstance(value, ast.JoinedStr):
+        return all(isinstance(part, ast.Constant) or is_shown_safely(part) for part in value.values)
+    if isinstance(value, ast.FormattedValue):
+        is_number = value.format_spec is not None and "," in ast.unparse(value.format_spec)
+        return is_number or is_shown_safely(value.value)
+    return isinstance(value, ast.Constant)
+
+
+def test_text_from_outside_is_printed_in_visible_form() -> None:
+    raw = [
+        f"{NAMES[path]}: {ast.unparse(node)}"
+        for path in SOURCES
+        if "/bench/" not in NAMES[path]  # numbers only
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+        if not all(map(is_shown_safely, node.args))
+    ]
+    # A model's text goes into a file as it is, and on a terminal in visible form.
+    assert raw == ["ngpt/generate.py: print(shown, end='\\n' if current.ended else '', flush=True)"]
 
 
 def test_every_wing_has_a_place_and_few_files() -> None:

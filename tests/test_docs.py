@@ -64,7 +64,8 @@ def test_every_test_that_a_document_names_exists(document: str) -> None:
 
 def test_every_fault_has_a_row() -> None:
     numbers = [row[0] for row in rows(DOCS["reliability"]) if row[0].startswith("F")]
-    assert sorted(int(number) for cell in numbers for number in re.findall(r"F(\d+)", cell)) == list(range(1, 55))
+    found = sorted(int(number) for cell in numbers for number in re.findall(r"F(\d+)", cell))
+    assert found == list(range(1, len(found) + 1)) and len(found) >= 57
 
 
 @pytest.mark.parametrize("document", ["architecture", "CONTRIBUTING"])

@@ -1,17 +1,24 @@
 """Malicious and malformed input: each file is refused within seconds, and nothing is left behind."""
 
+import json
 import os
 import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+import ngpt.convert
+import ngpt.data.__main__
+import ngpt.evaluate
+import ngpt.generate
+import ngpt.inspect
+import ngpt.train
 import run_campaign
 from ngpt.config.base import MAX_MESSAGE_LENGTH, ConfigError
 from ngpt.config.overrides import MAX_PROBLEMS
@@ -186,6 +193,64 @@ def test_a_hostile_option_is_refused_like_a_hostile_file(
 ) -> None:
     path = write(tmp_path, HEAD + SWEEP)
     assert expected in answer(path, tmp_path / "results", capsys, f"--set={option}")
+
+
+# ---- what is printed -------------------------------------------------------------------------------------------------
+
+NASTY = "\x1b[2J\x1b]0;t\x07\r\u202e\u200b\udcff"
+SHOWN = r"\x1b[2J\x1b]0;t\x07\r\u202e\u200b\udcff"
+
+
+def text_files(folder: Path) -> dict[str, Path]:
+    """Corpora whose names, keys and columns act on a terminal."""
+    import pyarrow
+    import pyarrow.parquet
+
+    nasty = NASTY[:-1]  # without the surrogate, which is in no valid Unicode
+    files = {"key": folder / "key.jsonl", "value": folder / "value.jsonl", "column": folder / "column.parquet"}
+    files["key"].write_text(json.dumps({nasty: "a"}) + "\n")
+    files["value"].write_text(json.dumps(["x" + nasty]) + "\n")
+    pyarrow.parquet.write_table(pyarrow.table({nasty: ["a"]}), files["column"])
+    files["name"] = folder / f"{NASTY}.txt"
+    files["name"].write_bytes(b"\xff\xfe\x00")
+    return files
+
+
+@pytest.mark.parametrize("kind", ["key", "value", "column", "name"])
+def test_a_corpus_is_refused_in_visible_form(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    corpus = text_files(tmp_path)[kind]
+    assert ngpt.data.__main__.main([str(corpus), "--out", str(tmp_path / "out")]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.replace("\n", "").isprintable()
+    expected = {"name": SHOWN, "value": r"\x1b[2J"}.get(kind, SHOWN.removesuffix(r"\udcff"))
+    assert expected in printed.err
+
+
+COMMANDS: dict[str, Callable[[str], int]] = {
+    "train": lambda name: ngpt.train.main(["--config", f"{name}.yaml"]),
+    "evaluate": lambda name: ngpt.evaluate.main([name]),
+    "generate": lambda name: ngpt.generate.main([name]),
+    "inspect": lambda name: ngpt.inspect.main(["--checkpoint", name]),
+    "convert": lambda name: ngpt.convert.main(["nvidia", name, "--out", f"{name}-out"]),
+    "run": lambda name: run_campaign.main([f"{name}.yaml"]),
+    "plan": lambda name: run_campaign.main([f"{name}.yaml", "--plan"]),
+    "judge": lambda name: run_campaign.main(["judge", f"{name}.csv"]),
+    "compare": lambda name: run_campaign.main(["compare", name, name]),
+    "claims": lambda name: run_campaign.main(["claims", name]),
+} | {verb: lambda name, verb=verb: run_campaign.main([verb, name]) for verb in ("status", "report", "verify")}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_command_prints_a_name_that_acts_on_the_terminal(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / f"{NASTY}.yaml").write_text(f'"{NASTY[1:3]}\\x1b": 1\n', errors="surrogateescape")
+    (tmp_path / f"{NASTY}.csv").write_text("arm,seed\na\x1b[2J,1\n")
+    assert COMMANDS[command](NASTY) in (2, 74)
+    printed = capsys.readouterr()
+    assert printed.out == "" and SHOWN in printed.err
+    assert printed.err.replace("\n", "").isprintable()
 
 
 # ---- as a process ----------------------------------------------------------------------------------------------------

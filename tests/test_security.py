@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+import stat
 import struct
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from ngpt.model.gpt import GPT
 from ngpt.training import checkpoint
 from ngpt.training.checkpoint import save_checkpoint
 from ngpt.training.load_model import load_model
+from tests.helpers.real_run import start
 from tests.helpers.tiny_campaign import begun, drive, pretend, session_on, strict, write_file
 from tune.trials.trial import TrialSpec
 
@@ -93,7 +95,9 @@ def test_no_secret_reaches_a_log_of_ray_and_only_the_owner_reads_its_token(tmp_p
         words = [word for process in family for word in process.cmdline()]
         (session,) = {word.partition("=")[2] for word in words if word.startswith("--session-dir=")}
         assert leaks(Path(session)) == []
-        assert (home / ".ray" / "auth_token").stat().st_mode & 0o777 == 0o600
+        token = home / ".ray" / "auth_token"
+        assert token.read_text() != "0123456789abcdef" * 4, "others could have read that"
+        assert token.stat().st_mode & 0o777 == 0o600
         raylet = next(process for process in family if process.name() == "raylet")
         assert raylet.environ()["RAY_AUTH_MODE"] == "token"
         printed, _ = run.communicate(timeout=280)
@@ -103,18 +107,147 @@ def test_no_secret_reaches_a_log_of_ray_and_only_the_owner_reads_its_token(tmp_p
     assert leaks(tmp_path) == [] and not any(value in printed for value in CANARIES.values())
 
 
-def test_a_token_that_others_can_read_is_made_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tune.executors.ray_executor import protect_token
+# ---- another user of the machine -------------------------------------------------------------------------------------
 
-    monkeypatch.setenv("HOME", str(tmp_path))
-    protect_token()  # no token yet
-    token = tmp_path / ".ray" / "auth_token"
-    token.parent.mkdir()
-    token.write_text("0123")
-    for mode in (0o644, 0o660, 0o604):
-        token.chmod(mode)
-        protect_token()
-        assert token.stat().st_mode & 0o777 == 0o600
+# Becomes another user (54321, an id without an account) and tries everything that one may try on a running campaign.
+# Prints what each attempt led to: the name of an error, or "done".
+ATTACK = """
+import http.client, json, os, signal, socket, sys
+import grpc
+
+private, session, token, copy, pids, ports, dashboard = json.loads(sys.argv[1])
+children = [os.path.join(session, name) for name in ("sockets", "logs", "runtime_resources")]
+sockets = [os.path.join(session, "sockets", name) for name in os.listdir(children[0])]
+outcomes = {}
+
+
+def attempt(name, call, *arguments):
+    try:
+        result = call(*arguments)
+    except Exception as error:
+        outcomes[name] = type(error).__name__
+    else:
+        outcomes[name] = result if isinstance(result, str) else "done"
+
+
+def connect(path):
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(5)
+        client.connect(path)
+
+
+def request(method, path, headers):
+    connection = http.client.HTTPConnection("127.0.0.1", dashboard, timeout=10)
+    body = json.dumps({"entrypoint": "touch /tmp/owned"}) if method == "POST" else None
+    connection.request(method, path, body, headers)
+    return f"HTTP {connection.getresponse().status}"
+
+
+def call(port, method, metadata):
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        try:
+            channel.unary_unary(method)(b"", timeout=5, metadata=metadata)
+            return "answered"
+        except grpc.RpcError as error:
+            return error.code().name
+
+
+# What is imported at the first use is imported now: the other user may not read Python's own files.
+"localhost".encode("idna")
+call(1, "/ray.rpc.NodeManagerService/GetNodeStats", (("authorization", "none"),))
+os.setgroups([])
+os.setresgid(54321, 54321, 54321)
+os.setresuid(54321, 54321, 54321)
+
+for folder in (private, os.path.dirname(session), session, *children):
+    attempt(f"list {folder}", os.listdir, folder)
+    attempt(f"open its permissions {folder}", os.chmod, folder, 0o777)
+    attempt(f"write into {folder}", open, os.path.join(folder, "planted"), "w")
+    attempt(f"plant a link in {folder}", os.symlink, "/etc/passwd", os.path.join(folder, "planted"))
+    attempt(f"plant a folder in {folder}", os.mkdir, os.path.join(folder, "planted"))
+    attempt(f"swap {folder}", os.rename, folder, folder + "-old")
+    attempt(f"remove {folder}", os.rmdir, folder)
+for path in sockets:
+    attempt(f"connect to {path}", connect, path)
+    attempt(f"remove {path}", os.unlink, path)
+    attempt(f"swap {path}", os.rename, path, path + "-old")
+for path in (token, copy):
+    attempt(f"read {path}", open, path)
+    attempt(f"write {path}", open, path, "w")
+for pid in pids:
+    attempt(f"read the environment of {pid}", open, f"/proc/{pid}/environ")
+    attempt(f"read the memory of {pid}", open, f"/proc/{pid}/mem")
+    attempt(f"enter the folder of {pid}", os.listdir, f"/proc/{pid}/cwd/")
+    attempt(f"signal {pid}", os.kill, pid, signal.SIGTERM)
+for name in os.listdir("/dev/shm"):
+    if "plasma" in name or "ray" in name:
+        attempt(f"write /dev/shm/{name}", open, f"/dev/shm/{name}", "r+")
+for headers in ({}, {"Authorization": "Bearer " + "0" * 64}):
+    for method, path in (("GET", "/api/cluster_status"), ("GET", "/nodes?view=summary"), ("POST", "/api/jobs/")):
+        attempt(f"{method} {path} {len(headers)}", request, method, path, headers)
+for port in ports:
+    for metadata in ((), (("authorization", "Bearer " + "0" * 64),)):
+        for method in (
+            "/ray.rpc.InternalKVGcsService/InternalKVKeys",
+            "/ray.rpc.JobInfoGcsService/GetAllJobInfo",
+            "/ray.rpc.NodeManagerService/GetNodeStats",
+            "/ray.rpc.CoreWorkerService/KillActor",
+        ):
+            attempt(f"{port} {method} {len(metadata)}", call, port, method, metadata)
+print(json.dumps(outcomes))
+"""
+
+
+def tree(folder: Path) -> dict[str, tuple[int, int, int]]:
+    """Mode, owner and inode of every folder, link and socket in Ray's folder. Ray itself writes files all the time."""
+    found = {}
+    for path in (folder, *folder.rglob("*")):
+        state = path.lstat()
+        if not stat.S_ISREG(state.st_mode):
+            found[str(path)] = (state.st_mode, state.st_uid, state.st_ino)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can become another user")
+def test_another_user_of_the_machine_changes_nothing_of_a_running_campaign(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "TMPDIR", "RAY_TMPDIR"):
+        monkeypatch.delenv(name, raising=False)
+    run = start(write_file(tmp_path, corpus, steps=2000, every=100), tmp_path / "out")
+    try:
+        run.until_training(0)
+        family = run.family()
+        (option,) = {word for process in family for word in process.cmdline() if word.startswith("--session-dir=")}
+        session = Path(option.partition("=")[2])
+        private = session.parents[1]
+        connections = [each for process in family for each in process.net_connections("tcp")]
+        ports = sorted({each.laddr.port for each in connections if each.status == psutil.CONN_LISTEN})
+        (dashboard,) = re.findall(r"dashboard http://127\.0\.0\.1:(\d+)", run.err.read_text())
+        before = tree(private)
+        facts = [str(private), str(session), str(home / ".ray" / "auth_token"), str(private / "auth_token")]
+        facts_and_ids = [*facts, [process.pid for process in (*family, psutil.Process(run.process.pid))], ports]
+        command = [sys.executable, "-c", ATTACK, json.dumps([*facts_and_ids, int(dashboard)])]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr
+        assert run.process.poll() is None and tree(private) == before
+        assert run.wait() == 0, run.err.read_text()
+    finally:
+        run.end()
+    outcomes = json.loads(done.stdout)
+    refused = {"PermissionError", "HTTP 401", "HTTP 403", "UNAUTHENTICATED"}
+    # A port that does not speak the protocol cannot answer, and a process may have ended meanwhile.
+    silent = {"UNAVAILABLE", "UNIMPLEMENTED", "DEADLINE_EXCEEDED", "ProcessLookupError", "FileNotFoundError"}
+    assert {name: outcome for name, outcome in outcomes.items() if outcome not in refused | silent} == {}
+    assert sum(outcome in refused for outcome in outcomes.values()) > 50
+    assert any(outcome == "UNAUTHENTICATED" for outcome in outcomes.values()), "the GCS was reached"
+    assert {outcomes[f"POST /api/jobs/ {n}"] for n in (0, 1)} <= {"HTTP 401", "HTTP 403"}
+    assert not run.events("worker_died") and not private.exists()
 
 
 @pytest.mark.parametrize("where", ["comment", "description", "data.path", "option"])

@@ -8,7 +8,10 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ngpt.config.visible import visible
+
 MISSING = "\u2013"  # en dash
+MAX_REASON = 400  # characters of the reason why a trial failed
 MINUS = "\u2212"  # as wide as a plus, so signs line up
 
 # Codec error handler that replaces unencodable characters by ASCII, so that no minus sign is lost.
@@ -25,15 +28,27 @@ def _replace_by_ascii(error: UnicodeError) -> tuple[str, int]:
 
 codecs.register_error(PORTABLE, _replace_by_ascii)
 
-_ESCAPES = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b[@-Z\\-_]?")
-_BREAKS = re.compile(r"[^\S ]+")  # all whitespace except spaces
-# C0 and C1 controls, characters that reorder or hide text (bidirectional overrides, zero width), lone surrogates.
-_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
+_BREAKS = re.compile(r"[\t\n\v\f\r]+")
 
 
 def plain(text: object) -> str:
-    """Returns untrusted text on one line, without terminal escapes, control or reordering characters."""
-    return _CONTROLS.sub("", _BREAKS.sub(" ", _ESCAPES.sub("", str(text)))).strip()
+    """Returns untrusted text in visible form on one line; line breaks and tabs between words become spaces."""
+    return visible(_BREAKS.sub(" ", str(text)).strip())
+
+
+def reason(error: str) -> str:
+    """Returns the first paragraph of an error on one line: the type and message of an exception, without its advice.
+
+    Journals of older versions hold a traceback instead, whose exception follows the last line of code.
+    """
+    lines = error.strip().splitlines()
+    frames = [i for i, line in enumerate(lines) if line.startswith('  File "')]
+    if frames:
+        lines = [line for i, line in enumerate(lines) if i > frames[-1] and not line.startswith("    ")]
+    elif lines and lines[0].startswith("Traceback"):
+        del lines[0]
+    paragraph, _, _ = "\n".join(lines).strip().partition("\n\n")
+    return shorten(plain(paragraph), MAX_REASON)
 
 
 def sentence(text: object) -> str:

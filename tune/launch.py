@@ -11,17 +11,23 @@ from typing import Any
 
 from ngpt.data.text.progress import Log
 from ngpt.ensemble.train import ensemble_incompatibility
+from ngpt.kernels.compile import check_compiler
+from ngpt.system.cache import ADVICE, CODE_FOLDERS, cache_folder, code_folder_problem
+from ngpt.system.device import pick_device
 from ngpt.training.tracker import resolve_tracker
 from ngpt.training.wandb_tracker import print_line
 from tune.executors.local import run_inline
 from tune.executors.orphans import kill_marked
+from tune.executors.ray_folder import check_machine
 from tune.executors.ray_supervisor import RaySupervisor
 from tune.executors.signals import POLL_SECONDS, StoppedEarly, stop_on_event
 from tune.machine import environment
-from tune.machine.estimate import check_budget
+from tune.machine.estimate import check_budget, slow_dtype
 from tune.machine.gpu_sharing import choose_gpu_sharing
+from tune.machine.placement import NO_GPU, device_notes, place, this_machine
 from tune.planning.changes import check_changes, find_changes
 from tune.planning.code_changes import decide, find_code_changes
+from tune.planning.plan import preview
 from tune.report.wording import packing_fact
 from tune.results.snapshot import Snapshot
 from tune.session.datasets import check_all, describe_data, prepare_all
@@ -64,8 +70,8 @@ def launch(
     Raises:
         ResultsLocked: another process runs on `root`.
         CorruptShardError: a shard has changed since it was first used.
-        ConfigError: the budget is too small, a corpus or the tracker cannot be used as configured, or existing results
-            have another meaning, corpus or code, and no argument says what to do with them.
+        ConfigError: the budget is too small, a corpus, the tracker or Ray cannot be used as configured, or existing
+            results have another meaning, corpus or code, and no argument says what to do with them.
         OSError: the disk is full or the files are not accessible.
         ExecutorLost: Ray died too often, or a cluster that this run did not start is gone.
         StoppedEarly: `stop` was set before a trial could start.
@@ -76,7 +82,7 @@ def launch(
         check_results(session, allow_change=allow_change, retrain=retrain, keep=keep)
         supervisor = None
         if has_work := session.has_work():
-            check_surroundings(session)
+            check_surroundings(session, is_here=address is None, private_ray=not inline and address is None)
         # Tokenizing and starting Ray take seconds each and are independent, so they overlap.
         preparation = in_background(lambda: prepare_all(campaign, print_line))
         if has_work and not inline:
@@ -113,32 +119,63 @@ def check_results(
         print_line(line)
 
 
-def check_surroundings(session: Session) -> None:
-    """Prints what will be missing in the results, and settles how trials use the tracking server."""
+def check_surroundings(session: Session, *, is_here: bool, private_ray: bool) -> None:
+    """Prints what will be missing in the results, and settles how trials use the tracking server.
+
+    Raises:
+        ConfigError: the trials cannot be trained, or tracked as configured, on this machine (`is_here`), or Ray cannot
+            start on it (`private_ray`).
+    """
     campaign = session.campaign
-    if problem := environment.git_problem():
-        print_line(f"the results will not name the commit of this code: {problem}")
-    report_grouping(campaign)
+    if private_ray:
+        here = this_machine(campaign.resources, device=campaign.base.device)
+        check_machine(place(campaign.resources, [here], device=campaign.base.device).workers)
+    report_environment()
+    check_training(campaign, is_here=is_here)
+    if is_here:
+        report_devices(campaign)
     # Checked once here; otherwise every trial would wait for an unreachable tracking server.
     mode = resolve_tracker(campaign.base.tracker, session.root / "trials" / "*", print_line).wandb
     session.executor = ExecutorInfo(wandb_mode=mode)
 
 
-def report_grouping(campaign: Campaign) -> None:
-    """Prints why `vectorise` has no effect, if trials cannot be trained as groups."""
+def check_training(campaign: Campaign, *, is_here: bool) -> None:
+    """Prints why `vectorise` has no effect, if trials cannot be trained as groups.
+
+    Raises:
+        ConfigError: a trial needs a compiler that this machine, on which the trials run if `is_here`, does not have.
+    """
+    if is_here and any(trial.config.compile for phase in preview(campaign) for trial in phase.trials):
+        check_compiler(pick_device(campaign.base.device))
     size = campaign.resources.vectorise
     if size > 1 and (reason := ensemble_incompatibility([campaign.base])):
         print_line(f"vectorise: {size} has no effect, trials are trained one at a time: {reason}")
 
 
-def wait_for_ray(supervisor: RaySupervisor, *, is_private: bool) -> None:
-    """Waits until Ray has started; prints the busy GPUs, the dashboard URL and the number of workers."""
-    print_line("starting Ray ...")
-    for line in environment.busy_gpus():
+def report_environment() -> None:
+    """Prints why the results will not name the commit of the code, and why compiled code is not kept in the cache."""
+    if problem := environment.git_problem():
+        print_line(f"the results will not name the commit of this code: {problem}")
+    folders = (cache_folder() / name for name in CODE_FOLDERS)
+    if problem := next(filter(None, map(code_folder_problem, folders)), None):
+        print_line(f"{problem}: compiled code is not kept; {ADVICE}")
+
+
+def report_devices(campaign: Campaign) -> None:
+    """Prints which GPUs of this machine others hold or no trial uses, and which dtype it only emulates."""
+    device = campaign.base.device
+    busy = [] if device in NO_GPU else environment.busy_gpus()
+    emulated = slow_dtype(campaign, (trial.config for phase in preview(campaign) for trial in phase.trials))
+    for line in (*device_notes(campaign.resources, device=device), *busy, *filter(None, [emulated])):
         print_line(line)
+
+
+def wait_for_ray(supervisor: RaySupervisor, *, is_private: bool) -> None:
+    """Waits until Ray has started; prints the dashboard URL and the number of workers."""
+    print_line("starting Ray ...")
     ready = supervisor.wait()
     # The dashboard of a private Ray requires this token; another cluster may require a different login.
-    token = "  (token: `ray get-auth-token`)" if is_private and ready.dashboard_url else ""
+    token = f"  (token: `{supervisor.token_command}`)" if is_private and ready.dashboard_url else ""
     print_line(f"dashboard {ready.dashboard_url or 'none'}  workers {ready.workers}{token}")
 
 

@@ -11,7 +11,7 @@ from ngpt.bench import parts
 from ngpt.bench.ensembles import vectorised
 from ngpt.bench.options import add_config_arguments, config_of
 from ngpt.config.base import ConfigError
-from ngpt.system.cli import run_command
+from ngpt.system.cli import ArgumentParser, run_command
 from ngpt.system.timing import print_metrics
 from ngpt.training.throughput import measure_step
 
@@ -46,7 +46,7 @@ def _benchmark(options: argparse.Namespace) -> int:
 def _parser() -> argparse.ArgumentParser:
     texts = {name: (inspect.getdoc(benchmark) or "").partition("Raises:")[0] for name, benchmark in BENCHMARKS.items()}
     descriptions = "\n\n".join(f"  {name}: {text.strip()}" for name, text in texts.items())
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m ngpt.bench",
         description=f"{ngpt.bench.__doc__}\n{descriptions}\n\nEvery benchmark also returns device, dtype and threads.",
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from ngpt.system.cli import add_set_option
+from ngpt.system.cli import add_set_option, whole_number
 from ngpt.system.device import DTYPES, pick_device
 from ngpt.training.config import TrainConfig, read_config
 
@@ -15,7 +15,7 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, help="YAML file of settings, as for ngpt.train")
     add_set_option(parser)
     parser.add_argument("--dtype", choices=DTYPES, help="short for --set dtype=...")
-    parser.add_argument("--threads", type=int, help="CPU threads; default: torch's")
+    parser.add_argument("--threads", type=whole_number(1, 4096), help="CPU threads; default: torch's")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 

@@ -6,14 +6,17 @@ import json
 import unicodedata
 from collections.abc import Collection, Iterable, Mapping
 from functools import cache
-from typing import Any, NamedTuple, TypeVar, dataclass_transform
+from typing import Any, NamedTuple, TypeVar, dataclass_transform, get_args
 
 import pydantic
 from pydantic_core import PydanticCustomError
 
+from ngpt.config.visible import visible
+
 Location = tuple[str | int, ...]
 
 MAX_NAME_LENGTH = 200  # characters of a name or value in a message
+QUOTES = "put it in quotes, since it must be a text"  # for what YAML reads as a number, or as true or false
 MAX_MESSAGE_LENGTH = 2000  # characters; the list of all settings has 1500
 
 
@@ -95,6 +98,8 @@ def unknown_message(what: str, name: object, options: Collection[str]) -> str:
     """Returns `unknown corpus 'shakespear', did you mean 'shakespeare'?`, or lists all options if none is similar."""
     near = difflib.get_close_matches(str(name)[:MAX_NAME_LENGTH], list(options), n=1, cutoff=0.6)
     hint = f", did you mean '{near[0]}'?" if near else f"; choose one of {', '.join(sorted(options))}"
+    if isinstance(name, bool | int | float) and str(name) in options:
+        hint = f"; {QUOTES}"
     return f"unknown {what} {printable(repr(str(name)))}{hint}" if what != "setting" else f"unknown setting{hint}"
 
 
@@ -110,10 +115,10 @@ def dotted_name(location: Location) -> str:
 
 
 def printable(text: str, max_length: int = MAX_NAME_LENGTH) -> str:
-    """Makes user input safe to print on one line: escapes unprintable characters, and shortens a long text."""
+    """Returns a text in visible form on one line, and shortens a long one."""
     if len(text) > max_length:
         text = f"{text[: max_length // 2]}…{text[-(max_length // 2) :]}"
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+    return visible(text)
 
 
 @cache
@@ -222,7 +227,36 @@ def _explain(cls: type[Config], error: Any, values: Mapping[str, Any]) -> Proble
         is_set = [field for field in context.get("fields", ()) if ".".join(map(str, (*location, field))) in values]
         return Problem((*location, *is_set[:1]), context["text"])
     message = error["msg"][0].lower() + error["msg"][1:]
-    return Problem(location, f"{message}, got {error['input']!r}" if error["type"] != "missing" else message)
+    if error["type"] == "missing":
+        return Problem(location, message)
+    value, advice = error["input"], ""
+    if error["type"] == "string_type" and isinstance(value, bool | int | float):
+        advice = f"; {QUOTES}"
+    elif error["type"].startswith(("greater_than", "less_than")):
+        advice = _allowed_range(cls, location)
+    return Problem(location, f"{message}, got {value!r}{advice}")
+
+
+def _allowed_range(cls: type[Config], location: Location) -> str:
+    """Returns `; 1 to 4,096 is possible` for a field with an upper and a lower limit, otherwise an empty text."""
+    field = settings(cls).get(".".join(part for part in location if isinstance(part, str)))
+    limits = _limits(field) if field else {}
+    if "le" not in limits or not limits.keys() & {"ge", "gt"}:
+        return ""
+    low = f"{limits['ge']:,}" if "ge" in limits else f"above {limits['gt']:,}"
+    return f"; {low} to {limits['le']:,} is possible"
+
+
+def _limits(item: Any) -> dict[str, float]:
+    """Returns the limits `ge`, `gt` and `le` in a field or its annotation; of a union, those of its first number."""
+    found = {name: limit for name in ("ge", "gt", "le") if (limit := getattr(item, name, None)) is not None}
+    if isinstance(item, pydantic.fields.FieldInfo):
+        inner = [*item.metadata, item.annotation]
+    else:
+        inner = [*getattr(item, "__metadata__", ()), *get_args(item)]
+    for part in inner:
+        found = _limits(part) | found
+    return found
 
 
 def _unknown_setting(cls: type[Config], name: str) -> str:

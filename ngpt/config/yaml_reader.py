@@ -7,7 +7,9 @@ import math
 import os
 import re
 import stat
+import unicodedata
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,12 @@ TOO_MANY = f"more than {MAX_NODES} values"
 FLOATS = {".inf": math.inf, "+.inf": math.inf, "-.inf": -math.inf, ".nan": math.nan}
 # Control characters, surrogates, and direction marks, which can make text look like other text.
 UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+# White space that looks like the spaces of YAML: a tab is none in an indentation, and the others are parts of a word.
+ODD_SPACE = "\xa0\u1680\u2000-\u200a\u202f\u205f\u3000"
+ODD_IN_WORD = re.compile(f"[\t{ODD_SPACE}]")
+ODD_IN_LINE = re.compile(f"^[ ?:-]*(\t)|[{ODD_SPACE}]")
+LINE_END = re.compile("\r\n|[\n\r\x85\u2028\u2029]")
 
 Position = tuple[int, int]  # line and column, counted from 1
 
@@ -58,6 +66,9 @@ class YamlError(ConfigError):
 
 def read_yaml(path: Path) -> Document:
     """Reads one YAML file. Raises YamlError if it is missing, not a regular file, too large, or not plain YAML."""
+    if str(path) == "-" and not path.exists():
+        why = "because a run is resumed from its file"
+        raise YamlError(f"-: standard input is not read, {why}; give the path of a file")
     try:
         text = _read_bounded(path).decode("utf-8")
     except YamlError:
@@ -123,6 +134,8 @@ def _compose(text: str, path: Path) -> Node | None:
         return yaml.compose(text)
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
+        if mark and (odd := _find_odd_space(text, mark.line, mark.column)):
+            raise YamlError(f"{path}:{odd}") from None
         position = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
         problem = str(error.problem or error.context)
         text = problem if problem in (TOO_DEEP, TOO_MANY) else f"not valid YAML: {printable(problem)}"
@@ -131,6 +144,27 @@ def _compose(text: str, path: Path) -> Node | None:
         raise YamlError(f"{path}: not valid YAML: {printable(str(error).splitlines()[0])}") from None
     except (ValueError, OverflowError) as error:  # a code point beyond Unicode, a version of 5000 digits
         raise YamlError(f"{path}: not valid YAML: {error}") from None
+
+
+def _find_odd_space(text: str, line: int, column: int) -> str | None:
+    """Finds white space that is none in YAML at an error, on its line, or on the last line before with content.
+
+    Line and column are counted from 0. Often an error shows on the next line only. Returns the position and what to do.
+    """
+    lines = [re.split("[\"'#]", each, maxsplit=1)[0] for each in LINE_END.split(text)[: line + 1]]
+    if lines[line:] and (match := ODD_IN_WORD.match(lines[line], column)):
+        return f"{line + 1}:{column + 1}: {_use_spaces(match[0])}"
+    with_content = (number for number in reversed(range(min(line, len(lines)))) if lines[number].strip())
+    for number in (*range(line, len(lines)), *islice(with_content, 1)):
+        if match := ODD_IN_LINE.search(lines[number]):
+            return f"{number + 1}:{match.end()}: {_use_spaces(match[0][-1])}"
+    return None
+
+
+def _use_spaces(char: str) -> str:
+    name = "tab" if char == "\t" else unicodedata.name(char, "line end").lower()
+    article = "an" if name[0] in "aeiou" else "a"
+    return f"{article} {name} (U+{ord(char):04X}): use spaces"
 
 
 class _Reader:
@@ -169,12 +203,18 @@ class _Reader:
         if _kind(node) == "merge":
             raise self._error(node, "YAML 1.2 has no merge key '<<', write the settings out")
         self._scalar(node)
+        if node.style is None and (match := ODD_IN_WORD.search(node.value)):
+            raise self._error(node, _use_spaces(match[0]), offset=match.start())
         return node.value
 
     def _scalar(self, node: Node) -> Any:
         kind, text = _kind(node), str(node.value)
         if match := UNPRINTABLE.search(text):
             raise self._error(node, f"the character U+{ord(match[0]):04X} is not allowed")
+        is_plain = isinstance(node, ScalarNode) and node.style is None
+        if is_plain and text != text.strip():  # ruamel strips the spaces of YAML around a word
+            place = 0 if text[0].isspace() else len(text.rstrip())
+            raise self._error(node, _use_spaces(text[place]), offset=place)
         if kind in ("str", "timestamp", "value"):
             return text
         try:
@@ -191,9 +231,10 @@ class _Reader:
             raise self._error(node, f"{text[:40]!r} is not a value of type {kind!r}") from None
         raise self._error(node, f"the tag {printable(str(node.tag))} is not supported, only plain data")
 
-    def _error(self, node: Node, message: str) -> YamlError:
+    def _error(self, node: Node, message: str, *, offset: int = 0) -> YamlError:
+        """Returns an error at a node, or `offset` characters after its start."""
         line, column = _position(node)
-        return YamlError(f"{self.path}:{line}:{column}: {message}")
+        return YamlError(f"{self.path}:{line}:{column + offset}: {message}")
 
 
 def _position(node: Node) -> Position:

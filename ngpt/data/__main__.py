@@ -5,8 +5,9 @@ import json
 import sys
 from pathlib import Path
 
+from ngpt.config.visible import visible
 from ngpt.system.cache import cache_folder
-from ngpt.system.cli import print_line, run_command
+from ngpt.system.cli import ArgumentParser, print_line, run_command, whole_number
 
 EXPLANATION = """\
 CORPUS
@@ -16,6 +17,9 @@ CORPUS
                 all) and one for validation, from kjj0/fineweb10B-gpt2 on the hub, or --from DIR
   openwebtext   --shards N Parquet files of the hub's Skylion007/openwebtext, or --from a file or folder of documents
                 as below, or .txt (a document each)
+  hf://OWNER/NAME[@REVISION][/SUBSET][:SPLIT]
+                a data set of the Hugging Face hub: Parquet, Arrow, JSON or text files, with the subsets and splits that
+                it declares, else by the names of its files; it stays the commit that it was at the first use
   PATH          documents: Parquet, Arrow (also a data set saved by save_to_disk), JSON lines, a JSON array of objects,
                 recognised whatever the suffix, with the text in the column "text" or --text-column;
                 a text file; a folder of text files; token files, see below; a folder that this command has filled.
@@ -77,13 +81,13 @@ def _prepare(options: argparse.Namespace) -> int:
         print(json.dumps(manifest | {"folder": str(folder)}))
         return 0
     for split in sorted(manifest["splits"], key=("train", "val", "test").index):
-        print(f"{split} has {manifest['splits'][split]['tokens']:,} tokens")
+        print(f"{visible(split)} has {manifest['splits'][split]['tokens']:,} tokens")
     print(f"vocabulary has {manifest['vocab_size']:,} tokens")
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m ngpt.data",
         description="Prepare a corpus: get it, tokenize it once, write shards and a manifest, count its tokens.",
         epilog=EXPLANATION,
@@ -93,22 +97,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokenizer", metavar="T", help="see below (default sentencepiece:2048; fineweb has its own)")
     parser.add_argument("--from", dest="path", metavar="PATH", help="local copy of a corpus that is downloaded")
     parser.add_argument("--text-column", metavar="C", help="column of the documents (default text); a.b is b inside a")
-    parser.add_argument("--shards", type=_count, metavar="N", help="files to take of a corpus in parts (default 1)")
+    of_shards = "files to take of a corpus in parts (default 1)"
+    parser.add_argument("--shards", type=whole_number(1, 10**6), metavar="N", help=of_shards)
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to write; default: $NGPT_CACHE or ~/.cache/ngpt")
     parser.add_argument("--val-fraction", type=float, metavar="F", help="share of the validation split (default 0.1)")
     parser.add_argument("--splits", metavar="S", help="names (default) or fraction, see above")
     widths = "width of token files without a header: uint16, uint32, int32, int64, ..."
     parser.add_argument("--token-dtype", metavar="D", help=widths)
-    parser.add_argument("--workers", type=_count, metavar="N", help="threads that tokenize (default: one per core)")
+    of_workers = "threads that tokenize (default: one per core)"
+    parser.add_argument("--workers", type=whole_number(1, 1024), metavar="N", help=of_workers)
     parser.add_argument("--on-corrupt", metavar="P", help="skip (default) or fail")
     parser.add_argument("--json", action="store_true", help="print the manifest as one JSON object")
     return parser
-
-
-def _count(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1, got {text!r}")
-    return int(text)
 
 
 if __name__ == "__main__":

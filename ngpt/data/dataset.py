@@ -43,9 +43,10 @@ from ngpt.data.shard_index import (
     shard_vocab_size,
     splits_to_record,
 )
-from ngpt.data.sources import CORPORA, Corpus, ShardCorpus, shards_identity, text_corpus
+from ngpt.data.sources import CORPORA, Corpus, ShardCorpus, hub_corpus, shards_identity, text_corpus
 from ngpt.data.splits import MODES, SplitFiles, split_files
 from ngpt.data.text.documents import COLUMN
+from ngpt.data.text.hub_datasets import SCHEME, parse_uri
 from ngpt.data.text.progress import Log, silent
 from ngpt.data.tokens.checksums import shard_crc
 from ngpt.data.tokens.formats import BARE_DTYPES, KNOWN_WITHOUT_RECORD
@@ -72,16 +73,18 @@ def _tokenizer_spec(spec: str) -> str:
 class DataConfig(Config, frozen=True):
     """The corpus to train on, and the order of its windows."""
 
-    # a name in CORPORA, a file of text or documents, or a folder of such files, of shards, or of a prepared corpus
+    # a name in CORPORA, a data set of the hub (hf://OWNER/NAME), a file of text, documents or tokens, or a folder of
+    # such files, or of a prepared corpus
     corpus: str = "python-docs"
     tokenizer: Annotated[str, pydantic.AfterValidator(_tokenizer_spec)] = "sentencepiece:2048"
     path: str | None = runtime_setting(None)  # local copy of a named corpus, instead of a download
     val_fraction: float = pydantic.Field(default=0.1, gt=0, lt=1)
-    shards: Annotated[int, pydantic.Field(ge=1)] = 1  # number of files, for a corpus that is published in parts
+    # number of files, for a corpus that is published in parts
+    shards: Annotated[int, pydantic.Field(ge=1, le=10**6)] = 1
     # skip: log a bad shard and leave it out
     on_corrupt: Annotated[str, one_of(POLICIES, "policy")] = runtime_setting("skip")
     order: Annotated[str, one_of(ORDERS, "order")] = "windows"
-    reservoir: Annotated[int, pydantic.Field(ge=1)] = 4096  # windows in the buffer of order reservoir
+    reservoir: Annotated[int, pydantic.Field(ge=1, le=10**7)] = 4096  # windows in the buffer of order reservoir
     # column of the documents, where it is not called so; `a.b` is `b` inside `a`
     text_column: Annotated[str, pydantic.Field(min_length=1)] = added_setting(COLUMN)
     # names: files named train, val or test are these splits; fraction: val_fraction alone decides
@@ -237,6 +240,13 @@ def _locate(config: DataConfig) -> Source:
         if config.splits != "names" or config.token_dtype is not None:
             raise ConfigError(f"data.splits and data.token_dtype are for a path, not for {config.corpus}")
         return CORPORA[config.corpus](Path(config.path).expanduser() if config.path else None, config.shards)
+    if config.corpus.startswith(SCHEME):
+        if config.token_dtype is not None:
+            raise ConfigError(f"data.token_dtype is for a path, not for {config.corpus}")
+        if config.path is None:
+            return hub_corpus(config.corpus, config.text_column, config.splits)
+        parse_uri(config.corpus)
+        return text_corpus(Path(config.path).expanduser(), config.text_column, config.splits)
     path = Path(config.corpus).expanduser()
     if not path.exists():
         beside = path.with_name(f"{path.name}.bin")  # Megatron names its files by their prefix
@@ -301,7 +311,8 @@ def _fill(config: DataConfig, final: Path, key: str, log: Log, workers: int | No
         if stale != temp:
             shutil.rmtree(stale)
     temp.mkdir(exist_ok=True)
-    corpus = config.corpus if config.corpus in CORPORA else Path(config.corpus).expanduser().resolve().name
+    is_name = config.corpus in CORPORA or config.corpus.startswith(SCHEME)
+    corpus = config.corpus if is_name else Path(config.corpus).expanduser().resolve().name
     about = {"format": FORMAT, "corpus": corpus, "fingerprint": key, "val_fraction": config.val_fraction}
     about["python"] = platform.python_version()
     try:
@@ -325,6 +336,7 @@ def _make(config: DataConfig, temp: Path, log: Log, workers: int | None) -> dict
             described = _describe(source.files, f"{config.val_fraction:g} {part}")
             if sum(map(len, described["files"].values())) > 1:
                 log(f"{source.name}: {described['chosen']}")
+        described |= source.about
         return {"shard_folder": None} | described | tokenize(source, **how, workers=workers)
     if isinstance(source, ShardCorpus):
         paths = source.fetch(log)

@@ -4,6 +4,7 @@
 """
 
 import hashlib
+import io
 import json
 import sys
 from collections.abc import Iterable, Iterator
@@ -155,7 +156,9 @@ def add_tokenizer(folder: Path, spec: str, tokenizer: Tokenizer | None, sizes: n
     crc = None
     if sizes is not None:
         narrow = sizes.astype("<u2" if sizes.min() >= 0 else "<i2")
-        np.save(folder / TOKEN_BYTES_FILE, narrow)
+        content = io.BytesIO()
+        np.save(content, narrow)  # not into the file, because NumPy's error on a full disk has neither number nor path
+        write_atomic(folder / TOKEN_BYTES_FILE, content.getvalue())
         crc = token_crc(narrow)
     return {"tokenizer": {"spec": spec, "sha256": tokenizer.sha256 if tokenizer else None}, "token_bytes_crc32": crc}
 

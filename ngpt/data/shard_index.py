@@ -21,6 +21,7 @@ from ngpt.data.tokens.formats import KNOWN_WITHOUT_RECORD, find_layout
 from ngpt.data.tokens.shards import CorruptShardError, Shard, read_shard, verify_shard
 from ngpt.data.tokens.tokenizer import (
     MODEL_FILE,
+    MODEL_FILES,
     Tokenizer,
     load_tokenizer,
     names_file,
@@ -108,7 +109,7 @@ def choose_shards(source: Path, splits: str) -> SplitFiles:
     if source.is_file():
         return split_files(source.parent, paths, mode="fraction")
     others = {*find_files(source)} - {*paths} - {path.with_suffix(".idx") for path in paths}
-    ignored = sorted(others - {source / MODEL_FILE, source / TOKEN_BYTES_FILE})
+    ignored = sorted(others - {source / name for name in (*MODEL_FILES.values(), TOKEN_BYTES_FILE)})
     return split_files(source, paths, mode=splits, ignored=ignored)
 
 

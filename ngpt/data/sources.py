@@ -31,6 +31,7 @@ from ngpt.data.text.documents import (
 )
 from ngpt.data.text.formats import format_of
 from ngpt.data.text.hub import HINT, download, list_hub
+from ngpt.data.text.hub_datasets import find_dataset
 from ngpt.data.text.progress import Log, silent
 from ngpt.data.text.python_docs import DOCSTRINGS_FORMAT, python_documents
 from ngpt.data.tokens.formats import HEADER_BYTES, MAGIC, NPY_MAGIC, TOKEN_SUFFIXES
@@ -67,7 +68,8 @@ class Corpus:
     left_out: Counter[str] = field(default_factory=Counter)  # documents without text by reason, once all were read
     # The text of the splits `val` and `test` if files are named for them; with `val`, all documents are trained on.
     held_out: Mapping[str, Callable[[], Iterator[str]]] = field(default_factory=dict)
-    files: SplitFiles | None = None  # the files of a local folder
+    files: SplitFiles | None = None  # the files of a folder
+    about: Mapping[str, Any] = field(default_factory=dict)  # for the manifest
 
 
 @dataclass(frozen=True)
@@ -188,6 +190,44 @@ def text_corpus(path: Path, column: str = COLUMN, splits: str = "names") -> Corp
     )
 
 
+def hub_corpus(uri: str, column: str = COLUMN, splits: str = "names") -> Corpus:
+    """A data set of the hub, `hf://OWNER/NAME[@REVISION][/SUBSET][:SPLIT]`. A split that is named is all trained on."""
+    found = find_dataset(uri)
+    paths = [found.folder / file.name for file in found.files]
+    names = dict(zip(paths, found.names, strict=True))
+    chosen = split_files(found.folder, paths, mode="fraction" if found.name.split else splits, names=names)
+    content = [[file.path, file.sha256 or file.blob_id] for file in found.files]
+    identity = f"hub:{hashlib.sha256(json.dumps(content).encode()).hexdigest()}"
+
+    def fetch(log: Log) -> list[Path]:
+        log(f"{uri}: {found.describe()}")
+        return download(found.files, found.folder, name=found.name.dataset, log=log)
+
+    name = found.name.dataset.rpartition("/")[2]
+    if not found.is_text:
+        return _document_corpus(name, identity, fetch, column, chosen=chosen, about={"hub": found.about})
+    if column != COLUMN:
+        raise ConfigError(f"data.text_column {column} is for documents (JSON, Parquet or Arrow), and {uri} is text")
+
+    def read(files: Sequence[Path]) -> Iterator[str]:
+        for file in files:
+            if format_of(file).kind != "text":
+                raise ConfigError(f"{uri}: {file} is named as a text and holds documents; download it, and rename it")
+            yield from read_text(file)
+
+    return Corpus(
+        name=name,
+        identity=identity,
+        documents=lambda: read(chosen.train),
+        split_by="position",
+        size=lambda: text_size(paths),
+        fetch=fetch,
+        held_out=_held_out(chosen, read),
+        files=chosen,
+        about={"hub": found.about},
+    )
+
+
 def shards_identity(paths: Sequence[Path], root: Path | None = None) -> list[list[Any]]:
     """Returns names below `root`, sizes and headers, and checksums of both ends of shards without a CRC."""
     identity = []
@@ -224,6 +264,7 @@ def _document_corpus(
     *,
     files_left_out: Sequence[str] = (),
     chosen: SplitFiles | None = None,
+    about: Mapping[str, Any] | None = None,
 ) -> Corpus:
     """A corpus of files that hold documents, with the splits that local ones are named for."""
     left_out: Counter[str] = Counter()
@@ -246,6 +287,7 @@ def _document_corpus(
         left_out=left_out,
         held_out=_held_out(chosen, read) if chosen else {},
         files=chosen,
+        about=about or {},
     )
 
 

@@ -90,14 +90,23 @@ class SplitFiles:
         return f"{len(names)} files ({names[0]} to {names[-1]})"
 
 
-def split_files(root: Path, files: Sequence[Path], *, mode: str = "names", ignored: Sequence[Path] = ()) -> SplitFiles:
+def split_files(
+    root: Path,
+    files: Sequence[Path],
+    *,
+    mode: str = "names",
+    ignored: Sequence[Path] = (),
+    names: Mapping[Path, str] | None = None,
+) -> SplitFiles:
     """Assigns the files below `root` to splits by name; in mode `fraction` all of them to train.
 
-    Raises ConfigError if a name is ambiguous or there is no file to train on.
+    `names` are looked at instead of those of the files, where these are copies under another name. Raises ConfigError
+    if a name is ambiguous or there is no file to train on.
     """
     by_name: dict[Path, str] = {}
     if mode == "names":
-        by_name = {path: split for path in files if (split := split_of(path.relative_to(root).as_posix()))}
+        published = names or {path: path.relative_to(root).as_posix() for path in files}
+        by_name = {path: split for path in files if (split := split_of(published[path]))}
     val, test = (tuple(path for path in files if by_name.get(path) == split) for split in ("val", "test"))
     train = tuple(path for path in files if by_name.get(path) not in ("val", "test"))
     if not train:

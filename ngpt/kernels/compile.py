@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ngpt.config.base import ConfigError
 from ngpt.system.cache import code_folder
 
 CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
@@ -44,3 +45,16 @@ def use_disk_cache() -> Path:
     if not given:
         os.environ[CACHE_VARIABLE] = str(code_folder("compiled"))
     return Path(os.environ[CACHE_VARIABLE])
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raises ConfigError if torch.compile finds no C++ compiler, which it needs on a CPU; takes a second or two."""
+    if device.type != "cpu":
+        return
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        get_cpp_compiler()
+    except Exception as error:  # torch has its own types of exceptions, which move between versions
+        advice = "install g++ or name a compiler in the environment variable CXX, or set compile to false"
+        raise ConfigError(f"compile: true needs a C++ compiler: {advice} ({type(error).__name__})") from None

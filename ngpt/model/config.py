@@ -11,8 +11,11 @@ from ngpt.model.rope import ROPE_KINDS, ROPE_SCALINGS
 
 MLP_KINDS = ("swiglu", "relu2")
 SCALE_KINDS = ("vector", "scalar")
+MAX_PARAMS = 10**13  # more than a hundred nodes hold
 Positive = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=10**9)]
+Width = Annotated[int, Field(ge=1, le=2**20)]  # of a vector, or a number of sequences
+Length = Annotated[int, Field(ge=1, le=2**24)]  # of a sequence, or a number of tokens of a vocabulary
 OnePerLayer = Annotated[tuple[Positive, ...], Field(min_length=1), Strict(False)]
 # A discriminated union, so that an invalid value gives one error instead of one per member of the union.
 Alpha = Annotated[
@@ -24,15 +27,15 @@ Alpha = Annotated[
 class ModelConfig(Config, frozen=True):
     """Shape and variant of a GPT or nGPT."""
 
-    n_layer: Count = 4
-    n_head: Count = 4
-    n_kv_head: Count | None = None  # key/value heads; null: n_head; 1: multi-query; otherwise grouped-query
-    n_embd: Count = 128
-    block_size: Count = 128  # context length and training sequence length, in tokens
-    vocab_size: Annotated[int, Field(ge=2)] | None = None  # null: the tokenizer's
+    n_layer: Annotated[int, Field(ge=1, le=10_000)] = 4
+    n_head: Width = 4
+    n_kv_head: Width | None = None  # key/value heads; null: n_head; 1: multi-query; otherwise grouped-query
+    n_embd: Width = 128
+    block_size: Length = 128  # context length and training sequence length, in tokens
+    vocab_size: Annotated[int, Field(ge=2, le=2**24)] | None = None  # null: the tokenizer's
     tied: bool = False  # the head shares the embedding's matrix
     mlp: Annotated[str, one_of(MLP_KINDS, "MLP kind")] = "swiglu"
-    mlp_ratio: Positive = 4.0  # hidden width of the MLP / n_embd
+    mlp_ratio: Annotated[float, Field(gt=0, le=1000)] = 4.0  # hidden width of the MLP / n_embd
     qk_norm: bool = True
     softmax_scale: Positive | None = None  # multiplies the attention scores; null: see Attention
     softcap: Positive | None = None  # logits become softcap * tanh(logits / softcap)
@@ -100,6 +103,11 @@ class ModelConfig(Config, frozen=True):
         if not self.hidden:
             text = f"mlp_ratio {self.mlp_ratio} of n_embd {self.n_embd} gives an MLP without hidden units"
             raise invalid_setting(text, "mlp_ratio", "n_embd")
+        n_params = self.n_layer * self.n_embd * (4 * self.n_embd + 3 * self.hidden)
+        if n_params > MAX_PARAMS:
+            text = f"n_layer {self.n_layer}, n_embd {self.n_embd} and mlp_ratio {self.mlp_ratio:g} give a model"
+            text += f" of about {n_params:.2g} parameters; at most {MAX_PARAMS:.0e} are possible"
+            raise invalid_setting(text, "n_layer", "n_embd", "mlp_ratio")
         if self.rope_factor != 1 and self.rope_scaling == "none":
             scalings = ", ".join(name for name in ROPE_SCALINGS if name != "none")
             raise invalid_setting(f"rope_factor {self.rope_factor} needs a rope_scaling: {scalings}", "rope_factor")

@@ -10,7 +10,7 @@ import itertools
 from typing import Annotated, Self
 
 import torch
-from pydantic import Field, Strict, model_validator
+from pydantic import AfterValidator, Field, Strict, model_validator
 from torch import nn
 
 from ngpt.config.base import Config, ConfigError, invalid_setting, one_of
@@ -86,6 +86,13 @@ def nugpt(kind: str, ratio: float) -> float:
 WIDTH_RULES = {"none": none, "nanochat": nanochat, "mup": mup, "nugpt": nugpt}
 
 
+def _above_zero(norm: float) -> float:
+    """Refuses 0, by which nanoGPT and others mean that gradients are not clipped."""
+    if norm <= 0:
+        raise invalid_setting(f"must be greater than 0, got {norm:g}; write null to switch clipping off")
+    return norm
+
+
 class OptimConfig(Config):
     """Optimizer settings, with the peak learning rate of each kind of parameter."""
 
@@ -96,14 +103,16 @@ class OptimConfig(Config):
     lr_head: Rate | None = None  # of the head, likewise; not used when it is tied to the embedding
     lr_scales: Rate | None = None  # of the scales, likewise
     width_rule: Annotated[str, one_of(WIDTH_RULES, "width rule")] = "none"  # scales Adam's rates, not Muon's
-    base_width: Annotated[int, Field(ge=1)] | None = None  # n_embd at which the rates above were tuned
+    base_width: Annotated[int, Field(ge=1, le=2**20)] | None = None  # n_embd at which the rates above were tuned
     betas: Annotated[tuple[Decay, Decay], Strict(False)] = (0.9, 0.95)
     eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Rate = 0.0  # decoupled; adamw and muon only; scales are not decayed
-    grad_clip: Annotated[float, Field(gt=0)] | None = 1.0  # maximum global gradient norm; null: no clipping
+    grad_clip: Annotated[float, AfterValidator(_above_zero)] | None = (
+        1.0  # maximum global gradient norm; null: no clipping
+    )
     momentum: Decay = 0.95  # muon and geodesic_muon
     nesterov: bool = True  # muon and geodesic_muon
-    ns_steps: Annotated[int, Field(ge=1)] = 5  # muon and geodesic_muon: Newton-Schulz iterations
+    ns_steps: Annotated[int, Field(ge=1, le=1000)] = 5  # muon and geodesic_muon: Newton-Schulz iterations
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

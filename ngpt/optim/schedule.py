@@ -45,7 +45,7 @@ class ScheduleConfig(Config):
     """Learning-rate schedule, a multiplier of all rates in `optim`."""
 
     name: Annotated[str, one_of(SCHEDULES, "schedule")] = "cosine"
-    warmup_steps: Annotated[int, Field(ge=0)] = 0  # linear, from lr / warmup_steps at the first step
+    warmup_steps: Annotated[int, Field(ge=0, le=10**9)] = 0  # linear, from lr / warmup_steps at the first step
     final_ratio: Share = 0.0  # final learning rate / peak learning rate
     decay_fraction: Share = 0.2  # of the steps after the warm-up; `trapezoid` only
     log_steepness: Annotated[float, Field(gt=0)] = 9.0  # larger values decay faster at first; `logarithmic` only

@@ -9,11 +9,33 @@ import os
 import shutil
 import stat
 import uuid
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 TEMPORARY = ".*.tmp"  # left behind by a process that was killed in `write_atomic`
+
+
+@contextmanager
+def naming(path: object) -> Iterator[None]:
+    """Adds `path` to an OSError without a file name: only calls that open a file name it, a write to a full disk not.
+
+    The error is raised again.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:  # without a number, the message would not have the name
+            error.filename = str(path)
+        raise
+
+
+def describe_os_error(error: OSError, path: object = None) -> str:
+    """Returns `a.bin: No space left on device`, with `path` if neither the error nor its message has one."""
+    text = error.strerror or str(error)
+    place = error.filename or ("" if path is None or text.startswith(str(path)) else path)
+    return f"{place}: {text}" if place else text
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
@@ -21,7 +43,7 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     # A random name, opened exclusively, so that another user cannot put a symlink there first.
     temp = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")  # matches TEMPORARY
     try:
-        with temp.open("xb") as file:
+        with naming(path), temp.open("xb") as file:
             file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
@@ -44,6 +66,7 @@ class LineFile:
 
     def __init__(self, path: Path) -> None:
         is_new = not path.exists()
+        self._path = path
         self._file = path.open("ab", buffering=0)
         self._size = os.fstat(self._file.fileno()).st_size
         self._torn = False
@@ -64,8 +87,9 @@ class LineFile:
         data = memoryview("".join(f"{line}\n" for line in lines).encode())
         written = 0
         try:
-            while written < len(data):  # a nearly full disk writes only a part
-                written += self._file.write(data[written:])
+            with naming(self._path):
+                while written < len(data):  # a nearly full disk writes only a part
+                    written += self._file.write(data[written:])
         except OSError:
             self._torn = True
             with suppress(OSError):  # the next `append` tries again
@@ -76,7 +100,8 @@ class LineFile:
     def repair(self) -> None:
         """Truncates the partial lines of a failed `append`; raises OSError if that fails."""
         if self._torn:
-            self._file.truncate(self._size)
+            with naming(self._path):
+                self._file.truncate(self._size)
             self._torn = False
 
     def remove_last(self, line: str) -> None:
@@ -86,7 +111,8 @@ class LineFile:
 
     def sync(self) -> None:
         """Waits until all lines are on disk."""
-        os.fsync(self._file.fileno())
+        with naming(self._path):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Closes the file without a `sync`."""
@@ -154,6 +180,7 @@ def sync(path: Path) -> None:
     """Waits until the content of a file, or the entries of a folder, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with naming(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)

@@ -6,15 +6,18 @@ import functools
 import logging
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from ngpt.config.base import ConfigError
+from ngpt.system.atomic_files import describe_os_error
 from ngpt.system.permissions import PrivateFolder, insecure_content, insecure_part
 
 ADVICE = "set NGPT_CACHE to a folder that only you can write"
 CODE_FOLDERS = ("compiled", "native")  # filled by ngpt/kernels/compile.py and build.py; never emptied
 DEFAULT = "~/.cache/ngpt"
 log = logging.getLogger(__name__)
+_warned = set[str]()
 
 
 def cache_folder() -> Path:
@@ -27,6 +30,26 @@ def cache_folder() -> Path:
         return Path(os.environ.get("NGPT_CACHE") or DEFAULT).expanduser().absolute()
     except RuntimeError:
         raise ConfigError(f"there is no home directory for the cache: {ADVICE}") from None
+
+
+@contextlib.contextmanager
+def optional_cache(what: str) -> Iterator[None]:
+    """Goes on without a part of the cache that only saves time, if it cannot be read or written; warns once.
+
+    Args:
+        what: the content, a plural such as `measured speeds`, for the warning.
+    """
+    try:
+        yield
+    except OSError as error:
+        warn_once(f"the cache of {what} is not used", f"{describe_os_error(error, cache_folder())}; {ADVICE}")
+
+
+def warn_once(text: str, details: object) -> None:
+    """Logs `text: details` as a warning, if this process has not logged `text` before."""
+    if text not in _warned:
+        _warned.add(text)
+        log.warning("%s: %s", text, details)
 
 
 def cache_advice(path: str | bytes | os.PathLike[str]) -> str:

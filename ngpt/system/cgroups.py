@@ -42,6 +42,13 @@ def memory_limit() -> int | None:
     return min((limit for limit in limits if limit < NO_LIMIT), default=None)
 
 
+def process_limit() -> tuple[int, int] | None:
+    """Returns the limit of processes and threads with the fewest left, and how many are in use; None without one."""
+    pairs = [_numbers(folder / "pids.max") + _numbers(folder / "pids.current") for folder in _folders("pids")]
+    known = [(pair[0], pair[1]) for pair in pairs if len(pair) == 2]
+    return min(known, key=lambda pair: pair[0] - pair[1], default=None)
+
+
 def _folders(controller: str) -> Iterator[Path]:
     """Yields the control groups of this process for a controller, each with the groups that contain it."""
     try:

@@ -126,3 +126,34 @@ def release_unused() -> None:
 def synchronize(device: torch.device) -> None:
     """Waits until a GPU has run everything that this process has queued on it."""
     torch.cuda.synchronize(device)
+
+
+def is_usable() -> bool:
+    """Whether this process can still use its GPU: a failed assertion in a kernel, for example, stays until it ends."""
+    if not is_in_use():
+        return True
+    try:
+        synchronize(current())
+    except RuntimeError:
+        return False
+    return True
+
+
+def visible_ids() -> list[str]:
+    """The GPUs of this process by the names that `choose` takes; empty if torch cannot use them."""
+    if not is_available():
+        return []
+    chosen = [word.strip() for word in os.environ.get(_visible_variable(), "").split(",") if word.strip()]
+    if chosen and all(word.startswith("MIG-") for word in chosen):
+        return chosen  # a process can use only the first of them, but each process can get one of its own
+    return chosen[: count()] if chosen else [str(i) for i in range(count())]
+
+
+def choose(name: str) -> None:
+    """Makes a GPU the only one that this process sees. Call it before anything else asks for GPUs."""
+    assert not is_in_use(), "the GPU of a process cannot be changed once it is in use"
+    os.environ[_visible_variable()] = name
+
+
+def _visible_variable() -> str:
+    return "HIP_VISIBLE_DEVICES" if torch.version.hip else "CUDA_VISIBLE_DEVICES"

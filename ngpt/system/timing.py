@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 
+from ngpt.config.visible import visible
 from ngpt.system import gpus
 
 MIB = 2**20
 MIN_ROUNDS, MAX_ROUNDS = 3, 200
+EMULATED = 2.0  # times slower than float32; a CPU that computes in bfloat16 is about as fast or faster
 
 
 def interleave(
@@ -66,6 +68,38 @@ def gemm_flops(device: torch.device, dtype: torch.dtype, *, size: int | None = N
     return 2 * n**3 / min(time_call(lambda: torch.mm(a, b), device) for _ in range(6))
 
 
+@functools.cache
+def bfloat16_slowdown() -> float:
+    """Measures how many times longer a product of bfloat16 matrices takes than of float32 matrices on this CPU.
+
+    Below 1 with matrix units for bfloat16 (AMX, AVX512-BF16). It is measured, because a CPU's flags do not say what
+    torch makes of them: in CPU time of one thread, which does not depend on the load, within a tenth of a second.
+    """
+    matrices = {dtype: torch.randn(256, 256).to(dtype) for dtype in (torch.float32, torch.bfloat16)}
+
+    def seconds(x: torch.Tensor) -> float:
+        start = time.thread_time()
+        torch.mm(x, x)
+        return time.thread_time() - start
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        variants = {str(dtype): functools.partial(seconds, x) for dtype, x in matrices.items()}
+        times = interleave(variants, seconds=0.05, warmup=1)
+    finally:
+        torch.set_num_threads(threads)
+    return min(times[str(torch.bfloat16)]) / min(times[str(torch.float32)])
+
+
+def slow_dtype_note(device: torch.device, dtype: str, *, advice: str = "set dtype: float32") -> str | None:
+    """Returns a line about a dtype that `device` only emulates, with `advice`; None if it is fast enough."""
+    if device.type != "cpu" or dtype != "bfloat16" or (slowdown := bfloat16_slowdown()) < EMULATED:
+        return None
+    factor = f"{slowdown:.0f}" if slowdown >= 10 else f"{slowdown:.2g}"
+    return f"bfloat16 is emulated on this CPU: {factor} x slower than float32; {advice}"
+
+
 def copy_bandwidth(device: torch.device, *, size: int | None = None) -> float:
     """Measures memory bandwidth in bytes/s, read plus written: the best of six copies of a large tensor."""
     n = size or (1024 * MIB if device.type == "cuda" else 128 * MIB)
@@ -93,7 +127,8 @@ def print_metrics(metrics: dict[str, Any], *, as_json: bool, width: int = 34, di
         print(json.dumps(metrics, allow_nan=False))
         return
     for name, value in _flatten(metrics).items():
-        print(f"{name:{width}} {value:.{digits}g}" if isinstance(value, float) else f"{name:{width}} {value}")
+        shown = f"{value:.{digits}g}" if isinstance(value, float) else value
+        print(visible(f"{name:{width}} {shown}"))
 
 
 def _flatten(metrics: Mapping[str, Any]) -> dict[str, Any]:

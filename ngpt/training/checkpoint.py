@@ -24,7 +24,7 @@ from pydantic import Field
 from torch import nn
 
 from ngpt.config.base import Config, ConfigError, runtime_setting
-from ngpt.system.atomic_files import commit_folder, make_folder, read_regular, remove_folder
+from ngpt.system.atomic_files import commit_folder, make_folder, naming, read_regular, remove_folder
 
 FORMAT = 1
 WEIGHTS = "model.safetensors"
@@ -34,8 +34,8 @@ log = logging.getLogger(__name__)
 class CheckpointConfig(Config):
     """How often a run is saved, and how many checkpoints stay on disk."""
 
-    every: Annotated[int, Field(ge=1)] = runtime_setting(1000)  # steps; the last step is always saved
-    keep_last: Annotated[int, Field(ge=1)] = runtime_setting(3)  # and the one with the lowest validation loss
+    every: Annotated[int, Field(ge=1, le=10**9)] = runtime_setting(1000)  # steps; the last step is always saved
+    keep_last: Annotated[int, Field(ge=1, le=10**9)] = runtime_setting(3)  # and the one with the lowest validation loss
 
 
 @dataclass(frozen=True)
@@ -72,23 +72,24 @@ def save_checkpoint(
     make_folder(root)
     temp.mkdir()
     try:
-        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-        (temp / WEIGHTS).write_bytes(safetensors.torch.save(weights))
-        # Given a path, torch reports a full disk as a RuntimeError. The buffer joins its writes of a few kilobytes.
-        with (temp / "state.pt").open("wb", buffering=1 << 20) as file:
-            torch.save(dict(state), file)
-        for name, content in (files or {}).items():
-            (temp / name).write_bytes(content)
-        manifest = {
-            "format": FORMAT,
-            "step": step,
-            "val_loss": val_loss,
-            "identity": identity,
-            "data": dict(data or {}),
-            "files": {path.name: _digest(path) for path in sorted(temp.iterdir())},
-        }
-        (temp / "MANIFEST.json").write_text(_manifest_text(manifest | {"sha256": _manifest_digest(manifest)}))
-        commit_folder(temp, final)
+        with naming(final):
+            weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+            (temp / WEIGHTS).write_bytes(safetensors.torch.save(weights))
+            # Given a path, torch reports a full disk as a RuntimeError. The buffer joins its writes of a few kilobytes.
+            with (temp / "state.pt").open("wb", buffering=1 << 20) as file:
+                torch.save(dict(state), file)
+            for name, content in (files or {}).items():
+                (temp / name).write_bytes(content)
+            manifest = {
+                "format": FORMAT,
+                "step": step,
+                "val_loss": val_loss,
+                "identity": identity,
+                "data": dict(data or {}),
+                "files": {path.name: _digest(path) for path in sorted(temp.iterdir())},
+            }
+            (temp / "MANIFEST.json").write_text(_manifest_text(manifest | {"sha256": _manifest_digest(manifest)}))
+            commit_folder(temp, final)
     finally:
         shutil.rmtree(temp, ignore_errors=True)
     _remove_old(root, keep_last)

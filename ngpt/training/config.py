@@ -22,7 +22,7 @@ from ngpt.config.yaml_reader import parse_assignment, read_yaml
 from ngpt.data.dataset import DataConfig, vocab_size
 from ngpt.data.sources import CORPORA
 from ngpt.data.tokens.tokenizer import with_path
-from ngpt.model.config import Count, ModelConfig
+from ngpt.model.config import Count, ModelConfig, Width
 from ngpt.optim.optimizers import OptimConfig, incompatibility
 from ngpt.optim.schedule import ScheduleConfig
 from ngpt.system.device import DEVICES, DTYPES
@@ -31,6 +31,7 @@ from ngpt.training.load_model import weights_digest
 from ngpt.training.tracker import TrackerConfig
 
 ON_OOM = ("split", "halve_batch", "fail")
+MAX_TOKENS_PER_STEP = 2**30  # ten times the largest published batches
 NONFINITE = ("fail", "skip", "rollback")
 LOCATIONS = ("init_from",)  # settings that say where something is; another one holds the digest of it
 
@@ -39,7 +40,7 @@ class NonfiniteConfig(Config):
     """Policy for steps whose loss or gradient is not finite, which is never applied (ngpt/training/recovery.py)."""
 
     policy: Annotated[str, one_of(NONFINITE, "policy")] = added_setting("fail")
-    max: Annotated[int, Field(ge=1)] = added_setting(10)  # skipped steps or rollbacks before the run counts as diverged
+    max: Count = added_setting(10)  # skipped steps or rollbacks before the run counts as diverged
 
 
 class TrainConfig(Config, frozen=True):
@@ -49,8 +50,8 @@ class TrainConfig(Config, frozen=True):
     init_from: str | None = added_setting(None)  # run, trial or checkpoint whose weights a new run starts from
     init_sha256: str | None = added_setting(None)  # digest of these weights; filled in, or given to insist on it
     steps: Count = 200  # optimizer updates
-    batch_size: Count = 16  # sequences per step
-    micro_batch_size: Count | None = None  # sequences in one pass; null: the whole batch
+    batch_size: Width = 16  # sequences per step
+    micro_batch_size: Width | None = None  # sequences in one pass; null: the whole batch
     project_every: Count = 1  # steps between projections onto the sphere
     eval_every: Count = 50  # steps; the first and the last step are always evaluated
     eval_tokens: Count = 16_384  # from the start of the validation split, the same for every trial
@@ -77,6 +78,11 @@ class TrainConfig(Config, frozen=True):
         if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
             text = f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
             raise invalid_setting(text, "micro_batch_size", "batch_size")
+        if self.tokens_per_step > MAX_TOKENS_PER_STEP:
+            given = f"batch_size {self.batch_size} with block_size {self.model.block_size}"
+            limit = f"at most {MAX_TOKENS_PER_STEP:,} are possible"
+            text = f"{given} makes {self.tokens_per_step:,} tokens per step; {limit}"
+            raise invalid_setting(text, "batch_size", "model.block_size")
         if reason := incompatibility(self.optim, self.model):
             raise invalid_setting(reason, "optim.name", "model.residual")
         return self

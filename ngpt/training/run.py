@@ -15,6 +15,7 @@ from ngpt.config.base import ConfigError, identity_settings
 from ngpt.data.dataset import DataConfig, Dataset, open_dataset, order_settings
 from ngpt.data.loader import EvalSet, eval_set
 from ngpt.data.tokens.tokenizer import MODEL_FILES, model_sha256, parse_spec, read_model
+from ngpt.kernels.compile import check_compiler
 from ngpt.model.gpt import GPT
 from ngpt.optim.optimizers import build_optimizers
 from ngpt.optim.schedule import is_due
@@ -136,6 +137,7 @@ def set_up(config: TrainConfig, out_dir: Path, *, resume: str | None, dataset: D
     # A resumed run does not need its initial weights, which may be gone.
     model = (GPT(config.model, seed=config.seed) if checkpoint else initial_model(config, dataset)).to(device)
     if config.compile:
+        check_compiler(device)
         model.compile_parts()
     state = TrainState()
     run = Run(

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from ngpt.config.base import flatten
 from ngpt.data.tokens.tokenizer import MODEL_FILES, parse_spec
 from ngpt.optim.schedule import is_due
+from ngpt.system.atomic_files import describe_os_error
 from ngpt.system.heartbeat import HeartbeatWriter
 from ngpt.system.memory import is_out_of_memory, retry_on_oom
 from ngpt.training.checkpoint import checkpoint_folders, save_checkpoint
@@ -53,7 +54,7 @@ def try_save_checkpoint(run: Run, tracker: Tracker, *, last: bool) -> None:
     try:
         retry_on_oom(attempt, lambda: may_retry and attempts == 1, run.device)
     except OSError as error:
-        reason = error.strerror or error
+        reason = describe_os_error(error)
         if not is_required:
             log.warning("step %d: the checkpoint was not saved (%s); the next one will be tried", step, reason)
             return

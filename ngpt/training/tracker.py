@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 from pydantic import Field
 
 from ngpt.config.base import Config, ConfigError, one_of, runtime_setting
-from ngpt.system.atomic_files import LineFile, make_folder, write_atomic
+from ngpt.system.atomic_files import LineFile, describe_os_error, make_folder, naming, write_atomic
 from ngpt.system.cli import print_line
 from ngpt.training.wandb_tracker import WANDB_MODES, WandbRun, resolve_mode
 
@@ -34,7 +34,7 @@ class TrackerConfig(Config):
     group: str = runtime_setting("")  # a campaign's name, set by the engine
     job_type: str = runtime_setting("train")  # a phase's name, set by the engine
     run_name: str = runtime_setting("")  # a trial's arm and seed, set by the engine; empty: the folder's name
-    log_every: Annotated[int, Field(ge=1)] = runtime_setting(10)  # steps
+    log_every: Annotated[int, Field(ge=1, le=10**9)] = runtime_setting(10)  # steps
 
 
 def resolve_tracker(cfg: TrackerConfig, folder: Path, report: Callable[[str], None] = print_line) -> TrackerConfig:
@@ -88,7 +88,7 @@ class RowFile:
             self._write()
         except OSError as error:
             if is_first_failure:
-                log.warning("%s: %s; its rows wait in memory", self._path, error.strerror or error)
+                log.warning("%s; its rows wait in memory", describe_os_error(error, self._path))
 
     def sync(self) -> None:
         """Writes and syncs all rows. If that fails, raises OSError and keeps the rows in memory."""
@@ -181,7 +181,7 @@ class Tracker(contextlib.AbstractContextManager["Tracker"]):
         try:
             self.sync()
         except OSError as error:  # no later row will try again
-            log.warning("the last rows were not written (%s); trying once more", error.strerror or error)
+            log.warning("the last rows were not written (%s); trying once more", describe_os_error(error))
             self.sync()
 
 
@@ -202,7 +202,8 @@ def read_rows(path: Path) -> tuple[list[dict[str, Any]], int]:
     """
     if not path.is_file():
         return [], 0
-    *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    with naming(path):
+        *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
     rows = [_row(line) for line in lines if "\0" not in line]
     intact = [row for row in rows if row is not None]
     return intact, len(rows) - len(intact)

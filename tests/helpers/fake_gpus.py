@@ -65,6 +65,8 @@ class FakeMachine:
     torch_has_cuda: bool = True  # if not, only nvidia-smi knows the GPUs
     held_by_others: int = 0  # bytes of each GPU
     context_bytes: int = 512 << 20  # that a process holds besides its tensors
+    scale: int = 1  # of the memory that steps need, so that tiny models fill a large GPU
+    fault_width: int | None = None  # a model of this width fails in its first step; on a GPU, as a kernel does
     folder: str = ""
 
     def uuid(self, index: int) -> str:
@@ -238,17 +240,27 @@ def step_bytes(model: Any, rows: int, length: int, *, has_gradient: bool) -> int
 def counting(gpus: FakeGpus, forward: Callable[..., Any]) -> Callable[..., Any]:
     """A model's `forward` that holds the memory of the pass first, if the process uses a GPU."""
     import torch
+    from torch._C._functorch import get_unwrapped, is_batchedtensor
 
     @functools.wraps(forward)
     def counted(self: Any, idx: Any, *args: Any, **kwargs: Any) -> Any:
+        if (
+            not torch.compiler.is_compiling()
+            and torch.is_grad_enabled()
+            and self.cfg.n_embd == gpus.machine.fault_width
+        ):
+            if gpus.is_in_use():
+                gpus.break_context()
+            raise RuntimeError("this model fails")
         if not torch.compiler.is_compiling() and gpus.is_in_use():
             # A group of trials is one pass through `torch.vmap`, which hides the number of trials.
             whole = idx
-            while torch._C._functorch.is_batchedtensor(whole):
-                whole = torch._C._functorch.get_unwrapped(whole)
+            while is_batchedtensor(whole):
+                whole = get_unwrapped(whole)
             trials = whole.numel() // idx.numel()
             rows, length = idx.shape
-            gpus.hold(trials * step_bytes(self, rows, length, has_gradient=torch.is_grad_enabled()))
+            needed = step_bytes(self, rows, length, has_gradient=torch.is_grad_enabled())
+            gpus.hold(gpus.machine.scale * trials * needed)
         return forward(self, idx, *args, **kwargs)
 
     return counted

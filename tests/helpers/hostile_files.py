@@ -56,7 +56,7 @@ LARGE: dict[str, tuple[str | bytes, str]] = {
     "tags": ("!" * 100_000, "is not supported, only plain data"),
     "anchor_of_100_kB": (f"&{'a' * 100_000} x\n", "a campaign is a mapping"),
     "alias_of_100_kB": (f"*{'a' * 100_000}\n", "found undefined alias"),
-    "tabs": ("\t" * 100_000, "cannot start any token"),
+    "tabs": ("\t" * 100_000, "a tab (U+0009): use spaces"),
     "values": (f"[{listed(40_000, '1')}]\n", TOO_MANY),
     "just_as_many_values": (f"[{listed(MAX_NODES - 1, '1')}]\n", "a campaign is a mapping"),
     "aliases": (f"a: &a [1]\nb: [{listed(30_000, '*a')}]\n", TOO_MANY),
@@ -489,7 +489,7 @@ SMALL: dict[str, tuple[str | bytes, str]] = {
         "1:1: campaign: 'aaaaaaaaaaaaaaaaaaa\u2026aaaaaaaaaaaaaaaaaaaa'" + CAMPAIGN_NAME,
     ),
     "name_newline": ('campaign: "a\\nb"\n' + SWEEP, "1:1: campaign: 'a\\nb'" + CAMPAIGN_NAME),
-    "name_number": ("campaign: 3\n" + SWEEP, "1:1: campaign: 3" + CAMPAIGN_NAME),
+    "name_number": ("campaign: 3\n" + SWEEP, "1:1: campaign: 3 cannot be the name of a campaign: put it in quotes"),
     "name_option": ("campaign: --out\n" + SWEEP, "1:1: campaign: '--out'" + CAMPAIGN_NAME),
     "name_slash": ("campaign: a/b\n" + SWEEP, "1:1: campaign: 'a/b'" + CAMPAIGN_NAME),
     "name_trailing_newline": ('campaign: "a\\n"\n' + SWEEP, "1:1: campaign: 'a\\n'" + CAMPAIGN_NAME),
@@ -616,7 +616,7 @@ SMALL: dict[str, tuple[str | bytes, str]] = {
     ),
     "search_negative": (
         NAME + "search: {trials: -3, space: {lr: {log: [1e-3, 1]}}}\n",
-        "2:10: search.trials: `trials:` is a whole number of at least 1, got -3",
+        "2:10: search.trials: `trials:` is a whole number from 1 to 2,147,483,647, got -3",
     ),
     "search_of_a_billion": (
         NAME + "search: {trials: 1000000000, space: {alpha: {uniform: [0.1, 0.2]}}}\n",
@@ -707,7 +707,7 @@ SMALL: dict[str, tuple[str | bytes, str]] = {
     "string_for_a_number": (base("{steps: '3'}"), "2:8: base.steps: input should be a valid integer, got '3'"),
     "tabs": (
         NAME + "base:\n\tsteps: 3\n" + SWEEP,
-        "3:1: not valid YAML: found character '\\t' that cannot start any token",
+        "3:1: a tab (U+0009): use spaces",
     ),
     "tag_binary": ("campaign: !!binary aGVsbG8=\n" + SWEEP, "1:11: the tag tag:yaml.org,2002:binary" + PLAIN_DATA),
     "tag_bool_lie": (base("{steps: !!int three}"), "2:15: 'three' is not a value of type 'int'"),

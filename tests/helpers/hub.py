@@ -19,6 +19,9 @@ class Hub:
         self.files: dict[str, bytes] = {}
         self.published: dict[str, str] = {}  # SHA-256 by path, where it is not the hash of the bytes
         self.faults: dict[str, list[Fault]] = {}
+        self.small: set[str] = set()  # paths of files that git keeps itself, without a SHA-256
+        self.card: dict[str, Any] = {}  # metadata of the README
+        self.commit = "8" * 40
         self.ranges = True  # whether the Range header is respected
         self.requests: list[tuple[str, int]] = []  # path and first byte of each request for a file
         self.listed = 0
@@ -46,12 +49,12 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         hub, path = self.hub, urllib.parse.urlsplit(self.path).path
-        revision = urllib.parse.quote(hub.revision, safe="")
-        files = f"/datasets/{hub.dataset}/resolve/{revision}/"
-        if path == f"/api/datasets/{hub.dataset}/revision/{revision}":
+        revisions = (urllib.parse.quote(hub.revision, safe=""), hub.commit)
+        files = [prefix for each in revisions if path.startswith(prefix := f"/datasets/{hub.dataset}/resolve/{each}/")]
+        if path in [f"/api/datasets/{hub.dataset}/revision/{revision}" for revision in revisions]:
             self._list()
-        elif path.startswith(files):  # the real hub redirects to its CDN as well
-            self._answer(302, b"", Location=f"{hub.url}/cdn/{path.removeprefix(files)}")
+        elif files:  # the real hub redirects to its CDN as well
+            self._answer(302, b"", Location=f"{hub.url}/cdn/{path.removeprefix(files[0])}")
         elif path.startswith("/cdn/"):
             self._send_file(urllib.parse.unquote(path.removeprefix("/cdn/")))
         else:
@@ -65,9 +68,11 @@ class Handler(BaseHTTPRequestHandler):
         for path, data in hub.files.items():
             digest = hub.published.get(path, hashlib.sha256(data).hexdigest())
             lfs = {"sha256": digest, "size": len(data), "pointerSize": 134}
-            siblings.append({"rfilename": path, "size": len(data), "blobId": "7" * 40, "lfs": lfs})
-        info = {"id": hub.dataset, "sha": "8" * 40, "private": False, "downloads": 0, "likes": 0, "tags": []}
-        self._answer(200, json.dumps(info | {"siblings": siblings}).encode())
+            blob = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+            sibling = {"rfilename": path, "size": len(data), "blobId": hub.published.get(path, blob)}
+            siblings.append(sibling if path in hub.small else sibling | {"lfs": lfs})
+        info = {"id": hub.dataset, "sha": hub.commit, "private": False, "downloads": 0, "likes": 0, "tags": []}
+        self._answer(200, json.dumps(info | {"siblings": siblings, "cardData": hub.card}).encode())
 
     def _send_file(self, path: str) -> None:
         hub = self.hub

@@ -244,7 +244,7 @@ def test_the_runs_corpus_is_recognized_under_any_spelling_of_its_path(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--eval-tokens", "0"], "--eval-tokens must be at least 1, got 0"),
+        (["--eval-tokens", "0"], "--eval-tokens must be at least 1 and at most 1,000,000,000, got 0"),
         (["--set", "block_sizes=64"], "block_sizes: unknown setting, did you mean 'block_size'?"),
         (["--set", "block_size=100000"], "block_size 100000 needs 100001 consecutive tokens"),
         (["--corpus", "shakespear"], "unknown corpus 'shakespear', did you mean 'shakespeare'?"),

@@ -31,6 +31,16 @@ def test_the_result_is_one_json_object_on_stdout(
     assert manifest["identity"]["model.alpha"] == 0.2 and manifest["identity"]["optim.betas"] == [0.9, 0.99]
 
 
+def test_a_dtype_that_the_cpu_emulates_is_said_first(
+    settings_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ngpt.system.timing.bfloat16_slowdown", lambda: 39.6)
+    arguments = ["--config", str(settings_file), "--set", "dtype=bfloat16", "steps=1", "--out", str(tmp_path / "out")]
+    assert main(arguments) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "bfloat16 is emulated on this CPU: 40 x slower than float32; set dtype: float32"
+
+
 def test_resume_latest_continues_a_run(settings_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--config", str(settings_file), "--out", str(tmp_path / "out")]
     assert main(arguments) == 0

@@ -15,17 +15,18 @@ from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
 import run_campaign
-from ngpt.config.base import ConfigError
+from ngpt.config.base import QUOTES, Config, ConfigError, build
+from ngpt.config.base import settings as settings_of
 from ngpt.data.dataset import Dataset
 from ngpt.data.sources import CORPORA
 from ngpt.model.residual import RESIDUAL_RULES
 from ngpt.optim.optimizers import OPTIMIZERS
 from ngpt.optim.schedule import SCHEDULES
-from ngpt.training.config import with_absolute_paths
+from ngpt.training.config import TrainConfig, with_absolute_paths
 from tests.helpers.marked_text import unmarked
 from tune.campaign import load_campaign
 from tune.planning.plan import preview
-from tune.spec.schema import Campaign, FreshSeeds, Metric, Resources, UntilDecided
+from tune.spec.schema import Campaign, EarlyStop, FreshSeeds, Header, Metric, Resources, UntilDecided
 from tune.spec.sweeps import SWEEPS, ArmSpec, Axis
 
 GOOD = """\
@@ -39,6 +40,7 @@ phases:
 """
 NAMES = "letters, digits, '.', '_' and '-', the first a letter or digit, and no '..'"
 ARM_NAMES = f"1 to 80 letters, digits, ' ', '=', ',', ':', '+',{NAMES.removeprefix('letters, digits,')}"
+GPUS = "`auto`, a whole number from 0 to 1024, or a share of a GPU from 0.0001 to below 1"
 KINDS = "vary, grid, zip, runs, combine, search"
 
 # What is wrong -> the file, and the messages in the order of the marks.
@@ -141,8 +143,8 @@ WRONG: dict[str, tuple[str, list[str]]] = {
         f"campaign: small\n«confidence: 1.5\n«min_effect: -1\nbase: {{«n_layer: 0}}\n{PHASE}",
         [
             "confidence: input should be less than 1, got 1.5",
-            "min_effect: input should be greater than or equal to 0, got -1",
-            "base.n_layer: input should be greater than or equal to 1, got 0",
+            "min_effect: input should be greater than or equal to 0, got -1; 0 to 1,000,000 is possible",
+            "base.n_layer: input should be greater than or equal to 1, got 0; 1 to 10,000 is possible",
         ],
     ),
     # ---- choices
@@ -212,8 +214,8 @@ WRONG: dict[str, tuple[str, list[str]]] = {
     "unknown share of a GPU": (
         f"{GOOD}resources: {{«gpus_per_trial: atuo, «workers: 0}}\n{PHASE}",
         [
-            "resources.gpus_per_trial: expected `auto` or a number above 0, got 'atuo'",
-            "resources.workers: input should be greater than or equal to 1, got 0",
+            f"resources.gpus_per_trial: expected {GPUS}, got 'atuo'",
+            "resources.workers: input should be greater than or equal to 1, got 0; 1 to 4,096 is possible",
         ],
     ),
     "unknown device in base": (
@@ -401,11 +403,59 @@ WRONG: dict[str, tuple[str, list[str]]] = {
     ),
     "names that would be paths": (
         "«campaign: ../small\nphases:\n"
-        + "".join(f"  - {{«name: {name}, vary: {{lr: [1.0]}}}}\n" for name in ("a/b", "..", "/tmp", "''", "a..b", "3")),
+        + "".join(f"  - {{«name: {name}, vary: {{lr: [1.0]}}}}\n" for name in ("a/b", "..", "/tmp", "''", "a..b")),
         [f"campaign: '../small' cannot be the name of a campaign: use 1 to 64 {NAMES}"]
         + [
             f"phases[{i}].name: {name} cannot be the name of a phase: use 1 to 64 {NAMES}"
-            for i, name in enumerate(["'a/b'", "'..'", "'/tmp'", "''", "'a..b'", "3"])
+            for i, name in enumerate(["'a/b'", "'..'", "'/tmp'", "''", "'a..b'"])
+        ],
+    ),
+    "names that YAML reads as numbers": (
+        "«campaign: 1\nphases:\n  - {«name: 0.5, «inherit: 1, runs: [{«arm: true}]}\n"
+        "  - {name: '1', combine: {from: [«1]}}\n",
+        [
+            f"campaign: 1 cannot be the name of a campaign: {QUOTES}",
+            f"phases[0].name: 0.5 cannot be the name of a phase: {QUOTES}",
+            f"phases[0].inherit: unknown phase '1'; {QUOTES}",
+            f"phases[0].runs[0].arm: true cannot be the name of an arm: {QUOTES}",
+            f"phases[1].combine.from[0]: unknown phase '1'; {QUOTES}",
+        ],
+    ),
+    "texts that YAML reads as numbers": (
+        f"campaign: small\n«description: 2026\nbase: {{«corpus: 1}}\n{PHASE}",
+        [
+            f"description: input should be a valid string, got 2026; {QUOTES}",
+            f"base.corpus: input should be a valid string, got 1; {QUOTES}",
+        ],
+    ),
+    "sizes that no machine has": (
+        f"{GOOD}resources: {{«cpus_per_trial: 1000000000000, «workers: 1000000000, «vectorise: 99999, "
+        f"«stall_timeout: 1e308}}\nbudget: {{«trials: 9999999999, «hours: 1e9}}\n{PHASE}",
+        [
+            "resources.cpus_per_trial: input should be less than or equal to 4096, got 1000000000000; "
+            "1 to 4,096 is possible",
+            "resources.workers: input should be less than or equal to 4096, got 1000000000; 1 to 4,096 is possible",
+            "resources.vectorise: input should be less than or equal to 1024, got 99999; 1 to 1,024 is possible",
+            "resources.stall_timeout: input should be less than or equal to 10000000, got 1e+308; "
+            "1 to 10,000,000 is possible",
+            "budget.trials: input should be less than or equal to 1000000000, got 9999999999; "
+            "1 to 1,000,000,000 is possible",
+            "budget.hours: input should be less than or equal to 1000000, got 1000000000.0; "
+            "above 0 to 1,000,000 is possible",
+        ],
+    ),
+    "a model that no machine has": (
+        f"campaign: small\nbase: {{«n_layer: 10000, n_embd: 1048576, n_head: 1024}}\n{PHASE}",
+        [
+            "base.n_layer: n_layer 10000, n_embd 1048576 and mlp_ratio 4 give a model of about 1.8e+17 parameters; "
+            "at most 1e+13 are possible",
+        ],
+    ),
+    "a step that no machine has": (
+        f"campaign: small\nbase: {{«batch_size: 1048576, block_size: 65536}}\n{PHASE}",
+        [
+            "base.batch_size: batch_size 1048576 with block_size 65536 makes 68,719,476,736 tokens per step; "
+            "at most 1,073,741,824 are possible",
         ],
     ),
     "a name of 300 characters": (
@@ -523,7 +573,7 @@ WRONG: dict[str, tuple[str, list[str]]] = {
     ),
     "tabs": (
         f"{GOOD}vary:\n«\talpha: [0.1]\n",
-        ["not valid YAML: found character '\\t' that cannot start any token"],
+        ["a tab (U+0009): use spaces"],
     ),
     "a list at the top": (
         "«- campaign: small\n",
@@ -553,7 +603,7 @@ WRONG: dict[str, tuple[str, list[str]]] = {
             "phases[0].vary.lrr: unknown setting, did you mean 'lr'?",
             "phases[1].inherit: unknown phase 'c'; choose one of a, b",
             "phases[1].runs[0].alhpa: unknown setting, did you mean 'alpha'?",
-            "hold: input should be a valid string, got 3",
+            f"hold: input should be a valid string, got 3; {QUOTES}",
         ],
     ),
 }
@@ -590,6 +640,36 @@ def test_a_mistake_is_reported_with_its_place_and_with_advice(
     assert err.splitlines() == [line.replace("CWD", str(folder)) for line in expected]
     assert out == ""
     assert [path.name for path in folder.iterdir()] == ["c.yaml"]
+
+
+@pytest.mark.parametrize("cls", [TrainConfig, Header, EarlyStop])
+def test_every_whole_number_has_a_largest_value(cls: type[Config]) -> None:
+    def problem(name: str, value: float) -> str:
+        try:
+            build(cls, {"first": 1, name: value} if cls is EarlyStop else {name: value})
+        except ConfigError as error:
+            return " ".join(each.message for each in error.problems if each.location == tuple(name.split(".")))
+        return ""
+
+    whole = [name for name in settings_of(cls) if "valid integer" in problem(name, 2.5)]
+    assert whole and [name for name in whole if "less than" not in problem(name, 2**62)] == []
+
+
+@pytest.mark.parametrize("value", ["auto", 0, 1, 8, 1.0, 0.5, 1 / 3, 0.0001])
+def test_a_trial_gets_whole_gpus_or_a_share_of_one(value: Any) -> None:
+    assert build(Resources, {"gpus_per_trial": value}).gpus_per_trial == value
+
+
+@pytest.mark.parametrize("value", [1.5, 1e-9, 1e308, float("nan"), float("inf"), -1, 1025, True, "1", None])
+def test_a_number_of_gpus_that_ray_can_never_place_is_refused(value: Any) -> None:
+    with pytest.raises(ConfigError) as caught:
+        build(Resources, {"gpus_per_trial": value})
+    assert str(caught.value) == f"gpus_per_trial: expected {GPUS}, got {value!r}"
+
+
+def test_a_campaign_from_standard_input_is_refused_by_name(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+    assert run_campaign.main(["-"]) == 2
+    assert capsys.readouterr().err.startswith("-: standard input is not read, because a run is resumed from its file")
 
 
 def test_lines_and_columns_are_counted_as_in_an_editor(folder: Path) -> None:

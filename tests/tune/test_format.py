@@ -69,11 +69,10 @@ def test_settings_are_written_as_in_the_yaml() -> None:
     assert fmt.settings({}) == fmt.MISSING and fmt.value({}) == "{}"
 
 
-def test_plain_text_has_no_escapes_controls_or_second_line() -> None:
-    assert fmt.plain("\x1b[31mred\x1b[0m") == "red"
-    assert fmt.plain("\x1b]0;title\x07x\x1b]8;;http://a\x1b\\link") == "xlink"
-    assert fmt.plain("a\r\n\tb\x00\x9b31m") == "a b31m"
-    assert fmt.plain("\u202eevil\u200b\ud800") == "evil"
+def test_plain_text_is_one_visible_line() -> None:
+    assert fmt.plain("\x1b[31mred\x1b[0m") == r"\x1b[31mred\x1b[0m"
+    assert fmt.plain(" a\r\n\tb\x00\x9b31m\n") == r"a b\x00\x9b31m"
+    assert fmt.plain("\u202eevil\u200b\ud800") == r"\u202eevil\u200b\ud800"
     assert fmt.plain("[red]x[/]") == "[red]x[/]"
 
 
@@ -96,3 +95,30 @@ def test_a_claim_value_has_an_interval_or_as_few_decimals_as_it_needs() -> None:
     assert fmt.claim_value(-1.0, -1.5, -0.5) == "-1.0000 [-1.5000, -0.5000]".replace("-", fmt.MINUS)
     assert fmt.claim_value(1.32e8, 1.3e8, 1.34e8) == "1.32e+08 [1.3e+08, 1.34e+08]"
     assert fmt.claim_value(None) == fmt.MISSING
+
+
+COMPILER = "InductorError: InvalidCxxCompiler: No working C++ compiler found in (None, 'g++')"
+ADVICE = "\n\nSet TORCHDYNAMO_VERBOSE=1 for the internal stack trace"
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (COMPILER + ADVICE, COMPILER),
+        (
+            f'Traceback (most recent call last):\n  File "a.py", line 1, in f\n    g()\n    ^^^\n{COMPILER}{ADVICE}\n',
+            COMPILER,
+        ),
+        (
+            '  File "a.py", line 1, in f\n    g()\nKeyError: 1\n\nDuring:\n\n  File "b"\nValueError: two\nlines',
+            "ValueError: two lines",
+        ),
+        ("Traceback ...\nValueError: it broke", "ValueError: it broke"),
+        ("killed: its process was killed or crashed, 4 times", "killed: its process was killed or crashed, 4 times"),
+        ("ValueError", "ValueError"),
+        ("", ""),
+    ],
+)
+def test_the_reason_of_an_error_is_its_type_and_message(error: str, reason: str) -> None:
+    """Of journals with tracebacks too, and never the last line, which may be advice."""
+    assert fmt.reason(error) == reason

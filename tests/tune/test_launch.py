@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from ngpt.config.base import ConfigError
+from tests.helpers.tiny_campaign import write_file
 from tests.helpers.wandb_file import python
 from tune.campaign import load_campaign
 from tune.executors.signals import StoppedEarly
-from tune.launch import in_background, launch
+from tune.launch import check_training, in_background, launch
 from tune.results.snapshot import Snapshot
 from tune.storage.journal import read_journal
 
@@ -67,6 +68,18 @@ def test_a_run_reports_why_vectorise_has_no_effect(
     assert ("vectorise: 2 has no effect, trials are trained one at a time: compile is on" in said) == bool(reason)
 
 
+def test_a_run_says_that_a_dtype_is_only_emulated(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY.format(corpus=corpus).replace("alpha: [0.05, 0.2]", "dtype: [bfloat16]"))
+    monkeypatch.setattr("ngpt.system.timing.bfloat16_slowdown", lambda: 39.6)
+    monkeypatch.setattr("tune.launch.run_inline", lambda session: None)
+    launch(load_campaign(path), tmp_path / "out", command="again", inline=True, view=lambda snapshot: recorder([]))
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "bfloat16" in line]
+    assert line == "bfloat16 is emulated on this CPU: 40 x slower than float32; set dtype: float32"
+
+
 def test_a_corpus_that_cannot_be_prepared_is_an_error_before_any_trial(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -83,6 +96,21 @@ def test_a_corpus_that_cannot_be_prepared_is_an_error_before_any_trial(
     monkeypatch.undo()
     summary, _ = launch(load_campaign(path), tmp_path / "out", command="", inline=True)  # the lock is free again
     assert summary.status == "finished"
+
+
+def test_a_campaign_that_compiles_needs_a_compiler_before_any_trial(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(device: object) -> None:
+        raise ConfigError("compile: true needs a C++ compiler")
+
+    monkeypatch.setattr("tune.launch.check_compiler", none)
+    plain = load_campaign(write_file(tmp_path, corpus))
+    compiled = load_campaign(write_file(tmp_path, corpus), ["compile=true"])
+    check_training(plain, is_here=True)
+    check_training(compiled, is_here=False)  # a cluster's nodes may have one
+    with pytest.raises(ConfigError, match=r"needs a C\+\+ compiler"):
+        check_training(compiled, is_here=True)
 
 
 def test_a_stop_before_the_first_trial_ends_the_wait_and_leaves_no_lock(

@@ -10,7 +10,7 @@ from typing import Any
 
 import tune.bench
 from ngpt.config.base import ConfigError
-from ngpt.system.cli import add_set_option, run_command
+from ngpt.system.cli import ArgumentParser, add_set_option, run_command
 from ngpt.system.timing import print_metrics
 from tune.bench.campaigns import campaign, scaling
 from tune.bench.confirmations import confirmations
@@ -68,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     descriptions = [f"  {name}: {inspect.getdoc(function)}" for name, function in BENCHMARKS.items()]
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m tune.bench",
         description="\n\n".join([inspect.getdoc(tune.bench) or "", *descriptions]),
         formatter_class=argparse.RawDescriptionHelpFormatter,

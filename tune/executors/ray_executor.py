@@ -11,6 +11,7 @@ import shutil
 import signal
 import tempfile
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
 from multiprocessing.connection import Connection
@@ -27,13 +28,16 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
-from ngpt.config.base import ConfigError
-from ngpt.system.cgroups import usable_cpus
+from ngpt.system import gpus
 from ngpt.system.heartbeat import request_stop
-from tune.executors.ray_trainable import PAUSED, UPDATES, TrialWorker
-from tune.machine.environment import short_temporary
+from tune.executors.gpu_slots import GpuSlots
+from tune.executors.ray_folder import TEMPORARY, TOKEN_FILE, TOKEN_PATH_VARIABLE, TOKEN_VARIABLE
+from tune.executors.ray_trainable import GPU, PAUSED, UNUSABLE, UPDATES, TrialWorker
+from tune.machine.placement import place, this_machine
+from tune.machine.ray_limits import OBJECT_STORE, ray_root
 from tune.spec.schema import Resources
 from tune.trials.trial import TrialSpec
+from tune.trials.trial_group import GpuUnusable
 
 # Turns off the loggers and snapshots of Ray Tune, and its signal handler (tune/executors/signals.py replaces it).
 RAY_ENVIRONMENT = {
@@ -54,6 +58,13 @@ SCRATCH_PREFIX = ".tune-"  # names Tune's temporary folder in the results direct
 
 class RayNotStarted(Exception):
     """Ray did not start; the message is Ray's own."""
+
+
+def current_umask() -> int:
+    """The modes that this process takes from new files, which can only be read by changing it."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    return umask
 
 
 class RemoteSession:
@@ -113,13 +124,14 @@ class SessionSearcher(Searcher):
         self._session, self._cluster = session, cluster
         self._unfinished: dict[str, dict[str, TrialSpec]] = {}  # by Tune trial id, then by campaign trial id
         self._death_causes: dict[str, str] = {}  # by Tune trial id
+        self._umask = current_umask()
 
     def __getstate__(self) -> dict[str, Any]:
         """Returns nothing: Tune pickles its searcher to restore it, but only the journal restores a campaign."""
         return {}
 
     def suggest(self, trial_id: str) -> Any:
-        """Returns the specs and resources of the next trial or group, which Tune runs as `trial_id`.
+        """Returns the config of the next trial or group, which Tune runs as `trial_id`.
 
         Returns None if no trial can start yet, and FINISHED if none will start any more.
         """
@@ -131,7 +143,8 @@ class SessionSearcher(Searcher):
         if not specs:
             return Searcher.FINISHED if self._session.is_over() or self._session.stop_requested else None
         self._unfinished[trial_id] = {spec.trial_id: spec for spec in specs}
-        return {"specs": specs, "resources": self._cluster.per_trial}
+        config = {"specs": specs, "resources": self._cluster.per_trial, "umask": self._umask}
+        return config | {"gpu_slots": self._cluster.gpu_slots}
 
     def should_stop(self, trial_id: str, report: Mapping[str, Any]) -> bool:
         """Passes a worker's report to the session; returns whether all of the worker's trials have ended."""
@@ -154,7 +167,8 @@ class SessionSearcher(Searcher):
 
     def worker_died(self, trial_id: str, error: str) -> None:
         """Stores the cause of a worker's death, given Ray's error; Tune calls `on_trial_complete` next."""
-        self._death_causes[trial_id] = "host_oom" if OUT_OF_MEMORY in error else "killed"
+        causes = {OUT_OF_MEMORY: "host_oom", GpuUnusable.__name__: "gpu_error"}
+        self._death_causes[trial_id] = next((cause for text, cause in causes.items() if text in error), "killed")
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Reports the trials that died with their worker: those without a result that were not asked to stop."""
@@ -177,16 +191,48 @@ class WarmWorkerScheduler(FIFOScheduler):
 
     By default Tune keeps an idle worker only if another trial is already waiting, so all but one would exit at the end
     of each phase, and a new worker takes seconds to import torch. No public setting changes that.
+
+    It also ends workers that can run no further trial, and gives trials to idle workers on the least busy GPUs.
     """
 
     def __init__(self, workers: int, searcher: SessionSearcher) -> None:
         super().__init__()
         self._unreserved_workers, self._searcher = workers, searcher
+        self._gpus: dict[Any, str] = {}  # of each worker that has chosen one
 
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
         """Reserves all workers when the first trial is added, since Tune caches workers by their resources."""
         tune_controller._actor_cache.increase_max(trial.placement_group_factory, by=self._unreserved_workers)
         self._unreserved_workers = 0
+
+    def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
+        """Orders the idle workers, since Tune takes the first ones for the next trials."""
+        busy = Counter(self._gpus.get(worker) for worker in tune_controller._actor_to_trial)
+        for idle in tune_controller._actor_cache._cached_objects.values():
+            left = list(idle)
+            idle.clear()
+            while left:
+                worker = min(left, key=lambda each: busy[self._gpus.get(each)])
+                busy[self._gpus.get(worker)] += 1
+                left.remove(worker)
+                idle.append(worker)
+        return super().choose_trial_to_run(tune_controller)
+
+    def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+        """Notes the GPU of the worker."""
+        self._note_gpu(tune_controller, trial, result)
+        return super().on_trial_result(tune_controller, trial, result)
+
+    def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
+        """Ends a worker that can run no further trial. Tune would reuse it, and abort the next trial if it refuses."""
+        self._note_gpu(tune_controller, trial, result)
+        if result.get(UNUSABLE):
+            # Tune keeps only workers that it knows to have started; no public setting makes it end a single one.
+            tune_controller._started_actors.discard(tune_controller._trial_to_actor.get(trial))
+
+    def _note_gpu(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
+        if result.get(GPU) is not None:
+            self._gpus[tune_controller._trial_to_actor[trial]] = result[GPU]
 
     def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
         """Passes Ray's error for a dead worker to the searcher, before Tune calls its `on_trial_complete`."""
@@ -194,27 +240,24 @@ class WarmWorkerScheduler(FIFOScheduler):
         self._searcher.worker_died(trial.trial_id, Path(trial.error_file).read_text() if trial.error_file else "")
 
 
-def protect_token() -> None:
-    """Makes Ray's authentication token readable only by its owner, in case it was created with open permissions."""
-    path = Path.home() / ".ray" / "auth_token"
-    if path.is_file() and path.stat().st_mode & 0o077:
-        path.chmod(0o600)
-
-
 class RayCluster:
-    """Context manager that starts a private Ray on this machine, or joins the running cluster at `address`."""
+    """Context manager that starts a private Ray with files in `folder`, or joins the running cluster at `address`."""
 
-    def __init__(self, resources: Resources, *, address: str | None = None) -> None:
-        self.resources, self.address = resources, address
+    def __init__(
+        self, resources: Resources, *, device: str = "auto", address: str | None = None, folder: Path | None = None
+    ) -> None:
+        self.resources, self.device, self.address, self.folder = resources, device, address, folder
         self.dashboard_url: str | None = None
         self.process_ids: tuple[int, ...] = ()  # raylet and GCS server of a private Ray
-        self.folder: Path | None = None  # logs and sockets of a private Ray
 
     def __enter__(self) -> "RayCluster":
-        os.environ.update(RAY_ENVIRONMENT | {"TMPDIR": short_temporary()})
+        os.environ.update(RAY_ENVIRONMENT | {"TMPDIR": str(ray_root())})
         if not self.address:
             # With this variable unset, a new Ray requires its token; the shell may have turned that off.
             os.environ.pop("RAY_AUTH_MODE", None)
+        if self.folder:
+            os.environ.pop(TOKEN_VARIABLE, None)
+            os.environ[TOKEN_PATH_VARIABLE] = str(self.folder / TOKEN_FILE)
         # Where Ray may span machines, no public setting binds its own processes to the loopback interface.
         ray._private.ray_constants.ENABLE_RAY_CLUSTER = bool(self.address)
         context = self._init_ray()
@@ -224,7 +267,6 @@ class RayCluster:
         if not self.address:
             children = psutil.Process().children()
             self.process_ids = tuple(child.pid for child in children if child.name() in ("raylet", "gcs_server"))
-            self.folder = Path(context.address_info["session_dir"])
         self.dashboard_url = f"http://{context.dashboard_url}" if context.dashboard_url else None
         try:
             self._count_workers(ray.cluster_resources())
@@ -237,52 +279,40 @@ class RayCluster:
         ray.shutdown()
 
     def _init_ray(self) -> Any:
-        cpus = max(usable_cpus(), (self.resources.workers or 1) * self.resources.cpus_per_trial)
-        private = {"num_cpus": cpus, "include_dashboard": True, "dashboard_host": "127.0.0.1"}
-        umask = os.umask(0o077)  # Ray writes an authentication token
+        here = this_machine(self.resources, device=self.device)
+        private: dict[str, Any] = {"num_cpus": here["CPU"], "num_gpus": here["GPU"]}
+        private |= {"include_dashboard": True, "dashboard_host": "127.0.0.1", "object_store_memory": OBJECT_STORE}
+        if self.folder:
+            private["_temp_dir"] = str(self.folder / TEMPORARY)
         on_sigterm = signal.getsignal(signal.SIGTERM)
         try:
-            context = ray.init(
+            return ray.init(
                 address=self.address or "local",
                 logging_level=logging.ERROR,
                 log_to_driver=False,
                 configure_logging=True,
                 **({} if self.address else private),
             )
-            protect_token()
-            return context
         except Exception as error:  # many types: no disk space, no home directory, a busy machine
             raise RayNotStarted(str(error).strip()) from error
         finally:
-            os.umask(umask)
             if threading.current_thread() is threading.main_thread():  # Ray's own handler would exit silently
                 signal.signal(signal.SIGTERM, on_sigterm)
 
     def share_gpus(self, trials_per_gpu: int) -> None:
-        """Lets trials share each GPU. Ray counts resources in ten-thousandths, so the share is rounded down."""
-        share = int(10_000 / trials_per_gpu) / 10_000
-        self.resources = self.resources.model_copy(update={"gpus_per_trial": share})
-        self._count_workers(ray.cluster_resources())
+        """Lets trials share each GPU."""
+        self._count_workers(ray.cluster_resources(), trials_per_gpu)
 
-    def _count_workers(self, cluster: Mapping[str, float]) -> None:
+    def _count_workers(self, cluster: Mapping[str, float], trials_per_gpu: int | None = None) -> None:
         """Sets the resources per trial and the number of trials that the cluster can run concurrently.
 
         Raises:
             ConfigError: the cluster has no room for even one trial; Ray would wait forever.
         """
-        cpus, gpus = float(self.resources.cpus_per_trial), cluster.get("GPU", 0)
-        requested = self.resources.gpus_per_trial
-        share = float(bool(gpus)) if requested == "auto" else float(requested)
-        self.per_trial = {"CPU": cpus, "GPU": share}  # an explicit 0, since without a GPU entry a trial sees all GPUs
-        counts = [cluster.get("CPU", 1) // cpus]
-        per_gpu = int(1 / share + 1e-6) if share else 0
-        if share:
-            # A trial cannot be split between GPUs: at 0.4 GPUs each, two GPUs fit four trials, not five.
-            counts.append(int(gpus) * per_gpu if share < 1 else gpus // share)
-        if min(counts) < 1:
-            available = f"{cluster.get('CPU', 0):g} CPUs and {gpus:g} GPUs"
-            needed = f"{cpus:g} CPUs and {share:g} GPUs"
-            raise ConfigError(f"resources: a trial needs {needed}, but this cluster has {available}")
-        self.workers = min(int(min(counts)), self.resources.workers or 1_000_000)
-        # The trials that share a GPU, or the whole machine if they run on its CPU.
-        self.trials_per_device = max(1, min(self.workers, per_gpu)) if share else self.workers
+        self.placement = place(self.resources, [cluster], device=self.device, trials_per_gpu=trials_per_gpu)
+        self.workers = self.placement.workers
+        # An explicit 0, since without a GPU entry a trial sees all GPUs.
+        self.per_trial = {"CPU": self.placement.cpus, "GPU": self.placement.gpus}
+        self.gpu_slots: GpuSlots | None = None
+        if self.folder and 0 < self.placement.gpus < 1:  # in another cluster, only Ray knows which GPUs are free
+            self.gpu_slots = GpuSlots(self.folder / "gpu_slots", gpus.visible_ids(), self.workers)

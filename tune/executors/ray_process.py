@@ -29,10 +29,10 @@ class RayReady:
     """Ray has started, or has carried out a "share" command."""
 
     workers: int  # trials or groups that can run concurrently
-    trials_per_device: int
+    trials_per_device: int  # at most
     dashboard_url: str | None
     process_ids: tuple[int, ...] = ()  # raylet and GCS server of a private Ray
-    folder: Path | None = None  # logs and sockets of a private Ray
+    n_gpus: int = 0  # over which trials are spread; 0 on a CPU
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,13 @@ class RayExited:
     is_start_error: bool = False  # `error` is Ray's own message that it could not start
 
 
-def run_ray(connection: Connection, resources: Resources, address: str | None, root: Path) -> None:
+def run_ray(
+    connection: Connection, resources: Resources, device: str, address: str | None, root: Path, folder: Path | None
+) -> None:
     """Main function of the process: starts Ray, runs the trials of the parent's session, shuts Ray down.
 
-    When the parent dies, the process kills every process marked with `root` and exits.
+    A private Ray keeps its files in `folder` (tune/executors/ray_folder.py). When the parent dies, the process kills
+    every process marked with `root` and exits.
     """
     os.setsid()  # Ctrl-C in the terminal reaches only the parent, which lets the workers save
     os.dup2(2, 1)  # redirects stdout to stderr: the parent's stdout is for data
@@ -55,11 +58,12 @@ def run_ray(connection: Connection, resources: Resources, address: str | None, r
     from tune.executors.ray_executor import RayCluster, RayNotStarted, RemoteSession, run_tuner
 
     try:
-        with RayCluster(resources, address=address) as cluster:
+        with RayCluster(resources, device=device, address=address, folder=folder) as cluster:
             command: tuple[Any, ...] = ()
             while command != ("run",):
                 url, ids = cluster.dashboard_url, cluster.process_ids
-                connection.send(RayReady(cluster.workers, cluster.trials_per_device, url, ids, cluster.folder))
+                placed = cluster.placement
+                connection.send(RayReady(placed.workers, placed.trials_per_device, url, ids, placed.n_gpus))
                 command = connection.recv()
                 if command[0] == "share":
                     cluster.share_gpus(*command[1:])

@@ -8,21 +8,22 @@ restart Ray, this process kills everything that the child has started; the trial
 import math
 import multiprocessing
 import multiprocessing.resource_tracker
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
 import psutil
 
-from ngpt.config.base import ConfigError
+from ngpt.config.base import ConfigError, UserError
+from ngpt.system.cli import print_line
 from tune.executors.orphans import is_alive, kill_marked, mark_children, marked_processes
+from tune.executors.ray_folder import RayFolder
 from tune.executors.ray_process import RayExited, RayReady, run_ray
 from tune.executors.signals import StoppedEarly, stop_on_signal
 from tune.executors.watchdog import Watchdog
+from tune.machine.ray_limits import limit_hint
 from tune.machine.spawn import hide_main_module
 from tune.session.session import ExecutorLost, Session
 from tune.spec.schema import Resources
@@ -47,6 +48,7 @@ class RayProcess:
     process: Any  # multiprocessing has no public type for spawned processes
     connection: Connection
     ready: RayReady | None = None
+    folder: RayFolder | None = None  # of a private Ray
     shares_gpus: bool = False  # whether it has received the "share" command
     services: dict[str, psutil.Process] = field(default_factory=dict)  # raylet and GCS server of a private Ray, by name
 
@@ -85,9 +87,10 @@ class RaySupervisor:
         if kind is None:
             self._ray.process.join(EXIT_TIMEOUT)
         self._kill(started)
-        ready = self._ray.ready
-        if kind is None and ready and ready.folder:  # after an error, Ray's logs may explain it
-            shutil.rmtree(ready.folder, ignore_errors=True)
+        if kind in (None, StoppedEarly):
+            self._remove_folder()
+        elif self._ray.folder:  # after an error, Ray's logs may explain it; the next start removes them
+            self._ray.folder.release()
 
     def wait(self) -> RayReady:
         """Waits until Ray has started.
@@ -102,8 +105,14 @@ class RaySupervisor:
                 if self._session.stop_requested:
                     raise StoppedEarly
                 advice = "run `python run_campaign.py doctor` to find out why; --inline runs without Ray"
-                raise ExecutorLost(f"Ray did not start: {reason}\n{advice}")
+                logs = f"its logs are in {self._ray.folder.path} until the next start; " if self._ray.folder else ""
+                raise ExecutorLost(f"Ray did not start: {reason}{limit_hint()}\n{logs}{advice}")
         return self._ray.ready
+
+    @property
+    def token_command(self) -> str | None:
+        """The command that prints the token for the dashboard of a private Ray."""
+        return self._ray.folder.token_command if self._ray.folder else None
 
     def share(self, trials_per_gpu: int) -> RayReady:
         """Lets trials share each GPU, also whenever Ray is replaced later; raises the same errors as `wait`."""
@@ -117,8 +126,7 @@ class RaySupervisor:
         Raises:
             ExecutorLost: Ray died too often, or the cluster at `address` is lost.
         """
-        kill = partial(kill_marked, self._session.root)
-        with stop_on_signal(self._session, before_exit=kill, owns_process=self._owns_process):
+        with stop_on_signal(self._session, before_exit=self._end_at_once, owns_process=self._owns_process):
             self._is_running = True
             self._send_command()
             while (reason := self._handle_next()) is not FINISHED:
@@ -131,13 +139,16 @@ class RaySupervisor:
         context = multiprocessing.get_context("spawn")
         parent_end, child_end = context.Pipe()
         multiprocessing.resource_tracker.ensure_running()  # started before `mark_children`, so that it is not marked
-        arguments = (child_end, self._resources, self._address, self._session.root)
+        report = self._session.message if self._is_running else print_line
+        folder = None if self._address else RayFolder(report=report)
+        where = self._address, self._session.root, folder.path if folder else None
+        arguments = (child_end, self._resources, self._session.campaign.base.device, *where)
         process = context.Process(target=run_ray, args=arguments, name="ray driver", daemon=True)
         with mark_children(self._session.root), hide_main_module():
             process.start()
         child_end.close()
         self._heard_at = self._clock()
-        self._ray = RayProcess(process, parent_end)
+        self._ray = RayProcess(process, parent_end, folder=folder)
 
     def _kill(self, started: Sequence[psutil.Process]) -> None:
         """Kills the child, `started`, and every process marked with the results: Ray and the workers."""
@@ -146,20 +157,32 @@ class RaySupervisor:
         self._ray.process.join(EXIT_TIMEOUT)
         kill_marked(self._session.root, started)
 
+    def _end_at_once(self) -> None:
+        kill_marked(self._session.root)
+        self._remove_folder()
+
+    def _remove_folder(self) -> None:
+        if self._ray.folder:
+            self._ray.folder.remove()
+
     def _replace(self, reason: str) -> None:
         if self._address:
             text = f"the Ray cluster at {self._address} is lost ({reason}), and this run did not start it"
             raise ExecutorLost(f"{text}; repair it, then run the same command again to resume")
         self._kill(marked_processes(self._session.root))
+        self._remove_folder()
         self._session.executor_lost(reason)
         self._killed_at.clear()
         if self._replacements == MAX_REPLACEMENTS:
             advice = "run `python run_campaign.py doctor` to find out why, and the same command again to resume"
-            raise ExecutorLost(f"Ray died {MAX_REPLACEMENTS + 1} times ({reason}); {advice}")
+            raise ExecutorLost(f"Ray died {MAX_REPLACEMENTS + 1} times ({reason}{limit_hint()}); {advice}")
         self._replacements += 1
         count = f"{self._replacements} of at most {MAX_REPLACEMENTS}"
         self._session.message(f"Ray died ({reason}); starting a new one, {count}")
-        self._start()
+        try:
+            self._start()
+        except (UserError, OSError) as error:
+            raise ExecutorLost(f"Ray died ({reason}), and no new one can start: {error}") from error
 
     def _handle_next(self) -> str | None:
         """Handles the next message; returns why Ray must be replaced, FINISHED at the end, or None."""
@@ -200,7 +223,8 @@ class RaySupervisor:
         except psutil.NoSuchProcess as error:
             return f"its process {error.pid} is gone"
         self._ray.ready = ready
-        properties = {name: getattr(ready, name) for name in ("workers", "trials_per_device", "dashboard_url")}
+        names = ("workers", "trials_per_device", "n_gpus", "dashboard_url")
+        properties = {name: getattr(ready, name) for name in names}
         self._session.executor = replace(self._session.executor, **properties)
         if self._is_running:
             self._send_command()

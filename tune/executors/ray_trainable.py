@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import ray._private.worker
@@ -10,11 +11,13 @@ from ray.util.metrics import Gauge
 
 from ngpt.system import gpus
 from ngpt.system.heartbeat import HeartbeatWriter, clear_heartbeat, stop_requested
+from tune.executors.gpu_slots import GpuSlots, claim_slot
 from tune.trials.trial import TrialSpec
 from tune.trials.trial_group import Updates, run_trials
 
-# Keys of a report: the updates since the last report, and whether all unfinished trials have saved and stopped.
-UPDATES, PAUSED = "trial_updates", "trial_paused"
+# Keys of a report: the updates since the last report, whether all unfinished trials have saved and stopped, whether
+# this process can run no further trial, and its GPU, if it has chosen one.
+UPDATES, PAUSED, UNUSABLE, GPU = "trial_updates", "trial_paused", "worker_unusable", "worker_gpu"
 GAUGES = {
     "train_loss": "Training loss, nats per token",
     "val_loss": "Validation loss, nats per token",
@@ -39,18 +42,20 @@ class TrialWorker(ray.tune.Trainable):
 
     def setup(self, config: dict[str, Any]) -> None:
         """Begins the first trials; Tune calls it once per process."""
+        if "umask" in config:  # a cluster's may differ from that of the run, which the results belong to
+            os.umask(config["umask"])
         tags = ("phase", "arm", "seed")
         self._gauges = {name: Gauge(f"ngpt_{name}", text, tag_keys=tags) for name, text in GAUGES.items()}
+        slots: GpuSlots | None = config.get("gpu_slots")
+        self._slot = None if slots is None else claim_slot(slots)  # before anything asks for GPUs
         self._begin(config["specs"])
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Begins the next trials; returns False if this process cannot run them.
-
-        After a failure on a GPU it cannot: a CUDA error persists in the process, and GPU memory may stay allocated.
-        """
+        """Begins the next trials."""
         self._run.close()
-        if self._has_failed and gpus.is_in_use():
-            return False
+        # `UNUSABLE` prevents this. If it returned False, Ray would abort the next trials without telling the searcher;
+        # after an exception, another worker trains them.
+        assert not self._is_unusable(), "a worker whose trial failed on a GPU is not reused"
         self._begin(new_config["specs"])
         return True
 
@@ -66,19 +71,37 @@ class TrialWorker(ray.tune.Trainable):
         if self._unfinished and len(self._trials_to_stop()) == len(self._unfinished):
             self._run.close()  # saves the trials
             # Includes the last evaluation, since it is not repeated after the saved step.
-            return {UPDATES: updates, PAUSED: True, "done": True}
+            return self._report(updates, **{PAUSED: True, "done": True})
         for trial_id in updates.interim.keys() & self._unfinished.keys():
             spec, metrics = self._unfinished[trial_id], updates.interim[trial_id].metrics
             for name, gauge in self._gauges.items():
                 if metrics.get(name) is not None:
                     gauge.set(metrics[name], tags={"phase": spec.phase, "arm": spec.arm, "seed": str(spec.seed)})
-        return {UPDATES: updates} | ({} if self._unfinished else {"done": True})
+        if self._unfinished:
+            return self._report(updates)
+        if gpus.is_in_use() and not self._is_unusable():
+            gpus.release_unused()  # for trials of other workers, while this one is idle
+        return self._report(updates, done=True)
 
     def cleanup(self) -> None:
         """Closes the run when Tune ends the worker; trials with a stop request save first."""
         self._run.close()
 
+    def _report(self, updates: Updates, **fields: bool) -> dict[str, Any]:
+        report: dict[str, Any] = {UPDATES: updates, **fields}
+        if self._is_unusable():
+            report[UNUSABLE] = True
+        if self._slot is not None:
+            report[GPU] = self._slot.gpu
+        return report
+
+    def _is_unusable(self) -> bool:
+        """Whether a trial has failed on a GPU: a CUDA error persists in the process, and memory may stay allocated."""
+        return self._has_failed and gpus.is_in_use()
+
     def _begin(self, specs: Sequence[TrialSpec]) -> None:
+        if self._slot is not None:
+            specs = [replace(spec, packed=min(spec.packed, self._slot.workers)) for spec in specs]
         self._unfinished = {spec.trial_id: spec for spec in specs}
         others = f" and {len(specs) - 1} more" if len(specs) > 1 else ""
         self._title = f"{specs[0].name}{others}"

@@ -11,8 +11,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import pydantic
 import torch
 
 from ngpt.config.base import override
@@ -47,6 +48,8 @@ class CalibrationError(Exception):
 @dataclass(frozen=True)
 class ThroughputPoint:
     """Throughput and memory of `trials` concurrent processes on one device, each of which trains a trial or a group."""
+
+    __pydantic_config__: ClassVar = pydantic.ConfigDict(extra="forbid")  # see `CacheRecord` in throughput.py
 
     trials: int
     threads: int  # of each process

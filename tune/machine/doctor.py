@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ngpt.system.cache import cache_folder
+from ngpt.config.base import ConfigError
+from ngpt.system.cache import ADVICE, CODE_FOLDERS, cache_folder, code_folder_problem
 from ngpt.system.cgroups import cpu_quota, usable_cpus
 from tune import format as fmt
 from tune.machine.environment import (
@@ -17,15 +18,12 @@ from tune.machine.environment import (
     commit,
     cpu_model,
     git_problem,
-    short_temporary,
     total_memory,
     version,
 )
+from tune.machine.ray_limits import SHARED_MEMORY, has_shared_memory, ray_folder_problem, ray_limits, ray_root
 
 MIN_DISK = 2 << 30  # bytes
-MIN_SHARED_MEMORY = 256 << 20  # bytes
-MIN_RAY_DISK = 64 << 20  # bytes
-COMPILED_FOLDERS = ("compiled", "native")  # in the cache, filled by ngpt/kernels/compile.py and build.py; never emptied
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,10 @@ def _software(out: Path) -> Iterator[Check]:
 
 
 def _device(out: Path) -> Iterator[Check]:
+    import torch
+
     from ngpt.system import gpus
+    from ngpt.system.timing import bfloat16_slowdown, slow_dtype_note
 
     if gpus.is_available():
         names = [gpus.name(i) for i in range(gpus.count())]
@@ -70,6 +71,8 @@ def _device(out: Path) -> Iterator[Check]:
         advice = "" if gpus.is_built() else "; reinstall torch with CUDA"
         problem = f"a GPU driver is installed, but {reason}{advice}"
     yield Check("device", f"{cpu}; no GPU: {reason}", problem)
+    note = slow_dtype_note(torch.device("cpu"), "bfloat16")  # no problem, since it is not the default
+    yield Check("bfloat16", note or f"{1 / bfloat16_slowdown():.2g} x the speed of float32")
 
 
 def _results(out: Path) -> Iterator[Check]:
@@ -84,47 +87,44 @@ def _results(out: Path) -> Iterator[Check]:
 
 
 def _cache(out: Path) -> Iterator[Check]:
-    writable = os.access(_nearest_existing(cache_folder()), os.W_OK)
-    yield Check("corpora", str(cache_folder()), None if writable else "not writable: set NGPT_CACHE to another folder")
-    folders = [folder for name in COMPILED_FOLDERS if (folder := cache_folder() / name).is_dir()]
+    try:
+        cache = cache_folder()
+    except ConfigError as error:
+        yield Check("corpora", "no folder", str(error))
+        return
+    existing = _nearest_existing(cache)
+    writable = existing.is_dir() and os.access(existing, os.W_OK)
+    yield Check("corpora", str(cache), None if writable else "not writable: set NGPT_CACHE to another folder")
+    folders = [folder for name in CODE_FOLDERS if (folder := cache / name).is_dir()]
     size = sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())
     removal = f"; to empty it: {shlex.join(['rm', '-r', *map(str, folders)])}" if folders else ""
-    yield Check("compiled code", f"{fmt.size(size)}{removal}")
+    untrusted = next(filter(None, (code_folder_problem(cache / name) for name in CODE_FOLDERS)), None)
+    problem = f"not used, since {untrusted}: {ADVICE}" if untrusted else None
+    yield Check("compiled code", f"{fmt.size(size)}{removal}", problem)
 
 
 def _ray(out: Path) -> Iterator[Check]:
-    folder = Path(os.environ.get("RAY_TMPDIR") or short_temporary(), "ray")
-    existing = _nearest_existing(folder)
-    free = shutil.disk_usage(existing).free
-    problem = "Ray's logs and sockets need more: set TMPDIR to a folder with space" if free < MIN_RAY_DISK else None
-    if not os.access(existing, os.W_OK):
-        problem = "not writable: set TMPDIR to another folder"
-    yield Check("Ray's files", f"{folder} ({free / 2**20:.0f} MiB free)", problem)
-    shared = Path("/dev/shm")
-    if shared.exists():
-        free = shutil.disk_usage(shared).free
-        problem = "Ray needs more: mount a larger /dev/shm, or use --inline" if free < MIN_SHARED_MEMORY else None
-        yield Check("shared memory", f"{free / 2**20:.0f} MiB free in /dev/shm", problem)
+    root = ray_root()
+    free = shutil.disk_usage(_nearest_existing(root)).free
+    yield Check("Ray's files", f"{root} ({free / 2**20:.0f} MiB free)", ray_folder_problem(root))
+    if has_shared_memory():
+        yield Check("shared memory", f"{shutil.disk_usage(SHARED_MEMORY).free / 2**20:.0f} MiB free in {SHARED_MEMORY}")
     else:
-        yield Check("shared memory", "not used on this platform")
+        yield Check("shared memory", f"{SHARED_MEMORY} is missing or full; Ray uses the folder of its files instead")
+    for limit in ray_limits(usable_cpus()):
+        yield Check(limit.name, limit.value, limit.problem)
 
 
 def _user(out: Path) -> Iterator[Check]:
-    problem = None if os.access(Path.home(), os.W_OK) else "not writable: Ray stores its authentication token there"
-    yield Check("home", str(Path.home()), problem)
-    if sys.platform == "win32":
-        yield Check("open files", "no limit known")
-    else:
-        import resource
-
-        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        yield Check("open files", str(soft), "fewer than 1024: raise it with ulimit -n 4096" if soft < 1024 else None)
-    has_key = "WANDB_API_KEY" in os.environ or Path("~/.netrc").expanduser().exists()
+    home = Path(os.path.expanduser("~"))  # "~" without a home directory
+    writable = os.access(home, os.W_OK)
+    yield Check("home", str(home) if writable else f"{home} is not writable; each private Ray gets a token of its own")
+    has_key = "WANDB_API_KEY" in os.environ or os.path.exists(os.path.expanduser("~/.netrc"))
     yield Check("W&B", "a key is set" if has_key else "no key; tracker.wandb works offline")
 
 
 def _nearest_existing(path: Path) -> Path:
-    return next(folder for folder in (path, *path.parents) if folder.exists())
+    return next(folder for folder in (path, *path.parents) if os.path.exists(folder))  # False if it may not be read
 
 
 CHECKS: list[Callable[[Path], Iterator[Check]]] = [_software, _device, _results, _cache, _ray, _user]

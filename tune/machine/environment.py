@@ -14,7 +14,6 @@ from ngpt.system.cgroups import memory_limit, usable_cpus
 PACKAGES = ("torch", "ray", "numpy", "sentencepiece", "pyarrow", "pydantic", "wandb")
 GIT = ("git", "-C", str(Path(__file__).parent))
 BUSY_SHARE = 0.1  # of a GPU's memory; a display or the driver alone uses less
-MAX_TEMPORARY_BYTES = 35  # of TMPDIR; the path with /ray/session_DATE_PID/sockets/plasma_store may have 103
 
 
 def describe(device: str = "auto") -> dict[str, Any]:
@@ -61,12 +60,6 @@ def version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def short_temporary() -> str:
-    """TMPDIR, or /tmp if TMPDIR would make the paths of Ray's sockets too long for the system."""
-    folder = os.environ.get("TMPDIR") or "/tmp"
-    return folder if len(os.fsencode(folder)) <= MAX_TEMPORARY_BYTES else "/tmp"
 
 
 def total_memory() -> int:

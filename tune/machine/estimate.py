@@ -1,6 +1,6 @@
 """`--plan`: estimates how many trials a campaign trains, the disk space they need and how long they take."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,17 +9,16 @@ import torch
 
 from ngpt.config.base import ConfigError
 from ngpt.model.flops import matrix_params
-from ngpt.system import gpus
-from ngpt.system.cgroups import usable_cpus
 from ngpt.system.code_digest import current_code
 from ngpt.system.device import DTYPES, pick_device
-from ngpt.system.timing import gemm_flops
+from ngpt.system.timing import gemm_flops, slow_dtype_note
 from ngpt.training.config import TrainConfig
 from tune import format as fmt
 from tune.analysis.noise import Method
 from tune.analysis.power import Design, smallest_detectable
 from tune.analysis.verdicts import judge
 from tune.machine.gpu_sharing import known_trials_per_device
+from tune.machine.placement import Placement, device_notes, place, this_machine
 from tune.machine.throughput import device_key, known_speeds, measure_speeds
 from tune.planning.budget import describe_budget
 from tune.planning.code_changes import decide, find_code_changes
@@ -88,6 +87,8 @@ class Estimate:
     budget: str
     seconds_source: str
     code: list[str]  # what is to be said about trials of other code
+    devices: list[str]  # what is to be said about GPUs that are not used
+    slow_dtype: str | None = None  # a dtype that this machine only emulates
 
 
 class _Clock:
@@ -107,7 +108,7 @@ class _Clock:
             torch.set_num_threads(threads)
             self._flop_rate = EFFICIENCY * gemm_flops(pick_device(base.device), DTYPES[base.dtype])
             share = "" if n_missing == len(trials) else f" for {n_missing} of {len(trials)} trials"
-            rate = f"{self._flop_rate / 1e9:.0f} GFLOP/s"
+            rate = f"{self._flop_rate / 1e9:.3g} GFLOP/s"
             self.source = f"estimated from the FLOP count{share} at {rate}; --measure times real steps"
         elif not all((step_time_key(config), n_concurrent) in self._speeds for config, n_concurrent in trials):
             self.source += ", treating concurrent trials as sequential; --measure times real steps"
@@ -141,7 +142,7 @@ def estimate(
         state.results.pop(trial_id, None)
     phases = expected_phases(campaign, state)
     guessed = _guessed_phases(campaign, state, phases)
-    workers = expected_workers(campaign)
+    workers = expected_placement(campaign, state).workers
     left = _trials_left(campaign, state, phases)
     to_run = {name: _with_group_sizes(configs, campaign, workers) for name, configs in left.items()}
     clock = _Clock([trial for trials in to_run.values() for trial in trials], campaign, measure=measure)
@@ -175,6 +176,8 @@ def estimate(
         budget=describe_budget(campaign.budget),
         seconds_source=clock.source,
         code=code_lines,
+        devices=device_notes(campaign.resources, device=campaign.base.device),
+        slow_dtype=slow_dtype(campaign, (config for trials in to_run.values() for config, _ in trials)),
     )
 
 
@@ -225,15 +228,24 @@ def check_budget(campaign: Campaign, root: Path) -> None:
         raise ConfigError(f"budget.hours: {text} ({clock.source}); {advice}")
 
 
-def expected_workers(campaign: Campaign) -> int:
-    """The number of workers that this machine would run concurrently."""
-    resources = campaign.resources
-    limits = [usable_cpus() // resources.cpus_per_trial]
-    if gpus.is_gpu(pick_device(campaign.base.device)):
-        share, n_gpus = resources.gpus_per_trial, gpus.count()
-        per_gpu = known_trials_per_device(campaign) if share == "auto" else int(1 / float(share) + 1e-9)
-        limits.append(n_gpus * per_gpu if per_gpu else int(n_gpus / float(share)))
-    return max(1, resources.workers or min(limits))
+def slow_dtype(campaign: Campaign, configs: Iterable[TrainConfig]) -> str | None:
+    """A line about a dtype of these trials that this machine only emulates, or None."""
+    device = pick_device(campaign.base.device)
+    notes = (slow_dtype_note(device, dtype) for dtype in {config.dtype for config in configs})
+    return next(filter(None, notes), None)
+
+
+def expected_placement(campaign: Campaign, state: CampaignState) -> Placement:
+    """How many trials a private Ray on this machine would run at once, asked as the executor asks.
+
+    Raises:
+        ConfigError: this machine has no room for even one trial.
+    """
+    resources, device = campaign.resources, campaign.base.device
+    node = this_machine(resources, device=device)
+    is_measured = resources.gpus_per_trial == "auto" and node["GPU"]
+    shared = known_trials_per_device(campaign, state) if is_measured else None
+    return place(resources, [node], device=device, trials_per_gpu=shared)
 
 
 def _guessed_phases(campaign: Campaign, state: CampaignState, phases: Sequence[PlannedPhase]) -> set[str]:

@@ -61,7 +61,7 @@ def choose_gpu_sharing(campaign: Campaign, state: CampaignState, log: Log) -> Gp
     """
     if campaign.resources.gpus_per_trial != "auto" or not gpus.is_gpu(pick_device(campaign.base.device)):
         return None
-    configs, devices, resources = _trials_left(campaign, state), gpus.count(), campaign.resources
+    configs, devices, resources = _trials_left(campaign, state), len(gpus.visible_ids()), campaign.resources
     groups = GroupSizes(configs, devices=devices, max_size=resources.vectorise)
     max_trials = _max_trials(resources, groups.count, devices)
     return choose_trials_per_device(
@@ -69,14 +69,19 @@ def choose_gpu_sharing(campaign: Campaign, state: CampaignState, log: Log) -> Gp
     )
 
 
-def known_trials_per_device(campaign: Campaign) -> int:
-    """The number of trials per GPU by a stored measurement, or 1 if there is none. Measures nothing."""
-    configs, devices, resources = _trials_left(campaign, CampaignState()), gpus.count(), campaign.resources
+def known_trials_per_device(campaign: Campaign, state: CampaignState) -> int:
+    """What `choose_gpu_sharing` chooses, by stored measurements alone; 1 if there are none. Measures nothing."""
+    configs, devices, resources = _trials_left(campaign, state), len(gpus.visible_ids()), campaign.resources
+    if not configs:
+        return 1
     groups, dominant = GroupSizes(configs, devices=devices, max_size=resources.vectorise), _dominant_config(configs)
     device, shape = device_key(dominant, resources.cpus_per_trial), step_time_key(dominant)
     known = known_curve(device, shape, max_trials=1, together=groups.of(dominant))
     max_trials = _max_trials(resources, groups.count, devices)
-    return fastest_point(known.curve, max_trials=max_trials).trials if known else 1
+    if known is None or max_trials < 2:
+        return 1
+    room = _room_for_largest(configs, dominant, groups, resources.cpus_per_trial, log=None)
+    return fastest_point(known.curve, max_trials=min(max_trials, room)).trials
 
 
 class GroupSizes:
@@ -173,9 +178,12 @@ def _dominant_config(configs: Sequence[TrainConfig]) -> TrainConfig:
 
 
 def _room_for_largest(
-    configs: Sequence[TrainConfig], dominant: TrainConfig, groups: GroupSizes, threads: int, log: Log
+    configs: Sequence[TrainConfig], dominant: TrainConfig, groups: GroupSizes, threads: int, log: Log | None
 ) -> int:
-    """The number of processes with the most FLOPs per step that fit into the memory of a device."""
+    """The number of processes with the most FLOPs per step that fit into the memory of a device.
+
+    Without `log`, measures nothing: if the largest trial was not measured, it counts like the dominant one.
+    """
 
     def flops_per_step(config: TrainConfig) -> float:
         rows = groups.of(config) * (config.micro_batch_size or config.batch_size)
@@ -186,7 +194,10 @@ def _room_for_largest(
         return TRIAL_COUNTS[-1]
     device, shape, together = device_key(largest, threads), step_time_key(largest), groups.of(largest)
     known = known_curve(device, shape, max_trials=1, together=together)
+    if known is None and log is None:
+        return TRIAL_COUNTS[-1]
     if known is None:
+        assert log is not None
         log("measuring the memory of the largest trial ...")
         try:
             curve = measure_concurrent_trials(

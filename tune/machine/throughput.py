@@ -4,7 +4,6 @@ One file holds the tokens per second of each model shape, and curves of throughp
 a device (tune/machine/gpu_sharing.py). Unreadable lines are skipped.
 """
 
-import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Annotated, TypeVar
@@ -13,7 +12,7 @@ import pydantic
 import torch
 
 from ngpt.ensemble.throughput import measure_step_together
-from ngpt.system.cache import cache_folder
+from ngpt.system.cache import cache_folder, optional_cache
 from ngpt.system.code_digest import current_code
 from ngpt.training.config import TrainConfig, resolved
 from ngpt.training.throughput import measure_step
@@ -29,7 +28,13 @@ STORE = "speeds.jsonl"  # in the cache
 ROUNDS = 3  # of timing, for `hold: seconds`
 
 
-class SpeedRecord(pydantic.BaseModel):
+class CacheRecord(pydantic.BaseModel):
+    """A line of the store. One with other fields or types is of another version, and means something else."""
+
+    model_config = pydantic.ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class SpeedRecord(CacheRecord):
     """Training tokens per second of one shape, summed over the `together` trials that share a process."""
 
     device: str
@@ -38,19 +43,28 @@ class SpeedRecord(pydantic.BaseModel):
     tokens_per_second: pydantic.PositiveFloat
 
 
-class CurveRecord(pydantic.BaseModel):
+class CurveRecord(CacheRecord):
     """Throughput of one shape for different numbers of processes that share a device."""
 
     device: str
     shape: str  # `step_time_key`
     together: pydantic.PositiveInt  # trials that each process trains as a group
     code: str  # digest of the code that was measured
-    max_trials: int  # the measurement stops here, or earlier if more trials are slower or do not fit
+    max_trials: pydantic.PositiveInt  # the measurement stops here, or earlier if more trials are slower or do not fit
     measured_at: str  # UTC
     curve: Annotated[list[ThroughputPoint], pydantic.Field(min_length=1)]
 
+    @pydantic.field_validator("curve")
+    @classmethod
+    def _measurable(cls, curve: list[ThroughputPoint]) -> list[ThroughputPoint]:
+        for point in curve:
+            if min(point.trials, point.threads, point.tokens_per_second, point.memory_bytes) <= 0 or point.room < 0:
+                raise ValueError("a point of the curve that nobody can have measured")
+        return curve
+
 
 Record = TypeVar("Record", SpeedRecord, CurveRecord)
+ANY_RECORD: pydantic.TypeAdapter[SpeedRecord | CurveRecord] = pydantic.TypeAdapter(SpeedRecord | CurveRecord)
 
 
 def device_key(config: TrainConfig, threads: int) -> str:
@@ -144,12 +158,13 @@ def remember_curve(
 
 def _read(kind: type[Record]) -> Iterator[Record]:
     """The stored records of one kind, oldest first."""
-    for row in read_json_lines(cache_folder() / STORE, fields=kind.model_fields):
-        with contextlib.suppress(pydantic.ValidationError):
-            yield kind.model_validate(row)
+    records: list[SpeedRecord | CurveRecord] = []
+    with optional_cache("measured speeds"):
+        records = read_json_lines(cache_folder() / STORE, ANY_RECORD.validate_json)
+    yield from (record for record in records if isinstance(record, kind))
 
 
 def _append(records: Iterable[SpeedRecord | CurveRecord]) -> None:
     if rows := [record.model_dump() for record in records]:
-        with contextlib.suppress(OSError):  # without a writable cache, later plans only lack speeds
+        with optional_cache("measured speeds"):
             append_json_lines(cache_folder() / STORE, rows)

@@ -129,7 +129,11 @@ def _problems(summary: CampaignSummary) -> str:
     text = "Every trial that has run ended with a finite loss."
     if summary.problems:
         header = ("phase", "arm", "seed", "status", "error", "trial_id")
-        rows = [(p.phase, p.arm, p.seed, p.status, wording.went_wrong(p), p.trial_id) for p in summary.problems]
+        rows = [
+            (p.phase, p.arm, p.seed, p.status, "the same" if i else wording.went_wrong(p), p.trial_id)
+            for group in wording.problem_groups(summary)
+            for i, p in enumerate(group)
+        ]
         text = markdown_table(header, rows)
     listed = "\n".join(f"- {cell(text)}" for text in wording.troubles(summary))
     return "\n\n".join(["## What went wrong", text, *([listed] if listed else [])])

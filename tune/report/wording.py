@@ -202,8 +202,22 @@ def importance_table(phase: PhaseSummary) -> ImportanceTable | None:
 
 
 def went_wrong(problem: TrialProblem) -> str:
-    """Returns the last error of a trial that did not finish, or how it ended."""
-    return fmt.plain(problem.error or ENDINGS.get(problem.status, fmt.MISSING))
+    """Returns the reason why a trial did not finish, on one line, or how it ended."""
+    return fmt.reason(problem.error or ENDINGS.get(problem.status, fmt.MISSING))
+
+
+def trace_of(problem: TrialProblem) -> str | None:
+    """Returns the traceback of a failed trial, also from an older journal; None if it raised no exception."""
+    is_old = problem.error is not None and '  File "' in problem.error
+    return problem.traceback or (problem.error if is_old else None)
+
+
+def problem_groups(summary: CampaignSummary) -> list[list[TrialProblem]]:
+    """Groups the trials that went wrong in the same way, largest group first."""
+    groups: dict[tuple[str, str], list[TrialProblem]] = {}
+    for problem in summary.problems:
+        groups.setdefault((problem.status, went_wrong(problem)), []).append(problem)
+    return sorted(groups.values(), key=len, reverse=True)
 
 
 def fact(item: Any) -> str:

@@ -160,8 +160,10 @@ def _problems(state: CampaignState) -> list[TrialProblem]:
     problems: dict[str, TrialProblem] = {}
     for record in records:
         if record.status not in ("finished", "stopped"):
-            facts = {name: getattr(record, name) for name in TrialProblem.__dataclass_fields__}
-            problems.setdefault(record.trial_id, TrialProblem(**facts))
+            names = TrialProblem.__dataclass_fields__.keys() - {"traceback"}
+            facts = {name: getattr(record, name) for name in names}
+            traceback = state.results.get(record.trial_id, {}).get("traceback")
+            problems.setdefault(record.trial_id, TrialProblem(**facts, traceback=traceback))
     return list(problems.values())
 
 

@@ -327,8 +327,9 @@ def verify_text(findings: Findings) -> str:
     """Formats the findings for the terminal, with one or two lines for each issue."""
     lines = []
     for issue in (*findings.problems, *findings.notes):
-        lines.append(f"{'note' if isinstance(issue, Note) else 'problem':8} {issue.path}: {issue.text}")
-        lines += [f"{'':8} {issue.remedy}"] if issue.remedy else []
+        kind = "note" if isinstance(issue, Note) else "problem"
+        lines.append(f"{kind:8} {fmt.plain(issue.path)}: {fmt.plain(issue.text)}")
+        lines += [f"{'':8} {fmt.plain(issue.remedy)}"] if issue.remedy else []
     checked = ", ".join(f"{n} {kind.removesuffix('s') if n == 1 else kind}" for kind, n in findings.checked.items())
     verdict = "intact" if findings.intact else fmt.counted(len(findings.problems), "problem")
-    return "\n".join([*lines, f"{findings.results}: {verdict}; checked {checked}"])
+    return "\n".join([*lines, f"{fmt.plain(findings.results)}: {verdict}; checked {checked}"])

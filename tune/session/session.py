@@ -58,7 +58,8 @@ class ExecutorInfo:
     """Properties of the executor that runs the trials of a session."""
 
     workers: int = 1  # trials or groups that run concurrently
-    trials_per_device: int = 1
+    trials_per_device: int = 1  # at most
+    n_gpus: int = 0  # over which trials are spread; 0 on a CPU
     dashboard_url: str | None = None
     gpu_sharing: GpuSharing | None = None  # the measurement that chose `trials_per_device`, if there was one
     wandb_mode: str | None = None  # for every trial; None keeps the mode from the campaign file
@@ -315,8 +316,13 @@ class Session:
             folder=folder,
             threads=self.campaign.resources.cpus_per_trial,
             attempt=attempt,
-            packed=self.executor.trials_per_device,
+            packed=self._packed(),
         )
+
+    def _packed(self) -> int:
+        """Returns how many trials may share a device with the one that starts now, including itself."""
+        most, n_gpus = self.executor.trials_per_device, self.executor.n_gpus
+        return min(most, max(1, -(-len(self._queue.unfinished) // n_gpus))) if n_gpus else most
 
     def _drop_waiting(self) -> None:
         """Records waiting trials as stopped at step 0 if early stopping has dropped their arms."""
@@ -405,7 +411,7 @@ def trial_line(snapshot: Snapshot, trial: PlannedTrial, result: TrialResult, met
     total, plus = str(snapshot.total), "" if snapshot.total_is_final else "+"
     parts = [f"[{snapshot.done:>{len(total)}}/{total}{plus}] {trial.phase}", f"{trial.arm} seed {trial.seed}"]
     if result.status != "finished":
-        parts.append(result.status + (f": {result.error.strip().splitlines()[-1]}" if result.error else ""))
+        parts.append(result.status + (f": {fmt.reason(result.error)}" if result.error else ""))
     loss, speed = result.metrics.get(metric), result.metrics.get("tokens_per_second")
     parts += [f"{metric} {fmt.number(loss)}"] if loss is not None else []
     parts += [f"{fmt.count(speed)} tok/s"] if speed is not None else []

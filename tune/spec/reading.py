@@ -9,7 +9,7 @@ import re
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-from ngpt.config.base import ConfigError, Location, Problem, settings
+from ngpt.config.base import QUOTES, ConfigError, Location, Problem, settings
 from ngpt.config.overrides import MAX_PROBLEMS
 from ngpt.config.yaml_reader import Document
 from ngpt.model.residual import RESIDUAL_ALIASES
@@ -58,11 +58,15 @@ def complete(reading: Reading[Value | None], document: Document) -> Value:
 def check_name(name: Any, at: Location, what: str) -> Reading[bool]:
     """Checks the name of a campaign, phase, claim or arm; arm names may be longer and have more characters."""
     pattern, longest, also = (ARM_NAME, 80, " ' ', '=', ',', ':', '+',") if what == "arm" else (NAME, 64, "")
+    article = "an" if what == "arm" else "a"
     if isinstance(name, str) and pattern.fullmatch(name) and ".." not in name:
         return True
+    if isinstance(name, bool | int | float):
+        yield Problem(at, f"{fmt.value(name)} cannot be the name of {article} {what}: {QUOTES}")
+        return False
     shown = repr(fmt.shorten(name, 40)) if isinstance(name, str) else repr(name)
     rule = f"1 to {longest} letters, digits,{also} '.', '_' and '-', the first a letter or digit, and no '..'"
-    yield Problem(at, f"{shown} cannot be the name of {'an' if what == 'arm' else 'a'} {what}: use {rule}")
+    yield Problem(at, f"{shown} cannot be the name of {article} {what}: use {rule}")
     return False
 
 

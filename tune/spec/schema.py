@@ -1,6 +1,5 @@
 """The types of a validated campaign, as tune/campaign.py builds it."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count, takewhile
@@ -9,6 +8,7 @@ from typing import Annotated, Any
 from pydantic import Field, PlainValidator
 
 from ngpt.config.base import Config, Location, invalid_setting, one_of
+from ngpt.model.config import Count
 from ngpt.training.config import TrainConfig
 from tune.spec.search_space import Search
 from tune.spec.sweeps import SWEEPS, ArmSpec
@@ -24,9 +24,20 @@ MAX_TRIALS = 10_000  # per campaign
 FEWEST_FRESH, MOST_FRESH = 4, 30  # number of seeds that `seeds: fresh` chooses from
 
 
+MAX_GPUS = 1024  # of a trial
+SMALLEST_GPU_SHARE = 0.0001  # Ray counts GPUs in steps of this size
+MAX_PROCESSES = 4096  # of a campaign, and threads of each
+
+
 def _gpus_per_trial(value: Any) -> Any:
-    if value != "auto" and (isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf):
-        raise invalid_setting(f"expected `auto` or a number above 0, got {value!r}")
+    if value == "auto":
+        return value
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    # Ray places whole GPUs, or a part of one: no trial could ever get 1.5.
+    is_whole = is_number and 0 <= value <= MAX_GPUS and value == int(value)
+    if not is_whole and not (is_number and SMALLEST_GPU_SHARE <= value < 1):
+        numbers = f"a whole number from 0 to {MAX_GPUS}, or a share of a GPU from {SMALLEST_GPU_SHARE} to below 1"
+        raise invalid_setting(f"expected `auto`, {numbers}, got {value!r}")
     return value
 
 
@@ -40,19 +51,20 @@ class Metric(Config):
 class Resources(Config):
     """CPUs and GPUs per trial, and how many trials train concurrently."""
 
-    cpus_per_trial: Annotated[int, Field(ge=1)] = 1  # threads
-    gpus_per_trial: Annotated[Any, PlainValidator(_gpus_per_trial)] = "auto"  # auto: measured
-    workers: Annotated[int, Field(ge=1)] | None = None  # concurrent training processes; null: as many as fit
-    vectorise: Annotated[int, Field(ge=1)] = 1  # trials with the same graph that one process trains as a batch
+    cpus_per_trial: Annotated[int, Field(ge=1, le=MAX_PROCESSES)] = 1  # threads
+    gpus_per_trial: Annotated[Any, PlainValidator(_gpus_per_trial)] = "auto"  # auto: measured; 0: on the CPU
+    # concurrent training processes; null: as many as fit
+    workers: Annotated[int, Field(ge=1, le=MAX_PROCESSES)] | None = None
+    vectorise: Annotated[int, Field(ge=1, le=1024)] = 1  # trials with the same graph that one process trains as a batch
     # seconds without a step after which a trial counts as hung; null: 20 median steps, at least ten minutes
-    stall_timeout: Annotated[float, Field(gt=0)] | None = None
+    stall_timeout: Annotated[float, Field(ge=1, le=10**7)] | None = None
 
 
 class Budget(Config):
     """Limits on the total over all sessions, after which no trial is started (tune/planning/budget.py)."""
 
-    trials: Annotated[int, Field(ge=1)] | None = None
-    hours: Annotated[float, Field(gt=0)] | None = None
+    trials: Count | None = None
+    hours: Annotated[float, Field(gt=0, le=10**6)] | None = None
 
 
 class EarlyStop(Config):
@@ -60,8 +72,8 @@ class EarlyStop(Config):
 
     method: Annotated[str, one_of(EARLY_STOP_METHODS, "method")] = "asha"
     # 3: at each rung, 1 in 3 trials continues, and the next rung is at 3 times the steps
-    reduction: Annotated[int, Field(ge=2)] = 3
-    first: Annotated[int, Field(ge=1)]  # step of the first rung, for the baseline
+    reduction: Annotated[int, Field(ge=2, le=1000)] = 3
+    first: Count  # step of the first rung, for the baseline
 
     def rungs(self, steps: int) -> list[int]:
         """The steps at which trials are compared, all before the last step, `steps`."""
@@ -76,9 +88,10 @@ class Header(Config):
     metric: Metric = Metric()
     hold: Annotated[str, one_of(HOLDS, "quantity to hold")] = "tokens"
     confidence: Annotated[float, Field(ge=0.5, lt=1)] = 0.95
-    min_effect: Annotated[float, Field(ge=0)] = 0.005
+    min_effect: Annotated[float, Field(ge=0, le=10**6)] = 0.005
     resources: Resources = Resources()
-    noise: Annotated[float, Field(gt=0)] | None = None  # standard deviation of the metric between seeds, for --plan
+    # standard deviation of the metric between seeds, for --plan
+    noise: Annotated[float, Field(gt=0, le=10**6)] | None = None
     budget: Budget = Budget()
     early_stop: EarlyStop | None = None
 

@@ -22,6 +22,7 @@ METHODS = ("random", "optuna")
 KEYS = ("method", "trials", "space", "seed", "parallel", "confirm")
 PARALLEL = 4  # default number of arms per batch that optuna proposes
 DIGITS = 4  # significant digits of a value drawn from an interval
+MAX_NUMBER = 2**31 - 1  # largest `trials`, `seed` and `parallel`
 MAX_BOUND = 1e300  # magnitude of an interval's ends
 
 SettingsReader = Callable[[Any, Location], Reading[LocatedSettings]]
@@ -152,9 +153,9 @@ def _read_numbers(data: dict[str, Any], at: Location) -> Reading[dict[str, int]]
     numbers = {"trials": data.get("trials"), "seed": data.get("seed", 0), "parallel": data.get("parallel", PARALLEL)}
     for name, value in numbers.items():
         lowest = 0 if name == "seed" else 1
-        if type(value) is not int or not lowest <= value < 2**31:
+        if type(value) is not int or not lowest <= value <= MAX_NUMBER:
             where = (*at, name) if name in data else at
-            yield Problem(where, f"`{name}:` is a whole number of at least {lowest}, got {value!r}")
+            yield Problem(where, f"`{name}:` is a whole number from {lowest} to {MAX_NUMBER:,}, got {value!r}")
     return numbers
 
 

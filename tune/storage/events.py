@@ -353,6 +353,7 @@ class PackingChosen(Fields):
     device: str | None = None
     curve: list[SharingPoint]
     measured_at: str | None = None
+    together: Rows = 1
 
 
 # ---- code ------------------------------------------------------------------------------------------------------------

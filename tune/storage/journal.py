@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ngpt.config.base import printable
-from ngpt.system.atomic_files import LineFile, write_atomic
+from ngpt.system.atomic_files import LineFile, naming, write_atomic
 from tune.storage.events import event_problem
 
 JOURNAL = "journal.jsonl"
@@ -90,7 +90,8 @@ def read_journal(path: Path) -> list[Event]:
     """
     if not path.is_file():
         return []
-    raw = path.read_bytes()
+    with naming(path):
+        raw = path.read_bytes()
     events: list[Event] = []
     for number, event, problem in parse_lines(raw):
         if event is None:

@@ -203,6 +203,7 @@ class TrialProblem:
     trial_id: str
     status: str
     error: str | None = None
+    traceback: str | None = None  # of an exception; older journals have it in `error`
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ def _view(comparison: Comparison, width: int) -> RenderableType:
         if differing:
             table.add_row(Text(title, style="bold"), "", "")
         for name, (left, right) in differing.items():
-            table.add_row(f"  {fmt.plain(name)}", words(_fact(left)), words(_fact(right)))
+            table.add_row(Text(f"  {fmt.plain(name)}"), words(_fact(left)), words(_fact(right)))
     parts: list[RenderableType] = [table]
     if same := [title.lower() for title, differing in sections.items() if not differing]:
         parts.append(words(f"The same in both: {fmt.listing(same)}.", "dim"))
@@ -62,7 +62,8 @@ def _arm_table(comparison: Comparison, width: int) -> Table:
     table = Table(box=RULED, width=width, padding=(0, 1, 0, 0))
     table.add_column("arm", ratio=1, overflow="fold")
     for name in ("n", f"A {comparison.metric.name}", "B \u2212 A", "Holm p", "tok/s"):
-        table.add_column(name, justify="left" if name == "B \u2212 A" else "right", no_wrap=name == "B \u2212 A")
+        is_interval = name == "B \u2212 A"
+        table.add_column(words(name), justify="left" if is_interval else "right", no_wrap=is_interval)
     table.add_column("verdict", max_width=13)
     for arm in comparison.arms:
         name = arm.a[0] if arm.a[0] == arm.b[0] else f"{arm.a[0]} = {arm.b[0]}"

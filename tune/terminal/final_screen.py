@@ -18,11 +18,13 @@ from tune.report.wording import (
     mean_interval,
     next_step,
     noise,
+    problem_groups,
     rounds,
     seed_counts,
     selection,
     trial_counts,
     verdict,
+    went_wrong,
 )
 from tune.storage.summaries import ArmSummary, CampaignSummary, ClaimResult, PhaseSummary
 from tune.terminal.live import Portable, words
@@ -41,6 +43,7 @@ VERDICT_STYLES = {
 CLAIM_STYLES = {"reproduced": "bold bright_blue", "refuted": "yellow"}
 MAX_ARMS = 12  # rows of a phase table; the report lists all arms
 MAX_WIDTH = 132  # longer lines are hard to follow
+MOST_REASONS = 3  # of trials that failed; the report has all
 GAP = 2  # between two columns
 MIN_NAME_WIDTH = 16  # if less is left for the names, intervals move to a second line
 SPEED_WIDTH = 7  # of the speed column
@@ -224,6 +227,8 @@ def _answer_panel(summary: CampaignSummary, report: Path, width: int) -> Panel:
     if summary.problems:
         text = f"{fmt.counted(len(summary.problems), 'trial')} failed or diverged; see the report"
         rows.add_row("problems", Text(text, "magenta"))
+        for group in problem_groups(summary)[:MOST_REASONS]:
+            rows.add_row("", words(f"{fmt.counted(len(group), 'trial')}: {went_wrong(group[0])}", "magenta"))
     rows.add_row("report", words(report))
     rows.add_row("next", Text(next_step(summary)))
     title = words(summary.title, "bold").append("  ").append_text(words(summary.status, "dim"))

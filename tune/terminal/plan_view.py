@@ -53,4 +53,5 @@ def _notes(estimated: Estimate) -> list[str]:
     if any(row.guessed for row in estimated.phases):
         guess = "the first arm of that phase, or its last winner, is assumed"
         lines.append(f"* starts from a winner that is not known yet; {guess}")
-    return [*lines, *estimated.code, f"results in {estimated.results}"]
+    lines += [estimated.slow_dtype] if estimated.slow_dtype else []
+    return [*lines, *estimated.devices, *estimated.code, f"results in {estimated.results}"]

@@ -30,6 +30,7 @@ RETRY_RULES: dict[str, RetryRule] = {
     "code_error": RetryRule("result", 0, "an exception in the trial"),  # a retry would raise it again
     "host_oom": RetryRule("memory", 1, "the machine had no memory left", alone=True),
     "killed": RetryRule("process", 3, "its process was killed or crashed"),
+    "gpu_error": RetryRule("process", 3, "an error on the GPU ended the process of its group"),
     "hung": RetryRule("process", 3, "it made no progress"),
     "ray_lost": RetryRule("process", 3, "Ray died while it ran"),
 }
@@ -81,7 +82,7 @@ def failure_cause(result: TrialResult) -> str | None:
         return "diverged"
     if result.status != "failed":
         return None
-    lines = (result.error or "").splitlines()
+    lines = f"{result.error or ''}\n{result.traceback or ''}".splitlines()  # a cause may be in the traceback only
     # An error of the compiler names the one that it wraps: `torch._inductor.exc.InductorError: MemoryError: `.
     exceptions = {part.rpartition(".")[2] for line in lines for part in line.split(":")[:2]}
     exceptions = {name.strip() for name in exceptions}

@@ -10,7 +10,7 @@ import socket
 import time
 import traceback
 from collections.abc import Generator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from ngpt.training.state import Metrics
 
 # GPU memory that a process uses in addition to its tensors, at most this share of its part of the GPU.
 CUDA_CONTEXT_BYTES, CUDA_CONTEXT_SHARE = 768 << 20, 0.25
-MAX_ERROR_LENGTH = 4000  # characters; a record keeps the end of a longer traceback
+MAX_ERROR_LENGTH = 4000  # characters; a record keeps the start of a longer message, the end of a longer traceback
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class TrialSpec:
     folder: Path
     threads: int
     attempt: int
-    packed: int = 1  # number of trials that share its device, including itself
+    packed: int = 1  # number of trials that may share its device, including itself
 
     @property
     def name(self) -> str:
@@ -58,7 +58,10 @@ class TrialSpec:
 
 @dataclass(frozen=True)
 class TrialResult:
-    """Result of one attempt at a trial. `error` is the reason if `status` is failed or stopped."""
+    """Result of one attempt at a trial. `error` is the reason if `status` is failed or stopped.
+
+    Of an exception, `error` is its type and message.
+    """
 
     status: str  # finished, diverged, failed or stopped
     metrics: Metrics = field(default_factory=dict)
@@ -67,6 +70,7 @@ class TrialResult:
     seconds: float = 0.0
     provenance: dict[str, Any] = field(default_factory=dict)
     eval_blocks: dict[str, Any] | None = None  # loss by block of the evaluation text, see ngpt/training/text_blocks.py
+    traceback: str | None = None  # its end, of an exception
 
 
 class Attempt:
@@ -96,9 +100,11 @@ class Attempt:
     def failure(self, exception: Exception) -> TrialResult:
         """The result of a trial that raised. The traceback, with secrets redacted, is also written to `error.txt`."""
         text = redact("".join(traceback.format_exception(exception)))
+        reason = redact(f"{type(exception).__name__}: {exception}".removesuffix(": "))
         with contextlib.suppress(OSError):  # the disk may be full; the record also has the error
             write_atomic(self._spec.folder / "error.txt", text)
-        return self.result(RunResult("failed", 0), text[-MAX_ERROR_LENGTH:])
+        result = self.result(RunResult("failed", 0), reason[:MAX_ERROR_LENGTH])
+        return replace(result, traceback=text[-MAX_ERROR_LENGTH:])
 
 
 def run_trial(spec: TrialSpec, **marks: Any) -> Generator[TrialResult, None, TrialResult]:
@@ -186,5 +192,6 @@ def describe_machine(device: str, threads: int) -> dict[str, Any]:
     """Device, threads, host and versions: the part of the provenance that can affect the numbers."""
     kind = pick_device(device)
     name = gpus.name(kind) if gpus.is_gpu(kind) else f"{kind.type} {platform.machine()}"
+    place = {"gpu": gpus.visible_ids()[0]} if gpus.is_gpu(kind) else {}
     versions = {"torch": str(torch.__version__), "python": platform.python_version()}
-    return {"device": name, "threads": threads, "host": socket.gethostname(), **versions}
+    return {"device": name, "threads": threads, "host": socket.gethostname(), **place, **versions}

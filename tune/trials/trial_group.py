@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ngpt.ensemble.train import ensemble_incompatibility, graph_settings, train_together
+from ngpt.system import gpus
 from ngpt.system.device import pick_device
 from ngpt.system.heartbeat import HeartbeatWriter
 from ngpt.system.memory import free_memory
@@ -28,6 +29,10 @@ from tune.trials.trial import (
 )
 
 log = logging.getLogger(__name__)
+
+
+class GpuUnusable(Exception):
+    """An error of one trial has left the GPU unusable for this process, so the other trials need another one."""
 
 
 @dataclass(frozen=True)
@@ -63,10 +68,13 @@ def expected_groups(configs: Sequence[TrainConfig], *, workers: int, max_size: i
 
 
 def run_trials(specs: Sequence[TrialSpec]) -> Trials:
-    """Trains all trials concurrently, each from the newest intact checkpoint in its folder. Never raises.
+    """Trains all trials concurrently, each from the newest intact checkpoint in its folder.
 
     Ends when every trial has ended or was stopped. To stop trials, send their ids in response to a yield. If an error,
     such as running out of memory, ends the whole group, the remaining trials are trained sequentially.
+
+    Raises:
+        GpuUnusable: after an error of one trial, this process cannot train the remaining ones.
     """
     if len(specs) == 1:
         yield from _run_alone(specs[0])
@@ -82,11 +90,14 @@ def run_trials(specs: Sequence[TrialSpec]) -> Trials:
         names = ", ".join(spec.name for spec in running.values())
         log.warning("%d trials failed together and continue one by one: %s", len(running), names, exc_info=True)
     finally:
-        free_memory(device)
+        with contextlib.suppress(RuntimeError):  # of a GPU that has become unusable
+            free_memory(device)
     for spec in running.values():
         with contextlib.suppress(OSError):  # the folder may have caused the failure
             HeartbeatWriter(spec.folder).close()  # tells the watchdog which process the trial belongs to
     for spec in running.values():
+        if not gpus.is_usable():
+            raise GpuUnusable("an error has left the GPU unusable for this process")
         # `vectorised` marks its time as not comparable with that of a trial that always ran alone.
         yield from _run_alone(spec, vectorised=len(specs))
 

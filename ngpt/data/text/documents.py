@@ -13,11 +13,20 @@ from typing import NamedTuple
 from ngpt.config.base import ConfigError
 from ngpt.data.text.formats import FileFormat, Format, format_of
 from ngpt.data.text.json_documents import missing_column, read_json_array, read_json_lines, read_json_object
-from ngpt.data.text.streams import BOM, compression_of, open_stream, read_head, utf8_error
+from ngpt.data.text.streams import (
+    BOM,
+    MAX_DOCUMENT,
+    compression_of,
+    open_stream,
+    read_head,
+    too_large,
+    utf8_error,
+)
 from ngpt.data.text.tables import parquet_text_size, read_arrow, read_parquet
 
 COLUMN = "text"
 BLOCK = 1 << 22  # characters of a text file in memory at once
+MAX_LINE = 2 * MAX_DOCUMENT  # characters; text8, all on one line, has 100 million
 COMPRESSION_RATIO = 3  # approximate compression ratio of English
 MAX_HASHED_BYTES = 1 << 30  # bytes; larger files are identified by their edges and samples in between
 SAMPLE, SAMPLE_EVERY = 1 << 16, 1 << 26  # bytes
@@ -87,7 +96,7 @@ def read_documents(files: Sequence[Path], column: str = COLUMN, left_out: Counte
     """
     for path in files:
         kind = format_of(path).kind
-        texts = iter(["".join(read_text(path))]) if kind == "text" else READERS[kind](path, column)
+        texts = iter([_whole_text(path)]) if kind == "text" else READERS[kind](path, column)
         for text in texts:
             if text:
                 yield text
@@ -103,18 +112,30 @@ def text_size(files: Sequence[Path], column: str = COLUMN) -> int:
 def read_text(path: Path) -> Iterator[str]:
     """Yields a file in large pieces of whole lines, with unchanged line ends and without a byte order mark.
 
+    A line above `MAX_LINE`, which may be the whole of a file, is divided.
     ConfigError if it is not UTF-8, or holds zero bytes as binary files and UTF-16 do.
     """
     with open_stream(path) as stream:
         file = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
         try:
             while piece := file.read(BLOCK):
-                piece += file.readline()
+                piece += file.readline(MAX_LINE)
                 if "\0" in piece:
                     raise ConfigError(f"{path} is not a text file: it has zero bytes in it")
                 yield piece
         except UnicodeDecodeError:
             raise utf8_error(path) from None
+
+
+def _whole_text(path: Path) -> str:
+    """A text file as one document."""
+    pieces, size = list[str](), 0
+    for piece in read_text(path):
+        pieces.append(piece)
+        size += len(piece)
+        if size > MAX_DOCUMENT:
+            raise too_large(path)
+    return "".join(pieces)
 
 
 def has_byte_order_mark(path: Path) -> bool:

@@ -15,11 +15,13 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 
 from ngpt.config.base import ConfigError, printable
 from ngpt.data.text.progress import Log, Meter
+from ngpt.system.atomic_files import naming
 
 PARALLEL_FILES = 4
 TIMEOUT = 15.0  # seconds without a byte
@@ -33,12 +35,16 @@ HINT = "pass a local copy with data.path (--from PATH)"
 
 @dataclass(frozen=True)
 class HubFile:
-    """A file of a data set as the hub lists it: `path` inside the data set, `size` in bytes."""
+    """A file of a data set as the hub lists it: `path` inside the data set, `size` in bytes.
+
+    Git keeps small files itself: these have no `sha256`, but a `blob_id`, git's SHA-1 of their content.
+    """
 
     path: str
     url: str
     size: int
-    sha256: str
+    sha256: str | None
+    blob_id: str | None = None
 
     @property
     def name(self) -> str:
@@ -46,8 +52,25 @@ class HubFile:
         return self.path.replace("/", "-")
 
 
+@dataclass(frozen=True)
+class HubListing:
+    """What the hub says of a data set at one commit. `configs` are the subsets that its README declares."""
+
+    commit: str
+    files: list[HubFile]  # by path
+    configs: list[dict[str, Any]]
+
+
 def list_hub(dataset: str, *, revision: str = "main") -> list[HubFile]:
     """Lists the large files of a data set such as `kjj0/fineweb10B-gpt2` by path. ConfigError if that fails."""
+    return [file for file in read_listing(dataset, revision).files if file.sha256 is not None]
+
+
+def read_listing(dataset: str, revision: str, *, pin: bool = False) -> HubListing:
+    """Asks the hub for the files of a data set. ConfigError if that fails.
+
+    With `pin`, their URLs name the commit, so that they stay the same when the revision moves on.
+    """
     endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or None
     with _errors_of(f"the file list of {dataset}"):
         # Before the import, unless the user has decided: telemetry would ask the hub for a list of AI agents first.
@@ -55,17 +78,22 @@ def list_hub(dataset: str, *, revision: str = "main") -> list[HubFile]:
         from huggingface_hub import HfApi, hf_hub_url
 
         info = HfApi(endpoint).dataset_info(dataset, revision=revision, files_metadata=True, timeout=TIMEOUT)
+        if info.sha is None:
+            raise ValueError("the hub does not say which commit it is")
+        at = info.sha if pin else revision
         files = [
             HubFile(
                 path=file.rfilename,
-                url=hf_hub_url(dataset, file.rfilename, repo_type="dataset", revision=revision, endpoint=endpoint),
-                size=file.lfs.size,
-                sha256=file.lfs.sha256,
+                url=hf_hub_url(dataset, file.rfilename, repo_type="dataset", revision=at, endpoint=endpoint),
+                size=(file.lfs.size if file.lfs else file.size) or 0,
+                sha256=file.lfs.sha256 if file.lfs else None,
+                blob_id=None if file.lfs else file.blob_id,
             )
             for file in info.siblings or ()
-            if file.lfs  # git keeps small files such as README.md itself, without a SHA-256
         ]
-    return sorted(files, key=lambda file: file.path)
+        card = info.card_data.to_dict() if info.card_data else {}
+    configs = [config for config in card.get("configs") or () if isinstance(config, dict)]
+    return HubListing(info.sha, sorted(files, key=lambda file: file.path), configs)
 
 
 def download(files: Sequence[HubFile], folder: Path, *, name: str, log: Log) -> list[Path]:
@@ -116,7 +144,7 @@ def _download_in_parallel(missing: Sequence[tuple[HubFile, Path]], meter: Meter,
 def _download_file(file: HubFile, path: Path, stop: threading.Event, arrived: Callable[[int], None]) -> None:
     part = path.with_name(path.name + PART)
     for _ in range(2):  # a partial file may be of an older version: once more from the start
-        with part.open("ab") as out:
+        with naming(part), part.open("ab") as out:
             while out.tell() < file.size and not stop.is_set():
                 data = _read_range(file, out.tell())
                 out.write(data)
@@ -125,13 +153,20 @@ def _download_file(file: HubFile, path: Path, stop: threading.Event, arrived: Ca
             os.fsync(out.fileno())
         if stop.is_set():
             return
-        with part.open("rb") as whole:
-            sha256 = hashlib.file_digest(whole, "sha256").hexdigest()
-        if sha256 == file.sha256:
+        if _digest(part, file) == (file.sha256 or file.blob_id):
             part.replace(path)
             return
         part.unlink()
-    raise ConfigError(f"cannot download {file.url}: its SHA-256 is not {file.sha256[:12]}...; {HINT}")
+    expected = f"SHA-256 is not {file.sha256[:12]}" if file.sha256 else f"git id is not {(file.blob_id or '')[:12]}"
+    raise ConfigError(f"cannot download {file.url}: its {expected}...; {HINT}")
+
+
+def _digest(path: Path, file: HubFile) -> str:
+    """The digest of a downloaded file by which the hub publishes it."""
+    header = b"" if file.sha256 else b"blob %d\0" % path.stat().st_size
+    digest = hashlib.sha256(header) if file.sha256 else hashlib.sha1(header, usedforsecurity=False)
+    with path.open("rb") as whole:
+        return hashlib.file_digest(whole, lambda: digest).hexdigest()
 
 
 def _read_range(file: HubFile, start: int) -> bytes:

@@ -7,19 +7,18 @@ from pathlib import Path
 from typing import IO, Any
 
 from ngpt.config.base import ConfigError, printable
-from ngpt.data.text.streams import BOM, open_stream, utf8_error
+from ngpt.data.text.streams import BOM, MAX_DOCUMENT, open_stream, read_lines, too_large, utf8_error
 
 SEPARATOR = "."  # between the names of a nested column
 SPACE = " \t\r\n"  # what JSON allows between values
 PIECE = 1 << 20  # bytes of an array to read at once
-MAX_OBJECT = 1 << 28  # bytes of one object that fills a file, and characters of one item of an array
 
 
 def read_json_lines(path: Path, column: str) -> Iterator[str | None]:
     """Yields the text of each line; None for a null. ConfigError with the line if one is invalid."""
     offset = 0
     with open_stream(path) as stream:
-        for number, line in enumerate(stream, start=1):
+        for number, line in enumerate(read_lines(stream, path), start=1):
             content = line.removeprefix(BOM) if number == 1 else line
             if content.strip():
                 yield _text_of(_parse(content, f"{path}, line {number}", offset + len(line) - len(content)), column)
@@ -36,9 +35,9 @@ def read_json_array(path: Path, column: str) -> Iterator[str | None]:
 def read_json_object(path: Path, column: str) -> Iterator[str | None]:
     """Yields the text of the one object in a file."""
     with open_stream(path) as stream:
-        content = stream.read(MAX_OBJECT + 1)
-    if len(content) > MAX_OBJECT:
-        raise ConfigError(f"{path} is one JSON object of more than {MAX_OBJECT} bytes; write one object a line")
+        content = stream.read(MAX_DOCUMENT + 1)
+    if len(content) > MAX_DOCUMENT:
+        raise too_large(path)
     yield _text_of(_parse(content.removeprefix(BOM), str(path), 0), column)
 
 
@@ -100,7 +99,9 @@ def _items(path: Path, stream: IO[bytes]) -> Iterator[Any]:
             except RecursionError:
                 raise ConfigError(f"{where} is nested too deeply") from None
             except ValueError as error:  # as a rule, the item goes on in what has not been read yet
-                if len(buffer) - at > MAX_OBJECT or not fill(len(buffer) - at):
+                if len(buffer) - at > MAX_DOCUMENT:
+                    raise too_large(where) from None
+                if not fill(len(buffer) - at):
                     raise ConfigError(f"{where}: {_one_line(error)}") from None
         yield item
         at, number, is_first = end, number + 1, False

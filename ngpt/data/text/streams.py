@@ -23,6 +23,7 @@ from ngpt.config.base import ConfigError
 
 BLOCK = 1 << 20  # bytes
 BOM = codecs.BOM_UTF8
+MAX_DOCUMENT = 1 << 26  # bytes; a small compressed file may unpack to any size, and a document is in memory at once
 MAX_WINDOW_LOG = 31  # as `zstd --long=31` writes; the library's default limit is 27
 ZSTD_SKIPPABLE = tuple(bytes([0x50 + index, 0x2A, 0x4D, 0x18]) for index in range(16))  # as pzstd writes
 # By suffix: the first bytes of such a file.
@@ -66,6 +67,21 @@ def open_stream(path: Path) -> Iterator[IO[bytes]]:
             if compression is None or (isinstance(error, OSError) and error.filename is not None):
                 raise
             raise ConfigError(f"{path} cannot be decompressed: {' '.join(str(error).split())}") from None
+
+
+def read_lines(stream: IO[bytes], path: Path) -> Iterator[bytes]:
+    """Yields the lines of a stream. ConfigError for one above `MAX_DOCUMENT`, of which no more than that is read."""
+    number = 0
+    while line := stream.readline(MAX_DOCUMENT + 1):
+        number += 1
+        if len(line) > MAX_DOCUMENT:
+            raise too_large(f"{path}, line {number}")
+        yield line
+
+
+def too_large(where: object) -> ConfigError:
+    """The error for a line, value or file that is too large to be a document."""
+    return ConfigError(f"{where} is too large: a document has at most {MAX_DOCUMENT >> 20} MiB")
 
 
 def read_head(path: Path, size: int) -> bytes:

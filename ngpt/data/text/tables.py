@@ -7,8 +7,11 @@ from typing import Any
 
 from ngpt.config.base import ConfigError
 from ngpt.data.text.json_documents import SEPARATOR, missing_column
+from ngpt.data.text.streams import MAX_DOCUMENT, too_large
 
 ROWS = 1000  # of a Parquet file in memory at once
+MAX_UNPACKED = 1 << 28  # bytes of a column in a row group that are unpacked whatever their compression
+MAX_RATIO = 1000  # of their compression otherwise; English has 3
 ARROW_FILE_MAGIC = b"ARROW1"
 END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
@@ -17,7 +20,7 @@ def read_parquet(path: Path, column: str) -> Iterator[str | None]:
     """Yields the text of each row; None for a null. ConfigError with the row if it is not UTF-8."""
     with _parquet(path, column) as file, _one_line_errors(path):
         row = 1
-        for batch in file.iter_batches(batch_size=ROWS, columns=[column]):
+        for batch in file.iter_batches(batch_size=_rows_at_once(file, column, path), columns=[column]):
             yield from _texts(batch, column, path, row)
             row += batch.num_rows
 
@@ -28,6 +31,21 @@ def parquet_text_size(path: Path, column: str) -> int:
         groups = [file.metadata.row_group(index) for index in range(file.metadata.num_row_groups)]
         columns = [group.column(index) for group in groups for index in range(group.num_columns)]
         return sum(found.total_uncompressed_size for found in columns if found.path_in_schema == column)
+
+
+def _rows_at_once(file: Any, column: str, path: Path) -> int:
+    """How many rows of a Parquet file fit into memory. ConfigError if a part of the column unpacks to far more."""
+    rows = ROWS
+    for index in range(file.metadata.num_row_groups):
+        group = file.metadata.row_group(index)
+        for found in (group.column(i) for i in range(group.num_columns)):
+            packed, size = found.total_compressed_size, found.total_uncompressed_size
+            if found.path_in_schema != column or not group.num_rows:
+                continue
+            if size > group.num_rows * MAX_DOCUMENT or (size > MAX_UNPACKED and size > MAX_RATIO * packed):
+                raise ConfigError(f"{path}: {packed:,} bytes of column {column!r} unpack to {size:,}: not a text")
+            rows = min(rows, max(1, MAX_DOCUMENT * group.num_rows // max(1, size)))
+    return rows
 
 
 def read_arrow(path: Path, column: str) -> Iterator[str | None]:
@@ -59,11 +77,13 @@ def _parquet(path: Path, column: str) -> Iterator[Any]:
     import pyarrow.parquet
 
     try:
-        file = pyarrow.parquet.ParquetFile(path)
+        schema = pyarrow.parquet.read_schema(path)
+        _check_column(schema, column, path)
+        # As a dictionary, a long text that many rows repeat is in memory once.
+        file = pyarrow.parquet.ParquetFile(path, read_dictionary=[column])
     except (pyarrow.ArrowException, OSError) as error:
         raise ConfigError(f"{path} is not a Parquet file: {_one_line(error)}") from None
     with file:
-        _check_column(file.schema_arrow, column, path)
         yield file
 
 
@@ -130,6 +150,8 @@ def _texts(batch: Any, column: str, path: Path, first_row: int) -> Iterator[str 
     for index, value in enumerate(values):
         try:
             text = value.as_py()
+            if text is not None and len(text) > MAX_DOCUMENT:
+                raise too_large(f"{path}, row {first_row + index}")
             yield text.decode() if isinstance(text, bytes) else text
         except UnicodeDecodeError as error:
             reason = f"{error.reason} at byte {error.start} of the value"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ngpt.data.tokens.shards import read_shard, token_crc
 from ngpt.system.atomic_files import write_atomic
-from ngpt.system.cache import cache_folder
+from ngpt.system.cache import cache_folder, optional_cache
 
 FOLDER = "checked"  # under the cache
 SETTLED = 2.0  # seconds since the last change after which the times of a file are reliable
@@ -23,13 +23,13 @@ def shard_crc(path: Path, *, bare_dtype: str | None = None, recheck: bool = Fals
     path = path.resolve()
     before, record = _identity(path), _record(path)
     if not recheck:
-        with contextlib.suppress(OSError, ValueError, TypeError):  # no record, or a damaged one
+        with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):  # no record, or one that is damaged
             kept, crc = json.loads(record.read_text(encoding="utf-8"))
             if kept == before and isinstance(crc, int):
                 return crc
     crc = token_crc(read_shard(path, bare_dtype).words)
     if _identity(path) == before and time.time() - _last_change(path) > SETTLED:
-        with contextlib.suppress(OSError):  # then the next process reads the shard again
+        with optional_cache("checksums"):  # without it, the next process reads the shard again
             record.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(record, json.dumps([before, crc]))
     return crc

@@ -123,7 +123,8 @@ def test_an_integer_is_accepted_as_a_float_and_null_for_an_optional_setting() ->
     ],
 )
 def test_nothing_is_silently_converted(setting: str, value: object, kind: str) -> None:
-    assert problems(build, Van, {setting: value}) == [(setting, f"input should be a {kind}, got {value!r}")]
+    advice = "; put it in quotes, since it must be a text" if kind == "valid string" else ""
+    assert problems(build, Van, {setting: value}) == [(setting, f"input should be a {kind}, got {value!r}{advice}")]
 
 
 def test_all_problems_are_reported_at_once_with_their_locations() -> None:

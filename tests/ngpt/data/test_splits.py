@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow
@@ -14,9 +15,10 @@ import pyarrow.parquet
 import pytest
 
 from ngpt.config.base import ConfigError
+from ngpt.data import prepare as preparation
 from ngpt.data.dataset import DataConfig, Dataset, fingerprint, open_dataset, prepare
 from ngpt.data.splits import split_files, split_of
-from ngpt.data.tokens.shards import write_shard
+from ngpt.data.tokens.shards import Shard, write_shard
 from ngpt.data.tokens.tokenizer import load_tokenizer, train_sentencepiece
 from tests.helpers.token_files import write_llm_c, write_megatron
 
@@ -170,6 +172,36 @@ def test_a_test_split_is_said_whenever_a_corpus_is_opened(tmp_path: Path, caplog
         caplog.clear()
         assert ids_of(open_dataset(config_of(tmp_path))) == {"train": [1] * 1000, "val": [2] * 300, "test": [3] * 400}
         assert "test is test.bin, not trained on" in caplog.text
+
+
+@pytest.mark.parametrize("finished", [1, 8, 12])
+def test_an_interrupted_preparation_continues_in_any_split(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, finished: int
+) -> None:
+    for name, numbers in (("train", range(50)), ("val", range(50, 70)), ("test", range(70, 90))):
+        write_json_lines(tmp_path / f"{name}.jsonl", numbers)
+    config = config_of(tmp_path, model)
+    monkeypatch.setattr(preparation, "SHARD_TOKENS", 250)
+    whole = prepare(config, out=tmp_path.parent / f"{tmp_path.name}-whole")
+    n_written = 0
+
+    def write(path: Path, *arguments: Any, **named: Any) -> Shard:
+        nonlocal n_written
+        if n_written == finished:
+            raise KeyboardInterrupt
+        n_written += 1
+        return write_shard(path, *arguments, **named)
+
+    monkeypatch.setattr(preparation, "write_shard", write)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(config)
+    monkeypatch.setattr(preparation, "write_shard", write_shard)
+    again = prepare(config)
+    files = sorted(path.name for path in whole.iterdir())
+    assert (
+        sum(name.startswith("test_") for name in files) > 2 and sorted(path.name for path in again.iterdir()) == files
+    )
+    assert [name for name in files if (whole / name).read_bytes() != (again / name).read_bytes()] == []
 
 
 def test_without_a_validation_file_it_is_taken_from_what_is_trained_on(tmp_path: Path, model: Path) -> None:

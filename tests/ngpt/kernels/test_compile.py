@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ngpt.kernels.compile import CACHE_VARIABLE, compile_for, use_disk_cache
+from ngpt.config.base import ConfigError
+from ngpt.kernels.compile import CACHE_VARIABLE, check_compiler, compile_for, use_disk_cache
 from ngpt.model.config import ModelConfig
 from ngpt.model.gpt import GPT
 from tests.helpers import ROOT
@@ -131,3 +132,16 @@ def test_second_process_reuses_compiled_code(corpus: Path, tmp_path: Path) -> No
     # Cached code gives the same losses as fresh code.
     alone = trial("alone", 0.3, 2, kept | {CACHE_VARIABLE: str(tmp_path / "another")})
     assert alone["made"] > 0 and alone["losses"] == second["losses"]
+
+
+def test_a_missing_compiler_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import config, cpp_builder
+
+    check_compiler(torch.device("cuda"))  # Triton brings what it needs
+    cpp_builder.cpp_compiler_search.cache_clear()
+    monkeypatch.setattr(config.cpp, "cxx", (None, "no-such-compiler"))
+    with pytest.raises(
+        ConfigError, match=r"^compile: true needs a C\+\+ compiler: install g\+\+ or name a compiler .*$"
+    ):
+        check_compiler(torch.device("cpu"))
+    cpp_builder.cpp_compiler_search.cache_clear()

@@ -361,3 +361,11 @@ def test_invalid_settings_are_refused(settings: dict[str, object], message: str)
 
 def test_betas_can_be_a_list_as_in_yaml() -> None:
     assert build(OptimConfig, {"betas": [0.8, 0.9]}).betas == (0.8, 0.9)
+
+
+def test_a_clip_of_zero_says_how_to_switch_clipping_off() -> None:
+    with pytest.raises(
+        ConfigError, match=r"^grad_clip: must be greater than 0, got 0; write null to switch clipping off$"
+    ):
+        build(OptimConfig, {"grad_clip": 0.0})
+    assert build(OptimConfig, {"grad_clip": None}).grad_clip is None

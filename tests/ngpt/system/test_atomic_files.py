@@ -10,10 +10,13 @@ import pytest
 from ngpt.system.atomic_files import (
     LineFile,
     commit_folder,
+    describe_os_error,
     make_folder,
     move_folder,
+    naming,
     remove_folder,
     remove_temporary_files,
+    sync,
     write_atomic,
     write_json,
 )
@@ -40,6 +43,43 @@ def test_a_failed_write_keeps_the_old_content_and_leaves_no_temporary_file(tmp_p
         write_atomic(tmp_path / "a", "new")
     assert (tmp_path / "a").read_text() == "old"
     assert os.listdir(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda folder: write_atomic(folder / "a", "x"),
+        lambda folder: write_json(folder / "a", {}),
+        lambda folder: make_folder(folder / "a"),
+        lambda folder: LineFile(folder / "a"),
+        lambda folder: sync(folder / "old"),
+    ],
+)
+def test_an_error_of_the_disk_names_the_file_or_its_folder(
+    write: Callable[[Path], object], tmp_path: Path, disk_full: None
+) -> None:
+    (tmp_path / "old").touch()
+    with pytest.raises(OSError, match="No space") as caught:
+        write(tmp_path)
+    assert str(caught.value.filename).startswith(str(tmp_path))
+    assert describe_os_error(caught.value, "elsewhere") == f"{caught.value.filename}: No space left on device"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_line_that_does_not_fit_names_its_file() -> None:
+    file = LineFile(Path("/dev/full"))
+    with pytest.raises(OSError, match="No space") as caught:
+        file.append("a line")
+    assert caught.value.filename == "/dev/full"
+    file.close()
+
+
+def test_an_error_that_has_a_path_keeps_it() -> None:
+    with pytest.raises(FileNotFoundError) as caught, naming("outer"), open("/missing/file"):
+        pass
+    assert caught.value.filename == "/missing/file"
+    assert describe_os_error(OSError("out/x is damaged"), "out") == "out/x is damaged"
+    assert describe_os_error(OSError(5, "Input/output error"), "out") == "out: Input/output error"
 
 
 def test_a_link_in_the_place_of_the_file_is_replaced_not_followed(tmp_path: Path) -> None:

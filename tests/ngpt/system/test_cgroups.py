@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ngpt.system import cgroups
-from ngpt.system.cgroups import cpu_quota, memory_limit, usable_cpus
+from ngpt.system.cgroups import cpu_quota, memory_limit, process_limit, usable_cpus
 
 V1, V2 = "cgroup cgroup rw,{}", "cgroup2 cgroup2 rw"
 AFFINITY = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -69,6 +69,23 @@ def test_the_limits_are_those_of_the_process_and_of_all_groups_around_it(
     assert (cpu_quota(), memory_limit()) == expected
     quota = expected[0]
     assert usable_cpus() == (AFFINITY if quota is None else max(1, min(AFFINITY, int(quota))))
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_group_with_the_fewest_processes_left_counts(
+    version: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line, kind = ("0::/job/step", V2) if version == 2 else ("8:pids:/job/step", V1.format("pids"))
+    (tmp_path / "all" / "job" / "step").mkdir(parents=True)
+    for folder, most, used in (("job/step", "max", "3"), ("job", "200", "150"), (".", "900", "200")):
+        (tmp_path / "all" / folder / "pids.max").write_text(f"{most}\n")
+        (tmp_path / "all" / folder / "pids.current").write_text(f"{used}\n")
+    (tmp_path / "mountinfo").write_text(f"31 23 0:28 / {tmp_path}/all rw - {kind}\n")
+    (tmp_path / "cgroup").write_text(f"{line}\n")
+    monkeypatch.setattr(cgroups, "PROCESS", tmp_path)
+    assert process_limit() == (200, 150)
+    monkeypatch.setattr(cgroups, "PROCESS", tmp_path / "nothing")
+    assert process_limit() is None
 
 
 def test_outside_linux_the_affinity_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 from ngpt.config.base import ConfigError, Problem, UserError
 from ngpt.data.tokens.shards import CorruptShardError
-from ngpt.system.cli import add_set_option, run_command
+from ngpt.system.cli import ArgumentParser, add_set_option, print_line, run_command, whole_number
 from tests.helpers import ROOT
 
 
@@ -70,9 +71,43 @@ def test_an_error_of_the_user_is_one_message_and_an_exit_code(
     assert capsys.readouterr() == ("", message + "\n")
 
 
-def test_an_internal_error_keeps_its_traceback() -> None:
-    with pytest.raises(ZeroDivisionError):
-        run_command(fails_with(ZeroDivisionError()))
+def test_a_path_that_the_message_has_is_not_repeated(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(fails_with(OSError("runs/x/journal.jsonl:3: edited")), path="runs/x") == 74
+    assert capsys.readouterr().err == "runs/x/journal.jsonl:3: edited\n"
+
+
+def test_an_internal_error_keeps_its_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(fails_with(ZeroDivisionError("by \x1b[31m")), crashed="a bug") == 1
+    first, *_, last, end = capsys.readouterr().err.splitlines()
+    assert first == "Traceback (most recent call last):"
+    assert (last, end) == (r"ZeroDivisionError: by \x1b[31m", "a bug")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ConfigError("\x1b[2J\u202e\udcff"), OSError(28, "full", "\x1b]0;t\x07\udcff"), ValueError("\x1b[2J")],
+    ids=lambda error: type(error).__name__,
+)
+def test_errors_and_log_messages_are_printed_in_visible_form(
+    error: Exception, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # pytest's; a command has none
+
+    def command() -> int:
+        logging.getLogger("ngpt").warning("skipped %s", "a\x1b[2J\u202e")
+        print_line("in \x1b[2J\r\n\udcff")
+        raise error
+
+    run_command(command)
+    text = capsys.readouterr().err
+    assert text.startswith("skipped a\\x1b[2J\\u202e\nin \\x1b[2J\\r\\n\\udcff\n")
+    assert text.replace("\n", "").isprintable()
+
+
+def test_wrong_usage_is_printed_in_visible_form(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        ArgumentParser(prog="x").parse_args(["\x1b[2J.txt"])
+    assert capsys.readouterr().err.endswith("unrecognized arguments: \\x1b[2J.txt\n")
 
 
 @pytest.mark.parametrize(("prints_only", "code"), [(True, 0), (False, 74)])
@@ -96,6 +131,17 @@ def test_only_a_command_that_prints_may_end_early_when_the_pipe_is_closed(prints
         _, stderr = process.communicate(timeout=60)
     assert process.returncode == code
     assert "Traceback" not in stderr
+
+
+@pytest.mark.parametrize("text", ["1", "42", "4096"])
+def test_a_whole_number_in_its_range_is_read(text: str) -> None:
+    assert whole_number(1, 4096)(text) == int(text)
+
+
+@pytest.mark.parametrize("text", ["0", "4097", "-1", "1.5", "1e3", "\u0663", "", " 1", "9" * 5000])
+def test_another_number_is_refused_with_the_range(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="must be a whole number from 1 to 4,096, got "):
+        whole_number(1, 4096)(text)
 
 
 def test_set_may_be_given_several_times_with_several_values() -> None:

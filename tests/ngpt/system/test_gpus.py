@@ -27,7 +27,7 @@ Install = Callable[..., FakeGpus]
 
 def child(code: str) -> str:
     imports = "from ngpt.system import gpus\nfrom ngpt.system.device import pick_device\n"
-    done = subprocess.run([sys.executable, "-c", imports + code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", imports + code], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 

@@ -64,3 +64,29 @@ def test_the_copy_bandwidth_counts_bytes_read_and_written(monkeypatch: pytest.Mo
 def test_nested_figures_are_printed_with_dotted_names(capsys: pytest.CaptureFixture[str]) -> None:
     timing.print_metrics({"a": 1.0, "b": {"c": {"d": 2}}}, as_json=False)
     assert [line.split() for line in capsys.readouterr().out.splitlines()] == [["a", "1"], ["b.c.d", "2"]]
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "slowdown", "note"),
+    [
+        ("cpu", "bfloat16", 39.8, "bfloat16 is emulated on this CPU: 40 x slower than float32; set dtype: float32"),
+        ("cpu", "bfloat16", 254.4, "bfloat16 is emulated on this CPU: 254 x slower than float32; set dtype: float32"),
+        ("cpu", "bfloat16", 2.34, "bfloat16 is emulated on this CPU: 2.3 x slower than float32; set dtype: float32"),
+        ("cpu", "bfloat16", 1.5, None),
+        ("cpu", "float32", 39.8, None),
+        ("cuda", "bfloat16", 39.8, None),
+    ],
+)
+def test_a_dtype_that_the_cpu_emulates_is_noted(
+    device: str, dtype: str, slowdown: float, note: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(timing, "bfloat16_slowdown", lambda: slowdown)
+    assert timing.slow_dtype_note(torch.device(device), dtype) == note
+
+
+def test_products_in_bfloat16_are_compared_with_those_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The product takes one second, and 40 seconds in bfloat16."""
+    clock = Clock(monkeypatch)
+    monkeypatch.setattr(timing.time, "thread_time", lambda: clock.now)
+    monkeypatch.setattr(torch, "mm", lambda x, _: clock.pass_time(40.0 if x.dtype == torch.bfloat16 else 1.0))
+    assert timing.bfloat16_slowdown.__wrapped__() == 40.0

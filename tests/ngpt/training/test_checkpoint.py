@@ -183,8 +183,9 @@ def test_a_crash_while_saving_leaves_only_the_old_checkpoints(
     with monkeypatch.context() as patch:
         target = {"rename": Path, "fsync": atomic_files.os, "save": checkpoint.torch}[call]
         patch.setattr(target, call, crash)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(OSError, match="No space left") as caught:
             save(tmp_path, 2)
+    assert str(caught.value.filename).startswith(str(tmp_path))
     assert os.listdir(tmp_path) == ["step_0000001"]
     assert verify_checkpoint(tmp_path / "step_0000001").step == 1
 

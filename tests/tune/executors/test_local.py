@@ -2,15 +2,16 @@
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.helpers.fake_gpus import FakeGpus
 from tests.helpers.tiny_campaign import begun, losses, records, session_on, train_all, write_file
 from tune.executors.local import run_inline
 from tune.machine import throughput as measured
-from tune.session.session import Session
+from tune.session.session import ExecutorLost, Session
 from tune.storage.summaries import CampaignSummary
 from tune.trials.trial import TrialResult, TrialSpec
 
@@ -186,3 +187,18 @@ def test_a_diverged_trial_does_not_affect_the_others_of_its_group(tmp_path: Path
     for name in single.keys() - {"wild"}:
         assert together[name]["metrics"]["val_loss"] == pytest.approx(single[name]["metrics"]["val_loss"], abs=1e-4)
         assert together[name]["provenance"]["vectorised"] == len(single)
+
+
+def test_a_run_ends_once_its_process_cannot_use_the_gpu_any_more(
+    tmp_path: Path, corpus: Path, fake_gpus: Callable[..., FakeGpus]
+) -> None:
+    """Every later trial would fail for a reason that is not its own."""
+    fake_gpus(count=1, fault_width=16)
+    file = write_file(tmp_path, corpus)
+    file.write_text(file.read_text().replace("device: cpu", "device: auto"))
+    with session_on(file, tmp_path / "tiny") as session:
+        with pytest.raises(ExecutorLost, match="this process cannot use it any more; run the same command again"):
+            run_inline(begun(session))
+        (result,) = session.state.results.values()
+    assert (result["status"], result["cause"]) == ("failed", "code_error")
+    assert "device-side assert" in result["error"]

@@ -14,13 +14,16 @@ from typing import Any
 import psutil
 import pytest
 from ray.tune.search import Searcher
+from ray.tune.utils.object_cache import _ObjectCache
 
 from ngpt.config.base import ConfigError
 from ngpt.system.heartbeat import stop_requested
+from tests.helpers.fake_gpus import GIB, FakeGpus
 from tests.helpers.real_run import SCRIPT, Run, left_over, start
 from tests.helpers.tiny_campaign import begun, losses, pretend, records, session_on, strict, train_all, write_file
-from tune.executors.ray_executor import RayCluster, SessionSearcher
-from tune.executors.ray_trainable import PAUSED, UPDATES
+from tune.executors.ray_executor import RayCluster, SessionSearcher, WarmWorkerScheduler, current_umask
+from tune.executors.ray_trainable import GPU, PAUSED, UNUSABLE, UPDATES
+from tune.machine.ray_limits import ray_root
 from tune.spec.schema import Resources
 from tune.storage.journal import read_journal
 from tune.trials.trial import TrialResult, TrialSpec
@@ -61,6 +64,9 @@ class ObservedRun:
     titles: list[str]
     listeners: list[tuple[str, int]]
     status: dict[str, Any]
+    session: Path  # the folder of Ray's sockets and logs
+    session_names: set[str]  # of what was in it, and of its sockets
+    private_mode: int  # of the folder around it
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +81,11 @@ def observed(folder: Path, file: Path) -> Iterator[ObservedRun]:
         listeners = [(socket.laddr.ip, socket.laddr.port) for socket in sockets if socket.status == psutil.CONN_LISTEN]
         command = [sys.executable, str(SCRIPT), "status", str(run.root), "--json"]
         status = strict(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-        yield ObservedRun(run, run.wait(), family, commands, titles, listeners, status)
+        options = {word for words in commands for word in words if word.startswith("--session-dir=")}
+        (session,) = (Path(option.partition("=")[2]) for option in options)
+        names = {path.name for path in (*session.iterdir(), *(session / "sockets").iterdir())}
+        mode = session.parents[1].stat().st_mode & 0o7777
+        yield ObservedRun(run, run.wait(), family, commands, titles, listeners, status, session, names, mode)
     finally:
         run.end()
 
@@ -103,6 +113,25 @@ def test_every_process_listens_on_the_loopback_only(observed: ObservedRun) -> No
     assert url is not None and int(url[1]) in {port for _, port in observed.listeners}
     assert len(observed.listeners) > 8, "GCS, raylet, dashboard, agents, driver and workers"
     assert {address for address, _ in observed.listeners} <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+
+
+def test_rays_files_are_in_a_folder_that_only_its_user_can_enter(observed: ObservedRun) -> None:
+    private = observed.session.parents[1]
+    assert (private.parent, observed.private_mode) == (ray_root(), 0o700)
+    assert {"sockets", "logs", "runtime_resources", "raylet", "plasma_store"} <= observed.session_names
+    longest = max((name for name in observed.session_names if name.startswith("dash_")), key=len, default="")
+    assert len(longest) <= len("dash_TaskEventsHead"), "the longest root of sockets is too long for this version of Ray"
+    assert not private.exists()
+
+
+def test_workers_give_files_the_modes_that_the_run_gives_its_own(observed: ObservedRun) -> None:
+    umask = current_umask()
+    wrong = {
+        str(path.relative_to(observed.run.root)): f"{mode:04o}"
+        for path in observed.run.root.rglob("*")
+        if (mode := path.stat().st_mode & 0o7777) != (0o777 if path.is_dir() else 0o666) & ~umask
+    }
+    assert wrong == {}
 
 
 def test_status_shows_the_run_from_another_terminal(observed: ObservedRun) -> None:
@@ -253,7 +282,7 @@ def last_report(given: dict[str, Any], result_of: Callable[[TrialSpec], TrialRes
 
 
 def test_the_searcher_suggests_as_many_trials_as_there_are_workers(small: Path, tmp_path: Path) -> None:
-    cluster: Any = SimpleNamespace(workers=2, per_trial={"CPU": 1.0, "GPU": 0.0})
+    cluster: Any = SimpleNamespace(workers=2, gpu_slots=None, per_trial={"CPU": 1.0, "GPU": 0.0})
     with session_on(small, tmp_path / "tiny") as session:
         searcher = SessionSearcher(begun(session), cluster)
         first, second = searcher.suggest("a"), searcher.suggest("b")
@@ -266,7 +295,7 @@ def test_the_searcher_suggests_as_many_trials_as_there_are_workers(small: Path, 
 
 
 def test_the_searcher_waits_for_the_winner_of_a_phase_and_ends_after_the_last(small: Path, tmp_path: Path) -> None:
-    cluster: Any = SimpleNamespace(workers=9, per_trial={"CPU": 1.0, "GPU": 0.0})
+    cluster: Any = SimpleNamespace(workers=9, gpu_slots=None, per_trial={"CPU": 1.0, "GPU": 0.0})
     with session_on(small, tmp_path / "tiny") as session:
         searcher = SessionSearcher(begun(session), cluster)
         given = {name: searcher.suggest(name) for name in "abcd"}
@@ -282,7 +311,7 @@ def test_the_searcher_waits_for_the_winner_of_a_phase_and_ends_after_the_last(sm
 
 
 def test_a_trial_without_a_result_means_a_dead_worker_unless_the_run_was_stopped(small: Path, tmp_path: Path) -> None:
-    cluster: Any = SimpleNamespace(workers=2, per_trial={"CPU": 1.0, "GPU": 0.0})
+    cluster: Any = SimpleNamespace(workers=2, gpu_slots=None, per_trial={"CPU": 1.0, "GPU": 0.0})
     with session_on(small, tmp_path / "tiny") as session:
         searcher = SessionSearcher(begun(session), cluster)
         first, second = searcher.suggest("a"), searcher.suggest("b")
@@ -298,7 +327,7 @@ def test_a_trial_without_a_result_means_a_dead_worker_unless_the_run_was_stopped
 
 
 def test_a_trial_that_saved_and_stopped_is_not_a_dead_worker(small: Path, tmp_path: Path) -> None:
-    cluster: Any = SimpleNamespace(workers=2, per_trial={"CPU": 1.0, "GPU": 0.0})
+    cluster: Any = SimpleNamespace(workers=2, gpu_slots=None, per_trial={"CPU": 1.0, "GPU": 0.0})
     with session_on(small, tmp_path / "tiny") as session:
         searcher = SessionSearcher(begun(session), cluster)
         searcher.suggest("a")
@@ -312,12 +341,11 @@ def test_a_trial_that_saved_and_stopped_is_not_a_dead_worker(small: Path, tmp_pa
         ("Failure # 1\n1 worker(s) were killed due to the node running low on memory. Memory on ...", "host_oom"),
         ("Failure # 1\nThe actor died unexpectedly before finishing this task.", "killed"),
         ("", "killed"),
+        ("Failure # 1\ntune.trials.trial_group.GpuUnusable: an error has left the GPU unusable", "gpu_error"),
     ],
 )
-def test_the_error_of_ray_tells_whether_it_killed_a_worker_for_lack_of_memory(
-    small: Path, tmp_path: Path, error: str, cause: str
-) -> None:
-    cluster: Any = SimpleNamespace(workers=2, per_trial={"CPU": 1.0, "GPU": 0.0})
+def test_the_error_of_ray_tells_why_a_worker_ended(small: Path, tmp_path: Path, error: str, cause: str) -> None:
+    cluster: Any = SimpleNamespace(workers=2, gpu_slots=None, per_trial={"CPU": 1.0, "GPU": 0.0})
     with session_on(small, tmp_path / "tiny") as session:
         searcher = SessionSearcher(begun(session), cluster)
         searcher.suggest("a")
@@ -330,7 +358,7 @@ def test_the_error_of_ray_tells_whether_it_killed_a_worker_for_lack_of_memory(
 def test_an_early_stopped_trial_is_recorded_once_and_is_not_a_dead_worker(tmp_path: Path, corpus: Path) -> None:
     search = "{method: random, confirm: false, trials: 2, seed: 0, space: {alpha: {uniform: [0.1, 0.5]}}}"
     phases = f"\n  - name: find\n    search: {search}\nearly_stop: {{reduction: 2, first: 3}}\n"
-    cluster: Any = SimpleNamespace(workers=3, per_trial={})
+    cluster: Any = SimpleNamespace(workers=3, gpu_slots=None, per_trial={})
     with session_on(write_file(tmp_path, corpus, phases=phases, seeds="[1]"), tmp_path / "tiny") as session:
         searcher = SessionSearcher(begun(session), cluster)
         specs = {name: searcher.suggest(name)["specs"][0] for name in "abc"}
@@ -372,7 +400,7 @@ def test_early_stopping_on_ray_ends_trials_and_keeps_the_workers(tmp_path: Path,
 
 
 def test_a_failed_trial_is_a_result_and_not_a_dead_worker(small: Path, tmp_path: Path) -> None:
-    cluster: Any = SimpleNamespace(workers=1, per_trial={"CPU": 1.0, "GPU": 0.0})
+    cluster: Any = SimpleNamespace(workers=1, gpu_slots=None, per_trial={"CPU": 1.0, "GPU": 0.0})
     with session_on(small, tmp_path / "tiny") as session:
         searcher = SessionSearcher(begun(session), cluster)
         first = searcher.suggest("a")
@@ -413,8 +441,38 @@ def test_the_gpu_share_of_a_trial_is_always_explicit(here: dict[str, float], sha
     assert cluster.per_trial == {"CPU": 1.0, "GPU": share}
 
 
+def controller(*idle: str, **trials: str) -> Any:
+    """The parts of Tune's controller that the scheduler changes: idle workers, and busy ones by their trials."""
+    cache = _ObjectCache()
+    cache.increase_max("resources", by=len(idle))
+    for worker in idle:
+        cache.cache_object("resources", worker)
+    workers = {worker: trial for trial, worker in trials.items()}
+    started = {*idle, *workers}
+    return SimpleNamespace(
+        get_trials=list, _actor_cache=cache, _actor_to_trial=workers, _trial_to_actor=trials, _started_actors=started
+    )
+
+
+@pytest.mark.parametrize("unusable", [False, True])
+def test_a_worker_that_can_run_no_further_trial_is_not_kept(unusable: bool) -> None:
+    scheduler: Any = WarmWorkerScheduler(2, SimpleNamespace())  # type: ignore[arg-type]
+    tune = controller(trial="worker", other="another")
+    scheduler.on_trial_complete(tune, "trial", {UPDATES: Updates()} | ({UNUSABLE: True} if unusable else {}))
+    assert tune._started_actors == ({"another"} if unusable else {"worker", "another"})
+
+
+def test_idle_workers_on_the_least_busy_gpus_get_the_next_trials() -> None:
+    scheduler: Any = WarmWorkerScheduler(5, SimpleNamespace())  # type: ignore[arg-type]
+    for worker, gpu in {"a": "0", "b": "0", "c": "1", "d": "1", "busy": "0"}.items():
+        scheduler.on_trial_result(controller(trial=worker), "trial", {GPU: gpu})
+    tune = controller("a", "b", "c", "d", trial="busy")
+    scheduler.choose_trial_to_run(tune)
+    assert [tune._actor_cache.pop_cached_object("resources") for _ in range(4)] == ["c", "a", "d", "b"]
+
+
 def test_tune_pickles_nothing_that_it_could_restore(small: Path, tmp_path: Path) -> None:
-    cluster: Any = SimpleNamespace(workers=1, per_trial={})
+    cluster: Any = SimpleNamespace(workers=1, gpu_slots=None, per_trial={})
     with session_on(small, tmp_path / "tiny") as session:
         searcher = SessionSearcher(session, cluster)
         assert searcher.__getstate__() == {}
@@ -424,7 +482,7 @@ def test_tune_pickles_nothing_that_it_could_restore(small: Path, tmp_path: Path)
 
 
 def test_a_dead_worker_counts_for_each_trial_of_its_group(tmp_path: Path, corpus: Path) -> None:
-    cluster: Any = SimpleNamespace(workers=2, per_trial={})
+    cluster: Any = SimpleNamespace(workers=2, gpu_slots=None, per_trial={})
     with session_on(write_file(tmp_path, corpus, vectorise=3), tmp_path / "tiny") as session:
         searcher = SessionSearcher(begun(session), cluster)
         group = searcher.suggest("a")["specs"]
@@ -441,7 +499,7 @@ def test_an_early_stopped_trial_of_a_group_is_recorded_and_its_worker_asked_to_d
 ) -> None:
     search = "{method: random, confirm: false, trials: 2, seed: 0, space: {alpha: {uniform: [0.1, 0.5]}}}"
     phases = f"\n  - name: find\n    search: {search}\nearly_stop: {{reduction: 2, first: 3}}\n"
-    cluster: Any = SimpleNamespace(workers=1, per_trial={})
+    cluster: Any = SimpleNamespace(workers=1, gpu_slots=None, per_trial={})
     file = write_file(tmp_path, corpus, phases=phases, seeds="[1]", vectorise=3)
     with session_on(file, tmp_path / "tiny") as session:
         searcher = SessionSearcher(begun(session), cluster)
@@ -493,3 +551,39 @@ def test_groups_on_ray_give_the_results_of_single_trials(tmp_path: Path, corpus:
     for trial_id, values in single.items():
         assert together[trial_id] == pytest.approx(values, abs=1e-4)
     assert {record["provenance"].get("vectorised", 1) for record in records(run.root)} > {1}
+
+
+# ---- on GPUs that do not exist -------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_campaign_on_two_gpus_ends_as_on_the_cpu_whatever_its_trials_do(
+    tmp_path: Path, corpus: Path, fake_gpus: Callable[..., FakeGpus]
+) -> None:
+    """Arms that fail (and break the GPU for their process), diverge, and run out of memory, packed and in groups."""
+    vary = "{n_embd: [24], optim.lr: [1e38], batch_size: [256], alpha: [0.1, 0.2]}"
+    phases = f"\n  - name: faults\n    set: {{residual: add}}\n    vary: {vary}\n"
+    file = write_file(tmp_path, corpus, phases=phases, steps=12, every=4)
+    text = file.read_text().replace("device: cpu", "device: auto")
+    file.write_text(text.replace("campaign: tiny\n", "campaign: tiny\nhold: steps\n"))
+    fake_gpus(count=0, fault_width=24)
+    train_all(file, tmp_path / "cpu")
+    fake_gpus(count=2, memory_bytes=8 * GIB, scale=1000, fault_width=24)
+    file.write_text(file.read_text().replace("workers: 2}", "workers: 4, gpus_per_trial: 0.5, vectorise: 2}"))
+    run = start(file, tmp_path / "out")
+    try:
+        assert run.wait() == 4, run.err.read_text()
+    finally:
+        run.end()
+    on_cpu, on_gpu = ({(r["arm"], r["seed"]): r for r in records(root)} for root in (tmp_path / "cpu", run.root))
+    assert {key: record["status"] for key, record in on_gpu.items()} == {k: r["status"] for k, r in on_cpu.items()}
+    assert {record["status"] for record in on_cpu.values()} == {"finished", "diverged", "failed"}
+    for key, record in on_gpu.items():
+        assert record["metrics"].get("val_loss") == pytest.approx(on_cpu[key]["metrics"].get("val_loss"), abs=1e-4)
+        if record["status"] != "failed":
+            assert record["provenance"]["device"] == "Fake GPU"
+        if key[0] == "batch_size=256":
+            assert record["metrics"]["micro_batch_size"] < on_cpu[key]["metrics"]["micro_batch_size"] == 256
+    assert {record["provenance"]["gpu"] for record in on_gpu.values()} <= {"0", "1"}
+    assert {event["cause"] for event in run.events("worker_died")} <= {"gpu_error"}

@@ -202,6 +202,48 @@ def test_ray_is_replaced_three_times_and_then_the_run_ends_with_advice(
     assert "Ray died (its process raylet is gone); starting a new one, 3 of at most 3" in lines
 
 
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Path | None]:
+    """Folders given to the processes that a supervisor starts; none of them runs."""
+    folders: list[Path | None] = []
+
+    def process(*, args: tuple[Any, ...], **_: Any) -> Any:
+        folders.append(args[-1])
+        return SimpleNamespace(start=lambda: None, kill=lambda: None, join=lambda *_: None, exitcode=0)
+
+    context = SimpleNamespace(Pipe=multiprocessing.Pipe, Process=process)
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: context)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return folders
+
+
+def test_each_private_ray_has_a_new_folder_which_is_removed_when_it_ends_or_dies(
+    session: Session, started: list[Path | None]
+) -> None:
+    with RaySupervisor(session, Resources()) as supervisor:
+        (first,) = started
+        assert first is not None and first.stat().st_mode & 0o777 == 0o700 and supervisor.token_command
+        supervisor._replace("its process raylet is gone")
+        second = started[1]
+        assert second is not None and second.exists() and not first.exists()
+    assert not second.exists()
+
+
+def test_the_folder_of_a_ray_that_failed_keeps_its_logs_until_the_next_start(
+    session: Session, started: list[Path | None]
+) -> None:
+    with pytest.raises(ExecutorLost), RaySupervisor(session, Resources()):
+        raise ExecutorLost
+    assert started[0] is not None and started[0].exists()
+    with RaySupervisor(session, Resources()):
+        assert not started[0].exists()
+
+
+def test_a_cluster_joined_by_address_gets_no_folder(session: Session, started: list[Path | None]) -> None:
+    with RaySupervisor(session, Resources(), address="10.0.0.7:6379") as supervisor:
+        assert started == [None] and supervisor.token_command is None
+
+
 def test_a_cluster_joined_by_address_is_not_replaced(supervisor: PlayedSupervisor) -> None:
     supervisor._address = "10.0.0.7:6379"
     with pytest.raises(ExecutorLost, match=r"the Ray cluster at 10\.0\.0\.7:6379 is lost \(so\), and this run did not"):

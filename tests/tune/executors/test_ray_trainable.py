@@ -3,18 +3,21 @@
 import contextlib
 import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray.tune
+from filelock import FileLock
 
 from ngpt.config.base import override
 from ngpt.system.heartbeat import Heartbeat, clear_heartbeat, read_heartbeat, request_stop, stop_requested
 from ngpt.training.config import TrainConfig
-from tune.executors.ray_trainable import PAUSED, UPDATES, TrialWorker
+from tests.helpers.fake_gpus import FakeGpus
+from tune.executors.gpu_slots import GpuSlots
+from tune.executors.ray_trainable import GPU, PAUSED, UNUSABLE, UPDATES, TrialWorker
 from tune.trials.trial import TrialResult, TrialSpec
 from tune.trials.trial_group import Updates
 
@@ -81,15 +84,41 @@ def test_a_trial_replaced_before_its_end_is_closed(worker: TrialWorker, spec: Tr
     assert result(steps(worker)[-1]).status == "finished"
 
 
-@pytest.mark.parametrize(("gpu", "usable"), [(False, True), (True, False)])
-def test_a_process_is_not_reused_after_a_failure_on_a_gpu(
-    worker: TrialWorker, spec: TrialSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpu: bool, usable: bool
+@pytest.mark.parametrize("gpu", [False, True])
+def test_a_worker_says_that_it_can_run_no_further_trial_after_a_failure_on_a_gpu(
+    worker: TrialWorker, spec: TrialSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpu: bool
 ) -> None:
+    """Ray would abort the next trial, which has done nothing, if the worker refused it afterwards."""
     monkeypatch.setattr("ngpt.system.gpus.is_in_use", lambda: gpu)
+    monkeypatch.setattr("ngpt.system.gpus.release_unused", lambda: None)
     broken = override(spec.config, {"data.corpus": str(tmp_path / "nowhere.txt")})
+    assert UNUSABLE not in steps(worker)[-1]
     assert worker.reset_config({"specs": [replace(spec, config=broken)]})
-    assert result(steps(worker)[-1]).status == "failed"
-    assert worker.reset_config({"specs": [spec]}) is usable
+    last = steps(worker)[-1]
+    assert (result(last).status, last.get(UNUSABLE, False)) == ("failed", gpu)
+    if gpu:
+        with pytest.raises(AssertionError, match="a worker whose trial failed on a GPU is not reused"):
+            worker.reset_config({"specs": [spec]})
+    else:
+        assert worker.reset_config({"specs": [replace(spec, folder=tmp_path / "next")]})
+
+
+def test_a_worker_with_a_gpu_of_its_own_neither_limits_nor_marks_its_trials(
+    spec: TrialSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake_gpus: Callable[..., FakeGpus]
+) -> None:
+    """Three workers of a third of a GPU on two GPUs: the second is alone on the second GPU."""
+    monkeypatch.setattr("ray._private.worker._changeproctitle", lambda *_: contextlib.nullcontext())
+    fake_gpus(count=2)
+    limits: list[float] = []
+    monkeypatch.setattr("ngpt.system.gpus.limit_memory", limits.append)
+    slots = GpuSlots(tmp_path / "slots", ("0", "1"), workers=3)
+    with FileLock(tmp_path / "slots" / "slot-0.lock"):  # the first worker
+        shared = replace(spec, config=override(spec.config, {"device": "auto"}), packed=2)
+        worker = TrialWorker({"specs": [shared], "resources": {"CPU": 1.0, "GPU": 0.3333}, "gpu_slots": slots})
+    last = steps(worker)[-1]
+    provenance = result(last).provenance
+    assert (last[GPU], provenance["gpu"], provenance["packed"]) == ("1", "1", 1)
+    assert set(limits) <= {1.0}
 
 
 def test_the_heartbeat_names_the_process_before_the_first_step(worker: TrialWorker, spec: TrialSpec) -> None:

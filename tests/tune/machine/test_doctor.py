@@ -1,6 +1,7 @@
 """The checks of `doctor`: each problem is reported before a campaign runs into it."""
 
 import os
+import resource
 import shutil
 import subprocess
 from collections import namedtuple
@@ -50,6 +51,21 @@ def test_the_size_of_compiled_code_is_shown_with_the_command_that_removes_it(
     assert [path.name for path in cache.iterdir()] == ["corpus"]
 
 
+@pytest.mark.parametrize(
+    ("slowdown", "value"),
+    [
+        (40.4, "bfloat16 is emulated on this CPU: 40 x slower than float32; set dtype: float32"),
+        (0.5, "2 x the speed of float32"),
+    ],
+)
+def test_a_cpu_that_only_emulates_bfloat16_is_shown(
+    slowdown: float, value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ngpt.system.gpus.is_available", lambda: False)
+    monkeypatch.setattr("ngpt.system.timing.bfloat16_slowdown", lambda: slowdown)
+    assert check("bfloat16", tmp_path) == Check("bfloat16", value)
+
+
 def test_a_full_disk_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1 << 40, 1 << 40, 1 << 30))
     assert check("results", tmp_path).problem == "less than 2 GiB free"
@@ -62,6 +78,37 @@ def test_no_room_for_rays_files_is_a_problem(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1 << 40, 1 << 40, 1 << 20))
     found = check("Ray's files", tmp_path)
     assert "(1 MiB free)" in found.value and "set TMPDIR" in str(found.problem)
+
+
+def test_the_limits_of_a_batch_system_are_problems(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {resource.RLIMIT_AS: 1 << 30, resource.RLIMIT_NPROC: 10, resource.RLIMIT_NOFILE: 64}
+    monkeypatch.setattr(resource, "getrlimit", lambda name: (small[name], small[name]))
+    monkeypatch.setattr(os, "getuid", lambda: 54321)
+    names = {"address space": "ulimit -v is 1.0 GiB", "processes": "ulimit -u is 10", "open files": "ulimit -n is 64"}
+    for name, start in names.items():
+        assert str(check(name, tmp_path).problem).startswith(start)
+
+
+def test_code_that_others_could_have_written_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NGPT_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "cache" / "native").mkdir(parents=True)
+    (tmp_path / "cache").chmod(0o755)
+    (tmp_path / "cache" / "native").chmod(0o700)
+    assert check("compiled code", tmp_path).problem is None
+    (tmp_path / "cache" / "native").chmod(0o777)
+    problem = str(check("compiled code", tmp_path).problem)
+    assert problem.startswith(f"not used, since {tmp_path}/cache/native can be written by other users")
+
+
+def test_without_a_home_directory_the_variable_for_the_cache_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NGPT_CACHE")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    assert "set NGPT_CACHE to a folder" in str(check("corpora", tmp_path).problem)
+    assert "token of its own" in check("home", tmp_path).value
+    monkeypatch.setenv("NGPT_CACHE", "/dev/null/cache")
+    assert check("corpora", tmp_path).problem == "not writable: set NGPT_CACHE to another folder"
 
 
 def test_a_folder_that_cannot_be_written_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from ray._private.utils import validate_socket_filepath
 
 from tune.machine import environment
 from tune.machine.environment import describe, version
@@ -71,17 +70,6 @@ def test_a_git_that_refuses_the_folder_is_quoted_with_its_advice(monkeypatch: py
 def test_no_secret_of_the_environment_is_in_the_description(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "s3cr3t-k3y")
     assert "s3cr3t-k3y" not in json.dumps(describe("cpu"))
-
-
-def test_a_long_tmpdir_is_replaced_so_that_rays_sockets_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TMPDIR", "/scratch")
-    assert environment.short_temporary() == "/scratch"
-    monkeypatch.setenv("TMPDIR", f"/scratch/{'x' * 27}")
-    assert environment.short_temporary() == "/tmp"
-    monkeypatch.delenv("TMPDIR")
-    assert environment.short_temporary() == "/tmp"
-    longest = Path("/") / ("x" * (environment.MAX_TEMPORARY_BYTES - 1))
-    validate_socket_filepath(f"{longest}/ray/session_2026-11-21_19-00-59_197422_4194304/sockets/plasma_store")
 
 
 def fake_driver(folder: Path, output: str, monkeypatch: pytest.MonkeyPatch) -> None:

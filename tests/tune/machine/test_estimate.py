@@ -17,13 +17,14 @@ from ngpt.training.config import TrainConfig
 from ngpt.training.loop import train
 from tune.analysis.noise import compare_arms
 from tune.campaign import load_campaign
-from tune.machine.estimate import Estimate, Noise, PhaseEstimate, estimate, expected_workers
+from tune.machine.estimate import Estimate, Noise, PhaseEstimate, estimate, expected_placement
 from tune.machine.throughput import device_key, known_speeds
 from tune.planning.equal_time import step_time_key
 from tune.planning.forecast import phase_planned_event
 from tune.planning.plan import PlannedPhase, PlannedTrial, inherited_overrides, plan_phase, preview
 from tune.spec.schema import Campaign
 from tune.storage.journal import Journal
+from tune.storage.state import CampaignState
 from tune.terminal.plan_view import plan_view
 
 SHAPE = "n_layer: 1, n_head: 2, n_embd: 16, block_size: 8, vocab_size: 400"
@@ -205,6 +206,17 @@ def test_without_a_measured_speed_time_comes_from_the_flop_count_and_says_so(loa
     assert one_row(estimated, "main").seconds == pytest.approx(2 * (flops / 1e9 + 0.1))
 
 
+def test_a_plan_says_that_a_dtype_is_only_emulated_and_shows_small_rates(
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tune.machine.estimate.gemm_flops", lambda *_: 1.8e9)
+    monkeypatch.setattr("ngpt.system.timing.bfloat16_slowdown", lambda: 39.6)
+    note = "bfloat16 is emulated on this CPU: 40 x slower than float32; set dtype: float32"
+    page = shown(estimate(load("vary: {dtype: [bfloat16]}\n"), tmp_path / "results"))
+    assert note in page and "at 0.45 GFLOP/s" in page
+    assert estimate(load("vary: {alpha: [0.1]}\n"), tmp_path / "results").slow_dtype is None
+
+
 def test_a_speed_holds_for_one_shape_only(load: Load, tmp_path: Path, speeds_file: Path) -> None:
     campaign = load("seeds: [1]\nvary: {batch_size: [4, 8], alpha: [0.1]}\n")
     store(speeds_file, row(100.0, campaign.base, device_of(campaign)))
@@ -276,10 +288,13 @@ def test_what_cannot_be_trained_at_once_is_not_expected_to_be(load: Load, tmp_pa
 
 
 def test_as_many_trials_run_at_once_as_there_are_cpus_for_them(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tune.machine.estimate.usable_cpus", lambda: 8)
+    monkeypatch.setattr("tune.machine.placement.usable_cpus", lambda: 8)
     for resources, workers in [("cpus_per_trial: 1", 8), ("cpus_per_trial: 3", 2), ("cpus_per_trial: 9", 1)]:
-        assert expected_workers(load(f"resources: {{{resources}}}\nvary: {{lr: [1]}}\n")) == workers
-    assert expected_workers(load("resources: {workers: 5}\nvary: {lr: [1]}\n")) == 5
+        assert (
+            expected_placement(load(f"resources: {{{resources}}}\nvary: {{lr: [1]}}\n"), CampaignState()).workers
+            == workers
+        )
+    assert expected_placement(load("resources: {workers: 5}\nvary: {lr: [1]}\n"), CampaignState()).workers == 5
 
 
 # ---- on the screen -------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from tune.machine.throughput import device_key, known_curve, remember_curve
 from tune.planning.equal_time import step_time_key
 from tune.report.markdown import render_markdown
 from tune.report.wording import cost_facts, packing_fact
-from tune.spec.schema import Campaign
+from tune.spec.schema import Campaign, Resources
 from tune.storage.journal import read_journal
 from tune.storage.state import CampaignState, replay
 from tune.trials.trial import TrialResult, TrialSpec
@@ -116,14 +116,21 @@ def test_a_failed_calibration_leaves_one_trial_per_device_and_gives_the_reason(t
     assert chosen.why == "not measured: out of memory"
 
 
-def test_the_memory_of_the_largest_trial_limits_the_number(tiny: TrainConfig) -> None:
-    """The curve of the common shape allows four trials, the largest trial fits twice."""
+def test_the_memory_of_the_largest_trial_limits_the_number(
+    tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch, fake_gpus: Callable[..., FakeGpus]
+) -> None:
+    """The curve of the common shape allows four trials, the largest trial fits twice. The plan says the same."""
+    fake_gpus(count=1)
+    monkeypatch.setattr(gpu_sharing, "usable_cpus", lambda: 8)
+    campaign: Any = SimpleNamespace(resources=Resources(workers=4))
     common, largest = resolved(override(tiny, {"steps": 10_000})), resolved(override(tiny, {"batch_size": 64}))
     for config, points in ((common, curve(1, 2, 3, 4)), (largest, curve(1, room=2))):
         remember_curve(device_key(config, 1), step_time_key(config), points, max_trials=4)
     for configs, trials in (([common] * 9, 4), ([common] * 9 + [largest], 2)):
         chosen = choose_trials_per_device(configs, max_trials=4, devices=1, threads=1, log=silent)
         assert chosen and chosen.trials_per_device == trials
+        monkeypatch.setattr(gpu_sharing, "_trials_left", lambda *_, left=configs: left)
+        assert known_trials_per_device(campaign, CampaignState()) == trials
 
 
 def test_a_curve_belongs_to_its_code_and_its_group_size(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,7 +181,7 @@ def test_vectorised_trials_are_measured_as_groups(
     (arguments,) = measured
     assert (arguments["together"], arguments["counts"]) == (8, [1, 2])  # 32 trials are 4 groups on 2 GPUs
     assert packing_fact(asdict(sharing)).startswith("2 groups of 8 trials at once on each device (1.50 x")
-    assert known_trials_per_device(campaign) == 2
+    assert known_trials_per_device(campaign, CampaignState()) == 2
     monkeypatch.setattr(gpu_sharing, "measure_concurrent_trials", None)  # nothing is measured again
     again = choose_gpu_sharing(campaign, CampaignState(), silent)
     assert again and again.trials_per_device == 2
@@ -214,6 +221,14 @@ def test_the_choice_and_its_curve_are_in_journal_manifest_summary_and_report(cor
     assert "1: 1.00M, 2: 1.40M, 3: 1.50M, 4: 1.60M" in fact
     assert "4 trials at once on each device" in render_markdown(summary)
     assert "4 trials at once on each device" in (root / "report.html").read_text()
+
+
+@pytest.mark.parametrize(("seeds", "packed"), [("[1]", 1), ("[1, 2]", 2), ("[1, 2, 3, 4]", 3)])
+def test_a_trial_with_few_others_has_a_gpu_to_itself(corpus: Path, tmp_path: Path, seeds: str, packed: int) -> None:
+    """Two arms on two GPUs, which up to three trials may share."""
+    with session_on(write_file(tmp_path, corpus, phases=ONE, seeds=seeds), tmp_path / "r") as session:
+        spec = next_trial(begun(session, workers=6, trials_per_device=3, n_gpus=2))
+        assert spec is not None and spec.packed == packed
 
 
 def test_every_record_has_the_number_of_trials_on_its_device(corpus: Path, tmp_path: Path) -> None:

@@ -185,6 +185,12 @@ def test_the_newest_curve_of_a_device_and_shape_counts(campaign: Campaign) -> No
     assert known_curve("gpu", "shape", max_trials=3) is None  # measured with at most two
 
 
+def curve_line(**changes: Any) -> str:
+    point = {"trials": 1, "threads": 1, "tokens_per_second": 5.0, "memory_bytes": 1 << 30, "room": 3} | changes
+    record = {"device": "here", "shape": "ab", "together": 1, "code": "c", "max_trials": 9, "measured_at": ""}
+    return json.dumps(record | {"curve": [point]})
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -196,11 +202,21 @@ def test_the_newest_curve_of_a_device_and_shape_counts(campaign: Campaign) -> No
         '{"device": "here", "shape": "ab", "tokens_per_second": 9.0}',  # of an earlier version
         '{"device": "here", "shape": "ab", "together": 1, "tokens_per_second": 0}',
         '{"device": "here", "shape": "ab", "together": 1, "tokens_per_second": null}',
+        '{"device": "here", "shape": "ab", "together": 1, "tokens_per_second": Infinity}',
+        '{"device": "here", "shape": "ab", "together": 1, "tokens_per_second": "9"}',
+        '{"device": "here", "shape": "ab", "together": 1, "tokens_per_second": 9.0, "dtype": "x"}',
+        "[" * 200_000,
         '{"device": "here", "shape": "ab", "max_trials": 9, "measured_at": "", "curve": []}',
         '{"device": "here", "shape": "ab", "max_trials": 9, "measured_at": "", "curve": [{"trials": 1}]}',
+        curve_line(trials=0),
+        curve_line(tokens_per_second=0.0),
+        curve_line(memory_bytes=0),
+        curve_line(newer=1),
     ],
 )
-def test_a_line_that_cannot_be_read_is_skipped(campaign: Campaign, store: Path, damage: str) -> None:
+def test_a_line_that_cannot_be_used_is_skipped_with_a_warning(
+    campaign: Campaign, store: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
     key = step_time_key(campaign.base)
     remember_curve("here", "ab", points(5), max_trials=1)
     store.write_text(row(5.0, campaign.base, "here") + store.read_text() + damage)
@@ -208,10 +224,36 @@ def test_a_line_that_cannot_be_read_is_skipped(campaign: Campaign, store: Path, 
     assert known_speeds("here") == {(key, 1): 5.0}
     assert known_curve("here", "ab", max_trials=2) is None
     assert all(known_curve("here", shape, max_trials=1) for shape in ("ab", "cd"))
+    (record,) = caplog.records
+    assert f"{store}: ignored what cannot be used: line 3: not a record of this version" in record.getMessage()
 
 
-def test_a_cache_that_cannot_be_written_costs_only_the_speeds(campaign: Campaign, device: str, store: Path) -> None:
-    store.mkdir()
+def refuse(path: Path) -> bool:
+    raise PermissionError(13, "Permission denied", str(path))
+
+
+@pytest.mark.parametrize("problem", ["not writable", "not readable", "not a folder"])
+def test_a_cache_that_cannot_be_used_costs_only_the_speeds_and_one_warning(
+    campaign: Campaign,
+    device: str,
+    store: Path,
+    problem: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("ngpt.system.cache._warned", set())
+    if problem == "not writable":
+        store.mkdir()
+    elif problem == "not readable":  # not by its mode, which root ignores
+        monkeypatch.setattr(Path, "is_file", lambda path: refuse(path) if path == store else os.path.isfile(path))
+    else:
+        store.parent.rmdir()
+        store.parent.touch()
     trial = next(preview(campaign)[0].trials)
-    remember_speeds(campaign, session(ended(trial)), {trial.trial_id: trial.config})
-    assert known_speeds(device) == {}
+    for _ in range(2):
+        remember_speeds(campaign, session(ended(trial)), {trial.trial_id: trial.config})
+        assert known_speeds(device) == {}
+        assert known_curve(device, "shape", max_trials=1) is None
+    (record,) = caplog.records
+    assert record.getMessage().startswith("the cache of measured speeds is not used: ")
+    assert record.getMessage().endswith("; set NGPT_CACHE to a folder that only you can write")

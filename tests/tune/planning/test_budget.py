@@ -160,8 +160,11 @@ def test_hours_too_few_for_one_trial_are_refused_before_anything_is_written(
 @pytest.mark.parametrize(
     ("budget", "message"),
     [
-        ("{trials: 0}", "budget.trials: input should be greater than or equal to 1, got 0"),
-        ("{hours: 0}", "budget.hours: input should be greater than 0, got 0"),
+        (
+            "{trials: 0}",
+            "budget.trials: input should be greater than or equal to 1, got 0; 1 to 1,000,000,000 is possible",
+        ),
+        ("{hours: 0}", "budget.hours: input should be greater than 0, got 0; above 0 to 1,000,000 is possible"),
         ("{houers: 1}", "budget.houers: unknown setting, did you mean 'hours'?"),
         ("3", "budget: must be a mapping of settings, got 3"),
     ],

@@ -500,3 +500,20 @@ def test_report_is_written_next_to_the_campaign(tmp_path: Path) -> None:
 def test_times_are_in_utc() -> None:
     assert moment("2026-01-14T10:12:44+01:00") == "2026-01-14 09:12 UTC"
     assert moment("yesterday") == "yesterday"
+
+
+def test_equal_errors_are_grouped_and_their_traceback_is_folded() -> None:
+    summary = campaign()
+    alike = {
+        "phase": "alpha",
+        "status": "failed",
+        "error": "OSError: no disk\n\nadvice",
+        "traceback": "Traceback\n  x.py",
+    }
+    other = {"phase": "alpha", "arm": "a", "seed": 1, "trial_id": "t0", "status": "failed", "error": "KeyError: 1"}
+    summary["problems"] = [other, *({**alike, "arm": "b", "seed": seed, "trial_id": f"t{seed}"} for seed in (1, 2, 3))]
+    page = render_html(summary, [])
+    assert page.count("OSError: no disk (3 trials)") == 1 and page.count("KeyError: 1") == 1
+    assert page.count("<details><summary>traceback</summary>") == 1 and "advice" not in page
+    text = render_markdown(summary)
+    assert text.count("OSError: no disk") == 1 and text.count("| the same |") == 2

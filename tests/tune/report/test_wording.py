@@ -83,7 +83,7 @@ def test_nothing_that_varies_is_nothing() -> None:
 @pytest.mark.parametrize(
     ("status", "error", "text"),
     [
-        ("failed", "ValueError: \x1b[31mno", "ValueError: no"),
+        ("failed", "ValueError: \x1b[31mno", r"ValueError: \x1b[31mno"),
         ("diverged", None, "its loss became non-finite"),
         ("failed", None, fmt.MISSING),
     ],

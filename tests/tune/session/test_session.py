@@ -504,7 +504,7 @@ def test_a_trial_is_one_line_with_its_known_numbers() -> None:
     assert trial_line(view, trial, result, "val_loss") == line
     view.done, view.total_is_final, trial.arm = 3, False, "a\x1b[31m\nb"
     failed = TrialResult("failed", error="Traceback\nout\tof", seconds=0.5)
-    assert trial_line(view, trial, failed, "val_loss") == "[ 3/29+] alpha  a b seed 2  failed: out of  0.5 s"
+    assert trial_line(view, trial, failed, "val_loss") == r"[ 3/29+] alpha  a\x1b[31m b seed 2  failed: out of  0.5 s"
 
 
 def test_trials_copied_from_another_campaign_say_where_they_were_trained(

@@ -135,11 +135,11 @@ def test_an_impossible_space_is_reported_with_its_place(tmp_path: Path, space: s
 @pytest.mark.parametrize(
     ("trials", "rest", "message"),
     [
-        ("0", "", "search.trials: `trials:` is a whole number of at least 1, got 0"),
+        ("0", "", "search.trials: `trials:` is a whole number from 1 to 2,147,483,647, got 0"),
         ("99999", "", "search: 99999 arms x 2 seeds = 199998 trials; a campaign has at most 10000"),
         ("3", "  method: optima\n", "search.method: unknown method 'optima', did you mean 'optuna'?"),
         ("3", "  sed: 1\n", "search.sed: unknown setting, did you mean 'seed'?"),
-        ("3", "  seed: x\n", "search.seed: `seed:` is a whole number of at least 0, got 'x'"),
+        ("3", "  seed: x\n", "search.seed: `seed:` is a whole number from 0 to 2,147,483,647, got 'x'"),
     ],
 )
 def test_the_settings_of_a_search_are_checked(tmp_path: Path, trials: str, rest: str, message: Any) -> None:

@@ -281,7 +281,7 @@ def test_plain_console_writes_a_line_for_each_event(capsys: pytest.CaptureFixtur
     print_plainly("one \x1b[31mred\x1b[0m [bold]thing[/]")
     print_plainly("two\nlines")
     out, err = capsys.readouterr()
-    assert (out, err) == ("", "one red [bold]thing[/]\ntwo lines\n")
+    assert (out, err) == ("", "one \\x1b[31mred\\x1b[0m [bold]thing[/]\ntwo lines\n")
 
 
 def test_lines_that_nobody_reads_any_more_end_no_campaign(monkeypatch: pytest.MonkeyPatch) -> None:

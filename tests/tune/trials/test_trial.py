@@ -75,9 +75,9 @@ def test_an_exception_becomes_a_failed_result_with_the_error(spec: TrialSpec) ->
     gone = override(spec.config, {"data.corpus": str(spec.folder / "nowhere.txt")})
     result = finish(run_trial(replace(spec, config=gone)))
     assert (result.status, result.metrics) == ("failed", {})
-    assert result.error is not None and "nowhere.txt" in result.error.splitlines()[-1]
-    assert result.error.startswith("Traceback")
-    assert (spec.folder / "error.txt").read_text() == result.error
+    assert result.error is not None and result.error.startswith("ConfigError: ") and "nowhere.txt" in result.error
+    assert result.traceback is not None and result.traceback.startswith("Traceback")
+    assert (spec.folder / "error.txt").read_text() == result.traceback
     assert result.provenance["device"] == describe_machine("cpu", 1)["device"]
     assert (spec.folder / "metrics.jsonl").read_text() == ""
 
@@ -90,7 +90,8 @@ def test_the_record_has_the_end_of_a_long_error_and_the_file_all_of_it(
 
     monkeypatch.setattr("tune.trials.trial.open_cached_dataset", broken)
     result = finish(run_trial(spec))
-    assert result.error is not None and len(result.error) == 4000 and result.error.endswith("x the end\n")
+    assert result.error is not None and len(result.error) == 4000 and result.error.startswith("ValueError: x")
+    assert result.traceback is not None and len(result.traceback) == 4000 and result.traceback.endswith("x the end\n")
     assert len((spec.folder / "error.txt").read_text()) > 10_000
 
 

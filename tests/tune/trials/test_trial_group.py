@@ -1,7 +1,7 @@
 """Trials that train together: each has the record that it has alone, and fails, stops and resumes on its own."""
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,10 @@ import torch
 from ngpt.config.base import override
 from ngpt.ensemble.stack import Stack
 from ngpt.training.config import TrainConfig
+from tests.helpers.fake_gpus import FakeGpus
 from tests.helpers.tiny_run import finish
 from tune.trials.trial import TrialResult, TrialSpec, run_trial
-from tune.trials.trial_group import expected_groups, group_size, run_trials
+from tune.trials.trial_group import GpuUnusable, expected_groups, group_size, run_trials
 
 
 def trial(name: str, folder: Path, config: TrainConfig, **changes: Any) -> TrialSpec:
@@ -74,6 +75,18 @@ def test_a_trial_that_fails_does_not_end_the_others(specs: list[TrialSpec]) -> N
     assert [results[spec.trial_id].status for spec in specs] == ["finished", "failed", "finished"]
     assert "seed = 9" in (results["t1"].error or "")
     assert "seed = 9" in (specs[1].folder / "error.txt").read_text()
+
+
+def test_trials_whose_gpu_becomes_unusable_do_not_fail_with_the_one_that_caused_it(
+    specs: list[TrialSpec], monkeypatch: pytest.MonkeyPatch, fake_gpus: Callable[..., FakeGpus]
+) -> None:
+    """A failed assertion in a kernel stays in the process: whatever trained there next would fail, too."""
+    fake = fake_gpus(count=1)
+    monkeypatch.setattr(Stack, "losses", lambda *_: fake.break_context())
+    on_gpu = [replace(spec, config=override(spec.config, {"device": "auto"})) for spec in specs]
+    with pytest.raises(GpuUnusable):
+        run_all(on_gpu)
+    assert not any((spec.folder / "error.txt").exists() for spec in specs)
 
 
 def test_a_trial_can_be_stopped_early(specs: list[TrialSpec]) -> None:

@@ -5,7 +5,7 @@ import gzip
 import json
 import lzma
 import os
-from collections import Counter
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ngpt.config.base import ConfigError
-from ngpt.data.text import documents, json_documents
+from ngpt.data.text import documents, json_documents, streams, tables
 from ngpt.data.text.documents import (
     files_identity,
     find_files,
@@ -195,93 +195,10 @@ def test_a_file_that_has_changed_is_read_again(tmp_path: Path) -> None:
     assert files_identity(path, [path]) != before
 
 
-@pytest.mark.parametrize("suffix", COMPRESS)
-def test_a_compressed_file_that_ends_early_is_an_error_and_not_a_shorter_corpus(tmp_path: Path, suffix: str) -> None:
-    path = write_json_lines(tmp_path / f"a.jsonl{suffix}", [os.urandom(50).hex() for _ in range(2000)])
-    path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(ConfigError, match=r"a\.jsonl.*cannot be decompressed: "):
-        list(read_documents([path]))
-
-
-def test_compressed_parts_that_were_joined_are_read_to_the_end(tmp_path: Path) -> None:
-    for suffix, compress in COMPRESS.items():
-        path = tmp_path / f"a.txt{suffix}"
-        path.write_bytes(compress(b"one\n") + compress(b"two\n"))
-        assert list(read_documents([path])) == ["one\ntwo\n"]
-
-
-def test_a_zstd_window_above_128_megabytes_is_read(tmp_path: Path) -> None:
-    """One raw block in a frame with the header of `zstd --long=28`, see RFC 8878."""
-    text = b'{"text": "far away"}\n'
-    block = (1 | len(text) << 3).to_bytes(3, "little") + text  # the last block, raw
-    path = broken(tmp_path / "a.jsonl.zst", b"\x28\xb5\x2f\xfd" + bytes([0, (28 - 10) << 3]) + block)
-    with pytest.raises(OSError), pyarrow.input_stream(str(path), compression="zstd") as stream:
-        stream.read()
-    assert list(read_documents([path])) == ["far away"]
-
-
 def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
     mark = b"\xef\xbb\xbf"
     for name, content in (("a.txt", b"one"), ("a.jsonl", b'{"text": "one"}'), ("a.json", b' [{"text": "one"}]')):
         assert list(read_documents([broken(tmp_path / name, mark + content)])) == ["one"]
-
-
-@pytest.mark.parametrize("suffix", ["", ".gz"])
-def test_a_bad_byte_is_counted_from_the_start_of_the_file(tmp_path: Path, suffix: str) -> None:
-    data = b"\xef\xbb\xbf" + "caf\u00e9\n".encode() * 1_000_000
-    for at in (3, 4_194_303, 5_999_999):  # around the block of text that is read at once
-        path = tmp_path / f"a.txt{suffix}"
-        path.write_bytes(COMPRESS.get(suffix, bytes)(data[:at] + b"\xff" + data[at:]))
-        with pytest.raises(ConfigError, match=rf"is not UTF-8 text: .* at byte {at}\b"):
-            list(read_documents([path]))
-
-
-KINDS = {
-    "dictionary": pyarrow.dictionary(pyarrow.int32(), pyarrow.string()),
-    "string_view": pyarrow.string_view(),
-    "large_string": pyarrow.large_string(),
-    "binary": pyarrow.binary(),
-    "large_binary": pyarrow.large_binary(),
-}
-
-
-@pytest.mark.parametrize("name", KINDS)
-def test_every_type_of_text_in_a_column_is_read(tmp_path: Path, name: str) -> None:
-    texts = ["one", None, "caf\u00e9", "", "one"]
-    table = pyarrow.table({"text": pyarrow.array(texts, pyarrow.string()).cast(KINDS[name])})
-    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=2)
-    with pyarrow.ipc.new_stream(str(tmp_path / "a.arrow"), table.schema) as writer:
-        writer.write_table(table)
-    for path in (tmp_path / "a.parquet", tmp_path / "a.arrow"):
-        left_out: Counter[str] = Counter()
-        assert list(read_documents([path], left_out=left_out)) == ["one", "caf\u00e9", "one"]
-        assert left_out == {"null": 1, "empty": 1}
-
-
-def test_a_nested_column_is_named_with_dots_and_a_name_with_a_dot_comes_first(tmp_path: Path) -> None:
-    rows = [{"a": {"b": "one", "c": 1}}, {"a": None}, {"a": {"b": None, "c": 2}}, {"a": {"b": "two", "c": 3}}]
-    table = pyarrow.Table.from_pylist(rows)
-    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for name in ("a.parquet", "a.jsonl"):
-        left_out: Counter[str] = Counter()
-        assert list(read_documents([tmp_path / name], "a.b", left_out)) == ["one", "two"] and left_out == {"null": 2}
-        with pytest.raises(ConfigError, match=r"'text'; it has a\.b, a\.c; data\.text_column"):
-            list(read_documents([tmp_path / name]))
-    dotted = table.append_column("a.b", [["three", "four", None, "five"]])
-    pyarrow.parquet.write_table(dotted, tmp_path / "b.parquet")
-    (tmp_path / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in dotted.to_pylist()))
-    for name in ("b.parquet", "b.jsonl"):
-        assert list(read_documents([tmp_path / name], "a.b")) == ["three", "four", "five"]
-
-
-def test_text_that_is_not_utf_8_is_named_with_its_row(tmp_path: Path) -> None:
-    raw = pyarrow.array([b"first"] * 2999 + [b"caf\xe9"], pyarrow.binary())
-    column = pyarrow.Array.from_buffers(pyarrow.string(), 3000, raw.buffers())
-    for name, values in (("a.parquet", column), ("b.parquet", raw)):
-        pyarrow.parquet.write_table(pyarrow.table({"text": values}), tmp_path / name, row_group_size=700)
-        with pytest.raises(ConfigError, match=rf"{name}, row 3000 is not UTF-8 text: .* at byte 3 of the value$"):
-            list(read_documents([tmp_path / name]))
 
 
 def save_to_disk(folder: Path, files: dict[str, list[str]]) -> Path:
@@ -364,9 +281,86 @@ def test_files_that_may_be_meant_as_documents_or_as_text_are_refused(
         choose(tmp_path, files)
 
 
-def test_an_array_of_large_objects_is_read_piece_by_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(json_documents, "PIECE", 7)
-    texts = ["caf\u00e9 " * number for number in range(1, 40)]
-    path = tmp_path / "a.json"
-    path.write_text(json.dumps([{"text": text} for text in texts], indent=1), encoding="utf-8")
-    assert list(read_documents([path])) == texts
+# ---- small files with a large content --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_limit(monkeypatch: pytest.MonkeyPatch) -> int:
+    """A limit of one mebibyte, so that a test needs little time; the real one is 64."""
+    limit = 1 << 20
+    for module in (streams, json_documents, tables, documents):
+        monkeypatch.setattr(module, "MAX_DOCUMENT", limit)
+    return limit
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.jsonl.bz2", "a.jsonl.xz", "a.json.gz", "a.ndjson"])
+def test_a_line_that_is_too_long_is_refused_before_it_fills_the_memory(
+    name: str, tmp_path: Path, small_limit: int
+) -> None:
+    line = b'{"text": "' + b"x" * (40 * small_limit) + b'"}\n'
+    (tmp_path / name).write_bytes(COMPRESS.get(Path(name).suffix, bytes)(b'{"text": "a"}\n' + line))
+    del line
+    texts = read_documents([tmp_path / name])
+    tracemalloc.start()
+    try:
+        assert next(texts) == "a"
+        with pytest.raises(ConfigError) as caught:
+            next(texts)
+        assert tracemalloc.get_traced_memory()[1] < 16 * small_limit
+    finally:
+        tracemalloc.stop()
+    assert str(caught.value) == f"{tmp_path / name}, line 2 is too large: a document has at most 1 MiB"
+
+
+def test_an_item_of_an_array_and_a_whole_object_are_bounded(tmp_path: Path, small_limit: int) -> None:
+    text = "x" * (3 * small_limit)
+    (tmp_path / "array.json").write_text(json.dumps([{"text": "a"}, {"text": text}]))
+    (tmp_path / "object.json").write_text(json.dumps({"text": text}, indent=1))
+    with pytest.raises(ConfigError, match=r"array\.json, item 2 is too large"):
+        list(json_documents.read_json_array(tmp_path / "array.json", "text"))
+    with pytest.raises(ConfigError, match=r"object\.json is too large"):
+        list(json_documents.read_json_object(tmp_path / "object.json", "text"))
+
+
+@pytest.mark.parametrize("name", ["deep.jsonl", "deep.json"])
+def test_deep_nesting_is_one_line_with_its_place(name: str, tmp_path: Path) -> None:
+    deep = '{"text": "b", "meta": ' + "[" * 200_000 + "]" * 200_000 + "}"
+    content = f"[{deep}]" if name.endswith(".json") else f'{{"text": "a"}}\n{deep}\n'
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ConfigError, match=r"deep\.jsonl?, (line 2|item 1) is nested too deeply$"):
+        list(read_documents([tmp_path / name]))
+
+
+def test_a_text_that_is_one_document_is_bounded_and_a_corpus_of_one_line_is_not(
+    tmp_path: Path, small_limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.txt").write_text("x" * (3 * small_limit))
+    with pytest.raises(ConfigError, match=r"a\.txt is too large: a document has at most 1 MiB"):
+        list(read_documents([tmp_path / "a.txt"]))
+    monkeypatch.setattr(documents, "BLOCK", small_limit // 2)
+    monkeypatch.setattr(documents, "MAX_LINE", small_limit)
+    pieces = list(documents.read_text(tmp_path / "a.txt"))
+    assert sum(map(len, pieces)) == 3 * small_limit and max(map(len, pieces)) <= 2 * small_limit
+
+
+def test_a_long_text_that_many_rows_repeat_is_in_memory_once(tmp_path: Path) -> None:
+    repeated = pyarrow.array(["x" * 1_000_000]).dictionary_encode().take(pyarrow.array([0] * 2000))
+    table = pyarrow.table({"text": repeated})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", store_schema=False)  # so that it is read as a string
+    before = pyarrow.total_allocated_bytes()
+    texts = read_documents([tmp_path / "a.parquet"])
+    assert len(next(texts)) == 1_000_000
+    assert pyarrow.total_allocated_bytes() - before < 100_000_000  # of two billion
+
+
+def test_a_value_of_a_table_is_bounded(tmp_path: Path, small_limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    huge = "x" * (2 * small_limit)
+    with pytest.raises(ConfigError, match=r"a\.parquet, row 2 is too large"):
+        list(read_documents([write_parquet(tmp_path / "a.parquet", ["a", huge, "b", "c"], rows=4)]))
+    with pytest.raises(ConfigError, match=r"a\.arrow, row 2 is too large"):
+        list(read_documents([write_arrow(tmp_path / "a.arrow", ["a", huge, "b"])]))
+    monkeypatch.setattr(tables, "MAX_UNPACKED", small_limit)
+    with pytest.raises(ConfigError, match=r"b\.parquet: [\d,]+ bytes of column 'text' unpack to [\d,]+: not a text"):
+        path = tmp_path / "b.parquet"
+        pyarrow.parquet.write_table(pyarrow.table({"text": ["a", huge, "b", "c"]}), path, compression="zstd")
+        list(read_documents([path]))
