@@ -1,11 +1,12 @@
 """Campaigns on Ray, as a user runs them: the numbers of `--inline`, warm workers, and every kind of kill."""
 
+import contextlib
 import os
 import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,8 +22,9 @@ from ngpt.system.heartbeat import stop_requested
 from tests.helpers.fake_gpus import GIB, FakeGpus
 from tests.helpers.real_run import SCRIPT, Run, left_over, start
 from tests.helpers.tiny_campaign import begun, losses, pretend, records, session_on, strict, train_all, write_file
+from tests.helpers.tune_in_process import run_in_process
 from tune.executors.ray_executor import RayCluster, SessionSearcher, WarmWorkerScheduler, current_umask
-from tune.executors.ray_trainable import GPU, PAUSED, UNUSABLE, UPDATES
+from tune.executors.ray_trainable import GPU, PAUSED, UNUSABLE, UPDATES, TrialWorker
 from tune.machine.ray_limits import ray_root
 from tune.spec.schema import Resources
 from tune.storage.journal import read_journal
@@ -460,6 +462,33 @@ def test_a_worker_that_can_run_no_further_trial_is_not_kept(unusable: bool) -> N
     tune = controller(trial="worker", other="another")
     scheduler.on_trial_complete(tune, "trial", {UPDATES: Updates()} | ({UNUSABLE: True} if unusable else {}))
     assert tune._started_actors == ({"another"} if unusable else {"worker", "another"})
+
+
+def test_a_trial_that_fails_on_a_gpu_costs_its_worker_and_no_other_trial(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tune's own controller. If a worker refused a trial, Tune would abort it, and the campaign would wait for ever."""
+    monkeypatch.setattr("ray._private.worker._changeproctitle", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr("ngpt.system.gpus.is_in_use", lambda: True)
+    monkeypatch.setattr("ngpt.system.gpus.release_unused", lambda: None)
+    trained: list[TrialSpec] = []
+
+    def run_trials(specs: Sequence[TrialSpec]) -> Iterator[Updates]:
+        (spec,) = specs
+        trained.append(spec)
+        yield Updates(ended={spec.trial_id: pretend(spec, status="failed" if len(trained) == 1 else "finished")})
+
+    monkeypatch.setattr("tune.executors.ray_trainable.run_trials", run_trials)
+    cluster: Any = SimpleNamespace(workers=2, gpu_slots=None, per_trial={"CPU": 1.0, "GPU": 1.0})
+    with session_on(small, tmp_path / "tiny") as session:
+        searcher = SessionSearcher(begun(session, workers=2), cluster)
+        scheduler = WarmWorkerScheduler(2, searcher)
+        workers = run_in_process(TrialWorker, searcher, scheduler, tmp_path / "tune", should_stop=searcher.should_stop)
+        statuses = sorted(result["status"] for result in session.state.results.values())
+        assert statuses == ["failed"] + ["finished"] * 5
+        assert not any(event["event"] == "worker_died" for event in session.journal.events)
+    assert len(workers) == 3
+    assert {spec.attempt for spec in trained} == {1}
 
 
 def test_idle_workers_on_the_least_busy_gpus_get_the_next_trials() -> None:
