@@ -80,10 +80,9 @@ def summarize_campaign(
     planned = sorted({trial_id for phase in state.phases.values() for trial_id in phase.trial_ids})
     results = [state.results[trial_id] for trial_id in planned if trial_id in state.results]
     statuses = [state.outcome(trial_id).status for trial_id in planned]
-    warnings = [f"{phase.phase}: {warning}" for phase in phases for warning in phase.warnings]
+    warnings = [*file_warnings, *(f"{phase.phase}: {warning}" for phase in phases for warning in phase.warnings)]
     warnings += [left_out_sentence(state.left_out)] if state.left_out else []
     warnings += [orphans_sentence(orphans)] if (orphans := state.orphans()) else []
-    warnings += file_warnings
     return CampaignSummary(
         campaign=rules["campaign"],
         description=rules["description"],
