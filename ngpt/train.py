@@ -19,7 +19,9 @@ from collections.abc import Generator
 from pathlib import Path
 
 from ngpt.config.base import build, flatten, override
+from ngpt.data.dataset import open_dataset
 from ngpt.model.norm import NORM_MODES
+from ngpt.runs.advice import advice
 from ngpt.runs.folder import (
     check_continues,
     continue_from,
@@ -91,14 +93,23 @@ def _train(options: argparse.Namespace) -> int:
             print_line(line)
         if note := slow_dtype_note(pick_device(config.device), config.dtype):
             print_line(note)
-        run = train(config.model_copy(update={"tracker": tracker}), out, resume=None if is_new else "extend")
-        result = print_progress(run, stop)
+        config = config.model_copy(update={"tracker": tracker})
+        result = print_progress(_start(config, out, resume=None if is_new else "extend"), stop)
         clear_heartbeat(out)
     if result is None:
         print_line(stop.sentence(config.steps))
         return stop.exit_code
     print(json.dumps({"status": result.status} | result.metrics, indent=1, allow_nan=False))
     return 0 if result.status == "finished" else EXIT_UNSUCCESSFUL
+
+
+def _start(config: TrainConfig, out: Path, *, resume: str | None) -> Generator[Metrics, None, RunResult]:
+    """Opens the corpus, prints advice about the settings, and trains."""
+    dataset = open_dataset(config.data)
+    train_tokens, val_tokens = (sum(map(len, shards)) for shards in (dataset.train, dataset.val))
+    for sentence in advice(config, train_tokens=train_tokens, eval_tokens=val_tokens):
+        print_line(f"warning: {sentence}")
+    return (yield from train(config, out, resume=resume, dataset=dataset))
 
 
 def print_progress(run: Generator[Metrics, None, RunResult], stop: StopRequest) -> RunResult | None:

@@ -9,6 +9,7 @@ import torch
 
 from ngpt.config.base import ConfigError
 from ngpt.model.flops import matrix_params
+from ngpt.runs.advice import advice
 from ngpt.system.code_digest import current_code
 from ngpt.system.device import DTYPES, pick_device
 from ngpt.system.timing import gemm_flops, slow_dtype_note
@@ -88,6 +89,7 @@ class Estimate:
     seconds_source: str
     code: list[str]  # what is to be said about trials of other code
     devices: list[str]  # what is to be said about GPUs that are not used
+    advice: list[str]  # settings of the trials that are likely to be a mistake
     slow_dtype: str | None = None  # a dtype that this machine only emulates
 
 
@@ -178,6 +180,7 @@ def estimate(
         code=code_lines,
         devices=device_notes(campaign.resources, device=campaign.base.device),
         slow_dtype=slow_dtype(campaign, (config for trials in to_run.values() for config, _ in trials)),
+        advice=list(dict.fromkeys(text for phase in phases for trial in phase.trials for text in advice(trial.config))),
     )
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
+from ngpt.config.base import ConfigError, build
 from tune import format as fmt
 from tune.analysis.importance import axis_importance, is_number, sweep_axes
 from tune.analysis.power import MAX_SEEDS
@@ -287,7 +288,22 @@ def troubles(summary: CampaignSummary) -> list[str]:
     warned = [f"{len(phase.warnings)} in {fmt.plain(phase.phase)}" for phase in summary.phases if phase.warnings]
     if warned:
         sentences.append(f"Warnings are listed with their phases: {fmt.listing(warned)}.")
-    return sentences
+    return [*sentences, *settings_advice(summary)]
+
+
+def settings_advice(summary: CampaignSummary) -> list[str]:
+    """Says which settings of the base are likely to be a mistake, given the corpus; nothing about older results."""
+    from ngpt.runs.advice import advice  # imported here, so that `status` needs no torch
+    from ngpt.training.config import TrainConfig
+
+    try:
+        config = build(TrainConfig, summary.base)
+    except ConfigError:  # settings of another version
+        return []
+    sizes = {name: summary.data.get(name) for name in ("train_tokens", "eval_tokens")}
+    if not summary.base or None in sizes.values():
+        return []
+    return [fmt.sentence(f"In the base, {text}") for text in advice(config, **sizes)]
 
 
 RESUME = "the same command again: it continues where it stopped and repeats nothing."

@@ -54,4 +54,5 @@ def _notes(estimated: Estimate) -> list[str]:
         guess = "the first arm of that phase, or its last winner, is assumed"
         lines.append(f"* starts from a winner that is not known yet; {guess}")
     lines += [estimated.slow_dtype] if estimated.slow_dtype else []
+    lines += [f"warning: {text}" for text in estimated.advice]
     return [*lines, *estimated.devices, *estimated.code, f"results in {estimated.results}"]
