@@ -74,7 +74,7 @@ def test_a_run_says_that_a_dtype_is_only_emulated(
     path = tmp_path / "tiny.yaml"
     path.write_text(TINY.format(corpus=corpus).replace("alpha: [0.05, 0.2]", "dtype: [bfloat16]"))
     monkeypatch.setattr("ngpt.system.timing.bfloat16_slowdown", lambda: 39.6)
-    monkeypatch.setattr("tune.launch.run_inline", lambda session: None)
+    monkeypatch.setattr("tune.launch.run_inline", lambda session, **_: None)
     launch(load_campaign(path), tmp_path / "out", command="again", inline=True, view=lambda snapshot: recorder([]))
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "bfloat16" in line]
     assert line == "bfloat16 is emulated on this CPU: 40 x slower than float32; set dtype: float32"
