@@ -340,8 +340,8 @@ def _sentence(claim: Claim, result: Difference) -> str:
 
 
 def _exp(x: float) -> float:
-    """The exponential, without overflow."""
-    return exp(min(x, 700.0))
+    """The exponential without overflow; infinite only for a side that diverged with every seed."""
+    return x if x == inf else exp(min(x, 700.0))
 
 
 def _reaches(effect: float, min_effect: float) -> bool:

@@ -146,6 +146,6 @@ def test_a_gpu_that_torch_cannot_use_is_told_with_its_reason(
     assert gpus.why_unavailable() == reason
     with pytest.raises(ConfigError, match=rf"'cuda' is not available; this machine has cpu: {re.escape(reason)}$"):
         pick_device("cuda")
-    (check,) = doctor._device(tmp_path)
+    check, *_ = doctor._device(tmp_path)
     assert check.value.endswith(f"; no GPU: {reason}")
     assert check.problem == (None if problem is None else f"a GPU driver is installed, but {reason}{problem}")

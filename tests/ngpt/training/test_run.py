@@ -193,7 +193,7 @@ def test_a_checkpoint_of_another_config_is_refused(tiny: TrainConfig, dataset: D
     run(tiny, tmp_path, dataset)
     with pytest.raises(ConfigError, match=r"was made with optim\.lr = 0\.01, this run has 0\.02"):
         run(override(tiny, {"lr": 0.02}), tmp_path, dataset, resume="latest")
-    with pytest.raises(ConfigError, match="resume must be 'latest', got 'best'"):
+    with pytest.raises(ConfigError, match="resume must be 'latest' or 'extend', got 'best'"):
         run(tiny, tmp_path, dataset, resume="best")
 
 

@@ -110,7 +110,7 @@ def test_a_short_campaign_is_not_worth_a_calibration(tiny: TrainConfig, own_stor
 
 
 def test_a_failed_calibration_leaves_one_trial_per_device_and_gives_the_reason(tiny: TrainConfig) -> None:
-    too_large = resolved(override(tiny, {"model.mlp_ratio": 1e12}))  # a matrix of a petabyte
+    too_large = resolved(override(tiny, {"model.n_embd": 400_000}))  # matrices of terabytes
     chosen = choose_trials_per_device([too_large] * 2, max_trials=2, devices=1, threads=1, log=silent)
     assert chosen is not None and chosen.trials_per_device == 1
     assert chosen.why == "not measured: out of memory"

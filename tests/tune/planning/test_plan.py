@@ -257,6 +257,7 @@ def test_an_id_hashes_every_setting_that_decides_a_run_and_ends_with_the_seed(tm
     data = json.dumps([1, f"sha256:{text}", "sentencepiece:300", 0.1])
     identity = {name: value for name, value in flatten(config).items() if is_identity(TrainConfig, name)}
     added = {"on_oom": "split", "nonfinite.policy": "fail", "nonfinite.max": 10}  # later, so only where they change
+    added |= {"init_from": None, "init_sha256": None}
     identity = {name: value for name, value in identity.items() if name not in added or added[name] != value}
     identity = {name: value for name, value in identity.items() if name != "seed" and not name.startswith("data.")}
     identity["data"] = hashlib.sha256(data.encode()).hexdigest()[:12]
@@ -280,7 +281,7 @@ def changed(config: Any, name: str) -> Any:
     return config.model_copy(update={section: changed(value, rest) if rest else another(value)})
 
 
-RUNTIME = ["device", "data.path", "checkpoint.every", "checkpoint.keep_last"]
+RUNTIME = ["init_from", "device", "data.path", "checkpoint.every", "checkpoint.keep_last"]
 RUNTIME += [f"tracker.{name}" for name in settings(TrackerConfig)]
 
 
