@@ -98,8 +98,8 @@ def test_a_forged_journal_is_read_or_refused_in_one_line(
 
 
 @pytest.mark.slow
-def test_a_thousand_forged_journals_are_read_or_refused_in_one_line(
+def test_many_forged_journals_are_read_or_refused_in_one_line(
     original: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for seed in range(1000, 2000):
+    for seed in range(1000, 1150):
         attack(original, tmp_path / str(seed), Random(seed), capsys)

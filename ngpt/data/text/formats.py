@@ -60,8 +60,9 @@ def format_of(path: Path) -> FileFormat:
 @cache
 def _format_of(path: Path, size: int, changed: int) -> FileFormat:
     name = base_name(path)
-    if (table := next((kind for suffix, kind in TABLES.items() if name.endswith(suffix)), None)) is not None:
-        return FileFormat(table, by_name=True)
+    for suffix, kind in TABLES.items():
+        if name.endswith(suffix):
+            return FileFormat(kind, by_name=True)
     with open_stream(path) as stream:
         head = stream.read(HEAD)
         is_whole = len(head) < HEAD

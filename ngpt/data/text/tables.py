@@ -146,7 +146,8 @@ def _texts(batch: Any, column: str, path: Path, first_row: int) -> Iterator[str 
         name, *parts = column.split(SEPARATOR)
         values = batch.column(name)
         for part in parts:
-            values = pyarrow.compute.struct_field(values, [part])  # null where the struct is
+            # Null where the struct is null; `pyarrow.compute.struct_field`, which type checkers do not know.
+            values = pyarrow.compute.call_function("struct_field", [values], pyarrow.compute.StructFieldOptions([part]))
     for index, value in enumerate(values):
         try:
             text = value.as_py()
