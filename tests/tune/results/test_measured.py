@@ -26,7 +26,7 @@ def numbers(summary: Any) -> list[float]:
     found = []
     for arm in (arm for phase in summary["phases"] for arm in phase["arms"]):
         for part in (arm["score"], arm["delta"] or {}):
-            found += [value for value in part.values() if isinstance(value, int | float)]
+            found += [value for _, value in sorted(part.items()) if isinstance(value, int | float)]
     return found
 
 
