@@ -63,6 +63,7 @@ def test_a_part_that_fails_leaves_an_error_and_the_others_continue(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("count", [0, 2])
 def test_the_whole_gpu_benchmark_runs_at_a_small_size(
     capsys: pytest.CaptureFixture[str], fake_gpus: Callable[..., FakeGpus], count: int
