@@ -51,10 +51,8 @@ class StopRequest:
 
     def sentence(self, steps: int) -> str:
         """Says what is saved, and how to go on."""
-        name, resume = (
-            signal.Signals(self.signal).name,
-            f"python -m ngpt.train --resume {shlex.quote(str(self._folder))}",
-        )
+        name = signal.Signals(self.signal).name
+        resume = f"python -m ngpt.train --resume {shlex.quote(str(self._folder))}"
         saved = [int(path.name.removeprefix("step_")) for path in checkpoint_folders(self._folder / "checkpoints")]
         newest = max(saved, default=0)
         step = newest if self._step is None else self._step
