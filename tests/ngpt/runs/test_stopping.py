@@ -126,7 +126,7 @@ def test_the_line_says_what_is_lost_if_the_last_save_fails(
     assert "stopped by SIGHUP at step 7 of 8, saved at step 5; to go on:" in capsys.readouterr().err
 
 
-def test_a_run_that_ends_by_itself_after_the_signal_is_finished(
+def test_a_run_that_cannot_write_its_heartbeat_finishes(
     settings_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(HeartbeatWriter, "beat", lambda self, step: None)  # no heartbeat, as on a full disk
