@@ -10,7 +10,7 @@ import pytest
 from ruamel.yaml import YAML
 
 import run_campaign
-from ngpt.config.base import flatten, is_identity, resolve, settings
+from ngpt.config.base import flatten, is_identity, resolve, sections, settings
 from ngpt.training.config import TrainConfig
 from tune.campaign import TOP_KEYS, load_campaign
 from tune.claims.relations import METRIC_GOALS, RELATIONS
@@ -170,3 +170,12 @@ def test_the_commands_page_names_every_option_and_no_other(capsys: pytest.Captur
     assert len(options) > 50
     listed = set(re.findall(r"--[a-z][\w-]+", DOCS["cli"]))
     assert listed ^ options <= {"--help", "--norm_mode"}
+
+
+def test_every_setting_that_a_command_of_a_document_changes_exists() -> None:
+    """`--set NAME=VALUE [NAME=VALUE ...]`; capitals stand for any name."""
+    commands = [words for text in DOCS.values() for words in re.findall(r"--set((?:[ \n]+[\w.-]+=[^\s`]+)+)", text)]
+    names = {name for words in commands for name in re.findall(r"([\w.-]+)=", words) if not name.isupper()}
+    assert len(names) > 15
+    for name in names - sections(TrainConfig).keys():
+        resolve(TrainConfig, name)  # raises ConfigError for what is not a setting
