@@ -62,9 +62,8 @@ def _device(out: Path) -> Iterator[Check]:
         yield Check("device", ", ".join(names))
         return
     quota = cpu_quota()
-    cores = fmt.counted(usable_cpus(), "usable core") + (
-        "" if quota is None else f" (a control group allows {quota:g})"
-    )
+    allowed = "" if quota is None else f" (a control group allows {quota:g})"
+    cores = fmt.counted(usable_cpus(), "usable core") + allowed
     cpu = f"CPU: {cpu_model()}, {cores}, {total_memory() / 2**30:.0f} GiB"
     reason, problem = gpus.why_unavailable(), None
     if gpus.has_driver() and not gpus.is_hidden():
