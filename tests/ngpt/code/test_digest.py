@@ -1,15 +1,15 @@
 """The digest of the code changes with everything that can change numbers, and with nothing else."""
 
-import ast
-import hashlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from ngpt.code.digest import Code, current_code, read_code
+from ngpt.code.plugins import Entry, Plugin, Source
 from ngpt.config.base import flatten, override
-from ngpt.system.code_digest import Code, current_code, define, read_code, strip_cpp
+from ngpt.plugins.tables import Table
 from ngpt.training.config import TrainConfig
 from tests.helpers import ROOT
 
@@ -219,26 +219,6 @@ def test_cpp_sources_count_without_their_comments(edit: Edit) -> None:
     assert changed(old, edit(**{"exp.cpp": kernel.replace("a + 1", "a + 2")})) == {"ngpt/exp.cpp": ["(source)"]}
 
 
-def test_what_looks_like_a_comment_in_a_text_stays() -> None:
-    assert strip_cpp('a = "// no comment";  // a comment\n\n  b;') == 'a = "// no comment";\nb;'
-
-
-def test_the_text_of_a_tree_does_not_depend_on_the_python_version() -> None:
-    """Written by hand: without empty fields, which 3.13 leaves out of `ast.dump`, and without `type_params` of 3.12."""
-    tree = ast.parse("def f(x, *, y=None):\n    return -x, 'a', 1.0").body[0]
-    arguments = "arguments(args=[arg(arg='x')],kwonlyargs=[arg(arg='y')],kw_defaults=[None])"
-    value = "Tuple(elts=[UnaryOp(op=USub(),operand=Name(id='x')),'a',1.0])"
-    expected = f"FunctionDef(name='f',args={arguments},body=[Return(value={value})])"
-    assert define([tree]).digest == hashlib.sha256(expected.encode()).hexdigest()[:10]
-
-
-def test_text_counts_the_same_however_it_is_split() -> None:
-    """Python 3.12 splits the text of f-strings otherwise than 3.11."""
-    parts = ([ast.Constant("a"), ast.Constant("b")], [ast.Constant("ab")])
-    one, other = (define([ast.JoinedStr([*part, ast.FormattedValue(ast.Name("x"), -1)])]) for part in parts)
-    assert one.digest == other.digest
-
-
 def test_a_file_in_the_middle_of_an_edit_has_no_digest(edit: Edit) -> None:
     whole, half = edit(), edit(before="x / 2", after="x /")
     found = read_code(whole.folder)
@@ -278,7 +258,7 @@ def test_the_code_of_this_process_is_that_of_its_files(real: Callable[..., Code]
     [
         ("model/residual.py", "alpha * (", "2 * alpha * (", {"model.residual": "lerp"}),
         ("optim/muon.py", "for ", "for  ", {}),
-        ("training/wandb_tracker.py", "def ", "def _", {}),
+        ("trackers/wandb_run.py", "def ", "def _", {}),
         ("data/text/hub.py", "def ", "def _", {}),
     ],
 )
@@ -287,3 +267,86 @@ def test_edits_of_the_real_package(
 ) -> None:
     found = real(file, before, after).changed(current_code().meanings, BASE)
     assert list(found) == ([f"ngpt/{file}"] if reaches else [])
+
+
+# ---- plug-ins ------------------------------------------------------------------------------------------------------
+
+MINE = {
+    "mine.py": "from ngpt.rules import RULES as TABLE\nfrom .helper import half\n\n\ndef mine(x):\n    return half(x)\n"
+    "\n\ndef other(x):\n    return x\n\n\nTABLE['mine'] = mine\nTABLE['other'] = other\n",
+    "helper.py": "def half(x):\n    return x / 2\n",
+}
+
+
+def plugin(folder: Path, file: str = "mine.py", before: str = "", after: str = "") -> Plugin:
+    """A plug-in with two rules, with a text in one of its files replaced, in a folder of its own."""
+    place = folder / f"plugin{len(list(folder.iterdir()))}"
+    place.mkdir()
+    for name, text in MINE.items():
+        assert name != file or before in text
+        (place / name).write_text(text.replace(before, after, 1) if name == file else text)
+    table = Table("rule", "ngpt.rules", "RULES", ("x",))
+    source = Source("mine.py", "ngpt_plugin_mine", place / "mine.py")
+    return Plugin(source, place / "mine.py", (Entry(table, "mine"), Entry(table, "other")))
+
+
+def test_an_edited_plugin_concerns_the_runs_that_reach_it(edit: Edit, tmp_path: Path) -> None:
+    package = edit().folder
+    old = Code(package, [plugin(tmp_path)])
+    assert changed(old, Code(package, [plugin(tmp_path)]), "mine") == {}  # in another folder
+    assert old.digest == Code(package, [plugin(tmp_path)]).digest != Code(package).digest
+    comment = Code(package, [plugin(tmp_path, before="return half", after='"""Halves."""\n    return half')])
+    assert (comment.digest, changed(old, comment, "mine")) == (old.digest, {})
+    helper = Code(package, [plugin(tmp_path, "helper.py", "x / 2", "x / 3")])
+    assert changed(old, helper, "mine") == {"helper.py of mine.py": ["half"]}
+    assert changed(old, helper, "other") == changed(old, helper, "lerp") == {}
+    new = Code(package, [plugin(tmp_path, before="return x", after="return -x")])
+    assert changed(old, new, "other") == {"mine.py": ["other"]} and changed(old, new, "mine") == {}
+    digests = {code.plugin_digest(code.plugins[0]) for code in (old, comment, helper, new)}
+    assert len(digests) == 3 and old.plugin_digest(old.plugins[0]) == comment.plugin_digest(comment.plugins[0])
+
+
+def test_a_plugin_concerns_no_run_that_does_not_use_it(edit: Edit, tmp_path: Path) -> None:
+    package = edit().folder
+    without, code = Code(package), Code(package, [plugin(tmp_path)])
+    for rule in ("lerp", "slerp"):
+        assert changed(without, code, rule) == changed(code, without, rule) == {}
+        assert code.plugins_of({"model.rule": rule}) == []
+    assert changed(without, code, "other") == {"mine.py": ["TABLE[other]", "other"]}
+    assert code.plugins_of({"model.rule": "mine"}) == list(code.plugins)
+    assert [*code.plugin_files(code.plugins[0])] == ["helper.py of mine.py", "mine.py"]
+    folder = code.plugins[0].file.parent
+    files = {"mine.py": folder / "mine.py", "helper.py": folder / "helper.py"}
+    assert code.files_to_send() == {"ngpt_plugin_mine": files}
+
+
+def test_what_a_plugin_does_at_its_import_concerns_every_run(edit: Edit, tmp_path: Path) -> None:
+    package = edit().folder
+    old = Code(package, [plugin(tmp_path)])
+    idle = "print('loaded')\nif __name__ == '__main__':\n    half(3)\n\n\ndef mine"
+    assert changed(old, Code(package, [plugin(tmp_path, before="def mine", after=idle)]), "lerp") == {}
+    busy = Code(package, [plugin(tmp_path, before="def mine", after="half(3)\n\n\ndef mine")])
+    assert changed(old, busy, "lerp") == {"mine.py": ["(module)"]}
+    # An entry that is added in another way counts with everything in its file.
+    loop = "for name in ('mine', 'other'):\n    TABLE[name] = mine\n"
+    where = {"before": "TABLE['mine'] = mine\nTABLE['other'] = other\n", "after": loop}
+    old = Code(package, [plugin(tmp_path, **where)])
+    edited = plugin(tmp_path, **where)
+    edited.file.write_text(edited.file.read_text().replace("return half(x)", "return half(-x)"))
+    assert changed(old, Code(package, [edited]), "other") == {"mine.py": ["mine"]}
+
+
+def test_a_module_of_a_package_is_followed_in_the_package(edit: Edit, tmp_path: Path) -> None:
+    package = edit().folder
+    codes = list[Code]()
+    for share in (2, 3):
+        root = tmp_path / f"site{share}" / "others"
+        root.mkdir(parents=True)
+        (root / "__init__.py").touch()
+        (root / "share.py").write_text(f"def half(x):\n    return x / {share}\n")
+        (root / "rules.py").write_text(MINE["mine.py"].replace("from .helper", "from others.share"))
+        table = Table("rule", "ngpt.rules", "RULES", ("x",))
+        found = Plugin(Source("others.rules", "others.rules"), root / "rules.py", (Entry(table, "mine"),))
+        codes.append(Code(package, [found]))
+    assert changed(codes[0], codes[1], "mine") == {"others/share.py": ["half"]}
+    assert codes[0].files_to_send() == {}
