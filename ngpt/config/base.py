@@ -5,19 +5,25 @@ import hashlib
 import json
 import unicodedata
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple, TypeVar, dataclass_transform, get_args
 
 import pydantic
 from pydantic_core import PydanticCustomError
 
+from ngpt.code.version import command
+from ngpt.config.peer_words import our_word
 from ngpt.config.visible import visible
 
 Location = tuple[str | int, ...]
 
 MAX_NAME_LENGTH = 200  # characters of a name or value in a message
 QUOTES = "put it in quotes, since it must be a text"  # for what YAML reads as a number, or as true or false
-MAX_MESSAGE_LENGTH = 2000  # characters; the list of all settings has 1500
+MAX_MESSAGE_LENGTH = 2000  # characters
+MOST_LISTED = 25  # names of settings in a message
+ORIGINS: dict[tuple[str, str], str] = {}  # where an unknown name comes from, by what it names and the name
+PLUGINS = "a plug-in is code, so no file of settings can name it; give it on the command line: --plugin FILE.py"
 
 
 class Problem(NamedTuple):
@@ -75,18 +81,28 @@ def renamed_setting(default: Any, aliases: Mapping[str, str], **constraints: Any
     return pydantic.Field(default, json_schema_extra={"stored_as": old_names}, **constraints)
 
 
-def one_of(table: Collection[str], what: str, *, aliases: Mapping[str, str] | None = None) -> pydantic.AfterValidator:
-    """Annotation for a field that names an entry of `table`. `aliases` maps old names to new ones."""
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """Checks that a value is a name in `table`, or an old name for one in `aliases`, and returns the name."""
 
-    def check(name: str) -> str:
-        name = (aliases or {}).get(name, name)
-        if name not in table:
-            text = unknown_message(what, name, table)
-            allowed = "" if "choose one of" in text else f" Allowed: {', '.join(sorted(table))}"
+    table: Collection[str]
+    what: str
+    aliases: Mapping[str, str]
+
+    def __call__(self, name: str) -> str:
+        name = self.aliases.get(name, name)
+        if name not in self.table:
+            text = unknown_message(self.what, name, self.table)
+            is_told = "choose one of" in text or (self.what, name) in ORIGINS
+            allowed = "" if is_told else f" Allowed: {', '.join(sorted(self.table))}"
             raise PydanticCustomError("choice", "{text}", {"text": text + allowed})
         return name
 
-    return pydantic.AfterValidator(check)
+
+def one_of(table: Collection[str], what: str, *, aliases: Mapping[str, str] | None = None) -> pydantic.AfterValidator:
+    """Annotation for a field that names an entry of `table`. `aliases` maps old names to new ones."""
+
+    return pydantic.AfterValidator(Choice(table, what, aliases or {}))
 
 
 def invalid_setting(message: str, *fields: str) -> PydanticCustomError:
@@ -95,12 +111,28 @@ def invalid_setting(message: str, *fields: str) -> PydanticCustomError:
 
 
 def unknown_message(what: str, name: object, options: Collection[str]) -> str:
-    """Returns `unknown corpus 'shakespear', did you mean 'shakespeare'?`, or lists all options if none is similar."""
+    """Returns `unknown corpus 'shakespear', did you mean 'shakespeare'?`, or lists all options if none is similar.
+
+    A setting that other programs call so is answered with ours; a long list of settings with the command to search it.
+    """
+    if origin := ORIGINS.get((what, str(name))):
+        return f"unknown {what} {printable(repr(str(name)))}: {origin}"
+    if what == "setting" and str(name).rpartition(".")[2] in ("plugin", "plugins"):
+        return PLUGINS
+    if what == "setting" and (ours := our_word(str(name)[:MAX_NAME_LENGTH])):
+        return f"unknown setting; here it is called {ours}"
     near = difflib.get_close_matches(str(name)[:MAX_NAME_LENGTH], list(options), n=1, cutoff=0.6)
     hint = f", did you mean '{near[0]}'?" if near else f"; choose one of {', '.join(sorted(options))}"
+    if what == "setting" and not near and len(options) > MOST_LISTED:
+        hint = f"; find it with `{command()} settings WORD`"
     if isinstance(name, bool | int | float) and str(name) in options:
         hint = f"; {QUOTES}"
     return f"unknown {what} {printable(repr(str(name)))}{hint}" if what != "setting" else f"unknown setting{hint}"
+
+
+def remember_origin(what: str, name: str, text: str) -> None:
+    """Lets `unknown_message` say, instead of a suggestion, where a name comes from that an earlier run knew."""
+    ORIGINS[what, name] = text
 
 
 def dotted_name(location: Location) -> str:

@@ -7,13 +7,24 @@ base:
 """
 
 import difflib
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ngpt.config.base import Config, ConfigError, Location, Problem, dotted_name, resolve, sections, unknown_message
+from ngpt.config.base import (
+    Config,
+    ConfigError,
+    Location,
+    Problem,
+    dotted_name,
+    printable,
+    resolve,
+    sections,
+    unknown_message,
+)
 from ngpt.config.yaml_reader import Document, YamlError, read_yaml
 
 MAX_PROBLEMS = 100  # reported at once
@@ -98,3 +109,27 @@ def _file_state(path: Path) -> tuple[int, ...]:
 def _document(path: Path, state: tuple[int, ...]) -> Document:
     """Reads a file once for all arms that use it; a changed `state` misses the cache."""
     return read_yaml(path)
+
+
+def as_assignments(overrides: Mapping[str, Any] | Sequence[str]) -> tuple[str, ...]:
+    """Returns overrides as the command line has them, `name=value`; the values of a mapping become YAML.
+
+    Raises:
+        ConfigError: a value has a type that no setting has.
+    """
+    if isinstance(overrides, str):
+        return (overrides,)
+    if not isinstance(overrides, Mapping):
+        return tuple(map(str, overrides))
+    return tuple(f"{name}={_as_yaml(name, value)}" for name, value in overrides.items())
+
+
+def _as_yaml(name: str, value: Any) -> str:
+    def convert(item: Any) -> Any:
+        if isinstance(item, os.PathLike):
+            return os.fspath(item)
+        if hasattr(item, "tolist"):  # a number or an array of NumPy
+            return item.tolist()
+        raise ConfigError(f"{name}: a setting cannot be a {type(item).__name__}, got {printable(repr(item))}")
+
+    return json.dumps(value, ensure_ascii=False, default=convert)  # JSON is YAML
