@@ -38,19 +38,24 @@ def describe_os_error(error: OSError, path: object = None) -> str:
     return f"{place}: {text}" if place else text
 
 
-def write_atomic(path: Path, data: bytes | str) -> None:
-    """Replaces the content of `path`; text is encoded as UTF-8. If that raises OSError, the old content remains."""
+def write_atomic(path: Path, data: bytes | str, *, durable: bool = True) -> None:
+    """Replaces the content of `path`; text is encoded as UTF-8. If that raises OSError, the old content remains.
+
+    Without `durable`, nothing waits for the disk, and after a power loss the content may be lost.
+    """
     # A random name, opened exclusively, so that another user cannot put a symlink there first.
     temp = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")  # matches TEMPORARY
     try:
         with naming(path), temp.open("xb") as file:
             file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         temp.replace(path)
     finally:
         temp.unlink(missing_ok=True)
-    sync(path.parent)
+    if durable:
+        sync(path.parent)
 
 
 def write_json(path: Path, obj: Any) -> None:
@@ -168,12 +173,15 @@ def remove_temporary_files(folder: Path) -> None:
         temp.unlink(missing_ok=True)
 
 
-def read_regular(path: Path) -> bytes:
-    """Reads a file that may come from somebody else. Raises OSError for a pipe or a device, without waiting for it."""
+def read_regular(path: Path, *, most: int = -1) -> bytes:
+    """Reads a file that may come from somebody else, or its first `most` bytes.
+
+    Raises OSError for a pipe or a device, without waiting for it.
+    """
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise OSError(errno.EINVAL, "not a regular file", str(path))
-        return file.read()
+        return file.read(most)
 
 
 def sync(path: Path) -> None:

@@ -13,7 +13,8 @@ from ngpt.config.base import ConfigError
 from ngpt.system.atomic_files import describe_os_error
 from ngpt.system.permissions import PrivateFolder, insecure_content, insecure_part
 
-ADVICE = "set NGPT_CACHE to a folder that only you can write"
+CACHE_VARIABLE = "NGPT_CACHE"
+ADVICE = f"set {CACHE_VARIABLE} to a folder that only you can write"
 CODE_FOLDERS = ("compiled", "native")  # filled by ngpt/kernels/compile.py and build.py; never emptied
 DEFAULT = "~/.cache/ngpt"
 log = logging.getLogger(__name__)
@@ -27,7 +28,7 @@ def cache_folder() -> Path:
         ConfigError: neither exists, since this user has no home directory.
     """
     try:
-        return Path(os.environ.get("NGPT_CACHE") or DEFAULT).expanduser().absolute()
+        return Path(os.environ.get(CACHE_VARIABLE) or DEFAULT).expanduser().absolute()
     except RuntimeError:
         raise ConfigError(f"there is no home directory for the cache: {ADVICE}") from None
 
@@ -56,7 +57,9 @@ def cache_advice(path: str | bytes | os.PathLike[str]) -> str:
     """What to do about a file that cannot be written, for its message: empty unless it belongs to the cache."""
     with contextlib.suppress(ConfigError):
         cache, failed = cache_folder(), Path(os.fsdecode(path)).absolute()
-        created = [cache] if os.environ.get("NGPT_CACHE") else [cache, cache.parent, cache.parent.parent]  # up to home
+        created = (
+            [cache] if os.environ.get(CACHE_VARIABLE) else [cache, cache.parent, cache.parent.parent]
+        )  # up to home
         if failed in created or failed.is_relative_to(cache):
             return f"; the cache is {cache}: {ADVICE}"
     return ""

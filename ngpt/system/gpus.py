@@ -77,6 +77,11 @@ def current() -> torch.device:
     return torch.device("cuda")
 
 
+def use(index: int) -> None:
+    """Makes one of the visible GPUs the current one of this process."""
+    torch.cuda.set_device(index)
+
+
 def is_gpu(device: torch.device) -> bool:
     """Whether a device is a GPU that the functions of this module know."""
     return device.type == "cuda"

@@ -5,7 +5,8 @@ This module imports almost nothing, so a second process is refused before torch 
 
 import errno
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Self
 
@@ -48,7 +49,8 @@ class FolderLock:
         except Timeout:
             raise _locked_error(folder, name) from None
         try:
-            write_atomic(_pid_file(folder, name), f"{os.getpid()}\n")
+            with _ignoring_full_disk():  # the file is only used in messages, and `prune` frees a full disk
+                write_atomic(_pid_file(folder, name), f"{os.getpid()}\n")
             for each in (folder, *(path for path in folder.iterdir() if path.is_dir() and not path.is_symlink())):
                 remove_temporary_files(each)
         except BaseException:
@@ -95,6 +97,15 @@ def refuse_if_locked(folder: Path, name: str) -> None:
     """Raises `FolderLocked` if another process holds the lock. Call it before slow imports."""
     if _holder(folder, name) is not None and is_locked(folder, name):
         raise _locked_error(folder, name)
+
+
+@contextmanager
+def _ignoring_full_disk() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
 
 
 def _lock_file(folder: Path, name: str) -> Path:

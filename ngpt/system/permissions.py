@@ -2,12 +2,15 @@
 
 A path is safe if every folder and every link on it belongs to this user or to root, and nobody else can write to it.
 In a folder with the sticky bit, such as /tmp, others can add names but not replace ours.
+Connections have owners, too.
 """
 
 import contextlib
 import os
 import shutil
+import socket
 import stat
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,6 +62,23 @@ def is_secret(path: Path) -> bool:
     """Whether only this user and root can read and change the file at `path`."""
     state = path.stat()
     return not state.st_mode & 0o077 and insecure_part(path) is None
+
+
+def opened_by_another_user(client: tuple[str, int], server: tuple[str, int]) -> bool:
+    """Whether another user than root has opened the connection between two IPv4 addresses of this machine.
+
+    Linux lists the owner of each socket. False if it is not listed: then no user of this machine has opened it, as with
+    browsers of Windows in WSL, or there is no list, as on macOS.
+    """
+    try:
+        rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    except OSError:
+        return False
+    ends = [
+        f"{int.from_bytes(socket.inet_aton(host), sys.byteorder):08X}:{port:04X}" for host, port in (client, server)
+    ]
+    owners = [int(row[7]) for row in rows if row[1:3] == ends]
+    return any(owner not in (0, os.geteuid()) for owner in owners)
 
 
 def _walk(path: Path) -> Iterator[tuple[Path, os.stat_result]]:

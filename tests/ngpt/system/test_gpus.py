@@ -53,6 +53,7 @@ def test_the_environment_chooses_the_visible_gpus(
     assert (gpus.count(), gpus.is_available()) == (len(visible), bool(visible))
 
 
+@pytest.mark.slow
 def test_child_processes_see_the_same_machine_and_its_memory(fake_gpus: Install) -> None:
     fake = fake_gpus(count=2, memory_bytes=8 * GIB)
     fake.hold(GIB)

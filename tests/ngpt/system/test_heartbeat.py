@@ -12,6 +12,7 @@ from ngpt.system.heartbeat import (
     Heartbeat,
     HeartbeatWriter,
     clear_heartbeat,
+    host_name,
     read_heartbeat,
     request_stop,
     stop_requested,
@@ -94,12 +95,12 @@ def test_with_rollback_a_stopped_run_keeps_to_its_regular_checkpoints(
 def test_a_heartbeat_follows_the_run_and_stays_after_a_kill(tmp_path: Path) -> None:
     assert read_heartbeat(tmp_path) is None
     killed = HeartbeatWriter(tmp_path, began=7)
-    assert read_heartbeat(tmp_path) == Heartbeat(os.getpid(), 7, 7)
+    assert read_heartbeat(tmp_path) == Heartbeat(os.getpid(), 7, 7, host_name())
     for step in (8, 123_456_789, 9):
         killed.beat(step)
-        assert read_heartbeat(tmp_path) == Heartbeat(os.getpid(), 7, step)
+        assert read_heartbeat(tmp_path) == Heartbeat(os.getpid(), 7, step, host_name())
     killed.close()
-    assert read_heartbeat(tmp_path) == Heartbeat(os.getpid(), 7, 9)
+    assert read_heartbeat(tmp_path) == Heartbeat(os.getpid(), 7, 9, host_name())
     with HeartbeatWriter(tmp_path) as ended:
         ended.beat(3)
     assert read_heartbeat(tmp_path) is None

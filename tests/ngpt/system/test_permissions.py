@@ -1,6 +1,7 @@
 """Who else can change a path is found out, and private folders are removed only if they are ours and abandoned."""
 
 import os
+import socket
 import stat
 import subprocess
 import sys
@@ -16,8 +17,10 @@ from ngpt.system.permissions import (
     insecure_content,
     insecure_part,
     is_secret,
+    opened_by_another_user,
     remove_abandoned,
 )
+from tests.helpers.other_user import as_other_user
 
 STRANGER = 54321  # an id without an account
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files to another user")
@@ -207,3 +210,19 @@ def test_the_folder_of_another_user_is_left_alone(tmp_path: Path) -> None:
     folder.release()
     os.chown(folder.path, STRANGER, STRANGER)
     assert remove_abandoned(tmp_path) == 0
+
+
+@as_root
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux lists the owners of connections")
+def test_a_connection_belongs_to_who_has_opened_it() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = server.getsockname()
+        with socket.create_connection(address) as own:
+            assert not opened_by_another_user(own.getsockname(), address)
+            with as_other_user(), socket.create_connection(address) as other:
+                assert opened_by_another_user(own.getsockname(), address) is False  # root may see everything
+                assert not opened_by_another_user(other.getsockname(), address)
+                end = other.getsockname()
+                os.seteuid(0)
+                assert opened_by_another_user(end, address)
+        assert not opened_by_another_user(("127.0.0.1", 1), address)  # nobody has opened this one

@@ -48,6 +48,19 @@ def test_the_handlers_of_before_are_restored() -> None:
     assert all(signal.getsignal(number) == signal.SIG_DFL for number in ALL)
 
 
+@pytest.mark.parametrize("number", ALL)
+def test_a_signal_calls_the_innermost_of_two_blocks(number: int) -> None:
+    """The command sets handlers for its start, and others while it trains."""
+    outer: list[int] = []
+    inner: list[int] = []
+    with call_on_signal(outer.append, pytest.fail):
+        with call_on_signal(inner.append, pytest.fail):
+            signal.raise_signal(number)
+        assert (outer, inner) == ([], [number])
+        signal.raise_signal(number)
+    assert (outer, inner) == ([number], [number])
+
+
 def test_a_signal_that_means_something_else_already_keeps_its_meaning() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under `nohup`
     signal.signal(signal.SIGUSR1, lambda *_: None)  # such as a profiler's
