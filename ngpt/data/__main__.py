@@ -1,13 +1,25 @@
 """python -m ngpt.data CORPUS [--tokenizer T] [--from PATH] [--out DIR]: prepares a corpus and counts its tokens."""
 
+if __name__ == "__main__":
+    from ngpt.system.start import start_command
+
+    start_command()  # the imports below take seconds
+
 import argparse
 import json
-import sys
 from pathlib import Path
 
 from ngpt.config.visible import visible
 from ngpt.system.cache import cache_folder
-from ngpt.system.cli import ArgumentParser, print_line, run_command, whole_number
+from ngpt.system.cli import (
+    ArgumentParser,
+    add_plugin_option,
+    exit_process,
+    print_line,
+    run_command,
+    use_plugins,
+    whole_number,
+)
 
 EXPLANATION = """\
 CORPUS
@@ -18,12 +30,12 @@ CORPUS
   openwebtext   --shards N Parquet files of the hub's Skylion007/openwebtext, or --from a file or folder of documents
                 as below, or .txt (a document each)
   hf://OWNER/NAME[@REVISION][/SUBSET][:SPLIT]
-                a data set of the Hugging Face hub: Parquet, Arrow, JSON or text files, with the subsets and splits that
-                it declares, else by the names of its files; it stays the commit that it was at the first use
+                a data set of the Hugging Face hub: Parquet, Arrow, JSON, CSV or text files, with the subsets and splits
+                that it declares, else by the names of its files; it stays the commit that it was at the first use
   PATH          documents: Parquet, Arrow (also a data set saved by save_to_disk), JSON lines, a JSON array of objects,
-                recognised whatever the suffix, with the text in the column "text" or --text-column;
+                recognised whatever the suffix, or .csv or .tsv, with the text in the column "text" or --text-column;
                 a text file; a folder of text files; token files, see below; a folder that this command has filled.
-                JSON and text may be .gz, .zst, .bz2 or .xz
+                JSON, CSV and text may be .gz, .zst, .bz2 or .xz
 
 SPLITS
   Files and folders are assigned to splits by the words of their names: train, training; val, valid, validation, dev;
@@ -63,18 +75,22 @@ exit codes: 0 prepared; 2 usage, missing files, no network; 74 disk full or not 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     options = _parser().parse_args(arguments)
-    return run_command(lambda: _prepare(options), path=options.out or cache_folder())
+    again = "interrupted; run the same command again to continue"
+    return run_command(lambda: _prepare(options), path=options.out or cache_folder(), interrupted=again)
 
 
 def _prepare(options: argparse.Namespace) -> int:
     # Imported after parsing, so that --help does not wait for numpy and pydantic.
     from ngpt.config.base import build
     from ngpt.data.dataset import DataConfig, open_dataset, prepare
+    from ngpt.data.text.progress import TerminalLog
 
+    use_plugins(options.plugin)
     given = vars(options)
     settings = {name: given[name] for name in DataConfig.model_fields if given.get(name) is not None}
     config = build(DataConfig, settings)
-    folder = prepare(config, out=options.out, log=print_line, workers=options.workers)
+    log = TerminalLog(quiet=options.json)
+    folder = prepare(config, out=options.out, log=log, workers=options.workers)
     manifest = open_dataset(DataConfig(corpus=str(folder))).manifest
     print_line(f"in {folder}")
     if options.json:
@@ -107,9 +123,10 @@ def _parser() -> argparse.ArgumentParser:
     of_workers = "threads that tokenize (default: one per core)"
     parser.add_argument("--workers", type=whole_number(1, 1024), metavar="N", help=of_workers)
     parser.add_argument("--on-corrupt", metavar="P", help="skip (default) or fail")
+    add_plugin_option(parser)
     parser.add_argument("--json", action="store_true", help="print the manifest as one JSON object")
     return parser
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_process(main())

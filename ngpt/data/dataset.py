@@ -29,7 +29,8 @@ from ngpt.config.base import (
     runtime_setting,
     unknown_message,
 )
-from ngpt.data.prepare import PROGRESS_FILE, TOKEN_BYTES_FILE, tokenize
+from ngpt.data.manifest import FORMAT, MANIFEST, is_prepared, open_shard, open_token_bytes, read_manifest
+from ngpt.data.prepare import PROGRESS_FILE, tokenize
 from ngpt.data.sampling import ORDERS
 from ngpt.data.shard_index import (
     READERS,
@@ -48,15 +49,11 @@ from ngpt.data.splits import MODES, SplitFiles, split_files
 from ngpt.data.text.documents import COLUMN
 from ngpt.data.text.hub_datasets import SCHEME, parse_uri
 from ngpt.data.text.progress import Log, silent
-from ngpt.data.tokens.checksums import shard_crc
-from ngpt.data.tokens.formats import BARE_DTYPES, KNOWN_WITHOUT_RECORD
-from ngpt.data.tokens.shards import CorruptShardError, read_shard, token_crc
+from ngpt.data.tokens.formats import BARE_DTYPES
 from ngpt.data.tokens.tokenizer import parse_spec, tokenizer_identity, tokenizer_vocab_size
 from ngpt.system.atomic_files import commit_folder, write_json
 from ngpt.system.cache import cache_folder
 
-FORMAT = 1  # of the prepared folder; increase it when the same corpus gives other tokens
-MANIFEST = "manifest.json"
 POLICIES = ("skip", "fail")  # what to do about corrupt shards
 
 log = logging.getLogger(__name__)
@@ -73,24 +70,28 @@ def _tokenizer_spec(spec: str) -> str:
 class DataConfig(Config, frozen=True):
     """The corpus to train on, and the order of its windows."""
 
-    # a name in CORPORA, a data set of the hub (hf://OWNER/NAME), a file of text, documents or tokens, or a folder of
-    # such files, or of a prepared corpus
     corpus: str = "python-docs"
+    """A named corpus, `hf://OWNER/NAME`, or the path of a file or folder of text, documents or tokens."""
     tokenizer: Annotated[str, pydantic.AfterValidator(_tokenizer_spec)] = "sentencepiece:2048"
-    path: str | None = runtime_setting(None)  # local copy of a named corpus, instead of a download
+    """Tokenizer of text: `sentencepiece:SIZE` is trained on the corpus; `gpt2`, `tiktoken:NAME`, `hf:DIR`, a file."""
+    path: str | None = runtime_setting(None)
+    """Local copy of a named corpus, used instead of a download."""
     val_fraction: float = pydantic.Field(default=0.1, gt=0, lt=1)
-    # number of files, for a corpus that is published in parts
+    """Share of the validation split."""
     shards: Annotated[int, pydantic.Field(ge=1, le=10**6)] = 1
-    # skip: log a bad shard and leave it out
+    """Number of files, for a corpus that is published in parts."""
     on_corrupt: Annotated[str, one_of(POLICIES, "policy")] = runtime_setting("skip")
+    """Corrupt shards: `skip` them with a warning, or `fail`."""
     order: Annotated[str, one_of(ORDERS, "order")] = "windows"
-    reservoir: Annotated[int, pydantic.Field(ge=1, le=10**7)] = 4096  # windows in the buffer of order reservoir
-    # column of the documents, where it is not called so; `a.b` is `b` inside `a`
+    """Order of the windows: random, each once per epoch (`shards`), or through a buffer (`reservoir`)."""
+    reservoir: Annotated[int, pydantic.Field(ge=1, le=10**7)] = 4096
+    """Windows in the buffer of the order `reservoir`."""
     text_column: Annotated[str, pydantic.Field(min_length=1)] = added_setting(COLUMN)
-    # names: files named train, val or test are these splits; fraction: val_fraction alone decides
+    """Column of the documents; `a.b` is `b` inside `a`."""
     splits: Annotated[str, one_of(MODES, "way to split")] = added_setting("names")
-    # width of token files without a header; null: uint16 unless the content contradicts
+    """`names`: files named train, val or test are these splits; `fraction`: `val_fraction` alone decides."""
     token_dtype: Annotated[str, one_of(BARE_DTYPES, "dtype")] | None = added_setting(None)
+    """Width of token files without a header; null: uint16 unless the content contradicts."""
 
 
 @dataclass(frozen=True)
@@ -109,17 +110,27 @@ class Dataset:
     folder: Path
     test: tuple[np.ndarray, ...] = ()
 
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether it is known which tokenizer made the tokens, so that they can be decoded."""
+        return has_tokenizer(self.manifest)
+
+
+def has_tokenizer(manifest: dict[str, Any]) -> bool:
+    """Whether the manifest of a corpus says which tokenizer made its tokens."""
+    return manifest["tokenizer"].get("sha256") is not None
+
 
 def vocab_size(config: DataConfig) -> int:
     """Returns the vocabulary size without preparing. ConfigError if the tokenizer does not match existing shards."""
     # The local copy and number of files of a named corpus do not matter here; `fingerprint` checks them.
-    source = CORPORA[config.corpus](None, 1) if config.corpus in CORPORA else _locate(config)
+    source = CORPORA[config.corpus](None, 1) if config.corpus in CORPORA else locate(config)
     if isinstance(source, ShardCorpus):
         return known_vocab_size(source.name, source.vocab_size, config.tokenizer)
     if isinstance(source, Corpus):
         return tokenizer_vocab_size(config.tokenizer)
-    if _is_prepared(source):
-        return _read_manifest(source)["vocab_size"]
+    if is_prepared(source):
+        return read_manifest(source)["vocab_size"]
     return shard_vocab_size(source, config.tokenizer, config.token_dtype)
 
 
@@ -138,9 +149,9 @@ def _fingerprints(config: DataConfig) -> tuple[str, str]:
     Both are equal unless other splits or formats are read now.
     """
     check_shards(config)
-    source = _locate(config)
-    if isinstance(source, Path) and _is_prepared(source):
-        recorded = _read_manifest(source)["fingerprint"]
+    source = locate(config)
+    if isinstance(source, Path) and is_prepared(source):
+        recorded = read_manifest(source)["fingerprint"]
         return recorded, recorded
     added: dict[str, Any] = {}
     if isinstance(source, Path):
@@ -184,26 +195,40 @@ def prepare(config: DataConfig, *, out: Path | None = None, log: Log = silent, w
     ConfigError for missing files, no network, another corpus in `out`, or a corrupt shard if `on_corrupt` is "fail".
     """
     check_shards(config)
-    source = _locate(config)
-    if isinstance(source, Path) and _is_prepared(source):
+    source = locate(config)
+    if isinstance(source, Path) and is_prepared(source):
         if out is not None:
             raise ConfigError(f"{source} is prepared already: there is nothing to write to {out}")
-        check_recorded_splits(_read_manifest(source), source)
+        check_recorded_splits(read_manifest(source), source)
         final = source
     else:
         key, earlier = _fingerprints(config)
-        name = re.sub(r"\W+", "-", Path(config.corpus).stem) or "corpus"
-        final = out.absolute() if out else cache_folder() / f"{name}-{key}"
+        final = out.absolute() if out else _folder_in_cache(config, key)
         if not _is_done(final, key):
-            if key != earlier and _is_prepared(before := cache_folder() / f"{name}-{earlier}"):
+            if key != earlier and is_prepared(before := _folder_in_cache(config, earlier)):
                 log(f"{before} has other splits or another width of tokens: {config.corpus} is prepared anew")
             final.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(final.parent / f".{final.name}.lock"):
                 if not _is_done(final, key):  # another process may have prepared it meanwhile
                     _fill(config, final, key, log, workers)
-    if config.on_corrupt == "fail" and (skipped := _read_manifest(final)["skipped"]):
+    if config.on_corrupt == "fail" and (skipped := read_manifest(final)["skipped"]):
         raise _refusal(skipped, f"; {final} leaves them out: remove it once they are repaired")
     return final
+
+
+def known_manifest(config: DataConfig) -> dict[str, Any] | None:
+    """Returns the manifest of a corpus, or None if it is not prepared yet."""
+    source = locate(config)
+    is_folder = isinstance(source, Path) and is_prepared(source)
+    folder = source if is_folder else _folder_in_cache(config, fingerprint(config))
+    if not isinstance(folder, Path) or not is_prepared(folder):
+        return None
+    return read_manifest(folder)
+
+
+def _folder_in_cache(config: DataConfig, key: str) -> Path:
+    name = re.sub(r"\W+", "-", Path(config.corpus).stem) or "corpus"
+    return cache_folder() / f"{name}-{key}"
 
 
 def open_dataset(config: DataConfig, *, recheck: bool = False) -> Dataset:
@@ -214,7 +239,7 @@ def open_dataset(config: DataConfig, *, recheck: bool = False) -> Dataset:
     differs from the manifest, and ConfigError like `prepare`.
     """
     folder = prepare(config, log=log.info)
-    manifest = _read_manifest(folder)
+    manifest = read_manifest(folder)
     shards = _shard_folder(config, manifest, folder)
     if "test" in manifest["splits"]:
         log.warning("%s: %s", manifest["corpus"], manifest["chosen"])
@@ -223,18 +248,19 @@ def open_dataset(config: DataConfig, *, recheck: bool = False) -> Dataset:
 
     def opened(entry: dict[str, Any]) -> np.ndarray:
         bare_dtype = config.token_dtype or manifest.get("token_dtype")
-        return _open_shard(shards / entry["name"], entry, folder, bare_dtype=bare_dtype, recheck=recheck)
+        return open_shard(shards / entry["name"], entry, folder, bare_dtype=bare_dtype, recheck=recheck)
 
     with ThreadPoolExecutor(READERS) as pool:  # checksums let other threads run
         splits = {split: tuple(pool.map(opened, counts["shards"])) for split, counts in manifest["splits"].items()}
-    sizes = _open_token_bytes(folder, manifest)
+    sizes = open_token_bytes(folder, manifest)
     return Dataset(**splits, vocab_size=manifest["vocab_size"], token_bytes=sizes, manifest=manifest, folder=folder)
 
 
 Source = Corpus | ShardCorpus | Path  # a path: a folder of shards or of a prepared corpus
 
 
-def _locate(config: DataConfig) -> Source:
+def locate(config: DataConfig) -> Source:
+    """Returns what a config means, without preparing or downloading it. ConfigError if there is no such corpus."""
     if config.corpus in CORPORA:
         _require_default_column(config, config.corpus)
         if config.splits != "names" or config.token_dtype is not None:
@@ -254,7 +280,7 @@ def _locate(config: DataConfig) -> Source:
         raise ConfigError(f"{unknown_message('corpus', config.corpus, CORPORA)}; there is no such file or folder{hint}")
     if config.path is not None:
         raise ConfigError("data.path (--from) is a local copy of a named corpus, and this corpus is a path itself")
-    if _is_prepared(path):
+    if is_prepared(path):
         return path
     if shard_paths(path):
         _require_default_column(config, "token files")
@@ -267,8 +293,9 @@ def _require_default_column(config: DataConfig, what: str) -> None:
         raise ConfigError(f"data.text_column {config.text_column} is for documents of your own, not for {what}")
 
 
-def _is_prepared(path: Path) -> bool:
-    return (path / MANIFEST).is_file()
+def prepared_manifest(source: Source) -> dict[str, Any] | None:
+    """Returns the manifest of a folder that is prepared; None for any other corpus."""
+    return read_manifest(source) if isinstance(source, Path) and is_prepared(source) else None
 
 
 def _tokenizer(config: DataConfig, source: Source) -> str:
@@ -281,9 +308,9 @@ def _shard_folder(config: DataConfig, manifest: dict[str, Any], folder: Path) ->
     """Returns the current folder of the shards, which may have moved. Downloads deleted shards again."""
     if manifest["shard_folder"] is None:
         return folder
-    source = _locate(config)
+    source = locate(config)
     if isinstance(source, Path):
-        if _is_prepared(source):
+        if is_prepared(source):
             return Path(manifest["shard_folder"])
         return source if source.is_dir() else source.parent
     if config.path is not None:
@@ -299,7 +326,7 @@ def _is_done(folder: Path, key: str) -> bool:
     """Whether `folder` contains this corpus; raises ConfigError if it contains anything else."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
-    if not _is_prepared(folder) or _read_manifest(folder)["fingerprint"] != key:
+    if not is_prepared(folder) or read_manifest(folder)["fingerprint"] != key:
         raise ConfigError(f"{folder} holds something else; choose another folder, or remove it")
     return True
 
@@ -326,7 +353,7 @@ def _fill(config: DataConfig, final: Path, key: str, log: Log, workers: int | No
 
 def _make(config: DataConfig, temp: Path, log: Log, workers: int | None) -> dict[str, Any]:
     """Fills the folder and returns the manifest entries about it."""
-    source = _locate(config)
+    source = locate(config)
     how = {"tokenizer": _tokenizer(config, source), "val_fraction": config.val_fraction, "folder": temp, "log": log}
     if isinstance(source, Corpus):
         source.fetch(log)
@@ -365,36 +392,3 @@ def _describe(files: SplitFiles, val_fraction: str) -> dict[str, Any]:
 def _refusal(skipped: Sequence[dict[str, str]], hint: str) -> ConfigError:
     reasons = ", ".join(f"{entry['name']} {entry['reason']}" for entry in skipped)
     return ConfigError(f"{len(skipped)} corrupt shards, and data.on_corrupt is fail: {reasons}{hint}")
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    path = folder / MANIFEST
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path} is not JSON: {error}") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or "splits" not in manifest:
-        raise ConfigError(f"{path} is not the manifest of a corpus that this version prepared")
-    return manifest
-
-
-def _open_shard(
-    path: Path, entry: dict[str, Any], folder: Path, *, bare_dtype: str | None, recheck: bool
-) -> np.ndarray:
-    """Checks a shard against the manifest and returns the part of its tokens that is in the split."""
-    shard = read_shard(path, bare_dtype)
-    same_format = shard.format == entry["format"] if "format" in entry else shard.format in KNOWN_WITHOUT_RECORD
-    same_size = same_format and path.stat().st_size == entry["size"]
-    if not same_size or shard_crc(path, bare_dtype=bare_dtype, recheck=recheck) != entry["crc32"]:
-        raise CorruptShardError(path, f"differs from the manifest; remove {folder} to prepare it again")
-    return np.asarray(shard.tokens)[entry["first"] : entry["first"] + entry["tokens"]]
-
-
-def _open_token_bytes(folder: Path, manifest: dict[str, Any]) -> np.ndarray | None:
-    if manifest["token_bytes_crc32"] is None:
-        return None
-    path = folder / TOKEN_BYTES_FILE
-    sizes = np.load(path)
-    if token_crc(sizes) != manifest["token_bytes_crc32"]:
-        raise CorruptShardError(path, f"differs from the manifest; remove {folder} to prepare it again")
-    return sizes.astype(np.int64)

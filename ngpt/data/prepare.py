@@ -62,7 +62,7 @@ def tokenize(
     def texts() -> Iterator[Text]:
         """Reads and hashes all texts, and yields those that are not in a finished shard."""
         nonlocal n_read, n_skipped
-        for split, text in _split(corpus, val_fraction):
+        for split, text in split_texts(corpus, val_fraction):
             content.update(text.encode())
             text += ending
             n_bytes = len(text.encode())
@@ -170,11 +170,11 @@ def _provide_model(corpus: Corpus, tokenizer: str, val_fraction: float, folder: 
         write_atomic(path, content)
     elif kind == "sentencepiece" and not path.is_file():  # it exists after an interrupted preparation
         log(f"{corpus.name}: training {tokenizer}")
-        train_texts = (text for split, text in _split(corpus, val_fraction) if split == "train")
+        train_texts = (text for split, text in split_texts(corpus, val_fraction) if split == "train")
         train_sentencepiece(train_texts, int(argument), path)
 
 
-def _split(corpus: Corpus, val_fraction: float) -> Iterator[Text]:
+def split_texts(corpus: Corpus, val_fraction: float) -> Iterator[Text]:
     """Yields all texts with their splits: what falls under `val_fraction`, then what is held out."""
     if "val" in corpus.held_out:
         yield from (("train", text) for text in corpus.documents())

@@ -169,7 +169,9 @@ def text_corpus(path: Path, column: str = COLUMN, splits: str = "names") -> Corp
         chosen = _choose(path, documents, splits)
         return _document_corpus(name, identity, fetch, column, files_left_out=names, chosen=chosen)
     if column != COLUMN:
-        raise ConfigError(f"data.text_column {column} is for documents (JSON, Parquet or Arrow), and {path} is text")
+        raise ConfigError(
+            f"data.text_column {column} is for documents (Parquet, Arrow, JSON, CSV or TSV), and {path} is text"
+        )
     if tokens := [file for file in files if file.suffix.lower() in TOKEN_SUFFIXES]:
         found = f"{len(tokens)} token files, such as {tokens[0]}" if len(tokens) > 1 else f"a token file, {tokens[0]}"
         raise ConfigError(f"{path} would be read as text, but holds {found}; name the folder or file of one of both")
@@ -207,7 +209,9 @@ def hub_corpus(uri: str, column: str = COLUMN, splits: str = "names") -> Corpus:
     if not found.is_text:
         return _document_corpus(name, identity, fetch, column, chosen=chosen, about={"hub": found.about})
     if column != COLUMN:
-        raise ConfigError(f"data.text_column {column} is for documents (JSON, Parquet or Arrow), and {uri} is text")
+        raise ConfigError(
+            f"data.text_column {column} is for documents (Parquet, Arrow, JSON, CSV or TSV), and {uri} is text"
+        )
 
     def read(files: Sequence[Path]) -> Iterator[str]:
         for file in files:

@@ -50,6 +50,14 @@ def is_split_folder(name: str) -> bool:
     return _exact_split(name) is not None
 
 
+class NoTrainingFilesError(ConfigError):
+    """All files of a corpus are named for other splits, which are `splits`."""
+
+    def __init__(self, message: str, splits: set[str]) -> None:
+        super().__init__(message)
+        self.splits = splits
+
+
 @dataclass(frozen=True)
 class SplitFiles:
     """The files of a corpus by split, in order. `by_name` has the split of each file that is named for one."""
@@ -112,7 +120,8 @@ def split_files(
     if not train:
         found = ", ".join(path.relative_to(root).as_posix() for path in files[:SHOWN])
         more = f" and {len(files) - SHOWN} more" if len(files) > SHOWN else ""
-        raise ConfigError(f"{root} has no file to train on: by their names, {found}{more} are val or test; {HINT}")
+        text = f"{root} has no file to train on: by their names, {found}{more} are val or test; {HINT}"
+        raise NoTrainingFilesError(text, {*by_name.values()})
     return SplitFiles(root, train, val, test, by_name, tuple(ignored))
 
 

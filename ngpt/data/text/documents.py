@@ -1,4 +1,4 @@
-"""Chooses and reads local files: plain text, and documents in a column of Parquet, Arrow or JSON."""
+"""Chooses and reads local files: plain text, and documents in a column of Parquet, Arrow, JSON, CSV or TSV."""
 
 import hashlib
 import io
@@ -6,11 +6,12 @@ import json
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
 from ngpt.config.base import ConfigError
+from ngpt.data.text.delimited import DELIMITERS, read_delimited
 from ngpt.data.text.formats import FileFormat, Format, format_of
 from ngpt.data.text.json_documents import missing_column, read_json_array, read_json_lines, read_json_object
 from ngpt.data.text.streams import (
@@ -39,6 +40,8 @@ READERS: dict[Format, Callable[[Path, str], Iterator[str | None]]] = {
     "json_lines": read_json_lines,
     "json_array": read_json_array,
     "json_object": read_json_object,
+    "csv": partial(read_delimited, delimiters=DELIMITERS[".csv"]),
+    "tsv": partial(read_delimited, delimiters=DELIMITERS[".tsv"]),
 }
 
 

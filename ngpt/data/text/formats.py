@@ -7,9 +7,10 @@
 | `json_lines`  | `.jsonl`, `.ndjson`, `.jsonlines` | every line of its start is a JSON object       |
 | `json_array`  | these and `.json`                 | starts like an array of objects                |
 | `json_object` | `.json`                           |                                                |
+| `csv`, `tsv`  | `.csv`, `.tsv`                    |                                                |
 | `text`        | any other                         |                                                |
 
-Text and JSON may be compressed.
+Text, JSON, CSV and TSV may be compressed.
 """
 
 import json
@@ -19,12 +20,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from ngpt.data.text.delimited import DELIMITERS, delimited_columns
 from ngpt.data.text.json_documents import column_names
 from ngpt.data.text.streams import BOM, base_name, open_stream
 
-Format = Literal["parquet", "arrow", "json_lines", "json_array", "json_object", "text"]
+Format = Literal["parquet", "arrow", "json_lines", "json_array", "json_object", "csv", "tsv", "text"]
 
 PARQUET_MAGIC, ARROW_MAGIC = b"PAR1", b"ARROW1"
+CSV: dict[str, Format] = {".csv": "csv", ".tsv": "tsv"}
 TABLES: dict[str, Format] = {".parquet": "parquet", ".arrow": "arrow", ".feather": "arrow"}
 JSON_LINES = (".jsonl", ".ndjson", ".jsonlines")
 JSON = (*JSON_LINES, ".json")
@@ -40,7 +43,7 @@ class FileFormat(NamedTuple):
 
     kind: Format
     by_name: bool  # whether its name says that it holds documents
-    columns: frozenset[str] | None = None  # dotted names in the first JSON object; None if it was not seen
+    columns: frozenset[str] | None = None  # names in the first line or JSON object, dotted; None if it was not seen
     is_table: bool = True  # whether it holds more than one JSON object
 
     def has_column(self, column: str) -> bool:
@@ -63,6 +66,9 @@ def _format_of(path: Path, size: int, changed: int) -> FileFormat:
     for suffix, kind in TABLES.items():
         if name.endswith(suffix):
             return FileFormat(kind, by_name=True)
+    for suffix, kind in CSV.items():
+        if name.endswith(suffix):
+            return FileFormat(kind, by_name=False, columns=delimited_columns(path, DELIMITERS[suffix]))
     with open_stream(path) as stream:
         head = stream.read(HEAD)
         is_whole = len(head) < HEAD

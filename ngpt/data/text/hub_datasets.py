@@ -25,7 +25,7 @@ URI = re.compile(
     rf"hf://(?:datasets/)?({NAME}/{NAME})(?:@(refs/(?:convert|pr)/[\w.-]+|[\w.-]+))?(?:/([^:@]+?))?/?(?::([\w.-]+))?"
 )
 # Of several kinds of files, the first is read: data sets often hold the same rows in more than one.
-KINDS = ((".parquet",), (".arrow",), (".jsonl", ".ndjson", ".jsonlines"), (".json",), (".txt",))
+KINDS = ((".parquet",), (".arrow",), (".jsonl", ".ndjson", ".jsonlines"), (".json",), (".csv",), (".tsv",), (".txt",))
 ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 CONVERTED = "refs/convert/parquet"  # where the hub keeps its own conversion of most data sets
 SHOWN = 5  # names in a message
@@ -96,7 +96,7 @@ def choose_files(listing: HubListing, name: HubName) -> Iterator[tuple[HubFile, 
     chosen = list(_of_subset(listing, name))
     if not chosen:
         advice = f"; the hub's conversion may be {SCHEME}{name.dataset}@{CONVERTED}"
-        raise ConfigError(f"{_shown(name)} has no Parquet, Arrow, JSON or text files{advice}")
+        raise ConfigError(f"{_shown(name)} has no Parquet, Arrow, JSON, CSV or text files{advice}")
     by_path: dict[str, str] = {}
     for file, split in chosen:
         if by_path.setdefault(file.path, split) != split:

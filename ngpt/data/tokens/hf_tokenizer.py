@@ -58,7 +58,7 @@ class HFTokenizer:
         self.document_separator = self._separator(special)
         self._pieces = self._find_pieces(settings, special)
         self._token_bytes = np.array([len(piece) for piece in self._pieces], dtype=np.int64)
-        joined = [self._join(self.encode(text)) for text in (probe, "end")]
+        joined = [self.decode_bytes(self.encode(text)) for text in (probe, "end")]
         # Normal form C either leaves a text as it is or changes the number of its bytes, which preparation checks.
         normal = [unicodedata.normalize("NFC", text).encode() for text in (probe, "end")]
         self._lossless = joined in ([probe.encode(), b"end"], normal)
@@ -78,13 +78,14 @@ class HFTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         if self._lossless:
-            return self._join(ids).decode(errors="replace")
+            return self.decode_bytes(ids).decode(errors="replace")
         return self._tokenizer.decode([int(index) for index in ids])
 
     def token_bytes(self) -> np.ndarray | None:
         return self._token_bytes if self._lossless or self._adds_space else None
 
-    def _join(self, ids: Iterable[int]) -> bytes:
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """Returns the UTF-8 bytes of `ids`, which need not be whole characters, if the tokenizer loses nothing."""
         return b"".join(self._pieces[int(index)] for index in ids)
 
     def _separator(self, special: set[int]) -> int | None:

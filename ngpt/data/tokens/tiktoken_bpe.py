@@ -136,7 +136,11 @@ class TiktokenTokenizer:
         return [np.array(ids, dtype=self._dtype) for ids in encoded]
 
     def decode(self, ids: Iterable[int]) -> str:
-        return b"".join(self._pieces[int(index)] for index in ids).decode(errors="replace")
+        return self.decode_bytes(ids).decode(errors="replace")
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """Returns the UTF-8 bytes of `ids`, which need not be whole characters."""
+        return b"".join(self._pieces[int(index)] for index in ids)
 
     def token_bytes(self) -> np.ndarray:
         return self._token_bytes

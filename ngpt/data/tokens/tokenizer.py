@@ -79,7 +79,7 @@ class SentencePieceTokenizer:
         }
         self._apart = re.compile(f"([{''.join(self._spelt)}])")
         self._by_line = False
-        encoded = self._join(self.encode(PROBE))
+        encoded = self.decode_bytes(self.encode(PROBE))
         self._lossless = encoded == PROBE.encode()
         # As in LLaMA, the first word of a text gets a space before it.
         self._adds_space = encoded == b" " + PROBE.encode() and self.document_separator is not None
@@ -111,7 +111,7 @@ class SentencePieceTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of `ids`; bytes that are not UTF-8 become U+FFFD."""
         if self._lossless:
-            return self._join(ids).decode(errors="replace")
+            return self.decode_bytes(ids).decode(errors="replace")
         return self._model.decode([int(index) for index in ids])  # the changed text
 
     def token_bytes(self) -> np.ndarray | None:
@@ -121,7 +121,8 @@ class SentencePieceTokenizer:
         """
         return self._token_bytes if self._lossless or self._adds_space else None
 
-    def _join(self, ids: Iterable[int]) -> bytes:
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """Returns the UTF-8 bytes of `ids`, which need not be whole characters, if the tokenizer loses nothing."""
         return b"".join(self._pieces[index] for index in ids)
 
 

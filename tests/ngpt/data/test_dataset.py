@@ -80,6 +80,7 @@ def test_the_manifest_accounts_for_every_token_and_byte(data: DataConfig, corpus
             assert (entry["size"], entry["crc32"]) == (len(stored), zlib.crc32(stored[1024:]))
 
 
+@pytest.mark.slow
 def test_python_docs_holds_the_docstrings_and_topics_of_this_python(own_cache: Path) -> None:
     config = DataConfig()
     split = texts(open_dataset(config), config)

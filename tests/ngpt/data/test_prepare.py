@@ -22,23 +22,24 @@ from ngpt.data.text.progress import silent
 from ngpt.data.tokens.tokenizer import Tokenizer, load_tokenizer
 from tests.helpers.vocabularies import write_gpt2, write_llama
 
-# Prepares what the arguments say with shards of 2000 tokens, and is killed at the n-th time that it syncs a file.
+# Prepares what the arguments say with shards of 2000 tokens, and gets a signal at the n-th time that it syncs a file.
 KILLED = """
-import os, signal, sys
+import os, sys
 import ngpt.data.prepare as preparation
 from ngpt.data.__main__ import main
 
-preparation.SHARD_TOKENS, countdown, sync = 2000, int(sys.argv[1]), os.fsync
+preparation.SHARD_TOKENS, sync = 2000, os.fsync
+number, countdown = map(int, sys.argv[1:3])
 
 def fsync(descriptor):
     global countdown
     countdown -= 1
     if countdown == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), number)
     sync(descriptor)
 
 os.fsync = fsync
-sys.exit(main(sys.argv[2:]))
+sys.exit(main(sys.argv[3:]))
 """
 
 
@@ -171,17 +172,25 @@ def test_tokenizing_uses_every_core_except_in_a_ray_worker(monkeypatch: pytest.M
     assert default_threads() == 1
 
 
-@pytest.mark.parametrize("countdown", [1, 5, 26, 100])
-def test_a_killed_preparation_continues_to_the_same_files(
-    pages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, countdown: int
+@pytest.mark.parametrize(
+    ("number", "countdown"),
+    [*((signal.SIGKILL, n) for n in (1, 5, 26, 100)), (signal.SIGINT, 26), (signal.SIGTERM, 40)],
+)
+def test_a_killed_or_interrupted_preparation_continues_to_the_same_files(
+    pages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, countdown: int
 ) -> None:
     monkeypatch.setattr(preparation, "SHARD_TOKENS", 2000)
     config = DataConfig(corpus=str(pages), tokenizer="sentencepiece:400")
     straight = prepare(config, out=tmp_path / "straight" / "out")
     out = tmp_path / "killed" / "out"
-    arguments = [str(countdown), config.corpus, "--tokenizer", config.tokenizer, "--out", str(out)]
+    arguments = [str(int(number)), str(countdown), config.corpus, "--tokenizer", config.tokenizer, "--out", str(out)]
     killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True, text=True, timeout=60)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    if number == signal.SIGKILL:
+        assert killed.returncode == -number, killed.stderr
+    else:
+        assert killed.returncode == 128 + number, killed.stderr
+        assert killed.stderr.splitlines()[-1] == "interrupted; run the same command again to continue"
+        assert "Traceback" not in killed.stderr
     assert not out.exists()
     (temp,) = out.parent.glob(".tmp-*")
     finished = finished_shards(temp)

@@ -90,7 +90,7 @@ def test_the_files_of_a_subset_are_those_that_it_declares(
             ["load.py", "a.zip"],
             [],
             "hf://o/n",
-            "no Parquet, Arrow, JSON or text files; .*hf://o/n@refs/convert/parquet",
+            "no Parquet, Arrow, JSON, CSV or text files; .*hf://o/n@refs/convert/parquet",
         ),
         (["en/0.parquet", "fr/0.parquet"], [], "hf://o/n@refs/convert/parquet", "has the subsets en, fr"),
         (["a.jsonl"], [{"data_files": "b-*"}], "hf://o/n", "declares b-\\*, and no file that can be read is called so"),
