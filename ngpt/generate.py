@@ -1,4 +1,4 @@
-"""Generates text with a trained model.
+"""Generates text with a trained model, from the command line or with the function `generate`.
 
 python -m ngpt.generate runs/first --prompt "The file is" --temperature 0.8 --top-p 0.9
 python -m ngpt.generate results/quickstart/trials/ID --prompt-file - < draft.txt
@@ -7,138 +7,40 @@ The continuation is streamed to stdout, the speed goes to stderr. Several prompt
 one after another, each below a line with its number.
 """
 
+if __name__ == "__main__":
+    from ngpt.system.start import start_command
+
+    start_command()  # the imports below take seconds
+
 import argparse
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any, overload
 
-import numpy as np
-import torch
-from pydantic import Field
-from torch import Tensor
-
-from ngpt.config.base import Config, ConfigError, build
+from ngpt.config.base import ConfigError, build, unknown_message
 from ngpt.config.visible import visible
-from ngpt.data.tokens.tokenizer import Tokenizer
-from ngpt.model.config import Count
+from ngpt.data.text.progress import Meter, TerminalLog, silent
+from ngpt.data.tokens.tokenizer import Tokenizer, load_tokenizer
+from ngpt.generation.batch import BatchDecoder
+from ngpt.generation.plain import generate_tokens as generate_tokens
+from ngpt.generation.sampling import Sampling
+from ngpt.generation.sampling import probabilities as probabilities
+from ngpt.generation.speculative import SpeculativeDecoder
+from ngpt.generation.text import Continuation, continue_all, encode_prompt, slots_for
 from ngpt.model.gpt import GPT
-from ngpt.model.layers import KVCache
-from ngpt.system.cli import ArgumentParser, print_line, run_command, whole_number
-from ngpt.system.device import mixed_precision
+from ngpt.system.cli import ArgumentParser, exit_process, print_line, run_command, use_plugins, whole_number
+from ngpt.system.device import DTYPES
 from ngpt.system.timing import slow_dtype_note
-from ngpt.training.load_model import LoadedModel, add_model_arguments, load_model, parse_model_changes
+from ngpt.training.load_model import (
+    LoadedModel,
+    add_model_arguments,
+    load_model,
+    parse_model_changes,
+    tokenizer_origin,
+)
 
 LAYOUT = "\n\t\xa0\u2002\u2003\u2009\u202f\u3000"  # what text is laid out with: harmless on a terminal
-REPLACEMENT = "\ufffd"  # decoded from bytes that are not, or not yet, valid UTF-8
-
-
-class Sampling(Config):
-    """How the next token is sampled, see `probabilities`."""
-
-    temperature: Annotated[float, Field(ge=0)] = 1.0
-    top_k: Count | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-
-
-def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Returns the distribution (B, V) of the next token for logits (B, V). Temperature 0 means greedy decoding.
-
-    The temperature is applied first, then `top_k`, then `top_p`: nucleus sampling, which keeps the smallest set of most
-    probable tokens whose total probability reaches `top_p` (Holtzman et al., arXiv 1904.09751). All other tokens get 0.
-    In a tie, the lower id comes first.
-    """
-    if sampling.temperature == 0:
-        return torch.zeros_like(logits).scatter(-1, logits.argmax(-1, keepdim=True), 1.0)
-    # Subtracting the maximum before dividing keeps the result finite at any small temperature.
-    p = torch.softmax((logits - logits.amax(-1, keepdim=True)) / sampling.temperature, dim=-1)
-    if sampling.top_k is None and sampling.top_p in (None, 1):
-        return p
-    p, order = p.sort(dim=-1, descending=True, stable=True)
-    if sampling.top_k is not None:
-        p[:, sampling.top_k :] = 0
-        p /= p.sum(-1, keepdim=True)
-    if sampling.top_p is not None:
-        p = p.where(p.cumsum(-1) - p < sampling.top_p, 0)
-        p /= p.sum(-1, keepdim=True)
-    return torch.zeros_like(p).scatter(-1, order, p)
-
-
-@torch.no_grad()
-def generate(
-    model: GPT,
-    idx: Tensor,
-    max_tokens: int,
-    *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    generator: torch.Generator | None = None,
-    cache: bool = True,
-    vocab_size: int | None = None,
-) -> Iterator[Tensor]:
-    """Yields the next token of every row, (B,) int64, `max_tokens` times.
-
-    A prompt longer than `block_size` is truncated to its last tokens. When the context is full, its older half is
-    dropped and the newer half is encoded again, with or without a cache. Dropping tokens from the cache is not enough,
-    because the keys and values of later tokens depend on them.
-
-    Args:
-        model: in evaluation mode.
-        idx: the prompts, (B, T) int64 with T >= 1, on the model's device.
-        temperature, top_k, top_p: see `probabilities`; ConfigError if one is out of range.
-        generator: a CPU generator samples the same tokens on every device.
-        cache: whether to cache keys and values. Otherwise each token recomputes the whole context.
-        vocab_size: ids at or above it are never sampled, for a tokenizer smaller than the model's vocabulary.
-    """
-    sampling = build(Sampling, {"temperature": temperature, "top_k": top_k, "top_p": top_p})
-    size = model.cfg.block_size
-    context, new, kv_cache = idx[:, -size:], idx, None
-    for _ in range(max_tokens):
-        if context.shape[1] > size:
-            context, kv_cache = context[:, -max(1, size // 2) :], None
-        if kv_cache is None:
-            kv_cache, new = KVCache(model.cfg, len(idx), device=idx.device) if cache else None, context
-        x = model.features(new, kv_cache)[:, -1:]  # only the last position goes through the head
-        p = probabilities(model.logits(x)[:, -1, :vocab_size], sampling)
-        sampled = torch.multinomial(p if generator is None else p.to(generator.device), 1, generator=generator)
-        new = sampled.to(idx.device)
-        yield new[:, 0]
-        context = torch.cat([context, new], dim=1)
-
-
-class Continuation:
-    """One continuation of a prompt, decoded while it is generated.
-
-    A character that spans several tokens is added to the text with its last token. Some tokenizers decode the start of
-    a text differently, so new tokens are decoded together with those decoded last.
-    """
-
-    def __init__(self, prompt: list[int], tokenizer: Tokenizer, title: str = "") -> None:
-        self.prompt, self.unprinted, self.ended = prompt, title, False
-        self._decode, self._end_token = tokenizer.decode, tokenizer.document_separator
-        self._decoded, self._pending = prompt[-1:], list[int]()  # tokens
-
-    def add(self, token: int) -> None:
-        """Adds a token. The document separator token ends the text; later tokens are ignored."""
-        if token == self._end_token:
-            self.end()
-        elif not self.ended:
-            self._pending.append(token)
-            self._decode_pending(allow_incomplete=False)
-
-    def end(self) -> None:
-        """Ends the text. Bytes of an incomplete character become U+FFFD."""
-        if not self.ended:
-            self._decode_pending(allow_incomplete=True)
-            self.ended = True
-
-    def _decode_pending(self, *, allow_incomplete: bool) -> None:
-        text = self._decode([*self._decoded, *self._pending])
-        if allow_incomplete or not text.endswith(REPLACEMENT):
-            self.unprinted += text[len(self._decode(self._decoded)) :]
-            self._decoded, self._pending = self._pending, []
 
 
 def print_ready(continuations: list[Continuation]) -> None:
@@ -156,7 +58,167 @@ def print_ready(continuations: list[Continuation]) -> None:
         del continuations[0]
 
 
-def continue_prompts(loaded: LoadedModel, options: argparse.Namespace) -> int:
+@overload
+def generate(
+    model: LoadedModel | GPT,
+    prompt: str = ...,
+    *,
+    max_tokens: int = ...,
+    temperature: float = ...,
+    top_k: int | None = ...,
+    top_p: float | None = ...,
+    seed: int | None = ...,
+    tokenizer: Tokenizer | str | None = ...,
+    dtype: str | None = ...,
+    cache: bool = ...,
+    compile: bool = ...,
+    draft: LoadedModel | GPT | None = ...,
+    draft_tokens: int = ...,
+) -> str: ...
+@overload
+def generate(
+    model: LoadedModel | GPT,
+    prompt: list[str],
+    *,
+    max_tokens: int = ...,
+    temperature: float = ...,
+    top_k: int | None = ...,
+    top_p: float | None = ...,
+    seed: int | None = ...,
+    tokenizer: Tokenizer | str | None = ...,
+    dtype: str | None = ...,
+    cache: bool = ...,
+    compile: bool = ...,
+    draft: LoadedModel | GPT | None = ...,
+    draft_tokens: int = ...,
+) -> list[str]: ...
+def generate(
+    model: LoadedModel | GPT,
+    prompt: str | list[str] = "",
+    *,
+    max_tokens: int = 200,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+    tokenizer: Tokenizer | str | None = None,
+    dtype: str | None = None,
+    cache: bool = True,
+    compile: bool = False,
+    draft: LoadedModel | GPT | None = None,
+    draft_tokens: int = 4,
+) -> str | list[str]:
+    """Returns the text with which a model continues the prompt, without the prompt; for a list, a list of texts.
+
+    The text ends after `max_tokens` tokens, or with the document. Prompts of any lengths are generated together.
+
+    Args:
+        model: what `load_model` returns, or a model alone, which needs a `tokenizer`.
+        prompt: an empty one starts a document.
+        temperature, top_k, top_p: see `probabilities`; temperature 0 means greedy decoding.
+        seed: the same seed gives the same text; None draws one. Each prompt of a list has random numbers of its own, by
+            the seed and its place in the list, so that a text does not depend on the other prompts.
+        tokenizer: to be used instead of that of the checkpoint; a text is a spec, as for `python -m ngpt.data`.
+        dtype: of matrix products; None: as in training, for a model alone float32.
+        cache: whether to cache keys and values; the text is the same.
+        compile: compile the decoding of a token, which takes a while at first; the text is the same.
+        draft: a smaller model with the same tokenizer that proposes `draft_tokens` tokens at a time. Greedy texts are
+            the same, sampled ones have the same distribution (`ngpt.generation.speculative`).
+
+    Raises:
+        ConfigError: an argument is out of range or does not go with another one, there is no tokenizer, or the draft
+            has another one; a ValueError.
+    """
+    sampling = build(Sampling, {"temperature": temperature, "top_k": top_k, "top_p": top_p})
+    _check(max_tokens=max_tokens, seed=seed, dtype=dtype, draft_tokens=draft_tokens)
+    check_combination(cache=cache, compile=compile, draft=draft is not None)
+    saved_dtype, loaded = "float32", model
+    if isinstance(model, LoadedModel):
+        tokenizer, saved_dtype = tokenizer or model.tokenizer, saved_dtype_of(model)
+        model = model.model
+    if tokenizer is None:
+        raise ConfigError("the model has no tokenizer: name it with `tokenizer`, such as tokenizer='gpt2'")
+    tokenizer = load_tokenizer(tokenizer, None) if isinstance(tokenizer, str) else tokenizer
+    dtype = dtype or saved_dtype
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    texts = [Continuation(encode_prompt(text, tokenizer), tokenizer) for text in prompts]
+    how = {"max_tokens": max_tokens, "sampling": sampling, "seed": seed, "dtype": dtype, "cache": cache}
+    proposing = {"draft": checked_draft(loaded, draft), "draft_tokens": draft_tokens}
+    if texts and cache:
+        how["decoder"] = decoder_of(model, tokenizer, len(texts), dtype=dtype, compiled=compile, **proposing)
+    _advise_on_dtype(model, dtype)
+    for _ in continue_all(model, tokenizer, texts, **how):
+        pass
+    return texts[0].unprinted if isinstance(prompt, str) else [each.unprinted for each in texts]
+
+
+def _check(*, max_tokens: object, seed: object, dtype: str | None, draft_tokens: object) -> None:
+    """Raises ConfigError if an argument is out of range."""
+    for name, value in (("max_tokens", max_tokens), ("draft_tokens", draft_tokens)):
+        if type(value) is not int or value < 1:
+            raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}")
+    if seed is not None and not (type(seed) is int and 0 <= seed < 2**63):
+        raise ConfigError(f"seed must be a whole number of at least 0, got {seed!r}")
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(unknown_message("dtype", dtype, DTYPES))
+
+
+def check_combination(*, cache: bool, compile: bool, draft: bool, marks: str = "") -> None:
+    """Raises ConfigError for options that exclude each other; `marks` precede the names of compile and draft."""
+    if compile and draft:
+        raise ConfigError(f"{marks}compile does not go with {marks}draft: give one of them")
+    if not cache and (compile or draft):
+        name = "compile" if compile else "draft"
+        raise ConfigError(f"{marks}{name} needs the cache of keys and values, which was turned off")
+
+
+def checked_draft(model: LoadedModel | GPT, draft: LoadedModel | GPT | None) -> GPT | None:
+    """Returns the model of a draft; ConfigError if it has another vocabulary or tokenizer than the model."""
+    if draft is None:
+        return None
+    own, other = (each.model if isinstance(each, LoadedModel) else each for each in (model, draft))
+    sizes = [len(each.wte.weight) for each in (own, other)]
+    if sizes[0] != sizes[1]:
+        raise ConfigError(f"the draft has a vocabulary of {sizes[1]} tokens, the model one of {sizes[0]}")
+    if isinstance(model, LoadedModel) and isinstance(draft, LoadedModel):
+        origins = [tokenizer_origin(each.checkpoint) for each in (model, draft)]
+        hashes = {origin.sha256 for origin in origins} - {None}
+        specs = {origin.spec for origin in origins} - {None}
+        if len(hashes) > 1 or (len(specs) > 1 and not hashes):
+            names = " and ".join(str(each.checkpoint.path) for each in (draft, model))
+            raise ConfigError(f"the draft was trained with another tokenizer than the model: {names}")
+    return other
+
+
+def decoder_of(
+    model: GPT,
+    tokenizer: Tokenizer,
+    texts: int,
+    *,
+    dtype: str,
+    compiled: bool = False,
+    draft: GPT | None = None,
+    draft_tokens: int = 4,
+) -> BatchDecoder:
+    """Builds the decoder that the options ask for, with a slot for each text, or as many as are worth it."""
+    how = {"slots": min(texts, slots_for(model, dtype)), "dtype": dtype, "vocab_size": tokenizer.vocab_size}
+    if draft is None:
+        return BatchDecoder(model, **how, compiled=compiled)
+    return SpeculativeDecoder(model, draft, **how, draft_tokens=draft_tokens)
+
+
+def saved_dtype_of(loaded: LoadedModel) -> str:
+    """The dtype of matrix products in the training of a model."""
+    return loaded.checkpoint.identity.get("dtype", "float32")
+
+
+def _advise_on_dtype(model: GPT, dtype: str) -> None:
+    """Says so if this device is slower in `dtype` than in float32."""
+    if note := slow_dtype_note(next(model.parameters()).device, dtype, advice="choose --dtype float32"):
+        print_line(note)
+
+
+def continue_prompts(loaded: LoadedModel, options: argparse.Namespace, draft: LoadedModel | None = None) -> int:
     """Prints the continuations that the command line asks for; returns the number of generated tokens."""
     model, tokenizer, checkpoint = loaded
     if tokenizer is None:
@@ -168,38 +230,21 @@ def continue_prompts(loaded: LoadedModel, options: argparse.Namespace) -> int:
         for p, prompt in enumerate(prompts, start=1)
         for s in range(1, options.samples + 1)
     ]
-    device = next(model.parameters()).device
-    generator = torch.Generator()
-    if options.seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(options.seed)
-    dtype = options.dtype or checkpoint.identity.get("dtype", "float32")
-    if note := slow_dtype_note(device, dtype, advice="choose --dtype float32"):
-        print_line(note)
-    remaining, count = list(continuations), 0
-    for length in sorted({len(prompt) for prompt in prompts}):  # prompts of equal length need no padding
-        batch = [each for each in continuations if len(each.prompt) == length]
-        tokens = generate(
-            model,
-            torch.tensor([each.prompt for each in batch], device=device),
-            options.max_tokens,
-            **_sampling_of(options),
-            generator=generator,
-            cache=not options.no_cache,
-            vocab_size=tokenizer.vocab_size,
-        )
-        with mixed_precision(device, dtype):
-            for sampled in tokens:
-                for each, token in zip(batch, sampled.tolist(), strict=True):
-                    each.add(token)
-                print_ready(remaining)
-                count += len(batch)
-                if all(each.ended for each in batch):
-                    break
-        for each in batch:
-            each.end()
+    how = {"max_tokens": options.max_tokens, "seed": options.seed, "cache": not options.no_cache}
+    how |= {"sampling": build(Sampling, _sampling_of(options)), "dtype": options.dtype or saved_dtype_of(loaded)}
+    if how["cache"]:
+        kind = {"dtype": how["dtype"], "compiled": options.compile, "draft": checked_draft(loaded, draft)}
+        how["decoder"] = decoder_of(model, tokenizer, len(continuations), **kind, draft_tokens=options.draft_tokens)
+    remaining, count, total = list(continuations), 0, options.max_tokens * len(continuations)
+    # On a terminal, the text itself shows the progress.
+    meter = Meter(silent if sys.stdout.isatty() else TerminalLog(), "generating")
+    _advise_on_dtype(model, how["dtype"])
+    for n_tokens in continue_all(model, tokenizer, continuations, **how):
         print_ready(remaining)
+        count += n_tokens
+        meter.update(count, "tokens", fraction=count / total)
+    if isinstance(decoder := how.get("decoder"), SpeculativeDecoder) and decoder.acceptance_rate is not None:
+        print_line(f"{decoder.acceptance_rate:.0%} of {decoder.proposed} drafted tokens were accepted")
     return count
 
 
@@ -221,32 +266,21 @@ def read_prompts(options: argparse.Namespace) -> list[str]:
     return prompts or [""]
 
 
-def encode_prompt(text: str, tokenizer: Tokenizer) -> list[int]:
-    """Encodes a prompt. An empty one becomes the document separator token, or a newline if the tokenizer has none."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # the command line held bytes that are not UTF-8
-        raise ConfigError(f"the prompt {text!r} is not UTF-8 text") from None
-    if not text and tokenizer.document_separator is not None:
-        return [tokenizer.document_separator]
-    ids = np.asarray(tokenizer.encode(text or "\n")).tolist()
-    if not ids:
-        raise ConfigError(f"{tokenizer.name} has no tokens for the prompt {text!r}: give another")
-    return ids
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     options = _parser().parse_args(arguments)
-    return run_command(lambda: _generate(options), path=options.checkpoint, prints_only=True)
+    return run_command(lambda: _generate(options), path=options.checkpoint)
 
 
 def _generate(options: argparse.Namespace) -> int:
+    use_plugins(options.plugin)
     build(Sampling, _sampling_of(options))  # checks the options before it loads the model
     source = {"best": options.best, "tokenizer": options.tokenizer, "device": options.device}
+    check_combination(cache=not options.no_cache, compile=options.compile, draft=options.draft is not None, marks="--")
     loaded = load_model(options.checkpoint, **source, **parse_model_changes(options.set))
+    draft = None if options.draft is None else load_model(options.draft, best=options.best, device=options.device)
     start = time.perf_counter()
-    count = continue_prompts(loaded, options)
+    count = continue_prompts(loaded, options, draft)
     seconds = time.perf_counter() - start
     print_line(f"{count} tokens in {seconds:.2f} s: {count / seconds:.0f} tokens/s")
     return 0
@@ -270,9 +304,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--samples", type=whole_number(1, 10_000), default=1, metavar="N", help="continuations of each prompt"
     )
+    compiling = "compile the decoding of a token: slow at first, then faster, with the same text"
+    parser.add_argument("--compile", action="store_true", help=compiling)
+    drafting = "a smaller model with the same tokenizer, which proposes tokens that the model accepts or corrects"
+    parser.add_argument("--draft", metavar="CHECKPOINT", help=drafting)
+    parser.add_argument(
+        "--draft-tokens", type=whole_number(1, 64), default=4, metavar="N", help="proposed at a time, default 4"
+    )
     parser.add_argument("--no-cache", action="store_true", help="recompute keys and values for every token")
     return parser
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_process(main())

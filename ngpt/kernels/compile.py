@@ -25,8 +25,13 @@ def compile_for(key: Hashable, function: Callable[..., Any]) -> Callable[..., An
     """Returns `function` compiled for static shapes, with one compiled function per `key`.
 
     The key must contain everything except shapes that determines the graph. torch counts compilations per code object
-    and gives up after eight, so each key gets a copy of the code object. A graph break raises an error.
+    and gives up after eight, so each key gets a copy of the code object.
     """
+    return compiled_copy(function)
+
+
+def compiled_copy(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns `function` compiled for static shapes, without keeping it. A graph break raises an error."""
     use_disk_cache()
     attributes = (getattr(function, f"__{name}__") for name in ("globals", "name", "defaults", "closure"))
     copy = types.FunctionType(function.__code__.replace(), *attributes)

@@ -4,13 +4,14 @@ from typing import Annotated, Self
 
 from pydantic import Discriminator, Field, Strict, Tag, model_validator
 
-from ngpt.config.base import Config, invalid_setting, one_of, renamed_setting
+from ngpt.config.base import Config, added_setting, invalid_setting, one_of, renamed_setting
 from ngpt.model.norm import NORM_MODES
 from ngpt.model.residual import ALPHA_KINDS, ALPHA_SIGNS, RESIDUAL_ALIASES, RESIDUAL_RULES
 from ngpt.model.rope import ROPE_KINDS, ROPE_SCALINGS
 
 MLP_KINDS = ("swiglu", "relu2")
 SCALE_KINDS = ("vector", "scalar")
+TRAINED_SCALINGS = ("yarn", "llama3")  # those that use the context length of the original training
 MAX_PARAMS = 10**13  # more than a hundred nodes hold
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1, le=10**9)]
@@ -28,43 +29,83 @@ class ModelConfig(Config, frozen=True):
     """Shape and variant of a GPT or nGPT."""
 
     n_layer: Annotated[int, Field(ge=1, le=10_000)] = 4
+    """Number of blocks."""
     n_head: Width = 4
-    n_kv_head: Width | None = None  # key/value heads; null: n_head; 1: multi-query; otherwise grouped-query
+    """Attention heads per block."""
+    n_kv_head: Width | None = None
+    """Heads of keys and values; null: `n_head`, 1: multi-query, otherwise grouped-query."""
     n_embd: Width = 128
-    block_size: Length = 128  # context length and training sequence length, in tokens
-    vocab_size: Annotated[int, Field(ge=2, le=2**24)] | None = None  # null: the tokenizer's
-    tied: bool = False  # the head shares the embedding's matrix
+    """Width of the residual stream."""
+    block_size: Length = 128
+    """Context length, and length of the sequences in training, in tokens."""
+    vocab_size: Annotated[int, Field(ge=2, le=2**24)] | None = None
+    """Entries of the vocabulary; null: the tokenizer's."""
+    tied: bool = False
+    """Whether embedding and head share one matrix."""
     mlp: Annotated[str, one_of(MLP_KINDS, "MLP kind")] = "swiglu"
-    mlp_ratio: Annotated[float, Field(gt=0, le=1000)] = 4.0  # hidden width of the MLP / n_embd
+    """Kind of the MLP."""
+    mlp_ratio: Annotated[float, Field(gt=0, le=1000)] = 4.0
+    """Hidden width of the MLP, divided by `n_embd`."""
     qk_norm: bool = True
-    softmax_scale: Positive | None = None  # multiplies the attention scores; null: see Attention
-    softcap: Positive | None = None  # logits become softcap * tanh(logits / softcap)
+    """Whether queries and keys are normalized."""
+    softmax_scale: Positive | None = None
+    """Factor of the attention scores; null: the one that fits the normalization of queries and keys."""
+    softcap: Positive | None = None
+    """Logits become `softcap * tanh(logits / softcap)`; null: they are not capped."""
     rope: Annotated[str, one_of(ROPE_KINDS, "rope")] = "rotary"
+    """Rotary embedding; `nvidia`: the variant of the official checkpoints."""
     rope_base: Positive = 10_000.0
+    """Base of the rotary frequencies."""
     rope_scaling: Annotated[str, one_of(ROPE_SCALINGS, "rope scaling")] = "none"
-    rope_factor: Annotated[float, Field(ge=1)] = 1.0  # block_size / context length of the original training
+    """Rule that adapts the rotary frequencies to longer contexts."""
+    rope_factor: Annotated[float, Field(ge=1)] = 1.0
+    """`block_size`, divided by the context length of the original training."""
+    rope_trained: Length | None = added_setting(None)
+    """Context length of the original training, for `yarn` and `llama3`; null: from `rope_factor`."""
+    value_residual: Annotated[float, Field(ge=0, le=1)] = added_setting(0.0)
+    """Share of the first layer's values in those of the others (ResFormer, arXiv 2410.17897)."""
     residual: Annotated[str, one_of(RESIDUAL_RULES, "residual rule", aliases=RESIDUAL_ALIASES)] = renamed_setting(
         "lerp", RESIDUAL_ALIASES
     )
+    """Residual rule: `lerp` (the paper), `slerp`, `add_normalize` (the source reports), `add` (GPT)."""
 
     # nGPT only; no effect under `residual: add`:
-    alpha: Alpha = 0.05  # initial step size of the residuals, or several values spread over the depth
-    alpha_final: Positive | None = None  # alpha changes linearly to this over the run; null: no schedule
+    alpha: Alpha = 0.05
+    """nGPT only: initial step length of the residuals; a list is spread over the depth."""
+    alpha_final: Positive | None = None
+    """nGPT only: where alpha goes over the run, linearly; null: it has no schedule."""
     alpha_kind: Annotated[str, one_of(ALPHA_KINDS, "alpha kind")] = "vector"
+    """nGPT only: one alpha per channel (`vector`), per head, or per layer (`scalar`)."""
     alpha_learned: bool = True
+    """nGPT only: whether alpha is learned."""
     alpha_sign: Annotated[str, one_of(ALPHA_SIGNS, "alpha sign")] = "abs"
-    logit_scale: Positive = 1.0  # initial s_z
+    """nGPT only: whether alpha is used by its absolute value, or may become negative (`free`)."""
+    logit_scale: Positive = 1.0
+    """nGPT only: initial s_z, the scale of the logits."""
     logit_scale_kind: Annotated[str, one_of(SCALE_KINDS, "logit scale kind")] = "vector"
-    s_uv: bool = True  # learned scale of the MLP's hidden units, times sqrt(n_embd)
-    scale_trick: bool = True  # store alpha, s_qk and s_z at 1/sqrt(n_embd), see Scale
-    norm_mode: Annotated[str, one_of(NORM_MODES, "norm mode")] = "baseline"  # rule for the divisor of the residual step
-    norm_decay: Annotated[float, Field(ge=0, le=1)] = 0.9  # decay of norm mode `ema`
-    norm_every: Count = 1  # ghost norms: renormalize after every norm_every sublayers and after the last
-    norm_probability: Annotated[float, Field(gt=0, le=1)] = 1.0  # stochastic norms: of renormalizing in training
+    """nGPT only: one s_z per vocabulary entry (`vector`), or a single one (`scalar`)."""
+    s_uv: bool = True
+    """nGPT only: whether the hidden units of the MLP have a learned scale, times sqrt(n_embd)."""
+    scale_trick: bool = True
+    """nGPT only: whether alpha, s_qk and s_z are stored at 1/sqrt(n_embd)."""
+    norm_mode: Annotated[str, one_of(NORM_MODES, "norm mode")] = "baseline"
+    """nGPT only: rule for the divisor r of a residual step."""
+    norm_decay: Annotated[float, Field(ge=0, le=1)] = 0.9
+    """nGPT only: decay of the norm mode `ema`."""
+    norm_every: Count = 1
+    """nGPT only: ghost norms: sublayers between normalizations; the last one is always followed by one."""
+    norm_probability: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """nGPT only: stochastic residual norm: probability of normalizing in training."""
 
     # GPT only; no effect under the other rules:
-    embedding_norm: bool = True  # normalize the embedding output
-    norm_gain: bool = False  # learned gain in each RMSNorm of the residual stream
+    embedding_norm: bool = True
+    """GPT only: whether the output of the embedding is normalized."""
+    norm_gain: bool = False
+    """GPT only: whether each RMSNorm of the residual stream has a learned gain."""
+    qkv_bias: bool = added_setting(False)
+    """GPT only: whether queries, keys and values have biases, as in Qwen2."""
+    norm_eps: Positive | None = added_setting(None)
+    """GPT only: epsilon of every RMSNorm; null: 1e-6 with `norm_gain`, torch's without."""
 
     @property
     def on_sphere(self) -> bool:
@@ -113,6 +154,13 @@ class ModelConfig(Config, frozen=True):
             raise invalid_setting(f"rope_factor {self.rope_factor} needs a rope_scaling: {scalings}", "rope_factor")
         if self.alpha_final is not None and not isinstance(self.alpha, float):
             raise invalid_setting("alpha_final needs a single alpha to start from, not one per layer", "alpha_final")
+        if self.qkv_bias and self.on_sphere:
+            raise invalid_setting("qkv_bias needs `residual: add`; nGPT has no biases", "qkv_bias", "residual")
+        if self.norm_eps is not None and self.on_sphere:
+            raise invalid_setting("norm_eps needs `residual: add`; nGPT has no RMSNorm", "norm_eps", "residual")
+        if self.rope_trained is not None and self.rope_scaling not in TRAINED_SCALINGS:
+            text = f"rope_trained needs a rope_scaling that depends on it: {', '.join(TRAINED_SCALINGS)}"
+            raise invalid_setting(text, "rope_trained")
         for name in ("norm_mode", "norm_every", "norm_probability", "alpha_final"):
             if not self.on_sphere and getattr(self, name) != type(self).model_fields[name].default:
                 raise invalid_setting(f"{name} needs a residual rule on the sphere, not `add`", name, "residual")

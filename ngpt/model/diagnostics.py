@@ -70,6 +70,14 @@ def restore_counts_on_error(model: GPT) -> Iterator[None]:
         undo.pop_all()
 
 
+@contextlib.contextmanager
+def restore_counts(model: GPT) -> Iterator[None]:
+    """Restores the count of non-finite divisors at the end, since passes that only look at the model do not count."""
+    with contextlib.ExitStack() as undo:
+        undo.callback(_count_restorer(model))
+        yield
+
+
 def _count_restorer(model: GPT) -> Callable[[], object]:
     """Returns a function that resets the count of non-finite divisors to its current value."""
     if model.normalizer is None:
@@ -81,8 +89,7 @@ def _count_restorer(model: GPT) -> Callable[[], object]:
 def _outputs(model: GPT, idx: Tensor, kind: type[nn.Module]) -> list[Tensor]:
     """Returns the outputs of all modules of type `kind` for `idx`, without counting non-finite divisors."""
     outputs: list[Tensor] = []
-    with contextlib.ExitStack() as undo:
-        undo.callback(_count_restorer(model))
+    with restore_counts(model), contextlib.ExitStack() as undo:
         for module in model.modules():
             if isinstance(module, kind):
                 undo.callback(module.register_forward_hook(lambda *call: outputs.append(call[-1])).remove)

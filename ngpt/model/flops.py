@@ -16,6 +16,7 @@ def flops_per_token(cfg: ModelConfig) -> int:
 
     6 per matrix entry (one multiply-add forward, two backward), plus 12 * n_layer * n_embd * block_size for attention
     scores and weighted values, not halved for causality. This follows PaLM (arXiv 2204.02311, appendix B) and nanochat
-    (gpt.py, estimate_flops). Grouped-query attention saves matrix entries, but no score computation.
+    (gpt.py, estimate_flops). Grouped-query attention saves matrix entries, but no score computation. Blocks that
+    activation checkpointing computes again do not count: these are the FLOPs of the model, as for MFU.
     """
     return 6 * matrix_params(cfg) + 12 * cfg.n_layer * cfg.n_embd * cfg.block_size

@@ -8,31 +8,34 @@ Shapes: B batch, T tokens, D width (n_embd), H heads, G key/value heads (n_kv_he
 width of the MLP, V vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from ngpt.kernels.compile import compile_for
+from ngpt.kernels.compile import compile_for, compiled_copy
 from ngpt.kernels.cpu_attention import has_cpu_attention
 from ngpt.kernels.linear_cross_entropy import linear_cross_entropy, token_losses
 from ngpt.model.config import ModelConfig
-from ngpt.model.layers import MLP, Attention, KVCache
+from ngpt.model.layers import MLP, Attention, KVCache, ValueResidual
 from ngpt.model.norm import DotProdNormalizer, l2_normalize, rms_norm
 from ngpt.model.residual import Residual, Scale, spread_over_depth
 from ngpt.model.rope import rope_tables
 
 
-class SphereBlock(nn.Module):
-    """nGPT block: attention and MLP read the stream without a norm, and each moves it along the sphere."""
+class Block(nn.Module):
+    """A block of a model. With `recomputes`, a training pass keeps its inputs only, and computes the rest once more."""
 
-    def __init__(self, cfg: ModelConfig, layer: int) -> None:
+    recomputes = False  # set by `GPT.recompute_blocks`
+    compiles = False  # set by `GPT.compile_blocks`
+
+    def __init__(self) -> None:
         super().__init__()
-        self.attention, self.mlp = Attention(cfg, layer), MLP(cfg)
-        self.attention_residual = _residual(cfg, 2 * layer, n_head=cfg.n_head)
-        self.mlp_residual = _residual(cfg, 2 * layer + 1, n_head=None)
+        self._compiled: dict[Hashable, Callable[..., tuple[Tensor, Tensor | None]]] = {}
 
     def forward(
         self,
@@ -43,9 +46,72 @@ class SphereBlock(nn.Module):
         normalizer: DotProdNormalizer | None,
         r: Tensor | None,
         cache: KVCache | None,
+        values: ValueResidual | None,
     ) -> tuple[Tensor, Tensor | None]:
         """Returns the stream (B, T, D) and the divisor r (B, T), or None without a `normalizer`, after the block."""
-        f = self.attention(x, cos, sin, self.attention_residual.head_weights(), cache)
+        inputs = x, cos, sin, normalizer, r, cache, values
+        if not self.compiles:
+            return self._pass(*inputs)
+        key = x.shape, torch.is_grad_enabled()
+        if key not in self._compiled:
+            self._compiled[key] = compiled_copy(type(self)._pass)
+        return self._compiled[key](self, *inputs)
+
+    def _pass(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        normalizer: DotProdNormalizer | None,
+        r: Tensor | None,
+        cache: KVCache | None,
+        values: ValueResidual | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        inputs = x, cos, sin, normalizer, r, cache, values
+        if not (self.recomputes and torch.is_grad_enabled()):
+            return self.compute(*inputs)
+        contexts: dict[str, Any] = {}
+        if normalizer is not None and not torch.compiler.is_compiling():  # a compiled repetition counts nothing
+            contexts = {"context_fn": normalizer.contexts}
+        # Nothing in a block is random, so there is no state of a generator to restore.
+        result = checkpoint(self.compute, *inputs, use_reentrant=False, preserve_rng_state=False, **contexts)
+        assert result is not None
+        return result
+
+    def compute(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        normalizer: DotProdNormalizer | None,
+        r: Tensor | None,
+        cache: KVCache | None,
+        values: ValueResidual | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Computes the block; arguments and results are those of `forward`."""
+        raise NotImplementedError
+
+
+class SphereBlock(Block):
+    """nGPT block: attention and MLP read the stream without a norm, and each moves it along the sphere."""
+
+    def __init__(self, cfg: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.attention, self.mlp = Attention(cfg, layer), MLP(cfg)
+        self.attention_residual = _residual(cfg, 2 * layer, n_head=cfg.n_head)
+        self.mlp_residual = _residual(cfg, 2 * layer + 1, n_head=None)
+
+    def compute(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        normalizer: DotProdNormalizer | None,
+        r: Tensor | None,
+        cache: KVCache | None,
+        values: ValueResidual | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        f = self.attention(x, cos, sin, self.attention_residual.head_weights(), cache, values)
         if normalizer is not None and r is not None:
             r = normalizer(r, x, self.attention_residual.normalized_branch(f))
         x = self.attention_residual(x, f, r)
@@ -72,7 +138,7 @@ def _residual(cfg: ModelConfig, sublayer: int, *, n_head: int | None) -> Residua
     )
 
 
-class PreNormBlock(nn.Module):
+class PreNormBlock(Block):
     """Pre-norm GPT block: attention and MLP read the normalized stream and add to it."""
 
     def __init__(self, cfg: ModelConfig, layer: int) -> None:
@@ -80,16 +146,24 @@ class PreNormBlock(nn.Module):
         self.attention, self.mlp = Attention(cfg, layer), MLP(cfg)
         self.attention_norm, self.mlp_norm = _rms_norm(cfg), _rms_norm(cfg)
 
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, *, normalizer: None, r: None, cache: KVCache | None
+    def compute(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        normalizer: DotProdNormalizer | None,
+        r: Tensor | None,
+        cache: KVCache | None,
+        values: ValueResidual | None,
     ) -> tuple[Tensor, None]:
-        x = x + self.attention(self.attention_norm(x), cos, sin, cache=cache)
+        x = x + self.attention(self.attention_norm(x), cos, sin, cache=cache, values=values)
         return x + self.mlp(self.mlp_norm(x)), None
 
 
 def _rms_norm(cfg: ModelConfig) -> nn.RMSNorm:
     # With gain as in NVIDIA's GPT baseline; without gain as in nanochat, which uses torch's default eps.
-    return nn.RMSNorm(cfg.n_embd, eps=1e-6 if cfg.norm_gain else None, elementwise_affine=cfg.norm_gain)
+    eps = cfg.norm_eps if cfg.norm_eps is not None else 1e-6 if cfg.norm_gain else None
+    return nn.RMSNorm(cfg.n_embd, eps=eps, elementwise_affine=cfg.norm_gain)
 
 
 class GPT(nn.Module):
@@ -103,7 +177,7 @@ class GPT(nn.Module):
         if cfg.vocab_size is None:
             raise ValueError("model.vocab_size is not set: ngpt.training.config.resolved sets it from the tokenizer")
         self.cfg = cfg
-        self.compiled, self._graph_key = False, ""
+        self.compiled, self._compiles_blocks, self._graph_key = False, False, ""
         self.wte = nn.Embedding(cfg.vocab_size, cfg.n_embd)
         block = SphereBlock if cfg.on_sphere else PreNormBlock
         self.blocks = nn.ModuleList(block(cfg, layer) for layer in range(cfg.n_layer))
@@ -114,9 +188,8 @@ class GPT(nn.Module):
         size = cfg.vocab_size if cfg.logit_scale_kind == "vector" else 1
         scale = cfg.stored_scale or cfg.logit_scale
         self.s_z = Scale(size, init=cfg.logit_scale, scale=scale) if cfg.on_sphere else None
-        cos, sin = rope_tables(
-            cfg.block_size, cfg.head_dim, base=cfg.rope_base, scaling=cfg.rope_scaling, factor=cfg.rope_factor
-        )
+        scaling = {"scaling": cfg.rope_scaling, "factor": cfg.rope_factor, "trained": cfg.rope_trained}
+        cos, sin = rope_tables(cfg.block_size, cfg.head_dim, base=cfg.rope_base, **scaling)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         self._initialize(torch.Generator().manual_seed(seed))
@@ -152,6 +225,22 @@ class GPT(nn.Module):
                     module.use_cpu_kernel = True
         self.compiled = True
 
+    def compile_blocks(self) -> None:
+        """Compiles each block by itself instead of all together, so that weights can be gathered between them."""
+        self._compiles_blocks = True
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            block.compiles = True
+
+    def recompute_blocks(self) -> None:
+        """Turns on activation checkpointing: each block is computed again in the backward pass (arXiv 1604.06174).
+
+        A training pass then keeps the inputs of the blocks, and the activations of one block at a time.
+        """
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            block.recomputes = True
+
     def logits(self, x: Tensor) -> Tensor:
         """Returns the float32 logits (B, T, V) of features x (B, T, D)."""
         # Scale the (V, D) weight, which is far smaller than the (B, T, V) logits.
@@ -166,7 +255,7 @@ class GPT(nn.Module):
 
     def features(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
         """Returns the input of the head (B, T, D): the stream after the last block, normalized in a GPT."""
-        if not self.compiled:
+        if not self.compiled or self._compiles_blocks:
             return self.features_uncompiled(idx, cache)
         # One key per shape, since a run that repeatedly halves its batch would exceed torch's recompilation limit.
         return compile_for((self._graph_key, idx.shape), GPT.features_uncompiled)(self, idx, cache)
@@ -184,10 +273,11 @@ class GPT(nn.Module):
         x = self.wte(idx)
         r = None if self.normalizer is None else self.normalizer.start(x)
         if self.cfg.embedding_norm and not self.cfg.on_sphere:
-            x = rms_norm(x)
+            x = rms_norm(x, self.cfg.norm_eps)
+        values = ValueResidual(self.cfg.value_residual) if self.cfg.value_residual else None
         yield x
         for block in self.blocks:
-            x, r = block(x, cos, sin, normalizer=self.normalizer, r=r, cache=cache)
+            x, r = block(x, cos, sin, normalizer=self.normalizer, r=r, cache=cache, values=values)
             yield x
         if cache is not None:
             cache.length += new
@@ -240,5 +330,7 @@ class GPT(nn.Module):
                 rows, columns = module.weight.shape
                 std = min(1.0, (rows / columns) ** 0.5) / columns**0.5
                 module.weight.normal_(std=std, generator=generator)
+                if module.bias is not None:
+                    module.bias.zero_()
                 if name.endswith(("out", "down", "lm_head")):  # blocks start as the identity, logits as 0
                     module.weight.zero_()

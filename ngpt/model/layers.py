@@ -35,6 +35,21 @@ class KVCache:
         return keys[:, :, :stop], values[:, :, :stop]
 
 
+class ValueResidual:
+    """Mixes the first layer's values into those of later layers, in one forward pass (ResFormer, arXiv 2410.17897)."""
+
+    def __init__(self, share: float) -> None:
+        self._share = share
+        self._first: Tensor | None = None
+
+    def mix(self, layer: int, v: Tensor) -> Tensor:
+        """Keeps the values `v` (B, G, T, K) of layer 0; returns those of another layer with their share of these."""
+        if layer == 0 or self._first is None:
+            self._first = v
+            return v
+        return torch.lerp(v, self._first, self._share)
+
+
 class Attention(nn.Module):
     """Causal self-attention with rotary position embeddings, (B, T, D) -> (B, T, D).
 
@@ -47,11 +62,11 @@ class Attention(nn.Module):
         super().__init__()
         self.layer = layer
         self.n_head, self.n_kv_head, self.qk_norm = cfg.n_head, cfg.kv_heads, cfg.qk_norm
-        self.rotate = ROPE_KINDS[cfg.rope]
+        self.rotate, self.norm_eps = ROPE_KINDS[cfg.rope], cfg.norm_eps
         kv_width = cfg.kv_heads * cfg.head_dim
-        self.query = nn.Linear(cfg.n_embd, cfg.n_embd, bias=False)
-        self.key = nn.Linear(cfg.n_embd, kv_width, bias=False)
-        self.value = nn.Linear(cfg.n_embd, kv_width, bias=False)
+        self.query = nn.Linear(cfg.n_embd, cfg.n_embd, bias=cfg.qkv_bias)
+        self.key = nn.Linear(cfg.n_embd, kv_width, bias=cfg.qkv_bias)
+        self.value = nn.Linear(cfg.n_embd, kv_width, bias=cfg.qkv_bias)
         self.out = nn.Linear(cfg.n_embd, cfg.n_embd, bias=False)
         scaled = cfg.on_sphere and cfg.qk_norm
         self.s_qk = Scale(cfg.n_embd, init=1.0, scale=cfg.stored_scale or 1.0) if scaled else None
@@ -61,16 +76,24 @@ class Attention(nn.Module):
         self.use_cpu_kernel = False  # set by `GPT.compile_parts`
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, head_weights: Tensor | None = None, cache: KVCache | None = None
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        head_weights: Tensor | None = None,
+        cache: KVCache | None = None,
+        values: ValueResidual | None = None,
     ) -> Tensor:
         """Attends over the cached tokens and x, and appends x to the `cache`. `cos` and `sin` are (T, K / 2)."""
         q, k, v = self._heads(self.query(x)), self._heads(self.key(x)), self._heads(self.value(x))  # (B, H or G, T, K)
+        if values is not None:
+            v = values.mix(self.layer, v)
         q, k = self.rotate(q, cos, sin), self.rotate(k, cos, sin)
         if self.s_qk is not None:
             # The paper scales both q and k by s_qk. Scaling q by s_qk^2 is equivalent, also if heads share keys.
             q, k = self.s_qk().square().view(self.n_head, 1, -1) * l2_normalize(q), l2_normalize(k)
         elif self.qk_norm:
-            q, k = rms_norm(q), rms_norm(k)
+            q, k = rms_norm(q, self.norm_eps), rms_norm(k, self.norm_eps)
         past = 0
         if cache is not None:
             past = cache.length

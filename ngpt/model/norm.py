@@ -1,5 +1,8 @@
 """Float32 normalizations: L2 (nGPT), RMS (GPT), and the divisor r, which shortens steps along the stream."""
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,9 +18,9 @@ def l2_normalize(x: Tensor, dim: int = -1) -> Tensor:
     return F.normalize(x.float(), dim=dim, eps=1e-12)
 
 
-def rms_norm(x: Tensor) -> Tensor:
-    """Scales `x` to root mean square 1 along the last dimension, in float32, without gain and with torch's eps."""
-    return F.rms_norm(x.float(), (x.shape[-1],))
+def rms_norm(x: Tensor, eps: float | None = None) -> Tensor:
+    """Scales `x` to root mean square 1 along the last dimension, in float32, without gain; `eps` None means torch's."""
+    return F.rms_norm(x.float(), (x.shape[-1],), eps=eps)
 
 
 def baseline(r: Tensor, dot: Tensor, decay: float) -> Tensor:
@@ -55,6 +58,7 @@ class DotProdNormalizer(nn.Module):
             raise ValueError(unknown_message("norm mode", mode, NORM_MODES))
         self.mode, self.decay = mode, decay
         self.register_buffer("replaced", torch.zeros((), dtype=torch.int64))
+        self._counts = True
 
     def start(self, x: Tensor) -> Tensor:
         """Returns r before the first sublayer: ones of shape (B, T) for a stream x (B, T, D)."""
@@ -64,5 +68,18 @@ class DotProdNormalizer(nn.Module):
         """Returns the updated r (B, T) for a sublayer with stream `x` and branch `f`, both (B, T, D)."""
         dot = (x.float() * f.float()).sum(-1)
         r = NORM_MODES[self.mode](r, dot, self.decay)
-        self.replaced += (~r.isfinite()).sum()
+        if self._counts:
+            self.replaced += (~r.detach().isfinite()).sum()  # the graph keeps nothing of it
         return torch.nan_to_num(r, nan=1.0)
+
+    def contexts(self) -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
+        """Returns context managers for a pass and for its repetition, which counts nothing."""
+        return contextlib.nullcontext(), self._uncounted()
+
+    @contextlib.contextmanager
+    def _uncounted(self) -> Iterator[None]:
+        self._counts = False
+        try:
+            yield
+        finally:
+            self._counts = True

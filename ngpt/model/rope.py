@@ -10,7 +10,8 @@ import math
 import torch
 from torch import Tensor
 
-YARN_SLOW, YARN_FAST = 1.0, 32.0  # rotations per trained context: alpha and beta of arXiv 2309.00071, section 3.2
+SLOW = 1.0  # rotations per trained context: alpha of YaRN, arXiv 2309.00071, section 3.2, and as in Llama 3.1
+YARN_FAST, LLAMA3_FAST = 32.0, 4.0  # YaRN's beta, and the value of Llama 3.1
 
 
 def unscaled(frequencies: Tensor, factor: float, trained: float) -> Tensor:
@@ -36,12 +37,24 @@ def yarn(frequencies: Tensor, factor: float, trained: float) -> Tensor:
     Pairs with at least 32 rotations within the `trained` context keep their frequency, pairs with at most one rotation
     are interpolated, and the others mix the two linearly.
     """
+    return _by_parts(frequencies, factor, trained, fast=YARN_FAST)
+
+
+def llama3(frequencies: Tensor, factor: float, trained: float) -> Tensor:
+    """NTK by parts as in Llama 3.1: pairs with at least 4 rotations keep their frequency; no change of temperature.
+
+    Source: `_compute_llama3_parameters` in Hugging Face's transformers, with low and high factors of 1 and 4.
+    """
+    return _by_parts(frequencies, factor, trained, fast=LLAMA3_FAST)
+
+
+def _by_parts(frequencies: Tensor, factor: float, trained: float, *, fast: float) -> Tensor:
     rotations = trained * frequencies / (2 * math.pi)
-    ramp = ((rotations - YARN_SLOW) / (YARN_FAST - YARN_SLOW)).clamp(0, 1)
+    ramp = ((rotations - SLOW) / (fast - SLOW)).clamp(0, 1)
     return frequencies * (ramp + (1 - ramp) / factor)
 
 
-ROPE_SCALINGS = {"none": unscaled, "linear": linear, "ntk": ntk, "yarn": yarn}
+ROPE_SCALINGS = {"none": unscaled, "linear": linear, "ntk": ntk, "yarn": yarn, "llama3": llama3}
 
 
 def attention_temperature(scaling: str, factor: float) -> float:
@@ -50,11 +63,20 @@ def attention_temperature(scaling: str, factor: float) -> float:
 
 
 def rope_tables(
-    length: int, head_dim: int, *, base: float = 10_000.0, scaling: str = "none", factor: float = 1.0
+    length: int,
+    head_dim: int,
+    *,
+    base: float = 10_000.0,
+    scaling: str = "none",
+    factor: float = 1.0,
+    trained: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Returns cosines and sines, float32 (length, head_dim / 2), for a model trained on length / factor tokens."""
+    """Returns cosines and sines, float32 (length, head_dim / 2).
+
+    The model was trained on contexts of `trained` tokens; None means length / factor.
+    """
     frequencies = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    frequencies = ROPE_SCALINGS[scaling](frequencies, factor, length / factor)
+    frequencies = ROPE_SCALINGS[scaling](frequencies, factor, length / factor if trained is None else trained)
     angles = torch.outer(torch.arange(length, dtype=torch.float64), frequencies)
     return angles.cos().float(), angles.sin().float()
 

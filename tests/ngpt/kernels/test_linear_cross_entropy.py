@@ -81,7 +81,7 @@ def test_loss_and_gradients_match_full_logits_in_float64(
     assert_gradients((x, weight, factor), gradients, 2e-6)
 
 
-@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("softcap", [None, pytest.param(3.0, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES.keys())
 def test_gradients_match_finite_differences_in_float64(scale: tuple[int, ...] | None, softcap: float | None) -> None:
     x, weight, factor, targets = inputs(11, scale=scale, dtype=torch.float64)

@@ -74,9 +74,12 @@ anything = {
     "softcap": st.sampled_from([None, 3.0]),
     "tied": st.booleans(),
     "rope_base": st.sampled_from([100.0, 10_000.0]),
+    "value_residual": st.sampled_from([0.0, 0.5]),
 }
 scaling = st.sampled_from(
-    [{}] + [{"rope_scaling": name, "rope_factor": 4.0, "block_size": 256} for name in ("linear", "ntk", "yarn")]
+    [{}]
+    + [{"rope_scaling": name, "rope_factor": 4.0, "block_size": 256} for name in ("linear", "ntk", "yarn")]
+    + [{"rope_scaling": name, "rope_factor": 4.0, "rope_trained": 96} for name in ("yarn", "llama3")]
 )
 sphere = {
     "residual": st.sampled_from(["lerp", "add_normalize"]),
@@ -92,7 +95,13 @@ sphere = {
     "s_uv": st.booleans(),
     "scale_trick": st.booleans(),
 }
-plain = {"residual": st.just("add"), "embedding_norm": st.booleans(), "norm_gain": st.booleans()}
+plain = {
+    "residual": st.just("add"),
+    "embedding_norm": st.booleans(),
+    "norm_gain": st.booleans(),
+    "norm_eps": st.sampled_from([None, 0.01]),
+    "qkv_bias": st.booleans(),
+}
 
 
 @given(st.fixed_dictionaries(anything | sphere), scaling)
@@ -290,6 +299,7 @@ EVERYTHING = {
     "alpha_kind": "head",
     "alpha_final": 0.1,
     "n_kv_head": 1,
+    "value_residual": 0.5,
 }
 
 
@@ -311,6 +321,7 @@ def check_compiled(backend: str, changes: dict[str, object]) -> None:
         assert int(model.normalizer.replaced) == 2 * counted > 0
 
 
+@pytest.mark.slow
 def test_traced_model_gives_the_same_numbers_in_every_step() -> None:
     check_compiled("aot_eager", EVERYTHING)
 
@@ -439,7 +450,13 @@ def test_more_tokens_than_the_context_raise_an_error() -> None:
         ({"norm_every": 0}, "greater than or equal to 1"),
         ({"norm_probability": 0.0}, "greater than 0"),
         ({"n_head": 4, "n_kv_head": 3}, "n_head 4 is not a multiple of n_kv_head 3"),
-        ({"rope_factor": 2.0}, "rope_factor 2.0 needs a rope_scaling: linear, ntk, yarn"),
+        ({"rope_factor": 2.0}, "rope_factor 2.0 needs a rope_scaling: linear, ntk, yarn, llama3"),
+        (
+            {"rope_trained": 64, "rope_scaling": "ntk"},
+            "rope_trained needs a rope_scaling that .*: yarn, llama3",
+        ),
+        ({"qkv_bias": True}, "qkv_bias needs `residual: add`; nGPT has no biases"),
+        ({"norm_eps": 1e-5}, "norm_eps needs `residual: add`; nGPT has no RMSNorm"),
         ({"rope_factor": 0.5, "rope_scaling": "yarn"}, "greater than or equal to 1"),
         ({"rope_scaling": "yarm"}, "unknown rope scaling 'yarm', did you mean 'yarn'?"),
         ({"residual": "add", "norm_mode": "ema"}, "norm_mode needs a residual rule on the sphere, not `add`"),
@@ -470,7 +487,7 @@ def test_old_name_of_add_normalize_is_read_and_written() -> None:
 def test_checkpoint_with_the_old_name_of_add_normalize_resumes(tmp_path: Path) -> None:
     model = GPT(tiny(residual="add_normalize"), seed=1)
     old = {"model.residual": "seed"}
-    save_checkpoint(tmp_path, model=model, state={}, step=1, val_loss=None, identity=old, keep_last=1)
+    save_checkpoint(tmp_path, weights=model.state_dict(), state={}, step=1, val_loss=None, identity=old, keep_last=1)
     found = verify_checkpoint(checkpoint_folders(tmp_path)[0])
     resumed = identity_settings(build(TrainConfig, {"model.residual": "add_normalize"}))
     load_checkpoint(found, GPT(tiny(residual="seed")), identity={"model.residual": resumed["model.residual"]})
