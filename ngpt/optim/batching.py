@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -10,6 +11,23 @@ from torch import Tensor
 Group = dict[str, Any]  # an entry of `Optimizer.param_groups`
 Item = TypeVar("Item")
 Key = TypeVar("Key", bound=Hashable)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The shape of a whole parameter, and the dimension along which ranks have parts of it; None on one device."""
+
+    shape: tuple[int, ...]
+    split: int | None = None
+
+    def attach(self, part: Tensor) -> None:
+        """Remembers that `part` is the part that this rank has of a parameter."""
+        part.whole_layout = self  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def layout(parameter: Tensor) -> Layout:
+    """Returns the layout that was attached to a parameter, or that of a whole one."""
+    return getattr(parameter, "whole_layout", Layout(tuple(parameter.shape)))
 
 
 def trained(group: Group) -> list[Tensor]:

@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ngpt.optim.batching import Group, group_by, stack, trained
+from ngpt.optim.batching import Group, group_by, layout, stack, trained
 
 
-def orthogonalize(matrices: Tensor, *, steps: int = 5) -> Tensor:
+def orthogonalize(matrices: Tensor, *, steps: int = 5, split: None = None) -> Tensor:
     """Returns approximately U V^T for each matrix with singular value decomposition U S V^T, (..., M, N).
 
     Uses a Newton-Schulz iteration with a quintic polynomial of maximal slope at zero, after which singular values lie
     between about 0.7 and 1.2. Runs in bfloat16, as in the original, on a GPU and under autocast, else in float32.
+    `split` is for ranks that have parts of each matrix (ngpt/distributed/orthogonalization.py).
     """
     a, b, c = 3.4445, -4.7750, 2.0315  # source: KellerJordan/Muon, zeropower_via_newtonschulz5
     device = matrices.device.type
@@ -56,6 +57,7 @@ class Muon(torch.optim.Optimizer):
     ) -> None:
         settings = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "ns_steps": ns_steps}
         super().__init__(params, settings | {"weight_decay": weight_decay})
+        self.orthogonalize: Callable[..., Tensor] = orthogonalize
         shapes = [tuple(p.shape) for group in self.param_groups for p in group["params"] if p.ndim != 2]
         if shapes:
             raise ValueError(f"Muon takes matrices only, got parameters of shape {shapes}")
@@ -86,12 +88,13 @@ def step_muons(optimizers: Iterable[Muon]) -> None:
         (optimizer, group, shape, parameters)
         for optimizer in optimizers
         for group in optimizer.param_groups
-        for shape, parameters in group_by(trained(group), lambda parameter: tuple(parameter.shape)).items()
+        for shape, parameters in group_by(trained(group), layout).items()
     ]
-    for (shape, ns_steps), batch in group_by(entries, lambda entry: (entry[2], entry[1]["ns_steps"])).items():
-        rows, columns = shape
+    for (matrix, ns_steps), batch in group_by(entries, lambda entry: (entry[2], entry[1]["ns_steps"])).items():
+        rows, columns = matrix.shape
         directions = [optimizer.directions(parameters, group) for optimizer, group, _, parameters in batch]
-        updates = iter(orthogonalize(stack([*itertools.chain(*directions)]), steps=ns_steps).unbind())
+        matrices = stack([*itertools.chain(*directions)])
+        updates = iter(batch[0][0].orthogonalize(matrices, steps=ns_steps, split=matrix.split).unbind())
         for _, group, _, parameters in batch:
             step_size = group["lr"] * max(1.0, rows / columns) ** 0.5
             if shrinkage := group["lr"] * group["weight_decay"]:

@@ -28,26 +28,26 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 
 def adamw(model: GPT, cfg: "OptimConfig") -> list[torch.optim.Optimizer]:
     """AdamW (arXiv 1711.05101): `lr` for matrices, embedding and head, `lr_other` for scales."""
-    return _adamw(_groups(model, cfg), cfg)
+    return _adamw(parameter_groups(model, cfg), cfg)
 
 
 def muon(model: GPT, cfg: "OptimConfig") -> list[torch.optim.Optimizer]:
     """Muon at `lr` for matrices; AdamW at `lr_other` for embedding, head and scales."""
-    matrices, *rest = _groups(model, cfg, muon=True)
+    matrices, *rest = parameter_groups(model, cfg, muon=True)
     settings = {"momentum": cfg.momentum, "nesterov": cfg.nesterov, "ns_steps": cfg.ns_steps}
     return [Muon([matrices], weight_decay=cfg.weight_decay, **settings), *_adamw(rest, cfg)]
 
 
 def geodesic_muon(model: GPT, cfg: "OptimConfig") -> list[torch.optim.Optimizer]:
     """Geodesic Muon at `lr` for matrices; at `lr_other`, Riemannian AdamW for embedding and head, AdamW for scales."""
-    matrices, *rest = _groups(model, cfg, muon=True)
+    matrices, *rest = parameter_groups(model, cfg, muon=True)
     settings = {"momentum": cfg.momentum, "nesterov": cfg.nesterov, "ns_steps": cfg.ns_steps}
     return [GeodesicMuon(_by_dim(model, [matrices]), **settings), *_riemannian_adamw(model, rest, cfg)]
 
 
 def riemannian_adamw(model: GPT, cfg: "OptimConfig") -> list[torch.optim.Optimizer]:
     """Riemannian AdamW at `lr` for matrices, embedding and head; AdamW at `lr_other` for scales."""
-    return _riemannian_adamw(model, _groups(model, cfg), cfg)
+    return _riemannian_adamw(model, parameter_groups(model, cfg), cfg)
 
 
 OPTIMIZERS = {"adamw": adamw, "muon": muon, "geodesic_muon": geodesic_muon, "riemannian_adamw": riemannian_adamw}
@@ -97,22 +97,35 @@ class OptimConfig(Config):
     """Optimizer settings, with the peak learning rate of each kind of parameter."""
 
     name: Annotated[str, one_of(OPTIMIZERS, "optimizer")] = "adamw"
-    lr: Rate = 1e-3  # of the main parameters, see the optimizer's function
-    lr_other: Rate | None = None  # of the other parameters; null: the same as lr
-    lr_embedding: Rate | None = None  # of the embedding; null: lr or lr_other, depending on the optimizer
-    lr_head: Rate | None = None  # of the head, likewise; not used when it is tied to the embedding
-    lr_scales: Rate | None = None  # of the scales, likewise
-    width_rule: Annotated[str, one_of(WIDTH_RULES, "width rule")] = "none"  # scales Adam's rates, not Muon's
-    base_width: Annotated[int, Field(ge=1, le=2**20)] | None = None  # n_embd at which the rates above were tuned
+    """The optimizer; `muon` and `geodesic_muon` train the matrices of the blocks, and AdamW the rest."""
+    lr: Rate = 1e-3
+    """Peak learning rate; AdamW: of matrices, embedding and head; Muons: of the matrices in the blocks."""
+    lr_other: Rate | None = None
+    """Peak learning rate of all other parameters; null: `lr`."""
+    lr_embedding: Rate | None = None
+    """Peak learning rate of the embedding; null: `lr` or `lr_other`, depending on the optimizer."""
+    lr_head: Rate | None = None
+    """Peak learning rate of the head, unless it is tied; null: `lr` or `lr_other`."""
+    lr_scales: Rate | None = None
+    """Peak learning rate of the 1-D scales; null: `lr` or `lr_other`."""
+    width_rule: Annotated[str, one_of(WIDTH_RULES, "width rule")] = "none"
+    """Rule that carries the rates of Adam, not of Muon, over from `base_width` to `n_embd`."""
+    base_width: Annotated[int, Field(ge=1, le=2**20)] | None = None
+    """The `n_embd` for which the rates were tuned."""
     betas: Annotated[tuple[Decay, Decay], Strict(False)] = (0.9, 0.95)
+    """Decays of AdamW's two moments."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
-    weight_decay: Rate = 0.0  # decoupled; adamw and muon only; scales are not decayed
-    grad_clip: Annotated[float, AfterValidator(_above_zero)] | None = (
-        1.0  # maximum global gradient norm; null: no clipping
-    )
-    momentum: Decay = 0.95  # muon and geodesic_muon
-    nesterov: bool = True  # muon and geodesic_muon
-    ns_steps: Annotated[int, Field(ge=1, le=1000)] = 5  # muon and geodesic_muon: Newton-Schulz iterations
+    """Epsilon in the denominator of AdamW."""
+    weight_decay: Rate = 0.0
+    """Decoupled weight decay of matrices, embedding and head; `adamw` and `muon` only."""
+    grad_clip: Annotated[float, AfterValidator(_above_zero)] | None = 1.0
+    """Largest global norm of the gradient; null: gradients are not clipped."""
+    momentum: Decay = 0.95
+    """Momentum of the Muons."""
+    nesterov: bool = True
+    """Whether the momentum of the Muons is Nesterov's."""
+    ns_steps: Annotated[int, Field(ge=1, le=1000)] = 5
+    """Newton-Schulz iterations of the Muons."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -143,7 +156,10 @@ def build_optimizers(model: GPT, cfg: OptimConfig) -> list[torch.optim.Optimizer
     optimizers = OPTIMIZERS[cfg.name](model, cfg)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     optimized = sorted(id(parameter) for group in groups for parameter in group["params"])
-    assert optimized == sorted(map(id, model.parameters())), f"{cfg.name} must optimize every parameter exactly once"
+    if optimized != sorted(map(id, model.parameters())):
+        raise ConfigError(f"optimizer {cfg.name} must optimize every parameter of the model exactly once")
+    if any(group.get("kind") not in KINDS for group in groups):
+        raise ConfigError(f"optimizer {cfg.name}: every parameter group has a `kind`, one of {', '.join(KINDS)}")
     for group in groups:
         group["base_lr"] = group["lr"]
     return optimizers
@@ -168,7 +184,7 @@ def parameters_by_kind(model: GPT) -> dict[str, list[nn.Parameter]]:
     return parameters
 
 
-def _groups(model: GPT, cfg: OptimConfig, *, muon: bool = False) -> list[Group]:
+def parameter_groups(model: GPT, cfg: OptimConfig, *, muon: bool = False) -> list[Group]:
     """Returns one parameter group per non-empty kind. With `muon`, only the matrices use `lr`, without width rule."""
     other = cfg.lr if cfg.lr_other is None else cfg.lr_other
     default = {"matrices": cfg.lr, "embedding": other if muon else cfg.lr, "head": other if muon else cfg.lr}

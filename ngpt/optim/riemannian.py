@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ngpt.model.norm import l2_normalize
-from ngpt.optim.batching import Group, group_by, stack, trained, write_back
+from ngpt.optim.batching import Group, group_by, layout, stack, trained, write_back
 from ngpt.optim.muon import orthogonalize
 
 BLOCK_BYTES = 2**18  # per tensor, for the block that a CPU updates at a time
@@ -80,6 +80,7 @@ class GeodesicMuon(torch.optim.Optimizer):
         ns_steps: int = 5,
     ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "nesterov": nesterov, "ns_steps": ns_steps})
+        self.orthogonalize: Callable[..., Tensor] = orthogonalize
         _check_groups(self)
 
     @torch.no_grad()
@@ -94,8 +95,10 @@ class GeodesicMuon(torch.optim.Optimizer):
             gradient = stack([weight.grad for weight in weights])
             running.lerp_(gradient, 1 - group["momentum"])
             direction = gradient.lerp(running, group["momentum"]) if group["nesterov"] else running
-            update = tangent(points, orthogonalize(direction, steps=group["ns_steps"]), dim=axis)
-            length, count = points.shape[axis], points.shape[-3 - axis]
+            matrix = layout(weights[0])
+            update = self.orthogonalize(direction, steps=group["ns_steps"], split=matrix.split)
+            update = tangent(points, update, dim=axis)
+            length, count = matrix.shape[axis], matrix.shape[-3 - axis]
             step_size = group["lr"] * max(1.0, count / length) ** 0.5
             write_back(weights, batch.copy_(walk(points, -step_size * update, dim=axis)))
             write_back([state["momentum"] for state in states], running)
@@ -167,7 +170,7 @@ def _batches(optimizer: torch.optim.Optimizer, *moments: str) -> Iterator[tuple[
         for weight in trained(group):
             if not optimizer.state[weight]:
                 optimizer.state[weight].update({"step": 0} | {name: torch.zeros_like(weight) for name in moments})
-        for weights in group_by(trained(group), lambda w: (*w.shape, optimizer.state[w]["step"])).values():
+        for weights in group_by(trained(group), lambda w: (layout(w), optimizer.state[w]["step"])).values():
             states = [optimizer.state[weight] for weight in weights]
             for state in states:
                 state["step"] += 1

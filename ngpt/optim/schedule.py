@@ -45,10 +45,15 @@ class ScheduleConfig(Config):
     """Learning-rate schedule, a multiplier of all rates in `optim`."""
 
     name: Annotated[str, one_of(SCHEDULES, "schedule")] = "cosine"
-    warmup_steps: Annotated[int, Field(ge=0, le=10**9)] = 0  # linear, from lr / warmup_steps at the first step
-    final_ratio: Share = 0.0  # final learning rate / peak learning rate
-    decay_fraction: Share = 0.2  # of the steps after the warm-up; `trapezoid` only
-    log_steepness: Annotated[float, Field(gt=0)] = 9.0  # larger values decay faster at first; `logarithmic` only
+    """Shape of the learning rates after the warm-up."""
+    warmup_steps: Annotated[int, Field(ge=0, le=10**9)] = 0
+    """Steps of the linear warm-up, which starts at lr / warmup_steps."""
+    final_ratio: Share = 0.0
+    """Final learning rate, divided by the peak."""
+    decay_fraction: Share = 0.2
+    """Share of the steps after the warm-up in which the rate falls; `trapezoid` only."""
+    log_steepness: Annotated[float, Field(gt=0)] = 9.0
+    """Larger values fall faster at first; `logarithmic` only."""
 
 
 def lr_multiplier(step: int, total: int, cfg: ScheduleConfig) -> float:

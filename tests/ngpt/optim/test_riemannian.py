@@ -86,6 +86,7 @@ def build(kind: Any, weights: list[torch.nn.Parameter], *, dim: int = 1, **optio
     return kind([{"params": weights, "dim": dim}], **options)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=6)
 @given(
     st.sampled_from(OPTIMIZERS), st.floats(-4, 1).map(lambda x: 10.0**x), st.sampled_from([0, 1]), st.integers(0, 99)
