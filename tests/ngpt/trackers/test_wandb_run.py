@@ -15,7 +15,8 @@ from typing import Any, ClassVar
 
 import pytest
 
-from ngpt.training.wandb_tracker import key_problem, resolve_mode, run_id, server_problem
+from ngpt.trackers.server import server_problem
+from ngpt.trackers.wandb_run import key_problem, resolve_mode, run_id
 from tests.helpers.wandb_file import named, python, records
 
 REFUSED = f"127.0.0.1 cannot be reached ([Errno {errno.ECONNREFUSED}] Connection refused)"
@@ -146,7 +147,7 @@ def test_netrc_is_respected_and_a_damaged_file_is_not_quoted(tmp_path: Path, mon
 CHOOSE = """
 import json, os, sys
 from pathlib import Path
-from ngpt.training.wandb_tracker import resolve_mode
+from ngpt.trackers.wandb_run import resolve_mode
 from ngpt.config.base import ConfigError
 for wanted, environment in json.loads(os.environ["CASES"]):
     os.environ.update(environment)
@@ -250,13 +251,13 @@ class FakeServer(http.server.BaseHTTPRequestHandler):
 ONLINE = """
 import os
 from pathlib import Path
-from ngpt.training.tracker import histogram
-from ngpt.training.wandb_tracker import WandbRun, resolve_mode
+from ngpt.trackers.base import TrackedRun, histogram
+from ngpt.trackers.wandb_run import WandbRun, resolve_mode
 folder = Path(os.environ["FOLDER"], "0123456789")
 folder.mkdir(parents=True)
 mode = resolve_mode("online", folder)
-options = dict(project="spheres", group="g", job_type="j", name="n", config={"lr": 0.5})
-with WandbRun(folder, mode=mode, **options) as run:
+tracked = TrackedRun(folder, project="spheres", group="g", settings={"lr": 0.5})
+with WandbRun(tracked, mode=mode, name="n", job_type="j") as run:
     run.log({"step": 4, "val/loss": 2.5})
     run.log_histograms(4, {"alpha/mlp.0": histogram([0.0, 1.0])})
     run.note({"skipped_shards": ["a"]})
@@ -292,19 +293,21 @@ def test_an_online_run_sends_its_id_its_steps_and_its_settings(tmp_path: Path) -
 LOSE = """
 import json, os
 from pathlib import Path
-import ngpt.training.wandb_tracker
-from ngpt.training.wandb_tracker import WandbRun
-ngpt.training.wandb_tracker.INIT_TIMEOUT = 1.0
+import ngpt.trackers.wandb_run
+from ngpt.trackers.base import TrackedRun
+from ngpt.trackers.wandb_run import WandbRun
+ngpt.trackers.wandb_run.INIT_TIMEOUT = 1.0
 for name in ("first", "second"):
     folder = Path(os.environ["FOLDER"], name)
     folder.mkdir(parents=True)
-    options = dict(mode="online", project="p", group="g", job_type="j", name=name, config={"lr": 0.5})
-    with WandbRun(folder, **options) as run:
+    tracked = TrackedRun(folder, project="p", group="g", settings={"lr": 0.5})
+    with WandbRun(tracked, mode="online", name=name, job_type="j") as run:
         run.log({"step": 4, "val/loss": 2.5})
         run.log({"step": 2, "val/loss": 3.5})
 """
 
 
+@pytest.mark.slow
 def test_a_lost_server_turns_runs_offline_without_losing_rows(tmp_path: Path) -> None:
     done = python(LOSE, tmp_path, WANDB_API_KEY=KEY, WANDB_BASE_URL=closed_port())
     (message,) = done.stderr.splitlines()  # the second run neither waits nor prints

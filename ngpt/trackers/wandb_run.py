@@ -4,17 +4,12 @@ wandb waits 15 to 90 s per run for a server that does not answer. So a campaign 
 run. If the server fails later, new runs are logged offline and training continues.
 """
 
-import contextlib
 import hashlib
 import json
 import netrc
 import os
-import threading
-import urllib.error
-import urllib.request
 import uuid
 from collections.abc import Callable, Mapping
-from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -22,9 +17,10 @@ from urllib.parse import urlsplit
 from ngpt.config.base import ConfigError, dotted_name
 from ngpt.system.atomic_files import write_atomic
 from ngpt.system.cli import print_line
+from ngpt.trackers.base import Ending, TrackedRun, Writer
+from ngpt.trackers.server import PROBE_TIMEOUT, server_problem
 
 WANDB_MODES = ("auto", "online", "offline", "disabled")
-PROBE_TIMEOUT = 2.5  # seconds
 INIT_TIMEOUT = 20.0  # seconds to open a run; wandb's default is 90
 UPLOAD_TIMEOUT = 60.0  # seconds for the last upload of a run; by default wandb waits forever
 UPLOAD_HINT = "upload later with: wandb sync {}/wandb/offline-run-*"
@@ -75,29 +71,6 @@ def resolve_mode(mode: str, folder: Path, report: Callable[[str], None] = print_
     return "online"
 
 
-def server_problem(url: str, *, timeout: float) -> str | None:
-    """Why no web server answers at `url`, or None if one does. Takes at most `timeout` seconds."""
-    host = urlsplit(url).hostname  # the address may hold a password
-    answers: list[str | None] = []
-
-    def probe() -> None:
-        try:
-            urllib.request.urlopen(url, timeout=timeout).close()
-            answers.append(None)
-        except urllib.error.HTTPError as error:  # any status below 500 means that the server is up
-            error.close()
-            answers.append(f"{host} answers with status {error.code}" if error.code >= 500 else None)
-        except (OSError, HTTPException) as error:
-            reason = error.reason if isinstance(error, urllib.error.URLError) else error
-            answers.append(f"{host} cannot be reached ({reason or type(error).__name__})")
-
-    # In a thread, since a DNS lookup has no timeout.
-    thread = threading.Thread(target=probe, daemon=True)
-    thread.start()
-    thread.join(timeout)
-    return answers[0] if answers else f"{host} does not answer within {timeout:g} s"
-
-
 def key_problem(url: str) -> str | None:
     """Why there is no API key for the server, or None if the environment or the netrc file has one."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
@@ -117,19 +90,21 @@ def key_problem(url: str) -> str | None:
     return f"no key for {urlsplit(url).hostname} is configured (wandb login, or WANDB_API_KEY)"
 
 
-class WandbRun(contextlib.AbstractContextManager["WandbRun"]):
+class WandbRun(Writer):
     """A run in W&B. Offline runs are stored in `folder/wandb`."""
 
     server_lost = False  # shared by all runs of the process, so that only one waits for the timeout
 
-    def __init__(self, folder: Path, *, mode: str, project: str, group: str, **options: Any) -> None:
-        """`options` go to `wandb.init`, such as `name` and `config`."""
+    def __init__(self, run: TrackedRun, *, mode: str, name: str, job_type: str) -> None:
+        """`name` and `job_type` are shown as given."""
         import wandb
 
+        self.repeated = dict(run.repeated)
         self._histogram: Any = wandb.Histogram
         self._known_metrics: set[str] = set()
-        id = run_id(folder, project=project, group=group)
-        options |= {"id": id, "project": project, "group": group or None, "dir": folder}
+        id = run_id(run.folder, project=run.project, group=run.group)
+        options = {"id": id, "project": run.project, "group": run.group or None, "dir": run.folder}
+        options |= {"name": name, "job_type": job_type, "config": dict(run.settings)}
         if mode == "online" and not WandbRun.server_lost:
             try:
                 self._run = _start("online", options)
@@ -137,7 +112,7 @@ class WandbRun(contextlib.AbstractContextManager["WandbRun"]):
             except wandb.Error as error:
                 WandbRun.server_lost = True
                 reason = str(error).splitlines()[0]
-                print_line(f"W&B: offline from here on, since {reason}; {UPLOAD_HINT.format(folder)}")
+                print_line(f"W&B: offline from here on, since {reason}; {UPLOAD_HINT.format(run.folder)}")
                 wandb.teardown()  # otherwise the failed run still holds the id
         self._run = _start("offline", options)
 
@@ -145,10 +120,12 @@ class WandbRun(contextlib.AbstractContextManager["WandbRun"]):
         """Logs metrics by name, and their `step`."""
         # wandb's own step only grows, while a resumed run repeats steps, so `step` is the axis of each metric. They are
         # defined one by one, since the pattern `*` does not match a slash.
-        for name in row.keys() - self._known_metrics - {"step"}:
+        if not (values := self.new_values(int(row["step"]), row)):
+            return
+        for name in values.keys() - self._known_metrics:
             self._run.define_metric(name, step_metric="step")
-        self._known_metrics |= row.keys()
-        self._run.log(dict(row))
+        self._known_metrics |= values.keys()
+        self._run.log({"step": row["step"], **values})
 
     def log_histograms(self, step: int, histograms: Mapping[str, Any]) -> None:
         """Logs histograms by name. Each has `counts`, and `edges` with one more entry."""
@@ -158,6 +135,11 @@ class WandbRun(contextlib.AbstractContextManager["WandbRun"]):
     def note(self, facts: Mapping[str, Any]) -> None:
         """Adds facts to the run's summary."""
         self._run.summary.update(dict(facts))
+
+    def end(self, ending: Ending, metrics: Mapping[str, Any]) -> None:
+        """Adds the final metrics to the run's summary."""
+        if ending in ("finished", "diverged"):
+            self._run.summary.update({**metrics, "status": ending})
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._run.finish(exit_code=0 if kind is None else 1)

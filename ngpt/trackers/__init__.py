@@ -1,0 +1,1 @@
+"""Tracking tools that a run can log to: Weights & Biases, TensorBoard, MLflow and trackio."""
