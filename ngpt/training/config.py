@@ -22,13 +22,14 @@ from ngpt.config.yaml_reader import parse_assignment, read_yaml
 from ngpt.data.dataset import DataConfig, vocab_size
 from ngpt.data.sources import CORPORA
 from ngpt.data.tokens.tokenizer import with_path
+from ngpt.distributed.strategies import DistributedConfig
 from ngpt.model.config import Count, ModelConfig, Width
 from ngpt.optim.optimizers import OptimConfig, incompatibility
 from ngpt.optim.schedule import ScheduleConfig
 from ngpt.system.device import DEVICES, DTYPES
+from ngpt.trackers.config import TrackerConfig, absolute_address
 from ngpt.training.checkpoint import CheckpointConfig
 from ngpt.training.load_model import weights_digest
-from ngpt.training.tracker import TrackerConfig
 
 ON_OOM = ("split", "halve_batch", "fail")
 MAX_TOKENS_PER_STEP = 2**30  # ten times the largest published batches
@@ -40,32 +41,50 @@ class NonfiniteConfig(Config):
     """Policy for steps whose loss or gradient is not finite, which is never applied (ngpt/training/recovery.py)."""
 
     policy: Annotated[str, one_of(NONFINITE, "policy")] = added_setting("fail")
-    max: Count = added_setting(10)  # skipped steps or rollbacks before the run counts as diverged
+    """Loss or gradient not finite: `fail`, `skip` the step, or `rollback` to the last checkpoint."""
+    max: Count = added_setting(10)
+    """Skipped steps or rollbacks before the run counts as diverged."""
 
 
 class TrainConfig(Config, frozen=True):
     """All settings of a run. Each section is defined in the file that implements it."""
 
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0  # initial weights and order of the data
-    init_from: str | None = added_setting(None)  # run, trial or checkpoint whose weights a new run starts from
-    init_sha256: str | None = added_setting(None)  # digest of these weights; filled in, or given to insist on it
-    steps: Count = 200  # optimizer updates
-    batch_size: Width = 16  # sequences per step
-    micro_batch_size: Width | None = None  # sequences in one pass; null: the whole batch
-    project_every: Count = 1  # steps between projections onto the sphere
-    eval_every: Count = 50  # steps; the first and the last step are always evaluated
-    eval_tokens: Count = 16_384  # from the start of the validation split, the same for every trial
-    # if memory runs out: split the micro-batch, halve the batch too (changes the result; source report 000), or fail
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Seed of the initial weights and of the order of the data; a campaign sets it from `seeds:`."""
+    init_from: str | None = added_setting(None)
+    """Run, trial or checkpoint whose weights a new run starts from."""
+    init_sha256: str | None = added_setting(None)
+    """Digest of the weights of `init_from`; filled in, or given to insist on it."""
+    steps: Count = 200
+    """Optimizer updates."""
+    batch_size: Width = 16
+    """Sequences per optimizer update."""
+    micro_batch_size: Width | None = None
+    """Sequences in one pass (gradient accumulation); null: the whole batch."""
+    project_every: Count = 1
+    """Steps between projections of the weights onto the sphere."""
+    eval_every: Count = 50
+    """Steps between evaluations; the first and the last step are always evaluated."""
+    eval_tokens: Count = 16_384
+    """Validation tokens, from the start of the split, the same for every trial."""
     on_oom: Annotated[str, one_of(ON_OOM, "policy")] = added_setting("split", same_as_default=("fail",))
-    dtype: Annotated[str, one_of(DTYPES, "dtype")] = "float32"  # of matrix products; weights and norms stay float32
-    compile: bool = False  # torch.compile for blocks and loss; takes half a minute, so it pays off in long runs only
+    """Out of memory: `split` the micro-batch, `halve_batch` (changes the result, as the report says), or `fail`."""
+    dtype: Annotated[str, one_of(DTYPES, "dtype")] = "float32"
+    """Precision of matrix products; weights and norms stay float32."""
+    compile: bool = False
+    """Whether torch.compile compiles blocks and loss; it takes half a minute, so it pays off in long runs."""
+    activation_checkpointing: bool = runtime_setting(False)
+    """Whether the backward pass computes each block again instead of keeping its activations: less memory, a third more
+    computation, the same numbers."""
     device: Annotated[str, one_of(DEVICES, "device")] = runtime_setting("auto")
+    """Where to train; auto: a GPU if there is one."""
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     nonfinite: NonfiniteConfig = NonfiniteConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    distributed: DistributedConfig = DistributedConfig()
     tracker: TrackerConfig = TrackerConfig()
 
     @property
@@ -83,6 +102,11 @@ class TrainConfig(Config, frozen=True):
             limit = f"at most {MAX_TOKENS_PER_STEP:,} are possible"
             text = f"{given} makes {self.tokens_per_step:,} tokens per step; {limit}"
             raise invalid_setting(text, "batch_size", "model.block_size")
+        carried = self.model.value_residual or self.model.norm_mode != "baseline"
+        if self.compile and self.activation_checkpointing and carried:
+            name = "value_residual" if self.model.value_residual else f"norm_mode {self.model.norm_mode}"
+            text = f"compile with activation_checkpointing is not possible with {name}, which blocks hand to later ones"
+            raise invalid_setting(text, "activation_checkpointing", "compile")
         if reason := incompatibility(self.optim, self.model):
             raise invalid_setting(reason, "optim.name", "model.residual")
         return self
@@ -162,4 +186,5 @@ PATHS: dict[str, Callable[[Any], Any]] = {
     "data.path": _absolute,
     "data.tokenizer": _tokenizer,
     "init_from": _absolute,
+    "tracker.mlflow": absolute_address,
 }

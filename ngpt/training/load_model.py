@@ -8,8 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import safetensors
-import safetensors.torch
+import torch
 from torch import Tensor
 
 from ngpt.config.base import ConfigError, build, override
@@ -17,9 +16,16 @@ from ngpt.config.yaml_reader import parse_assignment
 from ngpt.data.tokens.tokenizer import MODEL_FILE, MODEL_FILES, Tokenizer, load_tokenizer, parse_spec, with_path
 from ngpt.model.config import ModelConfig
 from ngpt.model.gpt import GPT
-from ngpt.system.cli import add_set_option
+from ngpt.plugins.records import remember_plugins
+from ngpt.system.cli import add_plugin_option, add_set_option
 from ngpt.system.device import DEVICES, DTYPES, pick_device
-from ngpt.training.checkpoint import WEIGHTS, Checkpoint, checkpoint_folders, verify_checkpoint
+from ngpt.training.checkpoint import (
+    Checkpoint,
+    checkpoint_folders,
+    read_weights,
+    verify_checkpoint,
+    weight_shapes,
+)
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +39,7 @@ class LoadedModel(NamedTuple):
 
 
 def load_model(
-    path: Path, *, best: bool = False, tokenizer: str | None = None, device: str = "cpu", **changes: Any
+    path: str | Path, *, best: bool = False, tokenizer: str | None = None, device: str = "cpu", **changes: Any
 ) -> LoadedModel:
     """Loads a model from safetensors, without unpickling anything.
 
@@ -46,7 +52,7 @@ def load_model(
         tokenizer: spec of a tokenizer to use instead of the checkpoint's own.
         changes: model settings to change, such as `rope_scaling="yarn", rope_factor=4.0, block_size=512`.
     """
-    checkpoint = find_checkpoint(path, best=best)
+    checkpoint = find_checkpoint(Path(path), best=best)
     model = build_model(checkpoint, device=device, **changes)
     return LoadedModel(model, checkpoint_tokenizer(checkpoint, tokenizer), checkpoint)
 
@@ -78,12 +84,12 @@ def find_checkpoint(path: Path, *, best: bool = False) -> Checkpoint:
         raise ConfigError(f"{path} has no intact checkpoint: {errors[0]}")
     if errors:
         log.warning("skipped a damaged checkpoint: %s", errors[0])
-    if not best:
-        return intact[0]
     scored = [(checkpoint.val_loss, checkpoint) for checkpoint in intact if checkpoint.val_loss is not None]
-    if not scored:
+    if best and not scored:
         raise ConfigError(f"{path} has no checkpoint with a validation loss")
-    return min(scored, key=lambda pair: pair[0])[1]
+    found = min(scored, key=lambda pair: pair[0])[1] if best else intact[0]
+    remember_plugins(found.data.get("plugins"), path)
+    return found
 
 
 def build_model(checkpoint: Checkpoint, *, device: str = "cpu", **changes: Any) -> GPT:
@@ -94,12 +100,8 @@ def build_model(checkpoint: Checkpoint, *, device: str = "cpu", **changes: Any) 
         raise ConfigError(f"{checkpoint.path} does not hold the settings of its model")
     changed = {name.removeprefix("model."): value for name, value in changes.items()}
     model = GPT(override(build(ModelConfig, settings), changed))
-    try:
-        weights = safetensors.torch.load_file(checkpoint.path / "model.safetensors")
-    except safetensors.SafetensorError as error:
-        raise ConfigError(f"{checkpoint.path}: cannot read model.safetensors: {error}") from None
-    _check_shapes(model, weights, checkpoint.path, changes)
-    model.load_state_dict(weights)
+    _check_shapes(model, weight_shapes(checkpoint), checkpoint.path, changes)
+    model.load_state_dict(read_weights(checkpoint))
     # Scheduled values are those of the last training step. A converted model has not been trained here.
     model.prepare_step(max(0, checkpoint.step - 1), identity.get("steps", 1), seed=identity.get("seed", 0))
     return model.to(pick_device(device)).eval()
@@ -114,6 +116,14 @@ def weights_digest(path: str) -> str:
     return find_checkpoint(Path(path).expanduser()).weights_sha256
 
 
+def check_initial_weights(config: ModelConfig, path: str, sha256: str | None) -> None:
+    """Raises ConfigError if the weights at `path`, see `load_initial_weights`, do not exist or fit a model."""
+    checkpoint = _find_weights(Path(path).expanduser(), sha256)
+    with torch.device("meta"):  # shapes only
+        model = GPT(config)
+    _check_shapes(model, weight_shapes(checkpoint), checkpoint.path, {})
+
+
 def load_initial_weights(model: GPT, path: str, sha256: str | None, tokenizer: Mapping[str, Any]) -> None:
     """Loads the weights at `path` into the model of a new run: the newest ones, or those with this digest.
 
@@ -124,8 +134,8 @@ def load_initial_weights(model: GPT, path: str, sha256: str | None, tokenizer: M
     if len(hashes) > 1:
         text = f"was trained with another {tokenizer_origin(checkpoint).spec} than the {tokenizer['spec']} of the data"
         raise ConfigError(f"init_from: {checkpoint.path} {text}")
-    weights = safetensors.torch.load_file(checkpoint.path / WEIGHTS)
-    _check_shapes(model, weights, checkpoint.path, {})
+    weights = read_weights(checkpoint)
+    _check_shapes(model, _shapes(weights), checkpoint.path, {})
     model.load_state_dict(weights)
 
 
@@ -141,10 +151,13 @@ def _find_weights(path: Path, sha256: str | None) -> Checkpoint:
     raise ConfigError(f"init_from: {path} has no weights with SHA-256 {sha256}")
 
 
-def _check_shapes(model: GPT, weights: Mapping[str, Tensor], path: Path, changes: Mapping[str, object]) -> None:
+def _shapes(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in weights.items()}
+
+
+def _check_shapes(model: GPT, saved: Mapping[str, tuple[int, ...]], path: Path, changes: Mapping[str, object]) -> None:
     """Raises a ConfigError that names the first weight whose shape differs."""
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    saved = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    expected = _shapes(model.state_dict())
     for name in sorted(expected.keys() | saved.keys()):
         if expected.get(name) != saved.get(name):
             cause = ", ".join(f"{setting}={value}" for setting, value in changes.items()) or "the model"
@@ -199,6 +212,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     folder = "folder of a checkpoint, or of a run or trial, which means its newest intact checkpoint"
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help=folder)
     parser.add_argument("--best", action="store_true", help="use the checkpoint with the lowest validation loss")
+    add_plugin_option(parser)
     add_set_option(parser, help="change settings of the model, such as rope_scaling=yarn rope_factor=4 block_size=512")
     parser.add_argument("--device", choices=DEVICES, default="auto")
     parser.add_argument("--dtype", choices=DTYPES, help="of matrix products; default: as in training")

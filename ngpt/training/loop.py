@@ -3,8 +3,9 @@
 import logging
 import math
 from collections.abc import Callable, Generator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Never, TypeVar
+from typing import Any, Literal, Never, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from ngpt.config.base import flatten
 from ngpt.data.dataset import Dataset
 from ngpt.data.loader import Batch, train_batch
+from ngpt.distributed.ranks import ALONE, Ranks
 from ngpt.model.diagnostics import restore_counts_on_error
 from ngpt.optim.muon import Muon, step_muons
 from ngpt.optim.optimizers import set_learning_rates
@@ -20,9 +22,16 @@ from ngpt.optim.schedule import is_due, lr_multiplier
 from ngpt.system.heartbeat import HeartbeatWriter
 from ngpt.system.memory import is_out_of_memory, retry_on_oom
 from ngpt.training.config import TrainConfig, resolved
-from ngpt.training.evaluation import evaluate_run
-from ngpt.training.recovery import handle_nonfinite, reduce_batch, reduce_batches, rollback_with_smaller_batches
+from ngpt.training.evaluation import METRICS, evaluate_run
+from ngpt.training.recovery import (
+    can_reduce_batch,
+    handle_nonfinite,
+    reduce_batch,
+    reduce_batches,
+    rollback_with_smaller_batches,
+)
 from ngpt.training.run import Run, RunResult, progress, result_of, set_up
+from ngpt.training.sample import write_sample
 from ngpt.training.saving import checkpoint_on_stop, try_save_checkpoint
 from ngpt.training.state import AVERAGED_STEPS, Metrics, StepMetrics
 from ngpt.training.tracker import Tracker
@@ -35,7 +44,12 @@ StepTaker = Callable[[Run], Generator[Waiting, Sent, StepMetrics]]
 
 
 def train(
-    config: TrainConfig, out_dir: Path, *, resume: str | None = None, dataset: Dataset | None = None
+    config: TrainConfig,
+    out_dir: str | Path,
+    *,
+    resume: str | None = None,
+    dataset: Dataset | None = None,
+    ranks: Ranks = ALONE,
 ) -> Generator[Metrics, None, RunResult]:
     """Trains one model; yields its metrics at each evaluation and returns the result.
 
@@ -49,8 +63,9 @@ def train(
         resume: `"latest"` continues from the newest intact checkpoint in `out_dir`, if there is one. `"extend"` does
             the same for a run with other `steps` than planned, whose schedules are stretched to them from there on.
         dataset: the opened corpus. If None, the corpus of the config is opened, and prepared if necessary.
+        ranks: the processes that train this model together; each calls this function, with the same arguments.
     """
-    run = set_up(resolved(config), out_dir, resume=resume, dataset=dataset)
+    run = set_up(resolved(config), Path(out_dir), resume=resume, dataset=dataset, ranks=ranks)
     return (yield from train_run(run, _single_step))
 
 
@@ -69,8 +84,10 @@ def _train_until_rollback(
 ) -> Generator[Metrics | Waiting, Sent, RunResult | None]:
     """Trains until the run ends or rolls back to an earlier step; returns None if it has rolled back."""
     config, state, restarts, restored_step = run.config, run.state, run.restarts, run.state.step or None
-    tracker = Tracker(config.tracker, run.out_dir, settings=flatten(config), keep_until=restored_step)
-    heartbeat = HeartbeatWriter(run.out_dir, began=state.step)
+    folder = run.ranks.folder(run.out_dir)
+    options: dict[str, Any] = {"keep_until": restored_step, "rolled_back": restarts > 0}
+    tracker = Tracker(run.tracker_config, folder, settings=flatten(config), **options)
+    heartbeat = HeartbeatWriter(folder, began=state.step)
     with tracker, heartbeat, checkpoint_on_stop(run, tracker, heartbeat):
         if skipped := run.dataset.manifest["skipped"]:
             tracker.note({"skipped_shards": [f"{shard['name']}: {shard['reason']}" for shard in skipped]})
@@ -84,13 +101,16 @@ def _train_until_rollback(
                     yield state.last_eval
                     if state.last_eval["val_loss"] is None:  # skipping a step would not help
                         rolled_back = config.nonfinite.policy == "rollback" and handle_nonfinite(run)
-                        return None if rolled_back else result_of(run, "diverged")
+                        return None if rolled_back else _end(run, tracker, "diverged")
                 if state.step and is_due(state.step, config.checkpoint.every, last=is_last):
                     try_save_checkpoint(run, tracker, last=is_last)
             if is_last:
-                return result_of(run, "finished")
+                result = _end(run, tracker, "finished")
+                write_sample(run)  # after the last metrics, among them the peak memory
+                return result
             heartbeat.beat(state.step)
-            if heartbeat.stop_requested():
+            if run.ranks.agree_to_stop(heartbeat.stop_requested()):
+                run.replica.collect_counts()
                 yield state.last_eval
 
             metrics = yield from take_step(run)
@@ -103,7 +123,16 @@ def _train_until_rollback(
                 mean = {"train_loss": state.train_loss} if is_finite else {}
                 tracker.log(progress(run) | metrics | mean)
             if has_diverged:
-                return result_of(run, "diverged")
+                return _end(run, tracker, "diverged")
+
+
+def _end(run: Run, tracker: Tracker, status: Literal["finished", "diverged"]) -> RunResult:
+    """Returns the result of a run, and tells the tracker. Metrics from before a divergence would mislead."""
+    result = result_of(run, status)
+    if status == "diverged":
+        result = replace(result, metrics=result.metrics | dict.fromkeys(METRICS))
+    tracker.end(status, result.metrics)
+    return result
 
 
 def _single_step(run: Run) -> Generator[Never, None, StepMetrics]:
@@ -153,14 +182,14 @@ def gradients(run: Run, number: int) -> tuple[float, float]:
     idx, targets = run.upcoming[1] if run.upcoming and run.upcoming[0] == number else batch(run, number)
     with restore_counts_on_error(run.model):
         # A halved batch is the first half of the full batch, so that the data order does not change.
-        loss = backward(run, idx[: run.batch_size], targets[: run.batch_size])
-        grads = [parameter.grad for parameter in run.model.parameters() if parameter.grad is not None]
-        total_norm = torch.nn.utils.get_total_norm(grads)
+        rows = run.ranks.share(run.batch_size)
+        loss = backward(run, idx[rows], targets[rows])
+        total_norm = run.replica.gradient_norm()
         run.upcoming = number + 1, batch(run, number + 1)  # prefetched while the GPU computes
-        loss, norm = torch.stack((loss, total_norm)).tolist()
+        loss, norm = run.ranks.mean(torch.stack((loss, total_norm))).tolist()
         max_norm = run.config.optim.grad_clip or math.inf
         if norm > max_norm:  # otherwise clipping would multiply all gradients by 1
-            torch.nn.utils.clip_grads_with_norm_(run.model.parameters(), max_norm, total_norm)
+            torch.nn.utils.clip_grads_with_norm_(run.replica.parameters(), max_norm, total_norm)
         return loss, norm
 
 
@@ -187,16 +216,33 @@ def read_batch(config: TrainConfig, dataset: Dataset, number: int) -> Batch:
 
 
 def backward(run: Run, idx: Tensor, targets: Tensor) -> Tensor:
-    """Accumulates the gradients of the mean loss over a batch, one micro-batch at a time; returns that loss."""
+    """Accumulates the gradients of the mean loss over a batch, one micro-batch at a time; returns that loss.
+
+    The ranks average their gradients during the last backward pass.
+    """
     run.model.zero_grad(set_to_none=True)
     total = torch.zeros((), device=run.device)
     size = run.micro_batch_size
-    for idx_part, targets_part in zip(idx.split(size), targets.split(size), strict=True):
+    *others, last = zip(idx.split(size), targets.split(size), strict=True)
+
+    def forward(part: Batch) -> Tensor:
+        nonlocal total
         with run.autocast:
-            loss = run.model(idx_part, targets_part)
-        share = len(idx_part) / len(idx)
-        (loss * share).backward()
+            loss = run.replica.loss(*part)
+        share = len(part[0]) / len(idx)
         total += loss.detach() * share
+        return loss * share
+
+    with run.ranks.agreement_on_memory(can_shrink=can_reduce_batch(run)) as agree:
+        if run.replica.exchanges_weights:
+            agree()
+        with run.replica.keep_gradients():
+            for part in others:
+                forward(part).backward()
+        loss = forward(last)
+        if not run.replica.exchanges_weights:
+            agree()
+        loss.backward()
     return total
 
 
@@ -213,8 +259,8 @@ def update(runs: Sequence[Run]) -> None:
             for optimizer in optimizers:
                 if not isinstance(optimizer, Muon):
                     optimizer.step()
-        due = [run.model for run in runs if is_due(run.state.step, run.config.project_every)]
-        project(entry for model in due for entry in model.sphere_weights())
+        due = [run.replica for run in runs if is_due(run.state.step, run.config.project_every)]
+        project(entry for replica in due for entry in replica.sphere_weights())
         return
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error) or not reduce_batches(runs):

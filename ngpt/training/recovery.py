@@ -6,19 +6,25 @@ Each recovery is counted in the `TrainState`, so a resumed run continues as an u
 import logging
 from collections.abc import Sequence
 
-from ngpt.optim.optimizers import build_optimizers
 from ngpt.system.memory import free_memory
 from ngpt.training.checkpoint import newest_checkpoint
-from ngpt.training.run import Run, initial_model, restore
+from ngpt.training.run import Run, build_run_optimizers, initial_model, restore
 from ngpt.training.state import TrainState
 
 log = logging.getLogger(__name__)
 
 
+def can_reduce_batch(run: Run) -> bool:
+    """Whether `on_oom` allows smaller batches, and the ranks can divide them."""
+    if run.config.on_oom == "fail" or run.micro_batch_size == 1:
+        return False
+    return run.config.on_oom != "halve_batch" or run.batch_size // 2 % run.ranks.count == 0
+
+
 def reduce_batch(run: Run) -> bool:
-    """Halves the micro-batch, and the batch if `on_oom` is halve_batch; False at one sequence or if it is fail."""
+    """Halves the micro-batch, and the batch if `on_oom` is halve_batch; False if `can_reduce_batch` is."""
     before = run.micro_batch_size
-    if run.config.on_oom == "fail" or before == 1:
+    if not can_reduce_batch(run):
         return False
     run.state.microbatch_halvings += 1
     if run.config.on_oom == "halve_batch":  # changes the result (source report 000, section 8)
@@ -65,13 +71,15 @@ def rollback_to_checkpoint(run: Run) -> None:
     """Restores the newest intact checkpoint, or restarts the run if it has no checkpoint."""
     run.restarts += 1
     run.model.zero_grad(set_to_none=True)
-    run.optimizers = build_optimizers(run.model, run.config.optim)  # resets the moments
+    run.optimizers = build_run_optimizers(run.replica, run.config)
     free_memory(run.device)
-    if checkpoint := newest_checkpoint(run.out_dir / "checkpoints"):
+    spent = {"seconds": run.state.seconds, "train_seconds": run.state.train_seconds}
+    if checkpoint := run.ranks.from_first(lambda: newest_checkpoint(run.out_dir / "checkpoints")):
         restore(run, checkpoint)
     else:
-        run.model.load_state_dict(initial_model(run.config, run.dataset).state_dict())
+        run.replica.load_state_dict(initial_model(run.config, run.dataset).state_dict())
         run.state.restore(TrainState())
+    vars(run.state).update(spent)  # the steps that are lost have taken their time
 
 
 def rollback_with_smaller_batches(run: Run) -> None:

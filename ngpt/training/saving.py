@@ -4,9 +4,13 @@ import contextlib
 import logging
 from collections.abc import Iterator
 
+from torch import Tensor
+
 from ngpt.config.base import flatten
 from ngpt.data.tokens.tokenizer import MODEL_FILES, parse_spec
+from ngpt.distributed.ranks import ALONE, Ranks
 from ngpt.optim.schedule import is_due
+from ngpt.plugins.records import used_plugins
 from ngpt.system.atomic_files import describe_os_error
 from ngpt.system.heartbeat import HeartbeatWriter
 from ngpt.system.memory import is_out_of_memory, retry_on_oom
@@ -31,18 +35,26 @@ def checkpoint_on_stop(run: Run, tracker: Tracker, heartbeat: HeartbeatWriter) -
         is_saved = step == 0 or f"step_{step:07d}" in saved
         has_diverged = scores.get("step") == step and scores["val_loss"] is None
         is_allowed = run.config.nonfinite.policy != "rollback" or is_due(step, run.config.checkpoint.every)
-        if heartbeat.stop_requested(now=True) and is_allowed and not has_diverged and not is_saved:
+        may_save = is_allowed and not has_diverged and not is_saved
+        if run.ranks.stops(heartbeat.stop_requested(now=True)) and run.ranks.from_first(lambda: may_save):
             try_save_checkpoint(run, tracker, last=False)
         raise
 
 
 def try_save_checkpoint(run: Run, tracker: Tracker, *, last: bool) -> None:
-    """Saves metric rows and a checkpoint. A failed save is logged and skipped; the last is retried once, then raises.
+    """Saves metric rows and a checkpoint; every rank calls it.
 
-    A run that may roll back retries and raises after every disk error, because its results depend on the checkpoints it
-    can roll back to. If memory runs out, any save is retried once, unless `on_oom` is fail.
+    Ranks that have parts of the model save them together, and otherwise the first saves all. A failed save is logged
+    and skipped; the last one is retried once, then raises. A run that may roll back retries and raises after every disk
+    error, because its results depend on the checkpoints it can roll back to. If memory runs out, any save is retried
+    once, unless `on_oom` is fail.
     """
-    step = run.state.step
+    run.replica.collect_counts()
+    if run.replica.saves_shards or run.ranks.is_first:
+        _try_save(run, tracker, last=last)
+
+
+def _try_save(run: Run, tracker: Tracker, *, last: bool) -> None:
     is_required = last or run.config.nonfinite.policy == "rollback"
     may_retry, attempts = run.config.on_oom != "fail", 0
 
@@ -56,38 +68,58 @@ def try_save_checkpoint(run: Run, tracker: Tracker, *, last: bool) -> None:
     except OSError as error:
         reason = describe_os_error(error)
         if not is_required:
-            log.warning("step %d: the checkpoint was not saved (%s); the next one will be tried", step, reason)
+            _warn(run, f"the checkpoint was not saved ({reason}); the next one will be tried")
             return
-        log.warning("step %d: the checkpoint was not saved (%s); trying once more", step, reason)
+        _warn(run, f"the checkpoint was not saved ({reason}); trying once more")
         save(run, tracker)
     except (RuntimeError, MemoryError) as error:
         if last or not may_retry or not is_out_of_memory(error):
             raise
-        log.warning("step %d: no memory to save a checkpoint; the next one will be tried", step)
+        _warn(run, "no memory to save a checkpoint; the next one will be tried")
+
+
+def _warn(run: Run, text: str) -> None:
+    if run.ranks.is_first:  # the others have the same error
+        log.warning("step %d: %s", run.state.step, text)
 
 
 def save(run: Run, tracker: Tracker) -> None:
     """Syncs the metric rows, then commits a checkpoint from which the run continues exactly."""
-    tracker.sync()
+    _writers(run).together(tracker.sync)
     save_run(run)
 
 
 def save_run(run: Run) -> None:
     """Commits a checkpoint of the run, without its metric rows."""
-    scores, optimizers = run.state.last_eval, [optimizer.state_dict() for optimizer in run.optimizers]
-    extended = run.state.extended
+    run.clock.read()
+    replica, ranks = run.replica, _writers(run)
+    moments: dict[str, Tensor] = {}
+    if replica.saves_shards:
+        moments, optimizers = replica.split_moments(run.optimizers)
+    else:
+        optimizers = replica.moments(run.optimizers)
+    scores, extended = run.state.last_eval, run.state.extended
+    plugins = used_plugins(flatten(run.config))
     save_checkpoint(
         run.out_dir / "checkpoints",
-        model=run.model,
+        weights=run.model.state_dict(),
+        moments=moments,
         state={"progress": run.state.to_saved(), "optimizers": optimizers},
         step=run.state.step,
         val_loss=scores["val_loss"] if scores.get("step") == run.state.step else None,
         identity=identity(run.config, run.dataset.manifest["fingerprint"])
         | ({"extended": extended} if extended else {}),
-        data={"settings": flatten(run.config.data), "tokenizer": run.dataset.manifest["tokenizer"]},
+        data={"settings": flatten(run.config.data), "tokenizer": run.dataset.manifest["tokenizer"]}
+        | ({"plugins": plugins} if plugins else {}),
         files=_tokenizer_files(run),
         keep_last=run.config.checkpoint.keep_last,
+        ranks=ranks,
     )
+
+
+def _writers(run: Run) -> Ranks:
+    """The ranks that write a checkpoint together: all if each has a part of the model, else this one alone."""
+    return run.ranks if run.replica.saves_shards else ALONE
 
 
 def _tokenizer_files(run: Run) -> dict[str, bytes]:

@@ -27,6 +27,8 @@ class TrainState:
     recent: list[float] = field(default_factory=list)  # losses of the last `AVERAGED_STEPS` steps
     timed_tokens: int = 0  # in timed steps, which follow the warm-up of each process
     timed_seconds: float = 0.0
+    train_seconds: float = 0.0  # in all steps, with those that warm up
+    seconds: float = 0.0  # since training began, with evaluations and checkpoints, without the time between attempts
     last_eval: Metrics = field(default_factory=dict)
     initial_val_loss: float | None = None  # at step 0; None in checkpoints of older versions
     eval_blocks: dict[str, Any] | None = None  # see ngpt/training/text_blocks.py; None before the last evaluation

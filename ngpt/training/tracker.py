@@ -1,76 +1,25 @@
-"""Writes the metrics of a run to `metrics.jsonl`, and to Weights & Biases and TensorBoard, imported if used."""
+"""Writes the metrics of a run to `metrics.jsonl`, and to the tracking tools (ngpt/trackers)."""
 
 import contextlib
-import importlib.util
 import json
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
-
-from ngpt.config.base import Config, ConfigError, one_of, runtime_setting
 from ngpt.system.atomic_files import LineFile, describe_os_error, make_folder, naming, write_atomic
-from ngpt.system.cli import print_line
-from ngpt.training.wandb_tracker import WANDB_MODES, WandbRun, resolve_mode
+from ngpt.trackers.base import Ending, TrackedRun, Writer, histogram
+from ngpt.trackers.config import TrackerConfig
+from ngpt.trackers.open import open_writers
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
     from torch import Tensor
 
 log = logging.getLogger(__name__)
-HISTOGRAM_BINS = 32
-FLOAT32_MAX = 3.4028234663852886e38
-
-
-class TrackerConfig(Config):
-    """Where metrics go apart from `metrics.jsonl`, and under which names."""
-
-    wandb: Annotated[str, one_of(WANDB_MODES, "wandb mode")] = runtime_setting("disabled")  # auto: online if possible
-    tensorboard: bool = runtime_setting(False)
-    project: str = runtime_setting("ngpt")
-    group: str = runtime_setting("")  # a campaign's name, set by the engine
-    job_type: str = runtime_setting("train")  # a phase's name, set by the engine
-    run_name: str = runtime_setting("")  # a trial's arm and seed, set by the engine; empty: the folder's name
-    log_every: Annotated[int, Field(ge=1, le=10**9)] = runtime_setting(10)  # steps
-
-
-def resolve_tracker(cfg: TrackerConfig, folder: Path, report: Callable[[str], None] = print_line) -> TrackerConfig:
-    """Resolves the W&B mode `auto`, once before the first run; ConfigError if W&B or TensorBoard is not available."""
-    if cfg.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise ConfigError("tracker.tensorboard needs a package: pip install 'ngpt-campaign[tensorboard]'")
-    return cfg.model_copy(update={"wandb": resolve_mode(cfg.wandb, folder, report)})
-
-
-class Histogram(NamedTuple):
-    """Counts of the finite values per bin, and the edges of the bins. Both lists are empty without finite values."""
-
-    edges: list[float]  # one more than `counts`
-    counts: list[int]
-    not_finite: int
-    total: float  # sum of the finite values
-    squares: float  # sum of their squares
-
-
-def histogram(values: "ArrayLike | Tensor") -> Histogram:
-    """Sorts values into `HISTOGRAM_BINS` bins of equal width. Those not finite in float32 are counted separately."""
-    import numpy as np
-
-    detach = getattr(values, "detach", None)
-    array = np.asarray(detach().float().cpu() if detach else values, dtype=np.float64)  # NumPy lacks bfloat16
-    finite = array[np.abs(array) <= FLOAT32_MAX]
-    not_finite = array.size - finite.size
-    if not finite.size:
-        return Histogram([], [], not_finite, 0.0, 0.0)
-    low, high = float(finite.min()), float(finite.max())
-    # The range is at least a thousandth of the values, so that rounding noise falls into one bin.
-    middle = (low + high) / 2
-    half = max(abs(low), abs(high), 1e-6) * 5e-4
-    low, high = min(low, middle - half), max(high, middle + half)
-    counts, edges = np.histogram(finite, bins=HISTOGRAM_BINS, range=(low, high))
-    return Histogram(edges.tolist(), counts.tolist(), not_finite, float(finite.sum()), float(finite @ finite))
+STOPPED = (GeneratorExit, KeyboardInterrupt, SystemExit)  # what ends a run that can be resumed
 
 
 class RowFile:
@@ -113,31 +62,33 @@ class RowFile:
 class Tracker(contextlib.AbstractContextManager["Tracker"]):
     """Appends rows of numbers to `metrics.jsonl` as strict JSON. Numbers that are not finite are written as null.
 
-    A resumed run continues from step `keep_until`; later rows are dropped. Offline W&B runs go to `folder/wandb`,
-    TensorBoard's events to `folder/tensorboard`. Other processes see whole rows only, and a killed run loses none. A
-    full disk does not end the run: rows are kept in memory, and must be written before a checkpoint (see `sync`).
+    A resumed run continues from step `keep_until`; later rows are dropped. Other processes see whole rows only, and a
+    killed run loses none. A full disk does not end the run: rows are kept in memory, and must be written before a
+    checkpoint (see `sync`).
     """
 
     def __init__(
-        self, cfg: TrackerConfig, folder: Path, *, settings: Mapping[str, Any], keep_until: int | None = None
+        self,
+        cfg: TrackerConfig,
+        folder: Path,
+        *,
+        settings: Mapping[str, Any],
+        keep_until: int | None = None,
+        rolled_back: bool = False,
     ) -> None:
+        """`rolled_back`: rows after `keep_until` will have other values than those that are dropped."""
         make_folder(folder)
         metrics, histograms = folder / "metrics.jsonl", folder / "histograms.jsonl"
-        _drop_after(keep_until, metrics)
-        if histograms.exists():
-            _drop_after(keep_until, histograms)
+        dropped = _drop_after(keep_until, metrics)
+        dropped += _drop_after(keep_until, histograms) if histograms.exists() else []
+        run = _tracked_run(cfg, folder, settings)
+        repeated = {} if rolled_back else _last_steps(dropped)
+        run = replace(run, keep_until=keep_until, repeated=repeated, rolled_back=rolled_back)
+        self._ending: tuple[Ending, Mapping[str, Any]] = ("continues", {})
         with contextlib.ExitStack() as stack:
             self._metrics = stack.enter_context(contextlib.closing(RowFile(metrics)))
             self._histograms = stack.enter_context(contextlib.closing(RowFile(histograms)))
-            self._writers: list[TensorBoard | WandbRun] = []
-            if cfg.tensorboard:
-                self._writers.append(stack.enter_context(TensorBoard(folder / "tensorboard", keep_until)))
-            mode = resolve_mode(cfg.wandb, folder) if cfg.wandb == "auto" else cfg.wandb
-            if mode != "disabled":
-                labels = {"project": cfg.project, "group": cfg.group, "job_type": cfg.job_type}
-                name = cfg.run_name or folder.name
-                run = WandbRun(folder, mode=mode, name=name, config=dict(settings), **labels)
-                self._writers.append(stack.enter_context(run))
+            self._writers: list[Writer] = open_writers(cfg, run, lambda: read_metrics(metrics), stack)
             self._open = stack.pop_all()
 
     def log(self, row: Mapping[str, Any]) -> None:
@@ -170,10 +121,19 @@ class Tracker(contextlib.AbstractContextManager["Tracker"]):
         for writer in self._writers:
             writer.note(clean)
 
+    def end(self, status: Literal["finished", "diverged"], metrics: Mapping[str, Any]) -> None:
+        """Says that the run has ended with these final metrics; without this, it continues in another tracker."""
+        self._ending = (status, metrics)
+
     def __exit__(self, kind: type[BaseException] | None, *details: Any) -> None:
+        ending, final = self._ending
+        if kind is not None:
+            ending = "stopped" if issubclass(kind, STOPPED) else "failed"
         try:
             if kind is None:
                 self._final_sync()
+            for writer in self._writers:
+                writer.end(ending, final)
         finally:
             self._open.__exit__(kind, *details)
 
@@ -204,20 +164,55 @@ def read_rows(path: Path) -> tuple[list[dict[str, Any]], int]:
         return [], 0
     with naming(path):
         *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    rows = [_row(line) for line in lines if "\0" not in line]
-    intact = [row for row in rows if row is not None]
-    return intact, len(rows) - len(intact)
+    lines = [line for line in lines if "\0" not in line]
+    intact = parse_rows(lines)
+    return intact, len(lines) - len(intact)
 
 
-def _drop_after(step: int | None, path: Path) -> None:
-    """Drops the rows after `step` (None: all), which a power loss may have damaged; creates a missing file."""
+def parse_rows(lines: Iterable[str]) -> list[dict[str, Any]]:
+    """The rows in lines of a file; damaged lines are left out, and numbers that are not finite become None."""
+    return [row for line in lines if "\0" not in line and (row := _row(line)) is not None]
+
+
+def _tracked_run(cfg: TrackerConfig, folder: Path, settings: Mapping[str, Any]) -> TrackedRun:
+    """The run as tracking tools show it. In a campaign, `run_name` is `ARM seed N`, and the job type the phase."""
+    seed = settings.get("seed", 0)
+    return TrackedRun(
+        folder,
+        project=cfg.project,
+        group=cfg.group,
+        phase=cfg.job_type if cfg.group else "",
+        arm=cfg.run_name.removesuffix(f" seed {seed}") if cfg.group else "",
+        seed=seed,
+        name=cfg.run_name,
+        settings=settings,
+        varied=tuple(cfg.varied.split()),
+    )
+
+
+def _last_steps(rows: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    """The last step of each metric, and of each histogram, in rows."""
+    last: dict[str, int] = {}
+    for row in rows:
+        names = [row["name"]] if isinstance(row.get("name"), str) else [n for n in row if row[n] is not None]
+        for name in names:
+            last[name] = max(last.get(name, -1), row["step"])
+    return last
+
+
+def _drop_after(step: int | None, path: Path) -> list[dict[str, Any]]:
+    """Drops the rows after `step` (None: all), which a power loss may have damaged; creates a missing file.
+
+    Returns the rows that are dropped.
+    """
     content = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
-    rows = [] if step is None or content is None else list(map(_row, content.split("\n")[:-1]))
-    if None in rows:
+    rows = [] if content is None else list(map(_row, content.split("\n")[:-1]))
+    if step is not None and None in rows:
         log.warning("%s: dropped %d damaged lines", path, rows.count(None))
     kept = [row for row in rows if row is not None and step is not None and row["step"] <= step]
     if (new_content := "".join(f"{_line(row)}\n" for row in kept)) != content:  # a write costs two syncs
         write_atomic(path, new_content)
+    return [row for row in rows if row is not None and (step is None or row["step"] > step)]
 
 
 def _row(line: str) -> dict[str, Any] | None:
@@ -230,33 +225,3 @@ def _row(line: str) -> dict[str, Any] | None:
 
 def _line(row: Mapping[str, Any]) -> str:
     return json.dumps(row, allow_nan=False)
-
-
-class TensorBoard(contextlib.AbstractContextManager["TensorBoard"]):
-    """Event files for `tensorboard --logdir`. Events of an interrupted attempt after `keep_until` are purged."""
-
-    def __init__(self, folder: Path, keep_until: int | None) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer = SummaryWriter(str(folder), purge_step=0 if keep_until is None else keep_until + 1, flush_secs=10)
-
-    def log(self, row: Mapping[str, Any]) -> None:
-        for name, value in row.items():
-            if name != "step":
-                self._writer.add_scalar(name, value, int(row["step"]))
-
-    def log_histograms(self, step: int, histograms: Mapping[str, Histogram]) -> None:
-        for name, each in histograms.items():
-            self._writer.add_histogram_raw(
-                *(name, each.edges[0], each.edges[-1], sum(each.counts), each.total, each.squares),
-                bucket_limits=each.edges[1:],
-                bucket_counts=each.counts,
-                global_step=step,
-            )
-
-    def note(self, facts: Mapping[str, Any]) -> None:
-        for name, value in facts.items():
-            self._writer.add_text(name, json.dumps(value, allow_nan=False))
-
-    def __exit__(self, *_: object) -> None:
-        self._writer.close()

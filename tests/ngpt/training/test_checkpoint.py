@@ -42,7 +42,7 @@ def save(root: Path, step: int, *, val_loss: float | None = None, keep_last: int
     state = {"step": step, "moments": torch.full((4,), float(step)), "history": [1.5, None, "x"]}
     return save_checkpoint(
         root,
-        model=model(float(step)),
+        weights=model(float(step)).state_dict(),
         state=state,
         step=step,
         val_loss=val_loss,

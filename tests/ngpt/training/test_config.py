@@ -39,7 +39,11 @@ def test_runtime_settings_are_not_part_of_the_identity(tiny: TrainConfig) -> Non
         ("  lr: 1e-2", "  lr: '1e-2'", "{file}:9:3: optim.lr: input should be a valid number, got '1e-2'"),
         ("0.99]", "1.5]", "{file}:10:16: optim.betas[1]: input should be less than 1, got 1.5"),
         ("n_head: 2", "n_head: 3", "{file}:2:21: model.n_head: n_embd 16 cannot be divided into n_head 3 heads"),
-        ("steps: 4", "sceptre: 4", "{file}:4:1: sceptre: unknown setting; choose one of batch_size, checkpoint.every"),
+        (
+            "steps: 4",
+            "sceptre: 4",
+            "{file}:4:1: sceptre: unknown setting; find it with `python run_campaign.py settings WORD`",
+        ),
         ("steps: 4", "steps: 4\nsteps: 5", "{file}:5:1: duplicate key 'steps'"),
         ("steps: 4", "steps: 4\nlr: 0.1", "{file}:10:3: optim.lr: optim.lr is given twice"),
         ("steps: 4", "steps: [4", "{file}:5:11: not valid YAML"),

@@ -123,7 +123,9 @@ def test_the_best_checkpoint_has_the_lowest_validation_loss(tmp_path: Path) -> N
     identity = {f"model.{name}": value for name, value in flatten(cfg).items()}
     for number, loss in enumerate([3.0, 2.0, None, 2.5], start=1):
         model = GPT(cfg, seed=number)
-        save_checkpoint(tmp_path, model=model, state={}, step=number, val_loss=loss, identity=identity, keep_last=9)
+        save_checkpoint(
+            tmp_path, weights=model.state_dict(), state={}, step=number, val_loss=loss, identity=identity, keep_last=9
+        )
     assert find_checkpoint(tmp_path, best=True).step == 2 and find_checkpoint(tmp_path).step == 4
     best = load_model(tmp_path, best=True).model
     assert torch.equal(best.wte.weight, GPT(cfg, seed=2).wte.weight)
@@ -285,6 +287,8 @@ def test_a_converted_model_can_be_loaded(trained: Path, tmp_path: Path) -> None:
     cfg = ModelConfig(n_layer=1, n_head=2, n_embd=8, block_size=4, vocab_size=450)
     spec = str(step(trained, 8) / "tokenizer.model")
     identity = {f"model.{name}": value for name, value in flatten(cfg).items()} | {"data.tokenizer": spec}
-    save_checkpoint(tmp_path, model=GPT(cfg), state={}, step=0, val_loss=None, identity=identity, keep_last=1)
+    save_checkpoint(
+        tmp_path, weights=GPT(cfg).state_dict(), state={}, step=0, val_loss=None, identity=identity, keep_last=1
+    )
     tokenizer = load_model(tmp_path).tokenizer
     assert tokenizer is not None and tokenizer.vocab_size == 400

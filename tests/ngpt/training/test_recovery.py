@@ -52,7 +52,7 @@ BREAKS = {"forward": break_forward, "backward": break_backward}
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("where", BREAKS)
+@pytest.mark.parametrize("where", [pytest.param("forward", marks=pytest.mark.slow), "backward"])
 def test_a_step_out_of_memory_gives_the_result_of_small_micro_batches(
     where: str, optimizer: str, watched: TrainConfig, dataset: Dataset, tmp_path: Path
 ) -> None:
@@ -200,6 +200,7 @@ def test_halve_batch_halves_the_batch_and_reports_it(watched: TrainConfig, datas
     assert [row["tokens"] for row in rows(tmp_path) if "grad_norm" in row] == [64, 128, 192, 256, 288, 320, 352, 384]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_the_micro_batch_that_fits(watched: TrainConfig, dataset: Dataset, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         BREAKS["forward"](patch)
@@ -235,6 +236,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits on the address space are Linux'")
 def test_a_host_out_of_memory_gives_the_result_of_small_micro_batches(
     tiny: TrainConfig, dataset: Dataset, tmp_path: Path

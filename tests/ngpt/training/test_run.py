@@ -1,5 +1,7 @@
 """A run that is interrupted and resumed ends as an undisturbed one, and its result has all fields of a record."""
 
+import contextlib
+import itertools
 import json
 import signal
 import subprocess
@@ -21,11 +23,13 @@ from ngpt.config.base import ConfigError, flatten, override
 from ngpt.data.dataset import Dataset
 from ngpt.data.loader import train_batch
 from ngpt.ensemble.train import train_together
+from ngpt.model.flops import flops_per_token
 from ngpt.training.checkpoint import checkpoint_folders
-from ngpt.training.config import TrainConfig
+from ngpt.training.config import TrainConfig, resolved
 from ngpt.training.loop import train
 from ngpt.training.run import Clock, RunResult
 from ngpt.training.state import TrainState
+from ngpt.training.tracker import read_metrics
 from tests.helpers.tiny_run import AWKWARD, MODELS, assert_equal_weights, rows, run, untimed, watch, weights
 
 
@@ -91,8 +95,12 @@ def killed_in_step(step: int, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(ngpt.training.loop, "train_batch", batch)
 
 
-@pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize(("kill", "every"), [(killed_after_save, 1), (killed_in_step, 3)])
+@pytest.mark.parametrize(
+    "kind", [kind if kind == "scheduled" else pytest.param(kind, marks=pytest.mark.slow) for kind in MODELS]
+)
+@pytest.mark.parametrize(
+    ("kill", "every"), [(killed_after_save, 1), pytest.param(killed_in_step, 3, marks=pytest.mark.slow)]
+)
 def test_a_run_killed_at_any_step_and_resumed_ends_as_an_undisturbed_one(
     kind: str,
     kill: Callable[[int, pytest.MonkeyPatch], None],
@@ -121,9 +129,10 @@ def test_a_run_killed_at_any_step_and_resumed_ends_as_an_undisturbed_one(
         assert kept[0] == kept[1]  # the last few and the best so far
 
 
+@pytest.mark.slow
 def test_a_process_killed_with_sigkill_loses_nothing(tiny: TrainConfig, tmp_path: Path) -> None:
     """It is killed once it has a checkpoint, and the resumed process again later."""
-    steps = {"steps": 240, "eval_every": 80, "checkpoint.every": 9, "project_every": 7, "optim.name": "muon"}
+    steps = {"steps": 120, "eval_every": 40, "checkpoint.every": 9, "project_every": 7, "optim.name": "muon"}
     config = override(tiny, steps)
     code = (
         "import json, sys; from pathlib import Path; import torch; torch.set_num_threads(1);"
@@ -131,7 +140,7 @@ def test_a_process_killed_with_sigkill_loses_nothing(tiny: TrainConfig, tmp_path
         "list(train(build(TrainConfig, json.loads(sys.argv[1])), Path(sys.argv[2]), resume='latest'))"
     )
     out = tmp_path / "killed"
-    for at_least in (9, 90):
+    for at_least in (9, 45):
         with subprocess.Popen([sys.executable, "-c", code, json.dumps(flatten(config)), str(out)]) as process:
             while process.poll() is None:
                 if any(int(path.name[5:]) >= at_least for path in checkpoint_folders(out / "checkpoints")):
@@ -139,12 +148,12 @@ def test_a_process_killed_with_sigkill_loses_nothing(tiny: TrainConfig, tmp_path
                     process.wait()
                 time.sleep(0.002)
         assert process.returncode == -signal.SIGKILL
-        assert max(int(path.name[5:]) for path in checkpoint_folders(out / "checkpoints")) < 240
+        assert max(int(path.name[5:]) for path in checkpoint_folders(out / "checkpoints")) < 120
     list(train(config, out, resume="latest"))
     list(train(config, tmp_path / "straight"))
     assert rows(out) == rows(tmp_path / "straight")
-    assert_equal_weights(weights(out, 240), weights(tmp_path / "straight", 240))
-    assert_equal_states(optimizer_states(out, 240), optimizer_states(tmp_path / "straight", 240))
+    assert_equal_weights(weights(out, 120), weights(tmp_path / "straight", 120))
+    assert_equal_states(optimizer_states(out, 120), optimizer_states(tmp_path / "straight", 120))
 
 
 def test_a_run_closed_at_any_evaluation_and_resumed_ends_as_an_undisturbed_one(
@@ -234,6 +243,30 @@ def test_the_clock_leaves_out_warmup_and_discarded_steps() -> None:
     with clock.step(10_000):
         pass
     assert state.timed_tokens == 10_100 and state.timed_seconds > 0
+
+
+def test_seconds_go_on_where_the_checkpoint_of_an_earlier_attempt_ended(
+    tiny: TrainConfig, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each look at this clock takes a second; the day between the attempts does not count."""
+    ticks = itertools.count()
+    clock = SimpleNamespace(perf_counter=lambda: float(next(ticks)))
+    monkeypatch.setattr(ngpt.training.run, "time", clock)
+    config = override(tiny, {"tracker.log_every": 1, "eval_every": 4, "checkpoint.every": 4, "steps": 8})
+    with contextlib.closing(train(config, tmp_path, resume="latest", dataset=dataset)) as killed:
+        assert [next(killed)["step"] for _ in range(3)] == [0, 4, 8]  # step 8 is not saved
+    before = [row for row in read_metrics(tmp_path / "metrics.jsonl") if row["step"] <= 4]
+    for _ in range(86_400):
+        next(ticks)
+    for _ in train(config, tmp_path, resume="latest", dataset=dataset):
+        pass
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert rows[: len(before)] == before
+    for name in ("seconds", "train_seconds"):
+        times = [row[name] for row in rows]
+        assert times == sorted(times) and times[-1] < 500
+        assert times[len(before)] > before[-1][name]
+    assert [row["flops"] for row in rows] == [row["tokens"] * flops_per_token(resolved(config).model) for row in rows]
 
 
 class DeviceQueue:

@@ -14,7 +14,7 @@ def test_a_saved_state_has_the_field_names_of_the_first_version() -> None:
     saved = state.to_saved()
     assert saved.keys() == {
         *("step", "recent", "timed_tokens", "timed_seconds", "last_eval", "rollbacks"),
-        *("initial_val_loss", "eval_blocks", "extended"),  # added later
+        *("initial_val_loss", "eval_blocks", "extended", "seconds", "train_seconds"),  # added later
         *("splits", "eval_splits", "halvings", "left_out", "skipped", "passed_over"),
     }
     assert (saved["splits"], saved["eval_splits"], saved["halvings"], saved["passed_over"]) == (1, 2, 3, 4)
