@@ -4,9 +4,13 @@ python -m ngpt.inspect --set residual=add_normalize alpha=0.15 --backward
 python -m ngpt.inspect --checkpoint runs/first
 """
 
+if __name__ == "__main__":
+    from ngpt.system.start import start_command
+
+    start_command()  # the imports below take seconds
+
 import json
 import math
-import sys
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,11 +24,12 @@ from ngpt.config.overrides import named_settings
 from ngpt.config.visible import visible
 from ngpt.config.yaml_reader import parse_assignment
 from ngpt.data.dataset import open_dataset
+from ngpt.model.config import ModelConfig
 from ngpt.model.flops import flops_per_token, matrix_params
 from ngpt.model.gpt import GPT
 from ngpt.model.trace import Recorder, Stage, amplitude, record_stages
 from ngpt.optim.optimizers import parameters_by_kind
-from ngpt.system.cli import ArgumentParser, add_set_option, run_command
+from ngpt.system.cli import ArgumentParser, add_plugin_option, add_set_option, exit_process, run_command, use_plugins
 from ngpt.system.device import mixed_precision, pick_device
 from ngpt.training.config import TrainConfig, read_config, resolved
 from ngpt.training.load_model import build_model, find_checkpoint, tokenizer_origin
@@ -97,7 +102,9 @@ def inspect(config: TrainConfig, *, checkpoint: Path | None = None, backward: bo
                 " choose the corpus and its tokenizer with --set data.corpus=... tokenizer=..."
             )
         settings = flatten(config.model).items()
-        changes = {name: value for name, value in settings if trained.identity.get(f"model.{name}") != value}
+        # A checkpoint leaves out settings that are newer than it, and those of them that have their defaults.
+        saved = {f"model.{name}": value for name, value in flatten(ModelConfig()).items()} | trained.identity
+        changes = {name: value for name, value in settings if saved[f"model.{name}"] != value}
         model = build_model(trained, device=config.device, **changes)
     rows = config.micro_batch_size or config.batch_size
     batch = read_batch(config.model_copy(update={"batch_size": rows}), dataset, 0)
@@ -163,11 +170,13 @@ def main(arguments: list[str] | None = None) -> int:
     trained = "a trained model: a checkpoint, run or trial"
     model_source.add_argument("--checkpoint", type=Path, metavar="PATH", help=trained)
     add_set_option(parser)
+    add_plugin_option(parser)
     parser.add_argument("--backward", action="store_true", help="show the gradients too")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     options = parser.parse_args(arguments)
 
     def command() -> int:
+        use_plugins(options.plugin)
         if options.checkpoint is None:
             config = read_config(options.config, options.set)
         else:
@@ -176,8 +185,8 @@ def main(arguments: list[str] | None = None) -> int:
         print_inspection(result, as_json=options.json)
         return 0
 
-    return run_command(command, path=options.checkpoint, prints_only=True)
+    return run_command(command, path=options.checkpoint)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_process(main())

@@ -54,6 +54,8 @@ def ensemble_incompatibility(configs: Sequence[TrainConfig]) -> str | None:
     for config in configs:
         if config.compile:
             return "compile is on: compiled steps are not batched over runs, which was not faster where it was measured"
+        if config.activation_checkpointing:
+            return "activation_checkpointing is on: several runs as one program cannot compute a block again"
         if config.on_oom == "halve_batch":
             return "on_oom is halve_batch: running out of memory would change the result of every run; use split"
     graphs = list(map(graph_settings, configs))

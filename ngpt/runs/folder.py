@@ -12,13 +12,21 @@ from pathlib import Path
 from ngpt.config.base import ConfigError, build, flatten, settings
 from ngpt.data.dataset import fingerprint
 from ngpt.optim.schedule import lr_multiplier
+from ngpt.plugins.records import remember_plugins, used_plugins
 from ngpt.system.atomic_files import commit_folder, make_folder, write_json
-from ngpt.training.checkpoint import Checkpoint, check_identity, checkpoint_folders, newest_checkpoint
+from ngpt.training.checkpoint import (
+    Checkpoint,
+    check_has_state,
+    check_identity,
+    checkpoint_folders,
+    newest_checkpoint,
+)
 from ngpt.training.config import TrainConfig
 from ngpt.training.load_model import find_checkpoint
 from ngpt.training.run import HISTORY, identity, refuse_earlier_run
 
 CONFIG_FILE = "config.json"
+PLUGINS = "plugins"  # beside the settings: the records of the plug-ins that the run uses
 CHECKPOINTS = "checkpoints"
 DEFAULT_OUT = Path("runs/default")
 LATEST, BEST = "latest", "best"
@@ -74,6 +82,7 @@ def read_config_file(path: Path) -> TrainConfig:
             raise ValueError("not an object")
     except ValueError as error:
         raise ConfigError(f"{path} does not hold the settings of a run: {error}") from None
+    remember_plugins(values.pop(PLUGINS, None))
     try:
         return build(TrainConfig, values)
     except ConfigError as error:
@@ -81,8 +90,9 @@ def read_config_file(path: Path) -> TrainConfig:
 
 
 def write_config_file(folder: Path, config: TrainConfig) -> None:
-    """Writes `config.json`, so that the run resumes without its settings."""
-    write_json(folder / CONFIG_FILE, flatten(config))
+    """Writes `config.json`, so that the run resumes without its settings, and says which plug-ins it needs."""
+    values, used = flatten(config), used_plugins(flatten(config))
+    write_json(folder / CONFIG_FILE, values | ({PLUGINS: used} if used else {}))
 
 
 def continue_from(checkpoint: Checkpoint, folder: Path) -> list[str]:
@@ -104,6 +114,7 @@ def continue_from(checkpoint: Checkpoint, folder: Path) -> list[str]:
 
 def check_continues(config: TrainConfig, checkpoint: Checkpoint) -> None:
     """Raises ConfigError if a run with these settings cannot continue from a checkpoint; only `steps` may differ."""
+    check_has_state(checkpoint)
     check_identity(checkpoint, identity(config, fingerprint(config.data)), leave_out=HISTORY)
     if config.steps != checkpoint.identity["steps"] and config.steps <= checkpoint.step:
         trained = f"{checkpoint.path} has trained {checkpoint.step} steps already"

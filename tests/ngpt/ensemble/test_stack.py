@@ -15,8 +15,8 @@ SMALL = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 8, "vocab_size":
 KINDS: dict[str, dict[str, Any]] = {
     "lerp": {},
     "scalars": {"alpha_kind": "scalar", "logit_scale_kind": "scalar", "alpha_learned": False, "softcap": 5.0},
-    "tied": {"tied": True, "residual": "slerp", "norm_mode": "dotprod", "n_kv_head": 1},
-    "gpt": {"residual": "add", "norm_gain": True, "mlp": "relu2"},
+    "tied": {"tied": True, "residual": "slerp", "norm_mode": "dotprod", "n_kv_head": 1, "value_residual": 0.5},
+    "gpt": {"residual": "add", "norm_gain": True, "mlp": "relu2", "qkv_bias": True},
 }
 
 

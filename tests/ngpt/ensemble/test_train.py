@@ -132,6 +132,7 @@ def test_runs_trained_together_resume_alone_and_the_other_way_round(
         assert_same_run(config, folders[i], tmp_path / f"straight{i}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["fail", "skip", "rollback"])
 def test_a_diverging_run_does_not_affect_the_others(
     policy: str, tiny: TrainConfig, dataset: Dataset, tmp_path: Path
@@ -273,6 +274,7 @@ def test_each_run_has_its_own_update_and_projection_period(tiny: TrainConfig, da
     assert moved[0] < moved[1]
 
 
+@pytest.mark.slow
 def test_an_optimizer_out_of_memory_rolls_all_runs_back(
     tiny: TrainConfig, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -33,3 +33,10 @@ def test_each_mistake_has_one_sentence(
     config = build(TrainConfig, USUAL | changes)
     found = list(advice(config, train_tokens=train_tokens, eval_tokens=eval_tokens))
     assert [text.split(":")[0] for text in found] == sentences
+
+
+def test_a_sample_of_tokens_that_nothing_decodes_is_no_text() -> None:
+    config = build(TrainConfig, USUAL | {"tracker.sample_tokens": 9})
+    assert list(advice(config, has_tokenizer=True)) == list(advice(config)) == []
+    (text,) = advice(config, has_tokenizer=False)
+    assert text == "tracker.sample_tokens has no effect: no tokenizer decodes the tokens of this corpus"

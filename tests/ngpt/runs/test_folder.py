@@ -9,11 +9,17 @@ from typing import Any
 import pytest
 import torch
 
+from ngpt.config.base import ConfigError, build
+from ngpt.plugins.load import forget_plugins, load_plugins
+from ngpt.runs.folder import CONFIG_FILE, read_config_file, write_config_file
 from ngpt.system.lock import FolderLock
 from ngpt.train import main
 from ngpt.training.checkpoint import checkpoint_folders
+from ngpt.training.config import TrainConfig
+from tests.helpers.plugin_files import no_plugins, write
 from tests.helpers.tiny_run import assert_equal_weights, rows, weights
 
+__all__ = ["no_plugins"]
 STEPS = ["steps=8", "checkpoint.every=2", "checkpoint.keep_last=9", "tracker.log_every=1"]
 
 
@@ -69,6 +75,15 @@ def test_a_run_resumes_from_an_earlier_checkpoint_without_its_settings(
     assert superseded == ([] if elsewhere else ["superseded-step_0000006", "superseded-step_0000008"])
 
 
+def test_a_run_that_was_stopped_before_its_first_checkpoint_names_its_plugin(tmp_path: Path) -> None:
+    load_plugins([write(tmp_path)])
+    write_config_file(tmp_path, build(TrainConfig, {"model.residual": "mine"}))
+    assert read_config_file(tmp_path / CONFIG_FILE).model.residual == "mine"
+    forget_plugins()
+    with pytest.raises(ConfigError, match=r"the plug-in mine\.py \(digest \w{10}\) gave it: pass --plugin .*mine\.py"):
+        read_config_file(tmp_path / CONFIG_FILE)
+
+
 def test_best_continues_from_the_lowest_validation_loss(run: Path, tmp_path: Path) -> None:
     losses = {step: json.loads(next(run.glob(f"checkpoints/*{step}/MANIFEST.json")).read_text()) for step in steps(run)}
     best = min(losses, key=lambda step: losses[step]["val_loss"])
@@ -116,7 +131,7 @@ def test_other_settings_are_refused_before_anything_is_written(
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     assert main(["--resume", str(run), *arguments]) == 2
     *advice, line = capsys.readouterr().err.splitlines()
-    assert message in line and all(text.startswith("warning: ") or "emulated" in text for text in advice)
+    assert message in line and all(text.startswith(("warning: ", "topics: ")) or "emulated" in text for text in advice)
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
@@ -131,7 +146,7 @@ def test_without_a_checkpoint_there_is_one_line(
     (tmp_path / "empty").mkdir()
     assert main(["--resume", resume, *(["--out", "empty"] if resume == "best" else [])]) == 2
     *advice, line = capsys.readouterr().err.splitlines()
-    assert message in line and all(text.startswith("warning: ") or "emulated" in text for text in advice)
+    assert message in line and all(text.startswith(("warning: ", "topics: ")) or "emulated" in text for text in advice)
 
 
 def test_latest_without_a_checkpoint_says_that_it_starts(
@@ -215,4 +230,4 @@ def test_weights_that_do_not_fit_are_one_line(
     config = ["--config", str(finished.parent / "tiny.yaml"), "--init-from", str(finished)]
     assert main([*config, "--set", *arguments, *out]) == 2
     *advice, line = capsys.readouterr().err.splitlines()
-    assert message in line and all(text.startswith("warning: ") or "emulated" in text for text in advice)
+    assert message in line and all(text.startswith(("warning: ", "topics: ")) or "emulated" in text for text in advice)

@@ -1,17 +1,24 @@
 """A run that a signal stops saves where it is; resumed, it equals one that nothing has stopped."""
 
+import os
 import random
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import ngpt.training.loop
-from ngpt.system.heartbeat import HeartbeatWriter
+from ngpt.data.dataset import DataConfig
+from ngpt.system.heartbeat import HeartbeatWriter, read_heartbeat
 from ngpt.train import main
-from tests.helpers.tiny_run import assert_equal_weights, rows, weights
+from tests.helpers import ROOT
+from tests.helpers.tiny_run import assert_equal_weights, rows, untimed, weights
 
 pytestmark = pytest.mark.usefixtures("signals")
 
@@ -133,3 +140,147 @@ def test_a_run_that_cannot_write_its_heartbeat_finishes(
     arguments = ["--config", str(settings_file), "--set", *STEPS, "--out", str(tmp_path / "out")]
     assert main(arguments) == 0
     assert '"finished"' in capsys.readouterr().out
+
+
+# ---- the command, stopped from outside -----------------------------------------------------------------------------
+
+LAST = 60
+# Evaluation and saving take most of the time, so that a signal finds them in progress.
+LONG = [f"steps={LAST}", "eval_every=20", "eval_tokens=50000", "checkpoint.every=10", "tracker.log_every=7"]
+
+
+class Command:
+    """`python -m ngpt.train` as a process of its own, with a new cache."""
+
+    def __init__(self, out: Path, *arguments: str) -> None:
+        self.out, self.cache = out, out.with_suffix(".cache")
+        command = [sys.executable, "-m", "ngpt.train", "--out", str(out), *arguments]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "NGPT_CACHE": str(self.cache), "PYTHONPATH": str(ROOT)}
+        environment.pop("TORCHINDUCTOR_CACHE_DIR", None)
+        self._err = out.with_suffix(".err")
+        with self._err.open("wb") as err:
+            self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=err, env=environment)
+
+    def stop(self, number: int, moment: Callable[["Command"], bool]) -> list[str]:
+        """Sends a signal once `moment` is true; returns the lines on stderr."""
+        while not moment(self):
+            assert self._process.poll() is None, f"the run ended before the moment came: {self.lines()}"
+            time.sleep(0.001)
+        self._process.send_signal(number)
+        assert self.code() == 128 + number, self.lines()
+        return self.lines()
+
+    def code(self) -> int:
+        return self._process.wait(timeout=600)
+
+    def lines(self) -> list[str]:
+        return self._err.read_text().splitlines()
+
+    def step(self) -> int:
+        """The step that the run takes now; -1 before the first, and after the last."""
+        beat = read_heartbeat(self.out)
+        return -1 if beat is None else beat.step
+
+    def imports_torch(self) -> bool:
+        return "libtorch" in Path(f"/proc/{self._process.pid}/maps").read_text()
+
+
+def run_states(out: Path) -> Any:
+    """What the last checkpoint holds beside the weights, without the times."""
+    saved = torch.load(out / "checkpoints" / f"step_{LAST:07d}" / "state.pt", weights_only=True)
+    times = ("timed_tokens", "timed_seconds", "seconds", "train_seconds")
+    progress = {name: value for name, value in saved["progress"].items() if name not in times}
+    return saved | {"progress": progress | {"last_eval": untimed(progress["last_eval"])}}
+
+
+def differences(one: Any, other: Any, name: str = "state") -> list[str]:
+    """The names of all values that differ, in nested dicts and lists of numbers and tensors."""
+    if isinstance(one, dict | list | tuple):
+        pairs = one.items() if isinstance(one, dict) else enumerate(one)
+        if type(one) is not type(other) or len(one) != len(other):
+            return [name]
+        return [found for key, value in pairs for found in differences(value, other[key], f"{name}.{key}")]
+    is_equal = torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+    return [] if is_equal else [name]
+
+
+def assert_equal_runs(stopped: Path, expected: Path) -> None:
+    assert rows(stopped) == rows(expected)
+    assert_equal_weights(weights(stopped, LAST), weights(expected, LAST))
+    assert differences(run_states(stopped), run_states(expected)) == []
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
+    """The arguments of a longer run, and its folder."""
+    small = ["n_layer=1", "n_head=2", "n_embd=16", "block_size=16", "device=cpu", "batch_size=2", "optim.lr=1e-2"]
+    arguments = ["--set", f"corpus={data.corpus}", f"tokenizer={data.tokenizer}", *small, *LONG]
+    out = tmp_path_factory.mktemp("undisturbed")
+    assert main([*arguments, "--out", str(out)]) == 0
+    return arguments, out
+
+
+def prepares_data(run: Command) -> bool:
+    return any(run.cache.glob(".tmp-*/tokenizer.model"))
+
+
+def has_begun(run: Command) -> bool:
+    return run.step() == 0
+
+
+def evaluates(run: Command) -> bool:
+    return run.step() > 0 and run.step() % 20 == 19  # until the evaluation after this step is over
+
+
+def saves(run: Command) -> bool:
+    return any((run.out / "checkpoints").glob(".tmp-*"))
+
+
+def at_random(seed: int) -> Callable[[Command], bool]:
+    step = random.Random(seed).randrange(1, LAST - 20)
+    return lambda run: run.step() >= step
+
+
+@pytest.mark.parametrize(
+    ("number", "moment"),
+    [
+        (signal.SIGUSR1, at_random(1)),
+        *(
+            pytest.param(number, moment, marks=pytest.mark.slow)
+            for number, moment in [
+                (signal.SIGINT, at_random(2)),
+                (signal.SIGTERM, at_random(3)),
+                (signal.SIGHUP, at_random(4)),
+                (signal.SIGTERM, prepares_data),
+                (signal.SIGUSR1, has_begun),
+                (signal.SIGHUP, evaluates),
+                (signal.SIGINT, saves),
+            ]
+        ),
+    ],
+)
+def test_the_command_continues_bit_for_bit_wherever_a_signal_stops_it(
+    number: int, moment: Callable[[Command], bool], undisturbed: tuple[list[str], Path], tmp_path: Path
+) -> None:
+    arguments, expected = undisturbed
+    run = Command(tmp_path / "stopped", *arguments)
+    *before, last = run.stop(number, moment)
+    assert last.startswith(f"stopped by {signal.Signals(number).name} at step ")
+    assert last.endswith(f"to go on: python -m ngpt.train --resume {run.out}")
+    assert all(line.startswith(("warning:", "step ", "training: ", "topics: ")) for line in before), before
+    assert main(["--resume", str(run.out)]) == 0
+    assert_equal_runs(run.out, expected)
+
+
+@pytest.mark.slow
+def test_a_signal_ends_a_compilation_at_once(undisturbed: tuple[list[str], Path], tmp_path: Path) -> None:
+    run = Command(tmp_path / "stopped", *undisturbed[0], "compile=true")
+    *_, last = run.stop(signal.SIGTERM, lambda run: any(run.cache.glob("compiled/*/*.cpp")))
+    assert last.startswith(f"stopped by SIGTERM at step 0 of {LAST}, nothing to save; to go on: ")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_during_the_imports_ends_the_command_with_one_line(number: int, tmp_path: Path) -> None:
+    assert Command(tmp_path / "out").stop(number, Command.imports_torch) == ["interrupted"]
+    assert not (tmp_path / "out").exists()
