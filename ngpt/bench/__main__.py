@@ -1,8 +1,12 @@
 """The command `python -m ngpt.bench NAME`."""
 
+if __name__ == "__main__":
+    from ngpt.system.start import start_command
+
+    start_command()  # the imports below take seconds
+
 import argparse
 import inspect
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +15,7 @@ from ngpt.bench import parts
 from ngpt.bench.ensembles import vectorised
 from ngpt.bench.options import add_config_arguments, config_of
 from ngpt.config.base import ConfigError
-from ngpt.system.cli import ArgumentParser, run_command
+from ngpt.system.cli import ArgumentParser, exit_process, run_command
 from ngpt.system.timing import print_metrics
 from ngpt.training.throughput import measure_step
 
@@ -60,4 +64,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_process(main())

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ngpt.config.base import ConfigError, override
 from ngpt.data.dataset import open_dataset
-from ngpt.generate import generate as continue_text
+from ngpt.generate import generate_tokens
 from ngpt.kernels.compile import compile_for
 from ngpt.kernels.fused_lerp import should_fuse
 from ngpt.kernels.linear_cross_entropy import linear_cross_entropy
@@ -221,12 +221,12 @@ def generate(config: TrainConfig, *, seconds: float = 10.0) -> BenchMetrics:
     model = GPT(config.model, seed=config.seed).to(device).eval()
     prompt = torch.zeros(1, max(1, config.model.block_size - tokens - 1), dtype=torch.int64, device=device)
 
-    def generate_tokens(*, cache: bool) -> None:
+    def generate(*, cache: bool) -> None:
         with mixed_precision(device, config.dtype):
-            for _ in continue_text(model, prompt, tokens, generator=torch.Generator().manual_seed(0), cache=cache):
+            for _ in generate_tokens(model, prompt, tokens, generator=torch.Generator().manual_seed(0), cache=cache):
                 pass
 
-    variants = {"ours": lambda: generate_tokens(cache=True), "plain": lambda: generate_tokens(cache=False)}
+    variants = {"ours": lambda: generate(cache=True), "plain": lambda: generate(cache=False)}
     times = interleave(timers(variants, device), seconds=seconds, warmup=1)
     metrics = compare_times(times["ours"], times["plain"])
     metrics |= {"tokens": tokens, "tokens_per_second": tokens / metrics["ms"] * 1000}

@@ -276,14 +276,15 @@ def nanochat_checkpoint(folder: Path, **changes: Any) -> Path:
     return path
 
 
+@pytest.mark.parametrize("recognised", [True, False])
 @pytest.mark.parametrize("file", FILES)
 def test_command_writes_a_checkpoint_of_the_same_model(
-    file: str, tmp_path: Path, tokenizer: str, capsys: pytest.CaptureFixture[str]
+    file: str, recognised: bool, tmp_path: Path, tokenizer: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     extra = ["--rope", "rotary"] if "true" in file else []
     path = nvidia_checkpoint(tmp_path / "ckpt.pt", file) if file in NVIDIA else nanochat_checkpoint(tmp_path)
-    source = "nvidia" if file in NVIDIA else "nanochat"
-    assert main([source, str(path), "--tokenizer", tokenizer, "--out", str(tmp_path / "out"), *extra]) == 0
+    source = [] if recognised else ["nvidia" if file in NVIDIA else "nanochat"]
+    assert main([*source, str(path), "--tokenizer", tokenizer, "--out", str(tmp_path / "out"), *extra]) == 0
     folder = Path(capsys.readouterr().out.strip())
     assert folder == tmp_path / "out" / "checkpoints" / "step_0000000"
     assert verify_checkpoint(folder).identity["data.tokenizer"] == tokenizer
@@ -388,3 +389,50 @@ def test_file_that_is_not_a_checkpoint_is_refused_and_never_executed(
     assert not touched.exists()
     assert main(["nvidia", str(tmp_path / "missing.pt"), *common]) == 74
     assert "missing.pt: No such file" in capsys.readouterr().err
+
+
+def test_state_dict_of_lucidrains_is_converted_and_what_it_does_not_tell_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    golden = read("lucidrains_ngpt_tied")
+    path, out = tmp_path / "ngpt.pt", str(tmp_path / "out")
+    torch.save({"model": official(golden), "step": 3}, path)
+    command = [str(path), "--out", out, "--alpha-init", "0.1", "--no-value-residual"]
+    assert main(command) == 2
+    assert f"{path}: it does not state all settings of the model: give --block-size" in capsys.readouterr().err
+    assert main([*command, "--block-size", "16"]) == 0
+    printed = capsys.readouterr()
+    assert "does not tell these arguments of nGPT, taken to be the defaults: attn_norm_qk, causal," in printed.err
+    model = build_model(verify_checkpoint(Path(printed.out.strip())))
+    with torch.no_grad():
+        assert (model(torch.tensor(golden["idx"])) - torch.tensor(golden["logits"])).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("file", "options", "message"),
+    [
+        ("nanochat_gpt", ["--rope", "nvidia"], "--rope does not apply to this format, only --n-head, --block-size"),
+        ("nvidia_ngpt", ["--no-value-residual"], "--no-value-residual does not apply to this format"),
+        ("nanochat_gpt", [], "does not come with its tokenizer: name it with --tokenizer"),
+    ],
+)
+def test_option_of_another_format_and_a_missing_one_are_named(
+    file: str, options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = nvidia_checkpoint(tmp_path / "ckpt.pt", file) if file in NVIDIA else nanochat_checkpoint(tmp_path)
+    assert main([str(path), "--out", str(tmp_path / "out"), *options]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(str(path)) and message in line
+
+
+def test_of_many_problems_only_some_are_listed(
+    tmp_path: Path, tokenizer: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = official(read("nanochat_gpt"))
+    later = {f"value_embeds.{n}.weight": torch.zeros(61, 16) for n in range(30)}  # as in nanochat of 2026
+    torch.save(state | later, tmp_path / "model.pt")
+    sizes = ["--n-head", "4", "--n-kv-head", "2", "--block-size", "16"]
+    assert main([str(tmp_path / "model.pt"), "--tokenizer", tokenizer, "--out", str(tmp_path / "out"), *sizes]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 11 and lines[-1] == f"{tmp_path / 'model.pt'}: 20 more problems like these"
+    assert "value_embeds.0.weight: unknown weight, nanochat's GPT has no weight of this name" in lines[0]

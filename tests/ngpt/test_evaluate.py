@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ngpt.config.base import build, flatten, override
 from ngpt.data.dataset import Dataset, open_dataset
 from ngpt.data.loader import EvalSet, eval_set
+from ngpt.data.tokens.shards import write_shard
 from ngpt.evaluate import main
 from ngpt.model.config import ModelConfig
 from ngpt.model.gpt import GPT
@@ -22,7 +23,7 @@ from ngpt.training.checkpoint import save_checkpoint
 from ngpt.training.config import TrainConfig
 from ngpt.training.evaluation import evaluate
 from ngpt.training.load_model import load_model
-from tests.helpers import tiny_run
+from tests.helpers import numpy_gpt, tiny_run
 
 
 def no_autocast() -> torch.autocast:
@@ -145,7 +146,9 @@ def trained_at_32(tmp_path_factory: pytest.TempPathFactory) -> Path:
         project_weights(model)
     identity = {f"model.{name}": value for name, value in flatten(cfg).items()}
     root = tmp_path_factory.mktemp("recall")
-    save_checkpoint(root, model=model, state={}, step=steps, val_loss=None, identity=identity, keep_last=1)
+    save_checkpoint(
+        root, weights=model.state_dict(), state={}, step=steps, val_loss=None, identity=identity, keep_last=1
+    )
     return root
 
 
@@ -224,7 +227,7 @@ def test_another_corpus_is_read_with_the_models_tokenizer(
     found = figures(capsys, alone, "--corpus", text)
     assert found["trained_on_corpus"] is False and 0 < found["val_bpb"] < 8
     assert main([str(alone), "--corpus", str(text), "--tokenizer", "sentencepiece:300"]) == 2
-    assert "was tokenized with another sentencepiece:300 than" in capsys.readouterr().err
+    assert f"sentencepiece:300 would be trained on {text}" in capsys.readouterr().err
 
 
 def test_the_runs_corpus_is_recognized_under_any_spelling_of_its_path(
@@ -241,6 +244,95 @@ def test_the_runs_corpus_is_recognized_under_any_spelling_of_its_path(
     assert found[0]["trained_on_corpus"] and found[1] == found[0] == found[2]
 
 
+# ---- all of a text, in sliding windows -------------------------------------------------------------------------------
+
+TEXT = "The loss of  a text\nis a sum over its tokens, caf\xe9 \u3000 and \U0001f600 included.\n" * 3
+
+
+def reference_nats(folder: Path, ids: np.ndarray, stride: int) -> list[float]:
+    """-log p of each token but the first, in float64, from the context that its window leaves it."""
+    model = load_model(folder).model
+    weights = {name: value.numpy() for name, value in model.state_dict().items()}
+    nats, block_size = [], model.cfg.block_size
+    for at in range(1, len(ids)):
+        start = max(0, -(-(at - block_size) // stride)) * stride
+        logits = numpy_gpt.logits(model.cfg, weights, ids[None, start:at].astype(np.int64))[0, -1]
+        nats.append(float(np.log(np.exp(logits).sum()) - logits[ids[at]]))
+    return nats
+
+
+def assert_scores(found: dict[str, Any], nats: float, tokens: int, n_bytes: int, words: int) -> None:
+    """The definitions of lm-evaluation-harness."""
+    assert (found["eval_tokens"], found["eval_bytes"], found["eval_words"]) == (tokens, n_bytes, words)
+    assert found["val_loss"] == pytest.approx(nats / tokens, rel=1e-5)
+    assert found["perplexity"] == pytest.approx(math.exp(nats / tokens), rel=1e-4)
+    assert found["val_bpb"] == found["bits_per_byte"] == pytest.approx(nats / n_bytes / math.log(2), rel=1e-5)
+    assert found["byte_perplexity"] == pytest.approx(math.exp(nats / n_bytes), rel=1e-4)
+    assert found["word_perplexity"] == pytest.approx(math.exp(nats / words), rel=1e-3)
+
+
+@pytest.mark.parametrize("stride", [1, 5, 16])
+def test_all_of_a_file_is_scored_as_a_float64_reference_scores_it(
+    stride: int, run: tuple[Path, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = load_model(run[0]).tokenizer
+    assert tokenizer is not None
+    path = tmp_path / "own.txt"
+    path.write_text(TEXT)
+    ids = tokenizer.encode(TEXT)
+    found = figures(capsys, run[0], "--corpus", path, "--stride", stride)
+    nats = reference_nats(run[0], ids, stride)
+    first = len(tokenizer.decode(ids[:1]).encode())
+    assert_scores(found, sum(nats), len(ids) - 1, len(TEXT.encode()) - first, len(tokenizer.decode(ids[1:]).split()))
+    assert (found["split"], found["stride"], found["by_document"]) == ("all", stride, False)
+    assert found["eval_documents"] is None
+    assert figures(capsys, run[0], "--corpus", path)["val_loss"] == pytest.approx(
+        sum(reference_nats(run[0], ids, 16)) / len(nats), rel=1e-5
+    )
+
+
+def test_documents_are_scored_each_from_its_own_start(
+    run: tuple[Path, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = load_model(run[0]).tokenizer
+    assert tokenizer is not None
+    documents = [TEXT[:number] for number in (1, 20, 40, 7, 90)]
+    path = tmp_path / "docs.jsonl"
+    path.write_text("".join(json.dumps({"body": text}) + "\n" for text in documents))
+    found = figures(capsys, run[0], "--corpus", path, "--text-column", "body", "--by-document", "--stride", 4)
+    encoded = [tokenizer.encode(text) for text in documents]
+    nats = sum(sum(reference_nats(run[0], ids, 4)) for ids in encoded)
+    rests = [tokenizer.decode(ids[1:]) for ids in encoded]
+    words = sum(len(rest.split()) for rest in rests)
+    assert_scores(found, nats, sum(map(len, encoded)) - 5, sum(len(rest.encode()) for rest in rests), words)
+    assert found["eval_documents"] == sum(map(bool, rests)) == 4  # the first one is a single token
+    assert figures(capsys, run[0], "--corpus", path, "--text-column", "body")["eval_documents"] == 5
+
+
+def test_all_tokens_of_a_token_file_are_scored(
+    run: tuple[Path, dict[str, Any]], dataset: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ids = dataset.val[0][:203]
+    write_shard(tmp_path / "tokens.bin", ids, vocab_size=dataset.vocab_size)
+    found = figures(capsys, run[0], "--corpus", tmp_path / "tokens.bin", "--stride", 8)
+    assert (found["split"], found["eval_tokens"]) == ("all", 202)
+    assert found["val_loss"] == pytest.approx(sum(reference_nats(run[0], ids, 8)) / 202, rel=1e-5)
+
+
+def test_the_command_says_what_it_scored(
+    run: tuple[Path, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "own.txt"
+    path.write_text(TEXT)
+    for arguments, said in ((["--corpus", str(path)], f"all of {path}"), ([], "the start of the val split of ")):
+        assert main([str(run[0]), *arguments, "--json"]) == 0
+        printed = capsys.readouterr()
+        found = json.loads(printed.out)
+        counts = f"{found['eval_tokens']:,} tokens, {found['eval_bytes']:,} bytes, {found['eval_words']:,} words"
+        line = printed.err.splitlines()[-1]
+        assert line.startswith(f"scored {said}") and line.endswith(f": {counts}")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -248,6 +340,7 @@ def test_the_runs_corpus_is_recognized_under_any_spelling_of_its_path(
         (["--set", "block_sizes=64"], "block_sizes: unknown setting, did you mean 'block_size'?"),
         (["--set", "block_size=100000"], "block_size 100000 needs 100001 consecutive tokens"),
         (["--corpus", "shakespear"], "unknown corpus 'shakespear', did you mean 'shakespeare'?"),
+        (["--stride", "17"], "--stride must be at most the block_size of 16, got 17"),
         (["--set", "rope_factor=4"], "rope_factor: rope_factor 4.0 needs a rope_scaling"),
     ],
 )

@@ -1,8 +1,11 @@
 """Generation: the cache does not change results, sampling follows its definition, and characters are shown whole."""
 
+import dataclasses
 import io
 import itertools
 import os
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,11 +19,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceTrainer
 
-import ngpt.generate
 from ngpt.config.base import ConfigError, build, override
 from ngpt.data.dataset import Dataset
 from ngpt.data.tokens.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
-from ngpt.generate import Continuation, Sampling, encode_prompt, generate, main, probabilities
+from ngpt.generate import Continuation, Sampling, encode_prompt, generate, generate_tokens, main, probabilities
+from ngpt.generation.batch import BatchDecoder, StepResult
 from ngpt.model.config import ModelConfig
 from ngpt.model.gpt import GPT
 from ngpt.model.layers import KVCache
@@ -32,7 +35,7 @@ from ngpt.training.loop import train
 VOCAB = 50
 VARIANTS: dict[str, dict[str, Any]] = {
     **{rule: {"residual": rule} for rule in RESIDUAL_RULES},
-    "grouped": {"n_kv_head": 2},
+    "grouped": {"n_kv_head": 2, "value_residual": 0.5},
     "multi-query": {"n_kv_head": 1, "residual": "add"},
     "nvidia-rope": {"rope": "nvidia"},
     "yarn": {"rope_scaling": "yarn", "rope_factor": 4.0},
@@ -40,7 +43,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "ema-head": {"norm_mode": "ema", "alpha_kind": "head"},
     "ghost": {"norm_every": 3, "norm_probability": 0.5},
     "tied-softcap": {"tied": True, "softcap": 5.0, "mlp": "relu2"},
-    "no-qk-norm": {"qk_norm": False, "residual": "add", "norm_gain": True},
+    "no-qk-norm": {"qk_norm": False, "residual": "add", "norm_gain": True, "qkv_bias": True, "norm_eps": 1e-3},
 }
 
 
@@ -60,7 +63,7 @@ def tokens(batch: int, time: int, *, seed: int = 0) -> torch.Tensor:
 
 
 def rows(model: GPT, idx: torch.Tensor, count: int, **how: Any) -> list[list[int]]:
-    return torch.stack(list(generate(model, idx, count, **how)), dim=1).tolist()
+    return torch.stack(list(generate_tokens(model, idx, count, **how)), dim=1).tolist()
 
 
 def by_hand(model: GPT, idx: torch.Tensor, count: int) -> list[list[int]]:
@@ -154,7 +157,7 @@ def test_tokens_outside_the_tokenizers_vocabulary_are_never_drawn() -> None:
 
 def test_generating_does_not_change_the_gradient_mode() -> None:
     model = model_of()
-    for token in generate(model, tokens(1, 2), 3):
+    for token in generate_tokens(model, tokens(1, 2), 3):
         assert torch.is_grad_enabled() and not token.requires_grad
     assert torch.is_grad_enabled()
 
@@ -170,7 +173,7 @@ def test_generating_does_not_change_the_gradient_mode() -> None:
 )
 def test_sampling_settings_that_exclude_every_token_are_refused(how: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        next(generate(model_of(), tokens(1, 2), 3, **how))
+        next(generate_tokens(model_of(), tokens(1, 2), 3, **how))
 
 
 # ---- the distribution ------------------------------------------------------------------------------------------------
@@ -217,9 +220,11 @@ def test_the_nucleus_is_the_smallest_set_that_reaches_top_p() -> None:
     assert p.tolist() == pytest.approx([0, 2 / 3, 1 / 3, 0])
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1e-30])
-def test_at_temperature_0_the_most_probable_token_is_certain(temperature: float) -> None:
-    p = probabilities(torch.tensor([[1.0, 3.0, 2.0], [-5.0, -9.0, -6.0]]), Sampling(temperature=temperature))
+@pytest.mark.parametrize(
+    "how", [{"temperature": 0.0}, {"temperature": 1e-30}, {"temperature": 1e-300}, {"top_p": 1e-300}]
+)
+def test_near_temperature_0_or_top_p_0_the_most_probable_token_is_certain(how: dict[str, Any]) -> None:
+    p = probabilities(torch.tensor([[1.0, 3.0, 2.0], [-5.0, -9.0, -6.0]]), Sampling(**how))
     assert p.tolist() == [[0, 1, 0], [1, 0, 0]]
 
 
@@ -230,7 +235,7 @@ def test_tokens_are_drawn_with_the_models_probabilities() -> None:
         scores = model(prompt)[0, -1].double().numpy()
     expected = np.exp(scores / 0.8) / np.exp(scores / 0.8).sum()
     draw = torch.Generator().manual_seed(0)
-    (drawn,) = generate(model, prompt.expand(n, -1), 1, temperature=0.8, generator=draw)
+    (drawn,) = generate_tokens(model, prompt.expand(n, -1), 1, temperature=0.8, generator=draw)
     counts = np.bincount(drawn.numpy(), minlength=8)
     assert scipy.stats.chisquare(counts, expected * n).pvalue > 0.001
     assert scipy.stats.chisquare(counts, np.roll(expected, 1) * n).pvalue < 1e-9
@@ -324,7 +329,7 @@ def test_an_empty_prompt_is_the_document_mark_or_a_newline(lossless: Tokenizer, 
         encode_prompt("\n", foreign)
 
 
-# ---- the command line ------------------------------------------------------------------------------------------------
+# ---- trained models: the function and the command line ------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -343,6 +348,38 @@ def expected_text(run: Path, prompt: str, count: int, **changes: Any) -> str:
     return tokenizer.decode(ids)
 
 
+def test_the_function_returns_what_the_command_prints(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    loaded = load_model(str(trained))
+    assert generate(loaded, "The value", max_tokens=40, temperature=0) == expected_text(trained, "The value", 40)
+    prompts = ["An expression", "If", "The value"]
+    assert generate(loaded, prompts, max_tokens=9, temperature=0, cache=False) == [
+        expected_text(trained, prompt, 9) for prompt in prompts
+    ]
+    assert generate(loaded, [], max_tokens=9) == []
+    arguments = ["--prompt", "If", "--seed", "3", "--max-tokens", "20", "--top-k", "5", "--device", "cpu"]
+    assert main([str(trained), *arguments]) == 0
+    drawn = generate(loaded.model, "If", tokenizer=loaded.tokenizer, seed=3, max_tokens=20, top_k=5)
+    assert capsys.readouterr().out == drawn + "\n"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"max_tokens": 0}, "max_tokens must be a whole number of at least 1, got 0"),
+        ({"max_tokens": 2.0}, "max_tokens must be a whole number of at least 1, got 2.0"),
+        ({"seed": -1}, "seed must be a whole number of at least 0, got -1"),
+        ({"top_p": 2.0}, "top_p: "),
+        ({"dtype": "float23"}, "unknown dtype 'float23', did you mean 'float32'"),
+    ],
+)
+def test_the_function_refuses_what_is_out_of_range(trained: Path, given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        generate(load_model(trained), "If", **given)
+    assert str(error.value).startswith(message)
+    with pytest.raises(ConfigError, match="the model has no tokenizer: name it with `tokenizer`"):
+        generate(model_of(), "If")
+
+
 def test_stdout_holds_the_continuation_only(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [str(trained), "--prompt", "The value", "--temperature", "0", "--max-tokens", "40", "--device", "cpu"]
     assert main(arguments) == 0
@@ -351,6 +388,40 @@ def test_stdout_holds_the_continuation_only(trained: Path, capsys: pytest.Captur
     assert printed.err.startswith("40 tokens in ") and printed.err.endswith(" tokens/s\n")
     assert main([*arguments, "--no-cache"]) == 0
     assert capsys.readouterr().out == printed.out
+
+
+def test_a_draft_changes_no_greedy_text_and_its_acceptance_is_said(
+    trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(trained), "--temperature", "0", "--max-tokens", "30", "--device", "cpu"]
+    prompts = ["--prompt", "The value", "--prompt", "If"]
+    assert main([*arguments, *prompts]) == 0
+    plain = capsys.readouterr().out
+    assert main([*arguments, *prompts, "--draft", str(trained), "--draft-tokens", "3"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out == plain
+    first, last = printed.err.splitlines()
+    assert re.fullmatch(r"100% of \d+ drafted tokens were accepted", first) and last.startswith("60 tokens in ")
+    loaded, other = load_model(trained), model_of(vocab_size=400, n_layer=1)
+    assert generate(loaded, "If", max_tokens=30, temperature=0, draft=other) == expected_text(trained, "If", 30)
+
+
+def test_a_draft_that_does_not_fit_and_options_that_exclude_each_other_are_refused(
+    trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loaded = load_model(trained)
+    data = loaded.checkpoint.data | {"tokenizer": {"spec": "gpt2", "sha256": "0" * 64}}
+    foreign = loaded._replace(checkpoint=dataclasses.replace(loaded.checkpoint, data=data))
+    with pytest.raises(ConfigError, match=r"^the draft was trained with another tokenizer than the model: .* and .*$"):
+        generate(loaded, "If", draft=foreign)
+    with pytest.raises(ConfigError, match=r"^the draft has a vocabulary of 50 tokens, the model one of 400$"):
+        generate(loaded, "If", draft=model_of())
+    with pytest.raises(ConfigError, match="compile does not go with draft: give one of them"):
+        generate(loaded, "If", draft=loaded, compile=True)
+    for option in (["--compile"], ["--draft", str(trained)]):
+        assert main([str(trained), "--no-cache", *option]) == 2
+        name = option[0]
+        assert capsys.readouterr().err == f"{name} needs the cache of keys and values, which was turned off\n"
 
 
 def test_prompts_and_samples_are_shown_in_order(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -402,14 +473,15 @@ def test_text_is_streamed(trained: Path, capsys: pytest.CaptureFixture[str]) -> 
     model, tokenizer, _ = load_model(trained)
     assert tokenizer is not None
     seen: list[str] = []
+    step = BatchDecoder.step
 
-    def watched(*arguments: Any, **named: Any) -> Any:
-        for token in generate(*arguments, **named):
-            seen.append(capsys.readouterr().out)
-            yield token
+    def watched(decoder: BatchDecoder) -> list[StepResult]:
+        results = step(decoder)
+        seen.append(capsys.readouterr().out)
+        return results
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ngpt.generate, "generate", watched)
+        patch.setattr(BatchDecoder, "step", watched)
         assert main([str(trained), "--prompt", "The", "--temperature", "0", "--max-tokens", "10"]) == 0
     (ids,) = rows(model, torch.tensor(tokenizer.encode("The").astype(np.int64))[None], 10, temperature=0.0)
     assert seen == ["", *(tokenizer.decode([token]) for token in ids[:-1])]
@@ -470,4 +542,4 @@ def test_a_closed_pipe_ends_the_command_quietly(trained: Path) -> None:
         assert len(process.stdout.read(5)) == 5
         process.stdout.close()
         assert process.stderr.read() == b""
-        assert process.wait(timeout=60) == 0
+        assert process.wait(timeout=60) == 128 + signal.SIGPIPE

@@ -31,6 +31,7 @@ def test_each_benchmark_prints_one_json_object_with_documented_fields(
     assert [field for field in figures if field not in documented and field not in sizes] == []
 
 
+@pytest.mark.slow
 def test_without_json_each_figure_is_a_line(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "--seconds", "0", "--dtype", "bfloat16", "--set", *options]) == 0
     lines = dict(line.split() for line in capsys.readouterr().out.splitlines())
