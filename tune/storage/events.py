@@ -158,6 +158,7 @@ class ClaimFields(Part):
     source: str | None = None
     says: str | None = None
     metric: str = "val_loss"
+    goal: Literal["minimize", "maximize"] | None = None
     phase: str | None = None
     left: Settings | None = None
     right: Settings | None = None
@@ -188,6 +189,7 @@ class CampaignStarted(Fields):
     code_sha256: str | None = None
     stops_early: bool = True
     smoke: bool = False
+    notes: list[Annotated[str, Field(max_length=1000)]] = Field(default_factory=list)
     claims: list[ClaimFields] = Field(default_factory=list)
 
 
@@ -211,6 +213,7 @@ class Arm(Fields):
     overrides: Settings
     trials: Annotated[list[Annotated[tuple[Seed, TrialId], LIST]], Field(min_length=1, max_length=MAX_ROWS)]
     work: Work | None = None
+    sources: list[str] = Field(default_factory=list)
 
 
 class Axis(Fields):
@@ -412,6 +415,7 @@ class Provenance(Open):
     copied_from: str | None = None
     packed: Annotated[int, Field(ge=1, le=MAX_ROWS)] = 1
     vectorised: Annotated[int, Field(ge=1, le=MAX_ROWS)] = 1
+    ranks: Annotated[int, Field(ge=1, le=MAX_ROWS)] = 1
 
 
 class EvalBlocks(Fields):
@@ -445,6 +449,19 @@ class WorkerDied(Fields):
     trial_id: TrialId
 
 
+class TrialWaiting(Fields):
+    trial_id: TrialId
+
+
+class TrialPlaced(Fields):
+    trial_id: TrialId
+
+
+class WorkersChanged(Fields):
+    workers: Rows
+    reason: str | None = None
+
+
 class RungReached(Fields):
     trial_id: TrialId
     phase: PhaseName
@@ -471,6 +488,9 @@ EVENTS: Mapping[str, TypeAdapter[Any]] = {
     "trial_started": TypeAdapter(TrialStarted),
     "trial_finished": TypeAdapter(TrialFinished),
     "worker_died": TypeAdapter(WorkerDied),
+    "trial_waiting": TypeAdapter(TrialWaiting),
+    "trial_placed": TypeAdapter(TrialPlaced),
+    "workers_changed": TypeAdapter(WorkersChanged),
     "rung_reached": TypeAdapter(RungReached),
 }
 

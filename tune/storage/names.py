@@ -7,6 +7,7 @@ import re
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 FOLDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # of a phase or trial; names are extended, as by `-confirm`
+ELSEWHERE = ".checkpoints-elsewhere"  # marks the folder of a trial whose checkpoints are only in an object store
 MAX_SEED = 2**31 - 1
 
 # Files and folders of a results directory that no phase may be named like. Some file systems ignore case.

@@ -6,8 +6,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from ngpt.code.digest import Meanings
 from ngpt.config.base import ConfigError
-from ngpt.system.code_digest import Meanings
 from tune.storage.divergence import with_divergence
 from tune.storage.journal import JOURNAL, Event, JournalError, read_journal
 from tune.storage.records import BetterArm, FreshDraw, Look, SearchRecord, TrialOutcome, TrialWork
@@ -18,6 +18,7 @@ Overrides = Mapping[str, Any]  # settings by dotted name
 GPU_SHARING_FIELDS = ("trials_per_device", "why", "device", "curve", "measured_at", "together")  # of `GpuSharing`
 MIN_OLD_FRESH_SEED = 100  # smallest fresh seed of the versions before the ledger
 DONE = ("finished", "diverged", "stopped")  # statuses that count as results; such a trial is not run again
+FINAL = ("finished", "diverged")  # of these, those that no later session continues; it may continue a stopped trial
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class ArmState:
     overrides: Overrides  # relative to the phase's base
     trial_ids: Mapping[int, str]  # by seed
     work: TrialWork | None = None  # cost of each trial; missing in older journals
+    sources: tuple[str, ...] = ()  # the phases that handed settings on to this arm alone; unknown in older journals
 
 
 @dataclass
@@ -57,7 +59,13 @@ class PhaseState:
     def from_event(cls, event: Event) -> "PhaseState":
         """The phase that a `phase_planned` event describes."""
         arms = [
-            ArmState(arm["arm"], arm["overrides"], dict(arm["trials"]), arm.get("work") and TrialWork(**arm["work"]))
+            ArmState(
+                arm["arm"],
+                arm["overrides"],
+                dict(arm["trials"]),
+                arm.get("work") and TrialWork(**arm["work"]),
+                tuple(arm.get("sources", ())),
+            )
             for arm in event["arms"]
         ]
         plan = {name: event[name] for name in ("inherit", "base", "baseline", "seeds", "swept")}
@@ -78,6 +86,11 @@ class PhaseState:
         return [trial_id for arm in self.arms for trial_id in arm.trial_ids.values()]
 
     @property
+    def n_trials(self) -> int:
+        """The number of trials of all arms."""
+        return sum(len(arm.trial_ids) for arm in self.arms)
+
+    @property
     def most_trials(self) -> int:
         """The number of trials if no arm is decided before its seeds are used up."""
         if self.most_seeds is None:
@@ -86,14 +99,27 @@ class PhaseState:
         return sum(self.most_seeds if arm.name in runs_on else len(arm.trial_ids) for arm in self.arms)
 
 
+def added_trials(planned: Mapping[str, Iterable[str]]) -> dict[str, set[str]]:
+    """Returns the trial ids of each phase that no phase before it has; `planned` maps phases, in order, to theirs."""
+    seen: set[str] = set()
+    added = {}
+    for phase, trial_ids in planned.items():
+        added[phase] = set(trial_ids) - seen
+        seen |= added[phase]
+    return added
+
+
 @dataclass
 class CampaignState:
     """Everything the journal says about a campaign so far."""
 
     campaign: dict[str, Any] = field(default_factory=dict)  # the newest `campaign_started`
     phases: dict[str, PhaseState] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()  # of all sessions, on where their trials trained
     results: dict[str, Mapping[str, Any]] = field(default_factory=dict)  # newest result by trial id
     running: dict[str, Event] = field(default_factory=dict)  # `trial_started` of trials without a result, by trial id
+    waiting: set[str] = field(default_factory=set)  # of `running`, those for which a cluster has no room yet
+    workers: int = 1  # trials or groups that can run concurrently now
     expected_stages: list[list[dict[str, Any]]] = field(default_factory=list)  # trials still to be planned, per stage
     attempts: dict[str, int] = field(default_factory=dict)  # number of the newest attempt, by trial id
     draws: dict[tuple[str, str], FreshDraw] = field(default_factory=dict)  # of all sessions, by phase and content
@@ -105,13 +131,14 @@ class CampaignState:
     started: str = ""  # start of the first session
     trained_on: dict[str, Any] = field(default_factory=dict)  # environment of the newest session that started a trial
     seconds: float = 0.0  # total duration of all ended sessions
-    slot_seconds: float = 0.0  # the same, each session multiplied by its number of workers
+    slot_seconds: float = 0.0  # the same, multiplied by the number of workers, which may change during a session
+    resized: tuple[float, float] = (0.0, 0.0)  # when `workers` last changed, and the slot seconds of the session before
     max_slots: int = 1  # largest number of workers in any session
     newest: str = ""  # time of the newest event; only for display, since clocks jump
     elapsed: float | None = None  # seconds from the session start to that event; missing in older journals
     left_out: dict[str, int] = field(default_factory=dict)  # number of trials that a budget left out, by phase
     ended: bool = True  # whether the newest session has ended; False if it was killed
-    # The versions of the code (ngpt/system/code_digest.py): the digests of its definitions, by version.
+    # The versions of the code (ngpt/code/digest.py): the digests of its definitions, by version.
     code_versions: dict[str, Meanings] = field(default_factory=dict)
     code_of_start: dict[str, str | None] = field(default_factory=dict)  # version that began the newest attempt
     # Trials that count although their code differs from that of the newest session: what differs, by trial id.
@@ -119,6 +146,7 @@ class CampaignState:
     mixed_code: dict[str, list[str]] = field(default_factory=dict)  # continued from a checkpoint of other code
     accepted_code: dict[tuple[str, str], str] = field(default_factory=dict)  # when --keep was given; (before, now)
     copied: dict[str, str] = field(default_factory=dict)  # trials begun from files of another campaign: its name, by id
+    unscored: set[str] = field(default_factory=set)  # trials that this session could not evaluate
     discarded: dict[str, int] = field(default_factory=dict)  # trials to train anew; number of the event that said so
 
     @property
@@ -166,9 +194,15 @@ class CampaignState:
         wall = datetime.fromisoformat(self.newest) - datetime.fromisoformat(self.campaign["time"])
         return max(0.0, wall.total_seconds())
 
+    def session_slot_seconds(self, seconds: float) -> float:
+        """Of the newest session, up to that many seconds after its start: seconds times workers."""
+        since, slot_seconds = self.resized
+        return slot_seconds + max(0.0, seconds - since) * self.workers
+
     def copy(self) -> "CampaignState":
         """A copy whose collections later events do not change, so that another thread can iterate over them."""
-        return replace(self, phases=dict(self.phases), results=dict(self.results), running=dict(self.running))
+        copies = {"phases": dict(self.phases), "results": dict(self.results), "running": dict(self.running)}
+        return replace(self, **copies, waiting=set(self.waiting))
 
     def apply(self, event: Event) -> None:
         """Updates the state with one event."""
@@ -201,12 +235,22 @@ class CampaignState:
                 if event.get("copied_from"):
                     self.copied[event["trial_id"]] = event["copied_from"]
                 self.trained_on = self.campaign.get("environment", {})
+            case "trial_waiting":
+                self.waiting |= {event["trial_id"]} & self.running.keys()
+            case "trial_placed":
+                self.waiting.discard(event["trial_id"])
+            case "workers_changed":
+                self._resize(event)
             case "trial_finished":
                 self.running.pop(event["trial_id"], None)
+                self.waiting.discard(event["trial_id"])
                 self.discarded.pop(event["trial_id"], None)
                 self.results[event["trial_id"]] = with_divergence(event)
+                if "error" in (event["provenance"].get("evaluation") or {}):
+                    self.unscored.add(event["trial_id"])
             case "worker_died":
                 self.running.pop(event["trial_id"], None)
+                self.waiting.discard(event["trial_id"])
             case "phase_finished":
                 phase = self.phases.get(event["phase"])
                 if phase is None or event["winner"] not in {arm.name for arm in phase.arms}:
@@ -215,8 +259,9 @@ class CampaignState:
                 phase.better = [BetterArm(**arm) for arm in event.get("better", [])]
                 phase.best = BetterArm(**event["best"]) if event.get("best") else None
             case "campaign_ended":
-                self.status, self.ended, self.running = event["status"], True, {}
+                self.status, self.ended, self.running, self.waiting = event["status"], True, {}, set()
                 self._add_session(event["seconds"])
+                self.resized = (0.0, 0.0)
                 self.left_out = event.get("left_out", {})
         self.newest, self.elapsed = event["time"], event.get("elapsed")
 
@@ -243,9 +288,11 @@ class CampaignState:
     def _start_session(self, event: Event) -> None:
         self._add_session(self.session_seconds())  # nonzero if the previous session was killed
         self.started = self.started or event["time"]
+        self.notes = tuple(dict.fromkeys([*self.notes, *event.get("notes", [])]))
         self.max_slots = max(self.max_slots, event.get("workers", 1))
         self.campaign, self.phases, self.running, self.expected_stages = event, {}, {}, []
-        self.status, self.ended, self.left_out = "incomplete", False, {}
+        self.waiting, self.workers, self.resized = set(), max(1, event.get("workers", 1)), (0.0, 0.0)
+        self.status, self.ended, self.left_out, self.unscored = "incomplete", False, {}, set()
         # Failed trials are retried. Trials that were stopped early only count if this session stops early too.
         counted = DONE if event.get("stops_early", True) else [status for status in DONE if status != "stopped"]
         self.results = {i: result for i, result in self.results.items() if result["status"] in counted}
@@ -266,7 +313,13 @@ class CampaignState:
 
     def _add_session(self, seconds: float) -> None:
         self.seconds += seconds
-        self.slot_seconds += seconds * max(1, self.campaign.get("workers", 1))
+        self.slot_seconds += self.session_slot_seconds(seconds)
+
+    def _resize(self, event: Event) -> None:
+        seconds = event.get("elapsed") or 0.0
+        self.resized = (seconds, self.session_slot_seconds(seconds))
+        self.workers = event["workers"]
+        self.max_slots = max(self.max_slots, self.workers)
 
 
 def replay(events: Iterable[Event], path: Path = Path(JOURNAL)) -> CampaignState:

@@ -2,11 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from tune.storage.events import MAX_NUMBER
 from tune.storage.records import Look
 
+if TYPE_CHECKING:
+    pass
+
 DECIDED = ("reproduced", "refuted")  # verdicts on claims that hold for the scale of their trials
+# What every run measures of its model; those of r exist only with a norm mode. Further metrics come from plug-ins.
+DIAGNOSTICS = ("weight_norm_error", "activation_norm_error", "r_mean", "r_min", "r_max", "r_replaced")
 Settings = Mapping[str, Any]  # dotted name to value
 
 
@@ -29,6 +35,7 @@ class TrialRecord:
     seconds: float = 0.0
     provenance: Mapping[str, Any] = field(default_factory=dict)
     reused_from: str | None = None  # the phase that trained it, if not this one
+    unmeasured: tuple[str, ...] = ()  # metrics of the phase that it has no finite value of, although it has finished
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,13 @@ class Spread:
     sd: float | None = None
     ci_low: float | None = None
     ci_high: float | None = None
+
+
+@dataclass(frozen=True)
+class MetricSpread(Spread):
+    """Spread of a metric that no verdict depends on, over the `n` trials of an arm that have a value."""
+
+    n: int = 0
 
 
 @dataclass(frozen=True)
@@ -72,6 +86,7 @@ class ArmSummary:
     arm: str
     rank: int = 0
     overrides: Settings = field(default_factory=dict)  # relative to the phase's base
+    sources: tuple[str, ...] = ()  # the phases that handed settings on to this arm alone
     n: int = 0  # finished seeds
     score: Spread = Spread()  # of the metric that ranks the arms
     noise_sd: float | None = None  # of one trial of this arm, around the means of its arm and its seed
@@ -90,6 +105,7 @@ class ArmSummary:
     trial_ids: tuple[str, ...] = ()
     val_loss: Spread = Spread()
     text_se: float | None = None  # standard error of delta.mean from the evaluation text; None in older results
+    metrics: Mapping[str, MetricSpread] = field(default_factory=dict)  # those without a field of their own, by name
 
 
 @dataclass(frozen=True)
@@ -282,4 +298,24 @@ def to_json(item: Any) -> Any:
         return {name: to_json(value) for name, value in vars(item).items()}
     if isinstance(item, list | tuple):
         return [to_json(part) for part in item]
+    if isinstance(item, dict):
+        return {name: to_json(value) for name, value in item.items()}
     return item
+
+
+def fitting_number(value: Any, kind: str) -> Any:
+    """Returns a number as a column of this kind holds it, int64 or float64; None if it does not fit."""
+    if type(value) not in (int, float) or not abs(value) <= MAX_NUMBER:
+        return None
+    if kind == "int64":
+        return int(value) if value == int(value) and abs(value) < 2**63 else None
+    return value
+
+
+def arrow_table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> Any:  # a pyarrow.Table
+    """Returns rows as an Arrow table; `columns` maps each name to the name of its type."""
+    import pyarrow
+
+    strings = pyarrow.list_(pyarrow.string())
+    schema = pyarrow.schema([(name, strings if kind == "list<string>" else kind) for name, kind in columns.items()])
+    return pyarrow.Table.from_pylist(list(rows), schema=schema)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ngpt.config.base import ConfigError, settings, unknown_message
+from ngpt.config.secrets import redact
 from ngpt.training.config import TrainConfig
 from tune.storage.journal import JOURNAL, Event, read_journal
 
@@ -33,6 +34,9 @@ def is_path(name: object) -> bool:
 
 def read_inherited_winner(text: str) -> InheritedWinner:
     """Reads the winner of the phase at `text` (RESULTS/CAMPAIGN/PHASE). Raises ConfigError if there is no winner."""
+    if "://" in text:
+        advice = "copy its journal.jsonl to a folder DIR/CAMPAIGN, and write DIR/CAMPAIGN/PHASE"
+        raise ConfigError(f"{redact(text)!r} is an address, and inherit reads a results directory here; {advice}")
     # Path.expanduser would raise for an unknown user, Path.is_dir for a path that is too long.
     root, name = Path(os.path.expanduser(text)).parent, Path(text).name
     if not os.path.isdir(root):

@@ -33,6 +33,10 @@ RETRY_RULES: dict[str, RetryRule] = {
     "gpu_error": RetryRule("process", 3, "an error on the GPU ended the process of its group"),
     "hung": RetryRule("process", 3, "it made no progress"),
     "ray_lost": RetryRule("process", 3, "Ray died while it ran"),
+    "node_unfit": RetryRule("node", 20, "its node cannot run it"),  # and gets no further trial
+    "cannot_start": RetryRule("start", 100, "its worker could not start"),  # charged to the node
+    "store_lost": RetryRule("store", 100, "its node could not reach the object store"),
+    "node_lost": RetryRule("node", 20, "its node died or was taken away"),  # spot nodes come and go
 }
 
 
@@ -43,6 +47,7 @@ class WorkerDeath:
     cause: str
     step: int | None = None  # the last step, if known
     first_step: int | None = None  # the step at which the attempt started, if known
+    reason: str | None = None  # instead of the description of its rule
 
 
 def give_up_reason(deaths: Sequence[WorkerDeath]) -> str | None:
@@ -55,7 +60,7 @@ def give_up_reason(deaths: Sequence[WorkerDeath]) -> str | None:
     if count <= rule.retries:
         return None
     alone = ", the last time as the only running trial" if rule.alone and count > 1 else ""
-    return f"{newest.cause}: {rule.description}, {count} times{alone}"
+    return f"{newest.cause}: {newest.reason or rule.description}, {count} times{alone}"
 
 
 def dies_at_same_step(deaths: Sequence[WorkerDeath]) -> bool:
@@ -64,7 +69,7 @@ def dies_at_same_step(deaths: Sequence[WorkerDeath]) -> bool:
     Attempts that died before training a step do not count: most kills happen at startup and say nothing about a step.
     """
     last = deaths[-2:]
-    if len(last) < 2 or any(death.cause == "ray_lost" for death in last):
+    if len(last) < 2 or any(death.cause in ("ray_lost", "node_lost", "store_lost") for death in last):
         return False
     steps = [(death.first_step, death.step) for death in last]
     have_trained = all(first is not None and step is not None and step > first for first, step in steps)

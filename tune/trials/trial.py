@@ -9,7 +9,7 @@ import platform
 import socket
 import time
 import traceback
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,19 +17,27 @@ from typing import Any
 
 import torch
 
+from ngpt.code.digest import current_code
+from ngpt.code.plugins import Source
 from ngpt.config.base import flatten, printable
 from ngpt.config.secrets import redact
 from ngpt.data.dataset import DataConfig, Dataset, open_dataset
+from ngpt.distributed.ranks import ALONE, Ranks
+from ngpt.downstream.config import DownstreamTasks
+from ngpt.plugins.load import load_sources
+from ngpt.plugins.records import used_plugins
+from ngpt.plugins.tables import PluginError
 from ngpt.system import gpus
 from ngpt.system.atomic_files import make_folder, read_regular, remove_temporary_files, write_atomic, write_json
-from ngpt.system.code_digest import current_code
 from ngpt.system.device import pick_device
 from ngpt.system.memory import peak_memory
 from ngpt.training.checkpoint import checkpoint_folders
 from ngpt.training.config import TrainConfig
 from ngpt.training.loop import train
-from ngpt.training.run import RunResult
+from ngpt.training.run import TIMES, RunResult
 from ngpt.training.state import Metrics
+from tune.storage.names import ELSEWHERE
+from tune.trials.evaluation import evaluate_trial
 
 # GPU memory that a process uses in addition to its tensors, at most this share of its part of the GPU.
 CUDA_CONTEXT_BYTES, CUDA_CONTEXT_SHARE = 768 << 20, 0.25
@@ -49,6 +57,9 @@ class TrialSpec:
     threads: int
     attempt: int
     packed: int = 1  # number of trials that may share its device, including itself
+    ranks: int = 1  # processes that train it together (tune/ranks), each with `threads`
+    plugins: tuple[Source, ...] = ()  # loaded by the process of the campaign
+    evaluation: DownstreamTasks | None = None  # set if it has been trained, and only runs downstream tasks
 
     @property
     def name(self) -> str:
@@ -78,7 +89,9 @@ class Attempt:
 
     def __init__(self, spec: TrialSpec, **marks: Any) -> None:
         # Read before the training, since a file may be edited meanwhile.
-        self._spec, self._marks = spec, {"code_sha256": current_code().digest} | marks
+        used = [{name: each[name] for name in ("name", "digest")} for each in used_plugins(flatten(spec.config))]
+        code = {"code_sha256": current_code().digest} | ({"plugins": used} if used else {})
+        self._spec, self._marks = spec, code | marks
         self._started_at, self._start = datetime.now(UTC).isoformat(timespec="milliseconds"), time.perf_counter()
 
     def result(self, run: RunResult, error: str | None = None) -> TrialResult:
@@ -90,7 +103,7 @@ class Attempt:
 
     def interim(self, evaluation: Metrics, dataset: Dataset) -> TrialResult:
         """The result if the trial is stopped at this evaluation. `n_params` is not known yet."""
-        metrics = {name: value for name, value in evaluation.items() if name != "step"} | {
+        metrics = {name: value for name, value in evaluation.items() if name not in ("step", *TIMES)} | {
             "steps": evaluation["step"],
             "peak_memory_bytes": peak_memory(pick_device(self._spec.config.device)),
             "n_params": None,
@@ -112,24 +125,60 @@ def run_trial(spec: TrialSpec, **marks: Any) -> Generator[TrialResult, None, Tri
 
     At each evaluation, yields the result that counts if the trial is stopped there. Returns the final result.
     """
-    torch.set_num_threads(spec.threads)
+    problem = plugin_problem(spec.plugins)  # before the attempt notes which code it runs
     attempt = Attempt(spec, **marks)
     try:
-        prepare_trial_folder(spec.folder, spec.config)
-        limit_gpu_memory(pick_device(spec.config.device), spec.packed)
-        dataset = open_cached_dataset(spec.config.data)
-        with contextlib.closing(train(spec.config, spec.folder, resume="latest", dataset=dataset)) as run:
-            while True:
-                try:
-                    evaluation = next(run)
-                except StopIteration as stop:
-                    final = attempt.result(stop.value)
-                    break
-                yield attempt.interim(evaluation, dataset)
+        if problem is not None:
+            raise problem
+        if spec.evaluation is not None:
+            final = yield from _evaluate(spec, spec.evaluation, attempt)
+        else:
+            final = yield from train_trial(spec, attempt)
     except Exception as exception:
         final = attempt.failure(exception)
     freeze_loaded_objects()
     return final
+
+
+def train_trial(spec: TrialSpec, attempt: Attempt, ranks: Ranks = ALONE) -> Generator[TrialResult, None, TrialResult]:
+    """As `run_trial`, but raises what ends the trial; every rank of it calls this."""
+    torch.set_num_threads(spec.threads)
+    if ranks.is_first:
+        prepare_trial_folder(spec.folder, spec.config)
+    limit_gpu_memory(pick_device(spec.config.device), spec.packed)
+    dataset = open_cached_dataset(spec.config.data)
+    with contextlib.closing(train(spec.config, spec.folder, resume="latest", dataset=dataset, ranks=ranks)) as run:
+        while True:
+            try:
+                evaluation = next(run)
+            except StopIteration as stop:
+                return attempt.result(stop.value)
+            yield attempt.interim(evaluation, dataset)
+
+
+def _evaluate(spec: TrialSpec, tasks: DownstreamTasks, attempt: Attempt) -> Generator[TrialResult, None, TrialResult]:
+    """Returns a result whose metrics are the scores of a trained trial; its provenance says what was asked."""
+    steps = spec.config.steps
+    with contextlib.closing(evaluate_trial(spec.folder, tasks, steps=steps, device=spec.config.device)) as run:
+        while True:
+            try:
+                next(run)
+            except StopIteration as stop:
+                found = stop.value
+                break
+            yield attempt.result(RunResult("stopped", steps, {"steps": steps}))
+    result = attempt.result(RunResult("finished", steps, dict(found.scores)))
+    about = {name: found.about[name] for name in ("asked", "lm_eval") if name in found.about}
+    return replace(result, provenance=result.provenance | {"evaluation": about})
+
+
+def plugin_problem(sources: Sequence[Source]) -> PluginError | None:
+    """Loads the plug-ins of a campaign in this process; returns what is wrong with one, such as a later edit."""
+    try:
+        load_sources(sources)
+    except PluginError as error:
+        return error
+    return None
 
 
 @functools.cache
@@ -159,6 +208,11 @@ def tensor_bytes(total: int, packed: int) -> int:
     """
     share = total / packed
     return int(share - min(CUDA_CONTEXT_BYTES, share * CUDA_CONTEXT_SHARE))
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether the trial in `folder` has a checkpoint, here or in an object store."""
+    return bool(checkpoint_folders(folder / "checkpoints")) or (folder / ELSEWHERE).exists()
 
 
 def origin_of(folder: Path) -> str | None:

@@ -9,9 +9,12 @@ import itertools
 import logging
 from collections.abc import Collection, Generator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
+from ngpt.config.base import printable
+from ngpt.config.secrets import redact
 from ngpt.ensemble.train import ensemble_incompatibility, graph_settings, train_together
 from ngpt.system import gpus
 from ngpt.system.device import pick_device
@@ -24,6 +27,7 @@ from tune.trials.trial import (
     TrialSpec,
     limit_gpu_memory,
     open_cached_dataset,
+    plugin_problem,
     prepare_trial_folder,
     run_trial,
 )
@@ -37,10 +41,14 @@ class GpuUnusable(Exception):
 
 @dataclass(frozen=True)
 class Updates:
-    """Results since the last yield, by trial id: `interim` for running trials, `ended` for trials that have ended."""
+    """Results since the last yield, by trial id: `interim` for running trials, `ended` for trials that have ended.
+
+    `files` has what the run does not see of the files of these trials, since they train in a folder of another host.
+    """
 
     interim: dict[str, TrialResult] = field(default_factory=dict)
     ended: dict[str, TrialResult] = field(default_factory=dict)
+    files: dict[str, list[Any]] = field(default_factory=dict)  # tune/remote/parts.py
 
 
 Trials = Generator[Updates, Collection[str] | None, None]
@@ -85,10 +93,13 @@ def run_trials(specs: Sequence[TrialSpec]) -> Trials:
     try:
         limit_gpu_memory(device, specs[0].packed)
         yield from _train_group(specs, running)
-    except Exception:
+    except Exception as error:
         # An error in the shared step ends all trials; when they run alone, each gets its own result.
         names = ", ".join(spec.name for spec in running.values())
-        log.warning("%d trials failed together and continue one by one: %s", len(running), names, exc_info=True)
+        reason = printable(redact(f"{type(error).__name__}: {error}"))
+        text = "%d trials failed together and continue one by one: %s (%s)"
+        # A rule of a plug-in may branch on the values of a tensor, which is no fault of ours to trace.
+        log.warning(text, len(running), names, reason, exc_info=not specs[0].plugins)
     finally:
         with contextlib.suppress(RuntimeError):  # of a GPU that has become unusable
             free_memory(device)
@@ -104,6 +115,8 @@ def run_trials(specs: Sequence[TrialSpec]) -> Trials:
 
 def _train_group(specs: Sequence[TrialSpec], running: dict[int, TrialSpec]) -> Trials:
     """Trains `specs` concurrently; removes each from `running` when it has ended or was stopped."""
+    if problem := plugin_problem(specs[0].plugins):
+        raise problem
     attempts = [Attempt(spec, vectorised=len(specs)) for spec in specs]
     dataset = open_cached_dataset(specs[0].config.data)
     for spec in specs:

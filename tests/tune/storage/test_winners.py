@@ -80,6 +80,13 @@ def test_what_is_not_there_is_one_message_with_its_place(first: Path, tmp_path: 
     assert "unknown phase 'alhpa', did you mean 'alpha'?" in refusal(tmp_path, corpus, first / "alhpa")
 
 
+def test_an_address_is_refused_in_one_line(tmp_path: Path, corpus: Path) -> None:
+    with pytest.raises(ConfigError) as refused:
+        load_campaign(second(tmp_path, corpus, "s3://bucket/runs/first/alpha"))
+    text = "'s3://bucket/runs/first/alpha' is an address, and inherit reads a results directory here; copy its journal"
+    assert all(text in line for line in str(refused.value).splitlines())
+
+
 def test_a_phase_without_a_winner_cannot_be_inherited(tmp_path: Path, corpus: Path) -> None:
     root = tmp_path / "half"
     with session_on(write_file(tmp_path, corpus), root) as session:

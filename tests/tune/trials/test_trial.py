@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from ngpt.code.digest import current_code
 from ngpt.config.base import flatten, override
 from ngpt.data.dataset import DataConfig
-from ngpt.system.code_digest import current_code
 from ngpt.training.config import TrainConfig
 from tests.helpers import ROOT
 from tests.helpers.tiny_run import finish
@@ -138,6 +138,7 @@ def test_an_interrupted_trial_has_no_error_file(spec: TrialSpec) -> None:
     assert not (spec.folder / "error.txt").exists()
 
 
+@pytest.mark.slow
 def test_a_trial_after_others_equals_one_in_a_fresh_process_bit_for_bit(spec: TrialSpec, tmp_path: Path) -> None:
     different = override(spec.config, {"seed": 9, "dtype": "bfloat16"})
     other = replace(spec, folder=tmp_path / "other", threads=2, config=different)
@@ -165,6 +166,7 @@ print(json.dumps(numbers(result)))
     assert weights(fresh) == weights(tmp_path / "warm")
 
 
+@pytest.mark.slow
 def test_a_trial_uses_its_number_of_threads(spec: TrialSpec) -> None:
     run = run_trial(replace(spec, threads=2))
     next(run)
