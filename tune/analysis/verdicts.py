@@ -21,6 +21,7 @@ from math import floor, fsum, log10, sqrt
 from statistics import fmean
 from typing import Literal
 
+from tune import format as fmt
 from tune.analysis.noise import Comparison, Method, NoisePrior, Values, compare_arms
 from tune.analysis.power import MAX_SEEDS, Design, seeds_to_decide, smallest_detectable
 from tune.storage.records import TrialOutcome
@@ -85,7 +86,7 @@ def judge(
     """
     if baseline not in outcomes or not 0 < confidence < 1:
         raise ValueError(f"baseline {baseline!r} must be one of {sorted(outcomes)}, 0 < confidence={confidence} < 1")
-    values, excluded, warnings = _finished_values(outcomes, baseline)
+    values, excluded, warnings = _finished_values(outcomes, baseline, metric)
     is_biased, sign = excluded.get(baseline) == "diverged", {"minimize": 1.0, "maximize": -1.0}[goal]
     rules = _Rules(sign, confidence, min_effect, metric, is_biased)
     compared = {a: v for a, v in values.items() if len(v) > 1 and (a == baseline or a not in excluded)}
@@ -135,7 +136,7 @@ def holm(p: Sequence[float]) -> list[float]:
     return [value for _, value in sorted(zip(order, adjusted, strict=True))]
 
 
-def _finished_values(outcomes: Outcomes, baseline: str) -> tuple[Values, dict[str, Verdict], list[str]]:
+def _finished_values(outcomes: Outcomes, baseline: str, metric: str) -> tuple[Values, dict[str, Verdict], list[str]]:
     """Returns the finished values by arm, the verdicts of arms that are not compared, and warnings.
 
     All are sorted, so that floating-point sums do not depend on the order in which trials finished.
@@ -146,8 +147,8 @@ def _finished_values(outcomes: Outcomes, baseline: str) -> tuple[Values, dict[st
         finished = {seed: o.value for seed, o in sorted(outcomes[arm].items()) if o.status == "finished"}
         values[arm] = {seed: float(x) for seed, x in finished.items() if x is not None and abs(x) < MAX_VALUE}  # no NaN
         if unusable := sorted(finished.keys() - values[arm].keys()):
-            text = f"finished without a finite value below {MAX_VALUE:g} with seeds {unusable}, taken as missing"
-            warnings.append(f"{arm}: {text}")
+            text = f"{metric} is missing, not finite or beyond {MAX_VALUE:g} with seeds {unusable}"
+            warnings.append(f"{arm}: {text}, so these finished trials are not compared")
         if len(values[arm]) < len(outcomes[arm]) or not outcomes[arm]:
             excluded[arm] = "diverged" if "diverged" in statuses else "failed" if "failed" in statuses else "incomplete"
     if baseline in excluded and values[baseline]:
@@ -298,7 +299,8 @@ def _why(arms: list[ArmSummary], winner: str, noise: PhaseNoise, rules: _Rules, 
     digits = min(max(1 - floor(log10((high - low) / 2 or abs(delta.mean) / 10 or 1.0)), 0), 12)
     verb, low, high = ("raises", low, high) if delta.mean > 0 else ("lowers", 0.0 - high, 0.0 - low)
     verb = verb if delta.mean else "changes"
-    text = f"{best.arm} {verb} {rules.metric} by {abs(delta.mean):.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+    interval = f"[{fmt.number(low, digits)}, {fmt.number(high, digits)}]"
+    text = f"{best.arm} {verb} {rules.metric} by {abs(delta.mean):.{digits}f} {interval}"
     text += f" ({seeds}, Holm p {p:.2g})"
     if best.arm != winner:
         bar = "by min_effect" if p < rules.alpha and rules.sign * delta.mean < 0 else "beyond the noise"

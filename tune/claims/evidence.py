@@ -11,8 +11,9 @@ from tune import format as fmt
 from tune.analysis.importance import is_number
 from tune.analysis.verdicts import MAX_VALUE, Judgement, Outcomes, judge
 from tune.claims.selectors import ClaimArm, Selector, describe, matches, same, varied
+from tune.spec.metrics import LOSS_METRICS
 from tune.spec.reading import short
-from tune.spec.schema import LOSS_METRICS, Claim
+from tune.spec.schema import Claim
 from tune.storage.records import TrialOutcome
 from tune.storage.summaries import Delta
 
@@ -253,12 +254,17 @@ def incomplete(outcomes: Sequence[TrialOutcome], metric: str) -> ClaimVerdict | 
     unfinished = Counter(outcome.status for outcome in outcomes if outcome.status != "finished")
     if unfinished:
         counts = ", ".join(f"{n} {status}" for status, n in sorted(unfinished.items()))
-        text = f"{unfinished.total()} of {len(outcomes)} trials have not finished ({counts})"
+        text = f"{_share_of(unfinished.total(), outcomes)} not finished ({counts})"
         is_empty = unfinished.total() == len(outcomes) and "diverged" not in unfinished
         return ClaimVerdict("no data" if is_empty else "undecided", text)
     lacking = sum(outcome.value is None for outcome in outcomes)
-    text = f"{lacking} of {len(outcomes)} trials have no {metric} that can be compared"
+    text = f"{_share_of(lacking, outcomes)} no {metric} that can be compared"
     return ClaimVerdict("no data", text) if lacking or not outcomes else None
+
+
+def _share_of(number: int, outcomes: Sequence[TrialOutcome]) -> str:
+    """Begins a sentence: `1 of 8 trials has`, `2 of 8 trials have`."""
+    return f"{number} of {fmt.counted(len(outcomes), 'trial')} {'has' if number == 1 else 'have'}"
 
 
 def _delta(

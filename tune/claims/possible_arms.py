@@ -12,6 +12,7 @@ from ngpt.training.config import TrainConfig
 from tune import format as fmt
 from tune.analysis.importance import is_number
 from tune.claims.selectors import NAME_KEYS, Selector, describe, same
+from tune.spec.metrics import MISSING_WITH
 from tune.spec.reading import Reading, collect, distinct, short
 from tune.spec.schema import Claim, Phase
 from tune.spec.sweeps import BASELINE
@@ -49,6 +50,22 @@ class PossibleArm:
         )
 
 
+def missing_metric(metric: str, arms: Sequence[PossibleArm]) -> str | None:
+    """Why none of the arms can have a metric; None if one may have it."""
+    if metric not in MISSING_WITH:
+        return None
+    setting, value = MISSING_WITH[metric]
+    if any(values is None or any(other != value for other in values) for values in (a.values(setting) for a in arms)):
+        return None
+    return f"no arm can have {metric}, because {short(setting)} is {fmt.value(value)} in all of them"
+
+
+def check_metric(metric: str, phases: Sequence[Phase], base: TrainConfig) -> Reading[None]:
+    """Checks that an arm may have the metric by which the campaign compares arms."""
+    if reason := missing_metric(metric, possible_arms(phases, flatten(base)) if metric in MISSING_WITH else []):
+        yield Problem(("metric", "name"), reason)
+
+
 def check_claims(claims: Mapping[int, Claim], phases: Sequence[Phase], base: TrainConfig) -> Reading[None]:
     """Checks that both sides of each claim may exist in one phase, and that its `setting` varies there."""
     arms = possible_arms(phases, flatten(base)) if claims else []
@@ -59,6 +76,9 @@ def check_claims(claims: Mapping[int, Claim], phases: Sequence[Phase], base: Tra
             yield Problem((*at, "phase"), unknown_message("phase", claim.phase, names))
             continue
         candidates = [arm for arm in arms if claim.phase in (None, arm.phase)]
+        if reason := missing_metric(claim.metric or "", candidates):
+            yield Problem((*at, "metric"), reason)
+            continue
         sides, wrong = collect(_check_sides(claim, at, candidates, names))
         yield from wrong
         if wrong or sides is None:

@@ -5,7 +5,8 @@ claims:
   - {id: epoch, says: "18B tokens in 20 minutes", relation: arithmetic, expression: "110e3 * 20 * 60", value: 18e9, ...}
 """
 
-from collections.abc import Callable, Collection
+from collections import ChainMap
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from ngpt.config.yaml_reader import read_yaml
 from ngpt.training.config import TrainConfig, with_absolute_paths
 from tune import format as fmt
 from tune.claims.arithmetic import evaluate
-from tune.claims.relations import DIRECTIONS, METRIC_GOALS, RELATIONS
+from tune.claims.relations import DIRECTIONS, RELATIONS
 from tune.claims.selectors import NAME_KEYS, same
+from tune.spec.metrics import BUILT_IN_GOALS, KNOWN_METRICS, metric_goal
 from tune.spec.reading import Reading, check_name, collect, complete
 from tune.spec.schema import Claim
 
@@ -24,8 +26,10 @@ COMMON_FIELDS = ("id", "relation", "source", "says")  # fields of every claim
 TRIAL_FIELDS = ("metric", "phase")
 
 
-def load_claims(path: Path) -> tuple[Claim, ...]:
+def load_claims(path: Path, metrics: Iterable[str] = ()) -> tuple[Claim, ...]:
     """Reads the claims of a file for a campaign that ran without them; keys other than `claims:` are ignored.
+
+    Beside the known ones, claims may name `metrics`, which the records have from a plug-in that is not loaded here.
 
     A claim about an arm that does not exist is no error here; its verdict will be `no data`.
 
@@ -34,18 +38,19 @@ def load_claims(path: Path) -> tuple[Claim, ...]:
     """
     document = read_yaml(path)
     data = document.data if isinstance(document.data, dict) else {}
-    return tuple(complete(read_claims(data.get("claims"), path.parent), document).values())
+    return tuple(complete(read_claims(data.get("claims"), path.parent, metrics), document).values())
 
 
-def read_claims(data: Any, folder: Path) -> Reading[dict[int, Claim]]:
+def read_claims(data: Any, folder: Path, metrics: Iterable[str] = ()) -> Reading[dict[int, Claim]]:
     """Reads a list of claims; returns the valid ones by their index in the list."""
+    known = ChainMap[str, Any](dict.fromkeys(metrics), KNOWN_METRICS)  # pyright: ignore[reportArgumentType]
     if not isinstance(data, list):
         yield Problem(("claims",), f"expected a list of claims, got {data!r}")
         return {}
     claims: dict[int, Claim] = {}
     ids: set[str] = set()
     for i, raw in enumerate(data):
-        fields, wrong = collect(_read_claim(raw, ("claims", i), folder))
+        fields, wrong = collect(_read_claim(raw, ("claims", i), folder, known))
         yield from wrong
         if wrong or fields is None:
             continue
@@ -53,11 +58,13 @@ def read_claims(data: Any, folder: Path) -> Reading[dict[int, Claim]]:
             yield Problem(("claims", i, "id"), f"two claims have the id {fields['id']!r}")
             continue
         ids.add(fields["id"])
-        claims[i] = Claim(**fields)
+        metric = fields.get("metric", Claim.metric)
+        # The plug-in that adds a metric may not be there when the results are read again.
+        claims[i] = Claim(**fields, goal=None if metric in BUILT_IN_GOALS else metric_goal(metric))
     return claims
 
 
-def _read_claim(raw: Any, at: Location, folder: Path) -> Reading[dict[str, Any]]:
+def _read_claim(raw: Any, at: Location, folder: Path, metrics: Collection[str]) -> Reading[dict[str, Any]]:
     if not isinstance(raw, dict):
         yield Problem(at, f"a claim is a mapping with `id:` and `relation:`, got {raw!r}")
         return {}
@@ -90,7 +97,7 @@ def _read_claim(raw: Any, at: Location, folder: Path) -> Reading[dict[str, Any]]
             fields[key] = yield from _read_parts(raw[key], (*at, key), folder)
             continue
         try:
-            fields[key] = READERS[key](raw[key])
+            fields[key] = (_choice("metric", metrics) if key == "metric" else READERS[key])(raw[key])
         except ConfigError as error:
             yield Problem((*at, key), str(error))
     if fields.get("left") and same(fields["left"], fields.get("right")):
@@ -157,7 +164,6 @@ READERS: dict[str, Callable[[Any], Any]] = {
     "source": _text,
     "says": _text,
     "phase": _text,
-    "metric": _choice("metric", METRIC_GOALS),
     "setting": lambda value: resolve(TrainConfig, _text(value)),
     "direction": _choice("direction", DIRECTIONS),
     "value": evaluate,
@@ -165,4 +171,4 @@ READERS: dict[str, Callable[[Any], Any]] = {
     "expression": _expression,
 }
 SELECTORS = ("left", "right")
-FIELDS = ("id", "relation", *READERS, *SELECTORS, "parts")
+FIELDS = ("id", "relation", "metric", *READERS, *SELECTORS, "parts")

@@ -21,7 +21,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from math import exp, inf, isfinite, log, sqrt
-from typing import Literal
 
 from ngpt.config.base import ConfigError
 from tune import format as fmt
@@ -39,16 +38,11 @@ from tune.claims.evidence import (
     weighted_sum,
 )
 from tune.claims.selectors import ClaimArm, describe, matches
+from tune.spec.metrics import metric_goal
 from tune.spec.reading import short
-from tune.spec.schema import LOSS_METRICS, Claim
+from tune.spec.schema import Claim
 from tune.storage.summaries import ClaimResult
 
-# The metrics that claims may compare, and whether lower or higher is better.
-METRIC_GOALS: dict[str, Literal["minimize", "maximize"]] = {
-    **dict.fromkeys((*LOSS_METRICS, "peak_memory_bytes", "n_params", "steps", "tokens"), "minimize"),
-    **dict.fromkeys(("weight_norm_error", "activation_norm_error", "r_mean", "r_replaced"), "minimize"),
-    "tokens_per_second": "maximize",
-}
 DIRECTIONS = {"decreasing": 1.0, "increasing": -1.0}  # factors that make a change in the claimed direction negative
 SLACK = 1 - 1e-9  # relative tolerance, so that an effect of exactly min_effect passes despite rounding
 PRECEDENCE = ("refuted", "undecided", "no data", "reproduced")  # the earliest one decides if phases differ
@@ -60,8 +54,8 @@ def judge_claims(claims: Sequence[Claim], evidence: Evidence) -> list[ClaimResul
     for claim in claims:
         relation = RELATIONS.get(claim.relation)
         arms = [arm for arm in evidence.arms if claim.phase in (None, arm.phase)]
-        problem = _unjudgeable(claim)
-        verdict = relation.judge(claim, replace(evidence, arms=arms)) if relation and not problem else None
+        problem = _unjudgeable(claim, evidence)
+        verdict = _verdict(relation, claim, replace(evidence, arms=arms)) if relation and not problem else None
         verdict = verdict or ClaimVerdict("no data", problem)
         metric = claim.metric if relation and relation.uses_trials else None
         numbers = (verdict.observed, verdict.ci_low, verdict.ci_high)
@@ -71,13 +65,28 @@ def judge_claims(claims: Sequence[Claim], evidence: Evidence) -> list[ClaimResul
     return results
 
 
-def _unjudgeable(claim: Claim) -> str:
+def _verdict(relation: "Relation", claim: Claim, evidence: Evidence) -> ClaimVerdict:
+    """Judges a claim. What goes wrong in a relation of a plug-in becomes its reason, and does not stop the campaign."""
+    if relation.judge.__module__ == __name__:
+        return relation.judge(claim, evidence)
+    try:
+        verdict = relation.judge(claim, evidence)
+        if isinstance(verdict, ClaimVerdict) and verdict.verdict in PRECEDENCE:
+            return verdict
+        problem = f"returns {verdict!r} instead of a ClaimVerdict with one of {', '.join(PRECEDENCE)}"
+    except Exception as error:
+        problem = f"fails: {type(error).__name__}: {error}"
+    return ClaimVerdict("no data", f"the relation {claim.relation} {fmt.plain(problem)}")
+
+
+def _unjudgeable(claim: Claim, evidence: Evidence) -> str:
     """Why a claim from a journal, perhaps of another version, cannot be judged; empty if it can."""
     if claim.relation not in RELATIONS:
         return f"this version does not know the relation {fmt.plain(claim.relation)!r}"
     if missing := [name for name in RELATIONS[claim.relation].needs if getattr(claim, name) is None]:
         return f"the claim lacks {fmt.listing(missing)}"
-    if claim.metric not in METRIC_GOALS or claim.direction not in (None, *DIRECTIONS):
+    has_goal = not RELATIONS[claim.relation].needs_goal or _goal(claim, evidence) is not None
+    if not has_goal or claim.direction not in (None, *DIRECTIONS):  # perhaps a metric of a plug-in
         return "this version does not know its metric or direction"
     try:
         evaluate(claim.expression or 0)
@@ -175,7 +184,7 @@ def judge_equivalence(claim: Claim, evidence: Evidence) -> ClaimVerdict:
         verdict, position = "refuted", "all of it outside"
     else:
         verdict, position = "undecided", "partly within"
-    text = f"{_sentence(claim, result)}, {position} [{low:.6g}, {high:.6g}]"
+    text = f"{_sentence(claim, result)}, {position} [{fmt.digits(low, 6)}, {fmt.digits(high, 6)}]"
     if verdict == "undecided":
         bounds = (log(low) if low > 0 else -inf, log(high) if high > 0 else -inf) if is_ratio else (low, high)
         text = f"{text}; {_seeds_to_locate(estimate, *bounds, evidence)}"
@@ -221,7 +230,7 @@ def judge_monotone(claim: Claim, evidence: Evidence) -> ClaimVerdict:
     pairs = {(i, j): deltas[series.names[j], series.names[i]] for i, j in combinations(range(len(series.names)), 2)}
     corrected = holm([1.0 if delta.p is None else delta.p for delta in pairs.values()])
     wrong = [
-        f"from {series.values[i]:g} to {series.values[j]:g}"
+        f"from {fmt.digits(series.values[i], 6)} to {fmt.digits(series.values[j], 6)}"
         for ((i, j), delta), p in zip(pairs.items(), corrected, strict=True)
         if p < 1 - evidence.confidence and sign * delta.mean > 0 and _reaches(delta.mean, min_effect)
     ]
@@ -229,7 +238,8 @@ def judge_monotone(claim: Claim, evidence: Evidence) -> ClaimVerdict:
     passed = sum(all(end is not None and sign * end < 0 for end in (step.ci_low, step.ci_high)) for step in steps)
     whole = pairs[0, len(series.names) - 1]
     sentence = f"{claim.metric} changes by {_interval(whole.mean, whole.ci_low, whole.ci_high)} {series.place}"
-    sentence = f"from {short(claim.setting or '')}={series.values[0]:g} to {series.values[-1]:g} {sentence}"
+    first, last = (fmt.digits(series.values[end], 6) for end in (0, -1))
+    sentence = f"from {short(claim.setting or '')}={first} to {last} {sentence}"
     if wrong:
         verdict, reason = "refuted", f"; it goes the other way {wrong[0]}"
     elif passed < len(steps):
@@ -244,7 +254,9 @@ def judge_monotone(claim: Claim, evidence: Evidence) -> ClaimVerdict:
 def judge_arithmetic(claim: Claim, evidence: Evidence) -> ClaimVerdict:
     """Checks that the expression equals the value within the tolerance; no trials are needed."""
     computed, value, tolerance = evaluate(claim.expression or ""), claim.value or 0.0, claim.tolerance or 0.0
-    sentence = f"{claim.expression} = {computed:.6g}, the claim says {value:.6g} +- {tolerance:.6g}"
+    sentence = (
+        f"{claim.expression} = {fmt.digits(computed, 6)}, the claim says {fmt.digits(value, 6)} ± {tolerance:.6g}"
+    )
     return ClaimVerdict("reproduced" if abs(computed - value) <= tolerance else "refuted", sentence, observed=computed)
 
 
@@ -256,6 +268,7 @@ class Relation:
     needs: tuple[str, ...]
     allows: tuple[str, ...] = ()
     uses_trials: bool = True  # if so, a claim may also have `metric` and `phase`
+    needs_goal: bool = False  # whether it depends on lower or higher values being better
 
 
 RELATIONS = {
@@ -264,8 +277,8 @@ RELATIONS = {
     "equal": Relation(judge_equivalence, ("left", "right", "tolerance")),
     "below": Relation(judge_level, ("left", "value")),
     "above": Relation(judge_level, ("left", "value")),
-    "synergy": Relation(judge_synergy, ("left", "right", "parts")),
-    "best": Relation(judge_best, ("left",)),
+    "synergy": Relation(judge_synergy, ("left", "right", "parts"), needs_goal=True),
+    "best": Relation(judge_best, ("left",), needs_goal=True),
     "monotone": Relation(judge_monotone, ("setting", "direction"), ("left",)),
     "ratio": Relation(judge_equivalence, ("left", "right", "value", "tolerance")),
     "arithmetic": Relation(judge_arithmetic, ("value", "expression", "tolerance"), uses_trials=False),
@@ -303,8 +316,9 @@ def _judge_best_in_phase(claim: Claim, evidence: Evidence, chosen: ClaimArm, arm
     return ClaimVerdict("reproduced", f"{sentence}; it beats all {len(others)} others", *numbers, n, trials)
 
 
-def _goal(claim: Claim, evidence: Evidence) -> Literal["minimize", "maximize"]:
-    return evidence.goal if claim.metric == evidence.metric else METRIC_GOALS[claim.metric]
+def _goal(claim: Claim, evidence: Evidence) -> str | None:
+    """Whether lower or higher values are better; None if neither the campaign nor this version knows it."""
+    return evidence.goal if claim.metric == evidence.metric else claim.goal or metric_goal(claim.metric)
 
 
 def _seeds_to_locate(result: Difference, low: float, high: float, evidence: Evidence) -> str:
@@ -349,5 +363,5 @@ def _reaches(effect: float, min_effect: float) -> bool:
 
 
 def _interval(mean: float | None, low: float | None, high: float | None) -> str:
-    ends = "" if low is None or high is None else f" [{low:.4g}, {high:.4g}]"
-    return f"{mean:.4g}{ends}" if mean is not None else ""
+    ends = "" if low is None or high is None else f" [{fmt.digits(low)}, {fmt.digits(high)}]"
+    return f"{fmt.digits(mean)}{ends}" if mean is not None else ""

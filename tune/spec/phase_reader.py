@@ -20,14 +20,15 @@ from tune.spec.reading import (
     repeated,
     short,
 )
-from tune.spec.schema import HOLDS, KINDS, MAX_TRIALS, Phase, SeedRule, UntilDecided, count_seeds
+from tune.spec.schema import HOLDS, MAX_TRIALS, Phase, SeedRule, UntilDecided, count_seeds, kinds
 from tune.spec.search_space import Search, random_arms, read_search
 from tune.spec.seeds import read_seed_rule
-from tune.spec.sweeps import BASELINE, SWEEPS, ArmSpec, Axis, count
+from tune.spec.sweeps import BASELINE, ArmSpec, Axis, build_arms, count
 from tune.storage.names import RESERVED
 from tune.storage.winners import InheritedWinner, is_path, read_inherited_winner
 
-PHASE_KEYS = ("name", "inherit", "set", "seeds", "hold", *KINDS)
+PHASE_KEYS = ("name", "inherit", "set", "seeds", "hold")  # besides its kind
+WINNER = "winner"  # the usual name of an arm that is the winner of another phase
 MAX_PHASES = 100  # bounds the recursion through phases that inherit from each other
 
 Sweep = tuple[list[ArmSpec], dict[str, tuple[Any, ...]]]  # the arms, and the values of each swept setting by name
@@ -57,10 +58,10 @@ def read_phases(data: Mapping[str, Any], seeds: SeedRule, folder: Path) -> Readi
 
 def _raw_phases(data: Mapping[str, Any]) -> Reading[list[tuple[Any, Location]]]:
     """The unparsed phases with their locations; a file without `phases:` has a single phase named main."""
-    short = {key: data[key] for key in KINDS if key in data}
+    short = {key: data[key] for key in kinds() if key in data}
     if "phases" not in data:
         if not short:
-            yield Problem((), f"nothing varies: give `phases:`, or one of {', '.join(KINDS)}")
+            yield Problem((), f"nothing varies: give `phases:`, or one of {', '.join(kinds())}")
         return [({"name": "main"} | short, ())] if short else []
     for key in short:
         yield Problem((key,), f"`{key}:` at the top is for files without `phases:`; move it into a phase")
@@ -93,8 +94,8 @@ class _PhaseReader:
             yield Problem(at, f"a phase is a mapping, got {raw!r}")
             return None
         for key in raw:
-            if key not in PHASE_KEYS:
-                yield Problem((*at, key), unknown_message("setting", key, PHASE_KEYS))
+            if key not in (allowed := (*PHASE_KEYS, *kinds())):
+                yield Problem((*at, key), unknown_message("setting", key, allowed))
         name = yield from self._name(raw, at)
         seeds = yield from self._seeds(raw, at)
         pinned = yield from self._settings(raw.get("set", {}), (*at, "set"))
@@ -102,13 +103,13 @@ class _PhaseReader:
         hold = raw.get("hold")
         if hold is not None and (not isinstance(hold, str) or hold not in HOLDS):
             yield Problem((*at, "hold"), unknown_message("quantity to hold", hold, HOLDS))
-        kinds = [kind for kind in KINDS if kind in raw]
-        if len(kinds) != 1:
-            given = f"got {' and '.join(kinds)}" if kinds else "got none"
-            where = (*at, kinds[1]) if kinds else at
-            yield Problem(where, f"a phase has exactly one of {', '.join(KINDS)}; {given}")
+        found = [kind for kind in kinds() if kind in raw]
+        if len(found) != 1:
+            given = f"got {' and '.join(found)}" if found else "got none"
+            where = (*at, found[1]) if found else at
+            yield Problem(where, f"a phase has exactly one of {', '.join(kinds())}; {given}")
             return None
-        kind, where = kinds[0], (*at, kinds[0])
+        kind, where = found[0], (*at, found[0])
         n_seeds = count_seeds(seeds)
         arms, swept, combine, search, question = list[ArmSpec](), {}, (), None, None
         if kind == "combine":
@@ -219,9 +220,13 @@ class _PhaseReader:
             arms = yield from self._runs(phase, data, at)
             yield from self._count(str(len(arms)), len(arms), n_seeds, at)
             return arms, {}
-        axes = yield from self._axes(kind, data, at)
-        is_small_enough = axes and (yield from self._count(_size(kind, axes), count(kind, axes), n_seeds, at))
-        return SWEEPS[kind](axes) if is_small_enough else [], {axis.setting: axis.values for axis in axes}
+        axes, arms = (yield from self._axes(kind, data, at)), list[ArmSpec]()
+        try:
+            if axes and (yield from self._count(_size(kind, axes), count(kind, axes), n_seeds, at)):
+                arms = build_arms(kind, axes)
+        except ConfigError as error:
+            yield Problem(at, str(error))
+        return arms, {axis.setting: axis.values for axis in axes}
 
     def _axes(self, kind: str, data: Any, at: Location) -> Reading[list[Axis]]:
         if not isinstance(data, dict) or not data:
@@ -269,6 +274,10 @@ class _PhaseReader:
         if raw["arm"] == BASELINE.name and (changes or inherit):
             text = "the arm `baseline` is the unchanged base of the phase; give a changed arm another name"
             yield Problem((*at, "arm"), text)
+        if raw["arm"] == WINNER and len(raw) == 1:
+            earlier = [name for name in self.names if name != phase]
+            text = f"`{{arm: winner, inherit: {earlier[-1] if earlier else 'PHASE'}}}`"
+            yield Problem((*at, "arm"), f"this arm changes nothing: name the phase that it is the winner of, {text}")
         origins = {name: location for name, (_, location) in changes.items()} | {"arm": at}
         overrides = {name: value for name, (value, _) in changes.items()}
         return ArmSpec(raw["arm"], overrides, inherit, origins) if is_valid_name else None

@@ -3,30 +3,38 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count, takewhile
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, Self
 
-from pydantic import Field, PlainValidator
+from pydantic import Field, PlainValidator, model_validator
 
 from ngpt.config.base import Config, Location, invalid_setting, one_of
+from ngpt.distributed.strategies import STRATEGIES
+from ngpt.downstream.config import DownstreamTasks, Names
 from ngpt.model.config import Count
 from ngpt.training.config import TrainConfig
+from tune.spec.metrics import KNOWN_METRICS
 from tune.spec.search_space import Search
 from tune.spec.sweeps import SWEEPS, ArmSpec
 from tune.storage.names import MAX_SEED
 from tune.storage.winners import InheritedWinner, is_path
 
-LOSS_METRICS = ("val_loss", "val_bpb", "train_loss")
 GOALS = ("minimize", "maximize")
 EARLY_STOP_METHODS = ("asha",)
 HOLDS = ("tokens", "steps", "seconds")  # quantities that can be kept equal between arms
-KINDS = (*SWEEPS, "runs", "combine", "search")  # kinds of phases; each phase has exactly one
 MAX_TRIALS = 10_000  # per campaign
 FEWEST_FRESH, MOST_FRESH = 4, 30  # number of seeds that `seeds: fresh` chooses from
+
+
+def kinds() -> tuple[str, ...]:
+    """The kinds of phases; each phase has exactly one. A plug-in may add sweeps."""
+    return (*SWEEPS, "runs", "combine", "search")
 
 
 MAX_GPUS = 1024  # of a trial
 SMALLEST_GPU_SHARE = 0.0001  # Ray counts GPUs in steps of this size
 MAX_PROCESSES = 4096  # of a campaign, and threads of each
+MAX_RANKS = 1024  # of a trial
 
 
 def _gpus_per_trial(value: Any) -> Any:
@@ -44,36 +52,86 @@ def _gpus_per_trial(value: Any) -> Any:
 class Metric(Config):
     """The metric by which arms are compared."""
 
-    name: Annotated[str, one_of(LOSS_METRICS, "metric")] = "val_loss"
+    name: Annotated[str, one_of(KNOWN_METRICS, "metric")] = "val_loss"
+    """What arms are compared by: a metric of a trial, or one that a plug-in adds; `val_bpb` also across tokenizers."""
     goal: Annotated[str, one_of(GOALS, "goal")] = "minimize"
+    """Whether lower or higher is better; if it is left out, as the metric says."""
 
 
 class Resources(Config):
     """CPUs and GPUs per trial, and how many trials train concurrently."""
 
-    cpus_per_trial: Annotated[int, Field(ge=1, le=MAX_PROCESSES)] = 1  # threads
-    gpus_per_trial: Annotated[Any, PlainValidator(_gpus_per_trial)] = "auto"  # auto: measured; 0: on the CPU
-    # concurrent training processes; null: as many as fit
+    cpus_per_trial: Annotated[int, Field(ge=1, le=MAX_PROCESSES)] = 1
+    """CPU threads of a trial; its ranks share them, with at least one each."""
+    gpus_per_trial: Annotated[
+        Any, PlainValidator(_gpus_per_trial), Field(title=f"auto or number from 0 to {MAX_GPUS}")
+    ] = "auto"
+    """GPUs of a trial, whole or a share; auto: as many trials per GPU as are fastest; 0: the CPU. A rank has one."""
+    ranks_per_trial: Annotated[int, Field(ge=1, le=MAX_RANKS)] = 1
+    """Processes that train a trial together, each on a GPU of its own or a part of the CPU threads."""
+    strategy: Annotated[str, one_of(STRATEGIES, "strategy")] = "ddp"
+    """How the ranks of a trial share its model: with `ddp` each has all of it, with `fsdp` a part of each weight."""
+    across_nodes: bool = False
+    """With --address: whether the ranks of a trial may train on several nodes, if no node has room for all."""
     workers: Annotated[int, Field(ge=1, le=MAX_PROCESSES)] | None = None
-    vectorise: Annotated[int, Field(ge=1, le=1024)] = 1  # trials with the same graph that one process trains as a batch
-    # seconds without a step after which a trial counts as hung; null: 20 median steps, at least ten minutes
+    """Processes that train at the same time; null: as many as fit."""
+    vectorise: Annotated[int, Field(ge=1, le=1024)] = 1
+    """Trials of one graph that one process trains as a batched program."""
     stall_timeout: Annotated[float, Field(ge=1, le=10**7)] | None = None
+    """Seconds without a step until a trial counts as hung; null: 20 median steps, at least ten minutes."""
+    wait_for_nodes: Annotated[float, Field(ge=1, le=10**7)] | None = None
+    """With --address: seconds to wait for a node with room; null: not at the start, later ten minutes."""
+
+    @model_validator(mode="after")
+    def _check_ranks(self) -> Self:
+        n_ranks = self.ranks_per_trial
+        given = [name for name in ("strategy", "across_nodes") if name in self.model_fields_set]
+        if given and "ranks_per_trial" not in self.model_fields_set:
+            raise invalid_setting("is for several ranks: give their number as ranks_per_trial", given[0])
+        if n_ranks == 1:
+            return self
+        if self.cpus_per_trial % n_ranks and self.cpus_per_trial != 1:
+            text = (
+                f"{self.cpus_per_trial} threads cannot be divided among {n_ranks} ranks; give a multiple of {n_ranks}"
+            )
+            raise invalid_setting(text, "cpus_per_trial")
+        if self.gpus_per_trial not in ("auto", 0, n_ranks):
+            text = f"each of {n_ranks} ranks has a GPU of its own: expected auto, {n_ranks}, or 0 for the CPU"
+            raise invalid_setting(f"{text}, got {self.gpus_per_trial!r}", "gpus_per_trial")
+        if self.vectorise > 1:
+            text = f"a process trains one trial as one of its {n_ranks} ranks, so it batches none: leave out vectorise"
+            raise invalid_setting(text, "vectorise")
+        return self
+
+    @property
+    def cpus_per_rank(self) -> int:
+        """CPU threads of each rank, or of the trial if it has one."""
+        return max(1, self.cpus_per_trial // self.ranks_per_trial)
+
+    @property
+    def gpus_per_rank(self) -> float:
+        """GPUs of each rank, or of the trial if it has one; not for `auto`."""
+        return self.gpus_per_trial / self.ranks_per_trial
 
 
 class Budget(Config):
     """Limits on the total over all sessions, after which no trial is started (tune/planning/budget.py)."""
 
     trials: Count | None = None
+    """Trials, over all sessions, after which none is started; null: no limit."""
     hours: Annotated[float, Field(gt=0, le=10**6)] | None = None
+    """Hours, over all sessions, after which no trial is started; null: no limit."""
 
 
 class EarlyStop(Config):
     """When a search stops trials early (tune/analysis/asha.py)."""
 
     method: Annotated[str, one_of(EARLY_STOP_METHODS, "method")] = "asha"
-    # 3: at each rung, 1 in 3 trials continues, and the next rung is at 3 times the steps
+    """How weak trials of a search are ended early."""
     reduction: Annotated[int, Field(ge=2, le=1000)] = 3
-    first: Count  # step of the first rung, for the baseline
+    """At each rung, one in this many trials continues; also the ratio of two rungs."""
+    first: Count
+    """Step of the first rung, for the baseline."""
 
     def rungs(self, steps: int) -> list[int]:
         """The steps at which trials are compared, all before the last step, `steps`."""
@@ -81,19 +139,35 @@ class EarlyStop(Config):
         return list(takewhile(lambda rung: rung < steps, rungs))
 
 
+class Evaluation(DownstreamTasks):
+    """Downstream tasks that trials run with their last checkpoint; the scores become metrics."""
+
+    phases: Names = ()
+    """The phases whose trials are evaluated; empty: all."""
+
+    def asks(self, phase: str) -> bool:
+        """Whether the trials of a phase are evaluated."""
+        return not self.phases or phase in self.phases
+
+
 class Header(Config):
     """The campaign-wide settings: all top-level keys except its name, seeds, base, phases and claims."""
 
     description: str | None = None
+    """The question, shown in the report."""
     metric: Metric = Metric()
     hold: Annotated[str, one_of(HOLDS, "quantity to hold")] = "tokens"
+    """The quantity kept equal between arms."""
     confidence: Annotated[float, Field(ge=0.5, lt=1)] = 0.95
+    """Level of intervals and verdicts."""
     min_effect: Annotated[float, Field(ge=0, le=10**6)] = 0.005
+    """Smallest difference that matters, in units of the metric."""
     resources: Resources = Resources()
-    # standard deviation of the metric between seeds, for --plan
     noise: Annotated[float, Field(gt=0, le=10**6)] | None = None
+    """Expected standard deviation of the metric between seeds, for --plan."""
     budget: Budget = Budget()
     early_stop: EarlyStop | None = None
+    evaluation: Evaluation | None = None
 
 
 @dataclass(frozen=True)
@@ -189,6 +263,7 @@ class Claim:
     source: str | None = None  # the report that states it
     says: str | None = None
     metric: str = "val_loss"
+    goal: str | None = None  # of a metric that a plug-in adds: whether lower or higher values are better
     phase: str | None = None  # None: all
     left: Mapping[str, Any] | None = None
     right: Mapping[str, Any] | None = None
@@ -215,6 +290,7 @@ class Campaign:
     noise: float | None
     budget: Budget
     early_stop: EarlyStop | None
+    evaluation: Evaluation | None
     phases: tuple[Phase, ...]
     text: str  # the text of the file
     assignments: tuple[str, ...]  # --set
@@ -224,3 +300,4 @@ class Campaign:
     speeds: Mapping[str, float] = field(default_factory=dict)
     claims: tuple[Claim, ...] = ()
     smoke: bool = False  # shrunk by `--smoke`: its results answer nothing
+    path: Path | None = None  # of the file, as given

@@ -7,18 +7,27 @@ an earlier phase is assumed to win in turn. Each problem is reported at the valu
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from graphlib import CycleError, TopologicalSorter
 from itertools import chain, islice, product
+from pathlib import Path
 from typing import Any
 
-from ngpt.config.base import ConfigError, Location, Problem, build, dotted_name, settings
+from ngpt.config.base import ConfigError, Location, Problem, build, dotted_name, settings, unknown_message
+from ngpt.config.overrides import located, named_settings
 from ngpt.data import dataset as corpora
 from ngpt.data.tokens.tokenizer import tokenizer_vocab_size
+from ngpt.distributed.strategies import model_problem
+from ngpt.downstream.bundle import read_bundle
+from ngpt.downstream.harness import require_harness
 from ngpt.training.config import TrainConfig, resolved, with_absolute_paths
+from ngpt.training.load_model import check_initial_weights
+from ngpt.training.run import rank_problems
 from tune import format as fmt
+from tune.spec.metrics import SCORES
 from tune.spec.phase_reader import PhasesInFile
 from tune.spec.reading import LocatedSettings, Reading
-from tune.spec.schema import EarlyStop, Phase, UntilDecided
+from tune.spec.schema import EarlyStop, Evaluation, Header, Phase, Resources, UntilDecided
 from tune.spec.sweeps import BASELINE, ArmSpec
 
+EVALUATION = "evaluation"  # the key of a campaign file
 MAX_COMBINATIONS = 10_000  # of an inheriting arm and possible earlier winners; they take a second at most to check
 MAX_JOINED = 100  # arms of a combining phase that are considered when another phase joins it
 
@@ -31,8 +40,8 @@ class ConfigChecker:
     A value is reported once, even if it makes a hundred arms invalid, and a corpus is looked up once.
     """
 
-    def __init__(self, given: LocatedSettings, options: LocatedSettings) -> None:
-        self._given, self._options = given, options
+    def __init__(self, given: LocatedSettings, options: LocatedSettings, resources: Resources) -> None:
+        self._given, self._options, self._resources = given, options, resources
         self._reported: set[Location] = set()
         self._looked_up: set[str] = set()
 
@@ -59,7 +68,27 @@ class ConfigChecker:
                 if changes is None or culprit or name in own:
                     yield from self._report_setting(given, name, rest, problem.message + note)
         fits = yield from self._check_data({**base, **(start or {})}, changes or {}, note)
+        if config is not None:
+            yield from self._check_ranks(config, given, changes or {}, note)
         return config if fits else None
+
+    def _check_ranks(
+        self, config: TrainConfig, given: LocatedSettings, changes: LocatedSettings, note: str
+    ) -> Reading[None]:
+        """Checks that the ranks of a trial can train these settings."""
+        resources, of_ranks = self._resources, ("resources", "ranks_per_trial")
+        if "distributed.strategy" in given:
+            text = "a campaign says this in its resources: {ranks_per_trial: N, strategy: ...}"
+            yield from self._report(given["distributed.strategy"][1], text)
+            return
+        shared = config.distributed.model_copy(update={"strategy": resources.strategy})
+        config = config.model_copy(update={"distributed": shared})
+        for (name, *_), message in rank_problems(config, resources.ranks_per_trial):
+            _, location = given.get(str(name), (None, of_ranks))
+            yield from self._report(location, message + note)
+        if message := model_problem(shared, config.model, resources.ranks_per_trial):
+            locations = [layer[name][1] for layer in (changes, given) for name in SIZES if name in layer]
+            yield from self._report(next(iter(locations), of_ranks), message + note)
 
     def _report_setting(self, given: LocatedSettings, name: str, rest: Location, message: str) -> Reading[None]:
         """Reports a problem at the value of a setting, or at the item of a list that `rest` points to."""
@@ -80,7 +109,10 @@ class ConfigChecker:
 
         Each combination is looked up once.
         """
-        given = {name: entry for name, entry in {**base, **changes}.items() if name in DATA_SETTINGS}
+        everything = {**base, **changes}
+        has_weights = everything.get("init_from", (None,))[0] is not None
+        looked_up = [*DATA_SETTINGS, *(MODEL_SETTINGS if has_weights else ())]
+        given = {name: entry for name, entry in everything.items() if name in looked_up}
         key = repr(sorted((name, value) for name, (value, _) in given.items()))
         if key in self._looked_up or not _is_valid(given):
             return True
@@ -92,6 +124,8 @@ class ConfigChecker:
             except (ConfigError, OSError) as error:  # OSError: the path is too long or unreadable
                 # Report it at the setting, or if the file does not set it, at another one that the lookup depends on.
                 names = (name, *DATA_CHECKS)
+                if name == "init_from" and changes:  # any setting of the model may be to blame, unless the base is
+                    names = (*names, *MODEL_SETTINGS) if _passes(look_up, base) else names
                 locations = [layer[setting][1] for layer in (changes, base) for setting in names if setting in layer]
                 yield from self._report(locations[0] if locations else ("base",), f"{error}{note}")
                 return False
@@ -104,15 +138,24 @@ def _vocab_size(config: TrainConfig) -> int:
     return corpora.vocab_size(config.data)
 
 
+def _initial_weights(config: TrainConfig) -> None:
+    if config.init_from is not None:
+        config = resolved(config)
+        check_initial_weights(config.model, str(config.init_from), config.init_sha256)
+
+
 # For each setting, the check that fails if its value is wrong; later checks rely on the earlier ones.
 DATA_CHECKS: dict[str, Callable[[TrainConfig], object]] = {
     "data.tokenizer": lambda config: tokenizer_vocab_size(config.data.tokenizer),
     "data.corpus": _vocab_size,
     "data.shards": lambda config: corpora.check_shards(config.data),
     "data.path": lambda config: corpora.fingerprint(config.data),
+    "init_from": _initial_weights,
     "model.vocab_size": resolved,
 }
 DATA_SETTINGS = (*DATA_CHECKS, "data.val_fraction", "data.splits", "data.token_dtype", "data.text_column")
+SIZES = ("model.n_embd", "model.n_head", "model.n_kv_head", "model.mlp_ratio")  # of the matrices of a model
+MODEL_SETTINGS = ("init_sha256", *(name for name in settings(TrainConfig) if name.startswith("model.")))
 
 
 def check_cycles(file: PhasesInFile) -> Reading[None]:
@@ -176,6 +219,14 @@ def check_early_stop(rule: EarlyStop, phases: Iterable[Phase], *, base: TrainCon
         elif rule.first % every:
             text = f"phase {phase.name} evaluates every {every} steps, so not at step {rule.first}"
             yield Problem(first, f"{text}; use a multiple of {every}, or another eval_every")
+
+
+def check_equal_time(resources: Resources, phases: Iterable[Phase], *, hold: str) -> Reading[None]:
+    """Refuses `hold: seconds` for trials of several ranks, since speeds are measured on one device."""
+    timed = [phase.name for phase in phases if (phase.hold or hold) == "seconds"]
+    if resources.ranks_per_trial > 1 and timed:
+        text = f"phase {timed[0]} holds seconds, which are measured on one device; use `hold: tokens` or `hold: steps`"
+        yield Problem(("resources", "ranks_per_trial"), text)
 
 
 def _arms(phase: Phase) -> Iterator[ArmSpec]:
@@ -249,6 +300,14 @@ def _is_valid(given: LocatedSettings) -> bool:
     return True
 
 
+def _passes(look_up: Callable[[TrainConfig], object], given: LocatedSettings) -> bool:
+    try:
+        look_up(build(TrainConfig, _values(given)))
+    except (ConfigError, OSError):
+        return False
+    return True
+
+
 def _split(location: Location) -> tuple[str, Location]:
     """Splits a location reported by `build` into the setting's name and the path inside its value."""
     for end in range(len(location), 0, -1):
@@ -260,3 +319,53 @@ def _split(location: Location) -> tuple[str, Location]:
 def _advice(message: str, value: Any) -> str:
     whole = message.startswith("input should be a valid integer") and isinstance(value, float) and value.is_integer()
     return f"; write {int(value)}" if whole else ""
+
+
+def read_evaluation(data: Any) -> Reading[Evaluation | None]:
+    """Reads the keys of `evaluation:`; its metrics are then known. Paths become absolute."""
+    found, problems = named_settings(Evaluation, data, (EVALUATION,))
+    try:
+        evaluation = build(Evaluation, {name: value for name, (value, _) in found.items()})
+    except ConfigError as error:
+        yield from problems
+        yield from (located(problem, found) for problem in error.problems)
+        return None
+    yield from problems
+    if not evaluation.tasks and evaluation.core is None:
+        yield Problem((EVALUATION,), "nothing is evaluated: give `tasks:` of lm-evaluation-harness, or `core:`")
+    paths = {name: getattr(evaluation, name) for name in ("include_path", "core")}
+    absolute = {name: str(Path(path).expanduser().absolute()) for name, path in paths.items() if path is not None}
+    if "include_path" in absolute and not Path(absolute["include_path"]).is_dir():
+        yield Problem((EVALUATION, "include_path"), f"no such folder: {absolute['include_path']}")
+    try:
+        if evaluation.core is not None:
+            read_bundle(absolute["core"], limit=evaluation.limit)
+    except ConfigError as error:
+        yield Problem((EVALUATION, "core"), str(error))
+    try:
+        if evaluation.tasks:
+            require_harness()
+    except ConfigError as error:
+        yield Problem((EVALUATION, "tasks"), str(error))
+        return None
+    SCORES.choose(evaluation.tasks, core=evaluation.core is not None)
+    return evaluation.model_copy(update=absolute)
+
+
+def check_evaluation(header: Header, phases: Sequence[str]) -> Reading[None]:
+    """Checks that the phases exist, and that every phase has the metric by which arms are compared."""
+    assert header.evaluation is not None
+    for i, name in enumerate(header.evaluation.phases):
+        if name not in phases:
+            yield Problem((EVALUATION, "phases", i), unknown_message("phase", name, phases))
+    if header.resources.ranks_per_trial > 1:
+        text = "trials on several ranks are not evaluated; use `python -m ngpt.downstream` on their folders"
+        yield Problem((EVALUATION,), text)
+    if header.metric.name not in SCORES:
+        return
+    if missing := [name for name in phases if not header.evaluation.asks(name)]:
+        text = f"arms are compared by {header.metric.name}, which the phase {missing[0]} would not have"
+        yield Problem((EVALUATION, "phases"), f"{text}: leave out `phases:`")
+    if header.early_stop is not None:
+        text = f"{header.metric.name} is measured at the end of a trial, and `early_stop:` needs a metric before"
+        yield Problem(("early_stop",), text)

@@ -26,7 +26,9 @@ def share_found(effect: float, n_seeds: int, design: Design, phases: int = 120) 
     return found / phases
 
 
-@pytest.mark.parametrize(("n_arms", "n_seeds", "min_effect"), [(12, 3, 0.0), (6, 4, 0.3), (2, 5, 0.0)])
+@pytest.mark.parametrize(
+    ("n_arms", "n_seeds", "min_effect"), [pytest.param(12, 3, 0.0, marks=pytest.mark.slow), (6, 4, 0.3), (2, 5, 0.0)]
+)
 def test_the_smallest_detectable_effect_is_found_in_four_of_five_phases(
     n_arms: int, n_seeds: int, min_effect: float
 ) -> None:
