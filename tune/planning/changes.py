@@ -32,7 +32,7 @@ class Changes:
     meaning: tuple[str, ...] = ()  # changes that alter the meaning of results, as `name: before -> now`
     settings: tuple[str, ...] = ()  # other changed base settings
     kept: int = 0  # number of results that are still part of the campaign
-    new: int = 0  # number of trials that were not part of it before
+    new: int = 0  # number of trials that were not part of it before; none of a phase that only waits for winners
     changed: tuple[str, ...] = ()  # arms whose results are unused because their settings changed
     reseeded: tuple[str, ...] = ()  # arms with results that are unused because their phase has other seeds
     gone: tuple[str, ...] = ()  # arms whose results are unused because the file dropped them
@@ -63,13 +63,16 @@ def find_changes(campaign: Campaign, state: CampaignState) -> Changes:
         for trial in phase.trials:
             now[phase.name, trial.arm][trial.seed] = trial.trial_id
     trials = {trial_id for ids in now.values() for trial_id in ids.values()}
+    hold = state.campaign.get("hold")  # by phase: of all phases that the file had
+    waiting = hold.keys() - state.phases.keys() if isinstance(hold, Mapping) else set()  # for winners, as before
+    planned_now = {trial_id for (phase, _), ids in now.items() if phase not in waiting for trial_id in ids.values()}
     lost = {arm: n for arm, ids in before.items() if (n := len({*ids.values()} & results - trials))}
     counts = {arm: f"{fmt.plain(arm[0])}/{fmt.plain(arm[1])} ({fmt.counted(n, 'result')})" for arm, n in lost.items()}
     return Changes(
         meaning=tuple(_meaning(campaign, state)),
         settings=tuple(_settings(campaign, state)),
         kept=len(results & trials),
-        new=len(trials - set().union(*(ids.values() for ids in before.values()))),
+        new=len(planned_now - set().union(*(ids.values() for ids in before.values()))),
         changed=tuple(text for arm, text in counts.items() if arm in now and _is_other(before[arm], now[arm])),
         reseeded=tuple(text for arm, text in counts.items() if arm in now and not _is_other(before[arm], now[arm])),
         gone=tuple(text for arm, text in counts.items() if arm not in now),

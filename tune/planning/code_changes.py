@@ -3,7 +3,7 @@
 Code is part of a result: an edited formula makes the old numbers those of another experiment. So nothing that other
 code computed is reused in silence. The run stops and names the files; `--retrain` trains such trials anew, `--keep`
 reuses them and marks it in the report. What counts as other code is decided for each trial by its settings, see
-ngpt/system/code_digest.py. A checkpoint of an unfinished trial counts like a result. `--retrain` also gives back the
+ngpt/code/digest.py. A checkpoint of an unfinished trial counts like a result. `--retrain` also gives back the
 curve and the model of a trial whose folder was removed.
 """
 
@@ -13,18 +13,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ngpt.code.digest import Code
 from ngpt.config.base import ConfigError, flatten, unknown_message
-from ngpt.system.code_digest import Code
-from ngpt.training.checkpoint import checkpoint_folders
 from tune import format as fmt
 from tune.planning.forecast import expected_phases
 from tune.planning.plan import PlannedPhase
 from tune.spec.schema import Campaign
 from tune.storage.state import DONE, CampaignState, read_replayed
+from tune.trials.trial import has_checkpoint
 
 RETRAIN, KEEP = "--retrain", "--keep"
 LOST = "its folder is gone"
 MAX_LISTED_ARMS = 4
+MAX_LISTED_CHANGES = 8
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def find_code_changes(campaign: Campaign, state: CampaignState, root: Path, code
             found[kind].append(OldTrial(trial_id, arms.get(trial_id, ()), version, changed, True))
     for trial_id, version in state.code_of_start.items():
         is_done = state.results.get(trial_id, {}).get("status") in DONE
-        if not is_done and checkpoint_folders(root / "trials" / trial_id / "checkpoints"):
+        if not is_done and has_checkpoint(root / "trials" / trial_id):
             kind, changed = compare(version, settings.get(trial_id, {}), together=True)
             found[kind].append(OldTrial(trial_id, arms.get(trial_id, ()), version, changed, False))
     return CodeChanges(
@@ -216,13 +217,20 @@ def _is_named(trial: OldTrial, names: Sequence[str]) -> bool:
 
 def _summaries(trials: Iterable[OldTrial]) -> Iterator[str]:
     """A line for each set of changes: `ngpt/model/residual.py (lerp): 4 results of alpha/alpha=0.4`."""
-    groups = defaultdict[str, list[OldTrial]](list)
+    groups = defaultdict[tuple[str, ...], list[OldTrial]](list)
     for trial in trials:
-        groups[", ".join(trial.changed) or "code that is not known"].append(trial)
-    for changed, group in groups.items():
+        groups[tuple(trial.changed)].append(trial)
+    for names, group in groups.items():
+        changed = _shortened(names) if names else "code that is not known"
         arms = Counter(fmt.plain(trial.arms[0]) for trial in group if trial.arms)
         of = f" of {fmt.listing(arms, MAX_LISTED_ARMS)}" if arms else " that no arm needs now"
         yield f"{changed}: {_trials(group)}{of}"
+
+
+def _shortened(names: Sequence[str]) -> str:
+    """The first names of changed definitions, and how many there are besides."""
+    rest = len(names) - MAX_LISTED_CHANGES
+    return ", ".join(names) if rest <= 1 else f"{', '.join(names[:MAX_LISTED_CHANGES])} and {rest} more definitions"
 
 
 def _trials(trials: Sequence[OldTrial]) -> str:
@@ -243,4 +251,4 @@ def _inherited(campaign: Campaign, code: Code) -> Iterator[str]:
         compare = _Comparer(state, code)
         changed = dict.fromkeys(name for result in results for name in compare.of_result(result)[1])
         if changed:
-            yield f"inherit: {fmt.plain(path)} was decided by other code: {', '.join(changed)}"
+            yield f"inherit: {fmt.plain(path)} was decided by other code: {_shortened([*changed])}"

@@ -37,6 +37,7 @@ def phase_planned_event(phase: PlannedPhase) -> dict[str, Any]:
                 "overrides": dict(arm.overrides),
                 "trials": [[trial.seed, trial.trial_id] for trial in arm.trials],
                 "work": asdict(_work(arm.trials[0].config)),
+                **({"sources": list(arm.sources)} if arm.sources else {}),
             }
             for arm in phase.arms
         ],
@@ -64,7 +65,17 @@ def _work(config: TrainConfig) -> TrialWork:
 def has_result(campaign: Campaign, state: CampaignState, phase: str, trial_id: str) -> bool:
     """Whether a trial has a result that counts in a phase. Stopped trials only count in phases with early stopping."""
     status = state.results[trial_id]["status"] if trial_id in state.results else None
-    return status in DONE and (status != "stopped" or stops_early(campaign, phase))
+    is_done = status in DONE and (status != "stopped" or stops_early(campaign, phase))
+    return is_done and not lacks_scores(campaign, state, phase, trial_id)
+
+
+def lacks_scores(campaign: Campaign, state: CampaignState, phase: str, trial_id: str) -> bool:
+    """Whether a trained trial is still to be evaluated for a phase; no, if this session has tried in vain."""
+    result, evaluation = state.results.get(trial_id), campaign.evaluation
+    if evaluation is None or not evaluation.asks(phase) or result is None or result["status"] != "finished":
+        return False
+    about = result["provenance"].get("evaluation") or {}
+    return trial_id not in state.unscored and ("error" in about or about.get("asked") != evaluation.asked())
 
 
 def stops_early(campaign: Campaign, phase: str) -> bool:

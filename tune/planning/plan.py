@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from ngpt.config.base import ConfigError, content_hash, override, settings
@@ -62,6 +63,7 @@ class PlannedArm:
     name: str
     overrides: Overrides  # relative to the phase's base
     trials: tuple[PlannedTrial, ...]
+    sources: tuple[str, ...] = ()  # the phases whose winners, or better arms, it has beyond the phase's base
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,12 @@ class PlannedPhase:
     most_seeds: int | None = None  # the largest number of seeds of an arm, with `until: decided`
     looks: tuple[Look, ...] = ()  # with `until: decided`: one after each complete round of seeds
 
+    @cached_property
+    def varied(self) -> tuple[str, ...]:
+        """The settings that tell its trials from those of the campaign's base, by dotted name."""
+        space = (self.question or {}).get("space", {})  # of a search, whose arms are not all known yet
+        return tuple(dict.fromkeys([*self.base, *space, *(name for arm in self.arms for name in arm.overrides)]))
+
     @property
     def identities(self) -> list[str]:
         """What each arm computes: its trial ids without the seed, baseline first."""
@@ -102,6 +110,11 @@ class PlannedPhase:
             return sum(len(arm.trials) for arm in self.arms)
         runs_on = [arm.name for arm in self.arms] if not self.looks else self.looks[-1].runs_on
         return sum(self.most_seeds if arm.name in runs_on else len(arm.trials) for arm in self.arms)
+
+    @property
+    def later_trials(self) -> int:
+        """The number of trials of rounds that are not planned yet, if no arm is decided early."""
+        return self.most_trials - sum(len(arm.trials) for arm in self.arms)
 
 
 def plan_phase(
@@ -166,7 +179,7 @@ def _plan_with_seeds(
 ) -> PlannedPhase:
     """Plans the trials of a phase whose seeds and winners are known."""
     if phase.confirms is not None:
-        specs = [ArmSpec(best.arm, best.overrides)] if best else []
+        specs = [ArmSpec(best.arm, best.overrides, sources=(phase.confirms,))] if best else []
         return replace(_plan_arms(campaign, phase, winners, specs), confirms=phase.confirms)
     if phase.search is None:
         to_join = [arm.without(phase.pinned) for name in phase.combine for arm in better[name]]
@@ -177,7 +190,10 @@ def _plan_with_seeds(
                 return bool(arm_config(campaign, baseline, changes))
             return False
 
-        return _plan_arms(campaign, phase, winners, [*phase.arms, *join_better_arms(to_join, is_valid)])
+        joined = [
+            replace(arm, sources=_joined_phases(arm, phase, better)) for arm in join_better_arms(to_join, is_valid)
+        ]
+        return _plan_arms(campaign, phase, winners, [*phase.arms, *joined])
     given = reusable_arms(phase.search, record)
     if record is None or record.question is not None:
         return _plan_search(campaign, phase, winners, outcome, given, fill=fill)
@@ -186,6 +202,13 @@ def _plan_with_seeds(
     if {phase.search.arm(values).name for values in given} <= {arm.name for arm in planned.arms}:
         return planned
     return _plan_search(campaign, phase, winners, outcome, given, fill=fill)
+
+
+def _joined_phases(arm: ArmSpec, phase: Phase, better: Mapping[str, Sequence[BetterArm]]) -> tuple[str, ...]:
+    """The phases that a combining phase took the arm's settings from."""
+    settings = arm.overrides.items()
+    parts = {name: [each.without(phase.pinned).overrides for each in better[name]] for name in phase.combine}
+    return tuple(name for name in parts if any(part and part.items() <= settings for part in parts[name]))
 
 
 def _plan_search(
@@ -232,7 +255,8 @@ def _plan_arms(
         config = arm_config(campaign, resolved_baseline if is_resolved else baseline, changes)
         new = {k: v for k, v in inherited_by_arm.items() if k not in base or base[k] != v}
         if config not in arms or (arms[config].name == BASELINE.name and not arm.inherit):
-            arms[config] = PlannedArm(arm.name, new | dict(arm.overrides), ())
+            sources = (arm.inherit,) if arm.inherit else arm.sources
+            arms[config] = PlannedArm(arm.name, new | dict(arm.overrides), (), sources)
     planned = []
     for config, arm in arms.items():
         overrides = base | dict(arm.overrides)

@@ -24,6 +24,7 @@ MAX_VALUES = {
 HEAD_DIM = 8
 MAX_VOCAB_SIZE = 512  # of a trained tokenizer
 MAX_SEEDS = 2
+MAX_EXAMPLES = 12  # of a downstream task; more than those that CORE shows before each one
 
 
 def shrink_campaign(campaign: Campaign) -> Campaign:
@@ -36,7 +37,11 @@ def shrink_campaign(campaign: Campaign) -> Campaign:
         settings["data.tokenizer"] = f"sentencepiece:{MAX_VOCAB_SIZE}"
     base = override(campaign.base, _limited(settings, limits))
     phases = tuple(_shrunk_phase(phase, limits) for phase in campaign.phases)
-    return replace(campaign, base=base, phases=phases, smoke=True)
+    evaluation = campaign.evaluation
+    if evaluation is not None:
+        limit = min(evaluation.limit or MAX_EXAMPLES, MAX_EXAMPLES)
+        evaluation = evaluation.model_copy(update={"limit": limit})
+    return replace(campaign, base=base, phases=phases, evaluation=evaluation, smoke=True)
 
 
 def _width(campaign: Campaign) -> int:

@@ -106,6 +106,17 @@ def test_an_added_seed_does_not_report_later_phases_as_trained_anew(tmp_path: Pa
         assert len(drive(begun(session))) == 4
 
 
+def test_trials_of_a_phase_that_still_waits_for_a_winner_are_not_new(tmp_path: Path, corpus: Path) -> None:
+    file, root = write_file(tmp_path, corpus), tmp_path / "results" / "tiny"
+    with session_on(file, root) as session:
+        drive(begun(session), most=2)
+    edit(file, "[0.05, 0.4]", "[0.05, 0.4, 0.2]")
+    found = changes(file, root)
+    assert (found.kept, found.new) == (2, 2)  # the added arm with two seeds, and nothing of `projection`
+    file.write_text(file.read_text() + "  - name: third\n    vary: {alpha: [0.05, 0.3]}\n")
+    assert changes(file, root).new == 4
+
+
 def test_rules_that_choose_another_winner_leave_trials_to_train(tmp_path: Path, corpus: Path) -> None:
     file, root = write_file(tmp_path, corpus), tmp_path / "results" / "tiny"
     finish(file, root)

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from ngpt.code.digest import Code, current_code
 from ngpt.config.base import ConfigError
-from ngpt.system.code_digest import Code, current_code
 from tests.helpers import ROOT
 from tests.helpers.tiny_campaign import begun, drive, pretend, records, session_on, write_file
 from tune.machine.estimate import estimate
@@ -308,6 +308,7 @@ def test_retrain_gives_back_a_trial_whose_folder_was_removed(file: Path, root: P
     assert run(file, root, retrain=[]).arms == [] and (root / "trials" / lost).is_dir()
 
 
+@pytest.mark.slow
 def test_a_look_between_rounds_does_not_read_results_of_other_code(
     tmp_path: Path, corpus: Path, root: Path, other: Code
 ) -> None:

@@ -77,6 +77,7 @@ def test_every_prefix_of_the_better_arms_is_an_arm_and_the_verdicts_pick_the_win
     assert strict((tmp_path / "r/last/summary.json").read_text())["base"] == joined
 
 
+@pytest.mark.slow
 def test_a_resumed_campaign_joins_the_same_arms(file: Path, tmp_path: Path) -> None:
     whole = [spec.trial_id for spec in run(file, tmp_path / "whole")]
     n_before = sum(1 for record in records(tmp_path / "whole") if record["phase"] in ("alpha", "steps_apart"))
@@ -102,6 +103,7 @@ def test_an_arm_that_cannot_be_joined_is_skipped_and_the_next_one_is_tried(file:
     found = {"alpha": [width, BetterArm("lr", {"optim.lr": 1.0}, 1.0)], "steps_apart": [heads]}
     planned = plan_phase(campaign, phase, {}, found)
     assert [arm.name for arm in planned.arms] == ["baseline", "heads", "heads + lr"]
+    assert [arm.sources for arm in planned.arms] == [(), ("steps_apart",), ("alpha", "steps_apart")]
 
 
 def test_settings_that_the_phase_pins_are_not_joined(tmp_path: Path, corpus: Path) -> None:

@@ -49,6 +49,7 @@ def run(file: Path, root: Path, *, most: int | None = None) -> list[str]:
     return [spec.trial_id for spec in given_out]
 
 
+@pytest.mark.slow
 def test_a_campaign_runs_batch_after_batch_and_resumes_to_the_same_arms(file: Path, tmp_path: Path) -> None:
     whole = run(file, tmp_path / "whole")
     summary = strict((tmp_path / "whole/tpe/summary.json").read_text())

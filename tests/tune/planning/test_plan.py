@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
 from ngpt.config.base import build, flatten, is_identity, override, settings
+from ngpt.trackers.config import TrackerConfig
 from ngpt.training.config import TrainConfig
-from ngpt.training.tracker import TrackerConfig
 from tune.planning.plan import (
     PhaseResult,
     PlannedPhase,
@@ -206,6 +206,7 @@ def test_an_arm_can_inherit_a_winner_of_its_own(load: Load) -> None:
     planned = plan(load(BASE + CHAIN), "confirm", b={"model.alpha": 0.5, "optim.lr": 2})
     assert arms(planned) == {"baseline": {}, "winner": {"model.alpha": 0.5, "optim.lr": 2}}
     assert (configs(planned)["baseline"].model.alpha, configs(planned)["winner"].model.alpha) == (0.2, 0.5)
+    assert {arm.name: arm.sources for arm in planned.arms} == {"baseline": (), "winner": ("b",)}
 
 
 @pytest.mark.parametrize("winner", [{}, {"model.alpha": 0.2}])
@@ -257,7 +258,8 @@ def test_an_id_hashes_every_setting_that_decides_a_run_and_ends_with_the_seed(tm
     data = json.dumps([1, f"sha256:{text}", "sentencepiece:300", 0.1])
     identity = {name: value for name, value in flatten(config).items() if is_identity(TrainConfig, name)}
     added = {"on_oom": "split", "nonfinite.policy": "fail", "nonfinite.max": 10}  # later, so only where they change
-    added |= {"init_from": None, "init_sha256": None}
+    added |= {"init_from": None, "init_sha256": None, "distributed.gradient_dtype": "float32"}
+    added |= {"model.rope_trained": None, "model.value_residual": 0.0, "model.qkv_bias": False, "model.norm_eps": None}
     identity = {name: value for name, value in identity.items() if name not in added or added[name] != value}
     identity = {name: value for name, value in identity.items() if name != "seed" and not name.startswith("data.")}
     identity["data"] = hashlib.sha256(data.encode()).hexdigest()[:12]
@@ -281,8 +283,9 @@ def changed(config: Any, name: str) -> Any:
     return config.model_copy(update={section: changed(value, rest) if rest else another(value)})
 
 
-RUNTIME = ["init_from", "device", "data.path", "checkpoint.every", "checkpoint.keep_last"]
+RUNTIME = ["init_from", "device", "distributed.strategy", "data.path", "checkpoint.every", "checkpoint.keep_last"]
 RUNTIME += [f"tracker.{name}" for name in settings(TrackerConfig)]
+RUNTIME += ["activation_checkpointing"]  # gradients are equal bit for bit
 
 
 @pytest.mark.parametrize("name", [name for name in settings(TrainConfig) if not name.startswith("data.")])
