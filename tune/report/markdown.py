@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from tune import format as fmt
 from tune.report import wording
+from tune.report.confirm_phase import confirm_phase
 from tune.report.phase_graph import handovers
 from tune.storage.summaries import CampaignSummary, PhaseSummary
 
@@ -57,6 +58,8 @@ def _answer(summary: CampaignSummary) -> str:
     facts += [("Cost", wording.cost(summary))]
     listed = _list((name, text) for name, text in facts if text)
     listed += f"\n- Next: {wording.next_step(summary)}"
+    yaml = confirm_phase(summary)
+    listed += f"\n\n```yaml\n{yaml}\n```" if yaml else ""
     heading = [f"# {cell(summary.title)}", f"**{cell(answer.sentence)}**"]
     return "\n\n".join([*heading, listed, *map(_warning, summary.own_warnings)])
 
@@ -96,6 +99,9 @@ def _phase(phase: PhaseSummary) -> str:
         markdown_table((*header, "tok/s", "bits/byte"), rows, right=("#", "n", "Holm p", "tok/s", "bits/byte")),
         f"Mean over n seeds ± half of its {wording.interval_name(phase.confidence)}. {cell(wording.noise(phase))}",
     ]
+    if metrics := wording.metric_table(phase):
+        measured = [(name, *texts) for name, texts in metrics.rows]
+        parts += [markdown_table(("arm", *map(cell, metrics.names)), measured), cell(metrics.note)]
     if rounds := wording.rounds(phase):
         decisions = "\n".join(f"- {cell(line)}" for line in rounds.decisions)
         parts += [f"{cell(rounds.saving)} {cell(rounds.note)}", decisions]

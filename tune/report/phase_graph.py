@@ -36,39 +36,33 @@ class Handover:
 
 
 def handovers(phases: Sequence[PhaseSummary]) -> list[Handover]:
-    """Lists all handovers in phase order; a source may be a phase of another campaign.
-
-    Outside sweeps, an arm inherits from each earlier winner whose settings it contains.
-    """
+    """Lists all handovers in phase order; a source may be a phase of another campaign."""
     edges: list[Handover] = []
-    for i, phase in enumerate(phases):
+    known: dict[str, PhaseSummary] = {}
+    for phase in phases:
         base = phase.base
         if phase.inherit is not None:
-            known = next((_winner_settings(p) for p in phases[:i] if p.phase == phase.inherit), base)
-            inherited = {name: value for name, value in known.items() if name in base and base[name] == value}
-            edges.append(Handover(phase.inherit, phase.phase, inherited))
-        if phase.swept:
-            continue
+            earlier = known.get(phase.inherit)
+            edges.append(Handover(phase.inherit, phase.phase, _handed_on(earlier, base) if earlier else base))
+        from_phase = [phase.inherit]
         for arm in phase.arms:
-            if arm.overrides and arm.arm != phase.baseline:
-                sources = {edge.source for edge in edges if edge.target == phase.phase}
-                for source in _sources({**base, **arm.overrides}, phases[:i]):
-                    if source.phase not in sources:  # at most one arrow between two phases
-                        edges.append(Handover(source.phase, phase.phase, _winner_settings(source), arm.arm))
+            for source in arm.sources:
+                if source not in from_phase:  # at most one arrow between two phases
+                    earlier, settings = known.get(source), {**base, **arm.overrides}
+                    handed = _handed_on(earlier, settings) if earlier else arm.overrides
+                    edges.append(Handover(source, phase.phase, handed, arm.arm))
+                    from_phase.append(source)
+        known[phase.phase] = phase
     return edges
 
 
-def _sources(settings: Mapping[str, Any], before: Sequence[PhaseSummary]) -> list[PhaseSummary]:
-    """Returns the phases whose winning settings `settings` contains, except those that a later such phase includes."""
-    sources: list[PhaseSummary] = []
-    covered: dict[str, Any] = {}
-    for phase in reversed(before):
-        winning = _winner_settings(phase)
-        is_better = phase.winner not in (None, phase.baseline)
-        if is_better and {**settings, **winning} == dict(settings) and {**covered, **winning} != covered:
-            sources.insert(0, phase)
-            covered |= winning
-    return sources
+def _handed_on(source: PhaseSummary, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the part of `settings` that the winner of `source`, or an arm that is better there, has too."""
+    better = [arm.overrides for arm in source.arms if arm.verdict == "better"]
+    known = [{**_winner_settings(source)}, *better]
+    return {
+        name: value for name, value in settings.items() if any(name in each and each[name] == value for each in known)
+    }
 
 
 def _winner_settings(phase: PhaseSummary) -> dict[str, Any]:

@@ -4,15 +4,16 @@ Parallel coordinates are drawn as line plots, because plotly's `parcoords` needs
 which the Content-Security-Policy of the page forbids.
 """
 
-from collections.abc import Sequence
-from math import log
+from collections.abc import Iterable, Mapping, Sequence
+from math import log, sqrt
+from statistics import stdev
 from typing import Any
 
 from tune import format as fmt
 from tune.analysis.importance import is_number, sweep_axes
 from tune.report.figures import ABOVE, MARGIN, Figure, label, marker, verdict_slug
 from tune.report.wording import VERDICTS, half_width, mean_interval
-from tune.storage.summaries import ArmSummary, PhaseSummary
+from tune.storage.summaries import ArmSummary, PhaseSummary, TrialRecord
 
 MAX_LINES = 400  # arms in parallel coordinates, best first
 MAX_BARS = 40  # with more arms, the speed plot has neither intervals nor labels
@@ -21,6 +22,7 @@ MIN_SPEED_SPAN = 0.1  # smallest range of the speed axis, as a fraction of the m
 # Pixels on a wide screen; narrow screens show only the ranks.
 PLOT_SIZE, CHAR_WIDTH = (940, 250), 7.2
 SIDES = ("middle right", "middle left", "top center", "bottom center")
+BESIDE_BARS = ("top right", "bottom right", "top left", "bottom left")  # sides that no error bar crosses
 MAX_TICKS = 8  # values written beside one axis
 WIDE_RANGE = 30  # an axis is logarithmic if its largest value is at least this many times the smallest
 # Groups of arms by rank, with their colours. Fewer than `MIN_ARMS_FOR_FIFTHS` arms are split into halves.
@@ -29,24 +31,45 @@ HALVES = {"better half": "s1", "other half": "s5"}
 MIN_ARMS_FOR_FIFTHS = 10
 
 
-def speed_figure(phase: PhaseSummary) -> Figure | None:
-    """Plots score against tokens per second; None if fewer than two arms have both."""
+def speed_half_widths(records: Iterable[TrialRecord], confidence: float) -> dict[str, float]:
+    """Maps arms to half the interval of their mean tokens per second, by Student's t (1908) over finished trials."""
+    from scipy.special import stdtrit
+
+    speeds: dict[str, list[float]] = {}
+    for record in records:
+        if record.status == "finished" and is_number(speed := record.metrics.get("tokens_per_second")):
+            speeds.setdefault(record.arm, []).append(speed)
+    return {
+        arm: stdev(sample) / sqrt(len(sample)) * float(stdtrit(len(sample) - 1, 0.5 + confidence / 2))
+        for arm, sample in speeds.items()
+        if len(sample) > 1
+    }
+
+
+def speed_figure(phase: PhaseSummary, half_widths: Mapping[str, float] | None = None) -> Figure | None:
+    """Plots score against tokens per second; None if fewer than two arms have both.
+
+    `half_widths` are those of the speeds, by arm, see `speed_half_widths`.
+    """
     arms = [arm for arm in phase.arms if arm.tokens_per_second is not None and arm.score.mean is not None]
     if len(arms) < 2:
         return None
     points = [(arm.tokens_per_second or 0.0, arm.score.mean or 0.0) for arm in arms]  # neither is None
-    span = _speed_span([x for x, _ in points])
+    widths = [(half_widths or {}).get(arm.arm, 0.0) for arm in arms]
+    span = _speed_span([end for (x, _), w in zip(points, widths, strict=True) for end in (x - w, x + w)])
     ranks = [str(arm.rank or n) for n, arm in enumerate(arms, 1)]
     # A shortened name would lose the part that distinguishes it, so long names are replaced by the rank.
     plain = [fmt.plain(arm.arm) for arm in arms]
     names = [f"{r} {label(name)}" if len(name) <= MAX_LABEL else r for r, name in zip(ranks, plain, strict=True)]
     forms = list(zip(names, ranks, strict=True))
-    marks = label_places(points, span, forms) if len(arms) <= MAX_BARS else [("", SIDES[0])] * len(arms)
+    sides = BESIDE_BARS if any(widths) else SIDES
+    marks = label_places(points, span, forms, sides) if len(arms) <= MAX_BARS else [("", SIDES[0])] * len(arms)
     data = []
     for verdict in VERDICTS:
         indices = [i for i, arm in enumerate(arms) if arm.verdict == verdict]
         if indices:
-            trace = _speed_trace(verdict, [arms[i] for i in indices], bars=len(phase.arms) <= MAX_BARS)
+            bars = half_widths or {} if len(phase.arms) <= MAX_BARS else None
+            trace = _speed_trace(verdict, [arms[i] for i in indices], bars)
             texts = {"text": [marks[i][0] for i in indices], "textposition": [marks[i][1] for i in indices]}
             data.append(trace | texts | {"customdata": [ranks[i] if marks[i][0] else "" for i in indices]})
     layout = {
@@ -69,12 +92,15 @@ def _speed_span(speeds: Sequence[float]) -> tuple[float, float]:
 
 
 def label_places(
-    points: Sequence[tuple[float, float]], span: tuple[float, float], texts: Sequence[tuple[str, str]]
+    points: Sequence[tuple[float, float]],
+    span: tuple[float, float],
+    texts: Sequence[tuple[str, str]],
+    sides: Sequence[str] = SIDES,
 ) -> list[tuple[str, str]]:
     """Returns text and side of the label of each point, placed without overlaps; earlier points have priority.
 
     `span` is the range of the x axis. `texts` holds a long and a short form of each label. If neither fits, the short
-    form goes to the right.
+    form goes to the first of the `sides`.
     """
     width, height = PLOT_SIZE
     heights = [y for _, y in points]
@@ -83,12 +109,12 @@ def label_places(
     taken = [(x - 7, x + 7, y - 7, y + 7) for x, y in pixels]
     chosen = []
     for (x, y), forms in zip(pixels, texts, strict=True):
-        options = [(text, side, _label_box(x, y, text, side)) for text in forms for side in SIDES]
+        options = [(text, side, _label_box(x, y, text, side)) for text in forms for side in sides]
         inside = (option for option in options if option[2][0] >= 0 and option[2][1] <= width)
         fits = (option for option in inside if all(_apart(option[2], other) for other in taken))
-        text, side, box = next(fits, (forms[-1], SIDES[0], _label_box(x, y, forms[-1], SIDES[0])))
+        text, side, box = next(fits, (forms[-1], sides[0], _label_box(x, y, forms[-1], sides[0])))
         taken.append(box)
-        padding = "  " if side in SIDES[:2] else ""
+        padding = "  " if side.startswith("middle") else ""
         chosen.append((f"{padding}{text}{padding}", side))
     return chosen
 
@@ -109,18 +135,22 @@ def _hover_text(arm: ArmSummary) -> str:
     return f"{label(arm.arm)}<br>{mean_interval(arm.score)}"
 
 
-def _speed_trace(verdict: str, arms: Sequence[ArmSummary], *, bars: bool) -> Figure:
+def _speed_trace(verdict: str, arms: Sequence[ArmSummary], bars: Mapping[str, float] | None) -> Figure:
     color = f"var(--{verdict_slug(verdict)})"
     half_widths = [half_width(arm.delta) or 0 for arm in arms]
-    speeds = [f"{fmt.count(arm.tokens_per_second)} tok/s" for arm in arms]
-    hover_texts = [f"{_hover_text(arm)} at {speed}" for arm, speed in zip(arms, speeds, strict=True)]
+    speeds = [fmt.count(arm.tokens_per_second) for arm in arms]
+    widths = [(bars or {}).get(arm.arm, 0) for arm in arms]
+    speeds = [f"{s} ± {fmt.count(w)}" if w else s for s, w in zip(speeds, widths, strict=True)]
+    hover_texts = [f"{_hover_text(arm)} at {speed} tok/s" for arm, speed in zip(arms, speeds, strict=True)]
+    bar = {"type": "data", "color": color, "thickness": 1, "width": 0, "visible": bars is not None}
     return {
         "type": "scatter",
         "mode": "markers+text",
         "name": verdict,
         "x": [round(arm.tokens_per_second or 0.0, 1) for arm in arms],
         "y": [arm.score.mean for arm in arms],
-        "error_y": {"type": "data", "array": half_widths, "color": color, "thickness": 1, "width": 0, "visible": bars},
+        "error_x": bar | {"array": [round(width, 1) for width in widths]},
+        "error_y": bar | {"array": half_widths},
         "marker": marker(verdict, 9),
         "cliponaxis": False,
         "hovertext": hover_texts,

@@ -5,13 +5,24 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
+from math import floor, log10
 from typing import Any, NamedTuple
 
-from ngpt.config.base import ConfigError, build
+from ngpt.config.base import ConfigError, build, override
 from tune import format as fmt
 from tune.analysis.importance import axis_importance, is_number, sweep_axes
 from tune.analysis.power import MAX_SEEDS
-from tune.storage.summaries import ArmSummary, CampaignSummary, Delta, PhaseSummary, Spread, TrialCounts, TrialProblem
+from tune.storage.summaries import (
+    ArmSummary,
+    CampaignSummary,
+    Delta,
+    MetricSpread,
+    PhaseSummary,
+    Spread,
+    TrialCounts,
+    TrialProblem,
+)
 
 # Every verdict on an arm, as the "how to read" section explains it.
 VERDICTS = {
@@ -56,16 +67,22 @@ def half_width(spread: Spread | Delta | None) -> float | None:
 def mean_interval(spread: Spread) -> str:
     """Formats a mean over seeds with half the width of its interval: `4.3211 ± 0.0123`."""
     half = half_width(spread)
-    return fmt.number(spread.mean) + ("" if spread.mean is None or half is None else f" ± {fmt.number(half)}")
+    number = partial(fmt.number, decimals=decimals(half or abs(spread.mean or 0)))
+    return number(spread.mean) + ("" if spread.mean is None or half is None else f" ± {number(half)}")
+
+
+def decimals(size: float | None) -> int:
+    """The decimals of a number whose interval is that wide: four as for losses, more if these would hide it."""
+    return 4 if not size or size >= 5e-5 else min(1 - floor(log10(size)), 12)
 
 
 def effect(delta: Delta | None) -> str:
     """Formats a difference from the baseline with its confidence interval: `-0.0123 [-0.0150, -0.0096]`."""
     if delta is None:
         return fmt.MISSING
-    low, high = delta.ci_low, delta.ci_high
-    interval = "" if low is None or high is None else f" [{fmt.signed(low)}, {fmt.signed(high)}]"
-    return fmt.signed(delta.mean) + interval
+    low, high, signed = delta.ci_low, delta.ci_high, partial(fmt.signed, decimals=decimals(half_width(delta)))
+    interval = "" if low is None or high is None else f" [{signed(low)}, {signed(high)}]"
+    return signed(delta.mean) + interval
 
 
 def interval_name(confidence: float) -> str:
@@ -111,6 +128,30 @@ def seed_counts(phase: PhaseSummary) -> str:
     if phase.most_seeds is None or len(sizes) < 2:
         return fmt.counted(len(phase.seeds), "seed")
     return f"{sizes[0]} to {sizes[-1]} seeds"
+
+
+class MetricTable(NamedTuple):
+    """The metrics of a phase that no verdict depends on, an arm a row."""
+
+    names: list[str]
+    rows: list[tuple[str, list[str]]]  # name of the arm, and a text for each metric
+    note: str
+
+
+def metric_table(phase: PhaseSummary) -> MetricTable | None:
+    """The means of further metrics, with half of their intervals; None if there are none."""
+    names = list(dict.fromkeys(name for arm in phase.arms for name, spread in arm.metrics.items() if spread.n))
+    names = [name for name in names if name != phase.metric.name]
+    if not names:
+        return None
+
+    def text(arm: ArmSummary, name: str) -> str:
+        spread = arm.metrics.get(name, MetricSpread())
+        return mean_interval(spread) + (f" ({spread.n} of {arm.n})" if 0 < spread.n < arm.n else "")
+
+    rows = [(arm.arm, [text(arm, name) for name in names]) for arm in phase.arms]
+    note = f"Mean over the seeds of an arm ± half of its own {interval_name(phase.confidence)}. No verdict uses it."
+    return MetricTable(names, rows, note)
 
 
 class Rounds(NamedTuple):
@@ -200,6 +241,41 @@ def importance_table(phase: PhaseSummary) -> ImportanceTable | None:
     note = f"Share of the variance of {phase.metric.name} over {importance.arms} arms that each setting explains: "
     rows = [(name, f"{share:.0%}", round(100 * share)) for name, share in shares.items()]
     return ImportanceTable(rows, f"{note}{importance.method}.")
+
+
+def direction(goal: str | None) -> str:
+    """Says whether lower or higher values of a metric are better; `goal` is None if nobody has said so."""
+    if goal is None:
+        return "whether lower or higher is better is not known here, since its plug-in is not loaded"
+    return "higher is better" if goal == "maximize" else "lower is better"
+
+
+def differences_note(phase: PhaseSummary, metric: str, goal: str | None, found: Mapping[str, Any] | None) -> str:
+    """Explains the figure of the differences during training; `found` is the result of `differences`."""
+    name = fmt.plain(metric)
+    if found is None:
+        return f"No two arms have {name} for two of their seeds each, so there are no differences."
+    note = f"Mean difference of {name} at each evaluation over training tokens, paired by seed; {direction(goal)}. "
+    note += f"The shade is its {interval_name(phase.confidence)}, from the same analysis as the table of the arms; "
+    note += "each evaluation is judged alone."
+    if metric != phase.metric.name:
+        note += " No verdict uses this metric."
+    if found["thinned"]:
+        note += f" Thinned: {len(found['tokens'])} evaluations, equally spaced."
+    return note
+
+
+def trials_note(explored: Mapping[str, Any]) -> str:
+    """Explains the table of trials, and says what the page leaves out; `explored` is the result of `explore`."""
+    note = "Groups have the number of trials with the metric, its mean, sample standard deviation and standard error; "
+    note += "a trial that two phases use counts once."
+    most = max((len(grid["steps"]) for grid in explored["grids"]), default=0)
+    if most and most == explored["points"]:
+        note += f" Thinned: the curve of a trial has at most {most} steps, equally spaced; metrics.jsonl has all."
+    shown, trials = len(explored["histograms"]), len({trial[3] for trial in explored["trials"]})
+    if 0 < shown < trials:
+        note += f" Histograms are here for {shown} of {trials} trials: the first seed of the best arms that have them."
+    return note
 
 
 def went_wrong(problem: TrialProblem) -> str:
@@ -292,26 +368,37 @@ def troubles(summary: CampaignSummary) -> list[str]:
 
 
 def settings_advice(summary: CampaignSummary) -> list[str]:
-    """Says which settings of the base are likely to be a mistake, given the corpus; nothing about older results."""
-    from ngpt.runs.advice import advice  # imported here, so that `status` needs no torch
-    from ngpt.training.config import TrainConfig
+    """Says which settings are likely to be a mistake, given the corpus; nothing about older results and smoke runs."""
+    from ngpt.training.config import TrainConfig  # imported here, so that `status` needs no torch
+    from tune.planning.advice import advice_on_arms
 
+    sizes = {name: summary.data.get(name) for name in ("train_tokens", "eval_tokens")}
+    if summary.smoke or not summary.base or None in sizes.values():
+        return []
     try:
-        config = build(TrainConfig, summary.base)
+        base = build(TrainConfig, summary.base)
+        arms = [
+            (f"{phase.phase}/{arm.arm}", override(base, {**phase.base, **arm.overrides}))
+            for phase in summary.phases
+            for arm in phase.arms
+        ]
     except ConfigError:  # settings of another version
         return []
-    sizes = {name: summary.data.get(name) for name in ("train_tokens", "eval_tokens")}
-    if not summary.base or None in sizes.values():
-        return []
-    return [fmt.sentence(f"In the base, {text}") for text in advice(config, **sizes)]
+    has_tokenizer = summary.data.get("tokenizer_sha256") is not None if "tokenizer_sha256" in summary.data else None
+    facts = {**sizes, "has_tokenizer": has_tokenizer}
+    found = advice_on_arms(arms or [("base", base)], lambda config: facts if config.data == base.data else {})
+    return [fmt.sentence(text[:1].upper() + text[1:]) for text in found]
 
 
+RUNNING = "running"  # status of a campaign that is shown while it runs
 RESUME = "the same command again: it continues where it stopped and repeats nothing."
 
 
 def next_step(summary: CampaignSummary) -> str:
     """Suggests the most useful next step in one sentence."""
     answer = summary.answer
+    if summary.status == RUNNING:
+        return "It is running. This page is rewritten when a phase ends; that of `serve` follows it."
     if summary.left_out:
         return f"Raise `budget:` and run {RESUME}"
     if summary.status != "finished":
@@ -322,7 +409,9 @@ def next_step(summary: CampaignSummary) -> str:
         return "It runs. For an answer, run the same command without `--smoke`."
     if answer.winner and answer.delta:
         if not answer.confirmed:
-            return "Confirm it on fresh seeds: add a phase with `arm: winner` and `seeds: fresh`."
+            is_short = [phase.phase for phase in summary.phases] == ["main"]  # perhaps a file without `phases:`
+            first = " If the file has no `phases:`, move its sweep into `phases: [{name: main, ...}]` first."
+            return f"Confirm it on fresh seeds: add this phase to `phases:` and run again.{first if is_short else ''}"
     elif summary.phases and (more := _more_seeds(summary.phases[-1])):
         return more
     return "Try your own question: change `vary:` in the campaign file and run again. Finished trials are reused."
@@ -330,7 +419,11 @@ def next_step(summary: CampaignSummary) -> str:
 
 def selection(shrunken: float | None) -> str:
     """Formats the effect of a winner after allowing for its selection; empty if there is nothing to allow for."""
-    return "" if shrunken is None else f"about {shrunken:+.2g}, as the best of several arms is partly lucky"
+    return (
+        ""
+        if shrunken is None
+        else f"about {fmt.digits(shrunken, 2, plus=True)}, as the best of several arms is partly lucky"
+    )
 
 
 def _more_seeds(phase: PhaseSummary) -> str | None:

@@ -3,11 +3,17 @@
 Summaries are written as JSON, as an older version may have left them, and read by `from_json`.
 """
 
+import base64
 import copy
+import gzip
+import hashlib
 import json
 import re
+from collections.abc import Sequence
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import plotly.graph_objects as go
@@ -16,10 +22,12 @@ import pytest
 from tests.helpers.summaries import from_json
 from tune import format as fmt
 from tune.report import figures, html, markdown
-from tune.report.figures import MAX_POINTS, curves_by_arm
+from tune.report.explorer import Details
+from tune.report.figures import MAX_POINTS
 from tune.report.markdown import cell
+from tune.report.trial_logs import curves_by_arm
 from tune.report.wording import moment
-from tune.storage.summaries import CampaignSummary, PhaseSummary
+from tune.storage.summaries import CampaignSummary, PhaseSummary, TrialRecord
 
 Summary = dict[str, Any]
 DELTA = "-0.0349 [-0.0379, -0.0319]".replace("-", fmt.MINUS)
@@ -36,8 +44,8 @@ HOSTILE = (
 )
 
 
-def render_html(summary: Summary, curves: list[Summary]) -> str:
-    return html.render_html(from_json(CampaignSummary, summary), curves)
+def render_html(summary: Summary, curves: list[Summary], records: Sequence[TrialRecord] = ()) -> str:
+    return html.render_html(from_json(CampaignSummary, summary), curves, Details(records))
 
 
 def render_markdown(summary: Summary) -> str:
@@ -48,8 +56,8 @@ def effect_figure(own: Summary) -> figures.Figure | None:
     return figures.effect_figure(from_json(PhaseSummary, own))
 
 
-def curve_figure(own: Summary, rows: Any) -> figures.Figure | None:
-    return figures.curve_figure(from_json(PhaseSummary, own), rows)
+def curve_figure(own: Summary, rows: Any, metric: str = "val_loss") -> figures.Figure | None:
+    return figures.curve_figures(from_json(PhaseSummary, own), rows, [metric]).get(metric)
 
 
 def arm(name: str, mean: float | None, verdict: str, delta: float | None = None, **more: Any) -> Summary:
@@ -140,6 +148,7 @@ class Page(HTMLParser):
         self.elements: list[tuple[str, dict[str, str | None]]] = []
         self.words: list[str] = []
         self.scripts: list[str] = []
+        self.script_ids: list[str | None] = []
         self.rows: list[list[str]] = []
         self.inside = ""
         self.feed(text)
@@ -150,6 +159,7 @@ class Page(HTMLParser):
         self.inside = tag
         if tag == "script":
             self.scripts.append("")
+            self.script_ids.append(dict(attrs).get("id"))
         if tag == "tr":
             self.rows.append([])
         if tag in ("td", "th"):
@@ -169,6 +179,12 @@ class Page(HTMLParser):
     @property
     def text(self) -> str:
         return " ".join(" ".join(self.words).split())
+
+    def script(self, name: str) -> str:
+        return self.scripts[self.script_ids.index(name)]
+
+    def json(self, name: str) -> Any:
+        return json.loads(self.script(name))
 
     def tags(self, name: str) -> list[dict[str, str | None]]:
         return [attributes for tag, attributes in self.elements if tag == name]
@@ -219,15 +235,23 @@ def test_policy_forbids_the_network_and_names_the_scripts_by_hash() -> None:
     (policy,) = [meta["content"] for meta in page.tags("meta") if "http-equiv" in meta]
     rules = dict(rule.strip().split(" ", 1) for rule in (policy or "").split(";"))
     assert rules["default-src"] == "'none'"
-    assert len(re.findall(r"'sha256-[A-Za-z0-9+/]{43}='", rules["script-src"])) == 2
+    plotly = gzip.decompress(base64.b64decode(page.script("plotly")))  # the page unpacks and runs it
+    sources = [
+        *(script.encode() for script, name in zip(page.scripts, page.script_ids, strict=True) if not name),
+        plotly,
+    ]
+    digests = [base64.b64encode(hashlib.sha256(source).digest()).decode() for source in sources]
+    assert rules["script-src"].split() == [f"'sha256-{digest}'" for digest in digests]
     assert "unsafe" not in rules["script-src"]
     assert "connect-src" not in rules
 
 
 def test_plotly_is_inlined_once_and_only_when_there_is_a_plot() -> None:
     summary = campaign(phase(), phase("second"))
-    assert render_html(summary, curves(summary)).count("plotly.js v") == 1
-    assert len(render_html(campaign(phase(arms=[])), [])) < 50_000
+    page = Page(render_html(summary, curves(summary)))
+    assert page.script_ids.count("plotly") == 1 and page.scripts[-1].count("plotly.js v") == 0
+    assert b"plotly.js v" in gzip.decompress(base64.b64decode(page.script("plotly")))
+    assert len(render_html(campaign(phase(arms=[])), [])) < 80_000
 
 
 def test_answer_comes_before_cost_before_phases_before_problems_before_provenance() -> None:
@@ -246,15 +270,15 @@ def test_hostile_text_is_inert_in_the_page(name: str) -> None:
     assert {tag for tag, _ in page.elements} <= {tag for tag, _ in expected.elements} | {"a"}
     assert len(page.tags("script")) == len(expected.tags("script"))
     assert not any(key.startswith("on") for _, attributes in page.elements for key in attributes)
-    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]", text.replace(page.scripts[1], ""))
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]", text)
     assert fmt.plain(name) in " ".join(page.words)
 
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_text_is_inert_in_the_plots(name: str) -> None:
     summary = hostile_campaign(name)
-    figures = json.loads(Page(render_html(summary, curves(summary))).scripts[0])
-    assert len(figures) == 3
+    figures = Page(render_html(summary, curves(summary))).json("figures")
+    assert len(figures) == 4
 
     def labels(item: Any) -> list[str]:
         if isinstance(item, dict):
@@ -418,8 +442,8 @@ def test_big_campaign_stays_small_and_draws_few_curves_in_colour() -> None:
     arms = [arm("baseline", 4.4, "baseline")] + [arm(f"a={n}", 4.5, "worse", 0.1, rank=n) for n in range(333)]
     summary = campaign(phase(arms=arms))
     text = render_html(summary, curves(summary, steps=60))
-    assert len(text) < 15_000_000
-    effect, lines, _ = json.loads(Page(text).scripts[0])
+    assert len(text) < 4_000_000
+    effect, lines, *_ = Page(text).json("figures")
     assert len(effect["layout"]["yaxis"]["ticktext"]) == 40
     assert sum(trace["showlegend"] for trace in lines["data"]) == 8
 
@@ -443,10 +467,10 @@ def test_a_grid_has_its_settings_their_importance_and_the_inheritance_in_both_re
     assert re.search(r"x\.a 97% x\.b 3%", page.text) and "x.a 97%, x.b 3%" in shown
     assert "grid starts from alpha: alpha=0.15" in shown
     assert f"alpha=0.15 is better, {fmt.MINUS}0.0349" in page.text  # what the box of the phase says
-    kinds = [figure["layout"]["meta"]["kind"] for figure in json.loads(page.scripts[0])]
-    assert kinds == ["effect", "curves", "speed", "effect", "curves", "speed", "parallel"]
-    places = [attributes["data-figure"] for attributes in page.tags("div") if attributes.get("class") == "plot"]
-    assert sorted(map(int, filter(None, places))) == list(range(7))
+    kinds = [figure["layout"]["meta"]["kind"] for figure in page.json("figures")]
+    assert kinds == ["effect", "curves", "speed", "curves", "effect", "curves", "speed", "parallel", "curves"]
+    places = [attributes["data-figure"] for attributes in page.tags("div") if "data-figure" in attributes]
+    assert sorted(map(int, filter(None, places))) == [0, 1, 2, 4, 5, 6, 7]  # 3 and 8 are of another metric
 
 
 def test_the_words_below_a_plot_say_what_is_in_it() -> None:
@@ -517,3 +541,182 @@ def test_equal_errors_are_grouped_and_their_traceback_is_folded() -> None:
     assert page.count("<details><summary>traceback</summary>") == 1 and "advice" not in page
     text = render_markdown(summary)
     assert text.count("OSError: no disk") == 1 and text.count("| the same |") == 2
+
+
+def trial_records(summary: Summary, **more: Any) -> list[TrialRecord]:
+    facts = {"status": "finished", "metrics": {"val_loss": 4.4, "tokens_per_second": 1000.0}} | more
+    return [
+        TrialRecord("c", p["phase"], a["arm"], f"{a['arm']}-{seed}", seed, {}, {"model.alpha": 0.1}, **facts)
+        for p in summary["phases"]
+        for a in p["arms"]
+        for seed in p["seeds"]
+    ]
+
+
+def test_the_page_can_be_used_without_seeing_or_a_mouse() -> None:
+    summary = campaign(phase(), second_phase())
+    summary["claims"] = [{"id": "x", "verdict": "reproduced"}]
+    page = Page(render_html(summary, curves(summary), trial_records(summary)))
+    heads = page.tags("th")
+    assert heads and all(attributes.get("scope") in ("col", "row") for attributes in heads)
+    assert len(page.tags("caption")) == len(page.tags("table"))
+    plots = [attributes for attributes in page.tags("div") if attributes.get("class") == "plot"]
+    assert plots and all(plot["role"] == "img" and plot["aria-label"] for plot in plots)
+    assert all(attributes.get("aria-label") for attributes in page.tags("svg"))
+    assert all(attributes.get("type") == "button" for attributes in page.tags("button"))
+    assert not [
+        tag
+        for tag, attributes in page.elements
+        if {"onclick", "tabindex"} & attributes.keys() and tag == "div" and attributes.get("role") != "region"
+    ]
+    assert ("html", {"lang": "en"}) in page.elements
+
+
+def test_every_element_is_closed_in_order() -> None:
+    void = {"meta", "input", "br", "path", "rect"}
+
+    class Nesting(HTMLParser):
+        stack: list[str]
+
+        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            self.stack += [] if tag in void else [tag]
+
+        def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            pass
+
+        def handle_endtag(self, tag: str) -> None:
+            assert self.stack.pop() == tag
+
+    summary = campaign(phase(), second_phase())
+    parser = Nesting()
+    parser.stack = []
+    parser.feed(render_html(summary, curves(summary), trial_records(summary)))
+    parser.close()
+    assert parser.stack == []
+
+
+def test_every_trial_is_on_the_page_and_there_is_no_table_without_records() -> None:
+    summary = campaign()
+    page = Page(render_html(summary, curves(summary), trial_records(summary)))
+    assert len(page.json("explored")["trials"]) == 15
+    assert "15 trials, with those that a phase reuses from an earlier one. Open a trial" in page.text
+    without = Page(render_html(summary, curves(summary)))
+    assert without.json("explored")["trials"] == [] and "Every trial of the campaign" not in without.text
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_text_is_inert_in_the_data_of_the_trials(name: str) -> None:
+    summary = hostile_campaign(name)
+    records = trial_records(summary, status="failed", error=name)
+    records = [
+        replace(r, config={name: name, f"{name}2": r.seed}, metrics={name: 1.0}, reused_from=name) for r in records
+    ]
+    text = render_html(summary, curves(summary), records)
+    page = Page(text)
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]", text)
+    assert page.script_ids == [None, "figures", "explored", "plotly", None]
+    assert "<" not in page.script("explored") and "<" not in page.script("figures")
+    assert page.json("explored")["trials"][0][6] == fmt.reason(name)
+
+
+def test_a_page_with_its_figures_has_less_than_three_megabytes() -> None:
+    summary = campaign(phase(), second_phase())
+    assert 1_500_000 < len(render_html(summary, curves(summary), trial_records(summary))) < 3_000_000
+
+
+def test_speed_has_bars_once_an_arm_has_several_trials() -> None:
+    summary = campaign()
+    with_bars = Page(render_html(summary, [], trial_records(summary))).text
+    assert "of the mean speed of an arm's trials" in with_bars
+    assert "of the mean speed" not in Page(render_html(summary, [])).text
+
+
+def test_the_exception_comes_first_and_the_indentation_of_a_traceback_is_kept() -> None:
+    summary = campaign()
+    trace = 'Traceback (most recent call last):\n  File "x.py", line 1\n    <open>()\nOSError: no disk'
+    summary["problems"] = [
+        {
+            "phase": "alpha",
+            "arm": "b",
+            "seed": 1,
+            "trial_id": "t",
+            "status": "failed",
+            "error": "OSError: no disk",
+            "traceback": trace,
+        }
+    ]
+    text = render_html(summary, [])
+    assert "\n    &lt;open&gt;()\n" in text
+    assert text.index("OSError: no disk") < text.index("Traceback (most recent call last)")
+
+
+def test_curves_can_be_drawn_over_what_was_logged_only() -> None:
+    summary = campaign()
+    rows = curves(summary)
+    options = {}
+    for kind, logged in {"bare": rows, "timed": [row | {"tokens_per_second": 500.0} for row in rows]}.items():
+        page = Page(render_html(summary, logged, trial_records(summary)))
+        options[kind] = [
+            str(tag["value"])
+            for tag in page.tags("option")
+            if tag.get("value") in ("tokens", "steps", "seconds", "elapsed", "flops")
+        ]
+    assert options == {"bare": ["tokens", "steps"], "timed": ["tokens", "steps", "seconds"]}
+
+
+def timed(rows: list[Summary]) -> list[Summary]:
+    """Rows with times and FLOPs that no other column tells: the first thousand tokens take 30 seconds to compile."""
+    return [
+        row
+        | {"tokens_per_second": 500.0, "flops": 7.0 * row["tokens"]}
+        | {"train_seconds": 30 + row["step"] * 2.0, "seconds": 40 + row["step"] * 3.0}
+        for row in rows
+    ]
+
+
+def test_recorded_seconds_and_flops_take_the_place_of_computed_ones() -> None:
+    summary = campaign()
+    page = Page(render_html(summary, timed(curves(summary)), trial_records(summary)))
+    axes = [tag["value"] for tag in page.tags("option") if tag.get("value") in ("seconds", "elapsed", "flops")]
+    assert axes == ["seconds", "elapsed", "flops"]
+    val = next(trace for trace in page.json("figures")[1]["data"] if trace["mode"] == "lines+markers")
+    assert val["meta"]["steps"][:2] == [0, 10]
+    assert val["meta"]["seconds"][:2] == [30, 50]
+    assert val["meta"]["elapsed"][:2] == [40, 70]
+    assert val["meta"]["flops"][:2] == [0, 70_000]
+    assert "recorded" not in page.text
+
+
+def test_one_trial_without_recorded_times_makes_all_curves_of_its_phase_computed_and_the_page_says_so() -> None:
+    summary = campaign()
+    rows = timed(curves(summary))
+    rows[-1] = rows[-1] | {"train_seconds": None}
+    page = Page(render_html(summary, rows, trial_records(summary)))
+    val = next(trace for trace in page.json("figures")[1]["data"] if trace["mode"] == "lines+markers")
+    assert val["meta"]["seconds"][:2] == [0, 20]  # 10,000 tokens at 500 a second
+    assert "Seconds of training are tokens over the mean speed so far, because not every trial" in page.text
+
+
+def test_curves_are_those_of_the_campaigns_own_metric_first_with_its_direction() -> None:
+    summary = campaign(phase(metric={"name": "accuracy", "goal": "maximize"}))
+    rows = [row | {"accuracy": row["val_loss"] and 1 / row["val_loss"], "zeal": 1.0} for row in curves(summary)]
+    details = Details(trial_records(summary), metrics=("accuracy", "zeal"))
+    page = Page(html.render_html(from_json(CampaignSummary, summary), rows, details))
+    (shown,) = page.json("explored")["phases"]
+    assert [curve["name"] for curve in shown["curves"]] == ["accuracy", "val_loss", "train_loss", "zeal"]
+    assert [curve["goal"] for curve in shown["curves"]] == ["maximize", "minimize", "minimize", None]
+    assert "of accuracy at each evaluation over training tokens, paired by seed; higher is better" in page.text
+    first = page.json("figures")[shown["curves"][0]["figure"]]
+    assert first["layout"]["yaxis"]["title"]["text"] == "accuracy"
+    baseline = next(n for n, arm in enumerate(shown["arms"]) if arm["verdict"] == "baseline")
+    ends = {baseline: 0.0} | {
+        arm: means[-1] for arm, means, _ in shown["curves"][0]["differences"]["baselines"][str(baseline)]["arms"]
+    }
+    last = [row for row in rows if row["accuracy"] and row["step"] == 40]
+    means = {
+        a["arm"]: fmean(row["accuracy"] for row in last if row["arm"] == a["arm"]) for a in summary["phases"][0]["arms"]
+    }
+    names = [arm["name"] for arm in shown["arms"]]
+    for arm, difference in ends.items():
+        assert difference == pytest.approx(means[names[arm]] - means[names[baseline]], abs=1e-5)
+    assert [curve["name"] for curve in shown["curves"] if "whether lower or higher" in curve["note"]] == ["zeal"]

@@ -11,8 +11,9 @@ from tune.report.phase_graph import BOX_HEIGHT, handovers, inheritance_graph
 from tune.storage.summaries import ArmSummary, Delta, PhaseSummary
 
 
-def phase(name: str, winner: dict[str, Any] | None = None, **more: Any) -> PhaseSummary:
-    arms = (ArmSummary("baseline"), *([ArmSummary("best", overrides=winner)] if winner else []))
+def phase(name: str, winner: dict[str, Any] | None = None, sources: tuple[str, ...] = (), **more: Any) -> PhaseSummary:
+    best = [ArmSummary("best", overrides=winner, sources=sources, verdict="better")] if winner else []
+    arms = (ArmSummary("baseline"), *best)
     chosen = "best" if winner else "baseline"
     own = PhaseSummary(phase=name, arms=arms, winner=chosen, baseline="baseline", swept={"a": [1]})
     return replace(own, **more)
@@ -21,7 +22,7 @@ def phase(name: str, winner: dict[str, Any] | None = None, **more: Any) -> Phase
 THREE = [
     phase("alpha", {"model.alpha": 0.2}),
     phase("kind", {"model.kind": "scalar"}, inherit="alpha", base={"model.alpha": 0.2}),
-    phase("confirm", {"model.alpha": 0.2, "model.kind": "scalar"}, swept={}),
+    phase("confirm", {"model.alpha": 0.2, "model.kind": "scalar"}, ("kind",), swept={}),
 ]
 
 
@@ -38,18 +39,19 @@ def test_what_a_phase_pins_for_itself_was_not_handed_on() -> None:
     assert only.settings == {} and only.text() == "alpha: the base as it is"
 
 
-def test_an_arm_of_a_sweep_that_happens_to_be_an_earlier_winner_inherits_nothing() -> None:
+def test_an_arm_that_happens_to_be_an_earlier_winner_inherits_nothing() -> None:
     assert handovers([THREE[0], phase("again", {"model.alpha": 0.2})]) == []
+    assert handovers([THREE[0], phase("again", {"model.alpha": 0.2}, swept={})]) == []
 
 
 def test_an_arm_that_joins_two_winners_has_both_and_an_arrow_for_each() -> None:
     other = phase("rate", {"optim.lr": 0.1})
-    joined = phase("combined", {"model.alpha": 0.2, "optim.lr": 0.1}, swept={})
-    again = ArmSummary("again", overrides={"optim.lr": 0.1, "steps": 7})
+    joined = phase("combined", {"model.alpha": 0.2, "optim.lr": 0.1}, ("alpha", "rate"), swept={})
+    again = ArmSummary("again", overrides={"optim.lr": 0.1, "steps": 7}, sources=("rate",))
     joined = replace(joined, arms=(*joined.arms, again))
-    assert [(edge.source, edge.arm) for edge in handovers([THREE[0], other, joined])] == [
-        ("alpha", "best"),
-        ("rate", "best"),
+    assert [(edge.source, edge.arm, edge.settings) for edge in handovers([THREE[0], other, joined])] == [
+        ("alpha", "best", {"model.alpha": 0.2}),
+        ("rate", "best", {"optim.lr": 0.1}),
     ]
 
 

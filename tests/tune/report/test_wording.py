@@ -137,18 +137,21 @@ def campaign(seeds: int = 2, **answer: Any) -> CampaignSummary:
 
 
 def test_the_next_step_fits_the_state_of_the_campaign() -> None:
-    assert "`seeds: fresh`" in next_step(campaign())
+    assert next_step(campaign()).startswith("Confirm it on fresh seeds: add this phase to `phases:`")
     assert "change `vary:`" in next_step(campaign(confirmed=True))
+    assert next_step(replace(campaign(), status="running")).startswith("It is running.")
     assert "Run the same command again" in next_step(replace(campaign(), status="interrupted"))
     assert "tries those trials again" in next_step(replace(campaign(), trials=TrialCounts(failed=1)))
     assert "Raise `budget:`" in next_step(replace(campaign(), left_out={"a": 1}))
 
 
 def test_the_effect_after_selection_is_shown_until_the_winner_is_confirmed() -> None:
-    assert selection(-0.0812) == "about -0.081, as the best of several arms is partly lucky"
+    assert selection(-0.0812) == f"about {fmt.MINUS}0.081, as the best of several arms is partly lucky"
     assert selection(None) == ""
     shown = render_markdown(campaign(shrunken=-0.08))
-    assert "- After allowing for selection: about -0.08, as the best of several arms is partly lucky" in shown
+    assert (
+        f"- After allowing for selection: about {fmt.MINUS}0.08, as the best of several arms is partly lucky" in shown
+    )
     assert "selection" not in render_markdown(campaign(confirmed=True)).partition("## ")[0]
 
 
