@@ -16,9 +16,11 @@ from typing import Any, ClassVar
 import pydantic
 import torch
 
+from ngpt.code.plugins import Source, loaded_sources
 from ngpt.config.base import override
 from ngpt.data.text.progress import Log
 from ngpt.ensemble.throughput import steps_together
+from ngpt.plugins.load import load_sources
 from ngpt.system import gpus
 from ngpt.system.memory import is_out_of_memory, peak_memory, reset_peak_memory
 from ngpt.system.timing import synchronize
@@ -145,7 +147,7 @@ class _TrialProcess:
     def __init__(self, config: TrainConfig, threads: int, together: int) -> None:
         context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
         self.pipe, child_pipe = context.Pipe()
-        arguments = (config, threads, together, child_pipe)
+        arguments = (config, threads, together, child_pipe, loaded_sources())
         self._process = context.Process(target=_train_on_command, args=arguments, daemon=True)
         with hide_main_module():
             self._process.start()
@@ -170,10 +172,13 @@ class _TrialProcess:
         self.pipe.close()
 
 
-def _train_on_command(config: TrainConfig, threads: int, together: int, pipe: Connection) -> None:
+def _train_on_command(
+    config: TrainConfig, threads: int, together: int, pipe: Connection, plugins: Sequence[Source]
+) -> None:
     """Main function of a child process: sets up its runs, then trains each time the parent sends a command."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles it
     try:
+        load_sources(plugins)
         torch.set_num_threads(threads)
         eval_tokens = min(config.eval_tokens, EVAL_BATCHES * config.tokens_per_step)
         # Shrinking the batch after running out of memory would change what is measured.

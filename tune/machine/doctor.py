@@ -9,19 +9,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from ngpt.code.plugins import loaded_plugins
+from ngpt.code.version import commit, git_problem, install_command, own_version, version
 from ngpt.config.base import ConfigError
+from ngpt.plugins.load import VARIABLE, installed, load_installed
 from ngpt.system.cache import ADVICE, CODE_FOLDERS, cache_folder, code_folder_problem
 from ngpt.system.cgroups import cpu_quota, usable_cpus
 from tune import format as fmt
-from tune.machine.environment import (
-    PACKAGES,
-    commit,
-    cpu_model,
-    git_problem,
-    total_memory,
-    version,
-)
+from tune.machine.environment import PACKAGES, cpu_model, total_memory
 from tune.machine.ray_limits import SHARED_MEMORY, has_shared_memory, ray_folder_problem, ray_limits, ray_root
+from tune.spec.plugins import TABLES
 
 MIN_DISK = 2 << 30  # bytes
 
@@ -45,8 +42,9 @@ def _software(out: Path) -> Iterator[Check]:
     yield Check("python", platform.python_version(), problem)
     versions = {name: version(name) for name in PACKAGES}
     missing = [name for name, number in versions.items() if number is None]
-    problem = f"not installed: {', '.join(missing)}; run pip install -e ." if missing else None
+    problem = f"not installed: {', '.join(missing)}; run {install_command()}" if missing else None
     yield Check("packages", ", ".join(f"{name} {number}" for name, number in versions.items() if number), problem)
+    yield Check("version", own_version() or "unknown")
     problem = git_problem()
     yield Check("commit", "unknown" if problem else commit() or "none: not a git checkout", problem)
 
@@ -122,8 +120,20 @@ def _user(out: Path) -> Iterator[Check]:
     yield Check("W&B", "a key is set" if has_key else "no key; tracker.wandb works offline")
 
 
+def _plugins(out: Path) -> Iterator[Check]:
+    names = [f"{source.name} of {package}" for package, source in installed()]
+    if not names:
+        return
+    try:
+        problems = load_installed(TABLES)
+    except ConfigError as error:
+        problems = [str(error)]
+    note = "" if loaded_plugins() or problems else f" (left out, since {VARIABLE} is none)"
+    yield Check("plug-ins", f"{fmt.listing(names)}{note}", "; ".join(problems) or None)
+
+
 def _nearest_existing(path: Path) -> Path:
     return next(folder for folder in (path, *path.parents) if os.path.exists(folder))  # False if it may not be read
 
 
-CHECKS: list[Callable[[Path], Iterator[Check]]] = [_software, _device, _results, _cache, _ray, _user]
+CHECKS: list[Callable[[Path], Iterator[Check]]] = [_software, _device, _results, _cache, _ray, _user, _plugins]

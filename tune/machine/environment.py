@@ -1,28 +1,26 @@
 """Describes the machine and its software, for the manifest, the report and `doctor`."""
 
-import importlib.metadata
 import os
 import platform
 import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+from ngpt.code.version import commit, is_changed, output, own_version, version
+from ngpt.plugins.records import plugins_in_brief
 from ngpt.system.cgroups import memory_limit, usable_cpus
 
 PACKAGES = ("torch", "ray", "numpy", "sentencepiece", "pyarrow", "pydantic", "wandb")
-GIT = ("git", "-C", str(Path(__file__).parent))
 BUSY_SHARE = 0.1  # of a GPU's memory; a display or the driver alone uses less
 
 
 def describe(device: str = "auto") -> dict[str, Any]:
-    """Versions, device, host and git commit, as a flat dict of scalars."""
+    """Versions, device, host and git commit, as a flat dict of scalars. An installed package has no commit."""
     from ngpt.system import gpus
     from ngpt.system.device import pick_device
 
     kind = pick_device(device)
-    changed = _output(*GIT, "status", "--porcelain", "--untracked-files=no") if commit() else None
     return {
         "device": gpus.name(kind) if gpus.is_gpu(kind) else f"{kind.type} ({cpu_model()})",
         "gpus": gpus.count(),
@@ -32,34 +30,11 @@ def describe(device: str = "auto") -> dict[str, Any]:
         "platform": platform.platform(),
         "python": platform.python_version(),
         **{name: version(name) for name in PACKAGES},
+        "ngpt_campaign": own_version(),
         "git_commit": commit(),
-        "git_dirty": None if changed is None else bool(changed),  # whether tracked files differ from the commit
+        "git_dirty": is_changed(),
+        **({"plugins": plugins} if (plugins := plugins_in_brief()) else {}),
     }
-
-
-def commit() -> str | None:
-    """The git commit of this code; None outside a checkout, or if git refuses (see `git_problem`)."""
-    # Only if git tracks this file: an installed copy may lie inside the checkout of another project.
-    return _output(*GIT, "rev-parse", "HEAD") if _output(*GIT, "ls-files", Path(__file__).name) else None
-
-
-def git_problem() -> str | None:
-    """Why git cannot tell the commit of this code, in git's own words; None if it can, or without a checkout."""
-    if not any((folder / ".git").exists() for folder in Path(__file__).parents):
-        return None
-    try:
-        done = subprocess.run([*GIT, "rev-parse", "HEAD"], capture_output=True, text=True)
-    except OSError as error:
-        return str(error)
-    return " ".join(done.stderr.split()) or f"git exits with {done.returncode}" if done.returncode else None
-
-
-def version(package: str) -> str | None:
-    """The version of an installed package, or None."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def total_memory() -> int:
@@ -86,7 +61,7 @@ def busy_gpus() -> list[str]:
 
     # torch would create a CUDA context, which uses GPU memory itself.
     fields = "--query-gpu=index,uuid,memory.used,memory.total"
-    text = _output("nvidia-smi", fields, "--format=csv,noheader,nounits", timeout=10) or ""
+    text = output("nvidia-smi", fields, "--format=csv,noheader,nounits", timeout=10) or ""
     rows = [cells for line in text.splitlines() if len(cells := [cell.strip() for cell in line.split(",")]) == 4]
     visible = gpus.select([(index, uuid) for index, uuid, *_ in rows], os.environ.get("CUDA_VISIBLE_DEVICES"))
     warnings = []
@@ -98,12 +73,3 @@ def busy_gpus() -> list[str]:
             text = f"GPU {index}: {used / 1024:.1f} of {total / 1024:.1f} GiB are held by other processes"
             warnings.append(f"{text}; trials may run out of memory (nvidia-smi lists the processes)")
     return warnings
-
-
-def _output(*command: str, timeout: float | None = None) -> str | None:
-    """The output of a command; None if it fails."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=timeout)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()

@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 
+from ngpt.code.digest import current_code
 from ngpt.config.base import ConfigError
 from ngpt.model.flops import matrix_params
-from ngpt.runs.advice import advice
-from ngpt.system.code_digest import current_code
 from ngpt.system.device import DTYPES, pick_device
 from ngpt.system.timing import gemm_flops, slow_dtype_note
 from ngpt.training.config import TrainConfig
@@ -18,9 +17,11 @@ from tune import format as fmt
 from tune.analysis.noise import Method
 from tune.analysis.power import Design, smallest_detectable
 from tune.analysis.verdicts import judge
+from tune.machine.gpu_memory import memory_notes
 from tune.machine.gpu_sharing import known_trials_per_device
 from tune.machine.placement import Placement, device_notes, place, this_machine
-from tune.machine.throughput import device_key, known_speeds, measure_speeds
+from tune.machine.throughput import device_key, known_speeds, measure_speeds, ranks_key
+from tune.planning.advice import advice_on_phases
 from tune.planning.budget import describe_budget
 from tune.planning.code_changes import decide, find_code_changes
 from tune.planning.equal_time import step_time_key
@@ -75,7 +76,7 @@ class Estimate:
 
     campaign: str
     results: str
-    phases: list[PhaseEstimate]
+    phases: Sequence[PhaseEstimate]
     trials: int  # trials shared by several phases count once
     most_trials: int  # if no arm is decided early
     to_run: int
@@ -84,13 +85,17 @@ class Estimate:
     seconds: float
     workers: int
     together: int  # number of trials that train concurrently in one worker
+    ranks: int  # processes that train one trial together
+    strategy: str  # how they share its model
     noise: Noise | None
     budget: str
     seconds_source: str
     code: list[str]  # what is to be said about trials of other code
     devices: list[str]  # what is to be said about GPUs that are not used
+    memory: list[str]  # what the largest trial needs, and whether GPUs hold it
     advice: list[str]  # settings of the trials that are likely to be a mistake
     slow_dtype: str | None = None  # a dtype that this machine only emulates
+    evaluation: str | None = None  # which downstream tasks run after how many trials
 
 
 class _Clock:
@@ -101,17 +106,20 @@ class _Clock:
     """
 
     def __init__(self, trials: Sequence[tuple[TrainConfig, int]], campaign: Campaign, *, measure: bool = False) -> None:
-        base, threads = campaign.base, campaign.resources.cpus_per_trial
+        base, resources = campaign.base, campaign.resources
+        threads, n_ranks = resources.cpus_per_rank, resources.ranks_per_trial
+        measure = measure and n_ranks == 1  # what several ranks exchange cannot be timed in one process
         if measure:
             measure_speeds(trials, threads)
-        self._speeds = known_speeds(device_key(base, threads)) if trials else {}
+        self._speeds = known_speeds(device_key(base, threads, ranks=ranks_key(resources))) if trials else {}
         self.source = "measured just now" if measure else "from steps measured earlier on this machine"
         if n_missing := sum(self._known_speed(*trial) is None for trial in trials):
             torch.set_num_threads(threads)
-            self._flop_rate = EFFICIENCY * gemm_flops(pick_device(base.device), DTYPES[base.dtype])
+            self._flop_rate = n_ranks * EFFICIENCY * gemm_flops(pick_device(base.device), DTYPES[base.dtype])
             share = "" if n_missing == len(trials) else f" for {n_missing} of {len(trials)} trials"
             rate = f"{self._flop_rate / 1e9:.3g} GFLOP/s"
-            self.source = f"estimated from the FLOP count{share} at {rate}; --measure times real steps"
+            advice = "--measure times real steps" if n_ranks == 1 else "what the ranks exchange is not counted"
+            self.source = f"estimated from the FLOP count{share} at {rate}; {advice}"
         elif not all((step_time_key(config), n_concurrent) in self._speeds for config, n_concurrent in trials):
             self.source += ", treating concurrent trials as sequential; --measure times real steps"
 
@@ -145,7 +153,7 @@ def estimate(
     phases = expected_phases(campaign, state)
     guessed = _guessed_phases(campaign, state, phases)
     workers = expected_placement(campaign, state).workers
-    left = _trials_left(campaign, state, phases)
+    left = _trials_left(replace(campaign, evaluation=None), state, phases)
     to_run = {name: _with_group_sizes(configs, campaign, workers) for name, configs in left.items()}
     clock = _Clock([trial for trials in to_run.values() for trial in trials], campaign, measure=measure)
     noise, of_file = _noise(campaign, state), {phase.name: phase for phase in campaign.phases}
@@ -174,13 +182,32 @@ def estimate(
         seconds=sum(row.seconds for row in rows) + (STARTUP_SECONDS if n_to_run else 0.0),
         workers=workers,
         together=max((n_concurrent for trials in to_run.values() for _, n_concurrent in trials), default=1),
+        ranks=campaign.resources.ranks_per_trial,
+        strategy=campaign.resources.strategy,
         noise=noise,
         budget=describe_budget(campaign.budget),
         seconds_source=clock.source,
         code=code_lines,
         devices=device_notes(campaign.resources, device=campaign.base.device),
+        memory=memory_notes((config for trials in to_run.values() for config, _ in trials), campaign.resources),
         slow_dtype=slow_dtype(campaign, (config for trials in to_run.values() for config, _ in trials)),
-        advice=list(dict.fromkeys(text for phase in phases for trial in phase.trials for text in advice(trial.config))),
+        advice=[] if campaign.smoke else advice_on_phases(phases),
+        evaluation=_describe_evaluation(campaign, state, phases),
+    )
+
+
+def _describe_evaluation(campaign: Campaign, state: CampaignState, phases: Sequence[PlannedPhase]) -> str | None:
+    """A line about the downstream tasks, which the times leave out; None if there are none."""
+    if (evaluation := campaign.evaluation) is None:
+        return None
+    asking = [phase for phase in phases if evaluation.asks(phase.name)]
+    left = {trial.trial_id for phase in asking for trial in phase.trials}
+    done = {i for i in left if all(has_result(campaign, state, phase.name, i) for phase in asking)}
+    names = fmt.listing([*evaluation.tasks, *(["core"] if evaluation.core is not None else [])])
+    examples = f", {fmt.counted(evaluation.limit, 'example')} of each" if evaluation.limit else ""
+    where = fmt.listing([phase.name for phase in asking])
+    return (
+        f"{names}{examples} after {fmt.counted(len(left - done), 'trial')} of {where}; the time above leaves them out"
     )
 
 
@@ -246,7 +273,7 @@ def expected_placement(campaign: Campaign, state: CampaignState) -> Placement:
     """
     resources, device = campaign.resources, campaign.base.device
     node = this_machine(resources, device=device)
-    is_measured = resources.gpus_per_trial == "auto" and node["GPU"]
+    is_measured = resources.gpus_per_trial == "auto" and resources.ranks_per_trial == 1 and node["GPU"]
     shared = known_trials_per_device(campaign, state) if is_measured else None
     return place(resources, [node], device=device, trials_per_gpu=shared)
 

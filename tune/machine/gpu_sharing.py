@@ -59,7 +59,8 @@ def choose_gpu_sharing(campaign: Campaign, state: CampaignState, log: Log) -> Gp
 
     Measures, unless a curve of this shape is stored or the remaining trials take too little time.
     """
-    if campaign.resources.gpus_per_trial != "auto" or not gpus.is_gpu(pick_device(campaign.base.device)):
+    has_gpus_alone = campaign.resources.gpus_per_trial != "auto" or campaign.resources.ranks_per_trial > 1
+    if has_gpus_alone or not gpus.is_gpu(pick_device(campaign.base.device)):
         return None
     configs, devices, resources = _trials_left(campaign, state), len(gpus.visible_ids()), campaign.resources
     groups = GroupSizes(configs, devices=devices, max_size=resources.vectorise)

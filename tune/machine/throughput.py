@@ -11,16 +11,16 @@ from typing import Annotated, TypeVar
 import pydantic
 import torch
 
+from ngpt.code.digest import current_code
 from ngpt.ensemble.throughput import measure_step_together
 from ngpt.system.cache import cache_folder, optional_cache
-from ngpt.system.code_digest import current_code
 from ngpt.training.config import TrainConfig, resolved
 from ngpt.training.throughput import measure_step
 from tune.machine.concurrency_benchmark import ThroughputPoint
 from tune.machine.json_lines import append_json_lines, read_json_lines
 from tune.planning.equal_time import Speeds, step_time_key
 from tune.planning.plan import trial_work
-from tune.spec.schema import Campaign
+from tune.spec.schema import Campaign, Resources
 from tune.storage.state import CampaignState
 from tune.trials.trial import describe_machine
 
@@ -67,10 +67,19 @@ Record = TypeVar("Record", SpeedRecord, CurveRecord)
 ANY_RECORD: pydantic.TypeAdapter[SpeedRecord | CurveRecord] = pydantic.TypeAdapter(SpeedRecord | CurveRecord)
 
 
-def device_key(config: TrainConfig, threads: int) -> str:
-    """The host, device, torch version and threads for which a measurement is valid, as a key."""
+def device_key(config: TrainConfig, threads: int, *, ranks: str = "") -> str:
+    """The host, device, torch version and threads for which a measurement is valid, as a key.
+
+    `ranks` tells trials of several ranks apart, see `ranks_key`.
+    """
     machine = describe_machine(config.device, threads)
-    return f"{machine['host']} {machine['device']} torch {machine['torch']} {threads} threads"
+    return f"{machine['host']} {machine['device']} torch {machine['torch']} {threads} threads{ranks}"
+
+
+def ranks_key(resources: Resources) -> str:
+    """The part of `device_key` for trials of several ranks; empty for one."""
+    n_ranks, where = resources.ranks_per_trial, " across nodes" if resources.across_nodes else ""
+    return "" if n_ranks == 1 else f" x {n_ranks} ranks {resources.strategy}{where}"
 
 
 def measure_tokens_per_second(config: TrainConfig, *, threads: int, together: int = 1) -> float:
@@ -111,7 +120,8 @@ def measure_speeds(trials: Iterable[tuple[TrainConfig, int]], threads: int) -> N
 
 def remember_speeds(campaign: Campaign, state: CampaignState, configs: Mapping[str, TrainConfig]) -> None:
     """Stores the speeds of shapes whose trials finished in this session at the first attempt. `configs` are by id."""
-    device = device_key(campaign.base, campaign.resources.cpus_per_trial)
+    resources = campaign.resources
+    device = device_key(campaign.base, resources.cpus_per_rank, ranks=ranks_key(resources))
     speeds = {}
     for trial_id, config in configs.items():
         result = state.results.get(trial_id)

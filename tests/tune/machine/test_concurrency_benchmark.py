@@ -75,7 +75,7 @@ class PlayedPipe:
 def answer(config: TrainConfig, *, together: int = 1, save: bool = False) -> dict[str, Any]:
     """What a child process answers to one command."""
     pipe = PlayedPipe((0.0, 0.0, 1, save))
-    concurrency_benchmark._train_on_command(resolved(config), 1, together, pipe)  # type: ignore[arg-type]
+    concurrency_benchmark._train_on_command(resolved(config), 1, together, pipe, ())  # type: ignore[arg-type]
     return pipe.answers[-1]
 
 

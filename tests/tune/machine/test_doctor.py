@@ -10,9 +10,12 @@ from typing import Any
 
 import pytest
 
+from ngpt.code.version import install_command
+from tests.helpers.plugin_files import RULE, install, no_plugins
 from tune.machine import doctor
 from tune.machine.doctor import Check, run_checks
 
+__all__ = ["no_plugins"]
 Usage = namedtuple("Usage", "total used free")
 
 
@@ -125,4 +128,17 @@ def test_results_below_a_file_are_a_problem(tmp_path: Path) -> None:
 def test_a_missing_package_is_a_problem_with_advice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "version", lambda name: None if name == "ray" else "1.0")
     problem: Any = check("packages", tmp_path).problem
-    assert problem.startswith("not installed: ray; run pip install")
+    assert problem == f"not installed: ray; run {install_command()}"
+
+
+def test_installed_plugins_are_listed_with_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(tmp_path, "pkg_sound", RULE)
+    install(tmp_path, "pkg_faulty", "import no_such_module\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    left_out = check("plug-ins", tmp_path)
+    assert left_out.problem is None and left_out.value.endswith("(left out, since NGPT_PLUGINS is none)")
+    monkeypatch.delenv("NGPT_PLUGINS")
+    found = check("plug-ins", tmp_path)
+    assert "pkg_sound.rules of pkg_sound" in found.value and "pkg_faulty.rules of pkg_faulty" in found.value
+    problem = "the plug-in of the package pkg_faulty is left out: plug-in rules.py:1: ModuleNotFoundError: No module"
+    assert found.problem is not None and found.problem.startswith(problem) and "pkg_sound" not in found.problem

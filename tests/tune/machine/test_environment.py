@@ -1,15 +1,13 @@
 """Facts about the machine: flat scalars without secrets, and warnings about GPUs that others use."""
 
 import json
-import os
-import subprocess
 from pathlib import Path
 
 import pytest
-import torch
 
+from ngpt.code.version import commit, own_version, version
 from tune.machine import environment
-from tune.machine.environment import describe, version
+from tune.machine.environment import describe
 
 
 def test_a_machine_is_described_in_flat_scalars() -> None:
@@ -20,51 +18,18 @@ def test_a_machine_is_described_in_flat_scalars() -> None:
     assert facts["cpus"] >= 1 and facts["memory_bytes"] > 1 << 28
 
 
-def test_a_package_that_is_not_installed_has_no_version() -> None:
-    assert version("no-such-package-at-all") is None
-    assert version("torch") == torch.__version__
-
-
-def test_the_commit_is_that_of_the_checkout_with_the_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.chdir(tmp_path)  # the working directory does not matter
-    folder = Path(environment.__file__).parent
-    head = subprocess.run(["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True)
-    expected = head.stdout.strip() if head.returncode == 0 else None
-    facts = describe("cpu")
-    assert facts["git_commit"] == expected
-    assert facts["git_dirty"] in ((True, False) if expected else (None,))
-
-
-def test_without_git_there_is_no_commit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", "/nowhere")
-    facts = describe("cpu")
-    assert facts["git_commit"] is None and facts["git_dirty"] is None
-
-
-def git(folder: Path, *arguments: str) -> None:
-    identity = ("-c", "user.name=a", "-c", "user.email=a@b.c")
-    subprocess.run(["git", "-C", str(folder), *identity, *arguments], check=True, capture_output=True)
-
-
-def test_the_code_of_another_projects_checkout_has_no_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    git(tmp_path, "init")
-    git(tmp_path, "commit", "--allow-empty", "--message", "their own")
-    monkeypatch.setattr(environment, "GIT", ("git", "-C", str(tmp_path)))  # as for a package in its virtual environment
-    assert environment.commit() is None
-    (tmp_path / "environment.py").touch()
-    git(tmp_path, "add", "environment.py")
-    assert len(environment.commit() or "") == 40
-
-
-def test_a_git_that_refuses_the_folder_is_quoted_with_its_advice(monkeypatch: pytest.MonkeyPatch) -> None:
-    if not (Path(environment.__file__).parents[2] / ".git").exists():
+@pytest.mark.parametrize("is_checkout", [True, False])
+def test_the_description_names_the_version_and_the_commit_of_a_checkout(
+    is_checkout: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not is_checkout:  # an installed package, or a checkout without git
+        monkeypatch.setenv("PATH", "/nowhere")
+    elif commit() is None:
         pytest.skip("the code under test is not a checkout")
-    assert environment.git_problem() is None
-    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")  # git's own switch for its dubious-ownership check
-    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
-    problem = environment.git_problem() or ""
-    assert "dubious ownership" in problem and "safe.directory" in problem and "\n" not in problem
-    assert environment.commit() is None
+    facts = describe("cpu")
+    assert facts["ngpt_campaign"] == own_version()
+    assert (facts["git_commit"] == commit()) and (facts["git_commit"] is not None) == is_checkout
+    assert facts["git_dirty"] in ((True, False) if is_checkout else (None,))
 
 
 def test_no_secret_of_the_environment_is_in_the_description(monkeypatch: pytest.MonkeyPatch) -> None:

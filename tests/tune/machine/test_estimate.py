@@ -380,6 +380,7 @@ def share_found(effect: float, *, sd: float, seeds: int, arms: int, phases: int 
     return found / phases
 
 
+@pytest.mark.slow
 def test_a_plan_says_the_smallest_effect_that_each_phase_would_find(load: Load, tmp_path: Path) -> None:
     estimated = estimate(load(f"noise: 0.02\n{PHASES}"), tmp_path)
     assert estimated.noise == Noise(0.02, "paired", "set by `noise:`")

@@ -101,6 +101,7 @@ def test_trials_are_measured_once_and_the_next_campaign_reads_the_curve(
     assert f"measured on {first.measured_at[:10]}" in again.why
 
 
+@pytest.mark.slow
 def test_a_short_campaign_is_not_worth_a_calibration(tiny: TrainConfig, own_store: Path) -> None:
     prepare(tiny.data)
     chosen = choose_trials_per_device([resolved(tiny)] * 4, max_trials=2, devices=1, threads=1, log=silent)
@@ -109,6 +110,7 @@ def test_a_short_campaign_is_not_worth_a_calibration(tiny: TrainConfig, own_stor
     assert not own_store.exists()
 
 
+@pytest.mark.slow
 def test_a_failed_calibration_leaves_one_trial_per_device_and_gives_the_reason(tiny: TrainConfig) -> None:
     too_large = resolved(override(tiny, {"model.n_embd": 400_000}))  # matrices of terabytes
     chosen = choose_trials_per_device([too_large] * 2, max_trials=2, devices=1, threads=1, log=silent)
