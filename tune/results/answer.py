@@ -2,10 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from math import floor, log10
-from typing import Any
+from typing import Any, NamedTuple
 
 from tune import format as fmt
-from tune.claims.selectors import short
 from tune.storage.state import CampaignState, PhaseState
 from tune.storage.summaries import Answer, ArmSummary, Delta, PhaseSummary
 
@@ -14,29 +13,48 @@ SMOKE = "SMOKE: a tiny model and a few steps show whether the campaign runs, and
 
 def settings_text(overrides: Mapping[str, Any]) -> str:
     """Formats settings for a sentence: `alpha=0.2, project_every=10`, or `the base as it is`."""
+    from tune.spec.reading import short  # imports torch, which a look at many campaigns does not need
+
     return fmt.settings({short(name): value for name, value in overrides.items()}, "the base as it is")
 
 
-def find_answer(state: CampaignState, phases: Sequence[PhaseSummary]) -> Answer:
-    """Returns the answer of the last phase in which an arm beat the baseline; `phases` are in order.
+class Lead(NamedTuple):
+    """The best arm of the last phase in which one beat the baseline."""
 
-    The answer is confirmed if that phase used fresh seeds and its winner includes the winning settings of an earlier
-    phase, or is the best arm of a search. If a later phase tested the same settings again and found no gain, the answer
-    is undecided. A smoke run has no answer.
-    """
-    if state.is_smoke:
-        return Answer(SMOKE)
-    judged = [phase for phase in phases if len(phase.arms) > 1 and state.phases[phase.phase].winner]
-    improved = [phase for phase in judged if phase.winner not in (None, phase.baseline)]
-    is_over = state.status == "finished"
+    phase: PhaseSummary
+    arm: ArmSummary
+    overrides: Mapping[str, Any]  # what a later phase inherits from it, relative to the campaign's base
+    confirmed: bool  # the phase used fresh seeds for a winner of an earlier phase, or for the best arm of a search
+    refuted_by: Sequence[str]  # later phases that tested the same settings again and found no gain
+
+
+def find_lead(state: CampaignState, phases: Sequence[PhaseSummary]) -> Lead | None:
+    """Returns the arm that leads so far, or None if no phase has one; `phases` are in order."""
+    improved = [phase for phase in _judged(state, phases) if phase.winner not in (None, phase.baseline)]
     if not improved:
-        return Answer(_prefix_so_far(is_over or not judged, _no_answer(state, judged, is_over)))
+        return None
     last = improved[-1]
     arm = last.winning_arm
     assert arm is not None and arm.delta is not None, "a better arm has a difference from its baseline"
-    overrides = _inherited_overrides(state.phases[last.phase], arm)
-    before = phases[: phases.index(last)]
-    confirmed = any(_inherits(overrides, winner) for winner in _confirmed_winners(state, last, before))
+    overrides, place = _inherited_overrides(state.phases[last.phase], arm), phases.index(last)
+    confirmed = any(_inherits(overrides, winner) for winner in _confirmed_winners(state, last, phases[:place]))
+    later = _judged(state, phases[place + 1 :])
+    return Lead(last, arm, overrides, confirmed, [each.phase for each in later if _tests_again(each, overrides)])
+
+
+def find_answer(state: CampaignState, phases: Sequence[PhaseSummary]) -> Answer:
+    """Returns the answer that the leading arm gives; `phases` are in order.
+
+    If a later phase tested its settings again and found no gain, the answer is undecided. A smoke run has no answer.
+    """
+    if state.is_smoke:
+        return Answer(SMOKE)
+    judged, is_over = _judged(state, phases), state.status == "finished"
+    lead = find_lead(state, phases)
+    if lead is None:
+        return Answer(_prefix_so_far(is_over or not judged, _no_answer(state, judged, is_over)))
+    last, arm, overrides, confirmed, refuted_by = lead
+    assert arm.delta is not None
     how = "unseen " if confirmed else "paired " if last.noise.method == "paired" else ""
     on_top = (
         f", on top of {last.inherit}" if last.inherit and last.base else ""
@@ -45,16 +63,19 @@ def find_answer(state: CampaignState, phases: Sequence[PhaseSummary]) -> Answer:
     shrunken = None if confirmed else arm.shrunken
     if shrunken is not None:
         effect += f" (about {abs(shrunken):.2g} after allowing for selection; confirm it)"
-    later = [phase for phase in judged if phases.index(phase) > phases.index(last)]
-    refuting = [phase.phase for phase in later if _tests_again(phase, overrides)]
-    if refuting:
+    if refuted_by:
         sentence = f"Undecided: {settings_text(overrides)} {effect}, "
-        sentence += f"but phase {', '.join(refuting)} does not confirm it."
+        sentence += f"but phase {', '.join(refuted_by)} does not confirm it."
     else:
         sentence = f"Use {settings_text(overrides)}: it {effect}."
-        if later:
+        if later := judged[judged.index(last) + 1 :]:
             sentence += f" Phase {', '.join(phase.phase for phase in later)} found nothing better."
     return Answer(_prefix_so_far(is_over, sentence), last.phase, last.winner, overrides, arm.delta, confirmed, shrunken)
+
+
+def _judged(state: CampaignState, phases: Sequence[PhaseSummary]) -> list[PhaseSummary]:
+    """Returns the phases that have compared arms and are over."""
+    return [phase for phase in phases if len(phase.arms) > 1 and state.phases[phase.phase].winner]
 
 
 def _confirmed_winners(
@@ -86,6 +107,8 @@ def _no_answer(state: CampaignState, judged: Sequence[PhaseSummary], is_over: bo
     if not judged:
         return "No phase has been completed yet, so there is no answer."
     if not any(arm.n for arm in arms):
+        if any(phase.trials.finished for phase in judged):
+            return f"No finished trial has a usable value of {judged[-1].metric.name}, so there is no answer."
         return "No trial has finished successfully, so there is no answer."
     if without := [
         phase.phase for phase in judged if not any(arm.n for arm in phase.arms if arm.arm == phase.baseline)

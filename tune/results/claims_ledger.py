@@ -97,21 +97,23 @@ def common_verdict(verdicts: Collection[str]) -> str:
 def question(claim: Claim) -> str:
     """Describes how a claim is tested: `val_loss: alpha=0.28 below alpha=0.05`."""
     left, right = describe(claim.left), describe(claim.right)
-    expected = f"{claim.value or 0:g} ± {claim.tolerance or 0:g}"
+    value = fmt.digits(claim.value or 0, 6)
+    expected = f"{value} ± {claim.tolerance or 0:g}"
     words = {
         "less": f"{left} below {right}",
         "greater": f"{left} above {right}",
         "equal": f"{left} within {claim.tolerance or 0:g} of {right}",
         "ratio": f"{left} over {right} is {expected}",
-        "below": f"{left} below {claim.value or 0:g}",
-        "above": f"{left} above {claim.value or 0:g}",
+        "below": f"{left} below {value}",
+        "above": f"{left} above {value}",
         "synergy": f"{left} gains more than the sum of {fmt.listing([describe(part) for part in claim.parts or ()])}",
         "best": f"{left} is the best of its phase",
         "monotone": f"{claim.direction} along {short(claim.setting or '')}",
         "arithmetic": f"{claim.expression} is {expected}",
     }
-    text = words[claim.relation]
-    return f"{claim.metric}: {text}" if RELATIONS[claim.relation].uses_trials else text
+    text = words.get(claim.relation, f"{claim.relation} of {left} and {right}" if claim.right else claim.relation)
+    relation = RELATIONS.get(claim.relation)  # None: of a plug-in that is not given now
+    return f"{claim.metric}: {text}" if relation is None or relation.uses_trials else text
 
 
 def _describe_campaign(name: str, root: Path, state: CampaignState) -> dict[str, Any]:
@@ -181,7 +183,7 @@ def _claim_table(entries: Iterable[LedgerClaim]) -> str:
 def _observed(result: ClaimInCampaign) -> str:
     """Formats a value with its interval; a value without an interval (arithmetic) gets six digits."""
     if result.observed is not None and result.ci_low is None:
-        return f"{result.observed:.6g}"
+        return fmt.digits(result.observed, 6)
     return fmt.claim_value(result.observed, result.ci_low, result.ci_high)
 
 

@@ -8,12 +8,11 @@ from typing import Any
 
 from ngpt.config.base import ConfigError, unknown_message
 from ngpt.system.atomic_files import read_regular
-from tune.spec.schema import LOSS_METRICS
+from tune.spec.metrics import COST_GOALS, KNOWN_METRICS, metric_goal
 from tune.storage.state import CampaignState, read_state
 from tune.storage.summaries import Objective
 
-GOALS: dict[str, str] = dict.fromkeys(LOSS_METRICS, "minimize")  # of the metrics that every trial logs
-PER_TOKEN = ("val_loss", "train_loss")  # comparable only with the same tokenizer
+ACROSS_TOKENIZERS = ("val_bpb", *COST_GOALS)  # other metrics are comparable only with the same tokenizer
 
 
 @dataclass
@@ -51,8 +50,8 @@ def choose_objective(a: Results, b: Results, wanted: str | None) -> Objective:
         ConfigError: `wanted` is unknown, or the campaigns differ in their metrics or goals.
     """
     goals_by_metric = {side.metric.name: side.metric.goal for side in (a, b)}
-    if wanted is not None and wanted not in GOALS | goals_by_metric:
-        raise ConfigError(f"--metric {wanted}: {unknown_message('metric', wanted, GOALS | goals_by_metric)}")
+    if wanted is not None and wanted not in (known := {*KNOWN_METRICS, *goals_by_metric}):
+        raise ConfigError(f"--metric {wanted}: {unknown_message('metric', wanted, known)}")
     if wanted is None and len(goals_by_metric) > 1:
         text = f"{a.root} ranks by {a.metric.name} and {b.root} by {b.metric.name}"
         raise ConfigError(f"not comparable: {text}; choose one with --metric, such as --metric val_bpb")
@@ -60,7 +59,7 @@ def choose_objective(a: Results, b: Results, wanted: str | None) -> Objective:
     goals = [side.metric.goal for side in (a, b) if side.metric.name == name]
     if len(set(goals)) > 1:
         raise ConfigError(f"not comparable: {name} has the goal {goals[0]} in {a.root} and {goals[1]} in {b.root}")
-    return Objective(name, goals[0] if goals else GOALS[name])
+    return Objective(name, goals[0] if goals else metric_goal(name) or "minimize")
 
 
 def check_data(a: Results, b: Results, metric: str) -> None:
@@ -79,12 +78,12 @@ def check_data(a: Results, b: Results, metric: str) -> None:
     elif tokenizers[0] == tokenizers[1]:
         counts = [f"{side.data['eval_tokens']} ({side.data['eval_sha256'][:12]})" for side in (a, b)]
         reason = f"the evaluation tokens differ: {' and '.join(counts)}; run one of them again with the other's data"
-    elif metric in PER_TOKEN:
+    elif metric not in ACROSS_TOKENIZERS:
         names = f"{a.data['tokenizer']} and {b.data['tokenizer']}"
         logged = [[result["metrics"].get("val_bpb") for result in side.state.results.values()] for side in (a, b)]
         have_bits = all(any(value is not None for value in values) for values in logged)
         advice = "; bits per byte can be compared: --metric val_bpb" if have_bits else ""
-        reason = f"the tokenizers differ ({names}), and {metric} is a loss per token{advice}"
+        reason = f"the tokenizers differ ({names}), and {metric} depends on the tokens{advice}"
     else:
         return
     raise ConfigError(f"not comparable: {reason}")

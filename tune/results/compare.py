@@ -1,7 +1,7 @@
 """`compare`: two results directories side by side, with the score difference of every arm that both have.
 
-Arms are matched by the settings of their trials, without the seed, not by name. Comparisons that would be meaningless,
-such as losses over different tokens, are rejected with the reason.
+Arms are matched by the settings of their trials, without the seed; `compare_effects` matches them by name. Comparisons
+that would be meaningless, such as losses over different tokens, are rejected with the reason.
 """
 
 import json
@@ -14,8 +14,8 @@ from ngpt.config.base import is_identity, settings
 from ngpt.training.config import TrainConfig
 from tune.analysis.verdicts import holm, judge
 from tune.results.comparability import Results, check_data, choose_objective, data_settings, read_results
-from tune.results.phase_summary import mean, phase_records
-from tune.spec.schema import LOSS_METRICS
+from tune.results.phase_summary import mean, phase_records, summarize_phase
+from tune.spec.metrics import LOSS_METRICS
 from tune.storage.records import TrialOutcome
 from tune.storage.summaries import Delta, Objective, TrialRecord, to_json
 
@@ -75,6 +75,38 @@ class Comparison:
     throughput_note: str | None
 
 
+@dataclass(frozen=True)
+class Effect:
+    """An arm against the baseline of its own phase."""
+
+    n: int  # finished seeds
+    delta: Delta | None  # None for the baseline, and without a difference
+    verdict: str
+
+
+@dataclass(frozen=True)
+class EffectPair:
+    """Two arms of the same name in phases of the same name."""
+
+    name: str  # as phase/arm
+    a: Effect
+    b: Effect
+    same_settings: bool  # whether both have the same overrides of their bases
+
+
+@dataclass(frozen=True)
+class EffectComparison:
+    """The effects of the arms in two results directories side by side, matched by name."""
+
+    a: Mapping[str, Any]  # facts about the first results directory
+    b: Mapping[str, Any]
+    metric: Objective
+    arms: Sequence[EffectPair]
+    only_a: Sequence[str]  # phase/arm without a partner in b
+    only_b: Sequence[str]
+    notes: Sequence[str]  # what makes the two effects hard to compare
+
+
 @dataclass
 class ArmTrials:
     """The trials with the same settings in one results directory, over all phases."""
@@ -119,6 +151,46 @@ def compare(first: Path, second: Path, *, metric: str | None = None) -> Comparis
         only_b=[arm.names for key, arm in right.items() if key not in left],
         throughput_note=note,
     )
+
+
+def compare_effects(first: Path, second: Path) -> EffectComparison:
+    """Lays the effect of each arm in `first` beside that of the arm of the same phase and name in `second`.
+
+    Each effect is a difference from the baseline of its own phase, as its campaign has judged it, so the two may have
+    other settings, seeds and data. They are not tested against each other.
+
+    Raises:
+        ConfigError: a directory has no campaign, or the campaigns have other metrics.
+        OSError: a file cannot be read.
+    """
+    a, b = read_results(first), read_results(second)
+    objective = choose_objective(a, b, None)
+    left, right = _effects(a), _effects(b)
+    shared = [name for name in left if name in right]
+    notes = []
+    if a.data["eval_sha256"] != b.data["eval_sha256"]:
+        notes.append("the evaluation tokens differ, so equal effects may be unequal numbers")
+    if others := [name for name in shared if left[name][1] != right[name][1]]:
+        notes.append(f"other settings under the same name: {', '.join(others[:8])}{', ...' if others[8:] else ''}")
+    return EffectComparison(
+        a=_describe(a),
+        b=_describe(b),
+        metric=objective,
+        arms=[EffectPair(n, left[n][0], right[n][0], left[n][1] == right[n][1]) for n in shared],
+        only_a=[name for name in left if name not in right],
+        only_b=[name for name in right if name not in left],
+        notes=notes,
+    )
+
+
+def _effects(side: Results) -> dict[str, tuple[Effect, Mapping[str, Any]]]:
+    """The effect of each arm with its overrides, by phase/arm."""
+    phases = [summarize_phase(side.state, phase) for phase in side.state.phases.values()]
+    return {
+        f"{phase.phase}/{arm.arm}": (Effect(arm.n, arm.delta, arm.verdict), {**phase.base, **arm.overrides})
+        for phase in phases
+        for arm in phase.arms
+    }
 
 
 def _arms(side: Results, ignored: set[str]) -> dict[str, ArmTrials]:
@@ -217,7 +289,9 @@ def _throughput_note(a: Results, b: Results) -> str | None:
     for side in (a, b):
         workers, results = side.state.campaign["workers"], side.state.results.values()
         group_size = max((result["provenance"].get("vectorised", 1) for result in results), default=1)
-        concurrency.append(f"{workers} x {group_size}" if group_size > 1 else f"{workers}")
+        n_ranks = max((result["provenance"].get("ranks", 1) for result in results), default=1)
+        count = f"{workers} x {group_size}" if group_size > 1 else f"{workers}"
+        concurrency.append(f"{count} (of {n_ranks} ranks)" if n_ranks > 1 else count)
     if concurrency[0] == concurrency[1]:
         return None
     return f"no throughput ratio: {concurrency[0]} trials ran at a time in A, {concurrency[1]} in B"

@@ -17,7 +17,7 @@ def campaign_cost(state: CampaignState) -> Cost:
     planned = sorted({trial_id for phase in state.phases.values() for trial_id in phase.trial_ids})
     results = [state.results[trial_id] for trial_id in planned if trial_id in state.results]
     seconds = state.seconds + state.session_seconds()
-    slot_seconds = state.slot_seconds + state.session_seconds() * max(1, state.campaign["workers"])
+    slot_seconds = state.slot_seconds + state.session_slot_seconds(state.session_seconds())
     timed = [result for result in results if result["metrics"].get("tokens_per_second")]
     step_seconds = 0.0
     for result in timed:  # the time of a vectorised group is divided among its trials

@@ -28,7 +28,7 @@ def seconds_left(state: CampaignState, running: Sequence[Running]) -> float | No
     phases = state.phases.values()
     works = {i: arm.work for phase in phases for arm in phase.arms if arm.work for i in arm.trial_ids.values()}
     under_way = {trial.trial_id: trial for trial in running if trial.trial_id in works}
-    workers = max(1, state.campaign["workers"])
+    workers = max(1, state.workers)
     per_worker = max(1.0, len(under_way) / workers)  # trials that share one worker
     full_seconds = {  # of each running trial from first to last step, at its own speed
         trial_id: works[trial_id].tokens / trial.tokens_per_second / per_worker

@@ -12,13 +12,31 @@ from tune.analysis.importance import is_number
 from tune.analysis.noise import NoisePrior
 from tune.analysis.selection import shrunken_delta
 from tune.analysis.sequential import is_over, judge_by_looks
+from tune.analysis.spreads import metric_spread
 from tune.analysis.text_error import text_standard_error
-from tune.analysis.verdicts import judge
+from tune.analysis.verdicts import Judgement, Outcomes, judge
 from tune.results.seed_notes import is_confirmation, seed_warnings
+from tune.results.snapshot import ArmSoFar
 from tune.storage.records import TrialOutcome
 from tune.storage.state import ArmState, CampaignState, PhaseState
-from tune.storage.summaries import ArmSummary, Objective, PhaseSummary, Spread, TrialCounts, TrialRecord
+from tune.storage.summaries import (
+    DIAGNOSTICS,
+    ArmSummary,
+    Delta,
+    MetricSpread,
+    Objective,
+    PhaseSummary,
+    Spread,
+    TrialCounts,
+    TrialRecord,
+)
 
+# Metrics of a record that have fields of their own in a summary, or say how a trial was run.
+OWN_FIELDS = {
+    *("val_loss", "val_bpb", "train_loss", "steps", "tokens", "flops", "tokens_per_second", "peak_memory_bytes"),
+    *("n_params", "batch_size", "micro_batch_size", "initial_val_loss", "skipped_steps", "rollbacks"),
+}
+MAX_METRICS = 200  # of a phase; the results may come from somebody else
 EDGE = 0.1  # share of a search's range, at either end, in which the winner gets a warning
 ALONE = {  # why a phase has only a baseline, by whether it confirms a search
     True: "no arm of the search has a better mean than the baseline, so there is nothing to confirm",
@@ -35,17 +53,32 @@ AVERAGED = (
 
 def phase_records(state: CampaignState, phase: PhaseState) -> list[TrialRecord]:
     """Returns a record for each trial of the phase that has a result, seed by seed and arm by arm."""
+    added = [name for name in phase_metrics(state, phase) if name not in DIAGNOSTICS]
     return [
-        _record(state, phase, arm, seed, result)
+        _record(state, phase, arm, seed, result, added)
         for seed in phase.seeds
         for arm in phase.arms
         if seed in arm.trial_ids and (result := state.results.get(arm.trial_ids[seed])) is not None
     ]
 
 
+def phase_metrics(state: CampaignState, phase: PhaseState) -> list[str]:
+    """The metrics that any trial of the phase has, and that have no field of their own in a summary, sorted."""
+    results = (state.results[trial_id] for trial_id in phase.trial_ids if trial_id in state.results)
+    return sorted({name for result in results for name in result["metrics"]} - OWN_FIELDS)[:MAX_METRICS]
+
+
 def _record(
-    state: CampaignState, phase: PhaseState, arm: ArmState, seed: int, result: Mapping[str, Any]
+    state: CampaignState,
+    phase: PhaseState,
+    arm: ArmState,
+    seed: int,
+    result: Mapping[str, Any],
+    added: Sequence[str],
 ) -> TrialRecord:
+    """The record of a trial; those of the metrics `added` that it lacks are null in it."""
+    metrics = dict.fromkeys(added) | dict(result["metrics"])
+    is_over = result["status"] == "finished"
     return TrialRecord(
         campaign=state.campaign["campaign"],
         phase=phase.name,
@@ -53,31 +86,98 @@ def _record(
         seed=seed,
         overrides={**phase.base, **arm.overrides},
         reused_from=None if result["phase"] == phase.name else result["phase"],
-        **{name: result[name] for name in RESULT_FIELDS},
+        unmeasured=tuple(name for name in added if metrics[name] is None) if is_over else (),
+        **{name: result[name] for name in RESULT_FIELDS if name != "metrics"},
+        metrics=metrics,
     )
+
+
+def judge_phase(state: CampaignState, phase: PhaseState, outcomes: Outcomes) -> Judgement:
+    """Compares the arms of a phase by the rules of the campaign."""
+    metric = state.campaign["metric"]
+    prior = NoisePrior(*phase.fresh.prior) if phase.fresh and phase.fresh.prior else None
+    rule = {"baseline": phase.baseline, "metric": metric["name"], "prior": prior, **_limits(state, phase)}
+    return judge_by_looks(outcomes, phase.looks, goal=metric["goal"], **rule)
+
+
+def _limits(state: CampaignState, phase: PhaseState) -> dict[str, Any]:
+    confidence = (phase.fresh and phase.fresh.confidence) or state.campaign["confidence"]
+    return {"confidence": confidence, "min_effect": state.campaign["min_effect"]}
+
+
+def arms_so_far(state: CampaignState, phase: PhaseState) -> tuple[ArmSoFar, ...]:
+    """Compares the arms of a phase by the trials that have ended, best first; those without a difference come last.
+
+    Trials that have not ended are left out, as if they were not planned: which ones these are depends on the order of
+    the seeds, not on their results. Verdicts are left out too, since they are for the complete phase. An arm that
+    `judge` cannot compare yet has the mean difference over the seeds that it shares with the baseline, and no interval.
+    """
+    planned = _outcomes(state, phase, state.campaign["metric"]["name"])
+    ended = {
+        name: {seed: outcome for seed, outcome in row.items() if outcome.status != "missing"}
+        for name, row in planned.items()
+    }
+    if not any(ended.values()):
+        return ()
+    judged = {arm.arm: arm for arm in judge_phase(state, phase, ended).arms}
+    deltas = {
+        name: arm.delta
+        if arm.delta and arm.delta.ci_low is not None
+        else _shared_delta(ended[name], ended[phase.baseline])
+        for name, arm in judged.items()
+    }
+    arms = [
+        ArmSoFar(
+            arm=name,
+            is_baseline=name == phase.baseline,
+            n=arm.n,
+            seeds=len(planned[name]),
+            unsuccessful=sum(outcome.status in ("failed", "diverged") for outcome in ended[name].values()),
+            mean=arm.score.mean,
+            delta=None if delta is None or name == phase.baseline else delta.mean,
+            ci_low=delta and delta.ci_low,
+            ci_high=delta and delta.ci_high,
+        )
+        for name, arm in judged.items()
+        for delta in [deltas[name]]
+    ]
+    sign = 1 if state.campaign["metric"]["goal"] == "minimize" else -1
+
+    def rank(arm: ArmSoFar) -> tuple[bool, float]:
+        is_known = arm.delta is not None or (arm.is_baseline and arm.n > 0)
+        return not is_known, sign * (arm.delta or 0.0)
+
+    return tuple(sorted(arms, key=rank))
+
+
+def _shared_delta(arm: Mapping[int, TrialOutcome], baseline: Mapping[int, TrialOutcome]) -> Delta | None:
+    values = ((arm[seed].value, baseline[seed].value) for seed in arm.keys() & baseline.keys())
+    shared = [value - other for value, other in values if value is not None and other is not None]
+    return Delta(fmean(shared)) if shared else None
 
 
 def summarize_phase(state: CampaignState, phase: PhaseState) -> PhaseSummary:
     """Ranks and judges the arms of a phase from the results so far."""
     rules = state.campaign
     metric = Objective(**rules["metric"])
-    confidence = (phase.fresh and phase.fresh.confidence) or rules["confidence"]
-    limits = {"confidence": confidence, "min_effect": rules["min_effect"]}
+    limits, goal = _limits(state, phase), rules["metric"]["goal"]
     outcomes = _outcomes(state, phase, metric.name)
-    prior = NoisePrior(*phase.fresh.prior) if phase.fresh and phase.fresh.prior else None
-    goal, rule = rules["metric"]["goal"], {"baseline": phase.baseline, "metric": metric.name, "prior": prior, **limits}
-    judgement = judge_by_looks(outcomes, phase.looks, goal=goal, **rule)
+    judgement = judge_phase(state, phase, outcomes)
     val_losses = judgement  # goal and min_effect do not affect the spreads
     if metric.name != "val_loss":
-        val_losses = judge(_outcomes(state, phase, "val_loss"), baseline=phase.baseline, confidence=confidence)
+        val_losses = judge(
+            _outcomes(state, phase, "val_loss"), baseline=phase.baseline, confidence=limits["confidence"]
+        )
     spreads = {arm.arm: arm.score for arm in val_losses.arms}
     planned = {arm.name: arm for arm in phase.arms}
+    measured = _measured(state, phase, limits["confidence"])
     text_errors = _text_errors(state, phase, metric.name)
     ranked = enumerate(judgement.arms, 1)
     arms = tuple(
         _arm_summary(state, planned[arm.arm], arm, rank, spreads[arm.arm], text_errors.get(arm.arm))
         for rank, arm in ranked
     )
+    arms = tuple(replace(arm, metrics=measured[arm.arm]) for arm in arms)
     if not is_confirmation(phase):
         shrunken = shrunken_delta(
             arms, judgement.winner, goal=goal, most_seeds=phase.most_seeds, **_level(phase, limits)
@@ -135,11 +235,26 @@ def _outcomes(state: CampaignState, phase: PhaseState, metric: str) -> dict[str,
     }
 
 
+def _measured(state: CampaignState, phase: PhaseState, confidence: float) -> dict[str, dict[str, MetricSpread]]:
+    """Returns the spread of each further metric over the finished trials of each arm, by arm and metric."""
+    names = phase_metrics(state, phase)
+    spreads: dict[str, dict[str, MetricSpread]] = {}
+    for arm in phase.arms:
+        results = (state.results[i] for i in arm.trial_ids.values() if i in state.results)
+        finished = [result["metrics"] for result in results if result["status"] == "finished"]
+        spreads[arm.name] = {
+            name: metric_spread((metrics.get(name) for metrics in finished), confidence) for name in names
+        }
+    return spreads
+
+
 def _text_errors(state: CampaignState, phase: PhaseState, metric: str) -> dict[str, float | None]:
     """Returns the standard error of each arm's difference from the baseline due to the evaluation text, by name.
 
-    A loss in bits per byte of one text is the loss in nats per token times a constant. There is none for `train_loss`.
+    A loss in bits per byte of one text is the loss in nats per token times a constant. There is none for other metrics.
     """
+    if metric not in ("val_loss", "val_bpb"):
+        return {}
     finished = {
         arm.name: [r for i in arm.trial_ids.values() if (r := state.results.get(i)) and r["status"] == "finished"]
         for arm in phase.arms
@@ -149,7 +264,7 @@ def _text_errors(state: CampaignState, phase: PhaseState, metric: str) -> dict[s
     factors = [
         r["metrics"][metric] / r["metrics"]["val_loss"] for r in finished[phase.baseline] if r["metrics"].get(metric)
     ]
-    if metric == "train_loss" or len(texts) > 1 or not factors:
+    if len(texts) > 1 or not factors:
         return {}
     errors = {name: text_standard_error(row, blocks[phase.baseline]) for name, row in blocks.items()}
     return {name: None if error is None else error * factors[0] for name, error in errors.items()}
@@ -164,6 +279,7 @@ def _arm_summary(
         judged,
         rank=rank,
         overrides=arm.overrides,
+        sources=arm.sources,
         tokens=max((n for result in finished if (n := result["metrics"].get("tokens")) is not None), default=None),
         seconds=mean(result["seconds"] for result in finished),
         trial_ids=tuple(arm.trial_ids.values()),
@@ -203,9 +319,33 @@ def _warnings(
         listed = ", ".join(f"{name} {count}" for name, count in tokens.items())
         warnings.append(f"the arms saw different numbers of training tokens: {listed}")
     counted = [record for record in records if record.error is None]
+    warnings += _unmeasured_warnings(records, state.campaign["metric"]["name"])
+    warnings += state.notes
     warnings += _provenance_warnings(counted) + code_warnings(state, counted)
     for arm in arms:
         warnings += recovery_warnings(arm.arm, [record for record in records if record.arm == arm.arm])
+    return warnings
+
+
+def _unmeasured_warnings(records: Sequence[TrialRecord], objective: str) -> list[str]:
+    """Returns warnings about metrics that finished trials lack; the judgement itself warns about the `objective`."""
+    finished = [record for record in records if record.status == "finished"]
+    lacking: dict[str, list[TrialRecord]] = {}
+    for record in finished:
+        for name in record.unmeasured:
+            lacking.setdefault(name, []).append(record)
+    warnings = []
+    for name, without in lacking.items():
+        if name == objective:
+            continue
+        seeds: dict[str, list[int]] = {}
+        for record in without:
+            seeds.setdefault(record.arm, []).append(record.seed)
+        listed = fmt.listing((f"{arm} (seed {', '.join(map(str, sorted(s)))})" for arm, s in seeds.items()), most=4)
+        none = {record.arm for record in finished} - {r.arm for r in finished if name not in r.unmeasured}
+        text = f"{name} is missing or not finite in {len(without)} of {fmt.counted(len(finished), 'finished trial')}"
+        text += f", which its means leave out: {listed}"
+        warnings.append(text + (f"; {fmt.listing(sorted(none), most=4)} has no value of it at all" if none else ""))
     return warnings
 
 
@@ -252,6 +392,10 @@ def _provenance_warnings(records: Sequence[TrialRecord]) -> list[str]:
         if len(numbers) > 1:
             counts = " and ".join(map(str, sorted(numbers)))
             warnings.append(f"its trials ran {counts} at a time {where}: their tokens per second cannot be compared")
+    if len(numbers := {record.provenance.get("ranks", 1) for record in records}) > 1:
+        counts = " and ".join(map(str, sorted(numbers)))
+        text = f"its trials were trained on {counts} ranks: their losses agree within rounding"
+        warnings.append(f"{text}, their tokens per second cannot be compared")
     copied = Counter(str(origin) for record in records if (origin := record.provenance.get("copied_from")))
     for origin, n in copied.items():
         text = f"{n} of its {fmt.counted(len(records), 'trial')} continued files that the campaign {origin} had made"

@@ -6,32 +6,47 @@ They depend only on the journal and the trials' `metrics.jsonl`, so `report` can
 import errno
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ngpt.system.atomic_files import make_folder, write_atomic, write_json
 from ngpt.training.tracker import read_metrics, read_rows
 from tune import format as fmt
-from tune.claims.evidence import Evidence
-from tune.claims.relations import judge_claims
-from tune.claims.selectors import ClaimArm
+from tune.analysis.noise import NoisePrior
 from tune.planning.budget import left_out_sentence
 from tune.results.answer import find_answer
 from tune.results.costs import campaign_cost
-from tune.results.phase_summary import count_trials, phase_records, summarize_phase
-from tune.spec.schema import Claim
+from tune.results.phase_summary import (
+    DIAGNOSTICS,
+    MAX_METRICS,
+    count_trials,
+    phase_metrics,
+    phase_records,
+    summarize_phase,
+)
 from tune.storage import summaries
-from tune.storage.events import MAX_NUMBER
+from tune.storage.links import NOT_FOLLOWED, refuse_links
 from tune.storage.state import CampaignState, PhaseState, read_state
-from tune.storage.summaries import CampaignSummary, PhaseSummary, TrialProblem, TrialRecord, to_json
+from tune.storage.summaries import (
+    CampaignSummary,
+    PhaseSummary,
+    TrialProblem,
+    TrialRecord,
+    arrow_table,
+    fitting_number,
+    to_json,
+)
+
+if TYPE_CHECKING:
+    from tune.spec.schema import Claim
 
 SMOKE_CLAIM = "SMOKE: a tiny model and a few steps decide no claim"
 
 # Names of the derived files, of the logs of a trial, and of the file that holds their digests.
 DERIVED = ("trials.jsonl", "summary.json", "summary.parquet", "curves.parquet", "report.html", "report.md")
-TRIAL_LOGS = ("metrics.jsonl", "histograms.jsonl")
+TRIAL_LOGS = ("metrics.jsonl", "histograms.jsonl", "sample.txt")
 DIGESTS = "derived.json"
 # Columns have one type in every phase and campaign, also where no arm has a value, so that tables can be concatenated.
 PLACE = {"campaign": "string", "phase": "string"}
@@ -39,9 +54,10 @@ TRIAL_COLUMNS = PLACE | {"arm": "string", "trial_id": "string", "seed": "int64"}
 CURVE_COLUMNS = TRIAL_COLUMNS | {
     "step": "int64",
     "tokens": "int64",
+    **dict.fromkeys(("flops", "seconds", "train_seconds"), "float64"),
     **dict.fromkeys(("train_loss", "val_loss", "val_bpb", "tokens_per_second", "grad_norm"), "float64"),
-    **dict.fromkeys(("lr", "lr_embedding", "lr_head", "lr_scales", "r_mean", "r_replaced"), "float64"),
-    **dict.fromkeys(("weight_norm_error", "activation_norm_error"), "float64"),
+    **dict.fromkeys(("lr", "lr_embedding", "lr_head", "lr_scales"), "float64"),
+    **dict.fromkeys(DIAGNOSTICS, "float64"),
 }
 SPREAD_COLUMNS = dict.fromkeys(("mean", "sd", "ci_low", "ci_high"), "float64")
 DELTA_COLUMNS = dict.fromkeys(("mean", "ci_low", "ci_high", "p", "p_holm", "df"), "float64") | {"reading": "string"}
@@ -63,14 +79,24 @@ ARM_COLUMNS = PLACE | {
     **{f"val_loss.{name}": kind for name, kind in SPREAD_COLUMNS.items()},
     "text_se": "float64",
     "overrides": "string",  # JSON
+    "sources": "list<string>",
     "trial_ids": "list<string>",
 }
+
+
+def metric_columns(name: str) -> dict[str, str]:
+    """The columns of a metric without a field of its own, with their types: `accuracy.mean` and so on."""
+    return {f"{name}.{part}": kind for part, kind in (SPREAD_COLUMNS | {"n": "int64"}).items()}
+
+
+# All campaigns have the columns of what every run measures; those of further metrics follow, sorted.
+ARM_COLUMNS |= {column: kind for name in DIAGNOSTICS for column, kind in metric_columns(name).items()}
 
 
 def summarize_campaign(
     state: CampaignState,
     phases: Sequence[PhaseSummary],
-    claims: Sequence[Claim] | None = None,
+    claims: "Sequence[Claim] | None" = None,
     *,
     file_warnings: Sequence[str] = (),
 ) -> CampaignSummary:
@@ -116,18 +142,28 @@ def orphans_sentence(orphans: Sequence[Mapping[str, Any]]) -> str:
     return f"the journal has results that no arm of this campaign uses: {which}; `verify` lists them"
 
 
-def own_claims(state: CampaignState) -> list[Claim]:
+def own_claims(state: CampaignState) -> "list[Claim]":
     """Returns the claims in the file that the campaign was run from."""
-    return [Claim(**claim) for claim in state.campaign.get("claims", [])]
+    if not (claims := state.campaign.get("claims", [])):
+        return []
+    from tune.spec.schema import Claim  # lazy, because it needs torch
+
+    return [Claim(**claim) for claim in claims]
 
 
-def summarize_claims(state: CampaignState, claims: Sequence[Claim]) -> list[summaries.ClaimResult]:
+def summarize_claims(state: CampaignState, claims: "Sequence[Claim]") -> list[summaries.ClaimResult]:
     """Judges `claims` from the trials so far; a smoke run decides none of them."""
     if state.is_smoke:
         return [
             summaries.ClaimResult(claim.id, claim.source, claim.says, claim.relation, claim.metric, why=SMOKE_CLAIM)
             for claim in claims
         ]
+    if not claims:
+        return []
+    from tune.claims.evidence import Evidence  # lazy, because these need torch
+    from tune.claims.relations import judge_claims
+    from tune.claims.selectors import ClaimArm
+
     rules, base = state.campaign, state.campaign.get("base", {})
     arms = []
     for phase in state.phases.values():
@@ -169,25 +205,35 @@ def _problems(state: CampaignState) -> list[TrialProblem]:
 def curve_rows(root: Path, records: Iterable[TrialRecord]) -> list[dict[str, Any]]:
     """Returns a row for each logged step of each trial; a trial without logged steps gets one empty row.
 
-    Values that do not fit their column are left out, since the files of trials may come from somebody else.
+    Every row has the metrics that any of the trials has logged. Values that do not fit their column are null, since the
+    files of trials may come from somebody else.
     """
-    rows = []
-    columns = {name: kind for name, kind in CURVE_COLUMNS.items() if name not in TRIAL_COLUMNS}
+    logged = [(record, _logged(root, record)) for record in records]
+    names = {name for _, steps in logged for row in steps for name in row} - CURVE_COLUMNS.keys()
+    columns = CURVE_COLUMNS | dict.fromkeys(sorted(names)[:MAX_METRICS], "float64")
+    return [row for record, steps in logged for row in _curve(record, steps, columns)]
+
+
+def iterate_curve_rows(
+    root: Path, records: Iterable[TrialRecord], metrics: Iterable[str] = ()
+) -> Iterator[dict[str, Any]]:
+    """Yields the rows of `curve_rows` with these further metrics; those of many trials are never all in memory."""
+    columns = CURVE_COLUMNS | {name: "float64" for name in metrics if name not in CURVE_COLUMNS}
     for record in records:
-        trial = {name: getattr(record, name) for name in TRIAL_COLUMNS}
-        logged = read_metrics(root / "trials" / record.trial_id / "metrics.jsonl")
-        rows += [
-            trial | {name: _number(row.get(name), kind) for name, kind in columns.items()} for row in logged or [{}]
-        ]
-    return rows
+        yield from _curve(record, _logged(root, record), columns)
 
 
-def _number(value: Any, kind: str) -> Any:
-    if type(value) not in (int, float) or not abs(value) <= MAX_NUMBER:
-        return None
-    if kind == "int64":
-        return int(value) if value == int(value) and abs(value) < 2**63 else None
-    return value
+def _logged(root: Path, record: TrialRecord) -> list[dict[str, Any]]:
+    return read_metrics(root / "trials" / record.trial_id / "metrics.jsonl")
+
+
+def _curve(
+    record: TrialRecord, steps: Iterable[Mapping[str, Any]], columns: Mapping[str, str]
+) -> Iterator[dict[str, Any]]:
+    trial = {name: getattr(record, name) for name in TRIAL_COLUMNS}
+    numbers = {name: kind for name, kind in columns.items() if name not in TRIAL_COLUMNS}
+    for row in steps or [{}]:
+        yield trial | {name: fitting_number(row.get(name), kind) for name, kind in numbers.items()}
 
 
 def file_warnings(root: Path, state: CampaignState) -> list[str]:
@@ -221,27 +267,68 @@ def write_phase(root: Path, state: CampaignState, phase: PhaseState) -> PhaseSum
     records, summary = phase_records(state, phase), summarize_phase(state, phase)
     lines = (json.dumps(to_json(record), allow_nan=False) + "\n" for record in records)
     write_atomic(folder / "trials.jsonl", "".join(lines))
-    _write_parquet(folder / "summary.parquet", [_arm_row(summary, arm) for arm in summary.arms], ARM_COLUMNS)
-    _write_parquet(folder / "curves.parquet", curve_rows(root, records), CURVE_COLUMNS)
+    columns = dict(ARM_COLUMNS)
+    for name in phase_metrics(state, phase):
+        columns |= metric_columns(name)
+    rows = [_arm_row(summary, arm, columns) for arm in summary.arms]
+    _write_parquet(folder / "summary.parquet", rows, columns)
+    curves = curve_rows(root, records)
+    added = [name for name in next(iter(curves), {}) if name not in CURVE_COLUMNS]
+    _write_parquet(folder / "curves.parquet", curves, CURVE_COLUMNS | dict.fromkeys(added, "float64"))
     write_json(folder / "summary.json", to_json(summary))
     return summary
 
 
-def write_campaign(root: Path, state: CampaignState, claims: Sequence[Claim] | None = None) -> CampaignSummary:
+def write_campaign(root: Path, state: CampaignState, claims: "Sequence[Claim] | None" = None) -> CampaignSummary:
     """Writes all derived files of a results directory; `claims` replace those of the campaign file."""
-    from tune.report.html import write_report
-
     phases = [write_phase(root, state, phase) for phase in state.phases.values()]
     summary = summarize_campaign(state, phases, claims, file_warnings=file_warnings(root, state))
     write_json(root / "summary.json", to_json(summary))
-    curves = [row for phase in state.phases.values() for row in curve_rows(root, phase_records(state, phase))]
-    write_report(root, summary, curves)
+    write_reports(root, state, summary)
     _write_digests(root, state)
     return summary
 
 
-def rebuild(root: Path, claims: Sequence[Claim] | None = None) -> CampaignSummary:
-    """Rebuilds all derived files of a results directory from its journal, as `write_campaign` does."""
+def write_report_so_far(root: Path) -> None:
+    """Writes `report.html` and `report.md` of a campaign that is running; all its other files stay as they are."""
+    from tune.report.wording import RUNNING
+
+    state = read_state(root)
+    phases = [summarize_phase(state, phase) for phase in state.phases.values()]
+    summary = summarize_campaign(state, phases, file_warnings=file_warnings(root, state))
+    write_reports(root, state, replace(summary, status=RUNNING))
+
+
+def write_reports(root: Path, state: CampaignState, summary: CampaignSummary) -> None:
+    """Writes `report.html` and `report.md` of a campaign whose trials are in `root`."""
+    from tune.report.html import write_report
+
+    write_report(root, summary, *report_inputs(root, state))
+
+
+def report_inputs(root: Path, state: CampaignState) -> tuple[Iterator[dict[str, Any]], Any]:
+    """Returns what a report shows beside the summary: the logged rows, and the `Details`, of all trials."""
+    from tune.report.explorer import Details
+
+    records = [record for phase in state.phases.values() for record in phase_records(state, phase)]
+    priors = {
+        name: NoisePrior(*phase.fresh.prior)
+        for name, phase in state.phases.items()
+        if phase.fresh and phase.fresh.prior
+    }
+    names = dict.fromkeys(name for phase in state.phases.values() for name in phase_metrics(state, phase))
+    own = state.campaign.get("metric", {}).get("name")
+    metrics = [name for name in names if name == own] + [n for n in names if n != own and n not in DIAGNOSTICS]
+    return iterate_curve_rows(root, records, metrics), Details(records, root, priors, metrics)
+
+
+def rebuild(root: Path, claims: "Sequence[Claim] | None" = None) -> CampaignSummary:
+    """Rebuilds all derived files of a results directory from its journal, as `write_campaign` does.
+
+    Raises:
+        OSError: a trial, or a file of one, is a link, which may have been made by somebody else.
+    """
+    refuse_links(root, NOT_FOLLOWED)
     return write_campaign(root, read_state(root), claims)
 
 
@@ -260,21 +347,21 @@ def sealed(digests: Mapping[str, str]) -> dict[str, str]:
     return {**digests, "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
-def _arm_row(phase: PhaseSummary, arm: summaries.ArmSummary) -> dict[str, Any]:
-    """Flattens an arm to one row of `ARM_COLUMNS`: nested numbers have dotted names, settings are JSON."""
+def _arm_row(phase: PhaseSummary, arm: summaries.ArmSummary, columns: Mapping[str, str]) -> dict[str, Any]:
+    """Flattens an arm to one row of `columns`: nested numbers have dotted names, settings are JSON."""
     values = to_json(arm)
+    for name, spread in values["metrics"].items():
+        values |= {f"{name}.{part}": value for part, value in spread.items()}
     for name in ("score", "val_loss", "delta"):
         values |= {f"{name}.{part}": value for part, value in (values[name] or {}).items()}
     values |= {"campaign": phase.campaign, "phase": phase.phase, "overrides": json.dumps(arm.overrides)}
-    return {name: values.get(name) for name in ARM_COLUMNS}
+    return {name: values.get(name) for name in columns}
 
 
 def _write_parquet(path: Path, rows: list[dict[str, Any]], columns: Mapping[str, str]) -> None:
     import pyarrow
     import pyarrow.parquet
 
-    strings = pyarrow.list_(pyarrow.string())
-    schema = pyarrow.schema([(name, strings if kind == "list<string>" else kind) for name, kind in columns.items()])
     sink = pyarrow.BufferOutputStream()
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=schema), sink, write_page_checksum=True)
+    pyarrow.parquet.write_table(arrow_table(rows, columns), sink, write_page_checksum=True)
     write_atomic(path, sink.getvalue().to_pybytes())

@@ -14,17 +14,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ngpt.code.version import command
 from ngpt.config.base import ConfigError
 from ngpt.system.atomic_files import read_regular
 from ngpt.training.checkpoint import checkpoint_folders, verify_checkpoint
 from tune import format as fmt
 from tune.storage.journal import Event, JournalError, intact_length, parse_lines
+from tune.storage.links import NOT_FOLLOWED, links_of_trials
 from tune.storage.lock import is_locked
-from tune.storage.state import DONE, CampaignState, replay
+from tune.storage.state import DONE, FINAL, CampaignState, replay
 
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, RecursionError)  # of files that anybody may have written
 READERS = 4  # threads that check digests
-REBUILD = "python run_campaign.py report rebuilds it"
+REBUILD = f"{command()} report rebuilds it"
 REWRITE = "run the campaign's command again to rewrite it"
 BACKUP = "it can only be restored from a backup"
 TRIAL_LOST = "its record is in the journal; the command of the campaign with --retrain trains it anew"
@@ -65,6 +67,7 @@ class Directory:
     state: CampaignState
     running: bool  # another process holds its lock
     checked: dict[str, int] = field(default_factory=dict)  # number of files by kind
+    pruned: list[Path] = field(default_factory=list)  # checkpoints without optimizer state
 
     @property
     def is_complete(self) -> bool:
@@ -95,11 +98,14 @@ def verify(root: Path) -> Findings:
         text = "a campaign is running here, so the files that it is still writing are not checked"
         issues.append(Note("campaign.lock", text))
     if directory.state.campaign:
+        links = list(check_links(directory))
         # With a damaged journal, every file derived from it would look wrong.
         is_intact = all(isinstance(issue, Note) for issue in issues)
-        checks = (check_heading, check_trials, check_checkpoints, check_derived) if is_intact else (check_checkpoints,)
-        for check in checks:
+        checks = (check_heading, check_trials, check_checkpoints, check_pruned, check_derived)
+        checks = checks if is_intact else (check_checkpoints,)
+        for check in checks if not links else (check_heading,):
             issues += check(directory)
+        issues += links
     elif not issues:
         issues.append(Note("journal.jsonl", "it contains no campaign"))
     # Only the first issue of each path is reported: later ones follow from it.
@@ -145,6 +151,15 @@ def check_heading(directory: Directory) -> Iterator[Issue]:
         problem = _reason(error)
     if problem:
         yield Issue("campaign.yaml", problem, REWRITE)
+
+
+def check_links(directory: Directory) -> Iterator[Issue]:
+    """Finds links in the place of trials and their files, which could lead out of the results directory."""
+    links = [str(path.relative_to(directory.root)) for path in links_of_trials(directory.root)]
+    for path in links:
+        yield Issue(path, NOT_FOLLOWED)
+    if links:
+        yield Note("trials", "trials, and what is derived from them, are not checked as long as there are links")
 
 
 def check_trials(directory: Directory) -> Iterator[Issue]:
@@ -210,11 +225,13 @@ def check_checkpoints(directory: Directory) -> Iterator[Issue]:
     folders = [folder for path in trials.values() for folder in checkpoint_folders(path / "checkpoints")]
     directory.checked["checkpoints"] = len(folders)
     with ThreadPoolExecutor(READERS) as pool:
-        problems = dict(zip(folders, pool.map(_checkpoint_problem, folders), strict=True))
+        checked = dict(zip(folders, pool.map(_check_checkpoint, folders), strict=True))
+    problems = {folder: problem for folder, (problem, _) in checked.items()}
     for folder, problem in problems.items():
         if problem and folder.exists():  # a running campaign deletes old checkpoints
             remedy = "a resumed trial skips it and uses the previous checkpoint"
             yield Issue(str(folder.relative_to(directory.root)), problem, remedy)
+    directory.pruned = [folder for folder, (_, is_pruned) in checked.items() if is_pruned]
     for trial_id, path in trials.items():
         root = path / "checkpoints"
         for leftover in [*root.glob("damaged-*"), *([] if directory.running else root.glob(".tmp-*"))]:
@@ -227,12 +244,29 @@ def check_checkpoints(directory: Directory) -> Iterator[Issue]:
             yield Issue(str(root.relative_to(directory.root)), text, BACKUP)
 
 
-def _checkpoint_problem(folder: Path) -> str | None:
+def _check_checkpoint(folder: Path) -> tuple[str | None, bool]:
+    """The problem of a checkpoint, if there is one, and whether its optimizer state was pruned."""
     try:
-        step = verify_checkpoint(folder).step
+        checkpoint = verify_checkpoint(folder)
     except UNREADABLE as error:
-        return _reason(error)
-    return None if folder.name == f"step_{step:07d}" else f"its manifest says step {step}"
+        return _reason(error), False
+    step = checkpoint.step
+    problem = None if folder.name == f"step_{step:07d}" else f"its manifest says step {step}"
+    return problem, checkpoint.is_pruned
+
+
+def check_pruned(directory: Directory) -> Iterator[Issue]:
+    """Notes how many checkpoints of finished trials are pruned; an unfinished trial cannot continue from one."""
+    ended = {trial_id for trial_id, result in directory.state.results.items() if result["status"] in FINAL}
+    needed = [folder for folder in directory.pruned if folder.parents[1].name not in ended]
+    for folder in needed:
+        text = "its optimizer state was pruned, but its trial is not finished, and cannot continue from it"
+        yield Issue(
+            str(folder.relative_to(directory.root)), text, "without its folder `checkpoints` it is trained anew"
+        )
+    if number := len(directory.pruned) - len(needed):
+        text = f"the optimizer state of {fmt.counted(number, 'checkpoint')} of finished trials was pruned"
+        yield Note("trials", f"{text}; their weights are whole")
 
 
 def check_derived(directory: Directory) -> Iterator[Issue]:

@@ -14,7 +14,7 @@ from scipy import stats
 
 from ngpt.config.base import ConfigError
 from tests.helpers.tiny_campaign import begun, drive, pretend, session_on, write_file
-from tune.results.compare import Sides, Throughput, compare
+from tune.results.compare import Sides, Throughput, compare, compare_effects
 from tune.storage.summaries import Objective
 from tune.trials.trial import TrialResult, TrialSpec
 
@@ -203,3 +203,35 @@ def test_throughput_has_no_ratio_where_trials_shared_the_machine_differently(mak
 def test_a_folder_without_results_is_refused(make: Make, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is not a results directory"):
         compare(make(), tmp_path)
+
+
+# ---- by name -------------------------------------------------------------------------------------------------------
+
+ARMS = """
+  - name: alpha
+    runs: [{arm: baseline}, {arm: longer, alpha: LENGTH}, {arm: OTHER, alpha: 0.6}]
+"""
+
+
+def test_effects_are_laid_side_by_side_by_the_name_of_the_arm(make: Make) -> None:
+    a = make(phases=ARMS.replace("LENGTH", "0.4").replace("OTHER", "first"))
+    b = make(phases=ARMS.replace("LENGTH", "0.2").replace("OTHER", "second"), seeds="[4, 5]")
+    found = compare_effects(a, b)
+    assert [pair.name for pair in found.arms if pair.same_settings] == ["alpha/baseline"]
+    longer = next(pair for pair in found.arms if pair.name == "alpha/longer")
+    for side, effect in ((a, longer.a), (b, longer.b)):
+        rows = json.loads((side / "alpha" / "summary.json").read_text())["arms"]
+        stored = next(row for row in rows if row["arm"] == "longer")
+        assert effect.delta and stored["delta"]["ci_low"] == effect.delta.ci_low is not None
+        base = next(row for row in rows if row["arm"] == "baseline")
+        assert effect.delta.mean == pytest.approx(stored["score"]["mean"] - base["score"]["mean"])
+        assert (effect.n, effect.verdict) == (stored["n"], stored["verdict"])
+    assert (found.only_a, found.only_b) == (["alpha/first"], ["alpha/second"])
+    assert found.notes == ["other settings under the same name: alpha/longer"]
+
+
+def test_campaigns_with_other_metrics_have_no_effects_to_compare(make: Make) -> None:
+    a, b = make(), make()
+    edit_started(b, lambda event: event["metric"].update(name="val_bpb"))
+    with pytest.raises(ConfigError, match=r"ranks by val_loss and .* by val_bpb"):
+        compare_effects(a, b)

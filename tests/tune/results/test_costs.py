@@ -61,6 +61,19 @@ def test_each_session_counts_with_the_slots_that_it_had() -> None:
     assert found.efficiency == pytest.approx(20 / 44) and found.slots == 2
 
 
+def test_a_session_whose_cluster_changes_counts_with_the_slots_of_each_time() -> None:
+    """Two slots for 5 s, six for 10 s, none for 5 s: 70 slot seconds."""
+    events = [
+        {"event": "campaign_started", "workers": 2, "environment": {"device": "cpu (x)", "gpus": 0}},
+        {"event": "workers_changed", "workers": 6, "elapsed": 5.0},
+        {"event": "workers_changed", "workers": 0, "elapsed": 15.0},
+    ]
+    again = replay(event | {"time": "2026-11-21T10:00:00+00:00"} for event in events)
+    assert (again.session_slot_seconds(20.0), again.max_slots) == (70.0, 6)
+    again.apply({"event": "campaign_ended", "status": "stopped", "seconds": 20.0, "time": "2026-11-21T10:00:20+00:00"})
+    assert again.slot_seconds + again.session_slot_seconds(again.session_seconds()) == 70.0
+
+
 @pytest.mark.parametrize(("device", "gpus", "hours"), [("cpu (x)", 4, 20 / 3600), ("NVIDIA GH200", 2, 40 / 3600)])
 def test_device_hours_count_the_gpus_that_were_held(device: str, gpus: int, hours: float) -> None:
     assert campaign_cost(state(device, gpus)).device_hours == pytest.approx(hours)

@@ -1,5 +1,6 @@
 """What a campaign leaves behind for other tools, held against the contract, and the sentence it all comes down to."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -14,8 +15,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from scipy import stats
 
 from ngpt.config.base import ConfigError
+from ngpt.training import evaluation
+from ngpt.training.evaluation import EvalMetric
 from tests.helpers.tiny_campaign import (
     begun,
     drive,
@@ -33,7 +37,7 @@ from tune.results.summary import rebuild
 from tune.spec import phase_reader
 from tune.storage.journal import read_journal
 from tune.storage.state import read_state
-from tune.storage.summaries import ArmSummary, CampaignSummary, TrialCounts, TrialRecord
+from tune.storage.summaries import DIAGNOSTICS, ArmSummary, CampaignSummary, TrialCounts, TrialRecord
 from tune.trials.trial import TrialResult, TrialSpec
 
 RECORD_FIELDS = {"campaign", "phase", "arm", "trial_id", "seed", "overrides", "config", "status", "metrics", "error"}
@@ -166,7 +170,7 @@ def test_the_parquet_files_of_all_phases_are_one_table(trained: Path) -> None:
     arms = pa.concat_tables([pq.read_table(trained / phase / "summary.parquet") for phase in ("alpha", "projection")])
     assert {(row["campaign"], row["phase"]) for row in arms.to_pylist()} == {("tiny", "alpha"), ("tiny", "projection")}
     columns = {name.partition(".")[0] for name in arms.column_names}
-    assert columns == {"campaign", "phase", *ArmSummary.__dataclass_fields__}
+    assert columns == {"campaign", "phase", *DIAGNOSTICS, *ArmSummary.__dataclass_fields__} - {"metrics"}
 
 
 def test_curves_have_every_logged_step_of_every_trial_also_of_reused_ones(trained: Path) -> None:
@@ -203,6 +207,7 @@ def test_totals_are_sums_over_the_trials_that_were_trained_here(trained: Path) -
     assert (end["event"], summary["seconds"]) == ("campaign_ended", end["seconds"])
 
 
+@pytest.mark.slow
 def test_all_derived_files_are_rebuilt_from_the_journal_byte_for_byte(trained: Path, tmp_path: Path) -> None:
     copy = tmp_path / "tiny"
     shutil.copytree(trained, copy)
@@ -356,6 +361,15 @@ def test_where_nothing_finished_there_is_no_answer(judged: Judged) -> None:
     assert answer.sentence == "No trial has finished successfully, so there is no answer."
 
 
+def test_where_finished_trials_lack_the_metric_the_answer_names_it(judged: Judged) -> None:
+    def without_loss(spec: TrialSpec) -> TrialResult:
+        result = pretend(spec)
+        return replace(result, metrics=result.metrics | {"val_loss": None})
+
+    answer = judged("\n  - {name: alpha, vary: {alpha: [0.2]}}\n", without_loss).answer
+    assert answer.sentence == "No finished trial has a usable value of val_loss, so there is no answer."
+
+
 def test_before_the_first_phase_is_over_there_is_no_answer(tmp_path: Path, corpus: Path, no_report: None) -> None:
     with session_on(write_file(tmp_path, corpus), tmp_path / "tiny") as session:
         drive(begun(session), most=1)
@@ -440,6 +454,124 @@ def test_another_metric_ranks_and_judges_while_the_loss_stays_the_loss(
             assert getattr(arm, field).mean == pytest.approx(sum(value[metric] for value in values) / 2)
     best, base = phase.arms
     assert best.delta.mean == pytest.approx(best.score.mean - base.score.mean)
+
+
+# ---- metrics of plug-ins --------------------------------------------------------------------------------------------
+
+
+def with_metrics(**added: Callable[[TrialSpec], float | None]) -> Callable[[TrialSpec], TrialResult]:
+    """Results that also have these metrics; a function that raises KeyError leaves its metric out."""
+
+    def result(spec: TrialSpec) -> TrialResult:
+        plain, values = pretend(spec), {}
+        for name, value in added.items():
+            with contextlib.suppress(KeyError):
+                values[name] = value(spec)
+        return replace(plain, metrics=plain.metrics | values)
+
+    return result
+
+
+TWO_ARMS = """
+  - name: alpha
+    vary: {alpha: [0.05, 0.4]}
+"""
+
+
+def test_a_further_metric_has_its_mean_and_interval_for_each_arm(judged: Judged, tmp_path: Path) -> None:
+    accuracy = {(alpha, seed): alpha + seed / 100 for alpha in (0.05, 0.4) for seed in (1, 2, 3)}
+    measured = with_metrics(accuracy=lambda spec: accuracy[spec.config.model.alpha, spec.seed])
+    summary = judged(TWO_ARMS, measured)
+    arm = next(arm for arm in summary.phases[0].arms if arm.arm == "alpha=0.4")
+    values = [accuracy[0.4, seed] for seed in (1, 2, 3)]
+    low, high = stats.t.interval(0.95, 2, loc=statistics.fmean(values), scale=stats.sem(values))
+    spread = arm.metrics["accuracy"]
+    assert (spread.mean, spread.n) == (pytest.approx(statistics.fmean(values)), 3)
+    assert (spread.sd, spread.ci_low, spread.ci_high) == pytest.approx((statistics.stdev(values), low, high))
+    table = pq.read_table(tmp_path / "tiny" / "alpha" / "summary.parquet")
+    row = next(row for row in table.to_pylist() if row["arm"] == "alpha=0.4")
+    assert row["accuracy.mean"] == spread.mean and row["accuracy.n"] == 3
+    assert (
+        strict((tmp_path / "tiny" / "alpha" / "summary.json").read_text())["arms"][0]["metrics"]["accuracy"]["n"] == 3
+    )
+
+
+def test_a_metric_that_a_trial_lacks_is_null_and_said(judged: Judged, tmp_path: Path) -> None:
+    lacking = {(0.4, 1): None, (0.4, 2): None, (0.4, 3): None, (0.05, 2): None}
+
+    def value(spec: TrialSpec) -> float | None:
+        if (spec.config.model.alpha, spec.seed) == (0.05, 2):
+            raise KeyError  # not even a key, as in a record of before the plug-in
+        return lacking.get((spec.config.model.alpha, spec.seed), 0.5)
+
+    summary = judged(TWO_ARMS, with_metrics(accuracy=value))
+    (warning,) = [text for text in summary.phases[0].warnings if "accuracy" in text]
+    assert warning.startswith("accuracy is missing or not finite in 4 of 6 finished trials")
+    assert "alpha=0.05 (seed 2)" in warning and "alpha=0.4 has no value of it at all" in warning
+    for record in records(tmp_path / "tiny"):
+        is_missing = record["metrics"]["accuracy"] is None
+        assert is_missing == (record["unmeasured"] == ["accuracy"])
+        assert is_missing == (record["arm"] == "alpha=0.4" or record["seed"] == 2)
+    spreads = {arm.arm: arm.metrics["accuracy"] for arm in summary.phases[0].arms}
+    assert (spreads["alpha=0.4"].n, spreads["alpha=0.4"].mean, spreads["alpha=0.05"].n) == (0, None, 2)
+
+
+@pytest.mark.parametrize("goal", ["minimize", "maximize"])
+def test_a_metric_of_a_plugin_ranks_in_its_direction(
+    goal: str, tmp_path: Path, corpus: Path, no_report: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(evaluation.METRICS, "accuracy", EvalMetric(lambda model, tokens: 0.5, "maximize"))
+    file = write_file(tmp_path, corpus, phases=TWO_ARMS, seeds="[1, 2, 3]")
+    file.write_text(f"metric: {{name: accuracy, goal: {goal}}}\n{file.read_text()}")
+    noise = with_metrics(accuracy=lambda spec: spec.config.model.alpha + spec.seed / 10)
+    with session_on(file, tmp_path / "tiny") as session:
+        drive(begun(session), noise)
+        summary = session.end()
+    phase = summary.phases[0]
+    arm = next(arm for arm in phase.arms if arm.arm == "alpha=0.4")
+    assert arm.delta and arm.delta.mean == pytest.approx(0.35)
+    assert (arm.verdict, phase.winner) == (("better", "alpha=0.4") if goal == "maximize" else ("worse", "alpha=0.05"))
+    assert arm.rank == (1 if goal == "maximize" else 2)
+    assert (arm.score.mean, arm.val_loss.mean) == (pytest.approx(0.6), pytest.approx(4.8, abs=1e-3))
+    assert arm.text_se is None  # the error of the loss from the text says nothing about an accuracy
+    if goal == "maximize":
+        assert "it raises accuracy by 0.350" in summary.answer.sentence
+
+
+def test_tables_of_campaigns_with_different_metrics_are_one_table(
+    tmp_path: Path, corpus: Path, no_report: None
+) -> None:
+    tables: dict[str, list[pa.Table]] = {"summary": [], "curves": []}
+    for name in ("accuracy", "calibration"):
+        folder = tmp_path / name
+        folder.mkdir()
+        file = write_file(folder, corpus, phases=TWO_ARMS)
+        file.write_text(file.read_text().replace("campaign: tiny", f"campaign: {name}"))
+
+        def logged(spec: TrialSpec, name: str = name) -> TrialResult:
+            rows = [{"step": 0, name: None}, {"step": 3, name: 0.5}] if spec.seed == 1 else []
+            lines = "".join(f"{json.dumps(row)}\n" for row in rows)
+            spec.folder.mkdir(parents=True, exist_ok=True)
+            (spec.folder / "metrics.jsonl").write_text(lines)
+            return with_metrics(**{name: lambda spec: 0.5 if spec.seed == 1 else None})(spec)
+
+        with session_on(file, folder / "results") as session:
+            drive(begun(session), logged)
+            session.end()
+        for kind, found in tables.items():
+            found.append(pq.read_table(folder / "results" / "alpha" / f"{kind}.parquet"))
+    for kind, found in tables.items():
+        assert not [column for table in found for column in table.schema if pa.types.is_null(column.type)]
+        joined = pa.concat_tables(found, promote_options="default")
+        assert set(joined["campaign"].to_pylist()) == {"accuracy", "calibration"}
+        column = "accuracy.mean" if kind == "summary" else "accuracy"
+        assert joined.schema.field(column).type == pa.float64() and set(joined["phase"].to_pylist()) == {"alpha"}
+        polars = pytest.importorskip("polars", reason="needs pip install polars")
+        paths = [tmp_path / name / "results" / "alpha" / f"{kind}.parquet" for name in ("accuracy", "calibration")]
+        frames = [polars.scan_parquet(path) for path in paths]
+        whole = polars.concat(frames, how="diagonal").collect()
+        assert whole.height == joined.num_rows and polars.Null not in whole.dtypes
+        assert whole[column].dtype == polars.Float64
 
 
 def test_an_arm_whose_trials_deviated_from_their_settings_is_marked() -> None:

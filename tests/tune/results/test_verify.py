@@ -17,9 +17,11 @@ from ngpt.config.base import ConfigError
 from tests.helpers.forged_journal import write_forged
 from tests.helpers.other_user import read_only_copy
 from tests.helpers.tiny_campaign import begun, drive, session_on, train_all, write_file
+from tune import load_results
 from tune.results.summary import rebuild, sealed
 from tune.results.verify import Issue, verify, verify_text
 from tune.storage.journal import read_journal
+from tune.storage.links import NOT_FOLLOWED
 
 
 @pytest.fixture(autouse=True)
@@ -414,6 +416,23 @@ def test_a_link_in_the_place_of_a_phase_is_not_followed(
     (root / "alpha").unlink()
     assert run_campaign.main(["report", str(root)]) == 0
     assert list((tmp_path / "elsewhere").iterdir()) == [] and victim.read_text() == "mine\n"
+
+
+@pytest.mark.parametrize("place", [".", "metrics.jsonl", "checkpoints"])
+def test_a_link_in_the_place_of_a_trial_is_reported_and_nothing_behind_it_is_read(
+    place: str, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    link, aside = trial(root) / place, tmp_path / "elsewhere"
+    link.rename(aside)
+    link.symlink_to(aside)  # what is there is right, so that nothing but the link can be wrong
+    name = str(link.relative_to(root))
+    assert problems(root) == {name: Issue(name, NOT_FOLLOWED)}
+    for verb in (["report"], ["status"]):
+        assert run_campaign.main([*verb, str(root)]) == 74
+        assert capsys.readouterr().err == f"{link}: {NOT_FOLLOWED}\n"
+    with pytest.raises(OSError, match="it is a link"):
+        load_results(root)
+    assert not (root / "report.html").exists()
 
 
 # ---- what is gone, and what is old -----------------------------------------------------------------------------------
