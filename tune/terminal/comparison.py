@@ -12,8 +12,8 @@ from rich.text import Text
 
 from tune import format as fmt
 from tune.report.wording import effect, interval_name
-from tune.results.compare import IDENTICAL, Comparison
-from tune.terminal.final_screen import RULED
+from tune.results.compare import IDENTICAL, Comparison, EffectComparison
+from tune.terminal.final_screen import RULED, VERDICT_STYLES
 from tune.terminal.live import Portable, words
 
 MAX_WIDTH = 120  # longer lines are hard to follow
@@ -50,6 +50,38 @@ def _view(comparison: Comparison, width: int) -> RenderableType:
         parts += [Text(), _arm_table(comparison, width)]
     parts += [Constrain(Padding(words(remark), (1, 0, 0, 0)), width) for remark in _remarks(comparison)]
     return Group(*parts)
+
+
+def effects_view(comparison: EffectComparison) -> RenderableType:
+    """Returns the view of effects matched by name."""
+    return Portable(lambda width: _effects_view(comparison, min(width, MAX_WIDTH)))
+
+
+def _effects_view(comparison: EffectComparison, width: int) -> RenderableType:
+    table = Table(box=RULED, width=width, padding=(0, 1, 0, 0))
+    table.add_column("arm", ratio=1, overflow="fold")
+    for side in "AB":
+        table.add_column(f"n {side}", justify="right")
+        table.add_column(f"effect in {side}", no_wrap=True)
+    for arm in comparison.arms:
+        cells: list[Text] = []
+        for each in (arm.a, arm.b):
+            text = Text(effect(each.delta).replace(" [", "\n[") + "\n" if each.delta else "")
+            cells += [Text(str(each.n)), text.append(each.verdict, VERDICT_STYLES.get(each.verdict, ""))]
+        table.add_row(words(arm.name), *cells)
+    remarks = [f"{name}: {side['results']}" for name, side in (("A", comparison.a), ("B", comparison.b))]
+    metric = comparison.metric
+    remarks.append(
+        f"{metric.name} ({metric.goal}) against the baseline of the same phase. Arms are matched by phase and name."
+        if comparison.arms
+        else "No arm of A has the phase and name of an arm of B."
+    )
+    for side, names in (("A", comparison.only_a), ("B", comparison.only_b)):
+        if names:
+            remarks.append(f"Only in {side}: {fmt.listing(names, most=8)}.")
+    remarks += [f"Note: {fmt.sentence(note)}" for note in comparison.notes]
+    parts: list[RenderableType] = [table] if comparison.arms else []
+    return Group(*parts, *(Constrain(Padding(words(remark), (1, 0, 0, 0)), width) for remark in remarks))
 
 
 def _fact(item: Any) -> str:
@@ -95,7 +127,7 @@ def _remarks(comparison: Comparison) -> Iterator[str]:
         interval = interval_name(comparison.confidence)
         yield (
             f"B \u2212 A with its {interval}, paired over shared seeds (n+n: no shared seeds). "
-            f"`equivalent` means an interval within +-{comparison.min_effect:g}."
+            f"`equivalent` means an interval within \u00b1{comparison.min_effect:g}."
         )
     for side, arm_names in (("A", comparison.only_a), ("B", comparison.only_b)):
         if arm_names:

@@ -1,7 +1,6 @@
 """Final screen of a campaign: a table per phase, the claims, then the answer and the next step."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.box import ROUNDED, Box
 from rich.console import Group, RenderableType
@@ -11,6 +10,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from tune import format as fmt
+from tune.report.confirm_phase import confirm_phase
 from tune.report.wording import (
     claim_counts,
     cost,
@@ -51,12 +51,12 @@ MIN_PLOT_WIDTH = 13  # of the interval plot
 RULED = Box("    \n    \n ── \n    \n    \n    \n    \n    \n")  # one rule under the header, nothing else
 
 
-def final_screen(summary: CampaignSummary, *, report: Path) -> RenderableType:
-    """Returns the final screen of a campaign, which names the path `report`."""
+def final_screen(summary: CampaignSummary, *, report: object) -> RenderableType:
+    """Returns the final screen of a campaign, which names the path or address `report`."""
     return Portable(lambda width: _screen(summary, report, min(width, MAX_WIDTH)))
 
 
-def _screen(summary: CampaignSummary, report: Path, width: int) -> RenderableType:
+def _screen(summary: CampaignSummary, report: object, width: int) -> RenderableType:
     parts: list[RenderableType] = []
     for phase in summary.phases:
         facts = [trial_counts(phase.trials), seed_counts(phase)]
@@ -77,7 +77,9 @@ def _screen(summary: CampaignSummary, report: Path, width: int) -> RenderableTyp
         counts += f", at {fmt.listing(scales, most=1)}" if scales else ""
         heading = words("claims", "bold").append(f"   {counts}", style="dim not bold")
         parts += [Text(), heading, Padding(claims_table(summary.claims, width=width - 2), (0, 0, 0, 2))]
-    return Group(*parts, Text(), _answer_panel(summary, report, width))
+    yaml = confirm_phase(summary)  # outside of the panel, whose border would be pasted too
+    paste = [Text(), Text(yaml, no_wrap=True, overflow="ignore")] if yaml else []
+    return Group(*parts, Text(), _answer_panel(summary, report, width), *paste)
 
 
 def phase_table(phase: PhaseSummary, *, width: int = 100) -> Table:
@@ -206,7 +208,7 @@ def claims_table(claims: Sequence[ClaimResult], *, width: int = 100) -> Table:
     return table
 
 
-def _answer_panel(summary: CampaignSummary, report: Path, width: int) -> Panel:
+def _answer_panel(summary: CampaignSummary, report: object, width: int) -> Panel:
     answer, phase = summary.answer, summary.answer_phase
     rows = Table.grid(Column(style="dim", no_wrap=True), Column(ratio=1, overflow="fold"), padding=(0, 2, 0, 0))
     if answer.overrides:

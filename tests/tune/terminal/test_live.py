@@ -1,5 +1,6 @@
 """The terminal: what fits, what is said, and that text from outside cannot do anything to it."""
 
+import contextlib
 import io
 import os
 import re
@@ -8,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
 from tests.helpers.summaries import from_json
 from tune import format as fmt
-from tune.results.snapshot import Running, Snapshot
+from tune.results.snapshot import ArmSoFar, Running, Snapshot
 from tune.storage.summaries import ArmSummary, CampaignSummary, Delta, PhaseSummary
 from tune.terminal import final_screen as screen
 from tune.terminal.final_screen import forest
-from tune.terminal.live import live_console, live_view, open_console, print_plainly, words
+from tune.terminal.live import View, live_console, live_view, open_console, print_plainly, words
 
 Summary = dict[str, Any]
 DELTA = "-0.0349 [-0.0379, -0.0319]".replace("-", fmt.MINUS)
@@ -116,6 +117,7 @@ def snapshot(**more: Any) -> Snapshot:
         "elapsed": 83.0,
         "eta": 125.0,
         "running": (running(),),
+        "waiting": (),
         "best": ("alpha=0.15", 4.3771, 3),
         "metric": "val_loss",
         "dashboard_url": "http://127.0.0.1:8265",
@@ -145,6 +147,85 @@ def test_live_view_fits_a_terminal_of_80_by_24(slots: int, n_phases: int) -> Non
     assert len(lines) <= 23
     assert max(map(len, lines)) <= 80
     assert ("more" in "\n".join(lines)) == (slots == 64)
+
+
+def so_far(name: str, delta: float | None = None, *, n: int = 3, **more: Any) -> ArmSoFar:
+    facts: dict[str, Any] = {"is_baseline": False, "seeds": 3, "unsuccessful": 0, "mean": 4.4 if n else None}
+    low, high = (None, None) if delta is None or n < 2 else (delta - 0.003, delta + 0.003)
+    return ArmSoFar(arm=name, n=n, delta=delta, ci_low=low, ci_high=high, **(facts | more))
+
+
+ARMS = (
+    so_far("alpha=0.15", -0.0349, n=2),
+    so_far("alpha=0.1", None, n=3, is_baseline=True),
+    so_far("alpha=0.28", 0.0126, n=1),
+    so_far("alpha=0.6", None, n=1, unsuccessful=1),
+    so_far("alpha=0.8", None, n=0),
+)
+VERDICTS = ("better", "worse", "equivalent", "undecided", "incomplete", "no claim", "winner")
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_the_arms_so_far_have_their_differences_and_no_verdict(width: int) -> None:
+    lines = printed(live_view(snapshot(arms=ARMS, phases=())), width)
+    table = lines[next(n for n, line in enumerate(lines) if "arms so far" in line) :]
+    rows = {line.split()[0]: " ".join(line.split()[1:]) for line in table if line.startswith("alpha")}
+    mean = "" if width < 64 else "4.4000 "
+    assert rows["alpha=0.15"] == f"2/3 {mean}{DELTA}"
+    assert rows["alpha=0.1"] == f"3/3 {mean}baseline"
+    assert rows["alpha=0.28"] == f"1/3 {mean}+0.0126"
+    assert rows["alpha=0.6"] == f"1/3 {mean}{fmt.MISSING} 1 failed or diverged"
+    assert rows["alpha=0.8"] == "0/3" + f" {fmt.MISSING}" * (2 if mean else 1)
+    assert not [word for word in VERDICTS if word in "\n".join(lines)]
+    assert "best so far" not in "\n".join(lines)  # the table says it
+
+
+@pytest.mark.parametrize("n_results", [60, 40])
+def test_of_many_arms_the_best_the_worst_and_the_baseline_are_shown(n_results: int) -> None:
+    arms = [so_far(f"a={n}", 0.001 * n, is_baseline=n == 25) for n in range(n_results)]
+    arms += [so_far(f"a={n}", None, n=0) for n in range(n_results, 60)]
+    lines = printed(live_view(snapshot(arms=tuple(arms), phases=())), 80)
+    assert len(lines) <= 23
+    shown = [line.split()[0] for line in lines if line.startswith("a=")]
+    assert shown[0] == "a=0" and shown[-1] == f"a={n_results - 1}" and "a=25" in shown
+    without = "" if n_results == 60 else " 20 without a result"
+    assert any(" ".join(line.split()) == f"… {60 - len(shown)} more{without}" for line in lines)
+
+
+@pytest.mark.parametrize("height", range(1, 45))
+@pytest.mark.parametrize("slots", [0, 1, 64])
+def test_live_view_fits_every_height(height: int, slots: int) -> None:
+    view = snapshot(
+        arms=ARMS * 4,
+        running=tuple(running(n) for n in range(slots)),
+        phases=tuple(from_json(PhaseSummary, phase(f"phase-{n}")) for n in range(3)),
+        look="look 2, 4 seeds: 2 arms go on",
+    )
+    for width in (20, 60, 80):
+        lines = printed(live_view(view, height=height), width)
+        assert 0 < len(lines) <= max(1, height - 1)
+        assert "12/29+" in "\n".join(lines) or width == 20
+
+
+def test_without_room_for_the_arms_the_leader_is_named() -> None:
+    lines = printed(live_view(snapshot(arms=ARMS), height=8), 80)
+    assert any("best so far  alpha=0.15" in line for line in lines)
+
+
+def test_a_terminal_that_gets_narrower_keeps_nothing_of_the_wrapped_view() -> None:
+    stream = io.StringIO()
+    console = Console(file=stream, force_terminal=True, width=100, height=24, color_system=None)
+    view = View(console, lambda: Group(Text("a" * 100), Text("b" * 51), Text("c" * 20 + " " * 80), Text()))
+    console.print(view())
+    drawn = stream.getvalue()
+    assert drawn == f"{'a' * 100}\n{'b' * 51}\n{'c' * 20}\n\n"  # blanks at an end would wrap, too
+    console.width = 50
+    view()
+    # The terminal shows 2 + 2 + 1 + 1 lines, and Rich expects the cursor three lines below the first one.
+    assert stream.getvalue()[len(drawn) :] == "\r\x1b[5A\x1b[J\n\n\n"
+    console.width = 100
+    view()
+    assert len(stream.getvalue()) == len(drawn) + len("\r\x1b[5A\x1b[J\n\n\n")  # lines are not joined again
 
 
 def test_live_view_works_before_anything_is_known() -> None:
@@ -297,9 +378,11 @@ def test_a_terminal_that_is_gone_ends_no_campaign() -> None:
     master, slave = os.openpty()
     terminal = os.fdopen(slave, "w")
     console = Console(file=terminal, force_terminal=True, width=80, height=24)
-    with terminal, live_console(snapshot, console) as message:
+    with live_console(snapshot, console) as message:
         os.close(master)
         message("one")
+    with contextlib.suppress(OSError):  # what could not be written is still in its buffer
+        terminal.close()
 
 
 def test_console_is_plain_where_stderr_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
