@@ -13,7 +13,7 @@ from tune.spec.schema import Campaign
 
 def prepare_all(campaign: Campaign, log: Callable[[str], None]) -> None:
     """Prepares every corpus that the campaign is known to use before its first phase has a winner."""
-    for config in _data_configs(campaign):
+    for config in data_configs(campaign):
         prepare(config, log=log)
 
 
@@ -27,7 +27,7 @@ def check_all(campaign: Campaign) -> dict[str, Any]:
         CorruptShardError: a shard has changed since the corpus was prepared.
     """
     descriptions = {}
-    for config in _data_configs(campaign):
+    for config in data_configs(campaign):
         manifest = open_dataset(config, recheck=True).manifest
         if manifest["shard_folder"] is None:
             continue
@@ -66,7 +66,8 @@ def changed_shards(before: Mapping[str, Mapping[str, str]], now: Mapping[str, Ma
     ]
 
 
-def _data_configs(campaign: Campaign) -> list[DataConfig]:
+def data_configs(campaign: Campaign) -> list[DataConfig]:
+    """The corpora that the campaign is known to use before its first phase has a winner."""
     trials = {trial.config.data for phase in preview(campaign) for trial in phase.trials}
     return sorted({campaign.base.data} | trials, key=str)
 

@@ -16,6 +16,7 @@ from tune.planning.forecast import (
     expected_phases,
     expected_stages,
     has_result,
+    lacks_scores,
     phase_planned_event,
     stops_early,
     with_shifts_of,
@@ -119,6 +120,11 @@ class PhaseTracker:
         if reached:
             self._append(RUNG_REACHED, **reached)
 
+    @property
+    def stops_trials(self) -> bool:
+        """Whether a phase of the campaign may stop trials early."""
+        return self._asha is not None
+
     def stop_reason(self, trial: PlannedTrial) -> str | None:
         """Returns why early stopping ends a trial, or None if it does not."""
         dropped = self._asha and self._asha.stop_reason(trial.phase, trial.arm)
@@ -140,13 +146,18 @@ class PhaseTracker:
             planned = self.planned.get(phase.name)
             if planned is None or phase.name in self.summaries:
                 continue
-            if all(self._is_settled(phase.name, trial.trial_id) for trial in planned.trials):
+            if self._has_ended(planned):
                 if self._has_more(phase, planned):
                     self._plan(phase)
                 else:
                     self._close(planned)
                 has_changed = True
         return has_changed
+
+    def _has_ended(self, phase: PlannedPhase) -> bool:
+        """Returns whether all planned trials have results. Looks at the last ones first, since they end last."""
+        trials = (trial for arm in reversed(phase.arms) for trial in reversed(arm.trials))
+        return all(self._is_settled(phase.name, trial.trial_id) for trial in trials)
 
     def _has_more(self, phase: Phase, planned: PlannedPhase) -> bool:
         """Returns whether the results lead to another batch of arms, or to a look at the arms."""
@@ -223,7 +234,16 @@ class PhaseTracker:
     def _is_settled(self, phase: str, trial_id: str) -> bool:
         """Returns whether a trial has a result; `stopped` counts only if the phase uses early stopping."""
         result = self._state.results.get(trial_id)
-        return result is not None and (result["status"] != "stopped" or stops_early(self.campaign, phase))
+        is_done = result is not None and (result["status"] != "stopped" or stops_early(self.campaign, phase))
+        return is_done and not lacks_scores(self.campaign, self._state, phase, trial_id)
+
+    def awaits_evaluation(self, trial_id: str) -> bool:
+        """Returns whether a planned phase needs the scores of a trial that is trained."""
+        return any(
+            lacks_scores(self.campaign, self._state, name, trial_id)
+            for name, phase in self.planned.items()
+            if any(trial.trial_id == trial_id for trial in phase.trials)
+        )
 
     def _close(self, phase: PlannedPhase) -> None:
         summary = write_phase(self._root, self._state, self._state.phases[phase.name])

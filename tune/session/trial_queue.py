@@ -18,7 +18,7 @@ class TrialQueue:
     """Unfinished trials in start order, within the budget of the campaign.
 
     `seconds_used` returns the time spent on the campaign in all sessions. `heartbeats` returns the attempt number and
-    newest heartbeat of every running trial.
+    newest heartbeat of every running trial that has a worker.
 
     Attributes:
         waiting: trials that have to start or restart.
@@ -60,9 +60,10 @@ class TrialQueue:
         first = next(filter(self._may_start, self.waiting), None)
         if first is None:
             return []
-        companions = [trial for trial in self.waiting if trial is not first and trial.trial_id not in self.deaths]
+        companions: list[PlannedTrial] = []
         size = 1
-        if self._max_group_size > 1 and first.trial_id not in self.deaths:
+        if self._max_group_size > 1 and self._may_join(first):
+            companions = [trial for trial in self.waiting if trial is not first and self._may_join(trial)]
             size = group_size(len(companions) + 1, self._free_workers(workers), max_size=self._max_group_size)
         started: list[TrialSpec] = []
         for trial in (first, *companions):
@@ -75,6 +76,11 @@ class TrialQueue:
                 started.append(start(trial))
         return started
 
+    def _may_join(self, trial: PlannedTrial) -> bool:
+        """Whether a trial may train in a group; one that is trained only runs its downstream tasks."""
+        result = self._state.results.get(trial.trial_id)
+        return trial.trial_id not in self.deaths and (result is None or result["status"] != "finished")
+
     def is_blocked(self) -> bool:
         """Returns whether trials are waiting, none is running and the budget allows none to start."""
         return bool(self.waiting) and not self._state.running and not any(map(self._may_start, self.waiting))
@@ -83,7 +89,8 @@ class TrialQueue:
         """Returns the number of workers that are idle or at least halfway through their trials; at least 1."""
         beats = {trial_id: beat for trial_id, (_, beat) in self._heartbeats().items()}
         steps = {trial_id: event["steps"] for trial_id, event in self._state.running.items()}
-        early = [trial_id for trial_id, beat in beats.items() if beat is None or 2 * beat.step < steps[trial_id]]
+        # A trial without a heartbeat is about to start, or waits for room and takes the next free worker.
+        early = [i for i, n_steps in steps.items() if (beat := beats.get(i)) is None or 2 * beat.step < n_steps]
         return max(1, workers - len({self._leaders[trial_id] for trial_id in early}))
 
     def _may_start(self, trial: PlannedTrial) -> bool:
@@ -98,7 +105,8 @@ class TrialQueue:
             return False
         if self._must_run_alone(trial.trial_id):
             return not self._state.running
-        return not any(self._must_run_alone(other.trial_id) for other in self.waiting)
+        # Without a death, thousands of waiting trials need no look.
+        return not self.deaths or not any(self._must_run_alone(other.trial_id) for other in self.waiting)
 
     def _must_run_alone(self, trial_id: str) -> bool:
         return trial_id in self.deaths and must_run_alone(self.deaths[trial_id])
