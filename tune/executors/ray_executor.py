@@ -11,30 +11,36 @@ import shutil
 import signal
 import tempfile
 import threading
-from collections import Counter
-from collections.abc import Callable, Mapping
-from functools import partial
-from multiprocessing.connection import Connection
+import time
+from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
 import psutil
 import ray
+import ray._private.auto_init_hook
 import ray._private.ray_constants
 import ray._private.worker
 import ray.tune
+from ray.job_config import JobConfig
 from ray.tune.execution import class_cache
-from ray.tune.experiment import Trial
-from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
 from ngpt.system import gpus
 from ngpt.system.heartbeat import request_stop
+from tune.cluster.connection import forget_surroundings, join_cluster
+from tune.cluster.relay import DriverLink, address_in, start_error, start_relay
+from tune.cluster.shipping import code_environment
 from tune.executors.gpu_slots import GpuSlots
 from tune.executors.ray_folder import TEMPORARY, TOKEN_FILE, TOKEN_PATH_VARIABLE, TOKEN_VARIABLE
-from tune.executors.ray_trainable import GPU, PAUSED, UNUSABLE, UPDATES, TrialWorker
-from tune.machine.placement import place, this_machine
+from tune.executors.ray_nodes import POLL_SECONDS, NodeChange, NodeWatch, describe_change, wait_for_room
+from tune.executors.ray_trainable import PAUSED, UPDATES, NodeUnfit, TrialWorker
+from tune.executors.warm_workers import WarmWorkerScheduler
+from tune.machine import placement
+from tune.machine.placement import Placement, cpu_reason, place, this_machine
 from tune.machine.ray_limits import OBJECT_STORE, ray_root
+from tune.remote.worker import StoreLost, WorkerUploads
+from tune.session.remote import RemoteSession
 from tune.spec.schema import Resources
 from tune.trials.trial import TrialSpec
 from tune.trials.trial_group import GpuUnusable
@@ -52,12 +58,29 @@ RAY_ENVIRONMENT = {
     "RAY_prestart_worker_first_driver": "0",  # it would start idle workers that no trial uses
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
+JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set in a job that was submitted
 OUT_OF_MEMORY = "due to the node running low on memory"  # in Ray's error when its memory monitor kills a worker
+NODE_DIED = "its node has died"  # in Ray's error
 SCRATCH_PREFIX = ".tune-"  # names Tune's temporary folder in the results directory
 
 
 class RayNotStarted(Exception):
     """Ray did not start; the message is Ray's own."""
+
+
+def job_naming(results: Path | None) -> dict[str, Any]:
+    """Arguments of `ray.init` that name the job and its actors after the campaign, in the dashboard and `ray list`.
+
+    Ray takes the entry point that it lists from the command line of the process, which cannot be set. A job that was
+    submitted (`ray job submit`) keeps its own metadata.
+    """
+    if results is None:
+        return {}
+    namespace = {"namespace": f"campaign-{results.name}"}
+    if JOB_VARIABLE in os.environ:
+        return namespace
+    metadata = {"job_name": results.name, "campaign": results.name, "results": str(results)}
+    return namespace | {"job_config": JobConfig(metadata=metadata)}
 
 
 def current_umask() -> int:
@@ -67,38 +90,28 @@ def current_umask() -> int:
     return umask
 
 
-class RemoteSession:
-    """Forwards method calls to the `Session` in the parent process."""
-
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
-        self.stop_requested = False  # as of the latest reply
-
-    def __getattr__(self, method: str) -> Callable[..., Any]:
-        if method.startswith("_"):  # looked up by Python itself, for example to pickle
-            raise AttributeError(method)
-        return partial(self._call, method)
-
-    def _call(self, *message: Any) -> Any:
-        self._connection.send(message)
-        value, self.stop_requested = self._connection.recv()
-        return value
-
-
 def run_tuner(session: RemoteSession, cluster: "RayCluster", root: Path) -> None:
     """Runs every trial of the session, as many concurrently as the cluster has room for."""
     # Tune would pass AWS credentials to workers in a way that Ray logs. Workers inherit the environment anyway.
     class_cache.ENV_VARS_TO_PROPAGATE -= {name for name in class_cache.ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")}
-    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(cluster.workers)  # lets all workers start at once
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(placement.MOST_WORKERS)  # the searcher limits the trials in flight
     for stale in root.glob(f"{SCRATCH_PREFIX}*"):  # left over from a killed run, since this run holds the lock
         shutil.rmtree(stale)
     searcher = SessionSearcher(session, cluster)
+    scheduler = WarmWorkerScheduler(searcher)
+    if cluster.relay is not None:
+
+        def kill(name: str) -> None:
+            scheduler.kill_worker(searcher.tune_trial(name))
+
+        searcher.link = DriverLink(session, cluster.relay, kill)
+        searcher.link.start()
     with tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX, dir=root, ignore_cleanup_errors=True) as scratch:
         tuner = ray.tune.Tuner(
             TrialWorker,
             tune_config=ray.tune.TuneConfig(
                 search_alg=searcher,
-                scheduler=WarmWorkerScheduler(cluster.workers, searcher),
+                scheduler=scheduler,
                 num_samples=-1,
                 reuse_actors=True,
             ),
@@ -119,12 +132,18 @@ class SessionSearcher(Searcher):
     A Tune trial is one trial of the campaign, or a group trained in one process (tune/trials/trial_group.py).
     """
 
-    def __init__(self, session: RemoteSession, cluster: "RayCluster") -> None:
+    def __init__(
+        self, session: RemoteSession, cluster: "RayCluster", *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         super().__init__(metric="training_iteration", mode="max")
-        self._session, self._cluster = session, cluster
+        self._session, self._cluster, self._clock = session, cluster, clock
+        self._told_at = clock()
+        self._waiting: Set[str] = frozenset()  # Tune trials
+        self._leaving: set[str] = set()  # Tune trials that were asked to leave their node
         self._unfinished: dict[str, dict[str, TrialSpec]] = {}  # by Tune trial id, then by campaign trial id
-        self._death_causes: dict[str, str] = {}  # by Tune trial id
+        self._death_causes: dict[str, tuple[str, str | None]] = {}  # and Ray's reason, by Tune trial id
         self._umask = current_umask()
+        self.link: DriverLink | None = None  # to workers on other hosts
 
     def __getstate__(self) -> dict[str, Any]:
         """Returns nothing: Tune pickles its searcher to restore it, but only the journal restores a campaign."""
@@ -135,16 +154,19 @@ class SessionSearcher(Searcher):
 
         Returns None if no trial can start yet, and FINISHED if none will start any more.
         """
+        self.look_around()
         if self._session.stop_requested:
             return Searcher.FINISHED
-        if len(self._unfinished) >= self._cluster.workers:
+        if len(self._unfinished) >= self._cluster.most_queued:
             return None
         specs = self._session.ask()
         if not specs:
             return Searcher.FINISHED if self._session.is_over() or self._session.stop_requested else None
         self._unfinished[trial_id] = {spec.trial_id: spec for spec in specs}
         config = {"specs": specs, "resources": self._cluster.per_trial, "umask": self._umask}
-        return config | {"gpu_slots": self._cluster.gpu_slots}
+        config |= {"gpu_slots": self._cluster.gpu_slots, "relay": self._cluster.relay}
+        config |= {"uploads": self._cluster.uploads, **self._cluster.ranks}
+        return config | {"avoid": self._cluster.avoided}
 
     def should_stop(self, trial_id: str, report: Mapping[str, Any]) -> bool:
         """Passes a worker's report to the session; returns whether all of the worker's trials have ended."""
@@ -156,28 +178,111 @@ class SessionSearcher(Searcher):
                 stopped.append(unfinished.pop(name))
         if unfinished:
             for spec in stopped:  # the worker checks these requests before it continues the other trials
-                with contextlib.suppress(OSError):  # on a full disk the trial runs to its end; its result is ignored
-                    request_stop(spec.folder)
+                self._request_stop(spec)  # on a full disk the trial runs to its end; its result is ignored
         return not unfinished
 
+    def _request_stop(self, spec: TrialSpec) -> None:
+        with contextlib.suppress(OSError):
+            request_stop(spec.folder)
+        if self.link is not None:
+            self.link.request_stop(spec)
+
     def _tell(self, unfinished: dict[str, TrialSpec], report: Mapping[str, Any]) -> None:
+        for name, parts in report[UPDATES].files.items():
+            if name in unfinished:
+                self._session.deliver(name, parts)
         for name, result in report[UPDATES].ended.items():
             if unfinished.pop(name, None):
                 self._session.tell(name, result)
 
-    def worker_died(self, trial_id: str, error: str) -> None:
-        """Stores the cause of a worker's death, given Ray's error; Tune calls `on_trial_complete` next."""
-        causes = {OUT_OF_MEMORY: "host_oom", GpuUnusable.__name__: "gpu_error"}
-        self._death_causes[trial_id] = next((cause for text, cause in causes.items() if text in error), "killed")
+    @property
+    def workers(self) -> int:
+        """The number of trials or groups that can run concurrently."""
+        return self._cluster.workers
+
+    @property
+    def node_ids(self) -> Set[str] | None:
+        """The nodes on which trials may stay; None for a private Ray."""
+        return self._cluster.node_ids
+
+    @property
+    def stops(self) -> bool:
+        """Whether a stop was requested, as of the latest reply of the session."""
+        return self._session.stop_requested
+
+    def set_waiting(self, trial_ids: Set[str]) -> None:
+        """Notes which Tune trials have no place in the cluster; the session is told at the next `look_around`."""
+        self._waiting = trial_ids
+
+    def leave_node(self, trial_id: str) -> None:
+        """Asks the trials of a Tune trial to save and stop, since their node is being taken away."""
+        self._leaving.add(trial_id)
+        for spec in self._unfinished.get(trial_id, {}).values():
+            self._request_stop(spec)  # on a full disk it continues from its newest checkpoint
+
+    def tune_trial(self, name: str) -> str | None:
+        """The Tune trial that trains the trial `name` of the campaign, if there is one."""
+        return next((trial_id for trial_id, names in list(self._unfinished.items()) if name in names), None)
+
+    def look_around(self, *, now: bool = False) -> None:
+        """Every few seconds, or `now`, tells the session which trials wait for a place and how the cluster changed.
+
+        The session hears that Ray is alive, and replies whether a stop was requested.
+        """
+        if not now and self._clock() - self._told_at < POLL_SECONDS:
+            return
+        self._told_at = self._clock()
+        if change := self._cluster.look(now=now):
+            placed = self._cluster.placement
+            text = describe_change(change, placed.workers)
+            self._session.resize(placed.workers, placed.trials_per_device, placed.n_gpus, text)
+        waiting = (self._unfinished.get(trial_id, {}) for trial_id in sorted(self._waiting))
+        self._session.set_waiting([name for specs in waiting for name in specs])
+
+    def worker_died(self, trial_id: str, error: str, node_id: str | None = None, *, started: bool = True) -> None:
+        """Stores the cause of a worker's death, given Ray's error and its node; `on_trial_complete` is called next.
+
+        Raises:
+            NoUsableNode: no node is left on which workers can start.
+        """
+        causes = {OUT_OF_MEMORY: "host_oom", GpuUnusable.__name__: "gpu_error", NODE_DIED: "node_lost"}
+        causes |= {NodeUnfit.__name__: "node_unfit", StoreLost.__name__: "store_lost"}
+        cause = next((cause for text, cause in causes.items() if text in error), "killed")
+        if cause == "node_unfit" and node_id is not None:
+            self._cluster.nodes.set_aside(node_id, NodeUnfit.reason(error))
+            self._look_for_usable()
+        elif cause == "killed" and node_id is not None:
+            self.look_around(now=True)
+            if not self._cluster.has_node(node_id):
+                cause = "node_lost"
+        reason = None
+        if not started and cause == "killed":
+            reason = start_error(error)
+            if self._cluster.address:
+                cause = "cannot_start"
+                self._cluster.nodes.note_start_failure(node_id or address_in(error), reason)
+                self._look_for_usable()
+        self._death_causes[trial_id] = cause, reason
+
+    def _look_for_usable(self) -> None:
+        self.look_around(now=True)
+        if self._cluster.resources.wait_for_nodes is None:
+            self._cluster.nodes.check_usable()
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Reports the trials that died with their worker: those without a result that were not asked to stop."""
-        unfinished, cause = self._unfinished.pop(trial_id), self._death_causes.pop(trial_id, "killed")
+        unfinished = self._unfinished.pop(trial_id)
+        cause, reason = self._death_causes.pop(trial_id, ("killed", None))
         if result and UPDATES in result:
             self._tell(unfinished, result)
-        if not self._session.stop_requested and not (result and PAUSED in result):
+        has_saved, leaves = bool(result and PAUSED in result), trial_id in self._leaving
+        self._leaving.discard(trial_id)
+        if has_saved and leaves:
+            self.look_around(now=True)  # a stop may have been requested meanwhile
+            cause, reason = "node_lost", None
+        if not self._session.stop_requested and (leaves or not has_saved):
             for name in reversed(unfinished):  # each goes to the front of the queue
-                self._session.worker_died(name, cause)
+                self._session.worker_died(name, cause, reason)
 
     def save(self, checkpoint_path: str) -> None:
         """Saves nothing, like `__getstate__`."""
@@ -186,80 +291,41 @@ class SessionSearcher(Searcher):
         """Restores nothing."""
 
 
-class WarmWorkerScheduler(FIFOScheduler):
-    """First in, first out; keeps idle workers alive while a phase waits for the last trials of another.
-
-    By default Tune keeps an idle worker only if another trial is already waiting, so all but one would exit at the end
-    of each phase, and a new worker takes seconds to import torch. No public setting changes that.
-
-    It also ends workers that can run no further trial, and gives trials to idle workers on the least busy GPUs.
-    """
-
-    def __init__(self, workers: int, searcher: SessionSearcher) -> None:
-        super().__init__()
-        self._unreserved_workers, self._searcher = workers, searcher
-        self._gpus: dict[Any, str] = {}  # of each worker that has chosen one
-
-    def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
-        """Reserves all workers when the first trial is added, since Tune caches workers by their resources."""
-        tune_controller._actor_cache.increase_max(trial.placement_group_factory, by=self._unreserved_workers)
-        self._unreserved_workers = 0
-
-    def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
-        """Orders the idle workers, since Tune takes the first ones for the next trials."""
-        busy = Counter(self._gpus.get(worker) for worker in tune_controller._actor_to_trial)
-        for idle in tune_controller._actor_cache._cached_objects.values():
-            left = list(idle)
-            idle.clear()
-            while left:
-                worker = min(left, key=lambda each: busy[self._gpus.get(each)])
-                busy[self._gpus.get(worker)] += 1
-                left.remove(worker)
-                idle.append(worker)
-        return super().choose_trial_to_run(tune_controller)
-
-    def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
-        """Notes the GPU of the worker."""
-        self._note_gpu(tune_controller, trial, result)
-        return super().on_trial_result(tune_controller, trial, result)
-
-    def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
-        """Ends a worker that can run no further trial. Tune would reuse it, and abort the next trial if it refuses."""
-        self._note_gpu(tune_controller, trial, result)
-        if result.get(UNUSABLE):
-            # Tune keeps only workers that it knows to have started; no public setting makes it end a single one.
-            tune_controller._started_actors.discard(tune_controller._trial_to_actor.get(trial))
-
-    def _note_gpu(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
-        if result.get(GPU) is not None:
-            self._gpus[tune_controller._trial_to_actor[trial]] = result[GPU]
-
-    def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
-        """Passes Ray's error for a dead worker to the searcher, before Tune calls its `on_trial_complete`."""
-        # Tune keeps the exception only for some deaths; an out-of-memory kill is described only in this file.
-        self._searcher.worker_died(trial.trial_id, Path(trial.error_file).read_text() if trial.error_file else "")
-
-
 class RayCluster:
     """Context manager that starts a private Ray with files in `folder`, or joins the running cluster at `address`."""
 
     def __init__(
-        self, resources: Resources, *, device: str = "auto", address: str | None = None, folder: Path | None = None
+        self,
+        resources: Resources,
+        *,
+        device: str = "auto",
+        address: str | None = None,
+        folder: Path | None = None,
+        report: Callable[[str], object] = lambda text: None,
+        plugins: Mapping[str, Mapping[str, Path]] | None = None,
+        results: Path | None = None,
     ) -> None:
+        self._results = results  # names the job
         self.resources, self.device, self.address, self.folder = resources, device, address, folder
+        self._report = report  # prints a line for the user
+        self._plugins = plugins  # files that other hosts need, see tune/cluster/shipping.py
         self.dashboard_url: str | None = None
         self.process_ids: tuple[int, ...] = ()  # raylet and GCS server of a private Ray
+        self.relay: Any = None  # between this process and workers on other hosts
+        self.notes: tuple[str, ...] = ()  # on where trials train, for the warnings of the report
+        self.uploads: WorkerUploads | None = None  # of workers that share no folder with the run
 
     def __enter__(self) -> "RayCluster":
         os.environ.update(RAY_ENVIRONMENT | {"TMPDIR": str(ray_root())})
         if not self.address:
-            # With this variable unset, a new Ray requires its token; the shell may have turned that off.
-            os.environ.pop("RAY_AUTH_MODE", None)
+            forget_surroundings()
         if self.folder:
             os.environ.pop(TOKEN_VARIABLE, None)
             os.environ[TOKEN_PATH_VARIABLE] = str(self.folder / TOKEN_FILE)
         # Where Ray may span machines, no public setting binds its own processes to the loopback interface.
         ray._private.ray_constants.ENABLE_RAY_CLUSTER = bool(self.address)
+        # A call after the end, by a thread that does not know of it yet, would join or start a Ray.
+        ray._private.auto_init_hook.enable_auto_connect = False
         context = self._init_ray()
         # Silences tracebacks of dead workers; those from the raylet would go to stdout.
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
@@ -269,7 +335,13 @@ class RayCluster:
             self.process_ids = tuple(child.pid for child in children if child.name() in ("raylet", "gcs_server"))
         self.dashboard_url = f"http://{context.dashboard_url}" if context.dashboard_url else None
         try:
-            self._count_workers(ray.cluster_resources())
+            self.nodes = NodeWatch()
+            if self.address:
+                wait_for_room(self.nodes, self.resources, device=self.device, report=self._report)
+                reason = cpu_reason(self.resources, self.nodes.offers, device=self.device)
+                self.notes = () if reason is None else (f"trained on the CPU by a run that was not told to: {reason}",)
+            self._count_workers(self.nodes.offers)
+            self.relay = start_relay() if self.address else None
         except BaseException:
             ray.shutdown()
             raise
@@ -279,40 +351,88 @@ class RayCluster:
         ray.shutdown()
 
     def _init_ray(self) -> Any:
-        here = this_machine(self.resources, device=self.device)
-        private: dict[str, Any] = {"num_cpus": here["CPU"], "num_gpus": here["GPU"]}
-        private |= {"include_dashboard": True, "dashboard_host": "127.0.0.1", "object_store_memory": OBJECT_STORE}
-        if self.folder:
-            private["_temp_dir"] = str(self.folder / TEMPORARY)
         on_sigterm = signal.getsignal(signal.SIGTERM)
         try:
-            return ray.init(
-                address=self.address or "local",
-                logging_level=logging.ERROR,
-                log_to_driver=False,
-                configure_logging=True,
-                **({} if self.address else private),
-            )
-        except Exception as error:  # many types: no disk space, no home directory, a busy machine
-            raise RayNotStarted(str(error).strip()) from error
+            if not self.address:
+                return self._start_private()
+            with tempfile.TemporaryDirectory(prefix="ngpt-code-") as staged:
+                sent = code_environment(Path(staged), self._plugins)
+                return join_cluster(self.address, sent, naming=job_naming(self._results))
         finally:
             if threading.current_thread() is threading.main_thread():  # Ray's own handler would exit silently
                 signal.signal(signal.SIGTERM, on_sigterm)
 
+    def _start_private(self) -> Any:
+        here = this_machine(self.resources, device=self.device)
+        folder: dict[str, Any] = {"_temp_dir": str(self.folder / TEMPORARY)} if self.folder else {}
+        try:
+            return ray.init(
+                address="local",
+                num_cpus=here["CPU"],
+                num_gpus=here["GPU"],
+                include_dashboard=True,
+                dashboard_host="127.0.0.1",
+                object_store_memory=OBJECT_STORE,
+                logging_level=logging.ERROR,
+                log_to_driver=False,
+                configure_logging=True,
+                **job_naming(self._results),
+                **folder,
+            )
+        except Exception as error:  # many types: no disk space, no home directory, a busy machine
+            raise RayNotStarted(str(error).strip()) from error
+
+    @property
+    def workers(self) -> int:
+        """The number of trials or groups that the cluster can run concurrently."""
+        return self.placement.workers
+
+    @property
+    def most_queued(self) -> int:
+        """The number of trials or groups that Ray may have; those without a place ask its autoscaler for nodes."""
+        waits = self.address and self.resources.wait_for_nodes
+        return max(self.workers, self.resources.workers or 1) if waits else self.workers
+
+    @property
+    def avoided(self) -> Sequence[str]:
+        """The ids of nodes that are set aside, on which Ray must not place trials."""
+        return sorted(self.nodes.excluded)
+
+    @property
+    def node_ids(self) -> Set[str] | None:
+        """The nodes on which trials may stay; None for a private Ray, whose one node does not change."""
+        return {node.node_id for node in self.nodes.nodes} | self.nodes.pending if self.address else None
+
+    def has_node(self, node_id: str) -> bool:
+        """Whether a node is in use and answers."""
+        return any(node.node_id == node_id and node.is_reachable() for node in self.nodes.nodes)
+
     def share_gpus(self, trials_per_gpu: int) -> None:
         """Lets trials share each GPU."""
-        self._count_workers(ray.cluster_resources(), trials_per_gpu)
+        self._count_workers(self.nodes.offers, trials_per_gpu)
 
-    def _count_workers(self, cluster: Mapping[str, float], trials_per_gpu: int | None = None) -> None:
-        """Sets the resources per trial and the number of trials that the cluster can run concurrently.
+    def look(self, *, now: bool = False) -> NodeChange:
+        """Reads the nodes of a running cluster every few seconds, or `now`. A change also changes `workers`."""
+        if not self.address:
+            return NodeChange()
+        if change := self.nodes.poll(now=now):
+            # Each trial keeps its share of a node: after the last GPU is gone, there is room for none.
+            self.placement = self.placement.on(self.nodes.offers, most=self.resources.workers, spread=False)
+        return change
+
+    def _count_workers(self, nodes: Sequence[Mapping[str, float]], trials_per_gpu: int | None = None) -> None:
+        """Sets the resources per trial and the number of trials that the nodes can run concurrently.
 
         Raises:
-            ConfigError: the cluster has no room for even one trial; Ray would wait forever.
+            ConfigError: no node has room for even one trial; Ray would wait forever.
         """
-        self.placement = place(self.resources, [cluster], device=self.device, trials_per_gpu=trials_per_gpu)
-        self.workers = self.placement.workers
+        self.placement: Placement = place(
+            self.resources, nodes, device=self.device, trials_per_gpu=trials_per_gpu, spread=not self.address
+        )
         # An explicit 0, since without a GPU entry a trial sees all GPUs.
-        self.per_trial = {"CPU": self.placement.cpus, "GPU": self.placement.gpus}
+        self.per_trial = {"CPU": self.placement.cpus, "GPU": self.placement.gpus}  # or per rank
+        n_ranks = self.resources.ranks_per_trial
+        self.ranks = {"ranks": n_ranks, "placement": placement.ray_strategy(self.resources)} if n_ranks > 1 else {}
         self.gpu_slots: GpuSlots | None = None
         if self.folder and 0 < self.placement.gpus < 1:  # in another cluster, only Ray knows which GPUs are free
             self.gpu_slots = GpuSlots(self.folder / "gpu_slots", gpus.visible_ids(), self.workers)

@@ -9,22 +9,28 @@ import math
 import multiprocessing
 import multiprocessing.resource_tracker
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from typing import Any
 
 import psutil
 
+from ngpt.code.plugins import loaded_sources
+from ngpt.code.version import command
 from ngpt.config.base import ConfigError, UserError
 from ngpt.system.cli import print_line
+from ngpt.system.heartbeat import Heartbeat
+from tune.cluster.node_data import ExpectedCorpus
 from tune.executors.orphans import is_alive, kill_marked, mark_children, marked_processes
 from tune.executors.ray_folder import RayFolder
-from tune.executors.ray_process import RayExited, RayReady, run_ray
+from tune.executors.ray_process import CodeToRun, RayExited, RayNote, RayReady, run_ray
 from tune.executors.signals import StoppedEarly, stop_on_signal
 from tune.executors.watchdog import Watchdog
 from tune.machine.ray_limits import limit_hint
 from tune.machine.spawn import hide_main_module
+from tune.remote.uri import Uri
+from tune.remote.worker import WorkerUploads
 from tune.session.session import ExecutorLost, Session
 from tune.spec.schema import Resources
 from tune.trials.retries import oom_kill_count
@@ -36,9 +42,11 @@ SAVE_TIMEOUT = 60.0  # seconds for running trials to save after a stop was reque
 EXIT_TIMEOUT = 20.0  # seconds for the child process to exit
 OOM_KILL_SECONDS = 30.0  # a worker that dies this soon after an OOM kill counts as its victim
 MAX_REPLACEMENTS = 3  # of Ray, in one run
+WAIT_FOR_NODES = 600.0  # seconds to wait for a node in place of the last one, if the campaign says nothing
 
 FINISHED = "finished"  # returned instead of a reason why Ray must be replaced
-SESSION_METHODS = ("ask", "is_over", "tell", "should_stop", "worker_died")  # the methods that the child may call
+# The methods of the session that the child may call.
+SESSION_METHODS = ("ask", "is_over", "tell", "should_stop", "worker_died", "set_waiting", "resize", "deliver")
 
 
 @dataclass
@@ -62,20 +70,28 @@ class RaySupervisor:
         resources: Resources,
         *,
         address: str | None = None,
+        remote: tuple[Uri, WorkerUploads] | None = None,
+        compiles: bool = False,
         owns_process: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._session, self._resources, self._address, self._clock = session, resources, address, clock
+        self._compiles = compiles  # whether a trial has `compile: true`
+        self._remote = remote  # the address of the results and how workers reach it
         self._owns_process = owns_process  # whether a second signal exits this process
         self._watchdog = Watchdog(resources.stall_timeout)
         self._replacements = 0
         self._trials_per_gpu: int | None = None  # set once Ray has started
         self._is_running = False
         self._killed_at: dict[str, float] = {}  # by trial: when its hung worker was killed; until Ray reports it
+        self._to_kill: set[str] = set()  # trials whose hung workers Ray shall kill
+        self._copied: set[str] = set()  # trials whose own heartbeat files are not seen here
+        self._relayed: dict[str, tuple[int, Heartbeat]] = {}  # attempts and heartbeats, as workers of a cluster report
         self._oom_kills = oom_kill_count()
         self._oom_killed_at = -math.inf
         self._checked_at = self._heard_at = clock()
         self._save_deadline: float | None = None
+        self._no_room_since: float | None = None  # when the last node with room for a trial was lost
 
     def __enter__(self) -> "RaySupervisor":
         self._start()
@@ -104,7 +120,7 @@ class RaySupervisor:
             if reason := self._handle_next():
                 if self._session.stop_requested:
                     raise StoppedEarly
-                advice = "run `python run_campaign.py doctor` to find out why; --inline runs without Ray"
+                advice = f"run `{command()} doctor` to find out why; --inline runs without Ray"
                 logs = f"its logs are in {self._ray.folder.path} until the next start; " if self._ray.folder else ""
                 raise ExecutorLost(f"Ray did not start: {reason}{limit_hint()}\n{logs}{advice}")
         return self._ray.ready
@@ -119,6 +135,12 @@ class RaySupervisor:
         self._trials_per_gpu = trials_per_gpu
         self._send_command()
         return self.wait()
+
+    def prepare_nodes(self, corpora: Sequence[ExpectedCorpus]) -> None:
+        """Prepares the corpora on all nodes of a cluster; raises ConfigError if a node cannot have them, as `wait`."""
+        self._ray.ready = None
+        self._ray.connection.send(("prepare", corpora))
+        self.wait()
 
     def run(self) -> None:
         """Runs every trial; replaces Ray when it dies.
@@ -139,16 +161,21 @@ class RaySupervisor:
         context = multiprocessing.get_context("spawn")
         parent_end, child_end = context.Pipe()
         multiprocessing.resource_tracker.ensure_running()  # started before `mark_children`, so that it is not marked
-        report = self._session.message if self._is_running else print_line
-        folder = None if self._address else RayFolder(report=report)
-        where = self._address, self._session.root, folder.path if folder else None
-        arguments = (child_end, self._resources, self._session.campaign.base.device, *where)
+        folder = None if self._address else RayFolder(report=self._report)
+        code, device = self._session.code, self._session.campaign.base.device
+        files = code.files_to_send() if self._address else {}
+        sent = CodeToRun(code.digest, loaded_sources(), files, device if self._compiles else None)
+        where = self._address, self._session.root, sent, folder.path if folder else None
+        arguments = (child_end, self._resources, device, *where, self._remote)
         process = context.Process(target=run_ray, args=arguments, name="ray driver", daemon=True)
         with mark_children(self._session.root), hide_main_module():
             process.start()
         child_end.close()
         self._heard_at = self._clock()
         self._ray = RayProcess(process, parent_end, folder=folder)
+
+    def _report(self, text: str) -> None:
+        self._session.message(text) if self._is_running else print_line(text)
 
     def _kill(self, started: Sequence[psutil.Process]) -> None:
         """Kills the child, `started`, and every process marked with the results: Ray and the workers."""
@@ -174,7 +201,7 @@ class RaySupervisor:
         self._session.executor_lost(reason)
         self._killed_at.clear()
         if self._replacements == MAX_REPLACEMENTS:
-            advice = "run `python run_campaign.py doctor` to find out why, and the same command again to resume"
+            advice = f"run `{command()} doctor` to find out why, and the same command again to resume"
             raise ExecutorLost(f"Ray died {MAX_REPLACEMENTS + 1} times ({reason}{limit_hint()}); {advice}")
         self._replacements += 1
         count = f"{self._replacements} of at most {MAX_REPLACEMENTS}"
@@ -198,8 +225,15 @@ class RaySupervisor:
         except (EOFError, OSError):
             self._ray.process.join(EXIT_TIMEOUT)
             return f"its driver ended with code {self._ray.process.exitcode}"
+        match message:
+            case ("exchange", beats):
+                self._exchange(beats)
+                return None
         self._heard_at = self._clock()
         match message:
+            case RayNote():
+                self._report(message.text)
+                return None
             case RayReady():
                 return self._on_ready(message)
             case RayExited():
@@ -211,10 +245,38 @@ class RaySupervisor:
         if name == "worker_died":
             if reason := self._dead_service():
                 return reason  # the worker died because Ray did
-            arguments = self._correct_cause(*arguments)
-        value = getattr(self._session, name)(*arguments)
+            _, beat = self._heartbeats().get(arguments[0], (0, None))
+            self._session.worker_died(*self._correct_cause(*arguments), beat=beat)
+            value = None
+        else:
+            value = getattr(self._session, name)(*arguments)
         self._ray.connection.send((value, self._session.stop_requested))
         return None
+
+    def _exchange(self, beats: Mapping[str, tuple[int, Heartbeat]]) -> None:
+        """Takes the newest heartbeats of a cluster; answers which workers to kill, and which attempts shall stop."""
+        running = self._session.state.running
+        seen = self._session.heartbeats() if beats else {}
+        for trial_id, (attempt, beat) in beats.items():
+            running_attempt, own = seen.get(trial_id, (None, None))
+            if attempt == running_attempt:
+                self._relayed[trial_id] = attempt, beat
+                if own is None or own.process != beat.process or trial_id in self._copied:
+                    self._copied.add(trial_id)
+                    self._session.copy_heartbeat(trial_id, beat)
+        to_stop = [(name, event["attempt"]) for name, event in running.items()] if self._session.stop_requested else []
+        self._ray.connection.send(((self._to_kill, to_stop), self._session.stop_requested))
+        self._to_kill = set()
+
+    def _heartbeats(self) -> dict[str, tuple[int, Heartbeat | None]]:
+        """Attempts and heartbeats of all running trials: what their workers report, or what their files say."""
+        beats = self._session.heartbeats()
+        self._relayed = {trial_id: each for trial_id, each in self._relayed.items() if trial_id in beats}
+        for trial_id, (attempt, beat) in self._relayed.items():
+            running, seen = beats[trial_id]
+            if attempt == running and (seen is None or seen.step < beat.step):
+                beats[trial_id] = attempt, beat
+        return beats
 
     def _on_ready(self, ready: RayReady) -> str | None:
         try:
@@ -223,7 +285,7 @@ class RaySupervisor:
         except psutil.NoSuchProcess as error:
             return f"its process {error.pid} is gone"
         self._ray.ready = ready
-        names = ("workers", "trials_per_device", "n_gpus", "dashboard_url")
+        names = ("workers", "trials_per_device", "n_gpus", "dashboard_url", "notes")
         properties = {name: getattr(ready, name) for name in names}
         self._session.executor = replace(self._session.executor, **properties)
         if self._is_running:
@@ -239,14 +301,14 @@ class RaySupervisor:
         else:
             self._ray.connection.send(("run",))
 
-    def _correct_cause(self, trial_id: str, cause: str) -> tuple[str, str]:
+    def _correct_cause(self, trial_id: str, cause: str, reason: str | None = None) -> tuple[str, str, str | None]:
         """Corrects the cause of death if the watchdog or the kernel killed the worker."""
         self._count_oom_kills()
         if self._killed_at.pop(trial_id, None) is not None:
-            cause = "hung"
+            cause, reason = "hung", None
         elif cause == "killed" and self._clock() - self._oom_killed_at < OOM_KILL_SECONDS:
-            cause = "host_oom"
-        return trial_id, cause
+            cause, reason = "host_oom", None
+        return trial_id, cause, reason
 
     def _on_exit(self, message: RayExited) -> str | None:
         if message.error is None:
@@ -257,6 +319,9 @@ class RaySupervisor:
             raise ConfigError(message.error)
         if message.is_start_error:
             return message.error
+        if message.has_no_nodes:
+            text = f"{message.error} in the cluster at {self._address}"
+            raise ExecutorLost(f"{text}; repair it, then run the same command again to resume")
         if reason := self._dead_service():
             return reason
         raise RuntimeError(f"the driver of Ray failed:\n{message.error}")
@@ -269,12 +334,27 @@ class RaySupervisor:
         if self._ray.ready is None:
             if self._session.stop_requested:
                 return FINISHED
-            return "it did not start in time" if now - self._heard_at > START_TIMEOUT else None
+            timeout = START_TIMEOUT + (self._resources.wait_for_nodes or 0)
+            return "it did not start in time" if now - self._heard_at > timeout else None
         if self._session.stop_requested:
             return self._stop_trials(now)
         if not self._session.state.running and now - self._heard_at > RESPONSE_TIMEOUT:
             return "it has stopped asking for work"
+        self._check_room(now)
         return self._kill_hung_workers(now)
+
+    def _check_room(self, now: float) -> None:
+        """Raises ExecutorLost if no node has had room for a trial for too long."""
+        state, limit = self._session.state, self._resources.wait_for_nodes or WAIT_FOR_NODES
+        if self._session.executor.workers or state.running.keys() - state.waiting:
+            self._no_room_since = None
+            return
+        if self._no_room_since is None:
+            self._no_room_since = now
+            self._session.message(f"no node has room for a trial: waiting up to {limit:g} s for one")
+        elif now - self._no_room_since > limit:
+            text = f"no node of the cluster at {self._address} has had room for a trial for {limit:g} s"
+            raise ExecutorLost(f"{text}; add nodes, then run the same command again to resume")
 
     def _dead_service(self) -> str | None:
         dead = next((name for name, service in self._ray.services.items() if not is_alive(service)), None)
@@ -290,29 +370,38 @@ class RaySupervisor:
 
     def _kill_hung_workers(self, now: float) -> str | None:
         """Kills the workers of hung trials; returns why Ray must be replaced if this fails or Ray does not notice."""
-        beats = self._session.heartbeats()
+        beats = self._heartbeats()
         self._killed_at = {trial_id: at for trial_id, at in self._killed_at.items() if trial_id in beats}
-        hung, killed_pids = self._watchdog.find_hung(beats, now), set[int]()
+        hung, killed = self._watchdog.find_hung(beats, now), set[tuple[str, int]]()
         # Trials that train together share a process: none of them hangs as long as one of them makes progress.
-        busy_pids = {beat.pid for trial_id, (_, beat) in beats.items() if beat and trial_id not in hung}
+        busy = {beat.process for trial_id, (_, beat) in beats.items() if beat and trial_id not in hung}
         for trial_id, seconds in hung.items():
             beat = beats[trial_id][1]
-            if beat and beat.pid in busy_pids:
+            if beat and beat.process in busy:
                 continue
             if trial_id in self._killed_at:
                 if now - self._killed_at[trial_id] > RESPONSE_TIMEOUT:
                     return f"it has not noticed that the worker of {trial_id} died"
                 continue
             self._killed_at[trial_id] = now
-            if beat and beat.pid in killed_pids:
+            if beat and beat.process in killed:
                 continue
-            workers = [process for process in marked_processes(self._session.root) if beat and process.pid == beat.pid]
-            if not workers:
+            if not self._kill_worker(trial_id, beat):
                 return f"{trial_id} has made no progress for {seconds:.0f} s, and its worker was not found"
-            self._session.message(f"{trial_id} has made no progress for {seconds:.0f} s: killing its worker")
-            workers[0].kill()
-            killed_pids.add(workers[0].pid)
+            where = f" on {beat.host}" if self._address and beat else ""
+            self._session.message(f"{trial_id} has made no progress for {seconds:.0f} s: killing its worker{where}")
+            killed |= {beat.process} if beat else set()
         return None
+
+    def _kill_worker(self, trial_id: str, beat: Heartbeat | None) -> bool:
+        """Kills the process that trains a trial: on a cluster through Ray, else by its id. Returns whether it can."""
+        if self._address:
+            self._to_kill.add(trial_id)
+            return True
+        workers = [process for process in marked_processes(self._session.root) if beat and process.pid == beat.pid]
+        for worker in workers:
+            worker.kill()
+        return bool(workers)
 
     def _count_oom_kills(self) -> None:
         kills = oom_kill_count()

@@ -27,7 +27,7 @@ class Watchdog:
     """Compares the heartbeats of all running trials with those of the previous call.
 
     A trial hangs if it makes no step for `stall_timeout` seconds. The default timeout is 20 times its median step time,
-    and at least ten minutes. A process always has at least ten minutes to start.
+    and at least ten minutes. A process always has at least ten minutes to make its first step.
     """
 
     def __init__(self, stall_timeout: float | None = None) -> None:
@@ -55,5 +55,6 @@ class Watchdog:
         """Returns how many seconds the heartbeat of a watched trial may stay unchanged."""
         watched = self._trials[trial_id]
         if self._stall_timeout is not None:
-            return self._stall_timeout if watched.beat else max(self._stall_timeout, MIN_TIMEOUT)
+            has_trained = watched.beat is not None and watched.beat.step > watched.beat.began
+            return self._stall_timeout if has_trained else max(self._stall_timeout, MIN_TIMEOUT)
         return max(MIN_TIMEOUT, TIMEOUT_STEPS * median(watched.step_seconds)) if watched.step_seconds else MIN_TIMEOUT

@@ -109,6 +109,7 @@ def close(first: Path, second: Path) -> bool:
     return a.keys() == b.keys() and all(a[name] == pytest.approx(b[name], abs=1e-4) for name in a)
 
 
+@pytest.mark.slow
 def test_groups_give_the_same_verdicts_as_single_trials(
     tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -126,6 +127,7 @@ def test_groups_give_the_same_verdicts_as_single_trials(
     assert "its trials ran 2 and 4 at a time in a process" in "".join(together.phases[1].warnings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [1, 6, 11])
 def test_a_stopped_group_resumes_each_trial_where_it_was(
     tmp_path: Path, corpus: Path, after: int, monkeypatch: pytest.MonkeyPatch
@@ -161,6 +163,7 @@ def test_a_stopped_group_resumes_each_trial_where_it_was(
     assert close(root, tmp_path / "undisturbed")
 
 
+@pytest.mark.slow
 def test_early_stopping_ends_one_trial_of_a_group_and_the_others_continue(tmp_path: Path, corpus: Path) -> None:
     search = "{method: random, confirm: false, trials: 7, seed: 3, space: {optim.lr: {log: [1e-5, 1e-1]}}}"
     phases = f"\n  - name: find\n    search: {search}\nearly_stop: {{reduction: 2, first: 3}}\n"

@@ -1,30 +1,29 @@
 """Campaigns on Ray, as a user runs them: the numbers of `--inline`, warm workers, and every kind of kill."""
 
-import contextlib
 import os
 import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
 from ray.tune.search import Searcher
-from ray.tune.utils.object_cache import _ObjectCache
 
 from ngpt.config.base import ConfigError
 from ngpt.system.heartbeat import stop_requested
 from tests.helpers.fake_gpus import GIB, FakeGpus
 from tests.helpers.real_run import SCRIPT, Run, left_over, start
 from tests.helpers.tiny_campaign import begun, losses, pretend, records, session_on, strict, train_all, write_file
-from tests.helpers.tune_in_process import run_in_process
-from tune.executors.ray_executor import RayCluster, SessionSearcher, WarmWorkerScheduler, current_umask
-from tune.executors.ray_trainable import GPU, PAUSED, UNUSABLE, UPDATES, TrialWorker
+from tests.helpers.tune_in_process import fixed_cluster
+from tune.executors.ray_executor import RayCluster, SessionSearcher, current_umask
+from tune.executors.ray_nodes import Node, NodeChange, NodeWatch, NoUsableNode
+from tune.executors.ray_trainable import PAUSED, UPDATES
+from tune.machine.placement import Placement
 from tune.machine.ray_limits import ray_root
 from tune.spec.schema import Resources
 from tune.storage.journal import read_journal
@@ -105,7 +104,39 @@ def test_two_workers_train_the_whole_campaign(observed: ObservedRun) -> None:
 def test_a_worker_is_titled_after_the_trial_it_trains(observed: ObservedRun) -> None:
     assert observed.titles
     for title in observed.titles:
-        assert re.search(r"(alpha/alpha|projection/project_every)=[\d.]+ seed [12]$", title)
+        assert re.search(r"tiny (alpha/alpha|projection/project_every)=[\d.]+ seed [12]$", title)
+
+
+STATE = """
+import json, sys
+from ray.util.state import list_actors, list_jobs
+
+actors = [[actor.class_name, actor.ray_namespace, actor.repr_name] for actor in list_actors(sys.argv[1], detail=True)]
+jobs = [[job.status.value, job.metadata] for job in list_jobs(sys.argv[1], detail=True)]
+print(json.dumps({"actors": actors, "jobs": jobs}))
+"""
+
+
+@pytest.mark.slow
+def test_ray_lists_the_job_and_its_workers_by_the_name_of_the_campaign(folder: Path, file: Path) -> None:
+    run = start(file, folder / "listed")
+    try:
+        run.until_training(1)
+        url = re.search(r"dashboard (http://127\.0\.0\.1:\d+)  workers 2", run.err.read_text())
+        (raylet,) = (each for each in run.family() if each.name() == "raylet")
+        token = {name: value for name, value in raylet.environ().items() if name.startswith("RAY_AUTH_")}
+        command = [sys.executable, "-c", STATE, url[1] if url else ""]
+        listed = subprocess.run(command, env=os.environ | token, capture_output=True, text=True)
+        assert listed.returncode == 0, listed.stderr
+    finally:
+        run.end()
+    found = strict(listed.stdout.splitlines()[-1])
+    workers = [actor for actor in found["actors"] if actor[0] == "TrialWorker"]
+    assert len(workers) == 2
+    for _, namespace, name in workers:
+        assert namespace == "campaign-tiny" and re.fullmatch(r"TrialWorker\(campaign=tiny, pid=\d+\)", name)
+    metadata = {"job_name": "tiny", "campaign": "tiny", "results": str(run.root)}
+    assert found["jobs"] == [["RUNNING", metadata]]
 
 
 def test_every_process_listens_on_the_loopback_only(observed: ObservedRun) -> None:
@@ -142,7 +173,7 @@ def test_status_shows_the_run_from_another_terminal(observed: ObservedRun) -> No
         "tiny",
         "val_loss",
     )
-    assert 2 <= observed.status["done"] < observed.status["total"] == 8
+    assert 2 <= observed.status["done"] < observed.status["total"] == 6
     assert 1 <= len(observed.status["running"]) <= 2
     assert all(0 <= trial["step"] <= trial["steps"] == 300 for trial in observed.status["running"])
     assert observed.status["dashboard_url"] is None or observed.status["dashboard_url"].startswith("http://127.0.0.1:")
@@ -152,7 +183,7 @@ def test_stdout_is_the_summary_and_stderr_one_plain_line_per_event(observed: Obs
     assert strict(observed.run.out.read_text()) == strict((observed.run.root / "summary.json").read_text())
     lines = observed.run.err.read_text().splitlines()
     assert sum(line.startswith("[") and "val_loss" in line for line in lines) == 6
-    known = ("topics: ", "starting Ray", "dashboard ", "phase ", "[")
+    known = ("topics: ", "starting Ray", "dashboard ", "phase ", "[", "warning: an evaluation scores 128 tokens")
     assert [line for line in lines if not line.startswith(known)] == []
     assert "\x1b" not in "".join(lines)
 
@@ -269,6 +300,15 @@ def test_no_process_outlives_a_run_that_was_interrupted_or_killed(disturbed: Dis
     assert not (disturbed.root / "campaign.pid").exists()
 
 
+class Clock:
+    """A clock that moves by hand."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
 # ---- the parts, without Ray ----------------------------------------------------------------------------------------
 
 
@@ -284,7 +324,7 @@ def last_report(given: dict[str, Any], result_of: Callable[[TrialSpec], TrialRes
 
 
 def test_the_searcher_suggests_as_many_trials_as_there_are_workers(small: Path, tmp_path: Path) -> None:
-    cluster: Any = SimpleNamespace(workers=2, gpu_slots=None, per_trial={"CPU": 1.0, "GPU": 0.0})
+    cluster = fixed_cluster(2, per_trial={"CPU": 1.0, "GPU": 0.0})
     with session_on(small, tmp_path / "tiny") as session:
         searcher = SessionSearcher(begun(session), cluster)
         first, second = searcher.suggest("a"), searcher.suggest("b")
@@ -297,7 +337,7 @@ def test_the_searcher_suggests_as_many_trials_as_there_are_workers(small: Path, 
 
 
 def test_the_searcher_waits_for_the_winner_of_a_phase_and_ends_after_the_last(small: Path, tmp_path: Path) -> None:
-    cluster: Any = SimpleNamespace(workers=9, gpu_slots=None, per_trial={"CPU": 1.0, "GPU": 0.0})
+    cluster = fixed_cluster(9, per_trial={"CPU": 1.0, "GPU": 0.0})
     with session_on(small, tmp_path / "tiny") as session:
         searcher = SessionSearcher(begun(session), cluster)
         given = {name: searcher.suggest(name) for name in "abcd"}
@@ -313,7 +353,7 @@ def test_the_searcher_waits_for_the_winner_of_a_phase_and_ends_after_the_last(sm
 
 
 def test_a_trial_without_a_result_means_a_dead_worker_unless_the_run_was_stopped(small: Path, tmp_path: Path) -> None:
-    cluster: Any = SimpleNamespace(workers=2, gpu_slots=None, per_trial={"CPU": 1.0, "GPU": 0.0})
+    cluster = fixed_cluster(2, per_trial={"CPU": 1.0, "GPU": 0.0})
     with session_on(small, tmp_path / "tiny") as session:
         searcher = SessionSearcher(begun(session), cluster)
         first, second = searcher.suggest("a"), searcher.suggest("b")
@@ -329,7 +369,7 @@ def test_a_trial_without_a_result_means_a_dead_worker_unless_the_run_was_stopped
 
 
 def test_a_trial_that_saved_and_stopped_is_not_a_dead_worker(small: Path, tmp_path: Path) -> None:
-    cluster: Any = SimpleNamespace(workers=2, gpu_slots=None, per_trial={"CPU": 1.0, "GPU": 0.0})
+    cluster = fixed_cluster(2, per_trial={"CPU": 1.0, "GPU": 0.0})
     with session_on(small, tmp_path / "tiny") as session:
         searcher = SessionSearcher(begun(session), cluster)
         searcher.suggest("a")
@@ -347,7 +387,7 @@ def test_a_trial_that_saved_and_stopped_is_not_a_dead_worker(small: Path, tmp_pa
     ],
 )
 def test_the_error_of_ray_tells_why_a_worker_ended(small: Path, tmp_path: Path, error: str, cause: str) -> None:
-    cluster: Any = SimpleNamespace(workers=2, gpu_slots=None, per_trial={"CPU": 1.0, "GPU": 0.0})
+    cluster = fixed_cluster(2, per_trial={"CPU": 1.0, "GPU": 0.0})
     with session_on(small, tmp_path / "tiny") as session:
         searcher = SessionSearcher(begun(session), cluster)
         searcher.suggest("a")
@@ -357,10 +397,40 @@ def test_the_error_of_ray_tells_why_a_worker_ended(small: Path, tmp_path: Path, 
         assert died["cause"] == cause
 
 
+def test_a_worker_that_cannot_start_is_charged_to_its_node(small: Path, tmp_path: Path) -> None:
+    cluster, reason = fixed_cluster(2, per_trial={"CPU": 1.0}), "ModuleNotFoundError: No module named 'torch'"
+    one, two = (Node(f"{n:056x}", f"host{n}", f"10.0.0.{n}", {"CPU": 2.0}) for n in (1, 2))
+    cluster.nodes = watch = NodeWatch(lambda: [one, two])
+    cluster.address, cluster.node_ids, cluster.resources = "10.0.0.1:6379", {one.node_id, two.node_id}, Resources()
+    with session_on(small, tmp_path / "tiny") as session:
+        searcher = SessionSearcher(begun(session), cluster)
+        for trial in range(2):
+            searcher.suggest(str(trial))
+            searcher.worker_died(str(trial), f"ip=10.0.0.2\n{reason}", None, started=False)
+            searcher.on_trial_complete(str(trial), None, error=True)
+        died = [event for event in session.journal.events if event["event"] == "worker_died"]
+        assert [(event["cause"], event["reason"]) for event in died] == [("cannot_start", reason)] * 2
+        watch.poll(now=True)
+        assert watch.nodes == (one,) and watch.excluded.keys() == {two.node_id}
+
+
+def test_the_reason_why_a_worker_of_a_private_ray_cannot_start_is_recorded(small: Path, tmp_path: Path) -> None:
+    cluster = fixed_cluster(2, per_trial={"CPU": 1.0})
+    with session_on(small, tmp_path / "tiny") as session:
+        searcher = SessionSearcher(begun(session), cluster)
+        searcher.suggest("a")
+        while not session.state.results:
+            searcher.worker_died("a", "OSError: [Errno 28] No space left on device: '/x'", None, started=False)
+            searcher.on_trial_complete("a", None, error=True)
+            searcher.suggest("a")
+        (result,) = session.state.results.values()
+        assert result["error"] == "killed: OSError: [Errno 28] No space left on device: '/x', 4 times"
+
+
 def test_an_early_stopped_trial_is_recorded_once_and_is_not_a_dead_worker(tmp_path: Path, corpus: Path) -> None:
     search = "{method: random, confirm: false, trials: 2, seed: 0, space: {alpha: {uniform: [0.1, 0.5]}}}"
     phases = f"\n  - name: find\n    search: {search}\nearly_stop: {{reduction: 2, first: 3}}\n"
-    cluster: Any = SimpleNamespace(workers=3, gpu_slots=None, per_trial={})
+    cluster = fixed_cluster(3)
     with session_on(write_file(tmp_path, corpus, phases=phases, seeds="[1]"), tmp_path / "tiny") as session:
         searcher = SessionSearcher(begun(session), cluster)
         specs = {name: searcher.suggest(name)["specs"][0] for name in "abc"}
@@ -402,13 +472,79 @@ def test_early_stopping_on_ray_ends_trials_and_keeps_the_workers(tmp_path: Path,
 
 
 def test_a_failed_trial_is_a_result_and_not_a_dead_worker(small: Path, tmp_path: Path) -> None:
-    cluster: Any = SimpleNamespace(workers=1, gpu_slots=None, per_trial={"CPU": 1.0, "GPU": 0.0})
+    cluster = fixed_cluster(1, per_trial={"CPU": 1.0, "GPU": 0.0})
     with session_on(small, tmp_path / "tiny") as session:
         searcher = SessionSearcher(begun(session), cluster)
         first = searcher.suggest("a")
         assert isinstance(first, dict)
         searcher.on_trial_complete("a", last_report(first, lambda spec: TrialResult("failed", error="no memory")))
         assert session.state.results[first["specs"][0].trial_id]["error"] == "no memory"
+
+
+def test_a_cluster_that_grows_gets_more_trials(small: Path, tmp_path: Path) -> None:
+    cluster, clock = fixed_cluster(1), Clock()
+    node = Node("a1", "b", "10.0.0.2", {"CPU": 3.0})
+
+    def look(**_: bool) -> NodeChange:
+        cluster.workers = cluster.most_queued = 3
+        cluster.placement = Placement(3, 1.0, 0.0, 3)
+        return NodeChange(joined=[node])
+
+    with session_on(small, tmp_path / "tiny") as session:
+        searcher = SessionSearcher(begun(session), cluster, clock=clock)
+        assert [searcher.suggest(name) is not None for name in "ab"] == [True, False]
+        cluster.look, clock.now = look, 30.0
+        assert [searcher.suggest(name) is not None for name in "bcd"] == [True, True, False]
+        assert session.executor.workers == 3
+        (changed,) = [event for event in session.journal.events if event["event"] == "workers_changed"]
+        assert changed["reason"] == "b (10.0.0.2) joined the cluster; workers 3"
+
+
+def test_trials_that_saved_to_leave_their_node_are_tried_again_elsewhere(small: Path, tmp_path: Path) -> None:
+    with session_on(small, tmp_path / "tiny") as session:
+        searcher = SessionSearcher(begun(session), fixed_cluster(1))
+        spec = searcher.suggest("a")["specs"][0]
+        spec.folder.mkdir(parents=True)
+        searcher.leave_node("a")
+        assert stop_requested(spec.folder)
+        searcher.on_trial_complete("a", {UPDATES: Updates(), PAUSED: True})
+        again = searcher.suggest("b")["specs"][0]
+        assert (again.trial_id, again.attempt, stop_requested(spec.folder)) == (spec.trial_id, 2, False)
+        assert [e["cause"] for e in session.journal.events if e["event"] == "worker_died"] == ["node_lost"]
+
+
+@pytest.mark.parametrize(("node", "cause"), [("a1", "killed"), ("b2", "node_lost"), (None, "killed")])
+def test_a_worker_that_died_with_its_node_is_told_from_one_that_crashed(
+    small: Path, tmp_path: Path, node: str | None, cause: str
+) -> None:
+    cluster = fixed_cluster(1)
+    cluster.has_node = {"a1"}.__contains__
+    with session_on(small, tmp_path / "tiny") as session:
+        searcher = SessionSearcher(begun(session), cluster)
+        searcher.suggest("a")
+        searcher.worker_died("a", "ActorDiedError", node)
+        searcher.on_trial_complete("a", None, error=True)
+        assert [e["cause"] for e in session.journal.events if e["event"] == "worker_died"] == [cause]
+
+
+def test_a_node_that_cannot_train_is_set_aside_with_its_reason(small: Path, tmp_path: Path) -> None:
+    nodes = [Node(n, f"host{n}", f"10.0.0.{n}", {"CPU": 1.0, "GPU": 1.0}) for n in "12"]
+    cluster = RayCluster(Resources(), address="10.0.0.1:6379")
+    cluster.nodes = NodeWatch(lambda: nodes)
+    cluster._count_workers(cluster.nodes.offers)
+    error = "ActorDiedError: ...\ntune.executors.ray_trainable.NodeUnfit: Ray offers a GPU, but there is none\n"
+    with session_on(small, tmp_path / "tiny") as session:
+        searcher = SessionSearcher(begun(session, workers=2), cluster)
+        spec = searcher.suggest("a")["specs"][0]
+        searcher.worker_died("a", error, "2")
+        searcher.on_trial_complete("a", None, error=True)
+        again = searcher.suggest("b")
+        assert (again["specs"][0].trial_id, again["avoid"], cluster.workers) == (spec.trial_id, ["2"], 1)
+        assert [e["cause"] for e in session.journal.events if e["event"] == "worker_died"] == ["node_unfit"]
+        (changed,) = [e["reason"] for e in session.journal.events if e["event"] == "workers_changed"]
+        assert changed == "host2 (10.0.0.2) is not used: Ray offers a GPU, but there is none; workers 1"
+        with pytest.raises(NoUsableNode, match="no node is left that trials can use: Ray offers a GPU"):
+            searcher.worker_died("b", error, "1")
 
 
 @pytest.mark.parametrize(
@@ -425,83 +561,26 @@ def test_a_failed_trial_is_a_result_and_not_a_dead_worker(small: Path, tmp_path:
 )
 def test_there_are_as_many_workers_as_fit(asked: dict[str, Any], here: dict[str, float], workers: int) -> None:
     cluster = RayCluster(Resources.model_validate(asked))
-    cluster._count_workers(here)
+    cluster._count_workers([here])
     assert cluster.workers == workers
 
 
 @pytest.mark.parametrize("asked", [{"gpus_per_trial": 1}, {"cpus_per_trial": 5}])
 def test_a_trial_that_fits_nowhere_is_an_error(asked: dict[str, Any]) -> None:
     cluster = RayCluster(Resources.model_validate(asked))
-    with pytest.raises(ConfigError, match=r"a trial needs . CPUs and . GPUs, but this cluster has 4 CPUs and 0 GPUs"):
-        cluster._count_workers({"CPU": 4.0})
+    with pytest.raises(ConfigError, match=r"a trial needs . CPUs? and . GPUs?, but this cluster has 4 CPUs and 0 GPUs"):
+        cluster._count_workers([{"CPU": 4.0}])
 
 
 @pytest.mark.parametrize(("here", "share"), [({"CPU": 4.0}, 0.0), (GPUS, 1.0)])
 def test_the_gpu_share_of_a_trial_is_always_explicit(here: dict[str, float], share: float) -> None:
     cluster = RayCluster(Resources())
-    cluster._count_workers(here)
+    cluster._count_workers([here])
     assert cluster.per_trial == {"CPU": 1.0, "GPU": share}
 
 
-def controller(*idle: str, **trials: str) -> Any:
-    """The parts of Tune's controller that the scheduler changes: idle workers, and busy ones by their trials."""
-    cache = _ObjectCache()
-    cache.increase_max("resources", by=len(idle))
-    for worker in idle:
-        cache.cache_object("resources", worker)
-    workers = {worker: trial for trial, worker in trials.items()}
-    started = {*idle, *workers}
-    return SimpleNamespace(
-        get_trials=list, _actor_cache=cache, _actor_to_trial=workers, _trial_to_actor=trials, _started_actors=started
-    )
-
-
-@pytest.mark.parametrize("unusable", [False, True])
-def test_a_worker_that_can_run_no_further_trial_is_not_kept(unusable: bool) -> None:
-    scheduler: Any = WarmWorkerScheduler(2, SimpleNamespace())  # type: ignore[arg-type]
-    tune = controller(trial="worker", other="another")
-    scheduler.on_trial_complete(tune, "trial", {UPDATES: Updates()} | ({UNUSABLE: True} if unusable else {}))
-    assert tune._started_actors == ({"another"} if unusable else {"worker", "another"})
-
-
-def test_a_trial_that_fails_on_a_gpu_costs_its_worker_and_no_other_trial(
-    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Tune's own controller. If a worker refused a trial, Tune would abort it, and the campaign would wait for ever."""
-    monkeypatch.setattr("ray._private.worker._changeproctitle", lambda *_: contextlib.nullcontext())
-    monkeypatch.setattr("ngpt.system.gpus.is_in_use", lambda: True)
-    monkeypatch.setattr("ngpt.system.gpus.release_unused", lambda: None)
-    trained: list[TrialSpec] = []
-
-    def run_trials(specs: Sequence[TrialSpec]) -> Iterator[Updates]:
-        (spec,) = specs
-        trained.append(spec)
-        yield Updates(ended={spec.trial_id: pretend(spec, status="failed" if len(trained) == 1 else "finished")})
-
-    monkeypatch.setattr("tune.executors.ray_trainable.run_trials", run_trials)
-    cluster: Any = SimpleNamespace(workers=2, gpu_slots=None, per_trial={"CPU": 1.0, "GPU": 1.0})
-    with session_on(small, tmp_path / "tiny") as session:
-        searcher = SessionSearcher(begun(session, workers=2), cluster)
-        scheduler = WarmWorkerScheduler(2, searcher)
-        workers = run_in_process(TrialWorker, searcher, scheduler, tmp_path / "tune", should_stop=searcher.should_stop)
-        statuses = sorted(result["status"] for result in session.state.results.values())
-        assert statuses == ["failed"] + ["finished"] * 5
-        assert not any(event["event"] == "worker_died" for event in session.journal.events)
-    assert len(workers) == 3
-    assert {spec.attempt for spec in trained} == {1}
-
-
-def test_idle_workers_on_the_least_busy_gpus_get_the_next_trials() -> None:
-    scheduler: Any = WarmWorkerScheduler(5, SimpleNamespace())  # type: ignore[arg-type]
-    for worker, gpu in {"a": "0", "b": "0", "c": "1", "d": "1", "busy": "0"}.items():
-        scheduler.on_trial_result(controller(trial=worker), "trial", {GPU: gpu})
-    tune = controller("a", "b", "c", "d", trial="busy")
-    scheduler.choose_trial_to_run(tune)
-    assert [tune._actor_cache.pop_cached_object("resources") for _ in range(4)] == ["c", "a", "d", "b"]
-
-
 def test_tune_pickles_nothing_that_it_could_restore(small: Path, tmp_path: Path) -> None:
-    cluster: Any = SimpleNamespace(workers=1, gpu_slots=None, per_trial={})
+    cluster = fixed_cluster(1)
     with session_on(small, tmp_path / "tiny") as session:
         searcher = SessionSearcher(session, cluster)
         assert searcher.__getstate__() == {}
@@ -511,7 +590,7 @@ def test_tune_pickles_nothing_that_it_could_restore(small: Path, tmp_path: Path)
 
 
 def test_a_dead_worker_counts_for_each_trial_of_its_group(tmp_path: Path, corpus: Path) -> None:
-    cluster: Any = SimpleNamespace(workers=2, gpu_slots=None, per_trial={})
+    cluster = fixed_cluster(2)
     with session_on(write_file(tmp_path, corpus, vectorise=3), tmp_path / "tiny") as session:
         searcher = SessionSearcher(begun(session), cluster)
         group = searcher.suggest("a")["specs"]
@@ -528,7 +607,7 @@ def test_an_early_stopped_trial_of_a_group_is_recorded_and_its_worker_asked_to_d
 ) -> None:
     search = "{method: random, confirm: false, trials: 2, seed: 0, space: {alpha: {uniform: [0.1, 0.5]}}}"
     phases = f"\n  - name: find\n    search: {search}\nearly_stop: {{reduction: 2, first: 3}}\n"
-    cluster: Any = SimpleNamespace(workers=1, gpu_slots=None, per_trial={})
+    cluster = fixed_cluster(1)
     file = write_file(tmp_path, corpus, phases=phases, seeds="[1]", vectorise=3)
     with session_on(file, tmp_path / "tiny") as session:
         searcher = SessionSearcher(begun(session), cluster)

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from ngpt.config.base import ConfigError
-from ngpt.system.heartbeat import HeartbeatWriter, stop_requested
+from ngpt.system.heartbeat import Heartbeat, HeartbeatWriter, read_heartbeat, stop_requested
 from tests.helpers.real_run import Run, left_over, start
 from tests.helpers.tiny_campaign import begun, losses, pretend, records, session_on, train_all, write_file
 from tune.executors import ray_supervisor
@@ -25,6 +25,7 @@ from tune.executors.ray_supervisor import (
     RESPONSE_TIMEOUT,
     SAVE_TIMEOUT,
     START_TIMEOUT,
+    WAIT_FOR_NODES,
     RayProcess,
     RaySupervisor,
 )
@@ -151,6 +152,32 @@ def test_workers_that_die_with_ray_are_not_counted_as_deaths(supervisor: PlayedS
     assert not any(event["event"] == "worker_died" for event in session.journal.events)
 
 
+def test_a_trial_without_a_place_in_the_cluster_does_not_hang(supervisor: PlayedSupervisor) -> None:
+    spec = supervisor.next_trial()
+    supervisor.call("set_waiting", [spec.trial_id])
+    assert supervisor.health_after(100_000) is None
+
+
+def test_a_cluster_without_room_is_waited_for_with_a_limit(supervisor: PlayedSupervisor, lines: list[str]) -> None:
+    spec = supervisor.next_trial()
+    supervisor.call("resize", 0, 1, 0, "node b left the cluster or is about to; workers 0")
+    supervisor.call("worker_died", spec.trial_id, "node_lost")
+
+    def wait(seconds: float) -> None:
+        for _ in range(int(seconds / 50)):
+            supervisor.clock.now += 50
+            supervisor.call("set_waiting", [])  # Ray's process calls every few seconds
+
+    wait(WAIT_FOR_NODES)
+    assert lines[-1] == "no node has room for a trial: waiting up to 600 s for one"
+    supervisor.call("resize", 1, 1, 0, "node c joined the cluster; workers 1")
+    wait(50)
+    supervisor.call("resize", 0, 1, 0, "node c left the cluster or is about to; workers 0")
+    wait(WAIT_FOR_NODES)
+    with pytest.raises(ExecutorLost, match=r"has had room for a trial for 600 s; add nodes, then run the same command"):
+        wait(100)
+
+
 def test_ray_is_lost_when_its_process_exits_too_early(supervisor: PlayedSupervisor) -> None:
     assert supervisor.receive(RayExited()) == "it ended before the campaign was over"
     supervisor.theirs.close()
@@ -208,7 +235,8 @@ def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Path | None
     folders: list[Path | None] = []
 
     def process(*, args: tuple[Any, ...], **_: Any) -> Any:
-        folders.append(args[-1])
+        *_, folder, _remote = args
+        folders.append(folder)
         return SimpleNamespace(start=lambda: None, kill=lambda: None, join=lambda *_: None, exitcode=0)
 
     context = SimpleNamespace(Pipe=multiprocessing.Pipe, Process=process)
@@ -333,6 +361,29 @@ def test_a_process_with_several_trials_is_killed_once_all_of_them_hang(
     for spec in (first, second):
         impatient.call("worker_died", spec.trial_id, "killed")
     assert causes(session) == ["hung", "hung"]
+
+
+def test_a_hung_worker_on_another_host_is_killed_through_ray(impatient: PlayedSupervisor, session: Session) -> None:
+    impatient._address = "10.0.0.7:6379"
+    first, second = impatient.next_trial(), impatient.next_trial()
+    beats = {first.trial_id: (1, Heartbeat(7, 0, 3, "a")), second.trial_id: (1, Heartbeat(7, 0, 3, "b"))}
+    assert impatient.call("exchange", beats) == (set(), [])
+    assert impatient.health_after(0) is None
+    moving = {second.trial_id: (1, Heartbeat(7, 0, 4, "b")), first.trial_id: (0, Heartbeat(9, 0, 9, "c"))}
+    assert impatient.call("exchange", moving) == (set(), []), "the second has the same id, the third is an old attempt"
+    assert impatient.health_after(4) is None and impatient.health_after(2) is None
+    assert impatient.call("exchange", {}) == ({first.trial_id}, [])
+    assert impatient.call("exchange", {}) == (set(), [])
+    impatient.call("worker_died", first.trial_id, "killed")
+    (died,) = [event for event in session.journal.events if event["event"] == "worker_died"]
+    assert (died["cause"], died["step"]) == ("hung", 3)
+    assert read_heartbeat(second.folder) == Heartbeat(7, 0, 4, "b"), "for the status of the campaign"
+
+
+def test_workers_on_other_hosts_are_told_to_stop_through_ray(supervisor: PlayedSupervisor, session: Session) -> None:
+    spec = supervisor.next_trial()
+    session.stop_requested = True
+    assert supervisor.call("exchange", {}) == (set(), [(spec.trial_id, 1)])
 
 
 def test_ray_is_replaced_when_it_misses_a_dead_worker(impatient: PlayedSupervisor, worker: Worker) -> None:

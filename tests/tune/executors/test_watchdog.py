@@ -17,10 +17,10 @@ def test_a_trial_that_makes_steps_never_hangs() -> None:
 
 def test_a_trial_whose_heartbeat_does_not_change_hangs_after_the_timeout() -> None:
     watchdog = Watchdog(stall_timeout=10)
-    assert watchdog.find_hung({"t": (1, beat(0)), "u": (1, beat(0))}, 100.0) == {}
-    assert watchdog.find_hung({"t": (1, beat(0)), "u": (1, beat(1))}, 109.0) == {}
-    assert watchdog.find_hung({"t": (1, beat(0)), "u": (1, beat(1))}, 111.0) == {"t": 11.0}
-    assert watchdog.find_hung({"t": (1, beat(0)), "u": (1, beat(1))}, 120.0) == {"t": 20.0, "u": 11.0}
+    assert watchdog.find_hung({"t": (1, beat(1)), "u": (1, beat(1))}, 100.0) == {}
+    assert watchdog.find_hung({"t": (1, beat(1)), "u": (1, beat(2))}, 109.0) == {}
+    assert watchdog.find_hung({"t": (1, beat(1)), "u": (1, beat(2))}, 111.0) == {"t": 11.0}
+    assert watchdog.find_hung({"t": (1, beat(1)), "u": (1, beat(2))}, 120.0) == {"t": 20.0, "u": 11.0}
 
 
 def test_another_attempt_starts_a_new_timeout() -> None:
@@ -32,11 +32,12 @@ def test_another_attempt_starts_a_new_timeout() -> None:
     assert watchdog.find_hung({"t": (2, beat(5, pid=2))}, 30.0) == {}, "it was not running in between"
 
 
-def test_a_process_has_ten_minutes_to_start_even_with_a_short_timeout() -> None:
+@pytest.mark.parametrize("first", [None, beat(0), Heartbeat(1, 40, 40)])
+def test_a_process_has_ten_minutes_to_its_first_step_even_with_a_short_timeout(first: Heartbeat | None) -> None:
     watchdog = Watchdog(stall_timeout=10)
-    watchdog.find_hung({"t": (1, None)}, 0.0)
-    assert watchdog.find_hung({"t": (1, None)}, MIN_TIMEOUT - 1) == {}
-    assert watchdog.find_hung({"t": (1, None)}, MIN_TIMEOUT + 1) == {"t": MIN_TIMEOUT + 1}
+    watchdog.find_hung({"t": (1, first)}, 0.0)
+    assert watchdog.find_hung({"t": (1, first)}, MIN_TIMEOUT - 1) == {}
+    assert watchdog.find_hung({"t": (1, first)}, MIN_TIMEOUT + 1) == {"t": MIN_TIMEOUT + 1}
 
 
 @pytest.mark.parametrize(
