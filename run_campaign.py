@@ -7,36 +7,50 @@
     python run_campaign.py compare results/one results/other        compare two campaigns, arm by arm
     python run_campaign.py claims results/one results/other         collect the tested claims on one page
     python run_campaign.py verify results/quickstart                check every file against its checksum
+    python run_campaign.py prune results/quickstart                 free what finished trials no longer need
     python run_campaign.py judge table.csv                          compare arms in a table of your own
+    python run_campaign.py settings learning rate                   find a setting: type, default, meaning
+    python run_campaign.py new quickstart                           copy a shipped experiment, or list all
+    python run_campaign.py serve results                            show all campaigns in a browser, live
     python run_campaign.py doctor                                   check this machine for problems
+    python run_campaign.py completion bash                          print a script that completes this command
 
 Exit codes: 0 all trials finished; 1 internal error, or Ray died too often; 2 usage or configuration; 3 another run
 holds the results; 4 finished, but some trials failed, diverged or were left out by the budget; 74 input or output;
-129 terminal closed; 130 interrupted; 138, 140 SIGUSR1, SIGUSR2 of a batch system; 143 terminated.
+129 terminal closed; 130 interrupted; 138, 140 SIGUSR1, SIGUSR2 of a batch system; 141 nobody reads the output any
+more (`| head`); 143 terminated.
 """
 
+if __name__ == "__main__":
+    from ngpt.system.start import check_installation
+
+    check_installation()
+
 import argparse
-import json
+import contextlib
 import os
 import shlex
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ngpt.config.visible import visible
+from ngpt.code.version import PROGRAM, SCRIPT, command
 from ngpt.system.cli import (
-    EXIT_ERROR,
-    EXIT_INTERRUPTED,
-    EXIT_UNSUCCESSFUL,
     ArgumentParser,
+    add_plugin_option,
+    add_set_option,
     encode_stdout,
+    plugins_for_help,
     print_line,
     run_command,
+    whole_number,
 )
-
-SMOKE = "-smoke"  # suffix of the results directory of --smoke
+from tune.remote.places import entry, local_results, location, recordable, report_path, results_name
+from tune.terminal.completion import SHELLS
+from tune.verbs import VERBS, show
 
 
 def main(arguments: list[str] | None = None, *, stop: threading.Event | None = None) -> int:
@@ -50,39 +64,76 @@ def main(arguments: list[str] | None = None, *, stop: threading.Event | None = N
     owns_process = arguments is None
     arguments = sys.argv[1:] if arguments is None else arguments
     verb = VERBS.get(arguments[0] if arguments else "")
+    if not verb and arguments and is_word(arguments[0]):
+        return run_command(lambda: refuse_word(arguments[0]))
+    plugins_for_help(arguments, load_plugins)
     options = verb_parser(arguments[0]).parse_args(arguments[1:]) if verb else run_parser().parse_args(arguments)
 
     from tune.format import PORTABLE
 
-    options.command = shlex.join(["python", "run_campaign.py", *arguments])
+    options.command = shlex.join([*command().split(), *map(recordable, arguments)])
     options.stop, options.owns_process = stop, owns_process
     resume = "" if verb else "run the same command again to resume"
+    out = getattr(options, "out", None)
     with encode_stdout(PORTABLE):  # for terminals that cannot print characters such as the minus sign
         return run_command(
-            lambda: (verb or run)(options),
-            path=getattr(options, "out", None),
-            prints_only=verb is not None,
+            lambda: run_verb(verb, options) if verb else run(options),
+            path=out if isinstance(out, Path) else None,
             interrupted=f"interrupted; {resume}" if resume else "interrupted",
             crashed=f"internal error; finished trials are saved: {resume}" if resume else "internal error",
         )
 
 
+def is_word(argument: str) -> bool:
+    """Whether the first argument can only be meant as a verb: neither an option nor a path."""
+    return argument.replace("-", "").isalpha() and not argument.startswith("-") and not os.path.lexists(argument)
+
+
+def refuse_word(word: str) -> int:
+    """Raises ConfigError with the verb or the campaign file that is nearest to `word`."""
+    from ngpt.config.base import ConfigError, unknown_message
+    from tune.spec.shipped import missing_file_message
+
+    message = unknown_message("verb", word, VERBS)
+    raise ConfigError(message if "did you mean" in message else missing_file_message(Path(word)) or message)
+
+
+def refuse_missing_file(path: Path) -> None:
+    """Raises ConfigError with the nearest campaign file if there is none at `path`."""
+    from ngpt.config.base import ConfigError
+    from tune.spec.shipped import missing_file_message
+
+    if not os.path.lexists(path) and (message := missing_file_message(path)):
+        raise ConfigError(message)
+
+
+def program() -> str:
+    """The name of this command in its usage lines."""
+    return command().split()[-1]
+
+
 def run_parser() -> argparse.ArgumentParser:
     """Returns the parser of `run_campaign.py CAMPAIGN.yaml`."""
     parser = ArgumentParser(
-        prog="run_campaign.py",
-        description=__doc__,
+        prog=program(),
+        description=(__doc__ or "").replace(SCRIPT, command()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("campaign", type=Path, help="campaign file, or a verb: " + ", ".join(VERBS))
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="NAME=VALUE", help="change a setting under `base`; repeatable"
-    )
+    add_run_options(parser)
+    return parser
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of a run, in the order of its help."""
+    add_set_option(parser, help="change settings under `base`; repeatable")
+    add_plugin_option(parser)
     parser.add_argument("--plan", action="store_true", help="print trials, tokens, disk and time; start nothing")
     parser.add_argument("--measure", action="store_true", help="with --plan: time a few real steps first")
     parser.add_argument("--inline", action="store_true", help="run in this process, without Ray; same numbers")
     parser.add_argument("--smoke", action="store_true", help="same campaign with a tiny model and a few steps")
-    parser.add_argument("--out", type=Path, default=Path("results"), metavar="DIR", help="folder for all results")
+    out = "folder for all results, or an address such as s3://bucket/results"
+    parser.add_argument("--out", type=location, default=Path("results"), metavar="DIR", help=out)
     parser.add_argument("--address", help="join a running Ray cluster; default: a private one on this machine")
     allow = "resume even if the file changes the meaning of existing results: metric, confidence, data, ..."
     parser.add_argument("--allow-change", action="store_true", help=allow)
@@ -91,13 +142,13 @@ def run_parser() -> argparse.ArgumentParser:
     keep = "reuse results although the code has changed since, and mark it in the report"
     parser.add_argument("--keep", action="store_true", help=keep)
     parser.add_argument("--json", action="store_true", help="print the summary, or the plan, as JSON on stdout")
-    return parser
 
 
-def verb_parser(verb: str) -> argparse.ArgumentParser:
+def verb_parser(verb: str) -> ArgumentParser:
     """Returns the parser of `run_campaign.py VERB`."""
-    parser = ArgumentParser(prog=f"run_campaign.py {verb}", description=VERBS[verb].__doc__)
-    results = "a results directory, such as results/quickstart"
+    parser = ArgumentParser(prog=f"{program()} {verb}", description=VERBS[verb].__doc__)
+    out = "folder for all results, or an address such as s3://bucket/results"
+    results = "a results directory, such as results/quickstart or s3://bucket/results/quickstart"
     if verb == "judge":
         parser.add_argument("table", type=Path, help="CSV or TSV file with the columns arm, seed and value")
         parser.add_argument("--baseline", metavar="ARM", help="default: the arm named baseline or base, or the first")
@@ -105,59 +156,118 @@ def verb_parser(verb: str) -> argparse.ArgumentParser:
         parser.add_argument("--confidence", type=float, default=0.95, help="default: 0.95")
         effect = "smallest difference that matters, in units of the value; default: 0.005"
         parser.add_argument("--min-effect", type=float, default=0.005, help=effect)
+    elif verb == "settings":
+        words = "words of the name or meaning, or of another program, such as learning_rate; default: all settings"
+        parser.add_argument("words", nargs="*", metavar="WORD", help=words)
+        parser.add_argument("--markdown", action="store_true", help="print the page docs/settings.md")
+    elif verb == "new":
+        name = "such as quickstart or models/30.5M; default: list all"
+        parser.add_argument("name", nargs="?", metavar="NAME", help=name)
+        parser.add_argument("--out", type=Path, metavar="PATH", help="file or folder to write; default: NAME.yaml")
+    elif verb == "completion":
+        parser.add_argument("shell", choices=SHELLS, help="the shell that sources the script")
+        parser.set_defaults(whole_parser=whole_parser)
+    elif verb == "serve":
+        folder = "a folder of campaigns, or the results directory of one; default: results"
+        parser.add_argument("results", type=location, nargs="?", default=Path("results"), help=folder)
+        port = "port on the loopback address, 0 for any free one; default: 8484, or the next free one"
+        parser.add_argument("--port", type=whole_number(0, 65535), metavar="PORT", help=port)
+        parser.add_argument("--open", action="store_true", help="open the page in a browser")
     elif verb == "doctor":
-        parser.add_argument("--out", type=Path, default=Path("results"), metavar="DIR", help="folder for all results")
+        parser.add_argument("--out", type=location, default=Path("results"), metavar="DIR", help=out)
     elif verb == "compare":
-        parser.add_argument("results", type=Path, help=results)
-        parser.add_argument("other", type=Path, help="the results directory to compare it with")
+        parser.add_argument("results", type=location, help=results)
+        parser.add_argument("other", type=location, help="the results directory to compare it with")
         parser.add_argument("--metric", help="metric to compare by; default: the metric of the campaigns")
+        by = "settings: arms that computed the same (default); name: the effects of arms with the same name"
+        parser.add_argument("--by", choices=("settings", "name"), default="settings", help=by)
     elif verb == "claims":
-        parser.add_argument("results", type=Path, nargs="+", help="results directories, such as results/quickstart")
+        parser.add_argument("results", type=location, nargs="+", help="results directories, such as results/quickstart")
         parser.add_argument("--out", type=Path, metavar="FILE", help="write the page to this file")
     else:
-        parser.add_argument("results", type=Path, help=results)
+        parser.add_argument("results", type=location, help=results)
     if verb in ("claims", "report"):
         text = "judge the `claims:` of this file instead of those in the results"
         parser.add_argument("--claims", type=Path, metavar="FILE", help=text)
-    parser.add_argument("--json", action="store_true", help="print JSON on stdout")
+    if verb in ("claims", "report", "settings"):
+        add_plugin_option(parser)
+    if verb == "prune":
+        parser.add_argument("--dry-run", action="store_true", help="say how much it would free; remove nothing")
+    if verb != "completion":
+        parser.add_argument("--json", action="store_true", help="print JSON on stdout")
     return parser
+
+
+def whole_parser() -> argparse.ArgumentParser:
+    """Returns a parser with the options of a run and all verbs, as shell completion needs it."""
+    parser = ArgumentParser(prog=PROGRAM)
+    add_run_options(parser)
+    verbs = parser.add_subparsers()
+    for verb, function in VERBS.items():
+        summary = (function.__doc__ or "").partition(";")[0]
+        verbs.add_parser(verb, parents=[verb_parser(verb)], help=summary, conflict_handler="resolve")
+    return parser
+
+
+def run_verb(verb: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> int:
+    """Runs a verb; results in an object store are copied for it, and `report` uploads what it has rebuilt."""
+    options.shown = {}  # where the results are, for messages
+    with contextlib.ExitStack() as stack:
+        for name in ("results", "other"):
+            if (place := getattr(options, name, None)) is not None:
+                options.shown[name] = place
+                copy = partial(local_results, stack=stack, verb=verb.__name__)
+                setattr(options, name, [*map(copy, place)] if isinstance(place, list) else copy(place))
+        if hasattr(options, "plugin"):
+            load_plugins(options.plugin)
+        return verb(options)
+
+
+def load_plugins(given: Sequence[str], results: Path | None = None) -> None:
+    """Loads plug-ins, which imports torch; messages about unknown names use what the manifest in `results` says."""
+    from tune.spec.plugins import use_campaign_plugins
+
+    use_campaign_plugins(given, results)
 
 
 def run(options: argparse.Namespace) -> int:
     """Runs a campaign, or resumes it."""
-    refuse_second_run(options)
+    refuse_missing_file(options.campaign)
+    folder = refuse_second_run(options)
+    load_plugins(options.plugin, folder)
 
     from tune.campaign import load_campaign
     from tune.planning.smoke import shrink_campaign
 
     campaign = load_campaign(options.campaign, options.set)
-    root = (options.out / campaign.name).absolute()
+    name = results_name(campaign.name, smoke=options.smoke)
     if options.smoke:
-        campaign, root = shrink_campaign(campaign), root.with_name(root.name + SMOKE)
+        campaign = shrink_campaign(campaign)
     if options.plan:
-        return plan(campaign, root, options)
+        return plan(campaign, name, options)
 
     from tune.executors.signals import exit_on_signals
-    from tune.launch import launch
+    from tune.launch import launch_at
 
     with exit_on_signals():
-        summary, signal_number = launch(
+        summary, signal_number = launch_at(
             campaign,
-            root,
+            name,
+            options.out,
             command=options.command,
+            stop=options.stop,
             inline=options.inline,
             address=options.address,
             allow_change=options.allow_change,
             retrain=options.retrain,
             keep=options.keep,
-            stop=options.stop,
             owns_process=options.owns_process,
         )
-        return show_end(summary, signal_number, root, options)
+        return show_end(summary, signal_number, report_path(entry(options.out, name)), options)
 
 
-def refuse_second_run(options: argparse.Namespace) -> None:
-    """Checks the lock of the campaign before importing torch, which takes seconds.
+def refuse_second_run(options: argparse.Namespace) -> Path | None:
+    """Checks the lock of the campaign before importing torch, which takes seconds; returns the results on this host.
 
     Raises:
         ResultsLocked: another process runs the campaign.
@@ -169,18 +279,20 @@ def refuse_second_run(options: argparse.Namespace) -> None:
     data = read_yaml(options.campaign).data
     name = data.get("campaign") if isinstance(data, dict) else None
     is_valid = isinstance(name, str) and Path(name).name == name  # otherwise load_campaign reports the error
-    if is_valid and not options.plan:
-        refuse_if_running((options.out / f"{name}{SMOKE if options.smoke else ''}").absolute())
+    if not is_valid or not isinstance(options.out, Path):
+        return None
+    folder = (options.out / results_name(str(name), smoke=options.smoke)).absolute()
+    if not options.plan:
+        refuse_if_running(folder)
+    return folder
 
 
-def show_end(summary: Any, signal_number: int, root: Path, options: argparse.Namespace) -> int:
-    """Prints the final screen and returns the exit code."""
+def show_end(summary: Any, signal_number: int, report: Any, options: argparse.Namespace) -> int:
+    """Prints the final screen, which names the path or address `report`, and returns the exit code."""
     from ngpt.system.signals import HANGUP
+    from tune.launch import exit_code
     from tune.terminal.final_screen import final_screen
 
-    report = root / "report.html"
-    if report.is_relative_to(Path.cwd()):
-        report = report.relative_to(Path.cwd())
     try:
         show(options, summary, lambda: final_screen(summary, report=report))
         if signal_number or summary.status == "interrupted":
@@ -191,157 +303,19 @@ def show_end(summary: Any, signal_number: int, root: Path, options: argparse.Nam
         devnull = os.open(os.devnull, os.O_WRONLY)  # the terminal is closed, but Python flushes both streams at exit
         for stream in (1, 2):
             os.dup2(devnull, stream)
-    if signal_number:
-        return 128 + signal_number
-    if summary.status == "interrupted":  # by another thread
-        return EXIT_INTERRUPTED
-    # Trials left out by the budget count too: exit code 0 promises that every trial finished.
-    unsuccessful = summary.trials.failed + summary.trials.diverged + len(summary.left_out)
-    return EXIT_UNSUCCESSFUL if unsuccessful else 0
+    return exit_code(summary, signal_number)
 
 
-def show(options: argparse.Namespace, data: Any, view: Callable[[], Any]) -> None:
-    """Prints `data` as JSON with --json, otherwise as text for the terminal."""
-    from rich.console import Console
-
-    from ngpt.system.atomic_files import naming
-    from tune.storage.summaries import to_json
-
-    if options.json:
-        print(json.dumps(to_json(data), indent=1, allow_nan=False))
-        return
-    with naming("stdout"):
-        Console(highlight=False).print(view())
-
-
-def plan(campaign: Any, root: Path, options: argparse.Namespace) -> int:
+def plan(campaign: Any, name: str, options: argparse.Namespace) -> int:
     """Prints the plan without starting any trial."""
-    from tune.machine.estimate import estimate
+    from tune.api import estimate_at
     from tune.terminal.plan_view import plan_view
 
-    estimated = estimate(campaign, root, measure=options.measure, retrain=options.retrain, keep=options.keep)
+    how = {"measure": options.measure, "retrain": options.retrain, "keep": options.keep}
+    estimated = estimate_at(campaign, name, options.out, **how)
     show(options, estimated, lambda: plan_view(estimated))
     return 0
 
-
-def status(options: argparse.Namespace) -> int:
-    """Shows the progress of a campaign, from any terminal, while it runs or later."""
-    from tune.results.status import read_snapshot
-    from tune.terminal.live import live_view
-
-    snapshot = read_snapshot(options.results)
-    show(options, snapshot, lambda: live_view(snapshot))
-    return 0
-
-
-def report(options: argparse.Namespace) -> int:
-    """Rebuilds every derived file of a results directory from its journal; with --claims, prints the claims ledger."""
-    from tune.results.summary import rebuild
-    from tune.terminal.final_screen import final_screen
-
-    other_claims = load_claims_option(options)
-    summary = rebuild(options.results, other_claims)
-    if other_claims is not None:
-        return show_ledger([options.results], other_claims, options)
-    show(options, summary, lambda: final_screen(summary, report=options.results / "report.html"))
-    return 0
-
-
-def claims(options: argparse.Namespace) -> int:
-    """Collects the tested claims of several campaigns on one Markdown page; changes no results."""
-    return show_ledger(options.results, load_claims_option(options), options, out=options.out)
-
-
-def load_claims_option(options: argparse.Namespace) -> Any:
-    """Returns the claims from --claims FILE, or None without this option."""
-    from tune.claims.reader import load_claims
-
-    return None if options.claims is None else load_claims(options.claims)
-
-
-def show_ledger(results: list[Path], claims: Any, options: argparse.Namespace, *, out: Path | None = None) -> int:
-    """Prints the ledger of several results directories as Markdown or JSON, or writes the Markdown to `out`."""
-    from ngpt.system.atomic_files import write_atomic
-    from tune.results.claims_ledger import collect, ledger_markdown, total
-    from tune.storage.summaries import to_json
-
-    ledger = collect(results, claims)
-    page = ledger_markdown(ledger, command=options.command)
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(out, page)
-        print_line(f"{out}: {total(ledger)}")
-    if options.json:
-        print(json.dumps(to_json(ledger), indent=1, allow_nan=False))
-    elif out is None:
-        print(visible(page, keep="\n"), end="")
-    return 0
-
-
-def compare(options: argparse.Namespace) -> int:
-    """Compares two results directories: environment, data, settings, and each arm that both have."""
-    from tune.results.compare import compare as compare_results
-    from tune.terminal.comparison import comparison_view
-
-    comparison = compare_results(options.results, options.other, metric=options.metric)
-    show(options, comparison, lambda: comparison_view(comparison))
-    return 0
-
-
-def verify(options: argparse.Namespace) -> int:
-    """Checks every file of a results directory and lists those that can be rebuilt; exits with 1 if any is wrong."""
-    from tune.results import verify as checks
-    from tune.storage.summaries import to_json
-
-    findings = checks.verify(options.results)
-    if options.json:
-        print(json.dumps(to_json(findings), indent=1, allow_nan=False))
-    else:
-        print(visible(checks.verify_text(findings), keep="\n"))
-    return 0 if findings.intact else EXIT_ERROR
-
-
-def judge(options: argparse.Namespace) -> int:
-    """Compare the arms of a table with its baseline over seeds, as campaigns do."""
-    from tune.api import default_baseline, judge, read_values
-
-    values = read_values(options.table)
-    baseline = options.baseline or default_baseline(list(values))
-    limits = {"goal": options.goal, "confidence": options.confidence, "min_effect": options.min_effect}
-    judged = judge(values, baseline=baseline, **limits)
-    if options.json:
-        show(options, judged, lambda: None)
-    else:
-        print(visible(judged, keep="\n"))
-    return 0
-
-
-def doctor(options: argparse.Namespace) -> int:
-    """Checks versions, devices, disk and limits of this machine; exits with 1 if there is a problem."""
-    from dataclasses import asdict
-
-    from tune.machine.doctor import run_checks
-
-    checks = run_checks(options.out)
-    if options.json:
-        print(json.dumps([asdict(check) for check in checks], indent=1))
-    else:
-        for check in checks:
-            print(visible(f"{'problem' if check.problem else 'ok':8}{check.name:16}{check.value}"))
-            if check.problem:
-                print(visible(f"{'':24}{check.problem}"))
-    return EXIT_ERROR if any(check.problem for check in checks) else 0
-
-
-VERBS = {
-    "status": status,
-    "report": report,
-    "compare": compare,
-    "claims": claims,
-    "verify": verify,
-    "judge": judge,
-    "doctor": doctor,
-}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,197 +1,282 @@
-"""The functions behind `from tune import ...`, for scripts and notebooks. None of them imports torch."""
+"""The functions behind `from tune import ...` that plan, run and compare campaigns, for scripts and notebooks.
 
-import csv
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+They do what the command line does, with exceptions in place of exit codes. docs/python.md shows how to use them.
+"""
+
+import contextlib
+import os
+import shlex
+import signal
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any
 
-from ngpt.config.base import ConfigError, unknown_message
-from tune import format as fmt
-from tune.analysis.verdicts import Goal
-from tune.analysis.verdicts import judge as judge_outcomes
-from tune.storage.records import TrialOutcome
+from ngpt.code.plugins import loaded_plugins
+from ngpt.code.version import command as program
+from ngpt.config.base import ConfigError
+from ngpt.system.cli import print_line
+from tune.campaign import load_campaign as read_campaign
+from tune.campaign_results import CampaignResults, read_place
+from tune.launch import exit_code, launch_at
+from tune.machine.estimate import Estimate, PhaseEstimate, estimate
+from tune.planning.smoke import shrink_campaign
+from tune.remote.places import entry, local_results, place_of, recordable, results_name
+from tune.results.compare import ArmComparison, Comparison
+from tune.results.compare import compare as compare_results
+from tune.rows import compared_table, planned_table
+from tune.spec.plugins import use_campaign_plugins
+from tune.spec.schema import Campaign
+from tune.storage.summaries import CampaignSummary
+from tune.terminal.comparison import comparison_view
+from tune.terminal.plan_view import plan_notes, plan_rows, plan_view
+from tune.terminal.table import Table, html_line, html_table, rendered
 
-COLUMNS = ("arm", "seed", "value")  # of a table to judge
-MAX_DECIMALS = 8  # of printed values; smaller differences are written with an exponent
-BASELINES = ("baseline", "base")  # names of the baseline, if none is given
+if TYPE_CHECKING:
+    from tune.remote.uri import Uri
 
-
-@dataclass(frozen=True)
-class JudgedArm:
-    """One arm compared with the baseline. What cannot be computed is None."""
-
-    arm: str
-    n: int  # values
-    mean: float | None
-    sd: float | None
-    delta: float | None  # mean over the shared seeds of arm minus baseline
-    ci_low: float | None  # of the delta, not corrected for the number of arms
-    ci_high: float | None
-    p: float | None  # two-sided, not corrected
-    p_holm: float | None  # corrected for the number of arms; decides the verdict
-    verdict: str  # better | worse | equivalent | undecided | no claim | diverged | incomplete | baseline
-    seeds_to_decide: int | None  # of an undecided arm, with 80 % power; None if 1,000 would not do
-
-
-@dataclass(frozen=True)
-class Judged:
-    """Arms, best first, and the result in one sentence."""
-
-    arms: tuple[JudgedArm, ...]
-    baseline: str
-    winner: str
-    why: str
-    warnings: tuple[str, ...]
-
-    def __str__(self) -> str:
-        rows = [("arm", "n", "mean", "delta", "interval", "p", "Holm p", "verdict")]
-        number, signed = _formats(self.arms)
-        for arm in self.arms:
-            interval = "" if arm.ci_low is None else f"[{signed(arm.ci_low)}, {signed(arm.ci_high)}]"
-            delta = "" if arm.delta is None else signed(arm.delta)
-            p, p_holm = ("" if p is None else f"{p:.2g}" for p in (arm.p, arm.p_holm))
-            verdict = arm.verdict + (f", about {arm.seeds_to_decide} seeds" if arm.seeds_to_decide else "")
-            rows.append((fmt.plain(arm.arm), f"{arm.n}", number(arm.mean), delta, interval, p, p_holm, verdict))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        warnings = [f"Warning: {fmt.sentence(fmt.plain(warning))}" for warning in self.warnings]
-        return "\n".join([*lines, "", fmt.sentence(fmt.plain(self.why)), *warnings])
+Overrides = Mapping[str, Any] | Sequence[str]  # see `load_campaign`
+Results = str | os.PathLike[str]
+Retrain = bool | str | Sequence[str]
+Plugins = Results | Sequence[Results]
 
 
-def judge(
-    values: Mapping[str, Mapping[int, float | None]],
-    *,
-    baseline: str,
-    goal: Goal = "minimize",
-    confidence: float = 0.95,
-    min_effect: float = 0.005,
-) -> Judged:
-    """Compares arms with a baseline over seeds, as campaigns do (docs/statistics.md).
+@dataclass(frozen=True, repr=False)
+class Plan(Estimate):
+    """What a campaign would train: `trials`, `to_run`, `tokens`, `disk_bytes`, and `seconds` with `seconds_source`."""
+
+    phases: Table[PhaseEstimate]
+
+    def __repr__(self) -> str:
+        return rendered(plan_view(self))
+
+    def _repr_html_(self) -> str:
+        """The plan as a notebook shows it."""
+        header, *rows = plan_rows(self)
+        return html_table(header, rows) + "".join(map(html_line, plan_notes(self)))
+
+
+@dataclass(frozen=True, repr=False)
+class ComparedResults(Comparison):
+    """Two results directories side by side; `arms` has a row for each arm that both have."""
+
+    arms: Table[ArmComparison]
+
+    def __repr__(self) -> str:
+        return rendered(comparison_view(self))
+
+    def _repr_html_(self) -> str:
+        """The arms as a notebook shows them."""
+        return self.arms._repr_html_()
+
+
+@dataclass(frozen=True, repr=False)
+class CampaignRun:
+    """How a run of a campaign ended."""
+
+    exit_code: int  # 0: every trial finished; 4: some failed, diverged or were left out by the budget; 130: stopped
+    summary: CampaignSummary
+    command: str  # that resumes the run in a terminal
+    place: "Path | Uri"  # the results directory, or its address
+
+    @property
+    def path(self) -> str:
+        """The results directory, or its address without credentials."""
+        return str(self.place)
+
+    @property
+    def status(self) -> str:
+        """`finished`, `interrupted`, `stopped by budget` or `incomplete`."""
+        return self.summary.status
+
+    @cached_property
+    def results(self) -> CampaignResults:
+        """The results, as `load_results` reads them when they are first asked for."""
+        return read_place(self.place)
+
+    def __fspath__(self) -> str:
+        """The path, so that `load_results` and `compare` take a run."""
+        return self.path
+
+    def __repr__(self) -> str:
+        return f"exit code {self.exit_code}\n{self.results!r}"
+
+    def _repr_html_(self) -> str:
+        """The results as a notebook shows them."""
+        return self.results._repr_html_()
+
+
+class CampaignInterrupted(KeyboardInterrupt):
+    """Ctrl-C, or the stop button of a notebook, has ended a run; its trials are saved. `run` is what it has reached."""
+
+    def __init__(self, run: CampaignRun) -> None:
+        super().__init__(f"interrupted, and all trials are saved; to resume, {_again(run.command)}")
+        self.run = run
+
+
+def _again(command: str) -> str:
+    return f"call run() with the same arguments, or in a terminal: {command}"
+
+
+def load_campaign(file: Results, overrides: Overrides = (), *, plugins: Plugins = ()) -> Campaign:
+    """Reads and checks a campaign file.
+
+    Paths in the file are relative to the working directory and become absolute.
 
     Args:
-        values: arm to seed to value. None marks a run without a result; its arm is `incomplete`. NaN or an infinite
-            value marks a run that diverged.
-        baseline: the arm that the others are compared with.
-        goal: whether small or large values are better.
-        confidence: of the intervals, and one minus the error rate of all verdicts together.
-        min_effect: the smallest difference that matters, in units of the values.
+        overrides: settings that change the `base:` of the file: a mapping such as `{"optim.lr": 1e-3}`, or texts as
+            `--set` has them, `optim.lr=1e-3`.
+        plugins: Python files, or modules of installed packages, that add rules, optimizers, metrics, ...; they stay
+            loaded in this process.
 
     Raises:
-        ConfigError: an argument is not allowed; a ValueError.
+        ConfigError: the file has mistakes; the message has one line for each, with path, line and column.
     """
-    if baseline not in values:
-        raise ConfigError(unknown_message("baseline", baseline, list(values)))
-    if goal not in get_args(Goal):
-        raise ConfigError(unknown_message("goal", goal, get_args(Goal)))
-    if not 0.5 <= confidence < 1:
-        raise ConfigError(f"confidence must be at least 0.5 and below 1, got {confidence!r}")
-    if not 0 <= min_effect < math.inf:
-        raise ConfigError(f"min_effect must be 0 or more, got {min_effect!r}")
-    outcomes = {arm: {seed: _outcome(arm, seed, x) for seed, x in row.items()} for arm, row in values.items()}
-    limits = {"goal": goal, "confidence": confidence, "min_effect": min_effect}
-    judgement = judge_outcomes(outcomes, baseline=baseline, metric="the value", **limits)
-    arms = []
-    for arm in judgement.arms:
-        delta = arm.delta
-        arms.append(
-            JudgedArm(
-                arm=arm.arm,
-                n=arm.n,
-                mean=arm.score.mean,
-                sd=arm.score.sd,
-                delta=delta and delta.mean,
-                ci_low=delta and delta.ci_low,
-                ci_high=delta and delta.ci_high,
-                p=delta and delta.p,
-                p_holm=delta and delta.p_holm,
-                verdict=arm.verdict,
-                seeds_to_decide=arm.seeds_to_decide,
-            )
-        )
-    return Judged(tuple(arms), baseline, judgement.winner, judgement.why, tuple(judgement.warnings))
+    use_campaign_plugins(_texts(plugins))
+    return read_campaign(file, overrides)
 
 
-def read_values(path: Path) -> dict[str, dict[int, float | None]]:
-    """Reads a table with the columns arm, seed and value: comma-separated, or tab-separated in a `.tsv` file.
+def plan(
+    campaign: Results | Campaign,
+    overrides: Overrides = (),
+    *,
+    plugins: Plugins = (),
+    out: Results = "results",
+    smoke: bool = False,
+    measure: bool = False,
+    retrain: Retrain = False,
+    keep: bool = False,
+) -> Plan:
+    """Returns what `run` with the same arguments would train, and how long it would take; starts and writes nothing.
 
-    Other columns are ignored. An empty value is None. Seeds that are not whole numbers are numbered in
-    sorted order.
+    Args:
+        measure: whether to time a few real steps first, for a better `seconds`. Other arguments are as in `run`.
 
     Raises:
-        ConfigError: the table cannot be read; the message names file and line.
-        OSError: the file cannot be opened.
+        ConfigError: the campaign file has mistakes.
     """
+    loaded = _load(campaign, overrides, plugins=plugins, smoke=smoke)
+    name = results_name(loaded.name, smoke=loaded.smoke)
+    arms = _arms_to_retrain(retrain)
+    estimated = estimate_at(loaded, name, place_of(out), measure=measure, retrain=arms, keep=keep)
+    return Plan(**{**vars(estimated), "phases": planned_table(estimated.phases)})
+
+
+def estimate_at(campaign: Campaign, name: str, out: "Path | Uri", **options: Any) -> Estimate:
+    """Estimates what the campaign would train in the results directory `name` of `out`; see `estimate`."""
+    with contextlib.ExitStack() as stack:
+        root = local_results(entry(out, name), stack=stack, verb="plan")
+        return replace(estimate(campaign, root, **options), results=str(entry(out, name)))
+
+
+def run(
+    campaign: Results | Campaign,
+    overrides: Overrides = (),
+    *,
+    plugins: Plugins = (),
+    out: Results = "results",
+    inline: bool = False,
+    smoke: bool = False,
+    address: str | None = None,
+    allow_change: bool = False,
+    retrain: Retrain = False,
+    keep: bool = False,
+    stop: threading.Event | None = None,
+) -> CampaignRun:
+    """Runs a campaign, or resumes it, and returns how it ended. Progress goes to stderr.
+
+    Works in a notebook and in any thread. In the main thread, a stop signal lets the running trials save; then SIGINT
+    raises CampaignInterrupted, and other signals SystemExit. A second signal raises at once.
+
+    Args:
+        campaign: a campaign file, or what `load_campaign` returns.
+        overrides, plugins: as in `load_campaign`.
+        out: the folder for all results, or an address such as `s3://bucket/results`.
+        inline: whether to train in this process, without Ray; the numbers are the same.
+        smoke: whether to run the campaign with a tiny model and a few steps.
+        address: of a running Ray cluster, or `auto`; None starts a private Ray.
+        allow_change: whether to resume even if the file changes the meaning of existing results.
+        retrain: the arms to train anew if other code trained them; True means all.
+        keep: whether to reuse results although the code has changed since, marked in the report.
+        stop: once another thread sets it, the running trials save, and the run returns with exit code 130.
+
+    Raises:
+        ConfigError: the campaign cannot be run as it is; the message says why.
+        ResultsLocked: another run, perhaps of this process, uses the results.
+        CampaignInterrupted: a KeyboardInterrupt; the message says how to resume.
+        OSError: the disk is full or files are not accessible.
+        ExecutorLost: Ray died too often.
+    """
+    loaded = _load(campaign, overrides, plugins=plugins, smoke=smoke)
+    name, place = results_name(loaded.name, smoke=loaded.smoke), place_of(out)
+    options = {"inline": inline, "address": address, "allow_change": allow_change, "keep": keep}
+    options["retrain"] = _arms_to_retrain(retrain)
+    command = _command(loaded, os.fspath(out), options)
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            lines = list(csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ","))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ConfigError(f"{path}: not a table of text: {error}") from None
-    header = [name.strip().lower() for name in lines[0]] if lines else []
-    if missing := [name for name in COLUMNS if name not in header]:
-        raise ConfigError(f"{path}:1: the first line lacks {fmt.listing(missing)}; it names the columns arm,seed,value")
-    if twice := [name for name in COLUMNS if header.count(name) > 1]:
-        raise ConfigError(f"{path}:1: the first line names the column {twice[0]} twice")
-    columns = [header.index(name) for name in COLUMNS]
-    cells: dict[str, dict[str, float | None]] = {}
-    for number, row in enumerate(lines[1:], 2):
-        if not any(cell.strip() for cell in row):
-            continue
-        if len(row) <= max(columns):
-            raise ConfigError(f"{path}:{number}: {len(row)} of {len(header)} columns")
-        if any(cell.strip() for cell in row[len(header) :]):
-            raise ConfigError(f"{path}:{number}: {len(row)} cells in {len(header)} columns; quote cells with commas")
-        arm, seed, text = (row[i].strip() for i in columns)
-        try:
-            value = float(text) if text else None
-        except ValueError:
-            raise ConfigError(f"{path}:{number}: value {text!r} is not a number") from None
-        if not arm or not seed:
-            raise ConfigError(f"{path}:{number}: the {'seed' if arm else 'arm'} is empty")
-        if seed in cells.setdefault(arm, {}):
-            raise ConfigError(f"{path}:{number}: {arm} has seed {seed} twice")
-        cells[arm][seed] = value
-    if not cells:
-        raise ConfigError(f"{path}: no rows after the first line, which names the columns")
-    seeds = _numbered({seed for row in cells.values() for seed in row})
-    return {arm: {seeds[seed]: value for seed, value in row.items()} for arm, row in cells.items()}
+        summary, signal_number = launch_at(loaded, name, place, stop=stop, command=command, **options)
+    except KeyboardInterrupt:  # before the first trial, or a second signal
+        raise KeyboardInterrupt(f"interrupted; to resume, {_again(command)}") from None
+    ended = CampaignRun(exit_code(summary, signal_number), summary, command, entry(place, name))
+    if signal_number == signal.SIGINT:
+        raise CampaignInterrupted(ended)
+    if signal_number:
+        raise SystemExit(ended.exit_code)
+    if summary.status == "interrupted":
+        print_line(f"stopped; to resume, {_again(command)}")
+    return ended
 
 
-def default_baseline(arms: Sequence[str]) -> str:
-    """The arm called `baseline` or `base`; otherwise the first one."""
-    return next((arm for arm in arms if arm.lower() in BASELINES), arms[0])
+def compare(first: Results, second: Results, *, metric: str | None = None) -> ComparedResults:
+    """Compares two results directories, or addresses; all differences are `second` minus `first`.
+
+    Args:
+        metric: None means the metric of the campaigns.
+
+    Raises:
+        ConfigError: there is no campaign, or the two cannot be compared; the message says why.
+    """
+    places = [place_of(first), place_of(second)]
+    with contextlib.ExitStack() as stack:
+        roots = [local_results(place, stack=stack, verb="compare") for place in places]
+        found = compare_results(*roots, metric=metric)
+    sides = [{**side, "results": str(place)} for side, place in zip((found.a, found.b), places, strict=True)]
+    return ComparedResults(**{**vars(found), "a": sides[0], "b": sides[1], "arms": compared_table(found.arms)})
 
 
-def _formats(arms: Sequence[JudgedArm]) -> tuple[Callable[[float | None], str], Callable[[float | None], str]]:
-    """How to write values and differences: four decimals, or as many as the narrowest interval needs."""
-    widths = [arm.ci_high - arm.ci_low for arm in arms if arm.ci_low is not None and arm.ci_high is not None]
-    sizes = [size for size in (*widths, *(abs(arm.delta or 0.0) for arm in arms)) if size]
-    decimals = max(4, 2 - math.floor(math.log10(min(sizes)))) if sizes else 4
-    if decimals <= MAX_DECIMALS:
-        return (lambda value: fmt.number(value, decimals)), (lambda value: fmt.signed(value, decimals))
-
-    def number(value: float | None) -> str:
-        return fmt.MISSING if value is None else f"{value:.6g}".replace("-", fmt.MINUS)
-
-    return number, lambda value: f"+{number(value)}" if value and value > 0 else number(value)
+def _load(campaign: Results | Campaign, overrides: Overrides, *, plugins: Plugins, smoke: bool) -> Campaign:
+    if not isinstance(campaign, Campaign):
+        loaded = load_campaign(campaign, overrides, plugins=plugins)
+    elif overrides:
+        raise ConfigError("the campaign is loaded already: give the overrides to load_campaign")
+    else:
+        loaded = campaign
+    return shrink_campaign(loaded) if smoke and not loaded.smoke else loaded
 
 
-def _numbered(seeds: set[str]) -> dict[str, int]:
-    try:
-        numbers = {seed: int(seed) for seed in seeds}
-    except ValueError:
-        return {seed: i for i, seed in enumerate(sorted(seeds), 1)}
-    return numbers if len({*numbers.values()}) == len(seeds) else {seed: i for i, seed in enumerate(sorted(seeds), 1)}
+def _arms_to_retrain(retrain: Retrain) -> list[str] | None:
+    """The arms as the command line has them: an empty list means all, None none."""
+    if isinstance(retrain, bool):
+        return [] if retrain else None
+    return _texts(retrain)
 
 
-def _outcome(arm: str, seed: int, value: Any) -> TrialOutcome:
-    if value is None:
-        return TrialOutcome("missing")
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        raise ConfigError(f"{arm}: the value of seed {seed} is not a number: {value!r}") from None
-    if not math.isfinite(number):
-        return TrialOutcome("diverged")
-    return TrialOutcome("finished", number)
+def _texts(given: Results | Sequence[Results]) -> list[str]:
+    return [os.fspath(given)] if isinstance(given, str | os.PathLike) else [os.fspath(each) for each in given]
+
+
+def _command(campaign: Campaign, out: str, options: Mapping[str, Any]) -> str:
+    """The command that does the same in a terminal; it has no credentials."""
+    words = [*program().split(), str(campaign.path)]
+    for assignment in campaign.assignments:
+        words += ["--set", assignment]
+    for source in (plugin.source for plugin in loaded_plugins()):
+        words += ["--plugin", str(source.file or source.module)]
+    words += [] if out == "results" else ["--out", recordable(out)]
+    words += ["--smoke"] if campaign.smoke else []
+    for name, value in options.items():
+        if value not in (False, None):
+            words += [f"--{name.replace('_', '-')}", *(value if isinstance(value, list) else [])]
+            words += [value] if isinstance(value, str) else []
+    return shlex.join(words)

@@ -79,6 +79,11 @@ def signed(value: float | None, decimals: int = 4) -> str:
     return f"+{text}" if value is not None and float(f"{value:.{decimals}f}") > 0 else text
 
 
+def digits(value: float, number: int = 4, *, plus: bool = False) -> str:
+    """Formats a number with so many significant digits, and `plus` puts a sign before positive ones too."""
+    return f"{value:{'+' if plus else ''}.{number}g}".replace("-", MINUS)
+
+
 def p_value(value: float | None) -> str:
     """Formats a p-value: `<0.001`, `0.012`, `0.34`."""
     if value is None:

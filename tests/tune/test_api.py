@@ -1,174 +1,250 @@
-"""`tune.judge` and the tables of `run_campaign.py judge`, as a user without campaigns meets them."""
+"""`plan`, `run` and `compare` from Python: what the command line does, with exceptions, in any thread."""
 
 import json
-import math
+import os
+import shlex
+import signal
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
-from scipy import stats
 
+import run_campaign
+import tune
 from ngpt.config.base import ConfigError
-from run_campaign import main
-from tune import judge
-from tune.api import default_baseline, read_values
+from ngpt.system.heartbeat import read_heartbeat
+from tests.helpers.tiny_campaign import write_file
+from tune import CampaignInterrupted, CampaignRun, ResultsLocked, compare, load_campaign, load_results, plan, run
+from tune.storage.journal import read_journal
 
-BASE, WIDE = {1: 5.00, 2: 5.03, 3: 4.98}, {1: 4.90, 2: 4.932, 3: 4.885}
-
-
-def test_two_arms_are_judged_by_the_paired_t_test() -> None:
-    judged = judge({"base": BASE, "wide": WIDE}, baseline="base", goal="minimize", confidence=0.95, min_effect=0.005)
-    best = judged.arms[0]
-    reference = stats.ttest_rel(list(WIDE.values()), list(BASE.values()))
-    interval = reference.confidence_interval(0.95)
-    assert (best.arm, best.n, best.verdict, judged.winner) == ("wide", 3, "better", "wide")
-    assert (best.p, best.ci_low, best.ci_high) == pytest.approx((reference.pvalue, interval.low, interval.high))
-    assert best.delta == pytest.approx(-0.0976667, abs=1e-6)
-    assert [arm.verdict for arm in judged.arms] == ["better", "baseline"]
+pytestmark = pytest.mark.usefixtures("no_report")
+PHASES = "\n  - name: alpha\n    vary: {alpha: [0.05, 0.4]}\n"
+LONG = {"steps": 1_000_000}
 
 
-def test_a_run_without_a_result_makes_its_arm_incomplete_and_nan_diverged() -> None:
-    for missing, expected in ((None, "incomplete"), (math.nan, "diverged")):
-        judged = judge({"base": BASE, "wide": {**WIDE, 3: missing}}, baseline="base")
-        assert {arm.arm: arm.verdict for arm in judged.arms} == {"base": "baseline", "wide": expected}
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
+    return write_file(tmp_path_factory.mktemp("api"), corpus, phases=PHASES, seeds="[1, 2]", steps=2, every=1)
 
 
-def test_an_infinite_value_is_a_run_that_diverged() -> None:
-    judged = judge({"base": BASE, "wide": {**WIDE, 3: math.inf}}, baseline="base")
-    assert judged.arms[-1].verdict == "diverged"
-    lost = judge({"base": {**BASE, 4: math.inf}, "bad": {seed: x + 0.1 for seed, x in WIDE.items()}}, baseline="base")
-    assert "worse" not in {arm.verdict for arm in lost.arms}  # the baseline is better only without its worst seed
+@pytest.fixture(scope="module")
+def ended(file: Path) -> CampaignRun:
+    """A campaign of four trials that has run in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tune.report.html.write_report", lambda *_: None)
+        patch.setattr(sys, "argv", ["host", "--secret-of-the-host"])
+        return run(str(file), {"optim.lr": np.float64(0.02), "batch_size": 4}, out=str(file.parent), inline=True)
 
 
-@pytest.mark.parametrize("scale", [1e-9, 1e-3, 1.0, 1e9])
-def test_the_table_shows_differences_of_any_size(scale: float) -> None:
-    values = {arm: {seed: x * scale for seed, x in row.items()} for arm, row in (("base", BASE), ("wide", WIDE))}
-    row = str(judge(values, baseline="base", min_effect=0.0)).splitlines()[1].replace("\u2212", "-").split()
-    assert row[0] == "wide"
-    assert float(row[2]) == pytest.approx(4.9056667 * scale, rel=1e-3)
-    assert float(row[3]) == pytest.approx(-0.0976667 * scale, rel=0.01)
-    assert len(row[3]) <= 16
+def until_training(folder: Path) -> None:
+    deadline = time.monotonic() + 120
+    while not any((beat := read_heartbeat(trial)) and beat.step > 2 for trial in folder.glob("tiny/trials/*")):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
-@pytest.mark.parametrize("scale", [1.0, 1e-90])
-def test_arms_without_noise_beside_one_that_scatters_are_judged(scale: float) -> None:
-    rows = {"base": (5.0, 5.0), "a": (5.1, 5.1), "b": (4.9, 4.9), "wild": (8.7, 4.8)}
-    values = {arm: {1: scale * first, 2: scale * second} for arm, (first, second) in rows.items()}
-    judged = judge(values, baseline="base", min_effect=0.0)
-    assert {arm.arm: arm.verdict for arm in judged.arms}["b"] == "better"
+def test_importing_the_package_takes_neither_torch_nor_ray() -> None:
+    code = "import sys, tune; assert {*tune.__all__} <= {*dir(tune)}; from tune import judge; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and not {"torch", "ray", "pandas", "pyarrow", "rich"} & {*done.stdout.split()}
+    with pytest.raises(AttributeError, match="module 'tune' has no attribute 'runn'"):
+        getattr(tune, "runn")  # noqa: B009
 
 
-def test_a_baseline_that_diverged_leaves_nothing_to_be_decided_by_more_seeds() -> None:
-    bad = {seed: x + 0.1 for seed, x in BASE.items()} | {2: 5.131, 4: 5.1}
-    judged = judge({"base": {**BASE, 4: math.inf}, "bad": bad}, baseline="base")
-    assert (judged.arms[-1].verdict, judged.arms[-1].seeds_to_decide) == ("undecided", None)
-    assert "beyond the noise" in judged.why and judged.why.endswith("with a baseline that diverged it is undecided")
+def test_a_run_returns_how_it_ended_and_its_results(ended: CampaignRun, file: Path) -> None:
+    assert (ended.exit_code, ended.status, ended.path) == (0, "finished", str(file.parent / "tiny"))
+    assert {trial.config["optim.lr"] for trial in ended.results.trials} == {0.02}
+    assert ended.summary.trials.finished == len(ended.results.trials) == 4
+    assert repr(ended).startswith("exit code 0\ntiny: finished, 4 of 4 trials") and ended._repr_html_()
+    written = b"".join(path.read_bytes() for path in Path(ended.path).rglob("*") if path.is_file())
+    assert b"secret-of-the-host" not in written
 
 
-def test_rounded_values_that_differ_alike_get_a_warning_of_their_own() -> None:
-    rounded = judge({"base": {1: 0.90, 2: 0.91}, "wide": {1: 0.91, 2: 0.92}}, baseline="base")
-    assert rounded.warnings[0].startswith("every seed gives the same differences")
-    constant = judge({"base": {1: 0.9, 2: 0.9}, "wide": {1: 0.8, 2: 0.8}}, baseline="base")
-    assert constant.warnings[0].startswith("no noise between seeds")
+def test_the_recorded_command_does_the_same_in_a_terminal(ended: CampaignRun, file: Path) -> None:
+    assert json.loads((Path(ended.path) / "manifest.json").read_text())["command"] == ended.command
+    program, script, *words = shlex.split(ended.command)
+    assert (program, script) == ("python", "run_campaign.py")
+    options = run_campaign.run_parser().parse_args(words)
+    assert (options.campaign, options.out, options.inline) == (file, file.parent, True)
+    again = run(load_campaign(options.campaign, options.set), out=options.out, inline=True)
+    assert [event["event"] for event in read_journal(Path(ended.path) / "journal.jsonl")].count("trial_started") == 4
+    assert again.results.trials == ended.results.trials
 
 
-def test_the_sentence_counts_the_seeds_that_both_arms_have() -> None:
-    judged = judge({"base": BASE, "wide": {1: 4.90, 2: 4.932, 7: 4.9, 8: 4.9}}, baseline="base")
-    assert "(2 paired seeds, " in judged.why
+def test_every_option_is_in_the_command(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+
+    @dataclass
+    class Summary:
+        status: str = "finished"
+
+    def launch_at(campaign: Any, name: str, out: Path, **options: Any) -> tuple[Summary, int]:
+        given.update(options, name=name, out=out)
+        return Summary(), 0
+
+    monkeypatch.setattr("tune.api.launch_at", launch_at)
+    monkeypatch.setattr("tune.api.exit_code", lambda *_: 0)
+    how: dict[str, Any] = {"out": "some where", "smoke": True, "address": "auto", "allow_change": True, "keep": True}
+    run(file, ["steps=3"], retrain=["alpha=0.4", "baseline"], **how)
+    options = vars(run_campaign.run_parser().parse_args(shlex.split(given["command"])[2:]))
+    assert {name: options[name] for name in how} == how | {"out": Path("some where")}
+    assert (options["retrain"], options["set"]) == (["alpha=0.4", "baseline"], ["steps=3"])
+    assert (given["name"], given["retrain"], given["address"]) == ("tiny-smoke", ["alpha=0.4", "baseline"], "auto")
+    for value, expected in ((True, []), (False, None), ("alpha=0.4", ["alpha=0.4"])):
+        run(file, retrain=value)
+        assert given["retrain"] == expected
+        assert run_campaign.run_parser().parse_args(shlex.split(given["command"])[2:]).retrain == expected
 
 
-def test_the_printed_table_has_a_row_for_each_arm_and_the_result_in_a_sentence() -> None:
-    text = str(judge({"base": BASE, "wide": WIDE, "same": BASE}, baseline="base"))
-    rows = text.splitlines()
-    assert [row.split()[0] for row in rows[:4]] == ["arm", "wide", "base", "same"]
-    assert "equivalent" in rows[3] and "wide lowers the value by 0.0977" in text
+def test_a_plan_has_the_numbers_of_the_command_line(
+    ended: CampaignRun, file: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    capsys.readouterr()
+    found = plan(file, ["optim.lr=0.02", "batch_size=4", "seeds=3"][:2], out=file.parent)
+    assert (found.trials, found.to_run, found.tokens) == (4, 0, 0)
+    new = plan(load_campaign(file), out=tmp_path)
+    assert run_campaign.main([str(file), "--plan", "--json", "--out", str(tmp_path)]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    names = ("trials", "to_run", "tokens", "disk_bytes", "workers", "results")
+    assert {name: getattr(new, name) for name in names} == {name: printed[name] for name in names}
+    assert new.seconds > 0 and new.seconds_source and list(tmp_path.iterdir()) == []
+    assert new.phases.to_pandas()["trials"].tolist() == [row["trials"] for row in printed["phases"]] == [4]
+    assert "seeds: alpha 1 and 2" in repr(new) and "<td>alpha</td>" in new._repr_html_()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"baseline": "bsae"}, "unknown baseline 'bsae', did you mean 'base'?"),
-        ({"goal": "minimise"}, "unknown goal 'minimise', did you mean 'minimize'?"),
-        ({"confidence": 95}, "confidence must be at least 0.5 and below 1, got 95"),
-        ({"min_effect": -1}, "min_effect must be 0 or more, got -1"),
-    ],
-)
-def test_a_wrong_argument_is_refused_with_what_is_allowed(arguments: dict, message: str) -> None:
-    with pytest.raises(ConfigError) as error:
-        judge({"base": BASE, "wide": WIDE}, **{"baseline": "base", **arguments})
-    assert str(error.value) == message
-    assert isinstance(error.value, ValueError)
-
-
-def test_text_in_place_of_a_number_is_named_with_arm_and_seed() -> None:
-    with pytest.raises(ConfigError, match="wide: the value of seed 2 is not a number: 'x'"):
-        judge({"base": BASE, "wide": {1: 1.0, 2: "x"}}, baseline="base")  # pyright: ignore[reportArgumentType]
-
-
-def test_judging_needs_no_torch() -> None:
-    code = "import sys; from tune import judge; judge({'a': {1: 1.0}}, baseline='a'); sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
-def write(folder: Path, text: str, name: str = "table.csv") -> Path:
-    (folder / name).write_text(text, encoding="utf-8")
-    return folder / name
-
-
-def test_a_table_of_a_spreadsheet_is_read(tmp_path: Path) -> None:
-    table = write(
-        tmp_path, "\ufeffValue,Arm,Note,Seed\r\n5.0,base,x,1\r\n,base,,2\r\n\r\n4.5,wide,,1\r\nnan,wide,,2\r\n"
-    )
-    values = read_values(table)
-    assert values["base"] == {1: 5.0, 2: None}
-    assert values["wide"][1] == 4.5 and math.isnan(values["wide"][2] or 0)
-
-
-def test_seeds_may_have_names(tmp_path: Path) -> None:
-    table = write(tmp_path, "arm\tseed\tvalue\na\ts2\t1\na\ts1\t2\nb\ts1\t3\n", "table.tsv")
-    assert read_values(table) == {"a": {2: 1.0, 1: 2.0}, "b": {1: 3.0}}
+def test_a_comparison_has_typed_rows(ended: CampaignRun, file: Path, tmp_path: Path) -> None:
+    found = compare(ended, str(ended.path))
+    assert [arm.verdict for arm in found.arms] == ["identical in every trial"] * 2
+    frame = found.arms.to_pandas()
+    assert frame["delta.mean"].tolist() == [0.0, 0.0] and frame["n.a"].tolist() == [2, 2]
+    assert frame["a"].map(list).tolist() == [["alpha/alpha=0.05"], ["alpha/alpha=0.4"]]
+    assert (found.a["results"], found.metric.name) == (ended.path, "val_loss")
+    assert "Identical in every trial" in repr(found) and "<table>" in found._repr_html_()
+    with pytest.raises(ConfigError, match="is not a results directory"):
+        compare(ended, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("overrides", "message"),
     [
-        ("", ":1: the first line lacks arm, seed and value; it names the columns arm,seed,value"),
-        ("arm,seed\na,1\n", ":1: the first line lacks value; it names the columns arm,seed,value"),
-        ("arm,seed,value\n", ": no rows after the first line, which names the columns"),
-        ("arm,seed,value\na,1,2\na,1,3\n", ":3: a has seed 1 twice"),
-        ("arm,seed,value\na,1,two\n", ":2: value 'two' is not a number"),
-        ("arm,seed,value\na,1\n", ":2: 2 of 3 columns"),
-        ("arm,seed,value\n,1,2\n", ":2: the arm is empty"),
-        ("arm,seed,value\nlr=1,2,3,1,5\n", ":2: 5 cells in 3 columns; quote cells with commas"),
-        ("arm,seed,value,Value\na,1,2,3\n", ":1: the first line names the column value twice"),
+        ({"alhpa": 1}, "--set alhpa=1: unknown setting, did you mean 'alpha'?"),
+        (["alhpa=1"], "--set alhpa=1: unknown setting, did you mean 'alpha'?"),
+        ("alhpa=1", "--set alhpa=1: unknown setting, did you mean 'alpha'?"),
+        ({"steps": "many"}, '--set steps="many": input should be a valid integer'),
+        ({"seeds": [1]}, "--set seeds=[1]: `seeds:` is a top-level key of the campaign file"),
+        ({"alpha": object}, "alpha: a setting cannot be a type, got <class 'object'>"),
     ],
 )
-def test_a_wrong_table_is_answered_with_its_line(tmp_path: Path, text: str, message: str) -> None:
-    table = write(tmp_path, text)
-    with pytest.raises(ConfigError) as error:
-        read_values(table)
-    assert str(error.value) == f"{table}{message}"
+def test_mistakes_are_exceptions_with_one_clear_message(
+    file: Path, tmp_path: Path, overrides: Any, message: str
+) -> None:
+    for call in (load_campaign, plan, run):
+        options: dict[str, Any] = {} if call is load_campaign else {"out": tmp_path}
+        with pytest.raises(ConfigError) as error:
+            call(file, overrides, **options)
+        assert str(error.value).startswith(message)
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_that_is_no_table_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "picture.csv"
-    path.write_bytes(bytes(range(256)))
-    with pytest.raises(ConfigError, match="not a table of text"):
-        read_values(path)
+def test_a_missing_file_and_overrides_of_a_loaded_campaign_are_refused(file: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml: No such file or directory"):
+        run(tmp_path / "nowhere.yaml", out=tmp_path)
+    with pytest.raises(ConfigError, match="give the overrides to load_campaign"):
+        run(load_campaign(file), {"steps": 3}, out=tmp_path)
 
 
-def test_the_baseline_is_the_arm_with_that_name_or_the_first() -> None:
-    assert default_baseline(["wide", "Baseline"]) == "Baseline"
-    assert default_baseline(["wide", "narrow"]) == "wide"
+def test_settings_of_a_mapping_may_be_paths_numbers_of_numpy_and_sections(file: Path, corpus: Path) -> None:
+    given = {
+        "data.corpus": corpus,
+        "optim": {"betas": (0.8, np.float32(0.5))},
+        "steps": np.int64(7),
+        "dtype": "float32",
+    }
+    base = load_campaign(file, given).base
+    assert (base.data.corpus, base.optim.betas, base.steps) == (str(corpus), (0.8, 0.5), 7)
 
 
-def test_the_command_prints_a_table_or_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = [f"{arm},{seed},{x}" for arm, row in (("base", BASE), ("wide", WIDE)) for seed, x in row.items()]
-    table = write(tmp_path, "\n".join(["arm,seed,value", *rows]))
-    assert main(["judge", str(table)]) == 0
-    assert "better" in capsys.readouterr().out
-    assert main(["judge", str(table), "--json", "--goal", "maximize", "--baseline", "wide"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert (found["winner"], found["arms"][0]["verdict"]) == ("base", "better")
-    assert main(["judge", str(tmp_path / "missing.csv")]) == 74
+# ---- stopping ------------------------------------------------------------------------------------------------------
+
+
+def test_a_second_run_is_refused_and_another_thread_stops_the_first(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stop, found = threading.Event(), list[CampaignRun]()
+    work = threading.Thread(target=lambda: found.append(run(file, LONG, out=tmp_path, inline=True, stop=stop)))
+    work.start()
+    try:
+        until_training(tmp_path)
+        with pytest.raises(ResultsLocked, match="is in use by another run"):
+            run(file, LONG, out=tmp_path, inline=True)
+        running = load_results(tmp_path / "tiny")
+        assert running.status == "running" and len(running.curves) > 0
+    finally:
+        stop.set()
+        work.join(timeout=120)
+    (ended,) = found
+    assert (ended.exit_code, ended.status, ended.results.status) == (130, "interrupted", "interrupted")
+    assert list(tmp_path.glob("tiny/trials/*/checkpoints/step_*")) and len(ended.results.curves) > 0
+    assert capsys.readouterr().err.splitlines()[-1].endswith(f"or in a terminal: {ended.command}")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_raises_and_leaves_the_handlers_of_the_host(
+    file: Path, tmp_path: Path, number: signal.Signals, signals: None
+) -> None:
+    handlers = {each: lambda *_: None for each in (signal.SIGINT, signal.SIGTERM)}
+    for each, handler in handlers.items():
+        signal.signal(each, handler)
+    main = threading.get_ident()
+
+    def send() -> None:
+        until_training(tmp_path)
+        signal.pthread_kill(main, number)
+
+    sender = threading.Thread(target=send, daemon=True)
+    sender.start()
+    with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else SystemExit) as raised:
+        run(file, LONG, out=tmp_path, inline=True)
+    sender.join(timeout=120)
+    if isinstance(raised.value, SystemExit):
+        assert raised.value.code == 143
+    else:
+        assert isinstance(raised.value, CampaignInterrupted)
+        assert str(raised.value).endswith(f"or in a terminal: {raised.value.run.command}")
+        assert (raised.value.run.exit_code, raised.value.run.status) == (130, "interrupted")
+    assert {each: signal.getsignal(each) for each in handlers} == handlers
+    assert read_journal(tmp_path / "tiny" / "journal.jsonl")[-1]["status"] == "interrupted"
+    assert list(tmp_path.glob("tiny/trials/*/checkpoints/step_*"))
+
+
+def test_an_interruption_before_the_first_trial_says_how_to_resume(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> Callable[[], None]:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tune.launch.describe_data", interrupted)
+        with pytest.raises(KeyboardInterrupt, match=f"to resume, call run.* in a terminal: python .*{file.name}"):
+            run(file, out=tmp_path, inline=True)
+    assert run(file, {"steps": 1}, out=tmp_path, inline=True).exit_code == 0
+
+
+def test_relative_paths_belong_to_the_working_directory_of_the_call(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(file.parent)
+    campaign = load_campaign(file.name)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    ended = run(campaign, out=os.curdir, inline=True, smoke=True)
+    monkeypatch.chdir(tmp_path)
+    assert ended.exit_code == 0 and ended.results.summary.smoke
+    assert Path(ended.path) == tmp_path / "elsewhere" / "tiny-smoke"

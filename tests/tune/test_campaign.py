@@ -50,6 +50,22 @@ WRONG: dict[str, tuple[str, list[str]]] = {
         f"{GOOD}«metirc: {{name: val_loss}}\n{PHASE}",
         ["metirc: unknown setting, did you mean 'metric'?"],
     ),
+    "settings of trials at the top": (
+        f"{GOOD}«steps: 7\n«optim: {{lr: 0.1}}\n«learning_rate: 0.1\n«seed: 1\n{PHASE}",
+        [
+            "steps: a setting of trials: move it into `base:`",
+            "optim: a setting of trials: move it into `base:`",
+            "learning_rate: unknown setting; here it is called optim.lr",
+            "seed: unknown setting, did you mean 'seeds'?",
+        ],
+    ),
+    "a winner of no phase": (
+        f"{GOOD}{PHASE}  - name: confirm\n    seeds: fresh 4\n    runs: [{{arm: baseline}}, {{«arm: winner}}]\n",
+        [
+            "phases[1].runs[1].arm: this arm changes nothing: name the phase that it is the winner of, "
+            "`{arm: winner, inherit: a}`",
+        ],
+    ),
     "unknown key in a phase": (
         f"{GOOD}{PHASE}    «inheirt: a\n",
         ["phases[0].inheirt: unknown setting, did you mean 'inherit'?"],
@@ -69,6 +85,44 @@ WRONG: dict[str, tuple[str, list[str]]] = {
     "unknown key in metric": (
         f"{GOOD}metric: {{name: val_loss, «gaol: maximize}}\n{PHASE}",
         ["metric.gaol: unknown setting, did you mean 'goal'?"],
+    ),
+    "resources that several ranks cannot share": (
+        f"{GOOD}resources: {{ranks_per_trial: 3, «cpus_per_trial: 4}}\n{PHASE}",
+        ["resources.cpus_per_trial: 4 threads cannot be divided among 3 ranks; give a multiple of 3"],
+    ),
+    "a GPU for every second rank": (
+        f"{GOOD}resources: {{ranks_per_trial: 4, «gpus_per_trial: 2}}\n{PHASE}",
+        ["resources.gpus_per_trial: each of 4 ranks has a GPU of its own: expected auto, 4, or 0 for the CPU, got 2"],
+    ),
+    "ranks that train batched trials": (
+        f"{GOOD}resources: {{ranks_per_trial: 2, «vectorise: 4}}\n{PHASE}",
+        [
+            "resources.vectorise: a process trains one trial as one of its 2 ranks, so it batches none: "
+            "leave out vectorise"
+        ],
+    ),
+    "a strategy without ranks": (
+        f"{GOOD}resources: {{«strategy: fsdp}}\n{PHASE}",
+        ["resources.strategy: is for several ranks: give their number as ranks_per_trial"],
+    ),
+    "a misspelt strategy": (
+        f"{GOOD}resources: {{ranks_per_trial: 2, «strategy: fdsp}}\n{PHASE}",
+        ["resources.strategy: unknown strategy 'fdsp', did you mean 'fsdp'? Allowed: ddp, fsdp"],
+    ),
+    "batches that ranks cannot divide": (
+        f"{GOOD}resources: {{ranks_per_trial: 2}}\nvary: {{batch_size: [4, «3]}}\n",
+        ["vary.batch_size[1]: 3 sequences cannot be divided among 2 ranks"],
+    ),
+    "models that fsdp cannot divide": (
+        f"{GOOD}resources: {{ranks_per_trial: 2, strategy: fsdp}}\nvary: {{mlp_ratio: [2.0, «2.0625]}}\n",
+        ["vary.mlp_ratio[1]: strategy fsdp: blocks.0.mlp.down.weight has 33 vectors, which 2 ranks cannot divide"],
+    ),
+    "equal time on several ranks": (
+        f"{GOOD}hold: seconds\nresources: {{«ranks_per_trial: 2}}\n{PHASE}",
+        [
+            "resources.ranks_per_trial: phase a holds seconds, which are measured on one device; "
+            "use `hold: tokens` or `hold: steps`"
+        ],
     ),
     "unknown key in resources": (
         f"{GOOD}resources:\n  «cpus_per_trail: 2\n{PHASE}",
@@ -206,7 +260,9 @@ WRONG: dict[str, tuple[str, list[str]]] = {
     "unknown metric, goal and hold": (
         f"{GOOD}metric: {{«name: loss, «goal: minimise}}\n«hold: token\n{PHASE}",
         [
-            "metric.name: unknown metric 'loss', did you mean 'val_loss'? Allowed: train_loss, val_bpb, val_loss",
+            "metric.name: unknown metric 'loss', did you mean 'val_loss'? Allowed: activation_norm_error, flops, "
+            "n_params, peak_memory_bytes, r_max, r_mean, r_min, r_replaced, steps, tokens, tokens_per_second, "
+            "train_loss, val_bpb, val_loss, weight_norm_error",
             "metric.goal: unknown goal 'minimise', did you mean 'minimize'? Allowed: maximize, minimize",
             "hold: unknown quantity to hold 'token', did you mean 'tokens'? Allowed: seconds, steps, tokens",
         ],
@@ -708,8 +764,6 @@ def test_a_new_sweep_is_a_function_and_an_entry(folder: Path, monkeypatch: pytes
         return [ArmSpec(f"{axis.label}-{i}", {axis.setting: axis.values[i]}) for axis in axes for i in (0, -1)]
 
     monkeypatch.setitem(SWEEPS, "ends", ends)
-    monkeypatch.setattr("tune.spec.phase_reader.KINDS", ("ends",))  # both made of SWEEPS where they are imported
-    monkeypatch.setattr("tune.spec.phase_reader.PHASE_KEYS", ("name", "seeds", "ends"))
     file = f"{GOOD}phases:\n  - name: a\n    ends: {{alpha: [0.1, 0.2, 0.3], lr: [1e-3, 1e-2]}}\n"
     (phase,) = load(file).phases
     assert [arm.overrides for arm in phase.arms] == [
@@ -720,6 +774,24 @@ def test_a_new_sweep_is_a_function_and_an_entry(folder: Path, monkeypatch: pytes
     ]
     seeds = ", ".join(map(str, range(3000)))
     assert "phases[0].ends: 4 arms x 3000 seeds = 12000 trials" in complaint(f"{file}    seeds: [{seeds}]\n")
+    assert "did you mean 'ends'?" in complaint(file.replace("ends:", "end:"))
+
+
+@pytest.mark.parametrize(
+    ("arms", "problem"),
+    [
+        ([1], "must return a list of ArmSpec with names, got 1"),
+        ([ArmSpec("a", {"steps": 3})], "sets steps, which is none of its axes"),
+        ([ArmSpec("a", {"model.alpha": 0.1}), ArmSpec("a", {})], "returns two arms with the name a"),
+        (None, "fails: TypeError: 'NoneType' object is not iterable"),
+    ],
+)
+def test_a_sweep_that_returns_no_arms_is_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, arms: Any, problem: str
+) -> None:
+    monkeypatch.setitem(SWEEPS, "odd", lambda axes: arms)
+    file = f"{GOOD}phases:\n  - {{name: a, odd: {{alpha: [0.1]}}}}\n"
+    assert f"phases[0].odd: the sweep odd {problem}" in complaint(file)
 
 
 def test_seeds_until_decided_have_defaults_and_hold_for_the_campaign_or_for_one_phase(folder: Path) -> None:

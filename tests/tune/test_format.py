@@ -14,6 +14,7 @@ def test_losses_have_four_decimals_and_a_real_minus() -> None:
 
 def test_differences_carry_their_sign_unless_they_round_to_zero() -> None:
     assert fmt.signed(0.0123) == "+0.0123"
+    assert [fmt.digits(-0.08123, 2), fmt.digits(1e-7, plus=True)] == [f"{fmt.MINUS}0.081", f"+1e{fmt.MINUS}07"]
     assert fmt.signed(-0.0123) == f"{fmt.MINUS}0.0123"
     assert fmt.signed(0.00001) == "0.0000"
 

@@ -15,6 +15,7 @@ from tests.helpers.wandb_file import python
 from tune.campaign import load_campaign
 from tune.executors.signals import StoppedEarly
 from tune.launch import check_training, in_background, launch
+from tune.report.wording import settings_advice
 from tune.results.snapshot import Snapshot
 from tune.storage.journal import read_journal
 
@@ -78,6 +79,21 @@ def test_a_run_says_that_a_dtype_is_only_emulated(
     launch(load_campaign(path), tmp_path / "out", command="again", inline=True, view=lambda snapshot: recorder([]))
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "bfloat16" in line]
     assert line == "bfloat16 is emulated on this CPU: 40 x slower than float32; set dtype: float32"
+
+
+def test_a_likely_mistake_is_said_once_at_the_start_and_in_the_report(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY.format(corpus=corpus).replace("vary: {", "vary: {schedule.warmup_steps: [7], "))
+    for has_work in (True, False):
+        summary, _ = launch(load_campaign(path), tmp_path / "out", command="", inline=True)
+        said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+        assert sum("the warm-up of 7 steps" in line for line in said) == has_work
+        assert sum("an evaluation scores 64 tokens" in line for line in said) == has_work
+    warmup, few = sorted(settings_advice(summary), reverse=True)
+    assert warmup.startswith("The warm-up of 7 steps is not shorter than the run of 2") and few.startswith("An evaluat")
+    assert (tmp_path / "out" / "report.md").read_text().count("The warm-up of 7 steps") == 1
 
 
 def test_a_corpus_that_cannot_be_prepared_is_an_error_before_any_trial(
@@ -171,6 +187,7 @@ for mode in ("online", "auto", "auto"):
 """
 
 
+@pytest.mark.slow
 def test_weights_and_biases_is_probed_once_per_campaign(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "tiny.yaml").write_text(TINY.format(corpus=corpus).replace("seeds: [1, 2]", "seeds: [1]"))
     with socket.create_server(("127.0.0.1", 0)) as listening:

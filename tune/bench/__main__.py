@@ -1,5 +1,10 @@
 """The command `python -m tune.bench NAME`."""
 
+if __name__ == "__main__":
+    from ngpt.system.start import check_installation
+
+    check_installation()
+
 import argparse
 import importlib
 import inspect
@@ -14,6 +19,7 @@ from ngpt.system.cli import ArgumentParser, add_set_option, run_command
 from ngpt.system.timing import print_metrics
 from tune.bench.campaigns import campaign, scaling
 from tune.bench.confirmations import confirmations
+from tune.bench.dispatch import dispatch
 from tune.bench.packing import packing
 from tune.bench.sequential import sequential
 from tune.bench.verdicts import verdict_table, verdicts
@@ -34,6 +40,7 @@ def gpu(*, tiny: bool = False) -> dict[str, Any]:
 BENCHMARKS: dict[str, Callable[..., dict[str, Any]]] = {
     "campaign": campaign,
     "scaling": scaling,
+    "dispatch": dispatch,
     "packing": packing,
     "gpu": gpu,
     "confirmations": confirmations,
@@ -75,16 +82,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("name", choices=BENCHMARKS)
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
-    parser.add_argument("--trials", type=int, help="campaign, scaling: number of trials; sequential: of phases")
+    parser.add_argument(
+        "--trials", type=int, help="campaign, scaling, dispatch: number of trials; sequential: of phases"
+    )
     parser.add_argument("--seconds", type=float, help="training time per trial; packing: per point of the curve")
     parser.add_argument("--steps", type=int, help="campaign, scaling: steps per trial, instead of --seconds")
-    parser.add_argument("--workers", type=int, help="campaign, scaling: number of concurrent trials")
+    parser.add_argument("--workers", type=int, help="campaign, scaling, dispatch: number of concurrent trials")
     parser.add_argument(
         "--rounds",
         type=int,
         help="scaling: repetitions of one worker, then several; confirmations: simulated campaigns",
     )
-    parser.add_argument("--phases", type=int, help="verdicts: simulated phases for each share")
+    parser.add_argument("--phases", type=int, help="verdicts: simulated phases for each share; dispatch: phases")
     parser.add_argument("--arms", type=int, help="sequential: number of arms, baseline included")
     parser.add_argument("--start", type=int, help="sequential: seeds of the first round")
     parser.add_argument("--most", type=int, help="sequential: largest number of seeds of an arm")
