@@ -23,7 +23,7 @@ import psutil
 
 from ngpt.bench.parts import projection as time_projection
 from ngpt.data.dataset import prepare
-from ngpt.system.cli import run_command
+from ngpt.system.cli import ArgumentParser, run_command
 from ngpt.system.timing import print_metrics
 from ngpt.training.config import TrainConfig, read_config, resolved
 from ngpt.training.throughput import measure_step
@@ -118,7 +118,7 @@ PARTS: dict[str, Part] = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m benchmarks.gpu",
         description=f"{__doc__}\n{inspect.getdoc(measure_all)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from ngpt.bench.options import add_config_arguments, config_of
 from ngpt.config.base import ConfigError
 from ngpt.data.dataset import Dataset, open_dataset
-from ngpt.system.cli import run_command
+from ngpt.system.cli import ArgumentParser, run_command
 from ngpt.system.device import mixed_precision, pick_device
 from ngpt.system.memory import peak_memory, reset_peak_memory
 from ngpt.system.timing import interleave, print_metrics, speed_ratio, time_call
@@ -265,7 +265,7 @@ def _result(pool: ProcessPoolExecutor, function: Callable[[], Value]) -> Value:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m benchmarks.peers",
         description=f"{__doc__}\n{inspect.getdoc(compare_with_peer)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
