@@ -6,9 +6,9 @@ import os
 import re
 import subprocess
 import sys
-import tomllib
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -21,32 +21,99 @@ NAMES = {path: path.relative_to(ROOT).as_posix() for path in SOURCES}
 
 # The wings, bottom first: a file imports from its own wing and from those before it.
 WINGS = (
-    *("ngpt/config", "ngpt/system", "ngpt/data/text", "ngpt/data/tokens", "ngpt/data", "ngpt/kernels", "ngpt/model"),
-    *("ngpt/optim", "ngpt/training", "ngpt/ensemble", "ngpt/runs", "ngpt", "ngpt/bench"),
+    *("ngpt/code", "ngpt/config", "ngpt/plugins", "ngpt/system", "ngpt/data/text", "ngpt/data/tokens", "ngpt/data"),
+    "ngpt/kernels",
+    *(
+        "ngpt/model",
+        "ngpt/generation",
+        "ngpt/optim",
+        "ngpt/distributed",
+        "ngpt/trackers",
+        "ngpt/training",
+        "ngpt/sizing",
+        "ngpt/ensemble",
+        "ngpt/runs",
+        "ngpt/conversion",
+        "ngpt/downstream",
+        "ngpt/export",
+        "ngpt",
+        "ngpt/serve",
+        "ngpt/bench",
+    ),
     *("tune/storage", "tune/trials", "tune/spec", "tune/analysis", "tune/claims", "tune/planning", "tune/report"),
-    *("tune/machine", "tune/results", "tune/terminal", "tune/session", "tune/executors", "tune", "tune/bench", "."),
+    *("tune/machine", "tune/results", "tune/terminal", "tune/remote", "tune/session", "tune/cluster", "tune/ranks"),
+    *("tune/executors", "tune", "tune/bench", "."),
 )
+FRONTS = ("ngpt", "tune")  # import their public names when these are first used
 LEAF = "tune/format.py"  # imports no wing of tune, so every one of them may use it
 MOST_FILES = 14  # in a wing
 
 # Packages that only these files import.
 RESERVED = {
-    "ray": {"tune/executors/ray_executor.py", "tune/executors/ray_trainable.py"},
-    "wandb": {"ngpt/training/wandb_tracker.py"},
-    "torch.utils.tensorboard": {"ngpt/training/tracker.py"},
-    "sentencepiece": {"ngpt/data/tokens/tokenizer.py"},
+    "ray": {
+        f"tune/{name}.py"
+        for name in (
+            *("cluster/connection", "cluster/node_checks", "cluster/relay", "executors/ray_executor"),
+            *("executors/ray_nodes", "executors/ray_storage", "executors/ray_trainable", "executors/warm_workers"),
+            "ranks/actors",
+        )
+    },
+    "wandb": {"ngpt/trackers/wandb_run.py"},
+    "torch.utils.tensorboard": {"ngpt/trackers/tensorboard_run.py"},
+    "mlflow": {"ngpt/trackers/mlflow_run.py"},
+    "trackio": {"ngpt/trackers/trackio_run.py"},
+    "sentencepiece": {"ngpt/data/tokens/tokenizer.py", "ngpt/export/tokenizer_files.py"},
     "tiktoken": {"ngpt/data/tokens/gpt2_bpe.py", "ngpt/data/tokens/tiktoken_bpe.py"},
-    "tokenizers": {"ngpt/data/tokens/hf_tokenizer.py"},
-    "huggingface_hub": {"ngpt/data/text/hub.py"},
+    "tokenizers": {"ngpt/data/tokens/hf_tokenizer.py", "ngpt/export/tokenizer_files.py"},
+    "uvicorn": {"ngpt/serve/server.py"},
+    "starlette": {f"ngpt/serve/{name}.py" for name in ("access", "app", "delivery")},
+    "prometheus_client": {"ngpt/serve/metrics.py"},
+    "huggingface_hub": {"ngpt/data/text/hub.py", "ngpt/export/upload.py"},
+    "transformers": {f"ngpt/export/{name}.py" for name in ("families", "folder", "modeling_ngpt", "tokenizer_files")},
     "optuna": {"tune/planning/optuna_search.py"},
+    "lm_eval": {f"ngpt/downstream/{name}.py" for name in ("__main__", "harness", "harness_model")},
 }
 # Files without a test file of their own, and the tests that cover them.
 UNTESTED: dict[str, str] = {
+    "ngpt/code/plugins.py": "test_load.py",
+    "ngpt/plugins/tables.py": "test_load.py",
+    "ngpt/conversion/exported.py": "test_folder.py",
+    "ngpt/conversion/layout.py": "test_convert.py",
+    "ngpt/conversion/official.py": "test_convert.py",
+    "ngpt/conversion/own.py": "test_shards.py",
     "ngpt/data/tokens/gpt2_bpe.py": "test_tokenizer.py",
+    "ngpt/export/card.py": "test_campaign.py",
+    "ngpt/export/modeling_ngpt.py": "test_families.py",
+    "ngpt/export/upload.py": "test_push.py",
+    "ngpt/distributed/data_parallel.py": "test_strategies.py",
+    "ngpt/distributed/join.py": "test_launch.py",
+    "ngpt/distributed/orthogonalization.py": "test_strategies.py",
+    "ngpt/distributed/ranks.py": "test_launch.py",
+    "ngpt/distributed/replica.py": "test_strategies.py",
+    "ngpt/distributed/sharded.py": "test_strategies.py",
+    "ngpt/data/manifest.py": "test_dataset.py",
+    "ngpt/generation/cache.py": "test_batch.py",
+    "ngpt/generation/contexts.py": "test_batch.py",
+    "ngpt/generation/decoding_model.py": "test_batch.py",
+    "ngpt/generation/plain.py": "test_generate.py",
+    "ngpt/generation/sampling.py": "test_generate.py",
+    "ngpt/generation/text.py": "test_generate.py",
     "ngpt/data/shard_index.py": "test_dataset.py",
+    "ngpt/downstream/bundle.py": "test_core.py",
+    "ngpt/downstream/config.py": "test_harness.py",
+    "ngpt/downstream/evaluate.py": "test_harness.py",
     "ngpt/model/config.py": "test_gpt.py",
     "ngpt/model/layers.py": "test_gpt.py",
     "ngpt/optim/batching.py": "test_muon.py",
+    **{f"ngpt/serve/{name}.py": "test_server.py" for name in ("access", "app", "delivery", "engine", "metrics")},
+    **{f"ngpt/serve/{name}.py": "test_openai_client.py" for name in ("answers", "scheduler", "schema", "work")},
+    "ngpt/trackers/base.py": "test_tracker.py",
+    "ngpt/trackers/open.py": "test_tracker.py",
+    "ngpt/trackers/run_id.py": "test_mlflow_run.py",
+    "ngpt/trackers/sender.py": "test_mlflow_run.py",
+    "ngpt/trackers/server.py": "test_wandb_run.py",
+    "ngpt/sizing/hardware.py": "test_step_time.py",
+    "ngpt/sizing/table.py": "test_step_time.py",
     "ngpt/training/state.py": "test_recovery.py",
     "tune/storage/records.py": "test_state.py",
     "tune/spec/schema.py": "test_campaign.py",
@@ -68,20 +135,33 @@ UNTESTED: dict[str, str] = {
     "tune/terminal/plan_view.py": "test_estimate.py",
     "tune/session/phase_tracker.py": "test_session.py",
     "tune/executors/ray_process.py": "test_ray_supervisor.py",
+    "tune/session/remote.py": "test_ray_supervisor.py",
     "tune/bench/campaigns.py": "test_bench.py",
     "tune/bench/sequential.py": "test_bench.py",
+    "tune/ranks/rank.py": "test_processes.py",
+    "tune/trials/folder_lock.py": "test_ray_trainable.py",
+    "tune/rows.py": "test_campaign_results.py",
+    "tune/verbs.py": "test_run_campaign.py",
 }
 MOST_LINES = 60  # of a function
 README_LINES = 150
 # The imports that CHANGELOG.md promises to keep.
 PUBLIC = {
+    "ngpt": ("GPT", "ModelConfig", "TrainConfig", "generate", "load_model", "train"),
     "ngpt.model": ("GPT", "ModelConfig"),
     "ngpt.train": ("TrainConfig", "train"),
     "ngpt.convert": ("from_nvidia_ngpt", "from_nanochat"),
-    "tune": ("judge",),
+    "tune": ("load_campaign", "plan", "run", "load_results", "compare", "judge"),
 }
 DOCUMENTS = [*(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "SECURITY")), *sorted(ROOT.glob("docs/*.md"))]
-EXAMPLES = {"changes.py", "facts.py", "lab.py", "model.py"}  # files that documents show, or that other projects have
+EXAMPLES = {
+    "changes.py",
+    "facts.py",
+    "lab.py",
+    "mine.py",
+    "model.py",
+    "other.py",
+}  # files that documents show, or that other projects have
 
 
 class Import(NamedTuple):
@@ -93,8 +173,18 @@ class Import(NamedTuple):
     line: int
 
 
-def imports(path: Path) -> Iterator[Import]:
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@cache
+def imports(path: Path) -> list[Import]:
+    return list(found_imports(path))
+
+
+def found_imports(path: Path) -> Iterator[Import]:
+    for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield Import(alias.name, None, alias.asname or alias.name.split(".")[0], node.lineno)
@@ -114,7 +204,7 @@ def module_name(path: Path) -> str:
 
 
 def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree(path)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             yield node
 
@@ -174,7 +264,7 @@ def test_text_from_outside_is_printed_in_visible_form() -> None:
         f"{NAMES[path]}: {ast.unparse(node)}"
         for path in SOURCES
         if "/bench/" not in NAMES[path]  # numbers only
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for node in ast.walk(tree(path))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
         if not all(map(is_shown_safely, node.args))
     ]
@@ -192,17 +282,24 @@ def test_production_code_does_not_import_benchmarks() -> None:
     assert {name for name in importers("ngpt.bench") | importers("tune.bench") if "/bench/" not in name} == set()
 
 
+def test_no_campaign_exports_or_uploads() -> None:
+    assert {name for name in importers("ngpt.export") | importers("ngpt.push") if not name.startswith("ngpt/")} == set()
+
+
 def test_there_are_no_import_cycles() -> None:
     modules = {module_name(path) for path in SOURCES}
     graph: dict[str, set[str]] = {}
     for path in SOURCES:
+        if module_name(path) in FRONTS:
+            continue
         names = [(f"{found.module}.{found.name}", found.module) for found in imports(path)]
         graph[module_name(path)] = {name if name in modules else module for name, module in names} & modules
     tuple(TopologicalSorter(graph).static_order())  # raises CycleError with the circle
 
 
 def test_the_command_line_starts_without_heavy_imports() -> None:
-    heavy = ("torch", "ray", "pyarrow", "plotly", "wandb", "tensorboard", "scipy", "sentencepiece", "pandas")
+    trackers = ("wandb", "tensorboard", "mlflow", "trackio")
+    heavy = ("torch", "ray", "pyarrow", "plotly", "scipy", "sentencepiece", "pandas", *trackers)
     code = f"import sys, run_campaign; print(*[name for name in {heavy} if name in sys.modules])"
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -231,7 +328,8 @@ def test_every_file_has_a_test_file_in_the_mirrored_wing() -> None:
 
 def test_the_readme_names_every_wing_and_document_and_stays_short() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert [wing for wing in WINGS if wing != "." and not re.search(rf"^{wing}/ ", text, flags=re.MULTILINE)] == []
+    listed = [wing for wing in WINGS if wing != "." and not wing.startswith("ngpt/data/")]  # its parts are on its line
+    assert [wing for wing in listed if not re.search(rf"^{wing}/ ", text, flags=re.MULTILINE)] == []
     assert len(text.splitlines()) <= README_LINES
     assert [path.name for path in ROOT.glob("docs/*.md") if f"(docs/{path.name}" not in text] == []
 
@@ -263,15 +361,6 @@ def test_every_anchor_in_a_document_is_a_heading(document: Path) -> None:
     assert missing == []
 
 
-def test_every_data_file_of_a_package_is_installed() -> None:
-    listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["package-data"]
-    files = [path for name in ("ngpt", "tune") for path in (ROOT / name).rglob("*.*") if path.is_file()]
-    data = [path for path in files if path.suffix not in (".py", ".pyc")]
-    packages = {path: ".".join(path.relative_to(ROOT).parent.parts) for path in data}
-    assert len(data) >= 6
-    assert [p.name for p in data if not any(p.match(glob) for glob in listed.get(packages[p], []))] == []
-
-
 def test_every_package_has_a_docstring() -> None:
     packages = {path.parent for path in SOURCES} - {ROOT}
     inits = {package: package / "__init__.py" for package in packages}
@@ -299,12 +388,13 @@ def test_public_functions_have_docstrings() -> None:
     silent = [
         f"{NAMES[path]}:{node.lineno}: {node.name}"
         for path in SOURCES
-        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        for node in tree(path).body
         if isinstance(node, ast.FunctionDef) and not node.name.startswith("_") and not ast.get_docstring(node)
+        if "overload" not in map(ast.unparse, node.decorator_list)
     ]
     assert silent == []
 
 
 def test_every_file_has_a_docstring() -> None:
-    trees = {NAMES[path]: ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES}
-    assert [name for name, tree in trees.items() if tree.body and not ast.get_docstring(tree)] == []
+    trees = {NAMES[path]: tree(path) for path in SOURCES}
+    assert [name for name, module in trees.items() if module.body and not ast.get_docstring(module)] == []

@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+import shlex
 from dataclasses import fields
 from pathlib import Path
 
@@ -12,11 +13,12 @@ from ruamel.yaml import YAML
 import run_campaign
 from ngpt.config.base import flatten, is_identity, resolve, sections, settings
 from ngpt.training.config import TrainConfig
-from tune.campaign import TOP_KEYS, load_campaign
-from tune.claims.relations import METRIC_GOALS, RELATIONS
+from tune.campaign import load_campaign, top_keys
+from tune.claims.relations import RELATIONS
 from tune.results.summary import CURVE_COLUMNS
+from tune.spec.metrics import BUILT_IN_GOALS
 from tune.spec.phase_reader import PHASE_KEYS
-from tune.spec.schema import Claim, EarlyStop, Resources
+from tune.spec.schema import Claim, EarlyStop, Evaluation, Resources
 
 ROOT = Path(__file__).parents[1]
 DOCS = {path.stem: path.read_text(encoding="utf-8") for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"))}
@@ -27,12 +29,18 @@ COMMANDS = {
     "ngpt.evaluate": [],
     "ngpt.generate": [],
     "ngpt.inspect": [],
-    "ngpt.convert": ["nvidia", "nanochat"],
+    "ngpt.convert": [],
+    "ngpt.downstream.__main__": [],
+    "ngpt.serve.__main__": [],
+    "ngpt.export.__main__": [],
+    "ngpt.push": [],
     "ngpt.data.__main__": [],
     "ngpt.bench.__main__": [],
     "tune.bench.__main__": [],
     "benchmarks.peers": [],
     "benchmarks.gpu": [],
+    "benchmarks.generation": [],
+    "benchmarks.ranks": [],
     "tests.chaos.__main__": [],
 }
 
@@ -103,12 +111,12 @@ def test_every_feature_names_its_source() -> None:
     assert {part for source in sources.values() for part in source.split(", ")} <= allowed
 
 
-def test_the_campaign_file_page_lists_every_setting_with_its_default() -> None:
+def test_the_settings_page_lists_every_setting_with_its_default() -> None:
     """A star marks what does not change a trial."""
     defaults = flatten(TrainConfig())
     listed = {
-        name: (default, bool(star))
-        for cell, default, *_ in rows(CAMPAIGN_FILE)
+        name: (default.strip("`"), bool(star))
+        for cell, default in ((row[0], row[2]) for row in rows(DOCS["settings"]) if len(row) == 4)
         for name, star in re.findall(r"^`([\w.]+)`( \*)?$", cell)
         if name in defaults
     }
@@ -130,8 +138,9 @@ def test_the_changelog_names_modules_that_exist() -> None:
 
 
 def test_the_campaign_file_page_names_every_key() -> None:
-    keys = {*TOP_KEYS, *PHASE_KEYS, *RELATIONS, *METRIC_GOALS}
-    keys |= {*settings(Resources), *settings(EarlyStop), *(field.name for field in fields(Claim))}
+    keys = {*top_keys(), *PHASE_KEYS, *RELATIONS, *BUILT_IN_GOALS}
+    keys |= {*settings(Resources), *settings(EarlyStop), *settings(Evaluation)}
+    keys |= {field.name for field in fields(Claim)}
     keys |= {"trials", "hours", "method", "space", "seed", "parallel", "confirm"}  # of `budget:` and `search:`
     assert keys - words_in_code(CAMPAIGN_FILE) == set()
 
@@ -179,3 +188,26 @@ def test_every_setting_that_a_command_of_a_document_changes_exists() -> None:
     assert len(names) > 15
     for name in names - sections(TrainConfig).keys():
         resolve(TrainConfig, name)  # raises ConfigError for what is not a setting
+
+
+def test_every_command_of_the_cluster_page_has_the_options_that_it_needs() -> None:
+    import ray.scripts.scripts
+
+    lines = re.findall(r"^.*\S.*$", "\n".join(re.findall(r"```bash\n(.*?)```", DOCS["cluster"], re.DOTALL)), re.M)
+    seen = set()
+    for line in lines:
+        words = shlex.split(line, comments=True)
+        seen.add(next(word for word in words if "=" not in word))
+        scripts = [i for i, word in enumerate(words) if word.endswith(("run_campaign.py", "campaign.sbatch"))]
+        if scripts:
+            assert (ROOT / words[scripts[0]]).is_file()
+            options = run_campaign.run_parser().parse_args(words[scripts[0] + 1 :])
+            assert options.campaign == Path("FILE") or (ROOT / options.campaign).is_file()
+        if "ray" in words:
+            command, words = ray.scripts.scripts.cli, words[words.index("ray") + 1 :]
+            while hasattr(command, "commands"):
+                command, words = command.commands[words[0]], words[1:]
+            known = {option for parameter in command.params for option in parameter.opts}
+            own = words[: words.index("--")] if "--" in words else words
+            assert {word.split("=")[0] for word in own if word.startswith("--")} <= known, line
+    assert seen == {"export", "ray", "python", "uv", "sbatch", "docker", "kubectl"}

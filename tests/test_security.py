@@ -67,6 +67,7 @@ def environment(home: Path) -> dict[str, str]:
 # ---- secrets ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_no_secret_reaches_a_file_a_log_or_the_tracker(tmp_path: Path, corpus: Path) -> None:
     file = write_file(tmp_path, corpus, phases=ONE_PHASE, seeds="[1]")
     command = [sys.executable, str(SCRIPT), str(file), "--inline", "--out", str(tmp_path / "r")]
@@ -371,7 +372,9 @@ def step(tmp_path: Path) -> Path:
     cfg = ModelConfig(n_layer=1, n_head=2, n_embd=8, block_size=4, vocab_size=300)
     identity = {f"model.{name}": value for name, value in flatten(cfg).items()}
     root = tmp_path / "checkpoints"
-    return save_checkpoint(root, model=GPT(cfg), state={}, step=1, val_loss=None, identity=identity, keep_last=1)
+    return save_checkpoint(
+        root, weights=GPT(cfg).state_dict(), state={}, step=1, val_loss=None, identity=identity, keep_last=1
+    )
 
 
 def resealed(folder: Path) -> Path:

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 
+from ngpt.system.cli import ArgumentParser
 from tests.chaos import bits, failpoints, kills, power, starters
 from tests.chaos.outcome import Options, Outcome
 
@@ -29,7 +30,7 @@ PARTS: dict[str, Callable[[Options], Outcome]] = {
 
 def main() -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m tests.chaos", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", choices=PARTS, action="append", help="run only this part; repeatable")

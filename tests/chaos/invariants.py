@@ -28,7 +28,7 @@ from tune.storage.journal import Event, JournalError, read_journal
 from tune.storage.state import DONE
 
 # Metrics that depend on the clock or the process.
-TIMED = ("tokens_per_second", "peak_memory_bytes")
+TIMED = ("tokens_per_second", "peak_memory_bytes", "seconds", "train_seconds")
 RECORDED = ("phase", "arm", "trial_id", "seed", "overrides", "status", "error")
 JUDGED = ("arm", "n", "val_loss", "delta", "verdict", "score", "trial_ids")
 CODES = {

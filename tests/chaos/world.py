@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import mkdtemp
+from unittest.mock import patch
 
 from tests.helpers.tiny_campaign import PHASES, write_corpus, write_file
 
@@ -131,24 +132,24 @@ def world(
     memory = Path("/dev/shm")
     folder = Path(mkdtemp(prefix="chaos-", dir=memory if os.access(memory, os.W_OK) else None))
     try:
-        file = write_file(
-            folder,
-            write_corpus(folder),
-            phases=phases,
-            seeds=seeds,
-            steps=steps,
-            every=every,
-            lr="1e-4",
-            checkpoint=CHECKPOINT,
-            log_every=every,
-        )
-        os.environ["NGPT_CACHE"] = str(folder / "cache")
-        made = World(folder, file, every, folder / "reference" / "tiny")
-        _warm_up(made)
-        ran = made.run(folder / "reference")
-        if ran.code:
-            raise RuntimeError(f"the undisturbed run ended with {ran.code}:\n{ran.err}")
-        yield made
+        with patch.dict(os.environ, NGPT_CACHE=str(folder / "cache")):
+            file = write_file(
+                folder,
+                write_corpus(folder),
+                phases=phases,
+                seeds=seeds,
+                steps=steps,
+                every=every,
+                lr="1e-4",
+                checkpoint=CHECKPOINT,
+                log_every=every,
+            )
+            made = World(folder, file, every, folder / "reference" / "tiny")
+            _warm_up(made)
+            ran = made.run(folder / "reference")
+            if ran.code:
+                raise RuntimeError(f"the undisturbed run ended with {ran.code}:\n{ran.err}")
+            yield made
     finally:
         if keep:
             print(f"  the files are in {folder}", file=sys.stderr)

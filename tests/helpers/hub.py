@@ -2,16 +2,17 @@
 
 import hashlib
 import json
-import threading
 import urllib.parse
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
+
+from tests.helpers.loopback import LoopbackServer
 
 Fault = Callable[["Handler", bytes], None]  # answers one request for a file, whose bytes it gets
 
 
-class Hub:
+class Hub(LoopbackServer):
     """Serves `files` (path to bytes) as one data set. Each request for a path uses up one of its `faults`."""
 
     def __init__(self, dataset: str, *, revision: str = "main") -> None:
@@ -25,23 +26,7 @@ class Hub:
         self.ranges = True  # whether the Range header is respected
         self.requests: list[tuple[str, int]] = []  # path and first byte of each request for a file
         self.listed = 0
-        handler = type("BoundHandler", (Handler,), {"hub": self})
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self._server.daemon_threads = True
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01})
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_port}"
-
-    def __enter__(self) -> "Hub":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
+        super().__init__(Handler)
 
 
 class Handler(BaseHTTPRequestHandler):

@@ -1,7 +1,7 @@
 """Reference implementation of both model families in NumPy and float64, one head at a time.
 
 Written from the papers' formulas (nGPT arXiv 2410.01131, RoFormer 2104.09864, YaRN 2309.00071, grouped queries
-2305.13245) and source report 000, where possible in a different form than in ngpt/model.
+2305.13245, value residual 2410.17897) and source report 000, where possible in a different form than in ngpt/model.
 """
 
 from collections.abc import Mapping
@@ -40,7 +40,7 @@ RULES = {"lerp": lerp, "slerp": slerp, "add_normalize": add_normalize}
 
 
 def rope_frequencies(width: int, *, base: float, scaling: str, factor: float, trained: float) -> Array:
-    """theta of each channel pair as arXiv 2309.00071 writes it: 2.3 (linear), 3.1 (NTK-aware), 3.2 (YaRN)."""
+    """theta of each channel pair as arXiv 2309.00071 writes it: 2.3 (linear), 3.1 (NTK-aware), 3.2 (YaRN, llama3)."""
     if scaling == "ntk" and width > 2:
         base = base * factor ** (width / (width - 2))
     thetas = []
@@ -48,10 +48,11 @@ def rope_frequencies(width: int, *, base: float, scaling: str, factor: float, tr
         theta = base ** (-2 * d / width)
         if scaling == "linear":
             theta = theta / factor
-        if scaling == "yarn":
+        if scaling in ("yarn", "llama3"):
+            full = 32 if scaling == "yarn" else 4  # turns, above which a pair is left as it is
             wavelength = 2 * np.pi * base ** (2 * d / width)
             ratio = trained / wavelength
-            ramp = 0.0 if ratio < 1 else 1.0 if ratio > 32 else (ratio - 1) / (32 - 1)
+            ramp = 0.0 if ratio < 1 else 1.0 if ratio > full else (ratio - 1) / (full - 1)
             theta = (1 - ramp) * theta / factor + ramp * theta
         thetas.append(theta)
     return np.array(thetas)
@@ -69,12 +70,15 @@ def logits(cfg: ModelConfig, weights: Mapping[str, Array], idx: Array) -> Array:
 
 def _window(cfg: ModelConfig, w: dict[str, Array], window: Array) -> Array:
     x, r = w["wte.weight"][window], np.ones(len(window))
+    first: dict[int, Array] = {}
     if not cfg.on_sphere:
-        x = rms(x) if cfg.embedding_norm else x
-        eps = 1e-6 if cfg.norm_gain else 2**-23  # NVIDIA's and nanochat's
+        x = rms(x, cfg.norm_eps or 2**-23) if cfg.embedding_norm else x
+        eps = cfg.norm_eps or (1e-6 if cfg.norm_gain else 2**-23)  # NVIDIA's and nanochat's
         for layer in range(cfg.n_layer):
             block = _under(w, f"blocks.{layer}.")
-            x = x + np.sum(_head_answers(cfg, block, rms(x, eps) * block.get("attention_norm.weight", 1.0)), axis=0)
+            x = x + np.sum(
+                _head_answers(cfg, block, rms(x, eps) * block.get("attention_norm.weight", 1.0), first), axis=0
+            )
             x = x + _mlp(cfg, block, rms(x, eps) * block.get("mlp_norm.weight", 1.0))
         return rms(x, eps) * w.get("final_norm.weight", 1.0)
     last = 2 * cfg.n_layer - 1
@@ -87,11 +91,11 @@ def _window(cfg: ModelConfig, w: dict[str, Array], window: Array) -> Array:
         if name == "mlp":
             answer, step = _mlp(cfg, block, x), alpha
         elif cfg.alpha_kind == "head":
-            answer = np.einsum("h,htd->td", alpha, _head_answers(cfg, block, x))
+            answer = np.einsum("h,htd->td", alpha, _head_answers(cfg, block, x, first))
             step = np.abs(alpha).mean()
             answer = answer / step
         else:
-            answer, step = np.sum(_head_answers(cfg, block, x), axis=0), alpha
+            answer, step = np.sum(_head_answers(cfg, block, x, first), axis=0), alpha
         agreement = (x * (answer if cfg.residual == "add_normalize" else unit(answer))).sum(-1)
         if cfg.norm_mode == "dotprod":
             r = r + agreement
@@ -108,15 +112,15 @@ def _window(cfg: ModelConfig, w: dict[str, Array], window: Array) -> Array:
     return x
 
 
-def _head_answers(cfg: ModelConfig, block: dict[str, Array], x: Array) -> list[Array]:
-    """What each head adds to the answer of attention to `x` (T, D)."""
+def _head_answers(cfg: ModelConfig, block: dict[str, Array], x: Array, first: dict[int, Array]) -> list[Array]:
+    """What each head adds to the answer of attention to `x` (T, D). `first` has the values of layer 0 by head."""
     width, time = cfg.n_embd // cfg.n_head, len(x)
     theta = rope_frequencies(
         width,
         base=cfg.rope_base,
         scaling=cfg.rope_scaling,
         factor=cfg.rope_factor,
-        trained=cfg.block_size / cfg.rope_factor,
+        trained=cfg.rope_trained or cfg.block_size / cfg.rope_factor,
     )
     rotation = np.exp(1j * np.outer(np.arange(time), theta))
     answers = []
@@ -124,9 +128,10 @@ def _head_answers(cfg: ModelConfig, block: dict[str, Array], x: Array) -> list[A
         rows = slice(head * width, (head + 1) * width)
         shared = head // (cfg.n_head // cfg.kv_heads)
         kv_rows = slice(shared * width, (shared + 1) * width)
-        q = _turned(x @ block["attention.query.weight"][rows].T, rotation)
-        k = _turned(x @ block["attention.key.weight"][kv_rows].T, rotation)
-        v = x @ block["attention.value.weight"][kv_rows].T
+        q = _turned(_projected(x, block, "query", rows), rotation)
+        k = _turned(_projected(x, block, "key", kv_rows), rotation)
+        v = _projected(x, block, "value", kv_rows)
+        v = (1 - cfg.value_residual) * v + cfg.value_residual * first.setdefault(head, v)
         scale = 1 / np.sqrt(width)
         if cfg.on_sphere and cfg.qk_norm:
             s_qk = _acts(cfg, block["attention.s_qk.stored"][rows], 1.0)
@@ -134,7 +139,7 @@ def _head_answers(cfg: ModelConfig, block: dict[str, Array], x: Array) -> list[A
         elif cfg.on_sphere:
             scale = cfg.n_embd / np.sqrt(width)
         elif cfg.qk_norm:
-            q, k = rms(q), rms(k)
+            q, k = rms(q, cfg.norm_eps or 2**-23), rms(k, cfg.norm_eps or 2**-23)
         if cfg.rope_scaling == "yarn":  # section 3.4: q and k grow by sqrt(1/t) each
             q, k = q * (0.1 * np.log(cfg.rope_factor) + 1), k * (0.1 * np.log(cfg.rope_factor) + 1)
         scores = q @ k.T * (cfg.softmax_scale or scale)
@@ -143,6 +148,11 @@ def _head_answers(cfg: ModelConfig, block: dict[str, Array], x: Array) -> list[A
         mixed = odds / odds.sum(-1, keepdims=True) @ v
         answers.append(mixed @ block["attention.out.weight"][:, rows].T)
     return answers
+
+
+def _projected(x: Array, block: dict[str, Array], name: str, rows: slice) -> Array:
+    bias = block[f"attention.{name}.bias"][rows] if f"attention.{name}.bias" in block else 0.0
+    return x @ block[f"attention.{name}.weight"][rows].T + bias
 
 
 def _mlp(cfg: ModelConfig, block: dict[str, Array], x: Array) -> Array:

@@ -7,7 +7,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
-from ngpt.system.code_digest import Code, current_code
+from ngpt.code.digest import Code, current_code
 from tune.campaign import load_campaign
 from tune.executors.local import run_inline
 from tune.machine import environment

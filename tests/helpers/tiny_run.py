@@ -18,7 +18,7 @@ from ngpt.training.state import Metrics
 
 Result = TypeVar("Result")
 
-TIMING = ("tokens_per_second", "peak_memory_bytes")  # these may differ between equal runs
+TIMING = ("tokens_per_second", "peak_memory_bytes", "seconds", "train_seconds")  # these may differ between equal runs
 AWKWARD = {  # intervals that divide neither each other nor the 8 steps
     "project_every": 3,
     "eval_every": 3,

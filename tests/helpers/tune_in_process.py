@@ -16,6 +16,8 @@ from ray.tune.experiment import Experiment
 from ray.tune.search import Searcher
 from ray.tune.search.search_generator import SearchGenerator
 
+from tune.executors.ray_nodes import NodeChange
+
 MOST_EVENTS = 2_000  # of a run that is taken to hang
 
 
@@ -149,3 +151,11 @@ def run_in_process(
                 return controller._actor_manager.created
             controller.step()
     pytest.fail("Tune did not finish")
+
+
+def fixed_cluster(workers: int, *, per_trial: dict[str, float] | None = None) -> Any:
+    """What the searcher uses of a cluster whose nodes never change."""
+    about: dict[str, Any] = {"workers": workers, "most_queued": workers, "per_trial": per_trial or {}, "avoided": []}
+    about |= dict.fromkeys(("gpu_slots", "node_ids", "address", "relay", "uploads"))
+    about["ranks"] = {}
+    return SimpleNamespace(**about, look=lambda **_: NodeChange())
