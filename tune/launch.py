@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from ngpt.code.version import git_problem
 from ngpt.config.base import ConfigError, unknown_message
 from ngpt.data.text.progress import Log, TerminalLog
+from ngpt.downstream.bundle import read_bundle
+from ngpt.downstream.bundle_files import DOWNLOAD
 from ngpt.downstream.harness import check_tasks
 from ngpt.ensemble.train import ensemble_incompatibility
 from ngpt.kernels.compile import check_compiler
@@ -216,12 +218,16 @@ def check_surroundings(session: Session, address: str | None, *, private_ray: bo
 
 
 def check_downstream(campaign: Campaign) -> None:
-    """Loads the tasks of lm-evaluation-harness with their data, so that nothing is found missing after the training.
+    """Loads the tasks of the campaign with their data, so that nothing is found missing after the training.
 
     Raises:
         ConfigError: a task is unknown or its data cannot be had, or the campaign uses a metric that no task has.
     """
-    if campaign.evaluation is None or not campaign.evaluation.tasks:
+    if campaign.evaluation is None:
+        return
+    if campaign.evaluation.core == DOWNLOAD:
+        read_bundle(DOWNLOAD, limit=campaign.evaluation.limit, log=print_line)
+    if not campaign.evaluation.tasks:
         return
     known = check_tasks(campaign.evaluation)
     used = {campaign.metric.name: "metric.name", **{claim.metric: f"claim {claim.id}" for claim in campaign.claims}}

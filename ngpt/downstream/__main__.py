@@ -1,6 +1,6 @@
 """Scores a trained or converted model on downstream tasks: nanochat's CORE, and those of lm-evaluation-harness.
 
-python -m ngpt.downstream core runs/first --bundle eval_bundle
+python -m ngpt.downstream core runs/first
 python -m ngpt.downstream lm_eval --model_args pretrained=runs/first --tasks arc_easy,hellaswag --batch_size auto
 
 What follows `lm_eval` are the options of the harness itself (`pip install 'ngpt-campaign[lm-eval]'`); `--model ngpt` is
@@ -21,7 +21,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ngpt.config.visible import visible
-from ngpt.downstream.bundle import SOURCE, read_bundle
+from ngpt.data.text.progress import TerminalLog
+from ngpt.downstream.bundle import read_bundle
+from ngpt.downstream.bundle_files import DOWNLOAD
 from ngpt.downstream.core import CoreScore, TaskScore, evaluate_core
 from ngpt.downstream.evaluate import core_scores
 from ngpt.downstream.harness import require_harness
@@ -74,9 +76,9 @@ def default_signals() -> Iterator[None]:
 
 def _core(options: argparse.Namespace) -> int:
     use_plugins(options.plugin)
-    tasks = read_bundle(options.bundle, limit=options.limit)
     given: dict[str, Any] = {"best": options.best, "tokenizer": options.tokenizer, "device": options.device}
     loaded = load_model(options.checkpoint, **given, **parse_model_changes(options.set))
+    tasks = read_bundle(options.bundle, limit=options.limit, log=TerminalLog(quiet=options.json))
 
     def show(found: TaskScore) -> None:
         cut = f", {found.truncated} cut to the context" if found.truncated else ""
@@ -105,8 +107,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("what", choices=["core", HARNESS], metavar="core|lm_eval", help="what to score the model on")
     add_model_arguments(parser)
-    bundle = f"nanochat's eval_bundle, a folder or a .zip, from {SOURCE}"
-    parser.add_argument("--bundle", required=True, metavar="PATH", help=bundle)
+    bundle = f"nanochat's eval_bundle, a folder or a .zip; default: {DOWNLOAD}, which downloads it once"
+    parser.add_argument("--bundle", default=DOWNLOAD, metavar="PATH", help=bundle)
     parser.add_argument("--tokenizer", metavar="SPEC", help="of the model, if it is not the checkpoint's own")
     parser.add_argument("--limit", type=whole_number(1, 10**9), metavar="N", help="the first N examples of each task")
     batch = "sequences at once; default: as many as memory is likely to hold"

@@ -8,7 +8,6 @@ import csv
 import io
 import json
 import random
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +15,16 @@ from typing import Any
 
 from ngpt.config.base import ConfigError, printable
 from ngpt.config.yaml_reader import parse_yaml
+from ngpt.data.text.progress import Log, silent
+from ngpt.downstream.bundle_files import DOWNLOAD, TASKS, BundleFiles, fetch_bundle
 
-TASKS, BASELINES, EXAMPLES = "core.yaml", "eval_meta_data.csv", "eval_data"
-SOURCE = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"  # where nanochat downloads it
+BASELINES, EXAMPLES = "eval_meta_data.csv", "eval_data"
 FIELDS = {  # of an example, by type of task
     "multiple_choice": ("query", "choices", "gold"),
     "schema": ("context_options", "continuation", "gold"),
     "language_modeling": ("context", "continuation"),
 }
+LISTS = ("choices", "context_options")  # of texts, of which `gold` says which one is right
 SHUFFLE_SEED, EXAMPLE_SEED = 1337, 1234  # of the order of examples, and, plus its index, of those shown before one
 
 Example = Mapping[str, Any]
@@ -72,13 +73,17 @@ class CoreTask:
         return example["choices"][example["gold"]] if self.kind == "multiple_choice" else example["continuation"]
 
 
-def read_bundle(path: str | Path, *, limit: int | None = None) -> list[CoreTask]:
+def read_bundle(path: str | Path, *, limit: int | None = None, log: Log = silent) -> list[CoreTask]:
     """Reads the tasks of a bundle, with the first `limit` examples of each, after they are shuffled.
+
+    Args:
+        path: a folder or a .zip; `download`: nanochat's, which is downloaded unless the cache has it.
+        log: prints lines about the download.
 
     Raises:
         ConfigError: there is no bundle, or a file of it is not what it should be; the message names the file.
     """
-    files = _Files(Path(path).expanduser())
+    files = BundleFiles(fetch_bundle(log) if path == DOWNLOAD else Path(path).expanduser())
     tasks = parse_yaml(files.read(TASKS), Path(files.name(TASKS))).data
     listed = tasks.get("icl_tasks") if isinstance(tasks, Mapping) else None
     if not isinstance(listed, Sequence) or not listed:
@@ -88,7 +93,7 @@ def read_bundle(path: str | Path, *, limit: int | None = None) -> list[CoreTask]
     return [_read_task(raw, baselines, files, limit) for raw in listed]
 
 
-def _read_task(raw: Any, baselines: Mapping[Any, Any], files: "_Files", limit: int | None) -> CoreTask:
+def _read_task(raw: Any, baselines: Mapping[Any, Any], files: BundleFiles, limit: int | None) -> CoreTask:
     try:
         label, kind, uri = raw["label"], raw["icl_task_type"], raw["dataset_uri"]
         n_shots, delimiter = raw["num_fewshot"][0], raw.get("continuation_delimiter", " ")
@@ -104,7 +109,7 @@ def _read_task(raw: Any, baselines: Mapping[Any, Any], files: "_Files", limit: i
     if not 0 <= baseline < 1:
         raise ConfigError(f"{files.name(BASELINES)}: {printable(str(label))}: guessing scores {baseline}, not below 1")
     name = f"{EXAMPLES}/{uri}"
-    examples = [_read_example(line, kind, files.name(name)) for line in files.read(name).splitlines() if line.strip()]
+    examples = [_read_example(line, kind, files.name(name)) for line in files.read(name).split("\n") if line.strip()]
     random.Random(SHUFFLE_SEED).shuffle(examples)
     examples = examples[:limit]
     if len(examples) <= n_shots:
@@ -120,37 +125,15 @@ def _read_example(line: str, kind: str, name: str) -> Example:
         raise ConfigError(f"{name} is not JSON lines: {error}") from None
     if missing:
         raise ConfigError(f"{name}: an example has no {', '.join(missing)}: {printable(line)}")
+    if wrong := [field for field in FIELDS[kind] if not _is_valid(field, example)]:
+        raise ConfigError(f"{name}: an example has a {wrong[0]} that cannot be used: {printable(line)}")
     return example
 
 
-class _Files:
-    """The files of a bundle, in a folder or in a .zip."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._archive: zipfile.ZipFile | None = None
-        self._prefix = ""
-        if not path.exists():
-            raise ConfigError(f"no such bundle: {path}; download and unpack {SOURCE}")
-        if path.is_file():
-            try:
-                self._archive = zipfile.ZipFile(path)
-            except zipfile.BadZipFile:
-                raise ConfigError(f"{path} is neither a folder nor a .zip") from None
-            found = [name for name in self._archive.namelist() if name.rpartition("/")[2] == TASKS]
-            self._prefix = min(found, key=len).removesuffix(TASKS) if found else ""
-        elif not (path / TASKS).is_file() and (path / "eval_bundle" / TASKS).is_file():
-            self._path = path / "eval_bundle"
-
-    def name(self, file: str) -> str:
-        return f"{self._path}/{self._prefix}{file}"
-
-    def read(self, file: str) -> str:
-        try:
-            if self._archive is not None:
-                return self._archive.read(f"{self._prefix}{file}").decode()
-            return (self._path / file).read_text(encoding="utf-8")
-        except (KeyError, FileNotFoundError):
-            raise ConfigError(f"{self.name(file)} is missing, so this is no bundle of CORE") from None
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"{self.name(file)} is not UTF-8 text: {error.reason}") from None
+def _is_valid(field: str, example: Any) -> bool:
+    """Whether a field is a text, a list of texts, or the place of one in the list."""
+    if field == "gold":
+        texts = next(example[name] for name in LISTS if name in example)
+        return type(example[field]) is int and isinstance(texts, list) and 0 <= example[field] < len(texts)
+    texts = example[field] if field in LISTS else [example[field]]
+    return isinstance(texts, list) and all(isinstance(text, str) for text in texts)

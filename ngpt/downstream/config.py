@@ -19,7 +19,7 @@ class DownstreamTasks(Config):
     include_path: str | None = runtime_setting(None)
     """Folder with tasks of your own in its YAML format."""
     core: str | None = runtime_setting(None)
-    """Nanochat's `eval_bundle`, a folder or a .zip, for the metric `core`."""
+    """Nanochat's `eval_bundle`, a folder or a .zip, for the metric `core`; `download`: its own, downloaded once."""
     limit: Count | None = None
     """Examples of each task; null: all."""
     num_fewshot: Annotated[int, Field(ge=0, le=1000)] | None = None

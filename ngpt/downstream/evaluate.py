@@ -36,7 +36,7 @@ def evaluate_checkpoint(
         about["versions"] = {name: task for name, task in found["versions"].items() if task is not None}
         about["examples"] = {name: counts["effective"] for name, counts in found["n-samples"].items()}
     if config.core is not None:
-        tasks = read_bundle(config.core, limit=config.limit)
+        tasks = read_bundle(config.core, limit=config.limit, log=lambda line: after_batch())
         core = evaluate_core(loaded, tasks, batch_size=config.batch_size, after_batch=after_batch)
         scores |= core_scores(core)
         about["core"] = {each.label: each._asdict() for each in core.tasks}

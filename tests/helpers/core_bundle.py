@@ -2,6 +2,7 @@
 
 import json
 import random
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from tests.helpers.vocabularies import ENGLISH
 
 N = 12  # examples of each task
 WORDS = ENGLISH.split()
+SEPARATOR = "\u2028"  # which ends a line of text, but none of JSON lines
 TASKS = """\
 icl_tasks:
 -
@@ -41,7 +43,8 @@ def write_bundle(folder: Path, *, tasks: str = TASKS, baselines: str = BASELINES
 
     rows: dict[str, list[dict[str, Any]]] = {
         "reading/answers": [
-            {"query": text(4), "choices": [text(3) for _ in range(4)], "gold": draw.randrange(4)} for _ in range(n)
+            {"query": f"\u2028{text(4)}", "choices": [text(3) for _ in range(4)], "gold": draw.randrange(4)}
+            for _ in range(n)
         ],
         "contexts": [
             {"context_options": [text(5), text(5)], "continuation": text(3), "gold": draw.randrange(2)}
@@ -52,7 +55,15 @@ def write_bundle(folder: Path, *, tasks: str = TASKS, baselines: str = BASELINES
     for name, examples in rows.items():
         path = folder / "eval_data" / f"{name}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(f"{json.dumps(example)}\n" for example in examples))
+        path.write_text("".join(f"{json.dumps(example, ensure_ascii=False)}\n" for example in examples))
     (folder / "core.yaml").write_text(tasks)
     (folder / "eval_meta_data.csv").write_text(baselines)
     return folder
+
+
+def pack(folder: Path, archive: Path) -> Path:
+    """Packs a bundle as nanochat's is, inside a folder."""
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
+        for path in sorted(folder.rglob("*")):
+            file.write(path, Path("eval_bundle") / path.relative_to(folder))
+    return archive

@@ -25,6 +25,7 @@ class Hub(LoopbackServer):
         self.commit = "8" * 40
         self.ranges = True  # whether the Range header is respected
         self.requests: list[tuple[str, int]] = []  # path and first byte of each request for a file
+        self.tokens: set[str | None] = set()  # what requests for a file had as authorization
         self.listed = 0
         super().__init__(Handler)
 
@@ -45,6 +46,11 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self.fail(404)
 
+    def do_HEAD(self) -> None:
+        data = self.hub.files.get(self.path.removeprefix("/cdn/"))
+        self.hub.tokens.add(self.headers["Authorization"])
+        self._answer(404 if data is None else 200, b"", length=len(data or b""))
+
     def _list(self) -> None:
         """The fields of the real answer that the client reads."""
         hub = self.hub
@@ -62,6 +68,7 @@ class Handler(BaseHTTPRequestHandler):
     def _send_file(self, path: str) -> None:
         hub = self.hub
         hub.requests.append((path, self._range()[0]))
+        hub.tokens.add(self.headers["Authorization"])
         if path not in hub.files:
             self.fail(404)
         elif hub.faults.get(path):

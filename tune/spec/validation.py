@@ -16,6 +16,7 @@ from ngpt.data import dataset as corpora
 from ngpt.data.tokens.tokenizer import tokenizer_vocab_size
 from ngpt.distributed.strategies import model_problem
 from ngpt.downstream.bundle import read_bundle
+from ngpt.downstream.bundle_files import DOWNLOAD, downloaded_bundle
 from ngpt.downstream.harness import require_harness
 from ngpt.training.config import TrainConfig, resolved, with_absolute_paths
 from ngpt.training.load_model import check_initial_weights
@@ -334,12 +335,14 @@ def read_evaluation(data: Any) -> Reading[Evaluation | None]:
     if not evaluation.tasks and evaluation.core is None:
         yield Problem((EVALUATION,), "nothing is evaluated: give `tasks:` of lm-evaluation-harness, or `core:`")
     paths = {name: getattr(evaluation, name) for name in ("include_path", "core")}
-    absolute = {name: str(Path(path).expanduser().absolute()) for name, path in paths.items() if path is not None}
+    paths = {name: path for name, path in paths.items() if path is not None and (name, path) != ("core", DOWNLOAD)}
+    absolute = {name: str(Path(path).expanduser().absolute()) for name, path in paths.items()}
     if "include_path" in absolute and not Path(absolute["include_path"]).is_dir():
         yield Problem((EVALUATION, "include_path"), f"no such folder: {absolute['include_path']}")
     try:
-        if evaluation.core is not None:
-            read_bundle(absolute["core"], limit=evaluation.limit)
+        # To read a campaign downloads nothing; `launch` does.
+        if "core" in absolute or (evaluation.core == DOWNLOAD and downloaded_bundle().exists()):
+            read_bundle(absolute.get("core", DOWNLOAD), limit=evaluation.limit)
     except ConfigError as error:
         yield Problem((EVALUATION, "core"), str(error))
     try:

@@ -1,4 +1,4 @@
-"""Downloads files of a data set from the Hugging Face hub: in parallel, resumable, checked by SHA-256.
+"""Downloads files of data sets of the Hugging Face hub, and others by URL: in parallel, resumable, checked by SHA-256.
 
 huggingface_hub (the extra `hf`) finds the files, signs in and retries. Its own download drops a partial file when the
 process dies and does not verify the hash, so the loop over byte ranges is here. A file is called `NAME.part` until its
@@ -71,8 +71,8 @@ def read_listing(dataset: str, revision: str, *, pin: bool = False) -> HubListin
 
     With `pin`, their URLs name the commit, so that they stay the same when the revision moves on.
     """
-    endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or None
-    with _errors_of(f"the file list of {dataset}"):
+    endpoint = _endpoint()
+    with _advising(HINT), _errors_of(f"the file list of {dataset}"):
         # Before the import, unless the user has decided: telemetry would ask the hub for a list of AI agents first.
         os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
         from huggingface_hub import HfApi, hf_hub_url
@@ -96,15 +96,29 @@ def read_listing(dataset: str, revision: str, *, pin: bool = False) -> HubListin
     return HubListing(info.sha, sorted(files, key=lambda file: file.path), configs)
 
 
-def download(files: Sequence[HubFile], folder: Path, *, name: str, log: Log) -> list[Path]:
+def find_file(url: str, *, sha256: str, hint: str) -> HubFile:
+    """Asks a server for the size of a file with a known digest. ConfigError, which ends with `hint`, if that fails."""
+    with _advising(hint), _errors_of(url):
+        from huggingface_hub.utils import hf_raise_for_status, http_backoff
+
+        response = http_backoff("HEAD", url, headers=_headers(url) | {"Accept-Encoding": "identity"}, **_patience())
+        hf_raise_for_status(response)
+        size = response.headers.get("Content-Length", "")
+        if not size.isdecimal():
+            raise ValueError("the server does not say how large it is")
+    return HubFile(url.rpartition("/")[2], url, int(size), sha256)
+
+
+def download(files: Sequence[HubFile], folder: Path, *, name: str, log: Log, hint: str = HINT) -> list[Path]:
     """Downloads files into `folder`, except those that are already there, and returns their paths.
 
     Of two processes that need the same files, one downloads them and the other waits. An interrupted download keeps
-    what it has, and the next one continues there. Raises ConfigError if the hub does not send what it publishes.
+    what it has, and the next one continues there. Raises ConfigError, which ends with `hint`, if the server does not
+    send what is published.
     """
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / file.name for file in files]
-    with FileLock(folder / ".lock"):
+    with FileLock(folder / ".lock"), _advising(hint):
         missing = [(file, path) for file, path in zip(files, paths, strict=True) if not path.exists()]
         if missing:
             parts = [(file, path.with_name(path.name + PART)) for file, path in missing]
@@ -158,7 +172,7 @@ def _download_file(file: HubFile, path: Path, stop: threading.Event, arrived: Ca
             return
         part.unlink()
     expected = f"SHA-256 is not {file.sha256[:12]}" if file.sha256 else f"git id is not {(file.blob_id or '')[:12]}"
-    raise ConfigError(f"cannot download {file.url}: its {expected}...; {HINT}")
+    raise ConfigError(f"cannot download {file.url}: its {expected}...")
 
 
 def _digest(path: Path, file: HubFile) -> str:
@@ -172,15 +186,13 @@ def _digest(path: Path, file: HubFile) -> str:
 def _read_range(file: HubFile, start: int) -> bytes:
     """Reads 1 to `RANGE` bytes of `file` from `start`, or all the rest if the server ignores ranges."""
     with _errors_of(file.url):
-        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
+        from huggingface_hub.utils import hf_raise_for_status, http_backoff
 
         response = http_backoff(
             "GET",
             file.url,
-            headers=build_hf_headers() | {"Range": f"bytes={start}-{min(start + RANGE, file.size) - 1}"},
-            timeout=TIMEOUT,
-            max_retries=RETRIES,
-            base_wait_time=FIRST_PAUSE,
+            headers=_headers(file.url) | {"Range": f"bytes={start}-{min(start + RANGE, file.size) - 1}"},
+            **_patience(),
         )
         hf_raise_for_status(response)
         data = response.content if response.status_code == 206 else response.content[start:]
@@ -189,13 +201,40 @@ def _read_range(file: HubFile, start: int) -> bytes:
     return data
 
 
+def _patience() -> dict[str, Any]:
+    return {"timeout": TIMEOUT, "max_retries": RETRIES, "base_wait_time": FIRST_PAUSE}
+
+
+def _endpoint() -> str | None:
+    """The hub that the user has set; None: the library's own."""
+    return os.environ.get("HF_ENDPOINT", "").rstrip("/") or None
+
+
+def _headers(url: str) -> dict[str, str]:
+    """The headers of the library. Only the hub gets the token of the user, not another server."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import build_hf_headers
+
+    is_of_hub = url.startswith(f"{_endpoint() or constants.ENDPOINT}/")
+    return build_hf_headers(token=None if is_of_hub else False)
+
+
+@contextmanager
+def _advising(hint: str) -> Iterator[None]:
+    """Ends the message of a ConfigError with what else the user can do."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{error}; {hint}") from error.__cause__
+
+
 @contextmanager
 def _errors_of(what: str) -> Iterator[None]:
     """Converts every error of the library and its HTTP client to a one-line ConfigError."""
     try:
         yield
     except ImportError:
-        raise ConfigError(f"cannot download {what}: run pip install 'ngpt-campaign[hf]', or {HINT}") from None
+        raise ConfigError(f"cannot download {what}: run pip install 'ngpt-campaign[hf]'") from None
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ConfigError(f"cannot download {what}: {printable(reason, MAX_REASON_LENGTH)}; {HINT}") from error
+        raise ConfigError(f"cannot download {what}: {printable(reason, MAX_REASON_LENGTH)}") from error

@@ -2,7 +2,6 @@
 
 import json
 import random
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from ngpt.config.base import ConfigError, build
 from ngpt.data.dataset import Dataset
 from ngpt.data.tokens.tokenizer import Tokenizer, load_tokenizer
+from ngpt.downstream import bundle_files
 from ngpt.downstream.__main__ import main
 from ngpt.downstream.bundle import read_bundle
 from ngpt.downstream.core import CoreScore, evaluate_core
@@ -68,7 +68,7 @@ def reference(loaded: LoadedModel, bundle: Path, *, most: int = 10**6) -> dict[s
     newline = int(loaded.tokenizer.encode("\n")[0])  # this tokenizer has no document separator
     found = {}
     for label, (file, kind, n_shots, delimiter, _) in TASKS.items():
-        data = [json.loads(line) for line in (bundle / "eval_data" / f"{file}.jsonl").read_text().splitlines()]
+        data = [json.loads(line) for line in (bundle / "eval_data" / f"{file}.jsonl").read_text().split("\n")[:-1]]
         random.Random(1337).shuffle(data)
         right, too_long = 0, 0
         for index, item in enumerate(data):
@@ -144,15 +144,31 @@ def test_prompts_that_do_not_fit_lose_their_start_and_are_counted(tokenizer: Tok
     assert found.tasks[0].truncated > 0
 
 
-def test_the_command_reads_a_zip_and_scores_a_run(
-    tiny: TrainConfig, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("example", "message"),
+    [
+        ({"query": "a", "choices": ["b", "c"], "gold": 2}, "an example has a gold that cannot be used"),
+        ({"query": "a", "choices": "bc", "gold": 0}, "an example has a choices that cannot be used"),
+        ({"query": None, "choices": ["b"], "gold": 0}, "an example has a query that cannot be used"),
+        ({"query": "a", "gold": 0}, "an example has no choices"),
+        (7, "is not JSON lines"),
+    ],
+)
+def test_an_example_that_cannot_be_scored_is_refused(tmp_path: Path, example: object, message: str) -> None:
+    folder = write_bundle(tmp_path)
+    (folder / "eval_data" / "reading" / "answers.jsonl").write_text(json.dumps(example))
+    with pytest.raises(ConfigError, match=f"answers.jsonl:? {message}"):
+        read_bundle(folder)
+
+
+def test_the_command_scores_a_run_with_the_bundle_in_the_cache_or_another(
+    tiny: TrainConfig, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny_run.run(tiny, tmp_path / "run")
-    archive = tmp_path / "eval_bundle.zip"
-    with zipfile.ZipFile(archive, "w") as file:
-        for path in sorted(bundle.rglob("*")):
-            file.write(path, Path("eval_bundle") / path.relative_to(bundle))
-    assert main(["core", str(tmp_path / "run"), "--bundle", str(archive), "--limit", "5", "--json"]) == 0
+    monkeypatch.setattr(bundle_files, "SHA256", "0" * 64)  # so that the cache has it in a folder of its own
+    bundle_files.downloaded_bundle().parent.mkdir(parents=True)
+    core_bundle.pack(bundle, bundle_files.downloaded_bundle())
+    assert main(["core", str(tmp_path / "run"), "--limit", "5", "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed["core"] == pytest.approx(np.mean([printed[f"core/{label}"] for label in TASKS]))
     assert [printed["tasks"][label]["examples"] for label in TASKS] == [5, 5, 5]
@@ -170,6 +186,7 @@ def test_the_command_reads_a_zip_and_scores_a_run(
         ({"tasks": core_bundle.TASKS.replace("contexts.jsonl", "others.jsonl")}, "others.jsonl is missing"),
         ({"baselines": core_bundle.BASELINES.replace("50.0", "100")}, "contexts: guessing scores 1.0, not below 1"),
         ({"baselines": core_bundle.BASELINES.replace("contexts", "context")}, "no `Random baseline` of contexts"),
+        ({"tasks": core_bundle.TASKS.replace("contexts.jsonl", "../x")}, "names eval_data/../x, which is not inside"),
         ({"n": 2}, "answers: 2 examples are too few to show 2 before each"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -178,11 +195,3 @@ def test_a_bundle_that_is_none_is_refused_by_file(tmp_path: Path, change: dict[s
     with pytest.raises(ConfigError) as caught:
         read_bundle(write_bundle(tmp_path, **change))
     assert message in str(caught.value) and str(tmp_path) in str(caught.value)
-
-
-def test_a_missing_bundle_is_answered_with_its_address(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no such bundle: .*; download and unpack https://.*eval_bundle.zip"):
-        read_bundle(tmp_path / "nothing")
-    (tmp_path / "text.zip").write_text("not an archive")
-    with pytest.raises(ConfigError, match=r"neither a folder nor a \.zip"):
-        read_bundle(tmp_path / "text.zip")

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from ngpt.config.base import ConfigError
-from ngpt.downstream import harness
-from tests.helpers.core_bundle import write_bundle
+from ngpt.downstream import bundle_files, harness
+from tests.helpers.core_bundle import pack, write_bundle
+from tune.launch import check_downstream
 from tune.spec.schema import Campaign
 
 FILE = """\
@@ -44,6 +45,24 @@ def test_scores_are_metrics_that_rank_upwards_and_paths_become_absolute(
     assert campaign.evaluation is not None
     assert campaign.evaluation.core == str(tmp_path / "bundle")
     assert [campaign.evaluation.asks(phase.name) for phase in campaign.phases] == [True, True]
+
+
+def test_a_bundle_to_download_is_read_when_the_cache_has_it_and_asked_for_before_the_training(
+    read: Callable[..., Campaign], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("NGPT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(bundle_files, "SOURCE", "http://127.0.0.1:1/eval_bundle.zip")
+    monkeypatch.setattr("ngpt.data.text.hub.FIRST_PAUSE", 0.0)
+    campaign = read("core: download, limit: 2", "metric: {name: core/endings}")  # asks nobody
+    assert campaign.evaluation is not None and campaign.evaluation.core == "download"
+    with pytest.raises(ConfigError, match=r"cannot download http://127\.0\.0\.1:1/.*; give a local copy"):
+        check_downstream(campaign)
+    bundle_files.downloaded_bundle().parent.mkdir(parents=True)
+    pack(tmp_path / "bundle", bundle_files.downloaded_bundle())
+    with pytest.raises(ConfigError, match="answers: 2 examples are too few to show 2 before each"):
+        check_downstream(campaign)
+    with pytest.raises(ConfigError, match=r"evaluation\.core: .*answers: 2 examples are too few"):
+        read("core: download, limit: 2")
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 
 import ngpt.data.text.hub as downloading
 from ngpt.config.base import ConfigError
-from ngpt.data.text.hub import HubFile, download, list_hub
+from ngpt.data.text.hub import HubFile, download, find_file, list_hub
 from ngpt.data.text.progress import silent
 from tests.helpers import ROOT
 from tests.helpers.hub import Handler, Hub, cut_after, status
@@ -68,6 +69,20 @@ def test_the_large_files_of_a_data_set_are_listed_in_order(hub: Hub) -> None:
         and files[1].url == f"{hub.url}/datasets/someone/data/resolve/main/sub%20dir/1.bin"
     )
     assert files[0].sha256 == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"  # of no bytes
+
+
+def test_only_the_hub_gets_the_token_of_the_user(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    file = list_hub("someone/data")[0]
+    download([replace(file, url=f"{hub.url}/cdn/a.bin")], tmp_path / "hub", name="data", log=silent)
+    assert hub.tokens == {"Bearer hf_secret"}
+    hub.tokens.clear()
+    with Hub("someone/else") as other:
+        other.files["a.bin"] = DATA
+        elsewhere = find_file(f"{other.url}/cdn/a.bin", sha256=str(file.sha256), hint="")
+        assert elsewhere.size == len(DATA)
+        download([elsewhere], tmp_path / "other", name="data", log=silent)
+        assert other.tokens == {None}
 
 
 def test_files_are_downloaded_once(hub: Hub, tmp_path: Path) -> None:
@@ -155,7 +170,7 @@ def test_an_unknown_data_set_and_no_network_are_errors_of_one_line(hub: Hub, mon
 
 def test_without_the_library_the_error_names_the_extra_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ConfigError, match=r"run pip install 'ngpt-campaign\[hf\]', or pass a local copy"):
+    with pytest.raises(ConfigError, match=r"run pip install 'ngpt-campaign\[hf\]'; pass a local copy"):
         list_hub("someone/data")
 
 
