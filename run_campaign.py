@@ -43,9 +43,12 @@ from ngpt.system.cli import (
     add_plugin_option,
     add_set_option,
     encode_stdout,
+    erase_status,
+    has_status_line,
     plugins_for_help,
     print_line,
     run_command,
+    show_status,
     whole_number,
 )
 from tune.remote.places import entry, local_results, location, recordable, report_path, results_name
@@ -234,6 +237,8 @@ def run(options: argparse.Namespace) -> int:
     """Runs a campaign, or resumes it."""
     refuse_missing_file(options.campaign)
     folder = refuse_second_run(options)
+    if has_status_line():
+        show_status(lambda width: f"reading {options.campaign}, loading PyTorch ..."[:width])
     load_plugins(options.plugin, folder)
 
     from tune.campaign import load_campaign
@@ -313,6 +318,7 @@ def plan(campaign: Any, name: str, options: argparse.Namespace) -> int:
 
     how = {"measure": options.measure, "retrain": options.retrain, "keep": options.keep}
     estimated = estimate_at(campaign, name, options.out, **how)
+    erase_status()
     show(options, estimated, lambda: plan_view(estimated))
     return 0
 

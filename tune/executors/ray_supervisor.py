@@ -41,6 +41,7 @@ RESPONSE_TIMEOUT = 60.0  # seconds for Ray to notice a dead worker, or to ask fo
 SAVE_TIMEOUT = 60.0  # seconds for running trials to save after a stop was requested
 EXIT_TIMEOUT = 20.0  # seconds for the child process to exit
 OOM_KILL_SECONDS = 30.0  # a worker that dies this soon after an OOM kill counts as its victim
+MAX_STARTS = 3  # attempts to start the first private Ray of a run
 MAX_REPLACEMENTS = 3  # of Ray, in one run
 WAIT_FOR_NODES = 600.0  # seconds to wait for a node in place of the last one, if the campaign says nothing
 
@@ -81,6 +82,7 @@ class RaySupervisor:
         self._owns_process = owns_process  # whether a second signal exits this process
         self._watchdog = Watchdog(resources.stall_timeout)
         self._replacements = 0
+        self._starts = 1  # attempts to start the first Ray
         self._trials_per_gpu: int | None = None  # set once Ray has started
         self._is_running = False
         self._killed_at: dict[str, float] = {}  # by trial: when its hung worker was killed; until Ray reports it
@@ -120,10 +122,25 @@ class RaySupervisor:
             if reason := self._handle_next():
                 if self._session.stop_requested:
                     raise StoppedEarly
-                advice = f"run `{command()} doctor` to find out why; --inline runs without Ray"
-                logs = f"its logs are in {self._ray.folder.path} until the next start; " if self._ray.folder else ""
-                raise ExecutorLost(f"Ray did not start: {reason}{limit_hint()}\n{logs}{advice}")
+                self._retry_start(reason)
         return self._ray.ready
+
+    def _retry_start(self, reason: str) -> None:
+        """Starts a private Ray once more: on a busy machine its start exceeds Ray's own limit of 30 s.
+
+        Raises:
+            ExecutorLost: it was tried too often, or another attempt cannot help.
+        """
+        hint = limit_hint()
+        if self._address or self._starts == MAX_STARTS or self._trials_per_gpu is not None or hint:
+            advice = f"run `{command()} doctor` to find out why; --inline runs without Ray"
+            logs = f"its logs are in {self._ray.folder.path} until the next start; " if self._ray.folder else ""
+            raise ExecutorLost(f"Ray did not start: {reason}{hint}\n{logs}{advice}")
+        self._starts += 1
+        self._report(f"Ray did not start ({reason.rstrip('.')}); trying again, {self._starts} of at most {MAX_STARTS}")
+        self._kill(marked_processes(self._session.root))
+        self._remove_folder()
+        self._start()
 
     @property
     def token_command(self) -> str | None:

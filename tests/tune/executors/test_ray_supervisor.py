@@ -191,16 +191,37 @@ def test_an_error_in_the_ray_process_is_raised_with_its_own_type(supervisor: Pla
         supervisor.receive(RayExited("Traceback\nKeyError: 'x'"))
 
 
-def test_a_failed_start_of_ray_is_reported_at_first_and_retried_later(
-    supervisor: PlayedSupervisor, session: Session
+class SlowStarter(PlayedSupervisor):
+    """A supervisor whose Ray does not start the first `failures` times."""
+
+    failures = 1
+
+    def _start(self) -> None:
+        super()._start()
+        failed = RayExited("the current node timed out during startup", is_start_error=True)
+        self.theirs.send(failed if self.starts <= self.failures else RayReady(2, 2, None, (self.raylet.pid,)))
+
+
+def test_a_start_of_ray_that_takes_too_long_is_tried_again(
+    supervisor: PlayedSupervisor, session: Session, capsys: pytest.CaptureFixture[str]
 ) -> None:
     failed = RayExited("the current node timed out during startup", is_start_error=True)
     assert supervisor.receive(failed) == "the current node timed out during startup"
-    first = PlayedSupervisor(session, supervisor.raylet)
+    first = SlowStarter(session, supervisor.raylet)
     first._start()
-    first.theirs.send(failed)
+    assert first.wait().workers == 2 and first.starts == 2
+    assert capsys.readouterr().err == (
+        "Ray did not start (the current node timed out during startup); trying again, 2 of at most 3\n"
+    )
+
+
+def test_a_ray_that_never_starts_is_reported_with_advice(supervisor: PlayedSupervisor, session: Session) -> None:
+    first = SlowStarter(session, supervisor.raylet)
+    first.failures = 9
+    first._start()
     with pytest.raises(ExecutorLost, match=r"(?s)Ray did not start: the current node timed out.*doctor.*--inline"):
         first.wait()
+    assert first.starts == 3
 
 
 def test_a_stop_while_ray_starts_is_no_failed_start(
