@@ -12,11 +12,14 @@ import tune
 from ngpt.code.version import PROGRAM, SCRIPT, command
 from ngpt.config.base import ConfigError, unknown_message
 from ngpt.config.overrides import SUFFIXES
+from tune.storage.names import NAME
 
 FOLDER = "experiments"  # in a checkout; an installed package has it inside of `tune`
 MODELS = "models"
 SUFFIX = ".yaml"
 SECTION = re.compile(rf"(?<![\w/.-])(?:{FOLDER}/)?({MODELS}/[\w.-]+?\{SUFFIX})\b")  # a file that an experiment names
+
+NAMED = re.compile(r"^campaign: .+$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,8 @@ def find_shipped(name: str) -> Shipped:
 def copy_experiment(chosen: Shipped, out: Path | None) -> list[Path]:
     """Copies an experiment, and model sizes that it names, to the file or into the folder `out`; returns the files.
 
-    Comments of the copies name them by their paths from the working directory, and the command as it was called.
+    Comments of the copies name them by their paths from the working directory, and the command as it was called. A
+    campaign that gets another file name is named after it, so that its results do not mix with those of the original.
 
     Raises:
         ConfigError: a file exists already, and is not what would be written there; or `out` is a file of another kind.
@@ -73,6 +77,8 @@ def copy_experiment(chosen: Shipped, out: Path | None) -> list[Path]:
             copies[target.parent / section] = source
     moved = {f"{FOLDER}/{_name(source)}{SUFFIX}": shlex.quote(str(path)) for path, source in copies.items()}
     texts = {path: _adapted(source.read_text(encoding="utf-8"), moved) for path, source in copies.items()}
+    if chosen.is_campaign and target.stem != chosen.name and NAME.fullmatch(target.stem):
+        texts[target] = NAMED.sub(f"campaign: {target.stem}", texts[target], count=1)
     for path, text in texts.items():
         if os.path.lexists(path) and (path == target or not _contains(path, text)):
             raise ConfigError(f"{path} exists already and is not overwritten; choose another place with --out")

@@ -47,6 +47,15 @@ def test_a_copy_is_the_same_campaign() -> None:
     assert (copy.name, copy.base, copy.phases) == (original.name, original.base, original.phases)
 
 
+@pytest.mark.parametrize(
+    ("out", "name"), [("mine.yaml", "mine"), ("folder", "quickstart"), ("my own.yaml", "quickstart")]
+)
+def test_a_copy_under_another_file_name_is_a_campaign_of_that_name(out: str, name: str) -> None:
+    chosen = find_shipped("quickstart")
+    copy = load_campaign(copy_experiment(chosen, Path(out))[0])
+    assert (copy.name, copy.phases) == (name, load_campaign(chosen.path).phases)
+
+
 def test_two_experiments_share_the_model_that_both_name(folder: Path) -> None:
     first, second = (copy_experiment(find_shipped(name), None) for name in ("phase2", "phase3"))
     assert set(first) & set(second) == {Path("models/1.3M.yaml")}
