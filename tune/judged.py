@@ -133,7 +133,7 @@ def judge(
 
 
 def read_values(path: Path) -> dict[str, dict[int, float | None]]:
-    """Reads a table with the columns arm, seed and value: comma-separated, or tab-separated in a `.tsv` file.
+    """Reads a table with the columns arm, seed and value, which commas, semicolons or tabs divide.
 
     Other columns are ignored. An empty value is None. Seeds that are not whole numbers are numbered in
     sorted order.
@@ -144,12 +144,14 @@ def read_values(path: Path) -> dict[str, dict[int, float | None]]:
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            lines = list(csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ","))
+            first = file.readline()
+            file.seek(0)
+            lines = list(csv.reader(file, delimiter=max(",;\t", key=first.count)))
     except (UnicodeDecodeError, csv.Error) as error:
         raise ConfigError(f"{path}: not a table of text: {error}") from None
     header = [name.strip().lower() for name in lines[0]] if lines else []
     if missing := [name for name in COLUMNS if name not in header]:
-        raise ConfigError(f"{path}:1: the first line lacks {fmt.listing(missing)}; it names the columns arm,seed,value")
+        raise ConfigError(f"{path}:1: the first line lacks {fmt.listing(missing)}; it must name arm, seed and value")
     if twice := [name for name in COLUMNS if header.count(name) > 1]:
         raise ConfigError(f"{path}:1: the first line names the column {twice[0]} twice")
     columns = [header.index(name) for name in COLUMNS]

@@ -125,16 +125,17 @@ def test_a_table_of_a_spreadsheet_is_read(tmp_path: Path) -> None:
     assert values["wide"][1] == 4.5 and math.isnan(values["wide"][2] or 0)
 
 
-def test_seeds_may_have_names(tmp_path: Path) -> None:
-    table = write(tmp_path, "arm\tseed\tvalue\na\ts2\t1\na\ts1\t2\nb\ts1\t3\n", "table.tsv")
+@pytest.mark.parametrize("delimiter", ["\t", ";", ","])
+def test_columns_are_divided_as_the_first_line_is_and_seeds_may_have_names(tmp_path: Path, delimiter: str) -> None:
+    table = write(tmp_path, "arm,seed,value\na,s2,1\na,s1,2\nb,s1,3\n".replace(",", delimiter))
     assert read_values(table) == {"a": {2: 1.0, 1: 2.0}, "b": {1: 3.0}}
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", ":1: the first line lacks arm, seed and value; it names the columns arm,seed,value"),
-        ("arm,seed\na,1\n", ":1: the first line lacks value; it names the columns arm,seed,value"),
+        ("", ":1: the first line lacks arm, seed and value; it must name arm, seed and value"),
+        ("arm,seed\na,1\n", ":1: the first line lacks value; it must name arm, seed and value"),
         ("arm,seed,value\n", ": no rows after the first line, which names the columns"),
         ("arm,seed,value\na,1,2\na,1,3\n", ":3: a has seed 1 twice"),
         ("arm,seed,value\na,1,two\n", ":2: value 'two' is not a number"),
