@@ -288,8 +288,10 @@ def _why(arms: list[ArmSummary], winner: str, noise: PhaseNoise, rules: _Rules, 
     if not judged or comparison is None:
         verdicts = [arm.verdict for arm in others]
         counts = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in sorted(set(verdicts)))
+        if not others:
+            return "no arm is there to compare with the baseline"
         if "no claim" not in verdicts:
-            return f"no other arm finished all its seeds ({counts or 'there are no others'}), so the baseline stays"
+            return f"no other arm finished all its seeds ({counts}), so the baseline stays"
         why = "a comparison needs two seeds of both" if any(arm.n > 1 for arm in arms) else "one seed per arm"
         return f"{why}: no claim can be made, the baseline stays"
     best, delta = next((pair for pair in judged if pair[0].arm == winner), judged[0])
