@@ -7,6 +7,7 @@ the first trial to the last, across phases. Ray's files go to a temporary folder
 import contextlib
 import logging
 import os
+import re
 import shutil
 import signal
 import tempfile
@@ -66,6 +67,12 @@ SCRATCH_PREFIX = ".tune-"  # names Tune's temporary folder in the results direct
 
 class RayNotStarted(Exception):
     """Ray did not start; the message is Ray's own."""
+
+
+def brief_reason(text: str) -> str:
+    """Returns Ray's own reason why it did not start, or the name of a log in the place of its last lines."""
+    log = re.match(r"The last \d+ lines of (\S+) ", text)
+    return f"its {Path(log[1]).stem} did not start in time, see {log[1]}" if log else text
 
 
 def job_naming(results: Path | None) -> dict[str, Any]:
@@ -380,7 +387,7 @@ class RayCluster:
                 **folder,
             )
         except Exception as error:  # many types: no disk space, no home directory, a busy machine
-            raise RayNotStarted(str(error).strip()) from error
+            raise RayNotStarted(brief_reason(str(error).strip())) from error
 
     @property
     def workers(self) -> int:

@@ -30,6 +30,8 @@ from tune.remote.worker import WorkerUploads
 from tune.session.remote import RemoteSession
 from tune.spec.schema import Resources
 
+DASHBOARD_TIMEOUT = "200"  # seconds for Ray's dashboard to start; Ray's own 60 are too few on a busy machine
+
 
 @dataclass(frozen=True)
 class CodeToRun:
@@ -90,6 +92,7 @@ def run_ray(
     os.setsid()  # Ctrl-C in the terminal reaches only the parent, which lets the workers save
     os.dup2(2, 1)  # redirects stdout to stderr: the parent's stdout is for data
     threading.Thread(target=_exit_with_parent, args=(root,), daemon=True).start()
+    os.environ.setdefault("RAY_DASHBOARD_STARTUP_TIMEOUT_S", DASHBOARD_TIMEOUT)  # read when ray is imported
     from tune.cluster.node_checks import check_data, data_problem
     from tune.executors.ray_executor import RayCluster, RayNotStarted, run_tuner
     from tune.executors.ray_nodes import InBackground, NoUsableNode
