@@ -25,6 +25,7 @@ from typing import Any
 from ngpt.code.plugins import Source
 from ngpt.config.base import ConfigError
 from tune.executors.orphans import kill_marked
+from tune.executors.signals import discard_interrupt
 from tune.remote.uri import Uri
 from tune.remote.worker import WorkerUploads
 from tune.session.remote import RemoteSession
@@ -90,6 +91,7 @@ def run_ray(
     kills every process marked with `root` and exits.
     """
     os.setsid()  # Ctrl-C in the terminal reaches only the parent, which lets the workers save
+    discard_interrupt()
     os.dup2(2, 1)  # redirects stdout to stderr: the parent's stdout is for data
     threading.Thread(target=_exit_with_parent, args=(root,), daemon=True).start()
     os.environ.setdefault("RAY_DASHBOARD_STARTUP_TIMEOUT_S", DASHBOARD_TIMEOUT)  # read when ray is imported

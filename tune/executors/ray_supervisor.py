@@ -25,7 +25,7 @@ from tune.cluster.node_data import ExpectedCorpus
 from tune.executors.orphans import is_alive, kill_marked, mark_children, marked_processes
 from tune.executors.ray_folder import RayFolder
 from tune.executors.ray_process import CodeToRun, RayExited, RayNote, RayReady, run_ray
-from tune.executors.signals import StoppedEarly, stop_on_signal
+from tune.executors.signals import StoppedEarly, interrupt_blocked, stop_on_signal
 from tune.executors.watchdog import Watchdog
 from tune.machine.ray_limits import limit_hint
 from tune.machine.spawn import hide_main_module
@@ -185,7 +185,7 @@ class RaySupervisor:
         where = self._address, self._session.root, sent, folder.path if folder else None
         arguments = (child_end, self._resources, device, *where, self._remote)
         process = context.Process(target=run_ray, args=arguments, name="ray driver", daemon=True)
-        with mark_children(self._session.root), hide_main_module():
+        with mark_children(self._session.root), hide_main_module(), interrupt_blocked():
             process.start()
         child_end.close()
         self._heard_at = self._clock()

@@ -8,6 +8,7 @@ import contextlib
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from multiprocessing import resource_tracker
 from types import FrameType
 
 from ngpt.config.base import UserError
@@ -66,6 +67,27 @@ def exit_on_signals() -> Iterator[None]:
 
     with handlers(dict.fromkeys({*stop_signals()} - {signal.SIGINT}, leave)):
         yield
+
+
+@contextlib.contextmanager
+def interrupt_blocked() -> Iterator[None]:
+    """Blocks Ctrl-C in this thread and in processes that it starts, until they call `discard_interrupt`.
+
+    Python would end a process that is still importing with a traceback on the terminal.
+    """
+    resource_tracker.ensure_running()  # it starts with the first process, and would unblock Ctrl-C
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def discard_interrupt() -> None:
+    """Unblocks Ctrl-C in a process that was started under `interrupt_blocked`; one that has come is forgotten."""
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    signal.signal(signal.SIGINT, handler)
 
 
 @contextlib.contextmanager

@@ -1,14 +1,17 @@
 """What signals do while trials run."""
 
+import multiprocessing
+import os
 import signal
 import sys
 import threading
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 
 from tests.helpers.tiny_campaign import session_on, write_file
-from tune.executors.signals import exit_on_signals, stop_on_event, stop_on_signal
+from tune.executors.signals import discard_interrupt, exit_on_signals, interrupt_blocked, stop_on_event, stop_on_signal
 
 pytestmark = pytest.mark.usefixtures("signals")
 
@@ -112,3 +115,21 @@ def test_an_event_that_another_thread_sets_requests_a_stop(tmp_path: Path, file:
             assert stopped.wait(60)
         with stop_on_event(session, threading.Event()):  # ends also without a request
             pass
+
+
+def started(signals: Connection) -> None:
+    """Main function of a process: tells which handler of Ctrl-C it has, once it takes signals."""
+    discard_interrupt()
+    signals.send(signal.getsignal(signal.SIGINT) is signal.default_int_handler)
+
+
+def test_ctrl_c_while_a_process_starts_neither_ends_it_nor_shows_a_traceback(capfd: pytest.CaptureFixture[str]) -> None:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=started, args=(theirs,))
+    with interrupt_blocked():
+        process.start()
+    assert process.pid
+    os.kill(process.pid, signal.SIGINT)  # it has only begun to import
+    process.join()
+    assert process.exitcode == 0 and ours.recv() and capfd.readouterr().err == ""
