@@ -1,13 +1,14 @@
 """`judge`: compares arms with a baseline over seeds, for numbers of any program. Imports no torch."""
 
-import csv
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 from ngpt.config.base import ConfigError, unknown_message
+from ngpt.data.text.delimited import DELIMITERS, first_row, read_rows
 from tune import format as fmt
 from tune.analysis.verdicts import Goal
 from tune.analysis.verdicts import judge as judge_outcomes
@@ -135,28 +136,24 @@ def judge(
 def read_values(path: Path) -> dict[str, dict[int, float | None]]:
     """Reads a table with the columns arm, seed and value, which commas, semicolons or tabs divide.
 
-    Other columns are ignored. An empty value is None. Seeds that are not whole numbers are numbered in
-    sorted order.
+    Other columns are ignored. An empty value is None. Where commas do not divide the columns, they may be decimal.
+    Seeds that are not whole numbers are numbered in sorted order.
 
     Raises:
         ConfigError: the table cannot be read; the message names file and line.
         OSError: the file cannot be opened.
     """
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            first = file.readline()
-            file.seek(0)
-            lines = list(csv.reader(file, delimiter=max(",;\t", key=first.count)))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ConfigError(f"{path}: not a table of text: {error}") from None
-    header = [name.strip().lower() for name in lines[0]] if lines else []
+    delimiter = next((sign for sign in DELIMITERS[".csv"] if {*COLUMNS} <= {*_names(path, sign)}), ",")
+    rows = list(read_rows(path, delimiter))
+    header = _header(rows[0][1]) if rows else []
     if missing := [name for name in COLUMNS if name not in header]:
         raise ConfigError(f"{path}:1: the first line lacks {fmt.listing(missing)}; it must name arm, seed and value")
     if twice := [name for name in COLUMNS if header.count(name) > 1]:
         raise ConfigError(f"{path}:1: the first line names the column {twice[0]} twice")
     columns = [header.index(name) for name in COLUMNS]
-    cells: dict[str, dict[str, float | None]] = {}
-    for number, row in enumerate(lines[1:], 2):
+    cells: dict[str, dict[int | str, str]] = {}
+    lines: dict[int, str] = {}  # by line: the value
+    for number, row in rows[1:]:
         if not any(cell.strip() for cell in row):
             continue
         if len(row) <= max(columns):
@@ -164,19 +161,48 @@ def read_values(path: Path) -> dict[str, dict[int, float | None]]:
         if any(cell.strip() for cell in row[len(header) :]):
             raise ConfigError(f"{path}:{number}: {len(row)} cells in {len(header)} columns; quote cells with commas")
         arm, seed, text = (row[i].strip() for i in columns)
-        try:
-            value = float(text) if text else None
-        except ValueError:
-            raise ConfigError(f"{path}:{number}: value {text!r} is not a number") from None
         if not arm or not seed:
             raise ConfigError(f"{path}:{number}: the {'seed' if arm else 'arm'} is empty")
-        if seed in cells.setdefault(arm, {}):
+        if _seed(seed) in cells.setdefault(arm, {}):
             raise ConfigError(f"{path}:{number}: {arm} has seed {seed} twice")
-        cells[arm][seed] = value
+        cells[arm][_seed(seed)] = text
+        lines[number] = text
     if not cells:
         raise ConfigError(f"{path}: no rows after the first line, which names the columns")
+    values = _numbers(path, lines, may_have_commas=delimiter != ",")
     seeds = _numbered({seed for row in cells.values() for seed in row})
-    return {arm: {seeds[seed]: value for seed, value in row.items()} for arm, row in cells.items()}
+    return {arm: {seeds[seed]: values[text] for seed, text in row.items()} for arm, row in cells.items()}
+
+
+def _header(row: Sequence[str]) -> list[str]:
+    return [name.strip().lower() for name in row]
+
+
+def _names(path: Path, delimiter: str) -> list[str]:
+    return _header(first_row(path, delimiter) or [])
+
+
+def _numbers(path: Path, lines: Mapping[int, str], *, may_have_commas: bool) -> dict[str, float | None]:
+    """The number of each text that is a value. ConfigError names the line of one that is none, or may mean two."""
+    comma = next((number for number, text in lines.items() if may_have_commas and "," in text), None)
+    point = next((number for number, text in lines.items() if "." in text), None)
+    if comma is not None and point is not None:
+        text = f"value {lines[comma]!r} has a comma and {lines[point]!r} in line {point} a point: write one decimal sign"
+        raise ConfigError(f"{path}:{comma}: {text}")
+    values: dict[str, float | None] = {}
+    for number, text in lines.items():
+        try:
+            if "_" in text:  # Python's own grouping of digits
+                raise ValueError
+            values[text] = float(text.replace(",", ".") if may_have_commas else text) if text else None
+        except ValueError:
+            raise ConfigError(f"{path}:{number}: value {text!r} is not a number") from None
+    return values
+
+
+def _seed(text: str) -> int | str:
+    """A whole number, also as `3.0`, which pandas writes if a seed is missing elsewhere; else a name."""
+    return int(text.split(".")[0]) if re.fullmatch(r"[+-]?[0-9]{1,18}(\.0*)?", text) else text
 
 
 def default_baseline(arms: Sequence[str]) -> str:
@@ -198,12 +224,11 @@ def _formats(arms: Sequence[JudgedArm]) -> tuple[Callable[[float | None], str], 
     return number, lambda value: f"+{number(value)}" if value and value > 0 else number(value)
 
 
-def _numbered(seeds: set[str]) -> dict[str, int]:
-    try:
-        numbers = {seed: int(seed) for seed in seeds}
-    except ValueError:
-        return {seed: i for i, seed in enumerate(sorted(seeds), 1)}
-    return numbers if len({*numbers.values()}) == len(seeds) else {seed: i for i, seed in enumerate(sorted(seeds), 1)}
+def _numbered(seeds: set[int | str]) -> dict[int | str, int]:
+    """Whole numbers as they are; with a name among them, the rank of each."""
+    if all(isinstance(seed, int) for seed in seeds):
+        return {seed: int(seed) for seed in seeds}
+    return {seed: i for i, seed in enumerate(sorted(seeds, key=str), 1)}
 
 
 def _outcome(arm: str, seed: int, value: Any) -> TrialOutcome:

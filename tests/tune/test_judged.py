@@ -132,10 +132,37 @@ def test_columns_are_divided_as_the_first_line_is_and_seeds_may_have_names(tmp_p
 
 
 @pytest.mark.parametrize(
+    "text",
+    [
+        "arm;seed;value\nbase;1;5,25\nbase;2;\nwide;1;1e-3\nwide;2;4\n",
+        "arm\tseed\tvalue\nbase\t1\t5,25\nbase\t2\t\nwide\t1\t0,001\nwide\t2\t4\n",
+        "arm;seed;value\nbase;1;5.25\nbase;2;\nwide;1;0.001\nwide;2;4\n",
+    ],
+)
+def test_a_table_may_be_divided_by_semicolons_or_tabs_and_have_decimal_commas(tmp_path: Path, text: str) -> None:
+    assert read_values(write(tmp_path, text)) == {"base": {1: 5.25, 2: None}, "wide": {1: 0.001, 2: 4.0}}
+
+
+def test_a_seed_is_the_same_whether_it_is_written_as_a_whole_or_a_decimal_number(tmp_path: Path) -> None:
+    table = write(tmp_path, "arm,seed,value\nbase,1,5\nbase,2,6\nwide,1.0,4\nwide,2.0,5\n")
+    assert read_values(table) == {"base": {1: 5.0, 2: 6.0}, "wide": {1: 4.0, 2: 5.0}}
+
+
+def test_rows_behind_a_quote_that_is_not_closed_are_not_lost(tmp_path: Path) -> None:
+    table = write(tmp_path, 'arm,seed,value,note\nbase,1,5,ok\nwide,1,4,"looks fine\nwide,2,9,bad\nbase,2,6,ok\n')
+    with pytest.raises(ConfigError, match="line 3 is not a row of CSV: a quote is not closed"):
+        read_values(table)
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("", ":1: the first line lacks arm, seed and value; it must name arm, seed and value"),
         ("arm,seed\na,1\n", ":1: the first line lacks value; it must name arm, seed and value"),
+        ("arm;seed;value\na;1;3,5\na;2;3.25\n", ":2: value '3,5' has a comma and '3.25' in line 3 a point"),
+        ("arm,seed,value\na,1,1_5\n", ":2: value '1_5' is not a number"),
+        ("arm;seed;value\na;1;1,234,567\n", ":2: value '1,234,567' is not a number"),
+        ("arm,seed,value\na,1,2\na,1.0,3\n", ":3: a has seed 1.0 twice"),
         ("arm,seed,value\n", ": no rows after the first line, which names the columns"),
         ("arm,seed,value\na,1,2\na,1,3\n", ":3: a has seed 1 twice"),
         ("arm,seed,value\na,1,two\n", ":2: value 'two' is not a number"),
@@ -149,13 +176,13 @@ def test_a_wrong_table_is_answered_with_its_line(tmp_path: Path, text: str, mess
     table = write(tmp_path, text)
     with pytest.raises(ConfigError) as error:
         read_values(table)
-    assert str(error.value) == f"{table}{message}"
+    assert str(error.value).startswith(f"{table}{message}")
 
 
 def test_a_file_that_is_no_table_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "picture.csv"
     path.write_bytes(bytes(range(256)))
-    with pytest.raises(ConfigError, match="not a table of text"):
+    with pytest.raises(ConfigError, match="is not UTF-8 text"):
         read_values(path)
 
 

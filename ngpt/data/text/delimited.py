@@ -19,14 +19,15 @@ def read_delimited(path: Path, column: str, delimiters: tuple[str, ...]) -> Iter
     """Yields the text of each row. ConfigError with the line if one is invalid or has another number of columns."""
     delimiter, _ = _first_row(path, delimiters)
     csv.field_size_limit(max(MAX_DOCUMENT, csv.field_size_limit()))  # of the process; the default is 128 KiB
-    rows = _rows(path, delimiter)
+    rows = read_rows(path, delimiter)
     _, names = next(rows, (1, []))
     if column not in names:
         raise missing_column(path, column, names)
     if (count := names.count(column)) > 1:
         raise ConfigError(f"{path} has {count} columns {column!r}")
     index = names.index(column)
-    for where, row in rows:
+    for line, row in rows:
+        where = f"{path}, line {line}"
         if len(row) != len(names):
             raise ConfigError(f"{where} has {len(row)} columns, the first line {len(names)}")
         if "\0" in row[index]:
@@ -44,24 +45,25 @@ def delimited_columns(path: Path, delimiters: tuple[str, ...]) -> frozenset[str]
 
 def _first_row(path: Path, delimiters: tuple[str, ...]) -> tuple[str, list[str] | None]:
     """Returns the delimiter and the first row, or None in place of an invalid one."""
-    rows = {sign: _names(path, sign) for sign in delimiters}
+    rows = {sign: first_row(path, sign) for sign in delimiters}
     return next(((sign, row) for sign, row in rows.items() if len(row or ()) > 1), (delimiters[0], rows[delimiters[0]]))
 
 
-def _names(path: Path, delimiter: str) -> list[str] | None:
+def first_row(path: Path, delimiter: str) -> list[str] | None:
+    """The first row of a file, which names the columns; None if it is invalid."""
     try:
         return next((row for row in csv.reader(_lines(path), delimiter=delimiter, strict=True) if row), [])
     except csv.Error:
         return None
 
 
-def _rows(path: Path, delimiter: str) -> Iterator[tuple[str, list[str]]]:
-    """Yields where each row begins, and the row, without empty lines. ConfigError for one that is invalid."""
+def read_rows(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """Yields the line where each row begins, and the row, without empty lines. ConfigError for one that is invalid."""
     rows, line = csv.reader(_lines(path), delimiter=delimiter, strict=True), 1
     try:
         for row in rows:
             if row:
-                yield f"{path}, line {line}", row
+                yield line, row
             line = rows.line_num + 1
     except csv.Error as error:
         if "field limit" in str(error):
