@@ -187,7 +187,9 @@ def _numbers(path: Path, lines: Mapping[int, str], *, may_have_commas: bool) -> 
     comma = next((number for number, text in lines.items() if may_have_commas and "," in text), None)
     point = next((number for number, text in lines.items() if "." in text), None)
     if comma is not None and point is not None:
-        text = f"value {lines[comma]!r} has a comma and {lines[point]!r} in line {point} a point: write one decimal sign"
+        text = (
+            f"value {lines[comma]!r} has a comma and {lines[point]!r} in line {point} a point: write one decimal sign"
+        )
         raise ConfigError(f"{path}:{comma}: {text}")
     values: dict[str, float | None] = {}
     for number, text in lines.items():

@@ -46,7 +46,7 @@ SPLITS
 
 TOKEN FILES
   .bin of llm.c (versions 1 and 7), of modded-nanogpt and of Megatron (with its .idx), .npy, and bare uint16 as nanoGPT
-  writes it. Bare files that look wider than 16 bits are refused unless --token-dtype says what they hold.
+  writes it. Bare files that look wider, or like 8-bit tokens, are refused unless --token-dtype says what they hold.
 
 TOKENIZER
   sentencepiece:SIZE   trained on the train split, once; byte-level fallback, loses nothing

@@ -44,7 +44,7 @@ from ngpt.data.shard_index import (
     shard_vocab_size,
     splits_to_record,
 )
-from ngpt.data.sources import CORPORA, Corpus, ShardCorpus, hub_corpus, shards_identity, text_corpus
+from ngpt.data.sources import CORPORA, Corpus, ShardCorpus, hub_corpus, repetition, shards_identity, text_corpus
 from ngpt.data.splits import MODES, SplitFiles, split_files
 from ngpt.data.text.documents import COLUMN
 from ngpt.data.text.hub_datasets import SCHEME, parse_uri
@@ -334,7 +334,8 @@ def _is_done(folder: Path, key: str) -> bool:
 def _fill(config: DataConfig, final: Path, key: str, log: Log, workers: int | None) -> None:
     """Fills a temporary folder, or that of a killed process, and renames it to `final`. The caller holds the lock."""
     temp = final.with_name(f".tmp-{final.name}-{key}")
-    for stale in final.parent.glob(f".tmp-{final.name}-*"):
+    earlier = re.compile(rf"\.tmp-{re.escape(final.name)}-[0-9a-f]{{{len(key)}}}")
+    for stale in [path for path in final.parent.iterdir() if earlier.fullmatch(path.name)]:
         if stale != temp:
             shutil.rmtree(stale)
     temp.mkdir(exist_ok=True)
@@ -363,6 +364,8 @@ def _make(config: DataConfig, temp: Path, log: Log, workers: int | None) -> dict
             described = _describe(source.files, f"{config.val_fraction:g} {part}")
             if sum(map(len, described["files"].values())) > 1:
                 log(f"{source.name}: {described['chosen']}")
+            if warning := repetition(source.files):
+                log(f"{source.name}: warning: {warning}")
         described |= source.about
         return {"shard_folder": None} | described | tokenize(source, **how, workers=workers)
     if isinstance(source, ShardCorpus):

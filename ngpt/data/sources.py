@@ -26,6 +26,8 @@ from ngpt.data.text.documents import (
     read_documents,
     read_file,
     read_text,
+    refuse_repeated,
+    repeated_files,
     select_files,
     text_size,
 )
@@ -232,6 +234,16 @@ def hub_corpus(uri: str, column: str = COLUMN, splits: str = "names") -> Corpus:
     )
 
 
+def repetition(files: SplitFiles) -> str | None:
+    """Says which files repeat others, for instance as copies; None if there are none."""
+    if not (found := repeated_files([*files.train, *files.val, *files.test])):
+        return None
+    file, earlier = map(files.name, found[0])
+    repeats = f"{file} repeats the text of {earlier}"
+    more = f", as {len(found) - 1} more files do" if len(found) > 1 else ""
+    return f"{repeats}{more}: text to train on may be in val too"
+
+
 def shards_identity(paths: Sequence[Path], root: Path | None = None) -> list[list[Any]]:
     """Returns names below `root`, sizes and headers, and checksums of both ends of shards without a CRC."""
     identity = []
@@ -250,6 +262,7 @@ def shards_identity(paths: Sequence[Path], root: Path | None = None) -> list[lis
 
 def _choose(path: Path, files: Sequence[Path], splits: str) -> SplitFiles:
     """Assigns the files of a folder to splits. A file that is named itself is taken whatever its name says."""
+    refuse_repeated(files)
     return split_files(path, files, mode=splits) if path.is_dir() else split_files(path.parent, files, mode="fraction")
 
 

@@ -16,6 +16,7 @@ from ngpt.data.text.formats import FileFormat, Format, format_of
 from ngpt.data.text.json_documents import missing_column, read_json_array, read_json_lines, read_json_object
 from ngpt.data.text.streams import (
     BOM,
+    MAGIC,
     MAX_DOCUMENT,
     compression_of,
     open_stream,
@@ -54,16 +55,55 @@ class Selection(NamedTuple):
 
 
 def find_files(path: Path) -> list[Path]:
-    """Returns the file, or all non-hidden files below a folder, sorted. Raises ConfigError if there are none."""
+    """Returns the file, or all non-hidden files below a folder, sorted. Raises ConfigError if there are none.
+
+    Links to folders are followed, unless the files there are found without the link.
+    """
     if not path.exists():
         raise ConfigError(f"no such file: {path}")
     if path.is_file():
         return [path]
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    visible = [file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts)]
-    if not visible:
+    files: list[Path] = []
+    folders, links, seen = [path], list[Path](), set[Path]()
+    while folders or links:
+        folder = folders.pop() if folders else links.pop(0)  # a folder keeps its own name beside a link to it
+        if (real := folder.resolve()) in seen:
+            continue
+        seen.add(real)
+        for found in sorted(folder.iterdir()):
+            if found.name.startswith("."):
+                continue
+            if found.is_dir():
+                (links if found.is_symlink() else folders).append(found)
+            elif found.is_file():
+                files.append(found)
+    if not files:
         raise ConfigError(f"{path} has no files in it")
-    return visible
+    return sorted(files)
+
+
+def refuse_repeated(files: Sequence[Path]) -> None:
+    """Raises ConfigError if a file is there twice: under two names, or compressed and not."""
+    by_place: dict[object, Path] = {}
+    for file in files:
+        state = file.stat()
+        unpacked = file.with_suffix("") if file.suffix.lower() in MAGIC else file
+        for place in ((state.st_dev, state.st_ino), unpacked):
+            if (other := by_place.setdefault(place, file)) is not file:
+                raise ConfigError(f"{other} and {file} are one text, which would be read twice: remove one of them")
+
+
+def repeated_files(files: Sequence[Path]) -> list[tuple[Path, Path]]:
+    """Returns each file that has the content of an earlier one, with the earlier one. Empty files do not count."""
+    by_size: dict[int, list[Path]] = {}
+    for file in files:
+        by_size.setdefault(file.stat().st_size, []).append(file)
+    found, first = list[tuple[Path, Path]](), dict[str, Path]()
+    for size, alike in by_size.items():
+        for file in alike if size and len(alike) > 1 else ():
+            if (earlier := first.setdefault(file_sha256(file), file)) is not file:
+                found.append((file, earlier))
+    return found
 
 
 def holds_documents(path: Path) -> bool:

@@ -8,8 +8,9 @@
 | NumPy | `.npy` magic | as its header says |
 | a bare array, as nanoGPT writes it | nothing of the above | uint16, unless the content contradicts |
 
-A bare array that is wider than 16 bits would read as twice or four times as many tokens, most of them zero. Such a file
-is refused unless the setting `data.token_dtype` says how wide it is.
+A bare array that is wider than 16 bits would read as twice or four times as many tokens, most of them zero, and one of
+8-bit tokens, such as characters, as half as many. Such a file is refused unless the setting `data.token_dtype` says how
+wide it is.
 """
 
 import zlib
@@ -50,6 +51,8 @@ BLOCK = 1 << 20  # bytes of a bare file that are examined at once
 EVIDENCE = {0: (4, 1 / 64), 1: (16, 1 / 4), 3: (16, 1 / 4), 15: (16, 1 / 4)}
 SIGN = 0xFFFF  # the upper half of a small negative number, such as a mask of -100
 PRINTABLE = bytes(range(32, 127)) + b"\t\n\r"
+ENOUGH = 1000  # 16-bit numbers that tell an array of bytes
+MAX_ENTROPY = 6.0  # bits of each byte of text; the lower bytes of tokens of a large vocabulary have about 7
 PLENTY = 1000  # larger lower halves that decide without the rest of the file
 
 
@@ -89,8 +92,8 @@ def token_dtype(vocab_size: int) -> np.dtype:
 def find_layout(path: Path, bare_dtype: str | None = None) -> Layout:
     """Recognises the format from header and size. `bare_dtype`, in `BARE_DTYPES`, is the width of files without header.
 
-    Raises CorruptShardError for damaged files and other contents, and ConfigError for a bare array that is probably
-    wider than 16 bits if `bare_dtype` is None.
+    Raises CorruptShardError for damaged files and other contents, and ConfigError for a bare array that probably has
+    another width than 16 bits if `bare_dtype` is None.
     """
     if not path.is_file():
         raise CorruptShardError(path, "is not a file")
@@ -227,6 +230,8 @@ def _doubt(path: Path, size: int, changed: int) -> tuple[str, str] | None:
         return larger[limit] >= max(least, share * n_low)
 
     with path.open("rb") as file:
+        are_bytes = _are_bytes(file.read(BLOCK))
+        file.seek(0)
         while (data := file.read(BLOCK)) and (larger or is_ascii):
             is_ascii = is_ascii and not data.translate(None, PRINTABLE)
             halves = np.frombuffer(data, "<u2", len(data) // 2)
@@ -241,4 +246,21 @@ def _doubt(path: Path, size: int, changed: int) -> tuple[str, str] | None:
                 break
     if any(map(is_evident, larger)):
         return ("int64 tokens", "int64") if is_int64 else ("32-bit tokens (int32 or uint32)", "uint32")
-    return ("text, or bytes", "uint8") if is_ascii else None
+    if is_ascii:
+        return "text, or bytes", "uint8"
+    return ("8-bit tokens (uint8)", "uint8") if are_bytes else None
+
+
+def _are_bytes(data: bytes) -> bool:
+    """Whether both bytes of 16-bit numbers are distributed alike, and not as evenly as in tokens or noise.
+
+    The upper bytes of 16-bit tokens are small: all zero for up to 256 tokens, and mostly small for large vocabularies,
+    where the lower ones take all values.
+    """
+    pairs = np.frombuffer(data, np.uint8, len(data) // 2 * 2).reshape(-1, 2)
+    if len(pairs) < ENOUGH:
+        return False
+    lower, upper = (np.bincount(half, minlength=256) / len(pairs) for half in pairs.T)
+    entropy = -float(np.sum(lower * np.log2(lower, where=lower > 0, out=np.zeros(256))))
+    is_narrow = entropy < MAX_ENTROPY or not (lower + upper)[200:].any()
+    return is_narrow and upper[0] < 3 / 4 and float(np.abs(lower - upper).sum()) < 1 / 2

@@ -106,6 +106,16 @@ def test_a_folder_of_texts_is_read_by_name_with_its_line_ends(tmp_path: Path, ow
     assert (split["train"] + split["val"]).encode() == in_order
 
 
+def test_copies_of_a_text_are_said(tmp_path: Path, own_cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.txt").write_text("once upon a time there was a text\n" * 200)
+    (tmp_path / "a (1).txt").write_text((tmp_path / "a.txt").read_text())
+    (tmp_path / "b.txt").write_text("and another one\n" * 200)
+    assert main([str(tmp_path), "--tokenizer", "sentencepiece:300"]) == 0
+    assert (
+        "warning: a.txt repeats the text of a (1).txt: text to train on may be in val too\n" in capsys.readouterr().err
+    )
+
+
 ROWS = [{"body": {"text": f"Page {number} of the book.\n" * 9}, "text": f"{number}. "} for number in range(60)]
 
 
@@ -193,9 +203,11 @@ def test_a_failed_preparation_leaves_nothing_behind(
 
 def test_leftovers_of_a_killed_preparation_are_removed(data: DataConfig, own_cache: Path) -> None:
     final = prepare(data)
-    stale = own_cache / f".tmp-{final.name}-killed"
+    stale = own_cache / f".tmp-{final.name}-0123456789ab"
+    beside = own_cache / f".tmp-{final.name}-val-0123456789ab"  # of a corpus that another process prepares
     final.rename(stale)
-    assert prepare(data) == final and final.is_dir() and not stale.exists()
+    beside.mkdir()
+    assert prepare(data) == final and final.is_dir() and not stale.exists() and beside.is_dir()
 
 
 def test_of_two_concurrent_processes_one_prepares_and_the_other_waits(corpus: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ngpt.config.base import ConfigError
+from ngpt.data.sources import text_corpus
 from ngpt.data.text import documents, json_documents, streams, tables
 from ngpt.data.text.documents import (
     files_identity,
@@ -108,6 +109,36 @@ def test_files_are_read_by_name_from_all_folders_but_hidden_ones(tmp_path: Path)
     for name in ("b.jsonl", "a.jsonl", "z/c.jsonl", "z/.git/d.jsonl", ".e.jsonl"):
         write_json_lines(tmp_path / name, [name])
     assert list(read_documents(find_files(tmp_path))) == ["a.jsonl", "b.jsonl", "z/c.jsonl"]
+
+
+def test_links_to_folders_are_followed_and_no_file_is_read_twice(tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus"
+    (corpus / "b").mkdir(parents=True)
+    (tmp_path / "elsewhere" / "deep").mkdir(parents=True)
+    write_json_lines(corpus / "b" / "own.jsonl", ["own"])
+    write_json_lines(tmp_path / "elsewhere" / "deep" / "linked.jsonl", ["linked"])
+    (corpus / "part").symlink_to(tmp_path / "elsewhere")
+    (corpus / "a").symlink_to("b")  # is read as b, whichever name comes first
+    (corpus / "b" / "loop").symlink_to(corpus)
+    assert find_files(corpus) == [corpus / "b" / "own.jsonl", corpus / "part" / "deep" / "linked.jsonl"]
+
+
+@pytest.mark.parametrize("kind", ["link", "hard link", "compressed"])
+def test_a_text_that_would_be_read_twice_is_refused(tmp_path: Path, kind: str) -> None:
+    text = b"once upon a time\n" * 50
+    first, second = tmp_path / "a.txt", tmp_path / ("a.txt.gz" if kind == "compressed" else "latest.txt")
+    first.write_bytes(text)
+    if kind == "compressed":
+        second.write_bytes(gzip.compress(text))
+    elif kind == "link":
+        second.symlink_to("a.txt")
+    else:
+        second.hardlink_to(first)
+    (tmp_path / "A.txt").write_bytes(b"a name in other letters")
+    with pytest.raises(ConfigError, match=rf"a\.txt and .*{second.name} are one text.*: remove one of them"):
+        text_corpus(tmp_path)
+    second.unlink()
+    assert text_corpus(tmp_path).size() == len(text) + 23
 
 
 def test_the_size_of_the_text_is_estimated_without_reading_it(tmp_path: Path) -> None:

@@ -53,6 +53,33 @@ def test_an_array_of_16_bits_is_not_taken_for_a_wider_one(tmp_path: Path, ids: n
     assert read_ids(tmp_path / "a.bin") == np.asarray(ids).tolist()
 
 
+CHARACTERS = np.random.default_rng(0).geometric(0.08, 4000) % 65  # as frequent as in a text
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        CHARACTERS,
+        CHARACTERS % 4,
+        np.frombuffer("".join(f"\u00e9t\u00e9 {n}, \u4e2d\u6587 text. " for n in TEXT).encode(), np.uint8),
+    ],
+    ids=["characters", "DNA", "UTF-8"],
+)
+def test_an_array_of_bytes_is_not_read_as_half_as_many_tokens(tmp_path: Path, ids: np.ndarray) -> None:
+    ids.astype("u1")[: len(ids) // 2 * 2].tofile(tmp_path / "a.bin")
+    with pytest.raises(ConfigError, match=r"looks like 8-bit tokens.*set data\.token_dtype=uint8"):
+        read_shard(tmp_path / "a.bin")
+
+
+@pytest.mark.parametrize("vocab_size", [257, 300, 1500, 50_257, 65_536])
+@pytest.mark.parametrize("is_even", [True, False])
+def test_an_array_of_16_bits_is_not_taken_for_one_of_bytes(tmp_path: Path, vocab_size: int, is_even: bool) -> None:
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, vocab_size, 5000) if is_even else rng.zipf(1.2, 5000) % vocab_size
+    ids.astype("<u2").tofile(tmp_path / "a.bin")
+    assert read_ids(tmp_path / "a.bin") == ids.tolist()
+
+
 def test_a_wide_array_that_starts_with_padding_is_refused_too(tmp_path: Path) -> None:
     ids = np.concatenate([np.zeros(1 << 19, "<u4"), np.tile(TEXT, 20)])
     ids.astype("<u4").tofile(tmp_path / "a.bin")
