@@ -179,6 +179,8 @@ def _evaluate(options: argparse.Namespace) -> int:
     how: dict[str, Any] = {"tokenizer": options.tokenizer, "block_size": block_size}
     log = TerminalLog(quiet=options.json)
     text = open_text(config, checkpoint, is_own=is_own, log=log, **part, **how)
+    if not any(given.values()) and not text.trained_on and "data.fingerprint" in checkpoint.identity:
+        print_line(f"warning: {config.corpus} has changed since the training: this is another text than then")
     metrics = score(model, checkpoint, text, stride=stride, dtype=options.dtype, log=log)
     counted = [(metrics[f"eval_{unit}"], unit) for unit in ("tokens", "bytes", "words", "documents")]
     amount = ", ".join(f"{count:,} {unit[:-1] if count == 1 else unit}" for count, unit in counted if count is not None)

@@ -24,6 +24,7 @@ from ngpt.training.config import TrainConfig
 from ngpt.training.evaluation import evaluate
 from ngpt.training.load_model import load_model
 from tests.helpers import numpy_gpt, tiny_run
+from tests.helpers.vocabularies import write_gpt2
 
 
 def no_autocast() -> torch.autocast:
@@ -242,6 +243,21 @@ def test_the_runs_corpus_is_recognized_under_any_spelling_of_its_path(
     monkeypatch.chdir(tmp_path)
     found = [figures(capsys, tmp_path / "run", "--corpus", name) for name in (text, "own.txt", "run/../own.txt")]
     assert found[0]["trained_on_corpus"] and found[1] == found[0] == found[2]
+
+
+def test_a_corpus_that_was_edited_since_the_training_is_said(
+    tiny: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "own.txt"
+    text.write_text("A text that is still being written. " * 300)
+    data = {"data.corpus": str(text), "data.tokenizer": f"gpt2:{write_gpt2(tmp_path / 'gpt2')}"}
+    config = override(tiny, data | {"steps": 1})
+    tiny_run.run(config, tmp_path / "run", open_dataset(config.data))
+    assert main([str(tmp_path / "run")]) == 0
+    assert "warning" not in capsys.readouterr().err
+    text.write_text(text.read_text() + "Here it goes on. " * 300)
+    assert main([str(tmp_path / "run")]) == 0
+    assert f"warning: {text} has changed since the training: this is another text" in capsys.readouterr().err
 
 
 # ---- all of a text, in sliding windows -------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ngpt.config.base import ConfigError
-from ngpt.data.dataset import DataConfig, open_dataset, prepare
+from ngpt.data.dataset import DataConfig, fingerprint, open_dataset, prepare
 from ngpt.data.loader import eval_set
 from ngpt.training.config import TrainConfig
 from tune.planning.plan import preview
@@ -54,6 +54,13 @@ def check_unchanged(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     if changed := changed_shards(before.get("shards", {}), now.get("shards", {})):
         text = "shards have changed since this campaign began; restore them, or choose another --out:\n"
         raise ConfigError(text + "\n".join(changed))
+
+
+def check_not_edited(config: DataConfig, before: Mapping[str, Any]) -> None:
+    """Raises ConfigError if a corpus is not the one that `before` describes any more, while the campaign runs."""
+    if (now := fingerprint(config)) != (then := before["fingerprint"]):
+        text = f"the corpus {config.corpus} has changed since this run began ({then} then, {now} now)"
+        raise ConfigError(f"{text}; restore it and run the same command again, or choose another --out")
 
 
 def changed_shards(before: Mapping[str, Mapping[str, str]], now: Mapping[str, Mapping[str, str]]) -> list[str]:

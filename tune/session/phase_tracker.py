@@ -32,6 +32,7 @@ from tune.planning.plan import (
 )
 from tune.results.answer import settings_text
 from tune.results.summary import write_phase
+from tune.session.datasets import check_not_edited
 from tune.session.fresh_seeds import SeedAllocator
 from tune.session.trial_queue import TrialQueue
 from tune.spec.schema import Campaign, Phase
@@ -167,6 +168,7 @@ class PhaseTracker:
         return len(expanded.arms) > len(planned.arms) or len(expanded.looks) > len(planned.looks)
 
     def _plan(self, phase: Phase) -> None:
+        check_not_edited(self.campaign.base.data, self._state.campaign["data"])
         if phase.confirms:
             searched = self._state.phases[phase.confirms]
             phase = seeds_to_confirm(phase, searched.best, searched.seeds)

@@ -441,6 +441,7 @@ class Session:
             ranks=self.campaign.resources.ranks_per_trial,
             plugins=loaded_sources(),
             evaluation=evaluation,
+            corpus=self.state.campaign["data"]["fingerprint"] if trial.config.data == self.campaign.base.data else None,
         )
 
     def _packed(self) -> int:

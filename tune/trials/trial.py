@@ -19,7 +19,7 @@ import torch
 
 from ngpt.code.digest import current_code
 from ngpt.code.plugins import Source
-from ngpt.config.base import flatten, printable
+from ngpt.config.base import ConfigError, flatten, printable
 from ngpt.config.secrets import redact
 from ngpt.data.dataset import DataConfig, Dataset, open_dataset
 from ngpt.distributed.ranks import ALONE, Ranks
@@ -60,6 +60,7 @@ class TrialSpec:
     ranks: int = 1  # processes that train it together (tune/ranks), each with `threads`
     plugins: tuple[Source, ...] = ()  # loaded by the process of the campaign
     evaluation: DownstreamTasks | None = None  # set if it has been trained, and only runs downstream tasks
+    corpus: str | None = None  # fingerprint of the corpus that the campaign began with; None: any is right
 
     @property
     def name(self) -> str:
@@ -146,7 +147,7 @@ def train_trial(spec: TrialSpec, attempt: Attempt, ranks: Ranks = ALONE) -> Gene
     if ranks.is_first:
         prepare_trial_folder(spec.folder, spec.config)
     limit_gpu_memory(pick_device(spec.config.device), spec.packed)
-    dataset = open_cached_dataset(spec.config.data)
+    dataset = open_trial_dataset(spec)
     with contextlib.closing(train(spec.config, spec.folder, resume="latest", dataset=dataset, ranks=ranks)) as run:
         while True:
             try:
@@ -239,6 +240,18 @@ def prepare_trial_folder(folder: Path, config: TrainConfig) -> None:
 def open_cached_dataset(config: DataConfig) -> Dataset:
     """Opens a corpus and keeps it mapped for later trials in this worker."""
     return open_dataset(config)
+
+
+def open_trial_dataset(spec: TrialSpec) -> Dataset:
+    """Opens the corpus of a trial; ConfigError if it has been edited since the campaign began."""
+    dataset = open_cached_dataset(spec.config.data)
+    found = dataset.manifest["fingerprint"]
+    if spec.corpus is not None and spec.corpus != found:
+        text = (
+            f"the corpus {spec.config.data.corpus} has changed since this run began ({spec.corpus} then, {found} now)"
+        )
+        raise ConfigError(f"{text}; restore it and run the same command again, or choose another --out")
+    return dataset
 
 
 @functools.cache

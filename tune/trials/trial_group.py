@@ -26,7 +26,7 @@ from tune.trials.trial import (
     TrialResult,
     TrialSpec,
     limit_gpu_memory,
-    open_cached_dataset,
+    open_trial_dataset,
     plugin_problem,
     prepare_trial_folder,
     run_trial,
@@ -118,7 +118,7 @@ def _train_group(specs: Sequence[TrialSpec], running: dict[int, TrialSpec]) -> T
     if problem := plugin_problem(specs[0].plugins):
         raise problem
     attempts = [Attempt(spec, vectorised=len(specs)) for spec in specs]
-    dataset = open_cached_dataset(specs[0].config.data)
+    dataset = open_trial_dataset(specs[0])
     for spec in specs:
         prepare_trial_folder(spec.folder, spec.config)
     configs, folders = [spec.config for spec in specs], [spec.folder for spec in specs]

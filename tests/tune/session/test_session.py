@@ -488,6 +488,25 @@ def test_a_corpus_with_other_content_is_refused(root: Path, file: Path) -> None:
     assert (root / "journal.jsonl").read_bytes() == before
 
 
+def test_a_corpus_that_is_edited_while_the_campaign_runs_stops_it_before_the_next_phase(
+    tmp_path: Path, corpus: Path, root: Path
+) -> None:
+    copy = tmp_path / "topics.txt"
+    copy.write_text(corpus.read_text())
+    file = write_file(tmp_path, copy)
+    with session_on(file, root) as session:
+        given = drive(begun(session), most=3)
+        last = next_trial(session)
+        assert last is not None and {spec.phase for spec in given} == {last.phase}
+        copy.write_text(corpus.read_text() + "one line more\n")
+        with pytest.raises(ConfigError, match=r"topics\.txt has changed since this run began"):
+            session.tell(last.trial_id, pretend(last))
+    copy.write_text(corpus.read_text())
+    with session_on(file, root) as session:
+        rest = drive(begun(session))
+    assert rest and not {spec.trial_id for spec in rest} & {spec.trial_id for spec in [*given, last]}
+
+
 @pytest.mark.slow
 def test_another_corpus_of_the_same_name_gives_other_trials(tmp_path: Path, root: Path, corpus: Path) -> None:
     copy = tmp_path / "topics.txt"

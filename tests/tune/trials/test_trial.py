@@ -95,6 +95,12 @@ def test_the_record_has_the_end_of_a_long_error_and_the_file_all_of_it(
     assert len((spec.folder / "error.txt").read_text()) > 10_000
 
 
+def test_a_trial_on_a_corpus_that_was_edited_meanwhile_fails(spec: TrialSpec) -> None:
+    result = finish(run_trial(replace(spec, corpus="0123456789ab")))
+    assert result.status == "failed" and not list(spec.folder.glob("checkpoints/*"))
+    assert result.error is not None and "has changed since this run began (0123456789ab then, " in result.error
+
+
 def test_a_folder_that_cannot_be_created_is_a_failed_trial(spec: TrialSpec, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     result = finish(run_trial(replace(spec, folder=tmp_path / "file" / "t")))
