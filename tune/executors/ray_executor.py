@@ -246,8 +246,10 @@ class SessionSearcher(Searcher):
         waiting = (self._unfinished.get(trial_id, {}) for trial_id in sorted(self._waiting))
         self._session.set_waiting([name for specs in waiting for name in specs])
 
-    def worker_died(self, trial_id: str, error: str, node_id: str | None = None, *, started: bool = True) -> None:
-        """Stores the cause of a worker's death, given Ray's error and its node; `on_trial_complete` is called next.
+    def worker_died(self, trial_id: str, error: str, nodes: Sequence[str] = (), *, started: bool = True) -> None:
+        """Stores the cause of a worker's death, given Ray's error; `on_trial_complete` is called next.
+
+        `nodes` are the ids of those of its ranks, in their order, or of the one that it was on; empty if not known.
 
         Raises:
             NoUsableNode: no node is left on which workers can start.
@@ -255,19 +257,20 @@ class SessionSearcher(Searcher):
         causes = {OUT_OF_MEMORY: "host_oom", GpuUnusable.__name__: "gpu_error", NODE_DIED: "node_lost"}
         causes |= {NodeUnfit.__name__: "node_unfit", StoreLost.__name__: "store_lost"}
         cause = next((cause for text, cause in causes.items() if text in error), "killed")
-        if cause == "node_unfit" and node_id is not None:
-            self._cluster.nodes.set_aside(node_id, NodeUnfit.reason(error))
+        if cause == "node_unfit" and nodes:
+            rank, reason = NodeUnfit.of_rank(error)
+            self._cluster.nodes.set_aside(nodes[rank], reason)
             self._look_for_usable()
-        elif cause == "killed" and node_id is not None:
+        elif cause == "killed" and nodes:
             self.look_around(now=True)
-            if not self._cluster.has_node(node_id):
+            if not all(map(self._cluster.has_node, nodes)):
                 cause = "node_lost"
         reason = None
         if not started and cause == "killed":
             reason = start_error(error)
             if self._cluster.address:
                 cause = "cannot_start"
-                self._cluster.nodes.note_start_failure(node_id or address_in(error), reason)
+                self._cluster.nodes.note_start_failure(next(iter(nodes), address_in(error)), reason)
                 self._look_for_usable()
         self._death_causes[trial_id] = cause, reason
 

@@ -62,9 +62,11 @@ class NodeUnfit(RuntimeError):
     """No trial of the campaign can run on this node; the message says why."""
 
     @classmethod
-    def reason(cls, error: str) -> str:
-        """The message in a traceback that ends with this exception."""
-        return error.rpartition(f"{cls.__name__}: ")[2].partition("\n")[0].strip()
+    def of_rank(cls, error: str) -> tuple[int, str]:
+        """The rank that cannot run, 0 if there is only one, and the reason, in a traceback of this exception."""
+        message = error.rpartition(f"{cls.__name__}: ")[2].partition("\n")[0].strip()
+        found = re.fullmatch(r"rank (\d+): (.*)", message)
+        return (int(found[1]), found[2]) if found else (0, message)
 
 
 @contextlib.contextmanager

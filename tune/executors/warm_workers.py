@@ -6,7 +6,7 @@ Tune has no public interface for most of this, so it reads the controller's own 
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Callable, Set
+from collections.abc import Callable, Sequence, Set
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -46,8 +46,8 @@ class TrialSource(Protocol):
         """Asks the trials of a Tune trial to save and stop, to continue on another node."""
         ...
 
-    def worker_died(self, trial_id: str, error: str, node_id: str | None, *, started: bool) -> None:
-        """Tells Ray's error for a dead worker, the node that it was on, and whether it has ever been ready."""
+    def worker_died(self, trial_id: str, error: str, nodes: Sequence[str], *, started: bool) -> None:
+        """Tells Ray's error for a dead worker, the nodes that it was on, and whether it has ever been ready."""
         ...
 
 
@@ -67,8 +67,9 @@ class WarmWorkerScheduler(FIFOScheduler):
         self._controller: Any = None  # of Tune, once the first trial was added
         self._reserved = Counter[Any]()  # places for idle workers in Tune's cache, by the resources of a worker
         self._gpus: dict[Any, str] = {}  # of each worker that has chosen one
-        self._node_of_worker: dict[Any, str | None] = {}
-        self._node_of_trial: dict[str, str | None] = {}
+        # The nodes of a worker are those of its ranks, in their order; it is on the first. Empty if not known.
+        self._nodes_of_worker: dict[Any, Sequence[str]] = {}
+        self._nodes_of_trial: dict[str, Sequence[str]] = {}
         self._queued_at: dict[str, float] = {}  # by Tune trial without a place: when it was first seen
         self._leaving: set[str] = set()  # Tune trials that were asked to leave their node
 
@@ -110,7 +111,7 @@ class WarmWorkerScheduler(FIFOScheduler):
         error = Path(trial.error_file).read_text() if trial.error_file else ""
         worker = tune_controller._trial_to_actor.get(trial)  # Tune has forgotten it already if it was ready once
         started = worker is None or worker in tune_controller._started_actors
-        self._source.worker_died(trial.trial_id, error, self._node_of_trial.get(trial.trial_id), started=started)
+        self._source.worker_died(trial.trial_id, error, self._nodes_of_trial.get(trial.trial_id, ()), started=started)
 
     def kill_worker(self, trial_id: str | None) -> None:
         """Kills the worker of a Tune trial, wherever it runs; other threads may call this.
@@ -146,31 +147,31 @@ class WarmWorkerScheduler(FIFOScheduler):
             tune_controller.stop_trial(trial)
 
     def _note_nodes(self, tune_controller: Any) -> None:
-        """Notes the node of each worker, as soon as it has a place, and of the trial that it runs."""
+        """Notes the nodes of each worker, as soon as it has a place, and of the trial that it runs."""
         live = tune_controller._actor_manager._live_actors_to_ray_actors_resources
-        self._node_of_worker = {worker: node for worker, node in self._node_of_worker.items() if worker in live}
-        nodes = dict[str, str | None]()
+        self._nodes_of_worker = {worker: nodes for worker, nodes in self._nodes_of_worker.items() if worker in live}
+        of_trial = dict[str, Sequence[str]]()
         for worker, trial in tune_controller._actor_to_trial.items():
             if worker in live:
-                if worker not in self._node_of_worker:
-                    table = placement_group_table(live[worker][1].placement_group)
-                    self._node_of_worker[worker] = table.get("bundles_to_node_id", {}).get(0)
-                nodes[trial.trial_id] = self._node_of_worker[worker]
+                if worker not in self._nodes_of_worker:
+                    bundles = placement_group_table(live[worker][1].placement_group).get("bundles_to_node_id", {})
+                    self._nodes_of_worker[worker] = [bundles[index] for index in sorted(bundles)]
+                of_trial[trial.trial_id] = self._nodes_of_worker[worker]
         # A failed worker is removed before its trial is known to have failed.
         unfinished = {trial.trial_id for trial in tune_controller._running_trials | tune_controller._pending_trials}
-        kept = {name: node for name, node in self._node_of_trial.items() if name in unfinished}
-        self._node_of_trial = kept | nodes
+        kept = {name: nodes for name, nodes in self._nodes_of_trial.items() if name in unfinished}
+        self._nodes_of_trial = kept | of_trial
 
     def _leave_nodes(self, tune_controller: Any, usable: Set[str]) -> None:
         """Moves the trials and ends the idle workers of nodes that are being taken away."""
-        self._leaving &= self._node_of_trial.keys()
-        for trial_id, node in self._node_of_trial.items():
-            if node and node not in usable and trial_id not in self._leaving:
+        self._leaving &= self._nodes_of_trial.keys()
+        for trial_id, nodes in self._nodes_of_trial.items():
+            if not usable >= {*nodes} and trial_id not in self._leaving:
                 self._leaving.add(trial_id)
                 self._source.leave_node(trial_id)
         cache = tune_controller._actor_cache
         for idle in cache._cached_objects.values():
-            for worker in [each for each in idle if (node := self._node_of_worker.get(each)) and node not in usable]:
+            for worker in [each for each in idle if not usable >= {*self._nodes_of_worker.get(each, ())}]:
                 idle.remove(worker)
                 cache._num_cached_objects -= 1
                 worker.set_on_stop(None)  # as Tune does for idle workers that it ends

@@ -406,7 +406,7 @@ def test_a_worker_that_cannot_start_is_charged_to_its_node(small: Path, tmp_path
         searcher = SessionSearcher(begun(session), cluster)
         for trial in range(2):
             searcher.suggest(str(trial))
-            searcher.worker_died(str(trial), f"ip=10.0.0.2\n{reason}", None, started=False)
+            searcher.worker_died(str(trial), f"ip=10.0.0.2\n{reason}", (), started=False)
             searcher.on_trial_complete(str(trial), None, error=True)
         died = [event for event in session.journal.events if event["event"] == "worker_died"]
         assert [(event["cause"], event["reason"]) for event in died] == [("cannot_start", reason)] * 2
@@ -420,7 +420,7 @@ def test_the_reason_why_a_worker_of_a_private_ray_cannot_start_is_recorded(small
         searcher = SessionSearcher(begun(session), cluster)
         searcher.suggest("a")
         while not session.state.results:
-            searcher.worker_died("a", "OSError: [Errno 28] No space left on device: '/x'", None, started=False)
+            searcher.worker_died("a", "OSError: [Errno 28] No space left on device: '/x'", (), started=False)
             searcher.on_trial_complete("a", None, error=True)
             searcher.suggest("a")
         (result,) = session.state.results.values()
@@ -513,30 +513,36 @@ def test_trials_that_saved_to_leave_their_node_are_tried_again_elsewhere(small: 
         assert [e["cause"] for e in session.journal.events if e["event"] == "worker_died"] == ["node_lost"]
 
 
-@pytest.mark.parametrize(("node", "cause"), [("a1", "killed"), ("b2", "node_lost"), (None, "killed")])
+@pytest.mark.parametrize(
+    ("nodes", "cause"), [(["a1"], "killed"), (["b2"], "node_lost"), (["a1", "b2"], "node_lost"), ([], "killed")]
+)
 def test_a_worker_that_died_with_its_node_is_told_from_one_that_crashed(
-    small: Path, tmp_path: Path, node: str | None, cause: str
+    small: Path, tmp_path: Path, nodes: list[str], cause: str
 ) -> None:
     cluster = fixed_cluster(1)
     cluster.has_node = {"a1"}.__contains__
     with session_on(small, tmp_path / "tiny") as session:
         searcher = SessionSearcher(begun(session), cluster)
         searcher.suggest("a")
-        searcher.worker_died("a", "ActorDiedError", node)
+        searcher.worker_died("a", "ActorDiedError", nodes)
         searcher.on_trial_complete("a", None, error=True)
         assert [e["cause"] for e in session.journal.events if e["event"] == "worker_died"] == [cause]
 
 
-def test_a_node_that_cannot_train_is_set_aside_with_its_reason(small: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("of_rank", "on"), [("", ["2"]), ("rank 1: ", ["1", "2"])])
+def test_a_node_that_cannot_train_is_set_aside_with_its_reason(
+    small: Path, tmp_path: Path, of_rank: str, on: list[str]
+) -> None:
     nodes = [Node(n, f"host{n}", f"10.0.0.{n}", {"CPU": 1.0, "GPU": 1.0}) for n in "12"]
     cluster = RayCluster(Resources(), address="10.0.0.1:6379")
     cluster.nodes = NodeWatch(lambda: nodes)
     cluster._count_workers(cluster.nodes.offers)
-    error = "ActorDiedError: ...\ntune.executors.ray_trainable.NodeUnfit: Ray offers a GPU, but there is none\n"
+    reason = f"{of_rank}Ray offers a GPU, but there is none"
+    error = f"ActorDiedError: ...\ntune.executors.ray_trainable.NodeUnfit: {reason}\n"
     with session_on(small, tmp_path / "tiny") as session:
         searcher = SessionSearcher(begun(session, workers=2), cluster)
         spec = searcher.suggest("a")["specs"][0]
-        searcher.worker_died("a", error, "2")
+        searcher.worker_died("a", error, on)
         searcher.on_trial_complete("a", None, error=True)
         again = searcher.suggest("b")
         assert (again["specs"][0].trial_id, again["avoid"], cluster.workers) == (spec.trial_id, ["2"], 1)
@@ -544,7 +550,7 @@ def test_a_node_that_cannot_train_is_set_aside_with_its_reason(small: Path, tmp_
         (changed,) = [e["reason"] for e in session.journal.events if e["event"] == "workers_changed"]
         assert changed == "host2 (10.0.0.2) is not used: Ray offers a GPU, but there is none; workers 1"
         with pytest.raises(NoUsableNode, match="no node is left that trials can use: Ray offers a GPU"):
-            searcher.worker_died("b", error, "1")
+            searcher.worker_died("b", error, ["1", "1"])
 
 
 @pytest.mark.parametrize(

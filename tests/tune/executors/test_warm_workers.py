@@ -175,12 +175,15 @@ def test_trials_and_idle_workers_leave_a_node_that_is_taken_away(monkeypatch: py
 
         def set_on_error(self, _: None) -> None: ...
 
-    monkeypatch.setattr("tune.executors.warm_workers.placement_group_table", lambda at: {"bundles_to_node_id": {0: at}})
+    def table(at: str) -> dict[str, Any]:  # in any order
+        return {"bundles_to_node_id": dict(reversed([*enumerate(at.split())]))}
+
+    monkeypatch.setattr("tune.executors.warm_workers.placement_group_table", table)
     about = source(node_ids={"n1", "n2"})
     scheduler = WarmWorkerScheduler(about)
     idle = {Worker("idle1"): "n1", Worker("idle2"): "n2"}
-    cluster = Cluster({"a": "n1", "b": "n2"}, ["c"], idle)  # type: ignore[arg-type]
-    scheduler._node_of_worker = dict(idle)
+    cluster = Cluster({"a": "n1", "b": "n1 n2"}, ["c"], idle)  # type: ignore[arg-type]
+    scheduler._nodes_of_worker = {worker: [node] for worker, node in idle.items()}
     scheduler.choose_trial_to_run(cluster.tune)
     assert (about.left, cluster.ended) == ([], [])
     about.node_ids = {"n1"}
@@ -189,4 +192,4 @@ def test_trials_and_idle_workers_leave_a_node_that_is_taken_away(monkeypatch: py
     assert (about.left, cluster.ended) == (["b"], ["idle2"])
     assert cluster.tune._actor_cache.num_cached_objects == 1
     scheduler.on_trial_error(cluster.tune, cluster.trials["b"])  # type: ignore[arg-type]
-    assert about.died == [("b", "", "n2", True)]
+    assert about.died == [("b", "", ["n1", "n2"], True)]
