@@ -199,9 +199,6 @@ def rank_problems(config: TrainConfig, count: int) -> Iterator[Problem]:
     """Yields what keeps `count` ranks from training with these settings, at the setting to change."""
     if config.batch_size % count:
         yield Problem(("batch_size",), f"{config.batch_size} sequences cannot be divided among {count} ranks")
-    if count > 1 and config.tracker.sample_tokens:
-        text = "is for one rank: set it to 0, and use `python -m ngpt.generate` later"
-        yield Problem(("tracker.sample_tokens",), text)
     yield from problems_of(config.distributed, count)
 
 

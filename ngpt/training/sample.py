@@ -10,7 +10,7 @@ from ngpt.model import diagnostics
 from ngpt.system.atomic_files import describe_os_error, write_atomic
 from ngpt.system.memory import is_out_of_memory
 from ngpt.training.checkpoint import newest_checkpoint
-from ngpt.training.load_model import checkpoint_tokenizer
+from ngpt.training.load_model import build_model, checkpoint_tokenizer
 from ngpt.training.run import Run
 
 SAMPLE_FILE = "sample.txt"
@@ -24,7 +24,10 @@ def write_sample(run: Run) -> None:
 
     The text depends on the weights only, and no number of the run depends on it: it has random numbers of its own, and
     the run's last metrics have been taken. If it cannot be written, the log says why, and the run has finished anyway.
+    Of several ranks, the first one writes it alone.
     """
+    if not run.ranks.is_first:
+        return
     path, tokens = run.out_dir / SAMPLE_FILE, run.config.tracker.sample_tokens
     try:
         if not tokens:
@@ -45,16 +48,18 @@ def sample_text(run: Run, tokens: int) -> str | None:
     """Returns a text of the run's model, with the tokenizer of its newest checkpoint; None if that has none."""
     checkpoint = newest_checkpoint(Path(run.out_dir) / "checkpoints")
     tokenizer = checkpoint_tokenizer(checkpoint) if checkpoint else None
-    if tokenizer is None:
+    if checkpoint is None or tokenizer is None:
         log.warning("the sample text was not written: no tokenizer decodes the tokens of this corpus")
         return None
-    continuation, was_training = Continuation(encode_prompt("", tokenizer), tokenizer), run.model.training
-    run.model.eval()
+    # Where ranks have parts of the weights, the checkpoint of the last step has them whole.
+    model = build_model(checkpoint, device=run.config.device) if run.replica.saves_shards else run.model
+    continuation, was_training = Continuation(encode_prompt("", tokenizer), tokenizer), model.training
+    model.eval()
     try:
-        with diagnostics.restore_counts(run.model):
+        with diagnostics.restore_counts(model):
             how = {"max_tokens": tokens, "sampling": SAMPLING, "seed": SEED, "dtype": run.config.dtype}
-            for _ in continue_all(run.model, tokenizer, [continuation], **how):
+            for _ in continue_all(model, tokenizer, [continuation], **how):
                 pass
     finally:
-        run.model.train(was_training)
+        model.train(was_training)
     return continuation.unprinted

@@ -56,10 +56,10 @@ class ActorPool(RankPool):
         self._ranks: list[Any] = []
         self._calls: dict[Any, int] = {}  # unanswered: the rank of each
 
-    def start(self) -> None:
+    def start(self, count: int) -> None:
         group = get_current_placement_group()
         assert group is not None, "Tune makes one for each trial"
-        for index in range(len(self._ranks), self.count):
+        for index in range(len(self._ranks), count):
             place = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
             wanted = {"num_cpus": self._bundle.get("CPU", 0), "num_gpus": self._bundle.get("GPU", 0)}
             actor = TrialRank.options(scheduling_strategy=place, **wanted).remote(self._campaign, index, self._umask)

@@ -43,12 +43,13 @@ class RankPool(ABC):
 
     def __init__(self, count: int, *, host: str = LOOPBACK) -> None:
         self.count, self._host = count, host
+        self._active = range(count)  # ranks of the current attempt
         self._store: TCPStore | None = None
         self._attempts = itertools.count()
 
     @abstractmethod
-    def start(self) -> None:
-        """Starts the processes that do not exist."""
+    def start(self, count: int) -> None:
+        """Starts those processes of the first `count` ranks that do not exist."""
 
     @abstractmethod
     def seat(self, **about: Any) -> Seat:
@@ -67,18 +68,31 @@ class RankPool(ABC):
         """Kills all processes and waits until they are gone, as far as that can be known."""
 
     def begin(self, spec: TrialSpec, halvings: int) -> None:
-        """Has all ranks begin an attempt at a trial."""
+        """Has all ranks begin an attempt at a trial; of a trained one, the first rank alone runs downstream tasks."""
         if self._store is None:
             self._store = open_store(self._host)
-        self.start()
+        self._active = range(self.count if spec.evaluation is None else 1)
+        self.start(len(self._active))
         where = {"host": self._host, "port": self._store.port, "group": f"{os.getpid()}-{next(self._attempts)}"}
-        for index in range(self.count):
+        for index in self._active:
             self.send(index, "begin", spec, self.seat(index=index, count=self.count, halvings=halvings, **where))
 
     def advance(self, *, leave: bool = False) -> None:
         """Has all ranks train to the next evaluation, or leave the trial."""
-        for index in range(self.count):
+        for index in self._active:
             self.send(index, "advance", leave)
+
+    def collect(self, check: Callable[[], object] = lambda: None) -> list[tuple[int, Answer]]:
+        """Waits for the answers of all ranks, or for some time after a failure; in the order in which they came."""
+        answers: list[tuple[int, Answer]] = []
+        deadline = float("inf")
+        while len(answers) < len(self._active) and (left := deadline - time.monotonic()) > 0:
+            for index, answer in self.receive(min(left, 1.0)):
+                answers.append((index, answer))
+                if answer.kind not in STOPPED | {"evaluated"}:
+                    deadline = min(deadline, time.monotonic() + GRACE)
+            check()
+        return answers
 
 
 def run_on_ranks(spec: TrialSpec, pool: RankPool, *, check: Callable[[], object] = lambda: None) -> Trials:
@@ -104,7 +118,7 @@ def _attempt(
 ) -> Generator[Updates, Collection[str] | None, bool]:
     """Returns whether the trial has ended or stopped; otherwise memory ran out too late for the ranks to agree."""
     try:
-        answers = _collect(pool, check)
+        answers = pool.collect(check)
         while (kinds := _kinds(answers)) == {"evaluated"}:
             interim = Updates(interim={spec.trial_id: next(filter(None, (each.result for _, each in answers)))})
             try:
@@ -113,7 +127,7 @@ def _attempt(
                 _stop(spec, pool)
                 raise
             pool.advance(leave=spec.trial_id in (to_stop or ()))
-            answers = _collect(pool, check)
+            answers = pool.collect(check)
         if len(kinds) > 1 or not kinds <= STOPPED:
             pool.kill()
         if "late_oom" in kinds:
@@ -135,19 +149,6 @@ def _kinds(answers: Sequence[tuple[int, Answer]]) -> set[str]:
     return {answer.kind for _, answer in answers}
 
 
-def _collect(pool: RankPool, check: Callable[[], object] = lambda: None) -> list[tuple[int, Answer]]:
-    """Waits for the answers of all ranks, or for some time after a failure; in the order in which they came."""
-    answers: list[tuple[int, Answer]] = []
-    deadline = float("inf")
-    while len(answers) < pool.count and (left := deadline - time.monotonic()) > 0:
-        for index, answer in pool.receive(min(left, 1.0)):
-            answers.append((index, answer))
-            if answer.kind not in STOPPED | {"evaluated"}:
-                deadline = min(deadline, time.monotonic() + GRACE)
-        check()
-    return answers
-
-
 def _result(spec: TrialSpec, answers: Sequence[tuple[int, Answer]]) -> TrialResult:
     """The result of the trial, or of the rank that failed first; raises RanksDied if the trial is to be retried."""
     if _kinds(answers) == {"ended"}:
@@ -158,7 +159,7 @@ def _result(spec: TrialSpec, answers: Sequence[tuple[int, Answer]]) -> TrialResu
         raise RanksDied(f"the ranks of {spec.name} have lost each other ({told})")
     index, answer = causes[0]
     if answer.kind == "unfit":
-        raise RankUnfit(answer.reason or "")
+        raise RankUnfit(f"rank {index}: {answer.reason}")
     if answer.result is None:
         raise RanksDied(f"rank {index} of {spec.ranks} has died: {answer.reason}")
     return answer.result
@@ -169,6 +170,6 @@ def _stop(spec: TrialSpec, pool: RankPool) -> None:
     saves, kinds = stop_requested(spec.folder), {"evaluated"}
     while kinds == {"evaluated"}:
         pool.advance(leave=not saves)
-        kinds = _kinds(_collect(pool))
+        kinds = _kinds(pool.collect())
     if len(kinds) > 1 or not kinds <= STOPPED:
         pool.kill()

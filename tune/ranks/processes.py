@@ -38,10 +38,10 @@ class ProcessPool(RankPool):
         """The ids of the processes, in the order of the ranks; empty if there are none now."""
         return [process.pid for process, _ in self._ranks]
 
-    def start(self) -> None:
+    def start(self, count: int) -> None:
         context = multiprocessing.get_context("spawn")
         with hide_main_module(), _blocked(signal.SIGINT):
-            for index in range(len(self._ranks), self.count):
+            for index in range(len(self._ranks), count):
                 ours, theirs = context.Pipe()
                 process = context.Process(target=_serve, args=(theirs,), name=f"rank {index}", daemon=True)
                 process.start()

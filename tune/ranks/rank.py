@@ -15,9 +15,18 @@ from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPri
 from ngpt.distributed.join import TIMEOUT, process_group
 from ngpt.distributed.network import INTERFACE_VARIABLE, interface_to
 from ngpt.distributed.ranks import LateOutOfMemory, OtherRankOutOfMemory, RankLost
+from ngpt.downstream.config import DownstreamTasks
 from ngpt.system import gpus
 from tune.trials.folder_lock import hold_folders
-from tune.trials.trial import Attempt, TrialResult, TrialSpec, freeze_loaded_objects, plugin_problem, train_trial
+from tune.trials.trial import (
+    Attempt,
+    TrialResult,
+    TrialSpec,
+    evaluate_trained,
+    freeze_loaded_objects,
+    plugin_problem,
+    train_trial,
+)
 
 # What a rank says of itself: it was evaluated, has ended the trial, has saved and stopped on request, was told to
 # leave; it has failed, only because another has ("lost", "short"), or because memory ran out too late to agree on it;
@@ -71,7 +80,12 @@ def _train(spec: TrialSpec, seat: Seat) -> Generator[Answer, bool, None]:
     try:
         if problem is not None:
             raise problem
-        answer = yield from _train_together(spec, seat, attempt)
+        if (reason := _use_device(seat)) is not None:
+            answer = Answer("unfit", reason=reason)
+        elif spec.evaluation is not None:
+            answer = _evaluate_alone(spec, spec.evaluation, attempt)
+        else:
+            answer = yield from _train_together(spec, seat, attempt)
     except RankLost as error:
         answer = Answer("lost", reason=str(error))
     except LateOutOfMemory as error:
@@ -84,12 +98,27 @@ def _train(spec: TrialSpec, seat: Seat) -> Generator[Answer, bool, None]:
     yield answer
 
 
-def _train_together(spec: TrialSpec, seat: Seat, attempt: Attempt) -> Generator[Answer, bool, Answer]:
-    """Yields each evaluation; returns how the trial has ended."""
+def _use_device(seat: Seat) -> str | None:
+    """Takes the GPU of this rank, if it has one; returns why it cannot train here, or None."""
     if seat.gpu is not None:
         gpus.use(seat.gpu)
     elif seat.needs_gpu and not gpus.is_available():  # with `device: auto` it would use the CPU
-        return Answer("unfit", reason=f"Ray offers a GPU, but {gpus.why_unavailable()}")
+        return f"Ray offers a GPU, but {gpus.why_unavailable()}"
+    return None
+
+
+def _evaluate_alone(spec: TrialSpec, tasks: DownstreamTasks, attempt: Attempt) -> Answer:
+    """Runs the downstream tasks of a trained trial on the first rank, as on one device; the others have no part."""
+    with hold_folders([spec]), contextlib.closing(evaluate_trained(spec, tasks, attempt)) as run:
+        try:
+            next(run)
+        except StopIteration as end:
+            return Answer("ended", end.value)
+    return Answer("paused")  # it yields after a stop request only
+
+
+def _train_together(spec: TrialSpec, seat: Seat, attempt: Attempt) -> Generator[Answer, bool, Answer]:
+    """Yields each evaluation; returns how the trial has ended."""
     if interface := interface_to(seat.host):
         os.environ.setdefault(INTERFACE_VARIABLE, interface)
     with contextlib.ExitStack() as stack:

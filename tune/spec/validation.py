@@ -361,9 +361,6 @@ def check_evaluation(header: Header, phases: Sequence[str]) -> Reading[None]:
     for i, name in enumerate(header.evaluation.phases):
         if name not in phases:
             yield Problem((EVALUATION, "phases", i), unknown_message("phase", name, phases))
-    if header.resources.ranks_per_trial > 1:
-        text = "trials on several ranks are not evaluated; use `python -m ngpt.downstream` on their folders"
-        yield Problem((EVALUATION,), text)
     if header.metric.name not in SCORES:
         return
     if missing := [name for name in phases if not header.evaluation.asks(name)]:

@@ -132,7 +132,7 @@ def run_trial(spec: TrialSpec, **marks: Any) -> Generator[TrialResult, None, Tri
         if problem is not None:
             raise problem
         if spec.evaluation is not None:
-            final = yield from _evaluate(spec, spec.evaluation, attempt)
+            final = yield from evaluate_trained(spec, spec.evaluation, attempt)
         else:
             final = yield from train_trial(spec, attempt)
     except Exception as exception:
@@ -157,8 +157,14 @@ def train_trial(spec: TrialSpec, attempt: Attempt, ranks: Ranks = ALONE) -> Gene
             yield attempt.interim(evaluation, dataset)
 
 
-def _evaluate(spec: TrialSpec, tasks: DownstreamTasks, attempt: Attempt) -> Generator[TrialResult, None, TrialResult]:
-    """Returns a result whose metrics are the scores of a trained trial; its provenance says what was asked."""
+def evaluate_trained(
+    spec: TrialSpec, tasks: DownstreamTasks, attempt: Attempt
+) -> Generator[TrialResult, None, TrialResult]:
+    """Returns a result whose metrics are the scores of a trained trial; its provenance says what was asked.
+
+    Yields after a stop request only; raises what ends the evaluation.
+    """
+    torch.set_num_threads(spec.threads)
     steps = spec.config.steps
     with contextlib.closing(evaluate_trial(spec.folder, tasks, steps=steps, device=spec.config.device)) as run:
         while True:

@@ -8,14 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from ngpt.config.base import ConfigError, override
+from ngpt.config.base import override
 from ngpt.data.dataset import Dataset
-from ngpt.distributed.ranks import Ranks
 from ngpt.ensemble.train import train_together
 from ngpt.generate import generate
 from ngpt.training.config import TrainConfig
 from ngpt.training.load_model import load_model
-from ngpt.training.loop import train
 from ngpt.training.sample import SAMPLE_FILE
 from tests.helpers.tiny_run import assert_equal_weights, rows, run, untimed, weights
 
@@ -84,11 +82,3 @@ def test_what_cannot_be_decoded_or_written_is_said_and_the_run_finishes(
     first, second = caplog.messages
     assert first == "the sample text was not written: no tokenizer decodes the tokens of this corpus"
     assert second.startswith("the sample text was not written (") and "directory" in second
-
-
-def test_several_ranks_are_refused(config: TrainConfig, dataset: Dataset, tmp_path: Path) -> None:
-    class Two(Ranks):
-        count = 2
-
-    with pytest.raises(ConfigError, match="sample_tokens: is for one rank: set it to 0"):
-        next(train(config, tmp_path, dataset=dataset, ranks=Two()))

@@ -2,11 +2,13 @@
 
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ngpt.downstream.config import DownstreamTasks
 from ngpt.system.heartbeat import request_stop
 from ngpt.training.config import TrainConfig
 from tune.ranks.pool import RankPool, RanksDied, RankUnfit, run_on_ranks
@@ -27,8 +29,8 @@ class GivenAnswers(RankPool):
         self.sent: list[Any] = []  # of the second rank: halvings when it begins, else whether it is to leave
         self.kills = 0
 
-    def start(self) -> None:
-        pass
+    def start(self, count: int) -> None:
+        self.started = count
 
     def seat(self, **about: Any) -> Seat:
         return Seat(**about)
@@ -60,6 +62,15 @@ def test_evaluations_and_the_result_are_those_of_the_first_rank(spec: TrialSpec)
     first, last = run_on_ranks(spec, pool)
     assert (first.interim, last.ended) == ({"t": FIRST}, {"t": LAST})
     assert (pool.sent, pool.kills) == ([0, False], 0)
+
+
+def test_of_a_trained_trial_the_first_rank_alone_runs_the_downstream_tasks(spec: TrialSpec) -> None:
+    pool = GivenAnswers([Answer("ended", LAST)], EVALUATED, ENDED)
+    (ended,) = run_on_ranks(replace(spec, evaluation=DownstreamTasks(core="bundle")), pool)
+    assert (ended.ended, pool.started, pool.sent) == ({"t": LAST}, 1, [])
+    *_, ended = run_on_ranks(spec, pool)
+    assert (ended.ended, pool.started, pool.sent) == ({"t": LAST}, 2, [0, False])
+    assert pool.kills == 0
 
 
 def test_memory_that_runs_out_too_late_has_all_ranks_start_again_with_smaller_micro_batches(spec: TrialSpec) -> None:
@@ -95,7 +106,7 @@ def test_a_rank_that_fails_gives_the_trial_its_reason(spec: TrialSpec, answers: 
         ([Answer("died", reason="exit code 1")], RanksDied, "rank 0 of 2 has died: exit code 1"),
         ([Answer("lost"), Answer("lost")], RanksDied, "the ranks of alpha/a seed 1 have lost each other"),
         ([Answer("evaluated", FIRST), Answer("paused")], RanksDied, "have lost each other .evaluated, paused"),
-        ([Answer("unfit", reason="no GPU"), Answer("unfit")], RankUnfit, "no GPU"),
+        ([Answer("unfit", reason="no GPU"), Answer("unfit")], RankUnfit, "rank 0: no GPU"),
     ],
 )
 def test_a_trial_whose_ranks_are_gone_is_retried(

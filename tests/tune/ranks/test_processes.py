@@ -1,4 +1,4 @@
-"""Trials on two ranks without Ray: the same numbers as on one, and what survives a killed rank and a signal."""
+"""Trials on two ranks without Ray: the same numbers and texts as on one, and what a killed rank or a signal changes."""
 
 import os
 import signal
@@ -8,10 +8,18 @@ from pathlib import Path
 import psutil
 import pytest
 
+from ngpt.downstream.bundle import read_bundle
+from ngpt.downstream.core import evaluate_core
+from ngpt.downstream.evaluate import core_scores
+from ngpt.generate import generate
+from ngpt.training.load_model import load_model
+from ngpt.training.sample import SAMPLE_FILE
+from tests.helpers.core_bundle import write_bundle
 from tests.helpers.tiny_campaign import begun, losses, records, session_on, train_all, write_file
 from tune.executors.local import run_inline
 from tune.session.session import Session
 
+SAMPLE_TOKENS = 40
 PHASES = "\n  - name: alpha\n    vary: {alpha: [0.4]}\n"
 ONE_RANK = "resources: {cpus_per_trial: 1, workers: 2}"
 pytestmark = [pytest.mark.usefixtures("signals"), pytest.mark.timeout(600)]
@@ -26,10 +34,23 @@ def no_report(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def write(folder: Path, corpus: Path, *, ranks: str = "", steps: int = 6) -> Path:
     folder.mkdir()
     file = write_file(folder, corpus, phases=PHASES, seeds="[1]", steps=steps)
-    text = file.read_text()
+    text = file.read_text().replace("tracker: {", f"tracker: {{sample_tokens: {SAMPLE_TOKENS}, ")
+    evaluation = f"evaluation: {{core: {write_bundle(folder / 'bundle')}, limit: 4}}"
+    text = text.replace("seeds: [1]\n", f"seeds: [1]\n{evaluation}\n", 1)
     assert ONE_RANK in text
     file.write_text(text.replace(ONE_RANK, f"resources: {{cpus_per_trial: 2, {ranks}}}") if ranks else text)
     return file
+
+
+def texts(root: Path) -> dict[str, str]:
+    """The sample text of each trial."""
+    return {path.parent.name: path.read_text() for path in root.glob(f"trials/*/{SAMPLE_FILE}")}
+
+
+def scores(root: Path) -> dict[str, dict[str, float]]:
+    """The scores of each trial on its downstream tasks."""
+    found = {record["trial_id"]: record["metrics"].items() for record in records(root)}
+    return {trial: {name: value for name, value in every if name.startswith("core")} for trial, every in found.items()}
 
 
 @pytest.mark.slow
@@ -41,6 +62,8 @@ def test_two_ranks_give_the_trials_of_one(tmp_path: Path, corpus: Path) -> None:
     assert alone.keys() == together.keys() and len(alone) == 2
     for trial, numbers in alone.items():
         assert together[trial] == pytest.approx(numbers, abs=1e-5)
+    assert texts(tmp_path / "two/tiny") == texts(tmp_path / "one/tiny") and len(texts(tmp_path / "one/tiny")) == 2
+    assert scores(tmp_path / "two/tiny") == scores(tmp_path / "one/tiny")
     facts = [record["provenance"] for record in records(tmp_path / "two/tiny")]
     assert [(each["ranks"], each["threads"]) for each in facts] == [(2, 1)] * 2
     assert len({each["pid"] for each in facts}) == 1  # the ranks stay for the next trial
@@ -79,6 +102,11 @@ def test_a_hung_rank_a_killed_one_and_a_signal_change_no_number(
     assert ranks() == []
     assert train_all(file, tmp_path / "tiny").status == "finished"
     assert losses(tmp_path / "tiny") == losses(tmp_path / "undisturbed")
+    bundle = read_bundle(tmp_path / "two/bundle", limit=4)
+    for trial_id, text in texts(tmp_path / "tiny").items():
+        loaded = load_model(tmp_path / "tiny/trials" / trial_id)  # whole, on one device
+        assert text == generate(loaded, max_tokens=SAMPLE_TOKENS, temperature=0.8, seed=0)
+        assert scores(tmp_path / "tiny")[trial_id] == core_scores(evaluate_core(loaded, bundle))
 
 
 def ranks() -> list[psutil.Process]:

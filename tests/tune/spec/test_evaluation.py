@@ -75,11 +75,6 @@ def test_a_bundle_to_download_is_read_when_the_cache_has_it_and_asked_for_before
         ("core: BUNDLE, limit: 2", "", "answers: 2 examples are too few to show 2 before each"),
         ("core: BUNDLE, include_path: nowhere", "", "evaluation.include_path: no such folder: "),
         ("core: BUNDLE, phases: [alpa]", "", "evaluation.phases[0]: unknown phase 'alpa', did you mean 'alpha'?"),
-        (
-            "core: BUNDLE",
-            "resources: {ranks_per_trial: 2}",
-            "4:1: evaluation: trials on several ranks are not evaluated",
-        ),
         ("core: BUNDLE", "metric: {name: cor}", "metric.name: unknown metric 'cor', did you mean 'core'?"),
         (
             "core: BUNDLE, phases: [alpha]",
