@@ -17,8 +17,9 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from ngpt.config.base import ConfigError, build, printable, unknown_message
+from ngpt.data.tokens.end_tokens import end_tokens
 from ngpt.downstream.scoring import Score, Scored, score
-from ngpt.downstream.special_tokens import end_tokens, prefix_token, puts_prefix
+from ngpt.downstream.special_tokens import prefix_token, puts_prefix
 from ngpt.generation.batch import BatchDecoder
 from ngpt.generation.sampling import Sampling
 from ngpt.generation.text import slots_for

@@ -81,12 +81,12 @@ def trained_length(cfg: ModelConfig) -> float:
     return cfg.block_size / cfg.rope_factor if cfg.rope_trained is None else float(cfg.rope_trained)
 
 
-def to_transformers(model: GPT, *, step: int, steps: int, tokens: Mapping[str, int | None]) -> tuple[Family, Any]:
+def to_transformers(model: GPT, *, step: int, steps: int, tokens: Mapping[str, Any]) -> tuple[Family, Any]:
     """Returns the family of a model and the same model as an object of transformers, in evaluation mode.
 
     Args:
         step, steps: the steps trained, of how many; a schedule of alpha depends on them.
-        tokens: `bos_token_id`, `eos_token_id` and `pad_token_id`.
+        tokens: `bos_token_id`, `eos_token_id` (one, or a list) and `pad_token_id`.
 
     Raises:
         ConfigError: transformers is missing or too old, or the model cannot be expressed.

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ngpt.config.base import printable
+from ngpt.data.tokens.end_tokens import end_tokens
 from ngpt.data.tokens.hf_tokenizer import TOKENIZER_JSON, HFTokenizer
 from ngpt.data.tokens.tiktoken_bpe import ENCODINGS, GPT2_PATTERN, TiktokenTokenizer
 from ngpt.data.tokens.tokenizer import META, MODEL_FILE, PROBE, SentencePieceTokenizer, Tokenizer
@@ -37,12 +38,12 @@ class TokenizerFiles:
 
     files: dict[str, bytes] = field(default_factory=dict)
     bos_token_id: int | None = None
-    eos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
     missing: str = ""
 
     @property
-    def ids(self) -> dict[str, int | None]:
+    def ids(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
 
 
@@ -57,7 +58,9 @@ def tokenizer_files(tokenizer: Tokenizer | None, content: bytes | None, *, conte
     if tokenizer is None:
         return TokenizerFiles(missing="a tokenizer: the model was trained on token ids")
     separator = tokenizer.document_separator
-    ids = {"bos_token_id": separator, "eos_token_id": separator, "pad_token_id": separator}
+    ends = [*end_tokens(tokenizer)]
+    ids: dict[str, Any] = {"bos_token_id": separator, "pad_token_id": separator}
+    ids["eos_token_id"] = ends if len(ends) > 1 else next(iter(ends), None)
     text, reason = _tokenizer_json(tokenizer, content)
     if text is not None and (difference := first_difference(tokenizer, text)):
         text, reason = None, difference
@@ -205,7 +208,7 @@ def _json(
     return json.dumps(settings, ensure_ascii=False).encode()
 
 
-def _config(settings: Mapping[str, Any], ids: Mapping[str, int | None], context: int) -> dict[str, Any]:
+def _config(settings: Mapping[str, Any], ids: Mapping[str, Any], context: int) -> dict[str, Any]:
     """Returns the tokenizer_config.json: no text is cleaned up, and special tokens that it spells stay text."""
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -215,7 +218,8 @@ def _config(settings: Mapping[str, Any], ids: Mapping[str, int | None], context:
     }
     names = {token["id"]: token["content"] for token in settings.get("added_tokens") or ()}
     vocab = settings["model"]["vocab"]
-    for name, index in ids.items():
+    for name, value in ids.items():
+        index = value[0] if isinstance(value, list) else value  # a tokenizer names one end
         if index is not None and index not in names:
             names |= {number: text for text, number in vocab.items()} if isinstance(vocab, dict) else {}
         if index in names:

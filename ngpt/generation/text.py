@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from ngpt.config.base import ConfigError
+from ngpt.data.tokens.end_tokens import end_tokens
 from ngpt.data.tokens.tokenizer import Tokenizer
 from ngpt.generation.batch import BatchDecoder
 from ngpt.generation.plain import generate_tokens
@@ -41,12 +42,12 @@ class Continuation:
 
     def __init__(self, prompt: list[int], tokenizer: Tokenizer, title: str = "") -> None:
         self.prompt, self.unprinted, self.ended = prompt, title, False
-        self._decode, self._end_token = tokenizer.decode, tokenizer.document_separator
+        self._decode, self._ends = tokenizer.decode, end_tokens(tokenizer)
         self._decoded, self._pending = prompt[-1:], list[int]()  # tokens
 
     def add(self, token: int) -> None:
-        """Adds a token. The document separator token ends the text; later tokens are ignored."""
-        if token == self._end_token:
+        """Adds a token. One that ends a text ends this one, too; later tokens are ignored."""
+        if token in self._ends:
             self.end()
         elif not self.ended:
             self._pending.append(token)

@@ -60,3 +60,15 @@ def write_ranks(path: Path, ranks: dict[bytes, int] = RANKS) -> Path:
     """A file of tiktoken ranks: a token in base64 and its rank on each line."""
     path.write_bytes(b"".join(base64.b64encode(token) + f" {rank}\n".encode() for token, rank in ranks.items()))
     return path
+
+
+def write_marked(path: Path, *, begins: bool) -> Path:
+    """A tokenizer.json with <s> 2 and </s> 3; if it `begins`, its post-processor puts <s> before each text."""
+    from tokenizers import Tokenizer, models, processors
+
+    tokenizer = Tokenizer(models.BPE({"a": 0, "b": 1}, []))
+    tokenizer.add_special_tokens(["<s>", "</s>", "<pad>"])
+    if begins:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 2)])
+    tokenizer.save(str(path))
+    return path

@@ -311,9 +311,9 @@ def test_spaces_survive_a_tokenizer_that_strips_the_first_one(foreign: Tokenizer
     assert "".join(streamed(foreign, ids, [])) == "fox jumps over the lazy dog"
 
 
-def test_the_document_mark_ends_a_text(foreign: Tokenizer) -> None:
-    mark = foreign.document_separator
-    assert mark is not None
+@pytest.mark.parametrize("mark", [1, 2])  # <s>, which separates documents here, and </s>, as models of others learn it
+def test_the_document_mark_and_the_end_of_a_text_end_a_text(foreign: Tokenizer, mark: int) -> None:
+    assert (foreign.document_separator, foreign.decode_bytes([mark])) == (1, b"")
     continuation = Continuation(encode_prompt("", foreign), foreign)
     for token in [*map(int, foreign.encode("the dog")), mark, *map(int, foreign.encode("fox"))]:
         continuation.add(token)
