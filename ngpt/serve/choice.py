@@ -4,6 +4,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from ngpt.data.tokens.end_tokens import end_tokens
 from ngpt.data.tokens.tokenizer import Tokenizer
 from ngpt.generation.text import Continuation
 
@@ -84,11 +85,11 @@ class Choice:
 
         Args:
             stops: strings that end it.
-            ends: tokens that end it, besides the one that ends a document.
+            ends: tokens that end it, besides those that end a text.
             offset: the length of the text before the generated one, if the answer repeats the prompt.
         """
         self._continuation = Continuation(prompt, tokenizer)
-        self._ends = {*ends, tokenizer.document_separator}
+        self._ends = {*ends, *end_tokens(tokenizer)}
         self._scanner = StopScanner(stops)
         self._max_tokens = max_tokens
         self._read = self._sent = offset  # characters that were decoded, and that were returned in pieces
@@ -99,10 +100,10 @@ class Choice:
     def add(self, token: int, logprob: float, top: Sequence[tuple[int, float]]) -> Piece | None:
         """Adds a generated token; returns the piece that it completes, None if there is nothing new to say."""
         self.n_tokens += 1
+        self._waiting.append(TokenLogprob(token, logprob, top, self._read))
         if token in self._ends:
             self.finish_reason = STOP
         else:
-            self._waiting.append(TokenLogprob(token, logprob, top, self._read))
             self._continuation.add(token)
             if self.n_tokens == self._max_tokens:
                 self.finish_reason = LENGTH
