@@ -75,9 +75,21 @@ def check_tasks(config: DownstreamTasks) -> dict[str, bool]:
         for metric, is_higher_better in goals_of_task.items():
             goals |= {metric_name(name, metric, part): bool(is_higher_better) for part in filters}
     for name, group in loaded.get("groups", {}).items():
-        for aggregation in group.aggregate_metric_list or ():
-            goals[metric_name(name, aggregation.metric, "none")] = True
+        goals |= _goals_of_group(name, group, goals)
     return goals
+
+
+def _goals_of_group(name: str, group: Any, goals: Mapping[str, bool]) -> dict[str, bool]:
+    """The metrics that a group takes the mean of, over those of its tasks that have them under the same filter."""
+    found: dict[str, bool] = {}
+    tasks = group.get_all_tasks()
+    for each in group.aggregate_metric_list or ():
+        filters = dict.fromkeys(part.name for task in tasks for part in task._filters)
+        for part in filters if each.filter_list is None else each.filter_list:
+            names = (metric_name(task.task_name, each.metric, part) for task in tasks)
+            if (own := next((own for own in names if own in goals), None)) is not None:
+                found[metric_name(name, each.metric, part)] = goals[own]
+    return found
 
 
 def metric_name(task: str, metric: str, part: str = "none") -> str:

@@ -61,6 +61,25 @@ def test_scores_have_the_names_that_are_known_before_and_their_standard_errors(r
     assert found.about["checkpoint_step"] == 8
 
 
+def test_scores_of_a_group_are_those_of_its_tasks_under_each_filter(run: Path, tmp_path: Path) -> None:
+    """A group gives the mean of the scores that its tasks have, by default under every filter that they have."""
+    own = write_tasks(tmp_path / "own", n=3)
+    word = {"name": "word", "filter": [{"function": "regex", "regex_pattern": "[a-z]+"}, {"function": "take_first"}]}
+    filtered = json.loads((own / "go_on.yaml").read_text()) | {"task": "first_word", "filter_list": [word]}
+    (own / "first_word.yaml").write_text(json.dumps(filtered))
+    means = [{"metric": "perplexity"}, {"metric": "exact_match"}, {"metric": "acc", "filter_list": ["none", "word"]}]
+    group = {"group": "words", "task": ["last_word", "first_word"], "aggregate_metric_list": means}
+    (own / "words.yaml").write_text(json.dumps(group))
+    goals = check_tasks(config(own, "words"))
+    assert {name: is_higher for name, is_higher in goals.items() if name.startswith("words/")} == {
+        "words/perplexity": False,
+        "words/exact_match/word": True,
+        "words/acc": True,
+    }
+    found = evaluate_checkpoint(run, config(own, "words"))
+    assert {name for name in found.scores if "_stderr" not in name} == goals.keys()
+
+
 def test_a_limit_and_examples_before_each_one_are_those_of_the_harness(run: Path, tasks: Path) -> None:
     loaded = load_model(run)
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
