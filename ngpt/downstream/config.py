@@ -11,6 +11,11 @@ CORE = "core"  # the metric, and what its tasks' metrics begin with
 Names = Annotated[tuple[Annotated[str, Field(min_length=1, max_length=200)], ...], Strict(False)]
 
 
+def is_score(metric: str) -> bool:
+    """Whether a metric has the name of a score of downstream tasks: `core`, its standard error, or one with a `/`."""
+    return "/" in metric or metric in (CORE, f"{CORE}_stderr")
+
+
 class DownstreamTasks(Config):
     """Tasks of lm-evaluation-harness by name, and nanochat's CORE."""
 

@@ -18,7 +18,7 @@ from ngpt.code.digest import Code, current_code, read_code
 from ngpt.code.plugins import loaded_sources
 from ngpt.config.base import UserError, flatten
 from ngpt.config.secrets import redact
-from ngpt.downstream.config import DownstreamTasks
+from ngpt.downstream.config import DownstreamTasks, is_score
 from ngpt.plugins.records import describe
 from ngpt.system import heartbeat
 from ngpt.system.atomic_files import move_folder, write_atomic, write_json
@@ -286,10 +286,13 @@ class Session:
         if about is None:
             about = {"asked": self.campaign.evaluation.asked(), "error": result.error or "it did not end"}
         about = {**about, "seconds": round(result.seconds, 3)}
+        # An earlier evaluation has asked for something else: its scores must not stand beside those of other trials.
+        is_first = "evaluation" not in before["provenance"]
+        trained = {name: value for name, value in before["metrics"].items() if is_first or not is_score(name)}
         self._append(
             "trial_finished",
             **{name: value for name, value in before.items() if name not in HEADER_FIELDS}
-            | {"metrics": before["metrics"] | (result.metrics if result.status == "finished" else {})}
+            | {"metrics": trained | (result.metrics if result.status == "finished" else {})}
             | {"provenance": before["provenance"] | {"evaluation": about}},
         )
         heartbeat.clear_heartbeat(self._trial_folder(trial.trial_id))

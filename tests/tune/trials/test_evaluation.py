@@ -118,9 +118,16 @@ def test_a_larger_limit_evaluates_again_and_a_score_ranks_the_arms(files: tuple[
     train_all(asking, root)
     text = asking.read_text().replace("limit: 4, phases: [again]", "limit: 6")
     asking.write_text(text)
+    lost = next(record["trial_id"] for record in records(root) if record["phase"] == "again")
+    checkpoints = root / "trials" / lost / "checkpoints"
+    checkpoints.rename(tmp_path / "checkpoints")
     said = messages_of(asking, root)
-    assert sum("evaluated in" in line for line in said) == 8  # the phase alpha has four trials
+    assert sum("evaluated in" in line for line in said) == 7  # the phase alpha has four trials
     assert {r["provenance"]["evaluation"]["asked"]["limit"] for r in records(root)} == {6}
+    # A score of four examples does not stand among those of six.
+    assert {r["trial_id"] for r in records(root) if not scores_of(r)} == {lost}
+    (tmp_path / "checkpoints").rename(checkpoints)
+    assert sum("evaluated in" in line for line in messages_of(asking, root)) == 1
     other = tmp_path / "ranked"
     asking.write_text(text.replace("campaign: tiny\n", "campaign: tiny\nmetric: {name: core, goal: maximize}\n"))
     summary = train_all(asking, other)
