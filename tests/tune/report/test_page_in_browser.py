@@ -451,7 +451,7 @@ def test_many_trials_with_hostile_names_open_and_are_shown_a_hundred_at_a_time(b
             error=f"OSError: {HOSTILE}",
         )
         for n, arm in enumerate(arms)
-        for seed in range(3)
+        for seed in (1, 2, 12)
     ]
     problems = tuple(
         TrialProblem(HOSTILE, r.arm, r.seed, r.trial_id, "failed", r.error, f"Traceback\n  {HOSTILE}") for r in records
@@ -463,6 +463,10 @@ def test_many_trials_with_hostile_names_open_and_are_shown_a_hundred_at_a_time(b
     opened = Opened(browser, file)
     page = opened.page
     assert len(opened.cells(1)) == 100 and "the first 100 are shown" in page.inner_text("#trial-count")
+    for word, found in (("seed=1", 400), ("seed=", 1200), ("seed=12", 400)):  # seed 12 is not seed 1
+        page.fill("[name=text]", word)
+        assert page.inner_text("#trial-count").startswith(f"{found} of 1200 trials")
+    page.fill("[name=text]", "")
     page.click("#more-trials")
     assert len(opened.cells(1)) == 600
     page.select_option("[name=group]", label=HOSTILE)

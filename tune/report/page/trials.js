@@ -30,18 +30,26 @@ const GROUP_COLUMNS = [
   ...["mean", "sd", "stderr"].map((key) => ({ key, title: key, value: (row) => row[key], text: (row) => metricText(row[key]), numeric: true })),
 ];
 
+// The text of a trial, and its seed and settings as `name=value`.
 function haystack(trial) {
   const arm = armOf(trial);
-  const settings = explored.settings.map((name, i) => `${name}=${arm.settings[i]}`);
-  return [arm.name, phaseName(trial), trial[ID], trial[ERROR], `seed=${trial[SEED]}`, ...settings].join("\n").toLowerCase();
+  const values = [`seed=${trial[SEED]}`, ...explored.settings.map((name, i) => `${name}=${arm.settings[i]}`)].map((value) => value.toLowerCase());
+  return { values, text: [arm.name, phaseName(trial), trial[ID], trial[ERROR], ...values].join("\n").toLowerCase() };
 }
 const haystacks = trials.map(haystack);
 
+// Which trials a word finds: `name=value` those with exactly this value, so that seed=1 finds no seed 12. A word that is
+// the value of no trial, as while it is typed, is looked for anywhere in the text.
+function finder(word) {
+  const hasValue = ({ values }) => values.some((value) => value === word || value.endsWith(`.${word}`));
+  return word.includes("=") && haystacks.some(hasValue) ? hasValue : ({ text }) => text.includes(word);
+}
+
 function matching() {
   const { phase, status, text } = form.elements;
-  const words = text.value.toLowerCase().split(/\s+/).filter(Boolean);
+  const finders = text.value.toLowerCase().split(/\s+/).filter(Boolean).map(finder);
   return trials.map((_, i) => i).filter((i) => (phase.value === "" || trials[i][PHASE] === Number(phase.value))
-    && (status.value === "" || trials[i][STATUS] === status.value) && words.every((word) => haystacks[i].includes(word)));
+    && (status.value === "" || trials[i][STATUS] === status.value) && finders.every((finds) => finds(haystacks[i])));
 }
 
 function groupName(trial, by) {
