@@ -198,7 +198,7 @@ def run(
         smoke: whether to run the campaign with a tiny model and a few steps.
         address: of a running Ray cluster, or `auto`; None starts a private Ray.
         allow_change: whether to resume even if the file changes the meaning of existing results.
-        retrain: the arms to train anew if other code trained them; True means all.
+        retrain: the arms to train anew if other code trained them; True means all, an empty list none.
         keep: whether to reuse results although the code has changed since, marked in the report.
         stop: once another thread sets it, the running trials save, and the run returns with exit code 130.
 
@@ -256,10 +256,10 @@ def _load(campaign: Results | Campaign, overrides: Overrides, *, plugins: Plugin
 
 
 def _arms_to_retrain(retrain: Retrain) -> list[str] | None:
-    """The arms as the command line has them: an empty list means all, None none."""
-    if isinstance(retrain, bool):
-        return [] if retrain else None
-    return _texts(retrain)
+    """The arms as the command line has them: there an empty list means all, and None no arm."""
+    if retrain is True:
+        return []
+    return _texts(retrain) if retrain else None
 
 
 def _texts(given: Results | Sequence[Results]) -> list[str]:

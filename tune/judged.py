@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any, get_args
 
@@ -101,6 +102,7 @@ def judge(
     Raises:
         ConfigError: an argument is not allowed; a ValueError.
     """
+    _check_values(values)
     if baseline not in values:
         raise ConfigError(unknown_message("baseline", baseline, list(values)))
     if goal not in get_args(Goal):
@@ -131,6 +133,21 @@ def judge(
             )
         )
     return Judged(Table(arms, JUDGED_COLUMNS), baseline, judgement.winner, judgement.why, tuple(judgement.warnings))
+
+
+def _check_values(values: Any) -> None:
+    """Raises ConfigError for what does not map arms to seeds to values, such as a list of values for each arm.
+
+    A mapping is what has `items`, as the series of pandas have.
+    """
+    if not hasattr(values, "items"):
+        raise ConfigError(f"values must map arms to seeds to values, got {type(values).__name__}")
+    for arm, row in values.items():
+        if not hasattr(row, "items"):
+            advice = "if the places in lists are seeds, give dict(enumerate(values))"
+            raise ConfigError(f"{arm}: must map seeds to values, got {type(row).__name__}; {advice}")
+        if wrong := [seed for seed, _ in row.items() if not isinstance(seed, Integral)]:
+            raise ConfigError(f"{arm}: seeds are whole numbers, got {wrong[0]!r}")
 
 
 def read_values(path: Path) -> dict[str, dict[int, float | None]]:

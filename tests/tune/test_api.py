@@ -97,7 +97,7 @@ def test_every_option_is_in_the_command(file: Path, monkeypatch: pytest.MonkeyPa
     assert {name: options[name] for name in how} == how | {"out": Path("some where")}
     assert (options["retrain"], options["set"]) == (["alpha=0.4", "baseline"], ["steps=3"])
     assert (given["name"], given["retrain"], given["address"]) == ("tiny-smoke", ["alpha=0.4", "baseline"], "auto")
-    for value, expected in ((True, []), (False, None), ("alpha=0.4", ["alpha=0.4"])):
+    for value, expected in ((True, []), (False, None), ([], None), ("alpha=0.4", ["alpha=0.4"])):
         run(file, retrain=value)
         assert given["retrain"] == expected
         assert run_campaign.run_parser().parse_args(shlex.split(given["command"])[2:]).retrain == expected

@@ -5,7 +5,9 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
 import pytest
 from scipy import stats
 
@@ -99,6 +101,25 @@ def test_a_wrong_argument_is_refused_with_what_is_allowed(arguments: dict, messa
         judge({"base": BASE, "wide": WIDE}, **{"baseline": "base", **arguments})
     assert str(error.value) == message
     assert isinstance(error.value, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"base": BASE, "wide": [4.9, 4.8]}, "wide: must map seeds to values, got list; if the places in lists are"),
+        ({"base": BASE, "wide": {"1": 4.9}}, "wide: seeds are whole numbers, got '1'"),
+        ([("base", BASE)], "values must map arms to seeds to values, got list"),
+    ],
+)
+def test_values_of_another_shape_are_refused_in_one_line(values: Any, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        judge(values, baseline="base")
+    assert str(error.value).startswith(message)
+
+
+def test_the_series_of_pandas_are_values() -> None:
+    frame: Any = pd.DataFrame({"base": BASE, "wide": WIDE})
+    assert judge(frame, baseline="base").arms == judge({"base": BASE, "wide": WIDE}, baseline="base").arms
 
 
 def test_text_in_place_of_a_number_is_named_with_arm_and_seed() -> None:
