@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from ngpt.config.base import ConfigError, unknown_message
+from ngpt.downstream.config import is_score
 from ngpt.system.atomic_files import read_regular
-from tune.spec.metrics import COST_GOALS, KNOWN_METRICS, metric_goal
+from tune import format as fmt
+from tune.spec.metrics import COST_GOALS, KNOWN_METRICS, metric_goal, score_goal
 from tune.storage.state import CampaignState, read_state
 from tune.storage.summaries import Objective
 
+RULES = ("limit", "num_fewshot")  # what else scores depend on
 ACROSS_TOKENIZERS = ("val_bpb", *COST_GOALS)  # other metrics are comparable only with the same tokenizer
 
 
@@ -50,7 +53,9 @@ def choose_objective(a: Results, b: Results, wanted: str | None) -> Objective:
         ConfigError: `wanted` is unknown, or the campaigns differ in their metrics or goals.
     """
     goals_by_metric = {side.metric.name: side.metric.goal for side in (a, b)}
-    if wanted is not None and wanted not in (known := {*KNOWN_METRICS, *goals_by_metric}):
+    scores = {name for side in (a, b) for result in side.state.results.values() for name in result["metrics"]}
+    scores = set(filter(is_score, scores))  # of the downstream tasks that trials have run
+    if wanted is not None and wanted not in (known := {*KNOWN_METRICS, *goals_by_metric, *scores}):
         raise ConfigError(f"--metric {wanted}: {unknown_message('metric', wanted, known)}")
     if wanted is None and len(goals_by_metric) > 1:
         text = f"{a.root} ranks by {a.metric.name} and {b.root} by {b.metric.name}"
@@ -59,17 +64,23 @@ def choose_objective(a: Results, b: Results, wanted: str | None) -> Objective:
     goals = [side.metric.goal for side in (a, b) if side.metric.name == name]
     if len(set(goals)) > 1:
         raise ConfigError(f"not comparable: {name} has the goal {goals[0]} in {a.root} and {goals[1]} in {b.root}")
-    return Objective(name, goals[0] if goals else metric_goal(name) or "minimize")
+    goal = goals[0] if goals else score_goal(name) if name in scores else metric_goal(name) or "minimize"
+    if goal is None:
+        raise ConfigError(f"lm-eval does not say whether lower or higher {name} is better, and no campaign ranks by it")
+    return Objective(name, goal)
 
 
 def check_data(a: Results, b: Results, metric: str) -> None:
-    """Rejects comparisons of losses over different evaluation tokens.
+    """Rejects comparisons of losses over different evaluation tokens, and of scores over different examples.
 
-    Bits per byte can be compared across tokenizers if the corpus is the same.
+    Bits per byte can be compared across tokenizers if the corpus is the same, scores of downstream tasks across both.
 
     Raises:
         ConfigError: the values of `metric` cannot be compared; the message gives the reason.
     """
+    if is_score(metric):
+        _check_asked(a, b, metric)
+        return
     if a.data["eval_sha256"] == b.data["eval_sha256"]:
         return
     tokenizers = [side.data["tokenizer_sha256"] or side.data["tokenizer"] for side in (a, b)]
@@ -87,6 +98,15 @@ def check_data(a: Results, b: Results, metric: str) -> None:
     else:
         return
     raise ConfigError(f"not comparable: {reason}")
+
+
+def _check_asked(a: Results, b: Results, score: str) -> None:
+    """Rejects scores of other examples, or with other numbers of examples before each one."""
+    results = [result for side in (a, b) for result in side.state.results.values() if score in result["metrics"]]
+    asked = [(result["provenance"].get("evaluation") or {}).get("asked") for result in results]
+    rules = dict.fromkeys(", ".join(f"{name} {fmt.value(each.get(name))}" for name in RULES) for each in asked if each)
+    if len(rules) > 1:
+        raise ConfigError(f"not comparable: {score} was measured with {' and with '.join(rules)}")
 
 
 def data_settings(a: Results, b: Results) -> set[str]:

@@ -26,6 +26,16 @@ BUILT_IN_GOALS: dict[str, Goal] = {**dict.fromkeys((*LOSS_METRICS, *DIAGNOSTICS)
 MISSING_WITH = dict.fromkeys(("r_mean", "r_min", "r_max", "r_replaced"), ("model.norm_mode", "baseline"))
 
 
+def score_goal(name: str) -> Goal | None:
+    """Whether lower or higher values of a score of downstream tasks are better; None if lm-eval does not say.
+
+    Raises:
+        ConfigError: it is a score of lm-evaluation-harness, which is not installed.
+    """
+    task, _, metric = name.partition("/")
+    return "maximize" if task == CORE else harness_goal(metric.partition("/")[0])
+
+
 class Scores(Mapping[str, Goal | None]):
     """The metrics that downstream tasks give: `core`, `core/TASK` and `TASK/METRIC`.
 
@@ -49,7 +59,7 @@ class Scores(Mapping[str, Goal | None]):
     def __getitem__(self, name: str) -> Goal | None:
         if name not in self:
             raise KeyError(name)
-        return "maximize" if name.partition("/")[0] == CORE else harness_goal(name.split("/")[1])
+        return score_goal(name)
 
     def __iter__(self) -> Iterator[str]:
         yield from [CORE] if self._has_core else []

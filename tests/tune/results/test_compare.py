@@ -192,6 +192,27 @@ def test_other_metrics_need_a_choice(make: Make) -> None:
         compare(a, b, metric="val_los")
 
 
+def test_scores_of_downstream_tasks_are_compared_over_the_same_examples_whatever_the_tokenizer(make: Make) -> None:
+    def scored(limit: int | None) -> Callable[[TrialSpec], TrialResult]:
+        asked = {"tasks": ["own"], "limit": limit, "num_fewshot": None, "core": True}
+
+        def result(spec: TrialSpec) -> TrialResult:
+            trained, core = pretend(spec), spec.config.model.alpha + spec.seed / 100  # type: ignore[operator]
+            metrics = trained.metrics | {"core": core, "own/acc": 1 - core, "own/mine": core}
+            return replace(trained, metrics=metrics, provenance=trained.provenance | {"evaluation": {"asked": asked}})
+
+        return result
+
+    a, b = make(result_of=scored(None)), make(result_of=scored(None), assignments=("data.tokenizer=sentencepiece:350",))
+    found = compare(a, b, metric="core")
+    assert (found.metric, len(found.arms)) == (Objective("core", "maximize"), 2)
+    assert all(arm.delta and arm.delta.mean == 0 for arm in found.arms)
+    with pytest.raises(ConfigError, match="unknown metric 'cor', did you mean 'core'"):
+        compare(a, b, metric="cor")
+    with pytest.raises(ConfigError, match=r"core was measured with limit null, .* and with limit 9, "):
+        compare(a, make(result_of=scored(9)), metric="core")
+
+
 def test_throughput_has_no_ratio_where_trials_shared_the_machine_differently(make: Make) -> None:
     a, b = make(), make()
     edit_started(b, lambda event: event.update(workers=7))
