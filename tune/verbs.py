@@ -41,6 +41,8 @@ def status(options: argparse.Namespace) -> int:
 
     snapshot = read_snapshot(options.results)
     show(options, snapshot, lambda: live_view(snapshot))
+    if snapshot.resume and not options.json:
+        print_line(f"to resume: {snapshot.resume}")
     return 0
 
 

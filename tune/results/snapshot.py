@@ -83,3 +83,4 @@ class Snapshot:
     arms: tuple[ArmSoFar, ...] = ()  # of the current phase, best first; those without a result last
     alive: bool = True  # whether a process runs the campaign
     run: RunActivity | None = None  # that process and what it does; or, if not alive, the one that was killed
+    resume: str | None = None  # the command that continues it, if it was interrupted or killed

@@ -189,8 +189,9 @@ def read_progress(root: Path) -> tuple[Snapshot, CampaignState]:
     running = is_alive and has_begun and not state.ended
     url = state.campaign.get("dashboard_url") if running else None
     snapshot = take_snapshot(root, state, running=running, finished_phases=summaries, dashboard_url=url, run=run)
-    is_starting = is_alive and not has_begun
-    return replace(snapshot, alive=is_alive, status=STARTING if is_starting else snapshot.status), state
+    status = STARTING if is_alive and not has_begun else snapshot.status
+    resume = state.campaign["command"] if status in ("interrupted", "incomplete") else None
+    return replace(snapshot, alive=is_alive, status=status, resume=resume), state
 
 
 def _snapshot_of_start(root: Path, run: RunActivity | None, *, is_alive: bool) -> Snapshot:

@@ -118,7 +118,7 @@ def _notes(snapshot: Snapshot) -> list[tuple[str, Text]]:
     """What is to be said beside the tables, with a label each."""
     notes = []
     if snapshot.run and not snapshot.alive:
-        notes.append(("killed", words(_killed(snapshot.run), "yellow")))
+        notes.append(("killed", words(_killed(snapshot, snapshot.run), "yellow")))
     if snapshot.most is not None:
         text = f"between {snapshot.total} and {snapshot.most}, decided after each round of seeds"
         notes.append(("trials", Text(text)))
@@ -131,11 +131,11 @@ def _notes(snapshot: Snapshot) -> list[tuple[str, Text]]:
     return notes
 
 
-def _killed(run: RunActivity) -> str:
+def _killed(snapshot: Snapshot, run: RunActivity) -> str:
     """What became of a run that did not end by itself."""
     names = fmt.listing(each.name for each in run.activities)
     during = f", while {names}" if names else ""
-    return f"process {run.pid} on {run.host} is gone{during}; the same command resumes"
+    return f"process {run.pid} on {run.host} is gone{during}{'' if snapshot.resume else '; the same command resumes'}"
 
 
 def _activities(snapshot: Snapshot) -> tuple[Activity, ...]:

@@ -193,6 +193,7 @@ def test_a_killed_campaign_does_not_look_alive(root: Path, file: Path) -> None:
     assert datetime.now(UTC) - datetime.fromisoformat(started) < timedelta(minutes=5)
     snapshot = read_snapshot(root)
     assert (snapshot.status, snapshot.running, snapshot.eta) == ("incomplete", (), None)
+    assert snapshot.resume == session.state.campaign["command"]
     assert snapshot.elapsed == session.state.session_seconds()
 
 
@@ -396,7 +397,7 @@ def test_a_run_that_ended_leaves_no_trace_of_its_process(root: Path, file: Path)
         drive(begun(session))
         session.end()
     snapshot = read_snapshot(root)
-    assert (snapshot.status, snapshot.alive, snapshot.run) == ("finished", False, None)
+    assert (snapshot.status, snapshot.alive, snapshot.run, snapshot.resume) == ("finished", False, None, None)
     assert not (root / ACTIVITY).exists()
 
 
