@@ -153,6 +153,9 @@ def _finished_values(outcomes: Outcomes, baseline: str, metric: str) -> tuple[Va
             excluded[arm] = "diverged" if "diverged" in statuses else "failed" if "failed" in statuses else "incomplete"
     if baseline in excluded and values[baseline]:
         text = f"the baseline lost seeds ({excluded[baseline]}): only the finished ones are compared"
+        if excluded[baseline] == "incomplete":
+            n, total = len(values[baseline]), len(outcomes[baseline])
+            text = f"the baseline has {n} of {total} seeds: only these are compared"
         is_biased = excluded[baseline] == "diverged"
         bias = "; without its worst seeds it looks too good, so no arm is called worse or equivalent"
         warnings.append(text + bias if is_biased else text)
@@ -290,6 +293,8 @@ def _why(arms: list[ArmSummary], winner: str, noise: PhaseNoise, rules: _Rules, 
         counts = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in sorted(set(verdicts)))
         if not others:
             return "no arm is there to compare with the baseline"
+        if {*verdicts} == {"incomplete"}:
+            return "no other arm has a result of all its seeds"
         if "no claim" not in verdicts:
             return f"no other arm finished all its seeds ({counts}), so the baseline stays"
         why = "a comparison needs two seeds of both" if any(arm.n > 1 for arm in arms) else "one seed per arm"

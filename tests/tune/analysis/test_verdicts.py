@@ -235,7 +235,7 @@ def test_a_baseline_alone_reports_the_noise_floor() -> None:
     judgement = judge(phase(base=[6.0, 6.1, 6.3]), baseline="base")
     assert (judgement.noise.method, judgement.noise.df, judgement.winner) == (None, 2, "base")
     assert judgement.noise.sd == pytest.approx(np.std([6.0, 6.1, 6.3], ddof=1))
-    assert "so the baseline stays" in judgement.why
+    assert judgement.why == "no arm is there to compare with the baseline"
 
 
 @pytest.mark.parametrize(
@@ -266,6 +266,8 @@ def test_arms_that_lost_seeds_rank_incomplete_then_failed_then_diverged_even_wit
     assert [row.arm for row in judgement.arms] == ["good", "base", "c", "d", "b", "a"]
     only = judge({"base": cells["base"], "a": cells["a"], "b": cells["b"]}, baseline="base")
     assert only.why == "no other arm finished all its seeds (1 diverged, 1 failed), so the baseline stays"
+    only = judge({"base": cells["base"], "c": cells["c"]}, baseline="base")
+    assert only.why == "no other arm has a result of all its seeds"
 
 
 def test_a_baseline_that_lost_a_seed_is_compared_by_its_other_seeds_with_a_warning() -> None:
@@ -274,6 +276,8 @@ def test_a_baseline_that_lost_a_seed_is_compared_by_its_other_seeds_with_a_warni
     judgement = judge(cells, baseline="base")
     assert find(judgement, "good").verdict == "better"
     assert judgement.warnings[0] == "the baseline lost seeds (failed): only the finished ones are compared"
+    cells["base"][3] = TrialOutcome("missing")  # it may still be training
+    assert judge(cells, baseline="base").warnings[0] == "the baseline has 2 of 3 seeds: only these are compared"
     cells["base"] = {seed: TrialOutcome("diverged") for seed in (1, 2, 3)}
     judgement = judge(cells, baseline="base")
     assert (judgement.winner, find(judgement, "good").verdict) == ("base", "no claim")
