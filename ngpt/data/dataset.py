@@ -55,6 +55,7 @@ from ngpt.system.atomic_files import commit_folder, write_json
 from ngpt.system.cache import cache_folder
 
 POLICIES = ("skip", "fail")  # what to do about corrupt shards
+MAX_NAME = 200  # bytes of a corpus' name in that of its folder; a file system allows 255 in all
 
 log = logging.getLogger(__name__)
 
@@ -227,7 +228,7 @@ def known_manifest(config: DataConfig) -> dict[str, Any] | None:
 
 
 def _folder_in_cache(config: DataConfig, key: str) -> Path:
-    name = re.sub(r"\W+", "-", Path(config.corpus).stem) or "corpus"
+    name = re.sub(r"\W+", "-", Path(config.corpus).stem).encode()[:MAX_NAME].decode(errors="ignore") or "corpus"
     return cache_folder() / f"{name}-{key}"
 
 

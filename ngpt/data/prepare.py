@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ TOKEN_BYTES_FILE = "token_bytes.npy"
 PROGRESS_FILE = "progress.json"
 SPLITS = ("train", "val")  # and test, if files are named for it
 BATCH, MAX_BATCH = 1 << 20, 1 << 25  # characters per batch: the usual minimum, and the limit if texts are large
+MAX_HELD_OUT = 1_000_000  # documents, about 70 MB
 EMPTY_LINE = "\n\n"  # after each document if the tokenizer has no document separator
 
 
@@ -55,15 +57,16 @@ def tokenize(
     progress = _Progress(folder, loaded)
     split_names = [*SPLITS, *(split for split in corpus.held_out if split not in SPLITS)]
     writers = {split: _SplitWriter(folder, split, loaded.vocab_size, progress) for split in split_names}
-    content = hashlib.sha256()
-    size, n_read, n_skipped, n_tokens = corpus.size(), 0, 0, 0
+    content, held_out = hashlib.sha256(), _held_out_digests(corpus)
+    size, n_read, n_skipped, n_tokens, n_repeated = corpus.size(), 0, 0, 0, 0
     ending = EMPTY_LINE if corpus.separated and loaded.document_separator is None else ""
 
     def texts() -> Iterator[Text]:
         """Reads and hashes all texts, and yields those that are not in a finished shard."""
-        nonlocal n_read, n_skipped
+        nonlocal n_read, n_skipped, n_repeated
         for split, text in split_texts(corpus, val_fraction):
             content.update(text.encode())
+            n_repeated += split == "train" and bool(held_out) and _digest(text) in held_out
             text += ending
             n_bytes = len(text.encode())
             n_read += n_bytes
@@ -89,6 +92,10 @@ def tokenize(
         for split, writer in writers.items()
     }
     about = {"splits": splits, "vocab_size": loaded.vocab_size, "content_sha256": content.hexdigest(), "skipped": []}
+    if n_repeated:
+        about["repeated"] = n_repeated
+        found = f"{n_repeated:,} document{'s' * (n_repeated > 1)} of train, too"
+        log(f"{corpus.name}: warning: {' and '.join(corpus.held_out)} hold {found}")
     if corpus.separated:
         about["left_out"] = dict(sorted(corpus.left_out.items())) | {"files": list(corpus.files_left_out)}
         for reason, count in sorted(corpus.left_out.items()):
@@ -187,8 +194,17 @@ def split_texts(corpus: Corpus, val_fraction: float) -> Iterator[Text]:
 
 
 def _drawn_split(text: str, val_fraction: float) -> str:
-    draw = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) / 2**64
-    return "val" if draw < val_fraction else "train"
+    return "val" if _digest(text) / 2**64 < val_fraction else "train"
+
+
+def _digest(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
+
+
+def _held_out_digests(corpus: Corpus) -> set[int]:
+    """What tells the documents that are held out, the first `MAX_HELD_OUT` of them, among those to train on."""
+    texts = chain.from_iterable(documents() for documents in corpus.held_out.values())
+    return set(map(_digest, islice(texts, MAX_HELD_OUT))) if corpus.separated else set()
 
 
 def _split_by_position(corpus: Corpus, val_fraction: float) -> Iterator[Text]:

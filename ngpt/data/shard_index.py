@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ngpt.config.base import ConfigError
-from ngpt.data.prepare import TOKEN_BYTES_FILE, add_tokenizer, shard_entry, split_totals
+from ngpt.data.prepare import TOKEN_BYTES_FILE, Entry, add_tokenizer, shard_entry, split_totals
 from ngpt.data.splits import SplitFiles, is_split_folder, split_files, split_of
 from ngpt.data.text.documents import find_files
 from ngpt.data.text.formats import format_of
@@ -68,6 +68,8 @@ def index_shards(
         entries = [shard_entry(shard, first, stop, source) for shard, first, stop in parts]
         n_bytes = None if sizes is None else sum(_count_bytes(part, sizes) for part in parts)
         splits[split] = split_totals(entries, n_bytes)
+    if warning := _repetition([entry for counts in splits.values() for entry in counts["shards"]]):
+        log(f"{source.name}: warning: {warning}")
     content = hashlib.sha256(json.dumps(splits, sort_keys=True).encode()).hexdigest()
     about = {"splits": splits, "vocab_size": vocab_size, "content_sha256": content, "skipped": skipped}
     return about | add_tokenizer(folder, tokenizer, loaded, sizes)
@@ -218,6 +220,17 @@ def _verify(
                 log(f"{files.name(found.path)}: {found.tokens.size:,} tokens{_note(found)}")
                 sound.append(found)
     return sound, skipped
+
+
+def _repetition(entries: Sequence[Entry]) -> str | None:
+    """Says which files hold the tokens of others, for instance as copies or links; None if there are none."""
+    first: dict[tuple[int, int], str] = {}
+    pairs = [(entry["name"], first.setdefault((entry["size"], entry["crc32"]), entry["name"])) for entry in entries]
+    if not (found := {name: earlier for name, earlier in pairs if name != earlier}):
+        return None
+    name, earlier = next(iter(found.items()))
+    more = f", as {len(found) - 1} more files do" if len(found) > 1 else ""
+    return f"{name} repeats the tokens of {earlier}{more}: what is trained on may be in val too"
 
 
 def _note(shard: Shard) -> str:

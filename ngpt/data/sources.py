@@ -241,7 +241,7 @@ def repetition(files: SplitFiles) -> str | None:
     file, earlier = map(files.name, found[0])
     repeats = f"{file} repeats the text of {earlier}"
     more = f", as {len(found) - 1} more files do" if len(found) > 1 else ""
-    return f"{repeats}{more}: text to train on may be in val too"
+    return f"{repeats}{more}: what is trained on may be in val too"
 
 
 def shards_identity(paths: Sequence[Path], root: Path | None = None) -> list[list[Any]]:

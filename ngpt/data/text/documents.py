@@ -203,7 +203,8 @@ def files_identity(path: Path, files: Sequence[Path]) -> str:
     if path.is_file():
         return f"sha256:{known_by(path)}"
     names = [f"{file.relative_to(path).as_posix()}:{known_by(file)}" for file in files]
-    return f"sha256:{hashlib.sha256(chr(10).join(names).encode()).hexdigest()}"
+    # A name may hold bytes that are no UTF-8.
+    return f"sha256:{hashlib.sha256(chr(10).join(names).encode(errors='surrogateescape')).hexdigest()}"
 
 
 def file_sha256(path: Path) -> str:

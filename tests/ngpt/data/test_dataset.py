@@ -106,13 +106,27 @@ def test_a_folder_of_texts_is_read_by_name_with_its_line_ends(tmp_path: Path, ow
     assert (split["train"] + split["val"]).encode() == in_order
 
 
+def test_names_may_be_long_and_hold_bytes_that_are_no_text(tmp_path: Path, own_cache: Path) -> None:
+    folder = tmp_path / ("\u8a9e" * 80)  # 240 bytes
+    folder.mkdir()
+    for name in (b"caf\xe9 \x1b[31m\n.txt", b"d\xff.txt"):
+        (folder / os.fsdecode(name)).write_text(f"once upon a time, {name}\n" * 200)
+    dataset = open_dataset(DataConfig(corpus=str(folder), tokenizer="sentencepiece:300"))
+    assert dataset.folder.name.startswith("\u8a9e" * 60)
+    assert [os.fsencode(name) for name in dataset.manifest["files"]["train"]] == [
+        b"caf\xe9 \x1b[31m\n.txt",
+        b"d\xff.txt",
+    ]
+
+
 def test_copies_of_a_text_are_said(tmp_path: Path, own_cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.txt").write_text("once upon a time there was a text\n" * 200)
     (tmp_path / "a (1).txt").write_text((tmp_path / "a.txt").read_text())
     (tmp_path / "b.txt").write_text("and another one\n" * 200)
     assert main([str(tmp_path), "--tokenizer", "sentencepiece:300"]) == 0
     assert (
-        "warning: a.txt repeats the text of a (1).txt: text to train on may be in val too\n" in capsys.readouterr().err
+        "warning: a.txt repeats the text of a (1).txt: what is trained on may be in val too\n"
+        in capsys.readouterr().err
     )
 
 
@@ -199,6 +213,18 @@ def test_a_failed_preparation_leaves_nothing_behind(
     with pytest.raises(OSError, match="No space"):
         prepare(data)
     assert [path.suffix for path in own_cache.iterdir()] == [".lock"]
+
+
+def test_documents_of_train_that_are_held_out_too_are_said_and_counted(
+    tmp_path: Path, own_cache: Path, gpt2: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, rows in (("train", ROWS[:40]), ("val", ROWS[35:50]), ("test", [ROWS[0], ROWS[59]])):
+        (tmp_path / "docs" / f"{name}.jsonl").parent.mkdir(exist_ok=True)
+        (tmp_path / "docs" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main([str(tmp_path / "docs"), "--tokenizer", gpt2, "--json"]) == 0
+    captured = capsys.readouterr()
+    assert "docs: warning: val and test hold 6 documents of train, too\n" in captured.err
+    assert json.loads(captured.out)["repeated"] == 6
 
 
 def test_leftovers_of_a_killed_preparation_are_removed(data: DataConfig, own_cache: Path) -> None:
@@ -311,6 +337,13 @@ def test_without_validation_shards_the_last_shard_is_validation(shards: Path, ow
     (shards / "a_val_0.bin").unlink()
     dataset = open_dataset(DataConfig(corpus=str(shards)))
     assert dataset.train[0][0] == 0 and dataset.val[0][0] == 100
+
+
+def test_copies_of_a_shard_are_said(shards: Path, own_cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copyfile(shards / "a_train_1.bin", shards / "a_val_0.bin")
+    assert main([str(shards)]) == 0
+    text = "shards: warning: a_val_0.bin repeats the tokens of a_train_1.bin: what is trained on may be in val too\n"
+    assert text in capsys.readouterr().err
 
 
 def test_the_end_of_a_single_shard_is_its_validation_split(tmp_path: Path, own_cache: Path) -> None:
