@@ -14,8 +14,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ngpt.config.base import ConfigError, printable
 from tune import format as fmt
+from tune.cluster import shared_folder
 from tune.executors.ray_nodes import Node, alive_nodes
-from tune.storage import shared_folder
 
 PROBE_SECONDS = 120.0  # for all nodes together, which may have to start a worker and set up its environment
 ADVICE = "give --out a folder that all nodes share at the same path, such as one on NFS, or an address such as s3://"

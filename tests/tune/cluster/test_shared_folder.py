@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tune.storage import shared_folder
-from tune.storage.shared_folder import PREFIX, FolderProbe, probe_folder
+from tune.cluster import shared_folder
+from tune.cluster.shared_folder import PREFIX, FolderProbe, probe_folder
 
 
 @pytest.fixture(autouse=True)
