@@ -29,7 +29,6 @@ from tune.report import overview
 from tune.report.html import Live, page_text, render_html
 from tune.report.overview import CampaignRow
 from tune.report.server import POLICY, Page, describe, redirect
-from tune.report.wording import RUNNING
 from tune.results.answer import Lead, find_lead
 from tune.results.phase_summary import count_trials, summarize_phase
 from tune.results.snapshot import Snapshot
@@ -40,7 +39,7 @@ from tune.storage.links import refuse_links
 from tune.storage.lock import is_locked
 from tune.storage.names import folder_problem
 from tune.storage.state import CampaignState
-from tune.storage.summaries import TrialCounts
+from tune.storage.summaries import RUNNING, TrialCounts
 from tune.terminal.live import activity_text
 
 MAX_CAMPAIGNS = 300  # newest first; others are counted, and have a page

@@ -22,6 +22,7 @@ from tune.storage.links import NOT_FOLLOWED, refuse_links
 from tune.storage.lock import is_locked
 from tune.storage.state import CampaignState, read_state
 from tune.storage.summaries import (
+    RUNNING,
     Answer,
     ArmSummary,
     CampaignSummary,
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
     from tune.remote.uri import Uri
 
 NO_REPORT = "not written yet; `python run_campaign.py report DIR` writes it"
-RUNNING = "running"  # status while a process runs the campaign
 
 
 class CampaignResults:

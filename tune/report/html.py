@@ -21,14 +21,14 @@ from plotly.offline import get_plotlyjs
 from ngpt.system.atomic_files import write_atomic
 from tune import format as fmt
 from tune.report import figures, wording
-from tune.report.confirm_phase import confirm_phase
 from tune.report.explorer import Details, Logs, explore, flops_per_token
 from tune.report.look_figure import look_figure
 from tune.report.markdown import render_markdown
+from tune.report.next_step import confirm_phase, next_step
 from tune.report.phase_graph import inheritance_graph
 from tune.report.sweep_figures import MAX_BARS, parallel_figure, speed_figure, speed_half_widths
 from tune.report.trial_logs import DETAILS, CurveRow, curves_by_arm
-from tune.storage.summaries import CampaignSummary, PhaseSummary
+from tune.storage.summaries import RUNNING, CampaignSummary, PhaseSummary
 
 Curves = Iterable[CurveRow]
 
@@ -83,6 +83,8 @@ def render_html(
             graph=inheritance_graph(summary.phases),
             words=wording,
             explored=explored,
+            is_running=summary.status == RUNNING,
+            next_step=next_step(summary),
             confirm_phase=escape(confirm_phase(summary)),  # markup, whose lines stay as they are
             figures_json=Markup(_script_json(specs)),
             explored_json=Markup(_script_json(explored)),

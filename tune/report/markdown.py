@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from tune import format as fmt
 from tune.report import wording
-from tune.report.confirm_phase import confirm_phase
+from tune.report.next_step import confirm_phase, next_step
 from tune.report.phase_graph import handovers
 from tune.storage.summaries import CampaignSummary, PhaseSummary
 
@@ -57,7 +57,7 @@ def _answer(summary: CampaignSummary) -> str:
         ]
     facts += [("Cost", wording.cost(summary))]
     listed = _list((name, text) for name, text in facts if text)
-    listed += f"\n- Next: {wording.next_step(summary)}"
+    listed += f"\n- Next: {next_step(summary)}"
     yaml = confirm_phase(summary)
     listed += f"\n\n```yaml\n{yaml}\n```" if yaml else ""
     heading = [f"# {cell(summary.title)}", f"**{cell(answer.sentence)}**"]

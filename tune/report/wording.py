@@ -390,33 +390,6 @@ def settings_advice(summary: CampaignSummary) -> list[str]:
     return [fmt.sentence(text[:1].upper() + text[1:]) for text in found]
 
 
-RUNNING = "running"  # status of a campaign that is shown while it runs
-RESUME = "the same command again: it continues where it stopped and repeats nothing."
-
-
-def next_step(summary: CampaignSummary) -> str:
-    """Suggests the most useful next step in one sentence."""
-    answer = summary.answer
-    if summary.status == RUNNING:
-        return "It is running. This page is rewritten when a phase ends; that of `serve` follows it."
-    if summary.left_out:
-        return f"Raise `budget:` and run {RESUME}"
-    if summary.status != "finished":
-        return f"Run {RESUME}"
-    if summary.trials.failed:
-        return "See in the report what failed. The same command tries those trials again and repeats nothing else."
-    if summary.smoke:
-        return "It runs. For an answer, run the same command without `--smoke`."
-    if answer.winner and answer.delta:
-        if not answer.confirmed:
-            is_short = [phase.phase for phase in summary.phases] == ["main"]  # perhaps a file without `phases:`
-            first = " If the file has no `phases:`, move its sweep into `phases: [{name: main, ...}]` first."
-            return f"Confirm it on fresh seeds: add this phase to `phases:` and run again.{first if is_short else ''}"
-    elif summary.phases and (more := _more_seeds(summary.phases[-1])):
-        return more
-    return "Try your own question: change `vary:` in the campaign file and run again. Finished trials are reused."
-
-
 def selection(shrunken: float | None) -> str:
     """Formats the effect of a winner after allowing for its selection; empty if there is nothing to allow for."""
     return (
@@ -424,22 +397,3 @@ def selection(shrunken: float | None) -> str:
         if shrunken is None
         else f"about {fmt.digits(shrunken, 2, plus=True)}, as the best of several arms is partly lucky"
     )
-
-
-def _more_seeds(phase: PhaseSummary) -> str | None:
-    """Says how many seeds would decide the arms of a phase; None if all are decided."""
-    if len(phase.seeds) == 1:
-        return "One seed carries no claim. Set `seeds: [1, 2, 3]` and run again. Finished trials are reused."
-    undecided = [arm for arm in phase.arms if arm.verdict == "undecided"]
-    if phase.most_seeds is not None:
-        used_up = [arm for arm in undecided if arm.n >= phase.most_seeds]
-        text = f"undecided after {phase.most_seeds} seeds: raise `most:` and run again. Finished trials are reused."
-        return f"{fmt.counted(len(used_up), 'arm')} of {fmt.plain(phase.phase)} {text}" if used_up else None
-    needed = [arm.seeds_to_decide for arm in undecided if arm.seeds_to_decide]
-    if not undecided:
-        return None
-    text = f"{fmt.counted(len(undecided), 'arm')} of {fmt.plain(phase.phase)} undecided"
-    if not needed:
-        return f"{text}; {MAX_SEEDS:,} seeds would not be enough to decide."
-    of_all = f" {len(needed)} of them" if len(needed) < len(undecided) else ""
-    return f"{text}: about {max(needed)} seeds would decide{of_all}. Finished trials are reused."

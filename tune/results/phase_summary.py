@@ -1,21 +1,17 @@
 """Computes the trial records and the summary of a phase from the state of the campaign."""
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from math import log
 from statistics import fmean
 from typing import Any
 
-from tune import format as fmt
-from tune.analysis.importance import is_number
 from tune.analysis.noise import NoisePrior
 from tune.analysis.selection import shrunken_delta
 from tune.analysis.sequential import is_over, judge_by_looks
 from tune.analysis.spreads import metric_spread
 from tune.analysis.text_error import text_standard_error
 from tune.analysis.verdicts import Judgement, Outcomes, judge
-from tune.results.seed_notes import is_confirmation, seed_warnings
+from tune.results.phase_warnings import phase_warnings
 from tune.results.snapshot import ArmSoFar
 from tune.storage.records import TrialOutcome
 from tune.storage.state import ArmState, CampaignState, PhaseState
@@ -37,7 +33,6 @@ OWN_FIELDS = {
     *("n_params", "batch_size", "micro_batch_size", "initial_val_loss", "skipped_steps", "rollbacks"),
 }
 MAX_METRICS = 200  # of a phase; the results may come from somebody else
-EDGE = 0.1  # share of a search's range, at either end, in which the winner gets a warning
 ALONE = {  # why a phase has only a baseline, by whether it confirms a search
     True: "no arm of the search has a better mean than the baseline, so there is nothing to confirm",
     False: "there is nothing to compare: its only arm is the baseline itself",
@@ -178,7 +173,7 @@ def summarize_phase(state: CampaignState, phase: PhaseState) -> PhaseSummary:
         for rank, arm in ranked
     )
     arms = tuple(replace(arm, metrics=measured[arm.arm]) for arm in arms)
-    if not is_confirmation(phase):
+    if not _is_confirmation(phase):
         shrunken = shrunken_delta(
             arms, judgement.winner, goal=goal, most_seeds=phase.most_seeds, **_level(phase, limits)
         )
@@ -206,8 +201,7 @@ def summarize_phase(state: CampaignState, phase: PhaseState) -> PhaseSummary:
         confirmation=phase.fresh.look if phase.fresh else 0,
         warnings=(
             *judgement.warnings,
-            *seed_warnings(state, phase),
-            *_warnings(state, phase, arms, judgement.winner, records, statuses),
+            *phase_warnings(state, phase, arms, judgement.winner, records, statuses),
         ),
         trials=count_trials(statuses, reused=len(records) - len(trained_here)),
         tokens=sum(record.metrics.get("tokens") or 0 for record in trained_here),
@@ -215,6 +209,11 @@ def summarize_phase(state: CampaignState, phase: PhaseState) -> PhaseSummary:
         most_seeds=phase.most_seeds,
         looks=tuple(phase.looks),
     )
+
+
+def _is_confirmation(phase: PhaseState) -> bool:
+    """Whether a phase compares an earlier winner with a baseline on seeds that nobody has looked at."""
+    return phase.fresh is not None and phase.fresh.question is not None
 
 
 def count_trials(statuses: Sequence[str], *, reused: int) -> TrialCounts:
@@ -293,149 +292,3 @@ def mean(values: Iterable[float | None]) -> float | None:
     """Returns the mean of the values that are not None; None if there are no such values."""
     known = [value for value in values if value is not None]
     return fmean(known) if known else None
-
-
-# ---- warnings ------------------------------------------------------------------------------------------------------
-
-
-def _warnings(
-    state: CampaignState,
-    phase: PhaseState,
-    arms: Sequence[ArmSummary],
-    winner: str,
-    records: Sequence[TrialRecord],
-    statuses: Sequence[str],
-) -> list[str]:
-    warnings: list[str] = []
-    if stopped := statuses.count("stopped"):
-        text = f"stopped early by ASHA: {stopped} of {len(statuses)} trials; which ones depends on the order in which "
-        text += "they ran. Their arms are listed last and not judged; the p-values of the others are corrected for "
-        warnings.append(text + "them, too")
-    chosen = next(arm for arm in arms if arm.arm == winner)
-    if winner != phase.baseline:
-        warnings += _edge_warnings(phase, chosen)
-    tokens = {arm.arm: arm.tokens for arm in arms if arm.tokens is not None}
-    if len(set(tokens.values())) > 1:
-        listed = ", ".join(f"{name} {count}" for name, count in tokens.items())
-        warnings.append(f"the arms saw different numbers of training tokens: {listed}")
-    counted = [record for record in records if record.error is None]
-    warnings += _unmeasured_warnings(records, state.campaign["metric"]["name"])
-    warnings += state.notes
-    warnings += _provenance_warnings(counted) + code_warnings(state, counted)
-    for arm in arms:
-        warnings += recovery_warnings(arm.arm, [record for record in records if record.arm == arm.arm])
-    return warnings
-
-
-def _unmeasured_warnings(records: Sequence[TrialRecord], objective: str) -> list[str]:
-    """Returns warnings about metrics that finished trials lack; the judgement itself warns about the `objective`."""
-    finished = [record for record in records if record.status == "finished"]
-    lacking: dict[str, list[TrialRecord]] = {}
-    for record in finished:
-        for name in record.unmeasured:
-            lacking.setdefault(name, []).append(record)
-    warnings = []
-    for name, without in lacking.items():
-        if name == objective:
-            continue
-        seeds: dict[str, list[int]] = {}
-        for record in without:
-            seeds.setdefault(record.arm, []).append(record.seed)
-        listed = fmt.listing((f"{arm} (seed {', '.join(map(str, sorted(s)))})" for arm, s in seeds.items()), most=4)
-        none = {record.arm for record in finished} - {r.arm for r in finished if name not in r.unmeasured}
-        text = f"{name} is missing or not finite in {len(without)} of {fmt.counted(len(finished), 'finished trial')}"
-        text += f", which its means leave out: {listed}"
-        warnings.append(text + (f"; {fmt.listing(sorted(none), most=4)} has no value of it at all" if none else ""))
-    return warnings
-
-
-def _edge_warnings(phase: PhaseState, chosen: ArmSummary) -> list[str]:
-    warnings = []
-    for setting, values in phase.swept.items():
-        numbers = sorted(filter(is_number, values))
-        value = chosen.overrides.get(setting)
-        if len(numbers) > 2 and value in (numbers[0], numbers[-1]):
-            end = "lower" if value == numbers[0] else "upper"
-            warnings.append(
-                f"the winner is at the {end} end of the range of {setting}; the best value may lie beyond it"
-            )
-    for setting, axis in phase.space.items():
-        value = chosen.overrides.get(setting)
-        if (
-            axis["kind"] == "choice"
-            or not is_number(value)
-            or (axis["whole"] and axis["values"][1] - axis["values"][0] < 2)
-        ):
-            continue
-        if end := _edge_of_range(value, *axis["values"], is_log=axis["kind"] == "log"):
-            low, high = map(fmt.value, axis["values"])
-            text = f"the winner's {setting} = {fmt.value(value)} is in the {end} tenth of the range [{low}, {high}]"
-            warnings.append(f"{text}; the best value may lie beyond it")
-    return warnings
-
-
-def _edge_of_range(value: float, low: float, high: float, *, is_log: bool) -> str | None:
-    """Returns `lower` or `upper` if the value lies in that tenth of the range of a search, on its own scale."""
-    value = min(max(value, low), high)  # an end may be rounded
-    share = log(value / low) / log(high / low) if is_log else (value - low) / (high - low)
-    return "lower" if share <= EDGE else "upper" if share >= 1 - EDGE else None
-
-
-def _provenance_warnings(records: Sequence[TrialRecord]) -> list[str]:
-    warnings = []
-    for name, what in {"device": "devices", "data_sha256": "data"}.items():
-        different = {str(record.provenance.get(name)) for record in records}
-        if len(different) > 1:
-            warnings.append(f"its trials come from different {what}: {', '.join(sorted(different))}")
-    for name, where in {"packed": "on a device", "vectorised": "in a process"}.items():
-        numbers = {record.provenance.get(name, 1) for record in records}
-        if len(numbers) > 1:
-            counts = " and ".join(map(str, sorted(numbers)))
-            warnings.append(f"its trials ran {counts} at a time {where}: their tokens per second cannot be compared")
-    if len(numbers := {record.provenance.get("ranks", 1) for record in records}) > 1:
-        counts = " and ".join(map(str, sorted(numbers)))
-        text = f"its trials were trained on {counts} ranks: their losses agree within rounding"
-        warnings.append(f"{text}, their tokens per second cannot be compared")
-    copied = Counter(str(origin) for record in records if (origin := record.provenance.get("copied_from")))
-    for origin, n in copied.items():
-        text = f"{n} of its {fmt.counted(len(records), 'trial')} continued files that the campaign {origin} had made"
-        warnings.append(f"{text}, so they were trained there, at least in part")
-    return warnings
-
-
-def code_warnings(state: CampaignState, records: Sequence[TrialRecord]) -> list[str]:
-    """Returns warnings about trials of a phase that other code has computed than that of the newest run."""
-    of = f"of its {fmt.counted(len(records), 'trial')}"
-    warnings = []
-    tables = {"trained by other code than that of the newest run, and kept": state.kept_code}
-    tables["begun by other code and continued by that of the newest run"] = state.mixed_code
-    for what, table in tables.items():
-        changed = [table[record.trial_id] for record in records if record.trial_id in table]
-        if changed:
-            files = ", ".join(sorted({name for names in changed for name in names}))
-            warnings.append(f"{len(changed)} {of} {'was' if len(changed) == 1 else 'were'} {what}: {files}")
-    versions = Counter(str(record.provenance.get("code_sha256")) for record in records)
-    unknown = {version: n for version, n in versions.items() if version not in state.code_versions}
-    if unknown and len(versions) > 1:
-        warnings.append(
-            f"the code of {sum(unknown.values())} {of} is not known and may differ: {', '.join(sorted(unknown))}"
-        )
-    return warnings
-
-
-def recovery_warnings(arm: str, records: Sequence[TrialRecord]) -> list[str]:
-    """Returns warnings about recoveries that made trials of an arm deviate from their settings."""
-    warnings = []
-    if replaced := sum(record.metrics.get("r_replaced") or 0 for record in records):
-        warnings.append(f"{arm}: {replaced:.0f} divisors r of its norm mode were not finite and became 1")
-    sizes = [(record.metrics.get("batch_size"), record.config.get("batch_size")) for record in records]
-    halved = [f"{size} instead of {planned}" for size, planned in sizes if size and planned and size < planned]
-    if halved:
-        text = (
-            f"{len(halved)} of its trials ran out of memory and halved {'its' if len(halved) == 1 else 'their'} batch"
-        )
-        warnings.append(f"{arm}: {text} ({', '.join(sorted(set(halved)))})")
-    for name, what in {"skipped_steps": "skipped steps", "rollbacks": "rollbacks to a checkpoint"}.items():
-        if count := sum(record.metrics.get(name) or 0 for record in records):
-            warnings.append(f"{arm}: {count:.0f} {what}, because a loss or gradient was not finite")
-    return warnings

@@ -18,7 +18,7 @@ from tune.results.eta import seconds_left
 from tune.results.phase_summary import arms_so_far, summarize_phase
 from tune.results.snapshot import ArmSoFar, Progress, Running, Snapshot, Waiting
 from tune.storage.activity import RunActivity, read_activity
-from tune.storage.events import MAX_NUMBER
+from tune.storage.event_fields import MAX_NUMBER
 from tune.storage.links import NOT_FOLLOWED, refuse_links
 from tune.storage.lock import is_locked
 from tune.storage.state import CampaignState, PhaseState, added_trials, read_replayed

@@ -30,6 +30,7 @@ from tune.storage import summaries
 from tune.storage.links import NOT_FOLLOWED, refuse_links
 from tune.storage.state import CampaignState, PhaseState, read_state
 from tune.storage.summaries import (
+    RUNNING,
     CampaignSummary,
     PhaseSummary,
     TrialProblem,
@@ -291,8 +292,6 @@ def write_campaign(root: Path, state: CampaignState, claims: "Sequence[Claim] | 
 
 def write_report_so_far(root: Path) -> None:
     """Writes `report.html` and `report.md` of a campaign that is running; all its other files stay as they are."""
-    from tune.report.wording import RUNNING
-
     state = read_state(root)
     phases = [summarize_phase(state, phase) for phase in state.phases.values()]
     summary = summarize_campaign(state, phases, file_warnings=file_warnings(root, state))

@@ -22,7 +22,7 @@ from pydantic import Field
 from ngpt.data.text.progress import Log, Progress, progress_of
 from ngpt.system.atomic_files import read_regular, write_atomic
 from ngpt.system.heartbeat import host_name
-from tune.storage.events import MAX_ROWS, MAX_SECONDS, Time
+from tune.storage.event_fields import MAX_ROWS, MAX_SECONDS, Time
 
 ACTIVITY = "campaign.activity"
 WRITE_EVERY = 0.5  # seconds between two writes, at least

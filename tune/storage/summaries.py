@@ -2,14 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from tune.storage.events import MAX_NUMBER
+from tune.storage.event_fields import MAX_NUMBER
 from tune.storage.records import Look
 
-if TYPE_CHECKING:
-    pass
-
+RUNNING = "running"  # status of a campaign that is shown while a process runs it
 DECIDED = ("reproduced", "refuted")  # verdicts on claims that hold for the scale of their trials
 # What every run measures of its model; those of r exist only with a norm mode. Further metrics come from plug-ins.
 DIAGNOSTICS = ("weight_norm_error", "activation_norm_error", "r_mean", "r_min", "r_max", "r_replaced")

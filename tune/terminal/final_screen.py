@@ -10,13 +10,12 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from tune import format as fmt
-from tune.report.confirm_phase import confirm_phase
+from tune.report.next_step import confirm_phase, next_step
 from tune.report.wording import (
     claim_counts,
     cost,
     effect,
     mean_interval,
-    next_step,
     noise,
     problem_groups,
     rounds,

@@ -7,6 +7,7 @@ from tune.report import wording
 from tune.report.html import render_html
 from tune.report.look_figure import look_figure
 from tune.report.markdown import render_markdown
+from tune.report.next_step import next_step
 from tune.storage.records import ArmLook, Decision, Look
 from tune.storage.summaries import ArmSummary, CampaignSummary, Delta, PhaseNoise, PhaseSummary, TrialCounts, to_json
 
@@ -81,7 +82,7 @@ def test_the_report_says_what_was_saved_and_when_each_arm_was_decided() -> None:
 def test_arms_that_used_up_their_seeds_are_the_next_step() -> None:
     arms = (replace(ARMS[0], verdict="undecided", n=10), *ARMS[1:])
     summary = CampaignSummary(campaign="x", status="finished", phases=(replace(PHASE, arms=arms),))
-    assert wording.next_step(summary).startswith("1 arm of p undecided after 10 seeds: raise `most:`")
+    assert next_step(summary).startswith("1 arm of p undecided after 10 seeds: raise `most:`")
 
 
 def test_looks_survive_json() -> None:

@@ -13,7 +13,6 @@ from tune.report.wording import (
     effect,
     is_named,
     mean_interval,
-    next_step,
     noise,
     selection,
     trial_counts,
@@ -124,52 +123,16 @@ def test_the_noise_of_a_phase_is_one_sentence() -> None:
     assert noise(PhaseSummary()) == "Noise unknown: it takes two finished seeds of the baseline."
 
 
-def campaign(seeds: int = 2, **answer: Any) -> CampaignSummary:
-    phase = PhaseSummary(
-        phase="a",
-        seeds=tuple(range(seeds)),
-        min_effect=0.005,
-        noise=PhaseNoise(sd=0.004, smallest_detectable=0.065, method="paired"),
-        arms=(ArmSummary("x"), ArmSummary("y")),
-    )
-    chosen: dict[str, Any] = {"phase": "a", "winner": "x", "delta": Delta(-0.1)}
-    return CampaignSummary(status="finished", answer=Answer(**(chosen | answer)), phases=(phase,))
-
-
-def test_the_next_step_fits_the_state_of_the_campaign() -> None:
-    assert next_step(campaign()).startswith("Confirm it on fresh seeds: add this phase to `phases:`")
-    assert "change `vary:`" in next_step(campaign(confirmed=True))
-    assert next_step(replace(campaign(), status="running")).startswith("It is running.")
-    assert "Run the same command again" in next_step(replace(campaign(), status="interrupted"))
-    assert "tries those trials again" in next_step(replace(campaign(), trials=TrialCounts(failed=1)))
-    assert "Raise `budget:`" in next_step(replace(campaign(), left_out={"a": 1}))
-
-
 def test_the_effect_after_selection_is_shown_until_the_winner_is_confirmed() -> None:
     assert selection(-0.0812) == f"about {fmt.MINUS}0.081, as the best of several arms is partly lucky"
     assert selection(None) == ""
-    shown = render_markdown(campaign(shrunken=-0.08))
+    answer = Answer(phase="a", winner="x", delta=Delta(-0.1), shrunken=-0.08)
+    shown = render_markdown(CampaignSummary(answer=answer))
     assert (
         f"- After allowing for selection: about {fmt.MINUS}0.08, as the best of several arms is partly lucky" in shown
     )
-    assert "selection" not in render_markdown(campaign(confirmed=True)).partition("## ")[0]
-
-
-def test_without_a_winner_the_next_step_names_the_seeds_that_would_decide() -> None:
-    none: dict[str, Any] = {"winner": None, "delta": None, "phase": None}
-
-    def step(*seeds: int | None) -> str:
-        arms = tuple(ArmSummary(str(i), verdict="undecided", seeds_to_decide=n) for i, n in enumerate(seeds))
-        summary = campaign(**none)
-        phase = replace(summary.phases[0], arms=(ArmSummary("y", verdict="baseline"), *arms))
-        return next_step(replace(summary, phases=(phase,)))
-
-    assert step(13).startswith("1 arm of a undecided: about 13 seeds would decide.")
-    assert "2 arms of a undecided: about 13 seeds would decide." in step(9, 13)
-    assert "about 9 seeds would decide 1 of them." in step(9, None)
-    assert "1,000 seeds would not be enough" in step(None)
-    assert "change `vary:`" in step(), "all arms are decided"
-    assert "One seed carries no claim" in next_step(campaign(seeds=1, **none))
+    confirmed = CampaignSummary(answer=replace(answer, shrunken=None, confirmed=True))
+    assert "selection" not in render_markdown(confirmed).partition("## ")[0]
 
 
 def test_an_undecided_arm_says_how_many_seeds_it_needs() -> None:

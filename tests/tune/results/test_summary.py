@@ -32,7 +32,8 @@ from tests.helpers.tiny_campaign import (
     write_file,
 )
 from tune.results.answer import settings_text
-from tune.results.phase_summary import _edge_of_range, _text_errors, recovery_warnings
+from tune.results.phase_summary import _text_errors
+from tune.results.phase_warnings import _edge_of_range, recovery_warnings
 from tune.results.summary import rebuild
 from tune.spec import phase_reader
 from tune.storage.journal import read_journal

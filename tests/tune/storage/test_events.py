@@ -8,7 +8,7 @@ import pytest
 
 from tests.helpers.forged_journal import deep, write_forged
 from tune.spec.schema import Claim
-from tune.storage import events, records, summaries
+from tune.storage import event_fields, records, summaries
 from tune.storage.events import event_problem
 from tune.storage.journal import Journal, JournalError, read_journal
 from tune.storage.state import read_state
@@ -148,13 +148,13 @@ def test_an_event_that_does_not_fit_those_before_it_is_named(winner: str, tmp_pa
 
 
 TYPES = [
-    (events.Work, records.TrialWork),
-    (events.Draw, records.FreshDraw),
-    (events.LookRow, records.ArmLook),
-    (events.LookFields, records.Look),
-    (events.Better, records.BetterArm),
-    (events.Metric, summaries.Objective),
-    (events.ClaimFields, Claim),
+    (event_fields.Work, records.TrialWork),
+    (event_fields.Draw, records.FreshDraw),
+    (event_fields.LookRow, records.ArmLook),
+    (event_fields.LookFields, records.Look),
+    (event_fields.Better, records.BetterArm),
+    (event_fields.Metric, summaries.Objective),
+    (event_fields.ClaimFields, Claim),
 ]
 
 

@@ -1,17 +1,18 @@
-"""The advice to confirm a winner: a phase that can be pasted at the end of the campaign file."""
+"""The next step after a campaign, and the phase that confirms a winner, which can be pasted into its file."""
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 
 from tune.campaign import load_campaign
-from tune.report.confirm_phase import confirm_phase
 from tune.report.html import render_html
 from tune.report.markdown import render_markdown
+from tune.report.next_step import confirm_phase, next_step
 from tune.spec.schema import FreshSeeds
-from tune.storage.summaries import Answer, ArmSummary, CampaignSummary, Delta, PhaseSummary, TrialCounts
+from tune.storage.summaries import Answer, ArmSummary, CampaignSummary, Delta, PhaseNoise, PhaseSummary, TrialCounts
 from tune.terminal.final_screen import final_screen
 
 FILE = """\
@@ -57,3 +58,41 @@ def test_there_is_nothing_to_paste_where_there_is_nothing_to_confirm() -> None:
     assert confirm_phase(replace(summary, smoke=True)) == ""
     assert confirm_phase(replace(summary, trials=TrialCounts(failed=1))) == ""
     assert confirm_phase(replace(summary, status="interrupted")) == ""
+
+
+def campaign(seeds: int = 2, **answer: Any) -> CampaignSummary:
+    phase = PhaseSummary(
+        phase="a",
+        seeds=tuple(range(seeds)),
+        min_effect=0.005,
+        noise=PhaseNoise(sd=0.004, smallest_detectable=0.065, method="paired"),
+        arms=(ArmSummary("x"), ArmSummary("y")),
+    )
+    chosen: dict[str, Any] = {"phase": "a", "winner": "x", "delta": Delta(-0.1)}
+    return CampaignSummary(status="finished", answer=Answer(**(chosen | answer)), phases=(phase,))
+
+
+def test_the_next_step_fits_the_state_of_the_campaign() -> None:
+    assert next_step(campaign()).startswith("Confirm it on fresh seeds: add this phase to `phases:`")
+    assert "change `vary:`" in next_step(campaign(confirmed=True))
+    assert next_step(replace(campaign(), status="running")).startswith("It is running.")
+    assert "Run the same command again" in next_step(replace(campaign(), status="interrupted"))
+    assert "tries those trials again" in next_step(replace(campaign(), trials=TrialCounts(failed=1)))
+    assert "Raise `budget:`" in next_step(replace(campaign(), left_out={"a": 1}))
+
+
+def test_without_a_winner_the_next_step_names_the_seeds_that_would_decide() -> None:
+    none: dict[str, Any] = {"winner": None, "delta": None, "phase": None}
+
+    def step(*seeds: int | None) -> str:
+        arms = tuple(ArmSummary(str(i), verdict="undecided", seeds_to_decide=n) for i, n in enumerate(seeds))
+        summary = campaign(**none)
+        phase = replace(summary.phases[0], arms=(ArmSummary("y", verdict="baseline"), *arms))
+        return next_step(replace(summary, phases=(phase,)))
+
+    assert step(13).startswith("1 arm of a undecided: about 13 seeds would decide.")
+    assert "2 arms of a undecided: about 13 seeds would decide." in step(9, 13)
+    assert "about 9 seeds would decide 1 of them." in step(9, None)
+    assert "1,000 seeds would not be enough" in step(None)
+    assert "change `vary:`" in step(), "all arms are decided"
+    assert "One seed carries no claim" in next_step(campaign(seeds=1, **none))
