@@ -53,8 +53,9 @@ RESERVED = {
     "ray": {
         f"tune/{name}.py"
         for name in (
-            *("cluster/connection", "cluster/node_checks", "cluster/relay", "executors/ray_executor"),
-            *("executors/ray_nodes", "executors/ray_storage", "executors/ray_trainable", "executors/warm_workers"),
+            *("cluster/connection", "cluster/node_checks", "cluster/relay", "executors/ray_cluster"),
+            *("executors/ray_executor", "executors/ray_nodes", "executors/ray_storage", "executors/ray_trainable"),
+            "executors/warm_workers",
             "ranks/actors",
         )
     },
@@ -135,6 +136,7 @@ UNTESTED: dict[str, str] = {
     "tune/terminal/final_screen.py": "test_live.py",
     "tune/terminal/plan_view.py": "test_estimate.py",
     "tune/session/phase_tracker.py": "test_session.py",
+    "tune/executors/ray_cluster.py": "test_ray_executor.py",
     "tune/executors/ray_process.py": "test_ray_supervisor.py",
     "tune/session/remote.py": "test_ray_supervisor.py",
     "tune/bench/campaigns.py": "test_bench.py",

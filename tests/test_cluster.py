@@ -169,7 +169,7 @@ AUTOSCALER = {
 }
 FROM_ZERO = """
 import sys
-from tune.executors.ray_executor import RayCluster
+from tune.executors.ray_cluster import RayCluster
 from tune.spec.schema import Resources
 
 for seconds in (None, 120):

@@ -96,7 +96,8 @@ def run_ray(
     threading.Thread(target=_exit_with_parent, args=(root,), daemon=True).start()
     os.environ.setdefault("RAY_DASHBOARD_STARTUP_TIMEOUT_S", DASHBOARD_TIMEOUT)  # read when ray is imported
     from tune.cluster.node_checks import check_data, data_problem
-    from tune.executors.ray_executor import RayCluster, RayNotStarted, run_tuner
+    from tune.executors.ray_cluster import RayCluster, RayNotStarted
+    from tune.executors.ray_executor import run_tuner
     from tune.executors.ray_nodes import InBackground, NoUsableNode
 
     def report(text: str) -> None:

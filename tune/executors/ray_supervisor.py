@@ -5,7 +5,6 @@ for every trial and every result it calls this process, which holds the lock, th
 restart Ray, this process kills everything that the child has started; the trials then resume from their checkpoints.
 """
 
-import math
 import multiprocessing
 import multiprocessing.resource_tracker
 import time
@@ -26,21 +25,19 @@ from tune.executors.orphans import is_alive, kill_marked, mark_children, marked_
 from tune.executors.ray_folder import RayFolder
 from tune.executors.ray_process import CodeToRun, RayExited, RayNote, RayReady, run_ray
 from tune.executors.signals import StoppedEarly, interrupt_blocked, stop_on_signal
-from tune.executors.watchdog import Watchdog
+from tune.executors.watchdog import OomKiller, Watchdog
 from tune.machine.ray_limits import limit_hint
 from tune.machine.spawn import hide_main_module
 from tune.remote.uri import Uri
 from tune.remote.worker import WorkerUploads
 from tune.session.session import ExecutorLost, Session
 from tune.spec.schema import Resources
-from tune.trials.retries import oom_kill_count
 
 HEALTH_CHECK_SECONDS = 1.0  # between checks of Ray's processes and the heartbeats
 START_TIMEOUT = 300.0  # seconds for Ray to start
 RESPONSE_TIMEOUT = 60.0  # seconds for Ray to notice a dead worker, or to ask for work when it has none
 SAVE_TIMEOUT = 60.0  # seconds for running trials to save after a stop was requested
 EXIT_TIMEOUT = 20.0  # seconds for the child process to exit
-OOM_KILL_SECONDS = 30.0  # a worker that dies this soon after an OOM kill counts as its victim
 MAX_STARTS = 3  # attempts to start the first private Ray of a run
 MAX_REPLACEMENTS = 3  # of Ray, in one run
 WAIT_FOR_NODES = 600.0  # seconds to wait for a node in place of the last one, if the campaign says nothing
@@ -89,8 +86,7 @@ class RaySupervisor:
         self._to_kill: set[str] = set()  # trials whose hung workers Ray shall kill
         self._copied: set[str] = set()  # trials whose own heartbeat files are not seen here
         self._relayed: dict[str, tuple[int, Heartbeat]] = {}  # attempts and heartbeats, as workers of a cluster report
-        self._oom_kills = oom_kill_count()
-        self._oom_killed_at = -math.inf
+        self._oom_killer = OomKiller()
         self._checked_at = self._heard_at = clock()
         self._save_deadline: float | None = None
         self._no_room_since: float | None = None  # when the last node with room for a trial was lost
@@ -320,10 +316,10 @@ class RaySupervisor:
 
     def _correct_cause(self, trial_id: str, cause: str, reason: str | None = None) -> tuple[str, str, str | None]:
         """Corrects the cause of death if the watchdog or the kernel killed the worker."""
-        self._count_oom_kills()
+        has_run_out = self._oom_killer.has_killed(self._clock())
         if self._killed_at.pop(trial_id, None) is not None:
             cause, reason = "hung", None
-        elif cause == "killed" and self._clock() - self._oom_killed_at < OOM_KILL_SECONDS:
+        elif cause == "killed" and has_run_out:
             cause, reason = "host_oom", None
         return trial_id, cause, reason
 
@@ -345,7 +341,7 @@ class RaySupervisor:
 
     def _check_health(self) -> str | None:
         now = self._clock()
-        self._count_oom_kills()
+        self._oom_killer.has_killed(now)  # counted every second, since Ray reports a death later
         if reason := self._dead_service():
             return reason
         if self._ray.ready is None:
@@ -419,8 +415,3 @@ class RaySupervisor:
         for worker in workers:
             worker.kill()
         return bool(workers)
-
-    def _count_oom_kills(self) -> None:
-        kills = oom_kill_count()
-        if kills > self._oom_kills:
-            self._oom_kills, self._oom_killed_at = kills, self._clock()

@@ -21,7 +21,7 @@ from ngpt.system import gpus
 from ngpt.system.heartbeat import HeartbeatWriter, clear_heartbeat, stop_requested
 from tune import format as fmt
 from tune.cluster.relay import WorkerLink
-from tune.executors.gpu_slots import GpuSlots, claim_slot
+from tune.machine.gpu_slots import GpuSlots, claim_slot
 from tune.ranks.actors import ActorPool
 from tune.ranks.pool import RankPool, RankUnfit, run_on_ranks
 from tune.remote.store import StoreError

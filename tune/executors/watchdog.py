@@ -1,17 +1,20 @@
-"""Finds trials that hang: the process is alive but makes no progress.
+"""Finds trials that hang, whose process is alive but makes no progress, and those that the kernel has killed.
 
 A deadlock, an unresponsive file system or a GPU that fell off the bus does not end the process. So every trial writes a
 heartbeat (ngpt/system/heartbeat.py), and a trial whose heartbeat does not change for too long is killed and retried.
 """
 
+import math
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from statistics import median
 
 from ngpt.system.heartbeat import Heartbeat
+from tune.trials.retries import oom_kill_count
 
 MIN_TIMEOUT = 600.0  # seconds, to allow for compilation, a long evaluation or a slow disk
+OOM_KILL_SECONDS = 30.0  # a worker that dies this soon after an OOM kill counts as its victim
 TIMEOUT_STEPS = 20  # a timeout of this many median steps, if that is longer
 
 
@@ -58,3 +61,18 @@ class Watchdog:
             has_trained = watched.beat is not None and watched.beat.step > watched.beat.began
             return self._stall_timeout if has_trained else max(self._stall_timeout, MIN_TIMEOUT)
         return max(MIN_TIMEOUT, TIMEOUT_STEPS * median(watched.step_seconds)) if watched.step_seconds else MIN_TIMEOUT
+
+
+class OomKiller:
+    """The kills of the kernel's OOM killer since this was made."""
+
+    def __init__(self) -> None:
+        self._count = oom_kill_count()
+        self._killed_at = -math.inf
+
+    def has_killed(self, now: float) -> bool:
+        """Returns whether it has killed a process within `OOM_KILL_SECONDS`, as far as these calls have seen it."""
+        count = oom_kill_count()
+        if count > self._count:
+            self._count, self._killed_at = count, now
+        return now - self._killed_at < OOM_KILL_SECONDS

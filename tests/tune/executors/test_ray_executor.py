@@ -20,7 +20,8 @@ from tests.helpers.fake_gpus import GIB, FakeGpus
 from tests.helpers.real_run import SCRIPT, Run, left_over, start
 from tests.helpers.tiny_campaign import begun, losses, pretend, records, session_on, strict, train_all, write_file
 from tests.helpers.tune_in_process import fixed_cluster
-from tune.executors.ray_executor import RayCluster, SessionSearcher, current_umask
+from tune.executors.ray_cluster import RayCluster
+from tune.executors.ray_executor import SessionSearcher, current_umask
 from tune.executors.ray_nodes import Node, NodeChange, NodeWatch, NoUsableNode
 from tune.executors.ray_trainable import PAUSED, UPDATES
 from tune.machine.placement import Placement

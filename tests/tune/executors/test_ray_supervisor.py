@@ -17,7 +17,7 @@ from ngpt.config.base import ConfigError
 from ngpt.system.heartbeat import Heartbeat, HeartbeatWriter, read_heartbeat, stop_requested
 from tests.helpers.real_run import Run, left_over, start
 from tests.helpers.tiny_campaign import begun, losses, pretend, records, session_on, train_all, write_file
-from tune.executors import ray_supervisor
+from tune.executors import watchdog
 from tune.executors.orphans import mark_children
 from tune.executors.ray_process import RayExited, RayReady
 from tune.executors.ray_supervisor import (
@@ -422,12 +422,12 @@ def test_ray_is_replaced_when_it_has_no_trials_and_asks_for_none(supervisor: Pla
 def test_a_worker_killed_by_the_kernel_for_lack_of_memory_has_its_own_cause(
     supervisor: PlayedSupervisor, session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kills = ray_supervisor.oom_kill_count()
-    monkeypatch.setattr(ray_supervisor, "oom_kill_count", lambda: kills)
-    supervisor._oom_kills = kills
+    kills = watchdog.oom_kill_count()
+    monkeypatch.setattr(watchdog, "oom_kill_count", lambda: kills)
+    supervisor._oom_killer = watchdog.OomKiller()
     first, second, third = supervisor.next_trial(), supervisor.next_trial(), supervisor.next_trial()
     supervisor.call("worker_died", first.trial_id, "killed")
-    monkeypatch.setattr(ray_supervisor, "oom_kill_count", lambda: kills + 1)
+    monkeypatch.setattr(watchdog, "oom_kill_count", lambda: kills + 1)
     supervisor.call("worker_died", second.trial_id, "killed")
     supervisor.clock.now += 60
     supervisor.call("worker_died", third.trial_id, "killed")

@@ -21,9 +21,9 @@ from ngpt.system.heartbeat import Heartbeat, clear_heartbeat, host_name, read_he
 from ngpt.training.config import TrainConfig
 from ngpt.training.tracker import read_metrics
 from tests.helpers.fake_gpus import FakeGpus
-from tune.executors.gpu_slots import GpuSlots
 from tune.executors.ray_executor import current_umask
 from tune.executors.ray_trainable import GPU, PAUSED, UNUSABLE, UPDATES, NodeUnfit, TrialWorker, worker_title
+from tune.machine.gpu_slots import GpuSlots
 from tune.remote.parts import write_parts
 from tune.remote.store import ObjectStore
 from tune.remote.unit import newest_step, read_digests, worker_unit

@@ -7,7 +7,7 @@ import pytest
 
 from ngpt.config.base import ConfigError
 from tests.helpers.fake_gpus import FakeGpus
-from tune.executors.ray_executor import RayCluster
+from tune.executors.ray_cluster import RayCluster
 from tune.machine.estimate import expected_placement
 from tune.machine.placement import cluster_notes, device_notes, place, this_machine
 from tune.spec.schema import Campaign, Resources

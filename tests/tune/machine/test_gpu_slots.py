@@ -10,8 +10,8 @@ import pytest
 
 from ngpt.system import gpus
 from tests.helpers.fake_gpus import FakeGpus
-from tune.executors import gpu_slots
-from tune.executors.gpu_slots import GpuSlots, claim_slot
+from tune.machine import gpu_slots
+from tune.machine.gpu_slots import GpuSlots, claim_slot
 
 Install = Callable[..., FakeGpus]
 
