@@ -23,7 +23,7 @@ import run_campaign
 from ngpt.system.cli import EXIT_ERROR
 from ngpt.system.heartbeat import read_heartbeat
 from tests.helpers.tiny_campaign import begun, drive, losses, next_trial, records, session_on, strict, write_file
-from tune.session.session import ExecutorLost
+from tune.session.executor_info import ExecutorLost
 from tune.storage.journal import read_journal
 
 SCRIPT = Path(__file__).parents[1] / "run_campaign.py"

@@ -41,7 +41,8 @@ from tune.remote.results import RemoteResults
 from tune.report.wording import packing_fact
 from tune.results.snapshot import Snapshot
 from tune.session.datasets import check_all, data_configs, describe_data, prepare_all
-from tune.session.session import ExecutorInfo, Session
+from tune.session.executor_info import ExecutorInfo
+from tune.session.session import Session
 from tune.spec.schema import Campaign
 from tune.storage.summaries import CampaignSummary
 from tune.terminal.live import open_console

@@ -12,7 +12,8 @@ from tune.campaign import load_campaign
 from tune.executors.local import run_inline
 from tune.machine import environment
 from tune.session.datasets import describe_data
-from tune.session.session import ExecutorInfo, Session
+from tune.session.executor_info import ExecutorInfo
+from tune.session.session import Session
 from tune.storage.summaries import CampaignSummary
 from tune.trials.trial import TrialResult, TrialSpec
 

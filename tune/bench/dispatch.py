@@ -17,8 +17,9 @@ from tune.machine import environment
 from tune.machine.spawn import hide_main_module
 from tune.results.status import read_snapshot
 from tune.session.datasets import describe_data
+from tune.session.executor_info import ExecutorInfo
 from tune.session.remote import RemoteSession
-from tune.session.session import ExecutorInfo, Session
+from tune.session.session import Session
 from tune.trials.trial import TrialResult, TrialSpec
 
 SEEDS = 20  # of every arm

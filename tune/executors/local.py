@@ -15,7 +15,8 @@ from tune.executors.signals import stop_on_signal
 from tune.executors.watchdog import Watchdog
 from tune.ranks.pool import RanksDied, run_on_ranks
 from tune.ranks.processes import ProcessPool
-from tune.session.session import ExecutorLost, Session
+from tune.session.executor_info import ExecutorLost
+from tune.session.session import Session
 from tune.trials.retries import oom_kill_count
 from tune.trials.trial import TrialSpec
 from tune.trials.trial_group import GpuUnusable, Trials, run_trials

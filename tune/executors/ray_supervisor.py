@@ -30,7 +30,8 @@ from tune.machine.ray_limits import limit_hint
 from tune.machine.spawn import hide_main_module
 from tune.remote.uri import Uri
 from tune.remote.worker import WorkerUploads
-from tune.session.session import ExecutorLost, Session
+from tune.session.executor_info import ExecutorLost
+from tune.session.session import Session
 from tune.spec.schema import Resources
 
 HEALTH_CHECK_SECONDS = 1.0  # between checks of Ray's processes and the heartbeats

@@ -22,11 +22,26 @@ from tune.storage.event_fields import MAX_NUMBER
 from tune.storage.links import NOT_FOLLOWED, refuse_links
 from tune.storage.lock import is_locked
 from tune.storage.state import CampaignState, PhaseState, added_trials, read_replayed
-from tune.storage.summaries import PhaseSummary
+from tune.storage.summaries import RUNNING, PhaseSummary
 
 KEPT_BYTES = 200  # by which a file is recognized
 MOST_TAILS = 512  # files of running trials
 STARTING = "starting"  # the status before the first trial may start
+
+
+class ArmsSoFar:
+    """Compares the arms of a phase, and again only once another trial has ended."""
+
+    def __init__(self) -> None:
+        self._key: object = None
+        self._arms: tuple[ArmSoFar, ...] = ()
+
+    def __call__(self, state: CampaignState, phase: PhaseState) -> tuple[ArmSoFar, ...]:
+        """Returns what `arms_so_far` returns."""
+        key = phase.name, len(phase.trial_ids), len(phase.looks), len(state.results)
+        if key != self._key:
+            self._key, self._arms = key, arms_so_far(state, phase)
+        return self._arms
 
 
 def take_snapshot(
@@ -59,7 +74,7 @@ def take_snapshot(
     waiting = tuple(Waiting(*(event[name] for name in ("trial_id", "phase", "arm", "seed"))) for event in queued)
     return Snapshot(
         campaign=state.campaign["campaign"],
-        status="running" if running else state.status,
+        status=RUNNING if running else state.status,
         phase=current.name if current else None,
         phase_number=list(state.phases).index(current.name) + 1 if current else len(state.phases),
         n_phases=len(expected),

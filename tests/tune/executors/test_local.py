@@ -11,7 +11,8 @@ from tests.helpers.fake_gpus import FakeGpus
 from tests.helpers.tiny_campaign import begun, losses, records, session_on, train_all, write_file
 from tune.executors.local import run_inline
 from tune.machine import throughput as measured
-from tune.session.session import ExecutorLost, Session
+from tune.session.executor_info import ExecutorLost
+from tune.session.session import Session
 from tune.storage.summaries import CampaignSummary
 from tune.trials.trial import TrialResult, TrialSpec
 

@@ -30,7 +30,8 @@ from tune.executors.ray_supervisor import (
     RaySupervisor,
 )
 from tune.executors.signals import StoppedEarly
-from tune.session.session import ExecutorLost, Session
+from tune.session.executor_info import ExecutorLost
+from tune.session.session import Session
 from tune.spec.schema import Resources
 from tune.storage.journal import read_journal
 from tune.trials.retries import RETRY_RULES

@@ -17,7 +17,7 @@ from tune.planning.code_changes import decide, find_code_changes
 from tune.results.status import read_snapshot
 from tune.results.summary import rebuild
 from tune.results.verify import verify
-from tune.session.session import DISCARDED
+from tune.session.discarded import DISCARDED
 from tune.storage.journal import read_journal
 from tune.storage.summaries import CampaignSummary
 from tune.trials.trial import TrialResult, TrialSpec

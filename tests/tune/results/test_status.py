@@ -301,7 +301,7 @@ def test_arms_are_judged_once_per_trial_and_not_at_all_in_a_phase_without_result
         judged.append(len(state.results))
         return arms_so_far(state, phase)
 
-    monkeypatch.setattr("tune.session.session.arms_so_far", count)
+    monkeypatch.setattr("tune.results.status.arms_so_far", count)
     with session_on(file, root) as session:
         begun(session)
         assert session.snapshot().arms == ()

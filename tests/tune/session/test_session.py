@@ -32,7 +32,7 @@ from tests.helpers.tiny_campaign import (
 from tune.results.snapshot import Progress
 from tune.results.summary import read_state
 from tune.session.datasets import describe_data
-from tune.session.session import trial_line
+from tune.session.outcomes import trial_line
 from tune.storage.journal import JournalError, read_journal
 from tune.storage.lock import ResultsLocked
 from tune.trials.retries import RETRY_RULES
