@@ -7,7 +7,8 @@ arms, and `min_effect`. The noise of phases is simulated once for each design; a
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
-from tune.analysis.noise import Method, NoisePrior, read_noise, read_unpaired_noise
+from tune.analysis.noise import Method
+from tune.analysis.readings import NoisePrior, read_noise, read_unpaired_noise
 
 if TYPE_CHECKING:
     import numpy as np

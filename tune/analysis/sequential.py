@@ -33,7 +33,8 @@ from functools import lru_cache
 from math import e, floor, log, log1p, log10, sqrt
 from typing import TYPE_CHECKING, TypeVar
 
-from tune.analysis.noise import Comparison, Contrast, NoisePrior, Values, compare_arms
+from tune.analysis.noise import Comparison, Contrast, Values, compare_arms
+from tune.analysis.readings import NoisePrior
 from tune.analysis.verdicts import MAX_VALUE, RANK_OF_EXCLUDED, Goal, Judgement, Outcomes, judge
 from tune.storage.records import ArmLook, Decision, Look, TrialOutcome
 from tune.storage.summaries import ArmSummary, Delta

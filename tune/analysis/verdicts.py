@@ -22,8 +22,9 @@ from statistics import fmean
 from typing import Literal
 
 from tune import format as fmt
-from tune.analysis.noise import Comparison, Method, NoisePrior, Values, compare_arms
+from tune.analysis.noise import Comparison, Method, Values, compare_arms
 from tune.analysis.power import MAX_SEEDS, Design, seeds_to_decide, smallest_detectable
+from tune.analysis.readings import NoisePrior
 from tune.storage.records import TrialOutcome
 from tune.storage.summaries import ArmSummary, Delta, PhaseNoise, Spread
 

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.special import fdtri, stdtr, stdtrit
 
-from tune.analysis.noise import GROSS, read_noise
 from tune.analysis.power import POWER, Design, power
+from tune.analysis.readings import read_noise
 from tune.analysis.selection import shrunken_effect
+from tune.analysis.variances import GROSS
 from tune.planning.seeds import level_of_look
 from tune.session.fresh_seeds import BORROWED_WEIGHT
 from tune.spec.schema import FEWEST_FRESH, MOST_FRESH

@@ -5,7 +5,7 @@ from itertools import product
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from tune.analysis.noise import read_noise
+from tune.analysis.readings import read_noise
 
 if TYPE_CHECKING:
     import numpy as np

@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from ngpt.training.config import TrainConfig
-from tune.analysis.noise import NoisePrior
+from tune.analysis.readings import NoisePrior
 from tune.analysis.sequential import judge_by_looks
 from tune.planning.confirmation import best_arm
 from tune.planning.equal_time import step_time_key

@@ -10,7 +10,7 @@ from ngpt.config.base import ConfigError, content_hash, override, settings
 from ngpt.data.dataset import fingerprint, order_settings
 from ngpt.model.flops import flops_per_token
 from ngpt.training.config import LOCATIONS, TrainConfig, resolved, rollback_settings
-from tune.analysis.noise import NoisePrior
+from tune.analysis.readings import NoisePrior
 from tune.analysis.sequential import SequentialRule, replay_looks
 from tune.planning.combine import join_better_arms
 from tune.planning.equal_time import step_time_key, steps_of_equal_time

@@ -8,7 +8,8 @@ at a time, without a correction for their number.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tune.analysis.noise import Comparison, NoisePrior, compare_arms
+from tune.analysis.noise import Comparison, compare_arms
+from tune.analysis.readings import NoisePrior
 from tune.analysis.verdicts import Goal, judge
 from tune.report.trial_logs import TrialLog, rounded, thinned
 from tune.storage.records import TrialOutcome

@@ -12,7 +12,7 @@ from typing import Any
 from ngpt.config.base import ConfigError, build
 from tune import format as fmt
 from tune.analysis.importance import is_number
-from tune.analysis.noise import NoisePrior
+from tune.analysis.readings import NoisePrior
 from tune.report.differences import differences
 from tune.report.figures import arm_colors, curve_metrics
 from tune.report.trial_logs import COLUMNS, CURVES, DETAILS, LOSSES, TrialLog, read_histograms, read_sample, thinned

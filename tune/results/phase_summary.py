@@ -5,7 +5,7 @@ from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
-from tune.analysis.noise import NoisePrior
+from tune.analysis.readings import NoisePrior
 from tune.analysis.selection import shrunken_delta
 from tune.analysis.sequential import is_over, judge_by_looks
 from tune.analysis.spreads import metric_spread

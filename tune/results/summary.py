@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ngpt.system.atomic_files import make_folder, write_atomic, write_json
 from ngpt.training.tracker import read_metrics, read_rows
 from tune import format as fmt
-from tune.analysis.noise import NoisePrior
+from tune.analysis.readings import NoisePrior
 from tune.planning.budget import left_out_sentence
 from tune.results.answer import find_answer
 from tune.results.costs import campaign_cost

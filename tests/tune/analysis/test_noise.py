@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import optimize, special, stats
 
-from tune.analysis.noise import ARM, MODERATED, OWN, POOLED, NoisePrior, Values, compare_arms, read_noise
+from tune.analysis.noise import Values, compare_arms
+from tune.analysis.readings import ARM, MODERATED, OWN, POOLED, NoisePrior, read_noise
 
 PHASES = 2000
 

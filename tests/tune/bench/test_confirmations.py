@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from tune.analysis.noise import NoisePrior, compare_arms
+from tune.analysis.noise import compare_arms
+from tune.analysis.readings import NoisePrior
 from tune.bench import confirmations as bench
 
 

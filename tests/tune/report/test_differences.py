@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from scipy import stats
 
-from tune.analysis.noise import NoisePrior
+from tune.analysis.readings import NoisePrior
 from tune.report.differences import LIMITS, MAX_ARMS, OTHER_ARMS, OTHER_LIMITS, differences
 from tune.report.trial_logs import curves_by_arm
 from tune.storage.records import Look
