@@ -176,6 +176,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     def command() -> int:
+        """Inspects the model that the options name, and prints what was found."""
         use_plugins(options.plugin)
         if options.checkpoint is None:
             config = read_config(options.config, options.set)

@@ -198,6 +198,7 @@ def show_steps(out: Path, steps: int) -> Iterator[None]:
     is_over = threading.Event()
 
     def watch() -> None:
+        """Shows the step of each new heartbeat."""
         meter = first = None
         while not is_over.wait(SHOW_STEPS_EVERY):
             if (beat := read_heartbeat(out)) is None:

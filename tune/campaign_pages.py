@@ -113,7 +113,7 @@ class Campaign:
     def _make_row(self, fingerprint: Fingerprint) -> CampaignRow:
         try:
             return campaign_row(self.name, *self._read())
-        except Exception as error:
+        except Exception as error:  # of results that anybody may have made; the others have rows all the same
             return CampaignRow(self.name, f"/{self.name}/", reason=self._reason(error))
 
     def _make_report(self, fingerprint: Fingerprint) -> Page:
@@ -125,7 +125,7 @@ class Campaign:
             else:
                 heading = f"{self.name} {'is starting' if now.alive else 'was stopped before its first trial'}"
                 text = overview.render_notice(heading, "Its report appears here once trials are planned.", live)
-        except Exception as error:
+        except Exception as error:  # as in `_make_row`
             text = overview.render_notice(f"{self.name} cannot be read", self._reason(error), live)
         return html_page(text)
 

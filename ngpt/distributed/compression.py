@@ -37,6 +37,7 @@ def float8(group: dist.ProcessGroup) -> Hook:
     remainders: dict[int, Tensor] = {}  # by the bucket's index
 
     def hook(_: object, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+        """Averages a bucket in place, and keeps on this rank what rounding removed from it."""
         gradient, count = bucket.buffer(), dist.get_world_size(group)
         remainder = remainders.get(bucket.index())
         if remainder is not None and remainder.shape == gradient.shape:  # buckets are cut anew after the first step

@@ -132,6 +132,7 @@ class ProcessRanks(Ranks):
         return values[0]  # pyright: ignore[reportReturnType]
 
     def together(self, action: Callable[[], Value]) -> list[Value]:
+        """If it raised on several ranks, all raise the error of the first of these."""
         result: Value | None = None
         failure: OSError | MemoryError | None = None
         try:
@@ -149,6 +150,7 @@ class ProcessRanks(Ranks):
         return [result for result, _ in outcomes]  # pyright: ignore[reportReturnType]
 
     def agree_to_stop(self, wish: bool) -> bool:
+        """Whether any rank has wished to stop; the wishes travel while the ranks train, so none waits."""
         pending, wishes = self._pending, torch.tensor([int(wish)])
         if pending is not None:
             work, before = pending
@@ -164,6 +166,7 @@ class ProcessRanks(Ranks):
 
     @contextlib.contextmanager
     def agreement_on_memory(self, *, can_shrink: bool = True) -> Iterator[Callable[[], None]]:
+        """The ranks meet where the yielded function is called; one that runs out of memory before meets them there."""
         has_agreed = False
 
         def agree() -> None:

@@ -99,6 +99,7 @@ class ShardedReplica(Replica):
 
     @contextlib.contextmanager
     def whole_weights(self) -> Iterator[None]:
+        """Gathers the weights of every block at once, and frees them at the end of the `with` block."""
         modules = [each for each in self.model.modules() if isinstance(each, FSDPModule)]
         # Only here, where they are called by themselves: as parts of a training pass, each would gather the weights
         # outside the blocks anew, forward and backward.

@@ -180,6 +180,7 @@ class Residual(nn.Module):
         self.norm: Norm = l2_normalize if renormalizes else lambda x: x
 
     def forward(self, x: Tensor, f: Tensor, r: Tensor | None) -> Tensor:
+        """Returns the stream (B, T, D) after a step to the branch f (B, T, D), divided by r (B, T) if given."""
         alpha = self._signed()
         if self.per_head:
             alpha = alpha.abs().mean(0, keepdim=True)
@@ -277,6 +278,7 @@ class MLP(nn.Module):
         self.gain = width**0.5
 
     def forward(self, x: Tensor) -> Tensor:
+        """Returns (B, T, D) for a stream of the same shape."""
         weight = self.up.weight
         if self.s_uv is not None:
             weight = (weight * (self.s_uv() * self.gain)[:, None]).to(weight.dtype)

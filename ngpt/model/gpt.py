@@ -89,7 +89,7 @@ class Block(nn.Module):
         values: ValueResidual | None,
     ) -> tuple[Tensor, Tensor | None]:
         """Computes the block; arguments and results are those of `forward`."""
-        raise NotImplementedError
+        raise NotImplementedError  # SphereBlock and PreNormBlock have it; FSDP2 and torch.compile want plain classes
 
 
 class SphereBlock(Block):
@@ -111,6 +111,7 @@ class SphereBlock(Block):
         cache: KVCache | None,
         values: ValueResidual | None,
     ) -> tuple[Tensor, Tensor | None]:
+        """Moves the stream along the sphere, first by the attention, then by the MLP."""
         f = self.attention(x, cos, sin, self.attention_residual.head_weights(), cache, values)
         if normalizer is not None and r is not None:
             r = normalizer(r, x, self.attention_residual.normalized_branch(f))
@@ -156,6 +157,7 @@ class PreNormBlock(Block):
         cache: KVCache | None,
         values: ValueResidual | None,
     ) -> tuple[Tensor, None]:
+        """Adds the attention, then the MLP, to the stream; there is no divisor."""
         x = x + self.attention(self.attention_norm(x), cos, sin, cache=cache, values=values)
         return x + self.mlp(self.mlp_norm(x)), None
 

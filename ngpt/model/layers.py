@@ -138,6 +138,7 @@ class MLP(nn.Module):
         self.gain = cfg.n_embd**0.5
 
     def forward(self, x: Tensor) -> Tensor:
+        """Returns (B, T, D) for a stream x (B, T, D)."""
         scale = None if self.s_uv is None else self.s_uv() * self.gain
         # (B, T, F), or (B, T, 2F) with the gate in the second half. Scaling the weight is cheaper than the output.
         hidden = self.up(x) if scale is None else F.linear(x, self.up.weight * scale[:, None])

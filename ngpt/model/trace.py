@@ -195,6 +195,8 @@ class _Hooks:
         self.after(module, lambda _, output: self.recorder.record(name, output))
 
     def record_attention(self, attention: Attention) -> None:
+        """Records the heads before and after their rotation, the mixed values, and the output of an attention."""
+
         def record_heads(letter: str, _: Tensor, output: Tensor) -> None:
             width = attention.query.in_features // attention.n_head
             self.recorder.record(f"attention.{letter}", output.unflatten(-1, (-1, width)), of=output)

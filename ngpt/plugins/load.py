@@ -173,7 +173,7 @@ def _run(source: Source) -> ModuleType:
             module = sys.modules[source.module] = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
             return module
-    except Exception as error:
+    except Exception as error:  # whatever the code of a plug-in raises
         raise PluginError(f"plug-in {_fault(source, error)}") from error
     except SystemExit as error:
         raise PluginError(f"plug-in {_fault(source, error)} ends the program") from error

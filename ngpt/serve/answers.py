@@ -2,6 +2,7 @@
 
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -33,7 +34,7 @@ class TokenTexts:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in found)
 
 
-class Answer:
+class Answer(ABC):
     """The objects of one answer, which share id, time and model."""
 
     kind, chunk_kind, start = "", "", ""
@@ -56,17 +57,17 @@ class Answer:
         """A part of a streamed answer."""
         return {**self._head, "object": self.chunk_kind, "choices": choices, **more}
 
+    @abstractmethod
     def choice(self, index: int, pieces: Sequence[Piece], *, with_logprobs: bool) -> Json:
         """A choice from all its pieces."""
-        raise NotImplementedError
 
     def first_delta(self, index: int) -> Json | None:
         """What is streamed of a choice before its text; None for nothing."""
         return None
 
+    @abstractmethod
     def delta(self, index: int, piece: Piece, *, with_logprobs: bool) -> Json:
         """A piece of a choice as it is streamed."""
-        raise NotImplementedError
 
 
 class CompletionAnswer(Answer):

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Coroutine
 from typing import Any
 
@@ -23,7 +24,7 @@ STREAM_HEADERS = {
 DONE = b"data: [DONE]\n\n"
 
 
-class Delivery(Response):
+class Delivery(Response, ABC):
     """An answer that waits for its tasks. When it ends for whatever reason, so do they."""
 
     def __init__(self, work: Work, answer: Answer, scheduler: Scheduler, *, seconds: float) -> None:
@@ -37,8 +38,9 @@ class Delivery(Response):
         finally:
             self._scheduler.cancel(self._work.tasks)
 
+    @abstractmethod
     async def _deliver(self, scope: Scope, receive: Receive, send: Send) -> None:
-        raise NotImplementedError
+        """Sends the answer; what it raises ends the connection."""
 
     async def _next(self) -> Event:
         """The next event; raises ApiError if a task has failed."""

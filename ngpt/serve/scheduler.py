@@ -207,7 +207,7 @@ class Scheduler:
         try:
             results = self._engine.decoder.step()
             self._failures = 0
-        except Exception as error:
+        except Exception as error:  # of any kind: each task is told, and the server goes on
             self._failures += 1
             self._report(error)
             self._fail([*self._running.values()])

@@ -5,6 +5,7 @@ no answer, such as `user`, are ignored. All other fields are unknown and refused
 """
 
 import json
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, TypeVar
 
@@ -137,13 +138,13 @@ class Request(Config):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
+    @abstractmethod
     def logprob_count(self) -> int | None:
         """How many alternatives of each token the answer has, besides its own logprob; None without logprobs."""
-        raise NotImplementedError
 
+    @abstractmethod
     def token_limit(self) -> int | None:
         """How many tokens are generated at most; None if the request leaves it open."""
-        raise NotImplementedError
 
 
 class CompletionRequest(Request):

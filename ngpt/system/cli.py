@@ -91,7 +91,7 @@ def _run_and_report(command: Callable[[], int], path: object, interrupted: str, 
         with contextlib.suppress(OSError):  # the terminal may be closed
             print_lines(interrupted)
         return 128 + number
-    except Exception as error:
+    except Exception as error:  # the last handler: whatever no other one expects gets its traceback
         if message := missing_package(error):
             print_lines(message)
             return EXIT_USAGE

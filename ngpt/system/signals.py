@@ -94,6 +94,7 @@ def call_on_signal(first: Callable[[int], object], insists: Callable[[int], obje
     last = 0
 
     def call(number: int, frame: FrameType | None) -> None:
+        """The signal handler: the first signal calls `first`, and a later one that insists calls `insists`."""
         nonlocal last
         before, last = last, number
         if not before:

@@ -155,6 +155,7 @@ class MlflowRun(Writer):
             self._sender.send(lambda name=name, text=text: self._client.set_tag(self._run_id, name, text))
 
     def end(self, ending: Ending, metrics: Mapping[str, Any]) -> None:
+        """Adds the final metrics, and sets the status that MLflow shows."""
         if ending == "continues":
             return
         if ending in ("finished", "diverged"):

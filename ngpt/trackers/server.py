@@ -15,6 +15,7 @@ def server_problem(url: str, *, timeout: float) -> str | None:
     answers: list[str | None] = []
 
     def probe() -> None:
+        """Notes why the server does not answer, or None."""
         try:
             urllib.request.urlopen(url, timeout=timeout).close()
             answers.append(None)

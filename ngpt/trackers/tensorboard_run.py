@@ -61,6 +61,7 @@ class TensorBoardRun(Writer):
                 self._writer.add_scalar(name, value, int(row["step"]))
 
     def log_histograms(self, step: int, histograms: Mapping[str, Histogram]) -> None:
+        """Adds histograms with our own bins, which TensorBoard does not compute again."""
         for name, each in histograms.items():
             self._writer.add_histogram_raw(
                 *(name, each.edges[0], each.edges[-1], sum(each.counts), each.total, each.squares),
@@ -74,6 +75,7 @@ class TensorBoardRun(Writer):
             self._writer.add_text(name, json.dumps(value, allow_nan=False))
 
     def end(self, ending: Ending, metrics: Mapping[str, Any]) -> None:
+        """Adds the status of the run that the page of hyper-parameters shows."""
         if ending == "continues":
             return
         # Not with tensorboard.plugins.hparams.summary, which needs TensorFlow.

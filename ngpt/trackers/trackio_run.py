@@ -73,6 +73,7 @@ class TrackioRun(Writer):
         self._run.log({name: value for name, value in row.items() if value is not None}, step=step)
 
     def log_histograms(self, step: int, histograms: Mapping[str, Histogram]) -> None:
+        """Sends histograms that trackio does not have yet."""
         new = self.new_values(step, histograms)
 
         def send() -> None:

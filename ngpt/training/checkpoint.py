@@ -100,6 +100,7 @@ def save_checkpoint(
     temp = ranks.together(lambda: _new_folder(root) if ranks.is_first else root)[0]
 
     def commit(written: list[dict[str, Any]]) -> None:
+        """Writes state, files and manifest beside the tensors, and gives the folder its final name."""
         digests = {name: digest for each in written for name, digest in each.items()}
         if unseen := [name for name in digests if not (temp / name).is_file()]:
             raise OSError(errno.ENOENT, "written by another rank, but not seen by the first", str(temp / unseen[0]))
@@ -259,7 +260,7 @@ def weight_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
             layout = shard_layout(checkpoint.path / WEIGHT_SHARDS)
             return {name: tuple(tensor.shape) for name, tensor in layout.items()}
         with safe_open(checkpoint.path / WEIGHTS, framework="pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  (no dict)
     except (SafetensorError, ValueError) as error:
         raise _unreadable(checkpoint, error) from None
 

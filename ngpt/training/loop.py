@@ -226,6 +226,7 @@ def backward(run: Run, idx: Tensor, targets: Tensor) -> Tensor:
     *others, last = zip(idx.split(size), targets.split(size), strict=True)
 
     def forward(part: Batch) -> Tensor:
+        """The loss of one micro-batch, weighted by its share of the batch."""
         nonlocal total
         with run.autocast:
             loss = run.replica.loss(*part)

@@ -59,6 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
     }
 
     def command() -> int:
+        """Runs the benchmark with the options that it has, and prints its numbers."""
         parameters = inspect.signature(BENCHMARKS[name]).parameters
         for option in given_options.keys() - parameters.keys():
             allowed = ", ".join(f"--{parameter}" for parameter in parameters)

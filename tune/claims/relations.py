@@ -74,7 +74,7 @@ def _verdict(relation: "Relation", claim: Claim, evidence: Evidence) -> ClaimVer
         if isinstance(verdict, ClaimVerdict) and verdict.verdict in PRECEDENCE:
             return verdict
         problem = f"returns {verdict!r} instead of a ClaimVerdict with one of {', '.join(PRECEDENCE)}"
-    except Exception as error:
+    except Exception as error:  # whatever the code of a plug-in raises
         problem = f"fails: {type(error).__name__}: {error}"
     return ClaimVerdict("no data", f"the relation {claim.relation} {fmt.plain(problem)}")
 

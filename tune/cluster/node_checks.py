@@ -176,12 +176,13 @@ def ask_nodes(
         _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=min(seconds, REPORT_SECONDS))
         if waiting and report:
             report(f"waiting for {len(waiting)} of {len(nodes)} nodes ({time.monotonic() - began:.0f} s)")
-    answers = {node_id: _answer(reference, seconds) for node_id, reference in asked.items()}
+    answers = {node_id: answer_of(reference, seconds) for node_id, reference in asked.items()}
     alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
     return {node_id: answer for node_id, answer in answers.items() if node_id in alive}
 
 
-def _answer(reference: Any, seconds: float) -> Any:
+def answer_of(reference: Any, seconds: float) -> Any:
+    """Returns the result of a task on a node, or a text that says why there is none after `seconds` of waiting."""
     try:
         return ray.get(reference, timeout=0)
     except ray.exceptions.GetTimeoutError:

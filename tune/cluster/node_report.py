@@ -34,7 +34,7 @@ def report_node(
 
             load_sources([Source(name, module, Path(file) if file else None) for name, module, file in plugins])
         code = {"digest": current_code().digest, "folder": str(ngpt.__path__[0])}
-    except Exception as error:
+    except Exception as error:  # whatever a package of the node, or a plug-in, raises
         code = {"error": f"{type(error).__name__}: {error}"}
     report = {"python": platform.python_version(), "versions": versions, "code": code}
     if compile_for is not None and "digest" in code:

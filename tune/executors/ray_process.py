@@ -127,7 +127,7 @@ def run_ray(
         connection.send(RayExited(str(error), has_no_nodes=True))
     except ConfigError as error:
         connection.send(RayExited(str(error), is_config_error=True))
-    except Exception:
+    except Exception:  # passed on to the parent, which raises it
         connection.send(RayExited(traceback.format_exc()))
 
 

@@ -5,16 +5,15 @@ Without a shared folder, the files of a trial would stay on its node, and stop r
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import ray
 import ray.cloudpickle
-import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ngpt.config.base import ConfigError, printable
+from ngpt.config.base import ConfigError
 from tune import format as fmt
 from tune.cluster import shared_folder
+from tune.cluster.node_checks import answer_of
 from tune.executors.ray_nodes import Node, alive_nodes
 
 PROBE_SECONDS = 120.0  # for all nodes together, which may have to start a worker and set up its environment
@@ -81,7 +80,7 @@ def storage_problems(root: Path, nodes: Sequence[Node]) -> dict[str, str]:
             asked.append(task.options(scheduling_strategy=strategy).remote(*arguments))
         if asked:
             ray.wait(asked, num_returns=len(asked), timeout=PROBE_SECONDS)
-        problems = [_problem(answer) for answer in asked]
+        problems = [answer_of(each, PROBE_SECONDS) for each in asked]
         alive = {node.node_id for node in alive_nodes()}
         for number, (node, problem) in enumerate(zip(nodes, problems, strict=True)):
             if problem is None and not probe.is_answered(number):
@@ -89,14 +88,3 @@ def storage_problems(root: Path, nodes: Sequence[Node]) -> dict[str, str]:
             if problem is not None and node.node_id in alive:
                 found[node.node_id] = problem
     return found
-
-
-def _problem(answer: Any) -> str | None:
-    """What is wrong according to the answer of a node, which may not have come."""
-    try:
-        return ray.get(answer, timeout=0)
-    except ray.exceptions.GetTimeoutError:
-        return f"has not answered for {PROBE_SECONDS:.0f} s"
-    except ray.exceptions.RayError as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        return f"cannot run a task ({printable(reason[-1], 200)})"

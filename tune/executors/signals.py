@@ -43,6 +43,7 @@ def stop_on_signal(
     """
 
     def exit_now(number: int) -> None:
+        """Ends the process, or raises in it what its signal means."""
         if owns_process:
             before_exit()
             exit_at_once(number, "stopped at once; run the same command again to resume")

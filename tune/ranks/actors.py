@@ -57,6 +57,7 @@ class ActorPool(RankPool):
         self._calls: dict[Any, int] = {}  # unanswered: the rank of each
 
     def start(self, count: int) -> None:
+        """Places an actor in each bundle that has none."""
         group = get_current_placement_group()
         assert group is not None, "Tune makes one for each trial"
         for index in range(len(self._ranks), count):
@@ -72,6 +73,7 @@ class ActorPool(RankPool):
         self._calls[getattr(self._ranks[index], method).remote(*arguments)] = index
 
     def receive(self, seconds: float) -> Iterator[tuple[int, Answer]]:
+        """Yields the first answer; an actor that Ray has lost answers `died`."""
         ready: Sequence[Any]
         ready, _ = ray.wait(list(self._calls), num_returns=1, timeout=seconds)
         for call in ready:

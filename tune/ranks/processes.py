@@ -39,6 +39,7 @@ class ProcessPool(RankPool):
         return [process.pid for process, _ in self._ranks]
 
     def start(self, count: int) -> None:
+        """Starts a process for each rank that has none."""
         context = multiprocessing.get_context("spawn")
         with hide_main_module(), _blocked(signal.SIGINT):
             for index in range(len(self._ranks), count):
@@ -57,6 +58,7 @@ class ProcessPool(RankPool):
             self._ranks[index][1].send((method, arguments))
 
     def receive(self, seconds: float) -> Iterator[tuple[int, Answer]]:
+        """Yields all answers that are here; a process that has ended answers `died`."""
         busy = {self._ranks[index][1]: index for index in self._busy}
         for connection in wait(list(busy), seconds):
             assert isinstance(connection, Connection)
@@ -70,6 +72,7 @@ class ProcessPool(RankPool):
             yield index, answer
 
     def kill(self) -> None:
+        """Kills all processes and waits for their end."""
         for process, connection in self._ranks:
             process.kill()
             connection.close()

@@ -92,7 +92,7 @@ def _train(spec: TrialSpec, seat: Seat) -> Generator[Answer, bool, None]:
         answer = Answer("late_oom", reason=str(error))
     except OtherRankOutOfMemory as error:
         answer = Answer("short", attempt.failure(error))
-    except Exception as error:
+    except Exception as error:  # becomes the result of the trial, as in `run_trial`
         answer = Answer("failed", attempt.failure(error))
     freeze_loaded_objects()
     yield answer

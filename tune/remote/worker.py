@@ -216,7 +216,7 @@ class TrialStore:
                     continue
                 except Superseded:
                     kept.uploader = None
-                except Exception:
+                except Exception:  # of any kind: this thread serves all trials of the worker
                     log.warning("an upload of %s failed", kept.spec.name, exc_info=True)
 
 

@@ -119,7 +119,8 @@ def _final_rows(
     else:
         outcomes: dict[str, dict[int, TrialOutcome]] = {}
         for record in records:
-            outcome = TrialOutcome(record.status, record.metrics.get(phase.metric.name))  # type: ignore[arg-type]
+            value = record.metrics.get(phase.metric.name)
+            outcome = TrialOutcome(record.status, value)  # type: ignore[arg-type]  (a str, checked in the journal)
             outcomes.setdefault(record.arm, {})[record.seed] = outcome
         if baseline not in outcomes:
             return []

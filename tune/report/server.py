@@ -195,6 +195,7 @@ class _Deadline(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
+        """Reads what has come; TimeoutError after the deadline, or if the request is too long."""
         seconds = self._end - time.monotonic()
         if seconds <= 0 or self._left <= 0:
             raise TimeoutError("the request is too slow or too long")
@@ -210,6 +211,7 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def setup(self) -> None:
+        """Reads the connection through a deadline, and notes whether another user has opened it."""
         super().setup()
         self._deadline = _Deadline(self.connection)
         self.rfile = io.BufferedReader(self._deadline)
@@ -218,6 +220,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._is_stranger = opened_by_another_user(self.client_address, (ADDRESS, self.server.server_port))
 
     def handle_one_request(self) -> None:
+        """Reads one request and answers it; a client that is too slow is hung up on."""
         self.close_connection, self.command = True, ""
         self._deadline.renew()
         try:
@@ -247,7 +250,7 @@ class _Handler(BaseHTTPRequestHandler):
         path = self.path.partition("?")[0]
         try:
             page = self._site(path)
-        except Exception as error:
+        except Exception as error:  # of any kind: the server goes on, and its terminal says what it was
             print_line(f"{self.command} {fmt.shorten(fmt.plain(path), 100)}: internal error: {describe(error)}")
             return text_page("internal error; the terminal of the server says more", HTTPStatus.INTERNAL_SERVER_ERROR)
         return text_page("there is no such page", HTTPStatus.NOT_FOUND) if page is None else page

@@ -92,7 +92,7 @@ def build_arms(kind: str, axes: Sequence[Axis]) -> list[ArmSpec]:
 def _call(kind: str, axes: Sequence[Axis]) -> list[ArmSpec]:
     try:
         return list(SWEEPS[kind](axes))
-    except Exception as error:
+    except Exception as error:  # a sweep may be the code of a plug-in
         raise ConfigError(f"the sweep {kind} fails: {type(error).__name__}: {printable(str(error))}") from error
 
 

@@ -91,6 +91,7 @@ def _share(room: int, wanted: Mapping[str, int], *, has_header: bool) -> dict[st
     rows = dict.fromkeys(wanted, 0)
 
     def give(part: str, most: int) -> None:
+        """Gives a part up to `most` lines of what is left, with the lines around it."""
         nonlocal room
         is_fact = part in FACTS
         is_open = any(rows[name] for name in FACTS) if is_fact else rows[part] > 0

@@ -135,7 +135,7 @@ def run_trial(spec: TrialSpec, **marks: Any) -> Generator[TrialResult, None, Tri
             final = yield from evaluate_trained(spec, spec.evaluation, attempt)
         else:
             final = yield from train_trial(spec, attempt)
-    except Exception as exception:
+    except Exception as exception:  # becomes the result of the trial, so that the others go on
         final = attempt.failure(exception)
     freeze_loaded_objects()
     return final

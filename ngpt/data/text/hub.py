@@ -235,6 +235,6 @@ def _errors_of(what: str) -> Iterator[None]:
         yield
     except ImportError:
         raise ConfigError(f"cannot download {what}: run pip install 'ngpt-campaign[hf]'") from None
-    except Exception as error:
+    except Exception as error:  # the library, its HTTP client and its cache have no error in common
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(f"cannot download {what}: {printable(reason, MAX_REASON_LENGTH)}") from error
