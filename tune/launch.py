@@ -334,7 +334,7 @@ def supervisor_of(
 def prepare_workers(
     session: Session, supervisor: RaySupervisor | None, address: str | None, remote: RemoteResults | None
 ) -> None:
-    """Gives whoever trains its checkpoints and corpora, and settles how many trials share a GPU."""
+    """Makes checkpoints and corpora available to the workers, and settles how many trials share a GPU."""
     if remote:
         settle_uploads(remote, supervisor)
     if supervisor and address:
@@ -344,7 +344,7 @@ def prepare_workers(
 
 
 def settle_uploads(remote: RemoteResults, supervisor: RaySupervisor | None) -> None:
-    """Makes the newest checkpoints available to whoever trains on, and says where workers train."""
+    """Makes the newest checkpoints available to the workers that resume trials, and says where workers train."""
     workers_upload = supervisor is not None and supervisor.wait().workers_upload
     remote.settle(workers_upload=workers_upload)
     if workers_upload:

@@ -130,6 +130,6 @@ def _write(loaded: LoadedModel, files: TokenizerFiles, folder: Path) -> Family:
 
 
 def _tokenizer_content(checkpoint: Checkpoint, spec: str | None) -> bytes | None:
-    """Returns the file of a tokenizer as it is, if it has one."""
+    """Returns the bytes of the file that the tokenizer was loaded from; None if it has no file."""
     spec = spec or saved_tokenizer(checkpoint) or tokenizer_origin(checkpoint).spec
     return None if spec is None else read_model(spec)

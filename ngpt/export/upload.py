@@ -100,6 +100,6 @@ def _errors_of(repository: str) -> Iterator[None]:
         if status == 403:
             owner = repository.partition("/")[0]
             raise ConfigError(f"the token may not write to repositories of {owner}: {LOGIN}") from error
-        told = (str(each) for each in (error, error.__cause__) if each is not None)
-        reason = redact(" ".join(" ".join(told).split())) or type(error).__name__
+        texts = (str(each) for each in (error, error.__cause__) if each is not None)
+        reason = redact(" ".join(" ".join(texts).split())) or type(error).__name__
         raise ConfigError(f"cannot upload to {repository}: {printable(reason, MAX_REASON_LENGTH)}") from error

@@ -101,6 +101,7 @@ class DecodingModel(nn.Module):
     def __init__(self, model: GPT, dtype: str) -> None:
         super().__init__()
         self.cfg, self.dtype, self._name = model.cfg, DTYPES[dtype], dtype
+        # The memo of `deepcopy`: what is in it counts as copied, so the copy of the blocks shares the weights.
         shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
         self.vocab_size = len(model.wte.weight)
         self.blocks = copy.deepcopy(model.blocks, shared)

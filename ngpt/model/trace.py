@@ -86,7 +86,8 @@ class Recorder:
         )
         self.stream = stream
 
-    def _add(self, stages: list[Stage], name: str, x: Tensor, facts: Callable[[], Facts] = dict) -> None:
+    def _add(self, stages: list[Stage], name: str, x: Tensor, facts: Callable[[], Facts] = lambda: {}) -> None:
+        """Adds a stage with output x. Its time ends here, and that of the next begins after `facts` are computed."""
         synchronize(self._device)
         ms = (time.perf_counter() - self._stage_start) * 1000
         with torch.no_grad():

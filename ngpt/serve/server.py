@@ -121,7 +121,7 @@ class Server(uvicorn.Server):
         self._signal: int | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self.cut_off = 0  # choices that the end has interrupted
-        logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # a bad request of a client is not our news
+        logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # a bad request is no error of the server
         options: dict[str, Any] = {"http": Protocol, "ws": "none", "loop": "asyncio", "lifespan": "off"}
         options |= {"log_config": None, "access_log": False, "server_header": False, "proxy_headers": False}
         options |= {"limit_concurrency": MOST_CONNECTIONS, "timeout_keep_alive": IDLE_SECONDS}

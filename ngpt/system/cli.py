@@ -261,7 +261,7 @@ class ArgumentParser(argparse.ArgumentParser):
         super().error(visible(message))
 
     def print_help(self, file: Any = None) -> None:
-        """Prints all options; `exit` notices if nobody reads them any more."""
+        """Prints all options. If the reader has closed the pipe, `exit` handles it."""
         with contextlib.suppress(BrokenPipeError):
             super().print_help(file)
 

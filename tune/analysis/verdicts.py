@@ -274,6 +274,7 @@ def _spread(
 
 
 def _pooled_half_width(values: Values, df: int, n: int, confidence: float) -> float:
+    """Half the width of the interval of a mean over `n` seeds, from the variance within arms, pooled with `df`."""
     from scipy.special import stdtrit
 
     squares = fsum(_sd(list(sample.values())) ** 2 * (len(sample) - 1) for sample in values.values())

@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,7 @@ class SessionSearcher(Searcher):
     ) -> None:
         super().__init__(metric="training_iteration", mode="max")
         self._session, self._cluster, self._clock = session, cluster, clock
-        self._told_at = clock()
+        self._polled_at = clock()
         self._waiting: Set[str] = frozenset()  # Tune trials
         self._leaving: set[str] = set()  # Tune trials that were asked to leave their node
         self._unfinished: dict[str, dict[str, TrialSpec]] = {}  # by Tune trial id, then by campaign trial id
@@ -106,7 +106,7 @@ class SessionSearcher(Searcher):
 
         Returns None if no trial can start yet, and FINISHED if none will start any more.
         """
-        self.look_around()
+        self.poll()
         if self._session.stop_requested:
             return Searcher.FINISHED
         if len(self._unfinished) >= self._cluster.most_queued:
@@ -163,7 +163,7 @@ class SessionSearcher(Searcher):
         return self._session.stop_requested
 
     def set_waiting(self, trial_ids: Set[str]) -> None:
-        """Notes which Tune trials have no place in the cluster; the session is told at the next `look_around`."""
+        """Notes which Tune trials have no place in the cluster; the session is told at the next `poll`."""
         self._waiting = trial_ids
 
     def leave_node(self, trial_id: str) -> None:
@@ -176,14 +176,14 @@ class SessionSearcher(Searcher):
         """The Tune trial that trains the trial `name` of the campaign, if there is one."""
         return next((trial_id for trial_id, names in list(self._unfinished.items()) if name in names), None)
 
-    def look_around(self, *, now: bool = False) -> None:
-        """Every few seconds, or `now`, tells the session which trials wait for a place and how the cluster changed.
+    def poll(self, *, now: bool = False) -> None:
+        """Every few seconds, or `now`, reports which trials wait for a place, and how the cluster has changed.
 
         The session hears that Ray is alive, and replies whether a stop was requested.
         """
-        if not now and self._clock() - self._told_at < POLL_SECONDS:
+        if not now and self._clock() - self._polled_at < POLL_SECONDS:
             return
-        self._told_at = self._clock()
+        self._polled_at = self._clock()
         if change := self._cluster.look(now=now):
             placed = self._cluster.placement
             text = describe_change(change, placed.workers)
@@ -207,7 +207,7 @@ class SessionSearcher(Searcher):
             self._cluster.nodes.set_aside(nodes[rank], reason)
             self._look_for_usable()
         elif cause == "killed" and nodes:
-            self.look_around(now=True)
+            self.poll(now=True)
             if not all(map(self._cluster.has_node, nodes)):
                 cause = "node_lost"
         reason = None
@@ -220,7 +220,7 @@ class SessionSearcher(Searcher):
         self._death_causes[trial_id] = cause, reason
 
     def _look_for_usable(self) -> None:
-        self.look_around(now=True)
+        self.poll(now=True)
         if self._cluster.resources.wait_for_nodes is None:
             self._cluster.nodes.check_usable()
 
@@ -233,7 +233,7 @@ class SessionSearcher(Searcher):
         has_saved, leaves = bool(result and PAUSED in result), trial_id in self._leaving
         self._leaving.discard(trial_id)
         if has_saved and leaves:
-            self.look_around(now=True)  # a stop may have been requested meanwhile
+            self.poll(now=True)  # a stop may have been requested meanwhile
             cause, reason = "node_lost", None
         if not self._session.stop_requested and (leaves or not has_saved):
             for name in reversed(unfinished):  # each goes to the front of the queue

@@ -60,7 +60,7 @@ class CodeChanges:
         return [*lines, *self.remarks(self.unknown, self.accepted, self.lost)]
 
     def remarks(self, unknown: Sequence[OldTrial], accepted: Sequence[OldTrial], lost: Sequence[OldTrial]) -> list[str]:
-        """What is told each time about trials that are reused without a question."""
+        """The sentences about trials that are reused without a question, printed at each start."""
         lines = []
         if unknown:
             text = "an earlier version of this program, or another machine, trained them"
@@ -242,7 +242,10 @@ def _trials(trials: Sequence[OldTrial]) -> str:
 
 
 def _inherited(campaign: Campaign, code: Code) -> Iterator[str]:
-    """Winners of other results directories are settings, not numbers; that other code has chosen them is told."""
+    """Yields a line for each winner of another results directory that other code has chosen.
+
+    Such a winner is settings, not numbers, so it is reused.
+    """
     for path in campaign.inherited:
         root, name = Path(path).expanduser().parent, Path(path).name
         state = read_replayed(root)

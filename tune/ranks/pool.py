@@ -155,8 +155,8 @@ def _result(spec: TrialSpec, answers: Sequence[tuple[int, Answer]]) -> TrialResu
         return next(filter(None, (answer.result for _, answer in answers)))
     causes = [(index, answer) for index, answer in answers if answer.kind in CAUSES]
     if not causes:
-        told = ", ".join(sorted(_kinds(answers)))
-        raise RanksDied(f"the ranks of {spec.name} have lost each other ({told})")
+        reasons = ", ".join(sorted(_kinds(answers)))
+        raise RanksDied(f"the ranks of {spec.name} have lost each other ({reasons})")
     index, answer = causes[0]
     if answer.kind == "unfit":
         raise RankUnfit(f"rank {index}: {answer.reason}")

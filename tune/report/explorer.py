@@ -213,6 +213,11 @@ def _points_of_curves(n_trials: int, others: Sequence[str]) -> dict[str, int]:
 
 
 def _curves(log: TrialLog, grids: dict[tuple[Any, ...], int], of_curves: Mapping[str, int]) -> dict[str, list[Any]]:
+    """Returns the curves of a trial by metric, each as the number of its grid and its values.
+
+    A grid is the steps of a curve with their tokens. Curves with the same one share it: a new grid enters `grids`.
+    `of_curves` has the largest number of points of each metric.
+    """
     tokens = log.series("tokens")
     curves = {}
     for name, points in of_curves.items():

@@ -103,6 +103,7 @@ def _short_label(arm: ArmSummary) -> str:
 
 
 def _interval_trace(verdict: str, rows: list[tuple[int, ArmSummary]]) -> Figure:
+    """The arms of one verdict, as points with intervals; `rows` has the height of each arm."""
     color = f"var(--{verdict_slug(verdict)})"
     deltas = [arm.delta or Delta(0) for _, arm in rows]
     upper = [0 if delta.ci_high is None else delta.ci_high - delta.mean for delta in deltas]

@@ -157,7 +157,7 @@ def _plots(
 ) -> tuple[list[dict[str, Any]], list[figures.Figure]]:
     """Returns, per phase, the index of each plot in the figure list and its caption; and the figure list.
 
-    The curves of each metric are told their figure and their captions, in the `explored` phase.
+    The curves of each metric get their figure and their captions, in the `explored` phase.
     """
     flops = flops_per_token(details.records)
     plots, specs = [], []

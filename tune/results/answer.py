@@ -140,6 +140,7 @@ def _effect(phase: PhaseSummary, delta: Delta) -> str:
 
 
 def _inherits(overrides: Mapping[str, Any], winner: Mapping[str, Any]) -> bool:
+    """Whether the overrides include all settings of a winner; false for a winner without settings, the base itself."""
     return bool(winner) and {**overrides, **winner} == overrides
 
 

@@ -199,10 +199,7 @@ def summarize_phase(state: CampaignState, phase: PhaseState) -> PhaseSummary:
         why=smoke + prefix + judgement.why if len(arms) > 1 else ALONE[phase.confirms is not None],
         noise=judgement.noise,
         confirmation=phase.fresh.look if phase.fresh else 0,
-        warnings=(
-            *judgement.warnings,
-            *phase_warnings(state, phase, arms, judgement.winner, records, statuses),
-        ),
+        warnings=(*judgement.warnings, *phase_warnings(state, phase, arms, judgement.winner, records, statuses)),
         trials=count_trials(statuses, reused=len(records) - len(trained_here)),
         tokens=sum(record.metrics.get("tokens") or 0 for record in trained_here),
         seconds=sum(record.seconds for record in trained_here),

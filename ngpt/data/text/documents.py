@@ -199,12 +199,12 @@ def read_file(path: Path, *, max_bytes: int | None = None) -> bytes:
 def files_identity(path: Path, files: Sequence[Path]) -> str:
     """A hash of a file, or of the names and contents below a folder, from samples above `MAX_HASHED_BYTES`."""
     documents = any(map(holds_documents, files))
-    known_by = _sampled if documents and sum(file.stat().st_size for file in files) > MAX_HASHED_BYTES else file_sha256
+    hash_of = _sampled if documents and sum(file.stat().st_size for file in files) > MAX_HASHED_BYTES else file_sha256
     if path.is_file():
-        return f"sha256:{known_by(path)}"
-    names = [f"{file.relative_to(path).as_posix()}:{known_by(file)}" for file in files]
+        return f"sha256:{hash_of(path)}"
+    listed = "\n".join(f"{file.relative_to(path).as_posix()}:{hash_of(file)}" for file in files)
     # A name may hold bytes that are no UTF-8.
-    return f"sha256:{hashlib.sha256(chr(10).join(names).encode(errors='surrogateescape')).hexdigest()}"
+    return f"sha256:{hashlib.sha256(listed.encode(errors='surrogateescape')).hexdigest()}"
 
 
 def file_sha256(path: Path) -> str:
