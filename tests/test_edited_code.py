@@ -77,7 +77,7 @@ def checkout(tmp_path: Path, corpus: Path) -> Checkout:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # five runs of the command line, each of which imports torch
-def test_an_edited_formula_between_two_runs(checkout: Checkout) -> None:
+def test_an_edited_formula_stops_the_run_until_it_is_retrained_or_kept(checkout: Checkout) -> None:
     """One story: a comment and a move, a formula, `--retrain`, another formula, `--keep`."""
     checkout.run()
     lerp, slerp = checkout.losses("residual=lerp"), checkout.losses("residual=slerp")

@@ -54,7 +54,7 @@ def test_a_package_is_called_as_pip_calls_it(capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.parametrize("name", ["ngpt.no_such_file", "tune", "_lzma", None])
-def test_a_module_that_no_package_brings_is_no_missing_package(name: str | None) -> None:
+def test_a_module_of_no_known_package_is_not_reported_as_a_missing_package(name: str | None) -> None:
     """A bug of ours, or a Python that was built without a part of it, keeps its traceback."""
     assert missing_package(ModuleNotFoundError("No module", name=name)) is None
     assert missing_package(ImportError("cannot load", name="torch")) is None

@@ -228,7 +228,7 @@ def test_a_terminal_that_gets_narrower_keeps_nothing_of_the_wrapped_view() -> No
     assert len(stream.getvalue()) == len(drawn) + len("\r\x1b[5A\x1b[J\n\n\n")  # lines are not joined again
 
 
-def test_live_view_works_before_anything_is_known() -> None:
+def test_live_view_marks_what_is_not_known_yet() -> None:
     empty = Running("t", "p", "a", 1, 0, 0, None, None, None)
     view = snapshot(phase=None, total=0, done=0, eta=None, best=None, dashboard_url=None, phases=(), running=(empty,))
     assert fmt.MISSING in "\n".join(printed(live_view(view)))
@@ -261,7 +261,7 @@ def test_a_narrow_final_screen_still_says_which_arm_has_which_number(width: int)
         assert all(word in lines[row + n] for n, word in enumerate(rest, 1))
 
 
-def test_a_long_name_is_worth_more_than_the_speed() -> None:
+def test_where_room_is_short_a_long_name_is_shown_and_the_speed_is_not() -> None:
     arms = [arm("an arm of eight short words in all", "better", 4.3771, -0.0349), arm("baseline", "baseline", 4.412)]
     lines = printed(phase_table(phase(arms=arms), width=76), 76)
     assert "tok/s" not in lines[0] and any("an arm of eight" in line for line in lines)
@@ -332,7 +332,7 @@ def test_large_phase_shows_its_best_arms_and_the_baseline() -> None:
         phase(arms=[arm("a", "failed", None)], winner=None, metric=None, warnings=None),
     ],
 )
-def test_final_screen_works_with_little_to_say(own: Summary, width: int) -> None:
+def test_final_screen_prints_no_none_where_a_summary_says_little(own: Summary, width: int) -> None:
     bare = {"campaign": "c", "status": "incomplete", "phases": [own]}
     for summary in (campaign(own), bare, {"campaign": "c"}):
         text = "\n".join(printed(final_screen(summary, report=REPORT), width))

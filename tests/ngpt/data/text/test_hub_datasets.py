@@ -176,15 +176,10 @@ def test_a_small_file_is_checked_by_the_id_that_git_gives_it(hub: Hub, tmp_path:
         prepare(config(tmp_path))
 
 
-def test_a_text_of_the_hub_is_no_document(hub: Hub, tmp_path: Path) -> None:
-    hub.files, hub.small, hub.card = (
-        {"tiny-train.txt": b"One day. " * 99, "tiny-valid.txt": b"The end. " * 9},
-        set(),
-        {},
-    )
+def test_a_plain_text_file_of_the_hub_needs_no_text_column(hub: Hub, tmp_path: Path) -> None:
+    hub.files = {"tiny-train.txt": b"One day. " * 99, "tiny-valid.txt": b"The end. " * 9}
+    hub.small, hub.card = set(), {}
     settings = config(tmp_path, "hf://someone/pages").model_copy(update={"text_column": "text"})
     manifest = open_dataset(settings).manifest
-    assert [manifest["splits"][split]["bytes"] for split in ("train", "val")] == [
-        891,
-        81,
-    ] and "left_out" not in manifest
+    assert [manifest["splits"][split]["bytes"] for split in ("train", "val")] == [891, 81]
+    assert "left_out" not in manifest
