@@ -126,6 +126,7 @@ UNTESTED: dict[str, str] = {
     "tune/claims/evidence.py": "test_relations.py",
     "tune/claims/possible_arms.py": "test_reader.py",
     "tune/claims/selectors.py": "test_relations.py",
+    "tune/analysis/alpha_spending.py": "test_sequential.py",
     "tune/analysis/readings.py": "test_noise.py",
     "tune/analysis/variances.py": "test_noise.py",
     "tune/campaign_rows.py": "test_campaign_pages.py",

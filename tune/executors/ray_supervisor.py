@@ -25,7 +25,7 @@ from tune.executors.orphans import is_alive, kill_marked, mark_children, marked_
 from tune.executors.ray_folder import RayFolder
 from tune.executors.ray_process import CodeToRun, RayExited, RayNote, RayReady, run_ray
 from tune.executors.signals import StoppedEarly, interrupt_blocked, stop_on_signal
-from tune.executors.watchdog import OomKiller, Watchdog
+from tune.executors.watchdog import Heartbeats, OomKiller, Watchdog
 from tune.machine.ray_limits import limit_hint
 from tune.machine.spawn import hide_main_module
 from tune.remote.uri import Uri
@@ -85,8 +85,7 @@ class RaySupervisor:
         self._is_running = False
         self._killed_at: dict[str, float] = {}  # by trial: when its hung worker was killed; until Ray reports it
         self._to_kill: set[str] = set()  # trials whose hung workers Ray shall kill
-        self._copied: set[str] = set()  # trials whose own heartbeat files are not seen here
-        self._relayed: dict[str, tuple[int, Heartbeat]] = {}  # attempts and heartbeats, as workers of a cluster report
+        self._beats = Heartbeats(session)
         self._oom_killer = OomKiller()
         self._checked_at = self._heard_at = clock()
         self._save_deadline: float | None = None
@@ -259,7 +258,7 @@ class RaySupervisor:
         if name == "worker_died":
             if reason := self._dead_service():
                 return reason  # the worker died because Ray did
-            _, beat = self._heartbeats().get(arguments[0], (0, None))
+            _, beat = self._beats.newest().get(arguments[0], (0, None))
             self._session.worker_died(*self._correct_cause(*arguments), beat=beat)
             value = None
         else:
@@ -269,28 +268,11 @@ class RaySupervisor:
 
     def _exchange(self, beats: Mapping[str, tuple[int, Heartbeat]]) -> None:
         """Takes the newest heartbeats of a cluster; answers which workers to kill, and which attempts shall stop."""
-        running = self._session.state.running
-        seen = self._session.heartbeats() if beats else {}
-        for trial_id, (attempt, beat) in beats.items():
-            running_attempt, own = seen.get(trial_id, (None, None))
-            if attempt == running_attempt:
-                self._relayed[trial_id] = attempt, beat
-                if own is None or own.process != beat.process or trial_id in self._copied:
-                    self._copied.add(trial_id)
-                    self._session.copy_heartbeat(trial_id, beat)
-        to_stop = [(name, event["attempt"]) for name, event in running.items()] if self._session.stop_requested else []
-        self._ray.connection.send(((self._to_kill, to_stop), self._session.stop_requested))
+        self._beats.receive(beats)
+        running, stops = self._session.state.running, self._session.stop_requested
+        to_stop = [(name, event["attempt"]) for name, event in running.items()] if stops else []
+        self._ray.connection.send(((self._to_kill, to_stop), stops))
         self._to_kill = set()
-
-    def _heartbeats(self) -> dict[str, tuple[int, Heartbeat | None]]:
-        """Attempts and heartbeats of all running trials: what their workers report, or what their files say."""
-        beats = self._session.heartbeats()
-        self._relayed = {trial_id: each for trial_id, each in self._relayed.items() if trial_id in beats}
-        for trial_id, (attempt, beat) in self._relayed.items():
-            running, seen = beats[trial_id]
-            if attempt == running and (seen is None or seen.step < beat.step):
-                beats[trial_id] = attempt, beat
-        return beats
 
     def _on_ready(self, ready: RayReady) -> str | None:
         try:
@@ -384,7 +366,7 @@ class RaySupervisor:
 
     def _kill_hung_workers(self, now: float) -> str | None:
         """Kills the workers of hung trials; returns why Ray must be replaced if this fails or Ray does not notice."""
-        beats = self._heartbeats()
+        beats = self._beats.newest()
         self._killed_at = {trial_id: at for trial_id, at in self._killed_at.items() if trial_id in beats}
         hung, killed = self._watchdog.find_hung(beats, now), set[tuple[str, int]]()
         # Trials that train together share a process: none of them hangs as long as one of them makes progress.

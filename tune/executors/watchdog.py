@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from statistics import median
 
 from ngpt.system.heartbeat import Heartbeat
+from tune.session.session import Session
 from tune.trials.retries import oom_kill_count
 
 MIN_TIMEOUT = 600.0  # seconds, to allow for compilation, a long evaluation or a slow disk
@@ -61,6 +62,36 @@ class Watchdog:
             has_trained = watched.beat is not None and watched.beat.step > watched.beat.began
             return self._stall_timeout if has_trained else max(self._stall_timeout, MIN_TIMEOUT)
         return max(MIN_TIMEOUT, TIMEOUT_STEPS * median(watched.step_seconds)) if watched.step_seconds else MIN_TIMEOUT
+
+
+class Heartbeats:
+    """The heartbeats of running trials: from their files, and as workers of a cluster report them through Ray."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._relayed: dict[str, tuple[int, Heartbeat]] = {}  # attempt and heartbeat, by trial
+        self._copied: set[str] = set()  # trials whose own files are not seen here
+
+    def receive(self, beats: Mapping[str, tuple[int, Heartbeat]]) -> None:
+        """Takes what workers have reported, and writes the files that are not seen here."""
+        seen = self._session.heartbeats() if beats else {}
+        for trial_id, (attempt, beat) in beats.items():
+            running_attempt, own = seen.get(trial_id, (None, None))
+            if attempt == running_attempt:
+                self._relayed[trial_id] = attempt, beat
+                if own is None or own.process != beat.process or trial_id in self._copied:
+                    self._copied.add(trial_id)
+                    self._session.copy_heartbeat(trial_id, beat)
+
+    def newest(self) -> dict[str, tuple[int, Heartbeat | None]]:
+        """Returns the attempt and the newest heartbeat of every running trial, by trial id."""
+        beats = self._session.heartbeats()
+        self._relayed = {trial_id: each for trial_id, each in self._relayed.items() if trial_id in beats}
+        for trial_id, (attempt, beat) in self._relayed.items():
+            running, seen = beats[trial_id]
+            if attempt == running and (seen is None or seen.step < beat.step):
+                beats[trial_id] = attempt, beat
+        return beats
 
 
 class OomKiller:

@@ -10,15 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from tune.analysis.alpha_spending import corrected_for_looks, look_sizes, nominal_levels
 from tune.analysis.sequential import (
     SequentialRule,
-    corrected_for_looks,
     describe_decision,
     is_over,
     judge_by_looks,
     last_looks,
-    look_sizes,
-    nominal_levels,
     replay_looks,
     take_look,
 )
