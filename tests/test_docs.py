@@ -128,15 +128,6 @@ def test_the_settings_page_lists_every_setting_with_its_default() -> None:
         assert star != is_identity(TrainConfig, name), name
 
 
-def test_the_changelog_names_modules_that_exist() -> None:
-    moved = [row[1] for row in rows(DOCS["CHANGELOG"]) if row[0].startswith("`ngpt.") or row[0].startswith("`tune.")]
-    modules = {name for cell in moved for name in re.findall(r"`((?:ngpt|tune)[\w.]*)`", cell)}
-    files = {name: ROOT / name.replace(".", "/") for name in modules}
-    assert len(modules) > 60
-    missing = [name for name, path in files.items() if not path.with_suffix(".py").is_file() and not path.is_dir()]
-    assert sorted(missing) == []
-
-
 def test_the_campaign_file_page_names_every_key() -> None:
     keys = {*top_keys(), *PHASE_KEYS, *RELATIONS, *BUILT_IN_GOALS}
     keys |= {*settings(Resources), *settings(EarlyStop), *settings(Evaluation)}
