@@ -89,7 +89,7 @@ class Block(nn.Module):
         values: ValueResidual | None,
     ) -> tuple[Tensor, Tensor | None]:
         """Computes the block; arguments and results are those of `forward`."""
-        raise NotImplementedError  # SphereBlock and PreNormBlock have it; FSDP2 and torch.compile want plain classes
+        raise NotImplementedError  # in SphereBlock and PreNormBlock
 
 
 class SphereBlock(Block):
