@@ -14,6 +14,7 @@ from ngpt.data.tokens.end_tokens import end_tokens
 from ngpt.data.tokens.hf_tokenizer import TOKENIZER_JSON, HFTokenizer
 from ngpt.data.tokens.tiktoken_bpe import ENCODINGS, GPT2_PATTERN, TiktokenTokenizer
 from ngpt.data.tokens.tokenizer import META, MODEL_FILE, PROBE, SentencePieceTokenizer, Tokenizer
+from ngpt.downstream.special_tokens import prefix_token, puts_prefix
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 SAMPLE_CHARACTERS = 100_000  # of Python's documentation
@@ -72,6 +73,9 @@ def tokenizer_files(tokenizer: Tokenizer | None, content: bytes | None, *, conte
     settings = json.loads(text)
     if separator is None and isinstance(tokenizer, SentencePieceTokenizer):
         ids["pad_token_id"] = next((t["id"] for t in settings["added_tokens"] if t["content"] == "<unk>"), None)
+    if not isinstance(tokenizer, HFTokenizer) and puts_prefix(tokenizer):
+        settings["post_processor"] = _beginning(settings, prefix_token(tokenizer))
+        text = _dumped(settings)
     config = json.dumps(_config(settings, ids, context), indent=1).encode()
     is_exact = not first_difference(tokenizer, text, [LITERAL_META])
     missing = "" if is_exact else f"exactness for texts with the sign {META} (U+2581), which are encoded otherwise"
@@ -205,7 +209,24 @@ def _json(
     settings = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": tokens}
     settings |= {"normalizer": normalizer, "pre_tokenizer": pre_tokenizer, "post_processor": None, "decoder": decoder}
     settings["model"] = bpe | dict(model) | {"merges": merges}
+    return _dumped(settings)
+
+
+def _dumped(settings: Mapping[str, Any]) -> bytes:
     return json.dumps(settings, ensure_ascii=False).encode()
+
+
+def _beginning(settings: Mapping[str, Any], index: int) -> dict[str, Any]:
+    """Returns the post-processor that puts a token before every text, as the tokenizer's own program does.
+
+    It also says which token separates documents, for whoever reads the file again.
+    """
+    name = next(token["content"] for token in settings["added_tokens"] if token["id"] == index)
+    begin = {"SpecialToken": {"id": name, "type_id": 0}}
+    first, second = ({"Sequence": {"id": part, "type_id": number}} for number, part in enumerate("AB"))
+    special = {name: {"id": name, "ids": [index], "tokens": [name]}}
+    single = [begin, first]
+    return {"type": "TemplateProcessing", "single": single, "pair": [*single, second], "special_tokens": special}
 
 
 def _config(settings: Mapping[str, Any], ids: Mapping[str, Any], context: int) -> dict[str, Any]:

@@ -7,8 +7,10 @@ from pydoc_data.topics import topics
 import pytest
 import transformers
 
+from ngpt.data.tokens.end_tokens import end_tokens
 from ngpt.data.tokens.tiktoken_bpe import ENCODINGS
 from ngpt.data.tokens.tokenizer import load_tokenizer, read_model, train_sentencepiece
+from ngpt.downstream.special_tokens import prefix_token, puts_prefix
 from ngpt.export import tokenizer_files as module
 from ngpt.export.tokenizer_files import LITERAL_META, sample_texts, tokenizer_files
 from tests.helpers.vocabularies import write_gpt2, write_llama, write_ranks
@@ -51,7 +53,7 @@ def test_transformers_encodes_and_decodes_as_our_tokenizer_does(
     read = transformers.AutoTokenizer.from_pretrained(tmp_path)
     for text in (OTHER, *sample_texts()):
         ids = tokenizer.encode(text).tolist()
-        assert read(text)["input_ids"] == ids
+        assert read(text, add_special_tokens=False)["input_ids"] == ids
         assert read.decode(ids) == text
     assert (read.eos_token, read.bos_token_id) == (ENDS[kind], tokenizer.document_separator)
     ends = {read.eos_token_id, read.bos_token_id} - {None}  # a model that was trained here ends a text with the latter
@@ -59,6 +61,22 @@ def test_transformers_encodes_and_decodes_as_our_tokenizer_does(
     assert {*(given if isinstance(given, list) else [given])} - {None} == ends
     assert read.pad_token_id == found.pad_token_id is not None
     assert len(read) == tokenizer.vocab_size
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "gpt2", "llama3", "llama"])
+def test_texts_start_and_end_with_the_same_tokens_after_a_round_trip(
+    kind: str, specs: dict[str, str], tmp_path: Path
+) -> None:
+    """Otherwise lm-eval would score the exported model, or the one converted back, after other start tokens."""
+    tokenizer = load_tokenizer(specs[kind], None)
+    for name, content in tokenizer_files(tokenizer, read_model(specs[kind]), context=64).files.items():
+        (tmp_path / name).write_bytes(content)
+    back = load_tokenizer(f"hf:{tmp_path}", None)
+    for of in (prefix_token, puts_prefix, end_tokens, lambda each: each.document_separator):
+        assert of(back) == of(tokenizer)
+    read = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    start = [prefix_token(tokenizer)] if kind in ("llama3", "llama") else []
+    assert read("The fox")["input_ids"] == [*start, *tokenizer.encode("The fox").tolist()]
 
 
 def test_a_tokenizer_json_is_kept_as_it_is(specs: dict[str, str], tmp_path: Path) -> None:
