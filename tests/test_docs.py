@@ -188,6 +188,8 @@ def test_every_command_of_the_cluster_page_has_the_options_that_it_needs() -> No
     seen = set()
     for line in lines:
         words = shlex.split(line, comments=True)
+        if not words:  # a comment
+            continue
         seen.add(next(word for word in words if "=" not in word))
         scripts = [i for i, word in enumerate(words) if word.endswith(("run_campaign.py", "campaign.sbatch"))]
         if scripts:
