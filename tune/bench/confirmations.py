@@ -24,6 +24,10 @@ SEED_SD = 2.0
 EDITS = (1, 5, 10, 20)  # after which false confirmations are counted
 WORLDS = {"same": (1, 1), "winner_3x": (3, 1), "winner_5x": (5, 1), "baseline_3x": (1, 3)}  # sd of winner, baseline
 EQUAL_ARMS = 8  # of a chained phase, besides the baseline
+DRAWS = {  # mean and sd of the true differences of a search's draws from its baseline; negative is better
+    **{"no_difference": (0, 0), "like_the_base": (0, 1), "wide": (2, 2)},
+    **{"worse": (1, 1), "much_worse": (2, 0.5)},
+}
 
 
 class Judged(NamedTuple):
@@ -42,7 +46,7 @@ class Judged(NamedTuple):
 
 
 def confirmations(*, rounds: int = 2000) -> dict[str, Any]:
-    """False confirmations of edit-and-confirm loops, false `worse` and biased winners of chained phases, and power."""
+    """False confirmations, false `worse` and biased winners of chained phases, power, and what searches hand on."""
     rng = np.random.default_rng(7)
     return {
         **edit_and_confirm(rounds, rng),
@@ -50,6 +54,7 @@ def confirmations(*, rounds: int = 2000) -> dict[str, Any]:
         **winners_estimates(rounds, rng),
         **confirmation_of_worlds(10 * rounds, rng),
         **default_seeds(rounds, rng),
+        **handed_on(rounds, np.random.default_rng(8)),
     }
 
 
@@ -197,6 +202,28 @@ def default_seeds(rounds: int, rng: np.random.Generator) -> dict[str, float]:
         shares[f"default_seeds_{effect:g}sd_median"] = float(np.median(numbers))
         shares[f"default_seeds_{effect:g}sd_confirmed"] = float(np.mean(found))
     return shares
+
+
+def handed_on(rounds: int, rng: np.random.Generator) -> dict[str, float]:
+    """Mean true difference from the baseline of what a search hands on to later phases, by three rules.
+
+    `better`: the best arm if its verdict is `better`. `best_mean`: the best arm if its mean is below that of the
+    baseline. `confirmed`: this arm if its mean on fresh seeds is below that of the baseline again. `oracle` is the best
+    of the true differences. In each case the baseline is handed on otherwise.
+    """
+    found = {}
+    for world, (mean, sd) in DRAWS.items():
+        true = mean + sd * rng.normal(size=(rounds, ARMS))
+        judged = judge_phases(_values(rng, np.hstack([np.zeros((rounds, 1)), true])))
+        best, is_better = judged.winners()
+        rows = np.arange(rounds)
+        chosen, is_lower = true[rows, best], judged.difference[rows, best] < 0
+        again = chosen + rng.normal(size=rounds) * (2 / CONFIRM_SEEDS) ** 0.5
+        rules = {"better": is_better, "best_mean": is_lower, "confirmed": is_lower & (again < 0)}
+        shares = {name: float(np.where(is_chosen, chosen, 0.0).mean()) for name, is_chosen in rules.items()}
+        shares["oracle"] = float(np.minimum(true.min(1), 0.0).mean())
+        found |= {f"handed_on_{world}_{name}": value for name, value in shares.items()}
+    return found
 
 
 # ---- phases --------------------------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ def phase_planned_event(phase: PlannedPhase) -> dict[str, Any]:
         "swept": {name: list(values) for name, values in phase.swept.items()},
         "search": _search_record(phase),
         "confirms": phase.confirms,
+        "hands_on_best": phase.hands_on_best,
         **({"most_seeds": phase.most_seeds, "looks": to_json(phase.looks)} if phase.most_seeds else {}),
         "arms": [
             {

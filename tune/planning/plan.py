@@ -27,11 +27,11 @@ NO_DRAWS: Mapping[tuple[str, str], FreshDraw] = {}
 
 
 class PhaseResult(NamedTuple):
-    """The winner of a phase, and its arms with the verdict `better`."""
+    """The winner of a phase, its arms with the verdict `better`, and the best arm (see `best_arm`)."""
 
     winner: str
     better: Sequence[BetterArm]
-    best: BetterArm | None = None  # the arm that a confirmation compares again
+    best: BetterArm | None = None
 
 
 def unknown_outcome(trial_id: str) -> TrialOutcome:
@@ -84,6 +84,7 @@ class PlannedPhase:
     fresh: FreshDraw | None = None  # how `seeds: fresh` was drawn; None for other phases and before the draw
     most_seeds: int | None = None  # the largest number of seeds of an arm, with `until: decided`
     looks: tuple[Look, ...] = ()  # with `until: decided`: one after each complete round of seeds
+    hands_on_best: bool = False  # see `Phase.hands_on_best`
 
     @cached_property
     def varied(self) -> tuple[str, ...]:
@@ -267,7 +268,7 @@ def _plan_arms(
         planned.append(replace(arm, trials=tuple(trials)))
     pinned, baseline_name = dict(phase.pinned), planned[0].name
     asked = (phase.inherit, base, pinned, baseline_name, tuple(planned), seeds, phase.swept, phase.question)
-    return PlannedPhase(phase.name, *asked)
+    return PlannedPhase(phase.name, *asked, hands_on_best=phase.hands_on_best)
 
 
 def _rounds_so_far(
@@ -362,7 +363,8 @@ def preview(
         guess = [BetterArm(arm.name, arm.overrides, 0.0) for arm in planned.arms[1:2]]  # the baseline comes first
         guessed = PhaseResult(guess[0].arm if guess else planned.baseline, guess, next(iter(guess), None))
         winner, better[phase.name], best[phase.name] = result(planned) or guessed
-        winners[phase.name] = inherited_overrides(planned, winner)
+        first = best[phase.name] if phase.hands_on_best else None
+        winners[phase.name] = inherited_overrides(planned, first.arm if first else winner)
         phases.append(planned)
     return phases
 

@@ -49,16 +49,19 @@ def handovers(phases: Sequence[PhaseSummary]) -> list[Handover]:
             for source in arm.sources:
                 if source not in from_phase:  # at most one arrow between two phases
                     earlier, settings = known.get(source), {**base, **arm.overrides}
-                    handed = _handed_on(earlier, settings) if earlier else arm.overrides
+                    handed = _handed_on(earlier, settings, arm.arm) if earlier else arm.overrides
                     edges.append(Handover(source, phase.phase, handed, arm.arm))
                     from_phase.append(source)
         known[phase.phase] = phase
     return edges
 
 
-def _handed_on(source: PhaseSummary, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the part of `settings` that the winner of `source`, or an arm that is better there, has too."""
-    better = [arm.overrides for arm in source.arms if arm.verdict == "better"]
+def _handed_on(source: PhaseSummary, settings: Mapping[str, Any], name: str | None = None) -> dict[str, Any]:
+    """Returns the part of `settings` that the winner of `source`, or an arm that is better there, has too.
+
+    So does the arm called `name`: the best one of a search, which its confirmation compares again.
+    """
+    better = [arm.overrides for arm in source.arms if arm.verdict == "better" or arm.arm == name]
     known = [{**_winner_settings(source)}, *better]
     return {
         name: value for name, value in settings.items() if any(name in each and each[name] == value for each in known)
@@ -66,8 +69,9 @@ def _handed_on(source: PhaseSummary, settings: Mapping[str, Any]) -> dict[str, A
 
 
 def _winner_settings(phase: PhaseSummary) -> dict[str, Any]:
-    winner = phase.winning_arm
-    return {**phase.base, **(winner.overrides if winner else {})}
+    name = phase.handed_on or phase.winner
+    start = next((arm for arm in phase.arms if arm.arm == name), None)
+    return {**phase.base, **(start.overrides if start else {})}
 
 
 def inheritance_graph(phases: Sequence[PhaseSummary]) -> dict[str, Any] | None:

@@ -11,6 +11,7 @@ from tune.analysis.sequential import is_over, judge_by_looks
 from tune.analysis.spreads import metric_spread
 from tune.analysis.text_error import text_standard_error
 from tune.analysis.verdicts import Judgement, Outcomes, judge
+from tune.planning.confirmation import best_arm
 from tune.results.phase_warnings import phase_warnings
 from tune.results.snapshot import ArmSoFar
 from tune.storage.records import TrialOutcome
@@ -180,8 +181,8 @@ def summarize_phase(state: CampaignState, phase: PhaseState) -> PhaseSummary:
         arms = tuple(replace(arm, shrunken=shrunken) if arm.arm == judgement.winner else arm for arm in arms)
     statuses = [outcome.status for by_seed in outcomes.values() for outcome in by_seed.values()]
     missing = statuses.count("missing")  # a phase has no winner until all its trials have ended
-    smoke = "SMOKE: " if state.is_smoke else ""
-    prefix = f"so far, after {len(statuses) - missing} of {len(statuses)} trials: " if missing else ""
+    winner = None if missing or (phase.most_seeds and not is_over(phase.looks)) else judgement.winner
+    start = _handed_on(phase, arms, winner)
     records = phase_records(state, phase)
     trained_here = [record for record in records if record.reused_from is None]
     return PhaseSummary(
@@ -195,8 +196,9 @@ def summarize_phase(state: CampaignState, phase: PhaseState) -> PhaseSummary:
         swept=phase.swept,
         arms=arms,
         baseline=phase.baseline,
-        winner=None if missing or (phase.most_seeds and not is_over(phase.looks)) else judgement.winner,
-        why=smoke + prefix + judgement.why if len(arms) > 1 else ALONE[phase.confirms is not None],
+        winner=winner,
+        handed_on=start,
+        why=_why(state, statuses, judgement.why, start) if len(arms) > 1 else ALONE[phase.confirms is not None],
         noise=judgement.noise,
         confirmation=phase.fresh.look if phase.fresh else 0,
         warnings=(*judgement.warnings, *phase_warnings(state, phase, arms, judgement.winner, records, statuses)),
@@ -211,6 +213,22 @@ def summarize_phase(state: CampaignState, phase: PhaseState) -> PhaseSummary:
 def _is_confirmation(phase: PhaseState) -> bool:
     """Whether a phase compares an earlier winner with a baseline on seeds that nobody has looked at."""
     return phase.fresh is not None and phase.fresh.question is not None
+
+
+def _handed_on(phase: PhaseState, arms: Sequence[ArmSummary], winner: str | None) -> str | None:
+    """The arm that later phases start from although it is not better than the baseline; None if that is the winner."""
+    if winner is None or not phase.hands_on_best:
+        return None
+    best = best_arm(arms, {arm.arm: arm.overrides for arm in arms}, winner=winner, baseline=phase.baseline)
+    return best.arm if best and best.arm != winner else None
+
+
+def _why(state: CampaignState, statuses: Sequence[str], why: str, handed_on: str | None) -> str:
+    """Why the winner won, with what to know about it: a smoke run, trials that have not ended, an arm handed on."""
+    smoke, missing = "SMOKE: " if state.is_smoke else "", statuses.count("missing")
+    so_far = f"so far, after {len(statuses) - missing} of {len(statuses)} trials: " if missing else ""
+    note = f"; later phases start from {handed_on}, which has the best mean" if handed_on else ""
+    return f"{smoke}{so_far}{why}{note}"
 
 
 def count_trials(statuses: Sequence[str], *, reused: int) -> TrialCounts:

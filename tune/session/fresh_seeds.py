@@ -190,11 +190,12 @@ def phases_of_winners(
 ) -> dict[str, list[PhaseSummary]]:
     """For each arm of `phase` with a winner of its own: the finished phases that led to this winner, newest first."""
     inherit = {other.name: other.inherit or "" for other in campaign.phases}
+    searches = {other.name: other.confirms for other in campaign.phases if other.confirms}
     found: dict[str, list[PhaseSummary]] = {}
     if phase.confirms and phase.confirms in summaries:
         found[phase.confirms] = [summaries[phase.confirms]]
     for arm in phase.arms:
-        name = arm.inherit or ""
+        name = searches.get(arm.inherit or "", arm.inherit or "")
         while name in summaries and name != phase.inherit:
             found.setdefault(arm.name, []).append(summaries[name])
             name = inherit[name]

@@ -251,14 +251,18 @@ class PhaseTracker:
         summary = write_phase(self._root, self._state, self._state.phases[phase.name])
         assert summary.winner is not None, "all trials of the phase have ended"
         self.summaries[phase.name] = summary
-        result = {"winner": summary.winner, "winner_overrides": dict(inherited_overrides(phase, summary.winner))}
         sign = 1 if self.campaign.metric.goal == "maximize" else -1
         deltas = [(arm, arm.delta) for arm in summary.arms if arm.verdict == "better"]
         better = [asdict(BetterArm(arm.arm, arm.overrides, sign * delta.mean)) for arm, delta in deltas if delta]
         overrides = {arm.arm: arm.overrides for arm in summary.arms}
         best = best_arm(summary.arms, overrides, winner=summary.winner, baseline=phase.baseline)
         is_confirmed = phase.name in {other.confirms for other in self.campaign.phases}  # `--smoke` has no searches
-        result["best"] = asdict(best) if best and (phase.question or is_confirmed) else None
+        needs_best = phase.question or is_confirmed or phase.hands_on_best
+        result = {
+            "winner": summary.winner,
+            "winner_overrides": dict(inherited_overrides(phase, summary.handed_on or summary.winner)),
+            "best": asdict(best) if best and needs_best else None,
+        }
         self._append("phase_finished", phase=phase.name, **result, better=better, why=summary.why)
         self._message(f"phase {phase.name}: {summary.why}")
 

@@ -2,10 +2,14 @@
 
 A search picks the luckiest of many arms, so its own estimate is too good, and its correction for many arms is strict.
 Two arms on fresh seeds give an estimate without that bias. A search with `method: random` or `optuna` gets such a phase
-unless it says `confirm: false`, or a later phase of the file compares its winner on other seeds anyway.
+unless it says `confirm: false`, or another phase of the file compares its best arm on other seeds anyway.
+
+Phases that inherit the search start from the arm with the better mean of its confirmation, whatever the verdict: to go
+on with one of the two is a choice, not a claim. docs/statistics-seeds.md has what other rules cost.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ngpt.config.base import Location, Problem
@@ -41,20 +45,24 @@ def confirmation_of(phase: Phase, seeds: SeedRule) -> Phase:
         origins=phase.origins,
         has_own_seeds=True,
         confirms=phase.name,
+        hands_on_best=True,
     )
 
 
-def is_confirmed_by(phase: Phase, others: Iterable[Phase]) -> bool:
-    """Whether another phase of the file uses the winner of a search phase on other seeds.
+def is_confirmed_by(phase: Phase, others: Sequence[Phase]) -> bool:
+    """Whether other phases of the file compare the best arm of a search phase on other seeds, and none starts from it.
 
-    A phase without seeds of its own that compares this winner gets others (tune/spec/inherited_seeds.py).
+    A phase without seeds of its own that compares this arm gets others (tune/spec/inherited_seeds.py).
     """
-    for other in others:
-        compares = phase.name in [arm.inherit for arm in other.arms]
-        is_shifted = compares and not other.has_own_seeds
-        if (compares or phase.name == other.inherit) and (is_shifted or _are_unseen(other.seeds, phase.seeds)):
-            return True
-    return False
+    comparing = [other for other in others if phase.name in [arm.inherit for arm in other.arms]]
+    is_compared = any(not other.has_own_seeds or _are_unseen(other.seeds, phase.seeds) for other in comparing)
+    return is_compared and phase.name not in [other.inherit for other in others]
+
+
+def start_from(phase: Phase, confirmations: Mapping[str, str]) -> Phase:
+    """The phase, with the confirmation of each search that it or one of its arms inherits in place of the search."""
+    arms = (replace(arm, inherit=confirmations.get(arm.inherit or "", arm.inherit)) for arm in phase.arms)
+    return replace(phase, inherit=confirmations.get(phase.inherit or "", phase.inherit), arms=tuple(arms))
 
 
 def _are_unseen(seeds: SeedRule, seen: SeedRule) -> bool:

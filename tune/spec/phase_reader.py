@@ -10,7 +10,7 @@ from ngpt.config.base import ConfigError, Location, Problem, is_identity, unknow
 from ngpt.config.overrides import named_settings
 from ngpt.training.config import TrainConfig, with_absolute_paths
 from tune import format as fmt
-from tune.spec.confirmation import confirmation_of, is_confirmed_by, read_confirm
+from tune.spec.confirmation import confirmation_of, is_confirmed_by, read_confirm, start_from
 from tune.spec.reading import (
     LocatedSettings,
     Reading,
@@ -145,12 +145,18 @@ class _PhaseReader:
         )
 
     def with_confirmations(self, phases: Sequence[Phase]) -> Reading[list[Phase]]:
-        """Adds the confirmation of each search after its phase, unless another phase confirms it."""
+        """Adds the confirmation of each search after its phase, unless other phases confirm it.
+
+        Phases that inherit a search with a confirmation then inherit the confirmation.
+        """
         all_phases: list[Phase] = []
+        confirmations: dict[str, str] = {}
         for phase in phases:
-            all_phases.append(phase)
             rule, at = self._confirm.get(phase.name, ((), ()))
-            if not rule or phase.question is None or is_confirmed_by(phase, phases):
+            is_searched = bool(rule) and phase.question is not None
+            is_confirmed = is_searched and is_confirmed_by(phase, phases)
+            all_phases.append(replace(phase, hands_on_best=is_confirmed))
+            if not is_searched or is_confirmed:
                 continue
             added = confirmation_of(phase, rule)
             if added.name.lower() in self._used_names:
@@ -158,7 +164,12 @@ class _PhaseReader:
                 yield Problem(at, f"{text}; rename that phase, or write `confirm: false` here")
             if (yield from self._count("2", 2, count_seeds(rule), at)):
                 all_phases.append(added)
-        return all_phases
+                confirmations[phase.name] = added.name
+                self.references |= {(added.name, source): at for source in added.needs}
+        for (name, source), where in list(self.references.items()):
+            if source in confirmations and name != confirmations[source]:
+                self.references[name, confirmations[source]] = where
+        return [start_from(phase, confirmations) for phase in all_phases]
 
     def _name(self, raw: Mapping[str, Any], at: Location) -> Reading[str]:
         if "name" not in raw:

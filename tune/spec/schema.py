@@ -220,6 +220,7 @@ class Phase:
     question: Mapping[str, Any] | None = None  # of its search, optuna or random; see `Search.question`
     has_own_seeds: bool = False  # whether the phase has `seeds:`; otherwise they are the campaign's
     confirms: str | None = None  # the search phase whose best arm this phase compares again, on fresh seeds
+    hands_on_best: bool = False  # later phases start from the arm with the best mean, even if none is better
     seed_shift: int = 0  # added to the seeds of a phase that starts from a winner (tune/spec/inherited_seeds.py)
 
     @property

@@ -254,7 +254,7 @@ def _winners(name: str | None, phases: Phases) -> Iterator[LocatedSettings]:
     if name is None:
         yield {}
         return
-    phase = phases[name]
+    phase = phases[phases[name].confirms or name]
     for arm in chain(_arms(phase), _joined(phase, phases, {})):  # lazily: the joined arms may be too many to list
         for start in _starts(phase, arm, phases):
             inherited = {setting: value for setting, value in start.items() if setting not in phase.pinned}

@@ -102,6 +102,7 @@ class PhasePlanned(Fields):
     arms: Annotated[list[Arm], Field(min_length=1, max_length=MAX_ROWS)]
     search: SearchFields | None = None
     confirms: PhaseName | None = None
+    hands_on_best: bool = False
     fresh: Draw | None = None
     seen: list[Seed] = Field(default_factory=list)
     most_seeds: Rows | None = None

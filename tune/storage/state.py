@@ -45,10 +45,11 @@ class PhaseState:
     swept: Mapping[str, list[Any]]
     space: Mapping[str, Any] = field(default_factory=dict)  # of a search, see `Search.question`; empty in old journals
     winner: str | None = None  # known once the phase is finished
-    winner_overrides: Overrides = field(default_factory=dict)
+    winner_overrides: Overrides = field(default_factory=dict)  # what later phases inherit
     better: list[BetterArm] = field(default_factory=list)  # known with the winner
     best: BetterArm | None = None  # of a search, known with the winner: the arm to confirm, if any
     confirms: str | None = None  # the search phase whose best arm it compares again on fresh seeds
+    hands_on_best: bool = False  # later phases start from the arm with the best mean, even if none is better
     fresh: FreshDraw | None = None  # how `seeds: fresh` was drawn; None for other phases
     seen: tuple[int, ...] = ()  # listed seeds of a phase that confirms a winner, which were looked at before
     tells_fresh: bool = True  # False in journals that do not say how seeds were chosen
@@ -78,7 +79,8 @@ class PhaseState:
         plan |= {"fresh": fresh, "seen": tuple(event.get("seen", ())), "tells_fresh": "fresh" in event}
         looks = [Look.from_json(look) for look in event.get("looks", [])]
         rounds = {"most_seeds": event.get("most_seeds"), "looks": looks}
-        return cls(name=event["phase"], arms=arms, space=space, confirms=event.get("confirms"), **plan, **rounds)
+        roles = {"confirms": event.get("confirms"), "hands_on_best": event.get("hands_on_best", False)}
+        return cls(name=event["phase"], arms=arms, space=space, **roles, **plan, **rounds)
 
     @property
     def trial_ids(self) -> list[str]:

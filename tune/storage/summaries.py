@@ -145,6 +145,7 @@ class PhaseSummary:
     arms: tuple[ArmSummary, ...] = ()
     baseline: str | None = None
     winner: str | None = None
+    handed_on: str | None = None  # the arm that later phases start from, if it is not the winner
     why: str = ""
     confirmation: int = 0  # 1 if it is the first confirmation of its question, and so on; 0 if it is none
     noise: PhaseNoise = PhaseNoise()

@@ -48,6 +48,15 @@ def test_a_baseline_on_other_seeds_brings_no_luck_along() -> None:
     assert found["false_worse_other_seeds"] < 0.02
 
 
+def test_a_search_that_is_confirmed_hands_on_nearly_the_best_and_hardly_ever_something_worse() -> None:
+    found = bench.handed_on(600, np.random.default_rng(8))
+    for world in bench.DRAWS:
+        rules = {rule: found[f"handed_on_{world}_{rule}"] for rule in ("better", "best_mean", "confirmed", "oracle")}
+        assert rules["confirmed"] < max(0.6 * rules["oracle"], rules["oracle"] + 0.05), (world, rules)
+        assert rules["confirmed"] <= rules["better"] + 0.05, (world, rules)
+    assert found["handed_on_much_worse_best_mean"] > 0.1, "the lowest mean alone is a gamble"
+
+
 def test_the_shrunken_estimate_of_a_winner_is_nearly_unbiased() -> None:
     found = bench.winners_estimates(400, np.random.default_rng(7))
     for name, error in found.items():

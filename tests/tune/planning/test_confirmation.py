@@ -1,5 +1,6 @@
 """The best arm of a search is compared with the baseline again, and that decides the answer."""
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +29,15 @@ PHASES = """
 """
 
 Run = Callable[[Callable[[TrialSpec], TrialResult]], CampaignSummary]
+
+
+COMPARED = """
+  - name: tune
+    search: {trials: 3, space: {alpha: {choice: [0.1, 0.2, 0.3]}}}
+  - name: final
+    runs: [{arm: baseline}, {arm: tuned, inherit: tune}]
+    seeds: fresh 4
+"""
 
 
 @pytest.fixture
@@ -100,6 +110,47 @@ def test_the_best_arm_is_confirmed_even_if_the_search_could_not_tell(run: Run) -
     assert summary.phases[0].winner == "baseline"
     assert summary.phases[1].winner == "alpha=0.2"
     assert (summary.answer.overrides, summary.answer.confirmed) == ({"model.alpha": 0.2}, True)
+
+
+@pytest.mark.parametrize("gain", [0.03, -0.03])
+def test_later_phases_start_from_the_better_mean_of_the_confirmation(gain: float, run: Run) -> None:
+    """Neither the search nor the confirmation can tell; to go on with one of two arms needs no claim."""
+
+    done = Counter[tuple[str, str]]()
+
+    def unclear(spec: TrialSpec) -> TrialResult:
+        """The noise of each arm has mean 0 over the seeds of either phase."""
+        noise = {"tune": (0.2, -0.2, 0.0)}.get(spec.phase, (0.2, -0.2, -0.2, 0.2))[done[spec.phase, spec.arm] % 4]
+        done[spec.phase, spec.arm] += 1
+        if spec.config.model.alpha != 0.2:
+            return with_loss(spec, 5.0 if spec.arm == "baseline" else 5.5)
+        return with_loss(spec, 5.0 + noise - (0.03 if spec.phase == "tune" else gain))
+
+    summary = run(unclear)
+    search, confirmation, after = summary.phases
+    assert (search.winner, search.handed_on, confirmation.winner) == ("baseline", None, "baseline")
+    assert {arm.verdict for phase in (search, confirmation) for arm in phase.arms} <= {"baseline", "undecided", "worse"}
+    tuned = {"model.alpha": 0.2} if gain > 0 else {}
+    assert after.base == tuned and after.inherit == "tune-confirm"
+    assert confirmation.handed_on == ("alpha=0.2" if tuned else None)
+    assert ("; later phases start from alpha=0.2, which has the best mean" in confirmation.why) == bool(tuned)
+    assert not summary.answer.overrides and "keep the base" in summary.answer.sentence
+    again = run(lambda spec: pytest.fail(f"{spec.name} was trained again"))
+    assert [phase.base for phase in again.phases] == [phase.base for phase in summary.phases]
+
+
+def test_a_phase_that_compares_the_search_gets_its_best_mean(tmp_path: Path, corpus: Path, no_report: None) -> None:
+    file = write_file(tmp_path, corpus, phases=COMPARED, seeds="[1, 2, 3]")
+
+    def unclear(spec: TrialSpec) -> TrialResult:
+        return with_loss(spec, 5.0 + 10 * wobble(spec) - 0.03 * (spec.config.model.alpha == 0.2))
+
+    with session_on(file, tmp_path / "tiny") as session:
+        drive(begun(session), unclear)
+        search, final = session.end().phases
+    assert (search.winner, search.handed_on) == ("baseline", "alpha=0.2")
+    assert {arm.arm: dict(arm.overrides) for arm in final.arms} == {"baseline": {}, "tuned": {"model.alpha": 0.2}}
+    assert final.confirmation == 1, "it counts as a confirmation of its question"
 
 
 def test_without_an_arm_above_the_baseline_nothing_is_trained(run: Run) -> None:

@@ -55,6 +55,15 @@ def test_an_arm_that_joins_two_winners_has_both_and_an_arrow_for_each() -> None:
     ]
 
 
+def test_the_best_arm_is_handed_on_to_its_confirmation_and_from_there_although_it_did_not_win() -> None:
+    arm = ArmSummary("a=2", overrides={"model.alpha": 0.2}, verdict="undecided")
+    search = replace(phase("search"), arms=(ArmSummary("baseline"), arm))
+    confirm = replace(search, phase="confirm", arms=(ArmSummary("baseline"), replace(arm, sources=("search",))))
+    later = phase("later", inherit="confirm", base={"model.alpha": 0.2})
+    edges = handovers([search, replace(confirm, handed_on="a=2"), later])
+    assert [edge.text() for edge in edges] == ["search to arm a=2: alpha=0.2", "confirm: alpha=0.2"]
+
+
 def test_a_source_may_be_a_phase_of_other_results() -> None:
     (only,) = handovers([phase("next", inherit="results/other/best", base={"optim.lr": 0.1})])
     assert only.text() == "results/other/best: lr=0.1"

@@ -73,7 +73,6 @@ def test_seeds_that_confirm_nothing_are_refused(tmp_path: Path, confirm: str, me
         (", confirm: false", OTHER),
         ("", "runs: [{arm: baseline}, {arm: x, inherit: tune}]\n    seeds: fresh 3"),
         ("", "runs: [{arm: baseline}, {arm: x, inherit: tune}]"),  # gets other seeds by itself
-        ("", "inherit: tune\n    seeds: [4, 5]\n    vary: {project_every: [2]}"),
     ],
 )
 def test_there_is_none_if_it_is_off_or_another_phase_does_the_same(tmp_path: Path, more: str, after: str) -> None:
@@ -83,6 +82,42 @@ def test_there_is_none_if_it_is_off_or_another_phase_does_the_same(tmp_path: Pat
 def test_a_phase_on_the_same_seeds_confirms_nothing(tmp_path: Path) -> None:
     after = "runs: [{arm: baseline}, {arm: x, inherit: tune}]\n    seeds: [1, 2, 3]"
     assert [phase.name for phase in load(tmp_path, "", after).phases] == ["tune", "tune-confirm", "after"]
+
+
+@pytest.mark.parametrize("seeds", ["[4, 5]", "fresh 3"])
+def test_a_phase_that_starts_from_the_search_compares_nothing_and_waits_for_the_confirmation(
+    tmp_path: Path, seeds: str
+) -> None:
+    after = f"inherit: tune\n    seeds: {seeds}\n    vary: {{project_every: [2]}}"
+    *names, last = load(tmp_path, "", after).phases
+    assert [phase.name for phase in names] == ["tune", "tune-confirm"]
+    assert (last.inherit, last.needs) == ("tune-confirm", {"tune-confirm"})
+    compared = f"{after}\n  - name: final\n    runs: [{{arm: x, inherit: tune}}]\n    seeds: fresh 3"
+    _, _, _, final = load(tmp_path, "", compared).phases
+    assert [arm.inherit for arm in final.arms] == ["tune-confirm"]
+
+
+def test_a_search_that_starts_from_another_is_confirmed_on_the_base_that_it_searched(tmp_path: Path) -> None:
+    second = "inherit: tune\n    search: {trials: 4, space: {alpha: {uniform: [0.1, 0.5]}}}"
+    phases = {phase.name: phase for phase in load(tmp_path, "", second).phases}
+    assert list(phases) == ["tune", "tune-confirm", "after", "after-confirm"]
+    assert (phases["after"].inherit, phases["after-confirm"].inherit) == ("tune-confirm", "tune-confirm")
+
+
+def test_a_cycle_through_a_confirmation_has_its_place(tmp_path: Path) -> None:
+    text = BASE.replace("set: {batch_size: 4}", "inherit: after").replace("MORE", "")
+    (tmp_path / "c.yaml").write_text(text.replace("AFTER", f"inherit: tune\n    {OTHER}"))
+    with pytest.raises(ConfigError, match=r"c\.yaml:6:5: phases\[0\]\.inherit: phases inherit from each other"):
+        load_campaign(tmp_path / "c.yaml")
+
+
+def test_what_a_phase_may_start_from_is_checked_before_anything_trains(tmp_path: Path) -> None:
+    """The winner of a confirmation is an arm of its search."""
+    search = "search: {trials: 1, space: {n_embd: {choice: [24]}}}"
+    text = BASE.replace("search: {trials: 4, space: {alpha: {uniform: [0.1, 0.5]}}MORE}", search)
+    (tmp_path / "c.yaml").write_text(text.replace("AFTER", "inherit: tune\n    vary: {n_head: [8]}"))
+    with pytest.raises(ConfigError, match=r"if model\.n_embd=24 wins the earlier phase"):
+        load_campaign(tmp_path / "c.yaml")
 
 
 def test_its_name_must_be_free(tmp_path: Path) -> None:
