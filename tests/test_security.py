@@ -137,8 +137,8 @@ def connect(path):
         client.connect(path)
 
 
-def request(method, path, headers):
-    connection = http.client.HTTPConnection("127.0.0.1", dashboard, timeout=10)
+def request(method, path, headers, port=dashboard):
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
     body = json.dumps({"entrypoint": "touch /tmp/owned"}) if method == "POST" else None
     connection.request(method, path, body, headers)
     return f"HTTP {connection.getresponse().status}"
@@ -187,6 +187,9 @@ for headers in ({}, {"Authorization": "Bearer " + "0" * 64}):
     for method, path in (("GET", "/api/cluster_status"), ("GET", "/nodes?view=summary"), ("POST", "/api/jobs/")):
         attempt(f"{method} {path} {len(headers)}", request, method, path, headers)
 for port in ports:
+    # What runs code: the agents of the dashboard and of runtime environments, which workers ask over HTTP.
+    for path in ("/api/job_agent/jobs/", "/get_or_create_runtime_env"):
+        attempt(f"{port} POST {path}", request, "POST", path, {"Authorization": "Bearer " + "0" * 64}, port)
     for metadata in ((), (("authorization", "Bearer " + "0" * 64),)):
         for method in (
             "/ray.rpc.InternalKVGcsService/InternalKVKeys",
@@ -244,10 +247,14 @@ def test_another_user_of_the_machine_changes_nothing_of_a_running_campaign(
     refused = {"PermissionError", "HTTP 401", "HTTP 403", "UNAUTHENTICATED"}
     # A port that does not speak the protocol cannot answer, and a process may have ended meanwhile.
     silent = {"UNAVAILABLE", "UNIMPLEMENTED", "DEADLINE_EXCEEDED", "ProcessLookupError", "FileNotFoundError"}
+    silent |= {"HTTP 404", "HTTP 405", "RemoteDisconnected", "BadStatusLine", "ConnectionResetError", "TimeoutError"}
     assert {name: outcome for name, outcome in outcomes.items() if outcome not in refused | silent} == {}
     assert sum(outcome in refused for outcome in outcomes.values()) > 50
     assert any(outcome == "UNAUTHENTICATED" for outcome in outcomes.values()), "the GCS was reached"
     assert {outcomes[f"POST /api/jobs/ {n}"] for n in (0, 1)} <= {"HTTP 401", "HTTP 403"}
+    for path in ("/api/job_agent/jobs/", "/get_or_create_runtime_env"):
+        found = {outcomes[f"{port} POST {path}"] for port in ports}
+        assert found & {"HTTP 401", "HTTP 403"}, f"no agent was reached that serves {path}"
     assert not run.events("worker_died") and not private.exists()
 
 

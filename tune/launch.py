@@ -40,7 +40,7 @@ from tune.remote.places import open_results
 from tune.remote.results import RemoteResults
 from tune.report.wording import packing_fact
 from tune.results.snapshot import Snapshot
-from tune.session.datasets import check_all, data_configs, describe_data, prepare_all
+from tune.session.datasets import check_all, check_bytes, data_configs, describe_data, prepare_all
 from tune.session.executor_info import ExecutorInfo
 from tune.session.session import Session
 from tune.spec.schema import Campaign
@@ -312,13 +312,14 @@ def prepare_nodes(session: Session, supervisor: RaySupervisor) -> None:
 def wait_for_preparation(preparation: Future[Any], session: Session) -> None:
     """Waits until the corpora are prepared, and prints what is likely to be a mistake with them if trials are missing.
 
-    Raises the error of their preparation, or StoppedEarly.
+    Raises the error of their preparation or of `check_bytes`, or StoppedEarly.
     """
     while not wait_for_futures([preparation], POLL_SECONDS).done:
         if session.stop_requested:
             raise StoppedEarly
     preparation.result()
     if session.has_work():
+        check_bytes(session.campaign)
         report_advice(session.campaign)
 
 

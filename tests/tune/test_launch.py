@@ -7,9 +7,11 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from ngpt.config.base import ConfigError
+from ngpt.data.dataset import Dataset
 from tests.helpers.tiny_campaign import write_file
 from tests.helpers.wandb_file import python
 from tune.campaign import load_campaign
@@ -17,6 +19,7 @@ from tune.executors.signals import StoppedEarly
 from tune.launch import check_training, in_background, launch
 from tune.report.wording import settings_advice
 from tune.results.snapshot import Snapshot
+from tune.session.datasets import check_bytes
 from tune.storage.journal import read_journal
 
 TINY = """
@@ -112,6 +115,20 @@ def test_a_corpus_that_cannot_be_prepared_is_an_error_before_any_trial(
     monkeypatch.undo()
     summary, _ = launch(load_campaign(path), tmp_path / "out", command="", inline=True)  # the lock is free again
     assert summary.status == "finished"
+
+
+def test_arms_are_compared_by_bits_per_byte_only_where_bytes_can_be_counted(tmp_path: Path, dataset: Dataset) -> None:
+    (tokens := tmp_path / "tokens").mkdir()
+    for name in ("train", "val"):
+        np.concatenate(dataset.val).astype("<u2").tofile(tokens / f"{name}.bin")
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY.format(corpus=tokens) + "metric: {name: val_bpb}\n")
+    with pytest.raises(
+        ConfigError, match=r"metric\.name: val_bpb needs the bytes of each token, which the corpus .*tok"
+    ):
+        launch(load_campaign(path), tmp_path / "out", command="", inline=True)
+    assert not (tmp_path / "out" / "trials").exists()
+    check_bytes(load_campaign(path, [f"data.tokenizer={dataset.folder / 'tokenizer.model'}"]))
 
 
 def test_a_campaign_that_compiles_needs_a_compiler_before_any_trial(

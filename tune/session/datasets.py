@@ -17,6 +17,20 @@ def prepare_all(campaign: Campaign, log: Callable[[str], None]) -> None:
         prepare(config, log=log)
 
 
+def check_bytes(campaign: Campaign) -> None:
+    """Checks that every trial can have `val_bpb`, if arms are compared by it; the corpora are prepared.
+
+    Raises:
+        ConfigError: a corpus consists of tokens, and no tokenizer says how many bytes each has.
+    """
+    if campaign.metric.name != "val_bpb":
+        return
+    for config in data_configs(campaign):
+        if open_dataset(config).token_bytes is None:
+            text = f"metric.name: val_bpb needs the bytes of each token, which the corpus {config.corpus} does not have"
+            raise ConfigError(f"{text}; set data.tokenizer to the tokenizer that made its tokens, or use val_loss")
+
+
 def check_all(campaign: Campaign) -> dict[str, Any]:
     """Rereads every shard of every corpus of the campaign and describes the shards for `changed_shards`.
 
