@@ -1,6 +1,7 @@
 """TensorBoard: event files of a run, with its hyper-parameters.
 
 In a campaign they go to `tensorboard/PHASE/ARM/seed N` in the results directory, so that TensorBoard names the runs so.
+A trial that trains in a folder which the results do not share has `tensorboard/` in that folder, and takes it along.
 """
 
 import hashlib
@@ -14,6 +15,7 @@ from typing import Any
 from ngpt.trackers.base import Ending, Histogram, TrackedRun, Writer
 
 UNSAFE = re.compile(r"[^\w.,=+ ()\[\]{}-]")
+TRIALS = "trials"  # the folder of the results directory that holds those of the trials
 MAX_NAME = 120  # characters of a folder
 HPARAM_METRICS = ("val_loss", "train_loss")  # shown beside the hyper-parameters
 MAX_TEXT = 200  # characters of a hyper-parameter
@@ -23,7 +25,8 @@ def event_folder(run: TrackedRun) -> Path:
     """Where the events of a run go: its own folder, or in a campaign the one that all of its runs share."""
     if not run.group:
         return run.folder / "tensorboard"
-    return Path(run.folder.parents[1], "tensorboard", *map(folder_name, run.path))
+    shared = run.folder.parents[1] if run.folder.parent.name == TRIALS else run.folder
+    return Path(shared, "tensorboard", *map(folder_name, run.path))
 
 
 def folder_name(name: str) -> str:

@@ -9,6 +9,7 @@ import pytest
 from ngpt.trackers.config import TrackerConfig
 from ngpt.trackers.tensorboard_run import MAX_NAME, folder_name
 from ngpt.training.tracker import Tracker
+from tune.remote.parts import PartReader, write_parts
 
 tensorboard = pytest.importorskip("tensorboard", reason="needs pip install 'ngpt-campaign[tensorboard]'")
 NAMES = {"group": "tiny", "job_type": "alpha", "run_name": "alpha=0.2 seed 7"}
@@ -66,6 +67,19 @@ def test_a_campaign_has_runs_by_phase_arm_and_seed_with_hyper_parameters(tmp_pat
     assert [info.name.tag for info in experiment.metric_infos] == ["val_loss", "train_loss"]
     content = runs.SummaryMetadata(name, "_hparams_/session_end_info").plugin_data.content
     assert metadata.parse_session_end_info_plugin_data(content).status == 1  # api_pb2.STATUS_SUCCESS
+
+
+def test_events_of_a_trial_that_trains_elsewhere_come_with_its_other_files(tmp_path: Path) -> None:
+    cfg, scratch, here = (
+        TrackerConfig(tensorboard=True, **CAMPAIGN),
+        tmp_path / "trials/0123/.worker",
+        tmp_path / "here",
+    )
+    with Tracker(cfg, scratch, settings=SETTINGS) as tracker:
+        tracker.log({"step": 9, "val_loss": 4.5})
+    write_parts(here, PartReader(scratch).read(everything=True))
+    events = accumulated(here / "tensorboard/alpha/alpha=0.2/seed 7")
+    assert [(event.step, event.value) for event in events.Scalars("val_loss")] == [(9, 4.5)]
 
 
 @pytest.mark.parametrize("name", ["../..", "a/b", "x" * 500, "", ".", "data.corpus=/tmp/x", "a\nb", "ж" * 300])
