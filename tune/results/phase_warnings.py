@@ -180,13 +180,17 @@ def _confirmation_warnings(phase: PhaseState) -> Iterator[str]:
 
 
 def _luck_warnings(state: CampaignState, phase: PhaseState) -> Iterator[str]:
-    """Warns if the trials of the baseline are those with which it won an earlier phase."""
+    """Warns if the trials of the baseline are those with which it won an earlier phase, or was the best of it."""
     name = phase.inherit
     while name in state.phases:
         earlier = state.phases[name]
-        if earlier.winner not in (None, earlier.baseline):
-            if set(earlier.seeds) & set(phase.seeds):
-                text = f"its baseline won phase {earlier.name} with the same trials, so its luck is in every difference"
-                yield f"{text}: leave out `seeds:` to train it on other seeds"
+        if earlier.winner and (earlier.winner != earlier.baseline or (earlier.hands_on_best and earlier.best)):
+            searched = state.phases.get(earlier.confirms or "", earlier)
+            for each in (earlier, searched):
+                if set(each.seeds) & set(phase.seeds):
+                    how = "won" if each.winner != each.baseline else "was the best of"
+                    text = f"its baseline {how} phase {each.name} with the same trials, so its luck is in every"
+                    yield f"{text} difference: leave out `seeds:` to train it on other seeds"
+                    break
             return
         name = earlier.inherit

@@ -139,6 +139,17 @@ def test_later_phases_start_from_the_better_mean_of_the_confirmation(gain: float
     assert [phase.base for phase in again.phases] == [phase.base for phase in summary.phases]
 
 
+def test_a_base_that_is_judged_on_the_seeds_that_chose_it_is_warned_of(
+    tmp_path: Path, corpus: Path, no_report: None
+) -> None:
+    phases = PHASES.replace("inherit: tune\n", "inherit: tune\n    seeds: [1, 2, 3]\n")
+    with session_on(write_file(tmp_path, corpus, phases=phases, seeds="[1, 2, 3]"), tmp_path / "tiny") as session:
+        drive(begun(session), lambda spec: with_loss(spec, 5 + 10 * wobble(spec) - (spec.config.model.alpha == 0.2)))
+        *_, after = session.end().phases
+    assert after.base == {"model.alpha": 0.2}
+    assert any("phase tune with the same trials, so its luck is" in warning for warning in after.warnings)
+
+
 def test_a_phase_that_compares_the_search_gets_its_best_mean(tmp_path: Path, corpus: Path, no_report: None) -> None:
     file = write_file(tmp_path, corpus, phases=COMPARED, seeds="[1, 2, 3]")
 
