@@ -162,6 +162,8 @@ def _read_header(data: Mapping[str, Any], evaluation: Evaluation | None) -> Read
             values[key] = data[key]
             continue
         found, wrong = named_settings(HEADER_SECTIONS[key], data[key], (key,))
+        if key == "metric" and isinstance(data[key], str):
+            wrong = [Problem((key,), f"must be a mapping of settings, such as {{name: {data[key]}}}")]
         yield from wrong
         values |= {f"{key}.{name}": value for name, (value, _) in found.items()}
     name = str(values.get("metric.name", ""))

@@ -640,7 +640,7 @@ WRONG: dict[str, tuple[str, list[str]]] = {
         "campaign: small\n«metric: val_loss\n«resources: [1]\n«base: 3\nphases:\n"
         "  - {name: a, «vary: [alpha], «set: 3}\n",
         [
-            "metric: must be a mapping of settings, got 'val_loss'",
+            "metric: must be a mapping of settings, such as {name: val_loss}",
             "resources: must be a mapping of settings, got [1]",
             "base: must be a mapping of settings, got 3",
             "phases[0].vary: nothing varies: give at least one setting with a list of values",
