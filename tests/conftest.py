@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from ngpt.config.base import build
 from ngpt.data.dataset import DataConfig, Dataset, open_dataset
@@ -24,7 +24,8 @@ if not torch.cuda.is_available():
     # imported, which torch's compiler may do in any test; nothing else asks for it.
     os.environ["TRITON_INTERPRET"] = "1"
 
-settings.register_profile("patient", deadline=None)  # how long an example takes depends on who else uses the machine
+# How long an example takes, or to draw it, depends on who else uses the machine.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
 
 

@@ -343,7 +343,9 @@ def only_problems(path: Path, text: str) -> None:
         assert str(error).startswith(f"{path}:")
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(st.sampled_from(EXPERIMENTS), edits, st.booleans())
 def test_a_shipped_file_with_random_edits_is_a_campaign_or_a_list_of_problems(
     shipped: Path, source: tuple[str, str], edits: list[tuple[float, str]], whole: bool
@@ -375,7 +377,9 @@ trees = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(st.dictionaries(keys, trees, max_size=6))
 @example({"campaign": "x", "phases": "[{name: a, runs: [{arm: b, inherit: a}]}]"})
 @example({"campaign": "x", "search": "{trials: 3, space: {alpha: {log: [true, 3]}}}"})

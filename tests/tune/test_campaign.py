@@ -1036,7 +1036,9 @@ def mutate(data: Any, draw: st.DataObject) -> None:
         container[key] = draw.draw(values, label="value")
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(st.data())
 def test_any_mutation_of_a_file_is_a_campaign_or_a_list_of_problems(folder: Path, draw: st.DataObject) -> None:
     data = YAML(typ="safe").load(FUZZED)

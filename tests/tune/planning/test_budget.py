@@ -66,7 +66,9 @@ def test_a_budget_equal_to_the_number_of_trials_stops_nothing(tmp_path: Path, co
 
 
 @pytest.mark.slow
-@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(budgets=st.lists(st.integers(1, 7), min_size=1, max_size=4))
 def test_growing_budgets_train_the_same_trials_as_one_large_budget(
     tmp_path_factory: pytest.TempPathFactory, corpus: Path, budgets: list[int]

@@ -360,7 +360,9 @@ def shuffled(data: Any, draw: st.DataObject, key: str = "") -> Any:
     return data
 
 
-@hypothesis_settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@hypothesis_settings(
+    deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(draw=st.data())
 def test_ids_survive_any_reordering_of_the_file(load: Load, draw: st.DataObject) -> None:
     written = io.StringIO()

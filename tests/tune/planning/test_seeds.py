@@ -91,7 +91,9 @@ def test_provisional_seeds_differ_from_all_listed_seeds(load: Load) -> None:
     assert not {seed for found in seeds.values() for seed in found} & set(listed)
 
 
-@hypothesis_settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@hypothesis_settings(
+    deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(order=st.permutations(NAMES))
 def test_provisional_seeds_do_not_depend_on_the_order_of_the_phases(load: Load, order: list[str]) -> None:
     assert all_fresh(fresh_campaign(load, order)) == all_fresh(fresh_campaign(load, NAMES))

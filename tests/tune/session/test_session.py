@@ -434,7 +434,9 @@ def test_interrupted_after_any_trial_nothing_is_trained_twice(root: Path, file: 
     assert losses(root) == losses(undisturbed)
 
 
-@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(cuts=st.lists(st.integers(0, 30), min_size=1, max_size=3))
 def test_a_campaign_resumes_from_a_journal_cut_off_anywhere(
     tmp_path_factory: pytest.TempPathFactory, corpus: Path, cuts: list[int]

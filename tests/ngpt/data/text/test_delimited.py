@@ -47,7 +47,7 @@ def test_a_table_holds_the_documents_of_its_column(
     assert list(read_documents([path])) == documents
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], max_examples=30)
 @given(
     st.lists(st.text(st.sampled_from('a,;\t"\n\u3042 '), min_size=1, max_size=8), min_size=1, max_size=5),
     st.sampled_from([(".csv", ","), (".csv", ";"), (".tsv", "\t")]),

@@ -89,7 +89,9 @@ def test_documents_are_read_unchanged(tmp_path: Path, name: str) -> None:
     assert list(read_documents([path])) == TEXTS  # empty documents are dropped
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=30)
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], deadline=None, max_examples=30
+)
 @given(texts=st.lists(st.text(max_size=20), max_size=6))
 def test_every_format_holds_the_same_documents(tmp_path: Path, texts: list[str]) -> None:
     texts = [text.encode(errors="ignore").decode() for text in texts]

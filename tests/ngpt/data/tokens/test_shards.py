@@ -16,7 +16,9 @@ from ngpt.data.tokens.shards import CorruptShardError, read_shard, verify_shard,
 
 some_tokens = arrays(np.uint16, st.integers(1, 300))
 # One file per test is enough for all examples: each example overwrites it.
-in_one_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+in_one_folder = settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], deadline=None
+)
 
 
 def public_shard(tokens: list[int], *, magic: int = 20240520, version: int = 1, count: int | None = None) -> bytes:
