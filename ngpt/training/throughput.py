@@ -9,6 +9,7 @@ import torch
 
 from ngpt.config.base import override
 from ngpt.data.dataset import Dataset
+from ngpt.distributed.ranks import ALONE, Ranks
 from ngpt.model.flops import flops_per_token
 from ngpt.system.device import DTYPES
 from ngpt.system.memory import peak_memory
@@ -21,23 +22,24 @@ SCHEDULE_STEPS = 100_000  # more than any benchmark takes
 
 
 def measure_step(
-    config: TrainConfig, *, dataset: Dataset | None = None, warmup: int = 5, steps: int = 20
+    config: TrainConfig, *, dataset: Dataset | None = None, warmup: int = 5, steps: int = 20, ranks: Ranks = ALONE
 ) -> dict[str, Any]:
-    """Times whole training steps: data, forward, backward, optimizer, projection.
+    """Times whole training steps: data, forward, backward, optimizer, projection; several ranks call this together.
 
     Returns tokens_per_second and step_ms (medians), gemm_tflops (the rate of a large matrix product), mfu (the share of
     that rate that the model's FLOPs reach), peak_memory_bytes, device, dtype, compiled and threads.
     """
     config = resolved(config)
-    run = benchmark_run(config, dataset=dataset)
+    run = benchmark_run(config, dataset=dataset, ranks=ranks)
     times = [time_call(lambda: train_step(run), run.device) for _ in range(warmup + steps)][warmup:]
     return step_speed(config, run.device, statistics.median(times)) | {"peak_memory_bytes": peak_memory(run.device)}
 
 
-def benchmark_run(config: TrainConfig, *, dataset: Dataset | None = None, **changes: Any) -> Run:
+def benchmark_run(config: TrainConfig, *, dataset: Dataset | None = None, ranks: Ranks = ALONE, **changes: Any) -> Run:
     """Sets up a run of a resolved config that writes nothing and has a long schedule; `changes` override settings."""
     with tempfile.TemporaryDirectory() as folder:
-        return set_up(override(config, {"steps": SCHEDULE_STEPS} | changes), Path(folder), resume=None, dataset=dataset)
+        longer = override(config, {"steps": SCHEDULE_STEPS} | changes)
+        return set_up(longer, Path(folder), resume=None, dataset=dataset, ranks=ranks)
 
 
 def step_speed(config: TrainConfig, device: torch.device, seconds: float) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from tune.analysis.verdicts import judge
 from tune.machine.gpu_memory import memory_notes
 from tune.machine.gpu_sharing import known_trials_per_device
 from tune.machine.placement import Placement, device_notes, place, this_machine
-from tune.machine.throughput import device_key, known_speeds, measure_speeds, ranks_key
+from tune.machine.throughput import device_key, known_speeds, measure_rank_speeds, measure_speeds, ranks_key
 from tune.planning.advice import advice_on_phases
 from tune.planning.budget import describe_budget
 from tune.planning.code_changes import decide, find_code_changes
@@ -108,8 +108,10 @@ class _Clock:
     def __init__(self, trials: Sequence[tuple[TrainConfig, int]], campaign: Campaign, *, measure: bool = False) -> None:
         base, resources = campaign.base, campaign.resources
         threads, n_ranks = resources.cpus_per_rank, resources.ranks_per_trial
-        measure = measure and n_ranks == 1  # what several ranks exchange cannot be timed in one process
-        if measure:
+        measure = measure and not resources.across_nodes  # what goes between nodes cannot be timed on this one
+        if measure and n_ranks > 1:
+            measure_rank_speeds((config for config, _ in trials), resources)
+        elif measure:
             measure_speeds(trials, threads)
         self._speeds = known_speeds(device_key(base, threads, ranks=ranks_key(resources))) if trials else {}
         self.source = "measured just now" if measure else "from steps measured earlier on this machine"
@@ -118,7 +120,9 @@ class _Clock:
             self._flop_rate = n_ranks * EFFICIENCY * gemm_flops(pick_device(base.device), DTYPES[base.dtype])
             share = "" if n_missing == len(trials) else f" for {n_missing} of {len(trials)} trials"
             rate = f"{self._flop_rate / 1e9:.3g} GFLOP/s"
-            advice = "--measure times real steps" if n_ranks == 1 else "what the ranks exchange is not counted"
+            advice = "--measure times real steps"
+            if resources.across_nodes:
+                advice = "what the ranks exchange is not counted, and --measure cannot time it between nodes"
             self.source = f"estimated from the FLOP count{share} at {rate}; {advice}"
         elif not all((step_time_key(config), n_concurrent) in self._speeds for config, n_concurrent in trials):
             self.source += ", treating concurrent trials as sequential; --measure times real steps"

@@ -12,12 +12,14 @@ import pydantic
 import torch
 
 from ngpt.code.digest import current_code
+from ngpt.config.base import override
 from ngpt.ensemble.throughput import measure_step_together
 from ngpt.system.cache import cache_folder, optional_cache
 from ngpt.training.config import TrainConfig, resolved
 from ngpt.training.throughput import measure_step
 from tune.machine.concurrency_benchmark import ThroughputPoint
 from tune.machine.json_lines import append_json_lines, read_json_lines
+from tune.machine.rank_speed import measure_on_ranks
 from tune.planning.equal_time import Speeds, step_time_key
 from tune.planning.plan import trial_work
 from tune.spec.schema import Campaign, Resources
@@ -116,6 +118,22 @@ def measure_speeds(trials: Iterable[tuple[TrainConfig, int]], threads: int) -> N
         device = device_key(config, threads)
         records.append(SpeedRecord(device=device, shape=shape, together=together, tokens_per_second=speed))
     _append(records)
+
+
+def measure_rank_speeds(configs: Iterable[TrainConfig], resources: Resources) -> None:
+    """Times each shape once with the ranks and the strategy of a campaign, on this host, and stores its speed.
+
+    Raises RanksNotMeasured if a rank fails, dies or hangs.
+    """
+    threads, n_ranks = resources.cpus_per_rank, resources.ranks_per_trial
+    shapes = {step_time_key(config): config for config in configs}
+    shared = [override(config, {"distributed.strategy": resources.strategy}) for config in shapes.values()]
+    speeds = measure_on_ranks(shared, n_ranks, threads=threads) if shared else []
+    key = ranks_key(resources)
+    _append(
+        SpeedRecord(device=device_key(config, threads, ranks=key), shape=shape, together=1, tokens_per_second=speed)
+        for (shape, config), speed in zip(shapes.items(), speeds, strict=True)
+    )
 
 
 def remember_speeds(campaign: Campaign, state: CampaignState, configs: Mapping[str, TrainConfig]) -> None:
