@@ -148,6 +148,18 @@ def test_a_run_whose_ranks_are_killed_at_any_moment_ends_with_the_weights_of_an_
     )
 
 
+# The first rank hangs while it looks for a checkpoint, as on a file system that does not answer.
+HUNG = """
+import datetime, os, time
+from ngpt.distributed import join
+from ngpt.training import run
+
+join.TIMEOUT = datetime.timedelta(seconds=20)
+if os.environ["RANK"] == "0":
+    run.newest_checkpoint = lambda root: time.sleep(3600)
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "ranks"), [(signal.SIGINT, 1), pytest.param(signal.SIGUSR1, 4, marks=pytest.mark.long)]
@@ -162,6 +174,9 @@ def test_all_ranks_stop_at_one_step_and_the_run_goes_on_with_another_number_of_r
     assert process.returncode == 128 + number, err
     (line,) = (line for line in err.splitlines() if "stopped by" in line)
     assert line.startswith(f"stopped by {number.name} at step") and ", saved; to go on:" in line
+    hung, environment = command.resume("stopped", ranks=2), command.patched(HUNG)
+    done = subprocess.run(hung, env=environment, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 75 and "rank 1 has lost another rank" in done.stderr, done.stderr
     code, err = command.run(command.resume("stopped", ranks=ranks))
     assert code == 0, err
     torch.testing.assert_close(command.weights("stopped"), undisturbed, atol=5e-4, rtol=0)
