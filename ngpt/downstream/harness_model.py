@@ -4,6 +4,8 @@ lm_eval finds it by the entry point `lm_eval.models` from version 0.4.14 on; `py
 registers it for any version. Truncation, rolling windows and batches are those of the harness's `hf` model.
 """
 
+import os
+import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,6 +70,7 @@ class HarnessModel(TemplateLM):
         **changes: Any,
     ) -> None:
         super().__init__()
+        _avoid_stuck_pool()
         if not isinstance(pretrained, LoadedModel):
             settings = {f"model.{name.removeprefix('model.')}": value for name, value in changes.items()}
             how: dict[str, Any] = {"best": best, "tokenizer": tokenizer, "device": _device(device)}
@@ -238,6 +241,15 @@ class Generation:
     most: int  # new tokens
     until: tuple[str, ...]
     new: list[int] = field(default_factory=list)
+
+
+def _avoid_stuck_pool() -> None:
+    """Keeps the harness's bootstrap in this process if it ignores SIGTERM, as children of some launchers do.
+
+    The pool of processes that computes it otherwise ends its workers by SIGTERM, and waits for them for ever.
+    """
+    if signal.getsignal(signal.SIGTERM) == signal.SIG_IGN:
+        os.environ.setdefault("DISABLE_MULTIPROC", "1")
 
 
 def _device(name: str) -> str:

@@ -9,8 +9,6 @@ from jinja2 import TemplateError, TemplateSyntaxError, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ngpt.config.base import ConfigError
-from ngpt.data.tokens.hf_tokenizer import HFTokenizer
-from ngpt.data.tokens.tiktoken_bpe import TiktokenTokenizer
 from ngpt.data.tokens.tokenizer import Tokenizer
 from ngpt.generation.text import encode_prompt
 from ngpt.serve.schema import Message, invalid
@@ -57,7 +55,7 @@ class ChatTemplate:
 
     def use(self, tokenizer: Tokenizer) -> None:
         """Sets the tokenizer. ConfigError if the template needs a special token that it does not have."""
-        self.special = special_tokens(tokenizer)
+        self.special = tokenizer.special_tokens()
         for name, tokens in NAMED_TOKENS.items():
             if found := [token for token in tokens if token in self.special]:
                 self._named[name] = found[0]
@@ -88,18 +86,6 @@ class ChatTemplate:
         parts = [part for part in re.split(f"({pattern})", text) if part]
         ids = [[self.special[part]] if part in self.special else encode_prompt(part, tokenizer) for part in parts]
         return [index for part in ids for index in part] or encode_prompt("", tokenizer)
-
-
-def special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
-    """Returns the special tokens of a tokenizer by their text: those that no text is encoded to."""
-    if isinstance(tokenizer, HFTokenizer):
-        added = tokenizer._tokenizer.get_added_tokens_decoder()
-        return {token.content: index for index, token in added.items() if token.special}
-    if isinstance(tokenizer, TiktokenTokenizer):
-        encoding = tokenizer._encoding
-        return {token: encoding.encode_single_token(token) for token in encoding.special_tokens_set}
-    model = tokenizer._model
-    return {model.id_to_piece(index): index for index in range(tokenizer.vocab_size) if model.is_control(index)}
 
 
 def _refuse(message: Any) -> NoReturn:

@@ -88,6 +88,13 @@ class HFTokenizer:
         """Returns the UTF-8 bytes of `ids`, which need not be whole characters, if the tokenizer loses nothing."""
         return b"".join(self._pieces[int(index)] for index in ids)
 
+    def special_tokens(self) -> dict[str, int]:
+        added = self._tokenizer.get_added_tokens_decoder()
+        return {token.content: index for index, token in added.items() if token.special}
+
+    def begins_texts(self) -> bool:
+        return bool(self._tokenizer.encode("", add_special_tokens=True).ids)
+
     def _separator(self, special: set[int]) -> int | None:
         added = [index for index in self._tokenizer.encode("", add_special_tokens=True).ids if index in special]
         named = [self._tokenizer.token_to_id(name) for name in SEPARATORS]

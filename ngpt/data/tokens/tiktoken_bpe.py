@@ -19,6 +19,7 @@ from ngpt.data.tokens.formats import token_dtype
 MAX_VOCAB_FILE_BYTES = 1 << 26  # bytes of a tokenizer file; 250,000 tokens take 5 to 20 million
 RANKS_FILE = "tokenizer.tiktoken"
 END_OF_TEXT = "<|endoftext|>"
+LLAMA3_BEGIN = b"<|begin_of_text|>"
 # GPT-2's splitting rule in the form that tiktoken uses (openai_public.py: r50k_pat_str).
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 
@@ -120,7 +121,7 @@ class TiktokenTokenizer:
         self.name = name
         self.sha256 = sha256
         self.vocab_size: int = encoding.n_vocab
-        self.document_separator: int | None = encoding.encode_single_token(separator)
+        self.document_separator: int = encoding.encode_single_token(separator)
         self._encoding = encoding
         special = {encoding.encode_single_token(token): token.encode() for token in encoding.special_tokens_set}
         self._pieces = [special.get(index) or _piece(encoding, index) for index in range(self.vocab_size)]
@@ -144,6 +145,12 @@ class TiktokenTokenizer:
 
     def token_bytes(self) -> np.ndarray:
         return self._token_bytes
+
+    def special_tokens(self) -> dict[str, int]:
+        return {token: self._encoding.encode_single_token(token) for token in self._encoding.special_tokens_set}
+
+    def begins_texts(self) -> bool:
+        return self._pieces[self.document_separator] == LLAMA3_BEGIN
 
 
 def check_argument(argument: str) -> None:

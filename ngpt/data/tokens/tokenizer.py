@@ -125,6 +125,15 @@ class SentencePieceTokenizer:
         """Returns the UTF-8 bytes of `ids`, which need not be whole characters, if the tokenizer loses nothing."""
         return b"".join(self._pieces[index] for index in ids)
 
+    def special_tokens(self) -> dict[str, int]:
+        """Returns the tokens that no text is encoded to, by their text."""
+        model = self._model
+        return {model.id_to_piece(index): index for index in range(self.vocab_size) if model.is_control(index)}
+
+    def begins_texts(self) -> bool:
+        """Whether the tokenizer's own program puts a special token before every text, as those of Llama do."""
+        return self._model.bos_id() >= 0
+
 
 Tokenizer = SentencePieceTokenizer | TiktokenTokenizer | HFTokenizer
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -116,6 +117,26 @@ def test_the_command_of_the_harness_knows_our_model(run: Path, tasks: Path, tmp_
     written = json.loads(next(tmp_path.glob("out*.json")).read_text())
     assert 0 <= written["results"]["go_on"]["exact_match,none"] <= 1
     assert written["config"]["model_num_parameters"] > 0
+
+
+def test_the_bootstrap_ends_in_a_process_that_ignores_sigterm(
+    run: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    from ngpt.downstream.harness_model import HarnessModel
+
+    monkeypatch.setenv("DISABLE_MULTIPROC", "1")  # so that it is removed in the end
+    monkeypatch.delenv("DISABLE_MULTIPROC")
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        model = HarnessModel(load_model(run))
+        manager = TaskManager(include_path=str(tasks), include_defaults=False)
+        found = simple_evaluate(model=model, tasks=["last_word"], bootstrap_iters=20, task_manager=manager)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert found is not None and found["results"]["last_word"]["perplexity_stderr,none"] > 0
 
 
 @pytest.mark.parametrize(
