@@ -1,11 +1,13 @@
 """The model card: what a model is, how it was trained, on what, what its campaign found, and what the export lacks."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from ngpt.code.version import PROGRAM, commit, own_version
 from ngpt.config.base import flatten, printable
+from ngpt.data.tokens.hf_tokenizer import TOKENIZER_JSON
+from ngpt.data.tokens.tokenizer import MODEL_FILE
 from ngpt.export.campaign import CampaignFacts
 from ngpt.export.families import REMOTE_CODE, Family
 from ngpt.model.gpt import GPT
@@ -14,7 +16,9 @@ from ngpt.training.config import TrainConfig
 
 # Settings that a recipe always tells; of the others, those that differ from their defaults.
 TOLD = ("steps", "batch_size", "seed", "dtype", "optim.name", "optim.lr", "schedule.name")
-USE = """\
+# By the file of the tokenizer that the folder has.
+USE = {
+    TOKENIZER_JSON: """\
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -23,7 +27,33 @@ tokenizer = AutoTokenizer.from_pretrained("{name}"{trust})
 ids = tokenizer("The file is", return_tensors="pt")
 print(tokenizer.decode(model.generate(**ids, max_new_tokens=20, do_sample=True)[0]))
 ```
-"""
+""",
+    MODEL_FILE: """\
+```python
+import torch
+from sentencepiece import SentencePieceProcessor
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{name}"{trust})
+tokenizer = SentencePieceProcessor(model_file="{name}/tokenizer.model")
+ids = torch.tensor([tokenizer.encode("The file is")])
+print(tokenizer.decode(model.generate(ids, max_new_tokens=20, do_sample=True)[0].tolist()))
+```
+
+`AutoTokenizer` reads `tokenizer.model`, too, but converts it into a tokenizer of another library, which can encode a
+text otherwise: where two ways are almost as probable, and where a text spells a special token.
+""",
+    "": """\
+```python
+import torch
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{name}"{trust})
+ids = torch.tensor([[0, 1, 2]])  # ids of tokens, as the model was trained on
+print(model.generate(ids, max_new_tokens=20, do_sample=True))
+```
+""",
+}
 
 
 def model_card(
@@ -33,6 +63,7 @@ def model_card(
     family: Family,
     *,
     facts: CampaignFacts | None,
+    tokenizer: Collection[str],
     missing: str,
     checked: str,
 ) -> str:
@@ -41,13 +72,14 @@ def model_card(
     Args:
         name: what the model is called, such as the name of the folder.
         facts: of the campaign; None: it was a single run.
+        tokenizer: the names of its files in the folder.
         missing: what the folder lacks, in one line; empty: nothing.
         checked: what the comparison of the logits found, or that there was none.
     """
     head = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags:", "- ngpt", "---", ""]
     parts = [
         "\n".join([*head, f"# {_cell(name)}", "", *_what(model, family)]),
-        "## Use\n\n" + _use(name, family, missing),
+        "## Use\n\n" + _use(name, family, tokenizer, missing),
         f"## Training\n\n{_table(_training(model, checkpoint))}",
     ]
     if recipe := list(_recipe(checkpoint)):
@@ -76,9 +108,10 @@ def _what(model: GPT, family: Family) -> Iterator[str]:
         yield f"It is a `{family.model_class}` of transformers and needs no code of this folder."
 
 
-def _use(name: str, family: Family, missing: str) -> str:
+def _use(name: str, family: Family, tokenizer: Collection[str], missing: str) -> str:
     trust = ", trust_remote_code=True" if family.is_remote_code else ""
-    text = USE.format(name=_cell(name), trust=trust)
+    text = next(text for file, text in USE.items() if file in tokenizer or not file)
+    text = text.format(name=_cell(name), trust=trust)
     return text if not missing else f"{text}\nThis folder lacks {missing}.\n"
 
 

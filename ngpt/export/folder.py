@@ -57,7 +57,12 @@ def export_model(loaded: LoadedModel, folder: Path, *, tokenizer: str | None = N
             family = _write(loaded, files, temp)
             checked = verify_folder(loaded.model, temp, family) if verify else "The logits were not compared."
             facts = campaign_facts(loaded.checkpoint)
-            about = {"facts": facts, "missing": files.missing, "checked": checked}
+            about: dict[str, Any] = {
+                "facts": facts,
+                "tokenizer": files.files,
+                "missing": files.missing,
+                "checked": checked,
+            }
             card = model_card(folder.name, loaded.model, loaded.checkpoint, family, **about)
             (temp / CARD).write_text(card, encoding="utf-8")
             if folder.is_dir():

@@ -1,6 +1,7 @@
 """Uploads an exported folder to the Hugging Face hub, as one commit of exactly the files that were shown before."""
 
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,25 +14,30 @@ from ngpt.config.secrets import redact
 
 NEEDED = ("config.json", "README.md")  # what every exported folder has, besides weights
 WEIGHTS = ".safetensors"
+MAIN, MESSAGE = "main", "Upload the model"  # the branch and the message of a commit that names none
 MAX_REASON_LENGTH = 300  # characters
 LOGIN = "sign in with `hf auth login`, or set HF_TOKEN to a token that may write"
 
 
 @dataclass(frozen=True)
 class Upload:
-    """Files with their sizes in bytes, and the repository of models that they go to."""
+    """Files with their sizes in bytes, the repository of models and its branch that they go to, and the commit."""
 
     folder: Path
     repository: str
     private: bool
     files: dict[str, int]
+    revision: str
+    message: str
 
     @property
     def size(self) -> int:
         return sum(self.files.values())
 
 
-def plan_upload(folder: Path, repository: str, *, private: bool) -> Upload:
+def plan_upload(
+    folder: Path, repository: str, *, private: bool, revision: str = MAIN, message: str = MESSAGE
+) -> Upload:
     """Returns what an upload would send; asks nobody.
 
     Raises ConfigError if it is no exported folder, or no name of a repository.
@@ -54,11 +60,15 @@ def plan_upload(folder: Path, repository: str, *, private: bool) -> Upload:
         is_whole = False
     if not is_whole:
         raise ConfigError(f"{printable(repr(repository))} is not the name of a repository: write OWNER/NAME")
-    return Upload(folder, repository, private, files)
+    if not re.fullmatch(r"[\w./-]+", revision):
+        raise ConfigError(f"{printable(repr(revision))} is not the name of a branch")
+    if not message.strip():
+        raise ConfigError("the message of the commit is empty")
+    return Upload(folder, repository, private, files, revision, message)
 
 
 def upload(plan: Upload) -> str:
-    """Creates the repository if it does not exist, uploads the files in one commit, and returns its address.
+    """Creates the repository and the branch if they do not exist, uploads the files in one commit; returns its address.
 
     Raises ConfigError in one line if there is no token, or the hub refuses it or cannot be reached.
     """
@@ -70,9 +80,11 @@ def upload(plan: Upload) -> str:
         hub.utils.disable_progress_bars()
     with _errors_of(plan.repository):
         address = api.create_repo(plan.repository, private=plan.private, exist_ok=True)
+        if plan.revision != MAIN and not plan.revision.startswith("refs/"):
+            api.create_branch(plan.repository, branch=plan.revision, exist_ok=True)
         operations = [hub.CommitOperationAdd(name, str(plan.folder / name)) for name in plan.files]
-        api.create_commit(plan.repository, operations, commit_message="Upload the model")
-    return str(address)
+        api.create_commit(plan.repository, operations, commit_message=plan.message, revision=plan.revision)
+    return str(address) if plan.revision == MAIN else f"{address}/tree/{plan.revision}"
 
 
 def import_hub() -> Any:

@@ -17,6 +17,8 @@ class ModelHub(LoopbackServer):
         self.files: dict[str, dict[str, bytes]] = {}  # by repository and name
         self.private: dict[str, bool] = {}
         self.blobs: dict[str, bytes] = {}  # by SHA-256
+        self.commits: list[tuple[str, str]] = []  # branch and message
+        self.branches: list[str] = []  # besides main
         self.requests: list[str] = []
         super().__init__(Handler)
 
@@ -42,6 +44,9 @@ class Handler(BaseHTTPRequestHandler):
             self._answer(200, {"files": modes})
         elif self.path.endswith("/info/lfs/objects/batch"):
             self._batch(json.loads(body))
+        elif "/branch/" in self.path:
+            self.hub.branches.append(self.path.partition("/branch/")[2])
+            self._answer(200, {})
         elif "/commit/" in self.path:
             self._commit(body)
         else:
@@ -77,10 +82,12 @@ class Handler(BaseHTTPRequestHandler):
         self._answer(200, {"transfer": "basic", "objects": objects})
 
     def _commit(self, body: bytes) -> None:
-        name = self.path.removeprefix("/api/models/").partition("/commit/")[0]
+        name, _, branch = self.path.removeprefix("/api/models/").partition("/commit/")
         for line in map(json.loads, body.splitlines()):
             value = line["value"]
-            if line["key"] == "file":
+            if line["key"] == "header":
+                self.hub.commits.append((branch, value["summary"]))
+            elif line["key"] == "file":
                 self.hub.files[name][value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
                 self.hub.files[name][value["path"]] = self.hub.blobs[value["oid"]]

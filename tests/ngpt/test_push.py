@@ -60,8 +60,12 @@ def test_with_yes_the_repository_holds_the_files_bit_for_bit(
     assert hub.files == {"somebody/tiny-ngpt": contents(folder)}
     assert hub.private == {"somebody/tiny-ngpt": True}
     assert capsys.readouterr().out.splitlines()[-1] == f"{hub.url}/somebody/tiny-ngpt"
+    assert hub.commits == [("main", "Upload the model")] and hub.branches == []
     (folder / "config.json").write_text("{}")  # the repository exists by now
-    assert main([str(folder), *TARGET, "--yes", "--public"]) == 0
+    branch = ["--revision", "longer", "--commit-message", "Train twice as long"]
+    assert main([str(folder), *TARGET, "--yes", "--public", *branch]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"{hub.url}/somebody/tiny-ngpt/tree/longer"
+    assert hub.commits[1:] == [("longer", "Train twice as long")] and hub.branches == ["longer"]
     assert hub.files == {"somebody/tiny-ngpt": contents(folder)}
     assert hub.private == {"somebody/tiny-ngpt": True}
 

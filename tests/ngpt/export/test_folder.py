@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from huggingface_hub import ModelCard
 
 from ngpt.config.base import ConfigError
 from ngpt.convert import main as convert
@@ -21,7 +22,7 @@ from ngpt.generate import generate_tokens
 from ngpt.model.gpt import GPT
 from ngpt.training.load_model import load_model
 from tests.helpers.random_models import prompts, random_model, save_model
-from tests.helpers.vocabularies import ENGLISH
+from tests.helpers.vocabularies import ENGLISH, write_llama
 
 NANOCHAT = {"residual": "add", "mlp": "relu2", "softcap": 5.0, "n_kv_head": 1}
 LLAMA = {"residual": "add", "qk_norm": False, "embedding_norm": False, "norm_gain": True, "tied": True}
@@ -107,6 +108,26 @@ def test_a_text_goes_on_as_in_our_own_program(
     expected = torch.cat(list(ours)).tolist()
     batch = reader([prompt, "the fox"], return_tensors="pt", padding=True, padding_side="left")
     assert hf.generate(**batch, do_sample=False, max_new_tokens=8)[0, -8:].tolist() == expected
+
+
+@pytest.mark.parametrize("kind", ["tokenizer.json", "tokenizer.model", "none"])
+def test_the_example_of_the_card_runs_and_the_hub_understands_its_head(
+    kind: str, tmp_path: Path, tokenizer: tuple[str, str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unigram = write_llama(tmp_path / "unigram.model", model_type="unigram", vocab_size=290).read_bytes()
+    given = {"tokenizer.json": tokenizer, "tokenizer.model": ("tokenizer.model", "tokenizer.model", unigram)}.get(kind)
+    model = random_model(vocab_size=320, block_size=64)
+    loaded = load_model(save_model(model, tmp_path / "run", tokenizer=given))
+    export_model(loaded, tmp_path / "out", verify=False)
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    head = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["ngpt"]}
+    assert card.data.to_dict() == head
+    monkeypatch.chdir(tmp_path)
+    found: dict[str, Any] = {}
+    exec(card.text.split("```python\n")[1].split("```")[0], found)
+    ids = found["ids"]["input_ids"] if kind == "tokenizer.json" else found["ids"]
+    right = [0, 1, 2] if loaded.tokenizer is None else loaded.tokenizer.encode("The file is").tolist()
+    assert ids.tolist() == [right]
 
 
 def test_a_folder_with_files_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
