@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from ngpt.distributed.ranks import ProcessRanks
 
@@ -25,6 +24,7 @@ def write_shards(folder: Path, tensors: Mapping[str, Tensor], ranks: ProcessRank
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     from torch.distributed.checkpoint.state_dict_saver import save
+    from torch.distributed.tensor import DTensor
 
     own = {name: value for name, value in tensors.items() if ranks.is_first or isinstance(value, DTensor)}
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)

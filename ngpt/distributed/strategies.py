@@ -1,6 +1,7 @@
 """How the ranks of a run share one model.
 
-`STRATEGIES` holds functions (model, ranks, cfg) -> replica.
+`STRATEGIES` holds functions (model, ranks, cfg) -> replica. Each imports its own part of torch.distributed, which takes
+longer than the rest of this package; most runs have one device and need none of it.
 """
 
 from collections.abc import Iterator
@@ -11,21 +12,23 @@ import torch
 
 from ngpt.config.base import Config, ConfigError, Problem, added_setting, one_of, runtime_setting
 from ngpt.distributed.compression import COMPRESSIONS
-from ngpt.distributed.data_parallel import DataParallelReplica
 from ngpt.distributed.ranks import ProcessRanks, Ranks
 from ngpt.distributed.replica import Replica
-from ngpt.distributed.sharded import ShardedReplica
 from ngpt.model.config import ModelConfig
 from ngpt.model.gpt import GPT
 
 
 def ddp(model: GPT, ranks: ProcessRanks, cfg: "DistributedConfig") -> Replica:
     """Every rank has the whole model; gradients are averaged."""
+    from ngpt.distributed.data_parallel import DataParallelReplica
+
     return DataParallelReplica(model, ranks, gradient_dtype=cfg.gradient_dtype)
 
 
 def fsdp(model: GPT, ranks: ProcessRanks, cfg: "DistributedConfig") -> Replica:
     """Every rank has a part of each weight and of its optimizer state."""
+    from ngpt.distributed.sharded import ShardedReplica
+
     if problem := next(problems_of(cfg, ranks.count), None):
         raise ConfigError(problem.message)
     if model.compiled:
@@ -63,6 +66,8 @@ def model_problem(cfg: DistributedConfig, model: ModelConfig, count: int) -> str
 
 @lru_cache(maxsize=1000)
 def _sharding_problem(model: ModelConfig, count: int) -> str | None:
+    from ngpt.distributed.sharded import ShardedReplica
+
     try:
         with torch.device("meta"):  # allocates nothing
             ShardedReplica.check_divisible(GPT(model), count)
