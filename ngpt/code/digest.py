@@ -17,7 +17,7 @@ count for every run: each process of a run executes them.
 
 import hashlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -295,9 +295,12 @@ class Code:
             if module is not None and file is not None:
                 is_package = file.name == "__init__.py" or file == self._own[path.partition(".")[0]].main
                 package = path if is_package else path.rpartition(".")[0]
-                module.imported = {name: self._resolve(used, package) for name, used in module.imported.items()}
-                for definition in module.definitions.values():
-                    definition.imports = [self._resolve(used, package) for used in definition.imports]
+                definitions = {
+                    name: replace(definition, imports=[self._resolve(used, package) for used in definition.imports])
+                    for name, definition in module.definitions.items()
+                }
+                imported = {name: self._resolve(used, package) for name, used in module.imported.items()}
+                module = replace(module, definitions=definitions, imported=imported)
             self._modules[path] = module
         return self._modules[path]
 

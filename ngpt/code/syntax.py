@@ -9,6 +9,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 # Decorators that do nothing when a module is imported. Other decorated functions may register themselves somewhere.
@@ -47,8 +48,9 @@ class Module:
     choices: dict[str, set[tuple[str, str]]] = field(default_factory=dict)
 
 
+@lru_cache(maxsize=1000)
 def read_module(file: str, text: str, *, is_plugin: bool = False) -> Module:
-    """Reads the definitions, imports, tables and declared choices of a source file.
+    """Reads the definitions, imports, tables and declared choices of a source file; equal files share the result.
 
     In a plug-in, `TABLE["name"] = value` with a table that it imports defines `TABLE[name]`, as an entry of the table
     itself would. Its statements that only print, or that run in a script, do nothing.
