@@ -24,8 +24,8 @@ if not torch.cuda.is_available():
     # imported, which torch's compiler may do in any test; nothing else asks for it.
     os.environ["TRITON_INTERPRET"] = "1"
 
-# How long an example takes, or to draw it, depends on who else uses the machine.
-settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# How long an example takes, or to draw it, depends on who else uses the machine. Every run draws other examples.
+settings.register_profile("patient", deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
 
 

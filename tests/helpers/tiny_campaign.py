@@ -3,11 +3,13 @@
 import json
 import zlib
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
 from ngpt.code.digest import Code, current_code
+from ngpt.plugins.records import plugins_in_brief
 from tune.campaign import load_campaign
 from tune.executors.local import run_inline
 from tune.machine import environment
@@ -90,8 +92,14 @@ def session_on(
 ) -> Session:
     """A session that has not taken its lock yet."""
     campaign = load_campaign(file, assignments)
-    about = environment.describe("cpu")
+    about = machine() | ({"plugins": plugins} if (plugins := plugins_in_brief()) else {})
     return Session(campaign, root, command="the same command", environment=about, timer=timer, code=code)
+
+
+@cache
+def machine() -> dict[str, Any]:
+    """What sessions record about this machine, described once, since that takes five calls of git."""
+    return {name: value for name, value in environment.describe("cpu").items() if name != "plugins"}
 
 
 def begun(session: Session, **executor: Any) -> Session:

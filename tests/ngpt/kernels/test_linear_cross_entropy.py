@@ -81,7 +81,7 @@ def test_loss_and_gradients_match_full_logits_in_float64(
     assert_gradients((x, weight, factor), gradients, 2e-6)
 
 
-@pytest.mark.parametrize("softcap", [None, pytest.param(3.0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES.keys())
 def test_gradients_match_finite_differences_in_float64(scale: tuple[int, ...] | None, softcap: float | None) -> None:
     x, weight, factor, targets = inputs(11, scale=scale, dtype=torch.float64)
@@ -91,7 +91,7 @@ def test_gradients_match_finite_differences_in_float64(scale: tuple[int, ...] | 
 
     leaves = (x, weight) if factor is None else (x, weight, factor)
     assert function(*leaves).dtype == torch.float64
-    assert torch.autograd.gradcheck(function, leaves)
+    assert torch.autograd.gradcheck(function, leaves, fast_mode=True)  # along random directions, not along each axis
 
 
 @pytest.mark.parametrize("softcap", [None, 15.0])
