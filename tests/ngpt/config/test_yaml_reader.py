@@ -266,7 +266,7 @@ NUMBERS = ["0o9", "0b2", "1__2", "+_", ".inf", "1e9", '"\\u', '"\\x']
 fragments = st.lists(st.sampled_from([*SIGNS, *PIECES, *NUMBERS]) | st.text(max_size=3), max_size=12).map("".join)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.text(max_size=30) | fragments)
 @example("a: 0b2")
 @example("%YAML 1." + "9" * 5000 + "\n---\na")

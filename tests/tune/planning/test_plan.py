@@ -361,7 +361,7 @@ def shuffled(data: Any, draw: st.DataObject, key: str = "") -> Any:
 
 
 @hypothesis_settings(
-    deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
 @given(draw=st.data())
 def test_ids_survive_any_reordering_of_the_file(load: Load, draw: st.DataObject) -> None:

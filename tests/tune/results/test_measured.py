@@ -31,7 +31,7 @@ def numbers(summary: Any) -> list[float]:
 
 
 @pytest.mark.parametrize("folder", KEPT, ids=str)
-def test_kept_summaries_follow_from_the_values_of_each_seed(folder: Path, tmp_path: Path) -> None:
+def test_kept_summaries_follow_from_the_values_of_each_seed(folder: Path, tmp_path: Path, no_report: None) -> None:
     shutil.copy(ROOT / folder / "journal.jsonl", tmp_path)
     again = json.loads(json.dumps(to_json(rebuild(tmp_path))))
     kept = json.loads((ROOT / folder / "summary.json").read_text())
