@@ -1,9 +1,11 @@
-"""Compares the speed of generation with that of transformers, on the same weights.
+"""Compares the speed of generation with that of transformers, on the same weights, or with that of a draft's help.
 
 python -m benchmarks.generation Llama --batch 1 16 --threads 1 --json
+python -m benchmarks.generation --pair runs/large runs/small --text FILE --threads 1 --json
 
 A model of transformers gets random weights, and `ngpt.convert` makes ours of it. All contestants generate greedily from
-the same prompts and take turns; their tokens have to be the same.
+the same prompts and take turns; their tokens have to be the same. With `--pair`, two trained models generate after
+prompts from a text: the first one alone, and the first one with the second one as its draft.
 """
 
 import argparse
@@ -13,6 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +30,7 @@ from ngpt.generation.speculative import SpeculativeDecoder
 from ngpt.model.gpt import GPT
 from ngpt.system.cli import ArgumentParser, run_command, whole_number
 from ngpt.system.timing import interleave, machine_info, print_metrics, speed_ratio
+from ngpt.training.load_model import load_model
 
 FAMILIES = ("Llama", "NanoChat")
 CONTESTANTS = ("ours", "plain", "transformers", "compiled", "speculative")
@@ -76,6 +80,50 @@ def compare_generation(
             decoder = SpeculativeDecoder(ours, shallow(ours), slots=batch)
             decoded(decoder, idx, tokens)
             metrics[f"batch_{batch}"]["acceptance_rate"] = decoder.acceptance_rate
+    return metrics | machine_info(torch.device("cpu"), "float32")
+
+
+def compare_pair(
+    pair: Sequence[str],
+    *,
+    text: str,
+    prompt: int = 32,
+    tokens: int = 64,
+    batches: Sequence[int] = (1, 16),
+    draft_tokens: Sequence[int] = (1, 2, 4),
+    seconds: float = 30.0,
+) -> dict[str, Any]:
+    """Times greedy generation of a trained model alone, and with a draft that proposes so many tokens in each step.
+
+    Prompts are parts of the file `text`, evenly spaced. Returns n_params, draft_params, and for each batch what
+    `compare` returns and the acceptance_rate of each speculative contestant.
+    """
+    loaded, draft = (load_model(path) for path in pair)
+    if loaded.tokenizer is None or draft.tokenizer is None or loaded.tokenizer.sha256 != draft.tokenizer.sha256:
+        raise ConfigError(f"{pair[0]} and {pair[1]} need the same tokenizer")
+    model, ids = loaded.model, loaded.tokenizer.encode(Path(text).read_text(encoding="utf-8")).tolist()
+    metrics: dict[str, Any] = {"prompt": prompt, "tokens": tokens, "text": text}
+    metrics |= {"n_params": sum(each.numel() for each in model.parameters())}
+    metrics |= {"draft_params": sum(each.numel() for each in draft.model.parameters())}
+    for batch in batches:
+        step = (len(ids) - prompt) // batch
+        if step < 1:
+            raise ConfigError(f"{text} has {len(ids)} tokens, too few for {batch} prompts of {prompt}")
+        idx = torch.tensor([ids[start : start + prompt] for start in range(0, batch * step, step)])
+        found: dict[int, SpeculativeDecoder] = {}
+
+        def speculative(count: int, idx: Tensor = idx, found: dict[int, SpeculativeDecoder] = found) -> Any:
+            found[count] = SpeculativeDecoder(model, draft.model, slots=len(idx), draft_tokens=count)
+            return decoded(found[count], idx, tokens)
+
+        chosen: dict[str, Callable[[], list[list[int]]]] = {
+            "ours": lambda idx=idx: decoded(BatchDecoder(model, slots=len(idx)), idx, tokens)
+        }
+        chosen |= {f"speculative_{count}": functools.partial(speculative, count) for count in draft_tokens}
+        result = compare(chosen, seconds=seconds)
+        for count, decoder in found.items():
+            result[f"speculative_{count}"]["acceptance_rate"] = decoder.acceptance_rate
+        metrics[f"batch_{batch}"] = result
     return metrics | machine_info(torch.device("cpu"), "float32")
 
 
@@ -157,7 +205,12 @@ def main(arguments: list[str] | None = None) -> int:
         description=f"{__doc__}\n{inspect.getdoc(compare_generation)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("family", choices=FAMILIES, help="of models of transformers")
+    parser.add_argument("family", nargs="?", choices=FAMILIES, help="of models of transformers")
+    parser.add_argument(
+        "--pair", nargs=2, metavar=("MODEL", "DRAFT"), help="two trained models instead, as checkpoints"
+    )
+    parser.add_argument("--text", metavar="FILE", help="with --pair: what prompts are taken from")
+    parser.add_argument("--draft-tokens", type=whole_number(1, 64), nargs="+", default=[1, 2, 4], help="with --pair")
     for name, default in (("layers", 4), ("width", 256), ("vocabulary", 4096), ("prompt", 32), ("tokens", 64)):
         parser.add_argument(f"--{name}", type=whole_number(1, 10**6), default=default, help=f"default {default}")
     parser.add_argument("--batch", type=whole_number(1, 1024), nargs="+", default=[1, 16], help="default 1 16")
@@ -172,6 +225,12 @@ def main(arguments: list[str] | None = None) -> int:
 def _compare(options: argparse.Namespace) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
+    if (options.family is None) == (options.pair is None) or (options.pair is None) != (options.text is None):
+        raise ConfigError("give the name of a family, or --pair with --text")
+    if options.pair is not None:
+        shared = {name: getattr(options, name) for name in ("text", "prompt", "tokens", "draft_tokens", "seconds")}
+        print_metrics(compare_pair(options.pair, **shared, batches=options.batch), as_json=options.json)
+        return 0
     names = ("layers", "width", "vocabulary", "prompt", "tokens", "contestants", "seconds")
     how = {name: getattr(options, name) for name in names}
     print_metrics(compare_generation(options.family, **how, batches=options.batch), as_json=options.json)
