@@ -32,6 +32,7 @@ def chaos(*options: str) -> dict[str, Any]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_sample_of_all_faults_does_not_change_the_results() -> None:
     found = chaos(
         *("--only", "failpoints", "--only", "power", "--every", "60"),

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -35,9 +36,11 @@ def test_a_node_with_a_broken_torch_is_set_aside_and_no_trial_is_charged(tmp_pat
         bare.start_ray(head=head)
         run = ClusterRun(head, file, out)
         run.finish()
-    reason = "AttributeError: module 'torch' has no attribute 'device'"  # of an empty folder
-    assert {(event["cause"], event["reason"]) for event in run.events("worker_died")} == {("cannot_start", reason)}
-    assert len(run.events("worker_died")) == 2 and {record["status"] for record in records(run.root)} == {"finished"}
+    died = run.events("worker_died")
+    ((cause, reason),) = {(event["cause"], event["reason"]) for event in died}
+    assert cause == "cannot_start"
+    assert re.match(r"(ModuleNotFound|Attribute)Error: .*'torch\b", reason)  # its folder is empty
+    assert len(died) == 2 and {record["status"] for record in records(run.root)} == {"finished"}
     (line,) = [line for line in run.err.read_text().splitlines() if "is not used" in line]
     assert line.startswith(f"two ({bare.address}) is not used: workers cannot start there ({reason})")
     train_all(file, tmp_path / "inline")
