@@ -5,11 +5,12 @@ A bundle is a folder, or a .zip of it, with `core.yaml` (the tasks), `eval_meta_
 """
 
 import csv
+import hashlib
 import io
 import json
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,10 @@ class CoreTask:
     n_shots: int
     delimiter: str  # between question and answer
     baseline: float
+
+    def content(self) -> str:
+        """The SHA-256 of all that its score depends on, besides the model."""
+        return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()
 
     def shots(self, index: int) -> list[Example]:
         """The examples that are shown before example `index`: as nanochat draws them, never itself."""

@@ -28,18 +28,20 @@ def evaluate_checkpoint(
     """
     loaded = load_model(path, device=device)
     scores: dict[str, float | None] = {}
-    about: dict[str, Any] = {"asked": config.asked(), "checkpoint_step": loaded.checkpoint.step}
+    about: dict[str, Any] = {"asked": config.asked(), "checkpoint_step": loaded.checkpoint.step, "content": {}}
     if config.tasks:
         found = run_tasks(loaded, config, after_batch=after_batch)
         scores |= scores_of(found)
         about["lm_eval"] = harness_version()
         about["versions"] = {name: task for name, task in found["versions"].items() if task is not None}
         about["examples"] = {name: counts["effective"] for name, counts in found["n-samples"].items()}
+        about["content"] |= found["content"]
     if config.core is not None:
         tasks = read_bundle(config.core, limit=config.limit, log=lambda line: after_batch())
         core = evaluate_core(loaded, tasks, batch_size=config.batch_size, after_batch=after_batch)
         scores |= core_scores(core)
         about["core"] = {each.label: each._asdict() for each in core.tasks}
+        about["content"] |= {f"{CORE}/{task.label}": task.content() for task in tasks}
     return Downstream(scores, about)
 
 

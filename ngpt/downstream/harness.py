@@ -1,6 +1,8 @@
 """Runs tasks of lm-evaluation-harness (extra `lm-eval`) on a loaded model, and names their scores."""
 
 import contextlib
+import hashlib
+import json
 import logging
 import os
 import random
@@ -102,7 +104,8 @@ def run_tasks(
 ) -> dict[str, Any]:
     """Runs the tasks of `config` and returns the harness's results; `scores_of` takes the scores out of them.
 
-    The random numbers of this process go on afterwards as if nothing had run.
+    `content` has the SHA-256 of what each task asked, in place of the harness's `samples`. The random numbers of this
+    process go on afterwards as if nothing had run.
 
     Raises:
         ConfigError: the harness is not installed, a task is unknown, or the model has no tokenizer.
@@ -121,10 +124,18 @@ def run_tasks(
             limit=config.limit,
             task_manager=_manager(config.tasks, config.include_path),
             bootstrap_iters=BOOTSTRAP_ITERS,
-            log_samples=False,
+            log_samples=True,
         )
     assert found is not None, "only other ranks get None"
-    return dict(found)
+    results: dict[str, Any] = dict(found)
+    results["content"] = {name: _content(samples) for name, samples in results.pop("samples").items()}
+    return results
+
+
+def _content(samples: Sequence[Mapping[str, Any]]) -> str:
+    """The SHA-256 of a task's examples, prompts and right answers, in their order."""
+    asked = [[sample[f"{part}_hash"] for part in ("doc", "prompt", "target")] for sample in samples]
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
 
 def scores_of(results: Mapping[str, Any]) -> dict[str, float | None]:

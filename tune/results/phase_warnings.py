@@ -120,10 +120,30 @@ def _provenance_warnings(records: Sequence[TrialRecord]) -> list[str]:
         counts = " and ".join(map(str, sorted(numbers)))
         text = f"its trials were trained on {counts} ranks: their losses agree within rounding"
         warnings.append(f"{text}, their tokens per second cannot be compared")
+    warnings += _score_warnings(records)
     copied = Counter(str(origin) for record in records if (origin := record.provenance.get("copied_from")))
     for origin, n in copied.items():
         text = f"{n} of its {fmt.counted(len(records), 'trial')} continued files that the campaign {origin} had made"
         warnings.append(f"{text}, so they were trained there, at least in part")
+    return warnings
+
+
+def _score_warnings(records: Sequence[TrialRecord]) -> list[str]:
+    """Returns a warning if downstream tasks have changed, or lm-eval was updated, between the trials of a phase."""
+    contents: dict[str, set[str]] = {}
+    versions = set()
+    for record in records:
+        about = record.provenance.get("evaluation") or {}
+        for task, content in about.get("content", {}).items():
+            contents.setdefault(task, set()).add(content)
+        versions |= {about["lm_eval"]} if "lm_eval" in about else set()
+    warnings = []
+    if changed := [task for task, different in contents.items() if len(different) > 1]:
+        text = f"its trials were given different examples or prompts of {fmt.listing(changed, most=4)}"
+        warnings.append(f"{text}: their scores cannot be compared; another `limit` evaluates all of them again")
+    if len(versions) > 1:
+        listed = " and ".join(sorted(versions))
+        warnings.append(f"its trials were evaluated by lm-eval {listed}, which may score the same answers differently")
     return warnings
 
 

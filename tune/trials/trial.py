@@ -175,7 +175,7 @@ def evaluate_trained(
                 break
             yield attempt.result(RunResult("stopped", steps, {"steps": steps}))
     result = attempt.result(RunResult("finished", steps, dict(found.scores)))
-    about = {name: found.about[name] for name in ("asked", "lm_eval") if name in found.about}
+    about = {name: found.about[name] for name in ("asked", "lm_eval", "content") if name in found.about}
     return replace(result, provenance=result.provenance | {"evaluation": about})
 
 

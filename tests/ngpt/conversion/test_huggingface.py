@@ -38,7 +38,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 LENGTH = 48
 
 
-def original(variant: str = "llama", **changes: Any) -> transformers.PreTrainedModel:
+def original(variant: str = "llama", **changes: Any) -> "transformers.PreTrainedModel":
     """A random model of transformers with clearly different gains, and weights large enough to matter."""
     family, settings = VARIANTS[variant]
     torch.manual_seed(5)
@@ -56,7 +56,7 @@ def tokens() -> torch.Tensor:
 
 
 @torch.no_grad()
-def difference(model: GPT, right: transformers.PreTrainedModel) -> float:
+def difference(model: GPT, right: "transformers.PreTrainedModel") -> float:
     """The largest difference of logits, which have a standard deviation above 0.1."""
     logits = right(tokens()).logits
     assert logits.std() > 0.1

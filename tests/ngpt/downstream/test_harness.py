@@ -60,6 +60,19 @@ def test_scores_have_the_names_that_are_known_before_and_their_standard_errors(r
     assert found.scores["endings/acc_stderr"] == pytest.approx((acc * (1 - acc) / 5) ** 0.5)
     assert found.about["examples"] == dict.fromkeys(asked.tasks, 6)
     assert found.about["checkpoint_step"] == 8
+    assert found.about["content"].keys() == set(asked.tasks)
+
+
+def test_the_digest_of_a_task_follows_its_examples_and_prompts(run: Path, tmp_path: Path) -> None:
+    def content(folder: str, n: int, **changes: str) -> str:
+        tasks = write_tasks(tmp_path / folder, n=n)
+        file = tasks / "last_word.yaml"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+        return evaluate_checkpoint(run, config(tasks, "last_word", limit=3)).about["content"]["last_word"]
+
+    same = content("one", 5)
+    assert content("two", 5) == same
+    assert len({same, content("three", 3), content("four", 5, doc_to_text="Go on: {{text}}")}) == 3
 
 
 def test_scores_of_a_group_are_those_of_its_tasks_under_each_filter(run: Path, tmp_path: Path) -> None:

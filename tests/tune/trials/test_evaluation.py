@@ -111,6 +111,20 @@ def test_trained_trials_are_evaluated_from_their_checkpoints_and_one_without_is_
     assert sum("evaluated" in line for line in messages_of(asking, root)) == 1
 
 
+def test_trials_that_were_given_other_examples_of_a_task_are_warned_of(
+    files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    _, asking = files
+    text = asking.read_text()
+    asking.write_text(text.replace("seeds: [3, 4]", "seeds: [3]"))
+    assert not [line for line in train_all(asking, tmp_path / "out").phases[-1].warnings if "examples" in line]
+    tasks = tmp_path / "bundle" / "core.yaml"
+    tasks.write_text(tasks.read_text().replace("num_fewshot: [2]", "num_fewshot: [1]"))
+    asking.write_text(text)
+    (warning,) = [line for line in train_all(asking, tmp_path / "out").phases[-1].warnings if "examples" in line]
+    assert warning.startswith("its trials were given different examples or prompts of core/answers: their scores")
+
+
 @pytest.mark.slow
 def test_a_larger_limit_evaluates_again_and_a_score_ranks_the_arms(files: tuple[Path, Path], tmp_path: Path) -> None:
     _, asking = files
