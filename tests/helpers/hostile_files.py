@@ -297,7 +297,10 @@ SMALL: dict[str, tuple[str | bytes, str]] = {
         base("{data: {corpus: 'file:///etc/passwd'}}"),
         "2:15: base.data.corpus: unknown corpus 'file:///etc/passwd'",
     ),
-    "corpus_zero": (base("{data: {corpus: /dev/zero}}"), "2:15: base.data.corpus: /dev/zero has no files in it"),
+    "corpus_zero": (
+        base("{data: {corpus: /dev/zero}}"),
+        "2:15: base.data.corpus: /dev/zero is neither a file nor a folder",
+    ),
     "date_for_a_number": (
         base("{steps: 2026-11-21}"),
         "2:8: base.steps: input should be a valid integer, got '2026-11-21'",

@@ -63,6 +63,8 @@ def find_files(path: Path) -> list[Path]:
         raise ConfigError(f"no such file: {path}")
     if path.is_file():
         return [path]
+    if not path.is_dir():
+        raise ConfigError(f"{path} is neither a file nor a folder")
     files: list[Path] = []
     folders, links, seen = [path], list[Path](), set[Path]()
     while folders or links:
