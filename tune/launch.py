@@ -14,7 +14,7 @@ from ngpt.config.base import ConfigError, unknown_message
 from ngpt.data.text.progress import Log, TerminalLog
 from ngpt.downstream.bundle import read_bundle
 from ngpt.downstream.bundle_files import DOWNLOAD
-from ngpt.downstream.harness import check_tasks
+from ngpt.downstream.harness import check_tasks, without_stderr
 from ngpt.ensemble.train import ensemble_incompatibility
 from ngpt.kernels.compile import check_compiler
 from ngpt.system.cache import ADVICE, CODE_FOLDERS, cache_folder, code_folder_problem
@@ -234,7 +234,7 @@ def check_downstream(campaign: Campaign) -> None:
     used = {campaign.metric.name: "metric.name", **{claim.metric: f"claim {claim.id}" for claim in campaign.claims}}
     for name, where in used.items():
         task = name.partition("/")[0]
-        if task in campaign.evaluation.tasks and name.removesuffix("_stderr") not in known:
+        if task in campaign.evaluation.tasks and without_stderr(name) not in known:
             raise ConfigError(f"{where}: {unknown_message('metric', name, known)}")
 
 

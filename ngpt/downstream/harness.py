@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import random
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from importlib import import_module
@@ -97,6 +98,11 @@ def _goals_of_group(name: str, group: Any, goals: Mapping[str, bool]) -> dict[st
 def metric_name(task: str, metric: str, part: str = "none") -> str:
     """The name of a score: `arc_easy/acc`, or `gsm8k/exact_match/strict-match` with a filter of that name."""
     return f"{task}/{metric}" if part == "none" else f"{task}/{metric}/{part}"
+
+
+def without_stderr(name: str) -> str:
+    """The name of a score whose standard error has this name, `TASK/METRIC_stderr/FILTER`; a score's name stays."""
+    return re.sub(r"_stderr(?=/|$)", "", name)
 
 
 def run_tasks(

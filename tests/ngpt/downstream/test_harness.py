@@ -15,7 +15,7 @@ from ngpt.config.base import ConfigError, build, override
 from ngpt.downstream import harness
 from ngpt.downstream.config import DownstreamTasks
 from ngpt.downstream.evaluate import evaluate_checkpoint
-from ngpt.downstream.harness import check_tasks, run_tasks
+from ngpt.downstream.harness import check_tasks, run_tasks, without_stderr
 from ngpt.training.config import TrainConfig
 from ngpt.training.load_model import load_model
 from tests.helpers import tiny_run
@@ -92,6 +92,8 @@ def test_scores_of_a_group_are_those_of_its_tasks_under_each_filter(run: Path, t
     }
     found = evaluate_checkpoint(run, config(own, "words"))
     assert {name for name in found.scores if "_stderr" not in name} == goals.keys()
+    assert "words/exact_match_stderr/word" in found.scores
+    assert {without_stderr(name) for name in found.scores} == goals.keys()
 
 
 def test_a_limit_and_examples_before_each_one_are_those_of_the_harness(run: Path, tasks: Path) -> None:
