@@ -72,7 +72,7 @@ def test_the_digest_of_a_task_follows_its_examples_and_prompts(run: Path, tmp_pa
 
     same = content("one", 5)
     assert content("two", 5) == same
-    assert len({same, content("three", 3), content("four", 5, doc_to_text="Go on: {{text}}")}) == 3
+    assert len({same, content("three", 2), content("four", 5, doc_to_text="Go on: {{text}}")}) == 3
 
 
 def test_scores_of_a_group_are_those_of_its_tasks_under_each_filter(run: Path, tmp_path: Path) -> None:
