@@ -289,6 +289,15 @@ class Metrics(Open):
     n_params: Annotated[float, Field(ge=0, le=MAX_COUNT)] | None = None
 
 
+class Evaluated(Open):
+    """How a trial came to its scores of downstream tasks."""
+
+    asked: Settings | None = None
+    error: str | None = None
+    lm_eval: str | None = None
+    content: dict[str, str] = Field(default_factory=dict)
+
+
 class Provenance(Open):
     device: str | None = None
     code_sha256: str | None = None
@@ -298,6 +307,7 @@ class Provenance(Open):
     packed: Annotated[int, Field(ge=1, le=MAX_ROWS)] = 1
     vectorised: Annotated[int, Field(ge=1, le=MAX_ROWS)] = 1
     ranks: Annotated[int, Field(ge=1, le=MAX_ROWS)] = 1
+    evaluation: Evaluated | None = None
 
 
 class EvalBlocks(Fields):

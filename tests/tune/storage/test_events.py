@@ -61,6 +61,11 @@ def test_unknown_events_and_fields_are_ignored(tmp_path: Path) -> None:
 
 MANY = float("1" + "0" * 200)
 FORGED: dict[str, tuple[str, tuple[Any, ...], Any, str]] = {
+    "an evaluation that is a number": ("trial_finished", ("provenance", "evaluation"), 3, "provenance.evaluation"),
+    "a digest of a task that is a list": (
+        *("trial_finished", ("provenance", "evaluation"), {"content": {"arc": [1]}}),
+        "provenance.evaluation.content",
+    ),
     "an absolute phase": ("phase_planned", ("phase",), "/abs", "'/abs' cannot be a folder of the results"),
     "a phase that climbs": ("phase_planned", ("phase",), "../../x", "'../../x' cannot be a folder"),
     "a phase of a neighbour": ("phase_planned", ("phase",), "../other/alpha", "cannot be a folder"),
